@@ -1,0 +1,1 @@
+"""Demonstrations from disk to typed batches."""
