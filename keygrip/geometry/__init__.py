@@ -1,0 +1,1 @@
+"""Camera geometry and rotations: projection, ray-plane intersection, quaternions and their discrete codes."""

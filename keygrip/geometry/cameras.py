@@ -1,0 +1,123 @@
+"""Pinhole cameras: from metric points to pixels and, with a known height, back again.
+
+Conventions (the same everywhere in keygrip): world frame z up, metres; camera frame OpenCV (x right, y down, z forward);
+``world_to_camera`` is the 4x4 rigid transform into the camera frame; pixels are (x, y) with (0, 0) at the top left *corner*
+of the first pixel, so that the centre of the first pixel is (0.5, 0.5).
+
+Shape legend: ``...`` any batch shape (broadcast), Z height bins, P cells along a side of the prediction grid.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# A ray whose direction (unit length) changes height by less than this a metre meets the plane z = h so far away that a
+# pixel's width moves the point by metres: about 0.6 degrees from parallel.
+MIN_VERTICAL_SLOPE = 0.01
+
+
+class ParallelRayError(ValueError):
+    """A viewing ray runs (nearly) parallel to the plane that it should meet, or meets it behind the camera."""
+
+
+def project(points: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> tuple[Tensor, Tensor]:
+    """Project world points into the image.
+
+    Args:
+        points: ``[..., 3]`` metres, world frame.
+        intrinsics: ``[..., 3, 3]`` K, broadcast against ``points``' batch shape.
+        world_to_camera: ``[..., 4, 4]``.
+
+    Returns:
+        Pixels ``[..., 2]`` (x, y) and depth along the optical axis ``[...]`` in metres. Points at or behind the camera
+        (depth <= 0) have no image: their pixels are NaN, so that no comparison takes them for visible.
+    """
+    rotation, translation = world_to_camera[..., :3, :3], world_to_camera[..., :3, 3]
+    camera = (rotation @ points[..., None])[..., 0] + translation
+    depth = camera[..., 2]
+    homogeneous = (intrinsics @ camera[..., None])[..., 0]
+    safe_depth = torch.where(depth > 0, homogeneous[..., 2], torch.nan)
+    return homogeneous[..., :2] / safe_depth[..., None], depth
+
+
+def inside_image(pixels: Tensor, width: int, height: int) -> Tensor:
+    """Which pixels ``[..., 2]`` lie in an image of ``width`` x ``height``; NaN counts as outside. Returns bool ``[...]``."""
+    x, y = pixels[..., 0], pixels[..., 1]
+    return (x >= 0) & (x < width) & (y >= 0) & (y < height)
+
+
+def camera_centre(world_to_camera: Tensor) -> Tensor:
+    """Position of the camera in the world, ``[..., 3]`` metres, from ``[..., 4, 4]``."""
+    rotation, translation = world_to_camera[..., :3, :3], world_to_camera[..., :3, 3]
+    return -(rotation.transpose(-1, -2) @ translation[..., None])[..., 0]
+
+
+def pixel_rays(pixels: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> Tensor:
+    """Unit directions ``[..., 3]`` in the world frame of the rays through pixels ``[..., 2]``."""
+    ones = torch.ones_like(pixels[..., :1])
+    camera = torch.linalg.solve(intrinsics, torch.cat([pixels, ones], dim=-1)[..., None])
+    world = (world_to_camera[..., :3, :3].transpose(-1, -2) @ camera)[..., 0]
+    return world / world.norm(dim=-1, keepdim=True)
+
+
+def _distance_to_plane(origin_z: Tensor, direction_z: Tensor, height: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance along a unit ray to z = height and whether the meeting is well conditioned and in front of the camera."""
+    distance = (height - origin_z) / direction_z
+    return distance, (direction_z.abs() >= MIN_VERTICAL_SLOPE) & (distance > 0)
+
+
+def recover_3d(
+    pixels: Tensor, height: Tensor, intrinsics: Tensor, world_to_camera: Tensor, *, strict: bool = True
+) -> Tensor:
+    """Intersect the pixels' viewing rays with the horizontal planes ``z = height``.
+
+    Args:
+        pixels: ``[..., 2]``. height: ``[...]`` metres. intrinsics: ``[..., 3, 3]``. world_to_camera: ``[..., 4, 4]``.
+        strict: raise when any ray is unusable; otherwise those points are NaN, for callers who mask them.
+
+    Returns:
+        ``[..., 3]`` metres in the world frame.
+
+    Raises:
+        ParallelRayError: a ray is within about 0.6 degrees of the plane, or meets it behind the camera.
+    """
+    origin = camera_centre(world_to_camera)
+    directions = pixel_rays(pixels, intrinsics, world_to_camera)
+    distance, usable = _distance_to_plane(origin[..., 2], directions[..., 2], height)
+    if strict and not bool(usable.all()):
+        bad = (~usable).nonzero()[0].tolist()
+        raise ParallelRayError(
+            f"{int((~usable).sum())} of {usable.numel()} viewing rays do not meet their height plane in front of the camera "
+            f"(first at index {bad}): the pixel looks along or away from the plane. Check world_to_camera, or aim the camera "
+            "further down."
+        )
+    points = origin + directions * distance[..., None]
+    return torch.where(usable[..., None], points, torch.nan)
+
+
+def cell_centres(pred_size: int, image_size: int, *, device: torch.device | None = None) -> Tensor:
+    """Pixel coordinates of the prediction grid's cell centres: ``[P, P, 2]``, (x, y), indexed [row, column]."""
+    centres = (torch.arange(pred_size, device=device, dtype=torch.float32) + 0.5) * (image_size / pred_size)
+    rows, columns = torch.meshgrid(centres, centres, indexing="ij")
+    return torch.stack([columns, rows], dim=-1)
+
+
+def world_xyz_table(
+    intrinsics: Tensor, world_to_camera: Tensor, heights: Tensor, pred_size: int, image_size: int
+) -> Tensor:
+    """World points of every voxel centre of the prediction volume.
+
+    Args:
+        intrinsics: ``[B, 3, 3]`` of the network's input image. world_to_camera: ``[B, 4, 4]``.
+        heights: ``[Z]`` bin centres in metres.
+        pred_size: P, cells along a side. image_size: S, pixels along a side.
+
+    Returns:
+        ``[B, Z, P, P, 3]`` metres; NaN where a cell's ray does not meet the plane. For a fixed camera compute it once.
+    """
+    pixels = cell_centres(pred_size, image_size, device=intrinsics.device).to(intrinsics.dtype)
+    directions = pixel_rays(pixels, intrinsics[:, None, None], world_to_camera[:, None, None])[:, None]  # [B, 1, P, P, 3]
+    origin = camera_centre(world_to_camera)[:, None, None, None]  # [B, 1, 1, 1, 3]
+    distance, usable = _distance_to_plane(origin[..., 2], directions[..., 2], heights[:, None, None])
+    return torch.where(usable[..., None], origin + directions * distance[..., None], torch.nan)

@@ -1,0 +1,254 @@
+"""A categorical distribution over pixel x height voxels that is never written out.
+
+The logit of voxel (z, y, x) is a sum: a term in (y, x), a term in z and a term that is constant over the volume. The joint
+softmax over Z * H * W voxels then factorises exactly into a softmax over pixels and one over heights, so that
+
+    CE(z, y, x) = CE(y, x) + CE(z),
+
+the constant cancels, and loss, gradient, argmax and sampling cost O(HW + Z) a step instead of O(ZHW).
+
+The optional bilinear coupling adds ``sum_r pixel_factor[r, y, x] * height_factor[r, z]``, which lets the height depend on
+the pixel. It does not factorise, but the sum over the volume can be streamed over z with O(HW) memory.
+
+Shape legend: ``*`` leading shape (batch, arms, steps), H rows, W columns, Z height bins, R rank of the coupling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class VolumeLogits:
+    """Logits of the volume in parts.
+
+    Attributes:
+        pixel: ``[*, H, W]``. height: ``[*, Z]``.
+        constant: ``[*]`` the same for every voxel. It cancels in the softmax and gets no gradient from the loss.
+        pixel_factor: ``[*, R, H, W]`` and height_factor: ``[R, Z]``: the bilinear coupling, or both None.
+    """
+
+    pixel: Tensor
+    height: Tensor
+    constant: Tensor
+    pixel_factor: Tensor | None = None
+    height_factor: Tensor | None = None
+
+    @property
+    def coupled(self) -> bool:
+        return self.pixel_factor is not None
+
+    def dense(self) -> Tensor:
+        """The whole volume ``[*, Z, H, W]``: the reference for tests and benchmarks, never used in training."""
+        volume = self.pixel[..., None, :, :] + self.height[..., :, None, None] + self.constant[..., None, None, None]
+        if self.pixel_factor is not None and self.height_factor is not None:
+            volume = volume + torch.einsum("...rhw,rz->...zhw", self.pixel_factor, self.height_factor)
+        return volume
+
+    def float(self) -> VolumeLogits:
+        """In float32, where softmax and log-sum-exp are computed also under reduced-precision autocast."""
+        parts = (self.pixel, self.height, self.constant, self.pixel_factor, self.height_factor)
+        return VolumeLogits(*(None if part is None else part.float() for part in parts))  # type: ignore[arg-type]
+
+    def height_given_pixel(self, cells: Tensor) -> Tensor:
+        """Logits over heights ``[*, Z]`` at the cells ``[*, 2]`` (row, column)."""
+        if self.pixel_factor is None or self.height_factor is None:
+            return self.height
+        width = self.pixel.shape[-1]
+        index = cells[..., 0] * width + cells[..., 1]
+        factors = self.pixel_factor.flatten(-2)  # [*, R, HW]
+        chosen = factors.gather(-1, index[..., None, None].expand(*factors.shape[:-1], 1))[..., 0]  # [*, R]
+        return self.height + chosen @ self.height_factor
+
+    def pixel_marginal(self) -> Tensor:
+        """Logits over pixels ``[*, H, W]`` with the height summed out (up to a constant a step)."""
+        if self.pixel_factor is None or self.height_factor is None:
+            return self.pixel
+        total: Tensor | None = None
+        for z in range(self.height.shape[-1]):  # streamed, so that no more than one slice exists
+            slice_ = self.height[..., z, None, None] + torch.einsum(
+                "...rhw,r->...hw", self.pixel_factor, self.height_factor[:, z]
+            )
+            total = slice_ if total is None else torch.logaddexp(total, slice_)
+        assert total is not None
+        return self.pixel + total
+
+
+@dataclass(frozen=True)
+class VolumeTarget:
+    """Where the mass of the target lies: voxels with weights, a product of pixel and height weights.
+
+    Attributes:
+        cells: ``[*, C, 2]`` int64 (row, column) and cell_weights: ``[*, C]`` that sum to one.
+        heights: ``[*, K]`` int64 and height_weights: ``[*, K]`` that sum to one.
+    """
+
+    cells: Tensor
+    cell_weights: Tensor
+    heights: Tensor
+    height_weights: Tensor
+
+
+def hard_target(cells: Tensor, heights: Tensor) -> VolumeTarget:
+    """One voxel a step, from cells ``[*, 2]`` (row, column) and height bins ``[*]``."""
+    ones = torch.ones(heights.shape, device=heights.device)[..., None]
+    return VolumeTarget(cells[..., None, :], ones, heights[..., None], ones)
+
+
+def two_hot(position: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The two bins ``[*, 2]`` around a position on the bins' scale (bin i spans [i, i + 1]) and their linear weights.
+
+    Beyond the outer centres all mass lies on the outer bin.
+    """
+    centred = (position - 0.5).clamp(0, count - 1)
+    lower = centred.floor().clamp(max=max(count - 2, 0))
+    weight = centred - lower
+    bins = torch.stack([lower, (lower + 1).clamp(max=count - 1)], dim=-1).long()
+    return bins, torch.stack([1 - weight, weight], dim=-1)
+
+
+def bilinear_target(grid_position: Tensor, height_position: Tensor, shape: tuple[int, int], bins: int) -> VolumeTarget:
+    """The 4 cells and 2 heights around a continuous position, with bilinear weights.
+
+    Args:
+        grid_position: ``[*, 2]`` (x, y) in cells, corner convention. height_position: ``[*]`` in bins.
+        shape: (H, W). bins: Z.
+    """
+    columns, column_weights = two_hot(grid_position[..., 0], shape[1])
+    rows, row_weights = two_hot(grid_position[..., 1], shape[0])
+    cells = torch.stack(
+        [rows[..., :, None].expand(*rows.shape, 2), columns[..., None, :].expand(*columns.shape[:-1], 2, 2)], dim=-1
+    )
+    heights, height_weights = two_hot(height_position, bins)
+    weights = (row_weights[..., :, None] * column_weights[..., None, :]).flatten(-2)
+    return VolumeTarget(cells.flatten(-3, -2), weights, heights, height_weights)
+
+
+def _gather_pixels(maps: Tensor, cells: Tensor) -> Tensor:
+    """Values ``[*, C]`` of maps ``[*, H, W]`` at cells ``[*, C, 2]``."""
+    return maps.flatten(-2).gather(-1, cells[..., 0] * maps.shape[-1] + cells[..., 1])
+
+
+def volume_cross_entropy(logits: VolumeLogits, target: VolumeTarget) -> Tensor:
+    """Joint cross-entropy over all Z * H * W voxels, one value a step ``[*]``.
+
+    Exact: equals the cross-entropy of ``logits.dense()`` (tests show loss and gradient equal to 1e-9 in float64).
+    ``logits.constant`` cancels and receives no gradient.
+    """
+    if logits.pixel_factor is not None and logits.height_factor is not None:
+        normaliser = _StreamedLogSumExp.apply(
+            logits.pixel, logits.height, logits.pixel_factor, logits.height_factor
+        )
+        pixel = (_gather_pixels(logits.pixel, target.cells) * target.cell_weights).sum(-1)
+        height = (logits.height.gather(-1, target.heights) * target.height_weights).sum(-1)
+        factors = logits.pixel_factor.flatten(-2)  # [*, R, HW]
+        index = target.cells[..., 0] * logits.pixel.shape[-1] + target.cells[..., 1]  # [*, C]
+        at_cells = factors.gather(-1, index[..., None, :].expand(*factors.shape[:-1], index.shape[-1]))  # [*, R, C]
+        mean_factor = (at_cells * target.cell_weights[..., None, :]).sum(-1)  # [*, R]
+        at_heights = logits.height_factor.T[target.heights]  # [*, K, R]
+        coupling = (mean_factor * (at_heights * target.height_weights[..., None]).sum(-2)).sum(-1)
+        return normaliser - pixel - height - coupling
+    pixel_log_prob = _gather_pixels(logits.pixel, target.cells) - logits.pixel.flatten(-2).logsumexp(-1, keepdim=True)
+    height_log_prob = F.log_softmax(logits.height, dim=-1).gather(-1, target.heights)
+    return -(pixel_log_prob * target.cell_weights).sum(-1) - (height_log_prob * target.height_weights).sum(-1)
+
+
+class _StreamedLogSumExp(torch.autograd.Function):
+    """log sum over the coupled volume, streamed over z: O(HW) memory forward and backward.
+
+    Forward keeps, for every z, only the log-sum over pixels. Backward recomputes each slice's probabilities and adds its
+    share to the gradients; no slice outlives its turn.
+    """
+
+    @staticmethod
+    def forward(ctx, pixel: Tensor, height: Tensor, pixel_factor: Tensor, height_factor: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        slices = []
+        for z in range(height.shape[-1]):
+            slice_ = torch.einsum("...rhw,r->...hw", pixel_factor, height_factor[:, z]).add_(pixel)
+            slices.append(slice_.flatten(-2).logsumexp(-1))
+        total = (torch.stack(slices, dim=-1) + height).logsumexp(-1)
+        ctx.save_for_backward(pixel, height, pixel_factor, height_factor, total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total: Tensor):  # type: ignore[no-untyped-def]
+        pixel, height, pixel_factor, height_factor, total = ctx.saved_tensors
+        grad_pixel, grad_height = torch.zeros_like(pixel), torch.zeros_like(height)
+        grad_pixel_factor, grad_height_factor = torch.zeros_like(pixel_factor), torch.zeros_like(height_factor)
+        for z in range(height.shape[-1]):
+            slice_ = torch.einsum("...rhw,r->...hw", pixel_factor, height_factor[:, z]).add_(pixel)
+            slice_ += (height[..., z] - total)[..., None, None]
+            weighted = slice_.exp_() * grad_total[..., None, None]  # probability times incoming gradient
+            grad_pixel += weighted
+            grad_height[..., z] = weighted.sum((-2, -1))
+            grad_pixel_factor += weighted[..., None, :, :] * height_factor[:, z, None, None]
+            grad_height_factor[:, z] = torch.einsum("...hw,...rhw->r", weighted, pixel_factor)
+        return grad_pixel, grad_height, grad_pixel_factor, grad_height_factor
+
+
+def argmax_voxel(logits: VolumeLogits) -> tuple[Tensor, Tensor]:
+    """The most probable voxel: cells ``[*, 2]`` (row, column) and height bins ``[*]``; equals the dense argmax."""
+    width = logits.pixel.shape[-1]
+    if logits.pixel_factor is None or logits.height_factor is None:
+        best = logits.pixel.flatten(-2).argmax(-1)
+        heights = logits.height.argmax(-1)
+    else:
+        best_value: Tensor | None = None
+        for z in range(logits.height.shape[-1]):
+            slice_ = logits.pixel + torch.einsum("...rhw,r->...hw", logits.pixel_factor, logits.height_factor[:, z])
+            value, index = slice_.flatten(-2).max(-1)
+            value = value + logits.height[..., z]
+            if best_value is None:
+                best_value, best, heights = value, index, torch.zeros_like(index)
+            else:
+                better = value > best_value
+                best_value = torch.where(better, value, best_value)
+                best = torch.where(better, index, best)
+                heights = torch.where(better, z, heights)
+    return torch.stack([best // width, best % width], dim=-1), heights
+
+
+def sample_voxel(logits: VolumeLogits, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Draw one voxel a step from the joint distribution: the pixel from its marginal, then the height given the pixel."""
+    width = logits.pixel.shape[-1]
+    marginal = logits.pixel_marginal().flatten(-2)
+    pixel = torch.multinomial(marginal.softmax(-1).reshape(-1, marginal.shape[-1]), 1, generator=generator)
+    pixel = pixel.view(marginal.shape[:-1])
+    cells = torch.stack([pixel // width, pixel % width], dim=-1)
+    height_logits = logits.height_given_pixel(cells)
+    heights = torch.multinomial(height_logits.softmax(-1).reshape(-1, height_logits.shape[-1]), 1, generator=generator)
+    return cells, heights.view(height_logits.shape[:-1])
+
+
+def soft_argmax(logits: VolumeLogits, cells: Tensor, window: int = 3) -> tuple[Tensor, Tensor]:
+    """Sub-cell positions: the mean of the distribution in a window around the given cells and their best height.
+
+    Args:
+        cells: ``[*, 2]`` (row, column). window: cells to each side.
+
+    Returns:
+        Grid positions ``[*, 2]`` (x, y) in cells and height positions ``[*]`` in bins, corner convention.
+    """
+    rows = torch.arange(logits.pixel.shape[-2], device=cells.device)
+    columns = torch.arange(logits.pixel.shape[-1], device=cells.device)
+    near_row = (rows - cells[..., 0, None]).abs() <= window  # [*, H]
+    near_column = (columns - cells[..., 1, None]).abs() <= window  # [*, W]
+    near = near_row[..., :, None] & near_column[..., None, :]
+    weights = logits.pixel_marginal().masked_fill(~near, -torch.inf).flatten(-2).softmax(-1).unflatten(-1, near.shape[-2:])
+    x = (weights.sum(-2) * (columns + 0.5)).sum(-1)
+    y = (weights.sum(-1) * (rows + 0.5)).sum(-1)
+    height_logits = logits.height_given_pixel(cells)
+    bins = torch.arange(height_logits.shape[-1], device=cells.device)
+    near_bin = (bins - height_logits.argmax(-1, keepdim=True)).abs() <= window
+    height_weights = height_logits.masked_fill(~near_bin, -torch.inf).softmax(-1)
+    return torch.stack([x, y], dim=-1), (height_weights * (bins + 0.5)).sum(-1)
+
+
+def pixel_entropy(logits: VolumeLogits) -> Tensor:
+    """Entropy ``[*]`` of the heatmap relative to log(HW): 0 is certain, 1 is uniform."""
+    log_prob = F.log_softmax(logits.pixel_marginal().flatten(-2), dim=-1)
+    return -(log_prob.exp() * log_prob).sum(-1) / torch.log(torch.tensor(float(log_prob.shape[-1])))
