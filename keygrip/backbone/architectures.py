@@ -1,8 +1,8 @@
 """The table of DINO variants and how each one is built on timm.
 
-DINOv2 (Oquab et al. 2023, arXiv 2304.07193; registers: Darcet et al. 2023, arXiv 2309.16588) is timm's `VisionTransformer`,
-DINOv3 (Simeoni et al. 2025, arXiv 2508.10104) is timm's `Eva`. Of DINOv3 only the `_qkvb` models are used: the plain ones have
-no query and value biases and drop those of a checkpoint without a word.
+DINOv2 (Oquab et al. 2023, arXiv 2304.07193; registers: Darcet et al. 2023, arXiv 2309.16588) is timm's
+`VisionTransformer`, DINOv3 (Simeoni et al. 2025, arXiv 2508.10104) is timm's `Eva`. Of DINOv3 only the `_qkvb` models
+are used: the plain ones have no query and value biases and drop those of a checkpoint without a word.
 """
 
 from __future__ import annotations
@@ -113,11 +113,13 @@ VARIANTS: dict[str, Variant] = {
 
 
 class ConvStem(nn.Module):
-    """Light convolutional stem of stride 16 that stands in for the linear patch embedding: [B, 3, H, W] -> [B, D, H/16, W/16].
+    """Light convolutional stem of stride 16 that stands in for the linear patch embedding: [B, 3, H, W] -> [B, D,
+    H/16, W/16].
 
-    Convolutions see across patch borders and keep sub-patch position, which a linear patch embedding trained from scratch on
-    little data does not learn in time ("Early convolutions help transformers see better", Xiao et al. 2021, arXiv 2106.14881).
-    GroupNorm, not BatchNorm: statistics of one image only, so that two processes give the weights that one process gives.
+    Convolutions see across patch borders and keep sub-patch position, which a linear patch embedding trained from
+    scratch on little data does not learn in time ("Early convolutions help transformers see better", Xiao et al.
+    2021, arXiv 2106.14881). GroupNorm, not BatchNorm: statistics of one image only, so that two processes give the
+    weights that one process gives.
     """
 
     def __init__(self, width: int, channels: tuple[int, ...] = (24, 48, 96)) -> None:
@@ -168,14 +170,15 @@ def build_network(
             rope_type="dinov3",
             rope_temperature=100.0,
             rope_rotate_half=True,
-            init_values=None,  # DINOv3's LayerScale starts at 1e-5, which would hold a network trained from scratch at nothing
+            # DINOv3's LayerScale starts at 1e-5, which would hold a network trained from scratch at nothing
+            init_values=None,
             use_fc_norm=False,
             dynamic_img_size=True,
             drop_path_rate=drop_path,
             norm_layer=partial(LayerNorm, eps=1e-5),
         )
         if stem == "conv":
-            network.patch_embed.proj = ConvStem(width)  # type: ignore[union-attr, assignment]
+            network.patch_embed.proj = ConvStem(width)  # type: ignore[union-attr]
     else:
         assert variant.timm_name is not None
         network = timm.create_model(
@@ -191,7 +194,8 @@ def build_network(
         )
     rope = getattr(network, "rope", None)
     if rope is not None:
-        # Meta computes the periods in bfloat16 and stores them so. Files of other makers do not carry them, hence this start.
+        # Meta computes the periods in bfloat16 and stores them so. Files of other makers do not carry them, hence
+        # this start.
         set_rope_periods(network, rope.periods.to(torch.bfloat16))
     return network
 
@@ -207,8 +211,9 @@ def set_rope_periods(network: nn.Module, periods: Tensor) -> None:
 def resample_positions(table: Tensor, grid: tuple[int, int], *, offset: float, antialias: bool) -> Tensor:
     """DINOv2's position table [1, M * M, D] for another patch grid, [1, h * w, D], the way Meta's code does it.
 
-    Meta's plain models were trained with an offset of 0.1 added to the target size before the scale is taken, and without
-    antialiasing; its register models with neither offset nor that omission. timm antialiases always (features off by 0.28).
+    Meta's plain models were trained with an offset of 0.1 added to the target size before the scale is taken, and
+    without antialiasing; its register models with neither offset nor that omission. timm antialiases always (features
+    off by 0.28).
     """
     side = round(table.shape[1] ** 0.5)
     assert side * side == table.shape[1], "position tables are square"

@@ -1,7 +1,7 @@
 """`DinoBackbone`: DINOv2, DINOv3 and a tiny variant behind one interface.
 
-Shapes: B images, S side of an image, N patches on an h x w grid, R prefix tokens (CLS first), D width, H heads, E head width,
-Q query tokens.
+Shapes: B images, S side of an image, N patches on an h x w grid, R prefix tokens (CLS first), D width, H heads, E
+head width, Q query tokens.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from keygrip.backbone.architectures import (
     set_rope_periods,
 )
 from keygrip.backbone.features import BlockKV, DinoFeatures
+from keygrip.backbone.weights import adopt_position_table, find_weights, load_weights
 
 Trainable = Literal["frozen", "all"] | int
 
@@ -33,19 +34,21 @@ Trainable = Literal["frozen", "all"] | int
 class DinoBackbone(nn.Module):
     """A DINO vision transformer: images in, typed features out, and its keys and values by block for deep queries.
 
-    Images are float [B, 3, H, W], already normalised with `mean` and `std` (the data module does that, never the network);
-    H and W may be any multiples of `patch_size` and need not be `image_size`, which is only the size the configs read.
+    Images are float [B, 3, H, W], already normalised with `mean` and `std` (the data module does that, never the
+    network); H and W may be any multiples of `patch_size` and need not be `image_size`, which is only the size the
+    configs read.
 
     Args:
         variant: a key of `VARIANTS` (Meta's hub names, and `tiny`).
         image_size: side S in pixels of the images that this configuration works on; a multiple of the patch size.
-        weights: `random` (explicit, never a fallback), `pretrained` (see `weights.py` for where it looks), or a path: a file in
-            any known format, or a checkpoint or run folder of a keygrip model.
+        weights: `random` (explicit, never a fallback), `pretrained` (see `weights.py` for where it looks), or a path:
+            a file in any known format, or a checkpoint or run folder of a keygrip model.
         weights_path: local file for `weights=pretrained`; the environment's DINO_WEIGHTS_PATH does the same.
         weights_prefix: which `...backbone.` of a keygrip checkpoint to take where it holds several that differ.
         trainable: `frozen` (no gradients, always in eval mode), `all`, or n for the last n blocks and the final norm.
         gradient_checkpointing: recompute the activations of trained blocks in the backward pass.
-        stem: `patch` (linear embedding, as in DINO) or `conv` (`ConvStem`; tiny only). None: conv for tiny, patch otherwise.
+        stem: `patch` (linear embedding, as in DINO) or `conv` (`ConvStem`; tiny only). None: conv for tiny, patch
+            otherwise.
         drop_path: stochastic depth rate of the last block, growing linearly from 0.
         width, depth, heads: reduced sizes of the same architecture, for training from scratch and for tests.
 
@@ -93,11 +96,12 @@ class DinoBackbone(nn.Module):
         self.num_heads = heads or self.variant.heads
         if self.embed_dim % self.num_heads or (self.embed_dim // self.num_heads) % 4:
             raise ValueError(
-                f"backbone width {self.embed_dim} over {self.num_heads} heads: the width of a head must be a multiple of 4"
+                f"backbone width {self.embed_dim} over {self.num_heads} heads: the width of a head must be a "
+                "multiple of 4"
             )
         self.num_prefix_tokens = 1 + self.variant.registers
         self.gradient_checkpointing = gradient_checkpointing
-        self.net = build_network(
+        self.net: Any = build_network(
             self.variant,
             stem=stem,
             image_size=image_size,
@@ -106,8 +110,20 @@ class DinoBackbone(nn.Module):
             heads=self.num_heads,
             drop_path=drop_path,
         )
-        if weights != "random":
-            raise ValueError(f"backbone.weights={weights!r} is not supported yet")
+        reduced = (self.embed_dim, self.depth, self.num_heads) != (
+            self.variant.width,
+            self.variant.depth,
+            self.variant.heads,
+        )
+        source = find_weights(self.variant, weights, weights_path)
+        if source is not None and source.path is None and reduced:
+            raise ValueError(f"{variant} with another width, depth or number of heads has no pretrained weights")
+        if source is None and weights_prefix is not None:
+            raise ValueError(f"backbone.weights_prefix={weights_prefix} has no effect with backbone.weights=random")
+        self.loaded_weights = (
+            "random" if source is None else load_weights(self.net, self.variant, source, weights_prefix)
+        )
+        self.register_load_state_dict_pre_hook(_adopt_position_table)
         self._set_trainable(trainable)
 
     # ------------------------------------------------------------------ modes
@@ -116,18 +132,19 @@ class DinoBackbone(nn.Module):
         valid_count = isinstance(trainable, int) and not isinstance(trainable, bool)
         if valid_count and not 1 <= int(trainable) <= self.depth:
             raise ValueError(
-                f"backbone.trainable={trainable}: {self.variant.name} has {self.depth} blocks; give 1 to {self.depth}, all or frozen"
+                f"backbone.trainable={trainable}: {self.variant.name} has {self.depth} blocks; give 1 to "
+                f"{self.depth}, all or frozen"
             )
         if not valid_count and trainable not in ("frozen", "all"):
             raise ValueError(f"backbone.trainable={trainable!r}: choose frozen, all, or a number of last blocks")
         self.trainable = trainable
-        # Index of the first block that is trained; everything before it is frozen. -1: the embeddings are trained as well.
+        # The layer of the first parameter that is trained, counted as in `layer_of`.
         if trainable == "all":
             self._first_trained = -1
         else:
-            self._first_trained = self.depth if trainable == "frozen" else self.depth - int(trainable)
+            self._first_trained = self.depth + 1 if trainable == "frozen" else self.depth - int(trainable)
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(self.layer_of(name) > self._first_trained)
+            parameter.requires_grad_(self.layer_of(name) >= self._first_trained)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> DinoBackbone:
@@ -172,10 +189,10 @@ class DinoBackbone(nn.Module):
     def query(self, tokens: Tensor, kv: Sequence[BlockKV], first_block: int = 0) -> Tensor:
         """Sends query tokens through the blocks against cached keys and values: [B, Q, D] -> [B, Q, D], normed.
 
-        Each query attends at each block to the cached tokens alone (not to other queries), through the block's own norm, query
-        and output projection, LayerScale and MLP; no cached token sees a query. A query has no place in the picture, so no
-        rotary embedding. From `cls_input()` the result is DINO's own CLS output. Gradients reach the queries in a frozen
-        backbone too.
+        Each query attends at each block to the cached tokens alone (not to other queries), through the block's own
+        norm, query and output projection, LayerScale and MLP; no cached token sees a query. A query has no place in
+        the picture, so no rotary embedding. From `cls_input()` the result is DINO's own CLS output. Gradients reach
+        the queries in a frozen backbone too.
 
         Args:
             tokens: queries at the input of block `first_block`, [B, Q, D].
@@ -201,11 +218,13 @@ class DinoBackbone(nn.Module):
     def _query(self, tokens: Tensor, kv: Sequence[BlockKV], first_block: int, attention: list[Tensor] | None) -> Tensor:
         if len(kv) != self.depth - first_block:
             raise ValueError(
-                f"query from block {first_block} of {self.depth} needs {self.depth - first_block} blocks of keys, got {len(kv)}"
+                f"query from block {first_block} of {self.depth} needs {self.depth - first_block} blocks of keys, "
+                f"got {len(kv)}"
             )
         if tokens.ndim != 3 or tokens.shape[0] != kv[0].key.shape[0] or tokens.shape[2] != self.embed_dim:
             raise ValueError(
-                f"query tokens must be [{kv[0].key.shape[0]}, Q, {self.embed_dim}], as many as the images; got {list(tokens.shape)}"
+                f"query tokens must be [{kv[0].key.shape[0]}, Q, {self.embed_dim}], as many as the images; got "
+                f"{list(tokens.shape)}"
             )
         for block, block_kv in zip(self._blocks[first_block:], kv, strict=True):
             tokens = _query_block(block, tokens, block_kv, attention)
@@ -260,7 +279,7 @@ class DinoBackbone(nn.Module):
     # ------------------------------------------------------------------ parts
 
     @property
-    def _blocks(self) -> nn.ModuleList:
+    def _blocks(self) -> Any:
         return self.net.blocks
 
     @property
@@ -277,7 +296,8 @@ class DinoBackbone(nn.Module):
                 below, above = side // patch * patch, (side // patch + 1) * patch
                 near = f"{below} or {above}" if below else f"{above}"
                 raise ValueError(
-                    f"{what} {height} x {width}: {side} does not divide by the patch size {patch} of {self.variant.name}; "
+                    f"{what} {height} x {width}: {side} does not divide by the patch size {patch} of "
+                    f"{self.variant.name}; "
                     f"the nearest sizes are {near}"
                 )
 
@@ -293,7 +313,8 @@ class DinoBackbone(nn.Module):
     # ------------------------------------------------------------------ for optimisers
 
     def layer_of(self, name: str) -> int:
-        """Layer number of one of this module's parameters, for layer-wise learning rates: embeddings -1, block i is i, norm depth."""
+        """Layer number of one of this module's parameters, for layer-wise learning rates: embeddings -1, block i
+        is i, norm depth."""
         parts = name.split(".")
         if parts[0] != "net" or len(parts) < 2:
             raise ValueError(f"{name!r} is not a parameter of the backbone")
@@ -302,13 +323,19 @@ class DinoBackbone(nn.Module):
         return self.depth if parts[1] == "norm" else -1
 
     def layer_scale_of(self, name: str, decay: float) -> float:
-        """Learning-rate factor of a parameter under layer-wise decay (BEiT, arXiv 2106.08254): 1 at the final norm, decay per layer below."""
+        """Learning-rate factor of a parameter under layer-wise decay (BEiT, arXiv 2106.08254): 1 at the final
+        norm, decay per layer below."""
         return decay ** (self.depth - self.layer_of(name))
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that take no weight decay: everything with one axis (norms, biases, LayerScale) and learned tokens."""
+        """Names of the parameters that take no weight decay: everything with one axis (norms, biases, LayerScale)
+        and learned tokens."""
         tokens = {"net.cls_token", "net.reg_token", "net.pos_embed"}
         return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1 or name in tokens}
+
+
+def _adopt_position_table(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    adopt_position_table(module.net, state.get(f"{prefix}net.pos_embed"))  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------- blocks of both families
@@ -320,7 +347,8 @@ def _run_block(block: nn.Module, tokens: Tensor, rope: Tensor | None) -> Tensor:
 
 
 def _run_block_with_kv(block: Any, tokens: Tensor, rope: Tensor | None, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The block taken apart so that its keys and values come out: tokens [B, R + N, D], key and value [B, H, R + N, E]."""
+    """The block taken apart so that its keys and values come out: tokens [B, R + N, D], key and value [B, H, R +
+    N, E]."""
     normed = block.norm1(tokens)
     weight, bias = _qkv(block.attn)
     query, key, value = _heads(functional.linear(normed, weight, bias), block.attn.num_heads, 3)
@@ -353,7 +381,8 @@ def _query_block(block: Any, tokens: Tensor, kv: BlockKV, attention: list[Tensor
 
 
 def _qkv(attention: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight [3 D, D] and bias [3 D] of the fused projection; DINOv3 stores the biases apart and has none on the keys."""
+    """Weight [3 D, D] and bias [3 D] of the fused projection; DINOv3 stores the biases apart and has none on the
+    keys."""
     bias = attention.qkv.bias
     if bias is None and getattr(attention, "q_bias", None) is not None:
         bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])

@@ -1,6 +1,7 @@
 """What the DINO backbone hands out: typed features, and keys and values by block.
 
-Shapes: B images, N patches on an h x w grid, R prefix tokens (CLS first, then registers), D width, H heads, E width of a head.
+Shapes: B images, N patches on an h x w grid, R prefix tokens (CLS first, then registers), D width, H heads, E width
+of a head.
 """
 
 from __future__ import annotations
