@@ -1,0 +1,169 @@
+"""Chooses how MuJoCo draws off screen, before MuJoCo is imported, and draws camera images with any pinhole intrinsics.
+
+MuJoCo reads `MUJOCO_GL` while it is being imported and fails there with an unhelpful error when the library is missing,
+so every module of this package takes `mujoco` from here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+
+INSTALL_ADVICE = (
+    "off-screen rendering needs a GL library: install EGL (`apt-get install libegl1 libgl1`) "
+    "or OSMesa (`apt-get install libosmesa6`), or set MUJOCO_GL to the backend that this machine has"
+)
+EGL_PLATFORM_DEVICE = 0x313F
+
+
+class RenderingUnavailableError(RuntimeError):
+    """No GL backend can draw off screen on this machine."""
+
+
+def _load_library(*names: str) -> ctypes.CDLL | None:
+    for name in names:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    return None
+
+
+def egl_works() -> bool:
+    """Whether EGL is installed with a device that initialises (a library without a driver does not count)."""
+    egl = _load_library("libEGL.so.1", "libEGL.so")
+    if egl is None or _load_library("libGL.so.1", "libOpenGL.so.0", "libGL.so") is None:
+        return False
+    egl.eglGetProcAddress.restype = ctypes.c_void_p
+    egl.eglGetProcAddress.argtypes = [ctypes.c_char_p]
+    query_address = egl.eglGetProcAddress(b"eglQueryDevicesEXT")
+    display_address = egl.eglGetProcAddress(b"eglGetPlatformDisplayEXT")
+    if not query_address or not display_address:
+        return False
+    query = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(query_address)
+    get_display = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p)(display_address)
+    devices, count = (ctypes.c_void_p * 16)(), ctypes.c_int(0)
+    if not query(16, devices, ctypes.byref(count)):
+        return False
+    egl.eglInitialize.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    for device in list(devices)[: count.value]:
+        display = get_display(EGL_PLATFORM_DEVICE, device, None)
+        if display and egl.eglInitialize(display, None, None):
+            return True
+    return False
+
+
+def osmesa_works() -> bool:
+    """Whether the software renderer OSMesa is installed."""
+    return _load_library("libOSMesa.so.8", "libOSMesa.so.6", "libOSMesa.so") is not None
+
+
+def choose_backend() -> str:
+    """The value for `MUJOCO_GL`: the user's own, else egl, else osmesa, else "disable" (physics only).
+
+    Raises:
+        RenderingUnavailableError: the user asked for egl or osmesa and it does not work here.
+    """
+    asked = os.environ.get("MUJOCO_GL", "").strip().lower()
+    probes = {"egl": egl_works, "osmesa": osmesa_works}
+    if asked in probes and not probes[asked]():
+        raise RenderingUnavailableError(f"MUJOCO_GL={asked} is set but does not work here; {INSTALL_ADVICE}")
+    if asked:
+        return asked
+    if not sys.platform.startswith("linux"):
+        return ""  # macOS and Windows have one backend each, which MuJoCo finds itself
+    return next((name for name, works in probes.items() if works()), "disable")
+
+
+if "mujoco" not in sys.modules and (_backend := choose_backend()):
+    os.environ["MUJOCO_GL"] = _backend
+
+import mujoco as mujoco  # noqa: E402  (the backend must be chosen first)
+
+
+@dataclass(frozen=True)
+class Lens:
+    """Pinhole intrinsics of a picture of `width` x `height` pixels; pixel corners lie at integers."""
+
+    width: int
+    height: int
+    intrinsics: np.ndarray  # [3, 3]
+
+    @classmethod
+    def from_field_of_view(
+        cls, width: int, height: int, fovy_deg: float, shift: tuple[float, float] = (0.0, 0.0)
+    ) -> Lens:
+        """A lens whose optical axis meets the picture at its centre plus `shift` (fractions of width and height)."""
+        focal = 0.5 * height / np.tan(np.deg2rad(fovy_deg) / 2)
+        centre = (width * (0.5 + shift[0]), height * (0.5 + shift[1]))
+        return cls(width, height, np.array([[focal, 0.0, centre[0]], [0.0, focal, centre[1]], [0.0, 0.0, 1.0]]))
+
+
+def world_to_camera(data: mujoco.MjData, camera: int) -> np.ndarray:
+    """[4, 4] world-to-camera transform of a MuJoCo camera in OpenCV axes (x right, y down, z forward)."""
+    rotation = data.cam_xmat[camera].reshape(3, 3) @ np.diag([1.0, -1.0, -1.0])  # camera to world
+    transform = np.eye(4)
+    transform[:3, :3] = rotation.T
+    transform[:3, 3] = -rotation.T @ data.cam_xpos[camera]
+    return transform
+
+
+class CameraRenderer:
+    """Draws one model at one picture size, through any camera and lens.
+
+    Raises:
+        RenderingUnavailableError: no GL context can be made.
+    """
+
+    def __init__(self, model: mujoco.MjModel, width: int, height: int, shadows: bool = False) -> None:
+        self.width, self.height = width, height
+        try:
+            self._renderer = mujoco.Renderer(model, height, width)
+        except Exception as error:  # MuJoCo raises whatever its backend raises
+            backend = os.environ.get("MUJOCO_GL", "")
+            raise RenderingUnavailableError(f"MuJoCo (MUJOCO_GL={backend}) cannot draw: {INSTALL_ADVICE}") from error
+        self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = int(shadows)
+        self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        self._options = mujoco.MjvOption()
+        self._options.sitegroup[:] = 0  # sites would be painted into the picture
+
+    def _draw(self, data: mujoco.MjData, camera: str, lens: Lens) -> np.ndarray:
+        if (lens.width, lens.height) != (self.width, self.height):
+            raise ValueError(f"lens is {lens.width}x{lens.height}, the renderer {self.width}x{self.height}")
+        self._renderer.update_scene(data, camera=camera, scene_option=self._options)
+        (fx, _, cx), (_, fy, cy) = lens.intrinsics[0], lens.intrinsics[1]
+        for view in self._renderer.scene.camera:
+            near = view.frustum_near
+            left, right = -cx / fx * near, (self.width - cx) / fx * near
+            view.frustum_center, view.frustum_width = (left + right) / 2, (right - left) / 2
+            view.frustum_top, view.frustum_bottom = cy / fy * near, -(self.height - cy) / fy * near
+        return self._renderer.render().copy()
+
+    def image(self, data: mujoco.MjData, camera: str, lens: Lens) -> np.ndarray:
+        """[H, W, 3] uint8 RGB."""
+        return self._draw(data, camera, lens)
+
+    def depth(self, data: mujoco.MjData, camera: str, lens: Lens) -> np.ndarray:
+        """[H, W] float32, metres along the optical axis."""
+        self._renderer.enable_depth_rendering()
+        try:
+            return self._draw(data, camera, lens)
+        finally:
+            self._renderer.disable_depth_rendering()
+
+    def segmentation(self, data: mujoco.MjData, camera: str, lens: Lens) -> np.ndarray:
+        """[H, W] int32 geom number of each pixel, -1 where there is none."""
+        self._renderer.enable_segmentation_rendering()
+        try:
+            labels = self._draw(data, camera, lens)
+        finally:
+            self._renderer.disable_segmentation_rendering()
+        return np.where(labels[..., 1] == int(mujoco.mjtObj.mjOBJ_GEOM), labels[..., 0], -1).astype(np.int32)
+
+    def close(self) -> None:
+        """Frees the GL context."""
+        self._renderer.close()
