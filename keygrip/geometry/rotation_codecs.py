@@ -9,9 +9,13 @@ Shape legend: N rotations, R classes, ``...`` any batch shape.
 
 from __future__ import annotations
 
+import hashlib
+import os
 import warnings
 from abc import abstractmethod
+from pathlib import Path
 
+import numpy as np
 import torch
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
@@ -52,9 +56,17 @@ class RotationCodec(nn.Module):
         if not bool(torch.isfinite(quaternions).all()):
             raise ValueError("The rotations to fit contain NaN or infinity: run the geometry doctor on the dataset.")
         unit = normalise(quaternions.double())
-        report = self._fit(unit)
+        self._fit(unit)
         self.fitted.fill_(True)
-        return report | self.quantisation(unit)
+        return self.summary() | self.quantisation(unit)
+
+    def summary(self) -> dict[str, float]:
+        """What the fit itself has to report, apart from its errors."""
+        return {}
+
+    def settings(self) -> dict[str, float]:
+        """Constructor settings on which the basis depends."""
+        return {"classes": self.classes}
 
     def quantisation(self, quaternions: Tensor) -> dict[str, float]:
         """The floor under every rotation error: angle in degrees between rotations ``[N, 4]`` and their decoded codes."""
@@ -69,7 +81,7 @@ class RotationCodec(nn.Module):
             )
 
     @abstractmethod
-    def _fit(self, quaternions: Tensor) -> dict[str, float]: ...
+    def _fit(self, quaternions: Tensor) -> None: ...
 
     @abstractmethod
     def encode(self, quaternions: Tensor) -> Tensor:
@@ -105,7 +117,7 @@ class PCARotation(RotationCodec):
         self.register_buffer("score_range", torch.tensor([-1.0, 1.0]))  # [2] rad, lowest and highest PC1 score
         self.register_buffer("explained", torch.tensor(0.0))  # [] share of variance explained by PC1
 
-    def _fit(self, quaternions: Tensor) -> dict[str, float]:
+    def _fit(self, quaternions: Tensor) -> None:
         mean = mean_rotation(quaternions)
         tangents = rotation_log(quaternion_multiply(quaternion_conjugate(mean), quaternions))  # [N, 3]
         if float(tangents.std(dim=0, correction=0).max()) < 1e-6:
@@ -131,7 +143,9 @@ class PCARotation(RotationCodec):
                 "rotation=pca_1d will lose the rest; use rotation=kmeans.",
                 stacklevel=3,
             )
-        return {"pc1_explained": explained}
+
+    def summary(self) -> dict[str, float]:
+        return {"pc1_explained": float(self.explained)}
 
     def scores(self, quaternions: Tensor) -> Tensor:
         """PC1 scores ``[...]`` in radians of rotations ``[..., 4]``."""
@@ -185,7 +199,7 @@ class KMeansRotation(RotationCodec):
         self.seed = seed
         self.register_buffer("prototypes", torch.tensor([[1.0, 0.0, 0.0, 0.0]]).repeat(classes, 1))  # [R, 4]
 
-    def _fit(self, quaternions: Tensor) -> dict[str, float]:
+    def _fit(self, quaternions: Tensor) -> None:
         embedded = (quaternions[:, :, None] * quaternions[:, None, :]).flatten(1)  # [N, 16]
         distinct = len(torch.unique(embedded.mul(1e6).round(), dim=0))
         clusters = min(self.classes, distinct)
@@ -195,7 +209,12 @@ class KMeansRotation(RotationCodec):
         # With fewer different rotations than classes the last prototype repeats; argmax picks the first of equals.
         padded = torch.cat([prototypes, prototypes[-1:].expand(self.classes - clusters, 4)])
         self.prototypes.copy_(normalise(padded))
-        return {"prototypes_used": float(clusters)}
+
+    def summary(self) -> dict[str, float]:
+        return {"prototypes_used": float(len(torch.unique(self.prototypes, dim=0)))}
+
+    def settings(self) -> dict[str, float]:
+        return super().settings() | {"seed": self.seed}
 
     def encode(self, quaternions: Tensor) -> Tensor:
         self._require_fit()
@@ -205,3 +224,30 @@ class KMeansRotation(RotationCodec):
     def decode(self, indices: Tensor) -> Tensor:
         self._require_fit()
         return self.prototypes[indices]
+
+
+def fit_or_load(codec: RotationCodec, quaternions: Tensor, cache_dir: Path, fingerprint: str) -> dict[str, float]:
+    """Fit a codec, or take its basis from the file beside the dataset that was fitted on exactly the same rotations.
+
+    The file's name carries a hash of the codec's settings, of ``fingerprint`` (which says what the dataset was when its
+    statistics were computed) and of the rotations themselves, so a stale basis is never read.
+
+    Args:
+        quaternions: ``[N, 4]`` of the training split. cache_dir: folder beside the dataset, made where absent.
+
+    Returns:
+        The fit's report, see :meth:`RotationCodec.fit`.
+    """
+    contents = np.ascontiguousarray(quaternions.double().numpy()).tobytes()
+    settings = f"{type(codec).__name__} {codec.settings()} {fingerprint}".encode()
+    digest = hashlib.sha256(settings + contents).hexdigest()[:16]
+    path = cache_dir / f"rotation-{type(codec).__name__}-{digest}.pt"
+    if path.is_file():
+        codec.load_state_dict(torch.load(path, weights_only=True))
+        return codec.summary() | codec.quantisation(normalise(quaternions.double()))
+    report = codec.fit(quaternions)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    torch.save(codec.state_dict(), temporary)
+    temporary.replace(path)
+    return report

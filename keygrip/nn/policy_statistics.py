@@ -1,0 +1,95 @@
+"""What a policy must know about its training data to run: kept in buffers, so that it lies in every checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from keygrip.data.augmentation import ImageGeometry
+
+
+class PolicyStatistics(nn.Module):
+    """Ranges, timing and image preparation of the training split.
+
+    A policy without them would move a robot with made-up numbers, so that reading them before they are set raises.
+
+    Attributes (buffers):
+        height_range: ``[2]`` metres, lowest and highest gripper height. position_range: ``[2, 3]`` metres, per axis.
+        step_seconds: time between predicted steps. geometry: how a camera's picture becomes the network's.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("known", torch.tensor(False))
+        self.register_buffer("_height_range", torch.tensor([0.0, 1.0]))
+        self.register_buffer("_position_range", torch.tensor([[0.0] * 3, [1.0] * 3]))
+        self.register_buffer("_step_seconds", torch.tensor(0.0))
+        self.register_buffer("_image_size", torch.tensor(0))
+        self.register_buffer("_image_field", torch.tensor(1.0, dtype=torch.float64))
+        self.register_buffer("_image_stretch", torch.tensor(False))
+        self.register_buffer("_image_mean", torch.zeros(3, dtype=torch.float64))
+        self.register_buffer("_image_std", torch.ones(3, dtype=torch.float64))
+
+    def set(
+        self,
+        *,
+        height_range: tuple[float, float],
+        position_range: Any,
+        step_seconds: float,
+        geometry: ImageGeometry,
+    ) -> None:
+        """Fill in the statistics; ``position_range`` is ``[2, 3]`` array-like."""
+        low, high = height_range
+        if not high > low:
+            raise ValueError(
+                f"The training demonstrations have no range of heights (lowest {low:.4f} m, highest {high:.4f} m): height bins need "
+                "one. Check that the end-effector positions are in metres with z up (step=doctor)."
+            )
+        values = {
+            "_height_range": [low, high],
+            "_position_range": position_range,
+            "_step_seconds": step_seconds,
+            "_image_size": geometry.image_size,
+            "_image_field": geometry.field,
+            "_image_stretch": geometry.fit == "stretch",
+            "_image_mean": geometry.mean,
+            "_image_std": geometry.std,
+        }
+        for name, value in values.items():
+            buffer: Tensor = getattr(self, name)
+            buffer.copy_(torch.as_tensor(value, dtype=buffer.dtype).reshape(buffer.shape))
+        self.known.fill_(True)
+
+    def _read(self, name: str) -> Tensor:
+        if not bool(self.known):
+            raise ValueError(
+                "The policy has no statistics of its training data (height range, image preparation): train it, or load a checkpoint "
+                "written by keygrip.train."
+            )
+        value: Tensor = getattr(self, name)
+        return value
+
+    @property
+    def height_range(self) -> Tensor:
+        return self._read("_height_range")
+
+    @property
+    def position_range(self) -> Tensor:
+        return self._read("_position_range")
+
+    @property
+    def step_seconds(self) -> float:
+        return float(self._read("_step_seconds"))
+
+    @property
+    def geometry(self) -> ImageGeometry:
+        mean, std = self._read("_image_mean").tolist(), self._read("_image_std").tolist()
+        return ImageGeometry(
+            image_size=int(self._read("_image_size")),
+            mean=(mean[0], mean[1], mean[2]),
+            std=(std[0], std[1], std[2]),
+            field=float(self._read("_image_field")),
+            fit="stretch" if bool(self._read("_image_stretch")) else "crop",
+        )
