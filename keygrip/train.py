@@ -1,0 +1,253 @@
+"""Trains a model: ``python -m keygrip.train model=... data=... [experiment=...]``."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from keygrip.config import entry_point
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
+log = logging.getLogger(__name__)
+
+# Settings that may differ when a run is resumed: they do not change which weights a step leads to.
+MAY_DIFFER = (
+    "max_steps", "max_epochs", "max_minutes", "val_every_n_steps", "limit_val_batches", "log_every_n_steps", "debug", "resume",
+    "run_dir", "logger", "callbacks.checkpoint", "callbacks.progress", "callbacks.throughput", "callbacks.learning_rate",
+    "callbacks.health", "callbacks.interrupt", "strategy.devices", "strategy.num_nodes", "data.num_workers", "data.cache_gb",
+)  # fmt: skip
+
+
+def run(cfg: DictConfig) -> dict[str, float]:
+    """Trains as ``cfg`` says and returns the headline metrics.
+
+    The run folder receives ``config.yaml`` (resolved), ``provenance.json``, ``checkpoints/``, the loggers' files and
+    ``result.json`` (status, metrics, overrides, wall time).
+
+    Args:
+        cfg: composed from ``conf/train.yaml``; ``keygrip.config.compose("train", [...])`` outside the command line.
+
+    Raises:
+        ValueError: settings or data that cannot be trained with; nothing is written then but the run folder.
+        FileNotFoundError: data, weights or a checkpoint to resume are missing.
+        keygrip.training.interruption.Interrupted: a signal ended the run, after saving.
+    """
+    started = time.time()
+    cfg = cfg.copy()
+    folder = _run_folder(cfg)
+    with open_dict(cfg):
+        cfg.run_dir = str(folder)
+    resume = _checkpoint_to_resume(cfg, folder)
+    if not cfg.debug:
+        _quiet()
+
+    import lightning
+    import torch
+    from hydra.utils import instantiate
+
+    from keygrip.training.checkpoints import Header, build_module
+    from keygrip.training.health import RandomnessByStep
+    from keygrip.training.provenance import provenance
+    from keygrip.training.saving import AtomicCheckpointIO
+
+    resolved: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    strategy = instantiate(cfg.strategy)
+    arguments = strategy.trainer_arguments()  # before anything slow: a missing GPU is said at once
+    resumed_step = _check_resumed(resume, resolved) if resume else 0
+    origin = provenance()
+    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    torch.use_deterministic_algorithms(bool(cfg.deterministic), warn_only=True)
+
+    datamodule = instantiate(cfg.data, _convert_="all")
+    module = build_module(resolved)
+    _write_once(folder, cfg, origin, resumed=resume is not None)
+    if hasattr(module, "set_statistics"):
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        module.set_statistics(datamodule.statistics)
+    callbacks: list[Callback] = [RandomnessByStep(cfg.seed), Header(resolved, origin), *_parts(cfg.callbacks)]
+    trainer = lightning.Trainer(
+        **arguments,
+        max_steps=cfg.max_steps,
+        max_epochs=cfg.max_epochs,
+        max_time=None if cfg.max_minutes is None else {"seconds": int(60 * cfg.max_minutes)},
+        val_check_interval=cfg.val_every_n_steps and cfg.val_every_n_steps * cfg.accumulate_grad_batches,
+        check_val_every_n_epoch=None if cfg.val_every_n_steps else 1,
+        limit_val_batches=cfg.limit_val_batches,
+        num_sanity_val_steps=0 if resume else 1,
+        log_every_n_steps=cfg.log_every_n_steps,
+        accumulate_grad_batches=cfg.accumulate_grad_batches,
+        gradient_clip_val=cfg.optimizer.get("clip_norm") if cfg.optimizer else None,
+        callbacks=callbacks,
+        logger=_loggers(cfg, resumed_step) or False,
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=str(folder),
+        enable_model_summary=False,
+        enable_checkpointing=True,
+    )
+    _announce(cfg, module, trainer, resume, resumed_step)
+    trainer.fit(module, datamodule=datamodule, ckpt_path=None if resume is None else str(resume), weights_only=True)
+
+    metrics = _headline(trainer, module)
+    if trainer.is_global_zero:
+        _finish(cfg, folder, trainer, metrics, time.time() - started)
+    return metrics
+
+
+def _run_folder(cfg: DictConfig) -> Path:
+    from hydra.core.hydra_config import HydraConfig
+
+    from keygrip.training import run_folder
+
+    if HydraConfig.initialized():
+        return Path(HydraConfig.get().runtime.output_dir)
+    model = str(cfg.model._target_).rpartition(".")[2]
+    data = str(cfg.data._target_).rpartition(".")[2]
+    return Path(run_folder.choose(cfg.run_dir, cfg.resume, model, data))
+
+
+def _checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
+    from keygrip.training import run_folder
+
+    latest = folder / run_folder.CHECKPOINT
+    if cfg.resume:
+        return run_folder.checkpoint_to_resume(folder, cfg.resume)
+    if not latest.is_file():
+        return None
+    if run_folder.restarted_by_scheduler():
+        log.warning("started again by the scheduler: resuming %s", latest)
+        return latest
+    raise ValueError(f"{folder} already holds a run: continue it with resume=true, or give another run_dir")
+
+
+def _check_resumed(checkpoint: Path, resolved: dict[str, Any]) -> int:
+    """The step of the checkpoint to resume, after checking that it was made with these settings."""
+    from keygrip.training.checkpoints import HEADER, read_checkpoint
+
+    content = read_checkpoint(checkpoint)
+    before, now = _flat(content[HEADER]["config"]), _flat(resolved)
+    # "run_dir" and what is made of it may differ: a folder can be moved or named another way.
+    different = sorted(
+        key
+        for key in before.keys() | now.keys()
+        if before.get(key) != now.get(key) and not any(key == free or key.startswith(f"{free}.") for free in MAY_DIFFER)
+    )
+    if different:
+        shown = ", ".join(f"{key} ({before.get(key)} then, {now.get(key)} now)" for key in different[:4])
+        more = f" and {len(different) - 4} more" if len(different) > 4 else ""
+        raise ValueError(f"{checkpoint} was made with other settings: {shown}{more}; use the same ones, or start a new run")
+    return int(content["global_step"])
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(node, dict) and node:
+        return {k: v for name, child in node.items() for k, v in _flat(child, f"{prefix}{name}.").items()}
+    return {prefix.removesuffix("."): node}
+
+
+def _parts(group: DictConfig | None) -> list[Any]:
+    from hydra.utils import instantiate
+
+    return [instantiate(part, _convert_="all") for part in (group or {}).values() if part is not None]
+
+
+def _loggers(cfg: DictConfig, resumed_step: int) -> list[Any]:
+    from hydra.utils import instantiate
+
+    loggers = []
+    for part in (cfg.logger or {}).values():
+        # Steps that a killed run logged after its last checkpoint are logged again: the first version is dropped.
+        extra = {"purge_step": resumed_step + 1} if resumed_step and part._target_.endswith("TensorBoardLogger") else {}
+        loggers.append(instantiate(part, _convert_="all", **extra))
+    return loggers
+
+
+def _write_once(folder: Path, cfg: DictConfig, origin: dict[str, Any], resumed: bool) -> None:
+    from lightning.pytorch.utilities import rank_zero_only
+
+    if rank_zero_only.rank != 0:
+        return
+    import json
+
+    suffix = time.strftime(".resumed_%Y-%m-%d_%H-%M-%S") if resumed else ""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"config{suffix}.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+    (folder / f"provenance{suffix}.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+
+
+def _announce(cfg: DictConfig, module: LightningModule, trainer: Trainer, resume: Path | None, step: int) -> None:
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in module.parameters())
+    log.info("%s: %.2f M parameters, %.2f M of them trained", type(module).__name__, total / 1e6, trained / 1e6)
+    ends = [f"{cfg.max_steps} steps"] if cfg.max_steps > 0 else []
+    ends += [f"{cfg.max_epochs} epochs"] if cfg.max_epochs > 0 else []
+    ends += [f"{cfg.max_minutes} minutes"] if cfg.max_minutes is not None else []
+    log.info("%s, for %s, into %s", f"resuming {resume} at step {step}" if resume else "training", " or ".join(ends), cfg.run_dir)
+
+
+def _headline(trainer: Trainer, module: LightningModule) -> dict[str, float]:
+    """The module's ``headline_metrics`` (names) where it has them, else every metric, and the speed."""
+    from keygrip.training.progress import Throughput
+
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    names = getattr(module, "headline_metrics", None)
+    metrics = {name: logged[name] for name in (logged if names is None else names) if name in logged}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Throughput):
+            metrics.update(callback.summary)
+    return metrics
+
+
+def _finish(cfg: DictConfig, folder: Path, trainer: Trainer, metrics: dict[str, float], wall_s: float) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    from keygrip.training.run_folder import CHECKPOINT
+    from keygrip.training.sweeps import write_result
+
+    overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    result = {
+        "status": "finished",
+        "steps": trainer.global_step,
+        "wall_s": round(wall_s, 1),
+        "metrics": metrics,
+        "overrides": overrides,
+        "run_dir": str(folder),
+        "checkpoint": str(folder / CHECKPOINT),
+    }
+    write_result(folder, result)
+    for name, value in metrics.items():
+        log.info("  %-28s %.5g", name, value)
+    log.info("finished %d steps in %.0f s: %s", trainer.global_step, wall_s, folder)
+
+
+def _quiet() -> None:
+    """Leaves out what Lightning and torch say about themselves; warnings about a run stay."""
+    import warnings
+
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for text in (
+        ".*does not have many workers.*",
+        ".*your dataloader is not resumable.*",
+        ".*dataloader is\\s+not resumable.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*smaller than the logging interval.*",
+        ".*GPU available but not used.*",
+        ".*lr_scheduler.step.*before.*optimizer.step.*",
+    ):
+        warnings.filterwarnings("ignore", message=text)
+
+
+def main() -> None:
+    """Command line."""
+    entry_point("train", run)
+
+
+if __name__ == "__main__":
+    main()

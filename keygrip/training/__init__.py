@@ -1,0 +1,1 @@
+"""What every training run shares: optimiser recipes, averaged weights, checkpoints, strategies, progress, sweeps."""

@@ -1,0 +1,150 @@
+"""Checkpoints that carry everything needed to run: weights, resolved config, statistics, versions.
+
+A keygrip checkpoint is Lightning's, plus ``keygrip`` (format, resolved config, git revision, package versions) and, where the weights
+are averaged, ``average``. What a model needs besides (statistics, a rotation basis, class names) its module writes in
+``on_save_checkpoint`` and takes back in ``on_load_checkpoint``.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from omegaconf import OmegaConf
+
+from keygrip.training.averaging import AVERAGE
+from keygrip.training.run_folder import CHECKPOINT
+
+log = logging.getLogger(__name__)
+
+HEADER = "keygrip"
+FORMAT = 1
+
+
+class Header(Callback):
+    """Writes the ``keygrip`` part into every checkpoint.
+
+    Args:
+        config: the resolved config of the run.
+        origin: see ``keygrip.training.provenance``.
+    """
+
+    def __init__(self, config: dict[str, Any], origin: dict[str, Any]) -> None:
+        self.header = {"format": FORMAT, "config": config, **origin}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[HEADER] = self.header
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint file that a path names: itself, or the latest one of a run folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    for candidate in (path / CHECKPOINT, path / CHECKPOINT.name):
+        if candidate.is_file():
+            return candidate
+    if path.is_dir():
+        raise FileNotFoundError(f"no checkpoint in {path}: looked for {CHECKPOINT} (has the run saved one yet?)")
+    raise FileNotFoundError(f"no checkpoint at {path}: give a checkpoint file or a run folder")
+
+
+def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """The content of a keygrip checkpoint (file or run folder), read without running any code in it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: truncated, or not made by keygrip.
+    """
+    file = find_checkpoint(path)
+    try:
+        content = torch.load(file, map_location=map_location, weights_only=True)
+    except (RuntimeError, EOFError, zipfile.BadZipFile, OSError, pickle.UnpicklingError) as error:
+        if zipfile.is_zipfile(file):
+            raise ValueError(f"{file} is not a keygrip checkpoint: it holds more than tensors and plain values") from error
+        raise ValueError(f"{file} is truncated or not a checkpoint ({file.stat().st_size} bytes): take another one") from error
+    if not isinstance(content, dict) or HEADER not in content or "state_dict" not in content:
+        raise ValueError(f"{file} is not a keygrip checkpoint; weights of a backbone alone belong in backbone.weights_path")
+    if content[HEADER].get("format") != FORMAT:
+        raise ValueError(f"{file} has format {content[HEADER].get('format')}, this keygrip reads {FORMAT}: use the version that made it")
+    return content
+
+
+def load_module(
+    path: str | Path,
+    map_location: Any = "cpu",
+    expected: type[LightningModule] | None = None,
+    averaged: bool = True,
+) -> LightningModule:
+    """Rebuilds a trained module from its checkpoint alone: no config, dataset or network access.
+
+    The module is built from the stored config with ``backbone.weights=random`` (the weights come from the checkpoint), its
+    ``on_load_checkpoint`` takes back what it stored, and the weights are loaded strictly. It is returned in eval mode.
+
+    Args:
+        path: checkpoint file or run folder.
+        map_location: device for the weights and the module.
+        expected: class that the module must be.
+        averaged: prefer the averaged weights where the checkpoint has them (which is logged).
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        ValueError: truncated, not keygrip's, of another model, or its weights do not fit the code.
+    """
+    file = find_checkpoint(path)
+    checkpoint = read_checkpoint(file, map_location)
+    module = build_module(checkpoint[HEADER]["config"], random_backbone=True)
+    if expected is not None and not isinstance(module, expected):
+        raise ValueError(f"{file} holds a {type(module).__name__}, not a {expected.__name__}: give a checkpoint of that model")
+    module.on_load_checkpoint(checkpoint)
+    state = dict(checkpoint["state_dict"])
+    average = checkpoint.get(AVERAGE)
+    if averaged and average is not None and average["updates"] > 0:
+        state.update({name: value.to(state[name].dtype) for name, value in average["parameters"].items()})
+        which = f"averaged over {average['updates']} steps"
+    else:
+        which = "of the last step"
+    try:
+        module.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {file} do not fit its model: {_first_lines(error)}") from error
+    log.info("loaded %s from %s, weights %s (step %d)", type(module).__name__, file, which, checkpoint.get("global_step", 0))
+    return module.to(map_location).eval()
+
+
+def build_module(config: dict[str, Any], random_backbone: bool = False) -> LightningModule:
+    """Instantiates ``config["model"]`` of a resolved config."""
+    from hydra.utils import instantiate
+
+    model = copy.deepcopy(config["model"])
+    if random_backbone:
+        _make_backbones_random(model)
+    return instantiate(OmegaConf.create(model), _convert_="all")
+
+
+def _make_backbones_random(node: Any) -> None:
+    if isinstance(node, dict):
+        if str(node.get("_target_", "")).startswith("keygrip.backbone"):
+            if "weights" in node:
+                node["weights"] = "random"
+            if "weights_path" in node:
+                node["weights_path"] = None
+        for child in node.values():
+            _make_backbones_random(child)
+    elif isinstance(node, list):
+        for child in node:
+            _make_backbones_random(child)
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines()[1:3])[:300]

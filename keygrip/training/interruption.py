@@ -1,0 +1,11 @@
+"""How a signal travels through a run."""
+
+from __future__ import annotations
+
+
+class Interrupted(Exception):
+    """A signal ended the run in good order; the message says where it stopped and how to go on."""
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number

@@ -1,0 +1,125 @@
+"""Optimiser recipes: what a model's ``configure_optimizers`` returns, chosen in the config group ``optimizer``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW with decoupled weight decay on matrices only, linear warm-up, and a cosine or constant schedule by step.
+
+    Args:
+        lr: peak learning rate.
+        betas: decay of the first and second moment.
+        weight_decay: on parameters with two or more dimensions that are not embeddings or tokens (see ``decays``).
+        warmup_steps: linear, from lr / warmup_steps; shortened to a tenth of a run that is shorter than ten of them.
+        final_lr_share: the cosine ends at this share of ``lr``.
+        schedule: ``cosine`` or ``constant``.
+        clip_norm: global norm at which gradients are clipped; None: never.
+        lr_multipliers: by prefix of the parameter's name, e.g. ``{"backbone": 0.1}``; the longest prefix that fits counts.
+
+    Paper: Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019).
+    """
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    final_lr_share: float = 0.0
+    schedule: str = "cosine"
+    clip_norm: float | None = None
+    lr_multipliers: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"optimizer.lr={self.lr}: must be above 0")
+        if self.schedule not in ("cosine", "constant"):
+            raise ValueError(f"optimizer.schedule={self.schedule!r}: must be cosine or constant")
+        if self.warmup_steps < 0 or not 0 <= self.final_lr_share <= 1 or self.weight_decay < 0:
+            raise ValueError("optimizer: warmup_steps and weight_decay must not be negative, final_lr_share lies in 0..1")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"optimizer.clip_norm={self.clip_norm}: must be above 0, or null for none")
+
+    def configure(self, module: nn.Module, total_steps: int | float) -> dict[str, Any]:
+        """The optimiser and its schedule in the form that Lightning wants.
+
+        Args:
+            module: its trainable parameters are optimised, grouped by learning rate and weight decay.
+            total_steps: optimiser steps of the whole run (``trainer.estimated_stepping_batches``); inf for an open end, which
+                only ``schedule=constant`` has.
+
+        Raises:
+            ValueError: nothing to train, a multiplier that fits no parameter, or a cosine without an end.
+        """
+        if self.schedule == "cosine" and not math.isfinite(total_steps):
+            raise ValueError("optimizer.schedule=cosine needs an end: give max_steps or max_epochs, or schedule=constant")
+        optimizer = torch.optim.AdamW(self.parameter_groups(module), lr=self.lr, betas=(self.betas[0], self.betas[1]))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _Schedule(self, total_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def parameter_groups(self, module: nn.Module) -> list[dict[str, Any]]:
+        """Groups for torch: ``params, lr, weight_decay, name``; every trainable parameter is in exactly one."""
+        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+        used: set[str] = set()
+        kept = _without_decay(module)
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            prefix = max((p for p in self.lr_multipliers if _fits(name, p)), key=len, default="")
+            used.add(prefix)
+            decay = parameter.ndim >= 2 and id(parameter) not in kept
+            groups.setdefault((prefix, decay), []).append(parameter)
+        if not groups:
+            raise ValueError("nothing to train: every parameter is frozen")
+        for prefix, multiplier in self.lr_multipliers.items():
+            if multiplier != 1.0 and prefix not in used:
+                raise ValueError(f"optimizer.lr_multipliers: no trainable parameter's name starts with or holds {prefix!r}")
+        return [
+            {
+                "params": parameters,
+                "lr": self.lr * self.lr_multipliers.get(prefix, 1.0),
+                "weight_decay": self.weight_decay if decay else 0.0,
+                "name": f"{prefix or 'rest'}{'' if decay else '_no_decay'}",
+            }
+            for (prefix, decay), parameters in groups.items()
+        ]
+
+
+class _Schedule:
+    """Share of the peak learning rate at a step."""
+
+    def __init__(self, recipe: AdamW, total_steps: int | float) -> None:
+        self.cosine = recipe.schedule == "cosine"
+        self.final = recipe.final_lr_share
+        self.total = total_steps
+        self.warmup = min(recipe.warmup_steps, int(total_steps // 10)) if math.isfinite(total_steps) else recipe.warmup_steps
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        if not self.cosine:
+            return 1.0
+        progress = min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _fits(name: str, prefix: str) -> bool:
+    """Whether a parameter belongs to a named part: ``backbone`` fits ``backbone.x`` and ``network.backbone.x``."""
+    return name == prefix or name.startswith(f"{prefix}.") or f".{prefix}." in name
+
+
+def _without_decay(module: nn.Module) -> set[int]:
+    """Tables of embeddings and learned tokens or positions have several dimensions but are not matrices of a product."""
+    kept = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+    for name, parameter in module.named_parameters():
+        last = name.rpartition(".")[2]
+        if last.endswith(("token", "tokens", "pos_embed", "query", "queries")):
+            kept.add(id(parameter))
+    return kept

@@ -1,0 +1,106 @@
+"""Where a run writes: ``runs/<model>_<data>/<stamp>``, the same folder for all processes of one run, and which one to resume."""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+
+RUNS = Path("runs")
+CHECKPOINT = Path("checkpoints") / "last.ckpt"
+
+
+def choose(run_dir: str | None, resume: bool | str | None, model: str, data: str) -> str:
+    """The folder of this run.
+
+    Args:
+        run_dir: fixed by the user, or None.
+        resume: False, True (newest run of this model and data that has a checkpoint), or a run folder or checkpoint file.
+        model, data: names of the chosen configs.
+
+    Raises:
+        FileNotFoundError: nothing to resume.
+        ValueError: the processes of this run could not agree on a folder, or the folder holds another run.
+    """
+    group = RUNS / f"{model}_{data}"
+    if isinstance(resume, str) and resume.lower() in {"true", "false"}:
+        resume = resume.lower() == "true"
+    if isinstance(resume, str):
+        return str(_folder_of(Path(resume)))
+    if resume:
+        if run_dir is not None:
+            if not (Path(run_dir) / CHECKPOINT).is_file():
+                raise FileNotFoundError(f"nothing to resume: {Path(run_dir) / CHECKPOINT} does not exist; leave out resume=true")
+            return run_dir
+        return str(newest(group))
+    if run_dir is not None:
+        return run_dir
+    return str(group / stamp())
+
+
+def choose_for_sweep(model: str, data: str) -> str:
+    """The folder of a sweep; its jobs are numbered folders inside."""
+    return str(RUNS / "sweeps" / f"{model}_{data}" / stamp())
+
+
+def newest(group: Path) -> Path:
+    """The newest run folder in ``group`` with a checkpoint.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = [path.parents[1] for path in group.glob(f"*/{CHECKPOINT}")]
+    if not found:
+        raise FileNotFoundError(f"nothing to resume: no run with a checkpoint in {group}/; leave out resume=true, or give resume=<run folder>")
+    return max(found, key=lambda folder: (folder / CHECKPOINT).stat().st_mtime)
+
+
+def checkpoint_to_resume(folder: Path, resume: bool | str) -> Path:
+    """The checkpoint file that ``resume`` names, given the run folder that ``choose`` found for it."""
+    if isinstance(resume, str) and resume.lower() not in {"true", "false"} and Path(resume).is_file():
+        return Path(resume)
+    return folder / CHECKPOINT
+
+
+def restarted_by_scheduler() -> bool:
+    """True where torchrun or SLURM started this run again after a failure or a requeue."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+@cache
+def stamp() -> str:
+    """A name for this run that all its processes agree on: a time stamp, or the scheduler's job number.
+
+    Raises:
+        ValueError: several nodes without a common name for the run.
+    """
+    environment = os.environ
+    if "TORCHELASTIC_RUN_ID" in environment:
+        run_id = environment["TORCHELASTIC_RUN_ID"]
+        if run_id != "none":
+            return f"job-{run_id}"
+        if int(environment.get("WORLD_SIZE", 1)) > int(environment.get("LOCAL_WORLD_SIZE", 1)):
+            raise ValueError("torchrun on several nodes without --rdzv-id: the nodes cannot agree on a run folder; give run_dir=<folder>")
+        return _parents_start()
+    if int(environment.get("SLURM_NTASKS") or 1) > 1 and "SLURM_JOB_ID" in environment and "SLURM_PROCID" in environment:
+        return f"job-{environment['SLURM_JOB_ID']}.{environment.get('SLURM_STEP_ID', '0')}"
+    return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def _parents_start() -> str:
+    """All processes of one node have the same parent, which started once."""
+    import psutil
+
+    started = psutil.Process(os.getppid()).create_time()
+    return datetime.fromtimestamp(started).strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def _folder_of(path: Path) -> Path:
+    if path.is_file():
+        return path.parent.parent if path.parent.name == CHECKPOINT.parent.name else path.parent
+    if (path / CHECKPOINT).is_file():
+        return path
+    if path.is_dir():
+        raise FileNotFoundError(f"nothing to resume: {path} holds no {CHECKPOINT}")
+    raise FileNotFoundError(f"nothing to resume: {path} does not exist")

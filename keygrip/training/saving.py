@@ -1,0 +1,212 @@
+"""When checkpoints are written, and how: whole or not at all, also when the process is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+
+from keygrip.training.interruption import Interrupted
+
+log = logging.getLogger(__name__)
+
+LATEST = "last.ckpt"
+BEST = "best.ckpt"
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Writes to a temporary name, flushes to the disk, renames: a kill at any moment leaves the previous file whole."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.writing")
+        with temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+        with contextlib.suppress(OSError):  # some file systems cannot flush a folder
+            folder = os.open(target.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        from keygrip.training.checkpoints import read_checkpoint
+
+        return read_checkpoint(path, map_location or "cpu")
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+class SaveLatest(Checkpoint):
+    """Keeps the latest state as ``last.ckpt``, and optionally the best by a validation metric as ``best.ckpt``.
+
+    Saves at the end of training in any case, and by steps, epochs or minutes where those are given.
+
+    Args:
+        folder: where the files go.
+        every_n_steps: optimiser steps between saves.
+        every_n_epochs: epochs between saves.
+        every_n_minutes: minutes between saves; what a kill -9 loses at most.
+        monitor: name of a validation metric whose best state is kept as well; None: only the latest.
+        mode: ``min`` or ``max``, which is better.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        every_n_steps: int | None = None,
+        every_n_epochs: int | None = None,
+        every_n_minutes: float | None = None,
+        monitor: str | None = None,
+        mode: str = "min",
+    ) -> None:
+        if mode not in ("min", "max"):
+            raise ValueError(f"callbacks.checkpoint.mode={mode!r}: must be min or max")
+        for name, value in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs), ("every_n_minutes", every_n_minutes)):
+            if value is not None and not value > 0:
+                raise ValueError(f"callbacks.checkpoint.{name}={value}: must be above 0, or null for never")
+        self.folder = Path(folder)
+        self.every_n_steps = every_n_steps
+        self.every_n_epochs = every_n_epochs
+        self.every_n_minutes = every_n_minutes
+        self.monitor = monitor
+        self.mode = mode
+        self.best: float | None = None
+        self._saved_step = -1
+        self._saved_at = time.monotonic()
+
+    @property
+    def latest_path(self) -> Path:
+        """Where the latest state is."""
+        return self.folder / LATEST
+
+    @property
+    def best_path(self) -> Path:
+        """Where the best state is, if one is kept."""
+        return self.folder / BEST
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def save(self, trainer: Trainer) -> None:
+        """Saves the latest state now, on all processes together."""
+        if self._saved_step != trainer.global_step:
+            trainer.save_checkpoint(self.latest_path)
+        self._saved_step = trainer.global_step
+        self._saved_at = time.monotonic()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved_at = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if not _stepped(trainer):
+            return  # in the middle of accumulating gradients: they would be lost
+        step = trainer.global_step
+        due = bool(self.every_n_steps) and step % (self.every_n_steps or 1) == 0
+        if self.every_n_minutes is not None and (trainer.world_size == 1 or step % 10 == 0):
+            late = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
+            due = _any_process(trainer, late) or due
+        if due:
+            self.save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._saved_step = -1  # the same step, but the epoch has been closed since
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.monitor is None or trainer.sanity_checking:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(trainer.callback_metrics)) or "none"
+            raise ValueError(f"callbacks.checkpoint.monitor={self.monitor!r} is not logged in validation; logged: {known}")
+        value = float(trainer.callback_metrics[self.monitor])
+        if value == value and (self.best is None or (value < self.best if self.mode == "min" else value > self.best)):
+            self.best = value
+            trainer.save_checkpoint(self.best_path)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved_step = -1
+        self.save(trainer)
+
+
+class SaveOnInterrupt(Callback):
+    """Ctrl-C, SIGTERM and the warning signals of schedulers: finish the step, save, and say how to go on.
+
+    A second Ctrl-C ends at once. Processes agree on the step at which they stop.
+    """
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._received = None
+        for number in self.signals:
+            with contextlib.suppress(ValueError):  # not the main thread
+                self._previous[number] = signal.signal(number, self._note)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if _stepped(trainer):
+            self._stop_if_asked(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self._received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = number
+        log.warning("%s: finishing this step, then saving", signal.Signals(number).name)
+
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        if not _any_process(trainer, self._received is not None):
+            return
+        number = self._received or signal.SIGTERM
+        where = "nothing was saved: the run has no checkpoint callback"
+        for callback in trainer.callbacks:
+            if isinstance(callback, SaveLatest):
+                callback.save(trainer)
+                where = f"saved {callback.latest_path}; go on with resume={callback.folder.parent}"
+        raise Interrupted(number, f"stopped by {signal.Signals(number).name} at step {trainer.global_step}: {where}")
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+
+def _stepped(trainer: Trainer) -> bool:
+    """Whether the batch that just ended completed an optimiser step."""
+    return not trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def _any_process(trainer: Trainer, decision: bool) -> bool:
+    if trainer.world_size == 1:
+        return decision
+    flag = torch.tensor(float(decision), device=trainer.strategy.root_device)
+    total: Tensor = trainer.strategy.reduce(flag, reduce_op="sum")  # type: ignore[assignment]
+    return bool(total.item() > 0)

@@ -1,0 +1,150 @@
+"""On what a run computes: one device, several processes (DDP), sharded (FSDP); checked before anything is loaded."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """Devices, processes and precision of a run.
+
+    Args:
+        accelerator: ``auto`` takes a GPU where there is one.
+        devices: processes a node; ``auto``: all GPUs, or what torchrun or SLURM started.
+        num_nodes: ``auto``: read from torchrun or SLURM, else 1.
+        kind: ``single`` one process, ``ddp`` replicated, ``fsdp`` sharded.
+        precision: Lightning's name, or ``auto``: bf16 autocast where the hardware computes in it, else float32.
+    """
+
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int | Literal["auto"] = 1
+    num_nodes: int | Literal["auto"] = 1
+    kind: Literal["single", "ddp", "fsdp"] = "single"
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("accelerator", self.accelerator, ("auto", "cpu", "gpu")),
+            ("kind", self.kind, ("single", "ddp", "fsdp")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"strategy.{name}={value!r}: must be one of {', '.join(allowed)}")
+        if self.kind == "single" and (self.devices, self.num_nodes) != (1, 1):
+            raise ValueError("strategy.kind=single computes on one device: for more use strategy=ddp or strategy=fsdp")
+        if self.kind == "fsdp" and self.accelerator == "cpu":
+            raise ValueError("strategy.kind=fsdp needs GPUs: use strategy=ddp_cpu to test several processes on the CPU")
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether this strategy computes on a GPU of this machine.
+
+        Raises:
+            ValueError: a GPU was asked for and there is none.
+        """
+        import torch
+
+        available = torch.cuda.is_available()
+        if self.accelerator == "gpu" and not available:
+            raise ValueError(
+                "strategy asks for a GPU and this machine has none that torch can use: choose strategy=cpu (or auto), "
+                "or check the driver with nvidia-smi"
+            )
+        return available and self.accelerator != "cpu"
+
+    @property
+    def processes(self) -> int:
+        """Number of processes over all nodes."""
+        return self._devices() * self._nodes()
+
+    @property
+    def starts_processes(self) -> bool:
+        """Whether Lightning itself would start further processes from this one."""
+        external = "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_PROCID" in os.environ or "LOCAL_RANK" in os.environ
+        return self._devices() > 1 and not external
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Arguments for ``lightning.Trainer``.
+
+        Raises:
+            ValueError: a GPU or a number of devices was asked for that this machine does not have.
+        """
+        import torch
+
+        on_gpu = self.on_gpu
+        devices = self._devices()
+        if on_gpu and devices > torch.cuda.device_count():
+            raise ValueError(f"strategy.devices={devices} but this machine has {torch.cuda.device_count()} GPUs: lower it")
+        precision = self.precision if self.precision != "auto" else automatic_precision(on_gpu)
+        log.info(
+            "computing on %s, %d process%s, precision %s",
+            torch.cuda.get_device_name(0) if on_gpu else f"the CPU ({torch.get_num_threads()} threads)",
+            self.processes,
+            "" if self.processes == 1 else "es",
+            precision,
+        )
+        return {
+            "accelerator": "cuda" if on_gpu else "cpu",
+            "devices": devices,
+            "num_nodes": self._nodes(),
+            "strategy": self._lightning_strategy(on_gpu),
+            "precision": precision,
+            "use_distributed_sampler": False,  # the data modules divide their own batches, which keeps order and resume exact
+        }
+
+    def _lightning_strategy(self, on_gpu: bool) -> Any:
+        if self.kind == "ddp":
+            from lightning.pytorch.strategies import DDPStrategy
+
+            return DDPStrategy(process_group_backend="nccl" if on_gpu else "gloo", gradient_as_bucket_view=True)
+        if self.kind == "fsdp":
+            from lightning.pytorch.strategies import FSDPStrategy
+
+            return FSDPStrategy(state_dict_type="full", use_orig_params=True)
+        return "auto"
+
+    def _devices(self) -> int:
+        if self.devices != "auto":
+            return int(self.devices)
+        for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"):
+            if os.environ.get(name, "").isdigit():
+                return int(os.environ[name])
+        if self.accelerator == "cpu" or not self.on_gpu:
+            return 1
+        import torch
+
+        return torch.cuda.device_count()
+
+    def _nodes(self) -> int:
+        if self.num_nodes != "auto":
+            return int(self.num_nodes)
+        if "LOCAL_WORLD_SIZE" in os.environ and "WORLD_SIZE" in os.environ:
+            return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
+        if int(os.environ.get("SLURM_NTASKS") or 1) > 1:
+            return int(os.environ.get("SLURM_JOB_NUM_NODES") or os.environ.get("SLURM_NNODES") or 1)
+        return 1
+
+
+def automatic_precision(on_gpu: bool) -> str:
+    """bf16 autocast where the hardware computes in bf16, float32 where it would be emulated."""
+    if on_gpu:
+        import torch
+
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    return "bf16-mixed" if cpu_has_bf16() else "32-true"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor has bf16 instructions (AVX512-BF16, AMX, or Arm's), by its own description."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False  # no such file on this system: nothing is known, float32 is always right
+    flags = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
+    return any(flag in flags.split() for flag in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -1,0 +1,119 @@
+"""A model and a data module small enough to train in a second, with everything that a real one does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning import LightningDataModule, LightningModule
+from torch import Tensor, nn
+
+from keygrip.training.optimizers import AdamW
+from keygrip.training.reduction import global_mean, world_size
+
+
+class ToyModule(LightningModule):
+    """Masked regression with dropout; stores a statistic of the data in its checkpoint."""
+
+    headline_metrics = ("train/loss", "val/loss")
+
+    def __init__(self, optimizer: AdamW, width: int = 8, dropout: float = 0.1, kill_at: int = -1, how: str = "KILL") -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(4, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, 1))
+        self.recipe = optimizer
+        self.scale: float | None = None
+        self.kill_at = kill_at
+        self.how = how
+
+    def set_statistics(self, statistics: dict[str, float]) -> None:
+        self.scale = statistics["scale"]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["scale"] = self.scale
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if checkpoint.get("scale") is None:
+            raise ValueError("the checkpoint has no scale")
+        self.scale = checkpoint["scale"]
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        error = (self.network(batch["x"])[:, 0] - batch["y"] / self.scale) ** 2
+        return global_mean((error * batch["valid"]).sum(), batch["valid"].sum())
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        if self.trainer.global_step == self.kill_at:
+            os.kill(os.getpid(), getattr(signal, f"SIG{self.how}"))
+            time.sleep(0.01)
+        loss = self.loss(batch)
+        self.log("train/loss", loss, sync_dist=world_size() > 1)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        torch.rand(3)  # validation draws numbers too; training must not notice
+        self.log("val/loss", self.loss(batch), sync_dist=world_size() > 1)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return self.recipe.configure(self, self.trainer.estimated_stepping_batches)
+
+
+class ToyData(LightningDataModule):
+    """Batches that are a function of (seed, epoch, step); rank r takes the r-th slice of each global batch."""
+
+    def __init__(self, samples: int = 40, batch_size: int = 8, seed: int = 0, fail: str = "") -> None:
+        super().__init__()
+        self.samples, self.batch_size, self.seed, self.fail = samples, batch_size, seed, fail
+        self.position = 0
+
+    @property
+    def statistics(self) -> dict[str, float]:
+        return {"scale": float(self.y.std())}
+
+    def setup(self, stage: str) -> None:
+        if self.fail:
+            raise ValueError(self.fail)
+        generator = torch.Generator().manual_seed(self.seed)
+        self.x = torch.randn(self.samples, 4, generator=generator)
+        self.y = 3.0 * self.x.sum(1) + 1.0
+        self.valid = (torch.rand(self.samples, generator=generator) > 0.4).float()
+
+    def batches(self, order: Tensor, start: int) -> Iterator[dict[str, Tensor]]:
+        rank = self.trainer.global_rank
+        share = self.batch_size // self.trainer.world_size
+        for first in range(start * self.batch_size, self.samples, self.batch_size):
+            mine = order[first + rank * share : first + (rank + 1) * share]
+            yield {"x": self.x[mine], "y": self.y[mine], "valid": self.valid[mine]}
+
+    def train_dataloader(self) -> ToyLoader:
+        return ToyLoader(self, shuffled=True)
+
+    def val_dataloader(self) -> ToyLoader:
+        return ToyLoader(self, shuffled=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.trainer.fit_loop.epoch_loop.total_batch_idx + 1}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.position = state_dict["position"]
+
+
+class ToyLoader:
+    """Iterates the rest of an epoch first after resuming, whole epochs then."""
+
+    def __init__(self, data: ToyData, shuffled: bool) -> None:
+        self.data, self.shuffled = data, shuffled
+
+    def __len__(self) -> int:
+        return self.data.samples // self.data.batch_size
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        data = self.data
+        if not self.shuffled:
+            return data.batches(torch.arange(data.samples), 0)
+        epoch, start = divmod(data.position, len(self))
+        data.position = (epoch + 1) * len(self)
+        order = torch.randperm(data.samples, generator=torch.Generator().manual_seed(1000 * data.seed + epoch))
+        return data.batches(order, start)
