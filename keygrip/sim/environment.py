@@ -205,8 +205,8 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
         self._arrange(self.layout)
         self.progress = Progress()
         self.elapsed = 0
-        self._commanded_joints = self.layout.start_joints.copy()
-        self._commanded_gripper = 1.0
+        self.commanded_joints = self.layout.start_joints.copy()
+        self.commanded_gripper = 1.0
         self._rest_height = float(self.object_position[2])
         return self.observation(), self._info()
 
@@ -229,19 +229,19 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
             raise ValueError(
                 f"an action is 8 finite numbers (position 3, quaternion wxyz 4, gripper 1), got {action.tolist()}"
             )
-        found = solve(action[:3], matrix_from_quaternion(action[3:7]), self._commanded_joints)
-        change = found.joints - self._commanded_joints
+        found = solve(action[:3], matrix_from_quaternion(action[3:7]), self.commanded_joints)
+        change = found.joints - self.commanded_joints
         change *= min(1.0, FASTEST_JOINT / self.hz / max(float(np.abs(change).max()), 1e-12))
         gripper = float(np.clip(action[7], 0.0, 1.0))
-        before = np.append(self._commanded_joints, self._commanded_gripper * self._finger_range)
-        after = np.append(self._commanded_joints + change, gripper * self._finger_range)
-        if gripper < 0.5 <= self._commanded_gripper and self.progress.yaw_error is None:
+        before = np.append(self.commanded_joints, self.commanded_gripper * self._finger_range)
+        after = np.append(self.commanded_joints + change, gripper * self._finger_range)
+        if gripper < 0.5 <= self.commanded_gripper and self.progress.yaw_error is None:
             self.progress.yaw_error = self.yaw_error
         for i in range(self._substeps):
             self.data.ctrl[:] = before + (after - before) * (i + 1) / self._substeps
             mujoco.mj_step(self.model, self.data)
         mujoco.mj_forward(self.model, self.data)  # sites lag a step behind mj_step
-        self._commanded_joints, self._commanded_gripper = after[:6], gripper
+        self.commanded_joints, self.commanded_gripper = after[:6], gripper
         self.elapsed += 1
         self._judge(found.position_error)
 
@@ -285,7 +285,7 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
             "position": position,
             "quaternion": quaternion,
             "gripper": np.array([self.gripper_opening]),
-            "joints": self.data.qpos[self._arm_qpos].copy(),
+            "joints": self.joints,
         }
         if self.render_images:
             camera = self.cameras[0]
@@ -303,7 +303,12 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
     @property
     def commanded_pose(self) -> tuple[np.ndarray, np.ndarray]:
         """Position [3] and quaternion [4] that the commanded joints would give; the arm trails it by about a centimetre."""
-        return forward_kinematics(self._commanded_joints)
+        return forward_kinematics(self.commanded_joints)
+
+    @property
+    def joints(self) -> np.ndarray:
+        """[6] reached joint angles, rad."""
+        return self.data.qpos[self._arm_qpos].copy()
 
     @property
     def gripper_opening(self) -> float:
@@ -338,7 +343,7 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
         speed = float(np.linalg.norm(self.data.cvel[self._object][3:]))
         held = all(finger in touching for finger in self._finger_bodies)
         raised = float(position[2]) - self._rest_height
-        if progress.held and not held and progress.lifted and self._commanded_gripper >= 0.5:
+        if progress.held and not held and progress.lifted and self.commanded_gripper >= 0.5:
             progress.let_go = True
         if held and raised > LIFTED:
             progress.lifted, progress.let_go = True, False
@@ -355,7 +360,7 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
             return bool(np.linalg.norm(self.tool_pose[0] - self.layout.goal) < REACH_DISTANCE)
         if self.task.name == "pick":
             return held and raised > PICK_HEIGHT
-        released = self._commanded_gripper >= 0.5 and not touching.intersection(self._finger_bodies)
+        released = self.commanded_gripper >= 0.5 and not touching.intersection(self._finger_bodies)
         rests = released and speed < STILL_SPEED and touching == {self._goal_body}
         position = self.object_position
         if self.task.name == "pick_place":
@@ -386,7 +391,7 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
             "failure_reason": self.failure_reason if over else None,
             "commanded_position": position,
             "commanded_quaternion": quaternion,
-            "commanded_gripper": self._commanded_gripper,
+            "commanded_gripper": self.commanded_gripper,
             "yaw_error_rad": self.progress.yaw_error,
             "instruction": self.layout.instruction,
             "seed": self.seed,

@@ -42,8 +42,8 @@ MESH_CELL = 0.003  # m: vertices closer than this are merged, which draws three 
 OBJECT_MASS = 0.05
 
 # Nominal views: the point looked at, and from where (azimuth from +x, elevation, distance), field of view.
-CAMERA_TARGETS = {"over": (0.31, 0.0, 0.055), "front": (0.30, 0.0, 0.10)}
-CAMERA_ORBITS = {"over": (-50.0, 48.0, 1.0), "front": (0.0, 33.0, 0.95)}
+CAMERA_TARGETS = {"over": (0.305, 0.0, 0.065), "front": (0.30, 0.0, 0.10)}
+CAMERA_ORBITS = {"over": (-50.0, 55.0, 1.0), "front": (0.0, 33.0, 0.95)}
 CAMERA_FOVY = {"over": 30.0, "front": 36.0, "wrist": 58.0}
 # D405 on the wrist mount: optical frame in the flange, from the station's calibration, then to MuJoCo's camera axes.
 WRIST_POSITION = (0.0, -0.070435, 0.077006)
@@ -280,7 +280,7 @@ def build_spec(
         name="sun", pos=[0.3, -0.5, 1.6], dir=[0, 0.3, -1], type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL, castshadow=True
     )
     plane, box = mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_BOX
-    world.add_geom(name="floor", type=plane, size=[3, 3, 0.1], pos=[0, 0, -0.75])
+    world.add_geom(name="floor", type=plane, size=[30, 30, 0.1], pos=[0, 0, -0.75])
     if options.randomise_table:
         for i, pixels in enumerate(_table_textures()):
             _add_texture(spec, f"table{i + 1}", pixels, (2, 2))

@@ -102,7 +102,7 @@ class TaskOptions:
             "object_size_m": (0.02, 0.05),
             "distractors": (0, 4),
             "camera_azimuth_deg": (-180, 180),
-            "camera_elevation_deg": (-40, 35),
+            "camera_elevation_deg": (-40, 30),
             "camera_jitter_deg": (0, 40),
             "camera_views": (0, 4096),
         }
