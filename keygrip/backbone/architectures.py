@@ -113,22 +113,26 @@ VARIANTS: dict[str, Variant] = {
 
 
 class ConvStem(nn.Module):
-    """Light convolutional stem of stride 16 that stands in for the linear patch embedding: [B, 3, H, W] -> [B, D,
-    H/16, W/16].
+    """Light convolutional stem in place of the linear patch embedding: [B, 3, H, W] -> [B, D, H/16, W/16].
 
-    Convolutions see across patch borders and keep sub-patch position, which a linear patch embedding trained from
-    scratch on little data does not learn in time ("Early convolutions help transformers see better", Xiao et al.
-    2021, arXiv 2106.14881). GroupNorm, not BatchNorm: statistics of one image only, so that two processes give the
-    weights that one process gives.
+    Convolutions see across patch borders and keep the position inside a patch, which a linear patch embedding trained
+    from scratch is slow to learn ("Early convolutions help transformers see better", Xiao et al. 2021, arXiv
+    2106.14881). GroupNorm, not BatchNorm: statistics of one image only, so that two processes give the weights that one
+    process gives.
+
+    A 3 x 3 convolution of stride 2 that pads both sides is centred on the first of the two pixels that it stands for;
+    four of them in a row put a token's centre on its patch's corner, half a patch off. Padding the first three on the
+    far side alone brings it back to within half a pixel of the patch's centre.
     """
 
-    def __init__(self, width: int, channels: tuple[int, ...] = (24, 48, 96)) -> None:
+    def __init__(self, width: int, channels: tuple[int, int, int] = (24, 48, 96)) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         inputs = 3
         for outputs in channels:
             layers += [
-                nn.Conv2d(inputs, outputs, kernel_size=3, stride=2, padding=1, bias=False),
+                nn.ZeroPad2d((0, 1, 0, 1)),
+                nn.Conv2d(inputs, outputs, kernel_size=3, stride=2, bias=False),
                 nn.GroupNorm(num_groups=outputs // 8, num_channels=outputs),
                 nn.GELU(),
             ]

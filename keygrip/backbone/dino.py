@@ -151,11 +151,9 @@ class DinoBackbone(nn.Module):
         """As `nn.Module.train`, except that frozen parts stay in eval mode."""
         super().train(mode)
         if self._first_trained >= 0:
-            for name, child in self.net.named_children():
-                if name != "norm" or self.trainable == "frozen":
-                    child.eval()
-            for index, block in enumerate(self._blocks):
-                block.train(mode and index >= self._first_trained)
+            self.net.eval()
+            for block in self._blocks[self._first_trained :]:
+                block.train(mode)
         return self
 
     # ------------------------------------------------------------------ forward

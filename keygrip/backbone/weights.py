@@ -98,9 +98,8 @@ def _weights_file(path: Path, variant: Variant, setting: str) -> Path:
         return path
     if not path.exists():
         raise FileNotFoundError(
-            f"{setting}={path}: no such file or folder. It takes random, pretrained, a weights file (.pth, "
-            ".safetensors), or a "
-            "keygrip checkpoint or run folder"
+            f"{setting}={path}: no such file or folder. It takes random, pretrained, a weights file "
+            "(.pth, .safetensors), or a keygrip checkpoint or run folder"
         )
     named = [path / "checkpoints" / "last.ckpt", path / "last.ckpt", path / "model.safetensors"]
     if variant.official_file is not None:
