@@ -42,9 +42,11 @@ MESH_CELL = 0.003  # m: vertices closer than this are merged, which draws three 
 OBJECT_MASS = 0.05
 
 # Nominal views: the point looked at, and from where (azimuth from +x, elevation, distance), field of view.
-CAMERA_TARGETS = {"over": (0.305, 0.0, 0.065), "front": (0.30, 0.0, 0.10)}
-CAMERA_ORBITS = {"over": (-50.0, 55.0, 1.0), "front": (0.0, 33.0, 0.95)}
-CAMERA_FOVY = {"over": 30.0, "front": 36.0, "wrist": 58.0}
+# "over" looks from the front right, where the wrist hides the gripped object least (two thirds of it stay visible; from
+# behind the arm, or more than 55 degrees up, less than half); its picture is filled by the work area.
+CAMERA_TARGETS = {"over": (0.30, 0.01, 0.055), "front": (0.30, 0.0, 0.10)}
+CAMERA_ORBITS = {"over": (-35.0, 46.0, 1.0), "front": (0.0, 33.0, 0.95)}
+CAMERA_FOVY = {"over": 29.0, "front": 36.0, "wrist": 58.0}
 # D405 on the wrist mount: optical frame in the flange, from the station's calibration, then to MuJoCo's camera axes.
 WRIST_POSITION = (0.0, -0.070435, 0.077006)
 WRIST_OPTICAL = (-0.976294888, 0.2164446617, 0.0, 0.0)

@@ -41,30 +41,28 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "orange": (0.95, 0.48, 0.08),
     "white": (0.93, 0.93, 0.93),
 }
-# Same luminance (Rec. 709, 0.30 of linear light): only hue tells them apart.
-EQUAL_LUMINANCE: dict[str, tuple[float, float, float]] = {}
-
-
-def _equal_luminance() -> None:
+def _equal_luminance(luminance: float = 0.25) -> dict[str, tuple[float, float, float]]:
+    """Hues brought to one luminance (Rec. 709, linear light): bright ones are dimmed, dark ones mixed with white."""
     weights = np.array([0.2126, 0.7152, 0.0722])
     hues = {
-        "red": (1.0, 0.12, 0.12),
-        "blue": (0.22, 0.30, 1.0),
-        "green": (0.10, 1.0, 0.20),
-        "yellow": (1.0, 0.85, 0.10),
-        "purple": (0.75, 0.18, 1.0),
-        "orange": (1.0, 0.42, 0.08),
+        "red": (1.0, 0.05, 0.05),
+        "yellow": (1.0, 0.8, 0.0),
+        "green": (0.05, 1.0, 0.05),
+        "cyan": (0.0, 0.9, 1.0),
+        "blue": (0.10, 0.18, 1.0),
+        "purple": (0.75, 0.08, 1.0),
     }
+    colours = {}
     for name, hue in hues.items():
-        linear = np.array(hue)
-        for _ in range(60):  # bright hues are dimmed, dark ones mixed with white, until all reach 0.30
-            luminance = float(weights @ linear)
-            linear = linear * 0.30 / luminance if luminance > 0.30 else linear + (1 - linear) * 0.05
-        r, g, b = (float(v) for v in np.clip(linear, 0, 1) ** (1 / 2.2))
-        EQUAL_LUMINANCE[name] = (r, g, b)
+        own = float(weights @ np.array(hue))
+        white = max(0.0, (luminance - own) / (1 - own))
+        linear = np.array(hue) * min(1.0, luminance / own) if own > luminance else np.array(hue) * (1 - white) + white
+        r, g, b = (float(v) for v in linear ** (1 / 2.2))
+        colours[name] = (r, g, b)
+    return colours
 
 
-_equal_luminance()
+EQUAL_LUMINANCE = _equal_luminance()  # only hue tells these apart
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ class TaskOptions:
             "object_size_m": (0.02, 0.05),
             "distractors": (0, 4),
             "camera_azimuth_deg": (-180, 180),
-            "camera_elevation_deg": (-40, 30),
+            "camera_elevation_deg": (-35, 35),
             "camera_jitter_deg": (0, 40),
             "camera_views": (0, 4096),
         }
