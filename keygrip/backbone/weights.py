@@ -163,6 +163,8 @@ def read_file(path: Path) -> State:
         raise ValueError(f"{path} cannot be read ({_first_line(error)}); it is cut off or no weights file") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+    if isinstance(content.get("state_dict"), dict):  # a Lightning checkpoint
+        content = content["state_dict"]
     flat: State = {}
     _flatten(content, "", flat)
     return flat

@@ -82,6 +82,7 @@ def hf_v3() -> Callable[[bool], nn.Module]:
                 patch_size=16,
                 num_register_tokens=4,
                 use_gated_mlp=gated,
+                hidden_act="silu" if gated else "gelu",
                 intermediate_size=256,
             )
         )
