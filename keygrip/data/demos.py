@@ -1,13 +1,13 @@
 """Robot demonstrations on disk: what one is, how the native folder is read, checked and written.
 
-Conventions, named in every file and compared on load: world frame z up, metres; OpenCV camera (x right, y down, z forward) with a 4x4
-`world_to_camera`; pixels (x, y) with the corner convention (0, 0 is the top-left corner of the first pixel); unit quaternions w, x, y, z;
-gripper opening 0 closed .. 1 open; times in nanoseconds.
+Conventions, named in every file and compared on load: world frame z up, metres; OpenCV camera (x right, y down, z
+forward) with a 4x4 `world_to_camera`; pixels (x, y) with the corner convention (0, 0 is the top-left corner of the
+first pixel); unit quaternions w, x, y, z; gripper opening 0 closed .. 1 open; times in nanoseconds.
 
 Legend of shapes: N frames of a demo, J joints, H and W the height and width of a picture.
 
-A native demo is a folder with `metadata.json` (written last: the mark that the demo is complete), `trajectory.npz`, `cameras.npz`, frames (JPEG
-files or one video a camera), optionally depth (16-bit PNG, millimetres) and `text.json`.
+A native demo is a folder with `metadata.json` (written last: the mark that the demo is complete), `trajectory.npz`,
+`cameras.npz`, frames (JPEG files or one video a camera), optionally depth (16-bit PNG, millimetres) and `text.json`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ SEARCH_DEPTH = 3  # folders below `root` that are searched: root/demo, root/task
 
 
 class DemoError(ValueError):
-    """One demo cannot be used. `name` says which, `reason` why; the run goes on without it unless too many are broken."""
+    """One demo cannot be used. `name` says which, `reason` why; the run goes on without it unless too many are
+    broken."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"demo {name!r}: {reason}")
@@ -63,7 +64,7 @@ class DemoError(ValueError):
         return DemoError, (self.name, self.reason)
 
 
-# --------------------------------------------------------------------------------------------------------------------- frames
+# --------------------------------------------------------------------------------------------------------------- frames
 
 
 @runtime_checkable
@@ -73,11 +74,13 @@ class FrameSource(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> np.ndarray:
-        """Frame `index`: H x W x 3 uint8 RGB (depth: H x W uint16, millimetres). Raises IndexError, OSError or ValueError."""
+        """Frame `index`: H x W x 3 uint8 RGB (depth: H x W uint16, millimetres). Raises IndexError, OSError or
+        ValueError."""
         ...
 
     def identity(self) -> str:
-        """Text that changes when the pictures on disk change (paths, sizes, modification times): names the frame cache."""
+        """Text that changes when the pictures on disk change (paths, sizes, modification times): names the frame
+        cache."""
         ...
 
 
@@ -104,7 +107,8 @@ def _checked_index(index: int, length: int, what: object) -> int:
 
 @dataclass(frozen=True)
 class JpegFrames:
-    """One picture file a frame (JPEG or PNG). `pattern` holds one integer field for the frame number, such as `%06d.jpg`.
+    """One picture file a frame (JPEG or PNG). `pattern` holds one integer field for the frame number, such as
+    `%06d.jpg`.
 
     Args:
         folder: where the files are.
@@ -193,9 +197,9 @@ class ArrayFrames:
 class _OpenVideo:
     """One open container with its frame index; `read` decodes forward where it can and seeks where it must.
 
-    The index is made from the packets, without decoding: presentation times sorted are the frames. A seek goes to the last key frame that is
-    not *shown* after the wanted frame and is checked by the first packet that follows it: with B-frames decoding order differs from
-    presentation order, and some demuxers land one group of pictures too late.
+    The index is made from the packets, without decoding: presentation times sorted are the frames. A seek goes to the
+    last key frame that is not *shown* after the wanted frame and is checked by the first packet that follows it: with
+    B-frames decoding order differs from presentation order, and some demuxers land one group of pictures too late.
     """
 
     def __init__(self, path: Path) -> None:
@@ -234,7 +238,8 @@ class _OpenVideo:
         self.container.close()
 
     def _frames_from(self, key: int) -> Any:
-        """Decoded frames from key frame number `key` (-1: the start of the file) on; None where the seek landed behind that key frame."""
+        """Decoded frames from key frame number `key` (-1: the start of the file) on; None where the seek landed behind
+        that key frame."""
         if key >= 0:
             wanted, decoding_time = self.keys[key]
             self.container.seek(decoding_time, stream=self.stream, backward=True)
@@ -301,7 +306,8 @@ _OPEN_VIDEO_LIMIT = 16  # open containers a process; each holds a decoder with a
 
 
 def _open_video(path: Path) -> _OpenVideo:
-    """The process's open container for `path`. Keyed by process as well: a container inherited by fork shares its file offset."""
+    """The process's open container for `path`. Keyed by process as well: a container inherited by fork shares its file
+    offset."""
     stat = path.stat()
     key = (os.getpid(), f"{path}:{stat.st_size}:{stat.st_mtime_ns}")
     video = _OPEN_VIDEOS.get(key)
@@ -317,11 +323,13 @@ def _open_video(path: Path) -> _OpenVideo:
 
 @dataclass(frozen=True)
 class VideoFrames:
-    """Frames of a video file (anything that FFmpeg decodes), exact to the frame whatever the group-of-pictures structure.
+    """Frames of a video file (anything that FFmpeg decodes), exact to the frame whatever the group-of-pictures
+    structure.
 
     Args:
         path: the video.
-        frames: how many this source holds, None: all from `start` on. A file that holds fewer is refused by `len`, `read` and `verify`.
+        frames: how many this source holds, None: all from `start` on. A file that holds fewer is refused by `len`,
+            `read` and `verify`.
         start: frame of the file that is frame 0 here (several episodes may share a file).
         rotate: clockwise degrees by which each picture is turned after decoding.
     """
@@ -357,7 +365,7 @@ class VideoFrames:
         return f"{_file_identity(self.path)}:{self.start}:{self.frames}:{self.rotate}"
 
 
-# ---------------------------------------------------------------------------------------------------------------- what a demo is
+# ------------------------------------------------------------------------------------------------------- what a demo is
 
 
 @dataclass(frozen=True)
@@ -369,8 +377,8 @@ class ArmTrajectory:
         quaternion: [N, 4] unit, w x y z.
         gripper: [N] opening, 0 closed .. 1 open.
         joints: [N, J] radians, or None.
-        commanded: what the arm was told to do, or None where it was not recorded. Row i is the command given at frame i: where the arm is told
-            to be at frame i + 1.
+        commanded: what the arm was told to do, or None where it was not recorded. Row i is the command given at frame
+            i: where the arm is told to be at frame i + 1.
     """
 
     position: np.ndarray
@@ -411,7 +419,8 @@ class CameraTrack:
 
 @dataclass(frozen=True)
 class Demo:
-    """One demonstration. `timestamps` is [N] int64 nanoseconds; `arms` and `cameras` are by name; `source` says where it came from."""
+    """One demonstration. `timestamps` is [N] int64 nanoseconds; `arms` and `cameras` are by name; `source` says where
+    it came from."""
 
     name: str
     path: Path
@@ -429,7 +438,7 @@ class Demo:
         return len(self.timestamps)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- checks
+# --------------------------------------------------------------------------------------------------------------- checks
 
 
 def _check_poses(name: str, arm: str, what: str, poses: ArmTrajectory, frames: int) -> None:
@@ -439,26 +448,30 @@ def _check_poses(name: str, arm: str, what: str, poses: ArmTrajectory, frames: i
         if value.shape != shapes[part]:
             raise DemoError(
                 name,
-                f"{what} {part} of arm {arm!r} has shape {value.shape}, {shapes[part]} is needed (the demo has {frames} time stamps)",
+                f"{what} {part} of arm {arm!r} has shape {value.shape}, {shapes[part]} is needed (the demo has "
+                f"{frames} time stamps)",
             )
         bad = ~np.isfinite(value)
         if bad.any():
             raise DemoError(
                 name,
-                f"{what} {part} of arm {arm!r} is NaN or infinite, first at frame {int(np.argwhere(bad)[0][0])} of {frames}",
+                f"{what} {part} of arm {arm!r} is NaN or infinite, first at frame {int(np.argwhere(bad)[0][0])} of "
+                f"{frames}",
             )
     norm = np.linalg.norm(poses.quaternion, axis=-1)
     worst = int(np.abs(norm - 1).argmax())
     if abs(norm[worst] - 1) > QUATERNION_TOLERANCE:
         raise DemoError(
             name,
-            f"{what} quaternion of arm {arm!r} has norm {norm[worst]:.4f} at frame {worst}; unit quaternions in the order w, x, y, z are needed",
+            f"{what} quaternion of arm {arm!r} has norm {norm[worst]:.4f} at frame {worst}; unit quaternions in the "
+            "order w, x, y, z are needed",
         )
     low, high = float(poses.gripper.min()), float(poses.gripper.max())
     if low < -GRIPPER_TOLERANCE or high > 1 + GRIPPER_TOLERANCE:
         raise DemoError(
             name,
-            f"{what} gripper opening of arm {arm!r} runs from {low:.4g} to {high:.4g}; 0 (closed) to 1 (open) is needed",
+            f"{what} gripper opening of arm {arm!r} runs from {low:.4g} to {high:.4g}; 0 (closed) to 1 (open) is "
+            "needed",
         )
     if poses.joints is not None:
         if poses.joints.ndim != 2 or len(poses.joints) != frames:
@@ -475,7 +488,8 @@ def _check_camera(name: str, camera: str, track: CameraTrack, frames: int) -> No
     if track.intrinsics.shape != (frames, 3, 3) or track.world_to_camera.shape != (frames, 4, 4):
         raise DemoError(
             name,
-            f"{where}: intrinsics {track.intrinsics.shape} and world_to_camera {track.world_to_camera.shape} do not fit {frames} frames",
+            f"{where}: intrinsics {track.intrinsics.shape} and world_to_camera {track.world_to_camera.shape} do not "
+            f"fit {frames} frames",
         )
     intrinsics, pose = np.asarray(track.intrinsics), np.asarray(track.world_to_camera)
     if intrinsics.strides[0] == 0:  # broadcast: one matrix stands for all frames
@@ -498,7 +512,8 @@ def _check_camera(name: str, camera: str, track: CameraTrack, frames: int) -> No
     if (focal < 0.05 * size).any() or (focal > 100 * size).any() or (centre < -size).any() or (centre > 2 * size).any():
         raise DemoError(
             name,
-            f"{where}: focal length {focal[0].round(2).tolist()} and centre {centre[0].round(2).tolist()} do not fit a picture of "
+            f"{where}: focal length {focal[0].round(2).tolist()} and centre {centre[0].round(2).tolist()} do not fit "
+            "a picture of "
             f"{track.width} x {track.height} pixels; were they made for another resolution or in other units?",
         )
     rotation = pose[:, :3, :3]
@@ -506,13 +521,15 @@ def _check_camera(name: str, camera: str, track: CameraTrack, frames: int) -> No
     if defect > ROTATION_TOLERANCE or np.abs(pose[:, 3] - [0, 0, 0, 1]).max() > 1e-6:
         raise DemoError(
             name,
-            f"{where}: world_to_camera is not a rigid transform (R R^T differs from the identity by {defect:.2g}, last row 0 0 0 1)",
+            f"{where}: world_to_camera is not a rigid transform (R R^T differs from the identity by {defect:.2g}, "
+            "last row 0 0 0 1)",
         )
     determinant = np.linalg.det(rotation)
     if (determinant < 0).any():
         raise DemoError(
             name,
-            f"{where}: the rotation of world_to_camera has determinant {determinant.min():.3f}: it mirrors; +1 is needed",
+            f"{where}: the rotation of world_to_camera has determinant {determinant.min():.3f}: it mirrors; +1 is "
+            "needed",
         )
     if len(track.frames) != frames:
         raise DemoError(name, f"{where}: {len(track.frames)} pictures for {frames} time stamps")
@@ -527,7 +544,8 @@ def _check_pictures(name: str, camera: str, track: CameraTrack, frames: int) -> 
             if picture.shape != (track.height, track.width, 3) or picture.dtype != np.uint8:
                 raise DemoError(
                     name,
-                    f"camera {camera!r}: frame {index} is {picture.shape} {picture.dtype}, the demo says {track.height} x {track.width} x 3 uint8",
+                    f"camera {camera!r}: frame {index} is {picture.shape} {picture.dtype}, the demo says "
+                    f"{track.height} x {track.width} x 3 uint8",
                 )
     except DemoError:
         raise
@@ -566,7 +584,7 @@ def check_demo(demo: Demo, pictures: bool = True, cameras: Iterable[str] | None 
             _check_pictures(name, camera, track, frames)
 
 
-# --------------------------------------------------------------------------------------------------------------- finding demos
+# -------------------------------------------------------------------------------------------------------- finding demos
 
 
 @dataclass(frozen=True)
@@ -577,7 +595,8 @@ class DemoReference:
         name: unique under the root, stable (the folder's path below the root): the train/validation split hashes it.
         path: its folder or file.
         format: one of `FORMATS`.
-        reader: makes the Demo; picklable (a `functools.partial` of a module's function). It may raise DemoError, OSError, ValueError or KeyError.
+        reader: makes the Demo; picklable (a `functools.partial` of a module's function). It may raise DemoError,
+            OSError, ValueError or KeyError.
     """
 
     name: str
@@ -616,7 +635,8 @@ def _looks_native(folder: Path) -> bool:
 
 
 def _demo_folders(root: Path, depth: int = SEARCH_DEPTH) -> list[Path]:
-    """Folders that are demos, complete or cut off, in the order of their names. Hidden folders (a writer's unfinished ones) are passed over."""
+    """Folders that are demos, complete or cut off, in the order of their names. Hidden folders (a writer's unfinished
+    ones) are passed over."""
     if any((root / part).exists() for part in ("metadata.json", "trajectory.npz", "cameras.npz", "rgb")):
         return [root]
     if depth == 0:
@@ -664,16 +684,19 @@ def find_demos(root: Path | str, format: str = "auto", calibration: Path | str |
         )
     if format not in ("auto", *FORMATS):
         raise ValueError(f"unknown data format {format!r}; known are {', '.join(FORMATS)} and auto")
+    if format == "auto" and _detect_native(root):
+        # our own mark leaves no doubt; what else lies there is then reported as broken demos
+        format = "native"
     if format == "auto":
-        recognised = [
-            name for name in FORMATS if (_detect_native(root) if name == "native" else _foreign(name).detect(root))
-        ]
+        recognised = [name for name in FOREIGN_FORMATS if _foreign(name).detect(root)]
         if len(recognised) > 1:
             raise ValueError(f"{root} looks like {' and '.join(recognised)}; say which with data.format=NAME")
         if not recognised:
             raise FileNotFoundError(
-                f"{root} holds no demos in a known format; looked for native (a folder a demo with metadata.json of schema {SCHEMA!r} and "
-                "trajectory.npz), raiden (<task>/0000/lowdim), yam_abc (<slug>/<stamp>_<id>/*-joint_pos.npy), lerobot_v3 (meta/info.json) and "
+                f"{root} holds no demos in a known format; looked for native (a folder a demo with metadata.json of "
+                f"schema {SCHEMA!r} and "
+                "trajectory.npz), raiden (<task>/0000/lowdim), yam_abc (<slug>/<stamp>_<id>/*-joint_pos.npy), "
+                "lerobot_v3 (meta/info.json) and "
                 "libero (*.hdf5)"
             )
         format = recognised[0]
@@ -690,7 +713,7 @@ def find_demos(root: Path | str, format: str = "auto", calibration: Path | str |
     return references
 
 
-# -------------------------------------------------------------------------------------------------------------- native reading
+# ------------------------------------------------------------------------------------------------------- native reading
 
 
 def _archive(name: str, path: Path) -> dict[str, np.ndarray]:
@@ -736,7 +759,7 @@ def _inside(name: str, folder: Path, relative: str) -> Path:
 def _count_files(name: str, folder: Path, pattern: str, frames: int, camera: str) -> None:
     if not folder.is_dir():
         raise DemoError(name, f"camera {camera!r}: folder {folder.name} is missing")
-    held = set(os.listdir(folder))
+    held = {path.name for path in folder.iterdir()}
     missing = [index for index in range(frames) if pattern % index not in held]
     if missing:
         raise DemoError(
@@ -765,7 +788,8 @@ def _frame_source(name: str, folder: Path, pattern: str, frames: int, camera: st
     if held != frames:
         raise DemoError(
             name,
-            f"camera {camera!r}: video {pattern} holds {held} frames, the demo {frames}: it was cut off or dropped frames",
+            f"camera {camera!r}: video {pattern} holds {held} frames, the demo {frames}: it was cut off or dropped "
+            "frames",
         )
     return VideoFrames(path, frames)
 
@@ -851,7 +875,7 @@ def read_native(folder: Path | str, name: str | None = None) -> Demo:
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- native writing
+# ------------------------------------------------------------------------------------------------------- native writing
 
 
 @dataclass(frozen=True)
@@ -877,7 +901,7 @@ def write_whole(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -910,12 +934,14 @@ class _VideoWriter:
 class DemoWriter:
     """Writes one native demo folder, frame by frame; a context manager.
 
-    Everything goes to a hidden folder beside the final one, which gets its name when the block ends well; after an exception, `discard()` or
-    a kill there is no folder of that name (a hidden remainder of a kill is passed over by the reader).
+    Everything goes to a hidden folder beside the final one, which gets its name when the block ends well; after an
+    exception, `discard()` or a kill there is no folder of that name (a hidden remainder of a kill is passed over by the
+    reader).
 
     Args:
         folder: the demo's folder; must not exist.
-        robot, task, instruction: words for the metadata; `instruction`, `source` and `text` may be set until the block ends.
+        robot, task, instruction: words for the metadata; `instruction`, `source` and `text` may be set until the block
+            ends.
         fps: frames a second.
         source: free, must be JSON (simulator: task, seed, options, success).
         text: {"captions": [...], "questions": [...]} or None.
@@ -992,7 +1018,8 @@ class DemoWriter:
             pictures: by camera, H x W x 3 uint8 RGB, or the bytes of a JPEG that are stored as they are.
             cameras: pose and intrinsics by camera; where they never change one matrix is stored.
             reached: measured pose by arm.
-            commanded: the command given at this frame by arm (where the arm is told to be at the next frame); in all frames or in none.
+            commanded: the command given at this frame by arm (where the arm is told to be at the next frame); in all
+                frames or in none.
             depth: by camera, H x W uint16 millimetres; in all frames or in none.
 
         Raises:
@@ -1115,7 +1142,7 @@ class DemoWriter:
             "source": self.source,
         }
         write_whole(self._temporary / "metadata.json", json.dumps(metadata, indent=1).encode())
-        os.rename(self._temporary, self.folder)
+        self._temporary.rename(self.folder)
 
 
 def write_demo(
@@ -1125,7 +1152,8 @@ def write_demo(
     video: bool = False,
     jpeg_quality: int = 95,
 ) -> Path:
-    """Writes `demo`, of whatever format it was read, as a native folder; JPEG files are copied byte by byte. Returns the folder.
+    """Writes `demo`, of whatever format it was read, as a native folder; JPEG files are copied byte by byte. Returns
+    the folder.
 
     Args:
         demo: what to write.

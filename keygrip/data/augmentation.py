@@ -1,0 +1,268 @@
+"""From a camera's picture to the network's: crop, resize, normalise, and the intrinsics that follow the pixels.
+
+Every step is an affine map A of pixels (corner convention), so that the new intrinsics are exactly ``A K``: Pillow's
+resize takes a box with fractional edges, and its affine transform samples at pixel centres. `ImageGeometry` is the
+fixed map of validation and inference, kept with a checkpoint; `Augmentation` draws a random one for training, and a
+change of colours.
+
+Legend of shapes: H, W the picture's height and width, S the network's image size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+FITS = ("crop", "stretch")
+GREY = np.array([0.299, 0.587, 0.114])  # luma weights of ITU-R BT.601, what saturation and contrast are relative to
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of the source picture in pixels (corner convention, fractional), turned by `angle` radians about its
+    centre."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    angle: float = 0.0
+
+    def to_picture(self, size: int) -> np.ndarray:
+        """The 3x3 map from source pixels to the pixels of the S x S picture that is cut from this box."""
+        width, height = self.right - self.left, self.bottom - self.top
+        centre_x, centre_y = (self.left + self.right) / 2, (self.top + self.bottom) / 2
+        cos, sin = math.cos(self.angle), math.sin(self.angle)
+        centre = np.array([[1, 0, -centre_x], [0, 1, -centre_y], [0, 0, 1.0]])
+        turn = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1.0]])
+        scale = np.array([[size / width, 0, size / 2], [0, size / height, size / 2], [0, 0, 1.0]])
+        return scale @ turn @ centre
+
+
+def cut(picture: np.ndarray, box: Box, size: int) -> np.ndarray:
+    """The box of an H x W x 3 uint8 picture, resampled (with anti-aliasing) to S x S x 3 uint8.
+
+    What a turned box shows beyond the picture's edge is black.
+    """
+    image = Image.fromarray(picture)
+    if box.angle == 0.0:
+        corners = (box.left, box.top, box.right, box.bottom)
+        return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=corners))
+    # Pillow's affine transform does not anti-alias, so the picture is first brought near its final scale.
+    ratio_x, ratio_y = size / (box.right - box.left), size / (box.bottom - box.top)
+    width = max(1, round(image.width * ratio_x)) if ratio_x < 1 else image.width
+    height = max(1, round(image.height * ratio_y)) if ratio_y < 1 else image.height
+    if (width, height) != image.size:
+        scaled = np.diag([width / image.width, height / image.height, 1.0])
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    else:
+        scaled = np.eye(3)
+    backward = scaled @ np.linalg.inv(box.to_picture(size))
+    coefficients = tuple(backward[:2].reshape(-1))
+    return np.asarray(image.transform((size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR))
+
+
+def follow_pixels(
+    to_picture: np.ndarray, intrinsics: np.ndarray, world_to_camera: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Intrinsics and camera pose of a picture whose pixels were mapped by the affine `to_picture`.
+
+    ``A K`` alone would carry an in-plane turn inside K; it is split into an upper triangular K' and a roll of the
+    camera about its optical axis, ``A K = K' R``, so that K' stays what every reader of intrinsics expects. Without a
+    turn, R is the identity.
+
+    Args:
+        to_picture: 3x3. intrinsics: 3x3. world_to_camera: 4x4.
+
+    Returns:
+        K' 3x3 and the new world_to_camera 4x4.
+    """
+    moved = to_picture @ intrinsics
+    if moved[1, 0] == 0.0:
+        return moved, world_to_camera
+    length = math.hypot(moved[1, 0], moved[1, 1])
+    sin, cos = moved[1, 0] / length, moved[1, 1] / length
+    roll = np.array([[cos, -sin, 0, 0], [sin, cos, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+    straight = moved @ roll[:3, :3].T
+    straight[1, 0] = 0.0  # exactly, where rounding left 1e-17
+    return straight, roll @ world_to_camera
+
+
+def normalise(picture: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """S x S x 3 uint8 -> float32 [3, S, S], ``(value / 255 - mean) / std`` a channel."""
+    scale = (1 / (255 * np.asarray(std))).astype(np.float32)
+    offset = (-np.asarray(mean) / np.asarray(std)).astype(np.float32)
+    channels_first = np.ascontiguousarray(picture.transpose(2, 0, 1), dtype=np.float32)
+    channels_first *= scale[:, None, None]
+    channels_first += offset[:, None, None]
+    return torch.from_numpy(channels_first)
+
+
+@dataclass(frozen=True)
+class ImageGeometry:
+    """What is done to every picture at validation and inference. Lives in the checkpoint (`to_dict`, `from_dict`).
+
+    Args:
+        image_size: S, side of the network's picture.
+        mean, std: the backbone's, a channel.
+        field: share of the picture's shorter side that the network sees; what is left is the room for training crops to
+            shift in.
+        fit: "crop" takes the central square (pixels stay square); "stretch" takes the whole aspect ratio and squeezes
+            it into a square, for wide cameras whose edges matter. The intrinsics follow exactly either way.
+    """
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    field: float = 1.0
+    fit: str = "crop"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
+        object.__setattr__(self, "std", tuple(float(value) for value in self.std))
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"mean and std must be three numbers with std above 0, not {self.mean} and {self.std}")
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be positive, not {self.image_size}")
+        if not 0 < self.field <= 1:
+            raise ValueError(f"field must be above 0 and at most 1 (the whole picture), not {self.field}")
+        if self.fit not in FITS:
+            raise ValueError(f"fit must be one of {', '.join(FITS)}, not {self.fit!r}")
+
+    def box(self, width: int, height: int) -> Box:
+        """The part of a `width` x `height` picture that the network sees."""
+        shorter = min(width, height)
+        box_width, box_height = (shorter, shorter) if self.fit == "crop" else (width, height)
+        half_width, half_height = self.field * box_width / 2, self.field * box_height / 2
+        return Box(width / 2 - half_width, height / 2 - half_height, width / 2 + half_width, height / 2 + half_height)
+
+    def apply(self, image: np.ndarray, intrinsics: np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
+        """One camera picture as the network takes it.
+
+        Args:
+            image: H x W x 3 uint8 RGB. intrinsics: 3x3 of that picture.
+
+        Returns:
+            float32 [3, S, S], normalised, and float32 [3, 3], the intrinsics of the result.
+        """
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise ValueError(f"a picture must be H x W x 3 uint8, not {image.shape} {image.dtype}")
+        box = self.box(image.shape[1], image.shape[0])
+        moved = box.to_picture(self.image_size) @ np.asarray(intrinsics, dtype=np.float64)
+        picture = normalise(cut(image, box, self.image_size), self.mean, self.std)
+        return picture, torch.from_numpy(moved.astype(np.float32))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and words, for a checkpoint."""
+        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> ImageGeometry:
+        """The inverse of `to_dict`. Raises ValueError where a part is missing or unknown."""
+        try:
+            return cls(**{**state, "mean": tuple(state["mean"]), "std": tuple(state["std"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the stored image geometry cannot be read ({error}): {dict(state)}") from error
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random views and colours for training, each a function of the generator alone.
+
+    Args:
+        scale: the crop's side relative to the nominal one, uniform between these.
+        shift: the crop's centre moves by up to this share of the nominal side, each way, as far as the picture reaches.
+        rotate_degrees: the crop turns by up to this much, each way (costs a second resampling; 0 leaves it out).
+        brightness, contrast, saturation: factors 1 +- this.
+        channel_gain: a factor 1 +- this for each of red, green and blue (white balance).
+    """
+
+    scale: tuple[float, float] = (0.9, 1.1)
+    shift: float = 0.08
+    rotate_degrees: float = 0.0
+    brightness: float = 0.2
+    contrast: float = 0.2
+    saturation: float = 0.2
+    channel_gain: float = 0.08
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", tuple(float(value) for value in self.scale))
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"augmentation scale must be two rising positive numbers, not {self.scale}")
+        for name in ("shift", "rotate_degrees", "brightness", "contrast", "saturation", "channel_gain"):
+            value = getattr(self, name)
+            limit = 180 if name == "rotate_degrees" else 1
+            if not 0 <= value < limit:
+                raise ValueError(f"augmentation {name} must be at least 0 and below {limit}, not {value}")
+
+    def box(self, generator: np.random.Generator, geometry: ImageGeometry, width: int, height: int) -> Box:
+        """A random box near the nominal one, inside the picture wherever it fits."""
+        nominal = geometry.box(width, height)
+        side_x, side_y = nominal.right - nominal.left, nominal.bottom - nominal.top
+        factor = generator.uniform(*self.scale)
+        shift_x, shift_y = generator.uniform(-self.shift, self.shift, size=2)
+        angle = math.radians(generator.uniform(-self.rotate_degrees, self.rotate_degrees))
+        # a crop larger than the picture would show what no camera saw
+        factor = min(factor, width / side_x, height / side_y)
+        crop_x, crop_y = factor * side_x, factor * side_y
+        cos, sin = abs(math.cos(angle)), abs(math.sin(angle))
+        centre_x = _inside(width / 2 + shift_x * side_x, (cos * crop_x + sin * crop_y) / 2, width)
+        centre_y = _inside(height / 2 + shift_y * side_y, (sin * crop_x + cos * crop_y) / 2, height)
+        return Box(centre_x - crop_x / 2, centre_y - crop_y / 2, centre_x + crop_x / 2, centre_y + crop_y / 2, angle)
+
+    def recolour(self, generator: np.random.Generator, picture: np.ndarray) -> np.ndarray:
+        """S x S x 3 uint8 -> S x S x 3 uint8 in other colours: one 3x3 matrix and an offset, then the clipping that a
+        sensor does."""
+        brightness = 1 + generator.uniform(-self.brightness, self.brightness)
+        contrast = 1 + generator.uniform(-self.contrast, self.contrast)
+        saturation = 1 + generator.uniform(-self.saturation, self.saturation)
+        gain = 1 + generator.uniform(-self.channel_gain, self.channel_gain, size=3)
+        matrix = saturation * np.eye(3) + (1 - saturation) * np.tile(GREY, (3, 1))
+        matrix = brightness * contrast * gain[:, None] * matrix
+        level = float(picture[::4, ::4].reshape(-1, 3).mean(axis=0) @ GREY)  # mean grey, from a sixteenth of the pixels
+        offset = brightness * (1 - contrast) * gain * level
+        mixed = picture.reshape(-1, 3).astype(np.float32) @ matrix.T.astype(np.float32)
+        mixed += offset.astype(np.float32) + np.float32(0.5)
+        np.clip(mixed, 0, 255, out=mixed)
+        return mixed.astype(np.uint8).reshape(picture.shape)
+
+    def apply(
+        self,
+        generator: np.random.Generator,
+        geometry: ImageGeometry,
+        image: np.ndarray,
+        intrinsics: np.ndarray,
+        world_to_camera: np.ndarray,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A random view of one camera picture.
+
+        Args:
+            generator: the only source of chance.
+            geometry: the nominal map that the random one varies.
+            image: H x W x 3 uint8 RGB. intrinsics: 3x3. world_to_camera: 4x4.
+
+        Returns:
+            float32 [3, S, S] normalised, intrinsics [3, 3] and world_to_camera [4, 4] of the result (the camera rolls
+            with a turn).
+        """
+        box = self.box(generator, geometry, image.shape[1], image.shape[0])
+        size = geometry.image_size
+        new_intrinsics, new_pose = follow_pixels(box.to_picture(size), intrinsics, world_to_camera)
+        picture = self.recolour(generator, cut(image, box, size))
+        return (
+            normalise(picture, geometry.mean, geometry.std),
+            torch.from_numpy(new_intrinsics.astype(np.float32)),
+            torch.from_numpy(np.asarray(new_pose, dtype=np.float32)),
+        )
+
+
+def _inside(centre: float, half: float, length: float) -> float:
+    """`centre` moved so that [centre - half, centre + half] lies in [0, length]; the middle where it cannot."""
+    return length / 2 if 2 * half > length else min(max(centre, half), length - half)

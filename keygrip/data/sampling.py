@@ -1,0 +1,133 @@
+"""The order of samples: a pure function of (seed, epoch, step), whatever the number of ranks and workers.
+
+An epoch is one permutation of the data set, cut into global batches; a rank takes its consecutive part of each. Each
+sample travels as a `SampleKey` with its epoch, from which the data set derives the augmentation, so that nothing
+depends on who loads it. Resuming needs one number, the count of batches done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+
+class SampleKey(NamedTuple):
+    """Which sample, and in which epoch: all that a sample's random augmentation depends on, beside the seed."""
+
+    index: int
+    epoch: int
+
+
+def sample_generator(seed: int, key: SampleKey) -> np.random.Generator:
+    """The generator of one sample's augmentation."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, key.epoch, key.index))))
+
+
+class GlobalBatchSampler(Sampler[list[SampleKey]]):
+    """Yields this rank's part of each global batch.
+
+    With `drop_last` (training) the incomplete batch at the end of an epoch is left out: every step then averages over
+    the same number of samples on every rank, and shuffling leaves out others each epoch. Without it (validation) the
+    last batch is divided as evenly as it goes; only where it holds fewer samples than there are ranks does it repeat
+    the epoch's first ones, so that no rank waits for ever.
+
+    Args:
+        samples: how many the data set holds.
+        batch_size: over all ranks together.
+        rank, ranks: this process and how many there are.
+        seed: of the order.
+        shuffle: a new permutation each epoch; otherwise one fixed permutation (validation: a limited number of batches
+            then still sees every demo).
+        drop_last: see above.
+
+    Raises:
+        ValueError: the batch does not divide over the ranks, or the data set is smaller than one batch with
+            `drop_last`.
+    """
+
+    def __init__(
+        self,
+        samples: int,
+        batch_size: int,
+        rank: int = 0,
+        ranks: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = True,
+    ) -> None:
+        if batch_size < 1 or batch_size % ranks:
+            raise ValueError(
+                f"batch_size={batch_size} is the global batch and must divide by the {ranks} processes; "
+                f"{max(1, batch_size // ranks) * ranks} would"
+            )
+        if drop_last and samples < batch_size:
+            raise ValueError(
+                f"the training split holds {samples} samples, fewer than one batch of {batch_size}; lower "
+                "data.batch_size"
+            )
+        self.samples, self.batch_size, self.rank, self.ranks = samples, batch_size, rank, ranks
+        self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
+        self.epoch = 0
+        self._resume: tuple[int, int] | None = None
+
+    @property
+    def sampler(self) -> GlobalBatchSampler:
+        """Lightning looks here for `set_epoch`."""
+        return self
+
+    def __len__(self) -> int:
+        """Batches of a full epoch, also while one is being resumed."""
+        whole, rest = divmod(self.samples, self.batch_size)
+        return whole if self.drop_last or not rest else whole + 1
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def resume(self, batches_done: int) -> None:
+        """The next iteration goes on after `batches_done` batches counted from the start of training."""
+        epoch, step = divmod(batches_done, max(1, len(self)))
+        self.epoch, self._resume = epoch, (epoch, step)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The epoch's permutation, [samples] int64."""
+        seed = (self.seed, epoch) if self.shuffle else (self.seed,)
+        return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed))).permutation(self.samples)
+
+    def global_batch(self, order: np.ndarray, step: int) -> np.ndarray:
+        """All ranks' sample indices of one step."""
+        batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+        return np.concatenate([batch, np.resize(order, self.ranks - len(batch))]) if len(batch) < self.ranks else batch
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        first = 0
+        if self._resume is not None:
+            # the iterator is made before the trainer names the epoch, so the resumed position names its own
+            self.epoch, first = self._resume
+            self._resume = None
+        epoch, order = self.epoch, self.order(self.epoch)
+        for step in range(first, len(self)):
+            for_rank = np.array_split(self.global_batch(order, step), self.ranks)[self.rank]
+            yield [SampleKey(int(index), epoch) for index in for_rank]
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A DataLoader that tells Lightning that it can go on in the middle of an epoch.
+
+    The position itself travels in the data module's state, which reads it from the trainer's count of finished batches:
+    a loader cannot know how much of what it handed out was used.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore here: see the class."""
+
+
+def start_worker(worker: int) -> None:
+    """Workers are the parallelism: one thread each, so that they do not fight with the trainer's."""
+    torch.set_num_threads(1)
