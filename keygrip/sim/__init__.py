@@ -1,4 +1,4 @@
-"""The embedded data source: a YAM arm at a table in MuJoCo, with a scripted expert, a recorder and a gymnasium environment.
+"""The embedded data source: a YAM arm at a table in MuJoCo, a scripted expert, a recorder, a gymnasium environment.
 
 Importing this package is light; `keygrip.sim.environment`, `keygrip.sim.scene` and `keygrip.sim.recorder` load MuJoCo.
 """

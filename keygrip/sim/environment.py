@@ -16,7 +16,8 @@ from keygrip.sim import scene, tasks
 from keygrip.sim.inverse_kinematics import solve, yaw_of
 from keygrip.sim.kinematics import forward_kinematics, matrix_from_quaternion, quaternion_from_matrix
 from keygrip.sim.rendering import CameraRenderer, Lens, mujoco, world_to_camera
-from keygrip.sim.tasks import EpisodeLayout, TaskOptions, sample_layout
+from keygrip.sim.tasks import EpisodeLayout, Placed, TaskOptions, sample_layout
+from keygrip.sim.text import Sight
 
 FAILURES = ("missed", "dropped", "wrong_place", "unreachable", "timeout")
 LIFTED = 0.03  # m above its rest at which the object counts as lifted
@@ -52,10 +53,10 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
     Action, float64 [8]: tool position (3, world, m), quaternion wxyz (4), gripper opening (1). The arm is told to be
     there one control period later; the joint targets between are interpolated.
 
-    Observation: `image` [H, W, 3] uint8, `intrinsics` [3, 3] and `world_to_camera` [4, 4] of that image, `position` [3],
-    `quaternion` [4], `gripper` [1] and `joints` [6] as reached (not as commanded). With several `cameras`, the first is
-    the observation and all are in `frame(name)`. Without `render_images` the three camera entries are absent and no
-    GL library is needed.
+    Observation: `image` [H, W, 3] uint8, `intrinsics` [3, 3] and `world_to_camera` [4, 4] of that image, `position`
+    [3], `quaternion` [4], `gripper` [] and `joints` [6] as reached (not as commanded). With several `cameras`, the
+    first is the observation and all are in `frame(name)`. Without `render_images` the three camera entries are absent
+    and no GL library is needed. A second arm would give the robot's entries a leading axis.
 
     `terminated` is success. `truncated` is the time limit, or the object gone off the table. `info`: `success`,
     `failure_reason` (None before the end; one of FAILURES), `commanded_position`, `commanded_quaternion`,
@@ -87,16 +88,16 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
             raise ValueError(f"image_size={image_size} is outside [16, 1280] pixels")
         self.render_images, self.render_mode = render_images, "rgb_array" if render_images else None
         self.lenses: dict[str, Lens] = {c: scene.lens_of(c, image_size, image_size) for c in self.cameras}
-        self._model: mujoco.MjModel | None = None
-        self._shapes: tuple[str, ...] = ()
         self._renderer: CameraRenderer | None = None
-        self._ensure_model(("cube",) * task.distractors)
+        self._build()
         self._substeps = round(1 / self.hz / self.model.opt.timestep)
         if abs(self._substeps * self.model.opt.timestep - 1 / self.hz) > 1e-9:
-            raise ValueError(f"hz={hz} does not divide the physics step of {self.model.opt.timestep} s; use 5, 10, 20, 50")
-        numbers = {"position": 3, "quaternion": 4, "gripper": 1, "joints": 6}
+            raise ValueError(
+                f"hz={hz}: a period must be whole steps of {self.model.opt.timestep} s; use 5, 10, 20 or 50"
+            )
+        shapes: dict[str, tuple[int, ...]] = {"position": (3,), "quaternion": (4,), "gripper": (), "joints": (6,)}
         entries: dict[str, spaces.Space[Any]] = {
-            key: spaces.Box(-np.inf, np.inf, (size,), np.float64) for key, size in numbers.items()
+            key: spaces.Box(-np.inf, np.inf, shape, np.float64) for key, shape in shapes.items()
         }
         if render_images:
             entries["image"] = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
@@ -110,19 +111,8 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
 
     # ---- the model -------------------------------------------------------------------------------------------------
 
-    @property
-    def model(self) -> mujoco.MjModel:
-        """The compiled scene; it is rebuilt when the shapes of the distractors change."""
-        assert self._model is not None
-        return self._model
-
-    def _ensure_model(self, shapes: tuple[str, ...]) -> None:
-        if self._model is not None and shapes == self._shapes:
-            return
-        self.close()
-        self._model = scene.build_spec(self.task, shapes).compile()
-        self._shapes = shapes
-        model = self._model
+    def _build(self) -> None:
+        model = self.model = scene.build_spec(self.task).compile()
         self.data = mujoco.MjData(model)
         self._arm_qpos = np.array([model.joint(n).qposadr[0] for n in scene.ARM_JOINT_NAMES])
         self._finger_qpos = np.array([model.joint(n).qposadr[0] for n in scene.FINGER_JOINT_NAMES])
@@ -131,8 +121,6 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
         self._object = model.body("object").id
         self._finger_bodies = [model.body(n).id for n in scene.FINGERS]
         self._goal_body = model.body("goal").id if self.task.name != "pick" else -1
-        self._table_body = 0
-        self._default_light = model.light_dir.copy(), model.light_diffuse.copy()
 
     def _place(self, body: str, position: np.ndarray, yaw: float) -> None:
         model, data = self.model, self.data
@@ -146,6 +134,15 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
             data.qpos[at : at + 7] = np.concatenate([position, quaternion])
         else:
             model.body_pos[index], model.body_quat[index] = position, quaternion
+
+    def _take_shape(self, thing: Placed) -> None:
+        """Of a distractor that can be a cube, a ball or a cylinder, leaves one: seen and touched."""
+        if not (self.task.varied_shapes and thing.name != "object"):
+            return
+        for shape in tasks.SHAPES:
+            geom, there = self.model.geom(f"{thing.name}_{shape}").id, int(shape == thing.shape)
+            self.model.geom_contype[geom] = self.model.geom_conaffinity[geom] = there
+            self.model.geom_group[geom] = 0 if there else scene.HIDDEN_GROUP
 
     def _paint(self, body: str, rgb: tuple[float, float, float], digit: int | None = None) -> None:
         index = self.model.body(body).id
@@ -161,6 +158,7 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
         data.qpos[self._finger_qpos] = self._finger_range
         data.ctrl[:6], data.ctrl[6] = layout.start_joints, self._finger_range
         for thing in layout.placed:
+            self._take_shape(thing)
             self._place(thing.name, thing.position + [0, 0, 0.001], thing.yaw)
             self._paint(thing.name, self.task.palette[thing.colour], thing.digit)
         if self._goal_body >= 0:
@@ -201,7 +199,6 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
         super().reset(seed=seed)
         self.seed = int(seed) if seed is not None else int(self.np_random.integers(0, 2**31))
         self.layout = sample_layout(self.task, self.seed)
-        self._ensure_model(tuple(d.shape for d in self.layout.distractors))
         self._arrange(self.layout)
         self.progress = Progress()
         self.elapsed = 0
@@ -223,7 +220,8 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
 
     def advance(self, action: np.ndarray) -> None:
         """The physics of `step` without drawing; may go on after success (the recorder finishes the motion)."""
-        assert self.layout is not None, "reset comes before step"
+        if self.layout is None:
+            raise RuntimeError("YamCell: call reset(seed=...) before the first step")
         action = np.asarray(action, float)
         if action.shape != (8,) or not np.isfinite(action).all() or np.linalg.norm(action[3:7]) < 1e-6:
             raise ValueError(
@@ -245,7 +243,7 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
         self.elapsed += 1
         self._judge(found.position_error)
 
-    def render(self) -> np.ndarray:  # type: ignore[override]
+    def render(self) -> np.ndarray:
         """[H, W, 3] uint8 picture of the first camera."""
         return self.frame(self.cameras[0])
 
@@ -284,7 +282,7 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
         seen: dict[str, Any] = {
             "position": position,
             "quaternion": quaternion,
-            "gripper": np.array([self.gripper_opening]),
+            "gripper": np.array(self.gripper_opening),
             "joints": self.joints,
         }
         if self.render_images:
@@ -302,7 +300,7 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
 
     @property
     def commanded_pose(self) -> tuple[np.ndarray, np.ndarray]:
-        """Position [3] and quaternion [4] that the commanded joints would give; the arm trails it by about a centimetre."""
+        """Position [3] and quaternion [4] that the commanded joints would give; the arm trails it by about 1 cm."""
         return forward_kinematics(self.commanded_joints)
 
     @property
@@ -314,6 +312,10 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
     def gripper_opening(self) -> float:
         """Reached opening, 0 closed .. 1 open."""
         return float(self.data.qpos[self._finger_qpos].sum() / (2 * self._finger_range))
+
+    def body_position(self, name: str) -> np.ndarray:
+        """[3] centre of a body: "object", "goal" or "distractor<i>"."""
+        return self.data.xpos[self.model.body(name).id].copy()
 
     @property
     def object_position(self) -> np.ndarray:
@@ -327,6 +329,21 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
         period = self.task.yaw_period
         turn = yaw_of(self.data.site_xmat[self._tool].reshape(3, 3)) - np.arctan2(-across[0], across[1])
         return float(abs((turn + period / 2) % period - period / 2))
+
+    def sight(self, camera: str) -> Sight:
+        """Where the loose objects and the goal are in a camera's picture, and how much of them is visible."""
+        labels = self.segmentation(camera)
+        bodies = np.where(labels >= 0, self.model.geom_bodyid[np.maximum(labels, 0)], -1)
+        transform, intrinsics = self.world_to_camera(camera), self.lenses[camera].intrinsics
+        centres, visible = {}, {}
+        assert self.layout is not None
+        for name in [p.name for p in self.layout.placed] + (["goal"] if self._goal_body >= 0 else []):
+            body = self.model.body(name).id
+            in_camera = transform[:3, :3] @ self.data.xpos[body] + transform[:3, 3]
+            u, v, depth = intrinsics @ in_camera
+            centres[name] = (float(u / depth), float(v / depth))
+            visible[name] = int((bodies == body).sum())
+        return Sight(centres, visible, self.image_size, self.image_size)
 
     # ---- what has happened -----------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The scripted expert: it knows the layout and moves like a person who has done this before but does not repeat himself.
+"""The scripted expert: it knows the layout and moves like a practised person who never does it twice alike.
 
 Motions are straight lines with smooth starts and stops; what varies from episode to episode is the speed, the approach
 (often off-centre and then corrected), heights, the bow of a carry, and small errors of position and yaw.

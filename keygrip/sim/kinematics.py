@@ -124,7 +124,8 @@ def arm_chain(arm: str = "yam", gripper: str = "linear_4310") -> ArmChain:
         pending = (pending[0] + pending[1] @ offset, pending[1] @ rotation)
         body = child
     mount = ElementTree.parse(gripper_file(gripper)).getroot().find("worldbody/body")
-    assert mount is not None and len(offsets) == ARM_JOINTS
+    assert mount is not None
+    assert len(offsets) == ARM_JOINTS
     site = next((s for s in mount.iter("site") if s.get("name") == "grasp_site"), None)
     if site is None:
         raise ValueError(f"gripper {gripper!r} has no grasp_site")

@@ -11,12 +11,13 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from tqdm import tqdm
 from keygrip.data.demos import ArmPose, CameraPose, DemoWriter, write_whole
 from keygrip.sim.environment import YamCell
 from keygrip.sim.expert import expert_actions
-from keygrip.sim.tasks import TaskOptions
+from keygrip.sim.tasks import Placed, TaskOptions
+from keygrip.sim.text import EpisodeTrace, describe
 
 ROBOT = "yam"
 ARM = "right"
@@ -117,7 +119,7 @@ def record(
     started, done, recorded, next_seed, failures = time.monotonic(), 0, 0, seed, 0
     with (
         tqdm(total=demos, desc=f"record {task.name}", unit="demo", disable=not progress) as bar,
-        _workers(settings, root, min(processes, demos)) as run,
+        _Workers(settings, root, min(processes, demos)) as workers,
     ):
         while done < demos:
             # As many further seeds as demos are missing: the same set of seeds whatever the number of processes.
@@ -128,7 +130,7 @@ def record(
             failures += len(known)
             done += len(there)
             bar.update(len(there))
-            for episode_seed, success in run([s for s in batch if s not in {*there, *known}]):
+            for episode_seed, success in workers.run([s for s in batch if s not in {*there, *known}]):
                 if success:
                     done, recorded = done + 1, recorded + 1
                     bar.update(1)
@@ -201,7 +203,11 @@ def record_episode(cell: YamCell, settings: RecordSettings, root: Path, seed: in
         video=settings.video,
         jpeg_quality=settings.jpeg_quality,
     ) as writer:
+        trace = EpisodeTrace(task, cell.layout, seed, settings.hz, first=cell.sight(settings.cameras[0]))
         for i, action in enumerate(actions):
+            if i == len(actions) - 1:
+                trace.last = cell.sight(settings.cameras[0])
+            trace.add(cell.object_position, cell.tool_pose[0], cell.progress.held)
             pictures = {c: cell.frame(c) for c in settings.cameras}
             views = {c: CameraPose(cell.lenses[c].intrinsics, cell.world_to_camera(c)) for c in settings.cameras}
             depth = {c: _millimetres(cell.depth(c)) for c in settings.cameras} if settings.depth else None
@@ -210,17 +216,32 @@ def record_episode(cell: YamCell, settings: RecordSettings, root: Path, seed: in
             commanded = _arm_pose(*cell.commanded_pose, cell.commanded_gripper, cell.commanded_joints)
             stamp = round(i * 1e9 / settings.hz)
             writer.add(stamp, pictures, views, {ARM: reached}, {ARM: commanded}, depth)
-        success = cell.progress.success
+        success = trace.success = cell.progress.success
         if not success:
             writer.discard()
+        trace.final_positions = {p.name: cell.body_position(p.name) for p in cell.layout.placed}
+        writer.text = describe(trace)
         writer.source = {
             "simulator": "keygrip.sim",
             "task": task.as_dict(),
             "seed": seed,
             "success": success,
             "yaw_error_rad": cell.progress.yaw_error,
+            "objects": [_plain(p) for p in cell.layout.placed],
+            "goal": {"colour": cell.layout.goal_colour, "position_m": [float(v) for v in cell.layout.goal]},
         }
     return success
+
+
+def _plain(thing: Placed) -> dict[str, Any]:
+    return {
+        "name": thing.name,
+        "shape": thing.shape,
+        "colour": thing.colour,
+        "digit": thing.digit,
+        "position_m": [float(v) for v in thing.position],
+        "yaw_rad": thing.yaw,
+    }
 
 
 def _arm_pose(position: np.ndarray, quaternion: np.ndarray, gripper: float, joints: np.ndarray) -> ArmPose:
@@ -234,50 +255,69 @@ def _millimetres(depth: np.ndarray) -> np.ndarray:
 
 # ---- processes -------------------------------------------------------------------------------------------------------
 
-_worker: tuple[YamCell, RecordSettings, Path] | None = None  # one cell a process: building it takes as long as an episode
+
+class _Workers:
+    """Records seeds here or in spawned processes; cells are built when the first seed asks for one."""
+
+    def __init__(self, settings: RecordSettings, root: Path, processes: int) -> None:
+        self.settings, self.root, self.processes = settings, root, processes
+        self._cell: YamCell | None = None
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._cell is not None:
+            self._cell.close()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def run(self, seeds: list[int]) -> Iterator[tuple[int, bool]]:
+        """(seed, success) of each seed, in no particular order."""
+        if not seeds:
+            return
+        if self.processes == 1:
+            self._cell = self._cell or _build_cell(self.settings)
+            for seed in seeds:
+                yield seed, record_episode(self._cell, self.settings, self.root, seed)
+            return
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")  # a forked GL context is broken
+            self._pool = ProcessPoolExecutor(self.processes, context, _start_worker, (self.settings, self.root))
+        try:
+            for future in as_completed([self._pool.submit(_run_in_worker, seed) for seed in seeds]):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                f"a recording process died (out of memory, or a script without an `if __name__ == '__main__'` guard); "
+                f"the demos in {self.root} are whole: run again to continue, perhaps with fewer processes"
+            ) from error
 
 
-def _cell(settings: RecordSettings) -> YamCell:
+_worker: tuple[YamCell, RecordSettings, Path] | None = None  # one cell a process, used for all its episodes
+
+
+def _build_cell(settings: RecordSettings) -> YamCell:
     return YamCell(settings.task, settings.image_size, settings.hz, cameras=settings.cameras)
 
 
 def _start_worker(settings: RecordSettings, root: Path) -> None:
     global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which lets episodes under way finish
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa's software renderer: one thread a process, not one a core
-    _worker = (_cell(settings), settings, root)
+    _worker = (_build_cell(settings), settings, root)
+
+
+def _end_with_parent(parent: int) -> None:
+    """Ends this process when its parent has been killed; the pool would leave it waiting for work for ever."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _run_in_worker(seed: int) -> tuple[int, bool]:
     assert _worker is not None
     cell, settings, root = _worker
     return seed, record_episode(cell, settings, root, seed)
-
-
-def _run_here(cell: YamCell, settings: RecordSettings, root: Path, seeds: list[int]) -> Iterator[tuple[int, bool]]:
-    for seed in seeds:
-        yield seed, record_episode(cell, settings, root, seed)
-
-
-def _run_in_pool(pool: ProcessPoolExecutor, seeds: list[int]) -> Iterator[tuple[int, bool]]:
-    for future in as_completed([pool.submit(_run_in_worker, seed) for seed in seeds]):
-        yield future.result()
-
-
-@contextmanager
-def _workers(settings: RecordSettings, root: Path, processes: int) -> Iterator[Any]:
-    """A function from seeds to (seed, success) pairs; the cells live as long as the block."""
-    if processes == 1:
-        cell = _cell(settings)
-        try:
-            yield partial(_run_here, cell, settings, root)
-        finally:
-            cell.close()
-        return
-    # Spawned, not forked: a forked GL context is broken.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, context, _start_worker, (settings, root))
-    try:
-        yield partial(_run_in_pool, pool)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-

@@ -40,6 +40,7 @@ ROBOT_COLOURS = {
 }
 MESH_CELL = 0.003  # m: vertices closer than this are merged, which draws three times faster
 OBJECT_MASS = 0.05
+HIDDEN_GROUP = 3  # MuJoCo draws groups 0 to 2
 
 # Nominal views: the point looked at, and from where (azimuth from +x, elevation, distance), field of view.
 # "over" looks from the front right, where the wrist hides the gripped object least (two thirds of it stay visible; from
@@ -100,7 +101,8 @@ def _load(path: Path) -> mujoco.MjSpec:
         vertices, faces = _coarse_mesh(folder / mesh.file, MESH_CELL)
         mesh.file = ""
         mesh.uservert, mesh.userface = vertices.ravel(), faces.astype(np.int32).ravel()
-        mesh.inertia = mujoco.mjtMeshInertia.mjMESH_INERTIA_SHELL  # bodies state their inertia; thin meshes stop "exact"
+        # Bodies state their inertia; without "shell" the compiler refuses the thin meshes.
+        mesh.inertia = mujoco.mjtMeshInertia.mjMESH_INERTIA_SHELL
     for body in spec.bodies:
         for geom in body.geoms:
             # The hulls of the arm's links touch each other and jam it; the fingers get pads instead.
@@ -164,7 +166,7 @@ def _add_finger_pads(spec: mujoco.MjSpec) -> None:
                 solref=[0.01, 1.0],
                 priority=1,
                 mass=0.0,
-                group=3,  # not drawn
+                group=HIDDEN_GROUP,
             )
 
 
@@ -210,19 +212,22 @@ def digit_picture(digit: int, size: int = 64) -> np.ndarray:
     return np.repeat(np.asarray(picture, float)[..., None] / 255, 3, axis=2)
 
 
-def _add_loose(spec: mujoco.MjSpec, name: str, shape: str, half: np.ndarray) -> None:
+def _add_loose(spec: mujoco.MjSpec, name: str, shapes: tuple[str, ...], half: np.ndarray) -> None:
+    """A body that lies loose. With several shapes it has a geom "<name>_<shape>" each, of which an episode uses one."""
     kinds = {
         "cube": (mujoco.mjtGeom.mjGEOM_BOX, list(half)),
         "bar": (mujoco.mjtGeom.mjGEOM_BOX, list(half)),
         "ball": (mujoco.mjtGeom.mjGEOM_SPHERE, [half[0], 0, 0]),
         "cylinder": (mujoco.mjtGeom.mjGEOM_CYLINDER, [half[0], half[2], 0]),
     }
-    kind, size = kinds[shape]
     body = spec.worldbody.add_body(name=name, pos=[0.3, 0.0, half[2]])
     body.add_freejoint(name=f"{name}_free")
-    # A ball rolls for ever without rolling friction, hence the third number and condim 6 for it.
-    friction, condim = ([1.0, 0.02, 0.02], 6) if shape == "ball" else ([1.0, 0.02, 0.001], 4)
-    body.add_geom(name=name, type=kind, size=size, mass=OBJECT_MASS, friction=friction, condim=condim)
+    for shape in shapes:
+        kind, size = kinds[shape]
+        # A ball rolls for ever without rolling friction, hence condim 6 and the third number for it.
+        friction, condim = ([1.0, 0.02, 0.02], 6) if shape == "ball" else ([1.0, 0.02, 0.001], 4)
+        label, mass = name if len(shapes) == 1 else f"{name}_{shape}", OBJECT_MASS / len(shapes)
+        body.add_geom(name=label, type=kind, size=size, mass=mass, friction=friction, condim=condim)
 
 
 def _add_bowl(spec: mujoco.MjSpec, walls: int = 20) -> None:
@@ -242,7 +247,7 @@ def _add_goal(spec: mujoco.MjSpec, options: TaskOptions) -> None:
     if options.name == "pick_place":
         _add_bowl(spec)
     elif options.name == "stack":
-        _add_loose(spec, "goal", "cube", np.full(3, tasks.BLOCK_SIZE / 2))
+        _add_loose(spec, "goal", ("cube",), np.full(3, tasks.BLOCK_SIZE / 2))
     elif options.name == "reach":  # a ball on a post: seen, never touched
         body = spec.worldbody.add_body(name="goal", mocap=True)
         ghost = {"contype": 0, "conaffinity": 0}
@@ -263,10 +268,8 @@ def _add_cameras(spec: mujoco.MjSpec) -> None:
     )
 
 
-def build_spec(
-    options: TaskOptions, shapes: tuple[str, ...] = (), arm: str = "yam", gripper: str = "linear_4310"
-) -> mujoco.MjSpec:
-    """The scene of a task; `shapes` are those of the distractors (all cubes by default)."""
+def build_spec(options: TaskOptions, arm: str = "yam", gripper: str = "linear_4310") -> mujoco.MjSpec:
+    """The scene of a task; what differs between its episodes is written into the compiled model."""
     spec = mujoco.MjSpec()
     spec.modelname = "keygrip_yam_cell"
     spec.compiler.degree = False
@@ -278,9 +281,8 @@ def build_spec(
     spec.visual.quality.shadowsize = 1024
     spec.visual.global_.offwidth, spec.visual.global_.offheight = 1280, 1280
     world = spec.worldbody
-    world.add_light(
-        name="sun", pos=[0.3, -0.5, 1.6], dir=[0, 0.3, -1], type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL, castshadow=True
-    )
+    directional = mujoco.mjtLightType.mjLIGHT_DIRECTIONAL
+    world.add_light(name="sun", pos=[0.3, -0.5, 1.6], dir=[0, 0.3, -1], type=directional, castshadow=True)
     plane, box = mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_BOX
     world.add_geom(name="floor", type=plane, size=[30, 30, 0.1], pos=[0, 0, -0.75])
     if options.randomise_table:
@@ -291,10 +293,10 @@ def build_spec(
     if options.digits:
         for digit in range(10):
             _add_texture(spec, f"digit{digit}", digit_picture(digit), (1, 1))
-    _add_loose(spec, "object", options.object, options.half_extents)
+    _add_loose(spec, "object", (options.object,), options.half_extents)
     for i in range(options.distractors):
-        shape = shapes[i] if i < len(shapes) else "cube"
-        _add_loose(spec, f"distractor{i}", shape, np.full(3, options.object_size_m / 2))
+        shapes = tasks.SHAPES if options.varied_shapes else ("cube",)
+        _add_loose(spec, f"distractor{i}", shapes, np.full(3, options.object_size_m / 2))
     _add_goal(spec, options)
     _add_cameras(spec)
     return spec

@@ -41,6 +41,8 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "orange": (0.95, 0.48, 0.08),
     "white": (0.93, 0.93, 0.93),
 }
+
+
 def _equal_luminance(luminance: float = 0.25) -> dict[str, tuple[float, float, float]]:
     """Hues brought to one luminance (Rec. 709, linear light): bright ones are dimmed, dark ones mixed with white."""
     weights = np.array([0.2126, 0.7152, 0.0722])
@@ -104,6 +106,9 @@ class TaskOptions:
             "camera_jitter_deg": (0, 40),
             "camera_views": (0, 4096),
         }
+        for key in ("distractors", "camera_views"):
+            if not isinstance(getattr(self, key), int):
+                raise ValueError(f"task option {key} is a whole number, got {getattr(self, key)!r}")
         for key, (low, high) in ranges.items():
             if not low <= getattr(self, key) <= high:
                 raise ValueError(f"task option {key}={getattr(self, key)} is outside [{low}, {high}]")
@@ -111,7 +116,9 @@ class TaskOptions:
             raise ValueError("task option camera_views has no effect without camera_jitter_deg > 0")
         moves = self.camera_azimuth_deg or self.camera_elevation_deg or self.camera_jitter_deg
         if self.camera == "wrist" and moves:
-            raise ValueError("task options camera_azimuth_deg, _elevation_deg and _jitter_deg do not move the wrist camera")
+            raise ValueError(
+                "task options camera_azimuth_deg, _elevation_deg and _jitter_deg cannot move the wrist camera"
+            )
         if self.varied_shapes and not self.distractors:
             raise ValueError("task option varied_shapes has no effect without distractors > 0")
         if self.digits and self.object == "bar":
