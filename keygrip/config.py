@@ -1,7 +1,7 @@
 """Configuration: where conf/ lies, the root schemas, and the frame that every entry point runs in.
 
-Groups (model, data, ...) are untyped nodes built by ``_target_``; root settings are typed scalars, so that a misspelt or
-ill-typed setting is an error that names the nearest one. Nothing heavy is imported here: ``--help`` stays quick.
+Groups (model, data, ...) are untyped nodes built by ``_target_``; root settings are typed scalars, so that a misspelt
+or ill-typed setting is an error that names the nearest one. Nothing heavy is imported here: ``--help`` stays quick.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from keygrip.training.interruption import Interrupted
+from keygrip.training.interruption import Interrupted, SweepInterrupted
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +101,9 @@ def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
 def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
     """Runs ``run(cfg)`` under Hydra with the promises of every command; does not return where something failed.
 
-    A user's error (ValueError, a missing file, a setting that does not exist, ...) becomes one line on standard error and
-    exit code 1, 2 for settings; the trace is shown with ``debug=true``. Ctrl-C and SIGTERM end with 130 and 143. In a sweep
-    a failed job is recorded and the others go on; the exit code is then 1.
+    A user's error (ValueError, a missing file, a setting that does not exist, ...) becomes one line on standard
+    error and exit code 1, 2 for settings; the trace is shown with ``debug=true``. Ctrl-C and SIGTERM end with 130
+    and 143. In a sweep a failed job is recorded and the others go on; the exit code is then 1.
     """
     import hydra
 
@@ -140,14 +140,17 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
             if failed:
                 raise failed[0]
     except KeyboardInterrupt:
-        _say("interrupted")
+        _say("stopped by SIGINT")
         code = 128 + signal.SIGINT
+    except SweepInterrupted as stop:
+        _say(f"{stop}; go on with the same command, resume=true and hydra.sweep.dir=<its folder>")
+        code = 128 + stop.signal_number
     except Exception as error:
         if debug:
             traceback.print_exc()
         line, code = describe_error(error, config_name, sys.argv[1:])
         _say(line)
-        _keep_trace(error, code)
+        _record_failure(error, line, code)
     for line in sweeps.close_sweeps():
         _say(line)
         code = code or USER_ERROR
@@ -236,7 +239,9 @@ def _describe_config_error(error: BaseException, config_name: str, overrides: Se
     unknown = re.search(r"Could not override '([^']+)'", causes) or re.search(r"Key '([^']+)' (?:is )?not in", causes)
     if unknown:
         key = unknown.group(1)
-        full = next((o.lstrip("+~").split("=")[0] for o in overrides if o.lstrip("+~").split("=")[0].endswith(key)), key)
+        full = next(
+            (o.lstrip("+~").split("=")[0] for o in overrides if o.lstrip("+~").split("=")[0].endswith(key)), key
+        )
         others = [o for o in overrides if not o.startswith("-") and o.lstrip("+~").split("=")[0] != full and "=" in o]
         close_key = nearest(full, known_keys(config_name, others))
         hint = f"the nearest is {close_key!r}" if close_key else "see all with `--cfg job`"
@@ -284,7 +289,9 @@ def _one_line(error: BaseException) -> str:
         text = f"missing key {error.args[0]!r}"
     if isinstance(error, OSError) and error.filename and error.strerror:
         text = f"{error.strerror}: {error.filename}"
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not re.match(r"\s*(full_key|object_type)", line)]
+    lines = [
+        line.strip() for line in text.splitlines() if line.strip() and not re.match(r"\s*(full_key|object_type)", line)
+    ]
     return " ".join(lines)
 
 
@@ -296,17 +303,19 @@ def _say(line: str) -> None:
     sys.stderr.write(f"keygrip: {line}\n")
 
 
-def _keep_trace(error: BaseException, code: int) -> None:
-    """The trace of an error that nobody foresaw goes into the run folder: it is wanted when the run is gone."""
+def _record_failure(error: BaseException, line: str, code: int) -> None:
+    """Leaves in the run folder what became of the run, and the trace: both are wanted when the terminal is gone."""
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
-    if code != USER_ERROR or not HydraConfig.initialized():
+    if not HydraConfig.initialized() or HydraConfig.get().mode == RunMode.MULTIRUN:
         return
+    from keygrip.training.sweeps import record_failure
+
     with contextlib.suppress(Exception):
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        if folder.is_dir():
-            text = "".join(traceback.format_exception(error))
-            (folder / "error.txt").write_text(text, encoding="utf-8")
+        hydra_cfg = HydraConfig.get()
+        status = "interrupted" if code >= 128 else "failed"
+        record_failure(Path(hydra_cfg.runtime.output_dir), status, line, list(hydra_cfg.overrides.task), error)
 
 
 @contextlib.contextmanager

@@ -18,10 +18,11 @@ log = logging.getLogger(__name__)
 
 # Settings that may differ when a run is resumed: they do not change which weights a step leads to.
 MAY_DIFFER = (
-    "max_steps", "max_epochs", "max_minutes", "val_every_n_steps", "limit_val_batches", "log_every_n_steps", "debug", "resume",
-    "run_dir", "logger", "callbacks.checkpoint", "callbacks.progress", "callbacks.throughput", "callbacks.learning_rate",
-    "callbacks.health", "callbacks.interrupt", "strategy.devices", "strategy.num_nodes", "data.num_workers", "data.cache_gb",
-)  # fmt: skip
+    *("max_steps", "max_epochs", "max_minutes", "val_every_n_steps", "limit_val_batches", "log_every_n_steps"),
+    *("debug", "resume", "run_dir", "logger", "strategy.devices", "strategy.num_nodes"),
+    *("data.num_workers", "data.cache_gb"),
+    *(f"callbacks.{name}" for name in ("checkpoint", "progress", "throughput", "learning_rate", "health", "interrupt")),
+)
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
@@ -66,7 +67,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
     datamodule = instantiate(cfg.data, _convert_="all")
     module = build_module(resolved)
-    _write_once(folder, cfg, origin, resumed=resume is not None)
+    _write_start(folder, cfg, origin, resumed=resume is not None)
     if hasattr(module, "set_statistics"):
         datamodule.prepare_data()
         datamodule.setup("fit")
@@ -141,7 +142,9 @@ def _check_resumed(checkpoint: Path, resolved: dict[str, Any]) -> int:
     if different:
         shown = ", ".join(f"{key} ({before.get(key)} then, {now.get(key)} now)" for key in different[:4])
         more = f" and {len(different) - 4} more" if len(different) > 4 else ""
-        raise ValueError(f"{checkpoint} was made with other settings: {shown}{more}; use the same ones, or start a new run")
+        raise ValueError(
+            f"{checkpoint} was made with other settings: {shown}{more}; use the same ones, or start a new run"
+        )
     return int(content["global_step"])
 
 
@@ -168,17 +171,20 @@ def _loggers(cfg: DictConfig, resumed_step: int) -> list[Any]:
     return loggers
 
 
-def _write_once(folder: Path, cfg: DictConfig, origin: dict[str, Any], resumed: bool) -> None:
+def _write_start(folder: Path, cfg: DictConfig, origin: dict[str, Any], resumed: bool) -> None:
     from lightning.pytorch.utilities import rank_zero_only
 
     if rank_zero_only.rank != 0:
         return
     import json
 
+    from keygrip.training.sweeps import write_result
+
     suffix = time.strftime(".resumed_%Y-%m-%d_%H-%M-%S") if resumed else ""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"config{suffix}.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
     (folder / f"provenance{suffix}.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+    write_result(folder, {"status": "running", "overrides": _overrides(), "metrics": {}, "run_dir": str(folder)})
 
 
 def _announce(cfg: DictConfig, module: LightningModule, trainer: Trainer, resume: Path | None, step: int) -> None:
@@ -188,7 +194,12 @@ def _announce(cfg: DictConfig, module: LightningModule, trainer: Trainer, resume
     ends = [f"{cfg.max_steps} steps"] if cfg.max_steps > 0 else []
     ends += [f"{cfg.max_epochs} epochs"] if cfg.max_epochs > 0 else []
     ends += [f"{cfg.max_minutes} minutes"] if cfg.max_minutes is not None else []
-    log.info("%s, for %s, into %s", f"resuming {resume} at step {step}" if resume else "training", " or ".join(ends), cfg.run_dir)
+    log.info(
+        "%s, for %s, into %s",
+        f"resuming {resume} at step {step}" if resume else "training",
+        " or ".join(ends),
+        cfg.run_dir,
+    )
 
 
 def _headline(trainer: Trainer, module: LightningModule) -> dict[str, float]:
@@ -205,18 +216,15 @@ def _headline(trainer: Trainer, module: LightningModule) -> dict[str, float]:
 
 
 def _finish(cfg: DictConfig, folder: Path, trainer: Trainer, metrics: dict[str, float], wall_s: float) -> None:
-    from hydra.core.hydra_config import HydraConfig
-
     from keygrip.training.run_folder import CHECKPOINT
     from keygrip.training.sweeps import write_result
 
-    overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     result = {
         "status": "finished",
         "steps": trainer.global_step,
         "wall_s": round(wall_s, 1),
         "metrics": metrics,
-        "overrides": overrides,
+        "overrides": _overrides(),
         "run_dir": str(folder),
         "checkpoint": str(folder / CHECKPOINT),
     }
@@ -226,11 +234,24 @@ def _finish(cfg: DictConfig, folder: Path, trainer: Trainer, metrics: dict[str, 
     log.info("finished %d steps in %.0f s: %s", trainer.global_step, wall_s, folder)
 
 
+def _overrides() -> list[str]:
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
 def _quiet() -> None:
     """Leaves out what Lightning and torch say about themselves; warnings about a run stay."""
     import warnings
 
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric.utilities.rank_zero"):
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).handlers.clear()  # its own handler would say everything twice
+        logging.getLogger(name).propagate = True
+    for name in (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.pytorch.accelerators.cuda",
+        "lightning.fabric.utilities.rank_zero",
+    ):
         logging.getLogger(name).setLevel(logging.WARNING)
     for text in (
         ".*does not have many workers.*",

@@ -14,9 +14,10 @@ AVERAGE = "average"
 class AveragedWeights(Callback):
     """Exponential moving average of the trainable parameters, in float32.
 
-    ``average += (1 - d) * (weights - average)`` after every optimiser step, with ``d = min(decay, (1 + n) / (10 + n))`` at the
-    n-th, so that the random start is forgotten quickly. Validation runs with the average. The checkpoint carries it beside the
-    weights themselves (key ``average``), so resuming is exact; ``keygrip.training.checkpoints.load_module`` prefers it.
+    ``average += (1 - d) * (weights - average)`` after every optimiser step, with ``d = min(decay, (1 + n) / (10 +
+    n))`` at the n-th, so that the random start is forgotten quickly. Validation runs with the average. The
+    checkpoint carries it beside the weights themselves (key ``average``), so resuming is exact;
+    ``keygrip.training.checkpoints.load_module`` prefers it.
 
     Args:
         decay: in [0, 1); a memory of about ``1 / (1 - decay)`` steps.
@@ -41,7 +42,9 @@ class AveragedWeights(Callback):
             self._average = {name: p.detach().float().clone() for name, p in parameters.items()}
         elif self._average.keys() != parameters.keys():
             changed = sorted(self._average.keys() ^ parameters.keys())
-            raise ValueError(f"the checkpoint's averaged weights do not fit this model's trainable ones: {', '.join(changed[:5])}")
+            raise ValueError(
+                f"the checkpoint's averaged weights do not fit this model's trainable ones: {', '.join(changed[:5])}"
+            )
         self._average = {name: self._average[name].to(p.device) for name, p in parameters.items()}
         self._last_step = trainer.global_step
 
@@ -74,7 +77,9 @@ class AveragedWeights(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get(AVERAGE)
         if saved is None:
-            raise ValueError("the checkpoint has no averaged weights: it was made with callbacks.average=null; resume with it too")
+            raise ValueError(
+                "the checkpoint has no averaged weights: it was made with callbacks.average=null; resume with it too"
+            )
         self.updates = saved["updates"]
         self._average = {name: value.clone() for name, value in saved["parameters"].items()}
 

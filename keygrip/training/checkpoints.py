@@ -1,8 +1,8 @@
 """Checkpoints that carry everything needed to run: weights, resolved config, statistics, versions.
 
-A keygrip checkpoint is Lightning's, plus ``keygrip`` (format, resolved config, git revision, package versions) and, where the weights
-are averaged, ``average``. What a model needs besides (statistics, a rotation basis, class names) its module writes in
-``on_save_checkpoint`` and takes back in ``on_load_checkpoint``.
+A keygrip checkpoint is Lightning's, plus ``keygrip`` (format, resolved config, git revision, package versions) and,
+where the weights are averaged, ``average``. What a model needs besides (statistics, a rotation basis, class names)
+its module writes in ``on_save_checkpoint`` and takes back in ``on_load_checkpoint``.
 """
 
 from __future__ import annotations
@@ -71,12 +71,21 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         content = torch.load(file, map_location=map_location, weights_only=True)
     except (RuntimeError, EOFError, zipfile.BadZipFile, OSError, pickle.UnpicklingError) as error:
         if zipfile.is_zipfile(file):
-            raise ValueError(f"{file} is not a keygrip checkpoint: it holds more than tensors and plain values") from error
-        raise ValueError(f"{file} is truncated or not a checkpoint ({file.stat().st_size} bytes): take another one") from error
+            raise ValueError(
+                f"{file} is not a keygrip checkpoint: it holds more than tensors and plain values"
+            ) from error
+        raise ValueError(
+            f"{file} is truncated or not a checkpoint ({file.stat().st_size} bytes): take another one"
+        ) from error
     if not isinstance(content, dict) or HEADER not in content or "state_dict" not in content:
-        raise ValueError(f"{file} is not a keygrip checkpoint; weights of a backbone alone belong in backbone.weights_path")
+        raise ValueError(
+            f"{file} is not a keygrip checkpoint; weights of a backbone alone belong in backbone.weights_path"
+        )
     if content[HEADER].get("format") != FORMAT:
-        raise ValueError(f"{file} has format {content[HEADER].get('format')}, this keygrip reads {FORMAT}: use the version that made it")
+        raise ValueError(
+            f"{file} has format {content[HEADER].get('format')} and this keygrip reads {FORMAT}: use the version that "
+            f"made it, {content[HEADER].get('packages', {}).get('keygrip', 'unknown')}"
+        )
     return content
 
 
@@ -88,8 +97,9 @@ def load_module(
 ) -> LightningModule:
     """Rebuilds a trained module from its checkpoint alone: no config, dataset or network access.
 
-    The module is built from the stored config with ``backbone.weights=random`` (the weights come from the checkpoint), its
-    ``on_load_checkpoint`` takes back what it stored, and the weights are loaded strictly. It is returned in eval mode.
+    The module is built from the stored config with ``backbone.weights=random`` (the weights come from the
+    checkpoint), its ``on_load_checkpoint`` takes back what it stored, and the weights are loaded strictly. It is
+    returned in eval mode.
 
     Args:
         path: checkpoint file or run folder.
@@ -105,7 +115,9 @@ def load_module(
     checkpoint = read_checkpoint(file, map_location)
     module = build_module(checkpoint[HEADER]["config"], random_backbone=True)
     if expected is not None and not isinstance(module, expected):
-        raise ValueError(f"{file} holds a {type(module).__name__}, not a {expected.__name__}: give a checkpoint of that model")
+        raise ValueError(
+            f"{file} holds a {type(module).__name__}, not a {expected.__name__}: give a checkpoint of that model"
+        )
     module.on_load_checkpoint(checkpoint)
     state = dict(checkpoint["state_dict"])
     average = checkpoint.get(AVERAGE)
@@ -118,7 +130,9 @@ def load_module(
         module.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise ValueError(f"the weights in {file} do not fit its model: {_first_lines(error)}") from error
-    log.info("loaded %s from %s, weights %s (step %d)", type(module).__name__, file, which, checkpoint.get("global_step", 0))
+    log.info(
+        "loaded %s from %s, weights %s (step %d)", type(module).__name__, file, which, checkpoint.get("global_step", 0)
+    )
     return module.to(map_location).eval()
 
 

@@ -13,7 +13,8 @@ class StopOnNonFinite(Callback):
     """Stops the run where the loss is NaN or infinite, and names the parameters that are no longer finite.
 
     Args:
-        every_n_steps: batches between checks; each waits for the device. The loss of every batch counts, none is missed.
+        every_n_steps: batches between checks; each waits for the device. The loss of every batch counts, none is
+            missed.
     """
 
     def __init__(self, every_n_steps: int = 20) -> None:
@@ -23,7 +24,9 @@ class StopOnNonFinite(Callback):
         self._sum: Tensor | None = None
         self._since = 0
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if not isinstance(loss, Tensor):
             return
@@ -34,15 +37,16 @@ class StopOnNonFinite(Callback):
         total, self._sum, self._since = self._sum, None, 0
         if not torch.isfinite(total):
             broken = [name for name, p in pl_module.named_parameters() if not torch.isfinite(p).all()]
-            what = f"; no longer finite: {', '.join(broken[:3])} and {max(0, len(broken) - 3)} more" if broken else ""
+            what = f" (no longer finite: {', '.join(broken[:3])}; {len(broken)} in all)" if broken else ""
             raise ValueError(
-                f"the loss became NaN or infinite in the {self.every_n_steps} batches before step {trainer.global_step}{what}: "
-                "lower optimizer.lr or optimizer.clip_norm, or use strategy.precision=32-true; the last checkpoint is from before"
+                f"the loss became NaN or infinite in the {self.every_n_steps} batches before step {trainer.global_step}"
+                f"{what}: lower optimizer.lr or optimizer.clip_norm, or use strategy.precision=32-true"
             )
 
 
 class RandomnessByStep(Callback):
-    """Seeds torch's generators before every batch from (seed, batch, rank): a resumed run draws the numbers it would have drawn.
+    """Seeds torch's generators before every batch from (seed, batch, rank): a resumed run draws the numbers it would
+    have drawn.
 
     Args:
         seed: of the run.

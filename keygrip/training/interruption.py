@@ -9,3 +9,11 @@ class Interrupted(Exception):
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)
         self.signal_number = signal_number
+
+
+class SweepInterrupted(BaseException):
+    """The same for a sweep. Not an ``Exception``: Hydra takes those for one failed job and starts the next."""
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number

@@ -23,7 +23,8 @@ class AdamW:
         final_lr_share: the cosine ends at this share of ``lr``.
         schedule: ``cosine`` or ``constant``.
         clip_norm: global norm at which gradients are clipped; None: never.
-        lr_multipliers: by prefix of the parameter's name, e.g. ``{"backbone": 0.1}``; the longest prefix that fits counts.
+        lr_multipliers: by prefix of the parameter's name, e.g. ``{"backbone": 0.1}``; the longest prefix that fits
+            counts.
 
     Paper: Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019).
     """
@@ -43,7 +44,9 @@ class AdamW:
         if self.schedule not in ("cosine", "constant"):
             raise ValueError(f"optimizer.schedule={self.schedule!r}: must be cosine or constant")
         if self.warmup_steps < 0 or not 0 <= self.final_lr_share <= 1 or self.weight_decay < 0:
-            raise ValueError("optimizer: warmup_steps and weight_decay must not be negative, final_lr_share lies in 0..1")
+            raise ValueError(
+                "optimizer: warmup_steps and weight_decay must not be negative, final_lr_share lies in 0..1"
+            )
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"optimizer.clip_norm={self.clip_norm}: must be above 0, or null for none")
 
@@ -52,14 +55,16 @@ class AdamW:
 
         Args:
             module: its trainable parameters are optimised, grouped by learning rate and weight decay.
-            total_steps: optimiser steps of the whole run (``trainer.estimated_stepping_batches``); inf for an open end, which
-                only ``schedule=constant`` has.
+            total_steps: optimiser steps of the whole run (``trainer.estimated_stepping_batches``); inf for an open
+                end, which only ``schedule=constant`` has.
 
         Raises:
             ValueError: nothing to train, a multiplier that fits no parameter, or a cosine without an end.
         """
         if self.schedule == "cosine" and not math.isfinite(total_steps):
-            raise ValueError("optimizer.schedule=cosine needs an end: give max_steps or max_epochs, or schedule=constant")
+            raise ValueError(
+                "optimizer.schedule=cosine needs an end: give max_steps or max_epochs, or schedule=constant"
+            )
         optimizer = torch.optim.AdamW(self.parameter_groups(module), lr=self.lr, betas=(self.betas[0], self.betas[1]))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _Schedule(self, total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -80,7 +85,9 @@ class AdamW:
             raise ValueError("nothing to train: every parameter is frozen")
         for prefix, multiplier in self.lr_multipliers.items():
             if multiplier != 1.0 and prefix not in used:
-                raise ValueError(f"optimizer.lr_multipliers: no trainable parameter's name starts with or holds {prefix!r}")
+                raise ValueError(
+                    f"optimizer.lr_multipliers: no trainable parameter's name starts with or holds {prefix!r}"
+                )
         return [
             {
                 "params": parameters,
@@ -99,7 +106,9 @@ class _Schedule:
         self.cosine = recipe.schedule == "cosine"
         self.final = recipe.final_lr_share
         self.total = total_steps
-        self.warmup = min(recipe.warmup_steps, int(total_steps // 10)) if math.isfinite(total_steps) else recipe.warmup_steps
+        self.warmup = recipe.warmup_steps
+        if math.isfinite(total_steps):
+            self.warmup = min(self.warmup, int(total_steps // 10))
 
     def __call__(self, step: int) -> float:
         if step < self.warmup:
@@ -116,7 +125,7 @@ def _fits(name: str, prefix: str) -> bool:
 
 
 def _without_decay(module: nn.Module) -> set[int]:
-    """Tables of embeddings and learned tokens or positions have several dimensions but are not matrices of a product."""
+    """Embeddings and learned tokens or positions have several dimensions but are not matrices of a product."""
     kept = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     for name, parameter in module.named_parameters():
         last = name.rpartition(".")[2]

@@ -1,7 +1,8 @@
-"""What a person sees of a run: a progress bar on standard error, samples a second, and the share of time spent waiting on data."""
+"""What a person sees of a run: progress on standard error, samples a second, the share of time spent on data."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from typing import Any
@@ -11,9 +12,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from tqdm import tqdm
 
+log = logging.getLogger(__name__)
+
 
 class Progress(ProgressBar):
-    """One bar over the optimiser steps of the run (on a terminal), or one line now and then (in a log file).
+    """A bar over the optimiser steps of the run on a terminal; elsewhere a line now and then.
 
     Args:
         refresh_s: seconds between refreshes on a terminal.
@@ -27,6 +30,8 @@ class Progress(ProgressBar):
         self._bar: tqdm[Any] | None = None
         self._validation: tqdm[Any] | None = None
         self._enabled = True
+        self._started = self._line_at = 0.0
+        self._first_step = 0
 
     def disable(self) -> None:
         self._enabled = False
@@ -38,19 +43,24 @@ class Progress(ProgressBar):
         tqdm.write(" ".join(map(str, args)), file=sys.stderr)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        total = trainer.estimated_stepping_batches
-        self._bar = self._make("training", int(total) if total != float("inf") else None, initial=trainer.global_step)
+        self._started = self._line_at = time.monotonic()
+        self._first_step = trainer.global_step
+        self._bar = self._make("training", _steps(trainer), initial=trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        bar = self._bar
-        if bar is not None and trainer.global_step > bar.n:
-            if trainer.global_step % trainer.log_every_n_steps == 0:  # reading figures waits for the device
-                bar.set_postfix(self._figures(trainer, pl_module), refresh=False)
-            bar.update(trainer.global_step - bar.n)
+        step = trainer.global_step
+        if self._bar is not None and step > self._bar.n:
+            if step % self._logging_interval == 0:  # reading figures waits for the device
+                self._bar.set_postfix(self._figures(trainer), refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif self._bar is None and self._enabled and time.monotonic() - self._line_at >= self.line_every_s:
+            self._line_at = time.monotonic()
+            log.info("%s", self._line(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        batches = sum(int(n) for n in trainer.num_val_batches if n != float("inf"))
-        self._validation = self._make("validation", batches or None, leave=False)
+        if not trainer.sanity_checking:
+            batches = sum(int(n) for n in trainer.num_val_batches if n != float("inf"))
+            self._validation = self._make("validation", batches or None, delay=1.0)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if self._validation is not None:
@@ -67,21 +77,36 @@ class Progress(ProgressBar):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()
 
-    def _figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
-        shown = trainer.progress_bar_metrics
-        return {name.removeprefix("train/"): f"{value:.3g}" for name, value in shown.items() if isinstance(value, int | float)}
+    @property
+    def _logging_interval(self) -> int:
+        return max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
 
-    def _make(self, name: str, total: int | None, initial: int = 0, leave: bool = True) -> tqdm[Any]:
-        terminal = sys.stderr.isatty()
+    def _line(self, trainer: Trainer) -> str:
+        step, total = trainer.global_step, _steps(trainer)
+        pace = (time.monotonic() - self._started) / max(1, step - self._first_step)
+        figures = " ".join(f"{name}={value}" for name, value in self._figures(trainer).items())
+        left = f"/{total}, {(total - step) * pace / 60:.1f} min left" if total else ""
+        return f"step {step}{left} ({pace:.3g} s a step) {figures}".rstrip()
+
+    def _figures(self, trainer: Trainer) -> dict[str, str]:
+        shown = {**trainer.progress_bar_metrics}
+        if "train/loss" in trainer.callback_metrics:
+            shown.setdefault("train/loss", float(trainer.callback_metrics["train/loss"]))
+        numbers = {name: value for name, value in shown.items() if isinstance(value, int | float)}
+        return {name.removeprefix("train/"): f"{value:.3g}" for name, value in numbers.items()}
+
+    def _make(self, name: str, total: int | None, initial: int = 0, delay: float = 0.0) -> tqdm[Any] | None:
+        if not self._enabled or self.trainer.global_rank != 0 or not sys.stderr.isatty():
+            return None
         return tqdm(
             desc=name,
             total=total,
             initial=initial,
-            leave=leave and terminal,
+            delay=delay,
+            leave=delay == 0,
             file=sys.stderr,
-            mininterval=self.refresh_s if terminal else self.line_every_s,
-            dynamic_ncols=terminal,
-            disable=not self._enabled or self.trainer.global_rank != 0,
+            mininterval=self.refresh_s,
+            dynamic_ncols=True,
         )
 
     def _close(self) -> None:
@@ -91,8 +116,15 @@ class Progress(ProgressBar):
         self._bar = self._validation = None
 
 
+def _steps(trainer: Trainer) -> int | None:
+    """Optimiser steps of the whole run; None where it has no end."""
+    total = trainer.estimated_stepping_batches
+    return int(total) if total != float("inf") else None
+
+
 class Throughput(Callback):
-    """Logs ``speed/samples_per_s`` (all processes) and ``speed/data_wait_share``, the part of training time spent waiting on data.
+    """Logs ``speed/samples_per_s`` (all processes) and ``speed/data_wait_share``, the part of training time spent
+    waiting on data.
 
     The first steps, in which workers start and kernels are chosen, and validation are left out.
 
@@ -124,7 +156,9 @@ class Throughput(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._started = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         now = time.perf_counter()
         self._seen += 1
         if self._ended is not None and self._seen > self.skip_batches:
@@ -160,9 +194,36 @@ class Throughput(Callback):
         self._samples = self._batches = 0
 
 
+class LearningRate(Callback):
+    """Logs ``lr/<parameter group>`` of every optimiser; without a logger it does nothing.
+
+    Args:
+        every_n_steps: optimiser steps between figures.
+    """
+
+    def __init__(self, every_n_steps: int = 20) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"callbacks.learning_rate.every_n_steps={every_n_steps}: must be at least 1")
+        self.every_n_steps = every_n_steps
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step % self.every_n_steps:
+            return
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        figures = {f"lr/{group.get('name', number)}": float(group["lr"]) for number, group in enumerate(groups)}
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=trainer.global_step)
+
+
 def _size(batch: Any) -> int:
     """Samples in a batch: the length of the first tensor in it."""
     if isinstance(batch, torch.Tensor):
         return len(batch)
-    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, list | tuple) else vars(batch).values()
+    parts = (
+        batch.values()
+        if isinstance(batch, dict)
+        else batch
+        if isinstance(batch, list | tuple)
+        else vars(batch).values()
+    )
     return next((len(part) for part in parts if isinstance(part, torch.Tensor) and part.ndim), 0)

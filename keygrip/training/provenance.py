@@ -8,11 +8,22 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("keygrip", "torch", "torchvision", "lightning", "timm", "numpy", "mujoco", "gymnasium", "hydra-core", "omegaconf")
+PACKAGES = (
+    "keygrip",
+    "torch",
+    "torchvision",
+    "lightning",
+    "timm",
+    "numpy",
+    "mujoco",
+    "gymnasium",
+    "hydra-core",
+    "omegaconf",
+)
 
 
 def provenance() -> dict[str, Any]:
-    """``git`` (revision, with ``+changes`` where the tree differs; None outside a checkout), ``packages``, ``python``, ``machine``."""
+    """``git`` (revision, ``+changes`` where the tree differs), ``packages``, ``python``, ``machine``."""
     return {
         "git": git_revision(),
         "packages": package_versions(),

@@ -23,13 +23,16 @@ def global_mean(total: Tensor, count: Tensor | float) -> Tensor:
     """``sum(total) / sum(count)`` over all processes, scaled so that DDP's averaging gives its exact gradient.
 
     A mean over the local batch weights samples wrongly where processes hold different numbers of valid ones. Here each
-    process returns ``total * processes / global_count``: the mean over processes of the values, and of the gradients, is that of one
-    process with the whole batch. Every process must call it the same number of times; no valid element at all gives 0.
+    process returns ``total * processes / global_count``: the mean over processes of the values, and of the
+    gradients, is that of one process with the whole batch. Every process must call it the same number of times; no
+    valid element at all gives 0.
 
     Args:
         total: [] or any shape, the local sum of losses; carries the gradient.
         count: local number of terms in it (a mask's sum), no gradient.
     """
-    counted = torch.as_tensor(count, dtype=torch.float64 if total.dtype == torch.float64 else torch.float32, device=total.device)
+    counted = torch.as_tensor(
+        count, dtype=torch.float64 if total.dtype == torch.float64 else torch.float32, device=total.device
+    )
     everywhere = global_sum(counted)
     return total * (world_size() / everywhere.clamp(min=1e-12)) * (everywhere > 0)

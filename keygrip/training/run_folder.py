@@ -1,4 +1,4 @@
-"""Where a run writes: ``runs/<model>_<data>/<stamp>``, the same folder for all processes of one run, and which one to resume."""
+"""Where a run writes: ``runs/<model>_<data>/<stamp>``, one folder for all its processes, and which one to resume."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def choose(run_dir: str | None, resume: bool | str | None, model: str, data: str
 
     Args:
         run_dir: fixed by the user, or None.
-        resume: False, True (newest run of this model and data that has a checkpoint), or a run folder or checkpoint file.
+        resume: False, True (newest run of this model and data that has a checkpoint), or a run folder or checkpoint
+            file.
         model, data: names of the chosen configs.
 
     Raises:
@@ -31,7 +32,9 @@ def choose(run_dir: str | None, resume: bool | str | None, model: str, data: str
     if resume:
         if run_dir is not None:
             if not (Path(run_dir) / CHECKPOINT).is_file():
-                raise FileNotFoundError(f"nothing to resume: {Path(run_dir) / CHECKPOINT} does not exist; leave out resume=true")
+                raise FileNotFoundError(
+                    f"nothing to resume: {Path(run_dir) / CHECKPOINT} does not exist; leave out resume=true"
+                )
             return run_dir
         return str(newest(group))
     if run_dir is not None:
@@ -39,9 +42,22 @@ def choose(run_dir: str | None, resume: bool | str | None, model: str, data: str
     return str(group / stamp())
 
 
-def choose_for_sweep(model: str, data: str) -> str:
-    """The folder of a sweep; its jobs are numbered folders inside."""
-    return str(RUNS / "sweeps" / f"{model}_{data}" / stamp())
+def choose_for_sweep(resume: bool | str | None, model: str, data: str) -> str:
+    """The folder of a sweep, whose jobs are numbered folders inside; with ``resume=true`` the newest one.
+
+    Raises:
+        FileNotFoundError: no sweep to resume.
+        ValueError: ``resume`` names a run; a sweep resumes as a whole.
+    """
+    group = RUNS / "sweeps" / f"{model}_{data}"
+    if isinstance(resume, str) and resume.lower() not in {"true", "false"}:
+        raise ValueError("a sweep resumes as a whole: give resume=true, and hydra.sweep.dir=<folder> for an older one")
+    if resume is True or str(resume).lower() == "true":
+        found = sorted(group.glob("*/sweep.json"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise FileNotFoundError(f"nothing to resume: no sweep in {group}/; leave out resume=true")
+        return str(found[-1].parent)
+    return str(group / stamp())
 
 
 def newest(group: Path) -> Path:
@@ -52,7 +68,10 @@ def newest(group: Path) -> Path:
     """
     found = [path.parents[1] for path in group.glob(f"*/{CHECKPOINT}")]
     if not found:
-        raise FileNotFoundError(f"nothing to resume: no run with a checkpoint in {group}/; leave out resume=true, or give resume=<run folder>")
+        raise FileNotFoundError(
+            f"nothing to resume: no run with a checkpoint in {group}/; leave out resume=true, or give "
+            "resume=<run folder>"
+        )
     return max(found, key=lambda folder: (folder / CHECKPOINT).stat().st_mtime)
 
 
@@ -81,9 +100,15 @@ def stamp() -> str:
         if run_id != "none":
             return f"job-{run_id}"
         if int(environment.get("WORLD_SIZE", 1)) > int(environment.get("LOCAL_WORLD_SIZE", 1)):
-            raise ValueError("torchrun on several nodes without --rdzv-id: the nodes cannot agree on a run folder; give run_dir=<folder>")
+            raise ValueError(
+                "torchrun on several nodes without --rdzv-id: they cannot agree on a run folder; give run_dir=<folder>"
+            )
         return _parents_start()
-    if int(environment.get("SLURM_NTASKS") or 1) > 1 and "SLURM_JOB_ID" in environment and "SLURM_PROCID" in environment:
+    if (
+        int(environment.get("SLURM_NTASKS") or 1) > 1
+        and "SLURM_JOB_ID" in environment
+        and "SLURM_PROCID" in environment
+    ):
         return f"job-{environment['SLURM_JOB_ID']}.{environment.get('SLURM_STEP_ID', '0')}"
     return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 

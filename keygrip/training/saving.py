@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import math
 import os
 import signal
 import time
@@ -77,7 +79,11 @@ class SaveLatest(Checkpoint):
     ) -> None:
         if mode not in ("min", "max"):
             raise ValueError(f"callbacks.checkpoint.mode={mode!r}: must be min or max")
-        for name, value in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs), ("every_n_minutes", every_n_minutes)):
+        for name, value in (
+            ("every_n_steps", every_n_steps),
+            ("every_n_epochs", every_n_epochs),
+            ("every_n_minutes", every_n_minutes),
+        ):
             if value is not None and not value > 0:
                 raise ValueError(f"callbacks.checkpoint.{name}={value}: must be above 0, or null for never")
         self.folder = Path(folder)
@@ -100,36 +106,37 @@ class SaveLatest(Checkpoint):
         """Where the best state is, if one is kept."""
         return self.folder / BEST
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
-
     def save(self, trainer: Trainer) -> None:
-        """Saves the latest state now, on all processes together."""
+        """Saves the latest state now, on all processes together.
+
+        Raises:
+            ValueError: the weights are NaN or infinite; the file on disk stays as it is.
+        """
         if self._saved_step != trainer.global_step:
-            trainer.save_checkpoint(self.latest_path)
+            _refuse_non_finite(trainer)
+            trainer.save_checkpoint(self.latest_path, weights_only=False)
         self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at = time.monotonic()
+        if trainer.global_step > 0 and self._best_record.is_file():
+            self.best = json.loads(self._best_record.read_text(encoding="utf-8")).get(self.monitor)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        # Everything is saved here and not in the hooks of an epoch's end: from here Lightning resumes exactly, also on the
+        # last batch of an epoch, whereas what is saved between epochs is resumed with an epoch cut short.
         if not _stepped(trainer):
             return  # in the middle of accumulating gradients: they would be lost
-        step = trainer.global_step
+        step, epoch = trainer.global_step, trainer.current_epoch + 1
+        last_batch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         due = bool(self.every_n_steps) and step % (self.every_n_steps or 1) == 0
+        due |= bool(self.every_n_epochs) and last_batch and epoch % (self.every_n_epochs or 1) == 0
+        due |= step == trainer.max_steps or (last_batch and epoch == trainer.max_epochs) or trainer.should_stop
         if self.every_n_minutes is not None and (trainer.world_size == 1 or step % 10 == 0):
             late = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
             due = _any_process(trainer, late) or due
         if due:
-            self.save(trainer)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._saved_step = -1  # the same step, but the epoch has been closed since
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -137,15 +144,27 @@ class SaveLatest(Checkpoint):
             return
         if self.monitor not in trainer.callback_metrics:
             known = ", ".join(sorted(trainer.callback_metrics)) or "none"
-            raise ValueError(f"callbacks.checkpoint.monitor={self.monitor!r} is not logged in validation; logged: {known}")
+            raise ValueError(
+                f"callbacks.checkpoint.monitor={self.monitor!r} is not logged in validation; logged: {known}"
+            )
         value = float(trainer.callback_metrics[self.monitor])
-        if value == value and (self.best is None or (value < self.best if self.mode == "min" else value > self.best)):
+        better = self.best is None or (value < self.best if self.mode == "min" else value > self.best)
+        if math.isfinite(value) and better:
             self.best = value
-            trainer.save_checkpoint(self.best_path)
+            trainer.save_checkpoint(self.best_path, weights_only=False)
+            if trainer.is_global_zero:
+                record = json.dumps({self.monitor: value, "step": trainer.global_step}) + "\n"
+                temporary = self._best_record.with_name(f".{self._best_record.name}.writing")
+                temporary.write_text(record, encoding="utf-8")
+                temporary.replace(self._best_record)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._saved_step = -1
         self.save(trainer)
+
+    @property
+    def _best_record(self) -> Path:
+        """The best value so far: a resumed run must not put a worse state in the place of a better one."""
+        return self.folder / "best.json"
 
 
 class SaveOnInterrupt(Callback):
@@ -197,6 +216,15 @@ class SaveOnInterrupt(Callback):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+def _refuse_non_finite(trainer: Trainer) -> None:
+    broken = [name for name, p in trainer.lightning_module.named_parameters() if not torch.isfinite(p).all()]
+    if broken:
+        raise ValueError(
+            f"weights became NaN or infinite before step {trainer.global_step} ({', '.join(broken[:3])}; "
+            f"{len(broken)} in all): the last checkpoint is kept as it is; lower optimizer.lr or optimizer.clip_norm"
+        )
 
 
 def _stepped(trainer: Trainer) -> bool:

@@ -80,7 +80,9 @@ class Strategy:
         on_gpu = self.on_gpu
         devices = self._devices()
         if on_gpu and devices > torch.cuda.device_count():
-            raise ValueError(f"strategy.devices={devices} but this machine has {torch.cuda.device_count()} GPUs: lower it")
+            raise ValueError(
+                f"strategy.devices={devices} but this machine has {torch.cuda.device_count()} GPUs: lower it"
+            )
         precision = self.precision if self.precision != "auto" else automatic_precision(on_gpu)
         log.info(
             "computing on %s, %d process%s, precision %s",
@@ -95,7 +97,7 @@ class Strategy:
             "num_nodes": self._nodes(),
             "strategy": self._lightning_strategy(on_gpu),
             "precision": precision,
-            "use_distributed_sampler": False,  # the data modules divide their own batches, which keeps order and resume exact
+            "use_distributed_sampler": False,  # data modules divide their own batches: order and resume stay exact
         }
 
     def _lightning_strategy(self, on_gpu: bool) -> Any:

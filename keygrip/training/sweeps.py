@@ -1,4 +1,4 @@
-"""Sweeps (`-m`): every job is recorded, failed ones too, and one table at the end sets overrides against headline metrics."""
+"""Sweeps (`-m`): every job is recorded, failed ones too; one table at the end, overrides against headline metrics."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from keygrip.training.interruption import Interrupted
+from keygrip.training.interruption import Interrupted, SweepInterrupted
 
 log = logging.getLogger(__name__)
 
 RESULT = "result.json"
 PLAN = "sweep.json"
+# What may stand in result.json. "running" stays where a process was killed; the table then says "killed".
+FINISHED, FAILED, INTERRUPTED, RUNNING = "finished", "failed", "interrupted", "running"
+
 _open_sweeps: list[Path] = []
 _failures: list[str] = []
 
@@ -29,45 +33,75 @@ _failures: list[str] = []
 def write_result(folder: Path, result: dict[str, Any]) -> None:
     """Writes ``result.json`` into a run folder, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{RESULT}.writing"
-    temporary.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
-    temporary.replace(folder / RESULT)
+    _write_whole(folder / RESULT, json.dumps(result, indent=1, default=str) + "\n")
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """``result.json`` of a run folder; empty where there is none or it cannot be read."""
+    try:
+        content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def record_failure(folder: Path, status: str, line: str, overrides: Sequence[str], error: BaseException) -> None:
+    """Writes how a run ended, and its trace (``error.txt``); leaves the result of an earlier, finished run alone."""
+    if not folder.is_dir() or read_result(folder).get("status") == FINISHED:
+        return
+    result = {**read_result(folder), "status": status, "error": line, "overrides": list(overrides)}
+    write_result(folder, {"metrics": {}, **result})
+    (folder / "error.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
 
 
 def run_job(run: Callable[[DictConfig], Any], cfg: DictConfig, config_name: str, debug: bool) -> Any:
-    """One job of a sweep: what goes wrong in it is written into its folder and the sweep goes on."""
+    """One job of a sweep. What goes wrong in it is written into its folder, and the sweep goes on.
+
+    With ``resume=true`` a job that finished before is not run again, and one that was cut off goes on.
+    """
     from hydra.core.hydra_config import HydraConfig
+    from omegaconf import open_dict
+
+    from keygrip.training.run_folder import CHECKPOINT
 
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.runtime.output_dir)
     overrides = list(hydra_cfg.overrides.task)
     started = time.time()
-    (folder / RESULT).unlink(missing_ok=True)
+    before = read_result(folder)
+    if cfg.get("resume"):
+        if before.get("status") == FINISHED and _same(before.get("overrides", []), overrides):
+            log.info("job %s finished before: not run again", hydra_cfg.job.num)
+            return before["metrics"]
+        with open_dict(cfg):
+            cfg.resume = (folder / CHECKPOINT).is_file()
     try:
         _refuse_several_devices(cfg, hydra_cfg.launcher.get("_target_", ""))
         figures = run(cfg)
-    except Interrupted:
-        raise
+    except Interrupted as stop:
+        record_failure(folder, INTERRUPTED, str(stop), overrides, stop)
+        raise SweepInterrupted(stop.signal_number, str(stop)) from stop
     except Exception as error:
-        import traceback
-
         from keygrip.config import describe_error
 
         line, _ = describe_error(error, config_name, overrides)
-        trace = "".join(traceback.format_exception(error))
-        (folder / "error.txt").write_text(trace, encoding="utf-8")
+        record_failure(folder, FAILED, line, overrides, error)
         if debug:
-            sys.stderr.write(trace)
+            sys.stderr.write("".join(traceback.format_exception(error)))
         log.error("job %s (%s) failed: %s", hydra_cfg.job.num, " ".join(overrides), line)
-        figures = {}
-        wall_s = round(time.time() - started, 1)
-        write_result(folder, {"status": "failed", "error": line, "overrides": overrides, "metrics": {}, "wall_s": wall_s})
         return None
-    if not (folder / RESULT).is_file():
-        metrics = {k: v for k, v in (figures or {}).items() if isinstance(v, int | float)} if isinstance(figures, dict) else {}
+    if read_result(folder).get("status") != FINISHED:
         wall_s = round(time.time() - started, 1)
-        write_result(folder, {"status": "finished", "overrides": overrides, "metrics": metrics, "wall_s": wall_s})
+        metrics = numbers(figures)
+        write_result(folder, {"status": FINISHED, "overrides": overrides, "metrics": metrics, "wall_s": wall_s})
     return figures
+
+
+def numbers(figures: Any) -> dict[str, float]:
+    """The numbers among what a ``run`` returned, by name."""
+    if not isinstance(figures, dict):
+        return {}
+    return {str(name): value for name, value in figures.items() if isinstance(value, int | float)}
 
 
 class SweepSummary(Callback):
@@ -77,7 +111,7 @@ class SweepSummary(Callback):
         folder = Path(config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         plan = {"jobs": planned_jobs(config), "started": time.time()}
-        (folder / PLAN).write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+        _write_whole(folder / PLAN, json.dumps(plan, indent=1) + "\n")
         _open_sweeps.append(folder)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -85,7 +119,10 @@ class SweepSummary(Callback):
 
 
 def planned_jobs(config: DictConfig) -> list[list[str]]:
-    """The overrides of every job that Hydra's basic sweeper will start, in its order; empty for other sweepers."""
+    """The overrides of every job that Hydra's basic sweeper will start, in its order.
+
+    Empty where that is not known beforehand (another sweeper, ``glob``): jobs without a result cannot be missed then.
+    """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -93,26 +130,28 @@ def planned_jobs(config: DictConfig) -> list[list[str]]:
         return []
     overrides = [f"{name}={value}" for name, value in (config.hydra.sweeper.params or {}).items()]
     parsed = OverridesParser.create().parse_overrides(overrides + list(config.hydra.overrides.task))
-    return [list(job) for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None) for job in batch]
+    try:
+        return [list(job) for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None) for job in batch]
+    except Exception as error:
+        log.warning("the jobs of this sweep are not known beforehand (%s): a missing one will not be noticed", error)
+        return []
 
 
 def finish_sweep(folder: Path) -> list[dict[str, Any]]:
-    """Writes ``summary.csv``, ``summary.md`` and TensorBoard's hparams for a sweep, prints the table, and returns its rows."""
+    """Writes a sweep's ``summary.csv``, ``summary.md`` and TensorBoard hparams, prints the table, returns its rows."""
     if folder in _open_sweeps:
         _open_sweeps.remove(folder)
     rows = collect(folder)
     header, lines = table(rows)
     temporary = folder / ".summary.csv.writing"
     with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(lines)
+        csv.writer(file).writerows([header, *lines])
     temporary.replace(folder / "summary.csv")
     text = markdown(header, lines)
-    (folder / "summary.md").write_text(text + "\n", encoding="utf-8")
+    _write_whole(folder / "summary.md", text + "\n")
     _write_hparams(folder, rows)
-    bad = [row for row in rows if row["status"] != "finished"]
-    sys.stderr.write(f"\n{text}\n\n{len(rows) - len(bad)} of {len(rows)} jobs finished; table: {folder / 'summary.csv'}\n")
+    bad = [row for row in rows if row["status"] != FINISHED]
+    sys.stderr.write(f"\n{text}\n\n{len(rows) - len(bad)} of {len(rows)} jobs finished: {folder / 'summary.csv'}\n")
     if bad:
         names = ", ".join(f"{row['job']} ({row['status']})" for row in bad)
         _failures.append(f"{len(bad)} of {len(rows)} jobs of the sweep did not finish: {names}; see {folder}")
@@ -120,7 +159,7 @@ def finish_sweep(folder: Path) -> list[dict[str, Any]]:
 
 
 def close_sweeps() -> list[str]:
-    """Finishes sweeps that were cut off, and returns one line for each that had jobs which did not finish."""
+    """Finishes sweeps that were cut off; one line for each sweep with jobs that did not finish."""
     for folder in list(_open_sweeps):
         with contextlib.suppress(OSError):
             finish_sweep(folder)
@@ -130,18 +169,28 @@ def close_sweeps() -> list[str]:
 
 
 def collect(folder: Path) -> list[dict[str, Any]]:
-    """One row a job: ``job, status, overrides {name: value}, metrics, wall_s, error``; planned jobs without a result are ``missing``."""
+    """One row a job: ``job, status, overrides {name: value}, metrics, wall_s, error``.
+
+    A planned job without a result is ``missing``, one whose process died is ``killed``.
+    """
     plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    results = {path.parent: read_result(path.parent) for path in sorted(folder.glob(f"**/{RESULT}"))}
+    jobs = plan["jobs"] or [result.get("overrides", []) for result in results.values()]
     rows = []
-    for number, overrides in enumerate(plan["jobs"]):
-        row: dict[str, Any] = {"job": number, "status": "missing", "metrics": {}, "wall_s": None, "error": "no result was written"}
-        found = [p for p in folder.glob(f"**/{RESULT}") if _same(_result(p).get("overrides", []), overrides)]
-        result = _result(found[0]) if found else {}
-        row.update({key: result[key] for key in ("status", "metrics", "wall_s", "error") if key in result})
-        if result.get("status") == "finished":
-            row["error"] = ""
-        row["overrides"] = dict(o.lstrip("+~").partition("=")[::2] for o in overrides)
-        rows.append(row)
+    for number, overrides in enumerate(jobs):
+        found = [result for result in results.values() if _same(result.get("overrides", []), overrides)]
+        result = found[0] if found else {"status": "missing", "error": "no result was written"}
+        status = "killed" if result.get("status") == RUNNING else result.get("status", "missing")
+        rows.append(
+            {
+                "job": number,
+                "status": status,
+                "overrides": dict(o.lstrip("+~").partition("=")[::2] for o in overrides),
+                "metrics": result.get("metrics", {}),
+                "wall_s": result.get("wall_s"),
+                "error": "" if status == FINISHED else result.get("error", ""),
+            }
+        )
     return rows
 
 
@@ -155,7 +204,7 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
         [row["job"], row["status"]]
         + [row["overrides"].get(name, "") for name in varied]
         + [_figure(row["metrics"].get(name, "")) for name in metrics]
-        + ["" if row["wall_s"] is None else row["wall_s"], row.get("error") or ""]
+        + ["" if row["wall_s"] is None else row["wall_s"], row["error"]]
         for row in rows
     ]
     return header, lines
@@ -165,28 +214,32 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
     """The table as aligned Markdown."""
     cells = [[str(cell).replace("|", "/") for cell in line] for line in [list(header), *lines]]
     widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-    drawn = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells]
-    return "\n".join([drawn[0], "| " + " | ".join("-" * width for width in widths) + " |", *drawn[1:]])
+    cells.insert(1, ["-" * width for width in widths])
+    drawn = (" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+    return "\n".join(f"| {line} |" for line in drawn)
 
 
 def _write_hparams(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
+    from torch.utils.tensorboard.writer import SummaryWriter
 
     for row in rows:
         settings = {**row["overrides"], "status": row["status"]}
-        figures = {name: float(v) for name, v in row["metrics"].items() if isinstance(v, int | float)}
+        figures = {name: float(value) for name, value in numbers(row["metrics"]).items()}
         with SummaryWriter(str(folder / "tensorboard" / f"job_{row['job']}")) as writer:
-            experiment, start, end = hparams(settings, {name: 0.0 for name in figures})
-            for part in (experiment, start, end):
-                writer.file_writer.add_summary(part)  # type: ignore[union-attr]
+            for part in hparams(settings, dict.fromkeys(figures, 0.0)):
+                writer._get_file_writer().add_summary(part)
             for name, value in figures.items():
                 writer.add_scalar(name, value)
 
 
 def _refuse_several_devices(cfg: DictConfig, launcher: str) -> None:
-    """Hydra's serial launcher and joblib run jobs inside one process: a second device would need that process started again."""
-    if not launcher.endswith(("BasicLauncher", "JoblibLauncher")) or "strategy" not in cfg or cfg.strategy is None:
+    """Hydra's serial launcher and joblib run jobs inside a process of theirs, which several devices need started again.
+
+    Raises:
+        ValueError: the job uses more than one device under such a launcher.
+    """
+    if not launcher.endswith(("BasicLauncher", "JoblibLauncher")) or cfg.get("strategy") is None:
         return
     from hydra.utils import instantiate
 
@@ -197,16 +250,17 @@ def _refuse_several_devices(cfg: DictConfig, launcher: str) -> None:
         )
 
 
-def _result(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
 def _same(left: Sequence[str], right: Sequence[str]) -> bool:
-    return sorted(left) == sorted(right)
+    """Whether two jobs have the same overrides; resuming does not make another job of it."""
+    kept = [sorted(o for o in overrides if not o.startswith("resume=")) for overrides in (left, right)]
+    return kept[0] == kept[1]
 
 
 def _figure(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,13 +20,11 @@ class ToyModule(LightningModule):
 
     headline_metrics = ("train/loss", "val/loss")
 
-    def __init__(self, optimizer: AdamW, width: int = 8, dropout: float = 0.1, kill_at: int = -1, how: str = "KILL") -> None:
+    def __init__(self, optimizer: AdamW, width: int = 8, dropout: float = 0.1) -> None:
         super().__init__()
         self.network = nn.Sequential(nn.Linear(4, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, 1))
         self.recipe = optimizer
         self.scale: float | None = None
-        self.kill_at = kill_at
-        self.how = how
 
     def set_statistics(self, statistics: dict[str, float]) -> None:
         self.scale = statistics["scale"]
@@ -45,9 +42,8 @@ class ToyModule(LightningModule):
         return global_mean((error * batch["valid"]).sum(), batch["valid"].sum())
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        if self.trainer.global_step == self.kill_at:
-            os.kill(os.getpid(), getattr(signal, f"SIG{self.how}"))
-            time.sleep(0.01)
+        if str(self.trainer.global_step) == os.environ.get("TOY_STOP_AT"):
+            os.kill(os.getpid(), getattr(signal, os.environ["TOY_SIGNAL"]))
         loss = self.loss(batch)
         self.log("train/loss", loss, sync_dist=world_size() > 1)
         return loss
@@ -112,8 +108,9 @@ class ToyLoader:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         data = self.data
         if not self.shuffled:
-            return data.batches(torch.arange(data.samples), 0)
+            yield from data.batches(torch.arange(data.samples), 0)
+            return
         epoch, start = divmod(data.position, len(self))
         data.position = (epoch + 1) * len(self)
         order = torch.randperm(data.samples, generator=torch.Generator().manual_seed(1000 * data.seed + epoch))
-        return data.batches(order, start)
+        yield from data.batches(order, start)  # a generator: an iterator that nobody asks for a batch moves nothing

@@ -1,0 +1,140 @@
+"""``hydra/launcher=processes``: jobs as separate commands, a few at a time, which may use several devices each."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+log = logging.getLogger(__name__)
+
+FORWARDED = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp")
+
+
+@dataclass
+class _Job:
+    number: int
+    overrides: list[str]
+    folder: Path
+    gpus: list[int] = field(default_factory=list)
+    process: subprocess.Popen[bytes] | None = None
+    output: IO[bytes] | None = None
+
+
+class ProcessLauncher(Launcher):
+    """Runs every job as ``python -m <this command> <its overrides>``; its output goes to ``output.log`` in its folder.
+
+    A job that fails or dies does not stop the others. Ctrl-C and SIGTERM are passed on, so that every job saves.
+
+    Args:
+        jobs_at_once: how many run side by side.
+        gpus_per_job: each job sees this many GPUs of its own (``CUDA_VISIBLE_DEVICES``); 0 leaves visibility alone.
+    """
+
+    def __init__(self, jobs_at_once: int = 1, gpus_per_job: int = 0) -> None:
+        if jobs_at_once < 1 or gpus_per_job < 0:
+            raise ValueError("hydra.launcher: jobs_at_once must be at least 1 and gpus_per_job not negative")
+        self.jobs_at_once = jobs_at_once
+        self.gpus_per_job = gpus_per_job
+        self.config: DictConfig | None = None
+        self.hydra_context: HydraContext | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config = config
+        self.hydra_context = hydra_context
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        setup_globals()
+        assert self.config is not None
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        waiting = [self._job(initial_job_idx + i, list(overrides)) for i, overrides in enumerate(job_overrides)]
+        free = [list(range(s * self.gpus_per_job, (s + 1) * self.gpus_per_job)) for s in range(self.jobs_at_once)]
+        running: list[_Job] = []
+        returns: dict[int, JobReturn] = {}
+        total = len(waiting)
+        log.info("%d jobs, %d at a time; each writes output.log in its folder", total, self.jobs_at_once)
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.jobs_at_once:
+                    running.append(self._start(waiting.pop(0), free.pop(0)))
+                time.sleep(0.05)
+                for job in [job for job in running if job.process and job.process.poll() is not None]:
+                    running.remove(job)
+                    free.append(job.gpus)
+                    returns[job.number] = self._ended(job)
+                    log.info("%d of %d jobs done", len(returns), total)
+        except BaseException as stop:
+            number = getattr(stop, "signal_number", signal.SIGINT)
+            for job in running:
+                assert job.process is not None
+                job.process.send_signal(number)
+            for job in running:
+                assert job.process is not None
+                job.process.wait()
+            raise
+        return [returns[number] for number in sorted(returns)]
+
+    def _job(self, number: int, overrides: list[str]) -> _Job:
+        assert self.hydra_context is not None
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+        with open_dict(config):
+            config.hydra.job.id = str(number)
+            config.hydra.job.num = number
+        return _Job(number, overrides, Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir)
+
+    def _start(self, job: _Job, gpus: list[int]) -> _Job:
+        job.gpus = gpus
+        job.folder.mkdir(parents=True, exist_ok=True)
+        environment = dict(os.environ)
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+        fixed = [f'hydra.run.dir="{job.folder}"', "hydra.mode=RUN", f"hydra.job.num={job.number}"]
+        command = [*_this_command(), *_forwarded(sys.argv[1:]), *job.overrides, *fixed]
+        job.output = (job.folder / "output.log").open("wb")
+        # A session of its own: Ctrl-C reaches a job once, through us, and not a second time from the terminal.
+        job.process = subprocess.Popen(
+            command, env=environment, stdout=job.output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        log.info("job %d: %s", job.number, " ".join(filter_overrides(job.overrides)))
+        return job
+
+    def _ended(self, job: _Job) -> JobReturn:
+        assert job.process is not None
+        assert job.output is not None
+        job.output.close()
+        code = job.process.returncode
+        if code:
+            what = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            log.error("job %d ended with %s: see %s", job.number, what, job.folder / "output.log")
+        # What became of the job stands in its result.json; for Hydra every job is done, so that none stops the others.
+        return JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, working_dir=str(job.folder))
+
+
+def _this_command() -> list[str]:
+    import __main__
+
+    spec = getattr(__main__, "__spec__", None)
+    return [sys.executable, "-m", spec.name] if spec is not None else [sys.executable, str(Path(sys.argv[0]).resolve())]
+
+
+def _forwarded(arguments: Sequence[str]) -> list[str]:
+    """Hydra's own flags about where configs are."""
+    kept = []
+    for position, argument in enumerate(arguments):
+        if argument.split("=")[0] in FORWARDED:
+            kept.append(argument)
+            if "=" not in argument and position + 1 < len(arguments):
+                kept.append(arguments[position + 1])
+    return kept

@@ -1,0 +1,70 @@
+"""Fixtures for all tests: one torch thread a process, a clean Hydra, and the toy model's configs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SUPPORT = ROOT / "tests" / "support"
+
+
+@pytest.fixture(autouse=True)
+def clean_hydra() -> Iterator[None]:
+    """Hydra keeps global state: no test sees another's."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+
+    yield
+    GlobalHydra.instance().clear()
+    HydraConfig.instance().cfg = None
+
+
+@pytest.fixture
+def toy_overrides(tmp_path: Path) -> Callable[..., list[str]]:
+    """Overrides that train the toy model into ``tmp_path / name`` for two and a half epochs of 5 batches."""
+
+    def overrides(name: str, *more: str) -> list[str]:
+        return [
+            f"hydra.searchpath=[file://{SUPPORT / 'conf'}]",
+            "model=toy",
+            "data=toy",
+            "strategy=cpu",
+            "strategy.precision=32-true",
+            "logger=none",
+            "max_steps=13",
+            "val_every_n_steps=4",
+            "log_every_n_steps=1",
+            f"run_dir={tmp_path / name}",
+            *more,
+        ]
+
+    return overrides
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs ``python -m <module> <arguments>`` in an empty folder, as a user would."""
+
+    def run(module: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = dict(os.environ) | variables
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(SUPPORT)])
+        environment["OMP_NUM_THREADS"] = "1"
+        return subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    return run

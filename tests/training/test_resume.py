@@ -1,0 +1,159 @@
+"""Interrupted by anything, a run continues to the same weights that it would have had."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from keygrip import train
+from keygrip.config import compose
+from keygrip.training.checkpoints import read_checkpoint
+from keygrip.training.interruption import Interrupted
+
+
+def state_of(folder: Path) -> dict[str, Tensor]:
+    """Weights, averaged weights and optimiser state of a run, by name."""
+    checkpoint = read_checkpoint(folder)
+    state = dict(checkpoint["state_dict"])
+    state |= {f"average.{name}": value for name, value in checkpoint["average"]["parameters"].items()}
+    for number, entry in checkpoint["optimizer_states"][0]["state"].items():
+        state |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in entry.items()}
+    state["lr"] = torch.tensor(checkpoint["optimizer_states"][0]["param_groups"][0]["lr"], dtype=torch.float64)
+    state["updates"] = torch.tensor(checkpoint["average"]["updates"])
+    return state
+
+
+def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+@pytest.fixture
+def uninterrupted(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> dict[str, Tensor]:
+    train.run(compose("train", toy_overrides("whole")))
+    return state_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "saves"),
+    [
+        pytest.param(7, "callbacks.checkpoint.every_n_steps=3", id="mid-epoch"),
+        pytest.param(11, "callbacks.checkpoint.every_n_steps=10", id="saved on the last batch of an epoch"),
+        pytest.param(7, "callbacks.checkpoint.every_n_epochs=1", id="saved by epochs"),
+        pytest.param(9, "callbacks.checkpoint.every_n_minutes=1e-9", id="saved by minutes"),
+        pytest.param(6, "callbacks.checkpoint.every_n_steps=4", id="saved just before a validation"),
+    ],
+)
+def test_a_failed_run_resumes_to_the_same_bits(
+    stop_at: int,
+    saves: str,
+    toy_overrides: Callable[..., list[str]],
+    uninterrupted: dict[str, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import toy_parts
+
+    whole_step = toy_parts.ToyModule.training_step
+
+    def failing_step(self: toy_parts.ToyModule, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        if self.trainer.global_step == stop_at:
+            raise RuntimeError("power cut")
+        return whole_step(self, batch, batch_idx)
+
+    overrides = toy_overrides("cut", saves)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr(toy_parts.ToyModule, "training_step", failing_step)
+        train.run(compose("train", overrides))
+    assert read_checkpoint(tmp_path / "cut")["global_step"] < 13
+    train.run(compose("train", [*overrides, "resume=true"]))
+    assert_equal(state_of(tmp_path / "cut"), uninterrupted)
+
+
+def test_killed_process_resumes_to_the_same_bits(
+    toy_overrides: Callable[..., list[str]],
+    uninterrupted: dict[str, Tensor],
+    command: Callable[..., object],
+    tmp_path: Path,
+) -> None:
+    overrides = toy_overrides("killed", "callbacks.checkpoint.every_n_steps=3")
+    done = command("keygrip.train", *overrides, TOY_STOP_AT="7", TOY_SIGNAL="SIGKILL")
+    assert done.returncode == -signal.SIGKILL
+    assert read_checkpoint(tmp_path / "killed")["global_step"] == 6
+    train.run(compose("train", [*overrides, "resume=true"]))
+    assert_equal(state_of(tmp_path / "killed"), uninterrupted)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_signal_saves_says_how_to_go_on_and_resumes_to_the_same_bits(
+    name: str,
+    toy_overrides: Callable[..., list[str]],
+    uninterrupted: dict[str, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    overrides = toy_overrides("stopped")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted) as stop:
+        patch.setenv("TOY_STOP_AT", "7")
+        patch.setenv("TOY_SIGNAL", name)
+        train.run(compose("train", overrides))
+    folder = tmp_path / "stopped"
+    saved = folder / "checkpoints" / "last.ckpt"
+    assert str(stop.value) == f"stopped by {name} at step 8: saved {saved}; go on with resume={folder}"
+    assert stop.value.signal_number == getattr(signal, name)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    train.run(compose("train", [*overrides[:-1], f"resume={folder}"]))
+    assert_equal(state_of(folder), uninterrupted)
+
+
+def test_resuming_with_other_settings_names_them(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    overrides = toy_overrides("run")
+    train.run(compose("train", overrides))
+    with pytest.raises(ValueError, match=r"other settings: model\.dropout \(0\.1 then, 0\.3 now\), .*optimizer\.lr"):
+        train.run(compose("train", [*overrides, "resume=true", "model.dropout=0.3", "optimizer.lr=0.1"]))
+    with pytest.raises(ValueError, match="already holds a run: continue it with resume=true, or give another run_dir"):
+        train.run(compose("train", overrides))
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    overrides = toy_overrides("run")
+    train.run(compose("train", overrides))
+    train.run(compose("train", [*overrides, "resume=true", "max_steps=20", "callbacks.checkpoint.every_n_steps=4"]))
+    assert read_checkpoint(tmp_path / "run")["global_step"] == 20
+
+
+def test_accumulated_gradients_resume_to_the_same_bits(
+    toy_overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accumulate = ("accumulate_grad_batches=2", "val_every_n_steps=2", "max_steps=8")
+    train.run(compose("train", toy_overrides("whole", *accumulate)))
+    overrides = toy_overrides("stopped", *accumulate)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="at step 5"):
+        patch.setenv("TOY_STOP_AT", "4")
+        patch.setenv("TOY_SIGNAL", "SIGTERM")
+        train.run(compose("train", overrides))
+    train.run(compose("train", [*overrides, "resume=true"]))
+    assert_equal(state_of(tmp_path / "stopped"), state_of(tmp_path / "whole"))
+
+
+def test_the_best_state_is_kept_beside_the_latest(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    overrides = toy_overrides("run", "callbacks.checkpoint.monitor=val/loss", "optimizer.lr=0.05")
+    train.run(compose("train", overrides))
+    folder = tmp_path / "run" / "checkpoints"
+    record = json.loads((folder / "best.json").read_text())
+    assert read_checkpoint(folder / "best.ckpt")["global_step"] == record["step"]
+    # From a record that nothing can beat, the resumed run must leave the best state alone.
+    (folder / "best.json").write_text(json.dumps({"val/loss": 0.0, "step": record["step"]}))
+    before = (folder / "best.ckpt").read_bytes()
+    train.run(compose("train", [*overrides, "resume=true", "max_steps=20"]))
+    assert (folder / "best.ckpt").read_bytes() == before
+    with pytest.raises(ValueError, match=r"monitor='val/los' is not logged in validation; logged: .*val/loss"):
+        train.run(compose("train", toy_overrides("other", "callbacks.checkpoint.monitor=val/los")))
