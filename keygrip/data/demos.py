@@ -12,9 +12,11 @@ A native demo is a folder with `metadata.json` (written last: the mark that the 
 
 from __future__ import annotations
 
+import bisect
 import importlib
 import io
 import json
+import math
 import os
 import shutil
 import uuid
@@ -276,15 +278,15 @@ class _OpenVideo:
         import av
 
         target = self.times[index]
-        before = [number for number, (shown, _) in enumerate(self.keys) if shown <= target]
-        nearest_key = self.keys[before[-1]][0] if before else self.times[0]
+        nearest = bisect.bisect_right(self.keys, (target, math.inf)) - 1  # last key frame not shown after it; -1: none
+        nearest_key = self.keys[nearest][0] if nearest >= 0 else self.times[0]
         try:
             # forward from where the decoder stands, unless a key frame between here and there makes a seek cheaper
             if self.decoder is not None and self.position is not None and nearest_key <= self.position < target:
                 frame = self._advance(target)
                 if frame is not None:
                     return frame.to_ndarray(format="rgb24")
-            for key in (*reversed(before[-3:]), -1):
+            for key in (*range(nearest, max(-1, nearest - 3), -1), -1):
                 self.stream.codec_context.flush_buffers()
                 self.decoder = self._frames_from(key)
                 frame = self._advance(target) if self.decoder is not None else None

@@ -596,8 +596,8 @@ class RobotDemos(LightningDataModule):
         rank = self.trainer.global_rank if self.trainer is not None else 0
         ranks = self.trainer.world_size if self.trainer is not None else 1
         sampler = GlobalBatchSampler(len(samples), self.batch_size, rank, ranks, self.seed, shuffle, drop_last=shuffle)
-        if shuffle:
-            sampler.resume(self._batches_done)
+        if shuffle and self.trainer is not None:
+            sampler.follow(self.batches_done)
         return ResumableLoader(
             samples,
             batch_sampler=sampler,
@@ -618,11 +618,18 @@ class RobotDemos(LightningDataModule):
 
     # ----------------------------------------------------------------------------------------------------------- resume
 
+    def batches_done(self) -> int:
+        """The position in the order of samples: batches whose step was done, counted from the start of training.
+
+        The trainer's count, since a loader cannot know how much of what it handed out was used.
+        """
+        if self.trainer is None:
+            return self._batches_done
+        return max(self._batches_done, self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+
     def state_dict(self) -> dict[str, Any]:
-        """The position: batches whose step was done, counted from the start of training."""
-        if self.trainer is not None:
-            self._batches_done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        return {"batches_done": self._batches_done, "batch_size": self.batch_size, "seed": self.seed}
+        """The position, and what the order of samples depends on."""
+        return {"batches_done": self.batches_done(), "batch_size": self.batch_size, "seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where the checkpoint was written. Raises ValueError where the order of the data cannot be

@@ -7,7 +7,7 @@ depends on who loads it. Resuming needs one number, the count of batches done.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,7 +72,7 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         self.samples, self.batch_size, self.rank, self.ranks = samples, batch_size, rank, ranks
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
         self.epoch = 0
-        self._resume: tuple[int, int] | None = None
+        self.position: Callable[[], int] | None = None
 
     @property
     def sampler(self) -> GlobalBatchSampler:
@@ -85,12 +85,16 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         return whole if self.drop_last or not rest else whole + 1
 
     def set_epoch(self, epoch: int) -> None:
+        """The next iteration starts this epoch, where nobody follows a `position`."""
         self.epoch = epoch
 
-    def resume(self, batches_done: int) -> None:
-        """The next iteration goes on after `batches_done` batches counted from the start of training."""
-        epoch, step = divmod(batches_done, max(1, len(self)))
-        self.epoch, self._resume = epoch, (epoch, step)
+    def follow(self, position: Callable[[], int]) -> None:
+        """Each iteration begins after `position()` batches, counted from the start of training.
+
+        The trainer's own epoch number is not used: when training resumes, its first iterator is made before the epoch is
+        named, and a checkpoint written at the end of an epoch makes it count that epoch's end twice.
+        """
+        self.position = position
 
     def order(self, epoch: int) -> np.ndarray:
         """The epoch's permutation, [samples] int64."""
@@ -103,12 +107,8 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         return np.concatenate([batch, np.resize(order, self.ranks - len(batch))]) if len(batch) < self.ranks else batch
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        first = 0
-        if self._resume is not None:
-            # the iterator is made before the trainer names the epoch, so the resumed position names its own
-            self.epoch, first = self._resume
-            self._resume = None
-        epoch, order = self.epoch, self.order(self.epoch)
+        epoch, first = (self.epoch, 0) if self.position is None else divmod(self.position(), max(1, len(self)))
+        order = self.order(epoch)
         for step in range(first, len(self)):
             for_rank = np.array_split(self.global_batch(order, step), self.ranks)[self.rank]
             yield [SampleKey(int(index), epoch) for index in for_rank]
