@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict, read_write
 
 from keygrip.training.interruption import Interrupted, SweepInterrupted
 
@@ -60,7 +60,6 @@ def run_job(run: Callable[[DictConfig], Any], cfg: DictConfig, config_name: str,
     With ``resume=true`` a job that finished before is not run again, and one that was cut off goes on.
     """
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import open_dict
 
     from keygrip.training.run_folder import CHECKPOINT
 
@@ -110,6 +109,10 @@ class SweepSummary(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
+        # Jobs in other processes compose the config again, and would give the folder a time stamp of their own.
+        with read_write(config), open_dict(config):
+            config.hydra.sweep.dir = str(folder)
+            config.hydra.overrides.hydra.append(f'hydra.sweep.dir="{folder}"')
         plan = {"jobs": planned_jobs(config), "started": time.time()}
         _write_whole(folder / PLAN, json.dumps(plan, indent=1) + "\n")
         _open_sweeps.append(folder)

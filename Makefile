@@ -1,0 +1,65 @@
+# `make help` lists the targets. PYTHON3 is the interpreter that the virtual environment is made with (3.11 or newer).
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+PYTHON3 ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
+# Processes of the test run; each computes on one thread.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help install gl demo test test-all lint bench notebooks doctor clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(STAMP) gl ## virtual environment in .venv with everything, and a GL library where that may be installed
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON3)" || { echo "keygrip needs Python 3.11 or newer: install it, or say make PYTHON3=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(PYTHON) || $(PYTHON3) -m venv $(VENV) || { \
+		rm -rf $(VENV); echo "no venv module: apt-get install python3-venv (as root), then make again" >&2; exit 1; }
+	$(PYTHON) -m pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt --upgrade pip
+	@echo "installing packages (2 GB with torch; minutes)"
+	$(PYTHON) -m pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt torch torchvision -e '.[dev]'
+	@touch $(STAMP)
+
+# The simulator draws through EGL or OSMesa on Linux.
+gl:
+	@if [ "$$(uname)" = Linux ] && ! { ldconfig -p 2>/dev/null || /sbin/ldconfig -p; } | grep -qE 'libEGL\.so|libOSMesa\.so'; then \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			echo "installing a GL library for the simulator"; \
+			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libegl1 libgl1 >/dev/null; \
+		else \
+			echo "the simulator needs a GL library: sudo apt-get install libegl1 libgl1 (or your system's EGL or OSMesa)" >&2; \
+		fi; \
+	fi
+
+demo: install ## record simulated demonstrations, train on them, evaluate in closed loop: 12 minutes on two cores
+	$(PYTHON) -m keygrip.demo
+
+test: install ## all quick tests
+	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu"
+
+test-all: install ## slow ones and those that need a GPU too
+	$(PYTEST) -n $(WORKERS)
+
+lint: install ## style and types
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+bench: install ## measure: make bench, or make bench CASE=volume_loss
+	$(PYTHON) -m keygrip.bench $(if $(CASE),case=$(CASE))
+
+notebooks: install ## run the notebooks
+	$(PYTEST) tests/test_notebooks.py
+
+doctor: install ## check a folder of robot demonstrations before training: make doctor DATA=path/to/folder
+	@test -n "$(DATA)" || { echo "say which folder: make doctor DATA=path/to/folder" >&2; exit 1; }
+	$(PYTHON) -m keygrip.prepare step=doctor root="$(DATA)"
+
+clean: ## remove the virtual environment and caches; data/ and runs/ stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
