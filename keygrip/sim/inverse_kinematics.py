@@ -29,6 +29,7 @@ def solve(
     largest_step: float = 0.2,
     position_tolerance: float = 1e-4,
     angle_tolerance: float = 1e-3,
+    patience: int = 15,
 ) -> Solution:
     """Joints that bring the grasp site to a pose, found from `start` so that successive targets give a smooth path.
 
@@ -36,20 +37,22 @@ def solve(
         position: [3] m in the base frame.
         rotation: [3, 3].
         start: [6] rad.
+        patience: gives up after so many iterations without getting closer (the target is out of reach).
 
     Returns:
         The closest solution found within the joint limits; an unreachable target shows as a large `position_error`.
     """
     chain = chain or arm_chain()
     joints = np.clip(np.asarray(start, float), chain.limits[:, 0], chain.limits[:, 1])
-    best = Solution(joints, np.inf, np.inf)
+    best, stalled = Solution(joints, np.inf, np.inf), 0
     for _ in range(iterations):
         tool, turned, origins, axes = chain.frames(joints)
         error = np.concatenate([position - tool, Rotation.from_matrix(rotation @ turned.T).as_rotvec()])
         distance, angle = float(np.linalg.norm(error[:3])), float(np.linalg.norm(error[3:]))
+        stalled += 1
         if distance + 0.1 * angle < best.position_error + 0.1 * best.angle_error:  # 0.1 m/rad weighs angle as length
-            best = Solution(joints, distance, angle)
-        if distance < position_tolerance and angle < angle_tolerance:
+            best, stalled = Solution(joints, distance, angle), 0
+        if stalled == patience or (distance < position_tolerance and angle < angle_tolerance):
             break
         jacobian = np.concatenate([np.cross(axes, tool - origins), axes], axis=1).T  # [6, J]
         step = jacobian.T @ np.linalg.solve(jacobian @ jacobian.T + damping * np.eye(6), error)

@@ -213,7 +213,7 @@ def record_episode(cell: YamCell, settings: RecordSettings, root: Path, seed: in
             depth = {c: _millimetres(cell.depth(c)) for c in settings.cameras} if settings.depth else None
             reached = _arm_pose(*cell.tool_pose, cell.gripper_opening, cell.joints)
             cell.advance(action)
-            commanded = _arm_pose(*cell.commanded_pose, cell.commanded_gripper, cell.commanded_joints)
+            commanded = _arm_pose(*cell.commanded_pose, cell.commanded_gripper, None)
             stamp = round(i * 1e9 / settings.hz)
             writer.add(stamp, pictures, views, {ARM: reached}, {ARM: commanded}, depth)
         success = trace.success = cell.progress.success
@@ -244,7 +244,7 @@ def _plain(thing: Placed) -> dict[str, Any]:
     }
 
 
-def _arm_pose(position: np.ndarray, quaternion: np.ndarray, gripper: float, joints: np.ndarray) -> ArmPose:
+def _arm_pose(position: np.ndarray, quaternion: np.ndarray, gripper: float, joints: np.ndarray | None) -> ArmPose:
     return ArmPose(position, quaternion, float(np.clip(gripper, 0.0, 1.0)), joints)
 
 
