@@ -212,7 +212,7 @@ class _OpenVideo:
         except (av.FFmpegError, OSError) as error:
             raise OSError(f"{path}: the video cannot be opened ({error}); it is cut off or not a video") from error
         if not self.container.streams.video:
-            raise OSError(f"{path}: the file has no video stream")
+            raise OSError(f"{path}: the file has no video stream; it is cut off or not a video")
         self.path = path
         self.stream = self.container.streams.video[0]
         self.stream.thread_type = (
