@@ -50,9 +50,10 @@ class PolicyBatch:
         values = {part.name: getattr(self, part.name) for part in fields(self)}
         return type(self)(**{k: change(v) if isinstance(v, Tensor) else v for k, v in values.items()})
 
-    def to(self, *args: Any, non_blocking: bool = False) -> Self:
-        """Moved to a device. Only floats change type when one is named (indices stay integers, masks stay bool)."""
-        device, dtype, _, _ = torch._C._nn._parse_to(*args)
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None, non_blocking: bool = False
+    ) -> Self:
+        """Moved to a device. Only floats change to `dtype` (indices stay integers, masks stay bool)."""
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=non_blocking)

@@ -192,7 +192,7 @@ class FrameCache:
 
 def _mark(pixels: np.ndarray) -> int:
     """A checksum that is never 0 (0 marks an empty slot)."""
-    return zlib.adler32(pixels) or 1
+    return zlib.adler32(pixels.data) or 1
 
 
 def _write(descriptor: int, content: bytes | memoryview, offset: int) -> None:

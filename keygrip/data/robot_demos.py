@@ -232,10 +232,17 @@ class DemoSamples(Dataset[PolicyBatch]):
     def __len__(self) -> int:
         return len(self.sample_frame)
 
+    def __getitems__(self, keys: Sequence[SampleKey]) -> list[PolicyBatch] | list[DemoError]:
+        """A batch's samples, or what is wrong with a demo: an exception would leave a worker as a page of traceback."""
+        try:
+            return [self[key] for key in keys]
+        except DemoError as error:
+            return [error]
+
     def __getitem__(self, key: SampleKey | int) -> PolicyBatch:
         if not isinstance(key, SampleKey):
             key = SampleKey(int(key), 0)
-        number, frame = int(self.sample_demo[key.index]), int(self.sample_frame[key.index])
+        number, frame = int(self.sample_demo[key.sample]), int(self.sample_frame[key.sample])
         demo = self.demos[number]
         camera = demo.cameras[self.camera]
         try:
@@ -271,6 +278,12 @@ class DemoSamples(Dataset[PolicyBatch]):
             frame_index=torch.tensor(frame),
             instruction=demo.instruction,  # type: ignore[arg-type]  # one sentence; `collate` makes the list
         )
+
+
+def collate(samples: list[PolicyBatch] | list[DemoError]) -> PolicyBatch | DemoError:
+    """Stacks samples; hands on an error, which `ResumableLoader` raises in the main process."""
+    first = samples[0]
+    return first if isinstance(first, DemoError) else PolicyBatch.collate(samples)  # type: ignore[arg-type]
 
 
 def _float(values: np.ndarray) -> torch.Tensor:
@@ -442,8 +455,8 @@ class RobotDemos(LightningDataModule):
                 self.broken.append(error)
                 continue
             demos.append(demo)
-        for error in self.broken:
-            log.warning("left out: %s", error)
+        for broken in self.broken:
+            log.warning("left out: %s", broken)
         if self.broken:
             share = len(self.broken) / looked_at
             log.warning("%d of %d demos in %s are broken and left out", len(self.broken), looked_at, self.root)
@@ -602,7 +615,7 @@ class RobotDemos(LightningDataModule):
             samples,
             batch_sampler=sampler,
             num_workers=self.num_workers,
-            collate_fn=PolicyBatch.collate,
+            collate_fn=collate,
             worker_init_fn=start_worker,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
@@ -625,7 +638,7 @@ class RobotDemos(LightningDataModule):
         """
         if self.trainer is None:
             return self._batches_done
-        return max(self._batches_done, self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+        return max(self._batches_done, self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what the order of samples depends on."""

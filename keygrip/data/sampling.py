@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader, Sampler
 class SampleKey(NamedTuple):
     """Which sample, and in which epoch: all that a sample's random augmentation depends on, beside the seed."""
 
-    index: int
+    sample: int
     epoch: int
 
 
 def sample_generator(seed: int, key: SampleKey) -> np.random.Generator:
     """The generator of one sample's augmentation."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, key.epoch, key.index))))
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, key.epoch, key.sample))))
 
 
 class GlobalBatchSampler(Sampler[list[SampleKey]]):
@@ -91,8 +91,8 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
     def follow(self, position: Callable[[], int]) -> None:
         """Each iteration begins after `position()` batches, counted from the start of training.
 
-        The trainer's own epoch number is not used: when training resumes, its first iterator is made before the epoch is
-        named, and a checkpoint written at the end of an epoch makes it count that epoch's end twice.
+        The trainer's own epoch number is not used: when training resumes, its first iterator is made before the epoch
+        is named, and a checkpoint written at the end of an epoch makes it count that epoch's end twice.
         """
         self.position = position
 
@@ -115,17 +115,26 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A DataLoader that tells Lightning that it can go on in the middle of an epoch.
+    """A DataLoader that raises the errors which workers hand over, and tells Lightning that it can resume in mid-epoch.
 
     The position itself travels in the data module's state, which reads it from the trainer's count of finished batches:
     a loader cannot know how much of what it handed out was used.
     """
+
+    def __iter__(self) -> Any:
+        return map(_batch_or_raise, super().__iter__())
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to restore here: see the class."""
+
+
+def _batch_or_raise(batch: Any) -> Any:
+    if isinstance(batch, Exception):
+        raise batch
+    return batch
 
 
 def start_worker(worker: int) -> None:

@@ -60,7 +60,7 @@ def test_a_point_is_found_where_the_new_camera_puts_it(fit: str, rotate: float, 
         seen += 1
         worst = max(worst, float(np.abs(centre_of_mass(image) - pixel.numpy()).max()))
     assert seen > 25
-    assert worst < 0.5
+    assert worst < 0.2
 
 
 def augmentation_without_colour(augmentation: Augmentation) -> Augmentation:
@@ -129,7 +129,9 @@ def test_colours_change_the_picture_and_nothing_else() -> None:
     coloured = Augmentation(brightness=0.5, contrast=0.5, saturation=0.9, channel_gain=0.3)
     plain = augmentation_without_colour(coloured)
     for draw in range(5):
-        a, b = (x.apply(np.random.default_rng(draw), geometry, picture, INTRINSICS, np.eye(4)) for x in (coloured, plain))
+        a, b = (
+            x.apply(np.random.default_rng(draw), geometry, picture, INTRINSICS, np.eye(4)) for x in (coloured, plain)
+        )
         assert not torch.equal(a[0], b[0])
         assert torch.equal(a[1], b[1])
         assert torch.equal(a[2], b[2])

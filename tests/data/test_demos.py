@@ -78,12 +78,15 @@ BREAKAGES: dict[str, tuple[Callable[[Path, Any, Any], object], str]] = {
     "metadata cut": (lambda f, m, a: (f / "metadata.json").write_text('{"schema": '), "not JSON"),
     "other schema": (lambda f, m, a: m(f, schema="keygrip.demo/2"), "schema is 'keygrip.demo/2'"),
     "quaternion order": (
-        lambda f, m, a: m(f, conventions=json.loads((f / "metadata.json").read_text())["conventions"] | {"quaternion": "xyzw"}),
+        lambda f, m, a: m(
+            f, conventions=json.loads((f / "metadata.json").read_text())["conventions"] | {"quaternion": "xyzw"}
+        ),
         "convention 'quaternion' is 'xyzw', 'wxyz' is needed",
     ),
     "gripper polarity": (
         lambda f, m, a: m(
-            f, conventions=json.loads((f / "metadata.json").read_text())["conventions"] | {"gripper": "1 closed, 0 open"}
+            f,
+            conventions=json.loads((f / "metadata.json").read_text())["conventions"] | {"gripper": "1 closed, 0 open"},
         ),
         "convention 'gripper'",
     ),
@@ -100,7 +103,10 @@ BREAKAGES: dict[str, tuple[Callable[[Path, Any, Any], object], str]] = {
         lambda f, m, a: a(f / "trajectory.npz", right__quaternion_wxyz=quaternion(f, lambda q: 1.05 * q)),
         "norm 1.05.*w, x, y, z",
     ),
-    "gripper range": (lambda f, m, a: a(f / "trajectory.npz", right__gripper_opening=np.linspace(0, 70, 12)), "0 to 70"),
+    "gripper range": (
+        lambda f, m, a: a(f / "trajectory.npz", right__gripper_opening=np.linspace(0, 70, 12)),
+        "0 to 70",
+    ),
     "lengths": (lambda f, m, a: a(f / "trajectory.npz", right__gripper_opening=np.ones(11)), r"shape \(11,\)"),
     "frames": (lambda f, m, a: m(f, frames=11), "11 frames"),
     "time runs back": (
@@ -195,10 +201,10 @@ def test_what_is_not_there_is_said_in_one_line(tmp_path: Path, native_demo: Any)
     (tmp_path / "other" / "notes.txt").touch()
     with pytest.raises(FileNotFoundError, match=r"looked for native.*raiden.*yam_abc.*lerobot_v3.*libero"):
         find_demos(tmp_path / "other")
-    with pytest.raises(ValueError, match="unknown data format 'nativ'"):
+    with pytest.raises(ValueError, match=r"unknown data format 'nativ'"):
         find_demos(tmp_path / "other", format="nativ")
     native_demo(tmp_path / "root" / "demo")
-    with pytest.raises(ValueError, match="calibration=cal.json has no effect"):
+    with pytest.raises(ValueError, match=r"calibration=cal\.json has no effect"):
         find_demos(tmp_path / "root", calibration="cal.json")
 
 
@@ -341,9 +347,7 @@ VIDEOS: dict[str, tuple[str, str, int, dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("kind", VIDEOS)
-def test_video_frames_are_exact_in_any_order(
-    kind: str, tmp_path: Path, counting_video: Any, shown_number: Any
-) -> None:
+def test_video_frames_are_exact_in_any_order(kind: str, tmp_path: Path, counting_video: Any, shown_number: Any) -> None:
     ending, codec, gop, options = VIDEOS[kind]
     video = VideoFrames(counting_video(tmp_path / f"video.{ending}", 60, codec, gop, options))
     assert len(video) == 60
@@ -385,7 +389,9 @@ def test_a_video_that_starts_between_key_frames(tmp_path: Path, counting_video: 
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.95, 0.99])
-def test_a_cut_video_is_named(share: float, tmp_path: Path, counting_video: Any, native_demo: Any, change_metadata: Any) -> None:
+def test_a_cut_video_is_named(
+    share: float, tmp_path: Path, counting_video: Any, native_demo: Any, change_metadata: Any
+) -> None:
     import av
 
     folder = native_demo(tmp_path / "root" / "demo", frames=60, width=96, height=48)
