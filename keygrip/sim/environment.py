@@ -180,8 +180,9 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
         model.vis.headlight.diffuse[:] = 0.3
         model.vis.headlight.specular[:] = 0.1
         model.light_diffuse[0] = look.diffuse
-        direction = np.array(look.light_direction)
-        model.light_dir[0] = direction / np.linalg.norm(direction)
+        direction = np.array(look.light_direction) / np.linalg.norm(look.light_direction)
+        model.light_dir[0] = direction
+        model.light_pos[0] = model.stat.center - 1.5 * direction  # centres the shadow map on the table
         mujoco.mj_forward(model, data)
         for _ in range(SETTLE_STEPS):
             mujoco.mj_step(model, data)

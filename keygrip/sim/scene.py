@@ -202,13 +202,28 @@ def _add_texture(spec: mujoco.MjSpec, name: str, pixels: np.ndarray, repeat: tup
     material.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = name
 
 
+def _add_digit(spec: mujoco.MjSpec, digit: int) -> None:
+    """A material that prints a digit on the six faces of a cube, upright on the sides and never mirrored."""
+    picture = np.round(digit_picture(digit) * 255).astype(np.uint8)
+    # Order +x, -x, +y, -y, +z, -z; each face of MuJoCo's cube texture has its own idea of up.
+    faces = np.concatenate([np.rot90(picture, turns) for turns in (1, 3, 2, 0, 0, 0)])
+    size, name = picture.shape[0], f"digit{digit}"
+    kind = mujoco.mjtTexture.mjTEXTURE_CUBE
+    texture = spec.add_texture(name=name, type=kind, width=size, height=6 * size, nchannel=3)
+    texture.data = faces.tobytes()
+    spec.add_material(name=name).textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = name
+
+
 def digit_picture(digit: int, size: int = 64) -> np.ndarray:
     """[size, size, 3] in 0..1: a dark digit on white, multiplied with the cube's colour when drawn."""
     from PIL import Image, ImageDraw, ImageFont
 
     picture = Image.new("L", (size, size), 255)
     font = ImageFont.load_default(size=int(size * 0.8))
-    ImageDraw.Draw(picture).text((size / 2, size / 2), str(digit), fill=0, font=font, anchor="mm")
+    draw = ImageDraw.Draw(picture)
+    draw.text((size / 2, size / 2), str(digit), fill=0, font=font, anchor="mm")
+    if digit in (6, 9):  # on a turned cube they are told apart by the line under them
+        draw.rectangle((size * 0.3, size * 0.88, size * 0.7, size * 0.93), fill=0)
     return np.repeat(np.asarray(picture, float)[..., None] / 255, 3, axis=2)
 
 
@@ -280,6 +295,10 @@ def build_spec(options: TaskOptions, arm: str = "yam", gripper: str = "linear_43
     spec.visual.quality.offsamples = 0  # multisampling makes a software renderer seven times slower
     spec.visual.quality.shadowsize = 1024
     spec.visual.global_.offwidth, spec.visual.global_.offheight = 1280, 1280
+    # MuJoCo takes the far floor for the scene's size; near plane and shadow resolution follow from it.
+    spec.stat.center, spec.stat.extent = [0.3, 0.0, 0.1], 1.2
+    spec.visual.map.znear = 0.005  # of the extent: the wrist camera sees its own fingers from 7 cm
+    spec.visual.map.shadowclip = 0.9
     world = spec.worldbody
     directional = mujoco.mjtLightType.mjLIGHT_DIRECTIONAL
     world.add_light(name="sun", pos=[0.3, -0.5, 1.6], dir=[0, 0.3, -1], type=directional, castshadow=True)
@@ -292,7 +311,7 @@ def build_spec(options: TaskOptions, arm: str = "yam", gripper: str = "linear_43
     _add_robot(spec, arm, gripper)
     if options.digits:
         for digit in range(10):
-            _add_texture(spec, f"digit{digit}", digit_picture(digit), (1, 1))
+            _add_digit(spec, digit)
     _add_loose(spec, "object", (options.object,), options.half_extents)
     for i in range(options.distractors):
         shapes = tasks.SHAPES if options.varied_shapes else ("cube",)

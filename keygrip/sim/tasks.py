@@ -260,12 +260,12 @@ def _appearance(rng: np.random.Generator, options: TaskOptions) -> Appearance:
     ambient, diffuse, direction = 0.35, 0.45, (0.15, 0.35, -1.0)
     if options.randomise_table:
         table = int(rng.integers(0, TABLE_MATERIALS))
-        base, floor = rng.uniform(0.45, 0.95), rng.uniform(0.2, 0.7, 3)
+        base, floor = rng.uniform(0.45, 0.85), rng.uniform(0.2, 0.7, 3)
         tint = np.clip(base + rng.uniform(-0.15, 0.15, 3), 0, 1)
         table_rgb = (float(tint[0]), float(tint[1]), float(tint[2]))
         floor_rgb = (float(floor[0]), float(floor[1]), float(floor[2]))
     if options.randomise_light:
-        ambient, diffuse = float(rng.uniform(0.2, 0.5)), float(rng.uniform(0.3, 0.65))
+        ambient, diffuse = float(rng.uniform(0.2, 0.4)), float(rng.uniform(0.25, 0.5))
         direction = (float(rng.uniform(-0.7, 0.7)), float(rng.uniform(-0.7, 0.7)), -1.0)
     return Appearance(table, table_rgb, floor_rgb, ambient, diffuse, direction)
 

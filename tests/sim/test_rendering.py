@@ -9,7 +9,7 @@ import pytest
 
 from keygrip.sim import rendering
 from keygrip.sim.rendering import CameraRenderer, Lens, RenderingUnavailableError, mujoco, world_to_camera
-from keygrip.sim.scene import build_spec, lens_of
+from keygrip.sim.scene import build_spec, digit_picture, lens_of
 from keygrip.sim.tasks import TaskOptions
 
 BALL = np.array([0.36, 0.07, 0.15])
@@ -59,6 +59,31 @@ def test_a_named_camera_draws_through_its_own_lens(world: tuple[mujoco.MjModel, 
     with pytest.raises(ValueError, match="32x32"):
         renderer.image(data, "over", lens_of("over", 32, 32))
     renderer.close()
+
+
+@pytest.mark.parametrize("side", [(1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1)])
+def test_printed_digits_can_be_read_on_every_face(side: tuple[int, int, int]) -> None:
+    spec = build_spec(TaskOptions(name="pick", digits=True))
+    back = np.array(side, float)
+    up = np.array([0.0, 1.0, 0.0]) if side[2] else np.array([0.0, 0.0, 1.0])
+    quaternion = np.zeros(4)
+    mujoco.mju_mat2Quat(quaternion, np.stack([np.cross(up, back), up, back], axis=1).ravel())
+    centre = np.array([0.3, 0.0, 0.02])
+    spec.worldbody.add_camera(name="close", pos=centre + 0.06 * back, quat=quaternion, fovy=53.13)  # fills the picture
+    model = spec.compile()
+    model.geom_matid[model.geom("object").id] = model.material("digit4").id
+    model.geom_rgba[model.geom("object").id] = 1.0
+    data = mujoco.MjData(model)
+    data.qpos[1] = 0.3
+    mujoco.mj_forward(model, data)
+    renderer = CameraRenderer(model, 64, 64)
+    seen = renderer.image(data, "close", Lens.from_field_of_view(64, 64, 53.13)).mean(axis=2).ravel()
+    renderer.close()
+    printed = digit_picture(4)[..., 0]
+    turned = [np.rot90(printed, k) for k in range(4)]
+    likeness = [float(np.corrcoef(seen, p.ravel())[0, 1]) for p in [*turned, *(t.T for t in turned)]]  # .T mirrors
+    assert likeness[0] > 0.8
+    assert max(likeness[1:]) < likeness[0] - 0.2
 
 
 def choose(monkeypatch: pytest.MonkeyPatch, asked: str | None, egl: bool, osmesa: bool) -> str:
