@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning import LightningModule
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from keygrip.data.batches import PolicyBatch
@@ -24,6 +24,23 @@ from keygrip.volume_query.pictures import draw_prediction
 from keygrip.volume_query.targets import StepTargets, arm_state, height_centres, step_targets
 from keygrip.volume_query.volume import argmax_voxel, volume_cross_entropy
 
+if TYPE_CHECKING:
+    from keygrip.volume_query.control import VolumeQueryPolicy
+
+# By these runs are compared; the validation loss of a multimodal policy is noise.
+HEADLINE = (
+    "pix_argmax",
+    "pix_floor",
+    "gripper_acc",
+    "rotation_acc",
+    "height_m",
+    "height_m_floor",
+    "position_cm",
+    "position_cm_floor",
+    "rotation_deg",
+    "rotation_deg_floor",
+)
+
 
 class VolumeQueryModule(LightningModule):
     """Volume cross-entropy + gripper and rotation cross-entropy, each averaged over the steps inside the image.
@@ -36,6 +53,8 @@ class VolumeQueryModule(LightningModule):
             proportion, which tells the network where inside the cell the point lies.
         vis_every_n_steps: training steps between pictures in TensorBoard; 0 switches them off.
     """
+
+    headline_metrics = tuple(f"{split}/{name}" for split in ("train", "val") for name in HEADLINE)
 
     def __init__(
         self,
@@ -99,6 +118,12 @@ class VolumeQueryModule(LightningModule):
         codec = self.codecs[arm]
         assert isinstance(codec, RotationCodec)
         return codec
+
+    def policy(self) -> VolumeQueryPolicy:
+        """The module as something that plans from observations."""
+        from keygrip.volume_query.control import VolumeQueryPolicy  # it is built on this module
+
+        return VolumeQueryPolicy(self)
 
     def configure_optimizers(self) -> Any:
         return self.optimizer_recipe.configure(self.network, int(self.trainer.estimated_stepping_batches))
@@ -225,27 +250,12 @@ class VolumeQueryModule(LightningModule):
             "heatmap_entropy": _mean_where(decoded.entropy, targets.valid),
         }
 
-    def headline(self, metrics: dict[str, float]) -> dict[str, float]:
-        """The figures by which runs are compared, out of all that were logged."""
-        names = (
-            "pix_argmax",
-            "pix_floor",
-            "gripper_acc",
-            "rotation_acc",
-            "height_m",
-            "height_m_floor",
-            "position_cm",
-            "position_cm_floor",
-            "rotation_deg",
-            "rotation_deg_floor",
-        )
-        wanted = [f"{split}/{name}" for split in ("train", "val") for name in names]
-        return {name: metrics[name] for name in wanted if name in metrics}
-
     # -- pictures -----------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def _show(self, split: str, output: VolumeQueryOutput, batch: PolicyBatch, targets: StepTargets) -> None:
         writer = getattr(self.logger, "experiment", None)
+        output = output.detach()
         if not self.trainer.is_global_zero or not hasattr(writer, "add_image"):
             return
         geometry = self.statistics.geometry

@@ -42,6 +42,10 @@ class VolumeQueryOutput:
     gripper: Tensor
     rotation: Tensor
 
+    def detach(self) -> VolumeQueryOutput:
+        """Without gradients, for pictures and metrics."""
+        return VolumeQueryOutput(self.volume.detach(), self.gripper.detach(), self.rotation.detach())
+
 
 class FeatureRefiner(nn.Module):
     """From the backbone's patch map to the map F that queries are matched against, ``[B, C, P, P]``."""

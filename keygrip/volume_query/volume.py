@@ -15,6 +15,7 @@ Shape legend: ``*`` leading shape (batch, arms, steps), H rows, W columns, Z hei
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,10 +50,18 @@ class VolumeLogits:
             volume = volume + torch.einsum("...rhw,rz->...zhw", self.pixel_factor, self.height_factor)
         return volume
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> VolumeLogits:
+        """``change`` applied to every part."""
+        coupling = (None if part is None else change(part) for part in (self.pixel_factor, self.height_factor))
+        return VolumeLogits(change(self.pixel), change(self.height), change(self.constant), *coupling)
+
     def float(self) -> VolumeLogits:
         """In float32, where softmax and log-sum-exp are computed also under reduced-precision autocast."""
-        parts = (self.pixel, self.height, self.constant, self.pixel_factor, self.height_factor)
-        return VolumeLogits(*(None if part is None else part.float() for part in parts))  # type: ignore[arg-type]
+        return self.map(Tensor.float)
+
+    def detach(self) -> VolumeLogits:
+        """Without gradients."""
+        return self.map(Tensor.detach)
 
     def height_given_pixel(self, cells: Tensor) -> Tensor:
         """Logits over heights ``[*, Z]`` at the cells ``[*, 2]`` (row, column)."""

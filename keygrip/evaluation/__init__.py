@@ -1,0 +1,1 @@
+"""How well a trained policy does: errors on recorded demonstrations, success in the simulator."""

@@ -1,0 +1,339 @@
+"""Closed-loop evaluation: a trained policy drives the simulated arm over held-out seeds.
+
+Episodes are spread over processes; each process loads the checkpoint once. An episode depends on (checkpoint, task, seed,
+control) alone, so the number of processes does not change the result.
+"""
+
+from __future__ import annotations
+
+import difflib
+import multiprocessing
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from keygrip.control import RecedingHorizon
+from keygrip.evaluation.statistics import wilson_interval
+
+if TYPE_CHECKING:
+    from keygrip.sim.tasks import TaskOptions
+
+Options = TypeVar("Options", bound=Any)  # a dataclass
+
+# Seeds from here on are never used for recording, training or choosing settings.
+HELD_OUT_SEED = 1_000_000
+# Seeds for choosing settings.
+TUNING_SEED = 500_000
+
+
+@dataclass(frozen=True)
+class ControlOptions:
+    """Settings of the receding-horizon controller; see :class:`keygrip.control.RecedingHorizon`."""
+
+    execute_steps: int = 4
+    still_distance_m: float = 0.015
+    ensemble: bool = False
+    ensemble_decay: float = 0.5
+    grip_below: float | None = 0.4
+    release_above: float | None = 0.6
+
+    def controller(self, policy: Any, control_hz: float) -> RecedingHorizon:
+        return RecedingHorizon(policy, control_hz, **asdict(self))
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """One episode.
+
+    Attributes:
+        failure: None on success, else missed, dropped, wrong_place, unreachable, timeout, or policy_error (the policy could not plan).
+        seconds: simulated time. plans: how often it planned. plan_ms: median time of a plan.
+        yaw_error_deg: of the first grip, where there was one. video: file name, where one was made.
+    """
+
+    seed: int
+    success: bool
+    failure: str | None
+    seconds: float
+    plans: int
+    plan_ms: float
+    yaw_error_deg: float | None
+    video: str | None
+    detail: str | None = None
+
+
+@dataclass(frozen=True)
+class ConditionResult:
+    """All episodes under one condition."""
+
+    name: str
+    overrides: dict[str, Any]
+    episodes: list[EpisodeResult] = field(repr=False)
+
+    def summary(self) -> dict[str, Any]:
+        """Figures of the condition: success rate with its 95 % Wilson interval, failure counts, times."""
+        won = sum(episode.success for episode in self.episodes)
+        low, high = wilson_interval(won, len(self.episodes))
+        yaw = [episode.yaw_error_deg for episode in self.episodes if episode.yaw_error_deg is not None]
+        return {
+            "success_rate": won / len(self.episodes),
+            "success_low": low,
+            "success_high": high,
+            "episodes": len(self.episodes),
+            "successes": won,
+            "failures": dict(Counter(episode.failure for episode in self.episodes if episode.failure)),
+            "episode_s_median": float(np.median([episode.seconds for episode in self.episodes])),
+            "plan_ms_median": float(np.median([episode.plan_ms for episode in self.episodes])),
+            "grip_yaw_error_deg_median": float(np.median(yaw)) if yaw else None,
+        }
+
+
+@dataclass(frozen=True)
+class ClosedLoop:
+    """What to evaluate in the simulator.
+
+    Args:
+        task: what to do in the simulator, usually as in the recordings.
+        conditions: name -> list of option overrides; a name with several entries is a grid whose episodes are pooled.
+        episodes: a condition (shared out over its grid).
+        first_seed: episodes use first_seed, first_seed + 1, ...
+        image_size: side of the rendered picture, as recorded. hz: control periods a second.
+        control: the controller's settings.
+        processes: None takes one for each core.
+        videos: episodes filmed for each condition.
+        decoder: name of the decoder of a volume-query policy; None takes the model's own.
+    """
+
+    task: TaskOptions
+    conditions: Mapping[str, Sequence[Mapping[str, Any]]]
+    episodes: int = 100
+    first_seed: int = HELD_OUT_SEED
+    image_size: int = 224
+    hz: float = 10.0
+    control: ControlOptions = ControlOptions()
+    processes: int | None = None
+    videos: int = 2
+    decoder: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1:
+            raise ValueError(f"closed_loop.episodes is at least 1, got {self.episodes}.")
+        if not self.conditions:
+            raise ValueError("closed_loop.conditions is empty: name at least one, e.g. {in_distribution: [{}]}.")
+        for name, grid in self.conditions.items():
+            if not grid:
+                raise ValueError(f"closed_loop.conditions.{name} is an empty list: [{{}}] is the task as it is.")
+            for overrides in grid:
+                changed(self.task, overrides)  # refused now rather than in a worker
+
+    def run(self, checkpoint: Path, output: Path | None = None) -> list[ConditionResult]:
+        """Drive every episode with the policy in ``checkpoint``; videos go to ``output`` / videos.
+
+        Raises:
+            FileNotFoundError, ValueError: the checkpoint cannot be loaded, or a worker process died.
+        """
+        jobs = self._jobs(output)
+        processes = min(self.processes or os.cpu_count() or 1, len(jobs))
+        results: dict[str, list[EpisodeResult]] = {name: [] for name in self.conditions}
+        with _Progress(len(jobs)) as progress:
+            if processes == 1:
+                worker = _Worker(checkpoint, self)
+                for job in jobs:
+                    results[job.condition].append(worker.episode(job))
+                    progress.update(results)
+            else:
+                self._run_parallel(checkpoint, jobs, processes, results, progress)
+        ordered = {name: sorted(episodes, key=lambda episode: episode.seed) for name, episodes in results.items()}
+        return [
+            ConditionResult(name, {"grid": [dict(entry) for entry in self.conditions[name]]}, episodes)
+            for name, episodes in ordered.items()
+        ]
+
+    def _run_parallel(
+        self,
+        checkpoint: Path,
+        jobs: list[_Job],
+        processes: int,
+        results: dict[str, list[EpisodeResult]],
+        progress: _Progress,
+    ) -> None:
+        # Spawned, not forked: a GL context and torch's threads do not survive a fork.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, context, _start_worker, (checkpoint, self)) as pool:
+            waiting: dict[Future[EpisodeResult], _Job] = {pool.submit(_work, job): job for job in jobs}
+            try:
+                for future in as_completed(waiting):
+                    results[waiting[future].condition].append(future.result())
+                    progress.update(results)
+            except BrokenProcessPool as error:
+                raise ValueError(
+                    "A process of the closed-loop evaluation died (out of memory, or no working GL library?): run with "
+                    "closed_loop.processes=1 to see why."
+                ) from error
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _jobs(self, output: Path | None) -> list[_Job]:
+        jobs = []
+        for name, grid in self.conditions.items():
+            for index in range(self.episodes):
+                seed = self.first_seed + index
+                video = None
+                if output is not None and index < self.videos:
+                    video = output / "videos" / f"{name}-{seed}.mp4"
+                jobs.append(_Job(name, dict(grid[index % len(grid)]), seed, video))
+        # Tasks that differ need their own scene: neighbours that share one save building it again.
+        return sorted(jobs, key=lambda job: (job.video is None, job.condition, sorted(job.overrides.items()), job.seed))
+
+
+def changed(options: Options, overrides: Mapping[str, Any]) -> Options:
+    """A dataclass of options with some of them changed.
+
+    Raises:
+        ValueError: an option that does not exist or a value that it cannot have.
+    """
+    known = [option.name for option in fields(options)]
+    for name in overrides:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(f"{type(options).__name__} has no option {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else f": {', '.join(known)}."))
+    return replace(options, **overrides)
+
+
+def summarise(results: Sequence[ConditionResult]) -> dict[str, Any]:
+    """``{condition: figures}``."""
+    return {result.name: result.summary() for result in results}
+
+
+# -- inside a process ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    condition: str
+    overrides: dict[str, Any]
+    seed: int
+    video: Path | None
+
+
+class _Worker:
+    """One loaded policy and the environments that it has needed so far."""
+
+    def __init__(self, checkpoint: Path, settings: ClosedLoop) -> None:
+        from keygrip.training.checkpoints import load_module
+
+        module: Any = load_module(checkpoint)
+        if not hasattr(module, "policy"):
+            raise ValueError(f"{checkpoint} holds a {type(module).__name__}, which is no robot policy: it cannot drive the arm.")
+        if settings.decoder is not None:
+            module.decoder = replace(module.decoder, name=settings.decoder)
+        self.policy = module.policy()
+        self.settings = settings
+        self._environment: tuple[tuple[tuple[str, Any], ...], Any] | None = None
+
+    def environment(self, overrides: dict[str, Any]) -> Any:
+        from keygrip.sim.environment import YamCell
+
+        key = tuple(sorted(overrides.items()))
+        if self._environment is None or self._environment[0] != key:
+            if self._environment is not None:
+                self._environment[1].close()
+            task = changed(self.settings.task, overrides)
+            self._environment = (key, YamCell(task, self.settings.image_size, self.settings.hz))
+        return self._environment[1]
+
+    def episode(self, job: _Job) -> EpisodeResult:
+        environment = self.environment(job.overrides)
+        timed = _TimedPolicy(self.policy)
+        controller = self.settings.control.controller(timed, self.settings.hz)
+        film = None
+        if job.video is not None:
+            from keygrip.evaluation.film import Film
+
+            film = Film(job.video, fps=self.settings.hz)
+        observation, info = environment.reset(seed=job.seed)
+        steps, over, failure, detail = 0, False, None, None
+        while not over:
+            try:
+                action = controller.act(observation)
+            except ValueError as error:  # no 3D point for a prediction: the policy has lost the plot, the evaluation has not
+                failure, detail = "policy_error", str(error)
+                break
+            if film is not None:
+                film.add(observation, controller.last_plan)
+            observation, _, success, truncated, info = environment.step(action[0])
+            steps += 1
+            over = success or truncated
+        if film is not None:
+            film.add(observation, controller.last_plan)
+            film.close()
+        yaw = info["yaw_error_rad"]
+        return EpisodeResult(
+            seed=job.seed,
+            success=bool(info["success"]) and failure is None,
+            failure=failure or info["failure_reason"],
+            seconds=steps / self.settings.hz,
+            plans=controller.plans,
+            plan_ms=float(np.median(timed.milliseconds)) if timed.milliseconds else 0.0,
+            yaw_error_deg=None if yaw is None else float(np.rad2deg(yaw)),
+            video=None if job.video is None else job.video.name,
+            detail=detail,
+        )
+
+
+class _TimedPolicy:
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+        self.milliseconds: list[float] = []
+
+    def plan(self, observation: Any) -> Any:
+        started = time.perf_counter()
+        plan = self.policy.plan(observation)
+        self.milliseconds.append((time.perf_counter() - started) * 1e3)
+        return plan
+
+
+_worker: _Worker | None = None
+
+
+def _start_worker(checkpoint: Path, settings: ClosedLoop) -> None:
+    import torch
+
+    torch.set_num_threads(1)  # as many processes as cores: more threads would fight over them
+    global _worker
+    _worker = _Worker(checkpoint, settings)
+
+
+def _work(job: _Job) -> EpisodeResult:
+    assert _worker is not None
+    return _worker.episode(job)
+
+
+class _Progress:
+    """A bar on standard error with the running success rate."""
+
+    def __init__(self, total: int) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=total, desc="closed loop", unit="episode", dynamic_ncols=True, mininterval=0.5)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self, results: Mapping[str, list[EpisodeResult]]) -> None:
+        episodes = [episode for done in results.values() for episode in done]
+        won = sum(episode.success for episode in episodes)
+        self._bar.set_postfix_str(f"{won} of {len(episodes)} succeeded", refresh=False)
+        self._bar.update()
