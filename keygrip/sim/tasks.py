@@ -6,7 +6,7 @@ that moving the camera or recolouring the table leaves the objects of a seed whe
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ HOME = np.array([0.0, 1.0, 1.0, -0.6, 0.0, 0.0])  # rad: tool 25 cm above the ta
 
 BOWL_RADIUS, BOWL_HEIGHT = 0.068, 0.044
 BLOCK_SIZE = 0.05  # m, the base of a stack
+TABLE_MATERIALS = 4  # plain, wood, checks, speckle: see scene.py
 TOOL_CLEARANCE = 0.115  # m between centres: an open gripper (12 cm across) beside the next object
 
 COLOURS: dict[str, tuple[float, float, float]] = {
@@ -206,7 +207,11 @@ class EpisodeLayout:
     camera: CameraPose
     appearance: Appearance
     instruction: str
-    placed: tuple[Placed, ...] = field(default=())  # the moved object and the distractors
+
+    @property
+    def placed(self) -> tuple[Placed, ...]:
+        """The object to move and the distractors."""
+        return (self.object, *self.distractors)
 
 
 def stream(seed: int, purpose: str) -> np.random.Generator:
@@ -268,9 +273,6 @@ def _appearance(rng: np.random.Generator, options: TaskOptions) -> Appearance:
         ambient, diffuse = float(rng.uniform(0.2, 0.4)), float(rng.uniform(0.25, 0.5))
         direction = (float(rng.uniform(-0.7, 0.7)), float(rng.uniform(-0.7, 0.7)), -1.0)
     return Appearance(table, table_rgb, floor_rgb, ambient, diffuse, direction)
-
-
-TABLE_MATERIALS = 4  # plain, wood, checks, speckle: see scene.py
 
 
 def _camera(options: TaskOptions, seed: int) -> CameraPose:
@@ -361,5 +363,4 @@ def sample_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
         camera=_camera(options, seed),
         appearance=_appearance(stream(seed, "appearance"), options),
         instruction=_instruction(options, colour, goal_colour),
-        placed=(moved, *others),
     )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from keygrip.sim import tasks
 from keygrip.sim.tasks import (
     BOWL_RADIUS,
     COLOURS,
@@ -120,6 +121,12 @@ def test_camera_jitter_stays_in_its_cone_and_views_repeat() -> None:
     assert views < more
 
 
-def test_too_full_a_table_is_an_error_that_says_so() -> None:
-    with pytest.raises(ValueError, match="negative"):
+def test_negative_seeds_are_refused() -> None:
+    with pytest.raises(ValueError, match="non-negative"):
         sample_layout(TaskOptions(), -1)
+
+
+def test_a_table_too_full_for_the_distractors_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "TOOL_CLEARANCE", 0.3)
+    with pytest.raises(ValueError, match="no room on the table for 4 distractors"):
+        sample_layout(TaskOptions(distractors=4), 0)
