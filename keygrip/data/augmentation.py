@@ -95,14 +95,37 @@ def follow_pixels(
     return straight, roll @ world_to_camera
 
 
-def normalise(picture: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """S x S x 3 uint8 -> float32 [3, S, S], ``(value / 255 - mean) / std`` a channel."""
-    scale = (1 / (255 * np.asarray(std))).astype(np.float32)
-    offset = (-np.asarray(mean) / np.asarray(std)).astype(np.float32)
-    channels_first = np.ascontiguousarray(picture.transpose(2, 0, 1), dtype=np.float32)
-    channels_first *= scale[:, None, None]
-    channels_first += offset[:, None, None]
-    return torch.from_numpy(channels_first)
+@dataclass(frozen=True)
+class Colours:
+    """A linear change of colours: ``matrix @ rgb + offset`` on values 0 to 255, then the clipping that a sensor does.
+
+    Args:
+        matrix: 3x3. offset: [3].
+    """
+
+    matrix: np.ndarray
+    offset: np.ndarray
+
+
+def normalise(
+    picture: np.ndarray, mean: Sequence[float], std: Sequence[float], colours: Colours | None = None
+) -> Tensor:
+    """S x S x 3 uint8 -> float32 [3, S, S], ``(value / 255 - mean) / std`` a channel, of the picture in other colours
+    if given."""
+    scale = (1 / (255 * np.asarray(std))).astype(np.float32)[:, None]
+    offset = (-np.asarray(mean) / np.asarray(std)).astype(np.float32)[:, None]
+    size = picture.shape[:2]
+    if colours is None:
+        flat = np.ascontiguousarray(picture.reshape(-1, 3).T, dtype=np.float32)
+        flat *= scale
+        flat += offset
+    else:
+        # one product for colours and scale; clipping at black and white moves behind it, to where these end up
+        matrix = (scale * colours.matrix).astype(np.float32)
+        flat = matrix @ picture.reshape(-1, 3).astype(np.float32).T
+        flat += scale * colours.offset.astype(np.float32)[:, None] + offset
+        np.clip(flat, offset, scale * 255 + offset, out=flat)
+    return torch.from_numpy(flat.reshape(3, *size))
 
 
 @dataclass(frozen=True)
@@ -217,21 +240,18 @@ class Augmentation:
         centre_y = _inside(height / 2 + shift_y * side_y, (sin * crop_x + cos * crop_y) / 2, height)
         return Box(centre_x - crop_x / 2, centre_y - crop_y / 2, centre_x + crop_x / 2, centre_y + crop_y / 2, angle)
 
-    def recolour(self, generator: np.random.Generator, picture: np.ndarray) -> np.ndarray:
-        """S x S x 3 uint8 -> S x S x 3 uint8 in other colours: one 3x3 matrix and an offset, then the clipping that a
-        sensor does."""
+    def colours(self, generator: np.random.Generator, picture: np.ndarray) -> Colours:
+        """A random change of the colours of a picture (S x S x 3 uint8): its mean grey is what contrast is relative
+        to."""
         brightness = 1 + generator.uniform(-self.brightness, self.brightness)
         contrast = 1 + generator.uniform(-self.contrast, self.contrast)
         saturation = 1 + generator.uniform(-self.saturation, self.saturation)
         gain = 1 + generator.uniform(-self.channel_gain, self.channel_gain, size=3)
         matrix = saturation * np.eye(3) + (1 - saturation) * np.tile(GREY, (3, 1))
-        matrix = brightness * contrast * gain[:, None] * matrix
-        level = float(picture[::4, ::4].reshape(-1, 3).mean(axis=0) @ GREY)  # mean grey, from a sixteenth of the pixels
-        offset = brightness * (1 - contrast) * gain * level
-        mixed = picture.reshape(-1, 3).astype(np.float32) @ matrix.T.astype(np.float32)
-        mixed += offset.astype(np.float32) + np.float32(0.5)
-        np.clip(mixed, 0, 255, out=mixed)
-        return mixed.astype(np.uint8).reshape(picture.shape)
+        level = float(picture[::4, ::4].reshape(-1, 3).mean(axis=0) @ GREY)  # from a sixteenth of the pixels
+        return Colours(
+            matrix=brightness * contrast * gain[:, None] * matrix, offset=brightness * (1 - contrast) * gain * level
+        )
 
     def apply(
         self,
@@ -255,9 +275,9 @@ class Augmentation:
         box = self.box(generator, geometry, image.shape[1], image.shape[0])
         size = geometry.image_size
         new_intrinsics, new_pose = follow_pixels(box.to_picture(size), intrinsics, world_to_camera)
-        picture = self.recolour(generator, cut(image, box, size))
+        picture = cut(image, box, size)
         return (
-            normalise(picture, geometry.mean, geometry.std),
+            normalise(picture, geometry.mean, geometry.std, self.colours(generator, picture)),
             torch.from_numpy(new_intrinsics.astype(np.float32)),
             torch.from_numpy(np.asarray(new_pose, dtype=np.float32)),
         )

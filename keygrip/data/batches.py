@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 
 @dataclass
@@ -65,10 +66,12 @@ class PolicyBatch:
 
     @classmethod
     def collate(cls, samples: Sequence[Self]) -> Self:
-        """Stacks samples: each has the batch's fields without the first dimension, and one sentence as
-        `instruction`."""
+        """Stacks samples, in a loader worker straight into shared memory.
+
+        Each sample has the batch's fields without the first dimension, and one sentence as `instruction`.
+        """
         values: dict[str, Any] = {}
         for part in fields(cls):
             column = [getattr(sample, part.name) for sample in samples]
-            values[part.name] = column if part.name == "instruction" else torch.stack(column)
+            values[part.name] = column if part.name == "instruction" else default_collate(column)
         return cls(**values)
