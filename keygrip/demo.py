@@ -1,0 +1,112 @@
+"""``make demo``: from nothing to a robot policy that works, with figures and videos at the end.
+
+Records demonstrations of the simulated arm, trains the volume-query policy on them, drives the arm over held-out seeds, and says what
+came out. An interrupted demo goes on where it was. Overrides are those of ``keygrip.train``, e.g. ``data.record.task.name=pick``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from keygrip.config import entry_point
+from keygrip.training.run_folder import CHECKPOINT
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Trains and evaluates as ``cfg`` says; writes ``result.json`` with success, errors and times into the run folder."""
+    from keygrip import train
+
+    from keygrip import train
+    from keygrip.training.sweeps import write_result
+
+    started = time.time()
+    cfg = _continued(cfg)
+    folder = Path(cfg.run_dir)
+    metrics = train.run(cfg)
+    trained = json.loads((folder / "result.json").read_text())
+    conditions = json.loads((folder / "closed_loop" / "result.json").read_text())["conditions"]
+    (success,) = conditions.values()
+    result = {
+        "success_rate": success["success_rate"],
+        "success_low": success["success_low"],
+        "success_high": success["success_high"],
+        "episodes": success["episodes"],
+        "failures": success["failures"],
+        "task": cfg.data.record.task.name,
+        "demos": cfg.data.record.demos,
+        "wall_s": round(time.time() - started, 1),
+        "plan_ms_median": round(success["plan_ms_median"], 1),
+        **{name.replace("/", "_"): round(value, 4) for name, value in metrics.items() if name.startswith("val/")},
+    }
+    write_result(folder, {**trained, **result})
+    return result
+
+
+def _continued(cfg: DictConfig) -> DictConfig:
+    """Goes on with an interrupted demo; puts a finished one aside, so that ``runs/demo`` is always the newest."""
+    folder = Path(cfg.run_dir)
+    if not (folder / CHECKPOINT).is_file():
+        return cfg
+    state = json.loads((folder / "result.json").read_text()) if (folder / "result.json").is_file() else {}
+    if "success_rate" not in state:
+        log.info("going on with the interrupted demo in %s", folder)
+        cfg = cfg.copy()
+        cfg.resume = True
+        return cfg
+    made = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime((folder / "result.json").stat().st_mtime))
+    aside = folder.with_name(f"{folder.name}_{made}")
+    folder.rename(aside)
+    folder.mkdir()
+    log.info("the earlier demo now lies in %s", aside)
+    return cfg
+
+
+def report(result: dict[str, Any], folder: Path) -> str:
+    """What a person wants to know at the end."""
+
+    def against_floor(label: str, name: str, unit: str, scale: float = 1.0) -> str:
+        value, floor = result.get(f"val_{name}"), result.get(f"val_{name}_floor", result.get("val_pix_floor"))
+        if value is None or floor is None:
+            return ""
+        return f"  {label:<18}{value * scale:8.2f} {unit:<4} (quantisation alone: {floor * scale:.2f} {unit})\n"
+
+    return (
+        f"\n{result['task']}: {result['success_rate']:.0%} of {result['episodes']} held-out episodes succeeded "
+        f"(95 % interval {result['success_low']:.0%} to {result['success_high']:.0%}), after {result['demos']} demonstrations and "
+        f"{result['wall_s'] / 60:.1f} minutes.\n"
+        "Errors on held-out demonstrations, mean over the next 2.4 s:\n"
+        + against_floor("pixel", "pix_argmax", "px")
+        + against_floor("height", "height_m", "mm", 1000)
+        + against_floor("position", "position_cm", "cm")
+        + against_floor("rotation", "rotation_deg", "deg")
+        + f"Videos:      {folder}/closed_loop/videos\n"
+        f"TensorBoard: tensorboard --logdir {folder}\n"
+        f"Next: python -m keygrip.evaluate checkpoint={folder}   (shifted positions and viewpoints)\n"
+        "      python -m keygrip.train experiment=yam_dinov3 data.root=YOUR_DEMOS data.camera=NAME   (a real robot)\n"
+    )
+
+
+def print_report(cfg: DictConfig) -> None:
+    """Runs the demo and prints its report, then the result as one line of JSON."""
+    result = run(cfg)
+    sys.stderr.flush()
+    print(report(result, Path(cfg.run_dir)))
+    print(json.dumps(result))
+
+
+def main() -> None:
+    """Command line."""
+    entry_point("demo", print_report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Prepares data: ``python -m keygrip.prepare step=record|import|doctor|rotation ...``; prints its counts as one line of JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from omegaconf import DictConfig
+
+from keygrip.config import entry_point
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Runs the chosen step and returns its report."""
+    from hydra.utils import instantiate
+
+    report = instantiate(cfg.call, _convert_="all")
+    return dataclasses.asdict(report) if dataclasses.is_dataclass(report) and not isinstance(report, type) else report
+
+
+def print_report(cfg: DictConfig) -> None:
+    """Runs the step and prints its report."""
+    print(json.dumps(run(cfg), default=str))
+
+
+def main() -> None:
+    """Command line."""
+    entry_point("prepare", print_report)
+
+
+if __name__ == "__main__":
+    main()
