@@ -22,7 +22,7 @@ import shutil
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -88,7 +88,7 @@ class FrameSource(Protocol):
 
 def _file_identity(path: Path) -> str:
     stat = path.stat()
-    return f"{path}:{stat.st_size}:{stat.st_mtime_ns}"
+    return f"{path.absolute()}:{stat.st_size}:{stat.st_mtime_ns}"
 
 
 def _rotated(picture: np.ndarray, rotate: int) -> np.ndarray:
@@ -147,7 +147,7 @@ class JpegFrames:
     def identity(self) -> str:
         with os.scandir(self.folder) as entries:
             lines = sorted(f"{e.name}:{e.stat().st_size}:{e.stat().st_mtime_ns}" for e in entries if e.is_file())
-        return "\n".join([f"{self.folder}:{self.pattern}:{self.start}:{self.frames}:{self.rotate}", *lines])
+        return "\n".join([f"{self.folder.absolute()}:{self.pattern}:{self.start}:{self.frames}:{self.rotate}", *lines])
 
 
 @dataclass(frozen=True)
@@ -196,31 +196,37 @@ class ArrayFrames:
         return hashlib.sha256(np.ascontiguousarray(self.pictures).tobytes()).hexdigest()
 
 
-class _OpenVideo:
-    """One open container with its frame index; `read` decodes forward where it can and seeks where it must.
+@dataclass(frozen=True)
+class _VideoIndex:
+    """Presentation times of a video's frames in order, and (presentation, decoding time) of its key frames."""
 
-    The index is made from the packets, without decoding: presentation times sorted are the frames. A seek goes to the
-    last key frame that is not *shown* after the wanted frame and is checked by the first packet that follows it: with
-    B-frames decoding order differs from presentation order, and some demuxers land one group of pictures too late.
-    """
+    times: list[int]
+    keys: list[tuple[int, int]]
 
-    def __init__(self, path: Path) -> None:
-        import av
 
-        try:
-            self.container = av.open(str(path))
-        except (av.FFmpegError, OSError) as error:
-            raise OSError(f"{path}: the video cannot be opened ({error}); it is cut off or not a video") from error
-        if not self.container.streams.video:
-            raise OSError(f"{path}: the file has no video stream; it is cut off or not a video")
-        self.path = path
-        self.stream = self.container.streams.video[0]
-        self.stream.thread_type = (
-            "NONE"  # one decoder thread: workers are the parallelism, and results do not depend on timing
-        )
-        shown: list[int] = []
-        keys: list[tuple[int, int]] = []  # (presentation time, decoding time) of key frames
-        for packet in self.container.demux(self.stream):
+def _open_container(path: Path) -> tuple[Any, Any]:
+    """The container and its video stream, decoded by one thread: workers are the parallelism."""
+    import av
+
+    try:
+        container = av.open(str(path))
+    except (av.FFmpegError, OSError) as error:
+        raise OSError(f"{path}: the video cannot be opened ({error}); it is cut off or not a video") from error
+    if not container.streams.video:
+        container.close()
+        raise OSError(f"{path}: the file has no video stream; it is cut off or not a video")
+    stream = container.streams.video[0]
+    stream.thread_type = "NONE"
+    return container, stream
+
+
+def _make_index(path: Path) -> _VideoIndex:
+    """Reads the packets, decoding none: their presentation times, sorted, are the frames."""
+    container, stream = _open_container(path)
+    shown: list[int] = []
+    keys: list[tuple[int, int]] = []
+    with container:
+        for packet in container.demux(stream):
             if packet.pts is None or packet.is_discard:
                 continue
             if packet.is_corrupt:
@@ -228,10 +234,22 @@ class _OpenVideo:
             shown.append(packet.pts)
             if packet.is_keyframe:
                 keys.append((packet.pts, packet.dts if packet.dts is not None else packet.pts))
-        self.times = sorted(shown)
-        if len(set(self.times)) != len(self.times):
-            raise OSError(f"{path}: two frames of the video carry the same time stamp, so frames cannot be told apart")
-        self.keys = sorted(keys)
+    if len(set(shown)) != len(shown):
+        raise OSError(f"{path}: two frames of the video carry the same time stamp, so frames cannot be told apart")
+    return _VideoIndex(sorted(shown), sorted(keys))
+
+
+class _OpenVideo:
+    """One open container; `read` decodes forward where it can and seeks where it must.
+
+    A seek goes to the last key frame that is not *shown* after the wanted frame and is checked by the first packet that
+    follows it: with B-frames decoding order differs from presentation order, and some demuxers land one group of
+    pictures too late.
+    """
+
+    def __init__(self, path: Path, index: _VideoIndex) -> None:
+        self.container, self.stream = _open_container(path)
+        self.path, self.times, self.keys = path, index.times, index.keys
         self.position: int | None = None  # presentation time of the frame given last
         self.decoder: Any = None
 
@@ -303,18 +321,24 @@ class _OpenVideo:
         raise OSError(f"{self.path}: frame {index} cannot be decoded; the video is cut off or damaged")
 
 
+_VIDEO_INDICES: dict[str, _VideoIndex] = {}  # by file; made once, and inherited by loader workers that are forked
 _OPEN_VIDEOS: OrderedDict[tuple[int, str], _OpenVideo] = OrderedDict()
 _OPEN_VIDEO_LIMIT = 16  # open containers a process; each holds a decoder with a few frames
 
 
+def _video_index(path: Path) -> _VideoIndex:
+    identity = _file_identity(path)
+    if identity not in _VIDEO_INDICES:
+        _VIDEO_INDICES[identity] = _make_index(path)
+    return _VIDEO_INDICES[identity]
+
+
 def _open_video(path: Path) -> _OpenVideo:
-    """The process's open container for `path`. Keyed by process as well: a container inherited by fork shares its file
-    offset."""
-    stat = path.stat()
-    key = (os.getpid(), f"{path}:{stat.st_size}:{stat.st_mtime_ns}")
+    """The process's open container for `path`; one inherited by fork is not used, as it shares its file offset."""
+    key = (os.getpid(), _file_identity(path))
     video = _OPEN_VIDEOS.get(key)
     if video is None:
-        video = _OPEN_VIDEOS[key] = _OpenVideo(path)
+        video = _OPEN_VIDEOS[key] = _OpenVideo(path, _video_index(path))
         while len(_OPEN_VIDEOS) > _OPEN_VIDEO_LIMIT:
             (process, _), oldest = _OPEN_VIDEOS.popitem(last=False)
             if process == os.getpid():
@@ -348,7 +372,7 @@ class VideoFrames:
         return self.frames if self.frames is not None else self.frames_in_file() - self.start
 
     def frames_in_file(self) -> int:
-        return len(_open_video(self.path).times)
+        return len(_video_index(self.path).times)
 
     def verify(self) -> None:
         """Raises OSError where the file holds fewer frames than this source needs (counted from its packets)."""
@@ -358,10 +382,9 @@ class VideoFrames:
 
     def read(self, index: int) -> np.ndarray:
         _checked_index(index, len(self), self.path)
-        video = _open_video(self.path)
-        if self.start + index >= len(video.times):
+        if self.start + index >= self.frames_in_file():
             self.verify()
-        return _rotated(video.read(self.start + index), self.rotate)
+        return _rotated(_open_video(self.path).read(self.start + index), self.rotate)
 
     def identity(self) -> str:
         return f"{_file_identity(self.path)}:{self.start}:{self.frames}:{self.rotate}"
@@ -586,6 +609,15 @@ def check_demo(demo: Demo, pictures: bool = True, cameras: Iterable[str] | None 
             _check_pictures(name, camera, track, frames)
 
 
+def _tidied(poses: ArmTrajectory) -> ArmTrajectory:
+    """Poses that passed the checks, with what the tolerances let through put right: unit quaternions, openings in [0,
+    1]."""
+    norm = np.linalg.norm(poses.quaternion, axis=-1, keepdims=True)
+    quaternion = poses.quaternion if np.abs(norm - 1).max() < 1e-6 else poses.quaternion / norm
+    commanded = None if poses.commanded is None else _tidied(poses.commanded)
+    return replace(poses, quaternion=quaternion, gripper=poses.gripper.clip(0, 1), commanded=commanded)
+
+
 # -------------------------------------------------------------------------------------------------------- finding demos
 
 
@@ -607,7 +639,7 @@ class DemoReference:
     reader: Callable[[], Demo]
 
     def read(self, pictures: bool = True, cameras: Iterable[str] | None = None) -> Demo:
-        """The demo, checked (see `check_demo`). Raises DemoError, whatever is wrong with it."""
+        """The demo, checked (see `check_demo`), with unit quaternions. Raises DemoError, whatever is wrong with it."""
         try:
             demo = self.reader()
             check_demo(demo, pictures=pictures, cameras=cameras)
@@ -619,7 +651,7 @@ class DemoReference:
             raise DemoError(self.name, f"{error} is missing in {self.path}") from error
         except (OSError, ValueError, IndexError, TypeError, AttributeError) as error:
             raise DemoError(self.name, f"{error} ({type(error).__name__})") from error
-        return demo
+        return replace(demo, arms={name: _tidied(arm) for name, arm in demo.arms.items()})
 
 
 def _looks_native(folder: Path) -> bool:

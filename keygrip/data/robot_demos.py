@@ -31,6 +31,7 @@ from keygrip.geometry.cameras import inside_image, project
 log = logging.getLogger(__name__)
 
 CACHE_FOLDER = ".keygrip"  # hidden: what is derived from a data folder and may be removed at any time
+NAMED_AT_MOST = 20  # demos in one line of the log
 TARGETS = ("commanded", "reached")
 IDLE_SPEED_MPS = 0.005  # slower than this is standing still: five times the tracking noise of a good arm at 10 Hz
 IDLE_TURN_RPS = 0.05  # and turns slower than 3 degrees a second
@@ -160,8 +161,11 @@ class Recording:
     @property
     def root(self) -> Path:
         """The recording's folder."""
-        task = {key: self.task[key] for key in sorted(self.task)}
-        content = json.dumps([self.recorder, task, self.seed, self.image_size, self.hz, self.depth, self.video])
+        options = {**self.task, "seed": self.seed, "image_size": self.image_size, "hz": self.hz}
+        options |= {"recorder": self.recorder, "depth": self.depth, "video": self.video}
+        # 10 and 10.0 are the same setting
+        plain = {key: value + 0.0 if type(value) is int else value for key, value in options.items()}
+        content = json.dumps(plain, sort_keys=True)
         return Path(self.folder) / f"{self.task['name']}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
     def held(self) -> int:
@@ -196,7 +200,7 @@ class DemoSamples(Dataset[PolicyBatch]):
     Args:
         demos, camera, arms, targets: what is read.
         demo_indices: number of each demo in the data module's list.
-        frames: decoded frames of these demos.
+        frames: decoded frames of all demos of that list.
         steps: [T] frames ahead of each target.
         geometry: the nominal crop.
         augmentation: None at validation.
@@ -246,7 +250,7 @@ class DemoSamples(Dataset[PolicyBatch]):
         demo = self.demos[number]
         camera = demo.cameras[self.camera]
         try:
-            picture = self.frames.read(number, frame)
+            picture = self.frames.read(self.demo_indices[number], frame)
         except (OSError, ValueError, IndexError) as error:
             raise DemoError(demo.name, f"frame {frame} of camera {self.camera!r} cannot be read: {error}") from error
         world_to_camera = camera.world_to_camera[frame]
@@ -380,6 +384,7 @@ class RobotDemos(LightningDataModule):
         self.train_indices: list[int] = []
         self.val_indices: list[int] = []
         self._statistics: DemoStatistics | None = None
+        self._frames: FrameCache | None = None
         self._train: DemoSamples | None = None
         self._val: DemoSamples | None = None
         self._batches_done = 0
@@ -554,33 +559,43 @@ class RobotDemos(LightningDataModule):
         return shares
 
     def _report_off_screen(self) -> None:
-        for name, share in self.off_screen_shares().items():
-            if share > self.max_off_screen_share:
-                log.warning(
-                    "demo %r: %.0f %% of its steps lie outside camera %s's picture as the network sees it; they are "
-                    "masked out of the "
-                    "loss (check the calibration with the geometry doctor, or set data.fit=stretch)",
-                    name,
-                    100 * share,
-                    self.camera,
-                )
+        outside = {name: share for name, share in self.off_screen_shares().items() if share > self.max_off_screen_share}
+        if not outside:
+            return
+        worst = sorted(outside, key=lambda name: -outside[name])
+        log.warning(
+            "%d of %d demos have more than %.0f %% of their steps outside camera %s's picture as the network sees "
+            "it, where they are masked "
+            "out of the loss (check the calibration with the geometry doctor, or set data.fit=stretch): %s%s",
+            len(outside),
+            len(self.demos),
+            100 * self.max_off_screen_share,
+            self.camera,
+            ", ".join(f"{name} ({100 * outside[name]:.0f} %)" for name in worst[:NAMED_AT_MOST]),
+            f" and {len(worst) - NAMED_AT_MOST} more" if len(worst) > NAMED_AT_MOST else "",
+        )
 
     # ---------------------------------------------------------------------------------------------------------- loading
 
+    @property
+    def frames(self) -> FrameCache:
+        """Decoded frames of all demos, training and validation: one size limit for both."""
+        if self._frames is None:
+            tracks = [demo.cameras[self.camera] for demo in self.demos]
+            self._frames = FrameCache(
+                [track.frames for track in tracks],
+                [FrameShape(len(track.frames), track.height, track.width) for track in tracks],
+                self.cache_dir,
+                self.camera,
+                int(self.cache_gb * 1e9),
+            )
+        return self._frames
+
     def _samples(self, indices: Sequence[int], augmentation: Augmentation | None, drop_idle: bool) -> DemoSamples:
-        demos = [self.demos[index] for index in indices]
-        tracks = [demo.cameras[self.camera] for demo in demos]
-        cache = FrameCache(
-            [track.frames for track in tracks],
-            [FrameShape(len(demo), track.height, track.width) for demo, track in zip(demos, tracks, strict=True)],
-            self.cache_dir,
-            self.camera,
-            int(self.cache_gb * 1e9),
-        )
         return DemoSamples(
-            demos,
+            [self.demos[index] for index in indices],
             indices,
-            cache,
+            self.frames,
             self.camera,
             self.arms,
             self.targets,

@@ -178,8 +178,12 @@ def test_each_broken_demo_is_named_with_its_reason(
 
 def test_rounding_is_no_breakage(tmp_path: Path, native_demo: Any, change_archive: Any) -> None:
     folder = native_demo(tmp_path / "root" / "demo")
-    change_archive(folder / "trajectory.npz", right__quaternion_wxyz=quaternion(folder, lambda q: 1.005 * q))
-    find_demos(tmp_path / "root")[0].read()
+    opening = np.linspace(-0.0005, 1.0005, 12)
+    long = quaternion(folder, lambda q: 1.005 * q)
+    change_archive(folder / "trajectory.npz", right__quaternion_wxyz=long, right__gripper_opening=opening)
+    arm = find_demos(tmp_path / "root")[0].read().arms["right"]
+    np.testing.assert_allclose(arm.quaternion, long / 1.005, atol=1e-12)
+    assert (arm.gripper.min(), arm.gripper.max()) == (0, 1)
 
 
 def test_demos_in_task_folders_are_found_in_order_and_hidden_ones_passed_over(tmp_path: Path, native_demo: Any) -> None:
@@ -354,6 +358,22 @@ def test_video_frames_are_exact_in_any_order(kind: str, tmp_path: Path, counting
     rng = np.random.default_rng(0)
     order = [*range(60), *rng.integers(0, 60, 60).tolist(), *range(59, -1, -1)]
     assert [shown_number(video.read(index)) for index in order] == order
+
+
+def test_more_videos_than_stay_open(tmp_path: Path, counting_video: Any, shown_number: Any) -> None:
+    videos = [VideoFrames(counting_video(tmp_path / f"{number}.mp4", 5 + number)) for number in range(20)]
+    assert [len(video) for video in videos] == list(range(5, 25))
+    for index in (4, 0, 2):
+        assert {shown_number(video.read(index)) for video in videos} == {index}
+
+
+def test_a_video_that_was_replaced_is_read_anew(tmp_path: Path, counting_video: Any, shown_number: Any) -> None:
+    video = VideoFrames(counting_video(tmp_path / "video.mp4", 9))
+    assert (len(video), shown_number(video.read(8))) == (9, 8)
+    before = video.identity()
+    counting_video(tmp_path / "video.mp4", 30)
+    assert (len(video), shown_number(video.read(29))) == (30, 29)
+    assert video.identity() != before
 
 
 def test_a_part_of_a_video_and_its_bounds(tmp_path: Path, counting_video: Any, shown_number: Any) -> None:

@@ -319,7 +319,8 @@ def test_steps_outside_the_picture_are_counted_and_named(
     shares = module.off_screen_shares()
     assert shares["demo_05"] == pytest.approx(6 / 11)
     assert sum(share > 0 for share in shares.values()) == 1
-    assert "demo 'demo_05': 55 % of its steps lie outside camera over's picture" in caplog.text
+    assert "1 of 10 demos have more than 25 % of their steps outside camera over's picture" in caplog.text
+    assert "demo_05 (55 %)" in caplog.text
 
 
 def test_pauses_can_be_dropped(native_root: Path, robot_demos: Make, change_archive: Any) -> None:
@@ -436,6 +437,7 @@ def test_other_options_lie_in_another_folder(tmp_path: Path) -> None:
     ]
     assert len({plain, *others}) == 6
     assert recording(tmp_path, demos=7, processes=3).root == plain  # more of the same
+    assert recording(tmp_path, hz=10).root == plain
 
 
 def test_the_simulator_is_not_imported_for_folders(native_root: Path) -> None:
