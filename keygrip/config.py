@@ -30,6 +30,10 @@ CONFIG_ERROR = 2
 USER_ERROR = 1
 
 
+class SettingError(ValueError):
+    """A setting that does not exist."""
+
+
 @dataclass
 class EntrySchema:
     """Settings that every entry point has. Derive from it, add typed scalars, and ``register`` the result."""
@@ -51,6 +55,7 @@ class TrainSchema(EntrySchema):
     optimizer: Any = MISSING
     callbacks: Any = None
     logger: Any = None
+    closed_loop: Any = None
     max_epochs: int = -1
     max_steps: int = MISSING
     max_minutes: float | None = None
@@ -94,6 +99,7 @@ def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
     from hydra import initialize_config_dir
 
     register_resolvers()
+    _refuse_unknown_additions(config_name, overrides)
     with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
         return hydra_compose(config_name, overrides=list(overrides))
 
@@ -128,13 +134,18 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
         try:
             return run(cfg)
         except Exception as error:
+            _record_failure(error, config_name)
             failed.append(error)  # raised again outside Hydra, which would add lines of its own
             return None
+        except KeyboardInterrupt as error:
+            _record_failure(error, config_name)
+            raise
 
     code = 0
     try:
         with _sigterm_raises():
             register_resolvers()
+            _refuse_unknown_additions(config_name, sys.argv[1:])
             folder = str(config_folder())
             hydra.main(config_path=folder, config_name=config_name, version_base="1.3")(task)()
             if failed:
@@ -146,11 +157,12 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
         _say(f"{stop}; go on with the same command, resume=true and hydra.sweep.dir=<its folder>")
         code = 128 + stop.signal_number
     except Exception as error:
+        if isinstance(error, Interrupted) and _helper_process():
+            sys.exit(0)  # the first process reports; an exit code here would make Lightning kill it before it has
         if debug:
             traceback.print_exc()
         line, code = describe_error(error, config_name, sys.argv[1:])
         _say(line)
-        _record_failure(error, line, code)
     for line in sweeps.close_sweeps():
         _say(line)
         code = code or USER_ERROR
@@ -177,6 +189,8 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
             return f"{where}{_one_line(root)}", CONFIG_ERROR
     if isinstance(root, HydraException | OmegaConfBaseException):
         return _describe_config_error(error, config_name, overrides), CONFIG_ERROR
+    if isinstance(root, SettingError):
+        return str(root), CONFIG_ERROR
     if isinstance(root, ModuleNotFoundError) and root.name and not root.name.startswith("keygrip"):
         return f"{where}the package {root.name!r} is not installed: pip install {root.name}", USER_ERROR
     if type(root).__name__ == "OutOfMemoryError":
@@ -185,6 +199,22 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
     if isinstance(root, expected) or type(root).__name__ == "MisconfigurationException":
         return f"{where}{_one_line(root)}", USER_ERROR
     return f"unexpected {type(root).__name__}: {_one_line(root)} (debug=true shows where)", USER_ERROR
+
+
+def _refuse_unknown_additions(config_name: str, overrides: Sequence[str]) -> None:
+    """``+max_stepz=3`` would add a setting at the root that nobody reads. In groups the constructors refuse them."""
+    try:
+        schema = ConfigStore.instance().load(f"{config_name}_schema.yaml").node
+    except OSError:
+        return
+    known = [str(key) for key in schema]
+    groups = [path.name for path in config_folder().iterdir() if path.is_dir()]
+    for override in overrides:
+        key = override.lstrip("+").partition("=")[0].partition("@")[0]
+        if override.startswith("+") and "." not in key and "/" not in key and key not in {*known, *groups}:
+            close = nearest(key, known)
+            hint = f"the nearest is {close!r}" if close else f"it has {', '.join(known)}"
+            raise SettingError(f"there is no setting {key!r} in {config_name}.yaml: {hint}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -251,6 +281,8 @@ def _describe_config_error(error: BaseException, config_name: str, overrides: Se
         return f"the setting {mandatory.group(1)} has no value: give {mandatory.group(1)}=..."
     if cause is not None and _one_line(cause) not in text:
         text = f"{text.rstrip('.')}: {_one_line(cause)}"
+    if type(error).__name__ == "OverrideParseException":
+        text = f"cannot read {getattr(error, 'override', 'the override')}: {text}"
     return text
 
 
@@ -275,11 +307,16 @@ def _chain(error: BaseException) -> list[BaseException]:
 def _root_cause(error: BaseException) -> BaseException:
     """What a resolver or constructor raised, without what Hydra and OmegaConf wrapped around it."""
     from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
     current = error
-    while isinstance(current, HydraException | OmegaConfBaseException) and current.__cause__ is not None:
-        current = current.__cause__
+    while isinstance(current, HydraException | OmegaConfBaseException):
+        inner = current.__cause__
+        if isinstance(current, InterpolationResolutionError):
+            inner = inner or current.__context__  # what a resolver raised is not named as the cause
+        if inner is None:
+            break
+        current = inner
     return current
 
 
@@ -299,23 +336,28 @@ def _debug_requested(overrides: Sequence[str]) -> bool:
     return any(override.lstrip("+").lower() == "debug=true" for override in overrides)
 
 
+def _helper_process() -> bool:
+    """Whether Lightning started this process from another one that the user started."""
+    return os.environ.get("LOCAL_RANK", "0") != "0" and not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys()
+
+
 def _say(line: str) -> None:
     sys.stderr.write(f"keygrip: {line}\n")
 
 
-def _record_failure(error: BaseException, line: str, code: int) -> None:
+def _record_failure(error: BaseException, config_name: str) -> None:
     """Leaves in the run folder what became of the run, and the trace: both are wanted when the terminal is gone."""
     from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
 
-    if not HydraConfig.initialized() or HydraConfig.get().mode == RunMode.MULTIRUN:
-        return
-    from keygrip.training.sweeps import record_failure
+    from keygrip.training.sweeps import FAILED, INTERRUPTED, record_failure
 
     with contextlib.suppress(Exception):
         hydra_cfg = HydraConfig.get()
-        status = "interrupted" if code >= 128 else "failed"
-        record_failure(Path(hydra_cfg.runtime.output_dir), status, line, list(hydra_cfg.overrides.task), error)
+        overrides = list(hydra_cfg.overrides.task)
+        stopped = isinstance(error, KeyboardInterrupt | Interrupted)
+        line = "stopped by SIGINT" if isinstance(error, KeyboardInterrupt) else ""
+        line = line or describe_error(error, config_name, overrides)[0]
+        record_failure(Path(hydra_cfg.runtime.output_dir), INTERRUPTED if stopped else FAILED, line, overrides, error)
 
 
 @contextlib.contextmanager

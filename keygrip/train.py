@@ -45,8 +45,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     with open_dict(cfg):
         cfg.run_dir = str(folder)
     resume = _checkpoint_to_resume(cfg, folder)
-    if not cfg.debug:
-        _quiet()
+    _quiet(warnings_too=not cfg.debug)
 
     import lightning
     import torch
@@ -64,6 +63,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
     origin = provenance()
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     torch.use_deterministic_algorithms(bool(cfg.deterministic), warn_only=True)
+    # Filling what is overwritten anyway costs a sixth of a step.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
     datamodule = instantiate(cfg.data, _convert_="all")
     module = build_module(resolved)
@@ -71,7 +72,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     if hasattr(module, "set_statistics"):
         datamodule.prepare_data()
         datamodule.setup("fit")
-        module.set_statistics(datamodule.statistics)
+        module.set_statistics(datamodule.statistics)  # type: ignore[operator]
     callbacks: list[Callback] = [RandomnessByStep(cfg.seed), Header(resolved, origin), *_parts(cfg.callbacks)]
     trainer = lightning.Trainer(
         **arguments,
@@ -165,16 +166,29 @@ def _loggers(cfg: DictConfig, resumed_step: int) -> list[Any]:
 
     loggers = []
     for part in (cfg.logger or {}).values():
+        if part._target_.endswith("WandbLogger") and not _installed("wandb"):
+            raise ValueError(
+                "logger=wandb needs the package wandb: pip install 'keygrip[wandb]', or choose logger=tensorboard"
+            )
         # Steps that a killed run logged after its last checkpoint are logged again: the first version is dropped.
         extra = {"purge_step": resumed_step + 1} if resumed_step and part._target_.endswith("TensorBoardLogger") else {}
         loggers.append(instantiate(part, _convert_="all", **extra))
     return loggers
 
 
+def _installed(package: str) -> bool:
+    from importlib.util import find_spec
+
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # imported in a way that left no specification
+        return False
+
+
 def _write_start(folder: Path, cfg: DictConfig, origin: dict[str, Any], resumed: bool) -> None:
     from lightning.pytorch.utilities import rank_zero_only
 
-    if rank_zero_only.rank != 0:
+    if getattr(rank_zero_only, "rank", 0) != 0:
         return
     import json
 
@@ -203,12 +217,13 @@ def _announce(cfg: DictConfig, module: LightningModule, trainer: Trainer, resume
 
 
 def _headline(trainer: Trainer, module: LightningModule) -> dict[str, float]:
-    """The module's ``headline_metrics`` (names) where it has them, else every metric, and the speed."""
+    """The module's ``headline_metrics`` (names) where it has them, else every metric; closed-loop success; the speed."""
     from keygrip.training.progress import Throughput
 
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     names = getattr(module, "headline_metrics", None)
     metrics = {name: logged[name] for name in (logged if names is None else names) if name in logged}
+    metrics |= {name: value for name, value in logged.items() if name.startswith("closed_loop/")}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Throughput):
             metrics.update(callback.summary)
@@ -240,13 +255,15 @@ def _overrides() -> list[str]:
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
-def _quiet() -> None:
+def _quiet(warnings_too: bool) -> None:
     """Leaves out what Lightning and torch say about themselves; warnings about a run stay."""
     import warnings
 
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).handlers.clear()  # its own handler would say everything twice
         logging.getLogger(name).propagate = True
+    if not warnings_too:
+        return
     for name in (
         "lightning.pytorch.utilities.rank_zero",
         "lightning.pytorch.accelerators.cuda",

@@ -88,6 +88,7 @@ class ProcessLauncher(Launcher):
 
     def _job(self, number: int, overrides: list[str]) -> _Job:
         assert self.hydra_context is not None
+        assert self.config is not None
         config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
         with open_dict(config):
             config.hydra.job.id = str(number)

@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from keygrip.training.sharding import is_sharded, local, local_like, reshard
+
 AVERAGE = "average"
 
 
@@ -32,20 +34,23 @@ class AveragedWeights(Callback):
         self.decay = decay
         self.every_n_steps = every_n_steps
         self.updates = 0
-        self._average: dict[str, Tensor] = {}
+        self._average: dict[str, Tensor] = {}  # this process's part, where the parameters are sharded
+        self._loaded: dict[str, Tensor] = {}
         self._own: dict[str, Tensor] | None = None  # the weights themselves while the average is in their place
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         parameters = _trainable(pl_module)
-        if not self._average:
-            self._average = {name: p.detach().float().clone() for name, p in parameters.items()}
-        elif self._average.keys() != parameters.keys():
-            changed = sorted(self._average.keys() ^ parameters.keys())
+        if not self._loaded:
+            self._average = {name: local(p.detach()).float().clone() for name, p in parameters.items()}
+        elif self._loaded.keys() != parameters.keys():
+            changed = sorted(self._loaded.keys() ^ parameters.keys())
             raise ValueError(
                 f"the checkpoint's averaged weights do not fit this model's trainable ones: {', '.join(changed[:5])}"
             )
-        self._average = {name: self._average[name].to(p.device) for name, p in parameters.items()}
+        else:
+            self._average = {name: local_like(self._loaded[name], p) for name, p in parameters.items()}
+            self._loaded = {}
         self._last_step = trainer.global_step
 
     @torch.no_grad()
@@ -56,7 +61,7 @@ class AveragedWeights(Callback):
         self._last_step = step
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        own = [p.detach().float() for p in _trainable(pl_module).values()]
+        own = [local(p.detach()).float() for p in _trainable(pl_module).values()]
         torch._foreach_lerp_(list(self._average.values()), own, 1 - decay)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -69,37 +74,44 @@ class AveragedWeights(Callback):
         self._take_out(pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._own is not None:
-            for name, value in self._own.items():
-                checkpoint["state_dict"][name] = value
-        checkpoint[AVERAGE] = {"updates": self.updates, "decay": self.decay, "parameters": dict(self._average)}
+        assert self._own is None, "saved during validation, when the weights are not the run's own"
+        whole = self._gathered(trainer, pl_module) if is_sharded(pl_module) else dict(self._average)
+        checkpoint[AVERAGE] = {"updates": self.updates, "decay": self.decay, "parameters": whole}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get(AVERAGE)
         if saved is None:
             raise ValueError(
-                "the checkpoint has no averaged weights: it was made with callbacks.average=null; resume with it too"
+                "the checkpoint has no averaged weights, it was made with callbacks.average=null: resume with that too"
             )
         self.updates = saved["updates"]
-        self._average = {name: value.clone() for name, value in saved["parameters"].items()}
+        self._loaded = saved["parameters"]
+
+    def _gathered(self, trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
+        """The whole average on the first process; the others take part in gathering it."""
+        self._put_in(module)
+        state = trainer.strategy.lightning_module_state_dict()
+        self._take_out(module)
+        return {name: state[name] for name in self._average if name in state}
 
     @torch.no_grad()
     def _put_in(self, module: LightningModule) -> None:
         if not self._average or self._own is not None:
             return  # the sanity check before the first step
         parameters = _trainable(module)
-        self._own = {name: p.detach().clone() for name, p in parameters.items()}
+        self._own = {name: local(p.detach()).clone() for name, p in parameters.items()}
         for name, parameter in parameters.items():
-            parameter.copy_(self._average[name])
+            local(parameter).copy_(self._average[name])
 
     @torch.no_grad()
     def _take_out(self, module: LightningModule) -> None:
         if self._own is None:
             return
         for name, parameter in _trainable(module).items():
-            parameter.copy_(self._own[name])
+            local(parameter).copy_(self._own[name])
         self._own = None
 
 
 def _trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    reshard(module)
     return {name: p for name, p in module.named_parameters() if p.requires_grad}

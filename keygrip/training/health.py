@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from keygrip.training.sharding import local
+
 
 class StopOnNonFinite(Callback):
     """Stops the run where the loss is NaN or infinite, and names the parameters that are no longer finite.
@@ -36,7 +38,7 @@ class StopOnNonFinite(Callback):
             return
         total, self._sum, self._since = self._sum, None, 0
         if not torch.isfinite(total):
-            broken = [name for name, p in pl_module.named_parameters() if not torch.isfinite(p).all()]
+            broken = [name for name, p in pl_module.named_parameters() if not torch.isfinite(local(p.detach())).all()]
             what = f" (no longer finite: {', '.join(broken[:3])}; {len(broken)} in all)" if broken else ""
             raise ValueError(
                 f"the loss became NaN or infinite in the {self.every_n_steps} batches before step {trainer.global_step}"

@@ -16,9 +16,9 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from torch import Tensor
 
 from keygrip.training.interruption import Interrupted
+from keygrip.training.sharding import local
 
 log = logging.getLogger(__name__)
 
@@ -124,8 +124,8 @@ class SaveLatest(Checkpoint):
             self.best = json.loads(self._best_record.read_text(encoding="utf-8")).get(self.monitor)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        # Everything is saved here and not in the hooks of an epoch's end: from here Lightning resumes exactly, also on the
-        # last batch of an epoch, whereas what is saved between epochs is resumed with an epoch cut short.
+        # Everything is saved here and not in the hooks of an epoch's end: from here Lightning resumes exactly, also
+        # on the last batch of an epoch, whereas what is saved between epochs is resumed with an epoch cut short.
         if not _stepped(trainer):
             return  # in the middle of accumulating gradients: they would be lost
         step, epoch = trainer.global_step, trainer.current_epoch + 1
@@ -206,7 +206,7 @@ class SaveOnInterrupt(Callback):
             return
         number = self._received or signal.SIGTERM
         where = "nothing was saved: the run has no checkpoint callback"
-        for callback in trainer.callbacks:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SaveLatest):
                 callback.save(trainer)
                 where = f"saved {callback.latest_path}; go on with resume={callback.folder.parent}"
@@ -219,8 +219,8 @@ class SaveOnInterrupt(Callback):
 
 
 def _refuse_non_finite(trainer: Trainer) -> None:
-    broken = [name for name, p in trainer.lightning_module.named_parameters() if not torch.isfinite(p).all()]
-    if broken:
+    broken = [n for n, p in trainer.lightning_module.named_parameters() if not torch.isfinite(local(p.detach())).all()]
+    if _any_process(trainer, bool(broken)):
         raise ValueError(
             f"weights became NaN or infinite before step {trainer.global_step} ({', '.join(broken[:3])}; "
             f"{len(broken)} in all): the last checkpoint is kept as it is; lower optimizer.lr or optimizer.clip_norm"
@@ -236,5 +236,4 @@ def _any_process(trainer: Trainer, decision: bool) -> bool:
     if trainer.world_size == 1:
         return decision
     flag = torch.tensor(float(decision), device=trainer.strategy.root_device)
-    total: Tensor = trainer.strategy.reduce(flag, reduce_op="sum")  # type: ignore[assignment]
-    return bool(total.item() > 0)
+    return bool(torch.as_tensor(trainer.strategy.reduce(flag, reduce_op="sum")).item() > 0)

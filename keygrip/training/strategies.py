@@ -38,8 +38,6 @@ class Strategy:
                 raise ValueError(f"strategy.{name}={value!r}: must be one of {', '.join(allowed)}")
         if self.kind == "single" and (self.devices, self.num_nodes) != (1, 1):
             raise ValueError("strategy.kind=single computes on one device: for more use strategy=ddp or strategy=fsdp")
-        if self.kind == "fsdp" and self.accelerator == "cpu":
-            raise ValueError("strategy.kind=fsdp needs GPUs: use strategy=ddp_cpu to test several processes on the CPU")
 
     @property
     def on_gpu(self) -> bool:
@@ -106,9 +104,9 @@ class Strategy:
 
             return DDPStrategy(process_group_backend="nccl" if on_gpu else "gloo", gradient_as_bucket_view=True)
         if self.kind == "fsdp":
-            from lightning.pytorch.strategies import FSDPStrategy
+            from keygrip.training.sharding import ShardedStrategy
 
-            return FSDPStrategy(state_dict_type="full", use_orig_params=True)
+            return ShardedStrategy(process_group_backend="nccl" if on_gpu else "gloo")
         return "auto"
 
     def _devices(self) -> int:

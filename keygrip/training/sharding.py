@@ -1,0 +1,86 @@
+"""Fully sharded training: parameters, gradients and optimiser state divided over the processes (FSDP2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Shards any LightningModule; checkpoints are the same single file as without.
+
+    The module is gathered as a whole for each step and let go after it, so that gradients, optimiser state and
+    averaged weights never exist whole. A module that has ``sharded_parts()`` (submodules used only through their
+    ``forward``, such as transformer blocks) is gathered part by part: then its parameters never exist whole either.
+
+    Paper: Zhao et al., PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel (2023).
+    """
+
+    def __init__(self, process_group_backend: str | None = None) -> None:
+        super().__init__(
+            tensor_parallel_size=1, save_distributed_checkpoint=False, process_group_backend=process_group_backend
+        )
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def setup(self, trainer: Trainer) -> None:
+        assert self.accelerator is not None
+        assert self.model is not None
+        self.accelerator.setup(trainer)
+        self.model = self.precision_plugin.convert_module(self.model)
+        self.model_to_device()
+        shard(self.model, self.device_mesh["data_parallel"])
+        self.barrier()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+
+    def _determine_device_ids(self) -> list[int]:
+        return [] if self.root_device.index is None else [self.root_device.index]
+
+
+def shard(module: nn.Module, mesh: Any) -> None:
+    """Shards ``module`` in place over a one-dimensional device mesh; its step methods gather what they need."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    for part in getattr(module, "sharded_parts", list)():
+        fully_shard(part, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    for name in STEPS:
+        register_fsdp_forward_method(module, name)
+
+
+def reshard(module: nn.Module) -> None:
+    """Lets go of what a step or a validation left gathered: only then are the parameters those that are trained."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor (a view of it); any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_like(whole: Tensor, model: Tensor) -> Tensor:
+    """The part of a whole tensor that belongs where ``model``'s does, on its device."""
+    whole = whole.to(model.device)
+    if not isinstance(model, DTensor):
+        return whole.clone()
+    return distribute_tensor(whole, model.device_mesh, model.placements).to_local().clone()
+
+
+def is_sharded(module: LightningModule) -> bool:
+    """Whether the module's parameters are divided over processes."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())

@@ -1,0 +1,180 @@
+"""What a user gets wrong becomes one line that says what, where and what to do; never a trace, never something half-made."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from keygrip import config, train
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Outcome]]:
+    """The train command in this process, in an empty folder."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["train", *arguments])
+        try:
+            config.entry_point("train", train.run)
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Outcome(code, *capsys.readouterr())
+
+    yield run
+    root.handlers[:], root.level = handlers, level
+
+
+TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=toy", "data=toy", "strategy=cpu"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (
+            ["model=volum_query"],
+            2,
+            r"no option 'volum_query' in group 'model': nearest is model=volume_query; options are",
+        ),
+        (["modle=volume_query"], 2, r"no setting 'modle' in train.yaml: the nearest is 'model'"),
+        (["max_step=3"], 2, r"no setting 'max_step' in train.yaml: the nearest is 'max_steps'"),
+        (["optimizer.weight_deacy=3"], 2, r"'optimizer.weight_deacy' .* nearest is 'optimizer.weight_decay'"),
+        (["weight_deacy=3"], 2, r"no setting 'weight_deacy' .* nearest is 'optimizer.weight_decay'"),
+        (["+max_stepz=3"], 2, r"no setting 'max_stepz' .* nearest is 'max_steps'"),
+        (["qqqqqqqq=3"], 2, r"no setting 'qqqqqqqq' in train.yaml: see all with `--cfg job`"),
+        (["optimizer=finetun"], 2, r"nearest is optimizer=finetune; options are finetune, from_scratch"),
+        (["seed=abc"], 2, r"seed.*abc.*Integer"),
+        (["max_steps=["], 2, r"cannot read max_steps=\[: no viable alternative"),
+        (["resume=true"], 1, r"nothing to resume: no run with a checkpoint in runs/\S+; leave out resume=true"),
+        (["resume=no/such/folder"], 1, r"nothing to resume: no/such/folder does not exist"),
+        (["run_dir=here", "resume=true"], 1, r"here/checkpoints/last.ckpt does not exist; leave out resume=true"),
+    ],
+)
+def test_settings_that_do_not_exist(
+    arguments: list[str], code: int, said: str, cli: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    outcome = cli(*arguments)
+    assert (outcome.code, outcome.out) == (code, "")
+    lines = outcome.err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("keygrip: ")
+    import re
+
+    assert re.search(said, lines[0]), lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["data.fail=the folder x is empty"], 1, "keygrip: the folder x is empty"),
+        (["+model.depth=3"], 2, "unexpected keyword argument 'depth'"),
+        (["optimizer.lr=-1"], 1, "optimizer.lr=-1: must be above 0"),
+        (["optimizer.schedule=linear"], 1, "optimizer.schedule='linear': must be cosine or constant"),
+        (["strategy.kind=tpu"], 1, "strategy.kind='tpu': must be one of single, ddp, fsdp"),
+        (["callbacks.average.decay=2"], 1, "callbacks.average.decay=2: must lie in [0, 1)"),
+        (["max_steps=-1", "max_epochs=-1", "max_minutes=1"], 1, "optimizer.schedule=cosine needs an end"),
+    ],
+)
+def test_settings_that_cannot_work(arguments: list[str], code: int, said: str, cli: Callable[..., Outcome]) -> None:
+    outcome = cli(*TOY, "logger=none", "run_dir=run", *arguments)
+    assert (outcome.code, outcome.out) == (code, "")
+    last = outcome.err.splitlines()[-1]
+    assert last.startswith("keygrip: ")
+    assert said in last
+    assert "Traceback" not in outcome.err
+    assert not Path("run/checkpoints").exists()
+
+
+def test_a_gpu_that_is_not_there(cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for strategy in ("gpu", "ddp", "fsdp"):
+        outcome = cli(*TOY, f"strategy={strategy}", "run_dir=run")
+        assert outcome.code == 1
+        assert "strategy asks for a GPU and this machine has none" in outcome.err
+        assert "choose strategy=cpu (or auto)" in outcome.err
+
+
+def test_wandb_that_is_not_installed(cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    outcome = cli(*TOY, "logger=wandb", "run_dir=run")
+    assert outcome.code == 1
+    assert outcome.err.splitlines()[-1] == (
+        "keygrip: logger=wandb needs the package wandb: pip install 'keygrip[wandb]', or choose logger=tensorboard"
+    )
+
+
+def test_debug_shows_the_trace(cli: Callable[..., Outcome]) -> None:
+    outcome = cli(*TOY, "logger=none", "run_dir=run", "data.fail=empty", "debug=true")
+    assert outcome.code == 1
+    assert "Traceback" in outcome.err
+    assert outcome.err.splitlines()[-1] == "keygrip: empty"
+
+
+def test_a_failed_run_leaves_what_became_of_it(cli: Callable[..., Outcome]) -> None:
+    import json
+
+    assert cli(*TOY, "logger=none", "run_dir=run", "data.fail=empty").code == 1
+    result = json.loads(Path("run/result.json").read_text())
+    assert (result["status"], result["error"]) == ("failed", "empty")
+    assert "data.fail=empty" in result["overrides"]
+    assert "Traceback" in Path("run/error.txt").read_text()
+
+
+def test_a_refused_run_leaves_an_earlier_one_as_it_was(cli: Callable[..., Outcome]) -> None:
+    toy = [*TOY, "logger=none", "run_dir=run", "max_steps=3", "val_every_n_steps=null"]
+    assert cli(*toy).code == 0
+    before = Path("run/result.json").read_bytes()
+    outcome = cli(*toy)
+    assert outcome.code == 1
+    assert "run already holds a run: continue it with resume=true" in outcome.err
+    assert Path("run/result.json").read_bytes() == before
+
+
+def test_a_truncated_checkpoint_is_not_resumed(cli: Callable[..., Outcome]) -> None:
+    toy = [*TOY, "logger=none", "run_dir=run", "max_steps=3", "val_every_n_steps=null"]
+    assert cli(*toy).code == 0
+    file = Path("run/checkpoints/last.ckpt")
+    file.write_bytes(file.read_bytes()[:1000])
+    outcome = cli(*toy, "resume=true")
+    assert outcome.code == 1
+    assert "last.ckpt is truncated or not a checkpoint (1000 bytes)" in outcome.err.splitlines()[-1]
+
+
+def test_logs_go_to_standard_error_only(cli: Callable[..., Outcome]) -> None:
+    outcome = cli(*TOY, "logger=csv", "run_dir=run", "max_steps=3", "val_every_n_steps=2")
+    assert (outcome.code, outcome.out) == (0, "")
+    assert "finished 3 steps" in outcome.err
+
+
+def test_import_is_light_and_help_needs_no_torch(command: Callable[..., object], tmp_path: Path) -> None:
+    script = tmp_path / "light.py"
+    script.write_text(
+        "import sys, keygrip, keygrip.config, keygrip.train\n"
+        "heavy = {'torch', 'lightning', 'timm', 'mujoco', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "sys.argv = ['train', '--help']\n"
+        "keygrip.train.main()\n"
+        "heavy = {'torch', 'lightning', 'timm', 'mujoco'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = command("light")
+    assert done.returncode == 0, done.stderr  # type: ignore[attr-defined]
+    assert "model: " in done.stdout  # type: ignore[attr-defined]

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import LightningModule
+
+from keygrip import train
+from keygrip.config import compose
+from keygrip.training.checkpoints import build_module, load_module, read_checkpoint
+from keygrip.training.saving import AtomicCheckpointIO
+
+
+@pytest.fixture
+def run_folder(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> Path:
+    train.run(compose("train", toy_overrides("run")))
+    return tmp_path / "run"
+
+
+def test_a_module_comes_back_from_its_checkpoint_alone(run_folder: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "alone.ckpt"
+    (run_folder / "checkpoints" / "last.ckpt").rename(moved)
+    module = load_module(moved)
+    checkpoint = read_checkpoint(moved)
+    assert not module.training
+    assert module.scale == checkpoint["scale"]  # type: ignore[attr-defined]
+    for name, value in checkpoint["average"]["parameters"].items():
+        assert torch.equal(module.state_dict()[name], value)
+    own = load_module(moved, averaged=False).state_dict()
+    assert all(torch.equal(own[name], value) for name, value in checkpoint["state_dict"].items())
+    assert any(not torch.equal(own[name], value) for name, value in module.state_dict().items())
+    header = checkpoint["keygrip"]
+    assert header["config"]["model"]["width"] == 8
+    assert header["packages"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_run_folder_holds_config_origin_and_result(run_folder: Path) -> None:
+    import json
+
+    import yaml
+
+    assert yaml.safe_load((run_folder / "config.yaml").read_text())["model"]["optimizer"]["lr"] == 1e-3
+    assert "torch" in json.loads((run_folder / "provenance.json").read_text())["packages"]
+    result = json.loads((run_folder / "result.json").read_text())
+    assert result["status"] == "finished"
+    assert result["steps"] == 13
+    assert result["metrics"]["val/loss"] > 0
+    assert not list(run_folder.rglob("*.writing"))
+
+
+def test_missing_checkpoints_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no checkpoint at .*nowhere"):
+        load_module(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*looked for checkpoints/last.ckpt"):
+        load_module(tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_truncated_checkpoints_are_refused(share: float, run_folder: Path, tmp_path: Path) -> None:
+    whole = (run_folder / "checkpoints" / "last.ckpt").read_bytes()
+    cut = tmp_path / "cut.ckpt"
+    cut.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError, match=r"cut\.ckpt is truncated or not a checkpoint"):
+        load_module(cut)
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign.pth"
+    torch.save({"weight": torch.zeros(2)}, foreign)
+    with pytest.raises(ValueError, match=r"is not a keygrip checkpoint; .*backbone.weights_path"):
+        load_module(foreign)
+    text = tmp_path / "notes.txt"
+    text.write_text("not a checkpoint at all")
+    with pytest.raises(ValueError, match="truncated or not a checkpoint"):
+        load_module(text)
+
+
+def test_code_in_a_checkpoint_is_never_run(tmp_path: Path) -> None:
+    class Attack:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    file = tmp_path / "attack.ckpt"
+    torch.save({"state_dict": {}, "keygrip": Attack()}, file)
+    with pytest.raises(ValueError, match="more than tensors and plain values"):
+        load_module(file)
+    plain = tmp_path / "plain.ckpt"
+    plain.write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(ValueError, match="truncated or not a checkpoint"):
+        load_module(plain)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_checkpoint_of_another_model_is_refused(run_folder: Path) -> None:
+    class Other(LightningModule):
+        pass
+
+    with pytest.raises(ValueError, match="holds a ToyModule, not a Other"):
+        load_module(run_folder, expected=Other)
+
+
+def test_weights_that_do_not_fit_are_refused(run_folder: Path) -> None:
+    file = run_folder / "checkpoints" / "last.ckpt"
+    content = torch.load(file, weights_only=True)
+    content["keygrip"]["config"]["model"]["width"] = 9
+    torch.save(content, file)
+    with pytest.raises(ValueError, match="do not fit its model: .*size mismatch for network"):
+        load_module(file)
+
+
+def test_backbones_are_built_random_however_deep_they_are_nested() -> None:
+    made: list[dict[str, Any]] = []
+    config = {
+        "model": {
+            "_target_": "builtins.dict",
+            "parts": [
+                {"network": {"_target_": "keygrip.backbone.missing", "weights": "pretrained", "weights_path": "x"}}
+            ],
+        }
+    }
+    from keygrip.training import checkpoints
+
+    checkpoints._make_backbones_random(config["model"])
+    made.append(config["model"]["parts"][0]["network"])  # type: ignore[index]
+    assert made == [{"_target_": "keygrip.backbone.missing", "weights": "random", "weights_path": None}]
+
+
+def test_build_module_does_not_change_the_config(run_folder: Path) -> None:
+    config = read_checkpoint(run_folder)["keygrip"]["config"]
+    before = pickle.dumps(config)
+    build_module(config, random_backbone=True)
+    assert pickle.dumps(config) == before
+
+
+@pytest.mark.parametrize("moment", ["fsync", "rename"])
+def test_killed_while_saving_the_previous_checkpoint_is_whole(moment: str, tmp_path: Path) -> None:
+    file = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"n": torch.tensor(1)}, file)
+    child = os.fork()
+    if child == 0:  # the child dies in the middle of writing the second one
+
+        def die(*_: Any, **__: Any) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        if moment == "fsync":
+            os.fsync = die  # type: ignore[assignment]
+        else:
+            Path.replace = die  # type: ignore[assignment, method-assign]
+        AtomicCheckpointIO().save_checkpoint({"n": torch.tensor(2)}, file)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert torch.load(file, weights_only=True)["n"] == 1
+    AtomicCheckpointIO().save_checkpoint({"n": torch.tensor(3)}, file)
+    assert torch.load(file, weights_only=True)["n"] == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_checkpoint_with_broken_weights_never_replaces_a_good_one(
+    toy_overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import toy_parts
+
+    def poison(self: toy_parts.ToyModule, *args: Any) -> None:
+        if self.trainer.global_step == 6:
+            with torch.no_grad():
+                self.network[0].weight[0, 0] = float("nan")
+
+    monkeypatch.setattr(toy_parts.ToyModule, "on_train_batch_start", poison, raising=False)
+    overrides = toy_overrides("run", "callbacks.checkpoint.every_n_steps=2", "callbacks.health=null")
+    with pytest.raises(ValueError, match=r"NaN or infinite before step 8 \(network.0.weight"):
+        train.run(compose("train", overrides))
+    assert read_checkpoint(tmp_path / "run")["global_step"] == 6
+    load_module(tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    toy_overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = toy_overrides("run", "optimizer.lr=1e30", "optimizer.clip_norm=null", "optimizer.warmup_steps=0")
+    with pytest.raises(ValueError, match=r"became NaN or infinite .* lower optimizer.lr"):
+        train.run(compose("train", overrides))

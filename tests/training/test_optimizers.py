@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from keygrip.training.optimizers import AdamW
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+        self.head = nn.Linear(4, 2)
+        self.words = nn.Embedding(5, 4)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.frozen = nn.Linear(2, 2)
+        self.frozen.requires_grad_(False)
+
+
+def groups_of(recipe: AdamW, module: nn.Module) -> dict[str, dict[str, object]]:
+    """By parameter name: learning rate and weight decay."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    found: dict[str, dict[str, object]] = {}
+    for group in recipe.parameter_groups(module):
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            assert name not in found
+            found[name] = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+    return found
+
+
+def test_every_trainable_parameter_is_in_one_group_and_only_matrices_decay() -> None:
+    found = groups_of(AdamW(lr=1.0, weight_decay=0.1), Network())
+    decayed = {name for name, group in found.items() if group["weight_decay"] == 0.1}
+    assert decayed == {"backbone.0.weight", "head.weight"}
+    assert set(found) == {name for name, p in Network().named_parameters() if p.requires_grad}
+
+
+def test_multipliers_apply_to_a_part_wherever_it_is_nested() -> None:
+    outer = nn.ModuleDict({"network": Network()})
+    found = groups_of(AdamW(lr=2.0, lr_multipliers={"backbone": 0.1, "backbone.1": 0.5}), outer)
+    assert found["network.backbone.0.weight"]["lr"] == pytest.approx(0.2)
+    assert found["network.backbone.1.weight"]["lr"] == pytest.approx(1.0)
+    assert found["network.head.weight"]["lr"] == 2.0
+
+
+def test_a_multiplier_that_fits_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match="'bakbone'"):
+        AdamW(lr=1.0, lr_multipliers={"bakbone": 0.1}).parameter_groups(Network())
+
+
+def test_nothing_to_train_is_an_error() -> None:
+    with pytest.raises(ValueError, match="every parameter is frozen"):
+        AdamW(lr=1.0).parameter_groups(Network().requires_grad_(False))
+
+
+def test_schedule_warms_up_linearly_and_ends_at_its_share() -> None:
+    recipe = AdamW(lr=2.0, warmup_steps=4, final_lr_share=0.1)
+    module = nn.Linear(2, 1)
+    configured = recipe.configure(module, 100)
+    optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(101):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
+    assert rates[52] == pytest.approx(0.2 + 1.8 * 0.5 * (1 + math.cos(math.pi * 0.5)))
+    assert rates[100] == pytest.approx(0.2)
+    assert max(rates) == pytest.approx(2.0)
+
+
+def test_warmup_is_shortened_in_a_short_run() -> None:
+    scheduler = AdamW(lr=1.0, warmup_steps=150).configure(nn.Linear(2, 1), 20)["lr_scheduler"]["scheduler"]
+    assert scheduler.get_last_lr()[0] == pytest.approx(0.5)
+
+
+def test_a_cosine_needs_an_end_and_a_constant_rate_does_not() -> None:
+    with pytest.raises(ValueError, match="max_steps or max_epochs"):
+        AdamW(lr=1.0).configure(nn.Linear(2, 1), math.inf)
+    scheduler = AdamW(lr=1.0, schedule="constant").configure(nn.Linear(2, 1), math.inf)["lr_scheduler"]["scheduler"]
+    assert scheduler.lr_lambdas[0](10**6) == 1.0
+
+
+@pytest.mark.parametrize(
+    "settings", [{"lr": 0.0}, {"schedule": "linear"}, {"clip_norm": 0.0}, {"warmup_steps": -1}, {"final_lr_share": 2.0}]
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        AdamW(**({"lr": 1.0} | settings))  # type: ignore[arg-type]
