@@ -245,7 +245,7 @@ class DinoBackbone(nn.Module):
             prefix = self.cls_input()
             if self.variant.registers:
                 prefix = torch.cat([prefix, self._parameter("reg_token")], dim=1)
-            tokens = torch.cat([prefix.expand(images.shape[0], -1, -1).to(patches.dtype), patches], dim=1)
+            tokens = torch.cat([prefix.expand(images.shape[0], -1, -1), patches], dim=1)
             rope = self._rope(grid)
         return tokens, rope, grid
 

@@ -253,3 +253,21 @@ def test_layers_for_optimisers(small):
     assert "net.norm.weight" in spared
     assert "net.blocks.0.attn.qkv.weight" not in spared
     assert "net.pos_embed" in small("dinov2_vits14").no_weight_decay()
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_mixed_precision_keeps_a_float32_residual_stream(small, images, variant):
+    """Only matrix products run in bfloat16; the sums over blocks would lose small updates otherwise."""
+    backbone = small(variant)
+    picture = images(backbone.image_size, backbone.image_size)
+    exact = backbone(picture)
+    streams = []
+    for block in backbone.net.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = backbone(picture)
+        _, kv = backbone.forward_with_kv(picture)
+        cls = backbone.query(backbone.cls_input().expand(2, -1, -1), kv)[:, 0]
+    assert streams[:3] == [torch.float32] * 3
+    for one, other in ((mixed.patches, exact.patches), (cls.float(), exact.cls)):
+        assert (one - other).norm() < 0.05 * other.norm()
