@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from keygrip.data.robot_demos import RobotDemos
@@ -47,6 +50,39 @@ def record(
         "failed_episodes": summary.failed,
         "wall_s": round(summary.seconds, 1),
     }
+
+
+def examine(
+    root: str | Path,
+    output: str | Path | None,
+    format: str,
+    calibration: str | Path | None,
+    max_demos: int | None,
+    frames_per_demo: int,
+    height_bins: int,
+    pred_size: int,
+) -> dict[str, Any]:
+    """Let the geometry doctor look at a folder; says every finding and what to do, returns counts and where the pictures are."""
+    from keygrip.data.doctor import doctor
+
+    folder = Path(output) if output is not None else Path("runs/doctor") / Path(root).resolve().name
+    findings = doctor(
+        root,
+        folder,
+        format=format,
+        calibration=calibration,
+        max_demos=max_demos,
+        frames_per_demo=frames_per_demo,
+        height_bins=height_bins,
+        pred_size=pred_size,
+    )
+    for finding in findings:
+        log.warning("%s", finding)
+    if not findings:
+        log.info("nothing is wrong with %s", root)
+    errors = sum(finding.severity == "error" for finding in findings)
+    log.info("contact sheets and report: %s", folder)
+    return {"root": str(root), "output": str(folder), "errors": errors, "warnings": len(findings) - errors}
 
 
 def fit_rotation(data: RobotDemos, rotation: RotationCodec) -> dict[str, Any]:

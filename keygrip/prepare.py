@@ -20,8 +20,15 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def print_report(cfg: DictConfig) -> None:
-    """Runs the step and prints its report."""
-    print(json.dumps(run(cfg), default=str))
+    """Runs the step and prints its report.
+
+    Raises:
+        ValueError: the step found errors in the data.
+    """
+    report = run(cfg)
+    print(json.dumps(report, default=str), flush=True)
+    if report.get("errors"):
+        raise ValueError(f"{report['errors']} errors in {report.get('root')}, listed above: mend them before training")
 
 
 def main() -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from keygrip.evaluation.closed_loop import ClosedLoop, ConditionResult, summarise
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger(__name__)
 
@@ -62,21 +67,35 @@ def show_in_tensorboard(
     trainer: Trainer, figures: dict[str, Any], results: list[ConditionResult], output: Path
 ) -> None:
     """Success rates as scalars and the filmed episodes as videos."""
+    from torch.utils.tensorboard import SummaryWriter  # slow to import
+
     for logger in trainer.loggers:
         writer = getattr(logger, "experiment", None)
-        if not hasattr(writer, "add_video") or not hasattr(writer, "add_scalar"):
+        if not isinstance(writer, SummaryWriter):
             continue
-        assert writer is not None
         for name, summary in figures.items():
             writer.add_scalar(f"closed_loop/{name}/success_rate", summary["success_rate"], trainer.global_step)
         for result in results:
             for episode in result.episodes:
                 if episode.video is not None:
                     frames = read_frames(output / "videos" / episode.video, every=2)
-                    # TensorBoard wants [N, T, C, H, W]; half of the frames at half speed keep the event file small.
                     tag = f"closed_loop/{result.name}_{episode.seed}_{'success' if episode.success else episode.failure}"
-                    clip = torch.from_numpy(frames.transpose(0, 3, 1, 2))[None]
-                    writer.add_video(tag, clip, trainer.global_step, fps=5)
+                    add_animation(writer, tag, frames, trainer.global_step, fps=5)
+
+
+def add_animation(writer: SummaryWriter, tag: str, frames: np.ndarray, step: int, fps: float) -> None:
+    """Show frames ``[N, H, W, 3]`` uint8 as an animation among TensorBoard's images.
+
+    torch's own ``add_video`` needs moviepy, and prints a line and does nothing where it is missing; a GIF needs nothing.
+    """
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    buffer = io.BytesIO()
+    first, *rest = [Image.fromarray(frame).quantize(128) for frame in frames]
+    first.save(buffer, format="GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+    height, width = frames.shape[1:3]
+    picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=buffer.getvalue())
+    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=picture)]), step)
 
 
 def read_frames(path: Path, every: int = 1) -> np.ndarray:

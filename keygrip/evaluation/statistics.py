@@ -18,4 +18,5 @@ def wilson_interval(successes: int, trials: int, confidence_z: float = 1.96) -> 
     rate, z2 = successes / trials, confidence_z**2
     centre = (rate + z2 / (2 * trials)) / (1 + z2 / trials)
     half = confidence_z / (1 + z2 / trials) * math.sqrt(rate * (1 - rate) / trials + z2 / (4 * trials**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    low = 0.0 if successes == 0 else centre - half  # exact at the ends, where rounding would leave 1e-16
+    return low, 1.0 if successes == trials else centre + half

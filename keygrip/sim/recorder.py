@@ -204,6 +204,7 @@ def record_episode(cell: YamCell, settings: RecordSettings, root: Path, seed: in
         jpeg_quality=settings.jpeg_quality,
     ) as writer:
         trace = EpisodeTrace(task, cell.layout, seed, settings.hz, first=cell.sight(settings.cameras[0]))
+        reached_sign, commanded_sign = SignKeeper(), SignKeeper()
         for i, action in enumerate(actions):
             if i == len(actions) - 1:
                 trace.last = cell.sight(settings.cameras[0])
@@ -211,9 +212,11 @@ def record_episode(cell: YamCell, settings: RecordSettings, root: Path, seed: in
             pictures = {c: cell.frame(c) for c in settings.cameras}
             views = {c: CameraPose(cell.lenses[c].intrinsics, cell.world_to_camera(c)) for c in settings.cameras}
             depth = {c: _millimetres(cell.depth(c)) for c in settings.cameras} if settings.depth else None
-            reached = _arm_pose(*cell.tool_pose, cell.gripper_opening, cell.joints)
+            position, quaternion = cell.tool_pose
+            reached = _arm_pose(position, reached_sign(quaternion), cell.gripper_opening, cell.joints)
             cell.advance(action)
-            commanded = _arm_pose(*cell.commanded_pose, cell.commanded_gripper, None)
+            position, quaternion = cell.commanded_pose
+            commanded = _arm_pose(position, commanded_sign(quaternion), cell.commanded_gripper, None)
             stamp = round(i * 1e9 / settings.hz)
             writer.add(stamp, pictures, views, {ARM: reached}, {ARM: commanded}, depth)
         success = trace.success = cell.progress.success
@@ -242,6 +245,20 @@ def _plain(thing: Placed) -> dict[str, Any]:
         "position_m": [float(v) for v in thing.position],
         "yaw_rad": thing.yaw,
     }
+
+
+class SignKeeper:
+    """Gives each quaternion of a trajectory the sign that is nearer to the one before: q and -q are the same rotation, but readers
+    interpolate."""
+
+    def __init__(self) -> None:
+        self._last: np.ndarray | None = None
+
+    def __call__(self, quaternion: np.ndarray) -> np.ndarray:
+        if self._last is not None and float(quaternion @ self._last) < 0:
+            quaternion = -quaternion
+        self._last = quaternion
+        return quaternion
 
 
 def _arm_pose(position: np.ndarray, quaternion: np.ndarray, gripper: float, joints: np.ndarray | None) -> ArmPose:

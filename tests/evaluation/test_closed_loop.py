@@ -1,0 +1,121 @@
+"""Closed-loop evaluation: intervals, conditions, and a policy that knows the answer against one that does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from keygrip.control import Plan
+from keygrip.evaluation import closed_loop
+from keygrip.evaluation.callback import read_frames, write_result
+from keygrip.evaluation.closed_loop import ClosedLoop, ConditionResult, ControlOptions, EpisodeResult, summarise
+from keygrip.evaluation.statistics import wilson_interval
+from keygrip.sim.tasks import TaskOptions
+
+
+def test_wilson_interval_against_published_values() -> None:
+    # Brown, Cai and DasGupta, "Interval Estimation for a Binomial Proportion" (2001): limits by direct computation.
+    low, high = wilson_interval(0, 10)
+    assert low == 0.0 and high == pytest.approx(0.2775, abs=1e-4)
+    low, high = wilson_interval(90, 100)
+    assert (low, high) == (pytest.approx(0.8256, abs=1e-4), pytest.approx(0.9448, abs=1e-4))
+    assert wilson_interval(100, 100)[1] == 1.0
+    with pytest.raises(ValueError, match="needs trials"):
+        wilson_interval(1, 0)
+
+
+class Reacher:
+    """Plans a straight way to where it is told that the ball is; ``lost`` ones stay where they are."""
+
+    def __init__(self, goal: Any, lost: bool = False) -> None:
+        self.goal, self.lost = goal, lost
+
+    def plan(self, observation: Any) -> Plan:
+        start = np.asarray(observation["position"])
+        goal = start if self.lost else self.goal()
+        path = start + (goal - start) * np.linspace(0.25, 1, 4)[:, None]
+        quaternion = np.tile(np.asarray(observation["quaternion"]), (1, 4, 1))
+        return Plan(path[None], quaternion, np.ones((1, 4)), step_seconds=0.3)
+
+
+class FakeModule:
+    """Stands where a loaded checkpoint would: hands out a policy."""
+
+    worker: Any = None
+    lost = False
+
+    def policy(self) -> Reacher:
+        return Reacher(lambda: FakeModule.worker._environment[1].layout.goal, self.lost)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, output: Path | None, lost: bool = False, **settings: Any) -> list[ConditionResult]:
+    monkeypatch.setattr("keygrip.training.checkpoints.load_module", lambda path: FakeModule())
+    monkeypatch.setattr(FakeModule, "lost", lost)
+    original = closed_loop._Worker.__init__
+
+    def remember(self: Any, *arguments: Any) -> None:
+        original(self, *arguments)
+        FakeModule.worker = self
+
+    monkeypatch.setattr(closed_loop._Worker, "__init__", remember)
+    options: dict[str, Any] = {"episodes": 3, "processes": 1, "image_size": 64, "videos": 1}
+    loop = ClosedLoop(TaskOptions(name="reach"), **{"conditions": {"as_trained": [{}]}, **options, **settings})
+    return loop.run(Path("checkpoint"), output)
+
+
+def test_a_policy_that_knows_succeeds_and_is_filmed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    results = run(monkeypatch, tmp_path)
+    figures = summarise(results)
+    assert figures["as_trained"]["success_rate"] == 1.0 and figures["as_trained"]["failures"] == {}
+    assert [episode.seed for episode in results[0].episodes] == [1_000_000, 1_000_001, 1_000_002]
+    (film,) = (tmp_path / "videos").iterdir()
+    frames = read_frames(film)
+    steps = round(results[0].episodes[0].seconds * 10)
+    assert frames.shape == (steps + 1, 128, 128, 3) and frames.std() > 10
+    write_result(tmp_path / "result.json", figures, results)
+    stored = json.loads((tmp_path / "result.json").read_text())
+    assert stored["episodes"]["as_trained"][0]["video"] == film.name
+
+
+def test_a_policy_that_does_not_move_misses(monkeypatch: pytest.MonkeyPatch) -> None:
+    (result,) = run(monkeypatch, None, lost=True)
+    assert result.summary()["successes"] == 0 and result.summary()["failures"] == {"missed": 3}
+
+
+def test_a_grid_is_shared_out_over_the_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, float]] = []
+    monkeypatch.setattr(
+        closed_loop._Worker,
+        "episode",
+        lambda self, job: seen.append((job.seed, job.overrides["camera_azimuth_deg"]))
+        or EpisodeResult(job.seed, True, None, 1.0, 1, 1.0, None, None),
+    )
+    grid = [{"camera_azimuth_deg": -10.0}, {"camera_azimuth_deg": 10.0}]
+    results = run(monkeypatch, None, conditions={"turned": grid}, episodes=4)
+    assert sorted(seen) == [(1_000_000, -10.0), (1_000_001, 10.0), (1_000_002, -10.0), (1_000_003, 10.0)]
+    assert len(results[0].episodes) == 4
+
+
+def test_the_policys_own_failure_is_counted_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: Any, observation: Any) -> Plan:
+        raise ValueError("no ray meets its plane")
+
+    monkeypatch.setattr(Reacher, "plan", fails)
+    (result,) = run(monkeypatch, None)
+    assert result.summary()["failures"] == {"policy_error": 3}
+    assert result.episodes[0].detail == "no ray meets its plane"
+
+
+def test_unknown_options_and_empty_conditions_are_named() -> None:
+    with pytest.raises(ValueError, match="did you mean 'region'"):
+        ClosedLoop(TaskOptions(), conditions={"shifted": [{"regoin": "left"}]})
+    with pytest.raises(ValueError, match="empty"):
+        ClosedLoop(TaskOptions(), conditions={})
+    with pytest.raises(ValueError, match="at least 1"):
+        ClosedLoop(TaskOptions(), conditions={"a": [{}]}, episodes=0)
+    with pytest.raises(ValueError, match="together"):
+        ControlOptions(grip_below=None).controller(None, 10.0)
