@@ -55,7 +55,7 @@ def test_run_folder_holds_config_origin_and_result(run_folder: Path) -> None:
 
 
 def test_missing_checkpoints_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no checkpoint at .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nowhere"):
         load_module(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*looked for checkpoints/last.ckpt"):
         load_module(tmp_path)
@@ -110,7 +110,7 @@ def test_weights_that_do_not_fit_are_refused(run_folder: Path) -> None:
     content = torch.load(file, weights_only=True)
     content["keygrip"]["config"]["model"]["width"] = 9
     torch.save(content, file)
-    with pytest.raises(ValueError, match="do not fit its model: .*size mismatch for network"):
+    with pytest.raises(ValueError, match=r"do not fit its model: .*size mismatch for network"):
         load_module(file)
 
 

@@ -1,0 +1,67 @@
+"""Several processes with the same global batch train the same weights as one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from keygrip.training.checkpoints import read_checkpoint
+
+CONF = str(Path(__file__).parents[1] / "support" / "conf")
+TOY = [
+    *("--config-dir", CONF, "model=toy", "data=toy", "logger=none", "max_steps=13", "val_every_n_steps=4"),
+    *("model.dropout=0", "strategy.precision=32-true"),
+]
+FSDP = ("strategy=fsdp", "strategy.accelerator=cpu", "strategy.devices=2")
+
+
+def assert_same_weights(left: Path, right: Path) -> None:
+    one, two = read_checkpoint(left), read_checkpoint(right)
+    assert one["global_step"] == two["global_step"] == 13
+    for name, value in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], value, rtol=0, atol=1e-5)
+        average = one["average"]["parameters"][name]
+        torch.testing.assert_close(two["average"]["parameters"][name], average, rtol=0, atol=1e-5)
+
+
+def test_two_processes_train_the_weights_of_one(command: Callable[..., Any], tmp_path: Path) -> None:
+    """Also: jobs of a sweep that use several devices work as processes of their own, side by side."""
+    launcher = ("hydra/launcher=processes", "hydra.launcher.jobs_at_once=2", "hydra.sweep.dir=sweep")
+    done = command("keygrip.train", "-m", *TOY, *launcher, "strategy=cpu,ddp_cpu")
+    assert done.returncode == 0, done.stderr
+    assert_same_weights(tmp_path / "sweep" / "0", tmp_path / "sweep" / "1")
+    metrics = [json.loads((tmp_path / "sweep" / job / "result.json").read_text())["metrics"] for job in "01"]
+    assert metrics[0]["val/loss"] == pytest.approx(metrics[1]["val/loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_sharded_training_gives_the_weights_of_one_process_and_resumes(
+    command: Callable[..., Any], tmp_path: Path
+) -> None:
+    assert command("keygrip.train", *TOY, "strategy=cpu", "run_dir=one").returncode == 0
+    stop = {"TOY_STOP_AT": "7", "TOY_SIGNAL": "SIGTERM"}
+    done = command("keygrip.train", *TOY, *FSDP, "run_dir=sharded", **stop)
+    assert done.returncode == 143, done.stderr
+    assert "stopped by SIGTERM at step 8: saved" in done.stderr.splitlines()[-1]
+    done = command("keygrip.train", *TOY, *FSDP, "run_dir=sharded", "resume=true")
+    assert done.returncode == 0, done.stderr
+    assert_same_weights(tmp_path / "one", tmp_path / "sharded")
+
+
+@pytest.mark.slow
+def test_torchrun_agrees_on_a_folder_and_resumes_after_a_signal(command: Callable[..., Any], tmp_path: Path) -> None:
+    assert command("keygrip.train", *TOY, "strategy=cpu", "run_dir=one").returncode == 0
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "keygrip.train")
+    ranks = (*TOY, "strategy=ddp", "strategy.accelerator=cpu")
+    stopped = command(*torchrun, *ranks, "callbacks.checkpoint.every_n_steps=3", TOY_STOP_AT="7", TOY_SIGNAL="SIGKILL")
+    assert stopped.returncode != 0
+    (folder,) = (tmp_path / "runs" / "toy_toy").iterdir()
+    assert read_checkpoint(folder)["global_step"] == 6
+    done = command(*torchrun, *ranks, "resume=true")
+    assert done.returncode == 0, done.stderr
+    assert_same_weights(tmp_path / "one", folder)

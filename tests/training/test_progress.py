@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from keygrip import train
+from keygrip.config import compose
+from keygrip.training.progress import LearningRate, Throughput
+
+
+def test_waiting_for_data_is_measured(toy_overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    import toy_parts
+
+    quick = toy_parts.ToyLoader.__iter__
+
+    def slow(self: toy_parts.ToyLoader) -> Iterator[dict[str, Tensor]]:
+        for batch in quick(self):
+            if self.shuffled:
+                time.sleep(0.05)
+            yield batch
+
+    monkeypatch.setattr(toy_parts.ToyLoader, "__iter__", slow)
+    limits = ("limit_val_batches=0", "callbacks.throughput.every_n_steps=3", "callbacks.throughput.skip_batches=2")
+    metrics = train.run(compose("train", toy_overrides("run", *limits)))
+    assert metrics["data_wait_share"] > 0.5
+    assert 0 < metrics["samples_per_s"] < 8 / 0.05
+
+
+def test_figures_reach_the_loggers(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train.run(compose("train", [*toy_overrides("run"), "logger=tensorboard", "callbacks.throughput.every_n_steps=2"]))
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    assert {"train/loss", "val/loss", "speed/samples_per_s", "speed/data_wait_share", "lr/rest"} <= set(
+        board.Tags()["scalars"]
+    )
+    assert [event.step for event in board.Scalars("lr/rest")] == list(range(13))
+    assert board.Scalars("lr/rest")[1].value == pytest.approx(1e-3)
+
+
+def test_lines_instead_of_a_bar_where_there_is_no_terminal(
+    toy_overrides: Callable[..., list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        train.run(compose("train", toy_overrides("run", "callbacks.progress.line_every_s=0")))
+    lines = [record.message for record in caplog.records if record.message.startswith("step ")]
+    assert len(lines) == 13
+    assert lines[4].startswith("step 5/13, ")
+    assert "loss=" in lines[4]
+
+
+def test_intervals_must_be_positive() -> None:
+    for callback in (Throughput, LearningRate):
+        with pytest.raises(ValueError, match="every_n_steps"):
+            callback(every_n_steps=0)
+
+
+def test_a_batch_is_as_large_as_its_first_tensor() -> None:
+    from keygrip.training.progress import _size
+
+    batch = torch.zeros(6, 2)
+    assert _size(batch) == _size({"names": ["a"], "x": batch}) == _size([batch]) == 6

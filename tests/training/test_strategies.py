@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from keygrip.training import strategies
+from keygrip.training.reduction import global_mean
+from keygrip.training.sharding import local, local_like, reshard
+from keygrip.training.strategies import Strategy
+
+
+@pytest.fixture(autouse=True)
+def no_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "LOCAL_WORLD_SIZE",
+        "WORLD_SIZE",
+        "SLURM_NTASKS",
+        "SLURM_NTASKS_PER_NODE",
+        "SLURM_PROCID",
+        "LOCAL_RANK",
+    ):
+        monkeypatch.delenv(name, raising=False)
+
+
+def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int, bf16: bool = True) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a card")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+
+
+@pytest.mark.parametrize(("bf16", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_auto_takes_the_cpu_where_there_is_no_gpu(bf16: bool, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 0)
+    monkeypatch.setattr(strategies, "cpu_has_bf16", lambda: bf16)
+    arguments = Strategy().trainer_arguments()
+    assert (arguments["accelerator"], arguments["devices"], arguments["precision"]) == ("cpu", 1, precision)
+    assert arguments["use_distributed_sampler"] is False
+
+
+@pytest.mark.parametrize(("bf16", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_auto_takes_one_gpu_where_there_are_some(bf16: bool, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 4, bf16)
+    arguments = Strategy().trainer_arguments()
+    assert (arguments["accelerator"], arguments["devices"], arguments["precision"]) == ("cuda", 1, precision)
+    assert Strategy(accelerator="cpu").trainer_arguments()["accelerator"] == "cpu"
+
+
+def test_ddp_takes_all_gpus_or_what_the_scheduler_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 4)
+    ddp = Strategy(accelerator="gpu", devices="auto", num_nodes="auto", kind="ddp", precision="bf16-mixed")
+    assert ddp.processes == 4
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    arguments = ddp.trainer_arguments()
+    assert (arguments["devices"], arguments["num_nodes"], ddp.processes) == (2, 3, 6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
+    with pytest.raises(ValueError, match="devices=6 but this machine has 4 GPUs"):
+        ddp.trainer_arguments()
+
+
+def test_slurm_says_how_many_tasks_and_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 8)
+    for name, value in (("SLURM_NTASKS", "16"), ("SLURM_NTASKS_PER_NODE", "8"), ("SLURM_JOB_NUM_NODES", "2")):
+        monkeypatch.setenv(name, value)
+    assert Strategy(accelerator="gpu", devices="auto", num_nodes="auto", kind="ddp").processes == 16
+
+
+def test_combinations_that_cannot_work_are_refused() -> None:
+    with pytest.raises(ValueError, match="computes on one device"):
+        Strategy(kind="single", devices=2)
+    with pytest.raises(ValueError, match="accelerator='tpu'"):
+        Strategy(accelerator="tpu")  # type: ignore[arg-type]
+
+
+def test_the_cpus_own_description_decides_about_bf16(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pathlib import Path
+
+    for text, expected in (
+        ("processor: 0\nflags\t\t: fpu avx512f avx512_bf16\n", True),
+        ("flags\t\t: fpu avx2\n", False),
+        ("Features\t: fp asimd bf16\n", True),
+        ("", False),
+    ):
+        monkeypatch.setattr(Path, "read_text", lambda self, text=text, **_: text)
+        assert strategies.cpu_has_bf16() is expected
+
+
+def test_autocast_to_bf16_trains_on_this_cpu() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 1))
+    x = torch.randn(64, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = (network(x).float() ** 2).mean()
+    loss.backward()
+    reference = (network(x) ** 2).mean()
+    torch.testing.assert_close(loss, reference, rtol=0.02, atol=1e-3)
+    assert network[0].weight.grad is not None
+    assert network[0].weight.grad.dtype == torch.float32
+
+
+def test_global_mean_in_one_process_is_the_mean() -> None:
+    values = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    mask = torch.tensor([1.0, 0.0, 1.0])
+    mean = global_mean((values * mask).sum(), mask.sum())
+    assert mean.item() == 2.0
+    mean.backward()
+    assert values.grad is not None
+    assert values.grad.tolist() == [0.5, 0.0, 0.5]
+
+
+def test_global_mean_of_nothing_is_zero_with_zero_gradient() -> None:
+    values = torch.tensor([1.0], requires_grad=True)
+    mean = global_mean((values * 0).sum(), torch.tensor(0.0))
+    mean.backward()
+    assert mean.item() == 0.0
+    assert values.grad is not None
+    assert values.grad.item() == 0.0
+
+
+def test_tensors_that_are_not_sharded_stay_as_they_are() -> None:
+    tensor = torch.arange(3.0)
+    assert local(tensor) is tensor
+    copy = local_like(tensor, tensor)
+    assert torch.equal(copy, tensor)
+    assert copy.data_ptr() != tensor.data_ptr()
+    reshard(nn.Linear(1, 1))

@@ -1,0 +1,122 @@
+"""Every job of a sweep shows in its table, failed and missing ones as such."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from keygrip.training.sweeps import PLAN, collect, finish_sweep, markdown, table, write_result
+
+TOY = [
+    "--config-dir",
+    str(Path(__file__).parents[1] / "support" / "conf"),
+    *("-m", "model=toy", "data=toy", "strategy=cpu", "logger=none", "max_steps=3", "val_every_n_steps=2"),
+    "hydra.sweep.dir=sweep",
+]
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "summary.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_serial_sweep_goes_on_after_a_failed_job_and_says_so(cli: Callable[..., Any]) -> None:
+    outcome = cli(*TOY, "optimizer.lr=0.01,-1,0.1")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err.splitlines()[-1].startswith("keygrip: 1 of 3 jobs of the sweep did not finish: 1 (failed); see")
+    rows = rows_of(Path("sweep"))
+    assert [(row["job"], row["status"], row["optimizer.lr"]) for row in rows] == [
+        ("0", "finished", "0.01"),
+        ("1", "failed", "-1"),
+        ("2", "finished", "0.1"),
+    ]
+    assert "model" not in rows[0]  # the same for all jobs: not a column
+    results = [json.loads(Path(f"sweep/{job}/result.json").read_text()) for job in range(3)]
+    for job in (0, 2):
+        assert float(rows[job]["val/loss"]) == pytest.approx(results[job]["metrics"]["val/loss"], rel=1e-4)
+    assert rows[1]["val/loss"] == ""
+    assert "optimizer.lr=-1: must be above 0" in rows[1]["error"]
+    assert rows[1]["error"] in Path("sweep/summary.md").read_text()
+    board = EventAccumulator("sweep/tensorboard/job_2")
+    board.Reload()
+    assert board.Scalars("val/loss")[0].value == pytest.approx(results[2]["metrics"]["val/loss"])
+    assert any("hparams" in tag for tag in board.summary_metadata)
+
+
+def test_a_sweep_resumes_what_did_not_finish(cli: Callable[..., Any]) -> None:
+    jobs = (*TOY, "optimizer.lr=0.01,0.1", "max_steps=6", "callbacks.checkpoint.every_n_steps=2")
+    assert cli(*jobs).code == 0
+    first = Path("sweep/0/result.json").stat().st_mtime_ns
+    # The second job is put back to where a kill would have left it.
+    result = json.loads(Path("sweep/1/result.json").read_text())
+    write_result(Path("sweep/1"), {**result, "status": "running", "metrics": {}})
+    assert [row["status"] for row in collect(Path("sweep"))] == ["finished", "killed"]
+    assert cli(*jobs, "resume=true").code == 0
+    assert Path("sweep/0/result.json").stat().st_mtime_ns == first
+    assert [row["status"] for row in rows_of(Path("sweep"))] == ["finished", "finished"]
+
+
+def test_several_devices_in_one_process_are_refused(cli: Callable[..., Any]) -> None:
+    outcome = cli(*TOY, "strategy=ddp_cpu", "optimizer.lr=0.01,0.1")
+    assert outcome.code == 1
+    assert "must be a process of its own: add hydra/launcher=processes" in rows_of(Path("sweep"))[0]["error"]
+
+
+def test_jobs_without_a_result_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / PLAN).write_text(json.dumps({"jobs": [["seed=1"], ["seed=2"], ["seed=3"]]}))
+    finished = {"status": "finished", "overrides": ["seed=1"], "metrics": {"success": 0.5}, "wall_s": 3.0}
+    write_result(tmp_path / "0", finished)
+    write_result(tmp_path / "2", {"status": "running", "overrides": ["seed=3"], "metrics": {}})
+    rows = finish_sweep(tmp_path)
+    assert [row["status"] for row in rows] == ["finished", "missing", "killed"]
+    assert "1 of 3 jobs finished" in capsys.readouterr().err
+    from keygrip.training.sweeps import close_sweeps
+
+    assert close_sweeps() == [f"2 of 3 jobs of the sweep did not finish: 1 (missing), 2 (killed); see {tmp_path}"]
+
+
+def test_table_is_aligned_markdown() -> None:
+    rows = [
+        {
+            "job": 0,
+            "status": "finished",
+            "overrides": {"a": "1", "b": "x"},
+            "metrics": {"m": 0.123456789},
+            "wall_s": 1.0,
+            "error": "",
+        },
+        {
+            "job": 1,
+            "status": "failed",
+            "overrides": {"a": "2", "b": "x"},
+            "metrics": {},
+            "wall_s": None,
+            "error": "it | broke",
+        },
+    ]
+    header, lines = table(rows)
+    assert header == ["job", "status", "a", "m", "wall_s", "error"]
+    assert lines[0] == [0, "finished", "1", 0.12346, 1.0, ""]
+    drawn = markdown(header, lines).splitlines()
+    assert len({len(line) for line in drawn}) == 1
+    assert "it / broke" in drawn[3]
+
+
+def test_joblib_runs_jobs_side_by_side(command: Callable[..., Any], tmp_path: Path) -> None:
+    done = command("keygrip.train", *TOY, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "optimizer.lr=0.01,-1")
+    assert done.returncode == 1, done.stderr
+    assert [row["status"] for row in rows_of(tmp_path / "sweep")] == ["finished", "failed"]
+
+
+@pytest.mark.slow
+def test_submitit_runs_jobs(command: Callable[..., Any], tmp_path: Path) -> None:
+    done = command("keygrip.train", *TOY[:-1], "hydra/launcher=submitit_local", "optimizer.lr=0.01,-1")
+    assert done.returncode == 1, done.stderr
+    (folder,) = (tmp_path / "runs" / "sweeps" / "toy_toy").iterdir()
+    assert [row["status"] for row in rows_of(folder)] == ["finished", "failed"]
