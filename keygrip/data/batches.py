@@ -1,6 +1,6 @@
 """Typed batches: what a data module hands to a training module.
 
-Legend of shapes: B samples, A arms, T future steps, S image size.
+Legend of shapes: B samples, A arms, T future steps, S image size; of videos with text: V videos, F frames, L tokens.
 """
 
 from __future__ import annotations
@@ -9,13 +9,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
 
+class Movable:
+    """What batches have in common: their tensors move together. Mixed into dataclasses."""
+
+    def _map(self, change: Any) -> Self:
+        values = {part.name: getattr(self, part.name) for part in fields(self)}  # type: ignore[arg-type]
+        return type(self)(**{k: change(v) if isinstance(v, Tensor) else v for k, v in values.items()})
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None, non_blocking: bool = False
+    ) -> Self:
+        """Moved to a device. Only floats change to `dtype` (indices stay integers, masks stay bool)."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=non_blocking)
+
+        return self._map(move)
+
+    def pin_memory(self) -> Self:
+        return self._map(Tensor.pin_memory)
+
+
 @dataclass
-class PolicyBatch:
+class PolicyBatch(Movable):
     """Samples for a policy. Holds metres and quaternions only: the module projects and bins them on its device.
 
     Args:
@@ -47,23 +69,6 @@ class PolicyBatch:
     def __len__(self) -> int:
         return len(self.image)
 
-    def _map(self, change: Any) -> Self:
-        values = {part.name: getattr(self, part.name) for part in fields(self)}
-        return type(self)(**{k: change(v) if isinstance(v, Tensor) else v for k, v in values.items()})
-
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None, non_blocking: bool = False
-    ) -> Self:
-        """Moved to a device. Only floats change to `dtype` (indices stay integers, masks stay bool)."""
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=non_blocking)
-
-        return self._map(move)
-
-    def pin_memory(self) -> Self:
-        return self._map(Tensor.pin_memory)
-
     @classmethod
     def collate(cls, samples: Sequence[Self]) -> Self:
         """Stacks samples, in a loader worker straight into shared memory.
@@ -75,3 +80,103 @@ class PolicyBatch:
             column = [getattr(sample, part.name) for sample in samples]
             values[part.name] = column if part.name == "instruction" else default_collate(column)
         return cls(**values)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation. role: "system", "user" or "assistant"."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Text about a video, which belongs to the first user turn; where its tokens go is the model's affair.
+
+    Args:
+        turns: in order; at least one is the assistant's.
+        kind: what is asked ("caption", "mark", "cue", "glance", "text", ...); every report keeps kinds apart.
+        evidence: the ground truth from which the answer follows, plain JSON values; {} where there is none.
+    """
+
+    turns: tuple[Turn, ...]
+    kind: str
+    evidence: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class VideoTextSample:
+    """A video and the conversations about it, each independent of the others.
+
+    Args:
+        frames: uint8 [F, S, S, 3] RGB; F = 0 for text alone, 1 for an image.
+        conversations: one or more.
+        source: the collection that it is from ("robot_videos", "smoltalk", ...).
+        key: unique in its collection.
+    """
+
+    frames: np.ndarray
+    conversations: tuple[Conversation, ...]
+    source: str
+    key: str
+
+
+@dataclass
+class VideoTextBatch(Movable):
+    """B rows of text about V videos: a row is a conversation, and several rows may share a video.
+
+    Args:
+        frames: uint8 [V, F, 3, S, S] as they come from the disk (see `normalised`); F may be 0.
+        frame_mask: bool [V, F], True for real frames; padding frames (zeros) stand behind them.
+        video_index: int64 [B], the video of each row; 0 <= video_index < V.
+        input_ids: int64 [B, L], without the visual tokens.
+        attention_mask: bool [B, L], True for real tokens.
+        loss_mask: bool [B, L], True where the token is to be predicted.
+        kind, source, key: B strings. texts: the B conversations, for tables and pictures.
+    """
+
+    frames: Tensor
+    frame_mask: Tensor
+    video_index: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    loss_mask: Tensor
+    kind: list[str]
+    source: list[str]
+    key: list[str]
+    texts: list[Conversation]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def normalised(self, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+        """float32 [V, F, 3, S, S] as the backbone wants them; done on the batch's device: bytes travel faster."""
+        scale, shift = (torch.tensor(v, device=self.frames.device).view(3, 1, 1) for v in (std, mean))
+        return (self.frames.float() / 255 - shift) / scale
+
+    @property
+    def text_only_share(self) -> float:
+        """Share of the rows that have no frames."""
+        return float((~self.frame_mask.any(dim=1))[self.video_index].float().mean()) if len(self) else 0.0
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the language model's positions (frames and tokens of all rows) that are padding."""
+        frames, tokens = self.frame_mask[self.video_index], self.attention_mask
+        places = frames.numel() + tokens.numel()
+        return float(1 - (frames.sum() + tokens.sum()) / places) if places else 0.0
+
+
+def stack_frames(samples: Sequence[VideoTextSample]) -> tuple[Tensor, Tensor]:
+    """frames uint8 [V, F, 3, S, S] and frame_mask [V, F] of some samples, padded to the longest."""
+    longest = max(len(sample.frames) for sample in samples)
+    size = next((sample.frames.shape[1] for sample in samples if len(sample.frames)), 0)
+    frames = torch.zeros(len(samples), longest, 3, size, size, dtype=torch.uint8)
+    mask = torch.zeros(len(samples), longest, dtype=torch.bool)
+    for row, sample in enumerate(samples):
+        count = len(sample.frames)
+        if count:
+            frames[row, :count] = torch.from_numpy(np.ascontiguousarray(sample.frames)).permute(0, 3, 1, 2)
+            mask[row, :count] = True
+    return frames, mask
