@@ -1,0 +1,164 @@
+"""Every config composes, fits the code it names, and builds: models configure their optimiser, sweeps list their jobs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from keygrip.config import config_folder, known_keys, nearest, register_resolvers
+from keygrip.training.checkpoints import build_module
+from keygrip.training.sweeps import planned_jobs
+
+CONF = config_folder()
+ROOTS = sorted(path.stem for path in CONF.glob("*.yaml"))
+# What a config leaves to the user; the values stand for any.
+GIVEN = {
+    "experiment=yam_dinov3": ["data.root=folder"],
+    "prepare": ["step=record"],
+}
+
+
+def composed(root: str, overrides: list[str], with_hydra: bool = False) -> DictConfig:
+    import importlib
+
+    importlib.import_module(f"keygrip.{root}")  # registers its schema
+    register_resolvers()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(root, overrides=overrides, return_hydra_config=with_hydra)
+
+
+def groups_of(root: str) -> set[str]:
+    """Groups that the defaults list of a root config names."""
+    defaults = yaml.safe_load((CONF / f"{root}.yaml").read_text()).get("defaults", [])
+    names = {next(iter(entry)) for entry in defaults if isinstance(entry, dict)}
+    return {name.removeprefix("override ").removeprefix("/").partition("@")[0] for name in names}
+
+
+def choices() -> Iterator[Any]:
+    for group in sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra"):
+        for option in sorted(path.stem for path in (CONF / group).glob("*.yaml")):
+            yield pytest.param(group, option, id=f"{group}={option}")
+
+
+def nodes(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every mapping with a ``_target_``, with its place."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield path, node
+        for name, child in node.items():
+            yield from nodes(child, f"{path}.{name}" if path else str(name))
+    elif isinstance(node, list):
+        for number, child in enumerate(node):
+            yield from nodes(child, f"{path}[{number}]")
+
+
+def assert_fits(path: str, node: dict[str, Any]) -> None:
+    """The keys of a config node are parameters of what it builds, and all that are needed are there."""
+    target = get_object(node["_target_"])
+    signature = inspect.signature(target)
+    given = {key: value for key, value in node.items() if not (key.startswith("_") and key.endswith("_"))}
+    if node["_target_"].startswith("keygrip."):
+        kinds = [parameter.kind for parameter in signature.parameters.values()]
+        assert inspect.Parameter.VAR_KEYWORD not in kinds, f"{path}: {node['_target_']} takes **kwargs"
+    if node.get("_partial_"):
+        signature.bind_partial(**given)
+    else:
+        signature.bind(**given)
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_root_config_composes_and_fits_the_code(root: str) -> None:
+    cfg = composed(root, GIVEN.get(root, []))
+    for path, node in nodes(OmegaConf.to_container(cfg, resolve=False)):
+        assert_fits(path, node)
+
+
+@pytest.mark.parametrize(("group", "option"), list(choices()))
+def test_every_option_composes_and_fits_the_code(group: str, option: str) -> None:
+    roots = [root for root in ROOTS if group in groups_of(root)]
+    assert roots, f"no root config names the group {group}"
+    for root in roots:
+        choice = f"{group}={option}"
+        given = [] if group == "step" else GIVEN.get(root, [])
+        cfg = composed(root, [choice, *given, *GIVEN.get(choice, [])])
+        for path, node in nodes(OmegaConf.to_container(cfg, resolve=False)):
+            assert_fits(path, node)
+
+
+@pytest.mark.parametrize("option", sorted(path.stem for path in (CONF / "hydra" / "launcher").glob("*.yaml")))
+def test_every_launcher_composes(option: str) -> None:
+    cfg = composed("train", [f"hydra/launcher={option}"], with_hydra=True)
+    assert_fits(option, OmegaConf.to_container(cfg.hydra.launcher, resolve=False))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", sorted(path.stem for path in (CONF / "sweep").glob("*.yaml")))
+def test_every_job_of_a_sweep_composes(option: str) -> None:
+    cfg = composed("train", [f"sweep={option}"], with_hydra=True)
+    assert str(cfg.hydra.mode) in ("MULTIRUN", "RunMode.MULTIRUN")
+    jobs = planned_jobs(cfg)
+    assert len(jobs) > 1
+    assert len({tuple(sorted(job)) for job in jobs}) == len(jobs)
+    for job in jobs:
+        composed("train", job)
+
+
+def training_options() -> Iterator[Any]:
+    for group in ("model", "backbone", "rotation", "optimizer", "experiment", "ablation"):
+        for path in sorted((CONF / group).glob("*.yaml")):
+            yield pytest.param(f"{group}={path.stem}", id=f"{group}={path.stem}")
+
+
+@pytest.mark.parametrize("choice", list(training_options()))
+def test_every_model_builds_and_configures_its_optimiser(choice: str) -> None:
+    # Large backbones at a depth and size that build in a second; their own tests build them whole.
+    cfg = composed("train", [choice, *GIVEN.get(choice, []), "backbone.weights=random"])
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    with torch.device("meta") if "dinov" in str(cfg.backbone.variant) else torch.device("cpu"):
+        module = build_module(resolved, random_backbone=True)  # type: ignore[arg-type]
+    module._trainer = SimpleNamespace(estimated_stepping_batches=1000)  # type: ignore[assignment]
+    configured: Any = module.configure_optimizers()
+    optimizer = configured["optimizer"]
+    owned = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    trainable = [id(p) for p in module.parameters() if p.requires_grad]
+    assert sorted(owned) == sorted(trainable)
+    assert configured["lr_scheduler"]["interval"] == "step"
+
+
+@pytest.mark.parametrize("option", sorted(path.stem for path in (CONF / "data").glob("*.yaml")))
+def test_every_data_module_builds_without_touching_the_disk(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    instantiate(composed("train", [f"data={option}"]).data, _convert_="all")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", sorted(path.stem for path in (CONF / "callbacks").glob("*.yaml")))
+def test_callbacks_build(option: str, tmp_path: Path) -> None:
+    cfg = composed("train", [f"callbacks={option}", f"run_dir={tmp_path}"])
+    for part in cfg.callbacks.values():
+        instantiate(part, _convert_="all")
+
+
+def test_every_default_has_a_reason_beside_it_or_says_it_with_its_name() -> None:
+    """Config files are explained: each has at least a comment."""
+    bare = [str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml") if "#" not in path.read_text()]
+    assert set(bare) <= {"logger/tensorboard.yaml", "logger/csv.yaml", "hydra/hydra_logging/keygrip.yaml"}
+
+
+def test_nearest_key() -> None:
+    keys = known_keys("train")
+    assert nearest("max_step", keys) == "max_steps"
+    assert nearest("optimiser.lr", keys) == "optimizer.lr"
+    assert nearest("batchsize", keys) == "data.batch_size"
+    assert nearest("zzzzzz", keys) is None
