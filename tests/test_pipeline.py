@@ -1,0 +1,167 @@
+"""The whole way with the real parts, small: record, train, interrupt, resume, evaluate, demo."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from keygrip import demo, evaluate, prepare, train
+from keygrip.config import compose
+from keygrip.training.checkpoints import load_module, read_checkpoint
+from keygrip.volume_query.module import VolumeQueryModule
+
+SMALL = [
+    "backbone.image_size=64", "backbone.width=32", "backbone.depth=1", "backbone.heads=2", "model.network.pred_size=16",
+    "data.record.task.name=reach", "data.record.demos=6", "data.record.image_size=72", "data.record.processes=1",
+    "data.batch_size=8", "data.num_workers=0", "strategy=cpu", "strategy.precision=32-true", "log_every_n_steps=1",
+    "val_every_n_steps=3", "limit_val_batches=1",
+]  # fmt: skip
+
+
+def without_model(overrides: list[str]) -> list[str]:
+    return [override for override in overrides if not override.startswith("model.")]
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"data.record.folder={tmp_path_factory.mktemp('recordings')}"
+
+
+@pytest.fixture(scope="module")
+def trained(recordings: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 steps that has recorded its demonstrations first, with closed loop and pictures."""
+    folder = tmp_path_factory.mktemp("run")
+    loop = "callbacks.closed_loop.closed_loop"
+    extra = [
+        "closed_loop=yam", f"{loop}.episodes=1", f"{loop}.processes=1", f"{loop}.videos=1", "model.vis_every_n_steps=5",
+        "max_steps=6", f"run_dir={folder}",
+    ]  # fmt: skip
+    metrics = train.run(compose("train", [*SMALL, recordings, *extra]))
+    assert {"train/pix_argmax", "val/pix_argmax", "val/rotation_deg_floor"} <= metrics.keys()
+    assert 0 <= metrics["closed_loop/in_distribution/success_rate"] <= 1
+    return folder
+
+
+def test_a_run_leaves_everything_behind(trained: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert {"train/volume", "train/gripper", "train/rotation", "val/position_cm_floor"} <= set(tags["scalars"])
+    assert {"train/prediction_right", "val/prediction_right"} <= set(tags["images"])
+    (film,) = [tag for tag in tags["images"] if tag.startswith("closed_loop/")]
+    assert events.Images(film)[0].encoded_image_string[:4] == b"GIF8"
+    assert len(list((trained / "closed_loop" / "videos").iterdir())) == 1
+    result = json.loads((trained / "result.json").read_text())
+    assert result["status"] == "finished" and result["steps"] == 6
+    assert (trained / "provenance.json").is_file() and (trained / "config.yaml").is_file()
+
+
+def test_the_checkpoint_alone_makes_a_policy(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "only.ckpt").write_bytes((trained / "checkpoints" / "last.ckpt").read_bytes())
+    module = load_module(tmp_path / "only.ckpt", expected=VolumeQueryModule)
+    observation = {
+        "image": np.random.default_rng(0).integers(0, 256, (72, 72, 3), dtype=np.uint8),
+        "intrinsics": np.array([[120.0, 0, 36], [0, 120.0, 36], [0, 0, 1]]),
+        "world_to_camera": np.array([[1.0, 0, 0, -0.3], [0, -1, 0, 0], [0, 0, -1, 1], [0, 0, 0, 1]]),
+        "position": np.array([0.3, 0.0, 0.1]),
+        "quaternion": np.array([0.0, 0.0, 1.0, 0.0]),
+        "gripper": np.array([1.0]),
+    }
+    plan = module.policy().plan(observation)
+    assert plan.position.shape == (1, 8, 3) and np.isfinite(plan.position).all()
+    assert plan.step_seconds == pytest.approx(0.3)
+    np.testing.assert_allclose(np.linalg.norm(plan.quaternion, axis=-1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["volume_query_tuned", "coordinate_regression"])
+def test_interrupted_mid_epoch_the_real_model_resumes_to_the_same_bits(
+    model: str, recordings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = SMALL if model.startswith("volume") else without_model(SMALL)
+    common = [*small, recordings, f"model={model}", "logger=none", "callbacks.checkpoint.every_n_steps=2", "max_steps=6"]
+    train.run(compose("train", [*common, f"run_dir={tmp_path / 'whole'}"]))
+
+    module_class = type(load_module(tmp_path / "whole"))
+    original = module_class.training_step
+
+    def fail_at_step_five(self: Any, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == 5:
+            raise RuntimeError("power cut")
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(module_class, "training_step", fail_at_step_five)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train.run(compose("train", [*common, f"run_dir={tmp_path / 'cut'}"]))
+    monkeypatch.undo()
+    assert read_checkpoint(tmp_path / "cut")["global_step"] == 4
+    train.run(compose("train", [*common, f"run_dir={tmp_path / 'cut'}", "resume=true"]))
+    whole, cut = read_checkpoint(tmp_path / "whole"), read_checkpoint(tmp_path / "cut")
+    for part in (whole["state_dict"], whole["average"]["parameters"]):
+        other = cut["state_dict"] if part is whole["state_dict"] else cut["average"]["parameters"]
+        assert part.keys() == other.keys()
+        for name in part:
+            assert torch.equal(part[name], other[name]), name
+
+
+def test_two_processes_train_the_real_model_to_the_weights_of_one(
+    recordings: str, trained: Path, command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    common = [*SMALL, recordings, "logger=none", "max_steps=4", "callbacks.checkpoint.every_n_steps=4"]
+    train.run(compose("train", [*common, f"run_dir={tmp_path / 'one'}"]))
+    overrides = [override for override in common if not override.startswith("strategy")]
+    done = command("keygrip.train", *overrides, "strategy=ddp_cpu", "strategy.precision=32-true", f"run_dir={tmp_path / 'two'}")
+    assert done.returncode == 0, done.stderr
+    one, two = read_checkpoint(tmp_path / "one"), read_checkpoint(tmp_path / "two")
+    for name, value in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], value, rtol=0, atol=1e-5, msg=name)
+
+
+def test_evaluate_reports_open_and_closed_loop(trained: Path, tmp_path: Path) -> None:
+    overrides = [f"checkpoint={trained}", "suites=[in_distribution,viewpoint]", "episodes=2", "processes=1", "videos=0"]
+    result = evaluate.run(compose("evaluate", [*overrides, f"run_dir={tmp_path}"]))
+    assert result["open_loop"]["pix_argmax"] > 0 and "position_cm_floor" in result["open_loop"]
+    assert set(result["closed_loop"]) == {"in_distribution", "azimuth_10", "azimuth_20", "elevation_10"}
+    assert result["closed_loop"]["azimuth_10"]["episodes"] == 2
+    assert json.loads((tmp_path / "result.json").read_text())["model"] == "VolumeQueryModule"
+    with pytest.raises(ValueError, match="suites are"):
+        evaluate.run(compose("evaluate", [f"checkpoint={trained}", "suites=[moon]", "open_loop=false"]))
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        evaluate.run(compose("evaluate", ["checkpoint=/nowhere"]))
+
+
+def test_demo_leaves_its_result_and_puts_the_last_one_aside(
+    recordings: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop = "callbacks.closed_loop.closed_loop"
+    overrides = [*SMALL, recordings, f"run_dir={tmp_path / 'demo'}", "max_steps=3", f"{loop}.episodes=1", f"{loop}.processes=1"]
+    result = demo.run(compose("demo", [*overrides, f"{loop}.videos=0"]))
+    stored = json.loads((tmp_path / "demo" / "result.json").read_text())
+    assert stored["success_rate"] == result["success_rate"] and stored["episodes"] == 1 and stored["wall_s"] > 0
+    assert "of 1 held-out episodes" in demo.report(result, tmp_path) and "quantisation alone" in demo.report(result, tmp_path)
+    with caplog.at_level(logging.INFO):
+        demo.run(compose("demo", [*overrides, f"{loop}.videos=0"]))
+    assert len([folder for folder in tmp_path.iterdir() if folder.name.startswith("demo_")]) == 1
+
+
+def test_preparation_steps_record_examine_and_fit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = tmp_path / "demos"
+    recorded = prepare.run(
+        compose("prepare", ["step=record", f"root={root}", "demos=3", "task.name=reach", "image_size=64", "processes=1"])
+    )
+    assert recorded["demos"] == 3 and len(list(root.glob("reach_*"))) == 3
+    fitted = prepare.run(compose("prepare", ["step=rotation", f"data.root={root}"]))
+    assert 0 < fitted["right"]["pc1_explained"] <= 1 and Path(fitted["folder"]).is_dir()
+    examined = prepare.run(compose("prepare", ["step=doctor", f"root={root}", f"output={tmp_path / 'doctor'}"]))
+    assert examined["errors"] == 0 and (tmp_path / "doctor" / "contact_sheet_over.png").is_file()
+    imported = prepare.run(compose("prepare", ["step=import", f"source={root}", f"root={tmp_path / 'copy'}"]))
+    assert imported["written"] == 3
