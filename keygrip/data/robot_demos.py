@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -395,6 +396,12 @@ class RobotDemos(LightningDataModule):
         """Records the embedded demonstrations where they are missing and the user named no folder."""
         if self.record is None:
             return
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            # a recorder's worker that runs the caller's script again would wait here for the lock of its own parent
+            raise RuntimeError(
+                "recording starts processes, which import the script that asked for it: put its work under "
+                "if __name__ == '__main__'"
+            )
         self.root.parent.mkdir(parents=True, exist_ok=True)
         lock = self.root.parent / f".{self.root.name}.lock"
         with lock.open("w") as handle:

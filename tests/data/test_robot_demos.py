@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -422,6 +423,15 @@ def test_missing_demonstrations_are_recorded_once_and_said(
     module = robot_demos(None, record=recording(tmp_path / "data", demos=2))
     module.prepare_data()
     assert len(ready(module).demos) == 2  # the first two of five
+
+
+def test_a_recorders_worker_does_not_wait_for_its_own_parent(
+    tmp_path: Path, robot_demos: Make, recorder: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(RuntimeError, match="put its work under if __name__"):
+        robot_demos(None, record=recording(tmp_path)).prepare_data()
+    assert recorder == []
 
 
 def test_other_options_lie_in_another_folder(tmp_path: Path) -> None:
