@@ -72,7 +72,9 @@ def run(cfg: DictConfig) -> dict[str, float]:
     if hasattr(module, "set_statistics"):
         datamodule.prepare_data()
         datamodule.setup("fit")
-        module.set_statistics(datamodule.statistics)  # type: ignore[operator]
+        report = module.set_statistics(datamodule.statistics)  # type: ignore[operator]
+        for name, value in (report or {}).items():
+            log.info("  %-28s %.4g", name, value)
     callbacks: list[Callback] = [RandomnessByStep(cfg.seed), Header(resolved, origin), *_parts(cfg.callbacks)]
     trainer = lightning.Trainer(
         **arguments,
@@ -93,6 +95,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         enable_model_summary=False,
         enable_checkpointing=True,
     )
+    _advise(cfg)
     _announce(cfg, module, trainer, resume, resumed_step)
     trainer.fit(module, datamodule=datamodule, ckpt_path=None if resume is None else str(resume), weights_only=True)
 
@@ -199,6 +202,17 @@ def _write_start(folder: Path, cfg: DictConfig, origin: dict[str, Any], resumed:
     (folder / f"config{suffix}.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
     (folder / f"provenance{suffix}.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
     write_result(folder, {"status": "running", "overrides": _overrides(), "metrics": {}, "run_dir": str(folder)})
+
+
+def _advise(cfg: DictConfig) -> None:
+    """Says where the small default backbone, made for simulated demonstrations, meets a real robot's."""
+    own_data = cfg.data.get("root") is not None
+    if own_data and cfg.backbone is not None and cfg.backbone.get("variant") == "tiny" and cfg.model.get("rotation") is not None:
+        log.warning(
+            "backbone=tiny starts from random weights at %d px: enough for the simulator, poor on a real robot's pictures; the recipe for those "
+            "is experiment=yam_dinov3 (DINOv3 ViT-S/16+, 448 px, pretrained)",
+            cfg.backbone.image_size,
+        )
 
 
 def _announce(cfg: DictConfig, module: LightningModule, trainer: Trainer, resume: Path | None, step: int) -> None:
