@@ -1,7 +1,7 @@
 """From plans to commands: receding horizon and temporal ensembling, for every policy of keygrip.
 
-A policy looks at one observation and gives a :class:`Plan`, a few future poses some tenths of a second apart. A controller
-decides when to plan again and turns the plan into one command for each control period.
+A policy looks at one observation and gives a :class:`Plan`, a few future poses some tenths of a second apart. A
+controller decides when to plan again and turns the plan into one command for each control period.
 
 Shape legend: A arms, T planned steps.
 """
@@ -16,9 +16,9 @@ import numpy as np
 from scipy.spatial.transform import Rotation, Slerp
 
 Observation = Mapping[str, Any]
-"""What the environment (or a robot's driver) gives: ``image`` [H, W, 3] uint8, ``intrinsics`` [3, 3], ``world_to_camera``
-[4, 4], ``position`` [A, 3] metres, ``quaternion`` [A, 4] wxyz, ``gripper`` [A] 0 closed .. 1 open; with one arm the A axis
-may be left out."""
+"""What the environment (or a robot's driver) gives: ``image`` [H, W, 3] uint8, ``intrinsics`` [3, 3],
+``world_to_camera`` [4, 4], ``position`` [A, 3] metres, ``quaternion`` [A, 4] wxyz, ``gripper`` [A] 0 closed .. 1 open;
+with one arm the A axis may be left out."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Plan:
     """Future poses of the gripper(s).
 
     Attributes:
-        position: ``[A, T, 3]`` metres, world frame. quaternion: ``[A, T, 4]`` wxyz. gripper: ``[A, T]`` 0 closed .. 1 open.
+        position: ``[A, T, 3]`` metres, world frame. quaternion: ``[A, T, 4]`` wxyz. gripper: ``[A, T]`` 0 closed .. 1
+            open.
         step_seconds: time between steps; step 1 is that far in the future.
         uncertainty: ``[A, T]`` 0 certain .. 1, or None where the policy has none.
     """
@@ -58,14 +59,15 @@ class RecedingHorizon:
         policy: gives the plans.
         control_hz: commands a second.
         execute_steps: steps executed before the next plan.
-        still_distance_m: a plan whose executed part moves less than this is followed further (up to its last step but one):
-            where a demonstration pauses, e.g. while the gripper closes, a short look ahead never gets past the pause. 0 switches
-            this off.
+        still_distance_m: a plan whose executed part moves less than this is followed further (up to its last step but
+            one): where a demonstration pauses, e.g. while the gripper closes, a short look ahead never gets past the
+            pause. 0 switches this off.
         ensemble: average each step with the poses that earlier plans predicted for the same time, weighted by
-            ``exp(-ensemble_decay * age in plans)`` (Zhao et al., "Learning Fine-Grained Bimanual Manipulation with Low-Cost Hardware",
-            2023). Needs ``execute_steps`` shorter than the plan to have any effect.
-        grip_below, release_above: the gripper is commanded shut below the one and open above the other, and keeps its state between:
-            a half-open command does not hold an object. Equal None: the predicted opening is sent as it is.
+            ``exp(-ensemble_decay * age in plans)`` (Zhao et al., "Learning Fine-Grained Bimanual Manipulation with
+            Low-Cost Hardware", 2023). Needs ``execute_steps`` shorter than the plan to have any effect.
+        grip_below, release_above: the gripper is commanded shut below the one and open above the other, and keeps its
+            state between: a half-open command does not hold an object. Equal None: the predicted opening is sent as it
+                is.
     """
 
     policy: Policy
@@ -110,7 +112,9 @@ class RecedingHorizon:
         self.plans += 1
         self.last_plan = plan
         self._history.append((self._time, plan))
-        self._history = [(start, old) for start, old in self._history if start + old.gripper.shape[1] * old.step_seconds > self._time]
+        self._history = [
+            (start, old) for start, old in self._history if start + old.gripper.shape[1] * old.step_seconds > self._time
+        ]
         if self._commanded is None:
             self._commanded = np.concatenate(
                 [
@@ -164,7 +168,9 @@ class RecedingHorizon:
         nearest = [p.quaternion[:, a if s < 0.5 else b] for p, a, b, s in poses]
         quaternion = np.stack(
             [
-                Rotation.from_quat(np.stack([q[arm] for q in nearest]), scalar_first=True).mean(weight).as_quat(scalar_first=True)
+                Rotation.from_quat(np.stack([q[arm] for q in nearest]), scalar_first=True)
+                .mean(weight)
+                .as_quat(scalar_first=True)
                 for arm in range(plan.position.shape[0])
             ]
         )

@@ -1,7 +1,8 @@
 """``make demo``: from nothing to a robot policy that works, with figures and videos at the end.
 
-Records demonstrations of the simulated arm, trains the volume-query policy on them, drives the arm over held-out seeds, and says what
-came out. An interrupted demo goes on where it was. Overrides are those of ``keygrip.train``, e.g. ``data.record.task.name=pick``.
+Records demonstrations of the simulated arm, trains the volume-query policy on them, drives the arm over held-out
+seeds, and says what came out. An interrupted demo goes on where it was. Overrides are those of ``keygrip.train``, e.g.
+``data.record.task.name=pick``.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ log = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Trains and evaluates as ``cfg`` says; writes ``result.json`` with success, errors and times into the run folder."""
-    from keygrip import train
-
+    """Trains and evaluates as ``cfg`` says; writes ``result.json`` with success, errors and times into the run
+    folder."""
     from keygrip import train
     from keygrip.training.sweeps import write_result
 
@@ -81,8 +81,8 @@ def report(result: dict[str, Any], folder: Path) -> str:
 
     return (
         f"\n{result['task']}: {result['success_rate']:.0%} of {result['episodes']} held-out episodes succeeded "
-        f"(95 % interval {result['success_low']:.0%} to {result['success_high']:.0%}), after {result['demos']} demonstrations and "
-        f"{result['wall_s'] / 60:.1f} minutes.\n"
+        f"(95 % interval {result['success_low']:.0%} to {result['success_high']:.0%}), after {result['demos']} "
+        f"demonstrations and {result['wall_s'] / 60:.1f} minutes.\n"
         "Errors on held-out demonstrations, mean over the next 2.4 s:\n"
         + against_floor("pixel", "pix_argmax", "px")
         + against_floor("height", "height_m", "mm", 1000)

@@ -1,7 +1,7 @@
 """Evaluates a checkpoint: ``python -m keygrip.evaluate checkpoint=RUN_FOLDER``.
 
-Prints one line of JSON last on standard output: open-loop errors on the validation demonstrations and closed-loop success in the
-simulator, each under a name that holds its unit.
+Prints one line of JSON last on standard output: open-loop errors on the validation demonstrations and closed-loop
+success in the simulator, each under a name that holds its unit.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def evaluation_output(checkpoint: str | Path, run_dir: str | None) -> Path:
-    """The folder for an evaluation's files: ``run_dir`` if given, else ``evaluation`` in the checkpoint's run folder."""
+    """The folder for an evaluation's files: ``run_dir`` if given, else ``evaluation`` in the checkpoint's run
+    folder."""
     if run_dir is not None:
         return Path(run_dir)
     path = Path(checkpoint)
@@ -127,11 +128,14 @@ def closed_loop(
     from keygrip.evaluation.closed_loop import ClosedLoop, ControlOptions, changed, summarise
 
     if not hasattr(module, "policy"):
-        raise ValueError(f"{checkpoint} holds a {type(module).__name__}, which drives no robot: give closed_loop=false.")
+        raise ValueError(
+            f"{checkpoint} holds a {type(module).__name__}, which drives no robot: give closed_loop=false."
+        )
     record = config.data.get("record")
     if record is None or config.data.get("root") is not None:
         raise ValueError(
-            "this run was trained on recorded folders that the simulator knows nothing of: give closed_loop=false, or evaluate on the robot"
+            "this run was trained on recorded folders that the simulator knows nothing of: give "
+            "closed_loop=false, or evaluate on the robot"
         )
     unknown = [suite for suite in cfg.suites if suite not in cfg.conditions]
     if unknown:

@@ -62,7 +62,8 @@ def examine(
     height_bins: int,
     pred_size: int,
 ) -> dict[str, Any]:
-    """Let the geometry doctor look at a folder; says every finding and what to do, returns counts and where the pictures are."""
+    """Let the geometry doctor look at a folder; says every finding and what to do, returns counts and where the
+    pictures are."""
     from keygrip.data.doctor import doctor
 
     folder = Path(output) if output is not None else Path("runs/doctor") / Path(root).resolve().name
@@ -97,6 +98,8 @@ def fit_rotation(data: RobotDemos, rotation: RotationCodec) -> dict[str, Any]:
     data.setup("fit")
     statistics = data.statistics
     return {
-        arm: fit_or_load(copy.deepcopy(rotation), torch.from_numpy(values), statistics.cache_dir, statistics.fingerprint)
+        arm: fit_or_load(
+            copy.deepcopy(rotation), torch.from_numpy(values), statistics.cache_dir, statistics.fingerprint
+        )
         for arm, values in statistics.quaternions.items()
     } | {"folder": str(statistics.cache_dir)}

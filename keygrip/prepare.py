@@ -1,4 +1,5 @@
-"""Prepares data: ``python -m keygrip.prepare step=record|import|doctor|rotation ...``; prints its counts as one line of JSON."""
+"""Prepares data: ``python -m keygrip.prepare step=record|import|doctor|rotation ...``; prints its counts as one line
+of JSON."""
 
 from __future__ import annotations
 

@@ -207,9 +207,15 @@ def _write_start(folder: Path, cfg: DictConfig, origin: dict[str, Any], resumed:
 def _advise(cfg: DictConfig) -> None:
     """Says where the small default backbone, made for simulated demonstrations, meets a real robot's."""
     own_data = cfg.data.get("root") is not None
-    if own_data and cfg.backbone is not None and cfg.backbone.get("variant") == "tiny" and cfg.model.get("rotation") is not None:
+    if (
+        own_data
+        and cfg.backbone is not None
+        and cfg.backbone.get("variant") == "tiny"
+        and cfg.model.get("rotation") is not None
+    ):
         log.warning(
-            "backbone=tiny starts from random weights at %d px: enough for the simulator, poor on a real robot's pictures; the recipe for those "
+            "backbone=tiny starts from random weights at %d px: enough for the simulator, poor on a real "
+            "robot's pictures; the recipe for those "
             "is experiment=yam_dinov3 (DINOv3 ViT-S/16+, 448 px, pretrained)",
             cfg.backbone.image_size,
         )
@@ -231,7 +237,8 @@ def _announce(cfg: DictConfig, module: LightningModule, trainer: Trainer, resume
 
 
 def _headline(trainer: Trainer, module: LightningModule) -> dict[str, float]:
-    """The module's ``headline_metrics`` (names) where it has them, else every metric; closed-loop success; the speed."""
+    """The module's ``headline_metrics`` (names) where it has them, else every metric; closed-loop success; the
+    speed."""
     from keygrip.training.progress import Throughput
 
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -46,12 +46,16 @@ def test_executes_the_first_steps_then_plans_again() -> None:
 
 def test_follows_a_pause_further_than_asked() -> None:
     moving_late = Plan(
-        np.array([[[0.0, 0, 0], [0.0, 0, 0], [0.05, 0, 0], [0.1, 0, 0]]]), np.tile(DOWN, (1, 4, 1)), np.zeros((1, 4)), 0.3
+        np.array([[[0.0, 0, 0], [0.0, 0, 0], [0.05, 0, 0], [0.1, 0, 0]]]),
+        np.tile(DOWN, (1, 4, 1)),
+        np.zeros((1, 4)),
+        0.3,
     )
     patient, hasty = Scripted(moving_late), Scripted(moving_late)
     drive(RecedingHorizon(patient, control_hz=10, execute_steps=1, still_distance_m=0.015), 9)
     drive(RecedingHorizon(hasty, control_hz=10, execute_steps=1, still_distance_m=0.0), 9)
-    assert patient.calls == 1 and hasty.calls == 3
+    assert patient.calls == 1
+    assert hasty.calls == 3
 
 
 def test_gripper_keeps_its_state_between_the_thresholds() -> None:
@@ -65,7 +69,9 @@ def test_gripper_keeps_its_state_between_the_thresholds() -> None:
 
 def test_ensembling_averages_poses_planned_for_the_same_moment() -> None:
     first, second = line(0.0, 0.1, steps=4), line(0.5, 0.1, steps=4)
-    controller = RecedingHorizon(Scripted(first, second), control_hz=10, execute_steps=1, ensemble=True, ensemble_decay=0.5)
+    controller = RecedingHorizon(
+        Scripted(first, second), control_hz=10, execute_steps=1, ensemble=True, ensemble_decay=0.5
+    )
     commands = drive(controller, 6)
     old, new = 0.2, 0.6  # both speak of 0.6 s after the start
     weight = np.exp(-0.5)

@@ -62,8 +62,10 @@ def test_a_run_leaves_everything_behind(trained: Path) -> None:
     assert events.Images(film)[0].encoded_image_string[:4] == b"GIF8"
     assert len(list((trained / "closed_loop" / "videos").iterdir())) == 1
     result = json.loads((trained / "result.json").read_text())
-    assert result["status"] == "finished" and result["steps"] == 6
-    assert (trained / "provenance.json").is_file() and (trained / "config.yaml").is_file()
+    assert result["status"] == "finished"
+    assert result["steps"] == 6
+    assert (trained / "provenance.json").is_file()
+    assert (trained / "config.yaml").is_file()
 
 
 def test_the_checkpoint_alone_makes_a_policy(trained: Path, tmp_path: Path) -> None:
@@ -78,7 +80,8 @@ def test_the_checkpoint_alone_makes_a_policy(trained: Path, tmp_path: Path) -> N
         "gripper": np.array([1.0]),
     }
     plan = module.policy().plan(observation)
-    assert plan.position.shape == (1, 8, 3) and np.isfinite(plan.position).all()
+    assert plan.position.shape == (1, 8, 3)
+    assert np.isfinite(plan.position).all()
     assert plan.step_seconds == pytest.approx(0.3)
     np.testing.assert_allclose(np.linalg.norm(plan.quaternion, axis=-1), 1, atol=1e-5)
 
@@ -88,7 +91,14 @@ def test_interrupted_mid_epoch_the_real_model_resumes_to_the_same_bits(
     model: str, recordings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = SMALL if model.startswith("volume") else without_model(SMALL)
-    common = [*small, recordings, f"model={model}", "logger=none", "callbacks.checkpoint.every_n_steps=2", "max_steps=6"]
+    common = [
+        *small,
+        recordings,
+        f"model={model}",
+        "logger=none",
+        "callbacks.checkpoint.every_n_steps=2",
+        "max_steps=6",
+    ]
     train.run(compose("train", [*common, f"run_dir={tmp_path / 'whole'}"]))
 
     module_class = type(load_module(tmp_path / "whole"))
@@ -119,7 +129,9 @@ def test_two_processes_train_the_real_model_to_the_weights_of_one(
     common = [*SMALL, recordings, "logger=none", "max_steps=4", "callbacks.checkpoint.every_n_steps=4"]
     train.run(compose("train", [*common, f"run_dir={tmp_path / 'one'}"]))
     overrides = [override for override in common if not override.startswith("strategy")]
-    done = command("keygrip.train", *overrides, "strategy=ddp_cpu", "strategy.precision=32-true", f"run_dir={tmp_path / 'two'}")
+    done = command(
+        "keygrip.train", *overrides, "strategy=ddp_cpu", "strategy.precision=32-true", f"run_dir={tmp_path / 'two'}"
+    )
     assert done.returncode == 0, done.stderr
     one, two = read_checkpoint(tmp_path / "one"), read_checkpoint(tmp_path / "two")
     for name, value in one["state_dict"].items():
@@ -129,7 +141,8 @@ def test_two_processes_train_the_real_model_to_the_weights_of_one(
 def test_evaluate_reports_open_and_closed_loop(trained: Path, tmp_path: Path) -> None:
     overrides = [f"checkpoint={trained}", "suites=[in_distribution,viewpoint]", "episodes=2", "processes=1", "videos=0"]
     result = evaluate.run(compose("evaluate", [*overrides, f"run_dir={tmp_path}"]))
-    assert result["open_loop"]["pix_argmax"] > 0 and "position_cm_floor" in result["open_loop"]
+    assert result["open_loop"]["pix_argmax"] > 0
+    assert "position_cm_floor" in result["open_loop"]
     assert set(result["closed_loop"]) == {"in_distribution", "azimuth_10", "azimuth_20", "elevation_10"}
     assert result["closed_loop"]["azimuth_10"]["episodes"] == 2
     assert json.loads((tmp_path / "result.json").read_text())["model"] == "VolumeQueryModule"
@@ -143,11 +156,21 @@ def test_demo_leaves_its_result_and_puts_the_last_one_aside(
     recordings: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     loop = "callbacks.closed_loop.closed_loop"
-    overrides = [*SMALL, recordings, f"run_dir={tmp_path / 'demo'}", "max_steps=3", f"{loop}.episodes=1", f"{loop}.processes=1"]
+    overrides = [
+        *SMALL,
+        recordings,
+        f"run_dir={tmp_path / 'demo'}",
+        "max_steps=3",
+        f"{loop}.episodes=1",
+        f"{loop}.processes=1",
+    ]
     result = demo.run(compose("demo", [*overrides, f"{loop}.videos=0"]))
     stored = json.loads((tmp_path / "demo" / "result.json").read_text())
-    assert stored["success_rate"] == result["success_rate"] and stored["episodes"] == 1 and stored["wall_s"] > 0
-    assert "of 1 held-out episodes" in demo.report(result, tmp_path) and "quantisation alone" in demo.report(result, tmp_path)
+    assert stored["success_rate"] == result["success_rate"]
+    assert stored["episodes"] == 1
+    assert stored["wall_s"] > 0
+    assert "of 1 held-out episodes" in demo.report(result, tmp_path)
+    assert "quantisation alone" in demo.report(result, tmp_path)
     with caplog.at_level(logging.INFO):
         demo.run(compose("demo", [*overrides, f"{loop}.videos=0"]))
     assert len([folder for folder in tmp_path.iterdir() if folder.name.startswith("demo_")]) == 1
@@ -156,12 +179,17 @@ def test_demo_leaves_its_result_and_puts_the_last_one_aside(
 def test_preparation_steps_record_examine_and_fit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = tmp_path / "demos"
     recorded = prepare.run(
-        compose("prepare", ["step=record", f"root={root}", "demos=3", "task.name=reach", "image_size=64", "processes=1"])
+        compose(
+            "prepare", ["step=record", f"root={root}", "demos=3", "task.name=reach", "image_size=64", "processes=1"]
+        )
     )
-    assert recorded["demos"] == 3 and len(list(root.glob("reach_*"))) == 3
+    assert recorded["demos"] == 3
+    assert len(list(root.glob("reach_*"))) == 3
     fitted = prepare.run(compose("prepare", ["step=rotation", f"data.root={root}"]))
-    assert 0 < fitted["right"]["pc1_explained"] <= 1 and Path(fitted["folder"]).is_dir()
+    assert 0 < fitted["right"]["pc1_explained"] <= 1
+    assert Path(fitted["folder"]).is_dir()
     examined = prepare.run(compose("prepare", ["step=doctor", f"root={root}", f"output={tmp_path / 'doctor'}"]))
-    assert examined["errors"] == 0 and (tmp_path / "doctor" / "contact_sheet_over.png").is_file()
+    assert examined["errors"] == 0
+    assert (tmp_path / "doctor" / "contact_sheet_over.png").is_file()
     imported = prepare.run(compose("prepare", ["step=import", f"source={root}", f"root={tmp_path / 'copy'}"]))
     assert imported["written"] == 3

@@ -27,7 +27,8 @@ HEADLINE = ("pix_argmax", "gripper_acc", "height_m", "position_cm", "rotation_de
 class CoordinateRegressionModule(LightningModule):
     """L1 on normalised positions and rotation columns, cross-entropy on the gripper's opening.
 
-    Steps that project outside the image count too: a regressor can predict them, and leaving them out would be a handicap.
+    Steps that project outside the image count too: a regressor can predict them, and leaving them out would be a
+    handicap.
 
     Args:
         network: the plain network. optimizer: the recipe.
@@ -54,7 +55,8 @@ class CoordinateRegressionModule(LightningModule):
         """Take over the training split's ranges."""
         if statistics.horizon != self.network.horizon:
             raise ValueError(
-                f"The data module gives {statistics.horizon} steps and the network predicts {self.network.horizon}: set "
+                f"The data module gives {statistics.horizon} steps and the network predicts "
+                f"{self.network.horizon}: set "
                 "data.horizon, which both read."
             )
         self.statistics.set(
@@ -97,7 +99,9 @@ class CoordinateRegressionModule(LightningModule):
             "gripper": F.binary_cross_entropy_with_logits(output.gripper, batch.gripper, reduction="none"),
         }
         losses = {name: global_mean(value.sum(), value.numel()) for name, value in per_step.items()}
-        total = sum((self.weights[name] * value for name, value in losses.items()), start=torch.zeros((), device=self.device))
+        total = sum(
+            (self.weights[name] * value for name, value in losses.items()), start=torch.zeros((), device=self.device)
+        )
         return losses | {"total": total}
 
     @torch.no_grad()
@@ -132,7 +136,13 @@ class CoordinateRegressionModule(LightningModule):
     def _log(self, split: str, values: dict[str, Tensor], batch_size: int) -> None:
         for name, value in values.items():
             label = f"{split}/{'loss' if name == 'total' else name}"
-            self.log(label, value.detach(), prog_bar=name in ("total", "position_cm"), batch_size=batch_size, sync_dist=split == "val")
+            self.log(
+                label,
+                value.detach(),
+                prog_bar=name in ("total", "position_cm"),
+                batch_size=batch_size,
+                sync_dist=split == "val",
+            )
 
 
 def orthonormal_quaternion(columns: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
 """CLS and state -> MLP -> poses: no pixel of the output is tied to a pixel of the input.
 
-The loss and the pooled input are those of the regression policies in common use (L1 on normalised poses, as in Zhao et al.,
-"Learning Fine-Grained Bimanual Manipulation with Low-Cost Hardware", 2023), without their generative part.
+The loss and the pooled input are those of the regression policies in common use (L1 on normalised poses, as in Zhao et
+al., "Learning Fine-Grained Bimanual Manipulation with Low-Cost Hardware", 2023), without their generative part.
 
 Shape legend: B batch, A arms, T steps, S image side.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,8 @@ class RegressionOutput:
     """Poses in normalised units.
 
     Attributes:
-        position: ``[B, A, T, 3]``, -1 .. 1 over the training range. rotation: ``[B, A, T, 3, 2]`` two columns of the matrix, not yet
+        position: ``[B, A, T, 3]``, -1 .. 1 over the training range. rotation: ``[B, A, T, 3, 2]`` two columns of the
+            matrix, not yet
         orthonormal. gripper: ``[B, A, T]`` logit of the opening.
     """
 
@@ -55,7 +57,7 @@ class CoordinateRegressionNetwork(nn.Module):
         self.backbone, self.image_size, self.arms, self.horizon = backbone, image_size, tuple(arms), horizon
         sizes = [backbone.embed_dim + len(self.arms) * state_size, *[width] * layers]
         hidden: list[nn.Module] = []
-        for wide_in, wide_out in zip(sizes, sizes[1:], strict=False):
+        for wide_in, wide_out in itertools.pairwise(sizes):
             hidden += [nn.Linear(wide_in, wide_out), nn.LayerNorm(wide_out), nn.GELU()]
         self.trunk = nn.Sequential(*hidden)
         self.head = nn.Linear(width, len(self.arms) * horizon * 10)
@@ -64,7 +66,8 @@ class CoordinateRegressionNetwork(nn.Module):
         """Poses from ``[B, 3, S, S]`` normalised images and ``[B, A, state_size]`` states."""
         if image.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
-                f"The network was built for {self.image_size} x {self.image_size} images, got {image.shape[-1]} x {image.shape[-2]}."
+                f"The network was built for {self.image_size} x {self.image_size} images, got {image.shape[-1]} "
+                f"x {image.shape[-2]}."
             )
         pooled = torch.cat([self.backbone(image).cls, state.flatten(1)], dim=-1)
         poses = self.head(self.trunk(pooled)).unflatten(-1, (len(self.arms), self.horizon, 10)).float()

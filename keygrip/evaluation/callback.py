@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
 
 from keygrip.evaluation.closed_loop import ClosedLoop, ConditionResult, summarise
 
@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 class EvaluateClosedLoop(Callback):
     """Drives the simulated arm with the run's latest checkpoint once training has ended.
 
-    Writes ``closed_loop/result.json`` and videos into the run folder, logs ``closed_loop/<condition>/success_rate`` and shows the
-    videos in TensorBoard.
+    Writes ``closed_loop/result.json`` and videos into the run folder, logs ``closed_loop/<condition>/success_rate``
+    and shows the videos in TensorBoard.
 
     Args:
         closed_loop: what to evaluate. run_dir: the run folder, whose latest checkpoint is used.
@@ -79,14 +79,17 @@ def show_in_tensorboard(
             for episode in result.episodes:
                 if episode.video is not None:
                     frames = read_frames(output / "videos" / episode.video, every=2)
-                    tag = f"closed_loop/{result.name}_{episode.seed}_{'success' if episode.success else episode.failure}"
+                    tag = (
+                        f"closed_loop/{result.name}_{episode.seed}_{'success' if episode.success else episode.failure}"
+                    )
                     add_animation(writer, tag, frames, trainer.global_step, fps=5)
 
 
 def add_animation(writer: SummaryWriter, tag: str, frames: np.ndarray, step: int, fps: float) -> None:
     """Show frames ``[N, H, W, 3]`` uint8 as an animation among TensorBoard's images.
 
-    torch's own ``add_video`` needs moviepy, and prints a line and does nothing where it is missing; a GIF needs nothing.
+    torch's own ``add_video`` needs moviepy, and prints a line and does nothing where it is missing; a GIF needs
+    nothing.
     """
     from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -103,5 +106,7 @@ def read_frames(path: Path, every: int = 1) -> np.ndarray:
     import av
 
     with av.open(str(path)) as container:
-        frames = [frame.to_ndarray(format="rgb24") for i, frame in enumerate(container.decode(video=0)) if i % every == 0]
+        frames = [
+            frame.to_ndarray(format="rgb24") for i, frame in enumerate(container.decode(video=0)) if i % every == 0
+        ]
     return np.stack(frames)

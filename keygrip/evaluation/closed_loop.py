@@ -1,7 +1,7 @@
 """Closed-loop evaluation: a trained policy drives the simulated arm over held-out seeds.
 
-Episodes are spread over processes; each process loads the checkpoint once. An episode depends on (checkpoint, task, seed,
-control) alone, so the number of processes does not change the result.
+Episodes are spread over processes; each process loads the checkpoint once. An episode depends on (checkpoint, task,
+seed, control) alone, so the number of processes does not change the result.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class EpisodeResult:
     """One episode.
 
     Attributes:
-        failure: None on success, else missed, dropped, wrong_place, unreachable, timeout, or policy_error (the policy could not plan).
+        failure: None on success, else missed, dropped, wrong_place, unreachable, timeout, or policy_error (the policy
+            could not plan).
         seconds: simulated time. plans: how often it planned. plan_ms: median time of a plan.
         yaw_error_deg: of the first grip, where there was one. video: file name, where one was made.
     """
@@ -205,7 +206,10 @@ def changed(options: Options, overrides: Mapping[str, Any]) -> Options:
     for name in overrides:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(f"{type(options).__name__} has no option {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else f": {', '.join(known)}."))
+            raise ValueError(
+                f"{type(options).__name__} has no option {name!r}"
+                + (f"; did you mean {nearest[0]!r}?" if nearest else f": {', '.join(known)}.")
+            )
     return replace(options, **overrides)
 
 
@@ -214,7 +218,8 @@ def summarise(results: Sequence[ConditionResult]) -> dict[str, Any]:
     return {result.name: result.summary() for result in results}
 
 
-# -- inside a process ------------------------------------------------------------------------------------------------------
+# -- inside a process
+# ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -233,7 +238,9 @@ class _Worker:
 
         module: Any = load_module(checkpoint)
         if not hasattr(module, "policy"):
-            raise ValueError(f"{checkpoint} holds a {type(module).__name__}, which is no robot policy: it cannot drive the arm.")
+            raise ValueError(
+                f"{checkpoint} holds a {type(module).__name__}, which is no robot policy: it cannot drive the arm."
+            )
         if settings.decoder is not None:
             module.decoder = replace(module.decoder, name=settings.decoder)
         self.policy = module.policy()
@@ -265,7 +272,9 @@ class _Worker:
         while not over:
             try:
                 action = controller.act(observation)
-            except ValueError as error:  # no 3D point for a prediction: the policy has lost the plot, the evaluation has not
+            except (
+                ValueError
+            ) as error:  # no 3D point for a prediction: the policy has lost the plot, the evaluation has not
                 failure, detail = "policy_error", str(error)
                 break
             if film is not None:

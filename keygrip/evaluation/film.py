@@ -16,7 +16,8 @@ PALETTE = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231,
 
 
 class Film:
-    """Writes an H.264 video (or, for a path that ends in .gif, an animation); nothing is left behind if it is not closed.
+    """Writes an H.264 video (or, for a path that ends in .gif, an animation); nothing is left behind if it is not
+    closed.
 
     Args:
         path: the file to write. fps: frames a second.
@@ -37,7 +38,9 @@ class Film:
         suffix = self.path.suffix.lower()
         if suffix == ".gif":
             first, *rest = [Image.fromarray(frame).quantize(128) for frame in self._frames]
-            first.save(temporary, format="GIF", save_all=True, append_images=rest, duration=round(1000 / self.fps), loop=0)
+            first.save(
+                temporary, format="GIF", save_all=True, append_images=rest, duration=round(1000 / self.fps), loop=0
+            )
         else:
             write_video(temporary, np.stack(self._frames), self.fps)
         temporary.replace(self.path)

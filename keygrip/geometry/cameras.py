@@ -1,8 +1,8 @@
 """Pinhole cameras: from metric points to pixels and, with a known height, back again.
 
-Conventions (the same everywhere in keygrip): world frame z up, metres; camera frame OpenCV (x right, y down, z forward);
-``world_to_camera`` is the 4x4 rigid transform into the camera frame; pixels are (x, y) with (0, 0) at the top left *corner*
-of the first pixel, so that the centre of the first pixel is (0.5, 0.5).
+Conventions (the same everywhere in keygrip): world frame z up, metres; camera frame OpenCV (x right, y down, z
+forward); ``world_to_camera`` is the 4x4 rigid transform into the camera frame; pixels are (x, y) with (0, 0) at the
+top left *corner* of the first pixel, so that the centre of the first pixel is (0.5, 0.5).
 
 Shape legend: ``...`` any batch shape (broadcast), Z height bins, P cells along a side of the prediction grid.
 """
@@ -42,7 +42,8 @@ def project(points: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> tupl
 
 
 def inside_image(pixels: Tensor, width: int, height: int) -> Tensor:
-    """Which pixels ``[..., 2]`` lie in an image of ``width`` x ``height``; NaN counts as outside. Returns bool ``[...]``."""
+    """Which pixels ``[..., 2]`` lie in an image of ``width`` x ``height``; NaN counts as outside. Returns bool
+    ``[...]``."""
     x, y = pixels[..., 0], pixels[..., 1]
     return (x >= 0) & (x < width) & (y >= 0) & (y < height)
 
@@ -62,7 +63,8 @@ def pixel_rays(pixels: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> T
 
 
 def _distance_to_plane(origin_z: Tensor, direction_z: Tensor, height: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance along a unit ray to z = height and whether the meeting is well conditioned and in front of the camera."""
+    """Distance along a unit ray to z = height and whether the meeting is well conditioned and in front of the
+    camera."""
     distance = (height - origin_z) / direction_z
     return distance, (direction_z.abs() >= MIN_VERTICAL_SLOPE) & (distance > 0)
 
@@ -88,9 +90,9 @@ def recover_3d(
     if strict and not bool(usable.all()):
         bad = (~usable).nonzero()[0].tolist()
         raise ParallelRayError(
-            f"{int((~usable).sum())} of {usable.numel()} viewing rays do not meet their height plane in front of the camera "
-            f"(first at index {bad}): the pixel looks along or away from the plane. Check world_to_camera, or aim the camera "
-            "further down."
+            f"{int((~usable).sum())} of {usable.numel()} viewing rays do not meet their height plane in front of the "
+            f"camera (first at index {bad}): the pixel looks along or away from the plane. Check world_to_camera, or aim "
+            "the camera further down."
         )
     points = origin + directions * distance[..., None]
     return torch.where(usable[..., None], points, torch.nan)
@@ -117,7 +119,9 @@ def world_xyz_table(
         ``[B, Z, P, P, 3]`` metres; NaN where a cell's ray does not meet the plane. For a fixed camera compute it once.
     """
     pixels = cell_centres(pred_size, image_size, device=intrinsics.device).to(intrinsics.dtype)
-    directions = pixel_rays(pixels, intrinsics[:, None, None], world_to_camera[:, None, None])[:, None]  # [B, 1, P, P, 3]
+    directions = pixel_rays(pixels, intrinsics[:, None, None], world_to_camera[:, None, None])[
+        :, None
+    ]  # [B, 1, P, P, 3]
     origin = camera_centre(world_to_camera)[:, None, None, None]  # [B, 1, 1, 1, 3]
     distance, usable = _distance_to_plane(origin[..., 2], directions[..., 2], heights[:, None, None])
     return torch.where(usable[..., None], origin + directions * distance[..., None], torch.nan)

@@ -1,8 +1,8 @@
 """Discrete codes for rotations: bins along the first principal component, or K-means prototypes.
 
 A codec is fitted on the training split's rotations, turns a rotation into a class index and a class index back into a
-rotation. It is an ``nn.Module`` whose fitted state lies in buffers, so that it travels in checkpoints and moves with the
-model; an unfitted codec refuses to work. Quaternions are (w, x, y, z).
+rotation. It is an ``nn.Module`` whose fitted state lies in buffers, so that it travels in checkpoints and moves with
+the model; an unfitted codec refuses to work. Quaternions are (w, x, y, z).
 
 Shape legend: N rotations, R classes, ``...`` any batch shape.
 """
@@ -41,7 +41,9 @@ class RotationCodec(nn.Module):
     def __init__(self, classes: int) -> None:
         super().__init__()
         if classes < 2:
-            raise ValueError(f"A rotation codec needs at least 2 classes, got {classes}: set rotation.classes to 32, say.")
+            raise ValueError(
+                f"A rotation codec needs at least 2 classes, got {classes}: set rotation.classes to 32, say."
+            )
         self.classes = classes
         self.register_buffer("fitted", torch.tensor(False))
 
@@ -52,7 +54,9 @@ class RotationCodec(nn.Module):
             ValueError: there are no rotations, or they contain NaN.
         """
         if quaternions.ndim != 2 or quaternions.shape[-1] != 4 or len(quaternions) == 0:
-            raise ValueError(f"A rotation basis is fitted on [N, 4] quaternions with N > 0, got {tuple(quaternions.shape)}.")
+            raise ValueError(
+                f"A rotation basis is fitted on [N, 4] quaternions with N > 0, got {tuple(quaternions.shape)}."
+            )
         if not bool(torch.isfinite(quaternions).all()):
             raise ValueError("The rotations to fit contain NaN or infinity: run the geometry doctor on the dataset.")
         unit = normalise(quaternions.double())
@@ -69,7 +73,8 @@ class RotationCodec(nn.Module):
         return {"classes": self.classes}
 
     def quantisation(self, quaternions: Tensor) -> dict[str, float]:
-        """The floor under every rotation error: angle in degrees between rotations ``[N, 4]`` and their decoded codes."""
+        """The floor under every rotation error: angle in degrees between rotations ``[N, 4]`` and their decoded
+        codes."""
         decoded = self.decode(self.encode(quaternions)).to(quaternions.dtype)
         degrees = torch.rad2deg(geodesic_angle(normalise(quaternions), decoded))
         return {"decode_error_deg": float(degrees.mean()), "decode_error_max_deg": float(degrees.max())}
@@ -77,7 +82,8 @@ class RotationCodec(nn.Module):
     def _require_fit(self) -> None:
         if not bool(self.fitted):
             raise ValueError(
-                "The rotation codec has no basis yet: training fits it on first use; for inference load it from a checkpoint."
+                "The rotation codec has no basis yet: training fits it on first use; for inference load it from "
+                "a checkpoint."
             )
 
     @abstractmethod
@@ -92,7 +98,8 @@ class RotationCodec(nn.Module):
         """Rotations ``[..., 4]`` of class indices ``[...]``."""
 
     def expectation(self, logits: Tensor, window: int = 2) -> Tensor:
-        """Rotations ``[..., 4]`` from logits ``[..., R]``: the best class by default, refined where classes are ordered."""
+        """Rotations ``[..., 4]`` from logits ``[..., R]``: the best class by default, refined where classes are
+        ordered."""
         del window
         return self.decode(logits.argmax(dim=-1))
 
@@ -101,12 +108,19 @@ class PCARotation(RotationCodec):
     """Bins along the first principal component of the rotations' tangent vectors around their mean.
 
     Many manipulation data sets turn the gripper mostly about one axis; then one number says nearly everything about the
-    rotation. The share of variance that PC1 explains is reported; below ``min_explained`` a warning names the other mode.
+    rotation. The share of variance that PC1 explains is reported; below ``min_explained`` a warning names the other
+    mode.
 
     Args:
         classes: number of bins; 32 are 5.6 degrees each over a half turn.
         min_explained: share of variance below which the first component loses too much of the rotation.
     """
+
+    mean: Tensor
+    offset: Tensor
+    axis: Tensor
+    score_range: Tensor
+    explained: Tensor
 
     def __init__(self, classes: int = 32, min_explained: float = 0.8) -> None:
         super().__init__(classes)
@@ -139,7 +153,8 @@ class PCARotation(RotationCodec):
         self.explained.fill_(explained)
         if explained < self.min_explained:
             warnings.warn(
-                f"The first principal component explains only {explained:.0%} of the rotations (below {self.min_explained:.0%}): "
+                f"The first principal component explains only {explained:.0%} of the rotations (below "
+                f"{self.min_explained:.0%}): "
                 "rotation=pca_1d will lose the rest; use rotation=kmeans.",
                 stacklevel=3,
             )
@@ -155,7 +170,8 @@ class PCARotation(RotationCodec):
         return (tangents - self.offset.to(tangents.dtype)) @ self.axis.to(tangents.dtype)
 
     def bin_position(self, quaternions: Tensor) -> Tensor:
-        """Position ``[...]`` on the bins' scale: bin i spans [i, i + 1], values outside the fitted range are clamped."""
+        """Position ``[...]`` on the bins' scale: bin i spans [i, i + 1], values outside the fitted range are
+        clamped."""
         low, high = self.score_range.tolist()
         position = (self.scores(quaternions) - low) / (high - low) * self.classes
         return position.clamp(0, self.classes)
@@ -167,7 +183,8 @@ class PCARotation(RotationCodec):
         return self._from_position(indices.to(self.mean.dtype) + 0.5)
 
     def expectation(self, logits: Tensor, window: int = 2) -> Tensor:
-        """Rotations ``[..., 4]`` at the mean bin position around the best bin of logits ``[..., R]``: finer than a bin."""
+        """Rotations ``[..., 4]`` at the mean bin position around the best bin of logits ``[..., R]``: finer than a
+        bin."""
         bins = torch.arange(self.classes, device=logits.device)
         best = logits.argmax(dim=-1, keepdim=True)
         near = (bins - best).abs() <= window
@@ -186,13 +203,15 @@ class KMeansRotation(RotationCodec):
     """K prototype rotations; a rotation's code is the geodesically nearest prototype.
 
     K-means (scikit-learn) runs in the space of 4 x 4 quaternion outer products: q and -q have the same product, and the
-    squared distance there, 2 (1 - cos^2(angle / 2)), grows with the geodesic angle, so the nearest centre is the nearest rotation. A centre is brought
-    back to a rotation as its principal eigenvector.
+    squared distance there, 2 (1 - cos^2(angle / 2)), grows with the geodesic angle, so the nearest centre is the
+    nearest rotation. A centre is brought back to a rotation as its principal eigenvector.
 
     Args:
         classes: K, the number of prototypes; at most the number of different rotations is used.
         seed: of the K-means initialisation.
     """
+
+    prototypes: Tensor
 
     def __init__(self, classes: int = 32, seed: int = 0) -> None:
         super().__init__(classes)

@@ -22,7 +22,9 @@ def sinusoidal_features(count: int, dim: int) -> Tensor:
         ValueError: ``dim`` is odd or not positive, or ``count`` is not positive.
     """
     if dim < 2 or dim % 2 or count < 1:
-        raise ValueError(f"A sinusoidal table needs an even width of at least 2 and a position, got dim={dim}, count={count}.")
+        raise ValueError(
+            f"A sinusoidal table needs an even width of at least 2 and a position, got dim={dim}, count={count}."
+        )
     periods = torch.logspace(math.log10(2.0), math.log10(4.0 * count), dim // 2, dtype=torch.float64)
     angles = 2 * math.pi * torch.arange(count, dtype=torch.float64)[:, None] / periods
     return torch.cat([angles.sin(), angles.cos()], dim=-1).float()

@@ -22,8 +22,8 @@ class VolumeQueryPolicy:
     Args:
         module: trained, with its statistics.
         decoder: how a distribution becomes a trajectory; None takes the module's own.
-        margin_m: planned positions are kept within this distance of the positions seen in training: what lies beyond was never
-            demonstrated, and may be the table.
+        margin_m: planned positions are kept within this distance of the positions seen in training: what lies beyond
+            was never demonstrated, and may be the table.
         seed: of the "sample" decoder.
     """
 
@@ -47,7 +47,9 @@ class VolumeQueryPolicy:
         """
         module, network, statistics = self.module, self.module.network, self.module.statistics
         device = module.device
-        image, intrinsics = self._geometry.apply(np.asarray(observation["image"]), np.asarray(observation["intrinsics"]))
+        image, intrinsics = self._geometry.apply(
+            np.asarray(observation["image"]), np.asarray(observation["intrinsics"])
+        )
         k = torch.as_tensor(intrinsics, dtype=torch.float32, device=device)[None]
         camera = torch.as_tensor(np.asarray(observation["world_to_camera"]), dtype=torch.float32, device=device)[None]
 

@@ -41,9 +41,10 @@ class Decoder:
     """How a distribution becomes one trajectory.
 
     Args:
-        name: "argmax": the most probable voxel, quantised. "soft_argmax": the mean in a window around it, finer than a cell.
-            "sample": one draw a step. "viterbi": the most probable *path* through each step's best cells under a motion
-            prior, then refined as soft_argmax; independent argmaxes are known to jitter and to skip points in free space.
+        name: "argmax": the most probable voxel, quantised. "soft_argmax": the mean in a window around it, finer than a
+            cell. "sample": one draw a step. "viterbi": the most probable *path* through each step's best cells under a
+            motion prior, then refined as soft_argmax; independent argmaxes are known to jitter and to skip points in
+            free space.
         window: cells (and bins) to each side that soft_argmax averages.
         candidates: cells a step that viterbi considers.
         motion_std_m: spread of the distance between consecutive steps in viterbi's prior, metres.
@@ -58,7 +59,9 @@ class Decoder:
         if self.name not in get_args(DecoderName):
             raise ValueError(f"decoder.name is one of {', '.join(get_args(DecoderName))}, not {self.name!r}.")
         if self.window < 1 or self.candidates < 2 or self.motion_std_m <= 0:
-            raise ValueError("decoder.window is at least 1, decoder.candidates at least 2 and decoder.motion_std_m positive.")
+            raise ValueError(
+                "decoder.window is at least 1, decoder.candidates at least 2 and decoder.motion_std_m positive."
+            )
 
     def decode(
         self,
@@ -103,9 +106,15 @@ class Decoder:
         elif self.name == "argmax":
             quaternions = [codec.decode(output.rotation[:, i].argmax(-1)) for i, codec in enumerate(codecs)]
         else:
-            quaternions = [codec.expectation(output.rotation[:, i].float(), self.window) for i, codec in enumerate(codecs)]
+            quaternions = [
+                codec.expectation(output.rotation[:, i].float(), self.window) for i, codec in enumerate(codecs)
+            ]
         return DecodedSteps(
-            pixels, position, torch.stack(quaternions, dim=1), self._gripper(output.gripper, generator), pixel_entropy(logits)
+            pixels,
+            position,
+            torch.stack(quaternions, dim=1),
+            self._gripper(output.gripper, generator),
+            pixel_entropy(logits),
         )
 
     def _gripper(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -121,9 +130,15 @@ class Decoder:
         return (weights * (index + 0.5)).sum(-1) / bins
 
     def _most_probable_path(
-        self, logits: VolumeLogits, cell_size: float, to_metres: _HeightScale, intrinsics: Tensor, world_to_camera: Tensor
+        self,
+        logits: VolumeLogits,
+        cell_size: float,
+        to_metres: _HeightScale,
+        intrinsics: Tensor,
+        world_to_camera: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Viterbi over the K best cells a step: emission log-probability plus a Gaussian prior on the distance moved."""
+        """Viterbi over the K best cells a step: emission log-probability plus a Gaussian prior on the distance
+        moved."""
         width = logits.pixel.shape[-1]
         log_prob = logits.pixel_marginal().flatten(-2).log_softmax(-1)  # [B, A, T, HW]
         emission, index = log_prob.topk(min(self.candidates, log_prob.shape[-1]), dim=-1)  # [B, A, T, K]
@@ -132,7 +147,9 @@ class Decoder:
             logits.pixel[..., None, :, :],
             logits.height[..., None, :],
             logits.constant[..., None],
-            None if logits.pixel_factor is None else logits.pixel_factor[..., None, :, :, :].expand(*index.shape, -1, -1, -1),
+            None
+            if logits.pixel_factor is None
+            else logits.pixel_factor[..., None, :, :, :].expand(*index.shape, -1, -1, -1),
             logits.height_factor,
         )
         bins = per_candidate.height_given_pixel(cells).argmax(-1).expand(index.shape)  # [B, A, T, K]
@@ -142,7 +159,9 @@ class Decoder:
         )  # [B, A, T, K, 3]
         seen = torch.isfinite(points).all(-1)
         if not bool(seen.any(-1).all()):
-            raise ParallelRayError("A step has no candidate cell whose ray meets its height plane: check world_to_camera.")
+            raise ParallelRayError(
+                "A step has no candidate cell whose ray meets its height plane: check world_to_camera."
+            )
         emission = emission.masked_fill(~seen, -torch.inf)
         points = points.nan_to_num(0.0)
         steps = index.shape[2]

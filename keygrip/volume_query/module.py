@@ -73,7 +73,8 @@ class VolumeQueryModule(LightningModule):
             raise ValueError(f"model.target is hard or bilinear, not {target!r}.")
         if rotation.classes != network.rotation_classes:
             raise ValueError(
-                f"The rotation codec has {rotation.classes} classes and the network's head {network.rotation_classes}: set "
+                f"The rotation codec has {rotation.classes} classes and the network's head "
+                f"{network.rotation_classes}: set "
                 "rotation.classes, which both read."
             )
         if vis_every_n_steps < 0:
@@ -93,12 +94,15 @@ class VolumeQueryModule(LightningModule):
         """Take over the training split's ranges and fit the rotation codecs on it; returns the codecs' reports."""
         if statistics.horizon != self.network.horizon:
             raise ValueError(
-                f"The data module gives {statistics.horizon} steps and the network predicts {self.network.horizon}: set "
+                f"The data module gives {statistics.horizon} steps and the network predicts "
+                f"{self.network.horizon}: set "
                 "data.horizon, which both read."
             )
         missing = [arm for arm in self.network.arms if arm not in statistics.quaternions]
         if missing:
-            raise ValueError(f"The demonstrations have no arm {missing}; they have {sorted(statistics.quaternions)}: set data.arms.")
+            raise ValueError(
+                f"The demonstrations have no arm {missing}; they have {sorted(statistics.quaternions)}: set data.arms."
+            )
         self.statistics.set(
             height_range=statistics.height_range,
             position_range=statistics.position_range,
@@ -108,7 +112,10 @@ class VolumeQueryModule(LightningModule):
         report: dict[str, float] = {}
         for arm in self.network.arms:
             fitted = fit_or_load(
-                self.codec(arm), torch.from_numpy(statistics.quaternions[arm]), statistics.cache_dir, statistics.fingerprint
+                self.codec(arm),
+                torch.from_numpy(statistics.quaternions[arm]),
+                statistics.cache_dir,
+                statistics.fingerprint,
             )
             report |= {f"rotation/{arm}/{name}": value for name, value in fitted.items()}
         return report
@@ -151,7 +158,8 @@ class VolumeQueryModule(LightningModule):
         return self.network(batch.image, targets.start_pixels, state, step_pixels)
 
     def losses(self, output: VolumeQueryOutput, batch: PolicyBatch, targets: StepTargets) -> dict[str, Tensor]:
-        """The three losses and their weighted ``total``, each a scalar averaged over the valid steps of the global batch."""
+        """The three losses and their weighted ``total``, each a scalar averaged over the valid steps of the global
+        batch."""
         network = self.network
         rotation = torch.stack(
             [self.codec(arm).encode(batch.quaternion[:, i]) for i, arm in enumerate(network.arms)], dim=1
@@ -164,8 +172,12 @@ class VolumeQueryModule(LightningModule):
             "rotation": _classification(output.rotation, rotation),
         }
         count = targets.valid.sum()
-        losses = {name: global_mean(value.masked_fill(~targets.valid, 0.0).sum(), count) for name, value in per_step.items()}
-        total = sum((self.weights[name] * value for name, value in losses.items()), start=torch.zeros((), device=self.device))
+        losses = {
+            name: global_mean(value.masked_fill(~targets.valid, 0.0).sum(), count) for name, value in per_step.items()
+        }
+        total = sum(
+            (self.weights[name] * value for name, value in losses.items()), start=torch.zeros((), device=self.device)
+        )
         return losses | {"total": total}
 
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:

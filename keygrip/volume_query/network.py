@@ -1,8 +1,9 @@
-"""The volume-query network: one image and the gripper's pixel in, T steps of pixel x height voxels, gripper and rotation out.
+"""The volume-query network: one image and the gripper's pixel in, T steps of pixel x height voxels, gripper and
+rotation out.
 
     image -> DINO backbone -> patch map -> 1x1 conv, upsample, three 3x3 convs -> F
-    (F at the start pixel, CLS[, state]) -> query -> repeated T times -> 5 AdaLN-Zero blocks under sin(t) -> (q_F, q_z, q_t)
-    voxel logit(t, z, y, x) = q_F[t] . F[y, x] + q_z[t] . sin(z) + q_t[t] . sin(t)
+    (F at the start pixel, CLS[, state]) -> query -> repeated T times -> 5 AdaLN-Zero blocks under sin(t) -> (q_F, q_z,
+    q_t) voxel logit(t, z, y, x) = q_F[t] . F[y, x] + q_z[t] . sin(z) + q_t[t] . sin(t)
 
 Shape legend: B batch, A arms, T steps, S image side in pixels, P grid side in cells, C feature width (d_feat), Z height
 bins, G gripper bins, R rotation classes, r rank of the coupling.
@@ -69,15 +70,19 @@ class FeatureRefiner(nn.Module):
 
 
 def sample_features(feature_map: Tensor, pixels: Tensor, image_size: int) -> Tensor:
-    """Bilinear features ``[B, *, C]`` of the map ``[B, C, P, P]`` at pixels ``[B, *, 2]``; the border repeats outside."""
-    grid = (pixels / image_size * 2 - 1).nan_to_num(0.0)  # grid_sample with align_corners=False has the corner convention
+    """Bilinear features ``[B, *, C]`` of the map ``[B, C, P, P]`` at pixels ``[B, *, 2]``; the border repeats
+    outside."""
+    grid = (pixels / image_size * 2 - 1).nan_to_num(
+        0.0
+    )  # grid_sample with align_corners=False has the corner convention
     flat = grid.flatten(1, -2)[:, :, None].to(feature_map.dtype)  # [B, N, 1, 2]
     sampled = F.grid_sample(feature_map, flat, mode="bilinear", padding_mode="border", align_corners=False)
     return sampled[..., 0].transpose(1, 2).unflatten(1, pixels.shape[1:-1])
 
 
 class ArmStream(nn.Module):
-    """One arm's query, trunk and heads. The backbone and F are shared between the arms; see VolumeQueryNetwork for arguments."""
+    """One arm's query, trunk and heads. The backbone and F are shared between the arms; see VolumeQueryNetwork for
+    arguments."""
 
     def __init__(
         self,
@@ -106,7 +111,9 @@ class ArmStream(nn.Module):
         self.query = nn.Linear(d_feat + embed_dim + (d_feat if state else 0), trunk)
         self.lift_time = nn.Linear(d_sin_t, d_cond)
         self.blocks = nn.ModuleList(AdaLNZeroMLP(trunk, d_cond) for _ in range(blocks))
-        self.to_query = nn.Identity() if trunk == d_model else nn.Sequential(nn.LayerNorm(trunk), nn.Linear(trunk, d_model))
+        self.to_query = (
+            nn.Identity() if trunk == d_model else nn.Sequential(nn.LayerNorm(trunk), nn.Linear(trunk, d_model))
+        )
         head_width = d_model + (d_feat if step_features else 0)
         self.gripper = _head(head_width, gripper_bins, deep=step_features)
         self.rotation = _head(head_width, rotation_classes, deep=step_features)
@@ -129,7 +136,9 @@ class ArmStream(nn.Module):
             steps = block(steps, condition)
         return self.to_query(steps)
 
-    def volume(self, trunk: Tensor, feature_map: Tensor, sin_z: Tensor, sin_t: Tensor, coupling_z: Tensor | None) -> VolumeLogits:
+    def volume(
+        self, trunk: Tensor, feature_map: Tensor, sin_z: Tensor, sin_t: Tensor, coupling_z: Tensor | None
+    ) -> VolumeLogits:
         """Volume logits with leading shape ``[B, T]`` from the trunk ``[B, T, d_model]`` and F ``[B, C, P, P]``."""
         q_feat, q_z, q_t = trunk.split(self.widths, dim=-1)
         pixel = torch.einsum("btc,bchw->bthw", q_feat, feature_map)
@@ -156,9 +165,9 @@ def _head(width: int, classes: int, deep: bool) -> nn.Module:
 class VolumeQueryNetwork(nn.Module):
     """The whole network.
 
-    With every option at its default this is the source design: ``q_t`` enters only a term that is constant over the volume,
-    cancels in the softmax and gets no gradient from the loss; it stays because the layout of the query is fixed. (The
-    gripper and rotation heads do read it.)
+    With every option at its default this is the source design: ``q_t`` enters only a term that is constant over the
+    volume, cancels in the softmax and gets no gradient from the loss; it stays because the layout of the query is
+    fixed. (The gripper and rotation heads do read it.)
 
     Args:
         backbone: the shared DINO module.
@@ -174,10 +183,13 @@ class VolumeQueryNetwork(nn.Module):
         state: also give the query the arm's height, opening and rotation.
         logit_scale: "none" (the source design) or a learned temperature for pixel and for height logits.
         height_head: "sinusoidal" (the source design), or plus a linear term from the trunk.
-        step_features: gripper and rotation heads also see F at the step's own pixel (the target's in training, the decoded
-            one at inference), through one hidden layer.
+        step_features: gripper and rotation heads also see F at the step's own pixel (the target's in training, the
+            decoded one at inference), through one hidden layer.
         coupling: "additive" (factorises), or "bilinear": height depends on the pixel through ``coupling_rank`` factors.
     """
+
+    sin_z: Tensor
+    sin_t: Tensor
 
     def __init__(
         self,
@@ -251,7 +263,8 @@ class VolumeQueryNetwork(nn.Module):
 
         Args:
             image: ``[B, 3, S, S]``, normalised by the loader with the backbone's mean and std.
-            start_pixel: ``[B, A, 2]`` projection of the gripper, input pixels; outside the image the border's features count.
+            start_pixel: ``[B, A, 2]`` projection of the gripper, input pixels; outside the image the border's features
+                count.
             state: ``[B, A, STATE_SIZE]``, needed when the network was built with ``state=True``.
             step_pixels: ``[B, A, T, 2]`` where ``step_features`` look; None takes the decoded positions.
         """

@@ -24,7 +24,8 @@ class StepTargets:
     Attributes:
         pixels: ``[B, A, T, 2]`` input pixels. valid: bool ``[B, A, T]``, the step projects inside the image.
         cells: ``[B, A, T, 2]`` (row, column). heights: ``[B, A, T]`` bin indices.
-        grid_position: ``[B, A, T, 2]`` (x, y) in cells; height_position: ``[B, A, T]`` in bins: the unquantised targets.
+        grid_position: ``[B, A, T, 2]`` (x, y) in cells; height_position: ``[B, A, T]`` in bins: the unquantised
+            targets.
         gripper: ``[B, A, T]`` bin indices. start_pixels: ``[B, A, 2]``.
     """
 
@@ -48,8 +49,8 @@ def step_targets(
 ) -> StepTargets:
     """Project and bin the poses of a batch; ``height_range`` ``[2]`` metres is the training split's.
 
-    The cell is ``floor(pixel * P / S)``. Heights beyond the range count to the outer bins. Steps outside the image get an
-    arbitrary cell and ``valid`` False.
+    The cell is ``floor(pixel * P / S)``. Heights beyond the range count to the outer bins. Steps outside the image get
+    an arbitrary cell and ``valid`` False.
     """
     intrinsics, extrinsics = batch.intrinsics[:, None], batch.world_to_camera[:, None]
     pixels, _ = project(batch.position, intrinsics[:, None], extrinsics[:, None])
@@ -78,7 +79,8 @@ def height_centres(height_range: Tensor, height_bins: int) -> Tensor:
 
 
 def arm_state(position: Tensor, quaternion: Tensor, gripper: Tensor, height_range: Tensor) -> Tensor:
-    """State features ``[..., 8]``: height in the range as -1 .. 1, opening as -1 .. 1, two columns of the rotation matrix."""
+    """State features ``[..., 8]``: height in the range as -1 .. 1, opening as -1 .. 1, two columns of the rotation
+    matrix."""
     low, high = height_range.unbind()
     height = (position[..., 2] - low) / (high - low) * 2 - 1
     columns = quaternion_to_matrix(quaternion)[..., :2].flatten(-2)

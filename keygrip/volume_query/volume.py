@@ -1,14 +1,14 @@
 """A categorical distribution over pixel x height voxels that is never written out.
 
-The logit of voxel (z, y, x) is a sum: a term in (y, x), a term in z and a term that is constant over the volume. The joint
-softmax over Z * H * W voxels then factorises exactly into a softmax over pixels and one over heights, so that
+The logit of voxel (z, y, x) is a sum: a term in (y, x), a term in z and a term that is constant over the volume. The
+joint softmax over Z * H * W voxels then factorises exactly into a softmax over pixels and one over heights, so that
 
     CE(z, y, x) = CE(y, x) + CE(z),
 
 the constant cancels, and loss, gradient, argmax and sampling cost O(HW + Z) a step instead of O(ZHW).
 
-The optional bilinear coupling adds ``sum_r pixel_factor[r, y, x] * height_factor[r, z]``, which lets the height depend on
-the pixel. It does not factorise, but the sum over the volume can be streamed over z with O(HW) memory.
+The optional bilinear coupling adds ``sum_r pixel_factor[r, y, x] * height_factor[r, z]``, which lets the height depend
+on the pixel. It does not factorise, but the sum over the volume can be streamed over z with O(HW) memory.
 
 Shape legend: ``*`` leading shape (batch, arms, steps), H rows, W columns, Z height bins, R rank of the coupling.
 """
@@ -149,9 +149,7 @@ def volume_cross_entropy(logits: VolumeLogits, target: VolumeTarget) -> Tensor:
     ``logits.constant`` cancels and receives no gradient.
     """
     if logits.pixel_factor is not None and logits.height_factor is not None:
-        normaliser = _StreamedLogSumExp.apply(
-            logits.pixel, logits.height, logits.pixel_factor, logits.height_factor
-        )
+        normaliser = _StreamedLogSumExp.apply(logits.pixel, logits.height, logits.pixel_factor, logits.height_factor)
         pixel = (_gather_pixels(logits.pixel, target.cells) * target.cell_weights).sum(-1)
         height = (logits.height.gather(-1, target.heights) * target.height_weights).sum(-1)
         factors = logits.pixel_factor.flatten(-2)  # [*, R, HW]
@@ -169,8 +167,8 @@ def volume_cross_entropy(logits: VolumeLogits, target: VolumeTarget) -> Tensor:
 class _StreamedLogSumExp(torch.autograd.Function):
     """log sum over the coupled volume, streamed over z: O(HW) memory forward and backward.
 
-    Forward keeps, for every z, only the log-sum over pixels. Backward recomputes each slice's probabilities and adds its
-    share to the gradients; no slice outlives its turn.
+    Forward keeps, for every z, only the log-sum over pixels. Backward recomputes each slice's probabilities and adds
+    its share to the gradients; no slice outlives its turn.
     """
 
     @staticmethod
@@ -222,7 +220,8 @@ def argmax_voxel(logits: VolumeLogits) -> tuple[Tensor, Tensor]:
 
 
 def sample_voxel(logits: VolumeLogits, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Draw one voxel a step from the joint distribution: the pixel from its marginal, then the height given the pixel."""
+    """Draw one voxel a step from the joint distribution: the pixel from its marginal, then the height given the
+    pixel."""
     width = logits.pixel.shape[-1]
     marginal = logits.pixel_marginal().flatten(-2)
     pixel = torch.multinomial(marginal.softmax(-1).reshape(-1, marginal.shape[-1]), 1, generator=generator)
@@ -247,7 +246,9 @@ def soft_argmax(logits: VolumeLogits, cells: Tensor, window: int = 3) -> tuple[T
     near_row = (rows - cells[..., 0, None]).abs() <= window  # [*, H]
     near_column = (columns - cells[..., 1, None]).abs() <= window  # [*, W]
     near = near_row[..., :, None] & near_column[..., None, :]
-    weights = logits.pixel_marginal().masked_fill(~near, -torch.inf).flatten(-2).softmax(-1).unflatten(-1, near.shape[-2:])
+    weights = (
+        logits.pixel_marginal().masked_fill(~near, -torch.inf).flatten(-2).softmax(-1).unflatten(-1, near.shape[-2:])
+    )
     x = (weights.sum(-2) * (columns + 0.5)).sum(-1)
     y = (weights.sum(-1) * (rows + 0.5)).sum(-1)
     height_logits = logits.height_given_pixel(cells)

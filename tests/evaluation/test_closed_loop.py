@@ -20,7 +20,8 @@ from keygrip.sim.tasks import TaskOptions
 def test_wilson_interval_against_published_values() -> None:
     # Brown, Cai and DasGupta, "Interval Estimation for a Binomial Proportion" (2001): limits by direct computation.
     low, high = wilson_interval(0, 10)
-    assert low == 0.0 and high == pytest.approx(0.2775, abs=1e-4)
+    assert low == 0.0
+    assert high == pytest.approx(0.2775, abs=1e-4)
     low, high = wilson_interval(90, 100)
     assert (low, high) == (pytest.approx(0.8256, abs=1e-4), pytest.approx(0.9448, abs=1e-4))
     assert wilson_interval(100, 100)[1] == 1.0
@@ -52,7 +53,9 @@ class FakeModule:
         return Reacher(lambda: FakeModule.worker._environment[1].layout.goal, self.lost)
 
 
-def run(monkeypatch: pytest.MonkeyPatch, output: Path | None, lost: bool = False, **settings: Any) -> list[ConditionResult]:
+def run(
+    monkeypatch: pytest.MonkeyPatch, output: Path | None, lost: bool = False, **settings: Any
+) -> list[ConditionResult]:
     monkeypatch.setattr("keygrip.training.checkpoints.load_module", lambda path: FakeModule())
     monkeypatch.setattr(FakeModule, "lost", lost)
     original = closed_loop._Worker.__init__
@@ -70,12 +73,14 @@ def run(monkeypatch: pytest.MonkeyPatch, output: Path | None, lost: bool = False
 def test_a_policy_that_knows_succeeds_and_is_filmed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     results = run(monkeypatch, tmp_path)
     figures = summarise(results)
-    assert figures["as_trained"]["success_rate"] == 1.0 and figures["as_trained"]["failures"] == {}
+    assert figures["as_trained"]["success_rate"] == 1.0
+    assert figures["as_trained"]["failures"] == {}
     assert [episode.seed for episode in results[0].episodes] == [1_000_000, 1_000_001, 1_000_002]
     (film,) = (tmp_path / "videos").iterdir()
     frames = read_frames(film)
     steps = round(results[0].episodes[0].seconds * 10)
-    assert frames.shape == (steps + 1, 128, 128, 3) and frames.std() > 10
+    assert frames.shape == (steps + 1, 128, 128, 3)
+    assert frames.std() > 10
     write_result(tmp_path / "result.json", figures, results)
     stored = json.loads((tmp_path / "result.json").read_text())
     assert stored["episodes"]["as_trained"][0]["video"] == film.name
@@ -83,7 +88,8 @@ def test_a_policy_that_knows_succeeds_and_is_filmed(monkeypatch: pytest.MonkeyPa
 
 def test_a_policy_that_does_not_move_misses(monkeypatch: pytest.MonkeyPatch) -> None:
     (result,) = run(monkeypatch, None, lost=True)
-    assert result.summary()["successes"] == 0 and result.summary()["failures"] == {"missed": 3}
+    assert result.summary()["successes"] == 0
+    assert result.summary()["failures"] == {"missed": 3}
 
 
 def test_a_grid_is_shared_out_over_the_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,8 +97,10 @@ def test_a_grid_is_shared_out_over_the_episodes(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         closed_loop._Worker,
         "episode",
-        lambda self, job: seen.append((job.seed, job.overrides["camera_azimuth_deg"]))
-        or EpisodeResult(job.seed, True, None, 1.0, 1, 1.0, None, None),
+        lambda self, job: (
+            seen.append((job.seed, job.overrides["camera_azimuth_deg"]))
+            or EpisodeResult(job.seed, True, None, 1.0, 1, 1.0, None, None)
+        ),
     )
     grid = [{"camera_azimuth_deg": -10.0}, {"camera_azimuth_deg": 10.0}]
     results = run(monkeypatch, None, conditions={"turned": grid}, episodes=4)

@@ -39,7 +39,8 @@ def test_projection_by_hand() -> None:
 def test_points_behind_the_camera_have_no_pixel() -> None:
     k = torch.eye(3)
     pixels, depth = project(torch.tensor([[0.0, 0.0, -1.0], [0.0, 0.0, 0.0]]), k, torch.eye(4))
-    assert torch.isnan(pixels).all() and (depth <= 0).all()
+    assert torch.isnan(pixels).all()
+    assert (depth <= 0).all()
     assert not inside_image(pixels, 10, 10).any()
 
 
@@ -53,7 +54,9 @@ def test_recover_inverts_project() -> None:
 def test_parallel_and_backward_rays_are_errors() -> None:
     k, extrinsics = camera_above(tilt=torch.pi / 2)  # looks along the horizon
     with pytest.raises(ParallelRayError, match="1 of 1"):
-        recover_3d(torch.tensor([[96.0, 90.0]], dtype=torch.float64), torch.tensor([0.0], dtype=torch.float64), k, extrinsics)
+        recover_3d(
+            torch.tensor([[96.0, 90.0]], dtype=torch.float64), torch.tensor([0.0], dtype=torch.float64), k, extrinsics
+        )
     k, extrinsics = camera_above(tilt=0.2)
     above = torch.tensor([2.0], dtype=torch.float64)  # a plane above the camera, which looks down
     with pytest.raises(ParallelRayError):

@@ -47,7 +47,9 @@ def test_half_turns_and_tiny_turns_are_accurate() -> None:
 def test_product_mean_and_slerp_agree_with_scipy() -> None:
     a, qa = random_rotations(50, 1)
     b, qb = random_rotations(50, 2)
-    assert geodesic_angle(quaternion_multiply(qa, qb), torch.from_numpy((a * b).as_quat(scalar_first=True))).max() < 1e-7
+    assert (
+        geodesic_angle(quaternion_multiply(qa, qb), torch.from_numpy((a * b).as_quat(scalar_first=True))).max() < 1e-7
+    )
     near = Rotation.from_rotvec(np.random.default_rng(0).normal(0, 0.3, (40, 3))) * a[0]
     quaternions = torch.from_numpy(near.as_quat(scalar_first=True)) * torch.tensor([1.0, -1.0]).repeat(20)[:, None]
     assert geodesic_angle(mean_rotation(quaternions), torch.from_numpy(near.mean().as_quat(scalar_first=True))) < 1e-6
@@ -110,7 +112,8 @@ def test_kmeans_with_fewer_rotations_than_classes() -> None:
     _, quaternions = random_rotations(3)
     codec = KMeansRotation(classes=8)
     report = codec.fit(quaternions.repeat(5, 1))
-    assert report["prototypes_used"] == 3 and report["decode_error_max_deg"] < 1e-3
+    assert report["prototypes_used"] == 3
+    assert report["decode_error_max_deg"] < 1e-3
 
 
 def test_constant_rotation_has_a_basis_too() -> None:

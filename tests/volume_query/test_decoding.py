@@ -41,7 +41,13 @@ def output(pixel: torch.Tensor, height: torch.Tensor) -> VolumeQueryOutput:
 def decode(decoder: Decoder, result: VolumeQueryOutput, generator: torch.Generator | None = None):  # type: ignore[no-untyped-def]
     k, extrinsics = overhead_camera()
     return decoder.decode(
-        result, [codec()], intrinsics=k, world_to_camera=extrinsics, height_range=HEIGHTS, image_size=S, generator=generator
+        result,
+        [codec()],
+        intrinsics=k,
+        world_to_camera=extrinsics,
+        height_range=HEIGHTS,
+        image_size=S,
+        generator=generator,
     )
 
 
@@ -84,7 +90,7 @@ def test_viterbi_equals_exhaustive_search() -> None:
     log_prob = result.volume.pixel.flatten(3).log_softmax(-1)[0, 0]
     best, index = log_prob.topk(4, dim=-1)
     heights = (result.volume.height[0, 0].argmax(-1) + 0.5) / Z * 0.16
-    k, _ = overhead_camera()
+    _k, _ = overhead_camera()
     points = torch.zeros(3, 4, 3)
     for t in range(3):
         x, y = (index[t] % P + 0.5) * 4, (index[t] // P + 0.5) * 4
@@ -93,7 +99,8 @@ def test_viterbi_equals_exhaustive_search() -> None:
     scores = {
         (a, b, c): float(
             best[0, a] + best[1, b] + best[2, c]
-            - ((points[0, a] - points[1, b]).square().sum() + (points[1, b] - points[2, c]).square().sum()) / (2 * 0.1**2)
+            - (points[0, a] - points[1, b]).square().sum() / (2 * 0.1**2)
+            - (points[1, b] - points[2, c]).square().sum() / (2 * 0.1**2)
         )
         for a in range(4)
         for b in range(4)
@@ -101,7 +108,10 @@ def test_viterbi_equals_exhaustive_search() -> None:
     }  # fmt: skip
     path = max(scores, key=lambda key: scores[key])
     cells, _ = decoder._most_probable_path(
-        result.volume, 4.0, lambda position: position / Z * 0.16, *(p[:, None, None] for p in overhead_camera())  # type: ignore[arg-type]
+        result.volume,
+        4.0,
+        lambda position: position / Z * 0.16,
+        *(p[:, None, None] for p in overhead_camera()),  # type: ignore[arg-type]
     )
     expected = torch.stack([torch.stack([index[t, c] // P, index[t, c] % P]) for t, c in enumerate(path)])
     assert torch.equal(cells[0, 0], expected)

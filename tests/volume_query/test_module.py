@@ -33,7 +33,9 @@ def build(arms: tuple[str, ...] = ("right",), tmp: Path | None = None, **options
     network = VolumeQueryNetwork(
         backbone, S, 6, arms=arms, horizon=T, pred_size=P, height_bins=Z, gripper_bins=4, **network_options
     )
-    module = VolumeQueryModule(network, PCARotation(classes=6), AdamW(lr=1e-3, schedule="constant"), Decoder(), **options)
+    module = VolumeQueryModule(
+        network, PCARotation(classes=6), AdamW(lr=1e-3, schedule="constant"), Decoder(), **options
+    )
     if tmp is not None:
         module.set_statistics(statistics(arms, tmp))
     return module
@@ -44,7 +46,7 @@ def statistics(arms: tuple[str, ...], folder: Path, **changes: Any) -> DemoStati
     values: dict[str, Any] = {
         "height_range": (0.0, 0.2),
         "position_range": ((-0.3, -0.3, 0.0), (0.3, 0.3, 0.2)),
-        "quaternions": {arm: turns for arm in arms},
+        "quaternions": dict.fromkeys(arms, turns),
         "arms": arms,
         "targets": "reached",
         "horizon": T,
@@ -163,7 +165,9 @@ def test_pictures_show_the_prediction_and_can_be_switched_off(tmp_path: Path) ->
     )  # fmt: skip
     picture = draw_prediction(torch.rand(3, S, S), *arguments, sample=0, arm=0)
     other = draw_prediction(torch.rand(3, S, S), *arguments, sample=1, arm=0)
-    assert picture.ndim == 3 and picture.shape[2] == 3 and picture.dtype == np.uint8
+    assert picture.ndim == 3
+    assert picture.shape[2] == 3
+    assert picture.dtype == np.uint8
     assert (picture != other).any()
     with pytest.raises(ValueError, match="vis_every_n_steps"):
         build(vis_every_n_steps=-1)
@@ -196,7 +200,8 @@ def test_policy_sees_what_validation_sees_and_plans_in_metres(tmp_path: Path) ->
     low, high = np.array([-0.3, -0.3, 0.0]) - 0.01, np.array([0.3, 0.3, 0.2]) + 0.01
     np.testing.assert_allclose(plan.position, np.clip(decoded.position[0].numpy(), low, high), atol=1e-5)
     np.testing.assert_allclose(plan.quaternion, decoded.quaternion[0].numpy(), atol=1e-5)
-    assert plan.step_seconds == pytest.approx(0.3) and plan.gripper.shape == (1, T)
+    assert plan.step_seconds == pytest.approx(0.3)
+    assert plan.gripper.shape == (1, T)
 
 
 def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:

@@ -28,7 +28,13 @@ def build(**options: object) -> VolumeQueryNetwork:
     [
         {},
         {"arms": ["left", "right"]},
-        {"state": True, "logit_scale": "learned", "height_head": "sinusoidal_and_linear", "step_features": True, "trunk_width": 64},
+        {
+            "state": True,
+            "logit_scale": "learned",
+            "height_head": "sinusoidal_and_linear",
+            "step_features": True,
+            "trunk_width": 64,
+        },
         {"coupling": "bilinear", "coupling_rank": 2, "arms": ["left", "right"]},
     ],
 )
@@ -90,7 +96,9 @@ def test_step_features_look_at_the_decoded_pixel_unless_told() -> None:
     network = build(step_features=True)
     image, start = torch.randn(1, 3, 64, 64), torch.tensor([[[20.0, 20.0]]])
     own = network(image, start)
-    decoded = network._decoded_pixels(type(own.volume)(*[getattr(own.volume, n)[:, 0] for n in ("pixel", "height", "constant")]))
+    decoded = network._decoded_pixels(
+        type(own.volume)(*[getattr(own.volume, n)[:, 0] for n in ("pixel", "height", "constant")])
+    )
     told = network(image, start, step_pixels=decoded[:, None])
     elsewhere = network(image, start, step_pixels=torch.full((1, 1, 3, 2), 5.0))
     torch.testing.assert_close(told.gripper, own.gripper)
@@ -118,6 +126,7 @@ def test_wrong_image_size_and_missing_state_are_named() -> None:
 def test_sinusoidal_rows_differ_and_refuse_odd_widths() -> None:
     table = sinusoidal_features(32, 24)
     distance = torch.cdist(table, table) + torch.eye(32) * 10
-    assert table.shape == (32, 24) and distance.min() > 0.5
+    assert table.shape == (32, 24)
+    assert distance.min() > 0.5
     with pytest.raises(ValueError, match="even width"):
         sinusoidal_features(4, 3)
