@@ -1,0 +1,593 @@
+"""The data module of videos with text, from shard sets: mixed, bucketed, decoded in workers, resumable in mid-epoch."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from keygrip.data.batches import Conversation, VideoTextBatch, VideoTextSample
+from keygrip.data.conversations import FITS, MAX_FRAMES, iterate_texts, read_sample
+from keygrip.data.mixing import BucketedSampler, Component, MixedBatchSampler, Mixture, padded_share
+from keygrip.data.sampling import GlobalBatchSampler, ResumableLoader, SampleKey, sample_generator, start_worker
+from keygrip.data.shards import MANIFEST, SampleError, ShardSet, is_remote
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test")
+SUBSTITUTES = 8  # tried in place of an unreadable sample
+JUDGED_AFTER = 200  # samples, before the share of skipped ones is judged
+NAMED_AT_MOST = 10
+CHARACTERS_A_TOKEN = 4.0  # roughly, of English; only for the padding that is said beforehand
+Questions = int | Mapping[str, int] | None
+
+
+class Collator(Protocol):
+    """Makes a batch of samples, in a loader worker."""
+
+    def __call__(self, samples: list[VideoTextSample]) -> VideoTextBatch: ...
+
+
+@runtime_checkable
+class PreparedCollator(Protocol):
+    """A collator that needs something made of the data's text before the first batch (a tokenizer).
+
+    `prepare` runs once on the machine (under a lock) after the shards are there, and must do nothing where its work is
+    done; `folder` is where the result may be kept, `texts()` goes through the text of every training turn.
+    """
+
+    def prepare(self, folder: Path, texts: Callable[[], Iterator[str]]) -> None: ...
+
+
+@dataclass(frozen=True)
+class MadeShards:
+    """Shards that the program makes itself where they are missing.
+
+    Nothing is imported until something is missing.
+
+    Args:
+        maker: dotted name of a function that is called with `root` and `options`, and makes a complete set there.
+        options: plain values of the maker.
+        folder: where sets go; each has a folder of its own below it, named by a hash of all that it is made of.
+        name: beginning of that folder's name.
+    """
+
+    maker: str
+    options: Mapping[str, Any]
+    folder: str | Path = "data"
+    name: str = "shards"
+
+    @property
+    def root(self) -> Path:
+        """The set's folder. The number of processes does not count."""
+        counted = {key: value for key, value in self.options.items() if key != "processes"}
+        content = json.dumps({"maker": self.maker, **counted}, sort_keys=True, default=str)
+        return Path(self.folder) / f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+
+    def complete(self) -> None:
+        """Makes what is missing; says so. Several processes may call it: one works, the others wait."""
+        self.root.parent.mkdir(parents=True, exist_ok=True)
+        with (self.root.parent / f".{self.root.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (self.root / "train" / MANIFEST).is_file():
+                from hydra.utils import get_method
+
+                log.info("%s is not complete: making its shards", self.root)
+                get_method(self.maker)(root=self.root, options=dict(self.options))
+
+
+@dataclass(frozen=True)
+class ShardSource:
+    """One source of a mixture.
+
+    Args:
+        root: folder or URL with `train/`, `val/` and perhaps `test/`, each a shard set; or one shard set, of which
+            `val_fraction` of the samples (by a hash of their keys: always the same) is for validation. None: `make`.
+        make: how the set is made where it is missing.
+        share: of all training samples; None: a lead source, each sample once an epoch.
+        kinds: only conversations of these kinds; None: all.
+        max_samples: at most so many for training, spread evenly; None: all.
+    """
+
+    root: str | Path | None = None
+    make: MadeShards | None = None
+    share: float | None = None
+    kinds: Sequence[str] | None = None
+    max_samples: int | None = None
+    val_fraction: float = 0.02
+
+    @property
+    def place(self) -> str:
+        """The root, or where `make` puts it. Raises ValueError: neither is given."""
+        if self.root is not None:
+            return str(self.root)
+        if self.make is None:
+            raise ValueError("a source needs a root: the folder or URL of its shards (data.sources.NAME.root=PATH)")
+        return str(self.make.root)
+
+    def open(self, split: str, cache_dir: str | Path | None, cache_gb: float) -> tuple[ShardSet, np.ndarray] | None:
+        """The shard set of a split and the numbers of its samples that belong to it; None where it has no such split.
+
+        Raises:
+            FileNotFoundError: there are no shards.
+        """
+        place = self.place
+        local = not is_remote(place)
+        if local and not Path(place).is_dir():
+            raise FileNotFoundError(
+                f"no shards at {place}: prepare them first (`python -m keygrip.prepare step=...`), or name another "
+                "folder with data.sources.NAME.root=PATH"
+            )
+        whole = (Path(place) / MANIFEST).is_file() if local else self._exists(f"{place}/{MANIFEST}")
+        if not whole:
+            part = f"{place.rstrip('/')}/{split}"
+            there = (Path(part) / MANIFEST).is_file() if local else self._exists(f"{part}/{MANIFEST}")
+            if not there:
+                if split == "train":
+                    raise FileNotFoundError(
+                        f"{place} has neither {MANIFEST} nor train/{MANIFEST}: make it with `python -m keygrip.prepare "
+                        f"step=manifest root={place}/train`"
+                    )
+                return None
+            shards = ShardSet(part, cache_dir, cache_gb)
+            chosen = np.arange(len(shards))
+        else:
+            if split == "test":
+                return None
+            shards = ShardSet(place, cache_dir, cache_gb)
+            chosen = np.flatnonzero(held_out(shards, self.val_fraction) == (split == "val"))
+        if self.kinds is not None:
+            wanted = set(self.kinds)
+            fits = np.array([not wanted.isdisjoint(kinds.split()) for kinds in shards.columns["kinds"].tolist()], bool)
+            if not fits.any():
+                there_are = sorted({kind for kinds in set(shards.columns["kinds"].tolist()) for kind in kinds.split()})
+                raise ValueError(f"{place} holds no conversations of {sorted(wanted)}; it holds {', '.join(there_are)}")
+            chosen = chosen[fits[chosen]]
+        if split == "train" and self.max_samples is not None and len(chosen) > self.max_samples:
+            chosen = chosen[np.linspace(0, len(chosen) - 1, self.max_samples).round().astype(int)]
+        return shards, chosen
+
+    @staticmethod
+    def _exists(url: str) -> bool:
+        import fsspec
+
+        filesystem, path = fsspec.core.url_to_fs(url)
+        return bool(filesystem.exists(path))
+
+
+def held_out(shards: ShardSet, fraction: float) -> np.ndarray:
+    """bool [N]: which samples of a set without splits are for validation. A function of each key alone."""
+    threshold = int(fraction * 2**32)
+    draws = [hashlib.sha256(shards.key(n).encode()).digest()[:4] for n in range(len(shards))]
+    return np.array([int.from_bytes(draw, "big") < threshold for draw in draws], dtype=bool)
+
+
+def choose(conversations: Sequence[Conversation], questions: Questions, rng: np.random.Generator) -> list[Conversation]:
+    """Some of a video's conversations: all (None), so many at random, or so many of each kind (as far as there are)."""
+    if questions is None:
+        return list(conversations)
+    order = rng.permutation(len(conversations))
+    if isinstance(questions, int):
+        return [conversations[n] for n in sorted(order[:questions].tolist())]
+    left, chosen = dict(questions), []
+    for number in order.tolist():
+        kind = conversations[number].kind
+        if left.get(kind, 0):
+            left[kind] -= 1
+            chosen.append(number)
+    return [conversations[n] for n in sorted(chosen)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A source's samples of one split."""
+
+    name: str
+    source: ShardSource
+    shards: ShardSet
+    chosen: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def column(self, name: str) -> np.ndarray:
+        return self.shards.columns[name][self.chosen]
+
+    def component(self, max_frames: int) -> Component:
+        """For the mixture: buckets by number of frames, batches of like text length."""
+        frames = np.minimum(self.column("frames"), max_frames).astype(np.int64)
+        share, shard = self.source.share, self.shards.shard[self.chosen]
+        return Component(self.name, frames, self.column("text_length").astype(float), shard, share)
+
+
+class VideoTextSamples(Dataset[VideoTextSample]):
+    """Samples of several parts, numbered one behind the other; indexed by `SampleKey`.
+
+    Args:
+        parts: where samples come from. image_size, fit, max_frames: see `VideoTexts`.
+        questions: how many conversations a video; None: all. seed: of that choice.
+    """
+
+    def __init__(
+        self, parts: Sequence[Part], image_size: int, fit: str, max_frames: int, questions: Questions, seed: int
+    ) -> None:
+        self.parts, self.questions, self.seed = list(parts), questions, seed
+        self.image_size, self.fit, self.max_frames = image_size, fit, max_frames
+        self.starts = np.cumsum([0, *(len(part) for part in parts)])
+        self._alike: list[np.ndarray | None] = [None] * len(self.parts)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, key: SampleKey) -> VideoTextSample:
+        """Raises SampleError: it cannot be read."""
+        number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
+        part = self.parts[number]
+        position = key.sample - int(self.starts[number])
+        sample = read_sample(part.shards, int(part.chosen[position]), self.image_size, self.fit, self.max_frames)
+        conversations: Sequence[Conversation] = sample.conversations
+        if part.source.kinds is not None:
+            conversations = [c for c in conversations if c.kind in part.source.kinds]
+        conversations = choose(conversations, self.questions, sample_generator(self.seed, key))
+        if not conversations:
+            raise SampleError(
+                f"{part.shards.where(int(part.chosen[position]))}: no conversation of the kinds asked for"
+            )
+        return replace(sample, conversations=tuple(conversations), source=part.name)
+
+    def __getitems__(self, keys: Sequence[SampleKey]) -> list[tuple[VideoTextSample, list[str]]] | list[SampleError]:
+        """A batch's samples, each with what was skipped on the way to it; or the error where nothing could be read.
+
+        An unreadable sample is replaced by the one most like it (of its source, in length), so that batches keep their
+        size and the order stays a function of (seed, epoch, step).
+        """
+        found = []
+        for key in keys:
+            skipped: list[str] = []
+            for candidate in self._candidates(key):
+                try:
+                    found.append((self[candidate], skipped))
+                    break
+                except SampleError as error:
+                    skipped.append(str(error))
+            else:
+                return [SampleError(f"{len(skipped)} samples in a row cannot be read; the first: {skipped[0]}")]
+        return found
+
+    def _candidates(self, key: SampleKey) -> Iterator[SampleKey]:
+        yield key
+        number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
+        if self._alike[number] is None:  # only where something is broken
+            component = self.parts[number].component(self.max_frames)
+            self._alike[number] = np.lexsort((component.length, component.bucket))
+        alike = self._alike[number]
+        assert alike is not None
+        place = int(np.flatnonzero(alike == key.sample - self.starts[number])[0])
+        for step in range(1, min(SUBSTITUTES, len(alike) - 1) + 1):
+            yield SampleKey(int(self.starts[number] + alike[(place + step) % len(alike)]), key.epoch)
+
+
+@dataclass(frozen=True)
+class Collate:
+    """The loader's collate function: the batch, and the reasons of what was skipped for it."""
+
+    collator: Collator
+
+    def __call__(
+        self, samples: list[tuple[VideoTextSample, list[str]]] | list[SampleError]
+    ) -> tuple[VideoTextBatch, list[str]] | SampleError:
+        first = samples[0]
+        if isinstance(first, SampleError):
+            return first
+        batch = self.collator([sample for sample, _ in samples])  # type: ignore[misc]
+        return batch, [reason for _, skipped in samples for reason in skipped]  # type: ignore[misc]
+
+
+class Skipped:
+    """Counts skipped samples in the main process.
+
+    Args:
+        max_share: more than this share of the samples seen is an error.
+    """
+
+    def __init__(self, max_share: float) -> None:
+        self.max_share, self.seen, self.reasons = max_share, 0, dict[str, int]()
+
+    @property
+    def count(self) -> int:
+        return sum(self.reasons.values())
+
+    def add(self, samples: int, reasons: Sequence[str]) -> None:
+        """Raises ValueError: too many."""
+        self.seen += samples
+        for reason in reasons:
+            if reason not in self.reasons and len(self.reasons) < NAMED_AT_MOST:
+                log.warning("skipped: %s", reason)
+            self.reasons[reason] = self.reasons.get(reason, 0) + 1
+        if self.count > self.max_share * self.seen and self.seen >= JUDGED_AFTER:
+            raise ValueError(
+                f"{self.count} of {self.seen} samples could not be read, more than data.max_skipped_share="
+                f"{self.max_share:g} allows; the first: {next(iter(self.reasons))}"
+            )
+
+
+class SkippingLoader(ResumableLoader):
+    """A loader that hands out the batches alone and reports what was skipped for them."""
+
+    skipped: Skipped | None = None
+
+    def __iter__(self) -> Any:
+        for batch, reasons in super().__iter__():
+            if self.skipped is not None:
+                self.skipped.add(len(batch.frame_mask), reasons)
+            yield batch
+
+
+@dataclass(frozen=True)
+class VideoTextStatistics:
+    """What a model keeps of its data beside the weights.
+
+    Args:
+        folder: where something derived from the data (a tokenizer) may be kept. fingerprint: of the training shards.
+        samples: by source, for training. image_size, fit, max_frames: how pictures were prepared.
+        texts: goes through the text of every training turn.
+    """
+
+    folder: Path
+    fingerprint: str
+    samples: dict[str, int]
+    image_size: int
+    fit: str
+    max_frames: int
+    texts: Callable[[], Iterator[str]]
+
+
+class VideoTexts(LightningDataModule):
+    """Videos, images and text from shard sets.
+
+    Args:
+        sources: by name; None leaves a source of the config out.
+        collator: makes batches of samples (the language model's part); picklable.
+        image_size: edge of the square frames. fit: "stretch" | "crop" | "pad".
+        batch_size: videos, global over all ranks.
+        seed: of order and choice.
+        max_frames: of longer samples, so many evenly spaced frames.
+        questions: conversations a video in training: all (null), so many at random, or by kind ({mark: 4, ...}).
+        val_questions: the same at validation, where the choice never changes.
+        max_val_samples: the frozen validation set is cut to so many, always the same; None: all.
+        window_shards: shuffle within windows of so many shards (remote shards); None: over everything.
+        cache_dir, cache_gb: for remote shards.
+        max_skipped_share: more unreadable samples than this stop the run.
+        num_workers: loader processes; None: one for each core but one, 4 at most.
+        prefetch_batches: batches that each worker keeps ready.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, ShardSource | None],
+        collator: Collator,
+        image_size: int,
+        batch_size: int,
+        seed: int = 0,
+        fit: str = "stretch",
+        max_frames: int = MAX_FRAMES,
+        questions: Questions = None,
+        val_questions: Questions = None,
+        max_val_samples: int | None = 10_000,
+        window_shards: int | None = None,
+        cache_dir: str | Path | None = None,
+        cache_gb: float = 32.0,
+        max_skipped_share: float = 0.05,
+        num_workers: int | None = None,
+        prefetch_batches: int = 4,
+    ) -> None:
+        super().__init__()
+        self.sources = {name: source for name, source in sources.items() if source is not None}
+        if not self.sources:
+            raise ValueError("no data: name at least one source with data.sources.NAME.root=PATH")
+        if fit not in FITS:
+            raise ValueError(f"data.fit must be one of {', '.join(FITS)}, not {fit!r}")
+        if not 1 <= max_frames <= MAX_FRAMES:
+            raise ValueError(f"data.max_frames must be 1 to {MAX_FRAMES}, not {max_frames}")
+        if isinstance(questions, int) and questions < 1:
+            raise ValueError(f"data.questions must be at least 1, not {questions}; null takes all")
+        self.collator, self.image_size, self.fit, self.max_frames = collator, image_size, fit, max_frames
+        self.batch_size, self.seed = batch_size, seed
+        self.questions, self.val_questions = questions, val_questions
+        self.max_val_samples, self.window_shards = max_val_samples, window_shards
+        self.cache_dir, self.cache_gb = cache_dir, cache_gb
+        self.num_workers = min((os.cpu_count() or 1) - 1, 4) if num_workers is None else num_workers
+        self.prefetch_batches = prefetch_batches
+        self.skipped = Skipped(max_skipped_share)
+        self.prepare_data_per_node = False  # shards lie where every node sees them
+        self.parts: dict[str, list[Part]] = {}
+        self.mixture: Mixture | None = None
+        self._batches_done = 0
+
+    # ---------------------------------------------------------------------------------------------------------- reading
+
+    def prepare_data(self) -> None:
+        """Makes the sources that can be made, and lets the collator prepare itself."""
+        for source in self.sources.values():
+            if source.root is None and source.make is not None:
+                source.make.complete()
+        if isinstance(self.collator, PreparedCollator):
+            folder = self.folder
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / ".collator.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self.collator.prepare(folder, self.texts)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens all splits and computes the mixture; once.
+
+        Raises:
+            FileNotFoundError, ShardError: shards are missing or broken (named). ValueError: nothing to train on.
+        """
+        if self.parts:
+            return
+        opened: dict[str, list[Part]] = {split: self._open(split) for split in SPLITS}
+        self.mixture = self._mixture(opened["train"])
+        self.parts = opened
+        self._report()
+
+    def _open(self, split: str) -> list[Part]:
+        parts = []
+        for name, source in self.sources.items():
+            found = source.open(split, self.cache_dir, self.cache_gb)
+            if found is not None and len(found[1]):
+                parts.append(Part(name, source, *found))
+            elif split == "train":
+                raise ValueError(f"the source {name!r} at {source.place} holds no training samples")
+        return parts
+
+    def _mixture(self, parts: Sequence[Part]) -> Mixture:
+        components = [part.component(self.max_frames) for part in parts]
+        return Mixture(components, self.batch_size, self.seed, self.window_shards)
+
+    def _report(self) -> None:
+        assert self.mixture is not None
+        for split, parts in self.parts.items():
+            held = ", ".join(f"{part.name} {len(part)}" for part in parts)
+            log.info("%s: %s", split, held or "none")
+        shares = {p.name: p.share for p in self.mixture.components if p.share is not None}
+        log.info(
+            "an epoch: %d batches of %d; padding about %.1f %%%s",
+            self.mixture.batches,
+            self.batch_size,
+            100 * self.padding_share(),
+            "".join(f"; {name} {100 * share:g} %" for name, share in shares.items()),
+        )
+
+    def padding_share(self, epoch: int = 0) -> float:
+        """Share of the language model's positions that are padding in an epoch, from the manifests; needs `setup`."""
+        assert self.mixture is not None
+        frames, tokens = self.mixture.bucket, self.mixture.length / CHARACTERS_A_TOKEN
+        return padded_share(self.mixture.order(epoch), self.batch_size, frames, tokens)
+
+    @property
+    def folder(self) -> Path:
+        """Where something derived from the data may be kept: beside the first source, or in the cache where it is
+        remote or cannot be written."""
+        place = next(iter(self.sources.values())).place
+        if not is_remote(place) and Path(place).is_dir() and os.access(place, os.W_OK):
+            return Path(place) / ".keygrip"
+        return Path.home() / ".cache" / "keygrip" / hashlib.sha256(place.encode()).hexdigest()[:16]
+
+    def texts(self) -> Iterator[str]:
+        """The text of every training turn of all sources."""
+        return iterate_texts([part.shards for part in (self.parts.get("train") or self._open("train"))])
+
+    @property
+    def statistics(self) -> VideoTextStatistics:
+        """Needs `setup`."""
+        parts = self.parts["train"]
+        return VideoTextStatistics(
+            folder=self.folder,
+            fingerprint=self.fingerprint,
+            samples={part.name: len(part) for part in parts},
+            image_size=self.image_size,
+            fit=self.fit,
+            max_frames=self.max_frames,
+            texts=self.texts,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that the order of training samples depends on."""
+        digest = hashlib.sha256()
+        for part in self.parts["train"]:
+            digest.update(f"{part.name}:{part.shards.fingerprint}:{part.source.share}:".encode())
+            digest.update(np.ascontiguousarray(part.chosen).tobytes())
+        return digest.hexdigest()[:16]
+
+    # ---------------------------------------------------------------------------------------------------------- loading
+
+    def _loader(self, parts: Sequence[Part], sampler: GlobalBatchSampler, questions: Questions) -> DataLoader[Any]:
+        samples = VideoTextSamples(parts, self.image_size, self.fit, self.max_frames, questions, self.seed)
+        loader = SkippingLoader(
+            samples,
+            batch_sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=Collate(self.collator),
+            worker_init_fn=start_worker,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+            prefetch_factor=self.prefetch_batches if self.num_workers else None,
+        )
+        loader.skipped = self.skipped
+        return loader
+
+    def _ranks(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        assert self.mixture is not None
+        sampler = MixedBatchSampler(self.mixture, *self._ranks())
+        if self.trainer is not None:
+            sampler.follow(self.batches_done)
+        return self._loader(self.parts["train"], sampler, self.questions)
+
+    def _held_out_loader(self, split: str) -> DataLoader[Any] | list[Any]:
+        """The lead sources' samples of a split, and as many of the others as their share asks for; always the same."""
+        parts = list(self.parts[split])
+        lead = sum(len(part) for part in parts if part.source.share is None)
+        shares = sum(part.source.share or 0.0 for part in parts)
+        total = lead / (1 - shares)
+        if self.max_val_samples is not None:
+            total = min(total, self.max_val_samples)
+        for number, part in enumerate(parts):
+            share = part.source.share
+            wanted = round(total * (share if share is not None else (1 - shares) * len(part) / lead))
+            fixed = np.random.default_rng(0).permutation(len(part))[: max(1, wanted)]
+            parts[number] = replace(part, chosen=part.chosen[np.sort(fixed)])
+        if not parts:
+            return []
+        components = [part.component(self.max_frames) for part in parts]
+        bucket, length = (np.concatenate([getattr(c, name) for c in components]) for name in ("bucket", "length"))
+        sampler = BucketedSampler(bucket, length, self.batch_size, *self._ranks())
+        return self._loader(parts, sampler, self.val_questions)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        return self._held_out_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
+        return self._held_out_loader("test")
+
+    # ----------------------------------------------------------------------------------------------------------- resume
+
+    def batches_done(self) -> int:
+        """The position in the order of samples: batches whose step was done, counted from the start of training."""
+        if self.trainer is None:
+            return self._batches_done
+        return max(self._batches_done, self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and what the order of samples depends on."""
+        return {
+            "batches_done": self.batches_done(),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "fingerprint": self.fingerprint,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where the checkpoint was written. Raises ValueError where the order cannot be continued."""
+        for name in ("batch_size", "seed", "fingerprint"):
+            if state_dict[name] != getattr(self, name):
+                raise ValueError(
+                    f"the checkpoint was trained with {name} {state_dict[name]} of its data, this run has "
+                    f"{getattr(self, name)}: the order of samples cannot be continued"
+                )
+        self._batches_done = int(state_dict["batches_done"])
