@@ -299,6 +299,7 @@ def _quiet(warnings_too: bool) -> None:
         ".*smaller than the logging interval.*",
         ".*GPU available but not used.*",
         ".*lr_scheduler.step.*before.*optimizer.step.*",
+        ".*Grad strides do not match bucket view strides.*",
     ):
         warnings.filterwarnings("ignore", message=text)
 

@@ -1,4 +1,4 @@
-"""Every config composes, fits the code it names, and builds: models configure their optimiser, sweeps list their jobs."""
+"""Every config composes, fits the code it names and builds: models with their optimiser, sweeps with their jobs."""
 
 from __future__ import annotations
 
