@@ -90,9 +90,9 @@ def recover_3d(
     if strict and not bool(usable.all()):
         bad = (~usable).nonzero()[0].tolist()
         raise ParallelRayError(
-            f"{int((~usable).sum())} of {usable.numel()} viewing rays do not meet their height plane in front of the "
-            f"camera (first at index {bad}): the pixel looks along or away from the plane. Check world_to_camera, or aim "
-            "the camera further down."
+            f"{int((~usable).sum())} of {usable.numel()} viewing rays do not meet their height plane in front of "
+            f"the camera (first at index {bad}): the pixel looks along or away from the plane. Check "
+            "world_to_camera, or aim the camera further down."
         )
     points = origin + directions * distance[..., None]
     return torch.where(usable[..., None], points, torch.nan)

@@ -46,8 +46,8 @@ class PolicyStatistics(nn.Module):
         low, high = height_range
         if not high > low:
             raise ValueError(
-                f"The training demonstrations have no range of heights (lowest {low:.4f} m, highest {high:.4f} m), which "
-                "the height bins need. Check that the end-effector positions are in metres with z up (step=doctor)."
+                f"The training demonstrations have no range of heights (lowest {low:.4f} m, highest {high:.4f} m), "
+                "which the height bins need. Check that the end-effector positions are in metres, z up (step=doctor)."
             )
         values = {
             "_height_range": [low, high],
@@ -67,8 +67,8 @@ class PolicyStatistics(nn.Module):
     def _read(self, name: str) -> Tensor:
         if not bool(self.known):
             raise ValueError(
-                "The policy has no statistics of its training data (height range, image preparation): train it, or load "
-                "a checkpoint written by keygrip.train."
+                "The policy has no statistics of its training data (height range, image preparation): train it, or "
+                "load a checkpoint written by keygrip.train."
             )
         value: Tensor = getattr(self, name)
         return value
