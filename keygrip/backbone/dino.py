@@ -184,6 +184,22 @@ class DinoBackbone(nn.Module):
             cache.append(BlockKV(key, value))
         return self._finish(tokens, grid), cache
 
+    def keys_and_values(self, images: Tensor) -> list[BlockKV]:
+        """The second output of `forward_with_kv` alone, without what only the first one needs: the last block's
+        attention and MLP over all tokens."""
+        tokens, rope, _ = self._embed(images)
+        cache: list[BlockKV] = []
+        for index, block in enumerate(self._blocks):
+            with self._gradients(index):
+                run = _run_block_with_kv if index < self.depth - 1 else _keys_and_values
+                if self._recompute(index):
+                    found = checkpoint(run, block, tokens, rope, self.num_prefix_tokens, use_reentrant=False)
+                else:
+                    found = run(block, tokens, rope, self.num_prefix_tokens)
+                tokens, key, value = found
+            cache.append(BlockKV(key, value))
+        return cache
+
     def query(self, tokens: Tensor, kv: Sequence[BlockKV], first_block: int = 0) -> Tensor:
         """Sends query tokens through the blocks against cached keys and values: [B, Q, D] -> [B, Q, D], normed.
 
@@ -351,17 +367,28 @@ def _run_block_with_kv(block: Any, tokens: Tensor, rope: Tensor | None, prefix: 
     weight, bias = _qkv(block.attn)
     query, key, value = _heads(functional.linear(normed, weight, bias), block.attn.num_heads, 3)
     if rope is not None:
-        from timm.layers import apply_rot_embed_cat
-
-        half = block.attn.rotate_half
-        query, key = (
-            torch.cat([part[:, :, :prefix], apply_rot_embed_cat(part[:, :, prefix:], rope, half=half)], dim=2).type_as(
-                value
-            )
-            for part in (query, key)
-        )
+        query, key = (_rotated(block, part, rope, prefix).type_as(value) for part in (query, key))
     mixed = functional.scaled_dot_product_attention(query, key, value)
     return _after_attention(block, tokens, mixed), key, value
+
+
+def _keys_and_values(block: Any, tokens: Tensor, rope: Tensor | None, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens as they are, and the block's keys and values of them."""
+    width = tokens.shape[-1]
+    weight, bias = _qkv(block.attn)
+    projected = functional.linear(block.norm1(tokens), weight[width:], None if bias is None else bias[width:])
+    key, value = _heads(projected, block.attn.num_heads, 2)
+    if rope is not None:
+        key = _rotated(block, key, rope, prefix).type_as(value)
+    return tokens, key, value
+
+
+def _rotated(block: Any, part: Tensor, rope: Tensor, prefix: int) -> Tensor:
+    """Queries or keys [B, H, R + N, E] with the rotary embedding on the patches."""
+    from timm.layers import apply_rot_embed_cat
+
+    turned = apply_rot_embed_cat(part[:, :, prefix:], rope, half=block.attn.rotate_half)
+    return torch.cat([part[:, :, :prefix], turned], dim=2)
 
 
 def _query_block(block: Any, tokens: Tensor, kv: BlockKV, attention: list[Tensor] | None) -> Tensor:

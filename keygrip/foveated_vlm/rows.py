@@ -1,0 +1,222 @@
+"""Where text and visual tokens lie in the language model's input, computed once a batch on the CPU.
+
+Legend: V videos, F frames of the longest, M real frames of all videos, B rows of text, L text tokens of the longest
+row, N visual tokens of the longest row, T positions of the longest row, S streams (see `Streams`), C language width.
+
+A row is text with its visual tokens put in as one run. Rows are compact (no holes) and padded on the right, so that
+under causal attention nothing real ever sees padding: no mask is needed, and a row gives the same alone and in any
+batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """B rows of text about V videos.
+
+    Args:
+        input_ids: int64 [B, L], padded on the right.
+        lengths: B counts of real tokens.
+        visual_at: B positions in the text before which the visual tokens stand (0: before all text).
+        videos: B indices of videos. frame_counts: V counts of frames; a row about a video without frames is plain text.
+    """
+
+    input_ids: Tensor
+    lengths: Sequence[int]
+    visual_at: Sequence[int]
+    videos: Sequence[int]
+    frame_counts: Sequence[int]
+
+    def __post_init__(self) -> None:
+        rows = len(self.input_ids)
+        if not len(self.lengths) == len(self.visual_at) == len(self.videos) == rows:
+            raise ValueError(
+                f"{rows} rows of text with {len(self.lengths)} lengths, {len(self.visual_at)} places and "
+                f"{len(self.videos)} videos"
+            )
+        if any(not 0 <= at <= length for at, length in zip(self.visual_at, self.lengths, strict=True)):
+            raise ValueError("visual_at must lie inside each row's text")
+        if any(not 0 <= video < len(self.frame_counts) for video in self.videos):
+            raise ValueError(f"video indices must lie in 0..{len(self.frame_counts) - 1}")
+
+    def layout(self, tokens_per_frame: int = 1) -> RowLayout:
+        """The whole rows, text and visual tokens."""
+        counts = [self.frame_counts[video] * tokens_per_frame for video in self.videos]
+        return RowLayout.build(self.lengths, self.visual_at, counts, self.input_ids.shape[1], self.input_ids.device)
+
+    @cached_property
+    def streams(self) -> Streams:
+        """The distinct ways in which the videos are looked at."""
+        return Streams.of(self)
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Positions of B rows.
+
+    Attributes:
+        source: int64 [B, T], for each position an index into the row's text (below L) or visual tokens (L + n); padding
+            repeats the first text token.
+        valid: bool [B, T], False for padding.
+        text_at: int64 [B, L], the position of each text token. visual_at: int64 [B, N], of each visual token.
+    """
+
+    source: Tensor
+    valid: Tensor
+    text_at: Tensor
+    visual_at: Tensor
+
+    @classmethod
+    def build(
+        cls,
+        lengths: Sequence[int],
+        visual_at: Sequence[int],
+        counts: Sequence[int],
+        width: int,
+        device: torch.device | None = None,
+    ) -> RowLayout:
+        """For texts of `lengths` in [B, width], with `counts` visual tokens before text token `visual_at`."""
+        length, at, count = (torch.tensor(list(v), dtype=torch.int64)[:, None] for v in (lengths, visual_at, counts))
+        longest = int((length + count).max()) if len(length) else 0
+        position = torch.arange(longest)[None]
+        inside = (position >= at) & (position < at + count)
+        text = torch.where(position < at, position, position - count)
+        valid = position < length + count
+        source = torch.where(inside, width + position - at, text)
+        source = torch.where(valid, source, 0)
+        token = torch.arange(width)[None]
+        text_at = torch.where(token < at, token, token + count)
+        visual = at + torch.arange(int(count.max()) if len(count) else 0)[None]
+        return cls(*(part.to(device, non_blocking=True) for part in (source, valid, text_at, visual)))
+
+    def place(self, text: Tensor, visual: Tensor) -> Tensor:
+        """Embeddings of text [B, L, C] and visual tokens [B, N, C] in their order, [B, T, C]."""
+        both = torch.cat([text, visual.to(text.dtype)], dim=1)
+        return take(both, self.source)
+
+
+@dataclass(frozen=True)
+class Streams:
+    """S ways of looking: a video, and the text that stands before its visual tokens.
+
+    In the published order (visual tokens first) nothing stands before them: a stream a video, which all its rows share.
+    With the question first, a stream a row.
+
+    Attributes:
+        input_ids: int64 [S, P] of the text before the visual tokens, and its lengths.
+        frame_counts: S counts. videos: S indices.
+        of_row: int64 [B], each row's stream (0 for rows without frames, whose layout takes nothing from it).
+        layout: text before and all frames but the last, whose hidden state no query needs.
+        query_at: int64 [S, F], position in `layout` whose hidden state becomes the frame's query (clamped to 0).
+        first: bool [S, F], frames with nothing before them: the learned first query.
+        places: int64 [n], for each real frame of each stream its place in [S * F].
+        slots: int64 [n], its place in [M * Q], the query table of the M real frames with Q streams a video.
+        slots_per_frame: Q.
+        frame_starts: V + 1 offsets of the videos in the M frames.
+        video_slots: S, the stream's number among those of its video.
+    """
+
+    input_ids: Tensor
+    lengths: list[int]
+    frame_counts: list[int]
+    videos: list[int]
+    of_row: Tensor
+    layout: RowLayout
+    query_at: Tensor
+    first: Tensor
+    places: Tensor
+    slots: Tensor
+    slots_per_frame: int
+    frame_starts: list[int]
+    video_slots: list[int]
+
+    def __len__(self) -> int:
+        return len(self.frame_counts)
+
+    @property
+    def longest(self) -> int:
+        """F, frames of the longest stream."""
+        return max(self.frame_counts, default=0)
+
+    @classmethod
+    def of(cls, rows: TextRows) -> Streams:
+        device = rows.input_ids.device
+        seeing = [row for row, video in enumerate(rows.videos) if rows.frame_counts[video]]
+        by_video = all(rows.visual_at[row] == 0 for row in seeing)
+        numbers: dict[int, int] = {}  # stream by video or by row
+        members: list[int] = []  # a row of each stream
+        of_row = [0] * len(rows.videos)
+        for row in seeing:
+            name = rows.videos[row] if by_video else row
+            if name not in numbers:
+                numbers[name] = len(members)
+                members.append(row)
+            of_row[row] = numbers[name]
+        videos = [rows.videos[row] for row in members]
+        lengths = [rows.visual_at[row] for row in members]
+        counts = [rows.frame_counts[video] for video in videos]
+        width = max(lengths, default=0)
+        input_ids = rows.input_ids[torch.tensor(members, dtype=torch.int64, device=device), :width]
+        layout = RowLayout.build(lengths, lengths, [count - 1 for count in counts], width, device)
+        number = torch.arange(max(counts, default=0))[None]
+        query_at = torch.tensor(lengths, dtype=torch.int64)[:, None] + number - 1
+        query_at = torch.where(number < torch.tensor(counts, dtype=torch.int64)[:, None], query_at, 0)
+        starts = [0]
+        for count in rows.frame_counts:
+            starts.append(starts[-1] + count)
+        slot_of: list[int] = []
+        used: dict[int, int] = {}
+        for video in videos:
+            slot_of.append(used.get(video, 0))
+            used[video] = slot_of[-1] + 1
+        per_frame, longest = max(used.values(), default=1), max(counts, default=0)
+        places, slots = [], []
+        for stream, (video, count, slot) in enumerate(zip(videos, counts, slot_of, strict=True)):
+            places += [stream * longest + frame for frame in range(count)]
+            slots += [(starts[video] + frame) * per_frame + slot for frame in range(count)]
+
+        def tensor(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+
+        return cls(
+            input_ids=input_ids,
+            lengths=lengths,
+            frame_counts=counts,
+            videos=videos,
+            of_row=tensor(of_row),
+            layout=layout,
+            query_at=query_at.clamp_min(0).to(device, non_blocking=True),
+            first=(query_at < 0).to(device, non_blocking=True),
+            places=tensor(places),
+            slots=tensor(slots),
+            slots_per_frame=per_frame,
+            frame_starts=starts,
+            video_slots=slot_of,
+        )
+
+    def to_frames(self, values: Tensor) -> Tensor:
+        """[S, F, C] by stream -> [M, Q, C] by frame; slots that no stream uses are zero."""
+        frames = self.frame_starts[-1] * self.slots_per_frame
+        table = values.new_zeros(frames, values.shape[-1])
+        return table.index_copy(0, self.slots, values.flatten(0, 1)[self.places]).view(
+            -1, self.slots_per_frame, values.shape[-1]
+        )
+
+    def to_streams(self, values: Tensor) -> Tensor:
+        """[M, Q, C] by frame (Q = 1: the same for all streams) -> [S, F, C] by stream, zero behind a stream's end."""
+        slots = self.slots if values.shape[1] == self.slots_per_frame else self.slots // self.slots_per_frame
+        table = values.new_zeros(len(self) * self.longest, values.shape[-1])
+        return table.index_copy(0, self.places, values.flatten(0, 1)[slots]).view(len(self), self.longest, -1)
+
+
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """values [B, X, C] at index [B, Y] -> [B, Y, C]."""
+    return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[-1]))

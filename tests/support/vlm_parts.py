@@ -1,0 +1,56 @@
+"""A network of a few thousand parameters, and rows of random text about random videos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from keygrip.backbone import DinoBackbone
+from keygrip.foveated_vlm.language import LanguageModel
+from keygrip.foveated_vlm.rows import TextRows
+
+SIZES = {"dinov2_vits14": 28, "dinov3_vits16": 32, "tiny": 32}
+
+
+def small_backbone(variant: str = "dinov2_vits14") -> DinoBackbone:
+    backbone = DinoBackbone(variant, SIZES[variant], "random", width=32, depth=3, heads=2)
+    with torch.no_grad():  # LayerScale starts near nothing, which would hide what the blocks do
+        for name, parameter in backbone.named_parameters():
+            if "gamma" in name:
+                parameter.fill_(0.5)
+    return backbone
+
+
+def small_language(**changes: object) -> LanguageModel:
+    options: dict[str, object] = {
+        "layers": 2,
+        "width": 24,
+        "heads": 4,
+        "kv_heads": 2,
+        "mlp_width": 48,
+        "vocabulary": 320,
+        "context": 128,
+        "rope_theta": 10000.0,
+        "tie_embeddings": True,
+        "embedding_std": 0.5,
+    }
+    return LanguageModel(**(options | changes))  # type: ignore[arg-type]
+
+
+def frames_of(counts: Sequence[int], size: int = 28, seed: int = 1, longest: int | None = None) -> Tensor:
+    """[V, F, 3, S, S]; padding frames hold noise, which must not matter."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(len(counts), longest or max(counts, default=0), 3, size, size, generator=generator)
+
+
+def rows_of(
+    texts: Sequence[tuple[int, int, int]], counts: Sequence[int], width: int | None = None, seed: int = 2
+) -> TextRows:
+    """Rows given by (video, length, visual_at); padding holds random ids, which must not matter."""
+    generator = torch.Generator().manual_seed(seed)
+    width = width or max(length for _, length, _ in texts)
+    ids = torch.randint(3, 320, (len(texts), width), generator=generator)
+    videos, lengths, places = (list(part) for part in zip(*texts, strict=True))
+    return TextRows(ids, lengths, places, videos, list(counts))
