@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
@@ -265,28 +266,33 @@ class VolumeQueryModule(LightningModule):
     # -- pictures -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _show(self, split: str, output: VolumeQueryOutput, batch: PolicyBatch, targets: StepTargets) -> None:
-        writer = getattr(self.logger, "experiment", None)
-        output = output.detach()
-        if not self.trainer.is_global_zero or not hasattr(writer, "add_image"):
-            return
+    def picture(
+        self, output: VolumeQueryOutput, batch: PolicyBatch, targets: StepTargets, *, sample: int, arm: int
+    ) -> np.ndarray:
+        """One sample's prediction beside its target, ``[H, W, 3]`` uint8; see :mod:`keygrip.volume_query.pictures`."""
         geometry = self.statistics.geometry
         mean, std = torch.tensor(geometry.mean)[:, None, None], torch.tensor(geometry.std)[:, None, None]
-        image = (batch.image[0].float().cpu() * std + mean).clamp(0, 1)
-        for i, arm in enumerate(self.network.arms):
-            picture = draw_prediction(
-                image,
-                output.volume.float(),
-                output.gripper.float(),
-                output.rotation.float(),
-                targets,
-                self.codec(arm).encode(batch.quaternion[:, i]),
-                height_centres(self.statistics.height_range, self.network.height_bins),
-                sample=0,
-                arm=i,
-            )
-            assert writer is not None
-            writer.add_image(f"{split}/prediction_{arm}", picture, self.global_step, dataformats="HWC")
+        output = output.detach()
+        return draw_prediction(
+            (batch.image[sample].float().cpu() * std + mean).clamp(0, 1),
+            output.volume.float(),
+            output.gripper.float(),
+            output.rotation.float(),
+            targets,
+            self.codec(self.network.arms[arm]).encode(batch.quaternion[:, arm]),
+            height_centres(self.statistics.height_range, self.network.height_bins),
+            sample=sample,
+            arm=arm,
+        )
+
+    def _show(self, split: str, output: VolumeQueryOutput, batch: PolicyBatch, targets: StepTargets) -> None:
+        writer = getattr(self.logger, "experiment", None)
+        if not self.trainer.is_global_zero or not hasattr(writer, "add_image"):
+            return
+        assert writer is not None
+        for arm, name in enumerate(self.network.arms):
+            picture = self.picture(output, batch, targets, sample=0, arm=arm)
+            writer.add_image(f"{split}/prediction_{name}", picture, self.global_step, dataformats="HWC")
 
 
 def _classification(logits: Tensor, target: Tensor) -> Tensor:

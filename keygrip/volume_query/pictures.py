@@ -68,17 +68,19 @@ def prediction_figure(
     start = targets.start_pixels[sample, arm].float().cpu()
     picture = image.permute(1, 2, 0).float().cpu().numpy()
 
-    figure = Figure(figsize=(11, 5.4), layout="constrained")
-    axes = figure.subplot_mosaic([["heat", "paths", "height"], ["heat", "paths", "grip"], ["heat", "paths", "turn"]])
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    axes = figure.subplot_mosaic(
+        [["heat", "paths", "height"], ["heat", "paths", "grip"], ["heat", "paths", "turn"]], width_ratios=[1, 1, 0.9]
+    )
     heat = axes["heat"]
     heat.imshow(picture, extent=(0, side, side, 0))
     # The strongest step counts at each pixel: a sum over steps would hide the sharp ones behind the broad ones.
     strength = (heatmaps / heatmaps.amax((1, 2), keepdim=True)).amax(0).numpy()
     heat.imshow(
-        strength, cmap="inferno", alpha=0.25 + 0.6 * strength, extent=(0, side, side, 0), interpolation="bilinear"
+        strength, cmap="inferno", alpha=0.9 * np.sqrt(strength), extent=(0, side, side, 0), interpolation="bilinear"
     )
     heat.plot(*start.tolist(), marker="+", color="white", markersize=12)
-    heat.set_title("heatmap, strongest step (+ gripper now)")
+    heat.set_title("heatmap (+ gripper now)")
 
     paths = axes["paths"]
     paths.imshow(picture, extent=(0, side, side, 0))
@@ -92,7 +94,7 @@ def prediction_figure(
         predicted[:, 0], predicted[:, 1], c=times, cmap="viridis", marker="X", s=60, edgecolors="black"
     )
     paths.set_title("predicted (x) and true (o)")
-    figure.colorbar(scatter, ax=paths, label="step", location="bottom", shrink=0.7)
+    figure.colorbar(scatter, ax=[heat, paths], label="step", location="bottom", shrink=0.5, aspect=40)
     for axis in (heat, paths):
         axis.set(xlim=(0, side), ylim=(side, 0), xticks=[], yticks=[])
 

@@ -1,0 +1,82 @@
+"""Makes the pictures of README.md from a trained run: ``python docs/make_pictures.py runs/demo``.
+
+Writes into docs/pictures: ``episode.gif`` (a held-out closed-loop episode with the plan drawn in), ``prediction.png``
+(heatmap, trajectories, height, gripper and rotation of a validation frame) and ``demonstrations.png`` (frames of recorded
+demonstrations).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from PIL import Image
+
+from keygrip.data.batches import PolicyBatch
+from keygrip.evaluation.callback import read_frames
+from keygrip.evaluation.closed_loop import HELD_OUT_SEED, ClosedLoop
+from keygrip.training.checkpoints import load_module, read_checkpoint
+from keygrip.volume_query.module import VolumeQueryModule
+
+PICTURES = Path(__file__).parent / "pictures"
+
+
+def main(run: Path) -> None:
+    config = OmegaConf.create(read_checkpoint(run)["keygrip"]["config"])
+    module = load_module(run, expected=VolumeQueryModule)
+    assert isinstance(module, VolumeQueryModule)
+    data = instantiate(config.data, _convert_="all")
+    data.prepare_data()
+    data.setup("validate")
+    PICTURES.mkdir(exist_ok=True)
+    demonstrations(data)
+    prediction(data, module)
+    episode(config, run)
+
+
+def demonstrations(data: object) -> None:
+    """Five frames of each of three demonstrations."""
+    rows = []
+    for demo in data.demos[:3]:  # type: ignore[attr-defined]
+        frames = demo.cameras[data.camera].frames  # type: ignore[attr-defined]
+        rows.append(np.concatenate([frames.read(int(i)) for i in np.linspace(0, len(demo) - 8, 5)], axis=1))
+    Image.fromarray(np.concatenate(rows, axis=0)).save(PICTURES / "demonstrations.png", optimize=True)
+
+
+def prediction(data: object, module: VolumeQueryModule) -> None:
+    """A validation frame in which the gripper is on its way to the object."""
+    samples = data.val_samples  # type: ignore[attr-defined]
+    batch = PolicyBatch.collate([samples[12]])
+    with torch.no_grad():
+        targets = module.targets(batch)
+        output = module(batch, targets, teacher=False)
+    picture = module.picture(output, batch, targets, sample=0, arm=0)
+    Image.fromarray(picture).save(PICTURES / "prediction.png", optimize=True)
+
+
+def episode(config: object, run: Path) -> None:
+    """One held-out episode as an animation."""
+    record = config.data.record  # type: ignore[attr-defined]
+    loop = ClosedLoop(
+        instantiate(record.task),
+        {"episode": [{}]},
+        episodes=1,
+        first_seed=HELD_OUT_SEED + 3,
+        image_size=record.image_size,
+        processes=1,
+        videos=1,
+    )
+    (result,) = loop.run(run, run / "pictures")
+    name = result.episodes[0].video
+    assert name is not None
+    frames = [Image.fromarray(frame) for frame in read_frames(run / "pictures" / "videos" / name)]
+    small = [frame.resize((320, 320), Image.Resampling.LANCZOS).quantize(64) for frame in frames]
+    small[0].save(PICTURES / "episode.gif", save_all=True, append_images=small[1:], duration=100, loop=0, optimize=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
