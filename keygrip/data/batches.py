@@ -130,9 +130,13 @@ class VideoTextBatch(Movable):
         frames: uint8 [V, F, 3, S, S] as they come from the disk (see `normalised`); F may be 0.
         frame_mask: bool [V, F], True for real frames; padding frames (zeros) stand behind them.
         video_index: int64 [B], the video of each row; 0 <= video_index < V.
-        input_ids: int64 [B, L], without the visual tokens.
-        attention_mask: bool [B, L], True for real tokens.
+        input_ids: int64 [B, L], without the visual tokens, padded on the right.
+        attention_mask: bool [B, L], True for real tokens; padding is known by its place, never by an id.
         loss_mask: bool [B, L], True where the token is to be predicted.
+        answer_mask: bool [B, L], True for the assistant's words and the token that ends its turn, whatever the loss is.
+        visual_at: B positions in the text before which the visual tokens stand.
+        prompt_lengths: B counts of tokens before the last answer.
+        truncated: rows whose text was cut off at the end.
         kind, source, key: B strings. texts: the B conversations, for tables and pictures.
     """
 
@@ -142,6 +146,10 @@ class VideoTextBatch(Movable):
     input_ids: Tensor
     attention_mask: Tensor
     loss_mask: Tensor
+    answer_mask: Tensor
+    visual_at: list[int]
+    prompt_lengths: list[int]
+    truncated: int
     kind: list[str]
     source: list[str]
     key: list[str]

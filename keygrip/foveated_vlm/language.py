@@ -135,8 +135,7 @@ class LanguageModel(nn.Module):
         return self._run(embeddings, positions, mask, cache.layers)
 
     def _run(self, embeddings: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
-        """The layers one by one: transformers' own loop drops the cache under gradient checkpointing, without an error,
-        and spends a sixth of a cached step on what is the same for all layers."""
+        """The layers one by one: transformers' own loop drops the cache under gradient checkpointing."""
         hidden = embeddings.to(self.model.embed_tokens.weight.dtype)  # the residual stream, also under autocast
         angles = self.model.rotary_emb(hidden, position_ids=positions)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
