@@ -43,8 +43,8 @@ class Collator(Protocol):
 class PreparedCollator(Protocol):
     """A collator that needs something made of the data's text before the first batch (a tokenizer).
 
-    `prepare` runs once on the machine (under a lock) after the shards are there, and must do nothing where its work is
-    done; `folder` is where the result may be kept, `texts()` goes through the text of every training turn.
+    `prepare` is called by every process, one after the other, when the shards are there: the first makes what is missing
+    in `folder`, all load it. `texts()` goes through the text of every training turn.
     """
 
     def prepare(self, folder: Path, texts: Callable[[], Iterator[str]]) -> None: ...
@@ -174,7 +174,7 @@ def held_out(shards: ShardSet, fraction: float) -> np.ndarray:
 
 
 def choose(conversations: Sequence[Conversation], questions: Questions, rng: np.random.Generator) -> list[Conversation]:
-    """Some of a video's conversations: all (None), so many at random, or so many of each kind (as far as there are)."""
+    """Some of a video's conversations: all (None), so many at random, or so many of each named kind (of others all)."""
     if questions is None:
         return list(conversations)
     order = rng.permutation(len(conversations))
@@ -183,8 +183,8 @@ def choose(conversations: Sequence[Conversation], questions: Questions, rng: np.
     left, chosen = dict(questions), []
     for number in order.tolist():
         kind = conversations[number].kind
-        if left.get(kind, 0):
-            left[kind] -= 1
+        if left.get(kind, 1):
+            left[kind] = left.get(kind, len(order)) - 1
             chosen.append(number)
     return [conversations[n] for n in sorted(chosen)]
 
@@ -363,7 +363,8 @@ class VideoTexts(LightningDataModule):
         batch_size: videos, global over all ranks.
         seed: of order and choice.
         max_frames: of longer samples, so many evenly spaced frames.
-        questions: conversations a video in training: all (null), so many at random, or by kind ({mark: 4, ...}).
+        questions: conversations a video in training: all (null), so many at random, or by kind ({mark: 4}: 4 of
+            these and all of other kinds).
         val_questions: the same at validation, where the choice never changes.
         max_val_samples: the frozen validation set is cut to so many, always the same; None: all.
         window_shards: shuffle within windows of so many shards (remote shards); None: over everything.
@@ -422,6 +423,9 @@ class VideoTexts(LightningDataModule):
         for source in self.sources.values():
             if source.root is None and source.make is not None:
                 source.make.complete()
+        self._prepare_collator()
+
+    def _prepare_collator(self) -> None:
         if isinstance(self.collator, PreparedCollator):
             folder = self.folder
             folder.mkdir(parents=True, exist_ok=True)
@@ -440,6 +444,7 @@ class VideoTexts(LightningDataModule):
         opened: dict[str, list[Part]] = {split: self._open(split) for split in SPLITS}
         self.mixture = self._mixture(opened["train"])
         self.parts = opened
+        self._prepare_collator()  # on every rank: what was made once is loaded here
         self._report()
 
     def _open(self, split: str) -> list[Part]:
