@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 MAY_DIFFER = (
     *("max_steps", "max_epochs", "max_minutes", "val_every_n_steps", "limit_val_batches", "log_every_n_steps"),
     *("debug", "resume", "run_dir", "logger", "strategy.devices", "strategy.num_nodes"),
-    *("data.num_workers", "data.cache_gb"),
-    *(f"callbacks.{name}" for name in ("checkpoint", "progress", "throughput", "learning_rate", "health", "interrupt")),
+    *("data.num_workers", "data.prefetch_batches", "data.cache_gb", "data.cache_dir", "model.vis_every_n_steps"),
 )
+MUST_AGREE = ("callbacks.average",)  # the other callbacks watch and save
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
@@ -137,11 +137,11 @@ def _check_resumed(checkpoint: Path, resolved: dict[str, Any]) -> int:
 
     content = read_checkpoint(checkpoint)
     before, now = _flat(content[HEADER]["config"]), _flat(resolved)
-    # "run_dir" and what is made of it may differ: a folder can be moved or named another way.
     different = sorted(
         key
         for key in before.keys() | now.keys()
-        if before.get(key) != now.get(key) and not any(key == free or key.startswith(f"{free}.") for free in MAY_DIFFER)
+        if before.get(key) != now.get(key) and not _within(key, MAY_DIFFER)
+        if not key.startswith("callbacks") or _within(key, MUST_AGREE)
     )
     if different:
         shown = ", ".join(f"{key} ({before.get(key)} then, {now.get(key)} now)" for key in different[:4])
@@ -150,6 +150,10 @@ def _check_resumed(checkpoint: Path, resolved: dict[str, Any]) -> int:
             f"{checkpoint} was made with other settings: {shown}{more}; use the same ones, or start a new run"
         )
     return int(content["global_step"])
+
+
+def _within(key: str, parts: tuple[str, ...]) -> bool:
+    return any(key == part or key.startswith(f"{part}.") for part in parts)
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
