@@ -475,6 +475,14 @@ class ShardSet:
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
         return shard, sample - int(self._starts[shard])
 
+    def index(self, shard: int) -> ShardIndex:
+        """The index of a shard."""
+        return self._indices[shard]
+
+    def first_sample(self, shard: int) -> int:
+        """Number in the set of a shard's first sample."""
+        return int(self._starts[shard])
+
     def key(self, sample: int) -> str:
         shard, row = self.locate(sample)
         return str(self._indices[shard].keys[row])

@@ -43,8 +43,8 @@ class Collator(Protocol):
 class PreparedCollator(Protocol):
     """A collator that needs something made of the data's text before the first batch (a tokenizer).
 
-    `prepare` is called by every process, one after the other, when the shards are there: the first makes what is missing
-    in `folder`, all load it. `texts()` goes through the text of every training turn.
+    `prepare` is called by every process, one after the other, when the shards are there: the first makes what is
+    missing in `folder`, all load it. `texts()` goes through the text of every training turn.
     """
 
     def prepare(self, folder: Path, texts: Callable[[], Iterator[str]]) -> None: ...

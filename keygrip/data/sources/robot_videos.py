@@ -134,7 +134,7 @@ def _key(name: str) -> str:
 
 
 def robot_videos(
-    source: Path | str,
+    source: Path | str | None,
     root: Path | str,
     format: str = "auto",
     camera: str | None = None,
@@ -144,11 +144,13 @@ def robot_videos(
     videos_per_shard: int = 100,
     processes: int | None = None,
     calibration: str | Path | None = None,
+    simulated: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes shards of recorded demonstrations, a frame a second, with the captions and questions that they carry.
 
     Args:
-        source: folder of demonstrations of any known format. root: receives `train/` and `val/`.
+        source: folder of demonstrations of any known format; None: tours from the simulator, with the options
+            `simulated` (see :func:`make_tours`). root: receives `train/` and `val/`.
         camera: whose pictures; None: each demo's first. image_size, fit: of the pictures.
         val_fraction: whole demos, by the same rule as for training a policy.
 
@@ -158,6 +160,8 @@ def robot_videos(
     from keygrip.data.demos import find_demos
     from keygrip.data.robot_demos import split_demos
 
+    if source is None:
+        return make_tours(root, {**(simulated or {}), "videos_per_shard": videos_per_shard, "processes": processes})
     references = find_demos(source, format, calibration)
     train, val = split_demos([reference.name for reference in references], val_fraction, 0)
     report: dict[str, Any] = {"root": str(root), "wall_s": 0.0, "failed": 0}

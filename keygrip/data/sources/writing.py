@@ -36,13 +36,21 @@ class MadeSample:
     row: Row
 
 
+@dataclass(frozen=True)
+class Broken:
+    """Something that could not be made into a sample."""
+
+    reason: str
+
+
 class Maker(Protocol):
     """Makes the samples of one item; picklable, and called in a process of its own.
 
-    Raises (ValueError, OSError): the item is broken; it is counted and passed over.
+    What is broken is yielded as `Broken`, or raised as ValueError or OSError where the whole item is: it is counted and
+    passed over.
     """
 
-    def __call__(self, item: Any, /) -> Iterable[MadeSample]: ...
+    def __call__(self, item: Any, /) -> Iterable[MadeSample | Broken]: ...
 
 
 @dataclass
@@ -53,7 +61,7 @@ class Written:
     shards: int = 0
     samples: int = 0
     written: int = 0  # samples, by this call
-    failed: int = 0  # items
+    failed: int = 0  # items, or parts of them
     reasons: list[str] = field(default_factory=list)
     wall_s: float = 0.0
 
@@ -84,7 +92,7 @@ def write_shards(
         settings: what the set is made with; another set in the folder is refused.
         items_per_shard: see above. name: beginning of the files' names.
         processes: None: one for each core; 1: here.
-        max_failed_share: more broken items than this are an error.
+        max_failed_share: more broken things than this share are an error.
 
     Raises:
         ValueError: nothing to write, the folder holds a set with other settings, or too many items are broken.
@@ -114,17 +122,13 @@ def write_shards(
     for reason in result.reasons[:NAMED_AT_MOST]:
         log.warning("left out: %s", reason)
     if result.failed:
-        log.warning("%d of %d items are broken and left out of %s", result.failed, len(items), root)
-    if result.failed > max_failed_share * len(items):
-        raise ValueError(
-            f"{result.failed} of {len(items)} items for {root} are broken, more than {max_failed_share:g} of them; the "
-            f"first: {result.reasons[0]}"
-        )
+        log.warning("%d things are broken and left out of %s", result.failed, root)
     manifest = write_manifest(root, describe, progress=progress)
     result.shards, result.samples = len(manifest["shards"]), manifest["samples"]
-    if not result.samples:
-        (root / MANIFEST).unlink()
-        raise ValueError(f"the {len(items)} items for {root} gave no samples")
+    if result.failed > max_failed_share * (result.samples + result.failed) or not result.samples:
+        (root / MANIFEST).unlink()  # nobody shall train on it
+        first = f"; the first: {result.reasons[0]}" if result.reasons else ""
+        raise ValueError(f"{root} would hold {result.samples} samples, and {result.failed} things are broken{first}")
     result.wall_s = time.monotonic() - started
     return result
 
@@ -157,12 +161,13 @@ def _write_one(job: Job, make: Maker) -> tuple[int, int]:
     with ShardWriter(path) as writer:
         for item in items:
             try:
-                samples = list(make(item))
+                for sample in make(item):
+                    if isinstance(sample, Broken):
+                        reasons.append(sample.reason)
+                    else:
+                        writer.add(sample.key, sample.parts, sample.row)
             except (ValueError, OSError, KeyError, TypeError) as error:
                 reasons.append(f"{_short(item)}: {type(error).__name__}: {error}")
-                continue
-            for sample in samples:
-                writer.add(sample.key, sample.parts, sample.row)
         count = len(writer)
         write_whole(failures_path(path), (json.dumps(reasons, indent=1) + "\n").encode())
     return len(items), count

@@ -1,0 +1,62 @@
+"""Parquet tables as data sets ship them: found, checked, and read a row group at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A part of a parquet file. `name` is unique in the data set and stays so when the folder is moved."""
+
+    path: Path
+    group: int
+    first_row: int
+    name: str
+
+    def rows(self, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Number in the file and values of each row."""
+        import pyarrow.parquet as parquet
+
+        number = self.first_row
+        with parquet.ParquetFile(self.path) as file:
+            for batch in file.iter_batches(64, [self.group], list(columns)):
+                for row in batch.to_pylist():
+                    yield number, row
+                    number += 1
+
+
+def row_groups(source: Path | str, pattern: str, columns: Sequence[str], what: str) -> list[RowGroup]:
+    """All row groups of the tables below a folder.
+
+    Raises:
+        FileNotFoundError: no tables. ValueError: one cannot be read or lacks a column; `what` names the data set.
+    """
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    source = Path(source)
+    paths = sorted(source.rglob(pattern)) if source.is_dir() else []
+    if not paths:
+        raise FileNotFoundError(
+            f"no {pattern} in {source}: download {what} there as its makers ship it (parquet files)"
+        )
+    groups = []
+    for path in paths:
+        try:
+            with parquet.ParquetFile(path) as file:
+                missing = [name for name in columns if name not in file.schema_arrow.names]
+                sizes = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
+        except (arrow.ArrowException, OSError) as error:
+            raise ValueError(f"{path} cannot be read ({error}): download it again") from error
+        if missing:
+            raise ValueError(f"{path} has no column {missing[0]!r}: is it a table of {what}?")
+        name = str(path.relative_to(source).with_suffix("")).replace("/", "-").replace(".", "-")
+        start = 0
+        for group, size in enumerate(sizes):
+            groups.append(RowGroup(path, group, start, name))
+            start += size
+    return groups
