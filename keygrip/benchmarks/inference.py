@@ -1,0 +1,134 @@
+"""Time from a camera's picture to a plan, one picture at a time, as the robot runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from keygrip.benchmarks.measuring import interleaved_seconds, milliseconds
+from keygrip.benchmarks.training_config import training_config
+
+if TYPE_CHECKING:
+    from keygrip.volume_query.control import VolumeQueryPolicy
+    from keygrip.volume_query.module import VolumeQueryModule
+
+
+@dataclass(frozen=True)
+class Inference:
+    """``VolumeQueryPolicy.plan``, batch 1, with all threads (the headline), with one, and on a GPU where there is one.
+
+    Weights are random: what they are does not change the time.
+
+    Args:
+        overrides: of ``keygrip.train``, which say what policy.
+        repetitions, quick_repetitions: plans for each setting; fewer where they take longer than ``limit_s`` or
+            ``quick_limit_s``. warm_up: plans before those.
+    """
+
+    overrides: Sequence[str]
+    repetitions: int
+    quick_repetitions: int
+    warm_up: int
+    limit_s: float
+    quick_limit_s: float
+
+    def run(self, quick: bool) -> dict[str, float]:
+        """Figures of all settings, and of the network alone."""
+        config = training_config(self.overrides)
+        observation = looking_down(config.data.record.image_size)
+        module = untrained(config)
+        all_threads = torch.get_num_threads()
+        settings = [("", torch.device("cpu"), all_threads), ("one_thread_", torch.device("cpu"), 1)]
+        settings += [("gpu_", torch.device("cuda"), 1)] if torch.cuda.is_available() else []
+        figures: dict[str, float] = {}
+        for prefix, device, count in tqdm(settings, desc="inference", unit="setting", leave=False):
+            policy = module.to(device).policy()
+            with threads(count):
+                figures |= self._measure(policy, observation, device, prefix, quick)
+        return figures | {"threads": all_threads}
+
+    def _measure(
+        self, policy: VolumeQueryPolicy, observation: dict[str, Any], device: torch.device, prefix: str, quick: bool
+    ) -> dict[str, float]:
+        network = policy.module.network
+        image = torch.randn(1, 3, network.image_size, network.image_size, device=device)
+        pixel = torch.full((1, len(network.arms), 2), network.image_size / 2, device=device)
+        state = torch.zeros(1, len(network.arms), 8, device=device) if network.uses_state else None
+
+        @torch.inference_mode()
+        def network_alone() -> None:
+            network(image, pixel, state)
+
+        sides = {"": lambda: policy.plan(observation), "network_": network_alone}
+        repetitions, limit_s = (
+            (self.quick_repetitions, self.quick_limit_s) if quick else (self.repetitions, self.limit_s)
+        )
+        seconds = interleaved_seconds(sides, repetitions, device, limit_s, self.warm_up)
+        return {
+            f"{prefix}{name}p{percentile}_ms": milliseconds(values, percentile)
+            for name, values in seconds.items()
+            for percentile in (50, 95)
+        }
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Computes with so many threads, then as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def untrained(config: DictConfig) -> VolumeQueryModule:
+    """The volume-query module of a training config, with random weights and the statistics of a table's worth of space."""
+    from keygrip.data.augmentation import ImageGeometry
+    from keygrip.training.checkpoints import build_module
+    from keygrip.volume_query.module import VolumeQueryModule
+
+    OmegaConf.resolve(config)
+    module = build_module({"model": OmegaConf.to_container(config.model)}, random_backbone=True)
+    if not isinstance(module, VolumeQueryModule):
+        raise ValueError(
+            f"case=inference measures the volume-query policy; cases.inference.overrides name a {type(module).__name__}"
+        )
+    data = config.data
+    module.statistics.set(
+        height_range=(0.0, 0.3),
+        position_range=((0.1, -0.3, 0.0), (0.5, 0.3, 0.3)),
+        step_seconds=data.frame_stride / data.record.hz,
+        geometry=ImageGeometry(data.image_size, tuple(data.mean), tuple(data.std), data.field, data.fit),
+    )
+    half_yaw = torch.linspace(-math.pi / 4, math.pi / 4, 64)
+    zero = torch.zeros_like(half_yaw)
+    for arm in data.arms:  # a gripper that points down and turns by a half turn
+        module.codec(arm).fit(torch.stack([zero, half_yaw.cos(), half_yaw.sin(), zero], dim=-1))
+    return module.eval()
+
+
+def looking_down(image_size: int) -> dict[str, Any]:
+    """An observation of noise, from a camera 1 m above the table that sees 0.8 m of it."""
+    generator = np.random.default_rng(0)
+    focal = image_size / 0.8
+    intrinsics = np.array([[focal, 0, image_size / 2], [0, focal, image_size / 2], [0, 0, 1.0]])
+    world_to_camera = np.eye(4)
+    world_to_camera[:3, :3] = np.diag([1.0, -1.0, -1.0])
+    world_to_camera[:3, 3] = world_to_camera[:3, :3] @ -np.array([0.3, 0.0, 1.0])
+    return {
+        "image": generator.integers(0, 256, (image_size, image_size, 3), dtype=np.uint8),
+        "intrinsics": intrinsics,
+        "world_to_camera": world_to_camera,
+        "position": np.array([0.3, 0.0, 0.2]),
+        "quaternion": np.array([0.0, 1.0, 0.0, 0.0]),
+        "gripper": 1.0,
+    }

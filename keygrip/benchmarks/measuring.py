@@ -1,0 +1,78 @@
+"""Time and memory of pieces of work that stand side by side."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+Work = Callable[[], object]
+
+MIN_REPETITIONS = 3  # fewer have no median worth the name
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits for what was started on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved_seconds(
+    sides: Mapping[str, Work], repetitions: int, device: torch.device, limit_s: float, warm_up: int = 1
+) -> dict[str, np.ndarray]:
+    """Seconds of every repetition of every side, ``[repetitions]`` each.
+
+    The sides take turns, so that whatever else slows the machine down for a while slows all of them. On a machine that is
+    too slow for all repetitions fewer are done, but ``MIN_REPETITIONS`` at least: ``limit_s`` is for all of them together.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    began = time.perf_counter()
+    for repetition in range(-warm_up, repetitions):
+        late = time.perf_counter() - began > limit_s
+        if late and repetition >= MIN_REPETITIONS:
+            break
+        if late and -warm_up < repetition < 0:
+            continue
+        for name, work in sides.items():
+            synchronise(device)
+            started = time.perf_counter()
+            work()
+            synchronise(device)
+            if repetition >= 0:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def peak_extra_bytes(work: Work, device: torch.device) -> int:
+    """Most bytes of tensors that were alive at once during ``work``, beyond those that were alive before it.
+
+    On a GPU this is the caching allocator's own count. On the CPU it is added up from the allocator's events in the
+    profiler's trace, which sees buffers inside of operators too; a first run outside, as warm-up, keeps one-time buffers out.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    # The order in the file is that of threads; time stamps have nanoseconds.
+    changes = sorted((e["ts"], number, e["args"]["Bytes"]) for number, e in enumerate(events) if e["name"] == "[memory]")
+    alive = np.cumsum([0] + [change for _, _, change in changes])
+    return int(alive.max())
+
+
+def milliseconds(seconds: np.ndarray, percentile: float = 50) -> float:
+    """A percentile of seconds, in milliseconds rounded to microseconds."""
+    return round(float(np.percentile(seconds, percentile)) * 1e3, 3)

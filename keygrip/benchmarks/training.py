@@ -1,0 +1,80 @@
+"""Samples a second of a real training run, and where its time goes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from keygrip.benchmarks.demos import repeated_demos
+from keygrip.benchmarks.training_config import training_config
+
+PHASES = ("data_wait", "forward", "backward", "optimizer")
+
+
+@dataclass(frozen=True)
+class Training:
+    """``python -m keygrip.train`` as a user starts it, on frames that have not been decoded before.
+
+    Args:
+        overrides: of ``keygrip.train``. demos, quick_demos: how many to record.
+        steps, quick_steps: counted steps. skip_steps: before those.
+    """
+
+    overrides: Sequence[str]
+    demos: int
+    quick_demos: int
+    steps: int
+    quick_steps: int
+    skip_steps: int
+
+    def run(self, quick: bool) -> dict[str, float]:
+        """``samples_per_s`` and the shares of waiting on data, forward, backward and optimizer, which add up to 1.
+
+        Raises:
+            ChildProcessError: the training run failed; what it says stands on standard error.
+        """
+        config = training_config(self.overrides)
+        steps = self.skip_steps + (self.quick_steps if quick else self.steps)
+        with tempfile.TemporaryDirectory(prefix="keygrip-bench-") as name:
+            folder = Path(name)
+            demos = self.quick_demos if quick else self.demos
+            root = repeated_demos(config, folder, demos, samples=(steps + 1) * config.data.batch_size)
+            measured = self._train(config, folder, root, steps)
+        total = sum(measured["seconds"].values())
+        figures = {f"{phase}_share": round(measured["seconds"][phase] / total, 4) for phase in PHASES}
+        return {
+            "data_wait_share": figures.pop("data_wait_share"),
+            "samples_per_s": round(measured["samples"] / total, 2),
+            **figures,
+            "step_ms": round(1e3 * total / measured["steps"], 2),
+            "steps": measured["steps"],
+        }
+
+    def _train(self, config: DictConfig, folder: Path, root: Path, steps: int) -> dict[str, dict[str, float]]:
+        phases = folder / "phases.json"
+        # A process of its own: the run that is measured is the one that users start, with nothing of this one in it.
+        command = [
+            *(sys.executable, "-m", "keygrip.train", *self.overrides),
+            f"data.root={root}",
+            "data.max_demos=null",
+            "data.val_fraction=0",
+            f"max_steps={steps}",
+            f"run_dir={folder / 'run'}",
+            "+callbacks.phases._target_=keygrip.benchmarks.phases.PhaseTimes",
+            f"+callbacks.phases.path={phases}",
+            f"+callbacks.phases.skip_steps={self.skip_steps}",
+        ]
+        ended = subprocess.run(command, stdout=sys.stderr.fileno(), check=False)
+        if ended.returncode != 0 or not phases.is_file():
+            raise ChildProcessError(
+                f"the training run that should be measured ended with exit code {ended.returncode}; see what it said above"
+            )
+        measured: dict[str, dict[str, float]] = json.loads(phases.read_text())
+        return measured

@@ -1,0 +1,147 @@
+"""The exact factorised volume loss against the dense volume that it equals.
+
+Both sides start from the same leaves (the queries' pixel and height parts and the feature map), build the volume's parts with
+the same products, and go back to the leaves' gradients; the one sums two small softmaxes, the other writes the volume out.
+Logits live as long as the backward pass needs them and no longer, as in a training step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from keygrip.benchmarks.measuring import interleaved_seconds, milliseconds, peak_extra_bytes
+from keygrip.nn.sinusoids import sinusoidal_features
+from keygrip.volume_query.volume import VolumeLogits, hard_target, volume_cross_entropy
+
+
+@dataclass(frozen=True)
+class VolumeLoss:
+    """Forward and backward time and extra memory of both, in float32, on the CPU and on a GPU where there is one.
+
+    The figures without a horizon in their name are those of the last horizon.
+
+    Args:
+        horizons: T. batch_size: B. pred_size: P, cells along a side. height_bins: Z.
+        d_feat, d_sin_z: widths of the query's parts.
+        repetitions, quick_repetitions: of the time measurement, after one warm-up; fewer where they take longer than
+            ``limit_s`` or ``quick_limit_s`` for a horizon.
+    """
+
+    horizons: Sequence[int]
+    batch_size: int
+    pred_size: int
+    height_bins: int
+    d_feat: int
+    d_sin_z: int
+    repetitions: int
+    quick_repetitions: int
+    limit_s: float
+    quick_limit_s: float
+
+    def run(self, quick: bool) -> dict[str, float]:
+        """Figures of all horizons and devices.
+
+        Raises:
+            RuntimeError: the two sides do not give the same gradients, so that comparing them means nothing.
+        """
+        devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
+        figures: dict[str, float] = {}
+        with tqdm(total=len(devices) * len(self.horizons), desc="volume_loss", unit="setting", leave=False) as bar:
+            for device in devices:
+                prefix = "gpu_" if device.type == "cuda" else ""
+                for horizon in self.horizons:
+                    figures |= self._measure(horizon, device, prefix, quick)
+                    bar.update()
+                for name in ("time_ratio", "memory_ratio"):
+                    figures[f"{prefix}{name}"] = figures[f"{prefix}{name}_t{self.horizons[-1]}"]
+        headlines = [name for name in figures if name.endswith(("time_ratio", "memory_ratio"))]
+        return {name: figures[name] for name in headlines} | figures
+
+    def _measure(self, horizon: int, device: torch.device, prefix: str, quick: bool) -> dict[str, float]:
+        problem = Problem.random(self, horizon, device)
+        sides = {"factorised": problem.factorised, "dense": problem.dense}
+        _check_equal({name: work() for name, work in sides.items()})
+        repetitions, limit_s = (
+            (self.quick_repetitions, self.quick_limit_s) if quick else (self.repetitions, self.limit_s)
+        )
+        seconds = interleaved_seconds(sides, repetitions, device, limit_s)
+        extra = {name: peak_extra_bytes(work, device) for name, work in sides.items()}
+        times = {name: milliseconds(values) for name, values in seconds.items()}
+        suffix = f"t{horizon}"
+        return {
+            f"{prefix}time_ratio_{suffix}": round(times["dense"] / times["factorised"], 2),
+            f"{prefix}memory_ratio_{suffix}": round(extra["dense"] / extra["factorised"], 2),
+            **{f"{prefix}{name}_{suffix}_ms": value for name, value in times.items()},
+            **{f"{prefix}{name}_{suffix}_extra_mb": round(value / 1e6, 3) for name, value in extra.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One loss to compute, with the leaves that it starts from.
+
+    Attributes:
+        q_feat: ``[B, T, C]``. features: ``[B, C, P, P]``. q_z: ``[B, T, D]``; these three get gradients.
+        sin_z: ``[Z, D]``. constant: ``[B, T]``. cells: ``[B, T, 2]`` (row, column). heights: ``[B, T]``.
+    """
+
+    q_feat: Tensor
+    features: Tensor
+    q_z: Tensor
+    sin_z: Tensor
+    constant: Tensor
+    cells: Tensor
+    heights: Tensor
+
+    @classmethod
+    def random(cls, sizes: VolumeLoss, horizon: int, device: torch.device) -> Problem:
+        """Standard normal queries and features, uniform targets; the same on every device."""
+        generator = torch.Generator().manual_seed(0)
+        batch, side = sizes.batch_size, sizes.pred_size
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(device)
+
+        def uniform(high: int, *shape: int) -> Tensor:
+            return torch.randint(high, shape, generator=generator).to(device)
+
+        return cls(
+            q_feat=normal(batch, horizon, sizes.d_feat).requires_grad_(),
+            features=normal(batch, sizes.d_feat, side, side).requires_grad_(),
+            q_z=normal(batch, horizon, sizes.d_sin_z).requires_grad_(),
+            sin_z=sinusoidal_features(sizes.height_bins, sizes.d_sin_z).to(device),
+            constant=normal(batch, horizon),
+            cells=uniform(side, batch, horizon, 2),
+            heights=uniform(sizes.height_bins, batch, horizon),
+        )
+
+    def logits(self) -> VolumeLogits:
+        """The volume's parts, with leading shape ``[B, T]``."""
+        pixel = torch.einsum("btc,bchw->bthw", self.q_feat, self.features)
+        return VolumeLogits(pixel, self.q_z @ self.sin_z.T, self.constant)
+
+    def factorised(self) -> tuple[Tensor, ...]:
+        """Gradients of the leaves by way of the two small softmaxes."""
+        return self._gradients(volume_cross_entropy(self.logits(), hard_target(self.cells, self.heights)).mean())
+
+    def dense(self) -> tuple[Tensor, ...]:
+        """Gradients of the leaves by way of the written-out volume."""
+        side = self.features.shape[-1]
+        voxels = (self.heights * side + self.cells[..., 0]) * side + self.cells[..., 1]  # index into [Z, P, P]
+        return self._gradients(F.cross_entropy(self.logits().dense().flatten(2).flatten(0, 1), voxels.flatten()))
+
+    def _gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss, (self.q_feat, self.features, self.q_z))
+
+
+def _check_equal(gradients: dict[str, tuple[Tensor, ...]]) -> None:
+    for factorised, dense in zip(gradients["factorised"], gradients["dense"], strict=True):
+        difference = float((factorised - dense).abs().max() / dense.abs().max())
+        if not difference < 1e-3:  # float32: sums over a hundred thousand voxels differ by less
+            raise RuntimeError(f"the factorised loss and the dense one have gradients that differ by {difference:.1e}")
