@@ -195,7 +195,7 @@ def text_columns(rows: Sequence[EncodedText]) -> dict[str, Any]:
     """The columns of a `VideoTextBatch` that hold text, padded on the right to the longest row."""
     longest = max((len(row.ids) for row in rows), default=0)
 
-    def padded(columns: list[list[int]] | list[list[bool]], kind: torch.dtype) -> Tensor:
+    def padded(columns: Sequence[Sequence[int]], kind: torch.dtype) -> Tensor:
         table = torch.zeros(len(columns), longest, dtype=kind)
         for number, column in enumerate(columns):
             table[number, : len(column)] = torch.tensor(column, dtype=kind)

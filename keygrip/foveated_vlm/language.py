@@ -90,9 +90,9 @@ class LanguageModel(nn.Module):
             bos_token_id=None,
             eos_token_id=None,
             attention_bias=False,
-            attn_implementation="sdpa",
             use_cache=False,
         )
+        config._attn_implementation = "sdpa"
         self.model: Any = LlamaModel(config)
         self.head = None if tie_embeddings else nn.Linear(width, vocabulary, bias=False)
         nn.init.normal_(self.model.embed_tokens.weight, std=embedding_std)
@@ -196,11 +196,9 @@ class LanguageModel(nn.Module):
             different.insert(0, f"it is a {getattr(found, 'model_type', 'model without a type')}, not a llama")
         if different:
             raise ValueError(f"language.model.weights={source} does not fit language.model: {'; '.join(different[:4])}")
-        options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
-        if local:
-            whole, report = LlamaForCausalLM.from_pretrained(source, output_loading_info=True, **options)
-        else:
-            whole, report = _from_hub(LlamaForCausalLM, source, output_loading_info=True, **options)
+        options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+        loader: Any = LlamaForCausalLM
+        whole, report = loader.from_pretrained(source, **options) if local else _from_hub(loader, source, **options)
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"{source} lacks weights: {', '.join(missing[:3])}; it is not a whole language model")
         self.model.load_state_dict(whole.model.state_dict(), strict=True)
@@ -293,9 +291,9 @@ class ChatTokenizer:
             raise ValueError("the tokenizer has no chat template: take an instruction-tuned model's")
         self._tokenizer = tokenizer
         self.size = len(tokenizer)
-        turn_end = tokenizer.convert_tokens_to_ids(TURN_END)
-        unknown = tokenizer.unk_token_id
-        self.end_of_turn = int(tokenizer.eos_token_id if turn_end in (None, unknown) else turn_end)
+        turn_end: Any = tokenizer.convert_tokens_to_ids(TURN_END)
+        end: Any = tokenizer.eos_token_id
+        self.end_of_turn = int(end if turn_end in (None, tokenizer.unk_token_id) else turn_end)
         self.end_text = str(tokenizer.convert_ids_to_tokens(self.end_of_turn))
 
     def encode(self, text: str) -> list[int]:
@@ -305,7 +303,7 @@ class ChatTokenizer:
     def decode(self, ids: Sequence[int] | Tensor, special: bool = False) -> str:
         """Text of ids, with special tokens where `special`."""
         values = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-        return self._tokenizer.decode(values, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+        return str(self._tokenizer.decode(values, skip_special_tokens=not special, clean_up_tokenization_spaces=False))
 
     def render(self, turns: Sequence[tuple[str, str]], answering: bool = False) -> str:
         """(role, text) turns in the chat template; with `answering`, up to where the assistant begins to speak."""
@@ -356,6 +354,7 @@ class PretrainedTokenizer:
         """
         from transformers import AutoTokenizer
 
+        found: Any
         if Path(self.source).is_dir():
             found = AutoTokenizer.from_pretrained(self.source)
         else:

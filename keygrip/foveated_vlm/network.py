@@ -23,8 +23,7 @@ from keygrip.backbone import BlockKV, DinoBackbone
 from keygrip.foveated_vlm.language import LanguageCache, LanguageModel
 from keygrip.foveated_vlm.rows import RowLayout, Streams, TextRows, take
 
-Mode = Literal["coarse_only", "coarse_fine", "autoregressive"]
-MODES: tuple[Mode, ...] = ("coarse_only", "coarse_fine", "autoregressive")
+MODES = ("coarse_only", "coarse_fine", "autoregressive")
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,7 @@ class VideoLanguageNetwork(nn.Module):
     """
 
     tokens_per_frame = 1
+    modes: tuple[str, ...] = ()
 
     def __init__(self, backbone: DinoBackbone, language: LanguageModel, visual_scale: float | None = None) -> None:
         super().__init__()
@@ -110,6 +110,30 @@ class VideoLanguageNetwork(nn.Module):
         layout = rows.layout(self.tokens_per_frame)
         text = self.language.embed(rows.input_ids)
         return self.language(layout.place(text, visual)), layout
+
+    def see(
+        self, frames: Tensor, rows: TextRows, mode: str, refinement: int = 0, kv: Sequence[BlockKV] | None = None
+    ) -> tuple[Tensor, Looks | None, Tensor]:
+        """Visual tokens [B, N, C] of the rows, what was seen, and `unused`.
+
+        Args:
+            frames: [V, F, 3, H, W], normalised as the backbone wants them; F may be 0.
+            rows: the text. mode: how the videos are looked at.
+            refinement: coarse_fine only; how often queries are chosen again from what they have just shown.
+            kv: keys and values of the real frames where they are known already (another mode's `Looks.kv`).
+
+        Raises:
+            ValueError: an unknown mode, or refinement outside of coarse_fine.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self, frames: Tensor, rows: TextRows, mode: str, refinement: int = 0, kv: Sequence[BlockKV] | None = None
+    ) -> VLMOutput:
+        """Hidden states of rows of text about videos; arguments and errors as in `see`."""
+        visual, looks, idle = self.see(frames, rows, mode, refinement, kv)
+        hidden, layout = self.read(visual, rows)
+        return VLMOutput(hidden + idle, layout, visual, looks)
 
     def unused(self, *parts: nn.Module | nn.Parameter) -> Tensor:
         """Zero that depends on parameters which this batch does not use: every process then has a gradient for all."""
@@ -145,6 +169,8 @@ class FoveatedVLM(VideoLanguageNetwork):
             pass.
         visual_scale: of the visual tokens; None: the language model's embedding standard deviation.
     """
+
+    modes = MODES
 
     def __init__(
         self,
@@ -186,14 +212,13 @@ class FoveatedVLM(VideoLanguageNetwork):
             hidden = 0.0 * visual
         return self._as_queries(hidden, streams.first)
 
-    def look(self, frames: Tensor, streams: Streams, mode: Mode, refinement: int = 0) -> Looks:
-        """Visual tokens of all streams from the M real frames [M, 3, H, W] in one of the three modes.
+    def look(self, kv: Sequence[BlockKV], streams: Streams, mode: str, refinement: int = 0) -> Looks:
+        """Visual tokens of all streams from the keys and values of the M real frames, in one of the three modes.
 
         Args:
             refinement: coarse_fine only; how often the queries are chosen again from what they have just shown.
         """
-        kv = self.encode(frames)
-        coarse = self.ask(self.static_query.expand(len(frames), -1, -1), kv)
+        coarse = self.ask(self.static_query.expand(len(kv[0].key), -1, -1), kv)
         driving = streams.to_streams(self.connector(coarse))  # [S, F, C]
         if mode == "coarse_only":
             return Looks(driving, coarse, None, None, kv)
@@ -205,16 +230,15 @@ class FoveatedVLM(VideoLanguageNetwork):
             queries, fine = self._look_at_once(kv, streams, self.connector(fine))
         return Looks(self.connector(fine), coarse, fine, queries, kv)
 
-    def forward(self, frames: Tensor, rows: TextRows, mode: Mode, refinement: int = 0) -> VLMOutput:
-        """Hidden states of rows of text about videos.
-
-        Args:
-            frames: [V, F, 3, H, W], normalised as the backbone wants them; F may be 0.
-            rows: the text. mode: how the videos are looked at. refinement: see `look`.
-
-        Raises:
-            ValueError: an unknown mode, or refinement outside of coarse_fine.
-        """
+    def see(
+        self,
+        frames: Tensor,
+        rows: TextRows,
+        mode: str,
+        refinement: int = 0,
+        kv: Sequence[BlockKV] | None = None,
+    ) -> tuple[Tensor, Looks | None, Tensor]:
+        """See `VideoLanguageNetwork.see`."""
         if mode not in MODES:
             raise ValueError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
         if refinement and mode != "coarse_fine":
@@ -222,30 +246,34 @@ class FoveatedVLM(VideoLanguageNetwork):
         streams = rows.streams
         if len(streams) == 0:
             visual = self.connector.linear.weight.new_zeros(len(rows.input_ids), 0, self.language.width)
-            hidden, layout = self.read(visual, rows)
-            idle = self.unused(
-                self.backbone, self.connector, self.static_query, self.first_query, self.query_projection
-            )
-            return VLMOutput(hidden + idle, layout, visual, None)
-        looks = self.look(real_frames(frames, rows.frame_counts), streams, mode, refinement)
-        visual = looks.visual[streams.of_row]
-        hidden, layout = self.read(visual, rows)
-        if mode == "coarse_only":
-            hidden = hidden + self.unused(self.first_query, self.query_projection)
-        return VLMOutput(hidden, layout, visual, looks)
+            queries = (self.static_query, self.first_query, self.query_projection)
+            return visual, None, self.unused(self.backbone, self.connector, *queries)
+        if kv is None:
+            kv = self.encode(real_frames(frames, rows.frame_counts))
+        looks = self.look(kv, streams, mode, refinement)
+        idle = self.unused(self.first_query, self.query_projection) if mode == "coarse_only" else self.unused()
+        return looks.visual[streams.of_row], looks, idle
 
     @torch.no_grad()
     def attention(self, looks: Looks, streams: Streams) -> Tensor:
-        """Where each chosen query (or the learned one, in coarse_only) looked: [S, F, blocks, H, R + N] attention."""
+        """Where the queries looked, [S, F, blocks, H, R + N]: rows sum to 1, and are zero behind a stream's end."""
+        table = self.attention_by_frame(looks, streams)
+        return streams.to_streams(table.flatten(2)).unflatten(-1, table.shape[2:])
+
+    @torch.no_grad()
+    def attention_by_frame(self, looks: Looks, streams: Streams, limit: int | None = None) -> Tensor:
+        """Attention [M, Q, blocks, H, R + N] of the chosen queries (the learned one, Q = 1, in coarse_only).
+
+        Args:
+            limit: only the first so many frames.
+        """
         if looks.queries is None:
-            queries = self.static_query.expand(looks.coarse.shape[0], -1, -1)
+            queries = self.static_query.expand(len(looks.coarse), -1, -1)
         else:
             queries = streams.to_frames(looks.queries)
-        _, weights = self.backbone.query_with_attention(queries, looks.kv, self.first_block)
-        stacked = torch.stack([block.float() for block in weights], dim=2)  # [M, H, blocks, Q, R + N]
-        blocks, tokens = stacked.shape[2], stacked.shape[-1]
-        by_frame = stacked.permute(0, 3, 2, 1, 4).flatten(2)
-        return streams.to_streams(by_frame).unflatten(-1, (blocks, -1, tokens))
+        kv = [BlockKV(block.key[:limit], block.value[:limit]) for block in looks.kv]
+        _, weights = self.backbone.query_with_attention(queries[:limit], kv, self.first_block)
+        return torch.stack([block.float() for block in weights], dim=2).permute(0, 3, 2, 1, 4)
 
     # ------------------------------------------------------------------ parts
 
