@@ -51,6 +51,7 @@ class TrainSchema(EntrySchema):
     data: Any = MISSING
     backbone: Any = None
     rotation: Any = None
+    language: Any = None
     strategy: Any = MISSING
     optimizer: Any = MISSING
     callbacks: Any = None
@@ -65,6 +66,7 @@ class TrainSchema(EntrySchema):
     accumulate_grad_batches: int = 1
     deterministic: bool = True
     resume: Any = False
+    dry_run: bool = False
 
 
 def register(name: str, schema: type) -> None:
@@ -163,6 +165,8 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
             traceback.print_exc()
         line, code = describe_error(error, config_name, sys.argv[1:])
         _say(line)
+        if code == CONFIG_ERROR and {"--help", "-h"} & set(sys.argv[1:]):
+            code = 0  # a command with a choice to be made first: naming the choices is the help
     for line in sweeps.close_sweeps():
         _say(line)
         code = code or USER_ERROR

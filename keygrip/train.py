@@ -25,7 +25,7 @@ MAY_DIFFER = (
 MUST_AGREE = ("callbacks.average",)  # the other callbacks watch and save
 
 
-def run(cfg: DictConfig) -> dict[str, float]:
+def run(cfg: DictConfig) -> dict[str, Any]:
     """Trains as ``cfg`` says and returns the headline metrics.
 
     The run folder receives ``config.yaml`` (resolved), ``provenance.json``, ``checkpoints/``, the loggers' files and
@@ -75,6 +75,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
         report = module.set_statistics(datamodule.statistics)  # type: ignore[operator]
         for name, value in (report or {}).items():
             log.info("  %-28s %.4g", name, value)
+    if cfg.dry_run:
+        return _dry_run(datamodule, module)
     callbacks: list[Callback] = [RandomnessByStep(cfg.seed), Header(resolved, origin), *_parts(cfg.callbacks)]
     trainer = lightning.Trainer(
         **arguments,
@@ -103,6 +105,22 @@ def run(cfg: DictConfig) -> dict[str, float]:
     if trainer.is_global_zero:
         _finish(cfg, folder, trainer, metrics, time.time() - started)
     return metrics
+
+
+def _dry_run(datamodule: Any, module: LightningModule) -> dict[str, Any]:
+    """One batch through a module that knows how to report on it (`dry_run`); no training."""
+    import json
+
+    import torch
+
+    if not hasattr(module, "dry_run"):
+        raise ValueError(f"dry_run=true: a {type(module).__name__} has no dry run; train it with max_steps=1 instead")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch = next(iter(datamodule.train_dataloader())).to(device)
+    report: dict[str, Any] = module.to(device).dry_run(batch)  # type: ignore[operator]
+    for name, value in report.items():
+        log.info("  %-20s %s", name, json.dumps(value))
+    return report
 
 
 def _run_folder(cfg: DictConfig) -> Path:

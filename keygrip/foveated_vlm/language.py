@@ -108,9 +108,9 @@ class LanguageModel(nn.Module):
         return self.model.embed_tokens(ids)
 
     @property
-    def embedding_std(self) -> float:
-        """Standard deviation of the token embeddings now."""
-        return float(self.model.embed_tokens.weight.detach().float().std())
+    def embedding_std(self) -> Tensor:
+        """Standard deviation of the token embeddings now, []."""
+        return self.model.embed_tokens.weight.detach().float().std()
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Hidden states after the last norm, [B, T, C] -> [B, T, C]. Rows begin at position 0, padding is on the right.

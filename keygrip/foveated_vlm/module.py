@@ -45,6 +45,8 @@ class FoveatedVLMModule(LightningModule):
             for each step from 0 to this: the queries then meet embeddings that chosen queries gave, as at inference.
         refinement_from: share of the run before refinement begins.
         loss_chunk: tokens whose logits exist at the same time.
+        start_from: run folder or checkpoint of such a model whose weights (averaged, where it has them) are the start;
+            read when training is set up, so that a trained module does not need it.
         health_every_n_steps: training steps between health checks; 0: none.
         vis_every_n_steps: training steps between pictures in TensorBoard; 0: none.
 
@@ -62,6 +64,7 @@ class FoveatedVLMModule(LightningModule):
         refinement: int = 0,
         refinement_from: float = 0.4,
         loss_chunk: int = 4096,
+        start_from: str | None = None,
         health_every_n_steps: int = 100,
         vis_every_n_steps: int = 500,
     ) -> None:
@@ -82,7 +85,7 @@ class FoveatedVLMModule(LightningModule):
         self.optimizer_recipe = optimizer
         self.mode, self.val_modes = mode, tuple(dict.fromkeys([*val_modes, mode]))
         self.refinement, self.refinement_from = refinement, refinement_from
-        self.loss_chunk = loss_chunk
+        self.loss_chunk, self.start_from = loss_chunk, start_from
         self.health_every_n_steps, self.vis_every_n_steps = health_every_n_steps, vis_every_n_steps
         self.health = Health()
         self.pictures: dict[str, Any] = {}  # how frames were prepared: image_size, fit, max_frames
@@ -100,14 +103,38 @@ class FoveatedVLMModule(LightningModule):
     # ------------------------------------------------------------------ set-up
 
     def set_statistics(self, statistics: VideoTextStatistics) -> None:
-        """Take over the tokenizer, and how pictures are prepared."""
+        """Take over the tokenizer and how pictures are prepared; and the weights of the stage before, if there is one.
+
+        Raises:
+            FileNotFoundError, ValueError: that checkpoint is missing, or of another model or tokenizer.
+        """
         self.collator.prepare(statistics.folder, statistics.texts)
         self._check_tokenizer()
+        if self.start_from is not None:
+            self._take_weights(self.start_from)
         self.pictures = {
             "image_size": statistics.image_size,
             "fit": statistics.fit,
             "max_frames": statistics.max_frames,
         }
+
+    def _take_weights(self, path: str) -> None:
+        from keygrip.training.checkpoints import load_module
+
+        before = load_module(path)
+        if not isinstance(before, FoveatedVLMModule):
+            raise ValueError(f"model.start_from={path} holds a {type(before).__name__}, not a video-language model")
+        if before.tokenizer.state() != self.tokenizer.state():
+            raise ValueError(
+                f"model.start_from={path} was trained with another tokenizer: its weights mean other words. Use the same "
+                "language=..., and for a tokenizer trained on the shards copy its file beside the new ones"
+            )
+        try:
+            self.network.load_state_dict(before.network.state_dict())
+        except RuntimeError as error:
+            reason = " ".join(line.strip() for line in str(error).splitlines()[1:3])
+            raise ValueError(f"the weights of model.start_from={path} do not fit this network: {reason}") from error
+        log.info("weights of %s are the start", path)
 
     @property
     def tokenizer(self) -> ChatTokenizer:

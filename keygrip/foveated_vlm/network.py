@@ -82,7 +82,7 @@ class Connector(nn.Module):
         self.linear = nn.Linear(dim, language.width)
         nn.init.normal_(self.linear.weight, std=dim**-0.5)
         nn.init.zeros_(self.linear.bias)
-        self.register_buffer("scale", torch.tensor(language.embedding_std if scale is None else float(scale)))
+        self.register_buffer("scale", language.embedding_std if scale is None else torch.tensor(float(scale)))
 
     def forward(self, embeddings: Tensor) -> Tensor:
         return self.linear(embeddings) * self.scale

@@ -24,6 +24,7 @@ from keygrip.training.run_folder import CHECKPOINT
 log = logging.getLogger(__name__)
 
 HEADER = "keygrip"
+PRETRAINED = ("keygrip.backbone", "keygrip.foveated_vlm.language")  # parts that may load weights of their own
 FORMAT = 1
 
 
@@ -148,7 +149,7 @@ def build_module(config: dict[str, Any], random_backbone: bool = False) -> Light
 
 def _make_backbones_random(node: Any) -> None:
     if isinstance(node, dict):
-        if str(node.get("_target_", "")).startswith("keygrip.backbone"):
+        if str(node.get("_target_", "")).startswith(PRETRAINED):
             if "weights" in node:
                 node["weights"] = "random"
             if "weights_path" in node:
