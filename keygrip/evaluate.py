@@ -11,7 +11,9 @@ import logging
 import platform
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +127,7 @@ def closed_loop(
     from hydra.utils import instantiate
 
     from keygrip.evaluation.callback import write_result
-    from keygrip.evaluation.closed_loop import ClosedLoop, ControlOptions, changed, summarise
+    from keygrip.evaluation.closed_loop import ClosedLoop, changed, summarise
 
     if not hasattr(module, "policy"):
         raise ValueError(
@@ -153,7 +155,7 @@ def closed_loop(
         first_seed=cfg.first_seed,
         image_size=record.image_size,
         hz=record.hz,
-        control=_control(ControlOptions, _plain(cfg.control) or {}),
+        control=_control(_plain(cfg.control) or {}),
         processes=cfg.processes,
         videos=cfg.videos,
         decoder=cfg.decoder,
@@ -164,10 +166,13 @@ def closed_loop(
     return figures
 
 
-def _control(kind: type, options: dict[str, Any]) -> Any:
-    from keygrip.evaluation.closed_loop import changed
+def _control(options: dict[str, Any]) -> Callable[..., Any]:
+    """The controller with some settings changed."""
+    from keygrip.control import RecedingHorizon
+    from keygrip.evaluation.closed_loop import refuse_unknown
 
-    return changed(kind(), options)
+    refuse_unknown(options, RecedingHorizon)
+    return partial(RecedingHorizon, **options)
 
 
 def _plain(node: Any) -> Any:

@@ -53,18 +53,7 @@ class CoordinateRegressionModule(LightningModule):
 
     def set_statistics(self, statistics: DemoStatistics) -> dict[str, float]:
         """Take over the training split's ranges."""
-        if statistics.horizon != self.network.horizon:
-            raise ValueError(
-                f"The data module gives {statistics.horizon} steps and the network predicts "
-                f"{self.network.horizon}: set "
-                "data.horizon, which both read."
-            )
-        self.statistics.set(
-            height_range=statistics.height_range,
-            position_range=statistics.position_range,
-            step_seconds=statistics.step_seconds,
-            geometry=statistics.geometry,
-        )
+        self.statistics.take(statistics, self.network.horizon)
         return {}
 
     def policy(self) -> CoordinateRegressionPolicy:

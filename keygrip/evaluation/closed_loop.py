@@ -11,10 +11,10 @@ import multiprocessing
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,21 +32,6 @@ Options = TypeVar("Options", bound=Any)  # a dataclass
 HELD_OUT_SEED = 1_000_000
 # Seeds for choosing settings.
 TUNING_SEED = 500_000
-
-
-@dataclass(frozen=True)
-class ControlOptions:
-    """Settings of the receding-horizon controller; see :class:`keygrip.control.RecedingHorizon`."""
-
-    execute_steps: int = 4
-    still_distance_m: float = 0.015
-    ensemble: bool = False
-    ensemble_decay: float = 0.5
-    grip_below: float | None = 0.4
-    release_above: float | None = 0.6
-
-    def controller(self, policy: Any, control_hz: float) -> RecedingHorizon:
-        return RecedingHorizon(policy, control_hz, **asdict(self))
 
 
 @dataclass(frozen=True)
@@ -107,7 +92,7 @@ class ClosedLoop:
         episodes: a condition (shared out over its grid).
         first_seed: episodes use first_seed, first_seed + 1, ...
         image_size: side of the rendered picture, as recorded. hz: control periods a second.
-        control: the controller's settings.
+        control: the controller with its settings, still without policy and rate (a partial call in the configs).
         processes: None takes one for each core.
         videos: episodes filmed for each condition.
         decoder: name of the decoder of a volume-query policy; None takes the model's own.
@@ -119,7 +104,7 @@ class ClosedLoop:
     first_seed: int = HELD_OUT_SEED
     image_size: int = 224
     hz: float = 10.0
-    control: ControlOptions = ControlOptions()
+    control: Callable[..., RecedingHorizon] = RecedingHorizon
     processes: int | None = None
     videos: int = 2
     decoder: str | None = None
@@ -127,6 +112,9 @@ class ClosedLoop:
     def __post_init__(self) -> None:
         if self.episodes < 1:
             raise ValueError(f"closed_loop.episodes is at least 1, got {self.episodes}.")
+        self.control(
+            policy=None, control_hz=self.hz
+        )  # refused now rather than in a worker
         if not self.conditions:
             raise ValueError("closed_loop.conditions is empty: name at least one, e.g. {in_distribution: [{}]}.")
         for name, grid in self.conditions.items():
@@ -202,15 +190,18 @@ def changed(options: Options, overrides: Mapping[str, Any]) -> Options:
     Raises:
         ValueError: an option that does not exist or a value that it cannot have.
     """
-    known = [option.name for option in fields(options)]
-    for name in overrides:
+    refuse_unknown(overrides, type(options))
+    return replace(options, **overrides)
+
+
+def refuse_unknown(names: Iterable[str], kind: type) -> None:
+    """Raise ValueError, naming the nearest, where ``kind`` (a dataclass) has no such setting."""
+    known = [option.name for option in fields(kind) if option.init]
+    for name in names:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(
-                f"{type(options).__name__} has no option {name!r}"
-                + (f"; did you mean {nearest[0]!r}?" if nearest else f": {', '.join(known)}.")
-            )
-    return replace(options, **overrides)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(known)}."
+            raise ValueError(f"{kind.__name__} has no setting {name!r}; {hint}")
 
 
 def summarise(results: Sequence[ConditionResult]) -> dict[str, Any]:
@@ -261,7 +252,7 @@ class _Worker:
     def episode(self, job: _Job) -> EpisodeResult:
         environment = self.environment(job.overrides)
         timed = _TimedPolicy(self.policy)
-        controller = self.settings.control.controller(timed, self.settings.hz)
+        controller = self.settings.control(policy=timed, control_hz=self.settings.hz)
         film = None
         if job.video is not None:
             from keygrip.evaluation.film import Film

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from keygrip.data.augmentation import ImageGeometry
+
+if TYPE_CHECKING:
+    from keygrip.data.robot_demos import DemoStatistics
 
 
 class PolicyStatistics(nn.Module):
@@ -34,25 +37,28 @@ class PolicyStatistics(nn.Module):
         self.register_buffer("_image_mean", torch.zeros(3, dtype=torch.float64))
         self.register_buffer("_image_std", torch.ones(3, dtype=torch.float64))
 
-    def set(
-        self,
-        *,
-        height_range: tuple[float, float],
-        position_range: Any,
-        step_seconds: float,
-        geometry: ImageGeometry,
-    ) -> None:
-        """Fill in the statistics; ``position_range`` is ``[2, 3]`` array-like."""
-        low, high = height_range
+    def take(self, statistics: DemoStatistics, horizon: int) -> None:
+        """Fill in what a data module found in its training split.
+
+        Args:
+            horizon: steps that the network predicts; must be those of the data.
+        """
+        if statistics.horizon != horizon:
+            raise ValueError(
+                f"The data module gives {statistics.horizon} steps and the network predicts {horizon}: set "
+                "data.horizon, which both read."
+            )
+        low, high = statistics.height_range
         if not high > low:
             raise ValueError(
                 f"The training demonstrations have no range of heights (lowest {low:.4f} m, highest {high:.4f} m), "
                 "which the height bins need. Check that the end-effector positions are in metres, z up (step=doctor)."
             )
+        geometry = statistics.geometry
         values = {
             "_height_range": [low, high],
-            "_position_range": position_range,
-            "_step_seconds": step_seconds,
+            "_position_range": statistics.position_range,
+            "_step_seconds": statistics.step_seconds,
             "_image_size": geometry.image_size,
             "_image_field": geometry.field,
             "_image_stretch": geometry.fit == "stretch",

@@ -21,7 +21,7 @@ from keygrip.training.optimizers import AdamW
 from keygrip.training.reduction import global_mean
 from keygrip.volume_query.decoding import Decoder
 from keygrip.volume_query.network import VolumeQueryNetwork, VolumeQueryOutput
-from keygrip.volume_query.pictures import draw_prediction
+from keygrip.volume_query.pictures import figure_to_image, prediction_figure
 from keygrip.volume_query.targets import StepTargets, arm_state, height_centres, step_targets
 from keygrip.volume_query.volume import argmax_voxel, volume_cross_entropy
 
@@ -93,23 +93,12 @@ class VolumeQueryModule(LightningModule):
 
     def set_statistics(self, statistics: DemoStatistics) -> dict[str, float]:
         """Take over the training split's ranges and fit the rotation codecs on it; returns the codecs' reports."""
-        if statistics.horizon != self.network.horizon:
-            raise ValueError(
-                f"The data module gives {statistics.horizon} steps and the network predicts "
-                f"{self.network.horizon}: set "
-                "data.horizon, which both read."
-            )
         missing = [arm for arm in self.network.arms if arm not in statistics.quaternions]
         if missing:
             raise ValueError(
                 f"The demonstrations have no arm {missing}; they have {sorted(statistics.quaternions)}: set data.arms."
             )
-        self.statistics.set(
-            height_range=statistics.height_range,
-            position_range=statistics.position_range,
-            step_seconds=statistics.step_seconds,
-            geometry=statistics.geometry,
-        )
+        self.statistics.take(statistics, self.network.horizon)
         report: dict[str, float] = {}
         for arm in self.network.arms:
             fitted = fit_or_load(
@@ -273,7 +262,7 @@ class VolumeQueryModule(LightningModule):
         geometry = self.statistics.geometry
         mean, std = torch.tensor(geometry.mean)[:, None, None], torch.tensor(geometry.std)[:, None, None]
         output = output.detach()
-        return draw_prediction(
+        figure = prediction_figure(
             (batch.image[sample].float().cpu() * std + mean).clamp(0, 1),
             output.volume.float(),
             output.gripper.float(),
@@ -284,6 +273,7 @@ class VolumeQueryModule(LightningModule):
             sample=sample,
             arm=arm,
         )
+        return figure_to_image(figure)
 
     def _show(self, split: str, output: VolumeQueryOutput, batch: PolicyBatch, targets: StepTargets) -> None:
         writer = getattr(self.logger, "experiment", None)

@@ -16,33 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw_prediction(
-    image: Tensor,
-    volume: VolumeLogits,
-    gripper: Tensor,
-    rotation: Tensor,
-    targets: StepTargets,
-    rotation_target: Tensor,
-    heights: Tensor,
-    *,
-    sample: int,
-    arm: int,
-) -> np.ndarray:
-    """Draw one sample's prediction beside its target.
-
-    Args:
-        image: ``[3, S, S]`` in 0 .. 1. volume: leading shape ``[B, A, T]``. gripper: ``[B, A, T, G]`` logits.
-        rotation: ``[B, A, T, R]`` logits. rotation_target: ``[B, T]`` classes of this arm. heights: ``[Z]`` metres.
-
-    Returns:
-        ``[H, W, 3]`` uint8.
-    """
-    figure = prediction_figure(
-        image, volume, gripper, rotation, targets, rotation_target, heights, sample=sample, arm=arm
-    )
-    return figure_to_image(figure)
-
-
 def prediction_figure(
     image: Tensor,
     volume: VolumeLogits,
@@ -55,7 +28,12 @@ def prediction_figure(
     sample: int,
     arm: int,
 ) -> Figure:
-    """The matplotlib figure behind :func:`draw_prediction`, for notebooks."""
+    """Draw one sample's prediction beside its target, as a matplotlib figure.
+
+    Args:
+        image: ``[3, S, S]`` in 0 .. 1. volume: leading shape ``[B, A, T]``. gripper: ``[B, A, T, G]`` logits.
+        rotation: ``[B, A, T, R]`` logits. rotation_target: ``[B, T]`` classes of this arm. heights: ``[Z]`` metres.
+    """
     from matplotlib.figure import Figure  # imported here: training without pictures does not need matplotlib
 
     side = image.shape[-1]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from keygrip.control import Plan
+from keygrip.control import Plan, RecedingHorizon
 from keygrip.evaluation import closed_loop
 from keygrip.evaluation.callback import read_frames, write_result
-from keygrip.evaluation.closed_loop import ClosedLoop, ConditionResult, ControlOptions, EpisodeResult, summarise
+from keygrip.evaluation.closed_loop import ClosedLoop, ConditionResult, EpisodeResult, summarise
 from keygrip.evaluation.statistics import wilson_interval
 from keygrip.sim.tasks import TaskOptions
 
@@ -126,4 +127,4 @@ def test_unknown_options_and_empty_conditions_are_named() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         ClosedLoop(TaskOptions(), conditions={"a": [{}]}, episodes=0)
     with pytest.raises(ValueError, match="together"):
-        ControlOptions(grip_below=None).controller(None, 10.0)
+        ClosedLoop(TaskOptions(), conditions={"a": [{}]}, control=partial(RecedingHorizon, grip_below=None))

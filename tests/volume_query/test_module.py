@@ -20,7 +20,7 @@ from keygrip.training.optimizers import AdamW
 from keygrip.volume_query.decoding import Decoder
 from keygrip.volume_query.module import VolumeQueryModule
 from keygrip.volume_query.network import VolumeQueryNetwork
-from keygrip.volume_query.pictures import draw_prediction
+from keygrip.volume_query.pictures import figure_to_image, prediction_figure
 from keygrip.volume_query.targets import height_centres
 
 S, P, Z, T = 64, 16, 8, 3
@@ -167,8 +167,8 @@ def test_pictures_show_the_prediction_and_can_be_switched_off(tmp_path: Path) ->
         output.volume, output.gripper, output.rotation, targets, module.codec("right").encode(data.quaternion[:, 0]),
         height_centres(torch.tensor([0.0, 0.2]), Z),
     )  # fmt: skip
-    picture = draw_prediction(torch.rand(3, S, S), *arguments, sample=0, arm=0)
-    other = draw_prediction(torch.rand(3, S, S), *arguments, sample=1, arm=0)
+    picture = figure_to_image(prediction_figure(torch.rand(3, S, S), *arguments, sample=0, arm=0))
+    other = figure_to_image(prediction_figure(torch.rand(3, S, S), *arguments, sample=1, arm=0))
     assert picture.ndim == 3
     assert picture.shape[2] == 3
     assert picture.dtype == np.uint8
