@@ -88,9 +88,9 @@ def examine_shard(place: str, number: int) -> ShardReport:
                 return report
         for name, values in fresh.columns.items():
             for row in np.flatnonzero(values != stored.columns[name]).tolist():
-                report.problems.append(
-                    f"{report.name}: {fresh.keys[row]} has {name} {values[row]}, its manifest says {stored.columns[name][row]}"
-                )
+                said = stored.columns[name][row]
+                problem = f"{report.name}: {fresh.keys[row]} has {name} {values[row]}, its manifest says {said}"
+                report.problems.append(problem)
     except ShardError as error:
         report.problems.append(str(error))
         return report

@@ -128,8 +128,8 @@ def webvid(
     tars: list[Any] = sorted(path for path in source.glob("*.tar") if not path.name.startswith("."))
     if not rows and not tars:
         raise FileNotFoundError(
-            f"no list (*.csv beside videos/) and no tar files in {source}: download WebVid there, with its own script or "
-            "a video downloader that writes tar files"
+            f"no list (*.csv beside videos/) and no tar files in {source}: download WebVid there, with its own script "
+            "or a video downloader that writes tar files"
         )
     settings = {"data": "webvid", "image_size": image_size, "fit": fit}
     maker = WebVidMaker(image_size, fit)
