@@ -51,15 +51,18 @@ class Health:
 
     Args:
         ranges: by name; see `RANGES`.
+        from_step: before it nothing is said: a new network has learned nothing yet.
     """
 
-    def __init__(self, ranges: Mapping[str, Range] = RANGES) -> None:
-        self.ranges = dict(ranges)
+    def __init__(self, ranges: Mapping[str, Range] = RANGES, from_step: int = 0) -> None:
+        self.ranges, self.from_step = dict(ranges), from_step
         self.ill: set[str] = set()
 
     def check(self, figures: Mapping[str, float], step: int) -> list[str]:
         """Warnings for figures that are outside of their range since this step; also logged."""
-        said = []
+        said: list[str] = []
+        if step < self.from_step:
+            return said
         for name, value in figures.items():
             known = self.ranges.get(name)
             if known is None:

@@ -48,6 +48,7 @@ class FoveatedVLMModule(LightningModule):
         start_from: run folder or checkpoint of such a model whose weights (averaged, where it has them) are the start;
             read when training is set up, so that a trained module does not need it.
         health_every_n_steps: training steps between health checks; 0: none.
+        health_from_step: warnings begin here.
         vis_every_n_steps: training steps between pictures in TensorBoard; 0: none.
 
     Raises:
@@ -66,6 +67,7 @@ class FoveatedVLMModule(LightningModule):
         loss_chunk: int = 4096,
         start_from: str | None = None,
         health_every_n_steps: int = 100,
+        health_from_step: int = 300,
         vis_every_n_steps: int = 500,
     ) -> None:
         super().__init__()
@@ -87,7 +89,7 @@ class FoveatedVLMModule(LightningModule):
         self.refinement, self.refinement_from = refinement, refinement_from
         self.loss_chunk, self.start_from = loss_chunk, start_from
         self.health_every_n_steps, self.vis_every_n_steps = health_every_n_steps, vis_every_n_steps
-        self.health = Health()
+        self.health = Health(from_step=health_from_step)
         self.pictures: dict[str, Any] = {}  # how frames were prepared: image_size, fit, max_frames
         self._scores: dict[str, Scores] = {}
         self._landing: dict[str, list[float]] = {}
@@ -126,8 +128,8 @@ class FoveatedVLMModule(LightningModule):
             raise ValueError(f"model.start_from={path} holds a {type(before).__name__}, not a video-language model")
         if before.tokenizer.state() != self.tokenizer.state():
             raise ValueError(
-                f"model.start_from={path} was trained with another tokenizer: its weights mean other words. Use the same "
-                "language=..., and for a tokenizer trained on the shards copy its file beside the new ones"
+                f"model.start_from={path} was trained with another tokenizer: its weights mean other words. Use "
+                "the same language=..., and for a tokenizer trained on the shards copy its file beside the new ones"
             )
         try:
             self.network.load_state_dict(before.network.state_dict())
