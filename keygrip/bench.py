@@ -49,7 +49,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     from hydra.utils import instantiate
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler that counts memory would talk about GPUs that are not there
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "9"
+    )  # the profiler that counts memory would talk about GPUs that are not there
     names = list(cfg.cases) if cfg.case == ALL else [_known(cfg.case, list(cfg.cases))]
     figures = {}
     for name in names:

@@ -55,9 +55,7 @@ class Loader:
     def _rate(self, config: DictConfig, root: Path, options: dict[str, float], batches: int) -> tuple[float, int]:
         from hydra.utils import instantiate
 
-        data = instantiate(
-            config.data, root=str(root), max_demos=None, val_fraction=0.0, _convert_="all", **options
-        )
+        data = instantiate(config.data, root=str(root), max_demos=None, val_fraction=0.0, _convert_="all", **options)
         data.setup("fit")
         if options["cache_gb"]:
             frames = data.train_samples.frames

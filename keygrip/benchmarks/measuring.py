@@ -68,7 +68,9 @@ def peak_extra_bytes(work: Work, device: torch.device) -> int:
         profile.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
     # The order in the file is that of threads; time stamps have nanoseconds.
-    changes = sorted((e["ts"], number, e["args"]["Bytes"]) for number, e in enumerate(events) if e["name"] == "[memory]")
+    changes = sorted(
+        (e["ts"], number, e["args"]["Bytes"]) for number, e in enumerate(events) if e["name"] == "[memory]"
+    )
     alive = np.cumsum([0] + [change for _, _, change in changes])
     return int(alive.max())
 

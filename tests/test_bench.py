@@ -1,0 +1,243 @@
+"""Benchmarks: what is measured is what is meant, and the command says it in one line of JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra.utils import instantiate
+
+import keygrip.bench  # registers its schema
+from keygrip.benchmarks import phases, training, volume_loss
+from keygrip.benchmarks.demos import repeated_demos
+from keygrip.benchmarks.inference import Inference
+from keygrip.benchmarks.loader import Loader
+from keygrip.benchmarks.measuring import MIN_REPETITIONS, interleaved_seconds, peak_extra_bytes
+from keygrip.benchmarks.phases import PhaseTimes
+from keygrip.benchmarks.training import Training
+from keygrip.benchmarks.volume_loss import Problem, VolumeLoss
+from keygrip.config import compose
+from keygrip.data.demos import ArmPose, CameraPose, DemoWriter, find_demos
+from keygrip.volume_query.volume import volume_cross_entropy
+
+CPU = torch.device("cpu")
+FRAMES = 12
+SMALL_VOLUME = VolumeLoss([2, 4], 2, 8, 4, 6, 8, repetitions=3, quick_repetitions=1, limit_s=60, quick_limit_s=60)
+# A policy that takes milliseconds, on demos of a dozen frames.
+SMALL_POLICY = [
+    *("experiment=demo", "~closed_loop", "backbone.image_size=64", "model.network.pred_size=16"),
+    *("data.horizon=2", "data.frame_stride=1", "data.batch_size=4", "data.num_workers=0"),
+]
+
+
+def write_demos(root: Path, count: int, size: int) -> None:
+    """Demos of an arm that moves and turns under a camera that looks straight down."""
+    generator = np.random.default_rng(0)
+    world_to_camera = np.diag([1.0, -1.0, -1.0, 1.0])
+    world_to_camera[2, 3] = 1.0
+    camera = CameraPose(np.array([[size, 0, size / 2], [0, size, size / 2], [0, 0, 1.0]]), world_to_camera)
+    for demo in range(count):
+        with DemoWriter(root / f"demo_{demo}", robot="yam", task="pick_place", instruction="", fps=10.0) as writer:
+            for frame in range(FRAMES):
+                angle = 0.1 * frame
+                pose = ArmPose(
+                    np.array([0.01 * frame, 0.01 * demo, 0.1 + 0.01 * frame]),
+                    np.array([np.cos(angle / 2), 0.0, 0.0, np.sin(angle / 2)]),
+                    frame % 2,
+                )
+                picture = generator.integers(0, 256, (size, size, 3), dtype=np.uint8)
+                writer.add(frame * 10**8, {"over": picture}, {"over": camera}, {"right": pose}, {"right": pose})
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Demos come at once and not from the simulator; the counts that were asked for."""
+    asked: list[int] = []
+
+    def record(task: Any, root: Path, demos: int, image_size: int, **options: Any) -> None:
+        asked.append(demos)
+        write_demos(root, demos, image_size)
+
+    monkeypatch.setattr("keygrip.sim.recorder.record", record)
+    return asked
+
+
+class TestMeasuring:
+    def test_sides_take_turns_and_warm_up_does_not_count(self) -> None:
+        calls: list[str] = []
+        sides = {name: lambda name=name: calls.append(name) for name in "ab"}
+        seconds = interleaved_seconds(sides, 4, CPU, limit_s=60, warm_up=2)
+        assert calls == list("ab" * 6)
+        assert [len(values) for values in seconds.values()] == [4, 4]
+
+    def test_a_slow_machine_does_fewer_repetitions(self) -> None:
+        calls: list[int] = []
+        seconds = interleaved_seconds({"only": lambda: calls.append(0)}, 100, CPU, limit_s=0, warm_up=10)
+        assert len(seconds["only"]) == MIN_REPETITIONS
+        assert len(calls) == MIN_REPETITIONS + 1
+
+    def test_peak_counts_what_is_alive_at_once(self) -> None:
+        def work() -> None:
+            first = torch.empty(1_000_000)
+            del first
+            second = torch.empty(2_000_000)
+            third = torch.empty(500_000)
+            del second, third
+
+        assert peak_extra_bytes(work, CPU) == 10_000_000
+
+    def test_peak_sees_buffers_inside_of_operators(self) -> None:
+        values = torch.randn(100, 1000)
+        assert peak_extra_bytes(lambda: values.sort(), CPU) >= 100 * 1000 * (4 + 8)
+        assert peak_extra_bytes(lambda: values.logsumexp(-1), CPU) >= 100 * 1000 * 4
+
+
+class TestVolumeLoss:
+    def test_both_sides_give_the_same_gradients(self) -> None:
+        problem = Problem.random(SMALL_VOLUME, 3, CPU)
+        for factorised, dense in zip(problem.factorised(), problem.dense(), strict=True):
+            assert float(dense.abs().max()) > 0
+            torch.testing.assert_close(factorised, dense, atol=1e-6, rtol=1e-4)
+
+    def test_sides_that_do_different_work_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def wrong(logits: Any, target: Any) -> torch.Tensor:
+            return 2 * volume_cross_entropy(logits, target)
+
+        monkeypatch.setattr(volume_loss, "volume_cross_entropy", wrong)
+        with pytest.raises(RuntimeError, match="gradients that differ"):
+            SMALL_VOLUME.run(quick=True)
+
+    def test_figures(self) -> None:
+        figures = SMALL_VOLUME.run(quick=True)
+        assert figures["time_ratio"] == figures["time_ratio_t4"]
+        assert figures["memory_ratio"] == figures["memory_ratio_t4"]
+        expected = figures["dense_t2_extra_mb"] / figures["factorised_t2_extra_mb"]
+        assert figures["memory_ratio_t2"] == pytest.approx(expected, rel=0.2)  # the megabytes are rounded
+        assert figures["dense_t4_extra_mb"] >= 2 * 2 * 4 * 4 * 8 * 8 * 4 / 1e6  # two whole volumes at least
+        assert all(figures[f"{side}_t{horizon}_ms"] > 0 for side in ("factorised", "dense") for horizon in (2, 4))
+
+    def test_memory_at_the_size_of_the_production_recipe(self) -> None:
+        sizes = instantiate(compose("bench").cases.volume_loss)
+        problem = Problem.random(sizes, 50, CPU)
+        assert peak_extra_bytes(problem.dense, CPU) > 20 * peak_extra_bytes(problem.factorised, CPU)
+
+
+class TestPhases:
+    def test_shares_of_a_step(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = iter([0.0, 1.0, 2.0, 3.0, *(10.0, 14.0, 22.0, 23.0), *(24.0, 27.0, 33.0, 35.0)])
+        monkeypatch.setattr(phases.time, "perf_counter", lambda: next(clock))
+        callback = PhaseTimes(str(tmp_path / "phases.json"), skip_steps=1)
+        trainer: Any = None
+        module: Any = torch.nn.Linear(1, 1)
+        module.device = CPU
+        callback.on_train_start(trainer, module)
+        for step in range(3):
+            batch = range(8)
+            callback.on_train_batch_start(trainer, module, batch, step)
+            callback.on_before_backward(trainer, module, torch.zeros(()))
+            callback.on_after_backward(trainer, module)
+            callback.on_train_batch_end(trainer, module, None, batch, step)
+        callback.on_train_end(trainer, module)
+        assert json.loads((tmp_path / "phases.json").read_text()) == {
+            "seconds": {"data_wait": 7.0 + 1.0, "forward": 4.0 + 3.0, "backward": 8.0 + 6.0, "optimizer": 1.0 + 2.0},
+            "steps": 2,
+            "samples": 16,
+        }
+
+    def test_the_first_step_cannot_count(self) -> None:
+        with pytest.raises(ValueError, match="at least 1"):
+            PhaseTimes("phases.json", skip_steps=0)
+
+
+class TestDemos:
+    def test_repeated_until_there_are_enough_frames(self, tmp_path: Path, recorder: list[int]) -> None:
+        root = repeated_demos(compose("train", SMALL_POLICY), tmp_path, demos=2, samples=5 * FRAMES)
+        demos = [reference.read() for reference in find_demos(root, "native")]
+        assert recorder == [2]
+        assert len(demos) == 6
+        assert sum(len(demo) for demo in demos) == 6 * FRAMES
+
+
+class TestCases:
+    def test_inference(self) -> None:
+        figures = Inference(SMALL_POLICY, 5, 4, warm_up=1, limit_s=60, quick_limit_s=60).run(quick=True)
+        assert figures["threads"] == torch.get_num_threads()
+        for prefix in ("", "one_thread_"):
+            assert 0 < figures[f"{prefix}p50_ms"] <= figures[f"{prefix}p95_ms"]
+            assert figures[f"{prefix}network_p50_ms"] > 0
+
+    def test_inference_refuses_another_model(self) -> None:
+        case = Inference(["experiment=demo", "model=coordinate_regression"], 1, 1, 0, 1.0, 1.0)
+        with pytest.raises(ValueError, match="measures the volume-query policy"):
+            case.run(quick=True)
+
+    def test_loader(self, recorder: list[int]) -> None:
+        figures = Loader(SMALL_POLICY, 3, 2, batches=4, quick_batches=2, skip_batches=1).run(quick=True)
+        assert recorder == [2]
+        assert figures.pop("workers") == 0
+        assert set(figures) == {
+            f"{prefix}samples_per_s" for prefix in ("", "uncached_", "one_process_", "one_process_uncached_")
+        }
+        assert min(figures.values()) > 0
+
+    def test_training_runs_the_real_command(self, recorder: list[int]) -> None:
+        figures = Training([*SMALL_POLICY, "strategy=cpu"], 3, 2, steps=4, quick_steps=2, skip_steps=1).run(quick=True)
+        assert recorder == [2]
+        assert figures["steps"] == 2
+        shares = [figures[f"{phase}_share"] for phase in ("data_wait", "forward", "backward", "optimizer")]
+        assert min(shares) >= 0
+        assert sum(shares) == pytest.approx(1.0, abs=1e-3)
+        assert figures["samples_per_s"] == pytest.approx(4 / figures["step_ms"] * 1e3, rel=1e-2)
+
+    def test_training_that_fails_is_said(self, recorder: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(training.sys, "executable", "/bin/false")
+        with pytest.raises(ChildProcessError, match="exit code 1; see what it said above"):
+            Training(SMALL_POLICY, 2, 2, steps=1, quick_steps=1, skip_steps=1).run(quick=True)
+
+
+class TestCommand:
+    SMALL = (
+        *("case=volume_loss", "quick=true", "cases.volume_loss.horizons=[2]", "cases.volume_loss.batch_size=1"),
+        *("cases.volume_loss.pred_size=8", "cases.volume_loss.quick_repetitions=1"),
+    )
+
+    def test_one_line_of_json_on_standard_output(
+        self, command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+    ) -> None:
+        ended = command("keygrip.bench", *self.SMALL, "record=true")
+        assert ended.returncode == 0, ended.stderr
+        (line,) = ended.stdout.splitlines()
+        result = json.loads(line)
+        assert result["case"] == "volume_loss"
+        assert result["time_ratio"] > 0
+        assert result["memory_ratio"] > 1
+        assert result["machine"]["cores"] >= 1
+        assert result["machine"]["torch"] == torch.__version__
+        recorded = json.loads((tmp_path / "benchmarks" / "volume_loss.json").read_text())
+        assert recorded["command"].startswith("python -m keygrip.bench case=volume_loss quick=true")
+        assert len(recorded["date"].split("-")) == 3
+        assert {name: value for name, value in recorded.items() if name not in ("command", "date")} == result
+
+    @pytest.mark.parametrize(
+        ("wrong", "says"),
+        [
+            (["case=volumeloss"], "there is no case 'volumeloss': the nearest is volume_loss;"),
+            (["case=volume_loss", "quik=true"], "'quick'"),
+            (["case=volume_loss", "cases.volume_loss.repetition=3"], "'cases.volume_loss.repetitions'"),
+        ],
+    )
+    def test_errors_take_one_line(
+        self, command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, wrong: list[str], says: str
+    ) -> None:
+        ended = command("keygrip.bench", *wrong)
+        assert ended.returncode in (1, 2)
+        assert ended.stdout == ""
+        assert says in ended.stderr
+        assert len(ended.stderr.splitlines()) == 1
+        assert not (tmp_path / "benchmarks").exists()
