@@ -42,6 +42,11 @@ class EvaluateSchema(EntrySchema):
     task: Any = None
     control: Any = None
     decoder: str | None = None
+    mode: Any = None
+    split: str = "test"
+    limit_batches: int | None = None
+    max_new_tokens: int = 64
+    question_sets: Any = None
     conditions: Any = MISSING
 
 
@@ -62,9 +67,18 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     output = evaluation_output(file, cfg.run_dir)
     started = time.time()
     result: dict[str, Any] = {"checkpoint": str(file), "model": type(module).__name__}
-    if cfg.open_loop:
+    from keygrip.foveated_vlm.module import FoveatedVLMModule
+
+    answering = isinstance(module, FoveatedVLMModule)
+    if answering:
+        result |= answers(module, config, cfg)
+    elif cfg.mode is not None or cfg.question_sets:
+        raise ValueError(
+            f"mode and question_sets are for video-language models; {file} holds a {type(module).__name__}"
+        )
+    if cfg.open_loop and not answering:
         result["open_loop"] = open_loop(module, config)
-    if cfg.closed_loop:
+    if cfg.closed_loop and not answering:
         result["closed_loop"] = closed_loop(module, config, cfg, file, output)
     result |= {"wall_s": round(time.time() - started, 1), "machine": machine()}
     output.mkdir(parents=True, exist_ok=True)
@@ -118,6 +132,39 @@ def open_loop(module: LightningModule, config: DictConfig) -> dict[str, float]:
     )
     (metrics,) = trainer.validate(module, datamodule=datamodule, verbose=False)
     return {name.removeprefix("val/"): round(value, 5) for name, value in metrics.items()}
+
+
+def answers(module: Any, config: DictConfig, cfg: DictConfig) -> dict[str, Any]:
+    """Figures of a video-language model, by mode, on a split of its run's data and on local question sets.
+
+    Raises:
+        ValueError: a mode that the model does not have, or a split without samples.
+    """
+    import itertools
+
+    import torch
+    from hydra.utils import instantiate
+
+    from keygrip.foveated_vlm.evaluation import evaluate_choices, evaluate_modes
+    from keygrip.foveated_vlm.question_sets import read_question_set
+
+    chosen = module.network.modes if cfg.mode is None else cfg.mode
+    modes = [chosen] if isinstance(chosen, str) else list(chosen)
+    module.to("cuda" if torch.cuda.is_available() else "cpu")
+    result: dict[str, Any] = {}
+    if cfg.split not in ("val", "test", "none"):
+        raise ValueError(f"split={cfg.split}: choose val, test or none")
+    if cfg.split != "none":
+        datamodule = instantiate(config.data, _convert_="all")
+        datamodule.collator = module.collator  # with the tokenizer of the checkpoint
+        datamodule.prepare_data()
+        datamodule.setup("validate")
+        loader = datamodule.test_dataloader() if cfg.split == "test" else datamodule.val_dataloader()
+        batches = itertools.islice(iter(loader), cfg.limit_batches)
+        result[cfg.split] = evaluate_modes(module, batches, modes, cfg.max_new_tokens)
+    for name, root in (_plain(cfg.question_sets) or {}).items():
+        result[name] = evaluate_choices(module, read_question_set(name, root), modes)
+    return result
 
 
 def closed_loop(
@@ -186,9 +233,6 @@ def print_result(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Command line."""
-    OmegaConf.register_new_resolver(
-        "evaluation_folder", lambda checkpoint, run_dir: str(evaluation_output(checkpoint, run_dir)), replace=True
-    )
     entry_point("evaluate", print_result)
 
 

@@ -88,7 +88,8 @@ class ClosedLoop:
 
     Args:
         task: what to do in the simulator, usually as in the recordings.
-        conditions: name -> list of option overrides; a name with several entries is a grid whose episodes are pooled.
+        conditions: name -> list of option overrides; a name with several entries is a grid whose episodes are pooled;
+            None leaves out a condition that another config has set.
         episodes: a condition (shared out over its grid).
         first_seed: episodes use first_seed, first_seed + 1, ...
         image_size: side of the rendered picture, as recorded. hz: control periods a second.
@@ -99,7 +100,7 @@ class ClosedLoop:
     """
 
     task: TaskOptions
-    conditions: Mapping[str, Sequence[Mapping[str, Any]]]
+    conditions: Mapping[str, Sequence[Mapping[str, Any]] | None]
     episodes: int = 100
     first_seed: int = HELD_OUT_SEED
     image_size: int = 224
@@ -112,16 +113,19 @@ class ClosedLoop:
     def __post_init__(self) -> None:
         if self.episodes < 1:
             raise ValueError(f"closed_loop.episodes is at least 1, got {self.episodes}.")
-        self.control(
-            policy=None, control_hz=self.hz
-        )  # refused now rather than in a worker
-        if not self.conditions:
+        self.control(policy=None, control_hz=self.hz)  # what it cannot do is refused now, not in a worker
+        if not self.grids:
             raise ValueError("closed_loop.conditions is empty: name at least one, e.g. {in_distribution: [{}]}.")
-        for name, grid in self.conditions.items():
+        for name, grid in self.grids.items():
             if not grid:
                 raise ValueError(f"closed_loop.conditions.{name} is an empty list: [{{}}] is the task as it is.")
             for overrides in grid:
-                changed(self.task, overrides)  # refused now rather than in a worker
+                changed(self.task, overrides)
+
+    @property
+    def grids(self) -> dict[str, Sequence[Mapping[str, Any]]]:
+        """The conditions that are not switched off."""
+        return {name: grid for name, grid in self.conditions.items() if grid is not None}
 
     def run(self, checkpoint: Path, output: Path | None = None) -> list[ConditionResult]:
         """Drive every episode with the policy in ``checkpoint``; videos go to ``output`` / videos.
@@ -131,7 +135,7 @@ class ClosedLoop:
         """
         jobs = self._jobs(output)
         processes = min(self.processes or os.cpu_count() or 1, len(jobs))
-        results: dict[str, list[EpisodeResult]] = {name: [] for name in self.conditions}
+        results: dict[str, list[EpisodeResult]] = {name: [] for name in self.grids}
         with _Progress(len(jobs)) as progress:
             if processes == 1:
                 worker = _Worker(checkpoint, self)
@@ -142,7 +146,7 @@ class ClosedLoop:
                 self._run_parallel(checkpoint, jobs, processes, results, progress)
         ordered = {name: sorted(episodes, key=lambda episode: episode.seed) for name, episodes in results.items()}
         return [
-            ConditionResult(name, {"grid": [dict(entry) for entry in self.conditions[name]]}, episodes)
+            ConditionResult(name, {"grid": [dict(entry) for entry in self.grids[name]]}, episodes)
             for name, episodes in ordered.items()
         ]
 
@@ -173,7 +177,7 @@ class ClosedLoop:
 
     def _jobs(self, output: Path | None) -> list[_Job]:
         jobs = []
-        for name, grid in self.conditions.items():
+        for name, grid in self.grids.items():
             for index in range(self.episodes):
                 seed = self.first_seed + index
                 video = None

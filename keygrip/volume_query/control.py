@@ -58,7 +58,7 @@ class VolumeQueryPolicy:
 
         position, quaternion, gripper = arm_tensor("position", 1), arm_tensor("quaternion", 1), arm_tensor("gripper", 0)
         start_pixels, _ = project(position, k[:, None], camera[:, None])
-        state = arm_state(position, quaternion, gripper, statistics.height_range) if network.uses_state else None
+        state = arm_state(network.state_parts, position, quaternion, gripper, statistics.height_range)
         output = network(image.to(device)[None], start_pixels, state)
         self.last_output = output
         decoder = self.decoder or module.decoder

@@ -139,11 +139,13 @@ class VolumeQueryModule(LightningModule):
 
     def forward(self, batch: PolicyBatch, targets: StepTargets, *, teacher: bool) -> VolumeQueryOutput:
         """The network's output; with ``teacher`` the step features are taken at the targets' pixels, as in training."""
-        state = None
-        if self.network.uses_state:
-            state = arm_state(
-                batch.start_position, batch.start_quaternion, batch.start_gripper, self.statistics.height_range
-            )
+        state = arm_state(
+            self.network.state_parts,
+            batch.start_position,
+            batch.start_quaternion,
+            batch.start_gripper,
+            self.statistics.height_range,
+        )
         step_pixels = targets.pixels if teacher and self.network.step_features else None
         return self.network(batch.image, targets.start_pixels, state, step_pixels)
 

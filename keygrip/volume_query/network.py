@@ -25,9 +25,11 @@ from keygrip.nn.adaln import AdaLNZeroMLP
 from keygrip.nn.sinusoids import sinusoidal_features
 from keygrip.volume_query.volume import VolumeLogits, argmax_voxel, soft_argmax
 
-# Height in the bins' range, gripper opening, and the first two columns of the rotation matrix (a continuous
-# representation of rotations: Zhou et al., "On the Continuity of Rotation Representations in Neural Networks", 2019).
-STATE_SIZE = 8
+# What the query may be told of the arm, and how many numbers each is: height in the bins' range, gripper opening, and
+# two
+# columns of the rotation matrix (a continuous representation of rotations: Zhou et al., "On the Continuity of Rotation
+# Representations in Neural Networks", 2019).
+STATE_PARTS = {"height": 1, "gripper": 1, "rotation": 6}
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class ArmStream(nn.Module):
         gripper_bins: int,
         rotation_classes: int,
         height_bins: int,
-        state: bool,
+        state_size: int,
         logit_scale: Literal["none", "learned"],
         height_head: Literal["sinusoidal", "sinusoidal_and_linear"],
         step_features: bool,
@@ -107,8 +109,8 @@ class ArmStream(nn.Module):
         self.widths = (d_feat, d_sin_z, d_sin_t)
         d_model = sum(self.widths)
         trunk = trunk_width or d_model
-        self.state = nn.Linear(STATE_SIZE, d_feat) if state else None
-        self.query = nn.Linear(d_feat + embed_dim + (d_feat if state else 0), trunk)
+        self.state = nn.Linear(state_size, d_feat) if state_size else None
+        self.query = nn.Linear(d_feat + embed_dim + (d_feat if state_size else 0), trunk)
         self.lift_time = nn.Linear(d_sin_t, d_cond)
         self.blocks = nn.ModuleList(AdaLNZeroMLP(trunk, d_cond) for _ in range(blocks))
         self.to_query = (
@@ -125,7 +127,7 @@ class ArmStream(nn.Module):
         self.coupling_rank = coupling_rank
 
     def forward(self, start_features: Tensor, cls: Tensor, state: Tensor | None, sin_t: Tensor) -> Tensor:
-        """Trunk output ``[B, T, d_model]`` from ``[B, C]``, ``[B, D]``, ``[B, STATE_SIZE]`` and ``[T, d_sin_t]``."""
+        """Trunk output ``[B, T, d_model]`` from ``[B, C]``, ``[B, D]``, ``[B, state_size]`` and ``[T, d_sin_t]``."""
         parts = [start_features, cls]
         if self.state is not None:
             assert state is not None
@@ -180,7 +182,9 @@ class VolumeQueryNetwork(nn.Module):
         d_feat, d_sin_z, d_sin_t: widths of the three parts of a step's query. d_cond: width of the time condition.
         blocks: AdaLN-Zero blocks in the trunk.
         trunk_width: width of the trunk; None is the query's own width (the source design).
-        state: also give the query the arm's height, opening and rotation.
+        state: what the query is told of the arm beside its pixel: any of height, gripper, rotation. With the rotation
+            the network tends to repeat it (the arm is aligned already in most frames just before a grip) where it
+            should look.
         logit_scale: "none" (the source design) or a learned temperature for pixel and for height logits.
         height_head: "sinusoidal" (the source design), or plus a linear term from the trunk.
         step_features: gripper and rotation heads also see F at the step's own pixel (the target's in training, the
@@ -207,7 +211,7 @@ class VolumeQueryNetwork(nn.Module):
         d_cond: int = 96,
         blocks: int = 5,
         trunk_width: int | None = None,
-        state: bool = False,
+        state: Sequence[str] = (),
         logit_scale: Literal["none", "learned"] = "none",
         height_head: Literal["sinusoidal", "sinusoidal_and_linear"] = "sinusoidal",
         step_features: bool = False,
@@ -227,7 +231,12 @@ class VolumeQueryNetwork(nn.Module):
         self.image_size, self.pred_size, self.horizon = image_size, pred_size, horizon
         self.height_bins, self.gripper_bins, self.rotation_classes = height_bins, gripper_bins, rotation_classes
         self.arms = tuple(arms)
-        self.uses_state, self.step_features = state, step_features
+        unknown = [part for part in state if part not in STATE_PARTS]
+        if unknown or len(set(state)) != len(state):
+            raise ValueError(
+                f"model.network.state lists any of {', '.join(STATE_PARTS)}, each once, got {list(state)}."
+            )
+        self.state_parts, self.step_features = tuple(state), step_features
         self.refiner = FeatureRefiner(backbone.embed_dim, d_feat, pred_size)
         rank = coupling_rank if coupling == "bilinear" else 0
         self.streams = nn.ModuleDict(
@@ -243,7 +252,7 @@ class VolumeQueryNetwork(nn.Module):
                     gripper_bins=gripper_bins,
                     rotation_classes=rotation_classes,
                     height_bins=height_bins,
-                    state=state,
+                    state_size=sum(STATE_PARTS[part] for part in self.state_parts),
                     logit_scale=logit_scale,
                     height_head=height_head,
                     step_features=step_features,
@@ -265,7 +274,7 @@ class VolumeQueryNetwork(nn.Module):
             image: ``[B, 3, S, S]``, normalised by the loader with the backbone's mean and std.
             start_pixel: ``[B, A, 2]`` projection of the gripper, input pixels; outside the image the border's features
                 count.
-            state: ``[B, A, STATE_SIZE]``, needed when the network was built with ``state=True``.
+            state: ``[B, A, state_size]``, the parts in the order of ``state_parts``; needed where there are any.
             step_pixels: ``[B, A, T, 2]`` where ``step_features`` look; None takes the decoded positions.
         """
         if image.shape[-2:] != (self.image_size, self.image_size):
@@ -273,8 +282,10 @@ class VolumeQueryNetwork(nn.Module):
                 f"The network was built for {self.image_size} x {self.image_size} images, got {image.shape[-1]} x "
                 f"{image.shape[-2]}: set data.image_size={self.image_size}, or train with the other size."
             )
-        if self.uses_state and state is None:
-            raise ValueError("The network was built with state=true and needs the arm's state.")
+        if self.state_parts and state is None:
+            raise ValueError(
+                f"The network was built to be told the arm's {', '.join(self.state_parts)}: give its state."
+            )
         features = self.backbone(image)
         feature_map = self.refiner(features.grid_map())  # [B, C, P, P]
         start_features = sample_features(feature_map, start_pixel, self.image_size)  # [B, A, C]

@@ -5,6 +5,7 @@ Shape legend: B batch, A arms, T steps, P grid side in cells, S image side in pi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,10 +79,17 @@ def height_centres(height_range: Tensor, height_bins: int) -> Tensor:
     return low + (torch.arange(height_bins, device=height_range.device) + 0.5) * (high - low) / height_bins
 
 
-def arm_state(position: Tensor, quaternion: Tensor, gripper: Tensor, height_range: Tensor) -> Tensor:
-    """State features ``[..., 8]``: height in the range as -1 .. 1, opening as -1 .. 1, two columns of the rotation
-    matrix."""
+def arm_state(
+    parts: Sequence[str], position: Tensor, quaternion: Tensor, gripper: Tensor, height_range: Tensor
+) -> Tensor | None:
+    """The parts of the arm's state that a network is told, ``[..., state_size]``; None where it is told nothing.
+
+    height and gripper are scaled to -1 .. 1; rotation is two columns of the matrix.
+    """
     low, high = height_range.unbind()
-    height = (position[..., 2] - low) / (high - low) * 2 - 1
-    columns = quaternion_to_matrix(quaternion)[..., :2].flatten(-2)
-    return torch.cat([height[..., None], gripper[..., None] * 2 - 1, columns], dim=-1)
+    known = {
+        "height": ((position[..., 2] - low) / (high - low) * 2 - 1)[..., None],
+        "gripper": gripper[..., None] * 2 - 1,
+        "rotation": quaternion_to_matrix(quaternion)[..., :2].flatten(-2),
+    }
+    return torch.cat([known[part] for part in parts], dim=-1) if parts else None

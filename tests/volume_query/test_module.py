@@ -142,7 +142,12 @@ def test_floors_are_what_perfect_predictions_would_score(tmp_path: Path) -> None
 
 
 def test_a_small_module_learns_a_batch_by_heart(tmp_path: Path) -> None:
-    module = build(("right",), tmp_path, target="bilinear", network={"state": True, "step_features": True})
+    module = build(
+        ("right",),
+        tmp_path,
+        target="bilinear",
+        network={"state": ["height", "gripper", "rotation"], "step_features": True},
+    )
     data = batch(size=4)
     optimizer = torch.optim.Adam(module.network.parameters(), lr=3e-3)
     first = last = 0.0
@@ -178,7 +183,7 @@ def test_pictures_show_the_prediction_and_can_be_switched_off(tmp_path: Path) ->
 
 
 def test_policy_sees_what_validation_sees_and_plans_in_metres(tmp_path: Path) -> None:
-    module = build(("right",), tmp_path, network={"state": True}).eval()
+    module = build(("right",), tmp_path, network={"state": ["height", "gripper", "rotation"]}).eval()
     data = batch(size=1)
     picture = np.random.default_rng(0).integers(0, 256, (S, S, 3), dtype=np.uint8)
     image, k = module.statistics.geometry.apply(picture, data.intrinsics[0].numpy())

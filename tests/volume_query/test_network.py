@@ -29,7 +29,7 @@ def build(**options: object) -> VolumeQueryNetwork:
         {},
         {"arms": ["left", "right"]},
         {
-            "state": True,
+            "state": ["height", "gripper", "rotation"],
             "logit_scale": "learned",
             "height_head": "sinusoidal_and_linear",
             "step_features": True,
@@ -41,7 +41,7 @@ def build(**options: object) -> VolumeQueryNetwork:
 def test_shapes(options: dict[str, object]) -> None:
     network = build(**options)
     arms = len(network.arms)
-    state = torch.randn(2, arms, 8) if network.uses_state else None
+    state = torch.randn(2, arms, 8) if network.state_parts else None
     output = network(torch.randn(2, 3, 64, 64), torch.rand(2, arms, 2) * 64, state)
     assert output.volume.pixel.shape == (2, arms, 3, 12, 12)
     assert output.volume.height.shape == (2, arms, 3, 32)
@@ -83,7 +83,7 @@ def test_trunk_blocks_are_the_identity_at_initialisation() -> None:
 
 
 def test_start_pixel_and_state_change_the_output() -> None:
-    network = build(state=True)
+    network = build(state=["height", "gripper", "rotation"])
     image, state = torch.randn(1, 3, 64, 64), torch.randn(1, 1, 8)
     here = network(image, torch.tensor([[[10.0, 10.0]]]), state).volume.pixel
     there = network(image, torch.tensor([[[50.0, 40.0]]]), state).volume.pixel
@@ -118,7 +118,7 @@ def test_wrong_image_size_and_missing_state_are_named() -> None:
     with pytest.raises(ValueError, match="built for 64 x 64 images, got 80 x 80"):
         build()(torch.randn(1, 3, 80, 80), torch.zeros(1, 1, 2))
     with pytest.raises(ValueError, match="state"):
-        build(state=True)(torch.randn(1, 3, 64, 64), torch.zeros(1, 1, 2))
+        build(state=["height", "gripper", "rotation"])(torch.randn(1, 3, 64, 64), torch.zeros(1, 1, 2))
     with pytest.raises(ValueError, match="additive or bilinear"):
         build(coupling="linear")
 

@@ -1,0 +1,267 @@
+"""The outcome of a comparison sweep (``sweep=shifts``): success by condition and model, as a table and a plot.
+
+``shifts.csv`` has one line for each condition and model, ``shifts.md`` the same side by side, ``shifts.png`` the bars.
+They lie in the sweep's folder beside its ``summary.csv``, and :func:`make_report` makes them again from there.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from keygrip.evaluation.statistics import wilson_interval
+from keygrip.training.sweeps import FINISHED, PLAN, RESULT, collect, markdown, read_result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
+
+CLOSED_LOOP = "closed_loop"
+NAME = "shifts"
+NOT_EVALUATED = "not evaluated"
+# Overrides that make no column of their own: shifts make rows, and runs that differ in the seed alone are pooled.
+SHIFT, SEED = "shift", "seed"
+NO_MODEL = "policy"
+NOTE = (
+    "Success rate (95 % Wilson interval) of episodes; several seeds are pooled, with the lowest and the highest given."
+)
+
+
+@dataclass
+class Cell:
+    """All runs of one model under one condition.
+
+    Attributes:
+        shift: what the runs were trained on. condition: what they were tested on. model: a column's name.
+        successes, episodes: of each finished run. failures: how its failed episodes ended.
+        unfinished: what became of the others: failed, missing, killed, interrupted, not evaluated.
+    """
+
+    shift: str
+    condition: str
+    model: str
+    successes: list[int] = field(default_factory=list)
+    episodes: list[int] = field(default_factory=list)
+    failures: Counter[str] = field(default_factory=Counter)
+    unfinished: list[str] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float | None:
+        """Success rate over all episodes of all runs; None without any."""
+        return sum(self.successes) / sum(self.episodes) if self.episodes else None
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of the pooled episodes. It knows nothing of the spread between training seeds."""
+        return wilson_interval(sum(self.successes), sum(self.episodes))
+
+    @property
+    def rates(self) -> list[float]:
+        """Success rate of each run."""
+        return [won / of for won, of in zip(self.successes, self.episodes, strict=True)]
+
+    @property
+    def status(self) -> str:
+        """``finished``, or what became of the runs that did not."""
+        counts = Counter(self.unfinished)
+        return ", ".join(f"{number} {status}" for status, number in counts.items()) or FINISHED
+
+    def text(self) -> str:
+        """For a table that is read by people."""
+        if self.rate is None:
+            return self.status
+        low, high = self.interval
+        text = f"{self.rate:.1%} ({low:.0%} to {high:.0%}) of {sum(self.episodes)}"
+        if len(self.rates) > 1:
+            text += f"; {len(self.rates)} seeds, {min(self.rates):.0%} to {max(self.rates):.0%}"
+        return f"{text}; {self.status}" if self.unfinished else text
+
+
+class ShiftReport(Callback):
+    """Hydra callback: makes the report when the sweep has ended."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        make_report(Path(config.hydra.sweep.dir))
+
+
+def make_report(sweep_dir: str | Path) -> list[Cell]:
+    """Writes ``shifts.csv``, ``.md`` and ``.png`` into a sweep's folder, prints the table, returns its cells.
+
+    Jobs that did not finish stand in the table under what became of them.
+
+    Raises:
+        FileNotFoundError: the folder holds no sweep. ValueError: a sweep without jobs.
+    """
+    folder = Path(sweep_dir)
+    if not (folder / PLAN).is_file():
+        raise FileNotFoundError(f"{folder} is not the folder of a sweep: it holds no {PLAN}")
+    cells = read_cells(folder)
+    if not cells:
+        raise ValueError(f"the sweep in {folder} has no jobs to report on")
+    header, lines = long_table(cells)
+    _whole(folder / f"{NAME}.csv", lambda path: _write_csv(path, header, lines))
+    text = markdown(*wide_table(cells))
+    _whole(folder / f"{NAME}.md", lambda path: path.write_text(f"{text}\n\n{NOTE}\n", encoding="utf-8"))
+    _whole(folder / f"{NAME}.png", lambda path: plot(cells).savefig(path, dpi=150, format="png"))
+    sys.stderr.write(f"\n{text}\n\n{NOTE}\n{folder / NAME}.md, .csv, .png\n")
+    return cells
+
+
+def read_cells(folder: Path) -> list[Cell]:
+    """What the jobs of a sweep came to, in the order of the jobs and of their conditions."""
+    rows = collect(folder)
+    folders = {_identity(overrides): path for path, overrides in _job_folders(folder)}
+    columns = _columns([row["overrides"] for row in rows])
+    measured: list[dict[str, Any]] = []
+    known: dict[str, list[str]] = defaultdict(list)  # conditions by shift, as far as any job tells
+    for row in rows:
+        conditions = _conditions(folders.get(_identity(row["overrides"]))) if row["status"] == FINISHED else {}
+        measured.append(conditions)
+        shift = row["overrides"].get(SHIFT, "")
+        known[shift] += [name for name in conditions if name not in known[shift]]
+    cells: dict[tuple[str, str, str], Cell] = {}
+    for row, column, conditions in zip(rows, columns, measured, strict=True):
+        shift = row["overrides"].get(SHIFT, "")
+        for name in known[shift] or [shift or "in_distribution"]:
+            cell = cells.setdefault((shift, name, column), Cell(shift, name, column))
+            if name in conditions:
+                cell.successes.append(conditions[name]["successes"])
+                cell.episodes.append(conditions[name]["episodes"])
+                cell.failures.update(conditions[name].get("failures", {}))
+            else:
+                cell.unfinished.append(NOT_EVALUATED if row["status"] == FINISHED else row["status"])
+    return list(cells.values())
+
+
+def long_table(cells: Sequence[Cell]) -> tuple[list[str], list[list[Any]]]:
+    """One line a cell, for programs."""
+    header = ["shift", "condition", "model", "status", "success_rate", "success_low", "success_high"]
+    header += ["successes", "episodes", "seeds", "lowest_seed_rate", "highest_seed_rate", "failures"]
+    lines = []
+    for cell in cells:
+        line: list[Any] = [cell.shift, cell.condition, cell.model, cell.status]
+        if cell.rate is None:
+            lines.append([*line, "", "", "", 0, 0, 0, "", "", ""])
+            continue
+        low, high = cell.interval
+        line += [round(cell.rate, 4), round(low, 4), round(high, 4), sum(cell.successes), sum(cell.episodes)]
+        line += [len(cell.rates), round(min(cell.rates), 4), round(max(cell.rates), 4)]
+        lines.append([*line, " ".join(f"{reason}:{number}" for reason, number in cell.failures.most_common())])
+    return header, lines
+
+
+def wide_table(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
+    """A line a condition and a column a model, for people."""
+    models = _models(cells)
+    by_place = {(cell.shift, cell.condition, cell.model): cell.text() for cell in cells}
+    lines = [
+        [label, *(by_place.get((shift, condition, model), "") for model in models)]
+        for (shift, condition), label in _labels(cells).items()
+    ]
+    return ["condition", *models], lines
+
+
+def plot(cells: Sequence[Cell]) -> Figure:
+    """Bars of the success rate, grouped by condition, with 95 % intervals.
+
+    Dots are single seeds; words stand where runs did not finish.
+    """
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    models, labels = _models(cells), _labels(cells)
+    places = {place: number for number, place in enumerate(labels)}
+    width = 0.8 / len(models)
+    figure = Figure(figsize=(max(6.0, 1.1 + 0.45 * len(labels) * max(2, len(models))), 4.2), layout="constrained")
+    axes = figure.subplots()
+    for number, model in enumerate(models):
+        mine = [cell for cell in cells if cell.model == model]
+        offset = (number - (len(models) - 1) / 2) * width
+        done = [cell for cell in mine if cell.rate is not None]
+        x = np.array([places[cell.shift, cell.condition] + offset for cell in done])
+        rates = np.array([cell.rate for cell in done], dtype=float)
+        ends = np.array([cell.interval for cell in done], dtype=float).reshape(-1, 2)
+        errors = np.clip(np.stack([rates - ends[:, 0], ends[:, 1] - rates]), 0, None)
+        axes.bar(x, rates, width * 0.92, yerr=errors, capsize=3, label=model, error_kw={"linewidth": 1})
+        for place, cell in zip(x, done, strict=True):
+            if len(cell.rates) > 1:
+                axes.plot([place] * len(cell.rates), cell.rates, "o", color="black", markersize=3, alpha=0.6)
+        for cell in mine:
+            if cell.unfinished:
+                place = places[cell.shift, cell.condition] + offset
+                label = axes.text(place, 0.02, cell.status, rotation=90, ha="center", va="bottom", fontsize=8)
+                label.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1})
+    axes.set_xticks(range(len(labels)), labels.values(), rotation=30, ha="right")
+    axes.set(ylim=(0, 1.05), ylabel="success rate")
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.legend(ncols=len(models), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    return figure
+
+
+def _job_folders(folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Folders of jobs with their overrides; files of the same name below them (of the evaluation) have none."""
+    for path in sorted(folder.glob(f"**/{RESULT}")):
+        result = read_result(path.parent)
+        if "overrides" in result:
+            yield path.parent, dict(o.lstrip("+~").partition("=")[::2] for o in result["overrides"])
+
+
+def _identity(overrides: dict[str, str]) -> frozenset[tuple[str, str]]:
+    return frozenset((name, value) for name, value in overrides.items() if name != "resume")
+
+
+def _conditions(job: Path | None) -> dict[str, Any]:
+    """``{condition: figures}`` of a job's closed-loop evaluation; empty where there was none."""
+    if job is None:
+        return {}
+    conditions = read_result(job / CLOSED_LOOP).get("conditions", {})
+    assert isinstance(conditions, dict)
+    return conditions
+
+
+def _columns(overrides: Sequence[dict[str, str]]) -> list[str]:
+    """A name for each job's column: the model, and whatever else was varied beside shift and seed."""
+    names = dict.fromkeys(name for each in overrides for name in each if name not in (SHIFT, SEED, "resume"))
+    varied = [name for name in names if len({each.get(name) for each in overrides}) > 1]
+    others = [name for name in varied if name != "model"]
+    return [
+        ", ".join([each.get("model", NO_MODEL), *(f"{name}={each.get(name, 'default')}" for name in others)])
+        for each in overrides
+    ]
+
+
+def _models(cells: Sequence[Cell]) -> list[str]:
+    return list(dict.fromkeys(cell.model for cell in cells))
+
+
+def _labels(cells: Sequence[Cell]) -> dict[tuple[str, str], str]:
+    """A label for each shift and condition; the shift is named where a condition occurs under several."""
+    places = dict.fromkeys((cell.shift, cell.condition) for cell in cells)
+    count = Counter(condition for _, condition in places)
+    return {
+        (shift, condition): f"{condition} ({shift})" if count[condition] > 1 else condition
+        for shift, condition in places
+    }
+
+
+def _write_csv(path: Path, header: Sequence[str], lines: Sequence[Sequence[Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *lines])
+
+
+def _whole(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".{path.name}.writing")
+    write(temporary)
+    temporary.replace(path)
