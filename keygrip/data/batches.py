@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from keygrip.data.conversations import Conversation as Conversation
+from keygrip.data.conversations import Turn as Turn
+from keygrip.data.conversations import VideoTextSample as VideoTextSample
+
 
 class Movable:
     """What batches have in common: their tensors move together. Mixed into dataclasses."""
@@ -80,46 +84,6 @@ class PolicyBatch(Movable):
             column = [getattr(sample, part.name) for sample in samples]
             values[part.name] = column if part.name == "instruction" else default_collate(column)
         return cls(**values)
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One turn of a conversation. role: "system", "user" or "assistant"."""
-
-    role: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Text about a video, which belongs to the first user turn; where its tokens go is the model's affair.
-
-    Args:
-        turns: in order; at least one is the assistant's.
-        kind: what is asked ("caption", "mark", "cue", "glance", "text", ...); every report keeps kinds apart.
-        evidence: the ground truth from which the answer follows, plain JSON values; {} where there is none.
-    """
-
-    turns: tuple[Turn, ...]
-    kind: str
-    evidence: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class VideoTextSample:
-    """A video and the conversations about it, each independent of the others.
-
-    Args:
-        frames: uint8 [F, S, S, 3] RGB; F = 0 for text alone, 1 for an image.
-        conversations: one or more.
-        source: the collection that it is from ("robot_videos", "smoltalk", ...).
-        key: unique in its collection.
-    """
-
-    frames: np.ndarray
-    conversations: tuple[Conversation, ...]
-    source: str
-    key: str
 
 
 @dataclass

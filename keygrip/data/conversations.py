@@ -11,11 +11,11 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from keygrip.data.batches import Conversation, Turn, VideoTextSample
 from keygrip.data.shards import Parts, SampleError, ShardSet, all_samples
 
 ROLES = ("system", "user", "assistant")
@@ -24,6 +24,46 @@ VIDEO = ("mp4", "webm", "mkv")
 MAX_FRAMES = 64
 FITS = ("stretch", "crop", "pad")
 CAPTION_REQUEST = "Describe what happens in the video."
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation. role: "system", "user" or "assistant"."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Text about a video, which belongs to the first user turn; where its tokens go is the model's affair.
+
+    Args:
+        turns: in order; at least one is the assistant's.
+        kind: what is asked ("caption", "mark", "cue", "glance", "text", ...); every report keeps kinds apart.
+        evidence: the ground truth from which the answer follows, plain JSON values; {} where there is none.
+    """
+
+    turns: tuple[Turn, ...]
+    kind: str
+    evidence: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class VideoTextSample:
+    """A video and the conversations about it, each independent of the others.
+
+    Args:
+        frames: uint8 [F, S, S, 3] RGB; F = 0 for text alone, 1 for an image.
+        conversations: one or more.
+        source: the collection that it is from ("robot_videos", "smoltalk", ...).
+        key: unique in its collection.
+    """
+
+    frames: np.ndarray
+    conversations: tuple[Conversation, ...]
+    source: str
+    key: str
 
 
 def caption(text: str, evidence: Mapping[str, Any] | None = None, request: str = CAPTION_REQUEST) -> Conversation:

@@ -17,8 +17,8 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from keygrip.data.batches import Conversation, VideoTextBatch, VideoTextSample
-from keygrip.data.conversations import FITS, MAX_FRAMES, iterate_texts, read_sample
+from keygrip.data.batches import VideoTextBatch
+from keygrip.data.conversations import FITS, MAX_FRAMES, Conversation, VideoTextSample, iterate_texts, read_sample
 from keygrip.data.mixing import BucketedSampler, Component, MixedBatchSampler, Mixture, padded_share
 from keygrip.data.sampling import GlobalBatchSampler, ResumableLoader, SampleKey, sample_generator, start_worker
 from keygrip.data.shards import MANIFEST, SampleError, ShardSet, is_remote

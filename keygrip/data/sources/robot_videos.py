@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from keygrip.data.batches import Conversation
 from keygrip.data.conversations import (
     MAX_FRAMES,
+    Conversation,
     answer,
     caption,
     encode_jpeg,

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keygrip.data.batches import Conversation, Turn
-from keygrip.data.conversations import conversation_problem, video_text_parts
+from keygrip.data.conversations import Conversation, Turn, conversation_problem, video_text_parts
 from keygrip.data.sources.tables import RowGroup, row_groups
 from keygrip.data.sources.writing import Broken, MadeSample, write_shards
 

@@ -109,9 +109,9 @@ def examine_shard(place: str, number: int) -> ShardReport:
             report.problems.append(f"{shards.where(sample)}: nobody reads its part {unknown[0]!r}")
         for conversation in conversations:
             report.kinds[conversation.kind] += 1
-            problem = conversation_problem(conversation)
-            if problem:
-                report.problems.append(f"{shards.where(sample)}: {problem}")
+            fault = conversation_problem(conversation)
+            if fault:
+                report.problems.append(f"{shards.where(sample)}: {fault}")
         report.frames[int(shards.columns["frames"][sample])] += 1
         digest = hashlib.sha256()
         for name in sorted(parts):

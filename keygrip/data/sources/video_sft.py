@@ -12,8 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.data.batches import Conversation, Turn
-from keygrip.data.conversations import MAX_FRAMES, decode_picture, decode_video, encode_jpeg, video_text_parts
+from keygrip.data.conversations import (
+    MAX_FRAMES,
+    Conversation,
+    Turn,
+    decode_picture,
+    decode_video,
+    encode_jpeg,
+    video_text_parts,
+)
 from keygrip.data.sources.writing import Broken, MadeSample, write_shards
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
