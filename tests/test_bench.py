@@ -13,7 +13,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-import keygrip.bench  # registers its schema
+import keygrip.bench  # noqa: F401  (registers its schema)
 from keygrip.benchmarks import phases, training, volume_loss
 from keygrip.benchmarks.demos import repeated_demos
 from keygrip.benchmarks.inference import Inference

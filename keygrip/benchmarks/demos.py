@@ -1,4 +1,4 @@
-"""Demonstrations to measure with: a few, recorded in the simulator, repeated under other names until an epoch is long enough."""
+"""Demonstrations to measure with: a few from the simulator, repeated under other names to make an epoch long enough."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def repeated_demos(config: DictConfig, folder: Path, demos: int, samples: int) -
 
     Args:
         config: composed from ``conf/train.yaml``; its ``data.record`` says what to record.
-        folder: receives ``recorded/`` and ``demos/``. demos: how many to record (at least 2). samples: frames wanted, at least.
+        folder: receives ``recorded/`` and ``demos/``. demos: how many to record (at least 2).
+        samples: frames wanted, at least.
     """
     from hydra.utils import instantiate
 

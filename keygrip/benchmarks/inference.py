@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -91,8 +93,9 @@ def threads(count: int) -> Iterator[None]:
 
 
 def untrained(config: DictConfig) -> VolumeQueryModule:
-    """The volume-query module of a training config, with random weights and the statistics of a table's worth of space."""
+    """The volume-query module of a training config, with random weights and a table's ranges as statistics."""
     from keygrip.data.augmentation import ImageGeometry
+    from keygrip.data.robot_demos import DemoStatistics
     from keygrip.training.checkpoints import build_module
     from keygrip.volume_query.module import VolumeQueryModule
 
@@ -103,16 +106,26 @@ def untrained(config: DictConfig) -> VolumeQueryModule:
             f"case=inference measures the volume-query policy; cases.inference.overrides name a {type(module).__name__}"
         )
     data = config.data
-    module.statistics.set(
-        height_range=(0.0, 0.3),
-        position_range=((0.1, -0.3, 0.0), (0.5, 0.3, 0.3)),
-        step_seconds=data.frame_stride / data.record.hz,
-        geometry=ImageGeometry(data.image_size, tuple(data.mean), tuple(data.std), data.field, data.fit),
-    )
-    half_yaw = torch.linspace(-math.pi / 4, math.pi / 4, 64)
-    zero = torch.zeros_like(half_yaw)
-    for arm in data.arms:  # a gripper that points down and turns by a half turn
-        module.codec(arm).fit(torch.stack([zero, half_yaw.cos(), half_yaw.sin(), zero], dim=-1))
+    half_yaw = np.linspace(-math.pi / 4, math.pi / 4, 64)
+    zero = np.zeros_like(half_yaw)
+    downward = np.stack([zero, np.cos(half_yaw), np.sin(half_yaw), zero], axis=-1)  # w x y z, over a half turn
+    with tempfile.TemporaryDirectory() as folder:
+        module.set_statistics(
+            DemoStatistics(
+                height_range=(0.0, 0.3),
+                position_range=((0.1, -0.3, 0.0), (0.5, 0.3, 0.3)),
+                quaternions=dict.fromkeys(data.arms, downward),
+                arms=tuple(data.arms),
+                targets=data.targets,
+                horizon=data.horizon,
+                step_seconds=data.frame_stride / data.record.hz,
+                geometry=ImageGeometry(data.image_size, tuple(data.mean), tuple(data.std), data.field, data.fit),
+                demos=0,
+                frames=0,
+                fingerprint="",
+                cache_dir=Path(folder),
+            )
+        )
     return module.eval()
 
 

@@ -32,8 +32,10 @@ class Loader:
     skip_batches: int
 
     def run(self, quick: bool) -> dict[str, float]:
-        """``samples_per_s`` from decoded frames that the cache holds, ``uncached_samples_per_s`` decoding each; also of one
-        process alone (``one_process_...``), which is what a core loads."""
+        """``samples_per_s`` from frames that the cache holds decoded, ``uncached_samples_per_s`` decoding each.
+
+        The same without workers (``one_process_...``), which is what one core loads.
+        """
         config = training_config(self.overrides)
         batches = self.quick_batches if quick else self.batches
         samples = (self.skip_batches + batches) * config.data.batch_size

@@ -27,8 +27,8 @@ def interleaved_seconds(
 ) -> dict[str, np.ndarray]:
     """Seconds of every repetition of every side, ``[repetitions]`` each.
 
-    The sides take turns, so that whatever else slows the machine down for a while slows all of them. On a machine that is
-    too slow for all repetitions fewer are done, but ``MIN_REPETITIONS`` at least: ``limit_s`` is for all of them together.
+    The sides take turns, so that whatever else slows the machine down for a while slows all of them. On a machine
+    that is too slow for all repetitions within ``limit_s`` fewer are done, but ``MIN_REPETITIONS`` at least.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     began = time.perf_counter()
@@ -52,7 +52,8 @@ def peak_extra_bytes(work: Work, device: torch.device) -> int:
     """Most bytes of tensors that were alive at once during ``work``, beyond those that were alive before it.
 
     On a GPU this is the caching allocator's own count. On the CPU it is added up from the allocator's events in the
-    profiler's trace, which sees buffers inside of operators too; a first run outside, as warm-up, keeps one-time buffers out.
+    profiler's trace, which has buffers inside of operators too. Run the work once before: what it allocates for good
+    the first time is not its own.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

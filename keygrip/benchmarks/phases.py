@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ class PhaseTimes(Callback):
     ``forward``: network, loss and metrics. ``backward``. ``optimizer``: clipping, step, weight averaging and what other
     callbacks do after a step. On a GPU the joints are marked on its stream, so that nothing has to wait for a clock.
 
-    It belongs last in the list of callbacks. Validation in the middle of training would count as waiting: switch it off.
+    It belongs last in the list of callbacks. Validation in the middle of training would count as waiting: switch it
+    off.
 
     Args:
         path: the file, with ``seconds`` by phase, ``steps`` and ``samples``. skip_steps: at the start, in which workers
@@ -82,7 +84,7 @@ class PhaseTimes(Callback):
 
     @staticmethod
     def _differences(marks: Sequence[Any]) -> list[float]:
-        pairs = zip(marks, marks[1:], strict=False)
         return [
-            after - before if isinstance(before, float) else before.elapsed_time(after) / 1e3 for before, after in pairs
+            after - before if isinstance(before, float) else before.elapsed_time(after) / 1e3
+            for before, after in pairwise(marks)
         ]

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -57,7 +58,7 @@ class Training:
             "steps": measured["steps"],
         }
 
-    def _train(self, config: DictConfig, folder: Path, root: Path, steps: int) -> dict[str, dict[str, float]]:
+    def _train(self, config: DictConfig, folder: Path, root: Path, steps: int) -> dict[str, Any]:
         phases = folder / "phases.json"
         # A process of its own: the run that is measured is the one that users start, with nothing of this one in it.
         command = [
@@ -74,7 +75,7 @@ class Training:
         ended = subprocess.run(command, stdout=sys.stderr.fileno(), check=False)
         if ended.returncode != 0 or not phases.is_file():
             raise ChildProcessError(
-                f"the training run that should be measured ended with exit code {ended.returncode}; see what it said above"
+                f"the training run to be measured ended with exit code {ended.returncode}; see what it said above"
             )
-        measured: dict[str, dict[str, float]] = json.loads(phases.read_text())
+        measured: dict[str, Any] = json.loads(phases.read_text())
         return measured

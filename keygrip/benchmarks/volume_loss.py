@@ -1,8 +1,8 @@
 """The exact factorised volume loss against the dense volume that it equals.
 
-Both sides start from the same leaves (the queries' pixel and height parts and the feature map), build the volume's parts with
-the same products, and go back to the leaves' gradients; the one sums two small softmaxes, the other writes the volume out.
-Logits live as long as the backward pass needs them and no longer, as in a training step.
+Both sides start from the same leaves (the queries' pixel and height parts and the feature map), build the volume's
+parts with the same products, and go back to the leaves' gradients; the one sums two small softmaxes, the other writes
+the volume out. Logits live as long as the backward pass needs them and no longer, as in a training step.
 """
 
 from __future__ import annotations
