@@ -1,0 +1,182 @@
+"""Evaluation of a trained video-language model: losses by mode and kind, captions, answers, multiple choice, speed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from keygrip.data.batches import Turn, VideoTextBatch
+from keygrip.foveated_vlm.conversations import EncodedText, encode_conversation
+from keygrip.foveated_vlm.generation import answer_scores, generate
+from keygrip.foveated_vlm.metrics import caption_metrics, chosen_option, vqa_accuracy
+from keygrip.foveated_vlm.module import FoveatedVLMModule, comparisons
+from keygrip.foveated_vlm.question_sets import ChoiceQuestion
+from keygrip.foveated_vlm.scores import Scores
+from keygrip.foveated_vlm.videos import read_frames
+
+log = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def evaluate_modes(
+    module: FoveatedVLMModule,
+    batches: Iterable[VideoTextBatch],
+    modes: Sequence[str],
+    max_new_tokens: int = 64,
+) -> dict[str, Any]:
+    """Figures of each mode over batches, and what they say about each other (`gap`, `fine_over_coarse`).
+
+    For each mode: loss, perplexity and exactness of answers, over all and by kind; for generated answers, `bleu_*`,
+    `cider`, `meteor` (kind caption), `vqa_accuracy` (where the evidence has `answers`, ten annotators), and
+    `ms_per_frame` (encoder, queries and language model, at the batches' size).
+
+    Raises:
+        ValueError: a mode that the network does not have, or no batch.
+    """
+    for mode in modes:
+        if mode not in module.network.modes:
+            raise ValueError(f"mode={mode}: {type(module.network).__name__} has {', '.join(module.network.modes)}")
+    module.eval()
+    scores: dict[str, Scores] = defaultdict(Scores)
+    said: dict[str, list[tuple[str, str, dict[str, Any], str]]] = defaultdict(list)
+    seconds: dict[str, float] = defaultdict(float)
+    frames_seen = 0
+    for batch in tqdm(batches, desc="evaluate", unit="batch", disable=None):
+        batch = batch.to(module.device)
+        frames_seen += int(batch.frame_mask.sum())
+        for mode in modes:
+            started = time.perf_counter()
+            output = module(batch, mode)
+            scored = module.score(output, batch)
+            scores[mode].add(scored, batch.kind)
+            seconds[mode] += time.perf_counter() - started
+            said[mode] += _generated(module, batch, mode, max_new_tokens)
+    if not scores:
+        raise ValueError("nothing to evaluate: the data have no samples")
+    figures: dict[str, dict[str, Any]] = {}
+    for mode in modes:
+        figures[mode] = dict(scores[mode].figures())
+        if frames_seen:
+            figures[mode]["ms_per_frame"] = 1000 * seconds[mode] / frames_seen
+        figures[mode] |= _of_answers(said[mode])
+    return {
+        "tokens_per_frame": module.network.tokens_per_frame,
+        **{mode: _rounded(values) for mode, values in figures.items()},
+        **_rounded(comparisons(figures)),
+    }
+
+
+def _generated(
+    module: FoveatedVLMModule, batch: VideoTextBatch, mode: str, max_new_tokens: int
+) -> list[tuple[str, str, dict[str, Any], str]]:
+    """(kind, true answer, evidence, generated) of rows that are scored by what the model says: captions and VQA."""
+    wanted = [
+        row
+        for row, text in enumerate(batch.texts)
+        if (batch.kind[row] == "caption" or "answers" in text.evidence) and text.turns[-1].role == "assistant"
+    ]
+    if not wanted:
+        return []
+    collator = module.collator
+    prompts = [
+        encode_conversation(batch.texts[row].turns[:-1], module.tokenizer, collator.prompt_order, "answers")
+        for row in wanted
+    ]
+    videos = batch.video_index.tolist()
+    kept = sorted({videos[row] for row in wanted})
+    counts = batch.frame_mask.sum(1).tolist()
+    frames, _ = module.inputs(batch)
+    answers = generate(
+        module.network,
+        module.tokenizer,
+        frames[kept],
+        [counts[video] for video in kept],
+        prompts,
+        [kept.index(videos[row]) for row in wanted],
+        mode,
+        max_new_tokens,
+    )
+    return [
+        (batch.kind[row], batch.texts[row].turns[-1].text, batch.texts[row].evidence, text)
+        for row, text in zip(wanted, answers.texts, strict=True)
+    ]
+
+
+def _of_answers(said: Sequence[tuple[str, str, dict[str, Any], str]]) -> dict[str, float]:
+    captions = [(true, text) for kind, true, _, text in said if kind == "caption"]
+    figures: dict[str, float] = {}
+    if captions:
+        figures |= caption_metrics([text for _, text in captions], [[true] for true, _ in captions])
+    agreed = [vqa_accuracy(text, evidence["answers"]) for _, _, evidence, text in said if "answers" in evidence]
+    if agreed:
+        figures["vqa_accuracy"] = sum(agreed) / len(agreed)
+    return figures
+
+
+@torch.no_grad()
+def evaluate_choices(
+    module: FoveatedVLMModule, questions: Sequence[ChoiceQuestion], modes: Sequence[str], max_new_tokens: int = 16
+) -> dict[str, Any]:
+    """Accuracy on multiple-choice questions by mode: the likeliest of the given options, and what is generated.
+
+    Questions whose video cannot be decoded are counted (`unreadable`) and left out of the accuracy.
+
+    Raises:
+        ValueError: no video can be decoded.
+    """
+    right: dict[str, dict[str, list[float]]] = {mode: defaultdict(list) for mode in modes}
+    unreadable = 0
+    pictures = module.pictures
+    for question in tqdm(questions, desc="multiple choice", unit="question", disable=None):
+        try:
+            frames = read_frames(question.video, pictures["image_size"], pictures["fit"], pictures["max_frames"])
+        except (ValueError, OSError) as error:
+            unreadable += 1
+            log.warning("left out: %s", error)
+            continue
+        inputs = normalised(module, frames)
+        prompt = _encoded(module, (Turn("user", question.prompt),))
+        options = [
+            _encoded(module, (Turn("user", question.prompt), Turn("assistant", f"{chr(ord('A') + n)}. {option}")))
+            for n, option in enumerate(question.options)
+        ]
+        for mode in modes:
+            scores = answer_scores(module.network, inputs, [len(frames)], options, [0] * len(options), mode)
+            said = generate(
+                module.network, module.tokenizer, inputs, [len(frames)], [prompt], [0], mode, max_new_tokens
+            )
+            named = chosen_option(said.texts[0], question.options)
+            for name, hit in (
+                ("likelihood", int(scores.argmax()) == question.answer),
+                ("generation", named == question.answer),
+            ):
+                right[mode][f"accuracy_{name}"].append(float(hit))
+                right[mode][f"accuracy_{name}/{question.task}"].append(float(hit))
+    if unreadable == len(questions):
+        raise ValueError(f"none of the {unreadable} videos can be decoded")
+    figures = {mode: _rounded({n: float(np.mean(v)) for n, v in found.items()}) for mode, found in right.items()}
+    return {"questions": len(questions) - unreadable, "unreadable": unreadable, **figures}
+
+
+def normalised(module: FoveatedVLMModule, frames: np.ndarray) -> Tensor:
+    """uint8 [F, S, S, 3] -> [1, F, 3, S, S] on the module's device, as the backbone wants it."""
+    backbone = module.network.backbone
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).to(module.device).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(v, device=module.device).view(3, 1, 1) for v in (backbone.mean, backbone.std))
+    return ((pixels - mean) / std)[None]
+
+
+def _encoded(module: FoveatedVLMModule, turns: Sequence[Turn]) -> EncodedText:
+    return encode_conversation(turns, module.tokenizer, module.collator.prompt_order, "answers")
+
+
+def _rounded(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: round(float(value), 5) for name, value in values.items()}

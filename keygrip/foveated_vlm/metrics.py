@@ -1,0 +1,139 @@
+"""Figures for generated text: BLEU, CIDEr and METEOR for captions, the ten-annotator rule for question answering."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import string
+import threading
+from collections.abc import Sequence
+
+log = logging.getLogger(__name__)
+
+METEOR_S = 120.0
+NOTHING_SAID = "xxnothingxx"  # the Java program waits for ever where a caption is empty
+ARTICLES = {"a", "an", "the"}
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBER_WORDS = {word: str(value) for value, word in enumerate(NUMBERS)} | {"none": "0"}
+
+
+def caption_metrics(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """`bleu_1` .. `bleu_4`, `cider`, and `meteor` where Java is installed, by pycocoevalcap.
+
+    With Java, sentences are split by the Penn Treebank tokenizer, as in published figures; without, at white space
+    after punctuation is dropped, which is said. CIDEr weighs words by how rare they are among all references: of
+    fewer than two captions it means nothing and is left out.
+
+    Args:
+        candidates: one caption a video. references: the true captions of each.
+
+    Raises:
+        ValueError: no caption, or a video without a reference.
+        ImportError: pycocoevalcap is not installed.
+    """
+    if not candidates or len(candidates) != len(references) or not all(references):
+        raise ValueError(f"{len(candidates)} captions for {len(references)} videos: each needs one, and a reference")
+    try:
+        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.cider.cider import Cider
+    except ImportError as error:
+        raise ImportError("caption metrics need pycocoevalcap: pip install 'keygrip[vlm]'") from error
+    said = {number: [text] for number, text in enumerate(candidates)}
+    true = {number: list(texts) for number, texts in enumerate(references)}
+    java = shutil.which("java") is not None
+    if java:
+        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+        tokenizer = PTBTokenizer()
+        said, true = (
+            tokenizer.tokenize({number: [{"caption": _line(t)} for t in texts] for number, texts in table.items()})
+            for table in (said, true)
+        )
+    else:
+        log.warning("METEOR and the Penn Treebank tokenizer need Java, which is not installed: going on without them")
+        said, true = ({n: [" ".join(_words(t)) for t in texts] for n, texts in table.items()} for table in (said, true))
+    scores, _ = Bleu(4).compute_score(true, said, verbose=0)
+    figures = {f"bleu_{order}": float(score) for order, score in enumerate(scores, 1)}
+    if len(candidates) > 1:
+        figures["cider"] = float(Cider().compute_score(true, said)[0])
+    if java and (meteor := _meteor(true, said)) is not None:
+        figures["meteor"] = meteor
+    return figures
+
+
+def _meteor(true: dict[int, list[str]], said: dict[int, list[str]]) -> float | None:
+    """METEOR by its Java program, which never answers to some inputs: it is given a time, and left out after it."""
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    scorer = Meteor()
+    watchdog = threading.Timer(METEOR_S + 0.1 * len(said), scorer.meteor_p.kill)
+    watchdog.start()
+    try:
+        filled = {number: [texts[0] or NOTHING_SAID] for number, texts in said.items()}
+        return float(scorer.compute_score(true, filled)[0])
+    except (ValueError, OSError) as error:
+        log.warning("METEOR's Java program failed (%s): going on without it", (str(error).splitlines() or ["no answer"])[0])
+        scorer.lock = threading.Lock()  # the failed call has kept the old one, for which the end would wait
+        return None
+    finally:
+        watchdog.cancel()
+
+
+def _line(text: str) -> str:
+    """Without line breaks, and never empty: the Java programs read line by line."""
+    return " ".join(text.split()) or "."
+
+
+def _words(text: str) -> list[str]:
+    return text.lower().translate(str.maketrans("", "", string.punctuation)).split()
+
+
+def normalised_answer(answer: str) -> str:
+    """An answer as the VQA rule compares it: lower case, digits for number words, no articles and no punctuation.
+
+    Points between digits stay (3.5), commas between digits go (1,000), apostrophes go (don't is dont), other
+    punctuation becomes a space.
+
+    Paper: Antol et al., VQA: Visual Question Answering (2015).
+    """
+    text = answer.lower().replace("\n", " ").strip()
+    text = re.sub(r"(?<=\d),(?=\d)", "", text).replace("'", "")
+    text = re.sub(r"(?<!\d)\.|\.(?!\d)", " ", text)
+    text = re.sub(r"[^\w\s.]|_", " ", text)
+    words = [NUMBER_WORDS.get(word, word) for word in text.split() if word not in ARTICLES]
+    return " ".join(words)
+
+
+def vqa_accuracy(answer: str, annotated: Sequence[str]) -> float:
+    """Agreement with the annotators: of each choice of all but one of them, min(1, those who agree / 3), averaged.
+
+    With the usual ten annotators, an answer that three or more gave counts (nearly) whole. Of fewer than four
+    annotators one who agrees is enough.
+
+    Raises:
+        ValueError: nobody has annotated.
+    """
+    if not annotated:
+        raise ValueError("the VQA rule needs at least one annotated answer")
+    own = normalised_answer(answer)
+    agree = [normalised_answer(other) == own for other in annotated]
+    if len(agree) < 4:
+        return float(any(agree))
+    return sum(min(1.0, (sum(agree) - agrees) / 3) for agrees in agree) / len(agree)
+
+
+def chosen_option(answer: str, options: Sequence[str]) -> int | None:
+    """Which option a generated answer names: by its letter ("B", "(b)", "B. red"), or by its words; None: neither."""
+    text = answer.strip()
+    letter = re.match(r"^\(?([A-Za-z])(?:[).:]|\s|$)", text)
+    own = normalised_answer(text)
+    plain = [normalised_answer(option) for option in options]
+    if own in plain:
+        return plain.index(own)
+    if letter:
+        number = ord(letter.group(1).upper()) - ord("A")
+        if number < len(options):
+            return number
+    named = [number for number, option in enumerate(plain) if option and re.search(rf"\b{re.escape(option)}\b", own)]
+    return named[0] if len(named) == 1 else None
