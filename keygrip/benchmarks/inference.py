@@ -60,14 +60,15 @@ class Inference:
     def _measure(
         self, policy: VolumeQueryPolicy, observation: dict[str, Any], device: torch.device, prefix: str, quick: bool
     ) -> dict[str, float]:
-        network = policy.module.network
-        image = torch.randn(1, 3, network.image_size, network.image_size, device=device)
-        pixel = torch.full((1, len(network.arms), 2), network.image_size / 2, device=device)
-        state = torch.zeros(1, len(network.arms), 8, device=device) if network.uses_state else None
+        network, seen = policy.module.network, []
+        hook = network.register_forward_pre_hook(lambda _, *call: seen.append(call), with_kwargs=True)
+        policy.plan(observation)
+        hook.remove()
+        arguments, keywords = seen[0]
 
         @torch.inference_mode()
         def network_alone() -> None:
-            network(image, pixel, state)
+            network(*arguments, **keywords)
 
         sides = {"": lambda: policy.plan(observation), "network_": network_alone}
         repetitions, limit_s = (

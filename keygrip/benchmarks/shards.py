@@ -48,9 +48,11 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Shards:
-    """``padding_share``: of the language model's positions, over an epoch of videos of 1 to 64 frames with 14 % text, and
-    what it would be without buckets. ``samples_per_s``: decoded and batched by one process. ``resume_s``: from nothing to
-    the first batch in the middle of an epoch of that size.
+    """Three figures, and what is behind them.
+
+    ``padding_share``: of the language model's positions, over an epoch of videos of 1 to 64 frames with 14 % text (and
+    what it would be without buckets). ``samples_per_s``: decoded and batched by one process. ``resume_s``: opening the
+    shards, computing the order of such an epoch, and the first batch.
 
     Args:
         epoch_samples: of the manifest from which the padding is computed. batch_size: of the epoch and of the loader.
