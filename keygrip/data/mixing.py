@@ -16,7 +16,8 @@ import numpy as np
 
 from keygrip.data.sampling import GlobalBatchSampler
 
-POOL = 32  # batches among which a bucket's samples are sorted by length: enough to pad little, few enough to mix well
+POOL = 128  # batches among which a bucket's samples are sorted by length: enough to pad little, few enough to mix well
+BLUR = 0.03  # of each length, at random: who shares a batch changes from epoch to epoch in small buckets too
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ def bucketed(
 
     What does not fill a batch of its bucket is batched with the leftovers of the neighbouring buckets.
     """
+    length = length * rng.uniform(1 - BLUR, 1 + BLUR, len(length))
     batches, left = [], []
     by_bucket = np.argsort(bucket, kind="stable")
     for group in np.split(by_bucket, np.flatnonzero(np.diff(bucket[by_bucket])) + 1):
