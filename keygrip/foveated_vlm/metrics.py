@@ -73,7 +73,9 @@ def _meteor(true: dict[int, list[str]], said: dict[int, list[str]]) -> float | N
         filled = {number: [texts[0] or NOTHING_SAID] for number, texts in said.items()}
         return float(scorer.compute_score(true, filled)[0])
     except (ValueError, OSError) as error:
-        log.warning("METEOR's Java program failed (%s): going on without it", (str(error).splitlines() or ["no answer"])[0])
+        log.warning(
+            "METEOR's Java program failed (%s): going on without it", (str(error).splitlines() or ["no answer"])[0]
+        )
         scorer.lock = threading.Lock()  # the failed call has kept the old one, for which the end would wait
         return None
     finally:

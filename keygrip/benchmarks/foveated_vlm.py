@@ -1,0 +1,179 @@
+"""What the foveated video-language model costs: a training step by mode, and a frame of autoregressive looking."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from keygrip.benchmarks.inference import threads
+from keygrip.benchmarks.measuring import Work, interleaved_seconds, milliseconds, peak_extra_bytes
+from keygrip.benchmarks.training_config import training_config
+
+if TYPE_CHECKING:
+    from keygrip.foveated_vlm.network import FoveatedVLM
+    from keygrip.foveated_vlm.rows import TextRows
+
+PROMPT_SHARE = 0.75  # of the text tokens stand before the answer, where the question is first
+
+
+@dataclass(frozen=True)
+class VLMStep:
+    """A training step (forward, loss, backward) in `coarse_fine` beside one in `coarse_only`, and its peak memory.
+
+    The headline is the order of the config; both orders are measured. Weights are random.
+
+    Args:
+        overrides: of ``keygrip.train``, which say what network.
+        frames, text_tokens, videos, questions: of the batch: so many videos of so many frames with so many rows each.
+        memory_frames: numbers of frames at which the peak memory of a step is reported.
+        threads: of the processor.
+    """
+
+    overrides: Sequence[str]
+    frames: int
+    text_tokens: int
+    videos: int
+    questions: int
+    memory_frames: Sequence[int]
+    threads: int
+    repetitions: int
+    quick_repetitions: int
+    limit_s: float
+    quick_limit_s: float
+
+    def run(self, quick: bool) -> dict[str, float]:
+        """`step_ms` and `peak_mb` of coarse_fine, `fine_over_coarse_time` by order."""
+        network, device = _network(self.overrides)
+        network.train()
+        figures: dict[str, float] = {}
+        repetitions, limit_s = (
+            (self.quick_repetitions, self.quick_limit_s) if quick else (self.repetitions, self.limit_s)
+        )
+        with threads(self.threads):
+            for order in ("visual_first", "question_first"):
+                frames, rows = self._batch(network, order, self.frames, device)
+                sides: dict[str, Work] = {
+                    mode: _Step(network, frames, rows, mode) for mode in ("coarse_only", "coarse_fine")
+                }
+                seconds = interleaved_seconds(sides, repetitions, device, limit_s)
+                fine, coarse = seconds["coarse_fine"], seconds["coarse_only"]
+                figures[f"{order}_step_ms"] = milliseconds(fine)
+                figures[f"{order}_fine_over_coarse_time"] = round(float(np.median(fine / coarse)), 3)
+            for count in self.memory_frames[:1] if quick else self.memory_frames:
+                frames, rows = self._batch(network, "visual_first", count, device)
+                work = _Step(network, frames, rows, "coarse_fine")
+                work()
+                figures[f"peak_{count}_frames_mb"] = round(peak_extra_bytes(work, device) / 2**20, 1)
+        figures["step_ms"] = figures["visual_first_step_ms"]
+        figures["fine_over_coarse_time"] = figures["visual_first_fine_over_coarse_time"]
+        figures["peak_mb"] = figures[f"peak_{self.memory_frames[0]}_frames_mb"]
+        return figures
+
+    def _batch(self, network: FoveatedVLM, order: str, frames: int, device: torch.device) -> tuple[Tensor, TextRows]:
+        from keygrip.foveated_vlm.rows import TextRows
+
+        size, rows = network.backbone.image_size, self.videos * self.questions
+        generator = torch.Generator().manual_seed(0)
+        pictures = torch.randn(self.videos, frames, 3, size, size, generator=generator).to(device)
+        ids = torch.randint(3, 300, (rows, self.text_tokens), generator=generator).to(device)
+        at = 0 if order == "visual_first" else int(PROMPT_SHARE * self.text_tokens)
+        videos = [row // self.questions for row in range(rows)]
+        return pictures, TextRows(ids, [self.text_tokens] * rows, [at] * rows, videos, [frames] * self.videos)
+
+
+@dataclass(frozen=True)
+class VLMDecode:
+    """Autoregressive looking with all caches: milliseconds a frame at the eighth and the sixty-fourth frame.
+
+    A frame is a query through the encoder's cached keys and values, and a step of the language model; encoding the
+    frame is not in it. The two are measured on a state of 7 and of 63 frames before, in turns.
+
+    Args:
+        overrides: of ``keygrip.train``, which say what network. prompt_tokens: before the frames.
+        threads: of the processor.
+    """
+
+    overrides: Sequence[str]
+    prompt_tokens: int
+    threads: int
+    repetitions: int
+    quick_repetitions: int
+    limit_s: float
+    quick_limit_s: float
+
+    def run(self, quick: bool) -> dict[str, float]:
+        """`ms_per_frame_8`, `ms_per_frame_64`, and their ratio."""
+        network, device = _network(self.overrides)
+        network.eval()
+        repetitions, limit_s = (
+            (self.quick_repetitions, self.quick_limit_s) if quick else (self.repetitions, self.limit_s)
+        )
+        with threads(self.threads), torch.inference_mode():
+            size = network.backbone.image_size
+            kv = network.encode(torch.randn(1, 3, size, size, device=device))
+            sides: dict[str, Work] = {
+                f"ms_per_frame_{frame}": _Frame(network, kv, self.prompt_tokens + frame - 1, device)
+                for frame in (8, 64)
+            }
+            seconds = interleaved_seconds(sides, repetitions, device, limit_s, warm_up=2)
+        figures = {name: milliseconds(values) for name, values in seconds.items()}
+        ratio = np.median(seconds["ms_per_frame_64"] / seconds["ms_per_frame_8"])
+        return figures | {"frame_64_over_frame_8_time": round(float(ratio), 3)}
+
+
+@dataclass(frozen=True)
+class _Step:
+    network: FoveatedVLM
+    frames: Tensor
+    rows: TextRows
+    mode: str
+
+    def __call__(self) -> None:
+        from keygrip.foveated_vlm.loss import token_cross_entropy
+
+        self.network.zero_grad(set_to_none=True)
+        output = self.network(self.frames, self.rows, self.mode)
+        mask = torch.ones_like(self.rows.input_ids, dtype=torch.bool)
+        hidden, mask = output.predicting(mask)
+        losses, _ = token_cross_entropy(hidden, self.network.language.head_weight, self.rows.input_ids[mask])
+        losses.mean().backward()
+
+
+class _Frame:
+    """One frame more on a cache of so many positions, which is then cut back to what it was."""
+
+    def __init__(self, network: FoveatedVLM, kv: Sequence[object], past: int, device: torch.device) -> None:
+        from keygrip.foveated_vlm.language import LanguageCache
+
+        self.network, self.kv, self.past = network, kv, past
+        self.cache = LanguageCache()
+        self.state = network.language.extend(torch.randn(1, past, network.language.width, device=device), self.cache)
+        self.state = self.state[:, -1:]
+
+    def __call__(self) -> None:
+        network = self.network
+        seen = network.ask(network.query_projection(self.state), self.kv)  # type: ignore[arg-type]
+        network.language.extend(network.connector(seen), self.cache)
+        self.cache.layers.crop(-1)
+        self.cache.length -= 1
+
+
+def _network(overrides: Sequence[str]) -> tuple[FoveatedVLM, torch.device]:
+    from omegaconf import OmegaConf
+
+    from keygrip.foveated_vlm.network import FoveatedVLM
+    from keygrip.training.checkpoints import build_module
+
+    config = training_config(overrides)
+    resolved = {"model": OmegaConf.to_container(config.model, resolve=True)}
+    module = build_module(resolved, random_backbone=True)
+    network = module.network
+    if not isinstance(network, FoveatedVLM):
+        raise ValueError(f"this case measures the foveated model; its overrides name a {type(network).__name__}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return network.to(device), device
