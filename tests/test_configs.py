@@ -25,6 +25,14 @@ ROOTS = sorted(path.stem for path in CONF.glob("*.yaml"))
 GIVEN = {
     "experiment=yam_dinov3": ["data.root=folder"],
     "prepare": ["step=record"],
+    **{f"data={name}": ["model=foveated_vlm"] for name in ("robot_videos", "webvid", "cauldron", "video_sft")},
+    **{f"optimizer={name}": ["model=foveated_vlm", "data=robot_videos"] for name in ("vlm", "vlm_from_scratch")},
+    "optimizer=vlm": ["model=foveated_vlm", "data=robot_videos"],
+    "optimizer=vlm_from_scratch": ["model=foveated_vlm", "data=robot_videos"],
+    "data=robot_videos": ["model=foveated_vlm"],
+    "data=webvid": ["model=foveated_vlm"],
+    "data=cauldron": ["model=foveated_vlm"],
+    "data=video_sft": ["model=foveated_vlm"],
 }
 
 
@@ -139,7 +147,7 @@ def test_every_data_module_builds_without_touching_the_disk(
     option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    instantiate(composed("train", [f"data={option}"]).data, _convert_="all")
+    instantiate(composed("train", [f"data={option}", *GIVEN.get(f"data={option}", [])]).data, _convert_="all")
     assert list(tmp_path.iterdir()) == []
 
 

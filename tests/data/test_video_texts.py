@@ -5,7 +5,10 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,6 +34,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_set(folder / "texts" / "train", [0] * 60, prefix="t", kinds=("text",))
     write_set(folder / "texts" / "val", [0] * 10, prefix="u", kinds=("text",))
     return folder
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    """Serves a folder and says nothing."""
+
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 def module(root: Path, rank: int = 0, ranks: int = 1, share: float | None = None, **options: Any) -> VideoTexts:
@@ -317,3 +327,25 @@ def test_normalised_frames_and_padding_share() -> None:
     pixels = batch.normalised((0.5, 0.5, 0.0), (0.5, 0.25, 1.0))
     assert pixels[0, 0, :, 0, 0].tolist() == [1.0, 2.0, 1.0]
     assert batch.to("cpu", dtype=torch.float16).frames.dtype == torch.uint8
+
+
+def test_shards_on_a_web_server(root: Path, tmp_path: Path) -> None:
+    """The same batches as from the folder, from copies that stay within their limit."""
+    handler = partial(QuietHandler, directory=str(root))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        options = {"cache_dir": tmp_path / "cache", "cache_gb": 1e-4, "window_shards": 1}
+        far = module(root, sources={"videos": ShardSource(f"{url}/videos")}, **options)
+        near = module(root, window_shards=1)
+        assert far.fingerprint == near.fingerprint
+        for ours, theirs in zip(far.train_dataloader(), near.train_dataloader(), strict=True):
+            assert ours.key == theirs.key
+            assert torch.equal(ours.frames, theirs.frames)
+        assert [batch.key for batch in far.val_dataloader()] == [batch.key for batch in near.val_dataloader()]
+        largest = max(path.stat().st_size for path in root.rglob("*.tar"))
+        copies = list((tmp_path / "cache").rglob("*.tar"))
+        assert sum(path.stat().st_size for path in copies) <= max(1e5, 2 * largest)
+        with pytest.raises(FileNotFoundError, match=r"nothing has neither manifest\.json nor train/manifest\.json"):
+            module(root, sources={"videos": ShardSource(f"{url}/nothing")}, **options)
+        server.shutdown()
