@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(PYTHON) || $(PYTHON3) -m venv $(VENV) || { \
 		rm -rf $(VENV); echo "no venv module: apt-get install python3-venv (as root), then make again" >&2; exit 1; }
 	@echo "installing packages (2 GB with torch; minutes)"
-	$(PYTHON) -m pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt torch torchvision -e '.[dev]'
+	$(PYTHON) -m pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt torch torchvision -e '.[dev,vlm]'
 	@touch $(STAMP)
 
 # The simulator draws through EGL or OSMesa on Linux.

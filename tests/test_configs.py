@@ -27,12 +27,6 @@ GIVEN = {
     "prepare": ["step=record"],
     **{f"data={name}": ["model=foveated_vlm"] for name in ("robot_videos", "webvid", "cauldron", "video_sft")},
     **{f"optimizer={name}": ["model=foveated_vlm", "data=robot_videos"] for name in ("vlm", "vlm_from_scratch")},
-    "optimizer=vlm": ["model=foveated_vlm", "data=robot_videos"],
-    "optimizer=vlm_from_scratch": ["model=foveated_vlm", "data=robot_videos"],
-    "data=robot_videos": ["model=foveated_vlm"],
-    "data=webvid": ["model=foveated_vlm"],
-    "data=cauldron": ["model=foveated_vlm"],
-    "data=video_sft": ["model=foveated_vlm"],
 }
 
 
