@@ -1,6 +1,7 @@
 """keygrip: robot policies and video-language models on one DINO backbone.
 
-Every run is a Hydra configuration: ``python -m keygrip.train model=... data=...``. Importing the package loads nothing heavy.
+Every run is a Hydra configuration: ``python -m keygrip.train model=... data=...``. Importing the package loads nothing
+heavy.
 """
 
 from __future__ import annotations

@@ -248,8 +248,8 @@ def _plain(thing: Placed) -> dict[str, Any]:
 
 
 class SignKeeper:
-    """Gives each quaternion of a trajectory the sign that is nearer to the one before: q and -q are the same rotation, but readers
-    interpolate."""
+    """Gives each quaternion of a trajectory the sign that is nearer to the one before: q and -q are the same rotation,
+    but readers interpolate."""
 
     def __init__(self) -> None:
         self._last: np.ndarray | None = None
