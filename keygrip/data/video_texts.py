@@ -169,7 +169,8 @@ class ShardSource:
 def held_out(shards: ShardSet, fraction: float) -> np.ndarray:
     """bool [N]: which samples of a set without splits are for validation. A function of each key alone."""
     threshold = int(fraction * 2**32)
-    draws = [hashlib.sha256(shards.key(n).encode()).digest()[:4] for n in range(len(shards))]
+    keys = (key for shard in range(len(shards.shards)) for key in shards.index(shard).keys.tolist())
+    draws = (hashlib.sha256(key.encode()).digest()[:4] for key in keys)
     return np.array([int.from_bytes(draw, "big") < threshold for draw in draws], dtype=bool)
 
 

@@ -7,6 +7,7 @@ so every module of this package takes `mujoco` from here.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ def choose_backend() -> str:
     return next((name for name, works in probes.items() if works()), "disable")
 
 
+logging.getLogger("OpenGL").setLevel(logging.WARNING)  # it says at every start which accelerator it lacks
 if "mujoco" not in sys.modules and (_backend := choose_backend()):
     os.environ["MUJOCO_GL"] = _backend
 

@@ -45,9 +45,15 @@ class ShardReport:
 
 
 def split_folders(root: Path | str) -> list[str]:
-    """The shard sets at a root: itself, or its splits. Raises FileNotFoundError: none."""
+    """The shard sets at a root: itself, or its splits.
+
+    Raises:
+        FileNotFoundError: none. ValueError: the root is a URL.
+    """
     if is_remote(root):
-        return [str(root)]
+        raise ValueError(
+            f"{root} is a URL: manifests are made and shards validated where the files lie"
+        )
     found = [
         str(folder)
         for folder in (Path(root), *(Path(root) / split for split in ("train", "val", "test")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 SETTINGS_FILE = "settings.json"
 NAMED_AT_MOST = 10
+STALE_AFTER_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ def write_shards(
         raise ValueError(f"items_per_shard must be at least 1, not {items_per_shard}")
     root.mkdir(parents=True, exist_ok=True)
     _check_settings(root, {**settings, "items": len(items), "items_per_shard": items_per_shard})
+    _remove_stale(root)
     jobs, result = [], Written(str(root))
     for number, start in enumerate(range(0, len(items), items_per_shard)):
         path = root / f"{name}-{number:06d}.tar"
@@ -136,6 +139,14 @@ def write_shards(
 def failures_path(shard: Path) -> Path:
     """Beside each shard: the reasons of the items that were left out of it."""
     return shard.with_suffix(".failed.json")
+
+
+def _remove_stale(root: Path) -> None:
+    """Removes what a killed process left half written; young files may belong to another machine on a shared disk."""
+    for path in root.glob(".*.writing"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > STALE_AFTER_S:
+                path.unlink()
 
 
 def _check_settings(root: Path, settings: Mapping[str, Any]) -> None:

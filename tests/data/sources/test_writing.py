@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +78,14 @@ def test_processes_and_interruptions_change_nothing(tmp_path: Path) -> None:
     assert again.samples == 16
     assert again.written == 9
     assert files(tmp_path / "alone") == files(tmp_path / "together")
+
+
+def test_what_a_killed_process_left_is_removed_when_it_is_old(tmp_path: Path) -> None:
+    for name, age in (("old", 3600), ("young", 5)):
+        (tmp_path / f".{name}.tar.123.writing").write_bytes(b"half")
+        os.utime(tmp_path / f".{name}.tar.123.writing", (time.time() - age,) * 2)
+    written(tmp_path)
+    assert [path.name for path in tmp_path.glob(".*.writing")] == [".young.tar.123.writing"]
 
 
 def test_sets_with_other_settings_are_not_mixed(tmp_path: Path) -> None:
@@ -152,3 +162,5 @@ def test_manifests_are_made_for_shards_from_elsewhere(tmp_path: Path) -> None:
     assert {name: after[name] for name in after} == {name: before[name] for name in after}
     with pytest.raises(FileNotFoundError, match="no shards"):
         make_manifests(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="https://host/set is a URL: manifests are made"):
+        make_manifests("https://host/set")
