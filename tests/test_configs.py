@@ -27,6 +27,11 @@ GIVEN = {
     "prepare": ["step=record"],
     **{f"data={name}": ["model=foveated_vlm"] for name in ("robot_videos", "webvid", "cauldron", "video_sft")},
     **{f"optimizer={name}": ["model=foveated_vlm", "data=robot_videos"] for name in ("vlm", "vlm_from_scratch")},
+    **{
+        f"ablation={path.stem}": ["model=foveated_vlm", "data=robot_videos"]
+        for path in (CONF / "ablation").glob("vlm_*.yaml")
+    },
+    **{f"experiment={name}": ["model.start_from=folder"] for name in ("vlm_stage2", "vlm_stage3")},
 }
 
 
