@@ -51,9 +51,7 @@ def split_folders(root: Path | str) -> list[str]:
         FileNotFoundError: none. ValueError: the root is a URL.
     """
     if is_remote(root):
-        raise ValueError(
-            f"{root} is a URL: manifests are made and shards validated where the files lie"
-        )
+        raise ValueError(f"{root} is a URL: manifests are made and shards validated where the files lie")
     found = [
         str(folder)
         for folder in (Path(root), *(Path(root) / split for split in ("train", "val", "test")))
