@@ -1,0 +1,64 @@
+"""Notebooks run from top to bottom, hold no outputs, and build on the package instead of redefining it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def read(path: Path) -> Any:
+    return nbformat.read(path, as_version=4)
+
+
+def test_there_are_notebooks() -> None:
+    assert {path.stem for path in NOTEBOOKS} >= {"one_demo", "heatmaps"}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_outputs_are_stripped(path: Path) -> None:
+    notebook = read(path)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert not cell.outputs, f"{path.name} holds outputs: clear them before committing"
+            assert cell.execution_count is None
+        assert not cell.metadata
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_define_nothing(path: Path) -> None:
+    cells = [cell.source for cell in read(path).cells if cell.cell_type == "code"]
+    for source in cells:
+        defined = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        assert not defined, f"{path.name} defines {[node.name for node in defined]}: that belongs in the package"
+
+
+@pytest.mark.parametrize(("name", "pictures"), [("one_demo", 6), ("heatmaps", 5)])
+def test_notebooks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, pictures: int) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("KEYGRIP_RUN", raising=False)
+    monkeypatch.delenv("KEYGRIP_DEMOS", raising=False)
+    notebook = read(ROOT / "notebooks" / f"{name}.ipynb")
+    resources = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    shown = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(shown) == pictures
+    assert not list(tmp_path.iterdir())  # everything went to a temporary folder
+    said = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    if name == "one_demo":
+        # Exact pixels and heights lead back to the point; cells and bins miss it by millimetres.
+        exact, floor = (float(word) for word in said.split("mean ")[1].split() if word[0].isdigit())
+        assert exact < 0.05 < floor < 20
+    else:
+        decoders = [line.split()[0] for line in said.splitlines() if " cm " in line]
+        assert decoders == ["argmax", "soft_argmax", "viterbi", "sample"]
