@@ -159,9 +159,30 @@ def volume_cross_entropy(logits: VolumeLogits, target: VolumeTarget) -> Tensor:
         at_heights = logits.height_factor.T[target.heights]  # [*, K, R]
         coupling = (mean_factor * (at_heights * target.height_weights[..., None]).sum(-2)).sum(-1)
         return normaliser - pixel - height - coupling
-    pixel_log_prob = _gather_pixels(logits.pixel, target.cells) - logits.pixel.flatten(-2).logsumexp(-1, keepdim=True)
-    height_log_prob = F.log_softmax(logits.height, dim=-1).gather(-1, target.heights)
-    return -(pixel_log_prob * target.cell_weights).sum(-1) - (height_log_prob * target.height_weights).sum(-1)
+    index = target.cells[..., 0] * logits.pixel.shape[-1] + target.cells[..., 1]
+    pixel = _CrossEntropy.apply(logits.pixel.flatten(-2), index, target.cell_weights)
+    return pixel + _CrossEntropy.apply(logits.height, target.heights, target.height_weights)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy of logits ``[*, N]`` against a few weighted classes ``[*, C]``, one value ``[*]``.
+
+    Backward makes the gradient in one buffer, ``softmax - target``; autograd's own would hold four of the logits'
+    size, which are all that the factorised loss costs.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, classes: Tensor, weights: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        weights = weights.to(logits.dtype)
+        normaliser = logits.logsumexp(-1)
+        ctx.save_for_backward(logits, classes, weights, normaliser)
+        return normaliser - (logits.gather(-1, classes) * weights).sum(-1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        logits, classes, weights, normaliser = ctx.saved_tensors
+        gradient = (logits - normaliser[..., None]).exp_().mul_(grad[..., None])
+        return gradient.scatter_add_(-1, classes, -weights * grad[..., None]), None, None
 
 
 class _StreamedLogSumExp(torch.autograd.Function):
