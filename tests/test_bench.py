@@ -125,7 +125,7 @@ class TestVolumeLoss:
     def test_memory_at_the_size_of_the_production_recipe(self) -> None:
         sizes = instantiate(compose("bench").cases.volume_loss)
         problem = Problem.random(sizes, 50, CPU)
-        assert peak_extra_bytes(problem.dense, CPU) > 20 * peak_extra_bytes(problem.factorised, CPU)
+        assert peak_extra_bytes(problem.dense, CPU) > 40 * peak_extra_bytes(problem.factorised, CPU)
 
 
 class TestPhases:
