@@ -7,10 +7,12 @@ so every module of this package takes `mujoco` from here.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import logging
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -80,6 +82,21 @@ def choose_backend() -> str:
     return next((name for name, works in probes.items() if works()), "disable")
 
 
+def load_compiler_first() -> None:
+    """Loads the library of triton, where it is installed, before Mesa is touched.
+
+    Mesa's software renderer and triton, which torch imports on the way to `lightning`, each bring an LLVM. In this
+    order they live together; a process that draws first dies of a segmentation fault when triton comes.
+    """
+    if "triton" in sys.modules:
+        return
+    package = importlib.util.find_spec("triton")
+    library = Path(package.origin or "").parent / "_C" / "libtriton.so" if package else None
+    if library is not None and library.is_file():
+        ctypes.CDLL(str(library))
+
+
+load_compiler_first()
 logging.getLogger("OpenGL").setLevel(logging.WARNING)  # it says at every start which accelerator it lacks
 if "mujoco" not in sys.modules and (_backend := choose_backend()):
     os.environ["MUJOCO_GL"] = _backend

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,3 +136,15 @@ def test_importing_the_package_does_not_load_mujoco() -> None:
     script = "import sys, keygrip.sim, keygrip.sim.tasks, keygrip.sim.kinematics; print('mujoco' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_drawing_before_torchs_compiler_is_loaded_does_not_kill_the_process() -> None:
+    """Mesa and triton each bring an LLVM; loaded in the wrong order the second one crashes."""
+    script = (
+        "from keygrip.sim.environment import YamCell; from keygrip.sim.tasks import TaskOptions\n"
+        "YamCell(TaskOptions(name='reach'), 32).reset(seed=0)\n"
+        "import lightning"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
