@@ -12,6 +12,7 @@ before block 1 and comes out as the frame's embedding z; any number of queries u
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -111,6 +112,7 @@ class VideoLanguageNetwork(nn.Module):
         text = self.language.embed(rows.input_ids)
         return self.language(layout.place(text, visual)), layout
 
+    @abstractmethod
     def see(
         self, frames: Tensor, rows: TextRows, mode: str, refinement: int = 0, kv: Sequence[BlockKV] | None = None
     ) -> tuple[Tensor, Looks | None, Tensor]:
@@ -125,7 +127,6 @@ class VideoLanguageNetwork(nn.Module):
         Raises:
             ValueError: an unknown mode, or refinement outside of coarse_fine.
         """
-        raise NotImplementedError
 
     def forward(
         self, frames: Tensor, rows: TextRows, mode: str, refinement: int = 0, kv: Sequence[BlockKV] | None = None
