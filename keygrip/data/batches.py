@@ -1,6 +1,7 @@
 """Typed batches: what a data module hands to a training module.
 
-Legend of shapes: B samples, A arms, T future steps, S image size; of videos with text: V videos, F frames, L tokens.
+Legend of shapes: B samples, A arms, T future steps, S image size; of videos with text: V videos, F frames, L tokens; of
+images with text: C, h, w channels and size of a latent, D width of a DINO feature, Dt of a text state, g grid edges.
 """
 
 from __future__ import annotations
@@ -138,6 +139,70 @@ class VideoTextBatch(Movable):
         frames, tokens = self.frame_mask[self.video_index], self.attention_mask
         places = frames.numel() + tokens.numel()
         return float(1 - (frames.sum() + tokens.sum()) / places) if places else 0.0
+
+
+@dataclass
+class ImageTextBatch(Movable):
+    """B images of one aspect bucket with their text, as a frozen set of encoders left them: nothing is normalised here.
+
+    The rectangle that the latent shows and the one that the DINO view shows are the same crop of the same picture:
+    in coordinates that run from 0 to 1 over that crop, latent cell (i, j) has its centre at ((i + 0.5) / h,
+    (j + 0.5) / w) and patch (i, j) at ((i + 0.5) / gh, (j + 0.5) / gw), whatever the bucket.
+
+    Args:
+        latents: float32 [B, C, h, w], as `encoders.encode_images` gives them and `decode_latents` takes them.
+        text_states: float32 [B, L, Dt], zeros where `text_mask` is False.
+        text_mask: bool [B, L], True for real tokens, which come first.
+        dino_cls: float32 [B, D]. dino_patches: float32 [B, gh * gw, D], row after row.
+        patch_grid: (gh, gw), of every image of the batch.
+        captions, keys: B strings.
+        records: B dicts, what else the shards say of an image: "caption", "size" and "crop" (of the source picture,
+            pixels), and perhaps "evidence".
+    """
+
+    latents: Tensor
+    text_states: Tensor
+    text_mask: Tensor
+    dino_cls: Tensor
+    dino_patches: Tensor
+    patch_grid: tuple[int, int]
+    captions: list[str]
+    keys: list[str]
+    records: list[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+@dataclass(frozen=True)
+class ImageTextStatistics:
+    """What a model keeps of its image shards beside the weights; over the training split.
+
+    Features enter a network as (x - mean) / std, channel by channel: the one normalisation of latents and DINO
+    features. `latent_mean + latent_std * x` leads back to what `encoders.decode_latents` takes.
+
+    Args:
+        latent_mean, latent_std: float32 [C].
+        cls_mean, cls_std: float32 [D], of the CLS vector. patch_mean, patch_std: float32 [D], over all patches.
+        text_length, text_dim: L and Dt of the text states.
+        latent_sizes: (h, w) of each bucket, the fullest first. patch_grids: (gh, gw) of each.
+        fingerprint: of the shards. encoders: fingerprint of what made them; sampling refuses encoders with another.
+        folder: where something derived from the shards (a judge) may be kept.
+    """
+
+    latent_mean: Tensor
+    latent_std: Tensor
+    cls_mean: Tensor
+    cls_std: Tensor
+    patch_mean: Tensor
+    patch_std: Tensor
+    text_length: int
+    text_dim: int
+    latent_sizes: list[tuple[int, int]]
+    patch_grids: list[tuple[int, int]]
+    fingerprint: str
+    encoders: str
+    folder: str
 
 
 def stack_frames(samples: Sequence[VideoTextSample]) -> tuple[Tensor, Tensor]:
