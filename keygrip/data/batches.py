@@ -1,7 +1,8 @@
 """Typed batches: what a data module hands to a training module.
 
-Legend of shapes: B samples, A arms, T future steps, S image size; of videos with text: V videos, F frames, L tokens; of
-images with text: C, h, w channels and size of a latent, D width of a DINO feature, Dt of a text state, g grid edges.
+Legend of shapes: B samples, A arms, T future steps, V views, S image size; of videos with text: V videos, F frames, L
+tokens; of images with text: C, h, w channels and size of a latent, D width of a DINO feature, Dt of a text state, g
+grid edges.
 """
 
 from __future__ import annotations
@@ -42,13 +43,10 @@ class Movable:
 
 
 @dataclass
-class PolicyBatch(Movable):
-    """Samples for a policy. Holds metres and quaternions only: the module projects and bins them on its device.
+class PolicyTargets(Movable):
+    """Where arms are and where they are to go: what all batches for policies share.
 
     Args:
-        image: float32 [B, 3, S, S], normalised with the backbone's mean and std (here and nowhere else).
-        intrinsics: float32 [B, 3, 3], of that picture (augmented and resized).
-        world_to_camera: float32 [B, 4, 4].
         start_position: float32 [B, A, 3] metres, start_quaternion [B, A, 4] w x y z, start_gripper [B, A]: the pose
             reached now.
         position: float32 [B, A, T, 3], quaternion [B, A, T, 4], gripper [B, A, T]: the targets.
@@ -57,9 +55,6 @@ class PolicyBatch(Movable):
         instruction: B sentences.
     """
 
-    image: Tensor
-    intrinsics: Tensor
-    world_to_camera: Tensor
     start_position: Tensor
     start_quaternion: Tensor
     start_gripper: Tensor
@@ -72,19 +67,87 @@ class PolicyBatch(Movable):
     instruction: list[str]
 
     def __len__(self) -> int:
-        return len(self.image)
+        return len(self.position)
 
     @classmethod
     def collate(cls, samples: Sequence[Self]) -> Self:
         """Stacks samples, in a loader worker straight into shared memory.
 
-        Each sample has the batch's fields without the first dimension, and one sentence as `instruction`.
+        Each sample has the batch's tensors without the first dimension, and one sentence as `instruction`. What is
+        neither tensor nor sentence is the same in all samples.
         """
         values: dict[str, Any] = {}
         for part in fields(cls):
             column = [getattr(sample, part.name) for sample in samples]
-            values[part.name] = column if part.name == "instruction" else default_collate(column)
+            if part.name == "instruction":
+                values[part.name] = column
+            else:
+                values[part.name] = default_collate(column) if isinstance(column[0], Tensor) else column[0]
         return cls(**values)
+
+
+@dataclass
+class PolicyBatch(PolicyTargets):
+    """Samples for a policy with one camera. Holds metres and quaternions only: the module projects and bins them on its
+    device.
+
+    Args (beside those of `PolicyTargets`):
+        image: float32 [B, 3, S, S], normalised with the backbone's mean and std (here and nowhere else).
+        intrinsics: float32 [B, 3, 3], of that picture (augmented and resized).
+        world_to_camera: float32 [B, 4, 4].
+    """
+
+    image: Tensor
+    intrinsics: Tensor
+    world_to_camera: Tensor
+
+
+@dataclass
+class MultiViewPolicyBatch(PolicyTargets):
+    """Samples for a policy with V cameras.
+
+    `image`, `intrinsics` and `world_to_camera` are the first camera's, as in a `PolicyBatch`: a policy of one camera
+    trains on either.
+
+    Args (beside those of `PolicyTargets`):
+        images: uint8 [B, V, 3, S, S] RGB, augmented, not normalised: encoders differ in their mean and std (see
+            `normalised`), and what is cached by content needs bytes.
+        view_intrinsics: float32 [B, V, 3, 3], of those pictures.
+        view_world_to_camera: float32 [B, V, 4, 4].
+        depth: float32 [B, V, S, S] metres along the optical axis, 0 where unknown; None where none was asked for.
+        cameras: V names, in the order of the views.
+        mean, std: the backbone's, for `image`.
+    """
+
+    images: Tensor
+    view_intrinsics: Tensor
+    view_world_to_camera: Tensor
+    depth: Tensor | None
+    cameras: tuple[str, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def normalised(self, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+        """float32 [B, V, 3, S, S] as an encoder with this mean and std wants them."""
+        return normalised(self.images, mean, std)
+
+    @property
+    def image(self) -> Tensor:
+        return normalised(self.images[:, 0], self.mean, self.std)
+
+    @property
+    def intrinsics(self) -> Tensor:
+        return self.view_intrinsics[:, 0]
+
+    @property
+    def world_to_camera(self) -> Tensor:
+        return self.view_world_to_camera[:, 0]
+
+
+def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """float32 [..., 3, S, S] from uint8, a channel at a time, on the device of the images: bytes travel faster."""
+    scale, shift = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (std, mean))
+    return (images.float() / 255 - shift) / scale
 
 
 @dataclass
@@ -124,9 +187,8 @@ class VideoTextBatch(Movable):
         return len(self.input_ids)
 
     def normalised(self, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-        """float32 [V, F, 3, S, S] as the backbone wants them; done on the batch's device: bytes travel faster."""
-        scale, shift = (torch.tensor(v, device=self.frames.device).view(3, 1, 1) for v in (std, mean))
-        return (self.frames.float() / 255 - shift) / scale
+        """float32 [V, F, 3, S, S] as the backbone wants them."""
+        return normalised(self.frames, mean, std)
 
     @property
     def text_only_share(self) -> float:
