@@ -10,7 +10,6 @@ import difflib
 import json
 import logging
 import os
-import platform
 import shlex
 import sys
 from dataclasses import dataclass
@@ -49,6 +48,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     from hydra.utils import instantiate
 
+    from keygrip.training.provenance import machine
+
     os.environ.setdefault(
         "KINETO_LOG_LEVEL", "9"
     )  # the profiler that counts memory would talk about GPUs that are not there
@@ -60,7 +61,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         for figure, value in figures[name].items():
             log.info("  %-36s %.5g", figure, value)
     result = {"case": cfg.case, **(figures if cfg.case == ALL else figures[cfg.case])}
-    result |= {"quick": cfg.quick, "machine": _machine()}
+    result |= {"quick": cfg.quick, "machine": machine()}
     if cfg.output or cfg.record:
         _write(Path(cfg.output or Path("benchmarks") / f"{cfg.case}.json"), result)
     return result
@@ -72,22 +73,6 @@ def _known(name: str, cases: list[str]) -> str:
     close = difflib.get_close_matches(name, cases, n=1, cutoff=0.4)
     hint = f"the nearest is {close[0]}; " if close else ""
     raise ValueError(f"there is no case {name!r}: {hint}cases are {', '.join(cases)}, and {ALL} for each of them")
-
-
-def _machine() -> dict[str, Any]:
-    from keygrip.evaluate import machine
-
-    return machine() | {"processor": _processor()}
-
-
-def _processor() -> str:
-    """The processor's name where the system tells it, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:

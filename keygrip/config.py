@@ -96,14 +96,24 @@ def register_resolvers() -> None:
 
 
 def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """Composes a root config without running anything (tests, notebooks, a command that calls another's ``run``)."""
+    """Composes a root config without running anything (tests, notebooks, a command that calls another's ``run``).
+
+    Hydra may be running a command meanwhile: its state is left as it was.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.singleton import Singleton
 
     register_resolvers()
-    _refuse_unknown_additions(config_name, overrides)
-    with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
-        return hydra_compose(config_name, overrides=list(overrides))
+    running = Singleton.get_state()
+    GlobalHydra.instance().clear()
+    try:
+        _refuse_unknown_additions(config_name, overrides)
+        with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
+            return hydra_compose(config_name, overrides=list(overrides))
+    finally:
+        Singleton.set_state(running)
 
 
 def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
@@ -237,9 +247,6 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 def known_keys(config_name: str, overrides: Sequence[str] = ()) -> list[str]:
     """All dotted keys of a composed config and the names of its groups."""
-    from hydra.core.global_hydra import GlobalHydra
-
-    GlobalHydra.instance().clear()
     try:
         config = compose(config_name, overrides)
     except Exception:

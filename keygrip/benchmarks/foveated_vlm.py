@@ -12,7 +12,7 @@ from torch import Tensor
 
 from keygrip.benchmarks.inference import threads
 from keygrip.benchmarks.measuring import Work, interleaved_seconds, milliseconds, peak_extra_bytes
-from keygrip.benchmarks.training_config import training_config
+from keygrip.config import compose
 
 if TYPE_CHECKING:
     from keygrip.foveated_vlm.network import FoveatedVLM
@@ -171,7 +171,7 @@ def _network(overrides: Sequence[str]) -> tuple[FoveatedVLM, torch.device]:
     from keygrip.foveated_vlm.network import FoveatedVLM
     from keygrip.training.checkpoints import build_module
 
-    config = training_config(overrides)
+    config = compose("train", overrides)
     resolved = {"model": OmegaConf.to_container(config.model, resolve=True)}
     module = build_module(resolved, random_backbone=True)
     network = module.network

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from keygrip.benchmarks.measuring import interleaved_seconds, milliseconds
-from keygrip.benchmarks.training_config import training_config
+from keygrip.config import compose
 
 if TYPE_CHECKING:
     from keygrip.volume_query.control import VolumeQueryPolicy
@@ -44,7 +44,7 @@ class Inference:
 
     def run(self, quick: bool) -> dict[str, float]:
         """Figures of all settings, and of the network alone."""
-        config = training_config(self.overrides)
+        config = compose("train", self.overrides)
         observation = looking_down(config.data.record.image_size)
         module = untrained(config)
         all_threads = torch.get_num_threads()

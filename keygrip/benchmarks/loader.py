@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from keygrip.benchmarks.demos import repeated_demos
-from keygrip.benchmarks.training_config import training_config
+from keygrip.config import compose
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Loader:
 
         The same without workers (``one_process_...``), which is what one core loads.
         """
-        config = training_config(self.overrides)
+        config = compose("train", self.overrides)
         batches = self.quick_batches if quick else self.batches
         samples = (self.skip_batches + batches) * config.data.batch_size
         settings = {

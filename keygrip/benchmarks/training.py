@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from keygrip.benchmarks.demos import repeated_demos
-from keygrip.benchmarks.training_config import training_config
+from keygrip.config import compose
 
 PHASES = ("data_wait", "forward", "backward", "optimizer")
 
@@ -41,7 +41,7 @@ class Training:
         Raises:
             ChildProcessError: the training run failed; what it says stands on standard error.
         """
-        config = training_config(self.overrides)
+        config = compose("train", self.overrides)
         steps = self.skip_steps + (self.quick_steps if quick else self.steps)
         with tempfile.TemporaryDirectory(prefix="keygrip-bench-") as name:
             folder = Path(name)

@@ -15,6 +15,7 @@ from keygrip.control import Observation, Plan, arm_axis
 from keygrip.coordinate_regression.network import CoordinateRegressionNetwork, RegressionOutput
 from keygrip.data.batches import PolicyBatch
 from keygrip.data.robot_demos import DemoStatistics
+from keygrip.evaluation.evaluation import Evaluation
 from keygrip.geometry.cameras import inside_image, project
 from keygrip.geometry.rotations import geodesic_angle, matrix_to_quaternion, quaternion_to_matrix
 from keygrip.nn.policy_statistics import PolicyStatistics
@@ -59,6 +60,12 @@ class CoordinateRegressionModule(LightningModule):
     def policy(self) -> CoordinateRegressionPolicy:
         """The module as something that plans from observations."""
         return CoordinateRegressionPolicy(self)
+
+    def evaluation(self) -> Evaluation:
+        """What `keygrip.evaluate` measures."""
+        from keygrip.evaluation.policies import POLICY_EVALUATION
+
+        return POLICY_EVALUATION
 
     def configure_optimizers(self) -> Any:
         return self.optimizer_recipe.configure(self.network, int(self.trainer.estimated_stepping_batches))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections import defaultdict
@@ -10,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
 from keygrip.data.batches import Turn, VideoTextBatch
+from keygrip.evaluation.evaluation import Evaluated, Evaluation, plain
 from keygrip.foveated_vlm.conversations import EncodedText, encode_conversation
 from keygrip.foveated_vlm.generation import answer_scores, generate
 from keygrip.foveated_vlm.metrics import caption_metrics, chosen_option, vqa_accuracy
@@ -180,3 +183,38 @@ def _encoded(module: FoveatedVLMModule, turns: Sequence[Turn]) -> EncodedText:
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:
     return {name: round(float(value), 5) for name, value in values.items()}
+
+
+def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
+    """Figures of a video-language model, by mode, on a split of its run's data and on local question sets.
+
+    Raises:
+        ValueError: a mode that the model does not have, or a split without samples.
+    """
+    from hydra.utils import instantiate
+
+    from keygrip.foveated_vlm.question_sets import read_question_set
+
+    module: Any = evaluated.module
+    chosen = module.network.modes if cfg.mode is None else cfg.mode
+    modes = [chosen] if isinstance(chosen, str) else list(chosen)
+    module.to("cuda" if torch.cuda.is_available() else "cpu")
+    result: dict[str, Any] = {}
+    if cfg.split not in ("val", "test", "none"):
+        raise ValueError(f"split={cfg.split}: choose val, test or none")
+    if cfg.split != "none":
+        datamodule = instantiate(evaluated.config.data, _convert_="all")
+        datamodule.collator = module.collator  # with the tokenizer of the checkpoint
+        datamodule.prepare_data()
+        datamodule.setup("validate")
+        loader = datamodule.test_dataloader() if cfg.split == "test" else datamodule.val_dataloader()
+        batches = itertools.islice(iter(loader), cfg.limit_batches)
+        result[cfg.split] = evaluate_modes(module, batches, modes, cfg.max_new_tokens)
+    for name, root in (plain(cfg.question_sets) or {}).items():
+        result[name] = evaluate_choices(module, read_question_set(name, root), modes)
+    return result
+
+
+ANSWER_EVALUATION = Evaluation(
+    run=evaluate_answers, settings=frozenset(["mode", "split", "limit_batches", "max_new_tokens", "question_sets"])
+)

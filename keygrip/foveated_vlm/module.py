@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from keygrip.data.batches import VideoTextBatch
+from keygrip.evaluation.evaluation import Evaluation
 from keygrip.foveated_vlm.conversations import ConversationCollator
 from keygrip.foveated_vlm.health import Health, attention_on_target, relative_entropy
 from keygrip.foveated_vlm.language import ChatTokenizer
@@ -161,6 +162,12 @@ class FoveatedVLMModule(LightningModule):
         self.collator.tokenizer = ChatTokenizer.from_state(checkpoint[STATE]["tokenizer"])
         self.pictures = dict(checkpoint[STATE]["pictures"])
         self._check_tokenizer()
+
+    def evaluation(self) -> Evaluation:
+        """What `keygrip.evaluate` measures."""
+        from keygrip.foveated_vlm.evaluation import ANSWER_EVALUATION
+
+        return ANSWER_EVALUATION
 
     def configure_optimizers(self) -> Any:
         return self.optimizer_recipe.configure(self.network, int(self.trainer.estimated_stepping_batches))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -23,13 +24,36 @@ PACKAGES = (
 
 
 def provenance() -> dict[str, Any]:
-    """``git`` (revision, ``+changes`` where the tree differs), ``packages``, ``python``, ``machine``."""
+    """``git`` (revision, ``+changes`` where the tree differs), ``packages``, ``machine``."""
     return {
         "git": git_revision(),
         "packages": package_versions(),
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
+        "machine": machine(),
     }
+
+
+def machine() -> dict[str, Any]:
+    """What computes: system, processor, cores, GPU, versions."""
+    import torch
+
+    return {
+        "system": platform.system(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # a subclass that weights_only loading would refuse
+    }
+
+
+def processor() -> str:
+    """The processor's name where the system tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def git_revision() -> str | None:

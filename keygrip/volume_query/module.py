@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from keygrip.data.batches import PolicyBatch
 from keygrip.data.robot_demos import DemoStatistics
+from keygrip.evaluation.evaluation import Evaluation
 from keygrip.geometry.cameras import recover_3d
 from keygrip.geometry.rotation_codecs import RotationCodec, fit_or_load
 from keygrip.geometry.rotations import geodesic_angle
@@ -121,6 +122,12 @@ class VolumeQueryModule(LightningModule):
         from keygrip.volume_query.control import VolumeQueryPolicy  # it is built on this module
 
         return VolumeQueryPolicy(self)
+
+    def evaluation(self) -> Evaluation:
+        """What `keygrip.evaluate` measures."""
+        from keygrip.evaluation.policies import POLICY_EVALUATION
+
+        return POLICY_EVALUATION
 
     def configure_optimizers(self) -> Any:
         return self.optimizer_recipe.configure(self.network, int(self.trainer.estimated_stepping_batches))
