@@ -1,0 +1,152 @@
+"""Multi-head attention for self and cross use, over a context whose keys and values may be computed once.
+
+Shape legend: B batch, N queries, M context tokens, D width of the queries, Dc width of the context, H heads, d = D / H.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class KeyValues:
+    """What attention reads of a context: ``keys`` and ``values``, both ``[B, H, M, d]``."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __len__(self) -> int:
+        """M, the number of context tokens."""
+        return self.keys.shape[2]
+
+    def joined(self, other: KeyValues) -> KeyValues:
+        """This context followed by another of the same batch, ``[B, H, M + M', d]``."""
+        keys = torch.cat([self.keys, other.keys.to(self.keys.dtype)], dim=2)
+        return KeyValues(keys, torch.cat([self.values, other.values.to(self.values.dtype)], dim=2))
+
+    def rows(self, index: Tensor | slice) -> KeyValues:
+        """The contexts of some samples: ``index`` picks along the batch."""
+        return KeyValues(self.keys[index], self.values[index])
+
+    def repeated(self, times: int) -> KeyValues:
+        """Every sample ``times`` times in a row, ``[B * times, H, M, d]``: several draws of noise share a context."""
+        return KeyValues(self.keys.repeat_interleave(times, dim=0), self.values.repeat_interleave(times, dim=0))
+
+
+class Attention(nn.Module):
+    """Attention by torch's fused kernels, with optional QK normalisation.
+
+    QK normalisation (Henry et al., "Query-Key Normalization for Transformers", 2020; here an RMS norm of every head's
+    queries and keys, as in Dehghani et al., "Scaling Vision Transformers to 22 Billion Parameters", 2023) bounds the
+    logits, which otherwise grow until bf16 training diverges.
+
+    Args:
+        d_model: D, width of the queries and of the output. heads: H, divides D.
+        d_context: Dc, width of what is attended to; None is D.
+        qk_norm: normalise queries and keys.
+        zero_output: the output layer starts at zero, so that a residual branch starts as nothing.
+        bias: of the query, key and value layers.
+
+    Raises:
+        ValueError: D does not divide into H heads.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        heads: int,
+        d_context: int | None = None,
+        qk_norm: bool = True,
+        zero_output: bool = False,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        if heads < 1 or d_model % heads:
+            raise ValueError(f"A width of {d_model} does not divide into {heads} heads.")
+        self.heads, self.d_head = heads, d_model // heads
+        self.query = nn.Linear(d_model, d_model, bias=bias)
+        self.key_value = nn.Linear(d_context or d_model, 2 * d_model, bias=bias)
+        self.query_norm = nn.RMSNorm(self.d_head, eps=1e-6) if qk_norm else None
+        self.key_norm = nn.RMSNorm(self.d_head, eps=1e-6) if qk_norm else None
+        self.output = nn.Linear(d_model, d_model)
+        if zero_output:
+            nn.init.zeros_(self.output.weight)
+            nn.init.zeros_(self.output.bias)
+
+    def keys_values(self, context: Tensor) -> KeyValues:
+        """Keys and values of a context ``[B, M, Dc]``; a sampler computes those of a fixed context once."""
+        keys, values = (self._split(part) for part in self.key_value(context).chunk(2, dim=-1))
+        if self.key_norm is not None:
+            keys = _normed(self.key_norm, keys)
+        return KeyValues(keys, values)
+
+    def forward(self, x: Tensor, keys_values: KeyValues | None = None, mask: Tensor | None = None) -> Tensor:
+        """``[B, N, D]``: what each query of ``x`` ``[B, N, D]`` reads.
+
+        Args:
+            keys_values: of the context; None attends to ``x`` itself.
+            mask: bool ``[B, M]``, ``[B, 1, M]`` or ``[B, N, M]``, True = attend. None attends to everything, which lets
+                the fastest kernels run; a mask over the context alone (the first two forms) is broadcast, never copied,
+                so that the memory-efficient kernels run. A query that may attend to nothing has no defined output.
+        """
+        if keys_values is None:
+            keys_values = self.keys_values(x)
+        read = F.scaled_dot_product_attention(
+            self._queries(x, keys_values), keys_values.keys, keys_values.values, attn_mask=_broadcast(mask)
+        )
+        return self.output(read.transpose(1, 2).flatten(2))
+
+    @torch.no_grad()
+    def shares(
+        self, x: Tensor, groups: Sequence[int], keys_values: KeyValues | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """The share of attention that goes to each group of context tokens, ``[B, G]`` float32, averaged over heads and
+        queries; the rows add up to 1.
+
+        This computes the attention matrix, which the fused kernels never hold: for monitoring, not for every step.
+
+        Args:
+            groups: G sizes of consecutive groups of context tokens; their sum is M.
+            x, keys_values, mask: as in ``forward``.
+        """
+        if keys_values is None:
+            keys_values = self.keys_values(x)
+        if sum(groups) != len(keys_values):
+            raise ValueError(f"Groups of {list(groups)} tokens do not make up a context of {len(keys_values)}.")
+        queries = self._queries(x, keys_values).float()
+        logits = queries @ keys_values.keys.float().transpose(-1, -2) * self.d_head**-0.5  # [B, H, N, M]
+        broadcast = _broadcast(mask)
+        if broadcast is not None:
+            logits = logits.masked_fill(~broadcast, float("-inf"))
+        mass = logits.softmax(dim=-1).mean(dim=(1, 2))  # [B, M]
+        return torch.stack([part.sum(dim=-1) for part in mass.split(list(groups), dim=-1)], dim=-1)
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, self.d_head)).transpose(1, 2)  # [B, H, N, d]
+
+    def _queries(self, x: Tensor, keys_values: KeyValues) -> Tensor:
+        queries = self._split(self.query(x))
+        if self.query_norm is not None:
+            queries = _normed(self.query_norm, queries)
+        return queries.to(keys_values.values.dtype)
+
+
+def _normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """The norm in the type of ``x``: under autocast the weight is float32, and the mixture has no fused kernel."""
+    return F.rms_norm(x, (x.shape[-1],), norm.weight.to(x.dtype), norm.eps)
+
+
+def _broadcast(mask: Tensor | None) -> Tensor | None:
+    """``[B, 1, 1 | N, M]`` of any of the forms that `Attention.forward` takes."""
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool or mask.ndim not in (2, 3):
+        raise ValueError(
+            f"An attention mask is bool [B, M], [B, 1, M] or [B, N, M], got {mask.dtype} of shape {list(mask.shape)}."
+        )
+    return mask[:, None, None] if mask.ndim == 2 else mask[:, None]

@@ -1,0 +1,180 @@
+"""Flow matching on straight paths: training targets, times, and the solvers that sample.
+
+One convention everywhere. The noise level s runs from 0 (data) to 1 (noise)::
+
+    x_s = (1 - s) data + s noise          velocity = dx_s / ds = noise - data
+
+and sampling integrates from s = 1 down to s = 0. Texts that count time the other way (t = 1 - s, x_t = (1 - t) noise +
+t data, target = data - noise, as policies do with actions for data) mean the same path with the sign of the velocity
+turned: their target is ``-velocity(data, noise)``, and a step of theirs from t to t + dt is a step here from s to s -
+dt.
+
+Sources: Lipman et al., "Flow Matching for Generative Modeling" (2023); Liu et al., "Flow Straight and Fast" (2023);
+logit-normal times and the shift of the noise levels from Esser et al., "Scaling Rectified Flow Transformers" (2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Solver = Literal["euler", "heun", "adams_bashforth"]
+SOLVERS: tuple[Solver, ...] = ("euler", "heun", "adams_bashforth")
+
+
+def interpolate(data: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+    """x_s ``[B, ...]`` of data and noise ``[B, ...]`` at the noise levels ``[B]``."""
+    level = _align(level, data)
+    return (1 - level) * data + level * noise
+
+
+def velocity(data: Tensor, noise: Tensor) -> Tensor:
+    """What the network is to predict, the same at every level of one path: noise - data."""
+    return noise - data
+
+
+def velocity_from_data(x: Tensor, data: Tensor, level: Tensor, floor: float = 0.05) -> Tensor:
+    """The velocity that a prediction ``data`` of the clean sample implies at x_s: (x - data) / max(s, floor).
+
+    The floor bounds the weight that the last, nearly clean levels get in a velocity loss.
+    """
+    return (x - data) / _align(level, x).clamp(min=floor)
+
+
+def data_from_velocity(x: Tensor, velocity: Tensor, level: Tensor) -> Tensor:
+    """The clean sample that a velocity at x_s leads to on a straight path: x - s v."""
+    return x - _align(level, x) * velocity
+
+
+def _align(level: Tensor, like: Tensor) -> Tensor:
+    return level.reshape(-1, *[1] * (like.ndim - 1)).to(like.dtype)
+
+
+# -- noise levels in training ------------------------------------------------------------------------------------------
+
+
+class LevelSampler(Protocol):
+    """Draws noise levels for training."""
+
+    def __call__(self, count: int, device: torch.device | str | None = None) -> Tensor:
+        """``[count]`` float32 levels in [0, 1], from torch's global generator (so that resuming restores them)."""
+
+
+class UniformLevels:
+    """Every noise level alike."""
+
+    def __call__(self, count: int, device: torch.device | str | None = None) -> Tensor:
+        return torch.rand(count, device=device)
+
+
+class LogitNormalLevels:
+    """sigmoid(mean + std * normal): levels in the middle, where the prediction is hardest, come more often.
+
+    Args:
+        mean: above 0 shifts towards noise. std: width, positive.
+    """
+
+    def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
+        if std <= 0:
+            raise ValueError(f"The width of logit-normal noise levels must be positive, got std={std}.")
+        self.mean, self.std = mean, std
+
+    def __call__(self, count: int, device: torch.device | str | None = None) -> Tensor:
+        return torch.sigmoid(torch.randn(count, device=device) * self.std + self.mean)
+
+
+class BetaLevels:
+    """min(Beta(alpha, beta) / top, 1): with (1.5, 1) more often near noise, as flow-matching action heads are trained
+    (Black et al., "pi0: A Vision-Language-Action Flow Model for General Robot Control", 2024).
+
+    Args:
+        alpha, beta: positive. top: draws above it count as pure noise.
+    """
+
+    def __init__(self, alpha: float = 1.5, beta: float = 1.0, top: float = 0.999) -> None:
+        if alpha <= 0 or beta <= 0 or not 0 < top <= 1:
+            raise ValueError(
+                f"Beta noise levels need alpha, beta > 0 and 0 < top <= 1, got alpha={alpha}, beta={beta}, top={top}."
+            )
+        self.alpha, self.beta, self.top = alpha, beta, top
+
+    def __call__(self, count: int, device: torch.device | str | None = None) -> Tensor:
+        # torch has no in-place beta draw: a ratio of gamma draws is one. They run on the CPU and take no time.
+        first, second = torch._standard_gamma(torch.tensor([[self.alpha], [self.beta]]).expand(2, count))
+        return (first / (first + second) / self.top).clamp(max=1.0).to(device)
+
+
+# -- sampling ----------------------------------------------------------------------------------------------------------
+
+
+def noise_levels(steps: int, shift: float = 1.0) -> list[float]:
+    """The ``steps + 1`` levels from 1 to 0 at which a sampler stops.
+
+    Args:
+        shift: above 1 spends more of the steps near noise: s' = shift s / (1 + (shift - 1) s), for large pictures.
+    """
+    if steps < 1 or shift <= 0:
+        raise ValueError(f"Sampling needs at least one step and a positive shift, got steps={steps}, shift={shift}.")
+    even = [1 - index / steps for index in range(steps)] + [0.0]
+    return [shift * level / (1 + (shift - 1) * level) for level in even]
+
+
+def seeded_noise(
+    seeds: Sequence[int],
+    shape: Sequence[int],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normal noise ``[len(seeds), *shape]``, each sample a function of its own seed alone.
+
+    Drawn on the CPU, so that a seed gives the same picture on every device and in every batch.
+    """
+    draws = [torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(draws).to(device, dtype)
+
+
+def integrate(
+    velocity_at: Callable[[Tensor, float], Tensor],
+    noise: Tensor,
+    levels: Sequence[float],
+    solver: Solver = "euler",
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """The sample at the last of ``levels`` on the path from ``noise`` at the first.
+
+    Args:
+        velocity_at: v(x, s), of the shape of x.
+        noise: ``[B, ...]``, the sample at ``levels[0]``.
+        levels: falling noise levels, as `noise_levels` gives.
+        solver: "euler", first order; "adams_bashforth", second order at one evaluation a step (it extrapolates from the
+            last step's velocity); "heun", second order at two evaluations a step (one in the last, where the model's
+            velocity at s = 0 is least reliable).
+        on_step: called with the number of steps done and the sample after each.
+
+    Raises:
+        ValueError: an unknown solver, or levels that do not fall.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"The solver is one of {', '.join(SOLVERS)}, not {solver!r}.")
+    if len(levels) < 2 or any(after >= before for before, after in pairwise(levels)):
+        raise ValueError(f"Noise levels must fall from noise to data, got {list(levels)}.")
+    x = noise
+    last: tuple[Tensor, float] | None = None  # velocity of the step before, and its length
+    for index, (level, after) in enumerate(pairwise(levels)):
+        step = after - level  # negative
+        v = velocity_at(x, level)
+        if solver == "heun" and index < len(levels) - 2:
+            slope = (v + velocity_at(x + step * v, after)) / 2
+        elif solver == "adams_bashforth" and last is not None:
+            before, length = last
+            slope = v + (v - before) * (step / (2 * length))
+        else:
+            slope = v
+        x, last = x + step * slope, (v, step)
+        if on_step is not None:
+            on_step(index + 1, x)
+    return x
