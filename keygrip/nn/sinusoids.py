@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def sinusoidal_features(count: int, dim: int) -> Tensor:
@@ -28,3 +28,37 @@ def sinusoidal_features(count: int, dim: int) -> Tensor:
     periods = torch.logspace(math.log10(2.0), math.log10(4.0 * count), dim // 2, dtype=torch.float64)
     angles = 2 * math.pi * torch.arange(count, dtype=torch.float64)[:, None] / periods
     return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
+
+
+def level_features(level: Tensor, dim: int, longest: float = 10.0) -> Tensor:
+    """Cosines and sines of continuous values in [0, 1], such as noise levels of flow matching.
+
+    Periods are spaced geometrically from ``2 pi / 1000`` (so that a thousandth makes a difference) to ``2 pi longest``,
+    as in Ho et al., "Denoising Diffusion Probabilistic Models" (2020), with their 1000 steps for the unit interval.
+
+    Args:
+        level: ``[...]``. dim: even width. longest: of the periods, in units of 2 pi.
+
+    Returns:
+        ``[..., dim]`` float32.
+
+    Raises:
+        ValueError: ``dim`` is odd or less than 4.
+    """
+    if dim < 4 or dim % 2:
+        raise ValueError(f"Features of a noise level need an even width of at least 4, got dim={dim}.")
+    rates = torch.logspace(3.0, -math.log10(longest), dim // 2, dtype=torch.float32, device=level.device)
+    angles = level.float()[..., None] * rates
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class LevelEmbedding(nn.Module):
+    """From noise levels ``[...]`` in [0, 1] to a condition ``[..., d_cond]``: sinusoids and an MLP of two layers."""
+
+    def __init__(self, d_cond: int, features: int = 256) -> None:
+        super().__init__()
+        self.features = features
+        self.mlp = nn.Sequential(nn.Linear(features, d_cond), nn.SiLU(), nn.Linear(d_cond, d_cond))
+
+    def forward(self, level: Tensor) -> Tensor:
+        return self.mlp(level_features(level, self.features))
