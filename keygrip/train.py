@@ -52,10 +52,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from hydra.utils import instantiate
 
     from keygrip.training.checkpoints import Header, build_module
+    from keygrip.training.compatibility import refuse_unfit
     from keygrip.training.health import RandomnessByStep
     from keygrip.training.provenance import provenance
     from keygrip.training.saving import AtomicCheckpointIO
 
+    refuse_unfit(cfg, _overrides())
     resolved: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     strategy = instantiate(cfg.strategy)
     arguments = strategy.trainer_arguments()  # before anything slow: a missing GPU is said at once

@@ -36,6 +36,8 @@ class CoordinateRegressionModule(LightningModule):
         position_weight, rotation_weight, gripper_weight: of the three losses.
     """
 
+    batch_type = PolicyBatch
+
     headline_metrics = tuple(f"{split}/{name}" for split in ("train", "val") for name in HEADLINE)
 
     def __init__(

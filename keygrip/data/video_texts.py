@@ -375,6 +375,8 @@ class VideoTexts(LightningDataModule):
         prefetch_batches: batches that each worker keeps ready.
     """
 
+    batch_type = VideoTextBatch
+
     def __init__(
         self,
         sources: Mapping[str, ShardSource | None],

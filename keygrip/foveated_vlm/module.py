@@ -56,6 +56,8 @@ class FoveatedVLMModule(LightningModule):
         ValueError: a mode that the network does not have, or refinement outside of coarse_fine.
     """
 
+    batch_type = VideoTextBatch
+
     def __init__(
         self,
         network: VideoLanguageNetwork,

@@ -56,6 +56,8 @@ class VolumeQueryModule(LightningModule):
         vis_every_n_steps: training steps between pictures in TensorBoard; 0 switches them off.
     """
 
+    batch_type = PolicyBatch
+
     headline_metrics = tuple(f"{split}/{name}" for split in ("train", "val") for name in HEADLINE)
 
     def __init__(
