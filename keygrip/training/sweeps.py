@@ -7,6 +7,7 @@ import csv
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -113,7 +114,7 @@ class SweepSummary(Callback):
         with read_write(config), open_dict(config):
             config.hydra.sweep.dir = str(folder)
             config.hydra.overrides.hydra.append(f'hydra.sweep.dir="{folder}"')
-        plan = {"jobs": planned_jobs(config), "started": time.time()}
+        plan = {"command": _command(config), "jobs": planned_jobs(config), "started": time.time()}
         _write_whole(folder / PLAN, json.dumps(plan, indent=1) + "\n")
         _open_sweeps.append(folder)
 
@@ -141,7 +142,11 @@ def planned_jobs(config: DictConfig) -> list[list[str]]:
 
 
 def finish_sweep(folder: Path) -> list[dict[str, Any]]:
-    """Writes a sweep's ``summary.csv``, ``summary.md`` and TensorBoard hparams, prints the table, returns its rows."""
+    """Writes a sweep's summary, prints the table, returns its rows.
+
+    ``summary.csv`` and ``summary.md`` are the table, ``summary.json`` the same with command, date and machine, to be
+    kept as a record; TensorBoard gets hparams.
+    """
     if folder in _open_sweeps:
         _open_sweeps.remove(folder)
     rows = collect(folder)
@@ -152,6 +157,7 @@ def finish_sweep(folder: Path) -> list[dict[str, Any]]:
     temporary.replace(folder / "summary.csv")
     text = markdown(header, lines)
     _write_whole(folder / "summary.md", text + "\n")
+    _write_whole(folder / "summary.json", json.dumps(_record(folder, rows), indent=1) + "\n")
     _write_hparams(folder, rows)
     bad = [row for row in rows if row["status"] != FINISHED]
     sys.stderr.write(f"\n{text}\n\n{len(rows) - len(bad)} of {len(rows)} jobs finished: {folder / 'summary.csv'}\n")
@@ -169,6 +175,28 @@ def close_sweeps() -> list[str]:
     lines = list(_failures)
     _failures.clear()
     return lines
+
+
+def _command(config: DictConfig) -> str:
+    """What makes the sweep again; without the folder, which is nobody else's."""
+    overrides = [*config.hydra.overrides.hydra, *config.hydra.overrides.task]
+    kept = [o for o in overrides if not o.startswith(("hydra.sweep.dir=", "hydra.mode="))]
+    return shlex.join(["python", "-m", f"keygrip.{config.hydra.job.name}", "-m", *kept])
+
+
+def _record(folder: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A sweep as it is kept under ``benchmarks/``."""
+    from keygrip.training.provenance import git_revision, machine
+
+    plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    day = time.strftime("%Y-%m-%d", time.localtime(plan["started"]))
+    return {
+        "command": plan.get("command"),
+        "date": day,
+        "git": git_revision(),
+        "machine": machine(),
+        "jobs": list(rows),
+    }
 
 
 def collect(folder: Path) -> list[dict[str, Any]]:

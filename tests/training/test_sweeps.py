@@ -43,6 +43,16 @@ def test_a_serial_sweep_goes_on_after_a_failed_job_and_says_so(cli: Callable[...
     assert rows[1]["val/loss"] == ""
     assert "optimizer.lr=-1: must be above 0" in rows[1]["error"]
     assert rows[1]["error"] in Path("sweep/summary.md").read_text()
+    record = json.loads(Path("sweep/summary.json").read_text())
+    assert [job["metrics"].get("val/loss") for job in record["jobs"]] == [
+        results[0]["metrics"]["val/loss"],
+        None,
+        results[2]["metrics"]["val/loss"],
+    ]
+    assert record["machine"]["cores"]
+    assert "hydra.sweep.dir" not in record["command"]
+    assert record["command"].startswith("python -m keygrip.train -m ")
+    assert "optimizer.lr=0.01,-1,0.1" in record["command"]
     board = EventAccumulator("sweep/tensorboard/job_2")
     board.Reload()
     assert board.Scalars("val/loss")[0].value == pytest.approx(results[2]["metrics"]["val/loss"])
