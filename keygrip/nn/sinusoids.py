@@ -53,12 +53,17 @@ def level_features(level: Tensor, dim: int, longest: float = 10.0) -> Tensor:
 
 
 class LevelEmbedding(nn.Module):
-    """From noise levels ``[...]`` in [0, 1] to a condition ``[..., d_cond]``: sinusoids and an MLP of two layers."""
+    """From noise levels ``[...]`` in [0, 1] to a condition ``[..., d_cond]``: sinusoids and an MLP of two layers.
 
-    def __init__(self, d_cond: int, features: int = 256) -> None:
+    Args:
+        d_cond: width of the condition. features: number of sinusoids. hidden: of the MLP; None is ``d_cond``.
+    """
+
+    def __init__(self, d_cond: int, features: int = 256, hidden: int | None = None) -> None:
         super().__init__()
         self.features = features
-        self.mlp = nn.Sequential(nn.Linear(features, d_cond), nn.SiLU(), nn.Linear(d_cond, d_cond))
+        hidden = hidden or d_cond
+        self.mlp = nn.Sequential(nn.Linear(features, hidden), nn.SiLU(), nn.Linear(hidden, d_cond))
 
     def forward(self, level: Tensor) -> Tensor:
         return self.mlp(level_features(level, self.features))
