@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,22 @@ def cut(picture: np.ndarray, box: Box, size: int) -> np.ndarray:
     backward = scaled @ np.linalg.inv(box.to_picture(size))
     coefficients = tuple(backward[:2].reshape(-1))
     return np.asarray(image.transform((size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR))
+
+
+def cut_depth(depth: np.ndarray, box: Box, size: int) -> np.ndarray:
+    """The box of an H x W depth map, S x S of the same type, 0 beyond the edge.
+
+    Each value is that of the nearest pixel: a mean over an edge is a distance at which nothing is.
+    """
+    backward = np.linalg.inv(box.to_picture(size))
+    centres = np.arange(size) + 0.5
+    x = backward[0, 0] * centres[None, :] + backward[0, 1] * centres[:, None] + backward[0, 2]
+    y = backward[1, 0] * centres[None, :] + backward[1, 1] * centres[:, None] + backward[1, 2]
+    column, row = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
+    height, width = depth.shape
+    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    values = depth[row.clip(0, height - 1), column.clip(0, width - 1)]
+    return np.where(inside, values, np.zeros_like(values))
 
 
 def follow_pixels(
@@ -128,6 +144,28 @@ def normalise(
     return torch.from_numpy(flat.reshape(3, *size))
 
 
+def recolour(picture: np.ndarray, colours: Colours) -> np.ndarray:
+    """The picture (H x W x 3 uint8) in other colours, uint8."""
+    changed = picture.reshape(-1, 3).astype(np.float32) @ colours.matrix.T.astype(np.float32)
+    changed += colours.offset.astype(np.float32)
+    return np.clip(np.rint(changed), 0, 255).astype(np.uint8).reshape(picture.shape)
+
+
+@dataclass(frozen=True)
+class View:
+    """One camera's picture as the network takes it, before it is normalised.
+
+    Args:
+        picture: S x S x 3 uint8 RGB. intrinsics: 3x3 and world_to_camera: 4x4 of that picture.
+        depth: S x S float32 metres along the optical axis, 0 where unknown; None where there was none.
+    """
+
+    picture: np.ndarray
+    intrinsics: np.ndarray
+    world_to_camera: np.ndarray
+    depth: np.ndarray | None
+
+
 @dataclass(frozen=True)
 class ImageGeometry:
     """What is done to every picture at validation and inference. Lives in the checkpoint (`to_dict`, `from_dict`).
@@ -175,12 +213,20 @@ class ImageGeometry:
         Returns:
             float32 [3, S, S], normalised, and float32 [3, 3], the intrinsics of the result.
         """
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise ValueError(f"a picture must be H x W x 3 uint8, not {image.shape} {image.dtype}")
+        _check_picture(image)
         box = self.box(image.shape[1], image.shape[0])
         moved = box.to_picture(self.image_size) @ np.asarray(intrinsics, dtype=np.float64)
         picture = normalise(cut(image, box, self.image_size), self.mean, self.std)
         return picture, torch.from_numpy(moved.astype(np.float32))
+
+    def view(
+        self, image: np.ndarray, intrinsics: np.ndarray, world_to_camera: np.ndarray, depth: np.ndarray | None = None
+    ) -> View:
+        """One of several cameras' pictures, still in bytes; `depth` H x W uint16 millimetres. As `apply` otherwise."""
+        _check_picture(image)
+        return _cut_view(
+            self.box(image.shape[1], image.shape[0]), self.image_size, image, intrinsics, world_to_camera, depth
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and words, for a checkpoint."""
@@ -281,6 +327,43 @@ class Augmentation:
             torch.from_numpy(new_intrinsics.astype(np.float32)),
             torch.from_numpy(np.asarray(new_pose, dtype=np.float32)),
         )
+
+    def view(
+        self,
+        generator: np.random.Generator,
+        geometry: ImageGeometry,
+        image: np.ndarray,
+        intrinsics: np.ndarray,
+        world_to_camera: np.ndarray,
+        depth: np.ndarray | None = None,
+    ) -> View:
+        """A random view of one of several cameras' pictures, still in bytes; `depth` H x W uint16 millimetres. As
+        `apply` otherwise."""
+        box = self.box(generator, geometry, image.shape[1], image.shape[0])
+        cut_out = _cut_view(box, geometry.image_size, image, intrinsics, world_to_camera, depth)
+        return replace(cut_out, picture=recolour(cut_out.picture, self.colours(generator, cut_out.picture)))
+
+
+def _check_picture(image: np.ndarray) -> None:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"a picture must be H x W x 3 uint8, not {image.shape} {image.dtype}")
+
+
+def _cut_view(
+    box: Box,
+    size: int,
+    image: np.ndarray,
+    intrinsics: np.ndarray,
+    world_to_camera: np.ndarray,
+    depth: np.ndarray | None,
+) -> View:
+    new_intrinsics, new_pose = follow_pixels(box.to_picture(size), np.asarray(intrinsics, np.float64), world_to_camera)
+    metres = None
+    if depth is not None:
+        if depth.shape != image.shape[:2]:
+            raise ValueError(f"the depth map is {depth.shape}, its picture {image.shape[:2]}: they must be aligned")
+        metres = cut_depth(depth, box, size).astype(np.float32) / 1000
+    return View(cut(image, box, size), new_intrinsics, new_pose, metres)
 
 
 def _inside(centre: float, half: float, length: float) -> float:

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,8 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from keygrip.data.augmentation import Augmentation, ImageGeometry
-from keygrip.data.batches import PolicyBatch
+from keygrip.data.augmentation import Augmentation, ImageGeometry, View
+from keygrip.data.batches import MultiViewPolicyBatch, PolicyBatch, PolicyTargets
 from keygrip.data.demos import ArmTrajectory, Demo, DemoError, DemoReference, find_demos
 from keygrip.data.frame_cache import FrameCache, FrameShape
 from keygrip.data.sampling import GlobalBatchSampler, ResumableLoader, SampleKey, sample_generator, start_worker
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 CACHE_FOLDER = ".keygrip"  # hidden: what is derived from a data folder and may be removed at any time
 NAMED_AT_MOST = 20  # demos in one line of the log
+CHUNKS_AT_MOST = 20_000  # of the statistics: means and quantiles to half a percent, and 10 MB
 TARGETS = ("commanded", "reached")
 IDLE_SPEED_MPS = 0.005  # slower than this is standing still: five times the tracking noise of a good arm at 10 Hz
 IDLE_TURN_RPS = 0.05  # and turns slower than 3 degrees a second
@@ -56,6 +58,9 @@ class DemoStatistics:
         fingerprint: hash of the poses behind the numbers above: a stored basis that carries another was fitted on
             other data.
         cache_dir: folder for what is derived from this data set.
+        cameras: the views of a `MultiViewPolicyBatch`, in order, or the one camera.
+        chunks: start poses and targets of training frames (all, or an even choice of 20 000), for what is normalised by
+            the actions themselves.
     """
 
     height_range: tuple[float, float]
@@ -70,6 +75,8 @@ class DemoStatistics:
     frames: int
     fingerprint: str
     cache_dir: Path
+    cameras: tuple[str, ...] = ()
+    chunks: PolicyTargets | None = None
 
 
 def split_demos(names: Sequence[str], val_fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -146,6 +153,7 @@ class Recording:
             is made of, so that other options never mix with it.
         demos: how many. seed: of the first episode. image_size: edge of the recorded pictures. hz: frames a second.
         processes: None: one for each core. depth, video: as for `DemoWriter`.
+        cameras: names; None: the task's own one.
     """
 
     recorder: str
@@ -158,12 +166,15 @@ class Recording:
     processes: int | None = None
     depth: bool = False
     video: bool = False
+    cameras: Sequence[str] | None = None
 
     @property
     def root(self) -> Path:
         """The recording's folder."""
         options = {**self.task, "seed": self.seed, "image_size": self.image_size, "hz": self.hz}
         options |= {"recorder": self.recorder, "depth": self.depth, "video": self.video}
+        if self.cameras is not None:  # recordings of the task's own camera keep the name that they had before
+            options["cameras"] = list(self.cameras)
         # 10 and 10.0 are the same setting
         plain = {key: value + 0.0 if type(value) is int else value for key, value in options.items()}
         content = json.dumps(plain, sort_keys=True)
@@ -191,17 +202,43 @@ class Recording:
             processes=self.processes or os.cpu_count() or 1,
             depth=self.depth,
             video=self.video,
+            cameras=None if self.cameras is None else tuple(self.cameras),
         )
 
 
-class DemoSamples(Dataset[PolicyBatch]):
+def kept_frames(demo: Demo, arms: Sequence[str], drop_idle_s: float | None) -> np.ndarray:
+    """Numbers of the frames that are samples: all, or those outside of pauses (see `moving_frames`)."""
+    return np.arange(len(demo)) if drop_idle_s is None else np.flatnonzero(moving_frames(demo, arms, drop_idle_s))
+
+
+def poses_of(
+    demo: Demo, arms: Sequence[str], frame: int | np.ndarray, steps: np.ndarray, targets: str
+) -> dict[str, torch.Tensor]:
+    """The tensors of `PolicyTargets` that are read from the arms, at one frame, or at M: then with a first dimension of
+    M."""
+    axis = np.asarray(frame).ndim
+    trajectories = [demo.arms[name] for name in arms]
+    ahead = zip(*(targets_of(arm, frame, steps, targets) for arm in trajectories), strict=True)
+    position, quaternion, gripper, repeated = (np.stack(part, axis) for part in ahead)
+    return {
+        "start_position": _float(np.stack([arm.position[frame] for arm in trajectories], axis)),
+        "start_quaternion": _float(np.stack([arm.quaternion[frame] for arm in trajectories], axis)),
+        "start_gripper": _float(np.stack([arm.gripper[frame] for arm in trajectories], axis)),
+        "position": _float(position),
+        "quaternion": _float(quaternion),
+        "gripper": _float(gripper),
+        "repeated": torch.from_numpy(repeated),
+    }
+
+
+class DemoSamples(Dataset[PolicyTargets]):
     """One sample for each frame (or moving frame) of some demos. Indexed by `SampleKey`; samples are unbatched
     `PolicyBatch`es.
 
     Args:
         demos, camera, arms, targets: what is read.
         demo_indices: number of each demo in the data module's list.
-        frames: decoded frames of all demos of that list.
+        frames: decoded frames of all demos of that list, by camera.
         steps: [T] frames ahead of each target.
         geometry: the nominal crop.
         augmentation: None at validation.
@@ -213,7 +250,7 @@ class DemoSamples(Dataset[PolicyBatch]):
         self,
         demos: Sequence[Demo],
         demo_indices: Sequence[int],
-        frames: FrameCache,
+        frames: Mapping[str, FrameCache],
         camera: str,
         arms: Sequence[str],
         targets: str,
@@ -226,10 +263,7 @@ class DemoSamples(Dataset[PolicyBatch]):
         self.demos, self.demo_indices, self.frames = list(demos), list(demo_indices), frames
         self.camera, self.arms, self.targets, self.steps = camera, tuple(arms), targets, steps
         self.geometry, self.augmentation, self.seed = geometry, augmentation, seed
-        kept = [
-            np.arange(len(demo)) if drop_idle_s is None else np.flatnonzero(moving_frames(demo, arms, drop_idle_s))
-            for demo in demos
-        ]
+        kept = [kept_frames(demo, arms, drop_idle_s) for demo in demos]
         self.sample_demo = np.repeat(np.arange(len(kept)), [len(part) for part in kept])
         self.sample_frame = np.concatenate(kept) if kept else np.zeros(0, dtype=np.int64)
         self.dropped = sum(len(demo) for demo in demos) - len(self.sample_frame)
@@ -237,23 +271,34 @@ class DemoSamples(Dataset[PolicyBatch]):
     def __len__(self) -> int:
         return len(self.sample_frame)
 
-    def __getitems__(self, keys: Sequence[SampleKey]) -> list[PolicyBatch] | list[DemoError]:
+    def __getitems__(self, keys: Sequence[SampleKey]) -> list[PolicyTargets] | list[DemoError]:
         """A batch's samples, or what is wrong with a demo: an exception would leave a worker as a page of traceback."""
         try:
             return [self[key] for key in keys]
         except DemoError as error:
             return [error]
 
-    def __getitem__(self, key: SampleKey | int) -> PolicyBatch:
+    def __getitem__(self, key: SampleKey | int) -> PolicyTargets:
         if not isinstance(key, SampleKey):
             key = SampleKey(int(key), 0)
         number, frame = int(self.sample_demo[key.sample]), int(self.sample_frame[key.sample])
-        demo = self.demos[number]
-        camera = demo.cameras[self.camera]
+        common = poses_of(self.demos[number], self.arms, frame, self.steps, self.targets) | {
+            "demo_index": torch.tensor(self.demo_indices[number]),
+            "frame_index": torch.tensor(frame),
+            "instruction": self.demos[number].instruction,  # one sentence; `collate` makes the list
+        }
+        return self._seen(number, frame, key, common)
+
+    def _picture(self, number: int, camera: str, frame: int) -> np.ndarray:
         try:
-            picture = self.frames.read(self.demo_indices[number], frame)
+            return self.frames[camera].read(self.demo_indices[number], frame)
         except (OSError, ValueError, IndexError) as error:
-            raise DemoError(demo.name, f"frame {frame} of camera {self.camera!r} cannot be read: {error}") from error
+            name = self.demos[number].name
+            raise DemoError(name, f"frame {frame} of camera {camera!r} cannot be read: {error}") from error
+
+    def _seen(self, number: int, frame: int, key: SampleKey, common: dict[str, Any]) -> PolicyTargets:
+        """The sample: what is common to all batches, and the camera's picture."""
+        camera, picture = self.demos[number].cameras[self.camera], self._picture(number, self.camera, frame)
         world_to_camera = camera.world_to_camera[frame]
         if self.augmentation is None:
             image, intrinsics = self.geometry.apply(picture, camera.intrinsics[frame])
@@ -263,32 +308,62 @@ class DemoSamples(Dataset[PolicyBatch]):
             image, intrinsics, pose = self.augmentation.apply(
                 generator, self.geometry, picture, camera.intrinsics[frame], world_to_camera
             )
-        arms = [demo.arms[name] for name in self.arms]
-        position, quaternion, gripper, repeated = (
-            np.stack(part)
-            for part in zip(*(targets_of(arm, frame, self.steps, self.targets) for arm in arms), strict=True)
-        )
-        return PolicyBatch(
-            image=image,
-            intrinsics=intrinsics,
-            world_to_camera=pose,
-            start_position=_float(np.stack([arm.position[frame] for arm in arms])),
-            start_quaternion=_float(np.stack([arm.quaternion[frame] for arm in arms])),
-            start_gripper=_float(np.stack([arm.gripper[frame] for arm in arms])),
-            position=_float(position),
-            quaternion=_float(quaternion),
-            gripper=_float(gripper),
-            repeated=torch.from_numpy(repeated),
-            demo_index=torch.tensor(self.demo_indices[number]),
-            frame_index=torch.tensor(frame),
-            instruction=demo.instruction,  # type: ignore[arg-type]  # one sentence; `collate` makes the list
-        )
+        return PolicyBatch(image=image, intrinsics=intrinsics, world_to_camera=pose, **common)
 
 
-def collate(samples: list[PolicyBatch] | list[DemoError]) -> PolicyBatch | DemoError:
+class MultiViewSamples(DemoSamples):
+    """`DemoSamples` of several cameras: samples are unbatched `MultiViewPolicyBatch`es.
+
+    Each view is cropped and coloured by itself, as cameras are mounted and balanced one by one; depth follows its
+    picture.
+
+    Args (beside those of `DemoSamples`):
+        cameras: their names, in the order of the views; the first is `camera`.
+        depth: whether the samples hold depth.
+    """
+
+    def __init__(self, *common: Any, cameras: Sequence[str], depth: bool) -> None:
+        super().__init__(*common)
+        self.cameras, self.depth = tuple(cameras), depth
+
+    def _seen(self, number: int, frame: int, key: SampleKey, common: dict[str, Any]) -> PolicyTargets:
+        generator = sample_generator(self.seed, key)
+        views: list[View] = []
+        for name in self.cameras:
+            camera, picture = self.demos[number].cameras[name], self._picture(number, name, frame)
+            seen = (picture, camera.intrinsics[frame], camera.world_to_camera[frame], self._depth(number, name, frame))
+            if self.augmentation is None:
+                views.append(self.geometry.view(*seen))
+            else:
+                views.append(self.augmentation.view(generator, self.geometry, *seen))
+        depth = [view.depth for view in views if view.depth is not None]
+        return MultiViewPolicyBatch(
+            images=torch.from_numpy(np.stack([view.picture.transpose(2, 0, 1) for view in views])),
+            view_intrinsics=_float(np.stack([view.intrinsics for view in views])),
+            view_world_to_camera=_float(np.stack([view.world_to_camera for view in views])),
+            depth=torch.from_numpy(np.stack(depth)) if depth else None,
+            cameras=self.cameras,
+            mean=self.geometry.mean,
+            std=self.geometry.std,
+            **common,
+        )
+
+    def _depth(self, number: int, camera: str, frame: int) -> np.ndarray | None:
+        """H x W uint16 millimetres, where depth is wanted."""
+        source = self.demos[number].cameras[camera].depth
+        if not self.depth or source is None:
+            return None
+        try:
+            return source.read(frame)
+        except (OSError, ValueError, IndexError) as error:
+            name = self.demos[number].name
+            raise DemoError(name, f"depth {frame} of camera {camera!r} cannot be read: {error}") from error
+
+
+def collate(samples: list[PolicyTargets] | list[DemoError]) -> PolicyTargets | DemoError:
     """Stacks samples; hands on an error, which `ResumableLoader` raises in the main process."""
     first = samples[0]
-    return first if isinstance(first, DemoError) else PolicyBatch.collate(samples)  # type: ignore[arg-type]
+    return first if isinstance(first, DemoError) else type(first).collate(samples)  # type: ignore[arg-type]
 
 
 def _float(values: np.ndarray) -> torch.Tensor:
@@ -304,6 +379,8 @@ class RobotDemos(LightningDataModule):
         format: "auto", "native", or a foreign format's name.
         calibration: calibration file for foreign formats that need one.
         camera: which camera the policy sees. arms: which arms it moves, in the order of the batch's arm dimension.
+        cameras: several cameras, `camera` first: batches are then `MultiViewPolicyBatch`es with these views. None: one
+            camera, `PolicyBatch`es. depth: whether those views come with depth.
         image_size, mean, std: the backbone's.
         field, fit: see `ImageGeometry`.
         augmentation: random views of training pictures; None: the nominal crop always.
@@ -320,6 +397,11 @@ class RobotDemos(LightningDataModule):
         num_workers: loader processes; None: one for each core but one, 4 at most. 0: load in the main process.
         prefetch_batches: batches that each worker keeps ready.
     """
+
+    @staticmethod
+    def batch_type(options: Mapping[str, Any]) -> type[PolicyTargets]:
+        """What batches the settings ``options`` give."""
+        return PolicyBatch if options.get("cameras") is None else MultiViewPolicyBatch
 
     def __init__(
         self,
@@ -350,6 +432,8 @@ class RobotDemos(LightningDataModule):
         cache_dir: str | Path | None = None,
         num_workers: int | None = None,
         prefetch_batches: int = 4,
+        cameras: Sequence[str] | None = None,
+        depth: bool = False,
     ) -> None:
         super().__init__()
         if root is None and record is None:
@@ -360,12 +444,20 @@ class RobotDemos(LightningDataModule):
             raise ValueError(f"horizon and frame_stride must be at least 1, not {horizon} and {frame_stride}")
         if not arms or len(set(arms)) != len(arms):
             raise ValueError(f"arms must name each arm once, not {list(arms)}")
+        if cameras is not None and (not cameras or len(set(cameras)) != len(cameras) or cameras[0] != camera):
+            raise ValueError(
+                f"data.cameras must name each camera once, data.camera={camera} first; it is {list(cameras)}"
+            )
+        if depth and cameras is None:
+            raise ValueError("data.depth=true needs data.cameras: only batches of several views hold depth")
         if max_demos is not None and max_demos < 1:
             raise ValueError(f"max_demos must be at least 1, not {max_demos}")
         self.root = Path(root) if root is not None else record.root  # type: ignore[union-attr]
         self.record = record if root is None else None
         self.format, self.calibration = format, calibration
         self.camera, self.arms = camera, tuple(arms)
+        self.several, self.cameras = cameras is not None, tuple(cameras or (camera,))
+        self.depth = depth
         self.geometry = ImageGeometry(image_size, tuple(mean), tuple(std), field, fit)  # type: ignore[arg-type]
         self.augmentation = augmentation
         self.horizon, self.frame_stride = horizon, frame_stride
@@ -385,7 +477,7 @@ class RobotDemos(LightningDataModule):
         self.train_indices: list[int] = []
         self.val_indices: list[int] = []
         self._statistics: DemoStatistics | None = None
-        self._frames: FrameCache | None = None
+        self._frames: dict[str, FrameCache] | None = None
         self._train: DemoSamples | None = None
         self._val: DemoSamples | None = None
         self._batches_done = 0
@@ -435,6 +527,13 @@ class RobotDemos(LightningDataModule):
                     f"(first: {without[0]}); "
                     "use data.targets=reached"
                 )
+        if self.depth:
+            flat = [d.name for d in demos if any(d.cameras[camera].depth is None for camera in self.cameras)]
+            if flat:
+                raise ValueError(
+                    f"data.depth=true, but {len(flat)} of {len(demos)} demos hold no depth for all of "
+                    f"{', '.join(self.cameras)} (first: {flat[0]}); use data.depth=false"
+                )
         self.demos = demos
         self.train_indices, self.val_indices = split_demos([d.name for d in demos], self.val_fraction, self.split_seed)
         log.info(
@@ -457,9 +556,10 @@ class RobotDemos(LightningDataModule):
                 break
             looked_at += 1
             try:
-                demo = reference.read(cameras=[self.camera])
-                if self.camera not in demo.cameras:
-                    raise DemoError(demo.name, f"it has no camera {self.camera!r}; it has {', '.join(demo.cameras)}")
+                demo = reference.read(cameras=self.cameras)
+                missing = [camera for camera in self.cameras if camera not in demo.cameras]
+                if missing:
+                    raise DemoError(demo.name, f"it has no camera {missing[0]!r}; it has {', '.join(demo.cameras)}")
                 absent = [arm for arm in self.arms if arm not in demo.arms]
                 if absent:
                     raise DemoError(demo.name, f"it has no arm {absent[0]!r}; it has {', '.join(demo.arms)}")
@@ -533,6 +633,25 @@ class RobotDemos(LightningDataModule):
             frames=sum(len(demo) for demo in demos),
             fingerprint=digest.hexdigest()[:16],
             cache_dir=self.cache_dir,
+            cameras=self.cameras,
+            chunks=self._chunks(),
+        )
+
+    def _chunks(self) -> PolicyTargets:
+        """Targets of training frames, without pictures: all frames that are samples, or an even choice of them."""
+        kept = [kept_frames(demo, self.arms, self.drop_idle_s) for demo in self.train_demos]
+        every = max(1, math.ceil(sum(len(frames) for frames in kept) / CHUNKS_AT_MOST))
+        parts: list[dict[str, torch.Tensor]] = []
+        instructions: list[str] = []
+        skip = 0  # frames to pass over at the beginning of the next demo, so that the choice is even over all of them
+        for index, demo, frames in zip(self.train_indices, self.train_demos, kept, strict=True):
+            chosen = frames[skip::every]
+            skip = (skip - len(frames)) % every
+            which = {"demo_index": torch.full((len(chosen),), index), "frame_index": torch.from_numpy(chosen)}
+            parts.append(poses_of(demo, self.arms, chosen, self.steps, self.targets) | which)
+            instructions += [demo.instruction] * len(chosen)
+        return PolicyTargets(
+            **{name: torch.cat([part[name] for part in parts]) for name in parts[0]}, instruction=instructions
         )
 
     @staticmethod
@@ -585,21 +704,26 @@ class RobotDemos(LightningDataModule):
     # ---------------------------------------------------------------------------------------------------------- loading
 
     @property
-    def frames(self) -> FrameCache:
-        """Decoded frames of all demos, training and validation: one size limit for both."""
+    def frames(self) -> dict[str, FrameCache]:
+        """Decoded frames of all demos, training and validation, by camera: one size limit for all."""
         if self._frames is None:
-            tracks = [demo.cameras[self.camera] for demo in self.demos]
-            self._frames = FrameCache(
-                [track.frames for track in tracks],
-                [FrameShape(len(track.frames), track.height, track.width) for track in tracks],
-                self.cache_dir,
-                self.camera,
-                int(self.cache_gb * 1e9),
-            )
+            self._frames = {}
+            left = int(self.cache_gb * 1e9)
+            for camera in self.cameras:
+                tracks = [demo.cameras[camera] for demo in self.demos]
+                cache = FrameCache(
+                    [track.frames for track in tracks],
+                    [FrameShape(len(track.frames), track.height, track.width) for track in tracks],
+                    self.cache_dir,
+                    camera,
+                    left,
+                )
+                self._frames[camera] = cache
+                left -= cache.limit_bytes
         return self._frames
 
     def _samples(self, indices: Sequence[int], augmentation: Augmentation | None, drop_idle: bool) -> DemoSamples:
-        return DemoSamples(
+        common = (
             [self.demos[index] for index in indices],
             indices,
             self.frames,
@@ -612,6 +736,9 @@ class RobotDemos(LightningDataModule):
             self.seed,
             self.drop_idle_s if drop_idle else None,
         )
+        if self.several:
+            return MultiViewSamples(*common, cameras=self.cameras, depth=self.depth)
+        return DemoSamples(*common)
 
     @property
     def train_samples(self) -> DemoSamples:
