@@ -52,6 +52,7 @@ class TrainSchema(EntrySchema):
     backbone: Any = None
     rotation: Any = None
     language: Any = None
+    encoders: Any = None
     strategy: Any = MISSING
     optimizer: Any = MISSING
     callbacks: Any = None
