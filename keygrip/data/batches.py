@@ -7,6 +7,7 @@ grid edges.
 
 from __future__ import annotations
 
+from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
@@ -43,7 +44,7 @@ class Movable:
 
 
 @dataclass
-class PolicyTargets(Movable):
+class PolicyTargets(Movable, ABC):
     """Where arms are and where they are to go: what all batches for policies share.
 
     Args:
@@ -142,6 +143,9 @@ class MultiViewPolicyBatch(PolicyTargets):
     @property
     def world_to_camera(self) -> Tensor:
         return self.view_world_to_camera[:, 0]
+
+
+PolicyBatch.register(MultiViewPolicyBatch)  # it has all that a PolicyBatch has: goes wherever one is asked for
 
 
 def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
