@@ -399,11 +399,6 @@ class RobotDemos(LightningDataModule):
     """
 
     @staticmethod
-    def batch_type(settings: Mapping[str, Any]) -> type[PolicyTargets]:
-        """What the batches will be, from the settings above."""
-        return MultiViewPolicyBatch if settings.get("cameras") else PolicyBatch
-
-    @staticmethod
     def batch_type(options: Mapping[str, Any]) -> type[PolicyTargets]:
         """What batches the settings ``options`` give."""
         return PolicyBatch if options.get("cameras") is None else MultiViewPolicyBatch
