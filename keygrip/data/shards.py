@@ -22,7 +22,7 @@ import tarfile
 import time
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -491,8 +491,14 @@ class ShardSet:
         """Key and shard of a sample, for messages."""
         return f"{self.key(sample)} of {self.root}/{self.shards[self.locate(sample)[0]]['name']}"
 
-    def read(self, sample: int) -> Parts:
-        """All parts of a sample.
+    def part_names(self, sample: int) -> list[str]:
+        """What parts a sample has, from the index alone."""
+        shard, row = self.locate(sample)
+        index = self._indices[shard]
+        return [str(name) for name in index.part_names[int(index.first_part[row]) : int(index.first_part[row + 1])]]
+
+    def read(self, sample: int, names: Collection[str] | None = None) -> Parts:
+        """All parts of a sample, or those named that it has.
 
         Raises:
             SampleError: they cannot be read.
@@ -503,6 +509,8 @@ class ShardSet:
         try:
             file = self._file(shard)
             for part in range(int(index.first_part[row]), int(index.first_part[row + 1])):
+                if names is not None and str(index.part_names[part]) not in names:
+                    continue
                 size = int(index.part_sizes[part])
                 content = os.pread(file, size, int(index.part_offsets[part]))
                 if len(content) != size:
