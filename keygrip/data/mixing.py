@@ -9,7 +9,7 @@ computed, so that resuming is a number and neither workers nor ranks change it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +42,28 @@ class Component:
         return len(self.bucket)
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run in which the lead sources are mixed in another proportion: easy ones first.
+
+    Args:
+        weights: by name of the lead source; one that is not named takes no part.
+        steps: how many batches it lasts; None: to the end.
+
+    Raises:
+        ValueError: weights that are negative or all zero, or no steps.
+    """
+
+    weights: Mapping[str, float]
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.weights or min(self.weights.values()) < 0 or not sum(self.weights.values()) > 0:
+            raise ValueError(f"a stage of the curriculum needs weights of which one is above 0, not {self.weights}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"a stage of the curriculum lasts at least one step, not {self.steps}")
+
+
 class Mixture:
     """Sources one behind the other: sample i of component c has the number `starts[c] + i`.
 
@@ -51,15 +73,25 @@ class Mixture:
         seed: of the order.
         window_shards: shuffle the lead samples within windows of so many shards, in random order; for remote shards, of
             which the disk holds only some at a time. None: over everything.
+        curriculum: stages one after the other, the last without an end; each lead source is gone through again and
+            again, and an epoch is as many batches as one pass through all of them would be. Empty: one pass through all
+            of them in each epoch.
 
     Raises:
-        ValueError: no lead source, shares of 1 or more together, an empty source, or too few samples for a batch.
+        ValueError: no lead source, shares of 1 or more together, an empty source, too few samples for a batch, or a
+            curriculum that ends, names other sources, or meets window_shards.
     """
 
     def __init__(
-        self, components: Sequence[Component], batch_size: int, seed: int = 0, window_shards: int | None = None
+        self,
+        components: Sequence[Component],
+        batch_size: int,
+        seed: int = 0,
+        window_shards: int | None = None,
+        curriculum: Sequence[Stage] = (),
     ) -> None:
         self.components, self.batch_size, self.seed = list(components), batch_size, seed
+        self.curriculum = list(curriculum)
         self.window_shards = window_shards
         for part in self.components:
             if not len(part):
@@ -75,6 +107,7 @@ class Mixture:
             )
         if window_shards is not None and window_shards < 1:
             raise ValueError(f"window_shards must be at least 1, not {window_shards}")
+        self._check_curriculum()
         self.starts = np.cumsum([0, *(len(part) for part in self.components)])
         self.bucket = np.concatenate([part.bucket for part in self.components])
         self.length = np.concatenate([part.length for part in self.components])
@@ -85,6 +118,20 @@ class Mixture:
                 f"the training split holds {leading} samples beside the mixed-in ones, fewer than one batch of "
                 f"{batch_size}; lower data.batch_size"
             )
+
+    def _check_curriculum(self) -> None:
+        if not self.curriculum:
+            return
+        names = {self.components[n].name for n in self.lead}
+        if other := sorted({name for stage in self.curriculum for name in stage.weights} - names):
+            raise ValueError(
+                f"the curriculum names {', '.join(other)}; sources without a share are {', '.join(sorted(names))}"
+            )
+        ends = [stage.steps is not None for stage in self.curriculum]
+        if ends != [True] * (len(ends) - 1) + [False]:
+            raise ValueError("every stage of the curriculum but the last needs steps, and the last has none")
+        if self.window_shards is not None:
+            raise ValueError("a curriculum and window_shards cannot be combined: its sources are gone through at random")
 
     def component_of(self, sample: int) -> tuple[int, int]:
         """Number of the component, and of the sample in it."""
@@ -113,6 +160,45 @@ class Mixture:
         # with several mixed-in sources, rounding may ask for a lead sample more than there are: one comes again
         return np.resize(order, self.counts(epoch)[self.lead[0]])
 
+    def _stages_of(self, epoch: int) -> list[tuple[Stage, int]]:
+        """The stages that an epoch's batches belong to, each with how many of them."""
+        found, start = [], 0
+        first, last = epoch * self.batches, (epoch + 1) * self.batches
+        for stage in self.curriculum:
+            stop = last if stage.steps is None else start + stage.steps
+            inside = min(stop, last) - max(start, first)
+            if inside > 0:
+                found.append((stage, inside))
+            start = stop
+        return found
+
+    def _staged_counts(self, epoch: int) -> list[list[int]]:
+        """For each of the epoch's stages, samples of each component (zero for those that are mixed in)."""
+        total, rows, before = self.counts(epoch)[self.lead[0]], [], 0
+        for stage, batches in self._stages_of(epoch):
+            before += batches
+            here = round(total * before / self.batches) - sum(map(sum, rows))
+            weights = np.array([stage.weights.get(part.name, 0.0) for part in self.components])
+            borders = np.concatenate([[0.0], np.cumsum(weights) / weights.sum()])
+            rows.append(np.diff(np.round(borders * here).astype(int)).tolist())
+        return rows
+
+    def _staged_samples(self, epoch: int, rng: np.random.Generator) -> list[np.ndarray]:
+        """The lead samples of an epoch, by stage; every component goes on where it stood."""
+        taken = [0] * len(self.components)
+        for past in range(epoch):
+            for counts in self._staged_counts(past):
+                taken = [a + b for a, b in zip(taken, counts, strict=True)]
+        pools = []
+        for counts in self._staged_counts(epoch):
+            parts = [
+                self.starts[number] + self._endless(number, len(part), taken[number], count)
+                for number, (part, count) in enumerate(zip(self.components, counts, strict=True))
+            ]
+            pools.append(rng.permutation(np.concatenate(parts)))
+            taken = [a + b for a, b in zip(taken, counts, strict=True)]
+        return pools
+
     def _mixed_in_samples(self, epoch: int) -> np.ndarray:
         counts, parts = self.counts(epoch), [np.zeros(0, dtype=np.int64)]
         for number, part in enumerate(self.components):
@@ -132,10 +218,15 @@ class Mixture:
     def order(self, epoch: int) -> np.ndarray:
         """The epoch's samples, batch after batch: int64 [batches * batch_size]."""
         rng = np.random.default_rng([self.seed, epoch, 2])
-        lead, mixed_in = self._lead_samples(epoch, rng), self._mixed_in_samples(epoch)
-        pools = self._in_windows(lead, rng) if self.window_shards else [lead]
-        # Mixed-in samples are spread evenly over the windows; what does not fill a batch goes on to the next one.
-        extra = np.array_split(rng.permutation(mixed_in), len(pools))
+        mixed_in = self._mixed_in_samples(epoch)
+        if self.curriculum:
+            pools = self._staged_samples(epoch, rng)
+        else:
+            lead = self._lead_samples(epoch, rng)
+            pools = self._in_windows(lead, rng) if self.window_shards else [lead]
+        # Mixed-in samples are spread evenly over the pools; what does not fill a batch goes on to the next one.
+        ends = np.cumsum([len(pool) for pool in pools])
+        extra = np.split(rng.permutation(mixed_in), np.round(ends[:-1] / ends[-1] * len(mixed_in)).astype(int))
         left, batches = np.zeros(0, dtype=np.int64), []
         for part, more in zip(pools, extra, strict=True):
             pool = np.concatenate([left, part, more])

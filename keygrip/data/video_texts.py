@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from keygrip.data.batches import VideoTextBatch
 from keygrip.data.conversations import FITS, MAX_FRAMES, Conversation, VideoTextSample, iterate_texts, read_sample
-from keygrip.data.mixing import BucketedSampler, Component, MixedBatchSampler, Mixture, padded_share
+from keygrip.data.mixing import BucketedSampler, Component, MixedBatchSampler, Mixture, Stage, padded_share
 from keygrip.data.sampling import GlobalBatchSampler, ResumableLoader, SampleKey, sample_generator, start_worker
 from keygrip.data.shards import MANIFEST, SampleError, ShardSet, is_remote
 
@@ -29,14 +29,15 @@ SPLITS = ("train", "val", "test")
 SUBSTITUTES = 8  # tried in place of an unreadable sample
 JUDGED_AFTER = 200  # samples, before the share of skipped ones is judged
 NAMED_AT_MOST = 10
+TEXT_BYTES = 2048  # roughly, of a conversation and its evidence as Python objects
 CHARACTERS_A_TOKEN = 4.0  # roughly, of English; only for the padding that is said beforehand
 Questions = int | Mapping[str, int] | None
 
 
 class Collator(Protocol):
-    """Makes a batch of samples, in a loader worker."""
+    """Makes a batch of samples, in a loader worker: what the model takes."""
 
-    def __call__(self, samples: list[VideoTextSample]) -> VideoTextBatch: ...
+    def __call__(self, samples: list[VideoTextSample]) -> Any: ...
 
 
 @runtime_checkable
@@ -218,12 +219,22 @@ class VideoTextSamples(Dataset[VideoTextSample]):
     Args:
         parts: where samples come from. image_size, fit, max_frames: see `VideoTexts`.
         questions: how many conversations a video; None: all. seed: of that choice.
+        memory_gb: decoded frames and text of so much are kept, in each process that reads.
     """
 
     def __init__(
-        self, parts: Sequence[Part], image_size: int, fit: str, max_frames: int, questions: Questions, seed: int
+        self,
+        parts: Sequence[Part],
+        image_size: int,
+        fit: str,
+        max_frames: int,
+        questions: Questions,
+        seed: int,
+        memory_gb: float = 0.0,
     ) -> None:
         self.parts, self.questions, self.seed = list(parts), questions, seed
+        self._kept: dict[int, VideoTextSample] = {}
+        self._room = memory_gb * 2**30
         self.image_size, self.fit, self.max_frames = image_size, fit, max_frames
         self.starts = np.cumsum([0, *(len(part) for part in parts)])
         self._alike: list[np.ndarray | None] = [None] * len(self.parts)
@@ -236,7 +247,7 @@ class VideoTextSamples(Dataset[VideoTextSample]):
         number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
         part = self.parts[number]
         position = key.sample - int(self.starts[number])
-        sample = read_sample(part.shards, int(part.chosen[position]), self.image_size, self.fit, self.max_frames)
+        sample = self._read(part, key.sample, position)
         conversations: Sequence[Conversation] = sample.conversations
         if part.source.kinds is not None:
             conversations = [c for c in conversations if c.kind in part.source.kinds]
@@ -246,6 +257,17 @@ class VideoTextSamples(Dataset[VideoTextSample]):
                 f"{part.shards.where(int(part.chosen[position]))}: no conversation of the kinds asked for"
             )
         return replace(sample, conversations=tuple(conversations), source=part.name)
+
+    def _read(self, part: Part, number: int, position: int) -> VideoTextSample:
+        """A sample with all its text, from memory where it is kept."""
+        found = self._kept.get(number)
+        if found is None:
+            found = read_sample(part.shards, int(part.chosen[position]), self.image_size, self.fit, self.max_frames)
+            size = found.frames.nbytes + TEXT_BYTES * len(found.conversations)
+            if size <= self._room:
+                self._room -= size
+                self._kept[number] = found
+        return found
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> list[tuple[VideoTextSample, list[str]]] | list[SampleError]:
         """A batch's samples, each with what was skipped on the way to it; or the error where nothing could be read.
@@ -281,18 +303,18 @@ class VideoTextSamples(Dataset[VideoTextSample]):
 
 @dataclass(frozen=True)
 class Collate:
-    """The loader's collate function: the batch, and the reasons of what was skipped for it."""
+    """The loader's collate function: the batch, how many samples it is of, and the reasons of what was skipped for it."""
 
     collator: Collator
 
     def __call__(
         self, samples: list[tuple[VideoTextSample, list[str]]] | list[SampleError]
-    ) -> tuple[VideoTextBatch, list[str]] | SampleError:
+    ) -> tuple[Any, int, list[str]] | SampleError:
         first = samples[0]
         if isinstance(first, SampleError):
             return first
         batch = self.collator([sample for sample, _ in samples])  # type: ignore[misc]
-        return batch, [reason for _, skipped in samples for reason in skipped]  # type: ignore[misc]
+        return batch, len(samples), [reason for _, skipped in samples for reason in skipped]  # type: ignore[misc]
 
 
 class Skipped:
@@ -329,9 +351,9 @@ class SkippingLoader(ResumableLoader):
     skipped: Skipped | None = None
 
     def __iter__(self) -> Any:
-        for batch, reasons in super().__iter__():
+        for batch, samples, reasons in super().__iter__():
             if self.skipped is not None:
-                self.skipped.add(len(batch.frame_mask), reasons)
+                self.skipped.add(samples, reasons)
             yield batch
 
 
@@ -373,6 +395,8 @@ class VideoTexts(LightningDataModule):
         max_skipped_share: more unreadable samples than this stop the run.
         num_workers: loader processes; None: one for each core but one, 4 at most.
         prefetch_batches: batches that each worker keeps ready.
+        memory_gb: each process that reads keeps so much of the decoded training samples; 0: decode every time.
+        curriculum: see :class:`keygrip.data.mixing.Mixture`; of the lead sources, by name.
     """
 
     batch_type = VideoTextBatch
@@ -395,6 +419,8 @@ class VideoTexts(LightningDataModule):
         max_skipped_share: float = 0.05,
         num_workers: int | None = None,
         prefetch_batches: int = 4,
+        memory_gb: float = 0.0,
+        curriculum: Sequence[Stage] | None = None,
     ) -> None:
         super().__init__()
         self.sources = {name: source for name, source in sources.items() if source is not None}
@@ -411,6 +437,7 @@ class VideoTexts(LightningDataModule):
         self.questions, self.val_questions = questions, val_questions
         self.max_val_samples, self.window_shards = max_val_samples, window_shards
         self.cache_dir, self.cache_gb = cache_dir, cache_gb
+        self.memory_gb, self.curriculum = memory_gb, list(curriculum or [])
         self.num_workers = min((os.cpu_count() or 1) - 1, 4) if num_workers is None else num_workers
         self.prefetch_batches = prefetch_batches
         self.skipped = Skipped(max_skipped_share)
@@ -462,7 +489,7 @@ class VideoTexts(LightningDataModule):
 
     def _mixture(self, parts: Sequence[Part]) -> Mixture:
         components = [part.component(self.max_frames) for part in parts]
-        return Mixture(components, self.batch_size, self.seed, self.window_shards)
+        return Mixture(components, self.batch_size, self.seed, self.window_shards, self.curriculum)
 
     def _report(self) -> None:
         assert self.mixture is not None
@@ -518,12 +545,16 @@ class VideoTexts(LightningDataModule):
         for part in self.parts["train"]:
             digest.update(f"{part.name}:{part.shards.fingerprint}:{part.source.share}:".encode())
             digest.update(np.ascontiguousarray(part.chosen).tobytes())
+        if self.curriculum:
+            digest.update(repr([(sorted(stage.weights.items()), stage.steps) for stage in self.curriculum]).encode())
         return digest.hexdigest()[:16]
 
     # ---------------------------------------------------------------------------------------------------------- loading
 
-    def _loader(self, parts: Sequence[Part], sampler: GlobalBatchSampler, questions: Questions) -> DataLoader[Any]:
-        samples = VideoTextSamples(parts, self.image_size, self.fit, self.max_frames, questions, self.seed)
+    def _loader(
+        self, parts: Sequence[Part], sampler: GlobalBatchSampler, questions: Questions, memory_gb: float = 0.0
+    ) -> DataLoader[Any]:
+        samples = VideoTextSamples(parts, self.image_size, self.fit, self.max_frames, questions, self.seed, memory_gb)
         loader = SkippingLoader(
             samples,
             batch_sampler=sampler,
@@ -545,7 +576,7 @@ class VideoTexts(LightningDataModule):
         sampler = MixedBatchSampler(self.mixture, *self._ranks())
         if self.trainer is not None:
             sampler.follow(self.batches_done)
-        return self._loader(self.parts["train"], sampler, self.questions)
+        return self._loader(self.parts["train"], sampler, self.questions, self.memory_gb)
 
     def _held_out_loader(self, split: str) -> DataLoader[Any] | list[Any]:
         """The lead sources' samples of a split, and as many of the others as their share asks for; always the same."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from keygrip.data.batches import Turn, VideoTextBatch, VideoTextSample, stack_frames
 from keygrip.foveated_vlm.language import ChatTokenizer
 
+KEPT_TEXTS = 4096  # encoded conversations that a collator remembers
 PromptOrder = Literal["visual_first", "question_first"]
 Supervise = Literal["all", "answers"]
 
@@ -155,6 +156,7 @@ class ConversationCollator:
         self.supervise: Supervise = supervise
         self.max_tokens = max_tokens
         self.tokenizer: ChatTokenizer | None = None
+        self._encoded: dict[tuple[Turn, ...], EncodedText] = {}
 
     def prepare(self, folder: Path, texts: Callable[[], Iterator[str]]) -> None:
         """Loads the tokenizer; one that is trained is trained on `texts()` first where `folder` has none yet."""
@@ -164,6 +166,15 @@ class ConversationCollator:
             except FileNotFoundError:
                 self.tokenizer = self.source.load(folder, texts())
 
+    def _encode(self, turns: tuple[Turn, ...], tokenizer: ChatTokenizer) -> EncodedText:
+        """Simulated questions come again and again, and a template takes a while to fill in."""
+        found = self._encoded.get(turns)
+        if found is None:
+            found = encode_conversation(turns, tokenizer, self.prompt_order, self.supervise, self.max_tokens)
+            if len(self._encoded) < KEPT_TEXTS:
+                self._encoded[turns] = found
+        return found
+
     def __call__(self, samples: list[VideoTextSample]) -> VideoTextBatch:
         """A row for each conversation of each sample."""
         if self.tokenizer is None:
@@ -171,11 +182,7 @@ class ConversationCollator:
         rows, places, videos = [], [], []
         for number, sample in enumerate(samples):
             for conversation in sample.conversations:
-                rows.append(
-                    encode_conversation(
-                        conversation.turns, self.tokenizer, self.prompt_order, self.supervise, self.max_tokens
-                    )
-                )
+                rows.append(self._encode(conversation.turns, self.tokenizer))
                 places.append((sample, conversation))
                 videos.append(number)
         frames, frame_mask = stack_frames(samples)

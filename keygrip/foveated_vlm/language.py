@@ -172,7 +172,7 @@ class LanguageModel(nn.Module):
         from transformers import AutoConfig, LlamaForCausalLM
 
         local = Path(source).is_dir()
-        found = AutoConfig.from_pretrained(local_or_hub(source)) if local else _from_hub(AutoConfig, source)
+        found = AutoConfig.from_pretrained(local_or_hub(source)) if local else from_hub(AutoConfig, source)
         own = self.model.config
         names = {
             "hidden_size": "width",
@@ -198,7 +198,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"language.model.weights={source} does not fit language.model: {'; '.join(different[:4])}")
         options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
         loader: Any = LlamaForCausalLM
-        whole, report = loader.from_pretrained(source, **options) if local else _from_hub(loader, source, **options)
+        whole, report = loader.from_pretrained(source, **options) if local else from_hub(loader, source, **options)
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"{source} lacks weights: {', '.join(missing[:3])}; it is not a whole language model")
         self.model.load_state_dict(whole.model.state_dict(), strict=True)
@@ -261,17 +261,17 @@ def local_or_hub(source: str) -> str:
     return source
 
 
-def _from_hub(loader: Any, name: str, **options: Any) -> Any:
+def from_hub(loader: Any, name: str, **options: Any) -> Any:
     """`loader.from_pretrained(name)`, with one line that says what to do where there is no network."""
     if name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"language weights: there is no folder {name}")
+        raise FileNotFoundError(f"weights or tokenizer: there is no folder {name}")
     try:
         return loader.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{name} is neither a folder nor to be had from the hub ({str(error).splitlines()[0][:120]}): download its "
             f"config.json, model.safetensors and tokenizer files from https://huggingface.co/{name} into a folder and "
-            "set language.model.weights and language.tokenizer.source to it"
+            "give that folder where the config names the hub (weights and tokenizer.source)"
         ) from error
 
 
@@ -358,7 +358,7 @@ class PretrainedTokenizer:
         if Path(self.source).is_dir():
             found = AutoTokenizer.from_pretrained(self.source)
         else:
-            found = _from_hub(AutoTokenizer, self.source)
+            found = from_hub(AutoTokenizer, self.source)
         return ChatTokenizer(found)
 
 

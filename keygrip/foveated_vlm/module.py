@@ -11,12 +11,15 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from keygrip.backbone import BlockKV
 from keygrip.data.batches import VideoTextBatch
 from keygrip.evaluation.evaluation import Evaluation
 from keygrip.foveated_vlm.conversations import ConversationCollator
 from keygrip.foveated_vlm.health import Health, attention_on_target, relative_entropy
+from keygrip.foveated_vlm.kv_cache import KeyValueCache
 from keygrip.foveated_vlm.language import ChatTokenizer
 from keygrip.foveated_vlm.network import FoveatedVLM, VideoLanguageNetwork, VLMOutput
+from keygrip.foveated_vlm.reading import MadeEncoder
 from keygrip.foveated_vlm.rows import TextRows
 from keygrip.foveated_vlm.scores import BatchScores, Scores, score
 from keygrip.training.optimizers import AdamW
@@ -46,6 +49,8 @@ class FoveatedVLMModule(LightningModule):
             for each step from 0 to this: the queries then meet embeddings that chosen queries gave, as at inference.
         refinement_from: share of the run before refinement begins.
         loss_chunk: tokens whose logits exist at the same time.
+        encoder: how the encoder's weights are made where they are missing; None: the backbone's own (backbone.weights).
+        kv_cache_gb: keep so much of a frozen encoder's keys and values of training and validation videos in memory.
         start_from: run folder or checkpoint of such a model whose weights (averaged, where it has them) are the start;
             read when training is set up, so that a trained module does not need it.
         health_every_n_steps: training steps between health checks; 0: none.
@@ -53,7 +58,8 @@ class FoveatedVLMModule(LightningModule):
         vis_every_n_steps: training steps between pictures in TensorBoard; 0: none.
 
     Raises:
-        ValueError: a mode that the network does not have, or refinement outside of coarse_fine.
+        ValueError: a mode that the network does not have, refinement outside of coarse_fine, keys and values that would
+            change kept, or two sources of the encoder's weights.
     """
 
     batch_type = VideoTextBatch
@@ -68,6 +74,8 @@ class FoveatedVLMModule(LightningModule):
         refinement: int = 0,
         refinement_from: float = 0.4,
         loss_chunk: int = 4096,
+        encoder: MadeEncoder | None = None,
+        kv_cache_gb: float = 0.0,
         start_from: str | None = None,
         health_every_n_steps: int = 100,
         health_from_step: int = 300,
@@ -85,8 +93,20 @@ class FoveatedVLMModule(LightningModule):
             raise ValueError(f"model.refinement={refinement} has no effect in mode={mode}: set it to 0")
         if loss_chunk < 1 or health_every_n_steps < 0 or vis_every_n_steps < 0:
             raise ValueError("model: loss_chunk must be above 0, health_every_n_steps and vis_every_n_steps not below")
+        if kv_cache_gb and (network.backbone.trainable != "frozen" or not isinstance(network, FoveatedVLM)):
+            raise ValueError(
+                "model.kv_cache_gb keeps a frozen encoder's keys and values: it needs backbone.trainable=frozen, and "
+                "queries to use them"
+            )
+        if encoder is not None and network.backbone.loaded_weights != "random":
+            raise ValueError(
+                f"model.encoder and backbone.weights={network.backbone.loaded_weights} both give the encoder's weights: "
+                "set one of them to null or random"
+            )
         self.network = network
         self.collator = collator
+        self.encoder = encoder
+        self.kv_cache = KeyValueCache(kv_cache_gb) if kv_cache_gb else None
         self.optimizer_recipe = optimizer
         self.mode, self.val_modes = mode, tuple(dict.fromkeys([*val_modes, mode]))
         self.refinement, self.refinement_from = refinement, refinement_from
@@ -115,6 +135,11 @@ class FoveatedVLMModule(LightningModule):
         """
         self.collator.prepare(statistics.folder, statistics.texts)
         self._check_tokenizer()
+        if self.encoder is not None:
+            from keygrip.training.checkpoints import load_module
+
+            reader = load_module(self.encoder.complete())
+            self.network.take_encoder(reader.network.backbone.state_dict())  # type: ignore[union-attr, arg-type]
         if self.start_from is not None:
             self._take_weights(self.start_from)
         self.pictures = {
@@ -206,9 +231,18 @@ class FoveatedVLMModule(LightningModule):
         generator = torch.Generator().manual_seed(self.global_step)
         return int(torch.randint(self.refinement + 1, (), generator=generator))
 
+    def known(self, batch: VideoTextBatch, frames: Tensor, rows: TextRows) -> list[BlockKV] | None:
+        """Keys and values of a batch from memory; None where none are kept, or the batch has no frames."""
+        if self.kv_cache is None or not any(rows.frame_counts):
+            return None
+        assert isinstance(self.network, FoveatedVLM)
+        first = {video: row for row, video in reversed(list(enumerate(rows.videos)))}
+        names = [f"{batch.source[first[v]]}/{batch.key[first[v]]}" for v in range(len(rows.frame_counts))]
+        return self.kv_cache.get(names, frames, rows.frame_counts, self.network.encode)
+
     def training_step(self, batch: VideoTextBatch, batch_idx: int) -> Tensor:
         frames, rows = self.inputs(batch)
-        output = self.network(frames, rows, self.mode, self.refinement_now())
+        output = self.network(frames, rows, self.mode, self.refinement_now(), self.known(batch, frames, rows))
         scores = self.score(output, batch)
         loss = global_mean(scores.loss, scores.tokens)
         size = len(batch)
@@ -230,7 +264,7 @@ class FoveatedVLMModule(LightningModule):
 
     def validation_step(self, batch: VideoTextBatch, batch_idx: int) -> None:
         frames, rows = self.inputs(batch)
-        kv = None
+        kv: Sequence[BlockKV] | None = self.known(batch, frames, rows)
         for mode, (of_network, refinement) in self._validated().items():
             output = self.network(frames, rows, of_network, refinement, kv)
             self._scores[mode].add(self.score(output, batch), batch.kind)

@@ -12,8 +12,9 @@ before block 1 and comes out as the frame's embedding z; any number of queries u
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -106,6 +107,10 @@ class VideoLanguageNetwork(nn.Module):
         self.language = language
         self.connector = Connector(backbone.embed_dim, language, visual_scale)
 
+    def take_encoder(self, state: Mapping[str, Tensor]) -> None:
+        """Weights for the encoder."""
+        self.backbone.load_state_dict(state)
+
     def read(self, visual: Tensor, rows: TextRows) -> tuple[Tensor, RowLayout]:
         """Hidden states of rows with visual tokens [B, N, C]: [B, T, C], and their layout."""
         layout = rows.layout(self.tokens_per_frame)
@@ -157,6 +162,14 @@ def real_frames(frames: Tensor, counts: Sequence[int]) -> Tensor:
     return frames.flatten(0, 1)[torch.tensor(keep, dtype=torch.int64, device=frames.device)]
 
 
+def query_blocks(backbone: DinoBackbone, first_block: int) -> DinoBackbone:
+    """A copy of a backbone of which only what queries go through is trained: its last blocks and its norm."""
+    path = copy.deepcopy(backbone)
+    for name, parameter in path.named_parameters():
+        parameter.requires_grad_(path.layer_of(name) >= first_block)
+    return path
+
+
 class FoveatedVLM(VideoLanguageNetwork):
     """See the module.
 
@@ -165,10 +178,16 @@ class FoveatedVLM(VideoLanguageNetwork):
         deep_query: the query goes through all blocks; otherwise only through the last one (ablation).
         query_std: of the two learned queries, and of the chosen ones at initialisation.
         query_bias: give the projection of hidden states to queries a bias (ablation: it makes queries alike).
+        query_path: `shared`, queries go through the encoder's own blocks; or `own`, through a copy of them that is trained
+            beside a frozen encoder, whose keys and values then never change and can be kept (`kv_cache.py`). At the start
+            both are the same.
         query_source: whose hidden states choose the queries at inference: `fine`, what was seen so far with chosen
             queries, or `coarse`, a second stream of coarse tokens with a cache of its own, as in training's parallel
             pass.
         visual_scale: of the visual tokens; None: the language model's embedding standard deviation.
+
+    Raises:
+        ValueError: an unknown choice, or a query path of its own beside an encoder that is trained.
     """
 
     modes = MODES
@@ -182,8 +201,16 @@ class FoveatedVLM(VideoLanguageNetwork):
         query_bias: bool = False,
         query_source: Literal["fine", "coarse"] = "fine",
         visual_scale: float | None = None,
+        query_path: Literal["shared", "own"] = "shared",
     ) -> None:
         super().__init__(backbone, language, visual_scale)
+        if query_path not in ("shared", "own"):
+            raise ValueError(f"model.network.query_path is shared or own, not {query_path!r}")
+        if query_path == "own" and backbone.trainable != "frozen":
+            raise ValueError(
+                "model.network.query_path=own is for a frozen encoder (backbone.trainable=frozen): beside one that is "
+                "trained, two copies would learn the same"
+            )
         if query_source not in ("fine", "coarse"):
             raise ValueError(f"model.network.query_source is fine or coarse, not {query_source!r}")
         self.query_source = query_source
@@ -193,6 +220,13 @@ class FoveatedVLM(VideoLanguageNetwork):
         self.first_query = nn.Parameter(torch.randn(1, 1, dim) * query_std)
         self.query_projection = nn.Linear(language.width, dim, bias=query_bias)
         nn.init.normal_(self.query_projection.weight, std=query_std * language.width**-0.5)
+        self.query_path = None if query_path == "shared" else query_blocks(backbone, self.first_block)
+
+    def take_encoder(self, state: Mapping[str, Tensor]) -> None:
+        """Weights for the encoder, and for the queries' own copy of its blocks."""
+        super().take_encoder(state)
+        if self.query_path is not None:
+            self.query_path.load_state_dict(self.backbone.state_dict())
 
     # ------------------------------------------------------------------ passes
 
@@ -202,7 +236,7 @@ class FoveatedVLM(VideoLanguageNetwork):
 
     def ask(self, queries: Tensor, kv: Sequence[BlockKV]) -> Tensor:
         """Embeddings [M, Q, D] of frames under queries [M, Q, D]."""
-        return self.backbone.query(queries, kv, self.first_block)
+        return self._asked.query(queries, kv, self.first_block)
 
     def choose_queries(self, visual: Tensor, streams: Streams) -> Tensor:
         """Queries [S, F, D] of all frames from visual tokens [S, F, C]: frame t's from the hidden state before it."""
@@ -273,10 +307,14 @@ class FoveatedVLM(VideoLanguageNetwork):
         else:
             queries = streams.to_frames(looks.queries)
         kv = [BlockKV(block.key[:limit], block.value[:limit]) for block in looks.kv]
-        _, weights = self.backbone.query_with_attention(queries[:limit], kv, self.first_block)
+        _, weights = self._asked.query_with_attention(queries[:limit], kv, self.first_block)
         return torch.stack([block.float() for block in weights], dim=2).permute(0, 3, 2, 1, 4)
 
     # ------------------------------------------------------------------ parts
+
+    @property
+    def _asked(self) -> DinoBackbone:
+        return self.backbone if self.query_path is None else self.query_path
 
     def _as_queries(self, hidden: Tensor, first: Tensor) -> Tensor:
         projected = self.query_projection(hidden)

@@ -40,6 +40,7 @@ ROBOT_COLOURS = {
 }
 MESH_CELL = 0.003  # m: vertices closer than this are merged, which draws three times faster
 OBJECT_MASS = 0.05
+PEDESTAL_RIM = 0.004  # m that a pedestal is wider than what stands on it, each way; the open fingers pass beside it
 HIDDEN_GROUP = 3  # MuJoCo draws groups 0 to 2
 
 # Nominal views: the point looked at, and from where (azimuth from +x, elevation, distance), field of view.
@@ -219,9 +220,10 @@ def digit_picture(digit: int, size: int = 64) -> np.ndarray:
     from PIL import Image, ImageDraw, ImageFont
 
     picture = Image.new("L", (size, size), 255)
-    font = ImageFont.load_default(size=int(size * 0.8))
+    font = ImageFont.load_default(size=int(size * 0.84))
     draw = ImageDraw.Draw(picture)
-    draw.text((size / 2, size / 2), str(digit), fill=0, font=font, anchor="mm")
+    # bold: on a cube of 16 pixels a thin stroke is lost between the pixels
+    draw.text((size / 2, size / 2), str(digit), fill=0, font=font, anchor="mm", stroke_width=size // 64)
     if digit in (6, 9):  # on a turned cube they are told apart by the line under them
         draw.rectangle((size * 0.3, size * 0.88, size * 0.7, size * 0.93), fill=0)
     return np.repeat(np.asarray(picture, float)[..., None] / 255, 3, axis=2)
@@ -245,6 +247,14 @@ def _add_loose(spec: mujoco.MjSpec, name: str, shapes: tuple[str, ...], half: np
         body.add_geom(name=label, type=kind, size=size, mass=mass, friction=friction, condim=condim)
 
 
+def _add_pedestal(spec: mujoco.MjSpec, name: str, half: np.ndarray, height: float) -> None:
+    """A block under a loose body. It is as high as any may be: the environment sinks it into the table as far as
+    needed."""
+    body = spec.worldbody.add_body(name=f"{name}_pedestal", pos=[0.3, 0.0, -height])
+    size = [half[0] + PEDESTAL_RIM, half[1] + PEDESTAL_RIM, height / 2]
+    body.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, size=size, friction=[1.0, 0.02, 0.001])
+
+
 def _add_bowl(spec: mujoco.MjSpec, walls: int = 20) -> None:
     body = spec.worldbody.add_body(name="goal", pos=[0.3, -0.1, 0.0])
     half_height = tasks.BOWL_HEIGHT / 2
@@ -259,7 +269,7 @@ def _add_bowl(spec: mujoco.MjSpec, walls: int = 20) -> None:
 
 
 def _add_goal(spec: mujoco.MjSpec, options: TaskOptions) -> None:
-    if options.name == "pick_place":
+    if options.name in tasks.IN_BOWL:
         _add_bowl(spec)
     elif options.name == "stack":
         _add_loose(spec, "goal", ("cube",), np.full(3, tasks.BLOCK_SIZE / 2))
@@ -316,6 +326,10 @@ def build_spec(options: TaskOptions, arm: str = "yam", gripper: str = "linear_43
     for i in range(options.distractors):
         shapes = tasks.SHAPES if options.varied_shapes else ("cube",)
         _add_loose(spec, f"distractor{i}", shapes, np.full(3, options.object_size_m / 2))
+    if options.pedestal_m:
+        _add_pedestal(spec, "object", options.half_extents, options.pedestal_m)
+        for i in range(options.distractors):
+            _add_pedestal(spec, f"distractor{i}", np.full(3, options.object_size_m / 2), options.pedestal_m)
     _add_goal(spec, options)
     _add_cameras(spec)
     return spec

@@ -26,7 +26,7 @@ from keygrip.sim.tasks import EpisodeLayout, TaskOptions, stream
 CUBE = 0.05  # m
 HOVER = 0.035  # m from a cube's top to the finger tips
 SEEN_SHARE = 0.7  # of the largest view of a cube in the video: with less, its digit may be hidden
-CUBES = (2, 5)
+CUBES = (1, 5)
 FRAMES = (1, 64)
 
 
@@ -42,8 +42,8 @@ class TourOptions:
     digits: int = 8  # 0 to digits - 1; chance is one in so many
     min_frames: int = 4  # seconds of the video
     max_frames: int = 4
-    image_size: int = 192
-    fovy_deg: float = 25.0  # the work area fills the picture
+    image_size: int = 128  # a cube is 17 pixels wide, and its digit is printed on its top and on its side
+    fovy_deg: float = 23.0  # the work area fills the picture
     yaw_deg: float = 20.0  # cubes are turned by up to this from facing the camera: their digits stay readable
     changing: bool = True  # new digits every second; false: the same through the whole video
     shadows: bool = False  # 3 times slower to draw
@@ -163,8 +163,10 @@ class TourCell(YamCell):
 
 
 def _walk(rng: np.random.Generator, cubes: int, count: int) -> np.ndarray:
-    """[count] cubes, never one twice running."""
+    """[count] cubes, never one twice running where there are several."""
     order = [int(rng.integers(cubes))]
+    if cubes == 1:
+        return np.zeros(count, dtype=int)
     while len(order) < count:
         order.append((order[-1] + int(rng.integers(1, cubes))) % cubes)
     return np.array(order)

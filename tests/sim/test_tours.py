@@ -129,7 +129,7 @@ def test_digits_may_stay(cell: TourCell) -> None:
 
 def test_bad_options_are_refused() -> None:
     for options, message in (
-        ({"cubes": 6}, "a tour has 2 to 5 cubes, not 6"),
+        ({"cubes": 6}, "a tour has 1 to 5 cubes, not 6"),
         ({"digits": 1}, "prints 2 to 10 different digits, not 1"),
         ({"min_frames": 5, "max_frames": 4}, "min_frames=5, max_frames=4 make no range"),
         ({"max_frames": 65}, "1 to 64 frames"),

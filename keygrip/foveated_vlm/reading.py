@@ -1,0 +1,318 @@
+"""An encoder that can read: dense pretraining on the simulator's tours, where every cube's place and digit is known.
+
+The language model's answers alone teach a random encoder nothing within minutes: what a query finds is noise until the
+encoder reads, and the encoder gets no useful gradient until queries look at the right place. So the encoder is first
+trained for some minutes to say, patch by patch, which cube is there, which digit is on it and whether the gripper
+points at it; its CLS token says the colour and the digit of the cube pointed at. A run of it is a source of backbone
+weights like any other (`backbone.weights=runs/...`); `MadeEncoder` makes one where it is missing.
+
+Legend: M frames, N = h * w patches, K cubes of all frames, D backbone width, C colours.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from keygrip.backbone import DinoBackbone
+from keygrip.data.batches import Movable, VideoTextBatch, VideoTextSample, normalised, stack_frames
+from keygrip.training.optimizers import AdamW
+from keygrip.training.run_folder import CHECKPOINT
+
+if TYPE_CHECKING:
+    from keygrip.data.video_texts import VideoTextStatistics
+
+log = logging.getLogger(__name__)
+
+DIGITS = 10
+IGNORED = -100  # cross_entropy's own
+COVERED = 0.35  # share of a patch that a cube must cover to be what the patch shows
+
+
+@dataclass
+class ReadingBatch(Movable):
+    """Frames and the cubes in them.
+
+    Args:
+        frames: uint8 [M, 3, S, S].
+        frame: int64 [K], the frame of each cube. pixel: float32 [K, 2], its centre (x, y) in frames of size S.
+        area: float32 [K], pixels of it that are seen.
+        colour: int64 [K]. digit: int64 [K], IGNORED where it cannot be read. pointed: int64 [K], 1: at this one.
+    """
+
+    frames: Tensor
+    frame: Tensor
+    pixel: Tensor
+    area: Tensor
+    colour: Tensor
+    digit: Tensor
+    pointed: Tensor
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+
+class ReadingCollator:
+    """Makes reading batches of tours: where which cube is follows from the evidence of their questions.
+
+    Args:
+        colours: names, in the order of their numbers.
+    """
+
+    def __init__(self, colours: Sequence[str]) -> None:
+        self.colours = {name: number for number, name in enumerate(colours)}
+
+    def __call__(self, samples: list[VideoTextSample]) -> ReadingBatch:
+        """Raises ValueError: a sample without frames or without such evidence, or an unknown colour."""
+        stacked, mask = stack_frames(samples)
+        starts = mask.sum(1).cumsum(0).tolist()
+        cubes: list[tuple[int, float, float, float, int, int, int]] = []
+        for sample, stop in zip(samples, starts, strict=True):
+            found = cubes_of(sample)
+            if not found:
+                raise ValueError(
+                    f"{sample.key} tells nothing about cubes: reading is learned from tours alone (data.sources.*)"
+                )
+            for (frame, colour), cube in found.items():
+                if colour not in self.colours:
+                    raise ValueError(f"{sample.key} has a {colour} cube; model.collator.colours knows no {colour}")
+                x, y = cube["pixel"]
+                first = stop - len(sample.frames)
+                cubes.append(
+                    (first + frame, x, y, cube["area"], self.colours[colour], cube["digit"], int(cube["pointed"]))
+                )
+        frame, x, y, area, colours, digits, pointed = (list(column) for column in zip(*cubes, strict=True))
+        return ReadingBatch(
+            frames=stacked[mask],
+            frame=torch.tensor(frame),
+            pixel=torch.tensor([x, y], dtype=torch.float32).T.contiguous(),
+            area=torch.tensor(area, dtype=torch.float32),
+            colour=torch.tensor(colours),
+            digit=torch.tensor(digits),
+            pointed=torch.tensor(pointed),
+        )
+
+
+def cubes_of(sample: VideoTextSample) -> dict[tuple[int, str], dict[str, Any]]:
+    """(frame, colour) -> pixel, area, digit (IGNORED where no question tells it) and pointed, of a tour's cubes."""
+    cubes: dict[tuple[int, str], dict[str, Any]] = {}
+    for conversation in sample.conversations:
+        evidence = conversation.evidence
+        if conversation.kind not in ("mark", "glance") or "pixel" not in evidence:
+            continue
+        cube = cubes.setdefault(
+            (int(evidence["frame"]), str(evidence["colour"])),
+            {
+                "pixel": [float(v) for v in evidence["pixel"]],
+                "area": float(evidence["pixels_seen"]),
+                "digit": IGNORED,
+                "pointed": False,
+            },
+        )
+        if conversation.kind == "mark":
+            cube["digit"] = int(conversation.turns[-1].text)
+        else:
+            cube["pointed"] = True
+    return cubes
+
+
+def patch_labels(batch: ReadingBatch, grid: tuple[int, int]) -> dict[str, Tensor]:
+    """What each patch shows: colour (0: no cube), digit and pointed, int64 [M, h * w] each, IGNORED where unclear.
+
+    A patch shows a cube that covers COVERED of it, and the one under its centre. Patches that a cube only touches are
+    left out.
+    """
+    size, device = batch.frames.shape[-1], batch.frames.device
+    overlap = []
+    side = batch.area.clamp_min(1).sqrt()
+    for axis, count in ((1, grid[0]), (0, grid[1])):
+        cell = size / count
+        low = torch.arange(count, device=device) * cell
+        centre = batch.pixel[:, axis, None]
+        inside = torch.minimum(low + cell, centre + side[:, None] / 2) - torch.maximum(low, centre - side[:, None] / 2)
+        overlap.append(inside.clamp_min(0) / cell)  # [K, count]
+    cover = (overlap[0][:, :, None] * overlap[1][:, None, :]).flatten(1)  # [K, N]
+    row = (batch.pixel[:, 1] / size * grid[0]).long().clamp(0, grid[0] - 1)
+    column = (batch.pixel[:, 0] / size * grid[1]).long().clamp(0, grid[1] - 1)
+    cover[torch.arange(len(cover), device=device), row * grid[1] + column] = 1.0
+    patches = grid[0] * grid[1]
+    colour = torch.zeros(len(batch.frames), patches, dtype=torch.int64, device=device)
+    digit = torch.full_like(colour, IGNORED)
+    pointed = torch.full_like(colour, IGNORED)
+    cube, patch = (cover > 0.02).nonzero(as_tuple=True)
+    colour[batch.frame[cube], patch] = IGNORED
+    for level in (COVERED, 0.999):  # the cube under whose centre a patch lies has the last word
+        cube, patch = (cover >= level).nonzero(as_tuple=True)
+        at = (batch.frame[cube], patch)
+        colour[at], digit[at], pointed[at] = batch.colour[cube] + 1, batch.digit[cube], batch.pointed[cube]
+    return {"colour": colour, "digit": digit, "pointed": pointed}
+
+
+class MarkReader(nn.Module):
+    """A backbone and linear heads: patches say colour, digit and pointed, CLS the colour and digit pointed at.
+
+    Args:
+        colours: C.
+    """
+
+    def __init__(self, backbone: DinoBackbone, colours: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.sizes = {"colour": colours + 1, "digit": DIGITS, "pointed": 2}
+        self.patch_head = nn.Linear(backbone.embed_dim, sum(self.sizes.values()))
+        self.cls_head = nn.Linear(backbone.embed_dim, colours + DIGITS)
+        self.colours = colours
+
+    def forward(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[int, int]]:
+        """Images [M, 3, S, S] -> logits [M, N, classes] of patches, [M, classes] of the whole frame, and the grid."""
+        features = self.backbone(images)
+        of_patches = self.patch_head(features.patches).float().split(list(self.sizes.values()), dim=-1)
+        of_frame = self.cls_head(features.cls).float().split([self.colours, DIGITS], dim=-1)
+        names = ("colour", "digit")
+        return (
+            dict(zip(self.sizes, of_patches, strict=True)),
+            dict(zip(names, of_frame, strict=True)),
+            features.grid,
+        )
+
+
+class MarkReaderModule(LightningModule):
+    """Trains a `MarkReader`; `val/digit` is the share of readable cubes whose digit is right at their centre.
+
+    Args:
+        network: the plain network. collator: for the data module. optimizer: the recipe.
+        weights: of the losses: colour, digit and pointed of patches, colour and digit of the frame.
+    """
+
+    batch_type = VideoTextBatch  # of the data module, whose samples this model's own collator makes into ReadingBatch
+    headline_metrics = ("train/loss", "val/digit", "val/colour", "val/pointed", "val/frame_colour", "val/frame_digit")
+
+    def __init__(
+        self, network: MarkReader, collator: ReadingCollator, optimizer: AdamW, weights: Mapping[str, float]
+    ) -> None:
+        super().__init__()
+        names = {"colour", "digit", "pointed", "frame_colour", "frame_digit"}
+        if set(weights) != names:
+            raise ValueError(f"model.weights must name exactly {', '.join(sorted(names))}; it names {sorted(weights)}")
+        if len(collator.colours) != network.colours:
+            raise ValueError(
+                f"model.network.colours={network.colours}, and model.collator.colours has {len(collator.colours)} names"
+            )
+        self.network, self.collator, self.optimizer_recipe = network, collator, optimizer
+        self.weights = dict(weights)
+        self._right: dict[str, list[float]] = {}
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer_recipe.configure(self.network, int(self.trainer.estimated_stepping_batches))
+
+    def losses(self, batch: ReadingBatch) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+        """Losses by name, and (right, counted) by name."""
+        backbone = self.network.backbone
+        patches, frame, grid = self.network(normalised(batch.frames, backbone.mean, backbone.std))
+        labels = patch_labels(batch, grid)
+        labels |= {f"frame_{name}": torch.full_like(batch.frame[:1], IGNORED).expand(len(batch)).clone() for name in frame}
+        at = batch.pointed == 1
+        labels["frame_colour"][batch.frame[at]] = batch.colour[at]
+        labels["frame_digit"][batch.frame[at]] = batch.digit[at]
+        logits = patches | {f"frame_{name}": value for name, value in frame.items()}
+        losses, right = {}, {}
+        for name, values in logits.items():
+            wanted = labels[name].flatten()
+            values = values.reshape(len(wanted), -1)
+            counted = wanted != IGNORED
+            total = F.cross_entropy(values, wanted, ignore_index=IGNORED, reduction="sum")
+            losses[name] = total / counted.sum().clamp_min(1)
+            shown = counted & (wanted > 0) if name == "colour" else counted
+            right[name] = (((values.argmax(-1) == wanted) & shown).sum(), shown.sum())
+        return losses, right
+
+    def training_step(self, batch: ReadingBatch, batch_idx: int) -> Tensor:
+        losses, right = self.losses(batch)
+        loss = torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
+        good, count = right["digit"]
+        self.log("train/digit", good / count.clamp_min(1), prog_bar=True, batch_size=len(batch))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._right = defaultdict(lambda: [0.0, 0.0])
+
+    def validation_step(self, batch: ReadingBatch, batch_idx: int) -> None:
+        for name, (good, count) in self.losses(batch)[1].items():
+            self._right[name][0] += float(good)
+            self._right[name][1] += float(count)
+
+    def on_validation_epoch_end(self) -> None:
+        for name, (good, count) in self._right.items():
+            self.log(f"val/{name}", good / max(count, 1.0), prog_bar=name == "digit", sync_dist=True)
+
+    def set_statistics(self, statistics: VideoTextStatistics) -> None:
+        """Nothing of the data is kept."""
+
+
+@dataclass(frozen=True)
+class MadeEncoder:
+    """A trained encoder that the program makes itself where it is missing, by a training run of its own.
+
+    Args:
+        overrides: of `keygrip.train`, which say the run; it must leave a checkpoint with a backbone.
+        folder: where runs go; each has a folder of its own below it, named by a hash of the overrides.
+        name: beginning of that folder's name.
+    """
+
+    overrides: Sequence[str]
+    folder: str = "runs"
+    name: str = "mark_reader"
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return Path(self.folder) / f"{self.name}-{hashlib.sha256(json.dumps(list(self.overrides)).encode()).hexdigest()[:8]}"
+
+    def complete(self) -> Path:
+        """Trains where there is no finished run, and says so; its folder. An interrupted run is continued.
+
+        Raises:
+            RuntimeError: training failed; what went wrong stands above.
+            ValueError: it is missing, and this is one of several processes.
+        """
+        run = self.run_dir
+        run.parent.mkdir(parents=True, exist_ok=True)
+        with (run.parent / f".{run.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self._finished(run):
+                log.info("encoder: %s", run)
+                return run
+            command = [sys.executable, "-m", "keygrip.train", *self.overrides, f"run_dir={run}"]
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise ValueError(
+                    f"{run} is missing, and it is trained by one process: run `{' '.join(command[1:])}` first"
+                )
+            if (run / CHECKPOINT).is_file():
+                command.append("resume=true")
+            log.info("encoder: %s is not there, training it: keygrip.train %s", run, " ".join(self.overrides))
+            done = subprocess.run(command, check=False)
+            if done.returncode or not self._finished(run):
+                raise RuntimeError(f"training the encoder failed: keygrip.train {' '.join(self.overrides)}")
+        return run
+
+    @staticmethod
+    def _finished(run: Path) -> bool:
+        from keygrip.training.sweeps import FINISHED, read_result
+
+        return read_result(run).get("status") == FINISHED and (run / CHECKPOINT).is_file()
