@@ -17,7 +17,7 @@ from keygrip.data.batches import PolicyBatch
 from keygrip.data.robot_demos import DemoStatistics
 from keygrip.evaluation.evaluation import Evaluation
 from keygrip.geometry.cameras import inside_image, project
-from keygrip.geometry.rotations import geodesic_angle, matrix_to_quaternion, quaternion_to_matrix
+from keygrip.geometry.rotations import columns_to_quaternion, geodesic_angle, quaternion_to_columns
 from keygrip.nn.policy_statistics import PolicyStatistics
 from keygrip.training.optimizers import AdamW
 from keygrip.training.reduction import global_mean
@@ -83,14 +83,14 @@ class CoordinateRegressionModule(LightningModule):
 
     def state(self, position: Tensor, quaternion: Tensor, gripper: Tensor) -> Tensor:
         """State features ``[..., 10]``: position, opening, two columns of the rotation matrix."""
-        columns = quaternion_to_matrix(quaternion)[..., :2].flatten(-2)
+        columns = quaternion_to_columns(quaternion).flatten(-2)
         return torch.cat([self.normalise(position), gripper[..., None] * 2 - 1, columns], dim=-1)
 
     def forward(self, batch: PolicyBatch) -> RegressionOutput:
         return self.network(batch.image, self.state(batch.start_position, batch.start_quaternion, batch.start_gripper))
 
     def losses(self, output: RegressionOutput, batch: PolicyBatch) -> dict[str, Tensor]:
-        columns = quaternion_to_matrix(batch.quaternion)[..., :2]
+        columns = quaternion_to_columns(batch.quaternion)
         per_step = {
             "position": (output.position - self.normalise(batch.position)).abs().mean(-1),
             "rotation": (output.rotation - columns).abs().mean((-2, -1)),
@@ -112,7 +112,7 @@ class CoordinateRegressionModule(LightningModule):
         size = self.network.image_size
         visible = inside_image(true_pixels, size, size) & torch.isfinite(pixels).all(-1)
         pixel_error = (pixels - true_pixels).norm(dim=-1).masked_fill(~visible, 0.0).sum() / visible.sum()
-        angle = torch.rad2deg(geodesic_angle(orthonormal_quaternion(output.rotation), batch.quaternion))
+        angle = torch.rad2deg(geodesic_angle(columns_to_quaternion(output.rotation), batch.quaternion))
         return {
             "pix_argmax": pixel_error,
             "height_m": (position[..., 2] - batch.position[..., 2]).abs().mean(),
@@ -143,14 +143,6 @@ class CoordinateRegressionModule(LightningModule):
             )
 
 
-def orthonormal_quaternion(columns: Tensor) -> Tensor:
-    """Rotations ``[..., 4]`` from two raw columns ``[..., 3, 2]`` by Gram-Schmidt (Zhou et al., 2019)."""
-    first = F.normalize(columns[..., 0], dim=-1)
-    second = F.normalize(columns[..., 1] - (first * columns[..., 1]).sum(-1, keepdim=True) * first, dim=-1)
-    third = torch.linalg.cross(first, second)
-    return matrix_to_quaternion(torch.stack([first, second, third], dim=-1))
-
-
 @dataclass
 class CoordinateRegressionPolicy:
     """Plans with a trained baseline."""
@@ -173,7 +165,7 @@ class CoordinateRegressionPolicy:
         output = module.network(image.to(module.device)[None], module.state(position, quaternion, gripper))
         return Plan(
             position=module.denormalise(output.position[0]).double().cpu().numpy(),
-            quaternion=orthonormal_quaternion(output.rotation[0]).double().cpu().numpy(),
+            quaternion=columns_to_quaternion(output.rotation[0]).double().cpu().numpy(),
             gripper=output.gripper[0].sigmoid().double().cpu().numpy(),
             step_seconds=module.statistics.step_seconds,
         )

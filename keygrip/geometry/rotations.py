@@ -6,6 +6,7 @@ Shape legend: ``...`` any batch shape. Angles are radians.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -75,6 +76,20 @@ def matrix_to_quaternion(matrix: Tensor) -> Tensor:
     best = four_squares.argmax(dim=-1)
     chosen = candidates.gather(-2, best[..., None, None].expand(*best.shape, 1, 4))[..., 0, :]
     return canonical(normalise(chosen))
+
+
+def quaternion_to_columns(quaternion: Tensor) -> Tensor:
+    """The first two columns of the rotation matrix, ``[..., 3, 2]``: a continuous representation with six numbers
+    (Zhou et al., "On the Continuity of Rotation Representations in Neural Networks", 2019)."""
+    return quaternion_to_matrix(quaternion)[..., :2]
+
+
+def columns_to_quaternion(columns: Tensor) -> Tensor:
+    """Rotations ``[..., 4]`` from two raw columns ``[..., 3, 2]`` by Gram-Schmidt: of any length, not orthogonal."""
+    first = F.normalize(columns[..., 0], dim=-1)
+    second = F.normalize(columns[..., 1] - (first * columns[..., 1]).sum(-1, keepdim=True) * first, dim=-1)
+    third = torch.linalg.cross(first, second)
+    return matrix_to_quaternion(torch.stack([first, second, third], dim=-1))
 
 
 def rotation_log(quaternion: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from keygrip.backbone import DinoBackbone
-from keygrip.coordinate_regression.module import CoordinateRegressionModule, orthonormal_quaternion
+from keygrip.coordinate_regression.module import CoordinateRegressionModule
 from keygrip.coordinate_regression.network import CoordinateRegressionNetwork
 from keygrip.data.augmentation import ImageGeometry
 from keygrip.data.batches import PolicyBatch
 from keygrip.data.robot_demos import DemoStatistics
-from keygrip.geometry.rotations import geodesic_angle, quaternion_to_matrix, rotation_exp
+from keygrip.geometry.rotations import columns_to_quaternion, geodesic_angle, quaternion_to_columns, rotation_exp
 from keygrip.training.optimizers import AdamW
 
 S, T = 32, 2
@@ -71,8 +71,8 @@ def test_positions_and_rotations_come_back(module: CoordinateRegressionModule) -
     torch.testing.assert_close(module.normalise(position), torch.tensor([[-1.0, 1, 0], [1, -1, 1]]))
     torch.testing.assert_close(module.denormalise(module.normalise(position)), position)
     quaternion = rotation_exp(torch.randn(50, 3))
-    columns = quaternion_to_matrix(quaternion)[..., :2]
-    assert geodesic_angle(orthonormal_quaternion(columns * 3.0), quaternion).max() < 1e-3
+    columns = quaternion_to_columns(quaternion)
+    assert geodesic_angle(columns_to_quaternion(columns * 3.0), quaternion).max() < 1e-3
 
 
 def test_loss_is_written_out(module: CoordinateRegressionModule) -> None:
@@ -80,7 +80,7 @@ def test_loss_is_written_out(module: CoordinateRegressionModule) -> None:
     output = module(data)
     losses = module.losses(output, data)
     position = (output.position - module.normalise(data.position)).abs().mean()
-    rotation = (output.rotation - quaternion_to_matrix(data.quaternion)[..., :2]).abs().mean()
+    rotation = (output.rotation - quaternion_to_columns(data.quaternion)).abs().mean()
     gripper = F.binary_cross_entropy_with_logits(output.gripper, data.gripper)
     torch.testing.assert_close(losses["total"], position + 0.5 * rotation + 0.5 * gripper)
 
@@ -89,7 +89,7 @@ def test_metrics_are_zero_for_the_truth(module: CoordinateRegressionModule) -> N
     data = batch()
     output = module(data)
     output.position.data.copy_(module.normalise(data.position))
-    output.rotation.data.copy_(quaternion_to_matrix(data.quaternion)[..., :2])
+    output.rotation.data.copy_(quaternion_to_columns(data.quaternion))
     output.gripper.data.copy_((data.gripper > 0.5) * 20.0 - 10.0)
     metrics = module.metrics(output, data)
     assert float(metrics["position_cm"]) < 1e-4
