@@ -5,6 +5,7 @@ Frames: world = the arm's base frame, z up, metres; camera OpenCV; quaternions w
 
 from __future__ import annotations
 
+import string
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from keygrip.sim.rendering import CameraRenderer, Lens, mujoco, world_to_camera
 from keygrip.sim.tasks import EpisodeLayout, Placed, TaskOptions, sample_layout
 from keygrip.sim.text import Sight
 
-FAILURES = ("missed", "dropped", "wrong_place", "unreachable", "timeout")
+FAILURES = ("missed", "dropped", "wrong_place", "unreachable", "timeout", "wrong_object")
 LIFTED = 0.03  # m above its rest at which the object counts as lifted
 PICK_HEIGHT = 0.07  # m above its rest at which `pick` is done
 REACH_DISTANCE = 0.015
@@ -29,6 +30,7 @@ OUT_OF_REACH = 0.01  # m left by the inverse kinematics, a centimetre or more fo
 OUT_OF_REACH_S = 0.5
 FASTEST_JOINT = 4.0  # rad/s: a wild command turns into a fast motion, not into a blow
 SETTLE_STEPS = 100
+SUNK = 0.002  # m below the table's surface at which a pedestal that is not needed ends
 
 
 @dataclass
@@ -45,6 +47,8 @@ class Progress:
     success: bool = False
     yaw_error: float | None = None  # rad, closing axis against the object, when the first grip begins
     highest: float = 0.0
+    other_lifted: bool = False  # named_place: an object that was not named was lifted
+    other_in_bowl: bool = False  # or lies in the bowl now
 
 
 class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
@@ -54,13 +58,15 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
     there one control period later; the joint targets between are interpolated.
 
     Observation: `image` [H, W, 3] uint8, `intrinsics` [3, 3] and `world_to_camera` [4, 4] of that image, `position`
-    [3], `quaternion` [4], `gripper` [] and `joints` [6] as reached (not as commanded). With several `cameras`, the
-    first is the observation and all are in `frame(name)`. Without `render_images` the three camera entries are absent
-    and no GL library is needed. A second arm would give the robot's entries a leading axis.
+    [3], `quaternion` [4], `gripper` [] and `joints` [6] as reached (not as commanded), `instruction` a sentence. With
+    several `cameras` the first is meant, and `cameras` holds the three camera entries of each by name. Without
+    `render_images` what cameras see is absent and no GL library is needed. A second arm would give the robot's entries
+    a leading axis.
 
     `terminated` is success. `truncated` is the time limit, or the object gone off the table. `info`: `success`,
     `failure_reason` (None before the end; one of FAILURES), `commanded_position`, `commanded_quaternion`,
-    `commanded_gripper`, `yaw_error_rad` (None before the first grip), `instruction`, `seed`.
+    `commanded_gripper`, `yaw_error_rad` (None before the first grip), `instruction`, `seed`, `object_colour` and
+    `object_height_m` (of what the object stands on at the start, above the table).
 
     Args:
         task: what to do and what may vary.
@@ -99,10 +105,16 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
         entries: dict[str, spaces.Space[Any]] = {
             key: spaces.Box(-np.inf, np.inf, shape, np.float64) for key, shape in shapes.items()
         }
+        entries["instruction"] = spaces.Text(max_length=100, charset=string.ascii_lowercase + " ,")
         if render_images:
-            entries["image"] = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-            entries["intrinsics"] = spaces.Box(-np.inf, np.inf, (3, 3), np.float64)
-            entries["world_to_camera"] = spaces.Box(-np.inf, np.inf, (4, 4), np.float64)
+            view: dict[str, spaces.Space[Any]] = {
+                "image": spaces.Box(0, 255, (image_size, image_size, 3), np.uint8),
+                "intrinsics": spaces.Box(-np.inf, np.inf, (3, 3), np.float64),
+                "world_to_camera": spaces.Box(-np.inf, np.inf, (4, 4), np.float64),
+            }
+            entries |= view
+            if len(self.cameras) > 1:
+                entries["cameras"] = spaces.Dict({camera: spaces.Dict(view) for camera in self.cameras})
         self.observation_space = spaces.Dict(entries)
         low, high = np.array([-1.0] * 7 + [0.0]), np.array([1.0] * 8)
         self.action_space = spaces.Box(low, high, dtype=np.float64)
@@ -121,6 +133,8 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
         self._object = model.body("object").id
         self._finger_bodies = [model.body(n).id for n in scene.FINGERS]
         self._goal_body = model.body("goal").id if self.task.name != "pick" else -1
+        others = self.task.distractors if self.task.name == "named_place" else 0
+        self._others = [model.body(f"distractor{i}").id for i in range(others)]
 
     def _place(self, body: str, position: np.ndarray, yaw: float) -> None:
         model, data = self.model, self.data
@@ -161,6 +175,11 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
             self._take_shape(thing)
             self._place(thing.name, thing.position + [0, 0, 0.001], thing.yaw)
             self._paint(thing.name, self.task.palette[thing.colour], thing.digit)
+            if self.task.pedestal_m:
+                # what shows of a pedestal is its top; as the table in colour, it has no edge but its shading
+                sunk = thing.pedestal - self.task.pedestal_m / 2 - (0.0 if thing.pedestal else SUNK)
+                self._place(f"{thing.name}_pedestal", np.array([*thing.position[:2], sunk]), thing.yaw)
+                self._paint(f"{thing.name}_pedestal", look.table_rgb)
         if self._goal_body >= 0:
             self._place("goal", layout.goal, layout.goal_yaw)
             self._paint("goal", self.task.palette[layout.goal_colour])
@@ -170,7 +189,8 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
             self._place("post", np.array([layout.goal[0], layout.goal[1], layout.goal[2] / 2]), 0.0)
             self._paint("post", (0.25, 0.25, 0.27))
         for name in scene.CAMERA_ORBITS:
-            turn = (layout.camera.azimuth_deg, layout.camera.elevation_deg) if name == self.task.camera else (0.0, 0.0)
+            pose = layout.camera if name == self.task.camera else layout.other_cameras.get(name)
+            turn = (pose.azimuth_deg, pose.elevation_deg) if pose is not None else (0.0, 0.0)
             camera = model.camera(name).id
             model.cam_pos[camera], model.cam_quat[camera] = scene.camera_pose(name, *turn)
         table, floor = model.geom("table").id, model.geom("floor").id
@@ -206,6 +226,7 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
         self.commanded_joints = self.layout.start_joints.copy()
         self.commanded_gripper = 1.0
         self._rest_height = float(self.object_position[2])
+        self._other_rests = [float(self.data.xpos[body][2]) for body in self._others]
         return self.observation(), self._info()
 
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
@@ -285,13 +306,21 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
             "quaternion": quaternion,
             "gripper": np.array(self.gripper_opening),
             "joints": self.joints,
+            "instruction": self.layout.instruction if self.layout is not None else "",
         }
         if self.render_images:
-            camera = self.cameras[0]
-            seen["image"] = self.frame(camera)
-            seen["intrinsics"] = self.lenses[camera].intrinsics.copy()
-            seen["world_to_camera"] = self.world_to_camera(camera)
+            views = {camera: self._view(camera) for camera in self.cameras}
+            seen |= views[self.cameras[0]]
+            if len(views) > 1:
+                seen["cameras"] = views
         return seen
+
+    def _view(self, camera: str) -> dict[str, np.ndarray]:
+        return {
+            "image": self.frame(camera),
+            "intrinsics": self.lenses[camera].intrinsics.copy(),
+            "world_to_camera": self.world_to_camera(camera),
+        }
 
     @property
     def tool_pose(self) -> tuple[np.ndarray, np.ndarray]:
@@ -369,8 +398,23 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
         progress.lost = bool(position[2] < -0.05)
         progress.out_of_reach_s = progress.out_of_reach_s + period if position_error > OUT_OF_REACH else 0.0
         progress.unreachable = progress.unreachable or progress.out_of_reach_s >= OUT_OF_REACH_S - 1e-9
+        self._judge_others()
         progress.steady_s = progress.steady_s + period if self._goal_met(held, raised, touching, speed) else 0.0
         progress.success = progress.steady_s >= STEADY_S - 1e-9
+
+    def _judge_others(self) -> None:
+        """Whether an object that was not named is being moved in place of the one that was."""
+        self.progress.other_in_bowl = False
+        for body, rest in zip(self._others, self._other_rests, strict=True):
+            touching = self._touching(body)
+            gripped = all(finger in touching for finger in self._finger_bodies)
+            self.progress.other_lifted |= gripped and float(self.data.xpos[body][2]) - rest > LIFTED
+            self.progress.other_in_bowl |= self._goal_body in touching and self._in_bowl(self.data.xpos[body])
+
+    def _in_bowl(self, position: np.ndarray) -> bool:
+        assert self.layout is not None
+        inside = np.hypot(*(position[:2] - self.layout.goal[:2])) < tasks.BOWL_RADIUS
+        return bool(inside and position[2] < tasks.BOWL_HEIGHT + self.task.half_extents[2])
 
     def _goal_met(self, held: bool, raised: float, touching: set[int], speed: float) -> bool:
         assert self.layout is not None
@@ -381,9 +425,8 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
         released = self.commanded_gripper >= 0.5 and not touching.intersection(self._finger_bodies)
         rests = released and speed < STILL_SPEED and touching == {self._goal_body}
         position = self.object_position
-        if self.task.name == "pick_place":
-            inside = np.hypot(*(position[:2] - self.layout.goal[:2])) < tasks.BOWL_RADIUS
-            return bool(rests and inside and position[2] < tasks.BOWL_HEIGHT + self.task.half_extents[2])
+        if self.task.name in tasks.IN_BOWL:
+            return rests and self._in_bowl(position) and not self.progress.other_in_bowl
         top = self.data.xpos[self._goal_body][2] + tasks.BLOCK_SIZE / 2 + self.task.half_extents[2]
         return bool(rests and abs(position[2] - top) < 0.008)
 
@@ -395,6 +438,8 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
             return None
         if self.task.name == "reach":
             return "unreachable" if progress.unreachable else "missed"
+        if progress.other_in_bowl or (progress.other_lifted and not progress.lifted):
+            return "wrong_object"
         if progress.lifted and progress.held:
             return "timeout"
         if progress.lifted:
@@ -413,4 +458,6 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
             "yaw_error_rad": self.progress.yaw_error,
             "instruction": self.layout.instruction,
             "seed": self.seed,
+            "object_colour": self.layout.object.colour,
+            "object_height_m": self.layout.object.pedestal,
         }

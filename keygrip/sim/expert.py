@@ -18,6 +18,8 @@ from keygrip.sim.tasks import EpisodeLayout, TaskOptions
 
 OPEN, CLOSED = 1.0, 0.0
 LOWEST_TOOL = 0.008  # m: finger tips never press on the table
+CLEARANCE = 0.015  # m between the finger tips and what they travel over: the arm trails by a centimetre
+PICKED = 0.08  # m above its grasp at which a picked object is held
 CLOSING_S = 0.6  # the fingers need 0.4 s from fully open to a firm grip
 OPENING_S = 0.5
 
@@ -39,8 +41,17 @@ def nearest_turn(yaw: float, period: float, reference: float) -> float:
 
 
 def grasp_height(options: TaskOptions) -> float:
-    """Height of the tool when the fingers close: the tips well below the middle of the object, above the table."""
+    """Height of the tool above what the object stands on when the fingers close: the tips well below the object's
+    middle, above the table."""
     return max(LOWEST_TOOL, 0.7 * float(options.half_extents[2]))
+
+
+def _clear_height(layout: EpisodeLayout, options: TaskOptions) -> float:
+    """Height at which the finger tips travel above everything that stands on a pedestal; 0 without pedestals, where
+    every travelling height of the expert is above everything."""
+    if not options.pedestal_m:
+        return 0.0
+    return max(thing.pedestal for thing in layout.placed) + options.object_size_m + CLEARANCE
 
 
 def _approach(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Generator, pace: float) -> list[Waypoint]:
@@ -50,14 +61,16 @@ def _approach(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Genera
     yaw = nearest_turn(layout.object.yaw, options.yaw_period, bearing + rng.normal(0, 0.1))
     yaw += float(rng.normal(0, 0.04))
     x, y = float(x + rng.normal(0, 0.0025)), float(y + rng.normal(0, 0.0025))
-    low, path = grasp_height(options), []
+    low, path = grasp_height(options) + layout.object.pedestal, []
+    least = _clear_height(layout, options)
     if rng.random() < 0.6:  # comes in beside the object, then corrects
         aside = rng.normal(0, 0.02, 2)
-        above = (float(x + aside[0]), float(y + aside[1]), float(rng.uniform(0.075, 0.13)))
+        above = (float(x + aside[0]), float(y + aside[1]), max(least, float(rng.uniform(0.075, 0.13))))
         path.append(Waypoint(above, yaw + float(rng.normal(0, 0.3)), OPEN, float(rng.uniform(0.9, 1.5)) * pace))
-        path.append(Waypoint((x, y, float(rng.uniform(0.065, 0.10))), yaw, OPEN, 0.5 * pace))
+        path.append(Waypoint((x, y, max(least, float(rng.uniform(0.065, 0.10)))), yaw, OPEN, 0.5 * pace))
     else:
-        path.append(Waypoint((x, y, float(rng.uniform(0.08, 0.12))), yaw, OPEN, float(rng.uniform(1.2, 1.6)) * pace))
+        above = (x, y, max(least, float(rng.uniform(0.08, 0.12))))
+        path.append(Waypoint(above, yaw, OPEN, float(rng.uniform(1.2, 1.6)) * pace))
     path.append(Waypoint((x, y, low), yaw, OPEN, 0.8 * pace))
     path.append(Waypoint((x, y, low), yaw, CLOSED, CLOSING_S))
     return path
@@ -66,7 +79,8 @@ def _approach(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Genera
 def _carry(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Generator, grip: Waypoint) -> list[Waypoint]:
     """From the closed grip to above the goal, down, open, up."""
     pace = float(rng.uniform(0.85, 1.2))
-    x, y, low = grip.position
+    x, y, _ = grip.position
+    low = grasp_height(options)
     goal_x, goal_y = float(layout.goal[0]), float(layout.goal[1])
     bearing = float(np.arctan2(goal_y, goal_x))
     if options.name == "stack":
@@ -78,6 +92,8 @@ def _carry(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Generator
         yaw = bearing + float(rng.normal(0, 0.15))
     goal_x, goal_y = goal_x + float(rng.normal(0, scatter)), goal_y + float(rng.normal(0, scatter))
     high = float(rng.uniform(0.105, 0.13))
+    if options.pedestal_m:
+        high = max(high, _clear_height(layout, options) + low)  # the object hangs below the finger tips
     across = np.array([goal_y - y, x - goal_x]) / max(np.hypot(goal_x - x, goal_y - y), 1e-6)
     middle = np.array([(x + goal_x) / 2, (y + goal_y) / 2]) + across * rng.normal(0, 0.015)
     reach = float(np.hypot(*middle))
@@ -114,6 +130,8 @@ def waypoints(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Genera
     if options.name == "pick":
         x, y, _ = path[-1].position
         high = float(rng.uniform(0.125, 0.14))
+        if options.pedestal_m:
+            high = max(high, path[-1].position[2] + PICKED)
         path += [Waypoint((x, y, high), path[-1].yaw, CLOSED, 0.9 * pace)]
         path += [Waypoint((x, y, high), path[-1].yaw, CLOSED, 0.4)]
         return path

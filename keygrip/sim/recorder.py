@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,8 @@ def _check_settings(root: Path, settings: RecordSettings) -> None:
     if stored is None:
         _write_settings(root, settings, ())
         return
+    # an older recording lacks options that came later: it was made as if they stood at their defaults
+    stored["task"] = {option.name: option.default for option in fields(TaskOptions)} | stored["task"]
     if stored == now:
         return
     flat_old, flat_new = {**stored, **stored["task"]}, {**now, **now["task"]}
@@ -244,6 +246,7 @@ def _plain(thing: Placed) -> dict[str, Any]:
         "digit": thing.digit,
         "position_m": [float(v) for v in thing.position],
         "yaw_rad": thing.yaw,
+        "pedestal_m": thing.pedestal,
     }
 
 

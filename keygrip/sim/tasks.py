@@ -6,18 +6,28 @@ that moving the camera or recolouring the table leaves the objects of a seed whe
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from keygrip.sim.inverse_kinematics import pointing_down, solve
 
-TASKS = ("reach", "pick", "pick_place", "stack")
+TASKS = ("reach", "pick", "pick_place", "stack", "named_place")
 OBJECTS = ("cube", "bar")
 REGIONS = ("all", "left", "right", "near", "far")
 CAMERAS = ("over", "front", "wrist")
+OUTER_CAMERAS = ("over", "front")  # those that stand beside the table
 SHAPES = ("cube", "ball", "cylinder")
+IN_BOWL = ("pick_place", "named_place")  # tasks whose object goes into the bowl
+PHRASES = (  # of named_place
+    "put {thing} into the bowl",
+    "place {thing} in the bowl",
+    "pick up {thing} and drop it into the bowl",
+    "move {thing} to the bowl",
+    "the bowl should hold {thing}",
+    "take {thing}, then let go of it over the bowl",
+)
 
 # Where the tool can point straight down with 13 cm of air below it, m (base frame: x forward, y left).
 WORKSPACE_X = (0.20, 0.40)
@@ -31,6 +41,7 @@ HOME = np.array([0.0, 1.0, 1.0, -0.6, 0.0, 0.0])  # rad: tool 25 cm above the ta
 BOWL_RADIUS, BOWL_HEIGHT = 0.068, 0.044
 BLOCK_SIZE = 0.05  # m, the base of a stack
 TABLE_MATERIALS = 4  # plain, wood, checks, speckle: see scene.py
+PEDESTAL_LEAST = 0.003  # m: what is lower stands on the table
 TOOL_CLEARANCE = 0.115  # m between centres: an open gripper (12 cm across) beside the next object
 
 COLOURS: dict[str, tuple[float, float, float]] = {
@@ -94,6 +105,9 @@ class TaskOptions:
     equal_luminance: bool = False
     varied_shapes: bool = False  # distractors may be balls and cylinders
     digits: bool = False  # cubes carry a printed digit on every face
+    pedestal_m: float = 0.0  # each object stands on a pedestal of random height up to this
+    phrasings: int = 1  # named_place: an instruction is worded in one of so many ways
+    jitter_every_camera: bool = False  # camera_jitter_deg moves each outer camera by itself, not only the task's own
 
     def __post_init__(self) -> None:
         for key, known in (("name", TASKS), ("object", OBJECTS), ("region", REGIONS), ("camera", CAMERAS)):
@@ -106,8 +120,10 @@ class TaskOptions:
             "camera_elevation_deg": (-35, 35),
             "camera_jitter_deg": (0, 40),
             "camera_views": (0, 4096),
+            "pedestal_m": (0.0, 0.06),
+            "phrasings": (1, len(PHRASES)),
         }
-        for key in ("distractors", "camera_views"):
+        for key in ("distractors", "camera_views", "phrasings"):
             if not isinstance(getattr(self, key), int):
                 raise ValueError(f"task option {key} is a whole number, got {getattr(self, key)!r}")
         for key, (low, high) in ranges.items():
@@ -120,11 +136,24 @@ class TaskOptions:
             raise ValueError(
                 "task options camera_azimuth_deg, _elevation_deg and _jitter_deg cannot move the wrist camera"
             )
+        if self.jitter_every_camera and not self.camera_jitter_deg:
+            raise ValueError("task option jitter_every_camera has no effect without camera_jitter_deg > 0")
+        if self.pedestal_m and self.name not in ("pick", *IN_BOWL):
+            raise ValueError(f"task option pedestal_m is for pick, pick_place and named_place, not for {self.name!r}")
+        if self.pedestal_m and self.varied_shapes:
+            raise ValueError("task option pedestal_m cannot be combined with varied_shapes: balls roll off")
+        if self.phrasings > 1 and self.name != "named_place":
+            raise ValueError(f"task option phrasings has no effect in {self.name!r}; it is for named_place")
+        if self.name == "named_place" and (not self.distractors or self.varied_shapes or self.object != "cube"):
+            raise ValueError(
+                "task 'named_place' names one of several cubes by its colour: it needs distractors > 0, object='cube' "
+                "and varied_shapes=False"
+            )
         if self.varied_shapes and not self.distractors:
             raise ValueError("task option varied_shapes has no effect without distractors > 0")
         if self.digits and self.object == "bar":
             raise ValueError("task option digits prints on cubes only; it cannot be combined with object='bar'")
-        if self.object == "bar" and self.name == "pick_place" and self.object_size_m > 0.042:
+        if self.object == "bar" and self.name in IN_BOWL and self.object_size_m > 0.042:
             raise ValueError(
                 f"a bar of object_size_m={self.object_size_m} does not fit into the bowl; use 0.042 or less"
             )
@@ -149,7 +178,7 @@ class TaskOptions:
     @property
     def time_limit_s(self) -> float:
         """Seconds after which an episode is cut, about twice what the expert needs."""
-        return {"reach": 8.0, "pick": 12.0, "pick_place": 20.0, "stack": 20.0}[self.name]
+        return {"reach": 8.0, "pick": 12.0, "pick_place": 20.0, "stack": 20.0, "named_place": 20.0}[self.name]
 
     @property
     def yaw_period(self) -> float:
@@ -172,6 +201,7 @@ class Placed:
     position: np.ndarray  # [3] m, centre
     yaw: float
     digit: int | None = None
+    pedestal: float = 0.0  # m, height of what it stands on
 
 
 @dataclass(frozen=True)
@@ -207,6 +237,7 @@ class EpisodeLayout:
     camera: CameraPose
     appearance: Appearance
     instruction: str
+    other_cameras: dict[str, CameraPose] = field(default_factory=dict)  # turns of outer cameras beside the task's own
 
     @property
     def placed(self) -> tuple[Placed, ...]:
@@ -275,24 +306,26 @@ def _appearance(rng: np.random.Generator, options: TaskOptions) -> Appearance:
     return Appearance(table, table_rgb, floor_rgb, ambient, diffuse, direction)
 
 
-def _camera(options: TaskOptions, seed: int) -> CameraPose:
-    azimuth, elevation = options.camera_azimuth_deg, options.camera_elevation_deg
+def _camera(options: TaskOptions, seed: int, which: str = "") -> CameraPose:
+    """How the task's camera is turned; with `which`, another one, which jitters by itself."""
+    azimuth, elevation = (0.0, 0.0) if which else (options.camera_azimuth_deg, options.camera_elevation_deg)
     if options.camera_jitter_deg:
         # With a fixed set of views, the view's own number seeds its pose, so view 7 is the same in every run.
         view = int(stream(seed, "view").integers(0, options.camera_views)) if options.camera_views else None
-        rng = stream(seed, "camera") if view is None else stream(view, "fixed view")
+        rng = stream(seed, "camera" + which) if view is None else stream(view, "fixed view" + which)
         angle, radius = rng.uniform(0, 2 * np.pi), options.camera_jitter_deg * np.sqrt(rng.uniform())
         azimuth, elevation = azimuth + radius * np.cos(angle), elevation + radius * np.sin(angle)
     return CameraPose(float(azimuth), float(elevation))
 
 
-def _instruction(options: TaskOptions, colour: str, goal_colour: str) -> str:
+def _instruction(options: TaskOptions, colour: str, goal_colour: str, phrase: int = 0) -> str:
     thing = f"the {colour} {options.object}"
     return {
         "reach": f"touch the {goal_colour} ball",
         "pick": f"pick up {thing}",
         "pick_place": f"put {thing} into the {goal_colour} bowl",
         "stack": f"stack {thing} on the {goal_colour} block",
+        "named_place": PHRASES[phrase].format(thing=thing),
     }[options.name]
 
 
@@ -302,6 +335,84 @@ def sample_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
     Raises:
         ValueError: no arrangement without overlap was found (too many distractors for the region).
     """
+    layout = _named_layout(options, seed) if options.name == "named_place" else _plain_layout(options, seed)
+    layout = _on_pedestals(layout, options, seed)
+    if not options.jitter_every_camera:
+        return layout
+    others = {name: _camera(options, seed, name) for name in OUTER_CAMERAS if name != options.camera}
+    return replace(layout, other_cameras=others)
+
+
+def _on_pedestals(layout: EpisodeLayout, options: TaskOptions, seed: int) -> EpisodeLayout:
+    """The layout with each loose object raised by a height of its own."""
+    if not options.pedestal_m:
+        return layout
+    heights = stream(seed, "pedestals").uniform(0, options.pedestal_m, len(layout.placed))
+    heights[heights < PEDESTAL_LEAST] = 0.0
+    raised = [
+        replace(thing, position=thing.position + [0, 0, height], pedestal=float(height))
+        for thing, height in zip(layout.placed, heights, strict=True)
+    ]
+    return replace(layout, object=raised[0], distractors=tuple(raised[1:]))
+
+
+def _named_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
+    """Cubes that differ in nothing but colour, place and height; which of them is named is drawn apart.
+
+    Placed by the rules of `_plain_layout` the object would give itself away: it keeps farther from the others than they
+    keep from one another.
+    """
+    rng = stream(seed, "objects")
+    count = options.distractors + 1
+    for _ in range(400):
+        bowl = _free_spot(rng, "all", [], 0.0)
+        assert bowl is not None
+        taken = [(bowl, BOWL_RADIUS - 0.03)]
+        spots: list[np.ndarray] = []
+        while len(spots) < count:
+            region = options.region if not spots else "all"
+            spot = _free_spot(rng, region, taken, TOOL_CLEARANCE)
+            if spot is None:
+                break
+            spots.append(spot)
+            taken.append((spot, 0.0))
+        if len(spots) == count:
+            break
+    else:
+        raise ValueError(f"no room on the table for {count} cubes with region={options.region!r}: ask for fewer")
+    if options.region == "all":  # else the first spot is the one in the region
+        spots = [spots[i] for i in rng.permutation(count)]
+    turns, printed = rng.uniform(-np.pi, np.pi, count), rng.permutation(10)
+    names = list(options.palette)
+    if options.randomise_colours:
+        names = [names[i] for i in rng.permutation(len(names))]
+    goal_colour, shuffled = names[-1], [names[i] for i in rng.permutation(count)]
+    cubes = [
+        Placed(
+            name="object" if i == 0 else f"distractor{i - 1}",
+            shape="cube",
+            colour=colour,
+            position=np.array([*spots[i], options.object_size_m / 2]),
+            yaw=float(turns[i]),
+            digit=int(printed[i]) if options.digits else None,
+        )
+        for i, colour in enumerate(shuffled)
+    ]
+    phrase = int(stream(seed, "phrase").integers(options.phrasings))
+    return EpisodeLayout(
+        object=cubes[0],
+        goal=np.array([*bowl, 0.0]),
+        goal_colour=goal_colour,
+        goal_yaw=float(rng.uniform(-np.pi / 4, np.pi / 4)),
+        distractors=tuple(cubes[1:]),
+        start_joints=_start_joints(stream(seed, "start"), options.random_start),
+        camera=_camera(options, seed),
+        appearance=_appearance(stream(seed, "appearance"), options),
+        instruction=_instruction(options, cubes[0].colour, goal_colour, phrase),
+    )
+
+
+def _plain_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
     rng = stream(seed, "objects")
     half = options.half_extents
     reach_of_object = float(np.hypot(half[0], half[1]))
@@ -312,7 +423,7 @@ def sample_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
         if spot is None:
             continue
         taken.append((spot, max(0.0, reach_of_object - 0.028)))  # 0.028: the reach of the 4 cm cube, in TOOL_CLEARANCE
-        goal_radius = BOWL_RADIUS if options.name == "pick_place" else 0.03
+        goal_radius = BOWL_RADIUS if options.name in IN_BOWL else 0.03
         goal_yaw = float(rng.uniform(-np.pi / 4, np.pi / 4))
         goal_height = float(rng.uniform(0.04, 0.13))
         goal_spot = _free_spot(rng, "all", taken, TOOL_CLEARANCE + goal_radius - 0.03)

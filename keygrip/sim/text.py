@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.sim.tasks import EpisodeLayout, TaskOptions, stream
+from keygrip.sim.tasks import IN_BOWL, EpisodeLayout, TaskOptions, stream
 
 LIFTED = 0.03  # m
 SIDE_MARGIN = 0.06  # of the picture's width: nearer than this, left and right are a matter of taste
@@ -108,7 +108,7 @@ def _thing(trace: EpisodeTrace) -> str:
 
 
 def _goal_word(trace: EpisodeTrace) -> str | None:
-    return {"pick_place": "bowl", "stack": "block", "reach": "ball"}.get(trace.task.name)
+    return {"pick_place": "bowl", "named_place": "bowl", "stack": "block", "reach": "ball"}.get(trace.task.name)
 
 
 def _goal(trace: EpisodeTrace) -> str:
@@ -145,7 +145,7 @@ def _place_at_end(trace: EpisodeTrace) -> str | None:
     """Where the moved object is in the last frame, in words."""
     if trace.held[-1] and trace.object_positions[-1][2] > trace.object_positions[0][2] + LIFTED:
         return "in the gripper"
-    if trace.success and trace.task.name == "pick_place":
+    if trace.success and trace.task.name in IN_BOWL:
         return f"in {_goal(trace)}"
     if trace.success and trace.task.name == "stack":
         return f"on {_goal(trace)}"
@@ -159,10 +159,12 @@ def _captions(trace: EpisodeTrace, rng: np.random.Generator) -> list[dict[str, A
     events, thing, name = events_of(trace), _thing(trace), trace.task.name
     end = trace.moment(events.end)
     arm = _choose(rng, ["a robot arm", "the arm", "a gripper"])
+    into_bowl = f"{arm} picks up {thing}, carries it to {_goal(trace)} and drops it in"
     story = {
         "reach": f"{arm} reaches out and touches {_goal(trace)}",
         "pick": f"{arm} grips {thing} and lifts it off the table",
-        "pick_place": f"{arm} picks up {thing}, carries it to {_goal(trace)} and drops it in",
+        "pick_place": into_bowl,
+        "named_place": into_bowl,
         "stack": f"{arm} picks up {thing} and sets it down on top of {_goal(trace)}",
     }[name]
     sentences = [_sentence(story)]
