@@ -18,7 +18,7 @@ def test_features_have_the_stated_shapes_on_any_grid(small, images, variant):
     backbone = small(variant)
     patch = backbone.patch_size
     features = backbone(images(4 * patch, 7 * patch))
-    prefix = 1 if variant in ("dinov2_vits14", "dinov2_vitb14") else 5
+    prefix = 1 + VARIANTS[variant].registers
     assert backbone.num_prefix_tokens == prefix
     assert features.grid == (4, 7)
     assert features.cls.shape == (2, 64)
