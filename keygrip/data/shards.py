@@ -491,12 +491,6 @@ class ShardSet:
         """Key and shard of a sample, for messages."""
         return f"{self.key(sample)} of {self.root}/{self.shards[self.locate(sample)[0]]['name']}"
 
-    def part_names(self, sample: int) -> list[str]:
-        """What parts a sample has, from the index alone."""
-        shard, row = self.locate(sample)
-        index = self._indices[shard]
-        return [str(name) for name in index.part_names[int(index.first_part[row]) : int(index.first_part[row + 1])]]
-
     def read(self, sample: int, names: Collection[str] | None = None) -> Parts:
         """All parts of a sample, or those named that it has.
 

@@ -1,0 +1,84 @@
+"""Aspect buckets, and the crop of a picture that its latent and its DINO view share.
+
+A crop is a box (left, top, right, bottom) in pixels of the source picture, with fractions: the latent's picture and the
+view are both resized from that very box, so that they show the same rectangle whatever their sizes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+BUCKET_NAME = re.compile(r"^bucket_(\d+)x(\d+)$")
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """A size that pictures are brought to, pixels."""
+
+    width: int
+    height: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"bucket_{self.width}x{self.height}"
+
+    @classmethod
+    def from_name(cls, name: str) -> Bucket:
+        """Raises ValueError: not a bucket's name."""
+        found = BUCKET_NAME.match(name)
+        if found is None:
+            raise ValueError(f"{name!r} does not name a bucket: bucket_<width>x<height>, in pixels")
+        return cls(int(found[1]), int(found[2]))
+
+
+def aspect_buckets(size: int, step: int, max_aspect: float) -> list[Bucket]:
+    """Sizes of about `size` x `size` pixels in all, whose sides divide by `step`, up to `max_aspect` : 1 both ways.
+
+    For every width the height that comes nearest to that area; the square is always among them.
+
+    Raises:
+        ValueError: sizes that do not divide, or an aspect below 1.
+    """
+    if step < 1 or size < step or size % step:
+        raise ValueError(f"size={size} must be a multiple of step={step}")
+    if max_aspect < 1:
+        raise ValueError(f"max_aspect={max_aspect:g} must be at least 1")
+    found = {Bucket(size, size)}
+    for width in range(size, int(size * math.sqrt(max_aspect)) + step, step):
+        height = max(step, round(size * size / width / step) * step)
+        if width / height <= max_aspect + 1e-9:
+            found |= {Bucket(width, height), Bucket(height, width)}
+    return sorted(found)
+
+
+def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
+    """The bucket of the likest shape."""
+    return min(buckets, key=lambda b: (abs(math.log(width / height) - math.log(b.width / b.height)), b))
+
+
+def shared_crop(width: int, height: int, bucket: Bucket) -> Box:
+    """The largest box of the bucket's shape in the middle of a picture."""
+    scale = min(width / bucket.width, height / bucket.height)
+    wide, high = bucket.width * scale, bucket.height * scale
+    left, top = (width - wide) / 2, (height - high) / 2
+    return left, top, left + wide, top + high
+
+
+def cut_out(picture: Image, box: Box, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [height, width, 3]: what the box shows, at `size` (width, height)."""
+    from PIL import Image
+
+    if picture.mode != "RGB":
+        picture = picture.convert("RGB")
+    return np.asarray(picture.resize(size, Image.Resampling.LANCZOS, box=box))
