@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Range:
-    """Where a figure is healthy, and what it means when it is not."""
-
-    low: float
-    high: float
-    meaning: str
-
+from keygrip.training.health import Range, RangeChecks
 
 RANGES = {
     "attention_entropy": Range(
@@ -46,41 +34,11 @@ RANGES = {
 }
 
 
-class Health:
-    """Says once for each figure that it has left its healthy range, again only after it has come back.
-
-    Args:
-        ranges: by name; see `RANGES`.
-        from_step: before it nothing is said: a new network has learned nothing yet.
-    """
+class Health(RangeChecks):
+    """The checks of `RANGES`; see `RangeChecks`."""
 
     def __init__(self, ranges: Mapping[str, Range] = RANGES, from_step: int = 0) -> None:
-        self.ranges, self.from_step = dict(ranges), from_step
-        self.ill: set[str] = set()
-
-    def check(self, figures: Mapping[str, float], step: int) -> list[str]:
-        """Warnings for figures that are outside of their range since this step; also logged."""
-        said: list[str] = []
-        if step < self.from_step:
-            return said
-        for name, value in figures.items():
-            known = self.ranges.get(name)
-            if known is None:
-                continue
-            if known.low <= value <= known.high:
-                self.ill.discard(name)
-            elif name not in self.ill:
-                self.ill.add(name)
-                line = f"step {step}: health/{name} is {value:.3g}, healthy is {_words(known)}: {known.meaning}"
-                log.warning("%s", line)
-                said.append(line)
-        return said
-
-
-def _words(known: Range) -> str:
-    if math.isinf(known.high):
-        return f"above {known.low:g}"
-    return f"{known.low:g} to {known.high:g}" if known.low else f"below {known.high:g}"
+        super().__init__(ranges, from_step)
 
 
 def relative_entropy(attention: Tensor) -> Tensor:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from keygrip.training.sharding import local
+
+log = logging.getLogger(__name__)
 
 
 class StopOnNonFinite(Callback):
@@ -61,3 +67,49 @@ class RandomnessByStep(Callback):
         index = trainer.fit_loop.epoch_loop.total_batch_idx
         mixed = (self.seed * 1_000_003 + index) * 65_537 + trainer.global_rank
         torch.manual_seed(mixed % (1 << 63))
+
+
+@dataclass(frozen=True)
+class Range:
+    """Where a figure is healthy, and what it means when it is not."""
+
+    low: float
+    high: float
+    meaning: str
+
+
+class RangeChecks:
+    """Says once for each figure that it has left its healthy range, again only after it has come back.
+
+    Args:
+        ranges: by the figure's name.
+        from_step: before it nothing is said: a new network has learned nothing yet.
+    """
+
+    def __init__(self, ranges: Mapping[str, Range], from_step: int = 0) -> None:
+        self.ranges, self.from_step = dict(ranges), from_step
+        self.ill: set[str] = set()
+
+    def check(self, figures: Mapping[str, float], step: int) -> list[str]:
+        """Warnings for figures that are outside of their range since this step; also logged."""
+        said: list[str] = []
+        if step < self.from_step:
+            return said
+        for name, value in figures.items():
+            known = self.ranges.get(name)
+            if known is None:
+                continue
+            if known.low <= value <= known.high:
+                self.ill.discard(name)
+            elif name not in self.ill:
+                self.ill.add(name)
+                line = f"step {step}: health/{name} is {value:.3g}, healthy is {_words(known)}: {known.meaning}"
+                log.warning("%s", line)
+                said.append(line)
+        return said
+
+
+def _words(known: Range) -> str:
+    if math.isinf(known.high):
+        return f"above {known.low:g}"
+    return f"{known.low:g} to {known.high:g}" if known.low else f"below {known.high:g}"
