@@ -8,7 +8,7 @@ Shape legend: A arms, T planned steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,7 +18,25 @@ from scipy.spatial.transform import Rotation, Slerp
 Observation = Mapping[str, Any]
 """What the environment (or a robot's driver) gives: ``image`` [H, W, 3] uint8, ``intrinsics`` [3, 3],
 ``world_to_camera`` [4, 4], ``position`` [A, 3] metres, ``quaternion`` [A, 4] wxyz, ``gripper`` [A] 0 closed .. 1 open;
-with one arm the A axis may be left out."""
+with one arm the A axis may be left out. For policies that read them, ``instruction`` is a sentence, and ``cameras``
+holds ``image``, ``intrinsics`` and ``world_to_camera`` of several cameras by name."""
+
+
+def views_of(observation: Observation, cameras: Sequence[str]) -> list[Mapping[str, Any]]:
+    """What the named cameras see, in this order: each with `image`, `intrinsics` and `world_to_camera`.
+
+    Raises:
+        ValueError: a camera is missing.
+    """
+    seen = observation.get("cameras")
+    if seen is None and len(cameras) == 1:
+        return [observation]
+    absent = [name for name in cameras if name not in (seen or {})]
+    if absent:
+        there = f"it has {', '.join(seen)}" if seen else "it has one unnamed picture"
+        raise ValueError(f"the observation lacks camera {absent[0]!r}, which the policy was trained with; {there}")
+    assert seen is not None
+    return [seen[name] for name in cameras]
 
 
 @dataclass(frozen=True)
@@ -40,7 +58,11 @@ class Plan:
 
 
 class Policy(Protocol):
-    """Anything that plans from one observation."""
+    """Anything that plans from one observation.
+
+    A policy that draws by chance also has `reset(seed)`, called at the start of an episode, so that what it draws
+    depends on the episode and not on those before it.
+    """
 
     def plan(self, observation: Observation) -> Plan: ...
 

@@ -51,6 +51,9 @@ class EvaluateClosedLoop(Callback):
                 100 * summary["success_low"],
                 100 * summary["success_high"],
             )
+            for kinds in (summary.get("by_colour", {}), summary.get("by_height", {})):
+                for kind, rates in kinds.items():
+                    log.info("  %s: %d of %d", kind, rates["successes"], rates["episodes"])
         show_in_tensorboard(trainer, figures, results, output)
 
 
@@ -75,6 +78,9 @@ def show_in_tensorboard(
             continue
         for name, summary in figures.items():
             writer.add_scalar(f"closed_loop/{name}/success_rate", summary["success_rate"], trainer.global_step)
+            for kind, rates in (summary.get("by_colour", {}) | summary.get("by_height", {})).items():
+                tag = f"closed_loop/{name}/success_rate_by_kind/{kind.replace(' ', '_')}"
+                writer.add_scalar(tag, rates["success_rate"], trainer.global_step)
         for result in results:
             for episode in result.episodes:
                 if episode.video is not None:

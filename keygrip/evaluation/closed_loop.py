@@ -32,6 +32,7 @@ Options = TypeVar("Options", bound=Any)  # a dataclass
 HELD_OUT_SEED = 1_000_000
 # Seeds for choosing settings.
 TUNING_SEED = 500_000
+HEIGHT_STEP_CM = 2  # of the breakdown by height
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,11 @@ class EpisodeResult:
     """One episode.
 
     Attributes:
-        failure: None on success, else missed, dropped, wrong_place, unreachable, timeout, or policy_error (the policy
-            could not plan).
+        failure: None on success, else missed, dropped, wrong_place, wrong_object, unreachable, timeout, or policy_error
+            (the policy could not plan).
         seconds: simulated time. plans: how often it planned. plan_ms: median time of a plan.
         yaw_error_deg: of the first grip, where there was one. video: file name, where one was made.
+        instruction: what was asked for. colour: of the object to move. height_cm: of what it stood on.
     """
 
     seed: int
@@ -54,6 +56,9 @@ class EpisodeResult:
     yaw_error_deg: float | None
     video: str | None
     detail: str | None = None
+    instruction: str = ""
+    colour: str = ""
+    height_cm: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -65,21 +70,44 @@ class ConditionResult:
     episodes: list[EpisodeResult] = field(repr=False)
 
     def summary(self) -> dict[str, Any]:
-        """Figures of the condition: success rate with its 95 % Wilson interval, failure counts, times."""
-        won = sum(episode.success for episode in self.episodes)
-        low, high = wilson_interval(won, len(self.episodes))
+        """Figures of the condition: success rate with its 95 % Wilson interval, failure counts, times.
+
+        Where the object's colour or height varies, `by_colour` and `by_height` hold the rates of its kinds.
+        """
         yaw = [episode.yaw_error_deg for episode in self.episodes if episode.yaw_error_deg is not None]
-        return {
-            "success_rate": won / len(self.episodes),
-            "success_low": low,
-            "success_high": high,
-            "episodes": len(self.episodes),
-            "successes": won,
+        kinds: dict[str, Any] = {}
+        if len({episode.colour for episode in self.episodes}) > 1:
+            kinds["by_colour"] = _by_kind(self.episodes, lambda episode: episode.colour)
+        if len({episode.height_cm for episode in self.episodes}) > 1:
+            kinds["by_height"] = _by_kind(self.episodes, lambda episode: _height_range(episode.height_cm))
+        return _rates(self.episodes) | {
             "failures": dict(Counter(episode.failure for episode in self.episodes if episode.failure)),
             "episode_s_median": float(np.median([episode.seconds for episode in self.episodes])),
             "plan_ms_median": float(np.median([episode.plan_ms for episode in self.episodes])),
             "grip_yaw_error_deg_median": float(np.median(yaw)) if yaw else None,
+            **kinds,
         }
+
+
+def _rates(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
+    """Success rate with its 95 % Wilson interval, and the counts behind it."""
+    won = sum(episode.success for episode in episodes)
+    low, high = wilson_interval(won, len(episodes))
+    rates = {"success_rate": won / len(episodes), "success_low": low, "success_high": high}
+    return rates | {"episodes": len(episodes), "successes": won}
+
+
+def _by_kind(episodes: Sequence[EpisodeResult], kind: Callable[[EpisodeResult], str]) -> dict[str, dict[str, Any]]:
+    """The rates of each kind of episode, by its name."""
+    groups: dict[str, list[EpisodeResult]] = {}
+    for episode in episodes:
+        groups.setdefault(kind(episode), []).append(episode)
+    return {name: _rates(groups[name]) for name in sorted(groups)}
+
+
+def _height_range(height_cm: float) -> str:
+    low = int(height_cm // HEIGHT_STEP_CM) * HEIGHT_STEP_CM
+    return f"{low}-{low + HEIGHT_STEP_CM} cm"
 
 
 @dataclass(frozen=True)
@@ -93,6 +121,7 @@ class ClosedLoop:
         episodes: a condition (shared out over its grid).
         first_seed: episodes use first_seed, first_seed + 1, ...
         image_size: side of the rendered picture, as recorded. hz: control periods a second.
+        cameras: what the policy sees, the main one first; None: the task's own camera.
         control: the controller with its settings, still without policy and rate (a partial call in the configs).
         processes: None takes one for each core.
         videos: episodes filmed for each condition.
@@ -109,6 +138,7 @@ class ClosedLoop:
     processes: int | None = None
     videos: int = 2
     decoder: str | None = None
+    cameras: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.episodes < 1:
@@ -250,7 +280,8 @@ class _Worker:
             if self._environment is not None:
                 self._environment[1].close()
             task = changed(self.settings.task, overrides)
-            self._environment = (key, YamCell(task, self.settings.image_size, self.settings.hz))
+            cameras = None if self.settings.cameras is None else tuple(self.settings.cameras)
+            self._environment = (key, YamCell(task, self.settings.image_size, self.settings.hz, cameras))
         return self._environment[1]
 
     def episode(self, job: _Job) -> EpisodeResult:
@@ -262,6 +293,8 @@ class _Worker:
             from keygrip.evaluation.film import Film
 
             film = Film(job.video, fps=self.settings.hz)
+        if hasattr(self.policy, "reset"):
+            self.policy.reset(job.seed)
         observation, info = environment.reset(seed=job.seed)
         steps, over, failure, detail = 0, False, None, None
         while not over:
@@ -291,6 +324,9 @@ class _Worker:
             yaw_error_deg=None if yaw is None else float(np.rad2deg(yaw)),
             video=None if job.video is None else job.video.name,
             detail=detail,
+            instruction=info["instruction"],
+            colour=info["object_colour"],
+            height_cm=round(100 * info["object_height_m"], 2),
         )
 
 

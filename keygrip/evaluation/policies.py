@@ -81,6 +81,7 @@ def closed_loop(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
         first_seed=cfg.first_seed,
         image_size=record.image_size,
         hz=record.hz,
+        cameras=plain(evaluated.config.data.get("cameras")),
         control=_control(plain(cfg.control) or {}),
         processes=cfg.processes,
         videos=cfg.videos,

@@ -38,6 +38,10 @@ class VolumeQueryPolicy:
         self._geometry = self.module.statistics.geometry
         self._generator = torch.Generator(device=self.module.device).manual_seed(self.seed)
 
+    def reset(self, seed: int) -> None:
+        """Starts an episode: what the "sample" decoder draws is from here on a function of the seeds."""
+        self._generator.manual_seed(self.seed + seed)
+
     @torch.inference_mode()
     def plan(self, observation: Observation) -> Plan:
         """Poses of the next T steps.
