@@ -61,13 +61,17 @@ class AdamW:
         Raises:
             ValueError: nothing to train, a multiplier that fits no parameter, or a cosine without an end.
         """
+        self.check_end(total_steps)
+        optimizer = torch.optim.AdamW(self.parameter_groups(module), lr=self.lr, betas=(self.betas[0], self.betas[1]))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule(self, total_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def check_end(self, total_steps: int | float) -> None:
+        """Raises ValueError: the schedule needs an end and the run has none."""
         if self.schedule == "cosine" and not math.isfinite(total_steps):
             raise ValueError(
                 "optimizer.schedule=cosine needs an end: give max_steps or max_epochs, or schedule=constant"
             )
-        optimizer = torch.optim.AdamW(self.parameter_groups(module), lr=self.lr, betas=(self.betas[0], self.betas[1]))
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _Schedule(self, total_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def parameter_groups(self, module: nn.Module) -> list[dict[str, Any]]:
         """Groups for torch: ``params, lr, weight_decay, name``; every trainable parameter is in exactly one."""
@@ -99,7 +103,7 @@ class AdamW:
         ]
 
 
-class _Schedule:
+class Schedule:
     """Share of the peak learning rate at a step."""
 
     def __init__(self, recipe: AdamW, total_steps: int | float) -> None:

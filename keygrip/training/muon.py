@@ -1,0 +1,112 @@
+"""Muon for the matrices of hidden layers, AdamW for everything else: one optimiser, one schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from keygrip.training.optimizers import AdamW, Schedule
+
+MATRICES, REST = "matrices", "rest"
+
+
+@dataclass(frozen=True)
+class MuonAndAdamW(AdamW):
+    """Muon on the weight matrices of the named parts, AdamW on all other parameters.
+
+    Muon replaces a matrix's averaged gradient by the nearest orthogonal matrix. Its steps are scaled to the size of
+    AdamW's (``adjust_lr_fn="match_rms_adamw"`` of torch's own), so that one learning rate and one weight decay hold
+    for both.
+
+    Args:
+        matrices_of: prefixes of the parts whose matrices are Muon's: hidden layers, not embeddings and outputs.
+        momentum: of Muon. matrix_lr_multiplier: of ``lr``, for Muon's parameters.
+
+    Papers: Jordan et al., "Muon: An Optimizer for Hidden Layers in Neural Networks" (2024); Liu et al., "Muon is
+    Scalable for LLM Training" (2025) for the scale.
+    """
+
+    matrices_of: tuple[str, ...] = ("blocks",)
+    momentum: float = 0.95
+    matrix_lr_multiplier: float = 1.0
+
+    def configure(self, module: nn.Module, total_steps: int | float) -> dict[str, Any]:
+        """As `AdamW.configure`.
+
+        Raises:
+            ValueError: none of the named parts has a matrix, or the parameters are sharded: orthogonalising needs whole
+                matrices.
+        """
+        self.check_end(total_steps)
+        if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+            raise ValueError("Muon needs whole matrices and strategy=fsdp divides them: use strategy=ddp, or AdamW.")
+        groups = [group for each in self.parameter_groups(module) for group in self._split(each, self._hidden(module))]
+        if not any(group["kind"] == MATRICES for group in groups):
+            raise ValueError(
+                f"optimizer.matrices_of={list(self.matrices_of)}: no trainable matrix belongs to these parts."
+            )
+        optimizer = MuonWithAdamW(groups, self.lr, self.momentum, (self.betas[0], self.betas[1]))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule(self, total_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _hidden(self, module: nn.Module) -> set[int]:
+        """Identities of Muon's parameters."""
+
+        def named(name: str) -> bool:
+            return any(name.startswith(f"{part}.") or f".{part}." in name for part in self.matrices_of)
+
+        return {id(p) for name, p in module.named_parameters() if p.ndim == 2 and named(name)}
+
+    def _split(self, group: dict[str, Any], hidden: set[int]) -> list[dict[str, Any]]:
+        parts = []
+        for kind in (MATRICES, REST):
+            parameters = [p for p in group["params"] if (id(p) in hidden) == (kind == MATRICES)]
+            if parameters:
+                lr = group["lr"] * (self.matrix_lr_multiplier if kind == MATRICES else 1.0)
+                parts.append({**group, "params": parameters, "kind": kind, "lr": lr})
+        return parts
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """torch's Muon and AdamW over groups of one optimiser, so that schedules, checkpoints and clipping see only one.
+
+    Args:
+        groups: of parameters, each with ``kind`` "matrices" or "rest", ``lr`` and ``weight_decay``.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], lr: float, momentum: float, betas: tuple[float, float], eps: float = 1e-8
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
+        # Each adds its own options to the very groups of this one, where schedules and checkpoints find them.
+        own = {kind: [group for group in self.param_groups if group["kind"] == kind] for kind in (MATRICES, REST)}
+        self._parts: dict[str, torch.optim.Optimizer] = {}
+        if own[MATRICES]:
+            self._parts[MATRICES] = torch.optim.Muon(
+                own[MATRICES], lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw"
+            )
+        if own[REST]:
+            self._parts[REST] = torch.optim.AdamW(own[REST], lr=lr, betas=betas, eps=eps)
+        self._share()
+
+    def _share(self) -> None:
+        """Loading a state puts new dictionaries in the place of the groups and of the state."""
+        for kind, part in self._parts.items():
+            part.param_groups = [group for group in self.param_groups if group["kind"] == kind]
+            part.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._share()
+        for part in self._parts.values():
+            part.step()
+        return loss

@@ -1,0 +1,106 @@
+"""Muon with AdamW: who gets which, what a step does, and that its state is saved and loaded."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+from keygrip.training.muon import MuonAndAdamW, MuonWithAdamW
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    layers = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 12))
+    return nn.Sequential(OrderedDict(first=nn.Linear(4, 6), blocks=layers, last=nn.Linear(12, 2)))
+
+
+def trained(module: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        x = torch.randn(8, 4, generator=generator)
+        optimizer.zero_grad()
+        (module(x) - 1).pow(2).mean().backward()
+        optimizer.step()
+
+
+def optimizer_of(module: nn.Module, **options: object) -> MuonWithAdamW:
+    recipe = MuonAndAdamW(lr=1e-2, weight_decay=0.1, schedule="constant", **options)  # type: ignore[arg-type]
+    optimizer = recipe.configure(module, 100)["optimizer"]
+    assert isinstance(optimizer, MuonWithAdamW)
+    return optimizer
+
+
+def test_hidden_matrices_are_muons_and_the_rest_adamws() -> None:
+    module = network()
+    optimizer = optimizer_of(module)
+    names = {id(p): name for name, p in module.named_parameters()}
+    by_kind: dict[str, set[str]] = {"matrices": set(), "rest": set()}
+    for group in optimizer.param_groups:
+        by_kind[group["kind"]] |= {names[id(p)] for p in group["params"]}
+    assert by_kind["matrices"] == {"blocks.0.weight", "blocks.2.weight"}
+    assert by_kind["rest"] == set(names.values()) - by_kind["matrices"]
+
+
+def test_a_step_of_muon_is_orthogonal_and_of_adamws_size() -> None:
+    module = network()
+    before = copy.deepcopy(module.state_dict())
+    recipe = MuonAndAdamW(lr=1e-2, schedule="constant")
+    trained(module, recipe.configure(module, 100)["optimizer"], 1)
+    change = module.state_dict()["blocks.0.weight"] - before["blocks.0.weight"]
+    values = torch.linalg.svdvals(change)
+    # The layer norm takes one direction out of the gradient. The others end near one size, where a gradient's own lie
+    # orders of magnitude apart.
+    assert values[0] / values[-2] < 2
+    assert change.pow(2).mean().sqrt() == pytest.approx(0.2 * 1e-2, rel=0.3)
+
+
+def test_the_rest_steps_as_with_adamw_alone() -> None:
+    module, other = network(), network()
+    trained(module, optimizer_of(module), 1)
+    plain = torch.optim.AdamW(other.parameters(), lr=1e-2, weight_decay=0.0)
+    trained(other, plain, 1)
+    torch.testing.assert_close(module.state_dict()["first.bias"], other.state_dict()["first.bias"])
+    assert not torch.allclose(module.state_dict()["blocks.0.weight"], other.state_dict()["blocks.0.weight"])
+
+
+def test_state_is_saved_and_loaded() -> None:
+    whole, part = network(), network()
+    optimizer = optimizer_of(whole)
+    trained(whole, optimizer, 3)
+    first = optimizer_of(part)
+    trained(part, first, 2, seed=1)
+    saved = copy.deepcopy((part.state_dict(), first.state_dict()))
+    resumed = network(seed=5)
+    resumed.load_state_dict(saved[0])
+    again = optimizer_of(resumed)
+    again.load_state_dict(saved[1])
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        x = torch.randn(8, 4, generator=generator)
+    again.zero_grad()
+    (resumed(x) - 1).pow(2).mean().backward()
+    again.step()
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, msg=name)
+
+
+def test_the_schedule_reaches_both() -> None:
+    module = network()
+    configured = MuonAndAdamW(lr=1e-2, schedule="constant", warmup_steps=4, matrix_lr_multiplier=2.0).configure(
+        module, 100
+    )
+    rates = {group["kind"]: group["lr"] for group in configured["optimizer"].param_groups}
+    assert rates == pytest.approx({"matrices": 2e-2 / 4, "rest": 1e-2 / 4})
+    trained(module, configured["optimizer"], 1)
+    configured["lr_scheduler"]["scheduler"].step()
+    rates = {group["kind"]: group["lr"] for group in configured["optimizer"].param_groups}
+    assert rates == pytest.approx({"matrices": 2e-2 / 2, "rest": 1e-2 / 2})
+
+
+def test_nothing_for_muon_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no trainable matrix"):
+        optimizer_of(network(), matrices_of=("layers",))
