@@ -53,6 +53,8 @@ class TrainSchema(EntrySchema):
     rotation: Any = None
     language: Any = None
     encoders: Any = None
+    vlm: Any = None
+    geometry: Any = None
     strategy: Any = MISSING
     optimizer: Any = MISSING
     callbacks: Any = None

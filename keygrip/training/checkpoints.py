@@ -24,7 +24,8 @@ from keygrip.training.run_folder import CHECKPOINT
 log = logging.getLogger(__name__)
 
 HEADER = "keygrip"
-PRETRAINED = ("keygrip.backbone", "keygrip.foveated_vlm.language")  # parts that may load weights of their own
+# Parts that may load weights of their own, and keep them in the checkpoint.
+PRETRAINED = ("keygrip.backbone", "keygrip.foveated_vlm.language", "keygrip.geometry_vla.encoders")
 FORMAT = 1
 
 

@@ -1,0 +1,142 @@
+"""Features of a frozen encoder, kept on disk by the content of the pictures that they are of.
+
+A file a feature, named by a hash of the encoder and the pictures' bytes. Any number of processes may share the folder:
+files appear whole, what another process removes is computed again, and the size is counted under a lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+KEPT_SHARE = 0.9  # of the limit, after files were removed: not at every new one
+LARGEST_HALF = 6e4  # beyond it a float16 is infinite
+
+
+class FeatureCache:
+    """A folder of features with a size limit; those that were not asked for the longest go first.
+
+    Args:
+        folder: made where missing. limit_gb: of all files together.
+
+    Raises:
+        ValueError: a limit that keeps nothing.
+    """
+
+    def __init__(self, folder: str | Path, limit_gb: float) -> None:
+        if limit_gb <= 0:
+            raise ValueError(f"geometry.cache.limit_gb={limit_gb}: give a size, or geometry.cache=null for no cache.")
+        self.folder, self.limit = Path(folder), int(limit_gb * 1e9)
+
+    def features(self, images: Tensor, maker: str, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """Features of pictures: those that are kept, and the others computed and kept.
+
+        Args:
+            images: uint8 ``[B, ...]``. maker: which encoder, with which weights and settings.
+            compute: features ``[b, ...]`` of some of the pictures ``[b, ...]``.
+
+        Returns:
+            ``[B, ...]`` float32 on the device of the pictures. They went through float16 (float32 where they do not fit
+            in), also when they have just been computed: the same pictures always give the same features.
+        """
+        if images.dtype != torch.uint8:
+            raise ValueError(
+                f"Features are kept by the bytes of their pictures, which must be uint8, not {images.dtype}."
+            )
+        keys = [_key(row, maker) for row in images.cpu()]
+        found = [self._read(key) for key in keys]
+        missing = [row for row, feature in enumerate(found) if feature is None]
+        if missing:
+            made = compute(images[missing]).detach().cpu()
+            for row, feature in zip(missing, made, strict=True):
+                small = feature.float()
+                small = small.half() if bool((small.abs() < LARGEST_HALF).all()) else small
+                self._write(keys[row], small)
+                found[row] = small
+        return torch.stack([feature.float() for feature in found if feature is not None]).to(images.device)
+
+    def size(self) -> int:
+        """Bytes in use, by the count that all processes share."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return int((self.folder / ".size").read_text())
+        return 0
+
+    # ------------------------------------------------------------------ files
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def _read(self, key: str) -> Tensor | None:
+        path = self._path(key)
+        try:
+            feature = load_file(path)["feature"]
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, OSError, KeyError) as error:
+            log.warning("%s cannot be read (%s): computed again", path, error)
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(path)  # what is used stays
+        return feature
+
+    def _write(self, key: str, feature: Tensor) -> None:
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            save_file({"feature": feature.contiguous()}, temporary)
+            with self._locked():
+                before = path.stat().st_size if path.exists() else 0
+                temporary.replace(path)
+                size = self.size() + path.stat().st_size - before
+                self._count(self._shrunk() if size > self.limit else size)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise OSError(
+                f"the cache of geometry features cannot be written ({error}): give geometry.cache.folder a disk with "
+                "room, or set geometry.cache=null"
+            ) from error
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with (self.folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _count(self, size: int) -> None:
+        temporary = self.folder / f".size.{os.getpid()}"
+        temporary.write_text(str(size))
+        temporary.replace(self.folder / ".size")
+
+    def _shrunk(self) -> int:
+        """Removes the files that were not used the longest until the rest fits; returns its size."""
+        files = []
+        for path in self.folder.glob("*/*.safetensors"):
+            with contextlib.suppress(FileNotFoundError):
+                state = path.stat()
+                files.append((state.st_mtime_ns, state.st_size, path))
+        size = sum(each for _, each, _ in files)
+        for _, each, path in sorted(files):
+            if size <= KEPT_SHARE * self.limit:
+                break
+            path.unlink(missing_ok=True)
+            size -= each
+        return size
+
+
+def _key(row: Tensor, maker: str) -> str:
+    digest = hashlib.sha256(f"{maker}:{tuple(row.shape)}:".encode())
+    digest.update(row.contiguous().numpy().tobytes())
+    return digest.hexdigest()

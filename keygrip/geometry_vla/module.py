@@ -1,0 +1,206 @@
+"""Training of the geometry-injected policy: flow matching on action chunks, and depth for the geometry encoder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from keygrip.data.batches import MultiViewPolicyBatch
+from keygrip.evaluation.evaluation import Evaluation
+from keygrip.foveated_vlm.language import ChatTokenizer
+from keygrip.geometry.rotations import geodesic_angle
+from keygrip.geometry_vla.action_head import AttentionRecord
+from keygrip.geometry_vla.actions import PoseActions
+from keygrip.geometry_vla.network import GeometryVLA, Scene
+from keygrip.nn.flow_matching import SOLVERS, LevelSampler, Solver, interpolate, seeded_noise, velocity
+from keygrip.nn.policy_statistics import PolicyStatistics
+from keygrip.training.optimizers import AdamW
+from keygrip.training.reduction import global_mean
+
+if TYPE_CHECKING:
+    from keygrip.data.robot_demos import DemoStatistics
+    from keygrip.geometry_vla.control import GeometryVLAPolicy
+
+STATE = "geometry_vla"
+HEADLINE = ("loss", "action", "position_cm", "rotation_deg", "gripper_acc", "point_cm", "depth_cm", "geometry_share")
+SEED_STRIDE = 1_000_003  # more frames than any demonstration has
+
+
+class GeometryVLAModule(LightningModule):
+    """Squared error of the velocity over the steps that are no padding, plus the geometry encoder's own losses.
+
+    Args:
+        network: the plain network. actions: what an action is, and its statistics.
+        optimizer: the recipe. levels: draws noise levels.
+        draws: of noise for each sample, all read from one pass of the encoders.
+        steps, solver: of the sampler, in validation and in control.
+    """
+
+    batch_type = MultiViewPolicyBatch
+
+    headline_metrics = (
+        *(f"{split}/{name}" for split in ("train", "val") for name in HEADLINE),
+        *(f"parameters/{part}_m" for part in ("all", "head", "compressor")),
+    )
+
+    def __init__(
+        self,
+        network: GeometryVLA,
+        actions: PoseActions,
+        optimizer: AdamW,
+        levels: LevelSampler,
+        draws: int = 4,
+        steps: int = 4,
+        solver: Solver = "euler",
+    ) -> None:
+        super().__init__()
+        if draws < 1 or steps < 1:
+            raise ValueError(f"model.draws and model.steps are at least 1, got {draws} and {steps}.")
+        if solver not in SOLVERS:
+            raise ValueError(f"model.solver is one of {', '.join(SOLVERS)}, not {solver!r}.")
+        if network.head.action_size != actions.size:
+            raise ValueError(
+                f"The head writes {network.head.action_size} numbers a step and {len(actions.arms)} arms have "
+                f"{actions.size}: set data.arms, which both read."
+            )
+        self.network = network
+        self.actions = actions
+        self.statistics = PolicyStatistics()
+        self.optimizer_recipe = optimizer
+        self.levels = levels
+        self.draws, self.steps, self.solver = draws, steps, solver
+        self.views: tuple[str, ...] = ()
+
+    # -- set-up -------------------------------------------------------------------------------------------------------
+
+    def set_statistics(self, statistics: DemoStatistics) -> dict[str, float]:
+        """Take over ranges, cameras and action statistics of the training split, and prepare the tokenizer on its
+        instructions."""
+        if statistics.chunks is None or not statistics.cameras:
+            raise ValueError(
+                "The data module's statistics hold no action chunks or cameras, which this model normalises by: use "
+                "keygrip.data.robot_demos.RobotDemos with data.cameras."
+            )
+        self.statistics.take(statistics, self.network.head.horizon)
+        self.actions.take(statistics.chunks)
+        self.views = tuple(statistics.cameras)
+        self.network.vlm.prepare(statistics.cache_dir, statistics.chunks.instruction)
+        return {"instructions": len(set(statistics.chunks.instruction)), "views": len(self.views)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        tokenizer = self.network.vlm.tokenizer
+        if tokenizer is None:
+            raise ValueError("The model has no tokenizer yet: it is saved once it is being trained.")
+        checkpoint[STATE] = {"tokenizer": tokenizer.state(), "views": list(self.views)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if STATE not in checkpoint:
+            raise ValueError("the checkpoint has no tokenizer and cameras: it was not written by this model")
+        self.network.vlm.set_tokenizer(ChatTokenizer.from_state(checkpoint[STATE]["tokenizer"]))
+        self.views = tuple(checkpoint[STATE]["views"])
+
+    def policy(self) -> GeometryVLAPolicy:
+        """The module as something that plans from observations."""
+        from keygrip.geometry_vla.control import GeometryVLAPolicy  # it is built on this module
+
+        return GeometryVLAPolicy(self)
+
+    def evaluation(self) -> Evaluation:
+        """What `keygrip.evaluate` measures."""
+        from keygrip.evaluation.policies import POLICY_EVALUATION
+
+        return POLICY_EVALUATION
+
+    def on_train_start(self) -> None:
+        """Sizes, for the tables of sweeps."""
+        parts = {"all": self.network, "head": self.network.head, "compressor": self.network.compressor}
+        for name, part in parts.items():
+            count = 0 if part is None else sum(parameter.numel() for parameter in part.parameters())
+            self.log(f"parameters/{name}_m", count / 1e6)
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer_recipe.configure(self.network, int(self.trainer.estimated_stepping_batches))
+
+    def sharded_parts(self) -> list[nn.Module]:
+        """Blocks that are used through their `forward` alone."""
+        return self.network.sharded_parts()
+
+    # -- forward and loss ---------------------------------------------------------------------------------------------
+
+    def forward(self, batch: MultiViewPolicyBatch) -> Scene:
+        """One pass of the encoders over a batch."""
+        return self.network.encode(batch.images, batch.instruction, batch.view_intrinsics, batch.view_world_to_camera)
+
+    def state(self, batch: MultiViewPolicyBatch) -> Tensor:
+        return self.actions.state(batch.start_position, batch.start_quaternion, batch.start_gripper)
+
+    def losses(self, scene: Scene, batch: MultiViewPolicyBatch) -> dict[str, Tensor]:
+        """`action` (flow matching), those of the geometry encoder, and their `total`; also figures without gradient."""
+        clean = self.actions.encode(batch).repeat_interleave(self.draws, dim=0)  # [B R, T, Da]
+        noise = torch.randn_like(clean)
+        level = self.levels(len(clean), clean.device)
+        found = self.network.velocity(scene, interpolate(clean, noise, level), level, self.state(batch))
+        mask = self.actions.mask(batch).repeat_interleave(self.draws, dim=0)
+        squared = (found - velocity(clean, noise)).square().masked_fill(~mask, 0.0)
+        losses = {"action": global_mean(squared.sum(), mask.sum())}
+        total = losses["action"]
+        geometry = self.network.geometry
+        if geometry is not None and geometry.learns_depth:
+            if batch.depth is None:
+                raise ValueError(
+                    "geometry=dino_multiview learns from depth and the batches hold none: set data.depth=true, or "
+                    "geometry.point_weight=0 geometry.depth_weight=0 to train it on the actions alone."
+                )
+            assert scene.geometry is not None
+            extra = geometry.losses(scene.geometry, batch.depth, batch.view_intrinsics, batch.view_world_to_camera)
+            total = total + extra["points"] + extra["depth"]
+            losses |= extra
+        return losses | {"total": total}
+
+    def sample(self, scene: Scene, batch: MultiViewPolicyBatch) -> Tensor:
+        """Actions ``[B, T, Da]``, each from noise that is a function of its demonstration and frame."""
+        seeds = (batch.demo_index * SEED_STRIDE + batch.frame_index).tolist()
+        noise = seeded_noise(seeds, (self.network.head.horizon, self.actions.size), self.device)
+        return self.network.sample(scene, noise, self.state(batch), self.steps, self.solver)
+
+    @torch.no_grad()
+    def metrics(self, scene: Scene, batch: MultiViewPolicyBatch) -> dict[str, Tensor]:
+        """Errors of sampled actions over the steps that are no padding, and where the head looks."""
+        sampled = self.sample(scene, batch)
+        position, quaternion, gripper = self.actions.decode(sampled, batch.start_position, batch.start_quaternion)
+        valid = ~batch.repeated
+        values = {
+            "position_cm": (position - batch.position).norm(dim=-1) * 100,
+            "height_m": (position - batch.position)[..., 2].abs(),
+            "rotation_deg": torch.rad2deg(geodesic_angle(quaternion, batch.quaternion)),
+            "gripper_acc": ((gripper > 0.5) == (batch.gripper > 0.5)).float(),
+        }
+        found = {name: value.masked_fill(~valid, 0.0).sum() / valid.sum() for name, value in values.items()}
+        if scene.groups[1]:
+            record = AttentionRecord(scene.groups)
+            level = torch.full((len(sampled),), 0.5, device=self.device)
+            self.network.velocity(scene, sampled, level, self.state(batch), record)
+            found["geometry_share"] = torch.stack([share[:, 1].mean() for share in record.shares]).mean()
+        return found
+
+    def training_step(self, batch: MultiViewPolicyBatch, batch_idx: int) -> Tensor:
+        losses = self.losses(self(batch), batch)
+        self._log("train", losses, len(batch))
+        return losses["total"]
+
+    def validation_step(self, batch: MultiViewPolicyBatch, batch_idx: int) -> None:
+        scene = self(batch)
+        self._log("val", self.losses(scene, batch) | self.metrics(scene, batch), len(batch))
+
+    def _log(self, split: str, values: dict[str, Tensor], batch_size: int) -> None:
+        for name, value in values.items():
+            self.log(
+                f"{split}/{'loss' if name == 'total' else name}",
+                value.detach(),
+                prog_bar=name in ("total", "position_cm"),
+                batch_size=batch_size,
+                sync_dist=split == "val",
+            )

@@ -1,0 +1,163 @@
+"""The whole policy: pictures and an instruction in, the velocity of an action chunk out.
+
+    pictures, instruction -> vision-language model -> hidden states of its last N layers ---------+
+    pictures -> geometry encoder -> G tokens -> compressor -> K tokens ---------------------------+-> N contexts
+    state, noisy actions -> action head, block i reads context i -> velocity
+
+The geometry goes past the language model, straight into the action head's cross-attention.
+
+Shape legend: B samples, V views, S side of a picture, L tokens of a prompt, K geometry tokens, R draws, T steps, Da
+numbers of an action step, H width of language model and head.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from keygrip.geometry_vla.action_head import ActionHead, AttentionRecord, BlockContext
+from keygrip.geometry_vla.actions import SIZE
+from keygrip.geometry_vla.compression import GeometryCompressor, build_geom_compressor
+from keygrip.geometry_vla.encoders import QwenVL
+from keygrip.geometry_vla.geometry import GeometryEncoder, GeometryFeatures
+from keygrip.nn.flow_matching import Solver, integrate, noise_levels
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What the encoders made of a batch: computed once for all draws of noise and all steps of a sampler.
+
+    Attributes:
+        contexts: of the head's blocks. groups: tokens of the prompt, and of geometry, in each of them.
+        geometry: what the geometry encoder gave, None without injection.
+    """
+
+    contexts: list[BlockContext]
+    groups: tuple[int, int]
+    geometry: GeometryFeatures | None
+
+
+class GeometryVLA(nn.Module):
+    """Vision-language model, geometry encoder, compressor and action head.
+
+    Args:
+        vlm: gives hidden states; its width is the head's. geometry: gives geometry tokens.
+        arms: which arms, in the order of the batch's arm axis. horizon: T.
+        blocks: N, of the head; as many of the vision-language model's last layers are read.
+        geom_inject_to_dit: false leaves the geometry encoder out: the policy on the vision-language model alone.
+        geom_dit_tokens: K. geom_compression_type: pool, per_layer or qformer. geom_qformer_heads: of the last.
+        future_tokens, head_size, expansion, self_attention_every: see `ActionHead`.
+        context_norm: scale each context token to unit variance: layers of a pretrained language model differ by orders
+            of magnitude, among each other and from geometry tokens.
+
+    Raises:
+        ValueError: sizes that do not fit, or injection without a geometry encoder.
+    """
+
+    def __init__(
+        self,
+        vlm: QwenVL,
+        geometry: GeometryEncoder | None,
+        arms: Sequence[str],
+        horizon: int,
+        blocks: int,
+        geom_inject_to_dit: bool = True,
+        geom_dit_tokens: int = 16,
+        geom_compression_type: str = "pool",
+        geom_qformer_heads: int = 8,
+        future_tokens: int = 32,
+        head_size: int = 64,
+        expansion: int = 4,
+        self_attention_every: int = 1,
+        context_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        if geom_inject_to_dit and geometry is None:
+            raise ValueError(
+                "model.network.geom_inject_to_dit=true needs a geometry encoder: choose geometry=dino_multiview or "
+                "geometry=mapanything, or set it to false."
+            )
+        if blocks > vlm.layers:
+            raise ValueError(
+                f"model.network.blocks={blocks}, but the vision-language model has {vlm.layers} layers: each block "
+                "reads one of them."
+            )
+        self.vlm = vlm
+        self.context_norm = context_norm
+        self.geometry: GeometryEncoder | None = None
+        self.compressor: GeometryCompressor | None = None
+        if geom_inject_to_dit and geometry is not None:
+            self.geometry = geometry
+            self.compressor = build_geom_compressor(
+                geom_compression_type, geometry.dim, vlm.width, blocks, geom_dit_tokens, geom_qformer_heads
+            )
+        elif geometry is not None:
+            log.info("geom_inject_to_dit=false: no geometry encoder; the actions depend on the vision-language model")
+        self.head = ActionHead(
+            vlm.width,
+            blocks,
+            len(arms) * SIZE,
+            len(arms) * SIZE,
+            horizon,
+            future_tokens,
+            head_size,
+            expansion,
+            self_attention_every,
+        )
+
+    def encode(self, images: Tensor, instructions: Sequence[str], intrinsics: Tensor, world_to_camera: Tensor) -> Scene:
+        """One pass of the encoders.
+
+        Args:
+            images: uint8 ``[B, V, 3, S, S]``. instructions: B sentences.
+            intrinsics: ``[B, V, 3, 3]``. world_to_camera: ``[B, V, 4, 4]``.
+        """
+        blocks = len(self.head.blocks)
+        semantics = self.vlm(images, instructions, blocks)
+        features, few = None, None
+        if self.geometry is not None and self.compressor is not None:
+            features = self.geometry(images, intrinsics, world_to_camera)
+        # From here on in float32: what the head reads and the head itself.
+        with torch.autocast(images.device.type, enabled=False):
+            if features is not None and self.compressor is not None:
+                few = [self._normed(tokens) for tokens in self.compressor(features.tokens.float())]
+            mask, contexts = semantics.mask, []
+            if few is not None:
+                mask = F.pad(mask, (0, few[0].shape[1]), value=True)
+            for index, hidden in enumerate(semantics.layers):
+                words = self._normed(hidden.float())
+                tokens = words if few is None else torch.cat([words, few[index]], dim=1)
+                contexts.append(BlockContext(tokens, mask))
+        return Scene(contexts, (semantics.mask.shape[1], 0 if few is None else few[0].shape[1]), features)
+
+    def _normed(self, tokens: Tensor) -> Tensor:
+        return F.layer_norm(tokens, tokens.shape[-1:]) if self.context_norm else tokens
+
+    def velocity(
+        self, scene: Scene, actions: Tensor, level: Tensor, state: Tensor, record: AttentionRecord | None = None
+    ) -> Tensor:
+        """The velocity ``[B R, T, Da]`` of noisy actions of that shape at noise levels ``[B R]``; state ``[B, Ds]``."""
+        return self.head(actions, level, state, scene.contexts, record)
+
+    @torch.no_grad()
+    def sample(self, scene: Scene, noise: Tensor, state: Tensor, steps: int = 4, solver: Solver = "euler") -> Tensor:
+        """Actions ``[B, T, Da]`` from noise of that shape; keys and values of the scene are computed in the first step
+        and kept."""
+        call = partial(self._at, scene, state)
+        return integrate(call, noise, noise_levels(steps), solver)
+
+    def _at(self, scene: Scene, state: Tensor, x: Tensor, level: float) -> Tensor:
+        return self.velocity(scene, x, torch.full((len(x),), level, device=x.device), state)
+
+    def sharded_parts(self) -> list[nn.Module]:
+        """Blocks that are used through their `forward` alone."""
+        geometry = [] if self.geometry is None else self.geometry.sharded_parts()
+        return [*self.vlm.sharded_parts(), *geometry, *self.head.blocks, *self.head.mixers]
