@@ -8,7 +8,7 @@ width of the network, M = L + 1 + P context tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,13 +55,24 @@ class Conditions:
 
     def repeated(self, times: int) -> Conditions:
         """All samples ``times`` times, one whole batch after the other."""
+        return self._map(lambda tensor: tensor.repeat(times, *[1] * (tensor.ndim - 1)))
 
-        def repeat(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.repeat(times, *[1] * (tensor.ndim - 1))
+    def first(self, count: int) -> Conditions:
+        """The first samples."""
+        return self._map(lambda tensor: tensor[:count])
 
-        return Conditions(
-            repeat(self.text), repeat(self.text_mask), repeat(self.cls), repeat(self.patches), self.patch_grid
-        )
+    def with_dino_of(self, index: Tensor) -> Conditions:
+        """Each sample's own text with the DINO features of another: ``index`` ``[B]`` says whose."""
+        other = self._map(lambda tensor: tensor[index.to(tensor.device)])
+        return replace(self, cls=other.cls, patches=other.patches)
+
+    def to(self, device: torch.device | str) -> Conditions:
+        """On a device."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Conditions:
+        parts = (self.text, self.text_mask, self.cls, self.patches)
+        return Conditions(*(None if part is None else change(part) for part in parts), self.patch_grid)
 
 
 @dataclass(frozen=True)

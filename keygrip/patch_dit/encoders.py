@@ -271,8 +271,12 @@ class DinoView:
 
     @property
     def _stored(self) -> bool:
-        """Whether the weights are small enough to travel in a checkpoint."""
-        return sum(p.numel() for p in self.backbone.parameters()) <= KEPT_IN_CHECKPOINTS
+        """Whether the weights are small enough to travel in a checkpoint; by the sizes of the blocks, so that a run on
+        finished shards need not load a large DINO to know it."""
+        from keygrip.backbone.architectures import VARIANTS
+
+        depth = self.options["depth"] or VARIANTS[self.options["variant"]].depth
+        return 12 * depth * self.width**2 <= KEPT_IN_CHECKPOINTS
 
     def state(self) -> dict[str, Tensor] | None:
         """The weights where they are small, to be stored with a model; None where they are known by name."""

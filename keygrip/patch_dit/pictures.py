@@ -1,0 +1,37 @@
+"""Samples as a grid: a row for each way of steering, a column for each picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SMALLEST = 96  # pixels: smaller pictures are shown larger, pixel by pixel
+TITLE = 14  # pixels above a row
+
+
+def picture_grid(rows: Sequence[tuple[str, Tensor]]) -> np.ndarray:
+    """``[H, W, 3]`` uint8: each row a title and pictures ``[N, 3, H, W]`` in 0..1, all of one size."""
+    from PIL import Image, ImageDraw
+
+    strips = []
+    for title, pictures in rows:
+        frames = as_bytes(pictures)
+        scale = max(1, -(-SMALLEST // min(frames.shape[1:3])))
+        frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
+        framed = np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+        strip = np.concatenate(list(framed), axis=1)
+        head = Image.new("RGB", (strip.shape[1], TITLE), "white")
+        ImageDraw.Draw(head).text((2, 1), title, fill="black")
+        strips.append(np.concatenate([np.asarray(head), strip], axis=0))
+    width = max(strip.shape[1] for strip in strips)
+    padded = [np.pad(s, ((0, 0), (0, width - s.shape[1]), (0, 0)), constant_values=255) for s in strips]
+    return np.concatenate(padded, axis=0)
+
+
+def as_bytes(pictures: Tensor) -> np.ndarray:
+    """``[N, H, W, 3]`` uint8 of pictures ``[N, 3, H, W]`` in 0..1."""
+    scaled = (pictures.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    return scaled.permute(0, 2, 3, 1).numpy()
