@@ -372,8 +372,6 @@ class ImageShards(LightningDataModule):
         prefetch_batches: int = 4,
     ) -> None:
         super().__init__()
-        if root is None and make is None:
-            raise ValueError("no data: name the folder or URL of the shards with data.root=PATH")
         if not 0 < val_fraction < 1:
             raise ValueError(f"data.val_fraction={val_fraction:g} must lie between 0 and 1")
         self.root, self.make, self.batch_size, self.seed = root, make, batch_size, seed
@@ -394,10 +392,11 @@ class ImageShards(LightningDataModule):
 
     @property
     def place(self) -> str:
-        """The root, or where `make` puts it."""
+        """The root, or where `make` puts it. Raises ValueError: neither is given."""
         if self.root is not None:
             return str(self.root)
-        assert self.make is not None
+        if self.make is None:
+            raise ValueError("no data: name the folder or URL of the shards with data.root=PATH")
         return str(self.make.root)
 
     def prepare_data(self) -> None:

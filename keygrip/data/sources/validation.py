@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -24,7 +25,28 @@ from keygrip.data.conversations import (
     parse_text,
     read_sample,
 )
-from keygrip.data.shards import MANIFEST, SampleError, ShardError, ShardSet, index_shard, is_remote, write_manifest
+from keygrip.data.image_shards import INFO, write_info
+from keygrip.data.image_texts import (
+    LATENT,
+    NEEDED,
+    PATCHES,
+    TEXT,
+    TEXT_MASK,
+    describe_image_text,
+    is_image_text,
+    read_image_text,
+)
+from keygrip.data.shards import (
+    MANIFEST,
+    Parts,
+    Row,
+    SampleError,
+    ShardError,
+    ShardSet,
+    index_shard,
+    is_remote,
+    write_manifest,
+)
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +64,12 @@ class ShardReport:
     digests: list[str] = field(default_factory=list)  # of pictures and text
     kinds: Counter[str] = field(default_factory=Counter)
     frames: Counter[int] = field(default_factory=Counter)
+    has: Counter[str] = field(default_factory=Counter)  # of images with text: how many samples have what
+
+
+def describe(parts: Parts) -> Row:
+    """Columns of a sample of either kind, known by its parts."""
+    return describe_image_text(parts) if is_image_text(parts) else describe_video_text(parts)
 
 
 def split_folders(root: Path | str) -> list[str]:
@@ -54,11 +82,12 @@ def split_folders(root: Path | str) -> list[str]:
         raise ValueError(f"{root} is a URL: manifests are made and shards validated where the files lie")
     found = [
         str(folder)
-        for folder in (Path(root), *(Path(root) / split for split in ("train", "val", "test")))
+        for place in (Path(root), *(Path(root) / split for split in ("train", "val", "test")))
+        for folder in (place, *sorted(place.glob("bucket_*")))
         if any(folder.glob("*.tar"))
     ]
     if not found:
-        raise FileNotFoundError(f"no shards (*.tar) in {root} or its train/, val/ and test/")
+        raise FileNotFoundError(f"no shards (*.tar) in {root}, its train/, val/ and test/, or bucket_*/ in these")
     return found
 
 
@@ -69,11 +98,16 @@ def make_manifests(root: Path | str, again: bool = False, max_broken_share: floa
         root: folder of shards. again: index all anew. max_broken_share: more broken shards than this are an error.
     """
     report: dict[str, Any] = {"root": str(root), "shards": 0, "samples": 0, "broken": 0}
-    for folder in split_folders(root):
-        manifest = write_manifest(folder, describe_video_text, max_broken_share, again)
+    folders = split_folders(root)
+    for folder in folders:
+        manifest = write_manifest(folder, describe, max_broken_share, again)
         report["shards"] += len(manifest["shards"])
         report["samples"] += manifest["samples"]
         report["broken"] += len(manifest["broken"])
+    if any(Path(folder).name.startswith("bucket_") for folder in folders):
+        info = Path(root) / INFO
+        known = json.loads(info.read_text()).get("encoders") if info.is_file() else None
+        write_info(root, known)
     return report
 
 
@@ -83,7 +117,7 @@ def examine_shard(place: str, number: int) -> ShardReport:
     entry = shards.shards[number]
     report = ShardReport(f"{place}/{entry['name']}")
     try:
-        fresh = index_shard(Path(place) / entry["name"], describe_video_text)
+        fresh = index_shard(Path(place) / entry["name"], describe)
         stored = shards.index(number)
         for what in ("keys", "first_part", "part_names", "part_offsets", "part_sizes"):
             if not np.array_equal(getattr(fresh, what), getattr(stored, what)):
@@ -102,8 +136,11 @@ def examine_shard(place: str, number: int) -> ShardReport:
     for sample in range(first, first + entry["samples"]):
         report.keys.append(shards.key(sample))
         try:
-            read_sample(shards, sample, PROBE_SIZE)
             parts = shards.read(sample)
+            if is_image_text(parts):
+                _examine_image(shards, sample, parts, report)
+                continue
+            read_sample(shards, sample, PROBE_SIZE)
             conversations = parse_conversations(parse_text(parts))
         except SampleError as error:
             report.problems.append(str(error))
@@ -117,11 +154,37 @@ def examine_shard(place: str, number: int) -> ShardReport:
             if fault:
                 report.problems.append(f"{shards.where(sample)}: {fault}")
         report.frames[int(shards.columns["frames"][sample])] += 1
-        digest = hashlib.sha256()
-        for name in sorted(parts):
-            digest.update(name.encode() + b"\0" + parts[name])
-        report.digests.append(digest.hexdigest())
+        report.digests.append(_digest(parts))
     return report
+
+
+def _digest(parts: Parts) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(parts):
+        digest.update(name.encode() + b"\0" + parts[name])
+    return digest.hexdigest()
+
+
+def _examine_image(shards: ShardSet, sample: int, parts: Parts, report: ShardReport) -> None:
+    """Counts what an image has, and reads what is whole. What lacks a part is skipped in training: no fault by itself,
+    and only counted."""
+    report.has["images"] += 1
+    report.has["latents"] += LATENT in parts
+    report.has["patches"] += PATCHES in parts
+    report.has["text"] += TEXT in parts and TEXT_MASK in parts
+    if not set(NEEDED) - set(parts):
+        report.has["complete"] += 1
+        try:
+            found = read_image_text(shards, sample)
+            if not found.record.get("caption"):
+                report.has["without_caption"] += 1
+        except SampleError as error:
+            report.problems.append(str(error))
+            return
+    unknown = [name for name in parts if name not in NEEDED]
+    if unknown:
+        report.problems.append(f"{shards.where(sample)}: nobody reads its part {unknown[0]!r}")
+    report.digests.append(_digest(parts))
 
 
 def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
@@ -131,8 +194,12 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
     decodes; keys and contents occur once over all splits; every conversation has answers, so that its loss mask is not
     empty. Problems are named in the log.
 
+    Of images with text: how many have latents, patches and text, in every bucket. Samples without patches are skipped
+    in training; a bucket in which all lack something is an error.
+
     Returns:
-        `errors` (how many), `problems` (the first ones), `shards`, `samples`, `kinds` and `frames` (how many of each).
+        `errors` (how many), `problems` (the first ones), `shards`, `samples`, `kinds` and `frames` (how many of each);
+        of images with text `images`, and `buckets` with the counts of each.
     """
     jobs = [(place, number) for place in split_folders(root) for number in range(len(ShardSet(place).shards))]
     if processes == 1 or len(jobs) == 1:
@@ -153,6 +220,10 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
     for place in split_folders(root):
         manifest = json.loads((Path(place) / MANIFEST).read_text())
         problems += list(manifest["broken"].values())
+    buckets = _image_counts(root, reports)
+    for name, counts in buckets.items():
+        if not counts["complete"]:
+            problems.append(f"{name}: none of its {counts['images']} images has all parts ({dict(counts)})")
     for problem in problems[:NAMED_AT_MOST]:
         log.error("%s", problem)
     if len(problems) > NAMED_AT_MOST:
@@ -167,4 +238,18 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
         "samples": sum(len(report.keys) for report in reports),
         "kinds": dict(sorted(kinds.items())),
         "frames": {str(count): number for count, number in sorted(frames.items())},
-    }
+    } | ({"images": sum((Counter(c) for c in buckets.values()), Counter()), "buckets": buckets} if buckets else {})
+
+
+def _image_counts(root: Path | str, reports: Sequence[ShardReport]) -> dict[str, dict[str, int]]:
+    """How many images of each folder have what; empty for other shards."""
+    counts: dict[str, dict[str, int]] = {}
+    for report in reports:
+        if report.has:
+            name = Path(report.name).parent.relative_to(root).as_posix()
+            row = counts.setdefault(name, dict.fromkeys(("images", "complete", "latents", "patches", "text"), 0))
+            for what, count in report.has.items():
+                row[what] = row.get(what, 0) + count
+    for name, row in counts.items():
+        log.info("%s: %s", name, ", ".join(f"{count} {what}" for what, count in row.items()))
+    return counts

@@ -106,8 +106,8 @@ def write_shards(
     if items_per_shard < 1:
         raise ValueError(f"items_per_shard must be at least 1, not {items_per_shard}")
     root.mkdir(parents=True, exist_ok=True)
-    _check_settings(root, {**settings, "items": len(items), "items_per_shard": items_per_shard})
-    _remove_stale(root)
+    check_settings(root, {**settings, "items": len(items), "items_per_shard": items_per_shard})
+    remove_stale(root)
     jobs, result = [], Written(str(root))
     for number, start in enumerate(range(0, len(items), items_per_shard)):
         path = root / f"{name}-{number:06d}.tar"
@@ -141,7 +141,7 @@ def failures_path(shard: Path) -> Path:
     return shard.with_suffix(".failed.json")
 
 
-def _remove_stale(root: Path) -> None:
+def remove_stale(root: Path) -> None:
     """Removes what a killed process left half written; young files may belong to another machine on a shared disk."""
     for path in root.glob(".*.writing"):
         with contextlib.suppress(FileNotFoundError):
@@ -149,7 +149,8 @@ def _remove_stale(root: Path) -> None:
                 path.unlink()
 
 
-def _check_settings(root: Path, settings: Mapping[str, Any]) -> None:
+def check_settings(root: Path, settings: Mapping[str, Any]) -> None:
+    """Refuses to mix two sets in a folder; notes the settings of a new one. Raises ValueError: other settings."""
     path = root / SETTINGS_FILE
     now = json.loads(json.dumps(settings, default=str))
     if not path.is_file():
