@@ -57,6 +57,21 @@ class Plan:
     uncertainty: np.ndarray | None = None
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a policy reads of an observation, beside the poses of its arms.
+
+    Attributes:
+        arms: names, in the order of the observation's A axis.
+        cameras: names of the entries of `cameras`; none: the observation's own `image`, of one camera.
+        instruction: whether it reads the instruction.
+    """
+
+    arms: tuple[str, ...]
+    cameras: tuple[str, ...] = ()
+    instruction: bool = False
+
+
 class Policy(Protocol):
     """Anything that plans from one observation.
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from keygrip.control import Observation, Plan, arm_axis
+from keygrip.control import Needs, Observation, Plan, arm_axis
 from keygrip.coordinate_regression.network import CoordinateRegressionNetwork, RegressionOutput
 from keygrip.data.batches import PolicyBatch
 from keygrip.data.robot_demos import DemoStatistics
@@ -152,6 +152,11 @@ class CoordinateRegressionPolicy:
     def __post_init__(self) -> None:
         self.module.eval()
         self._geometry = self.module.statistics.geometry
+
+    @property
+    def needs(self) -> Needs:
+        """What it reads of an observation."""
+        return Needs(arms=tuple(self.module.network.arms))
 
     @torch.inference_mode()
     def plan(self, observation: Observation) -> Plan:

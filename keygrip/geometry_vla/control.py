@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from keygrip.control import Observation, Plan, arm_axis, views_of
+from keygrip.control import Needs, Observation, Plan, arm_axis, views_of
 from keygrip.geometry_vla.module import GeometryVLAModule
 
 
@@ -34,6 +34,11 @@ class GeometryVLAPolicy:
         self.module.eval()
         self._geometry = self.module.statistics.geometry
         self._generator = torch.Generator().manual_seed(self.seed)
+
+    @property
+    def needs(self) -> Needs:
+        """What it reads of an observation."""
+        return Needs(arms=self.module.actions.arms, cameras=self.module.views, instruction=True)
 
     def reset(self, seed: int) -> None:
         """Starts an episode: the noise is from here on a function of the seeds."""

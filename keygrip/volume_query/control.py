@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from keygrip.control import Observation, Plan, arm_axis
+from keygrip.control import Needs, Observation, Plan, arm_axis
 from keygrip.geometry.cameras import project
 from keygrip.volume_query.decoding import Decoder
 from keygrip.volume_query.module import VolumeQueryModule
@@ -37,6 +37,11 @@ class VolumeQueryPolicy:
         self.module.eval()
         self._geometry = self.module.statistics.geometry
         self._generator = torch.Generator(device=self.module.device).manual_seed(self.seed)
+
+    @property
+    def needs(self) -> Needs:
+        """What it reads of an observation."""
+        return Needs(arms=tuple(self.module.network.arms))
 
     def reset(self, seed: int) -> None:
         """Starts an episode: what the "sample" decoder draws is from here on a function of the seeds."""
