@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import instantiate
 from torch import Tensor, nn
 
+from keygrip.config import compose
+from keygrip.data.image_shards import write_info
+from keygrip.data.image_texts import describe_image_text, image_text_parts
+from keygrip.data.shards import ShardWriter, write_manifest
 from keygrip.patch_dit.context import Conditions
 from keygrip.patch_dit.network import PatchDiT
 
@@ -51,3 +58,61 @@ def conditions_of(
 
 def flags(*values: bool) -> Tensor:
     return torch.tensor(values)
+
+
+SMALL = [
+    "model=patch_dit",
+    "data=image_shards",
+    "encoders=tiny",
+    "encoders.autoencoder.edge=4",
+    "encoders.text.length=6",
+    "encoders.text.width=8",
+    "encoders.view.size=48",
+    "encoders.view.width=16",
+    "encoders.view.depth=1",
+    "encoders.view.heads=2",
+    "model.network.width=32",
+    "model.network.depth=3",
+    "model.network.heads=2",
+    "model.sampling.steps=2",
+    "model.shown=2",
+    "optimizer=dit_from_scratch",
+    "optimizer.schedule=constant",
+    "optimizer.warmup_steps=0",
+    "data.batch_size=4",
+    "data.num_workers=0",
+    "strategy=cpu",
+    "strategy.precision=32-true",
+    "logger=none",
+    "log_every_n_steps=1",
+    "limit_val_batches=1",
+]
+
+
+def write_images(root: Path, overrides: Sequence[str] = (), train: int = 10, val: int = 4) -> Path:
+    """Image shards in a square and a wide bucket, of noise in two colours with a caption each, by small encoders."""
+    config = compose("train", [*SMALL, *overrides])
+    encoders = instantiate(config.encoders)
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", train), ("val", val)):
+        for width, height in ((16, 16), (24, 16)):
+            folder = root / split / f"bucket_{width}x{height}"
+            with ShardWriter(folder / "shard-000000.tar") as writer:
+                for number in range(count):
+                    picture = torch.randint(0, 256, (1, 3, height, width), generator=generator, dtype=torch.uint8)
+                    caption = f"a {('red', 'green')[number % 2]} thing {number}"
+                    view = torch.nn.functional.interpolate(picture.float(), encoders.view_size(width, height)[::-1])
+                    states, mask = encoders.encode_text([caption])
+                    cls, patches = encoders.encode_view(view.to(torch.uint8))
+                    record = {
+                        "caption": caption,
+                        "size": [width, height],
+                        "crop": [0, 0, width, height],
+                        "patch_grid": list(encoders.dino_grid(width, height)),
+                    }
+                    latent = encoders.encode_images(picture)
+                    arrays = [part[0].numpy() for part in (latent, states, mask, cls, patches)]
+                    writer.add(f"{split}_{width}_{number}", *image_text_parts(*arrays, record))
+            write_manifest(folder, describe_image_text, progress=False)
+    write_info(root, {"fingerprint": encoders.fingerprint, "description": encoders.description})
+    return root
