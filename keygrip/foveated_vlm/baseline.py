@@ -21,7 +21,7 @@ class PooledVLM(VideoLanguageNetwork):
     """Patch features averaged on a k x k grid, each cell a visual token, in row-major order.
 
     Args:
-        backbone, language, visual_scale: as in `FoveatedVLM`.
+        backbone, language, visual_scale, frame_numbers: as in `FoveatedVLM`.
         tokens_per_frame: a square: 4, 16, 64, ...
 
     Raises:
@@ -36,8 +36,9 @@ class PooledVLM(VideoLanguageNetwork):
         language: LanguageModel,
         tokens_per_frame: int,
         visual_scale: float | None = None,
+        frame_numbers: int = 0,
     ) -> None:
-        super().__init__(backbone, language, visual_scale)
+        super().__init__(backbone, language, visual_scale, frame_numbers)
         self.side = round(tokens_per_frame**0.5)
         patches = backbone.image_size // backbone.patch_size
         if self.side < 1 or self.side**2 != tokens_per_frame or self.side > patches:
@@ -60,7 +61,8 @@ class PooledVLM(VideoLanguageNetwork):
             raise ValueError(f"the pooled baseline has mode=many_tokens only, without refinement; got mode={mode!r}")
         if not any(rows.frame_counts):
             visual = self.connector.linear.weight.new_zeros(len(rows.input_ids), 0, self.language.width)
-            return visual, None, self.unused(self.backbone, self.connector)
+            numbers = () if self.frame_tokens is None else (self.frame_tokens,)
+            return visual, None, self.unused(self.backbone, self.connector, *numbers)
         features = self.backbone(real_frames(frames, rows.frame_counts))
         pooled = F.adaptive_avg_pool2d(features.grid_map(), self.side).flatten(2).transpose(1, 2)  # [M, K, D]
         tokens = self.connector(pooled).flatten(0, 1)  # [M * K, C]

@@ -77,7 +77,7 @@ def generate(
     # Rows are padded on the right; what padding leaves in the cache is a hole that no later token sees.
     same = bool(layout.valid.all())
     hidden = language.extend(
-        layout.place(language.embed(rows.input_ids), visual), cache, None if same else layout.valid
+        layout.place(language.embed(rows.input_ids), network.numbered(visual)), cache, None if same else layout.valid
     )
     state = take(hidden, layout.valid.sum(1, keepdim=True) - 1)[:, 0]
     generator = torch.Generator(device).manual_seed(seed)

@@ -91,6 +91,8 @@ class LanguageModel(nn.Module):
             eos_token_id=None,
             attention_bias=False,
             use_cache=False,
+            # transformers' 0.02 is for widths of thousands: at 128 attention would start uniform and stay so for long
+            initializer_range=width**-0.5,
         )
         config._attn_implementation = "sdpa"
         self.model: Any = LlamaModel(config)

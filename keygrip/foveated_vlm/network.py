@@ -96,16 +96,29 @@ class VideoLanguageNetwork(nn.Module):
     Args:
         backbone: the encoder. language: the language model.
         visual_scale: see `Connector`.
+        frame_numbers: up to so many frames each visual token also says, by a learned vector, which frame it is of. 0:
+            no such vectors (as published): a language model knows its visual tokens by their places alone.
     """
 
     tokens_per_frame = 1
     modes: tuple[str, ...] = ()
 
-    def __init__(self, backbone: DinoBackbone, language: LanguageModel, visual_scale: float | None = None) -> None:
+    def __init__(
+        self,
+        backbone: DinoBackbone,
+        language: LanguageModel,
+        visual_scale: float | None = None,
+        frame_numbers: int = 0,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.language = language
         self.connector = Connector(backbone.embed_dim, language, visual_scale)
+        self.frame_tokens = (
+            nn.Parameter(torch.randn(frame_numbers, language.width) * float(language.embedding_std))
+            if frame_numbers
+            else None
+        )
 
     def take_encoder(self, state: Mapping[str, Tensor]) -> None:
         """Weights for the encoder."""
@@ -114,8 +127,25 @@ class VideoLanguageNetwork(nn.Module):
     def read(self, visual: Tensor, rows: TextRows) -> tuple[Tensor, RowLayout]:
         """Hidden states of rows with visual tokens [B, N, C]: [B, T, C], and their layout."""
         layout = rows.layout(self.tokens_per_frame)
+        visual = self.numbered(visual)
         text = self.language.embed(rows.input_ids)
         return self.language(layout.place(text, visual)), layout
+
+    def numbered(self, visual: Tensor, first: int = 0) -> Tensor:
+        """Visual tokens [B, N, C], from that of frame `first` on, with the vectors of their frames' numbers.
+
+        Raises:
+            ValueError: more frames than there are vectors.
+        """
+        if self.frame_tokens is None or not visual.shape[1]:
+            return visual
+        frames = first + visual.shape[1] // self.tokens_per_frame
+        if frames > len(self.frame_tokens):
+            raise ValueError(
+                f"a video has {frames} frames and model.network.frame_numbers={len(self.frame_tokens)}: raise it, or "
+                "lower data.max_frames"
+            )
+        return visual + self.frame_tokens[first:frames].repeat_interleave(self.tokens_per_frame, dim=0)
 
     @abstractmethod
     def see(
@@ -185,6 +215,7 @@ class FoveatedVLM(VideoLanguageNetwork):
             queries, or `coarse`, a second stream of coarse tokens with a cache of its own, as in training's parallel
             pass.
         visual_scale: of the visual tokens; None: the language model's embedding standard deviation.
+        frame_numbers: see `VideoLanguageNetwork`.
 
     Raises:
         ValueError: an unknown choice, or a query path of its own beside an encoder that is trained.
@@ -202,8 +233,9 @@ class FoveatedVLM(VideoLanguageNetwork):
         query_source: Literal["fine", "coarse"] = "fine",
         visual_scale: float | None = None,
         query_path: Literal["shared", "own"] = "shared",
+        frame_numbers: int = 0,
     ) -> None:
-        super().__init__(backbone, language, visual_scale)
+        super().__init__(backbone, language, visual_scale, frame_numbers)
         if query_path not in ("shared", "own"):
             raise ValueError(f"model.network.query_path is shared or own, not {query_path!r}")
         if query_path == "own" and backbone.trainable != "frozen":
@@ -242,7 +274,7 @@ class FoveatedVLM(VideoLanguageNetwork):
         """Queries [S, F, D] of all frames from visual tokens [S, F, C]: frame t's from the hidden state before it."""
         if streams.layout.source.shape[1]:
             prefix = self.language.embed(streams.input_ids)
-            hidden = take(self.language(streams.layout.place(prefix, visual)), streams.query_at)
+            hidden = take(self.language(streams.layout.place(prefix, self.numbered(visual))), streams.query_at)
         else:  # single frames with nothing before them: zero, with gradients (of zero) as in any other batch
             hidden = 0.0 * visual
         return self._as_queries(hidden, streams.first)
@@ -282,7 +314,9 @@ class FoveatedVLM(VideoLanguageNetwork):
         if len(streams) == 0:
             visual = self.connector.linear.weight.new_zeros(len(rows.input_ids), 0, self.language.width)
             queries = (self.static_query, self.first_query, self.query_projection)
-            return visual, None, self.unused(self.backbone, self.connector, *queries)
+            numbers = () if self.frame_tokens is None else (self.frame_tokens,)
+            own = () if self.query_path is None else (self.query_path,)
+            return visual, None, self.unused(self.backbone, self.connector, *queries, *numbers, *own)
         if kv is None:
             kv = self.encode(real_frames(frames, rows.frame_counts))
         looks = self.look(kv, streams, mode, refinement)
@@ -340,7 +374,7 @@ class FoveatedVLM(VideoLanguageNetwork):
             fine.append(seen)
             if frame + 1 < streams.longest:
                 visual = coarse[:, frame : frame + 1] if self.query_source == "coarse" else self.connector(seen)
-                state = self.language.extend(visual, cache)
+                state = self.language.extend(self.numbered(visual, frame), cache)
         return torch.cat(queries, dim=1), torch.cat(fine, dim=1)
 
     def _read_prefix(self, streams: Streams, cache: LanguageCache) -> Tensor:

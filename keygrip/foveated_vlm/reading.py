@@ -168,11 +168,19 @@ class MarkReader(nn.Module):
 
     Args:
         colours: C.
+        weight_std: random matrices of the blocks begin with this standard deviation; None: as the backbone makes them
+            (0.02, right for the widths of DINO, at 128 attention is uniform for long).
     """
 
-    def __init__(self, backbone: DinoBackbone, colours: int) -> None:
+    def __init__(self, backbone: DinoBackbone, colours: int, weight_std: float | None = None) -> None:
         super().__init__()
         self.backbone = backbone
+        if weight_std is not None:
+            if backbone.loaded_weights != "random":
+                raise ValueError("model.network.weight_std is for random weights: set it to null with backbone.weights")
+            for part in backbone.net.blocks.modules():
+                if isinstance(part, nn.Linear):
+                    nn.init.trunc_normal_(part.weight, std=weight_std)
         self.sizes = {"colour": colours + 1, "digit": DIGITS, "pointed": 2}
         self.patch_head = nn.Linear(backbone.embed_dim, sum(self.sizes.values()))
         self.cls_head = nn.Linear(backbone.embed_dim, colours + DIGITS)

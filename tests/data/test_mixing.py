@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from keygrip.data.mixing import BucketedSampler, Component, MixedBatchSampler, Mixture, bucketed, padded_share
+from keygrip.data.mixing import BucketedSampler, Component, MixedBatchSampler, Mixture, Stage, bucketed, padded_share
 
 
 def component(
@@ -180,3 +180,48 @@ def test_what_cannot_be_mixed_is_refused() -> None:
         Mixture([component("c", 5)], 8)
     with pytest.raises(ValueError, match=r"batch_size=10 .* must divide by the 3 processes"):
         MixedBatchSampler(retention(), 0, 3)
+
+
+def staged(seed: int = 0) -> Mixture:
+    parts = [component("easy", 60), component("hard", 100), component("text", 50, 0.2)]
+    stages = [Stage({"easy": 1.0}, 7), Stage({"easy": 0.25, "hard": 0.75}, 20), Stage({"hard": 1.0})]
+    return Mixture(parts, 10, seed, curriculum=stages)
+
+
+def test_a_curriculum_goes_from_stage_to_stage_at_its_steps() -> None:
+    mixture = staged()
+    assert mixture.batches == 20
+    order = np.concatenate([mixture.order(epoch) for epoch in range(3)]).reshape(60, 10)
+    kinds = np.digitize(order, mixture.starts[1:-1])  # 0 easy, 1 hard, 2 text
+    assert set(np.unique(kinds[:7])) == {0, 2}
+    lead = kinds[8:26][kinds[8:26] < 2]
+    assert lead.mean() == pytest.approx(0.75, abs=0.03)
+    assert set(np.unique(kinds[28:])) == {1, 2}
+    assert (kinds == 2).mean() == pytest.approx(0.2, abs=0.002)
+    # every lead source goes on where it stood: nothing comes again before all have come
+    easy = order[:7][kinds[:7] == 0]
+    assert len(np.unique(easy)) == len(easy)
+    hard = order[kinds == 1]
+    counts = np.bincount(hard - 60, minlength=100)
+    assert counts.max() - counts.min() <= 1
+
+
+def test_a_curriculum_is_a_function_of_seed_and_epoch() -> None:
+    assert np.array_equal(staged().order(1), staged().order(1))
+    assert not np.array_equal(staged().order(1), staged(1).order(1))
+    assert all(len(staged().order(epoch)) == 200 for epoch in range(6))
+
+
+def test_a_curriculum_without_sense_is_refused() -> None:
+    parts = [component("easy", 60), component("text", 50, 0.2)]
+    for stages, message in (
+        ([Stage({"other": 1.0})], "names other; sources without a share are easy"),
+        ([Stage({"easy": 1.0}, 5)], "the last has none"),
+        ([Stage({"easy": 1.0}), Stage({"easy": 1.0})], "but the last needs steps"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Mixture(parts, 10, curriculum=stages)
+    with pytest.raises(ValueError, match="cannot be combined"):
+        Mixture(parts, 10, window_shards=2, curriculum=[Stage({"easy": 1.0})])
+    with pytest.raises(ValueError, match="of which one is above 0"):
+        Stage({"easy": 0.0})
