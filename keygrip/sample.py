@@ -197,7 +197,7 @@ def draw(
             with torch.autocast(module.device.type, torch.bfloat16, enabled=half):
                 found = module.draw(conditions, size, [w.seed for w in batch], sampling, lambda *_: bar.update())
             pictures.append(found.cpu())
-    shown = {name: torch.from_numpy(crop).permute(2, 0, 1) / 255 for name, (crop, _) in references.items()}
+    shown = {name: torch.from_numpy(crop.copy()).permute(2, 0, 1) / 255 for name, (crop, _) in references.items()}
     return torch.cat(pictures), shown
 
 
