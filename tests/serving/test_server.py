@@ -120,11 +120,13 @@ def test_a_client_that_never_finishes_is_dropped(running: Start, observation: Ob
 
 def test_bytes_that_trickle_in_do_not_keep_a_connection(running: Start, observation: Observe, needs: Needs) -> None:
     server, body = running(read_s=0.3, idle_s=0.5), encode_observation(observation(), needs)
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
-        with pytest.raises(ConnectionError):  # the server hangs up
-            for letter in b"POST /plan HTTP/1.1\r\nHost: " + b"x" * 400:
-                connection.sendall(bytes([letter]))
-                time.sleep(0.02)
+    with (
+        socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection,
+        pytest.raises(ConnectionError),  # the server hangs up
+    ):
+        for letter in b"POST /plan HTTP/1.1\r\nHost: " + b"x" * 400:
+            connection.sendall(bytes([letter]))
+            time.sleep(0.02)
     assert ask(server.port, body)[0] == 200
 
 
