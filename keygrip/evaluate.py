@@ -44,6 +44,15 @@ class EvaluateSchema(EntrySchema):
     max_new_tokens: int = 64
     question_sets: Any = None
     conditions: Any = MISSING
+    cases: Any = None
+    images: int = 128
+    text_scales: Any = MISSING
+    dino_scales: Any = MISSING
+    grid_images: int = 32
+    sampling: Any = None
+    lpips: str = "auto"
+    replace_words: Any = None
+    shown: int = 8
 
 
 register("evaluate_schema", EvaluateSchema)

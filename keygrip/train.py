@@ -261,14 +261,14 @@ def _announce(cfg: DictConfig, module: LightningModule, trainer: Trainer, resume
 
 
 def _headline(trainer: Trainer, module: LightningModule) -> dict[str, float]:
-    """The module's ``headline_metrics`` (names) where it has them, else every metric; closed-loop success; the
-    speed."""
+    """The module's ``headline_metrics`` (names) where it has them, else every metric; what was evaluated after
+    training; the speed."""
     from keygrip.training.progress import Throughput
 
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     names = getattr(module, "headline_metrics", None)
     metrics = {name: logged[name] for name in (logged if names is None else names) if name in logged}
-    metrics |= {name: value for name, value in logged.items() if name.startswith("closed_loop/")}
+    metrics |= {name: value for name, value in logged.items() if name.startswith(("closed_loop/", "pictures/"))}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Throughput):
             metrics.update(callback.summary)

@@ -33,7 +33,6 @@ GREY, COLOUR = "grey", "colour"
 SQUARE, ASPECT = "square", "aspect"
 GAMMA = 2.2
 LUMINANCE = (0.2126, 0.7152, 0.0722)  # Rec. 709, of linear light
-KEPT_IN_CHECKPOINTS = 20_000_000  # weights: a larger DINO is known by name, not stored
 INSTALL = "pip install 'keygrip[dit]'"
 
 
@@ -271,12 +270,9 @@ class DinoView:
 
     @property
     def _stored(self) -> bool:
-        """Whether the weights are small enough to travel in a checkpoint; by the sizes of the blocks, so that a run on
-        finished shards need not load a large DINO to know it."""
-        from keygrip.backbone.architectures import VARIANTS
-
-        depth = self.options["depth"] or VARIANTS[self.options["variant"]].depth
-        return 12 * depth * self.width**2 <= KEPT_IN_CHECKPOINTS
+        """Whether the weights are small enough to travel in a checkpoint: decided without loading them."""
+        reduced = any(self.options[name] is not None for name in ("width", "depth", "heads"))
+        return self.options["variant"] == "tiny" or reduced
 
     def state(self) -> dict[str, Tensor] | None:
         """The weights where they are small, to be stored with a model; None where they are known by name."""
