@@ -82,7 +82,7 @@ def options() -> str:
         m = job["metrics"]
         rows.append(
             (
-                job["overrides"]["ablation"],
+                job["overrides"]["ablation"].removeprefix("vq_"),
                 f"{100 * m['closed_loop/in_distribution/success_rate']:.0f} %",
                 f"{m['val/pix_argmax']:.1f} px",
                 f"{1000 * m['val/height_m']:.0f} mm",
