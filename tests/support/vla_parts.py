@@ -1,0 +1,143 @@
+"""A geometry-injected policy of some ten thousand parameters, and a batch of noise for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from keygrip.backbone import DinoBackbone
+from keygrip.data.augmentation import ImageGeometry
+from keygrip.data.batches import MultiViewPolicyBatch, PolicyTargets
+from keygrip.data.robot_demos import DemoStatistics
+from keygrip.foveated_vlm.language import TrainedTokenizer
+from keygrip.geometry.rotations import rotation_exp
+from keygrip.geometry_vla.actions import PoseActions, PoseKind
+from keygrip.geometry_vla.encoders import QwenVL, Vision
+from keygrip.geometry_vla.geometry import DinoMultiView, GeometryEncoder
+from keygrip.geometry_vla.module import GeometryVLAModule
+from keygrip.geometry_vla.network import GeometryVLA
+from keygrip.nn.flow_matching import BetaLevels
+from keygrip.training.optimizers import AdamW
+
+S, T, V = 32, 4, 2
+CAMERAS = ("over", "front")
+INSTRUCTIONS = ("put the red cube into the bowl", "put the green one into the bowl, please")
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def small_vlm(**changes: object) -> QwenVL:
+    torch.manual_seed(0)
+    options: dict[str, object] = {
+        "layers": 3,
+        "width": 32,
+        "heads": 2,
+        "kv_heads": 1,
+        "mlp_width": 48,
+        "vocabulary": 330,
+        "vision": Vision(layers=1, width=16, heads=2, mlp_width=24, patch_size=8, window=S, full_attention=[0]),
+        "image_token": 329,
+        "vision_start": 328,
+        "vision_end": 327,
+        "image_size": S,
+        "tokenizer": TrainedTokenizer(320),
+        "rope_sections": [2, 3, 3],
+        "rope_theta": 10000.0,
+    }
+    built = QwenVL(**(options | changes))  # type: ignore[arg-type]
+    with torch.no_grad():  # as initialised, words and pictures are too faint to see in a test
+        built.model.language_model.embed_tokens.weight.mul_(25)
+    return built
+
+
+def small_geometry(**changes: object) -> DinoMultiView:
+    torch.manual_seed(1)
+    backbone = DinoBackbone("tiny", S, "random", width=16, depth=1, heads=2)
+    options: dict[str, object] = {"views": V, "dim": 16, "layers": 2, "heads": 2}
+    return DinoMultiView(backbone, **(options | changes))  # type: ignore[arg-type]
+
+
+def small_module(
+    geometry: GeometryEncoder | None = None,
+    vlm: QwenVL | None = None,
+    kind: PoseKind = "absolute",
+    draws: int = 2,
+    **changes: object,
+) -> GeometryVLAModule:
+    """Without `geometry`, the small one; `geom_inject_to_dit=False` leaves it out."""
+    vlm, geometry = vlm or small_vlm(), geometry or small_geometry()
+    options: dict[str, object] = {"blocks": 2, "geom_dit_tokens": 4, "future_tokens": 3, "head_size": 16}
+    torch.manual_seed(2)
+    network = GeometryVLA(vlm, geometry, ("right",), T, **(options | changes))  # type: ignore[arg-type]
+    for block in [*network.head.blocks, *network.head.mixers]:  # AdaLN starts at nothing
+        torch.nn.init.normal_(block.modulation.linear.weight, std=0.1)
+    recipe = AdamW(lr=1e-3, schedule="constant")
+    return GeometryVLAModule(network, PoseActions(("right",), kind), recipe, BetaLevels(), draws=draws)
+
+
+def poses(count: int, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    low, high = torch.tensor([0.1, -0.3, 0.0]), torch.tensor([0.5, 0.3, 0.2])
+    start = uniform(count, 1, 3) * (high - low) + low
+    turn = 0.5 * torch.randn(count, 1, 3, generator=generator)
+    return {
+        "start_position": start,
+        "start_quaternion": rotation_exp(turn),
+        "start_gripper": uniform(count, 1),
+        "position": start[:, :, None] + 0.05 * torch.randn(count, 1, T, 3, generator=generator),
+        "quaternion": rotation_exp(turn[:, :, None] + 0.1 * torch.randn(count, 1, T, 3, generator=generator)),
+        "gripper": uniform(count, 1, T),
+        "repeated": torch.zeros(count, 1, T, dtype=torch.bool),
+        "demo_index": torch.arange(count),
+        "frame_index": torch.zeros(count, dtype=torch.long),
+    }
+
+
+def small_batch(instructions: Sequence[str] = INSTRUCTIONS, seed: int = 3, depth: bool = True) -> MultiViewPolicyBatch:
+    count = len(instructions)
+    generator = torch.Generator().manual_seed(seed)
+    camera = torch.tensor([[1.0, 0, 0, -0.3], [0, -1, 0, 0], [0, 0, -1, 1], [0, 0, 0, 1]])
+    return MultiViewPolicyBatch(
+        images=torch.randint(0, 256, (count, V, 3, S, S), generator=generator, dtype=torch.uint8),
+        view_intrinsics=torch.tensor([[40.0, 0, 16], [0, 40.0, 16], [0, 0, 1]]).expand(count, V, 3, 3),
+        view_world_to_camera=camera.expand(count, V, 4, 4),
+        depth=0.8 + 0.4 * torch.rand(count, V, S, S, generator=generator) if depth else None,
+        cameras=CAMERAS,
+        mean=MEAN,
+        std=STD,
+        instruction=list(instructions),
+        **poses(count, seed),
+    )
+
+
+def small_statistics(folder: Path, instructions: Sequence[str] = INSTRUCTIONS) -> DemoStatistics:
+    chunks = PolicyTargets(**poses(64, seed=4), instruction=[instructions[i % len(instructions)] for i in range(64)])
+    return DemoStatistics(
+        height_range=(0.0, 0.2),
+        position_range=((0.1, -0.3, 0.0), (0.5, 0.3, 0.2)),
+        quaternions={"right": chunks.start_quaternion[:, 0].numpy()},
+        arms=("right",),
+        targets="reached",
+        horizon=T,
+        step_seconds=0.3,
+        geometry=ImageGeometry(S, MEAN, STD),
+        demos=1,
+        frames=64,
+        fingerprint="test",
+        cache_dir=folder,
+        cameras=CAMERAS,
+        chunks=chunks,
+    )
+
+
+def ready_module(folder: Path, **changes: object) -> GeometryVLAModule:
+    """`small_module` with statistics and tokenizer."""
+    module = small_module(**changes)  # type: ignore[arg-type]
+    module.set_statistics(small_statistics(folder))
+    return module
