@@ -31,6 +31,14 @@ GIVEN = {
         f"ablation={path.stem}": ["model=foveated_vlm", "data=robot_videos"]
         for path in (CONF / "ablation").glob("vlm_*.yaml")
     },
+    **{
+        f"ablation={path.stem}": ["model=patch_dit", "data=robot_images"]
+        for path in (CONF / "ablation").glob("dit_*.yaml")
+    },
+    **{
+        f"optimizer={path.stem}": ["model=patch_dit", "data=robot_images"]
+        for path in (CONF / "optimizer").glob("dit*.yaml")
+    },
     **{f"experiment={name}": ["model.start_from=folder"] for name in ("vlm_stage2", "vlm_stage3")},
 }
 

@@ -64,27 +64,27 @@ class LevelSampler(Protocol):
         """``[count]`` float32 levels in [0, 1], from torch's global generator (so that resuming restores them)."""
 
 
-class UniformLevels:
-    """Every noise level alike."""
-
-    def __call__(self, count: int, device: torch.device | str | None = None) -> Tensor:
-        return torch.rand(count, device=device)
-
-
 class LogitNormalLevels:
     """sigmoid(mean + std * normal): levels in the middle, where the prediction is hardest, come more often.
 
     Args:
         mean: above 0 shifts towards noise. std: width, positive.
+        uniform_share: of the draws that are uniform instead, so that no level is left out; 1: all of them.
     """
 
-    def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
+    def __init__(self, mean: float = 0.0, std: float = 1.0, uniform_share: float = 0.0) -> None:
         if std <= 0:
             raise ValueError(f"The width of logit-normal noise levels must be positive, got std={std}.")
-        self.mean, self.std = mean, std
+        if not 0 <= uniform_share <= 1:
+            raise ValueError(f"The uniform share of noise levels must lie in 0..1, got uniform_share={uniform_share}.")
+        self.mean, self.std, self.uniform_share = mean, std, uniform_share
 
     def __call__(self, count: int, device: torch.device | str | None = None) -> Tensor:
-        return torch.sigmoid(torch.randn(count, device=device) * self.std + self.mean)
+        levels = torch.sigmoid(torch.randn(count, device=device) * self.std + self.mean)
+        if not self.uniform_share:
+            return levels
+        uniform = torch.rand(count, device=device)
+        return torch.where(torch.rand(count, device=device) < self.uniform_share, uniform, levels)
 
 
 class BetaLevels:
