@@ -131,7 +131,9 @@ class Mixture:
         if ends != [True] * (len(ends) - 1) + [False]:
             raise ValueError("every stage of the curriculum but the last needs steps, and the last has none")
         if self.window_shards is not None:
-            raise ValueError("a curriculum and window_shards cannot be combined: its sources are gone through at random")
+            raise ValueError(
+                "a curriculum and window_shards cannot be combined: its sources are gone through at random"
+            )
 
     def component_of(self, sample: int) -> tuple[int, int]:
         """Number of the component, and of the sample in it."""

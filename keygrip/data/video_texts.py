@@ -303,7 +303,7 @@ class VideoTextSamples(Dataset[VideoTextSample]):
 
 @dataclass(frozen=True)
 class Collate:
-    """The loader's collate function: the batch, how many samples it is of, and the reasons of what was skipped for it."""
+    """The loader's collate function: the batch, of how many samples it is, and what was skipped for it."""
 
     collator: Collator
 

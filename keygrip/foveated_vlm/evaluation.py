@@ -20,7 +20,7 @@ from keygrip.evaluation.evaluation import Evaluated, Evaluation, plain
 from keygrip.foveated_vlm.conversations import EncodedText, encode_conversation
 from keygrip.foveated_vlm.generation import answer_scores, generate
 from keygrip.foveated_vlm.metrics import caption_metrics, chosen_option, vqa_accuracy
-from keygrip.foveated_vlm.module import FoveatedVLMModule, comparisons
+from keygrip.foveated_vlm.module import FoveatedVLMModule, comparisons, landings
 from keygrip.foveated_vlm.question_sets import ChoiceQuestion
 from keygrip.foveated_vlm.scores import Scores
 from keygrip.foveated_vlm.videos import read_frames
@@ -38,7 +38,8 @@ def evaluate_modes(
     """Figures of each mode over batches, and what they say about each other (`gap`, `fine_over_coarse`).
 
     For each mode: loss, perplexity and exactness of answers, over all and by kind; for generated answers, `bleu_*`,
-    `cider`, `meteor` (kind caption), `vqa_accuracy` (where the evidence has `answers`, ten annotators), and
+    `cider`, `meteor` (kind caption), `vqa_accuracy` (where the evidence has `answers`, ten annotators),
+    `attention_<kind>` (on the thing asked about, relative to uniform, where the evidence says where it is), and
     `ms_per_frame` (encoder, queries and language model, at the batches' size).
 
     Raises:
@@ -51,16 +52,21 @@ def evaluate_modes(
     scores: dict[str, Scores] = defaultdict(Scores)
     said: dict[str, list[tuple[str, str, dict[str, Any], str]]] = defaultdict(list)
     seconds: dict[str, float] = defaultdict(float)
+    looked: dict[str, dict[str, list[float]]] = {mode: defaultdict(list) for mode in modes}
     frames_seen = 0
     for batch in tqdm(batches, desc="evaluate", unit="batch", disable=None):
         batch = batch.to(module.device)
         frames_seen += int(batch.frame_mask.sum())
         for mode in modes:
             started = time.perf_counter()
-            output = module(batch, mode)
+            frames, rows = module.inputs(batch)
+            output = module.network(frames, rows, mode)
             scored = module.score(output, batch)
             scores[mode].add(scored, batch.kind)
             seconds[mode] += time.perf_counter() - started
+            if output.looks is not None:
+                for kind, where in landings(module.network, output, rows, batch):
+                    looked[mode][kind].append(where)
             said[mode] += _generated(module, batch, mode, max_new_tokens)
     if not scores:
         raise ValueError("nothing to evaluate: the data have no samples")
@@ -70,6 +76,7 @@ def evaluate_modes(
         if frames_seen:
             figures[mode]["ms_per_frame"] = 1000 * seconds[mode] / frames_seen
         figures[mode] |= _of_answers(said[mode])
+        figures[mode] |= {f"attention_{kind}": float(np.mean(where)) for kind, where in looked[mode].items()}
     return {
         "tokens_per_frame": module.network.tokens_per_frame,
         **{mode: _rounded(values) for mode, values in figures.items()},

@@ -100,8 +100,8 @@ class FoveatedVLMModule(LightningModule):
             )
         if encoder is not None and network.backbone.loaded_weights != "random":
             raise ValueError(
-                f"model.encoder and backbone.weights={network.backbone.loaded_weights} both give the encoder's weights: "
-                "set one of them to null or random"
+                f"model.encoder and backbone.weights={network.backbone.loaded_weights} both give the encoder's "
+                "weights: set one of them to null or random"
             )
         self.network = network
         self.collator = collator
@@ -271,7 +271,8 @@ class FoveatedVLMModule(LightningModule):
             if output.looks is not None:
                 kv = output.looks.kv  # computed once for all modes
                 if mode == self._attended():
-                    self._add_landing(output, rows, batch)
+                    for kind, where in landings(self.network, output, rows, batch):
+                        self._landing[kind].append(where)
         if batch_idx == 0 and self._shown(1 if self.vis_every_n_steps else 0):
             self._show("val", batch)
 
@@ -335,27 +336,6 @@ class FoveatedVLMModule(LightningModule):
             self.log(f"health/{name}", value)
         if self.trainer.is_global_zero:
             self.health.check(values, self.global_step)
-
-    def _add_landing(self, output: VLMOutput, rows: TextRows, batch: VideoTextBatch) -> None:
-        """Attention on the thing asked about, relative to uniform, by kind; where the evidence says where it is."""
-        assert isinstance(self.network, FoveatedVLM)
-        assert output.looks is not None
-        asked = [n for n, text in enumerate(batch.texts) if {"frame", "pixel", "pixels_seen"} <= text.evidence.keys()]
-        asked = [n for n in asked if text_frame(batch, n) < rows.frame_counts[rows.videos[n]]]
-        if not asked:
-            return
-        maps = patch_maps(self.network, output, rows)  # [S, F, h, w]
-        streams = rows.streams.of_row.tolist()
-        for n in asked:
-            evidence = batch.texts[n].evidence
-            x, y = evidence["pixel"]
-            where = attention_on_target(
-                maps[streams[n], text_frame(batch, n)].cpu(),
-                (float(x), float(y)),
-                float(evidence["pixels_seen"]),
-                batch.frames.shape[-1],
-            )
-            self._landing[batch.kind[n]].append(where)
 
     def _landing_everywhere(self) -> dict[str, list[float]]:
         from keygrip.training.reduction import world_size
@@ -458,6 +438,31 @@ def patch_maps(network: FoveatedVLM, output: VLMOutput, rows: TextRows) -> Tenso
     patches = blocks.mean((2, 3))[..., network.backbone.num_prefix_tokens :]
     side = round(patches.shape[-1] ** 0.5)
     return patches.unflatten(-1, (side, side))
+
+
+def landings(
+    network: VideoLanguageNetwork, output: VLMOutput, rows: TextRows, batch: VideoTextBatch
+) -> list[tuple[str, float]]:
+    """Attention on the thing asked about, relative to uniform, with the question's kind: for each row whose evidence
+    says where the thing is, in the frame that it is asked about."""
+    asked = [n for n, text in enumerate(batch.texts) if {"frame", "pixel", "pixels_seen"} <= text.evidence.keys()]
+    asked = [n for n in asked if text_frame(batch, n) < rows.frame_counts[rows.videos[n]]]
+    if not asked or not isinstance(network, FoveatedVLM):
+        return []
+    maps = patch_maps(network, output, rows)  # [S, F, h, w]
+    streams = rows.streams.of_row.tolist()
+    found = []
+    for n in asked:
+        evidence = batch.texts[n].evidence
+        x, y = evidence["pixel"]
+        where = attention_on_target(
+            maps[streams[n], text_frame(batch, n)].cpu(),
+            (float(x), float(y)),
+            float(evidence["pixels_seen"]),
+            batch.frames.shape[-1],
+        )
+        found.append((batch.kind[n], where))
+    return found
 
 
 def comparisons(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -208,9 +208,9 @@ class FoveatedVLM(VideoLanguageNetwork):
         deep_query: the query goes through all blocks; otherwise only through the last one (ablation).
         query_std: of the two learned queries, and of the chosen ones at initialisation.
         query_bias: give the projection of hidden states to queries a bias (ablation: it makes queries alike).
-        query_path: `shared`, queries go through the encoder's own blocks; or `own`, through a copy of them that is trained
-            beside a frozen encoder, whose keys and values then never change and can be kept (`kv_cache.py`). At the start
-            both are the same.
+        query_path: `shared`, queries go through the encoder's own blocks; or `own`, through a copy of them that is
+            trained beside a frozen encoder, whose keys and values then never change and can be kept (`kv_cache.py`). At
+            the start both are the same.
         query_source: whose hidden states choose the queries at inference: `fine`, what was seen so far with chosen
             queries, or `coarse`, a second stream of coarse tokens with a cache of its own, as in training's parallel
             pass.

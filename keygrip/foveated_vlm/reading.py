@@ -233,7 +233,9 @@ class MarkReaderModule(LightningModule):
         backbone = self.network.backbone
         patches, frame, grid = self.network(normalised(batch.frames, backbone.mean, backbone.std))
         labels = patch_labels(batch, grid)
-        labels |= {f"frame_{name}": torch.full_like(batch.frame[:1], IGNORED).expand(len(batch)).clone() for name in frame}
+        labels |= {
+            f"frame_{name}": torch.full_like(batch.frame[:1], IGNORED).expand(len(batch)).clone() for name in frame
+        }
         at = batch.pointed == 1
         labels["frame_colour"][batch.frame[at]] = batch.colour[at]
         labels["frame_digit"][batch.frame[at]] = batch.digit[at]
@@ -290,7 +292,10 @@ class MadeEncoder:
     @property
     def run_dir(self) -> Path:
         """The run's folder."""
-        return Path(self.folder) / f"{self.name}-{hashlib.sha256(json.dumps(list(self.overrides)).encode()).hexdigest()[:8]}"
+        return (
+            Path(self.folder)
+            / f"{self.name}-{hashlib.sha256(json.dumps(list(self.overrides)).encode()).hexdigest()[:8]}"
+        )
 
     def complete(self) -> Path:
         """Trains where there is no finished run, and says so; its folder. An interrupted run is continued.

@@ -120,5 +120,5 @@ def test_numbered_frames_are_the_same_alone_in_a_batch_and_in_order(mode: str) -
 
 def test_more_frames_than_numbers_is_an_error(build: Callable[..., FoveatedVLM]) -> None:
     network = build(frame_numbers=2)
-    with pytest.raises(ValueError, match="a video has 3 frames and model.network.frame_numbers=2"):
+    with pytest.raises(ValueError, match=r"a video has 3 frames and model\.network\.frame_numbers=2"):
         network(frames_of([3]), rows_of([(0, 6, 2)], [3]), "coarse_only")

@@ -51,7 +51,7 @@ def test_cubes_follow_from_the_evidence_of_questions() -> None:
 
 
 def test_patches_show_what_covers_them() -> None:
-    """A cube of 8 x 8 pixels at (10, 4) in patches of 8: half on the second, none on the third; the last row far off."""
+    """A cube of 8 x 8 pixels around (11, 4), in patches of 8 pixels."""
     batch = ReadingBatch(
         frames=torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
         frame=torch.tensor([1]),
@@ -131,10 +131,10 @@ def test_an_encoder_that_is_there_is_not_made_again(tmp_path: Path, monkeypatch:
 
 def test_an_encoder_is_made_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="is trained by one process: run `-m keygrip.train seed=0"):
+    with pytest.raises(ValueError, match=r"is trained by one process: run `-m keygrip\.train seed=0"):
         MadeEncoder(["seed=0"], str(tmp_path)).complete()
 
 
 def test_a_failed_encoder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="training the encoder failed: keygrip.train model=nothing"):
+    with pytest.raises(RuntimeError, match=r"training the encoder failed: keygrip\.train model=nothing"):
         MadeEncoder(["model=nothing"], str(tmp_path)).complete()
