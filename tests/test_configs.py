@@ -40,6 +40,13 @@ GIVEN = {
         for path in (CONF / "optimizer").glob("dit*.yaml")
     },
     **{f"experiment={name}": ["model.start_from=folder"] for name in ("vlm_stage2", "vlm_stage3")},
+    **{
+        f"ablation={path.stem}": ["model=geometry_vla", "data=yam_language"]
+        for path in (CONF / "ablation").glob("vla_*.yaml")
+    },
+    "optimizer=vla": ["model=geometry_vla", "data=yam_language"],
+    # MapAnything reads its sizes from its weights, which are not there.
+    "experiment=vla_qwen_mapanything": ["data.root=folder", "geometry=dino_multiview"],
 }
 
 
@@ -138,7 +145,8 @@ def test_every_model_builds_and_configures_its_optimiser(choice: str) -> None:
     # Large backbones at a depth and size that build in a second; their own tests build them whole.
     cfg = composed("train", [choice, *GIVEN.get(choice, []), "backbone.weights=random"])
     resolved = OmegaConf.to_container(cfg, resolve=True)
-    with torch.device("meta") if "dinov" in str(cfg.backbone.variant) else torch.device("cpu"):
+    large = "dinov" in str(cfg.backbone.variant) or cfg.vlm.width > 1024
+    with torch.device("meta") if large else torch.device("cpu"):
         module = build_module(resolved, random_backbone=True)  # type: ignore[arg-type]
     module._trainer = SimpleNamespace(estimated_stepping_batches=1000)  # type: ignore[assignment]
     configured: Any = module.configure_optimizers()

@@ -42,7 +42,8 @@ class EvaluateClosedLoop(Callback):
         figures = summarise(results)
         write_result(output / "result.json", figures, results)
         for name, summary in figures.items():
-            trainer.callback_metrics[f"closed_loop/{name}/success_rate"] = torch.tensor(summary["success_rate"])
+            for figure in ("success_rate", "plan_ms_median"):
+                trainer.callback_metrics[f"closed_loop/{name}/{figure}"] = torch.tensor(summary[figure])
             log.info(
                 "closed loop, %s: %d of %d succeeded (95 %% interval %.0f .. %.0f %%)",
                 name,

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from keygrip.backbone import DinoBackbone
 from keygrip.data.augmentation import ImageGeometry
 from keygrip.data.batches import MultiViewPolicyBatch, PolicyTargets
+from keygrip.data.demos import ArmPose, CameraPose, DemoWriter
 from keygrip.data.robot_demos import DemoStatistics
 from keygrip.foveated_vlm.language import TrainedTokenizer
 from keygrip.geometry.rotations import rotation_exp
@@ -141,3 +143,32 @@ def ready_module(folder: Path, **changes: object) -> GeometryVLAModule:
     module = small_module(**changes)  # type: ignore[arg-type]
     module.set_statistics(small_statistics(folder))
     return module
+
+
+def write_demos(root: Path, count: int = 3, frames: int = 6, size: int = 40) -> Path:
+    """Folders of two cameras with depth: the gripper moves along x."""
+    generator = np.random.default_rng(0)
+    world_to_camera = np.diag([1.0, -1.0, -1.0, 1.0])
+    world_to_camera[2, 3] = 1.0
+    camera = CameraPose(np.array([[40.0, 0, size / 2], [0, 40.0, size / 2], [0, 0, 1]]), world_to_camera)
+    for number in range(count):
+        instruction = INSTRUCTIONS[number % len(INSTRUCTIONS)]
+        with DemoWriter(root / f"demo_{number}", "yam", "named_place", instruction, fps=10.0) as writer:
+            for frame in range(frames):
+                pose, following = (
+                    ArmPose(
+                        np.array([0.2 + 0.01 * at, 0.05 * number, 0.1 + 0.01 * at]),
+                        np.array([0.0, 1.0, 0, 0]),
+                        1 - at / 9,
+                    )
+                    for at in (frame, frame + 1)
+                )
+                writer.add(
+                    frame * 100_000_000,
+                    {name: generator.integers(0, 256, (size, size, 3), dtype=np.uint8) for name in CAMERAS},
+                    dict.fromkeys(CAMERAS, camera),
+                    {"right": pose},
+                    {"right": following},
+                    {name: generator.integers(800, 1200, (size, size)).astype(np.uint16) for name in CAMERAS},
+                )
+    return root

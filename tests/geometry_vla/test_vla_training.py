@@ -1,0 +1,130 @@
+"""From demonstrations to plans: train by the command, resume in mid-epoch, load, plan; and that it learns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from vla_parts import CAMERAS, INSTRUCTIONS, ready_module, small_batch, write_demos
+
+from keygrip import train
+from keygrip.config import compose
+from keygrip.geometry_vla.module import GeometryVLAModule
+from keygrip.training.checkpoints import load_module, read_checkpoint
+
+SMALL = [
+    "model=geometry_vla",
+    "data=yam_language",
+    "data.targets=commanded",
+    "data.horizon=4",
+    "data.frame_stride=1",
+    "data.batch_size=4",
+    "data.num_workers=0",
+    "data.val_fraction=0.3",
+    "backbone.image_size=32",
+    "backbone.width=16",
+    "backbone.depth=1",
+    "backbone.heads=2",
+    "vlm.layers=2",
+    "vlm.width=32",
+    "vlm.heads=2",
+    "vlm.kv_heads=1",
+    "vlm.mlp_width=48",
+    "vlm.rope_sections=[2,3,3]",
+    "vlm.vision.layers=1",
+    "vlm.vision.width=16",
+    "vlm.vision.heads=2",
+    "vlm.vision.mlp_width=24",
+    "vlm.vision.patch_size=8",
+    "vlm.vision.window=32",
+    "vlm.vision.full_attention=[0]",
+    "geometry.dim=16",
+    "geometry.heads=2",
+    "model.network.blocks=2",
+    "model.network.head_size=16",
+    "model.network.geom_dit_tokens=4",
+    "model.draws=2",
+    "strategy=cpu",
+    "strategy.precision=32-true",
+    "logger=none",
+    "val_every_n_steps=3",
+    "limit_val_batches=1",
+    "log_every_n_steps=1",
+    "max_steps=5",
+]
+
+
+@pytest.fixture
+def overrides(tmp_path: Path) -> Callable[..., list[str]]:
+    root = write_demos(tmp_path / "demos")
+
+    def make(name: str, *more: str) -> list[str]:
+        return [*SMALL, f"data.root={root}", f"run_dir={tmp_path / name}", *more]
+
+    return make
+
+
+def test_train_resume_load_and_plan(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    metrics = train.run(compose("train", overrides("whole")))
+    for name in ("train/loss", "val/position_cm", "val/point_cm", "val/geometry_share", "parameters/compressor_m"):
+        assert np.isfinite(metrics[name]), name
+    train.run(compose("train", overrides("parts", "max_steps=2", "optimizer.schedule=constant")))
+    train.run(compose("train", overrides("parts", "resume=true", "optimizer.schedule=constant")))
+    train.run(compose("train", overrides("straight", "optimizer.schedule=constant")))
+    resumed, straight = (read_checkpoint(tmp_path / name)["state_dict"] for name in ("parts", "straight"))
+    assert resumed.keys() == straight.keys()
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+    # The tokenizer, the statistics and the cameras come with the checkpoint; the demonstrations may be gone.
+    loaded = load_module(tmp_path / "whole", expected=GeometryVLAModule)
+    assert isinstance(loaded, GeometryVLAModule)
+    assert loaded.views == CAMERAS
+    seen = {
+        "cameras": {
+            name: {
+                "image": np.full((40, 40, 3), 90, dtype=np.uint8),
+                "intrinsics": np.array([[40.0, 0, 20], [0, 40.0, 20], [0, 0, 1]]),
+                "world_to_camera": np.eye(4),
+            }
+            for name in CAMERAS
+        },
+        "instruction": INSTRUCTIONS[0],
+        "position": np.array([0.2, 0.0, 0.1]),
+        "quaternion": np.array([0.0, 1.0, 0.0, 0.0]),
+        "gripper": 1.0,
+    }
+    plan = loaded.policy().plan(seen)
+    assert plan.position.shape == (1, 4, 3)
+    assert np.isfinite(plan.position).all()
+    assert loaded.evaluation().settings >= {"open_loop", "closed_loop"}
+
+
+def test_one_camera_is_refused_with_the_data_that_fit(overrides: Callable[..., list[str]]) -> None:
+    with pytest.raises(ValueError, match=r"MultiViewPolicyBatch.*choose .*data=yam_language"):
+        train.run(compose("train", overrides("none", "data=yam", "~data.depth", "~data.cameras")))
+
+
+def test_it_learns_actions_and_depth(tmp_path: Path) -> None:
+    module = ready_module(tmp_path, draws=4)
+    batch = small_batch()
+    assert batch.depth is not None
+    batch.depth = torch.full_like(batch.depth, 0.9)
+    batch.depth[1] = 1.1
+    optimizer = torch.optim.AdamW(module.network.parameters(), lr=3e-3)
+    before = module.metrics(module(batch), batch)
+    first: dict[str, float] = {}
+    torch.manual_seed(0)
+    for step in range(60):
+        losses = module.losses(module(batch), batch)
+        optimizer.zero_grad()
+        losses["total"].backward()
+        optimizer.step()
+        if step == 0:
+            first = {name: float(value.detach()) for name, value in losses.items()}
+    after = module.metrics(module(batch), batch)
+    assert float(losses["action"].detach()) < 0.5 * first["action"]
+    assert float(losses["depth_cm"]) < 0.5 * first["depth_cm"]
+    assert float(after["position_cm"]) < 0.5 * float(before["position_cm"])
