@@ -1,0 +1,418 @@
+"""What the patch-conditioned DiT costs: a sampling step against plain ones, solvers and guidance intervals, a training
+step against the CLS-only model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from keygrip.benchmarks.inference import threads
+from keygrip.benchmarks.measuring import Work, interleaved_seconds, milliseconds, peak_extra_bytes
+from keygrip.config import compose
+from keygrip.nn.flow_matching import LogitNormalLevels, interpolate, seeded_noise, velocity
+from keygrip.patch_dit.context import ConditionDropout, Conditions, kept
+from keygrip.patch_dit.network import PatchDiT
+from keygrip.patch_dit.sampler import Sampling, Velocities, sample
+
+STEPS = 50  # over which what is computed once a sample is spread
+FOUR = ("none", "text", "dino", "full")
+THREE = FOUR[:3]
+TOLERANCE = 1e-3  # relative: rounding in float32 over 18 blocks is a hundredth of it
+
+
+@dataclass(frozen=True)
+class DiTSampler:
+    """A step of the sampler beside plain steps: one pass a branch, one after the other, with the whole masked context.
+
+    Four passes are what the published sampler computes, though its formula needs three; both sides give the same
+    result, which is checked. Weights are random. What is computed once a sample counts for a fiftieth in a step.
+
+    Args:
+        overrides: of ``keygrip.train``, which say what network. quick_depth: blocks in a hurry; all blocks are alike,
+            so that the ratios are nearly those of the whole network, and ``step_ms`` is not.
+        latent: side of the square latents. text_tokens: of the caption, out of the encoders' length. patch_grid: side.
+        batch: pictures. threads: of the processor.
+    """
+
+    overrides: Sequence[str]
+    quick_depth: int
+    latent: int
+    text_tokens: int
+    patch_grid: int
+    batch: int
+    threads: int
+    repetitions: int
+    quick_repetitions: int
+    limit_s: float
+    quick_limit_s: float
+
+    def run(self, quick: bool) -> dict[str, float]:
+        """`speedup_over_four`, `speedup_over_three`, `step_ms`, the greatest relative difference of the results."""
+        depth = [f"model.network.depth={self.quick_depth}"] if quick else []
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        with threads(self.threads), torch.inference_mode():
+            network, length = random_network([*self.overrides, *depth], device)
+            conditions = random_conditions(network, self.batch, length, self.text_tokens, self.patch_grid, device)
+            step = SamplingStep(network, conditions, self.latent)
+            difference = max(step.difference(FOUR), step.difference(THREE))
+            if difference > TOLERANCE:
+                raise RuntimeError(
+                    f"the sampler's velocity differs from the plain one's by {difference:.2g} of its size"
+                )
+            sides: dict[str, Work] = {
+                "four": lambda: step.plain(FOUR),
+                "three": lambda: step.plain(THREE),
+                "first": step.first,
+                "next": step.next,
+            }
+            chosen = (self.quick_repetitions, self.quick_limit_s) if quick else (self.repetitions, self.limit_s)
+            # The check above has warmed everything up.
+            seconds = interleaved_seconds(sides, chosen[0], device, chosen[1], warm_up=0)
+        mean_step = (seconds["first"] + (STEPS - 1) * seconds["next"]) / STEPS
+        return {
+            "speedup_over_four": round(float(np.median(seconds["four"] / mean_step)), 3),
+            "speedup_over_three": round(float(np.median(seconds["three"] / mean_step)), 3),
+            "step_ms": milliseconds(mean_step),
+            "plain_four_step_ms": milliseconds(seconds["four"]),
+            "plain_three_step_ms": milliseconds(seconds["three"]),
+            "first_step_ms": milliseconds(seconds["first"]),
+            "max_relative_difference": float(f"{difference:.2g}"),
+            "context_tokens": sum(step.context_groups()),
+            "plain_context_tokens": length + 1 + (self.patch_grid**2 if network.use_dino_patches else 0),
+            "blocks": network.depth,
+            "parameters_m": round(sum(p.numel() for p in network.parameters()) / 1e6, 1),
+        }
+
+
+class SamplingStep:
+    """One Euler step's velocity, in the sampler's way and plainly."""
+
+    def __init__(self, network: PatchDiT, conditions: Conditions, latent: int) -> None:
+        self.network, self.conditions = network, conditions
+        self.sampling = Sampling(text_scale=3.0, dino_scale=2.0)
+        batch = len(conditions.text) if conditions.text is not None else 1
+        device = next(network.parameters()).device
+        self.x = seeded_noise(range(batch), (network.latent_channels, latent, latent), device)
+        self.kept = self._velocities()
+        self.first_done = self.kept(self.x, 1.0, THREE)
+
+    def _velocities(self, **how: bool) -> Velocities:
+        return Velocities(self.network, self.conditions, len(self.x), 1.0, **how)
+
+    def plain(self, branches: Sequence[str], level: float = 0.6) -> Tensor:
+        """Every branch by itself; those that the formula does not need are computed all the same."""
+        found = self._velocities(together=False, cached=False, trimmed=False)(self.x, level, branches)
+        return self.sampling.combine(found, self.x, level, self.conditions)
+
+    def first(self) -> Tensor:
+        """As at the start of a sample: with all that is computed once."""
+        return self.sampling.combine(self._velocities()(self.x, 0.6, THREE), self.x, 0.6, self.conditions)
+
+    def next(self, level: float = 0.6) -> Tensor:
+        """As in the steps that follow."""
+        return self.sampling.combine(self.kept(self.x, level, THREE), self.x, level, self.conditions)
+
+    def difference(self, branches: Sequence[str]) -> float:
+        """Greatest difference between the two ways, relative to the plain one's root mean square."""
+        plain = self.plain(branches)
+        return float((self.next() - plain).abs().max() / plain.pow(2).mean().sqrt())
+
+    def context_groups(self) -> tuple[int, int, int]:
+        """Numbers of text, CLS and patch tokens that the sampler keeps."""
+        (context, _) = next(iter(self.kept._contexts.values()))
+        return context.groups
+
+
+@dataclass(frozen=True)
+class DiTCurve:
+    """What a sample costs and how far it is from the exact solution, by solver, steps and guidance interval.
+
+    Distance is the root mean square over latents of unit variance, to many small steps of Heun's method with guidance
+    everywhere. The network is a checkpoint's, or a small one that learns for a moment to draw a blurred copy of its
+    patches in a colour that the words name: such a one has a smooth velocity, as a trained network has.
+
+    Args:
+        checkpoint: a run of a patch-conditioned DiT; None: the small one. train_steps, quick_train_steps: of the small
+            one.
+        samples: pictures. exact_steps: of the exact solution.
+        settings: lists of [solver, steps, lowest level, highest level].
+    """
+
+    checkpoint: str | None
+    train_steps: int
+    quick_train_steps: int
+    samples: int
+    exact_steps: int
+    settings: Sequence[Sequence[Any]]
+    threads: int
+
+    def run(self, quick: bool) -> dict[str, float]:
+        """For each setting `distance`, `ms` a picture and branch `evaluations`, under names such as `heun_10_...`."""
+        with threads(self.threads):
+            network, conditions, size, usual = self._trained(quick)
+            everywhere = replace(
+                usual, interval=(0.0, 1.0), solver="heun", steps=self.exact_steps // (4 if quick else 1)
+            )
+            seeds = range(self.samples)
+            exact = sample(network, conditions, size, everywhere, seeds)
+            figures: dict[str, float] = {"latent_std": round(float(exact.std()), 4)}
+            for solver, steps, low, high in tqdm(self.settings, desc="settings", unit="setting", leave=False):
+                sampling = replace(usual, solver=solver, steps=int(steps), interval=(float(low), float(high)))
+                drawn, seconds, evaluations = timed(network, conditions, size, sampling, seeds)
+                whole = (low, high) == (0, 1)
+                name = f"{solver}_{steps}" + ("" if whole else f"_interval_{low:g}_{high:g}")
+                figures[f"{name}_distance"] = round(float((drawn - exact).pow(2).mean().sqrt()), 4)
+                figures[f"{name}_ms"] = round(1e3 * seconds / self.samples, 2)
+                figures[f"{name}_evaluations"] = evaluations
+        return figures
+
+    def _trained(self, quick: bool) -> tuple[PatchDiT, Conditions, tuple[int, int], Sampling]:
+        usual = Sampling(text_scale=3.0, dino_scale=2.0)
+        if self.checkpoint is None:
+            toy = ToyPictures()
+            network = toy.trained(self.quick_train_steps if quick else self.train_steps)
+            return network, toy.batch(self.samples, 10**6)[1], toy.size, usual
+        from keygrip.patch_dit.module import PatchDiTModule
+        from keygrip.training.checkpoints import load_module
+
+        module = load_module(self.checkpoint, expected=PatchDiTModule)
+        assert isinstance(module, PatchDiTModule)
+        size, grid = module.statistics.latent_sizes[0], module.statistics.patch_grids[0]
+        states, mask = module.encoders.encode_text(["a red cube left of the blue block"] * self.samples)
+        width = module.encoders.dino_dim
+        generator = torch.Generator().manual_seed(0)
+        cls = torch.randn(self.samples, width, generator=generator)
+        patches = torch.randn(self.samples, grid[0] * grid[1], width, generator=generator)
+        return module.network, Conditions(states, mask, cls, patches, grid), size, usual
+
+
+def timed(
+    network: PatchDiT, conditions: Conditions, size: tuple[int, int], sampling: Sampling, seeds: Sequence[int]
+) -> tuple[Tensor, float, int]:
+    """A sample, the median of three times it took in seconds, and evaluations of branches for each picture."""
+    rows: list[int] = []
+    hook = network.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
+    drawn = sample(network, conditions, size, sampling, seeds)
+    hook.remove()
+    device = next(network.parameters()).device
+    work = {"sample": lambda: sample(network, conditions, size, sampling, seeds)}
+    seconds = interleaved_seconds(work, 3, device, limit_s=60, warm_up=0)["sample"]
+    return drawn, float(np.median(seconds)), sum(rows) // len(seeds)
+
+
+class ToyPictures:
+    """8 x 8 latents of 3 channels: a bump where the patches say, in the colour that the words say."""
+
+    size = (8, 8)
+    colours = 4
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.words = torch.randn(self.colours, 16, generator=generator)
+        self.shades = torch.randn(self.colours, 3, generator=generator)
+
+    def batch(self, count: int, seed: int) -> tuple[Tensor, Conditions]:
+        """Latents and their conditions."""
+        generator = torch.Generator().manual_seed(seed)
+        centre = torch.rand(count, 2, generator=generator) * 1.6 - 0.8
+        colour = torch.randint(self.colours, (count,), generator=generator)
+        axis = torch.linspace(-1, 1, 8)
+        distance = (axis[None, :, None] - centre[:, 0, None, None]) ** 2 + (
+            axis[None, None] - centre[:, 1, None, None]
+        ) ** 2
+        bump = torch.exp(-distance / 0.15)  # [B, 8, 8]
+        latents = 3 * bump[:, None] * self.shades[colour][:, :, None, None] - 0.3
+        patches = bump.flatten(1)[..., None] * torch.ones(8) * 3 - 0.5
+        text = self.words[colour][:, None]
+        mask = torch.ones(count, 1, dtype=torch.bool)
+        return latents, Conditions(text, mask, patches.mean(1), patches, (8, 8))
+
+    def trained(self, steps: int) -> PatchDiT:
+        """A small network after so many steps."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = PatchDiT(3, 16, 8, width=96, depth=4, heads=3, patch_size=1, position_cells=8)
+            optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, betas=(0.9, 0.98))
+            levels, dropout = LogitNormalLevels(), ConditionDropout()
+            for step in tqdm(range(steps), desc="training the small network", unit="step", leave=False, delay=2):
+                for group in optimizer.param_groups:
+                    group["lr"] = 2e-3 * min(1.0, (step + 1) / 20, 2.5 * (1 - step / steps) + 0.02)
+                data, conditions = self.batch(32, step)
+                level, noise = levels(32), torch.randn_like(data)
+                context = network.context_builder(conditions, *kept(dropout.draw(32)), 1.0)
+                predicted = network(interpolate(data, noise, level), level, context).velocity
+                optimizer.zero_grad()
+                (predicted - velocity(data, noise)).pow(2).mean().backward()
+                nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+                optimizer.step()
+        return network.eval()
+
+
+@dataclass(frozen=True)
+class DiTStep:
+    """A training step (forward, loss, backward) beside one of the CLS-only model, and its memory.
+
+    ``estimated_512px_bf16_gb`` is an estimate, not a measurement: float32 weights, gradients, two Adam moments and the
+    weights' average, bf16 copies of the weights under autocast, and the activations that the backward pass needs,
+    counted in one and two blocks under autocast and extended to all of them.
+
+    Args:
+        overrides: of ``keygrip.train``, which say what network. quick_depth: blocks in a hurry.
+        latent, text_tokens, patch_grid, batch, threads: as of `DiTSampler`.
+    """
+
+    overrides: Sequence[str]
+    quick_depth: int
+    latent: int
+    text_tokens: int
+    patch_grid: int
+    batch: int
+    threads: int
+    repetitions: int
+    quick_repetitions: int
+    limit_s: float
+    quick_limit_s: float
+
+    def run(self, quick: bool) -> dict[str, float]:
+        """`patches_over_cls_time`, `step_ms`, `peak_mb`, `patches_over_cls_memory` and the estimate."""
+        depth = [f"model.network.depth={self.quick_depth}"] if quick else []
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        sides: dict[str, Work] = {}
+        figures: dict[str, float] = {}
+        with threads(self.threads):
+            for name, use in (("patches", "true"), ("cls", "false")):
+                options = [*self.overrides, *depth, f"model.network.use_dino_patches={use}"]
+                sides[name] = self._step(options, device)
+            chosen = (self.quick_repetitions, self.quick_limit_s) if quick else (self.repetitions, self.limit_s)
+            seconds = interleaved_seconds(sides, chosen[0], device, chosen[1])
+            # On the CPU the events of every tensor are recorded: one step each.
+            peaks = {name: peak_extra_bytes(work, device) for name, work in sides.items()}
+            figures["patches_over_cls_time"] = round(float(np.median(seconds["patches"] / seconds["cls"])), 3)
+            figures["step_ms"] = milliseconds(seconds["patches"])
+            figures["cls_step_ms"] = milliseconds(seconds["cls"])
+            figures["peak_mb"] = round(peaks["patches"] / 2**20, 1)
+            figures["patches_over_cls_memory"] = round(peaks["patches"] / peaks["cls"], 3)
+            sides.clear()
+            figures["blocks"] = self.quick_depth if quick else blocks_of(self.overrides)
+            if self.batch == 1:
+                figures |= self._estimate()
+        return figures
+
+    def _step(self, overrides: Sequence[str], device: torch.device) -> TrainingStep:
+        network, length = random_network(overrides, device)
+        conditions = random_conditions(network, self.batch, length, self.text_tokens, self.patch_grid, device)
+        return TrainingStep(network.train(), conditions, self.latent)
+
+    def _estimate(self) -> dict[str, float]:
+        """Memory of a step at the whole depth under bf16 autocast."""
+        saved = []
+        for depth in (1, 2):
+            step = self._step([*self.overrides, f"model.network.depth={depth}"], torch.device("cpu"))
+            with counted_activations(step.network) as count, torch.autocast("cpu", torch.bfloat16):
+                step.loss()
+            saved.append(count[0])
+        with torch.device("meta"):
+            network, _ = random_network(self.overrides, torch.device("meta"))
+        parameters = sum(p.numel() for p in network.parameters())
+        a_block = saved[1] - saved[0]
+        activations = saved[0] + (network.depth - 1) * a_block
+        fixed = parameters * (4 + 4 + 8 + 4 + 2)
+        return {
+            "estimated_512px_bf16_gb": round(
+                (fixed + activations + 2 * a_block) / 1e9, 2
+            ),  # a block's own gradients too
+            "estimated_activations_gb": round(activations / 1e9, 2),
+            "estimated_weights_and_states_gb": round(fixed / 1e9, 2),
+        }
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """Forward, loss and backward of one batch at fixed noise and levels."""
+
+    network: PatchDiT
+    conditions: Conditions
+    latent: int
+
+    def loss(self) -> Tensor:
+        device = next(self.network.parameters()).device
+        batch = len(self.conditions.text) if self.conditions.text is not None else 1
+        data, noise = (
+            seeded_noise(range(start, start + batch), (self.network.latent_channels, self.latent, self.latent), device)
+            for start in (0, batch)
+        )
+        level = torch.full((batch,), 0.6, device=device)
+        everything = torch.ones(batch, dtype=torch.bool, device=device)
+        context = self.network.context_builder(self.conditions, everything, everything, 1.0)
+        predicted = self.network(interpolate(data, noise, level), level, context).velocity
+        return (predicted.float() - velocity(data, noise)).pow(2).mean()
+
+    def __call__(self) -> None:
+        self.network.zero_grad(set_to_none=True)
+        self.loss().backward()
+
+
+@contextmanager
+def counted_activations(network: nn.Module) -> Iterator[list[int]]:
+    """Bytes of what is kept for the backward pass, each storage once, without the network's own weights."""
+    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    kept_storages: dict[int, Tensor] = {}
+    count = [0]
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        # Copies of weights in bf16 are counted with the weights; they have the shape of one and no batch.
+        if storage.data_ptr() not in own and storage.data_ptr() not in kept_storages and tensor.shape not in shapes:
+            kept_storages[storage.data_ptr()] = tensor  # held: its address is not given to another
+            count[0] += storage.nbytes()
+        return tensor
+
+    shapes = {p.shape for p in network.parameters()} | {p.mT.shape for p in network.parameters() if p.ndim == 2}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield count
+
+
+def random_network(overrides: Sequence[str], device: torch.device) -> tuple[PatchDiT, int]:
+    """The network of a training config with random weights, none of them zero; and the length of its text."""
+    from hydra.utils import instantiate
+
+    config = compose("train", overrides)
+    encoders = instantiate(config.encoders)
+    make: Callable[..., PatchDiT] = instantiate(OmegaConf.to_container(config.model.network, resolve=True))
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(0)
+        network = make(latent_channels=encoders.latent_channels, text_dim=encoders.text_dim, dino_dim=encoders.dino_dim)
+        if device.type != "meta":
+            with torch.no_grad():  # layers that start at zero would make every result zero and every check pass
+                for parameter in network.parameters():
+                    if parameter.ndim == 2 and not parameter.any():
+                        parameter.normal_(std=0.3 / math.sqrt(parameter.shape[1]))
+    return network.eval(), encoders.text_length
+
+
+def random_conditions(
+    network: PatchDiT, batch: int, length: int, tokens: int, grid: int, device: torch.device
+) -> Conditions:
+    """Noise for features; so many of the text's tokens are real."""
+    if tokens > length:
+        raise ValueError(f"text_tokens={tokens} do not fit into the encoders' {length}")
+    generator = torch.Generator().manual_seed(0)
+    mask = (torch.arange(length) < tokens).expand(batch, -1)
+    text = torch.randn(batch, length, network.text_dim, generator=generator)
+    cls = torch.randn(batch, network.dino_dim, generator=generator)
+    patches = torch.randn(batch, grid**2, network.dino_dim, generator=generator)
+    return Conditions(text, mask, cls, patches, (grid, grid)).to(device)
+
+
+def blocks_of(overrides: Sequence[str]) -> int:
+    """Depth that a training config gives its network."""
+    return int(compose("train", overrides).model.network.depth)

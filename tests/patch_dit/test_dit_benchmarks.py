@@ -1,0 +1,110 @@
+"""The benchmark cases on a small network: what is measured is what is meant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from dit_parts import SMALL
+
+from keygrip.benchmarks import patch_dit
+from keygrip.benchmarks.patch_dit import (
+    FOUR,
+    THREE,
+    DiTCurve,
+    DiTSampler,
+    DiTStep,
+    SamplingStep,
+    ToyPictures,
+    TrainingStep,
+    counted_activations,
+    random_conditions,
+    random_network,
+)
+
+CPU = torch.device("cpu")
+SIZES: dict[str, Any] = {
+    **{"overrides": SMALL, "quick_depth": 2, "latent": 4, "text_tokens": 3, "patch_grid": 3, "batch": 1, "threads": 1},
+    **{"repetitions": 3, "quick_repetitions": 1, "limit_s": 5.0, "quick_limit_s": 1.0},
+}
+
+
+@torch.inference_mode()
+def test_both_ways_compute_the_same_and_something() -> None:
+    network, length = random_network(SMALL, CPU)
+    step = SamplingStep(network, random_conditions(network, 1, length, 3, 3, CPU), latent=4)
+    plain = step.plain(FOUR)
+    assert plain.std() > 0.01
+    assert step.difference(FOUR) < 1e-4
+    assert step.difference(THREE) < 1e-4
+    torch.testing.assert_close(step.first(), plain, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(step.next(), plain, atol=1e-4, rtol=1e-4)
+    assert (step.next(0.3) - plain).abs().max() > 1e-3  # the level counts
+    passes: list[tuple[int, int]] = []
+    keys = network.blocks[0].cross_attention.key_value
+    keys.register_forward_pre_hook(lambda _, arguments: passes.append(tuple(arguments[0].shape[:2])))
+    step.plain(FOUR)
+    step.first()
+    step.next()
+    assert passes == [(1, length + 1 + 9)] * 4 + [(3, 3 + 1 + 9), (3, 1)]
+
+
+def test_figures_of_the_sampler() -> None:
+    figures = DiTSampler(**SIZES).run(quick=True)
+    assert {"speedup_over_four", "speedup_over_three", "step_ms"} <= figures.keys()
+    assert figures["blocks"] == 2
+    assert (figures["context_tokens"], figures["plain_context_tokens"]) == (13, 16)
+    assert figures["max_relative_difference"] < 1e-4
+
+
+def test_a_sampler_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SamplingStep, "next", lambda self: 2 * self.plain(THREE))
+    with pytest.raises(RuntimeError, match="differs from the plain"):
+        DiTSampler(**SIZES).run(quick=True)
+
+
+def test_figures_of_a_step() -> None:
+    figures = DiTStep(**SIZES).run(quick=False)
+    assert {"patches_over_cls_time", "step_ms", "peak_mb", "patches_over_cls_memory"} <= figures.keys()
+    assert figures["patches_over_cls_memory"] > 1
+    assert figures["blocks"] == 3
+    network, _ = random_network(SMALL, CPU)
+    parameters = sum(p.numel() for p in network.parameters())
+    assert figures["estimated_weights_and_states_gb"] == pytest.approx(parameters * 22 / 1e9, abs=0.01)
+
+
+def test_activations_are_counted_once_and_without_weights() -> None:
+    layer = torch.nn.Linear(4, 4)
+    x = torch.randn(8, 4, requires_grad=True)
+    with counted_activations(layer) as count:
+        layer(x.relu()).sum()
+    assert count[0] == 8 * 4 * 4  # the input of the linear layer, which is the output of relu too
+    bytes_at = []
+    for depth in (1, 2, 3):
+        network, length = random_network([*SMALL, f"model.network.depth={depth}"], CPU)
+        step = TrainingStep(network.train(), random_conditions(network, 1, length, 3, 3, CPU), 4)
+        with counted_activations(network) as count:
+            step.loss()
+        bytes_at.append(count[0])
+    assert bytes_at[2] - bytes_at[1] == bytes_at[1] - bytes_at[0] > 0
+
+
+def test_the_curve_falls_with_the_steps() -> None:
+    settings = [["euler", 4, 0, 1], ["euler", 16, 0, 1], ["adams_bashforth", 16, 0, 1], ["euler", 4, 0.3, 0.8]]
+    curve = DiTCurve(None, 10, 10, samples=2, exact_steps=128, settings=settings, threads=1)
+    figures = curve.run(quick=True)
+    assert figures["euler_16_distance"] < figures["euler_4_distance"]
+    assert figures["adams_bashforth_16_distance"] < figures["euler_16_distance"]
+    assert figures["euler_4_evaluations"] == 12
+    assert figures["euler_4_interval_0.3_0.8_evaluations"] == 1 + 3 + 3 + 1
+
+
+def test_toy_pictures_are_learned() -> None:
+    toy = ToyPictures()
+    first, again, other = toy.batch(4, 1), toy.batch(4, 1), toy.batch(4, 2)
+    assert torch.equal(first[0], again[0])
+    assert not torch.equal(first[0], other[0])
+    assert patch_dit.STEPS == 50
+    network = toy.trained(3)
+    assert network.latent_out.weight.any()
