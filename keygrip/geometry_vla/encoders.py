@@ -43,10 +43,13 @@ class Semantics:
     Attributes:
         layers: hidden states ``[B, L, H]`` of the last layers, in the order of depth.
         mask: bool ``[B, L]``, False for padding.
+        places: ``[B, L, 3]`` where a token of a picture lies: its view, counted from 1, row and column as shares
+            of the picture; zeros for words.
     """
 
     layers: list[Tensor]
     mask: Tensor
+    places: Tensor
 
 
 class TokenizerSource(Protocol):
@@ -138,7 +141,7 @@ class QwenVL(nn.Module):
         self.vision, self.prompt_order, self.trainable = vision, prompt_order, trainable
         self.tokenizer_source = tokenizer
         self.tokenizer: ChatTokenizer | None = None
-        self._prompts: dict[tuple[str, int], tuple[list[int], Tensor]] = {}
+        self._prompts: dict[tuple[str, int], tuple[list[int], Tensor, Tensor]] = {}
         sizes = {
             "text_config": {
                 "hidden_size": width,
@@ -217,8 +220,9 @@ class QwenVL(nn.Module):
         self.tokenizer = tokenizer
         self._prompts.clear()
 
-    def prompt(self, instruction: str, views: int) -> tuple[list[int], Tensor]:
-        """Token ids and their positions ``[3, L]`` (time, height, width) of one sample's pictures and instruction.
+    def prompt(self, instruction: str, views: int) -> tuple[list[int], Tensor, Tensor]:
+        """Token ids of one sample's pictures and instruction, their positions ``[3, L]`` (time, height, width) and
+        their places ``[L, 3]`` (see `Semantics`).
 
         Positions as the model was trained with: words count up together; a picture's tokens stand at one time, and at
         their row and column beyond it; what follows goes on behind the largest.
@@ -237,31 +241,39 @@ class QwenVL(nn.Module):
         side = self.image_size // (self.vision.patch_size * MERGE)
         ids = self.tokenizer.encode(before)
         positions = [torch.arange(len(ids)).expand(3, -1)]
+        places = [torch.zeros(len(ids), 3)]
         following = len(ids)
         cells = torch.arange(side)
         grid = torch.stack([torch.zeros(side, side), *torch.meshgrid(cells, cells, indexing="ij")]).flatten(1).long()
-        for _ in range(views):
+        shares = (grid[1:].T + 0.5) / side
+        for view in range(views):
             ids += [self.vision_start] + [self.image_token] * side**2 + [self.vision_end]
             start = following + 1
             positions += [torch.full((3, 1), following), start + grid, torch.full((3, 1), start + side)]
+            seen = torch.cat([torch.full((side**2, 1), view + 1.0), shares], dim=1)
+            places += [torch.zeros(1, 3), seen, torch.zeros(1, 3)]
             following = start + side + 1
         rest = self.tokenizer.encode(after)
         positions.append((following + torch.arange(len(rest))).expand(3, -1))
-        self._prompts[instruction, views] = ids + rest, torch.cat(positions, dim=1)
+        places.append(torch.zeros(len(rest), 3))
+        self._prompts[instruction, views] = ids + rest, torch.cat(positions, dim=1), torch.cat(places)
         return self._prompts[instruction, views]
 
-    def tokens(self, instructions: Sequence[str], views: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids ``[B, L]``, positions ``[3, B, L]`` and mask ``[B, L]`` of a batch, padded on the right."""
+    def tokens(self, instructions: Sequence[str], views: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Ids ``[B, L]``, positions ``[3, B, L]``, mask ``[B, L]`` and places ``[B, L, 3]`` of a batch, padded on the
+        right."""
         prompts = [self.prompt(instruction, views) for instruction in instructions]
-        longest = max(len(ids) for ids, _ in prompts)
+        longest = max(len(ids) for ids, *_ in prompts)
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)
         positions = torch.zeros(3, len(prompts), longest, dtype=torch.long)
         mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
-        for row, (words, places) in enumerate(prompts):
+        places = torch.zeros(len(prompts), longest, 3)
+        for row, (words, at, where) in enumerate(prompts):
             ids[row, : len(words)] = torch.tensor(words)
-            positions[:, row, : len(words)] = places
+            positions[:, row, : len(words)] = at
             mask[row, : len(words)] = True
-        return ids, positions, mask
+            places[row, : len(words)] = where
+        return ids, positions, mask, places
 
     # ------------------------------------------------------------------ forward
 
@@ -279,7 +291,7 @@ class QwenVL(nn.Module):
                 f"The vision-language model has {self.layers} layers and {last} are asked for: lower "
                 "model.network.blocks."
             )
-        ids, positions, mask = (part.to(images.device) for part in self.tokens(instructions, images.shape[1]))
+        ids, positions, mask, places = (part.to(images.device) for part in self.tokens(instructions, images.shape[1]))
         with torch.no_grad() if self.trainable == "frozen" else contextlib.nullcontext():
             pixels, grid = self.patches(images)
             output = self.model(
@@ -291,7 +303,7 @@ class QwenVL(nn.Module):
                 output_hidden_states=True,
                 use_cache=False,
             )
-        return Semantics(list(output.hidden_states[-last:]), mask)
+        return Semantics(list(output.hidden_states[-last:]), mask, places)
 
     def patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures as the vision tower reads them: patches ``[N, 3 * 2 * P * P]``, those of a token together, and the

@@ -27,8 +27,11 @@ from keygrip.geometry_vla.compression import GeometryCompressor, build_geom_comp
 from keygrip.geometry_vla.encoders import QwenVL
 from keygrip.geometry_vla.geometry import GeometryEncoder, GeometryFeatures
 from keygrip.nn.flow_matching import Solver, integrate, noise_levels
+from keygrip.nn.sinusoids import level_features
 
 log = logging.getLogger(__name__)
+
+MOST_VIEWS = 16  # that are told apart by their number
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,22 @@ class Scene:
     geometry: GeometryFeatures | None
 
 
+class PlaceEmbedding(nn.Module):
+    """From places ``[B, L, 3]`` (see `Semantics`) to ``[B, L, H]``, zeros for words; all zeros at first."""
+
+    def __init__(self, width: int, features: int = 32) -> None:
+        super().__init__()
+        self.features = features
+        self.lift = nn.Linear(3 * features, width)
+        nn.init.zeros_(self.lift.weight)
+        nn.init.zeros_(self.lift.bias)
+
+    def forward(self, places: Tensor) -> Tensor:
+        scaled = places / places.new_tensor([MOST_VIEWS, 1.0, 1.0])
+        lifted = self.lift(level_features(scaled, self.features).flatten(-2))
+        return lifted * (places[..., :1] > 0)
+
+
 class GeometryVLA(nn.Module):
     """Vision-language model, geometry encoder, compressor and action head.
 
@@ -57,6 +76,9 @@ class GeometryVLA(nn.Module):
         future_tokens, head_size, expansion, self_attention_every: see `ActionHead`.
         context_norm: scale each context token to unit variance: layers of a pretrained language model differ by orders
             of magnitude, among each other and from geometry tokens.
+
+        context_places: add to each token of a picture in the contexts where it lies. A large language model's hidden
+            states tell; those of a small one, which knows positions as rotations inside its attention alone, do not.
 
     Raises:
         ValueError: sizes that do not fit, or injection without a geometry encoder.
@@ -78,6 +100,7 @@ class GeometryVLA(nn.Module):
         expansion: int = 4,
         self_attention_every: int = 1,
         context_norm: bool = True,
+        context_places: bool = False,
     ) -> None:
         super().__init__()
         if geom_inject_to_dit and geometry is None:
@@ -92,6 +115,7 @@ class GeometryVLA(nn.Module):
             )
         self.vlm = vlm
         self.context_norm = context_norm
+        self.places = PlaceEmbedding(vlm.width) if context_places else None
         self.geometry: GeometryEncoder | None = None
         self.compressor: GeometryCompressor | None = None
         if geom_inject_to_dit and geometry is not None:
@@ -132,8 +156,9 @@ class GeometryVLA(nn.Module):
             mask, contexts = semantics.mask, []
             if few is not None:
                 mask = F.pad(mask, (0, few[0].shape[1]), value=True)
+            where = 0.0 if self.places is None else self.places(semantics.places)
             for index, hidden in enumerate(semantics.layers):
-                words = self._normed(hidden.float())
+                words = self._normed(hidden.float()) + where
                 tokens = words if few is None else torch.cat([words, few[index]], dim=1)
                 contexts.append(BlockContext(tokens, mask))
         return Scene(contexts, (semantics.mask.shape[1], 0 if few is None else few[0].shape[1]), features)

@@ -37,12 +37,17 @@ def test_pictures_are_prepared_as_transformers_does(vlm: QwenVL) -> None:
 def test_positions_are_those_of_transformers(order: str, tmp_path: Path) -> None:
     vlm = small_vlm(prompt_order=order)
     vlm.prepare(tmp_path, INSTRUCTIONS)
-    ids, positions, mask = vlm.tokens(INSTRUCTIONS, V)
+    ids, positions, mask, places = vlm.tokens(INSTRUCTIONS, V)
     grid = vlm.patches(small_batch().images)[1]
     pictures = (ids == vlm.image_token).int()
     assert int(pictures.sum()) == len(INSTRUCTIONS) * V * vlm.tokens_per_view
     expected, _ = vlm.model.get_rope_index(ids, pictures, image_grid_thw=grid, attention_mask=mask.long())
     assert torch.equal(positions[:, mask], expected[:, mask])
+    # places: views from 1, rows and columns as shares; nothing for words
+    assert torch.equal(places[..., 0] > 0, pictures.bool())
+    of_first = places[0][pictures[0].bool()].unflatten(0, (V, 2, 2))
+    assert of_first[:, 0, 0, 0].tolist() == [1, 2]
+    torch.testing.assert_close(of_first[1, 1, 0], torch.tensor([2.0, 0.75, 0.25]))
     first_picture, first_word = int(pictures[0].argmax()), ids[0].tolist().index(vlm.tokenizer.encode(" cube")[0])  # type: ignore[union-attr]
     assert (first_picture < first_word) == (order == "pictures_first")
 

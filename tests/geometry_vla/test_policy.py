@@ -180,6 +180,22 @@ def test_context_norm_makes_layers_alike(tmp_path: Path) -> None:
         assert all(value == pytest.approx(1.0, abs=0.1) for value in spread) == norm
 
 
+def test_the_head_can_be_told_where_a_token_lies(tmp_path: Path) -> None:
+    module = ready_module(tmp_path, context_places=True)
+    batch = small_batch()
+    places = module.network.places
+    assert places is not None
+    plain = module(batch).contexts[0].tokens.detach()
+    torch.nn.init.normal_(places.lift.weight)
+    told = module(batch).contexts[0].tokens.detach() - plain
+    pictures = module.network.vlm.tokens(batch.instruction, V)[3][..., 0] > 0
+    assert told[:, : pictures.shape[1]][~pictures].abs().max() == 0
+    shown = told[:, : pictures.shape[1]][0][pictures[0]]
+    assert (shown[:, None] - shown[None]).norm(dim=-1)[~torch.eye(len(shown), dtype=torch.bool)].min() > 0.1
+    assert module.network.geometry is not None
+    assert told[:, pictures.shape[1] :].abs().max() == 0, "geometry tokens have places of their own"
+
+
 def test_parts_that_do_not_fit_are_named() -> None:
     with pytest.raises(ValueError, match=r"blocks=4, but the vision-language model has 3 layers"):
         small_module(blocks=4)
