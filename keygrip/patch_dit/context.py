@@ -72,7 +72,8 @@ class Conditions:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Conditions:
         parts = (self.text, self.text_mask, self.cls, self.patches)
-        return Conditions(*(None if part is None else change(part) for part in parts), self.patch_grid)
+        text, text_mask, cls, patches = (None if part is None else change(part) for part in parts)
+        return Conditions(text, text_mask, cls, patches, self.patch_grid)
 
 
 @dataclass(frozen=True)

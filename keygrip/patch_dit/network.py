@@ -80,12 +80,11 @@ class DiTBlock(nn.Module):
         zero = not self.gated  # a zero layer behind a zero gate would never get a gradient
         self.self_attention = Attention(width, heads, qk_norm=qk_norm, zero_output=zero)
         self.cross_attention = Attention(width, heads, qk_norm=qk_norm, zero_output=zero)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, mlp_ratio * width), nn.GELU(approximate="tanh"), nn.Linear(mlp_ratio * width, width)
-        )
+        last = nn.Linear(mlp_ratio * width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU(approximate="tanh"), last)
         if zero:
-            nn.init.zeros_(self.mlp[2].weight)
-            nn.init.zeros_(self.mlp[2].bias)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
 
     def forward(
         self,
@@ -236,7 +235,7 @@ class PatchDiT(nn.Module):
         for number, block in enumerate(self.blocks):
             if self.routing is not None and self.training:
                 if number == self.routed[0]:
-                    whole, index = hidden, self.routing.choose(*hidden.shape[:2], hidden.device)
+                    whole, index = hidden, self.routing.choose(hidden.shape[0], hidden.shape[1], hidden.device)
                     hidden = self.routing.take(whole, index)
                 elif number == self.routed[1] and index is not None:
                     hidden, index = self.routing.put_back(whole, hidden, index), None
