@@ -32,7 +32,15 @@ from keygrip.data.batches import ImageTextBatch
 from keygrip.evaluation.evaluation import Evaluated, Evaluation, plain
 from keygrip.patch_dit.context import Conditions
 from keygrip.patch_dit.encoders import Encoders
-from keygrip.patch_dit.judge import NEAR_PX, TrainedJudge, Verdict, distance_px, feature_distance, judge_for
+from keygrip.patch_dit.judge import (
+    NEAR_PX,
+    JudgeOptions,
+    TrainedJudge,
+    Verdict,
+    distance_px,
+    feature_distance,
+    judge_for,
+)
 from keygrip.patch_dit.sampler import Sampling
 
 if TYPE_CHECKING:
@@ -61,6 +69,7 @@ class PictureSuite:
         replace_words: for `changed_words` on captions of any kind: {word: other word}. Without it the cube's colour is
             changed, where the data say which it is.
         shown: pictures in each row of the report.
+        judge: how a judge is trained where there is none yet.
 
     Raises:
         ValueError: an unknown case, or a number below 1.
@@ -76,6 +85,7 @@ class PictureSuite:
     lpips: str = "auto"
     replace_words: Mapping[str, str] = field(default_factory=dict)
     shown: int = 8
+    judge: JudgeOptions = field(default_factory=JudgeOptions)
 
     def __post_init__(self) -> None:
         unknown = [case for case in self.cases or () if case not in CASES]
@@ -103,6 +113,7 @@ class Distances:
     def __init__(self, encoders: Encoders, judge: TrainedJudge | None, lpips: str) -> None:
         self.encoders, self.judge = encoders, judge
         self.note = ""
+        self.names = ("psnr_db", "ssim", "dino_distance", "judge_distance", "lpips")
         self._lpips: Any = None
         file = Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_FILE
         if lpips == "none":
@@ -319,7 +330,10 @@ class Suite:
                 if shown:
                     self.rows.append(("real", real[: self.options.shown].cpu()))
                 for name, asked, drawn in self._references(batch, real, numbers):
-                    self._add(values[name], self.measure(drawn, asked))
+                    found = self.measure(drawn, asked)
+                    if name == REAL:  # a picture's distance to itself says nothing
+                        found = {figure: value for figure, value in found.items() if figure not in self.distances.names}
+                    self._add(values[name], found)
                 for case in wanted:
                     if case == "scales":
                         continue
@@ -365,13 +379,14 @@ class Suite:
         pictures: dict[float, list[Tensor]] = defaultdict(list)
         each = max(1, self.options.shown // 4)
         for batch, real, numbers in self.batches(self.options.grid_images):
-            asked = self._changed_of(batch, real, numbers)
+            asked = self.ask("changed_words", batch, real, numbers)
             if asked is None:
                 continue
-            first = not pictures.get(pairs[-1][0], []) or len(pictures[pairs[-1][0]]) < len(self.options.dino_scales)
+            first = not pictures
+            size = (batch.latents.shape[2], batch.latents.shape[3])
             for text, dino in tqdm(pairs, desc="scales", unit="pair", leave=False, disable=None):
                 sampling = replace(self.sampling, text_scale=float(text), dino_scale=float(dino))
-                drawn = self.draw(asked, (batch.latents.shape[2], batch.latents.shape[3]), numbers.start, sampling)
+                drawn = self.draw(asked, size, numbers.start, sampling)
                 self._add(values[text, dino], self.measure(drawn, asked))
                 if first:
                     pictures[text].append(drawn[:each].cpu())
@@ -379,9 +394,6 @@ class Suite:
         named = ", ".join(f"{scale:g}" for scale in self.options.dino_scales)
         rows = [(f"text scale {t:g}; DINO scale {named}, {each} each", torch.cat(p)) for t, p in pictures.items()]
         return table, rows
-
-    def _changed_of(self, batch: ImageTextBatch, real: Tensor, numbers: range) -> Asked | None:
-        return self.ask("changed_words", batch, real, numbers)
 
 
 def _rows(values: Tensor | None, index: Tensor) -> Tensor | None:
@@ -431,7 +443,7 @@ def evaluate_pictures(
             module.statistics.fingerprint,
         )
     module.eval()
-    judge = judge_for(data, module.ready_encoders())
+    judge = judge_for(data, module.ready_encoders(), options.judge)
     suite = Suite(module, data, judge, options)
     wanted = suite.cases()
     cases = suite.evaluate()
