@@ -95,6 +95,21 @@ def test_what_is_trained(trainable: str, vision: bool, language: bool, tmp_path:
     assert vlm.model.language_model.training == bool(language)
 
 
+def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
+    batch = small_batch()
+    found = []
+    for recompute in (False, True):
+        vlm = small_vlm(gradient_checkpointing=recompute).train()
+        vlm.prepare(tmp_path, INSTRUCTIONS)
+        layers = vlm(batch.images, batch.instruction, 3).layers
+        sum(layer.square().mean() for layer in layers).backward()  # type: ignore[union-attr]
+        gradients = [parameter.grad for parameter in vlm.parameters() if parameter.grad is not None]
+        found.append([*(layer.detach() for layer in layers), *gradients])
+    assert len(found[0]) == len(found[1])
+    for plain, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(recomputed, plain)
+
+
 def test_weights_of_a_folder_as_the_hub_ships_it(tmp_path: Path) -> None:
     from transformers import Qwen2_5_VLForConditionalGeneration
 

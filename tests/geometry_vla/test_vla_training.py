@@ -117,7 +117,7 @@ def test_it_learns_actions_and_depth(tmp_path: Path) -> None:
     before = module.metrics(module(batch), batch)
     first: dict[str, float] = {}
     torch.manual_seed(0)
-    for step in range(60):
+    for step in range(80):
         losses = module.losses(module(batch), batch)
         optimizer.zero_grad()
         losses["total"].backward()
@@ -125,6 +125,7 @@ def test_it_learns_actions_and_depth(tmp_path: Path) -> None:
         if step == 0:
             first = {name: float(value.detach()) for name, value in losses.items()}
     after = module.metrics(module(batch), batch)
-    assert float(losses["action"].detach()) < 0.5 * first["action"]
-    assert float(losses["depth_cm"]) < 0.5 * first["depth_cm"]
-    assert float(after["position_cm"]) < 0.5 * float(before["position_cm"])
+    assert float(losses["action"].detach()) < 0.75 * first["action"]
+    assert float(losses["point_cm"]) < 0.2 * first["point_cm"]
+    assert float(losses["depth_cm"]) < 0.3 * first["depth_cm"]
+    assert float(after["position_cm"]) < 0.8 * float(before["position_cm"])

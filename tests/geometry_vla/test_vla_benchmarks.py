@@ -1,0 +1,40 @@
+"""The benchmark cases: parameters at the published sizes, and the parts of a chunk on a small policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra.utils import instantiate
+from vla_parts import ready_module
+
+from keygrip.benchmarks import geometry_vla
+from keygrip.benchmarks.geometry_vla import VLAChunk
+from keygrip.config import compose
+
+
+def test_parameters_are_the_published_ones() -> None:
+    case = instantiate(compose("bench").cases.vla_params)
+    assert case.run(quick=True) == {
+        "pool_m": pytest.approx(2.1, rel=0.1),
+        "per_layer_m": pytest.approx(33.6, rel=0.1),
+        "qformer_m": pytest.approx(19.0, rel=0.1),
+    }
+
+
+def test_parts_of_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose("bench").cases.vla_chunk
+    limits = {"repetitions": 3, "quick_repetitions": 3, "warm_up": 1, "limit_s": 5.0, "quick_limit_s": 5.0}
+    assert set(config) == {"_target_", "overrides", *limits}
+    made = []
+
+    def small(_: object) -> object:
+        made.append(ready_module(tmp_path, geom_inject_to_dit=not made))
+        return made[-1]
+
+    monkeypatch.setattr(geometry_vla, "untrained", small)
+    case = VLAChunk([*config.overrides, "backbone.image_size=32"], **limits)
+    figures = case.run(quick=True)
+    assert figures.keys() == {"vlm_ms", "geometry_ms", "head_ms", "p50_ms", "p95_ms", "threads"}
+    assert 0 < figures["p50_ms"] <= figures["p95_ms"]
+    assert "geometry_ms" not in case.run(quick=True)
