@@ -17,8 +17,8 @@ def dense(layer: Attention, x: torch.Tensor, context: torch.Tensor, mask: torch.
         part = slice(head * layer.d_head, (head + 1) * layer.d_head)
         q, k, v = queries[..., part], keys[..., part], values[..., part]
         if layer.query_norm is not None and layer.key_norm is not None:
-            q = q / (q.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * layer.query_norm.weight
-            k = k / (k.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * layer.key_norm.weight
+            q = (q - q.mean(-1, True)) / (q.var(-1, correction=0, keepdim=True) + 1e-6).sqrt() * layer.query_norm.weight
+            k = (k - k.mean(-1, True)) / (k.var(-1, correction=0, keepdim=True) + 1e-6).sqrt() * layer.key_norm.weight
         logits = q @ k.mT / layer.d_head**0.5
         if mask is not None:
             logits = logits + torch.where(mask, 0.0, float("-inf"))
@@ -75,14 +75,34 @@ def test_repeated_and_rows() -> None:
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_stays_fused(masked: bool) -> None:
-    """Neither the mask nor QK-norm under autocast drives torch to its unfused fallback."""
+    """Neither the mask nor QK-norm drives torch to its unfused fallback."""
     layer, x, context = Attention(32, heads=2), torch.randn(2, 6, 32), torch.randn(2, 5, 32)
     mask = torch.tensor([[True, True, False, False, True]]).expand(2, -1) if masked else None
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
         layer(x, layer.keys_values(context), mask).sum().backward()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
             read = layer(x, layer.keys_values(context), mask)
     assert read.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_training_in_bf16_on_a_cpu_agrees_with_the_fused_kernel(masked: bool) -> None:
+    torch.manual_seed(0)
+    layer, x, context = Attention(32, heads=2), torch.randn(2, 6, 32), torch.randn(2, 5, 32)
+    mask = torch.tensor([[True, True, False, False, True], [True] * 5]) if masked else None
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = layer(x, layer.keys_values(context), mask)
+        with torch.no_grad():
+            fused = layer(x, layer.keys_values(context), mask)
+    torch.testing.assert_close(trained, fused, atol=2e-2, rtol=2e-2)
+    trained.float().pow(2).sum().backward()
+    half = layer.query.weight.grad
+    layer.zero_grad()
+    layer(x, layer.keys_values(context), mask).pow(2).sum().backward()
+    whole = layer.query.weight.grad
+    assert half is not None
+    assert whole is not None
+    assert (half - whole).norm() < 0.05 * whole.norm()
 
 
 def test_qk_norm_bounds_the_logits() -> None:
