@@ -147,7 +147,8 @@ def _attend(queries: Tensor, context: KeyValues, mask: Tensor | None) -> Tensor:
 
 def _normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """The norm in the type of ``x``: autocast would take it to float32 and back."""
-    with torch.autocast(x.device.type, enabled=False):
+    device = "cpu" if x.is_meta else x.device.type  # the device for shapes alone knows no autocast
+    with torch.autocast(device, enabled=False):
         return F.layer_norm(x, (x.shape[-1],), norm.weight.to(x.dtype), None, norm.eps)
 
 
