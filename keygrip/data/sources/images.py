@@ -443,7 +443,7 @@ class ShardThread:
         self._pending: list[Future[None]] = []
         self._writer: ShardWriter | None = None
         self._failed: list[str] = []
-        self.written = 0
+        self._broken = False
 
     def add(self, batch: ReadyBatch, encoded: Encoded | None) -> None:
         """Raises what went wrong in writing an earlier batch."""
@@ -452,6 +452,15 @@ class ShardThread:
             self._pending.pop(0).result()
 
     def _write(self, batch: ReadyBatch, encoded: Encoded | None) -> None:
+        if self._broken:
+            return  # a shard must not be finished without the batch that could not be written
+        try:
+            self._append(batch, encoded)
+        except BaseException:
+            self._broken = True
+            raise
+
+    def _append(self, batch: ReadyBatch, encoded: Encoded | None) -> None:
         job = self.claims.jobs[batch.job]
         if self._writer is None:
             self._writer = ShardWriter(job.path).__enter__()
@@ -464,15 +473,14 @@ class ShardThread:
             except ValueError as error:
                 self._failed.append(f"{batch.records[number]['source']}: {error}")
         if batch.last:
-            self.written += len(self._writer)
             write_whole(failures_path(job.path), (json.dumps(self._failed, indent=1) + "\n").encode())
             self._writer.__exit__(None)
             self._writer = None
             self.claims.release(batch.job)
 
     def close(self, error: BaseException | None = None) -> None:
-        """Finishes what waits; with an error, leaves nothing half written."""
-        self._pool.shutdown(wait=True, cancel_futures=error is not None)
+        """Writes what waits, and with an error leaves no shard half written."""
+        self._pool.shutdown(wait=True)
         if self._writer is not None:
             self._writer.__exit__(type(error) if error is not None else RuntimeError)
             self._writer = None
@@ -550,7 +558,7 @@ def images(
     root: str | Path,
     encoders: ImageEncoders,
     size: int,
-    step: int,
+    bucket_step: int,
     max_aspect: float,
     images_per_shard: int = 1000,
     batch_size: int = 16,
@@ -568,7 +576,7 @@ def images(
             file_name and caption or text), or beside each picture as <name>.txt, .caption or .json.
         root: receives bucket_<width>x<height>/shard-<number>.tar, failed.jsonl and, when all is there, images.json.
         encoders: see :class:`ImageEncoders`.
-        size, step, max_aspect: of the buckets, see :func:`keygrip.data.crops.aspect_buckets`.
+        size, bucket_step, max_aspect: of the buckets, see :func:`keygrip.data.crops.aspect_buckets`.
         images_per_shard: see above; a shard is also what an interruption loses at most. batch_size: pictures encoded at
             once.
         workers: loader processes; None: one for each core but one, 16 at most; 0: in this process.
@@ -585,11 +593,11 @@ def images(
     """
     started = time.perf_counter()
     rank, root, source = Rank.here(), Path(root), Path(source)
-    buckets = aspect_buckets(size, step, max_aspect)
+    buckets = aspect_buckets(size, bucket_step, max_aspect)
     for bucket in buckets:
         if bucket.width % encoders.latent_stride or bucket.height % encoders.latent_stride:
             raise ValueError(
-                f"{bucket.name} does not divide by the latent's stride {encoders.latent_stride}; raise step"
+                f"{bucket.name} does not divide by the latent's stride {encoders.latent_stride}; raise bucket_step"
             )
     if images_per_shard < 1 or batch_size < 1:
         raise ValueError(f"images_per_shard={images_per_shard} and batch_size={batch_size} must be at least 1")
