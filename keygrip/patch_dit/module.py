@@ -227,7 +227,7 @@ class PatchDiTModule(LightningModule):
         logged = self.trainer.callback_metrics
         if "val/loss_shuffled" in logged:
             ratio = logged["val/loss_shuffled"] / logged["val/loss"]
-            self.log("val/shuffled_over_both", ratio)
+            self.log("val/shuffled_over_both", ratio, sync_dist=True)
             if not self.trainer.sanity_checking and self.trainer.is_global_zero:
                 self.health.check({"shuffled_over_both": float(ratio)}, self.global_step)
 
@@ -237,7 +237,7 @@ class PatchDiTModule(LightningModule):
         grid = self.network.grid(data)
         losses = self.alignment(output.tapped, grid, conditions.patches, conditions.patch_grid)
         loss = global_mean(losses.sum(), len(losses))
-        self.log(f"{split}/alignment", loss.detach(), batch_size=len(losses))
+        self.log(f"{split}/alignment", loss.detach(), batch_size=len(losses), sync_dist=split == "val")
         return loss * self.alignment.weight_at(self.global_step / max(1, self.trainer.estimated_stepping_batches))
 
     # -- monitoring ---------------------------------------------------------------------------------------------------
