@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from keygrip.benchmarks.inference import looking_down
-from keygrip.benchmarks.measuring import interleaved_seconds, milliseconds
+from keygrip.benchmarks.measuring import Work, interleaved_seconds, milliseconds
 from keygrip.config import compose
 
 if TYPE_CHECKING:
@@ -79,7 +79,12 @@ class VLAChunk:
         )
         policy, seen = module.policy(), _observation(module, config.data.image_size)
         parts = _Parts(module, device, config.data.image_size)
-        sides = {"": partial(policy.plan, seen), "vlm_": parts.vlm, "geometry_": parts.geometry, "head_": parts.head}
+        sides: dict[str, Work] = {
+            "": partial(policy.plan, seen),
+            "vlm_": parts.vlm,
+            "geometry_": parts.geometry,
+            "head_": parts.head,
+        }
         if module.network.geometry is None:
             del sides["geometry_"]
         seconds = interleaved_seconds(sides, repetitions, device, limit_s, self.warm_up)

@@ -62,7 +62,9 @@ class GeometryEncoder(nn.Module):
         """Features of uint8 ``[B, V, 3, S, S]`` pictures with cameras ``[B, V, 3, 3]`` and ``[B, V, 4, 4]``."""
         raise NotImplementedError
 
-    def losses(self, features: GeometryFeatures, depth: Tensor, *cameras: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self, features: GeometryFeatures, depth: Tensor, intrinsics: Tensor, world_to_camera: Tensor
+    ) -> dict[str, Tensor]:
         """Losses by name of what it learns from depth ``[B, V, S, S]`` (metres, 0 unknown); none if it learns
         nothing."""
         return {}
@@ -189,11 +191,15 @@ class DinoMultiView(GeometryEncoder):
         origin = camera_centre(world_to_camera.float())[:, :, None].expand_as(directions)
         return torch.cat([directions, torch.linalg.cross(origin, directions)], dim=-1)
 
-    def losses(self, features: GeometryFeatures, depth: Tensor, *cameras: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self, features: GeometryFeatures, depth: Tensor, intrinsics: Tensor, world_to_camera: Tensor
+    ) -> dict[str, Tensor]:
         """`points` and `depth`, weighted; and their errors without weight or gradient, `point_cm` and `depth_cm`."""
         assert features.points is not None
         assert features.log_depth is not None
-        points, known, metres = depth_targets(depth, *cameras, cells=features.points.shape[2], limit=self.max_depth_m)
+        points, known, metres = depth_targets(
+            depth, intrinsics, world_to_camera, cells=features.points.shape[2], limit=self.max_depth_m
+        )
         count = known.sum()
         distance = (features.points - points).abs().sum(-1).masked_fill(~known, 0.0)
         ratio = (features.log_depth - metres.clamp(min=1e-3).log()).abs().masked_fill(~known, 0.0)
