@@ -14,6 +14,7 @@ from torch import Tensor
 from keygrip.backbone import BlockKV
 from keygrip.data.batches import VideoTextBatch
 from keygrip.evaluation.evaluation import Evaluation
+from keygrip.foveated_vlm.attention import short_attention
 from keygrip.foveated_vlm.conversations import ConversationCollator
 from keygrip.foveated_vlm.health import Health, attention_on_target, relative_entropy
 from keygrip.foveated_vlm.kv_cache import KeyValueCache
@@ -242,7 +243,10 @@ class FoveatedVLMModule(LightningModule):
 
     def training_step(self, batch: VideoTextBatch, batch_idx: int) -> Tensor:
         frames, rows = self.inputs(batch)
-        output = self.network(frames, rows, self.mode, self.refinement_now(), self.known(batch, frames, rows))
+        patches = (batch.frames.shape[-1] // self.network.backbone.patch_size) ** 2
+        positions = rows.input_ids.shape[1] + max(rows.frame_counts) * self.network.tokens_per_frame
+        with short_attention(frames.device, max(positions, patches)):
+            output = self.network(frames, rows, self.mode, self.refinement_now(), self.known(batch, frames, rows))
         scores = self.score(output, batch)
         loss = global_mean(scores.loss, scores.tokens)
         size = len(batch)

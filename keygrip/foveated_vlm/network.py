@@ -207,6 +207,8 @@ class FoveatedVLM(VideoLanguageNetwork):
         backbone, language: the parts.
         deep_query: the query goes through all blocks; otherwise only through the last one (ablation).
         query_std: of the two learned queries, and of the chosen ones at initialisation.
+        query_start: what the learned query of the coarse pass begins as: `random`, or `cls`, the encoder's own CLS
+            token, so that the coarse pass begins with what CLS has learned to say.
         query_bias: give the projection of hidden states to queries a bias (ablation: it makes queries alike).
         query_path: `shared`, queries go through the encoder's own blocks; or `own`, through a copy of them that is
             trained beside a frozen encoder, whose keys and values then never change and can be kept (`kv_cache.py`). At
@@ -234,8 +236,11 @@ class FoveatedVLM(VideoLanguageNetwork):
         visual_scale: float | None = None,
         query_path: Literal["shared", "own"] = "shared",
         frame_numbers: int = 0,
+        query_start: Literal["random", "cls"] = "random",
     ) -> None:
         super().__init__(backbone, language, visual_scale, frame_numbers)
+        if query_start not in ("random", "cls"):
+            raise ValueError(f"model.network.query_start is random or cls, not {query_start!r}")
         if query_path not in ("shared", "own"):
             raise ValueError(f"model.network.query_path is shared or own, not {query_path!r}")
         if query_path == "own" and backbone.trainable != "frozen":
@@ -253,12 +258,20 @@ class FoveatedVLM(VideoLanguageNetwork):
         self.query_projection = nn.Linear(language.width, dim, bias=query_bias)
         nn.init.normal_(self.query_projection.weight, std=query_std * language.width**-0.5)
         self.query_path = None if query_path == "shared" else query_blocks(backbone, self.first_block)
+        self.starts_as_cls = query_start == "cls"
+        self._start_queries()
 
     def take_encoder(self, state: Mapping[str, Tensor]) -> None:
         """Weights for the encoder, and for the queries' own copy of its blocks."""
         super().take_encoder(state)
         if self.query_path is not None:
             self.query_path.load_state_dict(self.backbone.state_dict())
+        self._start_queries()
+
+    def _start_queries(self) -> None:
+        if self.starts_as_cls:
+            with torch.no_grad():
+                self.static_query.copy_(self.backbone.cls_input())
 
     # ------------------------------------------------------------------ passes
 

@@ -3,7 +3,9 @@
 The language model's answers alone teach a random encoder nothing within minutes: what a query finds is noise until the
 encoder reads, and the encoder gets no useful gradient until queries look at the right place. So the encoder is first
 trained for some minutes to say, patch by patch, which cube is there, which digit is on it and whether the gripper
-points at it; its CLS token says the colour and the digit of the cube pointed at. A run of it is a source of backbone
+points at it; its CLS token says the colour and the digit of the cube pointed at; and deep queries, a learned one for
+each colour, bring back the digit of the cube of their colour. That last is what the language model will do with queries
+of its own: from then on there is something to be found by asking. A run of it is a source of backbone
 weights like any other (`backbone.weights=runs/...`); `MadeEncoder` makes one where it is missing.
 
 Legend: M frames, N = h * w patches, K cubes of all frames, D backbone width, C colours.
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 
 from keygrip.backbone import DinoBackbone
 from keygrip.data.batches import Movable, VideoTextBatch, VideoTextSample, normalised, stack_frames
+from keygrip.foveated_vlm.attention import short_attention
 from keygrip.training.optimizers import AdamW
 from keygrip.training.run_folder import CHECKPOINT
 
@@ -164,7 +167,8 @@ def patch_labels(batch: ReadingBatch, grid: tuple[int, int]) -> dict[str, Tensor
 
 
 class MarkReader(nn.Module):
-    """A backbone and linear heads: patches say colour, digit and pointed, CLS the colour and digit pointed at.
+    """A backbone and linear heads: patches say colour, digit and pointed, CLS the colour and digit pointed at, and a
+    deep query for each colour the digit of that cube.
 
     Args:
         colours: C.
@@ -184,17 +188,21 @@ class MarkReader(nn.Module):
         self.sizes = {"colour": colours + 1, "digit": DIGITS, "pointed": 2}
         self.patch_head = nn.Linear(backbone.embed_dim, sum(self.sizes.values()))
         self.cls_head = nn.Linear(backbone.embed_dim, colours + DIGITS)
+        self.asked_head = nn.Linear(backbone.embed_dim, DIGITS)
+        self.asking_queries = nn.Parameter(torch.randn(colours, backbone.embed_dim))
         self.colours = colours
 
     def forward(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[int, int]]:
-        """Images [M, 3, S, S] -> logits [M, N, classes] of patches, [M, classes] of the whole frame, and the grid."""
-        features = self.backbone(images)
+        """Images [M, 3, S, S] -> logits [M, N, classes] of patches, [M, classes] of the whole frame (`asked`: [M, C,
+        DIGITS], of each colour's query), and the grid."""
+        features, kv = self.backbone.forward_with_kv(images)
+        found = self.backbone.query(self.asking_queries.expand(len(images), -1, -1), kv)
         of_patches = self.patch_head(features.patches).float().split(list(self.sizes.values()), dim=-1)
         of_frame = self.cls_head(features.cls).float().split([self.colours, DIGITS], dim=-1)
         names = ("colour", "digit")
         return (
             dict(zip(self.sizes, of_patches, strict=True)),
-            dict(zip(names, of_frame, strict=True)),
+            dict(zip(names, of_frame, strict=True)) | {"asked": self.asked_head(found).float()},
             features.grid,
         )
 
@@ -204,17 +212,25 @@ class MarkReaderModule(LightningModule):
 
     Args:
         network: the plain network. collator: for the data module. optimizer: the recipe.
-        weights: of the losses: colour, digit and pointed of patches, colour and digit of the frame.
+        weights: of the losses: colour, digit and pointed of patches, colour and digit of the frame, digits asked for.
     """
 
     batch_type = VideoTextBatch  # of the data module, whose samples this model's own collator makes into ReadingBatch
-    headline_metrics = ("train/loss", "val/digit", "val/colour", "val/pointed", "val/frame_colour", "val/frame_digit")
+    headline_metrics = (
+        "train/loss",
+        "val/digit",
+        "val/colour",
+        "val/pointed",
+        "val/frame_colour",
+        "val/frame_digit",
+        "val/asked",
+    )
 
     def __init__(
         self, network: MarkReader, collator: ReadingCollator, optimizer: AdamW, weights: Mapping[str, float]
     ) -> None:
         super().__init__()
-        names = {"colour", "digit", "pointed", "frame_colour", "frame_digit"}
+        names = {"colour", "digit", "pointed", "frame_colour", "frame_digit", "asked"}
         if set(weights) != names:
             raise ValueError(f"model.weights must name exactly {', '.join(sorted(names))}; it names {sorted(weights)}")
         if len(collator.colours) != network.colours:
@@ -231,15 +247,19 @@ class MarkReaderModule(LightningModule):
     def losses(self, batch: ReadingBatch) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
         """Losses by name, and (right, counted) by name."""
         backbone = self.network.backbone
-        patches, frame, grid = self.network(normalised(batch.frames, backbone.mean, backbone.std))
+        count = (batch.frames.shape[-1] // backbone.patch_size) ** 2
+        with short_attention(batch.frames.device, count):
+            patches, frame, grid = self.network(normalised(batch.frames, backbone.mean, backbone.std))
         labels = patch_labels(batch, grid)
-        labels |= {
-            f"frame_{name}": torch.full_like(batch.frame[:1], IGNORED).expand(len(batch)).clone() for name in frame
-        }
+        unknown = torch.full((len(batch), self.network.colours), IGNORED, device=batch.frame.device)
+        labels["frame_colour"], labels["frame_digit"] = unknown[:, 0].clone(), unknown[:, 0].clone()
+        labels["asked"] = unknown
         at = batch.pointed == 1
         labels["frame_colour"][batch.frame[at]] = batch.colour[at]
         labels["frame_digit"][batch.frame[at]] = batch.digit[at]
-        logits = patches | {f"frame_{name}": value for name, value in frame.items()}
+        labels["asked"][batch.frame, batch.colour] = batch.digit
+        asked = frame.pop("asked")
+        logits = patches | {f"frame_{name}": value for name, value in frame.items()} | {"asked": asked}
         losses, right = {}, {}
         for name, values in logits.items():
             wanted = labels[name].flatten()

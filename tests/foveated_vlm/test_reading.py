@@ -75,7 +75,7 @@ def test_a_small_reader_learns_its_frames() -> None:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     network = MarkReader(small_backbone("tiny"), 2)
-    weights = {"colour": 1.0, "digit": 2.0, "pointed": 1.0, "frame_colour": 0.3, "frame_digit": 0.5}
+    weights = {"colour": 1.0, "digit": 2.0, "pointed": 1.0, "frame_colour": 0.3, "frame_digit": 0.5, "asked": 1.0}
     module = MarkReaderModule(network, ReadingCollator(COLOURS), AdamW(lr=3e-3), weights)
     batch = ReadingBatch(
         frames=torch.randint(0, 255, (8, 3, 32, 32), generator=generator, dtype=torch.uint8),
@@ -100,7 +100,7 @@ def test_weights_must_name_every_loss() -> None:
     with pytest.raises(ValueError, match="must name exactly"):
         MarkReaderModule(network, collator, AdamW(lr=1e-3), {"colour": 1.0})
     with pytest.raises(ValueError, match="has 1 names"):
-        names = dict.fromkeys(("colour", "digit", "pointed", "frame_colour", "frame_digit"), 1.0)
+        names = dict.fromkeys(("colour", "digit", "pointed", "frame_colour", "frame_digit", "asked"), 1.0)
         MarkReaderModule(network, ReadingCollator(["red"]), AdamW(lr=1e-3), names)
 
 

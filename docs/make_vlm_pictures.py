@@ -1,0 +1,42 @@
+"""Makes the picture of the foveated model's card from a trained run: ``python docs/make_vlm_pictures.py runs/vlm``.
+
+Writes docs/pictures/where_it_looked.png: a question of each kind about a held-out video, the answer, and where the
+query looked in every frame.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from PIL import Image
+
+from keygrip.foveated_vlm.module import FoveatedVLMModule
+from keygrip.foveated_vlm.pictures import show_answers
+from keygrip.training.checkpoints import load_module, read_checkpoint
+
+PICTURES = Path(__file__).parent / "pictures"
+ROWS = 6
+
+
+@torch.no_grad()
+def main(run: Path) -> None:
+    config = OmegaConf.create(read_checkpoint(run)["keygrip"]["config"])
+    module = load_module(run, expected=FoveatedVLMModule)
+    assert isinstance(module, FoveatedVLMModule)
+    data = instantiate(config.data, _convert_="all")
+    data.collator = module.collator
+    data.prepare_data()
+    data.setup("validate")
+    batch = next(batch for batch in data.test_dataloader() if batch.frame_mask.any())
+    picture, _ = show_answers(module, batch, ROWS)
+    assert picture is not None
+    PICTURES.mkdir(exist_ok=True)
+    Image.fromarray(picture).save(PICTURES / "where_it_looked.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
