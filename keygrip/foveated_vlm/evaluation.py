@@ -39,8 +39,9 @@ def evaluate_modes(
 
     For each mode: loss, perplexity and exactness of answers, over all and by kind; for generated answers, `bleu_*`,
     `cider`, `meteor` (kind caption), `vqa_accuracy` (where the evidence has `answers`, ten annotators),
-    `attention_<kind>` (on the thing asked about, relative to uniform, where the evidence says where it is), and
-    `ms_per_frame` (encoder, queries and language model, at the batches' size).
+    `attention_<kind>` (on the thing asked about, relative to uniform, where the evidence says where it is; in the last
+    block, and as `..._all_blocks` over all but the first), and `ms_per_frame` (encoder, queries and language model, at
+    the batches' size).
 
     Raises:
         ValueError: a mode that the network does not have, or no batch.
@@ -67,6 +68,8 @@ def evaluate_modes(
             if output.looks is not None:
                 for kind, where in landings(module.network, output, rows, batch):
                     looked[mode][kind].append(where)
+                for kind, where in landings(module.network, output, rows, batch, "all"):
+                    looked[mode][f"{kind}_all_blocks"].append(where)
             said[mode] += _generated(module, batch, mode, max_new_tokens)
     if not scores:
         raise ValueError("nothing to evaluate: the data have no samples")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -35,6 +35,7 @@ STATE = "language"
 REFINED = "coarse_fine_refined"
 HEALTH_FRAMES = 64  # enough for an average, few enough for the memory that attention maps take
 SHOWN_ROWS = 4
+Blocks = Literal["last", "all"]
 
 
 class FoveatedVLMModule(LightningModule):
@@ -431,29 +432,33 @@ def text_frame(batch: VideoTextBatch, row: int) -> int:
     return int(batch.texts[row].evidence["frame"])
 
 
-def patch_maps(network: FoveatedVLM, output: VLMOutput, rows: TextRows) -> Tensor:
-    """Attention on the patches as pictures [S, F, h, w]: a mean over heads and blocks, the first block left out.
+def patch_maps(network: FoveatedVLM, output: VLMOutput, rows: TextRows, blocks: Blocks = "last") -> Tensor:
+    """Attention on the patches as pictures [S, F, h, w], a mean over heads.
 
-    The first block's queries know only the question; from the second on they have seen the frame.
+    Args:
+        blocks: `last`, from which the embedding comes; or `all` but the first, where queries know only the question.
     """
     assert output.looks is not None
     attention = network.attention(output.looks, rows.streams)  # [S, F, blocks, H, R + N]
-    blocks = attention[:, :, 1:] if attention.shape[2] > 1 else attention
-    patches = blocks.mean((2, 3))[..., network.backbone.num_prefix_tokens :]
+    if blocks == "last" or attention.shape[2] == 1:
+        attention = attention[:, :, -1:]
+    else:
+        attention = attention[:, :, 1:]
+    patches = attention.mean((2, 3))[..., network.backbone.num_prefix_tokens :]
     side = round(patches.shape[-1] ** 0.5)
     return patches.unflatten(-1, (side, side))
 
 
 def landings(
-    network: VideoLanguageNetwork, output: VLMOutput, rows: TextRows, batch: VideoTextBatch
+    network: VideoLanguageNetwork, output: VLMOutput, rows: TextRows, batch: VideoTextBatch, blocks: Blocks = "last"
 ) -> list[tuple[str, float]]:
     """Attention on the thing asked about, relative to uniform, with the question's kind: for each row whose evidence
-    says where the thing is, in the frame that it is asked about."""
+    says where the thing is, in the frame that it is asked about; `blocks` as in `patch_maps`."""
     asked = [n for n, text in enumerate(batch.texts) if {"frame", "pixel", "pixels_seen"} <= text.evidence.keys()]
     asked = [n for n in asked if text_frame(batch, n) < rows.frame_counts[rows.videos[n]]]
     if not asked or not isinstance(network, FoveatedVLM):
         return []
-    maps = patch_maps(network, output, rows)  # [S, F, h, w]
+    maps = patch_maps(network, output, rows, blocks)  # [S, F, h, w]
     streams = rows.streams.of_row.tolist()
     found = []
     for n in asked:
