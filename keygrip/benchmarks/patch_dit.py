@@ -86,7 +86,7 @@ class DiTSampler:
             "plain_three_step_ms": milliseconds(seconds["three"]),
             "first_step_ms": milliseconds(seconds["first"]),
             "max_relative_difference": float(f"{difference:.2g}"),
-            "context_tokens": sum(step.context_groups()),
+            "context_tokens": step.context_tokens(),
             "plain_context_tokens": length + 1 + (self.patch_grid**2 if network.use_dino_patches else 0),
             "blocks": network.depth,
             "parameters_m": round(sum(p.numel() for p in network.parameters()) / 1e6, 1),
@@ -102,6 +102,7 @@ class SamplingStep:
         batch = len(conditions.text) if conditions.text is not None else 1
         device = next(network.parameters()).device
         self.x = seeded_noise(range(batch), (network.latent_channels, latent, latent), device)
+        self.plainly = self._velocities(together=False, cached=False, trimmed=False)
         self.kept = self._velocities()
         self.first_done = self.kept(self.x, 1.0, THREE)
 
@@ -109,8 +110,9 @@ class SamplingStep:
         return Velocities(self.network, self.conditions, len(self.x), 1.0, **how)
 
     def plain(self, branches: Sequence[str], level: float = 0.6) -> Tensor:
-        """Every branch by itself; those that the formula does not need are computed all the same."""
-        found = self._velocities(together=False, cached=False, trimmed=False)(self.x, level, branches)
+        """Every branch by itself; those that the formula does not need are computed all the same. The context's tokens
+        are given: even a plain sampler projects its features once."""
+        found = self.plainly(self.x, level, branches)
         return self.sampling.combine(found, self.x, level, self.conditions)
 
     def first(self) -> Tensor:
@@ -126,10 +128,9 @@ class SamplingStep:
         plain = self.plain(branches)
         return float((self.next() - plain).abs().max() / plain.pow(2).mean().sqrt())
 
-    def context_groups(self) -> tuple[int, int, int]:
-        """Numbers of text, CLS and patch tokens that the sampler keeps."""
-        (context, _) = next(iter(self.kept._contexts.values()))
-        return context.groups
+    def context_tokens(self) -> int:
+        """The most tokens that a branch reads."""
+        return max(sum(context.groups) for context, _ in self.kept._contexts.values())
 
 
 @dataclass(frozen=True)

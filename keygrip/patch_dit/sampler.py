@@ -5,9 +5,11 @@
 Every branch has the null embeddings of what it is not told. A branch whose weight is zero is not computed, so that the
 usual pair of scales costs three evaluations a step. What is saved without changing the result: the branches of a step
 run together, keys and values of text and patches are computed once a sample (only the CLS token depends on the noise
-level), and text padding is cut off instead of masked. What is saved at a price is chosen: an interval of noise levels
-outside of which one evaluation on everything given takes the place of the branches (Kynkäänniemi et al., "Applying
-Guidance in a Limited Interval", 2024), and solvers of second order, which need fewer steps.
+level), and text padding is cut off instead of masked. On a CPU large pictures run a branch at a time: three of them as
+one batch fall out of its caches and must share one mask, which costs more than it saves. What is saved at a price is
+chosen: an interval of noise levels outside of which one evaluation on everything given takes the place of the branches
+(Kynkäänniemi et al., "Applying Guidance in a Limited Interval", 2024), and solvers of second order, which need fewer
+steps.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from keygrip.patch_dit.context import Conditions, Context
 from keygrip.patch_dit.network import ContextCache, PatchDiT
 
 BRANCHES = {"none": (False, False), "text": (True, False), "dino": (False, True), "full": (True, True)}
+CPU_BATCH = 2**18  # numbers in the tokens of one branch up to which a CPU is faster with all branches as one batch
 FLOOR = 1e-3  # with x-prediction: below the last level of any reasonable number of steps, so that nothing is cut off
 
 
@@ -128,9 +131,9 @@ class Velocities:
 
     Args:
         network: in eval mode. conditions: normalised. batch: number of samples. aspect: width over height.
-        together: the branches of a step as one batch. cached: keep keys and values of the context from step to step.
-            trimmed: cut off text padding. All three change the time and not the result; off, they are the plain sampler
-            that tests and benchmarks compare with.
+        together: the branches of a step as one batch; None: as is faster. cached: keep keys and values of the context
+            from step to step. trimmed: cut off text padding. All three change the time and not the result; off, they
+            are the plain sampler that tests and benchmarks compare with.
     """
 
     def __init__(
@@ -139,7 +142,7 @@ class Velocities:
         conditions: Conditions,
         batch: int,
         aspect: float,
-        together: bool = True,
+        together: bool | None = None,
         cached: bool = True,
         trimmed: bool = True,
     ) -> None:
@@ -149,7 +152,8 @@ class Velocities:
 
     def __call__(self, x: Tensor, level: float, branches: Sequence[str]) -> dict[str, Tensor]:
         """Velocities ``[B, C, h, w]`` of the named branches at x_s."""
-        groups = [tuple(branches)] if self.together else [(name,) for name in branches]
+        together = self._one_batch(x) if self.together is None else self.together
+        groups = [tuple(branches)] if together else [(name,) for name in branches]
         found: dict[str, Tensor] = {}
         for group in groups:
             context, cache = self._context(group, x.device)
@@ -159,8 +163,12 @@ class Velocities:
             found |= dict(zip(group, output.to(x.dtype).chunk(len(group)), strict=True))
         return found
 
+    def _one_batch(self, x: Tensor) -> bool:
+        rows, columns = self.network.grid(x)
+        return x.device.type != "cpu" or len(x) * rows * columns * self.network.width <= CPU_BATCH
+
     def _context(self, group: tuple[str, ...], device: torch.device) -> tuple[Context, ContextCache | None]:
-        if group not in self._contexts or not self.cached:
+        if group not in self._contexts:
             keep = torch.tensor([BRANCHES[name] for name in group], device=device).repeat_interleave(self.batch, dim=0)
             conditions = self.conditions.repeated(len(group))
             context = self.network.context_builder(conditions, keep[:, 0], keep[:, 1], self.aspect)
@@ -178,7 +186,7 @@ def sample(
     seeds: Sequence[int],
     on_step: Callable[[int, Tensor], None] | None = None,
     noise: Tensor | None = None,
-    together: bool = True,
+    together: bool | None = None,
     cached: bool = True,
     trimmed: bool = True,
 ) -> Tensor:

@@ -11,6 +11,7 @@ from dit_parts import CHANNELS, conditions_of, flags, small_dit
 from torch import Tensor
 
 from keygrip.nn.flow_matching import seeded_noise
+from keygrip.patch_dit import sampler
 from keygrip.patch_dit.context import Conditions
 from keygrip.patch_dit.network import PatchDiT
 from keygrip.patch_dit.sampler import Sampling, sample
@@ -90,6 +91,22 @@ def test_passes_and_branches() -> None:
         batches = counted(network)
         sample(network, only(conditions, given), SIZE, Sampling(steps=4, **options), seeds=[1, 2])
         assert batches == expected, (given, options)
+
+
+def test_large_pictures_on_a_cpu_run_a_branch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same result, and each branch's context kept from step to step."""
+    conditions, sampling = conditions_of(), Sampling(steps=3)
+    network = small_dit()
+    usual = sample(network, conditions, SIZE, sampling, seeds=[1, 2])
+    monkeypatch.setattr(sampler, "CPU_BATCH", 2 * 16 * 32 - 1)  # 2 samples of 4 x 4 tokens, 32 wide
+    lengths: list[int] = []
+    layer = network.blocks[0].cross_attention.key_value
+    layer.register_forward_pre_hook(lambda _, arguments: lengths.append(arguments[0].shape[1]))
+    batches = counted(network)
+    single = sample(network, conditions, SIZE, sampling, seeds=[1, 2])
+    assert batches == [2] * 9
+    assert lengths == [1 + 1 + 9, 5 + 1 + 9, 1 + 1 + 9] + [1] * 6  # none, text, dino: each trimmed by itself
+    torch.testing.assert_close(single, usual, atol=1e-5, rtol=1e-5)
 
 
 def test_scales_that_add_up_to_one_need_no_unconditional_branch() -> None:
