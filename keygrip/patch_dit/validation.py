@@ -64,7 +64,7 @@ class PictureSuite:
         cases: of `CASES`; None: all that the model and the data allow.
         split: of the run's data. images: so many of it, spread evenly over its buckets.
         text_scales, dino_scales: of the case `scales`. grid_images: images for each pair of them.
-        sampling: changes to the model's own sampling, by name: {"steps": 50}.
+        sampling: changes to the model's own sampling, by name: {"steps": 50}; None leaves a part as it is.
         lpips: "auto" where its weights are at hand; "none".
         replace_words: for `changed_words` on captions of any kind: {word: other word}. Without it the cube's colour is
             changed, where the data say which it is.
@@ -153,6 +153,17 @@ class Distances:
         return feature_distance(left, right)
 
 
+def changed_sampling(sampling: Sampling, changes: Mapping[str, Any]) -> Sampling:
+    """A model's own sampling with some parts changed. Raises ValueError: there is no such part."""
+    unknown = sorted(set(changes) - set(Sampling.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"sampling has no {', '.join(unknown)}; it has {', '.join(Sampling.__dataclass_fields__)}")
+    given = {name: value for name, value in changes.items() if value is not None}
+    if "interval" in given:
+        given["interval"] = tuple(given["interval"])
+    return replace(sampling, **given)
+
+
 # ---- what is asked ---------------------------------------------------------------------------------------------------
 
 
@@ -204,10 +215,10 @@ class Suite:
     ) -> None:
         self.module, self.data, self.judge, self.options = module, data, judge, options
         self.encoders = module.ready_encoders()
-        self.sampling = replace(module.sampling, **dict(options.sampling))
+        self.sampling = changed_sampling(module.sampling, options.sampling)
         self.distances = Distances(self.encoders, judge, options.lpips)
         self.colours = [] if judge is None else judge.judge.colours
-        self.rows: list[tuple[str, Tensor]] = []  # pictures of the first batch, by case
+        self.rows: list[tuple[str, Tensor]] = []  # titles and pictures of one batch, by case
 
     def cases(self) -> list[str]:
         """The cases that can be evaluated here.
@@ -326,9 +337,11 @@ class Suite:
         total = min(self.options.images, len(self.data.samples(self.options.split)))
         with tqdm(total=total, desc="evaluate", unit="image", disable=None) as bar:
             for batch, real, numbers in self.batches(self.options.images):
-                size, shown = (batch.latents.shape[2], batch.latents.shape[3]), not self.rows
+                size = (batch.latents.shape[2], batch.latents.shape[3])
+                count = min(len(batch), self.options.shown)
+                shown = not self.rows or count > len(self.rows[0][1])  # the first batch that fills the rows
                 if shown:
-                    self.rows.append(("real", real[: self.options.shown].cpu()))
+                    self.rows = [("real", real[:count].cpu())]
                 for name, asked, drawn in self._references(batch, real, numbers):
                     found = self.measure(drawn, asked)
                     if name == REAL:  # a picture's distance to itself says nothing
@@ -343,7 +356,7 @@ class Suite:
                     drawn = self.draw(asked_of, size, numbers.start)
                     self._add(values[case], self.measure(drawn, asked_of))
                     if shown:
-                        self.rows.append((self._title(case, asked_of), drawn[: self.options.shown].cpu()))
+                        self.rows.append((self._title(case, asked_of), drawn[:count].cpu()))
                 bar.update(len(batch))
         return {case: summarise(found) for case, found in values.items()}
 
