@@ -30,6 +30,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 MERGE = 2  # patches along a side that become one token
 TEMPORAL = 2  # frames that a patch spans: a picture is shown twice
+KEPT_PROMPTS = 4096  # instructions whose tokens are remembered
 PICTURES = "<pictures>"  # stands for the visual tokens while a prompt is rendered
 
 Trainable = Literal["all", "language", "frozen"]
@@ -256,6 +257,8 @@ class QwenVL(nn.Module):
         rest = self.tokenizer.encode(after)
         positions.append((following + torch.arange(len(rest))).expand(3, -1))
         places.append(torch.zeros(len(rest), 3))
+        if len(self._prompts) >= KEPT_PROMPTS:
+            self._prompts.clear()
         self._prompts[instruction, views] = ids + rest, torch.cat(positions, dim=1), torch.cat(places)
         return self._prompts[instruction, views]
 

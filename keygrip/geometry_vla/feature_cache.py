@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 KEPT_SHARE = 0.9  # of the limit, after files were removed: not at every new one
 LARGEST_HALF = 6e4  # beyond it a float16 is infinite
+SURPRISING = 20_000  # pictures of which not one came again
 
 
 class FeatureCache:
@@ -39,6 +40,7 @@ class FeatureCache:
         if limit_gb <= 0:
             raise ValueError(f"geometry.cache.limit_gb={limit_gb}: give a size, or geometry.cache=null for no cache.")
         self.folder, self.limit = Path(folder), int(limit_gb * 1e9)
+        self._asked, self._found = 0, 0
 
     def features(self, images: Tensor, maker: str, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """Features of pictures: those that are kept, and the others computed and kept.
@@ -58,6 +60,7 @@ class FeatureCache:
         keys = [_key(row, maker) for row in images.cpu()]
         found = [self._read(key) for key in keys]
         missing = [row for row, feature in enumerate(found) if feature is None]
+        self._watch(len(found), len(found) - len(missing))
         if missing:
             made = compute(images[missing]).detach().cpu()
             for row, feature in zip(missing, made, strict=True):
@@ -66,6 +69,17 @@ class FeatureCache:
                 self._write(keys[row], small)
                 found[row] = small
         return torch.stack([feature.float() for feature in found if feature is not None]).to(images.device)
+
+    def _watch(self, asked: int, found: int) -> None:
+        """Says so, once, where the cache has no effect."""
+        before = self._asked
+        self._asked, self._found = before + asked, self._found + found
+        if before < SURPRISING <= self._asked and not self._found:
+            log.warning(
+                "of %d pictures none came twice: the cache of geometry features only costs time; random crops and "
+                "colours make every picture new (data.augmentation=null), or set geometry.cache=null",
+                self._asked,
+            )
 
     def size(self) -> int:
         """Bytes in use, by the count that all processes share."""

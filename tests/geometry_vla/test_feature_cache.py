@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from keygrip.geometry_vla import feature_cache
 from keygrip.geometry_vla.feature_cache import FeatureCache
 
 
@@ -116,6 +117,18 @@ def test_several_processes_share_a_folder_that_is_too_small_for_all(tmp_path: Pa
     assert held <= limit
     assert FeatureCache(tmp_path / "c", 1.0).size() == held
     assert not list((tmp_path / "c").glob("*/.*")), "no half-written file is left"
+
+
+def test_a_cache_without_effect_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(feature_cache, "SURPRISING", 4)
+    for repeated, warnings in ((True, 0), (False, 1)):
+        caplog.clear()
+        cache = FeatureCache(tmp_path / str(repeated), 1.0)
+        for seed in range(8):
+            cache.features(pictures(1, seed=seed // 2 if repeated else seed), "a", Counting())
+        assert len([record for record in caplog.records if "none came twice" in record.message]) == warnings
 
 
 def test_what_cannot_work_is_refused(tmp_path: Path) -> None:

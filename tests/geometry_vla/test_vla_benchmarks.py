@@ -5,20 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hydra.utils import instantiate
 from vla_parts import ready_module
 
+from keygrip import bench
 from keygrip.benchmarks import geometry_vla
 from keygrip.benchmarks.geometry_vla import VLAChunk
 from keygrip.config import compose
 
 
 def test_parameters_are_the_published_ones() -> None:
-    case = instantiate(compose("bench").cases.vla_params)
-    assert case.run(quick=True) == {
-        "pool_m": pytest.approx(2.1, rel=0.1),
-        "per_layer_m": pytest.approx(33.6, rel=0.1),
-        "qformer_m": pytest.approx(19.0, rel=0.1),
+    figures = bench.run(compose("bench", ["case=vla_params"]))
+    expected = {"pool_m": 2.1, "per_layer_m": 33.6, "qformer_m": 19.0}
+    assert {name: figures[name] for name in expected} == {
+        name: pytest.approx(value, rel=0.1) for name, value in expected.items()
     }
 
 
