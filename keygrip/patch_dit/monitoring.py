@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from keygrip.patch_dit.context import CATEGORIES
 from keygrip.training.health import Range
@@ -78,7 +79,8 @@ def velocity_norm(velocity: Tensor) -> Tensor:
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     """Norm of the gradients of some parameters together; 0 where there are none."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+    norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # of sharded gradients: over all processes
 
 
 def attention_figures(shares: Tensor) -> dict[str, Tensor]:
