@@ -137,6 +137,11 @@ class RecedingHorizon:
         self.plans = 0
         self.last_plan = None
 
+    @property
+    def wants_observation(self) -> bool:
+        """Whether the next `act` plans and so reads its observation; else an old one does, and none need be drawn."""
+        return not self._queue
+
     def act(self, observation: Observation) -> np.ndarray:
         """The command for the next control period: ``[A, 8]`` position, quaternion wxyz, gripper opening."""
         if not self._queue:

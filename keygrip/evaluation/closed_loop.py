@@ -307,9 +307,12 @@ class _Worker:
                 break
             if film is not None:
                 film.add(observation, controller.last_plan)
-            observation, _, success, truncated, info = environment.step(action[0])
+            environment.advance(action[0])
+            success, truncated, info = environment.outcome()
             steps += 1
             over = success or truncated
+            if film is not None or (controller.wants_observation and not over):
+                observation = environment.observation()  # only now: drawing takes most of an episode's time
         if film is not None:
             film.add(observation, controller.last_plan)
             film.close()

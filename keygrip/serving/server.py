@@ -118,6 +118,7 @@ class PolicyServer:
     async def _refuse_crowds(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Counts, limits how many are served at once, and gives every refusal a sentence."""
         self._in_progress += 1
+        response: web.StreamResponse
         try:
             if self._in_progress > self.limits.requests:
                 response = _refusal(503, f"more than {self.limits.requests} requests at once: ask again in a moment")

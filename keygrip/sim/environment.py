@@ -236,12 +236,18 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
             ValueError: the action is not 8 finite numbers with a usable quaternion.
         """
         self.advance(action)
+        success, truncated, info = self.outcome()
+        return self.observation(), float(success), success, truncated, info
+
+    def outcome(self) -> tuple[bool, bool, dict[str, Any]]:
+        """`terminated`, `truncated` and `info` of the present state, as `step` gives them, without drawing."""
         progress = self.progress
         truncated = not progress.success and (progress.lost or self.elapsed / self.hz >= self.task.time_limit_s)
-        return self.observation(), float(progress.success), progress.success, truncated, self._info(truncated)
+        return progress.success, truncated, self._info(truncated)
 
     def advance(self, action: np.ndarray) -> None:
-        """The physics of `step` without drawing; may go on after success (the recorder finishes the motion)."""
+        """The physics of `step` without drawing (see `outcome` for the rest); may go on after success (the recorder
+        finishes the motion)."""
         if self.layout is None:
             raise RuntimeError("YamCell: call reset(seed=...) before the first step")
         action = np.asarray(action, float)

@@ -14,6 +14,7 @@ import pytest
 from keygrip.control import Observation, Plan, RecedingHorizon, views_of
 from keygrip.evaluation import closed_loop
 from keygrip.evaluation.closed_loop import ClosedLoop, ConditionResult, EpisodeResult
+from keygrip.sim.environment import YamCell
 from keygrip.sim.expert import expert_actions
 from keygrip.sim.tasks import TaskOptions
 
@@ -100,6 +101,24 @@ def test_who_reads_the_instruction_succeeds_and_sees_every_camera(monkeypatch: p
     over, front = views_of(policy.seen[0], ("over", "front"))
     assert over["image"].shape == front["image"].shape == (32, 32, 3)
     assert not np.array_equal(over["image"], front["image"])
+
+
+def test_pictures_are_drawn_for_plans_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is not drawn changes nothing."""
+    drawn: list[int] = []
+    observe = YamCell.observation
+
+    def count(cell: YamCell) -> dict[str, Any]:
+        drawn.append(cell.elapsed)
+        return observe(cell)
+
+    monkeypatch.setattr(YamCell, "observation", count)
+    (seldom,) = drive(monkeypatch, Person(reads), episodes=1).episodes
+    assert len(drawn) <= 3  # at the start, and after the one long plan
+    monkeypatch.setattr(RecedingHorizon, "wants_observation", True)
+    (always,) = drive(monkeypatch, Person(reads), episodes=1).episodes
+    assert len(drawn) > 30
+    assert (seldom.success, seldom.seconds, seldom.plans) == (always.success, always.seconds, always.plans)
 
 
 def test_who_does_not_read_it_moves_the_wrong_object(monkeypatch: pytest.MonkeyPatch) -> None:

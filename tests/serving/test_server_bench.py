@@ -1,0 +1,31 @@
+"""The benchmark case of the server, small."""
+
+from __future__ import annotations
+
+import json
+
+from keygrip.bench import run
+from keygrip.config import compose
+
+SMALL = [
+    "backbone.image_size=48", "backbone.width=32", "backbone.depth=1", "backbone.heads=2", "model.network.pred_size=12",
+]  # fmt: skip
+
+
+def test_the_server_is_measured_from_outside() -> None:
+    figures = run(
+        compose(
+            "bench",
+            [
+                "case=server",
+                "quick=true",
+                f"cases.server.overrides={json.dumps(SMALL)}",
+                "cases.server.quick_requests=12",
+                "cases.server.clients=2",
+                "cases.server.warm_up=1",
+            ],
+        )
+    )
+    assert 0 < figures["plan_p50_ms"] < figures["p50_ms"] <= figures["p95_ms"]
+    assert figures["requests_per_s"] > 0
+    assert figures["clients"] == 2
