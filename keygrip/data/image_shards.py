@@ -582,7 +582,7 @@ class ImageShards(LightningDataModule):
         if not len(samples):
             return []
         order = {"shuffle": False, "drop_last": False}
-        return self._loader(samples, BucketBatchSampler(samples.bucket, self.batch_size, *self._ranks(), **order))  # type: ignore[arg-type]
+        return self._loader(samples, BucketBatchSampler(samples.bucket, self.batch_size, *self._ranks(), **order))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         return self.held_out("val", self.max_val_samples)

@@ -151,9 +151,13 @@ class Encoders:
     @property
     def description(self) -> dict[str, Any]:
         """Plain values that tell these encoders from others. Loads what must be looked at for that."""
-        parts = {"autoencoder": self.autoencoder, "text": self.text, "view": self.view}
         seen = {"dino_view": self.dino_view} | ({"gamma": GAMMA} if self.dino_view == GREY else {})
-        return {**seen, **{name: part.description() for name, part in parts.items()}}
+        return {
+            **seen,
+            "autoencoder": self.autoencoder.description(),
+            "text": self.text.description(),
+            "view": self.view.description(),
+        }
 
     @property
     def fingerprint(self) -> str:

@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from omegaconf import DictConfig
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 CASES = ("reconstruction", "dino_swap", "text_only", "changed_words", "shuffled_patches", "scales")
 SIDE_MARGIN = 0.05  # of the width: nearer than this, left and right are not asked about
-LPIPS_NET = "alex"
+LPIPS_NET: Literal["alex"] = "alex"
 LPIPS_FILE = "alexnet-owt-7be5be79.pth"  # torchvision's weights, in torch's hub folder
 UNRELATED, REAL = "another_picture", "real"
 

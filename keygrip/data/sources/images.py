@@ -121,8 +121,10 @@ class Encoded:
 
     def sample(self, number: int, record: Mapping[str, Any], trim_text: bool) -> tuple[Parts, Row]:
         """Parts and columns of one of them. Raises ValueError: numbers that cannot be stored."""
-        rows = (part[number] for part in (self.latents, self.states, self.mask, self.cls, self.patches))
-        return image_text_parts(*rows, record=record, trim_text=trim_text)
+        n = number
+        return image_text_parts(
+            self.latents[n], self.states[n], self.mask[n], self.cls[n], self.patches[n], record, trim_text
+        )
 
 
 def encode_images(encoders: ImageEncoders, pixels: Tensor, views: Tensor, captions: Sequence[str]) -> Encoded:
@@ -256,7 +258,7 @@ def list_items(source: Path, buckets: Sequence[Bucket], max_enlargement: float, 
     ):
         for path, (caption, bucket, reason) in zip(paths, pool.map(look, paths), strict=True):
             name = path.relative_to(source).as_posix()
-            items.append(Item(key_of(name, taken), name, caption or "", bucket and bucket.name, reason))
+            items.append(Item(key_of(name, taken), name, caption or "", bucket.name if bucket else None, reason))
             bar.update()
     return items
 
@@ -373,7 +375,7 @@ class ReadyBatch:
     last: bool
 
 
-class Pictures(Dataset[ReadyBatch]):
+class Pictures(Dataset[PreparedImage]):
     """Decoded and cropped in loader processes; indexed by whole batches of `Claims`."""
 
     def __init__(self, jobs: Sequence[Job], source: Path, sizes: ViewSizes) -> None:
