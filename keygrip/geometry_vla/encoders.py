@@ -179,7 +179,10 @@ class QwenVL(nn.Module):
         self.model: Any = _random(sizes, own) if weights == "random" else _pretrained(weights, sizes, own)
         self.loaded_weights = weights
         if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # Its name changed within transformers 5.
+            model = self.model
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(trainable == "all" or (trainable == "language" and not name.startswith("visual")))
         self.train(self.training)
