@@ -188,7 +188,8 @@ class PatchDiTModule(LightningModule):
         loss = global_mean(losses.sum(), count)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=count)
         self.losses.add(losses.detach(), level, category)
-        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        # Lightning writes what is logged in the last batch of every log_every_n_steps, and drops the rest.
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             for name, value in self.losses.report().items():
                 self.log(f"train/{name}", value, batch_size=count)
         if self._monitored():
@@ -244,7 +245,7 @@ class PatchDiTModule(LightningModule):
 
     def _monitored(self) -> bool:
         every = self.monitor_every_n_steps
-        return bool(every) and self.global_step % every == 0
+        return bool(every) and (self.global_step + 1) % every == 0
 
     @torch.no_grad()
     def _attention(self, data: Tensor, conditions: Conditions, aspect: float) -> dict[str, Tensor]:
@@ -257,9 +258,10 @@ class PatchDiTModule(LightningModule):
         return attention_figures(self.network.attention_shares(interpolate(data, noise, level), level, context))
 
     def _report(self, figures: dict[str, Tensor]) -> None:
+        """Straight to the loggers, whatever their own interval, and compared with the healthy ranges."""
         values = {name: float(value) for name, value in figures.items()}
-        for name, value in values.items():
-            self.log(f"health/{name}", value)
+        for logger in self.loggers:
+            logger.log_metrics({f"health/{name}": value for name, value in values.items()}, step=self.global_step)
         if self.trainer.is_global_zero:
             self.health.check(values, self.global_step)
 

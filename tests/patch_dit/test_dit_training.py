@@ -65,11 +65,16 @@ def test_a_run_resumed_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_on
 
 
 class Recorded:
-    """Stands in for a writer of TensorBoard."""
+    """Stands in for a logger and its writer of TensorBoard."""
 
     def __init__(self) -> None:
+        self.experiment = self
+        self.figures: dict[str, float] = {}
         self.images: dict[str, np.ndarray] = {}
         self.texts: dict[str, str] = {}
+
+    def log_metrics(self, figures: dict[str, float], step: int) -> None:
+        self.figures |= figures
 
     def add_image(self, name: str, picture: np.ndarray, step: int, dataformats: str) -> None:
         self.images[f"{name}@{step}"] = picture
@@ -87,9 +92,9 @@ def test_what_a_run_logs_and_shows(overrides: Callable[..., list[str]], monkeypa
         log(self, name, value, *arguments, **options)
 
     recorded = Recorded()
-    logger = type("Logger", (), {"experiment": recorded})()
     monkeypatch.setattr(PatchDiTModule, "log", noted)
-    monkeypatch.setattr(PatchDiTModule, "logger", logger)
+    monkeypatch.setattr(PatchDiTModule, "logger", recorded)
+    monkeypatch.setattr(PatchDiTModule, "loggers", [recorded])
     options = ["max_steps=6", "val_every_n_steps=3", "model.monitor_every_n_steps=2", "model.vis_every_n_steps=3"]
     options.append("callbacks.learning_rate=null")
     result = train.run(compose("train", overrides("run", *options)))
@@ -98,14 +103,26 @@ def test_what_a_run_logs_and_shows(overrides: Callable[..., list[str]], monkeypa
     assert sum(logged[f"train/share_{name}"] for name in ("none", "text", "dino", "both")) == pytest.approx(1)
     assert any(name.startswith("train/loss_level_") for name in logged)
     for name in ("velocity_norm", "grad_norm", "patch_gradient", "attention_text", "attention_patches_block_02"):
-        assert np.isfinite(logged[f"health/{name}"]), name
-    assert logged["health/grad_norm"] > 0
-    shares = [logged[f"health/attention_{group}_block_01"] for group in ("text", "cls", "patches")]
+        assert np.isfinite(recorded.figures[f"health/{name}"]), name
+    assert recorded.figures["health/grad_norm"] > 0
+    shares = [recorded.figures[f"health/attention_{group}_block_01"] for group in ("text", "cls", "patches")]
     assert sum(shares) == pytest.approx(1, abs=1e-5)
     assert set(recorded.images) == {"val/samples@3", "val/samples@6"}
     assert recorded.images["val/samples@3"].dtype == np.uint8
     assert "thing" in recorded.texts["val/captions"]
     assert not np.array_equal(recorded.images["val/samples@3"], recorded.images["val/samples@6"])
+
+
+def test_sparse_figures_reach_the_event_files(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    """What is computed every so many steps is written at these very steps."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = ["logger=tensorboard", "log_every_n_steps=3", "model.monitor_every_n_steps=2", "max_steps=6"]
+    train.run(compose("train", overrides("run", *options)))
+    (events,) = (tmp_path / "run").rglob("events*")
+    written = EventAccumulator(str(events)).Reload()
+    assert [event.step for event in written.Scalars("train/share_both")] == [2, 5]
+    assert [event.step for event in written.Scalars("health/grad_norm")] == [1, 3, 5]
 
 
 def test_the_checkpoint_draws_alone_and_refuses_other_encoders(
