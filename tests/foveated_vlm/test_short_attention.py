@@ -29,4 +29,4 @@ def test_both_kernels_give_the_same() -> None:
             out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         found.append((out.detach(), torch.autograd.grad(out.square().sum(), query)[0]))
     for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
