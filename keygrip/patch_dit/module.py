@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from keygrip.data.batches import ImageTextBatch, ImageTextStatistics
-from keygrip.nn.flow_matching import LevelSampler, interpolate, velocity
+from keygrip.nn.flow_matching import LevelSampler, interpolate
 from keygrip.patch_dit.alignment import FeatureAlignment
 from keygrip.patch_dit.context import ConditionDropout, Conditions, kept
 from keygrip.patch_dit.encoders import Encoders
@@ -175,8 +175,9 @@ class PatchDiTModule(LightningModule):
     def noised(self, data: Tensor, noise: Tensor, level: Tensor, context: Any) -> tuple[DiTOutput, Tensor]:
         """The network's output at x_s, and each sample's loss ``[B]`` float32."""
         tap = None if self.alignment is None else self.alignment.block
-        output = self.network(interpolate(data, noise, level), level, context, tap=tap)
-        error = output.velocity.float() - velocity(data, noise).float()
+        x = interpolate(data, noise, level)
+        output = self.network(x, level, context, tap=tap)
+        error = output.velocity.float() - self.network.target(x, data, noise, level).float()
         return output, error.pow(2).mean(dim=(1, 2, 3))
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from keygrip.nn.adaln import AdaLNModulation, modulate
 from keygrip.nn.attention import Attention, KeyValues
-from keygrip.nn.flow_matching import velocity_from_data
+from keygrip.nn.flow_matching import velocity, velocity_from_data
 from keygrip.nn.sinusoids import LevelEmbedding
 from keygrip.patch_dit.context import Context, ContextBuilder
 from keygrip.patch_dit.positions import grid_positions, position_features
@@ -29,8 +29,6 @@ from keygrip.patch_dit.routing import TokenRouting
 
 AdaLN = Literal["shift_scale", "gated"]
 Prediction = Literal["v", "x"]
-
-TRAINING_FLOOR = 0.05  # noise level below which a predicted picture's error weighs no more in a velocity loss
 
 
 @dataclass
@@ -146,6 +144,8 @@ class PatchDiT(nn.Module):
         adaln: see `DiTBlock`.
         prediction: "v", the velocity; or "x", the clean latent, from which the velocity follows (no grain in small
             pictures).
+        level_floor: with "x", the noise level below which the prediction's error weighs no more in the loss: a velocity
+            loss weighs it by 1 / s^2, which near the data is all weight on the finest detail.
         use_dino_patches, patch_positions, position_cells: see `ContextBuilder`.
         qk_norm: normalise queries and keys.
         routing: in training, a share of the tokens passes by the middle blocks; None: all go through all.
@@ -167,6 +167,7 @@ class PatchDiT(nn.Module):
         patch_size: int = 2,
         adaln: AdaLN = "shift_scale",
         prediction: Prediction = "v",
+        level_floor: float = 0.05,
         use_dino_patches: bool = True,
         patch_positions: bool = True,
         position_cells: int = 32,
@@ -179,6 +180,8 @@ class PatchDiT(nn.Module):
             raise ValueError(f"model.network.adaln is shift_scale or gated, not {adaln!r}.")
         if prediction not in ("v", "x"):
             raise ValueError(f"model.network.prediction is v or x, not {prediction!r}.")
+        if not 0 < level_floor <= 1:
+            raise ValueError(f"model.network.level_floor={level_floor}: must lie in (0, 1].")
         if width % 4:
             raise ValueError(f"model.network.width={width}: must be a multiple of 4, for positions in two dimensions.")
         if patch_positions and not use_dino_patches:
@@ -190,6 +193,7 @@ class PatchDiT(nn.Module):
         self.latent_channels, self.patch_size, self.width, self.depth = latent_channels, patch_size, width, depth
         self.text_dim, self.dino_dim = text_dim, dino_dim
         self.prediction: Prediction = prediction
+        self.level_floor = level_floor
         self.use_dino_patches, self.position_cells = use_dino_patches, position_cells
         self.routing, self.gradient_checkpointing = routing, gradient_checkpointing
         self.context_builder = ContextBuilder(
@@ -210,7 +214,7 @@ class PatchDiT(nn.Module):
         context: Context,
         cache: ContextCache | None = None,
         tap: int | None = None,
-        floor: float = TRAINING_FLOOR,
+        floor: float | None = None,
         watched: list[Tensor] | None = None,
     ) -> DiTOutput:
         """The velocity at x_s.
@@ -220,7 +224,8 @@ class PatchDiT(nn.Module):
             context: of the B samples, from ``context_builder``.
             cache: keys and values of this very context, kept between passes; without gradients.
             tap: number of blocks after which tokens are given out as well.
-            floor: with ``prediction="x"``, the least level to divide by.
+            floor: with ``prediction="x"``, the least level to divide by; None: ``level_floor``, as the loss wants it
+                (see `target`). Sampling gives a smaller one.
             watched: takes the attention shares ``[B, G]`` on ``context.groups`` of every block.
         """
         rows, columns = self.grid(x)
@@ -247,8 +252,16 @@ class PatchDiT(nn.Module):
                 tapped = Tapped(hidden, index)
         raw = self._to_latent(self.latent_out(self.final_norm(hidden)), rows, columns)
         raw = raw.to(x.dtype)
-        velocity = velocity_from_data(x, raw, level, floor) if self.prediction == "x" else raw
-        return DiTOutput(velocity, tapped)
+        if self.prediction == "x":
+            raw = velocity_from_data(x, raw, level, self.level_floor if floor is None else floor)
+        return DiTOutput(raw, tapped)
+
+    def target(self, x: Tensor, data: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+        """What the velocity of `forward` is compared with in training: noise - data, and with ``prediction="x"`` below
+        ``level_floor`` that much of it as a perfect prediction would give there."""
+        if self.prediction == "x":
+            return velocity_from_data(x, data, level, self.level_floor)
+        return velocity(data, noise)
 
     @torch.no_grad()
     def attention_shares(self, x: Tensor, level: Tensor, context: Context) -> Tensor:

@@ -11,6 +11,7 @@ from dit_parts import CHANNELS, conditions_of, flags, small_dit
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from keygrip.nn.flow_matching import interpolate, velocity_from_data
 from keygrip.patch_dit.context import Conditions, Context
 from keygrip.patch_dit.network import PatchDiT
 from keygrip.patch_dit.routing import TokenRouting
@@ -150,6 +151,20 @@ def test_prediction_of_the_clean_latent() -> None:
         exact = x_network(x, level, context(x_network, conditions), floor=1e-3).velocity
     torch.testing.assert_close(implied, (x - raw) / torch.tensor([0.05, 0.8]).view(2, 1, 1, 1))
     torch.testing.assert_close(exact, (x - raw) / level.view(2, 1, 1, 1))
+
+
+@pytest.mark.parametrize("prediction", ["v", "x"])
+def test_a_perfect_prediction_has_no_loss(prediction: Any) -> None:
+    """At every level, also below the floor, and above it the target is the velocity of the path."""
+    network = small_dit(prediction=prediction, level_floor=0.2)
+    data, noise, level = latents(), torch.randn(2, CHANNELS, 8, 8), torch.tensor([0.1, 0.6])
+    x = interpolate(data, noise, level)
+    target = network.target(x, data, noise, level)
+    torch.testing.assert_close(target[1], (noise - data)[1])
+    if prediction == "x":
+        torch.testing.assert_close(target, velocity_from_data(x, data, level, floor=0.2))
+    else:
+        torch.testing.assert_close(target, noise - data)
 
 
 @pytest.mark.parametrize(("size", "grid"), [((4, 12), (2, 5)), ((12, 4), (3, 3)), ((2, 2), (1, 1))])
