@@ -288,14 +288,14 @@ class _Worker:
         environment = self.environment(job.overrides)
         timed = _TimedPolicy(self.policy)
         controller = self.settings.control(policy=timed, control_hz=self.settings.hz)
+        if hasattr(self.policy, "reset"):
+            self.policy.reset(job.seed)
+        observation, info = environment.reset(seed=job.seed)
         film = None
         if job.video is not None:
             from keygrip.evaluation.film import Film
 
-            film = Film(job.video, fps=self.settings.hz)
-        if hasattr(self.policy, "reset"):
-            self.policy.reset(job.seed)
-        observation, info = environment.reset(seed=job.seed)
+            film = Film(job.video, self.settings.hz, info["instruction"])
         steps, over, failure, detail = 0, False, None, None
         while not over:
             try:

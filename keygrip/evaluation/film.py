@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from keygrip.control import Observation, Plan, arm_axis
 
@@ -20,16 +20,18 @@ class Film:
     closed.
 
     Args:
-        path: the file to write. fps: frames a second.
+        path: the file to write. fps: frames a second. caption: written at the foot of every frame, e.g. the
+            instruction.
     """
 
-    def __init__(self, path: Path, fps: float) -> None:
-        self.path, self.fps = path, fps
+    def __init__(self, path: Path, fps: float, caption: str = "") -> None:
+        self.path, self.fps, self.caption = path, fps, caption
         self._frames: list[np.ndarray] = []
 
     def add(self, observation: Observation, plan: Plan | None) -> None:
         """Append the picture of an observation with the running plan projected into it."""
-        self._frames.append(draw_plan(observation, plan))
+        frame = draw_plan(observation, plan)
+        self._frames.append(_captioned(frame, self.caption) if self.caption else frame)
 
     def close(self) -> None:
         """Write the file."""
@@ -87,6 +89,17 @@ def draw_plan(observation: Observation, plan: Plan | None) -> np.ndarray:
                 draw.ellipse(box, fill=colour, outline=(255, 255, 255))
             else:
                 draw.ellipse(box, outline=colour, width=2)
+    return np.asarray(image)
+
+
+def _captioned(frame: np.ndarray, caption: str) -> np.ndarray:
+    """The frame with words at its foot, on a dark ground."""
+    image = Image.fromarray(frame)
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(size=max(10, image.height // 28))
+    box = draw.textbbox((image.width / 2, image.height - 4), caption, font=font, anchor="mb")
+    draw.rectangle((box[0] - 5, box[1] - 3, box[2] + 5, image.height), fill=(20, 20, 24))
+    draw.text((image.width / 2, image.height - 4), caption, font=font, anchor="mb", fill=(255, 255, 255))
     return np.asarray(image)
 
 
