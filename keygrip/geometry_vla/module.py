@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ class GeometryVLAModule(LightningModule):
         optimizer: the recipe. levels: draws noise levels.
         draws: of noise for each sample, all read from one pass of the encoders.
         steps, solver: of the sampler, in validation and in control.
+        pictures: show a plan and depth maps in TensorBoard at every validation.
     """
 
     batch_type = MultiViewPolicyBatch
@@ -55,6 +57,7 @@ class GeometryVLAModule(LightningModule):
         draws: int = 4,
         steps: int = 4,
         solver: Solver = "euler",
+        pictures: bool = True,
     ) -> None:
         super().__init__()
         if draws < 1 or steps < 1:
@@ -72,6 +75,7 @@ class GeometryVLAModule(LightningModule):
         self.optimizer_recipe = optimizer
         self.levels = levels
         self.draws, self.steps, self.solver = draws, steps, solver
+        self.pictures = pictures
         self.views: tuple[str, ...] = ()
 
     # -- set-up -------------------------------------------------------------------------------------------------------
@@ -186,6 +190,24 @@ class GeometryVLAModule(LightningModule):
             found["geometry_share"] = torch.stack([share[:, 1].mean() for share in record.shares]).mean()
         return found
 
+    @torch.no_grad()
+    def picture(self, scene: Scene, batch: MultiViewPolicyBatch, sample: int = 0) -> np.ndarray:
+        """One sample's plan and depth beside what was recorded, ``[H, W, 3]`` uint8."""
+        from keygrip.geometry_vla.pictures import scene_picture
+
+        actions = self.sample(scene, batch)
+        planned, _, _ = self.actions.decode(actions, batch.start_position, batch.start_quaternion)
+        return scene_picture(batch, planned, scene.geometry, sample)
+
+    def _show(self, scene: Scene, batch: MultiViewPolicyBatch) -> None:
+        if self.logger is None:
+            return
+        writer = getattr(self.logger, "experiment", None)
+        picture = self.picture(scene, batch)  # on every process: where parameters are sharded, all must take part
+        if self.trainer.is_global_zero and hasattr(writer, "add_image"):
+            assert writer is not None
+            writer.add_image("val/scene", picture, self.global_step, dataformats="HWC")
+
     def training_step(self, batch: MultiViewPolicyBatch, batch_idx: int) -> Tensor:
         losses = self.losses(self(batch), batch)
         self._log("train", losses, len(batch))
@@ -194,6 +216,8 @@ class GeometryVLAModule(LightningModule):
     def validation_step(self, batch: MultiViewPolicyBatch, batch_idx: int) -> None:
         scene = self(batch)
         self._log("val", self.losses(scene, batch) | self.metrics(scene, batch), len(batch))
+        if batch_idx == 0 and self.pictures:
+            self._show(scene, batch)
 
     def _log(self, split: str, values: dict[str, Tensor], batch_size: int) -> None:
         for name, value in values.items():

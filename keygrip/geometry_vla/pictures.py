@@ -1,0 +1,65 @@
+"""A scene as the policy sees it: planned and demonstrated path in each view, true and predicted depth."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from keygrip.data.batches import MultiViewPolicyBatch
+from keygrip.geometry.cameras import project
+from keygrip.geometry_vla.geometry import GeometryFeatures
+from keygrip.volume_query.pictures import figure_to_image
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SHOWN_SHARES = torch.tensor([0.0, 0.9])  # of the depths that are known: the ends of the colour scale
+
+
+def scene_picture(
+    batch: MultiViewPolicyBatch, planned: Tensor, geometry: GeometryFeatures | None, sample: int = 0
+) -> np.ndarray:
+    """One sample, a column a view: the picture with both paths, and below it depth maps where there are any.
+
+    Args:
+        batch: with the demonstrated targets. planned: positions ``[B, A, T, 3]``. geometry: what the encoder predicts.
+        sample: which one.
+
+    Returns:
+        ``[H, W, 3]`` uint8.
+    """
+    from matplotlib.figure import Figure
+
+    views = batch.images.shape[1]
+    true = None if batch.depth is None else batch.depth[sample].float().cpu()
+    guess = None if geometry is None or geometry.log_depth is None else geometry.log_depth[sample].float().exp().cpu()
+    maps = [("depth, recorded (m)", true), ("depth, predicted (m)", guess)]
+    shown = [(title, each) for title, each in maps if each is not None]
+    figure = Figure(figsize=(3.2 * views, 3.3 * (1 + len(shown))), layout="constrained")
+    axes = figure.subplots(1 + len(shown), views, squeeze=False)
+    figure.suptitle(batch.instruction[sample], fontsize=9)
+    known = None if true is None else true[true > 0]
+    for view in range(views):
+        top: Axes = axes[0, view]
+        top.imshow(batch.images[sample, view].permute(1, 2, 0).cpu().numpy())
+        camera = batch.view_intrinsics[sample, view].float().cpu(), batch.view_world_to_camera[sample, view].float()
+        for label, path, colour in (("shown", batch.position, "white"), ("planned", planned, "red")):
+            pixels, _ = project(path[sample].float().cpu(), camera[0], camera[1].cpu())
+            for arm, points in enumerate(pixels):
+                top.plot(*points.T.numpy(), ".-", color=colour, markersize=4, linewidth=1, label=None if arm else label)
+        size = batch.images.shape[-1]
+        top.set(title=batch.cameras[view], xlim=(0, size), ylim=(size, 0))
+        for row, (title, depth) in enumerate(shown, start=1):
+            # Not up to the walls, before which the table would be of one colour.
+            low, high = (None, None) if known is None or not len(known) else known.quantile(SHOWN_SHARES).tolist()
+            drawn = axes[row, view].imshow(depth[view].numpy(), cmap="turbo", vmin=low, vmax=high)
+            axes[row, view].set_title(title, fontsize=8)
+            figure.colorbar(drawn, ax=axes[row, view], shrink=0.7)
+    axes[0, 0].legend(fontsize=7, loc="upper right")
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    return figure_to_image(figure)
