@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import pickle
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -161,3 +164,13 @@ def test_an_answer_that_is_no_plan_is_refused() -> None:
         decode_plan(changed(body, step_seconds=None))
     with pytest.raises(WireError, match="position is"):
         decode_plan(changed(body, position=np.zeros((1, 4, 3))))
+
+
+def test_the_robots_side_needs_no_torch() -> None:
+    """Its computer is small: the client brings numpy, scipy and safetensors."""
+    look = (
+        "import sys; import keygrip.serving.client; print(sorted({'torch', 'aiohttp', 'lightning'} & set(sys.modules)))"
+    )
+    root = Path(__file__).resolve().parents[2]
+    found = subprocess.run([sys.executable, "-c", look], cwd=root, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
