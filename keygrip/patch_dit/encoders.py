@@ -164,6 +164,12 @@ class Encoders:
         """Of the description: shards and checkpoints name the encoders that they were made with."""
         return hashlib.sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()[:16]
 
+    @property
+    def quick_fingerprint(self) -> str | None:
+        """The fingerprint where it is known without loading large weights."""
+        small = isinstance(self.autoencoder, PixelPacking) and isinstance(self.text, RandomWordVectors)
+        return self.fingerprint if small and self.view.state() is not None else None
+
     def state(self) -> dict[str, Any]:
         """Tensors and plain values for a checkpoint: the fingerprint, and the weights of a small DINO."""
         return {"fingerprint": self.fingerprint, "view": self.view.state()}

@@ -110,6 +110,12 @@ class PatchDiTModule(LightningModule):
                 f"The shards' text states have {statistics.text_dim} numbers and the encoders' "
                 f"{self.network.text_dim}: choose the encoders= that the shards were made with."
             )
+        own = self.encoders.quick_fingerprint  # of large encoders: checked when they are used
+        if own is not None and statistics.encoders not in (UNKNOWN, own):
+            raise ValueError(
+                f"The shards were made with the encoders {statistics.encoders} and these are {own}: choose the "
+                "encoders= and options (encoders.dino_view, ...) that the shards were made with."
+            )
         self.statistics.take(statistics)
         for latent in self.statistics.latent_sizes:
             if latent[0] % self.network.patch_size or latent[1] % self.network.patch_size:

@@ -182,6 +182,11 @@ def test_the_case_of_scales_follows_the_scales(root: Path, monkeypatch: pytest.M
     assert [shown.shape[0] for _, shown in pictures] == [2, 2]  # one of each DINO scale
 
 
+def test_training_on_shards_of_other_encoders_is_refused_before_it_starts(root: Path) -> None:
+    with pytest.raises(ValueError, match=r"choose the encoders= and options \(encoders\.dino_view, \.\.\.\)"):
+        module_for(shards(root), "encoders.dino_view=colour")
+
+
 def test_sampling_can_be_changed(root: Path) -> None:
     own = suite_of(root).sampling
     assert suite_of(root, sampling={"steps": 7, "text_scale": None}).sampling == replace(own, steps=7)
