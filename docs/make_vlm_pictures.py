@@ -35,7 +35,7 @@ def main(run: Path) -> None:
     picture, _ = show_answers(module, batch, ROWS)
     assert picture is not None
     PICTURES.mkdir(exist_ok=True)
-    Image.fromarray(picture).save(PICTURES / "where_it_looked.png", optimize=True)
+    Image.fromarray(picture).quantize(192).save(PICTURES / "where_it_looked.png", optimize=True)
 
 
 if __name__ == "__main__":

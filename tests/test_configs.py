@@ -25,7 +25,10 @@ ROOTS = sorted(path.stem for path in CONF.glob("*.yaml"))
 GIVEN = {
     "experiment=yam_dinov3": ["data.root=folder"],
     "prepare": ["step=record"],
-    **{f"data={name}": ["model=foveated_vlm"] for name in ("robot_videos", "webvid", "cauldron", "video_sft")},
+    **{
+        f"data={name}": ["model=foveated_vlm"]
+        for name in ("robot_videos", "robot_tours", "webvid", "cauldron", "video_sft")
+    },
     **{f"optimizer={name}": ["model=foveated_vlm", "data=robot_videos"] for name in ("vlm", "vlm_from_scratch")},
     **{
         f"ablation={path.stem}": ["model=foveated_vlm", "data=robot_videos"]

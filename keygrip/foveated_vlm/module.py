@@ -138,10 +138,7 @@ class FoveatedVLMModule(LightningModule):
         self.collator.prepare(statistics.folder, statistics.texts)
         self._check_tokenizer()
         if self.encoder is not None:
-            from keygrip.training.checkpoints import load_module
-
-            reader = load_module(self.encoder.complete())
-            self.network.take_encoder(reader.network.backbone.state_dict())  # type: ignore[union-attr, arg-type]
+            self.network.take_encoder(self.encoder.state())
         if self.start_from is not None:
             self._take_weights(self.start_from)
         self.pictures = {

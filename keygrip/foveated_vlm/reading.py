@@ -213,6 +213,10 @@ class MarkReaderModule(LightningModule):
     Args:
         network: the plain network. collator: for the data module. optimizer: the recipe.
         weights: of the losses: colour, digit and pointed of patches, colour and digit of the frame, digits asked for.
+        encoder: a run whose backbone this one begins with, made where it is missing.
+
+    Raises:
+        ValueError: weights that do not name every loss, another number of colours, or two sources of the start.
     """
 
     batch_type = VideoTextBatch  # of the data module, whose samples this model's own collator makes into ReadingBatch
@@ -227,7 +231,12 @@ class MarkReaderModule(LightningModule):
     )
 
     def __init__(
-        self, network: MarkReader, collator: ReadingCollator, optimizer: AdamW, weights: Mapping[str, float]
+        self,
+        network: MarkReader,
+        collator: ReadingCollator,
+        optimizer: AdamW,
+        weights: Mapping[str, float],
+        encoder: MadeEncoder | None = None,
     ) -> None:
         super().__init__()
         names = {"colour", "digit", "pointed", "frame_colour", "frame_digit", "asked"}
@@ -238,7 +247,13 @@ class MarkReaderModule(LightningModule):
                 f"model.network.colours={network.colours}, and model.collator.colours has {len(collator.colours)} names"
             )
         self.network, self.collator, self.optimizer_recipe = network, collator, optimizer
+        if encoder is not None and network.backbone.loaded_weights != "random":
+            raise ValueError(
+                f"model.encoder and backbone.weights={network.backbone.loaded_weights} both give the encoder's start: "
+                "set one of them to null or random"
+            )
         self.weights = dict(weights)
+        self.encoder = encoder
         self._right: dict[str, list[float]] = {}
 
     def configure_optimizers(self) -> Any:
@@ -292,7 +307,9 @@ class MarkReaderModule(LightningModule):
             self.log(f"val/{name}", good / max(count, 1.0), prog_bar=name == "digit", sync_dist=True)
 
     def set_statistics(self, statistics: VideoTextStatistics) -> None:
-        """Nothing of the data is kept."""
+        """Nothing of the data is kept; the encoder of the run before is taken over, if there is one."""
+        if self.encoder is not None:
+            self.network.backbone.load_state_dict(self.encoder.state())
 
 
 @dataclass(frozen=True)
@@ -343,6 +360,12 @@ class MadeEncoder:
             if done.returncode or not self._finished(run):
                 raise RuntimeError(f"training the encoder failed: keygrip.train {' '.join(self.overrides)}")
         return run
+
+    def state(self) -> dict[str, Tensor]:
+        """The backbone of the run, trained first where it is missing."""
+        from keygrip.training.checkpoints import load_module
+
+        return load_module(self.complete()).network.backbone.state_dict()  # type: ignore[union-attr, return-value]
 
     @staticmethod
     def _finished(run: Path) -> bool:

@@ -122,3 +122,17 @@ def test_more_frames_than_numbers_is_an_error(build: Callable[..., FoveatedVLM])
     network = build(frame_numbers=2)
     with pytest.raises(ValueError, match=r"a video has 3 frames and model\.network\.frame_numbers=2"):
         network(frames_of([3]), rows_of([(0, 6, 2)], [3]), "coarse_only")
+
+
+def test_the_coarse_pass_may_begin_with_the_encoders_cls_token() -> None:
+    network = with_path("own", query_start="cls")
+    other = small_backbone("tiny")
+    for expected in (network.backbone, other):
+        if expected is other:
+            network.take_encoder(other.state_dict())
+        images = frames_of([2], 32)[0]
+        with torch.no_grad():
+            coarse = network.eval().ask(network.static_query.expand(2, -1, -1), network.encode(images))[:, 0]
+            torch.testing.assert_close(coarse, expected.eval()(images).cls, atol=2e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="is random or cls, not 'zero'"):
+        with_path("shared", query_start="zero")

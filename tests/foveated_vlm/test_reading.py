@@ -138,3 +138,16 @@ def test_an_encoder_is_made_by_one_process(tmp_path: Path, monkeypatch: pytest.M
 def test_a_failed_encoder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"training the encoder failed: keygrip\.train model=nothing"):
         MadeEncoder(["model=nothing"], str(tmp_path)).complete()
+
+
+def test_a_reader_begins_with_the_encoder_of_the_run_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    before = small_backbone("tiny")
+    encoder = MadeEncoder(["seed=0"])
+    monkeypatch.setattr(MadeEncoder, "state", lambda self: before.state_dict())
+    names = dict.fromkeys(("colour", "digit", "pointed", "frame_colour", "frame_digit", "asked"), 1.0)
+    network = MarkReader(small_backbone("tiny"), 2)
+    module = MarkReaderModule(network, ReadingCollator(COLOURS), AdamW(lr=1e-3), names, encoder)
+    module.set_statistics(None)  # type: ignore[arg-type]
+    for name, value in before.state_dict().items():
+        assert torch.equal(network.backbone.state_dict()[name], value)
