@@ -4,6 +4,7 @@ step against the CLS-only model."""
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from keygrip.benchmarks.inference import threads
-from keygrip.benchmarks.measuring import Work, interleaved_seconds, milliseconds, peak_extra_bytes
+from keygrip.benchmarks.measuring import Work, interleaved_seconds, milliseconds, peak_extra_bytes, synchronise
 from keygrip.config import compose
 from keygrip.nn.flow_matching import LogitNormalLevels, interpolate, seeded_noise, velocity
 from keygrip.patch_dit.context import ConditionDropout, Conditions, kept
@@ -144,7 +145,7 @@ class DiTCurve:
     Args:
         checkpoint: a run of a patch-conditioned DiT; None: the small one. train_steps, quick_train_steps: of the small
             one.
-        samples: pictures. exact_steps: of the exact solution.
+        samples, quick_samples: pictures. exact_steps, quick_exact_steps: of the exact solution.
         settings: lists of [solver, steps, lowest level, highest level].
     """
 
@@ -152,61 +153,74 @@ class DiTCurve:
     train_steps: int
     quick_train_steps: int
     samples: int
+    quick_samples: int
     exact_steps: int
+    quick_exact_steps: int
     settings: Sequence[Sequence[Any]]
     threads: int
 
     def run(self, quick: bool) -> dict[str, float]:
         """For each setting `distance`, `ms` a picture and branch `evaluations`, under names such as `heun_10_...`."""
+        count = self.quick_samples if quick else self.samples
         with threads(self.threads):
-            network, conditions, size, usual = self._trained(quick)
-            everywhere = replace(
-                usual, interval=(0.0, 1.0), solver="heun", steps=self.exact_steps // (4 if quick else 1)
+            network, conditions, size, usual = self._trained(
+                count, self.quick_train_steps if quick else self.train_steps
             )
-            seeds = range(self.samples)
-            exact = sample(network, conditions, size, everywhere, seeds)
+            steps = self.quick_exact_steps if quick else self.exact_steps
+            everywhere = replace(usual, interval=(0.0, 1.0), solver="heun", steps=steps)
+            exact = sample(network, conditions, size, everywhere, range(count))
             figures: dict[str, float] = {"latent_std": round(float(exact.std()), 4)}
             for solver, steps, low, high in tqdm(self.settings, desc="settings", unit="setting", leave=False):
                 sampling = replace(usual, solver=solver, steps=int(steps), interval=(float(low), float(high)))
-                drawn, seconds, evaluations = timed(network, conditions, size, sampling, seeds)
-                whole = (low, high) == (0, 1)
-                name = f"{solver}_{steps}" + ("" if whole else f"_interval_{low:g}_{high:g}")
+                drawn, seconds, evaluations = timed(
+                    network, conditions, size, sampling, range(count), 1 if quick else 3
+                )
+                name = f"{solver}_{steps}" + ("" if (low, high) == (0, 1) else f"_interval_{low:g}_{high:g}")
                 figures[f"{name}_distance"] = round(float((drawn - exact).pow(2).mean().sqrt()), 4)
-                figures[f"{name}_ms"] = round(1e3 * seconds / self.samples, 2)
+                figures[f"{name}_ms"] = round(1e3 * seconds / count, 2)
                 figures[f"{name}_evaluations"] = evaluations
         return figures
 
-    def _trained(self, quick: bool) -> tuple[PatchDiT, Conditions, tuple[int, int], Sampling]:
+    def _trained(self, count: int, train_steps: int) -> tuple[PatchDiT, Conditions, tuple[int, int], Sampling]:
         usual = Sampling(text_scale=3.0, dino_scale=2.0)
         if self.checkpoint is None:
             toy = ToyPictures()
-            network = toy.trained(self.quick_train_steps if quick else self.train_steps)
-            return network, toy.batch(self.samples, 10**6)[1], toy.size, usual
+            return toy.trained(train_steps), toy.batch(count, 10**6)[1], toy.size, usual
         from keygrip.patch_dit.module import PatchDiTModule
         from keygrip.training.checkpoints import load_module
 
         module = load_module(self.checkpoint, expected=PatchDiTModule)
         assert isinstance(module, PatchDiTModule)
         size, grid = module.statistics.latent_sizes[0], module.statistics.patch_grids[0]
-        states, mask = module.encoders.encode_text(["a red cube left of the blue block"] * self.samples)
+        states, mask = module.encoders.encode_text(["a red cube left of the blue block"] * count)
         width = module.encoders.dino_dim
         generator = torch.Generator().manual_seed(0)
-        cls = torch.randn(self.samples, width, generator=generator)
-        patches = torch.randn(self.samples, grid[0] * grid[1], width, generator=generator)
+        cls = torch.randn(count, width, generator=generator)
+        patches = torch.randn(count, grid[0] * grid[1], width, generator=generator)
         return module.network, Conditions(states, mask, cls, patches, grid), size, usual
 
 
 def timed(
-    network: PatchDiT, conditions: Conditions, size: tuple[int, int], sampling: Sampling, seeds: Sequence[int]
+    network: PatchDiT,
+    conditions: Conditions,
+    size: tuple[int, int],
+    sampling: Sampling,
+    seeds: Sequence[int],
+    repetitions: int,
 ) -> tuple[Tensor, float, int]:
-    """A sample, the median of three times it took in seconds, and evaluations of branches for each picture."""
+    """A sample, the median of the times it took in seconds, and evaluations of branches for each picture."""
     rows: list[int] = []
     hook = network.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
-    drawn = sample(network, conditions, size, sampling, seeds)
-    hook.remove()
     device = next(network.parameters()).device
-    work = {"sample": lambda: sample(network, conditions, size, sampling, seeds)}
-    seconds = interleaved_seconds(work, 3, device, limit_s=60, warm_up=0)["sample"]
+    seconds = []
+    for _ in range(repetitions):
+        rows.clear()
+        synchronise(device)
+        started = time.perf_counter()
+        drawn = sample(network, conditions, size, sampling, seeds)
+        synchronise(device)
+        seconds.append(time.perf_counter() - started)
+    hook.remove()
     return drawn, float(np.median(seconds)), sum(rows) // len(seeds)
 
 

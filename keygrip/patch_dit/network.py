@@ -144,8 +144,8 @@ class PatchDiT(nn.Module):
         adaln: see `DiTBlock`.
         prediction: "v", the velocity; or "x", the clean latent, from which the velocity follows (no grain in small
             pictures).
-        level_floor: with "x", the noise level below which the prediction's error weighs no more in the loss: a velocity
-            loss weighs it by 1 / s^2, which near the data is all weight on the finest detail.
+        level_floor: only with "x", the noise level below which the prediction's error weighs no more in the loss (None:
+            0.05): a velocity loss weighs it by 1 / s^2, which near the data is all weight on the finest detail.
         use_dino_patches, patch_positions, position_cells: see `ContextBuilder`.
         qk_norm: normalise queries and keys.
         routing: in training, a share of the tokens passes by the middle blocks; None: all go through all.
@@ -167,7 +167,7 @@ class PatchDiT(nn.Module):
         patch_size: int = 2,
         adaln: AdaLN = "shift_scale",
         prediction: Prediction = "v",
-        level_floor: float = 0.05,
+        level_floor: float | None = None,
         use_dino_patches: bool = True,
         patch_positions: bool = True,
         position_cells: int = 32,
@@ -180,7 +180,11 @@ class PatchDiT(nn.Module):
             raise ValueError(f"model.network.adaln is shift_scale or gated, not {adaln!r}.")
         if prediction not in ("v", "x"):
             raise ValueError(f"model.network.prediction is v or x, not {prediction!r}.")
-        if not 0 < level_floor <= 1:
+        if level_floor is not None and prediction != "x":
+            raise ValueError(
+                f"model.network.level_floor={level_floor} has no effect with prediction={prediction}: null"
+            )
+        if level_floor is not None and not 0 < level_floor <= 1:
             raise ValueError(f"model.network.level_floor={level_floor}: must lie in (0, 1].")
         if width % 4:
             raise ValueError(f"model.network.width={width}: must be a multiple of 4, for positions in two dimensions.")
@@ -193,7 +197,7 @@ class PatchDiT(nn.Module):
         self.latent_channels, self.patch_size, self.width, self.depth = latent_channels, patch_size, width, depth
         self.text_dim, self.dino_dim = text_dim, dino_dim
         self.prediction: Prediction = prediction
-        self.level_floor = level_floor
+        self.level_floor = 0.05 if level_floor is None else level_floor
         self.use_dino_patches, self.position_cells = use_dino_patches, position_cells
         self.routing, self.gradient_checkpointing = routing, gradient_checkpointing
         self.context_builder = ContextBuilder(

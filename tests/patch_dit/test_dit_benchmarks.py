@@ -92,7 +92,7 @@ def test_activations_are_counted_once_and_without_weights() -> None:
 
 def test_the_curve_falls_with_the_steps() -> None:
     settings = [["euler", 4, 0, 1], ["euler", 16, 0, 1], ["adams_bashforth", 16, 0, 1], ["euler", 4, 0.3, 0.8]]
-    curve = DiTCurve(None, 10, 10, samples=2, exact_steps=128, settings=settings, threads=1)
+    curve = DiTCurve(None, 10, 10, 2, 2, 64, 64, settings=settings, threads=1)
     figures = curve.run(quick=True)
     assert figures["euler_16_distance"] < figures["euler_4_distance"]
     assert figures["adams_bashforth_16_distance"] < figures["euler_16_distance"]
