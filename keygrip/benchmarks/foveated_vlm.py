@@ -129,6 +129,61 @@ class VLMDecode:
 
 
 @dataclass(frozen=True)
+class VLMTokens:
+    """Time that the language model takes to read a question with its visual tokens, at one token a frame and at many,
+    against the number of frames. Weights are random; the encoder is not in it.
+
+    Args:
+        overrides: of ``keygrip.train``, which say what network. text_tokens: of the question and the answer.
+        frames: counts of frames. tokens: visual tokens a frame; the first is the one to compare with.
+        threads: of the processor.
+    """
+
+    overrides: Sequence[str]
+    text_tokens: int
+    frames: Sequence[int]
+    tokens: Sequence[int]
+    threads: int
+    repetitions: int
+    quick_repetitions: int
+    limit_s: float
+    quick_limit_s: float
+
+    def run(self, quick: bool) -> dict[str, float]:
+        """`frames_<F>_tokens_<K>_ms`, and for each K the time at the most frames over that of the first K."""
+        network, device = _network(self.overrides)
+        language = network.language.eval()
+        repetitions, limit_s = (
+            (self.quick_repetitions, self.quick_limit_s) if quick else (self.repetitions, self.limit_s)
+        )
+        frames = list(self.frames)[: 2 if quick else None]  # long rows take a while
+        tokens = list(self.tokens)[: 2 if quick else None]
+        figures: dict[str, float] = {}
+        with threads(self.threads), torch.inference_mode():
+            for count in frames:
+                rows = {each: torch.randn(1, self.text_tokens + each * count, language.width) for each in tokens}
+                sides: dict[str, Work] = {
+                    f"frames_{count}_tokens_{each}_ms": _Reading(network, row.to(device)) for each, row in rows.items()
+                }
+                seconds = interleaved_seconds(sides, repetitions, device, limit_s / len(frames))
+                figures |= {name: milliseconds(values) for name, values in seconds.items()}
+        last = f"frames_{frames[-1]}_tokens"
+        one = figures[f"{last}_{tokens[0]}_ms"]
+        for each in tokens[1:]:
+            figures[f"tokens_{each}_over_{tokens[0]}_time"] = round(figures[f"{last}_{each}_ms"] / one, 2)
+        return figures
+
+
+@dataclass(frozen=True)
+class _Reading:
+    network: FoveatedVLM
+    row: Tensor
+
+    def __call__(self) -> None:
+        self.network.language(self.row)
+
+
+@dataclass(frozen=True)
 class _Step:
     network: FoveatedVLM
     frames: Tensor

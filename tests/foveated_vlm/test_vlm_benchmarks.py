@@ -7,7 +7,7 @@ import torch
 from vlm_parts import small_backbone, small_language
 
 from keygrip.benchmarks import foveated_vlm
-from keygrip.benchmarks.foveated_vlm import VLMDecode, VLMStep, _Frame
+from keygrip.benchmarks.foveated_vlm import VLMDecode, VLMStep, VLMTokens, _Frame
 from keygrip.foveated_vlm.network import FoveatedVLM
 
 LIMITS = {"threads": 1, "repetitions": 3, "quick_repetitions": 1, "limit_s": 5.0, "quick_limit_s": 1.0}
@@ -29,6 +29,25 @@ def test_figures_of_a_step_and_of_a_frame() -> None:
     decode = VLMDecode([], prompt_tokens=4, **LIMITS).run(quick=True)
     assert decode.keys() == {"ms_per_frame_8", "ms_per_frame_64", "frame_64_over_frame_8_time"}
     assert all(value > 0 for value in decode.values())
+
+
+@pytest.mark.usefixtures("network")
+def test_many_tokens_are_read_in_their_number(network: FoveatedVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    read = network.language.forward
+    monkeypatch.setattr(network.language, "forward", lambda row: (lengths.append(row.shape[1]), read(row))[1])
+    figures = VLMTokens([], text_tokens=6, frames=[1, 3, 5], tokens=[1, 2, 4], **LIMITS).run(quick=False)
+    assert {
+        "frames_5_tokens_4_ms",
+        "frames_1_tokens_1_ms",
+        "tokens_4_over_1_time",
+        "tokens_2_over_1_time",
+    } <= figures.keys()
+    assert set(lengths) == {6 + frames * tokens for frames in (1, 3, 5) for tokens in (1, 2, 4)}
+    quick = VLMTokens([], text_tokens=6, frames=[1, 3, 5], tokens=[1, 2, 4], **LIMITS).run(quick=True)
+    assert {name for name in quick if name.endswith("_ms")} == {
+        f"frames_{frames}_tokens_{tokens}_ms" for frames in (1, 3) for tokens in (1, 2)
+    }
 
 
 def test_a_measured_frame_is_one_more_and_leaves_its_cache_as_it_was(network: FoveatedVLM) -> None:
