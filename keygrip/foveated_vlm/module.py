@@ -250,7 +250,8 @@ class FoveatedVLMModule(LightningModule):
         size = len(batch)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
         self.log("train/accuracy", scores.exact.sum() / scores.answered.sum(), prog_bar=True, batch_size=size)
-        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        # Lightning writes what is logged in the last batch of every log_every_n_steps, and drops the rest.
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("train/padding_share", batch.padding_share, batch_size=size)
             self.log("train/text_only_share", batch.text_only_share, batch_size=size)
             self.log("train/truncated_rows", float(batch.truncated), batch_size=size)
@@ -309,7 +310,7 @@ class FoveatedVLMModule(LightningModule):
 
     def _health_now(self) -> bool:
         every = self.health_every_n_steps
-        return bool(every) and isinstance(self.network, FoveatedVLM) and self.global_step % every == 0
+        return bool(every) and isinstance(self.network, FoveatedVLM) and (self.global_step + 1) % every == 0
 
     @torch.no_grad()
     def _examine(self, output: VLMOutput, rows: TextRows, batch: VideoTextBatch, frames: Tensor, loss: Tensor) -> None:

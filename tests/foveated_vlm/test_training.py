@@ -76,6 +76,14 @@ def test_a_run_resumed_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_on
         assert torch.equal(value, parts[name]), name
 
 
+def test_what_is_computed_now_and_then_is_logged(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    often = ["logger=csv", "log_every_n_steps=2", "model.health_every_n_steps=2", "max_steps=4"]
+    train.run(compose("train", overrides("run", *often)))
+    (logged,) = (tmp_path / "run").rglob("metrics.csv")
+    header = logged.read_text().splitlines()[0].split(",")
+    assert {"health/static_query_std", "health/attention_entropy", "train/padding_share"} <= set(header)
+
+
 def test_a_checkpoint_alone_evaluates_and_answers(
     overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
