@@ -20,7 +20,7 @@ from keygrip.evaluation.evaluation import Evaluated, Evaluation, plain
 from keygrip.foveated_vlm.conversations import EncodedText, encode_conversation
 from keygrip.foveated_vlm.generation import answer_scores, generate
 from keygrip.foveated_vlm.metrics import caption_metrics, chosen_option, vqa_accuracy
-from keygrip.foveated_vlm.module import FoveatedVLMModule, comparisons, landings
+from keygrip.foveated_vlm.module import REFINED, FoveatedVLMModule, comparisons, landings
 from keygrip.foveated_vlm.question_sets import ChoiceQuestion
 from keygrip.foveated_vlm.scores import Scores
 from keygrip.foveated_vlm.videos import read_frames
@@ -36,6 +36,8 @@ def evaluate_modes(
     max_new_tokens: int = 64,
 ) -> dict[str, Any]:
     """Figures of each mode over batches, and what they say about each other (`gap`, `fine_over_coarse`).
+
+    A model that was trained with refinement is evaluated with it too, as `coarse_fine_refined` (and `gap_refined`).
 
     For each mode: loss, perplexity and exactness of answers, over all and by kind; for generated answers, `bleu_*`,
     `cider`, `meteor` (kind caption), `vqa_accuracy` (where the evidence has `answers`, ten annotators),
@@ -53,15 +55,18 @@ def evaluate_modes(
     scores: dict[str, Scores] = defaultdict(Scores)
     said: dict[str, list[tuple[str, str, dict[str, Any], str]]] = defaultdict(list)
     seconds: dict[str, float] = defaultdict(float)
-    looked: dict[str, dict[str, list[float]]] = {mode: defaultdict(list) for mode in modes}
+    evaluated = {mode: (mode, 0) for mode in modes}
+    if module.refinement and "coarse_fine" in modes:
+        evaluated[REFINED] = ("coarse_fine", module.refinement)
+    looked: dict[str, dict[str, list[float]]] = {mode: defaultdict(list) for mode in evaluated}
     frames_seen = 0
     for batch in tqdm(batches, desc="evaluate", unit="batch", disable=None):
         batch = batch.to(module.device)
         frames_seen += int(batch.frame_mask.sum())
-        for mode in modes:
+        for mode, (of_network, refinement) in evaluated.items():
             started = time.perf_counter()
             frames, rows = module.inputs(batch)
-            output = module.network(frames, rows, mode)
+            output = module.network(frames, rows, of_network, refinement)
             scored = module.score(output, batch)
             scores[mode].add(scored, batch.kind)
             seconds[mode] += time.perf_counter() - started
@@ -70,11 +75,12 @@ def evaluate_modes(
                     looked[mode][kind].append(where)
                 for kind, where in landings(module.network, output, rows, batch, "all"):
                     looked[mode][f"{kind}_all_blocks"].append(where)
-            said[mode] += _generated(module, batch, mode, max_new_tokens)
+            if mode in modes:
+                said[mode] += _generated(module, batch, mode, max_new_tokens)
     if not scores:
         raise ValueError("nothing to evaluate: the data have no samples")
     figures: dict[str, dict[str, Any]] = {}
-    for mode in modes:
+    for mode in evaluated:
         figures[mode] = dict(scores[mode].figures())
         if frames_seen:
             figures[mode]["ms_per_frame"] = 1000 * seconds[mode] / frames_seen
