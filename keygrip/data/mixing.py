@@ -176,10 +176,11 @@ class Mixture:
 
     def _staged_counts(self, epoch: int) -> list[list[int]]:
         """For each of the epoch's stages, samples of each component (zero for those that are mixed in)."""
-        total, rows, before = self.counts(epoch)[self.lead[0]], [], 0
+        total, before = self.counts(epoch)[self.lead[0]], 0
+        rows: list[list[int]] = []
         for stage, batches in self._stages_of(epoch):
             before += batches
-            here = round(total * before / self.batches) - sum(map(sum, rows))
+            here = round(total * before / self.batches) - sum(sum(row) for row in rows)
             weights = np.array([stage.weights.get(part.name, 0.0) for part in self.components])
             borders = np.concatenate([[0.0], np.cumsum(weights) / weights.sum()])
             rows.append(np.diff(np.round(borders * here).astype(int)).tolist())

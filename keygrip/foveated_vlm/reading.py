@@ -99,12 +99,12 @@ class ReadingCollator:
                 cubes.append(
                     (first + frame, x, y, cube["area"], self.colours[colour], cube["digit"], int(cube["pointed"]))
                 )
-        frame, x, y, area, colours, digits, pointed = (list(column) for column in zip(*cubes, strict=True))
+        frames, xs, ys, areas, colours, digits, pointed = (list(column) for column in zip(*cubes, strict=True))
         return ReadingBatch(
             frames=stacked[mask],
-            frame=torch.tensor(frame),
-            pixel=torch.tensor([x, y], dtype=torch.float32).T.contiguous(),
-            area=torch.tensor(area, dtype=torch.float32),
+            frame=torch.tensor(frames),
+            pixel=torch.tensor([xs, ys], dtype=torch.float32).T.contiguous(),
+            area=torch.tensor(areas, dtype=torch.float32),
             colour=torch.tensor(colours),
             digit=torch.tensor(digits),
             pointed=torch.tensor(pointed),
@@ -365,7 +365,7 @@ class MadeEncoder:
         """The backbone of the run, trained first where it is missing."""
         from keygrip.training.checkpoints import load_module
 
-        return load_module(self.complete()).network.backbone.state_dict()  # type: ignore[union-attr, return-value]
+        return load_module(self.complete()).network.backbone.state_dict()  # type: ignore[union-attr]
 
     @staticmethod
     def _finished(run: Path) -> bool:
