@@ -367,11 +367,14 @@ def _record_failure(error: BaseException, config_name: str) -> None:
 
     with contextlib.suppress(Exception):
         hydra_cfg = HydraConfig.get()
+        folder = Path(hydra_cfg.runtime.output_dir)
+        if folder.resolve() == Path(hydra_cfg.runtime.cwd).resolve():
+            return  # the command has no run folder: nothing is left in the user's
         overrides = list(hydra_cfg.overrides.task)
         stopped = isinstance(error, KeyboardInterrupt | Interrupted)
         line = "stopped by SIGINT" if isinstance(error, KeyboardInterrupt) else ""
         line = line or describe_error(error, config_name, overrides)[0]
-        record_failure(Path(hydra_cfg.runtime.output_dir), INTERRUPTED if stopped else FAILED, line, overrides, error)
+        record_failure(folder, INTERRUPTED if stopped else FAILED, line, overrides, error)
 
 
 @contextlib.contextmanager

@@ -104,6 +104,17 @@ def test_a_failed_run_leaves_what_became_of_it(cli: Callable[..., Any]) -> None:
     assert "Traceback" in Path("run/error.txt").read_text()
 
 
+def test_a_failed_command_without_a_run_folder_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from keygrip import config, prepare
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["prepare", "step=validate", "root=no_such_folder"])
+    with pytest.raises(SystemExit) as stop:
+        config.entry_point("prepare", prepare.print_report)
+    assert stop.value.code == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_refused_run_leaves_an_earlier_one_as_it_was(cli: Callable[..., Any]) -> None:
     toy = [*TOY, "logger=none", "run_dir=run", "max_steps=3", "val_every_n_steps=null"]
     assert cli(*toy).code == 0
