@@ -29,7 +29,7 @@ TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=t
         (["weight_deacy=3"], 2, r"no setting 'weight_deacy' .* nearest is 'optimizer.weight_decay'"),
         (["+max_stepz=3"], 2, r"no setting 'max_stepz' .* nearest is 'max_steps'"),
         (["qqqqqqqq=3"], 2, r"no setting 'qqqqqqqq' in train.yaml: see all with `--cfg job`"),
-        (["optimizer=finetun"], 2, r"nearest is optimizer=finetune; options are finetune, from_scratch"),
+        (["optimizer=finetun"], 2, r"nearest is optimizer=finetune; options are .*finetune, from_scratch"),
         (["seed=abc"], 2, r"seed.*abc.*Integer"),
         (["max_steps=["], 2, r"cannot read max_steps=\[: no viable alternative"),
         (["resume=true"], 1, r"nothing to resume: no run with a checkpoint in runs/\S+; leave out resume=true"),

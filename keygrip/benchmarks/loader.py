@@ -60,10 +60,10 @@ class Loader:
         data = instantiate(config.data, root=str(root), max_demos=None, val_fraction=0.0, _convert_="all", **options)
         data.setup("fit")
         if options["cache_gb"]:
-            frames = data.train_samples.frames
-            for demo, reference in enumerate(data.train_samples.demos):
-                for frame in range(len(reference)):
-                    frames.read(demo, frame)
+            for frames in data.train_samples.frames.values():
+                for demo, reference in enumerate(data.train_samples.demos):
+                    for frame in range(len(reference)):
+                        frames.read(demo, frame)
         loader = iter(data.train_dataloader())
         for _ in range(self.skip_batches):
             next(loader)

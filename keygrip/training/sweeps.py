@@ -189,10 +189,9 @@ def _record(folder: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     from keygrip.training.provenance import git_revision, machine
 
     plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-    day = time.strftime("%Y-%m-%d", time.localtime(plan["started"]))
     return {
         "command": plan.get("command"),
-        "date": day,
+        "date": time.strftime("%Y-%m-%d"),
         "git": git_revision(),
         "machine": machine(),
         "jobs": list(rows),
