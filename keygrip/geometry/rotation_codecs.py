@@ -167,7 +167,8 @@ class PCARotation(RotationCodec):
         self._require_fit()
         mean = self.mean.to(quaternions.dtype)
         tangents = rotation_log(quaternion_multiply(quaternion_conjugate(mean), quaternions))
-        return (tangents - self.offset.to(tangents.dtype)) @ self.axis.to(tangents.dtype)
+        # Products and sums stay as precise as they are under autocast; a matrix product would not.
+        return ((tangents - self.offset.to(tangents.dtype)) * self.axis.to(tangents.dtype)).sum(dim=-1)
 
     def bin_position(self, quaternions: Tensor) -> Tensor:
         """Position ``[...]`` on the bins' scale: bin i spans [i, i + 1], values outside the fitted range are
@@ -238,7 +239,8 @@ class KMeansRotation(RotationCodec):
     def encode(self, quaternions: Tensor) -> Tensor:
         self._require_fit()
         # |cos(angle / 2)| is largest for the geodesically nearest prototype.
-        return (quaternions @ self.prototypes.to(quaternions.dtype).T).abs().argmax(dim=-1)
+        cosines = (quaternions[..., None, :] * self.prototypes.to(quaternions.dtype)).sum(dim=-1)  # also under autocast
+        return cosines.abs().argmax(dim=-1)
 
     def decode(self, indices: Tensor) -> Tensor:
         self._require_fit()

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keygrip.data.batches import normalised
-from keygrip.geometry.cameras import camera_centre, cell_centres, pixel_rays
+from keygrip.geometry.cameras import camera_centre, cell_centres, pixel_rays, transform
 from keygrip.nn.attention import Attention
 from keygrip.nn.sinusoids import sinusoidal_features
 from keygrip.training.reduction import global_mean
@@ -239,7 +239,7 @@ def depth_targets(
     rays = torch.linalg.solve(intrinsics.float()[:, :, None, None], places[..., None])[..., 0]
     rotation, shift = world_to_camera[..., :3, :3].float(), world_to_camera[..., :3, 3].float()
     camera = rays * metres[..., None] - shift[:, :, None, None]
-    world = (rotation.transpose(-1, -2)[:, :, None, None] @ camera[..., None])[..., 0]
+    world = transform(rotation.transpose(-1, -2)[:, :, None, None], camera)
     return world, known, metres
 
 

@@ -7,8 +7,10 @@ import torch
 
 from keygrip.geometry.cameras import (
     ParallelRayError,
+    camera_centre,
     cell_centres,
     inside_image,
+    pixel_rays,
     project,
     recover_3d,
     world_xyz_table,
@@ -78,3 +80,15 @@ def test_world_table_agrees_with_recover_for_cameras_of_each_sample() -> None:
         for z in range(3):
             expected = recover_3d(centres, heights[z].expand(6, 6), k[b], extrinsics[b])
             torch.testing.assert_close(table[b, z], expected)
+
+
+def test_reduced_precision_leaves_geometry_alone() -> None:
+    """Targets are computed inside training steps, which run under autocast."""
+    k, pose = (matrix.float() for matrix in camera_above())
+    points = torch.tensor([[0.1, 0.3, 0.05], [-0.2, 0.41, 0.0], [0.033, 0.27, 0.11]])
+    exact = *project(points, k, pose), camera_centre(pose), pixel_rays(torch.tensor([[33.3, 71.7]]), k, pose)
+    with torch.autocast("cpu", torch.bfloat16):
+        reduced = *project(points, k, pose), camera_centre(pose), pixel_rays(torch.tensor([[33.3, 71.7]]), k, pose)
+    for ours, theirs in zip(reduced, exact, strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, theirs)
