@@ -44,8 +44,7 @@ def seeds() -> str:
 
 def errors() -> str:
     """The demo's errors on held-out demonstrations beside what quantisation alone costs."""
-    runs = read("volume_query_seeds")["runs"]
-    figures = next(r["errors"] for r in runs if r["task"] == "pick_place" and r["training_seed"] == 0)
+    figures = read("volume_query_seeds")["demo_after_float32_geometry"]["errors"]
     rows = [
         (name, f"{scale * figures[key]:.1f} {unit}", f"{scale * figures[floor]:.1f} {unit}")
         for name, key, floor, scale, unit in (
