@@ -21,14 +21,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from keygrip.data.batches import ImageTextBatch, ImageTextStatistics
 from keygrip.data.crops import BUCKET_NAME, Bucket
 from keygrip.data.image_texts import ImageTextSample, missing_parts, read_image_text
-from keygrip.data.sampling import GlobalBatchSampler, ResumableLoader, SampleKey, start_worker
+from keygrip.data.resuming import ResumableData
+from keygrip.data.sampling import GlobalBatchSampler, ResumableLoader, SampleKey
 from keygrip.data.shards import MANIFEST, SampleError, ShardCache, ShardSet, is_remote, write_whole
 from keygrip.data.video_texts import MadeShards, Skipped, held_out
 
@@ -341,7 +341,7 @@ def measure(samples: ImageTextSamples, progress: bool = True) -> dict[str, np.nd
 # ---- the data module -------------------------------------------------------------------------------------------------
 
 
-class ImageShards(LightningDataModule):
+class ImageShards(ResumableData):
     """Images with text from shards in aspect buckets.
 
     Args:
@@ -356,6 +356,9 @@ class ImageShards(LightningDataModule):
         num_workers: loader processes; None: one for each core but one, 4 at most.
         prefetch_batches: batches that each worker keeps ready.
     """
+
+    batch_type = ImageTextBatch
+    order_depends_on = ("batch_size", "seed", "fingerprint")
 
     def __init__(
         self,
@@ -388,7 +391,6 @@ class ImageShards(LightningDataModule):
         self.parts: dict[str, list[BucketPart]] = {}
         self.encoders = UNKNOWN
         self.sizes: dict[str, int] = {}
-        self._batches_done = 0
 
     @property
     def place(self) -> str:
@@ -553,25 +555,13 @@ class ImageShards(LightningDataModule):
         return ImageTextSamples(parts, self.sizes)
 
     def _loader(self, samples: ImageTextSamples, sampler: GlobalBatchSampler) -> DataLoader[Any]:
-        loader = ImageLoader(
-            samples,
-            batch_sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=collate,
-            worker_init_fn=start_worker,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-            prefetch_factor=self.prefetch_batches if self.num_workers else None,
-        )
+        loader = ImageLoader(collate_fn=collate, **self.loader_options(samples, sampler))
         loader.skipped = self.skipped
         return loader
 
-    def _ranks(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-
     def train_dataloader(self) -> DataLoader[Any]:
         samples = self.samples("train")
-        sampler = BucketBatchSampler(samples.bucket, self.batch_size, *self._ranks(), seed=self.seed)
+        sampler = BucketBatchSampler(samples.bucket, self.batch_size, *self.ranks, seed=self.seed)
         if self.trainer is not None:
             sampler.follow(self.batches_done)
         return self._loader(samples, sampler)
@@ -582,37 +572,10 @@ class ImageShards(LightningDataModule):
         if not len(samples):
             return []
         order = {"shuffle": False, "drop_last": False}
-        return self._loader(samples, BucketBatchSampler(samples.bucket, self.batch_size, *self._ranks(), **order))
+        return self._loader(samples, BucketBatchSampler(samples.bucket, self.batch_size, *self.ranks, **order))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         return self.held_out("val", self.max_val_samples)
 
     def test_dataloader(self) -> DataLoader[Any] | list[Any]:
         return self.held_out("test")
-
-    # ----------------------------------------------------------------------------------------------------------- resume
-
-    def batches_done(self) -> int:
-        """The position in the order of samples: batches whose step was done, counted from the start of training."""
-        if self.trainer is None:
-            return self._batches_done
-        return max(self._batches_done, self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position, and what the order of samples depends on."""
-        return {
-            "batches_done": self.batches_done(),
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "fingerprint": self.fingerprint,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where the checkpoint was written. Raises ValueError where the order cannot be continued."""
-        for name in ("batch_size", "seed", "fingerprint"):
-            if state_dict[name] != getattr(self, name):
-                raise ValueError(
-                    f"the checkpoint was trained with {name} {state_dict[name]} of its data, this run has "
-                    f"{getattr(self, name)}: the order of samples cannot be continued"
-                )
-        self._batches_done = int(state_dict["batches_done"])

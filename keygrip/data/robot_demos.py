@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -27,7 +26,8 @@ from keygrip.data.augmentation import Augmentation, ImageGeometry, View
 from keygrip.data.batches import MultiViewPolicyBatch, PolicyBatch, PolicyTargets
 from keygrip.data.demos import ArmTrajectory, Demo, DemoError, DemoReference, find_demos
 from keygrip.data.frame_cache import FrameCache, FrameShape
-from keygrip.data.sampling import GlobalBatchSampler, ResumableLoader, SampleKey, sample_generator, start_worker
+from keygrip.data.resuming import ResumableData
+from keygrip.data.sampling import GlobalBatchSampler, ResumableLoader, SampleKey, sample_generator
 from keygrip.geometry.cameras import inside_image, project
 
 log = logging.getLogger(__name__)
@@ -370,7 +370,7 @@ def _float(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.float32))
 
 
-class RobotDemos(LightningDataModule):
+class RobotDemos(ResumableData):
     """Demonstrations of one robot and task, from folders of any known format.
 
     Args:
@@ -480,7 +480,6 @@ class RobotDemos(LightningDataModule):
         self._frames: dict[str, FrameCache] | None = None
         self._train: DemoSamples | None = None
         self._val: DemoSamples | None = None
-        self._batches_done = 0
 
     # ---------------------------------------------------------------------------------------------------------- reading
 
@@ -755,21 +754,10 @@ class RobotDemos(LightningDataModule):
         return self._val
 
     def _loader(self, samples: DemoSamples, shuffle: bool) -> DataLoader[Any]:
-        rank = self.trainer.global_rank if self.trainer is not None else 0
-        ranks = self.trainer.world_size if self.trainer is not None else 1
-        sampler = GlobalBatchSampler(len(samples), self.batch_size, rank, ranks, self.seed, shuffle, drop_last=shuffle)
+        sampler = GlobalBatchSampler(len(samples), self.batch_size, *self.ranks, self.seed, shuffle, drop_last=shuffle)
         if shuffle and self.trainer is not None:
             sampler.follow(self.batches_done)
-        return ResumableLoader(
-            samples,
-            batch_sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=collate,
-            worker_init_fn=start_worker,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-            prefetch_factor=self.prefetch_batches if self.num_workers else None,
-        )
+        return ResumableLoader(collate_fn=collate, **self.loader_options(samples, sampler))
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader(self.train_samples, shuffle=True)
@@ -777,30 +765,3 @@ class RobotDemos(LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Validation frames in one fixed shuffled order, unaugmented; no loader where no demo is held out."""
         return self._loader(self.val_samples, shuffle=False) if self.val_indices else []
-
-    # ----------------------------------------------------------------------------------------------------------- resume
-
-    def batches_done(self) -> int:
-        """The position in the order of samples: batches whose step was done, counted from the start of training.
-
-        The trainer's count, since a loader cannot know how much of what it handed out was used.
-        """
-        if self.trainer is None:
-            return self._batches_done
-        return max(self._batches_done, self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position, and what the order of samples depends on."""
-        return {"batches_done": self.batches_done(), "batch_size": self.batch_size, "seed": self.seed}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where the checkpoint was written. Raises ValueError where the order of the data cannot be
-        continued."""
-        for name in ("batch_size", "seed"):
-            if state_dict[name] != getattr(self, name):
-                raise ValueError(
-                    f"the checkpoint was trained with data.{name}={state_dict[name]}, this run has "
-                    f"{getattr(self, name)}; "
-                    "the order of samples cannot be continued"
-                )
-        self._batches_done = int(state_dict["batches_done"])

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from keygrip.data.batches import VideoTextBatch
 from keygrip.data.conversations import FITS, MAX_FRAMES, Conversation, VideoTextSample, iterate_texts, read_sample
 from keygrip.data.mixing import BucketedSampler, Component, MixedBatchSampler, Mixture, Stage, padded_share
-from keygrip.data.sampling import GlobalBatchSampler, ResumableLoader, SampleKey, sample_generator, start_worker
+from keygrip.data.resuming import ResumableData
+from keygrip.data.sampling import GlobalBatchSampler, ResumableLoader, SampleKey, sample_generator
 from keygrip.data.shards import MANIFEST, SampleError, ShardSet, is_remote
 
 log = logging.getLogger(__name__)
@@ -376,7 +375,7 @@ class VideoTextStatistics:
     texts: Callable[[], Iterator[str]]
 
 
-class VideoTexts(LightningDataModule):
+class VideoTexts(ResumableData):
     """Videos, images and text from shard sets.
 
     Args:
@@ -400,6 +399,7 @@ class VideoTexts(LightningDataModule):
     """
 
     batch_type = VideoTextBatch
+    order_depends_on = ("batch_size", "seed", "fingerprint")
 
     def __init__(
         self,
@@ -444,7 +444,6 @@ class VideoTexts(LightningDataModule):
         self.prepare_data_per_node = False  # shards lie where every node sees them
         self.parts: dict[str, list[Part]] = {}
         self.mixture: Mixture | None = None
-        self._batches_done = 0
 
     # ---------------------------------------------------------------------------------------------------------- reading
 
@@ -555,25 +554,13 @@ class VideoTexts(LightningDataModule):
         self, parts: Sequence[Part], sampler: GlobalBatchSampler, questions: Questions, memory_gb: float = 0.0
     ) -> DataLoader[Any]:
         samples = VideoTextSamples(parts, self.image_size, self.fit, self.max_frames, questions, self.seed, memory_gb)
-        loader = SkippingLoader(
-            samples,
-            batch_sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=Collate(self.collator),
-            worker_init_fn=start_worker,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-            prefetch_factor=self.prefetch_batches if self.num_workers else None,
-        )
+        loader = SkippingLoader(collate_fn=Collate(self.collator), **self.loader_options(samples, sampler))
         loader.skipped = self.skipped
         return loader
 
-    def _ranks(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.mixture is not None
-        sampler = MixedBatchSampler(self.mixture, *self._ranks())
+        sampler = MixedBatchSampler(self.mixture, *self.ranks)
         if self.trainer is not None:
             sampler.follow(self.batches_done)
         return self._loader(self.parts["train"], sampler, self.questions, self.memory_gb)
@@ -595,7 +582,7 @@ class VideoTexts(LightningDataModule):
             return []
         components = [part.component(self.max_frames) for part in parts]
         bucket, length = (np.concatenate([getattr(c, name) for c in components]) for name in ("bucket", "length"))
-        sampler = BucketedSampler(bucket, length, self.batch_size, *self._ranks())
+        sampler = BucketedSampler(bucket, length, self.batch_size, *self.ranks)
         return self._loader(parts, sampler, self.val_questions)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
@@ -603,30 +590,3 @@ class VideoTexts(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Any] | list[Any]:
         return self._held_out_loader("test")
-
-    # ----------------------------------------------------------------------------------------------------------- resume
-
-    def batches_done(self) -> int:
-        """The position in the order of samples: batches whose step was done, counted from the start of training."""
-        if self.trainer is None:
-            return self._batches_done
-        return max(self._batches_done, self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position, and what the order of samples depends on."""
-        return {
-            "batches_done": self.batches_done(),
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "fingerprint": self.fingerprint,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where the checkpoint was written. Raises ValueError where the order cannot be continued."""
-        for name in ("batch_size", "seed", "fingerprint"):
-            if state_dict[name] != getattr(self, name):
-                raise ValueError(
-                    f"the checkpoint was trained with {name} {state_dict[name]} of its data, this run has "
-                    f"{getattr(self, name)}: the order of samples cannot be continued"
-                )
-        self._batches_done = int(state_dict["batches_done"])

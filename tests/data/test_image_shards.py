@@ -235,7 +235,9 @@ def test_training_goes_on_in_the_middle_of_an_epoch(root: Path) -> None:
 
 def test_other_data_cannot_continue_the_order(root: Path) -> None:
     state = module(root).state_dict()
-    with pytest.raises(ValueError, match="batch_size 4 of its data, this run has 2"):
+    with pytest.raises(
+        ValueError, match=r"trained with data.batch_size=4, this run has 2; the order of samples cannot"
+    ):
         module(root, batch_size=2).load_state_dict(state)
 
 

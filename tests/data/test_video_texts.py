@@ -126,9 +126,9 @@ def test_one_number_resumes_in_mid_epoch_with_other_workers_and_ranks(root: Path
 
 def test_a_state_of_other_data_is_refused(root: Path, tmp_path: Path) -> None:
     state = module(root).state_dict()
-    with pytest.raises(ValueError, match=r"trained with batch_size 12 of its data, this run has 10"):
+    with pytest.raises(ValueError, match=r"trained with data.batch_size=12, this run has 10"):
         module(root, batch_size=10).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"fingerprint .* the order of samples cannot be continued"):
+    with pytest.raises(ValueError, match=r"fingerprint=.*; the order of samples cannot be continued"):
         module(root, share=0.14).load_state_dict(state)
 
 

@@ -23,6 +23,20 @@ def test_a_video_language_model_does_not_take_demonstrations():
         refuse_unfit(cfg)
 
 
+@pytest.mark.parametrize(
+    ("model", "data", "fitting"),
+    [
+        ("patch_dit", "yam", "robot_images"),
+        ("geometry_vla", "yam", "yam_language"),
+        ("volume_query", "robot_images", "yam"),
+        ("foveated_vlm", "image_shards", "robot_videos"),
+    ],
+)
+def test_systems_do_not_take_each_others_data(model, data, fitting):
+    with pytest.raises(ValueError, match=rf"choose .*data={fitting}"):
+        refuse_unfit(compose("train", [f"model={model}", f"data={data}"]))
+
+
 def test_the_choices_named_are_those_that_pass():
     wanted = compose("train", ["model=foveated_vlm"]).model
     from keygrip.training.compatibility import batch_type
