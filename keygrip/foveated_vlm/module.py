@@ -14,7 +14,6 @@ from torch import Tensor
 from keygrip.backbone import BlockKV
 from keygrip.data.batches import VideoTextBatch
 from keygrip.evaluation.evaluation import Evaluation
-from keygrip.foveated_vlm.attention import short_attention
 from keygrip.foveated_vlm.conversations import ConversationCollator
 from keygrip.foveated_vlm.health import Health, attention_on_target, relative_entropy
 from keygrip.foveated_vlm.kv_cache import KeyValueCache
@@ -23,6 +22,7 @@ from keygrip.foveated_vlm.network import FoveatedVLM, VideoLanguageNetwork, VLMO
 from keygrip.foveated_vlm.reading import MadeEncoder
 from keygrip.foveated_vlm.rows import TextRows
 from keygrip.foveated_vlm.scores import BatchScores, Scores, score
+from keygrip.nn.short_attention import short_attention
 from keygrip.training.optimizers import AdamW
 from keygrip.training.reduction import global_mean
 
@@ -316,7 +316,9 @@ class FoveatedVLMModule(LightningModule):
     def _examine(self, output: VLMOutput, rows: TextRows, batch: VideoTextBatch, frames: Tensor, loss: Tensor) -> None:
         network = self.network
         assert isinstance(network, FoveatedVLM)
-        figures: dict[str, Any] = {"static_query_std": network.static_query.float().std()}
+        figures: dict[str, Any] = {}
+        if not network.starts_as_cls:  # a CLS token has the encoder's scale, whatever that is
+            figures["static_query_std"] = network.static_query.float().std()
         looks, streams = output.looks, rows.streams
         if looks is not None:
             attention = network.attention_by_frame(looks, streams, HEALTH_FRAMES).flatten(0, 1)

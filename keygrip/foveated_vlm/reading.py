@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from keygrip.backbone import DinoBackbone
 from keygrip.data.batches import Movable, VideoTextBatch, VideoTextSample, normalised, stack_frames
-from keygrip.foveated_vlm.attention import short_attention
+from keygrip.nn.short_attention import short_attention
 from keygrip.training.optimizers import AdamW
 from keygrip.training.run_folder import CHECKPOINT
 

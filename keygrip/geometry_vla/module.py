@@ -16,8 +16,10 @@ from keygrip.geometry.rotations import geodesic_angle
 from keygrip.geometry_vla.action_head import AttentionRecord
 from keygrip.geometry_vla.actions import PoseActions
 from keygrip.geometry_vla.network import GeometryVLA, Scene
+from keygrip.geometry_vla.pointing import pointing_losses
 from keygrip.nn.flow_matching import SOLVERS, LevelSampler, Solver, interpolate, seeded_noise, velocity
 from keygrip.nn.policy_statistics import PolicyStatistics
+from keygrip.nn.short_attention import short_attention
 from keygrip.training.optimizers import AdamW
 from keygrip.training.reduction import global_mean
 
@@ -26,7 +28,17 @@ if TYPE_CHECKING:
     from keygrip.geometry_vla.control import GeometryVLAPolicy
 
 STATE = "geometry_vla"
-HEADLINE = ("loss", "action", "position_cm", "rotation_deg", "gripper_acc", "point_cm", "depth_cm", "geometry_share")
+HEADLINE = (
+    "loss",
+    "action",
+    "position_cm",
+    "rotation_deg",
+    "gripper_acc",
+    "pointing_px",
+    "point_cm",
+    "depth_cm",
+    "geometry_share",
+)
 SEED_STRIDE = 1_000_003  # more frames than any demonstration has
 
 
@@ -39,6 +51,7 @@ class GeometryVLAModule(LightningModule):
         draws: of noise for each sample, all read from one pass of the encoders.
         steps, solver: of the sampler, in validation and in control.
         pictures: show a plan and depth maps in TensorBoard at every validation.
+        pointing_weight: of the loss of where the gripper will be in the pictures (`model.network.pointing_cells`).
     """
 
     batch_type = MultiViewPolicyBatch
@@ -58,6 +71,7 @@ class GeometryVLAModule(LightningModule):
         steps: int = 4,
         solver: Solver = "euler",
         pictures: bool = True,
+        pointing_weight: float = 0.1,
     ) -> None:
         super().__init__()
         if draws < 1 or steps < 1:
@@ -76,6 +90,7 @@ class GeometryVLAModule(LightningModule):
         self.levels = levels
         self.draws, self.steps, self.solver = draws, steps, solver
         self.pictures = pictures
+        self.pointing_weight = pointing_weight
         self.views: tuple[str, ...] = ()
 
     # -- set-up -------------------------------------------------------------------------------------------------------
@@ -162,6 +177,10 @@ class GeometryVLAModule(LightningModule):
             extra = geometry.losses(scene.geometry, batch.depth, batch.view_intrinsics, batch.view_world_to_camera)
             total = total + extra["points"] + extra["depth"]
             losses |= extra
+        if scene.pointing is not None:
+            pointing = pointing_losses(scene.pointing, batch)
+            total = total + self.pointing_weight * pointing["pointing"]
+            losses |= pointing
         return losses | {"total": total}
 
     def sample(self, scene: Scene, batch: MultiViewPolicyBatch) -> Tensor:
@@ -209,7 +228,8 @@ class GeometryVLAModule(LightningModule):
             writer.add_image("val/scene", picture, self.global_step, dataformats="HWC")
 
     def training_step(self, batch: MultiViewPolicyBatch, batch_idx: int) -> Tensor:
-        losses = self.losses(self(batch), batch)
+        with short_attention(self.device, self.network.vlm.tokens_per_view * batch.images.shape[1]):
+            losses = self.losses(self(batch), batch)
         self._log("train", losses, len(batch))
         return losses["total"]
 

@@ -26,6 +26,7 @@ from keygrip.geometry_vla.actions import SIZE
 from keygrip.geometry_vla.compression import GeometryCompressor, build_geom_compressor
 from keygrip.geometry_vla.encoders import QwenVL
 from keygrip.geometry_vla.geometry import GeometryEncoder, GeometryFeatures
+from keygrip.geometry_vla.pointing import Pointing
 from keygrip.nn.flow_matching import Solver, integrate, noise_levels
 from keygrip.nn.sinusoids import level_features
 
@@ -41,11 +42,13 @@ class Scene:
     Attributes:
         contexts: of the head's blocks. groups: tokens of the prompt, and of geometry, in each of them.
         geometry: what the geometry encoder gave, None without injection.
+        pointing: logits of where the gripper will be in the pictures (see `Pointing`), None where nobody asks.
     """
 
     contexts: list[BlockContext]
     groups: tuple[int, int]
     geometry: GeometryFeatures | None
+    pointing: Tensor | None = None
 
 
 class PlaceEmbedding(nn.Module):
@@ -79,6 +82,8 @@ class GeometryVLA(nn.Module):
 
         context_places: add to each token of a picture in the contexts where it lies. A large language model's hidden
             states tell; those of a small one, which knows positions as rotations inside its attention alone, do not.
+        pointing_cells: cells along a side of a picture token in which the vision-language model says where the gripper
+            will be (see `Pointing`); 0: it is not asked.
 
     Raises:
         ValueError: sizes that do not fit, or injection without a geometry encoder.
@@ -101,6 +106,7 @@ class GeometryVLA(nn.Module):
         self_attention_every: int = 1,
         context_norm: bool = True,
         context_places: bool = False,
+        pointing_cells: int = 0,
     ) -> None:
         super().__init__()
         if geom_inject_to_dit and geometry is None:
@@ -116,6 +122,7 @@ class GeometryVLA(nn.Module):
         self.vlm = vlm
         self.context_norm = context_norm
         self.places = PlaceEmbedding(vlm.width) if context_places else None
+        self.pointing = Pointing(vlm.width, len(arms), horizon, pointing_cells) if pointing_cells else None
         self.geometry: GeometryEncoder | None = None
         self.compressor: GeometryCompressor | None = None
         if geom_inject_to_dit and geometry is not None:
@@ -146,6 +153,9 @@ class GeometryVLA(nn.Module):
         """
         blocks = len(self.head.blocks)
         semantics = self.vlm(images, instructions, blocks)
+        pointing = None
+        if self.pointing is not None:
+            pointing = self.pointing(semantics.layers[-1], semantics.places, images.shape[1])
         features, few = None, None
         if self.geometry is not None and self.compressor is not None:
             features = self.geometry(images, intrinsics, world_to_camera)
@@ -161,7 +171,7 @@ class GeometryVLA(nn.Module):
                 words = self._normed(hidden.float()) + where
                 tokens = words if few is None else torch.cat([words, few[index]], dim=1)
                 contexts.append(BlockContext(tokens, mask))
-        return Scene(contexts, (semantics.mask.shape[1], 0 if few is None else few[0].shape[1]), features)
+        return Scene(contexts, (semantics.mask.shape[1], 0 if few is None else few[0].shape[1]), features, pointing)
 
     def _normed(self, tokens: Tensor) -> Tensor:
         return F.layer_norm(tokens, tokens.shape[-1:]) if self.context_norm else tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from keygrip.foveated_vlm.attention import SHORT, short_attention
+from keygrip.nn.short_attention import SHORT, short_attention
 
 
 def flash_is_allowed() -> bool:
