@@ -20,6 +20,7 @@ from keygrip.training.checkpoints import build_module
 from keygrip.training.sweeps import planned_jobs
 
 CONF = config_folder()
+STARTED = ("vlm_stage2", "vlm_stage3", "vlm_long_videos", "vlm_pooled_long_videos")  # from a run before
 ROOTS = sorted(path.stem for path in CONF.glob("*.yaml"))
 # What a config leaves to the user; the values stand for any.
 GIVEN = {
@@ -27,7 +28,7 @@ GIVEN = {
     "prepare": ["step=record"],
     **{
         f"data={name}": ["model=foveated_vlm"]
-        for name in ("robot_videos", "robot_tours", "webvid", "cauldron", "video_sft")
+        for name in ("robot_videos", "robot_tours", "robot_long_tours", "webvid", "cauldron", "video_sft")
     },
     **{f"optimizer={name}": ["model=foveated_vlm", "data=robot_videos"] for name in ("vlm", "vlm_from_scratch")},
     **{
@@ -42,7 +43,7 @@ GIVEN = {
         f"optimizer={path.stem}": ["model=patch_dit", "data=robot_images"]
         for path in (CONF / "optimizer").glob("dit*.yaml")
     },
-    **{f"experiment={name}": ["model.start_from=folder"] for name in ("vlm_stage2", "vlm_stage3")},
+    **{f"experiment={name}": ["model.start_from=folder"] for name in STARTED},
     **{
         f"ablation={path.stem}": ["model=geometry_vla", "data=yam_language"]
         for path in (CONF / "ablation").glob("vla_*.yaml")

@@ -41,6 +41,7 @@ def evaluate_modes(
 
     For each mode: loss, perplexity and exactness of answers, over all and by kind; for generated answers, `bleu_*`,
     `cider`, `meteor` (kind caption), `vqa_accuracy` (where the evidence has `answers`, ten annotators),
+    `accuracy_<kind>_of_<n>` (videos of up to n frames, n a power of two, where they differ in length),
     `attention_<kind>` (on the thing asked about, relative to uniform, where the evidence says where it is; in the last
     block, and as `..._all_blocks` over all but the first), and `ms_per_frame` (encoder, queries and language model, at
     the batches' size).
@@ -53,6 +54,7 @@ def evaluate_modes(
             raise ValueError(f"mode={mode}: {type(module.network).__name__} has {', '.join(module.network.modes)}")
     module.eval()
     scores: dict[str, Scores] = defaultdict(Scores)
+    by_length: dict[str, Scores] = defaultdict(Scores)
     said: dict[str, list[tuple[str, str, dict[str, Any], str]]] = defaultdict(list)
     seconds: dict[str, float] = defaultdict(float)
     evaluated = {mode: (mode, 0) for mode in modes}
@@ -69,6 +71,7 @@ def evaluate_modes(
             output = module.network(frames, rows, of_network, refinement)
             scored = module.score(output, batch)
             scores[mode].add(scored, batch.kind)
+            by_length[mode].add(scored, _kinds_and_lengths(batch))
             seconds[mode] += time.perf_counter() - started
             if output.looks is not None:
                 for kind, where in landings(module.network, output, rows, batch):
@@ -82,6 +85,9 @@ def evaluate_modes(
     figures: dict[str, dict[str, Any]] = {}
     for mode in evaluated:
         figures[mode] = dict(scores[mode].figures())
+        if len({label.rpartition("_of_")[2] for label in by_length[mode].sums}) > 1:
+            parts = by_length[mode].figures()
+            figures[mode] |= {name: value for name, value in parts.items() if name.startswith("accuracy_")}
         if frames_seen:
             figures[mode]["ms_per_frame"] = 1000 * seconds[mode] / frames_seen
         figures[mode] |= _of_answers(said[mode])
@@ -91,6 +97,14 @@ def evaluate_modes(
         **{mode: _rounded(values) for mode, values in figures.items()},
         **_rounded(comparisons(figures)),
     }
+
+
+def _kinds_and_lengths(batch: VideoTextBatch) -> list[str]:
+    """The kind of each row and the number of its video's frames, rounded up to a power of two, as one label."""
+    frames = batch.frame_mask.sum(1)[batch.video_index].tolist()
+    return [
+        f"{kind}_of_{1 << max(n - 1, 0).bit_length() if n else 0}" for kind, n in zip(batch.kind, frames, strict=True)
+    ]
 
 
 def _generated(

@@ -280,6 +280,9 @@ def from_hub(loader: Any, name: str, **options: Any) -> Any:
 # ---------------------------------------------------------------------- tokenizers
 
 
+TOKENIZER_STATE = "language"  # under which name a video-language model's checkpoint holds it
+
+
 class ChatTokenizer:
     """A tokenizer with a chat template and the ids that matter. Picklable, and kept in checkpoints by `state`.
 
@@ -369,19 +372,22 @@ class TrainedTokenizer:
 
     Args:
         vocabulary: at most so many tokens. Every byte is one, so that nothing is unknown.
+        run: a run folder or checkpoint whose tokenizer is taken over in place of training one: for the stage after.
     """
 
-    def __init__(self, vocabulary: int = 1024) -> None:
+    def __init__(self, vocabulary: int = 1024, run: str | None = None) -> None:
         if vocabulary < 300:
             raise ValueError(f"language.tokenizer.vocabulary={vocabulary}: 256 bytes and the special tokens need 300")
-        self.vocabulary = vocabulary
+        self.vocabulary, self.run = vocabulary, run
 
     def load(self, folder: Path, texts: Iterable[str] | None = None) -> ChatTokenizer:
-        """The tokenizer in `folder`, trained on `texts` first where it is not there.
+        """The tokenizer in `folder`, trained on `texts` first where it is not there; or that of `run`.
 
         Raises:
-            FileNotFoundError: not there and no texts given.
+            FileNotFoundError: not there and no texts given, or no such run. ValueError: the run has none.
         """
+        if self.run is not None:
+            return _tokenizer_of(self.run)
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
         from transformers import PreTrainedTokenizerFast
 
@@ -416,3 +422,12 @@ class TrainedTokenizer:
         return ChatTokenizer(
             PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TINY_TEMPLATE, eos_token=TURN_END)
         )
+
+
+def _tokenizer_of(run: str) -> ChatTokenizer:
+    from keygrip.training.checkpoints import read_checkpoint
+
+    content = read_checkpoint(run)
+    if TOKENIZER_STATE not in content:
+        raise ValueError(f"language.tokenizer.run={run} is no run of a video-language model")
+    return ChatTokenizer.from_state(content[TOKENIZER_STATE]["tokenizer"])

@@ -17,7 +17,7 @@ from keygrip.evaluation.evaluation import Evaluation
 from keygrip.foveated_vlm.conversations import ConversationCollator
 from keygrip.foveated_vlm.health import Health, attention_on_target, relative_entropy
 from keygrip.foveated_vlm.kv_cache import KeyValueCache
-from keygrip.foveated_vlm.language import ChatTokenizer
+from keygrip.foveated_vlm.language import TOKENIZER_STATE, ChatTokenizer
 from keygrip.foveated_vlm.network import FoveatedVLM, VideoLanguageNetwork, VLMOutput
 from keygrip.foveated_vlm.reading import MadeEncoder
 from keygrip.foveated_vlm.rows import TextRows
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STATE = "language"
 REFINED = "coarse_fine_refined"
 HEALTH_FRAMES = 64  # enough for an average, few enough for the memory that attention maps take
 SHOWN_ROWS = 4
@@ -156,7 +155,8 @@ class FoveatedVLMModule(LightningModule):
         if before.tokenizer.state() != self.tokenizer.state():
             raise ValueError(
                 f"model.start_from={path} was trained with another tokenizer: its weights mean other words. Use "
-                "the same language=..., and for a tokenizer trained on the shards copy its file beside the new ones"
+                "the same language=..., and for a tokenizer trained on the shards "
+                "language.tokenizer.run=${model.start_from}"
             )
         try:
             self.network.load_state_dict(before.network.state_dict())
@@ -180,13 +180,13 @@ class FoveatedVLMModule(LightningModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[STATE] = {"tokenizer": self.tokenizer.state(), "pictures": self.pictures}
+        checkpoint[TOKENIZER_STATE] = {"tokenizer": self.tokenizer.state(), "pictures": self.pictures}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if STATE not in checkpoint:
+        if TOKENIZER_STATE not in checkpoint:
             raise ValueError("the checkpoint has no tokenizer: it was not written by this model")
-        self.collator.tokenizer = ChatTokenizer.from_state(checkpoint[STATE]["tokenizer"])
-        self.pictures = dict(checkpoint[STATE]["pictures"])
+        self.collator.tokenizer = ChatTokenizer.from_state(checkpoint[TOKENIZER_STATE]["tokenizer"])
+        self.pictures = dict(checkpoint[TOKENIZER_STATE]["pictures"])
         self._check_tokenizer()
 
     def evaluation(self) -> Evaluation:

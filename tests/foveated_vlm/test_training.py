@@ -99,6 +99,8 @@ def test_a_checkpoint_alone_evaluates_and_answers(
     assert {"loss_mark", "accuracy_caption", "perplexity", "bleu_4", "ms_per_frame"} <= result["test"][
         "coarse_fine"
     ].keys()
+    by_length = {name for name in result["test"]["coarse_fine"] if name.startswith("accuracy_mark_of_")}
+    assert by_length == {"accuracy_mark_of_2", "accuracy_mark_of_4"}  # videos of 2 and of 3 frames
     json.dumps(result)
 
     pictures = tmp_path / "frames"
@@ -125,6 +127,11 @@ def test_a_stage_begins_with_the_weights_of_the_one_before(overrides: Callable[.
     TrainedTokenizer(400).load(tmp_path / "videos" / ".keygrip", ["quite other words"] * 9)
     with pytest.raises(ValueError, match="another tokenizer"):
         train.run(compose("train", overrides("three", *frozen)))
+    train.run(compose("train", overrides("four", *frozen, "language.tokenizer.run=${model.start_from}")))
+    first_words, taken = (read_checkpoint(tmp_path / name)["language"]["tokenizer"] for name in ("one", "four"))
+    assert taken == first_words
+    for name, value in load_module(tmp_path / "four").state_dict().items():
+        torch.testing.assert_close(value, first[name], atol=1e-6, rtol=0, msg=name)
 
 
 def test_the_baseline_trains_on_the_same_data(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
