@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from keygrip.data.batches import VideoTextBatch
+from keygrip.figures import drawable, figure_to_image, printable
 from keygrip.foveated_vlm.conversations import encode_conversation
 from keygrip.foveated_vlm.generation import generate
-from keygrip.volume_query.pictures import figure_to_image
 
 if TYPE_CHECKING:
     from keygrip.foveated_vlm.module import FoveatedVLMModule
@@ -51,7 +51,7 @@ def show_answers(module: FoveatedVLMModule, batch: VideoTextBatch, rows: int) ->
     table = ["| kind | question | answer | generated |", "| --- | --- | --- | --- |"]
     for row, (question, answer), said in zip(chosen, asked, answers.texts, strict=True):
         cells = (batch.kind[row], question, answer, said)
-        table.append("| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |")
+        table.append("| " + " | ".join(printable(cell.replace("|", "/").replace("\n", " ")) for cell in cells) + " |")
     text = "\n".join(table)
     seen = [n for n, video in enumerate(videos) if counts[video]]
     if not seen or answers.looks is None or not isinstance(network, FoveatedVLM):
@@ -79,9 +79,8 @@ def one_of_each(kinds: Sequence[str], count: int) -> list[int]:
 def draw_looks(strips: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> np.ndarray:
     """A row of pictures for each (title, frames [F, S, S, 3] uint8, attention [F, h, w]); [H, W, 3] uint8.
 
-    Each heatmap has its own scale: what matters is where a query looked, not how sure it was. Of long videos, frames
-        evenly
-    spread are shown.
+    Each heatmap has its own scale: what matters is where a query looked, not how sure it was. Of long videos,
+    frames evenly spread are shown.
     """
     from matplotlib.figure import Figure  # imported here: training without pictures does not need matplotlib
 
@@ -89,7 +88,8 @@ def draw_looks(strips: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> np.ndarr
     figure = Figure(figsize=(1.8 * columns, 2.2 * len(strips)), layout="constrained")
     parts = figure.subfigures(len(strips), 1, squeeze=False)[:, 0]
     for part, (title, frames, maps) in zip(parts, strips, strict=True):
-        part.suptitle(title if len(title) < 130 else title[:127] + "...", fontsize=8)
+        title = drawable(title)
+        part.suptitle(title if len(title) < 130 else title[:127] + "...", fontsize=8, parse_math=False)
         axes = part.subplots(1, columns, squeeze=False)[0]
         for axis in axes:
             axis.axis("off")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from keygrip.data.batches import MultiViewPolicyBatch
+from keygrip.figures import drawable, figure_to_image
 from keygrip.geometry.cameras import project
 from keygrip.geometry_vla.geometry import GeometryFeatures
-from keygrip.volume_query.pictures import figure_to_image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,7 +40,7 @@ def scene_picture(
     shown = [(title, each) for title, each in maps if each is not None]
     figure = Figure(figsize=(3.2 * views, 3.3 * (1 + len(shown))), layout="constrained")
     axes = figure.subplots(1 + len(shown), views, squeeze=False)
-    figure.suptitle(batch.instruction[sample], fontsize=9)
+    figure.suptitle(drawable(batch.instruction[sample]), fontsize=9, parse_math=False)
     known = None if true is None else true[true > 0]
     for view in range(views):
         top: Axes = axes[0, view]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from keygrip.data.batches import PolicyBatch
 from keygrip.data.robot_demos import DemoStatistics
 from keygrip.evaluation.evaluation import Evaluation
+from keygrip.figures import figure_to_image
 from keygrip.geometry.cameras import recover_3d
 from keygrip.geometry.rotation_codecs import RotationCodec, fit_or_load
 from keygrip.geometry.rotations import geodesic_angle
@@ -22,7 +23,7 @@ from keygrip.training.optimizers import AdamW
 from keygrip.training.reduction import global_mean
 from keygrip.volume_query.decoding import Decoder
 from keygrip.volume_query.network import VolumeQueryNetwork, VolumeQueryOutput
-from keygrip.volume_query.pictures import figure_to_image, prediction_figure
+from keygrip.volume_query.pictures import prediction_figure
 from keygrip.volume_query.targets import StepTargets, arm_state, height_centres, step_targets
 from keygrip.volume_query.volume import argmax_voxel, volume_cross_entropy
 

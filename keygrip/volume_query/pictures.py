@@ -110,12 +110,3 @@ def _strip(axis, probability: Tensor, target: Tensor, label: str, values: Tensor
         np.arange(1, steps + 1), values[target], "o", markerfacecolor="none", markeredgecolor="white", markersize=5
     )
     axis.set_ylabel(label)
-
-
-def figure_to_image(figure: Figure) -> np.ndarray:
-    """Render a matplotlib figure without a display; ``[H, W, 3]`` uint8."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])

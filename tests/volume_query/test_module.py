@@ -14,13 +14,14 @@ from keygrip.backbone import DinoBackbone
 from keygrip.data.augmentation import ImageGeometry
 from keygrip.data.batches import PolicyBatch
 from keygrip.data.robot_demos import DemoStatistics
+from keygrip.figures import figure_to_image
 from keygrip.geometry.rotation_codecs import PCARotation
 from keygrip.geometry.rotations import rotation_exp
 from keygrip.training.optimizers import AdamW
 from keygrip.volume_query.decoding import Decoder
 from keygrip.volume_query.module import VolumeQueryModule
 from keygrip.volume_query.network import VolumeQueryNetwork
-from keygrip.volume_query.pictures import figure_to_image, prediction_figure
+from keygrip.volume_query.pictures import prediction_figure
 from keygrip.volume_query.targets import height_centres
 
 S, P, Z, T = 64, 16, 8, 3
