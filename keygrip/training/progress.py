@@ -1,4 +1,4 @@
-"""What a person sees of a run: progress on standard error, samples a second, the share of time spent on data."""
+"""What a person sees of a run: progress on standard error, samples a second, time spent on data, samples skipped."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from tqdm import tqdm
+
+from keygrip.training.reduction import global_sum
 
 log = logging.getLogger(__name__)
 
@@ -213,6 +215,31 @@ class LearningRate(Callback):
         figures = {f"lr/{group.get('name', number)}": float(group["lr"]) for number, group in enumerate(groups)}
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step)
+
+
+class SkippedSamples(Callback):
+    """Logs ``data/skipped``: samples that could not be read so far, of training and validation, in all processes.
+
+    Since this process began; resuming counts anew. Data modules that skip nothing (without ``skipped``) log nothing.
+
+    Args:
+        every_n_steps: batches between figures.
+    """
+
+    def __init__(self, every_n_steps: int = 20) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"callbacks.skipped.every_n_steps={every_n_steps}: must be at least 1")
+        self.every_n_steps = every_n_steps
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        skipped = getattr(getattr(trainer, "datamodule", None), "skipped", None)
+        if skipped is None or (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % self.every_n_steps:
+            return
+        everywhere = global_sum(torch.tensor(float(skipped.count), device=pl_module.device))
+        for logger in trainer.loggers:
+            logger.log_metrics({"data/skipped": float(everywhere)}, step=trainer.global_step)
 
 
 def _size(batch: Any) -> int:

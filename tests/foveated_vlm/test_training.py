@@ -82,6 +82,7 @@ def test_what_is_computed_now_and_then_is_logged(overrides: Callable[..., list[s
     (logged,) = (tmp_path / "run").rglob("metrics.csv")
     header = logged.read_text().splitlines()[0].split(",")
     assert {"health/static_query_std", "health/attention_entropy", "train/padding_share"} <= set(header)
+    assert {"train/text_only_share", "data/skipped"} <= set(header)
 
 
 def test_a_checkpoint_alone_evaluates_and_answers(

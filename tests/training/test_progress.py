@@ -11,7 +11,7 @@ from torch import Tensor
 
 from keygrip import train
 from keygrip.config import compose
-from keygrip.training.progress import LearningRate, Throughput
+from keygrip.training.progress import LearningRate, SkippedSamples, Throughput
 
 
 def test_waiting_for_data_is_measured(toy_overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,6 +45,34 @@ def test_figures_reach_the_loggers(toy_overrides: Callable[..., list[str]], tmp_
     assert board.Scalars("lr/rest")[1].value == pytest.approx(1e-3)
 
 
+def test_skipped_samples_are_counted_in_the_event_files(
+    toy_overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One more with each training batch here; a toy whose data can skip nothing logs no such figure."""
+    import toy_parts
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from keygrip.data.video_texts import Skipped
+
+    def board(name: str) -> EventAccumulator:
+        options = ["logger=tensorboard", "callbacks.skipped.every_n_steps=5", "limit_val_batches=0"]
+        train.run(compose("train", [*toy_overrides(name), *options]))
+        return EventAccumulator(str(tmp_path / name / "tensorboard")).Reload()
+
+    assert "data/skipped" not in board("plain").Tags()["scalars"]
+    skipped = Skipped(max_share=1.0)
+    step = toy_parts.ToyModule.training_step
+
+    def noted(self: toy_parts.ToyModule, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        skipped.add(8, ["broken"])
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(toy_parts.ToyModule, "training_step", noted)
+    monkeypatch.setattr(toy_parts.ToyData, "skipped", skipped, raising=False)
+    figures = board("skipping").Scalars("data/skipped")
+    assert [(event.step, event.value) for event in figures] == [(5, 5.0), (10, 10.0)]
+
+
 def test_lines_instead_of_a_bar_where_there_is_no_terminal(
     toy_overrides: Callable[..., list[str]], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -57,7 +85,7 @@ def test_lines_instead_of_a_bar_where_there_is_no_terminal(
 
 
 def test_intervals_must_be_positive() -> None:
-    for callback in (Throughput, LearningRate):
+    for callback in (Throughput, LearningRate, SkippedSamples):
         with pytest.raises(ValueError, match="every_n_steps"):
             callback(every_n_steps=0)
 
