@@ -56,6 +56,7 @@ class TrainSchema(EntrySchema):
     vlm: Any = None
     geometry: Any = None
     strategy: Any = MISSING
+    compile: Any = None
     optimizer: Any = MISSING
     callbacks: Any = None
     logger: Any = None

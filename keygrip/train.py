@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 MAY_DIFFER = (
     *("max_steps", "max_epochs", "max_minutes", "val_every_n_steps", "limit_val_batches", "log_every_n_steps"),
     *("debug", "resume", "run_dir", "logger", "strategy.devices", "strategy.num_nodes"),
+    "compile",
     *("data.num_workers", "data.prefetch_batches", "data.cache_gb", "data.cache_dir", "model.vis_every_n_steps"),
 )
 MUST_AGREE = ("callbacks.average",)  # the other callbacks watch and save
@@ -61,6 +62,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     resolved: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     strategy = instantiate(cfg.strategy)
     arguments = strategy.trainer_arguments()  # before anything slow: a missing GPU is said at once
+    compilation = None if cfg.compile is None else instantiate(cfg.compile)
+    if compilation is not None:
+        compilation.check(strategy.on_gpu)
     resumed_step = _check_resumed(resume, resolved) if resume else 0
     origin = provenance()
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -79,6 +83,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             log.info("  %-28s %.4g", name, value)
     if cfg.dry_run:
         return _dry_run(datamodule, module)
+    if compilation is not None:
+        compilation.apply(module)  # before DDP or FSDP wraps anything
     callbacks: list[Callback] = [RandomnessByStep(cfg.seed), Header(resolved, origin), *_parts(cfg.callbacks)]
     trainer = lightning.Trainer(
         **arguments,

@@ -292,6 +292,10 @@ class DinoBackbone(nn.Module):
 
     # ------------------------------------------------------------------ parts
 
+    def sharded_parts(self) -> list[nn.Module]:
+        """Its blocks, for models that use it through `forward` alone: the other ways take the blocks apart."""
+        return list(self._blocks)
+
     @property
     def _blocks(self) -> Any:
         return self.net.blocks

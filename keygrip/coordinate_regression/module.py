@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from keygrip.control import Needs, Observation, Plan, arm_axis
 from keygrip.coordinate_regression.network import CoordinateRegressionNetwork, RegressionOutput
@@ -71,6 +71,10 @@ class CoordinateRegressionModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return self.optimizer_recipe.configure(self.network, int(self.trainer.estimated_stepping_batches))
+
+    def sharded_parts(self) -> list[nn.Module]:
+        """Blocks that are used through their `forward` alone."""
+        return self.network.backbone.sharded_parts()
 
     def normalise(self, position: Tensor) -> Tensor:
         """Metres ``[..., 3]`` to -1 .. 1 over the training range."""

@@ -135,6 +135,10 @@ class VolumeQueryModule(LightningModule):
     def configure_optimizers(self) -> Any:
         return self.optimizer_recipe.configure(self.network, int(self.trainer.estimated_stepping_batches))
 
+    def sharded_parts(self) -> list[nn.Module]:
+        """Blocks that are used through their `forward` alone."""
+        return self.network.sharded_parts()
+
     # -- forward and loss ---------------------------------------------------------------------------------------------
 
     def targets(self, batch: PolicyBatch) -> StepTargets:

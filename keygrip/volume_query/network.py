@@ -304,6 +304,11 @@ class VolumeQueryNetwork(nn.Module):
         volumes, grippers, rotations = zip(*outputs, strict=True)
         return VolumeQueryOutput(_stack_arms(volumes), torch.stack(grippers, dim=1), torch.stack(rotations, dim=1))
 
+    def sharded_parts(self) -> list[nn.Module]:
+        """Blocks that are used through their `forward` alone."""
+        blocks = [block for stream in self.streams.values() for block in stream.blocks]  # type: ignore[union-attr]
+        return [*self.backbone.sharded_parts(), *blocks]
+
     @torch.no_grad()
     def _decoded_pixels(self, volume: VolumeLogits) -> Tensor:
         logits = volume.float()

@@ -52,6 +52,9 @@ class ToyModule(LightningModule):
         torch.rand(3)  # validation draws numbers too; training must not notice
         self.log("val/loss", self.loss(batch), sync_dist=world_size() > 1)
 
+    def sharded_parts(self) -> list[nn.Module]:
+        return [self.network]
+
     def configure_optimizers(self) -> dict[str, Any]:
         return self.recipe.configure(self, self.trainer.estimated_stepping_batches)
 

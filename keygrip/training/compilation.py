@@ -1,0 +1,112 @@
+"""Compiled training: the repeated blocks of a network, each kind compiled once (regional compilation)."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+
+log = logging.getLogger(__name__)
+
+Backend = Literal["inductor", "aot_eager"]
+Mode = Literal["default", "max-autotune-no-cudagraphs"]
+# Graphs that may be kept of one function: blocks of several kinds share torch's own call of a module.
+KEPT_GRAPHS = 64
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """How `torch.compile` is used.
+
+    Args:
+        backend: `inductor`, or `aot_eager` (the same graphs without a compiler, for tests).
+        mode: torch's. Those with CUDA graphs are left out: they want one shape and memory that stays in place, which
+            batches of several lengths and blocks that share a graph do not give.
+        dynamic: whether sizes are variable in a graph; None: torch sees to it.
+
+    Raises:
+        ValueError: an unknown backend or mode.
+    """
+
+    backend: Backend = "inductor"
+    mode: Mode = "default"
+    dynamic: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("backend", self.backend, get_args(Backend)),
+            ("mode", self.mode, get_args(Mode)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"compile.{name}={value!r}: must be one of {', '.join(allowed)}")
+        if self.mode != "default" and self.backend != "inductor":
+            raise ValueError(
+                f"compile.mode={self.mode} has no effect with compile.backend={self.backend}: leave it out"
+            )
+
+    def check(self, on_gpu: bool) -> None:
+        """Raises ValueError: what the backend compiles with is missing on this machine."""
+        if self.backend == "inductor" and (missing := missing_compiler(on_gpu)):
+            raise ValueError(f"compile needs {missing}; or train without, compile=null")
+
+    def apply(self, module: LightningModule) -> int:
+        """Compiles the blocks that a module names in `sharded_parts()`, in place; returns how many.
+
+        Names in the state stay as they are. Nothing is computed yet: torch compiles in the first step. Blocks that are
+        trained run compiled where gradients are recorded; validation, sampling and pictures run them as they are
+        written, since caches and lengths that change with every call would be compiled again and again.
+
+        Raises:
+            ValueError: the module names no blocks.
+        """
+        parts = getattr(module, "sharded_parts", list)()
+        if not parts:
+            raise ValueError(
+                f"compile has no effect: {type(module).__name__} names no blocks (sharded_parts); compile=null"
+            )
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, KEPT_GRAPHS)
+        mode = None if self.mode == "default" else self.mode
+        for part in parts:
+            part.compile(backend=self.backend, mode=mode, dynamic=self.dynamic)
+            if any(parameter.requires_grad for parameter in part.parameters()):
+                part._compiled_call_impl = functools.partial(_call_while_training, part, part._compiled_call_impl)
+        log.info("%d blocks are compiled in the first steps (%s)", len(parts), self.backend)
+        return len(parts)
+
+
+def _call_while_training(part: nn.Module, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return (compiled if torch.is_grad_enabled() else part._call_impl)(*args, **kwargs)
+
+
+def missing_compiler(on_gpu: bool) -> str:
+    """What inductor lacks on this machine, in words; empty where it has everything."""
+    if on_gpu:
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            return "the package triton for this GPU: pip install triton"
+        named = os.environ.get("CC")
+        if not any(shutil.which(name) for name in ([named] if named else ["gcc", "clang"])):
+            return "a C compiler for triton's launchers: apt-get install gcc, or name one in CC"
+    else:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            return "a C++ compiler: apt-get install g++, or name one in CXX"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "Python's headers (Python.h): apt-get install python3-dev, or a Python that comes with them"
+    return ""
