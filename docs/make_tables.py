@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +149,110 @@ def headline() -> str:
     return markdown(["task (simulator, 100 demonstrations, held-out seeds)", "success"], rows)
 
 
+def over_seeds(values: Sequence[float], digits: int, unit: str = "") -> str:
+    """Mean, and lowest to highest where there are several."""
+    mean = f"{sum(values) / len(values):.{digits}f}{unit}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def dit_claims() -> str:
+    """Patches against CLS alone, and a DINO that sees colour: mean over training seeds."""
+    jobs = [job for job in read("dit_claims")["jobs"] if job["status"] == "finished"]
+    kinds = [kind for kind in ("dit_none", "dit_cls_only", "dit_colour_view", "dit_no_position") if _of(jobs, kind)]
+    names = {
+        "dit_none": "with patches",
+        "dit_cls_only": "CLS only",
+        "dit_colour_view": "patches that see colour",
+        "dit_no_position": "patches without places",
+    }
+    lines = (
+        ("PSNR of reconstructions", "reconstruction/psnr_db", 1, " dB", "5 dB more"),
+        ("distance in the judge's features", "reconstruction/judge_distance", 3, "", "30 % lower"),
+        ("distance in DINO features", "reconstruction/dino_distance", 3, "", "30 % lower"),
+        ("cube within 4 of 64 px", "reconstruction/cube_within_4px", 2, "", "0.8 against at most 0.15"),
+        ("the same with shuffled patches", "shuffled_patches/cube_within_4px", 2, "", "lost"),
+        ("PSNR with shuffled patches", "shuffled_patches/psnr_db", 1, " dB", "lost"),
+        ("layout of another picture (`dino_swap`): cube within 4 px", "dino_swap/cube_within_4px", 2, "", ""),
+        ("colour drawn as the changed words ask", "changed_words/colour_as_asked", 2, "", "0.9"),
+        ("words alone: colour", "text_only/colour_as_asked", 2, "", ""),
+        ("words alone: side", "text_only/side_as_asked", 2, "", ""),
+    )
+    rows = []
+    for title, figure, digits, unit, wanted in lines:
+        cells = []
+        for kind in kinds:
+            values = [m[f"pictures/{figure}"] for m in _of(jobs, kind) if f"pictures/{figure}" in m]
+            cells.append(over_seeds(values, digits, unit) if values else "")
+        rows.append((title, *cells, wanted))
+    header = [f"{names[kind]}, {len(_of(jobs, kind))} seed{'s' * (len(_of(jobs, kind)) > 1)}" for kind in kinds]
+    return markdown(["", *header, "wanted"], rows)
+
+
+def _of(jobs: Sequence[dict[str, Any]], ablation: str) -> list[dict[str, Any]]:
+    return [job["metrics"] for job in jobs if job["overrides"].get("ablation") == ablation]
+
+
+def vlm_seeds() -> str:
+    """The foveated model's figures by training seed."""
+    runs = [run for run in read("foveated_vlm")["runs"] if run["run"].startswith("final_")]
+    lines = (
+        ("*mark*, coarse_fine", 0.95, lambda r: f"{r['coarse_fine']['accuracy_mark']:.3f}"),
+        ("*mark*, autoregressive", 0.95, lambda r: f"{r['autoregressive']['accuracy_mark']:.3f}"),
+        ("*mark*, the same network's coarse_only", "at most 0.5", lambda r: f"{r['coarse_only']['accuracy_mark']:.3f}"),
+        ("*cue*, autoregressive", 0.9, lambda r: f"{r['autoregressive']['accuracy_cue']:.3f}"),
+        ("*glance*, autoregressive", "", lambda r: f"{r['autoregressive']['accuracy_glance']:.3f}"),
+        (
+            "attention on the asked cube, last block, times uniform (*mark*)",
+            10,
+            lambda r: f"{r['autoregressive']['attention_mark']:.1f}",
+        ),
+        (
+            "the same over all blocks but the first",
+            "",
+            lambda r: f"{r['autoregressive']['attention_mark_all_blocks']:.1f}",
+        ),
+        ("gap of coarse_fine against autoregressive", "below 0.6 %", lambda r: f"{100 * r['gap']:.2f} %"),
+        ("training of the language side, wall time", "", lambda r: f"{r['train_wall_s'] / 60:.1f} min"),
+    )
+    rows = [(title, wanted, *(cell(run) for run in runs)) for title, wanted, cell in lines]
+    return markdown(["", "wanted", *(run["settings"].replace("=", " ") for run in runs)], rows)
+
+
+def vlm_others() -> str:
+    """Models that were trained otherwise."""
+    titles = {
+        "coarse_only_0": ("`ablation=vlm_coarse_only`: one look for all questions", "coarse_only"),
+        "visual_first_0": ("`ablation=vlm_visual_first`: the published order", "autoregressive"),
+        "pooled_0": ("`experiment=vlm_pooled_videos`: 16 tokens a frame, nothing chosen (B1)", "many_tokens"),
+        "full_0": ("chosen looks choose the next ones, refinement up to 2, 1600 steps", "autoregressive"),
+    }
+    rows = []
+    for run in read("foveated_vlm")["runs"]:
+        if run["run"] in titles:
+            title, mode = titles[run["run"]]
+            figures = run[mode]
+            cells = [f"{figures[f'accuracy_{kind}']:.3f}" for kind in ("mark", "cue", "glance")]
+            rows.append((title, *cells, f"{100 * run['gap']:.1f} %" if "gap" in run else ""))
+    return markdown(["model (seed 0)", "*mark*", "*cue*", "*glance*", "gap"], rows)
+
+
+def vlm_ablations() -> str:
+    """What single changes cost, on `val`."""
+    rows = []
+    for job in read("foveated_vlm")["ablations"]:
+        figures = job["metrics"]
+        one = "val/autoregressive/accuracy_{}"
+        cells = [f"{figures[one.format(kind)]:.3f}" for kind in ("mark", "cue", "glance")]
+        settings = " ".join(f"{key}={value}" for key, value in job["overrides"].items())
+        rows.append(
+            (f"`{settings}`", *cells, f"{100 * figures['val/gap']:.1f} %", f"{figures['val/attention_mark']:.1f}")
+        )
+    return markdown(["", "*mark*", "*cue*", "*glance*", "gap", "attention on the asked cube"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (seeds, errors, shifts, options, speed, headline)
+    table.__name__: table
+    for table in (seeds, errors, shifts, options, speed, headline, dit_claims, vlm_seeds, vlm_others, vlm_ablations)
 }
 
 

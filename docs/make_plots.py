@@ -1,0 +1,55 @@
+"""Draws the plots of docs/*.md from the figures in benchmarks/: ``python docs/make_plots.py``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+PICTURES = ROOT / "docs" / "pictures"
+LENGTHS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def frames_and_tokens() -> None:
+    """Quality and time of the language model against the number of frames: one chosen token a frame, and many."""
+    runs = {run["run"]: run for run in read("foveated_vlm")["runs"]}
+    figure = Figure(figsize=(9.5, 3.4), layout="constrained")
+    quality, time = figure.subplots(1, 2)
+    for run, mode, label, colour in (
+        ("long_0", "autoregressive", "1 chosen token a frame", "tab:blue"),
+        ("pooled_long_0", "many_tokens", "16 pooled tokens a frame", "tab:orange"),
+    ):
+        for kind, style in (("mark", "-"), ("cue", "--")):
+            found = {n: runs[run][mode].get(f"accuracy_{kind}_of_{n}") for n in LENGTHS}
+            shown = [(n, value) for n, value in found.items() if value is not None]
+            quality.plot(*zip(*shown, strict=True), style, marker="o", color=colour, label=f"{label}, {kind}")
+    quality.axhline(1 / 8, color="grey", linewidth=0.8, linestyle=":")
+    quality.set_xscale("log", base=2)
+    quality.set(xlabel="frames, up to", ylabel="accuracy", ylim=(0, 1.02), title="small model, held-out tours")
+    quality.legend(fontsize=7)
+    recorded = read("vlm_tokens")
+    for tokens, colour in ((1, "tab:blue"), (4, "tab:green"), (16, "tab:orange"), (64, "tab:red")):
+        points = [(n, recorded.get(f"frames_{n}_tokens_{tokens}_ms")) for n in LENGTHS]
+        shown = [(n, value / 1000) for n, value in points if value is not None]
+        name = f"{tokens} token{'s' * (tokens > 1)} a frame"
+        time.plot(*zip(*shown, strict=True), marker="o", color=colour, label=name)
+    time.set_xscale("log", base=2)
+    time.set_yscale("log")
+    time.set(xlabel="frames", ylabel="seconds to read frames and question", title="SmolLM2 135M, one processor thread")
+    time.legend(fontsize=7)
+    for axes in (quality, time):
+        axes.set_xticks(LENGTHS, [str(n) for n in LENGTHS])
+        axes.grid(alpha=0.3)
+    PICTURES.mkdir(exist_ok=True)
+    figure.savefig(PICTURES / "frames_and_tokens.png", dpi=110)
+
+
+if __name__ == "__main__":
+    frames_and_tokens()
