@@ -268,7 +268,8 @@ def _announce(cfg: DictConfig, module: LightningModule, trainer: Trainer, resume
 
 def _headline(trainer: Trainer, module: LightningModule) -> dict[str, float]:
     """The module's ``headline_metrics`` (names) where it has them, else every metric; what was evaluated after
-    training; the speed."""
+    training; speed and compute."""
+    from keygrip.training.compute import Compute
     from keygrip.training.progress import Throughput
 
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -276,7 +277,7 @@ def _headline(trainer: Trainer, module: LightningModule) -> dict[str, float]:
     metrics = {name: logged[name] for name in (logged if names is None else names) if name in logged}
     metrics |= {name: value for name, value in logged.items() if name.startswith(("closed_loop/", "pictures/"))}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, Throughput):
+        if isinstance(callback, Throughput | Compute):
             metrics.update(callback.summary)
     return metrics
 

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 RESULT = "result.json"
 PLAN = "sweep.json"
+LOSSES = "loss_against_compute.png"
 # What may stand in result.json. "running" stays where a process was killed; the table then says "killed".
 FINISHED, FAILED, INTERRUPTED, RUNNING = "finished", "failed", "interrupted", "running"
 
@@ -145,7 +146,8 @@ def finish_sweep(folder: Path) -> list[dict[str, Any]]:
     """Writes a sweep's summary, prints the table, returns its rows.
 
     ``summary.csv`` and ``summary.md`` are the table, ``summary.json`` the same with command, date and machine, to be
-    kept as a record; TensorBoard gets hparams.
+    kept as a record; TensorBoard gets hparams. ``loss_against_compute.png`` (in TensorBoard too) has a curve for each
+    job that logged its loss.
     """
     if folder in _open_sweeps:
         _open_sweeps.remove(folder)
@@ -164,6 +166,7 @@ def finish_sweep(folder: Path) -> list[dict[str, Any]]:
     if bad:
         names = ", ".join(f"{row['job']} ({row['status']})" for row in bad)
         _failures.append(f"{len(bad)} of {len(rows)} jobs of the sweep did not finish: {names}; see {folder}")
+    _draw_losses(folder, rows)
     return rows
 
 
@@ -203,13 +206,10 @@ def collect(folder: Path) -> list[dict[str, Any]]:
 
     A planned job without a result is ``missing``, one whose process died is ``killed``.
     """
-    plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-    results = {path.parent: read_result(path.parent) for path in sorted(folder.glob(f"**/{RESULT}"))}
-    jobs = plan["jobs"] or [result.get("overrides", []) for result in results.values()]
     rows = []
-    for number, overrides in enumerate(jobs):
-        found = [result for result in results.values() if _same(result.get("overrides", []), overrides)]
-        result = found[0] if found else {"status": "missing", "error": "no result was written"}
+    for number, (overrides, job_folder) in enumerate(_jobs(folder)):
+        missing = {"status": "missing", "error": "no result was written"}
+        result = missing if job_folder is None else read_result(job_folder)
         status = "killed" if result.get("status") == RUNNING else result.get("status", "missing")
         rows.append(
             {
@@ -224,10 +224,22 @@ def collect(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _jobs(folder: Path) -> list[tuple[list[str], Path | None]]:
+    """Overrides of each planned job, and the folder with its result; without a plan, of each result."""
+    plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    folders = [path.parent for path in sorted(folder.glob(f"**/{RESULT}"))]
+    given = {path: read_result(path).get("overrides", []) for path in folders}
+    if not plan["jobs"]:
+        return [(overrides, path) for path, overrides in given.items()]
+    return [
+        (overrides, next((path for path in folders if _same(given[path], overrides)), None))
+        for overrides in plan["jobs"]
+    ]
+
+
 def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
     """Header and lines: job, status, the overrides that differ between jobs, metrics, seconds, error."""
-    names = list(dict.fromkeys(name for row in rows for name in row["overrides"]))
-    varied = [name for name in names if len({row["overrides"].get(name) for row in rows}) > 1] or names
+    varied = _varied(rows)
     metrics = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     header = ["job", "status", *varied, *metrics, "wall_s", "error"]
     lines = [
@@ -238,6 +250,12 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
         for row in rows
     ]
     return header, lines
+
+
+def _varied(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the overrides that differ between jobs; all where none does."""
+    names = list(dict.fromkeys(name for row in rows for name in row["overrides"]))
+    return [name for name in names if len({row["overrides"].get(name) for row in rows}) > 1] or names
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
@@ -261,6 +279,30 @@ def _write_hparams(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
                 writer._get_file_writer().add_summary(part)
             for name, value in figures.items():
                 writer.add_scalar(name, value)
+
+
+def _draw_losses(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    from keygrip.training.loss_curves import Job, draw, read_curves
+
+    varied, jobs = _varied(rows), []
+    for row, (_, job_folder) in zip(rows, _jobs(folder), strict=True):
+        curves = None if job_folder is None else read_curves(job_folder)
+        if curves is not None:
+            overrides = {name: row["overrides"].get(name, "") for name in varied}
+            jobs.append(Job(overrides, curves, row["wall_s"]))
+    figure = draw(jobs)
+    if figure is None:
+        return  # nothing was trained, or nothing logged
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    from keygrip.figures import figure_to_image
+
+    temporary = folder / f".{LOSSES}.writing"
+    figure.savefig(temporary, format="png")
+    temporary.replace(folder / LOSSES)
+    with SummaryWriter(str(folder / "tensorboard" / "sweep")) as writer:
+        writer.add_image("loss_against_compute", figure_to_image(figure), dataformats="HWC")
+    log.info("losses against compute: %s", folder / LOSSES)
 
 
 def _refuse_several_devices(cfg: DictConfig, launcher: str) -> None:

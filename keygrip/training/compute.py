@@ -1,0 +1,78 @@
+"""What a training step costs in floating-point operations, counted now and then."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch.utils.flop_counter import FlopCounterMode
+
+from keygrip.training.loss_curves import STEP_TFLOP
+from keygrip.training.sharding import is_sharded
+
+log = logging.getLogger(__name__)
+
+TERA = 1e12
+FIRST = 1  # the batch that is counted first: in the one before, pictures are drawn and memories filled
+
+
+class Compute(Callback):
+    """Logs ``compute/step_tflop``: 10^12 floating-point operations of an optimiser step, all processes together.
+
+    Counted by torch from the shapes of one batch, forwards and backwards: products and attention, two operations for a
+    multiplication with its addition; attention as if nothing were masked. The counted batch is trained on as any other
+    and gives the same weights, but takes longer, and compiled blocks run as they are written. Kernels that torch does
+    not know (Triton's own) count nothing. Where parameters are sharded nothing is counted.
+
+    Args:
+        every_n_steps: batches between counts: batches differ in length, and what a step does may depend on its number.
+    """
+
+    def __init__(self, every_n_steps: int = 500) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"callbacks.compute.every_n_steps={every_n_steps}: must be at least 1")
+        self.every_n_steps = every_n_steps
+        self._counts: list[float] = []
+        self._steps = 0
+        self._counter: FlopCounterMode | None = None
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """``tflop`` of the whole run, from the mean of what this process counted; empty where it counted nothing."""
+        if not self._counts:
+            return {}
+        return {"tflop": self._steps * sum(self._counts) / len(self._counts)}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        number = trainer.fit_loop.epoch_loop.total_batch_idx
+        if (number - FIRST) % self.every_n_steps or is_sharded(pl_module):
+            return
+        torch.compiler.set_stance("force_eager")
+        self._counter = FlopCounterMode(display=False)
+        self._counter.__enter__()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        counter = self._stop()
+        if counter is None:
+            return
+        batches = trainer.accumulate_grad_batches * trainer.world_size
+        self._counts.append(counter.get_total_flops() * batches / TERA)
+        for logger in trainer.loggers:
+            logger.log_metrics({STEP_TFLOP: self._counts[-1]}, step=trainer.global_step)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self._stop()  # a step without a backward pass
+        self._steps = trainer.global_step
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> FlopCounterMode | None:
+        counter, self._counter = self._counter, None
+        if counter is not None:
+            counter.__exit__(None, None, None)
+            torch.compiler.set_stance("default")
+        return counter

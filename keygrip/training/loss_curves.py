@@ -1,0 +1,238 @@
+"""The loss of a sweep's jobs against what they cost: curves from what the runs logged, and one picture of them."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
+
+STEP_TFLOP = "compute/step_tflop"  # logged by keygrip.training.compute
+LOSSES = {"train/loss": "training loss", "val/loss": "validation loss"}
+SMOOTHED = 0.2  # of the way run so far, before and behind a point, over which the training loss is averaged
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")
+LEAST = 2  # points on each side, where there are so many before
+SHOWN_NOISE = 6  # of more jobs the averages alone are drawn
+DASHES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What one run logged, by name; arrays of equal length, in the order of the steps.
+
+    Attributes:
+        steps: optimiser steps at which a value was logged. values: the values.
+        seconds: since the first figure of the run; None where the logger does not say.
+    """
+
+    steps: Mapping[str, np.ndarray]
+    values: Mapping[str, np.ndarray]
+    seconds: Mapping[str, np.ndarray] | None
+
+    def tflop(self, name: str) -> np.ndarray | None:
+        """Cumulative training compute at the points of a curve; None where none was counted.
+
+        Each count holds until the next one, the first one from the beginning.
+        """
+        if STEP_TFLOP not in self.values:
+            return None
+        counted, cost = self.steps[STEP_TFLOP], self.values[STEP_TFLOP]
+        starts = np.concatenate([[0.0], counted[1:]])
+        spent = np.concatenate([[0.0], np.cumsum(np.diff(starts) * cost[:-1])])
+        steps = self._done(name)
+        place = np.searchsorted(starts, steps, side="right") - 1
+        return spent[place] + (steps - starts[place]) * cost[place]
+
+    def minutes(self, name: str, wall_s: float | None) -> np.ndarray | None:
+        """Wall time at the points of a curve: the logger's, or the run's whole time in proportion to the steps."""
+        if self.seconds is not None:
+            return self.seconds[name] / 60
+        last = max((float(self._done(other)[-1]) for other in self.steps if len(self.steps[other])), default=1.0)
+        return None if wall_s is None else self._done(name) / last * wall_s / 60
+
+    def _done(self, name: str) -> np.ndarray:
+        """Steps that lie behind each point: a training figure of step n is of the n + 1st, validation comes after n."""
+        return self.steps[name] + (0.0 if name.startswith("val/") else 1.0)
+
+
+def read_curves(folder: Path) -> Curves | None:
+    """The losses and the compute that a run logged to TensorBoard, or else to CSV; None where it logged no loss."""
+    wanted = {*LOSSES, STEP_TFLOP}
+    found = _from_tensorboard(folder / "tensorboard", wanted) or _from_csv(folder / "csv" / "metrics.csv", wanted)
+    return found if found is not None and any(name in found.values for name in LOSSES) else None
+
+
+def _from_tensorboard(folder: Path, wanted: set[str]) -> Curves | None:
+    if not any(folder.glob("events.*")):
+        return None
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 1, "tensors": 1})
+    board.Reload()
+    events = {name: board.Scalars(name) for name in board.Tags()["scalars"] if name in wanted}
+    begin = min((event.wall_time for found in events.values() for event in found), default=0.0)
+    return Curves(
+        {name: np.array([event.step for event in found]) for name, found in events.items()},
+        {name: np.array([event.value for event in found]) for name, found in events.items()},
+        {name: np.array([event.wall_time - begin for event in found]) for name, found in events.items()},
+    )
+
+
+def _from_csv(file: Path, wanted: set[str]) -> Curves | None:
+    if not file.is_file():
+        return None
+    points: dict[str, dict[int, float]] = {}
+    with file.open(newline="", encoding="utf-8") as lines:
+        for row in csv.DictReader(lines):
+            for name in wanted & row.keys():
+                if row[name] and row["step"]:
+                    points.setdefault(name, {})[int(row["step"])] = float(row[name])
+    ordered = {name: sorted(found.items()) for name, found in points.items()}
+    return Curves(
+        {name: np.array([step for step, _ in found]) for name, found in ordered.items()},
+        {name: np.array([value for _, value in found]) for name, found in ordered.items()},
+        None,
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of a sweep in the picture: the overrides that differ between jobs, its curves, its wall time."""
+
+    overrides: Mapping[str, str]
+    curves: Curves
+    wall_s: float | None = None
+
+    @property
+    def label(self) -> str:
+        """The overrides; of deep names the last two parts."""
+        short = {name: ".".join(name.split(".")[-2 if name.count(".") > 1 else -1 :]) for name in self.overrides}
+        return ", ".join(f"{short[name]}={value}" for name, value in self.overrides.items())
+
+
+def draw(jobs: Sequence[Job]) -> Figure | None:
+    """Training and validation loss against compute, a curve a job; None where no job has a curve.
+
+    The axis is wall time where any job did not count its compute: the others could not be compared with it.
+    """
+    names = [name for name in LOSSES if any(len(job.curves.values.get(name, ())) for job in jobs)]
+    if not names:
+        return None
+    from matplotlib.figure import Figure
+
+    counted = all(STEP_TFLOP in job.curves.values for job in jobs)
+    styles = _styles(jobs)
+    legend = 0.9 + 0.07 * max(len(job.label) for job in jobs)  # inches
+    size = (4.6 * len(names) + legend, max(4.2, 0.2 * len(jobs) + 1.2))
+    figure = Figure(figsize=size, layout="constrained", dpi=130)
+    axes = figure.subplots(1, len(names), squeeze=False)[0]
+    for axis, name in zip(axes, names, strict=True):
+        for job, style in zip(jobs, styles, strict=True):
+            if name not in job.curves.values:
+                continue
+            x = job.curves.tflop(name) if counted else job.curves.minutes(name, job.wall_s)
+            if x is not None:
+                _curve(axis, x, job.curves.values[name], style, name.startswith("train"), len(jobs) <= SHOWN_NOISE)
+        axis.set_title(LOSSES[name], fontsize=10)
+        axis.set_xlabel("training compute (TFLOP)" if counted else "wall time (minutes)")
+        axis.set_xscale("log")
+        if all(values.min() > 0 for values in (job.curves.values.get(name, np.ones(1)) for job in jobs)):
+            axis.set_yscale("log")
+        axis.grid(which="major", color="0.85", linewidth=0.8)
+        axis.grid(which="minor", color="0.93", linewidth=0.5)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+        for scale in (axis.xaxis, axis.yaxis):
+            _plain_ticks(scale)
+    handles = [_handle(job.label, style) for job, style in zip(jobs, styles, strict=True)]
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False, handlelength=3.2)
+    return figure
+
+
+def _styles(jobs: Sequence[Job]) -> list[dict[str, str]]:
+    """One look a job: the first override in colour, the second in dashes, the third in markers, where they have few
+    enough values; else a look of its own for each job."""
+    values = [
+        list(dict.fromkeys(job.overrides.get(name, "") for job in jobs))
+        for name in dict.fromkeys(name for job in jobs for name in job.overrides)
+    ]
+    names = list(dict.fromkeys(name for job in jobs for name in job.overrides))
+    looks = (("color", COLOURS), ("linestyle", DASHES), ("marker", MARKERS))
+    if len(names) <= len(looks) and all(
+        len(found) <= len(look) for found, (_, look) in zip(values, looks, strict=False)
+    ):
+        return [
+            {
+                kind: look[found.index(job.overrides.get(name, ""))]
+                for name, found, (kind, look) in zip(names, values, looks, strict=False)
+            }
+            for job in jobs
+        ]
+    each = itertools.cycle((colour, dash) for dash in DASHES for colour in COLOURS)
+    return [{"color": colour, "linestyle": dash} for _, (colour, dash) in zip(jobs, each, strict=False)]
+
+
+def _curve(axis: Axes, x: np.ndarray, y: np.ndarray, style: Mapping[str, str], noisy: bool, raw: bool) -> None:
+    colour, dash = style.get("color", COLOURS[0]), style.get("linestyle", DASHES[0])
+    finite = np.isfinite(y) & (x > 0)
+    x, y = x[finite], y[finite]
+    if not len(x):
+        return
+    shown = smoothed(y) if noisy else y
+    if noisy and raw and len(x) > 20:
+        axis.plot(x, y, color=colour, linewidth=0.5, alpha=0.18)
+    axis.plot(x, shown, linewidth=1.6, color=colour, linestyle=dash)
+    # where a run ended is what a budget buys; points of few are shown all
+    few = len(x) <= 20
+    axis.plot(
+        x if few else x[-1:],
+        shown if few else shown[-1:],
+        linestyle="none",
+        marker=style.get("marker", "o"),
+        markersize=3.5 if few else 5,
+        color=colour,
+    )
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """A running mean over a window that grows with the way run: equally wide everywhere on a logarithmic axis. As long
+    as what it is given."""
+    sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+    place = np.arange(len(values))
+    reach = np.minimum((place * SMOOTHED).astype(int) + LEAST, place)
+    first, behind = place - reach, np.minimum(place + reach + 1, len(values))
+    return (sums[behind] - sums[first]) / (behind - first)
+
+
+def _handle(label: str, style: Mapping[str, str]) -> object:
+    from matplotlib.lines import Line2D
+
+    look = {"color": COLOURS[0], "marker": "o"} | dict(style)
+    return Line2D([], [], label=label or "the job", markersize=4, linewidth=1.6, **look)  # type: ignore[arg-type]
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """Round numbers, written out, where less than two powers of ten are shown: powers alone would be too few."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+
+    low, high = axis.get_view_interval()
+    if axis.get_scale() != "log":
+        return
+    axis.set_minor_formatter(NullFormatter())
+    if high / low < 30:
+        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+        axis.set_minor_locator(NullLocator())

@@ -1,0 +1,140 @@
+"""Counted runs are the runs that they would have been; the count is right; sweeps draw losses against it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from keygrip import train
+from keygrip.config import compose
+from keygrip.figures import figure_to_image
+from keygrip.training.checkpoints import read_checkpoint
+from keygrip.training.compute import STEP_TFLOP, Compute
+from keygrip.training.loss_curves import Curves, Job, draw, read_curves, smoothed
+
+# The toy's step: 8 samples through Linear(4, 8) and Linear(8, 1). Forwards; and backwards the gradients of both weights
+# and of the second layer's input (the first one's has none).
+OPERATIONS = 2 * 8 * (4 * 8 + 8 * 1) + 2 * 8 * (4 * 8 + 8 * 1 + 8 * 1)
+
+
+def test_counting_changes_no_bit_of_a_run_and_counts_its_operations(
+    toy_overrides: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """With dropout, whose numbers counting could take."""
+    counted = [*toy_overrides("counted"), "callbacks.compute.every_n_steps=3", "logger=tensorboard"]
+    metrics = train.run(compose("train", counted))
+    train.run(compose("train", [*toy_overrides("plain"), "callbacks.compute=null"]))
+    with_count, without = (read_checkpoint(tmp_path / name) for name in ("counted", "plain"))
+    for name, value in without["state_dict"].items():
+        assert torch.equal(with_count["state_dict"][name], value), name
+        average = without["average"]["parameters"][name]
+        assert torch.equal(with_count["average"]["parameters"][name], average), name
+    board = EventAccumulator(str(tmp_path / "counted" / "tensorboard")).Reload()
+    figures = board.Scalars(STEP_TFLOP)
+    assert [event.step for event in figures] == [1, 4, 7, 10]
+    assert [event.value for event in figures] == pytest.approx([OPERATIONS / 1e12] * 4)
+    assert metrics["tflop"] == pytest.approx(13 * OPERATIONS / 1e12)
+
+
+def test_accumulated_batches_count_together(toy_overrides: Callable[..., list[str]]) -> None:
+    options = ["accumulate_grad_batches=2", "max_steps=4", "limit_val_batches=0"]
+    metrics = train.run(compose("train", [*toy_overrides("run"), *options]))
+    assert metrics["tflop"] == pytest.approx(4 * 2 * OPERATIONS / 1e12)
+
+
+def test_a_failing_step_leaves_no_counter_behind(
+    toy_overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import toy_parts
+    from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+    def failing_step(self: toy_parts.ToyModule, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        if batch_idx:
+            assert _get_current_dispatch_mode() is not None
+            raise RuntimeError("power cut")
+        return self.loss(batch)
+
+    monkeypatch.setattr(toy_parts.ToyModule, "training_step", failing_step)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train.run(compose("train", toy_overrides("run")))
+    assert _get_current_dispatch_mode() is None
+    with pytest.raises(ValueError, match="every_n_steps"):
+        Compute(every_n_steps=0)
+
+
+def curves(steps: list[int], losses: list[float], cost: dict[int, float], seconds: bool = True) -> Curves:
+    at = {"train/loss": np.array(steps), STEP_TFLOP: np.array(list(cost))}
+    values = {"train/loss": np.array(losses), STEP_TFLOP: np.array(list(cost.values()))}
+    if not cost:
+        at.pop(STEP_TFLOP), values.pop(STEP_TFLOP)
+    return Curves(at, values, {name: 2.0 * found for name, found in at.items()} if seconds else None)
+
+
+def test_compute_adds_up_over_what_steps_cost_at_the_time() -> None:
+    found = curves([0, 9, 10, 19], [4, 3, 2, 1], {1: 2.0, 10: 5.0})
+    # 10 steps at 2, then at 5; the second count is of the eleventh step
+    assert found.tflop("train/loss") == pytest.approx([2, 20, 25, 70])
+    assert curves([0, 9], [4, 3], {}).tflop("train/loss") is None
+    assert found.minutes("train/loss", None) == pytest.approx([0, 0.3, 1 / 3, 19 / 30])
+    silent = curves([0, 9, 19], [4, 3, 2], {}, seconds=False)
+    assert silent.minutes("train/loss", 120.0) == pytest.approx([0.1, 1.0, 2.0])
+    assert silent.minutes("train/loss", None) is None
+
+
+def test_smoothing_keeps_the_level_and_the_beginning() -> None:
+    level = np.full(200, 3.0)
+    np.testing.assert_allclose(smoothed(level), level)
+    noise = np.random.default_rng(0).normal(size=400)
+    found = smoothed(noise)
+    assert found.shape == noise.shape
+    assert found[0] == pytest.approx(noise[0])
+    assert found[-1] == pytest.approx(noise[-(79 + 2 + 1) :].mean())  # a fifth of the way, and two
+    assert found[50:].std() < 0.5 * noise.std()
+
+
+def test_one_job_that_counted_nothing_puts_all_on_wall_time() -> None:
+    counted, not_counted = curves([0, 9], [4, 3], {1: 2.0}), curves([0, 9], [4, 3], {})
+    both = [Job({"a.lr": "1"}, counted), Job({"a.lr": "2"}, not_counted, wall_s=20.0)]
+    figure = draw(both)
+    assert figure is not None
+    assert figure.axes[0].get_xlabel() == "wall time (minutes)"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["lr=1", "lr=2"]
+    alone = draw(both[:1])
+    assert alone is not None
+    assert alone.axes[0].get_xlabel() == "training compute (TFLOP)"
+    assert alone.axes[0].get_xscale() == alone.axes[0].get_yscale() == "log"
+    assert draw([]) is None
+    negative = draw([Job({}, curves([0, 9], [-4, 3], {1: 2.0}))])
+    assert negative is not None
+    assert negative.axes[0].get_yscale() == "linear"
+    assert figure_to_image(negative).std() > 0
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "csv"])
+def test_a_sweep_leaves_a_picture_of_losses_against_compute(cli: Callable[..., Any], logger: str) -> None:
+    """A job that failed has no curve, and does not stop the others'."""
+    conf = str(Path(__file__).parents[1] / "support" / "conf")
+    toy = ["--config-dir", conf, "-m", "model=toy", "data=toy", "strategy=cpu", f"logger={logger}", "max_steps=6"]
+    options = ["val_every_n_steps=2", "log_every_n_steps=1", "hydra.sweep.dir=sweep", "optimizer.lr=0.01,-1,0.1"]
+    assert cli(*toy, *options).code == 1
+    assert Path("sweep/loss_against_compute.png").read_bytes().startswith(b"\x89PNG")
+    board = EventAccumulator("sweep/tensorboard/sweep").Reload()
+    assert board.Tags()["images"] == ["loss_against_compute"]
+    found = read_curves(Path("sweep/0"))
+    assert found is not None
+    compute = found.tflop("train/loss")
+    assert compute is not None
+    assert compute == pytest.approx((found.steps["train/loss"] + 1) * OPERATIONS / 1e12)
+    assert len(found.values["val/loss"]) == 3
+    with Path("sweep/summary.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[0]["tflop"]) == pytest.approx(6 * OPERATIONS / 1e12, rel=1e-3)
+    assert rows[1]["tflop"] == ""
+    assert read_curves(Path("sweep/1")) is None
