@@ -22,6 +22,7 @@ MAY_DIFFER = (
     *("debug", "resume", "run_dir", "logger", "strategy.devices", "strategy.num_nodes"),
     "compile",
     *("data.num_workers", "data.prefetch_batches", "data.cache_gb", "data.cache_dir", "model.vis_every_n_steps"),
+    "model.loss_kernel",
 )
 MUST_AGREE = ("callbacks.average",)  # the other callbacks watch and save
 

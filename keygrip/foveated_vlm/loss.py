@@ -1,14 +1,21 @@
-"""Cross-entropy of text tokens without ever holding the logits of all of them.
+"""Cross-entropy of text tokens without ever holding the logits of all of them: in chunks, or by a fused kernel.
 
 Legend: n predicted tokens, C language width, W vocabulary.
 """
 
 from __future__ import annotations
 
+from importlib import metadata
+from typing import Literal, get_args
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+Kernel = Literal["chunked", "liger"]
+KERNELS: tuple[str, ...] = get_args(Kernel)
+OLDEST_LIGER = (0, 8, 2)  # before, the output layer's gradient was wrong where tokens weigh differently
 
 
 def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 4096) -> tuple[Tensor, Tensor]:
@@ -34,6 +41,46 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: 
     if not losses:
         return hidden.sum(-1).float(), torch.zeros(0, dtype=torch.bool, device=hidden.device)
     return torch.cat(losses), torch.cat(right)
+
+
+def fused_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """As `token_cross_entropy`, by the Triton kernel of the package liger-kernel: softmax, loss and gradient of the
+    logits in one pass over each of its own chunks.
+
+    The output layer may be tied to the embeddings, or frozen. It must be whole: under strategy=fsdp it is within a
+    step, since it belongs to the module's outermost part. Gradients of the output layer are summed in float32.
+
+    Paper: Hsu et al., Liger Kernel: Efficient Triton Kernels for LLM Training (2024).
+    """
+    if not len(hidden):
+        return token_cross_entropy(hidden, weight, targets)
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    found = liger_fused_linear_cross_entropy(
+        hidden, weight, targets, reduction="none", accum_dtype=torch.float32, return_predicted_tokens=True
+    )
+    return found.loss.float(), found.predicted_tokens == targets
+
+
+def check_liger(device: torch.device) -> None:
+    """Raises ValueError: the fused kernel cannot be used here, and what to do."""
+    if device.type != "cuda":
+        raise ValueError(
+            "model.loss_kernel=liger computes on a GPU and this run is on the CPU: choose model.loss_kernel=chunked, "
+            "or strategy=gpu"
+        )
+    try:
+        installed = metadata.version("liger-kernel")
+    except metadata.PackageNotFoundError:
+        raise ValueError(
+            "model.loss_kernel=liger needs the package liger-kernel: pip install 'keygrip[liger]', or choose "
+            "model.loss_kernel=chunked"
+        ) from None
+    if tuple(int(part) for part in installed.split(".")[:3] if part.isdigit()) < OLDEST_LIGER:
+        raise ValueError(
+            f"liger-kernel {installed} gives wrong gradients here: pip install 'liger-kernel>="
+            f"{'.'.join(map(str, OLDEST_LIGER))}'"
+        )
 
 
 def _one_chunk(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from keygrip.foveated_vlm.conversations import ConversationCollator
 from keygrip.foveated_vlm.health import Health, attention_on_target, relative_entropy
 from keygrip.foveated_vlm.kv_cache import KeyValueCache
 from keygrip.foveated_vlm.language import TOKENIZER_STATE, ChatTokenizer
+from keygrip.foveated_vlm.loss import KERNELS, Kernel, check_liger
 from keygrip.foveated_vlm.network import FoveatedVLM, VideoLanguageNetwork, VLMOutput
 from keygrip.foveated_vlm.reading import MadeEncoder
 from keygrip.foveated_vlm.rows import TextRows
@@ -50,6 +51,7 @@ class FoveatedVLMModule(LightningModule):
             for each step from 0 to this: the queries then meet embeddings that chosen queries gave, as at inference.
         refinement_from: share of the run before refinement begins.
         loss_chunk: tokens whose logits exist at the same time.
+        loss_kernel: in training; `chunked`, or `liger`, a fused Triton kernel for GPUs that has chunks of its own.
         encoder: how the encoder's weights are made where they are missing; None: the backbone's own (backbone.weights).
         kv_cache_gb: keep so much of a frozen encoder's keys and values of training and validation videos in memory.
         start_from: run folder or checkpoint of such a model whose weights (averaged, where it has them) are the start;
@@ -75,6 +77,7 @@ class FoveatedVLMModule(LightningModule):
         refinement: int = 0,
         refinement_from: float = 0.4,
         loss_chunk: int = 4096,
+        loss_kernel: Kernel = "chunked",
         encoder: MadeEncoder | None = None,
         kv_cache_gb: float = 0.0,
         start_from: str | None = None,
@@ -94,6 +97,8 @@ class FoveatedVLMModule(LightningModule):
             raise ValueError(f"model.refinement={refinement} has no effect in mode={mode}: set it to 0")
         if loss_chunk < 1 or health_every_n_steps < 0 or vis_every_n_steps < 0:
             raise ValueError("model: loss_chunk must be above 0, health_every_n_steps and vis_every_n_steps not below")
+        if loss_kernel not in KERNELS:
+            raise ValueError(f"model.loss_kernel={loss_kernel!r}: must be one of {', '.join(KERNELS)}")
         if kv_cache_gb and (network.backbone.trainable != "frozen" or not isinstance(network, FoveatedVLM)):
             raise ValueError(
                 "model.kv_cache_gb keeps a frozen encoder's keys and values: it needs backbone.trainable=frozen, and "
@@ -112,6 +117,7 @@ class FoveatedVLMModule(LightningModule):
         self.mode, self.val_modes = mode, tuple(dict.fromkeys([*val_modes, mode]))
         self.refinement, self.refinement_from = refinement, refinement_from
         self.loss_chunk, self.start_from = loss_chunk, start_from
+        self.loss_kernel: Kernel = loss_kernel
         self.health_every_n_steps, self.vis_every_n_steps = health_every_n_steps, vis_every_n_steps
         self.health = Health(from_step=health_from_step)
         self.pictures: dict[str, Any] = {}  # how frames were prepared: image_size, fit, max_frames
@@ -195,6 +201,11 @@ class FoveatedVLMModule(LightningModule):
 
         return ANSWER_EVALUATION
 
+    def on_fit_start(self) -> None:
+        """Raises ValueError: the loss's kernel cannot be used on this machine."""
+        if self.loss_kernel == "liger":
+            check_liger(self.device)
+
     def configure_optimizers(self) -> Any:
         return self.optimizer_recipe.configure(self.network, int(self.trainer.estimated_stepping_batches))
 
@@ -220,7 +231,7 @@ class FoveatedVLMModule(LightningModule):
         return self.network(frames, rows, mode, refinement)
 
     def score(self, output: VLMOutput, batch: VideoTextBatch) -> BatchScores:
-        return score(output, batch, self.network.language.head_weight, self.loss_chunk)
+        return score(output, batch, self.network.language.head_weight, self.loss_chunk, self.loss_kernel)
 
     def refinement_now(self) -> int:
         """How often queries are chosen again in this step: a function of the step, the same in every process."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, distributed
 
 from keygrip.data.batches import VideoTextBatch
-from keygrip.foveated_vlm.loss import token_cross_entropy
+from keygrip.foveated_vlm.loss import Kernel, fused_cross_entropy, token_cross_entropy
 from keygrip.foveated_vlm.network import VLMOutput
 from keygrip.training.reduction import world_size
 
@@ -38,10 +38,19 @@ class BatchScores:
     exact: Tensor
 
 
-def score(output: VLMOutput, batch: VideoTextBatch, weight: Tensor, chunk: int) -> BatchScores:
-    """Scores of a network's output; `weight` is the language model's output layer [W, C]."""
+def score(
+    output: VLMOutput, batch: VideoTextBatch, weight: Tensor, chunk: int, kernel: Kernel = "chunked"
+) -> BatchScores:
+    """Scores of a network's output; `weight` is the language model's output layer [W, C].
+
+    Without gradients the loss is computed in chunks whatever the kernel, so that any machine can evaluate.
+    """
     hidden, predicted = output.predicting(batch.loss_mask | batch.answer_mask)
-    losses, right = token_cross_entropy(hidden, weight, batch.input_ids[predicted], chunk)
+    targets = batch.input_ids[predicted]
+    if kernel == "liger" and torch.is_grad_enabled():
+        losses, right = fused_cross_entropy(hidden, weight, targets)
+    else:
+        losses, right = token_cross_entropy(hidden, weight, targets, chunk)
     carries, answers = batch.loss_mask[predicted].float(), batch.answer_mask[predicted]
     row = predicted.nonzero(as_tuple=True)[0]
     zeros = torch.zeros(len(batch), device=losses.device)

@@ -108,6 +108,14 @@ def test_scores_are_the_mean_over_supervised_tokens_by_kind(parts: Callable[...,
     assert {"accuracy_mark", "accuracy_cue", "accuracy_text"} <= figures.keys()
 
 
+def test_a_module_with_the_fused_kernel_evaluates_on_any_machine(parts: Callable[..., tuple]) -> None:
+    (fused, batch), (chunked, _) = parts(loss_kernel="liger"), parts()
+    with torch.no_grad():
+        found, expected = (module.score(module(batch, "coarse_fine"), batch) for module in (fused, chunked))
+    assert torch.equal(found.row_loss, expected.row_loss)
+    assert torch.equal(found.exact, expected.exact)
+
+
 def test_an_answer_is_exact_only_with_all_its_tokens_and_its_end(parts: Callable[..., tuple]) -> None:
     module, batch = parts()
     with torch.no_grad():
@@ -177,6 +185,7 @@ def test_settings_without_effect_are_refused(parts: Callable[..., tuple]) -> Non
         ({"mode": "coarse_only", "refinement": 2}, "no effect"),
         ({"refinement": -1}, "refinement"),
         ({"loss_chunk": 0}, "loss_chunk"),
+        ({"loss_kernel": "triton"}, "loss_kernel='triton': must be one of chunked, liger"),
     ):
         with pytest.raises(ValueError, match=words):
             parts(**options)

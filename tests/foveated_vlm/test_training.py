@@ -141,6 +141,11 @@ def test_the_baseline_trains_on_the_same_data(overrides: Callable[..., list[str]
     assert logged["val/many_tokens/loss"] > 0
 
 
+def test_the_fused_loss_on_a_cpu_is_refused_in_a_sentence(overrides: Callable[..., list[str]]) -> None:
+    with pytest.raises(ValueError, match=r"model\.loss_kernel=liger computes on a GPU and this run is on the CPU"):
+        train.run(compose("train", overrides("run", "max_steps=1", "model.loss_kernel=liger")))
+
+
 def test_a_dry_run_writes_no_checkpoint(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
     report: dict[str, Any] = train.run(compose("train", overrides("dry", "dry_run=true")))
     assert set(report["modes"]) == {"coarse_only", "coarse_fine", "autoregressive"}
