@@ -69,7 +69,7 @@ class Compilation:
         Raises:
             ValueError: the module names no blocks.
         """
-        parts = getattr(module, "sharded_parts", list)()
+        parts: list[nn.Module] = getattr(module, "sharded_parts", list)()
         if not parts:
             raise ValueError(
                 f"compile has no effect: {type(module).__name__} names no blocks (sharded_parts); compile=null"
@@ -80,7 +80,9 @@ class Compilation:
         for part in parts:
             part.compile(backend=self.backend, mode=mode, dynamic=self.dynamic)
             if any(parameter.requires_grad for parameter in part.parameters()):
-                part._compiled_call_impl = functools.partial(_call_while_training, part, part._compiled_call_impl)
+                compiled = part._compiled_call_impl
+                assert compiled is not None
+                part._compiled_call_impl = functools.partial(_call_while_training, part, compiled)
         log.info("%d blocks are compiled in the first steps (%s)", len(parts), self.backend)
         return len(parts)
 
