@@ -195,12 +195,12 @@ def test_a_module_without_blocks_and_unknown_choices_are_refused() -> None:
 
 
 def test_a_missing_compiler_is_said_before_anything_is_built(
-    toy_overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    toy_overrides: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(tmp_path / "no-compiler")))
-    assert "g++" in compilation.missing_compiler(on_gpu=False)
-    with pytest.raises(ValueError, match=r"compile needs a C\+\+ compiler: apt-get install g\+\+.*compile=null"):
-        train.run(compose("train", [*toy_overrides("run"), "compile=inductor"]))
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(tmp_path / "no-compiler"))}):
+        assert "g++" in compilation.missing_compiler(on_gpu=False)
+        with pytest.raises(ValueError, match=r"compile needs a C\+\+ compiler: apt-get install g\+\+.*compile=null"):
+            train.run(compose("train", [*toy_overrides("run"), "compile=inductor"]))
 
 
 @pytest.mark.slow
