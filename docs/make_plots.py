@@ -51,5 +51,27 @@ def frames_and_tokens() -> None:
     figure.savefig(PICTURES / "frames_and_tokens.png", dpi=110)
 
 
+def sampler_curve() -> None:
+    """Distance from the exact sample against time, by solver and by the interval of noise levels with guidance."""
+    recorded = read("dit_curve")
+    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for name in recorded:
+        if name.endswith("_distance"):
+            setting = name.removesuffix("_distance")
+            solver, _, interval = setting.partition("_interval_")
+            solver = solver.rstrip("0123456789").strip("_").replace("_", " ")
+            label = f"{solver}, guidance in {interval.replace('_', ' to ')}" if interval else solver
+            curves.setdefault(label, []).append((recorded[f"{setting}_ms"], recorded[name]))
+    for label, points in curves.items():
+        axes.plot(*zip(*sorted(points), strict=True), "o-" if len(points) > 1 else "s", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="milliseconds for a batch", ylabel="distance from 400 Euler steps")
+    axes.grid(which="both", alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(PICTURES / "sampler_curve.png", dpi=110)
+
+
 if __name__ == "__main__":
     frames_and_tokens()
+    sampler_curve()
