@@ -19,6 +19,16 @@ TERA = 1e12
 FIRST = 1  # the batch that is counted first: in the one before, pictures are drawn and memories filled
 
 
+class _NoModules:
+    """Stands in for torch's tracker of modules: all operations belong to the whole."""
+
+    parents = ("Global",)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *args: object) -> None: ...
+
+
 class Compute(Callback):
     """Logs ``compute/step_tflop``: 10^12 floating-point operations of an optimiser step, all processes together.
 
@@ -52,6 +62,9 @@ class Compute(Callback):
             return
         torch.compiler.set_stance("force_eager")
         self._counter = FlopCounterMode(display=False)
+        # Which module an operation belongs to is of no interest, and torch's way to know it, hooks on every module,
+        # fails on views of parameters that were made without gradient.
+        self._counter.mod_tracker = _NoModules()  # type: ignore[assignment]
         self._counter.__enter__()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
