@@ -102,9 +102,8 @@ def evaluate_modes(
 def _kinds_and_lengths(batch: VideoTextBatch) -> list[str]:
     """The kind of each row and the number of its video's frames, rounded up to a power of two, as one label."""
     frames = batch.frame_mask.sum(1)[batch.video_index].tolist()
-    return [
-        f"{kind}_of_{1 << max(n - 1, 0).bit_length() if n else 0}" for kind, n in zip(batch.kind, frames, strict=True)
-    ]
+    classes = [1 << (count - 1).bit_length() if count else 0 for count in frames]
+    return [f"{kind}_of_{length}" for kind, length in zip(batch.kind, classes, strict=True)]
 
 
 def _generated(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from keygrip.data.batches import MultiViewPolicyBatch
 from keygrip.geometry.cameras import inside_image, project
 from keygrip.training.reduction import global_mean
-from keygrip.volume_query.volume import two_hot
+from keygrip.volume_query.volume import bilinear_cells, gather_pixels
 
 
 class Pointing(nn.Module):
@@ -62,15 +62,11 @@ def pointing_losses(logits: Tensor, batch: MultiViewPolicyBatch) -> dict[str, Te
     cameras = batch.view_intrinsics[:, :, None, None], batch.view_world_to_camera[:, :, None, None]
     pixels, _ = project(batch.position[:, None], *cameras)  # [B, V, A, T, 2]
     counts = inside_image(pixels, size, size) & ~batch.repeated[:, None]
-    where = pixels.nan_to_num(0.0) * (cells / size)
-    columns, column_weights = two_hot(where[..., 0], cells)
-    rows, row_weights = two_hot(where[..., 1], cells)
-    index = (rows[..., :, None] * cells + columns[..., None, :]).flatten(-2)  # [B, V, A, T, 4]
-    weights = (row_weights[..., :, None] * column_weights[..., None, :]).flatten(-2)
-    logs = logits.float().flatten(-2).log_softmax(dim=-1)
-    surprise = -(logs.gather(-1, index) * weights).sum(dim=-1)
+    around, weights = bilinear_cells(pixels.nan_to_num(0.0) * (cells / size), (cells, cells))  # [B, V, A, T, 4]
+    logs = logits.float().flatten(-2).log_softmax(dim=-1).unflatten(-1, (cells, cells))
+    surprise = -(gather_pixels(logs, around) * weights).sum(dim=-1)
     with torch.no_grad():
-        maps = logs.exp().unflatten(-1, (cells, cells))
+        maps = logs.exp()
         centres = (torch.arange(cells, device=maps.device) + 0.5) * (size / cells)
         mean = torch.stack([(maps.sum(-2) * centres).sum(-1), (maps.sum(-1) * centres).sum(-1)], dim=-1)
         off = (mean - pixels.nan_to_num(0.0)).norm(dim=-1).masked_fill(~counts, 0.0)

@@ -127,17 +127,24 @@ def bilinear_target(grid_position: Tensor, height_position: Tensor, shape: tuple
         grid_position: ``[*, 2]`` (x, y) in cells, corner convention. height_position: ``[*]`` in bins.
         shape: (H, W). bins: Z.
     """
+    cells, weights = bilinear_cells(grid_position, shape)
+    heights, height_weights = two_hot(height_position, bins)
+    return VolumeTarget(cells, weights, heights, height_weights)
+
+
+def bilinear_cells(grid_position: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The 4 cells ``[*, 4, 2]`` (row, column) around positions ``[*, 2]`` (x, y) in cells, and their weights
+    ``[*, 4]``."""
     columns, column_weights = two_hot(grid_position[..., 0], shape[1])
     rows, row_weights = two_hot(grid_position[..., 1], shape[0])
     cells = torch.stack(
         [rows[..., :, None].expand(*rows.shape, 2), columns[..., None, :].expand(*columns.shape[:-1], 2, 2)], dim=-1
     )
-    heights, height_weights = two_hot(height_position, bins)
     weights = (row_weights[..., :, None] * column_weights[..., None, :]).flatten(-2)
-    return VolumeTarget(cells.flatten(-3, -2), weights, heights, height_weights)
+    return cells.flatten(-3, -2), weights
 
 
-def _gather_pixels(maps: Tensor, cells: Tensor) -> Tensor:
+def gather_pixels(maps: Tensor, cells: Tensor) -> Tensor:
     """Values ``[*, C]`` of maps ``[*, H, W]`` at cells ``[*, C, 2]``."""
     return maps.flatten(-2).gather(-1, cells[..., 0] * maps.shape[-1] + cells[..., 1])
 
@@ -150,7 +157,7 @@ def volume_cross_entropy(logits: VolumeLogits, target: VolumeTarget) -> Tensor:
     """
     if logits.pixel_factor is not None and logits.height_factor is not None:
         normaliser = _StreamedLogSumExp.apply(logits.pixel, logits.height, logits.pixel_factor, logits.height_factor)
-        pixel = (_gather_pixels(logits.pixel, target.cells) * target.cell_weights).sum(-1)
+        pixel = (gather_pixels(logits.pixel, target.cells) * target.cell_weights).sum(-1)
         height = (logits.height.gather(-1, target.heights) * target.height_weights).sum(-1)
         factors = logits.pixel_factor.flatten(-2)  # [*, R, HW]
         index = target.cells[..., 0] * logits.pixel.shape[-1] + target.cells[..., 1]  # [*, C]
