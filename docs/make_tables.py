@@ -192,6 +192,101 @@ def _of(jobs: Sequence[dict[str, Any]], ablation: str) -> list[dict[str, Any]]:
     return [job["metrics"] for job in jobs if job["overrides"].get("ablation") == ablation]
 
 
+def vla_injection() -> str:
+    """The same policy with and without geometry, by training seed."""
+    runs = read("vla_injection")["runs"]
+    seeds = sorted({run["seed"] for run in runs})
+    found = {(run["model"], run["seed"]): run for run in runs}
+    models = ("geometry_vla", "geometry_vla_no_injection")
+    rows: list[list[str]] = []
+    for seed in seeds:
+        rows.append([f"success, training seed {seed}", *(rate(found[model, seed]["closed_loop"]) for model in models)])
+    for heights in found[models[0], seeds[0]]["closed_loop"]["by_height"]:
+        cells = []
+        for model in models:
+            parts = [found[model, seed]["closed_loop"]["by_height"][heights] for seed in seeds]
+            cells.append(f"{sum(p['successes'] for p in parts)} of {sum(p['episodes'] for p in parts)}")
+        rows.append([f"success with the cube at {heights}, all seeds", *cells])
+    lines = (
+        ("position error (val)", "val/position_cm", 2, " cm"),
+        ("at the grip: to the side (val)", "val/grip_side_cm", 2, " cm"),
+        ("at the grip: height (val)", "val/grip_height_cm", 2, " cm"),
+        ("pointing error (val), of 128 px", "val/pointing_px", 2, " px"),
+        ("error of predicted world points (val)", "val/point_cm", 2, " cm"),
+        ("share of the head's attention on compressed geometry tokens", "val/geometry_share", 2, ""),
+        ("share on pointed tokens", "val/pointed_share", 2, ""),
+        ("parameters", "parameters/all_m", 2, " M"),
+        ("a plan", "closed_loop/in_distribution/plan_ms_median", 0, " ms"),
+    )
+    for title, figure, digits, unit in lines:
+        cells = []
+        for model in models:
+            values = [found[model, seed]["metrics"].get(figure) for seed in seeds]
+            cells.append("" if values[0] is None else over_seeds(values, digits, unit))
+        rows.append([title, *cells])
+    return markdown(["", "with injection", "without"], rows)
+
+
+def vla_comparison() -> str:
+    """Policies on the same demonstrations and pictures."""
+    rows = [
+        (
+            run["model"].replace("_tuned", ""),
+            run["views"],
+            rate(run["closed_loop"]),
+            f"{run['metrics']['val/position_cm']:.1f} cm",
+            f"{run['metrics']['closed_loop/in_distribution/plan_ms_median']:.0f} ms",
+            f"{run['wall_s'] / 60:.0f} min",
+        )
+        for run in read("vla_comparison")["runs"]
+    ]
+    header = ["policy", "reads", "success", "position error (val)", "a plan", "training and 100 episodes, one core"]
+    return markdown(header, rows)
+
+
+def vla_ablations() -> str:
+    """What the parts of the geometry-injected policy are worth."""
+    words = {
+        "vla_none": "as it is",
+        "vla_no_injection": "no geometry",
+        "vla_untrained_geometry": "the geometry encoder starts from nothing",
+        "vla_no_pointed_tokens": "the head is not told where the model points",
+    }
+    rows = [
+        (
+            f"{words[job['overrides']['ablation']]} (`{job['overrides']['ablation']}`)",
+            rate(job["closed_loop"]),
+            f"{job['metrics']['val/position_cm']:.2f} cm",
+        )
+        for job in read("vla_ablations")["jobs"]
+    ]
+    return markdown(["", "success, tuning seeds", "position error (val)"], rows)
+
+
+def vla_compression() -> str:
+    """How geometry reaches the action head."""
+    rows = []
+    for job in read("vla_compression")["jobs"]:
+        name, metrics = job["overrides"]["ablation"].removeprefix("vla_"), job["metrics"]
+        kind, _, tokens = name.rpartition("_")
+        none = name == "no_injection"
+        rows.append(
+            (
+                "none" if none else kind,
+                "" if none else tokens,
+                "" if none else f"{metrics['parameters/compressor_m']:.3f} M",
+                f"{metrics['parameters/all_m']:.2f} M",
+                f"{100 * metrics['closed_loop/in_distribution/success_rate']:.0f} %",
+                f"{metrics['val/position_cm']:.2f} cm",
+                "" if none else f"{metrics['val/geometry_share']:.2f}",
+                f"{metrics['closed_loop/in_distribution/plan_ms_median']:.0f} ms",
+                f"{metrics['samples_per_s']:.0f}",
+            )
+        )
+    header = ["kind", "K", "compressor", "policy", "success", "position error (val)", "attention on it", "a plan"]
+    return markdown([*header, "training samples/s (shared cores)"], rows)
+
+
 def vlm_seeds() -> str:
     """The foveated model's figures by training seed."""
     runs = [run for run in read("foveated_vlm")["runs"] if run["run"].startswith("final_")]
@@ -253,7 +348,11 @@ def vlm_ablations() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
-    for table in (seeds, errors, shifts, options, speed, headline, dit_claims, vlm_seeds, vlm_others, vlm_ablations)
+    for table in (
+        *(seeds, errors, shifts, options, speed, headline),
+        *(dit_claims, vlm_seeds, vlm_others, vlm_ablations),
+        *(vla_injection, vla_ablations, vla_comparison, vla_compression),
+    )
 }
 
 

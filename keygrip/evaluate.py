@@ -29,7 +29,7 @@ class EvaluateSchema(EntrySchema):
 
     checkpoint: str = MISSING
     open_loop: bool = True
-    closed_loop: bool = True
+    simulate: bool = True
     episodes: int = 100
     suites: Any = MISSING
     first_seed: int = 1_000_000

@@ -48,7 +48,7 @@ class SampleSchema(EntrySchema):
     interval: Any = None
     steps: int | None = None
     solver: str | None = None
-    shift: float | None = None
+    level_shift: float | None = None
 
 
 register("sample_schema", SampleSchema)

@@ -166,14 +166,21 @@ class TestDemos:
 
 class TestCases:
     def test_inference(self) -> None:
-        figures = Inference(SMALL_POLICY, 5, 4, warm_up=1, limit_s=60, quick_limit_s=60).run(quick=True)
+        figures = Inference(SMALL_POLICY, 1, repetitions=5, quick_repetitions=4, limit_s=60, quick_limit_s=60).run(
+            quick=True
+        )
         assert figures["threads"] == torch.get_num_threads()
         for prefix in ("", "one_thread_"):
             assert 0 < figures[f"{prefix}p50_ms"] <= figures[f"{prefix}p95_ms"]
             assert figures[f"{prefix}network_p50_ms"] > 0
 
     def test_inference_refuses_another_model(self) -> None:
-        case = Inference(["experiment=demo", "model=coordinate_regression"], 1, 1, 0, 1.0, 1.0)
+        case = Inference(
+            ["experiment=demo", "model=coordinate_regression"],
+            warm_up=0,
+            **dict.fromkeys(("repetitions", "quick_repetitions"), 1),
+            **dict.fromkeys(("limit_s", "quick_limit_s"), 1.0),
+        )
         with pytest.raises(ValueError, match="measures the volume-query policy"):
             case.run(quick=True)
 

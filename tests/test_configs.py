@@ -63,6 +63,14 @@ def composed(root: str, overrides: list[str], with_hydra: bool = False) -> DictC
         return compose(root, overrides=overrides, return_hydra_config=with_hydra)
 
 
+@pytest.mark.parametrize("root", ROOTS)
+def test_no_setting_of_a_root_has_the_name_of_a_group(root: str) -> None:
+    """Hydra takes `name=value` for the choice of a config then, and refuses a value that is none."""
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
+    plain = yaml.safe_load((CONF / f"{root}.yaml").read_text()) or {}
+    assert not (set(plain) - {"hydra"}) & groups
+
+
 def groups_of(root: str) -> set[str]:
     """Groups that the defaults list of a root config names."""
     defaults = yaml.safe_load((CONF / f"{root}.yaml").read_text()).get("defaults", [])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from keygrip.benchmarks.inference import threads
-from keygrip.benchmarks.measuring import Work, interleaved_seconds, milliseconds, peak_extra_bytes
+from keygrip.benchmarks.measuring import Timed, Work, interleaved_seconds, milliseconds, peak_extra_bytes
 from keygrip.config import compose
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ PROMPT_SHARE = 0.75  # of the text tokens stand before the answer, where the que
 
 
 @dataclass(frozen=True)
-class VLMStep:
+class VLMStep(Timed):
     """A training step (forward, loss, backward) in `coarse_fine` beside one in `coarse_only`, and its peak memory.
 
     The headline is the published order, visual tokens first; the other one is measured too, but not in a hurry. Weights
@@ -42,19 +42,13 @@ class VLMStep:
     questions: int
     memory_frames: Sequence[int]
     threads: int
-    repetitions: int
-    quick_repetitions: int
-    limit_s: float
-    quick_limit_s: float
 
     def run(self, quick: bool) -> dict[str, float]:
         """`step_ms` and `peak_mb` of coarse_fine, `fine_over_coarse_time` by order."""
         network, device = _network(self.overrides)
         network.train()
         figures: dict[str, float] = {}
-        repetitions, limit_s = (
-            (self.quick_repetitions, self.quick_limit_s) if quick else (self.repetitions, self.limit_s)
-        )
+        repetitions, limit_s = self.effort(quick)
         with threads(self.threads):
             for order in ("visual_first",) if quick else ("visual_first", "question_first"):
                 frames, rows = self._batch(network, order, self.frames, device)
@@ -89,7 +83,7 @@ class VLMStep:
 
 
 @dataclass(frozen=True)
-class VLMDecode:
+class VLMDecode(Timed):
     """Autoregressive looking with all caches: milliseconds a frame at the eighth and the sixty-fourth frame.
 
     A frame is a query through the encoder's cached keys and values, and a step of the language model; encoding the
@@ -103,18 +97,12 @@ class VLMDecode:
     overrides: Sequence[str]
     prompt_tokens: int
     threads: int
-    repetitions: int
-    quick_repetitions: int
-    limit_s: float
-    quick_limit_s: float
 
     def run(self, quick: bool) -> dict[str, float]:
         """`ms_per_frame_8`, `ms_per_frame_64`, and their ratio."""
         network, device = _network(self.overrides)
         network.eval()
-        repetitions, limit_s = (
-            (self.quick_repetitions, self.quick_limit_s) if quick else (self.repetitions, self.limit_s)
-        )
+        repetitions, limit_s = self.effort(quick)
         with threads(self.threads), torch.inference_mode():
             size = network.backbone.image_size
             kv = network.encode(torch.randn(1, 3, size, size, device=device))
@@ -129,7 +117,7 @@ class VLMDecode:
 
 
 @dataclass(frozen=True)
-class VLMTokens:
+class VLMTokens(Timed):
     """Time that the language model takes to read a question with its visual tokens, at one token a frame and at many,
     against the number of frames. Weights are random; the encoder is not in it.
 
@@ -144,18 +132,12 @@ class VLMTokens:
     frames: Sequence[int]
     tokens: Sequence[int]
     threads: int
-    repetitions: int
-    quick_repetitions: int
-    limit_s: float
-    quick_limit_s: float
 
     def run(self, quick: bool) -> dict[str, float]:
         """`frames_<F>_tokens_<K>_ms`, and for each K the time at the most frames over that of the first K."""
         network, device = _network(self.overrides)
         language = network.language.eval()
-        repetitions, limit_s = (
-            (self.quick_repetitions, self.quick_limit_s) if quick else (self.repetitions, self.limit_s)
-        )
+        repetitions, limit_s = self.effort(quick)
         frames = list(self.frames)[: 2 if quick else None]  # long rows take a while
         tokens = list(self.tokens)[: 2 if quick else None]
         figures: dict[str, float] = {}

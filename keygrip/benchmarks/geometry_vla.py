@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from keygrip.benchmarks.inference import looking_down
-from keygrip.benchmarks.measuring import Work, interleaved_seconds, milliseconds
+from keygrip.benchmarks.measuring import Timed, Work, interleaved_seconds, milliseconds
 from keygrip.config import compose
 
 if TYPE_CHECKING:
@@ -52,21 +52,15 @@ class VLAParams:
 
 
 @dataclass(frozen=True)
-class VLAChunk:
+class VLAChunk(Timed):
     """Time from an observation to an action chunk, and of the three parts that it is made of. Weights are random.
 
-    Args:
-        overrides: of ``keygrip.train``, which say what policy.
-        repetitions, quick_repetitions: chunks; fewer where they take longer than ``limit_s`` or ``quick_limit_s``.
-        warm_up: before those.
+    Args (beside those of `Timed`, whose repetitions are chunks):
+        overrides: of ``keygrip.train``, which say what policy. warm_up: chunks before those.
     """
 
     overrides: Sequence[str]
-    repetitions: int
-    quick_repetitions: int
     warm_up: int
-    limit_s: float
-    quick_limit_s: float
 
     def run(self, quick: bool) -> dict[str, float]:
         """`vlm_ms`, `geometry_ms` (with its compressor), `head_ms` (all steps of the sampler), `p50_ms` and `p95_ms` of
@@ -74,9 +68,7 @@ class VLAChunk:
         config = compose("train", self.overrides)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         module = untrained(config).to(device)
-        repetitions, limit_s = (
-            (self.quick_repetitions, self.quick_limit_s) if quick else (self.repetitions, self.limit_s)
-        )
+        repetitions, limit_s = self.effort(quick)
         policy, seen = module.policy(), _observation(module, config.data.image_size)
         parts = _Parts(module, device, config.data.image_size)
         sides: dict[str, Work] = {

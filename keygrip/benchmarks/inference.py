@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from keygrip.benchmarks.measuring import interleaved_seconds, milliseconds
+from keygrip.benchmarks.measuring import Timed, interleaved_seconds, milliseconds
 from keygrip.config import compose
 
 if TYPE_CHECKING:
@@ -24,23 +24,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Inference:
+class Inference(Timed):
     """``VolumeQueryPolicy.plan``, batch 1, with all threads (the headline), with one, and on a GPU where there is one.
 
     Weights are random: what they are does not change the time.
 
-    Args:
-        overrides: of ``keygrip.train``, which say what policy.
-        repetitions, quick_repetitions: plans for each setting; fewer where they take longer than ``limit_s`` or
-            ``quick_limit_s``. warm_up: plans before those.
+    Args (beside those of `Timed`, whose repetitions are plans of each setting):
+        overrides: of ``keygrip.train``, which say what policy. warm_up: plans before those.
     """
 
     overrides: Sequence[str]
-    repetitions: int
-    quick_repetitions: int
     warm_up: int
-    limit_s: float
-    quick_limit_s: float
 
     def run(self, quick: bool) -> dict[str, float]:
         """Figures of all settings, and of the network alone."""
@@ -71,9 +65,7 @@ class Inference:
             network(*arguments, **keywords)
 
         sides = {"": lambda: policy.plan(observation), "network_": network_alone}
-        repetitions, limit_s = (
-            (self.quick_repetitions, self.quick_limit_s) if quick else (self.repetitions, self.limit_s)
-        )
+        repetitions, limit_s = self.effort(quick)
         seconds = interleaved_seconds(sides, repetitions, device, limit_s, self.warm_up)
         return {
             f"{prefix}{name}p{percentile}_ms": milliseconds(values, percentile)

@@ -6,6 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,25 @@ def synchronise(device: torch.device) -> None:
     """Waits for what was started on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """A case that repeats what it measures.
+
+    Args:
+        repetitions, quick_repetitions: of every side, after the warm-up; the latter in a hurry.
+        limit_s, quick_limit_s: seconds after which fewer are done.
+    """
+
+    repetitions: int
+    quick_repetitions: int
+    limit_s: float
+    quick_limit_s: float
+
+    def effort(self, quick: bool) -> tuple[int, float]:
+        """Repetitions and seconds."""
+        return (self.quick_repetitions, self.quick_limit_s) if quick else (self.repetitions, self.limit_s)
 
 
 def interleaved_seconds(

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from keygrip.benchmarks.inference import threads
-from keygrip.benchmarks.measuring import Work, interleaved_seconds, milliseconds, peak_extra_bytes, synchronise
+from keygrip.benchmarks.measuring import (
+    Timed,
+    Work,
+    interleaved_seconds,
+    milliseconds,
+    peak_extra_bytes,
+    synchronise,
+)
 from keygrip.config import compose
 from keygrip.nn.flow_matching import LogitNormalLevels, interpolate, seeded_noise, velocity
 from keygrip.patch_dit.context import ConditionDropout, Conditions, kept
@@ -31,13 +38,10 @@ TOLERANCE = 1e-3  # relative: rounding in float32 over 18 blocks is a hundredth 
 
 
 @dataclass(frozen=True)
-class DiTSampler:
-    """A step of the sampler beside plain steps: one pass a branch, one after the other, with the whole masked context.
+class DiTWork(Timed):
+    """A case that times the network on random pictures, captions and patches.
 
-    Four passes are what the published sampler computes, though its formula needs three; both sides give the same
-    result, which is checked. Weights are random. What is computed once a sample counts for a fiftieth in a step.
-
-    Args:
+    Args (beside those of `Timed`):
         overrides: of ``keygrip.train``, which say what network. quick_depth: blocks in a hurry; all blocks are alike,
             so that the ratios are nearly those of the whole network, and ``step_ms`` is not.
         latent: side of the square latents. text_tokens: of the caption, out of the encoders' length. patch_grid: side.
@@ -51,10 +55,15 @@ class DiTSampler:
     patch_grid: int
     batch: int
     threads: int
-    repetitions: int
-    quick_repetitions: int
-    limit_s: float
-    quick_limit_s: float
+
+
+@dataclass(frozen=True)
+class DiTSampler(DiTWork):
+    """A step of the sampler beside plain steps: one pass a branch, one after the other, with the whole masked context.
+
+    Four passes are what the published sampler computes, though its formula needs three; both sides give the same
+    result, which is checked. Weights are random. What is computed once a sample counts for a fiftieth in a step.
+    """
 
     def run(self, quick: bool) -> dict[str, float]:
         """`speedup_over_four`, `speedup_over_three`, `step_ms`, the greatest relative difference of the results."""
@@ -75,9 +84,9 @@ class DiTSampler:
                 "first": step.first,
                 "next": step.next,
             }
-            chosen = (self.quick_repetitions, self.quick_limit_s) if quick else (self.repetitions, self.limit_s)
+            repetitions, limit_s = self.effort(quick)
             # The check above has warmed everything up.
-            seconds = interleaved_seconds(sides, chosen[0], device, chosen[1], warm_up=0)
+            seconds = interleaved_seconds(sides, repetitions, device, limit_s, warm_up=0)
         mean_step = (seconds["first"] + (STEPS - 1) * seconds["next"]) / STEPS
         return {
             "speedup_over_four": round(float(np.median(seconds["four"] / mean_step)), 3),
@@ -273,29 +282,13 @@ class ToyPictures:
 
 
 @dataclass(frozen=True)
-class DiTStep:
+class DiTStep(DiTWork):
     """A training step (forward, loss, backward) beside one of the CLS-only model, and its memory.
 
     ``estimated_512px_bf16_gb`` is an estimate, not a measurement: float32 weights, gradients, two Adam moments and the
     weights' average, bf16 copies of the weights under autocast, and the activations that the backward pass needs,
     counted in one and two blocks under autocast and extended to all of them.
-
-    Args:
-        overrides: of ``keygrip.train``, which say what network. quick_depth: blocks in a hurry.
-        latent, text_tokens, patch_grid, batch, threads: as of `DiTSampler`.
     """
-
-    overrides: Sequence[str]
-    quick_depth: int
-    latent: int
-    text_tokens: int
-    patch_grid: int
-    batch: int
-    threads: int
-    repetitions: int
-    quick_repetitions: int
-    limit_s: float
-    quick_limit_s: float
 
     def run(self, quick: bool) -> dict[str, float]:
         """`patches_over_cls_time`, `step_ms`, `peak_mb`, `patches_over_cls_memory` and the estimate."""
@@ -307,8 +300,8 @@ class DiTStep:
             for name, use in (("patches", "true"), ("cls", "false")):
                 options = [*self.overrides, *depth, f"model.network.use_dino_patches={use}"]
                 sides[name] = self._step(options, device)
-            chosen = (self.quick_repetitions, self.quick_limit_s) if quick else (self.repetitions, self.limit_s)
-            seconds = interleaved_seconds(sides, chosen[0], device, chosen[1])
+            repetitions, limit_s = self.effort(quick)
+            seconds = interleaved_seconds(sides, repetitions, device, limit_s)
             # On the CPU the events of every tensor are recorded: one step each.
             peaks = {name: peak_extra_bytes(work, device) for name, work in sides.items()}
             figures["patches_over_cls_time"] = round(float(np.median(seconds["patches"] / seconds["cls"])), 3)

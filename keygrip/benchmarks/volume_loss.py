@@ -15,22 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from keygrip.benchmarks.measuring import interleaved_seconds, milliseconds, peak_extra_bytes
+from keygrip.benchmarks.measuring import Timed, interleaved_seconds, milliseconds, peak_extra_bytes
 from keygrip.nn.sinusoids import sinusoidal_features
 from keygrip.volume_query.volume import VolumeLogits, hard_target, volume_cross_entropy
 
 
 @dataclass(frozen=True)
-class VolumeLoss:
+class VolumeLoss(Timed):
     """Forward and backward time and extra memory of both, in float32, on the CPU and on a GPU where there is one.
 
     The figures without a horizon in their name are those of the last horizon.
 
-    Args:
+    Args (beside those of `Timed`, whose seconds are for each horizon):
         horizons: T. batch_size: B. pred_size: P, cells along a side. height_bins: Z.
         d_feat, d_sin_z: widths of the query's parts.
-        repetitions, quick_repetitions: of the time measurement, after one warm-up; fewer where they take longer than
-            ``limit_s`` or ``quick_limit_s`` for a horizon.
     """
 
     horizons: Sequence[int]
@@ -39,10 +37,6 @@ class VolumeLoss:
     height_bins: int
     d_feat: int
     d_sin_z: int
-    repetitions: int
-    quick_repetitions: int
-    limit_s: float
-    quick_limit_s: float
 
     def run(self, quick: bool) -> dict[str, float]:
         """Figures of all horizons and devices.
@@ -67,9 +61,7 @@ class VolumeLoss:
         problem = Problem.random(self, horizon, device)
         sides = {"factorised": problem.factorised, "dense": problem.dense}
         _check_equal({name: work() for name, work in sides.items()})
-        repetitions, limit_s = (
-            (self.quick_repetitions, self.quick_limit_s) if quick else (self.repetitions, self.limit_s)
-        )
+        repetitions, limit_s = self.effort(quick)
         seconds = interleaved_seconds(sides, repetitions, device, limit_s)
         extra = {name: peak_extra_bytes(work, device) for name, work in sides.items()}
         times = {name: milliseconds(values) for name, values in seconds.items()}

@@ -76,8 +76,10 @@ def cut_depth(depth: np.ndarray, box: Box, size: int) -> np.ndarray:
     """
     backward = np.linalg.inv(box.to_picture(size))
     centres = np.arange(size) + 0.5
-    x = backward[0, 0] * centres[None, :] + backward[0, 1] * centres[:, None] + backward[0, 2]
-    y = backward[1, 0] * centres[None, :] + backward[1, 1] * centres[:, None] + backward[1, 2]
+    # One row of columns and one column of rows, which a turned box makes a whole grid of.
+    turned = box.angle != 0.0
+    x = backward[0, 0] * centres[None, :] + backward[0, 1] * (centres[:, None] if turned else 0.0) + backward[0, 2]
+    y = backward[1, 0] * (centres[None, :] if turned else 0.0) + backward[1, 1] * centres[:, None] + backward[1, 2]
     column, row = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
     height, width = depth.shape
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)

@@ -21,23 +21,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from keygrip.data.batches import ImageTextBatch, ImageTextStatistics
 from keygrip.data.crops import BUCKET_NAME, Bucket
 from keygrip.data.image_texts import ImageTextSample, missing_parts, read_image_text
+from keygrip.data.made_shards import MadeShards, held_out
 from keygrip.data.resuming import ResumableData
-from keygrip.data.sampling import GlobalBatchSampler, ResumableLoader, SampleKey
+from keygrip.data.sampling import GlobalBatchSampler, SampleKey
 from keygrip.data.shards import MANIFEST, SampleError, ShardCache, ShardSet, is_remote, write_whole
-from keygrip.data.video_texts import MadeShards, Skipped, held_out
+from keygrip.data.skipping import SUBSTITUTES, Collate, Skipped, SkippingLoader, SubstitutingSamples
 
 log = logging.getLogger(__name__)
 
 SCHEMA = "keygrip.images/1"
 INFO = "images.json"
 SPLITS = ("train", "val", "test")
-SUBSTITUTES = 8  # tried in place of an unreadable sample
 MEASURED = 2048  # samples from which the statistics are computed
 SMALLEST_STD = 1e-4
 UNKNOWN = "unknown"
@@ -185,7 +185,7 @@ class BucketBatchSampler(GlobalBatchSampler):
 # ---- samples ---------------------------------------------------------------------------------------------------------
 
 
-class ImageTextSamples(Dataset[ImageTextSample]):
+class ImageTextSamples(SubstitutingSamples[ImageTextSample]):
     """The samples of some buckets, numbered one behind the other; indexed by `SampleKey`."""
 
     def __init__(self, parts: Sequence[BucketPart], sizes: dict[str, int]) -> None:
@@ -224,41 +224,12 @@ class ImageTextSamples(Dataset[ImageTextSample]):
                 raise SampleError(f"{part.shards.where(place)}: {name} is {found[name]}, elsewhere {size}")
         return sample
 
-    def __getitems__(self, keys: Sequence[SampleKey]) -> list[tuple[ImageTextSample, list[str]]] | list[SampleError]:
-        """A batch's samples, each with what was skipped on the way to it; or the error where nothing could be read.
-
-        An unreadable sample is replaced by the next ones of its bucket, so that batches keep their size and the order
-        stays a function of (seed, epoch, step).
-        """
-        found = []
-        for key in keys:
-            skipped: list[str] = []
-            for candidate in self._candidates(key):
-                try:
-                    found.append((self[candidate], skipped))
-                    break
-                except SampleError as error:
-                    skipped.append(str(error))
-            else:
-                return [SampleError(f"{len(skipped)} samples in a row cannot be read; the first: {skipped[0]}")]
-        return found
-
-    def _candidates(self, key: SampleKey) -> Iterator[SampleKey]:
+    def candidates(self, key: SampleKey) -> Iterator[SampleKey]:
+        """The next ones of its bucket."""
         number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
         start, count = int(self.starts[number]), len(self.parts[number])
         for step in range(min(SUBSTITUTES + 1, count)):
             yield SampleKey(start + (key.sample - start + step) % count, key.epoch)
-
-
-def collate(
-    samples: list[tuple[ImageTextSample, list[str]]] | list[SampleError],
-) -> tuple[ImageTextBatch, list[str]] | SampleError:
-    """The batch, and the reasons of what was skipped for it."""
-    first = samples[0]
-    if isinstance(first, SampleError):
-        return first
-    kept = [sample for sample, _ in samples]  # type: ignore[misc]
-    return make_batch(kept), [reason for _, skipped in samples for reason in skipped]  # type: ignore[misc]
 
 
 def make_batch(samples: Sequence[ImageTextSample]) -> ImageTextBatch:
@@ -278,18 +249,6 @@ def make_batch(samples: Sequence[ImageTextSample]) -> ImageTextBatch:
         keys=[sample.key for sample in samples],
         records=[sample.record for sample in samples],
     )
-
-
-class ImageLoader(ResumableLoader):
-    """A loader that hands out the batches alone and reports what was skipped for them."""
-
-    skipped: Skipped | None = None
-
-    def __iter__(self) -> Any:
-        for batch, reasons in super().__iter__():
-            if self.skipped is not None:
-                self.skipped.add(len(batch), reasons)
-            yield batch
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -555,7 +514,7 @@ class ImageShards(ResumableData):
         return ImageTextSamples(parts, self.sizes)
 
     def _loader(self, samples: ImageTextSamples, sampler: GlobalBatchSampler) -> DataLoader[Any]:
-        loader = ImageLoader(collate_fn=collate, **self.loader_options(samples, sampler))
+        loader = SkippingLoader(collate_fn=Collate(make_batch), **self.loader_options(samples, sampler))
         loader.skipped = self.skipped
         return loader
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,21 +12,20 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from keygrip.data.batches import VideoTextBatch
 from keygrip.data.conversations import FITS, MAX_FRAMES, Conversation, VideoTextSample, iterate_texts, read_sample
+from keygrip.data.made_shards import MadeShards, held_out
 from keygrip.data.mixing import BucketedSampler, Component, MixedBatchSampler, Mixture, Stage, padded_share
 from keygrip.data.resuming import ResumableData
-from keygrip.data.sampling import GlobalBatchSampler, ResumableLoader, SampleKey, sample_generator
+from keygrip.data.sampling import GlobalBatchSampler, SampleKey, sample_generator
 from keygrip.data.shards import MANIFEST, SampleError, ShardSet, is_remote
+from keygrip.data.skipping import SUBSTITUTES, Collate, Skipped, SkippingLoader, SubstitutingSamples
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
-SUBSTITUTES = 8  # tried in place of an unreadable sample
-JUDGED_AFTER = 200  # samples, before the share of skipped ones is judged
-NAMED_AT_MOST = 10
 TEXT_BYTES = 2048  # roughly, of a conversation and its evidence as Python objects
 CHARACTERS_A_TOKEN = 4.0  # roughly, of English; only for the padding that is said beforehand
 Questions = int | Mapping[str, int] | None
@@ -48,43 +46,6 @@ class PreparedCollator(Protocol):
     """
 
     def prepare(self, folder: Path, texts: Callable[[], Iterator[str]]) -> None: ...
-
-
-@dataclass(frozen=True)
-class MadeShards:
-    """Shards that the program makes itself where they are missing.
-
-    Nothing is imported until something is missing.
-
-    Args:
-        maker: dotted name of a function that is called with `root` and `options`, and makes a complete set there.
-        options: plain values of the maker.
-        folder: where sets go; each has a folder of its own below it, named by a hash of all that it is made of.
-        name: beginning of that folder's name.
-    """
-
-    maker: str
-    options: Mapping[str, Any]
-    folder: str | Path = "data"
-    name: str = "shards"
-
-    @property
-    def root(self) -> Path:
-        """The set's folder. The number of processes does not count."""
-        counted = {key: value for key, value in self.options.items() if key != "processes"}
-        content = json.dumps({"maker": self.maker, **counted}, sort_keys=True, default=str)
-        return Path(self.folder) / f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
-
-    def complete(self) -> None:
-        """Makes what is missing; says so. Several processes may call it: one works, the others wait."""
-        self.root.parent.mkdir(parents=True, exist_ok=True)
-        with (self.root.parent / f".{self.root.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (self.root / "train" / MANIFEST).is_file():
-                from hydra.utils import get_method
-
-                log.info("%s is not complete: making its shards", self.root)
-                get_method(self.maker)(root=self.root, options=dict(self.options))
 
 
 @dataclass(frozen=True)
@@ -166,14 +127,6 @@ class ShardSource:
         return bool(filesystem.exists(path))
 
 
-def held_out(shards: ShardSet, fraction: float) -> np.ndarray:
-    """bool [N]: which samples of a set without splits are for validation. A function of each key alone."""
-    threshold = int(fraction * 2**32)
-    keys = (key for shard in range(len(shards.shards)) for key in shards.index(shard).keys.tolist())
-    draws = (hashlib.sha256(key.encode()).digest()[:4] for key in keys)
-    return np.array([int.from_bytes(draw, "big") < threshold for draw in draws], dtype=bool)
-
-
 def choose(conversations: Sequence[Conversation], questions: Questions, rng: np.random.Generator) -> list[Conversation]:
     """Some of a video's conversations: all (None), so many at random, or so many of each named kind (of others all)."""
     if questions is None:
@@ -212,7 +165,7 @@ class Part:
         return Component(self.name, frames, self.column("text_length").astype(float), shard, share)
 
 
-class VideoTextSamples(Dataset[VideoTextSample]):
+class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
     """Samples of several parts, numbered one behind the other; indexed by `SampleKey`.
 
     Args:
@@ -268,26 +221,8 @@ class VideoTextSamples(Dataset[VideoTextSample]):
                 self._kept[number] = found
         return found
 
-    def __getitems__(self, keys: Sequence[SampleKey]) -> list[tuple[VideoTextSample, list[str]]] | list[SampleError]:
-        """A batch's samples, each with what was skipped on the way to it; or the error where nothing could be read.
-
-        An unreadable sample is replaced by the one most like it (of its source, in length), so that batches keep their
-        size and the order stays a function of (seed, epoch, step).
-        """
-        found = []
-        for key in keys:
-            skipped: list[str] = []
-            for candidate in self._candidates(key):
-                try:
-                    found.append((self[candidate], skipped))
-                    break
-                except SampleError as error:
-                    skipped.append(str(error))
-            else:
-                return [SampleError(f"{len(skipped)} samples in a row cannot be read; the first: {skipped[0]}")]
-        return found
-
-    def _candidates(self, key: SampleKey) -> Iterator[SampleKey]:
+    def candidates(self, key: SampleKey) -> Iterator[SampleKey]:
+        """The ones most like it: of its source, in length."""
         yield key
         number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
         if self._alike[number] is None:  # only where something is broken
@@ -298,62 +233,6 @@ class VideoTextSamples(Dataset[VideoTextSample]):
         place = int(np.flatnonzero(alike == key.sample - self.starts[number])[0])
         for step in range(1, min(SUBSTITUTES, len(alike) - 1) + 1):
             yield SampleKey(int(self.starts[number] + alike[(place + step) % len(alike)]), key.epoch)
-
-
-@dataclass(frozen=True)
-class Collate:
-    """The loader's collate function: the batch, of how many samples it is, and what was skipped for it."""
-
-    collator: Collator
-
-    def __call__(
-        self, samples: list[tuple[VideoTextSample, list[str]]] | list[SampleError]
-    ) -> tuple[Any, int, list[str]] | SampleError:
-        first = samples[0]
-        if isinstance(first, SampleError):
-            return first
-        batch = self.collator([sample for sample, _ in samples])  # type: ignore[misc]
-        return batch, len(samples), [reason for _, skipped in samples for reason in skipped]  # type: ignore[misc]
-
-
-class Skipped:
-    """Counts skipped samples in the main process.
-
-    Args:
-        max_share: more than this share of the samples seen is an error.
-    """
-
-    def __init__(self, max_share: float) -> None:
-        self.max_share, self.seen, self.reasons = max_share, 0, dict[str, int]()
-
-    @property
-    def count(self) -> int:
-        return sum(self.reasons.values())
-
-    def add(self, samples: int, reasons: Sequence[str]) -> None:
-        """Raises ValueError: too many."""
-        self.seen += samples
-        for reason in reasons:
-            if reason not in self.reasons and len(self.reasons) < NAMED_AT_MOST:
-                log.warning("skipped: %s", reason)
-            self.reasons[reason] = self.reasons.get(reason, 0) + 1
-        if self.count > self.max_share * self.seen and self.seen >= JUDGED_AFTER:
-            raise ValueError(
-                f"{self.count} of {self.seen} samples could not be read, more than data.max_skipped_share="
-                f"{self.max_share:g} allows; the first: {next(iter(self.reasons))}"
-            )
-
-
-class SkippingLoader(ResumableLoader):
-    """A loader that hands out the batches alone and reports what was skipped for them."""
-
-    skipped: Skipped | None = None
-
-    def __iter__(self) -> Any:
-        for batch, samples, reasons in super().__iter__():
-            if self.skipped is not None:
-                self.skipped.add(samples, reasons)
-            yield batch
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ def evaluate_policy(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     result: dict[str, Any] = {}
     if cfg.open_loop:
         result["open_loop"] = open_loop(evaluated)
-    if cfg.closed_loop:
+    if cfg.simulate:
         result["closed_loop"] = closed_loop(evaluated, cfg)
     return result
 
@@ -56,14 +56,12 @@ def closed_loop(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
 
     module, checkpoint, output = evaluated.module, evaluated.checkpoint, evaluated.output
     if not hasattr(module, "policy"):
-        raise ValueError(
-            f"{checkpoint} holds a {type(module).__name__}, which drives no robot: give closed_loop=false."
-        )
+        raise ValueError(f"{checkpoint} holds a {type(module).__name__}, which drives no robot: give simulate=false.")
     record = evaluated.config.data.get("record")
     if record is None or evaluated.config.data.get("root") is not None:
         raise ValueError(
             "this run was trained on recorded folders that the simulator knows nothing of: give "
-            "closed_loop=false, or evaluate on the robot"
+            "simulate=false, or evaluate on the robot"
         )
     unknown = [suite for suite in cfg.suites if suite not in cfg.conditions]
     if unknown:
@@ -105,7 +103,7 @@ def _control(options: dict[str, Any]) -> Callable[..., Any]:
 POLICY_EVALUATION = Evaluation(
     run=evaluate_policy,
     settings=frozenset(
-        {"open_loop", "closed_loop", "episodes", "suites", "conditions", "first_seed"}
+        {"open_loop", "simulate", "episodes", "suites", "conditions", "first_seed"}
         | {"processes", "videos", "task", "control", "decoder"}
     ),
 )

@@ -20,10 +20,10 @@ from keygrip.foveated_vlm.kv_cache import KeyValueCache
 from keygrip.foveated_vlm.language import TOKENIZER_STATE, ChatTokenizer
 from keygrip.foveated_vlm.loss import KERNELS, Kernel, check_liger
 from keygrip.foveated_vlm.network import FoveatedVLM, VideoLanguageNetwork, VLMOutput
-from keygrip.foveated_vlm.reading import MadeEncoder
 from keygrip.foveated_vlm.rows import TextRows
 from keygrip.foveated_vlm.scores import BatchScores, Scores, score
 from keygrip.nn.short_attention import short_attention
+from keygrip.training.made_run import MadeRun
 from keygrip.training.optimizers import AdamW
 from keygrip.training.reduction import global_mean
 
@@ -78,7 +78,7 @@ class FoveatedVLMModule(LightningModule):
         refinement_from: float = 0.4,
         loss_chunk: int = 4096,
         loss_kernel: Kernel = "chunked",
-        encoder: MadeEncoder | None = None,
+        encoder: MadeRun | None = None,
         kv_cache_gb: float = 0.0,
         start_from: str | None = None,
         health_every_n_steps: int = 100,
@@ -143,7 +143,7 @@ class FoveatedVLMModule(LightningModule):
         self.collator.prepare(statistics.folder, statistics.texts)
         self._check_tokenizer()
         if self.encoder is not None:
-            self.network.take_encoder(self.encoder.state())
+            self.network.take_encoder(self.encoder.module().network.backbone.state_dict())  # type: ignore[union-attr]
         if self.start_from is not None:
             self._take_weights(self.start_from)
         self.pictures = {

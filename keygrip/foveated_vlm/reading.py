@@ -6,24 +6,16 @@ trained for some minutes to say, patch by patch, which cube is there, which digi
 points at it; its CLS token says the colour and the digit of the cube pointed at; and deep queries, a learned one for
 each colour, bring back the digit of the cube of their colour. That last is what the language model will do with queries
 of its own: from then on there is something to be found by asking. A run of it is a source of backbone
-weights like any other (`backbone.weights=runs/...`); `MadeEncoder` makes one where it is missing.
+weights like any other (`backbone.weights=runs/...`); `MadeRun` makes one where it is missing.
 
 Legend: M frames, N = h * w patches, K cubes of all frames, D backbone width, C colours.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
-import logging
-import os
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,13 +26,11 @@ from torch import Tensor, nn
 from keygrip.backbone import DinoBackbone
 from keygrip.data.batches import Movable, VideoTextBatch, VideoTextSample, normalised, stack_frames
 from keygrip.nn.short_attention import short_attention
+from keygrip.training.made_run import MadeRun
 from keygrip.training.optimizers import AdamW
-from keygrip.training.run_folder import CHECKPOINT
 
 if TYPE_CHECKING:
     from keygrip.data.video_texts import VideoTextStatistics
-
-log = logging.getLogger(__name__)
 
 DIGITS = 10
 IGNORED = -100  # cross_entropy's own
@@ -236,7 +226,7 @@ class MarkReaderModule(LightningModule):
         collator: ReadingCollator,
         optimizer: AdamW,
         weights: Mapping[str, float],
-        encoder: MadeEncoder | None = None,
+        encoder: MadeRun | None = None,
     ) -> None:
         super().__init__()
         names = {"colour", "digit", "pointed", "frame_colour", "frame_digit", "asked"}
@@ -309,66 +299,4 @@ class MarkReaderModule(LightningModule):
     def set_statistics(self, statistics: VideoTextStatistics) -> None:
         """Nothing of the data is kept; the encoder of the run before is taken over, if there is one."""
         if self.encoder is not None:
-            self.network.backbone.load_state_dict(self.encoder.state())
-
-
-@dataclass(frozen=True)
-class MadeEncoder:
-    """A trained encoder that the program makes itself where it is missing, by a training run of its own.
-
-    Args:
-        overrides: of `keygrip.train`, which say the run; it must leave a checkpoint with a backbone.
-        folder: where runs go; each has a folder of its own below it, named by a hash of the overrides.
-        name: beginning of that folder's name.
-    """
-
-    overrides: Sequence[str]
-    folder: str = "runs"
-    name: str = "mark_reader"
-
-    @property
-    def run_dir(self) -> Path:
-        """The run's folder."""
-        return (
-            Path(self.folder)
-            / f"{self.name}-{hashlib.sha256(json.dumps(list(self.overrides)).encode()).hexdigest()[:8]}"
-        )
-
-    def complete(self) -> Path:
-        """Trains where there is no finished run, and says so; its folder. An interrupted run is continued.
-
-        Raises:
-            RuntimeError: training failed; what went wrong stands above.
-            ValueError: it is missing, and this is one of several processes.
-        """
-        run = self.run_dir
-        run.parent.mkdir(parents=True, exist_ok=True)
-        with (run.parent / f".{run.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if self._finished(run):
-                log.info("encoder: %s", run)
-                return run
-            command = [sys.executable, "-m", "keygrip.train", *self.overrides, f"run_dir={run}"]
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                raise ValueError(
-                    f"{run} is missing, and it is trained by one process: run `{' '.join(command[1:])}` first"
-                )
-            if (run / CHECKPOINT).is_file():
-                command.append("resume=true")
-            log.info("encoder: %s is not there, training it: keygrip.train %s", run, " ".join(self.overrides))
-            done = subprocess.run(command, check=False)
-            if done.returncode or not self._finished(run):
-                raise RuntimeError(f"training the encoder failed: keygrip.train {' '.join(self.overrides)}")
-        return run
-
-    def state(self) -> dict[str, Tensor]:
-        """The backbone of the run, trained first where it is missing."""
-        from keygrip.training.checkpoints import load_module
-
-        return load_module(self.complete()).network.backbone.state_dict()  # type: ignore[union-attr]
-
-    @staticmethod
-    def _finished(run: Path) -> bool:
-        from keygrip.training.sweeps import FINISHED, read_result
-
-        return read_result(run).get("status") == FINISHED and (run / CHECKPOINT).is_file()
+            self.network.backbone.load_state_dict(self.encoder.module().network.backbone.state_dict())  # type: ignore[union-attr]

@@ -7,6 +7,7 @@ Shape legend: B batch, G geometry tokens, Dg their width, K compressed tokens, H
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
@@ -19,7 +20,7 @@ CompressionType = Literal["pool", "per_layer", "qformer"]
 TYPES: tuple[CompressionType, ...] = ("pool", "per_layer", "qformer")
 
 
-class GeometryCompressor(nn.Module):
+class GeometryCompressor(nn.Module, ABC):
     """What the three kinds have in common: K tokens for each of the action head's blocks.
 
     Args:
@@ -48,8 +49,8 @@ class GeometryCompressor(nn.Module):
             )
         return self._compress(geometry)
 
-    def _compress(self, geometry: Tensor) -> list[Tensor]:
-        raise NotImplementedError
+    @abstractmethod
+    def _compress(self, geometry: Tensor) -> list[Tensor]: ...
 
 
 class PoolCompressor(GeometryCompressor):

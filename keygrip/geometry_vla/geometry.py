@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from keygrip.training.reduction import global_mean
 if TYPE_CHECKING:
     from keygrip.backbone import DinoBackbone
     from keygrip.geometry_vla.feature_cache import FeatureCache
+    from keygrip.training.made_run import MadeRun
 
 log = logging.getLogger(__name__)
 
@@ -53,14 +55,14 @@ class GeometryFeatures:
     log_depth: Tensor | None = None
 
 
-class GeometryEncoder(nn.Module):
+class GeometryEncoder(nn.Module, ABC):
     """What the action head needs of a geometry encoder: ``dim``, the width D of its tokens, and ``forward``."""
 
     dim: int
 
+    @abstractmethod
     def forward(self, images: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> GeometryFeatures:
         """Features of uint8 ``[B, V, 3, S, S]`` pictures with cameras ``[B, V, 3, 3]`` and ``[B, V, 4, 4]``."""
-        raise NotImplementedError
 
     def losses(
         self, features: GeometryFeatures, depth: Tensor, intrinsics: Tensor, world_to_camera: Tensor
@@ -72,6 +74,14 @@ class GeometryEncoder(nn.Module):
     @property
     def learns_depth(self) -> bool:
         return False
+
+    @property
+    def predicts_points(self) -> bool:
+        """Whether its features hold world points."""
+        return False
+
+    def take_start(self) -> None:
+        """Called once at the start of training: an encoder that begins with another run's weights takes them over."""
 
     def sharded_parts(self) -> list[nn.Module]:
         """Blocks that are used through their `forward` alone."""
@@ -110,6 +120,8 @@ class DinoMultiView(GeometryEncoder):
         action_gradient: the loss of the actions trains it too; false: depth alone does.
         point_weight, depth_weight: of the two losses: mean absolute error in decimetres, and of the log depth.
         max_depth_m: what is farther is not learned: walls and floor would outweigh the table.
+        start: a run of `model=depth_reader` whose encoder this one begins with; made where it is missing.
+        frozen: nothing trains it, as nothing trains MapAnything.
     """
 
     def __init__(
@@ -125,6 +137,8 @@ class DinoMultiView(GeometryEncoder):
         point_weight: float = 0.2,
         depth_weight: float = 0.5,
         max_depth_m: float = 2.0,
+        start: MadeRun | None = None,
+        frozen: bool = False,
     ) -> None:
         super().__init__()
         if views < 1 or layers < 1 or cells < 1:
@@ -144,10 +158,53 @@ class DinoMultiView(GeometryEncoder):
         self.head = nn.Linear(dim, cells * cells * 4) if point_weight or depth_weight else None
         if self.head is None and not action_gradient:
             raise ValueError("geometry: without depth and without the actions' gradient nothing would train it.")
+        if start is not None and backbone.loaded_weights != "random":
+            raise ValueError(
+                f"geometry.start and backbone.weights={backbone.loaded_weights} both give the encoder's start: set one "
+                "of them to null or random"
+            )
+        if frozen and start is None and backbone.loaded_weights == "random":
+            raise ValueError("geometry.frozen=true would keep random weights: set geometry.start to a trained run.")
+        self.start, self.frozen = start, frozen
+        if frozen:
+            self.requires_grad_(False)
 
     @property
     def learns_depth(self) -> bool:
+        return self.head is not None and not self.frozen
+
+    @property
+    def predicts_points(self) -> bool:
         return self.head is not None
+
+    def take_start(self) -> None:
+        """Takes over the encoder of the run to start from, if there is one.
+
+        Raises:
+            ValueError: it is another kind of run, or its encoder has other sizes.
+        """
+        if self.start is None:
+            return
+        found = self.start.module()
+        trained = getattr(found, "network", None)
+        if not isinstance(trained, DinoMultiView):
+            raise ValueError(
+                f"geometry.start: {self.start.run_dir} is a run of {type(found).__name__}, not of model=depth_reader."
+            )
+        theirs, own = trained.state_dict(), self.state_dict()
+        sizes = {
+            name: [list(state[name].shape) if name in state else None for state in (theirs, own)]
+            for name in own | theirs
+        }
+        different = [name for name, (there, here) in sizes.items() if there != here]
+        if different:
+            there, here = sizes[different[0]]
+            raise ValueError(
+                f"geometry.start: the encoder of {self.start.run_dir} has other sizes than this one ({different[0]} is "
+                f"{there} there and {here} here; {len(different)} such in all): give its overrides the same geometry.* "
+                "and backbone.*"
+            )
+        self.load_state_dict(theirs)
 
     def forward(self, images: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> GeometryFeatures:
         views = images.shape[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,13 +33,18 @@ HEADLINE = (
     "loss",
     "action",
     "position_cm",
+    "height_m",
+    "grip_side_cm",
+    "grip_height_cm",
     "rotation_deg",
     "gripper_acc",
     "pointing_px",
     "point_cm",
     "depth_cm",
     "geometry_share",
+    "pointed_share",
 )
+CLOSED = 0.5  # of a gripper's opening: less is closed
 SEED_STRIDE = 1_000_003  # more frames than any demonstration has
 
 
@@ -92,6 +98,7 @@ class GeometryVLAModule(LightningModule):
         self.pictures = pictures
         self.pointing_weight = pointing_weight
         self.views: tuple[str, ...] = ()
+        self._grips: dict[str, list[Tensor]] = {}
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
@@ -107,6 +114,8 @@ class GeometryVLAModule(LightningModule):
         self.actions.take(statistics.chunks)
         self.views = tuple(statistics.cameras)
         self.network.vlm.prepare(statistics.cache_dir, statistics.chunks.instruction)
+        if self.network.geometry is not None:
+            self.network.geometry.take_start()
         return {"instructions": len(set(statistics.chunks.instruction)), "views": len(self.views)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -177,6 +186,11 @@ class GeometryVLAModule(LightningModule):
             extra = geometry.losses(scene.geometry, batch.depth, batch.view_intrinsics, batch.view_world_to_camera)
             total = total + extra["points"] + extra["depth"]
             losses |= extra
+        elif scene.geometry is not None and scene.geometry.points is not None and batch.depth is not None:
+            assert geometry is not None
+            with torch.no_grad():  # frozen: its errors are worth knowing all the same
+                extra = geometry.losses(scene.geometry, batch.depth, batch.view_intrinsics, batch.view_world_to_camera)
+            losses |= {name: value for name, value in extra.items() if name.endswith("_cm")}
         if scene.pointing is not None:
             pointing = pointing_losses(scene.pointing, batch)
             total = total + self.pointing_weight * pointing["pointing"]
@@ -190,24 +204,35 @@ class GeometryVLAModule(LightningModule):
         return self.network.sample(scene, noise, self.state(batch), self.steps, self.solver)
 
     @torch.no_grad()
-    def metrics(self, scene: Scene, batch: MultiViewPolicyBatch) -> dict[str, Tensor]:
+    def metrics(self, scene: Scene, batch: MultiViewPolicyBatch, sampled: Tensor) -> dict[str, Tensor]:
         """Errors of sampled actions over the steps that are no padding, and where the head looks."""
-        sampled = self.sample(scene, batch)
         position, quaternion, gripper = self.actions.decode(sampled, batch.start_position, batch.start_quaternion)
         valid = ~batch.repeated
         values = {
             "position_cm": (position - batch.position).norm(dim=-1) * 100,
             "height_m": (position - batch.position)[..., 2].abs(),
             "rotation_deg": torch.rad2deg(geodesic_angle(quaternion, batch.quaternion)),
-            "gripper_acc": ((gripper > 0.5) == (batch.gripper > 0.5)).float(),
+            "gripper_acc": ((gripper > CLOSED) == (batch.gripper > CLOSED)).float(),
         }
         found = {name: value.masked_fill(~valid, 0.0).sum() / valid.sum() for name, value in values.items()}
-        if scene.groups[1]:
+        if any(scene.groups[1:]):
             record = AttentionRecord(scene.groups)
             level = torch.full((len(sampled),), 0.5, device=self.device)
             self.network.velocity(scene, sampled, level, self.state(batch), record)
-            found["geometry_share"] = torch.stack([share[:, 1].mean() for share in record.shares]).mean()
+            shares = torch.stack([share.mean(dim=0) for share in record.shares]).mean(dim=0)
+            named = (("geometry_share", 1), ("pointed_share", 2))
+            found |= {name: shares[group] for name, group in named if scene.groups[group]}
         return found
+
+    @torch.no_grad()
+    def grip_errors(self, batch: MultiViewPolicyBatch, sampled: Tensor) -> dict[str, Tensor]:
+        """Position errors at the step where a gripper closes, ``[G]`` of the G such steps in the batch: to the side
+        and in height, cm. A grasp succeeds by these; the mean over all steps is of approaches in free air."""
+        position, _, _ = self.actions.decode(sampled, batch.start_position, batch.start_quaternion)
+        shut = torch.cat([batch.start_gripper[..., None], batch.gripper], dim=-1) < CLOSED  # [B, A, 1 + T]
+        closes = shut[..., 1:] & ~shut[..., :-1] & ~batch.repeated
+        off = 100 * (position - batch.position)[closes]
+        return {"grip_side_cm": off[:, :2].norm(dim=-1), "grip_height_cm": off[:, 2].abs()}
 
     @torch.no_grad()
     def picture(self, scene: Scene, batch: MultiViewPolicyBatch, sample: int = 0) -> np.ndarray:
@@ -235,9 +260,20 @@ class GeometryVLAModule(LightningModule):
 
     def validation_step(self, batch: MultiViewPolicyBatch, batch_idx: int) -> None:
         scene = self(batch)
-        self._log("val", self.losses(scene, batch) | self.metrics(scene, batch), len(batch))
+        sampled = self.sample(scene, batch)
+        self._log("val", self.losses(scene, batch) | self.metrics(scene, batch, sampled), len(batch))
+        for name, errors in self.grip_errors(batch, sampled).items():
+            self._grips[name].append(errors)
         if batch_idx == 0 and self.pictures:
             self._show(scene, batch)
+
+    def on_validation_epoch_start(self) -> None:
+        self._grips = defaultdict(list)
+
+    def on_validation_epoch_end(self) -> None:
+        for name, errors in self._grips.items():
+            # Not a number where no gripper closes in what was validated on.
+            self.log(f"val/{name}", torch.cat(errors).mean(), sync_dist=True)
 
     def _log(self, split: str, values: dict[str, Tensor], batch_size: int) -> None:
         for name, value in values.items():

@@ -26,7 +26,7 @@ from keygrip.geometry_vla.actions import SIZE
 from keygrip.geometry_vla.compression import GeometryCompressor, build_geom_compressor
 from keygrip.geometry_vla.encoders import QwenVL
 from keygrip.geometry_vla.geometry import GeometryEncoder, GeometryFeatures
-from keygrip.geometry_vla.pointing import Pointing
+from keygrip.geometry_vla.pointing import PointedTokens, Pointing
 from keygrip.nn.flow_matching import Solver, integrate, noise_levels
 from keygrip.nn.sinusoids import level_features
 
@@ -40,13 +40,13 @@ class Scene:
     """What the encoders made of a batch: computed once for all draws of noise and all steps of a sampler.
 
     Attributes:
-        contexts: of the head's blocks. groups: tokens of the prompt, and of geometry, in each of them.
+        contexts: of the head's blocks. groups: tokens of the prompt, of geometry, and pointed ones, in each of them.
         geometry: what the geometry encoder gave, None without injection.
         pointing: logits of where the gripper will be in the pictures (see `Pointing`), None where nobody asks.
     """
 
     contexts: list[BlockContext]
-    groups: tuple[int, int]
+    groups: tuple[int, int, int]
     geometry: GeometryFeatures | None
     pointing: Tensor | None = None
 
@@ -84,6 +84,8 @@ class GeometryVLA(nn.Module):
             states tell; those of a small one, which knows positions as rotations inside its attention alone, do not.
         pointing_cells: cells along a side of a picture token in which the vision-language model says where the gripper
             will be (see `Pointing`); 0: it is not asked.
+        pointed_tokens: give the head what those maps say, and what the geometry encoder makes of the places (see
+            `PointedTokens`).
 
     Raises:
         ValueError: sizes that do not fit, or injection without a geometry encoder.
@@ -107,6 +109,7 @@ class GeometryVLA(nn.Module):
         context_norm: bool = True,
         context_places: bool = False,
         pointing_cells: int = 0,
+        pointed_tokens: bool = False,
     ) -> None:
         super().__init__()
         if geom_inject_to_dit and geometry is None:
@@ -132,6 +135,13 @@ class GeometryVLA(nn.Module):
             )
         elif geometry is not None:
             log.info("geom_inject_to_dit=false: no geometry encoder; the actions depend on the vision-language model")
+        if pointed_tokens and not pointing_cells:
+            raise ValueError("model.network.pointed_tokens=true needs maps to point with: set pointing_cells above 0.")
+        self.pointed: PointedTokens | None = None
+        if pointed_tokens:
+            seen = None if self.geometry is None else self.geometry.dim
+            points = self.geometry is not None and self.geometry.predicts_points
+            self.pointed = PointedTokens(vlm.width, len(arms), horizon, MOST_VIEWS, seen, points)
         self.head = ActionHead(
             vlm.width,
             blocks,
@@ -163,15 +173,17 @@ class GeometryVLA(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             if features is not None and self.compressor is not None:
                 few = [self._normed(tokens) for tokens in self.compressor(features.tokens.float())]
-            mask, contexts = semantics.mask, []
-            if few is not None:
-                mask = F.pad(mask, (0, few[0].shape[1]), value=True)
+            pointed = []
+            if self.pointed is not None and pointing is not None:
+                pointed = [self.pointed(pointing, features)]
+            groups = (semantics.mask.shape[1], 0 if few is None else few[0].shape[1], sum(p.shape[1] for p in pointed))
+            mask, contexts = F.pad(semantics.mask, (0, groups[1] + groups[2]), value=True), []
             where = 0.0 if self.places is None else self.places(semantics.places)
             for index, hidden in enumerate(semantics.layers):
                 words = self._normed(hidden.float()) + where
-                tokens = words if few is None else torch.cat([words, few[index]], dim=1)
+                tokens = torch.cat([words, *([] if few is None else [few[index]]), *pointed], dim=1)
                 contexts.append(BlockContext(tokens, mask))
-        return Scene(contexts, (semantics.mask.shape[1], 0 if few is None else few[0].shape[1]), features, pointing)
+        return Scene(contexts, groups, features, pointing)
 
     def _normed(self, tokens: Tensor) -> Tensor:
         return F.layer_norm(tokens, tokens.shape[-1:]) if self.context_norm else tokens

@@ -16,17 +16,18 @@ from keygrip.geometry_vla.geometry import GeometryFeatures
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SHOWN_SHARES = torch.tensor([0.0, 0.9])  # of the depths that are known: the ends of the colour scale
+SHOWN_SHARES = torch.tensor([0.0, 0.75])  # of the depths that are known: the ends of the colour scale
 
 
 def scene_picture(
-    batch: MultiViewPolicyBatch, planned: Tensor, geometry: GeometryFeatures | None, sample: int = 0
+    batch: MultiViewPolicyBatch, planned: Tensor | None, geometry: GeometryFeatures | None, sample: int = 0
 ) -> np.ndarray:
     """One sample, a column a view: the picture with both paths, and below it depth maps where there are any.
 
     Args:
-        batch: with the demonstrated targets. planned: positions ``[B, A, T, 3]``. geometry: what the encoder predicts.
-        sample: which one.
+        batch: with the demonstrated targets.
+        planned: positions ``[B, A, T, 3]``; None: no paths, for what learns no actions.
+        geometry: what the encoder predicts. sample: which one.
 
     Returns:
         ``[H, W, 3]`` uint8.
@@ -46,7 +47,8 @@ def scene_picture(
         top: Axes = axes[0, view]
         top.imshow(batch.images[sample, view].permute(1, 2, 0).cpu().numpy())
         camera = batch.view_intrinsics[sample, view].float().cpu(), batch.view_world_to_camera[sample, view].float()
-        for label, path, colour in (("shown", batch.position, "white"), ("planned", planned, "red")):
+        paths = [] if planned is None else [("shown", batch.position, "white"), ("planned", planned, "red")]
+        for label, path, colour in paths:
             pixels, _ = project(path[sample].float().cpu(), camera[0], camera[1].cpu())
             for arm, points in enumerate(pixels):
                 top.plot(*points.T.numpy(), ".-", color=colour, markersize=4, linewidth=1, label=None if arm else label)
@@ -58,7 +60,8 @@ def scene_picture(
             drawn = axes[row, view].imshow(depth[view].numpy(), cmap="turbo", vmin=low, vmax=high)
             axes[row, view].set_title(title, fontsize=8)
             figure.colorbar(drawn, ax=axes[row, view], shrink=0.7)
-    axes[0, 0].legend(fontsize=7, loc="upper right")
+    if planned is not None:
+        axes[0, 0].legend(fontsize=7, loc="upper right")
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])

@@ -11,12 +11,17 @@ g = c P cells along a side of a picture, L tokens of a prompt, H width, S side o
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keygrip.data.batches import MultiViewPolicyBatch
 from keygrip.geometry.cameras import inside_image, project
+from keygrip.geometry_vla.geometry import DECIMETRES, GeometryFeatures
+from keygrip.nn.sinusoids import level_features
 from keygrip.training.reduction import global_mean
 from keygrip.volume_query.volume import bilinear_cells, gather_pixels
+
+PLACE_FEATURES = 32  # sines and cosines of each coordinate
 
 
 class Pointing(nn.Module):
@@ -47,6 +52,66 @@ class Pointing(nn.Module):
         cells = (self.arms, self.horizon, self.cells, self.cells)
         logits = self.read(pictures).unflatten(-1, cells).unflatten(2, (side, side))  # [B, V, P, P, A, T, c, c]
         return logits.permute(0, 1, 4, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5)
+
+
+class PointedTokens(nn.Module):
+    """What the maps of `Pointing` say, as context tokens of the action head: one for every view, arm and step.
+
+    Each holds the mean of its map and, with a geometry encoder, what that encoder makes of the place: its tokens and,
+    where it predicts them, its world points, averaged with the map as weights. The language model so says where to
+    look, and geometry says where in the world that is. The maps learn from where the gripper went alone: the actions'
+    gradient through them made them worse at it.
+
+    Args:
+        width: H. arms: A. horizon: T. views: V at most.
+        geom_dim: width of a geometry token; None: pictures' places alone. points: whether there are world points too.
+    """
+
+    def __init__(
+        self, width: int, arms: int, horizon: int, views: int, geom_dim: int | None = None, points: bool = True
+    ) -> None:
+        super().__init__()
+        self.places = nn.Linear(2 * PLACE_FEATURES, width)
+        self.slots = nn.Parameter(0.02 * torch.randn(arms * horizon, width))
+        self.views = nn.Parameter(0.02 * torch.randn(views, width))
+        self.seen = None if geom_dim is None else nn.Linear(geom_dim, width)
+        self.points = None if geom_dim is None or not points else nn.Linear(3, width)
+
+    def forward(self, logits: Tensor, geometry: GeometryFeatures | None = None) -> Tensor:
+        """``[B, V A T, H]`` float32 of logits ``[B, V, A, T, g, g]`` and what was made of the same pictures.
+
+        Raises:
+            ValueError: geometry tokens that do not lie on a square grid.
+        """
+        maps = logits.detach().float().flatten(-2).softmax(dim=-1).unflatten(-1, logits.shape[-2:]).flatten(2, 3)
+        views, cells = maps.shape[1], maps.shape[-1]  # maps [B, V, A T, g, g]
+        centres = (torch.arange(cells, device=maps.device) + 0.5) / cells
+        mean = torch.stack([(maps.sum(-2) * centres).sum(-1), (maps.sum(-1) * centres).sum(-1)], dim=-1)
+        tokens = self.places(level_features(mean, PLACE_FEATURES).flatten(-2))
+        tokens = tokens + self.slots + self.views[:views, None]
+        if geometry is not None and self.seen is not None:
+            patches = geometry.tokens.float().unflatten(1, (views, -1))  # [B, V, N, D]
+            side = round(patches.shape[2] ** 0.5)
+            if side * side != patches.shape[2]:
+                raise ValueError(
+                    f"model.network.pointed_tokens=true needs geometry tokens on a square grid, got {patches.shape[2]} "
+                    "a view: set it to false with this geometry encoder."
+                )
+            tokens = tokens + self.seen(resampled(maps, side).flatten(-2) @ patches)
+            if geometry.points is not None and self.points is not None:
+                points = geometry.points.float()
+                weights = resampled(maps, points.shape[2]).flatten(-2)
+                tokens = tokens + self.points(weights @ points.flatten(2, 3) * DECIMETRES)
+        return tokens.flatten(1, 2)
+
+
+def resampled(maps: Tensor, side: int) -> Tensor:
+    """Maps ``[..., g, g]`` that each add up to 1, on a grid of ``side`` x ``side`` cells that do too."""
+    if maps.shape[-1] == side:
+        return maps
+    means = F.interpolate(maps.flatten(0, -3)[:, None], (side, side), mode="area")
+    # Cells that do not divide are shared by neighbours, and count twice.
+    return (means / means.sum(dim=(-2, -1), keepdim=True)).reshape(*maps.shape[:-2], side, side)
 
 
 def pointing_losses(logits: Tensor, batch: MultiViewPolicyBatch) -> dict[str, Tensor]:

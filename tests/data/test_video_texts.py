@@ -19,8 +19,9 @@ from shard_sets import CharacterCollator, write_set
 
 from keygrip.data.batches import Conversation, Turn, VideoTextBatch
 from keygrip.data.conversations import answer
+from keygrip.data.made_shards import MadeShards
 from keygrip.data.shards import ShardSet
-from keygrip.data.video_texts import MadeShards, ShardSource, VideoTexts, choose
+from keygrip.data.video_texts import ShardSource, VideoTexts, choose
 
 FRAMES = [1, 2, 3, 1] * 40  # 160 samples, as in the trap: 40 of them were all that four workers saw
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,13 +13,13 @@ from keygrip.data.batches import VideoTextSample
 from keygrip.data.conversations import Conversation, answer
 from keygrip.foveated_vlm.reading import (
     IGNORED,
-    MadeEncoder,
     MarkReader,
     MarkReaderModule,
     ReadingBatch,
     ReadingCollator,
     patch_labels,
 )
+from keygrip.training.made_run import MadeRun
 from keygrip.training.optimizers import AdamW
 
 COLOURS = ["red", "blue"]
@@ -104,47 +103,12 @@ def test_weights_must_name_every_loss() -> None:
         MarkReaderModule(network, ReadingCollator(["red"]), AdamW(lr=1e-3), names)
 
 
-def finished(folder: Path) -> None:
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "checkpoints" / "last.ckpt").write_bytes(b"")
-    (folder / "result.json").write_text(json.dumps({"status": "finished"}))
-
-
-def test_an_encoder_that_is_there_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[list[str]] = []
-
-    class Done:
-        returncode = 0
-
-    def run(command: list[str], check: bool) -> Done:
-        calls.append(command)
-        finished(Path(command[-1].partition("=")[2]))
-        return Done()
-
-    monkeypatch.setattr("keygrip.foveated_vlm.reading.subprocess.run", run)
-    encoder = MadeEncoder(["experiment=mark_reader", "seed=3"], str(tmp_path))
-    assert encoder.complete() == encoder.complete() == encoder.run_dir
-    assert len(calls) == 1
-    assert calls[0][1:] == ["-m", "keygrip.train", *encoder.overrides, f"run_dir={encoder.run_dir}"]
-    assert MadeEncoder(["experiment=mark_reader", "seed=4"], str(tmp_path)).run_dir != encoder.run_dir
-
-
-def test_an_encoder_is_made_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"is trained by one process: run `-m keygrip\.train seed=0"):
-        MadeEncoder(["seed=0"], str(tmp_path)).complete()
-
-
-def test_a_failed_encoder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"training the encoder failed: keygrip\.train model=nothing"):
-        MadeEncoder(["model=nothing"], str(tmp_path)).complete()
-
-
 def test_a_reader_begins_with_the_encoder_of_the_run_before(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
-    before = small_backbone("tiny")
-    encoder = MadeEncoder(["seed=0"])
-    monkeypatch.setattr(MadeEncoder, "state", lambda self: before.state_dict())
+    trained = MarkReader(small_backbone("tiny"), 2)
+    before = trained.backbone
+    encoder = MadeRun(["seed=0"], "mark_reader")
+    monkeypatch.setattr(MadeRun, "module", lambda self: SimpleNamespace(network=trained))
     names = dict.fromkeys(("colour", "digit", "pointed", "frame_colour", "frame_digit", "asked"), 1.0)
     network = MarkReader(small_backbone("tiny"), 2)
     module = MarkReaderModule(network, ReadingCollator(COLOURS), AdamW(lr=1e-3), names, encoder)

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from vla_parts import V, ready_module, small_batch
+from vla_parts import V, ready_module, small_batch, small_geometry, small_module
 
 from keygrip.geometry.cameras import project
-from keygrip.geometry_vla.pointing import Pointing, pointing_losses
+from keygrip.geometry_vla.geometry import DECIMETRES, GeometryFeatures
+from keygrip.geometry_vla.pointing import PointedTokens, Pointing, pointing_losses, resampled
 
 A, T, P, C, H = 1, 4, 3, 2, 8
 
 
 def test_cells_lie_where_their_tokens_are() -> None:
+    torch.manual_seed(0)
     pointing = Pointing(H, A, T, C)
     places = torch.zeros(2, 2 + V * P * P + 1, 3)
     places[:, 2:-1, 0] = torch.arange(V).repeat_interleave(P * P) + 1.0
@@ -23,7 +25,7 @@ def test_cells_lie_where_their_tokens_are() -> None:
     before = pointing(hidden, places, V)
     assert before.shape == (2, V, A, T, P * C, P * C)
     row, column = 2, 1
-    hidden[1, 2 + P * P + row * P + column] += 1  # of the second sample's second view
+    hidden[1, 2 + P * P + row * P + column] *= torch.linspace(-1, 1, H)  # of the second sample's second view
     changed = (pointing(hidden, places, V) != before).any(dim=(2, 3)).nonzero().tolist()
     assert all(sample == 1 and view == 1 for sample, view, _, _ in changed)
     assert {(r // C, c // C) for _, _, r, c in changed} == {(row, column)}
@@ -74,3 +76,85 @@ def test_it_trains_the_language_model_and_not_the_head(tmp_path: Path) -> None:
 def test_bad_cells_are_refused() -> None:
     with pytest.raises(ValueError, match="pointing_cells"):
         Pointing(H, A, T, -1)
+
+
+@pytest.mark.parametrize("side", [2, 4, 8, 16, 6])
+def test_maps_keep_their_sum_on_other_grids(side: int) -> None:
+    maps = torch.rand(2, 3, 8, 8)
+    maps = maps / maps.sum(dim=(-2, -1), keepdim=True)
+    found = resampled(maps, side)
+    assert found.shape == (2, 3, side, side)
+    torch.testing.assert_close(found.sum(dim=(-2, -1)), torch.ones(2, 3))
+    if side == 4:
+        torch.testing.assert_close(found, maps.unflatten(-1, (4, 2)).unflatten(-3, (4, 2)).sum(dim=(-3, -1)))
+
+
+def only(tokens: PointedTokens, part: str) -> PointedTokens:
+    """With nothing but one part, which hands on what it reads in the first numbers of a token."""
+    with torch.no_grad():
+        for parameter in tokens.parameters():
+            parameter.zero_()
+        weight = getattr(tokens, part).weight
+        weight[: weight.shape[1]] = torch.eye(weight.shape[1])
+    return tokens
+
+
+def test_pointed_tokens_hold_the_geometry_of_the_place() -> None:
+    dim = 6
+    logits = torch.full((2, V, A, T, 8, 8), -30.0)
+    logits[1, 1, 0, 2, 5, 3] = 30.0  # row 5, column 3 of 8 x 8: patch (2, 1) of 4 x 4, points' cells (5, 3)
+    geometry = GeometryFeatures(torch.randn(2, V * 16, dim), torch.randn(2, V, 8, 8, 3), torch.zeros(2, V, 8, 8))
+    assert geometry.points is not None
+    slot = A * T + 2  # of the second view, the third step
+    seen = only(PointedTokens(H, A, T, V, dim), "seen")(logits, geometry)
+    assert seen.shape == (2, V * A * T, H)
+    torch.testing.assert_close(seen[1, slot, :dim], geometry.tokens[1, 16 + 2 * 4 + 1])
+    torch.testing.assert_close(seen[0, 0, :dim], geometry.tokens[0, :16].mean(dim=0))  # a map that knows nothing
+    points = only(PointedTokens(H, A, T, V, dim), "points")(logits, geometry)
+    torch.testing.assert_close(points[1, slot, :3], DECIMETRES * geometry.points[1, 1, 5, 3])
+    without = PointedTokens(H, A, T, V)
+    moved = logits.roll(1, dims=-1)
+    assert not torch.allclose(without(logits)[1, slot], without(moved)[1, slot])
+
+
+def test_pointed_tokens_reach_the_actions_and_so_does_geometry_through_them(tmp_path: Path) -> None:
+    module = ready_module(tmp_path, pointing_cells=2, pointed_tokens=True)
+    batch = small_batch()
+    scene = module(batch)
+    assert scene.groups == (scene.groups[0], 4, V * T)
+    assert scene.contexts[0].tokens.shape[1] == sum(scene.groups)
+    assert {"geometry_share", "pointed_share"} <= set(module.metrics(scene, batch, module.sample(scene, batch)))
+    before = module.sample(scene, batch)
+    assert module.network.pointed is not None
+    for part in (module.network.pointed.slots, module.network.pointed.seen, module.network.pointed.points):
+        assert part is not None
+        changed = part if isinstance(part, torch.nn.Parameter) else part.weight
+        kept = changed.detach().clone()
+        with torch.no_grad():
+            changed.add_(torch.randn_like(changed))
+        assert not torch.allclose(module.sample(module(batch), batch), before, atol=1e-4)
+        with torch.no_grad():
+            changed.copy_(kept)
+    torch.testing.assert_close(module.sample(module(batch), batch), before)
+    module.losses(module(batch), batch)["total"].backward()
+    assert all(parameter.grad is not None for parameter in module.network.pointed.parameters())
+
+
+def test_an_encoder_without_points_leaves_no_parameter_without_gradient(tmp_path: Path) -> None:
+    geometry = small_geometry(point_weight=0.0, depth_weight=0.0)
+    module = ready_module(tmp_path, geometry=geometry, pointing_cells=2, pointed_tokens=True)
+    batch = small_batch()
+    module.losses(module(batch), batch)["total"].backward()
+    assert module.network.pointed is not None
+    assert all(parameter.grad is not None for parameter in module.network.pointed.parameters())
+
+
+def test_geometry_tokens_without_places_are_refused() -> None:
+    tokens = PointedTokens(H, A, T, V, 6)
+    with pytest.raises(ValueError, match=r"square grid, got 5 a view"):
+        tokens(torch.zeros(1, V, A, T, 4, 4), GeometryFeatures(torch.zeros(1, V * 5, 6)))
+
+
+def test_pointed_tokens_need_maps() -> None:
+    with pytest.raises(ValueError, match="set pointing_cells above 0"):
+        small_module(pointed_tokens=True)

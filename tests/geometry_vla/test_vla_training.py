@@ -12,6 +12,7 @@ from vla_parts import CAMERAS, INSTRUCTIONS, ready_module, small_batch, write_de
 
 from keygrip import train
 from keygrip.config import compose
+from keygrip.data.batches import MultiViewPolicyBatch
 from keygrip.geometry_vla.module import GeometryVLAModule
 from keygrip.training.checkpoints import load_module, read_checkpoint
 
@@ -99,12 +100,35 @@ def test_train_resume_load_and_plan(overrides: Callable[..., list[str]], tmp_pat
     plan = loaded.policy().plan(seen)
     assert plan.position.shape == (1, 4, 3)
     assert np.isfinite(plan.position).all()
-    assert loaded.evaluation().settings >= {"open_loop", "closed_loop"}
+    assert loaded.evaluation().settings >= {"open_loop", "simulate"}
 
 
 def test_one_camera_is_refused_with_the_data_that_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"MultiViewPolicyBatch.*choose .*data=yam_language"):
         train.run(compose("train", ["model=geometry_vla", "data=yam", f"run_dir={tmp_path / 'none'}"]))
+
+
+def metrics_of(module: GeometryVLAModule, batch: MultiViewPolicyBatch) -> dict[str, torch.Tensor]:
+    scene = module(batch)
+    return module.metrics(scene, batch, module.sample(scene, batch))
+
+
+def test_errors_at_the_grip_are_of_the_steps_that_close(tmp_path: Path) -> None:
+    module = ready_module(tmp_path)
+    batch = small_batch()
+    batch.start_gripper = torch.tensor([[1.0], [0.0]])
+    batch.gripper = torch.tensor([[[1.0, 0.9, 0.1, 0.0]], [[0.0, 1.0, 1.0, 0.2]]])  # close at steps 2 and 3
+    sampled = module.actions.encode(batch)
+    exact = module.grip_errors(batch, sampled)
+    assert all(len(errors) == 2 and errors.abs().max() < 1e-3 for errors in exact.values())
+    batch.position[0, 0, 2] += torch.tensor([0.03, -0.04, 0.01])
+    batch.position[1, 0, 3] += torch.tensor([0.0, 0.0, -0.02])
+    batch.position[:, 0, 1] += 1.0  # nothing closes there
+    found = module.grip_errors(batch, sampled)
+    torch.testing.assert_close(found["grip_side_cm"], torch.tensor([5.0, 0.0]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(found["grip_height_cm"], torch.tensor([1.0, 2.0]), atol=1e-3, rtol=0)
+    batch.repeated[0, 0, 2] = True  # padding
+    assert len(module.grip_errors(batch, sampled)["grip_side_cm"]) == 1
 
 
 def test_it_learns_actions_and_depth(tmp_path: Path) -> None:
@@ -114,7 +138,7 @@ def test_it_learns_actions_and_depth(tmp_path: Path) -> None:
     batch.depth = torch.full_like(batch.depth, 0.9)
     batch.depth[1] = 1.1
     optimizer = torch.optim.AdamW(module.network.parameters(), lr=3e-3)
-    before = module.metrics(module(batch), batch)
+    before = metrics_of(module, batch)
     first: dict[str, float] = {}
     torch.manual_seed(0)
     for step in range(80):
@@ -124,7 +148,7 @@ def test_it_learns_actions_and_depth(tmp_path: Path) -> None:
         optimizer.step()
         if step == 0:
             first = {name: float(value.detach()) for name, value in losses.items()}
-    after = module.metrics(module(batch), batch)
+    after = metrics_of(module, batch)
     assert float(losses["action"].detach()) < 0.75 * first["action"]
     assert float(losses["point_cm"]) < 0.2 * first["point_cm"]
     assert float(losses["depth_cm"]) < 0.3 * first["depth_cm"]
