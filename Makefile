@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON3)" || { echo "keygrip needs Python 3.11 or newer: install it, or say make PYTHON3=/path/to/python3.11" >&2; exit 1; }
 	@test -x $(PYTHON) || $(PYTHON3) -m venv $(VENV) || { \
 		rm -rf $(VENV); echo "no venv module: apt-get install python3-venv (as root), then make again" >&2; exit 1; }
-	@echo "installing packages (2 GB with torch; minutes)"
+	@echo "installing packages (7 GB with torch, 10 while it installs; minutes)"
 	$(PYTHON) -m pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt torch torchvision -e '.[dev,vlm]'
 	@touch $(STAMP)
 
