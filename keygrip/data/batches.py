@@ -21,6 +21,8 @@ from keygrip.data.conversations import Conversation as Conversation
 from keygrip.data.conversations import Turn as Turn
 from keygrip.data.conversations import VideoTextSample as VideoTextSample
 
+CLOSED = 0.5  # of a gripper's opening: less is closed
+
 
 class Movable:
     """What batches have in common: their tensors move together. Mixed into dataclasses."""
@@ -52,6 +54,8 @@ class PolicyTargets(Movable, ABC):
             reached now.
         position: float32 [B, A, T, 3], quaternion [B, A, T, 4], gripper [B, A, T]: the targets.
         repeated: bool [B, A, T], the step lies past the end of the demo and repeats the last pose.
+        keyframe: float32 [B, A, 3] metres: the target at the next frame in which the gripper closes or opens, or at the
+            demo's last frame (keyframes of James and Davison, 2022, arXiv:2105.14829).
         demo_index: int64 [B], into the data module's list of demos. frame_index: int64 [B].
         instruction: B sentences.
     """
@@ -63,6 +67,7 @@ class PolicyTargets(Movable, ABC):
     quaternion: Tensor
     gripper: Tensor
     repeated: Tensor
+    keyframe: Tensor
     demo_index: Tensor
     frame_index: Tensor
     instruction: list[str]

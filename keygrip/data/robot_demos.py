@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from keygrip.data.augmentation import Augmentation, ImageGeometry, View
-from keygrip.data.batches import MultiViewPolicyBatch, PolicyBatch, PolicyTargets
+from keygrip.data.batches import CLOSED, MultiViewPolicyBatch, PolicyBatch, PolicyTargets
 from keygrip.data.demos import ArmTrajectory, Demo, DemoError, DemoReference, find_demos
 from keygrip.data.frame_cache import FrameCache, FrameShape
 from keygrip.data.resuming import ResumableData
@@ -118,6 +118,15 @@ def targets_of(arm: ArmTrajectory, frame: int | np.ndarray, steps: np.ndarray, t
     else:
         poses, rows = arm, np.minimum(future, last)
     return poses.position[rows], poses.quaternion[rows], poses.gripper[rows], repeated
+
+
+def keyframe_of(arm: ArmTrajectory, frame: int | np.ndarray, targets: str) -> np.ndarray:
+    """Number of the next keyframe after `frame`, int [...]: the first frame in which the gripper is to have closed or
+    opened, or the last frame of all (also for that one itself)."""
+    _, _, gripper, _ = targets_of(arm, 1, np.arange(len(arm) - 1), targets)  # of frames 1 and on
+    shut = gripper < CLOSED
+    events = np.append(np.flatnonzero(shut[1:] != shut[:-1]) + 2, len(arm) - 1)
+    return events[np.minimum(np.searchsorted(events, frame, side="right"), len(events) - 1)]
 
 
 def moving_frames(demo: Demo, arms: Sequence[str], idle_s: float) -> np.ndarray:
@@ -220,6 +229,8 @@ def poses_of(
     trajectories = [demo.arms[name] for name in arms]
     ahead = zip(*(targets_of(arm, frame, steps, targets) for arm in trajectories), strict=True)
     position, quaternion, gripper, repeated = (np.stack(part, axis) for part in ahead)
+    here = np.zeros(1, dtype=np.int64)
+    keyframes = [targets_of(arm, keyframe_of(arm, frame, targets), here, targets)[0] for arm in trajectories]
     return {
         "start_position": _float(np.stack([arm.position[frame] for arm in trajectories], axis)),
         "start_quaternion": _float(np.stack([arm.quaternion[frame] for arm in trajectories], axis)),
@@ -228,6 +239,7 @@ def poses_of(
         "quaternion": _float(quaternion),
         "gripper": _float(gripper),
         "repeated": torch.from_numpy(repeated),
+        "keyframe": _float(np.stack([position[..., 0, :] for position in keyframes], axis)),
     }
 
 

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from keygrip.data.batches import MultiViewPolicyBatch
+from keygrip.data.batches import CLOSED, MultiViewPolicyBatch
 from keygrip.evaluation.evaluation import Evaluation
 from keygrip.foveated_vlm.language import ChatTokenizer
 from keygrip.geometry.rotations import geodesic_angle
@@ -39,12 +39,12 @@ HEADLINE = (
     "rotation_deg",
     "gripper_acc",
     "pointing_px",
+    "keyframe_px",
     "point_cm",
     "depth_cm",
     "geometry_share",
     "pointed_share",
 )
-CLOSED = 0.5  # of a gripper's opening: less is closed
 SEED_STRIDE = 1_000_003  # more frames than any demonstration has
 
 
@@ -193,7 +193,8 @@ class GeometryVLAModule(LightningModule):
             losses |= {name: value for name, value in extra.items() if name.endswith("_cm")}
         if scene.pointing is not None:
             pointing = pointing_losses(scene.pointing, batch)
-            total = total + self.pointing_weight * pointing["pointing"]
+            for name in {"pointing", "keyframe"} & set(pointing):
+                total = total + self.pointing_weight * pointing[name]
             losses |= pointing
         return losses | {"total": total}
 
@@ -241,7 +242,7 @@ class GeometryVLAModule(LightningModule):
 
         actions = self.sample(scene, batch)
         planned, _, _ = self.actions.decode(actions, batch.start_position, batch.start_quaternion)
-        return scene_picture(batch, planned, scene.geometry, sample)
+        return scene_picture(batch, planned, scene.geometry, sample, scene.pointing)
 
     def _show(self, scene: Scene, batch: MultiViewPolicyBatch) -> None:
         if self.logger is None:

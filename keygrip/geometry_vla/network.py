@@ -84,6 +84,8 @@ class GeometryVLA(nn.Module):
             states tell; those of a small one, which knows positions as rotations inside its attention alone, do not.
         pointing_cells: cells along a side of a picture token in which the vision-language model says where the gripper
             will be (see `Pointing`); 0: it is not asked.
+        pointing_keyframe: one map more, of where the gripper closes or opens next: through the whole of an approach the
+            model so learns what it is being sent to.
         pointed_tokens: give the head what those maps say, and what the geometry encoder makes of the places (see
             `PointedTokens`).
 
@@ -109,6 +111,7 @@ class GeometryVLA(nn.Module):
         context_norm: bool = True,
         context_places: bool = False,
         pointing_cells: int = 0,
+        pointing_keyframe: bool = False,
         pointed_tokens: bool = False,
     ) -> None:
         super().__init__()
@@ -125,7 +128,8 @@ class GeometryVLA(nn.Module):
         self.vlm = vlm
         self.context_norm = context_norm
         self.places = PlaceEmbedding(vlm.width) if context_places else None
-        self.pointing = Pointing(vlm.width, len(arms), horizon, pointing_cells) if pointing_cells else None
+        maps = horizon + pointing_keyframe
+        self.pointing = Pointing(vlm.width, len(arms), maps, pointing_cells) if pointing_cells else None
         self.geometry: GeometryEncoder | None = None
         self.compressor: GeometryCompressor | None = None
         if geom_inject_to_dit and geometry is not None:
@@ -135,13 +139,14 @@ class GeometryVLA(nn.Module):
             )
         elif geometry is not None:
             log.info("geom_inject_to_dit=false: no geometry encoder; the actions depend on the vision-language model")
-        if pointed_tokens and not pointing_cells:
-            raise ValueError("model.network.pointed_tokens=true needs maps to point with: set pointing_cells above 0.")
+        for name, wanted in (("pointed_tokens", pointed_tokens), ("pointing_keyframe", pointing_keyframe)):
+            if wanted and not pointing_cells:
+                raise ValueError(f"model.network.{name}=true needs maps to point with: set pointing_cells above 0.")
         self.pointed: PointedTokens | None = None
         if pointed_tokens:
             seen = None if self.geometry is None else self.geometry.dim
             points = self.geometry is not None and self.geometry.predicts_points
-            self.pointed = PointedTokens(vlm.width, len(arms), horizon, MOST_VIEWS, seen, points)
+            self.pointed = PointedTokens(vlm.width, len(arms), maps, MOST_VIEWS, seen, points)
         self.head = ActionHead(
             vlm.width,
             blocks,

@@ -12,6 +12,7 @@ from keygrip.data.batches import MultiViewPolicyBatch
 from keygrip.figures import drawable, figure_to_image
 from keygrip.geometry.cameras import project
 from keygrip.geometry_vla.geometry import GeometryFeatures
+from keygrip.geometry_vla.pointing import map_means
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,14 +21,20 @@ SHOWN_SHARES = torch.tensor([0.0, 0.75])  # of the depths that are known: the en
 
 
 def scene_picture(
-    batch: MultiViewPolicyBatch, planned: Tensor | None, geometry: GeometryFeatures | None, sample: int = 0
+    batch: MultiViewPolicyBatch,
+    planned: Tensor | None,
+    geometry: GeometryFeatures | None,
+    sample: int = 0,
+    pointing: Tensor | None = None,
 ) -> np.ndarray:
-    """One sample, a column a view: the picture with both paths, and below it depth maps where there are any.
+    """One sample, a column a view: the picture with both paths and keyframes, and below it depth maps where there are
+    any.
 
     Args:
         batch: with the demonstrated targets.
         planned: positions ``[B, A, T, 3]``; None: no paths, for what learns no actions.
         geometry: what the encoder predicts. sample: which one.
+        pointing: logits ``[B, V, A, M, g, g]`` of `Pointing`; the keyframe's map is drawn.
 
     Returns:
         ``[H, W, 3]`` uint8.
@@ -53,6 +60,20 @@ def scene_picture(
             for arm, points in enumerate(pixels):
                 top.plot(*points.T.numpy(), ".-", color=colour, markersize=4, linewidth=1, label=None if arm else label)
         size = batch.images.shape[-1]
+        if pointing is not None and pointing.shape[3] > batch.position.shape[2]:
+            maps = (
+                pointing[sample, view, :, -1]
+                .float()
+                .flatten(-2)
+                .softmax(dim=-1)
+                .cpu()
+                .unflatten(-1, pointing.shape[-2:])
+            )
+            true_pixels, _ = project(batch.keyframe[sample].float().cpu(), camera[0], camera[1].cpu())
+            shown_at = [("keyframe", true_pixels, "white"), ("pointed at", size * map_means(maps), "yellow")]
+            for label, points, colour in shown_at:
+                top.plot(*points.T.numpy(), "+", color=colour, markersize=9, label=label)
+            top.imshow(maps.amax(dim=0).numpy(), extent=(0, size, size, 0), cmap="inferno", alpha=0.35)
         top.set(title=batch.cameras[view], xlim=(0, size), ylim=(size, 0))
         for row, (title, depth) in enumerate(shown, start=1):
             # Not up to the walls, before which the table would be of one colour.
@@ -61,7 +82,7 @@ def scene_picture(
             axes[row, view].set_title(title, fontsize=8)
             figure.colorbar(drawn, ax=axes[row, view], shrink=0.7)
     if planned is not None:
-        axes[0, 0].legend(fontsize=7, loc="upper right")
+        axes[0, 0].legend(fontsize=6, loc="upper right")
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])

@@ -60,6 +60,7 @@ def batch() -> PolicyBatch:
         quaternion=rotation_exp(torch.randn(2, 1, T, 3)),
         gripper=torch.rand(2, 1, T),
         repeated=torch.zeros(2, 1, T, dtype=torch.bool),
+        keyframe=torch.rand(2, 1, 3),
         demo_index=torch.zeros(2, dtype=torch.long),
         frame_index=torch.zeros(2, dtype=torch.long),
         instruction=["go", "go"],

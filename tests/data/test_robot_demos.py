@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from keygrip.data.augmentation import Augmentation, ImageGeometry
 from keygrip.data.batches import PolicyBatch
-from keygrip.data.demos import DemoError
-from keygrip.data.robot_demos import Recording, RobotDemos, moving_frames, split_demos, targets_of
+from keygrip.data.demos import ArmTrajectory, DemoError
+from keygrip.data.robot_demos import Recording, RobotDemos, keyframe_of, moving_frames, split_demos, targets_of
 from keygrip.data.sampling import SampleKey
 
 Make = Callable[..., RobotDemos]
@@ -111,6 +112,35 @@ def test_targets_of_many_frames_equal_those_of_each(native_root: Path, robot_dem
         for frame in range(12):
             for ours, theirs in zip(targets_of(arm, frame, steps, targets), together, strict=True):
                 np.testing.assert_array_equal(ours, theirs[frame])
+
+
+def test_keyframes_are_where_the_gripper_is_to_close_or_open_and_the_end() -> None:
+    def trajectory(gripper: list[float], height: float = 0.0) -> ArmTrajectory:
+        position = np.stack([np.arange(10.0), np.zeros(10), np.full(10, height)], axis=-1)
+        return ArmTrajectory(position, np.tile([1.0, 0, 0, 0], (10, 1)), np.array(gripper))
+
+    reached = trajectory([1, 1, 1, 0.9, 0.4, 0.2, 0.2, 0.6, 1, 1])  # is shut in frame 4, open again in frame 7
+    expected = [4, 4, 4, 4, 7, 7, 7, 9, 9, 9]
+    assert [int(keyframe_of(reached, frame, "reached")) for frame in range(10)] == expected
+    assert keyframe_of(reached, np.arange(10), "reached").tolist() == expected
+    # Told in frame 2 to shut, which is to have happened in frame 3, and in frame 5 to open.
+    commanded = trajectory([1, 1, 0, 0, 0, 1, 1, 1, 1, 1], height=0.5)
+    arm = replace(reached, commanded=commanded)
+    assert keyframe_of(arm, np.arange(10), "commanded").tolist() == [3, 3, 3, 6, 6, 6, 9, 9, 9, 9]
+
+
+def test_samples_know_the_position_at_their_keyframe(tmp_path: Path, native_demo: Any, robot_demos: Make) -> None:
+    native_demo(tmp_path / "root" / "0")
+    module = ready(robot_demos(tmp_path / "root", targets="commanded", val_fraction=0.0))
+    arm = module.demos[0].arms["right"]
+    assert arm.commanded is not None
+    together = module.statistics.chunks
+    assert together is not None
+    for frame in range(len(arm)):
+        sample = module.train_samples[frame]
+        goal = int(keyframe_of(arm, frame, "commanded"))
+        np.testing.assert_allclose(sample.keyframe[0], arm.commanded.position[goal - 1], atol=1e-6)
+        torch.testing.assert_close(together.keyframe[frame], sample.keyframe)
 
 
 def test_commands_that_were_not_recorded_are_an_error_that_names_the_way_out(

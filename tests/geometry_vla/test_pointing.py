@@ -59,6 +59,32 @@ def test_the_loss_is_least_at_the_gripper_and_counts_what_is_seen() -> None:
     torch.testing.assert_close(pointing_losses(spoilt, batch)["pointing"], losses["pointing"].detach())
 
 
+def test_the_keyframe_has_a_map_of_its_own() -> None:
+    batch = small_batch()
+    batch.repeated[:] = True  # padding says nothing of the keyframe
+    logits = torch.randn(2, V, 1, T + 1, 8, 8)
+    losses = pointing_losses(logits, batch)
+    assert losses["pointing"] == 0
+    moved = replace(batch, position=batch.keyframe[:, :, None].expand(-1, -1, T, -1), repeated=~batch.repeated)
+    as_steps = pointing_losses(logits[:, :, :, -1:].expand(-1, -1, -1, T, -1, -1), moved)
+    torch.testing.assert_close(losses["keyframe"], as_steps["pointing"])
+    torch.testing.assert_close(losses["keyframe_px"], as_steps["pointing_px"])
+    assert "keyframe" not in pointing_losses(logits[:, :, :, :T], batch)
+
+
+def test_the_keyframe_trains_its_own_map_and_is_told_to_the_head(tmp_path: Path) -> None:
+    module = ready_module(tmp_path, pointing_cells=2, pointing_keyframe=True, pointed_tokens=True)
+    batch = small_batch()
+    scene = module(batch)
+    assert scene.pointing is not None
+    assert scene.pointing.shape[3] == T + 1
+    assert scene.groups[2] == V * (T + 1)
+    losses = module.losses(scene, batch)
+    parts = [losses[name] for name in ("action", "points", "depth")]
+    total = sum(parts) + 0.1 * (losses["pointing"] + losses["keyframe"])
+    torch.testing.assert_close(losses["total"], total)
+
+
 def test_it_trains_the_language_model_and_not_the_head(tmp_path: Path) -> None:
     module = ready_module(tmp_path, pointing_cells=2)
     batch = small_batch()
@@ -156,5 +182,6 @@ def test_geometry_tokens_without_places_are_refused() -> None:
 
 
 def test_pointed_tokens_need_maps() -> None:
-    with pytest.raises(ValueError, match="set pointing_cells above 0"):
-        small_module(pointed_tokens=True)
+    for option in ("pointed_tokens", "pointing_keyframe"):
+        with pytest.raises(ValueError, match=rf"{option}=true needs maps .* set pointing_cells above 0"):
+            small_module(**{option: True})
