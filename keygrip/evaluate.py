@@ -37,7 +37,7 @@ class EvaluateSchema(EntrySchema):
     videos: int = 2
     task: Any = None
     control: Any = None
-    decoder: str | None = None
+    policy: Any = None
     mode: Any = None
     split: str = "test"
     limit_batches: int | None = None

@@ -34,6 +34,7 @@ class ServeSchema(EntrySchema):
     host: str = "127.0.0.1"
     port: int = 8421
     device: str | None = None
+    policy: Any = None
     limits: Any = MISSING
 
 
@@ -47,6 +48,8 @@ def run(cfg: DictConfig, ready: Callable[[dict[str, Any]], None] = lambda about:
         FileNotFoundError, ValueError: no such checkpoint, or one of a model that drives no robot. OSError: the address
             cannot be had.
     """
+    from keygrip.evaluation.closed_loop import changed
+    from keygrip.evaluation.evaluation import plain
     from keygrip.training.checkpoints import find_checkpoint, load_module
 
     try:
@@ -61,7 +64,7 @@ def run(cfg: DictConfig, ready: Callable[[dict[str, Any]], None] = lambda about:
     module: Any = load_module(file, map_location=device)
     if not hasattr(module, "policy"):
         raise ValueError(f"{file} holds a {type(module).__name__}, which drives no robot: nothing to serve")
-    policy = module.policy()
+    policy = changed(module.policy(), plain(cfg.policy) or {})
     about = {"model": type(module).__name__, "checkpoint": str(Path(file).resolve()), "device": device}
     server = PolicyServer(policy, policy.needs, about, instantiate(cfg.limits))
     if _reachable_from_elsewhere(cfg.host):

@@ -118,7 +118,7 @@ class _Parts:
     def head(self) -> None:
         fresh = [type(context)(context.tokens, context.mask) for context in self.scene.contexts]  # nothing kept yet
         scene = type(self.scene)(fresh, self.scene.groups, self.scene.geometry)
-        self.module.network.sample(scene, self.noise, self.state, self.module.steps, self.module.solver)
+        self.module.network.sample(scene, self.noise, self.state, self.module.sampling)
 
 
 def untrained(config: DictConfig) -> GeometryVLAModule:

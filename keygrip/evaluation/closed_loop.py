@@ -125,7 +125,7 @@ class ClosedLoop:
         control: the controller with its settings, still without policy and rate (a partial call in the configs).
         processes: None takes one for each core.
         videos: episodes filmed for each condition.
-        decoder: name of the decoder of a volume-query policy; None takes the model's own.
+        policy: changes to the model's own policy, by the names of its fields.
     """
 
     task: TaskOptions
@@ -137,8 +137,8 @@ class ClosedLoop:
     control: Callable[..., RecedingHorizon] = RecedingHorizon
     processes: int | None = None
     videos: int = 2
-    decoder: str | None = None
     cameras: Sequence[str] | None = None
+    policy: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.episodes < 1:
@@ -224,6 +224,8 @@ def changed(options: Options, overrides: Mapping[str, Any]) -> Options:
     Raises:
         ValueError: an option that does not exist or a value that it cannot have.
     """
+    if not overrides:
+        return options
     refuse_unknown(overrides, type(options))
     return replace(options, **overrides)
 
@@ -266,9 +268,7 @@ class _Worker:
             raise ValueError(
                 f"{checkpoint} holds a {type(module).__name__}, which is no robot policy: it cannot drive the arm."
             )
-        if settings.decoder is not None:
-            module.decoder = replace(module.decoder, name=settings.decoder)
-        self.policy = module.policy()
+        self.policy = changed(module.policy(), settings.policy)
         self.settings = settings
         self._environment: tuple[tuple[tuple[str, Any], ...], Any] | None = None
 

@@ -67,11 +67,8 @@ def closed_loop(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"there is no suite {unknown[0]!r}: suites are {', '.join(cfg.conditions)}")
     conditions = {name: grid for suite in cfg.suites for name, grid in plain(cfg.conditions[suite]).items()}
-    if cfg.decoder is not None:
-        from keygrip.volume_query.module import VolumeQueryModule
-
-        if not isinstance(module, VolumeQueryModule):
-            raise ValueError(f"decoder={cfg.decoder} has no meaning for a {type(module).__name__}: leave it out.")
+    policy = plain(cfg.policy) or {}
+    changed(module.policy(), policy)  # what it cannot do is refused now, not in a worker
     settings = ClosedLoop(
         task=changed(instantiate(record.task), plain(cfg.task) or {}),
         conditions=conditions,
@@ -83,7 +80,7 @@ def closed_loop(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
         control=_control(plain(cfg.control) or {}),
         processes=cfg.processes,
         videos=cfg.videos,
-        decoder=cfg.decoder,
+        policy=policy,
     )
     results = settings.run(checkpoint, output)
     figures = summarise(results)
@@ -104,6 +101,6 @@ POLICY_EVALUATION = Evaluation(
     run=evaluate_policy,
     settings=frozenset(
         {"open_loop", "simulate", "episodes", "suites", "conditions", "first_seed"}
-        | {"processes", "videos", "task", "control", "decoder"}
+        | {"processes", "videos", "task", "control", "policy"}
     ),
 )

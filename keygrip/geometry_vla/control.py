@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from keygrip.control import Needs, Observation, Plan, arm_axis, views_of
 from keygrip.geometry_vla.module import GeometryVLAModule
+from keygrip.nn.flow_matching import Solver
 
 
 @dataclass
@@ -21,17 +22,23 @@ class GeometryVLAPolicy:
         module: trained, with its statistics.
         margin_m: planned positions are kept within this distance of the positions seen in training: what lies beyond
             was never demonstrated, and may be the table. Poses in metres are kept so, never normalised actions.
-        seed: of the noise.
+        seed: of the noise. temperature, steps, solver: of the sampler; None takes the module's own.
     """
 
     module: GeometryVLAModule
     margin_m: float = 0.01
     seed: int = 0
+    temperature: float | None = None
+    steps: int | None = None
+    solver: Solver | None = None
 
     def __post_init__(self) -> None:
         if not self.module.views:
             raise ValueError("The policy does not know its cameras: train it, or load a checkpoint of keygrip.train.")
         self.module.eval()
+        changes = {name: getattr(self, name) for name in ("temperature", "steps", "solver")}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        self._sampling = replace(self.module.sampling, **changes)
         self._geometry = self.module.statistics.geometry
         self._generator = torch.Generator().manual_seed(self.seed)
 
@@ -75,7 +82,7 @@ class GeometryVLAPolicy:
         shape = (1, module.network.head.horizon, module.actions.size)
         noise = torch.randn(shape, generator=self._generator).to(device)
         state = module.actions.state(position, quaternion, gripper)
-        sampled = module.network.sample(scene, noise, state, module.steps, module.solver)
+        sampled = module.network.sample(scene, noise, state, self._sampling)
         planned, turned, opening = module.actions.decode(sampled, position, quaternion)
         low, high = module.statistics.position_range
         kept = planned[0].clamp(low - self.margin_m, high + self.margin_m).double().cpu().numpy()

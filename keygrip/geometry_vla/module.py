@@ -16,9 +16,9 @@ from keygrip.foveated_vlm.language import ChatTokenizer
 from keygrip.geometry.rotations import geodesic_angle
 from keygrip.geometry_vla.action_head import AttentionRecord
 from keygrip.geometry_vla.actions import PoseActions
-from keygrip.geometry_vla.network import GeometryVLA, Scene
+from keygrip.geometry_vla.network import ActionSampling, GeometryVLA, Scene
 from keygrip.geometry_vla.pointing import pointing_losses
-from keygrip.nn.flow_matching import SOLVERS, LevelSampler, Solver, interpolate, seeded_noise, velocity
+from keygrip.nn.flow_matching import LevelSampler, interpolate, seeded_noise, velocity
 from keygrip.nn.policy_statistics import PolicyStatistics
 from keygrip.nn.short_attention import short_attention
 from keygrip.training.optimizers import AdamW
@@ -55,7 +55,7 @@ class GeometryVLAModule(LightningModule):
         network: the plain network. actions: what an action is, and its statistics.
         optimizer: the recipe. levels: draws noise levels.
         draws: of noise for each sample, all read from one pass of the encoders.
-        steps, solver: of the sampler, in validation and in control.
+        sampling: of actions, in validation and in control.
         pictures: show a plan and depth maps in TensorBoard at every validation.
         pointing_weight: of the loss of where the gripper will be in the pictures (`model.network.pointing_cells`).
     """
@@ -74,16 +74,13 @@ class GeometryVLAModule(LightningModule):
         optimizer: AdamW,
         levels: LevelSampler,
         draws: int = 4,
-        steps: int = 4,
-        solver: Solver = "euler",
+        sampling: ActionSampling | None = None,
         pictures: bool = True,
         pointing_weight: float = 0.1,
     ) -> None:
         super().__init__()
-        if draws < 1 or steps < 1:
-            raise ValueError(f"model.draws and model.steps are at least 1, got {draws} and {steps}.")
-        if solver not in SOLVERS:
-            raise ValueError(f"model.solver is one of {', '.join(SOLVERS)}, not {solver!r}.")
+        if draws < 1:
+            raise ValueError(f"model.draws is at least 1, got {draws}.")
         if network.head.action_size != actions.size:
             raise ValueError(
                 f"The head writes {network.head.action_size} numbers a step and {len(actions.arms)} arms have "
@@ -94,7 +91,7 @@ class GeometryVLAModule(LightningModule):
         self.statistics = PolicyStatistics()
         self.optimizer_recipe = optimizer
         self.levels = levels
-        self.draws, self.steps, self.solver = draws, steps, solver
+        self.draws, self.sampling = draws, sampling or ActionSampling()
         self.pictures = pictures
         self.pointing_weight = pointing_weight
         self.views: tuple[str, ...] = ()
@@ -202,7 +199,7 @@ class GeometryVLAModule(LightningModule):
         """Actions ``[B, T, Da]``, each from noise that is a function of its demonstration and frame."""
         seeds = (batch.demo_index * SEED_STRIDE + batch.frame_index).tolist()
         noise = seeded_noise(seeds, (self.network.head.horizon, self.actions.size), self.device)
-        return self.network.sample(scene, noise, self.state(batch), self.steps, self.solver)
+        return self.network.sample(scene, noise, self.state(batch), self.sampling)
 
     @torch.no_grad()
     def metrics(self, scene: Scene, batch: MultiViewPolicyBatch, sampled: Tensor) -> dict[str, Tensor]:

@@ -27,12 +27,39 @@ from keygrip.geometry_vla.compression import GeometryCompressor, build_geom_comp
 from keygrip.geometry_vla.encoders import QwenVL
 from keygrip.geometry_vla.geometry import GeometryEncoder, GeometryFeatures
 from keygrip.geometry_vla.pointing import PointedTokens, Pointing
-from keygrip.nn.flow_matching import Solver, integrate, noise_levels
+from keygrip.nn.flow_matching import SOLVERS, Solver, integrate, noise_levels
 from keygrip.nn.sinusoids import level_features
 
 log = logging.getLogger(__name__)
 
 MOST_VIEWS = 16  # that are told apart by their number
+
+
+@dataclass(frozen=True)
+class ActionSampling:
+    """How action chunks are drawn.
+
+    Args:
+        steps, solver: see `keygrip.nn.flow_matching.integrate`.
+        temperature: what the noise that a chunk starts from is multiplied by. 1: chunks are spread as the model takes
+            the demonstrated ones to be, its own uncertainty included. 0: one chunk, close to their mean, which misses
+            by less where there is one way to do a thing, and may lie between the ways where there are several.
+
+    Raises:
+        ValueError: no steps, an unknown solver, or a negative temperature.
+    """
+
+    steps: int = 4
+    solver: Solver = "euler"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"model.sampling.steps is at least 1, got {self.steps}.")
+        if self.solver not in SOLVERS:
+            raise ValueError(f"model.sampling.solver is one of {', '.join(SOLVERS)}, not {self.solver!r}.")
+        if self.temperature < 0:
+            raise ValueError(f"model.sampling.temperature must not be negative, got {self.temperature}.")
 
 
 @dataclass(frozen=True)
@@ -200,11 +227,12 @@ class GeometryVLA(nn.Module):
         return self.head(actions, level, state, scene.contexts, record)
 
     @torch.no_grad()
-    def sample(self, scene: Scene, noise: Tensor, state: Tensor, steps: int = 4, solver: Solver = "euler") -> Tensor:
-        """Actions ``[B, T, Da]`` from noise of that shape; keys and values of the scene are computed in the first step
-        and kept."""
+    def sample(self, scene: Scene, noise: Tensor, state: Tensor, sampling: ActionSampling | None = None) -> Tensor:
+        """Actions ``[B, T, Da]`` from standard normal noise of that shape; keys and values of the scene are computed in
+        the first step and kept."""
+        chosen = sampling or ActionSampling()
         call = partial(self._at, scene, state)
-        return integrate(call, noise, noise_levels(steps), solver)
+        return integrate(call, chosen.temperature * noise, noise_levels(chosen.steps), chosen.solver)
 
     def _at(self, scene: Scene, state: Tensor, x: Tensor, level: float) -> Tensor:
         return self.velocity(scene, x, torch.full((len(x),), level, device=x.device), state)

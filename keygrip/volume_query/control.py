@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from keygrip.control import Needs, Observation, Plan, arm_axis
 from keygrip.geometry.cameras import project
-from keygrip.volume_query.decoding import Decoder
+from keygrip.volume_query.decoding import Decoder, DecoderName
 from keygrip.volume_query.module import VolumeQueryModule
 from keygrip.volume_query.network import VolumeQueryOutput
 from keygrip.volume_query.targets import arm_state
@@ -21,20 +21,22 @@ class VolumeQueryPolicy:
 
     Args:
         module: trained, with its statistics.
-        decoder: how a distribution becomes a trajectory; None takes the module's own.
+        decoder: how a distribution becomes a trajectory; a name: the module's own settings otherwise; None: its own.
         margin_m: planned positions are kept within this distance of the positions seen in training: what lies beyond
             was never demonstrated, and may be the table.
         seed: of the "sample" decoder.
     """
 
     module: VolumeQueryModule
-    decoder: Decoder | None = None
+    decoder: Decoder | DecoderName | None = None
     margin_m: float = 0.01
     seed: int = 0
     last_output: VolumeQueryOutput | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.module.eval()
+        if isinstance(self.decoder, str):
+            self.decoder = replace(self.module.decoder, name=self.decoder)
         self._geometry = self.module.statistics.geometry
         self._generator = torch.Generator(device=self.module.device).manual_seed(self.seed)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,12 @@ def test_wilson_interval_against_published_values() -> None:
         wilson_interval(1, 0)
 
 
+@dataclass
 class Reacher:
     """Plans a straight way to where it is told that the ball is; ``lost`` ones stay where they are."""
 
-    def __init__(self, goal: Any, lost: bool = False) -> None:
-        self.goal, self.lost = goal, lost
+    goal: Any
+    lost: bool = False
 
     def plan(self, observation: Any) -> Plan:
         start = np.asarray(observation["position"])
@@ -91,6 +93,13 @@ def test_a_policy_that_does_not_move_misses(monkeypatch: pytest.MonkeyPatch) -> 
     (result,) = run(monkeypatch, None, lost=True)
     assert result.summary()["successes"] == 0
     assert result.summary()["failures"] == {"missed": 3}
+
+
+def test_a_policy_can_be_changed_and_unknown_changes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    (result,) = run(monkeypatch, None, policy={"lost": True})
+    assert result.summary()["successes"] == 0
+    with pytest.raises(ValueError, match="Reacher has no setting 'lots'; did you mean 'lost'"):
+        run(monkeypatch, None, policy={"lots": True})
 
 
 def test_a_grid_is_shared_out_over_the_episodes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from vla_parts import CAMERAS, INSTRUCTIONS, S, T, V, ready_module, small_batch,
 from keygrip.data.batches import MultiViewPolicyBatch
 from keygrip.geometry_vla.geometry import MapAnythingGeometry
 from keygrip.geometry_vla.module import GeometryVLAModule
+from keygrip.geometry_vla.network import ActionSampling
 from keygrip.nn.flow_matching import interpolate, velocity
 
 
@@ -98,8 +100,8 @@ def test_the_vlm_runs_once_for_all_draws_and_steps(module: GeometryVLAModule) ->
     assert sorted(calls) == ["geometry", "head", "vlm"]
     calls.clear()
     actions_of(module, batch)
-    assert sorted(calls) == ["geometry", *["head"] * module.steps, "vlm"]
-    assert module.steps == 4
+    assert sorted(calls) == ["geometry", *["head"] * module.sampling.steps, "vlm"]
+    assert module.sampling.steps == 4
 
 
 def test_loss_is_written_out_and_padded_steps_do_not_count(module: GeometryVLAModule) -> None:
@@ -201,8 +203,11 @@ def test_parts_that_do_not_fit_are_named() -> None:
         small_module(blocks=4)
     with pytest.raises(ValueError, match="needs a geometry encoder"):
         type(small_module().network)(small_vlm(), None, ("right",), T, blocks=2, head_size=16)
-    with pytest.raises(ValueError, match=r"draws and model\.steps are at least 1"):
+    with pytest.raises(ValueError, match=r"model\.draws is at least 1"):
         small_module(draws=0)
+    for option, bad in {"steps": 0, "solver": "rk4", "temperature": -0.1}.items():
+        with pytest.raises(ValueError, match=rf"model\.sampling\.{option} .*{bad}"):
+            ActionSampling(**{option: bad})  # type: ignore[arg-type]
 
 
 def test_the_baseline_has_no_geometry() -> None:
@@ -269,6 +274,22 @@ def test_plans_are_what_the_network_says(module: GeometryVLAModule) -> None:
     assert np.abs(again.position - plan.position).max() > 0, "another draw"
     policy.reset(5)
     np.testing.assert_array_equal(policy.plan(seen).position, plan.position)
+
+
+def test_a_temperature_of_zero_draws_nothing_by_chance(module: GeometryVLAModule) -> None:
+    seen = observation()
+    cold = replace(module.policy(), temperature=0.0)
+    first = cold.plan(seen)
+    np.testing.assert_array_equal(cold.plan(seen).position, first.position)
+    batch = small_batch()
+    with torch.no_grad():
+        scene, state, noise = module(batch), module.state(batch), torch.randn(2, T, 10)
+        warm = module.network.sample(scene, noise, state, ActionSampling(temperature=0.5))
+        torch.testing.assert_close(warm, module.network.sample(scene, 0.5 * noise, state))
+    coarse = replace(module.policy(), temperature=0.0, steps=1)
+    assert np.abs(coarse.plan(seen).position - first.position).max() > 0
+    with pytest.raises(ValueError, match="temperature must not be negative"):
+        replace(module.policy(), temperature=-1.0)
 
 
 def test_what_an_observation_lacks_is_named(module: GeometryVLAModule) -> None:
