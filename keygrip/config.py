@@ -15,7 +15,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,16 @@ class TrainSchema(EntrySchema):
 
 
 def register(name: str, schema: type) -> None:
-    """Makes ``schema`` (a dataclass) available to the defaults list of a root config under ``name``."""
-    ConfigStore.instance().store(name=name, node=schema)
+    """Makes ``schema`` (a dataclass) available to the defaults list of a root config under ``name``.
+
+    Its dictionaries take any key from the command line (``task.object_size_m=0.025``): what reads them refuses those
+    that it does not know.
+    """
+    node = OmegaConf.structured(schema)
+    for setting in fields(schema):
+        if setting.default_factory is dict:
+            OmegaConf.set_struct(node[setting.name], False)
+    ConfigStore.instance().store(name=name, node=node)
 
 
 def config_folder() -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,14 +35,14 @@ class EvaluateSchema(EntrySchema):
     first_seed: int = 1_000_000
     processes: int | None = None
     videos: int = 2
-    task: Any = None
-    control: Any = None
-    policy: Any = None
+    task: dict[str, Any] = field(default_factory=dict)
+    control: dict[str, Any] = field(default_factory=dict)
+    policy: dict[str, Any] = field(default_factory=dict)
     mode: Any = None
     split: str = "test"
     limit_batches: int | None = None
     max_new_tokens: int = 64
-    question_sets: Any = None
+    question_sets: dict[str, Any] = field(default_factory=dict)
     conditions: Any = MISSING
     cases: Any = None
     images: int = 128
@@ -51,7 +51,7 @@ class EvaluateSchema(EntrySchema):
     grid_images: int = 32
     sampling: Any = None
     lpips: str = "auto"
-    replace_words: Any = None
+    replace_words: dict[str, Any] = field(default_factory=dict)
     shown: int = 8
 
 

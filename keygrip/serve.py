@@ -12,7 +12,7 @@ import json
 import logging
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ class ServeSchema(EntrySchema):
     host: str = "127.0.0.1"
     port: int = 8421
     device: str | None = None
-    policy: Any = None
+    policy: dict[str, Any] = field(default_factory=dict)
     limits: Any = MISSING
 
 

@@ -146,6 +146,18 @@ def test_evaluate_reports_open_and_closed_loop(trained: Path, tmp_path: Path) ->
     assert set(result["closed_loop"]) == {"in_distribution", "azimuth_10", "azimuth_20", "elevation_10"}
     assert result["closed_loop"]["azimuth_10"]["episodes"] == 2
     assert json.loads((tmp_path / "result.json").read_text())["model"] == "VolumeQueryModule"
+    cautious = [f"checkpoint={trained}", "open_loop=false", "suites=[in_distribution]", "episodes=1", "processes=1"]
+    options = [
+        "policy.decoder=argmax",
+        "control.execute_steps=3",
+        "task.object_size_m=0.05",
+        f"run_dir={tmp_path / 'cautious'}",
+        "videos=0",
+    ]
+    assert evaluate.run(compose("evaluate", [*cautious, *options]))["closed_loop"]["in_distribution"]["episodes"] == 1
+    for option, said in (("decodr=argmax", "did you mean 'decoder'"), ("decoder=best", "not 'best'")):
+        with pytest.raises(ValueError, match=said):
+            evaluate.run(compose("evaluate", [*cautious, f"policy.{option}"]))
     with pytest.raises(ValueError, match="suites are"):
         evaluate.run(compose("evaluate", [f"checkpoint={trained}", "suites=[moon]", "open_loop=false"]))
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
