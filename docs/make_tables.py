@@ -211,7 +211,8 @@ def vla_injection() -> str:
         ("position error (val)", "val/position_cm", 2, " cm"),
         ("at the grip: to the side (val)", "val/grip_side_cm", 2, " cm"),
         ("at the grip: height (val)", "val/grip_height_cm", 2, " cm"),
-        ("pointing error (val), of 128 px", "val/pointing_px", 2, " px"),
+        ("pointing error, next steps (val), of 128 px", "val/pointing_px", 2, " px"),
+        ("pointing error, keyframe (val)", "val/keyframe_px", 2, " px"),
         ("error of predicted world points (val)", "val/point_cm", 2, " cm"),
         ("share of the head's attention on compressed geometry tokens", "val/geometry_share", 2, ""),
         ("share on pointed tokens", "val/pointed_share", 2, ""),
@@ -261,6 +262,25 @@ def vla_ablations() -> str:
         for job in read("vla_ablations")["jobs"]
     ]
     return markdown(["", "success, tuning seeds", "position error (val)"], rows)
+
+
+def vla_recipe() -> str:
+    """What the parts of the small recipe are worth on named cubes, one after the other."""
+    rows = []
+    for job in read("vla_recipe")["jobs"]:
+        metrics, result = job["metrics"], job["closed_loop"]
+        keyframe = metrics.get("val/keyframe_px")
+        rows.append(
+            (
+                job["what"],
+                f"{metrics['val/grip_side_cm']:.1f} cm",
+                f"{metrics['val/grip_height_cm']:.1f} cm",
+                "" if keyframe is None else f"{keyframe:.1f} px",
+                f"{result['successes']} of {result['episodes']}",
+            )
+        )
+    header = ["", "at the grip: to the side (val)", "height (val)", "keyframe pointing (val)", "success, tuning seeds"]
+    return markdown(header, rows)
 
 
 def vla_compression() -> str:
@@ -351,7 +371,7 @@ TABLES: dict[str, Callable[[], str]] = {
     for table in (
         *(seeds, errors, shifts, options, speed, headline),
         *(dit_claims, vlm_seeds, vlm_others, vlm_ablations),
-        *(vla_injection, vla_ablations, vla_comparison, vla_compression),
+        *(vla_injection, vla_ablations, vla_comparison, vla_compression, vla_recipe),
     )
 }
 

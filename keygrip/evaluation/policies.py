@@ -54,7 +54,8 @@ def closed_loop(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     from keygrip.evaluation.callback import write_result
     from keygrip.evaluation.closed_loop import ClosedLoop, changed, summarise
 
-    module, checkpoint, output = evaluated.module, evaluated.checkpoint, evaluated.output
+    module: Any = evaluated.module
+    checkpoint, output = evaluated.checkpoint, evaluated.output
     if not hasattr(module, "policy"):
         raise ValueError(f"{checkpoint} holds a {type(module).__name__}, which drives no robot: give simulate=false.")
     record = evaluated.config.data.get("record")

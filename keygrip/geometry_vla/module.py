@@ -190,8 +190,9 @@ class GeometryVLAModule(LightningModule):
             losses |= {name: value for name, value in extra.items() if name.endswith("_cm")}
         if scene.pointing is not None:
             pointing = pointing_losses(scene.pointing, batch)
-            for name in {"pointing", "keyframe"} & set(pointing):
-                total = total + self.pointing_weight * pointing[name]
+            for name in ("pointing", "keyframe"):
+                if name in pointing:
+                    total = total + self.pointing_weight * pointing[name]
             losses |= pointing
         return losses | {"total": total}
 

@@ -12,7 +12,7 @@ from keygrip.data.batches import MultiViewPolicyBatch
 from keygrip.figures import drawable, figure_to_image
 from keygrip.geometry.cameras import project
 from keygrip.geometry_vla.geometry import GeometryFeatures
-from keygrip.geometry_vla.pointing import map_means
+from keygrip.geometry_vla.pointing import map_means, probabilities
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,19 +61,12 @@ def scene_picture(
                 top.plot(*points.T.numpy(), ".-", color=colour, markersize=4, linewidth=1, label=None if arm else label)
         size = batch.images.shape[-1]
         if pointing is not None and pointing.shape[3] > batch.position.shape[2]:
-            maps = (
-                pointing[sample, view, :, -1]
-                .float()
-                .flatten(-2)
-                .softmax(dim=-1)
-                .cpu()
-                .unflatten(-1, pointing.shape[-2:])
-            )
+            pointed = probabilities(pointing[sample, view, :, -1]).cpu()
             true_pixels, _ = project(batch.keyframe[sample].float().cpu(), camera[0], camera[1].cpu())
-            shown_at = [("keyframe", true_pixels, "white"), ("pointed at", size * map_means(maps), "yellow")]
+            shown_at = [("keyframe", true_pixels, "white"), ("pointed at", size * map_means(pointed), "yellow")]
             for label, points, colour in shown_at:
                 top.plot(*points.T.numpy(), "+", color=colour, markersize=9, label=label)
-            top.imshow(maps.amax(dim=0).numpy(), extent=(0, size, size, 0), cmap="inferno", alpha=0.35)
+            top.imshow(pointed.amax(dim=0).numpy(), extent=(0, size, size, 0), cmap="inferno", alpha=0.35)
         top.set(title=batch.cameras[view], xlim=(0, size), ylim=(size, 0))
         for row, (title, depth) in enumerate(shown, start=1):
             # Not up to the walls, before which the table would be of one colour.

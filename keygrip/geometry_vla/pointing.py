@@ -85,7 +85,7 @@ class PointedTokens(nn.Module):
         Raises:
             ValueError: geometry tokens that do not lie on a square grid.
         """
-        maps = logits.detach().float().flatten(-2).softmax(dim=-1).unflatten(-1, logits.shape[-2:]).flatten(2, 3)
+        maps = probabilities(logits.detach()).flatten(2, 3)
         views = maps.shape[1]  # maps [B, V, A M, g, g]
         tokens = self.places(level_features(map_means(maps), PLACE_FEATURES).flatten(-2))
         tokens = tokens + self.slots + self.views[:views, None]
@@ -103,6 +103,11 @@ class PointedTokens(nn.Module):
                 weights = resampled(maps, points.shape[2]).flatten(-2)
                 tokens = tokens + self.points(weights @ points.flatten(2, 3) * DECIMETRES)
         return tokens.flatten(1, 2)
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """Maps ``[..., g, g]`` float32 that each add up to 1."""
+    return logits.float().flatten(-2).softmax(dim=-1).unflatten(-1, logits.shape[-2:])
 
 
 def map_means(maps: Tensor) -> Tensor:

@@ -35,8 +35,7 @@ class VolumeQueryPolicy:
 
     def __post_init__(self) -> None:
         self.module.eval()
-        if isinstance(self.decoder, str):
-            self.decoder = replace(self.module.decoder, name=self.decoder)
+        self.chosen_decoder()  # refuses a name that does not exist
         self._geometry = self.module.statistics.geometry
         self._generator = torch.Generator(device=self.module.device).manual_seed(self.seed)
 
@@ -44,6 +43,12 @@ class VolumeQueryPolicy:
     def needs(self) -> Needs:
         """What it reads of an observation."""
         return Needs(arms=tuple(self.module.network.arms))
+
+    def chosen_decoder(self) -> Decoder:
+        """The decoder that plans are made with."""
+        if isinstance(self.decoder, str):
+            return replace(self.module.decoder, name=self.decoder)
+        return self.decoder or self.module.decoder
 
     def reset(self, seed: int) -> None:
         """Starts an episode: what the "sample" decoder draws is from here on a function of the seeds."""
@@ -72,8 +77,7 @@ class VolumeQueryPolicy:
         state = arm_state(network.state_parts, position, quaternion, gripper, statistics.height_range)
         output = network(image.to(device)[None], start_pixels, state)
         self.last_output = output
-        decoder = self.decoder or module.decoder
-        decoded = decoder.decode(
+        decoded = self.chosen_decoder().decode(
             output,
             [module.codec(arm) for arm in network.arms],
             intrinsics=k,
