@@ -75,7 +75,8 @@ def scene_picture(
             axes[row, view].set_title(title, fontsize=8)
             figure.colorbar(drawn, ax=axes[row, view], shrink=0.7)
     if planned is not None:
-        axes[0, 0].legend(fontsize=6, loc="upper right")
+        drawn_paths = axes[0, 0].get_legend_handles_labels()
+        figure.legend(*drawn_paths, loc="outside lower center", ncols=4, fontsize=7, facecolor="0.65")  # white shows
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
