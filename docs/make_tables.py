@@ -252,16 +252,19 @@ def vla_ablations() -> str:
         "vla_no_injection": "no geometry",
         "vla_untrained_geometry": "the geometry encoder starts from nothing",
         "vla_no_pointed_tokens": "the head is not told where the model points",
+        "vla_adamw": "AdamW on every parameter",
     }
     rows = [
         (
             f"{words[job['overrides']['ablation']]} (`{job['overrides']['ablation']}`)",
             rate(job["closed_loop"]),
             f"{job['metrics']['val/position_cm']:.2f} cm",
+            f"{job['metrics']['val/grip_side_cm']:.2f} cm",
         )
         for job in read("vla_ablations")["jobs"]
     ]
-    return markdown(["", "success, tuning seeds", "position error (val)"], rows)
+    header = ["", "success, tuning seeds", "position error (val)", "at the grip: to the side (val)"]
+    return markdown(header, rows)
 
 
 def vla_recipe() -> str:

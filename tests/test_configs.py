@@ -48,7 +48,8 @@ GIVEN = {
         f"ablation={path.stem}": ["model=geometry_vla", "data=yam_language"]
         for path in (CONF / "ablation").glob("vla_*.yaml")
     },
-    "optimizer=vla": ["model=geometry_vla", "data=yam_language"],
+    **{f"ablation=vla_{policy}": ["data=yam_language"] for policy in ("volume_query", "coordinate_regression")},
+    **{f"optimizer={name}": ["model=geometry_vla", "data=yam_language"] for name in ("vla", "vla_from_scratch")},
     # MapAnything reads its sizes from its weights, which are not there.
     "experiment=vla_qwen_mapanything": ["data.root=folder", "geometry=dino_multiview"],
 }
@@ -167,6 +168,19 @@ def test_every_model_builds_and_configures_its_optimiser(choice: str) -> None:
     trainable = [id(p) for p in module.parameters() if p.requires_grad]
     assert sorted(owned) == sorted(trainable)
     assert configured["lr_scheduler"]["interval"] == "step"
+
+
+def test_compared_policies_have_optimizers_that_fit_them() -> None:
+    kinds = set()
+    for job in planned_jobs(composed("train", ["sweep=vla_comparison"], with_hydra=True)):
+        module = build_module(OmegaConf.to_container(composed("train", job), resolve=True), random_backbone=True)  # type: ignore[arg-type]
+        module._trainer = SimpleNamespace(estimated_stepping_batches=1000)  # type: ignore[assignment]
+        kinds.add((type(module).__name__, type(module.configure_optimizers()["optimizer"]).__name__))
+    assert kinds == {
+        ("VolumeQueryModule", "AdamW"),
+        ("CoordinateRegressionModule", "AdamW"),
+        ("GeometryVLAModule", "MuonWithAdamW"),
+    }
 
 
 @pytest.mark.parametrize("option", sorted(path.stem for path in (CONF / "data").glob("*.yaml")))
