@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from vla_parts import V, ready_module, small_batch, small_geometry, small_module
@@ -83,6 +84,19 @@ def test_the_keyframe_trains_its_own_map_and_is_told_to_the_head(tmp_path: Path)
     parts = [losses[name] for name in ("action", "points", "depth")]
     total = sum(parts) + 0.1 * (losses["pointing"] + losses["keyframe"])
     torch.testing.assert_close(losses["total"], total)
+
+
+def test_pictures_show_where_it_points_for_the_keyframe(tmp_path: Path) -> None:
+    module = ready_module(tmp_path, pointing_cells=2, pointing_keyframe=True)
+    batch = small_batch()
+    with torch.no_grad():
+        scene = module(batch)
+        assert scene.pointing is not None
+        shown, plain = module.picture(scene, batch), module.picture(replace(scene, pointing=None), batch)
+        steps_alone = module.picture(replace(scene, pointing=scene.pointing[:, :, :, :T]), batch)
+    assert shown.shape[1] == plain.shape[1]
+    assert np.array_equal(steps_alone, plain)
+    assert not np.array_equal(shown, plain)
 
 
 def test_it_trains_the_language_model_and_not_the_head(tmp_path: Path) -> None:
