@@ -252,6 +252,7 @@ def vla_ablations() -> str:
         "vla_no_injection": "no geometry",
         "vla_untrained_geometry": "the geometry encoder starts from nothing",
         "vla_no_pointed_tokens": "the head is not told where the model points",
+        "vla_no_keyframe": "no map for the keyframe",
         "vla_adamw": "AdamW on every parameter",
     }
     rows = [
