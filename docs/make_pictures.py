@@ -19,8 +19,8 @@ from PIL import Image
 from keygrip.data.batches import PolicyBatch
 from keygrip.evaluation.callback import read_frames
 from keygrip.evaluation.closed_loop import HELD_OUT_SEED, ClosedLoop
+from keygrip.models.volume_query.module import VolumeQueryModule
 from keygrip.training.checkpoints import load_module, read_checkpoint
-from keygrip.volume_query.module import VolumeQueryModule
 
 PICTURES = Path(__file__).parent / "pictures"
 

@@ -14,8 +14,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 
-from keygrip.foveated_vlm.module import FoveatedVLMModule
-from keygrip.foveated_vlm.pictures import show_answers
+from keygrip.models.foveated_vlm.figures import show_answers
+from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.training.checkpoints import load_module, read_checkpoint
 
 PICTURES = Path(__file__).parent / "pictures"

@@ -48,7 +48,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     from hydra.utils import instantiate
 
-    from keygrip.training.provenance import machine
+    from keygrip.training.metadata import machine
 
     os.environ.setdefault(
         "KINETO_LOG_LEVEL", "9"

@@ -22,7 +22,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from keygrip.training.interruption import Interrupted, SweepInterrupted
+from keygrip.training.signals import Interrupted, SweepInterrupted
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from keygrip.config import EntrySchema, compose, entry_point, register
 
 if TYPE_CHECKING:
-    from keygrip.evaluation.evaluation import Evaluation
+    from keygrip.evaluation.kinds import Evaluation
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +64,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: no such checkpoint, or one of a model that cannot be evaluated so.
     """
-    from keygrip.evaluation.evaluation import Evaluable, Evaluated
+    from keygrip.evaluation.kinds import Evaluable, Evaluated
     from keygrip.training.checkpoints import find_checkpoint, load_module, read_checkpoint
-    from keygrip.training.provenance import machine
+    from keygrip.training.metadata import machine
 
     file = find_checkpoint(cfg.checkpoint)
     config = OmegaConf.create(read_checkpoint(file)["keygrip"]["config"])

@@ -45,13 +45,13 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     import torch
 
     from keygrip.data.batches import Turn
-    from keygrip.foveated_vlm.conversations import encode_conversation
-    from keygrip.foveated_vlm.evaluation import normalised
-    from keygrip.foveated_vlm.generation import generate
-    from keygrip.foveated_vlm.module import FoveatedVLMModule, patch_maps
-    from keygrip.foveated_vlm.network import FoveatedVLM, VLMOutput
-    from keygrip.foveated_vlm.pictures import draw_looks
-    from keygrip.foveated_vlm.videos import read_frames
+    from keygrip.data.video_text.video_files import read_frames
+    from keygrip.evaluation.video_text import normalised
+    from keygrip.models.foveated_vlm.conversations import encode_conversation
+    from keygrip.models.foveated_vlm.figures import draw_looks
+    from keygrip.models.foveated_vlm.generation import generate
+    from keygrip.models.foveated_vlm.module import FoveatedVLMModule, patch_maps
+    from keygrip.models.foveated_vlm.network import FoveatedVLM, VLMOutput
     from keygrip.training.checkpoints import load_module
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -21,10 +21,10 @@ from keygrip.config import EntrySchema, entry_point, register
 if TYPE_CHECKING:
     import torch
 
-    from keygrip.data.crops import Bucket
-    from keygrip.patch_dit.context import Conditions
-    from keygrip.patch_dit.module import PatchDiTModule
-    from keygrip.patch_dit.sampler import Sampling
+    from keygrip.data.image_text.crops import Bucket
+    from keygrip.models.patch_dit.context import Conditions
+    from keygrip.models.patch_dit.module import PatchDiTModule
+    from keygrip.models.patch_dit.sampler import Sampling
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     import torch
 
-    from keygrip.patch_dit.module import PatchDiTModule
+    from keygrip.models.patch_dit.module import PatchDiTModule
     from keygrip.training.checkpoints import find_checkpoint, load_module
 
     wishes = wanted(cfg)
@@ -154,7 +154,7 @@ def bucket_of(size: Any, module: PatchDiTModule) -> Bucket:
     Raises:
         ValueError: no size, or sides that do not divide.
     """
-    from keygrip.data.crops import Bucket
+    from keygrip.data.image_text.crops import Bucket
 
     stride = module.encoders.latent_stride
     trained = [Bucket(width * stride, height * stride) for height, width in module.statistics.latent_sizes]
@@ -208,7 +208,7 @@ def conditions_of(
     import numpy as np
     import torch
 
-    from keygrip.patch_dit.context import Conditions
+    from keygrip.models.patch_dit.context import Conditions
 
     encoders, statistics = module.encoders, module.statistics
     states = mask = cls = patches = None
@@ -225,7 +225,7 @@ def _crops(image: str, bucket: Bucket, encoders: Any) -> tuple[Any, Any]:
     """What a picture shows of itself at the size to draw, and the DINO view of the very same crop; both uint8 HWC."""
     from PIL import Image, UnidentifiedImageError
 
-    from keygrip.data.crops import cut_out, shared_crop
+    from keygrip.data.image_text.crops import cut_out, shared_crop
 
     try:
         with Image.open(image) as opened:
@@ -246,7 +246,7 @@ def write(
     import torch
     from PIL import Image
 
-    from keygrip.patch_dit.pictures import as_bytes, picture_grid
+    from keygrip.models.patch_dit.figures import as_bytes, picture_grid
 
     folder.mkdir(parents=True, exist_ok=True)
     rows: dict[tuple[str | None, str | None], list[torch.Tensor]] = {}

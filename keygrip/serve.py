@@ -21,7 +21,7 @@ from omegaconf import MISSING, DictConfig
 from keygrip.config import EntrySchema, entry_point, register
 
 if TYPE_CHECKING:
-    from keygrip.serving.server import PolicyServer
+    from keygrip.runtime.server import PolicyServer
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +49,11 @@ def run(cfg: DictConfig, ready: Callable[[dict[str, Any]], None] = lambda about:
             cannot be had.
     """
     from keygrip.evaluation.closed_loop import changed
-    from keygrip.evaluation.evaluation import plain
+    from keygrip.evaluation.kinds import plain
     from keygrip.training.checkpoints import find_checkpoint, load_module
 
     try:
-        from keygrip.serving.server import PolicyServer
+        from keygrip.runtime.server import PolicyServer
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"serving needs {error.name}: pip install 'keygrip[serve]'") from error
     import torch

@@ -39,7 +39,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: settings or data that cannot be trained with; nothing is written then but the run folder.
         FileNotFoundError: data, weights or a checkpoint to resume are missing.
-        keygrip.training.interruption.Interrupted: a signal ended the run, after saving.
+        keygrip.training.signals.Interrupted: a signal ended the run, after saving.
     """
     started = time.time()
     cfg = cfg.copy()
@@ -55,8 +55,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     from keygrip.training.checkpoints import Header, build_module
     from keygrip.training.compatibility import refuse_unfit
-    from keygrip.training.health import RandomnessByStep
-    from keygrip.training.provenance import provenance
+    from keygrip.training.metadata import provenance
+    from keygrip.training.monitors import RandomnessByStep
     from keygrip.training.saving import AtomicCheckpointIO
 
     refuse_unfit(cfg, _overrides())

@@ -23,8 +23,8 @@ from keygrip.benchmarks.phases import PhaseTimes
 from keygrip.benchmarks.training import Training
 from keygrip.benchmarks.volume_loss import Problem, VolumeLoss
 from keygrip.config import compose
-from keygrip.data.demos import ArmPose, CameraPose, DemoWriter, find_demos
-from keygrip.volume_query.volume import volume_cross_entropy
+from keygrip.data.robot.demos import ArmPose, CameraPose, DemoWriter, find_demos
+from keygrip.models.volume_query.volume import volume_cross_entropy
 
 CPU = torch.device("cpu")
 FRAMES = 12
@@ -64,7 +64,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         asked.append(demos)
         write_demos(root, demos, image_size)
 
-    monkeypatch.setattr("keygrip.sim.recorder.record", record)
+    monkeypatch.setattr("keygrip.recording.demonstrations.record", record)
     return asked
 
 

@@ -15,8 +15,8 @@ import torch
 
 from keygrip import demo, evaluate, prepare, train
 from keygrip.config import compose
+from keygrip.models.volume_query.module import VolumeQueryModule
 from keygrip.training.checkpoints import load_module, read_checkpoint
-from keygrip.volume_query.module import VolumeQueryModule
 
 SMALL = [
     "backbone.image_size=64", "backbone.width=32", "backbone.depth=1", "backbone.heads=2", "model.network.pred_size=16",

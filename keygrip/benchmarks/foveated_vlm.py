@@ -15,8 +15,8 @@ from keygrip.benchmarks.measuring import Timed, Work, interleaved_seconds, milli
 from keygrip.config import compose
 
 if TYPE_CHECKING:
-    from keygrip.foveated_vlm.network import FoveatedVLM
-    from keygrip.foveated_vlm.rows import TextRows
+    from keygrip.models.foveated_vlm.network import FoveatedVLM
+    from keygrip.models.foveated_vlm.rows import TextRows
 
 PROMPT_SHARE = 0.75  # of the text tokens stand before the answer, where the question is first
 
@@ -71,7 +71,7 @@ class VLMStep(Timed):
         return figures
 
     def _batch(self, network: FoveatedVLM, order: str, frames: int, device: torch.device) -> tuple[Tensor, TextRows]:
-        from keygrip.foveated_vlm.rows import TextRows
+        from keygrip.models.foveated_vlm.rows import TextRows
 
         size, rows = network.backbone.image_size, self.videos * self.questions
         generator = torch.Generator().manual_seed(0)
@@ -173,7 +173,7 @@ class _Step:
     mode: str
 
     def __call__(self) -> None:
-        from keygrip.foveated_vlm.loss import token_cross_entropy
+        from keygrip.models.foveated_vlm.loss import token_cross_entropy
 
         self.network.zero_grad(set_to_none=True)
         output = self.network(self.frames, self.rows, self.mode)
@@ -187,7 +187,7 @@ class _Frame:
     """One frame more on a cache of so many positions, which is then cut back to what it was."""
 
     def __init__(self, network: FoveatedVLM, kv: Sequence[object], past: int, device: torch.device) -> None:
-        from keygrip.foveated_vlm.language import LanguageCache
+        from keygrip.models.language.llama import LanguageCache
 
         self.network, self.kv, self.past = network, kv, past
         self.cache = LanguageCache()
@@ -205,7 +205,7 @@ class _Frame:
 def _network(overrides: Sequence[str]) -> tuple[FoveatedVLM, torch.device]:
     from omegaconf import OmegaConf
 
-    from keygrip.foveated_vlm.network import FoveatedVLM
+    from keygrip.models.foveated_vlm.network import FoveatedVLM
     from keygrip.training.checkpoints import build_module
 
     config = compose("train", overrides)

@@ -18,8 +18,8 @@ from keygrip.benchmarks.measuring import Timed, Work, interleaved_seconds, milli
 from keygrip.config import compose
 
 if TYPE_CHECKING:
-    from keygrip.geometry_vla.module import GeometryVLAModule
-    from keygrip.geometry_vla.network import Scene
+    from keygrip.models.geometry_vla.module import GeometryVLAModule
+    from keygrip.models.geometry_vla.network import Scene
 
 INSTRUCTION = "put the red cube into the bowl"
 
@@ -41,7 +41,7 @@ class VLAParams:
 
     def run(self, quick: bool) -> dict[str, float]:
         """`pool_m`, `per_layer_m`, `qformer_m`."""
-        from keygrip.geometry_vla.compression import TYPES, build_geom_compressor
+        from keygrip.models.geometry_vla.compression import TYPES, build_geom_compressor
 
         figures = {}
         for kind in TYPES:
@@ -123,11 +123,11 @@ class _Parts:
 
 def untrained(config: DictConfig) -> GeometryVLAModule:
     """The module of a training config with random weights, and statistics of poses above a table."""
-    from keygrip.data.augmentation import ImageGeometry
     from keygrip.data.batches import PolicyTargets
-    from keygrip.data.robot_demos import DemoStatistics
-    from keygrip.geometry.rotations import rotation_exp
-    from keygrip.geometry_vla.module import GeometryVLAModule
+    from keygrip.data.robot.augmentation import ImageGeometry
+    from keygrip.data.robot.datamodule import DemoStatistics
+    from keygrip.models.geometry.rotations import rotation_exp
+    from keygrip.models.geometry_vla.module import GeometryVLAModule
     from keygrip.training.checkpoints import build_module
 
     OmegaConf.resolve(config)

@@ -19,8 +19,8 @@ from keygrip.benchmarks.measuring import Timed, interleaved_seconds, millisecond
 from keygrip.config import compose
 
 if TYPE_CHECKING:
-    from keygrip.volume_query.control import VolumeQueryPolicy
-    from keygrip.volume_query.module import VolumeQueryModule
+    from keygrip.models.volume_query.module import VolumeQueryModule
+    from keygrip.models.volume_query.policy import VolumeQueryPolicy
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ def threads(count: int) -> Iterator[None]:
 
 def untrained(config: DictConfig) -> VolumeQueryModule:
     """The volume-query module of a training config, with random weights and a table's ranges as statistics."""
-    from keygrip.data.augmentation import ImageGeometry
-    from keygrip.data.robot_demos import DemoStatistics
+    from keygrip.data.robot.augmentation import ImageGeometry
+    from keygrip.data.robot.datamodule import DemoStatistics
+    from keygrip.models.volume_query.module import VolumeQueryModule
     from keygrip.training.checkpoints import build_module
-    from keygrip.volume_query.module import VolumeQueryModule
 
     OmegaConf.resolve(config)
     module = build_module({"model": OmegaConf.to_container(config.model)}, random_backbone=True)

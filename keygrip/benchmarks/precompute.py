@@ -22,7 +22,8 @@ class Precompute:
     Args:
         overrides: of ``keygrip.train``, which say what encoders; their weights are random unless they name others.
         pictures, quick_pictures: how many JPEG files. width, height: of each.
-        size, bucket_step: of the buckets. batch_size, workers, device: see :func:`keygrip.data.sources.images.images`.
+        size, bucket_step: of the buckets.
+        batch_size, workers, device: see :func:`keygrip.data.image_text.sources.images.images`.
     """
 
     overrides: list[str]
@@ -40,7 +41,7 @@ class Precompute:
         """The figures."""
         from hydra.utils import instantiate
 
-        from keygrip.data.sources.images import images
+        from keygrip.data.image_text.sources.images import images
 
         encoders: Any = instantiate(compose("train", self.overrides).encoders, _convert_="all")
         with tempfile.TemporaryDirectory(prefix="keygrip-bench-") as name:
@@ -65,7 +66,7 @@ class Precompute:
 
     def write(self, folder: Path, count: int) -> int:
         """Pictures about as hard to decode as photographs, with captions, wide and upright ones; how many."""
-        from keygrip.data.conversations import encode_jpeg
+        from keygrip.data.video_text.conversations import encode_jpeg
 
         rng = np.random.default_rng(0)
         folder.mkdir(parents=True)

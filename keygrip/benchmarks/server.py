@@ -61,7 +61,7 @@ class Server:
                 process.kill()
 
     def _measure(self, url: str, quick: bool) -> dict[str, float]:
-        from keygrip.serving.client import RemotePolicy
+        from keygrip.runtime.client import RemotePolicy
 
         requests, limit_s = (self.quick_requests, self.quick_limit_s) if quick else (self.requests, self.limit_s)
         observation = looking_down(compose("train", self.overrides).data.record.image_size)
@@ -99,7 +99,7 @@ class Server:
 
 def _serve(overrides: list[str], clients: int, parent: Connection) -> None:
     """A server until the other end of `parent` is closed."""
-    from keygrip.serving.server import Limits, PolicyServer
+    from keygrip.runtime.server import Limits, PolicyServer
 
     policy = untrained(compose("train", overrides)).policy()
     server = PolicyServer(policy, policy.needs, {"model": type(policy.module).__name__}, Limits(waiting=clients))

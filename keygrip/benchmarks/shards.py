@@ -12,10 +12,16 @@ import torch
 from tqdm import tqdm
 
 from keygrip.data.batches import VideoTextBatch, stack_frames
-from keygrip.data.conversations import VideoTextSample, answer, describe_video_text, encode_jpeg, video_text_parts
-from keygrip.data.mixing import Component, Mixture, padded_share
-from keygrip.data.shards import ShardWriter, write_manifest
-from keygrip.data.video_texts import CHARACTERS_A_TOKEN, ShardSource, VideoTexts
+from keygrip.data.shards.mixing import Component, Mixture, padded_share
+from keygrip.data.shards.tars import ShardWriter, write_manifest
+from keygrip.data.video_text.conversations import (
+    VideoTextSample,
+    answer,
+    describe_video_text,
+    encode_jpeg,
+    video_text_parts,
+)
+from keygrip.data.video_text.datamodule import CHARACTERS_A_TOKEN, ShardSource, VideoTexts
 
 MAX_FRAMES = 64
 

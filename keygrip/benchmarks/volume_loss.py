@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from keygrip.benchmarks.measuring import Timed, interleaved_seconds, milliseconds, peak_extra_bytes
-from keygrip.nn.sinusoids import sinusoidal_features
-from keygrip.volume_query.volume import VolumeLogits, hard_target, volume_cross_entropy
+from keygrip.models.nn.sinusoids import sinusoidal_features
+from keygrip.models.volume_query.volume import VolumeLogits, hard_target, volume_cross_entropy
 
 
 @dataclass(frozen=True)

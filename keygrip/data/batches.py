@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from keygrip.data.conversations import Conversation as Conversation
-from keygrip.data.conversations import Turn as Turn
-from keygrip.data.conversations import VideoTextSample as VideoTextSample
+from keygrip.data.video_text.conversations import Conversation as Conversation
+from keygrip.data.video_text.conversations import Turn as Turn
+from keygrip.data.video_text.conversations import VideoTextSample as VideoTextSample
 
 CLOSED = 0.5  # of a gripper's opening: less is closed
 

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from keygrip.control import RecedingHorizon
 from keygrip.evaluation.statistics import wilson_interval
+from keygrip.runtime.chunk_execution import RecedingHorizon
 
 if TYPE_CHECKING:
-    from keygrip.sim.tasks import TaskOptions
+    from keygrip.envs.yam.tasks import TaskOptions
 
 Options = TypeVar("Options", bound=Any)  # a dataclass
 
@@ -273,7 +273,7 @@ class _Worker:
         self._environment: tuple[tuple[tuple[str, Any], ...], Any] | None = None
 
     def environment(self, overrides: dict[str, Any]) -> Any:
-        from keygrip.sim.environment import YamCell
+        from keygrip.envs.yam.environment import YamCell
 
         key = tuple(sorted(overrides.items()))
         if self._environment is None or self._environment[0] != key:
@@ -293,7 +293,7 @@ class _Worker:
         observation, info = environment.reset(seed=job.seed)
         film = None
         if job.video is not None:
-            from keygrip.evaluation.film import Film
+            from keygrip.evaluation.rollout_video import Film
 
             film = Film(job.video, self.settings.hz, info["instruction"])
         steps, over, failure, detail = 0, False, None, None

@@ -18,14 +18,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 
-from keygrip.training.averaging import AVERAGE
+from keygrip.training.ema import AVERAGE
 from keygrip.training.run_folder import CHECKPOINT
 
 log = logging.getLogger(__name__)
 
 HEADER = "keygrip"
 # Parts that may load weights of their own, and keep them in the checkpoint.
-PRETRAINED = ("keygrip.backbone", "keygrip.foveated_vlm.language", "keygrip.geometry_vla.encoders")
+PRETRAINED = ("keygrip.models.backbone", "keygrip.models.language.llama", "keygrip.models.language.qwen_vl")
 FORMAT = 1
 
 
@@ -34,7 +34,7 @@ class Header(Callback):
 
     Args:
         config: the resolved config of the run.
-        origin: see ``keygrip.training.provenance``.
+        origin: see ``keygrip.training.metadata``.
     """
 
     def __init__(self, config: dict[str, Any], origin: dict[str, Any]) -> None:

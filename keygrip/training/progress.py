@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from tqdm import tqdm
 
-from keygrip.training.reduction import global_sum
+from keygrip.training.distributed import global_sum
 
 log = logging.getLogger(__name__)
 

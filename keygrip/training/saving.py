@@ -17,8 +17,8 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from keygrip.training.interruption import Interrupted
 from keygrip.training.sharding import local
+from keygrip.training.signals import Interrupted
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 
-from keygrip.training.interruption import Interrupted, SweepInterrupted
+from keygrip.training.signals import Interrupted, SweepInterrupted
 
 log = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ def _command(config: DictConfig) -> str:
 
 def _record(folder: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A sweep as it is kept under ``benchmarks/``."""
-    from keygrip.training.provenance import git_revision, machine
+    from keygrip.training.metadata import git_revision, machine
 
     plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     return {
@@ -295,7 +295,7 @@ def _draw_losses(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
         return  # nothing was trained, or nothing logged
     from torch.utils.tensorboard.writer import SummaryWriter
 
-    from keygrip.figures import figure_to_image
+    from keygrip.training.images import figure_to_image
 
     temporary = folder / f".{LOSSES}.writing"
     figure.savefig(temporary, format="png")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keygrip.data.robot_demos import RobotDemos
+from keygrip.data.robot.datamodule import RobotDemos
 
 WIDTH, HEIGHT, FRAMES = 48, 40, 12
 

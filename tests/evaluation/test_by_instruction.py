@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from keygrip.control import Observation, Plan, RecedingHorizon, views_of
+from keygrip.envs.yam.environment import YamCell
+from keygrip.envs.yam.expert import expert_actions
+from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.evaluation import closed_loop
 from keygrip.evaluation.closed_loop import ClosedLoop, ConditionResult, EpisodeResult
-from keygrip.sim.environment import YamCell
-from keygrip.sim.expert import expert_actions
-from keygrip.sim.tasks import TaskOptions
+from keygrip.models.policy import Observation, Plan, views_of
+from keygrip.runtime.chunk_execution import RecedingHorizon
 
 TASK = TaskOptions(name="named_place", distractors=2, pedestal_m=0.06, camera_jitter_deg=5.0)
 

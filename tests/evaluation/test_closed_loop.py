@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from keygrip.control import Plan, RecedingHorizon
+from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.evaluation import closed_loop
 from keygrip.evaluation.callback import read_frames, write_result
 from keygrip.evaluation.closed_loop import ClosedLoop, ConditionResult, EpisodeResult, summarise
 from keygrip.evaluation.statistics import wilson_interval
-from keygrip.sim.tasks import TaskOptions
+from keygrip.models.policy import Plan
+from keygrip.runtime.chunk_execution import RecedingHorizon
 
 
 def test_wilson_interval_against_published_values() -> None:

@@ -11,11 +11,11 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from keygrip.config import compose
-from keygrip.data.image_shards import write_info
-from keygrip.data.image_texts import describe_image_text, image_text_parts
-from keygrip.data.shards import ShardWriter, write_manifest
-from keygrip.patch_dit.context import Conditions
-from keygrip.patch_dit.network import PatchDiT
+from keygrip.data.image_text.datamodule import write_info
+from keygrip.data.image_text.samples import describe_image_text, image_text_parts
+from keygrip.data.shards.tars import ShardWriter, write_manifest
+from keygrip.models.patch_dit.context import Conditions
+from keygrip.models.patch_dit.network import PatchDiT
 
 TEXT_DIM, DINO_DIM, CHANNELS = 6, 10, 3
 

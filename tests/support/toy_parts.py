@@ -11,8 +11,8 @@ import torch
 from lightning import LightningDataModule, LightningModule
 from torch import Tensor, nn
 
+from keygrip.training.distributed import global_mean, world_size
 from keygrip.training.optimizers import AdamW
-from keygrip.training.reduction import global_mean, world_size
 
 
 class ToyModule(LightningModule):

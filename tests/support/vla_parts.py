@@ -9,19 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keygrip.backbone import DinoBackbone
-from keygrip.data.augmentation import ImageGeometry
 from keygrip.data.batches import MultiViewPolicyBatch, PolicyTargets
-from keygrip.data.demos import ArmPose, CameraPose, DemoWriter
-from keygrip.data.robot_demos import DemoStatistics
-from keygrip.foveated_vlm.language import TrainedTokenizer
-from keygrip.geometry.rotations import rotation_exp
-from keygrip.geometry_vla.actions import PoseActions, PoseKind
-from keygrip.geometry_vla.encoders import QwenVL, Vision
-from keygrip.geometry_vla.geometry import DinoMultiView, GeometryEncoder
-from keygrip.geometry_vla.module import GeometryVLAModule
-from keygrip.geometry_vla.network import GeometryVLA
-from keygrip.nn.flow_matching import BetaLevels
+from keygrip.data.robot.augmentation import ImageGeometry
+from keygrip.data.robot.datamodule import DemoStatistics
+from keygrip.data.robot.demos import ArmPose, CameraPose, DemoWriter
+from keygrip.models.backbone import DinoBackbone
+from keygrip.models.geometry.rotations import rotation_exp
+from keygrip.models.geometry_vla.actions import PoseActions, PoseKind
+from keygrip.models.geometry_vla.geometry import DinoMultiView, GeometryEncoder
+from keygrip.models.geometry_vla.module import GeometryVLAModule
+from keygrip.models.geometry_vla.network import GeometryVLA
+from keygrip.models.language.llama import TrainedTokenizer
+from keygrip.models.language.qwen_vl import QwenVL, Vision
+from keygrip.models.nn.flow_matching import BetaLevels
 from keygrip.training.optimizers import AdamW
 
 S, T, V = 32, 4, 2

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from keygrip.backbone import DinoBackbone
-from keygrip.foveated_vlm.language import LanguageModel
-from keygrip.foveated_vlm.rows import TextRows
+from keygrip.models.backbone import DinoBackbone
+from keygrip.models.foveated_vlm.rows import TextRows
+from keygrip.models.language.llama import LanguageModel
 
 SIZES = {"dinov2_vits14": 28, "dinov3_vits16": 32, "tiny": 32}
 

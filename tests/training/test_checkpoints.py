@@ -120,7 +120,13 @@ def test_backbones_are_built_random_however_deep_they_are_nested() -> None:
         "model": {
             "_target_": "builtins.dict",
             "parts": [
-                {"network": {"_target_": "keygrip.backbone.missing", "weights": "pretrained", "weights_path": "x"}}
+                {
+                    "network": {
+                        "_target_": "keygrip.models.backbone.missing",
+                        "weights": "pretrained",
+                        "weights_path": "x",
+                    }
+                }
             ],
         }
     }
@@ -128,7 +134,7 @@ def test_backbones_are_built_random_however_deep_they_are_nested() -> None:
 
     checkpoints._make_backbones_random(config["model"])
     made.append(config["model"]["parts"][0]["network"])  # type: ignore[index]
-    assert made == [{"_target_": "keygrip.backbone.missing", "weights": "random", "weights_path": None}]
+    assert made == [{"_target_": "keygrip.models.backbone.missing", "weights": "random", "weights_path": None}]
 
 
 def test_build_module_does_not_change_the_config(run_folder: Path) -> None:

@@ -22,20 +22,20 @@ from vla_parts import ready_module, small_batch
 from vlm_parts import frames_of, rows_of, small_backbone, small_language
 
 from keygrip import train
-from keygrip.backbone import DinoBackbone
 from keygrip.config import compose
-from keygrip.foveated_vlm.conversations import ConversationCollator
-from keygrip.foveated_vlm.language import TrainedTokenizer
-from keygrip.foveated_vlm.module import FoveatedVLMModule
-from keygrip.foveated_vlm.network import FoveatedVLM
-from keygrip.geometry.rotation_codecs import PCARotation
+from keygrip.models.backbone import DinoBackbone
+from keygrip.models.foveated_vlm.conversations import ConversationCollator
+from keygrip.models.foveated_vlm.module import FoveatedVLMModule
+from keygrip.models.foveated_vlm.network import FoveatedVLM
+from keygrip.models.geometry.rotation_codecs import PCARotation
+from keygrip.models.language.llama import TrainedTokenizer
+from keygrip.models.volume_query.decoding import Decoder
+from keygrip.models.volume_query.module import VolumeQueryModule
+from keygrip.models.volume_query.network import VolumeQueryNetwork
 from keygrip.training import compilation
 from keygrip.training.checkpoints import build_module, read_checkpoint
 from keygrip.training.compilation import Compilation
 from keygrip.training.optimizers import AdamW
-from keygrip.volume_query.decoding import Decoder
-from keygrip.volume_query.module import VolumeQueryModule
-from keygrip.volume_query.network import VolumeQueryNetwork
 
 System = tuple[LightningModule, Callable[[Any], Tensor]]
 TRACED = Compilation(backend="aot_eager")

@@ -52,7 +52,7 @@ def test_skipped_samples_are_counted_in_the_event_files(
     import toy_parts
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from keygrip.data.skipping import Skipped
+    from keygrip.data.shards.bad_samples import Skipped
 
     def board(name: str) -> EventAccumulator:
         options = ["logger=tensorboard", "callbacks.skipped.every_n_steps=5", "limit_val_batches=0"]

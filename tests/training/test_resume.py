@@ -14,7 +14,7 @@ from torch import Tensor
 from keygrip import train
 from keygrip.config import compose
 from keygrip.training.checkpoints import read_checkpoint
-from keygrip.training.interruption import Interrupted
+from keygrip.training.signals import Interrupted
 
 
 def state_of(folder: Path) -> dict[str, Tensor]:

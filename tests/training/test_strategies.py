@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from keygrip.training import strategies
-from keygrip.training.reduction import global_mean
+from keygrip.training.distributed import global_mean
 from keygrip.training.sharding import local, local_like, reshard
 from keygrip.training.strategies import Strategy
 

@@ -1,0 +1,193 @@
+"""The contents of shards of images with text, as the patch-conditioned DiT trains on them.
+
+Parts of a sample: "dinov3.npy" [D], "dinov3_patches.npy" [gh * gw, D], "vae.npy" [C, h, w], "t5h.npy" [L, Dt],
+"t5m.npy" [L] and "json" with `caption`, `size` (width and height of the source picture), `crop` (the box of it that
+latent and view both show), `patch_grid` [gh, gw] and perhaps `evidence`. Half precision is enough for all of them. Text
+states may end with the last token (fewer than L rows); what is missing is padding.
+
+Columns: sizes of all parts, 0 where one is missing, so that what a set holds and lacks is known without opening it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from keygrip.data.shards.tars import Parts, Row, SampleError, ShardSet
+
+CLS, PATCHES, LATENT, TEXT, TEXT_MASK, RECORD = (
+    "dinov3.npy",
+    "dinov3_patches.npy",
+    "vae.npy",
+    "t5h.npy",
+    "t5m.npy",
+    "json",
+)
+NEEDED = (CLS, PATCHES, LATENT, TEXT, TEXT_MASK, RECORD)
+
+
+@dataclass(frozen=True)
+class ImageTextSample:
+    """One image with its text; see :class:`keygrip.data.batches.ImageTextBatch` for the shapes without B."""
+
+    latent: np.ndarray
+    text_states: np.ndarray
+    text_mask: np.ndarray
+    dino_cls: np.ndarray
+    dino_patches: np.ndarray
+    patch_grid: tuple[int, int]
+    record: dict[str, Any]
+    key: str
+
+
+def is_image_text(names: Any) -> bool:
+    """Whether parts of these names are of an image with text."""
+    return bool({CLS, PATCHES, LATENT, TEXT, TEXT_MASK} & set(names))
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def image_text_parts(
+    latent: np.ndarray,
+    text_states: np.ndarray,
+    text_mask: np.ndarray,
+    dino_cls: np.ndarray,
+    dino_patches: np.ndarray,
+    record: Mapping[str, Any],
+    trim_text: bool = False,
+) -> tuple[Parts, Row]:
+    """Parts and columns of a sample.
+
+    Args:
+        record: what goes into "json"; needs `caption` and `patch_grid`.
+        trim_text: leave out the text states of padding.
+
+    Raises:
+        ValueError: numbers that are not finite in half precision, or shapes that do not belong together.
+    """
+    tokens = int(text_mask.sum())
+    if not text_mask[:tokens].all():
+        raise ValueError("padding stands between the tokens of the caption")
+    if trim_text:
+        text_states = text_states[:tokens]
+    arrays = {CLS: dino_cls, PATCHES: dino_patches, LATENT: latent, TEXT: text_states}
+    parts = {}
+    for name, values in arrays.items():
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
+        if not np.isfinite(half).all():
+            raise ValueError(f"{name} holds numbers that are not finite in half precision")
+        parts[name] = npy_bytes(half)
+    parts[TEXT_MASK] = npy_bytes(text_mask.astype(np.uint8))
+    parts[RECORD] = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+    return parts, describe_image_text(parts)
+
+
+def npy_bytes(values: np.ndarray) -> bytes:
+    """An array as an .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(values), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def npy_shape(content: bytes) -> tuple[int, ...]:
+    """Shape of an .npy file, from its header."""
+    buffer = io.BytesIO(content)
+    version = np.lib.format.read_magic(buffer)
+    reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return tuple(int(n) for n in reader(buffer)[0])
+
+
+def describe_image_text(parts: Parts) -> Row:
+    """Columns of a sample: sizes, 0 for what is missing.
+
+    Raises:
+        ValueError: something there has another number of dimensions than it must have.
+    """
+    dimensions = {LATENT: 3, CLS: 1, PATCHES: 2, TEXT: 2, TEXT_MASK: 1}
+    shapes = {name: npy_shape(parts[name]) if name in parts else (0,) * count for name, count in dimensions.items()}
+    for name, count in dimensions.items():
+        if len(shapes[name]) != count:
+            raise ValueError(f"{name} has the shape {shapes[name]}, not {count} dimensions")
+    record = json.loads(parts[RECORD]) if RECORD in parts else {}
+    rows, columns = grid_of(record, shapes[PATCHES][0]) if PATCHES in parts else (0, 0)
+    mask = np.load(io.BytesIO(parts[TEXT_MASK]), allow_pickle=False) if TEXT_MASK in parts else np.zeros(0)
+    channels, height, width = shapes[LATENT]
+    return {
+        "latent_channels": channels,
+        "latent_height": height,
+        "latent_width": width,
+        "dino": shapes[CLS][0],
+        "patches": shapes[PATCHES][0],
+        "grid_height": rows,
+        "grid_width": columns,
+        "text_dim": shapes[TEXT][1],
+        "text_length": shapes[TEXT_MASK][0],
+        "text_tokens": int(mask.astype(bool).sum()),
+        "caption_length": len(str(record.get("caption", ""))),
+    }
+
+
+def grid_of(record: Mapping[str, Any], patches: int) -> tuple[int, int]:
+    """(gh, gw) of a sample: as its record says, else a square.
+
+    Raises:
+        ValueError: the number of patches is another one.
+    """
+    if "patch_grid" in record:
+        rows, columns = (int(n) for n in record["patch_grid"])
+    else:
+        rows = columns = math.isqrt(patches)
+    if rows * columns != patches:
+        raise ValueError(f"{patches} patches do not make a grid of {rows} x {columns}")
+    return rows, columns
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def missing_parts(row: Mapping[str, Any]) -> list[str]:
+    """Which needed parts a sample lacks, from its columns."""
+    sizes = {LATENT: "latent_channels", CLS: "dino", PATCHES: "patches", TEXT: "text_dim", TEXT_MASK: "text_length"}
+    return [name for name, column in sizes.items() if not row[column]]
+
+
+def read_image_text(shards: ShardSet, sample: int) -> ImageTextSample:
+    """A sample, in float32.
+
+    Raises:
+        SampleError: a part is missing, cannot be read, holds numbers that are not finite or has a shape that does not
+            fit the others.
+    """
+    where = shards.where(sample)
+    parts = shards.read(sample, NEEDED)
+    missing = [name for name in NEEDED if name not in parts]
+    if missing:
+        raise SampleError(f"{where}: it has no {', '.join(missing)}")
+    try:
+        record = json.loads(parts[RECORD])
+        arrays = {n: np.load(io.BytesIO(parts[n]), allow_pickle=False) for n in (CLS, PATCHES, LATENT, TEXT, TEXT_MASK)}
+        mask = arrays[TEXT_MASK].astype(bool)
+        values = {name: arrays[name].astype(np.float32) for name in (CLS, PATCHES, LATENT, TEXT)}
+        grid = grid_of(record, len(values[PATCHES]))
+        for name, array in values.items():
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name} holds numbers that are not finite")
+        states, tokens = values[TEXT], int(mask.sum())
+        if values[CLS].ndim != 1 or values[PATCHES].shape[1] != len(values[CLS]) or values[LATENT].ndim != 3:
+            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in values.items())
+            raise ValueError(f"its parts do not belong together: {shapes}")
+        if mask.ndim != 1 or not mask[:tokens].all() or not tokens <= len(states) <= len(mask):
+            raise ValueError(f"{TEXT_MASK} {list(mask.shape)} with {tokens} tokens does not fit {list(states.shape)}")
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise SampleError(f"{where}: {error}") from error
+    whole = np.zeros((len(mask), states.shape[1]), np.float32)
+    whole[:tokens] = states[:tokens]  # zeros at padding, whatever the encoder left there
+    return ImageTextSample(values[LATENT], whole, mask, values[CLS], values[PATCHES], grid, record, shards.key(sample))

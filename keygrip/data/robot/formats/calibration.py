@@ -1,0 +1,262 @@
+"""The calibration file: what a recording without cameras or poses needs from the user. YAML or JSON.
+
+```yaml
+schema: keygrip.calibration/1
+conventions: {camera: opencv, pixel: centre, length: m}   # pixel: centre (OpenCV: first pixel's centre is 0, 0), corner
+arms:                              # bases in the world (z up); may be left out for one arm: its base is the world then
+  left:  {world_from_base: [[...4], [...4], [...4], [...4]], arm: yam, gripper: linear_4310}
+cameras:
+  top:                             # the recording's own name of the camera
+    width: 640                     # resolution that the intrinsics are for; other frames of the same shape are scaled
+    height: 480
+    intrinsics: {fx: 600, fy: 600, cx: 319.5, cy: 239.5}      # or a 3 x 3 matrix
+    world_to_camera: [[...]]       # or camera_to_world
+    rotate: 180                    # clockwise degrees by which frames must be turned to look as calibrated (default 0)
+  wrist:
+    ...
+    mounted_on: left               # an arm: the camera moves with its gripper
+    camera_to_gripper: [[...]]     # hand-eye calibration
+lerobot: ...                       # see lerobot_v3.py
+```
+
+Shapes: N frames.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keygrip.data.robot.formats.poses import invert, rigid
+
+SCHEMA = "keygrip.calibration/1"
+NAMES = ("calibration.yaml", "calibration.yml", "calibration.json")
+_CAMERA_KEYS = {
+    "width",
+    "height",
+    "intrinsics",
+    "world_to_camera",
+    "camera_to_world",
+    "mounted_on",
+    "camera_to_gripper",
+    "rotate",
+}
+_ARM_KEYS = {"world_from_base", "arm", "gripper"}
+
+
+@dataclass(frozen=True)
+class CameraCalibration:
+    """One camera: K [3, 3] in the corner convention for `width` x `height`, and where it is.
+
+    Either `world_to_camera` [4, 4] is set (fixed in the world), or `mounted_on` and `camera_to_gripper` [4, 4].
+    """
+
+    name: str
+    width: int
+    height: int
+    intrinsics: np.ndarray
+    world_to_camera: np.ndarray | None
+    mounted_on: str | None
+    camera_to_gripper: np.ndarray | None
+    rotate: int
+
+    def intrinsics_for(self, width: int, height: int) -> np.ndarray:
+        """K for frames of another resolution. Raises ValueError where the shape of the picture differs (a crop)."""
+        across, down = width / self.width, height / self.height
+        if abs(across / down - 1) > 0.01:
+            raise ValueError(
+                f"camera {self.name!r} is calibrated at {self.width} x {self.height}, its frames are {width} x "
+                f"{height}: "
+                "another shape is a crop, whose intrinsics must be given for it"
+            )
+        return np.diag([across, down, 1.0]) @ self.intrinsics
+
+    def poses(self, gripper_poses: dict[str, np.ndarray], frames: int) -> np.ndarray:
+        """`world_to_camera` of every frame, [N, 4, 4]; `gripper_poses` are world_from_gripper [N, 4, 4] by arm.
+
+        Raises ValueError where the camera is mounted on an arm that was not recorded.
+        """
+        if self.world_to_camera is not None:
+            return np.broadcast_to(self.world_to_camera, (frames, 4, 4))
+        assert self.mounted_on is not None
+        assert self.camera_to_gripper is not None
+        if self.mounted_on not in gripper_poses:
+            raise ValueError(
+                f"camera {self.name!r} is mounted on arm {self.mounted_on!r}; recorded are {', '.join(gripper_poses)}"
+            )
+        return invert(gripper_poses[self.mounted_on] @ self.camera_to_gripper)
+
+
+@dataclass(frozen=True)
+class ArmCalibration:
+    """Where an arm stands, world_from_base [4, 4], and which models its forward kinematics uses."""
+
+    world_from_base: np.ndarray = field(default_factory=lambda: np.eye(4))
+    arm: str = "yam"
+    gripper: str = "linear_4310"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A read calibration file."""
+
+    path: Path
+    cameras: dict[str, CameraCalibration]
+    arms: dict[str, ArmCalibration]
+    lerobot: dict[str, Any]
+
+    def arm(self, name: str, only: bool) -> ArmCalibration:
+        """The entry of an arm; where it is missing and this is the only arm, its base is the world."""
+        if name in self.arms:
+            return self.arms[name]
+        if only and not self.arms:
+            return ArmCalibration()
+        raise ValueError(f"{self.path} has no arms.{name}.world_from_base: where that arm's base stands in the world")
+
+    def camera(self, name: str) -> CameraCalibration:
+        if name not in self.cameras:
+            raise ValueError(
+                f"{self.path} has no camera {name!r}; it has {', '.join(self.cameras) or 'none'}. Add it, or leave "
+                "it out "
+                "by giving null"
+            )
+        return self.cameras[name]
+
+
+def find_calibration(root: Path, given: Path | None, format_name: str) -> Path:
+    """The file that the user named, else `calibration.yaml` (or .json) in the data folder.
+
+    Raises:
+        FileNotFoundError: neither is there; the message shows what the file must hold.
+    """
+    if given is not None:
+        if not given.is_file():
+            raise FileNotFoundError(f"calibration file {given} does not exist")
+        return given
+    for name in NAMES:
+        if (root / name).is_file():
+            return root / name
+    raise FileNotFoundError(
+        f"{root}: {format_name} recordings lack cameras in the world; write {root / NAMES[0]} (intrinsics and "
+        "world_to_camera of each camera, see keygrip/data/robot/formats/calibration.py) or name one with "
+        "data.calibration=PATH"
+    )
+
+
+def read_calibration(path: Path) -> Calibration:
+    """Reads and checks a calibration file.
+
+    Raises:
+        ValueError: another schema, a convention or an entry missing, misspelt or impossible.
+    """
+    content = read_mapping(path)
+    if content.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: schema is {content.get('schema')!r}, {SCHEMA!r} is needed")
+    _known(path, "the file", content, {"schema", "conventions", "arms", "cameras", "lerobot"})
+    conventions = content.get("conventions") or {}
+    _known(path, "conventions", conventions, {"camera", "pixel", "length"})
+    if conventions.get("camera") != "opencv" or conventions.get("length") != "m":
+        raise ValueError(f"{path}: conventions must name camera: opencv (x right, y down, z forward) and length: m")
+    pixel = conventions.get("pixel")
+    if pixel not in ("centre", "corner"):
+        raise ValueError(
+            f"{path}: conventions.pixel must be centre (OpenCV and camera drivers: the first pixel's centre is 0, 0) "
+            "or "
+            f"corner (its centre is 0.5, 0.5), not {pixel!r}"
+        )
+    cameras = {
+        str(name): _camera(path, str(name), entry, 0.5 if pixel == "centre" else 0.0)
+        for name, entry in (content.get("cameras") or {}).items()
+        if entry is not None
+    }
+    arms = {str(name): _arm(path, str(name), entry or {}) for name, entry in (content.get("arms") or {}).items()}
+    return Calibration(path, cameras, arms, dict(content.get("lerobot") or {}))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML or JSON file with a mapping at its top. Raises ValueError where it is not one."""
+    import yaml
+
+    try:
+        text = path.read_text()
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no mapping")
+    return content
+
+
+def _known(path: Path, where: str, entry: dict[str, Any], known: set[str]) -> None:
+    import difflib
+
+    if not isinstance(entry, dict):
+        raise ValueError(f"{path}: {where} must be a mapping")
+    for key in entry:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise ValueError(
+                f"{path}: {where} has an unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+
+
+def _matrix(path: Path, where: str, value: Any, shape: tuple[int, int]) -> np.ndarray:
+    try:
+        matrix = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {where} is not a matrix of numbers") from error
+    if matrix.shape != shape:
+        raise ValueError(f"{path}: {where} must be {shape[0]} x {shape[1]}, it is {list(matrix.shape)}")
+    return matrix
+
+
+def _camera(path: Path, name: str, entry: dict[str, Any], shift: float) -> CameraCalibration:
+    where = f"cameras.{name}"
+    _known(path, where, entry, _CAMERA_KEYS)
+    for key in ("width", "height", "intrinsics"):
+        if key not in entry:
+            raise ValueError(f"{path}: {where}.{key} is missing")
+    values = entry["intrinsics"]
+    if isinstance(values, dict):
+        _known(path, f"{where}.intrinsics", values, {"fx", "fy", "cx", "cy"})
+        if len(values) != 4:
+            raise ValueError(f"{path}: {where}.intrinsics needs fx, fy, cx and cy")
+        values = [[values["fx"], 0, values["cx"]], [0, values["fy"], values["cy"]], [0, 0, 1]]
+    intrinsics = _matrix(path, f"{where}.intrinsics", values, (3, 3))
+    intrinsics[:2, 2] += shift
+    given = [key for key in ("world_to_camera", "camera_to_world", "camera_to_gripper") if key in entry]
+    if len(given) != 1 or ("camera_to_gripper" in entry) != ("mounted_on" in entry):
+        raise ValueError(
+            f"{path}: {where} needs one of world_to_camera, camera_to_world, or mounted_on with camera_to_gripper; "
+            "it has "
+            f"{', '.join(given) or 'none'}"
+        )
+    pose = rigid(_matrix(path, f"{where}.{given[0]}", entry[given[0]], (4, 4)), f"{path}: {where}.{given[0]}")
+    rotate = entry.get("rotate", 0)
+    if rotate not in (0, 90, 180, 270):
+        raise ValueError(f"{path}: {where}.rotate must be 0, 90, 180 or 270")
+    mounted = given[0] == "camera_to_gripper"
+    return CameraCalibration(
+        name=name,
+        width=int(entry["width"]),
+        height=int(entry["height"]),
+        intrinsics=intrinsics,
+        world_to_camera=None if mounted else invert(pose) if given[0] == "camera_to_world" else pose,
+        mounted_on=str(entry["mounted_on"]) if mounted else None,
+        camera_to_gripper=pose if mounted else None,
+        rotate=rotate,
+    )
+
+
+def _arm(path: Path, name: str, entry: dict[str, Any]) -> ArmCalibration:
+    _known(path, f"arms.{name}", entry, _ARM_KEYS)
+    defaults = ArmCalibration()
+    base = defaults.world_from_base
+    if "world_from_base" in entry:
+        where = f"arms.{name}.world_from_base"
+        base = rigid(_matrix(path, where, entry["world_from_base"], (4, 4)), f"{path}: {where}")
+    return ArmCalibration(base, str(entry.get("arm", defaults.arm)), str(entry.get("gripper", defaults.gripper)))

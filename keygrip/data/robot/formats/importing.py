@@ -1,0 +1,107 @@
+"""Import of foreign recordings into native folders, demo by demo, so that it can be interrupted and continued."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from keygrip.data.robot.demos import DemoError, DemoReference, find_demos, write_demo
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ImportSummary:
+    """What an import did.
+
+    Attributes:
+        written: demos written now. skipped: demos that were there already.
+        broken: (name, reason) of demos that could not be read.
+        notes: what a reader did on its own account, once each.
+    """
+
+    written: int
+    skipped: int
+    broken: list[tuple[str, str]]
+    notes: list[str]
+
+
+def import_demos(
+    source: Path | str,
+    destination: Path | str,
+    format: str = "auto",
+    calibration: Path | str | None = None,
+    cameras: Sequence[str] | None = None,
+    video: bool = False,
+    jpeg_quality: int = 95,
+    max_demos: int | None = None,
+    max_broken_share: float = 0.1,
+    progress: bool = True,
+) -> ImportSummary:
+    """Writes every demo under `source` as a native folder of the same name under `destination`.
+
+    A demo is written under a hidden name and renamed when it is whole; demos that are there are left alone, so a second
+    call continues where the first was stopped.
+
+    Args:
+        source: folder of recordings. destination: folder of native demos; made where it is missing.
+        format, calibration: as for `find_demos`.
+        cameras: cameras to keep; None: all.
+        video, jpeg_quality: how pictures are stored (JPEG files are copied byte by byte otherwise).
+        max_demos: stop after so many demos (by name), None: all.
+        max_broken_share: more unreadable demos than this raise, with the list; what was written stays.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        FileNotFoundError: no data. ValueError: source and destination are one folder; too many broken demos.
+    """
+    source, destination = Path(source), Path(destination)
+    if source.resolve() == destination.resolve() or source.resolve() in destination.resolve().parents:
+        raise ValueError(f"the destination {destination} lies in the source {source}; choose another folder")
+    references = find_demos(source, format, calibration)[:max_demos]
+    written, skipped = 0, 0
+    broken: list[tuple[str, str]] = []
+    notes: dict[str, None] = {}
+    for reference in tqdm(references, desc=f"importing {references[0].format}", unit="demo", disable=not progress):
+        folder = destination / reference.name
+        if (folder / "metadata.json").is_file():
+            skipped += 1
+            continue
+        try:
+            notes.update(dict.fromkeys(_import(reference, folder, cameras, video, jpeg_quality)))
+        except DemoError as error:
+            broken.append((error.name, error.reason))
+            continue
+        written += 1
+    for note in notes:
+        logger.info("%s", note)
+    share = len(broken) / len(references)
+    if broken:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in broken[:10])
+        more = f" and {len(broken) - 10} more" if len(broken) > 10 else ""
+        if share > max_broken_share or len(broken) == len(references):
+            raise ValueError(f"{len(broken)} of {len(references)} demos in {source} are broken: {listed}{more}")
+        logger.warning(
+            "%d of %d demos in %s are broken and left out: %s%s", len(broken), len(references), source, listed, more
+        )
+    return ImportSummary(written, skipped, broken, list(notes))
+
+
+def _import(
+    reference: DemoReference, folder: Path, cameras: Sequence[str] | None, video: bool, jpeg_quality: int
+) -> list[str]:
+    demo = reference.read(cameras=cameras)
+    for stale in folder.parent.glob(f".{folder.name}.*.partial"):  # of an import that was killed
+        shutil.rmtree(stale, ignore_errors=True)
+    try:
+        write_demo(demo, folder, cameras, video, jpeg_quality)
+    except (OSError, ValueError) as error:
+        if isinstance(error, DemoError):
+            raise
+        raise DemoError(reference.name, f"{error}") from error
+    return [str(note) for note in demo.source.get("notes", [])]

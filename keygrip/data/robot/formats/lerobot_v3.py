@@ -1,0 +1,334 @@
+"""Reader of LeRobot data sets, codebase version 3.
+
+Layout: `meta/info.json` (fps, features, path templates), `meta/tasks.parquet`, `meta/episodes/chunk-*/file-*.parquet`
+(one row an episode: where its rows and its stretch of each video are), `data/chunk-*/file-*.parquet` (many episodes a
+file), `videos/<key>/chunk-*/file-*.mp4` (many episodes a file, found by `from_timestamp`); pictures may be in the
+Parquet files instead.
+
+What the format does not say, the calibration file does (`calibration.py`): the cameras, named as the feature behind
+`observation.images.`, and which numbers are whose pose:
+
+```yaml
+lerobot:
+  arms:
+    right:
+      position: {feature: observation.state, index: [0, 1, 2]}                  # metres, in the arm's base
+      rotation: {feature: observation.state, index: [3, 4, 5, 6], as: quaternion_xyzw}
+      # or, for a YAM: joints: {feature: observation.state, index: [0, 1, 2, 3, 4, 5]} instead of position and rotation
+      gripper: {feature: observation.state, index: 7, closed: 0.0, open: 1.0}
+      commanded: {position: ..., rotation: ..., gripper: ...}                   # or joints; may be left out
+```
+
+`as`: quaternion_wxyz, quaternion_xyzw, rotation_vector, matrix (9 numbers, row-major) or euler_xyz (extrinsic, rad). An
+entry may name its numbers (`names: [x, y, z]`) in place of `index`.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from keygrip.data.robot.demos import (
+    ArmTrajectory,
+    CameraTrack,
+    Demo,
+    DemoError,
+    DemoReference,
+    FrameSource,
+    VideoFrames,
+)
+from keygrip.data.robot.formats.calibration import ArmCalibration, Calibration, find_calibration, read_calibration
+from keygrip.data.robot.formats.frames import ParquetFrames
+from keygrip.data.robot.formats.poses import increasing, opening, quaternions, rotations, transform
+
+IMAGES = "observation.images."
+_ROTATIONS = {"quaternion_wxyz": 4, "quaternion_xyzw": 4, "rotation_vector": 3, "matrix": 9, "euler_xyz": 3}
+
+
+def detect(root: Path) -> bool:
+    """True for a folder with LeRobot's `meta/info.json`, of any version (an old one is refused by name when it is
+    read)."""
+    return (root / "meta" / "info.json").is_file()
+
+
+def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
+    """The episodes of the data set.
+
+    Raises:
+        FileNotFoundError: a part of the data set or the calibration file is missing.
+        ValueError: another version of LeRobot's format, or a calibration file that does not fit the features.
+    """
+    info = json.loads((root / "meta" / "info.json").read_text())
+    version = str(info.get("codebase_version"))
+    if not version.startswith("v3."):
+        raise ValueError(
+            f"{root} is a LeRobot data set of version {version}; version 3 is read. LeRobot converts it: "
+            "python -m lerobot.datasets.v30.convert_dataset_v21_to_v30 --repo-id=NAME"
+        )
+    cameras = read_calibration(find_calibration(root, calibration, "LeRobot"))
+    if not cameras.lerobot.get("arms"):
+        raise ValueError(
+            f"{cameras.path} has no lerobot.arms: which numbers are the gripper's pose (see lerobot_v3.py)"
+        )
+    episodes = _episodes(root)
+    return [
+        DemoReference(
+            f"episode_{int(row['episode_index']):06d}", root, "lerobot_v3", partial(read, root, info, row, cameras)
+        )
+        for row in episodes
+    ]
+
+
+def _episodes(root: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet as parquet
+
+    files = sorted((root / "meta" / "episodes").glob("chunk-*/file-*.parquet"))
+    if not files:
+        raise FileNotFoundError(f"{root} has no meta/episodes/chunk-*/file-*.parquet; the data set is incomplete")
+    rows: list[dict[str, Any]] = []
+    for file in files:
+        wanted = [name for name in parquet.read_schema(file).names if not name.startswith("stats/")]
+        rows += parquet.read_table(file, columns=wanted).to_pylist()
+    return sorted(rows, key=lambda row: int(row["episode_index"]))
+
+
+def _tasks(root: Path) -> dict[int, str]:
+    """Task sentences by number; pandas wrote them as the index of the table."""
+    import pyarrow.parquet as parquet
+
+    path = root / "meta" / "tasks.parquet"
+    if not path.is_file():
+        return {}
+    table = parquet.read_table(path).to_pydict()
+    text: list[Any] = next((values for key, values in table.items() if key != "task_index"), [])
+    return {int(number): str(task) for number, task in zip(table["task_index"], text, strict=True)}
+
+
+def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration: Calibration) -> Demo:
+    """Reads one episode.
+
+    Raises:
+        DemoError: rows or a stretch of video missing, or a feature that the calibration file names and the data set
+            lacks.
+    """
+    number, rate = int(episode["episode_index"]), float(info["fps"])
+    name = f"episode_{number:06d}"
+    file = root / info["data_path"].format(
+        chunk_index=int(episode["data/chunk_index"]), file_index=int(episode["data/file_index"])
+    )
+    table, rows = _rows(file, number, name)
+    frames = len(rows)
+    if frames != int(episode["length"]):
+        raise DemoError(name, f"{file.name} holds {frames} rows of the episode, meta/episodes says {episode['length']}")
+
+    sidecar = calibration.lerobot["arms"]
+    arms: dict[str, ArmTrajectory] = {}
+    gripper_poses: dict[str, np.ndarray] = {}
+    for arm, entry in sidecar.items():
+        base = calibration.arm(arm, only=len(sidecar) == 1)
+        gripper_poses[arm], arms[arm] = _arm(table, info, arm, entry, base, calibration.path)
+    cameras: dict[str, CameraTrack] = {}
+    for key, feature in info["features"].items():
+        if feature["dtype"] not in ("video", "image"):
+            continue
+        camera = key.removeprefix(IMAGES)
+        if camera not in calibration.cameras:
+            continue
+        source = _frames(root, info, episode, key, feature, file, rows, rate, calibration.cameras[camera].rotate, name)
+        height, width = _size(feature)
+        if calibration.cameras[camera].rotate in (90, 270):
+            height, width = width, height
+        cameras[camera] = CameraTrack(
+            width,
+            height,
+            CameraTrack.broadcast(calibration.cameras[camera].intrinsics_for(width, height), frames),
+            calibration.cameras[camera].poses(gripper_poses, frames),
+            source,
+        )
+    if not cameras:
+        keys = [
+            key.removeprefix(IMAGES)
+            for key, feature in info["features"].items()
+            if feature["dtype"] in ("video", "image")
+        ]
+        raise DemoError(name, f"no camera of the data set ({', '.join(keys)}) is in {calibration.path}")
+    tasks = episode.get("tasks") or [_tasks(root).get(int(table["task_index"][0]), "")]
+    times = np.asarray(table["timestamp"], dtype=np.float64).reshape(-1)
+    return Demo(
+        name=name,
+        path=root,
+        robot=str(info.get("robot_type") or "unknown"),
+        task=str(tasks[0]).replace(" ", "_").lower() or root.name,
+        instruction=str(tasks[0]),
+        fps=rate,
+        timestamps=increasing((times * 1e9).round().astype(np.int64), round(1e9 / rate)),
+        arms=arms,
+        cameras=cameras,
+        source={"format": "lerobot_v3", "episode": number, "calibration": str(calibration.path)},
+    )
+
+
+def _rows(file: Path, number: int, name: str) -> tuple[dict[str, Any], list[int]]:
+    """Columns without pictures of the episode's rows in the order of `frame_index`, and which rows of the file they
+    are."""
+    import pyarrow.compute as compute
+    import pyarrow.parquet as parquet
+
+    if not file.is_file():
+        raise DemoError(name, f"{file} is missing")
+    schema = parquet.read_schema(file)
+    pictures = {field.name for field in schema if str(field.type).startswith("struct")}
+    table = parquet.read_table(file, columns=[field for field in schema.names if field not in pictures])
+    own = np.flatnonzero(compute.equal(table["episode_index"], number).to_numpy())
+    part = table.take(own)
+    order = np.argsort(part["frame_index"].to_numpy(), kind="stable")
+    frame = part["frame_index"].to_numpy()[order]
+    if not (frame == np.arange(len(frame))).all():
+        raise DemoError(name, f"{file.name}: frame_index of the episode does not run from 0 to {len(frame) - 1}")
+    part = part.take(order)
+    return {key: part[key].to_pylist() for key in part.column_names}, [int(row) for row in own[order]]
+
+
+def _numbers(table: dict[str, Any], info: dict[str, Any], where: str, entry: Any, path: Path) -> np.ndarray:
+    """[N, n] the numbers that an entry of the calibration file points at."""
+    if not isinstance(entry, dict) or "feature" not in entry or not ({"index", "names"} & entry.keys()):
+        raise ValueError(f"{path}: {where} must be {{feature: NAME, index: [...]}} or {{feature: NAME, names: [...]}}")
+    feature = entry["feature"]
+    if feature not in table:
+        raise ValueError(f"{path}: {where} names the feature {feature!r}; the data set has {', '.join(table)}")
+    values = np.asarray(table[feature], dtype=np.float64).reshape(len(table[feature]), -1)
+    if "names" in entry:
+        known = _flat_names(info["features"][feature].get("names"))
+        absent = [str(item) for item in entry["names"] if item not in known]
+        if absent:
+            raise ValueError(f"{path}: {where} names {', '.join(absent)}; {feature} has {', '.join(known)}")
+        index = [known.index(item) for item in entry["names"]]
+    else:
+        index = list(np.atleast_1d(entry["index"]))
+    if index and max(index) >= values.shape[1]:
+        raise ValueError(f"{path}: {where} asks for number {max(index)} of {feature}, which has {values.shape[1]}")
+    return values[:, index]
+
+
+def _flat_names(names: Any) -> list[str]:
+    """LeRobot stores names as a list, or as a mapping from a group to a list."""
+    if isinstance(names, dict):
+        return [str(item) for group in names.values() for item in (group if isinstance(group, list) else [group])]
+    return [str(item) for item in names or []]
+
+
+def _arm(
+    table: dict[str, Any], info: dict[str, Any], arm: str, entry: dict[str, Any], base: ArmCalibration, path: Path
+) -> tuple[np.ndarray, ArmTrajectory]:
+    where = f"lerobot.arms.{arm}"
+    known = {"position", "rotation", "joints", "gripper", "commanded"}
+    unknown = set(entry) - known
+    if unknown or "gripper" not in entry:
+        raise ValueError(
+            f"{path}: {where} takes {', '.join(sorted(known))} and needs gripper; it has {', '.join(entry)}"
+        )
+    poses, joints = _poses(table, info, where, entry, base, path)
+    commanded = None
+    if entry.get("commanded"):
+        below = f"{where}.commanded"
+        targets, _ = _poses(table, info, below, entry["commanded"], base, path)
+        if "gripper" not in entry["commanded"]:
+            raise ValueError(f"{path}: {below} needs gripper")
+        commanded = _trajectory(targets, _opening(table, info, below, entry["commanded"], path))
+    return poses, _trajectory(poses, _opening(table, info, where, entry, path), joints, commanded)
+
+
+def _trajectory(
+    poses: np.ndarray,
+    gripper: np.ndarray,
+    joints: np.ndarray | None = None,
+    commanded: ArmTrajectory | None = None,
+) -> ArmTrajectory:
+    return ArmTrajectory(poses[:, :3, 3], quaternions(poses[:, :3, :3]), gripper, joints, commanded)
+
+
+def _opening(table: dict[str, Any], info: dict[str, Any], where: str, entry: dict[str, Any], path: Path) -> np.ndarray:
+    values = _numbers(table, info, f"{where}.gripper", entry["gripper"], path)
+    closed, opened = float(entry["gripper"].get("closed", 0.0)), float(entry["gripper"].get("open", 1.0))
+    return opening(values, f"{where}.gripper", closed, opened)
+
+
+def _poses(
+    table: dict[str, Any], info: dict[str, Any], where: str, entry: dict[str, Any], base: ArmCalibration, path: Path
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """world_from_gripper [N, 4, 4], and the joints [N, J] where the file names them."""
+    joints = _numbers(table, info, f"{where}.joints", entry["joints"], path) if "joints" in entry else None
+    if "position" in entry and "rotation" in entry:
+        position = _numbers(table, info, f"{where}.position", entry["position"], path)
+        kind = entry["rotation"].get("as") if isinstance(entry["rotation"], dict) else None
+        if kind not in _ROTATIONS:
+            raise ValueError(f"{path}: {where}.rotation.as must be one of {', '.join(_ROTATIONS)}, not {kind!r}")
+        values = _numbers(table, info, f"{where}.rotation", entry["rotation"], path)
+        if position.shape[1] != 3 or values.shape[1] != _ROTATIONS[kind]:
+            raise ValueError(f"{path}: {where} needs 3 numbers of position and {_ROTATIONS[kind]} of rotation")
+        return base.world_from_base @ transform(position, _matrices(values, kind, where)), joints
+    if joints is None:
+        raise ValueError(f"{path}: {where} needs position and rotation, or joints of a YAM")
+    from keygrip.robots.kinematics import forward_kinematics
+
+    position, quaternion = forward_kinematics(joints, base.arm, base.gripper)
+    matrices = Rotation.from_quat(quaternion, scalar_first=True).as_matrix()
+    return base.world_from_base @ transform(position, matrices), joints
+
+
+def _matrices(values: np.ndarray, kind: str, where: str) -> np.ndarray:
+    if kind.startswith("quaternion"):
+        norm = np.linalg.norm(values, axis=1)
+        if np.abs(norm - 1).max() > 1e-2:
+            raise ValueError(f"{where}.rotation: quaternions with norms from {norm.min():.3f} to {norm.max():.3f}")
+        return Rotation.from_quat(values, scalar_first=kind == "quaternion_wxyz").as_matrix()
+    if kind == "rotation_vector":
+        return Rotation.from_rotvec(values).as_matrix()
+    if kind == "euler_xyz":
+        return Rotation.from_euler("xyz", values).as_matrix()
+    return rotations(values.reshape(-1, 3, 3), f"{where}.rotation")
+
+
+def _size(feature: dict[str, Any]) -> tuple[int, int]:
+    """(height, width) of a picture feature, whose shape is height, width, channels or channels first."""
+    shape = [int(side) for side in feature["shape"]]
+    names = _flat_names(feature.get("names"))
+    first = bool(names) and names[0].startswith("c")
+    return (shape[1], shape[2]) if first or (not names and shape[0] in (1, 3)) else (shape[0], shape[1])
+
+
+def _frames(
+    root: Path,
+    info: dict[str, Any],
+    episode: dict[str, Any],
+    key: str,
+    feature: dict[str, Any],
+    file: Path,
+    rows: list[int],
+    rate: float,
+    rotate: int,
+    name: str,
+) -> FrameSource:
+    if feature["dtype"] == "image":
+        if rotate:
+            raise DemoError(name, f"{key} is stored as pictures; rotate is for videos only")
+        return ParquetFrames(file, key, tuple(rows), root)
+    prefix = f"videos/{key}/"
+    path = root / info["video_path"].format(
+        video_key=key,
+        chunk_index=int(episode[f"{prefix}chunk_index"]),
+        file_index=int(episode[f"{prefix}file_index"]),
+    )
+    start, end = float(episode[f"{prefix}from_timestamp"]), float(episode[f"{prefix}to_timestamp"])
+    if abs((end - start) * rate - len(rows)) > 1.5:
+        raise DemoError(
+            name,
+            f"{key}: the stretch of video from {start:.3f} s to {end:.3f} s does not hold "
+            f"{len(rows)} frames at {rate:g} fps",
+        )
+    return VideoFrames(path, len(rows), start=round(start * rate), rotate=rotate)

@@ -1,0 +1,219 @@
+"""Reader of LIBERO's HDF5 demonstrations (`*_demo.hdf5`, Liu et al. 2023, arXiv 2306.03310).
+
+`data/demo_i/obs` holds `agentview_rgb` and `eye_in_hand_rgb` [N, H, W, 3], `ee_pos` [N, 3] m, `ee_ori` [N, 3] rotation
+vectors, `gripper_states` [N, 2] finger positions, `joint_states` [N, 7]; attributes of `data` carry the instruction.
+robosuite's conventions:
+
+- Pictures are as OpenGL reads them, bottom row first, unless the attribute `macros_image_convention` says `opencv`;
+  they are turned upright here (rows reversed; a rotation by 180 degrees, which some code uses, would mirror the scene).
+- The world is MuJoCo's, z up, metres. Fingers are 0.04 m from the middle when open.
+- Observations were written after the step of the same row, so `actions[i + 1]` was given at row i. Actions are scaled
+  offsets of an operational-space controller, whose goal depends on its state; they are not turned into commanded poses.
+
+Cameras: `agentview` is read from the MuJoCo model stored with each demo (fixed to the world), any other from a
+calibration file (`calibration.py`, cameras `agentview` and `eye_in_hand`; the hand's is `mounted_on: right`). Without
+one, `eye_in_hand` is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import xml.etree.ElementTree as ElementTree
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from keygrip.data.robot.demos import ArmTrajectory, CameraTrack, Demo, DemoError, DemoReference
+from keygrip.data.robot.formats.calibration import NAMES, Calibration, read_calibration
+from keygrip.data.robot.formats.frames import HDF5Frames
+from keygrip.data.robot.formats.poses import invert, opening, quaternions, transform
+
+logger = logging.getLogger(__name__)
+
+FINGER_STROKE_M = 0.04  # of each of the Panda's two fingers
+CONTROL_HZ = 20.0  # LIBERO's control_freq; used where the file does not say
+CAMERAS = {"agentview": "agentview_rgb", "eye_in_hand": "eye_in_hand_rgb"}
+OPENCV_FROM_OPENGL = np.diag([1.0, -1.0, -1.0])  # MuJoCo's cameras look along -z with y up
+
+
+def _files(root: Path) -> list[Path]:
+    return sorted(path for suffix in ("*.hdf5", "*.h5") for path in root.rglob(suffix))
+
+
+def detect(root: Path) -> bool:
+    """True where a file below the folder has `data/demo_*/obs/agentview_rgb`."""
+    import h5py
+
+    for path in _files(root):
+        try:
+            with h5py.File(path, "r") as file:
+                demos = file.get("data")
+                if demos is not None and any("obs/agentview_rgb" in demos[key] for key in demos):
+                    return True
+        except OSError:
+            continue  # another kind of file, or cut off: `find` reports it where the format is named
+    return False
+
+
+def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
+    """The demos of every file below `root`, `<file>/demo_<i>`; a file that cannot be opened is one broken demo."""
+    import h5py
+
+    if calibration is not None and not calibration.is_file():
+        raise FileNotFoundError(f"calibration file {calibration} does not exist")
+    path = calibration or next((root / name for name in NAMES if (root / name).is_file()), None)
+    cameras = None if path is None else read_calibration(path)
+    references = []
+    for path in _files(root):
+        stem = path.relative_to(root).with_suffix("").as_posix()
+        try:
+            with h5py.File(path, "r") as file:
+                keys = sorted(file["data"], key=lambda key: (len(key), key))
+        except (OSError, KeyError) as error:
+            references.append(DemoReference(stem, path, "libero", partial(_unreadable, stem, str(error))))
+            continue
+        references += [
+            DemoReference(f"{stem}/{key}", path, "libero", partial(read, path, key, f"{stem}/{key}", cameras))
+            for key in keys
+        ]
+    return references
+
+
+def _unreadable(name: str, reason: str) -> Demo:
+    raise DemoError(name, f"the HDF5 file cannot be opened ({reason}); it is cut off")
+
+
+def read(path: Path, key: str, name: str, calibration: Calibration | None) -> Demo:
+    """Reads one demo of a file. Raises DemoError where a part is missing or no camera is known."""
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        data, demo = file["data"], file["data"][key]
+        observed = demo["obs"]
+        missing = [part for part in ("ee_pos", "ee_ori", "gripper_states") if part not in observed]
+        if missing:
+            raise DemoError(name, f"obs/{missing[0]} is missing; it holds {', '.join(observed)}")
+        position, turn = np.asarray(observed["ee_pos"], float), np.asarray(observed["ee_ori"], float)
+        fingers = np.asarray(observed["gripper_states"], float)
+        joints = np.asarray(observed["joint_states"], float) if "joint_states" in observed else None
+        upside_down = _text(data.attrs.get("macros_image_convention", "opengl")) != "opencv"
+        sizes = {camera: observed[dataset].shape for camera, dataset in CAMERAS.items() if dataset in observed}
+        model = _text(demo.attrs.get("model_file", ""))
+        instruction, rate, task = _task(data, path)
+    frames = len(position)
+    matrices = Rotation.from_rotvec(turn).as_matrix()
+    arm = ArmTrajectory(
+        position=position,
+        quaternion=quaternions(matrices),
+        gripper=opening(
+            fingers[:, 0] - fingers[:, 1], "gripper_states (distance of the fingers)", 0.0, 2 * FINGER_STROKE_M
+        ),
+        joints=joints,
+    )
+    cameras, left_out = {}, []
+    for camera, (held, height, width, _) in sizes.items():
+        known = _camera(
+            camera, width, height, frames, model, calibration, {"right": transform(position, matrices)}, name
+        )
+        if known is None:
+            left_out.append(camera)
+            continue
+        if held != frames:
+            raise DemoError(name, f"{CAMERAS[camera]} holds {held} pictures, the demo {frames} poses")
+        pictures = HDF5Frames(path, f"data/{key}/obs/{CAMERAS[camera]}", frames, upside_down)
+        cameras[camera] = CameraTrack(width, height, *known, pictures)
+    if not cameras:
+        raise DemoError(
+            name,
+            "no camera is known: the model stored with the demo has no agentview; "
+            f"give {NAMES[0]} with {', '.join(sizes)}",
+        )
+    notes = (
+        ["pictures are stored bottom row first (robosuite's opengl convention) and turned upright"]
+        if upside_down
+        else []
+    )
+    notes += [
+        f"camera {camera} is left out: its pose on the hand is not in the file; a calibration file adds it"
+        for camera in left_out
+    ]
+    for note in notes:
+        logger.debug("%s: %s", name, note)
+    return Demo(
+        name=name,
+        path=path,
+        robot="panda",
+        task=task,
+        instruction=instruction,
+        fps=rate,
+        timestamps=(np.arange(frames) * (1e9 / rate)).round().astype(np.int64),
+        arms={"right": arm},
+        cameras=cameras,
+        source={"format": "libero", "file": path.name, "demo": key, "notes": notes},
+    )
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _task(data: Any, path: Path) -> tuple[str, float, str]:
+    """Instruction, control rate and task name from the attributes of `data`, else from the file's name."""
+    task = path.stem.removesuffix("_demo")
+    instruction, rate = task.replace("_", " "), CONTROL_HZ
+    if "problem_info" in data.attrs:
+        instruction = str(json.loads(_text(data.attrs["problem_info"])).get("language_instruction") or instruction)
+    if "env_args" in data.attrs:
+        rate = float((json.loads(_text(data.attrs["env_args"])).get("env_kwargs") or {}).get("control_freq") or rate)
+    return instruction.strip('"'), rate, task
+
+
+def _camera(
+    camera: str,
+    width: int,
+    height: int,
+    frames: int,
+    model: str,
+    calibration: Calibration | None,
+    gripper_poses: dict[str, np.ndarray],
+    name: str,
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Intrinsics and world_to_camera [N, ...] of a camera, from the calibration file or the stored model; None:
+    unknown."""
+    if calibration is not None and camera in calibration.cameras:
+        entry = calibration.cameras[camera]
+        if entry.rotate:
+            raise DemoError(
+                name, f"{calibration.path}: rotate of {camera} is not used; LIBERO's pictures are turned upright here"
+            )
+        intrinsics = entry.intrinsics_for(width, height)
+        return CameraTrack.broadcast(intrinsics, frames), entry.poses(gripper_poses, frames)
+    if camera != "agentview" or not model:
+        return None
+    return _from_model(model, camera, width, height, frames, name)
+
+
+def _from_model(
+    model: str, camera: str, width: int, height: int, frames: int, name: str
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """A camera of the MuJoCo model that is fixed to the world: position, wxyz quaternion and vertical field of view."""
+    try:
+        world = ElementTree.fromstring(model).find("worldbody")
+    except ElementTree.ParseError as error:
+        raise DemoError(name, f"the model stored with the demo is not XML ({error})") from error
+    element = None if world is None else next((c for c in world.findall("camera") if c.get("name") == camera), None)
+    if element is None or element.get("mode", "fixed") != "fixed" or element.get("quat") is None:
+        return None
+    position = np.array([float(x) for x in element.get("pos", "0 0 0").split()])
+    quaternion = np.array([float(x) for x in element.get("quat", "1 0 0 0").split()])
+    pose = np.eye(4)
+    pose[:3, :3] = Rotation.from_quat(quaternion, scalar_first=True).as_matrix() @ OPENCV_FROM_OPENGL
+    pose[:3, 3] = position
+    focal = 0.5 * height / math.tan(math.radians(float(element.get("fovy", "45"))) / 2)
+    intrinsics = np.array([[focal, 0.0, width / 2], [0.0, focal, height / 2], [0.0, 0.0, 1.0]])
+    return CameraTrack.broadcast(intrinsics, frames), CameraTrack.broadcast(invert(pose), frames)

@@ -1,0 +1,351 @@
+"""Reader of raiden's converted recordings (TRI's data-collection toolkit for YAM arms), `<task>/0000/`.
+
+What the files hold, as raiden's converter writes them (its `metadata.json` claims otherwise in places; the files are
+trusted):
+
+- `rgb/<camera>/%010d.jpg` (or .png), already turned upright where a camera hangs upside down (the right wrist's), with
+  intrinsics and extrinsics corrected to fit; `rgb/<camera>/timestamps.npy`, int64 ns.
+- `depth/<camera>/%010d.npz`, `depth`: uint16 mm.
+- `lowdim/%010d.pkl`: `intrinsics` {camera: K in OpenCV's pixel-centre convention}, `extrinsics` {camera: 4 x 4, camera
+  to left-arm base}, `joints` [7 an arm], `action` and `actual_poses` [13 an arm: position 3, rotation 9 row-major,
+  gripper 1], commanded and reached. The left arm's base is the world. **The right arm's pose is in its own base.**
+- `T_left_from_right` in newer pickles takes it over; else `calibration_results.json` has `bimanual_transform.
+  right_base_to_left_base`, which, its name notwithstanding, raiden computes as the map from left-base to right-base
+  coordinates and inverts before use. Since forks differ, the direction is checked: in the right one the right wrist
+  camera is rigid on its gripper.
+- One arm alone counts as raiden's left; here the arm of a one-armed robot is called "right".
+
+The pickles are read with an unpickler that knows numpy arrays and builtin containers and nothing else.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from keygrip.data.robot.demos import ArmTrajectory, CameraTrack, Demo, DemoError, DemoReference, FrameSource, JpegFrames
+from keygrip.data.robot.formats.calibration import read_mapping
+from keygrip.data.robot.formats.poses import increasing, invert, opening, quaternions, rigid, rotations, transform
+
+RIGID_WRIST_SPREAD_M = 0.02  # a hand-mounted camera seen through the wrong transform wanders by decimetres
+
+_SAFE = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("_codecs", "encode"),  # how pickle protocol 2 stores an array's bytes; the restricted version below
+    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
+    *(("builtins", name) for name in ("set", "frozenset", "complex", "bytearray", "slice", "range")),
+    ("collections", "OrderedDict"),
+}
+
+
+class RestrictedUnpickler(pickle.Unpickler):
+    """Loads numpy arrays and builtin containers; any other name in the pickle raises `pickle.UnpicklingError`."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _SAFE:
+            raise pickle.UnpicklingError(
+                f"the pickle asks for {module}.{name}; only numpy arrays and builtin containers are loaded"
+            )
+        if module == "_codecs":
+            return _latin1
+        return super().find_class(module, name)
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"the pickle asks for the codec {encoding}")
+    return text.encode("latin1")
+
+
+def safe_load(path: Path) -> Any:
+    """Content of a pickle of arrays and containers. Raises ValueError for anything else, and for a damaged file."""
+    try:
+        return RestrictedUnpickler(io.BytesIO(path.read_bytes())).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, ImportError, KeyError, MemoryError) as error:
+        raise ValueError(f"{path.parent.name}/{path.name}: {error or type(error).__name__}") from error
+
+
+@dataclass(frozen=True)
+class NpzDepth:
+    """Depth files `%010d.npz` with one array `depth`, uint16 mm."""
+
+    folder: Path
+    frames: int
+
+    def __len__(self) -> int:
+        return self.frames
+
+    def read(self, index: int) -> np.ndarray:
+        if not 0 <= index < self.frames:
+            raise IndexError(f"{self.folder}: depth frame {index} asked for, it holds 0 to {self.frames - 1}")
+        with np.load(self.folder / f"{index:010d}.npz", allow_pickle=False) as archive:
+            depth = archive["depth"]
+        if depth.ndim != 2:
+            raise ValueError(f"{self.folder}: depth of frame {index} has shape {depth.shape}")
+        return depth.astype(np.uint16)
+
+    def identity(self) -> str:
+        return JpegFrames(self.folder, "%010d.npz", self.frames).identity()
+
+
+# ---------------------------------------------------------------------- finding
+
+
+def _episodes(folder: Path, depth: int = 3) -> list[Path]:
+    if (folder / "lowdim").is_dir() and (folder / "rgb").is_dir():
+        return [folder]
+    if depth == 0 or not folder.is_dir():
+        return []
+    children = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    return [episode for child in children for episode in _episodes(child, depth - 1)]
+
+
+def detect(root: Path) -> bool:
+    """True where the folder holds `<...>/lowdim/*.pkl` beside `rgb/`."""
+    return any(next((episode / "lowdim").glob("*.pkl"), None) is not None for episode in _episodes(root))
+
+
+def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
+    """The episodes under `root` by name; `calibration`: a `calibration_results.json` to use in place of the folder's
+    own."""
+    if calibration is not None and not calibration.is_file():
+        raise FileNotFoundError(f"calibration file {calibration} does not exist")
+    references = []
+    for episode in _episodes(root):
+        name = episode.name if episode == root else episode.relative_to(root).as_posix()
+        references.append(DemoReference(name, episode, "raiden", partial(read, episode, name, calibration)))
+    return references
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def read(episode: Path, name: str, calibration: Path | None = None) -> Demo:
+    """Reads one episode.
+
+    Raises:
+        DemoError: the conversion was cut off, frames are missing, or a two-armed recording lacks the transform between
+            bases.
+    """
+    metadata = _metadata(episode, name)
+    rows = _lowdim(episode, name)
+    frames = len(rows)
+    try:
+        values = np.stack([np.asarray(row["actual_poses"], dtype=np.float64) for row in rows])
+    except KeyError as error:
+        raise DemoError(
+            name, f"the lowdim files have no {error}: converted by an old raiden? Run `rd convert` again"
+        ) from error
+    if values.ndim != 2 or values.shape[1] not in (13, 26):
+        raise DemoError(name, f"actual_poses has shape {values.shape}, [{frames}, 13 an arm] is needed")
+    arms = ["left", "right"] if values.shape[1] == 26 else ["right"]
+    to_left = np.eye(4)
+    notes: list[str] = []
+    if len(arms) == 2:
+        to_left = _left_from_right(episode, name, rows, values, calibration, notes)
+    bases = {arm: to_left if arm == "right" and len(arms) == 2 else np.eye(4) for arm in arms}
+
+    trajectories = {}
+    commands = _stacked(rows, "action", values.shape)
+    joints = _stacked(rows, "joints", (frames, 7 * len(arms)))
+    for number, arm in enumerate(arms):
+        part = slice(13 * number, 13 * number + 13)
+        commanded = None if commands is None else _poses(commands[:, part], bases[arm], f"action of arm {arm}")
+        trajectories[arm] = _poses(
+            values[:, part],
+            bases[arm],
+            f"actual_poses of arm {arm}",
+            joints=None if joints is None else joints[:, 7 * number : 7 * number + 6],
+            commanded=commanded,
+        )
+    cameras = {camera: _camera(episode, name, camera, rows) for camera in sorted(rows[0]["intrinsics"])}
+    if not cameras:
+        raise DemoError(name, "the lowdim files name no camera")
+    rate = float(metadata.get("framerate") or 30)
+    language = metadata.get("language") or {}
+    prompt = str(
+        rows[0].get("language_prompt") or next(iter(language.get("prompt") or []), "") or language.get("task") or ""
+    )
+    return Demo(
+        name=name,
+        path=episode,
+        robot="yam" if len(arms) == 1 else "yam_bimanual",
+        task=str(language.get("task") or episode.parent.name),
+        instruction=prompt,
+        fps=rate,
+        timestamps=_times(episode, name, list(cameras), frames, rate),
+        arms=trajectories,
+        cameras=cameras,
+        source={"format": "raiden", "notes": notes},
+    )
+
+
+def _metadata(episode: Path, name: str) -> dict[str, Any]:
+    path = episode / "metadata.json"
+    if not path.is_file():
+        raise DemoError(
+            name, "no metadata.json, which raiden writes last: the conversion was cut off; run `rd convert` again"
+        )
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DemoError(name, f"metadata.json is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise DemoError(name, "metadata.json holds no object")
+    return content
+
+
+def _lowdim(episode: Path, name: str) -> list[dict[str, Any]]:
+    held = sorted((episode / "lowdim").glob("*.pkl"))
+    for number, path in enumerate(held):
+        if path.name != f"{number:010d}.pkl":
+            raise DemoError(name, f"lowdim file {number:010d}.pkl is missing")
+    rows = [safe_load(path) for path in held]
+    if not all(isinstance(row, dict) and {"intrinsics", "extrinsics"} <= row.keys() for row in rows):
+        raise DemoError(name, "a lowdim file has no intrinsics or extrinsics")
+    if not rows:
+        raise DemoError(name, "it has no lowdim files")
+    return rows
+
+
+def _stacked(rows: list[dict[str, Any]], key: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    if not all(key in row for row in rows):
+        return None
+    values = np.stack([np.asarray(row[key], dtype=np.float64) for row in rows])
+    if values.shape != shape:
+        raise ValueError(f"{key} has shape {values.shape}, {shape} is needed")
+    return values
+
+
+def _poses(
+    values: np.ndarray,
+    world_from_base: np.ndarray,
+    what: str,
+    joints: np.ndarray | None = None,
+    commanded: ArmTrajectory | None = None,
+) -> ArmTrajectory:
+    """[N, 13] in the arm's base -> a trajectory in the world."""
+    poses = world_from_base @ transform(values[:, :3], rotations(values[:, 3:12].reshape(-1, 3, 3), what))
+    return ArmTrajectory(
+        position=poses[:, :3, 3],
+        quaternion=quaternions(poses[:, :3, :3]),
+        gripper=opening(values[:, 12], f"gripper in {what}"),
+        joints=joints,
+        commanded=commanded,
+    )
+
+
+def _left_from_right(
+    episode: Path,
+    name: str,
+    rows: list[dict[str, Any]],
+    values: np.ndarray,
+    calibration: Path | None,
+    notes: list[str],
+) -> np.ndarray:
+    """[4, 4]: right-arm base coordinates -> left-arm base coordinates."""
+    if calibration is None and "T_left_from_right" in rows[0]:
+        candidate = rigid(rows[0]["T_left_from_right"], "T_left_from_right")
+    else:
+        candidates = (
+            [calibration]
+            if calibration
+            else [episode / "calibration_results.json", episode.parent / "calibration_results.json"]
+        )
+        path = next((file for file in candidates if file.is_file()), None)
+        matrix = (
+            None
+            if path is None
+            else (read_mapping(path).get("bimanual_transform") or {}).get("right_base_to_left_base")
+        )
+        if matrix is None:
+            raise DemoError(
+                name,
+                "two arms, but no calibration_results.json with bimanual_transform.right_base_to_left_base beside or "
+                "above the "
+                "episode: calibrate both wrist cameras together (`rd calibrate`) or name the file with "
+                "data.calibration=PATH",
+            )
+        candidate = invert(rigid(np.asarray(matrix), f"{path}: right_base_to_left_base"))
+    stated, swapped = _wrist_spread(rows, values, candidate), _wrist_spread(rows, values, invert(candidate))
+    if stated is not None and swapped is not None and swapped < RIGID_WRIST_SPREAD_M < stated:
+        notes.append(
+            "the transform between the arms' bases is used the other way round: only so is the right wrist camera "
+            "rigid on its "
+            f"gripper ({swapped * 1e3:.0f} mm against {stated * 1e3:.0f} mm)"
+        )
+        return invert(candidate)
+    return candidate
+
+
+def _wrist_spread(rows: list[dict[str, Any]], values: np.ndarray, to_left: np.ndarray) -> float | None:
+    """How far the right wrist camera wanders on its gripper, m; None without such a camera or without movement."""
+    camera = next((key for key in rows[0]["extrinsics"] if "right" in key and "wrist" in key), None)
+    if camera is None:
+        return None
+    extrinsics = np.stack([np.asarray(row["extrinsics"][camera], dtype=np.float64) for row in rows])
+    gripper = to_left @ transform(values[:, 13:16], values[:, 16:25].reshape(-1, 3, 3))
+    if np.ptp(extrinsics[:, :3, 3], axis=0).max() < 2 * RIGID_WRIST_SPREAD_M:
+        return None
+    return float(np.ptp((invert(gripper) @ extrinsics)[:, :3, 3], axis=0).max())
+
+
+def _camera(episode: Path, name: str, camera: str, rows: list[dict[str, Any]]) -> CameraTrack:
+    folder = episode / "rgb" / camera
+    suffixes = [suffix for suffix in (".jpg", ".png", ".jpeg") if (folder / f"{0:010d}{suffix}").is_file()]
+    if not suffixes:
+        raise DemoError(name, f"camera {camera!r} has no pictures in rgb/{camera}")
+    held = {path.name for path in folder.iterdir()}
+    missing = [index for index in range(len(rows)) if f"{index:010d}{suffixes[0]}" not in held]
+    if missing:
+        raise DemoError(
+            name, f"camera {camera!r}: {len(missing)} of {len(rows)} pictures are missing, first number {missing[0]}"
+        )
+    with Image.open(folder / f"{0:010d}{suffixes[0]}") as picture:
+        width, height = picture.size
+    try:
+        intrinsics = np.stack([np.asarray(row["intrinsics"][camera], dtype=np.float64) for row in rows])
+        extrinsics = rigid(np.stack([row["extrinsics"][camera] for row in rows]), f"extrinsics of camera {camera!r}")
+    except KeyError as error:
+        raise DemoError(name, f"camera {camera!r} has no intrinsics or extrinsics in some frames") from error
+    intrinsics[:, :2, 2] += 0.5  # drivers count from the first pixel's centre, we from its corner
+    if (intrinsics == intrinsics[0]).all():
+        intrinsics = CameraTrack.broadcast(intrinsics[0], len(rows))
+    world_to_camera = invert(extrinsics)
+    if (extrinsics == extrinsics[0]).all():
+        if (extrinsics[0] == np.eye(4)).all():
+            raise DemoError(
+                name,
+                f"camera {camera!r} has the identity as its pose: it was not calibrated when the episode was converted",
+            )
+        world_to_camera = CameraTrack.broadcast(world_to_camera[0], len(rows))
+    depth_folder = episode / "depth" / camera
+    depth: FrameSource | None = None
+    if (depth_folder / f"{len(rows) - 1:010d}.npz").is_file():
+        depth = NpzDepth(depth_folder, len(rows))
+    return CameraTrack(
+        width, height, intrinsics, world_to_camera, JpegFrames(folder, f"%010d{suffixes[0]}", len(rows)), depth
+    )
+
+
+def _times(episode: Path, name: str, cameras: list[str], frames: int, rate: float) -> np.ndarray:
+    """int64 ns of the first camera that is not on a wrist (the converter's reference), else of the first one."""
+    for camera in sorted(cameras, key=lambda key: ("wrist" in key, key)):
+        path = episode / "rgb" / camera / "timestamps.npy"
+        if not path.is_file():
+            continue
+        times = np.load(path, allow_pickle=False)
+        if times.shape != (frames,):
+            raise DemoError(name, f"rgb/{camera}/timestamps.npy has shape {times.shape}, the episode {frames} frames")
+        return increasing(times, round(1e9 / rate))
+    raise DemoError(name, "no camera has timestamps.npy")

@@ -1,0 +1,206 @@
+"""Reader of yam-abc episodes (I2RT's YAM-ABC recorder), `<slug>/<date>_<time>_<id>/`.
+
+What an episode holds: `metadata.json`; `<arm>-joint_pos.npy` (N, 6) rad and `<arm>-gripper_pos.npy` (N, 1), 0 closed to
+1 open; `action-<arm>-joint.npy` and `action-<arm>-gripper.npy`, the command given at that tick;
+`<role>-images-<key>.mp4` and `<role>-timestamp.npy` (ms) for each camera; `write_complete.flag`, written last. It holds
+no poses and no calibration: poses come from the forward kinematics of the YAM model, cameras and bases from the user's
+calibration file (`calibration.py`). There, a camera is named by its role, with the key behind it where a role has
+several (`top`, `top_left`).
+
+The arm of a one-armed recording is called "right" here, whatever it is called there.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keygrip.data.robot.demos import (
+    ArmTrajectory,
+    CameraTrack,
+    Demo,
+    DemoError,
+    DemoReference,
+    FrameSource,
+    VideoFrames,
+)
+from keygrip.data.robot.formats.calibration import ArmCalibration, Calibration, find_calibration, read_calibration
+from keygrip.data.robot.formats.frames import SelectedFrames
+from keygrip.data.robot.formats.poses import increasing, opening, quaternions, transform
+
+FLAG = "write_complete.flag"
+
+
+def _episodes(folder: Path, depth: int = 3) -> list[Path]:
+    if (folder / "metadata.json").is_file() and next(folder.glob("*-joint_pos.npy"), None) is not None:
+        return [folder]
+    if next(folder.glob("*-joint_pos.npy"), None) is not None or (folder / FLAG).is_file():
+        return [folder]  # cut off: named when it is read
+    if depth == 0:
+        return []
+    children = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    return [episode for child in children for episode in _episodes(child, depth - 1)]
+
+
+def detect(root: Path) -> bool:
+    """True where the folder holds episodes with `<arm>-joint_pos.npy`."""
+    return bool(_episodes(root))
+
+
+def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
+    """The episodes under `root` by name.
+
+    Raises:
+        FileNotFoundError: no calibration file. ValueError: one that cannot be used.
+    """
+    cameras = read_calibration(find_calibration(root, calibration, "yam-abc"))
+    references = []
+    for episode in _episodes(root):
+        name = episode.name if episode == root else episode.relative_to(root).as_posix()
+        references.append(DemoReference(name, episode, "yam_abc", partial(read, episode, name, cameras)))
+    return references
+
+
+def read(episode: Path, name: str, calibration: Calibration) -> Demo:
+    """Reads one episode.
+
+    Raises:
+        DemoError: cut off, arrays of different lengths, or a camera that neither the file nor the calibration has.
+    """
+    if not (episode / FLAG).is_file():
+        raise DemoError(name, f"no completion mark ({FLAG} is written last): the recording was cut off")
+    metadata: dict[str, Any] = json.loads((episode / "metadata.json").read_text())
+    recorded = metadata.get("arm_names") or [metadata.get("arm_name", "left")]
+    rate = float(metadata.get("control_hz") or 30)
+    arms: dict[str, ArmTrajectory] = {}
+    gripper_poses: dict[str, np.ndarray] = {}
+    for source in recorded:
+        base = calibration.arm(source, only=len(recorded) == 1)
+        poses, trajectory = _arm(episode, name, source, base)
+        arms["right" if len(recorded) == 1 else source] = trajectory
+        gripper_poses[source] = poses
+    frames = len(next(iter(arms.values())))
+    if any(len(trajectory) != frames for trajectory in arms.values()):
+        raise DemoError(name, f"the arms have different lengths: {[len(t) for t in arms.values()]}")
+
+    times: np.ndarray | None = None
+    cameras: dict[str, CameraTrack] = {}
+    for entry in metadata.get("cameras") or []:
+        role, keys = str(entry["role"]), [str(key) for key in entry["image_keys"]]
+        stamps = np.load(episode / f"{role}-timestamp.npy", allow_pickle=False).reshape(-1)
+        if times is None:
+            if len(stamps) != frames:
+                raise DemoError(name, f"{role}-timestamp.npy has {len(stamps)} stamps, the arms have {frames} frames")
+            times = stamps
+        for key in keys:
+            camera = role if len(keys) == 1 else f"{role}_{key}"
+            if camera not in calibration.cameras:
+                continue
+            video = VideoFrames(episode / f"{role}-images-{key}.mp4", rotate=calibration.cameras[camera].rotate)
+            cameras[camera] = _camera(video, camera, entry, stamps, times, calibration, gripper_poses)
+    if times is None:
+        raise DemoError(name, "metadata.json names no camera")
+    if not cameras:
+        roles = ", ".join(str(entry["role"]) for entry in metadata["cameras"])
+        raise DemoError(
+            name, f"no camera of the recording ({roles}) is in {calibration.path} ({', '.join(calibration.cameras)})"
+        )
+    return Demo(
+        name=name,
+        path=episode,
+        robot="yam" if len(recorded) == 1 else "yam_bimanual",
+        task=episode.parent.name,
+        instruction=str(metadata.get("task_name") or episode.parent.name.replace("_", " ")),
+        fps=rate,
+        timestamps=increasing((times * 1e6).round().astype(np.int64), round(1e9 / rate)),
+        arms=arms,
+        cameras=cameras,
+        source={"format": "yam_abc", "arms": [str(arm) for arm in recorded], "calibration": str(calibration.path)},
+    )
+
+
+def _array(episode: Path, name: str, stem: str, width: int) -> np.ndarray:
+    path = episode / f"{stem}.npy"
+    if not path.is_file():
+        raise DemoError(name, f"{path.name} is missing")
+    values = np.load(path, allow_pickle=False).astype(np.float64)
+    if values.ndim != 2 or values.shape[1] != width:
+        raise DemoError(name, f"{path.name} has shape {values.shape}, (frames, {width}) is needed")
+    return values
+
+
+def _arm(episode: Path, name: str, source: str, base: ArmCalibration) -> tuple[np.ndarray, ArmTrajectory]:
+    """world_from_gripper [N, 4, 4] and the trajectory."""
+    joints = _array(episode, name, f"{source}-joint_pos", 6)
+    gripper = _array(episode, name, f"{source}-gripper_pos", 1)
+    poses = _forward(joints, base)
+    commanded = None
+    if (episode / f"action-{source}-joint.npy").is_file():
+        targets = _array(episode, name, f"action-{source}-joint", 6)
+        closing = _array(episode, name, f"action-{source}-gripper", 1)
+        if len(targets) != len(joints) or len(closing) != len(joints):
+            raise DemoError(name, f"arm {source!r} has {len(joints)} states and {len(targets)} commands")
+        commanded = _trajectory(_forward(targets, base), closing, f"action-{source}-gripper", None)
+    return poses, _trajectory(poses, gripper, f"{source}-gripper_pos", joints, commanded)
+
+
+def _forward(joints: np.ndarray, base: ArmCalibration) -> np.ndarray:
+    from scipy.spatial.transform import Rotation
+
+    from keygrip.robots.kinematics import forward_kinematics
+
+    position, quaternion = forward_kinematics(joints, base.arm, base.gripper)
+    return base.world_from_base @ transform(position, Rotation.from_quat(quaternion, scalar_first=True).as_matrix())
+
+
+def _trajectory(
+    poses: np.ndarray,
+    gripper: np.ndarray,
+    what: str,
+    joints: np.ndarray | None,
+    commanded: ArmTrajectory | None = None,
+) -> ArmTrajectory:
+    if len(gripper) != len(poses):
+        raise ValueError(f"{what} has {len(gripper)} rows, the joints {len(poses)}")
+    return ArmTrajectory(
+        position=poses[:, :3, 3],
+        quaternion=quaternions(poses[:, :3, :3]),
+        gripper=opening(gripper, what),
+        joints=joints,
+        commanded=commanded,
+    )
+
+
+def _camera(
+    video: VideoFrames,
+    camera: str,
+    entry: dict[str, Any],
+    stamps: np.ndarray,
+    times: np.ndarray,
+    calibration: Calibration,
+    gripper_poses: dict[str, np.ndarray],
+) -> CameraTrack:
+    """A track whose frame i is the picture nearest in time to tick i (cameras of other lengths drop or repeat
+    frames)."""
+    held = video.frames_in_file()
+    if held != len(stamps):
+        raise OSError(f"{video.path.name} holds {held} frames, its time stamps are {len(stamps)}: the video is cut off")
+    frames: FrameSource = VideoFrames(video.path, held, rotate=video.rotate)
+    if len(stamps) != len(times):
+        right = np.clip(np.searchsorted(stamps, times), 1, len(stamps) - 1)
+        nearest = right - (times - stamps[right - 1] <= stamps[right] - times)
+        frames = SelectedFrames(frames, tuple(int(index) for index in nearest))
+    entry_size = (int(entry["width"]), int(entry["height"]))
+    width, height = entry_size if video.rotate in (0, 180) else entry_size[::-1]
+    calibrated = calibration.camera(camera)
+    return CameraTrack(
+        width,
+        height,
+        CameraTrack.broadcast(calibrated.intrinsics_for(width, height), len(times)),
+        calibrated.poses(gripper_poses, len(times)),
+        frames,
+    )

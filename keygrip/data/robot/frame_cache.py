@@ -1,0 +1,202 @@
+"""Decoded frames kept on disk and shared, through the page cache, by all loader workers and ranks of a machine.
+
+One file of raw pixels and one of marks for each data set and camera, named by a hash of what the frames are (paths,
+sizes, modification times), so a changed file is never served from an old cache. A slot is filled when its frame is
+first wanted: pixels first, then its mark, both by plain writes (a full disk is then an error that is caught, not a
+signal that kills the process). The mark is a checksum, and each process compares it the first time that it reads a
+slot: pixels that a crash kept from reaching the disk are decoded again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from keygrip.data.robot.demos import FrameSource
+
+log = logging.getLogger(__name__)
+
+STALE_AFTER_S = 86400.0  # an unused cache of other content is removed when it is older than a day
+DISK_RESERVE = 1 << 30  # bytes left free on the disk beside the cache
+
+
+@dataclass(frozen=True)
+class FrameShape:
+    """Where a demo's frames lie in the cache: `frames` pictures of height x width x 3."""
+
+    frames: int
+    height: int
+    width: int
+
+
+class FrameCache:
+    """Frames of one camera of many demos, decoded at most once each while the size limit lasts.
+
+    Args:
+        sources: the frames of each demo.
+        shapes: their number and size.
+        folder: where the cache files go.
+        name: the camera's name, part of the file names.
+        limit_bytes: frames beyond it are decoded each time (said once); 0 keeps nothing.
+
+    Picklable: a loader worker opens the files itself.
+    """
+
+    def __init__(
+        self, sources: Sequence[FrameSource], shapes: Sequence[FrameShape], folder: Path, name: str, limit_bytes: int
+    ) -> None:
+        self.sources = list(sources)
+        self.shapes = list(shapes)
+        sizes = np.array([shape.height * shape.width * 3 for shape in shapes], dtype=np.int64)
+        counts = np.array([shape.frames for shape in shapes], dtype=np.int64)
+        self._frame_bytes = sizes
+        self._first_byte = np.concatenate([[0], np.cumsum(sizes * counts)])
+        self._first_slot = np.concatenate([[0], np.cumsum(counts)])
+        self.total_bytes = int(self._first_byte[-1])
+        self.total_frames = int(self._first_slot[-1])
+        self.limit_bytes = min(int(limit_bytes), self.total_bytes)
+        self.pixels_path: Path | None = None
+        self.marks_path: Path | None = None
+        self._open_in: int | None = None
+        if self.limit_bytes > 0:
+            self._prepare(folder, name)
+
+    def _prepare(self, folder: Path, name: str) -> None:
+        digest = hashlib.sha256()
+        for source, shape in zip(self.sources, self.shapes, strict=True):
+            digest.update(f"{shape}\n{source.identity()}\n".encode())
+        # the machine is part of the name: on a network disk another machine's writes may be seen in any order
+        machine = "".join(letter if letter.isalnum() else "-" for letter in platform.node()) or "host"
+        stem = f"frames-{name}-{machine}-{digest.hexdigest()[:16]}"
+        pixels, marks = folder / f"{stem}.pixels", folder / f"{stem}.marks"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._remove_stale(folder, f"frames-{name}-{machine}-", keep=stem)
+            held = pixels.stat().st_blocks * 512 if pixels.exists() else 0
+            free = shutil.disk_usage(folder).free
+            if self.limit_bytes - held > free - DISK_RESERVE:
+                log.warning(
+                    "no frame cache: it needs %.1f GB in %s, where %.1f GB are free; frames are decoded every time "
+                    "(data.cache_gb sets the limit, data.cache_dir the place)",
+                    self.limit_bytes / 1e9,
+                    folder,
+                    free / 1e9,
+                )
+                self.limit_bytes = 0
+                return
+            for path, size in ((pixels, self.total_bytes), (marks, 4 * self.total_frames)):
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+                try:
+                    if os.fstat(descriptor).st_size != size:
+                        os.ftruncate(descriptor, size)  # sparse: takes room only as slots are filled
+                finally:
+                    os.close(descriptor)
+        except OSError as error:
+            log.warning("no frame cache: %s cannot be written (%s); frames are decoded every time", folder, error)
+            self.limit_bytes = 0
+            return
+        self.pixels_path, self.marks_path = pixels, marks
+        if self.limit_bytes < self.total_bytes:
+            log.warning(
+                "the frame cache holds %.2f of %.2f GB of frames of camera %s; the others are decoded every time "
+                "(raise data.cache_gb to keep them)",
+                self.limit_bytes / 1e9,
+                self.total_bytes / 1e9,
+                name,
+            )
+
+    @staticmethod
+    def _remove_stale(folder: Path, prefix: str, keep: str) -> None:
+        """Removes caches of other content that no process has open and that were not used for a day."""
+        for marks in folder.glob(f"{prefix}*.marks"):
+            if marks.stem == keep or time.time() - marks.stat().st_mtime < STALE_AFTER_S:
+                continue
+            descriptor = os.open(marks, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                continue  # in use
+            else:
+                marks.with_suffix(".pixels").unlink(missing_ok=True)
+                marks.unlink(missing_ok=True)
+            finally:
+                os.close(descriptor)
+
+    def __getstate__(self) -> dict[str, object]:
+        dropped = ("_open_in", "_pixels", "_marks", "_pixels_file", "_marks_file", "_compared")
+        return {**{key: value for key, value in self.__dict__.items() if key not in dropped}, "_open_in": None}
+
+    def _open(self) -> None:
+        """Opens the files in this process; after a fork anew, so that no two processes share what has been compared."""
+        assert self.pixels_path is not None
+        assert self.marks_path is not None
+        self._pixels_file = os.open(self.pixels_path, os.O_RDWR)
+        self._marks_file = os.open(self.marks_path, os.O_RDWR)
+        fcntl.flock(self._marks_file, fcntl.LOCK_SH)
+        os.utime(self.marks_path)
+        self._pixels = np.memmap(self.pixels_path, dtype=np.uint8, mode="r", shape=(self.total_bytes,))
+        self._marks = np.memmap(self.marks_path, dtype=np.uint32, mode="r", shape=(self.total_frames,))
+        self._compared = np.zeros(self.total_frames, dtype=bool)
+        self._open_in = os.getpid()
+
+    def close(self) -> None:
+        """Gives back this process's files."""
+        if self._open_in == os.getpid():
+            os.close(self._pixels_file)
+            os.close(self._marks_file)
+            del self._pixels, self._marks
+        self._open_in = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_open_in", None) == os.getpid():
+            self.close()
+
+    def read(self, demo: int, frame: int) -> np.ndarray:
+        """Frame `frame` of demo number `demo`: H x W x 3 uint8 (do not write into it)."""
+        first = int(self._first_byte[demo] + frame * self._frame_bytes[demo])
+        last = first + int(self._frame_bytes[demo])
+        if last > self.limit_bytes:
+            return self.sources[demo].read(frame)
+        if self._open_in != os.getpid():
+            self._open()
+        slot = int(self._first_slot[demo]) + frame
+        shape = self.shapes[demo]
+        mark = int(self._marks[slot])
+        if mark:
+            pixels = self._pixels[first:last]
+            if self._compared[slot] or _mark(pixels) == mark:
+                self._compared[slot] = True
+                return np.asarray(pixels).reshape(shape.height, shape.width, 3)
+        picture = np.ascontiguousarray(self.sources[demo].read(frame))
+        if picture.shape != (shape.height, shape.width, 3):
+            raise ValueError(f"frame {frame} has shape {picture.shape}, {(shape.height, shape.width, 3)} was promised")
+        try:
+            _write(self._pixels_file, picture.reshape(-1).data, first)
+            _write(self._marks_file, _mark(picture.reshape(-1)).to_bytes(4, "little"), 4 * slot)
+        except OSError as error:
+            log.warning("the frame cache stops growing (%s); frames are decoded every time", error)
+            self.limit_bytes = 0
+        return picture
+
+
+def _mark(pixels: np.ndarray) -> int:
+    """A checksum that is never 0 (0 marks an empty slot)."""
+    return zlib.adler32(pixels.data) or 1
+
+
+def _write(descriptor: int, content: bytes | memoryview, offset: int) -> None:
+    view = memoryview(content)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written

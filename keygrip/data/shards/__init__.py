@@ -1,0 +1,1 @@
+"""WebDataset shards: index, mixing, resume, bad samples."""

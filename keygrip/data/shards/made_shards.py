@@ -1,0 +1,63 @@
+"""Shards that the program makes itself, and which samples of a set are held out."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keygrip.data.shards.tars import MANIFEST, ShardSet
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MadeShards:
+    """Shards that the program makes itself where they are missing.
+
+    Nothing is imported until something is missing.
+
+    Args:
+        maker: dotted name of a function that is called with `root` and `options`, and makes a complete set there.
+        options: plain values of the maker.
+        folder: where sets go; each has a folder of its own below it, named by a hash of all that it is made of.
+        name: beginning of that folder's name.
+    """
+
+    maker: str
+    options: Mapping[str, Any]
+    folder: str | Path = "data"
+    name: str = "shards"
+
+    @property
+    def root(self) -> Path:
+        """The set's folder. The number of processes does not count."""
+        counted = {key: value for key, value in self.options.items() if key != "processes"}
+        content = json.dumps({"maker": self.maker, **counted}, sort_keys=True, default=str)
+        return Path(self.folder) / f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+
+    def complete(self) -> None:
+        """Makes what is missing; says so. Several processes may call it: one works, the others wait."""
+        self.root.parent.mkdir(parents=True, exist_ok=True)
+        with (self.root.parent / f".{self.root.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (self.root / "train" / MANIFEST).is_file():
+                from hydra.utils import get_method
+
+                log.info("%s is not complete: making its shards", self.root)
+                get_method(self.maker)(root=self.root, options=dict(self.options))
+
+
+def held_out(shards: ShardSet, fraction: float) -> np.ndarray:
+    """bool [N]: which samples of a set without splits are for validation. A function of each key alone."""
+    threshold = int(fraction * 2**32)
+    keys = (key for shard in range(len(shards.shards)) for key in shards.index(shard).keys.tolist())
+    draws = (hashlib.sha256(key.encode()).digest()[:4] for key in keys)
+    return np.array([int.from_bytes(draw, "big") < threshold for draw in draws], dtype=bool)

@@ -1,0 +1,330 @@
+"""Which samples make a batch: mixtures of sources and buckets of alike samples, as a pure function of (seed, epoch).
+
+An epoch goes once through the *lead* sources; the others give a fixed share of all samples each, exactly in
+expectation, drawn from an endless sequence of permutations. Then samples of like shape (a bucket) are put together into
+global batches, so that little is padded, and the batches are shuffled. Nothing is streamed: the order of an epoch is
+computed, so that resuming is a number and neither workers nor ranks change it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from keygrip.data.shards.sampling import GlobalBatchSampler
+
+POOL = 128  # batches among which a bucket's samples are sorted by length: enough to pad little, few enough to mix well
+BLUR = 0.03  # of each length, at random: who shares a batch changes from epoch to epoch in small buckets too
+
+
+@dataclass(frozen=True)
+class Component:
+    """A source in a mixture: N samples.
+
+    Args:
+        name: of the source.
+        bucket: [N] int64, samples of one number are batched together.
+        length: [N] float, within a bucket batches are made of samples of like length.
+        shard: [N] int32, where samples lie; only for shuffling in windows of shards.
+        share: of all samples, in (0, 1); None: a lead source, every sample once an epoch.
+    """
+
+    name: str
+    bucket: np.ndarray
+    length: np.ndarray
+    shard: np.ndarray
+    share: float | None = None
+
+    def __len__(self) -> int:
+        return len(self.bucket)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run in which the lead sources are mixed in another proportion: easy ones first.
+
+    Args:
+        weights: by name of the lead source; one that is not named takes no part.
+        steps: how many batches it lasts; None: to the end.
+
+    Raises:
+        ValueError: weights that are negative or all zero, or no steps.
+    """
+
+    weights: Mapping[str, float]
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.weights or min(self.weights.values()) < 0 or not sum(self.weights.values()) > 0:
+            raise ValueError(f"a stage of the curriculum needs weights of which one is above 0, not {self.weights}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"a stage of the curriculum lasts at least one step, not {self.steps}")
+
+
+class Mixture:
+    """Sources one behind the other: sample i of component c has the number `starts[c] + i`.
+
+    Args:
+        components: at least one lead source.
+        batch_size: global.
+        seed: of the order.
+        window_shards: shuffle the lead samples within windows of so many shards, in random order; for remote shards, of
+            which the disk holds only some at a time. None: over everything.
+        curriculum: stages one after the other, the last without an end; each lead source is gone through again and
+            again, and an epoch is as many batches as one pass through all of them would be. Empty: one pass through all
+            of them in each epoch.
+
+    Raises:
+        ValueError: no lead source, shares of 1 or more together, an empty source, too few samples for a batch, or a
+            curriculum that ends, names other sources, or meets window_shards.
+    """
+
+    def __init__(
+        self,
+        components: Sequence[Component],
+        batch_size: int,
+        seed: int = 0,
+        window_shards: int | None = None,
+        curriculum: Sequence[Stage] = (),
+    ) -> None:
+        self.components, self.batch_size, self.seed = list(components), batch_size, seed
+        self.curriculum = list(curriculum)
+        self.window_shards = window_shards
+        for part in self.components:
+            if not len(part):
+                raise ValueError(f"the source {part.name!r} holds no samples")
+            if part.share is not None and not 0 < part.share < 1:
+                raise ValueError(f"the share of source {part.name!r} is {part.share:g}; it must lie between 0 and 1")
+        shares = sum(part.share or 0.0 for part in self.components)
+        self.lead = [n for n, part in enumerate(self.components) if part.share is None]
+        if not self.lead or shares >= 1:
+            raise ValueError(
+                f"the shares of {', '.join(p.name for p in self.components if p.share)} make {shares:g}; leave at "
+                "least one source without a share: an epoch is one pass through it"
+            )
+        if window_shards is not None and window_shards < 1:
+            raise ValueError(f"window_shards must be at least 1, not {window_shards}")
+        self._check_curriculum()
+        self.starts = np.cumsum([0, *(len(part) for part in self.components)])
+        self.bucket = np.concatenate([part.bucket for part in self.components])
+        self.length = np.concatenate([part.length for part in self.components])
+        leading = sum(len(self.components[n]) for n in self.lead)
+        self.batches = math.floor(leading / (1 - shares) / batch_size)
+        if self.batches < 1:
+            raise ValueError(
+                f"the training split holds {leading} samples beside the mixed-in ones, fewer than one batch of "
+                f"{batch_size}; lower data.batch_size"
+            )
+
+    def _check_curriculum(self) -> None:
+        if not self.curriculum:
+            return
+        names = {self.components[n].name for n in self.lead}
+        if other := sorted({name for stage in self.curriculum for name in stage.weights} - names):
+            raise ValueError(
+                f"the curriculum names {', '.join(other)}; sources without a share are {', '.join(sorted(names))}"
+            )
+        ends = [stage.steps is not None for stage in self.curriculum]
+        if ends != [True] * (len(ends) - 1) + [False]:
+            raise ValueError("every stage of the curriculum but the last needs steps, and the last has none")
+        if self.window_shards is not None:
+            raise ValueError(
+                "a curriculum and window_shards cannot be combined: its sources are gone through at random"
+            )
+
+    def component_of(self, sample: int) -> tuple[int, int]:
+        """Number of the component, and of the sample in it."""
+        component = int(np.searchsorted(self.starts, sample, side="right")) - 1
+        return component, sample - int(self.starts[component])
+
+    def counts(self, epoch: int) -> list[int]:
+        """Samples of each component in an epoch: shares hold exactly in expectation over seeds, and within one sample
+        over all epochs so far; the lead sources (counted together, in the first lead's place) fill what remains."""
+        total = self.batches * self.batch_size
+        counts = [0] * len(self.components)
+        for number, part in enumerate(self.components):
+            if part.share is not None:
+                first, last = (self._drawn(number, part.share * total, e) for e in (epoch, epoch + 1))
+                counts[number] = last - first
+        counts[self.lead[0]] = total - sum(counts)
+        return counts
+
+    def _drawn(self, number: int, rate: float, epoch: int) -> int:
+        """Samples drawn from a component before an epoch: their mean over all offsets is `rate * epoch`."""
+        offset = np.random.default_rng([self.seed, number, 1]).random()
+        return math.floor(rate * epoch + offset)
+
+    def _lead_samples(self, epoch: int, rng: np.random.Generator) -> np.ndarray:
+        order = rng.permutation(np.concatenate([np.arange(*self.starts[n : n + 2]) for n in self.lead]))
+        # with several mixed-in sources, rounding may ask for a lead sample more than there are: one comes again
+        return np.resize(order, self.counts(epoch)[self.lead[0]])
+
+    def _stages_of(self, epoch: int) -> list[tuple[Stage, int]]:
+        """The stages that an epoch's batches belong to, each with how many of them."""
+        found, start = [], 0
+        first, last = epoch * self.batches, (epoch + 1) * self.batches
+        for stage in self.curriculum:
+            stop = last if stage.steps is None else start + stage.steps
+            inside = min(stop, last) - max(start, first)
+            if inside > 0:
+                found.append((stage, inside))
+            start = stop
+        return found
+
+    def _staged_counts(self, epoch: int) -> list[list[int]]:
+        """For each of the epoch's stages, samples of each component (zero for those that are mixed in)."""
+        total, before = self.counts(epoch)[self.lead[0]], 0
+        rows: list[list[int]] = []
+        for stage, batches in self._stages_of(epoch):
+            before += batches
+            here = round(total * before / self.batches) - sum(sum(row) for row in rows)
+            weights = np.array([stage.weights.get(part.name, 0.0) for part in self.components])
+            borders = np.concatenate([[0.0], np.cumsum(weights) / weights.sum()])
+            rows.append(np.diff(np.round(borders * here).astype(int)).tolist())
+        return rows
+
+    def _staged_samples(self, epoch: int, rng: np.random.Generator) -> list[np.ndarray]:
+        """The lead samples of an epoch, by stage; every component goes on where it stood."""
+        taken = [0] * len(self.components)
+        for past in range(epoch):
+            for counts in self._staged_counts(past):
+                taken = [a + b for a, b in zip(taken, counts, strict=True)]
+        pools = []
+        for counts in self._staged_counts(epoch):
+            parts = [
+                self.starts[number] + self._endless(number, len(part), taken[number], count)
+                for number, (part, count) in enumerate(zip(self.components, counts, strict=True))
+            ]
+            pools.append(rng.permutation(np.concatenate(parts)))
+            taken = [a + b for a, b in zip(taken, counts, strict=True)]
+        return pools
+
+    def _mixed_in_samples(self, epoch: int) -> np.ndarray:
+        counts, parts = self.counts(epoch), [np.zeros(0, dtype=np.int64)]
+        for number, part in enumerate(self.components):
+            if part.share is not None:
+                first = self._drawn(number, part.share * self.batches * self.batch_size, epoch)
+                parts.append(self.starts[number] + self._endless(number, len(part), first, counts[number]))
+        return np.concatenate(parts)
+
+    def _endless(self, number: int, size: int, first: int, count: int) -> np.ndarray:
+        """Elements `first` to `first + count` of a component's endless sequence of permutations."""
+        if not count:
+            return np.zeros(0, dtype=np.int64)
+        rounds = range(first // size, (first + count - 1) // size + 1)
+        orders = [np.random.default_rng([self.seed, number, r, 3]).permutation(size) for r in rounds]
+        return np.concatenate(orders)[first - rounds[0] * size :][:count]
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The epoch's samples, batch after batch: int64 [batches * batch_size]."""
+        rng = np.random.default_rng([self.seed, epoch, 2])
+        mixed_in = self._mixed_in_samples(epoch)
+        if self.curriculum:
+            pools = self._staged_samples(epoch, rng)
+        else:
+            lead = self._lead_samples(epoch, rng)
+            pools = self._in_windows(lead, rng) if self.window_shards else [lead]
+        # Mixed-in samples are spread evenly over the pools; what does not fill a batch goes on to the next one.
+        ends = np.cumsum([len(pool) for pool in pools])
+        extra = np.split(rng.permutation(mixed_in), np.round(ends[:-1] / ends[-1] * len(mixed_in)).astype(int))
+        left, batches = np.zeros(0, dtype=np.int64), []
+        for part, more in zip(pools, extra, strict=True):
+            pool = np.concatenate([left, part, more])
+            whole = len(pool) // self.batch_size * self.batch_size
+            left, pool = pool[whole:], pool[:whole]
+            batches.append(bucketed(pool, self.bucket[pool], self.length[pool], self.batch_size, rng))
+        assert not len(left)
+        return np.concatenate(batches)
+
+    def _in_windows(self, order: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+        """The same samples, those of each window of shards together."""
+        assert self.window_shards is not None
+        component = np.searchsorted(self.starts, order, side="right") - 1
+        own = np.concatenate([part.shard for part in self.components])[order].astype(np.int64)
+        names, shard = np.unique(np.stack([component, own]), axis=1, return_inverse=True)
+        window = (rng.permutation(names.shape[1]) // self.window_shards)[shard.ravel()]
+        sorted_by_window = np.argsort(window, kind="stable")
+        return np.split(order[sorted_by_window], np.flatnonzero(np.diff(window[sorted_by_window])) + 1)
+
+
+def bucketed(
+    samples: np.ndarray, bucket: np.ndarray, length: np.ndarray, batch_size: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Samples arranged into batches of like ones, the batches in random order; an incomplete batch comes last.
+
+    Args:
+        samples: [n], in random order. bucket, length: [n].
+
+    What does not fill a batch of its bucket is batched with the leftovers of the neighbouring buckets.
+    """
+    length = length * rng.uniform(1 - BLUR, 1 + BLUR, len(length))
+    batches, left = [], []
+    by_bucket = np.argsort(bucket, kind="stable")
+    for group in np.split(by_bucket, np.flatnonzero(np.diff(bucket[by_bucket])) + 1):
+        whole = len(group) // batch_size * batch_size
+        left.append(group[whole:])
+        for start in range(0, whole, POOL * batch_size):
+            pool = group[start : min(start + POOL * batch_size, whole)]
+            batches.append(pool[np.argsort(length[pool], kind="stable")].reshape(-1, batch_size))
+    rest = np.concatenate(left)
+    rest = rest[np.lexsort((length[rest], bucket[rest]))]
+    whole = len(rest) // batch_size * batch_size
+    batches.append(rest[:whole].reshape(-1, batch_size))
+    together = np.concatenate(batches)
+    return samples[np.concatenate([rng.permutation(together).ravel(), rest[whole:]])]
+
+
+class MixedBatchSampler(GlobalBatchSampler):
+    """This rank's part of each bucketed, mixed global batch; everything else as in :class:`GlobalBatchSampler`.
+
+    Args:
+        mixture: of the training sources. rank, ranks: this process and how many there are.
+    """
+
+    def __init__(self, mixture: Mixture, rank: int = 0, ranks: int = 1) -> None:
+        super().__init__(mixture.batches * mixture.batch_size, mixture.batch_size, rank, ranks, mixture.seed)
+        self.mixture = mixture
+
+    def order(self, epoch: int) -> np.ndarray:
+        return self.mixture.order(epoch)
+
+
+class BucketedSampler(GlobalBatchSampler):
+    """Every sample once, in bucketed batches of one fixed order (validation).
+
+    Args:
+        bucket, length: [N], as in :class:`Component`. limit: only the first so many of a fixed permutation.
+    """
+
+    def __init__(
+        self,
+        bucket: np.ndarray,
+        length: np.ndarray,
+        batch_size: int,
+        rank: int = 0,
+        ranks: int = 1,
+        limit: int | None = None,
+    ) -> None:
+        samples = len(bucket) if limit is None else min(limit, len(bucket))
+        super().__init__(samples, batch_size, rank, ranks, seed=0, shuffle=False, drop_last=False)
+        self.bucket, self.length = bucket, length
+
+    def order(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng(0)
+        chosen = rng.permutation(len(self.bucket))[: self.samples]
+        return bucketed(chosen, self.bucket[chosen], self.length[chosen], self.batch_size, rng)
+
+
+def padded_share(order: np.ndarray, batch_size: int, *sizes: np.ndarray) -> float:
+    """Share of padding in batches, when each sample has `size` places of each kind and a batch as many as its largest.
+
+    Args:
+        order: [n] samples, batch after batch. sizes: [N] each, for example frames and tokens.
+    """
+    whole = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
+    used = sum(float(size[whole].sum()) for size in sizes)
+    places = sum(float(size[whole].max(axis=1).sum()) * batch_size for size in sizes)
+    return 1 - used / places if places else 0.0

@@ -1,0 +1,71 @@
+"""What every data module of keygrip has in common: an order of samples that a checkpoint can continue."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import Dataset
+
+from keygrip.data.shards.sampling import GlobalBatchSampler, start_worker
+
+
+class ResumableData(LightningDataModule):
+    """A data module whose position is one number: the batches that were trained on.
+
+    A subclass has the attributes named in ``order_depends_on`` (a checkpoint made with others cannot be continued),
+    ``num_workers`` and ``prefetch_batches``.
+    """
+
+    order_depends_on: ClassVar[tuple[str, ...]] = ("batch_size", "seed")
+    num_workers: int
+    prefetch_batches: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._batches_done = 0
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """This process's rank, and how many there are."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def loader_options(self, samples: Dataset[Any], sampler: GlobalBatchSampler) -> dict[str, Any]:
+        """What all loaders are built with, beside what makes a batch of samples."""
+        return {
+            "dataset": samples,
+            "batch_sampler": sampler,
+            "num_workers": self.num_workers,
+            "worker_init_fn": start_worker,
+            "pin_memory": torch.cuda.is_available(),
+            "persistent_workers": self.num_workers > 0,
+            "prefetch_factor": self.prefetch_batches if self.num_workers else None,
+        }
+
+    def batches_done(self) -> int:
+        """The position in the order of samples: batches whose step was done, counted from the start of training.
+
+        The trainer's count, since a loader cannot know how much of what it handed out was used.
+        """
+        if self.trainer is None:
+            return self._batches_done
+        return max(self._batches_done, self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and what the order of samples depends on."""
+        return {"batches_done": self.batches_done(), **{name: getattr(self, name) for name in self.order_depends_on}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where the checkpoint was written.
+
+        Raises:
+            ValueError: the order of samples cannot be continued.
+        """
+        for name in self.order_depends_on:
+            if state_dict[name] != getattr(self, name):
+                raise ValueError(
+                    f"the checkpoint was trained with data.{name}={state_dict[name]}, this run has "
+                    f"{getattr(self, name)}; the order of samples cannot be continued"
+                )
+        self._batches_done = int(state_dict["batches_done"])

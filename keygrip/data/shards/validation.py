@@ -1,0 +1,255 @@
+"""Validation of shards: everything that could go wrong in training is looked for before it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from keygrip.data.image_text.datamodule import INFO, write_info
+from keygrip.data.image_text.samples import (
+    LATENT,
+    NEEDED,
+    PATCHES,
+    TEXT,
+    TEXT_MASK,
+    describe_image_text,
+    is_image_text,
+    read_image_text,
+)
+from keygrip.data.shards.tars import (
+    MANIFEST,
+    Parts,
+    Row,
+    SampleError,
+    ShardError,
+    ShardSet,
+    index_shard,
+    is_remote,
+    write_manifest,
+)
+from keygrip.data.video_text.conversations import (
+    PICTURE,
+    VIDEO,
+    conversation_problem,
+    describe_video_text,
+    parse_conversations,
+    parse_text,
+    read_sample,
+)
+
+log = logging.getLogger(__name__)
+
+NAMED_AT_MOST = 20
+PROBE_SIZE = 32  # pictures are decoded whole and then made small: what they show is not looked at
+
+
+@dataclass
+class ShardReport:
+    """What is known of a shard after looking at everything in it."""
+
+    name: str
+    problems: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)  # of pictures and text
+    kinds: Counter[str] = field(default_factory=Counter)
+    frames: Counter[int] = field(default_factory=Counter)
+    has: Counter[str] = field(default_factory=Counter)  # of images with text: how many samples have what
+
+
+def describe(parts: Parts) -> Row:
+    """Columns of a sample of either kind, known by its parts."""
+    return describe_image_text(parts) if is_image_text(parts) else describe_video_text(parts)
+
+
+def split_folders(root: Path | str) -> list[str]:
+    """The shard sets at a root: itself, or its splits.
+
+    Raises:
+        FileNotFoundError: none. ValueError: the root is a URL.
+    """
+    if is_remote(root):
+        raise ValueError(f"{root} is a URL: manifests are made and shards validated where the files lie")
+    found = [
+        str(folder)
+        for place in (Path(root), *(Path(root) / split for split in ("train", "val", "test")))
+        for folder in (place, *sorted(place.glob("bucket_*")))
+        if any(folder.glob("*.tar"))
+    ]
+    if not found:
+        raise FileNotFoundError(f"no shards (*.tar) in {root}, its train/, val/ and test/, or bucket_*/ in these")
+    return found
+
+
+def make_manifests(root: Path | str, again: bool = False, max_broken_share: float = 0.1) -> dict[str, Any]:
+    """Indexes the shards of a set (or of its splits) that have no index, and writes the manifests.
+
+    Args:
+        root: folder of shards. again: index all anew. max_broken_share: more broken shards than this are an error.
+    """
+    report: dict[str, Any] = {"root": str(root), "shards": 0, "samples": 0, "broken": 0}
+    folders = split_folders(root)
+    for folder in folders:
+        manifest = write_manifest(folder, describe, max_broken_share, again)
+        report["shards"] += len(manifest["shards"])
+        report["samples"] += manifest["samples"]
+        report["broken"] += len(manifest["broken"])
+    if any(Path(folder).name.startswith("bucket_") for folder in folders):
+        info = Path(root) / INFO
+        known = json.loads(info.read_text()).get("encoders") if info.is_file() else None
+        write_info(root, known)
+    return report
+
+
+def examine_shard(place: str, number: int) -> ShardReport:
+    """Reads, decodes and checks everything in a shard of a set."""
+    shards = ShardSet(place)
+    entry = shards.shards[number]
+    report = ShardReport(f"{place}/{entry['name']}")
+    try:
+        fresh = index_shard(Path(place) / entry["name"], describe)
+        stored = shards.index(number)
+        for what in ("keys", "first_part", "part_names", "part_offsets", "part_sizes"):
+            if not np.array_equal(getattr(fresh, what), getattr(stored, what)):
+                problem = f"{report.name}: its index is not of this tar ({what} differ): step=manifest again=true"
+                report.problems.append(problem)
+                return report
+        for name, values in fresh.columns.items():
+            for row in np.flatnonzero(values != stored.columns[name]).tolist():
+                said = stored.columns[name][row]
+                problem = f"{report.name}: {fresh.keys[row]} has {name} {values[row]}, its manifest says {said}"
+                report.problems.append(problem)
+    except ShardError as error:
+        report.problems.append(str(error))
+        return report
+    first = shards.first_sample(number)
+    for sample in range(first, first + entry["samples"]):
+        report.keys.append(shards.key(sample))
+        try:
+            parts = shards.read(sample)
+            if is_image_text(parts):
+                _examine_image(shards, sample, parts, report)
+                continue
+            read_sample(shards, sample, PROBE_SIZE)
+            conversations = parse_conversations(parse_text(parts))
+        except SampleError as error:
+            report.problems.append(str(error))
+            continue
+        unknown = [name for name in parts if name != "json" and not PICTURE.match(name) and name not in VIDEO]
+        if unknown:
+            report.problems.append(f"{shards.where(sample)}: nobody reads its part {unknown[0]!r}")
+        for conversation in conversations:
+            report.kinds[conversation.kind] += 1
+            fault = conversation_problem(conversation)
+            if fault:
+                report.problems.append(f"{shards.where(sample)}: {fault}")
+        report.frames[int(shards.columns["frames"][sample])] += 1
+        report.digests.append(_digest(parts))
+    return report
+
+
+def _digest(parts: Parts) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(parts):
+        digest.update(name.encode() + b"\0" + parts[name])
+    return digest.hexdigest()
+
+
+def _examine_image(shards: ShardSet, sample: int, parts: Parts, report: ShardReport) -> None:
+    """Counts what an image has, and reads what is whole. What lacks a part is skipped in training: no fault by itself,
+    and only counted."""
+    report.has["images"] += 1
+    report.has["latents"] += LATENT in parts
+    report.has["patches"] += PATCHES in parts
+    report.has["text"] += TEXT in parts and TEXT_MASK in parts
+    if not set(NEEDED) - set(parts):
+        report.has["complete"] += 1
+        try:
+            found = read_image_text(shards, sample)
+            if not found.record.get("caption"):
+                report.has["without_caption"] += 1
+        except SampleError as error:
+            report.problems.append(str(error))
+            return
+    unknown = [name for name in parts if name not in NEEDED]
+    if unknown:
+        report.problems.append(f"{shards.where(sample)}: nobody reads its part {unknown[0]!r}")
+    report.digests.append(_digest(parts))
+
+
+def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
+    """Looks at every sample of a set and of its splits.
+
+    Checked: every shard is whole and agrees with its index and manifest; every sample has its text and pictures and
+    decodes; keys and contents occur once over all splits; every conversation has answers, so that its loss mask is not
+    empty. Problems are named in the log.
+
+    Of images with text: how many have latents, patches and text, in every bucket. Samples without patches are skipped
+    in training; a bucket in which all lack something is an error.
+
+    Returns:
+        `errors` (how many), `problems` (the first ones), `shards`, `samples`, `kinds` and `frames` (how many of each);
+        of images with text `images`, and `buckets` with the counts of each.
+    """
+    jobs = [(place, number) for place in split_folders(root) for number in range(len(ShardSet(place).shards))]
+    if processes == 1 or len(jobs) == 1:
+        reports = [examine_shard(*job) for job in tqdm(jobs, desc=f"validate {root}", unit="shard", delay=1)]
+    else:
+        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+            futures = [pool.submit(examine_shard, *job) for job in jobs]
+            reports = [f.result() for f in tqdm(futures, desc=f"validate {root}", unit="shard", delay=1)]
+    problems = [problem for report in reports for problem in report.problems]
+    for what in ("keys", "digests"):
+        seen: dict[str, str] = {}
+        for report in reports:
+            for number, value in enumerate(getattr(report, what)):
+                if value in seen:
+                    name = f"the key {value}" if what == "keys" else "the same content"
+                    problems.append(f"{name} occurs twice: in {seen[value]} and in {report.name} (sample {number})")
+                seen[value] = report.name
+    for place in split_folders(root):
+        manifest = json.loads((Path(place) / MANIFEST).read_text())
+        problems += list(manifest["broken"].values())
+    buckets = _image_counts(root, reports)
+    for name, counts in buckets.items():
+        if not counts["complete"]:
+            problems.append(f"{name}: none of its {counts['images']} images has all parts ({dict(counts)})")
+    for problem in problems[:NAMED_AT_MOST]:
+        log.error("%s", problem)
+    if len(problems) > NAMED_AT_MOST:
+        log.error("and %d more", len(problems) - NAMED_AT_MOST)
+    kinds: Counter[str] = sum((report.kinds for report in reports), Counter())
+    frames: Counter[int] = sum((report.frames for report in reports), Counter())
+    return {
+        "root": str(root),
+        "errors": len(problems),
+        "problems": problems[:NAMED_AT_MOST],
+        "shards": len(reports),
+        "samples": sum(len(report.keys) for report in reports),
+        "kinds": dict(sorted(kinds.items())),
+        "frames": {str(count): number for count, number in sorted(frames.items())},
+    } | ({"images": sum((Counter(c) for c in buckets.values()), Counter()), "buckets": buckets} if buckets else {})
+
+
+def _image_counts(root: Path | str, reports: Sequence[ShardReport]) -> dict[str, dict[str, int]]:
+    """How many images of each folder have what; empty for other shards."""
+    counts: dict[str, dict[str, int]] = {}
+    for report in reports:
+        if report.has:
+            name = Path(report.name).parent.relative_to(root).as_posix()
+            row = counts.setdefault(name, dict.fromkeys(("images", "complete", "latents", "patches", "text"), 0))
+            for what, count in report.has.items():
+                row[what] = row.get(what, 0) + count
+    for name, row in counts.items():
+        log.info("%s: %s", name, ", ".join(f"{count} {what}" for what, count in row.items()))
+    return counts

@@ -1,1 +1,0 @@
-"""Preparation of shards: one module a source, each a function that ``conf/step`` names."""

@@ -1,0 +1,313 @@
+"""The contents of shards of videos with text: what their parts mean, how they are written, read and shown whole.
+
+Parts of a sample: "json" with `source`, `fps`, `frames` and `conversations` ([{"kind", "turns": [{"role", "text"}],
+"evidence"}]), and the pictures, either "00.jpg", "01.jpg", ... (PNG and WebP too) or one "mp4", from which a frame a
+second is taken. Columns: `frames`, `text_length` (characters of the longest conversation), `kinds` ("cue mark").
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from keygrip.data.shards.tars import Parts, SampleError, ShardSet, all_samples
+
+ROLES = ("system", "user", "assistant")
+PICTURE = re.compile(r"^(\d+)\.(jpg|jpeg|png|webp)$")
+VIDEO = ("mp4", "webm", "mkv")
+MAX_FRAMES = 64
+FITS = ("stretch", "crop", "pad")
+CAPTION_REQUEST = "Describe what happens in the video."
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation. role: "system", "user" or "assistant"."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Text about a video, which belongs to the first user turn; where its tokens go is the model's affair.
+
+    Args:
+        turns: in order; at least one is the assistant's.
+        kind: what is asked ("caption", "mark", "cue", "glance", "text", ...); every report keeps kinds apart.
+        evidence: the ground truth from which the answer follows, plain JSON values; {} where there is none.
+    """
+
+    turns: tuple[Turn, ...]
+    kind: str
+    evidence: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class VideoTextSample:
+    """A video and the conversations about it, each independent of the others.
+
+    Args:
+        frames: uint8 [F, S, S, 3] RGB; F = 0 for text alone, 1 for an image.
+        conversations: one or more.
+        source: the collection that it is from ("robot_videos", "smoltalk", ...).
+        key: unique in its collection.
+    """
+
+    frames: np.ndarray
+    conversations: tuple[Conversation, ...]
+    source: str
+    key: str
+
+
+def caption(text: str, evidence: Mapping[str, Any] | None = None, request: str = CAPTION_REQUEST) -> Conversation:
+    """A request for a caption and the caption."""
+    return Conversation((Turn("user", request), Turn("assistant", text)), "caption", dict(evidence or {}))
+
+
+def answer(question: str, text: str, kind: str, evidence: Mapping[str, Any] | None = None) -> Conversation:
+    """A question and its answer."""
+    return Conversation((Turn("user", question), Turn("assistant", text)), kind, dict(evidence or {}))
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def video_text_parts(
+    frames: Sequence[bytes],
+    conversations: Sequence[Conversation],
+    source: str,
+    fps: float = 1.0,
+    extension: str = "jpg",
+) -> tuple[Parts, dict[str, int | float | str]]:
+    """Parts and columns of a sample, from encoded pictures.
+
+    Raises:
+        ValueError: no conversation, an empty one, or more than 64 frames.
+    """
+    if len(frames) > MAX_FRAMES:
+        raise ValueError(f"{len(frames)} frames are more than the {MAX_FRAMES} that a sample may have")
+    for conversation in conversations:
+        problem = conversation_problem(conversation)
+        if problem:
+            raise ValueError(problem)
+    if not conversations:
+        raise ValueError("a sample needs at least one conversation")
+    content = {
+        "source": source,
+        "fps": fps,
+        "frames": len(frames),
+        "conversations": [
+            {
+                "kind": conversation.kind,
+                "turns": [{"role": turn.role, "text": turn.text} for turn in conversation.turns],
+                "evidence": conversation.evidence,
+            }
+            for conversation in conversations
+        ],
+    }
+    parts = {"json": json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()}
+    parts |= {f"{number:02d}.{extension}": picture for number, picture in enumerate(frames)}
+    return parts, {"frames": len(frames), **_text_columns(conversations)}
+
+
+def text_length(conversations: Sequence[Conversation]) -> int:
+    """Characters of the longest conversation."""
+    return max((sum(len(turn.text) for turn in c.turns) for c in conversations), default=0)
+
+
+def _text_columns(conversations: Sequence[Conversation]) -> dict[str, int | float | str]:
+    return {"text_length": text_length(conversations), "kinds": " ".join(sorted({c.kind for c in conversations}))}
+
+
+def conversation_problem(conversation: Conversation) -> str | None:
+    """What is wrong with a conversation; None where nothing is."""
+    unknown = [turn.role for turn in conversation.turns if turn.role not in ROLES]
+    if unknown:
+        return f"a conversation has a turn of {unknown[0]!r}; roles are {', '.join(ROLES)}"
+    answers = [turn for turn in conversation.turns if turn.role == "assistant"]
+    if not answers or not all(turn.text.strip() for turn in answers):
+        return "a conversation has no answer, or an empty one: it would carry no loss"
+    if conversation.turns[0].role == "assistant":
+        return "a conversation begins with an answer"
+    return None
+
+
+def encode_jpeg(frame: np.ndarray, quality: int = 92) -> bytes:
+    """A JPEG file of a uint8 [H, W, 3] picture."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def parse_text(parts: Parts) -> dict[str, Any]:
+    """The sample's json. Raises ValueError: it is missing or malformed."""
+    if "json" not in parts:
+        raise ValueError(f"it has no json part, only {', '.join(sorted(parts)) or 'nothing'}")
+    content = json.loads(parts["json"])
+    if not isinstance(content, dict) or not content.get("conversations"):
+        raise ValueError("its json holds no conversations")
+    return content
+
+
+def parse_conversations(content: Mapping[str, Any]) -> tuple[Conversation, ...]:
+    """Raises ValueError or KeyError: malformed."""
+    return tuple(
+        Conversation(
+            tuple(Turn(str(turn["role"]), str(turn["text"])) for turn in conversation["turns"]),
+            str(conversation.get("kind", "text")),
+            dict(conversation.get("evidence") or {}),
+        )
+        for conversation in content["conversations"]
+    )
+
+
+def picture_parts(parts: Parts) -> list[str]:
+    """Names of the pictures, in order. Raises ValueError: one is missing in between."""
+    found = sorted((int(match[1]), name) for name in parts if (match := PICTURE.match(name)))
+    if [number for number, _ in found] != list(range(len(found))):
+        raise ValueError(f"its pictures are numbered {[number for number, _ in found]}: some are missing")
+    return [name for _, name in found]
+
+
+def describe_video_text(parts: Parts) -> dict[str, int | float | str]:
+    """The columns of a sample, as :func:`video_text_parts` gives them."""
+    conversations = parse_conversations(parse_text(parts))
+    video = next((name for name in VIDEO if name in parts), None)
+    frames = len(picture_parts(parts)) if video is None else len(_seconds(_duration(parts[video])))
+    return {"frames": frames, **_text_columns(conversations)}
+
+
+def fit_picture(picture: Any, size: int, fit: str) -> np.ndarray:
+    """uint8 [S, S, 3] of a PIL picture: squeezed, its middle square, or whole with black bars."""
+    from PIL import Image, ImageOps
+
+    if picture.size != (size, size):
+        if fit == "crop":
+            picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+        elif fit == "pad":
+            picture = ImageOps.pad(picture, (size, size), Image.Resampling.BICUBIC)
+        else:
+            picture = picture.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    return np.asarray(picture)
+
+
+def decode_picture(content: bytes, size: int, fit: str) -> np.ndarray:
+    """uint8 [S, S, 3] RGB of an encoded picture. Raises OSError or ValueError: it is broken or cut off."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(content)) as opened:
+        if fit == "stretch":
+            opened.draft("RGB", (size, size))
+        return fit_picture(opened.convert("RGB"), size, fit)
+
+
+def _duration(content: bytes) -> float:
+    import av
+
+    with av.open(io.BytesIO(content), "r") as video:
+        return _length(video)
+
+
+def _length(video: Any) -> float:
+    """Seconds of an opened video's first picture stream."""
+    stream = video.streams.video[0]
+    if stream.duration is not None and stream.time_base is not None:
+        return float(stream.duration * stream.time_base)
+    return float((video.duration or 0) / 1e6)
+
+
+def _seconds(duration: float) -> np.ndarray:
+    """Times at which frames are taken: one a second, at most 64, evenly."""
+    count = max(1, int(np.floor(duration + 1e-6)))
+    return np.arange(count) if count <= MAX_FRAMES else np.linspace(0, duration - 1, MAX_FRAMES)
+
+
+def decode_video(content: bytes | str, size: int, fit: str) -> np.ndarray:
+    """uint8 [F, S, S, 3] of a video file or its bytes: a frame a second, at most 64.
+
+    Raises:
+        ValueError: it cannot be decoded, or ends long before its length.
+    """
+    import av
+
+    source = io.BytesIO(content) if isinstance(content, bytes) else content
+    try:
+        with av.open(source, "r") as video:
+            stream = video.streams.video[0]
+            stream.thread_type = "NONE"  # the loader's workers are the parallelism
+            duration = _length(video)
+            wanted = _seconds(duration)
+            frames: list[np.ndarray] = []
+            start: float | None = None
+            for frame in video.decode(stream):
+                now = float(frame.time or 0.0)
+                start = now if start is None else start
+                while len(frames) < len(wanted) and now - start >= wanted[len(frames)] - 1e-3:
+                    frames.append(fit_picture(frame.to_image(), size, fit))
+                if len(frames) == len(wanted):
+                    break
+    except (av.FFmpegError, IndexError) as error:
+        raise ValueError(f"the video cannot be decoded: {error}") from error
+    if len(frames) < len(wanted):
+        raise ValueError(f"the video says it lasts {duration:.1f} s, but only {len(frames)} of them can be decoded")
+    return np.stack(frames)
+
+
+def read_sample(
+    shards: ShardSet, sample: int, size: int, fit: str = "stretch", max_frames: int = MAX_FRAMES
+) -> VideoTextSample:
+    """A decoded sample with all its conversations; of more frames than `max_frames`, evenly spaced ones.
+
+    Raises:
+        SampleError: something in it is broken; names the sample and its shard.
+    """
+    try:
+        parts = shards.read(sample)
+        content = parse_text(parts)
+        conversations = parse_conversations(content)
+        video = next((name for name in VIDEO if name in parts), None)
+        if video is not None:
+            frames = decode_video(parts[video], size, fit)
+            frames = frames[_evenly(len(frames), max_frames)]
+        else:
+            names = picture_parts(parts)
+            if int(content.get("frames", len(names))) != len(names):
+                raise ValueError(f"it has {len(names)} pictures of {content['frames']}")
+            pictures = [decode_picture(parts[names[n]], size, fit) for n in _evenly(len(names), max_frames)]
+            frames = np.stack(pictures) if pictures else np.zeros((0, size, size, 3), np.uint8)
+    except SampleError:
+        raise
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise SampleError(f"{shards.where(sample)}: {error}") from error
+    return VideoTextSample(frames, conversations, str(content.get("source", "")), shards.key(sample))
+
+
+def _evenly(count: int, limit: int) -> list[int]:
+    return list(range(count)) if count <= limit else np.linspace(0, count - 1, limit).round().astype(int).tolist()
+
+
+def iterate_texts(sets: Sequence[ShardSet]) -> Iterator[str]:
+    """The text of every turn of some shard sets, in order (to train a tokenizer on); leaves out unreadable samples."""
+    for shards, sample in all_samples(sets):
+        try:
+            conversations = parse_conversations(parse_text(shards.read(sample)))
+        except (ValueError, KeyError, TypeError):
+            continue
+        for conversation in conversations:
+            for turn in conversation.turns:
+                yield turn.text
+
+
+TextSource = Callable[[], Iterator[str]]

@@ -1,0 +1,478 @@
+"""The data module of videos with text, from shard sets: mixed, bucketed, decoded in workers, resumable in mid-epoch."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+from keygrip.data.batches import VideoTextBatch
+from keygrip.data.shards.bad_samples import SUBSTITUTES, Collate, Skipped, SkippingLoader, SubstitutingSamples
+from keygrip.data.shards.made_shards import MadeShards, held_out
+from keygrip.data.shards.mixing import BucketedSampler, Component, MixedBatchSampler, Mixture, Stage, padded_share
+from keygrip.data.shards.resuming import ResumableData
+from keygrip.data.shards.sampling import GlobalBatchSampler, SampleKey, sample_generator
+from keygrip.data.shards.tars import MANIFEST, SampleError, ShardSet, is_remote
+from keygrip.data.video_text.conversations import (
+    FITS,
+    MAX_FRAMES,
+    Conversation,
+    VideoTextSample,
+    iterate_texts,
+    read_sample,
+)
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test")
+TEXT_BYTES = 2048  # roughly, of a conversation and its evidence as Python objects
+CHARACTERS_A_TOKEN = 4.0  # roughly, of English; only for the padding that is said beforehand
+Questions = int | Mapping[str, int] | None
+
+
+class Collator(Protocol):
+    """Makes a batch of samples, in a loader worker: what the model takes."""
+
+    def __call__(self, samples: list[VideoTextSample]) -> Any: ...
+
+
+@runtime_checkable
+class PreparedCollator(Protocol):
+    """A collator that needs something made of the data's text before the first batch (a tokenizer).
+
+    `prepare` is called by every process, one after the other, when the shards are there: the first makes what is
+    missing in `folder`, all load it. `texts()` goes through the text of every training turn.
+    """
+
+    def prepare(self, folder: Path, texts: Callable[[], Iterator[str]]) -> None: ...
+
+
+@dataclass(frozen=True)
+class ShardSource:
+    """One source of a mixture.
+
+    Args:
+        root: folder or URL with `train/`, `val/` and perhaps `test/`, each a shard set; or one shard set, of which
+            `val_fraction` of the samples (by a hash of their keys: always the same) is for validation. None: `make`.
+        make: how the set is made where it is missing.
+        share: of all training samples; None: a lead source, each sample once an epoch.
+        kinds: only conversations of these kinds; None: all.
+        max_samples: at most so many for training, spread evenly; None: all.
+    """
+
+    root: str | Path | None = None
+    make: MadeShards | None = None
+    share: float | None = None
+    kinds: Sequence[str] | None = None
+    max_samples: int | None = None
+    val_fraction: float = 0.02
+
+    @property
+    def place(self) -> str:
+        """The root, or where `make` puts it. Raises ValueError: neither is given."""
+        if self.root is not None:
+            return str(self.root)
+        if self.make is None:
+            raise ValueError("a source needs a root: the folder or URL of its shards (data.sources.NAME.root=PATH)")
+        return str(self.make.root)
+
+    def open(self, split: str, cache_dir: str | Path | None, cache_gb: float) -> tuple[ShardSet, np.ndarray] | None:
+        """The shard set of a split and the numbers of its samples that belong to it; None where it has no such split.
+
+        Raises:
+            FileNotFoundError: there are no shards.
+        """
+        place = self.place
+        local = not is_remote(place)
+        if local and not Path(place).is_dir():
+            raise FileNotFoundError(
+                f"no shards at {place}: prepare them first (`python -m keygrip.prepare step=...`), or name another "
+                "folder with data.sources.NAME.root=PATH"
+            )
+        whole = (Path(place) / MANIFEST).is_file() if local else self._exists(f"{place}/{MANIFEST}")
+        if not whole:
+            part = f"{place.rstrip('/')}/{split}"
+            there = (Path(part) / MANIFEST).is_file() if local else self._exists(f"{part}/{MANIFEST}")
+            if not there:
+                if split == "train":
+                    raise FileNotFoundError(
+                        f"{place} has neither {MANIFEST} nor train/{MANIFEST}: make it with `python -m keygrip.prepare "
+                        f"step=manifest root={place}/train`"
+                    )
+                return None
+            shards = ShardSet(part, cache_dir, cache_gb)
+            chosen = np.arange(len(shards))
+        else:
+            if split == "test":
+                return None
+            shards = ShardSet(place, cache_dir, cache_gb)
+            chosen = np.flatnonzero(held_out(shards, self.val_fraction) == (split == "val"))
+        if self.kinds is not None:
+            wanted = set(self.kinds)
+            fits = np.array([not wanted.isdisjoint(kinds.split()) for kinds in shards.columns["kinds"].tolist()], bool)
+            if not fits.any():
+                there_are = sorted({kind for kinds in set(shards.columns["kinds"].tolist()) for kind in kinds.split()})
+                raise ValueError(f"{place} holds no conversations of {sorted(wanted)}; it holds {', '.join(there_are)}")
+            chosen = chosen[fits[chosen]]
+        if split == "train" and self.max_samples is not None and len(chosen) > self.max_samples:
+            chosen = chosen[np.linspace(0, len(chosen) - 1, self.max_samples).round().astype(int)]
+        return shards, chosen
+
+    @staticmethod
+    def _exists(url: str) -> bool:
+        import fsspec
+
+        filesystem, path = fsspec.core.url_to_fs(url)
+        return bool(filesystem.exists(path))
+
+
+def choose(conversations: Sequence[Conversation], questions: Questions, rng: np.random.Generator) -> list[Conversation]:
+    """Some of a video's conversations: all (None), so many at random, or so many of each named kind (of others all)."""
+    if questions is None:
+        return list(conversations)
+    order = rng.permutation(len(conversations))
+    if isinstance(questions, int):
+        return [conversations[n] for n in sorted(order[:questions].tolist())]
+    left, chosen = dict(questions), []
+    for number in order.tolist():
+        kind = conversations[number].kind
+        if left.get(kind, 1):
+            left[kind] = left.get(kind, len(order)) - 1
+            chosen.append(number)
+    return [conversations[n] for n in sorted(chosen)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A source's samples of one split."""
+
+    name: str
+    source: ShardSource
+    shards: ShardSet
+    chosen: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def column(self, name: str) -> np.ndarray:
+        return self.shards.columns[name][self.chosen]
+
+    def component(self, max_frames: int) -> Component:
+        """For the mixture: buckets by number of frames, batches of like text length."""
+        frames = np.minimum(self.column("frames"), max_frames).astype(np.int64)
+        share, shard = self.source.share, self.shards.shard[self.chosen]
+        return Component(self.name, frames, self.column("text_length").astype(float), shard, share)
+
+
+class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
+    """Samples of several parts, numbered one behind the other; indexed by `SampleKey`.
+
+    Args:
+        parts: where samples come from. image_size, fit, max_frames: see `VideoTexts`.
+        questions: how many conversations a video; None: all. seed: of that choice.
+        memory_gb: decoded frames and text of so much are kept, in each process that reads.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        image_size: int,
+        fit: str,
+        max_frames: int,
+        questions: Questions,
+        seed: int,
+        memory_gb: float = 0.0,
+    ) -> None:
+        self.parts, self.questions, self.seed = list(parts), questions, seed
+        self._kept: dict[int, VideoTextSample] = {}
+        self._room = memory_gb * 2**30
+        self.image_size, self.fit, self.max_frames = image_size, fit, max_frames
+        self.starts = np.cumsum([0, *(len(part) for part in parts)])
+        self._alike: list[np.ndarray | None] = [None] * len(self.parts)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, key: SampleKey) -> VideoTextSample:
+        """Raises SampleError: it cannot be read."""
+        number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
+        part = self.parts[number]
+        position = key.sample - int(self.starts[number])
+        sample = self._read(part, key.sample, position)
+        conversations: Sequence[Conversation] = sample.conversations
+        if part.source.kinds is not None:
+            conversations = [c for c in conversations if c.kind in part.source.kinds]
+        conversations = choose(conversations, self.questions, sample_generator(self.seed, key))
+        if not conversations:
+            raise SampleError(
+                f"{part.shards.where(int(part.chosen[position]))}: no conversation of the kinds asked for"
+            )
+        return replace(sample, conversations=tuple(conversations), source=part.name)
+
+    def _read(self, part: Part, number: int, position: int) -> VideoTextSample:
+        """A sample with all its text, from memory where it is kept."""
+        found = self._kept.get(number)
+        if found is None:
+            found = read_sample(part.shards, int(part.chosen[position]), self.image_size, self.fit, self.max_frames)
+            size = found.frames.nbytes + TEXT_BYTES * len(found.conversations)
+            if size <= self._room:
+                self._room -= size
+                self._kept[number] = found
+        return found
+
+    def candidates(self, key: SampleKey) -> Iterator[SampleKey]:
+        """The ones most like it: of its source, in length."""
+        yield key
+        number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
+        if self._alike[number] is None:  # only where something is broken
+            component = self.parts[number].component(self.max_frames)
+            self._alike[number] = np.lexsort((component.length, component.bucket))
+        alike = self._alike[number]
+        assert alike is not None
+        place = int(np.flatnonzero(alike == key.sample - self.starts[number])[0])
+        for step in range(1, min(SUBSTITUTES, len(alike) - 1) + 1):
+            yield SampleKey(int(self.starts[number] + alike[(place + step) % len(alike)]), key.epoch)
+
+
+@dataclass(frozen=True)
+class VideoTextStatistics:
+    """What a model keeps of its data beside the weights.
+
+    Args:
+        folder: where something derived from the data (a tokenizer) may be kept. fingerprint: of the training shards.
+        samples: by source, for training. image_size, fit, max_frames: how pictures were prepared.
+        texts: goes through the text of every training turn.
+    """
+
+    folder: Path
+    fingerprint: str
+    samples: dict[str, int]
+    image_size: int
+    fit: str
+    max_frames: int
+    texts: Callable[[], Iterator[str]]
+
+
+class VideoTexts(ResumableData):
+    """Videos, images and text from shard sets.
+
+    Args:
+        sources: by name; None leaves a source of the config out.
+        collator: makes batches of samples (the language model's part); picklable.
+        image_size: edge of the square frames. fit: "stretch" | "crop" | "pad".
+        batch_size: videos, global over all ranks.
+        seed: of order and choice.
+        max_frames: of longer samples, so many evenly spaced frames.
+        questions: conversations a video in training: all (null), so many at random, or by kind ({mark: 4}: 4 of
+            these and all of other kinds).
+        val_questions: the same at validation, where the choice never changes.
+        max_val_samples: the frozen validation set is cut to so many, always the same; None: all.
+        window_shards: shuffle within windows of so many shards (remote shards); None: over everything.
+        cache_dir, cache_gb: for remote shards.
+        max_skipped_share: more unreadable samples than this stop the run.
+        num_workers: loader processes; None: one for each core but one, 4 at most.
+        prefetch_batches: batches that each worker keeps ready.
+        memory_gb: each process that reads keeps so much of the decoded training samples; 0: decode every time.
+        curriculum: see :class:`keygrip.data.shards.mixing.Mixture`; of the lead sources, by name.
+    """
+
+    batch_type = VideoTextBatch
+    order_depends_on = ("batch_size", "seed", "fingerprint")
+
+    def __init__(
+        self,
+        sources: Mapping[str, ShardSource | None],
+        collator: Collator,
+        image_size: int,
+        batch_size: int,
+        seed: int = 0,
+        fit: str = "stretch",
+        max_frames: int = MAX_FRAMES,
+        questions: Questions = None,
+        val_questions: Questions = None,
+        max_val_samples: int | None = 10_000,
+        window_shards: int | None = None,
+        cache_dir: str | Path | None = None,
+        cache_gb: float = 32.0,
+        max_skipped_share: float = 0.05,
+        num_workers: int | None = None,
+        prefetch_batches: int = 4,
+        memory_gb: float = 0.0,
+        curriculum: Sequence[Stage] | None = None,
+    ) -> None:
+        super().__init__()
+        self.sources = {name: source for name, source in sources.items() if source is not None}
+        if not self.sources:
+            raise ValueError("no data: name at least one source with data.sources.NAME.root=PATH")
+        if fit not in FITS:
+            raise ValueError(f"data.fit must be one of {', '.join(FITS)}, not {fit!r}")
+        if not 1 <= max_frames <= MAX_FRAMES:
+            raise ValueError(f"data.max_frames must be 1 to {MAX_FRAMES}, not {max_frames}")
+        if isinstance(questions, int) and questions < 1:
+            raise ValueError(f"data.questions must be at least 1, not {questions}; null takes all")
+        self.collator, self.image_size, self.fit, self.max_frames = collator, image_size, fit, max_frames
+        self.batch_size, self.seed = batch_size, seed
+        self.questions, self.val_questions = questions, val_questions
+        self.max_val_samples, self.window_shards = max_val_samples, window_shards
+        self.cache_dir, self.cache_gb = cache_dir, cache_gb
+        self.memory_gb, self.curriculum = memory_gb, list(curriculum or [])
+        self.num_workers = min((os.cpu_count() or 1) - 1, 4) if num_workers is None else num_workers
+        self.prefetch_batches = prefetch_batches
+        self.skipped = Skipped(max_skipped_share)
+        self.prepare_data_per_node = False  # shards lie where every node sees them
+        self.parts: dict[str, list[Part]] = {}
+        self.mixture: Mixture | None = None
+
+    # ---------------------------------------------------------------------------------------------------------- reading
+
+    def prepare_data(self) -> None:
+        """Makes the sources that can be made, and lets the collator prepare itself."""
+        for source in self.sources.values():
+            if source.root is None and source.make is not None:
+                source.make.complete()
+        self._prepare_collator()
+
+    def _prepare_collator(self) -> None:
+        if isinstance(self.collator, PreparedCollator):
+            folder = self.folder
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / ".collator.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self.collator.prepare(folder, self.texts)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens all splits and computes the mixture; once.
+
+        Raises:
+            FileNotFoundError, ShardError: shards are missing or broken (named). ValueError: nothing to train on.
+        """
+        if self.parts:
+            return
+        opened: dict[str, list[Part]] = {split: self._open(split) for split in SPLITS}
+        self.mixture = self._mixture(opened["train"])
+        self.parts = opened
+        self._prepare_collator()  # on every rank: what was made once is loaded here
+        self._report()
+
+    def _open(self, split: str) -> list[Part]:
+        parts = []
+        for name, source in self.sources.items():
+            found = source.open(split, self.cache_dir, self.cache_gb)
+            if found is not None and len(found[1]):
+                parts.append(Part(name, source, *found))
+            elif split == "train":
+                raise ValueError(f"the source {name!r} at {source.place} holds no training samples")
+        return parts
+
+    def _mixture(self, parts: Sequence[Part]) -> Mixture:
+        components = [part.component(self.max_frames) for part in parts]
+        return Mixture(components, self.batch_size, self.seed, self.window_shards, self.curriculum)
+
+    def _report(self) -> None:
+        assert self.mixture is not None
+        for split, parts in self.parts.items():
+            held = ", ".join(f"{part.name} {len(part)}" for part in parts)
+            log.info("%s: %s", split, held or "none")
+        shares = {p.name: p.share for p in self.mixture.components if p.share is not None}
+        log.info(
+            "an epoch: %d batches of %d; padding about %.1f %%%s",
+            self.mixture.batches,
+            self.batch_size,
+            100 * self.padding_share(),
+            "".join(f"; {name} {100 * share:g} %" for name, share in shares.items()),
+        )
+
+    def padding_share(self, epoch: int = 0) -> float:
+        """Share of the language model's positions that are padding in an epoch, from the manifests; needs `setup`."""
+        assert self.mixture is not None
+        frames, tokens = self.mixture.bucket, self.mixture.length / CHARACTERS_A_TOKEN
+        return padded_share(self.mixture.order(epoch), self.batch_size, frames, tokens)
+
+    @property
+    def folder(self) -> Path:
+        """Where something derived from the data may be kept: beside the first source, or in the cache where it is
+        remote or cannot be written."""
+        place = next(iter(self.sources.values())).place
+        if not is_remote(place) and Path(place).is_dir() and os.access(place, os.W_OK):
+            return Path(place) / ".keygrip"
+        return Path.home() / ".cache" / "keygrip" / hashlib.sha256(place.encode()).hexdigest()[:16]
+
+    def texts(self) -> Iterator[str]:
+        """The text of every training turn of all sources."""
+        return iterate_texts([part.shards for part in (self.parts.get("train") or self._open("train"))])
+
+    @property
+    def statistics(self) -> VideoTextStatistics:
+        """Needs `setup`."""
+        parts = self.parts["train"]
+        return VideoTextStatistics(
+            folder=self.folder,
+            fingerprint=self.fingerprint,
+            samples={part.name: len(part) for part in parts},
+            image_size=self.image_size,
+            fit=self.fit,
+            max_frames=self.max_frames,
+            texts=self.texts,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that the order of training samples depends on."""
+        digest = hashlib.sha256()
+        for part in self.parts["train"]:
+            digest.update(f"{part.name}:{part.shards.fingerprint}:{part.source.share}:".encode())
+            digest.update(np.ascontiguousarray(part.chosen).tobytes())
+        if self.curriculum:
+            digest.update(repr([(sorted(stage.weights.items()), stage.steps) for stage in self.curriculum]).encode())
+        return digest.hexdigest()[:16]
+
+    # ---------------------------------------------------------------------------------------------------------- loading
+
+    def _loader(
+        self, parts: Sequence[Part], sampler: GlobalBatchSampler, questions: Questions, memory_gb: float = 0.0
+    ) -> DataLoader[Any]:
+        samples = VideoTextSamples(parts, self.image_size, self.fit, self.max_frames, questions, self.seed, memory_gb)
+        loader = SkippingLoader(collate_fn=Collate(self.collator), **self.loader_options(samples, sampler))
+        loader.skipped = self.skipped
+        return loader
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        assert self.mixture is not None
+        sampler = MixedBatchSampler(self.mixture, *self.ranks)
+        if self.trainer is not None:
+            sampler.follow(self.batches_done)
+        return self._loader(self.parts["train"], sampler, self.questions, self.memory_gb)
+
+    def _held_out_loader(self, split: str) -> DataLoader[Any] | list[Any]:
+        """The lead sources' samples of a split, and as many of the others as their share asks for; always the same."""
+        parts = list(self.parts[split])
+        lead = sum(len(part) for part in parts if part.source.share is None)
+        shares = sum(part.source.share or 0.0 for part in parts)
+        total = lead / (1 - shares)
+        if self.max_val_samples is not None:
+            total = min(total, self.max_val_samples)
+        for number, part in enumerate(parts):
+            share = part.source.share
+            wanted = round(total * (share if share is not None else (1 - shares) * len(part) / lead))
+            fixed = np.random.default_rng(0).permutation(len(part))[: max(1, wanted)]
+            parts[number] = replace(part, chosen=part.chosen[np.sort(fixed)])
+        if not parts:
+            return []
+        components = [part.component(self.max_frames) for part in parts]
+        bucket, length = (np.concatenate([getattr(c, name) for c in components]) for name in ("bucket", "length"))
+        sampler = BucketedSampler(bucket, length, self.batch_size, *self.ranks)
+        return self._loader(parts, sampler, self.val_questions)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        return self._held_out_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
+        return self._held_out_loader("test")

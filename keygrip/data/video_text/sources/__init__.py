@@ -1,0 +1,1 @@
+"""Preparation of public video-text and image-text sets."""

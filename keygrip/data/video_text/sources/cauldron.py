@@ -1,0 +1,89 @@
+"""The Cauldron: instructions about images, fifty collections in one format. Reads its parquet files as shipped."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keygrip.data.video_text.conversations import (
+    MAX_FRAMES,
+    Conversation,
+    Turn,
+    encode_jpeg,
+    fit_picture,
+    video_text_parts,
+)
+from keygrip.data.video_text.sources.tables import RowGroup, row_groups
+from keygrip.data.video_text.sources.writing import Broken, MadeSample, write_shards
+
+
+@dataclass(frozen=True)
+class CauldronMaker:
+    """Makes samples of the rows of a group: each image a frame, all question-answer pairs one conversation."""
+
+    image_size: int
+    fit: str
+
+    def __call__(self, group: RowGroup) -> Iterable[MadeSample | Broken]:
+        for number, row in group.rows(["images", "texts"]):
+            key = f"{group.name[-70:]}-{number:08d}"
+            try:
+                yield self._sample(key, group.name.split("-")[0], row)
+            except (ValueError, KeyError, TypeError, OSError) as error:
+                yield Broken(f"{key}: {error}")
+
+    def _sample(self, key: str, collection: str, row: dict[str, Any]) -> MadeSample:
+        images = row["images"] or []
+        if not 1 <= len(images) <= MAX_FRAMES:
+            raise ValueError(f"it has {len(images)} images; 1 to {MAX_FRAMES} make a sample")
+        frames = [self._picture(image["bytes"]) for image in images]
+        turns = []
+        for text in row["texts"]:
+            turns += [Turn("user", text["user"].strip()), Turn("assistant", text["assistant"].strip())]
+        if not turns:
+            raise ValueError("it has no text")
+        conversation = Conversation(tuple(turns), "image_instruction", {"collection": collection})
+        return MadeSample(key, *video_text_parts(frames, [conversation], "cauldron"))
+
+    def _picture(self, content: bytes | None) -> bytes:
+        from PIL import Image
+
+        if not content:
+            raise ValueError("an image is empty")
+        with Image.open(io.BytesIO(content)) as picture:
+            return encode_jpeg(fit_picture(picture.convert("RGB"), self.image_size, self.fit))
+
+
+def cauldron(
+    source: Path | str,
+    root: Path | str,
+    collections: Sequence[str] | None = None,
+    image_size: int = 224,
+    fit: str = "pad",
+    groups_per_shard: int = 10,
+    processes: int | None = None,
+) -> dict[str, Any]:
+    """Writes the Cauldron as shards of 1-frame samples (several images: several frames).
+
+    Args:
+        source: folder with a folder a collection, each with `train-*.parquet`. root: of the set.
+        collections: names of folders; None: all that are there.
+        image_size, fit: of the pictures.
+
+    Raises:
+        FileNotFoundError: no tables, or none of a collection that is named.
+    """
+    what = "the Cauldron (HuggingFaceM4/the_cauldron)"
+    groups = row_groups(source, "train-*.parquet", ["images", "texts"], what)
+    if collections is not None:
+        there = sorted({group.name.split("-")[0] for group in groups})
+        for name in collections:
+            if not any(group.path.relative_to(source).parts[0] == name for group in groups):
+                raise FileNotFoundError(f"no collection {name!r} in {source}; there are {', '.join(there)}")
+        groups = [group for group in groups if group.path.relative_to(source).parts[0] in collections]
+    settings = {"data": "cauldron", "collections": collections, "image_size": image_size, "fit": fit}
+    maker = CauldronMaker(image_size, fit)
+    return write_shards(root, groups, maker, settings, groups_per_shard, "cauldron", processes).report()

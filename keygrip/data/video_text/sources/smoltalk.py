@@ -1,0 +1,68 @@
+"""SmolTalk: conversations without pictures, for text retention. Reads the parquet files as they are shipped."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keygrip.data.video_text.conversations import Conversation, Turn, conversation_problem, video_text_parts
+from keygrip.data.video_text.sources.tables import RowGroup, row_groups
+from keygrip.data.video_text.sources.writing import Broken, MadeSample, write_shards
+
+STAGES = 3
+
+
+@dataclass(frozen=True)
+class SmolTalkMaker:
+    """Makes samples of the rows of a group that belong to a stage."""
+
+    stage: int
+    max_characters: int
+
+    def __call__(self, group: RowGroup) -> Iterable[MadeSample | Broken]:
+        for number, row in group.rows(["messages"]):
+            key = f"{group.name[-70:]}-{number:08d}"
+            if stage_of(key) != self.stage:
+                continue
+            turns = tuple(Turn(message["role"], message["content"]) for message in row["messages"] or ())
+            if sum(len(turn.text or "") for turn in turns) > self.max_characters:
+                continue  # longer than any context: a cut answer would teach not to stop
+            conversation = Conversation(turns, "text", {})
+            problem = conversation_problem(conversation) if turns else "it has no turns"
+            if problem:
+                yield Broken(f"{key}: {problem}")
+            else:
+                yield MadeSample(key, *video_text_parts([], [conversation], "smoltalk"))
+
+
+def stage_of(key: str) -> int:
+    """1, 2 or 3: stages share no conversation."""
+    return 1 + int.from_bytes(hashlib.sha256(f"stage {key}".encode()).digest()[:4], "big") % STAGES
+
+
+def smoltalk(
+    source: Path | str,
+    root: Path | str,
+    stage: int,
+    max_characters: int = 8000,
+    groups_per_shard: int = 10,
+    processes: int | None = None,
+) -> dict[str, Any]:
+    """Writes the third of SmolTalk that belongs to a training stage as shards of 0-frame samples.
+
+    Args:
+        source: folder with `train-*.parquet` somewhere below. root: of the set. stage: 1, 2 or 3.
+        max_characters: longer conversations are left out. groups_per_shard: parquet row groups (of about 1000).
+
+    Raises:
+        ValueError: no such stage. FileNotFoundError: no tables.
+    """
+    if not 1 <= stage <= STAGES:
+        raise ValueError(f"stage={stage}: training has the stages 1 to {STAGES}")
+    groups = row_groups(source, "train-*.parquet", ["messages"], "SmolTalk (HuggingFaceTB/smoltalk)")
+    settings = {"data": "smoltalk", "stage": stage, "max_characters": max_characters}
+    maker = SmolTalkMaker(stage, max_characters)
+    return write_shards(root, groups, maker, settings, groups_per_shard, f"smoltalk-stage{stage}", processes).report()

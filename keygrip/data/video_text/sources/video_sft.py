@@ -1,0 +1,130 @@
+"""Instructions about videos and images in the format that most such collections ship: JSON or JSON lines with `id`,
+`video` (or `image`) and `conversations` [{"from": "human" | "gpt", "value"}], beside the files that they name."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keygrip.data.video_text.conversations import (
+    MAX_FRAMES,
+    Conversation,
+    Turn,
+    decode_picture,
+    decode_video,
+    encode_jpeg,
+    video_text_parts,
+)
+from keygrip.data.video_text.sources.writing import Broken, MadeSample, write_shards
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+PLACEHOLDER = re.compile(r"\s*<(image|video)>\s*")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of a list."""
+
+    key: str
+    media: tuple[Path, ...]
+    turns: tuple[tuple[str, str], ...]
+    collection: str
+
+
+@dataclass(frozen=True)
+class VideoSFTMaker:
+    """Makes the sample of an entry."""
+
+    image_size: int
+    fit: str
+
+    def __call__(self, entry: Entry) -> Iterable[MadeSample | Broken]:
+        pictures = []
+        for path in entry.media:
+            if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"):
+                pictures.append(decode_picture(path.read_bytes(), self.image_size, self.fit)[None])
+            elif not path.is_file():
+                raise FileNotFoundError(f"{path} is not there")
+            else:
+                pictures.append(decode_video(str(path), self.image_size, self.fit))
+        together = np.concatenate(pictures) if pictures else np.zeros((0, 1, 1, 3), np.uint8)
+        if len(together) > MAX_FRAMES:
+            raise ValueError(f"{len(together)} frames are more than the {MAX_FRAMES} that a sample may have")
+        turns = []
+        for role, text in entry.turns:
+            if role not in ROLES:
+                raise ValueError(f"a turn is from {role!r}; known are {', '.join(ROLES)}")
+            turns.append(Turn(ROLES[role], PLACEHOLDER.sub("", text)))
+        conversation = Conversation(tuple(turns), "video_instruction", {"collection": entry.collection})
+        frames = [encode_jpeg(frame) for frame in together]
+        yield MadeSample(entry.key, *video_text_parts(frames, [conversation], "video_sft"))
+
+
+def entries(source: Path) -> list[Entry]:
+    """All entries of the lists below a folder.
+
+    Raises:
+        FileNotFoundError: no lists. ValueError: one cannot be read.
+    """
+    lists = sorted(path for pattern in ("*.json", "*.jsonl") for path in source.rglob(pattern))
+    if not lists:
+        raise FileNotFoundError(f"no *.json or *.jsonl with instructions below {source}")
+    found = []
+    for path in lists:
+        text = path.read_text(encoding="utf-8")
+        try:
+            if path.suffix == ".jsonl":
+                content = [json.loads(line) for line in text.splitlines() if line.strip()]
+            else:
+                content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(content, list):
+            raise ValueError(f"{path} holds no list of entries")
+        name = str(path.relative_to(source).with_suffix("")).replace("/", "-").replace(".", "-")[-60:]
+        for number, entry in enumerate(content):
+            if isinstance(entry, Mapping) and "conversations" in entry:
+                found.append(_entry(f"{name}-{number:08d}", name, source, path.parent, entry))
+    if not found:
+        raise ValueError(f"the lists below {source} hold no entries with `conversations`")
+    return found
+
+
+def _entry(key: str, collection: str, source: Path, beside: Path, entry: Mapping[str, Any]) -> Entry:
+    named = entry.get("video") or entry.get("image") or []
+    media = []
+    for name in [named] if isinstance(named, str) else named:
+        # relative to the list or to the whole folder: both are usual
+        media.append(next((folder / name for folder in (beside, source) if (folder / name).is_file()), beside / name))
+    turns = tuple(
+        (str(turn.get("from", turn.get("role"))), str(turn.get("value", turn.get("content"))))
+        for turn in entry["conversations"]
+    )
+    return Entry(key, tuple(media), turns, collection)
+
+
+def video_sft(
+    source: Path | str,
+    root: Path | str,
+    image_size: int = 224,
+    fit: str = "pad",
+    entries_per_shard: int = 500,
+    workers: int | None = None,
+    max_failed_share: float = 0.5,
+) -> dict[str, Any]:
+    """Writes a collection of video (and image) instructions as shards.
+
+    Args:
+        source: folder with lists and media. root: of the set. image_size, fit: of the frames.
+        workers: processes; None: one for each core. max_failed_share: more broken entries than this are an error.
+    """
+    settings = {"data": "video_sft", "image_size": image_size, "fit": fit}
+    maker = VideoSFTMaker(image_size, fit)
+    found = entries(Path(source))
+    return write_shards(root, found, maker, settings, entries_per_shard, "sft", workers, max_failed_share).report()

@@ -1,0 +1,137 @@
+"""WebVid: videos with a caption each. Reads the two layouts in which people have it:
+
+- the list of the data set (CSV with `videoid`, `page_dir`, `name`) beside `videos/<page_dir>/<videoid>.mp4`, or
+- tar files with `<key>.mp4` and `<key>.txt` (or `caption` in `<key>.json`), as video downloaders write them.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keygrip.data.shards.tars import Parts, split_name
+from keygrip.data.video_text.conversations import caption, decode_video, encode_jpeg, video_text_parts
+from keygrip.data.video_text.sources.writing import Broken, MadeSample, write_shards
+
+REQUEST = "Write the WebVid caption of this video."
+COLUMNS = ("videoid", "page_dir", "name")
+
+
+@dataclass(frozen=True)
+class WebVidRow:
+    """A line of the list."""
+
+    key: str
+    video: Path
+    text: str
+
+
+@dataclass(frozen=True)
+class WebVidMaker:
+    """Makes samples of a line, or of all videos of a tar file: a frame a second, at most 64."""
+
+    image_size: int
+    fit: str
+
+    def __call__(self, item: WebVidRow | Path) -> Iterable[MadeSample | Broken]:
+        if isinstance(item, WebVidRow):
+            if not item.video.is_file():
+                raise FileNotFoundError(f"{item.video} was not downloaded")
+            yield self._sample(item.key, str(item.video), item.text)
+            return
+        try:
+            for key, parts in tar_samples(item):
+                name = f"{item.stem}-{key}".replace(".", "-").replace("/", "-")[-90:]
+                try:
+                    yield self._sample(name, parts["mp4"], _caption_in(parts))
+                except (ValueError, KeyError) as error:
+                    yield Broken(f"{key} of {item}: {type(error).__name__}: {error}")
+        except tarfile.TarError as error:
+            yield Broken(f"{item} is cut off or damaged: {error}; its videos up to there are kept")
+
+    def _sample(self, key: str, video: bytes | str, text: str) -> MadeSample:
+        if not text.strip():
+            raise ValueError(f"{key} has no caption")
+        frames = [encode_jpeg(frame) for frame in decode_video(video, self.image_size, self.fit)]
+        return MadeSample(key, *video_text_parts(frames, [caption(text.strip(), request=REQUEST)], "webvid"))
+
+
+def _caption_in(parts: Parts) -> str:
+    if "txt" in parts:
+        return parts["txt"].decode()
+    return str(json.loads(parts["json"])["caption"])
+
+
+def tar_samples(path: Path) -> Iterator[tuple[str, Parts]]:
+    """Whole samples of a tar file. Raises tarfile.TarError: it is cut off; the sample at the cut is not handed out."""
+    key, parts = None, dict[str, bytes]()
+    with tarfile.open(path) as tar:
+        for member in tar:
+            if not member.isfile():
+                continue
+            name, part = split_name(member.name)
+            if key is not None and name != key:
+                yield key, parts
+                parts = {}
+            key = name
+            content = tar.extractfile(member)
+            assert content is not None
+            parts[part] = content.read()
+            if len(parts[part]) != member.size:
+                raise tarfile.ReadError(f"{member.name} ends early")
+    if key is not None:
+        yield key, parts
+
+
+def webvid_rows(source: Path) -> list[WebVidRow]:
+    """All lines of the lists in a folder, each video once."""
+    rows: dict[str, WebVidRow] = {}
+    for path in sorted(source.glob("*.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+            if missing:
+                raise ValueError(f"{path} has no column {missing[0]!r}: is it a list of WebVid?")
+            for line in reader:
+                key = line["videoid"].strip()
+                video = source / "videos" / line["page_dir"].strip() / f"{key}.mp4"
+                rows.setdefault(key, WebVidRow(key, video, line["name"] or ""))
+    return list(rows.values())
+
+
+def webvid(
+    source: Path | str,
+    root: Path | str,
+    image_size: int = 224,
+    fit: str = "crop",
+    videos_per_shard: int = 500,
+    workers: int | None = None,
+    max_failed_share: float = 0.5,
+) -> dict[str, Any]:
+    """Writes WebVid as shards of frames with captions.
+
+    Args:
+        source: see the module. root: of the set. image_size, fit: of the frames.
+        videos_per_shard: of lists; a tar file becomes a shard. workers: processes; None: one for each core.
+        max_failed_share: more missing or broken videos than this are an error.
+
+    Raises:
+        FileNotFoundError: neither a list nor tar files.
+    """
+    source = Path(source)
+    rows: list[Any] = webvid_rows(source)
+    tars: list[Any] = sorted(path for path in source.glob("*.tar") if not path.name.startswith("."))
+    if not rows and not tars:
+        raise FileNotFoundError(
+            f"no list (*.csv beside videos/) and no tar files in {source}: download WebVid there, with its own script "
+            "or a video downloader that writes tar files"
+        )
+    settings = {"data": "webvid", "image_size": image_size, "fit": fit}
+    maker = WebVidMaker(image_size, fit)
+    items, each = (rows, videos_per_shard) if rows else (tars, 1)
+    return write_shards(root, items, maker, settings, each, "webvid", workers, max_failed_share).report()

@@ -1,0 +1,242 @@
+"""Writing a shard set in parallel and resumably: what every source of shards shares."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from keygrip.data.shards.tars import (
+    MANIFEST,
+    Describe,
+    Parts,
+    Row,
+    ShardWriter,
+    index_path,
+    write_manifest,
+    write_whole,
+)
+from keygrip.data.video_text.conversations import describe_video_text
+
+log = logging.getLogger(__name__)
+
+SETTINGS_FILE = "settings.json"
+NAMED_AT_MOST = 10
+STALE_AFTER_S = 600.0
+
+
+@dataclass(frozen=True)
+class MadeSample:
+    """A sample ready to be written."""
+
+    key: str
+    parts: Parts
+    row: Row
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Something that could not be made into a sample."""
+
+    reason: str
+
+
+class Maker(Protocol):
+    """Makes the samples of one item; picklable, and called in a process of its own.
+
+    What is broken is yielded as `Broken`, or raised as ValueError or OSError where the whole item is: it is counted and
+    passed over.
+    """
+
+    def __call__(self, item: Any, /) -> Iterable[MadeSample | Broken]: ...
+
+
+@dataclass
+class Written:
+    """What `write_shards` left."""
+
+    root: str
+    shards: int = 0
+    samples: int = 0
+    written: int = 0  # samples, by this call
+    failed: int = 0  # items, or parts of them
+    reasons: list[str] = field(default_factory=list)
+    wall_s: float = 0.0
+
+    def report(self) -> dict[str, Any]:
+        """As `python -m keygrip.prepare` prints it."""
+        names = ("root", "shards", "samples", "written", "failed")
+        return {name: getattr(self, name) for name in names} | {"wall_s": round(self.wall_s, 1)}
+
+
+def write_shards(
+    root: Path | str,
+    items: Sequence[Any],
+    make: Maker,
+    settings: Mapping[str, Any],
+    items_per_shard: int,
+    name: str,
+    processes: int | None = None,
+    max_failed_share: float = 0.5,
+    describe: Describe = describe_video_text,
+    progress: bool = True,
+) -> Written:
+    """Writes a shard set, a shard for every `items_per_shard` items; shards that are complete are kept.
+
+    The same items and settings give the same bytes, whatever the number of processes and interruptions.
+
+    Args:
+        root: folder of the set. items: what samples are made of, in order. make: see :class:`Maker`.
+        settings: what the set is made with; another set in the folder is refused.
+        items_per_shard: see above. name: beginning of the files' names.
+        processes: None: one for each core; 1: here.
+        max_failed_share: more broken things than this share are an error.
+
+    Raises:
+        ValueError: nothing to write, the folder holds a set with other settings, or too many items are broken.
+    """
+    started = time.monotonic()
+    root = Path(root)
+    if not items:
+        raise ValueError(f"nothing to write to {root}: no items were found")
+    if items_per_shard < 1:
+        raise ValueError(f"items_per_shard must be at least 1, not {items_per_shard}")
+    root.mkdir(parents=True, exist_ok=True)
+    check_settings(root, {**settings, "items": len(items), "items_per_shard": items_per_shard})
+    remove_stale(root)
+    jobs, result = [], Written(str(root))
+    for number, start in enumerate(range(0, len(items), items_per_shard)):
+        path = root / f"{name}-{number:06d}.tar"
+        if not (path.is_file() and index_path(path).is_file() and failures_path(path).is_file()):
+            jobs.append((path, items[start : start + items_per_shard]))
+    total = sum(len(part) for _, part in jobs)
+    with tqdm(total=total, desc=f"write {root}", unit="item", delay=1, disable=not progress) as bar:
+        for count, samples in _run(jobs, make, min(processes or os.cpu_count() or 1, max(1, len(jobs)))):
+            result.written += samples
+            bar.update(count)
+    for path in sorted(root.glob(f"{name}-*.tar")):
+        reasons = json.loads(failures_path(path).read_text())
+        result.failed += len(reasons)
+        result.reasons += reasons
+    for reason in result.reasons[:NAMED_AT_MOST]:
+        log.warning("left out: %s", reason)
+    if result.failed:
+        log.warning("%d things are broken and left out of %s", result.failed, root)
+    manifest = write_manifest(root, describe, progress=progress)
+    result.shards, result.samples = len(manifest["shards"]), manifest["samples"]
+    if result.failed > max_failed_share * (result.samples + result.failed) or not result.samples:
+        (root / MANIFEST).unlink()  # nobody shall train on it
+        first = f"; the first: {result.reasons[0]}" if result.reasons else ""
+        raise ValueError(f"{root} would hold {result.samples} samples, and {result.failed} things are broken{first}")
+    result.wall_s = time.monotonic() - started
+    return result
+
+
+def failures_path(shard: Path) -> Path:
+    """Beside each shard: the reasons of the items that were left out of it."""
+    return shard.with_suffix(".failed.json")
+
+
+def remove_stale(root: Path) -> None:
+    """Removes what a killed process left half written; young files may belong to another machine on a shared disk."""
+    for path in root.glob(".*.writing"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > STALE_AFTER_S:
+                path.unlink()
+
+
+def check_settings(root: Path, settings: Mapping[str, Any]) -> None:
+    """Refuses to mix two sets in a folder; notes the settings of a new one. Raises ValueError: other settings."""
+    path = root / SETTINGS_FILE
+    now = json.loads(json.dumps(settings, default=str))
+    if not path.is_file():
+        write_whole(path, (json.dumps(now, indent=1) + "\n").encode())
+        return
+    stored = json.loads(path.read_text())
+    if stored != now:
+        keys = [key for key in {**stored, **now} if stored.get(key) != now.get(key)]
+        shown = ", ".join(f"{key}: {stored.get(key)!r} there, {now.get(key)!r} now" for key in keys)
+        raise ValueError(f"{root} holds shards made with other settings ({shown}); use another folder or remove it")
+
+
+Job = tuple[Path, Sequence[Any]]
+
+
+def _write_one(job: Job, make: Maker) -> tuple[int, int]:
+    """Writes a shard; items and samples in it."""
+    path, items = job
+    reasons: list[str] = []
+    with ShardWriter(path) as writer:
+        for item in items:
+            try:
+                for sample in make(item):
+                    if isinstance(sample, Broken):
+                        reasons.append(sample.reason)
+                    else:
+                        writer.add(sample.key, sample.parts, sample.row)
+            except (ValueError, OSError, KeyError, TypeError) as error:
+                reasons.append(f"{_short(item)}: {type(error).__name__}: {error}")
+        count = len(writer)
+        write_whole(failures_path(path), (json.dumps(reasons, indent=1) + "\n").encode())
+    return len(items), count
+
+
+def _short(item: Any) -> str:
+    text = str(item)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def _run(jobs: Sequence[Job], make: Maker, processes: int) -> Iterator[tuple[int, int]]:
+    if processes == 1:
+        for job in jobs:
+            yield _write_one(job, make)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, _start_process, (make, os.getpid())) as pool:
+        try:
+            for future in as_completed([pool.submit(_run_job, job) for job in jobs]):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "a process that writes shards died (out of memory?); the shards that are there are whole: run again to "
+                "continue, perhaps with fewer processes"
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+_make: Maker | None = None  # one a process, with what it keeps open
+
+
+def _start_process(make: Maker, parent: int) -> None:
+    global _make
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which lets shards under way finish
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+    os.environ.setdefault("LP_NUM_THREADS", "1")
+    _make = make
+
+
+def _end_with_parent(parent: int) -> None:
+    """Ends this process when its parent has been killed."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def _run_job(job: Job) -> tuple[int, int]:
+    assert _make is not None
+    return _write_one(job, _make)

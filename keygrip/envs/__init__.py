@@ -1,0 +1,1 @@
+"""Environments that a policy can be judged in."""

@@ -1,0 +1,335 @@
+"""Builds the MuJoCo model: table, YAM arm with gripper, objects, bowl, cameras.
+
+The robot models have no actuators, no cameras and garish colours, and their finger meshes cannot grip (the convex hull
+of a finger tip is a pyramid), so all of that is added here. Angles in radians, lengths in metres.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from keygrip.envs.yam import tasks
+from keygrip.envs.yam.rendering import Lens, mujoco
+from keygrip.envs.yam.tasks import TaskOptions
+from keygrip.robots.kinematics import arm_file, gripper_file
+
+ARM_PREFIX, GRIPPER_PREFIX = "yam_", "yam_grip_"
+ARM_JOINT_NAMES = tuple(f"{ARM_PREFIX}joint{i}" for i in range(1, 7))
+FINGER_JOINT_NAMES = (f"{GRIPPER_PREFIX}joint7", f"{GRIPPER_PREFIX}joint8")
+TOOL_SITE = f"{GRIPPER_PREFIX}grasp_site"
+FINGERS = (f"{GRIPPER_PREFIX}tip_left", f"{GRIPPER_PREFIX}tip_right")
+
+# The real robot's controller gains.
+ARM_STIFFNESS = (80.0, 80.0, 80.0, 10.0, 10.0, 10.0)
+ARM_DAMPING = (5.0, 5.0, 5.0, 1.5, 1.5, 1.5)
+GRIPPER_STIFFNESS, GRIPPER_DAMPING, GRIPPER_FORCE = 1500.0, 30.0, 30.0
+
+ROBOT_COLOURS = {
+    "base": (0.22, 0.23, 0.26),
+    "link1": (0.55, 0.57, 0.60),
+    "link2": (0.82, 0.83, 0.85),
+    "link3": (0.82, 0.83, 0.85),
+    "link4": (0.30, 0.32, 0.36),
+    "link5": (0.55, 0.57, 0.60),
+    "gripper": (0.30, 0.32, 0.36),
+    "tip_left": (0.10, 0.10, 0.12),
+    "tip_right": (0.10, 0.10, 0.12),
+}
+MESH_CELL = 0.003  # m: vertices closer than this are merged, which draws three times faster
+OBJECT_MASS = 0.05
+PEDESTAL_RIM = 0.004  # m that a pedestal is wider than what stands on it, each way; the open fingers pass beside it
+HIDDEN_GROUP = 3  # MuJoCo draws groups 0 to 2
+
+# Nominal views: the point looked at, and from where (azimuth from +x, elevation, distance), field of view.
+# "over" looks from the front right, where the wrist hides the gripped object least (two thirds of it stay visible; from
+# behind the arm, or more than 55 degrees up, less than half); its picture is filled by the work area.
+CAMERA_TARGETS = {"over": (0.30, 0.01, 0.055), "front": (0.30, 0.0, 0.10)}
+CAMERA_ORBITS = {"over": (-35.0, 46.0, 1.0), "front": (0.0, 33.0, 0.95)}
+CAMERA_FOVY = {"over": 29.0, "front": 36.0, "wrist": 58.0}
+# D405 on the wrist mount: optical frame in the flange, from the station's calibration, then to MuJoCo's camera axes.
+WRIST_POSITION = (0.0, -0.070435, 0.077006)
+WRIST_OPTICAL = (-0.976294888, 0.2164446617, 0.0, 0.0)
+
+
+def lens_of(camera: str, width: int, height: int) -> Lens:
+    """The pinhole lens of a named camera."""
+    return Lens.from_field_of_view(width, height, CAMERA_FOVY[camera])
+
+
+def camera_pose(camera: str, azimuth_deg: float = 0.0, elevation_deg: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Position [3] and MuJoCo quaternion [4] of an outer camera, turned around the point that it looks at."""
+    azimuth, elevation, distance = CAMERA_ORBITS[camera]
+    a, e = np.deg2rad(azimuth + azimuth_deg), np.deg2rad(np.clip(elevation + elevation_deg, 5.0, 88.0))
+    target = np.array(CAMERA_TARGETS[camera])
+    back = np.array([np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)])
+    right = np.cross([0.0, 0.0, 1.0], back)
+    right /= np.linalg.norm(right)
+    quaternion = np.zeros(4)
+    mujoco.mju_mat2Quat(quaternion, np.stack([right, np.cross(back, right), back], axis=1).ravel())
+    return target + distance * back, quaternion
+
+
+@lru_cache(maxsize=32)
+def _coarse_mesh(path: Path, cell: float) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices [V, 3] and triangles [F, 3] of a binary STL with all vertices of a grid cell merged into their mean."""
+    raw = path.read_bytes()
+    count = int.from_bytes(raw[80:84], "little")
+    record = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
+    if len(raw) != 84 + count * record.itemsize:
+        raise ValueError(f"{path} is not a binary STL file: reinstall dreamscale-i2rt")
+    corners = np.frombuffer(raw, record, count, 84)["corners"].reshape(-1, 3).astype(float)
+    keys = np.floor(corners / cell).astype(np.int64)
+    _, label = np.unique(keys, axis=0, return_inverse=True)
+    label = label.ravel()
+    sizes = np.bincount(label)
+    vertices = np.stack([np.bincount(label, corners[:, k]) / sizes for k in range(3)], axis=1)
+    faces = label.reshape(-1, 3)
+    a, b, c = faces.T
+    faces = faces[(a != b) & (b != c) & (a != c)]
+    first = np.argsort(faces, axis=1)[:, :1]  # same triangle, same orientation: start at the smallest vertex
+    rolled = np.take_along_axis(faces, (first + np.arange(3)) % 3, axis=1)
+    return vertices, np.unique(rolled, axis=0)
+
+
+def _load(path: Path) -> mujoco.MjSpec:
+    """A robot part with coarse meshes and sober colours, colliding with nothing."""
+    spec = mujoco.MjSpec.from_file(str(path))
+    folder = path.parent / (spec.meshdir or "")
+    for mesh in spec.meshes:
+        vertices, faces = _coarse_mesh(folder / mesh.file, MESH_CELL)
+        mesh.file = ""
+        mesh.uservert, mesh.userface = vertices.ravel(), faces.astype(np.int32).ravel()
+        # Bodies state their inertia; without "shell" the compiler refuses the thin meshes.
+        mesh.inertia = mujoco.mjtMeshInertia.mjMESH_INERTIA_SHELL
+    for body in spec.bodies:
+        for geom in body.geoms:
+            # The hulls of the arm's links touch each other and jam it; the fingers get pads instead.
+            geom.contype, geom.conaffinity = 0, 0
+            if geom.meshname in ROBOT_COLOURS:
+                geom.rgba = [*ROBOT_COLOURS[geom.meshname], 1.0]
+    return spec
+
+
+def _set_joint(joint: mujoco.MjsJoint, armature: float, damping: float) -> None:
+    joint.armature = armature
+    try:
+        joint.damping[0] = damping  # an array since MuJoCo 3.4
+    except TypeError:
+        joint.damping = damping
+
+
+def _add_robot(spec: mujoco.MjSpec, arm: str, gripper: str) -> None:
+    arm_spec, gripper_spec = _load(arm_file(arm)), _load(gripper_file(gripper))
+    arm_spec.body("gripper").add_frame().attach_body(gripper_spec.body("gripper"), "grip_", "")
+    spec.worldbody.add_frame().attach_body(arm_spec.body("base"), ARM_PREFIX, "")
+    for i, name in enumerate(ARM_JOINT_NAMES):
+        joint = spec.joint(name)
+        _set_joint(joint, 0.02 if i < 3 else 0.005, 0.5 if i < 3 else 0.1)
+        motor = spec.add_actuator(name=f"motor{i + 1}", target=name, trntype=mujoco.mjtTrn.mjTRN_JOINT)
+        motor.set_to_position(kp=ARM_STIFFNESS[i], kv=ARM_DAMPING[i])
+        motor.ctrllimited, motor.ctrlrange = True, joint.range
+    for name in FINGER_JOINT_NAMES:
+        _set_joint(spec.joint(name), 0.05, 5.0)
+    motor = spec.add_actuator(name="motor_gripper", target=FINGER_JOINT_NAMES[0], trntype=mujoco.mjtTrn.mjTRN_JOINT)
+    motor.set_to_position(kp=GRIPPER_STIFFNESS, kv=GRIPPER_DAMPING)
+    motor.ctrllimited, motor.ctrlrange = True, spec.joint(FINGER_JOINT_NAMES[0]).range
+    motor.forcelimited, motor.forcerange = True, [-GRIPPER_FORCE, GRIPPER_FORCE]
+    for body in spec.bodies:
+        if body.name.startswith(ARM_PREFIX):
+            body.gravcomp = 1.0
+    _add_finger_pads(spec)
+
+
+def _add_finger_pads(spec: mujoco.MjSpec) -> None:
+    """Boxes that collide in place of the finger meshes: a flat pad at the tip and the finger's shank above it."""
+    model = spec.compile()
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    tool, frame = data.site(TOOL_SITE).xpos, data.site(TOOL_SITE).xmat.reshape(3, 3)
+    parts = {"pad": ((0.0035, -0.013), (0.010, 0.003, 0.013)), "shank": ((0.0115, -0.048), (0.015, 0.004, 0.022))}
+    for finger, side in zip(FINGERS, (1.0, -1.0), strict=True):
+        origin, turn = data.body(finger).xpos, data.body(finger).xmat.reshape(3, 3)
+        quaternion = np.zeros(4)
+        mujoco.mju_mat2Quat(quaternion, (turn.T @ frame).ravel())
+        for part, ((across, along), size) in parts.items():
+            centre = np.array([0.0, side * across, along])  # in the tool frame, fingers closed
+            spec.body(finger).add_geom(
+                name=f"{finger}_{part}",
+                type=mujoco.mjtGeom.mjGEOM_BOX,
+                size=size,
+                pos=turn.T @ (tool + frame @ centre - origin),
+                quat=quaternion,
+                friction=[1.5, 0.02, 0.001],
+                condim=4,
+                solref=[0.01, 1.0],
+                priority=1,
+                mass=0.0,
+                group=HIDDEN_GROUP,
+            )
+
+
+def _noise(rng: np.random.Generator, size: int, cells: tuple[int, int]) -> np.ndarray:
+    """[size, size] smooth noise in 0..1 with about `cells` bumps down and across."""
+    coarse = rng.random((cells[0] + 1, cells[1] + 1))
+    y, x = np.linspace(0, cells[0] - 1e-6, size), np.linspace(0, cells[1] - 1e-6, size)
+    iy, ix = y.astype(int), x.astype(int)
+    fy, fx = (y - iy)[:, None], (x - ix)[None]
+    fy, fx = fy * fy * (3 - 2 * fy), fx * fx * (3 - 2 * fx)
+    top = coarse[iy][:, ix] * (1 - fx) + coarse[iy][:, ix + 1] * fx
+    bottom = coarse[iy + 1][:, ix] * (1 - fx) + coarse[iy + 1][:, ix + 1] * fx
+    return top * (1 - fy) + bottom * fy
+
+
+def _table_textures() -> list[np.ndarray]:
+    """Grey textures [S, S] in 0..1 that the table's colour is multiplied with: wood, checks, speckle."""
+    size, rng = 256, np.random.default_rng(7)
+    rings = _noise(rng, size, (3, 24)) + 0.4 * _noise(rng, size, (6, 90))
+    wood = 0.78 + 0.22 * (0.5 + 0.5 * np.sin(14 * rings))
+    squares = (np.indices((size, size)) // 32).sum(axis=0) % 2
+    speckle = 0.7 + 0.3 * rng.random((size // 2, size // 2)).repeat(2, axis=0).repeat(2, axis=1)
+    return [wood, 0.72 + 0.28 * squares, speckle]
+
+
+def _add_texture(spec: mujoco.MjSpec, name: str, pixels: np.ndarray, repeat: tuple[float, float]) -> None:
+    texture = spec.add_texture(
+        name=name, type=mujoco.mjtTexture.mjTEXTURE_2D, width=pixels.shape[1], height=pixels.shape[0], nchannel=3
+    )
+    rgb = pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
+    texture.data = np.round(rgb * 255).astype(np.uint8).tobytes()
+    material = spec.add_material(name=name, texrepeat=list(repeat))
+    material.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = name
+
+
+def _add_digit(spec: mujoco.MjSpec, digit: int) -> None:
+    """A material that prints a digit on the six faces of a cube, upright on the sides and never mirrored."""
+    picture = np.round(digit_picture(digit) * 255).astype(np.uint8)
+    # Order +x, -x, +y, -y, +z, -z; each face of MuJoCo's cube texture has its own idea of up.
+    faces = np.concatenate([np.rot90(picture, turns) for turns in (1, 3, 2, 0, 0, 0)])
+    size, name = picture.shape[0], f"digit{digit}"
+    kind = mujoco.mjtTexture.mjTEXTURE_CUBE
+    texture = spec.add_texture(name=name, type=kind, width=size, height=6 * size, nchannel=3)
+    texture.data = faces.tobytes()
+    spec.add_material(name=name).textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = name
+
+
+def digit_picture(digit: int, size: int = 64) -> np.ndarray:
+    """[size, size, 3] in 0..1: a dark digit on white, multiplied with the cube's colour when drawn."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    picture = Image.new("L", (size, size), 255)
+    font = ImageFont.load_default(size=int(size * 0.84))
+    draw = ImageDraw.Draw(picture)
+    # bold: on a cube of 16 pixels a thin stroke is lost between the pixels
+    draw.text((size / 2, size / 2), str(digit), fill=0, font=font, anchor="mm", stroke_width=size // 64)
+    if digit in (6, 9):  # on a turned cube they are told apart by the line under them
+        draw.rectangle((size * 0.3, size * 0.88, size * 0.7, size * 0.93), fill=0)
+    return np.repeat(np.asarray(picture, float)[..., None] / 255, 3, axis=2)
+
+
+def _add_loose(spec: mujoco.MjSpec, name: str, shapes: tuple[str, ...], half: np.ndarray) -> None:
+    """A body that lies loose. With several shapes it has a geom "<name>_<shape>" each, of which an episode uses one."""
+    kinds = {
+        "cube": (mujoco.mjtGeom.mjGEOM_BOX, list(half)),
+        "bar": (mujoco.mjtGeom.mjGEOM_BOX, list(half)),
+        "ball": (mujoco.mjtGeom.mjGEOM_SPHERE, [half[0], 0, 0]),
+        "cylinder": (mujoco.mjtGeom.mjGEOM_CYLINDER, [half[0], half[2], 0]),
+    }
+    body = spec.worldbody.add_body(name=name, pos=[0.3, 0.0, half[2]])
+    body.add_freejoint(name=f"{name}_free")
+    for shape in shapes:
+        kind, size = kinds[shape]
+        # A ball rolls for ever without rolling friction, hence condim 6 and the third number for it.
+        friction, condim = ([1.0, 0.02, 0.02], 6) if shape == "ball" else ([1.0, 0.02, 0.001], 4)
+        label, mass = name if len(shapes) == 1 else f"{name}_{shape}", OBJECT_MASS / len(shapes)
+        body.add_geom(name=label, type=kind, size=size, mass=mass, friction=friction, condim=condim)
+
+
+def _add_pedestal(spec: mujoco.MjSpec, name: str, half: np.ndarray, height: float) -> None:
+    """A block under a loose body. It is as high as any may be: the environment sinks it into the table as far as
+    needed."""
+    body = spec.worldbody.add_body(name=f"{name}_pedestal", pos=[0.3, 0.0, -height])
+    size = [half[0] + PEDESTAL_RIM, half[1] + PEDESTAL_RIM, height / 2]
+    body.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, size=size, friction=[1.0, 0.02, 0.001])
+
+
+def _add_bowl(spec: mujoco.MjSpec, walls: int = 20) -> None:
+    body = spec.worldbody.add_body(name="goal", pos=[0.3, -0.1, 0.0])
+    half_height = tasks.BOWL_HEIGHT / 2
+    floor = [tasks.BOWL_RADIUS, 0.003, 0]
+    body.add_geom(type=mujoco.mjtGeom.mjGEOM_CYLINDER, size=floor, pos=[0, 0, 0.003], friction=[1.0, 0.02, 0.001])
+    width = tasks.BOWL_RADIUS * np.tan(np.pi / walls) + 0.0005
+    for i in range(walls):
+        angle = 2 * np.pi * i / walls
+        centre = [tasks.BOWL_RADIUS * np.cos(angle), tasks.BOWL_RADIUS * np.sin(angle), half_height]
+        turn = [np.cos(angle / 2), 0, 0, np.sin(angle / 2)]
+        body.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, size=[0.003, width, half_height], pos=centre, quat=turn)
+
+
+def _add_goal(spec: mujoco.MjSpec, options: TaskOptions) -> None:
+    if options.name in tasks.IN_BOWL:
+        _add_bowl(spec)
+    elif options.name == "stack":
+        _add_loose(spec, "goal", ("cube",), np.full(3, tasks.BLOCK_SIZE / 2))
+    elif options.name == "reach":  # a ball on a post: seen, never touched
+        body = spec.worldbody.add_body(name="goal", mocap=True)
+        ghost = {"contype": 0, "conaffinity": 0}
+        body.add_geom(name="goal_ball", type=mujoco.mjtGeom.mjGEOM_SPHERE, size=[0.012, 0, 0], **ghost)
+        post = spec.worldbody.add_body(name="post", mocap=True)
+        post.add_geom(name="post", type=mujoco.mjtGeom.mjGEOM_CYLINDER, size=[0.003, 0.1, 0], **ghost)
+
+
+def _add_cameras(spec: mujoco.MjSpec) -> None:
+    for name in CAMERA_ORBITS:
+        position, quaternion = camera_pose(name)
+        spec.worldbody.add_camera(name=name, pos=position, quat=quaternion, fovy=CAMERA_FOVY[name])
+    quaternion = np.zeros(4)
+    mujoco.mju_mulQuat(quaternion, np.array(WRIST_OPTICAL), np.array([0.0, 1.0, 0.0, 0.0]))
+    flange = spec.body(f"{ARM_PREFIX}gripper")
+    flange.add_camera(
+        name="wrist", pos=WRIST_POSITION, quat=quaternion / np.linalg.norm(quaternion), fovy=CAMERA_FOVY["wrist"]
+    )
+
+
+def build_spec(options: TaskOptions, arm: str = "yam", gripper: str = "linear_4310") -> mujoco.MjSpec:
+    """The scene of a task; what differs between its episodes is written into the compiled model."""
+    spec = mujoco.MjSpec()
+    spec.modelname = "keygrip_yam_cell"
+    spec.compiler.degree = False
+    spec.option.timestep = 0.002
+    spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
+    spec.option.cone = mujoco.mjtCone.mjCONE_ELLIPTIC
+    spec.option.impratio = 10  # stiff friction: a held cube does not creep
+    spec.visual.quality.offsamples = 0  # multisampling makes a software renderer seven times slower
+    spec.visual.quality.shadowsize = 1024
+    spec.visual.global_.offwidth, spec.visual.global_.offheight = 1280, 1280
+    # MuJoCo takes the far floor for the scene's size; near plane and shadow resolution follow from it.
+    spec.stat.center, spec.stat.extent = [0.3, 0.0, 0.1], 1.2
+    spec.visual.map.znear = 0.005  # of the extent: the wrist camera sees its own fingers from 7 cm
+    spec.visual.map.shadowclip = 0.9
+    world = spec.worldbody
+    directional = mujoco.mjtLightType.mjLIGHT_DIRECTIONAL
+    world.add_light(name="sun", pos=[0.3, -0.5, 1.6], dir=[0, 0.3, -1], type=directional, castshadow=True)
+    plane, box = mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_BOX
+    world.add_geom(name="floor", type=plane, size=[30, 30, 0.1], pos=[0, 0, -0.75])
+    if options.randomise_table:
+        for i, pixels in enumerate(_table_textures()):
+            _add_texture(spec, f"table{i + 1}", pixels, (2, 2))
+    world.add_geom(name="table", type=box, size=[0.5, 0.6, 0.02], pos=[0.3, 0, -0.02], friction=[1.0, 0.005, 0.0001])
+    _add_robot(spec, arm, gripper)
+    if options.digits:
+        for digit in range(10):
+            _add_digit(spec, digit)
+    _add_loose(spec, "object", (options.object,), options.half_extents)
+    for i in range(options.distractors):
+        shapes = tasks.SHAPES if options.varied_shapes else ("cube",)
+        _add_loose(spec, f"distractor{i}", shapes, np.full(3, options.object_size_m / 2))
+    if options.pedestal_m:
+        _add_pedestal(spec, "object", options.half_extents, options.pedestal_m)
+        for i in range(options.distractors):
+            _add_pedestal(spec, f"distractor{i}", np.full(3, options.object_size_m / 2), options.pedestal_m)
+    _add_goal(spec, options)
+    _add_cameras(spec)
+    return spec

@@ -1,0 +1,227 @@
+"""Pictures of a coloured cube and a blue block on the table, with captions: layout and colour are told apart here.
+
+A picture is a function of (options, seed). Only hue tells the cubes' colours apart: all have one luminance, so that a
+grey view of the picture shows where the cube is and not which. The block is long and flat, so that it is known from the
+cube without colour. Left and right are meant in the picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from keygrip.envs.yam import tasks
+from keygrip.envs.yam.environment import YamCell
+from keygrip.envs.yam.rendering import CameraRenderer, Lens
+from keygrip.envs.yam.tasks import EQUAL_LUMINANCE, Appearance, EpisodeLayout, TaskOptions, stream
+
+CUBE_COLOURS = {"red": "red", "gold": "yellow", "teal": "cyan", "purple": "purple"}  # as seen: as the palette has them
+BLOCK_COLOUR = "blue"
+CUBE, BLOCK = "distractor0", "object"  # bodies of the scene
+SIDE_MARGIN = 0.05  # of the picture's width: nearer than this, left and right are a matter of taste
+SEEN_SHARE = 0.25  # of a cube's pixels as seen straight from the front; with less, something stands before it
+ATTEMPTS = 50
+TABLE_TINT, FLOOR_TINT = (1.0, 0.93, 0.82), (0.9, 0.95, 1.0)
+
+
+@dataclass(frozen=True)
+class PictureOptions:
+    """What varies between pictures.
+
+    Args:
+        sizes: (width, height) in pixels and how often each comes: [[208, 192, 6], [320, 200, 1], ...].
+        object_size_m: edge of the cube; the block is 2.5 x 1.25 x 0.75 of it.
+        fovy_deg: field of view over the shorter side.
+        randomise_table: brightness of table and floor (their hue stays: a grey view is to tell everything but the
+            cube's colour). textures: also wood, checks and speckle.
+        randomise_light: direction and strength. shadows: 3 times slower to draw.
+
+    Raises:
+        ValueError: out of range.
+    """
+
+    sizes: Sequence[Sequence[int]] = field(default=((208, 192, 6), (320, 200, 1), (200, 320, 1)))
+    object_size_m: float = 0.05
+    fovy_deg: float = 22.0
+    randomise_table: bool = True
+    textures: bool = False
+    randomise_light: bool = True
+    shadows: bool = False
+
+    def __post_init__(self) -> None:
+        for size in self.sizes:
+            if len(size) != 3 or not all(32 <= edge <= 1280 for edge in size[:2]) or size[2] < 1:
+                raise ValueError(f"sizes are [width, height, how often] with edges of 32 to 1280 pixels, not {size}")
+        if not self.sizes:
+            raise ValueError("sizes is empty: give at least one [width, height, how often]")
+        if not 10 <= self.fovy_deg <= 60:
+            raise ValueError(f"fovy_deg={self.fovy_deg} is outside [10, 60]")
+        if self.textures and not self.randomise_table:
+            raise ValueError("textures=true has no effect without randomise_table=true")
+
+    @property
+    def task(self) -> TaskOptions:
+        """The scene: a bar to pick and one more object."""
+        return TaskOptions(
+            name="pick",
+            object="bar",
+            object_size_m=self.object_size_m,
+            distractors=1,
+            equal_luminance=True,
+            random_start=False,
+            shadows=self.shadows,
+            randomise_table=self.randomise_table,
+            randomise_light=self.randomise_light,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "sizes": [list(size) for size in self.sizes]}
+
+    def size_of(self, seed: int) -> tuple[int, int]:
+        """(width, height) of a seed's picture."""
+        shares = np.array([size[2] for size in self.sizes], float)
+        chosen = self.sizes[int(stream(seed, "picture size").choice(len(shares), p=shares / shares.sum()))]
+        return int(chosen[0]), int(chosen[1])
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and what it shows.
+
+    Args:
+        pixels: uint8 [H, W, 3]. caption: in words.
+        colour: of the cube. cube, block: centre (x, y) in pixels, corner convention.
+    """
+
+    pixels: np.ndarray
+    caption: str
+    colour: str
+    cube: tuple[float, float]
+    block: tuple[float, float]
+    seed: int
+
+
+class PictureCell(YamCell):
+    """The cell in which pictures are taken; built once, used for many seeds."""
+
+    def __init__(self, options: PictureOptions) -> None:
+        super().__init__(options.task, image_size=64, render_images=False)
+        self.options = options
+        self._renderers: dict[tuple[int, int], CameraRenderer] = {}
+
+    def lens_of_size(self, width: int, height: int) -> Lens:
+        """Of a picture: the field of view spans its shorter side."""
+        square = Lens.from_field_of_view(min(width, height), min(width, height), self.options.fovy_deg)
+        intrinsics = square.intrinsics.copy()
+        intrinsics[:2, 2] = width / 2, height * 0.46  # the work area lies a little below the axis
+        return Lens(width, height, intrinsics)
+
+    def layout_of(self, seed: int, attempt: int) -> EpisodeLayout:
+        """The scene of a seed; further attempts move the objects alone."""
+        layout = tasks.sample_layout(self.task, seed)
+        if attempt:
+            moved = tasks.sample_layout(self.task, int(stream(seed, f"again {attempt}").integers(2**31)))
+            layout = replace(layout, object=moved.object, distractors=moved.distractors)
+        colour = list(CUBE_COLOURS.values())[int(stream(seed, "cube colour").integers(len(CUBE_COLOURS)))]
+        cube = replace(layout.distractors[0], shape="cube", colour=colour)
+        return replace(
+            layout,
+            object=replace(layout.object, colour=BLOCK_COLOUR),
+            distractors=(cube,),
+            appearance=self._look(layout.appearance, seed),
+        )
+
+    def _look(self, look: Appearance, seed: int) -> Appearance:
+        """Table and floor of one hue each, and a light that leaves no face overexposed: a clipped colour would have
+        another luminance than the others."""
+        rng = stream(seed, "picture look")
+        if not self.options.textures:
+            look = replace(look, table=0)
+        if self.options.randomise_table:
+            table, floor = rng.uniform(0.68, 0.95), rng.uniform(0.15, 0.5)  # objects stand out darker from the table
+            look = replace(look, table_rgb=_tinted(TABLE_TINT, table), floor_rgb=_tinted(FLOOR_TINT, floor))
+        if self.options.randomise_light:
+            look = replace(look, ambient=float(rng.uniform(0.25, 0.4)), diffuse=float(rng.uniform(0.15, 0.3)))
+        return look
+
+    def picture(self, seed: int) -> Picture:
+        """The picture of a seed: cube and block are inside it and mostly seen.
+
+        Raises:
+            ValueError: no such arrangement was found.
+        """
+        size = self.options.size_of(seed)
+        lens = self.lens_of_size(*size)
+        for attempt in range(ATTEMPTS):
+            self.seed, self.layout = int(seed), self.layout_of(seed, attempt)
+            self._arrange(self.layout)
+            centres = {name: self._pixel(lens, name) for name in (CUBE, BLOCK)}
+            if all(0.06 < x / size[0] < 0.94 and 0.06 < y / size[1] < 0.94 for x, y in centres.values()):
+                pixels, seen = self._take(lens)
+                if seen >= SEEN_SHARE:
+                    colour = _name(self.layout.distractors[0].colour)
+                    caption = describe(colour, centres[CUBE][0] / size[0], centres[BLOCK][0] / size[0], seed)
+                    return Picture(pixels, caption, colour, centres[CUBE], centres[BLOCK], self.seed)
+        raise ValueError(
+            f"seed {seed}: no arrangement shows both objects; is fovy_deg={self.options.fovy_deg} too small?"
+        )
+
+    def _pixel(self, lens: Lens, body: str) -> tuple[float, float]:
+        transform = self.world_to_camera("over")
+        u, v, depth = lens.intrinsics @ (transform[:3, :3] @ self.body_position(body) + transform[:3, 3])
+        return float(u / depth), float(v / depth)
+
+    def _take(self, lens: Lens) -> tuple[np.ndarray, float]:
+        """The picture, and the visible share of the cube, counted in a picture of half the size."""
+        small = Lens(lens.width // 2, lens.height // 2, np.diag([0.5, 0.5, 1.0]) @ lens.intrinsics)
+        labels = self._renderer_of(small).segmentation(self.data, "over", small)
+        bodies = np.where(labels >= 0, self.model.geom_bodyid[np.maximum(labels, 0)], -1)
+        edge = self.options.object_size_m * small.intrinsics[0, 0]  # pixels at a metre, where the cube is
+        seen = float((bodies == self.model.body(CUBE).id).sum() / edge**2)
+        return self._renderer_of(lens).image(self.data, "over", lens), seen
+
+    def _renderer_of(self, lens: Lens) -> CameraRenderer:
+        size = (lens.width, lens.height)
+        if size not in self._renderers:
+            self._renderers[size] = CameraRenderer(self.model, *size, self.options.shadows)
+        return self._renderers[size]
+
+    def close(self) -> None:
+        """Frees the GL contexts."""
+        for renderer in self._renderers.values():
+            renderer.close()
+        self._renderers.clear()
+        super().close()
+
+
+def _tinted(tint: tuple[float, float, float], brightness: float) -> tuple[float, float, float]:
+    red, green, blue = (float(brightness * part) for part in tint)
+    return red, green, blue
+
+
+def _name(palette: str) -> str:
+    return next(name for name, key in CUBE_COLOURS.items() if key == palette)
+
+
+def palette() -> dict[str, tuple[float, float, float]]:
+    """The cubes' colours by the names that captions use."""
+    return {name: EQUAL_LUMINANCE[key] for name, key in CUBE_COLOURS.items()}
+
+
+def describe(colour: str, cube_x: float, block_x: float, seed: int) -> str:
+    """A caption, in one of several wordings; `cube_x` and `block_x` in fractions of the width."""
+    cube, block = f"a {colour} cube", f"the {BLOCK_COLOUR} block"
+    if abs(cube_x - block_x) < SIDE_MARGIN:
+        return (f"{cube} near {block}", f"{cube} and {block} on the table")[int(stream(seed, "words").integers(2))]
+    side, other = ("left", "right") if cube_x < block_x else ("right", "left")
+    wordings = (
+        f"{cube} {side} of {block}",
+        f"{cube} {side} of {block} on the table",
+        f"{block} {other} of {cube}",
+        f"{cube} to the {side} of {block}",
+    )
+    return wordings[int(stream(seed, "words").choice(4, p=[0.55, 0.15, 0.15, 0.15]))]

@@ -1,0 +1,320 @@
+"""A judge of pictures of the simulated table: a small network that says where cube and block are and which colour the
+cube has. Trained on real pictures alone; its own error on held-out ones stands beside every figure that it gives.
+
+Its features also give a distance between pictures, a named substitute where the weights of LPIPS are not at hand.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from keygrip.data.batches import ImageTextBatch
+from keygrip.models.patch_dit.encoders import Encoders
+
+if TYPE_CHECKING:
+    from keygrip.data.image_text.datamodule import ImageShards
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # of the network and its training: another one is another judge
+THINGS = ("cube", "block")
+NEAR_PX = 4.0  # at 64 pixels, of the shorter side
+REFERENCE_EDGE = 64
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """How a judge is trained.
+
+    Args:
+        width: of its layers. steps, batch_size, lr: of training; on the simulator's pictures a hundred steps are nearly
+            enough. noise: pictures get up to so much, so that grain does not mislead it.
+    """
+
+    width: int = 24
+    steps: int = 400
+    batch_size: int = 32
+    lr: float = 3e-3
+    noise: float = 0.08
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the judge sees in B pictures.
+
+    Args:
+        places: [B, 2, 2] cube and block, (x, y) in fractions of the picture.
+        colours: [B, K] logits.
+        features: [B, F, h, w] of its layers, one behind the other.
+        heat: [B, 2, h, w] logits of the maps.
+    """
+
+    places: Tensor
+    colours: Tensor
+    features: Tensor
+    heat: Tensor
+
+
+class Judge(nn.Module):
+    """Convolutions at half the picture's resolution; a map for each thing, whose centre of mass is its place.
+
+    Args:
+        colours: names. width: of the layers.
+    """
+
+    def __init__(self, colours: Sequence[str], width: int = 32) -> None:
+        super().__init__()
+        self.colours = list(colours)
+        self.stem = nn.Conv2d(3, width, 5, stride=2, padding=2)
+        self.layers = nn.ModuleList(nn.Conv2d(width, width, 3, padding=d, dilation=d) for d in (1, 2, 4, 1))
+        self.norms = nn.ModuleList(nn.GroupNorm(4, width) for _ in range(4))
+        self.maps = nn.Conv2d(width, len(THINGS), 1)
+        self.colour = nn.Sequential(nn.Linear(width + 3, 64), nn.GELU(), nn.Linear(64, len(self.colours)))
+
+    def forward(self, pictures: Tensor) -> Verdict:
+        """Of pictures [B, 3, H, W] in 0..1."""
+        x = functional.gelu(self.stem(pictures * 2 - 1))
+        features = []
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = x + functional.gelu(layer(norm(x)))
+            features.append(x)
+        heat = self.maps(x)
+        shares = heat.flatten(2).softmax(dim=-1).unflatten(-1, heat.shape[2:])  # [B, 2, h, w]
+        rows, columns = ((torch.arange(n, device=heat.device) + 0.5) / n for n in heat.shape[2:])
+        places = torch.stack([(shares.sum(2) * columns).sum(-1), (shares.sum(3) * rows).sum(-1)], dim=-1)
+        small = functional.adaptive_avg_pool2d(pictures, heat.shape[2:])
+        seen = torch.cat([x, small], dim=1)
+        pooled = torch.einsum("bhw,bfhw->bf", shares[:, 0], seen)  # what lies where the cube is
+        return Verdict(places, self.colour(pooled), torch.cat(features, dim=1), heat)
+
+
+@dataclass(frozen=True)
+class JudgeError:
+    """The judge's own error on held-out real pictures.
+
+    Args:
+        pictures: how many. cube_px, block_px: mean distance, at 64 pixels. near: share of cubes found within 4 px.
+        colour: share named rightly.
+    """
+
+    pictures: int
+    cube_px: float
+    block_px: float
+    near: float
+    colour: float
+
+
+@dataclass(frozen=True)
+class TrainedJudge:
+    """A judge with what is known of it."""
+
+    judge: Judge
+    error: JudgeError
+    fingerprint: str
+
+
+# ---- pictures to learn from ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Ground truth of B pictures: places [B, 2, 2] (cube and block; x, y in fractions) and colours [B]."""
+
+    places: Tensor
+    colours: Tensor
+
+    @classmethod
+    def of(cls, records: Sequence[dict[str, Any]], names: Sequence[str]) -> Truth:
+        """From the records of some pictures that all have evidence."""
+        told = [record["evidence"] for record in records]
+        places = torch.tensor([[e[thing] for thing in THINGS] for e in told], dtype=torch.float32)
+        return cls(places, torch.tensor([list(names).index(e["colour"]) for e in told]))
+
+
+def has_evidence(records: Iterable[dict[str, Any]]) -> bool:
+    """Whether all records say where cube and block are and which colour the cube has."""
+    return all({*THINGS, "colour"} <= set(record.get("evidence") or {}) for record in records)
+
+
+def real_pictures(encoders: Encoders, batch: ImageTextBatch) -> Tensor:
+    """uint8 [B, 3, H, W]: what the latents of a batch decode to."""
+    return (encoders.decode_latents(batch.latents) * 255).round().to(torch.uint8).cpu()
+
+
+def distance_px(places: Tensor, truth: Tensor, size: tuple[int, int]) -> Tensor:
+    """Distances [...] in pixels of pictures whose shorter side has 64; places and truth [..., 2] in fractions.
+
+    Args:
+        size: (height, width) of the pictures, in any unit.
+    """
+    scale = torch.tensor([size[1], size[0]], device=places.device) * (REFERENCE_EDGE / min(size))
+    return ((places - truth) * scale).norm(dim=-1)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def judge_for(data: ImageShards, encoders: Encoders, options: JudgeOptions | None = None) -> TrainedJudge | None:
+    """The judge of some image shards: kept beside them, trained first where it is not there. None where the shards
+    hold no ground truth.
+
+    Raises:
+        ValueError: there are no held-out pictures to test it on.
+    """
+    options = options or JudgeOptions()
+    first = next(iter(data.held_out("val", 1)), None)
+    if first is None:
+        raise ValueError(f"{data.place} has no validation images: a judge could not be tested")
+    if not has_evidence(first.records):
+        return None
+    told = {"version": VERSION, "data": data.fingerprint, "autoencoder": encoders.autoencoder.description()}
+    fingerprint = hashlib.sha256(json.dumps({**told, **asdict(options)}, sort_keys=True).encode()).hexdigest()[:16]
+    data.folder.mkdir(parents=True, exist_ok=True)
+    file = data.folder / f"judge-{fingerprint}.pt"
+    with (data.folder / ".judge.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process trains, the others wait for it
+        if not file.is_file():
+            _save(train_judge(data, encoders, options, fingerprint), options, file)
+    return load_judge(file, fingerprint)
+
+
+def _save(trained: TrainedJudge, options: JudgeOptions, file: Path) -> None:
+    content = {
+        "fingerprint": trained.fingerprint,
+        "colours": trained.judge.colours,
+        "width": options.width,
+        "error": asdict(trained.error),
+        "weights": trained.judge.state_dict(),
+    }
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.writing")
+    torch.save(content, temporary)
+    temporary.replace(file)
+
+
+def load_judge(file: Path, fingerprint: str) -> TrainedJudge:
+    """A judge from its file. Raises ValueError: it is another one."""
+    content = torch.load(file, map_location="cpu", weights_only=True)
+    if content["fingerprint"] != fingerprint:
+        raise ValueError(
+            f"{file} is the judge {content['fingerprint']}, not {fingerprint}: remove it, and it is trained again"
+        )
+    judge = Judge(content["colours"], content["width"])
+    judge.load_state_dict(content["weights"])
+    return TrainedJudge(judge.eval(), JudgeError(**content["error"]), fingerprint)
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    pictures: Tensor  # uint8 [N, 3, H, W]
+    truth: Truth
+
+
+def _load(data: ImageShards, encoders: Encoders, split: str, colours: list[str]) -> list[_Bucket]:
+    """All pictures of a split with their truth, by size. Fills `colours` with the names found, in order."""
+    pictures: dict[tuple[int, int], list[Tensor]] = {}
+    records: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for batch in data.held_out(split):
+        if not has_evidence(batch.records):
+            raise ValueError(f"some images of {data.place} have ground truth (evidence) and some have none")
+        shown = real_pictures(encoders, batch)
+        size = (shown.shape[2], shown.shape[3])
+        pictures.setdefault(size, []).append(shown)
+        records.setdefault(size, []).extend(batch.records)
+    found = {record["evidence"]["colour"] for members in records.values() for record in members}
+    colours += sorted(found - set(colours))
+    return [_Bucket(torch.cat(pictures[size]), Truth.of(records[size], colours)) for size in sorted(pictures)]
+
+
+def train_judge(data: ImageShards, encoders: Encoders, options: JudgeOptions, fingerprint: str) -> TrainedJudge:
+    """Trains a judge on the training split and tests it on the validation split. A pure function of both."""
+    colours: list[str] = []
+    buckets = _load(data, encoders, "train", colours)
+    known = len(colours)
+    held_out = _load(data, encoders, "val", colours)
+    if len(colours) > known:
+        raise ValueError(f"the validation images show the colours {colours[known:]}, which no training image shows")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        judge = Judge(colours, options.width)
+    optimizer = torch.optim.AdamW(judge.parameters(), options.lr, weight_decay=0.01)
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    shares = np.array([len(bucket.pictures) for bucket in buckets], float)
+    with torch.enable_grad():
+        for step in tqdm(range(options.steps), desc="judge", unit="step", delay=1, leave=False):
+            progress = (step + 1) / options.steps
+            for group in optimizer.param_groups:
+                group["lr"] = options.lr * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * progress))
+            bucket = buckets[int(rng.choice(len(buckets), p=shares / shares.sum()))]
+            chosen = torch.from_numpy(rng.integers(0, len(bucket.pictures), options.batch_size))
+            pictures = bucket.pictures[chosen].float() / 255
+            grain = torch.rand(len(pictures), 1, 1, 1, generator=generator) * options.noise
+            pictures = pictures + grain * torch.randn(pictures.shape, generator=generator)
+            loss = _loss(judge, pictures, Truth(bucket.truth.places[chosen], bucket.truth.colours[chosen]))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
+            optimizer.step()
+    judge.eval()
+    error = measure_judge(judge, [(bucket.pictures, bucket.truth) for bucket in held_out])
+    log.info(
+        "judge: on %d held-out pictures it misses cubes by %.2f px and names %.1f %% of the colours rightly",
+        error.pictures,
+        error.cube_px,
+        100 * error.colour,
+    )
+    return TrainedJudge(judge, error, fingerprint)
+
+
+def _loss(judge: Judge, pictures: Tensor, truth: Truth) -> Tensor:
+    """The right cell of each map, the place to a fraction of a cell, and the colour."""
+    verdict = judge(pictures)
+    heat = verdict.heat
+    height, width = heat.shape[2:]
+    size = torch.tensor([width, height])
+    cell = (truth.places * size).long().clamp(min=0).minimum(size - 1)  # [B, 2, 2] column and row
+    number = cell[..., 1] * width + cell[..., 0]
+    where = functional.cross_entropy(heat.flatten(0, 1).flatten(1), number.flatten())
+    exact = distance_px(verdict.places, truth.places, (height, width)).clamp(max=16).mean()
+    return where + 0.3 * exact + functional.cross_entropy(verdict.colours, truth.colours)
+
+
+@torch.no_grad()
+def measure_judge(judge: Judge, buckets: Sequence[tuple[Tensor, Truth]]) -> JudgeError:
+    """The error on real pictures uint8 [N, 3, H, W], bucket by bucket."""
+    distances, right = [], []
+    for pictures, truth in buckets:
+        for start in range(0, len(pictures), 64):
+            part = slice(start, start + 64)
+            verdict = judge(pictures[part].float() / 255)
+            size = (pictures.shape[2], pictures.shape[3])
+            distances.append(distance_px(verdict.places, truth.places[part], size))
+            right.append(verdict.colours.argmax(dim=1) == truth.colours[part])
+    distance, named = torch.cat(distances), torch.cat(right)
+    return JudgeError(
+        pictures=len(distance),
+        cube_px=float(distance[:, 0].mean()),
+        block_px=float(distance[:, 1].mean()),
+        near=float((distance[:, 0] < NEAR_PX).float().mean()),
+        colour=float(named.float().mean()),
+    )
+
+
+def feature_distance(left: Tensor, right: Tensor) -> Tensor:
+    """1 - cosine between features [B, F, ...] of the same places, averaged over places: [B]."""
+    cosine = functional.cosine_similarity(left.flatten(2), right.flatten(2), dim=1)
+    return 1 - cosine.mean(dim=1)

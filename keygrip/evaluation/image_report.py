@@ -1,0 +1,184 @@
+"""The report of a validation suite: Markdown with pictures; and a callback that makes it when training ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from keygrip.data.shards.tars import write_whole
+from keygrip.models.patch_dit.figures import picture_grid
+
+if TYPE_CHECKING:
+    from keygrip.data.image_text.datamodule import ImageShards
+    from keygrip.evaluation.image_text import PictureSuite
+
+log = logging.getLogger(__name__)
+
+REPORT, SAMPLES, SCALES, SCALE_MAP = "report.md", "samples.png", "scales.png", "scale_map.png"
+EXPLAINED = {
+    "reconstruction": "own text, own DINO features",
+    "dino_swap": "own text, features of another image; compared with that one",
+    "text_only": "own text, no features",
+    "changed_words": "a word of the caption changed, own features",
+    "shuffled_patches": "own text, own patches in random order",
+    "another_picture": "a real picture, another one than asked for",
+    "real": "the real picture itself: what the judge says of it is its own error",
+}
+
+
+def write_report(
+    output: Path,
+    figures: Mapping[str, Any],
+    rows: Sequence[tuple[str, Tensor]],
+    scale_rows: Sequence[tuple[str, Tensor]],
+) -> list[Path]:
+    """Writes `report.md` and its pictures; returns the pictures.
+
+    Args:
+        figures: see `keygrip.evaluation.image_text.evaluate_pictures`. rows, scale_rows: titles and pictures
+            [N, 3, H, W] in 0..1.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for name, shown in ((SAMPLES, rows), (SCALES, scale_rows)):
+        if shown:
+            write_whole(output / name, png(picture_grid(shown)))
+            pictures.append(output / name)
+    if figures["scales"] and "colour_as_asked" in figures["scales"][0]:
+        write_whole(output / SCALE_MAP, scale_map(figures["scales"]))
+        pictures.append(output / SCALE_MAP)
+    write_whole(output / REPORT, markdown(figures, [path.name for path in pictures]).encode())
+    return pictures
+
+
+def markdown(figures: Mapping[str, Any], pictures: Sequence[str]) -> str:
+    """The report's text."""
+    sampling = ", ".join(f"{name} {value}" for name, value in figures["sampling"].items())
+    lines = [f"# Pictures of the {figures['split']} split", "", f"Sampling: {sampling}.", ""]
+    judge = figures["judge"]
+    if judge is not None:
+        lines += [
+            f"Places and colours are judged by a small network trained on real pictures. On {judge['pictures']} "
+            f"held-out real ones (validation split) it misses the cube by {judge['cube_px']:.2f} px and the block by "
+            f"{judge['block_px']:.2f} px on average, finds {judge['near']:.1%} of the cubes within 4 px and names "
+            f"{judge['colour']:.1%} of the colours rightly; its error on the very pictures of this report stands in "
+            "the row `real`. Pixels are those of a picture whose shorter side has 64.",
+            "",
+        ]
+    if figures["lpips_note"]:
+        lines += [figures["lpips_note"], ""]
+    if SAMPLES in pictures:
+        lines += ["## Samples", "", f"![samples]({SAMPLES})", ""]
+    lines += ["## Figures", "", *table(figures["cases"]), ""]
+    lines += [f"- `{case}`: {EXPLAINED[case]}" for case in figures["cases"]]
+    if figures["scales"]:
+        lines += ["", "## Words against features", "", "`changed_words` over the two guidance scales.", ""]
+        lines += [f"![{name}]({name})" for name in (SCALE_MAP, SCALES) if name in pictures]
+        named = {f"text {row['text_scale']:g}, DINO {row['dino_scale']:g}": row for row in figures["scales"]}
+        rows = {
+            name: {k: v for k, v in row.items() if k not in ("text_scale", "dino_scale")} for name, row in named.items()
+        }
+        lines += ["", *table(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def table(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A Markdown table: a line a row, a column for each figure that any row has."""
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    lines = ["| | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
+    for title, row in rows.items():
+        cells = (f"{row[name]:.4g}" if name in row else "" for name in names)
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def png(picture: np.ndarray) -> bytes:
+    """[H, W, 3] uint8 as a PNG file."""
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def scale_map(rows: Sequence[Mapping[str, float]]) -> bytes:
+    """Two maps over (text_scale, dino_scale): the colour asked for is drawn, and the cube is where it shall be."""
+    import io
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    texts = sorted({row["text_scale"] for row in rows})
+    dinos = sorted({row["dino_scale"] for row in rows})
+    figure = Figure(figsize=(2.2 + 1.6 * len(dinos), 1.2 + 0.5 * len(texts)), layout="constrained")
+    FigureCanvasAgg(figure)
+    titles = {"colour_as_asked": "colour as asked in words", "cube_within_4px": "cube within 4 px"}
+    for axis, (name, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        values = np.full((len(texts), len(dinos)), np.nan)
+        for row in rows:
+            values[texts.index(row["text_scale"]), dinos.index(row["dino_scale"])] = row[name]
+        axis.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
+        for (y, x), value in np.ndenumerate(values):
+            axis.text(x, y, f"{value:.2f}", ha="center", va="center", color="black" if value > 0.6 else "white")
+        axis.set_xticks(range(len(dinos)), [f"{scale:g}" for scale in dinos])
+        axis.set_yticks(range(len(texts)), [f"{scale:g}" for scale in texts])
+        axis.set(title=title, xlabel="DINO scale", ylabel="text scale")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+class EvaluatePictures(Callback):
+    """Runs the validation suite on the run's latest checkpoint once training has ended.
+
+    Writes `pictures/` (report, pictures, result.json) into the run folder, logs `pictures/<case>/<figure>` among the
+    headline metrics and shows the pictures in TensorBoard.
+
+    Args:
+        suite: what to evaluate. data: the run's data module. run_dir: the run folder.
+    """
+
+    def __init__(self, suite: PictureSuite, data: ImageShards, run_dir: str) -> None:
+        self.suite, self.data, self.run_dir = suite, data, Path(run_dir)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        from keygrip.evaluation.image_text import evaluate_pictures, headline
+        from keygrip.models.patch_dit.module import PatchDiTModule
+        from keygrip.training.checkpoints import load_module
+
+        module = load_module(self.run_dir, expected=PatchDiTModule).to(pl_module.device)  # with averaged weights
+        assert isinstance(module, PatchDiTModule)
+        output = self.run_dir / "pictures"
+        figures, pictures = evaluate_pictures(module, self.data, self.suite, output)
+        write_whole(output / "result.json", (json.dumps(figures, indent=1) + "\n").encode())
+        for name, value in headline(figures).items():
+            trainer.callback_metrics[f"pictures/{name}"] = torch.tensor(value)
+        self._show(trainer, headline(figures), pictures)
+        log.info("pictures and report: %s", output / REPORT)
+
+    @staticmethod
+    def _show(trainer: Trainer, figures: Mapping[str, float], pictures: Sequence[Path]) -> None:
+        from PIL import Image
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        for logger in trainer.loggers:
+            writer = getattr(logger, "experiment", None)
+            if not isinstance(writer, SummaryWriter):
+                continue
+            for name, value in figures.items():
+                writer.add_scalar(f"pictures/{name}", value, trainer.global_step)
+            for path in pictures:
+                shown = np.asarray(Image.open(path).convert("RGB"))
+                writer.add_image(f"pictures/{path.stem}", shown, trainer.global_step, dataformats="HWC")

@@ -1,0 +1,111 @@
+"""Videos of closed-loop episodes with the plan drawn into the picture."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from keygrip.models.policy import Observation, Plan, arm_axis
+
+SCALE = 2  # pictures of 224 px are small for the eye
+PALETTE = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis, near to far in time
+
+
+class Film:
+    """Writes an H.264 video (or, for a path that ends in .gif, an animation); nothing is left behind if it is not
+    closed.
+
+    Args:
+        path: the file to write. fps: frames a second. caption: written at the foot of every frame, e.g. the
+            instruction.
+    """
+
+    def __init__(self, path: Path, fps: float, caption: str = "") -> None:
+        self.path, self.fps, self.caption = path, fps, caption
+        self._frames: list[np.ndarray] = []
+
+    def add(self, observation: Observation, plan: Plan | None) -> None:
+        """Append the picture of an observation with the running plan projected into it."""
+        frame = draw_plan(observation, plan)
+        self._frames.append(_captioned(frame, self.caption) if self.caption else frame)
+
+    def close(self) -> None:
+        """Write the file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{self.path.name}")
+        suffix = self.path.suffix.lower()
+        if suffix == ".gif":
+            first, *rest = [Image.fromarray(frame).quantize(128) for frame in self._frames]
+            first.save(
+                temporary, format="GIF", save_all=True, append_images=rest, duration=round(1000 / self.fps), loop=0
+            )
+        else:
+            write_video(temporary, np.stack(self._frames), self.fps)
+        temporary.replace(self.path)
+
+
+def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
+    """Write frames ``[N, H, W, 3]`` uint8 as H.264 in an mp4 container; H and W must be even."""
+    import av
+
+    with av.open(str(path), "w", format="mp4") as container:
+        stream: Any = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "20"}
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def draw_plan(observation: Observation, plan: Plan | None) -> np.ndarray:
+    """The observation's picture, enlarged, with the plan's poses as dots coloured by time (dark: soon, light: late).
+
+    A ring means an open gripper, a filled dot a closed one. Returns ``[2H, 2W, 3]`` uint8.
+    """
+    image = Image.fromarray(np.asarray(observation["image"]))
+    image = image.resize((image.width * SCALE, image.height * SCALE), Image.Resampling.BICUBIC)
+    if plan is None:
+        return np.asarray(image)
+    draw = ImageDraw.Draw(image)
+    current = arm_axis(observation["position"], 1)
+    k, camera = np.asarray(observation["intrinsics"]), np.asarray(observation["world_to_camera"])
+    for arm in range(plan.position.shape[0]):
+        points = np.concatenate([current[arm : arm + 1], plan.position[arm]])
+        in_camera = points @ camera[:3, :3].T + camera[:3, 3]
+        if (in_camera[:, 2] <= 0).any():
+            continue
+        homogeneous = in_camera @ k.T
+        pixels = homogeneous[:, :2] / homogeneous[:, 2:] * SCALE
+        draw.line([tuple(p) for p in pixels], fill=(255, 255, 255), width=2)
+        for step, (x, y) in enumerate(pixels[1:]):
+            colour = _palette(step / max(plan.position.shape[1] - 1, 1))
+            box = (x - 4, y - 4, x + 4, y + 4)
+            if plan.gripper[arm, step] < 0.5:
+                draw.ellipse(box, fill=colour, outline=(255, 255, 255))
+            else:
+                draw.ellipse(box, outline=colour, width=2)
+    return np.asarray(image)
+
+
+def _captioned(frame: np.ndarray, caption: str) -> np.ndarray:
+    """The frame with words at its foot, on a dark ground."""
+    image = Image.fromarray(frame)
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(size=max(10, image.height // 28))
+    box = draw.textbbox((image.width / 2, image.height - 4), caption, font=font, anchor="mb")
+    draw.rectangle((box[0] - 5, box[1] - 3, box[2] + 5, image.height), fill=(20, 20, 24))
+    draw.text((image.width / 2, image.height - 4), caption, font=font, anchor="mb", fill=(255, 255, 255))
+    return np.asarray(image)
+
+
+def _palette(share: float) -> tuple[int, int, int]:
+    position = share * (len(PALETTE) - 1)
+    low = min(int(position), len(PALETTE) - 2)
+    mixed = np.array(PALETTE[low]) * (1 - position + low) + np.array(PALETTE[low + 1]) * (position - low)
+    r, g, b = (int(value) for value in mixed)
+    return r, g, b

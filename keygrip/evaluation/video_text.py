@@ -1,0 +1,249 @@
+"""Evaluation of a trained video-language model: losses by mode and kind, captions, answers, multiple choice, speed."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from tqdm import tqdm
+
+from keygrip.data.batches import Turn, VideoTextBatch
+from keygrip.data.video_text.video_files import read_frames
+from keygrip.evaluation.kinds import Evaluated, Evaluation, plain
+from keygrip.evaluation.text_metrics import caption_metrics, chosen_option, vqa_accuracy
+from keygrip.evaluation.vqa_benchmarks import ChoiceQuestion
+from keygrip.models.foveated_vlm.conversations import EncodedText, encode_conversation
+from keygrip.models.foveated_vlm.generation import answer_scores, generate
+from keygrip.models.foveated_vlm.module import REFINED, FoveatedVLMModule, comparisons, landings
+from keygrip.models.foveated_vlm.scores import Scores
+
+log = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def evaluate_modes(
+    module: FoveatedVLMModule,
+    batches: Iterable[VideoTextBatch],
+    modes: Sequence[str],
+    max_new_tokens: int = 64,
+) -> dict[str, Any]:
+    """Figures of each mode over batches, and what they say about each other (`gap`, `fine_over_coarse`).
+
+    A model that was trained with refinement is evaluated with it too, as `coarse_fine_refined` (and `gap_refined`).
+
+    For each mode: loss, perplexity and exactness of answers, over all and by kind; for generated answers, `bleu_*`,
+    `cider`, `meteor` (kind caption), `vqa_accuracy` (where the evidence has `answers`, ten annotators),
+    `accuracy_<kind>_of_<n>` (videos of up to n frames, n a power of two, where they differ in length),
+    `attention_<kind>` (on the thing asked about, relative to uniform, where the evidence says where it is; in the last
+    block, and as `..._all_blocks` over all but the first), and `ms_per_frame` (encoder, queries and language model, at
+    the batches' size).
+
+    Raises:
+        ValueError: a mode that the network does not have, or no batch.
+    """
+    for mode in modes:
+        if mode not in module.network.modes:
+            raise ValueError(f"mode={mode}: {type(module.network).__name__} has {', '.join(module.network.modes)}")
+    module.eval()
+    scores: dict[str, Scores] = defaultdict(Scores)
+    by_length: dict[str, Scores] = defaultdict(Scores)
+    said: dict[str, list[tuple[str, str, dict[str, Any], str]]] = defaultdict(list)
+    seconds: dict[str, float] = defaultdict(float)
+    evaluated = {mode: (mode, 0) for mode in modes}
+    if module.refinement and "coarse_fine" in modes:
+        evaluated[REFINED] = ("coarse_fine", module.refinement)
+    looked: dict[str, dict[str, list[float]]] = {mode: defaultdict(list) for mode in evaluated}
+    frames_seen = 0
+    for batch in tqdm(batches, desc="evaluate", unit="batch", disable=None):
+        batch = batch.to(module.device)
+        frames_seen += int(batch.frame_mask.sum())
+        for mode, (of_network, refinement) in evaluated.items():
+            started = time.perf_counter()
+            frames, rows = module.inputs(batch)
+            output = module.network(frames, rows, of_network, refinement)
+            scored = module.score(output, batch)
+            scores[mode].add(scored, batch.kind)
+            by_length[mode].add(scored, _kinds_and_lengths(batch))
+            seconds[mode] += time.perf_counter() - started
+            if output.looks is not None:
+                for kind, where in landings(module.network, output, rows, batch):
+                    looked[mode][kind].append(where)
+                for kind, where in landings(module.network, output, rows, batch, "all"):
+                    looked[mode][f"{kind}_all_blocks"].append(where)
+            if mode in modes:
+                said[mode] += _generated(module, batch, mode, max_new_tokens)
+    if not scores:
+        raise ValueError("nothing to evaluate: the data have no samples")
+    figures: dict[str, dict[str, Any]] = {}
+    for mode in evaluated:
+        figures[mode] = dict(scores[mode].figures())
+        if len({label.rpartition("_of_")[2] for label in by_length[mode].sums}) > 1:
+            parts = by_length[mode].figures()
+            figures[mode] |= {name: value for name, value in parts.items() if name.startswith("accuracy_")}
+        if frames_seen:
+            figures[mode]["ms_per_frame"] = 1000 * seconds[mode] / frames_seen
+        figures[mode] |= _of_answers(said[mode])
+        figures[mode] |= {f"attention_{kind}": float(np.mean(where)) for kind, where in looked[mode].items()}
+    return {
+        "tokens_per_frame": module.network.tokens_per_frame,
+        **{mode: _rounded(values) for mode, values in figures.items()},
+        **_rounded(comparisons(figures)),
+    }
+
+
+def _kinds_and_lengths(batch: VideoTextBatch) -> list[str]:
+    """The kind of each row and the number of its video's frames, rounded up to a power of two, as one label."""
+    frames = batch.frame_mask.sum(1)[batch.video_index].tolist()
+    classes = [1 << (count - 1).bit_length() if count else 0 for count in frames]
+    return [f"{kind}_of_{length}" for kind, length in zip(batch.kind, classes, strict=True)]
+
+
+def _generated(
+    module: FoveatedVLMModule, batch: VideoTextBatch, mode: str, max_new_tokens: int
+) -> list[tuple[str, str, dict[str, Any], str]]:
+    """(kind, true answer, evidence, generated) of rows that are scored by what the model says: captions and VQA."""
+    wanted = [
+        row
+        for row, text in enumerate(batch.texts)
+        if (batch.kind[row] == "caption" or "answers" in text.evidence) and text.turns[-1].role == "assistant"
+    ]
+    if not wanted:
+        return []
+    collator = module.collator
+    prompts = [
+        encode_conversation(batch.texts[row].turns[:-1], module.tokenizer, collator.prompt_order, "answers")
+        for row in wanted
+    ]
+    videos = batch.video_index.tolist()
+    kept = sorted({videos[row] for row in wanted})
+    counts = batch.frame_mask.sum(1).tolist()
+    frames, _ = module.inputs(batch)
+    answers = generate(
+        module.network,
+        module.tokenizer,
+        frames[kept],
+        [counts[video] for video in kept],
+        prompts,
+        [kept.index(videos[row]) for row in wanted],
+        mode,
+        max_new_tokens,
+    )
+    return [
+        (batch.kind[row], batch.texts[row].turns[-1].text, batch.texts[row].evidence, text)
+        for row, text in zip(wanted, answers.texts, strict=True)
+    ]
+
+
+def _of_answers(said: Sequence[tuple[str, str, dict[str, Any], str]]) -> dict[str, float]:
+    captions = [(true, text) for kind, true, _, text in said if kind == "caption"]
+    figures: dict[str, float] = {}
+    if captions:
+        figures |= caption_metrics([text for _, text in captions], [[true] for true, _ in captions])
+    agreed = [vqa_accuracy(text, evidence["answers"]) for _, _, evidence, text in said if "answers" in evidence]
+    if agreed:
+        figures["vqa_accuracy"] = sum(agreed) / len(agreed)
+    return figures
+
+
+@torch.no_grad()
+def evaluate_choices(
+    module: FoveatedVLMModule, questions: Sequence[ChoiceQuestion], modes: Sequence[str], max_new_tokens: int = 16
+) -> dict[str, Any]:
+    """Accuracy on multiple-choice questions by mode: the likeliest of the given options, and what is generated.
+
+    Questions whose video cannot be decoded are counted (`unreadable`) and left out of the accuracy.
+
+    Raises:
+        ValueError: no video can be decoded.
+    """
+    right: dict[str, dict[str, list[float]]] = {mode: defaultdict(list) for mode in modes}
+    unreadable = 0
+    pictures = module.pictures
+    for question in tqdm(questions, desc="multiple choice", unit="question", disable=None):
+        try:
+            frames = read_frames(question.video, pictures["image_size"], pictures["fit"], pictures["max_frames"])
+        except (ValueError, OSError) as error:
+            unreadable += 1
+            log.warning("left out: %s", error)
+            continue
+        inputs = normalised(module, frames)
+        prompt = _encoded(module, (Turn("user", question.prompt),))
+        options = [
+            _encoded(module, (Turn("user", question.prompt), Turn("assistant", f"{chr(ord('A') + n)}. {option}")))
+            for n, option in enumerate(question.options)
+        ]
+        for mode in modes:
+            scores = answer_scores(module.network, inputs, [len(frames)], options, [0] * len(options), mode)
+            said = generate(
+                module.network, module.tokenizer, inputs, [len(frames)], [prompt], [0], mode, max_new_tokens
+            )
+            named = chosen_option(said.texts[0], question.options)
+            for name, hit in (
+                ("likelihood", int(scores.argmax()) == question.answer),
+                ("generation", named == question.answer),
+            ):
+                right[mode][f"accuracy_{name}"].append(float(hit))
+                right[mode][f"accuracy_{name}/{question.task}"].append(float(hit))
+    if unreadable == len(questions):
+        raise ValueError(f"none of the {unreadable} videos can be decoded")
+    figures = {mode: _rounded({n: float(np.mean(v)) for n, v in found.items()}) for mode, found in right.items()}
+    return {"questions": len(questions) - unreadable, "unreadable": unreadable, **figures}
+
+
+def normalised(module: FoveatedVLMModule, frames: np.ndarray) -> Tensor:
+    """uint8 [F, S, S, 3] -> [1, F, 3, S, S] on the module's device, as the backbone wants it."""
+    backbone = module.network.backbone
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).to(module.device).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(v, device=module.device).view(3, 1, 1) for v in (backbone.mean, backbone.std))
+    return ((pixels - mean) / std)[None]
+
+
+def _encoded(module: FoveatedVLMModule, turns: Sequence[Turn]) -> EncodedText:
+    return encode_conversation(turns, module.tokenizer, module.collator.prompt_order, "answers")
+
+
+def _rounded(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: round(float(value), 5) for name, value in values.items()}
+
+
+def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
+    """Figures of a video-language model, by mode, on a split of its run's data and on local question sets.
+
+    Raises:
+        ValueError: a mode that the model does not have, or a split without samples.
+    """
+    from hydra.utils import instantiate
+
+    from keygrip.evaluation.vqa_benchmarks import read_question_set
+
+    module: Any = evaluated.module
+    chosen = module.network.modes if cfg.mode is None else cfg.mode
+    modes = [chosen] if isinstance(chosen, str) else list(chosen)
+    module.to("cuda" if torch.cuda.is_available() else "cpu")
+    result: dict[str, Any] = {}
+    if cfg.split not in ("val", "test", "none"):
+        raise ValueError(f"split={cfg.split}: choose val, test or none")
+    if cfg.split != "none":
+        datamodule = instantiate(evaluated.config.data, _convert_="all")
+        datamodule.collator = module.collator  # with the tokenizer of the checkpoint
+        datamodule.prepare_data()
+        datamodule.setup("validate")
+        loader = datamodule.test_dataloader() if cfg.split == "test" else datamodule.val_dataloader()
+        batches = itertools.islice(iter(loader), cfg.limit_batches)
+        result[cfg.split] = evaluate_modes(module, batches, modes, cfg.max_new_tokens)
+    for name, root in (plain(cfg.question_sets) or {}).items():
+        result[name] = evaluate_choices(module, read_question_set(name, root), modes)
+    return result
+
+
+ANSWER_EVALUATION = Evaluation(
+    run=evaluate_answers, settings=frozenset(["mode", "split", "limit_batches", "max_new_tokens", "question_sets"])
+)

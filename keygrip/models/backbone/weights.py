@@ -1,0 +1,440 @@
+"""Where the backbone's weights come from, and the file formats they come in.
+
+`find_weights` turns `weights` and the environment into one source; `read_state` recognises what the file is and
+renames its tensors to timm's names; `load_weights` checks that they fit and loads them strictly. There is no fallback
+anywhere: what cannot be found, recognised or fitted is an error that says what to do.
+
+Formats: Meta's released `.pth`; training files of Meta's repositories (`teacher.backbone.*`); Hugging Face
+`Dinov2Model`, `Dinov2WithRegistersModel` and `DINOv3ViTModel`; timm's own; checkpoints of keygrip models
+(`...backbone.net.*`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from keygrip.models.backbone.architectures import VARIANTS, Variant
+
+logger = logging.getLogger(__name__)
+
+State = dict[str, Tensor]
+
+_KEYGRIP_KEY = re.compile(r"^((?:.*\.)?backbone\.)?net\.(?:blocks|patch_embed|cls_token)")
+_CHUNKED_BLOCK = re.compile(
+    r"^blocks\.\d+\.(\d+)\."
+)  # Meta's training code: blocks.<chunk>.<index>., index counts over all chunks
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """A local file, or (path None) timm's weights of this name on the Hugging Face hub."""
+
+    path: Path | None
+    why: str  # which setting led here, for messages
+
+
+# ---------------------------------------------------------------------- sources
+
+
+def find_weights(variant: Variant, weights: str, weights_path: str | None) -> WeightSource | None:
+    """Resolves the settings to a source; None stands for random weights.
+
+    `pretrained` takes the first of: `weights_path`, the environment's DINO_WEIGHTS_PATH, `weights/<official file
+    name>` under the environment's DINO_REPO_DIR, timm's hub weights. A setting that names a missing file is an error,
+    not a reason to go on.
+
+    Raises:
+        ValueError: settings that contradict each other.
+        FileNotFoundError: a named file or folder that is not there or holds no weights.
+    """
+    if weights != "pretrained" and weights_path is not None:
+        raise ValueError(
+            f"backbone.weights_path={weights_path} has no effect with backbone.weights={weights}; "
+            "set backbone.weights=pretrained"
+        )
+    if weights == "random":
+        return None
+    if weights != "pretrained":
+        return WeightSource(_weights_file(Path(weights), variant, "backbone.weights"), "backbone.weights")
+    if weights_path is not None:
+        return WeightSource(
+            _weights_file(Path(weights_path), variant, "backbone.weights_path"), "backbone.weights_path"
+        )
+    if from_environment := os.environ.get("DINO_WEIGHTS_PATH"):
+        return WeightSource(_weights_file(Path(from_environment), variant, "DINO_WEIGHTS_PATH"), "DINO_WEIGHTS_PATH")
+    if variant.timm_name is None:
+        raise ValueError(
+            f"there are no pretrained weights of backbone {variant.name}; use backbone.weights=random, or the "
+            "path of a "
+            "keygrip run that trained it"
+        )
+    if repository := os.environ.get("DINO_REPO_DIR"):
+        if not Path(repository).is_dir():
+            raise FileNotFoundError(
+                f"DINO_REPO_DIR={repository} is not a folder; point it at a checkout of Meta's DINO or unset it"
+            )
+        assert variant.official_file is not None
+        official = Path(repository) / "weights" / variant.official_file
+        if official.is_file():
+            return WeightSource(official, "DINO_REPO_DIR")
+        logger.warning("DINO_REPO_DIR holds no %s; asking the Hugging Face hub for timm's copy", official)
+    return WeightSource(None, "backbone.weights=pretrained")
+
+
+def _weights_file(path: Path, variant: Variant, setting: str) -> Path:
+    """The file that a setting means: itself, or the one inside a run folder or a download folder."""
+    path = path.expanduser()
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{setting}={path}: no such file or folder. It takes random, pretrained, a weights file "
+            "(.pth, .safetensors), or a keygrip checkpoint or run folder"
+        )
+    named = [path / "checkpoints" / "last.ckpt", path / "last.ckpt", path / "model.safetensors"]
+    if variant.official_file is not None:
+        named += [path / variant.official_file, path / "weights" / variant.official_file]
+    for candidate in named:
+        if candidate.is_file():
+            return candidate
+    checkpoints = sorted(path.rglob("*.ckpt"), key=lambda file: (file.stat().st_mtime, file.name))
+    if checkpoints:
+        return checkpoints[-1]
+    raise FileNotFoundError(
+        f"{setting}={path}: the folder holds no weights; looked for {', '.join(file.name for file in named)} and "
+        "*.ckpt below it"
+    )
+
+
+def _from_hub(variant: Variant) -> State:
+    from timm.models import load_state_dict_from_hf
+
+    name = f"timm/{variant.timm_name}.{variant.timm_tag}"
+    try:
+        return dict(load_state_dict_from_hf(name, weights_only=True))
+    except (
+        Exception
+    ) as error:  # the hub client raises what its HTTP library raises; all of it means: not available here
+        raise FileNotFoundError(
+            f"cannot get the weights of {variant.name} from the hub ({name}: {_first_line(error)}). Download "
+            f"{variant.official_file} "
+            f"from {variant.download_page} (or model.safetensors from https://huggingface.co/{name}) and set "
+            "backbone.weights_path or DINO_WEIGHTS_PATH to it, or put it into $DINO_REPO_DIR/weights/"
+        ) from error
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def read_file(path: Path) -> State:
+    """All tensors of a `.safetensors` or torch file, nested dictionaries flattened with dots. Never unpickles code.
+
+    Raises:
+        ValueError: a file that is cut off, is not a weights file, or holds more than tensors and plain values.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} cannot be read as safetensors ({_first_line(error)}); download it again"
+            ) from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is not a plain weights file, or holds objects that are not loaded for safety "
+            f"({_first_line(error)})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({_first_line(error)}); it is cut off or no weights file") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+    if isinstance(content.get("state_dict"), dict):  # a Lightning checkpoint
+        content = content["state_dict"]
+    flat: State = {}
+    _flatten(content, "", flat)
+    return flat
+
+
+def _flatten(content: dict[Any, Any], prefix: str, into: State) -> None:
+    for key, value in content.items():
+        if isinstance(value, Tensor):
+            into[f"{prefix}{key}"] = value
+        elif isinstance(value, dict):
+            _flatten(value, f"{prefix}{key}.", into)
+
+
+def read_state(raw: State, origin: str, prefix: str | None = None) -> tuple[State, Tensor | None, str]:
+    """Recognises a file by its keys: (tensors under Meta's or timm's names, rotary periods or None, name of the
+    format).
+
+    Args:
+        raw: what `read_file` gives.
+        origin: the file, for messages.
+        prefix: which backbone of a keygrip checkpoint is meant where it holds several.
+
+    Raises:
+        ValueError: no known format; the message lists the first keys.
+    """
+    keygrip_prefixes = sorted({match.group(1) or "" for key in raw if (match := _KEYGRIP_KEY.match(key))})
+    if keygrip_prefixes:
+        state = _keygrip_part(raw, keygrip_prefixes, origin, prefix)
+        return state, state.get("rope.periods"), "keygrip checkpoint"
+    if prefix is not None:
+        raise ValueError(f"backbone.weights_prefix={prefix} is for keygrip checkpoints, and {origin} is not one")
+
+    state = raw
+    for start in ("teacher.backbone.", "model.teacher.backbone.", "teacher.module.backbone."):
+        if any(key.startswith(start) for key in raw):
+            state = {_CHUNKED_BLOCK.sub(r"blocks.\1.", key): value for key, value in _strip(raw, start).items()}
+            _, periods, kind = _meta_state(state, origin)
+            return state, periods, f"{kind} training file (teacher)"
+    if any(key.startswith("module.") for key in raw):
+        state = _strip(raw, "module.")
+    if "embeddings.position_embeddings" in state:
+        return _from_hugging_face_v2(state), None, "Hugging Face Dinov2Model"
+    if "embeddings.cls_token" in state and "embeddings.patch_embeddings.weight" in state:
+        return _from_hugging_face_v3(state), None, "Hugging Face DINOv3ViTModel"
+    return _meta_state(state, origin)
+
+
+def _meta_state(state: State, origin: str) -> tuple[State, Tensor | None, str]:
+    if "storage_tokens" in state:
+        return state, state.get("rope_embed.periods"), "DINOv3, Meta"
+    if "pos_embed" in state and "mask_token" in state and "blocks.0.ls1.gamma" in state:
+        return state, None, "DINOv2, Meta"
+    if "reg_token" in state and "blocks.0.gamma_1" in state and "pos_embed" not in state:
+        return state, state.get("rope.periods"), "DINOv3, timm"
+    if "pos_embed" in state and "blocks.0.ls1.gamma" in state:
+        return state, None, "DINOv2, timm"
+    first = ", ".join(list(state)[:5]) or "none"
+    raise ValueError(
+        f"{origin} is no known DINO weights file; its first tensors are: {first}. Known are Meta's .pth, "
+        "teacher.backbone.* training "
+        "files, Hugging Face Dinov2Model and DINOv3ViTModel, timm's own, and keygrip checkpoints"
+    )
+
+
+def _keygrip_part(raw: State, prefixes: list[str], origin: str, wanted: str | None) -> State:
+    parts = {prefix: _strip(raw, f"{prefix}net.") for prefix in prefixes}
+    if wanted is not None:
+        if wanted not in parts:
+            raise ValueError(
+                f"{origin} has no backbone under backbone.weights_prefix={wanted}; it has {', '.join(prefixes)}"
+            )
+        return parts[wanted]
+    first = parts[prefixes[0]]
+    for other in list(parts.values())[1:]:
+        same = first.keys() == other.keys() and all(torch.equal(first[key], other[key]) for key in first)
+        if not same:
+            raise ValueError(
+                f"{origin} holds several backbones that differ: {', '.join(prefixes)}; name one with "
+                "backbone.weights_prefix"
+            )
+    return first
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _strip(state: State, start: str) -> State:
+    return {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+
+
+def _rename(key: str, table: Iterable[tuple[str, str]]) -> str:
+    for old, new in table:
+        key = key.replace(old, new)
+    return key
+
+
+def _from_hugging_face_v2(state: State) -> State:
+    """`Dinov2Model` -> Meta's names. Query, key and value have two spellings, by the transformers release that
+    wrote the file."""
+    table = (
+        ("embeddings.position_embeddings", "pos_embed"),
+        ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
+        ("embeddings.", ""),
+        ("encoder.layer.", "blocks."),
+        ("attention.attention.query", "attention.q_proj"),
+        ("attention.attention.key", "attention.k_proj"),
+        ("attention.attention.value", "attention.v_proj"),
+        ("attention.output.dense", "attn.proj"),
+        ("attention.o_proj", "attn.proj"),
+        ("layer_scale1.lambda1", "ls1.gamma"),
+        ("layer_scale2.lambda1", "ls2.gamma"),
+        ("layernorm.", "norm."),
+    )
+    return _join_qkv({_rename(key, table): value for key, value in state.items()}, "attention.")
+
+
+def _from_hugging_face_v3(state: State) -> State:
+    """`DINOv3ViTModel` -> Meta's names, without rotary periods, which that format does not carry."""
+    gated = any(".mlp.gate_proj." in key for key in state)
+    table = (
+        ("embeddings.patch_embeddings.", "patch_embed.proj."),
+        ("embeddings.register_tokens", "storage_tokens"),
+        ("embeddings.", ""),
+        ("model.layer.", "layer."),
+        ("layer.", "blocks."),
+        ("attention.o_proj", "attn.proj"),
+        ("layer_scale1.lambda1", "ls1.gamma"),
+        ("layer_scale2.lambda1", "ls2.gamma"),
+        ("mlp.gate_proj", "mlp.w1"),
+        ("mlp.up_proj", "mlp.w2" if gated else "mlp.fc1"),
+        ("mlp.down_proj", "mlp.w3" if gated else "mlp.fc2"),
+    )
+    return _join_qkv({_rename(key, table): value for key, value in state.items()}, "attention.")
+
+
+def _join_qkv(state: State, attention: str) -> State:
+    """Separate projections -> one `attn.qkv`; a bias that the file does not have (DINOv3 keys) is zero."""
+    joined = {key: value for key, value in state.items() if f".{attention}" not in key}
+    starts = sorted({key.split(attention)[0] for key in state if f".{attention}" in key})
+    for start in starts:
+        weights = [state[f"{start}{attention}{part}_proj.weight"] for part in "qkv"]
+        joined[f"{start}attn.qkv.weight"] = torch.cat(weights)
+        biases = [state.get(f"{start}{attention}{part}_proj.bias") for part in "qkv"]
+        if any(bias is not None for bias in biases):
+            joined[f"{start}attn.qkv.bias"] = torch.cat(
+                [
+                    weight.new_zeros(weight.shape[0]) if bias is None else bias
+                    for weight, bias in zip(weights, biases, strict=True)
+                ]
+            )
+    return joined
+
+
+# ---------------------------------------------------------------------- loading
+
+
+def load_weights(network: nn.Module, variant: Variant, source: WeightSource, prefix: str | None = None) -> str:
+    """Loads a source into timm's network, strictly, and returns what was loaded, in words.
+
+    DINOv3 files without rotary periods (Hugging Face, timm) get Meta's, so that the same weights give the same
+    features from whichever file; transformers and timm themselves use unrounded periods there, which is off by 6e-3.
+
+    Raises:
+        ValueError: an unknown format, or weights of another architecture.
+        FileNotFoundError: hub weights without a network.
+    """
+    if source.path is None:
+        origin = f"timm/{variant.timm_name}.{variant.timm_tag}"
+        raw = _from_hub(variant)
+    else:
+        origin = str(source.path)
+        raw = read_file(source.path)
+    state, periods, kind = read_state(raw, origin, prefix)
+    if kind == "keygrip checkpoint":
+        adopt_position_table(network, state.get("pos_embed"))
+    else:
+        state = _to_timm(state, network, variant, origin, kind)
+    if isinstance(rope := getattr(network, "rope", None), nn.Module):
+        own = rope.get_buffer("periods")
+        state["rope.periods"] = own if periods is None else periods.float()
+    _check_fit(state, network.state_dict(), variant, origin, kind)
+    network.load_state_dict(state, strict=True)
+    loaded = f"{origin} ({kind})"
+    logger.info("backbone %s: weights of %s, found by %s", variant.name, loaded, source.why)
+    return loaded
+
+
+def adopt_position_table(network: nn.Module, table: Tensor | None) -> None:
+    """Gives a DINOv2 network a position table [1, L, D] of the checkpoint's size (Meta's have 37 x 37, others
+    others)."""
+    own = getattr(network, "pos_embed", None)
+    if own is None or table is None or table.ndim != 3 or table.shape[1] == own.shape[1]:
+        return
+    extra = 0 if network.no_embed_class else 1
+    side = round((table.shape[1] - extra) ** 0.5)
+    if side * side + extra == table.shape[1]:
+        shape = (1, table.shape[1], own.shape[2])
+        network.pos_embed = nn.Parameter(own.new_zeros(shape), requires_grad=own.requires_grad)
+        patch = network.patch_embed.patch_size[0]  # type: ignore[union-attr, index]
+        network.patch_embed.set_input_size(img_size=(side * patch, side * patch))  # type: ignore[union-attr, operator]
+
+
+def _to_timm(state: State, network: nn.Module, variant: Variant, origin: str, kind: str) -> State:
+    """timm's own conversion of Meta's names, kept from changing anything but names."""
+    from timm.models import eva, vision_transformer
+
+    state = dict(state)  # the conversions take entries out of what they are given
+    patch = state.get("patch_embed.proj.weight")
+    registers = any(key in state for key in ("register_tokens", "storage_tokens", "reg_token"))
+    if (
+        variant.family != ("dinov2" if "pos_embed" in state else "dinov3")
+        or patch is None  # the sizes of the patch are checked here because timm would resample them without a word
+        or patch.shape[2:] != (variant.patch_size, variant.patch_size)
+        or registers != (variant.registers > 0)
+    ):
+        raise ValueError(_misfit(state, variant, origin, kind))
+    if variant.family == "dinov3":
+        _check_key_biases(state, origin)
+        return eva.checkpoint_filter_fn(state, network)
+    table = state["pos_embed"]
+    adopt_position_table(network, table[:, 1:] if "register_tokens" in state else table)
+    return vision_transformer.checkpoint_filter_fn(state, network)  # type: ignore[arg-type]
+
+
+def _check_key_biases(state: State, origin: str) -> None:
+    """DINOv3 has no key biases: Meta's files mask them, timm leaves them out. One that counts would be lost."""
+    for name, bias in state.items():
+        if not name.endswith("attn.qkv.bias"):
+            continue
+        _, keys, _ = bias.chunk(3)
+        mask = state.get(f"{name}_mask")
+        if mask is not None:
+            keys = torch.where(mask.chunk(3)[1] == 0, torch.zeros_like(keys), keys)
+        if keys.any():
+            raise ValueError(f"{origin}: {name} has key biases, which DINOv3 does not have; they would be lost")
+
+
+def _check_fit(state: State, own: State, variant: Variant, origin: str, kind: str) -> None:
+    missing = sorted(own.keys() - state.keys())
+    surplus = sorted(state.keys() - own.keys())
+    shapes = [
+        f"{key} is {list(state[key].shape)}, wanted {list(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if not (missing or surplus or shapes):
+        return
+    details = [f"missing {', '.join(missing[:3])}"] if missing else []
+    details += [f"surplus {', '.join(surplus[:3])}"] if surplus else []
+    details += shapes[:2]
+    raise ValueError(f"{_misfit(state, variant, origin, kind)} ({'; '.join(details)})")
+
+
+def _misfit(state: State, variant: Variant, origin: str, kind: str) -> str:
+    """One line: what the file holds, what was asked for, and which variant fits."""
+    width = next((value.shape[-1] for key, value in state.items() if key.endswith("cls_token")), 0)
+    depth = 1 + max((int(match.group(1)) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))), default=-1)
+    patch = state.get("patch_embed.proj.weight")
+    side = patch.shape[-1] if patch is not None and patch.ndim == 4 else None
+    registers = any(key in state for key in ("register_tokens", "storage_tokens", "reg_token"))
+    gated = any(re.search(r"\.mlp\.(w1|fc1_g)\.", key) for key in state)
+    family = "dinov2" if "pos_embed" in state else "tiny" if side is None else "dinov3"
+    fitting = [
+        row.name
+        for row in VARIANTS.values()
+        if (row.family, row.width, row.depth, row.registers > 0) == (family, width, depth, registers)
+        and gated == (row.name == "dinov3_vits16plus")
+        and row is not variant
+    ]
+    advice = f"; set backbone.variant={fitting[0]} (conf/backbone has a file for it)" if len(fitting) == 1 else ""
+    size = f"width {width}, {depth} blocks" + (f", patch {side}" if side else "") + (", registers" if registers else "")
+    return f"{origin} ({kind}; {size}) does not fit backbone.variant={variant.name}{advice}"

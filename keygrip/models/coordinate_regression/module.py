@@ -1,0 +1,180 @@
+"""Training of the regression baseline, on the same batches and with the same control as the volume-query policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from keygrip.data.batches import PolicyBatch
+from keygrip.data.robot.datamodule import DemoStatistics
+from keygrip.evaluation.kinds import Evaluation
+from keygrip.models.coordinate_regression.network import CoordinateRegressionNetwork, RegressionOutput
+from keygrip.models.geometry.cameras import inside_image, project
+from keygrip.models.geometry.rotations import columns_to_quaternion, geodesic_angle, quaternion_to_columns
+from keygrip.models.policy import Needs, Observation, Plan, arm_axis
+from keygrip.models.policy_statistics import PolicyStatistics
+from keygrip.training.distributed import global_mean
+from keygrip.training.optimizers import AdamW
+
+HEADLINE = ("pix_argmax", "gripper_acc", "height_m", "position_cm", "rotation_deg")
+
+
+class CoordinateRegressionModule(LightningModule):
+    """L1 on normalised positions and rotation columns, cross-entropy on the gripper's opening.
+
+    Steps that project outside the image count too: a regressor can predict them, and leaving them out would be a
+    handicap.
+
+    Args:
+        network: the plain network. optimizer: the recipe.
+        position_weight, rotation_weight, gripper_weight: of the three losses.
+    """
+
+    batch_type = PolicyBatch
+
+    headline_metrics = tuple(f"{split}/{name}" for split in ("train", "val") for name in HEADLINE)
+
+    def __init__(
+        self,
+        network: CoordinateRegressionNetwork,
+        optimizer: AdamW,
+        position_weight: float = 1.0,
+        rotation_weight: float = 0.5,
+        gripper_weight: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.statistics = PolicyStatistics()
+        self.optimizer_recipe = optimizer
+        self.weights = {"position": position_weight, "rotation": rotation_weight, "gripper": gripper_weight}
+
+    def set_statistics(self, statistics: DemoStatistics) -> dict[str, float]:
+        """Take over the training split's ranges."""
+        self.statistics.take(statistics, self.network.horizon)
+        return {}
+
+    def policy(self) -> CoordinateRegressionPolicy:
+        """The module as something that plans from observations."""
+        return CoordinateRegressionPolicy(self)
+
+    def evaluation(self) -> Evaluation:
+        """What `keygrip.evaluate` measures."""
+        from keygrip.evaluation.policy import POLICY_EVALUATION
+
+        return POLICY_EVALUATION
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer_recipe.configure(self.network, int(self.trainer.estimated_stepping_batches))
+
+    def sharded_parts(self) -> list[nn.Module]:
+        """Blocks that are used through their `forward` alone."""
+        return self.network.backbone.sharded_parts()
+
+    def normalise(self, position: Tensor) -> Tensor:
+        """Metres ``[..., 3]`` to -1 .. 1 over the training range."""
+        low, high = self.statistics.position_range
+        return (position - low) / (high - low).clamp_min(1e-6) * 2 - 1
+
+    def denormalise(self, position: Tensor) -> Tensor:
+        low, high = self.statistics.position_range
+        return low + (position + 1) / 2 * (high - low)
+
+    def state(self, position: Tensor, quaternion: Tensor, gripper: Tensor) -> Tensor:
+        """State features ``[..., 10]``: position, opening, two columns of the rotation matrix."""
+        columns = quaternion_to_columns(quaternion).flatten(-2)
+        return torch.cat([self.normalise(position), gripper[..., None] * 2 - 1, columns], dim=-1)
+
+    def forward(self, batch: PolicyBatch) -> RegressionOutput:
+        return self.network(batch.image, self.state(batch.start_position, batch.start_quaternion, batch.start_gripper))
+
+    def losses(self, output: RegressionOutput, batch: PolicyBatch) -> dict[str, Tensor]:
+        columns = quaternion_to_columns(batch.quaternion)
+        per_step = {
+            "position": (output.position - self.normalise(batch.position)).abs().mean(-1),
+            "rotation": (output.rotation - columns).abs().mean((-2, -1)),
+            "gripper": F.binary_cross_entropy_with_logits(output.gripper, batch.gripper, reduction="none"),
+        }
+        losses = {name: global_mean(value.sum(), value.numel()) for name, value in per_step.items()}
+        total = sum(
+            (self.weights[name] * value for name, value in losses.items()), start=torch.zeros((), device=self.device)
+        )
+        return losses | {"total": total}
+
+    @torch.no_grad()
+    def metrics(self, output: RegressionOutput, batch: PolicyBatch) -> dict[str, Tensor]:
+        """Errors in the units in which the volume-query policy reports its own."""
+        position = self.denormalise(output.position)
+        intrinsics, extrinsics = batch.intrinsics[:, None, None], batch.world_to_camera[:, None, None]
+        true_pixels, _ = project(batch.position, intrinsics, extrinsics)
+        pixels, _ = project(position, intrinsics, extrinsics)
+        size = self.network.image_size
+        visible = inside_image(true_pixels, size, size) & torch.isfinite(pixels).all(-1)
+        pixel_error = (pixels - true_pixels).norm(dim=-1).masked_fill(~visible, 0.0).sum() / visible.sum()
+        angle = torch.rad2deg(geodesic_angle(columns_to_quaternion(output.rotation), batch.quaternion))
+        return {
+            "pix_argmax": pixel_error,
+            "height_m": (position[..., 2] - batch.position[..., 2]).abs().mean(),
+            "position_cm": (position - batch.position).norm(dim=-1).mean() * 100,
+            "rotation_deg": angle.mean(),
+            "gripper_acc": ((output.gripper > 0) == (batch.gripper > 0.5)).float().mean(),
+        }
+
+    def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
+        output = self(batch)
+        losses = self.losses(output, batch)
+        self._log("train", losses | self.metrics(output, batch), len(batch.image))
+        return losses["total"]
+
+    def validation_step(self, batch: PolicyBatch, batch_idx: int) -> None:
+        output = self(batch)
+        self._log("val", self.losses(output, batch) | self.metrics(output, batch), len(batch.image))
+
+    def _log(self, split: str, values: dict[str, Tensor], batch_size: int) -> None:
+        for name, value in values.items():
+            label = f"{split}/{'loss' if name == 'total' else name}"
+            self.log(
+                label,
+                value.detach(),
+                prog_bar=name in ("total", "position_cm"),
+                batch_size=batch_size,
+                sync_dist=split == "val",
+            )
+
+
+@dataclass
+class CoordinateRegressionPolicy:
+    """Plans with a trained baseline."""
+
+    module: CoordinateRegressionModule
+
+    def __post_init__(self) -> None:
+        self.module.eval()
+        self._geometry = self.module.statistics.geometry
+
+    @property
+    def needs(self) -> Needs:
+        """What it reads of an observation."""
+        return Needs(arms=tuple(self.module.network.arms))
+
+    @torch.inference_mode()
+    def plan(self, observation: Observation) -> Plan:
+        """Poses of the next T steps."""
+        module = self.module
+        image, _ = self._geometry.apply(np.asarray(observation["image"]), np.asarray(observation["intrinsics"]))
+        position, quaternion, gripper = (
+            torch.as_tensor(arm_axis(observation[name], trailing), dtype=torch.float32, device=module.device)[None]
+            for name, trailing in (("position", 1), ("quaternion", 1), ("gripper", 0))
+        )
+        output = module.network(image.to(module.device)[None], module.state(position, quaternion, gripper))
+        return Plan(
+            position=module.denormalise(output.position[0]).double().cpu().numpy(),
+            quaternion=columns_to_quaternion(output.rotation[0]).double().cpu().numpy(),
+            gripper=output.gripper[0].sigmoid().double().cpu().numpy(),
+            step_seconds=module.statistics.step_seconds,
+        )

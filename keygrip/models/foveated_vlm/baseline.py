@@ -1,0 +1,76 @@
+"""The usual connector: each frame's patches pooled to a fixed number of tokens, for comparison with one token a frame.
+
+Legend: M frames, N = h * w patches, K tokens a frame, D backbone width, C language width, B rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from keygrip.models.backbone import BlockKV, DinoBackbone
+from keygrip.models.foveated_vlm.network import Looks, VideoLanguageNetwork, real_frames
+from keygrip.models.foveated_vlm.rows import TextRows
+from keygrip.models.language.llama import LanguageModel
+
+
+class PooledVLM(VideoLanguageNetwork):
+    """Patch features averaged on a k x k grid, each cell a visual token, in row-major order.
+
+    Args:
+        backbone, language, visual_scale, frame_numbers: as in `FoveatedVLM`.
+        tokens_per_frame: a square: 4, 16, 64, ...
+
+    Raises:
+        ValueError: not a square, or more tokens than the configured image has patches.
+    """
+
+    modes = ("many_tokens",)
+
+    def __init__(
+        self,
+        backbone: DinoBackbone,
+        language: LanguageModel,
+        tokens_per_frame: int,
+        visual_scale: float | None = None,
+        frame_numbers: int = 0,
+    ) -> None:
+        super().__init__(backbone, language, visual_scale, frame_numbers)
+        self.side = round(tokens_per_frame**0.5)
+        patches = backbone.image_size // backbone.patch_size
+        if self.side < 1 or self.side**2 != tokens_per_frame or self.side > patches:
+            raise ValueError(
+                f"model.network.tokens_per_frame={tokens_per_frame} must be a square of at most {patches} x {patches}, "
+                f"the patches of {backbone.image_size} pixels"
+            )
+        self.tokens_per_frame = tokens_per_frame
+
+    def see(
+        self,
+        frames: Tensor,
+        rows: TextRows,
+        mode: str,
+        refinement: int = 0,
+        kv: Sequence[BlockKV] | None = None,
+    ) -> tuple[Tensor, Looks | None, Tensor]:
+        """See `VideoLanguageNetwork.see`; there is one mode, and nothing to refine."""
+        if mode not in self.modes or refinement or kv is not None:
+            raise ValueError(f"the pooled baseline has mode=many_tokens only, without refinement; got mode={mode!r}")
+        if not any(rows.frame_counts):
+            visual = self.connector.linear.weight.new_zeros(len(rows.input_ids), 0, self.language.width)
+            numbers = () if self.frame_tokens is None else (self.frame_tokens,)
+            return visual, None, self.unused(self.backbone, self.connector, *numbers)
+        features = self.backbone(real_frames(frames, rows.frame_counts))
+        pooled = F.adaptive_avg_pool2d(features.grid_map(), self.side).flatten(2).transpose(1, 2)  # [M, K, D]
+        tokens = self.connector(pooled).flatten(0, 1)  # [M * K, C]
+        longest = max(rows.frame_counts) * self.tokens_per_frame
+        starts = [0]
+        for count in rows.frame_counts:
+            starts.append(starts[-1] + count * self.tokens_per_frame)
+        # rows that share a video take the same tokens; what stands behind a shorter video's end is never placed
+        first = torch.tensor([starts[video] for video in rows.videos])[:, None]
+        index = (first + torch.arange(longest)[None]).clamp_max(len(tokens) - 1).to(tokens.device)
+        return tokens[index], None, self.unused()

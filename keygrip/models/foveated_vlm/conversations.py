@@ -1,0 +1,219 @@
+"""From conversations to token ids: chat template, the visual tokens' place, and which tokens carry loss.
+
+A conversation is rendered by the language model's own template and cut where something begins or ends: the visual
+tokens, each answer, the end of each answer's turn. The pieces are encoded one by one, so that a prompt has the same
+ids in training, where the answer follows it, and in generation, where it does not.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from keygrip.data.batches import Turn, VideoTextBatch, VideoTextSample, stack_frames
+from keygrip.models.language.llama import ChatTokenizer
+
+KEPT_TEXTS = 4096  # encoded conversations that a collator remembers
+PromptOrder = Literal["visual_first", "question_first"]
+Supervise = Literal["all", "answers"]
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """Ids of a conversation.
+
+    Attributes:
+        ids: all tokens but the visual ones. loss, answer: for each whether it carries loss, and belongs to an answer
+            (with the token that ends it).
+        visual_at: how many tokens stand before the visual ones. prompt: how many before the last answer.
+        truncated: whether the end was cut off.
+    """
+
+    ids: list[int]
+    loss: list[bool]
+    answer: list[bool]
+    visual_at: int
+    prompt: int
+    truncated: bool = False
+
+
+def encode_conversation(
+    turns: Sequence[Turn],
+    tokenizer: ChatTokenizer,
+    prompt_order: PromptOrder,
+    supervise: Supervise,
+    max_tokens: int | None = None,
+) -> EncodedText:
+    """Tokens of a conversation that ends with an answer or (for generation) with a question.
+
+    Args:
+        prompt_order: `visual_first` puts the visual tokens before all text, `question_first` behind the words of the
+            first user turn.
+        supervise: `all` text tokens carry loss (captioning), or only `answers`: each assistant turn's words and the
+            token that ends the turn.
+        max_tokens: longer texts are cut off at the end.
+
+    Raises:
+        ValueError: no user turn before the first answer, or a chat template that does not keep the words.
+    """
+    said = [(turn.role, turn.text) for turn in turns]
+    if not said:
+        raise ValueError("a conversation needs at least one turn")
+    generating = said[-1][0] != "assistant"
+    whole = tokenizer.render(said, answering=generating)
+    visual = 0
+    if prompt_order == "question_first":
+        visual = _end_of_first_question(said, tokenizer, whole)
+    answers = [_answer_span(said, turn, tokenizer, whole) for turn, (role, _) in enumerate(said) if role == "assistant"]
+    if generating:
+        answers.append((len(whole), len(whole)))
+    cuts = sorted({0, visual, len(whole), *(edge for span in answers for edge in span)})
+    ids: list[int] = []
+    answer: list[bool] = []
+    visual_at = prompt = 0
+    for start, stop in itertools.pairwise(cuts):
+        if start == visual:
+            visual_at = len(ids)
+        if start == answers[-1][0]:
+            prompt = len(ids)
+        piece = tokenizer.encode(whole[start:stop])
+        ids += piece
+        answer += [any(first <= start < last for first, last in answers)] * len(piece)
+    if generating:
+        prompt = len(ids)
+    if visual == len(whole):
+        visual_at = len(ids)
+    loss = [True] * len(ids) if supervise == "all" else answer
+    cut = max_tokens is not None and len(ids) > max_tokens
+    if cut:
+        ids, loss, answer = ids[:max_tokens], loss[:max_tokens], answer[:max_tokens]
+        visual_at, prompt = min(visual_at, len(ids)), min(prompt, len(ids))
+    return EncodedText(ids, list(loss), list(answer), visual_at, prompt, cut)
+
+
+def _end_of_first_question(said: list[tuple[str, str]], tokenizer: ChatTokenizer, whole: str) -> int:
+    """Where the words of the first user turn end in the rendered conversation."""
+    number = next((n for n, (role, _) in enumerate(said) if role == "user"), None)
+    if number is None:
+        raise ValueError("prompt_order=question_first needs a user turn in every conversation")
+    until = tokenizer.render(said[: number + 1])
+    words = said[number][1].strip()
+    at = until.rfind(words)
+    end = at + len(words)
+    if at < 0 or whole[:end] != until[:end]:
+        raise ValueError(f"the chat template does not keep the words of a user turn as they are: {words[:60]!r}")
+    return end
+
+
+def _answer_span(said: list[tuple[str, str]], turn: int, tokenizer: ChatTokenizer, whole: str) -> tuple[int, int]:
+    """Where an answer begins and where the token that ends its turn does end, in the rendered conversation."""
+    before = tokenizer.render(said[:turn], answering=True)
+    words = said[turn][1].strip()
+    at = whole.find(words, len(before))
+    if not whole.startswith(before) or at < 0:
+        raise ValueError(f"the chat template does not keep an answer behind its prompt: {words[:60]!r}")
+    mark = whole.find(tokenizer.end_text, at + len(words))
+    if mark < 0:
+        raise ValueError(f"the chat template does not end an assistant's turn with {tokenizer.end_text}")
+    return len(before), mark + len(tokenizer.end_text)
+
+
+class TokenizerSource(Protocol):
+    """Where a tokenizer comes from; see `language.PretrainedTokenizer` and `language.TrainedTokenizer`."""
+
+    def load(self, folder: Path, texts: Iterator[str] | None = None) -> ChatTokenizer: ...
+
+
+class ConversationCollator:
+    """Makes batches of videos with text for the foveated VLM; picklable, given to the data module.
+
+    Args:
+        tokenizer: its source, loaded (or trained on the data's text) by `prepare`.
+        prompt_order, supervise, max_tokens: see `encode_conversation`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TokenizerSource,
+        prompt_order: PromptOrder,
+        supervise: Supervise,
+        max_tokens: int | None = None,
+    ) -> None:
+        if prompt_order not in ("visual_first", "question_first"):
+            raise ValueError(f"prompt_order is visual_first or question_first, not {prompt_order!r}")
+        if supervise not in ("all", "answers"):
+            raise ValueError(f"supervise is all or answers, not {supervise!r}")
+        if max_tokens is not None and max_tokens < 8:
+            raise ValueError(f"max_tokens={max_tokens}: a chat template alone is longer")
+        self.source = tokenizer
+        self.prompt_order: PromptOrder = prompt_order
+        self.supervise: Supervise = supervise
+        self.max_tokens = max_tokens
+        self.tokenizer: ChatTokenizer | None = None
+        self._encoded: dict[tuple[Turn, ...], EncodedText] = {}
+
+    def prepare(self, folder: Path, texts: Callable[[], Iterator[str]]) -> None:
+        """Loads the tokenizer; one that is trained is trained on `texts()` first where `folder` has none yet."""
+        if self.tokenizer is None:
+            try:
+                self.tokenizer = self.source.load(folder)
+            except FileNotFoundError:
+                self.tokenizer = self.source.load(folder, texts())
+
+    def _encode(self, turns: tuple[Turn, ...], tokenizer: ChatTokenizer) -> EncodedText:
+        """Simulated questions come again and again, and a template takes a while to fill in."""
+        found = self._encoded.get(turns)
+        if found is None:
+            found = encode_conversation(turns, tokenizer, self.prompt_order, self.supervise, self.max_tokens)
+            if len(self._encoded) < KEPT_TEXTS:
+                self._encoded[turns] = found
+        return found
+
+    def __call__(self, samples: list[VideoTextSample]) -> VideoTextBatch:
+        """A row for each conversation of each sample."""
+        if self.tokenizer is None:
+            raise RuntimeError("the collator has no tokenizer yet: call prepare (the data module's prepare_data does)")
+        rows, places, videos = [], [], []
+        for number, sample in enumerate(samples):
+            for conversation in sample.conversations:
+                rows.append(self._encode(conversation.turns, self.tokenizer))
+                places.append((sample, conversation))
+                videos.append(number)
+        frames, frame_mask = stack_frames(samples)
+        return VideoTextBatch(
+            frames=frames,
+            frame_mask=frame_mask,
+            video_index=torch.tensor(videos, dtype=torch.int64),
+            **text_columns(rows),
+            kind=[conversation.kind for _, conversation in places],
+            source=[sample.source for sample, _ in places],
+            key=[sample.key for sample, _ in places],
+            texts=[conversation for _, conversation in places],
+        )
+
+
+def text_columns(rows: Sequence[EncodedText]) -> dict[str, Any]:
+    """The columns of a `VideoTextBatch` that hold text, padded on the right to the longest row."""
+    longest = max((len(row.ids) for row in rows), default=0)
+
+    def padded(columns: Sequence[Sequence[int]], kind: torch.dtype) -> Tensor:
+        table = torch.zeros(len(columns), longest, dtype=kind)
+        for number, column in enumerate(columns):
+            table[number, : len(column)] = torch.tensor(column, dtype=kind)
+        return table
+
+    return {
+        "input_ids": padded([row.ids for row in rows], torch.int64),
+        "attention_mask": padded([[True] * len(row.ids) for row in rows], torch.bool),
+        "loss_mask": padded([row.loss for row in rows], torch.bool),
+        "answer_mask": padded([row.answer for row in rows], torch.bool),
+        "visual_at": [row.visual_at for row in rows],
+        "prompt_lengths": [row.prompt for row in rows],
+        "truncated": sum(row.truncated for row in rows),
+    }

@@ -1,0 +1,302 @@
+"""An encoder that can read: dense pretraining on the simulator's tours, where every cube's place and digit is known.
+
+The language model's answers alone teach a random encoder nothing within minutes: what a query finds is noise until the
+encoder reads, and the encoder gets no useful gradient until queries look at the right place. So the encoder is first
+trained for some minutes to say, patch by patch, which cube is there, which digit is on it and whether the gripper
+points at it; its CLS token says the colour and the digit of the cube pointed at; and deep queries, a learned one for
+each colour, bring back the digit of the cube of their colour. That last is what the language model will do with queries
+of its own: from then on there is something to be found by asking. A run of it is a source of backbone
+weights like any other (`backbone.weights=runs/...`); `MadeRun` makes one where it is missing.
+
+Legend: M frames, N = h * w patches, K cubes of all frames, D backbone width, C colours.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from keygrip.data.batches import Movable, VideoTextBatch, VideoTextSample, normalised, stack_frames
+from keygrip.models.backbone import DinoBackbone
+from keygrip.models.nn.short_attention import short_attention
+from keygrip.training.optimizers import AdamW
+from keygrip.training.pretraining import MadeRun
+
+if TYPE_CHECKING:
+    from keygrip.data.video_text.datamodule import VideoTextStatistics
+
+DIGITS = 10
+IGNORED = -100  # cross_entropy's own
+COVERED = 0.35  # share of a patch that a cube must cover to be what the patch shows
+
+
+@dataclass
+class ReadingBatch(Movable):
+    """Frames and the cubes in them.
+
+    Args:
+        frames: uint8 [M, 3, S, S].
+        frame: int64 [K], the frame of each cube. pixel: float32 [K, 2], its centre (x, y) in frames of size S.
+        area: float32 [K], pixels of it that are seen.
+        colour: int64 [K]. digit: int64 [K], IGNORED where it cannot be read. pointed: int64 [K], 1: at this one.
+    """
+
+    frames: Tensor
+    frame: Tensor
+    pixel: Tensor
+    area: Tensor
+    colour: Tensor
+    digit: Tensor
+    pointed: Tensor
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+
+class ReadingCollator:
+    """Makes reading batches of tours: where which cube is follows from the evidence of their questions.
+
+    Args:
+        colours: names, in the order of their numbers.
+    """
+
+    def __init__(self, colours: Sequence[str]) -> None:
+        self.colours = {name: number for number, name in enumerate(colours)}
+
+    def __call__(self, samples: list[VideoTextSample]) -> ReadingBatch:
+        """Raises ValueError: a sample without frames or without such evidence, or an unknown colour."""
+        stacked, mask = stack_frames(samples)
+        starts = mask.sum(1).cumsum(0).tolist()
+        cubes: list[tuple[int, float, float, float, int, int, int]] = []
+        for sample, stop in zip(samples, starts, strict=True):
+            found = cubes_of(sample)
+            if not found:
+                raise ValueError(
+                    f"{sample.key} tells nothing about cubes: reading is learned from tours alone (data.sources.*)"
+                )
+            for (frame, colour), cube in found.items():
+                if colour not in self.colours:
+                    raise ValueError(f"{sample.key} has a {colour} cube; model.collator.colours knows no {colour}")
+                x, y = cube["pixel"]
+                first = stop - len(sample.frames)
+                cubes.append(
+                    (first + frame, x, y, cube["area"], self.colours[colour], cube["digit"], int(cube["pointed"]))
+                )
+        frames, xs, ys, areas, colours, digits, pointed = (list(column) for column in zip(*cubes, strict=True))
+        return ReadingBatch(
+            frames=stacked[mask],
+            frame=torch.tensor(frames),
+            pixel=torch.tensor([xs, ys], dtype=torch.float32).T.contiguous(),
+            area=torch.tensor(areas, dtype=torch.float32),
+            colour=torch.tensor(colours),
+            digit=torch.tensor(digits),
+            pointed=torch.tensor(pointed),
+        )
+
+
+def cubes_of(sample: VideoTextSample) -> dict[tuple[int, str], dict[str, Any]]:
+    """(frame, colour) -> pixel, area, digit (IGNORED where no question tells it) and pointed, of a tour's cubes."""
+    cubes: dict[tuple[int, str], dict[str, Any]] = {}
+    for conversation in sample.conversations:
+        evidence = conversation.evidence
+        if conversation.kind not in ("mark", "glance") or "pixel" not in evidence:
+            continue
+        cube = cubes.setdefault(
+            (int(evidence["frame"]), str(evidence["colour"])),
+            {
+                "pixel": [float(v) for v in evidence["pixel"]],
+                "area": float(evidence["pixels_seen"]),
+                "digit": IGNORED,
+                "pointed": False,
+            },
+        )
+        if conversation.kind == "mark":
+            cube["digit"] = int(conversation.turns[-1].text)
+        else:
+            cube["pointed"] = True
+    return cubes
+
+
+def patch_labels(batch: ReadingBatch, grid: tuple[int, int]) -> dict[str, Tensor]:
+    """What each patch shows: colour (0: no cube), digit and pointed, int64 [M, h * w] each, IGNORED where unclear.
+
+    A patch shows a cube that covers COVERED of it, and the one under its centre. Patches that a cube only touches are
+    left out.
+    """
+    size, device = batch.frames.shape[-1], batch.frames.device
+    overlap = []
+    side = batch.area.clamp_min(1).sqrt()
+    for axis, count in ((1, grid[0]), (0, grid[1])):
+        cell = size / count
+        low = torch.arange(count, device=device) * cell
+        centre = batch.pixel[:, axis, None]
+        inside = torch.minimum(low + cell, centre + side[:, None] / 2) - torch.maximum(low, centre - side[:, None] / 2)
+        overlap.append(inside.clamp_min(0) / cell)  # [K, count]
+    cover = (overlap[0][:, :, None] * overlap[1][:, None, :]).flatten(1)  # [K, N]
+    row = (batch.pixel[:, 1] / size * grid[0]).long().clamp(0, grid[0] - 1)
+    column = (batch.pixel[:, 0] / size * grid[1]).long().clamp(0, grid[1] - 1)
+    cover[torch.arange(len(cover), device=device), row * grid[1] + column] = 1.0
+    patches = grid[0] * grid[1]
+    colour = torch.zeros(len(batch.frames), patches, dtype=torch.int64, device=device)
+    digit = torch.full_like(colour, IGNORED)
+    pointed = torch.full_like(colour, IGNORED)
+    cube, patch = (cover > 0.02).nonzero(as_tuple=True)
+    colour[batch.frame[cube], patch] = IGNORED
+    for level in (COVERED, 0.999):  # the cube under whose centre a patch lies has the last word
+        cube, patch = (cover >= level).nonzero(as_tuple=True)
+        at = (batch.frame[cube], patch)
+        colour[at], digit[at], pointed[at] = batch.colour[cube] + 1, batch.digit[cube], batch.pointed[cube]
+    return {"colour": colour, "digit": digit, "pointed": pointed}
+
+
+class MarkReader(nn.Module):
+    """A backbone and linear heads: patches say colour, digit and pointed, CLS the colour and digit pointed at, and a
+    deep query for each colour the digit of that cube.
+
+    Args:
+        colours: C.
+        weight_std: random matrices of the blocks begin with this standard deviation; None: as the backbone makes them
+            (0.02, right for the widths of DINO, at 128 attention is uniform for long).
+    """
+
+    def __init__(self, backbone: DinoBackbone, colours: int, weight_std: float | None = None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        if weight_std is not None:
+            if backbone.loaded_weights != "random":
+                raise ValueError("model.network.weight_std is for random weights: set it to null with backbone.weights")
+            for part in backbone.net.blocks.modules():
+                if isinstance(part, nn.Linear):
+                    nn.init.trunc_normal_(part.weight, std=weight_std)
+        self.sizes = {"colour": colours + 1, "digit": DIGITS, "pointed": 2}
+        self.patch_head = nn.Linear(backbone.embed_dim, sum(self.sizes.values()))
+        self.cls_head = nn.Linear(backbone.embed_dim, colours + DIGITS)
+        self.asked_head = nn.Linear(backbone.embed_dim, DIGITS)
+        self.asking_queries = nn.Parameter(torch.randn(colours, backbone.embed_dim))
+        self.colours = colours
+
+    def forward(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[int, int]]:
+        """Images [M, 3, S, S] -> logits [M, N, classes] of patches, [M, classes] of the whole frame (`asked`: [M, C,
+        DIGITS], of each colour's query), and the grid."""
+        features, kv = self.backbone.forward_with_kv(images)
+        found = self.backbone.query(self.asking_queries.expand(len(images), -1, -1), kv)
+        of_patches = self.patch_head(features.patches).float().split(list(self.sizes.values()), dim=-1)
+        of_frame = self.cls_head(features.cls).float().split([self.colours, DIGITS], dim=-1)
+        names = ("colour", "digit")
+        return (
+            dict(zip(self.sizes, of_patches, strict=True)),
+            dict(zip(names, of_frame, strict=True)) | {"asked": self.asked_head(found).float()},
+            features.grid,
+        )
+
+
+class MarkReaderModule(LightningModule):
+    """Trains a `MarkReader`; `val/digit` is the share of readable cubes whose digit is right at their centre.
+
+    Args:
+        network: the plain network. collator: for the data module. optimizer: the recipe.
+        weights: of the losses: colour, digit and pointed of patches, colour and digit of the frame, digits asked for.
+        encoder: a run whose backbone this one begins with, made where it is missing.
+
+    Raises:
+        ValueError: weights that do not name every loss, another number of colours, or two sources of the start.
+    """
+
+    batch_type = VideoTextBatch  # of the data module, whose samples this model's own collator makes into ReadingBatch
+    headline_metrics = (
+        "train/loss",
+        "val/digit",
+        "val/colour",
+        "val/pointed",
+        "val/frame_colour",
+        "val/frame_digit",
+        "val/asked",
+    )
+
+    def __init__(
+        self,
+        network: MarkReader,
+        collator: ReadingCollator,
+        optimizer: AdamW,
+        weights: Mapping[str, float],
+        encoder: MadeRun | None = None,
+    ) -> None:
+        super().__init__()
+        names = {"colour", "digit", "pointed", "frame_colour", "frame_digit", "asked"}
+        if set(weights) != names:
+            raise ValueError(f"model.weights must name exactly {', '.join(sorted(names))}; it names {sorted(weights)}")
+        if len(collator.colours) != network.colours:
+            raise ValueError(
+                f"model.network.colours={network.colours}, and model.collator.colours has {len(collator.colours)} names"
+            )
+        self.network, self.collator, self.optimizer_recipe = network, collator, optimizer
+        if encoder is not None and network.backbone.loaded_weights != "random":
+            raise ValueError(
+                f"model.encoder and backbone.weights={network.backbone.loaded_weights} both give the encoder's start: "
+                "set one of them to null or random"
+            )
+        self.weights = dict(weights)
+        self.encoder = encoder
+        self._right: dict[str, list[float]] = {}
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer_recipe.configure(self.network, int(self.trainer.estimated_stepping_batches))
+
+    def losses(self, batch: ReadingBatch) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+        """Losses by name, and (right, counted) by name."""
+        backbone = self.network.backbone
+        count = (batch.frames.shape[-1] // backbone.patch_size) ** 2
+        with short_attention(batch.frames.device, count):
+            patches, frame, grid = self.network(normalised(batch.frames, backbone.mean, backbone.std))
+        labels = patch_labels(batch, grid)
+        unknown = torch.full((len(batch), self.network.colours), IGNORED, device=batch.frame.device)
+        labels["frame_colour"], labels["frame_digit"] = unknown[:, 0].clone(), unknown[:, 0].clone()
+        labels["asked"] = unknown
+        at = batch.pointed == 1
+        labels["frame_colour"][batch.frame[at]] = batch.colour[at]
+        labels["frame_digit"][batch.frame[at]] = batch.digit[at]
+        labels["asked"][batch.frame, batch.colour] = batch.digit
+        asked = frame.pop("asked")
+        logits = patches | {f"frame_{name}": value for name, value in frame.items()} | {"asked": asked}
+        losses, right = {}, {}
+        for name, values in logits.items():
+            wanted = labels[name].flatten()
+            values = values.reshape(len(wanted), -1)
+            counted = wanted != IGNORED
+            total = F.cross_entropy(values, wanted, ignore_index=IGNORED, reduction="sum")
+            losses[name] = total / counted.sum().clamp_min(1)
+            shown = counted & (wanted > 0) if name == "colour" else counted
+            right[name] = (((values.argmax(-1) == wanted) & shown).sum(), shown.sum())
+        return losses, right
+
+    def training_step(self, batch: ReadingBatch, batch_idx: int) -> Tensor:
+        losses, right = self.losses(batch)
+        loss = torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
+        good, count = right["digit"]
+        self.log("train/digit", good / count.clamp_min(1), prog_bar=True, batch_size=len(batch))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._right = defaultdict(lambda: [0.0, 0.0])
+
+    def validation_step(self, batch: ReadingBatch, batch_idx: int) -> None:
+        for name, (good, count) in self.losses(batch)[1].items():
+            self._right[name][0] += float(good)
+            self._right[name][1] += float(count)
+
+    def on_validation_epoch_end(self) -> None:
+        for name, (good, count) in self._right.items():
+            self.log(f"val/{name}", good / max(count, 1.0), prog_bar=name == "digit", sync_dist=True)
+
+    def set_statistics(self, statistics: VideoTextStatistics) -> None:
+        """Nothing of the data is kept; the encoder of the run before is taken over, if there is one."""
+        if self.encoder is not None:
+            self.network.backbone.load_state_dict(self.encoder.module().network.backbone.state_dict())  # type: ignore[union-attr]

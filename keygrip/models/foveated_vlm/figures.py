@@ -1,0 +1,104 @@
+"""Answers beside the frames that they are about, with where each query looked as a heatmap over every frame."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from keygrip.data.batches import VideoTextBatch
+from keygrip.models.foveated_vlm.conversations import encode_conversation
+from keygrip.models.foveated_vlm.generation import generate
+from keygrip.training.images import drawable, figure_to_image, printable
+
+if TYPE_CHECKING:
+    from keygrip.models.foveated_vlm.module import FoveatedVLMModule
+
+MAX_SHOWN_FRAMES = 8
+
+
+def show_answers(module: FoveatedVLMModule, batch: VideoTextBatch, rows: int) -> tuple[np.ndarray | None, str]:
+    """Answers to some rows of different kinds: a picture [H, W, 3] uint8 (None without frames) and a table."""
+    from keygrip.models.foveated_vlm.module import patch_maps
+    from keygrip.models.foveated_vlm.network import FoveatedVLM, VLMOutput
+
+    chosen = one_of_each(batch.kind, rows)
+    network, collator = module.network, module.collator
+    asked, prompts = [], []
+    for row in chosen:
+        turns = batch.texts[row].turns
+        last = max((n for n, turn in enumerate(turns) if turn.role == "assistant"), default=len(turns))
+        asked.append((turns[last - 1].text if last else "", turns[last].text if last < len(turns) else ""))
+        prompts.append(encode_conversation(turns[:last], module.tokenizer, collator.prompt_order, collator.supervise))
+    counts = batch.frame_mask.sum(1).tolist()
+    videos = [int(batch.video_index[row]) for row in chosen]
+    mode = "autoregressive" if "autoregressive" in network.modes else network.modes[-1]
+    frames = batch.normalised(network.backbone.mean, network.backbone.std)
+    # only the videos that are shown
+    kept = sorted(set(videos))
+    answers = generate(
+        network,
+        module.tokenizer,
+        frames[kept],
+        [counts[video] for video in kept],
+        prompts,
+        [kept.index(video) for video in videos],
+        mode,
+        max_new_tokens=48,
+    )
+    table = ["| kind | question | answer | generated |", "| --- | --- | --- | --- |"]
+    for row, (question, answer), said in zip(chosen, asked, answers.texts, strict=True):
+        cells = (batch.kind[row], question, answer, said)
+        table.append("| " + " | ".join(printable(cell.replace("|", "/").replace("\n", " ")) for cell in cells) + " |")
+    text = "\n".join(table)
+    seen = [n for n, video in enumerate(videos) if counts[video]]
+    if not seen or answers.looks is None or not isinstance(network, FoveatedVLM):
+        return None, text
+    hidden = torch.zeros(0, device=frames.device)
+    output = VLMOutput(hidden, answers.rows.layout(), hidden, answers.looks)
+    maps = patch_maps(network, output, answers.rows).float().cpu().numpy()
+    streams = answers.rows.streams.of_row.tolist()
+    strips = []
+    for n in seen:
+        pictures = batch.frames[videos[n], : counts[videos[n]]].permute(0, 2, 3, 1).cpu().numpy()
+        title = f"{batch.kind[chosen[n]]}: {asked[n][0]}   true: {asked[n][1]}   said: {answers.texts[n]}"
+        strips.append((title, pictures, maps[streams[n], : len(pictures)]))
+    return draw_looks(strips), text
+
+
+def one_of_each(kinds: Sequence[str], count: int) -> list[int]:
+    """Rows of as many different kinds as there are, then further ones."""
+    first = {kind: row for row, kind in reversed(list(enumerate(kinds)))}
+    chosen = sorted(first.values())
+    chosen += [row for row in range(len(kinds)) if row not in chosen]
+    return chosen[:count]
+
+
+def draw_looks(strips: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> np.ndarray:
+    """A row of pictures for each (title, frames [F, S, S, 3] uint8, attention [F, h, w]); [H, W, 3] uint8.
+
+    Each heatmap has its own scale: what matters is where a query looked, not how sure it was. Of long videos,
+    frames evenly spread are shown.
+    """
+    from matplotlib.figure import Figure  # imported here: training without pictures does not need matplotlib
+
+    columns = min(MAX_SHOWN_FRAMES, max(len(frames) for _, frames, _ in strips))
+    figure = Figure(figsize=(1.8 * columns, 2.2 * len(strips)), layout="constrained")
+    parts = figure.subfigures(len(strips), 1, squeeze=False)[:, 0]
+    for part, (title, frames, maps) in zip(parts, strips, strict=True):
+        title = drawable(title)
+        part.suptitle(title if len(title) < 130 else title[:127] + "...", fontsize=8, parse_math=False)
+        axes = part.subplots(1, columns, squeeze=False)[0]
+        for axis in axes:
+            axis.axis("off")
+        numbers = np.unique(np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int))
+        for axis, number in zip(axes, numbers.tolist(), strict=False):
+            side = frames.shape[1]
+            strength = maps[number] / max(float(maps[number].max()), 1e-12)
+            axis.imshow(frames[number], extent=(0, side, side, 0))
+            overlay = {"extent": (0, side, side, 0), "interpolation": "bilinear", "cmap": "inferno"}
+            axis.imshow(strength, alpha=0.15 + 0.6 * strength, **overlay)
+            axis.set_title(f"frame {number}", fontsize=6)
+    return figure_to_image(figure)

@@ -1,0 +1,126 @@
+"""Answers in words, for batches of conversations about videos, with the language model's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from keygrip.models.foveated_vlm.conversations import EncodedText, text_columns
+from keygrip.models.foveated_vlm.loss import token_cross_entropy
+from keygrip.models.foveated_vlm.network import Looks, VideoLanguageNetwork
+from keygrip.models.foveated_vlm.rows import TextRows, take
+from keygrip.models.language.llama import ChatTokenizer, LanguageCache
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What was generated for B prompts.
+
+    Attributes:
+        texts: B answers. ids: B lists, without the end token. looks: what was seen (None for text alone).
+        rows: the prompts.
+    """
+
+    texts: list[str]
+    ids: list[list[int]]
+    looks: Looks | None
+    rows: TextRows
+
+
+def rows_of(
+    texts: Sequence[EncodedText], videos: Sequence[int], frame_counts: Sequence[int], device: torch.device
+) -> TextRows:
+    """Encoded texts as the network takes them."""
+    ids: Tensor = text_columns(texts)["input_ids"]
+    lengths = [len(text.ids) for text in texts]
+    return TextRows(ids.to(device), lengths, [text.visual_at for text in texts], list(videos), list(frame_counts))
+
+
+@torch.inference_mode()
+def generate(
+    network: VideoLanguageNetwork,
+    tokenizer: ChatTokenizer,
+    frames: Tensor,
+    frame_counts: Sequence[int],
+    prompts: Sequence[EncodedText],
+    videos: Sequence[int],
+    mode: str = "autoregressive",
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Answers:
+    """Continues each prompt until the end of the assistant's turn.
+
+    Args:
+        frames: [V, F, 3, H, W], normalised; padding frames behind the real ones. frame_counts: V.
+        prompts: B conversations that end where the assistant is to speak. videos: the video of each.
+        mode: how the videos are looked at. max_new_tokens: an answer's longest.
+        temperature: 0 takes the most probable token; above, tokens are drawn (with `seed`).
+
+    Raises:
+        ValueError: a prompt, the frames and the answer do not fit into the language model's context.
+    """
+    device = frames.device
+    rows = rows_of(prompts, videos, frame_counts, device)
+    visual, looks, _ = network.see(frames, rows, mode)
+    layout = rows.layout(network.tokens_per_frame)
+    language = network.language
+    if layout.source.shape[1] + max_new_tokens > language.context:
+        raise ValueError(
+            f"prompt and frames take {layout.source.shape[1]} positions and the answer up to {max_new_tokens}; the "
+            f"language model holds {language.context}: lower max_new_tokens, or give fewer frames"
+        )
+    cache = LanguageCache()
+    # Rows are padded on the right; what padding leaves in the cache is a hole that no later token sees.
+    same = bool(layout.valid.all())
+    hidden = language.extend(
+        layout.place(language.embed(rows.input_ids), network.numbered(visual)), cache, None if same else layout.valid
+    )
+    state = take(hidden, layout.valid.sum(1, keepdim=True) - 1)[:, 0]
+    generator = torch.Generator(device).manual_seed(seed)
+    ids: list[list[int]] = [[] for _ in prompts]
+    going = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    for _ in range(max_new_tokens):
+        logits = language.logits(state).float()
+        logits[:, tokenizer.size :] = -torch.inf  # rows of the table that no token has
+        if temperature > 0:
+            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+        else:
+            token = logits.argmax(-1)
+        going = going & (token != tokenizer.end_of_turn)
+        for row, (value, on) in enumerate(zip(token.tolist(), going.tolist(), strict=True)):
+            if on:
+                ids[row].append(value)
+        if not bool(going.any()):
+            break
+        valid = None if bool(going.all()) else going[:, None]
+        state = language.extend(language.embed(token[:, None]), cache, valid)[:, 0]
+    return Answers([tokenizer.decode(row).strip() for row in ids], ids, looks, rows)
+
+
+@torch.inference_mode()
+def answer_scores(
+    network: VideoLanguageNetwork,
+    frames: Tensor,
+    frame_counts: Sequence[int],
+    answered: Sequence[EncodedText],
+    videos: Sequence[int],
+    mode: str = "autoregressive",
+) -> Tensor:
+    """Mean log-likelihood a token of each conversation's last answer, float32 [B], for choosing among given answers."""
+    rows = rows_of(answered, videos, frame_counts, frames.device)
+    visual, _, _ = network.see(frames, rows, mode)
+    hidden, layout = network.read(visual, rows)
+    mask = torch.zeros(rows.input_ids.shape, dtype=torch.bool, device=frames.device)
+    for row, text in enumerate(answered):
+        mask[row, text.prompt : len(text.ids)] = torch.tensor(text.answer[text.prompt :], device=frames.device)
+    at = layout.text_at - 1
+    row_of, token = (mask & (at >= 0)).nonzero(as_tuple=True)
+    losses, _ = token_cross_entropy(
+        hidden[row_of, at[row_of, token]], network.language.head_weight, rows.input_ids[row_of, token]
+    )
+    total = torch.zeros(len(answered), device=losses.device).index_add(0, row_of, losses)
+    return -total / mask.sum(1).clamp_min(1)

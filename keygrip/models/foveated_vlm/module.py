@@ -1,0 +1,497 @@
+"""Training of the foveated video-language model and its baseline: loss, figures by mode and kind, health, pictures."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from keygrip.data.batches import VideoTextBatch
+from keygrip.evaluation.kinds import Evaluation
+from keygrip.models.backbone import BlockKV
+from keygrip.models.foveated_vlm.conversations import ConversationCollator
+from keygrip.models.foveated_vlm.kv_cache import KeyValueCache
+from keygrip.models.foveated_vlm.loss import KERNELS, Kernel, check_liger
+from keygrip.models.foveated_vlm.monitor import Health, attention_on_target, relative_entropy
+from keygrip.models.foveated_vlm.network import FoveatedVLM, VideoLanguageNetwork, VLMOutput
+from keygrip.models.foveated_vlm.rows import TextRows
+from keygrip.models.foveated_vlm.scores import BatchScores, Scores, score
+from keygrip.models.language.llama import TOKENIZER_STATE, ChatTokenizer
+from keygrip.models.nn.short_attention import short_attention
+from keygrip.training.distributed import global_mean
+from keygrip.training.optimizers import AdamW
+from keygrip.training.pretraining import MadeRun
+
+if TYPE_CHECKING:
+    from keygrip.data.video_text.datamodule import VideoTextStatistics
+
+log = logging.getLogger(__name__)
+
+REFINED = "coarse_fine_refined"
+HEALTH_FRAMES = 64  # enough for an average, few enough for the memory that attention maps take
+SHOWN_ROWS = 4
+Blocks = Literal["last", "all"]
+
+
+class FoveatedVLMModule(LightningModule):
+    """Text cross-entropy, in one of the network's modes.
+
+    Args:
+        network: the plain network, foveated or baseline.
+        collator: how conversations become tokens; the data module uses the same one.
+        optimizer: the recipe.
+        mode: in which training looks at videos; of the network's modes.
+        val_modes: in which validation does; None: all of the network's.
+        refinement: in training, queries are chosen again from what they have shown up to so many times, a number drawn
+            for each step from 0 to this: the queries then meet embeddings that chosen queries gave, as at inference.
+        refinement_from: share of the run before refinement begins.
+        loss_chunk: tokens whose logits exist at the same time.
+        loss_kernel: in training; `chunked`, or `liger`, a fused Triton kernel for GPUs that has chunks of its own.
+        encoder: how the encoder's weights are made where they are missing; None: the backbone's own (backbone.weights).
+        kv_cache_gb: keep so much of a frozen encoder's keys and values of training and validation videos in memory.
+        start_from: run folder or checkpoint of such a model whose weights (averaged, where it has them) are the start;
+            read when training is set up, so that a trained module does not need it.
+        health_every_n_steps: training steps between health checks; 0: none.
+        health_from_step: warnings begin here.
+        vis_every_n_steps: training steps between pictures in TensorBoard; 0: none.
+
+    Raises:
+        ValueError: a mode that the network does not have, refinement outside of coarse_fine, keys and values that would
+            change kept, or two sources of the encoder's weights.
+    """
+
+    batch_type = VideoTextBatch
+
+    def __init__(
+        self,
+        network: VideoLanguageNetwork,
+        collator: ConversationCollator,
+        optimizer: AdamW,
+        mode: str = "coarse_fine",
+        val_modes: Sequence[str] | None = None,
+        refinement: int = 0,
+        refinement_from: float = 0.4,
+        loss_chunk: int = 4096,
+        loss_kernel: Kernel = "chunked",
+        encoder: MadeRun | None = None,
+        kv_cache_gb: float = 0.0,
+        start_from: str | None = None,
+        health_every_n_steps: int = 100,
+        health_from_step: int = 300,
+        vis_every_n_steps: int = 500,
+    ) -> None:
+        super().__init__()
+        val_modes = network.modes if val_modes is None else tuple(val_modes)
+        for name, chosen in (("mode", [mode]), ("val_modes", val_modes)):
+            for each in chosen:
+                if each not in network.modes:
+                    raise ValueError(f"model.{name}={each}: {type(network).__name__} has {', '.join(network.modes)}")
+        if refinement < 0 or not 0 <= refinement_from <= 1:
+            raise ValueError("model.refinement must not be negative, and refinement_from lies in 0..1")
+        if refinement and mode != "coarse_fine":
+            raise ValueError(f"model.refinement={refinement} has no effect in mode={mode}: set it to 0")
+        if loss_chunk < 1 or health_every_n_steps < 0 or vis_every_n_steps < 0:
+            raise ValueError("model: loss_chunk must be above 0, health_every_n_steps and vis_every_n_steps not below")
+        if loss_kernel not in KERNELS:
+            raise ValueError(f"model.loss_kernel={loss_kernel!r}: must be one of {', '.join(KERNELS)}")
+        if kv_cache_gb and (network.backbone.trainable != "frozen" or not isinstance(network, FoveatedVLM)):
+            raise ValueError(
+                "model.kv_cache_gb keeps a frozen encoder's keys and values: it needs backbone.trainable=frozen, and "
+                "queries to use them"
+            )
+        if encoder is not None and network.backbone.loaded_weights != "random":
+            raise ValueError(
+                f"model.encoder and backbone.weights={network.backbone.loaded_weights} both give the encoder's "
+                "weights: set one of them to null or random"
+            )
+        self.network = network
+        self.collator = collator
+        self.encoder = encoder
+        self.kv_cache = KeyValueCache(kv_cache_gb) if kv_cache_gb else None
+        self.optimizer_recipe = optimizer
+        self.mode, self.val_modes = mode, tuple(dict.fromkeys([*val_modes, mode]))
+        self.refinement, self.refinement_from = refinement, refinement_from
+        self.loss_chunk, self.start_from = loss_chunk, start_from
+        self.loss_kernel: Kernel = loss_kernel
+        self.health_every_n_steps, self.vis_every_n_steps = health_every_n_steps, vis_every_n_steps
+        self.health = Health(from_step=health_from_step)
+        self.pictures: dict[str, Any] = {}  # how frames were prepared: image_size, fit, max_frames
+        self._scores: dict[str, Scores] = {}
+        self._landing: dict[str, list[float]] = {}
+
+    @property
+    def headline_metrics(self) -> tuple[str, ...]:
+        """By these runs are compared."""
+        kinds = ("", "_mark", "_cue", "_glance", "_caption")
+        modes = [f"val/{mode}/accuracy{kind}" for mode in (*self.val_modes, REFINED) for kind in kinds]
+        losses = [f"val/{mode}/loss" for mode in (*self.val_modes, REFINED)]
+        return ("train/loss", "val/loss", *losses, *modes, "val/gap", "val/gap_refined", "val/attention_mark")
+
+    # ------------------------------------------------------------------ set-up
+
+    def set_statistics(self, statistics: VideoTextStatistics) -> None:
+        """Take over the tokenizer and how pictures are prepared; and the weights of the stage before, if there is one.
+
+        Raises:
+            FileNotFoundError, ValueError: that checkpoint is missing, or of another model or tokenizer.
+        """
+        self.collator.prepare(statistics.folder, statistics.texts)
+        self._check_tokenizer()
+        if self.encoder is not None:
+            self.network.take_encoder(self.encoder.module().network.backbone.state_dict())  # type: ignore[union-attr]
+        if self.start_from is not None:
+            self._take_weights(self.start_from)
+        self.pictures = {
+            "image_size": statistics.image_size,
+            "fit": statistics.fit,
+            "max_frames": statistics.max_frames,
+        }
+
+    def _take_weights(self, path: str) -> None:
+        from keygrip.training.checkpoints import load_module
+
+        before = load_module(path)
+        if not isinstance(before, FoveatedVLMModule):
+            raise ValueError(f"model.start_from={path} holds a {type(before).__name__}, not a video-language model")
+        if before.tokenizer.state() != self.tokenizer.state():
+            raise ValueError(
+                f"model.start_from={path} was trained with another tokenizer: its weights mean other words. Use "
+                "the same language=..., and for a tokenizer trained on the shards "
+                "language.tokenizer.run=${model.start_from}"
+            )
+        try:
+            self.network.load_state_dict(before.network.state_dict())
+        except RuntimeError as error:
+            reason = " ".join(line.strip() for line in str(error).splitlines()[1:3])
+            raise ValueError(f"the weights of model.start_from={path} do not fit this network: {reason}") from error
+        log.info("weights of %s are the start", path)
+
+    @property
+    def tokenizer(self) -> ChatTokenizer:
+        """Raises ValueError: there is none yet."""
+        if self.collator.tokenizer is None:
+            raise ValueError("The model has no tokenizer: train it, or load a checkpoint written by keygrip.train.")
+        return self.collator.tokenizer
+
+    def _check_tokenizer(self) -> None:
+        if self.tokenizer.size > self.network.language.vocabulary:
+            raise ValueError(
+                f"the tokenizer has {self.tokenizer.size} tokens and the language model "
+                f"{self.network.language.vocabulary}: language.model and language.tokenizer must belong together"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[TOKENIZER_STATE] = {"tokenizer": self.tokenizer.state(), "pictures": self.pictures}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if TOKENIZER_STATE not in checkpoint:
+            raise ValueError("the checkpoint has no tokenizer: it was not written by this model")
+        self.collator.tokenizer = ChatTokenizer.from_state(checkpoint[TOKENIZER_STATE]["tokenizer"])
+        self.pictures = dict(checkpoint[TOKENIZER_STATE]["pictures"])
+        self._check_tokenizer()
+
+    def evaluation(self) -> Evaluation:
+        """What `keygrip.evaluate` measures."""
+        from keygrip.evaluation.video_text import ANSWER_EVALUATION
+
+        return ANSWER_EVALUATION
+
+    def on_fit_start(self) -> None:
+        """Raises ValueError: the loss's kernel cannot be used on this machine."""
+        if self.loss_kernel == "liger":
+            check_liger(self.device)
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer_recipe.configure(self.network, int(self.trainer.estimated_stepping_batches))
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if self._health_now():
+            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            self._report_health({"grad_norm_clipped": norm})
+
+    # ------------------------------------------------------------------ steps
+
+    def inputs(self, batch: VideoTextBatch) -> tuple[Tensor, TextRows]:
+        """Frames as the backbone wants them, and the rows of text."""
+        backbone = self.network.backbone
+        frames = batch.normalised(backbone.mean, backbone.std)
+        return frames, text_rows(batch)
+
+    def forward(self, batch: VideoTextBatch, mode: str, refinement: int = 0) -> VLMOutput:
+        frames, rows = self.inputs(batch)
+        return self.network(frames, rows, mode, refinement)
+
+    def score(self, output: VLMOutput, batch: VideoTextBatch) -> BatchScores:
+        return score(output, batch, self.network.language.head_weight, self.loss_chunk, self.loss_kernel)
+
+    def refinement_now(self) -> int:
+        """How often queries are chosen again in this step: a function of the step, the same in every process."""
+        total = self.trainer.estimated_stepping_batches
+        if not self.refinement or self.global_step < self.refinement_from * total:
+            return 0
+        generator = torch.Generator().manual_seed(self.global_step)
+        return int(torch.randint(self.refinement + 1, (), generator=generator))
+
+    def known(self, batch: VideoTextBatch, frames: Tensor, rows: TextRows) -> list[BlockKV] | None:
+        """Keys and values of a batch from memory; None where none are kept, or the batch has no frames."""
+        if self.kv_cache is None or not any(rows.frame_counts):
+            return None
+        assert isinstance(self.network, FoveatedVLM)
+        first = {video: row for row, video in reversed(list(enumerate(rows.videos)))}
+        names = [f"{batch.source[first[v]]}/{batch.key[first[v]]}" for v in range(len(rows.frame_counts))]
+        return self.kv_cache.get(names, frames, rows.frame_counts, self.network.encode)
+
+    def training_step(self, batch: VideoTextBatch, batch_idx: int) -> Tensor:
+        frames, rows = self.inputs(batch)
+        patches = (batch.frames.shape[-1] // self.network.backbone.patch_size) ** 2
+        positions = rows.input_ids.shape[1] + max(rows.frame_counts) * self.network.tokens_per_frame
+        with short_attention(frames.device, max(positions, patches)):
+            output = self.network(frames, rows, self.mode, self.refinement_now(), self.known(batch, frames, rows))
+        scores = self.score(output, batch)
+        loss = global_mean(scores.loss, scores.tokens)
+        size = len(batch)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
+        self.log("train/accuracy", scores.exact.sum() / scores.answered.sum(), prog_bar=True, batch_size=size)
+        # Lightning writes what is logged in the last batch of every log_every_n_steps, and drops the rest.
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.log("train/padding_share", batch.padding_share, batch_size=size)
+            self.log("train/text_only_share", batch.text_only_share, batch_size=size)
+            self.log("train/truncated_rows", float(batch.truncated), batch_size=size)
+        if self._health_now():
+            self._examine(output, rows, batch, frames, loss.detach())
+        if self._shown(self.vis_every_n_steps):
+            self._show("train", batch)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._scores = defaultdict(Scores)
+        self._landing = defaultdict(list)
+
+    def validation_step(self, batch: VideoTextBatch, batch_idx: int) -> None:
+        frames, rows = self.inputs(batch)
+        kv: Sequence[BlockKV] | None = self.known(batch, frames, rows)
+        for mode, (of_network, refinement) in self._validated().items():
+            output = self.network(frames, rows, of_network, refinement, kv)
+            self._scores[mode].add(self.score(output, batch), batch.kind)
+            if output.looks is not None:
+                kv = output.looks.kv  # computed once for all modes
+                if mode == self._attended():
+                    for kind, where in landings(self.network, output, rows, batch):
+                        self._landing[kind].append(where)
+        if batch_idx == 0 and self._shown(1 if self.vis_every_n_steps else 0):
+            self._show("val", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        figures = {mode: scores.figures() for mode, scores in self._scores.items()}
+        for mode, values in figures.items():
+            for name, value in values.items():
+                self.log(f"val/{mode}/{name}", value, rank_zero_only=False)
+        own = figures.get(self.mode, {})
+        if "loss" in own:
+            self.log("val/loss", own["loss"], prog_bar=True)
+            self.log("val/accuracy", own.get("accuracy", float("nan")), prog_bar=True)
+        for name, value in comparisons(figures).items():
+            self.log(f"val/{name}", value)
+        if not self.trainer.sanity_checking and "fine_over_coarse" in (found := comparisons(figures)):
+            self.health.check({"fine_over_coarse": found["fine_over_coarse"]}, self.global_step)
+        for kind, landed in self._landing_everywhere().items():
+            self.log(f"val/attention_{kind}", sum(landed) / len(landed))
+
+    def _validated(self) -> dict[str, tuple[str, int]]:
+        """Names of what validation computes, each with the network's mode and refinement."""
+        modes = {mode: (mode, 0) for mode in self.val_modes}
+        if self.refinement and "coarse_fine" in modes:
+            modes[REFINED] = ("coarse_fine", self.refinement)
+        return modes
+
+    def _attended(self) -> str:
+        """The mode whose attention is reported: the one used at inference where it is validated."""
+        return "autoregressive" if "autoregressive" in self.val_modes else self.mode
+
+    # ------------------------------------------------------------------ health
+
+    def _health_now(self) -> bool:
+        every = self.health_every_n_steps
+        return bool(every) and isinstance(self.network, FoveatedVLM) and (self.global_step + 1) % every == 0
+
+    @torch.no_grad()
+    def _examine(self, output: VLMOutput, rows: TextRows, batch: VideoTextBatch, frames: Tensor, loss: Tensor) -> None:
+        network = self.network
+        assert isinstance(network, FoveatedVLM)
+        figures: dict[str, Any] = {}
+        if not network.starts_as_cls:  # a CLS token has the encoder's scale, whatever that is
+            figures["static_query_std"] = network.static_query.float().std()
+        looks, streams = output.looks, rows.streams
+        if looks is not None:
+            attention = network.attention_by_frame(looks, streams, HEALTH_FRAMES).flatten(0, 1)
+            used = streams.slots if looks.queries is not None else torch.arange(len(attention), device=loss.device)
+            figures["attention_entropy"] = relative_entropy(attention[used[used < len(attention)]])
+            visual = looks.visual.flatten(0, 1)[streams.places]
+            figures["visual_over_text_std"] = visual.float().std() / network.language.embedding_std
+            if looks.fine is not None:
+                coarse = streams.to_streams(looks.coarse)
+                difference = (looks.fine - coarse).flatten(0, 1)[streams.places].float().abs().mean()
+                figures["query_effect"] = difference
+                kv = [type(block)(block.key.detach(), block.value.detach()) for block in looks.kv]
+                other = self.score(network(frames, rows, "coarse_only", kv=kv), batch)
+                figures["loss_fine_over_coarse"] = loss / global_mean(other.loss, other.tokens).clamp_min(1e-9)
+        self._report_health(figures)
+
+    def _report_health(self, figures: Mapping[str, Any]) -> None:
+        values = {name: float(value) for name, value in figures.items()}
+        for name, value in values.items():
+            self.log(f"health/{name}", value)
+        if self.trainer.is_global_zero:
+            self.health.check(values, self.global_step)
+
+    def _landing_everywhere(self) -> dict[str, list[float]]:
+        from keygrip.training.distributed import world_size
+
+        if world_size() == 1:
+            return dict(self._landing)
+        gathered: list[Any] = [None] * world_size()
+        torch.distributed.all_gather_object(gathered, dict(self._landing))
+        together: dict[str, list[float]] = defaultdict(list)
+        for part in gathered:
+            for kind, values in part.items():
+                together[kind] += values
+        return dict(together)
+
+    # ------------------------------------------------------------------ pictures
+
+    def _shown(self, every: int) -> bool:
+        return bool(every) and self.global_step % every == 0 and not self.trainer.sanity_checking
+
+    @torch.no_grad()
+    def _show(self, split: str, batch: VideoTextBatch) -> None:
+        writer = getattr(self.logger, "experiment", None)
+        if not self.trainer.is_global_zero or not hasattr(writer, "add_image"):
+            return
+        from keygrip.models.foveated_vlm.figures import show_answers
+
+        was_training = self.training
+        self.eval()
+        picture, text = show_answers(self, batch, SHOWN_ROWS)
+        self.train(was_training)
+        assert writer is not None
+        if picture is not None:
+            writer.add_image(f"{split}/where_it_looked", picture, self.global_step, dataformats="HWC")
+        writer.add_text(f"{split}/answers", text, self.global_step)
+
+    # ------------------------------------------------------------------ dry run
+
+    @torch.no_grad()
+    def dry_run(self, batch: VideoTextBatch) -> dict[str, Any]:
+        """One batch in each mode: shapes, parameter counts by group and memory, without training."""
+        groups: dict[str, int] = defaultdict(int)
+        for name, parameter in self.network.named_parameters():
+            part = name.partition(".")[0]
+            groups[part if part in ("backbone", "language") else "connector"] += parameter.numel()
+        report: dict[str, Any] = {
+            "frames": list(batch.frames.shape),
+            "input_ids": list(batch.input_ids.shape),
+            "supervised_tokens": int(batch.loss_mask.sum()),
+            "padding_share": round(batch.padding_share, 4),
+            "parameters": dict(groups) | {"all": sum(groups.values())},
+            "modes": {},
+        }
+        for mode in self.network.modes:
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            output = self(batch, mode)
+            scores = self.score(output, batch)
+            figures: dict[str, Any] = {
+                "hidden": list(output.hidden.shape),
+                "visual": list(output.visual.shape),
+                "loss": round(float(scores.loss / scores.tokens.clamp_min(1)), 4),
+            }
+            if self.device.type == "cuda":
+                figures["peak_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+            if output.looks is not None:
+                cache = sum(block.key.nbytes + block.value.nbytes for block in output.looks.kv)
+                figures["kv_cache_mb"] = round(cache / 2**20, 2)
+            report["modes"][mode] = figures
+        return report
+
+    def sharded_parts(self) -> list[Any]:
+        """Blocks that are used through their `forward` alone."""
+        return self.network.language.sharded_parts()
+
+
+def text_rows(batch: VideoTextBatch) -> TextRows:
+    """A batch's rows as the network takes them."""
+    return TextRows(
+        batch.input_ids,
+        batch.attention_mask.sum(1).tolist(),
+        batch.visual_at,
+        batch.video_index.tolist(),
+        batch.frame_mask.sum(1).tolist(),
+    )
+
+
+def text_frame(batch: VideoTextBatch, row: int) -> int:
+    """The frame that a row's evidence speaks of."""
+    return int(batch.texts[row].evidence["frame"])
+
+
+def patch_maps(network: FoveatedVLM, output: VLMOutput, rows: TextRows, blocks: Blocks = "last") -> Tensor:
+    """Attention on the patches as pictures [S, F, h, w], a mean over heads.
+
+    Args:
+        blocks: `last`, from which the embedding comes; or `all` but the first, where queries know only the question.
+    """
+    assert output.looks is not None
+    attention = network.attention(output.looks, rows.streams)  # [S, F, blocks, H, R + N]
+    if blocks == "last" or attention.shape[2] == 1:
+        attention = attention[:, :, -1:]
+    else:
+        attention = attention[:, :, 1:]
+    patches = attention.mean((2, 3))[..., network.backbone.num_prefix_tokens :]
+    side = round(patches.shape[-1] ** 0.5)
+    return patches.unflatten(-1, (side, side))
+
+
+def landings(
+    network: VideoLanguageNetwork, output: VLMOutput, rows: TextRows, batch: VideoTextBatch, blocks: Blocks = "last"
+) -> list[tuple[str, float]]:
+    """Attention on the thing asked about, relative to uniform, with the question's kind: for each row whose evidence
+    says where the thing is, in the frame that it is asked about; `blocks` as in `patch_maps`."""
+    asked = [n for n, text in enumerate(batch.texts) if {"frame", "pixel", "pixels_seen"} <= text.evidence.keys()]
+    asked = [n for n in asked if text_frame(batch, n) < rows.frame_counts[rows.videos[n]]]
+    if not asked or not isinstance(network, FoveatedVLM):
+        return []
+    maps = patch_maps(network, output, rows, blocks)  # [S, F, h, w]
+    streams = rows.streams.of_row.tolist()
+    found = []
+    for n in asked:
+        evidence = batch.texts[n].evidence
+        x, y = evidence["pixel"]
+        where = attention_on_target(
+            maps[streams[n], text_frame(batch, n)].cpu(),
+            (float(x), float(y)),
+            float(evidence["pixels_seen"]),
+            batch.frames.shape[-1],
+        )
+        found.append((batch.kind[n], where))
+    return found
+
+
+def comparisons(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """What one mode's loss says about another's: `gap`, `gap_refined`, `fine_over_coarse`."""
+    loss = {mode: values["loss"] for mode, values in figures.items() if "loss" in values}
+    found = {}
+    if {"coarse_fine", "coarse_only"} <= loss.keys():
+        found["fine_over_coarse"] = loss["coarse_fine"] / max(loss["coarse_only"], 1e-9)
+    for name, mode in (("gap", "coarse_fine"), ("gap_refined", REFINED)):
+        if {mode, "autoregressive"} <= loss.keys():
+            found[name] = abs(loss[mode] - loss["autoregressive"]) / max(loss["autoregressive"], 1e-9)
+    return found

@@ -1,0 +1,426 @@
+"""The foveated video-language network: one visual token a frame, looked up by a query that the language model chooses.
+
+Legend: V videos, F frames of the longest, M real frames of all videos, S streams (`rows.Streams`: videos, or questions
+about videos), Q streams of a video, B rows of text, L text tokens, T positions, D backbone width, C language width.
+
+Every real frame goes once through the backbone, and the keys and values of all its blocks are kept. A query enters
+before block 1 and comes out as the frame's embedding z; any number of queries use the same keys and values:
+
+    coarse pass: one learned query for all frames            -> z_coarse -> language model -> hidden states
+    fine pass:   hidden state before frame t, projected      -> z_fine   -> language model with the text -> answer
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from keygrip.models.backbone import BlockKV, DinoBackbone
+from keygrip.models.foveated_vlm.rows import RowLayout, Streams, TextRows, take
+from keygrip.models.language.llama import LanguageCache, LanguageModel
+
+MODES = ("coarse_only", "coarse_fine", "autoregressive")
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What was seen of the videos.
+
+    Attributes:
+        visual: [S, F, C], the visual tokens that the answer is made from, zero behind a stream's end.
+        coarse: [M, 1, D], embeddings under the learned query. fine: [S, F, D] under the chosen ones, None in
+            coarse_only.
+        queries: [S, F, D], the chosen queries, None in coarse_only.
+        kv: keys and values of the M frames by block.
+    """
+
+    visual: Tensor
+    coarse: Tensor
+    fine: Tensor | None
+    queries: Tensor | None
+    kv: Sequence[BlockKV]
+
+
+@dataclass(frozen=True)
+class VLMOutput:
+    """Hidden states of whole rows.
+
+    Attributes:
+        hidden: [B, T, C] after the language model's last norm. layout: where what lies in them.
+        visual: [B, N, C], the visual tokens of the rows. looks: None where no row has frames, and for the baseline.
+    """
+
+    hidden: Tensor
+    layout: RowLayout
+    visual: Tensor
+    looks: Looks | None
+
+    def predicting(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states [n, C] that predict the text tokens under a mask [B, L], and which: bool [B, L], n True.
+
+        A token with nothing before it (the first of a row without frames) cannot be predicted and is left out.
+        """
+        at = self.layout.text_at - 1
+        mask = mask & (at >= 0)
+        row, token = mask.nonzero(as_tuple=True)
+        return self.hidden[row, at[row, token]], mask
+
+
+class Connector(nn.Module):
+    """Frame embeddings [..., D] to visual tokens [..., C] of about the scale of the language model's token embeddings.
+
+    Args:
+        scale: None takes the standard deviation of the language model's embeddings as they are loaded.
+    """
+
+    def __init__(self, dim: int, language: LanguageModel, scale: float | None) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, language.width)
+        nn.init.normal_(self.linear.weight, std=dim**-0.5)
+        nn.init.zeros_(self.linear.bias)
+        self.register_buffer("scale", language.embedding_std if scale is None else torch.tensor(float(scale)))
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        return self.linear(embeddings) * self.scale
+
+
+class VideoLanguageNetwork(nn.Module):
+    """What the foveated network and its baselines share: rows of text with visual tokens through a language model.
+
+    Args:
+        backbone: the encoder. language: the language model.
+        visual_scale: see `Connector`.
+        frame_numbers: up to so many frames each visual token also says, by a learned vector, which frame it is of. 0:
+            no such vectors (as published): a language model knows its visual tokens by their places alone.
+    """
+
+    tokens_per_frame = 1
+    modes: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        backbone: DinoBackbone,
+        language: LanguageModel,
+        visual_scale: float | None = None,
+        frame_numbers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.language = language
+        self.connector = Connector(backbone.embed_dim, language, visual_scale)
+        self.frame_tokens = (
+            nn.Parameter(torch.randn(frame_numbers, language.width) * float(language.embedding_std))
+            if frame_numbers
+            else None
+        )
+
+    def take_encoder(self, state: Mapping[str, Tensor]) -> None:
+        """Weights for the encoder."""
+        self.backbone.load_state_dict(state)
+
+    def read(self, visual: Tensor, rows: TextRows) -> tuple[Tensor, RowLayout]:
+        """Hidden states of rows with visual tokens [B, N, C]: [B, T, C], and their layout."""
+        layout = rows.layout(self.tokens_per_frame)
+        visual = self.numbered(visual)
+        text = self.language.embed(rows.input_ids)
+        return self.language(layout.place(text, visual)), layout
+
+    def numbered(self, visual: Tensor, first: int = 0) -> Tensor:
+        """Visual tokens [B, N, C], from that of frame `first` on, with the vectors of their frames' numbers.
+
+        Raises:
+            ValueError: more frames than there are vectors.
+        """
+        if self.frame_tokens is None or not visual.shape[1]:
+            return visual
+        frames = first + visual.shape[1] // self.tokens_per_frame
+        if frames > len(self.frame_tokens):
+            raise ValueError(
+                f"a video has {frames} frames and model.network.frame_numbers={len(self.frame_tokens)}: raise it, or "
+                "lower data.max_frames"
+            )
+        return visual + self.frame_tokens[first:frames].repeat_interleave(self.tokens_per_frame, dim=0)
+
+    @abstractmethod
+    def see(
+        self, frames: Tensor, rows: TextRows, mode: str, refinement: int = 0, kv: Sequence[BlockKV] | None = None
+    ) -> tuple[Tensor, Looks | None, Tensor]:
+        """Visual tokens [B, N, C] of the rows, what was seen, and `unused`.
+
+        Args:
+            frames: [V, F, 3, H, W], normalised as the backbone wants them; F may be 0.
+            rows: the text. mode: how the videos are looked at.
+            refinement: coarse_fine only; how often queries are chosen again from what they have just shown.
+            kv: keys and values of the real frames where they are known already (another mode's `Looks.kv`).
+
+        Raises:
+            ValueError: an unknown mode, or refinement outside of coarse_fine.
+        """
+
+    def forward(
+        self, frames: Tensor, rows: TextRows, mode: str, refinement: int = 0, kv: Sequence[BlockKV] | None = None
+    ) -> VLMOutput:
+        """Hidden states of rows of text about videos; arguments and errors as in `see`."""
+        visual, looks, idle = self.see(frames, rows, mode, refinement, kv)
+        hidden, layout = self.read(visual, rows)
+        return VLMOutput(hidden + idle, layout, visual, looks)
+
+    def unused(self, *parts: nn.Module | nn.Parameter) -> Tensor:
+        """Zero that depends on parameters which this batch does not use: every process then has a gradient for all."""
+        total = torch.zeros((), device=self.connector.scale.device)  # type: ignore[arg-type]
+        if not (self.training and torch.is_grad_enabled()):
+            return total
+        for part in parts:
+            for parameter in part.parameters() if isinstance(part, nn.Module) else [part]:
+                if parameter.requires_grad:
+                    total = total + 0.0 * parameter.sum()
+        return total
+
+
+def real_frames(frames: Tensor, counts: Sequence[int]) -> Tensor:
+    """[V, F, 3, H, W] -> the M real frames [M, 3, H, W] of all videos in order; padding is never computed with."""
+    videos, longest = frames.shape[:2]
+    if list(counts) == [longest] * videos:
+        return frames.flatten(0, 1)
+    keep = [video * longest + frame for video, count in enumerate(counts) for frame in range(count)]
+    return frames.flatten(0, 1)[torch.tensor(keep, dtype=torch.int64, device=frames.device)]
+
+
+def query_blocks(backbone: DinoBackbone, first_block: int) -> DinoBackbone:
+    """A copy of a backbone of which only what queries go through is trained: its last blocks and its norm."""
+    path = copy.deepcopy(backbone)
+    for name, parameter in path.named_parameters():
+        parameter.requires_grad_(path.layer_of(name) >= first_block)
+    return path
+
+
+class FoveatedVLM(VideoLanguageNetwork):
+    """See the module.
+
+    Args:
+        backbone, language: the parts.
+        deep_query: the query goes through all blocks; otherwise only through the last one (ablation).
+        query_std: of the two learned queries, and of the chosen ones at initialisation.
+        query_start: what the learned query of the coarse pass begins as: `random`, or `cls`, the encoder's own CLS
+            token, so that the coarse pass begins with what CLS has learned to say.
+        query_bias: give the projection of hidden states to queries a bias (ablation: it makes queries alike).
+        query_path: `shared`, queries go through the encoder's own blocks; or `own`, through a copy of them that is
+            trained beside a frozen encoder, whose keys and values then never change and can be kept (`kv_cache.py`). At
+            the start both are the same.
+        query_source: whose hidden states choose the queries at inference: `fine`, what was seen so far with chosen
+            queries, or `coarse`, a second stream of coarse tokens with a cache of its own, as in training's parallel
+            pass.
+        visual_scale: of the visual tokens; None: the language model's embedding standard deviation.
+        frame_numbers: see `VideoLanguageNetwork`.
+
+    Raises:
+        ValueError: an unknown choice, or a query path of its own beside an encoder that is trained.
+    """
+
+    modes = MODES
+
+    def __init__(
+        self,
+        backbone: DinoBackbone,
+        language: LanguageModel,
+        deep_query: bool = True,
+        query_std: float = 1.0,
+        query_bias: bool = False,
+        query_source: Literal["fine", "coarse"] = "fine",
+        visual_scale: float | None = None,
+        query_path: Literal["shared", "own"] = "shared",
+        frame_numbers: int = 0,
+        query_start: Literal["random", "cls"] = "random",
+    ) -> None:
+        super().__init__(backbone, language, visual_scale, frame_numbers)
+        if query_start not in ("random", "cls"):
+            raise ValueError(f"model.network.query_start is random or cls, not {query_start!r}")
+        if query_path not in ("shared", "own"):
+            raise ValueError(f"model.network.query_path is shared or own, not {query_path!r}")
+        if query_path == "own" and backbone.trainable != "frozen":
+            raise ValueError(
+                "model.network.query_path=own is for a frozen encoder (backbone.trainable=frozen): beside one that is "
+                "trained, two copies would learn the same"
+            )
+        if query_source not in ("fine", "coarse"):
+            raise ValueError(f"model.network.query_source is fine or coarse, not {query_source!r}")
+        self.query_source = query_source
+        self.first_block = 0 if deep_query else backbone.depth - 1
+        dim = backbone.embed_dim
+        self.static_query = nn.Parameter(torch.randn(1, 1, dim) * query_std)
+        self.first_query = nn.Parameter(torch.randn(1, 1, dim) * query_std)
+        self.query_projection = nn.Linear(language.width, dim, bias=query_bias)
+        nn.init.normal_(self.query_projection.weight, std=query_std * language.width**-0.5)
+        self.query_path = None if query_path == "shared" else query_blocks(backbone, self.first_block)
+        self.starts_as_cls = query_start == "cls"
+        self._start_queries()
+
+    def take_encoder(self, state: Mapping[str, Tensor]) -> None:
+        """Weights for the encoder, and for the queries' own copy of its blocks."""
+        super().take_encoder(state)
+        if self.query_path is not None:
+            self.query_path.load_state_dict(self.backbone.state_dict())
+        self._start_queries()
+
+    def _start_queries(self) -> None:
+        if self.starts_as_cls:
+            with torch.no_grad():
+                self.static_query.copy_(self.backbone.cls_input())
+
+    # ------------------------------------------------------------------ passes
+
+    def encode(self, frames: Tensor) -> list[BlockKV]:
+        """Keys and values of frames [M, 3, H, W] at every block that the query goes through."""
+        return self.backbone.keys_and_values(frames)[self.first_block :]
+
+    def ask(self, queries: Tensor, kv: Sequence[BlockKV]) -> Tensor:
+        """Embeddings [M, Q, D] of frames under queries [M, Q, D]."""
+        return self._asked.query(queries, kv, self.first_block)
+
+    def choose_queries(self, visual: Tensor, streams: Streams) -> Tensor:
+        """Queries [S, F, D] of all frames from visual tokens [S, F, C]: frame t's from the hidden state before it."""
+        if streams.layout.source.shape[1]:
+            prefix = self.language.embed(streams.input_ids)
+            hidden = take(self.language(streams.layout.place(prefix, self.numbered(visual))), streams.query_at)
+        else:  # single frames with nothing before them: zero, with gradients (of zero) as in any other batch
+            hidden = 0.0 * visual
+        return self._as_queries(hidden, streams.first)
+
+    def look(self, kv: Sequence[BlockKV], streams: Streams, mode: str, refinement: int = 0) -> Looks:
+        """Visual tokens of all streams from the keys and values of the M real frames, in one of the three modes.
+
+        Args:
+            refinement: coarse_fine only; how often the queries are chosen again from what they have just shown.
+        """
+        coarse = self.ask(self.static_query.expand(len(kv[0].key), -1, -1), kv)
+        driving = streams.to_streams(self.connector(coarse))  # [S, F, C]
+        if mode == "coarse_only":
+            return Looks(driving, coarse, None, None, kv)
+        if mode == "autoregressive":
+            queries, fine = self._look_in_order(kv, streams, driving)
+            return Looks(self.connector(fine), coarse, fine, queries, kv)
+        queries, fine = self._look_at_once(kv, streams, driving)
+        for _ in range(refinement):
+            queries, fine = self._look_at_once(kv, streams, self.connector(fine))
+        return Looks(self.connector(fine), coarse, fine, queries, kv)
+
+    def see(
+        self,
+        frames: Tensor,
+        rows: TextRows,
+        mode: str,
+        refinement: int = 0,
+        kv: Sequence[BlockKV] | None = None,
+    ) -> tuple[Tensor, Looks | None, Tensor]:
+        """See `VideoLanguageNetwork.see`."""
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
+        if refinement and mode != "coarse_fine":
+            raise ValueError(f"refinement={refinement} has no effect in mode={mode}")
+        streams = rows.streams
+        if len(streams) == 0:
+            visual = self.connector.linear.weight.new_zeros(len(rows.input_ids), 0, self.language.width)
+            queries = (self.static_query, self.first_query, self.query_projection)
+            numbers = () if self.frame_tokens is None else (self.frame_tokens,)
+            own = () if self.query_path is None else (self.query_path,)
+            return visual, None, self.unused(self.backbone, self.connector, *queries, *numbers, *own)
+        if kv is None:
+            kv = self.encode(real_frames(frames, rows.frame_counts))
+        looks = self.look(kv, streams, mode, refinement)
+        idle = self.unused(self.first_query, self.query_projection) if mode == "coarse_only" else self.unused()
+        return looks.visual[streams.of_row], looks, idle
+
+    @torch.no_grad()
+    def attention(self, looks: Looks, streams: Streams) -> Tensor:
+        """Where the queries looked, [S, F, blocks, H, R + N]: rows sum to 1, and are zero behind a stream's end."""
+        table = self.attention_by_frame(looks, streams)
+        return streams.to_streams(table.flatten(2)).unflatten(-1, table.shape[2:])
+
+    @torch.no_grad()
+    def attention_by_frame(self, looks: Looks, streams: Streams, limit: int | None = None) -> Tensor:
+        """Attention [M, Q, blocks, H, R + N] of the chosen queries (the learned one, Q = 1, in coarse_only).
+
+        Args:
+            limit: only the first so many frames.
+        """
+        if looks.queries is None:
+            queries = self.static_query.expand(len(looks.coarse), -1, -1)
+        else:
+            queries = streams.to_frames(looks.queries)
+        kv = [BlockKV(block.key[:limit], block.value[:limit]) for block in looks.kv]
+        _, weights = self._asked.query_with_attention(queries[:limit], kv, self.first_block)
+        return torch.stack([block.float() for block in weights], dim=2).permute(0, 3, 2, 1, 4)
+
+    # ------------------------------------------------------------------ parts
+
+    @property
+    def _asked(self) -> DinoBackbone:
+        return self.backbone if self.query_path is None else self.query_path
+
+    def _as_queries(self, hidden: Tensor, first: Tensor) -> Tensor:
+        projected = self.query_projection(hidden)
+        # in the parameters' precision: the residual stream that they enter stays so under autocast
+        return torch.where(first[..., None], self.first_query, projected.to(self.first_query.dtype))
+
+    def _look_at_once(self, kv: Sequence[BlockKV], streams: Streams, visual: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [S, F, D] chosen from given visual tokens, and what they show [S, F, D]."""
+        queries = self.choose_queries(visual, streams)
+        return queries, streams.to_streams(self.ask(streams.to_frames(queries), kv))
+
+    def _look_in_order(self, kv: Sequence[BlockKV], streams: Streams, coarse: Tensor) -> tuple[Tensor, Tensor]:
+        """As at inference: frame by frame, each query from the cached past."""
+        cache = LanguageCache()
+        state = coarse.new_zeros(len(streams), 1, self.language.width)
+        if streams.input_ids.shape[1]:
+            state = self._read_prefix(streams, cache)
+        queries, fine = [], []
+        for frame in range(streams.longest):
+            query = self._as_queries(state, streams.first[:, frame : frame + 1])  # [S, 1, D]
+            seen = self._ask_frame(query, kv, streams, frame)
+            queries.append(query)
+            fine.append(seen)
+            if frame + 1 < streams.longest:
+                visual = coarse[:, frame : frame + 1] if self.query_source == "coarse" else self.connector(seen)
+                state = self.language.extend(self.numbered(visual, frame), cache)
+        return torch.cat(queries, dim=1), torch.cat(fine, dim=1)
+
+    def _read_prefix(self, streams: Streams, cache: LanguageCache) -> Tensor:
+        """The text before the frames goes into the cache; the hidden state of each stream's last token, [S, 1, C]."""
+        prefix = self.language.embed(streams.input_ids)
+        width = streams.input_ids.shape[1]
+        if all(length == width for length in streams.lengths):
+            return self.language.extend(prefix, cache)[:, -1:]
+        length = torch.tensor(streams.lengths, device=prefix.device)[:, None]
+        valid = torch.arange(width, device=prefix.device)[None] < length
+        return take(self.language.extend(prefix, cache, valid), (length - 1).clamp_min(0))
+
+    def _ask_frame(self, query: Tensor, kv: Sequence[BlockKV], streams: Streams, frame: int) -> Tensor:
+        """What queries [S, 1, D] show of each stream's frame number `frame`, [S, 1, D]; zero where one has ended."""
+        counts = [after - before for before, after in zip(streams.frame_starts, streams.frame_starts[1:], strict=False)]
+        going = [video for video, count in enumerate(counts) if count > frame]
+        place = {video: number for number, video in enumerate(going)}
+        now = [
+            (stream, place[video] * streams.slots_per_frame + slot)
+            for stream, (video, slot) in enumerate(zip(streams.videos, streams.video_slots, strict=True))
+            if video in place
+        ]
+        index = [streams.frame_starts[video] + frame for video in going]
+        if len(index) == 1:  # a view
+            part = [BlockKV(b.key[index[0] : index[0] + 1], b.value[index[0] : index[0] + 1]) for b in kv]
+        else:
+            at = torch.tensor(index, device=query.device)
+            part = [BlockKV(b.key[at], b.value[at]) for b in kv]
+        if len(streams) == len(now) == len(going) == 1:
+            return self.ask(query, part)
+        stream, slot = (torch.tensor(list(v), device=query.device) for v in zip(*now, strict=True))
+        table = query.new_zeros(len(going) * streams.slots_per_frame, query.shape[-1]).index_copy(
+            0, slot, query[stream, 0]
+        )
+        seen = self.ask(table.view(len(going), streams.slots_per_frame, -1), part).flatten(0, 1)
+        return seen.new_zeros(len(streams), seen.shape[-1]).index_copy(0, stream, seen[slot])[:, None]

@@ -1,0 +1,111 @@
+"""Loss and exactness of answers, summed by kind of question over any number of batches and processes.
+
+Legend: B rows, n predicted tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed
+
+from keygrip.data.batches import VideoTextBatch
+from keygrip.models.foveated_vlm.loss import Kernel, fused_cross_entropy, token_cross_entropy
+from keygrip.models.foveated_vlm.network import VLMOutput
+from keygrip.training.distributed import world_size
+
+
+@dataclass(frozen=True)
+class BatchScores:
+    """Of one batch.
+
+    Attributes:
+        loss: sum over the supervised tokens, with gradient. tokens: their count.
+        row_loss: [B] sums, row_tokens: [B] counts, of the supervised tokens, without gradient.
+        answered: bool [B], rows with an answer in their text. exact: bool [B], where every token of the answers (the
+            end token too) is the most probable one given the true ones before it: what greedy generation would say.
+    """
+
+    loss: Tensor
+    tokens: Tensor
+    row_loss: Tensor
+    row_tokens: Tensor
+    answered: Tensor
+    exact: Tensor
+
+
+def score(
+    output: VLMOutput, batch: VideoTextBatch, weight: Tensor, chunk: int, kernel: Kernel = "chunked"
+) -> BatchScores:
+    """Scores of a network's output; `weight` is the language model's output layer [W, C].
+
+    Without gradients the loss is computed in chunks whatever the kernel, so that any machine can evaluate.
+    """
+    hidden, predicted = output.predicting(batch.loss_mask | batch.answer_mask)
+    targets = batch.input_ids[predicted]
+    if kernel == "liger" and torch.is_grad_enabled():
+        losses, right = fused_cross_entropy(hidden, weight, targets)
+    else:
+        losses, right = token_cross_entropy(hidden, weight, targets, chunk)
+    carries, answers = batch.loss_mask[predicted].float(), batch.answer_mask[predicted]
+    row = predicted.nonzero(as_tuple=True)[0]
+    zeros = torch.zeros(len(batch), device=losses.device)
+    wrong = zeros.index_add(0, row, (answers & ~right).float())
+    said = zeros.index_add(0, row, answers.float())
+    weighted = losses * carries
+    return BatchScores(
+        loss=weighted.sum(),
+        tokens=carries.sum(),
+        row_loss=zeros.index_add(0, row, weighted.detach()),
+        row_tokens=zeros.index_add(0, row, carries),
+        answered=said > 0,
+        exact=(said > 0) & (wrong == 0),
+    )
+
+
+class Scores:
+    """Sums over batches, by kind: loss, tokens, answered, exact."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
+
+    def add(self, scores: BatchScores, kinds: Sequence[str]) -> None:
+        columns = torch.stack(
+            [scores.row_loss, scores.row_tokens, scores.answered.float(), scores.exact.float()], dim=1
+        ).tolist()
+        for kind, row in zip(kinds, columns, strict=True):
+            held = self.sums[kind]
+            for place, value in enumerate(row):
+                held[place] += value
+
+    def figures(self) -> dict[str, float]:
+        """`loss` and `perplexity` a token, `accuracy` a row, the same by kind (`accuracy_mark`); over all processes."""
+        sums = self._everywhere()
+        total = [sum(held[place] for held in sums.values()) for place in range(4)]
+        figures: dict[str, float] = {}
+        if total[1]:
+            figures["loss"] = total[0] / total[1]
+            figures["perplexity"] = math.exp(min(figures["loss"], 50.0))
+        if total[2]:
+            figures["accuracy"] = total[3] / total[2]
+        for kind, held in sorted(sums.items()):
+            if held[1]:
+                figures[f"loss_{kind}"] = held[0] / held[1]
+            if held[2]:
+                figures[f"accuracy_{kind}"] = held[3] / held[2]
+        return figures
+
+    def _everywhere(self) -> dict[str, list[float]]:
+        if world_size() == 1:
+            return dict(self.sums)
+        gathered: list[dict[str, list[float]] | None] = [None] * world_size()
+        distributed.all_gather_object(gathered, dict(self.sums))
+        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
+        for part in gathered:
+            for kind, held in (part or {}).items():
+                sums[kind] = [a + b for a, b in zip(sums[kind], held, strict=True)]
+        return dict(sums)

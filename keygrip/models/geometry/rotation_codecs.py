@@ -1,0 +1,274 @@
+"""Discrete codes for rotations: bins along the first principal component, or K-means prototypes.
+
+A codec is fitted on the training split's rotations, turns a rotation into a class index and a class index back into a
+rotation. It is an ``nn.Module`` whose fitted state lies in buffers, so that it travels in checkpoints and moves with
+the model; an unfitted codec refuses to work. Quaternions are (w, x, y, z).
+
+Shape legend: N rotations, R classes, ``...`` any batch shape.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from abc import abstractmethod
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+from torch import Tensor, nn
+
+from keygrip.models.geometry.rotations import (
+    geodesic_angle,
+    mean_rotation,
+    normalise,
+    quaternion_conjugate,
+    quaternion_multiply,
+    rotation_exp,
+    rotation_log,
+)
+
+
+class RotationCodec(nn.Module):
+    """Between rotations and class indices; see the subclasses for the two modes of the Hydra group ``rotation``."""
+
+    classes: int
+    fitted: Tensor  # bool [], a buffer so that a checkpoint says whether the basis in it means anything
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        if classes < 2:
+            raise ValueError(
+                f"A rotation codec needs at least 2 classes, got {classes}: set rotation.classes to 32, say."
+            )
+        self.classes = classes
+        self.register_buffer("fitted", torch.tensor(False))
+
+    def fit(self, quaternions: Tensor) -> dict[str, float]:
+        """Fit on the training split's rotations ``[N, 4]``; returns the report: decode errors in degrees, and more.
+
+        Raises:
+            ValueError: there are no rotations, or they contain NaN.
+        """
+        if quaternions.ndim != 2 or quaternions.shape[-1] != 4 or len(quaternions) == 0:
+            raise ValueError(
+                f"A rotation basis is fitted on [N, 4] quaternions with N > 0, got {tuple(quaternions.shape)}."
+            )
+        if not bool(torch.isfinite(quaternions).all()):
+            raise ValueError("The rotations to fit contain NaN or infinity: run the geometry doctor on the dataset.")
+        unit = normalise(quaternions.double())
+        self._fit(unit)
+        self.fitted.fill_(True)
+        return self.summary() | self.quantisation(unit)
+
+    def summary(self) -> dict[str, float]:
+        """What the fit itself has to report, apart from its errors."""
+        return {}
+
+    def settings(self) -> dict[str, float]:
+        """Constructor settings on which the basis depends."""
+        return {"classes": self.classes}
+
+    def quantisation(self, quaternions: Tensor) -> dict[str, float]:
+        """The floor under every rotation error: angle in degrees between rotations ``[N, 4]`` and their decoded
+        codes."""
+        decoded = self.decode(self.encode(quaternions)).to(quaternions.dtype)
+        degrees = torch.rad2deg(geodesic_angle(normalise(quaternions), decoded))
+        return {"decode_error_deg": float(degrees.mean()), "decode_error_max_deg": float(degrees.max())}
+
+    def _require_fit(self) -> None:
+        if not bool(self.fitted):
+            raise ValueError(
+                "The rotation codec has no basis yet: training fits it on first use; for inference load it from "
+                "a checkpoint."
+            )
+
+    @abstractmethod
+    def _fit(self, quaternions: Tensor) -> None: ...
+
+    @abstractmethod
+    def encode(self, quaternions: Tensor) -> Tensor:
+        """Class indices ``[...]`` (int64) of rotations ``[..., 4]``."""
+
+    @abstractmethod
+    def decode(self, indices: Tensor) -> Tensor:
+        """Rotations ``[..., 4]`` of class indices ``[...]``."""
+
+    def expectation(self, logits: Tensor, window: int = 2) -> Tensor:
+        """Rotations ``[..., 4]`` from logits ``[..., R]``: the best class by default, refined where classes are
+        ordered."""
+        del window
+        return self.decode(logits.argmax(dim=-1))
+
+
+class PCARotation(RotationCodec):
+    """Bins along the first principal component of the rotations' tangent vectors around their mean.
+
+    Many manipulation data sets turn the gripper mostly about one axis; then one number says nearly everything about the
+    rotation. The share of variance that PC1 explains is reported; below ``min_explained`` a warning names the other
+    mode.
+
+    Args:
+        classes: number of bins; 32 are 5.6 degrees each over a half turn.
+        min_explained: share of variance below which the first component loses too much of the rotation.
+    """
+
+    mean: Tensor
+    offset: Tensor
+    axis: Tensor
+    score_range: Tensor
+    explained: Tensor
+
+    def __init__(self, classes: int = 32, min_explained: float = 0.8) -> None:
+        super().__init__(classes)
+        self.min_explained = min_explained
+        self.register_buffer("mean", torch.tensor([1.0, 0.0, 0.0, 0.0]))  # [4] rotation around which the logs are taken
+        self.register_buffer("offset", torch.zeros(3))  # [3] mean tangent vector, rad
+        self.register_buffer("axis", torch.tensor([0.0, 0.0, 1.0]))  # [3] unit direction of PC1
+        self.register_buffer("score_range", torch.tensor([-1.0, 1.0]))  # [2] rad, lowest and highest PC1 score
+        self.register_buffer("explained", torch.tensor(0.0))  # [] share of variance explained by PC1
+
+    def _fit(self, quaternions: Tensor) -> None:
+        mean = mean_rotation(quaternions)
+        tangents = rotation_log(quaternion_multiply(quaternion_conjugate(mean), quaternions))  # [N, 3]
+        if float(tangents.std(dim=0, correction=0).max()) < 1e-6:
+            # Every rotation is the same (a gripper that never turns): any axis serves, one bin is enough.
+            axis, offset, explained = tangents.new_tensor([0.0, 0.0, 1.0]), tangents.mean(dim=0), 1.0
+        else:
+            pca = PCA(n_components=min(3, *tangents.shape)).fit(tangents.numpy())
+            axis = torch.from_numpy(pca.components_[0]).to(tangents)
+            offset = torch.from_numpy(pca.mean_).to(tangents)
+            explained = float(pca.explained_variance_ratio_[0])
+        scores = (tangents - offset) @ axis
+        low, high = float(scores.min()), float(scores.max())
+        if high - low < 1e-3:  # a width for the bins even where nothing varies
+            low, high = low - 5e-4, high + 5e-4
+        self.mean.copy_(mean)
+        self.offset.copy_(offset)
+        self.axis.copy_(axis)
+        self.score_range.copy_(torch.tensor([low, high]))
+        self.explained.fill_(explained)
+        if explained < self.min_explained:
+            warnings.warn(
+                f"The first principal component explains only {explained:.0%} of the rotations (below "
+                f"{self.min_explained:.0%}): "
+                "rotation=pca_1d will lose the rest; use rotation=kmeans.",
+                stacklevel=3,
+            )
+
+    def summary(self) -> dict[str, float]:
+        return {"pc1_explained": float(self.explained)}
+
+    def scores(self, quaternions: Tensor) -> Tensor:
+        """PC1 scores ``[...]`` in radians of rotations ``[..., 4]``."""
+        self._require_fit()
+        mean = self.mean.to(quaternions.dtype)
+        tangents = rotation_log(quaternion_multiply(quaternion_conjugate(mean), quaternions))
+        # Products and sums stay as precise as they are under autocast; a matrix product would not.
+        return ((tangents - self.offset.to(tangents.dtype)) * self.axis.to(tangents.dtype)).sum(dim=-1)
+
+    def bin_position(self, quaternions: Tensor) -> Tensor:
+        """Position ``[...]`` on the bins' scale: bin i spans [i, i + 1], values outside the fitted range are
+        clamped."""
+        low, high = self.score_range.tolist()
+        position = (self.scores(quaternions) - low) / (high - low) * self.classes
+        return position.clamp(0, self.classes)
+
+    def encode(self, quaternions: Tensor) -> Tensor:
+        return self.bin_position(quaternions).long().clamp_max(self.classes - 1)
+
+    def decode(self, indices: Tensor) -> Tensor:
+        return self._from_position(indices.to(self.mean.dtype) + 0.5)
+
+    def expectation(self, logits: Tensor, window: int = 2) -> Tensor:
+        """Rotations ``[..., 4]`` at the mean bin position around the best bin of logits ``[..., R]``: finer than a
+        bin."""
+        bins = torch.arange(self.classes, device=logits.device)
+        best = logits.argmax(dim=-1, keepdim=True)
+        near = (bins - best).abs() <= window
+        weights = logits.float().masked_fill(~near, -torch.inf).softmax(dim=-1)
+        return self._from_position((weights * (bins + 0.5)).sum(dim=-1))
+
+    def _from_position(self, position: Tensor) -> Tensor:
+        self._require_fit()
+        low, high = self.score_range[0], self.score_range[1]
+        score = low + (high - low) * position / self.classes
+        tangent = self.offset + score[..., None] * self.axis
+        return normalise(quaternion_multiply(self.mean, rotation_exp(tangent)))
+
+
+class KMeansRotation(RotationCodec):
+    """K prototype rotations; a rotation's code is the geodesically nearest prototype.
+
+    K-means (scikit-learn) runs in the space of 4 x 4 quaternion outer products: q and -q have the same product, and the
+    squared distance there, 2 (1 - cos^2(angle / 2)), grows with the geodesic angle, so the nearest centre is the
+    nearest rotation. A centre is brought back to a rotation as its principal eigenvector.
+
+    Args:
+        classes: K, the number of prototypes; at most the number of different rotations is used.
+        seed: of the K-means initialisation.
+    """
+
+    prototypes: Tensor
+
+    def __init__(self, classes: int = 32, seed: int = 0) -> None:
+        super().__init__(classes)
+        self.seed = seed
+        self.register_buffer("prototypes", torch.tensor([[1.0, 0.0, 0.0, 0.0]]).repeat(classes, 1))  # [R, 4]
+
+    def _fit(self, quaternions: Tensor) -> None:
+        embedded = (quaternions[:, :, None] * quaternions[:, None, :]).flatten(1)  # [N, 16]
+        distinct = len(torch.unique(embedded.mul(1e6).round(), dim=0))
+        clusters = min(self.classes, distinct)
+        kmeans = KMeans(clusters, n_init=4, random_state=self.seed).fit(embedded.numpy())
+        centres = torch.from_numpy(kmeans.cluster_centers_).view(clusters, 4, 4)
+        prototypes = torch.linalg.eigh((centres + centres.transpose(1, 2)) / 2).eigenvectors[..., -1]
+        # With fewer different rotations than classes the last prototype repeats; argmax picks the first of equals.
+        padded = torch.cat([prototypes, prototypes[-1:].expand(self.classes - clusters, 4)])
+        self.prototypes.copy_(normalise(padded))
+
+    def summary(self) -> dict[str, float]:
+        return {"prototypes_used": float(len(torch.unique(self.prototypes, dim=0)))}
+
+    def settings(self) -> dict[str, float]:
+        return super().settings() | {"seed": self.seed}
+
+    def encode(self, quaternions: Tensor) -> Tensor:
+        self._require_fit()
+        # |cos(angle / 2)| is largest for the geodesically nearest prototype.
+        cosines = (quaternions[..., None, :] * self.prototypes.to(quaternions.dtype)).sum(dim=-1)  # also under autocast
+        return cosines.abs().argmax(dim=-1)
+
+    def decode(self, indices: Tensor) -> Tensor:
+        self._require_fit()
+        return self.prototypes[indices]
+
+
+def fit_or_load(codec: RotationCodec, quaternions: Tensor, cache_dir: Path, fingerprint: str) -> dict[str, float]:
+    """Fit a codec, or take its basis from the file beside the dataset that was fitted on exactly the same rotations.
+
+    The file's name carries a hash of the codec's settings, of ``fingerprint`` (which says what the dataset was when its
+    statistics were computed) and of the rotations themselves, so a stale basis is never read.
+
+    Args:
+        quaternions: ``[N, 4]`` of the training split. cache_dir: folder beside the dataset, made where absent.
+
+    Returns:
+        The fit's report, see :meth:`RotationCodec.fit`.
+    """
+    contents = np.ascontiguousarray(quaternions.double().numpy()).tobytes()
+    settings = f"{type(codec).__name__} {codec.settings()} {fingerprint}".encode()
+    digest = hashlib.sha256(settings + contents).hexdigest()[:16]
+    path = cache_dir / f"rotation-{type(codec).__name__}-{digest}.pt"
+    if path.is_file():
+        codec.load_state_dict(torch.load(path, weights_only=True))
+        return codec.summary() | codec.quantisation(normalise(quaternions.double()))
+    report = codec.fit(quaternions)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    torch.save(codec.state_dict(), temporary)
+    temporary.replace(path)
+    return report

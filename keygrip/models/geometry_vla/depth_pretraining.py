@@ -1,0 +1,100 @@
+"""A geometry encoder that knows depth before any policy uses it: pretraining on pictures of many scenes and cameras.
+
+MapAnything brings what it learned from very many scenes. A small encoder that starts from nothing beside the actions
+sees the demonstrations alone, a camera pose for each of them; so it may first be trained on stills of the simulator,
+where scenes and cameras cost next to nothing and depth is known. `geometry.start` names such a run, and
+`geometry.frozen` then keeps it as it is, as MapAnything is kept.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from keygrip.data.batches import MultiViewPolicyBatch
+from keygrip.models.geometry_vla.figures import scene_picture
+from keygrip.models.geometry_vla.geometry import DinoMultiView, GeometryFeatures
+from keygrip.training.optimizers import AdamW
+
+if TYPE_CHECKING:
+    from keygrip.data.robot.datamodule import DemoStatistics
+
+HEADLINE = ("loss", "point_cm", "depth_cm")
+
+
+class DepthReaderModule(LightningModule):
+    """Trains a `DinoMultiView` on depth alone.
+
+    Args:
+        network: the encoder; its own weights of the two losses apply.
+        optimizer: the recipe.
+        pictures: show depth maps in TensorBoard at every validation.
+
+    Raises:
+        ValueError: an encoder that learns no depth.
+    """
+
+    batch_type = MultiViewPolicyBatch
+    headline_metrics = tuple(f"{split}/{name}" for split in ("train", "val") for name in HEADLINE)
+
+    def __init__(self, network: DinoMultiView, optimizer: AdamW, pictures: bool = True) -> None:
+        super().__init__()
+        if not network.learns_depth:
+            raise ValueError(
+                "model=depth_reader trains on depth alone: set geometry.point_weight or geometry.depth_weight above 0, "
+                "and geometry.frozen=false."
+            )
+        self.network, self.optimizer_recipe, self.pictures = network, optimizer, pictures
+
+    def set_statistics(self, statistics: DemoStatistics) -> None:
+        """Nothing of the data is kept; a run to start from is taken over, if there is one."""
+        self.network.take_start()
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer_recipe.configure(self.network, int(self.trainer.estimated_stepping_batches))
+
+    def sharded_parts(self) -> list[nn.Module]:
+        """Blocks that are used through their `forward` alone."""
+        return self.network.sharded_parts()
+
+    def forward(self, batch: MultiViewPolicyBatch) -> GeometryFeatures:
+        """What the encoder makes of a batch's pictures."""
+        return self.network(batch.images, batch.view_intrinsics, batch.view_world_to_camera)
+
+    def losses(self, features: GeometryFeatures, batch: MultiViewPolicyBatch) -> dict[str, Tensor]:
+        """Those of the encoder and their sum, `loss`."""
+        if batch.depth is None:
+            raise ValueError("model=depth_reader learns from depth and the batches hold none: set data.depth=true.")
+        losses = self.network.losses(features, batch.depth, batch.view_intrinsics, batch.view_world_to_camera)
+        return losses | {"loss": losses["points"] + losses["depth"]}
+
+    def training_step(self, batch: MultiViewPolicyBatch, batch_idx: int) -> Tensor:
+        losses = self.losses(self(batch), batch)
+        self._log("train", losses, len(batch))
+        return losses["loss"]
+
+    def validation_step(self, batch: MultiViewPolicyBatch, batch_idx: int) -> None:
+        features = self(batch)
+        self._log("val", self.losses(features, batch), len(batch))
+        if batch_idx == 0 and self.pictures:
+            self._show(features, batch)
+
+    @torch.no_grad()
+    def picture(self, features: GeometryFeatures, batch: MultiViewPolicyBatch, sample: int = 0) -> np.ndarray:
+        """One sample's views with recorded and predicted depth, ``[H, W, 3]`` uint8."""
+        return scene_picture(batch, None, features, sample)
+
+    def _show(self, features: GeometryFeatures, batch: MultiViewPolicyBatch) -> None:
+        writer = None if self.logger is None else getattr(self.logger, "experiment", None)
+        if self.trainer.is_global_zero and hasattr(writer, "add_image"):
+            assert writer is not None
+            writer.add_image("val/depth", self.picture(features, batch), self.global_step, dataformats="HWC")
+
+    def _log(self, split: str, values: dict[str, Tensor], batch_size: int) -> None:
+        for name, value in values.items():
+            shown = name in ("loss", "point_cm")
+            self.log(f"{split}/{name}", value.detach(), prog_bar=shown, batch_size=batch_size, sync_dist=split == "val")

@@ -1,0 +1,83 @@
+"""A scene as the policy sees it: planned and demonstrated path in each view, true and predicted depth."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from keygrip.data.batches import MultiViewPolicyBatch
+from keygrip.models.geometry.cameras import project
+from keygrip.models.geometry_vla.geometry import GeometryFeatures
+from keygrip.models.geometry_vla.pointing import map_means, probabilities
+from keygrip.training.images import drawable, figure_to_image
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SHOWN_SHARES = torch.tensor([0.0, 0.75])  # of the depths that are known: the ends of the colour scale
+
+
+def scene_picture(
+    batch: MultiViewPolicyBatch,
+    planned: Tensor | None,
+    geometry: GeometryFeatures | None,
+    sample: int = 0,
+    pointing: Tensor | None = None,
+) -> np.ndarray:
+    """One sample, a column a view: the picture with both paths and keyframes, and below it depth maps where there are
+    any.
+
+    Args:
+        batch: with the demonstrated targets.
+        planned: positions ``[B, A, T, 3]``; None: no paths, for what learns no actions.
+        geometry: what the encoder predicts. sample: which one.
+        pointing: logits ``[B, V, A, M, g, g]`` of `Pointing`; the keyframe's map is drawn.
+
+    Returns:
+        ``[H, W, 3]`` uint8.
+    """
+    from matplotlib.figure import Figure
+
+    views = batch.images.shape[1]
+    true = None if batch.depth is None else batch.depth[sample].float().cpu()
+    guess = None if geometry is None or geometry.log_depth is None else geometry.log_depth[sample].float().exp().cpu()
+    maps = [("depth, recorded (m)", true), ("depth, predicted (m)", guess)]
+    shown = [(title, each) for title, each in maps if each is not None]
+    figure = Figure(figsize=(3.2 * views, 3.3 * (1 + len(shown))), layout="constrained")
+    axes = figure.subplots(1 + len(shown), views, squeeze=False)
+    figure.suptitle(drawable(batch.instruction[sample]), fontsize=9, parse_math=False)
+    known = None if true is None else true[true > 0]
+    for view in range(views):
+        top: Axes = axes[0, view]
+        top.imshow(batch.images[sample, view].permute(1, 2, 0).cpu().numpy())
+        camera = batch.view_intrinsics[sample, view].float().cpu(), batch.view_world_to_camera[sample, view].float()
+        paths = [] if planned is None else [("shown", batch.position, "white"), ("planned", planned, "red")]
+        for label, path, colour in paths:
+            pixels, _ = project(path[sample].float().cpu(), camera[0], camera[1].cpu())
+            for arm, points in enumerate(pixels):
+                top.plot(*points.T.numpy(), ".-", color=colour, markersize=4, linewidth=1, label=None if arm else label)
+        size = batch.images.shape[-1]
+        if pointing is not None and pointing.shape[3] > batch.position.shape[2]:
+            pointed = probabilities(pointing[sample, view, :, -1]).cpu()
+            true_pixels, _ = project(batch.keyframe[sample].float().cpu(), camera[0], camera[1].cpu())
+            shown_at = [("keyframe", true_pixels, "white"), ("pointed at", size * map_means(pointed), "yellow")]
+            for label, points, colour in shown_at:
+                top.plot(*points.T.numpy(), "+", color=colour, markersize=9, label=label)
+            top.imshow(pointed.amax(dim=0).numpy(), extent=(0, size, size, 0), cmap="inferno", alpha=0.35)
+        top.set(title=batch.cameras[view], xlim=(0, size), ylim=(size, 0))
+        for row, (title, depth) in enumerate(shown, start=1):
+            # Not up to the walls, before which the table would be of one colour.
+            low, high = (None, None) if known is None or not len(known) else known.quantile(SHOWN_SHARES).tolist()
+            drawn = axes[row, view].imshow(depth[view].numpy(), cmap="turbo", vmin=low, vmax=high)
+            axes[row, view].set_title(title, fontsize=8)
+            figure.colorbar(drawn, ax=axes[row, view], shrink=0.7)
+    if planned is not None:
+        drawn_paths = axes[0, 0].get_legend_handles_labels()
+        figure.legend(*drawn_paths, loc="outside lower center", ncols=4, fontsize=7, facecolor="0.65")  # white shows
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    return figure_to_image(figure)

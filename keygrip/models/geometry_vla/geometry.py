@@ -1,0 +1,424 @@
+"""Geometry for the action head: MapAnything, frozen, or a small multi-view transformer that learns depth as it goes.
+
+Shape legend: B samples, V views, S side of a picture, N patches of a view, G = V N tokens, D their width, c cells along
+a side of a patch, g = c S / patch cells along a side of a picture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from keygrip.data.batches import normalised
+from keygrip.models.geometry.cameras import camera_centre, cell_centres, pixel_rays, transform
+from keygrip.models.nn.attention import Attention
+from keygrip.models.nn.sinusoids import sinusoidal_features
+from keygrip.training.distributed import global_mean
+
+if TYPE_CHECKING:
+    from keygrip.models.backbone import DinoBackbone
+    from keygrip.models.geometry_vla.feature_cache import FeatureCache
+    from keygrip.training.pretraining import MadeRun
+
+log = logging.getLogger(__name__)
+
+INSTALL = (
+    "pip install 'mapanything @ git+https://github.com/facebookresearch/map-anything.git' (its weights: "
+    "facebook/map-anything-apache)"
+)
+
+
+DECIMETRES = 10  # to a metre
+
+
+@dataclass(frozen=True)
+class GeometryFeatures:
+    """What a geometry encoder makes of views.
+
+    Attributes:
+        tokens: ``[B, G, D]``, view after view.
+        points: world points ``[B, V, g, g, 3]`` metres and log_depth ``[B, V, g, g]`` of log metres that it predicts;
+            None where it has no head for them.
+    """
+
+    tokens: Tensor
+    points: Tensor | None = None
+    log_depth: Tensor | None = None
+
+
+class GeometryEncoder(nn.Module, ABC):
+    """What the action head needs of a geometry encoder: ``dim``, the width D of its tokens, and ``forward``."""
+
+    dim: int
+
+    @abstractmethod
+    def forward(self, images: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> GeometryFeatures:
+        """Features of uint8 ``[B, V, 3, S, S]`` pictures with cameras ``[B, V, 3, 3]`` and ``[B, V, 4, 4]``."""
+
+    def losses(
+        self, features: GeometryFeatures, depth: Tensor, intrinsics: Tensor, world_to_camera: Tensor
+    ) -> dict[str, Tensor]:
+        """Losses by name of what it learns from depth ``[B, V, S, S]`` (metres, 0 unknown); none if it learns
+        nothing."""
+        return {}
+
+    @property
+    def learns_depth(self) -> bool:
+        return False
+
+    @property
+    def predicts_points(self) -> bool:
+        """Whether its features hold world points."""
+        return False
+
+    def take_start(self) -> None:
+        """Called once at the start of training: an encoder that begins with another run's weights takes them over."""
+
+    def sharded_parts(self) -> list[nn.Module]:
+        """Blocks that are used through their `forward` alone."""
+        return []
+
+
+# ---------------------------------------------------------------------- trained on the simulator's depth
+
+
+class ViewBlock(nn.Module):
+    """Pre-norm self-attention and MLP over ``[B, N, D]``."""
+
+    def __init__(self, dim: int, heads: int, expansion: int = 4) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.attention = Attention(dim, heads)
+        self.mlp_norm = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, expansion * dim), nn.GELU(), nn.Linear(expansion * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class DinoMultiView(GeometryEncoder):
+    """The shared backbone on each view, then blocks that look within each view and over all views in turn, as in
+    Wang et al., "VGGT: Visual Geometry Grounded Transformer" (2025); a head predicts, for cells of each patch, the
+    point of the world that is seen there and its depth.
+
+    It learns from depth maps beside the actions, so that no pretrained geometry is needed where the simulator knows it.
+
+    Args:
+        backbone: the shared DINO module. views: V at most. dim: D. layers: blocks, those within a view first.
+        heads: of attention. cells: c, along a side of a patch.
+        camera_rays: tell it each patch's viewing ray (that is, the calibration), not the pictures alone.
+        action_gradient: the loss of the actions trains it too; false: depth alone does.
+        point_weight, depth_weight: of the two losses: mean absolute error in decimetres, and of the log depth.
+        max_depth_m: what is farther is not learned: walls and floor would outweigh the table.
+        start: a run of `model=depth_reader` whose encoder this one begins with; made where it is missing.
+        frozen: nothing trains it, as nothing trains MapAnything.
+    """
+
+    def __init__(
+        self,
+        backbone: DinoBackbone,
+        views: int,
+        dim: int = 128,
+        layers: int = 2,
+        heads: int = 4,
+        cells: int = 2,
+        camera_rays: bool = False,
+        action_gradient: bool = True,
+        point_weight: float = 0.2,
+        depth_weight: float = 0.5,
+        max_depth_m: float = 2.0,
+        start: MadeRun | None = None,
+        frozen: bool = False,
+    ) -> None:
+        super().__init__()
+        if views < 1 or layers < 1 or cells < 1:
+            raise ValueError("geometry: views, layers and cells are at least 1.")
+        if backbone.patch_size % cells:
+            raise ValueError(f"geometry.cells={cells} must divide the backbone's patch size {backbone.patch_size}.")
+        if point_weight < 0 or depth_weight < 0 or max_depth_m <= 0:
+            raise ValueError("geometry: weights must not be negative, and max_depth_m is positive.")
+        self.backbone, self.dim, self.cells = backbone, dim, cells
+        self.camera_rays, self.action_gradient, self.max_depth_m = camera_rays, action_gradient, max_depth_m
+        self.weights = {"points": point_weight, "depth": depth_weight}
+        self.reduce = nn.Linear(backbone.embed_dim, dim)
+        self.view_tokens = nn.Parameter(0.02 * torch.randn(views, dim))
+        self.rays = nn.Linear(6, dim) if camera_rays else None
+        self.blocks = nn.ModuleList(ViewBlock(dim, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, cells * cells * 4) if point_weight or depth_weight else None
+        if self.head is None and not action_gradient:
+            raise ValueError("geometry: without depth and without the actions' gradient nothing would train it.")
+        if start is not None and backbone.loaded_weights != "random":
+            raise ValueError(
+                f"geometry.start and backbone.weights={backbone.loaded_weights} both give the encoder's start: set one "
+                "of them to null or random"
+            )
+        if frozen and start is None and backbone.loaded_weights == "random":
+            raise ValueError("geometry.frozen=true would keep random weights: set geometry.start to a trained run.")
+        self.start, self.frozen = start, frozen
+        if frozen:
+            self.requires_grad_(False)
+
+    @property
+    def learns_depth(self) -> bool:
+        return self.head is not None and not self.frozen
+
+    @property
+    def predicts_points(self) -> bool:
+        return self.head is not None
+
+    def take_start(self) -> None:
+        """Takes over the encoder of the run to start from, if there is one.
+
+        Raises:
+            ValueError: it is another kind of run, or its encoder has other sizes.
+        """
+        if self.start is None:
+            return
+        found = self.start.module()
+        trained = getattr(found, "network", None)
+        if not isinstance(trained, DinoMultiView):
+            raise ValueError(
+                f"geometry.start: {self.start.run_dir} is a run of {type(found).__name__}, not of model=depth_reader."
+            )
+        theirs, own = trained.state_dict(), self.state_dict()
+        sizes = {
+            name: [list(state[name].shape) if name in state else None for state in (theirs, own)]
+            for name in own | theirs
+        }
+        different = [name for name, (there, here) in sizes.items() if there != here]
+        if different:
+            there, here = sizes[different[0]]
+            raise ValueError(
+                f"geometry.start: the encoder of {self.start.run_dir} has other sizes than this one ({different[0]} is "
+                f"{there} there and {here} here; {len(different)} such in all): give its overrides the same geometry.* "
+                "and backbone.*"
+            )
+        self.load_state_dict(theirs)
+
+    def forward(self, images: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> GeometryFeatures:
+        views = images.shape[1]
+        if views > len(self.view_tokens):
+            raise ValueError(
+                f"The geometry encoder was built for {len(self.view_tokens)} views, got {views}: set geometry.views."
+            )
+        backbone = self.backbone
+        seen = backbone(normalised(images.flatten(0, 1), backbone.mean, backbone.std))
+        height, width = seen.grid
+        tokens = self.reduce(seen.patches).unflatten(0, (-1, views))  # [B, V, N, D]
+        tokens = tokens + self._places(height, width, tokens.device) + self.view_tokens[:views, None]
+        if self.rays is not None:
+            tokens = tokens + self.rays(self._plucker(intrinsics, world_to_camera, images.shape[-1], height))
+        for index, block in enumerate(self.blocks):
+            # Within each view, then over all of them; with one block, over all.
+            alone = index % 2 == 0 and len(self.blocks) > 1
+            shape = tokens.shape
+            tokens = block(tokens.flatten(0, 1) if alone else tokens.flatten(1, 2)).reshape(shape)
+        tokens = self.norm(tokens)
+        given = (tokens if self.action_gradient else tokens.detach()).flatten(1, 2)
+        if self.head is None:
+            return GeometryFeatures(given)
+        cells = self.head(tokens).unflatten(-1, (self.cells, self.cells, 4)).unflatten(2, (height, width))
+        cells = cells.transpose(3, 4).flatten(4, 5).flatten(2, 3).float()  # [B, V, h c, w c, 4]
+        return GeometryFeatures(given, cells[..., :3], cells[..., 3])
+
+    def _places(self, height: int, width: int, device: torch.device) -> Tensor:
+        """Where a patch lies in its picture, ``[N, D]``."""
+        half = self.dim // 4 * 2
+        rows, columns = sinusoidal_features(height, half), sinusoidal_features(width, half)
+        both = torch.cat([rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=-1)
+        return F.pad(both.flatten(0, 1), (0, self.dim - 2 * half)).to(device)
+
+    def _plucker(self, intrinsics: Tensor, world_to_camera: Tensor, size: int, side: int) -> Tensor:
+        """Direction and moment of the ray through each patch's centre, world frame, ``[B, V, N, 6]``."""
+        centres = cell_centres(side, size, device=intrinsics.device).flatten(0, 1)  # [N, 2]
+        cameras = intrinsics.float()[:, :, None], world_to_camera.float()[:, :, None]
+        pixels = centres.expand(*intrinsics.shape[:2], -1, -1)
+        directions = pixel_rays(pixels, *(camera.expand(-1, -1, len(centres), -1, -1) for camera in cameras))
+        origin = camera_centre(world_to_camera.float())[:, :, None].expand_as(directions)
+        return torch.cat([directions, torch.linalg.cross(origin, directions)], dim=-1)
+
+    def losses(
+        self, features: GeometryFeatures, depth: Tensor, intrinsics: Tensor, world_to_camera: Tensor
+    ) -> dict[str, Tensor]:
+        """`points` and `depth`, weighted; and their errors without weight or gradient, `point_cm` and `depth_cm`."""
+        assert features.points is not None
+        assert features.log_depth is not None
+        points, known, metres = depth_targets(
+            depth, intrinsics, world_to_camera, cells=features.points.shape[2], limit=self.max_depth_m
+        )
+        count = known.sum()
+        distance = (features.points - points).abs().sum(-1).masked_fill(~known, 0.0)
+        ratio = (features.log_depth - metres.clamp(min=1e-3).log()).abs().masked_fill(~known, 0.0)
+        with torch.no_grad():
+            straight = (features.points - points).norm(dim=-1).masked_fill(~known, 0.0)
+            off = (features.log_depth.exp() - metres).abs().masked_fill(~known, 0.0)
+        return {
+            "points": self.weights["points"] * DECIMETRES * global_mean(distance.sum(), count),
+            "depth": self.weights["depth"] * global_mean(ratio.sum(), count),
+            "point_cm": 100 * straight.sum() / count.clamp(min=1),
+            "depth_cm": 100 * off.sum() / count.clamp(min=1),
+        }
+
+    def sharded_parts(self) -> list[nn.Module]:
+        return list(self.blocks)
+
+
+def depth_targets(
+    depth: Tensor, intrinsics: Tensor, world_to_camera: Tensor, cells: int, limit: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is seen at the centres of a grid of cells.
+
+    Args:
+        depth: ``[B, V, S, S]`` metres along the optical axis, 0 unknown. intrinsics: ``[B, V, 3, 3]``.
+        world_to_camera: ``[B, V, 4, 4]``. cells: g. limit: metres beyond which nothing counts as known.
+
+    Returns:
+        World points ``[B, V, g, g, 3]``, which are known (bool ``[B, V, g, g]``), and the depth ``[B, V, g, g]``.
+    """
+    size = depth.shape[-1]
+    pixels = cell_centres(cells, size, device=depth.device)  # [g, g, 2]
+    # The value of the pixel that a centre lies in, and the point through that pixel's own centre.
+    index = pixels.floor().long().clamp(max=size - 1)
+    metres = depth[..., index[..., 1], index[..., 0]].float()
+    known = (metres > 0) & (metres < limit)
+    places = torch.cat([index + 0.5, torch.ones_like(pixels[..., :1])], dim=-1)
+    rays = torch.linalg.solve(intrinsics.float()[:, :, None, None], places[..., None])[..., 0]
+    rotation, shift = world_to_camera[..., :3, :3].float(), world_to_camera[..., :3, 3].float()
+    camera = rays * metres[..., None] - shift[:, :, None, None]
+    world = transform(rotation.transpose(-1, -2)[:, :, None, None], camera)
+    return world, known, metres
+
+
+# ---------------------------------------------------------------------- MapAnything
+
+
+class MapAnythingGeometry(GeometryEncoder):
+    """MapAnything (Keetha et al., "MapAnything: Universal Feed-Forward Metric 3D Reconstruction", 2025), frozen: the
+    tokens of its multi-view transformer, of the pictures alone.
+
+    Its weights are not part of this module or of a checkpoint: they are loaded from where they were loaded in training,
+    and must be the same ones.
+
+    Args:
+        weights: a local folder or a name on the Hugging Face hub.
+        image_size: side in pixels at which it looks at pictures; a multiple of its patch size.
+        cache: keeps features by picture; useful where pictures come again, that is without random augmentation.
+
+    Raises:
+        ModuleNotFoundError: the package is not there. FileNotFoundError: the weights are not there.
+        ValueError: a size that its patches do not divide.
+    """
+
+    _digest: Tensor
+
+    def __init__(self, weights: str, image_size: int, cache: FeatureCache | None = None) -> None:
+        super().__init__()
+        model = _load_mapanything(weights)
+        model.eval().requires_grad_(False)
+        self._model = [model]  # in a list, it is no submodule
+        self.weights, self.image_size, self.cache = weights, image_size, cache
+        self.dim = int(model.info_sharing.dim)
+        self.patch_size = int(model.encoder.patch_size)
+        self.norm_type = str(model.encoder.data_norm_type)
+        self.mean, self.std = _normalisation(self.norm_type)
+        if image_size % self.patch_size:
+            raise ValueError(f"geometry.image_size={image_size} must be a multiple of MapAnything's {self.patch_size}.")
+        self.fingerprint = _fingerprint(model)
+        self.register_buffer("_digest", torch.tensor(list(bytes.fromhex(self.fingerprint)), dtype=torch.uint8))
+        log.info("MapAnything of %s: tokens of width %d, patches of %d px", weights, self.dim, self.patch_size)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        stored = state_dict.get(f"{prefix}_digest")
+        if stored is not None and not torch.equal(stored.cpu(), self._digest.cpu()):
+            raise ValueError(
+                f"geometry.weights={self.weights} are not the MapAnything weights that the checkpoint was trained "
+                "with: their features mean something else"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> GeometryFeatures:
+        if self.cache is None:
+            return GeometryFeatures(self.compute(images))
+        maker = f"mapanything:{self.fingerprint}:{self.image_size}"
+        return GeometryFeatures(self.cache.features(images, maker, self.compute))
+
+    def compute(self, images: Tensor) -> Tensor:
+        """Tokens ``[B, G, D]`` float32 of uint8 ``[B, V, 3, S, S]`` pictures."""
+        model = self._model[0].to(images.device)
+        pictures = normalised(images, self.mean, self.std)
+        if pictures.shape[-1] != self.image_size:
+            shape = (self.image_size, self.image_size)
+            resized = F.interpolate(pictures.flatten(0, 1), shape, mode="bicubic", antialias=True, align_corners=False)
+            pictures = resized.unflatten(0, images.shape[:2])
+        views = [{"img": view, "data_norm_type": [self.norm_type]} for view in pictures.unbind(1)]
+        found: list[Any] = []
+        hook = model.info_sharing.register_forward_hook(lambda _, __, output: _stop(found, output))
+        # Its own precision, whatever that around it: bf16 on a GPU, as its authors run it.
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.device.type == "cuda"):
+            try:
+                model(views)
+            except _FoundError:
+                pass
+            finally:
+                hook.remove()
+        final = found[0][0] if isinstance(found[0], tuple) else found[0]
+        tokens = [view.flatten(2).transpose(1, 2) for view in final.features]  # of [B, D, h, w]
+        return torch.cat(tokens, dim=1).float()
+
+
+class _FoundError(Exception):
+    """Ends MapAnything's forward pass where its tokens are known: the heads behind them are of no use here."""
+
+
+def _stop(found: list[Any], output: Any) -> None:
+    found.append(output)
+    raise _FoundError
+
+
+def _load_mapanything(weights: str) -> Any:
+    try:
+        from mapanything.models import MapAnything
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.partition(".")[0] not in ("mapanything", "uniception"):
+            raise
+        raise ModuleNotFoundError(f"geometry=mapanything needs the package mapanything: {INSTALL}") from error
+    if weights.startswith((".", "/", "~")) and not Path(weights).is_dir():
+        raise FileNotFoundError(f"geometry.weights: there is no folder {weights}")
+    try:
+        return MapAnything.from_pretrained(weights)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"MapAnything's weights {weights} are neither a folder nor to be had from the hub "
+            f"({str(error).splitlines()[0][:120]}): download config.json and model.safetensors from "
+            "https://huggingface.co/facebook/map-anything-apache into a folder and set geometry.weights to it"
+        ) from error
+
+
+def _normalisation(name: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation of pictures that an encoder of the package expects."""
+    from uniception.models.encoders.image_normalizations import IMAGE_NORMALIZATION_DICT
+
+    entry = IMAGE_NORMALIZATION_DICT[name]
+    return entry.mean.flatten().tolist(), entry.std.flatten().tolist()
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Of names, shapes and a few numbers of every parameter: quick, and other weights have another one."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}:{tuple(parameter.shape)}".encode())
+        few = parameter.detach().flatten()
+        digest.update(few[:: max(1, few.numel() // 16)][:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()

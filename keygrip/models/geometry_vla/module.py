@@ -1,0 +1,285 @@
+"""Training of the geometry-injected policy: flow matching on action chunks, and depth for the geometry encoder."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from keygrip.data.batches import CLOSED, MultiViewPolicyBatch
+from keygrip.evaluation.kinds import Evaluation
+from keygrip.models.geometry.rotations import geodesic_angle
+from keygrip.models.geometry_vla.action_head import AttentionRecord
+from keygrip.models.geometry_vla.actions import PoseActions
+from keygrip.models.geometry_vla.network import ActionSampling, GeometryVLA, Scene
+from keygrip.models.geometry_vla.pointing import pointing_losses
+from keygrip.models.language.llama import ChatTokenizer
+from keygrip.models.nn.flow_matching import LevelSampler, interpolate, seeded_noise, velocity
+from keygrip.models.nn.short_attention import short_attention
+from keygrip.models.policy_statistics import PolicyStatistics
+from keygrip.training.distributed import global_mean
+from keygrip.training.optimizers import AdamW
+
+if TYPE_CHECKING:
+    from keygrip.data.robot.datamodule import DemoStatistics
+    from keygrip.models.geometry_vla.policy import GeometryVLAPolicy
+
+STATE = "geometry_vla"
+HEADLINE = (
+    "loss",
+    "action",
+    "position_cm",
+    "height_m",
+    "grip_side_cm",
+    "grip_height_cm",
+    "rotation_deg",
+    "gripper_acc",
+    "pointing_px",
+    "keyframe_px",
+    "point_cm",
+    "depth_cm",
+    "geometry_share",
+    "pointed_share",
+)
+SEED_STRIDE = 1_000_003  # more frames than any demonstration has
+
+
+class GeometryVLAModule(LightningModule):
+    """Squared error of the velocity over the steps that are no padding, plus the geometry encoder's own losses.
+
+    Args:
+        network: the plain network. actions: what an action is, and its statistics.
+        optimizer: the recipe. levels: draws noise levels.
+        draws: of noise for each sample, all read from one pass of the encoders.
+        sampling: of actions, in validation and in control.
+        pictures: show a plan and depth maps in TensorBoard at every validation.
+        pointing_weight: of the loss of where the gripper will be in the pictures (`model.network.pointing_cells`).
+    """
+
+    batch_type = MultiViewPolicyBatch
+
+    headline_metrics = (
+        *(f"{split}/{name}" for split in ("train", "val") for name in HEADLINE),
+        *(f"parameters/{part}_m" for part in ("all", "head", "compressor")),
+    )
+
+    def __init__(
+        self,
+        network: GeometryVLA,
+        actions: PoseActions,
+        optimizer: AdamW,
+        levels: LevelSampler,
+        draws: int = 4,
+        sampling: ActionSampling | None = None,
+        pictures: bool = True,
+        pointing_weight: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if draws < 1:
+            raise ValueError(f"model.draws is at least 1, got {draws}.")
+        if network.head.action_size != actions.size:
+            raise ValueError(
+                f"The head writes {network.head.action_size} numbers a step and {len(actions.arms)} arms have "
+                f"{actions.size}: set data.arms, which both read."
+            )
+        self.network = network
+        self.actions = actions
+        self.statistics = PolicyStatistics()
+        self.optimizer_recipe = optimizer
+        self.levels = levels
+        self.draws, self.sampling = draws, sampling or ActionSampling()
+        self.pictures = pictures
+        self.pointing_weight = pointing_weight
+        self.views: tuple[str, ...] = ()
+        self._grips: dict[str, list[Tensor]] = {}
+
+    # -- set-up -------------------------------------------------------------------------------------------------------
+
+    def set_statistics(self, statistics: DemoStatistics) -> dict[str, float]:
+        """Take over ranges, cameras and action statistics of the training split, and prepare the tokenizer on its
+        instructions."""
+        if statistics.chunks is None or not statistics.cameras:
+            raise ValueError(
+                "The data module's statistics hold no action chunks or cameras, which this model normalises by: use "
+                "keygrip.data.robot.datamodule.RobotDemos with data.cameras."
+            )
+        self.statistics.take(statistics, self.network.head.horizon)
+        self.actions.take(statistics.chunks)
+        self.views = tuple(statistics.cameras)
+        self.network.vlm.prepare(statistics.cache_dir, statistics.chunks.instruction)
+        if self.network.geometry is not None:
+            self.network.geometry.take_start()
+        return {"instructions": len(set(statistics.chunks.instruction)), "views": len(self.views)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        tokenizer = self.network.vlm.tokenizer
+        if tokenizer is None:
+            raise ValueError("The model has no tokenizer yet: it is saved once it is being trained.")
+        checkpoint[STATE] = {"tokenizer": tokenizer.state(), "views": list(self.views)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if STATE not in checkpoint:
+            raise ValueError("the checkpoint has no tokenizer and cameras: it was not written by this model")
+        self.network.vlm.set_tokenizer(ChatTokenizer.from_state(checkpoint[STATE]["tokenizer"]))
+        self.views = tuple(checkpoint[STATE]["views"])
+
+    def policy(self) -> GeometryVLAPolicy:
+        """The module as something that plans from observations."""
+        from keygrip.models.geometry_vla.policy import GeometryVLAPolicy  # it is built on this module
+
+        return GeometryVLAPolicy(self)
+
+    def evaluation(self) -> Evaluation:
+        """What `keygrip.evaluate` measures."""
+        from keygrip.evaluation.policy import POLICY_EVALUATION
+
+        return POLICY_EVALUATION
+
+    def on_train_start(self) -> None:
+        """Sizes, for the tables of sweeps."""
+        parts = {"all": self.network, "head": self.network.head, "compressor": self.network.compressor}
+        for name, part in parts.items():
+            count = 0 if part is None else sum(parameter.numel() for parameter in part.parameters())
+            self.log(f"parameters/{name}_m", count / 1e6)
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer_recipe.configure(self.network, int(self.trainer.estimated_stepping_batches))
+
+    def sharded_parts(self) -> list[nn.Module]:
+        """Blocks that are used through their `forward` alone."""
+        return self.network.sharded_parts()
+
+    # -- forward and loss ---------------------------------------------------------------------------------------------
+
+    def forward(self, batch: MultiViewPolicyBatch) -> Scene:
+        """One pass of the encoders over a batch."""
+        return self.network.encode(batch.images, batch.instruction, batch.view_intrinsics, batch.view_world_to_camera)
+
+    def state(self, batch: MultiViewPolicyBatch) -> Tensor:
+        return self.actions.state(batch.start_position, batch.start_quaternion, batch.start_gripper)
+
+    def losses(self, scene: Scene, batch: MultiViewPolicyBatch) -> dict[str, Tensor]:
+        """`action` (flow matching), those of the geometry encoder, and their `total`; also figures without gradient."""
+        clean = self.actions.encode(batch).repeat_interleave(self.draws, dim=0)  # [B R, T, Da]
+        noise = torch.randn_like(clean)
+        level = self.levels(len(clean), clean.device)
+        found = self.network.velocity(scene, interpolate(clean, noise, level), level, self.state(batch))
+        mask = self.actions.mask(batch).repeat_interleave(self.draws, dim=0)
+        squared = (found - velocity(clean, noise)).square().masked_fill(~mask, 0.0)
+        losses = {"action": global_mean(squared.sum(), mask.sum())}
+        total = losses["action"]
+        geometry = self.network.geometry
+        if geometry is not None and geometry.learns_depth:
+            if batch.depth is None:
+                raise ValueError(
+                    "geometry=dino_multiview learns from depth and the batches hold none: set data.depth=true, or "
+                    "geometry.point_weight=0 geometry.depth_weight=0 to train it on the actions alone."
+                )
+            assert scene.geometry is not None
+            extra = geometry.losses(scene.geometry, batch.depth, batch.view_intrinsics, batch.view_world_to_camera)
+            total = total + extra["points"] + extra["depth"]
+            losses |= extra
+        elif scene.geometry is not None and scene.geometry.points is not None and batch.depth is not None:
+            assert geometry is not None
+            with torch.no_grad():  # frozen: its errors are worth knowing all the same
+                extra = geometry.losses(scene.geometry, batch.depth, batch.view_intrinsics, batch.view_world_to_camera)
+            losses |= {name: value for name, value in extra.items() if name.endswith("_cm")}
+        if scene.pointing is not None:
+            pointing = pointing_losses(scene.pointing, batch)
+            for name in ("pointing", "keyframe"):
+                if name in pointing:
+                    total = total + self.pointing_weight * pointing[name]
+            losses |= pointing
+        return losses | {"total": total}
+
+    def sample(self, scene: Scene, batch: MultiViewPolicyBatch) -> Tensor:
+        """Actions ``[B, T, Da]``, each from noise that is a function of its demonstration and frame."""
+        seeds = (batch.demo_index * SEED_STRIDE + batch.frame_index).tolist()
+        noise = seeded_noise(seeds, (self.network.head.horizon, self.actions.size), self.device)
+        return self.network.sample(scene, noise, self.state(batch), self.sampling)
+
+    @torch.no_grad()
+    def metrics(self, scene: Scene, batch: MultiViewPolicyBatch, sampled: Tensor) -> dict[str, Tensor]:
+        """Errors of sampled actions over the steps that are no padding, and where the head looks."""
+        position, quaternion, gripper = self.actions.decode(sampled, batch.start_position, batch.start_quaternion)
+        valid = ~batch.repeated
+        values = {
+            "position_cm": (position - batch.position).norm(dim=-1) * 100,
+            "height_m": (position - batch.position)[..., 2].abs(),
+            "rotation_deg": torch.rad2deg(geodesic_angle(quaternion, batch.quaternion)),
+            "gripper_acc": ((gripper > CLOSED) == (batch.gripper > CLOSED)).float(),
+        }
+        found = {name: value.masked_fill(~valid, 0.0).sum() / valid.sum() for name, value in values.items()}
+        if any(scene.groups[1:]):
+            record = AttentionRecord(scene.groups)
+            level = torch.full((len(sampled),), 0.5, device=self.device)
+            self.network.velocity(scene, sampled, level, self.state(batch), record)
+            shares = torch.stack([share.mean(dim=0) for share in record.shares]).mean(dim=0)
+            named = (("geometry_share", 1), ("pointed_share", 2))
+            found |= {name: shares[group] for name, group in named if scene.groups[group]}
+        return found
+
+    @torch.no_grad()
+    def grip_errors(self, batch: MultiViewPolicyBatch, sampled: Tensor) -> dict[str, Tensor]:
+        """Position errors at the step where a gripper closes, ``[G]`` of the G such steps in the batch: to the side
+        and in height, cm. A grasp succeeds by these; the mean over all steps is of approaches in free air."""
+        position, _, _ = self.actions.decode(sampled, batch.start_position, batch.start_quaternion)
+        shut = torch.cat([batch.start_gripper[..., None], batch.gripper], dim=-1) < CLOSED  # [B, A, 1 + T]
+        closes = shut[..., 1:] & ~shut[..., :-1] & ~batch.repeated
+        off = 100 * (position - batch.position)[closes]
+        return {"grip_side_cm": off[:, :2].norm(dim=-1), "grip_height_cm": off[:, 2].abs()}
+
+    @torch.no_grad()
+    def picture(self, scene: Scene, batch: MultiViewPolicyBatch, sample: int = 0) -> np.ndarray:
+        """One sample's plan and depth beside what was recorded, ``[H, W, 3]`` uint8."""
+        from keygrip.models.geometry_vla.figures import scene_picture
+
+        actions = self.sample(scene, batch)
+        planned, _, _ = self.actions.decode(actions, batch.start_position, batch.start_quaternion)
+        return scene_picture(batch, planned, scene.geometry, sample, scene.pointing)
+
+    def _show(self, scene: Scene, batch: MultiViewPolicyBatch) -> None:
+        if self.logger is None:
+            return
+        writer = getattr(self.logger, "experiment", None)
+        picture = self.picture(scene, batch)  # on every process: where parameters are sharded, all must take part
+        if self.trainer.is_global_zero and hasattr(writer, "add_image"):
+            assert writer is not None
+            writer.add_image("val/scene", picture, self.global_step, dataformats="HWC")
+
+    def training_step(self, batch: MultiViewPolicyBatch, batch_idx: int) -> Tensor:
+        with short_attention(self.device, self.network.vlm.tokens_per_view * batch.images.shape[1]):
+            losses = self.losses(self(batch), batch)
+        self._log("train", losses, len(batch))
+        return losses["total"]
+
+    def validation_step(self, batch: MultiViewPolicyBatch, batch_idx: int) -> None:
+        scene = self(batch)
+        sampled = self.sample(scene, batch)
+        self._log("val", self.losses(scene, batch) | self.metrics(scene, batch, sampled), len(batch))
+        for name, errors in self.grip_errors(batch, sampled).items():
+            self._grips[name].append(errors)
+        if batch_idx == 0 and self.pictures:
+            self._show(scene, batch)
+
+    def on_validation_epoch_start(self) -> None:
+        self._grips = defaultdict(list)
+
+    def on_validation_epoch_end(self) -> None:
+        for name, errors in self._grips.items():
+            # Not a number where no gripper closes in what was validated on.
+            self.log(f"val/{name}", torch.cat(errors).mean(), sync_dist=True)
+
+    def _log(self, split: str, values: dict[str, Tensor], batch_size: int) -> None:
+        for name, value in values.items():
+            self.log(
+                f"{split}/{'loss' if name == 'total' else name}",
+                value.detach(),
+                prog_bar=name in ("total", "position_cm"),
+                batch_size=batch_size,
+                sync_dist=split == "val",
+            )

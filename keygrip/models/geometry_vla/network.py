@@ -1,0 +1,243 @@
+"""The whole policy: pictures and an instruction in, the velocity of an action chunk out.
+
+    pictures, instruction -> vision-language model -> hidden states of its last N layers ---------+
+    pictures -> geometry encoder -> G tokens -> compressor -> K tokens ---------------------------+-> N contexts
+    state, noisy actions -> action head, block i reads context i -> velocity
+
+The geometry goes past the language model, straight into the action head's cross-attention.
+
+Shape legend: B samples, V views, S side of a picture, L tokens of a prompt, K geometry tokens, R draws, T steps, Da
+numbers of an action step, H width of language model and head.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from keygrip.models.geometry_vla.action_head import ActionHead, AttentionRecord, BlockContext
+from keygrip.models.geometry_vla.actions import SIZE
+from keygrip.models.geometry_vla.compression import GeometryCompressor, build_geom_compressor
+from keygrip.models.geometry_vla.geometry import GeometryEncoder, GeometryFeatures
+from keygrip.models.geometry_vla.pointing import PointedTokens, Pointing
+from keygrip.models.language.qwen_vl import QwenVL
+from keygrip.models.nn.flow_matching import SOLVERS, Solver, integrate, noise_levels
+from keygrip.models.nn.sinusoids import level_features
+
+log = logging.getLogger(__name__)
+
+MOST_VIEWS = 16  # that are told apart by their number
+
+
+@dataclass(frozen=True)
+class ActionSampling:
+    """How action chunks are drawn.
+
+    Args:
+        steps, solver: see `keygrip.models.nn.flow_matching.integrate`.
+        temperature: what the noise that a chunk starts from is multiplied by. 1: chunks are spread as the model takes
+            the demonstrated ones to be, its own uncertainty included. 0: one chunk, close to their mean, which misses
+            by less where there is one way to do a thing, and may lie between the ways where there are several.
+
+    Raises:
+        ValueError: no steps, an unknown solver, or a negative temperature.
+    """
+
+    steps: int = 4
+    solver: Solver = "euler"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"model.sampling.steps is at least 1, got {self.steps}.")
+        if self.solver not in SOLVERS:
+            raise ValueError(f"model.sampling.solver is one of {', '.join(SOLVERS)}, not {self.solver!r}.")
+        if self.temperature < 0:
+            raise ValueError(f"model.sampling.temperature must not be negative, got {self.temperature}.")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What the encoders made of a batch: computed once for all draws of noise and all steps of a sampler.
+
+    Attributes:
+        contexts: of the head's blocks. groups: tokens of the prompt, of geometry, and pointed ones, in each of them.
+        geometry: what the geometry encoder gave, None without injection.
+        pointing: logits of where the gripper will be in the pictures (see `Pointing`), None where nobody asks.
+    """
+
+    contexts: list[BlockContext]
+    groups: tuple[int, int, int]
+    geometry: GeometryFeatures | None
+    pointing: Tensor | None = None
+
+
+class PlaceEmbedding(nn.Module):
+    """From places ``[B, L, 3]`` (see `Semantics`) to ``[B, L, H]``, zeros for words; all zeros at first."""
+
+    def __init__(self, width: int, features: int = 32) -> None:
+        super().__init__()
+        self.features = features
+        self.lift = nn.Linear(3 * features, width)
+        nn.init.zeros_(self.lift.weight)
+        nn.init.zeros_(self.lift.bias)
+
+    def forward(self, places: Tensor) -> Tensor:
+        scaled = places / places.new_tensor([MOST_VIEWS, 1.0, 1.0])
+        lifted = self.lift(level_features(scaled, self.features).flatten(-2))
+        return lifted * (places[..., :1] > 0)
+
+
+class GeometryVLA(nn.Module):
+    """Vision-language model, geometry encoder, compressor and action head.
+
+    Args:
+        vlm: gives hidden states; its width is the head's. geometry: gives geometry tokens.
+        arms: which arms, in the order of the batch's arm axis. horizon: T.
+        blocks: N, of the head; as many of the vision-language model's last layers are read.
+        geom_inject_to_dit: false leaves the geometry encoder out: the policy on the vision-language model alone.
+        geom_dit_tokens: K. geom_compression_type: pool, per_layer or qformer. geom_qformer_heads: of the last.
+        future_tokens, head_size, expansion, self_attention_every: see `ActionHead`.
+        context_norm: scale each context token to unit variance: layers of a pretrained language model differ by orders
+            of magnitude, among each other and from geometry tokens.
+
+        context_places: add to each token of a picture in the contexts where it lies. A large language model's hidden
+            states tell; those of a small one, which knows positions as rotations inside its attention alone, do not.
+        pointing_cells: cells along a side of a picture token in which the vision-language model says where the gripper
+            will be (see `Pointing`); 0: it is not asked.
+        pointing_keyframe: one map more, of where the gripper closes or opens next: through the whole of an approach the
+            model so learns what it is being sent to.
+        pointed_tokens: give the head what those maps say, and what the geometry encoder makes of the places (see
+            `PointedTokens`).
+
+    Raises:
+        ValueError: sizes that do not fit, or injection without a geometry encoder.
+    """
+
+    def __init__(
+        self,
+        vlm: QwenVL,
+        geometry: GeometryEncoder | None,
+        arms: Sequence[str],
+        horizon: int,
+        blocks: int,
+        geom_inject_to_dit: bool = True,
+        geom_dit_tokens: int = 16,
+        geom_compression_type: str = "pool",
+        geom_qformer_heads: int = 8,
+        future_tokens: int = 32,
+        head_size: int = 64,
+        expansion: int = 4,
+        self_attention_every: int = 1,
+        context_norm: bool = True,
+        context_places: bool = False,
+        pointing_cells: int = 0,
+        pointing_keyframe: bool = False,
+        pointed_tokens: bool = False,
+    ) -> None:
+        super().__init__()
+        if geom_inject_to_dit and geometry is None:
+            raise ValueError(
+                "model.network.geom_inject_to_dit=true needs a geometry encoder: choose geometry=dino_multiview or "
+                "geometry=mapanything, or set it to false."
+            )
+        if blocks > vlm.layers:
+            raise ValueError(
+                f"model.network.blocks={blocks}, but the vision-language model has {vlm.layers} layers: each block "
+                "reads one of them."
+            )
+        self.vlm = vlm
+        self.context_norm = context_norm
+        self.places = PlaceEmbedding(vlm.width) if context_places else None
+        maps = horizon + pointing_keyframe
+        self.pointing = Pointing(vlm.width, len(arms), maps, pointing_cells) if pointing_cells else None
+        self.geometry: GeometryEncoder | None = None
+        self.compressor: GeometryCompressor | None = None
+        if geom_inject_to_dit and geometry is not None:
+            self.geometry = geometry
+            self.compressor = build_geom_compressor(
+                geom_compression_type, geometry.dim, vlm.width, blocks, geom_dit_tokens, geom_qformer_heads
+            )
+        elif geometry is not None:
+            log.info("geom_inject_to_dit=false: no geometry encoder; the actions depend on the vision-language model")
+        for name, wanted in (("pointed_tokens", pointed_tokens), ("pointing_keyframe", pointing_keyframe)):
+            if wanted and not pointing_cells:
+                raise ValueError(f"model.network.{name}=true needs maps to point with: set pointing_cells above 0.")
+        self.pointed: PointedTokens | None = None
+        if pointed_tokens:
+            seen = None if self.geometry is None else self.geometry.dim
+            points = self.geometry is not None and self.geometry.predicts_points
+            self.pointed = PointedTokens(vlm.width, len(arms), maps, MOST_VIEWS, seen, points)
+        self.head = ActionHead(
+            vlm.width,
+            blocks,
+            len(arms) * SIZE,
+            len(arms) * SIZE,
+            horizon,
+            future_tokens,
+            head_size,
+            expansion,
+            self_attention_every,
+        )
+
+    def encode(self, images: Tensor, instructions: Sequence[str], intrinsics: Tensor, world_to_camera: Tensor) -> Scene:
+        """One pass of the encoders.
+
+        Args:
+            images: uint8 ``[B, V, 3, S, S]``. instructions: B sentences.
+            intrinsics: ``[B, V, 3, 3]``. world_to_camera: ``[B, V, 4, 4]``.
+        """
+        blocks = len(self.head.blocks)
+        semantics = self.vlm(images, instructions, blocks)
+        pointing = None
+        if self.pointing is not None:
+            pointing = self.pointing(semantics.layers[-1], semantics.places, images.shape[1])
+        features, few = None, None
+        if self.geometry is not None and self.compressor is not None:
+            features = self.geometry(images, intrinsics, world_to_camera)
+        # From here on in float32: what the head reads and the head itself.
+        with torch.autocast(images.device.type, enabled=False):
+            if features is not None and self.compressor is not None:
+                few = [self._normed(tokens) for tokens in self.compressor(features.tokens.float())]
+            pointed = []
+            if self.pointed is not None and pointing is not None:
+                pointed = [self.pointed(pointing, features)]
+            groups = (semantics.mask.shape[1], 0 if few is None else few[0].shape[1], sum(p.shape[1] for p in pointed))
+            mask, contexts = F.pad(semantics.mask, (0, groups[1] + groups[2]), value=True), []
+            where = 0.0 if self.places is None else self.places(semantics.places)
+            for index, hidden in enumerate(semantics.layers):
+                words = self._normed(hidden.float()) + where
+                tokens = torch.cat([words, *([] if few is None else [few[index]]), *pointed], dim=1)
+                contexts.append(BlockContext(tokens, mask))
+        return Scene(contexts, groups, features, pointing)
+
+    def _normed(self, tokens: Tensor) -> Tensor:
+        return F.layer_norm(tokens, tokens.shape[-1:]) if self.context_norm else tokens
+
+    def velocity(
+        self, scene: Scene, actions: Tensor, level: Tensor, state: Tensor, record: AttentionRecord | None = None
+    ) -> Tensor:
+        """The velocity ``[B R, T, Da]`` of noisy actions of that shape at noise levels ``[B R]``; state ``[B, Ds]``."""
+        return self.head(actions, level, state, scene.contexts, record)
+
+    @torch.no_grad()
+    def sample(self, scene: Scene, noise: Tensor, state: Tensor, sampling: ActionSampling | None = None) -> Tensor:
+        """Actions ``[B, T, Da]`` from standard normal noise of that shape; keys and values of the scene are computed in
+        the first step and kept."""
+        chosen = sampling or ActionSampling()
+        call = partial(self._at, scene, state)
+        return integrate(call, chosen.temperature * noise, noise_levels(chosen.steps), chosen.solver)
+
+    def _at(self, scene: Scene, state: Tensor, x: Tensor, level: float) -> Tensor:
+        return self.velocity(scene, x, torch.full((len(x),), level, device=x.device), state)
+
+    def sharded_parts(self) -> list[nn.Module]:
+        """Blocks that are used through their `forward` alone."""
+        geometry = [] if self.geometry is None else self.geometry.sharded_parts()
+        return [*self.vlm.sharded_parts(), *geometry, *self.head.blocks, *self.head.mixers]

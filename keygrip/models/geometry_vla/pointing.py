@@ -1,0 +1,162 @@
+"""Pointing: the vision-language model says where in each picture the gripper will be.
+
+A pretrained vision-language model can point. One that starts from random weights learns where to look only through the
+action head, and needs very many demonstrations' worth of steps for that. So its picture tokens are also asked for a
+map of pixels for each step of the action chunk, as the volume-query policy is, and for the next keyframe (where the
+gripper closes or opens next): the demonstrations hold the answers.
+
+Shape legend: B samples, V views, A arms, T steps, M maps of an arm in a view (T, or T + 1 with the keyframe's, which is
+the last), P tokens along a side of a picture, c cells along a side of a token, g = c P cells along a side of a picture,
+L tokens of a prompt, H width, S side of a picture in pixels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from keygrip.data.batches import MultiViewPolicyBatch
+from keygrip.models.geometry.cameras import inside_image, project
+from keygrip.models.geometry_vla.geometry import DECIMETRES, GeometryFeatures
+from keygrip.models.nn.sinusoids import level_features
+from keygrip.models.volume_query.volume import bilinear_cells, gather_pixels
+from keygrip.training.distributed import global_mean
+
+PLACE_FEATURES = 32  # sines and cosines of each coordinate
+
+
+class Pointing(nn.Module):
+    """Logits over the cells of each picture, for every arm and map.
+
+    Args:
+        width: H. arms: A. maps: M. cells: c.
+
+    Raises:
+        ValueError: fewer cells than one.
+    """
+
+    def __init__(self, width: int, arms: int, maps: int, cells: int) -> None:
+        super().__init__()
+        if cells < 1:
+            raise ValueError(f"model.network.pointing_cells must not be negative, got {cells}.")
+        self.arms, self.maps, self.cells = arms, maps, cells
+        self.read = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, arms * maps * cells * cells))
+
+    def forward(self, hidden: Tensor, places: Tensor, views: int) -> Tensor:
+        """Logits ``[B, V, A, M, g, g]`` of a layer's hidden states ``[B, L, H]``.
+
+        Args:
+            places: ``[B, L, 3]`` (see `keygrip.models.language.qwen_vl.Semantics`): which tokens are whose.
+        """
+        pictures = hidden[places[..., 0] > 0].unflatten(0, (len(hidden), views, -1))  # [B, V, P P, H]
+        side = round(pictures.shape[2] ** 0.5)
+        cells = (self.arms, self.maps, self.cells, self.cells)
+        logits = self.read(pictures).unflatten(-1, cells).unflatten(2, (side, side))  # [B, V, P, P, A, M, c, c]
+        return logits.permute(0, 1, 4, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5)
+
+
+class PointedTokens(nn.Module):
+    """What the maps of `Pointing` say, as context tokens of the action head: one for every view, arm and map.
+
+    Each holds the mean of its map and, with a geometry encoder, what that encoder makes of the place: its tokens and,
+    where it predicts them, its world points, averaged with the map as weights. The language model so says where to
+    look, and geometry says where in the world that is. The maps learn from where the gripper went alone: the actions'
+    gradient through them made them worse at it.
+
+    Args:
+        width: H. arms: A. maps: M. views: V at most.
+        geom_dim: width of a geometry token; None: pictures' places alone. points: whether there are world points too.
+    """
+
+    def __init__(
+        self, width: int, arms: int, maps: int, views: int, geom_dim: int | None = None, points: bool = True
+    ) -> None:
+        super().__init__()
+        self.places = nn.Linear(2 * PLACE_FEATURES, width)
+        self.slots = nn.Parameter(0.02 * torch.randn(arms * maps, width))
+        self.views = nn.Parameter(0.02 * torch.randn(views, width))
+        self.seen = None if geom_dim is None else nn.Linear(geom_dim, width)
+        self.points = None if geom_dim is None or not points else nn.Linear(3, width)
+
+    def forward(self, logits: Tensor, geometry: GeometryFeatures | None = None) -> Tensor:
+        """``[B, V A M, H]`` float32 of logits ``[B, V, A, M, g, g]`` and what was made of the same pictures.
+
+        Raises:
+            ValueError: geometry tokens that do not lie on a square grid.
+        """
+        maps = probabilities(logits.detach()).flatten(2, 3)
+        views = maps.shape[1]  # maps [B, V, A M, g, g]
+        tokens = self.places(level_features(map_means(maps), PLACE_FEATURES).flatten(-2))
+        tokens = tokens + self.slots + self.views[:views, None]
+        if geometry is not None and self.seen is not None:
+            patches = geometry.tokens.float().unflatten(1, (views, -1))  # [B, V, N, D]
+            side = round(patches.shape[2] ** 0.5)
+            if side * side != patches.shape[2]:
+                raise ValueError(
+                    f"model.network.pointed_tokens=true needs geometry tokens on a square grid, got {patches.shape[2]} "
+                    "a view: set it to false with this geometry encoder."
+                )
+            tokens = tokens + self.seen(resampled(maps, side).flatten(-2) @ patches)
+            if geometry.points is not None and self.points is not None:
+                points = geometry.points.float()
+                weights = resampled(maps, points.shape[2]).flatten(-2)
+                tokens = tokens + self.points(weights @ points.flatten(2, 3) * DECIMETRES)
+        return tokens.flatten(1, 2)
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """Maps ``[..., g, g]`` float32 that each add up to 1."""
+    return logits.float().flatten(-2).softmax(dim=-1).unflatten(-1, logits.shape[-2:])
+
+
+def map_means(maps: Tensor) -> Tensor:
+    """x and y ``[..., 2]`` of maps ``[..., g, g]`` that each add up to 1, from 0 to 1 over the picture."""
+    centres = (torch.arange(maps.shape[-1], device=maps.device) + 0.5) / maps.shape[-1]
+    return torch.stack([(maps.sum(-2) * centres).sum(-1), (maps.sum(-1) * centres).sum(-1)], dim=-1)
+
+
+def resampled(maps: Tensor, side: int) -> Tensor:
+    """Maps ``[..., g, g]`` that each add up to 1, on a grid of ``side`` x ``side`` cells that do too."""
+    if maps.shape[-1] == side:
+        return maps
+    means = F.interpolate(maps.flatten(0, -3)[:, None], (side, side), mode="area")
+    # Cells that do not divide are shared by neighbours, and count twice.
+    return (means / means.sum(dim=(-2, -1), keepdim=True)).reshape(*maps.shape[:-2], side, side)
+
+
+def pointing_losses(logits: Tensor, batch: MultiViewPolicyBatch) -> dict[str, Tensor]:
+    """Cross-entropy against the four cells around the pixel where the gripper will be: `pointing` over the steps, and
+    `keyframe` where there is a map for that; and how far the maps' means are from it, `pointing_px` and `keyframe_px`,
+    without gradient.
+
+    Steps that are padding or outside of a picture do not count.
+
+    Args:
+        logits: ``[B, V, A, M, g, g]``.
+    """
+    steps = batch.position.shape[2]
+    losses = _map_losses(logits[:, :, :, :steps], batch.position, ~batch.repeated, batch, "pointing")
+    if logits.shape[3] > steps:
+        always = torch.ones_like(batch.repeated[:, :, :1])
+        losses |= _map_losses(logits[:, :, :, steps:], batch.keyframe[:, :, None], always, batch, "keyframe")
+    return losses
+
+
+def _map_losses(
+    logits: Tensor, position: Tensor, counts: Tensor, batch: MultiViewPolicyBatch, name: str
+) -> dict[str, Tensor]:
+    """Of maps ``[B, V, A, M, g, g]`` against positions ``[B, A, M, 3]``, where ``counts`` ``[B, A, M]``."""
+    size, cells = batch.images.shape[-1], logits.shape[-1]
+    cameras = batch.view_intrinsics[:, :, None, None], batch.view_world_to_camera[:, :, None, None]
+    pixels, _ = project(position[:, None], *cameras)  # [B, V, A, M, 2]
+    counts = inside_image(pixels, size, size) & counts[:, None]
+    around, weights = bilinear_cells(pixels.nan_to_num(0.0) * (cells / size), (cells, cells))  # [B, V, A, M, 4]
+    logs = logits.float().flatten(-2).log_softmax(dim=-1).unflatten(-1, (cells, cells))
+    surprise = -(gather_pixels(logs, around) * weights).sum(dim=-1)
+    with torch.no_grad():
+        off = (size * map_means(logs.exp()) - pixels.nan_to_num(0.0)).norm(dim=-1).masked_fill(~counts, 0.0)
+    return {
+        name: global_mean(surprise.masked_fill(~counts, 0.0).sum(), counts.sum()),
+        f"{name}_px": off.sum() / counts.sum().clamp(min=1),
+    }

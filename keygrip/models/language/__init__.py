@@ -1,0 +1,1 @@
+"""Language models and tokenizers behind one interface."""

@@ -1,0 +1,404 @@
+"""Semantics for the action head: Qwen2.5-VL, pretrained or small and random, as hidden states of its last layers.
+
+Bai et al., "Qwen2.5-VL Technical Report" (2025). Beside the project's language file the only one that imports
+transformers.
+
+Shape legend: B samples, V views, S side of a picture, L tokens of a prompt, H width of the language model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from keygrip.data.batches import normalised
+from keygrip.models.language.llama import ChatTokenizer, from_hub, local_or_hub
+
+log = logging.getLogger(__name__)
+
+# With which its vision tower was trained (CLIP's).
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+MERGE = 2  # patches along a side that become one token
+TEMPORAL = 2  # frames that a patch spans: a picture is shown twice
+KEPT_PROMPTS = 4096  # instructions whose tokens are remembered
+PICTURES = "<pictures>"  # stands for the visual tokens while a prompt is rendered
+
+Trainable = Literal["all", "language", "frozen"]
+PromptOrder = Literal["pictures_first", "instruction_first"]
+
+
+@dataclass(frozen=True)
+class Semantics:
+    """What a vision-language model makes of pictures and instructions.
+
+    Attributes:
+        layers: hidden states ``[B, L, H]`` of the last layers, in the order of depth.
+        mask: bool ``[B, L]``, False for padding.
+        places: ``[B, L, 3]`` where a token of a picture lies: its view, counted from 1, row and column as shares
+            of the picture; zeros for words.
+    """
+
+    layers: list[Tensor]
+    mask: Tensor
+    places: Tensor
+
+
+class TokenizerSource(Protocol):
+    """Where a tokenizer comes from (`keygrip.models.language.llama`)."""
+
+    def load(self, folder: Path, texts: Any = None) -> ChatTokenizer: ...
+
+
+@dataclass(frozen=True)
+class Vision:
+    """Sizes of the vision tower.
+
+    Args:
+        layers, width, heads, mlp_width: of its transformer. patch_size: pixels along a patch.
+        window: pixels along a window of attention; full_attention: layers that see the whole picture instead.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    mlp_width: int
+    patch_size: int
+    window: int
+    full_attention: Sequence[int]
+
+
+class QwenVL(nn.Module):
+    """Qwen2.5-VL without its output layer: views and an instruction in, hidden states of the last layers out.
+
+    The sizes are all in the config, so that a checkpoint rebuilds the model without any file of its maker.
+
+    Args:
+        layers, width, heads, kv_heads, mlp_width, vocabulary: of the language model. vision: of the vision tower.
+        image_token, vision_start, vision_end: ids around and in place of a picture; not the tokenizer's own words.
+        image_size: side in pixels at which it looks at pictures; others are resized.
+        tokenizer: where the tokenizer comes from.
+        rope_sections: pairs of a head's numbers that turn with time, height and width; their sum is half a head's.
+        prompt_order: pictures first, as it was trained, or the instruction first: then what a picture's tokens hold
+            depends on the instruction.
+        weights: ``random``, a local folder with config.json and weights, or a name on the Hugging Face hub.
+        trainable: ``all``, ``language`` (the vision tower stays as it is) or ``frozen``.
+        gradient_checkpointing: recompute activations in the backward pass.
+
+    Raises:
+        ValueError: impossible sizes, or weights of other sizes. FileNotFoundError: weights that are not there.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        mlp_width: int,
+        vocabulary: int,
+        vision: Vision,
+        image_token: int,
+        vision_start: int,
+        vision_end: int,
+        image_size: int,
+        tokenizer: TokenizerSource,
+        rope_sections: Sequence[int],
+        rope_theta: float = 1e6,
+        norm_eps: float = 1e-6,
+        prompt_order: PromptOrder = "pictures_first",
+        weights: str = "random",
+        trainable: Trainable = "all",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if trainable not in ("all", "language", "frozen"):
+            raise ValueError(f"vlm.trainable is all, language or frozen, not {trainable!r}.")
+        if prompt_order not in ("pictures_first", "instruction_first"):
+            raise ValueError(f"vlm.prompt_order is pictures_first or instruction_first, not {prompt_order!r}.")
+        if width % heads or heads % kv_heads or sum(rope_sections) * 2 * heads != width:
+            raise ValueError(
+                f"vlm: heads={heads} must divide width={width}, kv_heads={kv_heads} must divide heads, and "
+                f"rope_sections must add up to half a head's width, got {list(rope_sections)}."
+            )
+        if image_size % (vision.patch_size * MERGE):
+            raise ValueError(
+                f"vlm.image_size={image_size} must be a multiple of {vision.patch_size * MERGE}, two patches."
+            )
+        own = (image_token, vision_start, vision_end)
+        if max(own) >= vocabulary or len(set(own)) < 3:
+            raise ValueError(f"vlm: image_token, vision_start and vision_end are three ids below {vocabulary}.")
+        self.layers, self.width, self.vocabulary, self.image_size = layers, width, vocabulary, image_size
+        self.image_token, self.vision_start, self.vision_end = own
+        self.vision, self.prompt_order, self.trainable = vision, prompt_order, trainable
+        self.tokenizer_source = tokenizer
+        self.tokenizer: ChatTokenizer | None = None
+        self._prompts: dict[tuple[str, int], tuple[list[int], Tensor, Tensor]] = {}
+        sizes = {
+            "text_config": {
+                "hidden_size": width,
+                "intermediate_size": mlp_width,
+                "num_hidden_layers": layers,
+                "num_attention_heads": heads,
+                "num_key_value_heads": kv_heads,
+                "vocab_size": vocabulary,
+                "rms_norm_eps": norm_eps,
+                "max_position_embeddings": 128000,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": float(rope_theta),
+                    "mrope_section": list(rope_sections),
+                },
+                "use_cache": False,
+                "bos_token_id": None,
+                "eos_token_id": None,
+                "pad_token_id": None,
+            },
+            "vision_config": {
+                "depth": vision.layers,
+                "hidden_size": vision.width,
+                "num_heads": vision.heads,
+                "intermediate_size": vision.mlp_width,
+                "patch_size": vision.patch_size,
+                "spatial_merge_size": MERGE,
+                "temporal_patch_size": TEMPORAL,
+                "window_size": vision.window,
+                "fullatt_block_indexes": list(vision.full_attention),
+                "out_hidden_size": width,
+            },
+        }
+        self.model: Any = _random(sizes, own) if weights == "random" else _pretrained(weights, sizes, own)
+        self.loaded_weights = weights
+        if gradient_checkpointing:
+            # Its name changed within transformers 5.
+            model = self.model
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(trainable == "all" or (trainable == "language" and not name.startswith("visual")))
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> QwenVL:
+        """As `nn.Module.train`, except that what is frozen stays in eval mode."""
+        super().train(mode)
+        if self.trainable == "frozen":
+            self.model.eval()
+        elif self.trainable == "language":
+            self.model.visual.eval()
+        return self
+
+    # ------------------------------------------------------------------ tokens
+
+    @property
+    def tokens_per_view(self) -> int:
+        return (self.image_size // (self.vision.patch_size * MERGE)) ** 2
+
+    def prepare(self, folder: Path, instructions: Sequence[str]) -> None:
+        """Takes the tokenizer from its source; a trained one is trained on the instructions where ``folder`` has none.
+
+        Raises:
+            FileNotFoundError: not there. ValueError: it has more words than the model.
+        """
+        digest = hashlib.sha256("\n".join(sorted(set(instructions))).encode()).hexdigest()[:16]
+        self.set_tokenizer(self.tokenizer_source.load(folder / f"instructions-{digest}", sorted(set(instructions))))
+
+    def set_tokenizer(self, tokenizer: ChatTokenizer) -> None:
+        """Raises ValueError: the tokenizer's words and the ids of pictures do not fit into one vocabulary."""
+        names = {"<|image_pad|>": self.image_token, "<|vision_start|>": self.vision_start}
+        names |= {"<|vision_end|>": self.vision_end}
+        taken = [id for name, id in names.items() if id < tokenizer.size and tokenizer.decode([id], True) != name]
+        if taken or tokenizer.size > self.vocabulary:
+            raise ValueError(
+                f"The tokenizer has {tokenizer.size} tokens, the vision-language model {self.vocabulary}, of which "
+                f"{sorted(names.values())} stand for pictures: vlm and vlm.tokenizer must belong together."
+            )
+        self.tokenizer = tokenizer
+        self._prompts.clear()
+
+    def prompt(self, instruction: str, views: int) -> tuple[list[int], Tensor, Tensor]:
+        """Token ids of one sample's pictures and instruction, their positions ``[3, L]`` (time, height, width) and
+        their places ``[L, 3]`` (see `Semantics`).
+
+        Positions as the model was trained with: words count up together; a picture's tokens stand at one time, and at
+        their row and column beyond it; what follows goes on behind the largest.
+
+        Raises:
+            ValueError: there is no tokenizer yet.
+        """
+        known = self._prompts.get((instruction, views))
+        if known is not None:
+            return known
+        if self.tokenizer is None:
+            raise ValueError("The model has no tokenizer: train it, or load a checkpoint written by keygrip.train.")
+        first = self.prompt_order == "pictures_first"
+        words = f"{PICTURES}{instruction}" if first else f"{instruction}\n{PICTURES}"
+        before, after = self.tokenizer.render([("user", words)], answering=True).split(PICTURES)
+        side = self.image_size // (self.vision.patch_size * MERGE)
+        ids = self.tokenizer.encode(before)
+        positions = [torch.arange(len(ids)).expand(3, -1)]
+        places = [torch.zeros(len(ids), 3)]
+        following = len(ids)
+        cells = torch.arange(side)
+        grid = torch.stack([torch.zeros(side, side), *torch.meshgrid(cells, cells, indexing="ij")]).flatten(1).long()
+        shares = (grid[1:].T + 0.5) / side
+        for view in range(views):
+            ids += [self.vision_start] + [self.image_token] * side**2 + [self.vision_end]
+            start = following + 1
+            positions += [torch.full((3, 1), following), start + grid, torch.full((3, 1), start + side)]
+            seen = torch.cat([torch.full((side**2, 1), view + 1.0), shares], dim=1)
+            places += [torch.zeros(1, 3), seen, torch.zeros(1, 3)]
+            following = start + side + 1
+        rest = self.tokenizer.encode(after)
+        positions.append((following + torch.arange(len(rest))).expand(3, -1))
+        places.append(torch.zeros(len(rest), 3))
+        if len(self._prompts) >= KEPT_PROMPTS:
+            self._prompts.clear()
+        self._prompts[instruction, views] = ids + rest, torch.cat(positions, dim=1), torch.cat(places)
+        return self._prompts[instruction, views]
+
+    def tokens(self, instructions: Sequence[str], views: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Ids ``[B, L]``, positions ``[3, B, L]``, mask ``[B, L]`` and places ``[B, L, 3]`` of a batch, padded on the
+        right."""
+        prompts = [self.prompt(instruction, views) for instruction in instructions]
+        longest = max(len(ids) for ids, *_ in prompts)
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+        positions = torch.zeros(3, len(prompts), longest, dtype=torch.long)
+        mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
+        places = torch.zeros(len(prompts), longest, 3)
+        for row, (words, at, where) in enumerate(prompts):
+            ids[row, : len(words)] = torch.tensor(words)
+            positions[:, row, : len(words)] = at
+            mask[row, : len(words)] = True
+            places[row, : len(words)] = where
+        return ids, positions, mask, places
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(self, images: Tensor, instructions: Sequence[str], last: int) -> Semantics:
+        """Hidden states of the last layers.
+
+        Args:
+            images: uint8 ``[B, V, 3, S, S]``. instructions: B sentences. last: how many layers.
+
+        Raises:
+            ValueError: more layers than there are, or no tokenizer.
+        """
+        if not 1 <= last <= self.layers:
+            raise ValueError(
+                f"The vision-language model has {self.layers} layers and {last} are asked for: lower "
+                "model.network.blocks."
+            )
+        ids, positions, mask, places = (part.to(images.device) for part in self.tokens(instructions, images.shape[1]))
+        with torch.no_grad() if self.trainable == "frozen" else contextlib.nullcontext():
+            pixels, grid = self.patches(images)
+            output = self.model(
+                input_ids=ids,
+                attention_mask=mask.long(),
+                position_ids=positions,
+                pixel_values=pixels,
+                image_grid_thw=grid,
+                output_hidden_states=True,
+                use_cache=False,
+            )
+        return Semantics(list(output.hidden_states[-last:]), mask, places)
+
+    def patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures as the vision tower reads them: patches ``[N, 3 * 2 * P * P]``, those of a token together, and the
+        grids ``[B V, 3]`` (frames, rows, columns of patches)."""
+        pictures = normalised(images.flatten(0, 1), MEAN, STD)
+        size, patch = self.image_size, self.vision.patch_size
+        if pictures.shape[-2:] != (size, size):
+            pictures = F.interpolate(pictures, (size, size), mode="bicubic", antialias=True, align_corners=False)
+        side = size // patch
+        blocks = pictures.unflatten(3, (side // MERGE, MERGE, patch)).unflatten(2, (side // MERGE, MERGE, patch))
+        # [B V, 3, rows, MERGE, P, columns, MERGE, P] -> [B V, rows, columns, MERGE, MERGE, 3, P, P]
+        blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)
+        shown = blocks[:, :, :, :, :, :, None].expand(-1, -1, -1, -1, -1, -1, TEMPORAL, -1, -1)
+        grid = torch.tensor([[1, side, side]], device=images.device).expand(len(pictures), -1)
+        return shown.reshape(len(pictures) * side**2, -1), grid
+
+    def sharded_parts(self) -> list[nn.Module]:
+        """Blocks that are used through their `forward` alone."""
+        return [*self.model.language_model.layers, *self.model.visual.blocks]
+
+
+def _config(sizes: dict[str, dict[str, Any]], own: tuple[int, int, int]) -> Any:
+    from transformers import Qwen2_5_VLConfig
+
+    image_token, vision_start, vision_end = own
+    config = Qwen2_5_VLConfig(
+        **sizes,  # type: ignore[arg-type]  # transformers turns dictionaries into its own kinds of config
+        image_token_id=image_token,
+        vision_start_token_id=vision_start,
+        vision_end_token_id=vision_end,
+        video_token_id=-1,  # no videos
+    )
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def _random(sizes: dict[str, dict[str, Any]], own: tuple[int, int, int]) -> Any:
+    from transformers import Qwen2_5_VLModel
+
+    model = Qwen2_5_VLModel(_config(sizes, own))
+    # transformers draws all with a standard deviation of 0.02, which suits widths of thousands. The small
+    # video-language model learned nothing from such weights; here the first 200 steps were the same with either.
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv3d):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)  # as large as a picture's tokens
+    return model
+
+
+def _pretrained(source: str, sizes: dict[str, dict[str, Any]], own: tuple[int, int, int]) -> Any:
+    """The model with weights of a folder or the hub, of exactly the config's sizes."""
+    from transformers import AutoConfig, Qwen2_5_VLModel
+
+    local = Path(source).is_dir()
+    found: Any = AutoConfig.from_pretrained(local_or_hub(source)) if local else from_hub(AutoConfig, source)
+    if getattr(found, "model_type", "") != "qwen2_5_vl":
+        raise ValueError(f"vlm.weights={source} is a {getattr(found, 'model_type', 'model')}, not a qwen2_5_vl")
+    wanted = _config(sizes, own)
+    theirs, ours = _sizes(found, sizes), _sizes(wanted, sizes)
+    different = [
+        f"{name} is {theirs[name]}, config says {value}" for name, value in ours.items() if theirs[name] != value
+    ]
+    if different:
+        raise ValueError(f"vlm.weights={source} does not fit vlm: {'; '.join(different[:4])}")
+    options: dict[str, Any] = {
+        "dtype": torch.float32,
+        "attn_implementation": "sdpa",
+        "output_loading_info": True,
+    }
+    loader: Any = Qwen2_5_VLModel
+    model, report = loader.from_pretrained(source, **options) if local else from_hub(loader, source, **options)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{source} lacks weights: {', '.join(missing[:3])}; it is not a whole Qwen2.5-VL")
+    log.info("vision-language model: weights of %s", source)
+    return model
+
+
+def _sizes(config: Any, sizes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What must agree between two configs, by name."""
+    found: dict[str, Any] = {}
+    for part, names in sizes.items():
+        free = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+        for name in names:
+            if name == "rope_parameters":
+                rope = getattr(config.text_config, name, None) or {}
+                found |= {key: rope.get(key) for key in ("rope_theta", "mrope_section")}
+            elif name not in free:
+                found[f"{part}.{name}"] = getattr(getattr(config, part), name, None)
+    for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id"):
+        found[name] = getattr(config, name, None)
+    return {name: list(value) if isinstance(value, list | tuple) else value for name, value in found.items()}

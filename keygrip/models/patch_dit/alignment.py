@@ -1,0 +1,68 @@
+"""Representation alignment: a middle block is pulled towards the DINO patches of the clean picture (REPA).
+
+Paper: Yu et al., "Representation Alignment for Generation: Training Diffusion Transformers Is Easier Than You Think"
+(2025). Here the features are also a condition; samples whose DINO features are dropped must find them by themselves.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from keygrip.models.patch_dit.network import Tapped
+
+
+class FeatureAlignment(nn.Module):
+    """1 - cosine between projected tokens of a block and the DINO features at their places.
+
+    Args:
+        width: of the network. dino_dim: of the features.
+        block: number of blocks after which tokens are compared. hidden: width of the projector.
+        weight: of the loss at the start. decay_share: share of the run at which the weight has fallen to zero, in a
+            straight line; None: it stays. Late in training the alignment holds back detail.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        dino_dim: int,
+        block: int,
+        hidden: int = 2048,
+        weight: float = 0.5,
+        decay_share: float | None = 0.5,
+    ) -> None:
+        super().__init__()
+        if block < 1:
+            raise ValueError(f"model.alignment.block={block}: counts blocks, from 1.")
+        if weight <= 0 or (decay_share is not None and not 0 < decay_share <= 1):
+            raise ValueError("model.alignment: weight must be above 0, and decay_share in (0, 1] or null.")
+        self.block, self.weight, self.decay_share = block, weight, decay_share
+        self.projector = nn.Sequential(
+            nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, dino_dim)
+        )
+
+    def weight_at(self, progress: float) -> float:
+        """The weight at a share of the run, 0..1."""
+        return self.weight if self.decay_share is None else self.weight * max(0.0, 1 - progress / self.decay_share)
+
+    def forward(
+        self, tapped: Tapped, token_grid: tuple[int, int], patches: Tensor, patch_grid: tuple[int, int]
+    ) -> Tensor:
+        """The loss of each sample, ``[B]`` float32.
+
+        Args:
+            tapped: tokens of the block. token_grid: (rows, columns) of all latent tokens.
+            patches: ``[B, P, Dd]``, normalised. patch_grid: (gh, gw); features are brought to the tokens' grid by area
+                (bilinearly where that is finer): both grids lie over the same picture.
+        """
+        maps = patches.transpose(1, 2).unflatten(2, patch_grid)
+        finer = token_grid[0] > patch_grid[0] or token_grid[1] > patch_grid[1]
+        if finer:
+            maps = F.interpolate(maps, size=token_grid, mode="bilinear", align_corners=False)
+        else:
+            maps = F.adaptive_avg_pool2d(maps, token_grid)
+        targets = maps.flatten(2).transpose(1, 2)  # [B, N, Dd]
+        if tapped.index is not None:
+            targets = targets.gather(1, tapped.index[..., None].expand(-1, -1, targets.shape[-1]))
+        similarity = F.cosine_similarity(self.projector(tapped.tokens).float(), targets.float(), dim=-1)
+        return 1 - similarity.mean(dim=1)

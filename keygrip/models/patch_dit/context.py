@@ -1,0 +1,223 @@
+"""What the blocks of the DiT read: text, CLS and patch tokens, with null embeddings in place of what is dropped.
+
+One builder makes the context in training and in sampling, so that there is one mask and one set of rules.
+
+Shape legend: B samples, L text tokens, Dt width of a text state, Dd width of a DINO feature, P = gh * gw patches, D
+width of the network, M = L + 1 + P context tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from keygrip.models.patch_dit.positions import grid_positions, position_features
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What pictures are to show: features as the network takes them (normalised). Either half may be missing.
+
+    Args:
+        text: ``[B, L, Dt]``, or None. text_mask: bool ``[B, L]``, True for real tokens; a row without any counts as no
+            text.
+        cls: ``[B, Dd]``, or None. patches: ``[B, P, Dd]``, or None; row after row of patch_grid.
+        patch_grid: (gh, gw); also needed without patches: it says how many null patches stand in their place.
+    """
+
+    text: Tensor | None
+    text_mask: Tensor | None
+    cls: Tensor | None
+    patches: Tensor | None
+    patch_grid: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if (self.text is None) != (self.text_mask is None):
+            raise ValueError("Text states and their mask belong together: give both or neither.")
+        if self.patches is not None and self.cls is None:
+            raise ValueError("DINO patches come with the CLS vector of the same picture: give both or neither.")
+        if self.patches is not None and self.patches.shape[1] != self.patch_grid[0] * self.patch_grid[1]:
+            raise ValueError(
+                f"A grid of {self.patch_grid[0]} x {self.patch_grid[1]} has "
+                f"{self.patch_grid[0] * self.patch_grid[1]} patches, got {self.patches.shape[1]}."
+            )
+
+    @property
+    def has_text(self) -> bool:
+        return self.text is not None
+
+    @property
+    def has_dino(self) -> bool:
+        return self.cls is not None
+
+    def repeated(self, times: int) -> Conditions:
+        """All samples ``times`` times, one whole batch after the other."""
+        return self._map(lambda tensor: tensor.repeat(times, *[1] * (tensor.ndim - 1)))
+
+    def first(self, count: int) -> Conditions:
+        """The first samples."""
+        return self._map(lambda tensor: tensor[:count])
+
+    def with_dino_of(self, index: Tensor) -> Conditions:
+        """Each sample's own text with the DINO features of another: ``index`` ``[B]`` says whose."""
+        other = self._map(lambda tensor: tensor[index.to(tensor.device)])
+        return replace(self, cls=other.cls, patches=other.patches)
+
+    def to(self, device: torch.device | str) -> Conditions:
+        """On a device."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Conditions:
+        parts = (self.text, self.text_mask, self.cls, self.patches)
+        text, text_mask, cls, patches = (None if part is None else change(part) for part in parts)
+        return Conditions(text, text_mask, cls, patches, self.patch_grid)
+
+
+@dataclass(frozen=True)
+class Context:
+    """The tokens that a batch reads, but for the CLS token, which becomes one when the noise level is added.
+
+    Args:
+        text: ``[B, L, D]``. text_mask: bool ``[B, L]``, or None where every text token counts.
+        cls: ``[B, D]``, without the noise level. patches: ``[B, P, D]``, or None where the network has none.
+    """
+
+    text: Tensor
+    text_mask: Tensor | None
+    cls: Tensor
+    patches: Tensor | None
+
+    @property
+    def groups(self) -> tuple[int, int, int]:
+        """Numbers of text, CLS and patch tokens; their sum is M."""
+        return self.text.shape[1], 1, 0 if self.patches is None else self.patches.shape[1]
+
+    def tokens(self, cls_token: Tensor) -> Tensor:
+        """``[B, M, D]``: text, CLS with the noise level in it ``[B, D]``, patches."""
+        parts = [self.text, cls_token[:, None].to(self.text.dtype)]
+        return torch.cat(parts if self.patches is None else [*parts, self.patches], dim=1)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Bool ``[B, M]``, True = attend; None where every token counts. DINO tokens always do."""
+        if self.text_mask is None:
+            return None
+        _, one, patches = self.groups
+        return torch.cat([self.text_mask, self.text_mask.new_ones(len(self.text_mask), one + patches)], dim=1)
+
+    def trimmed(self) -> Context:
+        """Without the text tokens that count in no row of the batch: what is cut off was masked everywhere."""
+        if self.text_mask is None:
+            return self
+        used = self.text_mask.any(dim=0)
+        mask = self.text_mask[:, used]
+        return replace(self, text=self.text[:, used], text_mask=None if bool(mask.all()) else mask)
+
+
+class ContextBuilder(nn.Module):
+    """From features to context tokens, the same way for training and for every branch of sampling.
+
+    Args:
+        width: D. text_dim: Dt. dino_dim: Dd.
+        use_dino_patches: False: text and CLS only, the baseline.
+        patch_positions: False: patches without a position, which an attention cannot tell from shuffled ones (for
+            comparison).
+        position_cells: see `position_features`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        text_dim: int,
+        dino_dim: int,
+        use_dino_patches: bool = True,
+        patch_positions: bool = True,
+        position_cells: int = 32,
+    ) -> None:
+        super().__init__()
+        self.width, self.position_cells = width, position_cells
+        self.patch_positions = patch_positions
+        self.text_proj = nn.Linear(text_dim, width)
+        self.dino_proj = nn.Linear(dino_dim, width)
+        # One token stands for "no text": what an absent caption looks like must not depend on how long it was.
+        self.null_text = nn.Parameter(torch.randn(width) * 0.02)
+        self.null_dino = nn.Parameter(torch.randn(width) * 0.02)
+        self.dino_patch_proj = nn.Linear(dino_dim, width) if use_dino_patches else None
+        # At zero nothing is said in place of patches but where they would be; every patch count has the same one.
+        self.null_dino_patches = nn.Parameter(torch.zeros(width)) if use_dino_patches else None
+
+    def forward(self, conditions: Conditions, keep_text: Tensor, keep_dino: Tensor, aspect: float) -> Context:
+        """The context of a batch.
+
+        Args:
+            conditions: see there. keep_text, keep_dino: bool ``[B]``; False puts the null embedding in place. CLS and
+                patches are always dropped together.
+            aspect: width over height of the pictures.
+        """
+        text, text_mask = self._text(conditions, keep_text)
+        cls = self.null_dino.expand(len(keep_dino), -1)
+        if conditions.cls is not None:
+            known = self.dino_proj(conditions.cls)
+            cls = torch.where(keep_dino[:, None], known, cls.to(known.dtype))
+        return Context(text, text_mask, cls, self._patches(conditions, keep_dino, aspect))
+
+    def _text(self, conditions: Conditions, keep: Tensor) -> tuple[Tensor, Tensor]:
+        null = self.null_text.expand(len(keep), 1, -1)
+        if conditions.text is None or conditions.text_mask is None:
+            return null, torch.ones(len(keep), 1, dtype=torch.bool, device=keep.device)
+        known, mask = self.text_proj(conditions.text), conditions.text_mask
+        keep = (keep & mask.any(dim=1))[:, None]  # an empty caption is no caption
+        first = torch.zeros_like(mask)
+        first[:, 0] = True
+        return torch.where(keep[..., None], known, null.to(known.dtype)), torch.where(keep, mask, first)
+
+    def _patches(self, conditions: Conditions, keep: Tensor, aspect: float) -> Tensor | None:
+        if self.dino_patch_proj is None or self.null_dino_patches is None:
+            return None
+        rows, columns = conditions.patch_grid
+        patches = self.null_dino_patches.expand(len(keep), rows * columns, -1)
+        if conditions.patches is not None:
+            known = self.dino_patch_proj(conditions.patches)
+            patches = torch.where(keep[:, None, None], known, patches.to(known.dtype))
+        if self.patch_positions:
+            where = grid_positions((rows, columns), aspect, keep.device)
+            patches = patches + position_features(where, self.width, self.position_cells).to(patches.dtype)
+        return patches
+
+
+CATEGORIES = ("none", "text", "dino", "both")
+
+
+@dataclass(frozen=True)
+class ConditionDropout:
+    """What a training sample is told: one category each, as shares that add up to 1 (Ho and Salimans, "Classifier-Free
+    Diffusion Guidance", 2022, with two conditions)."""
+
+    none: float = 0.10
+    text: float = 0.30
+    dino: float = 0.05
+    both: float = 0.55
+
+    def __post_init__(self) -> None:
+        if min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
+            raise ValueError(
+                f"model.dropout: shares of {', '.join(CATEGORIES)} must not be negative and add up to 1, "
+                f"got {list(self.shares)}."
+            )
+
+    @property
+    def shares(self) -> Sequence[float]:
+        return self.none, self.text, self.dino, self.both
+
+    def draw(self, count: int, device: torch.device | str | None = None) -> Tensor:
+        """Categories ``[count]`` int64, indices into ``CATEGORIES``, from torch's global generator."""
+        edges = torch.tensor(self.shares, device=device).cumsum(0)[:-1]
+        return torch.bucketize(torch.rand(count, device=device), edges, right=True)
+
+
+def kept(category: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether samples of these categories keep their text, and their DINO features: two bool tensors ``[B]``."""
+    return (category == 1) | (category == 3), category >= 2

@@ -1,0 +1,108 @@
+"""What a model keeps of its image shards: how features are normalised, and which shapes they have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from keygrip.data.batches import ImageTextBatch, ImageTextStatistics
+from keygrip.models.patch_dit.context import Conditions
+
+NORMALISED = ("latent", "cls", "patch")
+
+
+class FeatureStatistics(nn.Module):
+    """Mean and standard deviation by channel of latents, CLS vectors and patches, in buffers; shapes as plain values.
+
+    A sampler without them would decode noise, so that using them before they are set raises. Channels that do not vary
+    are shifted and not scaled.
+
+    Args:
+        latent_channels, dino_dim: sizes of the features.
+    """
+
+    known: Tensor
+
+    def __init__(self, latent_channels: int, dino_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("known", torch.tensor(False))
+        for name, size in zip(NORMALISED, (latent_channels, dino_dim, dino_dim), strict=True):
+            self.register_buffer(f"{name}_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_std", torch.ones(size))
+        self.text_length = 0
+        self.latent_sizes: list[tuple[int, int]] = []
+        self.patch_grids: list[tuple[int, int]] = []
+        self.fingerprint = ""
+        self.encoders = ""
+
+    def take(self, statistics: ImageTextStatistics) -> None:
+        """Fill in what a data module found in its training split.
+
+        Raises:
+            ValueError: features of other widths than the network's.
+        """
+        for name in NORMALISED:
+            for part in ("mean", "std"):
+                buffer: Tensor = getattr(self, f"{name}_{part}")
+                value = torch.as_tensor(getattr(statistics, f"{name}_{part}"), dtype=buffer.dtype)
+                if value.shape != buffer.shape:
+                    raise ValueError(
+                        f"The shards' {name} features have {len(value)} channels and the network was built for "
+                        f"{len(buffer)}: choose the encoders= that the shards were made with."
+                    )
+                buffer.copy_(value.where(value > 1e-6, 1.0) if part == "std" else value)
+        self.text_length = statistics.text_length
+        self.latent_sizes = [(int(h), int(w)) for h, w in statistics.latent_sizes]
+        self.patch_grids = [(int(h), int(w)) for h, w in statistics.patch_grids]
+        self.fingerprint, self.encoders = statistics.fingerprint, statistics.encoders
+        self.known.fill_(True)
+
+    def plain(self) -> dict[str, Any]:
+        """What is no tensor, for a checkpoint."""
+        return {
+            "text_length": self.text_length,
+            "latent_sizes": [list(size) for size in self.latent_sizes],
+            "patch_grids": [list(grid) for grid in self.patch_grids],
+            "fingerprint": self.fingerprint,
+            "encoders": self.encoders,
+        }
+
+    def take_plain(self, plain: dict[str, Any]) -> None:
+        """Takes back what `plain` gave."""
+        self.text_length = int(plain["text_length"])
+        self.latent_sizes = [(h, w) for h, w in plain["latent_sizes"]]
+        self.patch_grids = [(h, w) for h, w in plain["patch_grids"]]
+        self.fingerprint, self.encoders = plain["fingerprint"], plain["encoders"]
+
+    def normalised(self, name: str, features: Tensor) -> Tensor:
+        """Features of the kind "latent" ``[B, C, h, w]``, "cls" ``[B, D]`` or "patch" ``[B, P, D]`` as a network takes
+        them."""
+        mean, std = self._of(name)
+        return (features - mean) / std
+
+    def restored(self, latents: Tensor) -> Tensor:
+        """Normalised latents ``[B, C, h, w]`` as an autoencoder takes them."""
+        mean, std = self._of("latent")
+        return latents * std + mean
+
+    def conditions(self, batch: ImageTextBatch) -> Conditions:
+        """What a batch of shards says of its pictures, as a network takes it."""
+        return Conditions(
+            batch.text_states,
+            batch.text_mask,
+            self.normalised("cls", batch.dino_cls),
+            self.normalised("patch", batch.dino_patches),
+            batch.patch_grid,
+        )
+
+    def _of(self, name: str) -> tuple[Tensor, Tensor]:
+        if not bool(self.known):
+            raise ValueError(
+                "The model has no statistics of its training images (normalisation of latents and features): train it, "
+                "or load a checkpoint written by keygrip.train."
+            )
+        mean: Tensor = getattr(self, f"{name}_mean")
+        std: Tensor = getattr(self, f"{name}_std")
+        return (mean[:, None, None], std[:, None, None]) if name == "latent" else (mean, std)

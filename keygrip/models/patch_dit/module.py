@@ -1,0 +1,322 @@
+"""Training of the patch-conditioned DiT: flow matching with dropped conditions, monitoring, samples on fixed seeds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from keygrip.data.batches import ImageTextBatch, ImageTextStatistics
+from keygrip.models.nn.flow_matching import LevelSampler, interpolate
+from keygrip.models.patch_dit.alignment import FeatureAlignment
+from keygrip.models.patch_dit.context import ConditionDropout, Conditions, kept
+from keygrip.models.patch_dit.encoders import Encoders
+from keygrip.models.patch_dit.feature_statistics import FeatureStatistics
+from keygrip.models.patch_dit.figures import picture_grid
+from keygrip.models.patch_dit.monitor import RANGES, LossTable, attention_figures, gradient_norm, velocity_norm
+from keygrip.models.patch_dit.network import DiTOutput, PatchDiT
+from keygrip.models.patch_dit.sampler import Sampling, sample
+from keygrip.models.patch_dit.warm_start import warm_start
+from keygrip.training.distributed import global_mean
+from keygrip.training.monitors import RangeChecks
+from keygrip.training.optimizers import AdamW
+
+if TYPE_CHECKING:
+    from keygrip.evaluation.kinds import Evaluation
+
+log = logging.getLogger(__name__)
+
+STATE = "patch_dit"
+UNKNOWN = "unknown"  # of shards that do not say with what they were made
+ATTENDED = 4  # samples whose attention is looked at
+# Validation: what the same pictures and noise cost under each of these.
+VALIDATED = {"both": (True, True), "text": (True, False), "dino": (False, True), "none": (False, False)}
+
+
+class PatchDiTModule(LightningModule):
+    """Mean squared error of the velocity.
+
+    Args:
+        network: makes the network from latent_channels, text_dim and dino_dim, which the encoders know.
+        encoders: frozen; what shards were made with. They are not trained and their large weights not stored.
+        optimizer: the recipe. levels: draws the noise levels of training. dropout: shares of the categories.
+        sampling: how pictures are drawn in training, and the default of `keygrip.sample`.
+        alignment: makes the alignment of a block with the DINO features, from width and dino_dim; None: there is none.
+        warm_start: a run folder, checkpoint or file of weights to start from; read when training is set up.
+        monitor_every_n_steps: steps between looks at norms and attention; 0: none. monitor_from_step: warnings begin.
+        vis_every_n_steps: validations at least so many steps apart draw samples; 0: none. shown: samples a row.
+    """
+
+    batch_type = ImageTextBatch
+    headline_metrics = (
+        *("train/loss", "val/loss", "val/loss_text", "val/loss_dino", "val/loss_none"),
+        *("val/shuffled_over_both", "val/alignment", "train/alignment"),
+    )
+
+    def __init__(
+        self,
+        network: Callable[..., PatchDiT],
+        encoders: Encoders,
+        optimizer: AdamW,
+        levels: LevelSampler,
+        dropout: ConditionDropout,
+        sampling: Sampling,
+        alignment: Callable[..., FeatureAlignment] | None = None,
+        warm_start: str | None = None,
+        monitor_every_n_steps: int = 100,
+        monitor_from_step: int = 200,
+        vis_every_n_steps: int = 500,
+        shown: int = 6,
+    ) -> None:
+        super().__init__()
+        if min(monitor_every_n_steps, vis_every_n_steps) < 0 or shown < 1:
+            raise ValueError("model: monitor_every_n_steps and vis_every_n_steps must not be negative, shown above 0")
+        self.encoders = encoders
+        self.network = network(
+            latent_channels=encoders.latent_channels, text_dim=encoders.text_dim, dino_dim=encoders.dino_dim
+        )
+        self.alignment = None if alignment is None else alignment(self.network.width, encoders.dino_dim)
+        if self.alignment is not None and self.alignment.block > self.network.depth:
+            raise ValueError(
+                f"model.alignment.block={self.alignment.block}: the network has {self.network.depth} blocks."
+            )
+        self.statistics = FeatureStatistics(encoders.latent_channels, encoders.dino_dim)
+        self.optimizer_recipe = optimizer
+        self.levels, self.dropout, self.sampling = levels, dropout, sampling
+        self.warm_start = warm_start
+        self.monitor_every_n_steps, self.vis_every_n_steps, self.shown = monitor_every_n_steps, vis_every_n_steps, shown
+        self.health = RangeChecks(RANGES, monitor_from_step)
+        self.losses = LossTable()
+        self._view_state: dict[str, Tensor] | None = None
+        self._encoders_ready = False
+        self._drawn_at = -1
+
+    # -- set-up -------------------------------------------------------------------------------------------------------
+
+    def set_statistics(self, statistics: ImageTextStatistics) -> None:
+        """Take over the shards' normalisation; and the weights to start from, where there are any.
+
+        Raises:
+            ValueError: shards of other widths, or a warm start from which nothing fits. FileNotFoundError: no such
+                file.
+        """
+        if statistics.text_dim != self.network.text_dim:
+            raise ValueError(
+                f"The shards' text states have {statistics.text_dim} numbers and the encoders' "
+                f"{self.network.text_dim}: choose the encoders= that the shards were made with."
+            )
+        own = self.encoders.quick_fingerprint  # of large encoders: checked when they are used
+        if own is not None and statistics.encoders not in (UNKNOWN, own):
+            raise ValueError(
+                f"The shards were made with the encoders {statistics.encoders} and these are {own}: choose the "
+                "encoders= and options (encoders.dino_view, ...) that the shards were made with."
+            )
+        self.statistics.take(statistics)
+        for latent in self.statistics.latent_sizes:
+            if latent[0] % self.network.patch_size or latent[1] % self.network.patch_size:
+                raise ValueError(
+                    f"Latents of {latent[0]} x {latent[1]} do not divide by model.network.patch_size="
+                    f"{self.network.patch_size}."
+                )
+        self._view_state = self.encoders.view.state()
+        if self.warm_start is not None:
+            warm_start(self.network, self.warm_start)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[STATE] = {"statistics": self.statistics.plain(), "view": self._view_state}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if STATE not in checkpoint:
+            raise ValueError("the checkpoint has no statistics of image shards: it was not written by this model")
+        self.statistics.take_plain(checkpoint[STATE]["statistics"])
+        self._view_state = checkpoint[STATE]["view"]
+
+    def ready_encoders(self) -> Encoders:
+        """The encoders on this module's device, with the stored weights of a small DINO.
+
+        Raises:
+            ValueError: they are not those that the training shards were made with: features would mean other things.
+        """
+        if not self._encoders_ready:
+            made_with = self.statistics.encoders
+            if made_with == UNKNOWN:
+                log.warning("the training shards do not say with which encoders they were made: these are not checked")
+                self.encoders.view.load_state(self._view_state)
+            else:
+                self.encoders.load_state({"view": self._view_state, "fingerprint": made_with})
+            self._encoders_ready = True
+        return self.encoders.to(self.device)
+
+    def evaluation(self) -> Evaluation:
+        """What `keygrip.evaluate` measures."""
+        from keygrip.evaluation.image_text import IMAGE_EVALUATION
+
+        return IMAGE_EVALUATION
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer_recipe.configure(self, int(self.trainer.estimated_stepping_batches))
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        if self._monitored():
+            builder = self.network.context_builder
+            figures = {"grad_norm": gradient_norm(list(self.network.parameters()))}
+            if builder.dino_patch_proj is not None:
+                figures["patch_gradient"] = gradient_norm(list(builder.dino_patch_proj.parameters()))
+            self._report(figures)
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def sharded_parts(self) -> list[Any]:
+        """Blocks, which are used through their `forward` alone."""
+        return list(self.network.blocks)
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def noised(self, data: Tensor, noise: Tensor, level: Tensor, context: Any) -> tuple[DiTOutput, Tensor]:
+        """The network's output at x_s, and each sample's loss ``[B]`` float32."""
+        tap = None if self.alignment is None else self.alignment.block
+        x = interpolate(data, noise, level)
+        output = self.network(x, level, context, tap=tap)
+        error = output.velocity.float() - self.network.target(x, data, noise, level).float()
+        return output, error.pow(2).mean(dim=(1, 2, 3))
+
+    def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
+        data = self.statistics.normalised("latent", batch.latents)
+        conditions, aspect, count = self.statistics.conditions(batch), aspect_of(data), len(data)
+        level, category = self.levels(count, self.device), self.dropout.draw(count, self.device)
+        context = self.network.context_builder(conditions, *kept(category), aspect)
+        output, losses = self.noised(data, torch.randn_like(data), level, context)
+        loss = global_mean(losses.sum(), count)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=count)
+        self.losses.add(losses.detach(), level, category)
+        # Lightning writes what is logged in the last batch of every log_every_n_steps, and drops the rest.
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            for name, value in self.losses.report().items():
+                self.log(f"train/{name}", value, batch_size=count)
+        if self._monitored():
+            self._report({"velocity_norm": velocity_norm(output.velocity)})
+            self._report(self._attention(data, conditions, aspect))
+        return loss + self._alignment_loss("train", output, data, conditions)
+
+    @torch.no_grad()
+    def validation_step(self, batch: ImageTextBatch, batch_idx: int) -> None:
+        """The loss on fixed noise and levels, under each combination of conditions and with shuffled patches."""
+        data = self.statistics.normalised("latent", batch.latents)
+        conditions, aspect, count = self.statistics.conditions(batch), aspect_of(data), len(data)
+        generator = torch.Generator().manual_seed(batch_idx * 1009 + self.global_rank)
+        noise = torch.randn(data.shape, generator=generator).to(data)
+        level = torch.rand(count, generator=generator).to(self.device)
+        found: dict[str, Tensor] = {}
+        for name, (text, dino) in VALIDATED.items():
+            keep = (torch.full((count,), flag, device=self.device) for flag in (text, dino))
+            output, losses = self.noised(data, noise, level, self.network.context_builder(conditions, *keep, aspect))
+            found[name] = losses.mean()
+            if name == "both":
+                self._alignment_loss("val", output, data, conditions)
+        if self.network.use_dino_patches and conditions.patches is not None:
+            order = torch.randperm(conditions.patches.shape[1], generator=generator).to(self.device)
+            shuffled = replace(conditions, patches=conditions.patches[:, order])
+            everything = torch.ones(count, dtype=torch.bool, device=self.device)
+            context = self.network.context_builder(shuffled, everything, everything, aspect)
+            found["shuffled"] = self.noised(data, noise, level, context)[1].mean()
+        self.log("val/loss", found.pop("both"), prog_bar=True, batch_size=count, sync_dist=True)
+        for name, value in found.items():
+            self.log(f"val/loss_{name}", value, batch_size=count, sync_dist=True)
+        if batch_idx == 0:
+            self._show(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        logged = self.trainer.callback_metrics
+        if "val/loss_shuffled" in logged:
+            ratio = logged["val/loss_shuffled"] / logged["val/loss"]
+            self.log("val/shuffled_over_both", ratio, sync_dist=True)
+            if not self.trainer.sanity_checking and self.trainer.is_global_zero:
+                self.health.check({"shuffled_over_both": float(ratio)}, self.global_step)
+
+    def _alignment_loss(self, split: str, output: DiTOutput, data: Tensor, conditions: Conditions) -> Tensor:
+        if self.alignment is None or output.tapped is None or conditions.patches is None:
+            return torch.zeros((), device=self.device)
+        grid = self.network.grid(data)
+        losses = self.alignment(output.tapped, grid, conditions.patches, conditions.patch_grid)
+        loss = global_mean(losses.sum(), len(losses))
+        self.log(f"{split}/alignment", loss.detach(), batch_size=len(losses), sync_dist=split == "val")
+        return loss * self.alignment.weight_at(self.global_step / max(1, self.trainer.estimated_stepping_batches))
+
+    # -- monitoring ---------------------------------------------------------------------------------------------------
+
+    def _monitored(self) -> bool:
+        every = self.monitor_every_n_steps
+        return bool(every) and (self.global_step + 1) % every == 0
+
+    @torch.no_grad()
+    def _attention(self, data: Tensor, conditions: Conditions, aspect: float) -> dict[str, Tensor]:
+        """Where the cross-attention looks with both conditions, half-way between data and noise."""
+        data, conditions = data[:ATTENDED], conditions.first(ATTENDED)
+        everything = torch.ones(len(data), dtype=torch.bool, device=self.device)
+        level = torch.full((len(data),), 0.5, device=self.device)
+        noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(0)).to(data)
+        context = self.network.context_builder(conditions, everything, everything, aspect)
+        return attention_figures(self.network.attention_shares(interpolate(data, noise, level), level, context))
+
+    def _report(self, figures: dict[str, Tensor]) -> None:
+        """Straight to the loggers, whatever their own interval, and compared with the healthy ranges."""
+        values = {name: float(value) for name, value in figures.items()}
+        for logger in self.loggers:
+            logger.log_metrics({f"health/{name}": value for name, value in values.items()}, step=self.global_step)
+        if self.trainer.is_global_zero:
+            self.health.check(values, self.global_step)
+
+    # -- pictures -----------------------------------------------------------------------------------------------------
+
+    def draw(
+        self,
+        conditions: Conditions,
+        size: tuple[int, int],
+        seeds: Sequence[int],
+        sampling: Sampling | None = None,
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Pictures ``[B, 3, H, W]`` float32 in 0..1.
+
+        Args:
+            conditions: normalised, of len(seeds) samples; see `keygrip.models.patch_dit.feature_statistics`.
+            size: (h, w) of the latents. sampling: None: the module's own. on_step: see `sample`.
+        """
+        latents = sample(self.network, conditions, size, sampling or self.sampling, seeds, on_step)
+        return self.encoders.to(self.device).decode_latents(self.statistics.restored(latents))
+
+    @torch.no_grad()
+    def _show(self, batch: ImageTextBatch) -> None:
+        """Samples of the first validation batch, always of the same pictures and seeds."""
+        due = self._drawn_at < 0 or self.global_step - self._drawn_at >= self.vis_every_n_steps
+        writer = getattr(self.logger, "experiment", None)
+        if not self.vis_every_n_steps or self.trainer.sanity_checking or not due or not hasattr(writer, "add_image"):
+            return
+        assert writer is not None
+        self._drawn_at = self.global_step
+        count = min(self.shown, len(batch))
+        whole = self.statistics.conditions(batch).first(count)
+        size, seeds = (batch.latents.shape[2], batch.latents.shape[3]), list(range(count))
+        ways = {
+            "text and DINO": whole,
+            "text alone": replace(whole, cls=None, patches=None),
+            "DINO alone": replace(whole, text=None, text_mask=None),
+            "its own text, DINO of the next": whole.with_dino_of(torch.arange(count).roll(-1)),
+        }
+        rows = [("pictures", self.encoders.to(self.device).decode_latents(batch.latents[:count]))]
+        rows += [(title, self.draw(conditions, size, seeds)) for title, conditions in ways.items()]
+        if self.trainer.is_global_zero:
+            writer.add_image("val/samples", picture_grid(rows), self.global_step, dataformats="HWC")
+            captions = "\n".join(f"{number}. {text}" for number, text in enumerate(batch.captions[:count], start=1))
+            writer.add_text("val/captions", captions, self.global_step)
+
+
+def aspect_of(latents: Tensor) -> float:
+    """Width over height of pictures, from their latents ``[B, C, h, w]``."""
+    return latents.shape[3] / latents.shape[2]

@@ -1,0 +1,98 @@
+"""What training shows beside its loss: shares of the dropout categories, losses by noise level and by category, norms,
+where the cross-attention looks; each with the range in which it is healthy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from keygrip.models.patch_dit.context import CATEGORIES
+from keygrip.training.distributed import global_sum
+from keygrip.training.monitors import Range
+
+GROUPS = ("text", "cls", "patches")
+
+RANGES = {
+    "velocity_norm": Range(
+        0.5, 3.0, "predicted velocities have left the size of the true ones (about 1.4): check the latents' statistics"
+    ),
+    "grad_norm": Range(0.0, 5.0, "gradients before clipping are large: lower optimizer.lr, or raise its warmup_steps"),
+    "patch_gradient": Range(
+        1e-7, math.inf, "no gradient reaches dino_patch_proj: the patches are not learned from (are they all alike?)"
+    ),
+    "attention_text": Range(0.005, 1.0, "the cross-attention does not look at the words: they have no say"),
+    "attention_patches": Range(0.05, 1.0, "the cross-attention does not look at the patches: no layout will come"),
+    "shuffled_over_both": Range(
+        1.0, math.inf, "the loss is no higher with shuffled patches: their places are not used"
+    ),
+}
+
+
+class LossTable:
+    """Losses of single samples, summed by noise level and by dropout category since the last report.
+
+    Args:
+        bins: of equal width over the noise levels 0..1.
+    """
+
+    def __init__(self, bins: int = 5) -> None:
+        self.bins = bins
+        self._sums: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, loss: Tensor, level: Tensor, category: Tensor) -> None:
+        """Losses, noise levels and categories, ``[B]`` each."""
+        count = self.bins + len(CATEGORIES)
+        if self._sums is None:
+            self._sums = torch.zeros(2, count, dtype=torch.float64, device=loss.device)
+        values = torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
+        by_level = (level * self.bins).long().clamp(0, self.bins - 1)
+        self._sums.index_add_(1, by_level, values)
+        self._sums.index_add_(1, category + self.bins, values)
+
+    def report(self) -> dict[str, float]:
+        """``loss_level_<from>_<to>``, ``loss_<category>`` and ``share_<category>`` over all processes; begins anew.
+
+        What no sample fell into is left out. Every process must call it at the same step.
+        """
+        if self._sums is None:
+            return {}
+        sums, counts = (row.tolist() for row in global_sum(self._sums).cpu())
+        self._sums = None
+        names = [f"loss_level_{i / self.bins:.1f}_{(i + 1) / self.bins:.1f}" for i in range(self.bins)]
+        names += [f"loss_{name}" for name in CATEGORIES]
+        found = {name: total / n for name, total, n in zip(names, sums, counts, strict=True) if n}
+        of_category = counts[self.bins :]
+        shares = (n / sum(of_category) for n in of_category)
+        return found | {f"share_{name}": share for name, share in zip(CATEGORIES, shares, strict=True)}
+
+
+def velocity_norm(velocity: Tensor) -> Tensor:
+    """Root mean square of velocities ``[B, C, h, w]``: about sqrt(2) where data and noise both have unit variance."""
+    return velocity.detach().float().pow(2).mean().sqrt()
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Norm of the gradients of some parameters together; 0 where there are none."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # of sharded gradients: over all processes
+
+
+def attention_figures(shares: Tensor) -> dict[str, Tensor]:
+    """From attention shares ``[depth, B, 3]`` to one figure for each group and block, and each group's mean.
+
+    The patches' are left out where there are none.
+    """
+    by_block = shares.mean(dim=1)  # [depth, 3]
+    found: dict[str, Tensor] = {}
+    for place, group in enumerate(GROUPS):
+        if group == "patches" and not bool(by_block[:, place].any()):
+            continue
+        found[f"attention_{group}"] = by_block[:, place].mean()
+        found |= {f"attention_{group}_block_{number:02d}": row[place] for number, row in enumerate(by_block)}
+    return found

@@ -1,0 +1,294 @@
+"""The patch-conditioned diffusion transformer: noisy latents in, velocities out, steered by one context of tokens.
+
+    latent -> patches -> + 2D position -> 18 x [self-attention, cross-attention over the context, MLP] -> velocity
+    context = [text, CLS + noise level, DINO patches at their places]; CLS + noise level also drives every adaLN
+
+Shape legend: B samples, C h w a latent, p the latent's patch size, N = h w / p^2 latent tokens, D width, M context
+tokens (see context.py), H heads.
+
+The blocks follow Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023), with cross-attention as in Chen
+et al., "PixArt-alpha" (2024).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from keygrip.models.nn.adaln import AdaLNModulation, modulate
+from keygrip.models.nn.attention import Attention, KeyValues
+from keygrip.models.nn.flow_matching import velocity, velocity_from_data
+from keygrip.models.nn.sinusoids import LevelEmbedding
+from keygrip.models.patch_dit.context import Context, ContextBuilder
+from keygrip.models.patch_dit.positions import grid_positions, position_features
+from keygrip.models.patch_dit.routing import TokenRouting
+
+AdaLN = Literal["shift_scale", "gated"]
+Prediction = Literal["v", "x"]
+
+
+@dataclass
+class ContextCache:
+    """Keys and values of a context at every block, filled by the first pass that is given it.
+
+    From the second pass on, only the CLS token's are computed, written in their place: it alone depends on the noise
+    level. For sampling, without gradients, and one context only.
+    """
+
+    blocks: dict[int, KeyValues] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tapped:
+    """Tokens after one of the blocks, for a loss of their own.
+
+    Args:
+        tokens: ``[B, K, D]``. index: int64 ``[B, K]``, which of the N latent tokens they are; None: all of them.
+    """
+
+    tokens: Tensor
+    index: Tensor | None
+
+
+@dataclass(frozen=True)
+class DiTOutput:
+    """``velocity``: ``[B, C, h, w]``. ``tapped``: where a block was asked for."""
+
+    velocity: Tensor
+    tapped: Tapped | None = None
+
+
+class DiTBlock(nn.Module):
+    """Self-attention, cross-attention and MLP, each after a norm that the condition modulates.
+
+    With ``adaln="shift_scale"`` the condition gives 6 vectors (shift and scale for each of the three) and the last
+    layers of the branches start at zero; with ``"gated"`` it gives 9 (a gate too) and the gates start at zero. In both
+    the block starts as the identity.
+    """
+
+    def __init__(self, width: int, heads: int, adaln: AdaLN, mlp_ratio: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.gated = adaln == "gated"
+        self.modulation = AdaLNModulation(width, width, parts=9 if self.gated else 6)
+        self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False, eps=1e-6) for _ in range(3))
+        zero = not self.gated  # a zero layer behind a zero gate would never get a gradient
+        self.self_attention = Attention(width, heads, qk_norm=qk_norm, zero_output=zero)
+        self.cross_attention = Attention(width, heads, qk_norm=qk_norm, zero_output=zero)
+        last = nn.Linear(mlp_ratio * width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU(approximate="tanh"), last)
+        if zero:
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor,
+        tokens: Tensor,
+        mask: Tensor | None,
+        cache: ContextCache | None = None,
+        number: int = 0,
+        cls_place: int = 0,
+        watched: list[Tensor] | None = None,
+        groups: tuple[int, ...] = (),
+    ) -> Tensor:
+        """``[B, N, D]``.
+
+        Args:
+            x: ``[B, N, D]``. condition: ``[B, D]``. tokens: ``[B, M, D]``; with a filled ``cache`` the CLS token alone,
+                ``[B, 1, D]``. mask: bool ``[B, M]`` or None.
+            cache: filled or read at ``number``; its CLS token stands at ``cls_place``.
+            watched: takes the attention shares ``[B, len(groups)]`` of this block's cross-attention.
+        """
+        parts = [part[:, None] for part in self.modulation(condition)]
+        shifts, scales, gates = parts[:3], parts[3:6], parts[6:]
+
+        def inner(branch: int) -> Tensor:
+            return modulate(self.norms[branch](x), shifts[branch], scales[branch])
+
+        def gated(branch: int, value: Tensor) -> Tensor:
+            return gates[branch] * value if self.gated else value
+
+        x = x + gated(0, self.self_attention(inner(0)))
+        context = self._context(tokens, cache, number, cls_place)
+        asking = inner(1)
+        if watched is not None:
+            watched.append(self.cross_attention.shares(asking, groups, context, mask))
+        x = x + gated(1, self.cross_attention(asking, context, mask))
+        return x + gated(2, self.mlp(inner(2)))
+
+    def _context(self, tokens: Tensor, cache: ContextCache | None, number: int, cls_place: int) -> KeyValues:
+        new = self.cross_attention.keys_values(tokens)
+        if cache is None:
+            return new
+        kept = cache.blocks.get(number)
+        if kept is None:
+            cache.blocks[number] = new
+            return new
+        kept.keys[:, :, cls_place : cls_place + 1] = new.keys
+        kept.values[:, :, cls_place : cls_place + 1] = new.values
+        return kept
+
+
+class PatchDiT(nn.Module):
+    """The whole network.
+
+    Args:
+        latent_channels: C. text_dim, dino_dim: widths of the features.
+        width: D, a multiple of 4 and of heads. depth: blocks. heads: H. mlp_ratio: hidden width of the MLPs over D.
+        patch_size: p; latents must divide by it.
+        adaln: see `DiTBlock`.
+        prediction: "v", the velocity; or "x", the clean latent, from which the velocity follows (no grain in small
+            pictures).
+        level_floor: only with "x", the noise level below which the prediction's error weighs no more in the loss (None:
+            0.05): a velocity loss weighs it by 1 / s^2, which near the data is all weight on the finest detail.
+        use_dino_patches, patch_positions, position_cells: see `ContextBuilder`.
+        qk_norm: normalise queries and keys.
+        routing: in training, a share of the tokens passes by the middle blocks; None: all go through all.
+        gradient_checkpointing: recompute activations in the backward pass; about a third more time, far less memory.
+
+    Raises:
+        ValueError: sizes that do not divide, or an unknown option.
+    """
+
+    def __init__(
+        self,
+        latent_channels: int,
+        text_dim: int,
+        dino_dim: int,
+        width: int = 768,
+        depth: int = 18,
+        heads: int = 12,
+        mlp_ratio: int = 4,
+        patch_size: int = 2,
+        adaln: AdaLN = "shift_scale",
+        prediction: Prediction = "v",
+        level_floor: float | None = None,
+        use_dino_patches: bool = True,
+        patch_positions: bool = True,
+        position_cells: int = 32,
+        qk_norm: bool = True,
+        routing: TokenRouting | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if adaln not in ("shift_scale", "gated"):
+            raise ValueError(f"model.network.adaln is shift_scale or gated, not {adaln!r}.")
+        if prediction not in ("v", "x"):
+            raise ValueError(f"model.network.prediction is v or x, not {prediction!r}.")
+        if level_floor is not None and prediction != "x":
+            raise ValueError(
+                f"model.network.level_floor={level_floor} has no effect with prediction={prediction}: null"
+            )
+        if level_floor is not None and not 0 < level_floor <= 1:
+            raise ValueError(f"model.network.level_floor={level_floor}: must lie in (0, 1].")
+        if width % 4:
+            raise ValueError(f"model.network.width={width}: must be a multiple of 4, for positions in two dimensions.")
+        if patch_positions and not use_dino_patches:
+            patch_positions = False  # there is nothing to place
+        self.routed = (-1, -1)
+        if routing is not None:
+            routing.check(depth)
+            self.routed = routing.span(depth)
+        self.latent_channels, self.patch_size, self.width, self.depth = latent_channels, patch_size, width, depth
+        self.text_dim, self.dino_dim = text_dim, dino_dim
+        self.prediction: Prediction = prediction
+        self.level_floor = 0.05 if level_floor is None else level_floor
+        self.use_dino_patches, self.position_cells = use_dino_patches, position_cells
+        self.routing, self.gradient_checkpointing = routing, gradient_checkpointing
+        self.context_builder = ContextBuilder(
+            width, text_dim, dino_dim, use_dino_patches, patch_positions, position_cells
+        )
+        self.level_embedding = LevelEmbedding(width, hidden=256)
+        self.latent_in = nn.Linear(latent_channels * patch_size**2, width)
+        self.blocks = nn.ModuleList(DiTBlock(width, heads, adaln, mlp_ratio, qk_norm) for _ in range(depth))
+        self.final_norm = nn.LayerNorm(width, eps=1e-6)
+        self.latent_out = nn.Linear(width, latent_channels * patch_size**2)
+        nn.init.zeros_(self.latent_out.weight)
+        nn.init.zeros_(self.latent_out.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        level: Tensor,
+        context: Context,
+        cache: ContextCache | None = None,
+        tap: int | None = None,
+        floor: float | None = None,
+        watched: list[Tensor] | None = None,
+    ) -> DiTOutput:
+        """The velocity at x_s.
+
+        Args:
+            x: ``[B, C, h, w]``, noisy normalised latents. level: ``[B]``, noise levels s.
+            context: of the B samples, from ``context_builder``.
+            cache: keys and values of this very context, kept between passes; without gradients.
+            tap: number of blocks after which tokens are given out as well.
+            floor: with ``prediction="x"``, the least level to divide by; None: ``level_floor``, as the loss wants it
+                (see `target`). Sampling gives a smaller one.
+            watched: takes the attention shares ``[B, G]`` on ``context.groups`` of every block.
+        """
+        rows, columns = self.grid(x)
+        condition = context.cls + self.level_embedding(level)  # [B, D], used twice: here and as the CLS token
+        tokens = condition[:, None] if cache is not None and cache.blocks else context.tokens(condition)
+        mask, cls_place = context.mask, context.groups[0]
+        hidden = self.latent_in(self._to_tokens(x))
+        where = grid_positions((rows, columns), columns / rows, x.device)
+        hidden = hidden + position_features(where, self.width, self.position_cells).to(hidden.dtype)
+        tapped: Tapped | None = None
+        whole, index = hidden, None
+        for number, block in enumerate(self.blocks):
+            if self.routing is not None and self.training:
+                if number == self.routed[0]:
+                    whole, index = hidden, self.routing.choose(hidden.shape[0], hidden.shape[1], hidden.device)
+                    hidden = self.routing.take(whole, index)
+                elif number == self.routed[1] and index is not None:
+                    hidden, index = self.routing.put_back(whole, hidden, index), None
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden = checkpoint(block, hidden, condition, tokens, mask, use_reentrant=False)
+            else:
+                hidden = block(hidden, condition, tokens, mask, cache, number, cls_place, watched, context.groups)
+            if tap is not None and number + 1 == tap:
+                tapped = Tapped(hidden, index)
+        raw = self._to_latent(self.latent_out(self.final_norm(hidden)), rows, columns)
+        raw = raw.to(x.dtype)
+        if self.prediction == "x":
+            raw = velocity_from_data(x, raw, level, self.level_floor if floor is None else floor)
+        return DiTOutput(raw, tapped)
+
+    def target(self, x: Tensor, data: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+        """What the velocity of `forward` is compared with in training: noise - data, and with ``prediction="x"`` below
+        ``level_floor`` that much of it as a perfect prediction would give there."""
+        if self.prediction == "x":
+            return velocity_from_data(x, data, level, self.level_floor)
+        return velocity(data, noise)
+
+    @torch.no_grad()
+    def attention_shares(self, x: Tensor, level: Tensor, context: Context) -> Tensor:
+        """Shares of cross-attention on text, CLS and patches by block, ``[depth, B, 3]``; arguments as of `forward`."""
+        watched: list[Tensor] = []
+        training = self.training
+        self.eval()
+        self(x, level, context, watched=watched)
+        self.train(training)
+        return torch.stack(watched)
+
+    def grid(self, x: Tensor) -> tuple[int, int]:
+        """Rows and columns of latent tokens of latents ``[B, C, h, w]``."""
+        _, channels, height, width = x.shape
+        if channels != self.latent_channels or height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"The network takes latents of {self.latent_channels} channels whose sides divide by "
+                f"{self.patch_size}, got {channels} x {height} x {width}."
+            )
+        return height // self.patch_size, width // self.patch_size
+
+    def _to_tokens(self, x: Tensor) -> Tensor:
+        return nn.functional.pixel_unshuffle(x, self.patch_size).flatten(2).transpose(1, 2)  # [B, N, C p p]
+
+    def _to_latent(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
+        return nn.functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (rows, columns)), self.patch_size)

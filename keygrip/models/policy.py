@@ -1,0 +1,86 @@
+"""The interface between policies and whatever runs them: what a policy is given, and the plan that it returns.
+
+Imports neither torch nor Lightning: clients of a policy server use it too.
+
+Shape legend: A arms, T planned steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+Observation = Mapping[str, Any]
+"""What the environment (or a robot's driver) gives: ``image`` [H, W, 3] uint8, ``intrinsics`` [3, 3],
+``world_to_camera`` [4, 4], ``position`` [A, 3] metres, ``quaternion`` [A, 4] wxyz, ``gripper`` [A] 0 closed .. 1 open;
+with one arm the A axis may be left out. For policies that read them, ``instruction`` is a sentence, and ``cameras``
+holds ``image``, ``intrinsics`` and ``world_to_camera`` of several cameras by name."""
+
+
+def views_of(observation: Observation, cameras: Sequence[str]) -> list[Mapping[str, Any]]:
+    """What the named cameras see, in this order: each with `image`, `intrinsics` and `world_to_camera`.
+
+    Raises:
+        ValueError: a camera is missing.
+    """
+    seen = observation.get("cameras")
+    if seen is None and len(cameras) == 1:
+        return [observation]
+    absent = [name for name in cameras if name not in (seen or {})]
+    if absent:
+        there = f"it has {', '.join(seen)}" if seen else "it has one unnamed picture"
+        raise ValueError(f"the observation lacks camera {absent[0]!r}, which the policy was trained with; {there}")
+    assert seen is not None
+    return [seen[name] for name in cameras]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Future poses of the gripper(s).
+
+    Attributes:
+        position: ``[A, T, 3]`` metres, world frame. quaternion: ``[A, T, 4]`` wxyz. gripper: ``[A, T]`` 0 closed .. 1
+            open.
+        step_seconds: time between steps; step 1 is that far in the future.
+        uncertainty: ``[A, T]`` 0 certain .. 1, or None where the policy has none.
+    """
+
+    position: np.ndarray
+    quaternion: np.ndarray
+    gripper: np.ndarray
+    step_seconds: float
+    uncertainty: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a policy reads of an observation, beside the poses of its arms.
+
+    Attributes:
+        arms: names, in the order of the observation's A axis.
+        cameras: names of the entries of `cameras`; none: the observation's own `image`, of one camera.
+        instruction: whether it reads the instruction.
+    """
+
+    arms: tuple[str, ...]
+    cameras: tuple[str, ...] = ()
+    instruction: bool = False
+
+
+class Policy(Protocol):
+    """Anything that plans from one observation.
+
+    A policy that draws by chance also has `reset(seed)`, called at the start of an episode, so that what it draws
+    depends on the episode and not on those before it.
+    """
+
+    def plan(self, observation: Observation) -> Plan: ...
+
+
+def arm_axis(value: Any, trailing: int) -> np.ndarray:
+    """An observation's entry with its arm axis: ``[A, ...]`` from ``[A, ...]`` or, with one arm, ``[...]``."""
+    array = np.asarray(value, dtype=np.float64)
+    return array[None] if array.ndim == trailing else array

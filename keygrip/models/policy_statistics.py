@@ -1,0 +1,103 @@
+"""What a policy must know about its training data to run: kept in buffers, so that it lies in every checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from keygrip.data.robot.augmentation import ImageGeometry
+
+if TYPE_CHECKING:
+    from keygrip.data.robot.datamodule import DemoStatistics
+
+
+class PolicyStatistics(nn.Module):
+    """Ranges, timing and image preparation of the training split.
+
+    A policy without them would move a robot with made-up numbers, so that reading them before they are set raises.
+
+    Attributes (buffers):
+        height_range: ``[2]`` metres, lowest and highest gripper height. position_range: ``[2, 3]`` metres, per axis.
+        step_seconds: time between predicted steps. geometry: how a camera's picture becomes the network's.
+    """
+
+    known: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("known", torch.tensor(False))
+        self.register_buffer("_height_range", torch.tensor([0.0, 1.0]))
+        self.register_buffer("_position_range", torch.tensor([[0.0] * 3, [1.0] * 3]))
+        self.register_buffer("_step_seconds", torch.tensor(0.0))
+        self.register_buffer("_image_size", torch.tensor(0))
+        self.register_buffer("_image_field", torch.tensor(1.0, dtype=torch.float64))
+        self.register_buffer("_image_stretch", torch.tensor(False))
+        self.register_buffer("_image_mean", torch.zeros(3, dtype=torch.float64))
+        self.register_buffer("_image_std", torch.ones(3, dtype=torch.float64))
+
+    def take(self, statistics: DemoStatistics, horizon: int) -> None:
+        """Fill in what a data module found in its training split.
+
+        Args:
+            horizon: steps that the network predicts; must be those of the data.
+        """
+        if statistics.horizon != horizon:
+            raise ValueError(
+                f"The data module gives {statistics.horizon} steps and the network predicts {horizon}: set "
+                "data.horizon, which both read."
+            )
+        low, high = statistics.height_range
+        if not high > low:
+            raise ValueError(
+                f"The training demonstrations have no range of heights (lowest {low:.4f} m, highest {high:.4f} m), "
+                "which the height bins need. Check that the end-effector positions are in metres, z up (step=doctor)."
+            )
+        geometry = statistics.geometry
+        values = {
+            "_height_range": [low, high],
+            "_position_range": statistics.position_range,
+            "_step_seconds": statistics.step_seconds,
+            "_image_size": geometry.image_size,
+            "_image_field": geometry.field,
+            "_image_stretch": geometry.fit == "stretch",
+            "_image_mean": geometry.mean,
+            "_image_std": geometry.std,
+        }
+        for name, value in values.items():
+            buffer: Tensor = getattr(self, name)
+            buffer.copy_(torch.as_tensor(value, dtype=buffer.dtype).reshape(buffer.shape))
+        self.known.fill_(True)
+
+    def _read(self, name: str) -> Tensor:
+        if not bool(self.known):
+            raise ValueError(
+                "The policy has no statistics of its training data (height range, image preparation): train it, or "
+                "load a checkpoint written by keygrip.train."
+            )
+        value: Tensor = getattr(self, name)
+        return value
+
+    @property
+    def height_range(self) -> Tensor:
+        return self._read("_height_range")
+
+    @property
+    def position_range(self) -> Tensor:
+        return self._read("_position_range")
+
+    @property
+    def step_seconds(self) -> float:
+        return float(self._read("_step_seconds"))
+
+    @property
+    def geometry(self) -> ImageGeometry:
+        mean, std = self._read("_image_mean").tolist(), self._read("_image_std").tolist()
+        return ImageGeometry(
+            image_size=int(self._read("_image_size")),
+            mean=(mean[0], mean[1], mean[2]),
+            std=(std[0], std[1], std[2]),
+            field=float(self._read("_image_field")),
+            fit="stretch" if bool(self._read("_image_stretch")) else "crop",
+        )

@@ -1,0 +1,199 @@
+"""From logits to metric end-effector poses.
+
+Shape legend: ``*`` leading shape ``[B, A, T]`` (batch, arms, steps), K candidate cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from keygrip.models.geometry.cameras import ParallelRayError, recover_3d
+from keygrip.models.geometry.rotation_codecs import RotationCodec
+from keygrip.models.volume_query.network import VolumeQueryOutput
+from keygrip.models.volume_query.volume import VolumeLogits, argmax_voxel, pixel_entropy, sample_voxel, soft_argmax
+
+DecoderName = Literal["argmax", "soft_argmax", "sample", "viterbi"]
+
+
+@dataclass(frozen=True)
+class DecodedSteps:
+    """Poses of every arm and step.
+
+    Attributes:
+        pixels: ``[*, 2]`` input pixels. position: ``[*, 3]`` metres, world frame. quaternion: ``[*, 4]`` wxyz.
+        gripper: ``[*]`` 0 closed .. 1 open. entropy: ``[*]`` of the heatmap, 0 certain .. 1 uniform.
+    """
+
+    pixels: Tensor
+    position: Tensor
+    quaternion: Tensor
+    gripper: Tensor
+    entropy: Tensor
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How a distribution becomes one trajectory.
+
+    Args:
+        name: "argmax": the most probable voxel, quantised. "soft_argmax": the mean in a window around it, finer than a
+            cell. "sample": one draw a step. "viterbi": the most probable *path* through each step's best cells under a
+            motion prior, then refined as soft_argmax; independent argmaxes are known to jitter and to skip points in
+            free space.
+        window: cells (and bins) to each side that soft_argmax averages.
+        candidates: cells a step that viterbi considers.
+        motion_std_m: spread of the distance between consecutive steps in viterbi's prior, metres.
+    """
+
+    name: DecoderName = "soft_argmax"
+    window: int = 3
+    candidates: int = 24
+    motion_std_m: float = 0.06
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(DecoderName):
+            raise ValueError(f"decoder.name is one of {', '.join(get_args(DecoderName))}, not {self.name!r}.")
+        if self.window < 1 or self.candidates < 2 or self.motion_std_m <= 0:
+            raise ValueError(
+                "decoder.window is at least 1, decoder.candidates at least 2 and decoder.motion_std_m positive."
+            )
+
+    def decode(
+        self,
+        output: VolumeQueryOutput,
+        codecs: Sequence[RotationCodec],
+        *,
+        intrinsics: Tensor,
+        world_to_camera: Tensor,
+        height_range: Tensor,
+        image_size: int,
+        generator: torch.Generator | None = None,
+    ) -> DecodedSteps:
+        """Poses from the network's output.
+
+        Args:
+            output: leading shape ``[B, A, T]``. codecs: one an arm. intrinsics: ``[B, 3, 3]`` of the input image.
+            world_to_camera: ``[B, 4, 4]``. height_range: ``[2]`` metres.
+
+        Raises:
+            ParallelRayError: a decoded pixel looks along its height plane: there is no 3D point.
+        """
+        logits = output.volume.float()
+        cell_size = image_size / logits.pixel.shape[-1]
+        to_metres = _HeightScale(height_range, logits.height.shape[-1])
+        cameras = intrinsics[:, None, None], world_to_camera[:, None, None]
+        if self.name == "sample":
+            cells, bins = sample_voxel(logits, generator)
+            grid, height_position = cells.flip(-1) + 0.5, bins + 0.5
+        else:
+            if self.name == "viterbi":
+                cells, bins = self._most_probable_path(logits, cell_size, to_metres, *cameras)
+            else:
+                cells, bins = argmax_voxel(logits)
+            if self.name == "argmax":
+                grid, height_position = cells.flip(-1) + 0.5, bins + 0.5
+            else:
+                grid, height_position = soft_argmax(logits, cells, self.window)
+        pixels = grid * cell_size
+        position = recover_3d(pixels, to_metres(height_position), *cameras)
+        if self.name == "sample":
+            quaternions = [codec.decode(_draw(output.rotation[:, i], generator)) for i, codec in enumerate(codecs)]
+        elif self.name == "argmax":
+            quaternions = [codec.decode(output.rotation[:, i].argmax(-1)) for i, codec in enumerate(codecs)]
+        else:
+            quaternions = [
+                codec.expectation(output.rotation[:, i].float(), self.window) for i, codec in enumerate(codecs)
+            ]
+        return DecodedSteps(
+            pixels,
+            position,
+            torch.stack(quaternions, dim=1),
+            self._gripper(output.gripper, generator),
+            pixel_entropy(logits),
+        )
+
+    def _gripper(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
+        bins = logits.shape[-1]
+        if self.name == "sample":
+            return (_draw(logits, generator) + 0.5) / bins
+        best = logits.argmax(-1, keepdim=True)
+        if self.name == "argmax":
+            return (best[..., 0] + 0.5) / bins
+        index = torch.arange(bins, device=logits.device)
+        near = (index - best).abs() <= self.window
+        weights = logits.float().masked_fill(~near, -torch.inf).softmax(-1)
+        return (weights * (index + 0.5)).sum(-1) / bins
+
+    def _most_probable_path(
+        self,
+        logits: VolumeLogits,
+        cell_size: float,
+        to_metres: _HeightScale,
+        intrinsics: Tensor,
+        world_to_camera: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Viterbi over the K best cells a step: emission log-probability plus a Gaussian prior on the distance
+        moved."""
+        width = logits.pixel.shape[-1]
+        log_prob = logits.pixel_marginal().flatten(-2).log_softmax(-1)  # [B, A, T, HW]
+        emission, index = log_prob.topk(min(self.candidates, log_prob.shape[-1]), dim=-1)  # [B, A, T, K]
+        cells = torch.stack([index // width, index % width], dim=-1)  # [B, A, T, K, 2]
+        per_candidate = VolumeLogits(
+            logits.pixel[..., None, :, :],
+            logits.height[..., None, :],
+            logits.constant[..., None],
+            None
+            if logits.pixel_factor is None
+            else logits.pixel_factor[..., None, :, :, :].expand(*index.shape, -1, -1, -1),
+            logits.height_factor,
+        )
+        bins = per_candidate.height_given_pixel(cells).argmax(-1).expand(index.shape)  # [B, A, T, K]
+        pixels = (cells.flip(-1) + 0.5) * cell_size
+        points = recover_3d(
+            pixels, to_metres(bins + 0.5), intrinsics[..., None, :, :], world_to_camera[..., None, :, :], strict=False
+        )  # [B, A, T, K, 3]
+        seen = torch.isfinite(points).all(-1)
+        if not bool(seen.any(-1).all()):
+            raise ParallelRayError(
+                "A step has no candidate cell whose ray meets its height plane: check world_to_camera."
+            )
+        emission = emission.masked_fill(~seen, -torch.inf)
+        points = points.nan_to_num(0.0)
+        steps = index.shape[2]
+        score, back = emission[:, :, 0], []
+        for t in range(1, steps):
+            distance = torch.cdist(points[:, :, t - 1], points[:, :, t])  # [B, A, K from, K to]
+            total = score[..., :, None] - distance.square() / (2 * self.motion_std_m**2)
+            best, origin = total.max(dim=-2)
+            score = best + emission[:, :, t]
+            back.append(origin)
+        choice = score.argmax(-1)  # [B, A]
+        path = [choice]
+        for origin in reversed(back):
+            choice = origin.gather(-1, choice[..., None])[..., 0]
+            path.append(choice)
+        chosen = torch.stack(path[::-1], dim=-1)[..., None]  # [B, A, T, 1]
+        chosen_cells = cells.gather(-2, chosen[..., None].expand(*chosen.shape, 2))[..., 0, :]
+        return chosen_cells, bins.gather(-1, chosen)[..., 0]
+
+
+@dataclass(frozen=True)
+class _HeightScale:
+    """Metres of positions on the height bins' scale."""
+
+    height_range: Tensor
+    bins: int
+
+    def __call__(self, position: Tensor) -> Tensor:
+        low, high = self.height_range.unbind()
+        return low + position / self.bins * (high - low)
+
+
+def _draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    flat = logits.float().softmax(-1).reshape(-1, logits.shape[-1])
+    return torch.multinomial(flat, 1, generator=generator).view(logits.shape[:-1])

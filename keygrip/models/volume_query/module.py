@@ -1,0 +1,312 @@
+"""Training of the volume-query policy: loss weights, metrics, pictures."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from keygrip.data.batches import PolicyBatch
+from keygrip.data.robot.datamodule import DemoStatistics
+from keygrip.evaluation.kinds import Evaluation
+from keygrip.models.geometry.cameras import recover_3d
+from keygrip.models.geometry.rotation_codecs import RotationCodec, fit_or_load
+from keygrip.models.geometry.rotations import geodesic_angle
+from keygrip.models.policy_statistics import PolicyStatistics
+from keygrip.models.volume_query.decoding import Decoder
+from keygrip.models.volume_query.figures import prediction_figure
+from keygrip.models.volume_query.network import VolumeQueryNetwork, VolumeQueryOutput
+from keygrip.models.volume_query.targets import StepTargets, arm_state, height_centres, step_targets
+from keygrip.models.volume_query.volume import argmax_voxel, volume_cross_entropy
+from keygrip.training.distributed import global_mean
+from keygrip.training.images import figure_to_image
+from keygrip.training.optimizers import AdamW
+
+if TYPE_CHECKING:
+    from keygrip.models.volume_query.policy import VolumeQueryPolicy
+
+# By these runs are compared; the validation loss of a multimodal policy is noise.
+HEADLINE = (
+    "pix_argmax",
+    "pix_floor",
+    "gripper_acc",
+    "rotation_acc",
+    "height_m",
+    "height_m_floor",
+    "position_cm",
+    "position_cm_floor",
+    "rotation_deg",
+    "rotation_deg_floor",
+)
+
+
+class VolumeQueryModule(LightningModule):
+    """Volume cross-entropy + gripper and rotation cross-entropy, each averaged over the steps inside the image.
+
+    Args:
+        network: the plain network. rotation: the codec, copied for each arm and fitted on the training split.
+        optimizer: the recipe. decoder: how predictions become poses, in validation and in control.
+        volume_weight, gripper_weight, rotation_weight: of the three losses.
+        target: "hard" puts the target's mass on one voxel; "bilinear" on the 4 cells and 2 heights around the point, in
+            proportion, which tells the network where inside the cell the point lies.
+        vis_every_n_steps: training steps between pictures in TensorBoard; 0 switches them off.
+    """
+
+    batch_type = PolicyBatch
+
+    headline_metrics = tuple(f"{split}/{name}" for split in ("train", "val") for name in HEADLINE)
+
+    def __init__(
+        self,
+        network: VolumeQueryNetwork,
+        rotation: RotationCodec,
+        optimizer: AdamW,
+        decoder: Decoder,
+        volume_weight: float = 1.0,
+        gripper_weight: float = 0.5,
+        rotation_weight: float = 0.5,
+        target: Literal["hard", "bilinear"] = "hard",
+        vis_every_n_steps: int = 500,
+    ) -> None:
+        super().__init__()
+        if target not in ("hard", "bilinear"):
+            raise ValueError(f"model.target is hard or bilinear, not {target!r}.")
+        if rotation.classes != network.rotation_classes:
+            raise ValueError(
+                f"The rotation codec has {rotation.classes} classes and the network's head "
+                f"{network.rotation_classes}: set "
+                "rotation.classes, which both read."
+            )
+        if vis_every_n_steps < 0:
+            raise ValueError(f"model.vis_every_n_steps is 0 (off) or positive, got {vis_every_n_steps}.")
+        self.network = network
+        self.codecs = nn.ModuleDict({arm: copy.deepcopy(rotation) for arm in network.arms})
+        self.statistics = PolicyStatistics()
+        self.optimizer_recipe = optimizer
+        self.decoder = decoder
+        self.weights = {"volume": volume_weight, "gripper": gripper_weight, "rotation": rotation_weight}
+        self.target: Literal["hard", "bilinear"] = target
+        self.vis_every_n_steps = vis_every_n_steps
+
+    # -- set-up -------------------------------------------------------------------------------------------------------
+
+    def set_statistics(self, statistics: DemoStatistics) -> dict[str, float]:
+        """Take over the training split's ranges and fit the rotation codecs on it; returns the codecs' reports."""
+        missing = [arm for arm in self.network.arms if arm not in statistics.quaternions]
+        if missing:
+            raise ValueError(
+                f"The demonstrations have no arm {missing}; they have {sorted(statistics.quaternions)}: set data.arms."
+            )
+        self.statistics.take(statistics, self.network.horizon)
+        report: dict[str, float] = {}
+        for arm in self.network.arms:
+            fitted = fit_or_load(
+                self.codec(arm),
+                torch.from_numpy(statistics.quaternions[arm]),
+                statistics.cache_dir,
+                statistics.fingerprint,
+            )
+            report |= {f"rotation/{arm}/{name}": value for name, value in fitted.items()}
+        return report
+
+    def codec(self, arm: str) -> RotationCodec:
+        """The rotation codec of one arm."""
+        codec = self.codecs[arm]
+        assert isinstance(codec, RotationCodec)
+        return codec
+
+    def policy(self) -> VolumeQueryPolicy:
+        """The module as something that plans from observations."""
+        from keygrip.models.volume_query.policy import VolumeQueryPolicy  # it is built on this module
+
+        return VolumeQueryPolicy(self)
+
+    def evaluation(self) -> Evaluation:
+        """What `keygrip.evaluate` measures."""
+        from keygrip.evaluation.policy import POLICY_EVALUATION
+
+        return POLICY_EVALUATION
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer_recipe.configure(self.network, int(self.trainer.estimated_stepping_batches))
+
+    def sharded_parts(self) -> list[nn.Module]:
+        """Blocks that are used through their `forward` alone."""
+        return self.network.sharded_parts()
+
+    # -- forward and loss ---------------------------------------------------------------------------------------------
+
+    def targets(self, batch: PolicyBatch) -> StepTargets:
+        return step_targets(
+            batch,
+            image_size=self.network.image_size,
+            pred_size=self.network.pred_size,
+            height_bins=self.network.height_bins,
+            gripper_bins=self.network.gripper_bins,
+            height_range=self.statistics.height_range,
+        )
+
+    def forward(self, batch: PolicyBatch, targets: StepTargets, *, teacher: bool) -> VolumeQueryOutput:
+        """The network's output; with ``teacher`` the step features are taken at the targets' pixels, as in training."""
+        state = arm_state(
+            self.network.state_parts,
+            batch.start_position,
+            batch.start_quaternion,
+            batch.start_gripper,
+            self.statistics.height_range,
+        )
+        step_pixels = targets.pixels if teacher and self.network.step_features else None
+        return self.network(batch.image, targets.start_pixels, state, step_pixels)
+
+    def losses(self, output: VolumeQueryOutput, batch: PolicyBatch, targets: StepTargets) -> dict[str, Tensor]:
+        """The three losses and their weighted ``total``, each a scalar averaged over the valid steps of the global
+        batch."""
+        network = self.network
+        rotation = torch.stack(
+            [self.codec(arm).encode(batch.quaternion[:, i]) for i, arm in enumerate(network.arms)], dim=1
+        )
+        per_step = {
+            "volume": volume_cross_entropy(
+                output.volume.float(), targets.volume(self.target, network.pred_size, network.height_bins)
+            ),
+            "gripper": _classification(output.gripper, targets.gripper),
+            "rotation": _classification(output.rotation, rotation),
+        }
+        count = targets.valid.sum()
+        losses = {
+            name: global_mean(value.masked_fill(~targets.valid, 0.0).sum(), count) for name, value in per_step.items()
+        }
+        total = sum(
+            (self.weights[name] * value for name, value in losses.items()), start=torch.zeros((), device=self.device)
+        )
+        return losses | {"total": total}
+
+    def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
+        targets = self.targets(batch)
+        output = self(batch, targets, teacher=True)
+        losses = self.losses(output, batch, targets)
+        self._log("train", losses | self.metrics(output, batch, targets), len(batch.image))
+        self.log("train/off_screen_share", 1 - targets.valid.float().mean(), batch_size=len(batch.image))
+        if self.vis_every_n_steps and self.global_step % self.vis_every_n_steps == 0:
+            self._show("train", output, batch, targets)
+        return losses["total"]
+
+    def validation_step(self, batch: PolicyBatch, batch_idx: int) -> None:
+        targets = self.targets(batch)
+        # Scored as the policy runs: nothing of the target reaches the network.
+        output = self(batch, targets, teacher=False)
+        metrics = self.losses(output, batch, targets) | self.metrics(output, batch, targets)
+        metrics |= self.decoded_metrics(output, batch, targets)
+        self._log("val", metrics, len(batch.image))
+        if batch_idx == 0 and self.vis_every_n_steps:
+            self._show("val", output, batch, targets)
+
+    def _log(self, split: str, values: dict[str, Tensor], batch_size: int) -> None:
+        names = {f"{split}/{'loss' if name == 'total' else name}": value for name, value in values.items()}
+        bar = {f"{split}/loss", f"{split}/pix_argmax"}
+        for name, value in names.items():
+            self.log(name, value.detach(), prog_bar=name in bar, batch_size=batch_size, sync_dist=split == "val")
+
+    # -- metrics ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def metrics(self, output: VolumeQueryOutput, batch: PolicyBatch, targets: StepTargets) -> dict[str, Tensor]:
+        """Headline errors of the plain argmax over valid steps, each beside its quantisation floor (``*_floor``)."""
+        network, valid = self.network, targets.valid
+        centres = height_centres(self.statistics.height_range, network.height_bins)
+        cell = network.image_size / network.pred_size
+        cells, bins = argmax_voxel(output.volume.float())
+        pixels, floor_pixels = (cells.flip(-1) + 0.5) * cell, (targets.cells.flip(-1) + 0.5) * cell
+        heights, floor_heights = centres[bins], centres[targets.heights]
+        cameras = batch.intrinsics[:, None, None], batch.world_to_camera[:, None, None]
+        points = recover_3d(pixels, heights, *cameras, strict=False)
+        floor_points = recover_3d(floor_pixels, floor_heights, *cameras, strict=False)
+        true_height = batch.position[..., 2]
+        rotation_error, rotation_floor, rotation_hits = [], [], []
+        for i, arm in enumerate(network.arms):
+            codec, true = self.codec(arm), batch.quaternion[:, i]
+            best, code = output.rotation[:, i].argmax(-1), codec.encode(true)
+            rotation_error.append(torch.rad2deg(geodesic_angle(codec.decode(best), true)))
+            rotation_floor.append(torch.rad2deg(geodesic_angle(codec.decode(code), true)))
+            rotation_hits.append((best == code).float())
+        values = {
+            "pix_argmax": (pixels - targets.pixels).norm(dim=-1),
+            "pix_floor": (floor_pixels - targets.pixels).norm(dim=-1),
+            "height_m": (heights - true_height).abs(),
+            "height_m_floor": (floor_heights - true_height).abs(),
+            "position_cm": (points - batch.position).norm(dim=-1) * 100,
+            "position_cm_floor": (floor_points - batch.position).norm(dim=-1) * 100,
+            "gripper_acc": (output.gripper.argmax(-1) == targets.gripper).float(),
+            "rotation_acc": torch.stack(rotation_hits, dim=1),
+            "rotation_deg": torch.stack(rotation_error, dim=1),
+            "rotation_deg_floor": torch.stack(rotation_floor, dim=1),
+        }
+        return {name: _mean_where(value, valid) for name, value in values.items()}
+
+    @torch.no_grad()
+    def decoded_metrics(self, output: VolumeQueryOutput, batch: PolicyBatch, targets: StepTargets) -> dict[str, Tensor]:
+        """Errors of the configured decoder (as the robot would move) and the heatmap's relative entropy."""
+        decoded = self.decoder.decode(
+            output,
+            [self.codec(arm) for arm in self.network.arms],
+            intrinsics=batch.intrinsics,
+            world_to_camera=batch.world_to_camera,
+            height_range=self.statistics.height_range,
+            image_size=self.network.image_size,
+        )
+        return {
+            "pix_decoded": _mean_where((decoded.pixels - targets.pixels).norm(dim=-1), targets.valid),
+            "position_cm_decoded": _mean_where((decoded.position - batch.position).norm(dim=-1) * 100, targets.valid),
+            "rotation_deg_decoded": _mean_where(
+                torch.rad2deg(geodesic_angle(decoded.quaternion, batch.quaternion)), targets.valid
+            ),
+            "heatmap_entropy": _mean_where(decoded.entropy, targets.valid),
+        }
+
+    # -- pictures -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def picture(
+        self, output: VolumeQueryOutput, batch: PolicyBatch, targets: StepTargets, *, sample: int, arm: int
+    ) -> np.ndarray:
+        """One sample's prediction beside its target, ``[H, W, 3]`` uint8."""
+        geometry = self.statistics.geometry
+        mean, std = torch.tensor(geometry.mean)[:, None, None], torch.tensor(geometry.std)[:, None, None]
+        output = output.detach()
+        figure = prediction_figure(
+            (batch.image[sample].float().cpu() * std + mean).clamp(0, 1),
+            output.volume.float(),
+            output.gripper.float(),
+            output.rotation.float(),
+            targets,
+            self.codec(self.network.arms[arm]).encode(batch.quaternion[:, arm]),
+            height_centres(self.statistics.height_range, self.network.height_bins),
+            sample=sample,
+            arm=arm,
+        )
+        return figure_to_image(figure)
+
+    def _show(self, split: str, output: VolumeQueryOutput, batch: PolicyBatch, targets: StepTargets) -> None:
+        writer = getattr(self.logger, "experiment", None)
+        if not self.trainer.is_global_zero or not hasattr(writer, "add_image"):
+            return
+        assert writer is not None
+        for arm, name in enumerate(self.network.arms):
+            picture = self.picture(output, batch, targets, sample=0, arm=arm)
+            writer.add_image(f"{split}/prediction_{name}", picture, self.global_step, dataformats="HWC")
+
+
+def _classification(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy a step ``[B, A, T]`` of logits ``[B, A, T, C]``, in float32."""
+    return F.cross_entropy(logits.float().flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
+
+
+def _mean_where(values: Tensor, valid: Tensor) -> Tensor:
+    """Mean of ``values`` over ``valid`` entries that are finite; NaN where there is none."""
+    usable = valid & torch.isfinite(values)
+    return values.masked_fill(~usable, 0.0).sum() / usable.sum()

@@ -1,0 +1,331 @@
+"""The volume-query network: one image and the gripper's pixel in, T steps of pixel x height voxels, gripper and
+rotation out.
+
+    image -> DINO backbone -> patch map -> 1x1 conv, upsample, three 3x3 convs -> F
+    (F at the start pixel, CLS[, state]) -> query -> repeated T times -> 5 AdaLN-Zero blocks under sin(t) -> (q_F, q_z,
+    q_t) voxel logit(t, z, y, x) = q_F[t] . F[y, x] + q_z[t] . sin(z) + q_t[t] . sin(t)
+
+Shape legend: B batch, A arms, T steps, S image side in pixels, P grid side in cells, C feature width (d_feat), Z height
+bins, G gripper bins, R rotation classes, r rank of the coupling.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from keygrip.models.backbone import DinoBackbone
+from keygrip.models.nn.adaln import AdaLNZeroMLP
+from keygrip.models.nn.sinusoids import sinusoidal_features
+from keygrip.models.volume_query.volume import VolumeLogits, argmax_voxel, soft_argmax
+
+# What the query may be told of the arm, and how many numbers each is: height in the bins' range, gripper opening, and
+# two
+# columns of the rotation matrix (a continuous representation of rotations: Zhou et al., "On the Continuity of Rotation
+# Representations in Neural Networks", 2019).
+STATE_PARTS = {"height": 1, "gripper": 1, "rotation": 6}
+
+
+@dataclass(frozen=True)
+class VolumeQueryOutput:
+    """Logits for every arm and step.
+
+    Attributes:
+        volume: leading shape ``[B, A, T]``, grid P x P, Z heights.
+        gripper: ``[B, A, T, G]``. rotation: ``[B, A, T, R]``.
+    """
+
+    volume: VolumeLogits
+    gripper: Tensor
+    rotation: Tensor
+
+    def detach(self) -> VolumeQueryOutput:
+        """Without gradients, for pictures and metrics."""
+        return VolumeQueryOutput(self.volume.detach(), self.gripper.detach(), self.rotation.detach())
+
+
+class FeatureRefiner(nn.Module):
+    """From the backbone's patch map to the map F that queries are matched against, ``[B, C, P, P]``."""
+
+    def __init__(self, embed_dim: int, d_feat: int, pred_size: int) -> None:
+        super().__init__()
+        self.pred_size = pred_size
+        self.reduce = nn.Conv2d(embed_dim, d_feat, 1)
+        self.refine = nn.Sequential(
+            nn.Conv2d(d_feat, d_feat, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(d_feat, d_feat, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(d_feat, d_feat, 3, padding=1),
+        )
+
+    def forward(self, patch_map: Tensor) -> Tensor:
+        reduced = self.reduce(patch_map)  # [B, C, S / patch, S / patch]
+        upsampled = F.interpolate(reduced, size=(self.pred_size, self.pred_size), mode="bilinear", align_corners=False)
+        return self.refine(upsampled)
+
+
+def sample_features(feature_map: Tensor, pixels: Tensor, image_size: int) -> Tensor:
+    """Bilinear features ``[B, *, C]`` of the map ``[B, C, P, P]`` at pixels ``[B, *, 2]``; the border repeats
+    outside."""
+    grid = (pixels / image_size * 2 - 1).nan_to_num(
+        0.0
+    )  # grid_sample with align_corners=False has the corner convention
+    flat = grid.flatten(1, -2)[:, :, None].to(feature_map.dtype)  # [B, N, 1, 2]
+    sampled = F.grid_sample(feature_map, flat, mode="bilinear", padding_mode="border", align_corners=False)
+    return sampled[..., 0].transpose(1, 2).unflatten(1, pixels.shape[1:-1])
+
+
+class ArmStream(nn.Module):
+    """One arm's query, trunk and heads. The backbone and F are shared between the arms; see VolumeQueryNetwork for
+    arguments."""
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        d_feat: int,
+        d_sin_z: int,
+        d_sin_t: int,
+        d_cond: int,
+        blocks: int,
+        trunk_width: int | None,
+        gripper_bins: int,
+        rotation_classes: int,
+        height_bins: int,
+        state_size: int,
+        logit_scale: Literal["none", "learned"],
+        height_head: Literal["sinusoidal", "sinusoidal_and_linear"],
+        step_features: bool,
+        coupling_rank: int,
+    ) -> None:
+        super().__init__()
+        self.widths = (d_feat, d_sin_z, d_sin_t)
+        d_model = sum(self.widths)
+        trunk = trunk_width or d_model
+        self.state = nn.Linear(state_size, d_feat) if state_size else None
+        self.query = nn.Linear(d_feat + embed_dim + (d_feat if state_size else 0), trunk)
+        self.lift_time = nn.Linear(d_sin_t, d_cond)
+        self.blocks = nn.ModuleList(AdaLNZeroMLP(trunk, d_cond) for _ in range(blocks))
+        self.to_query = (
+            nn.Identity() if trunk == d_model else nn.Sequential(nn.LayerNorm(trunk), nn.Linear(trunk, d_model))
+        )
+        head_width = d_model + (d_feat if step_features else 0)
+        self.gripper = _head(head_width, gripper_bins, deep=step_features)
+        self.rotation = _head(head_width, rotation_classes, deep=step_features)
+        self.direct_height = nn.Linear(d_model, height_bins) if height_head == "sinusoidal_and_linear" else None
+        # Logarithms of the factors on pixel and height logits. The start makes the initial logits' spread about 1 for
+        # unit-variance queries and features; training may sharpen it at its own speed.
+        self.log_scales = nn.Parameter(torch.zeros(2)) if logit_scale == "learned" else None
+        self.coupling = nn.Linear(d_model, coupling_rank * d_feat) if coupling_rank else None
+        self.coupling_rank = coupling_rank
+
+    def forward(self, start_features: Tensor, cls: Tensor, state: Tensor | None, sin_t: Tensor) -> Tensor:
+        """Trunk output ``[B, T, d_model]`` from ``[B, C]``, ``[B, D]``, ``[B, state_size]`` and ``[T, d_sin_t]``."""
+        parts = [start_features, cls]
+        if self.state is not None:
+            assert state is not None
+            parts.append(self.state(state))
+        steps = self.query(torch.cat(parts, dim=-1))[:, None].expand(-1, len(sin_t), -1)
+        condition = self.lift_time(sin_t)[None]
+        for block in self.blocks:
+            steps = block(steps, condition)
+        return self.to_query(steps)
+
+    def volume(
+        self, trunk: Tensor, feature_map: Tensor, sin_z: Tensor, sin_t: Tensor, coupling_z: Tensor | None
+    ) -> VolumeLogits:
+        """Volume logits with leading shape ``[B, T]`` from the trunk ``[B, T, d_model]`` and F ``[B, C, P, P]``."""
+        q_feat, q_z, q_t = trunk.split(self.widths, dim=-1)
+        pixel = torch.einsum("btc,bchw->bthw", q_feat, feature_map)
+        height = q_z @ sin_z.T
+        if self.log_scales is not None:
+            pixel = pixel * (self.log_scales[0].exp() * 2 / math.sqrt(self.widths[0]))
+            height = height * (self.log_scales[1].exp() * 4 / math.sqrt(self.widths[1]))
+        if self.direct_height is not None:
+            height = height + self.direct_height(trunk)
+        constant = (q_t * sin_t).sum(-1)
+        if self.coupling is None or coupling_z is None:
+            return VolumeLogits(pixel, height, constant)
+        q_coupling = self.coupling(trunk).unflatten(-1, (self.coupling_rank, -1))  # [B, T, r, C]
+        factor = torch.einsum("btrc,bchw->btrhw", q_coupling, feature_map) / math.sqrt(self.widths[0])
+        return VolumeLogits(pixel, height, constant, factor, coupling_z @ sin_z.T)
+
+
+def _head(width: int, classes: int, deep: bool) -> nn.Module:
+    if not deep:
+        return nn.Linear(width, classes)
+    return nn.Sequential(nn.Linear(width, 128), nn.GELU(), nn.Linear(128, classes))
+
+
+class VolumeQueryNetwork(nn.Module):
+    """The whole network.
+
+    With every option at its default this is the source design: ``q_t`` enters only a term that is constant over the
+    volume, cancels in the softmax and gets no gradient from the loss; it stays because the layout of the query is
+    fixed. (The gripper and rotation heads do read it.)
+
+    Args:
+        backbone: the shared DINO module.
+        image_size: S, the side of the square input in pixels.
+        rotation_classes: R, of the rotation codec.
+        arms: which arms, in the order of the batch's arm axis.
+        horizon: T, steps predicted.
+        pred_size: P, cells along a side of the prediction grid.
+        height_bins: Z. gripper_bins: G.
+        d_feat, d_sin_z, d_sin_t: widths of the three parts of a step's query. d_cond: width of the time condition.
+        blocks: AdaLN-Zero blocks in the trunk.
+        trunk_width: width of the trunk; None is the query's own width (the source design).
+        state: what the query is told of the arm beside its pixel: any of height, gripper, rotation. With the rotation
+            the network tends to repeat it (the arm is aligned already in most frames just before a grip) where it
+            should look.
+        logit_scale: "none" (the source design) or a learned temperature for pixel and for height logits.
+        height_head: "sinusoidal" (the source design), or plus a linear term from the trunk.
+        step_features: gripper and rotation heads also see F at the step's own pixel (the target's in training, the
+            decoded one at inference), through one hidden layer.
+        coupling: "additive" (factorises), or "bilinear": height depends on the pixel through ``coupling_rank`` factors.
+    """
+
+    sin_z: Tensor
+    sin_t: Tensor
+
+    def __init__(
+        self,
+        backbone: DinoBackbone,
+        image_size: int,
+        rotation_classes: int,
+        arms: Sequence[str] = ("right",),
+        horizon: int = 8,
+        pred_size: int = 56,
+        height_bins: int = 32,
+        gripper_bins: int = 32,
+        d_feat: int = 48,
+        d_sin_z: int = 24,
+        d_sin_t: int = 24,
+        d_cond: int = 96,
+        blocks: int = 5,
+        trunk_width: int | None = None,
+        state: Sequence[str] = (),
+        logit_scale: Literal["none", "learned"] = "none",
+        height_head: Literal["sinusoidal", "sinusoidal_and_linear"] = "sinusoidal",
+        step_features: bool = False,
+        coupling: Literal["additive", "bilinear"] = "additive",
+        coupling_rank: int = 4,
+    ) -> None:
+        super().__init__()
+        if coupling not in ("additive", "bilinear"):
+            raise ValueError(f"model.network.coupling is additive or bilinear, not {coupling!r}.")
+        if logit_scale not in ("none", "learned"):
+            raise ValueError(f"model.network.logit_scale is none or learned, not {logit_scale!r}.")
+        if height_head not in ("sinusoidal", "sinusoidal_and_linear"):
+            raise ValueError(f"model.network.height_head is sinusoidal or sinusoidal_and_linear, not {height_head!r}.")
+        if not arms or len(set(arms)) != len(arms):
+            raise ValueError(f"The arms must be at least one and different, got {list(arms)}.")
+        self.backbone = backbone
+        self.image_size, self.pred_size, self.horizon = image_size, pred_size, horizon
+        self.height_bins, self.gripper_bins, self.rotation_classes = height_bins, gripper_bins, rotation_classes
+        self.arms = tuple(arms)
+        unknown = [part for part in state if part not in STATE_PARTS]
+        if unknown or len(set(state)) != len(state):
+            raise ValueError(
+                f"model.network.state lists any of {', '.join(STATE_PARTS)}, each once, got {list(state)}."
+            )
+        self.state_parts, self.step_features = tuple(state), step_features
+        self.refiner = FeatureRefiner(backbone.embed_dim, d_feat, pred_size)
+        rank = coupling_rank if coupling == "bilinear" else 0
+        self.streams = nn.ModuleDict(
+            {
+                arm: ArmStream(
+                    embed_dim=backbone.embed_dim,
+                    d_feat=d_feat,
+                    d_sin_z=d_sin_z,
+                    d_sin_t=d_sin_t,
+                    d_cond=d_cond,
+                    blocks=blocks,
+                    trunk_width=trunk_width,
+                    gripper_bins=gripper_bins,
+                    rotation_classes=rotation_classes,
+                    height_bins=height_bins,
+                    state_size=sum(STATE_PARTS[part] for part in self.state_parts),
+                    logit_scale=logit_scale,
+                    height_head=height_head,
+                    step_features=step_features,
+                    coupling_rank=rank,
+                )
+                for arm in self.arms
+            }
+        )
+        self.coupling_z = nn.Parameter(torch.randn(rank, d_sin_z) / math.sqrt(d_sin_z)) if rank else None
+        self.register_buffer("sin_z", sinusoidal_features(height_bins, d_sin_z), persistent=False)  # [Z, d_sin_z]
+        self.register_buffer("sin_t", sinusoidal_features(horizon, d_sin_t), persistent=False)  # [T, d_sin_t]
+
+    def forward(
+        self, image: Tensor, start_pixel: Tensor, state: Tensor | None = None, step_pixels: Tensor | None = None
+    ) -> VolumeQueryOutput:
+        """Logits of the next T steps.
+
+        Args:
+            image: ``[B, 3, S, S]``, normalised by the loader with the backbone's mean and std.
+            start_pixel: ``[B, A, 2]`` projection of the gripper, input pixels; outside the image the border's features
+                count.
+            state: ``[B, A, state_size]``, the parts in the order of ``state_parts``; needed where there are any.
+            step_pixels: ``[B, A, T, 2]`` where ``step_features`` look; None takes the decoded positions.
+        """
+        if image.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"The network was built for {self.image_size} x {self.image_size} images, got {image.shape[-1]} x "
+                f"{image.shape[-2]}: set data.image_size={self.image_size}, or train with the other size."
+            )
+        if self.state_parts and state is None:
+            raise ValueError(
+                f"The network was built to be told the arm's {', '.join(self.state_parts)}: give its state."
+            )
+        features = self.backbone(image)
+        feature_map = self.refiner(features.grid_map())  # [B, C, P, P]
+        start_features = sample_features(feature_map, start_pixel, self.image_size)  # [B, A, C]
+        outputs = []
+        for index, arm in enumerate(self.arms):
+            stream = self.streams[arm]
+            assert isinstance(stream, ArmStream)
+            trunk = stream(
+                start_features[:, index], features.cls, None if state is None else state[:, index], self.sin_t
+            )
+            volume = stream.volume(trunk, feature_map, self.sin_z, self.sin_t, self.coupling_z)
+            if self.step_features:
+                pixels = self._decoded_pixels(volume) if step_pixels is None else step_pixels[:, index]
+                trunk = torch.cat([trunk, sample_features(feature_map, pixels, self.image_size)], dim=-1)
+            outputs.append((volume, stream.gripper(trunk), stream.rotation(trunk)))
+        volumes, grippers, rotations = zip(*outputs, strict=True)
+        return VolumeQueryOutput(_stack_arms(volumes), torch.stack(grippers, dim=1), torch.stack(rotations, dim=1))
+
+    def sharded_parts(self) -> list[nn.Module]:
+        """Blocks that are used through their `forward` alone."""
+        blocks = [block for stream in self.streams.values() for block in stream.blocks]  # type: ignore[union-attr]
+        return [*self.backbone.sharded_parts(), *blocks]
+
+    @torch.no_grad()
+    def _decoded_pixels(self, volume: VolumeLogits) -> Tensor:
+        logits = volume.float()
+        position, _ = soft_argmax(logits, argmax_voxel(logits)[0])
+        return position * (self.image_size / self.pred_size)
+
+
+def _stack_arms(volumes: Sequence[VolumeLogits]) -> VolumeLogits:
+    """Add the arm axis: leading shape ``[B, T]`` of each arm to ``[B, A, T]``."""
+    first = volumes[0]
+    factor = None
+    if first.pixel_factor is not None:
+        factor = torch.stack([volume.pixel_factor for volume in volumes if volume.pixel_factor is not None], dim=1)
+    return VolumeLogits(
+        torch.stack([volume.pixel for volume in volumes], dim=1),
+        torch.stack([volume.height for volume in volumes], dim=1),
+        torch.stack([volume.constant for volume in volumes], dim=1),
+        factor,
+        first.height_factor,
+    )

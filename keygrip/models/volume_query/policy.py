@@ -1,0 +1,97 @@
+"""The trained volume-query network as a policy: an observation in, a plan of metric poses out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from keygrip.models.geometry.cameras import project
+from keygrip.models.policy import Needs, Observation, Plan, arm_axis
+from keygrip.models.volume_query.decoding import Decoder, DecoderName
+from keygrip.models.volume_query.module import VolumeQueryModule
+from keygrip.models.volume_query.network import VolumeQueryOutput
+from keygrip.models.volume_query.targets import arm_state
+
+
+@dataclass
+class VolumeQueryPolicy:
+    """Plans with a trained module; everything that it needs lies in the module's checkpoint.
+
+    Args:
+        module: trained, with its statistics.
+        decoder: how a distribution becomes a trajectory; a name: the module's own settings otherwise; None: its own.
+        margin_m: planned positions are kept within this distance of the positions seen in training: what lies beyond
+            was never demonstrated, and may be the table.
+        seed: of the "sample" decoder.
+    """
+
+    module: VolumeQueryModule
+    decoder: Decoder | DecoderName | None = None
+    margin_m: float = 0.01
+    seed: int = 0
+    last_output: VolumeQueryOutput | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.module.eval()
+        self.chosen_decoder()  # refuses a name that does not exist
+        self._geometry = self.module.statistics.geometry
+        self._generator = torch.Generator(device=self.module.device).manual_seed(self.seed)
+
+    @property
+    def needs(self) -> Needs:
+        """What it reads of an observation."""
+        return Needs(arms=tuple(self.module.network.arms))
+
+    def chosen_decoder(self) -> Decoder:
+        """The decoder that plans are made with."""
+        if isinstance(self.decoder, str):
+            return replace(self.module.decoder, name=self.decoder)
+        return self.decoder or self.module.decoder
+
+    def reset(self, seed: int) -> None:
+        """Starts an episode: what the "sample" decoder draws is from here on a function of the seeds."""
+        self._generator.manual_seed(self.seed + seed)
+
+    @torch.inference_mode()
+    def plan(self, observation: Observation) -> Plan:
+        """Poses of the next T steps.
+
+        Raises:
+            ParallelRayError: a decoded pixel's ray does not meet its height plane.
+        """
+        module, network, statistics = self.module, self.module.network, self.module.statistics
+        device = module.device
+        image, intrinsics = self._geometry.apply(
+            np.asarray(observation["image"]), np.asarray(observation["intrinsics"])
+        )
+        k = torch.as_tensor(intrinsics, dtype=torch.float32, device=device)[None]
+        camera = torch.as_tensor(np.asarray(observation["world_to_camera"]), dtype=torch.float32, device=device)[None]
+
+        def arm_tensor(name: str, trailing: int) -> torch.Tensor:
+            return torch.as_tensor(arm_axis(observation[name], trailing), dtype=torch.float32, device=device)[None]
+
+        position, quaternion, gripper = arm_tensor("position", 1), arm_tensor("quaternion", 1), arm_tensor("gripper", 0)
+        start_pixels, _ = project(position, k[:, None], camera[:, None])
+        state = arm_state(network.state_parts, position, quaternion, gripper, statistics.height_range)
+        output = network(image.to(device)[None], start_pixels, state)
+        self.last_output = output
+        decoded = self.chosen_decoder().decode(
+            output,
+            [module.codec(arm) for arm in network.arms],
+            intrinsics=k,
+            world_to_camera=camera,
+            height_range=statistics.height_range,
+            image_size=network.image_size,
+            generator=self._generator,
+        )
+        low, high = statistics.position_range
+        kept = decoded.position[0].clamp(low - self.margin_m, high + self.margin_m)
+        return Plan(
+            position=kept.double().cpu().numpy(),
+            quaternion=decoded.quaternion[0].double().cpu().numpy(),
+            gripper=decoded.gripper[0].double().cpu().numpy(),
+            step_seconds=statistics.step_seconds,
+            uncertainty=decoded.entropy[0].double().cpu().numpy(),
+        )

@@ -1,0 +1,95 @@
+"""From metric poses to what the network is trained on, and the floors that quantisation puts under every error.
+
+Shape legend: B batch, A arms, T steps, P grid side in cells, S image side in pixels, Z height bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from keygrip.data.batches import PolicyBatch
+from keygrip.models.geometry.cameras import inside_image, project
+from keygrip.models.geometry.rotations import quaternion_to_matrix
+from keygrip.models.volume_query.volume import VolumeTarget, bilinear_target, hard_target
+
+
+@dataclass(frozen=True)
+class StepTargets:
+    """Targets of every arm and step.
+
+    Attributes:
+        pixels: ``[B, A, T, 2]`` input pixels. valid: bool ``[B, A, T]``, the step projects inside the image.
+        cells: ``[B, A, T, 2]`` (row, column). heights: ``[B, A, T]`` bin indices.
+        grid_position: ``[B, A, T, 2]`` (x, y) in cells; height_position: ``[B, A, T]`` in bins: the unquantised
+            targets.
+        gripper: ``[B, A, T]`` bin indices. start_pixels: ``[B, A, 2]``.
+    """
+
+    pixels: Tensor
+    valid: Tensor
+    cells: Tensor
+    heights: Tensor
+    grid_position: Tensor
+    height_position: Tensor
+    gripper: Tensor
+    start_pixels: Tensor
+
+    def volume(self, kind: Literal["hard", "bilinear"], pred_size: int, height_bins: int) -> VolumeTarget:
+        if kind == "hard":
+            return hard_target(self.cells, self.heights)
+        return bilinear_target(self.grid_position, self.height_position, (pred_size, pred_size), height_bins)
+
+
+def step_targets(
+    batch: PolicyBatch, *, image_size: int, pred_size: int, height_bins: int, gripper_bins: int, height_range: Tensor
+) -> StepTargets:
+    """Project and bin the poses of a batch; ``height_range`` ``[2]`` metres is the training split's.
+
+    The cell is ``floor(pixel * P / S)``. Heights beyond the range count to the outer bins. Steps outside the image get
+    an arbitrary cell and ``valid`` False.
+    """
+    intrinsics, extrinsics = batch.intrinsics[:, None], batch.world_to_camera[:, None]
+    pixels, _ = project(batch.position, intrinsics[:, None], extrinsics[:, None])
+    start_pixels, _ = project(batch.start_position, intrinsics, extrinsics)
+    valid = inside_image(pixels, image_size, image_size)
+    grid_position = (pixels * (pred_size / image_size)).nan_to_num(0.0).clamp(0, pred_size)
+    columns_rows = grid_position.floor().long().clamp_max(pred_size - 1)
+    low, high = height_range.unbind()
+    height_position = ((batch.position[..., 2] - low) / (high - low) * height_bins).clamp(0, height_bins)
+    return StepTargets(
+        pixels=pixels,
+        valid=valid,
+        cells=columns_rows.flip(-1),
+        heights=height_position.long().clamp_max(height_bins - 1),
+        grid_position=grid_position,
+        height_position=height_position,
+        gripper=(batch.gripper * gripper_bins).long().clamp(0, gripper_bins - 1),
+        start_pixels=start_pixels,
+    )
+
+
+def height_centres(height_range: Tensor, height_bins: int) -> Tensor:
+    """Metres ``[Z]`` at the bins' centres."""
+    low, high = height_range.unbind()
+    return low + (torch.arange(height_bins, device=height_range.device) + 0.5) * (high - low) / height_bins
+
+
+def arm_state(
+    parts: Sequence[str], position: Tensor, quaternion: Tensor, gripper: Tensor, height_range: Tensor
+) -> Tensor | None:
+    """The parts of the arm's state that a network is told, ``[..., state_size]``; None where it is told nothing.
+
+    height and gripper are scaled to -1 .. 1; rotation is two columns of the matrix.
+    """
+    low, high = height_range.unbind()
+    known = {
+        "height": ((position[..., 2] - low) / (high - low) * 2 - 1)[..., None],
+        "gripper": gripper[..., None] * 2 - 1,
+        "rotation": quaternion_to_matrix(quaternion)[..., :2].flatten(-2),
+    }
+    return torch.cat([known[part] for part in parts], dim=-1) if parts else None

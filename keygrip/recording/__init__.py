@@ -1,0 +1,1 @@
+"""Data recorded in simulated environments."""

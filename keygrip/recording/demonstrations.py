@@ -1,0 +1,343 @@
+"""Records the expert's demonstrations into native demo folders, in parallel and resumably.
+
+A folder is named after its episode's seed and is a function of (task, seed, settings) alone, so neither the number of
+processes nor an interruption changes what ends up on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from keygrip.data.robot.demos import ArmPose, CameraPose, DemoWriter, write_whole
+from keygrip.envs.yam.environment import YamCell
+from keygrip.envs.yam.expert import expert_actions
+from keygrip.envs.yam.tasks import Placed, TaskOptions
+from keygrip.envs.yam.text import EpisodeTrace, describe
+
+ROBOT = "yam"
+ARM = "right"
+SETTINGS_FILE = "recording.json"
+STALE_AFTER_S = 600.0
+
+
+@dataclass(frozen=True)
+class RecordSettings:
+    """What a recording is made of, apart from how many and which seeds."""
+
+    task: TaskOptions
+    image_size: int = 224
+    hz: float = 10.0
+    cameras: tuple[str, ...] = ("over",)
+    depth: bool = False
+    video: bool = False
+    jpeg_quality: int = 95
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as they stand in recording.json."""
+        plain = asdict(self)
+        plain["cameras"] = list(self.cameras)
+        return plain
+
+
+@dataclass(frozen=True)
+class RecordSummary:
+    """What `record` did."""
+
+    root: Path
+    demos: int  # complete in the folder for this request
+    recorded: int  # of these, made by this call
+    failed: int  # episodes in which the expert failed; their seeds were passed over
+    seconds: float
+
+
+def demo_name(task: str, seed: int) -> str:
+    """Folder name of an episode."""
+    return f"{task}_{seed:07d}"
+
+
+def record(
+    task: TaskOptions,
+    root: Path | str,
+    demos: int,
+    seed: int = 0,
+    image_size: int = 224,
+    hz: float = 10.0,
+    processes: int = 1,
+    cameras: tuple[str, ...] | None = None,
+    depth: bool = False,
+    video: bool = False,
+    jpeg_quality: int = 95,
+    progress: bool = True,
+) -> RecordSummary:
+    """Records the first `demos` episodes from `seed` on in which the expert succeeds; those already there are kept.
+
+    Args:
+        task: what happens and what varies.
+        root: folder of the demo folders; made if missing.
+        demos: how many shall be there in the end, counted from `seed`.
+        seed: first episode seed; the following ones are used in order.
+        image_size: edge of the square pictures, pixels.
+        hz: frames and commands a second.
+        processes: worker processes (spawned); the result does not depend on it.
+        cameras: names among "over", "front", "wrist"; the task's own camera by default.
+        depth: also write 16-bit depth in millimetres.
+        video: one H.264 file a camera in place of JPEG files.
+        jpeg_quality: 92..100.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        ValueError: a setting out of range, or `root` holds a recording made with other settings.
+        RenderingUnavailableError: this machine cannot draw off screen.
+        RuntimeError: the expert fails in more than half of the episodes.
+    """
+    if demos < 1 or processes < 1:
+        raise ValueError(f"demos and processes must be at least 1, got demos={demos}, processes={processes}")
+    if not 92 <= jpeg_quality <= 100:
+        raise ValueError(f"jpeg_quality={jpeg_quality} is outside [92, 100]; lower qualities show blocks in heatmaps")
+    settings = RecordSettings(task, image_size, float(hz), tuple(cameras or (task.camera,)), depth, video, jpeg_quality)
+    root = Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    _check_settings(root, settings)
+    _remove_stale(root)
+    failed = set(_read_settings(root).get("failed_seeds", []))
+    started, done, recorded, next_seed, failures = time.monotonic(), 0, 0, seed, 0
+    with (
+        tqdm(total=demos, desc=f"record {task.name}", unit="demo", disable=not progress) as bar,
+        _Workers(settings, root, min(processes, demos)) as workers,
+    ):
+        while done < demos:
+            # As many further seeds as demos are missing: the same set of seeds whatever the number of processes.
+            batch = range(next_seed, next_seed + demos - done)
+            next_seed = batch.stop
+            there = [s for s in batch if (root / demo_name(task.name, s) / "metadata.json").is_file()]
+            known = [s for s in batch if s in failed]
+            failures += len(known)
+            done += len(there)
+            bar.update(len(there))
+            for episode_seed, success in workers.run([s for s in batch if s not in {*there, *known}]):
+                if success:
+                    done, recorded = done + 1, recorded + 1
+                    bar.update(1)
+                else:
+                    failed.add(episode_seed)
+                    failures += 1
+                    bar.set_postfix(failed=failures)
+                    _write_settings(root, settings, failed)
+            if failures > 10 and failures > (next_seed - seed) / 2:
+                raise RuntimeError(
+                    f"the expert failed in {failures} of {next_seed - seed} episodes of {task.name}: "
+                    f"the task's options ask for more than it can do"
+                )
+    return RecordSummary(root, done, recorded, failures, time.monotonic() - started)
+
+
+def _read_settings(root: Path) -> dict[str, Any]:
+    path = root / SETTINGS_FILE
+    stored: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return stored
+
+
+def _write_settings(root: Path, settings: RecordSettings, failed: Iterable[int]) -> None:
+    content = {"settings": settings.as_dict(), "failed_seeds": sorted(failed)}
+    write_whole(root / SETTINGS_FILE, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _check_settings(root: Path, settings: RecordSettings) -> None:
+    """Refuses to mix two recordings in a folder; notes the settings of a new one."""
+    stored = _read_settings(root).get("settings")
+    now = json.loads(json.dumps(settings.as_dict()))
+    if stored is None:
+        _write_settings(root, settings, ())
+        return
+    # an older recording lacks options that came later: it was made as if they stood at their defaults
+    stored["task"] = {option.name: option.default for option in fields(TaskOptions)} | stored["task"]
+    if stored == now:
+        return
+    flat_old, flat_new = {**stored, **stored["task"]}, {**now, **now["task"]}
+    keys = [k for k in {**flat_old, **flat_new} if k != "task" and flat_old.get(k) != flat_new.get(k)]
+    difference = ", ".join(f"{k}: {flat_old.get(k)!r} there, {flat_new.get(k)!r} now" for k in keys)
+    raise ValueError(f"{root} holds a recording with other settings ({difference}); use another folder or remove it")
+
+
+def _remove_stale(root: Path) -> None:
+    """Removes what a killed recorder left behind: hidden, unfinished folders of processes that are gone."""
+    for folder in root.glob(".*.partial"):
+        match = re.search(r"\.(\d+)-[0-9a-f]+\.partial$", folder.name)
+        if match is None or time.time() - folder.stat().st_mtime < STALE_AFTER_S:
+            continue  # young ones may belong to another machine's recorder on a shared disk
+        try:
+            os.kill(int(match[1]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except PermissionError:
+            continue
+
+
+def record_episode(cell: YamCell, settings: RecordSettings, root: Path, seed: int) -> bool:
+    """Records one episode; returns whether the expert succeeded (a failed episode leaves no folder)."""
+    task = settings.task
+    cell.reset(seed=seed)
+    assert cell.layout is not None
+    actions = expert_actions(cell.layout, task, seed, settings.hz)
+    folder = root / demo_name(task.name, seed)
+    with DemoWriter(
+        folder,
+        robot=ROBOT,
+        task=task.name,
+        instruction=cell.layout.instruction,
+        fps=settings.hz,
+        video=settings.video,
+        jpeg_quality=settings.jpeg_quality,
+    ) as writer:
+        trace = EpisodeTrace(task, cell.layout, seed, settings.hz, first=cell.sight(settings.cameras[0]))
+        reached_sign, commanded_sign = SignKeeper(), SignKeeper()
+        for i, action in enumerate(actions):
+            if i == len(actions) - 1:
+                trace.last = cell.sight(settings.cameras[0])
+            trace.add(cell.object_position, cell.tool_pose[0], cell.progress.held)
+            pictures = {c: cell.frame(c) for c in settings.cameras}
+            views = {c: CameraPose(cell.lenses[c].intrinsics, cell.world_to_camera(c)) for c in settings.cameras}
+            depth = {c: _millimetres(cell.depth(c)) for c in settings.cameras} if settings.depth else None
+            position, quaternion = cell.tool_pose
+            reached = _arm_pose(position, reached_sign(quaternion), cell.gripper_opening, cell.joints)
+            cell.advance(action)
+            position, quaternion = cell.commanded_pose
+            commanded = _arm_pose(position, commanded_sign(quaternion), cell.commanded_gripper, None)
+            stamp = round(i * 1e9 / settings.hz)
+            writer.add(stamp, pictures, views, {ARM: reached}, {ARM: commanded}, depth)
+        success = trace.success = cell.progress.success
+        if not success:
+            writer.discard()
+        trace.final_positions = {p.name: cell.body_position(p.name) for p in cell.layout.placed}
+        writer.text = describe(trace)
+        writer.source = {
+            "simulator": "keygrip.envs.yam",
+            "task": task.as_dict(),
+            "seed": seed,
+            "success": success,
+            "yaw_error_rad": cell.progress.yaw_error,
+            "objects": [_plain(p) for p in cell.layout.placed],
+            "goal": {"colour": cell.layout.goal_colour, "position_m": [float(v) for v in cell.layout.goal]},
+        }
+    return success
+
+
+def _plain(thing: Placed) -> dict[str, Any]:
+    return {
+        "name": thing.name,
+        "shape": thing.shape,
+        "colour": thing.colour,
+        "digit": thing.digit,
+        "position_m": [float(v) for v in thing.position],
+        "yaw_rad": thing.yaw,
+        "pedestal_m": thing.pedestal,
+    }
+
+
+class SignKeeper:
+    """Gives each quaternion of a trajectory the sign that is nearer to the one before: q and -q are the same rotation,
+    but readers interpolate."""
+
+    def __init__(self) -> None:
+        self._last: np.ndarray | None = None
+
+    def __call__(self, quaternion: np.ndarray) -> np.ndarray:
+        if self._last is not None and float(quaternion @ self._last) < 0:
+            quaternion = -quaternion
+        self._last = quaternion
+        return quaternion
+
+
+def _arm_pose(position: np.ndarray, quaternion: np.ndarray, gripper: float, joints: np.ndarray | None) -> ArmPose:
+    return ArmPose(position, quaternion, float(np.clip(gripper, 0.0, 1.0)), joints)
+
+
+def _millimetres(depth: np.ndarray) -> np.ndarray:
+    """uint16 millimetres; 0 (no reading, as depth cameras have it) beyond 65 m."""
+    return np.where(depth < 65.0, np.round(depth * 1000), 0).astype(np.uint16)
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+class _Workers:
+    """Records seeds here or in spawned processes; cells are built when the first seed asks for one."""
+
+    def __init__(self, settings: RecordSettings, root: Path, processes: int) -> None:
+        self.settings, self.root, self.processes = settings, root, processes
+        self._cell: YamCell | None = None
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._cell is not None:
+            self._cell.close()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def run(self, seeds: list[int]) -> Iterator[tuple[int, bool]]:
+        """(seed, success) of each seed, in no particular order."""
+        if not seeds:
+            return
+        if self.processes == 1:
+            self._cell = self._cell or _build_cell(self.settings)
+            for seed in seeds:
+                yield seed, record_episode(self._cell, self.settings, self.root, seed)
+            return
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")  # a forked GL context is broken
+            self._pool = ProcessPoolExecutor(self.processes, context, _start_worker, (self.settings, self.root))
+        try:
+            for future in as_completed([self._pool.submit(_run_in_worker, seed) for seed in seeds]):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                f"a recording process died (out of memory, or a script without an `if __name__ == '__main__'` guard); "
+                f"the demos in {self.root} are whole: run again to continue, perhaps with fewer processes"
+            ) from error
+
+
+_worker: tuple[YamCell, RecordSettings, Path] | None = None  # one cell a process, used for all its episodes
+
+
+def _build_cell(settings: RecordSettings) -> YamCell:
+    return YamCell(settings.task, settings.image_size, settings.hz, cameras=settings.cameras)
+
+
+def _start_worker(settings: RecordSettings, root: Path) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which lets episodes under way finish
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa's software renderer: one thread a process, not one a core
+    _worker = (_build_cell(settings), settings, root)
+
+
+def _end_with_parent(parent: int) -> None:
+    """Ends this process when its parent has been killed; the pool would leave it waiting for work for ever."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def _run_in_worker(seed: int) -> tuple[int, bool]:
+    assert _worker is not None
+    cell, settings, root = _worker
+    return seed, record_episode(cell, settings, root, seed)

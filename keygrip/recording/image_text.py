@@ -1,0 +1,129 @@
+"""Shards of pictures of the simulated table, with captions and ground truth: `data=robot_images` makes them itself."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from keygrip.data.image_text.crops import Bucket, nearest_bucket, shared_crop
+from keygrip.data.image_text.datamodule import write_info
+from keygrip.data.image_text.samples import describe_image_text
+from keygrip.data.image_text.sources.images import as_tensor, encode_images, prepare_image
+from keygrip.data.video_text.sources.writing import MadeSample, write_shards
+
+if TYPE_CHECKING:
+    from keygrip.envs.yam.stills import Picture, PictureCell, PictureOptions
+
+log = logging.getLogger(__name__)
+
+FIRST_SEEDS = {"train": 0, "val": 500_000, "test": 1_000_000}
+
+
+@dataclass
+class PictureMaker:
+    """Makes the sample of a picture's seed. The simulator and the encoders are built in the process that uses them.
+
+    Args:
+        buckets: of which the picture's shape chooses one. encoders: config of the encoders.
+    """
+
+    options: PictureOptions
+    buckets: Sequence[Bucket]
+    encoders: Mapping[str, Any]
+    _built: tuple[PictureCell, Any] | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_built": None}
+
+    def bucket_of(self, seed: int) -> Bucket:
+        """The bucket of a seed's picture."""
+        return nearest_bucket(*self.options.size_of(seed), self.buckets)
+
+    def __call__(self, seed: int) -> Iterable[MadeSample]:
+        from PIL import Image
+
+        from keygrip.envs.yam.stills import PictureCell
+
+        if self._built is None:
+            self._built = (PictureCell(self.options), build_encoders(self.encoders))
+        cell, encoders = self._built
+        picture, bucket = cell.picture(seed), self.bucket_of(seed)
+        more = {"evidence": evidence(picture, bucket)}
+        ready = prepare_image(
+            Image.fromarray(picture.pixels), picture.caption, bucket, encoders, f"picture-{seed:07d}", more
+        )
+        encoded = encode_images(encoders, as_tensor([ready.pixels]), as_tensor([ready.view]), [ready.caption])
+        yield MadeSample(ready.key, *encoded.sample(0, ready.record, trim_text=False))
+
+    def close(self) -> None:
+        """Frees the GL contexts of this process."""
+        if self._built is not None:
+            self._built[0].close()
+            self._built = None
+
+
+def build_encoders(config: Mapping[str, Any]) -> Any:
+    """The encoders of a config."""
+    from hydra.utils import instantiate
+
+    return instantiate(dict(config), _convert_="all")
+
+
+def evidence(picture: Picture, bucket: Bucket) -> dict[str, Any]:
+    """Ground truth of a picture: places as (x, y) in fractions of the crop, the cube's colour, the seed."""
+    height, width = picture.pixels.shape[:2]
+    left, top, right, bottom = shared_crop(width, height, bucket)
+
+    def place(pixel: tuple[float, float]) -> list[float]:
+        return [round((pixel[0] - left) / (right - left), 5), round((pixel[1] - top) / (bottom - top), 5)]
+
+    return {"cube": place(picture.cube), "block": place(picture.block), "colour": picture.colour, "seed": picture.seed}
+
+
+def make_images(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Draws pictures and encodes them into `<root>/train`, `val` and `test`; their seeds never meet.
+
+    Args:
+        root: folder of the splits.
+        options: `train`, `val`, `test` (how many), `images_per_shard`, `processes` (None: one for each core), `buckets`
+            ([[width, height], ...]), `encoders` (their config), and `picture`: the fields of
+            :class:`keygrip.envs.yam.stills.PictureOptions`.
+
+    Returns:
+        samples by split and seconds.
+    """
+    from keygrip.envs.yam.stills import PictureOptions
+
+    started = time.monotonic()
+    drawn = PictureOptions(**(options.get("picture") or {}))
+    buckets = [Bucket(int(width), int(height)) for width, height in options["buckets"]]
+    encoders = build_encoders(options["encoders"])
+    identity = {"fingerprint": encoders.fingerprint, "description": encoders.description}
+    per_shard, report = int(options.get("images_per_shard", 250)), dict[str, Any](root=str(root))
+    maker = PictureMaker(drawn, buckets, options["encoders"])
+    for split, first in FIRST_SEEDS.items():
+        by_bucket: dict[Bucket, list[int]] = {}
+        for seed in range(first, first + int(options[split])):
+            by_bucket.setdefault(maker.bucket_of(seed), []).append(seed)
+        report[split] = 0
+        for bucket, seeds in sorted(by_bucket.items()):
+            settings = {"picture": drawn.as_dict(), "encoders": identity, "first_seed": first, "bucket": bucket.name}
+            few = len(seeds) <= 2 * per_shard  # starting processes would take longer
+            written = write_shards(
+                Path(root) / split / bucket.name,
+                seeds,
+                maker,
+                settings,
+                per_shard,
+                "shard",
+                1 if few else options.get("processes"),
+                describe=describe_image_text,
+            )
+            report[split] += written.samples
+    maker.close()
+    write_info(root, identity)
+    return report | {"wall_s": round(time.monotonic() - started, 1)}

@@ -1,0 +1,267 @@
+"""Shards of robot videos: simulated tours and demonstrations, and recorded demonstrations of any known format."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from keygrip.data.video_text.conversations import (
+    MAX_FRAMES,
+    Conversation,
+    answer,
+    caption,
+    encode_jpeg,
+    fit_picture,
+    video_text_parts,
+)
+from keygrip.data.video_text.sources.writing import MadeSample, write_shards
+
+if TYPE_CHECKING:
+    from keygrip.envs.yam.tours import TourCell, TourOptions
+
+log = logging.getLogger(__name__)
+
+FIRST_SEEDS = {"train": 0, "val": 500_000, "test": 1_000_000}
+TOUR_QUALITY = 95  # small digits suffer first
+TOURS, DEMOS = "tours", "demos"
+
+
+def conversations_of(text: Mapping[str, Any], kinds: Sequence[str] = ("caption", "video")) -> list[Conversation]:
+    """What `text.json` of a demo says: its captions of the whole video, and all questions."""
+    told = [caption(c["text"], c.get("evidence")) for c in text.get("captions", []) if c.get("kind", "video") in kinds]
+    asked = [answer(q["question"], q["answer"], q["kind"], q.get("evidence")) for q in text.get("questions", [])]
+    return told + asked
+
+
+# ---- tours -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TourMaker:
+    """Makes the sample of a tour's seed."""
+
+    options: TourOptions
+    _cell: TourCell | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"options": self.options, "_cell": None}
+
+    def __call__(self, seed: int) -> Iterable[MadeSample]:
+        from keygrip.envs.yam.tours import TourCell, describe
+
+        self._cell = self._cell or TourCell(self.options)
+        tour = self._cell.tour(seed)
+        frames = [encode_jpeg(frame, TOUR_QUALITY) for frame in tour.frames]
+        yield MadeSample(f"tour-{seed:07d}", *video_text_parts(frames, conversations_of(describe(tour)), TOURS))
+
+
+def make_tours(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Records tours into `<root>/train`, `val` and `test`; their seeds never meet.
+
+    Args:
+        root: folder of the splits.
+        options: `train`, `val`, `test` (how many), `videos_per_shard`, `processes` (None: one for each core), and
+            `tour`: the fields of :class:`keygrip.envs.yam.tours.TourOptions`.
+
+    Returns:
+        samples by split and seconds.
+    """
+    from keygrip.envs.yam.tours import TourOptions
+
+    tour = TourOptions(**(options.get("tour") or {}))
+    report: dict[str, Any] = {"root": str(root), "wall_s": 0.0}
+    for split, first in FIRST_SEEDS.items():
+        count = int(options[split])
+        if not count:
+            continue
+        written = write_shards(
+            Path(root) / split,
+            list(range(first, first + count)),
+            TourMaker(tour),
+            {"tour": tour.as_dict(), "first_seed": first},
+            int(options.get("videos_per_shard", 100)),
+            TOURS,
+            options.get("processes"),
+        )
+        report |= {split: written.samples}
+        report["wall_s"] = round(report["wall_s"] + written.wall_s, 1)
+    return report
+
+
+# ---- demonstrations --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DemoMaker:
+    """Makes the sample of a demonstration: a frame a second, its instruction as the caption where it has no text."""
+
+    camera: str | None
+    image_size: int
+    fit: str
+
+    def __call__(self, reference: Any) -> Iterable[MadeSample]:
+        from PIL import Image
+
+        demo = reference.read()
+        camera = self.camera or next(iter(demo.cameras))
+        if camera not in demo.cameras:
+            raise ValueError(f"it has no camera {camera!r}; it has {', '.join(demo.cameras)}")
+        wanted = np.arange(0, len(demo), max(demo.fps, 1e-6)).round().astype(int)
+        if len(wanted) > MAX_FRAMES:
+            wanted = np.linspace(0, len(demo) - 1, MAX_FRAMES).round().astype(int)
+        source = demo.cameras[camera].frames
+        frames = [
+            encode_jpeg(fit_picture(Image.fromarray(source.read(int(n))), self.image_size, self.fit), TOUR_QUALITY)
+            for n in np.minimum(wanted, len(demo) - 1)
+        ]
+        text = demo.path / "text.json"
+        conversations = conversations_of(json.loads(text.read_text())) if text.is_file() else []
+        if not any(c.kind == "caption" for c in conversations) and demo.instruction:
+            sentence = demo.instruction[0].upper() + demo.instruction[1:].rstrip(".") + "."
+            conversations.insert(0, caption(sentence, request="What is the robot told to do?"))
+        yield MadeSample(_key(demo.name), *video_text_parts(frames, conversations, DEMOS))
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "-").replace("/", "-")[-90:]
+
+
+def robot_videos(
+    source: Path | str | None,
+    root: Path | str,
+    format: str = "auto",
+    camera: str | None = None,
+    image_size: int = 224,
+    fit: str = "pad",
+    val_fraction: float = 0.1,
+    videos_per_shard: int = 100,
+    processes: int | None = None,
+    calibration: str | Path | None = None,
+    simulated: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes shards of recorded demonstrations, a frame a second, with the captions and questions that they carry.
+
+    Args:
+        source: folder of demonstrations of any known format; None: tours from the simulator, with the options
+            `simulated` (see :func:`make_tours`). root: receives `train/` and `val/`.
+        camera: whose pictures; None: each demo's first. image_size, fit: of the pictures.
+        val_fraction: whole demos, by the same rule as for training a policy.
+
+    Raises:
+        FileNotFoundError, ValueError: no demonstrations, or too many are broken.
+    """
+    from keygrip.data.robot.datamodule import split_demos
+    from keygrip.data.robot.demos import find_demos
+
+    if source is None:
+        return make_tours(root, {**(simulated or {}), "videos_per_shard": videos_per_shard, "processes": processes})
+    references = find_demos(source, format, calibration)
+    train, val = split_demos([reference.name for reference in references], val_fraction, 0)
+    report: dict[str, Any] = {"root": str(root), "wall_s": 0.0, "failed": 0}
+    maker = DemoMaker(camera, image_size, fit)
+    settings = {"source": str(source), "format": format, "camera": camera, "image_size": image_size, "fit": fit}
+    for split, chosen in (("train", train), ("val", val)):
+        if not chosen:
+            continue
+        items = [references[n] for n in chosen]
+        place = Path(root) / split
+        written = write_shards(place, items, maker, settings, videos_per_shard, DEMOS, processes)
+        report |= {split: written.samples, "failed": report["failed"] + written.failed}
+        report["wall_s"] = round(report["wall_s"] + written.wall_s, 1)
+    return report
+
+
+def make_demos(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Records demonstrations in the simulator and writes them as shards, every split from seeds of its own.
+
+    Args:
+        root: folder of the splits; the demonstrations go to `<root>/demos-<split>`.
+        options: `train`, `val`, `test` (how many), `videos_per_shard`, `image_size`, `processes`, and `task`: the
+            fields of :class:`keygrip.envs.yam.tasks.TaskOptions`.
+    """
+    from keygrip.data.robot.demos import find_demos
+    from keygrip.envs.yam.tasks import TaskOptions
+    from keygrip.recording.demonstrations import record
+
+    task = TaskOptions(**(options.get("task") or {}))
+    size, processes = int(options["image_size"]), options.get("processes")
+    report: dict[str, Any] = {"root": str(root), "wall_s": 0.0}
+    for split, first in FIRST_SEEDS.items():
+        count = int(options[split])
+        if not count:
+            continue
+        recorded = record(
+            task,
+            Path(root) / f"demos-{split}",
+            count,
+            seed=first,
+            image_size=size,
+            processes=processes or os.cpu_count() or 1,
+        )
+        references = find_demos(recorded.root, "native")[:count]
+        settings = {"task": task.as_dict(), "image_size": size, "first_seed": first}
+        maker = DemoMaker(task.camera, size, "stretch")
+        per_shard = int(options.get("videos_per_shard", 100))
+        written = write_shards(Path(root) / split, references, maker, settings, per_shard, DEMOS, processes)
+        report |= {split: written.samples}
+        report["wall_s"] = round(report["wall_s"] + written.wall_s + recorded.seconds, 1)
+    return report
+
+
+# ---- text alone ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextMaker:
+    """Makes a text-only sample of a seed: stories of a gripper among cubes, and a question about them."""
+
+    def __call__(self, seed: int) -> Iterable[MadeSample]:
+        yield MadeSample(f"text-{seed:07d}", *video_text_parts([], [story(seed)], "robot_texts"))
+
+
+def story(seed: int) -> Conversation:
+    """A few sentences and a question that they answer. A pure function of the seed."""
+    rng = np.random.default_rng([seed, 7])
+    colours = ("red", "blue", "green", "yellow", "purple", "orange", "white")
+    count = int(rng.integers(2, 6))
+    order = [colours[n] for n in rng.permutation(len(colours))[:count]]
+    digits = [int(n) for n in rng.integers(0, 10, count)]
+    named = [f"The {colour} cube carries the digit {digit}." for colour, digit in zip(order, digits, strict=True)]
+    walk = [order[n] for n in rng.permutation(count)]
+    told = "A robot arm points at " + ", then at ".join(f"the {colour} cube" for colour in walk) + "."
+    pick = int(rng.integers(count))
+    kind = int(rng.integers(4))
+    if kind == 0:
+        text, question, reply = " ".join(named), f"Which digit is on the {order[pick]} cube?", str(digits[pick])
+    elif kind == 1:
+        question, reply = ("At which cube does the arm point first?", walk[0])
+        text = told
+    elif kind == 2:
+        question, reply = ("At which cube does the arm point last?", walk[-1])
+        text = told
+    else:
+        text, question, reply = told, "How many cubes does the arm point at?", str(count)
+    return answer(f"{text} {question}", reply, "text", {"seed": seed})
+
+
+def make_texts(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes text-only samples: what keeps the text path exercised where no SmolTalk is at hand.
+
+    Args:
+        root: folder of the splits. options: `train`, `val`, `test` (how many).
+    """
+    report: dict[str, Any] = {"root": str(root)}
+    for split, first in FIRST_SEEDS.items():
+        count = int(options[split])
+        if count:
+            seeds = list(range(first, first + count))
+            written = write_shards(Path(root) / split, seeds, TextMaker(), {"first_seed": first}, 1000, "texts", 1)
+            report |= {split: written.samples}
+    return report

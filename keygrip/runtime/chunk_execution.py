@@ -1,0 +1,164 @@
+"""From plans to commands: receding horizon and temporal ensembling, for every policy of keygrip.
+
+A policy looks at one observation and gives a :class:`~keygrip.models.policy.Plan`, a few future poses some tenths of a
+second apart. A controller decides when to plan again and turns the plan into one command for each control period.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.spatial.transform import Rotation, Slerp
+
+from keygrip.models.policy import Observation, Plan, Policy, arm_axis
+
+
+@dataclass
+class RecedingHorizon:
+    """Execute the first steps of a plan, then plan again.
+
+    Args:
+        policy: gives the plans.
+        control_hz: commands a second.
+        execute_steps: steps executed before the next plan.
+        still_distance_m: a plan whose executed part moves less than this is followed further (up to its last step but
+            one): where a demonstration pauses, e.g. while the gripper closes, a short look ahead never gets past the
+            pause. 0 switches this off.
+        ensemble: average each step with the poses that earlier plans predicted for the same time, weighted by
+            ``exp(-ensemble_decay * age in plans)`` (Zhao et al., "Learning Fine-Grained Bimanual Manipulation with
+            Low-Cost Hardware", 2023). Needs ``execute_steps`` shorter than the plan to have any effect.
+        grip_below, release_above: the gripper is commanded shut below the one and open above the other, and keeps its
+            state between: a half-open command does not hold an object. Equal None: the predicted opening is sent as it
+                is.
+    """
+
+    policy: Policy
+    control_hz: float
+    execute_steps: int = 4
+    still_distance_m: float = 0.015
+    ensemble: bool = False
+    ensemble_decay: float = 0.5
+    grip_below: float | None = 0.4
+    release_above: float | None = 0.6
+    plans: int = field(default=0, init=False)
+    last_plan: Plan | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.execute_steps < 1:
+            raise ValueError(f"control.execute_steps is at least 1, got {self.execute_steps}.")
+        if (self.grip_below is None) != (self.release_above is None):
+            raise ValueError("control.grip_below and control.release_above are given together or not at all.")
+        if self.grip_below is not None and self.release_above is not None and self.grip_below > self.release_above:
+            raise ValueError("control.grip_below must not exceed control.release_above.")
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the running plan: call it at the start of an episode."""
+        self._queue: list[np.ndarray] = []
+        self._commanded: np.ndarray | None = None  # [A, 8] the last waypoint that was sent in full
+        self._gripper: np.ndarray | None = None  # [A] commanded opening
+        self._history: list[tuple[float, Plan]] = []  # start time in seconds and plan, newest last
+        self._time = 0.0
+        self.plans = 0
+        self.last_plan = None
+
+    @property
+    def wants_observation(self) -> bool:
+        """Whether the next `act` plans and so reads its observation; else an old one does, and none need be drawn."""
+        return not self._queue
+
+    def act(self, observation: Observation) -> np.ndarray:
+        """The command for the next control period: ``[A, 8]`` position, quaternion wxyz, gripper opening."""
+        if not self._queue:
+            self._replan(observation)
+        self._time += 1.0 / self.control_hz
+        return self._queue.pop(0)
+
+    def _replan(self, observation: Observation) -> None:
+        plan = self.policy.plan(observation)
+        self.plans += 1
+        self.last_plan = plan
+        self._history.append((self._time, plan))
+        self._history = [
+            (start, old) for start, old in self._history if start + old.gripper.shape[1] * old.step_seconds > self._time
+        ]
+        if self._commanded is None:
+            self._commanded = np.concatenate(
+                [
+                    arm_axis(observation["position"], 1),
+                    arm_axis(observation["quaternion"], 1),
+                    arm_axis(observation["gripper"], 0)[:, None],
+                ],
+                axis=1,
+            )
+            self._gripper = np.where(self._commanded[:, 7] < 0.5, 0.0, 1.0) if self.grip_below is not None else None
+        ticks = max(1, round(plan.step_seconds * self.control_hz))
+        moved, steps = 0.0, plan.gripper.shape[1]
+        for step in range(steps):
+            still = moved < self.still_distance_m and step < steps - 1
+            if step >= self.execute_steps and not still:
+                break
+            waypoint = self._waypoint(plan, step)
+            moved += float(np.linalg.norm(waypoint[:, :3] - self._commanded[:, :3], axis=1).max())
+            self._queue.extend(_interpolate(self._commanded, waypoint, ticks))
+            self._commanded = waypoint
+
+    def _waypoint(self, plan: Plan, step: int) -> np.ndarray:
+        """The pose ``[A, 8]`` of one step: ensembled if asked for, the gripper's command latched."""
+        position, quaternion, gripper = plan.position[:, step], plan.quaternion[:, step], plan.gripper[:, step]
+        if self.ensemble and len(self._history) > 1:
+            position, quaternion, gripper = self._ensembled(plan, step)
+        if self._gripper is not None and self.grip_below is not None and self.release_above is not None:
+            self._gripper = np.where(
+                gripper < self.grip_below, 0.0, np.where(gripper > self.release_above, 1.0, self._gripper)
+            )
+            gripper = self._gripper
+        return np.concatenate([position, quaternion, gripper[:, None]], axis=1)
+
+    def _ensembled(self, plan: Plan, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        moment = self._time + (step + 1) * plan.step_seconds
+        poses, weights = [], []
+        for age, (start, old) in enumerate(reversed(self._history)):
+            index = (moment - start) / old.step_seconds - 1
+            low = int(np.floor(index + 1e-9))
+            if low < 0 or low > old.gripper.shape[1] - 1 or index > old.gripper.shape[1] - 1 + 1e-6:
+                continue
+            high, share = min(low + 1, old.gripper.shape[1] - 1), index - low
+            poses.append((old, low, high, share))
+            weights.append(np.exp(-self.ensemble_decay * age))
+        weight = np.array(weights) / np.sum(weights)
+
+        def mean(name: str) -> np.ndarray:
+            values = [getattr(p, name)[:, a] * (1 - s) + getattr(p, name)[:, b] * s for p, a, b, s in poses]
+            return np.einsum("n,n...->...", weight, np.stack(values))
+
+        nearest = [p.quaternion[:, a if s < 0.5 else b] for p, a, b, s in poses]
+        quaternion = np.stack(
+            [
+                Rotation.from_quat(np.stack([q[arm] for q in nearest]), scalar_first=True)
+                .mean(weight)
+                .as_quat(scalar_first=True)
+                for arm in range(plan.position.shape[0])
+            ]
+        )
+        return mean("position"), quaternion, mean("gripper")
+
+
+def _interpolate(start: np.ndarray, end: np.ndarray, ticks: int) -> list[np.ndarray]:
+    """Commands ``[A, 8]`` on the way from one waypoint to the next, one a control period; smooth at both ends.
+
+    The gripper's opening jumps at once: closing takes the fingers' own time anyway.
+    """
+    commands = []
+    turns = [
+        Slerp([0.0, 1.0], Rotation.from_quat(np.stack([a[3:7], b[3:7]]), scalar_first=True))
+        for a, b in zip(start, end, strict=True)
+    ]
+    for tick in range(1, ticks + 1):
+        share = tick / ticks
+        eased = share * share * (3 - 2 * share)
+        position = start[:, :3] + eased * (end[:, :3] - start[:, :3])
+        quaternion = np.stack([turn(eased).as_quat(scalar_first=True) for turn in turns])
+        commands.append(np.concatenate([position, quaternion, end[:, 7:]], axis=1))
+    return commands

@@ -1,0 +1,325 @@
+"""A folder of pictures as shards: buckets, captions, crops, what fails, several processes, interruptions."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from image_sets import small_encoders
+from PIL import Image
+from torch import Tensor
+
+from keygrip.data.image_text.crops import Bucket
+from keygrip.data.image_text.datamodule import ImageShards
+from keygrip.data.image_text.samples import read_image_text
+from keygrip.data.image_text.sources import images as step
+from keygrip.data.image_text.sources.images import Claims, Rank, images, jobs_of, key_of, list_items, prepare_image
+from keygrip.data.shards.tars import ShardSet
+from keygrip.data.shards.validation import validate
+from keygrip.models.patch_dit.encoders import Encoders
+
+OPTIONS: dict[str, Any] = {"size": 32, "bucket_step": 16, "max_aspect": 3.0, "images_per_shard": 4, "batch_size": 3}
+OPTIONS |= {"workers": 0, "device": "cpu", "progress": False}
+
+
+def picture(path: Path, size: tuple[int, int] = (64, 64), shade: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(shade)
+    Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Ten square and three wide pictures with captions, and three that cannot be used."""
+    folder = tmp_path / "source"
+    for number in range(10):
+        picture(folder / f"square.{number}.png", shade=number)
+        (folder / f"square.{number}.txt").write_text(f"picture\n number {number} ")
+    for number in range(3):
+        picture(folder / "wide" / f"{number}.png", (100, 45), 100 + number)
+        (folder / "wide" / f"{number}.json").write_text(json.dumps({"caption": f"wide {number}"}))
+    picture(folder / "untold.png")
+    picture(folder / "small.png", (20, 20))
+    (folder / "small.txt").write_text("too small")
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    (folder / "broken.txt").write_text("broken")
+    return folder
+
+
+def prepared(source: Path, root: Path, encoders: Encoders | None = None, **options: Any) -> dict[str, Any]:
+    return images(source, root, encoders or small_encoders(), **{**OPTIONS, "max_failed_share": 0.5, **options})
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*.tar"))}
+
+
+# ---- one picture -----------------------------------------------------------------------------------------------------
+
+
+def centre_of_mark(pixels: np.ndarray) -> tuple[float, float]:
+    weight = pixels.astype(float).mean(axis=2)
+    y, x = np.indices(weight.shape)
+    height, width = weight.shape
+    return (weight * (x + 0.5)).sum() / weight.sum() / width, (weight * (y + 0.5)).sum() / weight.sum() / height
+
+
+@pytest.mark.parametrize("shape", ["square", "aspect"])
+@pytest.mark.parametrize("size", [(300, 160), (160, 300)])
+def test_what_goes_to_dino_and_to_the_autoencoder_shows_one_crop(size: tuple[int, int], shape: str) -> None:
+    """A view of the whole picture, or of its middle square, beside a latent of the bucket's crop fails here."""
+    pixels = np.zeros((size[1], size[0], 3), np.uint8)
+    x, y = size[0] // 2 + 15, size[1] // 2 - 20
+    pixels[y - 5 : y + 5, x - 5 : x + 5] = 255
+    bucket, encoders = Bucket(64, 48), small_encoders(shape=shape)
+    ready = prepare_image(Image.fromarray(pixels), "", bucket, encoders, "k")
+    assert ready.pixels.shape == (48, 64, 3)
+    assert ready.view.shape[1::-1] == encoders.view_size(64, 48)
+    np.testing.assert_allclose(centre_of_mark(ready.pixels), centre_of_mark(ready.view), atol=0.006)
+    left, top, right, bottom = ready.record["crop"]
+    expected = ((x - left) / (right - left), (y - top) / (bottom - top))
+    np.testing.assert_allclose(centre_of_mark(ready.view), expected, atol=0.006)
+
+
+def test_pictures_are_turned_as_their_camera_says(tmp_path: Path) -> None:
+    wide = Image.fromarray(np.zeros((40, 80, 3), np.uint8))
+    exif = wide.getexif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    wide.save(tmp_path / "turned.jpg", exif=exif)
+    assert step.size_of(tmp_path / "turned.jpg") == (40, 80)
+    assert step.open_picture(tmp_path / "turned.jpg").size == (40, 80)
+
+
+# ---- the list --------------------------------------------------------------------------------------------------------
+
+
+def test_captions_of_a_list_beside_the_pictures(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b" / "c.png")
+    lines = [{"file_name": "a.png", "text": "one"}, {"file_name": "b/c.png", "text": "two"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert [item.caption for item in list_items(tmp_path, [Bucket(32, 32)], 1.0, False)] == ["one", "two"]
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "captions.csv").write_text('file,caption\na.png,"one, and more"\n')
+    items = list_items(tmp_path, [Bucket(32, 32)], 1.0, False)
+    assert [(item.caption, item.reason) for item in items] == [("one, and more", ""), ("", "it has no caption")]
+    (tmp_path / "captions.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="not a list of captions"):
+        list_items(tmp_path, [Bucket(32, 32)], 1.0, False)
+
+
+def test_keys_have_no_dots_and_never_meet() -> None:
+    taken: set[str] = set()
+    names = ["a.b/c.d.png", "x.png", "x.jpg", "x-jpg.png", "long" * 40 + ".png", "ü.png"]
+    found = [key_of(name, taken) for name in names]
+    assert found[:3] == ["a-b/c-d", "x", "x-jpg"]
+    assert len(set(found)) == len(names)
+    assert all("." not in key and len(key.encode()) <= 80 for key in found)
+
+
+def test_without_pictures_it_says_where_it_looked(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no folder of pictures at"):
+        prepared(tmp_path / "none", tmp_path / "root")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no pictures"):
+        prepared(tmp_path / "empty", tmp_path / "root")
+
+
+# ---- the step --------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_becomes_shards_that_can_be_trained_on(source: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    report = prepared(source, root)
+    assert report["samples"] == report["items"] == 13
+    assert report["buckets"] == {"bucket_32x32": 10, "bucket_48x16": 3}
+    assert report["shards"] == 4  # 4 + 4 + 2 and 3
+    assert report["failed"] == 3
+    assert 0 <= report["data_wait_share"] <= 1
+    assert 0 < report["encode_share"] <= 1
+    assert report["items_per_s"] > 0
+    failed = {row["source"]: row["reason"] for row in map(json.loads, (root / "failed.jsonl").read_text().splitlines())}
+    assert set(failed) == {"untold.png", "small.png", "broken.jpg"}
+    assert failed["untold.png"] == "it has no caption"
+    assert "enlarged 1.6 times" in failed["small.png"]
+    found = read_image_text(ShardSet(root / "bucket_32x32"), 3)
+    assert found.key == "square-3"
+    assert found.record["caption"] == "picture number 3"
+    assert found.record["source"] == "square.3.png"
+    assert validate(root)["errors"] == 0
+    data = ImageShards(batch_size=3, root=root, num_workers=0, val_fraction=0.1)
+    data.setup()
+    assert data.statistics.encoders == small_encoders().fingerprint
+
+
+class Counting(Encoders):
+    """Counts pictures; breaks down after some, as a killed process would."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        plain = small_encoders()
+        super().__init__(plain.autoencoder, plain.text, plain.view, plain.dino_view)
+        self.count, self.limit = 0, limit
+
+    def encode_images(self, pictures: Tensor) -> Tensor:
+        if self.limit is not None and self.count >= self.limit:
+            raise KeyboardInterrupt
+        self.count += len(pictures)
+        return super().encode_images(pictures)
+
+
+def test_an_interrupted_run_goes_on_without_doing_anything_twice(source: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    prepared(source, whole)
+    first = Counting(limit=6)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(source, parts, first)
+    assert not (parts / "images.json").exists()
+    assert list(contents(parts)) == ["bucket_32x32/shard-000000.tar"]  # 4 pictures; those of the open shard are lost
+    assert not list(parts.rglob("*.writing"))
+    second = Counting()
+    report = prepared(source, parts, second)
+    assert second.count == report["items"] == 9
+    assert contents(parts) == contents(whole)
+    third = Counting()
+    assert prepared(source, parts, third)["samples"] == 13
+    assert third.count == 0
+
+
+def test_a_shard_whose_writing_failed_is_never_finished(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full for one sample of the first shard, and no longer for those behind it."""
+    add = step.ShardWriter.add
+
+    def full_once(self: Any, key: str, parts: Any, row: Any) -> None:
+        if key == "square-1":
+            raise OSError(28, "No space left on device")
+        add(self, key, parts, row)
+
+    monkeypatch.setattr(step.ShardWriter, "add", full_once)
+    with pytest.raises(OSError, match="No space left"):
+        prepared(source, tmp_path / "root")
+    assert "bucket_32x32/shard-000000.tar" not in contents(tmp_path / "root")
+    monkeypatch.undo()
+    assert prepared(source, tmp_path / "root")["samples"] == 13
+
+
+def test_loader_processes_write_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    prepared(source, tmp_path / "one")
+    prepared(source, tmp_path / "two", workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_pictures_added_later_do_not_change_the_list(source: Path, tmp_path: Path) -> None:
+    prepared(source, tmp_path / "root")
+    before = contents(tmp_path / "root")
+    picture(source / "a-new-one.png")
+    (source / "a-new-one.txt").write_text("new")
+    prepared(source, tmp_path / "root")
+    assert contents(tmp_path / "root") == before
+
+
+def test_other_settings_in_a_folder_are_refused(source: Path, tmp_path: Path) -> None:
+    prepared(source, tmp_path)
+    with pytest.raises(ValueError, match="made with other settings"):
+        prepared(source, tmp_path, small_encoders("colour"))
+
+
+def test_a_picture_that_breaks_while_it_is_read_is_listed(source: Path, tmp_path: Path) -> None:
+    path = source / "square.5.png"
+    path.write_bytes(path.read_bytes()[:200])  # its header is whole
+    report = prepared(source, tmp_path / "root")
+    assert (report["samples"], report["failed"]) == (12, 4)
+    assert "square.5.png" in (tmp_path / "root" / "failed.jsonl").read_text()
+
+
+def test_too_many_broken_pictures_leave_a_set_that_nobody_trains_on(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"3 of 16 pictures are left out .* more than max_failed_share=0\.1 allows"):
+        prepared(source, tmp_path / "root", max_failed_share=0.1)
+    assert not (tmp_path / "root" / "images.json").exists()
+
+
+def test_buckets_must_fit_the_latents(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not divide by the latent's stride"):
+        prepared(source, tmp_path / "root", small_encoders(edge=32))
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+def test_processes_share_the_shards_and_none_is_written_twice(source: Path, tmp_path: Path) -> None:
+    """Two processes' claims in one: what one holds, the other cannot have, until it is given back."""
+    items = list_items(source, step.aspect_buckets(32, 16, 3.0), 1.0, False)
+    jobs = jobs_of(tmp_path, items, 4)
+    left, right = Claims(jobs, 2, first=0), Claims(jobs, 2, first=2)
+    ours = iter(left)
+    first = next(ours)
+    assert first == [(0, 0), (0, 1)]
+    theirs = [batch[0][0] for batch in right]
+    assert 0 not in theirs
+    assert set(theirs) == {1, 2, 3}
+    assert theirs[0] == 2  # begins elsewhere
+    assert list(ours) == [[(0, 2), (0, 3)]]
+    left.release_all()
+    assert right.claim(0)
+    right.release_all()
+
+
+def test_the_shards_of_a_process_that_died_are_free_again(source: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    items = list_items(source, step.aspect_buckets(32, 16, 3.0), 1.0, False)
+    job = jobs_of(root, items, 4)[1]
+    job.path.parent.mkdir(parents=True)
+    with job.lock_path.open("w") as lock:  # a living process
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert not Claims([job], 2).claim(0)
+    assert prepared(source, root)["samples"] == 13  # its lock went with it
+
+
+def test_ranks_are_those_of_torchrun_and_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    assert Rank.here() == Rank(0, 1, 0)
+    for name, value in (("SLURM_PROCID", "5"), ("SLURM_NTASKS", "8"), ("SLURM_LOCALID", "1")):
+        monkeypatch.setenv(name, value)
+    assert Rank.here() == Rank(5, 8, 1)
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "3")):
+        monkeypatch.setenv(name, value)
+    assert Rank.here() == Rank(3, 4, 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert Rank.here().device("auto") == "cuda:1"
+    assert Rank.here().device("cpu") == "cpu"
+
+
+def test_a_second_rank_leaves_the_rest_to_the_first(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    report = prepared(source, root)
+    assert report["items"] == 13
+    assert not (root / "images.json").exists()  # the first process writes it, when all is there
+    monkeypatch.setenv("RANK", "0")
+    report = prepared(source, root)
+    assert (report["items"], report["samples"]) == (0, 13)
+    assert (root / "images.json").is_file()
+
+
+def test_the_command_makes_shards(source: Path, tmp_path: Path) -> None:
+    from keygrip import prepare
+    from keygrip.config import compose
+
+    shutil.rmtree(source / "wide")
+    overrides = ["step=images", "encoders=tiny", f"source={source}", f"root={tmp_path / 'root'}", "size=32"]
+    overrides += ["bucket_step=16", "workers=0", "max_failed_share=0.5", "max_aspect=1"]
+    small = ["encoders.view.size=48", "encoders.view.width=16", "encoders.view.depth=1", "encoders.autoencoder.edge=4"]
+    cfg = compose("prepare", [*overrides, *small])
+    assert prepare.run(cfg)["samples"] == 10

@@ -1,0 +1,76 @@
+"""Aspect buckets, and the crop that latent and DINO view share."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from keygrip.data.image_text.crops import Bucket, aspect_buckets, cut_out, nearest_bucket, shared_crop
+
+
+def test_buckets_have_one_area_and_sides_that_divide() -> None:
+    buckets = aspect_buckets(512, 64, 2.0)
+    assert Bucket(512, 512) in buckets
+    assert {Bucket(b.height, b.width) for b in buckets} == set(buckets)
+    for bucket in buckets:
+        assert bucket.width % 64 == 0
+        assert bucket.height % 64 == 0
+        assert abs(bucket.width * bucket.height / 512**2 - 1) < 0.13
+        assert 0.5 <= bucket.width / bucket.height <= 2.0
+    assert aspect_buckets(64, 16, 1.0) == [Bucket(64, 64)]
+
+
+@pytest.mark.parametrize(("size", "step", "aspect"), [(500, 64, 2.0), (32, 64, 2.0), (512, 64, 0.5)])
+def test_sizes_that_make_no_buckets_are_refused(size: int, step: int, aspect: float) -> None:
+    with pytest.raises(ValueError, match=r"must be"):
+        aspect_buckets(size, step, aspect)
+
+
+def test_nearest_bucket_is_of_the_likest_shape() -> None:
+    buckets = [Bucket(64, 64), Bucket(96, 48), Bucket(48, 96)]
+    assert nearest_bucket(640, 640, buckets) == Bucket(64, 64)
+    assert nearest_bucket(1900, 1000, buckets) == Bucket(96, 48)
+    assert nearest_bucket(1000, 1900, buckets) == Bucket(48, 96)
+
+
+def test_a_bucket_is_named_by_its_size() -> None:
+    assert Bucket.from_name(Bucket(96, 48).name) == Bucket(96, 48)
+    with pytest.raises(ValueError, match="does not name a bucket"):
+        Bucket.from_name("bucket_96")
+
+
+@pytest.mark.parametrize("size", [(200, 100), (100, 200), (101, 100), (64, 64)])
+@pytest.mark.parametrize("bucket", [Bucket(64, 64), Bucket(96, 48)])
+def test_the_crop_has_the_shape_of_the_bucket_and_touches_the_picture(size: tuple[int, int], bucket: Bucket) -> None:
+    left, top, right, bottom = shared_crop(*size, bucket)
+    assert (right - left) / (bottom - top) == pytest.approx(bucket.width / bucket.height)
+    assert min(left, top) == pytest.approx(0.0, abs=1e-9)
+    assert left + right == pytest.approx(size[0])  # in the middle
+    assert top + bottom == pytest.approx(size[1])
+
+
+def centre_of_red(pixels: np.ndarray) -> tuple[float, float]:
+    """Of the red pixels, (x, y) in fractions of the picture."""
+    weight = np.clip(pixels[..., 0].astype(float) - pixels[..., 1], 0, None)
+    y, x = np.indices(weight.shape)
+    return tuple(
+        float((weight * (axis + 0.5)).sum() / weight.sum() / n)
+        for axis, n in ((x, weight.shape[1]), (y, weight.shape[0]))
+    )  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("size", [(300, 150), (150, 300), (311, 200)])
+@pytest.mark.parametrize("bucket", [Bucket(64, 64), Bucket(96, 48), Bucket(48, 96)])
+def test_latent_picture_and_view_show_the_same_crop(size: tuple[int, int], bucket: Bucket) -> None:
+    """A mark lies at the same place of both, though one is square and the other is not."""
+    pixels = np.zeros((size[1], size[0], 3), np.uint8)
+    x, y = size[0] // 2 + 20, size[1] // 2 - 18  # inside every crop
+    pixels[y - 6 : y + 6, x - 6 : x + 6] = (255, 0, 0)
+    picture = Image.fromarray(pixels)
+    box = shared_crop(*size, bucket)
+    latent, view = cut_out(picture, box, (bucket.width, bucket.height)), cut_out(picture, box, (96, 96))
+    assert latent.shape == (bucket.height, bucket.width, 3)
+    np.testing.assert_allclose(centre_of_red(latent), centre_of_red(view), atol=0.004)
+    expected = ((x - box[0]) / (box[2] - box[0]), (y - box[1]) / (box[3] - box[1]))
+    np.testing.assert_allclose(centre_of_red(latent), expected, atol=0.004)

@@ -1,0 +1,404 @@
+"""Image shards: what is read is what was written, one bucket a batch, skipped samples, resume."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from image_sets import SQUARE, WIDE, drawn, small_encoders, write_images
+
+from keygrip.data.batches import ImageTextBatch
+from keygrip.data.image_text.datamodule import BucketBatchSampler, ImageShards, MadeImages
+from keygrip.data.image_text.samples import (
+    LATENT,
+    TEXT,
+    TEXT_MASK,
+    describe_image_text,
+    image_text_parts,
+    missing_parts,
+    npy_bytes,
+    read_image_text,
+)
+from keygrip.data.image_text.sources.images import as_tensor, prepare_image
+from keygrip.data.shards.tars import SampleError, ShardSet, ShardWriter, write_manifest
+from keygrip.data.shards.validation import make_manifests, validate
+
+COUNTS = {SQUARE: 11, WIDE: 6}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"), COUNTS, small_encoders(), per_shard=5)
+
+
+def module(root: Path, **options: Any) -> ImageShards:
+    data = ImageShards(**{"batch_size": 4, "root": root, "num_workers": 0, **options})
+    data.setup("fit")
+    return data
+
+
+def keys(batches: Any) -> list[list[str]]:
+    return [batch.keys for batch in batches]
+
+
+# ---- samples ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_sample_comes_back_as_it_was_encoded(root: Path) -> None:
+    encoders = small_encoders()
+    picture, truth = drawn(1003, WIDE)
+    ready = prepare_image(picture, f"a {truth['colour']} cube near the blue block", WIDE, encoders, "k")
+    shards = ShardSet(root / "val" / WIDE.name)
+    found = read_image_text(shards, 3)
+    shown = encoders.decode_latents(torch.from_numpy(found.latent)[None])
+    assert torch.equal((shown * 255).round().to(torch.uint8), as_tensor([ready.pixels]))  # exact in half precision
+    cls, patches = encoders.encode_view(as_tensor([ready.view]))
+    np.testing.assert_allclose(found.dino_cls, cls[0].numpy(), atol=2e-3)
+    np.testing.assert_allclose(found.dino_patches, patches[0].numpy(), atol=4e-3)
+    assert found.patch_grid == (3, 3)
+    assert found.record["evidence"] == truth
+    assert found.text_mask.tolist() == [True] * 7 + [False]
+    assert not found.text_states[7:].any()
+
+
+def test_columns_say_what_a_sample_has() -> None:
+    latent, states, cls, patches = np.zeros((3, 2, 4)), np.ones((5, 6)), np.zeros(7), np.zeros((6, 7))
+    mask = np.array([True, True, False, False, False])
+    record = {"caption": "two words", "patch_grid": [2, 3]}
+    parts, row = image_text_parts(latent, states, mask, cls, patches, record)
+    assert row == {
+        "latent_channels": 3,
+        "latent_height": 2,
+        "latent_width": 4,
+        "dino": 7,
+        "patches": 6,
+        "grid_height": 2,
+        "grid_width": 3,
+        "text_dim": 6,
+        "text_length": 5,
+        "text_tokens": 2,
+        "caption_length": 9,
+    }
+    assert missing_parts(row) == []
+    del parts[LATENT], parts[TEXT]
+    assert missing_parts(describe_image_text(parts)) == [LATENT, TEXT]
+
+
+def test_trimmed_text_is_read_as_if_it_were_whole(tmp_path: Path) -> None:
+    arrays = [np.random.default_rng(n).normal(size=s) for n, s in enumerate([(3, 2, 2), (5, 6), (7,), (4, 7)])]
+    mask = np.array([True, True, False, False, False])
+    arrays[1][2:] = 0
+    sizes, found = [], []
+    for trim in (False, True):
+        parts, row = image_text_parts(arrays[0], arrays[1], mask, *arrays[2:], {"caption": ""}, trim_text=trim)
+        sizes.append(len(parts[TEXT]))
+        with ShardWriter(tmp_path / str(trim) / "a.tar") as writer:
+            writer.add("k", parts, row)
+        write_manifest(tmp_path / str(trim), describe_image_text, progress=False)
+        found.append(read_image_text(ShardSet(tmp_path / str(trim)), 0))
+    assert sizes[1] < sizes[0]
+    np.testing.assert_array_equal(found[0].text_states, found[1].text_states)
+    np.testing.assert_array_equal(found[0].text_mask, found[1].text_mask)
+
+
+def test_numbers_that_half_precision_cannot_hold_are_refused() -> None:
+    arrays = (np.full((1, 1, 1), 1e6), np.zeros((1, 1)), np.ones(1, bool), np.zeros(2), np.zeros((1, 2)))
+    with pytest.raises(ValueError, match=r"vae\.npy holds numbers that are not finite"):
+        image_text_parts(*arrays, {"caption": ""})
+
+
+@pytest.mark.parametrize(
+    ("part", "content", "said"),
+    [
+        (TEXT_MASK, npy_bytes(np.array([0, 1, 1], np.uint8)), "does not fit"),
+        (LATENT, npy_bytes(np.full((3, 2, 2), np.nan, np.float16)), "not finite"),
+        (LATENT, b"no array", "k of"),
+        ("json", json.dumps({"caption": "", "patch_grid": [3, 5]}).encode(), "do not make a grid"),
+    ],
+)
+def test_a_broken_part_names_its_sample(tmp_path: Path, part: str, content: bytes, said: str) -> None:
+    arrays = (np.zeros((3, 2, 2)), np.zeros((3, 6)), np.array([True, False, False]), np.zeros(7), np.zeros((4, 7)))
+    parts, row = image_text_parts(*arrays, {"caption": ""})
+    with ShardWriter(tmp_path / "a.tar") as writer:
+        writer.add("k", {**parts, part: content}, row)
+    write_manifest(tmp_path, describe_image_text, progress=False)
+    with pytest.raises(SampleError, match=said) as error:
+        read_image_text(ShardSet(tmp_path), 0)
+    assert "k of" in str(error.value)
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_batch_is_of_one_bucket(root: Path) -> None:
+    batches = list(module(root).train_dataloader())
+    assert all(isinstance(batch, ImageTextBatch) for batch in batches)
+    shapes = Counter(tuple(batch.latents.shape) for batch in batches)
+    assert shapes == {(4, 48, 8, 8): 2, (4, 48, 8, 12): 1}  # 11 and 6 samples in fours
+    batch = batches[0]
+    assert batch.text_states.shape == (4, 8, 8)
+    assert batch.dino_patches.shape == (4, 9, 16)
+    assert batch.patch_grid == (3, 3)
+    assert not batch.text_states[~batch.text_mask].any()
+    assert [record["caption"] for record in batch.records] == batch.captions
+
+
+def test_aspect_views_have_grids_of_their_own(tmp_path: Path) -> None:
+    write_images(tmp_path, {WIDE: 4}, small_encoders(shape="aspect"), {"train": 0})
+    batch = next(iter(module(tmp_path).train_dataloader()))
+    assert batch.patch_grid == (2, 4)
+    assert batch.dino_patches.shape == (4, 8, 16)
+
+
+def test_epochs_differ_and_leave_out_others() -> None:
+    sampler = BucketBatchSampler(np.repeat([0, 1], [11, 6]), 4)
+    epochs = [np.concatenate(sampler.batches(epoch)) for epoch in range(6)]
+    assert all(len(epoch) == 12 == len(set(epoch.tolist())) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    assert set(np.concatenate(epochs).tolist()) == set(range(17))
+    np.testing.assert_array_equal(epochs[3], np.concatenate(sampler.batches(3)))
+
+
+def test_held_out_samples_come_once_in_a_fixed_order(root: Path) -> None:
+    data = module(root)
+    first, second = keys(data.val_dataloader()), keys(data.val_dataloader())
+    assert first == second
+    assert sorted(key for batch in first for key in batch) == sorted(
+        f"val-{bucket.name}-{1000 + n}" for bucket, count in COUNTS.items() for n in range(count)
+    )
+    limited = [key for batch in keys(data.held_out("val", 6)) for key in batch]
+    assert len(limited) == 6
+    assert {key.split("-")[1] for key in limited} == {SQUARE.name, WIDE.name}  # of every bucket
+
+
+def test_ranks_share_each_batch() -> None:
+    bucket = np.repeat([0, 1], [11, 6])
+    whole = [[k.sample for k in batch] for batch in BucketBatchSampler(bucket, 4)]
+    ranks = [list(BucketBatchSampler(bucket, 4, rank, 2)) for rank in range(2)]
+    for batch, left, right in zip(whole, *ranks, strict=True):
+        assert [k.sample for k in left + right] == batch
+    with pytest.raises(ValueError, match="must divide by the 3 processes"):
+        BucketBatchSampler(bucket, 4, 0, 3)
+
+
+def test_no_rank_of_validation_goes_without_a_batch() -> None:
+    options = {"shuffle": False, "drop_last": False}
+    ranks = [list(BucketBatchSampler(np.zeros(5, int), 4, rank, 2, **options)) for rank in range(2)]  # type: ignore[arg-type]
+    assert [len(batches) for batches in ranks] == [2, 2]
+    assert all(batch for batches in ranks for batch in batches)
+
+
+def test_too_few_samples_for_a_batch_are_refused() -> None:
+    with pytest.raises(ValueError, match="holds 11 samples, fewer than one batch of 12"):
+        BucketBatchSampler(np.repeat([0, 1], [11, 6]), 12)
+
+
+def test_a_bucket_below_a_batch_is_said(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING"):
+        module(root, batch_size=8)
+    assert "bucket_48x32 holds 6 training samples, fewer than a batch of 8" in caplog.text
+
+
+# ---- resume ----------------------------------------------------------------------------------------------------------
+
+
+class Fit:
+    """As much of a trainer as the data module asks for."""
+
+    def __init__(self, done: int = 0) -> None:
+        self.global_rank, self.world_size = 0, 1
+        progress = SimpleNamespace(total=SimpleNamespace(processed=done))
+        self.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+
+
+def test_training_goes_on_in_the_middle_of_an_epoch(root: Path) -> None:
+    data = module(root)
+    data.trainer = Fit()  # type: ignore[assignment]
+    loader = data.train_dataloader()
+    whole = [keys(loader)]
+    data.trainer = Fit(3)  # type: ignore[assignment]
+    whole += [keys(loader)]
+    resumed = module(root)
+    data.trainer = Fit(4)  # type: ignore[assignment]
+    resumed.load_state_dict(data.state_dict())
+    resumed.trainer = Fit()  # type: ignore[assignment]
+    assert keys(resumed.train_dataloader()) == whole[1][1:]
+    assert whole[0] != whole[1]
+
+
+def test_other_data_cannot_continue_the_order(root: Path) -> None:
+    state = module(root).state_dict()
+    with pytest.raises(
+        ValueError, match=r"trained with data.batch_size=4, this run has 2; the order of samples cannot"
+    ):
+        module(root, batch_size=2).load_state_dict(state)
+
+
+def test_loader_processes_change_nothing(root: Path) -> None:
+    alone = list(module(root).train_dataloader())
+    several = list(module(root, num_workers=1).train_dataloader())
+    assert keys(alone) == keys(several)
+    for left, right in zip(alone, several, strict=True):
+        assert torch.equal(left.latents, right.latents)
+
+
+# ---- what is missing -------------------------------------------------------------------------------------------------
+
+
+def test_samples_without_patches_are_skipped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_images(tmp_path, {SQUARE: 12}, small_encoders(), {"train": 0}, without_patches=(2, 7))
+    with caplog.at_level("WARNING"):
+        data = module(tmp_path, max_skipped_share=0.2)
+    assert "skipped: 2 of 12 samples" in caplog.text
+    assert "have no dinov3_patches.npy" in caplog.text
+    part, samples = data.parts["train"][0], data.samples("train")
+    order = np.concatenate([batch for e in range(4) for batch in BucketBatchSampler(samples.bucket, 4).batches(e)])
+    seen = {part.shards.key(int(part.chosen[sample])) for sample in order}
+    assert seen == {f"train-bucket_32x32-{n}" for n in range(12) if n not in (2, 7)}
+
+
+def test_too_many_skipped_samples_are_an_error(tmp_path: Path) -> None:
+    write_images(tmp_path, {SQUARE: 8}, small_encoders(), {"train": 0}, without_patches=(2, 7))
+    with pytest.raises(ValueError, match=r"2 of 8 samples .* more than data\.max_skipped_share=0\.05 allows"):
+        module(tmp_path)
+
+
+def test_a_set_in_which_all_are_skipped_is_an_error(tmp_path: Path) -> None:
+    write_images(tmp_path, {SQUARE: 4}, small_encoders(), {"train": 0}, without_patches=(0, 1, 2, 3))
+    with pytest.raises(ValueError, match=r"all 4 samples in .* are skipped: no dinov3_patches\.npy"):
+        module(tmp_path, max_skipped_share=1.0)
+
+
+def test_an_unreadable_sample_is_replaced_and_counted(tmp_path: Path) -> None:
+    write_images(tmp_path, {SQUARE: 8}, small_encoders(), {"train": 0})
+    data = module(tmp_path)
+    part = data.parts["train"][0]
+    index = part.shards.index(0)
+    place = next(i for i in range(*index.first_part[3:5]) if index.part_names[i] == LATENT)
+    tar = tmp_path / "train" / SQUARE.name / "shard-000000.tar"
+    content = bytearray(tar.read_bytes())
+    content[index.part_offsets[place] : index.part_offsets[place] + 6] = b"broken"
+    tar.write_bytes(content)
+    batches = list(data.train_dataloader())
+    assert [len(batch) for batch in batches] == [4, 4]
+    assert "train-bucket_32x32-3" not in {key for batch in batches for key in batch.keys}
+    assert data.skipped.count == 1
+
+
+def test_other_encoders_within_a_set_are_refused(tmp_path: Path) -> None:
+    write_images(tmp_path, {SQUARE: 4}, small_encoders(), {"train": 0}, said=False)
+    write_images(tmp_path, {WIDE: 4}, small_encoders(edge=8), {"train": 0})
+    with pytest.raises(ValueError, match="made with different encoders"):
+        module(tmp_path)
+
+
+# ---- statistics and places -------------------------------------------------------------------------------------------
+
+
+def test_statistics_are_of_the_training_split_and_kept(root: Path) -> None:
+    data = module(root)
+    found = data.statistics
+    samples = data.samples("train")
+    latents = [samples[key].latent for key in _all(samples)]  # type: ignore[arg-type]
+    flat = np.concatenate([latent.reshape(48, -1) for latent in latents], axis=1)
+    np.testing.assert_allclose(found.latent_mean.numpy(), flat.mean(axis=1), atol=1e-5)
+    np.testing.assert_allclose(found.latent_std.numpy(), flat.std(axis=1), atol=1e-5)
+    assert found.latent_sizes == [(8, 8), (8, 12)]
+    assert found.patch_grids == [(3, 3), (3, 3)]
+    assert found.encoders == small_encoders().fingerprint
+    files = list((root / ".keygrip").glob("statistics-*.npz"))
+    assert [file.name for file in files] == [f"statistics-{data.fingerprint}.npz"]
+    assert torch.equal(module(root).statistics.patch_std, found.patch_std)
+
+
+def _all(samples: Any) -> list[Any]:
+    from keygrip.data.shards.sampling import SampleKey
+
+    return [SampleKey(n, 0) for n in range(len(samples))]
+
+
+def test_a_set_without_splits_is_divided_by_its_keys(tmp_path: Path) -> None:
+    write_images(tmp_path, {SQUARE: 40}, small_encoders(), {"": 0})
+    data = module(tmp_path, val_fraction=0.3)
+    train, val = ({p.shards.key(int(i)) for p in data.parts[s] for i in p.chosen} for s in ("train", "val"))
+    assert len(train) + len(val) == 40
+    assert not train & val
+    assert 4 < len(val) < 20
+    assert data.test_dataloader() == []
+
+
+def test_a_set_from_elsewhere_needs_only_manifests(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_images(tmp_path, {SQUARE: 4, WIDE: 4}, small_encoders(), {"train": 0}, said=False)
+    for file in tmp_path.rglob("*"):
+        if file.name.endswith((".npz", "manifest.json")):
+            file.unlink()
+    with pytest.raises(FileNotFoundError, match="step=manifest"):
+        module(tmp_path)
+    assert make_manifests(tmp_path)["samples"] == 8
+    data = module(tmp_path)
+    assert len(list(data.train_dataloader())) == 2
+    assert data.statistics.encoders == "unknown"
+
+
+def test_a_set_is_read_from_a_url(root: Path, tmp_path: Path) -> None:
+    here, there = module(root), module(f"file://{root}", cache_dir=tmp_path)  # type: ignore[arg-type]
+    assert there.fingerprint == here.fingerprint
+    assert keys(there.train_dataloader()) == keys(here.train_dataloader())
+
+
+def make_drawn(root: Path, options: dict[str, Any]) -> None:
+    """A maker, as `MadeImages` calls one."""
+    write_images(Path(root), {SQUARE: options["train"]}, small_encoders(), {"train": 0})
+
+
+def test_images_are_made_once_and_again_where_the_making_was_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import image_sets
+
+    monkeypatch.setattr(image_sets, "make_drawn", make_drawn, raising=False)
+    make = MadeImages("image_sets.make_drawn", {"train": 4, "processes": 2}, tmp_path, "drawn")
+    assert make.root == MadeImages("image_sets.make_drawn", {"train": 4, "processes": 1}, tmp_path, "drawn").root
+    assert make.root != MadeImages("image_sets.make_drawn", {"train": 5}, tmp_path, "drawn").root
+    data = ImageShards(batch_size=4, make=make, num_workers=0)
+    data.prepare_data()
+    before = {path: path.stat().st_mtime_ns for path in make.root.rglob("*.tar")}
+    data.prepare_data()
+    assert {path: path.stat().st_mtime_ns for path in make.root.rglob("*.tar")} == before
+    (make.root / "images.json").unlink()  # written last: without it the set is not whole
+    shutil.rmtree(make.root / "train")
+    data.prepare_data()
+    data.setup()
+    assert len(data.samples("train")) == 4
+
+
+def test_without_a_place_it_says_what_to_give() -> None:
+    data = ImageShards(batch_size=4)
+    with pytest.raises(ValueError, match=r"data\.root=PATH"):
+        data.setup()
+
+
+# ---- validation ------------------------------------------------------------------------------------------------------
+
+
+def test_validation_counts_patches_latents_and_text(tmp_path: Path) -> None:
+    write_images(tmp_path, {SQUARE: 5, WIDE: 3}, small_encoders(), {"train": 0}, without_patches=(1,))
+    report = validate(tmp_path)
+    assert report["errors"] == 0
+    assert report["images"] == {"images": 8, "complete": 6, "latents": 8, "patches": 6, "text": 8}
+    assert report["buckets"]["train/bucket_32x32"]["patches"] == 4
+    assert report["buckets"]["train/bucket_48x32"]["complete"] == 2
+
+
+def test_validation_finds_a_bucket_without_patches_and_broken_parts(tmp_path: Path) -> None:
+    write_images(tmp_path, {SQUARE: 3}, small_encoders(), {"train": 0}, without_patches=(0, 1, 2))
+    report = validate(tmp_path)
+    assert report["errors"] == 1
+    assert "none of its 3 images has all parts" in report["problems"][0]

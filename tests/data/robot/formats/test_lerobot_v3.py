@@ -1,0 +1,259 @@
+"""LeRobot v3 data sets, written to the letter of the format, read back against the scene."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+from scipy.spatial.transform import Rotation
+
+from keygrip.data.robot.demos import DemoError, find_demos
+from keygrip.data.robot.formats import import_demos
+from keygrip.robots.kinematics import forward_kinematics
+
+FPS = 20
+LENGTHS = (6, 4, 5)  # episodes; 0 and 1 share a data file and a video file
+KEY = "observation.images.top"
+
+
+@pytest.fixture
+def write_dataset(scene, write_video, calibration_text):
+    def write(root: Path, pictures_in_parquet: bool = False, joints: np.ndarray | None = None) -> dict:
+        """Three episodes over the scene's path: state = position, quaternion xyzw, gripper in mm (80 open)."""
+        quaternion = Rotation.from_matrix(scene.rotation).as_quat()
+        position = scene.position if joints is None else forward_kinematics(joints)[0]
+        state = np.concatenate([position, quaternion, 80 * scene.gripper[:, None]], axis=1)
+        if joints is not None:
+            state = np.concatenate([joints, 80 * scene.gripper[:, None]], axis=1)
+        pictures = scene.pictures(position)
+        rows: list[dict] = []
+        episodes: list[dict] = []
+        placed = [(0, 0), (0, LENGTHS[0]), (1, 0)]  # (file, first frame in its video)
+        for number, (length, (file, first)) in enumerate(zip(LENGTHS, placed, strict=True)):
+            start = len(rows)
+            for i in range(length):
+                row = {
+                    "observation.state": state[i].astype(np.float32).tolist(),
+                    "action": state[min(i + 1, length - 1)].astype(np.float32).tolist(),
+                    "timestamp": np.float32(i / FPS),
+                    "frame_index": i,
+                    "episode_index": number,
+                    "index": len(rows),
+                    "task_index": number % 2,
+                }
+                if pictures_in_parquet:
+                    encoded = io.BytesIO()
+                    Image.fromarray(pictures[i]).save(encoded, "PNG")
+                    row[KEY] = {"bytes": encoded.getvalue(), "path": f"frame_{i:06d}.png"}
+                rows.append(row)
+            entry = {
+                "episode_index": number,
+                "tasks": [["Pick up the cube", "Put it down"][number % 2]],
+                "length": length,
+                "data/chunk_index": 0,
+                "data/file_index": file,
+                "dataset_from_index": start,
+                "dataset_to_index": start + length,
+                "meta/episodes/chunk_index": 0,
+                "meta/episodes/file_index": 0,
+                "stats/action/min": [0.0],
+            }
+            if not pictures_in_parquet:
+                entry |= {
+                    f"videos/{KEY}/chunk_index": 0,
+                    f"videos/{KEY}/file_index": file,
+                    f"videos/{KEY}/from_timestamp": first / FPS,
+                    f"videos/{KEY}/to_timestamp": (first + length) / FPS,
+                }
+            episodes.append(entry)
+        for file in (0, 1):
+            chosen = [number for number in range(3) if placed[number][0] == file]
+            table = pa.Table.from_pylist([row for row in rows if row["episode_index"] in chosen])
+            path = root / f"data/chunk-000/file-{file:03d}.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(table, path, row_group_size=4)
+            if not pictures_in_parquet:
+                stretch = np.concatenate([pictures[: LENGTHS[number]] for number in chosen])
+                write_video(root / f"videos/{KEY}/chunk-000/file-{file:03d}.mp4", stretch, FPS)
+        path = root / "meta/episodes/chunk-000/file-000.parquet"
+        path.parent.mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist(episodes), path)
+        tasks = pa.table({"task_index": [0, 1], "__index_level_0__": ["Pick up the cube", "Put it down"]})
+        pq.write_table(tasks, root / "meta/tasks.parquet")
+        names = ["x", "y", "z", "qx", "qy", "qz", "qw", "gripper"] if joints is None else None
+        vector = {"dtype": "float32", "shape": [state.shape[1]], "names": names}
+        info = {
+            "codebase_version": "v3.0",
+            "robot_type": "yam",
+            "total_episodes": 3,
+            "total_frames": len(rows),
+            "total_tasks": 2,
+            "chunks_size": 1000,
+            "fps": FPS,
+            "splits": {"train": "0:3"},
+            "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+            "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
+            "features": {
+                "observation.state": vector,
+                "action": vector,
+                KEY: {
+                    "dtype": "image" if pictures_in_parquet else "video",
+                    "shape": [72, 96, 3],
+                    "names": ["height", "width", "channels"],
+                },
+                **{
+                    key: {"dtype": "int64", "shape": [1], "names": None}
+                    for key in ("frame_index", "episode_index", "index", "task_index")
+                },
+            },
+        }
+        (root / "meta/info.json").write_text(json.dumps(info))
+        calibration = {
+            "schema": "keygrip.calibration/1",
+            "conventions": {"camera": "opencv", "pixel": "centre", "length": "m"},
+            "cameras": {"top": calibration_text(scene)},
+            "lerobot": {"arms": {"right": arm("observation.state") | {"commanded": arm("action")}}},
+        }
+        save(root, calibration)
+        return calibration
+
+    return write
+
+
+def arm(feature: str) -> dict:
+    return {
+        "position": {"feature": feature, "index": [0, 1, 2]},
+        "rotation": {"feature": feature, "names": ["qx", "qy", "qz", "qw"], "as": "quaternion_xyzw"},
+        "gripper": {"feature": feature, "index": 7, "closed": 0.0, "open": 80.0},
+    }
+
+
+def save(root: Path, calibration: dict) -> None:
+    (root / "calibration.yaml").write_text(yaml.safe_dump(calibration))
+
+
+@pytest.mark.parametrize("pictures_in_parquet", [False, True])
+def test_every_episode_finds_its_rows_and_its_stretch_of_video(
+    tmp_path, scene, write_dataset, check_geometry, pictures_in_parquet
+):
+    write_dataset(tmp_path, pictures_in_parquet)
+    references = find_demos(tmp_path)
+    assert [reference.name for reference in references] == ["episode_000000", "episode_000001", "episode_000002"]
+    assert {reference.format for reference in references} == {"lerobot_v3"}
+    for number, reference in enumerate(references):
+        demo, length = reference.read(), LENGTHS[number]
+        assert len(demo) == length
+        check_geometry(demo, "top", "right")
+        right = demo.arms["right"]
+        np.testing.assert_allclose(right.position, scene.position[:length], atol=1e-6)
+        matrices = Rotation.from_quat(right.quaternion, scalar_first=True).as_matrix()
+        np.testing.assert_allclose(matrices, scene.rotation[:length], atol=1e-6)
+        np.testing.assert_allclose(right.gripper, scene.gripper[:length], atol=1e-6)
+        np.testing.assert_allclose(right.commanded.position[:-1], right.position[1:], atol=1e-6)
+        assert demo.instruction == ["Pick up the cube", "Put it down"][number % 2]
+        assert (demo.robot, demo.fps) == ("yam", FPS)
+        np.testing.assert_allclose(np.diff(demo.timestamps), 1e9 / FPS, rtol=1e-6)
+
+
+def test_joints_of_a_yam_become_poses(tmp_path, write_dataset, check_geometry):
+    step = np.linspace(0, 1, 6)[:, None]
+    joints = np.array([0.2, 1.0, 1.2, -1.1, 0.1, 0.0]) + step * np.array([-0.3, 0.2, 0.1, -0.2, -0.2, 0.4])
+    calibration = write_dataset(tmp_path, joints=joints)
+    calibration["lerobot"] = {
+        "arms": {
+            "right": {
+                "joints": {"feature": "observation.state", "index": [0, 1, 2, 3, 4, 5]},
+                "gripper": {"feature": "observation.state", "index": [6], "closed": 0, "open": 80},
+            }
+        }
+    }
+    save(tmp_path, calibration)
+    demo = find_demos(tmp_path)[0].read()
+    np.testing.assert_allclose(demo.arms["right"].position, forward_kinematics(joints)[0], atol=1e-6)
+    np.testing.assert_allclose(demo.arms["right"].joints, joints, atol=1e-6)
+    assert demo.arms["right"].commanded is None
+    check_geometry(demo, "top", "right")
+
+
+@pytest.mark.parametrize(
+    ("kind", "encode"),
+    [
+        ("quaternion_wxyz", lambda r: r.as_quat(scalar_first=True)),
+        ("rotation_vector", lambda r: r.as_rotvec()),
+        ("matrix", lambda r: r.as_matrix().reshape(-1, 9)),
+        ("euler_xyz", lambda r: r.as_euler("xyz")),
+    ],
+)
+def test_rotations_in_every_notation(scene, kind, encode):
+    from keygrip.data.robot.formats.lerobot_v3 import _matrices
+
+    values = encode(Rotation.from_matrix(scene.rotation))
+    np.testing.assert_allclose(_matrices(values, kind, "x"), scene.rotation, atol=1e-9)
+
+
+def test_an_old_version_and_missing_parts_are_refused(tmp_path, write_dataset):
+    write_dataset(tmp_path)
+    info = json.loads((tmp_path / "meta/info.json").read_text())
+    (tmp_path / "meta/info.json").write_text(json.dumps({**info, "codebase_version": "v2.1"}))
+    with pytest.raises(ValueError, match=r"version v2\.1; version 3 is read"):
+        find_demos(tmp_path)
+    (tmp_path / "meta/info.json").write_text(json.dumps(info))
+    (tmp_path / "data/chunk-000/file-001.parquet").unlink()
+    references = find_demos(tmp_path)
+    references[0].read()
+    with pytest.raises(DemoError, match=r"file-001\.parquet is missing"):
+        references[2].read()
+    (tmp_path / "videos" / KEY / "chunk-000/file-000.mp4").unlink()
+    with pytest.raises(DemoError, match=r"file-000\.mp4"):
+        references[0].read()
+    (tmp_path / "meta/episodes/chunk-000/file-000.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match="has no meta/episodes"):
+        find_demos(tmp_path)
+
+
+def test_a_video_that_is_too_short_for_its_episodes_is_refused(tmp_path, scene, write_dataset, write_video):
+    write_dataset(tmp_path)
+    write_video(tmp_path / "videos" / KEY / "chunk-000/file-000.mp4", scene.pictures(), FPS)
+    references = find_demos(tmp_path)
+    references[0].read()
+    with pytest.raises(DemoError, match="the video holds 6 frames, 10 are needed"):
+        references[1].read()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("lerobot"), r"no lerobot\.arms"),
+        (lambda c: c["lerobot"]["arms"]["right"].pop("gripper"), "needs gripper"),
+        (lambda c: c["lerobot"]["arms"]["right"].update(gripers=1), "takes commanded"),
+        (lambda c: c["lerobot"]["arms"]["right"].pop("rotation"), "needs position and rotation, or joints"),
+        (lambda c: c["lerobot"]["arms"]["right"]["rotation"].update({"as": "xyzw"}), "must be one of quaternion_wxyz"),
+        (lambda c: c["lerobot"]["arms"]["right"]["rotation"].update(names=["qx", "q"]), "names q; .* has x, y, z"),
+        (lambda c: c["lerobot"]["arms"]["right"]["position"].update(index=[0, 1, 9]), "asks for number 9"),
+        (lambda c: c["lerobot"]["arms"]["right"]["position"].update(feature="state"), "the data set has"),
+        (lambda c: c["lerobot"]["arms"]["right"]["gripper"].update(open=1.0), "other units"),
+        (lambda c: c.update(cameras={"front": c["cameras"]["top"]}), r"no camera of the data set \(top\)"),
+    ],
+)
+def test_wrong_sidecars_are_one_clear_line(tmp_path, write_dataset, change, message):
+    calibration = write_dataset(tmp_path)
+    change(calibration)
+    save(tmp_path, calibration)
+    with pytest.raises(ValueError, match=message) as caught:
+        find_demos(tmp_path)[0].read()
+    assert "\n" not in str(caught.value)
+
+
+def test_import_to_native(tmp_path, write_dataset, check_geometry):
+    write_dataset(tmp_path / "raw")
+    summary = import_demos(tmp_path / "raw", tmp_path / "native", video=True, progress=False)
+    assert summary.written == 3
+    for reference in find_demos(tmp_path / "native"):
+        check_geometry(reference.read(), "top", "right")

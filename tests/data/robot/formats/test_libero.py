@@ -1,0 +1,148 @@
+"""LIBERO's HDF5 files, written as its `create_dataset.py` writes them, read back against the scene."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import yaml
+from scipy.spatial.transform import Rotation
+
+from keygrip.data.robot.demos import DemoError, find_demos
+from keygrip.data.robot.formats import import_demos
+
+FILE = "KITCHEN_SCENE1_put_the_black_bowl_on_the_plate_demo.hdf5"
+SIDE = 64
+FOVY = 45.0
+
+
+@pytest.fixture
+def square(scene):
+    """The scene through a MuJoCo camera of 45 degrees and 64 x 64 pixels."""
+    focal = 0.5 * SIDE / np.tan(np.radians(FOVY) / 2)
+    scene.intrinsics = np.array([[focal, 0, SIDE / 2], [0, focal, SIDE / 2], [0, 0, 1]])
+    scene.width = scene.height = SIDE
+    return scene
+
+
+def model(scene, name: str = "agentview") -> str:
+    """The part of a robosuite model that holds the camera: an OpenGL camera, position and wxyz quaternion."""
+    pose = np.linalg.inv(scene.world_to_camera)
+    quaternion = Rotation.from_matrix(pose[:3, :3] @ np.diag([1, -1, -1])).as_quat(scalar_first=True)
+    return (
+        "<mujoco><worldbody>"
+        '<camera name="frontview" mode="fixed" pos="1 0 1" quat="0.5 0.5 0.5 0.5"/>'
+        f'<camera name="{name}" mode="fixed" pos="{" ".join(map(str, pose[:3, 3]))}" '
+        f'quat="{" ".join(map(str, quaternion))}"/>'
+        '<body name="robot0_base"/></worldbody></mujoco>'
+    )
+
+
+def write_file(path: Path, scene, demos: int = 2, convention: str | None = "opengl", xml: str | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flip = -1 if convention != "opencv" else 1
+    frames = len(scene.position)
+    with h5py.File(path, "w") as file:
+        data = file.create_group("data")
+        data.attrs["env_name"] = "Libero_Kitchen_Tabletop_Manipulation"
+        data.attrs["problem_info"] = json.dumps({"language_instruction": "put the black bowl on the plate"})
+        data.attrs["env_args"] = json.dumps({"type": 1, "env_kwargs": {"control_freq": 20}})
+        data.attrs["num_demos"] = demos
+        if convention is not None:
+            data.attrs["macros_image_convention"] = convention
+        for number in range(demos):
+            demo = data.create_group(f"demo_{number}")
+            demo.attrs["num_samples"] = frames
+            demo.attrs["model_file"] = model(scene) if xml is None else xml
+            demo["actions"] = np.zeros((frames, 7))
+            demo["states"] = np.zeros((frames, 79))
+            demo["rewards"] = np.zeros(frames, np.uint8)
+            obs = demo.create_group("obs")
+            obs["agentview_rgb"] = scene.pictures()[:, ::flip]
+            obs["eye_in_hand_rgb"] = scene.pictures()[:, ::flip]
+            vectors = Rotation.from_matrix(scene.rotation).as_rotvec()
+            obs["ee_states"] = np.concatenate([scene.position, vectors], axis=1)
+            obs["ee_pos"], obs["ee_ori"] = scene.position, vectors
+            obs["gripper_states"] = np.stack([0.04 * scene.gripper, -0.04 * scene.gripper], axis=1)
+            obs["joint_states"] = np.zeros((frames, 7))
+
+
+@pytest.mark.parametrize("convention", ["opengl", "opencv", None])
+def test_agentview_comes_from_the_stored_model_and_is_turned_upright(tmp_path, square, check_geometry, convention):
+    write_file(tmp_path / "libero_90" / FILE, square, convention=convention)
+    references = find_demos(tmp_path)
+    stem = f"libero_90/{FILE.removesuffix('.hdf5')}"
+    assert [reference.name for reference in references] == [f"{stem}/demo_0", f"{stem}/demo_1"]
+    demo = references[1].read()
+    assert list(demo.cameras) == ["agentview"]
+    check_geometry(demo, "agentview", "right")
+    right = demo.arms["right"]
+    np.testing.assert_allclose(right.position, square.position)
+    matrices = Rotation.from_quat(right.quaternion, scalar_first=True).as_matrix()
+    np.testing.assert_allclose(matrices, square.rotation, atol=1e-9)
+    np.testing.assert_allclose(right.gripper, square.gripper, atol=1e-12)
+    assert right.commanded is None
+    assert (demo.robot, demo.instruction, demo.fps) == ("panda", "put the black bowl on the plate", 20.0)
+    assert demo.task == "KITCHEN_SCENE1_put_the_black_bowl_on_the_plate"
+    assert demo.timestamps[2] == 100_000_000
+    notes = " ".join(demo.source["notes"])
+    assert ("turned upright" in notes) == (convention != "opencv")
+    assert "eye_in_hand is left out" in notes
+
+
+def test_a_calibration_file_adds_the_hand_and_overrides_the_model(tmp_path, square, calibration_text, check_geometry):
+    write_file(tmp_path / FILE, square, xml="<mujoco/>")
+    with pytest.raises(DemoError, match=r"no camera is known.*give calibration\.yaml"):
+        find_demos(tmp_path)[0].read()
+    entry = calibration_text(square)
+    hand = {key: value for key, value in entry.items() if key != "world_to_camera"}
+    hand |= {"mounted_on": "right", "camera_to_gripper": np.eye(4).tolist()}
+    content = {
+        "schema": "keygrip.calibration/1",
+        "conventions": {"camera": "opencv", "pixel": "centre", "length": "m"},
+        "cameras": {"agentview": entry, "eye_in_hand": hand},
+    }
+    (tmp_path / "calibration.yaml").write_text(yaml.safe_dump(content))
+    demo = find_demos(tmp_path)[0].read()
+    check_geometry(demo, "agentview", "right")
+    pose = np.linalg.inv(demo.cameras["eye_in_hand"].world_to_camera[3])
+    np.testing.assert_allclose(pose[:3, 3], square.position[3], atol=1e-9)
+    np.testing.assert_allclose(pose[:3, :3], square.rotation[3], atol=1e-9)
+
+
+def test_broken_files_are_named(tmp_path, square):
+    write_file(tmp_path / FILE, square)
+    whole = (tmp_path / FILE).read_bytes()
+    (tmp_path / "cut_demo.hdf5").write_bytes(whole[: len(whole) // 3])
+    references = find_demos(tmp_path)
+    assert len(references) == 3
+    broken = next(reference for reference in references if reference.name == "cut_demo")
+    with pytest.raises(DemoError, match=r"cannot be opened .* it is cut off"):
+        broken.read()
+    with h5py.File(tmp_path / FILE, "r+") as file:
+        del file["data/demo_0/obs/ee_ori"]
+        file["data/demo_1/obs/gripper_states"][...] = 5.0 * np.array([1.0, -1.0])
+    demos = {reference.name.rpartition("/")[2]: reference for reference in find_demos(tmp_path)}
+    with pytest.raises(DemoError, match="obs/ee_ori is missing; it holds agentview_rgb"):
+        demos["demo_0"].read()
+    with pytest.raises(DemoError, match=r"gripper_states .* other units"):
+        demos["demo_1"].read()
+
+
+def test_other_hdf5_files_are_not_taken_for_libero(tmp_path):
+    with h5py.File(tmp_path / "other.hdf5", "w") as file:
+        file["x"] = np.zeros(3)
+    with pytest.raises(FileNotFoundError, match="holds no demos in a known format"):
+        find_demos(tmp_path)
+
+
+def test_import_to_native(tmp_path, square, check_geometry):
+    write_file(tmp_path / "raw" / FILE, square)
+    summary = import_demos(tmp_path / "raw", tmp_path / "native", progress=False)
+    assert summary.written == 2
+    assert any("turned upright" in note for note in summary.notes)
+    for reference in find_demos(tmp_path / "native"):
+        check_geometry(reference.read(), "agentview", "right")

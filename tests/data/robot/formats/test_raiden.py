@@ -1,0 +1,269 @@
+"""raiden's converted folders, written as its converter writes them, read back against the scene."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.spatial.transform import Rotation
+
+from keygrip.data.robot.demos import DemoError, find_demos
+from keygrip.data.robot.formats import import_demos, raiden
+
+LEFT_FROM_RIGHT = np.eye(4)
+LEFT_FROM_RIGHT[:3, :3] = Rotation.from_euler("z", 25, degrees=True).as_matrix()
+LEFT_FROM_RIGHT[:3, 3] = [0.05, -0.55, 0.01]
+CAMERA_ON_HAND = np.eye(4)
+CAMERA_ON_HAND[:3, 3] = [0.0, 0.06, -0.05]
+
+
+def pose(position: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+    matrix = np.eye(4)
+    matrix[:3, :3], matrix[:3, 3] = rotation, position
+    return matrix
+
+
+def vector(matrix: np.ndarray, gripper: float) -> np.ndarray:
+    return np.concatenate([matrix[:3, 3], matrix[:3, :3].flatten(), [gripper]])
+
+
+def write_episode(folder: Path, scene, arms: int = 2, transform_in_rows: bool = True, protocol: int = 4) -> None:
+    """As `rd convert` does: float32 arrays, text as 0-d object arrays, metadata that claims png and 14 numbers."""
+    camera_to_world = np.linalg.inv(scene.world_to_camera).astype(np.float32)
+    intrinsics = scene.intrinsics.astype(np.float32)
+    intrinsics[:2, 2] -= 0.5  # drivers count from the centre of the first pixel
+    cameras = ["scene_camera"] + (["right_wrist_camera"] if arms == 2 else [])
+    times = 1_700_000_000_000_000_000 + (np.arange(len(scene.position)) * 1e9 / 30).astype(np.int64)
+    for camera in cameras:
+        (folder / "rgb" / camera).mkdir(parents=True)
+        np.save(folder / "rgb" / camera / "timestamps.npy", times)
+        (folder / "depth" / camera).mkdir(parents=True)
+    (folder / "lowdim").mkdir()
+    base = LEFT_FROM_RIGHT if arms == 2 else np.eye(4)
+    for i, picture in enumerate(scene.pictures()):
+        for camera in cameras:
+            Image.fromarray(picture).save(folder / "rgb" / camera / f"{i:010d}.jpg", quality=95, subsampling=0)
+            depth = np.full(picture.shape[:2], 700 + i, np.uint16)
+            np.savez_compressed(folder / "depth" / camera / f"{i:010d}.npz", depth=depth)
+        world = pose(scene.position[i], scene.rotation[i])
+        own = np.linalg.inv(base) @ world
+        left = pose(np.array([0.3, 0.3, 0.2]), np.eye(3))
+        ahead = pose(scene.position[min(i + 1, len(scene.position) - 1)], scene.rotation[i])
+        reached = [vector(own, scene.gripper[i])]
+        commanded = [vector(np.linalg.inv(base) @ ahead, scene.gripper[i])]
+        if arms == 2:
+            reached.insert(0, vector(left, 1.02))  # encoders pass the end of the stroke by a little
+            commanded.insert(0, vector(left, 1.0))
+        row = {
+            "intrinsics": dict.fromkeys(cameras, intrinsics),
+            "extrinsics": {"scene_camera": camera_to_world},
+            "joints": np.arange(7 * arms, dtype=np.float32) / 10 + i,
+            "action": np.concatenate(commanded).astype(np.float32),
+            "actual_poses": np.concatenate(reached).astype(np.float32),
+            "action_joints": np.zeros(7 * arms, np.float32),
+            "language_task": np.array("pick", dtype=object),
+            "language_prompt": np.array("pick up the cube", dtype=object),
+        }
+        if arms == 2:
+            row["extrinsics"]["right_wrist_camera"] = (base @ own @ CAMERA_ON_HAND).astype(np.float32)
+            if transform_in_rows:
+                row["T_left_from_right"] = base.astype(np.float32)
+        (folder / "lowdim" / f"{i:010d}.pkl").write_bytes(pickle.dumps(row, protocol=protocol))
+    metadata = {
+        "info": {"name": "pick"},
+        "cameras": cameras,
+        "framerate": 30,
+        "language": {"task": "pick", "prompt": ["pick up the cube"]},
+        "num_frames": len(scene.position),
+        "rgb": {"extension": "png"},
+        "action": {"format": "joint_cmd", "dims": 14},
+    }
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+
+
+def write_calibration(path: Path) -> None:
+    """raiden names the inverse: `right_base_to_left_base` takes left-base to right-base coordinates."""
+    stored = np.linalg.inv(LEFT_FROM_RIGHT).tolist()
+    path.write_text(json.dumps({"bimanual_transform": {"right_base_to_left_base": stored}}))
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_two_arms_are_read_into_the_left_base(tmp_path, scene, check_geometry, protocol):
+    write_episode(tmp_path / "pick" / "0000", scene, protocol=protocol)
+    (reference,) = find_demos(tmp_path)
+    assert (reference.name, reference.format) == ("pick/0000", "raiden")
+    demo = reference.read()
+    check_geometry(demo, "scene_camera", "right")
+    right = demo.arms["right"]
+    np.testing.assert_allclose(right.position, scene.position, atol=1e-6)
+    matrices = Rotation.from_quat(right.quaternion, scalar_first=True).as_matrix()
+    np.testing.assert_allclose(matrices, scene.rotation, atol=1e-6)
+    np.testing.assert_allclose(right.gripper, scene.gripper, atol=1e-6)
+    np.testing.assert_allclose(right.commanded.position[:-1], scene.position[1:], atol=1e-6)
+    np.testing.assert_allclose(right.joints[2], np.arange(7, 13) / 10 + 2, atol=1e-6)
+    assert demo.arms["left"].gripper.max() == 1.0
+    assert (demo.robot, demo.task, demo.instruction, demo.fps) == ("yam_bimanual", "pick", "pick up the cube", 30.0)
+    assert demo.timestamps[0] == 1_700_000_000_000_000_000
+    assert demo.cameras["scene_camera"].depth.read(3)[0, 0] == 703
+    moving = demo.cameras["right_wrist_camera"].world_to_camera
+    hand = np.linalg.inv(moving[4]) @ np.linalg.inv(CAMERA_ON_HAND)
+    np.testing.assert_allclose(hand[:3, 3], scene.position[4], atol=1e-5)
+    assert demo.source["notes"] == []
+
+
+@pytest.mark.parametrize("place", ["episode", "task", "argument"])
+def test_the_bases_come_from_the_calibration_file_where_the_rows_lack_them(tmp_path, scene, check_geometry, place):
+    write_episode(tmp_path / "pick" / "0000", scene, transform_in_rows=False)
+    path = {
+        "episode": tmp_path / "pick" / "0000" / "calibration_results.json",
+        "task": tmp_path / "pick" / "calibration_results.json",
+        "argument": tmp_path / "elsewhere.json",
+    }[place]
+    write_calibration(path)
+    (reference,) = find_demos(tmp_path, calibration=path if place == "argument" else None)
+    demo = reference.read()
+    check_geometry(demo, "scene_camera", "right")
+    assert demo.source["notes"] == []
+
+
+def test_a_transform_of_the_other_direction_is_noticed_by_the_wrist_camera(tmp_path, scene, check_geometry):
+    write_episode(tmp_path / "pick" / "0000", scene, transform_in_rows=False)
+    stored = {"bimanual_transform": {"right_base_to_left_base": LEFT_FROM_RIGHT.tolist()}}
+    (tmp_path / "pick" / "calibration_results.json").write_text(json.dumps(stored))
+    demo = find_demos(tmp_path)[0].read()
+    check_geometry(demo, "scene_camera", "right")
+    assert "the other way round" in demo.source["notes"][0]
+
+
+def test_one_arm_is_called_right_and_needs_no_transform(tmp_path, scene, check_geometry):
+    write_episode(tmp_path / "0000", scene, arms=1)
+    demo = find_demos(tmp_path)[0].read()
+    assert list(demo.arms) == ["right"]
+    assert demo.robot == "yam"
+    check_geometry(demo, "scene_camera", "right")
+
+
+def test_png_pictures_are_read_as_well(tmp_path, scene, check_geometry):
+    write_episode(tmp_path / "0000", scene, arms=1)
+    for path in (tmp_path / "0000" / "rgb" / "scene_camera").glob("*.jpg"):
+        Image.open(path).save(path.with_suffix(".png"))
+        path.unlink()
+    check_geometry(find_demos(tmp_path)[0].read(), "scene_camera", "right")
+
+
+class Malicious:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.target),)
+
+
+def test_a_malicious_pickle_does_nothing_but_fail(tmp_path, scene):
+    write_episode(tmp_path / "0000", scene, arms=1)
+    target = tmp_path / "ran"
+    row = tmp_path / "0000" / "lowdim" / f"{2:010d}.pkl"
+    for payload in (
+        pickle.dumps({"intrinsics": Malicious(target), "extrinsics": {}}),
+        b'cbuiltins\neval\n(S\'__import__("os").mkdir("' + str(target).encode() + b"\")'\ntR.",
+        b"cnumpy\nload\n(S'x'\ntR.",
+        b"c_codecs\nencode\n(S'x'\nS'rot13'\ntR.",
+        pickle.dumps(np.array([Malicious(target)], dtype=object)),
+    ):
+        row.write_bytes(payload)
+        with pytest.raises(DemoError, match=r"0000000002\.pkl: the pickle asks for"):
+            find_demos(tmp_path)[0].read()
+        assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "metadata.json").unlink(), "conversion was cut off"),
+        (
+            lambda folder: (folder / "rgb/scene_camera/0000000003.jpg").unlink(),
+            "1 of 6 pictures are missing, first number 3",
+        ),
+        (lambda folder: (folder / "lowdim/0000000002.pkl").unlink(), r"lowdim file 0000000002\.pkl is missing"),
+        (lambda folder: (folder / "lowdim/0000000002.pkl").write_bytes(b"\x80\x04"), r"0000000002\.pkl"),
+        (lambda folder: (folder / "rgb/scene_camera/timestamps.npy").unlink(), r"timestamps\.npy"),
+        (lambda folder: edit(folder, lambda row: row["actual_poses"].__setitem__(0, np.nan)), "NaN"),
+        (lambda folder: edit(folder, lambda row: row["actual_poses"].__setitem__(12, 57.0)), "other units"),
+        (lambda folder: edit(folder, lambda row: row["actual_poses"].__setitem__(3, 9.0)), "is not a rotation"),
+        (lambda folder: edit(folder, lambda row: row.pop("actual_poses")), "Run `rd convert` again"),
+        (lambda folder: edit(folder, uncalibrate, every=True), "was not calibrated"),
+    ],
+)
+def test_broken_episodes_are_named(tmp_path, scene, damage, message):
+    write_episode(tmp_path / "pick" / "0000", scene, arms=1)
+    damage(tmp_path / "pick" / "0000")
+    with pytest.raises(DemoError, match=message) as caught:
+        find_demos(tmp_path)[0].read()
+    assert caught.value.name == "pick/0000"
+
+
+def edit(folder: Path, change, every: bool = False) -> None:
+    for path in sorted((folder / "lowdim").glob("*.pkl"))[1 : None if every else 2]:
+        row = pickle.loads(path.read_bytes())
+        change(row)
+        path.write_bytes(pickle.dumps(row))
+    if every:
+        path = folder / "lowdim" / f"{0:010d}.pkl"
+        row = pickle.loads(path.read_bytes())
+        change(row)
+        path.write_bytes(pickle.dumps(row))
+
+
+def uncalibrate(row: dict) -> None:
+    row["extrinsics"]["scene_camera"] = np.eye(4, dtype=np.float32)
+
+
+def test_two_arms_without_a_transform_are_refused(tmp_path, scene):
+    write_episode(tmp_path / "pick" / "0000", scene, transform_in_rows=False)
+    with pytest.raises(DemoError, match="calibrate both wrist cameras together"):
+        find_demos(tmp_path)[0].read()
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        raiden.find(tmp_path, tmp_path / "nothing.json")
+
+
+def test_import_keeps_pictures_byte_for_byte_and_can_be_continued(tmp_path, scene, check_geometry):
+    for number in range(3):
+        write_episode(tmp_path / "raw" / "pick" / f"{number:04d}", scene)
+    first = import_demos(tmp_path / "raw", tmp_path / "native", max_demos=2, progress=False)
+    assert (first.written, first.skipped, first.broken) == (2, 0, [])
+    stale = tmp_path / "native" / "pick" / ".0002.123-abc.partial"
+    stale.mkdir()
+    before = (tmp_path / "native/pick/0000/metadata.json").stat().st_mtime_ns
+    second = import_demos(tmp_path / "raw", tmp_path / "native", progress=False)
+    assert (second.written, second.skipped) == (1, 2)
+    assert (tmp_path / "native/pick/0000/metadata.json").stat().st_mtime_ns == before
+    assert not stale.exists()
+    references = find_demos(tmp_path / "native")
+    assert [(reference.name, reference.format) for reference in references] == [
+        (f"pick/{number:04d}", "native") for number in range(3)
+    ]
+    demo = references[2].read()
+    check_geometry(demo, "scene_camera", "right")
+    original = tmp_path / "raw/pick/0002/rgb/scene_camera/0000000001.jpg"
+    copied = tmp_path / "native/pick/0002/rgb/scene_camera/000001.jpg"
+    assert copied.read_bytes() == original.read_bytes()
+    assert demo.cameras["scene_camera"].depth.read(2)[0, 0] == 702
+    assert demo.source["imported_from"] == str(tmp_path / "raw/pick/0002")
+
+
+def test_import_counts_broken_demos_and_stops_at_too_many(tmp_path, scene):
+    for number in range(3):
+        write_episode(tmp_path / "raw" / f"{number:04d}", scene, arms=1)
+    (tmp_path / "raw/0001/metadata.json").unlink()
+    summary = import_demos(tmp_path / "raw", tmp_path / "native", max_broken_share=0.4, progress=False)
+    assert summary.written == 2
+    assert summary.broken[0][0] == "0001"
+    with pytest.raises(ValueError, match=r"1 of 3 demos .* are broken: 0001: no metadata\.json"):
+        import_demos(tmp_path / "raw", tmp_path / "native", progress=False)
+    with pytest.raises(ValueError, match="lies in the source"):
+        import_demos(tmp_path / "raw", tmp_path / "raw" / "native", progress=False)

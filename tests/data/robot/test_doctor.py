@@ -1,0 +1,345 @@
+"""The geometry doctor: nothing to say about a sound folder, and exactly the injected fault about a faulty one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.spatial.transform import Rotation
+
+from keygrip.data.robot.demos import ArmPose, CameraPose, DemoWriter
+from keygrip.data.robot.doctor import Finding, doctor
+from keygrip.robots.inverse_kinematics import pointing_down, solve
+from keygrip.robots.kinematics import forward_kinematics
+
+WIDTH, HEIGHT, FRAMES, DEMOS = 128, 96, 30, 3
+INTRINSICS = np.array([[110.0, 0, 64.0], [0, 110.0, 48.0], [0, 0, 1]])
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one demo is written from; faults replace some of it."""
+
+    times: np.ndarray
+    position: np.ndarray
+    quaternion: np.ndarray
+    gripper: np.ndarray
+    joints: np.ndarray
+    pictures: np.ndarray
+    intrinsics: np.ndarray
+    world_to_camera: np.ndarray  # [N, 4, 4]
+    fps: float = 10.0
+
+
+def looking_at(eye: np.ndarray, target: np.ndarray) -> np.ndarray:
+    forward = (target - eye) / np.linalg.norm(target - eye)
+    right = np.cross(forward, [0.0, 0.0, 1.0])
+    right /= np.linalg.norm(right)
+    pose = np.eye(4)
+    pose[:3, :3] = np.stack([right, np.cross(forward, right), forward])
+    pose[:3, 3] = -pose[:3, :3] @ eye
+    return pose
+
+
+def pictures_of(position: np.ndarray, world_to_camera: np.ndarray) -> np.ndarray:
+    camera = position @ world_to_camera[:3, :3].T + world_to_camera[:3, 3]
+    pixels = (camera @ INTRINSICS.T)[:, :2] / camera[:, 2:]
+    y, x = np.mgrid[0:HEIGHT, 0:WIDTH] + 0.5
+    table = 90 + 20 * ((x // 16 + y // 16) % 2)
+    discs = np.hypot(x - pixels[:, 0, None, None], y - pixels[:, 1, None, None]) < 5
+    grey = np.where(discs, 220, table)
+    return np.stack([grey, table * np.ones_like(grey), table * np.ones_like(grey)], axis=-1).astype(np.uint8)
+
+
+@cache
+def sound(number: int) -> Parts:
+    """A grasp: open above the table, down, close, up, to the side. Poses are the kinematics of the joints."""
+    corners = np.array([[0.36, -0.12, 0.2], [0.38, 0.0, 0.2], [0.38, 0.0, 0.02], [0.38, 0.0, 0.02], [0.38, 0.1, 0.22]])
+    corners = corners + [0.0, 0.02 * number, 0.0]
+    at = np.array([0, 8, 14, 18, FRAMES - 1])
+    path = np.stack([np.interp(np.arange(FRAMES), at, corners[:, axis]) for axis in range(3)], axis=1)
+    yaw = np.interp(np.arange(FRAMES), at, [-0.3, 0.1, 0.3, 0.3, 0.6])
+    joints, guess = [], np.array([0.0, 1.2, 1.4, -1.0, 0.0, 0.0])
+    for point, angle in zip(path, yaw, strict=True):
+        solution = solve(point, pointing_down(angle, 0.1 + 1.5 * point[2]), guess)
+        assert solution.position_error < 0.02
+        guess = solution.joints
+        joints.append(guess)
+    position, quaternion = forward_kinematics(np.stack(joints))
+    signs = np.where((quaternion[1:] * quaternion[:-1]).sum(axis=1) < 0, -1.0, 1.0)
+    quaternion[1:] *= np.cumprod(signs)[:, None]
+    pose = looking_at(np.array([0.85, -0.15, 0.65]), np.array([0.33, 0.0, 0.1]))
+    return Parts(
+        times=(np.arange(FRAMES) * 100_000_000).astype(np.int64) + number,
+        position=position,
+        quaternion=quaternion,
+        gripper=np.interp(np.arange(FRAMES), [0, 14, 18, FRAMES], [1.0, 1.0, 0.3, 0.3]),
+        joints=np.stack(joints),
+        pictures=pictures_of(position, pose),
+        intrinsics=INTRINSICS,
+        world_to_camera=np.broadcast_to(pose, (FRAMES, 4, 4)),
+    )
+
+
+Fault = Callable[[Parts, int], Parts]
+
+
+def write(root: Path, fault: Fault = lambda parts, number: parts) -> Path:
+    for number in range(DEMOS):
+        parts = fault(sound(number), number)
+        with DemoWriter(root / f"demo_{number}", "yam", "pick", "pick up the cube", parts.fps) as writer:
+            for i in range(len(parts.times)):
+                writer.add(
+                    int(parts.times[i]),
+                    {"over": parts.pictures[i]},
+                    {"over": CameraPose(parts.intrinsics, parts.world_to_camera[i])},
+                    {
+                        "right": ArmPose(
+                            parts.position[i], parts.quaternion[i], float(parts.gripper[i]), parts.joints[i]
+                        )
+                    },
+                )
+    return root
+
+
+def examine(tmp_path: Path, fault: Fault) -> list[Finding]:
+    return doctor(write(tmp_path / "data", fault), tmp_path / "out", progress=False)
+
+
+def test_a_sound_folder_gives_no_finding_and_a_sheet_with_the_gripper_marked(tmp_path):
+    assert examine(tmp_path, lambda parts, number: parts) == []
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["demos"] == report["readable"] == DEMOS
+    assert report["camera/over/arm/right/on_screen"] == 1.0
+    assert report["camera/over/mounted_on"] is None
+    low, high = report["arm/right/height_range_m"]
+    assert (low, high) == pytest.approx((0.02, 0.22), abs=2e-3)
+    assert report["arm/right/height_bin_mm"] == pytest.approx((high - low) / 32 * 1e3)
+    # A cell is 96 / 56 pixels; along the ray's ground direction it is stretched by the slope: some millimetres at 0.8
+    # m.
+    assert 8 < report["camera/over/arm/right/cell_mm"] < 25
+    assert np.abs(report["arm/right/site_offset_m"]).max() < 1e-3
+    sheet = np.asarray(Image.open(tmp_path / "out/contact_sheet_over.png").convert("RGB")).astype(int)
+    marked = (np.abs(sheet - [255, 210, 0]).max(axis=-1) < 40).sum()
+    assert marked > 300  # rings and paths
+    assert sheet.shape[1] > 6 * 200
+
+
+def rolled(parts: Parts, number: int) -> Parts:
+    return replace(parts, quaternion=np.roll(parts.quaternion, -1, axis=1))
+
+
+def rolled_without_joints(parts: Parts, number: int) -> Parts:
+    return replace(rolled(parts, number), joints=parts.joints[:, :5])
+
+
+def flipping(parts: Parts, number: int) -> Parts:
+    return replace(parts, quaternion=parts.quaternion * np.where(np.arange(FRAMES) % 7 < 3, -1, 1)[:, None])
+
+
+def moved_camera(parts: Parts, change: Callable[[np.ndarray], np.ndarray]) -> Parts:
+    return replace(parts, world_to_camera=change(np.asarray(parts.world_to_camera)))
+
+
+def inverse_camera(parts: Parts, number: int) -> Parts:
+    return moved_camera(parts, np.linalg.inv)
+
+
+def opengl_camera(parts: Parts, number: int) -> Parts:
+    return moved_camera(parts, lambda pose: np.diag([1.0, -1, -1, 1]) @ pose)
+
+
+def opengl_inverse_camera(parts: Parts, number: int) -> Parts:
+    return moved_camera(parts, lambda pose: np.linalg.inv(np.diag([1.0, -1, -1, 1]) @ pose))
+
+
+def aimed_elsewhere(parts: Parts, number: int) -> Parts:
+    pose = looking_at(np.array([0.85, -0.15, 0.65]), np.array([0.33, 0.6, 0.1]))
+    return moved_camera(parts, lambda old: np.broadcast_to(pose, old.shape))
+
+
+def grazing_camera(parts: Parts, number: int) -> Parts:
+    pose = looking_at(np.array([0.95, -0.2, 0.13]), np.array([0.33, 0.0, 0.12]))
+    return replace(
+        parts,
+        world_to_camera=np.broadcast_to(pose, (FRAMES, 4, 4)),
+        pictures=pictures_of(parts.position, pose),
+    )
+
+
+def distant_camera(parts: Parts, number: int) -> Parts:
+    pose = looking_at(np.array([1.6, -0.4, 1.5]), np.array([0.33, 0.0, 0.1]))
+    return replace(
+        parts,
+        world_to_camera=np.broadcast_to(pose, (FRAMES, 4, 4)),
+        pictures=pictures_of(parts.position, pose),
+    )
+
+
+def of_another_resolution(parts: Parts, number: int) -> Parts:
+    matrix = INTRINSICS.copy()
+    matrix[:2] *= 0.4
+    return replace(parts, intrinsics=matrix)
+
+
+def flange(parts: Parts, number: int) -> Parts:
+    turn = Rotation.from_quat(parts.quaternion, scalar_first=True)
+    return replace(parts, position=parts.position + turn.apply([0.0, 0.0, -0.135]))
+
+
+def other_zero(parts: Parts, number: int) -> Parts:
+    return replace(parts, joints=parts.joints + np.linspace(0, 0.4, FRAMES)[:, None] * [0, 1, 0, 0.5, 0, 0])
+
+
+def in_millimetres(parts: Parts, number: int) -> Parts:
+    return replace(parts, position=parts.position * 1e3, joints=parts.joints[:, :5])
+
+
+def flat(parts: Parts, number: int) -> Parts:
+    position = parts.position.copy()
+    position[:, 2] = 0.1 + 0.02 * (position[:, 2] - 0.1)
+    return replace(parts, position=position, joints=parts.joints[:, :5])
+
+
+def stray_frame(parts: Parts, number: int) -> Parts:
+    if number:
+        return parts
+    position = parts.position.copy()
+    position[20, 2] += 0.4
+    return replace(parts, position=position, joints=parts.joints[:, :5])
+
+
+def jumping(parts: Parts, number: int) -> Parts:
+    position = parts.position.copy()
+    position[10:12, 1] -= 0.08
+    return replace(parts, position=position, joints=parts.joints[:, :5], times=parts.times // 10, fps=100.0)
+
+
+def inverted_gripper(parts: Parts, number: int) -> Parts:
+    return replace(parts, gripper=1 - parts.gripper)
+
+
+def still_gripper(parts: Parts, number: int) -> Parts:
+    return replace(parts, gripper=np.full(FRAMES, 0.8))
+
+
+def gap(parts: Parts, number: int) -> Parts:
+    times = parts.times.copy()
+    times[15:] += 700_000_000 if number == 1 else 0
+    return replace(parts, times=times)
+
+
+def wrong_rate(parts: Parts, number: int) -> Parts:
+    return replace(parts, fps=30.0)
+
+
+def frozen(parts: Parts, number: int) -> Parts:
+    pictures = parts.pictures.copy()
+    if number == 2:
+        pictures[6:] = pictures[6]
+    return replace(parts, pictures=pictures)
+
+
+def dark(parts: Parts, number: int) -> Parts:
+    return replace(parts, pictures=parts.pictures // 60)
+
+
+def bright(parts: Parts, number: int) -> Parts:
+    return replace(parts, pictures=255 - parts.pictures // 60)
+
+
+@pytest.mark.parametrize(
+    ("fault", "check", "severity", "said"),
+    [
+        (rolled, "quaternion_order", "error", "differ from the forward kinematics"),
+        (rolled_without_joints, "quaternion_order", None, "Store quaternions as w, x, y, z"),
+        (flipping, "quaternion_flip", "warning", "nearer to the one before"),
+        (inverse_camera, "off_screen", "error", "it is camera_to_world: store its inverse"),
+        (opengl_camera, "off_screen", "error", "its camera axes are OpenGL's"),
+        (opengl_inverse_camera, "off_screen", "error", "of an OpenGL camera"),
+        (aimed_elsewhere, "off_screen", None, "aim the camera at the workspace"),
+        (grazing_camera, "grazing_rays", None, "put the camera higher"),
+        (distant_camera, "cell_size", "warning", "Move the camera nearer"),
+        (of_another_resolution, "intrinsics", "error", "another resolution or crop"),
+        (flange, "site_offset", "error", "135 mm off"),
+        (other_zero, "kinematics", "warning", "zero positions"),
+        (flat, "height_range", "warning", "z is the vertical axis"),
+        (jumping, "jump", "warning", "dropped frames"),
+        (inverted_gripper, "gripper_polarity", "error", "0 for closed and 1 for open"),
+        (still_gripper, "gripper_still", "warning", "which signal is recorded"),
+        (gap, "time_gap", "warning", "demo_1: time stamps jump: the longest gap is 0.80 s"),
+        (wrong_rate, "frame_rate", "warning", "the time stamps say 10.0 frames a second"),
+        (frozen, "frozen_camera", "error", "camera over, demo_2: the picture stands still"),
+        (dark, "dark_camera", "error", "almost black"),
+        (bright, "bright_camera", "error", "almost white"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else None,
+)
+def test_one_fault_gives_one_finding_that_says_what_to_do(tmp_path, fault, check, severity, said):
+    findings = examine(tmp_path, fault)
+    others = {"frozen_camera"} if fault in (dark, bright) else set()  # nothing to see is nothing that changes
+    found = [finding for finding in findings if finding.check not in others]
+    assert [finding.check for finding in found] == [check], [str(finding) for finding in findings]
+    assert severity is None or found[0].severity == severity
+    assert said in str(found[0])
+    assert "\n" not in str(found[0])
+    stored = json.loads((tmp_path / "out/report.json").read_text())["findings"]
+    assert [entry["check"] for entry in stored] == [finding.check for finding in findings]
+
+
+def test_positions_in_millimetres(tmp_path):
+    """Everything about such a folder is wrong; the reason is among the findings."""
+    findings = {finding.check: str(finding) for finding in examine(tmp_path, in_millimetres)}
+    assert "Convert positions to metres" in findings["height_range"]
+    assert "off_screen" in findings
+
+
+def test_a_stray_frame_costs_height_bins(tmp_path):
+    findings = examine(tmp_path, stray_frame)
+    outlier = next(finding for finding in findings if finding.check == "height_outlier")
+    assert "demo_0" in outlier.where
+    assert {finding.check for finding in findings} == {"height_outlier"}
+
+
+def test_broken_demos_are_named_and_the_others_examined(tmp_path):
+    root = write(tmp_path / "data")
+    (root / "demo_1/metadata.json").unlink()
+    findings = doctor(root, tmp_path / "out", progress=False)
+    assert [finding.check for finding in findings] == ["broken_demo"]
+    assert findings[0].where == "demo_1"
+    assert "the recording was cut off" in findings[0].what
+    for number in (0, 2):
+        shutil.rmtree(root / f"demo_{number}")
+    findings = doctor(root, tmp_path / "again", progress=False)
+    assert [finding.check for finding in findings] == ["broken_demo"]
+    assert json.loads((tmp_path / "again/report.json").read_text())["readable"] == 0
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        doctor(tmp_path / "nothing", tmp_path / "out", progress=False)
+
+
+def test_a_camera_on_the_hand_is_recognised_and_not_blamed(tmp_path):
+    def on_hand(parts: Parts, number: int) -> Parts:
+        pose = np.zeros((FRAMES, 4, 4))
+        pose[:, :3, :3] = Rotation.from_quat(parts.quaternion, scalar_first=True).as_matrix()
+        pose[:, :3, 3] = parts.position + (pose[:, :3, :3] @ [0.0, 0.07, -0.1])
+        pose[:, 3, 3] = 1
+        return replace(parts, world_to_camera=np.linalg.inv(pose))
+
+    assert examine(tmp_path, on_hand) == []
+    assert json.loads((tmp_path / "out/report.json").read_text())["camera/over/mounted_on"] == "right"
+
+
+def test_max_demos_looks_at_an_even_spread(tmp_path):
+    root = write(tmp_path / "data", lambda parts, number: gap(parts, number))
+    assert (
+        doctor(root, tmp_path / "out", max_demos=2, progress=False) == []
+    )  # the first and the last; the gap is in between
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert (report["demos"], report["examined"]) == (3, 2)

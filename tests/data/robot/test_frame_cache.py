@@ -1,0 +1,196 @@
+"""The frame cache changes how often frames are decoded and nothing else."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import pickle
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from keygrip.data.robot import frame_cache
+from keygrip.data.robot.frame_cache import FrameCache, FrameShape
+
+FRAMES, HEIGHT, WIDTH = 6, 10, 8
+DEMO_BYTES = FRAMES * HEIGHT * WIDTH * 3
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Frames that depend on the demo's number and the index; each decoding leaves a line in a file."""
+
+    number: int
+    log: Path
+    version: int = 0
+
+    def __len__(self) -> int:
+        return FRAMES
+
+    def read(self, index: int) -> np.ndarray:
+        with self.log.open("a") as handle:
+            handle.write(f"{self.number} {index}\n")
+        rng = np.random.default_rng((self.number, index, self.version))
+        return rng.integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+
+    def identity(self) -> str:
+        return f"{self.number} {self.version}"
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., FrameCache]:
+    def build(limit: int, demos: int = 3, version: int = 0, folder: Path | None = None) -> FrameCache:
+        sources = [Counted(number, tmp_path / "decoded", version) for number in range(demos)]
+        shapes = [FrameShape(FRAMES, HEIGHT, WIDTH)] * demos
+        return FrameCache(sources, shapes, folder or tmp_path / "cache", "over", limit)
+
+    return build
+
+
+def all_frames(cache: FrameCache) -> np.ndarray:
+    return np.stack([cache.read(demo, frame) for demo in range(3) for frame in range(FRAMES)])
+
+
+def decodings(tmp_path: Path) -> int:
+    return len((tmp_path / "decoded").read_text().splitlines()) if (tmp_path / "decoded").exists() else 0
+
+
+def test_on_off_and_limited_give_the_same_frames(tmp_path: Path, make: Callable[..., FrameCache]) -> None:
+    reference = all_frames(make(0))
+    for limit, expected in ((0, 36), (DEMO_BYTES + 500, 36 - 8), (10 * DEMO_BYTES, 18)):
+        (tmp_path / "decoded").unlink()
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        cache = make(limit)
+        for _ in range(2):
+            np.testing.assert_array_equal(all_frames(cache), reference)
+        assert decodings(tmp_path) == expected
+    assert (tmp_path / "cache").exists()
+
+
+def test_a_limit_is_said_once(make: Callable[..., FrameCache], caplog: pytest.LogCaptureFixture) -> None:
+    cache = make(DEMO_BYTES)
+    all_frames(cache)
+    all_frames(cache)
+    assert [record.message for record in caplog.records if "decoded every time" in record.message] == [
+        "the frame cache holds 0.00 of 0.00 GB of frames of camera over; the others are decoded every time "
+        "(raise data.cache_gb to keep them)"
+    ]
+
+
+def test_a_second_process_finds_the_frames(tmp_path: Path, make: Callable[..., FrameCache]) -> None:
+    first = all_frames(make(10**6))
+    again = pickle.loads(pickle.dumps(make(10**6)))
+    np.testing.assert_array_equal(all_frames(again), first)
+    assert decodings(tmp_path) == 18
+
+
+def test_changed_files_get_a_cache_of_their_own(make: Callable[..., FrameCache]) -> None:
+    old = all_frames(make(10**6, version=0))
+    new = all_frames(make(10**6, version=1))
+    np.testing.assert_array_equal(new, all_frames(make(0, version=1)))
+    assert not np.array_equal(old, new)
+
+
+def read_in_process(cache: FrameCache, seed: int, queue: Any) -> None:
+    rng = np.random.default_rng(seed)
+    frames = {}
+    for _ in range(8):
+        for number in rng.permutation(18).tolist():
+            demo, frame = divmod(number, FRAMES)
+            frames[demo, frame] = cache.read(demo, frame).copy()
+    queue.put(frames)
+
+
+def test_processes_may_fill_it_at_once(tmp_path: Path, make: Callable[..., FrameCache]) -> None:
+    cache = make(10**6)
+    cache.read(0, 0)  # opened before the fork: children must not use the parent's files
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    processes = [context.Process(target=read_in_process, args=(cache, seed, queue)) for seed in range(4)]
+    for process in processes:
+        process.start()
+    results = [queue.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    reference = make(0)
+    for frames in results:
+        for (demo, frame), picture in frames.items():
+            np.testing.assert_array_equal(picture, reference.sources[demo].read(frame))
+
+
+def test_lost_pixels_are_decoded_again(tmp_path: Path, make: Callable[..., FrameCache]) -> None:
+    cache = make(10**6)
+    reference = all_frames(cache)
+    cache.close()
+    (pixels,) = (tmp_path / "cache").glob("*.pixels")
+    content = bytearray(pixels.read_bytes())
+    content[:DEMO_BYTES] = bytes(DEMO_BYTES)  # marks reached the disk, the first demo's pixels did not
+    pixels.write_bytes(content)
+    np.testing.assert_array_equal(all_frames(make(10**6)), reference)
+    assert decodings(tmp_path) == 18 + FRAMES
+
+
+def test_a_full_disk_is_said_and_survived(
+    make: Callable[..., FrameCache], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reference = all_frames(make(0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(all_frames(make(10**6)), reference)
+    assert "no frame cache: it needs" in caplog.text
+    monkeypatch.undo()
+
+    def refuse(*arguments: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    cache = make(10**6)
+    monkeypatch.setattr(os, "pwrite", refuse)
+    np.testing.assert_array_equal(all_frames(cache), reference)
+    assert caplog.text.count("stops growing") == 1
+
+
+def test_a_folder_that_cannot_be_written_is_said_and_survived(
+    tmp_path: Path, make: Callable[..., FrameCache], caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    np.testing.assert_array_equal(all_frames(make(10**6, folder=tmp_path / "file")), all_frames(make(0)))
+    assert "cannot be written" in caplog.text
+
+
+def test_old_unused_caches_are_removed_and_used_ones_kept(
+    tmp_path: Path, make: Callable[..., FrameCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = make(10**6, version=1)
+    all_frames(old)
+    used = make(10**6, version=2)
+    all_frames(used)
+    old.close()
+    young = make(10**6, version=3)
+    all_frames(young)
+    young.close()
+    long_ago = time.time() - 2 * frame_cache.STALE_AFTER_S
+    for cache in (old, used):
+        os.utime(cache.marks_path, (long_ago, long_ago))
+    all_frames(make(10**6, version=4))
+    assert not old.marks_path.exists()
+    assert not old.pixels_path.exists()
+    assert used.marks_path.exists()
+    assert young.marks_path.exists()
+
+
+def test_frames_of_other_sizes_than_promised_are_refused(tmp_path: Path) -> None:
+    source = Counted(0, tmp_path / "decoded")
+    cache = FrameCache([source], [FrameShape(FRAMES, HEIGHT, WIDTH + 1)], tmp_path / "cache", "over", 10**6)
+    with pytest.raises(ValueError, match="was promised"):
+        cache.read(0, 0)
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_seen(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="keygrip")

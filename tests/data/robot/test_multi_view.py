@@ -1,0 +1,243 @@
+"""Batches of several cameras with depth: shapes, what follows what, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from keygrip.data.batches import MultiViewPolicyBatch, PolicyBatch, PolicyTargets
+from keygrip.data.robot import datamodule as module_under_test
+from keygrip.data.robot.augmentation import Augmentation, Box, Colours, ImageGeometry, cut, cut_depth, recolour
+from keygrip.data.robot.datamodule import Recording, RobotDemos
+from keygrip.data.shards.sampling import SampleKey
+
+Make = Callable[..., RobotDemos]
+CAMERAS = ("over", "front")
+TWO: dict[str, Any] = {"cameras": CAMERAS, "depth": True}
+
+
+def add_depth(folder: Path, camera: str, height: int = 40, width: int = 48) -> None:
+    """Depth whose value says where it was: 1000 mm, 1 more a column and 100 more a frame."""
+    (folder / "depth" / camera).mkdir(parents=True)
+    metadata = json.loads((folder / "metadata.json").read_text())
+    for frame in range(metadata["frames"]):
+        values = np.full((height, width), 1000 + 100 * frame, np.uint16) + np.arange(width, dtype=np.uint16)
+        Image.fromarray(values).save(folder / "depth" / camera / f"{frame:06d}.png")
+    metadata["cameras"][camera]["depth"] = f"depth/{camera}/%06d.png"
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+
+
+@pytest.fixture
+def root(tmp_path: Path, native_demo: Any) -> Path:
+    """Six demos of two cameras with depth."""
+    for number in range(6):
+        folder = native_demo(
+            tmp_path / "root" / f"demo_{number}", cameras=CAMERAS, seed=number, level=0.1 + 0.01 * number
+        )
+        for camera in CAMERAS:
+            add_depth(folder, camera)
+    return tmp_path / "root"
+
+
+def ready(module: RobotDemos) -> RobotDemos:
+    module.setup("fit")
+    return module
+
+
+def test_a_batch_has_the_promised_shapes_and_types(root: Path, robot_demos: Make) -> None:
+    module = ready(robot_demos(root, **TWO, augmentation=Augmentation()))
+    batch = next(iter(module.train_dataloader()))
+    assert isinstance(batch, MultiViewPolicyBatch)
+    expected = {
+        "images": ((8, 2, 3, 32, 32), torch.uint8),
+        "view_intrinsics": ((8, 2, 3, 3), torch.float32),
+        "view_world_to_camera": ((8, 2, 4, 4), torch.float32),
+        "depth": ((8, 2, 32, 32), torch.float32),
+        "image": ((8, 3, 32, 32), torch.float32),
+        "intrinsics": ((8, 3, 3), torch.float32),
+        "world_to_camera": ((8, 4, 4), torch.float32),
+        "start_position": ((8, 1, 3), torch.float32),
+        "position": ((8, 1, 3, 3), torch.float32),
+        "repeated": ((8, 1, 3), torch.bool),
+    }
+    for name, (shape, kind) in expected.items():
+        assert getattr(batch, name).shape == shape, name
+        assert getattr(batch, name).dtype == kind, name
+    assert batch.cameras == CAMERAS
+    assert len(batch) == len(batch.instruction) == 8
+    moved = batch.to("meta", torch.bfloat16)
+    assert (moved.images.dtype, moved.depth.dtype) == (torch.uint8, torch.bfloat16)
+    assert moved.images.device.type == "meta"
+    assert moved.cameras == CAMERAS
+
+
+def test_the_first_view_is_what_a_policy_of_one_camera_is_given(root: Path, robot_demos: Make) -> None:
+    many, one = ready(robot_demos(root, **TWO)), ready(robot_demos(root))
+    assert RobotDemos.batch_type({"cameras": list(CAMERAS)}) is MultiViewPolicyBatch
+    assert RobotDemos.batch_type({"cameras": None}) is RobotDemos.batch_type({}) is PolicyBatch
+    assert issubclass(MultiViewPolicyBatch, PolicyBatch)  # goes where one is asked for, and not the other way round
+    assert not issubclass(PolicyBatch, MultiViewPolicyBatch)
+    ours, theirs = next(iter(many.val_dataloader())), next(iter(one.val_dataloader()))
+    for name in ("image", "intrinsics", "world_to_camera", "position", "start_quaternion", "repeated", "frame_index"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), atol=1e-6, rtol=0)
+    torch.testing.assert_close(ours.normalised((0, 0, 0), (1, 1, 1)) * 255, ours.images.float())
+
+
+def test_views_keep_their_order(root: Path, robot_demos: Make) -> None:
+    forth, back = (
+        ready(robot_demos(root, **TWO)),
+        ready(robot_demos(root, **TWO | {"cameras": CAMERAS[::-1]}, camera="front")),
+    )
+    ours, theirs = next(iter(forth.val_dataloader())), next(iter(back.val_dataloader()))
+    torch.testing.assert_close(ours.images, theirs.images.flip(1))
+    assert not torch.equal(ours.images[:, 0], ours.images[:, 1])
+
+
+@pytest.mark.parametrize("rotate", [0.0, 20.0])
+def test_depth_follows_its_picture(root: Path, robot_demos: Make, rotate: float) -> None:
+    """The value says its column and frame: it must lie where the intrinsics say that the column went."""
+    module = ready(robot_demos(root, **TWO, augmentation=Augmentation(rotate_degrees=rotate)))
+    turned = 0.0
+    for index in range(0, len(module.train_samples), 3):
+        sample = module.train_samples[SampleKey(index, 1)]
+        assert isinstance(sample, MultiViewPolicyBatch)
+        frame = int(sample.frame_index)
+        for view in range(2):
+            depth, k = sample.depth[view].double().numpy(), sample.view_intrinsics[view].double().numpy()
+            turn = sample.view_world_to_camera[view, :3, :3].double().numpy()
+            rows, columns = np.nonzero(depth)
+            rays = np.linalg.inv(k) @ np.stack([columns + 0.5, rows + 0.5, np.ones(len(rows))])
+            rays = np.diag([1.0, -1.0, -1.0]) @ turn.T @ rays  # in the axes of the camera before it was rolled
+            source = 40 * rays[0] + 24
+            told = 1000 * depth[rows, columns] - 1000 - 100 * frame
+            assert np.abs(source - (told + 0.5)).max() <= 0.5 + 1e-3
+            turned = max(turned, abs(turn[0, 1]))
+    assert (turned > 0.05) == (rotate > 0)
+
+
+def test_depth_is_never_mixed_over_an_edge() -> None:
+    near_far = np.where(np.arange(40) < 20, 500, 2000).astype(np.uint16)[None].repeat(40, 0)
+    for box in (Box(0, 0, 40, 40), Box(3.3, 2.2, 33.7, 35.1), Box(5, 5, 35, 35, angle=0.3)):
+        assert set(np.unique(cut_depth(near_far, box, 15))) <= {0, 500, 2000}
+    np.testing.assert_array_equal(cut_depth(near_far, Box(0, 0, 40, 40), 40), near_far)
+    beyond = cut_depth(near_far, Box(-10, 0, 30, 40), 40)
+    assert (beyond[:, :10] == 0).all()
+    assert (beyond[:, 10:] > 0).all()
+
+
+def test_views_are_cropped_and_coloured_each_by_itself_and_alike_each_time(root: Path, robot_demos: Make) -> None:
+    module = ready(robot_demos(root, **TWO, augmentation=Augmentation()))
+    first, again, later = (module.train_samples[SampleKey(3, epoch)] for epoch in (0, 0, 1))
+    assert torch.equal(first.images, again.images)
+    assert torch.equal(first.depth, again.depth)
+    assert not torch.equal(first.view_intrinsics, later.view_intrinsics)
+    assert not torch.equal(first.view_intrinsics[0], first.view_intrinsics[1])
+
+
+def test_new_colours_in_bytes_are_those_of_the_normalised_picture() -> None:
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 255, (12, 12, 3), dtype=np.uint8)
+    colours = Colours(rng.normal(1, 0.3, (3, 3)) / 2, rng.normal(-60, 20, 3))
+    exact = np.clip(picture.astype(float) @ colours.matrix.T + colours.offset, 0, 255)
+    changed = recolour(picture, colours)
+    assert changed.dtype == np.uint8
+    assert np.abs(changed - exact).max() <= 0.501
+    assert (changed == 0).any()  # clipped, not wrapped around
+
+
+def test_depth_of_another_size_than_its_picture_is_refused() -> None:
+    geometry = ImageGeometry(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    with pytest.raises(ValueError, match="must be aligned"):
+        geometry.view(np.zeros((10, 12, 3), np.uint8), np.eye(3), np.eye(4), np.zeros((5, 6), np.uint16))
+
+
+def test_the_nominal_view_is_the_crop_of_inference() -> None:
+    geometry = ImageGeometry(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), field=0.8)
+    picture = np.random.default_rng(1).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    k = np.array([[50.0, 0, 30], [0, 50, 20], [0, 0, 1]])
+    view = geometry.view(picture, k, np.eye(4))
+    image, intrinsics = geometry.apply(picture, k)
+    np.testing.assert_array_equal(view.picture, cut(picture, geometry.box(60, 40), 16))
+    torch.testing.assert_close(torch.tensor(view.picture).permute(2, 0, 1) / 255, image / 2 + 0.5)
+    np.testing.assert_allclose(view.intrinsics, intrinsics.numpy(), atol=1e-5)
+    assert view.depth is None
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
+
+
+def test_chunks_are_the_training_samples_targets(root: Path, robot_demos: Make) -> None:
+    module = ready(robot_demos(root, **TWO, targets="commanded"))
+    statistics = module.statistics
+    chunks = statistics.chunks
+    assert statistics.cameras == CAMERAS
+    assert type(chunks) is PolicyTargets
+    assert len(chunks) == len(module.train_samples) == len(chunks.instruction)
+    assert set(chunks.demo_index.tolist()) == set(module.train_indices)  # and nothing of the validation demos
+    for index in range(0, len(chunks), 7):
+        sample = module.train_samples[SampleKey(index, 0)]
+        for name in ("start_position", "start_quaternion", "start_gripper", "position", "quaternion", "gripper"):
+            torch.testing.assert_close(getattr(chunks, name)[index], getattr(sample, name))
+        assert torch.equal(chunks.repeated[index], sample.repeated)
+        assert (chunks.instruction[index], int(chunks.frame_index[index])) == (
+            sample.instruction,
+            int(sample.frame_index),
+        )
+
+
+def test_of_many_frames_the_chunks_are_an_even_choice(
+    root: Path, robot_demos: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module_under_test, "CHUNKS_AT_MOST", 13)
+    module = ready(robot_demos(root, **TWO))  # 5 or fewer demos of 12 frames
+    chunks, samples = module.statistics.chunks, len(module.train_samples)
+    every = -(-samples // 13)
+    assert len(chunks) == -(-samples // every) <= 13
+    order = {index: number for number, index in enumerate(module.train_indices)}
+    places = [12 * order[int(d)] + int(f) for d, f in zip(chunks.demo_index, chunks.frame_index, strict=True)]
+    assert places == list(range(0, samples, every))
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_demos_without_depth_are_named(root: Path, robot_demos: Make, native_demo: Any) -> None:
+    folder = native_demo(root / "flat", cameras=CAMERAS, seed=9)
+    add_depth(folder, "over")
+    with pytest.raises(ValueError, match=r"1 of 7 demos hold no depth for all of over, front \(first: flat\)"):
+        robot_demos(root, **TWO).setup("fit")
+    batch = next(iter(ready(robot_demos(root, cameras=CAMERAS)).train_dataloader()))
+    assert batch.depth is None
+
+
+def test_a_demo_that_lacks_a_camera_is_broken(root: Path, robot_demos: Make) -> None:
+    with pytest.raises(ValueError, match="it has no camera 'wrist'; it has over"):
+        robot_demos(root, cameras=("over", "wrist")).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cameras": ("front", "over")}, "data.camera=over first"),
+        ({"cameras": ("over", "over")}, "each camera once"),
+        ({"cameras": ()}, "each camera once"),
+        ({"depth": True}, "data.depth=true needs data.cameras"),
+    ],
+)
+def test_bad_settings_are_named(root: Path, robot_demos: Make, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        robot_demos(root, **changes)
+
+
+def test_recordings_of_the_tasks_own_camera_keep_their_folder() -> None:
+    plain = {"recorder": "keygrip.recording.demonstrations.record", "task": {"name": "pick"}}
+    before = Recording(**plain).root  # type: ignore[arg-type]
+    assert before == Recording(**plain, cameras=None).root  # type: ignore[arg-type]
+    assert Recording(**plain, cameras=CAMERAS).root != before  # type: ignore[arg-type]

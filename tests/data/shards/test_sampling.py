@@ -1,0 +1,133 @@
+"""The order of samples: the same whatever the ranks and workers, each sample once, resumed by one number."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from keygrip.data.shards.sampling import GlobalBatchSampler, ResumableLoader, SampleKey, sample_generator, start_worker
+
+
+class Keys(Dataset[torch.Tensor]):
+    """Gives back which sample was asked for, in which epoch, and the first draw of its generator."""
+
+    def __getitem__(self, key: SampleKey) -> torch.Tensor:
+        return torch.tensor([key.sample, key.epoch, sample_generator(5, key).uniform()], dtype=torch.float64)
+
+
+def delivered(
+    rank: int, ranks: int, workers: int, epochs: int = 2, samples: int = 37, batch: int = 12
+) -> list[torch.Tensor]:
+    sampler = GlobalBatchSampler(samples, batch, rank, ranks, seed=3)
+    loader = ResumableLoader(
+        Keys(),
+        batch_sampler=sampler,
+        num_workers=workers,
+        worker_init_fn=start_worker,
+        persistent_workers=workers > 0,
+        multiprocessing_context="fork" if workers else None,
+    )
+    batches = []
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        batches += list(loader)
+    return batches
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 1), (1, 2), (2, 0), (3, 2)])
+def test_any_ranks_and_workers_deliver_the_same_global_batches(ranks: int, workers: int) -> None:
+    reference = delivered(0, 1, 0)
+    parts = [delivered(rank, ranks, workers) for rank in range(ranks)]
+    together = [torch.cat(batch) for batch in zip(*parts, strict=True)]
+    assert len(together) == len(reference) == 6
+    for ours, theirs in zip(together, reference, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_each_sample_once_an_epoch_and_another_order_in_the_next() -> None:
+    sampler = GlobalBatchSampler(36, 12, seed=1)
+    orders = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        keys = [key for batch in sampler for key in batch]
+        assert sorted(key.sample for key in keys) == list(range(36))
+        assert {key.epoch for key in keys} == {epoch}
+        orders.append([key.sample for key in keys])
+    assert orders[0] != orders[1] != orders[2]
+    assert orders[0] != [key.sample for batch in GlobalBatchSampler(36, 12, seed=2) for key in batch]
+
+
+def test_what_drop_last_leaves_out_changes_with_the_epoch() -> None:
+    sampler = GlobalBatchSampler(10, 4)
+    left_out = []
+    for epoch in range(20):
+        sampler.set_epoch(epoch)
+        keys = [key.sample for batch in sampler for key in batch]
+        assert len(keys) == len(set(keys)) == 8
+        left_out.append(frozenset(range(10)) - frozenset(keys))
+    assert frozenset().union(*left_out) == frozenset(range(10))
+
+
+@pytest.mark.parametrize(("samples", "ranks"), [(37, 1), (37, 4), (38, 4), (36, 4), (3, 4)])
+def test_validation_sees_every_sample_and_all_ranks_have_equal_numbers_of_batches(samples: int, ranks: int) -> None:
+    samplers = [GlobalBatchSampler(samples, 12, rank, ranks, shuffle=False, drop_last=False) for rank in range(ranks)]
+    batches = [list(sampler) for sampler in samplers]
+    assert {len(part) for part in batches} == {len(samplers[0])}
+    assert all(batch for part in batches for batch in part)
+    indices = [key.sample for part in batches for batch in part for key in batch]
+    assert set(indices) == set(range(samples))
+    assert len(indices) - samples <= max(0, ranks - 1)
+    if samples % 12 == 0 or samples % 12 >= ranks:
+        assert len(indices) == samples
+    samplers[0].set_epoch(5)
+    assert [[k.sample for k in batch] for batch in samplers[0]] == [[k.sample for k in batch] for batch in batches[0]]
+
+
+def total_length(before: list[int], batches: list[list[SampleKey]]) -> int:
+    return sum(before) + len(batches)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("done", [0, 1, 2, 3, 4, 7])
+def test_one_number_resumes_the_order(done: int, ranks: int) -> None:
+    for rank in range(ranks):
+        whole = GlobalBatchSampler(37, 12, rank, ranks, seed=3)
+        uninterrupted = []
+        for epoch in range(3):
+            whole.set_epoch(epoch)
+            uninterrupted += list(whole)
+        resumed = GlobalBatchSampler(37, 12, rank, ranks, seed=3)
+        after: list[list[SampleKey]] = []
+        resumed.follow(partial(total_length, [done], after))
+        while len(after) < 9 - done:
+            assert len(resumed) == 3
+            after += list(resumed)
+        assert after == uninterrupted[done:]
+
+
+def test_draws_depend_on_seed_epoch_and_sample_alone() -> None:
+    draws = {
+        (seed, epoch, index): sample_generator(seed, SampleKey(index, epoch)).uniform()
+        for seed in range(3)
+        for epoch in range(3)
+        for index in range(3)
+    }
+    assert len(set(draws.values())) == 27
+    assert draws[1, 2, 0] == sample_generator(1, SampleKey(0, 2)).uniform()
+
+
+def test_permutations_are_uniform() -> None:
+    sampler = GlobalBatchSampler(4, 4)
+    first = np.bincount([sampler.order(epoch)[0] for epoch in range(4000)], minlength=4)
+    assert np.abs(first - 1000).max() < 120  # 4 standard deviations
+
+
+def test_batches_that_cannot_be_divided_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"batch_size=9 .* must divide by the 2 processes; 8 would"):
+        GlobalBatchSampler(100, 9, 0, 2)
+    with pytest.raises(ValueError, match=r"holds 5 samples, fewer than one batch of 8; lower data\.batch_size"):
+        GlobalBatchSampler(5, 8)

@@ -1,0 +1,242 @@
+"""Shards: written and read back, broken ones found and named, remote ones cached within their limit."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from shard_sets import conversations, picture, write_set
+
+from keygrip.data.shards.tars import (
+    MANIFEST,
+    SampleError,
+    ShardCache,
+    ShardError,
+    ShardSet,
+    ShardWriter,
+    index_path,
+    index_shard,
+    split_name,
+    write_manifest,
+)
+from keygrip.data.video_text.conversations import describe_video_text, read_sample, video_text_parts
+
+
+def overwrite(path: Path, offset: int, content: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(content)
+
+
+def test_samples_come_back_as_they_were_written(tmp_path: Path) -> None:
+    shards = ShardSet(write_set(tmp_path, [2, 0, 3, 1], per_shard=3))
+    assert len(shards) == 4
+    assert [shards.key(n) for n in range(4)] == ["s0", "s1", "s2", "s3"]
+    assert shards.columns["frames"].tolist() == [2, 0, 3, 1]
+    assert shards.columns["text_length"].tolist() == [len("mark s0?????s0")] * 4
+    assert shards.columns["kinds"].tolist() == ["mark"] * 4
+    assert shards.shard.tolist() == [0, 0, 0, 1]
+    assert shards.read(3)["00.png"] == picture(3)
+    sample = read_sample(shards, 2, size=8)
+    assert sample.frames.shape == (3, 8, 8, 3)
+    assert (sample.frames == 2).all()
+    assert sample.conversations[0].turns[1].text == "s2"
+    assert sample.conversations[0].evidence == {"n": 1}
+    assert read_sample(shards, 1, size=8).frames.shape == (0, 8, 8, 3)
+
+
+def test_webdataset_reads_what_we_write(tmp_path: Path) -> None:
+    write_set(tmp_path, [2, 1, 0], per_shard=3)
+    dataset = webdataset.WebDataset(str(tmp_path / "s-000.tar"), shardshuffle=False)
+    samples = [dict(sample) for sample in dataset]
+    assert [sample["__key__"] for sample in samples] == ["s0", "s1", "s2"]
+    assert samples[0]["01.png"] == picture(0)
+    assert json.loads(samples[2]["json"])["frames"] == 0
+
+
+def test_we_read_what_webdataset_writes(tmp_path: Path) -> None:
+    with webdataset.TarWriter(str(tmp_path / "x.tar")) as writer:
+        for number in range(3):
+            parts, _ = video_text_parts([picture(number)] * number, conversations(f"n{number}"), "x", extension="png")
+            writer.write({"__key__": f"k{number}", **parts})
+    manifest = write_manifest(tmp_path, describe_video_text, progress=False)
+    assert manifest["samples"] == 3
+    shards = ShardSet(tmp_path)
+    assert [read_sample(shards, n, 8).frames.shape[0] for n in range(3)] == [0, 1, 2]
+
+
+def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_set(tmp_path / name, [1, 2, 0])
+    for file in ("s-000.tar", "s-000.tar.index.npz", MANIFEST):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    assert ShardSet(tmp_path / "a").fingerprint == ShardSet(tmp_path / "b").fingerprint
+
+
+def test_an_index_made_from_the_tar_equals_the_writers(tmp_path: Path) -> None:
+    root = write_set(tmp_path, [1, 2, 0, 5], per_shard=4)
+    path = root / "s-000.tar"
+    written = index_path(path).read_bytes()
+    assert index_shard(path, describe_video_text).to_bytes() == written
+
+
+def test_an_exception_while_writing_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="stop"), ShardWriter(tmp_path / "a.tar") as writer:
+        writer.add("k", {"json": b"{}"}, {"frames": 0})
+        raise RuntimeError("stop")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_keys_that_webdataset_would_split_are_refused(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "a.tar") as writer:
+        with pytest.raises(ValueError, match=r"'a\.b' cannot name a sample"):
+            writer.add("a.b", {"json": b"{}"}, {"frames": 0})
+        writer.add("a", {"json": b"{}"}, {"frames": 0})
+        with pytest.raises(ValueError, match=r"sample b has the columns \['length'\], those before it \['frames'\]"):
+            writer.add("b", {"json": b"{}"}, {"length": 0})
+    assert split_name("folder.x/key.00.jpg") == ("folder.x/key", "00.jpg")
+
+
+@pytest.mark.parametrize("cut", [1, 600, 1500, "end mark", "between two samples"])
+def test_a_cut_off_shard_is_found_when_indexing_and_named(tmp_path: Path, cut: int | str) -> None:
+    root = write_set(tmp_path, [2] * 12, per_shard=4)
+    path = root / "s-001.tar"
+    whole = path.read_bytes()
+    index = ShardSet(root).index(1)
+    last = int(index.part_offsets[-1])
+    keep = {
+        "end mark": last + (int(index.part_sizes[-1]) + 511) // 512 * 512,
+        "between two samples": int(index.part_offsets[index.first_part[2]]) - 512,
+    }
+    path.write_bytes(whole[: keep[cut]] if isinstance(cut, str) else whole[: last + 512 - cut])
+    with pytest.raises(ShardError, match=r"s-001\.tar .*(cut off|not a whole tar)"):
+        index_shard(path, describe_video_text)
+    with pytest.raises(ShardError, match=r"s-001\.tar has \d+ bytes, its manifest says \d+"):
+        ShardSet(root)
+    with pytest.raises(ValueError, match=r"1 of 3 shards .* max_broken_share=0\.1 allows: .*s-001\.tar"):
+        write_manifest(root, describe_video_text, progress=False)
+    manifest = write_manifest(root, describe_video_text, max_broken_share=0.5, progress=False)
+    assert list(manifest["broken"]) == ["s-001.tar"]
+    assert manifest["samples"] == 8
+    assert [ShardSet(root).key(n) for n in (3, 4)] == ["s3", "s8"]
+
+
+def test_a_damaged_header_is_found(tmp_path: Path) -> None:
+    root = write_set(tmp_path, [1] * 6, per_shard=6)
+    path = root / "s-000.tar"
+    header = int(ShardSet(root).index(0).part_offsets[4]) - 512
+    overwrite(path, header + 100, b"\xff" * 40)
+    with pytest.raises(ShardError, match=r"s-000\.tar"):
+        index_shard(path, describe_video_text)
+
+
+def test_repeated_keys_and_parts_are_refused(tmp_path: Path) -> None:
+    parts, row = video_text_parts([], conversations("n0"), "x")
+    for name, keys in (("split", ["a", "b", "a"]), ("part", ["a", "a"])):
+        with ShardWriter(tmp_path / f"{name}.tar") as writer:
+            for key in keys:
+                writer.add(key, parts, row)
+    with pytest.raises(ShardError, match="the key a stands for two samples"):
+        index_shard(tmp_path / "split.tar", describe_video_text)
+    with pytest.raises(ShardError, match="sample a has a part twice"):
+        index_shard(tmp_path / "part.tar", describe_video_text)
+
+
+def test_missing_things_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no shards \(\*\.tar\) in"):
+        write_manifest(tmp_path, describe_video_text)
+    with pytest.raises(FileNotFoundError, match=r"no manifest\.json in .*step=manifest"):
+        ShardSet(tmp_path)
+    root = write_set(tmp_path / "set", [1] * 4, per_shard=2)
+    index_path(root / "s-000.tar").rename(tmp_path / "index")
+    with pytest.raises(FileNotFoundError, match=r"s-000\.tar\.index\.npz is missing"):
+        ShardSet(root)
+    shutil.copy(index_path(root / "s-001.tar"), index_path(root / "s-000.tar"))
+    with pytest.raises(ShardError, match=r"s-000\.tar\.index\.npz does not belong to the manifest"):
+        ShardSet(root)
+    (tmp_path / "index").rename(index_path(root / "s-000.tar"))
+    (root / "s-001.tar").unlink()
+    with pytest.raises(ShardError, match=r"s-001\.tar is in the manifest and not in the folder"):
+        ShardSet(root)
+
+
+def test_a_broken_picture_is_named_with_its_shard(tmp_path: Path) -> None:
+    root = write_set(tmp_path, [2] * 3)
+    shards = ShardSet(root)
+    part = int(shards.index(0).first_part[1]) + 2
+    overwrite(root / "s-000.tar", int(shards.index(0).part_offsets[part]), b"\0" * 60)
+    with pytest.raises(SampleError, match=r"s1 of .*s-000\.tar: .*"):
+        read_sample(shards, 1, 8)
+    assert read_sample(shards, 2, 8).frames.shape == (2, 8, 8, 3)
+
+
+def test_a_missing_picture_is_an_error(tmp_path: Path) -> None:
+    parts, row = video_text_parts([picture(n) for n in range(3)], conversations("n0"), "x", extension="png")
+    for gone, reason in (("01.png", r"numbered \[0, 2\]"), ("02.png", "2 pictures of 3")):
+        with ShardWriter(tmp_path / gone / "a.tar") as writer:
+            writer.add("a", {name: content for name, content in parts.items() if name != gone}, row)
+        if gone == "01.png":
+            with pytest.raises(ShardError, match=f"sample a cannot be described: .*{reason}"):
+                index_shard(tmp_path / gone / "a.tar", describe_video_text)
+        write_manifest(tmp_path / gone, describe_video_text, progress=False)
+        with pytest.raises(SampleError, match=reason):
+            read_sample(ShardSet(tmp_path / gone), 0, 8)
+
+
+def test_many_shards_with_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("keygrip.data.shards.tars.OPEN_FILES", 2)
+    shards = ShardSet(write_set(tmp_path, [1] * 12, per_shard=2))
+    assert [read_sample(shards, n, 8).frames[0, 0, 0, 0] for n in (0, 11, 5, 0, 7, 11)] == [0, 11, 5, 0, 7, 11]
+    assert len(shards._files) == 2
+    copy = pickle.loads(pickle.dumps(shards))
+    assert copy.read(4) == shards.read(4)
+
+
+def test_remote_shards_are_copied_once_and_within_the_limit(tmp_path: Path) -> None:
+    root = write_set(tmp_path / "far", [3] * 12, per_shard=3)
+    size = (root / "s-000.tar").stat().st_size
+    url = f"file://{root}"
+    shards = ShardSet(url, tmp_path / "near", cache_gb=2.5 * size / 1e9)
+    folder = next((tmp_path / "near").iterdir())
+    assert list(folder.glob("*.tar")) == []  # nothing but the indices is read to know what is there
+    assert len(shards) == 12
+    for sample in (0, 3, 6, 9, 0):
+        assert read_sample(shards, sample, 8).key == f"s{sample}"
+        shards.close()
+        assert sum(path.stat().st_size for path in folder.glob("*.tar")) <= 2.5 * size
+    assert {path.name for path in folder.glob("*.tar")} == {"s-003.tar", "s-000.tar"}
+    assert ShardSet(root).fingerprint == shards.fingerprint
+    shutil.move(root / "s-000.tar", tmp_path / "gone.tar")
+    assert read_sample(shards, 1, 8).key == "s1"  # from the copy
+    with pytest.raises(SampleError, match=r"s3 of file.*s-001\.tar"):
+        (root / "s-001.tar").unlink()
+        read_sample(shards, 3, 8)
+
+
+def test_a_remote_shard_of_another_size_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "a.tar").write_bytes(b"x" * 100)
+    cache = ShardCache(f"file://{tmp_path / 'far'}", tmp_path / "near", 1000)
+    with pytest.raises(ShardError, match=r"a\.tar has 100 bytes, its manifest says 120"):
+        cache.fetch("a.tar", 120)
+    assert list((tmp_path / "near").glob("*.tar")) == []
+    assert cache.fetch("a.tar", 100).read_bytes() == b"x" * 100
+
+
+def test_rows_may_have_any_columns(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "a.tar") as writer:
+        for width in (64, 32):
+            writer.add(
+                f"w{width}", {"jpg": b"\0" * width}, {"width": width, "aspect": width / 64, "label": f"c{width}"}
+            )
+    write_manifest(tmp_path, lambda parts: {}, progress=False)
+    shards = ShardSet(tmp_path)
+    assert shards.columns["width"].tolist() == [64, 32]
+    assert shards.columns["label"].tolist() == ["c64", "c32"]
+    assert shards.columns["aspect"].dtype == np.float64
+    assert shards.read(1) == {"jpg": b"\0" * 32}

@@ -1,0 +1,272 @@
+"""Readers of published data sets, on small files made to their formats."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pyarrow as arrow
+import pyarrow.parquet as parquet
+import pytest
+from PIL import Image
+from shard_sets import picture
+
+from keygrip.data.shards.tars import ShardSet
+from keygrip.data.shards.validation import validate
+from keygrip.data.video_text.conversations import read_sample
+from keygrip.data.video_text.sources.cauldron import cauldron
+from keygrip.data.video_text.sources.smoltalk import smoltalk
+from keygrip.data.video_text.sources.video_sft import video_sft
+from keygrip.data.video_text.sources.webvid import REQUEST, webvid
+
+SIZE = 32
+
+
+def write_video(path: Path, seconds: float, fps: int = 10, width: int = 64, height: int = 48) -> Path:
+    """An H.264 file in which second s has the shade 20 + 30 s."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for number in range(round(seconds * fps)):
+            shade = 20 + 30 * (number // fps)
+            frame = av.VideoFrame.from_ndarray(np.full((height, width, 3), shade, np.uint8), format="rgb24")
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    return path
+
+
+def shades(frames: np.ndarray) -> list[int]:
+    return [round((float(frame[SIZE // 2, SIZE // 2].mean()) - 20) / 30) for frame in frames]
+
+
+def samples(root: Path) -> dict[str, Any]:
+    shards = ShardSet(root)
+    return {shards.key(n): read_sample(shards, n, SIZE) for n in range(len(shards))}
+
+
+# ---- SmolTalk --------------------------------------------------------------------------------------------------------
+
+
+def talk(number: int) -> dict[str, Any]:
+    messages = [
+        {"role": "system", "content": "You are kind."},
+        {"role": "user", "content": f"Question {number}?"},
+        {"role": "assistant", "content": f"Answer {number}."},
+        {"role": "user", "content": "And then?"},
+        {"role": "assistant", "content": "That is all."},
+    ]
+    return {"messages": messages[number % 2 :], "source": "test"}
+
+
+def smoltalk_folder(root: Path) -> Path:
+    rows = [talk(n) for n in range(60)]
+    rows[7] = {"messages": [{"role": "user", "content": "nobody answers"}], "source": "test"}
+    rows[8] = {
+        "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y" * 9000}],
+        "source": "t",
+    }
+    (root / "data" / "all").mkdir(parents=True)
+    parquet.write_table(
+        arrow.Table.from_pylist(rows), root / "data" / "all" / "train-00000-of-00001.parquet", row_group_size=16
+    )
+    return root
+
+
+def test_smoltalk_stages_share_nothing_and_miss_nothing(tmp_path: Path) -> None:
+    source = smoltalk_folder(tmp_path / "download")
+    stages = []
+    failed = 0
+    for stage in (1, 2, 3):
+        root = tmp_path / f"stage{stage}"
+        report = smoltalk(source, root, stage, groups_per_shard=2, processes=1)
+        failed += report["failed"]
+        stages.append(samples(root))
+        assert validate(root)["errors"] == 0
+    keys = [set(stage) for stage in stages]
+    assert sum(len(stage) for stage in keys) == len(set.union(*keys)) == 58
+    assert failed == 1
+    assert all(len(stage) > 8 for stage in keys)
+    sample = (stages[0] | stages[1] | stages[2])["data-all-train-00000-of-00001-00000020"]
+    assert sample.frames.shape == (0, SIZE, SIZE, 3)
+    turns = sample.conversations[0].turns
+    assert [turn.role for turn in turns] == ["system", "user", "assistant", "user", "assistant"]
+    assert turns[2].text == "Answer 20."
+    assert sample.conversations[0].kind == "text"
+
+
+def test_smoltalk_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no train-\*\.parquet in .*download SmolTalk"):
+        smoltalk(tmp_path, tmp_path / "out", 1)
+    source = smoltalk_folder(tmp_path / "download")
+    with pytest.raises(ValueError, match="stage=4: training has the stages 1 to 3"):
+        smoltalk(source, tmp_path / "out", 4)
+    path = source / "data" / "all" / "train-00000-of-00001.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"train-00000-of-00001\.parquet cannot be read .*download it again"):
+        smoltalk(source, tmp_path / "out", 1)
+    parquet.write_table(arrow.Table.from_pylist([{"text": "x"}]), path)
+    with pytest.raises(ValueError, match=r"has no column 'messages': is it a table of SmolTalk"):
+        smoltalk(source, tmp_path / "out", 1)
+
+
+# ---- The Cauldron ----------------------------------------------------------------------------------------------------
+
+
+def test_cauldron_images_are_frames_and_pairs_are_turns(tmp_path: Path) -> None:
+    def row(shades_: list[int], broken: bool = False) -> dict[str, Any]:
+        images = [{"bytes": b"\x89PNG" if broken else picture(shade, 40), "path": None} for shade in shades_]
+        texts = [{"user": f"What {n}?\n", "assistant": f"That {n}.", "source": "x"} for n in range(2)]
+        return {"images": images, "texts": texts}
+
+    for name, rows in (("ai2d", [row([50]), row([60, 70])]), ("vqav2", [row([80], broken=True), row([90]), row([])])):
+        (tmp_path / "download" / name).mkdir(parents=True)
+        parquet.write_table(
+            arrow.Table.from_pylist(rows), tmp_path / "download" / name / "train-00000-of-00001-abc.parquet"
+        )
+    report = cauldron(tmp_path / "download", tmp_path / "all", image_size=SIZE, processes=1)
+    assert (report["samples"], report["failed"]) == (3, 2)
+    found = samples(tmp_path / "all")
+    assert sorted(len(sample.frames) for sample in found.values()) == [1, 1, 2]
+    two = found["ai2d-train-00000-of-00001-abc-00000001"]
+    assert np.abs(two.frames.mean(axis=(1, 2, 3)) - [60, 70]).max() < 2
+    assert [turn.text for turn in two.conversations[0].turns] == ["What 0?", "That 0.", "What 1?", "That 1."]
+    assert two.conversations[0].evidence == {"collection": "ai2d"}
+    assert validate(tmp_path / "all")["errors"] == 0
+    assert cauldron(tmp_path / "download", tmp_path / "one", ["ai2d"], SIZE, processes=1)["samples"] == 2
+    with pytest.raises(FileNotFoundError, match=r"no collection 'docvqa' in .*there are ai2d, vqav2"):
+        cauldron(tmp_path / "download", tmp_path / "none", ["docvqa"])
+
+
+# ---- WebVid ----------------------------------------------------------------------------------------------------------
+
+
+def test_webvid_lists_with_videos(tmp_path: Path) -> None:
+    source = tmp_path / "download"
+    lines = [("11", "a", "A dog runs."), ("12", "a", "A cat sleeps."), ("13", "b", "Gone."), ("14", "b", " ")]
+    lines += [("11", "a", "A dog runs again."), ("15", "b", "Cut off.")]
+    for name, folder, seconds in (("11", "a", 3), ("12", "a", 0.5), ("14", "b", 1), ("15", "b", 6)):
+        path = write_video(source / "videos" / folder / f"{name}.mp4", seconds)
+        if name == "15":
+            path.write_bytes(path.read_bytes()[:600])
+    with (source / "results_2M_val.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["videoid", "contentUrl", "duration", "page_dir", "name"])
+        writer.writerows([(key, "https://example.org", "PT00H00M03S", folder, name) for key, folder, name in lines])
+    report = webvid(source, tmp_path / "set", SIZE, videos_per_shard=2, workers=2, max_failed_share=0.7)
+    assert (report["samples"], report["failed"]) == (2, 3)
+    found = samples(tmp_path / "set")
+    assert shades(found["11"].frames) == [0, 1, 2]
+    assert len(found["12"].frames) == 1
+    assert [turn.text for turn in found["11"].conversations[0].turns] == [REQUEST, "A dog runs."]
+    assert found["11"].conversations[0].kind == "caption"
+    assert validate(tmp_path / "set")["errors"] == 0
+
+
+def test_webvid_tar_files_also_when_cut_off(tmp_path: Path) -> None:
+    source = tmp_path / "download"
+    video = write_video(tmp_path / "v.mp4", 2).read_bytes()
+    cut = 2 * (512 + -(-len(video) // 512) * 512 + 1024) + 512 + 100  # in the third video
+    for shard in range(2):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as tar:
+            for number in range(3):
+                text = (
+                    {"txt": b"Caption %d." % number}
+                    if shard
+                    else {"json": json.dumps({"caption": "In JSON."}).encode()}
+                )
+                for part, content in {"mp4": video, **text}.items():
+                    member = tarfile.TarInfo(f"{shard}{number}.{part}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        source.mkdir(exist_ok=True)
+        content = buffer.getvalue()
+        (source / f"0000{shard}.tar").write_bytes(content if shard == 0 else content[:cut])
+    report = webvid(source, tmp_path / "set", SIZE, workers=1)
+    found = samples(tmp_path / "set")
+    assert set(found) == {"00000-00", "00000-01", "00000-02", "00001-10", "00001-11"}
+    assert report["failed"] == 1
+    assert found["00001-11"].conversations[0].turns[1].text == "Caption 1."
+    assert found["00000-00"].conversations[0].turns[1].text == "In JSON."
+    assert shades(found["00001-11"].frames) == [0, 1]
+
+
+def test_webvid_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no list \(\*\.csv beside videos/\) and no tar files in"):
+        webvid(tmp_path, tmp_path / "out")
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"x\.csv has no column 'videoid': is it a list of WebVid"):
+        webvid(tmp_path, tmp_path / "out")
+
+
+# ---- video instructions ----------------------------------------------------------------------------------------------
+
+
+def test_video_instructions(tmp_path: Path) -> None:
+    source = tmp_path / "download"
+    write_video(source / "videos" / "a.mp4", 4)
+    Image.fromarray(np.full((20, 30, 3), 110, np.uint8)).save(source / "videos" / "b.jpg")
+    said = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A test."}]
+    entries = [
+        {"id": 1, "video": "videos/a.mp4", "conversations": said * 2},
+        {"id": 2, "image": ["videos/b.jpg", "videos/b.jpg"], "conversations": said},
+        {"id": 3, "conversations": said},
+        {"id": 4, "video": "videos/gone.mp4", "conversations": said},
+        {"id": 5, "video": "videos/a.mp4", "conversations": [{"from": "bird", "value": "x"}]},
+    ]
+    (source / "list.json").write_text(json.dumps(entries))
+    (source / "more.jsonl").write_text("\n".join(json.dumps(entry) for entry in entries[:1]))
+    report = video_sft(source, tmp_path / "set", SIZE, workers=1)
+    assert (report["samples"], report["failed"]) == (4, 2)
+    found = samples(tmp_path / "set")
+    assert shades(found["list-00000000"].frames) == [0, 1, 2, 3]
+    assert [turn.text for turn in found["list-00000000"].conversations[0].turns] == ["What is this?", "A test."] * 2
+    assert len(found["list-00000001"].frames) == 2
+    assert len(found["list-00000002"].frames) == 0
+    assert "more-00000000" in found
+    (source / "list.json").write_text("{")
+    with pytest.raises(ValueError, match=r"list\.json is not valid JSON"):
+        video_sft(source, tmp_path / "other", SIZE)
+
+
+# ---- decoding --------------------------------------------------------------------------------------------------------
+
+
+def test_videos_may_also_lie_whole_in_shards(tmp_path: Path) -> None:
+    from shard_sets import conversations
+
+    from keygrip.data.shards.tars import ShardWriter, write_manifest
+    from keygrip.data.video_text.conversations import describe_video_text, video_text_parts
+
+    parts, _ = video_text_parts([], conversations("v"), "x")
+    with ShardWriter(tmp_path / "a.tar") as writer:
+        writer.add(
+            "v",
+            {**parts, "mp4": write_video(tmp_path / "v.mp4", 3).read_bytes()},
+            describe_video_text({**parts, "mp4": (tmp_path / "v.mp4").read_bytes()}),
+        )
+    write_manifest(tmp_path, describe_video_text, progress=False)
+    shards = ShardSet(tmp_path)
+    assert shards.columns["frames"].tolist() == [3]
+    assert shades(read_sample(shards, 0, SIZE).frames) == [0, 1, 2]
+
+
+def test_fits() -> None:
+    from keygrip.data.video_text.conversations import fit_picture
+
+    wide = np.zeros((20, 40, 3), np.uint8)
+    wide[:, 10:30] = 200
+    cropped, padded, stretched = (fit_picture(Image.fromarray(wide), 20, fit) for fit in ("crop", "pad", "stretch"))
+    assert cropped[:, 2:-2].min() > 190
+    assert padded[:3].max() < 10
+    assert padded[10, 10, 0] > 190
+    assert padded[10, 2, 0] < 10
+    assert stretched[0, 10, 0] > 190
+    assert stretched[0, 1, 0] < 10

@@ -1,0 +1,166 @@
+"""Writing shard sets: in parallel, resumably, with broken items counted and never fatal."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from shard_sets import conversations, picture
+
+from keygrip.data.shards.tars import MANIFEST, ShardSet
+from keygrip.data.shards.validation import make_manifests, validate
+from keygrip.data.video_text.conversations import video_text_parts
+from keygrip.data.video_text.sources.writing import Broken, MadeSample, Written, write_shards
+
+
+@dataclass(frozen=True)
+class NumberMaker:
+    """A sample for each number; multiples of 5 are broken, and so is what begins with 13."""
+
+    log: Path | None = None
+    prefix: str = "n"
+
+    def __call__(self, number: int) -> Iterable[MadeSample | Broken]:
+        if self.log is not None:
+            with self.log.open("a") as file:
+                file.write(f"{number}\n")
+        if number % 5 == 0:
+            raise ValueError(f"{number} is a multiple of five")
+        name = f"{self.prefix}{number}"
+        yield MadeSample(name, *video_text_parts([picture(number)], conversations(name), "n", 1.0, "png"))
+        if number == 13:
+            yield Broken("its other half is missing")
+
+
+def written(root: Path, processes: int = 1, numbers: int = 20, log: Path | None = None, **options: object) -> Written:
+    settings = options.pop("settings", {"made": "of numbers"})
+    return write_shards(
+        root,
+        list(range(numbers)),
+        NumberMaker(log),
+        settings,
+        4,
+        "n",
+        processes,
+        progress=False,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(root.iterdir())}
+
+
+def test_broken_items_are_counted_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    result = written(tmp_path)
+    assert (result.samples, result.written, result.failed, result.shards) == (16, 16, 5, 5)
+    assert "0: ValueError: 0 is a multiple of five" in result.reasons
+    assert "its other half is missing" in result.reasons
+    assert "5 things are broken" in caplog.text
+    shards = ShardSet(tmp_path)
+    assert [shards.key(n) for n in range(16)] == [f"n{n}" for n in range(20) if n % 5]
+
+
+def test_processes_and_interruptions_change_nothing(tmp_path: Path) -> None:
+    written(tmp_path / "alone")
+    written(tmp_path / "together", processes=2)
+    assert files(tmp_path / "alone") == files(tmp_path / "together")
+    for name in ("n-000002.tar", "n-000003.tar.index.npz", "n-000001.failed.json", MANIFEST):
+        (tmp_path / "together" / name).unlink()
+    log = tmp_path / "log"
+    again = written(tmp_path / "together", log=log)
+    assert sorted(int(line) for line in log.read_text().split()) == list(range(4, 16))  # three shards of five
+    assert again.samples == 16
+    assert again.written == 9
+    assert files(tmp_path / "alone") == files(tmp_path / "together")
+
+
+def test_what_a_killed_process_left_is_removed_when_it_is_old(tmp_path: Path) -> None:
+    for name, age in (("old", 3600), ("young", 5)):
+        (tmp_path / f".{name}.tar.123.writing").write_bytes(b"half")
+        os.utime(tmp_path / f".{name}.tar.123.writing", (time.time() - age,) * 2)
+    written(tmp_path)
+    assert [path.name for path in tmp_path.glob(".*.writing")] == [".young.tar.123.writing"]
+
+
+def test_sets_with_other_settings_are_not_mixed(tmp_path: Path) -> None:
+    written(tmp_path)
+    with pytest.raises(ValueError, match=r"other settings \(made: 'of numbers' there, 'of letters' now\)"):
+        written(tmp_path, settings={"made": "of letters"})
+    with pytest.raises(ValueError, match=r"items: 20 there, 24 now"):
+        written(tmp_path, numbers=24)
+
+
+def test_too_much_that_is_broken_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"would hold 16 samples, and 5 things are broken; the first: 0: ValueError"):
+        written(tmp_path, max_failed_share=0.1)
+    assert not (tmp_path / MANIFEST).exists()
+    with pytest.raises(ValueError, match=r"would hold 0 samples"):
+        written(tmp_path / "none", numbers=1)
+    with pytest.raises(ValueError, match="nothing to write"):
+        written(tmp_path / "empty", numbers=0)
+
+
+def test_validation_passes_what_is_good(tmp_path: Path) -> None:
+    written(tmp_path)
+    report = validate(tmp_path)
+    assert report["errors"] == 0
+    assert (report["shards"], report["samples"]) == (5, 16)
+    assert report["kinds"] == {"mark": 16}
+    assert report["frames"] == {"1": 16}
+
+
+def damage(root: Path, shard: str, what: bytes, by: bytes) -> None:
+    content = (root / shard).read_bytes()
+    assert what in content
+    (root / shard).write_bytes(content.replace(what, by, 1))
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_validation_names_every_kind_of_fault(tmp_path: Path, processes: int) -> None:
+    for split, first in (("train", 0), ("val", 2)):
+        numbers = [n for n in range(first, first + 12) if n % 5]
+        write_shards(tmp_path / split, numbers, NumberMaker(), {}, 4, "n", 1, progress=False)
+    train = tmp_path / "train"
+    damage(train, "n-000000.tar", b"\x89PNG", b"\0\0\0\0")  # a picture that does not decode
+    damage(train, "n-000001.tar", b'"text":"n6"', b'"text":"  "')  # an answer that is empty
+    damage(train, "n-000002.tar", b'"kind":"mark"', b'"kind":"cues"')  # a column that does not fit
+    report = validate(tmp_path, processes)
+    problems = "\n".join(report["problems"])
+    assert "n1 of" in problems
+    assert "n6 of" in problems
+    assert "would carry no loss" in problems
+    assert "n11 has kinds cues, its manifest says mark" in problems
+    assert "the key n3 occurs twice" in problems
+    assert "the same content occurs twice" in problems
+    assert report["errors"] >= 3 + 2 * 6
+
+
+def test_validation_finds_an_index_of_another_tar(tmp_path: Path) -> None:
+    written(tmp_path / "a")
+    items = list(range(20))
+    write_shards(tmp_path / "b", items, NumberMaker(prefix="m"), {}, 4, "n", 1, progress=False)
+    shutil.copy(tmp_path / "b" / "n-000002.tar", tmp_path / "a" / "n-000002.tar")  # of the same size
+    report = validate(tmp_path / "a")
+    assert any("its index is not of this tar (keys differ)" in problem for problem in report["problems"])
+
+
+def test_manifests_are_made_for_shards_from_elsewhere(tmp_path: Path) -> None:
+    written(tmp_path / "train")
+    before = files(tmp_path / "train")
+    for path in (tmp_path / "train").iterdir():
+        if path.suffix != ".tar":
+            path.unlink()
+    report = make_manifests(tmp_path)
+    assert report == {"root": str(tmp_path), "shards": 5, "samples": 16, "broken": 0}
+    after = files(tmp_path / "train")
+    assert {name: after[name] for name in after} == {name: before[name] for name in after}
+    with pytest.raises(FileNotFoundError, match="no shards"):
+        make_manifests(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="https://host/set is a URL: manifests are made"):
+        make_manifests("https://host/set")

@@ -1,0 +1,352 @@
+"""The data module of videos with text: nothing lost, nothing twice, resumed by one number, broken samples skipped."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from shard_sets import CharacterCollator, write_set
+
+from keygrip.data.batches import Conversation, Turn, VideoTextBatch
+from keygrip.data.shards.made_shards import MadeShards
+from keygrip.data.shards.tars import ShardSet
+from keygrip.data.video_text.conversations import answer
+from keygrip.data.video_text.datamodule import ShardSource, VideoTexts, choose
+
+FRAMES = [1, 2, 3, 1] * 40  # 160 samples, as in the trap: 40 of them were all that four workers saw
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """160 videos in 4 shards for training, 12 for validation, and 60 texts."""
+    folder = tmp_path_factory.mktemp("sets")
+    write_set(folder / "videos" / "train", FRAMES, per_shard=40)
+    write_set(folder / "videos" / "val", [2] * 12, prefix="v", kinds=("mark", "cue"))
+    write_set(folder / "texts" / "train", [0] * 60, prefix="t", kinds=("text",))
+    write_set(folder / "texts" / "val", [0] * 10, prefix="u", kinds=("text",))
+    return folder
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    """Serves a folder and says nothing."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def module(root: Path, rank: int = 0, ranks: int = 1, share: float | None = None, **options: Any) -> VideoTexts:
+    """A data module as rank `rank` of `ranks` sees it."""
+    sources: dict[str, ShardSource | None] = {"videos": ShardSource(root / "videos"), "left_out": None}
+    if share is not None:
+        sources["texts"] = ShardSource(root / "texts", share=share)
+    settings: dict[str, Any] = {"sources": sources, "image_size": 8, "batch_size": 12, "num_workers": 0, **options}
+    data = VideoTexts(collator=CharacterCollator(), **settings)
+    progress = SimpleNamespace(total=SimpleNamespace(processed=0))
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=ranks, fit_loop=loop)  # type: ignore[assignment]
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def advance(data: VideoTexts, batches: int) -> None:
+    data.trainer.fit_loop.epoch_loop.batch_progress.total.processed += batches  # type: ignore[union-attr]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 3), (2, 4), (3, 2), (1, 6)])
+def test_every_sample_once_an_epoch_whatever_the_ranks_and_workers(root: Path, ranks: int, workers: int) -> None:
+    reference = [batch.key for batch in module(root).train_dataloader()]
+    parts = [list(module(root, rank, ranks, num_workers=workers).train_dataloader()) for rank in range(ranks)]
+    assert {len(part) for part in parts} == {13}
+    seen = Counter(key for part in parts for batch in part for key in batch.key)
+    assert set(seen.values()) == {1}
+    assert len(seen) == 13 * 12  # 4 of 160 do not fill a batch
+    together = [[key for batch in step for key in batch.key] for step in zip(*parts, strict=True)]
+    assert together == reference
+    for batch in (batch for part in parts for batch in part):
+        assert [FRAMES[int(key[1:])] for key in batch.key] == batch.frame_mask.sum(dim=1).tolist()
+
+
+def test_pixels_belong_to_their_text(root: Path) -> None:
+    for batch in module(root).train_dataloader():
+        assert batch.frames.dtype == torch.uint8
+        for row, key in enumerate(batch.key):
+            video = int(batch.video_index[row])
+            real = batch.frames[video][batch.frame_mask[video]]
+            assert (real == int(key[1:])).all()
+            assert (batch.frames[video][~batch.frame_mask[video]] == 0).all()
+        assert len(batch) == 12
+
+
+def test_text_retention_comes_as_samples_without_frames(root: Path) -> None:
+    data = module(root, share=0.14)
+    assert data.mixture is not None
+    assert data.mixture.batches == 15  # 160 / 0.86 / 12
+    text_only, rows = 0, 0
+    for _ in range(3):
+        for batch in data.train_dataloader():
+            assert batch.source.count("texts") == round(batch.text_only_share * len(batch))
+            text_only, rows = text_only + batch.source.count("texts"), rows + len(batch)
+        advance(data, 15)
+    assert rows == 3 * 180
+    assert abs(text_only - 0.14 * rows) <= 1
+
+
+def test_one_number_resumes_in_mid_epoch_with_other_workers_and_ranks(root: Path) -> None:
+    whole = module(root, share=0.14, questions=1)
+    expected = []
+    for _ in range(2):
+        expected += [(batch.key, batch.frames) for batch in whole.train_dataloader()]
+        advance(whole, 15)
+    interrupted = module(root, share=0.14, questions=1)
+    advance(interrupted, 11)
+    state = interrupted.state_dict()
+    assert state["batches_done"] == 11
+    resumed = [module(root, rank, 2, share=0.14, questions=1, num_workers=2) for rank in range(2)]
+    for data in resumed:
+        data.load_state_dict(state)
+        assert data.batches_done() == 11
+    after: list[list[tuple[list[str], torch.Tensor]]] = [[], []]
+    for rank, data in enumerate(resumed):
+        after[rank] = [(batch.key, batch.frames) for batch in data.train_dataloader()]
+        assert len(after[rank]) == 4
+    for step in range(4):
+        assert after[0][step][0] + after[1][step][0] == expected[11 + step][0]
+
+
+def test_a_state_of_other_data_is_refused(root: Path, tmp_path: Path) -> None:
+    state = module(root).state_dict()
+    with pytest.raises(ValueError, match=r"trained with data.batch_size=12, this run has 10"):
+        module(root, batch_size=10).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"fingerprint=.*; the order of samples cannot be continued"):
+        module(root, share=0.14).load_state_dict(state)
+
+
+def test_validation_is_frozen_and_holds_all_its_sources(root: Path) -> None:
+    data = module(root, share=0.14, val_questions=None)
+    first = [(batch.key, batch.kind) for batch in data.val_dataloader()]
+    advance(data, 20)
+    assert [(batch.key, batch.kind) for batch in data.val_dataloader()] == first
+    kinds = Counter(kind for _, batch_kinds in first for kind in batch_kinds)
+    assert kinds == {"mark": 12, "cue": 12, "text": 2}  # 12 / 0.86 * 0.14 texts
+    few = module(root, max_val_samples=5)
+    assert sum(len(set(batch.key)) for batch in few.val_dataloader()) == 5
+    assert data.test_dataloader() == []
+
+
+def damaged(root: Path, tmp_path: Path, samples: list[int]) -> Path:
+    """A copy of the set in which the pictures of some samples are overwritten."""
+    shutil.copytree(root, tmp_path / "damaged")
+    place = tmp_path / "damaged" / "videos" / "train"
+    shards = ShardSet(place)
+    for sample in samples:
+        shard, row = shards.locate(sample)
+        index = shards.index(shard)
+        with (place / shards.shards[shard]["name"]).open("r+b") as file:
+            for part in range(int(index.first_part[row]), int(index.first_part[row + 1])):
+                if str(index.part_names[part]).endswith("png"):
+                    file.seek(int(index.part_offsets[part]))
+                    file.write(b"\0" * int(index.part_sizes[part]))
+    return tmp_path / "damaged"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_sample_is_replaced_by_one_alike_counted_and_named(
+    root: Path, tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = damaged(root, tmp_path, [5, 6])
+    data = module(broken, num_workers=workers)
+    clean = module(root)
+    batches = list(data.train_dataloader())
+    keys = [key for batch in batches for key in batch.key]
+    assert "s5" not in keys
+    assert "s6" not in keys
+    assert [len(batch) for batch in batches] == [12] * 13
+    expected = [key for batch in clean.train_dataloader() for key in batch.key]
+    different = [(a, b) for a, b in zip(expected, keys, strict=True) if a != b]
+    assert {a for a, _ in different} == {"s5", "s6"}
+    assert all(FRAMES[int(a[1:])] == FRAMES[int(b[1:])] for a, b in different)
+    assert data.skipped.count == 2
+    assert data.skipped.seen == 156
+    assert "skipped: s5 of" in caplog.text
+    assert "s-000.tar" in caplog.text
+
+
+def test_a_run_in_which_too_much_or_everything_is_skipped_fails(root: Path, tmp_path: Path) -> None:
+    broken = damaged(root, tmp_path, list(range(0, 160, 9)))
+    data = module(broken)
+    with pytest.raises(ValueError, match=r"of \d+ samples could not be read, more than data.max_skipped_share=0.05"):
+        for _ in range(4):
+            list(data.train_dataloader())
+            advance(data, 13)
+    shutil.rmtree(broken)
+    broken = damaged(root, tmp_path, list(range(160)))
+    with pytest.raises(ValueError, match=r"9 samples in a row cannot be read; the first: s\d+ of .*s-00\d\.tar"):
+        list(module(broken).train_dataloader())
+
+
+def test_a_cut_off_shard_is_named_before_training(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path / "cut")
+    path = tmp_path / "cut" / "videos" / "train" / "s-002.tar"
+    path.write_bytes(path.read_bytes()[:-3000])
+    with pytest.raises(ValueError, match=r"s-002\.tar has \d+ bytes, its manifest says"):
+        module(tmp_path / "cut")
+
+
+def test_kinds_choose_samples_and_conversations(tmp_path: Path) -> None:
+    write_set(tmp_path / "a", [1] * 40, kinds=("mark", "cue", "caption"))
+    write_set(tmp_path / "b", [1] * 40, kinds=("mark",), prefix="b")
+    sources = {"a": ShardSource(tmp_path / "a", kinds=["cue", "caption"], val_fraction=0.0)}
+    data = module(tmp_path, sources=sources)
+    batch = next(iter(data.train_dataloader()))
+    assert Counter(batch.kind) == {"cue": 12, "caption": 12}
+    assert batch.video_index.tolist() == [n for n in range(12) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"holds no conversations of \['cue'\]; it holds mark"):
+        module(tmp_path, sources={"b": ShardSource(tmp_path / "b", kinds=["cue"])})
+
+
+def test_questions_are_chosen_anew_each_epoch() -> None:
+    asked = [answer(f"{kind} {n}", "x", kind) for kind in ("mark", "cue", "caption") for n in range(6)]
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        assert Counter(c.kind for c in choose(asked, {"mark": 4, "cue": 2, "caption": 0}, rng)) == {"mark": 4, "cue": 2}
+        assert Counter(c.kind for c in choose(asked, {"mark": 1}, rng)) == {"mark": 1, "cue": 6, "caption": 6}
+        assert len(choose(asked, 5, rng)) == 5
+    assert choose(asked, None, rng) == asked
+    drawn = Counter(
+        c.turns[0].text for _ in range(600) for c in choose(asked, {"mark": 2, "cue": 0, "caption": 0}, rng)
+    )
+    assert len(drawn) == 6
+    assert min(drawn.values()) > 150  # 200 expected, standard deviation 12
+
+
+def test_a_set_without_splits_holds_out_by_key_and_for_ever(tmp_path: Path) -> None:
+    write_set(tmp_path / "small", [1] * 100)
+    write_set(tmp_path / "large", [1] * 200)
+    held: list[set[str]] = []
+    for name in ("small", "large"):
+        source = ShardSource(tmp_path / name, val_fraction=0.2)
+        parts = {split: source.open(split, None, 1.0) for split in ("train", "val", "test")}
+        assert parts["test"] is None
+        names = {s: {p[0].key(int(n)) for n in p[1]} for s, p in parts.items() if p is not None}
+        assert not names["train"] & names["val"]
+        assert len(names["train"] | names["val"]) == (100 if name == "small" else 200)
+        held.append(names["val"])
+    assert 8 <= len(held[0]) <= 32
+    assert held[0] == {key for key in held[1] if int(key[1:]) < 100}
+
+
+def test_sets_are_made_where_they_are_missing_and_only_there(tmp_path: Path) -> None:
+    made = MadeShards("keygrip.recording.video_text.make_texts", {"train": 30, "val": 5, "test": 0}, tmp_path, "t")
+    data = module(tmp_path, sources={"texts": ShardSource(make=made)})
+    assert len(data.parts["train"][0]) == 30
+    before = {path: path.stat().st_mtime_ns for path in made.root.rglob("*") if path.is_file()}
+    module(tmp_path, sources={"texts": ShardSource(make=made)})
+    assert {path: path.stat().st_mtime_ns for path in made.root.rglob("*") if path.is_file()} == before
+    assert MadeShards(made.maker, {**made.options, "processes": 3}, tmp_path, "t").root == made.root
+    assert MadeShards(made.maker, {**made.options, "train": 31}, tmp_path, "t").root != made.root
+
+
+class Learner(CharacterCollator):
+    """A collator that must see the text first."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.folder: Path | None = None
+
+    def prepare(self, folder: Path, texts: Callable[[], Iterator[str]]) -> None:
+        self.folder, self.texts = folder, list(texts())
+
+
+def test_a_collator_sees_the_training_text_before_the_first_batch(root: Path) -> None:
+    collator = Learner()
+    data = VideoTexts({"videos": ShardSource(root / "videos")}, collator, 8, 12, num_workers=0)
+    data.setup("fit")
+    assert collator.folder == data.folder == root / "videos" / ".keygrip"
+    assert len(collator.texts) == 2 * 160
+    assert collator.texts[:2] == ["mark s0?????", "s0"]
+    assert data.statistics.samples == {"videos": 160}
+
+
+def test_bad_settings_are_refused(root: Path, tmp_path: Path) -> None:
+    source = {"videos": ShardSource(root / "videos")}
+    for options, message in (
+        ({"fit": "shrink"}, r"data\.fit must be one of stretch, crop, pad, not 'shrink'"),
+        ({"max_frames": 65}, r"data\.max_frames must be 1 to 64, not 65"),
+        ({"questions": 0}, r"data\.questions must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            VideoTexts(source, CharacterCollator(), 8, 12, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"no data: name at least one source"):
+        VideoTexts({"a": None}, CharacterCollator(), 8, 12)
+    with pytest.raises(FileNotFoundError, match=r"no shards at .*nothing: prepare them first"):
+        module(root, sources={"a": ShardSource(tmp_path / "nothing")})
+    with pytest.raises(FileNotFoundError, match=r"has neither manifest\.json nor train/manifest\.json"):
+        module(root, sources={"a": ShardSource(tmp_path)})
+    with pytest.raises(ValueError, match="a source needs a root"):
+        module(root, sources={"a": ShardSource()})
+
+
+def test_long_videos_are_thinned_evenly(tmp_path: Path) -> None:
+    write_set(tmp_path / "a", [9] * 20)
+    data = module(tmp_path, sources={"a": ShardSource(tmp_path / "a", val_fraction=0.0)}, max_frames=4)
+    batch = next(iter(data.train_dataloader()))
+    assert batch.frames.shape == (12, 4, 3, 8, 8)
+
+
+def test_normalised_frames_and_padding_share() -> None:
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    text = torch.tensor([[True] * 4, [True, False, False, False], [True, True, False, False]])
+    batch = VideoTextBatch(
+        frames=torch.full((2, 3, 3, 2, 2), 255, dtype=torch.uint8),
+        frame_mask=mask,
+        video_index=torch.tensor([0, 1, 1]),
+        input_ids=text.long(),
+        attention_mask=text,
+        loss_mask=text,
+        answer_mask=text,
+        visual_at=[0] * 3,
+        prompt_lengths=[1] * 3,
+        truncated=0,
+        kind=["a"] * 3,
+        source=["s"] * 3,
+        key=["k"] * 3,
+        texts=[Conversation((Turn("user", "q"), Turn("assistant", "a")), "a", {})] * 3,
+    )
+    assert batch.padding_share == pytest.approx(1 - (2 + 1 + 1 + 4 + 1 + 2) / (9 + 12))
+    pixels = batch.normalised((0.5, 0.5, 0.0), (0.5, 0.25, 1.0))
+    assert pixels[0, 0, :, 0, 0].tolist() == [1.0, 2.0, 1.0]
+    assert batch.to("cpu", dtype=torch.float16).frames.dtype == torch.uint8
+
+
+def test_shards_on_a_web_server(root: Path, tmp_path: Path) -> None:
+    """The same batches as from the folder, from copies that stay within their limit."""
+    handler = partial(QuietHandler, directory=str(root))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        options = {"cache_dir": tmp_path / "cache", "cache_gb": 1e-4, "window_shards": 1}
+        far = module(root, sources={"videos": ShardSource(f"{url}/videos")}, **options)
+        near = module(root, window_shards=1)
+        assert far.fingerprint == near.fingerprint
+        for ours, theirs in zip(far.train_dataloader(), near.train_dataloader(), strict=True):
+            assert ours.key == theirs.key
+            assert torch.equal(ours.frames, theirs.frames)
+        assert [batch.key for batch in far.val_dataloader()] == [batch.key for batch in near.val_dataloader()]
+        largest = max(path.stat().st_size for path in root.rglob("*.tar"))
+        copies = list((tmp_path / "cache").rglob("*.tar"))
+        assert sum(path.stat().st_size for path in copies) <= max(1e5, 2 * largest)
+        with pytest.raises(FileNotFoundError, match=r"nothing has neither manifest\.json nor train/manifest\.json"):
+            module(root, sources={"videos": ShardSource(f"{url}/nothing")}, **options)
+        server.shutdown()

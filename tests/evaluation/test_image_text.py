@@ -1,0 +1,367 @@
+"""The validation suite: what each case asks for, what is measured, the report, the command and the callback."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dit_parts import SMALL, stir
+from image_sets import COLOURS, SQUARE, WIDE, small_encoders, write_images
+from omegaconf import OmegaConf
+from PIL import Image
+
+from keygrip.config import compose
+from keygrip.data.image_text.datamodule import ImageShards
+from keygrip.evaluation import image_text as validation
+from keygrip.evaluation.attribute_classifier import JudgeError, JudgeOptions, TrainedJudge, Verdict
+from keygrip.evaluation.image_report import scale_map, table
+from keygrip.evaluation.image_text import (
+    Asked,
+    Distances,
+    PictureSuite,
+    Suite,
+    change_caption,
+    evaluate_pictures,
+    headline,
+    summarise,
+)
+from keygrip.models.patch_dit.module import PatchDiTModule
+from keygrip.training.checkpoints import build_module
+
+QUICK = JudgeOptions(width=8, steps=2, batch_size=4)
+SETTINGS: dict[str, Any] = {"images": 6, "grid_images": 2, "shown": 4, "judge": QUICK}
+SETTINGS |= {"text_scales": (1.0, 3.0), "dino_scales": (0.0, 2.0)}
+# the encoders of image_sets, as overrides
+ENCODERS = ["encoders.text.length=8", "encoders.text.width=8"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("validated"), {SQUARE: 8, WIDE: 4}, small_encoders())
+
+
+def shards(root: Path) -> ImageShards:
+    data = ImageShards(batch_size=4, root=root, num_workers=0)
+    data.setup()
+    return data
+
+
+def module_for(data: ImageShards, *overrides: str) -> PatchDiTModule:
+    config = OmegaConf.to_container(compose("train", [*SMALL, *ENCODERS, *overrides]), resolve=True)
+    module = build_module(config)  # type: ignore[arg-type]
+    assert isinstance(module, PatchDiTModule)
+    module.set_statistics(data.statistics)
+    stir(module.network)
+    return module.eval()
+
+
+class Seer(torch.nn.Module):
+    """Judges by the colours of the drawn pictures themselves: no training, nearly no error."""
+
+    colours = sorted(COLOURS)
+
+    def forward(self, pictures: torch.Tensor) -> Verdict:
+        tones = {"block": (40, 60, 220), **COLOURS}
+        maps = {
+            name: (pictures - torch.tensor(rgb).view(3, 1, 1) / 255).abs().sum(1).lt(0.25).float() + 1e-9
+            for name, rgb in tones.items()
+        }
+        cube = sum(maps[name] for name in self.colours)
+        assert isinstance(cube, torch.Tensor)
+
+        def centre(weight: torch.Tensor) -> torch.Tensor:
+            total = weight.sum(dim=(1, 2))
+            rows, columns = ((torch.arange(n) + 0.5) / n for n in weight.shape[1:])
+            return torch.stack([(weight.sum(1) * columns).sum(-1) / total, (weight.sum(2) * rows).sum(-1) / total], -1)
+
+        places = torch.stack([centre(cube), centre(maps["block"])], dim=1)
+        colours = torch.stack([maps[name].sum(dim=(1, 2)) for name in self.colours], dim=1)
+        return Verdict(places, colours, pictures, pictures[:, :2])
+
+
+SEEN = TrainedJudge(Seer(), JudgeError(4, 0.1, 0.1, 1.0, 1.0), "seer")  # type: ignore[arg-type]
+
+
+def suite_of(root: Path, judge: TrainedJudge | None = SEEN, **options: Any) -> Suite:
+    data = shards(root)
+    return Suite(module_for(data), data, judge, PictureSuite(**{**SETTINGS, **options}))
+
+
+# ---- what is asked ---------------------------------------------------------------------------------------------------
+
+
+def test_words_are_changed_to_another_colour_or_as_told() -> None:
+    record = {"evidence": {"colour": "red"}}
+    asked = [change_caption("a red cube", record, number, ["gold", "red", "teal"], {}) for number in range(2)]
+    assert asked == [("a gold cube", "gold"), ("a teal cube", "teal")]
+    assert change_caption("a cube", record, 0, ["gold", "red"], {}) is None
+    assert change_caption("a red cube", {}, 0, ["gold", "red"], {}) is None
+    assert change_caption("a dog runs", {}, 0, [], {"dog": "cat"}) == ("a cat runs", None)
+    assert change_caption("a cow runs", {}, 0, [], {"dog": "cat"}) is None
+
+
+def asked_of(suite: Suite, case: str) -> tuple[Asked, Any, torch.Tensor]:
+    batch, real, numbers = next(found for found in suite.batches(12) if len(found[0]) == 4)
+    asked = suite.ask(case, batch, real, numbers)
+    assert asked is not None
+    return asked, batch, real
+
+
+def test_each_case_asks_for_what_it_says(root: Path) -> None:
+    suite = suite_of(root)
+    own, batch, real = asked_of(suite, "reconstruction")
+    assert torch.equal(own.target, real)
+    assert torch.equal(own.conditions.text, batch.text_states)  # type: ignore[arg-type]
+    alone, _, _ = asked_of(suite, "text_only")
+    assert not alone.conditions.has_dino
+    assert alone.conditions.has_text
+    swapped, _, _ = asked_of(suite, "dino_swap")
+    assert torch.equal(swapped.conditions.text, own.conditions.text)  # type: ignore[arg-type]
+    assert torch.equal(swapped.conditions.patches[0], own.conditions.patches[1])  # type: ignore[index]
+    assert torch.equal(swapped.target[0], real[1])
+    assert swapped.records[0] == batch.records[1]
+    assert swapped.colours == own.colours  # the words keep the colour
+    changed, _, _ = asked_of(suite, "changed_words")
+    assert torch.equal(changed.conditions.patches, own.conditions.patches)  # type: ignore[arg-type]
+    assert not torch.equal(changed.conditions.text, own.conditions.text)  # type: ignore[arg-type]
+    assert changed.colours is not None
+    assert own.colours is not None
+    assert all(a != b for a, b in zip(changed.colours, own.colours, strict=True))
+    assert all(colour in caption for colour, caption in zip(changed.colours, changed.captions, strict=True))
+    shuffled, _, _ = asked_of(suite, "shuffled_patches")
+    left, right = own.conditions.patches, shuffled.conditions.patches
+    assert left is not None
+    assert right is not None
+    assert not torch.equal(left, right)
+    torch.testing.assert_close(left.sum(1), right.sum(1))  # the same ones
+    assert torch.equal(shuffled.conditions.cls, own.conditions.cls)  # type: ignore[arg-type]
+
+
+def test_what_is_drawn_is_compared_with_what_was_asked_for(root: Path) -> None:
+    """Real pictures in the place of drawn ones: full marks for the right ones, and none for others."""
+    suite = suite_of(root)
+    own, _, real = asked_of(suite, "reconstruction")
+    right = {name: float(values.mean()) for name, values in suite.measure(real, own).items()}
+    assert right["psnr_db"] == pytest.approx(100)
+    assert right["ssim"] > 0.999
+    assert right["judge_distance"] == pytest.approx(0, abs=1e-6)
+    assert right["dino_distance"] == pytest.approx(0, abs=1e-5)
+    assert right["cube_px"] < 0.5
+    assert (right["cube_within_4px"], right["block_within_4px"], right["colour_as_asked"]) == (1, 1, 1)
+    assert right["side_as_asked"] == 1
+    other = {name: float(values.mean()) for name, values in suite.measure(real.roll(-1, 0), own).items()}
+    assert other["psnr_db"] < 30
+    assert other["dino_distance"] > 0.001
+    assert other["cube_px"] > 4
+    swapped, _, _ = asked_of(suite, "dino_swap")
+    followed = {name: float(values.mean()) for name, values in suite.measure(real.roll(-1, 0), swapped).items()}
+    assert followed["cube_within_4px"] == 1
+    changed, _, _ = asked_of(suite, "changed_words")
+    kept = {name: float(values.mean()) for name, values in suite.measure(real, changed).items()}
+    assert (kept["colour_as_asked"], kept["colour_of_reference"]) == (0, 1)
+
+
+def test_the_case_of_scales_follows_the_scales(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = suite_of(root)
+    seen = []
+
+    def draw(self: Any, conditions: Any, size: Any, seeds: Any, sampling: Any = None, on_step: Any = None) -> Any:
+        seen.append((sampling.text_scale, sampling.dino_scale, tuple(seeds)))
+        return torch.rand(len(seeds), 3, size[0] * 4, size[1] * 4)
+
+    monkeypatch.setattr(PatchDiTModule, "draw", draw)
+    rows, pictures = suite.scales()
+    assert [(row["text_scale"], row["dino_scale"]) for row in rows] == [(1, 0), (1, 2), (3, 0), (3, 2)]
+    assert sorted({pair[:2] for pair in seen}) == [(1, 0), (1, 2), (3, 0), (3, 2)]
+    assert len({pair[2] for pair in seen if pair[2][0] == 0}) == 1  # the same seeds for each pair
+    assert all(row["images"] == 2 for row in rows)
+    assert [shown.shape[0] for _, shown in pictures] == [2, 2]  # one of each DINO scale
+
+
+def test_training_on_shards_of_other_encoders_is_refused_before_it_starts(root: Path) -> None:
+    with pytest.raises(ValueError, match=r"choose the encoders= and options \(encoders\.dino_view, \.\.\.\)"):
+        module_for(shards(root), "encoders.dino_view=colour")
+
+
+def test_sampling_can_be_changed(root: Path) -> None:
+    own = suite_of(root).sampling
+    assert suite_of(root, sampling={"steps": 7, "text_scale": None}).sampling == replace(own, steps=7)
+    with pytest.raises(ValueError, match="sampling has no step; it has"):
+        suite_of(root, sampling={"step": 7})
+
+
+# ---- what can be asked -----------------------------------------------------------------------------------------------
+
+
+def test_cases_that_a_model_or_its_data_cannot_answer(root: Path, tmp_path: Path) -> None:
+    data = shards(root)
+    without = module_for(data, "model.network.use_dino_patches=false")
+    assert "shuffled_patches" not in Suite(without, data, SEEN, PictureSuite(**SETTINGS)).cases()
+    with pytest.raises(ValueError, match="the network has no patches"):
+        Suite(without, data, SEEN, PictureSuite(**SETTINGS, cases=["shuffled_patches"])).cases()
+    blind = suite_of(root, None)
+    assert blind.cases() == ["reconstruction", "dino_swap", "text_only", "shuffled_patches"]
+    with pytest.raises(ValueError, match="give replace_words"):
+        suite_of(root, None, cases=["changed_words"]).cases()
+    told = suite_of(root, None, replace_words={"cube": "ball"})
+    assert told.cases() == list(validation.CASES)
+    asked, _, _ = asked_of(told, "changed_words")
+    assert all("ball" in caption for caption in asked.captions)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"cases": ["reconstructoin"]}, "choose of reconstruction"),
+        ({"images": 0}, "at least 1"),
+        ({"lpips": "vgg"}, "choose auto or none"),
+        ({"split": "tset"}, "choose val or test"),
+    ],
+)
+def test_settings_out_of_range_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        PictureSuite(**options)
+
+
+def test_a_split_that_is_not_there_is_said(tmp_path: Path) -> None:
+    write_images(tmp_path, {SQUARE: 6}, small_encoders(), {"train": 0, "val": 50})
+    data = shards(tmp_path)
+    with pytest.raises(ValueError, match="has no test images: choose another split"):
+        Suite(module_for(data), data, SEEN, PictureSuite(**SETTINGS)).evaluate()
+
+
+# ---- distances -------------------------------------------------------------------------------------------------------
+
+
+def test_without_the_weights_of_lpips_it_says_what_stands_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    distances = Distances(small_encoders(), SEEN, "auto")
+    assert str(tmp_path) in distances.note
+    assert "judge_distance and dino_distance" in distances.note
+    pictures = torch.rand(2, 3, 32, 32)
+    assert "lpips" not in distances(pictures, pictures)
+    assert Distances(small_encoders(), None, "none").note == "LPIPS was switched off."
+
+
+def test_with_the_weights_at_hand_lpips_is_computed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Random weights in the file's place: the way there is tested, not the figure."""
+    from torchvision.models import alexnet
+
+    (tmp_path / "checkpoints").mkdir()
+    torch.manual_seed(0)
+    torch.save(alexnet(weights=None).state_dict(), tmp_path / "checkpoints" / validation.LPIPS_FILE)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: _stored(tmp_path))
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *a, **k: _stored(tmp_path))
+    distances = Distances(small_encoders(), SEEN, "auto")
+    assert distances.note == ""
+    real = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    found = distances(torch.cat([real[:2], 1 - real[2:]]), real)["lpips"]
+    assert found.shape == (3,)
+    assert found[:2].tolist() == pytest.approx([0, 0], abs=1e-6)
+    assert float(found[2]) > 1e-4
+
+
+def _stored(folder: Path) -> Any:
+    return torch.load(folder / "checkpoints" / validation.LPIPS_FILE, weights_only=True)
+
+
+def test_means_are_over_pictures_and_not_over_batches() -> None:
+    figures = summarise({"cube_px": [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0])], "none": [torch.zeros(0)]})
+    assert figures == {"images": 4, "cube_px": 4.0, "cube_px_median": 2.0}
+
+
+# ---- the whole -------------------------------------------------------------------------------------------------------
+
+
+def test_the_suite_writes_a_report_with_pictures(root: Path, tmp_path: Path) -> None:
+    data = shards(root)
+    figures, pictures = evaluate_pictures(module_for(data), data, PictureSuite(**SETTINGS), tmp_path / "out")
+    assert set(figures["cases"]) == {*validation.CASES, "another_picture", "real"} - {"scales"}
+    assert figures["cases"]["reconstruction"]["images"] == 6
+    assert figures["judge"]["pictures"] == 12  # of the validation split
+    assert "psnr_db" not in figures["cases"]["real"]
+    assert figures["cases"]["real"]["cube_px"] == headline(figures)["judge/cube_px"]
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert [path.name for path in pictures] == ["samples.png", "scales.png", "scale_map.png"]
+    assert all(f"({path.name})" in text and Image.open(path).size[0] > 100 for path in pictures)
+    assert "misses the cube by" in text
+    assert "LPIPS was not computed" in text or "lpips" in figures["cases"]["reconstruction"]
+    assert json.loads(json.dumps(figures)) == figures
+    names = headline(figures)
+    assert names["shuffled_patches/psnr_db"] == figures["cases"]["shuffled_patches"]["psnr_db"]
+    assert {"changed_words/colour_as_asked", "reconstruction/cube_within_4px", "text_only/side_as_asked"} <= set(names)
+
+
+def test_the_same_model_gives_the_same_figures(root: Path, tmp_path: Path) -> None:
+    data = shards(root)
+    module = module_for(data)
+    options = PictureSuite(**{**SETTINGS, "cases": ["reconstruction", "shuffled_patches"]})
+    first, second = (evaluate_pictures(module, data, options, tmp_path / name)[0] for name in "ab")
+    assert first == second
+
+
+def test_shuffled_patches_change_what_is_drawn_only_where_they_have_places(root: Path) -> None:
+    data = shards(root)
+    drawn = {}
+    for places in (True, False):
+        module = module_for(data, f"model.network.patch_positions={str(places).lower()}")
+        suite = Suite(module, data, SEEN, PictureSuite(**SETTINGS))
+        batch, real, numbers = next(iter(suite.batches(4)))
+        size = (batch.latents.shape[2], batch.latents.shape[3])
+        cases = [suite.ask(case, batch, real, numbers) for case in ("reconstruction", "shuffled_patches")]
+        left, right = (suite.draw(asked, size, 0) for asked in cases if asked is not None)
+        drawn[places] = float((left - right).abs().max())
+    assert drawn[False] < 1e-4 < 1e-3 < drawn[True]
+
+
+def test_the_command_and_the_callback_evaluate_a_run(root: Path, tmp_path: Path) -> None:
+    from keygrip import evaluate, train
+
+    suite = "callbacks.pictures.suite"
+    changes = [f"{suite}.images=4", f"{suite}.shown=2", f"{suite}.cases=[reconstruction,shuffled_patches]"]
+    options = "keygrip.evaluation.attribute_classifier.JudgeOptions"
+    quick = f"+{suite}.judge={{_target_: {options}, width: 8, steps: 2, batch_size: 4}}"
+    small = [o for o in SMALL if not o.startswith(("model=", "data=", "encoders=", "optimizer="))]
+    run = tmp_path / "run"
+    given = [f"data.root={root}", f"run_dir={run}", "max_steps=2", "val_every_n_steps=2", "callbacks.average=null"]
+    metrics = train.run(compose("train", ["experiment=dit_robot_images", *small, *ENCODERS, *given, *changes, quick]))
+    assert {"pictures/reconstruction/psnr_db", "pictures/shuffled_patches/cube_within_4px"} <= set(metrics)
+    stored = json.loads((run / "pictures" / "result.json").read_text())
+    assert stored["cases"]["reconstruction"]["psnr_db"] == pytest.approx(metrics["pictures/reconstruction/psnr_db"])
+    overrides = [f"checkpoint={run}", "images=4", "cases=[reconstruction]", "sampling.steps=2"]
+    judge = PictureSuite.__dataclass_fields__["judge"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(validation, "PictureSuite", lambda **given: PictureSuite(**given, judge=QUICK))
+        result = evaluate.run(compose("evaluate", overrides))
+    assert judge.name == "judge"
+    assert result["model"] == "PatchDiTModule"
+    assert result["cases"]["reconstruction"] == stored["cases"]["reconstruction"]
+    assert (run / "evaluation" / "report.md").is_file()
+    with pytest.raises(ValueError, match="episodes has no meaning for a PatchDiTModule"):
+        evaluate.run(compose("evaluate", [f"checkpoint={run}", "episodes=3"]))
+
+
+# ---- report ----------------------------------------------------------------------------------------------------------
+
+
+def test_tables_have_a_column_for_each_figure_of_any_row() -> None:
+    assert table({"one": {"a": 1.0}, "two": {"a": 2.0, "b": 0.12345}}) == [
+        "| | a | b |",
+        "| --- | --- | --- |",
+        "| one | 1 |  |",
+        "| two | 2 | 0.1235 |",
+    ]
+
+
+def test_the_scale_map_is_a_picture() -> None:
+    rows = [
+        {"text_scale": t, "dino_scale": d, "colour_as_asked": 0.5, "cube_within_4px": 1.0}
+        for t in (1, 4)
+        for d in (0, 2)
+    ]
+    assert scale_map(rows).startswith(b"\x89PNG")

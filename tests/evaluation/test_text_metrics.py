@@ -1,0 +1,98 @@
+"""Caption figures against the library's known values, the VQA rule by hand, and options in generated words."""
+
+from __future__ import annotations
+
+import math
+import shutil
+
+import pytest
+
+from keygrip.evaluation import text_metrics as metrics
+from keygrip.evaluation.text_metrics import caption_metrics, chosen_option, normalised_answer, vqa_accuracy
+
+TRUE = [["the cat sat on the mat"], ["a dog runs in the park"]]
+
+
+@pytest.fixture
+def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Java's start takes seconds; one test pays for it."""
+    monkeypatch.setattr(metrics.shutil, "which", lambda name: None)
+
+
+@pytest.mark.usefixtures("no_java")
+def test_true_captions_score_highest_and_unlike_ones_nothing() -> None:
+    best = caption_metrics([texts[0] for texts in TRUE], TRUE)
+    assert best["bleu_4"] == pytest.approx(1.0, abs=1e-6)
+    assert best["cider"] == pytest.approx(10.0, abs=1e-6)
+    worst = caption_metrics(["zebra", "zebra"], TRUE)
+    assert worst["cider"] == pytest.approx(0.0, abs=1e-6)
+    assert worst["bleu_1"] < 1e-6
+
+
+@pytest.mark.usefixtures("no_java")
+def test_bleu_counts_matching_runs_of_words() -> None:
+    found = caption_metrics(["the cat sat on a mat", "a dog runs in the park"], TRUE)
+    assert found["bleu_1"] == pytest.approx(11 / 12, abs=1e-6)
+    assert found["bleu_2"] == pytest.approx(math.sqrt(11 / 12 * 8 / 10), abs=1e-6)
+
+
+@pytest.mark.usefixtures("no_java")
+def test_without_java_there_is_no_meteor_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    found = caption_metrics(["The cat, sat on a mat.", "a dog runs in the park"], TRUE)
+    assert "meteor" not in found
+    assert found["bleu_1"] == pytest.approx(11 / 12, abs=1e-6)
+    assert "Java" in caplog.text
+
+
+@pytest.mark.slow
+def test_java_adds_meteor() -> None:
+    java = shutil.which("java") is not None
+    found = caption_metrics(["the cat sat on a mat", ""], TRUE)
+    assert ("meteor" in found) == java
+
+
+@pytest.mark.usefixtures("no_java")
+def test_one_caption_has_no_cider_and_none_is_an_error() -> None:
+    assert "cider" not in caption_metrics(["the cat"], TRUE[:1])
+    with pytest.raises(ValueError, match="reference"):
+        caption_metrics([], [])
+    with pytest.raises(ValueError, match="reference"):
+        caption_metrics(["a"], [[]])
+
+
+def test_answers_are_compared_without_articles_punctuation_case_and_number_words() -> None:
+    for said, same in (
+        ("The Red one!", "red 1"),
+        ("Two,", "2"),
+        ("1,000", "1000"),
+        ("3.5 m.", "3.5 m"),
+        ("don't", "dont"),
+        ("a man's hat", "mans hat"),
+        ("yes\n", "yes"),
+    ):
+        assert normalised_answer(said) == same
+
+
+def test_the_ten_annotator_rule() -> None:
+    # of nine others at most three agree with a lone one
+    assert vqa_accuracy("blue", ["blue"] * 10) == 1.0
+    assert vqa_accuracy("blue", ["blue"] + ["red"] * 9) == pytest.approx(9 / 10 / 3)
+    assert vqa_accuracy("blue", ["blue"] * 2 + ["red"] * 8) == pytest.approx((8 * 2 / 3 + 2 * 1 / 3) / 10)
+    assert vqa_accuracy("blue", ["blue"] * 3 + ["red"] * 7) == pytest.approx((7 * 1 + 3 * 2 / 3) / 10)
+    assert vqa_accuracy("blue", ["blue"] * 4 + ["red"] * 6) == 1.0
+    assert vqa_accuracy("green", ["blue"] * 10) == 0.0
+    assert vqa_accuracy("The blue.", ["blue"]) == 1.0
+    with pytest.raises(ValueError, match="annotated"):
+        vqa_accuracy("blue", [])
+
+
+@pytest.mark.parametrize(
+    ("said", "option"),
+    [("B", 1), ("(b)", 1), ("B. red", 1), ("C) a", 2), ("red", 1), ("It is red.", 1), ("D", None), ("none", None)],
+)
+def test_an_option_is_named_by_letter_or_words(said: str, option: int | None) -> None:
+    assert chosen_option(said, ["blue", "red", "dark green"]) == option
+
+
+def test_words_that_name_two_options_name_none() -> None:
+    assert chosen_option("red or blue", ["blue", "red"]) is None

@@ -1,0 +1,136 @@
+"""The regression baseline: what it normalises it gets back, its loss, and that the picture matters to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from keygrip.data.batches import PolicyBatch
+from keygrip.data.robot.augmentation import ImageGeometry
+from keygrip.data.robot.datamodule import DemoStatistics
+from keygrip.models.backbone import DinoBackbone
+from keygrip.models.coordinate_regression.module import CoordinateRegressionModule
+from keygrip.models.coordinate_regression.network import CoordinateRegressionNetwork
+from keygrip.models.geometry.rotations import columns_to_quaternion, geodesic_angle, quaternion_to_columns, rotation_exp
+from keygrip.training.optimizers import AdamW
+
+S, T = 32, 2
+
+
+@pytest.fixture
+def module(tmp_path: Path) -> CoordinateRegressionModule:
+    torch.manual_seed(0)
+    backbone = DinoBackbone(variant="tiny", image_size=S, weights="random", width=32, depth=1, heads=2)
+    network = CoordinateRegressionNetwork(backbone, S, horizon=T, width=64)
+    built = CoordinateRegressionModule(network, AdamW(lr=1e-3, schedule="constant"))
+    built.set_statistics(
+        DemoStatistics(
+            height_range=(0.0, 0.2),
+            position_range=((0.1, -0.3, 0.0), (0.5, 0.3, 0.2)),
+            quaternions={"right": np.array([[1.0, 0, 0, 0]])},
+            arms=("right",),
+            targets="reached",
+            horizon=T,
+            step_seconds=0.3,
+            geometry=ImageGeometry(S, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+            demos=1,
+            frames=1,
+            fingerprint="test",
+            cache_dir=tmp_path,
+        )
+    )
+    return built
+
+
+def batch() -> PolicyBatch:
+    torch.manual_seed(1)
+    low, high = torch.tensor([0.1, -0.3, 0.0]), torch.tensor([0.5, 0.3, 0.2])
+    return PolicyBatch(
+        image=torch.randn(2, 3, S, S),
+        intrinsics=torch.tensor([[40.0, 0, 16], [0, 40.0, 16], [0, 0, 1]]).expand(2, 3, 3),
+        world_to_camera=torch.tensor([[1.0, 0, 0, -0.3], [0, -1, 0, 0], [0, 0, -1, 1], [0, 0, 0, 1]]).expand(2, 4, 4),
+        start_position=torch.rand(2, 1, 3) * (high - low) + low,
+        start_quaternion=rotation_exp(torch.randn(2, 1, 3)),
+        start_gripper=torch.rand(2, 1),
+        position=torch.rand(2, 1, T, 3) * (high - low) + low,
+        quaternion=rotation_exp(torch.randn(2, 1, T, 3)),
+        gripper=torch.rand(2, 1, T),
+        repeated=torch.zeros(2, 1, T, dtype=torch.bool),
+        keyframe=torch.rand(2, 1, 3),
+        demo_index=torch.zeros(2, dtype=torch.long),
+        frame_index=torch.zeros(2, dtype=torch.long),
+        instruction=["go", "go"],
+    )
+
+
+def test_positions_and_rotations_come_back(module: CoordinateRegressionModule) -> None:
+    position = torch.tensor([[0.1, 0.3, 0.1], [0.5, -0.3, 0.2]])
+    torch.testing.assert_close(module.normalise(position), torch.tensor([[-1.0, 1, 0], [1, -1, 1]]))
+    torch.testing.assert_close(module.denormalise(module.normalise(position)), position)
+    quaternion = rotation_exp(torch.randn(50, 3))
+    columns = quaternion_to_columns(quaternion)
+    assert geodesic_angle(columns_to_quaternion(columns * 3.0), quaternion).max() < 1e-3
+
+
+def test_loss_is_written_out(module: CoordinateRegressionModule) -> None:
+    data = batch()
+    output = module(data)
+    losses = module.losses(output, data)
+    position = (output.position - module.normalise(data.position)).abs().mean()
+    rotation = (output.rotation - quaternion_to_columns(data.quaternion)).abs().mean()
+    gripper = F.binary_cross_entropy_with_logits(output.gripper, data.gripper)
+    torch.testing.assert_close(losses["total"], position + 0.5 * rotation + 0.5 * gripper)
+
+
+def test_metrics_are_zero_for_the_truth(module: CoordinateRegressionModule) -> None:
+    data = batch()
+    output = module(data)
+    output.position.data.copy_(module.normalise(data.position))
+    output.rotation.data.copy_(quaternion_to_columns(data.quaternion))
+    output.gripper.data.copy_((data.gripper > 0.5) * 20.0 - 10.0)
+    metrics = module.metrics(output, data)
+    assert float(metrics["position_cm"]) < 1e-4
+    assert float(metrics["rotation_deg"]) < 0.1
+    assert float(metrics["pix_argmax"]) < 1e-3
+    assert float(metrics["gripper_acc"]) == 1.0
+
+
+def test_picture_and_state_both_reach_the_output(module: CoordinateRegressionModule) -> None:
+    data = batch()
+    plain = module(data).position.detach()
+    data.image = data.image + 1.0
+    assert (module(data).position - plain).abs().max() > 1e-5
+    data.image = data.image - 1.0
+    data.start_position = data.start_position + 0.05
+    assert (module(data).position - plain).abs().max() > 1e-5
+
+
+def test_policy_plans_what_the_network_says(module: CoordinateRegressionModule) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (S, S, 3), dtype=np.uint8)
+    data = batch()
+    observation = {
+        "image": picture,
+        "intrinsics": data.intrinsics[0].numpy(),
+        "world_to_camera": data.world_to_camera[0].numpy(),
+        "position": data.start_position[0, 0].numpy(),
+        "quaternion": data.start_quaternion[0, 0].numpy(),
+        "gripper": data.start_gripper[0].numpy(),
+    }
+    plan = module.policy().plan(observation)
+    image, _ = module.statistics.geometry.apply(picture, data.intrinsics[0].numpy())
+    data.image = image[None].expand(2, -1, -1, -1)
+    with torch.no_grad():
+        expected = module.denormalise(module(data).position)[0].numpy()
+    np.testing.assert_allclose(plan.position, expected, atol=1e-5)
+    assert plan.gripper.min() >= 0
+    assert plan.gripper.max() <= 1
+    assert plan.step_seconds == pytest.approx(0.3)
+
+
+def test_wrong_sizes_are_named(module: CoordinateRegressionModule) -> None:
+    with pytest.raises(ValueError, match="built for 32 x 32 images, got 48 x 48"):
+        module.network(torch.randn(1, 3, 48, 48), torch.zeros(1, 1, 10))

@@ -1,0 +1,55 @@
+"""The pooled baseline: which tokens a row sees, padding, text alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from vlm_parts import frames_of, rows_of, small_backbone, small_language
+
+from keygrip.models.foveated_vlm.baseline import PooledVLM
+from keygrip.models.foveated_vlm.rows import TextRows
+
+
+def build(tokens: int = 4) -> PooledVLM:
+    torch.manual_seed(0)
+    return PooledVLM(small_backbone(), small_language(), tokens).eval()
+
+
+def test_tokens_are_the_means_of_the_frames_quarters() -> None:
+    network = build()  # 28 px with patches of 14: a token a patch
+    frames = frames_of([2])
+    with torch.no_grad():
+        visual, looks, _ = network.see(frames, rows_of([(0, 3, 1)], [2]), "many_tokens")
+        patches = network.backbone(frames[0]).patches
+    torch.testing.assert_close(visual[0], network.connector(patches).flatten(0, 1))
+    assert looks is None
+
+
+def test_rows_give_the_same_alone_and_padded_in_a_batch_and_text_the_plain_language_model() -> None:
+    network, counts = build(), [3, 1, 0]
+    texts = [(0, 6, 2), (1, 5, 0), (2, 4, 0), (0, 4, 4)]
+    frames, rows = frames_of(counts, longest=4), rows_of(texts, counts, width=9)
+    with torch.no_grad():
+        together = network(frames, rows, "many_tokens")
+        for number, (video, length, at) in enumerate(texts):
+            count = counts[video]
+            alone = TextRows(rows.input_ids[number : number + 1, :length], [length], [at], [0], [count])
+            single = network(frames[video : video + 1, :count], alone, "many_tokens").hidden[0]
+            assert len(single) == length + 4 * count
+            torch.testing.assert_close(together.hidden[number, : len(single)], single, atol=2e-5, rtol=1e-4)
+        plain = network.language.model(input_ids=rows.input_ids[2:3, :4]).last_hidden_state[0]
+    torch.testing.assert_close(together.hidden[2, :4], plain, atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_reach_everything_also_in_a_batch_of_text_alone() -> None:
+    network = build().train()
+    network(torch.zeros(1, 0, 3, 0, 0), rows_of([(0, 3, 0)], [0]), "many_tokens").hidden.sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_other_modes_and_numbers_of_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="many_tokens only"):
+        build()(frames_of([1]), rows_of([(0, 3, 1)], [1]), "coarse_fine")
+    for tokens in (3, 9):
+        with pytest.raises(ValueError, match="must be a square of at most 2 x 2"):
+            build(tokens)

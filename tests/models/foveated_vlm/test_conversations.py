@@ -1,0 +1,178 @@
+"""Which characters carry loss, where the visual tokens stand, and that prompts have the same ids everywhere."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from keygrip.data.batches import Conversation, Turn, VideoTextSample
+from keygrip.models.foveated_vlm.conversations import ConversationCollator, encode_conversation
+from keygrip.models.language.llama import END_OF_TEXT, TURN_END, ChatTokenizer, TrainedTokenizer
+
+# As SmolLM2 has it: a system turn where the user gives none.
+SMOLLM_LIKE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TALK = (
+    Turn("user", "Which digit is on the red cube?"),
+    Turn("assistant", "7"),
+    Turn("user", "Sure? It is 7?"),
+    Turn("assistant", "Yes, it is 7."),
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    return TrainedTokenizer(400).load(tmp_path_factory.mktemp("t"), [turn.text for turn in TALK] * 3)
+
+
+@pytest.fixture(scope="module")
+def smollm(tiny: ChatTokenizer) -> ChatTokenizer:
+    return ChatTokenizer.from_state(tiny.state() | {"chat_template": SMOLLM_LIKE})
+
+
+def marked(tokenizer: ChatTokenizer, ids: Sequence[int], mask: Sequence[bool]) -> str:
+    """The decoded text with brackets around what the mask covers."""
+    text, inside = "", False
+    for token, on in zip(ids, mask, strict=True):
+        text += "[" * (on and not inside) + "]" * (inside and not on) + tokenizer.decode([token], special=True)
+        inside = bool(on)
+    return text + "]" * inside
+
+
+@pytest.mark.parametrize("name", ["tiny", "smollm"])
+@pytest.mark.parametrize("order", ["visual_first", "question_first"])
+def test_instruction_tuning_supervises_every_answer_with_its_end_and_nothing_else(
+    name: str, order: str, request: pytest.FixtureRequest
+) -> None:
+    tokenizer = request.getfixturevalue(name)
+    row = encode_conversation(TALK, tokenizer, order, "answers")
+    system = "<|im_start|>system\nYou help.<|im_end|>\n" if name == "smollm" else ""
+    assert marked(tokenizer, row.ids, row.loss) == (
+        f"{system}<|im_start|>user\nWhich digit is on the red cube?<|im_end|>\n<|im_start|>assistant\n[7<|im_end|>]\n"
+        "<|im_start|>user\nSure? It is 7?<|im_end|>\n<|im_start|>assistant\n[Yes, it is 7.<|im_end|>]\n"
+    )
+    assert row.answer == row.loss
+
+
+@pytest.mark.parametrize("order", ["visual_first", "question_first"])
+def test_captioning_supervises_all_text_prompt_included(smollm: ChatTokenizer, order: str) -> None:
+    row = encode_conversation(TALK[:2], smollm, order, "all")
+    assert marked(smollm, row.ids, row.loss) == (
+        "[<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nWhich digit is on the red cube?<|im_end|>\n"
+        "<|im_start|>assistant\n7<|im_end|>\n]"
+    )
+    assert marked(smollm, row.ids, row.answer).endswith("assistant\n[7<|im_end|>]\n")
+
+
+def test_the_visual_tokens_stand_before_everything_or_behind_the_first_question(smollm: ChatTokenizer) -> None:
+    assert encode_conversation(TALK, smollm, "visual_first", "all").visual_at == 0
+    row = encode_conversation(TALK, smollm, "question_first", "all")
+    assert smollm.decode(row.ids[: row.visual_at], special=True).endswith("\nWhich digit is on the red cube?")
+    assert smollm.decode(row.ids[row.visual_at :], special=True).startswith("<|im_end|>\n<|im_start|>assistant\n7")
+    # words that occur before, in the template or in a system turn
+    talk = (Turn("system", "user: 7"), Turn("user", "7"), Turn("assistant", "7"))
+    row = encode_conversation(talk, smollm, "question_first", "answers")
+    assert smollm.decode(row.ids[: row.visual_at], special=True).endswith("<|im_start|>user\n7")
+    assert marked(smollm, row.ids, row.loss).endswith("<|im_start|>assistant\n[7<|im_end|>]\n")
+
+
+@pytest.mark.parametrize("order", ["visual_first", "question_first"])
+def test_a_prompt_has_the_same_ids_in_training_and_in_generation(smollm: ChatTokenizer, order: str) -> None:
+    trained = encode_conversation(TALK, smollm, order, "answers")
+    asked = encode_conversation(TALK[:3], smollm, order, "answers")
+    assert asked.ids == trained.ids[: trained.prompt]
+    assert asked.prompt == len(asked.ids)
+    assert asked.visual_at == trained.visual_at
+    assert trained.loss[trained.prompt]
+    assert not trained.loss[trained.prompt - 1]
+
+
+def test_a_long_text_is_cut_off_at_the_end_and_said(tiny: ChatTokenizer) -> None:
+    whole = encode_conversation(TALK, tiny, "question_first", "answers")
+    cut = encode_conversation(TALK, tiny, "question_first", "answers", max_tokens=30)
+    assert not whole.truncated
+    assert cut.truncated
+    assert (cut.ids, cut.loss, cut.visual_at) == (whole.ids[:30], whole.loss[:30], min(30, whole.visual_at))
+    assert encode_conversation(TALK, tiny, "question_first", "answers", max_tokens=8).visual_at <= 8
+
+
+def test_conversations_and_templates_that_cannot_be_used_are_refused(tiny: ChatTokenizer) -> None:
+    with pytest.raises(ValueError, match="user turn"):
+        encode_conversation((Turn("assistant", "7"),), tiny, "question_first", "answers")
+    with pytest.raises(ValueError, match="at least one turn"):
+        encode_conversation((), tiny, "visual_first", "answers")
+    shouting = ChatTokenizer.from_state(
+        tiny.state() | {"chat_template": "{% for m in messages %}{{ m['content'] | upper }}<|im_end|>{% endfor %}"}
+    )
+    with pytest.raises(ValueError, match="does not keep"):
+        encode_conversation(TALK, shouting, "question_first", "answers")
+    endless = ChatTokenizer.from_state(
+        tiny.state() | {"chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}"}
+    )
+    with pytest.raises(ValueError, match="does not end"):
+        encode_conversation(TALK[:2], endless, "visual_first", "answers")
+
+
+def samples() -> list[VideoTextSample]:
+    frames = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    first = Conversation(TALK[:2], "mark", {"frame": 1})
+    second = Conversation(TALK, "cue", {})
+    return [
+        VideoTextSample(frames, (first, second), "robot_videos", "a"),
+        VideoTextSample(frames[:0], (Conversation(TALK[2:], "text", {}),), "smoltalk", "b"),
+    ]
+
+
+def test_a_batch_holds_a_row_for_each_conversation(tmp_path: Path) -> None:
+    collator = ConversationCollator(TrainedTokenizer(400), "question_first", "answers")
+    with pytest.raises(RuntimeError, match="prepare"):
+        collator(samples())
+    collator.prepare(tmp_path, lambda: iter([turn.text for turn in TALK]))
+    batch = pickle.loads(pickle.dumps(collator))(samples())
+    assert batch.video_index.tolist() == [0, 0, 1]
+    assert batch.kind == ["mark", "cue", "text"]
+    assert batch.source == ["robot_videos", "robot_videos", "smoltalk"]
+    assert batch.frame_mask.tolist() == [[True, True], [False, False]]
+    assert batch.frames.shape == (2, 2, 3, 4, 4)
+    alone = encode_conversation(TALK[:2], collator.tokenizer, "question_first", "answers")
+    count = len(alone.ids)
+    assert batch.input_ids[0, :count].tolist() == alone.ids
+    assert batch.attention_mask.sum(1)[0] == count
+    assert not batch.loss_mask[0, count:].any()
+    assert batch.prompt_lengths[0] == alone.prompt
+    assert 0 < batch.padding_share < 0.6
+    # the tokenizer is found again, not trained again
+    again = ConversationCollator(TrainedTokenizer(400), "question_first", "answers")
+    again.prepare(tmp_path, lambda: pytest.fail("trained twice"))
+    assert torch.equal(again(samples()).input_ids, batch.input_ids)
+
+
+def test_the_end_of_an_answer_carries_loss_although_padding_may_have_its_id(tmp_path: Path) -> None:
+    """SmolLM2's padding token is its end token: a mask made by comparing ids would unlearn stopping."""
+    collator = ConversationCollator(TrainedTokenizer(400), "question_first", "answers")
+    collator.prepare(tmp_path, lambda: iter([turn.text for turn in TALK]))
+    batch = collator(samples())
+    end = collator.tokenizer.end_of_turn
+    ends = (batch.input_ids == end) & batch.loss_mask
+    assert ends.sum(1).tolist() == [1, 2, 1]  # every answer's
+    assert collator.tokenizer.encode(END_OF_TEXT) != collator.tokenizer.encode(TURN_END)
+
+
+def test_settings_that_do_not_exist_are_refused() -> None:
+    for options, words in (
+        ({"prompt_order": "random"}, "prompt_order"),
+        ({"supervise": "prompt"}, "supervise"),
+        ({"max_tokens": 2}, "max_tokens"),
+    ):
+        chosen = {"prompt_order": "visual_first", "supervise": "all"} | options
+        with pytest.raises(ValueError, match=words):
+            ConversationCollator(TrainedTokenizer(400), **chosen)

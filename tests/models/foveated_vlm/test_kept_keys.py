@@ -1,0 +1,138 @@
+"""A frozen encoder: keys and values that are kept, and a query path of its own beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from vlm_parts import frames_of, rows_of, small_backbone, small_language
+
+from keygrip.models.backbone import DinoBackbone
+from keygrip.models.foveated_vlm.kv_cache import KeyValueCache
+from keygrip.models.foveated_vlm.network import MODES, FoveatedVLM
+
+COUNTS = [3, 0, 1]
+TEXTS = [(0, 9, 4), (1, 6, 3), (2, 7, 2), (0, 8, 5)]
+
+
+def frozen() -> DinoBackbone:
+    backbone = small_backbone("tiny")
+    backbone._set_trainable("frozen")
+    return backbone
+
+
+def with_path(path: str, **options: object) -> FoveatedVLM:
+    torch.manual_seed(0)
+    return FoveatedVLM(frozen(), small_language(), query_path=path, **options)  # type: ignore[arg-type]
+
+
+def test_kept_keys_give_what_fresh_ones_do() -> None:
+    network = with_path("shared").eval()
+    frames, rows = frames_of(COUNTS, 32), rows_of(TEXTS, COUNTS)
+    cache, calls = KeyValueCache(1.0), 0
+
+    def encode(images: torch.Tensor) -> list:
+        nonlocal calls
+        calls += 1
+        return network.encode(images)
+
+    with torch.no_grad():
+        fresh = network(frames, rows, "coarse_fine")
+        for _ in range(2):
+            kv = cache.get(["a", "b", "c"], frames, COUNTS, encode)
+            kept = network(frames, rows, "coarse_fine", kv=kv)
+            torch.testing.assert_close(kept.hidden, fresh.hidden, atol=2e-5, rtol=1e-4)
+    assert calls == 2  # the two videos with frames, once
+
+
+def test_what_is_kept_does_not_depend_on_the_batch() -> None:
+    network, frames = with_path("shared").eval(), frames_of([2, 2, 2], 32)
+    first, second = KeyValueCache(1.0), KeyValueCache(1.0)
+    one = first.get(["a", "b", "c"], frames, [2, 2, 2], network.encode)
+    other = second.get(["c", "a"], frames[[2, 0]], [2, 2], network.encode)
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a.key[[4, 5, 0, 1]], b.key)
+        assert torch.equal(a.value[[4, 5, 0, 1]], b.value)
+
+
+def test_there_is_no_more_kept_than_allowed() -> None:
+    network, frames = with_path("shared").eval(), frames_of([1, 1], 32)
+    size = sum(block.key.nbytes + block.value.nbytes for block in network.encode(frames[0]))
+    cache = KeyValueCache(1.5 * size / 2**30)
+    cache.get(["a", "b"], frames, [1, 1], network.encode)
+    assert list(cache.kept) == ["a"]
+    held = sum(part.untyped_storage().nbytes() for block in cache.kept["a"] for part in (block.key, block.value))
+    assert held == size  # and no larger tensor behind it
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_path_of_its_own_begins_as_the_encoder(mode: str) -> None:
+    frames, rows = frames_of(COUNTS, 32), rows_of(TEXTS, COUNTS)
+    with torch.no_grad():
+        shared, own = (with_path(path).eval()(frames, rows, mode).hidden for path in ("shared", "own"))
+    torch.testing.assert_close(own, shared)
+
+
+def test_a_path_of_its_own_learns_and_the_encoder_does_not() -> None:
+    network = with_path("own")
+    frames, rows = frames_of(COUNTS, 32), rows_of(TEXTS, COUNTS)
+    network(frames, rows, "coarse_fine").hidden.square().sum().backward()
+    assert all(p.grad is None for p in network.backbone.parameters())
+    assert network.query_path is not None
+    learning = {name for name, p in network.query_path.named_parameters() if p.grad is not None and p.grad.any()}
+    assert any(name.startswith("net.blocks.0.mlp") for name in learning)
+    assert not any(name.startswith("net.patch_embed") for name in learning)
+
+
+def test_an_encoders_weights_reach_both() -> None:
+    network, other = with_path("own"), small_backbone("tiny")
+    network.take_encoder(other.state_dict())
+    assert network.query_path is not None
+    for part in (network.backbone, network.query_path):
+        for name, value in other.state_dict().items():
+            assert torch.equal(part.state_dict()[name], value)
+
+
+def test_bad_paths_are_refused() -> None:
+    with pytest.raises(ValueError, match="is shared or own, not 'both'"):
+        with_path("both")
+    with pytest.raises(ValueError, match="is for a frozen encoder"):
+        FoveatedVLM(small_backbone("tiny"), small_language(), query_path="own")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_numbered_frames_are_the_same_alone_in_a_batch_and_in_order(mode: str) -> None:
+    """By the book: the language model reads each token with its frame's vector, whatever the mode computes first."""
+    network = with_path("shared", frame_numbers=5).eval()
+    frames, rows = frames_of(COUNTS, 32, longest=4), rows_of(TEXTS, COUNTS)
+    with torch.no_grad():
+        together = network(frames, rows, mode)
+        alone = network(frames[:1, :3], type(rows)(rows.input_ids[:1], [9], [4], [0], [3]), mode)
+    torch.testing.assert_close(together.hidden[0, :12], alone.hidden[0, :12], atol=2e-5, rtol=1e-4)
+    if mode == "autoregressive":
+        looks = together.looks
+        assert looks is not None
+        with torch.no_grad():
+            chosen = network.choose_queries(looks.visual, rows.streams)
+        torch.testing.assert_close(chosen[0, :3], looks.queries[0, :3], atol=2e-5, rtol=1e-4)  # type: ignore[index]
+
+
+def test_more_frames_than_numbers_is_an_error(build: Callable[..., FoveatedVLM]) -> None:
+    network = build(frame_numbers=2)
+    with pytest.raises(ValueError, match=r"a video has 3 frames and model\.network\.frame_numbers=2"):
+        network(frames_of([3]), rows_of([(0, 6, 2)], [3]), "coarse_only")
+
+
+def test_the_coarse_pass_may_begin_with_the_encoders_cls_token() -> None:
+    network = with_path("own", query_start="cls")
+    other = small_backbone("tiny")
+    for expected in (network.backbone, other):
+        if expected is other:
+            network.take_encoder(other.state_dict())
+        images = frames_of([2], 32)[0]
+        with torch.no_grad():
+            coarse = network.eval().ask(network.static_query.expand(2, -1, -1), network.encode(images))[:, 0]
+            torch.testing.assert_close(coarse, expected.eval()(images).cls, atol=2e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="is random or cls, not 'zero'"):
+        with_path("shared", query_start="zero")

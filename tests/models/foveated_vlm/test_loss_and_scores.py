@@ -1,0 +1,200 @@
+"""Chunked cross-entropy, and figures by kind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from vlm_parts import small_backbone, small_language
+
+from keygrip.data.batches import Conversation, Turn, VideoTextBatch, VideoTextSample
+from keygrip.models.foveated_vlm.conversations import ConversationCollator
+from keygrip.models.foveated_vlm.loss import token_cross_entropy
+from keygrip.models.foveated_vlm.module import FoveatedVLMModule, comparisons, text_rows
+from keygrip.models.foveated_vlm.network import MODES, FoveatedVLM
+from keygrip.models.foveated_vlm.scores import Scores
+from keygrip.models.language.llama import TrainedTokenizer
+from keygrip.training.optimizers import AdamW
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_chunks_change_neither_the_loss_nor_the_gradients(chunk: int) -> None:
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(7, 5), torch.randn(11, 5), torch.randint(11, (7,))
+    gradients = []
+    for size in (None, chunk):
+        inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        if size is None:
+            loss = F.cross_entropy(inputs[0] @ inputs[1].T, targets, reduction="none")
+            right = (inputs[0] @ inputs[1].T).argmax(-1) == targets
+        else:
+            found, hits = token_cross_entropy(*inputs, targets, size)
+            torch.testing.assert_close(found, loss)
+            assert torch.equal(hits, right)
+            loss = found
+        loss.square().sum().backward()
+        gradients.append([part.grad for part in inputs])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_no_token_to_predict_gives_no_loss_and_a_gradient_of_zero() -> None:
+    hidden = torch.zeros(0, 5, requires_grad=True)
+    loss, right = token_cross_entropy(hidden, torch.randn(11, 5), torch.zeros(0, dtype=torch.int64))
+    assert loss.shape == right.shape == (0,)
+    loss.sum().backward()
+    assert hidden.grad is not None
+
+
+def conversation(question: str, answer: str, kind: str) -> Conversation:
+    return Conversation((Turn("user", question), Turn("assistant", answer)), kind, {})
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Callable[..., tuple[FoveatedVLMModule, VideoTextBatch]]:
+    """A module and a batch: a video with two questions, a longer video, a text."""
+
+    def make(**options: object) -> tuple[FoveatedVLMModule, VideoTextBatch]:
+        torch.manual_seed(0)
+        collator = ConversationCollator(
+            TrainedTokenizer(320), "question_first", str(options.pop("supervise", "answers"))
+        )
+        collator.prepare(tmp_path, lambda: iter(["Which digit is on the red cube?", "3", "blue"] * 3))
+        network = FoveatedVLM(small_backbone(), small_language())
+        module = FoveatedVLMModule(network, collator, AdamW(1e-3), **options)  # type: ignore[arg-type]
+        frames = np.random.default_rng(0).integers(0, 255, (3, 28, 28, 3)).astype(np.uint8)
+        samples = [
+            VideoTextSample(
+                frames[:2], (conversation("Which?", "3", "mark"), conversation("Blue?", "no", "cue")), "s", "0"
+            ),
+            VideoTextSample(frames, (conversation("Which digit is on it?", "blue", "mark"),), "s", "1"),
+            VideoTextSample(frames[:0], (conversation("Say 3", "3", "text"),), "t", "2"),
+        ]
+        return module.eval(), collator(samples)
+
+    return make
+
+
+def test_scores_are_the_mean_over_supervised_tokens_by_kind(parts: Callable[..., tuple]) -> None:
+    module, batch = parts()
+    with torch.no_grad():
+        output = module(batch, "coarse_fine")
+        found = module.score(output, batch)
+        logits = module.network.language.logits(output.hidden)
+    expected, hits = [], []
+    for row in range(len(batch)):
+        at = output.layout.text_at[row] - 1
+        places = batch.loss_mask[row].nonzero()[:, 0]
+        own = logits[row, at[places]]
+        expected.append(F.cross_entropy(own, batch.input_ids[row, places], reduction="sum"))
+        hits.append(bool((own.argmax(-1) == batch.input_ids[row, places]).all()))
+    torch.testing.assert_close(found.row_loss, torch.stack(expected), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.loss, torch.stack(expected).sum(), atol=1e-4, rtol=1e-4)
+    assert found.tokens == batch.loss_mask.sum()
+    assert found.exact.tolist() == hits
+    scores = Scores()
+    scores.add(found, batch.kind)
+    scores.add(found, batch.kind)
+    figures = scores.figures()
+    mark = batch.loss_mask[[0, 2]].sum()
+    assert figures["loss_mark"] == pytest.approx(float((expected[0] + expected[2]) / mark), rel=1e-4)
+    assert figures["loss"] == pytest.approx(float(sum(expected) / batch.loss_mask.sum()), rel=1e-4)
+    assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
+    assert {"accuracy_mark", "accuracy_cue", "accuracy_text"} <= figures.keys()
+
+
+def test_a_module_with_the_fused_kernel_evaluates_on_any_machine(parts: Callable[..., tuple]) -> None:
+    (fused, batch), (chunked, _) = parts(loss_kernel="liger"), parts()
+    with torch.no_grad():
+        found, expected = (module.score(module(batch, "coarse_fine"), batch) for module in (fused, chunked))
+    assert torch.equal(found.row_loss, expected.row_loss)
+    assert torch.equal(found.exact, expected.exact)
+
+
+def test_an_answer_is_exact_only_with_all_its_tokens_and_its_end(parts: Callable[..., tuple]) -> None:
+    module, batch = parts()
+    with torch.no_grad():
+        output = module(batch, "coarse_only")
+        # a readout that knows the answers: hidden states replaced by the embeddings of what comes next
+        weight = torch.eye(320)[:, :320]
+        hidden = torch.zeros(*output.hidden.shape[:2], 320)
+        for row in range(len(batch)):
+            for place in batch.answer_mask[row].nonzero()[:, 0].tolist():
+                hidden[row, output.layout.text_at[row, place] - 1, batch.input_ids[row, place]] = 9.0
+        perfect = type(output)(hidden, output.layout, output.visual, output.looks)
+        from keygrip.models.foveated_vlm.scores import score
+
+        assert score(perfect, batch, weight, 4096).exact.all()
+        last = batch.answer_mask[2].nonzero()[-1, 0]
+        hidden[2, output.layout.text_at[2, last] - 1] = 0.0  # the end of the turn is missed
+        assert score(perfect, batch, weight, 4096).exact.tolist() == [True, True, False, True]
+
+
+@pytest.mark.parametrize("supervise", ["all", "answers"])
+def test_all_modes_are_scored_on_the_same_tokens(parts: Callable[..., tuple], supervise: str) -> None:
+    module, batch = parts(supervise=supervise)
+    with torch.no_grad():
+        counts = {mode: module.score(module(batch, mode), batch).row_tokens.tolist() for mode in MODES}
+    assert counts["coarse_only"] == counts["coarse_fine"] == counts["autoregressive"]
+    if supervise == "answers":
+        assert counts["coarse_only"] == batch.loss_mask.sum(1).tolist()
+
+
+def test_keys_and_values_computed_once_serve_all_modes(parts: Callable[..., tuple]) -> None:
+    module, batch = parts()
+    frames, rows = module.inputs(batch)
+    calls = []
+    module.network.backbone.register_forward_hook(lambda *_: calls.append("whole"))
+    original = module.network.backbone.keys_and_values
+    module.network.backbone.keys_and_values = lambda images: (calls.append("kv"), original(images))[1]
+    with torch.no_grad():
+        first = module.network(frames, rows, "coarse_only")
+        again = [module.network(frames, rows, mode, kv=first.looks.kv) for mode in MODES]
+    assert calls == ["kv"]
+    torch.testing.assert_close(again[0].hidden, first.hidden)
+
+
+def test_comparisons_between_modes() -> None:
+    figures = {
+        "coarse_only": {"loss": 2.0},
+        "coarse_fine": {"loss": 1.0},
+        "autoregressive": {"loss": 1.25},
+        "coarse_fine_refined": {"loss": 1.25},
+    }
+    assert comparisons(figures) == pytest.approx({"fine_over_coarse": 0.5, "gap": 0.2, "gap_refined": 0.0})
+    assert comparisons({"many_tokens": {"loss": 1.0}}) == {}
+
+
+def test_rows_of_a_batch(parts: Callable[..., tuple]) -> None:
+    _, batch = parts()
+    rows = text_rows(batch)
+    assert rows.videos == [0, 0, 1, 2]
+    assert rows.frame_counts == [2, 3, 0]
+    assert list(rows.lengths) == batch.attention_mask.sum(1).tolist()
+
+
+def test_settings_without_effect_are_refused(parts: Callable[..., tuple]) -> None:
+    for options, words in (
+        ({"mode": "fine"}, "has coarse_only, coarse_fine, autoregressive"),
+        ({"val_modes": ["many_tokens"]}, "val_modes=many_tokens"),
+        ({"mode": "coarse_only", "refinement": 2}, "no effect"),
+        ({"refinement": -1}, "refinement"),
+        ({"loss_chunk": 0}, "loss_chunk"),
+        ({"loss_kernel": "triton"}, "loss_kernel='triton': must be one of chunked, liger"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            parts(**options)
+
+
+def test_dry_run_reports_every_mode(parts: Callable[..., tuple]) -> None:
+    module, batch = parts()
+    report = module.dry_run(batch)
+    assert set(report["modes"]) == set(MODES)
+    assert report["parameters"]["all"] == sum(p.numel() for p in module.network.parameters())
+    assert report["modes"]["coarse_fine"]["kv_cache_mb"] > 0
+    assert report["supervised_tokens"] == batch.loss_mask.sum()

@@ -1,0 +1,229 @@
+"""The three modes against each other, against a dense reference, and against themselves under padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from vlm_parts import SIZES, frames_of, rows_of, small_backbone
+
+from keygrip.models.foveated_vlm.network import MODES, FoveatedVLM
+from keygrip.models.foveated_vlm.rows import TextRows
+
+Build = Callable[..., FoveatedVLM]
+# videos of 4, 1 and 3 frames, a text without frames, two questions about the first video
+COUNTS = [4, 1, 0, 3]
+MIXED = [(0, 9, 4), (1, 6, 3), (2, 7, 0), (3, 8, 2), (0, 7, 5)]
+VISUAL_FIRST = [(video, length, 0) for video, length, _ in MIXED]
+
+
+@pytest.mark.parametrize("variant", list(SIZES))
+def test_a_query_that_starts_as_the_cls_token_gives_dinos_own_cls_output(build: Build, variant: str) -> None:
+    network = build(variant)
+    images = frames_of([3], SIZES[variant])[0]
+    with torch.no_grad():
+        found = network.ask(network.backbone.cls_input().expand(3, -1, -1), network.encode(images))[:, 0]
+        torch.testing.assert_close(found, network.backbone(images).cls, atol=2e-6, rtol=1e-5)
+
+
+def test_keys_and_values_alone_are_those_of_the_whole_forward() -> None:
+    for variant, size in SIZES.items():
+        torch.manual_seed(0)
+        backbone = small_backbone(variant).eval()
+        images = frames_of([2], size)[0]
+        with torch.no_grad():
+            whole, alone = backbone.forward_with_kv(images)[1], backbone.keys_and_values(images)
+        assert len(whole) == len(alone) == 3
+        for a, b in zip(whole, alone, strict=True):
+            torch.testing.assert_close(b.key, a.key, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(b.value, a.value, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def reference(network: FoveatedVLM, frames: Tensor, ids: Tensor, at: int, mode: str) -> tuple[Tensor, Tensor]:
+    """One row, written without caches, batches or shortcuts: hidden states [T, C] and z [F, D]."""
+    backbone, language = network.backbone, network.language
+
+    def look(frame: Tensor, query: Tensor) -> Tensor:
+        _, kv = backbone.forward_with_kv(frame[None])
+        return backbone.query(query.view(1, 1, -1), kv[network.first_block :], network.first_block)[0, 0]
+
+    def read(seen: list[Tensor], text_after: bool) -> Tensor:
+        parts = [language.embed(ids[:at])]
+        parts += [network.connector(z)[None] for z in seen]
+        parts += [language.embed(ids[at:])] if text_after else []
+        row = torch.cat(parts)
+        return language(row[None])[0] if len(row) else row
+
+    coarse = [look(frame, network.static_query) for frame in frames]
+    fine: list[Tensor] = []
+    for number, frame in enumerate(frames):
+        past = {"coarse_only": coarse, "coarse_fine": coarse, "autoregressive": fine}[mode][:number]
+        if network.query_source == "coarse":
+            past = coarse[:number]
+        before = read(past, text_after=False)
+        fine.append(look(frame, network.query_projection(before[-1]) if len(before) else network.first_query))
+    seen = coarse if mode == "coarse_only" else fine
+    return read(seen, text_after=True), torch.stack(seen)
+
+
+@pytest.mark.parametrize("texts", [MIXED, VISUAL_FIRST], ids=["question_first", "visual_first"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("options", [{}, {"query_source": "coarse"}, {"deep_query": False}], ids=str)
+def test_a_batch_gives_what_each_row_gives_alone_by_the_book(
+    build: Build, texts: list[tuple[int, int, int]], mode: str, options: dict[str, object]
+) -> None:
+    network = build(**options)
+    frames, rows = frames_of(COUNTS), rows_of(texts, COUNTS, width=12)
+    with torch.no_grad():
+        output = network(frames, rows, mode)
+    for number, (video, length, at) in enumerate(texts):
+        own = frames[video, : COUNTS[video]]
+        if not len(own):
+            continue
+        hidden, _ = reference(network, own, rows.input_ids[number, :length], at, mode)
+        assert output.layout.valid[number].sum() == len(hidden)
+        torch.testing.assert_close(output.hidden[number, : len(hidden)], hidden, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_padding_changes_nothing(build: Build, mode: str) -> None:
+    network = build()
+    for texts in (MIXED, VISUAL_FIRST):
+        frames, rows = frames_of(COUNTS, longest=6), rows_of(texts, COUNTS, width=15)
+        with torch.no_grad():
+            together = network(frames, rows, mode)
+        for number, (video, length, at) in enumerate(texts):
+            count = COUNTS[video]
+            alone = TextRows(rows.input_ids[number : number + 1, :length], [length], [at], [0], [count])
+            with torch.no_grad():
+                single = network(frames[video : video + 1, :count], alone, mode)
+            whole = count + length
+            assert single.hidden.shape[1] == whole
+            torch.testing.assert_close(together.hidden[number, :whole], single.hidden[0], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("texts", [[(0, 7, 0), (1, 4, 0)], [(0, 7, 0), (1, 4, 0), (2, 5, 2)]], ids=["alone", "mixed"])
+def test_text_without_frames_is_the_plain_language_model(
+    build: Build, mode: str, texts: list[tuple[int, int, int]]
+) -> None:
+    network = build()
+    counts = [0, 0, 2][: len(texts)]
+    rows = rows_of(texts, counts)
+    frames = frames_of(counts) if len(texts) == 3 else torch.zeros(2, 0, 3, 0, 0)
+    with torch.no_grad():
+        output = network(frames, rows, mode)
+        for number, length in ((0, 7), (1, 4)):
+            ids = rows.input_ids[number : number + 1, :length]
+            plain = network.language.model(input_ids=ids).last_hidden_state[0]
+            torch.testing.assert_close(output.hidden[number, :length], plain, atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_reach_everything_also_in_a_batch_of_text_alone(build: Build) -> None:
+    for texts, counts, mode in (
+        ([(0, 7, 0)], [0], "coarse_fine"),
+        ([(0, 7, 2)], [3], "coarse_only"),
+        ([(0, 7, 2)], [3], "coarse_fine"),
+        ([(0, 7, 0)], [1], "coarse_fine"),
+    ):
+        network = build().train()
+        frames = frames_of(counts) if counts[0] else torch.zeros(1, 0, 3, 0, 0)
+        network(frames, rows_of(texts, counts), mode).hidden.sum().backward()
+        assert [name for name, parameter in network.named_parameters() if parameter.grad is None] == []
+
+
+def test_enough_refinement_reaches_the_autoregressive_pass(build: Build) -> None:
+    """Each pass makes one more frame exact, because a query depends on earlier frames only."""
+    network = build()
+    frames, rows = frames_of([4]), rows_of([(0, 6, 3)], [4])
+    with torch.no_grad():
+        exact = network(frames, rows, "autoregressive").hidden
+        errors = [float((network(frames, rows, "coarse_fine", n).hidden - exact).abs().max()) for n in range(4)]
+    assert errors[3] < 2e-5
+    assert errors[0] > 1e-3
+    with pytest.raises(ValueError, match="no effect"):
+        network(frames, rows, "autoregressive", 1)
+
+
+def test_with_the_coarse_source_there_is_no_gap_by_construction(build: Build) -> None:
+    frames, rows = frames_of([5, 2]), rows_of([(0, 6, 3), (1, 4, 1)], [5, 2])
+    for source, same in (("coarse", True), ("fine", False)):
+        network = build(query_source=source)
+        with torch.no_grad():
+            parallel = network(frames, rows, "coarse_fine")
+            ordered = network(frames, rows, "autoregressive")
+        gap = (parallel.hidden - ordered.hidden)[parallel.layout.valid].abs().max()
+        assert (gap < 2e-5) == same
+
+
+def test_the_question_reaches_the_queries_only_when_it_stands_before_the_frames(build: Build) -> None:
+    network = build()
+    frames = frames_of([3])
+    for at, same in ((0, True), (4, False)):
+        queries = [
+            network(frames, rows_of([(0, 6, at)], [3], seed=seed), "coarse_fine").looks.queries for seed in (2, 3)
+        ]
+        assert torch.equal(queries[0], queries[1]) == same
+
+
+def test_the_same_tokens_are_predicted_in_every_mode_and_the_first_one_too(build: Build) -> None:
+    network = build()
+    frames, rows = frames_of(COUNTS), rows_of(VISUAL_FIRST, COUNTS, width=12)
+    mask = torch.arange(12)[None] < torch.tensor(rows.lengths)[:, None]
+    masks = []
+    with torch.no_grad():
+        for mode in MODES:
+            hidden, predicted = network(frames, rows, mode).predicting(mask)
+            assert len(hidden) == predicted.sum()
+            masks.append(predicted)
+    assert torch.equal(masks[0], masks[1])
+    assert torch.equal(masks[0], masks[2])
+    # the last visual token predicts the first text token; without frames nothing does
+    assert masks[0][:, 0].tolist() == [True, True, False, True, True]
+    assert masks[0].sum() == mask.sum() - 1
+
+
+def test_the_hidden_state_that_predicts_a_token_is_the_one_before_it(build: Build) -> None:
+    network = build()
+    frames, rows = frames_of([2]), rows_of([(0, 5, 2)], [2])
+    with torch.no_grad():
+        output = network(frames, rows, "coarse_only")
+    hidden, mask = output.predicting(torch.ones(1, 5, dtype=torch.bool))
+    assert mask.tolist() == [[False, True, True, True, True]]
+    # positions: text 0, text 1, frame 0, frame 1, text 2, ...
+    torch.testing.assert_close(hidden, output.hidden[0, [0, 3, 4, 5]])
+
+
+def test_attention_of_the_chosen_queries_belongs_to_their_streams(build: Build) -> None:
+    network = build("tiny")
+    counts, texts = [2, 3], [(1, 5, 2), (0, 4, 3), (1, 4, 1)]
+    frames, rows = frames_of(counts, 32), rows_of(texts, counts)
+    with torch.no_grad():
+        output = network(frames, rows, "coarse_fine")
+    maps = network.attention(output.looks, rows.streams)
+    assert maps.shape == (3, 3, 3, 2, 5 + 4)  # streams, frames, blocks, heads, prefix and patches
+    torch.testing.assert_close(maps.sum(-1)[0], torch.ones(3, 3, 2))
+    assert not maps[1, 2].any()  # the second stream's video has two frames
+    single = TextRows(rows.input_ids[2:, :4], [4], [1], [0], [3])
+    with torch.no_grad():
+        alone = network(frames[1:], single, "coarse_fine")
+    torch.testing.assert_close(network.attention(alone.looks, single.streams)[0], maps[2], atol=1e-5, rtol=1e-4)
+
+
+def test_unknown_modes_and_sources_are_refused(build: Build) -> None:
+    with pytest.raises(ValueError, match="choose one of coarse_only"):
+        build()(frames_of([1]), rows_of([(0, 3, 1)], [1]), "fine")
+    with pytest.raises(ValueError, match="fine or coarse"):
+        build(query_source="both")
+
+
+def test_rows_that_do_not_fit_are_refused(build: Build) -> None:
+    with pytest.raises(ValueError, match="inside each row"):
+        rows_of([(0, 3, 4)], [1])
+    with pytest.raises(ValueError, match="video indices"):
+        rows_of([(1, 3, 1)], [1])
+    with pytest.raises(ValueError, match="context=128"):
+        build()(frames_of([4]), rows_of([(0, 126, 1)], [4]), "coarse_only")

@@ -1,0 +1,117 @@
+"""Reading: what the patches are said to show, and encoders that are made where they are missing."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from vlm_parts import small_backbone
+
+from keygrip.data.batches import VideoTextSample
+from keygrip.data.video_text.conversations import Conversation, answer
+from keygrip.models.foveated_vlm.encoder_pretraining import (
+    IGNORED,
+    MarkReader,
+    MarkReaderModule,
+    ReadingBatch,
+    ReadingCollator,
+    patch_labels,
+)
+from keygrip.training.optimizers import AdamW
+from keygrip.training.pretraining import MadeRun
+
+COLOURS = ["red", "blue"]
+
+
+def asked(kind: str, frame: int, colour: str, pixel: tuple[float, float], said: str) -> Conversation:
+    evidence = {"frame": frame, "colour": colour, "pixel": list(pixel), "pixels_seen": 64}
+    return answer("?", said, kind, evidence)
+
+
+def a_video(frames: int, texts: list[Conversation], key: str = "v") -> VideoTextSample:
+    return VideoTextSample(np.zeros((frames, 32, 32, 3), np.uint8), tuple(texts), "tours", key)
+
+
+def test_cubes_follow_from_the_evidence_of_questions() -> None:
+    first = a_video(2, [asked("mark", 1, "red", (4, 4), "7"), asked("glance", 1, "red", (4, 4), "red")])
+    second = a_video(1, [asked("glance", 0, "blue", (20, 12), "blue"), asked("cue", 0, "red", (1, 1), "3")])
+    batch = ReadingCollator(COLOURS)([first, second])
+    assert batch.frames.shape == (3, 3, 32, 32)
+    assert batch.frame.tolist() == [1, 2]
+    assert batch.colour.tolist() == [0, 1]
+    assert batch.digit.tolist() == [7, IGNORED]  # the second one's digit is hidden: nobody asked for it
+    assert batch.pointed.tolist() == [1, 1]
+    with pytest.raises(ValueError, match="tells nothing about cubes"):
+        ReadingCollator(COLOURS)([a_video(1, [answer("?", "yes", "caption")])])
+    with pytest.raises(ValueError, match="has a green cube"):
+        ReadingCollator(COLOURS)([a_video(1, [asked("mark", 0, "green", (1, 1), "3")])])
+
+
+def test_patches_show_what_covers_them() -> None:
+    """A cube of 8 x 8 pixels around (11, 4), in patches of 8 pixels."""
+    batch = ReadingBatch(
+        frames=torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
+        frame=torch.tensor([1]),
+        pixel=torch.tensor([[11.0, 4.0]]),
+        area=torch.tensor([64.0]),
+        colour=torch.tensor([1]),
+        digit=torch.tensor([5]),
+        pointed=torch.tensor([0]),
+    )
+    labels = patch_labels(batch, (4, 4))
+    assert (labels["colour"][0] == 0).all()
+    assert (labels["digit"][0] == IGNORED).all()
+    colour = labels["colour"][1].view(4, 4)
+    assert colour[0].tolist() == [IGNORED, 2, 0, 0]  # an eighth of the first is covered: neither one nor the other
+    assert (colour[1:] == 0).all()
+    assert labels["digit"][1].view(4, 4)[0].tolist() == [IGNORED, 5, IGNORED, IGNORED]
+    assert labels["pointed"][1].view(4, 4)[0, 1] == 0
+
+
+def test_a_small_reader_learns_its_frames() -> None:
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    network = MarkReader(small_backbone("tiny"), 2)
+    weights = {"colour": 1.0, "digit": 2.0, "pointed": 1.0, "frame_colour": 0.3, "frame_digit": 0.5, "asked": 1.0}
+    module = MarkReaderModule(network, ReadingCollator(COLOURS), AdamW(lr=3e-3), weights)
+    batch = ReadingBatch(
+        frames=torch.randint(0, 255, (8, 3, 32, 32), generator=generator, dtype=torch.uint8),
+        frame=torch.arange(8),
+        pixel=torch.rand(8, 2, generator=generator) * 32,
+        area=torch.full((8,), 200.0),
+        colour=torch.arange(8) % 2,
+        digit=torch.arange(8),
+        pointed=torch.ones(8, dtype=torch.int64),
+    )
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    for _ in range(60):
+        losses, right = module.losses(batch)
+        optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        optimizer.step()
+    assert {name: int(good) == int(count) > 0 for name, (good, count) in right.items()} == dict.fromkeys(weights, True)
+
+
+def test_weights_must_name_every_loss() -> None:
+    network, collator = MarkReader(small_backbone("tiny"), 2), ReadingCollator(COLOURS)
+    with pytest.raises(ValueError, match="must name exactly"):
+        MarkReaderModule(network, collator, AdamW(lr=1e-3), {"colour": 1.0})
+    with pytest.raises(ValueError, match="has 1 names"):
+        names = dict.fromkeys(("colour", "digit", "pointed", "frame_colour", "frame_digit", "asked"), 1.0)
+        MarkReaderModule(network, ReadingCollator(["red"]), AdamW(lr=1e-3), names)
+
+
+def test_a_reader_begins_with_the_encoder_of_the_run_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    trained = MarkReader(small_backbone("tiny"), 2)
+    before = trained.backbone
+    encoder = MadeRun(["seed=0"], "mark_reader")
+    monkeypatch.setattr(MadeRun, "module", lambda self: SimpleNamespace(network=trained))
+    names = dict.fromkeys(("colour", "digit", "pointed", "frame_colour", "frame_digit", "asked"), 1.0)
+    network = MarkReader(small_backbone("tiny"), 2)
+    module = MarkReaderModule(network, ReadingCollator(COLOURS), AdamW(lr=1e-3), names, encoder)
+    module.set_statistics(None)  # type: ignore[arg-type]
+    for name, value in before.state_dict().items():
+        assert torch.equal(network.backbone.state_dict()[name], value)

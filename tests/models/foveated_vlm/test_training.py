@@ -1,0 +1,177 @@
+"""The command from shards to answers: train, resume in mid-epoch, evaluate by mode, answer a question; stages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from shard_sets import write_set
+
+from keygrip import evaluate, generate, train
+from keygrip.config import compose
+from keygrip.evaluation import text_metrics as metrics
+from keygrip.models.foveated_vlm.module import FoveatedVLMModule
+from keygrip.models.language.llama import TrainedTokenizer
+from keygrip.training.checkpoints import load_module, read_checkpoint
+
+SMALL = [
+    "data=robot_videos",
+    "data.sources.demos=null",
+    "data.num_workers=0",
+    "data.batch_size=4",
+    "data.questions=null",
+    "backbone.image_size=32",
+    "+backbone.width=32",
+    "+backbone.depth=2",
+    "+backbone.heads=2",
+    "language.model.width=32",
+    "language.model.layers=1",
+    "language.model.mlp_width=48",
+    "language.model.vocabulary=400",
+    "strategy=cpu",
+    "strategy.precision=32-true",
+    "logger=none",
+    "optimizer.schedule=constant",
+    "optimizer.warmup_steps=0",
+    "limit_val_batches=1",
+    "log_every_n_steps=1",
+]
+
+
+@pytest.fixture
+def overrides(tmp_path: Path) -> Callable[..., list[str]]:
+    videos, texts = tmp_path / "videos", tmp_path / "texts"
+    write_set(videos / "train", [2, 3, 1, 2, 3, 1, 2, 2, 3, 1], kinds=("mark", "cue"))
+    write_set(videos / "val", [2, 3, 1], prefix="v", kinds=("mark", "caption"))
+    write_set(videos / "test", [2, 3], prefix="w", kinds=("mark", "caption"))
+    write_set(texts / "train", [0] * 6, prefix="t", kinds=("text",))
+    sources = [f"data.sources.tours.root={videos}", f"data.sources.texts.root={texts}"]
+
+    def make(name: str, *more: str, model: str = "foveated_vlm") -> list[str]:
+        return [f"model={model}", *SMALL, *sources, f"run_dir={tmp_path / name}", *more]
+
+    return make
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return read_checkpoint(folder)["state_dict"]
+
+
+def test_a_run_resumed_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_one(
+    overrides: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    options = ["model.refinement=2", "model.refinement_from=0.0", "model.health_every_n_steps=2", "val_every_n_steps=2"]
+    logged = train.run(compose("train", overrides("whole", "max_steps=5", *options)))
+    assert {"val/loss", "val/gap", "val/gap_refined", "val/autoregressive/accuracy_mark"} <= logged.keys()
+    train.run(compose("train", overrides("parts", "max_steps=3", *options)))
+    assert read_checkpoint(tmp_path / "parts")["global_step"] == 3
+    train.run(compose("train", overrides("parts", "max_steps=5", *options, "resume=true")))
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    for name, value in whole.items():
+        assert torch.equal(value, parts[name]), name
+
+
+def test_what_is_computed_now_and_then_is_logged(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    often = ["logger=csv", "log_every_n_steps=2", "model.health_every_n_steps=2", "max_steps=4"]
+    train.run(compose("train", overrides("run", *often)))
+    (logged,) = (tmp_path / "run").rglob("metrics.csv")
+    header = logged.read_text().splitlines()[0].split(",")
+    assert {"health/static_query_std", "health/attention_entropy", "train/padding_share"} <= set(header)
+    assert {"train/text_only_share", "data/skipped"} <= set(header)
+
+
+def test_a_checkpoint_alone_evaluates_and_answers(
+    overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics.shutil, "which", lambda name: None)  # Java takes seconds to start
+    run = str(tmp_path / "run")
+    train.run(compose("train", overrides("run", "max_steps=2", "val_every_n_steps=2")))
+    (tmp_path / "videos" / ".keygrip" / "tokenizer.json").unlink(missing_ok=True)  # it lies in the checkpoint
+    result = evaluate.run(
+        compose("evaluate", [f"checkpoint={run}", "max_new_tokens=3", "mode=[coarse_fine,coarse_only]"])
+    )
+    modes = {"coarse_fine", "coarse_only", "coarse_fine_refined"}
+    assert modes | {"fine_over_coarse", "tokens_per_frame"} == result["test"].keys()
+    assert {"loss_mark", "accuracy_caption", "perplexity", "bleu_4", "ms_per_frame"} <= result["test"][
+        "coarse_fine"
+    ].keys()
+    by_length = {name for name in result["test"]["coarse_fine"] if name.startswith("accuracy_mark_of_")}
+    assert by_length == {"accuracy_mark_of_2", "accuracy_mark_of_4"}  # videos of 2 and of 3 frames
+    json.dumps(result)
+
+    pictures = tmp_path / "frames"
+    pictures.mkdir()
+    for number in range(3):
+        Image.new("RGB", (40, 40), (60 * number, 0, 0)).save(pictures / f"{number}.png")
+    asked = [f"checkpoint={run}", f"video={pictures}", "max_new_tokens=3"]
+    answered = generate.run(compose("generate", [*asked, "question=[Which?,What?]", f"picture={tmp_path / 'p.png'}"]))
+    assert [entry["question"] for entry in answered["answers"]] == ["Which?", "What?"]
+    assert (answered["mode"], answered["frames"]) == ("autoregressive", 3)
+    assert Image.open(tmp_path / "p.png").width > 100
+    with pytest.raises(ValueError, match="mode=fine"):
+        generate.run(compose("generate", [*asked, "question=Which?", "mode=fine"]))
+
+
+def test_a_stage_begins_with_the_weights_of_the_one_before(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    train.run(compose("train", overrides("one", "max_steps=2")))
+    frozen = ["max_steps=1", "optimizer.lr=1e-12", f"model.start_from={tmp_path / 'one'}"]
+    train.run(compose("train", overrides("two", *frozen)))
+    first = load_module(tmp_path / "one").state_dict()
+    for name, value in load_module(tmp_path / "two").state_dict().items():
+        torch.testing.assert_close(value, first[name], atol=1e-6, rtol=0, msg=name)
+    (tmp_path / "videos" / ".keygrip" / "tokenizer.json").unlink()
+    TrainedTokenizer(400).load(tmp_path / "videos" / ".keygrip", ["quite other words"] * 9)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        train.run(compose("train", overrides("three", *frozen)))
+    train.run(compose("train", overrides("four", *frozen, "language.tokenizer.run=${model.start_from}")))
+    first_words, taken = (read_checkpoint(tmp_path / name)["language"]["tokenizer"] for name in ("one", "four"))
+    assert taken == first_words
+    for name, value in load_module(tmp_path / "four").state_dict().items():
+        torch.testing.assert_close(value, first[name], atol=1e-6, rtol=0, msg=name)
+
+
+def test_the_baseline_trains_on_the_same_data(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    options = ["max_steps=2", "val_every_n_steps=2", "model.network.tokens_per_frame=4"]
+    logged = train.run(compose("train", overrides("pooled", *options, model="pooled_vlm")))
+    assert logged["val/many_tokens/loss"] > 0
+
+
+def test_the_fused_loss_on_a_cpu_is_refused_in_a_sentence(overrides: Callable[..., list[str]]) -> None:
+    with pytest.raises(ValueError, match=r"model\.loss_kernel=liger computes on a GPU and this run is on the CPU"):
+        train.run(compose("train", overrides("run", "max_steps=1", "model.loss_kernel=liger")))
+
+
+def test_a_dry_run_writes_no_checkpoint(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    report: dict[str, Any] = train.run(compose("train", overrides("dry", "dry_run=true")))
+    assert set(report["modes"]) == {"coarse_only", "coarse_fine", "autoregressive"}
+    assert not (tmp_path / "dry" / "checkpoints").exists()
+
+
+def test_the_optimizers_groups_have_the_designs_ratios(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    from omegaconf import OmegaConf
+
+    from keygrip.training.checkpoints import build_module
+
+    cfg = OmegaConf.to_container(compose("train", overrides("x", "optimizer=vlm")), resolve=True)
+    module = build_module(cfg)  # type: ignore[arg-type]
+    assert isinstance(module, FoveatedVLMModule)
+    rates: dict[str, float] = {}
+    for group in module.optimizer_recipe.parameter_groups(module.network):
+        for parameter in group["params"]:
+            name = next(n for n, p in module.network.named_parameters() if p is parameter)
+            rates[name.partition(".")[0]] = group["lr"]
+    assert rates == pytest.approx(
+        {
+            "backbone": 1e-5,
+            "language": 1e-5,
+            "connector": 1e-4,
+            "query_projection": 1e-4,
+            "static_query": 1e-4,
+            "first_query": 1e-4,
+        }
+    )

@@ -1,0 +1,63 @@
+"""The benchmark cases on a small network: their figures, and that a measured frame leaves its cache as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from vlm_parts import small_backbone, small_language
+
+from keygrip.benchmarks import foveated_vlm
+from keygrip.benchmarks.foveated_vlm import VLMDecode, VLMStep, VLMTokens, _Frame
+from keygrip.models.foveated_vlm.network import FoveatedVLM
+
+LIMITS = {"threads": 1, "repetitions": 3, "quick_repetitions": 1, "limit_s": 5.0, "quick_limit_s": 1.0}
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> FoveatedVLM:
+    torch.manual_seed(0)
+    made = FoveatedVLM(small_backbone(), small_language())
+    monkeypatch.setattr(foveated_vlm, "_network", lambda overrides: (made, torch.device("cpu")))
+    return made
+
+
+@pytest.mark.usefixtures("network")
+def test_figures_of_a_step_and_of_a_frame() -> None:
+    step = VLMStep([], frames=3, text_tokens=8, videos=2, questions=2, memory_frames=[8, 1], **LIMITS).run(quick=False)
+    assert {"step_ms", "fine_over_coarse_time", "peak_mb", "question_first_fine_over_coarse_time"} <= step.keys()
+    assert step["peak_8_frames_mb"] > step["peak_1_frames_mb"] > 0
+    decode = VLMDecode([], prompt_tokens=4, **LIMITS).run(quick=True)
+    assert decode.keys() == {"ms_per_frame_8", "ms_per_frame_64", "frame_64_over_frame_8_time"}
+    assert all(value > 0 for value in decode.values())
+
+
+@pytest.mark.usefixtures("network")
+def test_many_tokens_are_read_in_their_number(network: FoveatedVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    read = network.language.forward
+    monkeypatch.setattr(network.language, "forward", lambda row: (lengths.append(row.shape[1]), read(row))[1])
+    figures = VLMTokens([], text_tokens=6, frames=[1, 3, 5], tokens=[1, 2, 4], **LIMITS).run(quick=False)
+    assert {
+        "frames_5_tokens_4_ms",
+        "frames_1_tokens_1_ms",
+        "tokens_4_over_1_time",
+        "tokens_2_over_1_time",
+    } <= figures.keys()
+    assert set(lengths) == {6 + frames * tokens for frames in (1, 3, 5) for tokens in (1, 2, 4)}
+    quick = VLMTokens([], text_tokens=6, frames=[1, 3, 5], tokens=[1, 2, 4], **LIMITS).run(quick=True)
+    assert {name for name in quick if name.endswith("_ms")} == {
+        f"frames_{frames}_tokens_{tokens}_ms" for frames in (1, 3) for tokens in (1, 2)
+    }
+
+
+def test_a_measured_frame_is_one_more_and_leaves_its_cache_as_it_was(network: FoveatedVLM) -> None:
+    network.eval()
+    with torch.inference_mode():
+        frame = _Frame(network, network.encode(torch.randn(1, 3, 28, 28)), 5, torch.device("cpu"))
+        lengths = []
+        extend = network.language.extend
+        network.language.extend = lambda *a: (extend(*a), lengths.append(frame.cache.length))[0]  # type: ignore[method-assign]
+        frame()
+        frame()
+    assert lengths == [6, 6]
+    assert frame.cache.length == frame.cache.layers.get_seq_length() == 5

@@ -1,0 +1,117 @@
+"""A geometry encoder that is trained on depth first: it learns, another begins with it, and it stays frozen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vla_parts import CAMERAS, ready_module, small_batch, small_geometry, write_demos
+
+from keygrip import train
+from keygrip.config import compose
+from keygrip.models.geometry_vla.depth_pretraining import DepthReaderModule
+from keygrip.training.checkpoints import load_module
+from keygrip.training.optimizers import AdamW
+from keygrip.training.pretraining import MadeRun
+
+START = MadeRun(["seed=0"], "depth_reader")
+
+
+def trained(network: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MadeRun, "module", lambda self: SimpleNamespace(network=network))
+
+
+def test_it_learns_the_depth_of_a_batch() -> None:
+    module = DepthReaderModule(small_geometry(), AdamW(lr=1e-2))
+    batch = small_batch()
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
+    errors = []
+    for _ in range(60):
+        losses = module.losses(module(batch), batch)
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+        errors.append(float(losses["point_cm"]))
+    assert errors[-1] < 0.3 * errors[0]
+    torch.testing.assert_close(losses["loss"], losses["points"] + losses["depth"])
+
+
+def test_batches_without_depth_and_encoders_that_learn_none_are_refused() -> None:
+    module = DepthReaderModule(small_geometry(), AdamW(lr=1e-3))
+    batch = small_batch(depth=False)
+    with pytest.raises(ValueError, match=r"set data\.depth=true"):
+        module.losses(module(batch), batch)
+    with pytest.raises(ValueError, match=r"set geometry\.point_weight or geometry\.depth_weight above 0"):
+        DepthReaderModule(small_geometry(point_weight=0.0, depth_weight=0.0), AdamW(lr=1e-3))
+
+
+def test_a_policy_begins_with_the_trained_encoder_and_leaves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = small_geometry()
+    torch.nn.init.normal_(before.reduce.weight)
+    trained(before, monkeypatch)
+    encoder = small_geometry(start=START, frozen=True)
+    module = ready_module(tmp_path, geometry=encoder)
+    for name, value in before.state_dict().items():
+        assert torch.equal(encoder.state_dict()[name], value)
+    batch = small_batch()
+    losses = module.losses(module(batch), batch)
+    assert {"point_cm", "depth_cm"} <= set(losses)
+    assert not {"points", "depth"} & set(losses)
+    losses["total"].backward()
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+    compressor = module.network.compressor
+    assert compressor is not None
+    assert all(parameter.grad is not None for parameter in compressor.parameters())
+    torch.testing.assert_close(losses["total"], losses["action"])
+
+
+def test_a_start_that_cannot_be_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained(torch.nn.Linear(2, 2), monkeypatch)
+    with pytest.raises(ValueError, match=r"not of model=depth_reader"):
+        small_geometry(start=START).take_start()
+    trained(small_geometry(dim=32), monkeypatch)
+    with pytest.raises(
+        ValueError,
+        match=r"has other sizes than this one \(view_tokens is \[2, 32\] there and \[2, 16\] here; \d+ such in all\)",
+    ):
+        small_geometry(start=START).take_start()
+    with pytest.raises(ValueError, match=r"geometry\.frozen=true would keep random weights"):
+        small_geometry(frozen=True)
+
+
+def test_the_command_trains_one_and_another_run_begins_with_it(tmp_path: Path) -> None:
+    write_demos(tmp_path / "demos")
+    small = [
+        f"data.root={tmp_path / 'demos'}",
+        f"data.cameras=[{','.join(CAMERAS)}]",
+        "data.num_workers=0",
+        "data.batch_size=4",
+        "data.val_fraction=0.3",
+        "data.horizon=4",
+        "backbone.image_size=32",
+        "backbone.width=16",
+        "backbone.depth=1",
+        "backbone.heads=2",
+        "geometry.dim=16",
+        "geometry.heads=2",
+        "strategy=cpu",
+        "strategy.precision=32-true",
+        "logger=none",
+        "max_steps=3",
+        "val_every_n_steps=3",
+        "limit_val_batches=1",
+    ]
+    first = [*small, "experiment=depth_reader"]
+    train.run(compose("train", [*first, f"run_dir={tmp_path / 'first'}"]))
+    module = load_module(tmp_path / "first")
+    assert isinstance(module, DepthReaderModule)
+    made = MadeRun(first, "depth_reader", str(tmp_path))
+    (tmp_path / "first").rename(made.run_dir)
+    encoder = small_geometry(start=made, views=4, cells=4)
+    encoder.take_start()
+    for name, value in module.network.state_dict().items():
+        assert torch.equal(encoder.state_dict()[name], value)

@@ -1,0 +1,173 @@
+"""Qwen2.5-VL: against transformers' own preparation, padding, loading from a folder, what trains, the tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from vla_parts import INSTRUCTIONS, V, small_batch, small_vlm
+
+from keygrip.models.language.llama import ChatTokenizer, PretrainedTokenizer, TrainedTokenizer
+from keygrip.models.language.qwen_vl import MEAN, STD, QwenVL
+
+
+@pytest.fixture(scope="module")
+def vlm(tmp_path_factory: pytest.TempPathFactory) -> QwenVL:
+    built = small_vlm()
+    built.prepare(tmp_path_factory.mktemp("tokens"), INSTRUCTIONS)
+    return built.eval()
+
+
+def test_pictures_are_prepared_as_transformers_does(vlm: QwenVL) -> None:
+    from transformers import Qwen2VLImageProcessor
+
+    images = small_batch().images
+    theirs = Qwen2VLImageProcessor(patch_size=8, size={"shortest_edge": 16 * 16, "longest_edge": 10**6})
+    assert (tuple(theirs.image_mean), tuple(theirs.image_std)) == (MEAN, STD)
+    expected = theirs(list(images.flatten(0, 1)), return_tensors="pt")
+    patches, grid = vlm.patches(images)
+    torch.testing.assert_close(patches, expected["pixel_values"], atol=1e-5, rtol=0)
+    assert torch.equal(grid, expected["image_grid_thw"])
+    larger = torch.nn.functional.interpolate(images.flatten(0, 1), scale_factor=2).unflatten(0, (-1, V))
+    assert vlm.patches(larger)[0].shape == patches.shape
+
+
+@pytest.mark.parametrize("order", ["pictures_first", "instruction_first"])
+def test_positions_are_those_of_transformers(order: str, tmp_path: Path) -> None:
+    vlm = small_vlm(prompt_order=order)
+    vlm.prepare(tmp_path, INSTRUCTIONS)
+    ids, positions, mask, places = vlm.tokens(INSTRUCTIONS, V)
+    grid = vlm.patches(small_batch().images)[1]
+    pictures = (ids == vlm.image_token).int()
+    assert int(pictures.sum()) == len(INSTRUCTIONS) * V * vlm.tokens_per_view
+    expected, _ = vlm.model.get_rope_index(ids, pictures, image_grid_thw=grid, attention_mask=mask.long())
+    assert torch.equal(positions[:, mask], expected[:, mask])
+    # places: views from 1, rows and columns as shares; nothing for words
+    assert torch.equal(places[..., 0] > 0, pictures.bool())
+    of_first = places[0][pictures[0].bool()].unflatten(0, (V, 2, 2))
+    assert of_first[:, 0, 0, 0].tolist() == [1, 2]
+    torch.testing.assert_close(of_first[1, 1, 0], torch.tensor([2.0, 0.75, 0.25]))
+    first_picture, first_word = int(pictures[0].argmax()), ids[0].tolist().index(vlm.tokenizer.encode(" cube")[0])  # type: ignore[union-attr]
+    assert (first_picture < first_word) == (order == "pictures_first")
+
+
+def test_a_padded_row_gives_what_it_gives_alone(vlm: QwenVL) -> None:
+    batch = small_batch()
+    with torch.no_grad():
+        together = vlm(batch.images, batch.instruction, 2)
+        assert together.mask.sum(1).unique().numel() == 2, "one of the two is padded"
+        for row in range(2):
+            alone = vlm(batch.images[row : row + 1], batch.instruction[row : row + 1], 2)
+            for one, other in zip(alone.layers, together.layers, strict=True):
+                torch.testing.assert_close(other[row][together.mask[row]], one[0], atol=1e-5, rtol=1e-4)
+
+
+def test_last_layers_come_in_order_and_pictures_and_words_reach_them(vlm: QwenVL) -> None:
+    batch = small_batch()
+    with torch.no_grad():
+        all_three, last = vlm(batch.images, batch.instruction, 3).layers, vlm(batch.images, batch.instruction, 1).layers
+        torch.testing.assert_close(all_three[-1], last[0])
+        other_words = vlm(batch.images, [INSTRUCTIONS[1]] * 2, 1).layers[0]
+        other_pictures = vlm(255 - batch.images, batch.instruction, 1).layers[0]
+    assert (other_words[0, -3:] - last[0][0, -3:]).abs().max() > 1e-4
+    assert (other_pictures - last[0]).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="has 3 layers and 4 are asked for"):
+        vlm(batch.images, batch.instruction, 4)
+
+
+@pytest.mark.parametrize(("trainable", "vision", "language"), [("all", 1, 1), ("language", 0, 1), ("frozen", 0, 0)])
+def test_what_is_trained(trainable: str, vision: bool, language: bool, tmp_path: Path) -> None:
+    vlm = small_vlm(trainable=trainable)
+    vlm.prepare(tmp_path, INSTRUCTIONS)
+    batch = small_batch()
+    found = vlm(batch.images, batch.instruction, 3).layers
+    if trainable == "frozen":
+        assert not found[-1].requires_grad
+    else:
+        sum(layer.square().mean() for layer in found).backward()  # type: ignore[union-attr]
+    for name, parameter in vlm.model.named_parameters():
+        expected = vision if name.startswith("visual") else language
+        assert (parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)) == bool(expected), name
+    vlm.train()
+    assert vlm.model.visual.training == bool(vision)
+    assert vlm.model.language_model.training == bool(language)
+
+
+def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
+    batch = small_batch()
+    found = []
+    for recompute in (False, True):
+        vlm = small_vlm(gradient_checkpointing=recompute).train()
+        vlm.prepare(tmp_path, INSTRUCTIONS)
+        layers = vlm(batch.images, batch.instruction, 3).layers
+        sum(layer.square().mean() for layer in layers).backward()  # type: ignore[union-attr]
+        gradients = [parameter.grad for parameter in vlm.parameters() if parameter.grad is not None]
+        found.append([*(layer.detach() for layer in layers), *gradients])
+    assert len(found[0]) == len(found[1])
+    for plain, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(recomputed, plain)
+
+
+def test_weights_of_a_folder_as_the_hub_ships_it(tmp_path: Path) -> None:
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    vlm = small_vlm()
+    vlm.prepare(tmp_path / "tokens", INSTRUCTIONS)
+    config = vlm.model.config
+    config.tie_word_embeddings = True
+    whole = Qwen2_5_VLForConditionalGeneration(config)
+    whole.model.load_state_dict(vlm.model.state_dict())
+    whole.save_pretrained(tmp_path / "hub")
+    loaded = small_vlm(weights=str(tmp_path / "hub"))
+    loaded.model.load_state_dict(loaded.model.state_dict())
+    with torch.no_grad():  # `small_vlm` makes words louder
+        loaded.model.language_model.embed_tokens.weight.div_(25)
+    for (name, own), other in zip(vlm.model.state_dict().items(), loaded.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(own, other, msg=name)
+    with pytest.raises(ValueError, match=r"does not fit vlm: .*num_hidden_layers is 3, config says 2"):
+        small_vlm(weights=str(tmp_path / "hub"), layers=2)
+    with pytest.raises(ValueError, match=r"rope_theta is 10000.0, config says 1000000.0"):
+        small_vlm(weights=str(tmp_path / "hub"), rope_theta=1e6)
+
+
+def test_missing_weights_say_what_to_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    def offline(name: str, **options: object) -> None:
+        raise OSError("cannot reach the hub\nand more")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
+    with pytest.raises(
+        FileNotFoundError, match=r"download its config.json.*huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct"
+    ):
+        small_vlm(weights="Qwen/Qwen2.5-VL-3B-Instruct")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        small_vlm(weights="./nowhere")
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        small_vlm(weights=str(tmp_path))
+
+
+def test_impossible_settings_are_named() -> None:
+    for match, changes in {
+        "rope_sections must add up": {"rope_sections": [2, 2, 2]},
+        "multiple of 16, two patches": {"image_size": 24},
+        "three ids below 330": {"image_token": 330},
+        "all, language or frozen": {"trainable": "vision"},
+        "pictures_first or instruction_first": {"prompt_order": "both"},
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            small_vlm(**changes)
+
+
+def test_tokenizer_must_belong_to_the_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no tokenizer"):
+        small_vlm().tokens(INSTRUCTIONS, V)
+    crowded = small_vlm(image_token=5)
+    with pytest.raises(ValueError, match="must belong together"):
+        crowded.prepare(tmp_path, INSTRUCTIONS)
+    tokenizer = TrainedTokenizer(320).load(tmp_path / "own", INSTRUCTIONS)
+    copied = ChatTokenizer.from_state(tokenizer.state())
+    assert copied.encode(INSTRUCTIONS[0]) == tokenizer.encode(INSTRUCTIONS[0])
+    assert len(tokenizer.encode("red")) < 4, "words of the instructions are not spelt"
+    assert PretrainedTokenizer(source=str(tmp_path)).source == str(tmp_path)

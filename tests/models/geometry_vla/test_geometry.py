@@ -1,0 +1,184 @@
+"""Geometry encoders: depth targets against projection, what each looks at, MapAnything's own conditions."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from vla_parts import S, V, small_batch, small_geometry, small_module
+
+from keygrip.models.geometry.cameras import project
+from keygrip.models.geometry_vla.feature_cache import FeatureCache
+from keygrip.models.geometry_vla.geometry import MapAnythingGeometry, depth_targets
+
+
+def test_depth_targets_are_the_points_that_project_to_their_pixels() -> None:
+    batch = small_batch()
+    assert batch.depth is not None
+    batch.depth[0, 0, 0, :8] = 0.0
+    points, known, metres = depth_targets(batch.depth, batch.view_intrinsics, batch.view_world_to_camera, 8, limit=1.1)
+    assert points.shape == (2, V, 8, 8, 3)
+    pixels, depth = project(
+        points, batch.view_intrinsics[:, :, None, None], batch.view_world_to_camera[:, :, None, None]
+    )
+    own = (torch.arange(8) * 4 + 2 + 0.5).float()  # the centre of the pixel that a cell's centre lies in
+    shown = metres > 0
+    torch.testing.assert_close(pixels[..., 0][shown], own.expand_as(metres)[shown], atol=1e-3, rtol=0)
+    torch.testing.assert_close(pixels[..., 1][shown], own[:, None].expand_as(metres)[shown], atol=1e-3, rtol=0)
+    torch.testing.assert_close(depth[shown], metres[shown])
+    torch.testing.assert_close(metres, batch.depth[..., 2::4, 2::4])
+    assert torch.equal(known, (metres > 0) & (metres < 1.1))
+
+
+def test_predictions_stand_where_their_targets_do() -> None:
+    """A head that writes the row of its patch must be compared with the targets of that row."""
+    encoder = small_geometry(cells=2)
+    batch = small_batch()
+    assert encoder.head is not None
+    with torch.no_grad():
+        encoder.norm.weight.zero_()  # tokens are then the norm's bias: the same everywhere
+        encoder.head.weight.zero_()
+        encoder.head.bias.copy_(torch.arange(16.0))  # cell by cell: x, y, z, log depth
+    features = encoder(batch.images, batch.view_intrinsics, batch.view_world_to_camera)
+    assert features.points is not None
+    assert features.points.shape == (2, V, 4, 4, 3)
+    cell = features.points[0, 0, :2, :2, 0]
+    torch.testing.assert_close(cell, torch.tensor([[0.0, 4.0], [8.0, 12.0]]))
+
+
+def test_losses_ignore_what_is_unknown_and_vanish_for_the_truth() -> None:
+    encoder, batch = small_geometry(), small_batch()
+    assert batch.depth is not None
+    cameras = batch.view_intrinsics, batch.view_world_to_camera
+    features = encoder(batch.images, *cameras)
+    plain = encoder.losses(features, batch.depth, *cameras)
+    assert plain["points"] > 0
+    assert plain["depth"] > 0
+    holes = batch.depth.clone()
+    holes[:, :, : S // 2] = 0.0
+    far = batch.depth.clone()
+    far[:, :, : S // 2] = 50.0
+    for name in ("points", "depth"):
+        torch.testing.assert_close(
+            encoder.losses(features, holes, *cameras)[name], encoder.losses(features, far, *cameras)[name]
+        )
+    none = encoder.losses(features, torch.zeros_like(batch.depth), *cameras)
+    assert all(float(value.detach()) == 0 for value in none.values())
+    points, _, metres = depth_targets(batch.depth, *cameras, 4, 2.0)
+    true = type(features)(features.tokens, points, metres.log())
+    assert all(float(value) < 1e-5 for value in encoder.losses(true, batch.depth, *cameras).values())
+
+
+def test_every_view_reaches_every_views_tokens() -> None:
+    encoder, batch = small_geometry(), small_batch()
+    cameras = batch.view_intrinsics, batch.view_world_to_camera
+    plain = encoder(batch.images, *cameras).tokens
+    assert plain.shape == (2, V * 4, 16)
+    for view in range(V):
+        other = batch.images.clone()
+        other[:, view] = 255 - other[:, view]
+        difference = (encoder(other, *cameras).tokens - plain).abs().amax(dim=(0, 2))
+        assert (difference > 1e-4).all()
+    # which camera a picture comes from matters
+    swapped = encoder(batch.images.flip(1), *cameras).tokens.unflatten(1, (V, -1)).flip(1).flatten(1, 2)
+    assert (swapped - plain).abs().max() > 1e-4
+
+
+def test_rays_tell_the_calibration_and_pictures_alone_do_not() -> None:
+    batch = small_batch()
+    moved = batch.view_world_to_camera.clone()
+    moved[..., 0, 3] += 0.2
+    for rays in (False, True):
+        encoder = small_geometry(camera_rays=rays)
+        plain = encoder(batch.images, batch.view_intrinsics, batch.view_world_to_camera).tokens
+        other = encoder(batch.images, batch.view_intrinsics, moved).tokens
+        assert bool((other - plain).abs().max() > 1e-4) == rays
+
+
+def test_the_actions_gradient_can_be_kept_out() -> None:
+    for let in (True, False):
+        encoder, batch = small_geometry(action_gradient=let), small_batch()
+        features = encoder(batch.images, batch.view_intrinsics, batch.view_world_to_camera)
+        assert features.tokens.requires_grad == let
+        assert features.points is not None
+        assert features.points.requires_grad
+    with pytest.raises(ValueError, match="nothing would train it"):
+        small_geometry(action_gradient=False, point_weight=0.0, depth_weight=0.0)
+    assert small_geometry(point_weight=0.0, depth_weight=0.0).head is None
+
+
+def test_more_views_than_built_for_are_refused() -> None:
+    batch = small_batch()
+    with pytest.raises(ValueError, match="built for 1 views, got 2"):
+        small_geometry(views=1)(batch.images, batch.view_intrinsics, batch.view_world_to_camera)
+
+
+# ---------------------------------------------------------------------- MapAnything
+
+
+def test_mapanything_gets_pictures_in_its_own_normalisation(mapanything: Path) -> None:
+    encoder, batch = MapAnythingGeometry(str(mapanything), image_size=S), small_batch()
+    encoder(batch.images, batch.view_intrinsics, batch.view_world_to_camera)
+    seen = encoder._model[0].seen
+    assert len(seen) == V
+    mean, std = torch.tensor([0.1, 0.2, 0.3])[:, None, None], torch.tensor([0.5, 0.25, 0.4])[:, None, None]
+    for view in range(V):
+        torch.testing.assert_close(seen[view]["img"], (batch.images[:, view] / 255 - mean) / std)
+
+
+@pytest.mark.parametrize(("dim", "patch_size"), [(24, 8), (40, 16)])
+def test_dimensions_are_read_from_the_model(mapanything: Path, dim: int, patch_size: int) -> None:
+    (mapanything / "config.json").write_text(json.dumps({"width": 10, "dim": dim, "patch_size": patch_size}))
+    encoder, batch = MapAnythingGeometry(str(mapanything), image_size=S), small_batch()
+    assert encoder.dim == dim
+    tokens = encoder(batch.images, batch.view_intrinsics, batch.view_world_to_camera).tokens
+    assert tokens.shape == (2, V * (S // patch_size) ** 2, dim)
+    module = small_module(encoder)
+    assert module.network.compressor is not None
+    assert module.network.compressor.geom_dim == dim
+    larger = MapAnythingGeometry(str(mapanything), image_size=2 * S)
+    assert (
+        larger(batch.images, batch.view_intrinsics, batch.view_world_to_camera).tokens.shape[1] == 4 * tokens.shape[1]
+    )
+    with pytest.raises(ValueError, match=f"multiple of MapAnything's {patch_size}"):
+        MapAnythingGeometry(str(mapanything), image_size=S + 1)
+
+
+def test_mapanything_is_frozen_and_not_in_the_checkpoint(mapanything: Path) -> None:
+    encoder, batch = MapAnythingGeometry(str(mapanything), image_size=S), small_batch()
+    assert not list(encoder.parameters())
+    assert list(encoder.state_dict()) == ["_digest"]
+    assert not encoder(batch.images, batch.view_intrinsics, batch.view_world_to_camera).tokens.requires_grad
+    (mapanything / "config.json").write_text(json.dumps({"width": 10, "dim": 40, "patch_size": 8}))
+    other = MapAnythingGeometry(str(mapanything), image_size=S)
+    with pytest.raises(ValueError, match="not the MapAnything weights that the checkpoint was trained with"):
+        other.load_state_dict(encoder.state_dict())
+
+
+def test_cached_features_are_those_of_the_model(mapanything: Path, tmp_path: Path) -> None:
+    batch = small_batch()
+    cameras = batch.view_intrinsics, batch.view_world_to_camera
+    plain = MapAnythingGeometry(str(mapanything), image_size=S)
+    cached = MapAnythingGeometry(str(mapanything), image_size=S, cache=FeatureCache(tmp_path / "cache", 0.1))
+    kind = type(cached._model[0])
+    kind.calls = 0
+    expected = plain(batch.images, *cameras).tokens
+    for _ in range(3):
+        torch.testing.assert_close(cached(batch.images, *cameras).tokens, expected, atol=2e-3, rtol=2e-3)
+    assert kind.calls == 2
+
+
+def test_without_the_package_or_its_weights_it_is_said_what_to_do(
+    mapanything: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        MapAnythingGeometry("./nowhere", image_size=S)
+    with pytest.raises(FileNotFoundError, match=r"download config\.json and model\.safetensors"):
+        MapAnythingGeometry("facebook/map-anything-apache", image_size=S)
+    monkeypatch.setitem(sys.modules, "mapanything", None)
+    monkeypatch.setitem(sys.modules, "mapanything.models", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'mapanything @ git\+https://github.com"):
+        MapAnythingGeometry(str(mapanything), image_size=S)

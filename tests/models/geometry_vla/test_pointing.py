@@ -1,0 +1,201 @@
+"""Where the gripper will be in the pictures: the maps' layout, the targets, and that the loss reaches the model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from vla_parts import V, ready_module, small_batch, small_geometry, small_module
+
+from keygrip.models.geometry.cameras import project
+from keygrip.models.geometry_vla.geometry import DECIMETRES, GeometryFeatures
+from keygrip.models.geometry_vla.pointing import PointedTokens, Pointing, pointing_losses, resampled
+
+A, T, P, C, H = 1, 4, 3, 2, 8
+
+
+def test_cells_lie_where_their_tokens_are() -> None:
+    torch.manual_seed(0)
+    pointing = Pointing(H, A, T, C)
+    places = torch.zeros(2, 2 + V * P * P + 1, 3)
+    places[:, 2:-1, 0] = torch.arange(V).repeat_interleave(P * P) + 1.0
+    hidden = torch.randn(2, places.shape[1], H)
+    before = pointing(hidden, places, V)
+    assert before.shape == (2, V, A, T, P * C, P * C)
+    row, column = 2, 1
+    hidden[1, 2 + P * P + row * P + column] *= torch.linspace(-1, 1, H)  # of the second sample's second view
+    changed = (pointing(hidden, places, V) != before).any(dim=(2, 3)).nonzero().tolist()
+    assert all(sample == 1 and view == 1 for sample, view, _, _ in changed)
+    assert {(r // C, c // C) for _, _, r, c in changed} == {(row, column)}
+
+
+def test_the_loss_is_least_at_the_gripper_and_counts_what_is_seen() -> None:
+    batch = small_batch()
+    batch.repeated[0, 0, 2:] = True
+    size, cells = batch.images.shape[-1], 8
+    cameras = batch.view_intrinsics[:, :, None, None], batch.view_world_to_camera[:, :, None, None]
+    pixels, _ = project(batch.position[:, None], *cameras)
+    batch.position[1, 0, 1] = torch.tensor([50.0, 0.0, 0.1])  # far outside of both pictures
+    logits = torch.full((2, V, 1, T, cells, cells), -20.0)
+    for sample, view, step in torch.cartesian_prod(torch.arange(2), torch.arange(V), torch.arange(T)).tolist():
+        x, y = (pixels[sample, view, 0, step] * cells / size - 0.5).tolist()
+        for column, across in ((int(x), 1 - x % 1), (int(x) + 1, x % 1)):
+            for row, down in ((int(y), 1 - y % 1), (int(y) + 1, y % 1)):
+                logits[sample, view, 0, step, row, column] = torch.tensor(across * down).clamp(min=1e-9).log()
+    logits.requires_grad_()
+    losses = pointing_losses(logits, batch)
+    # A map that equals the target: no gradient, and its mean is the pixel itself.
+    (gradient,) = torch.autograd.grad(losses["pointing"], logits)
+    assert gradient.abs().max() < 1e-5
+    assert losses["pointing_px"] < 0.01
+    shifted = pointing_losses(logits.detach().roll(1, dims=-1), batch)
+    assert shifted["pointing"] > losses["pointing"] + 1
+    assert shifted["pointing_px"] == pytest.approx(size / cells, rel=0.01)
+    spoilt = logits.detach().clone()
+    spoilt[0, :, :, 2:] = torch.randn(V, 1, 2, cells, cells)  # padding
+    spoilt[1, :, :, 1] = torch.randn(V, 1, cells, cells)  # outside
+    torch.testing.assert_close(pointing_losses(spoilt, batch)["pointing"], losses["pointing"].detach())
+
+
+def test_the_keyframe_has_a_map_of_its_own() -> None:
+    batch = small_batch()
+    batch.repeated[:] = True  # padding says nothing of the keyframe
+    logits = torch.randn(2, V, 1, T + 1, 8, 8)
+    losses = pointing_losses(logits, batch)
+    assert losses["pointing"] == 0
+    moved = replace(batch, position=batch.keyframe[:, :, None].expand(-1, -1, T, -1), repeated=~batch.repeated)
+    as_steps = pointing_losses(logits[:, :, :, -1:].expand(-1, -1, -1, T, -1, -1), moved)
+    torch.testing.assert_close(losses["keyframe"], as_steps["pointing"])
+    torch.testing.assert_close(losses["keyframe_px"], as_steps["pointing_px"])
+    assert "keyframe" not in pointing_losses(logits[:, :, :, :T], batch)
+
+
+def test_the_keyframe_trains_its_own_map_and_is_told_to_the_head(tmp_path: Path) -> None:
+    module = ready_module(tmp_path, pointing_cells=2, pointing_keyframe=True, pointed_tokens=True)
+    batch = small_batch()
+    scene = module(batch)
+    assert scene.pointing is not None
+    assert scene.pointing.shape[3] == T + 1
+    assert scene.groups[2] == V * (T + 1)
+    losses = module.losses(scene, batch)
+    parts = [losses[name] for name in ("action", "points", "depth")]
+    total = sum(parts) + 0.1 * (losses["pointing"] + losses["keyframe"])
+    torch.testing.assert_close(losses["total"], total)
+
+
+def test_pictures_show_where_it_points_for_the_keyframe(tmp_path: Path) -> None:
+    module = ready_module(tmp_path, pointing_cells=2, pointing_keyframe=True)
+    batch = small_batch()
+    with torch.no_grad():
+        scene = module(batch)
+        assert scene.pointing is not None
+        shown, plain = module.picture(scene, batch), module.picture(replace(scene, pointing=None), batch)
+        steps_alone = module.picture(replace(scene, pointing=scene.pointing[:, :, :, :T]), batch)
+    assert shown.shape[1] == plain.shape[1]
+    assert np.array_equal(steps_alone, plain)
+    assert not np.array_equal(shown, plain)
+
+
+def test_it_trains_the_language_model_and_not_the_head(tmp_path: Path) -> None:
+    module = ready_module(tmp_path, pointing_cells=2)
+    batch = small_batch()
+    scene = module(batch)
+    assert scene.pointing is not None
+    pointing_losses(scene.pointing, batch)["pointing"].backward()
+    language = module.network.vlm.model.language_model.layers[0].mlp.gate_proj.weight
+    assert language.grad is not None
+    assert language.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in module.network.head.parameters())
+    losses = module.losses(replace(module(batch), pointing=None), batch)
+    assert "pointing" not in losses
+
+
+def test_bad_cells_are_refused() -> None:
+    with pytest.raises(ValueError, match="pointing_cells"):
+        Pointing(H, A, T, -1)
+
+
+@pytest.mark.parametrize("side", [2, 4, 8, 16, 6])
+def test_maps_keep_their_sum_on_other_grids(side: int) -> None:
+    maps = torch.rand(2, 3, 8, 8)
+    maps = maps / maps.sum(dim=(-2, -1), keepdim=True)
+    found = resampled(maps, side)
+    assert found.shape == (2, 3, side, side)
+    torch.testing.assert_close(found.sum(dim=(-2, -1)), torch.ones(2, 3))
+    if side == 4:
+        torch.testing.assert_close(found, maps.unflatten(-1, (4, 2)).unflatten(-3, (4, 2)).sum(dim=(-3, -1)))
+
+
+def only(tokens: PointedTokens, part: str) -> PointedTokens:
+    """With nothing but one part, which hands on what it reads in the first numbers of a token."""
+    with torch.no_grad():
+        for parameter in tokens.parameters():
+            parameter.zero_()
+        weight = getattr(tokens, part).weight
+        weight[: weight.shape[1]] = torch.eye(weight.shape[1])
+    return tokens
+
+
+def test_pointed_tokens_hold_the_geometry_of_the_place() -> None:
+    dim = 6
+    logits = torch.full((2, V, A, T, 8, 8), -30.0)
+    logits[1, 1, 0, 2, 5, 3] = 30.0  # row 5, column 3 of 8 x 8: patch (2, 1) of 4 x 4, points' cells (5, 3)
+    geometry = GeometryFeatures(torch.randn(2, V * 16, dim), torch.randn(2, V, 8, 8, 3), torch.zeros(2, V, 8, 8))
+    assert geometry.points is not None
+    slot = A * T + 2  # of the second view, the third step
+    seen = only(PointedTokens(H, A, T, V, dim), "seen")(logits, geometry)
+    assert seen.shape == (2, V * A * T, H)
+    torch.testing.assert_close(seen[1, slot, :dim], geometry.tokens[1, 16 + 2 * 4 + 1])
+    torch.testing.assert_close(seen[0, 0, :dim], geometry.tokens[0, :16].mean(dim=0))  # a map that knows nothing
+    points = only(PointedTokens(H, A, T, V, dim), "points")(logits, geometry)
+    torch.testing.assert_close(points[1, slot, :3], DECIMETRES * geometry.points[1, 1, 5, 3])
+    without = PointedTokens(H, A, T, V)
+    moved = logits.roll(1, dims=-1)
+    assert not torch.allclose(without(logits)[1, slot], without(moved)[1, slot])
+
+
+def test_pointed_tokens_reach_the_actions_and_so_does_geometry_through_them(tmp_path: Path) -> None:
+    module = ready_module(tmp_path, pointing_cells=2, pointed_tokens=True)
+    batch = small_batch()
+    scene = module(batch)
+    assert scene.groups == (scene.groups[0], 4, V * T)
+    assert scene.contexts[0].tokens.shape[1] == sum(scene.groups)
+    assert {"geometry_share", "pointed_share"} <= set(module.metrics(scene, batch, module.sample(scene, batch)))
+    before = module.sample(scene, batch)
+    assert module.network.pointed is not None
+    for part in (module.network.pointed.slots, module.network.pointed.seen, module.network.pointed.points):
+        assert part is not None
+        changed = part if isinstance(part, torch.nn.Parameter) else part.weight
+        kept = changed.detach().clone()
+        with torch.no_grad():
+            changed.add_(torch.randn_like(changed))
+        assert not torch.allclose(module.sample(module(batch), batch), before, atol=1e-4)
+        with torch.no_grad():
+            changed.copy_(kept)
+    torch.testing.assert_close(module.sample(module(batch), batch), before)
+    module.losses(module(batch), batch)["total"].backward()
+    assert all(parameter.grad is not None for parameter in module.network.pointed.parameters())
+
+
+def test_an_encoder_without_points_leaves_no_parameter_without_gradient(tmp_path: Path) -> None:
+    geometry = small_geometry(point_weight=0.0, depth_weight=0.0)
+    module = ready_module(tmp_path, geometry=geometry, pointing_cells=2, pointed_tokens=True)
+    batch = small_batch()
+    module.losses(module(batch), batch)["total"].backward()
+    assert module.network.pointed is not None
+    assert all(parameter.grad is not None for parameter in module.network.pointed.parameters())
+
+
+def test_geometry_tokens_without_places_are_refused() -> None:
+    tokens = PointedTokens(H, A, T, V, 6)
+    with pytest.raises(ValueError, match=r"square grid, got 5 a view"):
+        tokens(torch.zeros(1, V, A, T, 4, 4), GeometryFeatures(torch.zeros(1, V * 5, 6)))
+
+
+def test_pointed_tokens_need_maps() -> None:
+    for option in ("pointed_tokens", "pointing_keyframe"):
+        with pytest.raises(ValueError, match=rf"{option}=true needs maps .* set pointing_cells above 0"):
+            small_module(**{option: True})

@@ -1,0 +1,155 @@
+"""From demonstrations to plans: train by the command, resume in mid-epoch, load, plan; and that it learns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from vla_parts import CAMERAS, INSTRUCTIONS, ready_module, small_batch, write_demos
+
+from keygrip import train
+from keygrip.config import compose
+from keygrip.data.batches import MultiViewPolicyBatch
+from keygrip.models.geometry_vla.module import GeometryVLAModule
+from keygrip.training.checkpoints import load_module, read_checkpoint
+
+SMALL = [
+    "model=geometry_vla",
+    "data=yam_language",
+    "data.targets=commanded",
+    "data.horizon=4",
+    "data.frame_stride=1",
+    "data.batch_size=4",
+    "data.num_workers=0",
+    "data.val_fraction=0.3",
+    "backbone.image_size=32",
+    "backbone.width=16",
+    "backbone.depth=1",
+    "backbone.heads=2",
+    "vlm.layers=2",
+    "vlm.width=32",
+    "vlm.heads=2",
+    "vlm.kv_heads=1",
+    "vlm.mlp_width=48",
+    "vlm.rope_sections=[2,3,3]",
+    "vlm.vision.layers=1",
+    "vlm.vision.width=16",
+    "vlm.vision.heads=2",
+    "vlm.vision.mlp_width=24",
+    "vlm.vision.patch_size=8",
+    "vlm.vision.window=32",
+    "vlm.vision.full_attention=[0]",
+    "geometry.dim=16",
+    "geometry.heads=2",
+    "model.network.blocks=2",
+    "model.network.head_size=16",
+    "model.network.geom_dit_tokens=4",
+    "model.draws=2",
+    "strategy=cpu",
+    "strategy.precision=32-true",
+    "logger=none",
+    "val_every_n_steps=3",
+    "limit_val_batches=1",
+    "log_every_n_steps=1",
+    "max_steps=5",
+]
+
+
+@pytest.fixture
+def overrides(tmp_path: Path) -> Callable[..., list[str]]:
+    root = write_demos(tmp_path / "demos")
+
+    def make(name: str, *more: str) -> list[str]:
+        return [*SMALL, f"data.root={root}", f"run_dir={tmp_path / name}", *more]
+
+    return make
+
+
+def test_train_resume_load_and_plan(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    metrics = train.run(compose("train", overrides("whole")))
+    for name in ("train/loss", "val/position_cm", "val/point_cm", "val/geometry_share", "parameters/compressor_m"):
+        assert np.isfinite(metrics[name]), name
+    train.run(compose("train", overrides("parts", "max_steps=2", "optimizer.schedule=constant")))
+    train.run(compose("train", overrides("parts", "resume=true", "optimizer.schedule=constant")))
+    train.run(compose("train", overrides("straight", "optimizer.schedule=constant")))
+    resumed, straight = (read_checkpoint(tmp_path / name)["state_dict"] for name in ("parts", "straight"))
+    assert resumed.keys() == straight.keys()
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+    # The tokenizer, the statistics and the cameras come with the checkpoint; the demonstrations may be gone.
+    loaded = load_module(tmp_path / "whole", expected=GeometryVLAModule)
+    assert isinstance(loaded, GeometryVLAModule)
+    assert loaded.views == CAMERAS
+    seen = {
+        "cameras": {
+            name: {
+                "image": np.full((40, 40, 3), 90, dtype=np.uint8),
+                "intrinsics": np.array([[40.0, 0, 20], [0, 40.0, 20], [0, 0, 1]]),
+                "world_to_camera": np.eye(4),
+            }
+            for name in CAMERAS
+        },
+        "instruction": INSTRUCTIONS[0],
+        "position": np.array([0.2, 0.0, 0.1]),
+        "quaternion": np.array([0.0, 1.0, 0.0, 0.0]),
+        "gripper": 1.0,
+    }
+    plan = loaded.policy().plan(seen)
+    assert plan.position.shape == (1, 4, 3)
+    assert np.isfinite(plan.position).all()
+    assert loaded.evaluation().settings >= {"open_loop", "simulate"}
+
+
+def test_one_camera_is_refused_with_the_data_that_fit(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"MultiViewPolicyBatch.*choose .*data=yam_language"):
+        train.run(compose("train", ["model=geometry_vla", "data=yam", f"run_dir={tmp_path / 'none'}"]))
+
+
+def metrics_of(module: GeometryVLAModule, batch: MultiViewPolicyBatch) -> dict[str, torch.Tensor]:
+    scene = module(batch)
+    return module.metrics(scene, batch, module.sample(scene, batch))
+
+
+def test_errors_at_the_grip_are_of_the_steps_that_close(tmp_path: Path) -> None:
+    module = ready_module(tmp_path)
+    batch = small_batch()
+    batch.start_gripper = torch.tensor([[1.0], [0.0]])
+    batch.gripper = torch.tensor([[[1.0, 0.9, 0.1, 0.0]], [[0.0, 1.0, 1.0, 0.2]]])  # close at steps 2 and 3
+    sampled = module.actions.encode(batch)
+    exact = module.grip_errors(batch, sampled)
+    assert all(len(errors) == 2 and errors.abs().max() < 1e-3 for errors in exact.values())
+    batch.position[0, 0, 2] += torch.tensor([0.03, -0.04, 0.01])
+    batch.position[1, 0, 3] += torch.tensor([0.0, 0.0, -0.02])
+    batch.position[:, 0, 1] += 1.0  # nothing closes there
+    found = module.grip_errors(batch, sampled)
+    torch.testing.assert_close(found["grip_side_cm"], torch.tensor([5.0, 0.0]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(found["grip_height_cm"], torch.tensor([1.0, 2.0]), atol=1e-3, rtol=0)
+    batch.repeated[0, 0, 2] = True  # padding
+    assert len(module.grip_errors(batch, sampled)["grip_side_cm"]) == 1
+
+
+def test_it_learns_actions_and_depth(tmp_path: Path) -> None:
+    module = ready_module(tmp_path, draws=4)
+    batch = small_batch()
+    assert batch.depth is not None
+    batch.depth = torch.full_like(batch.depth, 0.9)
+    batch.depth[1] = 1.1
+    optimizer = torch.optim.AdamW(module.network.parameters(), lr=3e-3)
+    before = metrics_of(module, batch)
+    first: dict[str, float] = {}
+    torch.manual_seed(0)
+    for step in range(80):
+        losses = module.losses(module(batch), batch)
+        optimizer.zero_grad()
+        losses["total"].backward()
+        optimizer.step()
+        if step == 0:
+            first = {name: float(value.detach()) for name, value in losses.items()}
+    after = metrics_of(module, batch)
+    assert float(losses["action"].detach()) < 0.75 * first["action"]
+    assert float(losses["point_cm"]) < 0.2 * first["point_cm"]
+    assert float(losses["depth_cm"]) < 0.3 * first["depth_cm"]
+    assert float(after["position_cm"]) < 0.8 * float(before["position_cm"])

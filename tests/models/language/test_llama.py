@@ -1,0 +1,181 @@
+"""The language model against transformers' own, its cache, its weights from a folder, and tokenizers."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from vlm_parts import small_language
+
+from keygrip.models.language.llama import (
+    END_OF_TEXT,
+    TURN_END,
+    ChatTokenizer,
+    LanguageCache,
+    PretrainedTokenizer,
+    TrainedTokenizer,
+)
+
+SENTENCES = ["Which digit is on the red cube in frame 2?", "The arm lifts the 3rd cube.", "naïve café"]
+
+
+def export(folder: Path, tie: bool = True, **changes: object) -> torch.nn.Module:
+    """A checkpoint folder as the hub ships them."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(5)
+    options = {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 320,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": tie,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "pad_token_id": 2,  # as in SmolLM2: the end token
+        "eos_token_id": 2,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**(options | changes))).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_weights_from_a_folder_give_the_logits_of_transformers(tmp_path: Path, tie: bool) -> None:
+    theirs = export(tmp_path, tie)
+    ours = small_language(weights=str(tmp_path), tie_embeddings=tie).eval()
+    ids = torch.randint(0, 320, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours.logits(ours(ours.embed(ids))), theirs(input_ids=ids).logits, atol=1e-5, rtol=1e-4
+        )
+    assert ours.loaded_weights == str(tmp_path)
+    assert (ours.head is None) == tie
+
+
+def test_the_end_token_keeps_its_gradient_although_it_is_the_padding_token(tmp_path: Path) -> None:
+    export(tmp_path)
+    language = small_language(weights=str(tmp_path))
+    language(language.embed(torch.tensor([[2, 5]]))).sum().backward()
+    assert language.model.embed_tokens.weight.grad[2].abs().sum() > 0
+
+
+def test_weights_of_other_sizes_are_refused_by_name(tmp_path: Path) -> None:
+    export(tmp_path, intermediate_size=64, num_key_value_heads=4)
+    with pytest.raises(ValueError, match=r"mlp_width is 64, config says 48; kv_heads is 4, config says 2"):
+        small_language(weights=str(tmp_path))
+
+
+def test_missing_weights_say_what_to_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        small_language(weights=str(tmp_path / "empty"))
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        small_language(weights="./nowhere")
+
+    import transformers
+
+    def offline(name: str, **options: object) -> None:
+        raise OSError("cannot reach the hub\nand more")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
+    with pytest.raises(FileNotFoundError, match=r"download its config.json.*huggingface.co/maker/model"):
+        small_language(weights="maker/model")
+
+
+def test_cached_steps_give_the_hidden_states_of_one_pass() -> None:
+    language = small_language().eval()
+    rows = torch.randn(3, 10, 24)
+    cache = LanguageCache()
+    with torch.no_grad():
+        parts = [language.extend(rows[:, a:b], cache) for a, b in ((0, 4), (4, 5), (5, 6), (6, 10))]
+        torch.testing.assert_close(torch.cat(parts, 1), language(rows), atol=1e-5, rtol=1e-4)
+    assert cache.length == 10
+
+
+def test_holes_in_the_cache_are_neither_seen_nor_counted() -> None:
+    language = small_language().eval()
+    rows = torch.randn(3, 9, 24)
+    valid = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)  # the last: nothing yet
+    cache = LanguageCache()
+    with torch.no_grad():
+        language.extend(rows[:, :4], cache, valid)
+        after = torch.cat([language.extend(rows[:, 4:5], cache), language.extend(rows[:, 5:], cache)], 1)
+        for row in range(3):
+            alone = language(torch.cat([rows[row, :4][valid[row]], rows[row, 4:]])[None])[0]
+            torch.testing.assert_close(after[row], alone[-5:], atol=1e-5, rtol=1e-4)
+        cache.select(torch.tensor([1, 1]))
+        more = torch.randn(1, 2, 24).expand(2, -1, -1)
+        chosen = language.extend(more, cache)
+        alone = language(torch.cat([rows[1, :4][valid[1]], rows[1, 4:], more[0]])[None])[0]
+        torch.testing.assert_close(chosen[0], alone[-2:], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(chosen[0], chosen[1])
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        language = small_language(gradient_checkpointing=recompute).train()
+        ids = torch.arange(3, 12)[None]
+        language(language.embed(ids)).square().sum().backward()
+        gradients.append(language.model.embed_tokens.weight.grad)
+        with torch.no_grad():  # the cache works all the same
+            cache = LanguageCache()
+            pieces = [language.extend(language.embed(ids[:, a : a + 3]), cache) for a in (0, 3, 6)]
+            torch.testing.assert_close(torch.cat(pieces, 1), language(language.embed(ids)), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(*gradients)
+
+
+def test_impossible_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="must divide"):
+        small_language(heads=5)
+
+
+def test_a_trained_tokenizer_is_kept_and_spells_everything(tmp_path: Path) -> None:
+    first = TrainedTokenizer(400).load(tmp_path, SENTENCES * 5)
+    again = TrainedTokenizer(400).load(tmp_path)
+    for text in (*SENTENCES, "unseen ☃ \n 4711"):
+        assert first.decode(first.encode(text)) == text
+        assert again.encode(text) == first.encode(text)
+    assert len(first.encode("4711")) == 4  # digits one by one
+    assert first.size <= 400
+    assert first.end_text == TURN_END
+    assert first.encode(TURN_END) == [first.end_of_turn]
+    with pytest.raises(FileNotFoundError, match="prepare the data"):
+        TrainedTokenizer(400).load(tmp_path / "other")
+    with pytest.raises(ValueError, match="raise it"):
+        TrainedTokenizer(300).load(tmp_path)
+
+
+def test_a_tokenizer_survives_pickling_and_a_checkpoint(tmp_path: Path) -> None:
+    tokenizer = TrainedTokenizer(400).load(tmp_path, SENTENCES)
+    turns = [("user", "How many?"), ("assistant", "3")]
+    for copy in (pickle.loads(pickle.dumps(tokenizer)), ChatTokenizer.from_state(tokenizer.state())):
+        assert copy.render(turns, answering=True) == tokenizer.render(turns, answering=True)
+        assert copy.encode(copy.render(turns)) == tokenizer.encode(tokenizer.render(turns))
+        assert copy.end_of_turn == tokenizer.end_of_turn
+    assert json.loads(json.dumps(tokenizer.state())) == tokenizer.state()
+
+
+def test_a_pretrained_tokenizer_comes_from_its_folder_with_its_template(tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    made = TrainedTokenizer(400).load(tmp_path / "made", SENTENCES)
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "made" / "tokenizer.json"),
+        eos_token=TURN_END,
+        pad_token=TURN_END,
+        bos_token=END_OF_TEXT,
+        chat_template="{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}<|im_end|>{% endfor %}",
+    )
+    theirs.save_pretrained(tmp_path / "hub")
+    loaded = PretrainedTokenizer(str(tmp_path / "hub")).load(tmp_path)
+    assert loaded.render([("user", "a")]) == "[user] a<|im_end|>"
+    assert loaded.encode(SENTENCES[0]) == made.encode(SENTENCES[0])

@@ -1,0 +1,132 @@
+"""Flow matching: the convention, noise levels, and the order of the solvers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from keygrip.models.nn import flow_matching as flow
+
+
+def test_path_and_velocity_agree() -> None:
+    """The velocity is the derivative of the path, whose ends are the data and the noise."""
+    data, noise = torch.randn(2, 3, 4).double(), torch.randn(2, 3, 4).double()
+    assert torch.equal(flow.interpolate(data, noise, torch.zeros(2)), data)
+    assert torch.equal(flow.interpolate(data, noise, torch.ones(2)), noise)
+    level, step = torch.tensor([0.2, 0.7]).double(), 1e-3
+    change = flow.interpolate(data, noise, level + step) - flow.interpolate(data, noise, level)
+    torch.testing.assert_close(change / step, flow.velocity(data, noise))
+    x = flow.interpolate(data, noise, level)
+    torch.testing.assert_close(flow.data_from_velocity(x, flow.velocity(data, noise), level), data)
+    torch.testing.assert_close(flow.velocity_from_data(x, data, level), flow.velocity(data, noise))
+
+
+def test_velocity_from_data_is_bounded_near_the_data() -> None:
+    x, data = torch.ones(1, 2), torch.zeros(1, 2)
+    assert flow.velocity_from_data(x, data, torch.tensor([0.001]), floor=0.05).max() == pytest.approx(20)
+
+
+def test_the_other_convention_is_the_same_path() -> None:
+    """t = 1 - s with target data - noise, stepped from t = 0 to 1, arrives where this module does."""
+    noise, data = torch.randn(4), torch.randn(4)
+    x = noise.clone()
+    for _ in range(5):
+        x = x + 0.2 * (data - noise)
+    mine = flow.integrate(lambda x, level: flow.velocity(data, noise), noise, flow.noise_levels(5))
+    torch.testing.assert_close(mine, x)
+    torch.testing.assert_close(mine, data)
+
+
+def test_level_samplers() -> None:
+    torch.manual_seed(0)
+    count = 20000
+    uniform = flow.LogitNormalLevels(uniform_share=1.0)(count)
+    assert uniform.mean() == pytest.approx(0.5, abs=0.01)
+    logit = torch.logit(flow.LogitNormalLevels(0.3, 0.8)(count))
+    assert logit.mean() == pytest.approx(0.3, abs=0.02)
+    assert logit.std() == pytest.approx(0.8, abs=0.02)
+    beta = flow.BetaLevels(1.5, 1.0)(count)
+    assert beta.mean() == pytest.approx(0.6, abs=0.01)
+    assert beta.var() == pytest.approx(1.5 / (2.5**2 * 3.5), abs=0.003)
+    for levels in (uniform, beta):
+        assert levels.shape == (count,)
+        assert levels.min() >= 0
+        assert levels.max() <= 1
+    mixed = flow.LogitNormalLevels(mean=9.0, uniform_share=0.5)(count)
+    assert (mixed < 0.5).float().mean() == pytest.approx(0.25, abs=0.01)
+    everywhere = flow.LogitNormalLevels(mean=9.0, uniform_share=1.0)(count)
+    assert everywhere.var() == pytest.approx(1 / 12, abs=0.003)
+    with pytest.raises(ValueError, match="uniform_share=2"):
+        flow.LogitNormalLevels(uniform_share=2)
+    with pytest.raises(ValueError, match="must be positive"):
+        flow.LogitNormalLevels(std=0)
+    with pytest.raises(ValueError, match="alpha, beta > 0"):
+        flow.BetaLevels(alpha=0)
+
+
+@pytest.mark.parametrize(
+    "sampler", [flow.LogitNormalLevels(), flow.LogitNormalLevels(uniform_share=0.3), flow.BetaLevels()]
+)
+def test_levels_follow_the_global_seed(sampler: flow.LevelSampler) -> None:
+    torch.manual_seed(3)
+    first = sampler(5)
+    torch.manual_seed(3)
+    assert torch.equal(first, sampler(5))
+
+
+def error(solver: flow.Solver, steps: int) -> float:
+    """Of dx/ds = x cos(3 s) integrated from s = 1 to 0."""
+    start = torch.ones(1, dtype=torch.float64)
+    end = flow.integrate(lambda x, level: x * math.cos(3 * level), start, flow.noise_levels(steps), solver)
+    return abs(float(end) - math.exp(-math.sin(3) / 3))
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("adams_bashforth", 2)])
+def test_order_of_the_solvers(solver: flow.Solver, order: int) -> None:
+    assert math.log2(error(solver, 64) / error(solver, 128)) == pytest.approx(order, abs=0.15)
+
+
+def test_heun_is_second_order_but_for_its_last_step() -> None:
+    """The last step is an Euler step over a length of 1 / steps: an error of second order too."""
+    assert math.log2(error("heun", 64) / error("heun", 128)) == pytest.approx(2, abs=0.25)
+    assert error("heun", 32) < error("euler", 64)
+
+
+def test_evaluations_and_steps_reported() -> None:
+    calls: list[float] = []
+    done: list[int] = []
+
+    def velocity_at(x: torch.Tensor, level: float) -> torch.Tensor:
+        calls.append(level)
+        return x
+
+    for solver, count in (("euler", 4), ("adams_bashforth", 4), ("heun", 7)):
+        calls.clear()
+        flow.integrate(
+            velocity_at, torch.ones(1), flow.noise_levels(4), solver, on_step=lambda step, _: done.append(step)
+        )
+        assert len(calls) == count
+        assert calls[0] == 1.0
+    assert done == [1, 2, 3, 4] * 3
+
+
+def test_noise_levels() -> None:
+    assert flow.noise_levels(4) == [1.0, 0.75, 0.5, 0.25, 0.0]
+    shifted = flow.noise_levels(4, shift=3.0)
+    assert shifted[0] == 1.0
+    assert shifted[-1] == 0.0
+    assert all(wide > even for wide, even in zip(shifted[1:-1], flow.noise_levels(4)[1:-1], strict=True))
+    with pytest.raises(ValueError, match="at least one step"):
+        flow.noise_levels(0)
+    with pytest.raises(ValueError, match="must fall"):
+        flow.integrate(lambda x, level: x, torch.ones(1), [0.5, 0.7])
+    with pytest.raises(ValueError, match="one of euler"):
+        flow.integrate(lambda x, level: x, torch.ones(1), [1.0, 0.0], solver="rk9")  # type: ignore[arg-type]
+
+
+def test_seeded_noise_is_each_samples_own() -> None:
+    together = flow.seeded_noise([5, 9], (2, 3))
+    assert torch.equal(together[1], flow.seeded_noise([9], (2, 3))[0])
+    assert not torch.equal(together[0], together[1])

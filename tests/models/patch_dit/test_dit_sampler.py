@@ -1,0 +1,186 @@
+"""The sampler: equal to the plain one, the guidance formula, which branches run, seeds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from dit_parts import CHANNELS, conditions_of, flags, small_dit
+from torch import Tensor
+
+from keygrip.models.nn.flow_matching import seeded_noise
+from keygrip.models.patch_dit import sampler
+from keygrip.models.patch_dit.context import Conditions
+from keygrip.models.patch_dit.network import PatchDiT
+from keygrip.models.patch_dit.sampler import Sampling, sample
+
+SIZE = (8, 8)
+PLAIN: dict[str, Any] = {"together": False, "cached": False, "trimmed": False}
+
+
+def only(conditions: Conditions, what: str) -> Conditions:
+    if what == "text":
+        return replace(conditions, cls=None, patches=None)
+    return replace(conditions, text=None, text_mask=None) if what == "dino" else conditions
+
+
+def counted(network: PatchDiT) -> list[int]:
+    """Batch sizes of the network's passes."""
+    batches: list[int] = []
+    network.register_forward_pre_hook(lambda _, arguments: batches.append(len(arguments[0])))
+    return batches
+
+
+@pytest.mark.parametrize("given", ["both", "text", "dino"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"full_scale": 1.5},
+        {"solver": "heun"},
+        {"solver": "adams_bashforth", "interval": (0.2, 0.7)},
+        {"text_rescale": 0.7, "dino_rescale": 0.3},
+    ],
+    ids=["dual", "four branches", "heun", "interval", "rescale"],
+)
+@pytest.mark.parametrize("prediction", ["v", "x"])
+def test_equals_the_plain_sampler(given: str, options: dict[str, Any], prediction: Any) -> None:
+    """Batched branches, cached keys and values and trimmed padding change nothing but the rounding."""
+    network, conditions = small_dit(prediction=prediction), only(conditions_of(lengths=(3, 5)), given)
+    sampling = Sampling(steps=4, **options)
+    fast = sample(network, conditions, SIZE, sampling, seeds=[1, 2])
+    plain = sample(network, conditions, SIZE, sampling, seeds=[1, 2], **PLAIN)
+    torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
+    assert (fast - seeded_noise([1, 2], (CHANNELS, *SIZE))).abs().max() > 0.1
+
+
+def test_the_formula_by_hand() -> None:
+    """Against the network called by hand, Euler, two steps."""
+    network, conditions = small_dit(), conditions_of()
+    sampling = Sampling(text_scale=3.0, dino_scale=2.0, steps=2)
+    x = seeded_noise([4, 5], (CHANNELS, *SIZE))
+    drawn = sample(network, conditions, SIZE, sampling, seeds=[4, 5])
+    with torch.no_grad():
+        for level in (1.0, 0.5):
+            v = {}
+            for name, text, dino in (("none", False, False), ("text", True, False), ("dino", False, True)):
+                context = network.context_builder(conditions, flags(text, text), flags(dino, dino), 1.0)
+                v[name] = network(x, torch.full((2,), level), context).velocity
+            x = x - 0.5 * (v["none"] + 3.0 * (v["text"] - v["none"]) + 2.0 * (v["dino"] - v["none"]))
+    torch.testing.assert_close(drawn, x, atol=1e-5, rtol=1e-5)
+
+
+def test_passes_and_branches() -> None:
+    """Three branches as one batch; one outside of the interval; none for a scale of zero."""
+    conditions = conditions_of()
+    for given, options, expected in (
+        ("both", {}, [6, 6, 6, 6]),
+        ("both", {"full_scale": 1.0}, [8] * 4),
+        ("both", {"interval": (0.5, 0.8)}, [2, 6, 6, 2]),
+        ("both", {"text_scale": 0.0, "dino_scale": 0.0, "full_scale": 4.0}, [4] * 4),
+        ("both", {"text_scale": 0.0, "dino_scale": 0.0, "full_scale": 1.0}, [2] * 4),
+        ("both", {"text_scale": 0.4, "dino_scale": 0.6}, [4] * 4),
+        ("both", {"dino_scale": 0.0}, [4] * 4),
+        ("text", {}, [4] * 4),
+        ("dino", {"text_scale": 9.0}, [4] * 4),
+        ("text", {"solver": "heun"}, [4] * 7),
+    ):
+        network = small_dit()
+        batches = counted(network)
+        sample(network, only(conditions, given), SIZE, Sampling(steps=4, **options), seeds=[1, 2])
+        assert batches == expected, (given, options)
+
+
+def test_large_pictures_on_a_cpu_run_a_branch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same result, and each branch's context kept from step to step."""
+    conditions, sampling = conditions_of(), Sampling(steps=3)
+    network = small_dit()
+    usual = sample(network, conditions, SIZE, sampling, seeds=[1, 2])
+    monkeypatch.setattr(sampler, "CPU_BATCH", 2 * 16 * 32 - 1)  # 2 samples of 4 x 4 tokens, 32 wide
+    lengths: list[int] = []
+    layer = network.blocks[0].cross_attention.key_value
+    layer.register_forward_pre_hook(lambda _, arguments: lengths.append(arguments[0].shape[1]))
+    batches = counted(network)
+    single = sample(network, conditions, SIZE, sampling, seeds=[1, 2])
+    assert batches == [2] * 9
+    assert lengths == [1 + 1 + 9, 5 + 1 + 9, 1 + 1 + 9] + [1] * 6  # none, text, dino: each trimmed by itself
+    torch.testing.assert_close(single, usual, atol=1e-5, rtol=1e-5)
+
+
+def test_scales_that_add_up_to_one_need_no_unconditional_branch() -> None:
+    network, conditions = small_dit(), conditions_of()
+    mixed = sample(network, conditions, SIZE, Sampling(0.4, 0.6, steps=2), seeds=[1, 2])
+    nearly = sample(network, conditions, SIZE, Sampling(0.4, 0.6 + 1e-7, steps=2), seeds=[1, 2])
+    torch.testing.assert_close(mixed, nearly, atol=1e-4, rtol=1e-4)
+
+
+def test_context_is_computed_once_but_for_cls() -> None:
+    """Keys and values of 1 token a step after the first, at every block."""
+    network = small_dit()
+    lengths: list[int] = []
+    layer = network.blocks[1].cross_attention.key_value
+    layer.register_forward_pre_hook(lambda _, arguments: lengths.append(arguments[0].shape[1]))
+    sample(network, conditions_of(lengths=(3, 5)), SIZE, Sampling(steps=3), seeds=[1, 2])
+    assert lengths == [5 + 1 + 9, 1, 1]
+
+
+@torch.no_grad()
+def test_the_cls_token_in_the_cache_is_the_current_one() -> None:
+    """A sampler that kept the first step's CLS token would not see the noise level in the context."""
+    network, conditions = small_dit(), conditions_of()
+    for block in network.blocks:  # leave the noise level no other way in
+        block.modulation.linear.weight.zero_()
+    fast = sample(network, conditions, SIZE, Sampling(steps=4), seeds=[1, 2])
+    torch.testing.assert_close(fast, sample(network, conditions, SIZE, Sampling(steps=4), seeds=[1, 2], **PLAIN))
+
+
+def test_a_sample_depends_on_its_own_seed_and_conditions() -> None:
+    network, conditions = small_dit(), conditions_of(lengths=(3, 5))
+    pair = sample(network, conditions, SIZE, Sampling(steps=3), seeds=[7, 8])
+    again = sample(network, conditions, SIZE, Sampling(steps=3), seeds=[7, 9])
+    assert torch.equal(pair[0], again[0])
+    assert not torch.equal(pair[1], again[1])
+    halves = [t[1:] if isinstance(t, Tensor) else t for t in vars(conditions).values()]
+    alone = sample(network, Conditions(*halves), SIZE, Sampling(steps=3), seeds=[8])
+    torch.testing.assert_close(pair[1:], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_rescale_brings_back_the_spread() -> None:
+    """Rescaled wholly, the prediction under text alone has the spread of the conditional one."""
+    network, conditions = small_dit(), only(conditions_of(), "text")
+    x, level = seeded_noise([1, 2], (CHANNELS, *SIZE)), 0.7
+    with torch.no_grad():
+        v = {}
+        for name, text in (("none", False), ("text", True)):
+            context = network.context_builder(conditions, flags(text, text), flags(False, False), 1.0)
+            v[name] = network(x, torch.full((2,), level), context).velocity
+    spread = {}
+    for share in (0.0, 1.0):
+        guided = Sampling(text_scale=8.0, text_rescale=share).combine(v, x, level, conditions)
+        spread[share] = (x - level * guided).std(dim=(1, 2, 3))
+    plain = (x - level * v["text"]).std(dim=(1, 2, 3))
+    torch.testing.assert_close(spread[1.0], plain)
+    assert (spread[0.0] / plain).min() > 1.05
+
+
+def test_the_network_comes_back_in_its_mode() -> None:
+    network = small_dit().train()
+    sample(network, conditions_of(), SIZE, Sampling(steps=1), seeds=[1, 2])
+    assert network.training
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"interval": (0.7, 0.2)}, "lower one first"),
+        ({"text_scale": -1.0}, "not be negative"),
+        ({"dino_rescale": 2.0}, "dino_rescale=2"),
+        ({"solver": "rk4"}, "one of euler"),
+        ({"steps": 0}, "at least one step"),
+    ],
+)
+def test_errors_name_the_option(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampling(**options)

@@ -1,0 +1,198 @@
+"""The command from shards to pictures: train, what is logged, resume in mid-epoch, warm start, checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from dit_parts import SMALL, write_images
+
+from keygrip import train
+from keygrip.config import compose
+from keygrip.models.patch_dit.module import PatchDiTModule
+from keygrip.training.checkpoints import load_module, read_checkpoint
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import keygrip.train  # noqa: F401  (registers the schema)
+
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def overrides(shards: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    def make(name: str, *more: str) -> list[str]:
+        return [*SMALL, f"data.root={shards}", f"run_dir={tmp_path / name}", *more]
+
+    return make
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    content = read_checkpoint(folder)
+    averaged = {f"average.{name}": value for name, value in content["average"]["parameters"].items()}
+    return {**content["state_dict"], **averaged}
+
+
+EVERYTHING = [
+    "model.alignment={_target_: keygrip.models.patch_dit.alignment.FeatureAlignment, _partial_: true, block: 2,"
+    " hidden: 16, decay_share: null}",
+    "model.network.routing={_target_: keygrip.models.patch_dit.routing.TokenRouting, share: 0.5, start: 1, stop: -1}",
+    "optimizer=dit_muon",
+    "optimizer.schedule=constant",
+]
+
+
+@pytest.mark.parametrize("options", [[], EVERYTHING], ids=["plain", "alignment, routing and Muon"])
+def test_a_run_resumed_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_one(
+    options: list[str], overrides: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """Trap 6: the data's position, the noise, the levels and the dropped conditions are all those of the step."""
+    options = [*options, "val_every_n_steps=2", "model.monitor_every_n_steps=2"]
+    train.run(compose("train", overrides("whole", "max_steps=5", *options)))
+    train.run(compose("train", overrides("parts", "max_steps=3", *options)))
+    assert read_checkpoint(tmp_path / "parts")["global_step"] == 3
+    train.run(compose("train", overrides("parts", "max_steps=5", *options, "resume=true")))
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, parts[name]), name
+
+
+class Recorded:
+    """Stands in for a logger and its writer of TensorBoard."""
+
+    def __init__(self) -> None:
+        self.experiment = self
+        self.figures: dict[str, float] = {}
+        self.images: dict[str, np.ndarray] = {}
+        self.texts: dict[str, str] = {}
+
+    def log_metrics(self, figures: dict[str, float], step: int) -> None:
+        self.figures |= figures
+
+    def add_image(self, name: str, picture: np.ndarray, step: int, dataformats: str) -> None:
+        self.images[f"{name}@{step}"] = picture
+
+    def add_text(self, name: str, text: str, step: int) -> None:
+        self.texts[name] = text
+
+
+def test_what_a_run_logs_and_shows(overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: dict[str, Any] = {}
+    log = PatchDiTModule.log
+
+    def noted(self: PatchDiTModule, name: str, value: Any, *arguments: Any, **options: Any) -> None:
+        logged[name] = float(value)
+        log(self, name, value, *arguments, **options)
+
+    recorded = Recorded()
+    monkeypatch.setattr(PatchDiTModule, "log", noted)
+    monkeypatch.setattr(PatchDiTModule, "logger", recorded)
+    monkeypatch.setattr(PatchDiTModule, "loggers", [recorded])
+    options = ["max_steps=6", "val_every_n_steps=3", "model.monitor_every_n_steps=2", "model.vis_every_n_steps=3"]
+    options.append("callbacks.learning_rate=null")
+    result = train.run(compose("train", overrides("run", *options)))
+    assert {"train/loss", "val/loss", "val/loss_text", "val/loss_dino", "val/loss_none"} <= result.keys()
+    assert "val/shuffled_over_both" in result
+    assert sum(logged[f"train/share_{name}"] for name in ("none", "text", "dino", "both")) == pytest.approx(1)
+    assert any(name.startswith("train/loss_level_") for name in logged)
+    for name in ("velocity_norm", "grad_norm", "patch_gradient", "attention_text", "attention_patches_block_02"):
+        assert np.isfinite(recorded.figures[f"health/{name}"]), name
+    assert recorded.figures["health/grad_norm"] > 0
+    shares = [recorded.figures[f"health/attention_{group}_block_01"] for group in ("text", "cls", "patches")]
+    assert sum(shares) == pytest.approx(1, abs=1e-5)
+    assert set(recorded.images) == {"val/samples@3", "val/samples@6"}
+    assert recorded.images["val/samples@3"].dtype == np.uint8
+    assert "thing" in recorded.texts["val/captions"]
+    assert not np.array_equal(recorded.images["val/samples@3"], recorded.images["val/samples@6"])
+
+
+def test_sparse_figures_reach_the_event_files(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    """What is computed every so many steps is written at these very steps."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = ["logger=tensorboard", "log_every_n_steps=3", "model.monitor_every_n_steps=2", "max_steps=6"]
+    train.run(compose("train", overrides("run", *options)))
+    (events,) = (tmp_path / "run").rglob("events*")
+    written = EventAccumulator(str(events)).Reload()
+    assert [event.step for event in written.Scalars("train/share_both")] == [2, 5]
+    assert [event.step for event in written.Scalars("health/grad_norm")] == [1, 3, 5]
+
+
+def test_the_checkpoint_draws_alone_and_refuses_other_encoders(
+    overrides: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    train.run(compose("train", overrides("run", "max_steps=2")))
+    module = load_module(tmp_path / "run")
+    assert isinstance(module, PatchDiTModule)
+    assert module.statistics.latent_sizes
+    encoders = module.ready_encoders()
+    states, mask = encoders.encode_text(["a red thing"])
+    from keygrip.models.patch_dit.context import Conditions
+
+    pictures = module.draw(Conditions(states, mask, None, None, (3, 3)), (4, 4), seeds=[3])
+    assert pictures.shape == (1, 3, 16, 16)
+    assert 0 <= pictures.min() <= pictures.max() <= 1
+    other = load_module(tmp_path / "run")
+    assert isinstance(other, PatchDiTModule)
+    other.encoders.dino_view = "colour"
+    with pytest.raises(ValueError, match="fingerprint"):
+        other.ready_encoders()
+
+
+def test_statistics_normalise_and_restore(overrides: Callable[..., list[str]], tmp_path: Path, shards: Path) -> None:
+    from hydra.utils import instantiate
+
+    train.run(compose("train", overrides("run", "max_steps=1")))
+    module = load_module(tmp_path / "run")
+    assert isinstance(module, PatchDiTModule)
+    data = instantiate(compose("train", overrides("x")).data)
+    data.setup("fit")
+    batches = list(data.val_dataloader())
+    latents = torch.cat([batch.latents.flatten(2).mT.flatten(0, 1) for batch in batches])
+    normalised = torch.cat(
+        [module.statistics.normalised("latent", b.latents).flatten(2).mT.flatten(0, 1) for b in batches]
+    )
+    assert normalised.std() == pytest.approx(1, abs=0.1)
+    assert latents.std() != pytest.approx(1, abs=0.2)
+    first = batches[0].latents
+    torch.testing.assert_close(module.statistics.restored(module.statistics.normalised("latent", first)), first)
+    conditions = module.statistics.conditions(batches[0])
+    assert conditions.patches is not None
+    assert conditions.patches.std() == pytest.approx(1, abs=0.2)
+
+
+def test_without_statistics_nothing_is_drawn() -> None:
+    from keygrip.models.patch_dit.feature_statistics import FeatureStatistics
+
+    with pytest.raises(ValueError, match="no statistics of its training images"):
+        FeatureStatistics(3, 4).restored(torch.zeros(1, 3, 2, 2))
+
+
+def test_warm_start_from_the_baseline(
+    overrides: Callable[..., list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A CLS-only checkpoint gives all that it has; patch projection and null patches are new, and said to be."""
+    train.run(compose("train", overrides("cls", "max_steps=2", "model.network.use_dino_patches=false")))
+    frozen = ["max_steps=1", "optimizer=dit_warm_start", "optimizer.warmup_steps=0", "optimizer.lr=1e-12"]
+    with caplog.at_level(logging.INFO):
+        train.run(compose("train", overrides("warm", *frozen, f"model.warm_start={tmp_path / 'cls'}")))
+    assert "3 new, initialised afresh" in caplog.text
+    assert "context_builder.null_dino_patches" in caplog.text
+    average = read_checkpoint(tmp_path / "cls")["average"]["parameters"]
+    now = read_checkpoint(tmp_path / "warm")["state_dict"]
+    for name, value in average.items():
+        torch.testing.assert_close(now[name], value, atol=1e-6, rtol=0, msg=name)
+    assert now["network.context_builder.null_dino_patches"].abs().max() < 1e-9
+
+
+def test_headline_recipes() -> None:
+    """3e-4, and half of it after a warm start."""
+    rates = [compose("train", [*SMALL, f"optimizer={name}"]).optimizer.lr for name in ("dit", "dit_warm_start")]
+    assert rates == [3e-4, 1.5e-4]

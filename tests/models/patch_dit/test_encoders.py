@@ -1,0 +1,314 @@
+"""Frozen encoders: exact packing, words without a vocabulary, what DINO is shown, the hub's formats, fingerprints."""
+
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from image_sets import small_encoders
+
+from keygrip.config import compose
+from keygrip.envs.yam.stills import palette
+from keygrip.models.patch_dit.encoders import (
+    DinoView,
+    Encoders,
+    FluxAutoencoder,
+    PixelPacking,
+    RandomWordVectors,
+    T5Text,
+    grey,
+)
+
+
+def pictures(count: int = 2, height: int = 16, width: int = 24, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, height, width), generator=generator, dtype=torch.uint8)
+
+
+# ---- small ones ------------------------------------------------------------------------------------------------------
+
+
+def test_packing_is_exact_also_in_half_precision() -> None:
+    encoders, shown = small_encoders(), pictures()
+    latents = encoders.encode_images(shown)
+    assert latents.shape == (2, 48, 4, 6)
+    assert float(latents.min()) >= -1
+    back = encoders.decode_latents(latents.half().float())
+    assert torch.equal((back * 255).round().to(torch.uint8), shown)
+    # channel c * 16 + i * 4 + j is pixel (i, j) of colour c
+    assert latents[1, 2 * 16 + 3 * 4 + 1, 2, 5] == pytest.approx(float(shown[1, 2, 2 * 4 + 3, 5 * 4 + 1]) / 127.5 - 1)
+
+
+@pytest.mark.parametrize("size", [(16, 18), (18, 16)])
+def test_pictures_that_do_not_divide_are_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="does not divide by the latent's stride of 4"):
+        small_encoders().encode_images(pictures(1, *size))
+
+
+def test_pictures_in_floats_are_refused() -> None:
+    with pytest.raises(ValueError, match="pictures are uint8"):
+        small_encoders().encode_images(torch.rand(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="views are uint8"):
+        small_encoders().encode_view(torch.rand(1, 3, 48, 48))
+
+
+def test_words_are_known_by_themselves_and_by_their_place() -> None:
+    text = RandomWordVectors(8, 16)
+    states, mask = text.encode(["a red cube", "A Red  cube", "a cube red", "a zyzzyva cube", ""])
+    assert torch.equal(states[0], states[1])
+    assert mask.sum(dim=1).tolist() == [3, 3, 3, 3, 0]
+    assert not states[~mask].any()
+    assert torch.equal(states[0, 0], states[3, 0])
+    assert not torch.equal(states[0, 1], states[3, 1])
+    # the same word at another place differs by the places alone
+    places = text.encode(["a a a"])[0][0]
+    torch.testing.assert_close(states[2, 2] - states[0, 1], places[2] - places[1])
+
+
+def test_word_vectors_are_the_same_ones_for_ever() -> None:
+    states, _ = RandomWordVectors(2, 64).encode(["cube"])
+    again = RandomWordVectors(2, 64).encode(["cube"])[0]
+    assert torch.equal(states, again)
+    assert RandomWordVectors(16, 64).description()["probe"] == pytest.approx(-1.085649, abs=1e-5)
+
+
+def test_long_captions_are_cut_and_it_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    text = RandomWordVectors(3, 4)
+    with caplog.at_level("WARNING"):
+        _, mask = text.encode(["one two three four", "five six seven eight"])
+    assert mask.sum(dim=1).tolist() == [3, 3]
+    assert caplog.text.count("cut off") == 1
+
+
+# ---- the view --------------------------------------------------------------------------------------------------------
+
+
+def test_a_grey_view_does_not_tell_the_colours_apart_and_a_coloured_one_does() -> None:
+    shown = torch.stack([torch.tensor(rgb).view(3, 1, 1).expand(3, 48, 48) for rgb in palette().values()])
+    views = (shown * 255 * 0.8).round().to(torch.uint8)  # under one light
+    spread = {}
+    for dino_view in ("grey", "colour"):
+        cls, patches = small_encoders(dino_view).encode_view(views)
+        assert patches.shape == (4, 9, 16)
+        spread[dino_view] = float(patches.std(dim=0).mean() + cls.std(dim=0).mean())
+    assert spread["grey"] < 0.05 * spread["colour"]
+
+
+def test_grey_is_the_luminance_of_linear_light() -> None:
+    pixels = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    found = grey(pixels)
+    assert torch.equal(found[:, 0], found[:, 2])
+    light = (pixels.double() ** 2.2 * torch.tensor([0.2126, 0.7152, 0.0722]).view(3, 1, 1)).sum(1)
+    torch.testing.assert_close(found[:, 0].double() ** 2.2, light, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(grey(torch.full((1, 3, 2, 2), 0.4)), torch.full((1, 3, 2, 2), 0.4))
+
+
+def test_views_are_square_or_of_the_picture_s_shape() -> None:
+    square, aspect = small_encoders(), small_encoders(shape="aspect")
+    assert square.view_size(80, 40) == (48, 48)
+    assert square.dino_grid(80, 40) == (3, 3)
+    assert aspect.view_size(80, 40) == (64, 32)
+    assert aspect.dino_grid(80, 40) == (2, 4)
+    assert aspect.encode_view(pictures(1, 32, 64))[1].shape == (1, 8, 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"size": 50}, "does not divide by the patch size 16"),
+        ({"shape": "round"}, "must be square or aspect"),
+        ({"variant": "big"}, "is not known"),
+    ],
+)
+def test_views_that_cannot_be_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        DinoView(**{"variant": "tiny", "size": 48, "weights": "random", **options})
+    with pytest.raises(ValueError, match="must be grey or colour"):
+        Encoders(PixelPacking(4), RandomWordVectors(), DinoView("tiny", 48, "random"), "sepia")
+
+
+# ---- fingerprints and checkpoints ------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_tells_encoders_apart() -> None:
+    same = small_encoders()
+    torch.manual_seed(123)  # random weights do not depend on what was drawn before
+    assert small_encoders().fingerprint == same.fingerprint
+    others = [small_encoders("colour"), small_encoders(shape="aspect"), small_encoders(edge=8)]
+    longer = Encoders(same.autoencoder, RandomWordVectors(9, 8), same.view, same.dino_view)
+    found = {encoders.fingerprint for encoders in (same, longer, *others)}
+    assert len(found) == 5
+
+
+def test_stored_weights_come_back_wherever_they_came_from(tmp_path: Path) -> None:
+    encoders = small_encoders()
+    with torch.no_grad():
+        encoders.view.backbone.net.norm.weight.mul_(1.5)  # not the random ones any more
+    state = encoders.state()
+    torch.save(state, tmp_path / "state.pt")
+    other = small_encoders()
+    other.view.options["weights"] = str(tmp_path / "gone")  # as a run folder that was removed
+    other.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    views = pictures(1, 48, 48)
+    assert torch.equal(other.encode_view(views)[1], encoders.encode_view(views)[1])
+    assert other.fingerprint == encoders.fingerprint
+
+
+def test_other_encoders_than_the_checkpoint_s_are_refused() -> None:
+    with pytest.raises(ValueError, match="use the same encoders="):
+        small_encoders("colour").load_state(small_encoders().state())
+
+
+def test_nothing_is_loaded_before_it_is_used() -> None:
+    from hydra.utils import instantiate
+
+    encoders = instantiate(compose("train", ["model=patch_dit", "encoders=flux_t5_dinov3"]).encoders)
+    sizes = (
+        encoders.latent_channels,
+        encoders.latent_stride,
+        encoders.text_length,
+        encoders.text_dim,
+        encoders.dino_dim,
+    )
+    assert sizes == (16, 8, 512, 4096, 1024)
+    assert encoders.dino_grid(512, 768) == (14, 14)
+    assert encoders.view.state() is None  # a large DINO is known by name, and not loaded to find that out
+    assert encoders.view._backbone is None
+
+
+# ---- the hub's formats -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as FLUX.1's, with a small random autoencoder, T5 encoder and tokenizer."""
+    from diffusers import AutoencoderKL
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    folder = tmp_path_factory.mktemp("flux")
+    torch.manual_seed(0)
+    AutoencoderKL(
+        latent_channels=16,
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=32,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).save_pretrained(folder / "vae")
+    config = T5Config(
+        vocab_size=32, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3, feed_forward_proj="gated-gelu"
+    )
+    T5EncoderModel(config).save_pretrained(folder / "text_encoder_2")
+    words = [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        *["a", "red", "gold", "cube", "left", "right", "of", "the", "blue", "block", "near"],
+    ]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder / "tokenizer_2")
+    return folder
+
+
+def text_of(flux: Path, length: int = 12) -> T5Text:
+    return T5Text(str(flux), length, 24, "float32", "text_encoder_2", "tokenizer_2")
+
+
+def test_the_autoencoder_of_a_flux_folder(flux: Path) -> None:
+    autoencoder = FluxAutoencoder(str(flux), dtype="float32")
+    shown = pictures(2, 32, 48)
+    latents = autoencoder.encode(shown)
+    assert latents.shape == (2, 16, 4, 6)
+    assert torch.equal(latents, autoencoder.encode(shown))  # the mean, not a draw
+    posterior = autoencoder.model.encode(shown.float() / 127.5 - 1).latent_dist
+    torch.testing.assert_close(latents, (posterior.mean - 0.1159) * 0.3611)
+    decoded = autoencoder.decode(latents)
+    torch.testing.assert_close(decoded, (autoencoder.model.decode(posterior.mean).sample + 1) / 2, atol=1e-4, rtol=1e-4)
+    own = FluxAutoencoder(str(flux / "vae"), dtype="float32")  # the part's own folder
+    torch.testing.assert_close(own.encode(shown), latents)
+    assert own.description() == autoencoder.description()
+
+
+def test_an_autoencoder_of_another_size_is_refused(flux: Path) -> None:
+    with pytest.raises(ValueError, match="latents of 16 channels and stride 8; 4 and 8 are asked for"):
+        _ = FluxAutoencoder(str(flux), channels=4).model
+
+
+def test_t5_states_do_not_depend_on_the_padding(flux: Path) -> None:
+    text = text_of(flux)
+    captions = ["a red cube", "a gold cube left of the blue block near the red cube"]
+    states, mask = text.encode(captions)
+    assert states.shape == (2, 12, 24)
+    assert mask.sum(dim=1).tolist() == [4, 12]  # with the end of the sentence; the second is cut off
+    assert not states[~mask].any()
+    alone, alone_mask = text.encode(captions[:1])
+    assert torch.equal(alone_mask, mask[:1])
+    torch.testing.assert_close(alone, states[:1], atol=1e-5, rtol=1e-5)
+
+
+def test_t5_of_another_width_is_refused(flux: Path) -> None:
+    with pytest.raises(ValueError, match=r"states of 24 numbers, encoders\.text\.width=4096"):
+        T5Text(str(flux), subfolder="text_encoder_2", tokenizer_subfolder="tokenizer_2").encode(["a"])
+
+
+def test_the_real_encoders_joined(flux: Path) -> None:
+    view = DinoView("dinov3_vitl16", 32, "random", width=16, depth=1, heads=2)
+    encoders = Encoders(FluxAutoencoder(str(flux), dtype="float32"), text_of(flux), view, "colour")
+    assert encoders.fingerprint == encoders.fingerprint
+    cls, patches = encoders.encode_view(pictures(1, 32, 32))
+    assert (cls.shape, patches.shape) == ((1, 16), (1, 4, 16))
+    other = Encoders(encoders.autoencoder, text_of(flux, 13), view, "colour")
+    assert other.fingerprint != encoders.fingerprint
+
+
+@pytest.mark.parametrize("part", [FluxAutoencoder("nowhere/at-all"), T5Text("nowhere/at-all")])
+def test_what_cannot_be_had_says_what_to_do(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"cannot be loaded from nowhere/at-all .* name a local folder"):
+        part.description()
+
+
+def test_without_diffusers_it_names_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = builtins.__import__
+
+    def without(name: str, *arguments: Any) -> Any:
+        if name == "diffusers":
+            raise ImportError("No module named 'diffusers'")
+        return original(name, *arguments)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"pip install 'keygrip\[dit\]'"):
+        _ = FluxAutoencoder("anywhere").model
+
+
+def test_a_loaded_model_keeps_the_weights_that_its_encoders_name() -> None:
+    """Loading a checkpoint sets pretrained backbones to random, since their weights come with it; a frozen encoder's do
+    not."""
+    from omegaconf import OmegaConf
+
+    from keygrip.training.checkpoints import _make_backbones_random
+
+    node = OmegaConf.to_container(
+        compose("train", ["model=patch_dit", "encoders=flux_t5_dinov3"]).encoders, resolve=True
+    )
+    _make_backbones_random(node)
+    assert isinstance(node, dict)
+    assert node["view"]["weights"] == "pretrained"
+    assert np.isscalar(node["view"]["size"])

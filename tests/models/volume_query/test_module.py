@@ -1,0 +1,229 @@
+"""The training module: its loss against a loss written out, its floors, its pictures, and the policy made from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from keygrip.data.batches import PolicyBatch
+from keygrip.data.robot.augmentation import ImageGeometry
+from keygrip.data.robot.datamodule import DemoStatistics
+from keygrip.models.backbone import DinoBackbone
+from keygrip.models.geometry.rotation_codecs import PCARotation
+from keygrip.models.geometry.rotations import rotation_exp
+from keygrip.models.volume_query.decoding import Decoder
+from keygrip.models.volume_query.figures import prediction_figure
+from keygrip.models.volume_query.module import VolumeQueryModule
+from keygrip.models.volume_query.network import VolumeQueryNetwork
+from keygrip.models.volume_query.targets import height_centres
+from keygrip.training.images import figure_to_image
+from keygrip.training.optimizers import AdamW
+
+S, P, Z, T = 64, 16, 8, 3
+
+
+def build(arms: tuple[str, ...] = ("right",), tmp: Path | None = None, **options: Any) -> VolumeQueryModule:
+    torch.manual_seed(0)
+    backbone = DinoBackbone(variant="tiny", image_size=S, weights="random", width=32, depth=1, heads=2)
+    network_options = options.pop("network", {})
+    network = VolumeQueryNetwork(
+        backbone, S, 6, arms=arms, horizon=T, pred_size=P, height_bins=Z, gripper_bins=4, **network_options
+    )
+    module = VolumeQueryModule(
+        network, PCARotation(classes=6), AdamW(lr=1e-3, schedule="constant"), Decoder(), **options
+    )
+    if tmp is not None:
+        module.set_statistics(statistics(arms, tmp))
+    return module
+
+
+def statistics(arms: tuple[str, ...], folder: Path, **changes: Any) -> DemoStatistics:
+    turns = rotation_exp(torch.linspace(-0.6, 0.6, 40)[:, None] * torch.tensor([0.0, 0.0, 1.0])).numpy()
+    values: dict[str, Any] = {
+        "height_range": (0.0, 0.2),
+        "position_range": ((-0.3, -0.3, 0.0), (0.3, 0.3, 0.2)),
+        "quaternions": dict.fromkeys(arms, turns),
+        "arms": arms,
+        "targets": "reached",
+        "horizon": T,
+        "step_seconds": 0.3,
+        "geometry": ImageGeometry(S, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+        "demos": 1,
+        "frames": 40,
+        "fingerprint": "test",
+        "cache_dir": folder,
+    }
+    return DemoStatistics(**{**values, **changes})
+
+
+def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> float:
+    return float(F.cross_entropy(logits.detach(), target))
+
+
+def batch(size: int = 2, arms: int = 1, seed: int = 0) -> PolicyBatch:
+    """Random poses over a table seen straight from above, 1 m away: all inside the image."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    position = (rand(size, arms, T, 3) - 0.5) * torch.tensor([0.4, 0.4, 0.2]) + torch.tensor([0.0, 0.0, 0.1])
+    start = (rand(size, arms, 3) - 0.5) * torch.tensor([0.4, 0.4, 0.2]) + torch.tensor([0.0, 0.0, 0.1])
+    turn = (rand(size, arms, T, 1) - 0.5) * torch.tensor([0.0, 0.0, 1.0])
+    camera = torch.tensor([[1.0, 0, 0, 0], [0, -1, 0, 0], [0, 0, -1, 1], [0, 0, 0, 1]])
+    k = torch.tensor([[80.0, 0, 32], [0, 80.0, 32], [0, 0, 1]])
+    return PolicyBatch(
+        image=torch.randn(size, 3, S, S, generator=generator),
+        intrinsics=k.expand(size, 3, 3),
+        world_to_camera=camera.expand(size, 4, 4),
+        start_position=start,
+        start_quaternion=rotation_exp(torch.zeros(size, arms, 3)),
+        start_gripper=torch.ones(size, arms),
+        position=position,
+        quaternion=rotation_exp(turn),
+        gripper=rand(size, arms, T),
+        repeated=torch.zeros(size, arms, T, dtype=torch.bool),
+        keyframe=position[:, :, -1],
+        demo_index=torch.zeros(size, dtype=torch.long),
+        frame_index=torch.arange(size),
+        instruction=["go"] * size,
+    )
+
+
+@pytest.mark.parametrize("arms", [("right",), ("left", "right")])
+def test_loss_is_the_mean_over_valid_steps_of_the_dense_loss(tmp_path: Path, arms: tuple[str, ...]) -> None:
+    module = build(arms, tmp_path)
+    data = batch(arms=len(arms))
+    data.position[0, 0, 1] = torch.tensor([5.0, 0.0, 0.1])  # far outside the image: must not count
+    data.position[1, 0, 2, 2] = 1.5  # behind the camera
+    targets = module.targets(data)
+    assert targets.valid.sum() == targets.valid.numel() - 2
+    output = module(data, targets, teacher=True)
+    losses = module.losses(output, data, targets)
+    volume, gripper, rotation, count = 0.0, 0.0, 0.0, 0
+    dense = output.volume.dense().detach()
+    for b, a, t in targets.valid.nonzero().tolist():
+        x, y, depth = 80 * data.position[b, a, t, 0], -80 * data.position[b, a, t, 1], 1 - data.position[b, a, t, 2]
+        column, row = int((x / depth + 32) * P / S), int((y / depth + 32) * P / S)
+        z = int(data.position[b, a, t, 2] / 0.2 * Z)
+        volume += cross_entropy(dense[b, a, t].flatten()[None], torch.tensor([(z * P + row) * P + column]))
+        gripper += cross_entropy(output.gripper[b, a, t][None], (data.gripper[b, a, t] * 4).long()[None])
+        code = module.codec(arms[a]).encode(data.quaternion[b, a, t])
+        rotation += cross_entropy(output.rotation[b, a, t][None], code[None])
+        count += 1
+    assert float(losses["volume"]) == pytest.approx(volume / count, rel=1e-5)
+    assert float(losses["gripper"]) == pytest.approx(gripper / count, rel=1e-5)
+    assert float(losses["rotation"]) == pytest.approx(rotation / count, rel=1e-5)
+    expected = (volume + 0.5 * gripper + 0.5 * rotation) / count
+    assert float(losses["total"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_floors_are_what_perfect_predictions_would_score(tmp_path: Path) -> None:
+    module = build(("right",), tmp_path)
+    data = batch(size=4)
+    targets = module.targets(data)
+    perfect = module(data, targets, teacher=True)
+    perfect.volume.pixel.data.zero_()
+    perfect.volume.height.data.zero_()
+    for b, a, t in targets.valid.nonzero().tolist():
+        row, column = targets.cells[b, a, t]
+        perfect.volume.pixel.data[b, a, t, row, column] = 50
+        perfect.volume.height.data[b, a, t, targets.heights[b, a, t]] = 50
+    perfect.rotation.data.copy_(F.one_hot(module.codec("right").encode(data.quaternion), 6) * 50.0)
+    metrics = module.metrics(perfect, data, targets)
+    for name in ("pix", "height_m", "position_cm", "rotation_deg"):
+        error = metrics["pix_argmax" if name == "pix" else name]
+        assert float(error) == pytest.approx(float(metrics[f"{name}_floor"]), abs=1e-6), name
+    assert 0 < float(metrics["pix_floor"]) <= S / P / 2 * 2**0.5
+    assert float(metrics["rotation_acc"]) == 1.0
+
+
+def test_a_small_module_learns_a_batch_by_heart(tmp_path: Path) -> None:
+    module = build(
+        ("right",),
+        tmp_path,
+        target="bilinear",
+        network={"state": ["height", "gripper", "rotation"], "step_features": True},
+    )
+    data = batch(size=4)
+    optimizer = torch.optim.Adam(module.network.parameters(), lr=3e-3)
+    first = last = 0.0
+    for step in range(60):
+        targets = module.targets(data)
+        loss = module.losses(module(data, targets, teacher=True), data, targets)["total"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        first, last = (float(loss.detach()), last) if step == 0 else (first, float(loss.detach()))
+    assert last < 0.6 * first
+
+
+def test_pictures_show_the_prediction_and_can_be_switched_off(tmp_path: Path) -> None:
+    module = build(("right",), tmp_path, vis_every_n_steps=0)
+    data = batch()
+    targets = module.targets(data)
+    output = module(data, targets, teacher=True).detach()
+    module.log = lambda *a, **k: None  # type: ignore[method-assign]
+    assert torch.isfinite(module.training_step(data, 0))  # 0 must neither draw nor divide
+    arguments = (
+        output.volume, output.gripper, output.rotation, targets, module.codec("right").encode(data.quaternion[:, 0]),
+        height_centres(torch.tensor([0.0, 0.2]), Z),
+    )  # fmt: skip
+    picture = figure_to_image(prediction_figure(torch.rand(3, S, S), *arguments, sample=0, arm=0))
+    other = figure_to_image(prediction_figure(torch.rand(3, S, S), *arguments, sample=1, arm=0))
+    assert picture.ndim == 3
+    assert picture.shape[2] == 3
+    assert picture.dtype == np.uint8
+    assert (picture != other).any()
+    with pytest.raises(ValueError, match="vis_every_n_steps"):
+        build(vis_every_n_steps=-1)
+
+
+def test_policy_sees_what_validation_sees_and_plans_in_metres(tmp_path: Path) -> None:
+    module = build(("right",), tmp_path, network={"state": ["height", "gripper", "rotation"]}).eval()
+    data = batch(size=1)
+    picture = np.random.default_rng(0).integers(0, 256, (S, S, 3), dtype=np.uint8)
+    image, k = module.statistics.geometry.apply(picture, data.intrinsics[0].numpy())
+    data.image = image[None]
+    torch.testing.assert_close(k, data.intrinsics[0])
+    policy = module.policy()
+    plan = policy.plan(
+        {
+            "image": picture,
+            "intrinsics": data.intrinsics[0].numpy(),
+            "world_to_camera": data.world_to_camera[0].numpy(),
+            "position": data.start_position[0, 0].numpy(),
+            "quaternion": data.start_quaternion[0, 0].numpy(),
+            "gripper": data.start_gripper[0].numpy(),
+        }
+    )
+    with torch.no_grad():
+        output = module(data, module.targets(data), teacher=False)
+        decoded = module.decoder.decode(
+            output, [module.codec("right")], intrinsics=data.intrinsics, world_to_camera=data.world_to_camera,
+            height_range=module.statistics.height_range, image_size=S,
+        )  # fmt: skip
+    low, high = np.array([-0.3, -0.3, 0.0]) - 0.01, np.array([0.3, 0.3, 0.2]) + 0.01
+    np.testing.assert_allclose(plan.position, np.clip(decoded.position[0].numpy(), low, high), atol=1e-5)
+    np.testing.assert_allclose(plan.quaternion, decoded.quaternion[0].numpy(), atol=1e-5)
+    assert plan.step_seconds == pytest.approx(0.3)
+    assert plan.gripper.shape == (1, T)
+
+
+def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
+    module = build()
+    with pytest.raises(ValueError, match="no statistics"):
+        module.targets(batch())
+    with pytest.raises(ValueError, match=r"data\.horizon"):
+        module.set_statistics(statistics(("right",), tmp_path, horizon=5))
+    with pytest.raises(ValueError, match=r"data\.arms"):
+        module.set_statistics(statistics(("left",), tmp_path))
+    with pytest.raises(ValueError, match="range of heights"):
+        module.set_statistics(statistics(("right",), tmp_path, height_range=(0.1, 0.1)))
+    with pytest.raises(ValueError, match=r"rotation\.classes"):
+        VolumeQueryModule(module.network, PCARotation(classes=7), AdamW(lr=1e-3), Decoder())

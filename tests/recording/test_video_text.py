@@ -1,0 +1,120 @@
+"""Shards of robot videos: from tours, from recorded demonstrations, and text alone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from keygrip.config import compose
+from keygrip.data.shards.tars import ShardSet
+from keygrip.data.shards.validation import validate
+from keygrip.data.video_text.conversations import parse_conversations, read_sample
+from keygrip.prepare import run
+from keygrip.recording.video_text import conversations_of, make_demos, make_texts, make_tours, robot_videos, story
+
+
+def test_tours_become_shards_with_kinds_and_seeds_apart(tmp_path: Path) -> None:
+    options = {"train": 5, "val": 2, "test": 1, "videos_per_shard": 2, "processes": 1}
+    report = make_tours(tmp_path, {**options, "tour": {"image_size": 64, "min_frames": 2, "max_frames": 4}})
+    assert (report["train"], report["val"], report["test"]) == (5, 2, 1)
+    found = validate(tmp_path)
+    assert found["errors"] == 0
+    assert set(found["kinds"]) == {"caption", "mark", "cue", "glance"}
+    assert found["kinds"]["caption"] == 8
+    keys = {
+        split: [ShardSet(tmp_path / split).key(n) for n in range(options[split])] for split in ("train", "val", "test")
+    }
+    assert keys["train"][0] == "tour-0000000"
+    assert keys["val"] == ["tour-0500000", "tour-0500001"]
+    assert keys["test"] == ["tour-1000000"]
+    shards = ShardSet(tmp_path / "train")
+    sample = read_sample(shards, 3, 64)
+    assert len(sample.frames) == shards.columns["frames"][3]
+    assert {c.kind for c in sample.conversations} <= {"caption", "mark", "cue", "glance"}
+    mark = next(c for c in sample.conversations if c.kind == "mark")
+    assert mark.turns[0].text.startswith("At second")
+    assert set(mark.evidence) == {"frame", "colour", "pixel", "pixels_seen"}
+
+
+def test_demonstrations_become_shards_with_their_text(tmp_path: Path) -> None:
+    options = {"train": 3, "val": 1, "test": 0, "image_size": 64, "processes": 1}
+    make_demos(tmp_path / "made", {**options, "task": {"name": "pick", "distractors": 1}})
+    shards = ShardSet(tmp_path / "made" / "train")
+    sample = read_sample(shards, 0, 64)
+    demo = tmp_path / "made" / "demos-train" / sample.key
+    metadata = json.loads((demo / "metadata.json").read_text())
+    assert len(sample.frames) == -(-metadata["frames"] // 10)  # one a second of ten
+    kinds = Counter(c.kind for c in sample.conversations)
+    assert kinds["caption"] == 1
+    assert kinds.total() > 3
+    text = json.loads((demo / "text.json").read_text())
+    assert sample.conversations == parse_conversations(
+        {
+            "conversations": [
+                {"kind": c.kind, "turns": [{"role": t.role, "text": t.text} for t in c.turns], "evidence": c.evidence}
+                for c in conversations_of(text)
+            ]
+        }
+    )
+    assert validate(tmp_path / "made")["errors"] == 0
+    # the same recordings through the step, and without their text: the instruction is the caption
+    for folder in (tmp_path / "made" / "demos-train").glob("pick_*"):
+        (folder / "text.json").unlink()
+    report = robot_videos(
+        tmp_path / "made" / "demos-train", tmp_path / "set", image_size=48, val_fraction=0.34, processes=1
+    )
+    assert (report["train"], report["val"]) == (2, 1)
+    plain = read_sample(ShardSet(tmp_path / "set" / "train"), 0, 48)
+    assert [c.kind for c in plain.conversations] == ["caption"]
+    assert plain.conversations[0].turns[1].text == "Pick up the red cube."
+
+
+def test_texts_are_answered_by_what_they_say() -> None:
+    kinds = Counter()
+    for seed in range(200):
+        conversation = story(seed)
+        text, reply = conversation.turns[0].text, conversation.turns[1].text
+        assert story(seed) == conversation
+        sentences = text.split(". ")
+        if "Which digit" in text:
+            colour = text.split("is on the ")[1].split()[0]
+            assert f"The {colour} cube carries the digit {reply}." in text
+            kinds["digit"] += 1
+        elif "first" in text:
+            assert sentences[0].split("points at the ")[1].startswith(reply)
+            kinds["first"] += 1
+        elif "last" in text:
+            assert sentences[0].endswith(f"the {reply} cube")
+            kinds["last"] += 1
+        else:
+            assert sentences[0].count("cube") == int(reply)
+            kinds["count"] += 1
+    assert min(kinds.values()) > 25
+
+
+def test_texts_have_no_frames(tmp_path: Path) -> None:
+    make_texts(tmp_path, {"train": 12, "val": 3, "test": 0})
+    shards = ShardSet(tmp_path / "train")
+    assert len(shards) == 12
+    assert not np.any(shards.columns["frames"])
+    assert set(shards.columns["kinds"].tolist()) == {"text"}
+
+
+def test_the_steps_run_from_their_configs(tmp_path: Path) -> None:
+    overrides = ["simulated.train=2", "simulated.val=1", "simulated.test=0", "image_size=48", "processes=1"]
+    report = run(compose("prepare", ["step=robot_videos", f"root={tmp_path / 'set'}", *overrides]))
+    assert report["train"] == 2
+    assert run(compose("prepare", ["step=manifest", f"root={tmp_path / 'set'}", "again=true"]))["samples"] == 3
+    assert run(compose("prepare", ["step=validate", f"root={tmp_path / 'set'}"]))["errors"] == 0
+
+
+@pytest.mark.parametrize("step", ["smoltalk", "cauldron", "webvid", "video_sft"])
+def test_steps_name_a_download_that_is_missing(step: str, tmp_path: Path) -> None:
+    stage = ["stage=1"] if step == "smoltalk" else []
+    cfg = compose("prepare", [f"step={step}", f"source={tmp_path / 'nothing'}", f"root={tmp_path / 'set'}", *stage])
+    with pytest.raises(Exception, match="nothing"):
+        run(cfg)

@@ -1,0 +1,138 @@
+"""``python -m keygrip.serve`` with trained checkpoints of every robot policy."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from keygrip import serve, train
+from keygrip.config import compose
+from keygrip.envs.yam.environment import YamCell
+from keygrip.envs.yam.tasks import TaskOptions
+from keygrip.runtime.client import RemotePolicy
+from keygrip.training.checkpoints import load_module
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "data=yam_language", "data.record.demos=2", "data.record.image_size=72", "data.record.processes=1",
+    "data.batch_size=4", "data.num_workers=0", "data.cache_gb=0", "backbone.image_size=48", "backbone.width=32",
+    "backbone.depth=1", "backbone.heads=2", "strategy=cpu", "strategy.precision=32-true", "logger=none", "max_steps=1",
+    "val_every_n_steps=1", "limit_val_batches=1",
+]  # fmt: skip
+MODELS = {
+    "volume_query": ["model=volume_query", "model.network.pred_size=12", "model.vis_every_n_steps=0"],
+    "coordinate_regression": ["model=coordinate_regression", "model.network.width=32"],
+    "geometry_vla": [
+        "model=geometry_vla", "model.network.blocks=1", "model.network.future_tokens=2", "vlm.vision.patch_size=8",
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A run of one step of each model on the same two demonstrations of named cubes."""
+    folder = tmp_path_factory.mktemp("serve")
+    runs: dict[str, Path] = {}
+
+    def run(name: str) -> Path:
+        if name not in runs:
+            places = [f"data.record.folder={folder / 'data'}", f"run_dir={folder / name}"]
+            metrics = train.run(compose("train", [*SMALL, *MODELS[name], *places]))
+            assert all(np.isfinite(value) for value in metrics.values())
+            runs[name] = folder / name
+        return runs[name]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[str, Any]:
+    cell = YamCell(
+        TaskOptions(name="named_place", distractors=2, pedestal_m=0.06), image_size=72, cameras=("over", "front")
+    )
+    observation, _ = cell.reset(seed=500_000)
+    cell.close()
+    return observation
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_plan_over_the_wire_is_the_plan_at_home(
+    trained: Callable[[str], Path], running: Callable[..., Any], seen: dict[str, Any], name: str
+) -> None:
+    run = trained(name)
+    local, served = (load_module(run).policy() for _ in range(2))  # type: ignore[operator]
+    server = running(served, served.needs)
+    with RemotePolicy(server.url) as policy:
+        assert policy.needs.arms == ("right",)
+        assert policy.needs.cameras == (("over", "front") if name == "geometry_vla" else ())
+        assert policy.needs.instruction == (name == "geometry_vla")
+        for _ in range(2):
+            ours, theirs = policy.plan(seen), local.plan(seen)
+            for part in ("position", "quaternion", "gripper"):
+                np.testing.assert_array_equal(getattr(ours, part), getattr(theirs, part))
+            assert ours.step_seconds == theirs.step_seconds
+            assert (ours.uncertainty is None) == (theirs.uncertainty is None)
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "keygrip.serve", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ) | variables,
+    )
+
+
+def test_the_command_serves_until_it_is_told_to_stop(trained: Callable[[str], Path], seen: dict[str, Any]) -> None:
+    run = trained("coordinate_regression")
+    process = start(f"checkpoint={run}", "port=0", "device=cpu")
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, process.stderr.read() if process.stderr else ""
+        about = json.loads(line)
+        assert about["model"] == "CoordinateRegressionModule"
+        assert about["url"].startswith("http://127.0.0.1:")
+        with RemotePolicy(about["url"], timeout_s=60) as policy:
+            assert policy.plan(seen).position.shape == (1, 8, 3)
+            process.send_signal(signal.SIGTERM)
+            out, err = process.communicate(timeout=100)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, out) == (0, "")
+    assert "stopped" in err
+    assert "Traceback" not in err
+
+
+def test_a_model_that_drives_no_robot_is_refused(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    train.run(compose("train", toy_overrides("run", "max_steps=1")))
+    with pytest.raises(ValueError, match="holds a ToyModule, which drives no robot: nothing to serve"):
+        serve.run(compose("serve", [f"checkpoint={tmp_path / 'run'}"]))
+
+
+def test_settings_are_checked(trained: Callable[[str], Path]) -> None:
+    run = trained("coordinate_regression")
+    for override in ("limits.waiting=0", "limits.read_s=-1"):
+        with pytest.raises(Exception, match="must be above 0"):
+            serve.run(compose("serve", [f"checkpoint={run}", override]))
+    with pytest.raises(ValueError, match="CoordinateRegressionPolicy has no setting 'temperature'"):
+        serve.run(compose("serve", [f"checkpoint={run}", "policy.temperature=0"]))
+    with pytest.raises(OSError, match=r"cannot listen at 192\.0\.2\.1"):
+        serve.run(compose("serve", [f"checkpoint={run}", "host=192.0.2.1", "port=0"]))
+
+
+def test_addresses_of_this_machine_alone_are_told_from_others() -> None:
+    reachable = {"127.0.0.1": False, "::1": False, "localhost": False, "0.0.0.0": True, "10.0.0.3": True, "robot": True}
+    assert {host: serve._reachable_from_elsewhere(host) for host in reachable} == reachable

@@ -1,0 +1,286 @@
+"""The server against polite, careless and hostile clients."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import pickle
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from keygrip.models.policy import Needs
+from keygrip.runtime.chunk_execution import RecedingHorizon
+from keygrip.runtime.client import RemotePolicy, ServerError
+from keygrip.runtime.wire import CONTENT_TYPE, encode_observation
+
+Observe = Callable[..., dict[str, Any]]
+Start = Callable[..., Any]
+
+
+def ask(
+    port: int, body: bytes | None, path: str = "/plan", method: str = "POST", headers: dict[str, str] | None = None
+) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, JSON of the answer (of a plan: nothing) and headers."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.request(method, path, body, {"Content-Type": CONTENT_TYPE} if headers is None else headers)
+    answer = connection.getresponse()
+    content = answer.read()
+    connection.close()
+    said = json.loads(content) if answer.headers["Content-Type"].startswith("application/json") else {}
+    return answer.status, said, dict(answer.headers)
+
+
+def raw(port: int, head: bytes, wait_s: float = 20) -> bytes:
+    """What comes back on a plain connection before the server closes it."""
+    with socket.create_connection(("127.0.0.1", port), timeout=wait_s) as connection:
+        connection.sendall(head)
+        answer = b""
+        while piece := connection.recv(65536):
+            answer += piece
+    return answer
+
+
+def test_a_remote_policy_moves_the_robot_as_the_local_one(running: Start, toy: Any, observation: Observe) -> None:
+    policy = toy()
+    server = running(policy)
+    local, far = RecedingHorizon(toy(), control_hz=10), RecedingHorizon(RemotePolicy(server.url), control_hz=10)
+    for step in range(30):
+        seen = observation(step)
+        np.testing.assert_array_equal(local.act(seen), far.act(seen))
+    assert far.plans == local.plans == len(policy.seen)
+    assert policy.seen[0]["instruction"] == "put the red cube into the bowl"
+    assert list(policy.seen[0]["cameras"]) == ["over", "front"]
+    far.policy.close()
+
+
+def test_health_says_what_is_served_and_what_is_wanted(running: Start, observation: Observe) -> None:
+    server = running()
+    with RemotePolicy(server.url) as policy:
+        assert policy.needs == Needs(arms=("right",), cameras=("over", "front"), instruction=True)
+        policy.plan(observation())
+        policy.plan(observation())
+        health = policy.health()
+    assert health["model"] == "Toy"
+    assert health["observation"]["cameras/over/image"] == {"dtype": "uint8", "shape": ["H", "W", 3]}
+    assert health["observation"]["position"]["shape"] == [1, 3]
+    assert health["limits"]["waiting"] == 4
+    assert health["answers"]["200"] == 3  # two plans and the client's first look
+    assert health["plan_p95_ms"] >= health["plan_p50_ms"] > 0
+
+
+def test_malformed_requests_are_refused_with_a_sentence(running: Start, observation: Observe, needs: Needs) -> None:
+    server, good = running(), encode_observation(observation(), needs)
+    status, said, _ = ask(server.port, pickle.dumps({"position": np.zeros(3)}))
+    assert status == 400
+    assert "not in the safetensors format" in said["error"]
+    status, said, _ = ask(server.port, encode_observation(observation(gripper=np.array(7.0)), needs))
+    assert (status, said["error"]) == (400, "'gripper' must lie in 0 (closed) to 1 (open)")
+    for headers in ({}, {"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}):
+        status, said, _ = ask(server.port, good, headers=headers)
+        assert status == 415
+        assert CONTENT_TYPE in said["error"]
+    zipped = {"Content-Type": CONTENT_TYPE, "Content-Encoding": "gzip"}
+    assert ask(server.port, good, headers=zipped)[0] == 415
+    assert ask(server.port, good, path="/elsewhere")[:2] == (404, {"error": "there is POST /plan and GET /health"})
+    assert ask(server.port, None, method="GET")[0] == 405
+    assert ask(server.port, None, path="/health", method="DELETE")[0] == 405
+    assert b"400 Bad Request" in raw(server.port, b"NONSENSE\r\n\r\n")
+    assert b"400 Bad Request" in raw(server.port, b"GET /health HTTP/1.1\r\nX: " + b"a" * 20000 + b"\r\n\r\n")
+    assert ask(server.port, good)[0] == 200  # and it still works
+
+
+def test_large_bodies_are_refused_before_they_are_read(running: Start, observation: Observe, needs: Needs) -> None:
+    server = running(request_mb=0.1)
+    head = f"POST /plan HTTP/1.1\r\nHost: x\r\nContent-Type: {CONTENT_TYPE}\r\n"
+    announced = raw(server.port, f"{head}Content-Length: 50000000000\r\n\r\n".encode())  # not one byte of it is sent
+    assert b"413" in announced.splitlines()[0]
+    assert b"larger than 0.1 MB" in announced
+    piece = b"10000\r\n" + bytes(0x10000) + b"\r\n"  # in chunks, of no announced length
+    assert b"413" in raw(server.port, f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + 3 * piece).splitlines()[0]
+    assert ask(server.port, encode_observation(observation(), needs))[0] == 200
+
+
+def test_a_client_that_never_finishes_is_dropped(running: Start, observation: Observe, needs: Needs) -> None:
+    server, body = running(read_s=0.3, idle_s=0.5), encode_observation(observation(), needs)
+    head = f"POST /plan HTTP/1.1\r\nHost: x\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n"
+    answer = raw(server.port, head.encode() + body[:100])
+    assert b"408" in answer.splitlines()[0]
+    assert b"did not arrive within 0.3 s" in answer
+    assert raw(server.port, b"") == b""  # a connection without a word
+    assert raw(server.port, head.encode()[:40]) == b""  # half a head
+    assert ask(server.port, body)[0] == 200
+
+
+def test_bytes_that_trickle_in_do_not_keep_a_connection(running: Start, observation: Observe, needs: Needs) -> None:
+    server, body = running(read_s=0.3, idle_s=0.5), encode_observation(observation(), needs)
+    with (
+        socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection,
+        pytest.raises(ConnectionError),  # the server hangs up
+    ):
+        for letter in b"POST /plan HTTP/1.1\r\nHost: " + b"x" * 400:
+            connection.sendall(bytes([letter]))
+            time.sleep(0.02)
+    assert ask(server.port, body)[0] == 200
+
+
+def test_a_crowd_is_served_or_refused_and_nobody_is_left_waiting(
+    running: Start, toy: Any, observation: Observe, needs: Needs
+) -> None:
+    at_once, most, someone_refused = 0, 0, threading.Event()
+
+    def slow() -> None:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        someone_refused.wait(20)
+        at_once -= 1
+
+    server, body = running(toy(slow), waiting=3, requests=20), encode_observation(observation(), needs)
+
+    def one_of_them(_: int) -> tuple[int, dict[str, Any], dict[str, str]]:
+        answer = ask(server.port, body)
+        if answer[0] == 503:
+            someone_refused.set()
+        return answer
+
+    with ThreadPoolExecutor(16) as crowd:
+        answers = list(crowd.map(one_of_them, range(64)))
+    statuses = Counter(status for status, _, _ in answers)
+    assert set(statuses) == {200, 503}
+    assert statuses[200] >= 3  # those who were in time
+    assert most == 1  # one plan at a time
+    refused = [(said, headers) for status, said, headers in answers if status == 503]
+    assert all(said["error"].startswith("busy with 3 plans") for said, _ in refused)
+    assert refused[0][1]["Retry-After"] == "1"
+    assert ask(server.port, body)[0] == 200
+    health = ask(server.port, None, path="/health", method="GET")[1]
+    assert health["answers"] == {"200": statuses[200] + 1, "503": statuses[503]}
+
+
+def test_requests_that_still_arrive_count_too(running: Start, observation: Observe, needs: Needs) -> None:
+    server, body = running(requests=2, read_s=20), encode_observation(observation(), needs)
+    head = f"POST /plan HTTP/1.1\r\nHost: x\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n"
+    held = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(2)]
+    for connection in held:
+        connection.sendall(head.encode())
+    deadline = time.monotonic() + 20
+    while (status := ask(server.port, body)[0]) == 200 and time.monotonic() < deadline:
+        time.sleep(0.01)  # until both heads have been read
+    assert status == 503
+    for connection in held:
+        connection.sendall(body)
+        assert b"200 OK" in connection.recv(65536)
+        connection.close()
+    assert ask(server.port, body)[0] == 200
+
+
+def test_a_client_waits_a_little_for_a_busy_server(running: Start, toy: Any, observation: Observe) -> None:
+    free = threading.Event()
+    server = running(toy(lambda: free.wait(20)), waiting=1)
+    with (
+        RemotePolicy(server.url) as first,
+        RemotePolicy(server.url, patience_s=0.1) as second,
+        ThreadPoolExecutor(1) as other,
+    ):
+        planned = other.submit(first.plan, observation())
+        while not server.server._planning:
+            time.sleep(0.01)
+        with pytest.raises(ServerError, match="503: busy with 1 plans") as caught:
+            second.plan(observation())
+        assert caught.value.status == 503
+        second.patience_s = 20
+        threading.Timer(0.1, free.set).start()
+        assert second.plan(observation()).step_seconds == 0.3
+        assert planned.result(20).step_seconds == 0.3
+
+
+def test_what_goes_wrong_in_the_policy_is_told_apart(running: Start, toy: Any, observation: Observe) -> None:
+    trouble: list[Exception] = [ValueError("the ray meets no plane"), ZeroDivisionError("oops")]
+
+    def fail() -> None:
+        if trouble:
+            raise trouble.pop(0)
+
+    server = running(toy(fail))
+    with RemotePolicy(server.url) as policy:
+        with pytest.raises(ValueError, match=r"^the ray meets no plane$"):  # as the local policy would
+            policy.plan(observation())
+        with pytest.raises(ServerError, match="500: the policy failed: ZeroDivisionError: oops"):
+            policy.plan(observation())
+        assert policy.plan(observation()).step_seconds == 0.3
+
+
+def test_a_plan_that_takes_too_long_is_given_up_but_not_forgotten(
+    running: Start, toy: Any, observation: Observe
+) -> None:
+    free = threading.Event()
+    server = running(toy(lambda: free.wait(20)), waiting=1, plan_s=0.2)
+    with RemotePolicy(server.url, patience_s=0) as policy:
+        with pytest.raises(ServerError, match=r"504: the plan took longer than 0\.2 s"):
+            policy.plan(observation())
+        with pytest.raises(ServerError, match="503"):  # the thread still works on it
+            policy.plan(observation())
+        free.set()
+        policy.patience_s = 20
+        assert policy.plan(observation()).step_seconds == 0.3
+
+
+def test_it_listens_at_its_address_alone(running: Start) -> None:
+    server = running()
+    assert ask(server.port, None, path="/health", method="GET")[0] == 200
+    other = "127.0.0.2"  # this machine too, and not the address that was given
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((other, server.port), timeout=5)
+    there = running(host=other)
+    assert there.url.startswith(f"http://{other}:")
+    with RemotePolicy(there.url) as policy:
+        assert policy.health()["model"] == "Toy"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", there.port), timeout=5)
+
+
+def test_an_address_of_another_machine_is_refused_in_one_line(running: Start) -> None:
+    with pytest.raises(OSError, match=r"cannot listen at 192\.0\.2\.1, port 0: ") as caught:
+        running(host="192.0.2.1")  # reserved for documentation: nobody's
+    assert "\n" not in str(caught.value)
+
+
+def test_a_kept_connection_that_the_server_closed_is_opened_again(running: Start, observation: Observe) -> None:
+    server = running(idle_s=0.2)
+    with RemotePolicy(server.url) as policy:
+        policy.plan(observation())
+        time.sleep(0.6)
+        assert policy.plan(observation()).step_seconds == 0.3
+
+
+def test_a_stopped_server_finishes_what_it_began_and_is_gone(running: Start, toy: Any, observation: Observe) -> None:
+    begun, free = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        free.wait(20)
+
+    server = running(toy(wait))
+    policy = RemotePolicy(server.url)
+    with ThreadPoolExecutor(1) as other:
+        planned = other.submit(policy.plan, observation())
+        assert begun.wait(20)
+        threading.Timer(0.2, free.set).start()
+        server.stop()
+        assert planned.result(20).step_seconds == 0.3
+    with pytest.raises(ConnectionError, match=r"no policy server answers at http://127.*python -m keygrip\.serve"):
+        policy.plan(observation())
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:80", "https://127.0.0.1:80", "http://127.0.0.1:80/plan"])
+def test_a_bad_address_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="http://HOST:PORT"):
+        RemotePolicy(url)

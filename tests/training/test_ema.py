@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from keygrip import train
+from keygrip.config import compose
+from keygrip.training.checkpoints import read_checkpoint
+from keygrip.training.ema import AveragedWeights
+
+
+def test_average_follows_its_formula_and_validation_sees_it(
+    toy_overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import toy_parts
+
+    history: list[dict[str, Tensor]] = []
+    seen: list[tuple[int, Tensor]] = []
+
+    def note(self: toy_parts.ToyModule, batch: dict[str, Tensor], batch_idx: int) -> None:
+        history.append({name: p.detach().clone() for name, p in self.named_parameters()})
+
+    def validate(self: toy_parts.ToyModule, batch: dict[str, Tensor], batch_idx: int) -> None:
+        if not self.trainer.sanity_checking:
+            seen.append((self.trainer.global_step, self.network[0].weight.detach().clone()))
+
+    monkeypatch.setattr(toy_parts.ToyModule, "on_train_batch_start", note, raising=False)
+    monkeypatch.setattr(toy_parts.ToyModule, "validation_step", validate)
+    train.run(compose("train", toy_overrides("run", "callbacks.average.decay=0.5")))
+    checkpoint = read_checkpoint(tmp_path / "run")
+    history.append(dict(checkpoint["state_dict"]))
+
+    average = {name: value.clone() for name, value in history[0].items()}
+    by_step = {}
+    for n, weights in enumerate(history[1:], start=1):
+        decay = min(0.5, (1 + n) / (10 + n))
+        average = {name: decay * average[name] + (1 - decay) * weights[name] for name in average}
+        by_step[n] = average
+    assert checkpoint["average"]["updates"] == 13
+    for name, value in checkpoint["average"]["parameters"].items():
+        torch.testing.assert_close(value, by_step[13][name])
+    assert {step for step, _ in seen} == {4, 8, 12}
+    for step, weight in seen:
+        torch.testing.assert_close(weight, by_step[step]["network.0.weight"])
+
+
+def test_validation_leaves_training_as_it_was(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    train.run(compose("train", toy_overrides("often", "val_every_n_steps=1")))
+    train.run(compose("train", toy_overrides("never", "limit_val_batches=0")))
+    often, never = (read_checkpoint(tmp_path / name)["state_dict"] for name in ("often", "never"))
+    for name in often:
+        assert torch.equal(often[name], never[name])
+
+
+def test_settings_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match="decay"):
+        AveragedWeights(decay=1.0)
+    with pytest.raises(ValueError, match="every_n_steps"):
+        AveragedWeights(every_n_steps=0)

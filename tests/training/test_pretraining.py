@@ -1,0 +1,51 @@
+"""Runs that another one builds on, made where they are missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from keygrip.training.pretraining import MadeRun
+
+
+def made(overrides: Sequence[str], folder: str) -> MadeRun:
+    return MadeRun(overrides, "mark_reader", folder)
+
+
+def finished(folder: Path) -> None:
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "last.ckpt").write_bytes(b"")
+    (folder / "result.json").write_text(json.dumps({"status": "finished"}))
+
+
+def test_a_run_that_is_there_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+
+    class Done:
+        returncode = 0
+
+    def run(command: list[str], check: bool) -> Done:
+        calls.append(command)
+        finished(Path(command[-1].partition("=")[2]))
+        return Done()
+
+    monkeypatch.setattr("keygrip.training.pretraining.subprocess.run", run)
+    run = made(["experiment=mark_reader", "seed=3"], str(tmp_path))
+    assert run.complete() == run.complete() == run.run_dir
+    assert len(calls) == 1
+    assert calls[0][1:] == ["-m", "keygrip.train", *run.overrides, f"run_dir={run.run_dir}"]
+    assert made(["experiment=mark_reader", "seed=4"], str(tmp_path)).run_dir != run.run_dir
+
+
+def test_a_run_is_made_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"is trained by one process: run `-m keygrip\.train seed=0"):
+        made(["seed=0"], str(tmp_path)).complete()
+
+
+def test_a_failed_run_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"training mark_reader failed: keygrip\.train model=nothing"):
+        made(["model=nothing"], str(tmp_path)).complete()
