@@ -1,6 +1,6 @@
-"""Makes the picture of the foveated model's card from a trained run: ``python docs/make_vlm_pictures.py runs/vlm``.
+"""Makes the picture of the foveated model's card from a trained run: ``python docs/make_vlm_figures.py runs/vlm``.
 
-Writes docs/pictures/where_it_looked.png: a question of each kind about a held-out video, the answer, and where the
+Writes docs/images/where_it_looked.png: a question of each kind about a held-out video, the answer, and where the
 query looked in every frame.
 """
 
