@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from keygrip.config import entry_point
+from keygrip.command import entry_point
 from keygrip.training.run_folder import CHECKPOINT
 
 log = logging.getLogger(__name__)

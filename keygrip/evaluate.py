@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from keygrip.config import EntrySchema, compose, entry_point, register
+from keygrip.command import entry_point
+from keygrip.config import EntrySchema, compose, register
 
 if TYPE_CHECKING:
     from keygrip.evaluation.kinds import Evaluation

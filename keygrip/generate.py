@@ -14,7 +14,8 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig
 
-from keygrip.config import EntrySchema, entry_point, register
+from keygrip.command import entry_point
+from keygrip.config import EntrySchema, register
 
 log = logging.getLogger(__name__)
 

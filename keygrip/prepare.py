@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from keygrip.config import entry_point
+from keygrip.command import entry_point
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:

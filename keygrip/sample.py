@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING, DictConfig
 
-from keygrip.config import EntrySchema, entry_point, register
+from keygrip.command import entry_point
+from keygrip.config import EntrySchema, register
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from keygrip.config import entry_point
+from keygrip.command import entry_point
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -64,7 +64,7 @@ def cli(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., Outcome]]:
     """The train command in this process, in an empty folder."""
-    from keygrip import config, train
+    from keygrip import command, train
 
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
@@ -73,7 +73,7 @@ def cli(
     def run(*arguments: str) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["train", *arguments])
         try:
-            config.entry_point("train", train.run)
+            command.entry_point("train", train.run)
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0)

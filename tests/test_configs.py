@@ -15,8 +15,9 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from keygrip.config import config_folder, known_keys, nearest, register_resolvers
+from keygrip.config import config_folder, known_keys, nearest
 from keygrip.training.checkpoints import build_module
+from keygrip.training.run_folder import register_resolvers
 from keygrip.training.sweeps import planned_jobs
 
 CONF = config_folder()

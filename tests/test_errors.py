@@ -105,12 +105,12 @@ def test_a_failed_run_leaves_what_became_of_it(cli: Callable[..., Any]) -> None:
 
 
 def test_a_failed_command_without_a_run_folder_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from keygrip import config, prepare
+    from keygrip import command, prepare
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["prepare", "step=validate", "root=no_such_folder"])
     with pytest.raises(SystemExit) as stop:
-        config.entry_point("prepare", prepare.print_report)
+        command.entry_point("prepare", prepare.print_report)
     assert stop.value.code == 1
     assert list(tmp_path.iterdir()) == []
 

@@ -7,8 +7,16 @@ from datetime import datetime
 from functools import cache
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 RUNS = Path("runs")
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
+
+
+def register_resolvers() -> None:
+    """Registers the resolvers that ``conf/train.yaml`` uses: ``run_folder``, ``sweep_folder``."""
+    OmegaConf.register_new_resolver("run_folder", choose, replace=True)
+    OmegaConf.register_new_resolver("sweep_folder", choose_for_sweep, replace=True)
 
 
 def choose(run_dir: str | None, resume: bool | str | None, model: str, data: str) -> str:

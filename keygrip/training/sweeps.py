@@ -56,10 +56,15 @@ def record_failure(folder: Path, status: str, line: str, overrides: Sequence[str
     (folder / "error.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
 
 
-def run_job(run: Callable[[DictConfig], Any], cfg: DictConfig, config_name: str, debug: bool) -> Any:
+def run_job(
+    run: Callable[[DictConfig], Any], cfg: DictConfig, describe: Callable[[Exception, Sequence[str]], str], debug: bool
+) -> Any:
     """One job of a sweep. What goes wrong in it is written into its folder, and the sweep goes on.
 
     With ``resume=true`` a job that finished before is not run again, and one that was cut off goes on.
+
+    Args:
+        describe: one line about an error, given it and the job's overrides. debug: writes the trace too.
     """
     from hydra.core.hydra_config import HydraConfig
 
@@ -83,9 +88,7 @@ def run_job(run: Callable[[DictConfig], Any], cfg: DictConfig, config_name: str,
         record_failure(folder, INTERRUPTED, str(stop), overrides, stop)
         raise SweepInterrupted(stop.signal_number, str(stop)) from stop
     except Exception as error:
-        from keygrip.config import describe_error
-
-        line, _ = describe_error(error, config_name, overrides)
+        line = describe(error, overrides)
         record_failure(folder, FAILED, line, overrides, error)
         if debug:
             sys.stderr.write("".join(traceback.format_exception(error)))

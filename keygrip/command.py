@@ -1,0 +1,188 @@
+"""The frame that every command runs in: Hydra, errors as one line, exit codes, signals, sweeps."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from keygrip.config import (
+    SettingError,
+    check_overrides,
+    config_folder,
+    describe_config_error,
+    new_name,
+    one_line,
+    root_cause,
+)
+from keygrip.training import run_folder, sweeps
+from keygrip.training.signals import Interrupted, SweepInterrupted
+
+CONFIG_ERROR = 2
+USER_ERROR = 1
+
+
+def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
+    """Runs ``run(cfg)`` under Hydra with the promises of every command; does not return where something failed.
+
+    A user's error (ValueError, a missing file, a setting that does not exist, ...) becomes one line on standard
+    error and exit code 1, 2 for settings; the trace is shown with ``debug=true``. Ctrl-C and SIGTERM end with 130
+    and 143. In a sweep a failed job is recorded and the others go on; the exit code is then 1.
+    """
+    import hydra
+
+    run = _importable(run)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us whole; what is shown is decided below
+    debug = _debug_requested(sys.argv[1:])
+    failed: list[Exception] = []
+
+    def task(cfg: DictConfig) -> Any:
+        # Pickled to other processes by some launchers: everything needed is imported inside.
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+
+        run_folder.register_resolvers()
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            return sweeps.run_job(run, cfg, lambda error, given: describe_error(error, config_name, given)[0], debug)
+        try:
+            return run(cfg)
+        except Exception as error:
+            _record_failure(error, config_name)
+            failed.append(error)  # raised again outside Hydra, which would add lines of its own
+            return None
+        except KeyboardInterrupt as error:
+            _record_failure(error, config_name)
+            raise
+
+    code = 0
+    try:
+        with _sigterm_raises():
+            run_folder.register_resolvers()
+            check_overrides(config_name, sys.argv[1:])
+            folder = str(config_folder())
+            hydra.main(config_path=folder, config_name=config_name, version_base="1.3")(task)()
+            if failed:
+                raise failed[0]
+    except KeyboardInterrupt:
+        _say("stopped by SIGINT")
+        code = 128 + signal.SIGINT
+    except SweepInterrupted as stop:
+        _say(f"{stop}; go on with the same command, resume=true and hydra.sweep.dir=<its folder>")
+        code = 128 + stop.signal_number
+    except Exception as error:
+        if isinstance(error, Interrupted) and _helper_process():
+            sys.exit(0)  # the first process reports; an exit code here would make Lightning kill it before it has
+        if debug:
+            traceback.print_exc()
+        line, code = describe_error(error, config_name, sys.argv[1:])
+        _say(line)
+        if code == CONFIG_ERROR and {"--help", "-h"} & set(sys.argv[1:]):
+            code = 0  # a command with a choice to be made first: naming the choices is the help
+    for line in sweeps.close_sweeps():
+        _say(line)
+        code = code or USER_ERROR
+    if code:
+        sys.stderr.flush()
+        sys.exit(code)
+
+
+def describe_error(error: BaseException, config_name: str, overrides: Sequence[str]) -> tuple[str, int]:
+    """One line that says what is wrong and what to do, and the exit code."""
+    from hydra.errors import HydraException, InstantiationException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, Interrupted):
+        return str(error), 128 + error.signal_number
+    root = root_cause(error)
+    where = ""
+    if isinstance(error, InstantiationException):
+        key = re.search(r"full_key: (\S+)", str(error))
+        where = f"{key.group(1)}: " if key else ""
+        if isinstance(root, TypeError):
+            unexpected = re.search(r"unexpected keyword argument '([^']+)'", str(root))
+            old = f"{where.removesuffix(': ')}.{unexpected.group(1)}" if unexpected else ""
+            new = new_name(old)
+            if new is not None:
+                return f"the setting {old!r} is now {new!r}", CONFIG_ERROR
+            return f"{where}{one_line(root)}; see the signature, or `--cfg job` for the composed config", CONFIG_ERROR
+        if isinstance(root, InstantiationException):
+            return f"{where}{one_line(root)}", CONFIG_ERROR
+    if isinstance(root, HydraException | OmegaConfBaseException):
+        return describe_config_error(error, config_name, overrides), CONFIG_ERROR
+    if isinstance(root, SettingError):
+        return str(root), CONFIG_ERROR
+    if isinstance(root, ModuleNotFoundError) and root.name and not root.name.startswith("keygrip"):
+        return f"{where}the package {root.name!r} is not installed: pip install {root.name}", USER_ERROR
+    if type(root).__name__ == "OutOfMemoryError":
+        return "out of GPU memory: lower data.batch_size, or shard the model with strategy=fsdp", USER_ERROR
+    expected = (ValueError, OSError, ImportError, NotImplementedError)
+    if isinstance(root, expected) or type(root).__name__ == "MisconfigurationException":
+        return f"{where}{one_line(root)}", USER_ERROR
+    return f"unexpected {type(root).__name__}: {one_line(root)} (debug=true shows where)", USER_ERROR
+
+
+def _debug_requested(overrides: Sequence[str]) -> bool:
+    return any(override.lstrip("+").lower() == "debug=true" for override in overrides)
+
+
+def _helper_process() -> bool:
+    """Whether Lightning started this process from another one that the user started."""
+    return os.environ.get("LOCAL_RANK", "0") != "0" and not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys()
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"keygrip: {line}\n")
+
+
+def _record_failure(error: BaseException, config_name: str) -> None:
+    """Leaves in the run folder what became of the run, and the trace: both are wanted when the terminal is gone."""
+    from hydra.core.hydra_config import HydraConfig
+
+    with contextlib.suppress(Exception):
+        hydra_cfg = HydraConfig.get()
+        folder = Path(hydra_cfg.runtime.output_dir)
+        if folder.resolve() == Path(hydra_cfg.runtime.cwd).resolve():
+            return  # the command has no run folder: nothing is left in the user's
+        overrides = list(hydra_cfg.overrides.task)
+        stopped = isinstance(error, KeyboardInterrupt | Interrupted)
+        line = "stopped by SIGINT" if isinstance(error, KeyboardInterrupt) else ""
+        line = line or describe_error(error, config_name, overrides)[0]
+        status = sweeps.INTERRUPTED if stopped else sweeps.FAILED
+        sweeps.record_failure(folder, status, line, overrides, error)
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM becomes an exception, so that temporary files and child processes are cleaned up on the way out."""
+
+    def handler(number: int, frame: Any) -> None:
+        raise Interrupted(number, f"stopped by {signal.Signals(number).name}")
+
+    try:
+        previous = signal.signal(signal.SIGTERM, handler)
+    except ValueError:  # not the main thread: a test or a notebook
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _importable(run: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """``run`` of the module proper where it comes from ``__main__``: it can then be sent to another process."""
+    main = sys.modules.get("__main__")
+    spec = getattr(main, "__spec__", None)
+    if run.__module__ != "__main__" or spec is None:
+        return run
+    import importlib
+
+    return getattr(importlib.import_module(spec.name), run.__name__)
