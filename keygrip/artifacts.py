@@ -1,0 +1,201 @@
+"""Files that are written whole or not at all, made once under a lock, and known by their hash.
+
+Everything that keygrip writes goes through this module: checkpoints, shards, recordings, statistics, configuration,
+metadata and results. A file appears under its name only when it is complete and on the disk; a process that is killed
+leaves the previous file as it was. Temporaries are hidden files beside the target, ``.<name>.<pid>-<random>.writing``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+WRITING = ".writing"
+BLOCK_BYTES = 1 << 20
+
+
+class DiskFullError(OSError):
+    """There is no room left for a file; the previous one is as it was and the temporary file is gone."""
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """A file that takes the place of ``path`` when the block ends, and leaves no trace where the block fails.
+
+    Folders above it are made. The content is flushed to the disk before the file is renamed.
+
+    Args:
+        path: the target. mode: "wb" or "w" (UTF-8).
+
+    Raises:
+        DiskFullError: the disk or the quota is full. ValueError: another mode.
+    """
+    if mode not in ("wb", "w"):
+        raise ValueError(f"atomic_write writes whole files: mode is 'wb' or 'w', not {mode!r}")
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(target)
+    try:
+        with full_disk_is_named(target):
+            with temporary.open(mode, encoding="utf-8" if mode == "w" else None) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        _flush_folder(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """``text`` as UTF-8, whole or not at all."""
+    with atomic_write(path, "w") as file:
+        file.write(text)
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """``content``, whole or not at all."""
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
+    """``content`` as JSON with a final newline, whole or not at all.
+
+    Raises:
+        ValueError, TypeError: it is not JSON; nothing is written then.
+    """
+    write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """An empty folder that takes the name ``path`` when the block ends, and is removed where the block fails.
+
+    Raises:
+        FileExistsError: ``path`` exists with something in it, at the start or at the end.
+        DiskFullError: the disk or the quota is full.
+    """
+    target = Path(path)
+    _refuse_existing(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(target)
+    temporary.mkdir()
+    try:
+        with full_disk_is_named(target):
+            yield temporary
+        try:
+            temporary.rename(target)  # an empty folder of that name is replaced
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                _refuse_existing(target)
+            raise
+        _flush_folder(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path: str | Path, wait: bool = True) -> Iterator[None]:
+    """Holds an exclusive lock on a file, across processes; the lock ends with the block or with the process.
+
+    Args:
+        path: the lock's own file, made where it is missing and left there. wait: False raises where another holds it.
+
+    Raises:
+        BlockingIOError: another process holds it, and ``wait`` is False.
+    """
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def make_once(path: str | Path, complete: Callable[[Path], bool], make: Callable[[Path], None]) -> bool:
+    """Makes what is missing, in one process at a time; the others wait and find it made.
+
+    Args:
+        path: of the artefact. complete: whether it is there and whole. make: makes it; it writes atomically itself.
+
+    Returns:
+        Whether this call made it.
+
+    Raises:
+        RuntimeError: it is still incomplete after ``make``.
+    """
+    target = Path(path)
+    with locked(target.with_name(f".{target.name}.lock")):
+        if complete(target):
+            return False
+        make(target)
+        if not complete(target):
+            raise RuntimeError(f"{target} is incomplete after it was made")
+        return True
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_bytes(content: bytes) -> str:
+    """SHA-256 in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def temporary_beside(target: Path) -> Path:
+    """A name for the temporary file of ``target``, hidden and in the same folder, that nobody else uses."""
+    return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}{WRITING}")
+
+
+@contextlib.contextmanager
+def full_disk_is_named(target: Path) -> Iterator[None]:
+    """Turns the errors of a full disk, torch's own among them, into one sentence about ``target``."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not _is_full_disk(error, target):
+            raise
+        raise DiskFullError(
+            errno.ENOSPC, f"no space left for {target}: free some or choose another folder; nothing was written"
+        ) from error
+
+
+def _is_full_disk(error: OSError | RuntimeError, target: Path) -> bool:
+    if isinstance(error, DiskFullError):
+        return False
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # torch's zip writer reports every failed write as an assertion of its own, without the system's reason
+    text = str(error)
+    return "inline_container" in text or "PytorchStreamWriter" in text or "unexpected pos" in text
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if target.exists() or target.is_symlink():
+        raise FileExistsError(errno.EEXIST, "it exists already: remove it or choose another folder", str(target))
+
+
+def _flush_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some file systems cannot flush a folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,146 @@
+"""Files are written whole or not at all, also when the process is killed or the disk is full."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from keygrip import artifacts
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_block_that_fails_leaves_the_old_file_and_no_temporary(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file.txt"
+    artifacts.write_text(path, "old")
+    with pytest.raises(KeyError), artifacts.atomic_write(path, "w") as file:
+        file.write("half")
+        raise KeyError
+    assert path.read_text() == "old"
+    assert names(path.parent) == ["file.txt"]
+    artifacts.write_bytes(path, b"\x00new")
+    assert path.read_bytes() == b"\x00new"
+    with pytest.raises(ValueError, match="mode"), artifacts.atomic_write(path, "a"):
+        pass
+
+
+def test_json_that_is_none_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        artifacts.write_json(tmp_path / "x.json", {"a": object()})
+    assert names(tmp_path) == []
+    artifacts.write_json(tmp_path / "x.json", {"ä": 1})
+    assert (tmp_path / "x.json").read_text(encoding="utf-8") == '{\n "ä": 1\n}\n'
+
+
+def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    script = (
+        "import sys, time\nfrom keygrip.artifacts import atomic_write\n"
+        "with atomic_write(sys.argv[1]) as file:\n"
+        "    file.write(b'half'); file.flush(); print('now', flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 64 vs 0"),
+    ],
+)
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, error: Exception) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(artifacts.DiskFullError, match=f"no space left for {path}"), artifacts.atomic_write(path):
+        raise error
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["file"]
+    with pytest.raises(artifacts.DiskFullError), artifacts.atomic_folder(tmp_path / "folder") as folder:
+        (folder / "part").touch()
+        raise error
+    assert names(tmp_path) == ["file"]
+
+
+def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError), artifacts.atomic_write(tmp_path / "file"):
+        raise PermissionError(errno.EACCES, "denied")
+    with pytest.raises(RuntimeError, match="shape"), artifacts.atomic_write(tmp_path / "file"):
+        raise RuntimeError("shape mismatch")
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    with artifacts.atomic_folder(tmp_path / "made") as folder:
+        (folder / "part").write_text("x")
+        assert not (tmp_path / "made").exists()
+    assert (tmp_path / "made" / "part").read_text() == "x"
+    with pytest.raises(FileExistsError, match="exists already"), artifacts.atomic_folder(tmp_path / "made"):
+        pass
+    (tmp_path / "empty").mkdir()
+    with artifacts.atomic_folder(tmp_path / "empty") as folder:
+        (folder / "part").touch()
+    assert names(tmp_path) == ["empty", "made"]
+    with pytest.raises(FileExistsError), artifacts.atomic_folder(tmp_path / "raced") as folder:
+        (tmp_path / "raced").mkdir()
+        (tmp_path / "raced" / "other").touch()
+    assert names(tmp_path / "raced") == ["other"]
+
+
+def test_a_lock_excludes_another_process_and_ends_with_it(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    script = (
+        "import sys, time\nfrom keygrip.artifacts import locked\n"
+        "with locked(sys.argv[1]):\n    print('held', flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(lock)], stdout=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(BlockingIOError), artifacts.locked(lock, wait=False):
+            pass
+        process.kill()
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            with artifacts.locked(lock, wait=False):
+                break
+        except BlockingIOError:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_what_is_missing_is_made_by_one_process_alone(tmp_path: Path) -> None:
+    target = tmp_path / "made"
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom keygrip.artifacts import make_once, write_text\n"
+        "def make(path):\n    time.sleep(0.3); write_text(path, 'x')\n"
+        "print(make_once(sys.argv[1], Path.is_file, make))\n"
+    )
+    command = [sys.executable, "-c", script, str(target)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
+    assert sorted(process.communicate()[0].strip() for process in both) == ["False", "True"]
+    with pytest.raises(RuntimeError, match="incomplete"):
+        artifacts.make_once(tmp_path / "other", Path.is_file, lambda path: None)
+
+
+def test_hashes_are_sha256(tmp_path: Path) -> None:
+    content = os.urandom(3 * artifacts.BLOCK_BYTES + 5)
+    (tmp_path / "file").write_bytes(content)
+    assert artifacts.sha256_file(tmp_path / "file") == artifacts.sha256_bytes(content)
+    assert artifacts.sha256_bytes(b"") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
