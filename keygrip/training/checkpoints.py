@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 
+from keygrip.exporting.folder import is_export, read_export
 from keygrip.training.ema import AVERAGE
 from keygrip.training.run_folder import CHECKPOINT
 
@@ -51,7 +52,7 @@ def find_checkpoint(path: str | Path) -> Path:
         FileNotFoundError: there is none.
     """
     path = Path(path)
-    if path.is_file():
+    if path.is_file() or is_export(path):
         return path
     for candidate in (path / CHECKPOINT, path / CHECKPOINT.name):
         if candidate.is_file():
@@ -69,6 +70,8 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         ValueError: truncated, or not made by keygrip.
     """
     file = find_checkpoint(path)
+    if file.is_dir():
+        return _checked_header(read_export(file), file)
     try:
         content = torch.load(file, map_location=map_location, weights_only=True)
     except (RuntimeError, EOFError, zipfile.BadZipFile, OSError, pickle.UnpicklingError) as error:
@@ -79,6 +82,10 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         raise ValueError(
             f"{file} is truncated or not a checkpoint ({file.stat().st_size} bytes): take another one"
         ) from error
+    return _checked_header(content, file)
+
+
+def _checked_header(content: Any, file: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or HEADER not in content or "state_dict" not in content:
         raise ValueError(
             f"{file} is not a keygrip checkpoint; weights of a backbone alone belong in backbone.weights_path"
@@ -121,13 +128,7 @@ def load_module(
             f"{file} holds a {type(module).__name__}, not a {expected.__name__}: give a checkpoint of that model"
         )
     module.on_load_checkpoint(checkpoint)
-    state = dict(checkpoint["state_dict"])
-    average = checkpoint.get(AVERAGE)
-    if averaged and average is not None and average["updates"] > 0:
-        state.update({name: value.to(state[name].dtype) for name, value in average["parameters"].items()})
-        which = f"averaged over {average['updates']} steps"
-    else:
-        which = "of the last step"
+    state, which = weights_of(checkpoint, averaged)
     try:
         module.load_state_dict(state, strict=True)
     except RuntimeError as error:
@@ -136,6 +137,17 @@ def load_module(
         "loaded %s from %s, weights %s (step %d)", type(module).__name__, file, which, checkpoint.get("global_step", 0)
     )
     return module.to(map_location).eval()
+
+
+def weights_of(checkpoint: dict[str, Any], averaged: bool = True) -> tuple[dict[str, torch.Tensor], str]:
+    """The state dictionary to use, with the EMA in place of the last step's parameters where there is one, and which
+    it is in words."""
+    state = dict(checkpoint["state_dict"])
+    average = checkpoint.get(AVERAGE)
+    if not averaged or average is None or average["updates"] == 0:
+        return state, "of the last step"
+    state.update({name: value.to(state[name].dtype) for name, value in average["parameters"].items()})
+    return state, f"averaged over {average['updates']} steps"
 
 
 def build_module(config: dict[str, Any], random_backbone: bool = False) -> LightningModule:

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from keygrip.data.batches import PolicyBatch
 from keygrip.data.robot.datamodule import DemoStatistics
 from keygrip.evaluation.kinds import Evaluation
-from keygrip.models.coordinate_regression.network import CoordinateRegressionNetwork, RegressionOutput
+from keygrip.exporting.graphs import ExportGraph
+from keygrip.models.coordinate_regression.network import (
+    CoordinateRegressionGraph,
+    CoordinateRegressionNetwork,
+    RegressionOutput,
+)
 from keygrip.models.geometry.cameras import inside_image, project
 from keygrip.models.geometry.rotations import columns_to_quaternion, geodesic_angle, quaternion_to_columns
 from keygrip.models.policy import Needs, Observation, Plan, arm_axis
@@ -68,6 +73,15 @@ class CoordinateRegressionModule(LightningModule):
         from keygrip.evaluation.policy import POLICY_EVALUATION
 
         return POLICY_EVALUATION
+
+    def export_graph(self) -> ExportGraph:
+        """The network as `keygrip export` writes it: a normalised image and the arms' state in, poses out."""
+        network, generator = self.network, torch.Generator().manual_seed(0)
+        inputs = {
+            "image": torch.randn(2, 3, network.image_size, network.image_size, generator=generator),
+            "state": torch.rand(2, len(network.arms), network.state_size, generator=generator),
+        }
+        return ExportGraph(CoordinateRegressionGraph(network).eval(), inputs, ("position", "rotation", "gripper"))
 
     def configure_optimizers(self) -> Any:
         return self.optimizer_recipe.configure(self.network, int(self.trainer.estimated_stepping_batches))

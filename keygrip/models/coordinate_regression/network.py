@@ -55,6 +55,7 @@ class CoordinateRegressionNetwork(nn.Module):
         if layers < 1 or not arms:
             raise ValueError("model.network needs at least one layer and one arm.")
         self.backbone, self.image_size, self.arms, self.horizon = backbone, image_size, tuple(arms), horizon
+        self.state_size = state_size
         sizes = [backbone.embed_dim + len(self.arms) * state_size, *[width] * layers]
         hidden: list[nn.Module] = []
         for wide_in, wide_out in itertools.pairwise(sizes):
@@ -72,3 +73,15 @@ class CoordinateRegressionNetwork(nn.Module):
         pooled = torch.cat([self.backbone(image).cls, state.flatten(1)], dim=-1)
         poses = self.head(self.trunk(pooled)).unflatten(-1, (len(self.arms), self.horizon, 10)).float()
         return RegressionOutput(poses[..., :3], poses[..., 3:9].unflatten(-1, (3, 2)), poses[..., 9])
+
+
+class CoordinateRegressionGraph(nn.Module):
+    """The network with plain tensors as outputs, for torch.export and ONNX."""
+
+    def __init__(self, network: CoordinateRegressionNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        output = self.network(image, state)
+        return output.position, output.rotation, output.gripper

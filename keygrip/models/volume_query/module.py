@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from keygrip.data.batches import PolicyBatch
 from keygrip.data.robot.datamodule import DemoStatistics
 from keygrip.evaluation.kinds import Evaluation
+from keygrip.exporting.graphs import ExportGraph
 from keygrip.models.geometry.cameras import recover_3d
 from keygrip.models.geometry.rotation_codecs import RotationCodec, fit_or_load
 from keygrip.models.geometry.rotations import geodesic_angle
 from keygrip.models.policy_statistics import PolicyStatistics
 from keygrip.models.volume_query.decoding import Decoder
+from keygrip.models.volume_query.export import volume_query_graph
 from keygrip.models.volume_query.figures import prediction_figure
 from keygrip.models.volume_query.network import VolumeQueryNetwork, VolumeQueryOutput
 from keygrip.models.volume_query.targets import StepTargets, arm_state, height_centres, step_targets
@@ -131,6 +133,10 @@ class VolumeQueryModule(LightningModule):
         from keygrip.evaluation.policy import POLICY_EVALUATION
 
         return POLICY_EVALUATION
+
+    def export_graph(self) -> ExportGraph:
+        """The network as `keygrip export` writes it: logits of pixels, heights, gripper and rotation."""
+        return volume_query_graph(self.network)
 
     def configure_optimizers(self) -> Any:
         return self.optimizer_recipe.configure(self.network, int(self.trainer.estimated_stepping_batches))

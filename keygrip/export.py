@@ -1,0 +1,90 @@
+"""Writes a trained model in a format that others read: ``keygrip export checkpoint=RUN to=FOLDER``.
+
+``format=safetensors`` (the default) is the folder that `keygrip.load` reads; ``torch_export`` and ``onnx`` write the
+network as one graph (`model.pt2`, `model.onnx`) beside it, checked against the eager network to 1e-4. Prints one line
+of JSON last on standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig
+
+from keygrip.command import entry_point
+from keygrip.config import EntrySchema, register
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("safetensors", "torch_export", "onnx")
+FILES = {"torch_export": "model.pt2", "onnx": "model.onnx"}
+
+
+@dataclass
+class ExportSchema(EntrySchema):
+    """Root of ``conf/export.yaml``."""
+
+    checkpoint: str = MISSING
+    to: str = MISSING
+    format: str = "safetensors"
+    ema: bool = True
+
+
+register("export_schema", ExportSchema)
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Exports one checkpoint; returns what is printed.
+
+    Raises:
+        FileNotFoundError, ValueError: no such checkpoint, an unknown format, or a model without a graph to export.
+        FileExistsError: the folder holds something already.
+    """
+    from keygrip.exporting import folder, graphs
+    from keygrip.training import checkpoints
+    from keygrip.training.sweeps import read_result
+
+    if cfg.format not in FORMATS:
+        raise ValueError(f"format={cfg.format!r}: choose {', '.join(FORMATS)}")
+    file = checkpoints.find_checkpoint(cfg.checkpoint)
+    content = checkpoints.read_checkpoint(file)
+    module: Any = checkpoints.load_module(file, averaged=cfg.ema)  # refused here, before anything is written
+    target = Path(cfg.to)
+    if cfg.format != "safetensors" and not hasattr(module, "export_graph"):
+        raise ValueError(
+            f"{type(module).__name__} has no graph to export: give format=safetensors, which every model has"
+        )
+    weights, which = checkpoints.weights_of(content, cfg.ema)
+    run_folder = file.parent.parent if file.is_file() else file
+    card = folder.model_card(target.name, content, weights, which, read_result(run_folder))
+    result: dict[str, Any] = {"folder": str(target), "format": cfg.format, "weights": which}
+
+    def write_graph(where: Path) -> None:
+        if cfg.format == "safetensors":
+            return
+        write = graphs.write_onnx if cfg.format == "onnx" else graphs.write_torch_export
+        result["largest_relative_difference"] = write(module.export_graph(), where / FILES[cfg.format])
+        result["file"] = str(target / FILES[cfg.format])
+
+    folder.write_export(target, content, weights, card, also=write_graph)
+    result["bytes"] = sum(path.stat().st_size for path in target.iterdir())
+    log.info("exported %s to %s", file, target)
+    return result
+
+
+def print_result(cfg: DictConfig) -> None:
+    """`run`, and its result as the one line on standard output."""
+    print(json.dumps(run(cfg)))
+
+
+def main() -> None:
+    """Command line."""
+    entry_point("export", print_result)
+
+
+if __name__ == "__main__":
+    main()

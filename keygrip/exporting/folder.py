@@ -1,0 +1,187 @@
+"""The folder that people exchange: weights as safetensors, everything else as JSON.
+
+    model.safetensors      the weights that are meant to be used (EMA where the run kept one), buffers included
+    processor.safetensors  tensors that the module stores beside its weights; only where it has any
+    config.json            format, model configuration, step, metadata, what the module stores (tokenizer, statistics),
+                           and the SHA-256 of each safetensors file
+    README.md              the model card
+
+Nothing in it is code. A folder is read back as the content of a checkpoint, and the model is built from it under the
+same rules as from any checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from keygrip.artifacts import atomic_folder, sha256_file, write_json, write_text
+
+WEIGHTS, PROCESSOR, CONFIG, CARD = "model.safetensors", "processor.safetensors", "config.json", "README.md"
+SCHEMA = "keygrip.export/1"
+TENSOR = "__tensor__"  # {"__tensor__": name in processor.safetensors} stands for a tensor in config.json
+TUPLE = "__tuple__"
+LARGEST_CONFIG_BYTES = 256 << 20  # a tokenizer of a large vocabulary is some tens of megabytes
+DEEPEST = 64
+# What Lightning and the callbacks store for training alone.
+TRAINING_ONLY = frozenset(
+    {"epoch", "loops", "callbacks", "optimizer_states", "lr_schedulers", "hparams_name", "hyper_parameters"}
+    | {"datamodule_hparams_name", "datamodule_hyper_parameters", "pytorch-lightning_version", "sampler_state"}
+)
+
+
+def is_export(path: str | Path) -> bool:
+    """Whether a folder looks like an export."""
+    folder = Path(path)
+    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+
+
+def write_export(
+    folder: str | Path,
+    content: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    card: str,
+    also: Callable[[Path], None] = lambda folder: None,
+) -> Path:
+    """Writes an export, whole or not at all.
+
+    Args:
+        folder: new or empty. content: of the checkpoint. weights: the state dictionary to write. card: Markdown.
+        also: writes further files into the folder; where it fails nothing remains.
+
+    Raises:
+        FileExistsError: the folder holds something. ValueError: the checkpoint holds values that are not plain data.
+    """
+    tensors: dict[str, Tensor] = {}
+    rest = {key: value for key, value in content.items() if key not in TRAINING_ONLY}
+    rest.pop("average", None)  # its parameters are the weights that are written
+    stored = _plain({key: value for key, value in rest.items() if key != "state_dict"}, "", tensors)
+    with atomic_folder(folder) as target:
+        save_file(
+            {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}, target / WEIGHTS
+        )
+        hashes = {WEIGHTS: sha256_file(target / WEIGHTS)}
+        if tensors:
+            save_file(
+                {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, target / PROCESSOR
+            )
+            hashes[PROCESSOR] = sha256_file(target / PROCESSOR)
+        write_json(target / CONFIG, {"schema": SCHEMA, "sha256": hashes, "checkpoint": stored})
+        write_text(target / CARD, card)
+        also(target)
+    return Path(folder)
+
+
+def read_export(folder: str | Path) -> dict[str, Any]:
+    """The content of the checkpoint that an export was made from, without what only training needs.
+
+    Raises:
+        FileNotFoundError: a file is missing. ValueError: it is not an export, or a byte has changed.
+    """
+    root = Path(folder)
+    file = root / CONFIG
+    if file.stat().st_size > LARGEST_CONFIG_BYTES:
+        raise ValueError(f"{file} has {file.stat().st_size} bytes, more than any export: it is not read")
+    try:
+        config = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("schema") != SCHEMA:
+        found = config.get("schema") if isinstance(config, dict) else None
+        raise ValueError(f"{file} is not a keygrip export of schema {SCHEMA!r} (it says {found!r})")
+    hashes = config.get("sha256")
+    if not isinstance(hashes, dict) or WEIGHTS not in hashes or set(hashes) - {WEIGHTS, PROCESSOR}:
+        raise ValueError(f"{file} does not name the hashes of its weights: the export is incomplete")
+    parts: dict[str, dict[str, Tensor]] = {PROCESSOR: {}}
+    for name, digest in hashes.items():
+        if sha256_file(root / name) != digest:
+            raise ValueError(f"{root / name} is not the file that was exported (its SHA-256 differs): copy it again")
+        try:
+            parts[name] = load_file(root / name)
+        except SafetensorError as error:
+            raise ValueError(f"{root / name} is not a safetensors file: {error}") from error
+    content = _restored(config.get("checkpoint"), parts[PROCESSOR], 0)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no checkpoint")
+    return content | {"state_dict": parts[WEIGHTS]}
+
+
+def model_card(
+    name: str, content: Mapping[str, Any], weights: Mapping[str, Tensor], which: str, result: Mapping[str, Any]
+) -> str:
+    """A short model card in Markdown.
+
+    Args:
+        name: of the exported folder. content: of the checkpoint. weights: those that were exported.
+        which: EMA or last step, in words.
+        result: `result.json` of the run, or empty.
+    """
+    header = content["keygrip"]
+    target = str(header["config"]["model"].get("_target_", "")).rpartition(".")[2]
+    parameters = sum(value.numel() for value in weights.values() if value.is_floating_point())
+    lines = [
+        f"# {name}",
+        "",
+        f"A {target} trained with [keygrip](https://github.com/keygrip/keygrip), step {content.get('global_step', 0)}: "
+        f"{parameters / 1e6:.2f} M numbers in `{WEIGHTS}`, {which}.",
+        "",
+        "```python",
+        "import keygrip",
+        "",
+        f'model = keygrip.load("{name}")',
+        "```",
+        "",
+    ]
+    figures = {key: value for key, value in (result.get("metrics") or {}).items() if isinstance(value, int | float)}
+    if figures:
+        lines += ["| figure of the run | value |", "| --- | --- |"]
+        lines += [f"| {key} | {value:.5g} |" for key, value in sorted(figures.items()) if math.isfinite(value)]
+        lines += [""]
+    overrides = result.get("overrides") or []
+    if overrides:
+        lines += ["Trained by", "", "```", f"python -m keygrip.train {' '.join(map(str, overrides))}", "```", ""]
+    lines += ["The figures are the run's own; no claim is made about other data, cameras or robots.", ""]
+    return "\n".join(lines)
+
+
+def _plain(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON for a value, tensors moved to ``tensors`` under their path."""
+    if isinstance(value, Tensor):
+        name = path.lstrip("/")
+        tensors[name] = value
+        return {TENSOR: name}
+    if isinstance(value, Mapping):
+        wrong = [key for key in value if not isinstance(key, str)]
+        if wrong or TENSOR in value or TUPLE in value:
+            raise ValueError(f"{path or 'the checkpoint'} has keys that JSON cannot hold: {wrong or [TENSOR]}")
+        return {key: _plain(child, f"{path}/{key}", tensors) for key, child in value.items()}
+    if isinstance(value, tuple):
+        return {TUPLE: [_plain(child, f"{path}/{index}", tensors) for index, child in enumerate(value)]}
+    if isinstance(value, list):
+        return [_plain(child, f"{path}/{index}", tensors) for index, child in enumerate(value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(f"{path} is a {type(value).__name__}, which an export cannot hold: it stores plain data")
+
+
+def _restored(value: Any, tensors: Mapping[str, Tensor], depth: int) -> Any:
+    if depth > DEEPEST:
+        raise ValueError(f"{CONFIG} is nested more than {DEEPEST} levels deep: it is not an export")
+    if isinstance(value, dict):
+        if set(value) == {TENSOR}:
+            if value[TENSOR] not in tensors:
+                raise ValueError(f"{CONFIG} names the tensor {value[TENSOR]!r}, which {PROCESSOR} does not hold")
+            return tensors[value[TENSOR]]
+        if set(value) == {TUPLE} and isinstance(value[TUPLE], list):
+            return tuple(_restored(child, tensors, depth + 1) for child in value[TUPLE])
+        return {key: _restored(child, tensors, depth + 1) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_restored(child, tensors, depth + 1) for child in value]
+    return value

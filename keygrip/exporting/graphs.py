@@ -1,0 +1,133 @@
+"""A network as one graph for other runtimes: torch.export programs and ONNX files.
+
+A module that can be exported has ``export_graph()``, which returns an :class:`ExportGraph`. Every export is checked
+against the eager network on fresh inputs of another batch size before the file is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from keygrip.artifacts import atomic_write
+
+TOLERANCE = 1e-4  # largest difference from the eager network, relative to 1 + its largest output
+LARGEST_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class ExportGraph:
+    """A network whose inputs and outputs are plain tensors.
+
+    Attributes:
+        network: in eval mode. inputs: an example of each input by name, first axis the batch, in the order of
+            `forward`; the batch is dynamic. outputs: names.
+    """
+
+    network: nn.Module
+    inputs: dict[str, Tensor]
+    outputs: tuple[str, ...]
+
+
+class Exportable(Protocol):
+    """A LightningModule that can be exported as a graph."""
+
+    def export_graph(self) -> ExportGraph: ...
+
+
+def export_program(graph: ExportGraph) -> torch.export.ExportedProgram:
+    """The network as a torch.export program with a dynamic batch."""
+    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
+    two = tuple(torch.cat([value[:1]] * 2) for value in graph.inputs.values())  # 1 would be taken for a constant
+    with torch.no_grad():
+        return torch.export.export(graph.network, two, dynamic_shapes=tuple({0: batch} for _ in two), strict=False)
+
+
+def write_torch_export(graph: ExportGraph, file: Path) -> float:
+    """Writes a ``.pt2`` file; returns the largest difference from the eager network.
+
+    Raises:
+        ValueError: the exported program differs from the network by more than 1e-4.
+    """
+    program = export_program(graph)
+    differences = []
+    for inputs in fresh_inputs(graph):
+        differences.append(_difference(graph, inputs, program.module()(*inputs.values())))
+    difference = _checked(max(differences), "torch.export")
+    with atomic_write(file) as target:
+        torch.export.save(program, target)
+    return difference
+
+
+def write_onnx(graph: ExportGraph, file: Path) -> float:
+    """Writes an ``.onnx`` file; returns the largest difference of onnxruntime from the eager network.
+
+    Raises:
+        ImportError: the extra `onnx` is not installed. ValueError: the graphs differ by more than 1e-4.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (torch's exporter needs it)
+    except ImportError as error:
+        raise ImportError(
+            f"ONNX needs a package that is not installed ({error.name}): pip install 'keygrip[onnx]'"
+        ) from error
+    with _quiet():
+        program = torch.onnx.export(
+            export_program(graph), dynamo=True, input_names=list(graph.inputs), output_names=list(graph.outputs)
+        )
+    assert program is not None
+    content = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    names = [entry.name for entry in session.get_inputs()]
+    differences = []
+    for inputs in fresh_inputs(graph):
+        outputs = session.run(None, {name: inputs[name].numpy() for name in names})
+        differences.append(_difference(graph, inputs, [torch.from_numpy(value) for value in outputs]))
+    difference = _checked(max(differences), "onnxruntime")
+    with atomic_write(file) as target:
+        target.write(content)
+    return difference
+
+
+def fresh_inputs(graph: ExportGraph, batches: Sequence[int] = (1, 3)) -> Iterator[dict[str, Tensor]]:
+    """Random inputs of other batch sizes than the example's, as large as the example's own values."""
+    generator = torch.Generator().manual_seed(0)
+    for batch in batches:
+        inputs = {}
+        for name, example in graph.inputs.items():
+            low, high = float(example.min()), float(example.max())
+            drawn = torch.rand(batch, *example.shape[1:], generator=generator)
+            inputs[name] = (low + (high - low) * drawn).to(example.dtype)
+        yield inputs
+
+
+@torch.no_grad()
+def _difference(graph: ExportGraph, inputs: dict[str, Tensor], outputs: Any) -> float:
+    expected = graph.network(*inputs.values())
+    if len(outputs) != len(expected):
+        raise ValueError(f"the exported graph has {len(outputs)} outputs, the network {len(expected)}")
+    differences = [float((a - b).abs().max() / (1 + b.abs().max())) for a, b in zip(outputs, expected, strict=True)]
+    return max(differences)
+
+
+def _checked(difference: float, runtime: str) -> float:
+    if not difference <= TOLERANCE:
+        raise ValueError(
+            f"{runtime} differs from the network by {difference:.2g}, more than {TOLERANCE:g}: nothing was written"
+        )
+    return difference
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporter prints its progress on standard output, which carries the command's JSON."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield

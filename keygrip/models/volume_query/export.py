@@ -1,0 +1,47 @@
+"""The volume-query network as a graph of plain tensors, for torch.export and ONNX.
+
+Outputs, leading shape [B, A, T]: pixel logits [P, P], height logits [Z], gripper logits, rotation logits and, where the
+coupling is bilinear, pixel factors [r, P, P] and height factors [r, Z] (without leading shape). The exact decoding of
+the volume from them is :mod:`keygrip.models.volume_query.volume`'s.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from keygrip.exporting.graphs import ExportGraph
+from keygrip.models.volume_query.network import STATE_PARTS, VolumeQueryNetwork
+
+
+class VolumeQueryGraph(nn.Module):
+    """Image, start pixels and (where the network reads it) the arms' state in; logits out."""
+
+    def __init__(self, network: VolumeQueryNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor, start_pixel: Tensor, state: Tensor | None = None) -> tuple[Tensor, ...]:
+        output = self.network(image, start_pixel, state)
+        volume = output.volume
+        logits = (volume.pixel, volume.height, output.gripper, output.rotation)
+        if volume.pixel_factor is None or volume.height_factor is None:
+            return logits
+        return (*logits, volume.pixel_factor, volume.height_factor)
+
+
+def volume_query_graph(network: VolumeQueryNetwork) -> ExportGraph:
+    """What to export of a network: a normalised image [B, 3, S, S], start pixels [B, A, 2], state [B, A, n]."""
+    generator = torch.Generator().manual_seed(0)
+    size, arms = network.image_size, len(network.arms)
+    inputs = {
+        "image": torch.randn(2, 3, size, size, generator=generator),
+        "start_pixel": torch.rand(2, arms, 2, generator=generator) * size,
+    }
+    if network.state_parts:
+        width = sum(STATE_PARTS[part] for part in network.state_parts)
+        inputs["state"] = torch.rand(2, arms, width, generator=generator)
+    outputs: tuple[str, ...] = ("pixel_logits", "height_logits", "gripper_logits", "rotation_logits")
+    if network.coupling_z is not None:
+        outputs = (*outputs, "pixel_factor", "height_factor")
+    return ExportGraph(VolumeQueryGraph(network).eval(), inputs, outputs)

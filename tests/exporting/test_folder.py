@@ -1,0 +1,108 @@
+"""Export folders hold what a checkpoint holds for running, and a changed byte is found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from keygrip.exporting.folder import CARD, CONFIG, PROCESSOR, WEIGHTS, is_export, model_card, read_export, write_export
+
+HEADER = {"keygrip": {"format": 1, "config": {"model": {"_target_": "keygrip.models.x.Y", "sizes": [1, 2]}}}}
+
+
+def content(**more: Any) -> dict[str, Any]:
+    weights = {"a": torch.randn(3, 4), "b": torch.arange(3), "flag": torch.tensor(True)}
+    return HEADER | {"state_dict": weights, "global_step": 7, "optimizer_states": [object()], "loops": {}} | more
+
+
+def write(folder: Path, **more: Any) -> dict[str, Any]:
+    made = content(**more)
+    write_export(folder, made, made["state_dict"], "# card\n")
+    return made
+
+
+def test_a_round_trip_keeps_weights_statistics_and_nothing_of_training(tmp_path: Path) -> None:
+    stored = {"views": ("over", "wrist"), "mean": torch.rand(5, dtype=torch.float64), "names": {"é": [None, 1.5, True]}}
+    made = write(tmp_path / "model", my_model=stored, average={"updates": 3, "parameters": {"a": torch.zeros(3, 4)}})
+    assert is_export(tmp_path / "model")
+    read = read_export(tmp_path / "model")
+    assert set(read) == {"keygrip", "state_dict", "global_step", "my_model"}
+    assert read["keygrip"] == made["keygrip"]
+    assert read["my_model"]["views"] == ("over", "wrist")
+    assert read["my_model"]["names"] == stored["names"]
+    assert torch.equal(read["my_model"]["mean"], stored["mean"])
+    assert all(torch.equal(read["state_dict"][name], value) for name, value in made["state_dict"].items())
+    assert read["state_dict"]["b"].dtype == torch.int64
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [CARD, CONFIG, WEIGHTS, PROCESSOR]
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, PROCESSOR])
+def test_a_changed_byte_is_found(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "model", extra=torch.rand(4))
+    file = tmp_path / "model" / name
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(ValueError, match=f"{name} is not the file that was exported"):
+        read_export(tmp_path / "model")
+
+
+def test_values_that_are_no_data_are_refused_and_nothing_remains(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="/extra/0 is a object"):
+        write(tmp_path / "model", extra=[object()])
+    with pytest.raises(ValueError, match="keys that JSON cannot hold"):
+        write(tmp_path / "model", extra={1: 2})
+    with pytest.raises(KeyError):
+        write_export(tmp_path / "model", content(), {"a": torch.ones(1)}, "", also=lambda folder: {}["missing"])
+    assert list(tmp_path.iterdir()) == []
+    write(tmp_path / "model")
+    with pytest.raises(FileExistsError, match="exists already"):
+        write(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda config: [], "not a keygrip export"),
+        (lambda config: config | {"schema": "other/1"}, "other/1"),
+        (lambda config: config | {"sha256": {}}, "does not name the hashes"),
+        (lambda config: config | {"sha256": config["sha256"] | {"../../secret": "0"}}, "does not name the hashes"),
+        (lambda config: config | {"checkpoint": [1]}, "holds no checkpoint"),
+        (lambda config: config | {"checkpoint": {"x": {"__tensor__": "gone"}}}, "names the tensor 'gone'"),
+        (lambda config: config | {"checkpoint": {"x": json.loads("[" * 80 + "]" * 80)}}, "levels deep"),
+    ],
+)
+def test_hostile_configurations_are_refused_in_a_sentence(change: Any, sentence: str, tmp_path: Path) -> None:
+    write(tmp_path / "model")
+    file = tmp_path / "model" / CONFIG
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(ValueError, match=sentence):
+        read_export(tmp_path / "model")
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
+def test_files_that_are_no_json_are_refused(raw: bytes, tmp_path: Path) -> None:
+    write(tmp_path / "model")
+    (tmp_path / "model" / CONFIG).write_bytes(raw)
+    with pytest.raises(ValueError, match="is not JSON"):
+        read_export(tmp_path / "model")
+
+
+def test_the_card_names_figures_and_command() -> None:
+    result = {"metrics": {"val/loss": 0.25, "bad": float("nan")}, "overrides": ["model=x", "seed=1"]}
+    card = model_card("my_model", content(), {"a": torch.ones(1_500_000)}, "of the last step", result)
+    assert "A Y trained with" in card
+    assert "1.50 M numbers" in card
+    assert "| val/loss | 0.25 |" in card
+    assert "nan" not in card
+    assert "python -m keygrip.train model=x seed=1" in card
+
+
+def test_a_folder_of_other_safetensors_is_no_export(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / WEIGHTS)
+    assert not is_export(tmp_path)
