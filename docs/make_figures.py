@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from keygrip.data.batches import PolicyBatch
-from keygrip.evaluation.callback import read_frames
+from keygrip.data.video import read_video
 from keygrip.evaluation.closed_loop import HELD_OUT_SEED, ClosedLoop
 from keygrip.models.volume_query.module import VolumeQueryModule
 from keygrip.training.checkpoints import load_module, read_checkpoint
@@ -73,7 +73,7 @@ def episode(config: object, run: Path) -> None:
     (result,) = loop.run(run, run / "pictures")
     name = result.episodes[0].video
     assert name is not None
-    frames = [Image.fromarray(frame) for frame in read_frames(run / "pictures" / "videos" / name)]
+    frames = [Image.fromarray(frame) for frame in read_video(run / "pictures" / "videos" / name)]
     small = [frame.resize((320, 320), Image.Resampling.LANCZOS).quantize(64) for frame in frames]
     small[0].save(PICTURES / "episode.gif", save_all=True, append_images=small[1:], duration=100, loop=0, optimize=True)
 

@@ -23,7 +23,8 @@ from keygrip.benchmarks.phases import PhaseTimes
 from keygrip.benchmarks.training import Training
 from keygrip.benchmarks.volume_loss import Problem, VolumeLoss
 from keygrip.config import compose
-from keygrip.data.robot.demos import ArmPose, CameraPose, DemoWriter, find_demos
+from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
 from keygrip.models.volume_query.volume import volume_cross_entropy
 
 CPU = torch.device("cpu")

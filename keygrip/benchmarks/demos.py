@@ -24,7 +24,7 @@ def repeated_demos(config: DictConfig, folder: Path, demos: int, samples: int) -
     """
     from hydra.utils import instantiate
 
-    from keygrip.data.robot.demos import find_demos
+    from keygrip.data.robot.discovery import find_demos
 
     # Recorded in processes of their own: a graphics library leaves threads behind that measurements can feel.
     recording = replace(instantiate(config.data.record), folder=folder / "recorded", demos=max(demos, 2), processes=2)

@@ -125,7 +125,7 @@ def untrained(config: DictConfig) -> GeometryVLAModule:
     """The module of a training config with random weights, and statistics of poses above a table."""
     from keygrip.data.batches import PolicyTargets
     from keygrip.data.robot.augmentation import ImageGeometry
-    from keygrip.data.robot.datamodule import DemoStatistics
+    from keygrip.data.robot.statistics import DemoStatistics
     from keygrip.models.geometry.rotations import rotation_exp
     from keygrip.models.geometry_vla.module import GeometryVLAModule
     from keygrip.training.checkpoints import build_module

@@ -88,7 +88,7 @@ def threads(count: int) -> Iterator[None]:
 def untrained(config: DictConfig) -> VolumeQueryModule:
     """The volume-query module of a training config, with random weights and a table's ranges as statistics."""
     from keygrip.data.robot.augmentation import ImageGeometry
-    from keygrip.data.robot.datamodule import DemoStatistics
+    from keygrip.data.robot.statistics import DemoStatistics
     from keygrip.models.volume_query.module import VolumeQueryModule
     from keygrip.training.checkpoints import build_module
 

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 
+from keygrip.data.video import read_video
 from keygrip.evaluation.closed_loop import ClosedLoop, ConditionResult, summarise
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def show_in_tensorboard(
         for result in results:
             for episode in result.episodes:
                 if episode.video is not None:
-                    frames = read_frames(output / "videos" / episode.video, every=2)
+                    frames = read_video(output / "videos" / episode.video, every=2)
                     tag = (
                         f"closed_loop/{result.name}_{episode.seed}_{'success' if episode.success else episode.failure}"
                     )
@@ -106,14 +107,3 @@ def add_animation(writer: SummaryWriter, tag: str, frames: np.ndarray, step: int
     height, width = frames.shape[1:3]
     picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=buffer.getvalue())
     writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=picture)]), step)
-
-
-def read_frames(path: Path, every: int = 1) -> np.ndarray:
-    """Every n-th frame of a video, ``[N, H, W, 3]`` uint8."""
-    import av
-
-    with av.open(str(path)) as container:
-        frames = [
-            frame.to_ndarray(format="rgb24") for i, frame in enumerate(container.decode(video=0)) if i % every == 0
-        ]
-    return np.stack(frames)

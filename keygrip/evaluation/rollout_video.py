@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from keygrip.data.video import write_video
 from keygrip.models.policy import Observation, Plan, arm_axis
 
 SCALE = 2  # pictures of 224 px are small for the eye
@@ -46,20 +45,6 @@ class Film:
         else:
             write_video(temporary, np.stack(self._frames), self.fps)
         temporary.replace(self.path)
-
-
-def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
-    """Write frames ``[N, H, W, 3]`` uint8 as H.264 in an mp4 container; H and W must be even."""
-    import av
-
-    with av.open(str(path), "w", format="mp4") as container:
-        stream: Any = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "20"}
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
 
 
 def draw_plan(observation: Observation, plan: Plan | None) -> np.ndarray:

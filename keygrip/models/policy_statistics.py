@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from keygrip.data.robot.augmentation import ImageGeometry
 
 if TYPE_CHECKING:
-    from keygrip.data.robot.datamodule import DemoStatistics
+    from keygrip.data.robot.statistics import DemoStatistics
 
 
 class PolicyStatistics(nn.Module):

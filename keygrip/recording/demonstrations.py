@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from keygrip.data.robot.demos import ArmPose, CameraPose, DemoWriter, write_whole
+from keygrip.artifacts import write_json
+from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
 from keygrip.envs.yam.environment import YamCell
 from keygrip.envs.yam.expert import expert_actions
 from keygrip.envs.yam.tasks import Placed, TaskOptions
@@ -155,7 +156,7 @@ def _read_settings(root: Path) -> dict[str, Any]:
 
 def _write_settings(root: Path, settings: RecordSettings, failed: Iterable[int]) -> None:
     content = {"settings": settings.as_dict(), "failed_seeds": sorted(failed)}
-    write_whole(root / SETTINGS_FILE, (json.dumps(content, indent=1) + "\n").encode())
+    write_json(root / SETTINGS_FILE, content)
 
 
 def _check_settings(root: Path, settings: RecordSettings) -> None:

@@ -158,7 +158,7 @@ def robot_videos(
         FileNotFoundError, ValueError: no demonstrations, or too many are broken.
     """
     from keygrip.data.robot.datamodule import split_demos
-    from keygrip.data.robot.demos import find_demos
+    from keygrip.data.robot.discovery import find_demos
 
     if source is None:
         return make_tours(root, {**(simulated or {}), "videos_per_shard": videos_per_shard, "processes": processes})
@@ -186,7 +186,7 @@ def make_demos(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
         options: `train`, `val`, `test` (how many), `videos_per_shard`, `image_size`, `processes`, and `task`: the
             fields of :class:`keygrip.envs.yam.tasks.TaskOptions`.
     """
-    from keygrip.data.robot.demos import find_demos
+    from keygrip.data.robot.discovery import find_demos
     from keygrip.envs.yam.tasks import TaskOptions
     from keygrip.recording.demonstrations import record
 

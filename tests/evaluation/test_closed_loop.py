@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from keygrip.data.video import read_video
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.evaluation import closed_loop
-from keygrip.evaluation.callback import read_frames, write_result
+from keygrip.evaluation.callback import write_result
 from keygrip.evaluation.closed_loop import ClosedLoop, ConditionResult, EpisodeResult, summarise
 from keygrip.evaluation.statistics import wilson_interval
 from keygrip.models.policy import Plan
@@ -81,7 +82,7 @@ def test_a_policy_that_knows_succeeds_and_is_filmed(monkeypatch: pytest.MonkeyPa
     assert figures["as_trained"]["failures"] == {}
     assert [episode.seed for episode in results[0].episodes] == [1_000_000, 1_000_001, 1_000_002]
     (film,) = (tmp_path / "videos").iterdir()
-    frames = read_frames(film)
+    frames = read_video(film)
     steps = round(results[0].episodes[0].seconds * 10)
     assert frames.shape == (steps + 1, 128, 128, 3)
     assert frames.std() > 10

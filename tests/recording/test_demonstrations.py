@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keygrip.data.robot.demos import DemoReference, find_demos
+from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.reference import DemoReference
 from keygrip.envs.yam.environment import YamCell
 from keygrip.envs.yam.tasks import TaskOptions, sample_layout
 from keygrip.recording import demonstrations as recorder

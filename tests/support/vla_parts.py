@@ -11,8 +11,8 @@ from torch import Tensor
 
 from keygrip.data.batches import MultiViewPolicyBatch, PolicyTargets
 from keygrip.data.robot.augmentation import ImageGeometry
-from keygrip.data.robot.datamodule import DemoStatistics
-from keygrip.data.robot.demos import ArmPose, CameraPose, DemoWriter
+from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
+from keygrip.data.robot.statistics import DemoStatistics
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.geometry.rotations import rotation_exp
 from keygrip.models.geometry_vla.actions import PoseActions, PoseKind

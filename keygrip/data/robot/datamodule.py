@@ -1,82 +1,39 @@
-"""Robot demonstrations as a data module: found, checked, divided, augmented, batched.
-
-Legend of shapes: N frames of a demo, A arms, T future steps, S image size, M frames of the training split.
-"""
+"""Robot demonstrations as a data module: found, checked, divided, augmented, batched."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import logging
-import math
 import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from keygrip.data.batches import CLOSED, MultiViewPolicyBatch, PolicyBatch, PolicyTargets
-from keygrip.data.robot.augmentation import Augmentation, ImageGeometry, View
-from keygrip.data.robot.demos import ArmTrajectory, Demo, DemoError, DemoReference, find_demos
+from keygrip.data.batches import MultiViewPolicyBatch, PolicyBatch, PolicyTargets
+from keygrip.data.robot.augmentation import Augmentation, ImageGeometry
+from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.frame_cache import FrameCache, FrameShape
+from keygrip.data.robot.recordings import Recording
+from keygrip.data.robot.reference import DemoReference
+from keygrip.data.robot.samples import TARGETS, DemoSamples, MultiViewSamples, SampleOptions, collate, targets_of
+from keygrip.data.robot.schema import Demo, DemoError
+from keygrip.data.robot.statistics import DemoStatistics, common_rate, compute_statistics
 from keygrip.data.shards.resuming import ResumableData
-from keygrip.data.shards.sampling import GlobalBatchSampler, ResumableLoader, SampleKey, sample_generator
+from keygrip.data.shards.sampling import GlobalBatchSampler, ResumableLoader
 from keygrip.models.geometry.cameras import inside_image, project
 
 log = logging.getLogger(__name__)
 
+
 CACHE_FOLDER = ".keygrip"  # hidden: what is derived from a data folder and may be removed at any time
 NAMED_AT_MOST = 20  # demos in one line of the log
-CHUNKS_AT_MOST = 20_000  # of the statistics: means and quantiles to half a percent, and 10 MB
-TARGETS = ("commanded", "reached")
-IDLE_SPEED_MPS = 0.005  # slower than this is standing still: five times the tracking noise of a good arm at 10 Hz
-IDLE_TURN_RPS = 0.05  # and turns slower than 3 degrees a second
-IDLE_GRIPPER_PER_S = 0.05  # and a gripper that would need 20 s to close
-
-
-@dataclass(frozen=True)
-class DemoStatistics:
-    """What a model must know of its training data; from the training split only.
-
-    Args:
-        height_range: lowest and highest world z, metres, of the targets that are trained on *and* of the reached poses,
-            over all arms.
-        position_range: the same for x, y, z: two rows of three, metres.
-        quaternions: by arm, [M, 4] w x y z, the targets' rotations: what a rotation basis is fitted on.
-        arms: names, in the order of a batch's arm dimension.
-        targets: "commanded" or "reached".
-        horizon: T, future steps. step_seconds: time from one to the next.
-        geometry: how a picture of the camera becomes the network's at inference.
-        demos, frames: how many.
-        fingerprint: hash of the poses behind the numbers above: a stored basis that carries another was fitted on
-            other data.
-        cache_dir: folder for what is derived from this data set.
-        cameras: the views of a `MultiViewPolicyBatch`, in order, or the one camera.
-        chunks: start poses and targets of training frames (all, or an even choice of 20 000), for what is normalised by
-            the actions themselves.
-    """
-
-    height_range: tuple[float, float]
-    position_range: tuple[tuple[float, float, float], tuple[float, float, float]]
-    quaternions: dict[str, np.ndarray]
-    arms: tuple[str, ...]
-    targets: str
-    horizon: int
-    step_seconds: float
-    geometry: ImageGeometry
-    demos: int
-    frames: int
-    fingerprint: str
-    cache_dir: Path
-    cameras: tuple[str, ...] = ()
-    chunks: PolicyTargets | None = None
 
 
 def split_demos(names: Sequence[str], val_fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -100,286 +57,6 @@ def split_demos(names: Sequence[str], val_fraction: float, seed: int) -> tuple[l
         if held_out.all():
             held_out[draws.argmax()] = False
     return np.flatnonzero(~held_out).tolist(), np.flatnonzero(held_out).tolist()
-
-
-def targets_of(arm: ArmTrajectory, frame: int | np.ndarray, steps: np.ndarray, targets: str) -> tuple[np.ndarray, ...]:
-    """Target poses `steps` frames after `frame`: position [..., T, 3], quaternion [..., T, 4], gripper [..., T],
-    repeated [..., T].
-
-    "reached" takes the pose measured at the future frame. "commanded" takes what the arm was told to be at that frame,
-    which is the command given one frame earlier. Past the end of the demo the last pose is repeated.
-    """
-    future = np.asarray(frame)[..., None] + steps
-    last = len(arm) - 1
-    repeated = future > last
-    if targets == "commanded":
-        assert arm.commanded is not None
-        poses, rows = arm.commanded, np.minimum(future - 1, last)
-    else:
-        poses, rows = arm, np.minimum(future, last)
-    return poses.position[rows], poses.quaternion[rows], poses.gripper[rows], repeated
-
-
-def keyframe_of(arm: ArmTrajectory, frame: int | np.ndarray, targets: str) -> np.ndarray:
-    """Number of the next keyframe after `frame`, int [...]: the first frame in which the gripper is to have closed or
-    opened, or the last frame of all (also for that one itself)."""
-    _, _, gripper, _ = targets_of(arm, 1, np.arange(len(arm) - 1), targets)  # of frames 1 and on
-    shut = gripper < CLOSED
-    events = np.append(np.flatnonzero(shut[1:] != shut[:-1]) + 2, len(arm) - 1)
-    return events[np.minimum(np.searchsorted(events, frame, side="right"), len(events) - 1)]
-
-
-def moving_frames(demo: Demo, arms: Sequence[str], idle_s: float) -> np.ndarray:
-    """bool [N]: frames outside of pauses that last longer than `idle_s`. A pause's first `idle_s` seconds stay in."""
-    still = np.ones(len(demo) - 1, dtype=bool)
-    seconds = np.diff(demo.timestamps) / 1e9
-    for name in arms:
-        arm = demo.arms[name]
-        speed = np.linalg.norm(np.diff(arm.position, axis=0), axis=-1) / seconds
-        dot = np.abs((arm.quaternion[1:] * arm.quaternion[:-1]).sum(-1)).clip(max=1)
-        turn = 2 * np.arccos(dot) / seconds
-        gripper = np.abs(np.diff(arm.gripper)) / seconds
-        still &= (speed < IDLE_SPEED_MPS) & (turn < IDLE_TURN_RPS) & (gripper < IDLE_GRIPPER_PER_S)
-    kept = np.ones(len(demo), dtype=bool)
-    pause = 0.0
-    for frame, idle in enumerate(still, start=1):
-        pause = pause + float(seconds[frame - 1]) if idle else 0.0
-        kept[frame] = pause <= idle_s
-    return kept
-
-
-@dataclass(frozen=True)
-class Recording:
-    """The embedded demonstrations: what to record, and where it lies.
-
-    Nothing is imported until demonstrations are missing: neither the simulator nor its graphics library is needed to
-    train on a folder.
-
-    Args:
-        recorder: dotted name of the function that records; called with `task` built and the other arguments by name.
-        task: configuration of the task (with its `_target_`).
-        folder: where recordings go; each has a folder of its own below it, named by its task and a hash of all that it
-            is made of, so that other options never mix with it.
-        demos: how many. seed: of the first episode. image_size: edge of the recorded pictures. hz: frames a second.
-        processes: None: one for each core. depth, video: as for `DemoWriter`.
-        cameras: names; None: the task's own one.
-    """
-
-    recorder: str
-    task: Mapping[str, Any]
-    folder: str | Path = "data"
-    demos: int = 100
-    seed: int = 0
-    image_size: int = 224
-    hz: float = 10.0
-    processes: int | None = None
-    depth: bool = False
-    video: bool = False
-    cameras: Sequence[str] | None = None
-
-    @property
-    def root(self) -> Path:
-        """The recording's folder."""
-        options = {**self.task, "seed": self.seed, "image_size": self.image_size, "hz": self.hz}
-        options |= {"recorder": self.recorder, "depth": self.depth, "video": self.video}
-        if self.cameras is not None:  # recordings of the task's own camera keep the name that they had before
-            options["cameras"] = list(self.cameras)
-        # 10 and 10.0 are the same setting
-        plain = {key: value + 0.0 if type(value) is int else value for key, value in options.items()}
-        content = json.dumps(plain, sort_keys=True)
-        return Path(self.folder) / f"{self.task['name']}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
-
-    def held(self) -> int:
-        """Complete demos that are there."""
-        return sum(1 for _ in self.root.glob("[!.]*/metadata.json"))
-
-    def complete(self) -> None:
-        """Records what is missing; says so."""
-        held = self.held()
-        if held >= self.demos:
-            return
-        log.info("%s holds %d of %d demonstrations: recording the others in the simulator", self.root, held, self.demos)
-        from hydra.utils import get_method, instantiate
-
-        get_method(self.recorder)(
-            task=instantiate(dict(self.task)),
-            root=self.root,
-            demos=self.demos,
-            seed=self.seed,
-            image_size=self.image_size,
-            hz=self.hz,
-            processes=self.processes or os.cpu_count() or 1,
-            depth=self.depth,
-            video=self.video,
-            cameras=None if self.cameras is None else tuple(self.cameras),
-        )
-
-
-def kept_frames(demo: Demo, arms: Sequence[str], drop_idle_s: float | None) -> np.ndarray:
-    """Numbers of the frames that are samples: all, or those outside of pauses (see `moving_frames`)."""
-    return np.arange(len(demo)) if drop_idle_s is None else np.flatnonzero(moving_frames(demo, arms, drop_idle_s))
-
-
-def poses_of(
-    demo: Demo, arms: Sequence[str], frame: int | np.ndarray, steps: np.ndarray, targets: str
-) -> dict[str, torch.Tensor]:
-    """The tensors of `PolicyTargets` that are read from the arms, at one frame, or at M: then with a first dimension of
-    M."""
-    axis = np.asarray(frame).ndim
-    trajectories = [demo.arms[name] for name in arms]
-    ahead = zip(*(targets_of(arm, frame, steps, targets) for arm in trajectories), strict=True)
-    position, quaternion, gripper, repeated = (np.stack(part, axis) for part in ahead)
-    here = np.zeros(1, dtype=np.int64)
-    keyframes = [targets_of(arm, keyframe_of(arm, frame, targets), here, targets)[0] for arm in trajectories]
-    return {
-        "start_position": _float(np.stack([arm.position[frame] for arm in trajectories], axis)),
-        "start_quaternion": _float(np.stack([arm.quaternion[frame] for arm in trajectories], axis)),
-        "start_gripper": _float(np.stack([arm.gripper[frame] for arm in trajectories], axis)),
-        "position": _float(position),
-        "quaternion": _float(quaternion),
-        "gripper": _float(gripper),
-        "repeated": torch.from_numpy(repeated),
-        "keyframe": _float(np.stack([position[..., 0, :] for position in keyframes], axis)),
-    }
-
-
-class DemoSamples(Dataset[PolicyTargets]):
-    """One sample for each frame (or moving frame) of some demos. Indexed by `SampleKey`; samples are unbatched
-    `PolicyBatch`es.
-
-    Args:
-        demos, camera, arms, targets: what is read.
-        demo_indices: number of each demo in the data module's list.
-        frames: decoded frames of all demos of that list, by camera.
-        steps: [T] frames ahead of each target.
-        geometry: the nominal crop.
-        augmentation: None at validation.
-        seed: of the augmentation.
-        drop_idle_s: see `moving_frames`; None keeps all.
-    """
-
-    def __init__(
-        self,
-        demos: Sequence[Demo],
-        demo_indices: Sequence[int],
-        frames: Mapping[str, FrameCache],
-        camera: str,
-        arms: Sequence[str],
-        targets: str,
-        steps: np.ndarray,
-        geometry: ImageGeometry,
-        augmentation: Augmentation | None,
-        seed: int,
-        drop_idle_s: float | None,
-    ) -> None:
-        self.demos, self.demo_indices, self.frames = list(demos), list(demo_indices), frames
-        self.camera, self.arms, self.targets, self.steps = camera, tuple(arms), targets, steps
-        self.geometry, self.augmentation, self.seed = geometry, augmentation, seed
-        kept = [kept_frames(demo, arms, drop_idle_s) for demo in demos]
-        self.sample_demo = np.repeat(np.arange(len(kept)), [len(part) for part in kept])
-        self.sample_frame = np.concatenate(kept) if kept else np.zeros(0, dtype=np.int64)
-        self.dropped = sum(len(demo) for demo in demos) - len(self.sample_frame)
-
-    def __len__(self) -> int:
-        return len(self.sample_frame)
-
-    def __getitems__(self, keys: Sequence[SampleKey]) -> list[PolicyTargets] | list[DemoError]:
-        """A batch's samples, or what is wrong with a demo: an exception would leave a worker as a page of traceback."""
-        try:
-            return [self[key] for key in keys]
-        except DemoError as error:
-            return [error]
-
-    def __getitem__(self, key: SampleKey | int) -> PolicyTargets:
-        if not isinstance(key, SampleKey):
-            key = SampleKey(int(key), 0)
-        number, frame = int(self.sample_demo[key.sample]), int(self.sample_frame[key.sample])
-        common = poses_of(self.demos[number], self.arms, frame, self.steps, self.targets) | {
-            "demo_index": torch.tensor(self.demo_indices[number]),
-            "frame_index": torch.tensor(frame),
-            "instruction": self.demos[number].instruction,  # one sentence; `collate` makes the list
-        }
-        return self._seen(number, frame, key, common)
-
-    def _picture(self, number: int, camera: str, frame: int) -> np.ndarray:
-        try:
-            return self.frames[camera].read(self.demo_indices[number], frame)
-        except (OSError, ValueError, IndexError) as error:
-            name = self.demos[number].name
-            raise DemoError(name, f"frame {frame} of camera {camera!r} cannot be read: {error}") from error
-
-    def _seen(self, number: int, frame: int, key: SampleKey, common: dict[str, Any]) -> PolicyTargets:
-        """The sample: what is common to all batches, and the camera's picture."""
-        camera, picture = self.demos[number].cameras[self.camera], self._picture(number, self.camera, frame)
-        world_to_camera = camera.world_to_camera[frame]
-        if self.augmentation is None:
-            image, intrinsics = self.geometry.apply(picture, camera.intrinsics[frame])
-            pose = torch.from_numpy(np.asarray(world_to_camera, dtype=np.float32))
-        else:
-            generator = sample_generator(self.seed, key)
-            image, intrinsics, pose = self.augmentation.apply(
-                generator, self.geometry, picture, camera.intrinsics[frame], world_to_camera
-            )
-        return PolicyBatch(image=image, intrinsics=intrinsics, world_to_camera=pose, **common)
-
-
-class MultiViewSamples(DemoSamples):
-    """`DemoSamples` of several cameras: samples are unbatched `MultiViewPolicyBatch`es.
-
-    Each view is cropped and coloured by itself, as cameras are mounted and balanced one by one; depth follows its
-    picture.
-
-    Args (beside those of `DemoSamples`):
-        cameras: their names, in the order of the views; the first is `camera`.
-        depth: whether the samples hold depth.
-    """
-
-    def __init__(self, *common: Any, cameras: Sequence[str], depth: bool) -> None:
-        super().__init__(*common)
-        self.cameras, self.depth = tuple(cameras), depth
-
-    def _seen(self, number: int, frame: int, key: SampleKey, common: dict[str, Any]) -> PolicyTargets:
-        generator = sample_generator(self.seed, key)
-        views: list[View] = []
-        for name in self.cameras:
-            camera, picture = self.demos[number].cameras[name], self._picture(number, name, frame)
-            seen = (picture, camera.intrinsics[frame], camera.world_to_camera[frame], self._depth(number, name, frame))
-            if self.augmentation is None:
-                views.append(self.geometry.view(*seen))
-            else:
-                views.append(self.augmentation.view(generator, self.geometry, *seen))
-        depth = [view.depth for view in views if view.depth is not None]
-        return MultiViewPolicyBatch(
-            images=torch.from_numpy(np.stack([view.picture.transpose(2, 0, 1) for view in views])),
-            view_intrinsics=_float(np.stack([view.intrinsics for view in views])),
-            view_world_to_camera=_float(np.stack([view.world_to_camera for view in views])),
-            depth=torch.from_numpy(np.stack(depth)) if depth else None,
-            cameras=self.cameras,
-            mean=self.geometry.mean,
-            std=self.geometry.std,
-            **common,
-        )
-
-    def _depth(self, number: int, camera: str, frame: int) -> np.ndarray | None:
-        """H x W uint16 millimetres, where depth is wanted."""
-        source = self.demos[number].cameras[camera].depth
-        if not self.depth or source is None:
-            return None
-        try:
-            return source.read(frame)
-        except (OSError, ValueError, IndexError) as error:
-            name = self.demos[number].name
-            raise DemoError(name, f"depth {frame} of camera {camera!r} cannot be read: {error}") from error
-
-
-def collate(samples: list[PolicyTargets] | list[DemoError]) -> PolicyTargets | DemoError:
-    """Stacks samples; hands on an error, which `ResumableLoader` raises in the main process."""
-    first = samples[0]
-    return first if isinstance(first, DemoError) else type(first).collate(samples)  # type: ignore[arg-type]
-
-
-def _float(values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(values.astype(np.float32))
 
 
 class RobotDemos(ResumableData):
@@ -529,7 +206,7 @@ class RobotDemos(ResumableData):
             digest = hashlib.sha256(str(self.root.resolve()).encode()).hexdigest()[:16]
             self.cache_dir = Path.home() / ".cache" / "keygrip" / digest
             log.info("%s cannot be written; what is derived from it goes to %s", self.root, self.cache_dir)
-        self._common_rate(demos)
+        common_rate(demos)
         if self.targets == "commanded":
             without = [d.name for d in demos if any(d.arms[arm].commanded is None for arm in self.arms)]
             if without:
@@ -598,10 +275,6 @@ class RobotDemos(ResumableData):
         return [self.demos[index] for index in self.train_indices]
 
     @property
-    def val_demos(self) -> list[Demo]:
-        return [self.demos[index] for index in self.val_indices]
-
-    @property
     def steps(self) -> np.ndarray:
         """[T] frames ahead of each target."""
         return np.arange(1, self.horizon + 1) * self.frame_stride
@@ -614,69 +287,15 @@ class RobotDemos(ResumableData):
         if self._statistics is None:
             if not self.train_indices:
                 raise ValueError("no statistics before setup('fit') has found training demos")
-            self._statistics = self._compute_statistics()
-        return self._statistics
-
-    def _compute_statistics(self) -> DemoStatistics:
-        demos = self.train_demos
-        quaternions: dict[str, np.ndarray] = {}
-        positions: list[np.ndarray] = []
-        digest = hashlib.sha256(f"{self.targets}:{self.arms}".encode())
-        for arm in self.arms:
-            reached = [demo.arms[arm] for demo in demos]
-            goals = [pose.commanded if self.targets == "commanded" else pose for pose in reached]
-            quaternions[arm] = np.concatenate([goal.quaternion for goal in goals if goal is not None])
-            positions += [pose.position for pose in (*reached, *goals) if pose is not None]
-            digest.update(np.ascontiguousarray(quaternions[arm]).tobytes())
-        stacked = np.concatenate(positions)
-        digest.update(np.ascontiguousarray(stacked).tobytes())
-        low, high = stacked.min(axis=0), stacked.max(axis=0)
-        return DemoStatistics(
-            height_range=(float(low[2]), float(high[2])),
-            position_range=(tuple(low.tolist()), tuple(high.tolist())),
-            quaternions=quaternions,
-            arms=self.arms,
-            targets=self.targets,
-            horizon=self.horizon,
-            step_seconds=self.frame_stride / self._common_rate(demos),
-            geometry=self.geometry,
-            demos=len(demos),
-            frames=sum(len(demo) for demo in demos),
-            fingerprint=digest.hexdigest()[:16],
-            cache_dir=self.cache_dir,
-            cameras=self.cameras,
-            chunks=self._chunks(),
-        )
-
-    def _chunks(self) -> PolicyTargets:
-        """Targets of training frames, without pictures: all frames that are samples, or an even choice of them."""
-        kept = [kept_frames(demo, self.arms, self.drop_idle_s) for demo in self.train_demos]
-        every = max(1, math.ceil(sum(len(frames) for frames in kept) / CHUNKS_AT_MOST))
-        parts: list[dict[str, torch.Tensor]] = []
-        instructions: list[str] = []
-        skip = 0  # frames to pass over at the beginning of the next demo, so that the choice is even over all of them
-        for index, demo, frames in zip(self.train_indices, self.train_demos, kept, strict=True):
-            chosen = frames[skip::every]
-            skip = (skip - len(frames)) % every
-            which = {"demo_index": torch.full((len(chosen),), index), "frame_index": torch.from_numpy(chosen)}
-            parts.append(poses_of(demo, self.arms, chosen, self.steps, self.targets) | which)
-            instructions += [demo.instruction] * len(chosen)
-        return PolicyTargets(
-            **{name: torch.cat([part[name] for part in parts]) for name in parts[0]}, instruction=instructions
-        )
-
-    @staticmethod
-    def _common_rate(demos: Sequence[Demo]) -> float:
-        """Frames a second of the demos; a step of so many frames must mean the same time in all of them."""
-        rates = [demo.fps for demo in demos]
-        if max(rates) > 1.05 * min(rates):
-            slow, fast = (demos[index].name for index in (int(np.argmin(rates)), int(np.argmax(rates))))
-            raise ValueError(
-                f"the demos run at different rates ({slow}: {min(rates):g} frames/s, {fast}: {max(rates):g}), so "
-                "that a step of data.frame_stride frames means different times: train on one rate, or resample while "
-                "importing"
+            self._statistics = compute_statistics(
+                self.demos,
+                self.train_indices,
+                self._sample_options(None, drop_idle=True),
+                self.frame_stride,
+                self.cache_dir,
+                self.cameras,
             )
-        return float(np.median(rates))
+        return self._statistics
 
     def off_screen_shares(self) -> dict[str, float]:
         """By demo: the share of target steps that project outside the nominal (unaugmented) picture, over all arms."""
@@ -733,11 +352,8 @@ class RobotDemos(ResumableData):
                 left -= cache.limit_bytes
         return self._frames
 
-    def _samples(self, indices: Sequence[int], augmentation: Augmentation | None, drop_idle: bool) -> DemoSamples:
-        common = (
-            [self.demos[index] for index in indices],
-            indices,
-            self.frames,
+    def _sample_options(self, augmentation: Augmentation | None, drop_idle: bool) -> SampleOptions:
+        return SampleOptions(
             self.camera,
             self.arms,
             self.targets,
@@ -747,9 +363,12 @@ class RobotDemos(ResumableData):
             self.seed,
             self.drop_idle_s if drop_idle else None,
         )
+
+    def _samples(self, indices: Sequence[int], augmentation: Augmentation | None, drop_idle: bool) -> DemoSamples:
+        demos, options = [self.demos[index] for index in indices], self._sample_options(augmentation, drop_idle)
         if self.several:
-            return MultiViewSamples(*common, cameras=self.cameras, depth=self.depth)
-        return DemoSamples(*common)
+            return MultiViewSamples(demos, indices, self.frames, options, self.cameras, self.depth)
+        return DemoSamples(demos, indices, self.frames, options)
 
     @property
     def train_samples(self) -> DemoSamples:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from keygrip.data.robot.demos import FrameSource
+from keygrip.data.robot.schema import FrameSource
 
 log = logging.getLogger(__name__)
 

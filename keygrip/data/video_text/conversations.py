@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from keygrip.data.shards.tars import Parts, SampleError, ShardSet, all_samples
+from keygrip.data.video import duration_s, frames_at
 
 ROLES = ("system", "user", "assistant")
 PICTURE = re.compile(r"^(\d+)\.(jpg|jpeg|png|webp)$")
@@ -185,7 +186,7 @@ def describe_video_text(parts: Parts) -> dict[str, int | float | str]:
     """The columns of a sample, as :func:`video_text_parts` gives them."""
     conversations = parse_conversations(parse_text(parts))
     video = next((name for name in VIDEO if name in parts), None)
-    frames = len(picture_parts(parts)) if video is None else len(_seconds(_duration(parts[video])))
+    frames = len(picture_parts(parts)) if video is None else len(_seconds(duration_s(parts[video])))
     return {"frames": frames, **_text_columns(conversations)}
 
 
@@ -213,21 +214,6 @@ def decode_picture(content: bytes, size: int, fit: str) -> np.ndarray:
         return fit_picture(opened.convert("RGB"), size, fit)
 
 
-def _duration(content: bytes) -> float:
-    import av
-
-    with av.open(io.BytesIO(content), "r") as video:
-        return _length(video)
-
-
-def _length(video: Any) -> float:
-    """Seconds of an opened video's first picture stream."""
-    stream = video.streams.video[0]
-    if stream.duration is not None and stream.time_base is not None:
-        return float(stream.duration * stream.time_base)
-    return float((video.duration or 0) / 1e6)
-
-
 def _seconds(duration: float) -> np.ndarray:
     """Times at which frames are taken: one a second, at most 64, evenly."""
     count = max(1, int(np.floor(duration + 1e-6)))
@@ -235,34 +221,12 @@ def _seconds(duration: float) -> np.ndarray:
 
 
 def decode_video(content: bytes | str, size: int, fit: str) -> np.ndarray:
-    """uint8 [F, S, S, 3] of a video file or its bytes: a frame a second, at most 64.
+    """uint8 [F, S, S, 3] of a video file or its bytes: a frame per second, at most 64.
 
     Raises:
         ValueError: it cannot be decoded, or ends long before its length.
     """
-    import av
-
-    source = io.BytesIO(content) if isinstance(content, bytes) else content
-    try:
-        with av.open(source, "r") as video:
-            stream = video.streams.video[0]
-            stream.thread_type = "NONE"  # the loader's workers are the parallelism
-            duration = _length(video)
-            wanted = _seconds(duration)
-            frames: list[np.ndarray] = []
-            start: float | None = None
-            for frame in video.decode(stream):
-                now = float(frame.time or 0.0)
-                start = now if start is None else start
-                while len(frames) < len(wanted) and now - start >= wanted[len(frames)] - 1e-3:
-                    frames.append(fit_picture(frame.to_image(), size, fit))
-                if len(frames) == len(wanted):
-                    break
-    except (av.FFmpegError, IndexError) as error:
-        raise ValueError(f"the video cannot be decoded: {error}") from error
-    if len(frames) < len(wanted):
-        raise ValueError(f"the video says it lasts {duration:.1f} s, but only {len(frames)} of them can be decoded")
-    return np.stack(frames)
+    return np.stack(frames_at(content, _seconds, lambda image: fit_picture(image, size, fit)))
 
 
 def read_sample(

@@ -21,7 +21,7 @@ from keygrip.models.geometry_vla.geometry import DinoMultiView, GeometryFeatures
 from keygrip.training.optimizers import AdamW
 
 if TYPE_CHECKING:
-    from keygrip.data.robot.datamodule import DemoStatistics
+    from keygrip.data.robot.statistics import DemoStatistics
 
 HEADLINE = ("loss", "point_cm", "depth_cm")
 

@@ -25,7 +25,7 @@ from keygrip.training.distributed import global_mean
 from keygrip.training.optimizers import AdamW
 
 if TYPE_CHECKING:
-    from keygrip.data.robot.datamodule import DemoStatistics
+    from keygrip.data.robot.statistics import DemoStatistics
     from keygrip.models.geometry_vla.policy import GeometryVLAPolicy
 
 STATE = "geometry_vla"

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from keygrip.data.batches import PolicyBatch
-from keygrip.data.robot.datamodule import DemoStatistics
+from keygrip.data.robot.statistics import DemoStatistics
 from keygrip.evaluation.kinds import Evaluation
 from keygrip.exporting.graphs import ExportGraph
 from keygrip.models.geometry.cameras import recover_3d

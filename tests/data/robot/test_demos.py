@@ -14,17 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keygrip.data.robot.demos import (
-    ArmPose,
-    CameraPose,
-    DemoError,
-    DemoWriter,
-    JpegFrames,
-    VideoFrames,
-    find_demos,
-    read_native,
-    write_demo,
-)
+from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.frames import JpegFrames, VideoFrames
+from keygrip.data.robot.native import read_native
+from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter, write_demo
+from keygrip.data.robot.schema import DemoError
 
 
 def test_a_folder_written_by_hand_reads_to_the_letter(tmp_path: Path, native_demo: Callable[..., Path]) -> None:

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from keygrip.data.robot.demos import ArmPose, CameraPose, DemoWriter
 from keygrip.data.robot.doctor import Finding, doctor
+from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
 from keygrip.robots.inverse_kinematics import pointing_down, solve
 from keygrip.robots.kinematics import forward_kinematics
 

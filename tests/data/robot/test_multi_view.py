@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from keygrip.data.batches import MultiViewPolicyBatch, PolicyBatch, PolicyTargets
-from keygrip.data.robot import datamodule as module_under_test
+from keygrip.data.robot import statistics as module_under_test
 from keygrip.data.robot.augmentation import Augmentation, Box, Colours, ImageGeometry, cut, cut_depth, recolour
-from keygrip.data.robot.datamodule import Recording, RobotDemos
+from keygrip.data.robot.datamodule import RobotDemos
+from keygrip.data.robot.recordings import Recording
 from keygrip.data.shards.sampling import SampleKey
 
 Make = Callable[..., RobotDemos]

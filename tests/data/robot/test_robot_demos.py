@@ -22,8 +22,10 @@ from lightning.pytorch import LightningModule, Trainer
 
 from keygrip.data.batches import PolicyBatch
 from keygrip.data.robot.augmentation import Augmentation, ImageGeometry
-from keygrip.data.robot.datamodule import Recording, RobotDemos, keyframe_of, moving_frames, split_demos, targets_of
-from keygrip.data.robot.demos import ArmTrajectory, DemoError
+from keygrip.data.robot.datamodule import RobotDemos, split_demos
+from keygrip.data.robot.recordings import Recording
+from keygrip.data.robot.samples import keyframe_of, moving_frames, targets_of
+from keygrip.data.robot.schema import ArmTrajectory, DemoError
 from keygrip.data.shards.sampling import SampleKey
 
 Make = Callable[..., RobotDemos]
@@ -278,7 +280,8 @@ def test_statistics_are_those_of_the_training_split(native_root: Path, robot_dem
 
 def test_statistics_ignore_validation_demos(native_root: Path, robot_demos: Make, change_archive: Any) -> None:
     before = ready(robot_demos(native_root)).statistics
-    held_out = ready(robot_demos(native_root)).val_demos[0]
+    data = ready(robot_demos(native_root))
+    held_out = data.demos[data.val_indices[0]]
     moved = held_out.arms["right"].position + [0, 0, 0.5]
     change_archive(held_out.path / "trajectory.npz", right__position_m=moved)
     after = ready(robot_demos(native_root)).statistics

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keygrip.data.robot.demos import find_demos
+from keygrip.data.robot.discovery import find_demos
 from keygrip.envs.yam.environment import YamCell
 from keygrip.envs.yam.expert import expert_actions
 from keygrip.envs.yam.tasks import PHRASES, EpisodeLayout, TaskOptions, sample_layout

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from keygrip.data.robot.demos import find_demos
+from keygrip.data.robot.discovery import find_demos
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.recording.demonstrations import record
 

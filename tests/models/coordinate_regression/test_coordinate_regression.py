@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from keygrip.data.batches import PolicyBatch
 from keygrip.data.robot.augmentation import ImageGeometry
-from keygrip.data.robot.datamodule import DemoStatistics
+from keygrip.data.robot.statistics import DemoStatistics
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.coordinate_regression.module import CoordinateRegressionModule
 from keygrip.models.coordinate_regression.network import CoordinateRegressionNetwork

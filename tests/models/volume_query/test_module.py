@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from keygrip.data.batches import PolicyBatch
 from keygrip.data.robot.augmentation import ImageGeometry
-from keygrip.data.robot.datamodule import DemoStatistics
+from keygrip.data.robot.statistics import DemoStatistics
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.geometry.rotation_codecs import PCARotation
 from keygrip.models.geometry.rotations import rotation_exp

@@ -1,8 +1,4 @@
-"""Readers of what other recorders write: raiden, yam-abc, LeRobot v3 and LIBERO. Each reads into
-`keygrip.data.robot.demos.Demo`."""
+"""Readers of other projects' recordings: a module per format with `detect(root)` and `find(root, calibration)`.
 
-from __future__ import annotations
-
-from keygrip.data.robot.formats.importing import ImportSummary, import_demos
-
-__all__ = ["ImportSummary", "import_demos"]
+A new format is a module here and a line in `keygrip.data.robot.discovery.FOREIGN_FORMATS`.
+"""

@@ -1,4 +1,4 @@
-"""Frame sources that foreign formats need beside those of `keygrip.data.robot.demos`. All hold no open file and can be
+"""Frame sources that foreign formats need beside those of `keygrip.data.robot.frames`. All hold no open file and can be
 pickled."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from keygrip.data.robot.demos import FrameSource
+from keygrip.data.robot.schema import FrameSource
 
 
 @dataclass(frozen=True)

@@ -33,18 +33,12 @@ from typing import Any
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from keygrip.data.robot.demos import (
-    ArmTrajectory,
-    CameraTrack,
-    Demo,
-    DemoError,
-    DemoReference,
-    FrameSource,
-    VideoFrames,
-)
-from keygrip.data.robot.formats.calibration import ArmCalibration, Calibration, find_calibration, read_calibration
+from keygrip.data.robot.calibration import ArmCalibration, Calibration, find_calibration, read_calibration
 from keygrip.data.robot.formats.frames import ParquetFrames
 from keygrip.data.robot.formats.poses import increasing, opening, quaternions, rotations, transform
+from keygrip.data.robot.frames import VideoFrames
+from keygrip.data.robot.reference import DemoReference
+from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource
 
 IMAGES = "observation.images."
 _ROTATIONS = {"quaternion_wxyz": 4, "quaternion_xyzw": 4, "rotation_vector": 3, "matrix": 9, "euler_xyz": 3}

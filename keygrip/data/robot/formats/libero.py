@@ -28,10 +28,11 @@ from typing import Any
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from keygrip.data.robot.demos import ArmTrajectory, CameraTrack, Demo, DemoError, DemoReference
-from keygrip.data.robot.formats.calibration import NAMES, Calibration, read_calibration
+from keygrip.data.robot.calibration import NAMES, Calibration, read_calibration
 from keygrip.data.robot.formats.frames import HDF5Frames
 from keygrip.data.robot.formats.poses import invert, opening, quaternions, transform
+from keygrip.data.robot.reference import DemoReference
+from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError
 
 logger = logging.getLogger(__name__)
 

@@ -31,9 +31,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from keygrip.data.robot.demos import ArmTrajectory, CameraTrack, Demo, DemoError, DemoReference, FrameSource, JpegFrames
-from keygrip.data.robot.formats.calibration import read_mapping
+from keygrip.data.robot.calibration import read_mapping
 from keygrip.data.robot.formats.poses import increasing, invert, opening, quaternions, rigid, rotations, transform
+from keygrip.data.robot.frames import JpegFrames
+from keygrip.data.robot.reference import DemoReference
+from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource
 
 RIGID_WRIST_SPREAD_M = 0.02  # a hand-mounted camera seen through the wrong transform wanders by decimetres
 

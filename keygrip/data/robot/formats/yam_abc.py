@@ -19,18 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.data.robot.demos import (
-    ArmTrajectory,
-    CameraTrack,
-    Demo,
-    DemoError,
-    DemoReference,
-    FrameSource,
-    VideoFrames,
-)
-from keygrip.data.robot.formats.calibration import ArmCalibration, Calibration, find_calibration, read_calibration
+from keygrip.data.robot.calibration import ArmCalibration, Calibration, find_calibration, read_calibration
 from keygrip.data.robot.formats.frames import SelectedFrames
 from keygrip.data.robot.formats.poses import increasing, opening, quaternions, transform
+from keygrip.data.robot.frames import VideoFrames
+from keygrip.data.robot.reference import DemoReference
+from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource
 
 FLAG = "write_complete.flag"
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from keygrip.data.robot.demos import Demo
+from keygrip.data.robot.schema import Demo
 
 WIDTH, HEIGHT, FRAMES = 96, 72, 6
 

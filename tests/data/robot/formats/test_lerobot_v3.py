@@ -14,8 +14,9 @@ import yaml
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from keygrip.data.robot.demos import DemoError, find_demos
-from keygrip.data.robot.formats import import_demos
+from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.importing import import_demos
+from keygrip.data.robot.schema import DemoError
 from keygrip.robots.kinematics import forward_kinematics
 
 FPS = 20

@@ -11,8 +11,9 @@ import pytest
 import yaml
 from scipy.spatial.transform import Rotation
 
-from keygrip.data.robot.demos import DemoError, find_demos
-from keygrip.data.robot.formats import import_demos
+from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.importing import import_demos
+from keygrip.data.robot.schema import DemoError
 
 FILE = "KITCHEN_SCENE1_put_the_black_bowl_on_the_plate_demo.hdf5"
 SIDE = 64

@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from keygrip.data.robot.demos import DemoError, find_demos
-from keygrip.data.robot.formats import import_demos, raiden
+from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.formats import raiden
+from keygrip.data.robot.importing import import_demos
+from keygrip.data.robot.schema import DemoError
 
 LEFT_FROM_RIGHT = np.eye(4)
 LEFT_FROM_RIGHT[:3, :3] = Rotation.from_euler("z", 25, degrees=True).as_matrix()

@@ -142,7 +142,7 @@ def find_calibration(root: Path, given: Path | None, format_name: str) -> Path:
             return root / name
     raise FileNotFoundError(
         f"{root}: {format_name} recordings lack cameras in the world; write {root / NAMES[0]} (intrinsics and "
-        "world_to_camera of each camera, see keygrip/data/robot/formats/calibration.py) or name one with "
+        "world_to_camera of each camera, see keygrip/data/robot/calibration.py) or name one with "
         "data.calibration=PATH"
     )
 

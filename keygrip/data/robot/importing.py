@@ -10,7 +10,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from keygrip.data.robot.demos import DemoError, DemoReference, find_demos, write_demo
+from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.native_writer import write_demo
+from keygrip.data.robot.reference import DemoReference
+from keygrip.data.robot.schema import DemoError
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,174 @@
+"""Checks that every demonstration passes, whatever format it was read from.
+
+Legend of shapes: N frames of a demo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from keygrip.data.robot.frames import VideoFrames
+from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError
+
+QUATERNION_TOLERANCE = (
+    1e-2  # |norm - 1| above this is a wrong order, a wrong unit or a broken sensor, not float32 rounding
+)
+ROTATION_TOLERANCE = 1e-3  # largest entry of R R^T - I that rounding and hand-eye calibration files produce
+GRIPPER_TOLERANCE = (
+    1e-3  # opening may overshoot [0, 1] by this much (encoder noise); more means another unit or polarity
+)
+
+
+def _check_poses(name: str, arm: str, what: str, poses: ArmTrajectory, frames: int) -> None:
+    shapes = {"position": (frames, 3), "quaternion": (frames, 4), "gripper opening": (frames,)}
+    values = {"position": poses.position, "quaternion": poses.quaternion, "gripper opening": poses.gripper}
+    for part, value in values.items():
+        if value.shape != shapes[part]:
+            raise DemoError(
+                name,
+                f"{what} {part} of arm {arm!r} has shape {value.shape}, {shapes[part]} is needed (the demo has "
+                f"{frames} time stamps)",
+            )
+        bad = ~np.isfinite(value)
+        if bad.any():
+            raise DemoError(
+                name,
+                f"{what} {part} of arm {arm!r} is NaN or infinite, first at frame {int(np.argwhere(bad)[0][0])} of "
+                f"{frames}",
+            )
+    norm = np.linalg.norm(poses.quaternion, axis=-1)
+    worst = int(np.abs(norm - 1).argmax())
+    if abs(norm[worst] - 1) > QUATERNION_TOLERANCE:
+        raise DemoError(
+            name,
+            f"{what} quaternion of arm {arm!r} has norm {norm[worst]:.4f} at frame {worst}; unit quaternions in the "
+            "order w, x, y, z are needed",
+        )
+    low, high = float(poses.gripper.min()), float(poses.gripper.max())
+    if low < -GRIPPER_TOLERANCE or high > 1 + GRIPPER_TOLERANCE:
+        raise DemoError(
+            name,
+            f"{what} gripper opening of arm {arm!r} runs from {low:.4g} to {high:.4g}; 0 (closed) to 1 (open) is "
+            "needed",
+        )
+    if poses.joints is not None:
+        if poses.joints.ndim != 2 or len(poses.joints) != frames:
+            raise DemoError(
+                name,
+                f"{what} joint positions of arm {arm!r} have shape {poses.joints.shape}, ({frames}, joints) is needed",
+            )
+        if not np.isfinite(poses.joints).all():
+            raise DemoError(name, f"{what} joint positions of arm {arm!r} hold NaN or infinite values")
+
+
+def _check_camera(name: str, camera: str, track: CameraTrack, frames: int) -> None:
+    where = f"camera {camera!r}"
+    if track.intrinsics.shape != (frames, 3, 3) or track.world_to_camera.shape != (frames, 4, 4):
+        raise DemoError(
+            name,
+            f"{where}: intrinsics {track.intrinsics.shape} and world_to_camera {track.world_to_camera.shape} do not "
+            f"fit {frames} frames",
+        )
+    intrinsics, pose = np.asarray(track.intrinsics), np.asarray(track.world_to_camera)
+    if intrinsics.strides[0] == 0:  # broadcast: one matrix stands for all frames
+        intrinsics = intrinsics[:1]
+    if pose.strides[0] == 0:
+        pose = pose[:1]
+    if not (np.isfinite(intrinsics).all() and np.isfinite(pose).all()):
+        raise DemoError(name, f"{where}: intrinsics or world_to_camera hold NaN or infinite values")
+    focal, centre = intrinsics[:, [0, 1], [0, 1]], intrinsics[:, :2, 2]
+    size = np.array([track.width, track.height])
+    if (
+        (focal <= 0).any()
+        or np.abs(intrinsics[:, 2] - [0, 0, 1]).max() > 1e-6
+        or np.abs(intrinsics[:, 1, 0]).max() > 1e-6
+    ):
+        raise DemoError(
+            name,
+            f"{where}: intrinsics are not [[fx, s, cx], [0, fy, cy], [0, 0, 1]] with positive focal lengths in pixels",
+        )
+    if (focal < 0.05 * size).any() or (focal > 100 * size).any() or (centre < -size).any() or (centre > 2 * size).any():
+        raise DemoError(
+            name,
+            f"{where}: focal length {focal[0].round(2).tolist()} and centre {centre[0].round(2).tolist()} do not fit "
+            "a picture of "
+            f"{track.width} x {track.height} pixels; were they made for another resolution or in other units?",
+        )
+    rotation = pose[:, :3, :3]
+    defect = float(np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max())
+    if defect > ROTATION_TOLERANCE or np.abs(pose[:, 3] - [0, 0, 0, 1]).max() > 1e-6:
+        raise DemoError(
+            name,
+            f"{where}: world_to_camera is not a rigid transform (R R^T differs from the identity by {defect:.2g}, "
+            "last row 0 0 0 1)",
+        )
+    determinant = np.linalg.det(rotation)
+    if (determinant < 0).any():
+        raise DemoError(
+            name,
+            f"{where}: the rotation of world_to_camera has determinant {determinant.min():.3f}: it mirrors; +1 is "
+            "needed",
+        )
+    if len(track.frames) != frames:
+        raise DemoError(name, f"{where}: {len(track.frames)} pictures for {frames} time stamps")
+
+
+def _check_images(name: str, camera: str, track: CameraTrack, frames: int) -> None:
+    try:
+        if isinstance(track.frames, VideoFrames):
+            track.frames.verify()
+        for index in {0, frames - 1}:
+            picture = track.frames.read(index)
+            if picture.shape != (track.height, track.width, 3) or picture.dtype != np.uint8:
+                raise DemoError(
+                    name,
+                    f"camera {camera!r}: frame {index} is {picture.shape} {picture.dtype}, the demo says "
+                    f"{track.height} x {track.width} x 3 uint8",
+                )
+    except DemoError:
+        raise
+    except (OSError, ValueError, IndexError, SyntaxError) as error:
+        raise DemoError(name, f"camera {camera!r}: {error}") from error
+
+
+def check_demo(demo: Demo, pictures: bool = True, cameras: Iterable[str] | None = None) -> None:
+    """Raises DemoError where the demo breaks a convention; every format's reader passes through here.
+
+    Args:
+        demo: what was read.
+        pictures: also decode the first and last frame of each camera and count the frames of a video.
+        cameras: cameras whose pictures are decoded; None: all.
+    """
+    name, frames = demo.name, len(demo.timestamps)
+    if frames < 2:
+        raise DemoError(name, f"it has {frames} frames; at least 2 are needed")
+    if not demo.arms:
+        raise DemoError(name, "it has no arm")
+    if not demo.cameras:
+        raise DemoError(name, "it has no camera")
+    if not (np.isfinite(demo.fps) and demo.fps > 0):
+        raise DemoError(name, f"fps is {demo.fps}; a positive number is needed")
+    steps = np.diff(demo.timestamps)
+    if (steps <= 0).any():
+        raise DemoError(name, f"time stamps do not increase at frame {int((steps <= 0).argmax()) + 1}")
+    for arm, trajectory in demo.arms.items():
+        _check_poses(name, arm, "reached", trajectory, frames)
+        if trajectory.commanded is not None:
+            _check_poses(name, arm, "commanded", trajectory.commanded, frames)
+    wanted = None if cameras is None else set(cameras)
+    for camera, track in demo.cameras.items():
+        _check_camera(name, camera, track, frames)
+        if pictures and (wanted is None or camera in wanted):
+            _check_images(name, camera, track, frames)
+
+
+def tidied(poses: ArmTrajectory) -> ArmTrajectory:
+    """Poses that passed the checks, with what the tolerances let through put right: unit quaternions, openings in [0,
+    1]."""
+    norm = np.linalg.norm(poses.quaternion, axis=-1, keepdims=True)
+    quaternion = poses.quaternion if np.abs(norm - 1).max() < 1e-6 else poses.quaternion / norm
+    commanded = None if poses.commanded is None else tidied(poses.commanded)
+    return replace(poses, quaternion=quaternion, gripper=poses.gripper.clip(0, 1), commanded=commanded)

@@ -1,0 +1,71 @@
+"""Finds the demonstrations under a folder, of whatever format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+from keygrip.data.robot import native
+from keygrip.data.robot.formats import lerobot_v3, libero, raiden, yam_abc
+from keygrip.data.robot.reference import DemoReference
+from keygrip.data.robot.schema import SCHEMA
+
+FOREIGN_FORMATS: dict[str, ModuleType] = {
+    "raiden": raiden,
+    "yam_abc": yam_abc,
+    "lerobot_v3": lerobot_v3,
+    "libero": libero,
+}  # each module has detect(root) and find(root, calibration)
+FORMATS = ("native", *FOREIGN_FORMATS)
+
+
+def find_demos(root: Path | str, format: str = "auto", calibration: Path | str | None = None) -> list[DemoReference]:
+    """The demos under `root`, in the order of their names.
+
+    Args:
+        root: folder of a data set.
+        format: one of `FORMATS`, or "auto": the one whose traits the folder shows.
+        calibration: calibration file that some foreign formats need (cameras, base poses); native demos carry theirs.
+
+    Raises:
+        FileNotFoundError: the folder is missing or empty, or holds no demo.
+        ValueError: unknown format, no format or several recognised, calibration given for native demos.
+    """
+    root = Path(root)
+    if not root.exists():
+        raise FileNotFoundError(f"data folder {root} does not exist; name a folder of demos with data.root=PATH")
+    if not root.is_dir():
+        raise FileNotFoundError(f"data folder {root} is a file; name a folder of demos with data.root=PATH")
+    if not any(root.iterdir()):
+        raise FileNotFoundError(
+            f"data folder {root} is empty; record demos into it or name another with data.root=PATH"
+        )
+    if format not in ("auto", *FORMATS):
+        raise ValueError(f"unknown data format {format!r}; known are {', '.join(FORMATS)} and auto")
+    if format == "auto" and native.detect(root):
+        # our own mark leaves no doubt; what else lies there is then reported as broken demos
+        format = "native"
+    if format == "auto":
+        recognised = [name for name in FOREIGN_FORMATS if FOREIGN_FORMATS[name].detect(root)]
+        if len(recognised) > 1:
+            raise ValueError(f"{root} looks like {' and '.join(recognised)}; say which with data.format=NAME")
+        if not recognised:
+            raise FileNotFoundError(
+                f"{root} holds no demos in a known format; looked for native (a folder a demo with metadata.json of "
+                f"schema {SCHEMA!r} and "
+                "trajectory.npz), raiden (<task>/0000/lowdim), yam_abc (<slug>/<stamp>_<id>/*-joint_pos.npy), "
+                "lerobot_v3 (meta/info.json) and "
+                "libero (*.hdf5)"
+            )
+        format = recognised[0]
+    if format == "native":
+        if calibration is not None:
+            raise ValueError(
+                f"calibration={calibration} has no effect: native demos carry their cameras; leave data.calibration out"
+            )
+        references = native.find(root)
+    else:
+        references = FOREIGN_FORMATS[format].find(root, calibration=None if calibration is None else Path(calibration))
+    if not references:
+        raise FileNotFoundError(f"{root} holds no demos of format {format}")
+    return references

@@ -1,0 +1,88 @@
+"""Contact sheet: frames of a few demonstrations with the projected gripper."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from keygrip.data.robot.doctor.examination import Examination, matrices, spread, tensor
+from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo
+from keygrip.models.geometry.cameras import project
+
+_TILE_WIDTH, _HEADER, _ROWS, _COLUMNS = 280, 16, 6, 6
+_ARM_COLOURS = {"right": (255, 210, 0), "left": (0, 220, 255)}
+_AXIS_M = 0.05
+
+
+def contact_sheet(exam: Examination, camera: str) -> Image.Image:
+    """Rows of frames of a few demos with the projected gripper, its path, and its axes (x red, y green, z blue, 5
+    cm)."""
+    demos = exam.with_camera(camera)
+    demos = [demos[index] for index in spread(len(demos), _ROWS)]
+    rows = [_sheet_row(demo, camera) for demo in demos]
+    width = max(row.width for row in rows)
+    sheet = Image.new("RGB", (width, sum(row.height for row in rows) + _HEADER), (24, 24, 24))
+    share = {arm: exam.measures.get(f"camera/{camera}/arm/{arm}/on_screen") for demo in demos for arm in demo.arms}
+    shown = ", ".join(f"{arm} in the picture {value:.0%}" for arm, value in share.items() if value is not None)
+    title = (
+        f"{camera}{': ' + shown if shown else ''}.  Axes of the gripper: x red, y green, z (approach) blue, 5 cm each"
+    )
+    ImageDraw.Draw(sheet).text((4, 2), title, fill=(255, 255, 255))
+    top = _HEADER
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    return sheet
+
+
+def _sheet_row(demo: Demo, camera: str) -> Image.Image:
+    track = demo.cameras[camera]
+    scale = _TILE_WIDTH / track.width
+    size = (_TILE_WIDTH, max(1, round(track.height * scale)))
+    pick = spread(len(demo), _COLUMNS)
+    row = Image.new("RGB", ((_TILE_WIDTH + 2) * len(pick), size[1] + _HEADER + 2), (24, 24, 24))
+    for column, index in enumerate(pick):
+        tile = Image.fromarray(track.frames.read(index)).resize(size)
+        draw = ImageDraw.Draw(tile)
+        words = []
+        for arm, trajectory in demo.arms.items():
+            colour = _ARM_COLOURS.get(arm, (255, 255, 255))
+            words.append(_draw_arm(draw, track, trajectory, index, scale, colour))
+        left = column * (_TILE_WIDTH + 2)
+        row.paste(tile, (left, _HEADER))
+        name = f"{demo.name[-18:]} " if column == 0 else ""
+        ImageDraw.Draw(row).text((left + 2, 2), f"{name}#{index} {'; '.join(words)}", fill=(220, 220, 220))
+    return row
+
+
+def _draw_arm(
+    draw: ImageDraw.ImageDraw,
+    track: CameraTrack,
+    trajectory: ArmTrajectory,
+    index: int,
+    scale: float,
+    colour: tuple[int, int, int],
+) -> str:
+    """Draws path, axes and marker of one arm; returns its caption."""
+    axes = matrices(trajectory.quaternion[index : index + 1])[0].T * _AXIS_M
+    points = np.concatenate([trajectory.position, trajectory.position[index] + axes])
+    pixels, _ = project(tensor(points), tensor(track.intrinsics[index]), tensor(track.world_to_camera[index]))
+    shown = [tuple(float(value) for value in pixel * scale) for pixel in pixels.numpy()]
+    path, tips = shown[:-3], shown[-3:]
+    for before, after in pairwise(path[: index + 1]):
+        if np.isfinite([*before, *after]).all():
+            draw.line([before, after], fill=colour, width=1)
+    height = f"z {trajectory.position[index, 2]:.3f} m, open {trajectory.gripper[index]:.2f}"
+    here = path[index]
+    inside = np.isfinite(here).all() and 0 <= here[0] < track.width * scale and 0 <= here[1] < track.height * scale
+    if not inside:
+        draw.rectangle([1, 1, _TILE_WIDTH - 2, round(track.height * scale) - 2], outline=(255, 40, 40), width=3)
+        return f"off screen, {height}"
+    for tip, tint in zip(tips, ((255, 60, 60), (60, 220, 60), (90, 140, 255)), strict=True):
+        if np.isfinite(tip).all():
+            draw.line([here, tip], fill=tint, width=2)
+    x, y = here
+    draw.ellipse([x - 4, y - 4, x + 4, y + 4], outline=colour, width=2)
+    return height

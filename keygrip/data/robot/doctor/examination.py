@@ -1,0 +1,82 @@
+"""What the checks of the doctor look at and what they leave behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from scipy.spatial.transform import Rotation
+
+from keygrip.data.robot.schema import Demo
+
+MOVED_M = 0.02  # a gripper that moves this far must change the picture
+GAP = 2.5  # a step between frames longer than this many median steps
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong with a data set.
+
+    Attributes:
+        check: which check found it, a short name. severity: `error` spoils training, `warning` costs quality.
+        where: camera, arm or demos. what: what was measured. advice: what to do.
+    """
+
+    check: str
+    severity: Literal["error", "warning"]
+    where: str
+    what: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.severity} [{self.check}] {self.where}: {self.what}. {self.advice}"
+
+
+@dataclass
+class Examination:
+    """What the checks look at and what they leave behind."""
+
+    demos: list[Demo]
+    frames_per_demo: int
+    height_bins: int
+    pred_size: int
+    findings: list[Finding] = field(default_factory=list)
+    measures: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, check: str, severity: Literal["error", "warning"], where: str, what: str, advice: str) -> None:
+        self.findings.append(Finding(check, severity, where, what, advice))
+
+    @property
+    def arms(self) -> list[str]:
+        return sorted({arm for demo in self.demos for arm in demo.arms})
+
+    @property
+    def cameras(self) -> list[str]:
+        return sorted({camera for demo in self.demos for camera in demo.cameras})
+
+    def with_arm(self, arm: str) -> list[Demo]:
+        return [demo for demo in self.demos if arm in demo.arms]
+
+    def with_camera(self, camera: str) -> list[Demo]:
+        return [demo for demo in self.demos if camera in demo.cameras]
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """At most `wanted` of 0 .. count - 1, evenly spread, ends included."""
+    return [int(index) for index in np.unique(np.linspace(0, count - 1, min(wanted, count)).round())]
+
+
+def listed(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
+
+
+def tensor(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.array(values, dtype=np.float64))
+
+
+def matrices(quaternion: np.ndarray) -> np.ndarray:
+    return Rotation.from_quat(quaternion, scalar_first=True).as_matrix()

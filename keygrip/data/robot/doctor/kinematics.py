@@ -1,0 +1,86 @@
+"""Check of recorded poses against forward kinematics, where a YAM's joints were recorded."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from keygrip.data.robot.doctor.examination import Examination, matrices, spread
+from keygrip.robots.kinematics import forward_kinematics
+
+SITE_OFFSET_M = 0.01  # between the recorded position and the grasp site
+KINEMATICS_SPREAD_M = 0.01  # of what is left between recorded poses and forward kinematics
+
+
+def check_kinematics(exam: Examination) -> None:
+    """Recorded poses against forward kinematics, where a YAM's joints were recorded."""
+
+    for arm in exam.arms:
+        turns, swapped, world, rotations = [], [], [], []
+        for demo in exam.with_arm(arm):
+            joints = demo.arms[arm].joints
+            if joints is None or joints.shape[1] != 6 or not demo.robot.startswith("yam"):
+                continue
+            pick = spread(len(demo), 40)
+            position, quaternion = forward_kinematics(joints[pick])
+            expected, found = matrices(quaternion), matrices(demo.arms[arm].quaternion[pick])
+            other = matrices(np.roll(demo.arms[arm].quaternion[pick], 1, axis=1))
+            turns.append(found @ expected.transpose(0, 2, 1))
+            swapped.append(other @ expected.transpose(0, 2, 1))
+            world.append((demo.arms[arm].position[pick], position))
+            rotations.append(found)
+        if not turns:
+            exam.measures[f"arm/{arm}/site_offset_m"] = None
+            continue
+        base, scatter = _mean_turn(np.concatenate(turns))
+        _, swapped_scatter = _mean_turn(np.concatenate(swapped))
+        if scatter > 5 and swapped_scatter < 0.5 * scatter:
+            exam.add(
+                "quaternion_order",
+                "error",
+                f"arm {arm}",
+                f"the recorded rotations differ from the forward kinematics by {scatter:.0f} degrees as the file "
+                "is read and by "
+                f"{swapped_scatter:.0f} if its quaternions are x, y, z, w",
+                "Store quaternions as w, x, y, z",
+            )
+            continue
+        left = np.concatenate([recorded - computed @ base.T for recorded, computed in world])
+        tool = (np.concatenate(rotations).transpose(0, 2, 1) @ left[..., None])[..., 0]
+        in_world, in_tool = float(left.std(axis=0).max()), float(tool.std(axis=0).max())
+        exam.measures[f"arm/{arm}/site_offset_m"] = [round(float(value), 4) for value in tool.mean(axis=0)]
+        offset = tool.mean(axis=0)
+        if min(in_world, in_tool) > KINEMATICS_SPREAD_M or scatter > 5:
+            exam.add(
+                "kinematics",
+                "warning",
+                f"arm {arm}",
+                "recorded poses and the forward kinematics of the recorded joints do not go together "
+                f"({in_tool * 1e3:.0f} mm, "
+                f"{scatter:.0f} degrees of spread)",
+                "Check the joints' zero positions and order, the arm's model, and whether poses and joints have the "
+                "same clock",
+            )
+        # along the approach a shifted base and a shifted site look alike as long as the gripper points down
+        elif np.linalg.norm(offset) > SITE_OFFSET_M and (
+            in_tool < in_world or abs(offset[2]) > 0.95 * np.linalg.norm(offset)
+        ):
+            millimetres = ", ".join(f"{value * 1e3:.0f}" for value in offset)
+            exam.add(
+                "site_offset",
+                "error",
+                f"arm {arm}",
+                "the recorded position is not the grasp site between the finger tips but "
+                f"{np.linalg.norm(offset) * 1e3:.0f} mm "
+                f"off ({millimetres} mm along the tool's x, y, z)",
+                "Record the grasp site's position (a flange or wrist frame is likely), or add the offset on import; "
+                "look at "
+                "the contact sheet for the point that is marked",
+            )
+
+
+def _mean_turn(turns: np.ndarray) -> tuple[np.ndarray, float]:
+    """Mean of rotations [N, 3, 3] and the largest angle to it in degrees."""
+    rotations = Rotation.from_matrix(turns)
+    mean = rotations.mean()
+    return mean.as_matrix(), float(np.degrees((mean.inv() * rotations).magnitude().max()))

@@ -1,0 +1,141 @@
+"""Checks of cameras: whether the gripper projects into the image, and how well a point can be localised there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from keygrip.data.robot.doctor.examination import MOVED_M, Examination, listed, matrices, tensor
+from keygrip.data.robot.schema import CameraTrack, Demo
+from keygrip.models.geometry.cameras import camera_centre, inside_image, pixel_rays, project, recover_3d
+
+ON_SCREEN_SHARE = 0.9  # of frames; below it the training loses targets, and below half the geometry is wrong
+LARGEST_CELL_MM = 25.0  # likewise a cell of the prediction grid on the table
+GRAZING_SLOPE = 0.1  # sine of the angle between a viewing ray and the horizontal: 6 degrees
+
+
+def check_projection(exam: Examination) -> None:
+    for camera in exam.cameras:
+        demos = exam.with_camera(camera)
+        carrier = _mounted_on(demos, camera)
+        exam.measures[f"camera/{camera}/mounted_on"] = carrier
+        track = demos[0].cameras[camera]
+        centre = track.intrinsics[0, :2, 2] / [track.width, track.height]
+        if np.abs(centre - 0.5).max() > 0.25:
+            exam.add(
+                "intrinsics",
+                "error",
+                f"camera {camera}",
+                f"the optical centre lies at {centre[0]:.2f}, {centre[1]:.2f} of a picture of {track.width} x "
+                f"{track.height}",
+                "The intrinsics are for another resolution or crop: scale them with the picture",
+            )
+            continue  # whatever the projection shows now comes from this
+        if carrier is not None:
+            continue  # a camera on the hand sees its gripper at one place or not at all: nothing to learn from that
+        for arm in sorted({arm for demo in demos for arm in demo.arms}):
+            _check_view(exam, camera, arm, [demo for demo in demos if arm in demo.arms])
+
+
+def _mounted_on(demos: Sequence[Demo], camera: str) -> str | None:
+    """The arm that carries a camera: the one on whose gripper it is rigid while it moves."""
+    for demo in demos:
+        pose = np.linalg.inv(np.asarray(demo.cameras[camera].world_to_camera))
+        if np.ptp(pose[:, :3, 3], axis=0).max() < MOVED_M:
+            return None
+        for arm, trajectory in demo.arms.items():
+            turned = matrices(trajectory.quaternion).transpose(0, 2, 1)
+            own = (turned @ (pose[:, :3, 3] - trajectory.position)[..., None])[..., 0]
+            if np.ptp(own, axis=0).max() < 0.25 * np.ptp(pose[:, :3, 3], axis=0).max():
+                return arm
+    return None
+
+
+def _inside(track: CameraTrack, position: np.ndarray, world_to_camera: np.ndarray) -> np.ndarray:
+    """[N] bool: which positions [N, 3] are in the picture."""
+    pixels, _ = project(tensor(position), tensor(track.intrinsics), tensor(world_to_camera))
+    return inside_image(pixels, track.width, track.height).numpy()
+
+
+_FLIP = np.diag([1.0, -1.0, -1.0, 1.0])
+_ALTERNATIVES: list[tuple[str, Callable[[np.ndarray], np.ndarray]]] = [
+    ("it is camera_to_world: store its inverse", np.linalg.inv),
+    ("its camera axes are OpenGL's (y up, looking along -z): flip y and z", lambda pose: _FLIP @ pose),
+    (
+        "it is camera_to_world of an OpenGL camera: flip y and z and store the inverse",
+        lambda pose: _FLIP @ np.linalg.inv(pose),
+    ),
+]
+
+
+def _check_view(exam: Examination, camera: str, arm: str, demos: list[Demo]) -> None:
+    where = f"camera {camera}, arm {arm}"
+    tracks = [demo.cameras[camera] for demo in demos]
+    positions = [demo.arms[arm].position for demo in demos]
+    inside = [
+        _inside(track, position, track.world_to_camera) for track, position in zip(tracks, positions, strict=True)
+    ]
+    share = float(np.concatenate(inside).mean())
+    exam.measures[f"camera/{camera}/arm/{arm}/on_screen"] = share
+    if share < ON_SCREEN_SHARE:
+        advice = "Look at the contact sheet, aim the camera at the workspace or leave these demos out"
+        for words, change in _ALTERNATIVES:
+            other = [
+                _inside(track, position, change(np.asarray(track.world_to_camera)))
+                for track, position in zip(tracks, positions, strict=True)
+            ]
+            if np.concatenate(other).mean() > max(ON_SCREEN_SHARE, share + 0.3):
+                advice = f"World_to_camera puts the gripper into the picture if {words}"
+                break
+        worst = sorted(range(len(demos)), key=lambda number: inside[number].mean())
+        exam.add(
+            "off_screen",
+            "error" if share < 0.5 else "warning",
+            where,
+            f"the gripper is in the picture in only {share:.0%} of the frames, least in "
+            f"{listed(demos[n].name for n in worst[:3])}",
+            advice,
+        )
+    if share == 0:
+        return
+    slopes, cells = [], []
+    lowest = float(np.min([position[:, 2].min() for position in positions]))
+    for track, position, seen in zip(tracks, positions, inside, strict=True):
+        if not seen.any():
+            continue
+        intrinsics, pose = tensor(track.intrinsics)[seen], tensor(track.world_to_camera)[seen]
+        pixels, _ = project(tensor(position)[seen], intrinsics, pose)
+        slopes.append(pixel_rays(pixels, intrinsics, pose)[:, 2].abs().numpy())
+        cell = min(track.width, track.height) / exam.pred_size
+        height = torch.full((len(pixels),), lowest, dtype=pixels.dtype)
+        corners = [
+            recover_3d(
+                pixels + torch.tensor(step, dtype=pixels.dtype) * cell / 2, height, intrinsics, pose, strict=False
+            )
+            for step in ([-1.0, 0.0], [1.0, 0.0], [0.0, -1.0], [0.0, 1.0])
+        ]
+        above = camera_centre(pose)[:, 2] > lowest
+        size = torch.maximum((corners[1] - corners[0]).norm(dim=-1), (corners[3] - corners[2]).norm(dim=-1))
+        cells.append(size[above & size.isfinite()].numpy())
+    grazing = float((np.concatenate(slopes) < GRAZING_SLOPE).mean())
+    found = np.concatenate(cells)
+    exam.measures[f"camera/{camera}/arm/{arm}/grazing_share"] = grazing
+    exam.measures[f"camera/{camera}/arm/{arm}/cell_mm"] = float(np.median(found) * 1e3) if len(found) else None
+    if grazing > 0.05:
+        exam.add(
+            "grazing_rays",
+            "error" if grazing > 0.5 else "warning",
+            where,
+            f"{grazing:.0%} of the viewing rays to the gripper are within 6 degrees of the horizontal",
+            "A pixel and a height do not tell where such a point is: put the camera higher and look down more steeply",
+        )
+    elif len(found) and np.median(found) * 1e3 > LARGEST_CELL_MM:
+        exam.add(
+            "cell_size",
+            "warning",
+            where,
+            f"one of {exam.pred_size} x {exam.pred_size} cells covers {np.median(found) * 1e3:.0f} mm on the table",
+            "Move the camera nearer, crop, or raise pred_size",
+        )

@@ -1,0 +1,96 @@
+"""Runs every check over a folder of demonstrations and writes the report and the contact sheets."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from keygrip.artifacts import atomic_write, write_json
+from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.doctor.contact_sheet import contact_sheet
+from keygrip.data.robot.doctor.examination import Examination, Finding, listed, spread
+from keygrip.data.robot.doctor.images import check_images
+from keygrip.data.robot.doctor.kinematics import check_kinematics
+from keygrip.data.robot.doctor.projection import check_projection
+from keygrip.data.robot.doctor.trajectories import (
+    check_gripper,
+    check_heights,
+    check_jumps,
+    check_quaternions,
+    check_times,
+)
+from keygrip.data.robot.schema import Demo, DemoError
+
+log = logging.getLogger(__name__)
+
+
+def doctor(
+    root: Path | str,
+    output: Path | str,
+    format: str = "auto",
+    calibration: Path | str | None = None,
+    max_demos: int | None = 50,
+    frames_per_demo: int = 12,
+    height_bins: int = 32,
+    pred_size: int = 56,
+    progress: bool = True,
+) -> list[Finding]:
+    """Examines the demonstrations under `root`; an empty list means that nothing is wrong.
+
+    Args:
+        root, format, calibration: as for `find_demos`.
+        output: folder for `contact_sheet_<camera>.png` and `report.json` (findings and all measures).
+        max_demos: look at so many, evenly spread over the folder; None: all.
+        frames_per_demo: pictures that are decoded of each demo and camera, evenly spread.
+        height_bins, pred_size: of the policy, for what a bin and a cell are worth.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        FileNotFoundError, ValueError: no data, or a format that is not known (see `find_demos`).
+    """
+    output = Path(output)
+    references = find_demos(root, format, calibration)
+    chosen = spread(len(references), max_demos or len(references))
+    demos: list[Demo] = []
+    broken: list[DemoError] = []
+    for index in tqdm(chosen, desc="reading demos", unit="demo", disable=not progress):
+        try:
+            demos.append(references[index].read())
+        except DemoError as error:
+            broken.append(error)
+    examination = Examination(demos, frames_per_demo, height_bins, pred_size)
+    examination.measures |= {"root": str(root), "format": references[0].format, "demos": len(references)}
+    examination.measures |= {"examined": len(chosen), "readable": len(demos)}
+    if broken:
+        examination.add(
+            "broken_demo",
+            "error",
+            listed(error.name for error in broken),
+            f"{len(broken)} of {len(chosen)} demos cannot be read; the first: {broken[0].reason}",
+            "Record them again or remove them; training leaves them out and stops at more than 10 %",
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    if demos:
+        checks: list[Callable[[Examination], None]] = [
+            check_heights,
+            check_jumps,
+            check_kinematics,
+            check_quaternions,
+            check_gripper,
+            check_times,
+            check_projection,
+        ]
+        for check in checks:
+            check(examination)
+        for camera in tqdm(examination.cameras, desc="looking at pictures", unit="camera", disable=not progress):
+            check_images(examination, camera)
+            sheet = contact_sheet(examination, camera)
+            with atomic_write(output / f"contact_sheet_{camera.replace('/', '_')}.png") as file:
+                sheet.save(file, "PNG")
+    report = {**examination.measures, "findings": [asdict(finding) for finding in examination.findings]}
+    write_json(output / "report.json", report)
+    return examination.findings

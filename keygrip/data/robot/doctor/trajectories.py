@@ -1,0 +1,218 @@
+"""Checks of the recorded poses and time stamps alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from keygrip.data.robot.doctor.examination import GAP, MOVED_M, Examination, listed, matrices
+from keygrip.data.robot.schema import ArmTrajectory
+
+LARGEST_BIN_MM = 20.0  # a height bin worth more cannot tell a grasp from a miss
+SMALLEST_RANGE_M = 0.02  # of heights: a task without up and down gives the height bins nothing to say
+LARGEST_RANGE_M = 1.5  # of heights: an arm on a table does not reach that
+OUTLIER_RATIO = 1.5  # full height range over that of all but 2 % of the frames
+RATE_TOLERANCE = 0.1  # between the stated rate and that of the time stamps
+JUMP_SPEED_M_S = 5.0  # faster than the arm can be
+ORDER_MARGIN = 0.5  # difference in the mean cosine of the approach against straight down that another order must make
+
+
+def check_heights(exam: Examination) -> None:
+    for arm in exam.arms:
+        demos = exam.with_arm(arm)
+        heights = np.concatenate([demo.arms[arm].position[:, 2] for demo in demos])
+        low, high = float(heights.min()), float(heights.max())
+        bulk_low, bulk_high = (float(value) for value in np.quantile(heights, [0.01, 0.99]))
+        bin_mm = (high - low) / exam.height_bins * 1e3
+        exam.measures[f"arm/{arm}/height_range_m"] = [low, high]
+        exam.measures[f"arm/{arm}/height_bin_mm"] = bin_mm
+        where = f"arm {arm}"
+        if high - low > LARGEST_RANGE_M:
+            exam.add(
+                "height_range",
+                "error",
+                where,
+                f"the gripper's height runs from {low:.3g} to {high:.3g}, which no arm on a table reaches in metres",
+                "Convert positions to metres (millimetres are likely), or fix the world frame: z must point up",
+            )
+        elif high - low < SMALLEST_RANGE_M:
+            exam.add(
+                "height_range",
+                "warning",
+                where,
+                f"the gripper's height changes by only {(high - low) * 1e3:.1f} mm",
+                "Check that z is the vertical axis of the world and that the positions move at all",
+            )
+        elif high - low > OUTLIER_RATIO * (bulk_high - bulk_low):
+            extreme = [
+                demo.name
+                for demo in demos
+                if demo.arms[arm].position[:, 2].min() < bulk_low - 0.25 * (bulk_high - bulk_low)
+                or demo.arms[arm].position[:, 2].max() > bulk_high + 0.25 * (bulk_high - bulk_low)
+            ]
+            exam.add(
+                "height_outlier",
+                "warning",
+                f"arm {arm}, {listed(extreme)}",
+                f"98 % of the heights lie between {bulk_low:.3f} and {bulk_high:.3f} m, but the bins must reach from "
+                f"{low:.3f} to {high:.3f} m",
+                "Leave these demos out or cut the stray frames: they make every height bin coarser",
+            )
+        elif bin_mm > LARGEST_BIN_MM:
+            exam.add(
+                "height_bin",
+                "warning",
+                where,
+                f"one of {exam.height_bins} height bins is worth {bin_mm:.0f} mm",
+                "Use more height bins, or leave out demos that go needlessly high",
+            )
+
+
+def check_jumps(exam: Examination) -> None:
+    for arm in exam.arms:
+        jumping = []
+        fastest = 0.0
+        for demo in exam.with_arm(arm):
+            seconds = np.maximum(np.diff(demo.timestamps) * 1e-9, 1e-6)
+            # a long gap may hide a long way: only neighbouring frames count
+            near = seconds <= GAP * np.median(seconds)
+            way = np.linalg.norm(np.diff(demo.arms[arm].position, axis=0), axis=1)
+            speed = float((way / seconds)[near].max(initial=0.0))
+            fastest = max(fastest, speed)
+            if speed > JUMP_SPEED_M_S and way[near].max() > MOVED_M:
+                jumping.append(demo.name)
+        exam.measures[f"arm/{arm}/fastest_m_s"] = fastest
+        if jumping and exam.measures[f"arm/{arm}/height_range_m"][1] < LARGEST_RANGE_M:
+            exam.add(
+                "jump",
+                "warning",
+                f"arm {arm}, {listed(jumping)}",
+                f"the gripper jumps between neighbouring frames, at up to {fastest:.1f} m/s",
+                "Check for dropped frames and for positions in another frame or unit part of the time",
+            )
+
+
+def check_quaternions(exam: Examination) -> None:
+    for arm in exam.arms:
+        demos = exam.with_arm(arm)
+        flips = {
+            demo.name: int(((demo.arms[arm].quaternion[1:] * demo.arms[arm].quaternion[:-1]).sum(axis=1) < 0).sum())
+            for demo in demos
+        }
+        flipping = [name for name, count in flips.items() if count]
+        exam.measures[f"arm/{arm}/quaternion_sign_flips"] = sum(flips.values())
+        if flipping:
+            exam.add(
+                "quaternion_flip",
+                "warning",
+                f"arm {arm}, {listed(flipping)}",
+                f"the quaternion changes its sign from one frame to the next {sum(flips.values())} times",
+                "Give each quaternion the sign that is nearer to the one before: q and -q are one rotation, but "
+                "anything "
+                "that interpolates or averages them goes astray",
+            )
+        stated = _attitude([demo.arms[arm] for demo in demos], lambda quaternion: quaternion)
+        rolled = _attitude([demo.arms[arm] for demo in demos], lambda quaternion: np.roll(quaternion, 1, axis=1))
+        exam.measures[f"arm/{arm}/approach_down"] = stated[0]
+        exam.measures[f"arm/{arm}/turning_about_vertical"] = stated[1]
+        upside = rolled[0] - stated[0] > ORDER_MARGIN and stated[0] < 0.5 < rolled[0]
+        tilting = rolled[0] > 0.7 and rolled[1] - stated[1] > ORDER_MARGIN and stated[1] < 0.3
+        known = any(finding.check == "quaternion_order" and finding.where == f"arm {arm}" for finding in exam.findings)
+        if (upside or tilting) and not known:
+            exam.add(
+                "quaternion_order",
+                "error" if upside else "warning",
+                f"arm {arm}",
+                f"as the file is read, the gripper points down by {stated[0]:.2f} when it is low (1 is straight "
+                "down) and "
+                f"{stated[1]:.0%} of its turning is about the vertical; were its quaternions x, y, z, w, by "
+                f"{rolled[0]:.2f} and {rolled[1]:.0%}, as on a table",
+                "Store quaternions as w, x, y, z; the axes on the contact sheet show which reading is right",
+            )
+
+
+def _attitude(trajectories: list[ArmTrajectory], reading: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
+    """How a reading of the quaternions looks: mean cosine of the approach (tool z) against straight down in the lowest
+    quarter of each demo, and the share of all turning that is about the world's vertical (0.5 where nothing turns)."""
+    down: list[np.ndarray] = []
+    turning = np.zeros(3)
+    for trajectory in trajectories:
+        height = trajectory.position[:, 2]
+        turned = matrices(reading(trajectory.quaternion))
+        down.append(-turned[height <= np.quantile(height, 0.25), 2, 2])
+        turns = Rotation.from_matrix(turned[1:] @ turned[:-1].transpose(0, 2, 1)).as_rotvec()
+        turning += np.abs(turns).sum(axis=0)
+    total = float((turning**2).sum())
+    return float(np.concatenate(down).mean()), float(turning[2] ** 2 / total) if total > 1e-4 else 0.5
+
+
+def check_gripper(exam: Examination) -> None:
+    for arm in exam.arms:
+        demos = exam.with_arm(arm)
+        ranges = [float(np.ptp(demo.arms[arm].gripper)) for demo in demos]
+        exam.measures[f"arm/{arm}/gripper_range"] = max(ranges)
+        if max(ranges) < 0.05:
+            exam.add(
+                "gripper_still",
+                "warning",
+                f"arm {arm}",
+                f"the gripper's opening never changes by more than {max(ranges):.2f}",
+                "Fine for a task without grasping; else check which signal is recorded as the opening",
+            )
+            continue
+        first = [_first_change(demo.arms[arm].gripper) for demo in demos]
+        opening = sum(change > 0 for change in first)
+        closing = sum(change < 0 for change in first)
+        exam.measures[f"arm/{arm}/starts_by_closing"] = closing
+        exam.measures[f"arm/{arm}/starts_by_opening"] = opening
+        if opening > closing:
+            exam.add(
+                "gripper_polarity",
+                "error",
+                f"arm {arm}",
+                f"in {opening} of {opening + closing} demos the gripper first opens, as the file is read; a grasp "
+                "begins with closing",
+                "Store 0 for closed and 1 for open (the other way round is likely); ignore this for tasks that begin "
+                "with an "
+                "object in the gripper",
+            )
+
+
+def _first_change(opening: np.ndarray) -> int:
+    """Direction of the first change by more than 0.3 of the stroke: -1 closing, 1 opening, 0 none."""
+    change = opening - opening[0]
+    large = np.flatnonzero(np.abs(change) > 0.3)
+    return 0 if len(large) == 0 else int(np.sign(change[large[0]]))
+
+
+def check_times(exam: Examination) -> None:
+    gaps: dict[str, float] = {}
+    rates: dict[str, float] = {}
+    for demo in exam.demos:
+        steps = np.diff(demo.timestamps) * 1e-9
+        median = float(np.median(steps))
+        if steps.max() > GAP * median:
+            gaps[demo.name] = float(steps.max())
+        if abs(median * demo.fps - 1) > RATE_TOLERANCE:
+            rates[demo.name] = 1 / median
+    exam.measures["demos_with_gaps"] = len(gaps)
+    if gaps:
+        exam.add(
+            "time_gap",
+            "warning",
+            listed(gaps),
+            f"time stamps jump: the longest gap is {max(gaps.values()):.2f} s",
+            "Frames were dropped there: the policy would learn to move too fast. Leave the demos out or record them "
+            "again",
+        )
+    if rates:
+        name, rate = next(iter(rates.items()))
+        exam.add(
+            "frame_rate",
+            "warning",
+            listed(rates),
+            f"the time stamps say {rate:.1f} frames a second, the file of {name} says something else",
+            "Correct fps in the metadata: control runs at the rate that it states",
+        )

@@ -1,0 +1,142 @@
+"""Frames of a camera by index: image files, depth files, and videos. All can be pickled and hold no open file."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from keygrip.data.video import count_frames, file_identity, read_frame
+
+
+def _rotated(picture: np.ndarray, rotate: int) -> np.ndarray:
+    return np.ascontiguousarray(np.rot90(picture, -rotate // 90)) if rotate else picture
+
+
+def _checked_rotation(rotate: int) -> int:
+    if rotate not in (0, 90, 180, 270):
+        raise ValueError(f"rotate must be 0, 90, 180 or 270 degrees (clockwise), not {rotate}")
+    return rotate
+
+
+def _checked_index(index: int, length: int, what: object) -> int:
+    if not 0 <= index < length:
+        raise IndexError(f"{what}: frame {index} asked for, it holds frames 0 to {length - 1}")
+    return index
+
+
+@dataclass(frozen=True)
+class JpegFrames:
+    """One picture file a frame (JPEG or PNG). `pattern` holds one integer field for the frame number, such as
+    `%06d.jpg`.
+
+    Args:
+        folder: where the files are.
+        pattern: printf pattern of a file name.
+        frames: how many there are.
+        start: number of the first file.
+        rotate: clockwise degrees by which each picture is turned after decoding (0, 90, 180, 270).
+    """
+
+    folder: Path
+    pattern: str
+    frames: int
+    start: int = 0
+    rotate: int = 0
+
+    def __post_init__(self) -> None:
+        _checked_rotation(self.rotate)
+
+    def __len__(self) -> int:
+        return self.frames
+
+    def path(self, index: int) -> Path:
+        return self.folder / (self.pattern % (self.start + _checked_index(index, self.frames, self.folder)))
+
+    def read(self, index: int) -> np.ndarray:
+        with Image.open(self.path(index)) as picture:
+            return _rotated(np.asarray(picture.convert("RGB")), self.rotate)
+
+    def encoded(self, index: int) -> bytes | None:
+        """The file's bytes when they can be copied as they are (JPEG, not turned), else None."""
+        path = self.path(index)
+        return path.read_bytes() if not self.rotate and path.suffix.lower() in (".jpg", ".jpeg") else None
+
+    def identity(self) -> str:
+        with os.scandir(self.folder) as entries:
+            lines = sorted(f"{e.name}:{e.stat().st_size}:{e.stat().st_mtime_ns}" for e in entries if e.is_file())
+        return "\n".join([f"{self.folder.absolute()}:{self.pattern}:{self.start}:{self.frames}:{self.rotate}", *lines])
+
+
+@dataclass(frozen=True)
+class DepthFrames:
+    """16-bit PNG depth, millimetres, one file a frame; 0 means no reading."""
+
+    folder: Path
+    pattern: str
+    frames: int
+    start: int = 0
+    rotate: int = 0
+
+    def __post_init__(self) -> None:
+        _checked_rotation(self.rotate)
+
+    def __len__(self) -> int:
+        return self.frames
+
+    def read(self, index: int) -> np.ndarray:
+        path = self.folder / (self.pattern % (self.start + _checked_index(index, self.frames, self.folder)))
+        with Image.open(path) as picture:
+            depth = np.asarray(picture)
+        if depth.ndim != 2:
+            raise ValueError(f"{path}: depth must have one channel, it has shape {depth.shape}")
+        return _rotated(depth.astype(np.uint16), self.rotate)
+
+    def identity(self) -> str:
+        return JpegFrames(self.folder, self.pattern, self.frames, self.start, self.rotate).identity()
+
+
+@dataclass(frozen=True)
+class VideoFrames:
+    """Frames of a video file (anything that FFmpeg decodes), exact to the frame whatever the group-of-pictures
+    structure.
+
+    Args:
+        path: the video.
+        frames: how many this source holds, None: all from `start` on. A file that holds fewer is refused by `len`,
+            `read` and `verify`.
+        start: frame of the file that is frame 0 here (several episodes may share a file).
+        rotate: clockwise degrees by which each picture is turned after decoding.
+    """
+
+    path: Path
+    frames: int | None = None
+    start: int = 0
+    rotate: int = 0
+
+    def __post_init__(self) -> None:
+        _checked_rotation(self.rotate)
+
+    def __len__(self) -> int:
+        return self.frames if self.frames is not None else self.frames_in_file() - self.start
+
+    def frames_in_file(self) -> int:
+        return count_frames(self.path)
+
+    def verify(self) -> None:
+        """Raises OSError where the file holds fewer frames than this source needs (counted from its packets)."""
+        held, needed = self.frames_in_file(), self.start + (self.frames or 1)
+        if held < needed:
+            raise OSError(f"{self.path}: the video holds {held} frames, {needed} are needed; it is cut off")
+
+    def read(self, index: int) -> np.ndarray:
+        _checked_index(index, len(self), self.path)
+        if self.start + index >= self.frames_in_file():
+            self.verify()
+        return _rotated(read_frame(self.path, self.start + index), self.rotate)
+
+    def identity(self) -> str:
+        return f"{file_identity(self.path)}:{self.start}:{self.frames}:{self.rotate}"

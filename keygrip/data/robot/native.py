@@ -1,0 +1,226 @@
+"""Reader of native demonstrations: a folder per demo.
+
+A native demo is a folder with `metadata.json` (written last: the mark that the demo is complete), `trajectory.npz`,
+`cameras.npz`, frames (JPEG files or one video per camera), optionally depth (16-bit PNG, millimetres) and `text.json`.
+`native_writer.py` writes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keygrip.data.robot.frames import DepthFrames, JpegFrames, VideoFrames
+from keygrip.data.robot.reference import DemoReference
+from keygrip.data.robot.schema import (
+    CONVENTIONS,
+    SCHEMA,
+    ArmTrajectory,
+    CameraTrack,
+    Demo,
+    DemoError,
+    FrameSource,
+)
+
+SEARCH_DEPTH = 3  # folders below `root` that are searched: root/demo, root/task/demo, root/robot/task/demo
+
+
+def _looks_native(folder: Path) -> bool:
+    """True for a folder that only a native recorder writes: its trajectory file, or metadata with our schema."""
+    if (folder / "trajectory.npz").is_file():
+        return True
+    metadata = folder / "metadata.json"
+    if not metadata.is_file():
+        return False
+    try:
+        content = json.loads(metadata.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and str(content.get("schema", "")).startswith("keygrip.demo/")
+
+
+def _demo_folders(root: Path, depth: int = SEARCH_DEPTH) -> list[Path]:
+    """Folders that are demos, complete or cut off, in the order of their names. Hidden folders (a writer's unfinished
+    ones) are passed over."""
+    if any((root / part).exists() for part in ("metadata.json", "trajectory.npz", "cameras.npz", "rgb")):
+        return [root]
+    if depth == 0:
+        return []
+    children = sorted(child for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
+    return [demo for child in children for demo in _demo_folders(child, depth - 1)]
+
+
+def find(root: Path) -> list[DemoReference]:
+    references = []
+    for folder in _demo_folders(root):
+        name = folder.name if folder == root else folder.relative_to(root).as_posix()
+        references.append(DemoReference(name, folder, "native", partial(read_native, folder, name)))
+    return references
+
+
+def detect(root: Path) -> bool:
+    return any(_looks_native(folder) for folder in _demo_folders(root))
+
+
+def _archive(name: str, path: Path) -> dict[str, np.ndarray]:
+    import zipfile
+
+    if not path.is_file():
+        raise DemoError(name, f"{path.name} is missing")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DemoError(name, f"{path.name} cannot be read ({error})") from error
+
+
+def _part(name: str, archive: Mapping[str, np.ndarray], key: str, file: str) -> np.ndarray:
+    if key not in archive:
+        raise DemoError(name, f"{file} has no {key!r}; it holds {', '.join(sorted(archive)) or 'nothing'}")
+    return archive[key]
+
+
+def _read_arm(name: str, archive: Mapping[str, np.ndarray], arm: str) -> ArmTrajectory:
+    def poses(prefix: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        keys = (f"{arm}/{prefix}position_m", f"{arm}/{prefix}quaternion_wxyz", f"{arm}/{prefix}gripper_opening")
+        parts = [np.asarray(_part(name, archive, key, "trajectory.npz"), dtype=np.float64) for key in keys]
+        return parts[0], parts[1], parts[2]
+
+    commanded = None
+    if any(key.startswith(f"{arm}/commanded_") for key in archive):
+        commanded = ArmTrajectory(*poses("commanded_"))
+    joints = archive.get(f"{arm}/joint_positions_rad")
+    return ArmTrajectory(
+        *poses(""), joints=None if joints is None else np.asarray(joints, dtype=np.float64), commanded=commanded
+    )
+
+
+def _inside(name: str, folder: Path, relative: str) -> Path:
+    path = Path(relative)
+    if path.is_absolute() or ".." in path.parts:
+        raise DemoError(name, f"metadata.json names the file {relative!r}; paths must be relative and inside the demo")
+    return folder / path
+
+
+def _count_files(name: str, folder: Path, pattern: str, frames: int, camera: str) -> None:
+    if not folder.is_dir():
+        raise DemoError(name, f"camera {camera!r}: folder {folder.name} is missing")
+    held = {path.name for path in folder.iterdir()}
+    missing = [index for index in range(frames) if pattern % index not in held]
+    if missing:
+        raise DemoError(
+            name, f"camera {camera!r}: {len(missing)} of {frames} pictures are missing, first {pattern % missing[0]}"
+        )
+
+
+def _frame_source(name: str, folder: Path, pattern: str, frames: int, camera: str, depth: bool) -> FrameSource:
+    path = _inside(name, folder, pattern)
+    if "%" in path.name:
+        try:
+            path.name % 0
+        except (TypeError, ValueError) as error:
+            raise DemoError(name, f"camera {camera!r}: {path.name!r} is not a pattern with one frame number") from error
+        _count_files(name, path.parent, path.name, frames, camera)
+        return (DepthFrames if depth else JpegFrames)(path.parent, path.name, frames)
+    if depth:
+        raise DemoError(name, f"camera {camera!r}: depth must be 16-bit PNG files, not {pattern!r}")
+    if not path.is_file():
+        raise DemoError(name, f"camera {camera!r}: video {pattern} is missing")
+    source = VideoFrames(path)
+    try:
+        held = source.frames_in_file()
+    except OSError as error:
+        raise DemoError(name, f"camera {camera!r}: {error}") from error
+    if held != frames:
+        raise DemoError(
+            name,
+            f"camera {camera!r}: video {pattern} holds {held} frames, the demo {frames}: it was cut off or dropped "
+            "frames",
+        )
+    return VideoFrames(path, frames)
+
+
+def _read_metadata(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / "metadata.json"
+    if not path.is_file():
+        raise DemoError(name, "no completion mark (metadata.json is written last): the recording was cut off")
+    try:
+        metadata = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DemoError(name, f"metadata.json is not JSON ({error})") from error
+    if not isinstance(metadata, dict):
+        raise DemoError(name, "metadata.json holds no object")
+    if metadata.get("schema") != SCHEMA:
+        raise DemoError(name, f"schema is {metadata.get('schema')!r}, this version reads {SCHEMA!r}")
+    if metadata.get("complete") is not True:
+        raise DemoError(name, "no completion mark (metadata.json lacks complete: true): the recording was cut off")
+    for key in ("robot", "task", "instruction", "fps", "frames", "arms", "cameras", "conventions"):
+        if key not in metadata:
+            raise DemoError(name, f"metadata.json has no {key!r}")
+    stated = metadata["conventions"]
+    for key, value in CONVENTIONS.items():
+        if not isinstance(stated, dict) or stated.get(key) != value:
+            found = stated.get(key) if isinstance(stated, dict) else stated
+            raise DemoError(
+                name, f"convention {key!r} is {found!r}, {value!r} is needed: convert the demo before loading it"
+            )
+    return metadata
+
+
+def read_native(folder: Path | str, name: str | None = None) -> Demo:
+    """Reads one native demo folder. Conventions in its file are compared with ours; `check_demo` does the numbers.
+
+    Raises:
+        DemoError: cut off, another schema or convention, a part missing.
+    """
+    folder = Path(folder)
+    name = folder.name if name is None else name
+    metadata = _read_metadata(folder, name)
+    frames = int(metadata["frames"])
+    trajectory = _archive(name, folder / "trajectory.npz")
+    poses = _archive(name, folder / "cameras.npz")
+    timestamps = _part(name, trajectory, "timestamps_ns", "trajectory.npz")
+    if timestamps.shape != (frames,) or not np.issubdtype(timestamps.dtype, np.integer):
+        raise DemoError(
+            name,
+            f"timestamps_ns is {timestamps.dtype} {timestamps.shape}, metadata.json says {frames} frames (int64 ns)",
+        )
+    if not metadata["cameras"]:
+        raise DemoError(name, "metadata.json names no camera")
+    cameras = {}
+    for camera, entry in metadata["cameras"].items():
+        depth = entry.get("depth")
+        cameras[camera] = CameraTrack(
+            width=int(entry["width"]),
+            height=int(entry["height"]),
+            intrinsics=CameraTrack.broadcast(_part(name, poses, f"{camera}/intrinsics", "cameras.npz"), frames),
+            world_to_camera=CameraTrack.broadcast(
+                _part(name, poses, f"{camera}/world_to_camera", "cameras.npz"), frames
+            ),
+            frames=_frame_source(name, folder, entry["frames"], frames, camera, depth=False),
+            depth=None if depth is None else _frame_source(name, folder, depth, frames, camera, depth=True),
+        )
+    text: dict[str, Any] = {}
+    if (folder / "text.json").is_file():
+        try:
+            text = json.loads((folder / "text.json").read_text())
+        except ValueError as error:
+            raise DemoError(name, f"text.json is not JSON ({error})") from error
+    return Demo(
+        name=name,
+        path=folder,
+        robot=str(metadata["robot"]),
+        task=str(metadata["task"]),
+        instruction=str(metadata["instruction"]),
+        fps=float(metadata["fps"]),
+        timestamps=timestamps.astype(np.int64),
+        arms={arm: _read_arm(name, trajectory, arm) for arm in metadata["arms"]},
+        cameras=cameras,
+        source=dict(metadata.get("source") or {}),
+        text=text,
+    )

@@ -1,0 +1,306 @@
+"""Writer of native demonstrations, frame by frame, and of whole demos that another format's reader gave."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image
+
+from keygrip.artifacts import write_json
+from keygrip.data.robot.frames import JpegFrames
+from keygrip.data.robot.schema import CONVENTIONS, SCHEMA, ArmTrajectory, Demo, DemoError
+from keygrip.data.video import VideoWriter
+
+
+@dataclass(frozen=True)
+class ArmPose:
+    """One arm at one frame: position [3] m, quaternion [4] w x y z, gripper opening 0..1, joints [J] rad or None."""
+
+    position: np.ndarray
+    quaternion: np.ndarray
+    gripper: float
+    joints: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class CameraPose:
+    """One camera at one frame: intrinsics [3, 3] pixels, world_to_camera [4, 4]."""
+
+    intrinsics: np.ndarray
+    world_to_camera: np.ndarray
+
+
+class DemoWriter:
+    """Writes one native demo folder, frame by frame; a context manager.
+
+    Everything goes to a hidden folder beside the final one, which gets its name when the block ends well; after an
+    exception, `discard()` or a kill there is no folder of that name (a hidden remainder of a kill is passed over by the
+    reader).
+
+    Args:
+        folder: the demo's folder; must not exist.
+        robot, task, instruction: words for the metadata; `instruction`, `source` and `text` may be set until the block
+            ends.
+        fps: frames a second.
+        source: free, must be JSON (simulator: task, seed, options, success).
+        text: {"captions": [...], "questions": [...]} or None.
+        video: one H.264 file a camera in place of JPEG files.
+        jpeg_quality: 95 keeps the error of a pixel near that of the sensor; below 92 blocks show in heatmaps.
+
+    `add` takes a frame of every camera and arm; which cameras and arms there are is fixed by the first call.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        robot: str,
+        task: str,
+        instruction: str,
+        fps: float,
+        source: Mapping[str, Any] | None = None,
+        text: Mapping[str, Any] | None = None,
+        video: bool = False,
+        jpeg_quality: int = 95,
+    ) -> None:
+        self.folder = Path(folder)
+        if self.folder.exists():
+            raise FileExistsError(f"demo folder {self.folder} exists already; remove it or write under another name")
+        self.robot, self.task, self.instruction, self.fps = robot, task, instruction, float(fps)
+        self.source: dict[str, Any] = dict(source or {})
+        self.text: dict[str, Any] = dict(text or {})
+        self.video, self.jpeg_quality = video, jpeg_quality
+        self._temporary = self.folder.with_name(f".{self.folder.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+        self._timestamps: list[int] = []
+        self._reached: dict[str, list[ArmPose]] = {}
+        self._commanded: dict[str, list[ArmPose]] = {}
+        self._cameras: dict[str, list[CameraPose]] = {}
+        self._sizes: dict[str, tuple[int, int]] = {}
+        self._depth: set[str] = set()
+        self._videos: dict[str, VideoWriter] = {}
+        self._discarded = False
+
+    def __enter__(self) -> Self:
+        self._temporary.mkdir(parents=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            for video in self._videos.values():
+                video.close()
+            if kind is None and not self._discarded:
+                self._finish()
+        finally:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def discard(self) -> None:
+        """The demo is not wanted (a failed episode): the block ends without a folder."""
+        self._discarded = True
+
+    def __len__(self) -> int:
+        return len(self._timestamps)
+
+    def add(
+        self,
+        timestamp_ns: int,
+        pictures: Mapping[str, np.ndarray | bytes],
+        cameras: Mapping[str, CameraPose],
+        reached: Mapping[str, ArmPose],
+        commanded: Mapping[str, ArmPose] | None = None,
+        depth: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """Adds a frame.
+
+        Args:
+            timestamp_ns: increasing.
+            pictures: by camera, H x W x 3 uint8 RGB, or the bytes of a JPEG that are stored as they are.
+            cameras: pose and intrinsics by camera; where they never change one matrix is stored.
+            reached: measured pose by arm.
+            commanded: the command given at this frame by arm (where the arm is told to be at the next frame); in all
+                frames or in none.
+            depth: by camera, H x W uint16 millimetres; in all frames or in none.
+
+        Raises:
+            ValueError: cameras or arms differ from the first frame's, a size changes, depth or commands come and go.
+        """
+        index = len(self._timestamps)
+        commanded, depth = commanded or {}, depth or {}
+        if index == 0:
+            self._reached = {arm: [] for arm in reached}
+            self._commanded = {arm: [] for arm in commanded}
+            self._cameras = {camera: [] for camera in pictures}
+            self._depth = set(depth)
+        for what, given, needed in (
+            ("arms", reached, self._reached),
+            ("commanded arms", commanded, self._commanded),
+            ("pictures", pictures, self._cameras),
+            ("camera poses", cameras, self._cameras),
+            ("depth", depth, self._depth),
+        ):
+            if set(given) != set(needed):
+                raise ValueError(
+                    f"{self.folder.name}, frame {index}: {what} of {sorted(given)} given, {sorted(needed)} needed"
+                )
+        if not set(self._commanded) <= set(self._reached) or not self._depth <= set(self._cameras):
+            raise ValueError(
+                f"{self.folder.name}: commands or depth given for an arm or camera that has no pose or picture"
+            )
+        for camera, picture in pictures.items():
+            self._add_picture(camera, index, picture)
+        for camera, values in depth.items():
+            folder = self._temporary / "depth" / camera
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.ascontiguousarray(values, dtype=np.uint16)).save(
+                folder / f"{index:06d}.png", compress_level=1
+            )
+        self._timestamps.append(int(timestamp_ns))
+        for store, given_poses in ((self._reached, reached), (self._commanded, commanded)):
+            for arm, pose in given_poses.items():
+                store[arm].append(pose)
+        for camera, camera_pose in cameras.items():
+            self._cameras[camera].append(camera_pose)
+
+    def _add_picture(self, camera: str, index: int, picture: np.ndarray | bytes) -> None:
+        if isinstance(picture, bytes):
+            with Image.open(io.BytesIO(picture)) as opened:
+                size, kind = opened.size, opened.format
+            if self.video or kind != "JPEG":
+                picture = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
+        if isinstance(picture, np.ndarray):
+            if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+                raise ValueError(
+                    f"camera {camera!r}: a picture must be H x W x 3 uint8, not {picture.shape} {picture.dtype}"
+                )
+            size = (picture.shape[1], picture.shape[0])
+        if self._sizes.setdefault(camera, size) != size:
+            raise ValueError(f"camera {camera!r}: frame {index} is {size}, the first one was {self._sizes[camera]}")
+        folder = self._temporary / "rgb"
+        if isinstance(picture, np.ndarray) and self.video:
+            folder.mkdir(parents=True, exist_ok=True)
+            if camera not in self._videos:
+                self._videos[camera] = VideoWriter(folder / f"{camera}.mp4", *size, self.fps)
+            self._videos[camera].write(np.ascontiguousarray(picture))
+            return
+        folder = folder / camera
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{index:06d}.jpg"
+        if isinstance(picture, bytes):
+            path.write_bytes(picture)
+        else:
+            # 4:4:4: chroma at full resolution, since thin coloured edges are what the policy localises
+            Image.fromarray(picture).save(path, quality=self.jpeg_quality, subsampling=0)
+
+    def _finish(self) -> None:
+        if len(self._timestamps) < 2:
+            raise ValueError(f"demo {self.folder.name} has {len(self._timestamps)} frames; at least 2 are needed")
+        trajectory: dict[str, np.ndarray] = {"timestamps_ns": np.asarray(self._timestamps, dtype=np.int64)}
+        for prefix, store in (("", self._reached), ("commanded_", self._commanded)):
+            for arm, poses in store.items():
+                trajectory[f"{arm}/{prefix}position_m"] = np.stack(
+                    [np.asarray(pose.position, dtype=np.float64) for pose in poses]
+                )
+                trajectory[f"{arm}/{prefix}quaternion_wxyz"] = np.stack(
+                    [np.asarray(pose.quaternion, dtype=np.float64) for pose in poses]
+                )
+                trajectory[f"{arm}/{prefix}gripper_opening"] = np.asarray(
+                    [pose.gripper for pose in poses], dtype=np.float64
+                )
+                if not prefix and all(pose.joints is not None for pose in poses):
+                    trajectory[f"{arm}/joint_positions_rad"] = np.stack(
+                        [np.asarray(pose.joints, dtype=np.float64) for pose in poses]
+                    )
+        cameras: dict[str, np.ndarray] = {}
+        entries: dict[str, dict[str, Any]] = {}
+        for camera, camera_poses in self._cameras.items():
+            for part in ("intrinsics", "world_to_camera"):
+                matrices = np.stack([np.asarray(getattr(pose, part), dtype=np.float64) for pose in camera_poses])
+                cameras[f"{camera}/{part}"] = matrices[0] if (matrices == matrices[0]).all() else matrices
+            width, height = self._sizes[camera]
+            entries[camera] = {
+                "width": width,
+                "height": height,
+                "frames": f"rgb/{camera}.mp4" if self.video else f"rgb/{camera}/%06d.jpg",
+                "depth": f"depth/{camera}/%06d.png" if camera in self._depth else None,
+            }
+        np.savez(self._temporary / "trajectory.npz", **trajectory)  # type: ignore[arg-type]
+        np.savez(self._temporary / "cameras.npz", **cameras)  # type: ignore[arg-type]
+        if self.text:
+            write_json(self._temporary / "text.json", self.text)
+        metadata = {
+            "schema": SCHEMA,
+            "complete": True,
+            "robot": self.robot,
+            "task": self.task,
+            "instruction": self.instruction,
+            "fps": self.fps,
+            "frames": len(self._timestamps),
+            "arms": sorted(self._reached),
+            "cameras": entries,
+            "conventions": CONVENTIONS,
+            "source": self.source,
+        }
+        write_json(self._temporary / "metadata.json", metadata)
+        self._temporary.rename(self.folder)
+
+
+def write_demo(
+    demo: Demo,
+    folder: Path | str,
+    cameras: Sequence[str] | None = None,
+    video: bool = False,
+    jpeg_quality: int = 95,
+) -> Path:
+    """Writes `demo`, of whatever format it was read, as a native folder; JPEG files are copied byte by byte. Returns
+    the folder.
+
+    Args:
+        demo: what to write.
+        folder: must not exist.
+        cameras: cameras to keep; None: all.
+        video, jpeg_quality: as for `DemoWriter`.
+    """
+    names = list(demo.cameras) if cameras is None else list(cameras)
+    absent = [name for name in names if name not in demo.cameras]
+    if absent:
+        raise DemoError(demo.name, f"it has no camera {absent[0]!r}; it has {', '.join(demo.cameras)}")
+    tracks = {name: demo.cameras[name] for name in names}
+    source = {"imported_from": str(demo.path), **demo.source}
+    with DemoWriter(
+        folder, demo.robot, demo.task, demo.instruction, demo.fps, source, demo.text, video, jpeg_quality
+    ) as writer:
+        for index in range(len(demo)):
+            pictures: dict[str, np.ndarray | bytes] = {}
+            for name, track in tracks.items():
+                encoded = track.frames.encoded(index) if isinstance(track.frames, JpegFrames) and not video else None
+                pictures[name] = track.frames.read(index) if encoded is None else encoded
+            writer.add(
+                int(demo.timestamps[index]),
+                pictures,
+                {
+                    name: CameraPose(track.intrinsics[index], track.world_to_camera[index])
+                    for name, track in tracks.items()
+                },
+                {name: _pose(arm, index) for name, arm in demo.arms.items()},
+                {name: _pose(arm.commanded, index) for name, arm in demo.arms.items() if arm.commanded is not None},
+                {name: track.depth.read(index) for name, track in tracks.items() if track.depth is not None},
+            )
+    return Path(folder)
+
+
+def _pose(arm: ArmTrajectory, index: int) -> ArmPose:
+    return ArmPose(
+        arm.position[index],
+        arm.quaternion[index],
+        float(arm.gripper[index]),
+        None if arm.joints is None else arm.joints[index],
+    )

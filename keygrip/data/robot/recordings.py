@@ -1,0 +1,81 @@
+"""Embedded demonstrations: recorded in the simulator where they are missing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The embedded demonstrations: what to record, and where it lies.
+
+    Nothing is imported until demonstrations are missing: neither the simulator nor its graphics library is needed to
+    train on a folder.
+
+    Args:
+        recorder: dotted name of the function that records; called with `task` built and the other arguments by name.
+        task: configuration of the task (with its `_target_`).
+        folder: where recordings go; each has a folder of its own below it, named by its task and a hash of all that it
+            is made of, so that other options never mix with it.
+        demos: how many. seed: of the first episode. image_size: edge of the recorded pictures. hz: frames a second.
+        processes: None: one for each core. depth, video: as for `DemoWriter`.
+        cameras: names; None: the task's own one.
+    """
+
+    recorder: str
+    task: Mapping[str, Any]
+    folder: str | Path = "data"
+    demos: int = 100
+    seed: int = 0
+    image_size: int = 224
+    hz: float = 10.0
+    processes: int | None = None
+    depth: bool = False
+    video: bool = False
+    cameras: Sequence[str] | None = None
+
+    @property
+    def root(self) -> Path:
+        """The recording's folder."""
+        options = {**self.task, "seed": self.seed, "image_size": self.image_size, "hz": self.hz}
+        options |= {"recorder": self.recorder, "depth": self.depth, "video": self.video}
+        if self.cameras is not None:  # recordings of the task's own camera keep the name that they had before
+            options["cameras"] = list(self.cameras)
+        # 10 and 10.0 are the same setting
+        plain = {key: value + 0.0 if type(value) is int else value for key, value in options.items()}
+        content = json.dumps(plain, sort_keys=True)
+        return Path(self.folder) / f"{self.task['name']}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+
+    def held(self) -> int:
+        """Complete demos that are there."""
+        return sum(1 for _ in self.root.glob("[!.]*/metadata.json"))
+
+    def complete(self) -> None:
+        """Records what is missing; says so."""
+        held = self.held()
+        if held >= self.demos:
+            return
+        log.info("%s holds %d of %d demonstrations: recording the others in the simulator", self.root, held, self.demos)
+        from hydra.utils import get_method, instantiate
+
+        get_method(self.recorder)(
+            task=instantiate(dict(self.task)),
+            root=self.root,
+            demos=self.demos,
+            seed=self.seed,
+            image_size=self.image_size,
+            hz=self.hz,
+            processes=self.processes or os.cpu_count() or 1,
+            depth=self.depth,
+            video=self.video,
+            cameras=None if self.cameras is None else tuple(self.cameras),
+        )

@@ -1,0 +1,43 @@
+"""A demonstration that was found but not read yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from keygrip.data.robot.checks import check_demo, tidied
+from keygrip.data.robot.schema import Demo, DemoError
+
+
+@dataclass(frozen=True)
+class DemoReference:
+    """A demo that was found but not read yet.
+
+    Args:
+        name: unique under the root, stable (the folder's path below the root): the train/validation split hashes it.
+        path: its folder or file.
+        format: one of `FORMATS`.
+        reader: makes the Demo; picklable (a `functools.partial` of a module's function). It may raise DemoError,
+            OSError, ValueError or KeyError.
+    """
+
+    name: str
+    path: Path
+    format: str
+    reader: Callable[[], Demo]
+
+    def read(self, pictures: bool = True, cameras: Iterable[str] | None = None) -> Demo:
+        """The demo, checked (see `check_demo`), with unit quaternions. Raises DemoError, whatever is wrong with it."""
+        try:
+            demo = self.reader()
+            check_demo(demo, pictures=pictures, cameras=cameras)
+        except DemoError as error:
+            if error.name == self.name:
+                raise
+            raise DemoError(self.name, error.reason) from error
+        except KeyError as error:
+            raise DemoError(self.name, f"{error} is missing in {self.path}") from error
+        except (OSError, ValueError, IndexError, TypeError, AttributeError) as error:
+            raise DemoError(self.name, f"{error} ({type(error).__name__})") from error
+        return replace(demo, arms={name: tidied(arm) for name, arm in demo.arms.items()})

@@ -1,0 +1,260 @@
+"""Samples of robot demonstrations: an observation at one frame and the targets that follow it.
+
+Legend of shapes: N frames of a demo, A arms, T future steps, V views, S image size, M chosen frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from keygrip.data.batches import CLOSED, MultiViewPolicyBatch, PolicyBatch, PolicyTargets
+from keygrip.data.robot.augmentation import Augmentation, ImageGeometry, View
+from keygrip.data.robot.frame_cache import FrameCache
+from keygrip.data.robot.schema import ArmTrajectory, Demo, DemoError
+from keygrip.data.shards.sampling import SampleKey, sample_generator
+
+TARGETS = ("commanded", "reached")
+IDLE_SPEED_MPS = 0.005  # slower than this is standing still: five times the tracking noise of a good arm at 10 Hz
+IDLE_TURN_RPS = 0.05  # and turns slower than 3 degrees a second
+IDLE_GRIPPER_PER_S = 0.05  # and a gripper that would need 20 s to close
+
+
+def targets_of(arm: ArmTrajectory, frame: int | np.ndarray, steps: np.ndarray, targets: str) -> tuple[np.ndarray, ...]:
+    """Target poses `steps` frames after `frame`: position [..., T, 3], quaternion [..., T, 4], gripper [..., T],
+    repeated [..., T].
+
+    "reached" takes the pose measured at the future frame. "commanded" takes what the arm was told to be at that frame,
+    which is the command given one frame earlier. Past the end of the demo the last pose is repeated.
+    """
+    future = np.asarray(frame)[..., None] + steps
+    last = len(arm) - 1
+    repeated = future > last
+    if targets == "commanded":
+        assert arm.commanded is not None
+        poses, rows = arm.commanded, np.minimum(future - 1, last)
+    else:
+        poses, rows = arm, np.minimum(future, last)
+    return poses.position[rows], poses.quaternion[rows], poses.gripper[rows], repeated
+
+
+def keyframe_of(arm: ArmTrajectory, frame: int | np.ndarray, targets: str) -> np.ndarray:
+    """Number of the next keyframe after `frame`, int [...]: the first frame in which the gripper is to have closed or
+    opened, or the last frame of all (also for that one itself)."""
+    _, _, gripper, _ = targets_of(arm, 1, np.arange(len(arm) - 1), targets)  # of frames 1 and on
+    shut = gripper < CLOSED
+    events = np.append(np.flatnonzero(shut[1:] != shut[:-1]) + 2, len(arm) - 1)
+    return events[np.minimum(np.searchsorted(events, frame, side="right"), len(events) - 1)]
+
+
+def moving_frames(demo: Demo, arms: Sequence[str], idle_s: float) -> np.ndarray:
+    """bool [N]: frames outside of pauses that last longer than `idle_s`. A pause's first `idle_s` seconds stay in."""
+    still = np.ones(len(demo) - 1, dtype=bool)
+    seconds = np.diff(demo.timestamps) / 1e9
+    for name in arms:
+        arm = demo.arms[name]
+        speed = np.linalg.norm(np.diff(arm.position, axis=0), axis=-1) / seconds
+        dot = np.abs((arm.quaternion[1:] * arm.quaternion[:-1]).sum(-1)).clip(max=1)
+        turn = 2 * np.arccos(dot) / seconds
+        gripper = np.abs(np.diff(arm.gripper)) / seconds
+        still &= (speed < IDLE_SPEED_MPS) & (turn < IDLE_TURN_RPS) & (gripper < IDLE_GRIPPER_PER_S)
+    kept = np.ones(len(demo), dtype=bool)
+    pause = 0.0
+    for frame, idle in enumerate(still, start=1):
+        pause = pause + float(seconds[frame - 1]) if idle else 0.0
+        kept[frame] = pause <= idle_s
+    return kept
+
+
+def kept_frames(demo: Demo, arms: Sequence[str], drop_idle_s: float | None) -> np.ndarray:
+    """Numbers of the frames that are samples: all, or those outside of pauses (see `moving_frames`)."""
+    return np.arange(len(demo)) if drop_idle_s is None else np.flatnonzero(moving_frames(demo, arms, drop_idle_s))
+
+
+def poses_of(
+    demo: Demo, arms: Sequence[str], frame: int | np.ndarray, steps: np.ndarray, targets: str
+) -> dict[str, torch.Tensor]:
+    """The tensors of `PolicyTargets` that are read from the arms, at one frame, or at M: then with a first dimension of
+    M."""
+    axis = np.asarray(frame).ndim
+    trajectories = [demo.arms[name] for name in arms]
+    ahead = zip(*(targets_of(arm, frame, steps, targets) for arm in trajectories), strict=True)
+    position, quaternion, gripper, repeated = (np.stack(part, axis) for part in ahead)
+    here = np.zeros(1, dtype=np.int64)
+    keyframes = [targets_of(arm, keyframe_of(arm, frame, targets), here, targets)[0] for arm in trajectories]
+    return {
+        "start_position": _float(np.stack([arm.position[frame] for arm in trajectories], axis)),
+        "start_quaternion": _float(np.stack([arm.quaternion[frame] for arm in trajectories], axis)),
+        "start_gripper": _float(np.stack([arm.gripper[frame] for arm in trajectories], axis)),
+        "position": _float(position),
+        "quaternion": _float(quaternion),
+        "gripper": _float(gripper),
+        "repeated": torch.from_numpy(repeated),
+        "keyframe": _float(np.stack([position[..., 0, :] for position in keyframes], axis)),
+    }
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """What is read of a demonstration for each sample.
+
+    Args:
+        camera: the first camera. arms: which arms, in the order of the batch. targets: see `targets_of`.
+        steps: [T] frames ahead of each target.
+        geometry: the nominal crop.
+        augmentation: None at validation.
+        seed: of the augmentation.
+        drop_idle_s: see `moving_frames`; None keeps all.
+    """
+
+    camera: str
+    arms: tuple[str, ...]
+    targets: str
+    steps: np.ndarray
+    geometry: ImageGeometry
+    augmentation: Augmentation | None
+    seed: int
+    drop_idle_s: float | None
+
+
+class DemoSamples(Dataset[PolicyTargets]):
+    """One sample for each frame (or moving frame) of some demos. Indexed by `SampleKey`; samples are unbatched
+    `PolicyBatch`es.
+
+    Args:
+        demos: what is read.
+        demo_indices: number of each demo in the data module's list.
+        frames: decoded frames of all demos of that list, by camera.
+        options: what is read of each demo.
+    """
+
+    def __init__(
+        self,
+        demos: Sequence[Demo],
+        demo_indices: Sequence[int],
+        frames: Mapping[str, FrameCache],
+        options: SampleOptions,
+    ) -> None:
+        self.demos, self.demo_indices, self.frames = list(demos), list(demo_indices), frames
+        self.options = options
+        kept = [kept_frames(demo, options.arms, options.drop_idle_s) for demo in demos]
+        self.sample_demo = np.repeat(np.arange(len(kept)), [len(part) for part in kept])
+        self.sample_frame = np.concatenate(kept) if kept else np.zeros(0, dtype=np.int64)
+        self.dropped = sum(len(demo) for demo in demos) - len(self.sample_frame)
+
+    def __len__(self) -> int:
+        return len(self.sample_frame)
+
+    def __getitems__(self, keys: Sequence[SampleKey]) -> list[PolicyTargets] | list[DemoError]:
+        """A batch's samples, or what is wrong with a demo: an exception would leave a worker as a page of traceback."""
+        try:
+            return [self[key] for key in keys]
+        except DemoError as error:
+            return [error]
+
+    def __getitem__(self, key: SampleKey | int) -> PolicyTargets:
+        if not isinstance(key, SampleKey):
+            key = SampleKey(int(key), 0)
+        number, frame = int(self.sample_demo[key.sample]), int(self.sample_frame[key.sample])
+        read = self.options
+        common = poses_of(self.demos[number], read.arms, frame, read.steps, read.targets) | {
+            "demo_index": torch.tensor(self.demo_indices[number]),
+            "frame_index": torch.tensor(frame),
+            "instruction": self.demos[number].instruction,  # one sentence; `collate` makes the list
+        }
+        return self._seen(number, frame, key, common)
+
+    def _image(self, number: int, camera: str, frame: int) -> np.ndarray:
+        try:
+            return self.frames[camera].read(self.demo_indices[number], frame)
+        except (OSError, ValueError, IndexError) as error:
+            name = self.demos[number].name
+            raise DemoError(name, f"frame {frame} of camera {camera!r} cannot be read: {error}") from error
+
+    def _seen(self, number: int, frame: int, key: SampleKey, common: dict[str, Any]) -> PolicyTargets:
+        """The sample: what is common to all batches, and the camera's image."""
+        options = self.options
+        camera, pixels = self.demos[number].cameras[options.camera], self._image(number, options.camera, frame)
+        world_to_camera = camera.world_to_camera[frame]
+        if options.augmentation is None:
+            image, intrinsics = options.geometry.apply(pixels, camera.intrinsics[frame])
+            pose = torch.from_numpy(np.asarray(world_to_camera, dtype=np.float32))
+        else:
+            generator = sample_generator(options.seed, key)
+            image, intrinsics, pose = options.augmentation.apply(
+                generator, options.geometry, pixels, camera.intrinsics[frame], world_to_camera
+            )
+        return PolicyBatch(image=image, intrinsics=intrinsics, world_to_camera=pose, **common)
+
+
+class MultiViewSamples(DemoSamples):
+    """`DemoSamples` of several cameras: samples are unbatched `MultiViewPolicyBatch`es.
+
+    Each view is cropped and coloured by itself, as cameras are mounted and balanced one by one; depth follows its
+    image.
+
+    Args (beside those of `DemoSamples`):
+        cameras: their names, in the order of the views; the first is `options.camera`.
+        depth: whether the samples hold depth.
+    """
+
+    def __init__(
+        self,
+        demos: Sequence[Demo],
+        demo_indices: Sequence[int],
+        frames: Mapping[str, FrameCache],
+        options: SampleOptions,
+        cameras: Sequence[str],
+        depth: bool,
+    ) -> None:
+        super().__init__(demos, demo_indices, frames, options)
+        self.cameras, self.depth = tuple(cameras), depth
+
+    def _seen(self, number: int, frame: int, key: SampleKey, common: dict[str, Any]) -> PolicyTargets:
+        options = self.options
+        generator = sample_generator(options.seed, key)
+        views: list[View] = []
+        for name in self.cameras:
+            camera, pixels = self.demos[number].cameras[name], self._image(number, name, frame)
+            seen = (pixels, camera.intrinsics[frame], camera.world_to_camera[frame], self._depth(number, name, frame))
+            if options.augmentation is None:
+                views.append(options.geometry.view(*seen))
+            else:
+                views.append(options.augmentation.view(generator, options.geometry, *seen))
+        depth = [view.depth for view in views if view.depth is not None]
+        return MultiViewPolicyBatch(
+            images=torch.from_numpy(np.stack([view.picture.transpose(2, 0, 1) for view in views])),
+            view_intrinsics=_float(np.stack([view.intrinsics for view in views])),
+            view_world_to_camera=_float(np.stack([view.world_to_camera for view in views])),
+            depth=torch.from_numpy(np.stack(depth)) if depth else None,
+            cameras=self.cameras,
+            mean=options.geometry.mean,
+            std=options.geometry.std,
+            **common,
+        )
+
+    def _depth(self, number: int, camera: str, frame: int) -> np.ndarray | None:
+        """H x W uint16 millimetres, where depth is wanted."""
+        source = self.demos[number].cameras[camera].depth
+        if not self.depth or source is None:
+            return None
+        try:
+            return source.read(frame)
+        except (OSError, ValueError, IndexError) as error:
+            name = self.demos[number].name
+            raise DemoError(name, f"depth {frame} of camera {camera!r} cannot be read: {error}") from error
+
+
+def collate(samples: list[PolicyTargets] | list[DemoError]) -> PolicyTargets | DemoError:
+    """Stacks samples; hands on an error, which `ResumableLoader` raises in the main process."""
+    first = samples[0]
+    return first if isinstance(first, DemoError) else type(first).collate(samples)  # type: ignore[arg-type]
+
+
+def _float(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(values.astype(np.float32))

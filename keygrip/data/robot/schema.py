@@ -1,0 +1,126 @@
+"""What a robot demonstration is.
+
+Conventions, named in every native file and compared on load: world frame z up, metres; OpenCV camera (x right, y down,
+z forward) with a 4x4 `world_to_camera`; pixels (x, y) with the corner convention (0, 0 is the top-left corner of the
+first pixel); unit quaternions w, x, y, z; gripper opening 0 closed .. 1 open; times in nanoseconds.
+
+Legend of shapes: N frames of a demo, J joints, H and W the height and width of an image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+SCHEMA = "keygrip.demo/1"
+CONVENTIONS = {
+    "quaternion": "wxyz",
+    "world": "z-up, metres",
+    "camera": "opencv, world_to_camera",
+    "pixel": "corner",
+    "gripper": "0 closed, 1 open",
+    "time": "ns",
+}
+
+
+class DemoError(ValueError):
+    """One demo cannot be used. `name` says which, `reason` why; the run goes on without it unless too many are
+    broken."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"demo {name!r}: {reason}")
+        self.name = name
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DemoError, (self.name, self.reason)
+
+
+@runtime_checkable
+class FrameSource(Protocol):
+    """Pictures of one camera by frame index. Must be picklable (it travels to loader workers) and hold no open file."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> np.ndarray:
+        """Frame `index`: H x W x 3 uint8 RGB (depth: H x W uint16, millimetres). Raises IndexError, OSError or
+        ValueError."""
+        ...
+
+    def identity(self) -> str:
+        """Text that changes when the pictures on disk change (paths, sizes, modification times): names the frame
+        cache."""
+        ...
+
+
+@dataclass(frozen=True)
+class ArmTrajectory:
+    """Poses of one end effector over a demo, in the world frame.
+
+    Args:
+        position: [N, 3] metres.
+        quaternion: [N, 4] unit, w x y z.
+        gripper: [N] opening, 0 closed .. 1 open.
+        joints: [N, J] radians, or None.
+        commanded: what the arm was told to do, or None where it was not recorded. Row i is the command given at frame
+            i: where the arm is told to be at frame i + 1.
+    """
+
+    position: np.ndarray
+    quaternion: np.ndarray
+    gripper: np.ndarray
+    joints: np.ndarray | None = None
+    commanded: ArmTrajectory | None = None
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+
+@dataclass(frozen=True)
+class CameraTrack:
+    """One camera over a demo.
+
+    Args:
+        width, height: of every frame, pixels.
+        intrinsics: [N, 3, 3], pixels; [3, 3] is broadcast by `CameraTrack.static`.
+        world_to_camera: [N, 4, 4] rigid.
+        frames: the pictures.
+        depth: uint16 millimetres, or None.
+    """
+
+    width: int
+    height: int
+    intrinsics: np.ndarray
+    world_to_camera: np.ndarray
+    frames: FrameSource
+    depth: FrameSource | None = None
+
+    @staticmethod
+    def broadcast(matrix: np.ndarray, frames: int) -> np.ndarray:
+        """[R, C] -> [frames, R, C] without a copy; [frames, R, C] as it is."""
+        matrix = np.asarray(matrix, dtype=np.float64)
+        return np.broadcast_to(matrix, (frames, *matrix.shape)) if matrix.ndim == 2 else matrix
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One demonstration. `timestamps` is [N] int64 nanoseconds; `arms` and `cameras` are by name; `source` says where
+    it came from."""
+
+    name: str
+    path: Path
+    robot: str
+    task: str
+    instruction: str
+    fps: float
+    timestamps: np.ndarray
+    arms: dict[str, ArmTrajectory]
+    cameras: dict[str, CameraTrack]
+    source: dict[str, Any] = field(default_factory=dict)
+    text: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.timestamps)

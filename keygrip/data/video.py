@@ -1,0 +1,304 @@
+"""Videos: frames by index or by time, and the one H.264 writer.
+
+Every video of the project is decoded and written here: cameras of robot demonstrations, videos of shards and of users,
+and rollout videos. Legend of shapes: N frames, H and W the height and width of an image.
+"""
+
+from __future__ import annotations
+
+import bisect
+import io
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, TypeVar
+
+import av
+import numpy as np
+from PIL import Image
+
+Converted = TypeVar("Converted")
+
+# ---- frames by index -------------------------------------------------------------------------------------------------
+
+
+def file_identity(path: Path) -> str:
+    """Text that changes when the file changes: its path, size and modification time."""
+    stat = path.stat()
+    return f"{path.absolute()}:{stat.st_size}:{stat.st_mtime_ns}"
+
+
+@dataclass(frozen=True)
+class _VideoIndex:
+    """Presentation times of a video's frames in order, and (presentation, decoding time) of its key frames."""
+
+    times: list[int]
+    keys: list[tuple[int, int]]
+
+
+def _open_container(path: Path) -> tuple[Any, Any]:
+    """The container and its video stream, decoded by one thread: workers are the parallelism."""
+    try:
+        container = av.open(str(path))
+    except (av.FFmpegError, OSError) as error:
+        raise OSError(f"{path}: the video cannot be opened ({error}); it is cut off or not a video") from error
+    if not container.streams.video:
+        container.close()
+        raise OSError(f"{path}: the file has no video stream; it is cut off or not a video")
+    stream = container.streams.video[0]
+    stream.thread_type = "NONE"
+    return container, stream
+
+
+def _make_index(path: Path) -> _VideoIndex:
+    """Reads the packets, decoding none: their presentation times, sorted, are the frames."""
+    container, stream = _open_container(path)
+    shown: list[int] = []
+    keys: list[tuple[int, int]] = []
+    with container:
+        for packet in container.demux(stream):
+            if packet.pts is None or packet.is_discard:
+                continue
+            if packet.is_corrupt:
+                raise OSError(f"{path}: the video is cut off or damaged after {len(shown)} frames")
+            shown.append(packet.pts)
+            if packet.is_keyframe:
+                keys.append((packet.pts, packet.dts if packet.dts is not None else packet.pts))
+    if len(set(shown)) != len(shown):
+        raise OSError(f"{path}: two frames of the video carry the same time stamp, so frames cannot be told apart")
+    return _VideoIndex(sorted(shown), sorted(keys))
+
+
+class _OpenVideo:
+    """One open container; `read` decodes forward where it can and seeks where it must.
+
+    A seek goes to the last key frame that is not *shown* after the wanted frame and is checked by the first packet that
+    follows it: with B-frames decoding order differs from presentation order, and some demuxers land one group of
+    pictures too late.
+    """
+
+    def __init__(self, path: Path, index: _VideoIndex) -> None:
+        self.container, self.stream = _open_container(path)
+        self.path, self.times, self.keys = path, index.times, index.keys
+        self.position: int | None = None  # presentation time of the frame given last
+        self.decoder: Any = None
+
+    def close(self) -> None:
+        self.decoder = None
+        self.container.close()
+
+    def _frames_from(self, key: int) -> Any:
+        """Decoded frames from key frame number `key` (-1: the start of the file) on; None where the seek landed behind
+        that key frame."""
+        if key >= 0:
+            wanted, decoding_time = self.keys[key]
+            self.container.seek(decoding_time, stream=self.stream, backward=True)
+        else:
+            wanted = self.times[0]
+            self.container.seek(min(0, self.times[0]), stream=self.stream, backward=True)
+        packets = self.container.demux(self.stream)
+        first = next(packets, None)
+        while first is not None and first.pts is None and first.size > 0:
+            first = next(packets, None)
+        if first is None or first.pts is None or (key >= 0 and first.pts > wanted):
+            return None
+
+        def decode() -> Iterable[Any]:
+            yield from first.decode()
+            for packet in packets:
+                yield from packet.decode()
+
+        return iter(decode())
+
+    def _advance(self, target: int) -> Any:
+        """The frame shown at `target`, decoding forward; None where the decoder passes it or ends."""
+        for frame in self.decoder:
+            if frame.pts is None:
+                continue
+            self.position = frame.pts
+            if frame.pts == target:
+                return frame
+            if frame.pts > target:
+                return None
+        return None
+
+    def read(self, index: int) -> np.ndarray:
+        target = self.times[index]
+        nearest = bisect.bisect_right(self.keys, (target, math.inf)) - 1  # last key frame not shown after it; -1: none
+        nearest_key = self.keys[nearest][0] if nearest >= 0 else self.times[0]
+        try:
+            # forward from where the decoder stands, unless a key frame between here and there makes a seek cheaper
+            if self.decoder is not None and self.position is not None and nearest_key <= self.position < target:
+                frame = self._advance(target)
+                if frame is not None:
+                    return frame.to_ndarray(format="rgb24")
+            for key in (*range(nearest, max(-1, nearest - 3), -1), -1):
+                self.stream.codec_context.flush_buffers()
+                self.decoder = self._frames_from(key)
+                frame = self._advance(target) if self.decoder is not None else None
+                if frame is not None:
+                    if frame.is_corrupt:
+                        break
+                    return frame.to_ndarray(format="rgb24")
+        except (av.FFmpegError, EOFError) as error:
+            self.decoder = self.position = None
+            raise OSError(
+                f"{self.path}: frame {index} cannot be decoded ({error}); the video is cut off or damaged"
+            ) from error
+        self.decoder = self.position = None
+        raise OSError(f"{self.path}: frame {index} cannot be decoded; the video is cut off or damaged")
+
+
+_VIDEO_INDICES: dict[str, _VideoIndex] = {}  # by file; made once, and inherited by loader workers that are forked
+_OPEN_VIDEOS: OrderedDict[tuple[int, str], _OpenVideo] = OrderedDict()
+_OPEN_VIDEO_LIMIT = 16  # open containers a process; each holds a decoder with a few frames
+
+
+def _video_index(path: Path) -> _VideoIndex:
+    identity = file_identity(path)
+    if identity not in _VIDEO_INDICES:
+        _VIDEO_INDICES[identity] = _make_index(path)
+    return _VIDEO_INDICES[identity]
+
+
+def _open_video(path: Path) -> _OpenVideo:
+    """The process's open container for `path`; one inherited by fork is not used, as it shares its file offset."""
+    key = (os.getpid(), file_identity(path))
+    video = _OPEN_VIDEOS.get(key)
+    if video is None:
+        video = _OPEN_VIDEOS[key] = _OpenVideo(path, _video_index(path))
+        while len(_OPEN_VIDEOS) > _OPEN_VIDEO_LIMIT:
+            (process, _), oldest = _OPEN_VIDEOS.popitem(last=False)
+            if process == os.getpid():
+                oldest.close()
+    _OPEN_VIDEOS.move_to_end(key)
+    return video
+
+
+def count_frames(path: Path) -> int:
+    """Frames in a video file, counted from its packets without decoding. Raises OSError: it cannot be read."""
+    return len(_video_index(path).times)
+
+
+def read_frame(path: Path, index: int) -> np.ndarray:
+    """Frame `index` of a video file, exact to the frame whatever the group-of-pictures structure.
+
+    Containers stay open in this process, so that neighbouring frames are decoded once.
+
+    Returns:
+        H x W x 3 uint8 RGB.
+
+    Raises:
+        OSError: it cannot be decoded. IndexError: the file has no such frame.
+    """
+    return _open_video(path).read(index)
+
+
+# ---- frames by time --------------------------------------------------------------------------------------------------
+
+
+def duration_s(source: bytes | str | Path) -> float:
+    """Seconds of a video file, or of its content as bytes. Raises ValueError: it cannot be read."""
+    try:
+        with av.open(_source(source), "r") as video:
+            return _length(video)
+    except (av.FFmpegError, IndexError) as error:
+        raise ValueError(f"the video cannot be decoded: {error}") from error
+
+
+def frames_at(
+    source: bytes | str | Path,
+    times: Callable[[float], Sequence[float] | np.ndarray],
+    convert: Callable[[Image.Image], Converted],
+) -> list[Converted]:
+    """Frames of a video at some times: each the first one that is shown at that time or later.
+
+    Args:
+        source: the file, or its content as bytes.
+        times: from the video's length in seconds to the wanted times, rising, seconds from the first frame.
+        convert: applied to each frame, so that only what is kept is held in memory.
+
+    Raises:
+        ValueError: it cannot be decoded, or ends before the last time.
+    """
+    found: list[Converted] = []
+    try:
+        with av.open(_source(source), "r") as video:
+            stream = video.streams.video[0]
+            stream.thread_type = "NONE"  # the loader's workers are the parallelism
+            duration = _length(video)
+            wanted = times(duration)
+            start: float | None = None
+            for frame in video.decode(stream):
+                now = float(frame.time or 0.0)
+                start = now if start is None else start
+                while len(found) < len(wanted) and now - start >= wanted[len(found)] - 1e-3:
+                    found.append(convert(frame.to_image()))
+                if len(found) == len(wanted):
+                    break
+    except (av.FFmpegError, IndexError) as error:
+        raise ValueError(f"the video cannot be decoded: {error}") from error
+    if len(found) < len(wanted):
+        raise ValueError(f"the video says it lasts {duration:.1f} s, but only {len(found)} of them can be decoded")
+    return found
+
+
+def _source(source: bytes | str | Path) -> Any:
+    return io.BytesIO(source) if isinstance(source, bytes) else str(source)
+
+
+def _length(video: Any) -> float:
+    """Seconds of an opened video's first image stream."""
+    stream = video.streams.video[0]
+    if stream.duration is not None and stream.time_base is not None:
+        return float(stream.duration * stream.time_base)
+    return float((video.duration or 0) / 1e6)
+
+
+# ---- whole videos ----------------------------------------------------------------------------------------------------
+
+
+def read_video(path: str | Path, every: int = 1) -> np.ndarray:
+    """Every n-th frame of a video, [N, H, W, 3] uint8."""
+    with av.open(str(path)) as video:
+        frames = [frame.to_ndarray(format="rgb24") for i, frame in enumerate(video.decode(video=0)) if i % every == 0]
+    return np.stack(frames)
+
+
+class VideoWriter:
+    """H.264 in an mp4 container, with B-frames off and a key frame every half second, so that random access is cheap.
+
+    Args:
+        path: the file to write. width, height: even numbers of pixels. fps: frames per second.
+    """
+
+    def __init__(self, path: Path, width: int, height: int, fps: float) -> None:
+        if width % 2 or height % 2:
+            raise ValueError(f"video needs even image sizes, not {width} x {height}; write JPEG files instead")
+        self.container = av.open(str(path), "w", format="mp4")
+        self.stream: Any = self.container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+        self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "yuv420p"
+        self.stream.options = {"crf": "18", "bf": "0", "g": str(max(1, round(fps / 2))), "preset": "veryfast"}
+
+    def write(self, image: np.ndarray) -> None:
+        """Append an image, H x W x 3 uint8 RGB."""
+        self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+
+    def close(self) -> None:
+        """Write what the encoder still holds and end the file."""
+        self.container.mux(self.stream.encode())
+        self.container.close()
+
+
+def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
+    """Write frames [N, H, W, 3] uint8 as H.264; H and W must be even."""
+    writer = VideoWriter(path, frames.shape[2], frames.shape[1], fps)
+    try:
+        for frame in frames:
+            writer.write(frame)
+    finally:
+        writer.close()
