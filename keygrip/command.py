@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from keygrip.config import (
     SettingError,
     check_overrides,
+    completed,
     config_folder,
     describe_config_error,
     new_name,
@@ -67,6 +68,7 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
         with _sigterm_raises():
             run_folder.register_resolvers()
             check_overrides(config_name, sys.argv[1:])
+            sys.argv[1:] = completed(config_name, sys.argv[1:])
             folder = str(config_folder())
             hydra.main(config_path=folder, config_name=config_name, version_base="1.3")(task)()
             if failed:

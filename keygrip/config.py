@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 # Settings and options that have a new name: old dotted key or old `group=option` -> new one. A key stands for all
 # below it. Each is refused with its new name for one version.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "question_sets": "vqa_benchmarks",
+}
 
 
 class SettingError(ValueError):
@@ -78,6 +80,20 @@ def register(name: str, schema: type) -> None:
     ConfigStore.instance().store(name=name, node=node)
 
 
+_COMPLETIONS: dict[str, Callable[[Sequence[str]], list[str]]] = {}
+
+
+def register_completion(config_name: str, complete: Callable[[Sequence[str]], list[str]]) -> None:
+    """Lets a root config choose options by what its overrides name: ``complete`` returns further overrides."""
+    _COMPLETIONS[config_name] = complete
+
+
+def completed(config_name: str, overrides: Sequence[str]) -> list[str]:
+    """The overrides and those that `register_completion`'s function adds to them."""
+    complete = _COMPLETIONS.get(config_name)
+    return [*overrides, *(complete(overrides) if complete else [])]
+
+
 def config_folder() -> Path:
     """The folder of configs: ``conf/`` inside the package (wheel) or beside it (checkout).
 
@@ -105,8 +121,9 @@ def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         check_overrides(config_name, overrides)
+        overrides = completed(config_name, overrides)
         with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
-            return hydra_compose(config_name, overrides=list(overrides))
+            return hydra_compose(config_name, overrides=overrides)
     finally:
         Singleton.set_state(running)
 

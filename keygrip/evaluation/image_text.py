@@ -38,7 +38,7 @@ from keygrip.evaluation.attribute_classifier import (
     feature_distance,
     judge_for,
 )
-from keygrip.evaluation.kinds import Evaluated, Evaluation, plain
+from keygrip.evaluation.kinds import KINDS, Evaluated, plain
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.encoders import Encoders
 from keygrip.models.patch_dit.sampler import Sampling
@@ -492,22 +492,11 @@ def headline(figures: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def run_evaluation(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
+def evaluate_images(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     """What `python -m keygrip.evaluate` does with a patch-conditioned DiT."""
     from hydra.utils import instantiate
 
-    options = PictureSuite(**{name: plain(cfg[name]) for name in sorted(IMAGE_EVALUATION.settings)})
+    options = PictureSuite(**{name: plain(cfg[name]) for name in KINDS["image_text"].settings()})
     data = instantiate(evaluated.config.data, _convert_="all")
     figures, _ = evaluate_pictures(evaluated.module, data, options, evaluated.output)  # type: ignore[arg-type]
     return figures
-
-
-IMAGE_EVALUATION = Evaluation(
-    run=run_evaluation,
-    settings=frozenset(
-        (
-            *("cases", "split", "images", "text_scales", "dino_scales", "grid_images"),
-            *("sampling", "lpips", "replace_words", "shown"),
-        )
-    ),
-)

@@ -1,16 +1,105 @@
-"""What `python -m keygrip.evaluate` asks of a model: each LightningModule names its evaluation."""
+"""Kinds of tasks that `keygrip evaluate` knows, each with its settings and the function that evaluates it.
+
+A LightningModule names its kind by a class attribute, ``evaluation_kind = "policy"``; models import nothing of this
+package. To add a kind: a schema and a line in `KINDS` here, its settings in ``conf/evaluate/<kind>.yaml``, and a module
+with the function.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from keygrip.config import EntrySchema, SettingError, nearest, register
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
+
+
+KIND = "evaluation_kind"  # attribute of a module's class, and its name in a checkpoint's header
+
+
+@dataclass
+class EvaluateSchema(EntrySchema):
+    """Settings of every kind; the values are in ``conf/evaluate.yaml``."""
+
+    checkpoint: str = MISSING
+
+
+@dataclass
+class PolicySchema(EvaluateSchema):
+    """Robot policies; the values are in ``conf/evaluate/policy.yaml``."""
+
+    open_loop: bool = MISSING
+    simulate: bool = MISSING
+    episodes: int = MISSING
+    suites: Any = MISSING
+    conditions: Any = MISSING
+    first_seed: int = MISSING
+    processes: int | None = MISSING
+    videos: int = MISSING
+    task: dict[str, Any] = field(default_factory=dict)
+    control: dict[str, Any] = field(default_factory=dict)
+    policy: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class VideoTextSchema(EvaluateSchema):
+    """Video-language models; the values are in ``conf/evaluate/video_text.yaml``."""
+
+    mode: Any = MISSING
+    split: str = MISSING
+    limit_batches: int | None = MISSING
+    max_new_tokens: int = MISSING
+    vqa_benchmarks: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ImageTextSchema(EvaluateSchema):
+    """Models that generate images; the values are in ``conf/evaluate/image_text.yaml``."""
+
+    cases: Any = MISSING
+    split: str = MISSING
+    images: int = MISSING
+    text_scales: Any = MISSING
+    dino_scales: Any = MISSING
+    grid_images: int = MISSING
+    sampling: Any = MISSING
+    lpips: str = MISSING
+    replace_words: dict[str, Any] = field(default_factory=dict)
+    shown: int = MISSING
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How models of one kind are evaluated.
+
+    Args:
+        run: dotted name of a function from `Evaluated` and the composed settings to a dictionary of figures. A name, so
+            that the simulator, torch and the metrics are imported only for the kind that is evaluated.
+        schema: the settings and their types.
+    """
+
+    run: str
+    schema: type[EvaluateSchema]
+
+    def settings(self) -> list[str]:
+        """Names of the settings that this kind adds to the common ones."""
+        common = {setting.name for setting in fields(EvaluateSchema)}
+        return [setting.name for setting in fields(self.schema) if setting.name not in common]
+
+
+KINDS = {
+    "policy": Kind("keygrip.evaluation.policy.evaluate_policy", PolicySchema),
+    "video_text": Kind("keygrip.evaluation.video_text.evaluate_answers", VideoTextSchema),
+    "image_text": Kind("keygrip.evaluation.image_text.evaluate_images", ImageTextSchema),
+}
+for _name, _kind in KINDS.items():
+    register(f"evaluate_{_name}_schema", _kind.schema)
 
 
 @dataclass(frozen=True)
@@ -28,23 +117,55 @@ class Evaluated:
     output: Path
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """How a kind of model is evaluated.
+def checked_kind(name: str | None, what: str) -> str:
+    """``name`` if it is a kind of `KINDS`.
 
     Args:
-        run: from what is evaluated and the config of `conf/evaluate.yaml` to what is printed and written.
-        settings: of `conf/evaluate.yaml` that ``run`` reads; a setting of another kind of model is refused.
+        name: `evaluation_kind` of a module's class; None where it has none. what: is evaluated, for messages.
+
+    Raises:
+        ValueError: it is not.
     """
+    if name is None:
+        raise ValueError(f"{what}, which has no evaluation")
+    if name not in KINDS:
+        raise ValueError(f"{what} of the kind {name!r}: kinds are {', '.join(KINDS)}")
+    return name
 
-    run: Callable[[Any, DictConfig], dict[str, Any]]
-    settings: frozenset[str]
 
+def choose_kind(overrides: Sequence[str]) -> list[str]:
+    """The override that selects the settings of the checkpoint that ``overrides`` name; none where they name no
+    checkpoint, or a kind. The checkpoint's header is read as data: nothing of it is imported.
 
-class Evaluable(Protocol):
-    """A LightningModule that can be evaluated."""
+    Raises:
+        FileNotFoundError, ValueError: no such checkpoint, one of a model without evaluation, or checkpoints of several
+            kinds in one sweep.
+        SettingError: a setting of another kind.
+    """
+    from keygrip.training.checkpoints import HEADER, find_checkpoint, read_checkpoint
 
-    def evaluation(self) -> Evaluation: ...
+    given = {key.lstrip("+~"): value for key, _, value in (override.partition("=") for override in overrides)}
+    checkpoint = given.get("checkpoint", "").strip("'\"")
+    if not checkpoint or checkpoint == "???" or "evaluate" in given:
+        return []
+    found: dict[str, str] = {}
+    for path in checkpoint.split(","):
+        file = find_checkpoint(path)
+        header = read_checkpoint(file)[HEADER]
+        what = f"{file} holds a {str(header['config']['model'].get('_target_')).rpartition('.')[2]}"
+        found[checked_kind(header.get(KIND), what)] = what
+    if len(found) > 1:
+        raise ValueError(f"{'; '.join(found.values())}: models of different kinds are evaluated in separate commands")
+    ((name, what),) = found.items()
+    own = KINDS[name].settings()
+    for key in given:
+        root = key.partition(".")[0]
+        other = next((kind for kind in KINDS if root in KINDS[kind].settings()), None)
+        if root not in own and other is not None:
+            close = nearest(key, own)
+            hint = f"the nearest is {close!r}" if close else f"settings are {', '.join(own)}"
+            raise SettingError(f"{what}, and {key!r} is a setting of evaluate={other}; in evaluate={name} {hint}")
+    return [f"evaluate={name}"]
 
 
 def plain(node: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from keygrip.evaluation.kinds import Evaluated, Evaluation, plain
+from keygrip.evaluation.kinds import Evaluated, plain
 
 
 def evaluate_policy(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
@@ -96,12 +96,3 @@ def _control(options: dict[str, Any]) -> Callable[..., Any]:
 
     refuse_unknown(options, RecedingHorizon)
     return partial(RecedingHorizon, **options)
-
-
-POLICY_EVALUATION = Evaluation(
-    run=evaluate_policy,
-    settings=frozenset(
-        {"open_loop", "simulate", "episodes", "suites", "conditions", "first_seed"}
-        | {"processes", "videos", "task", "control", "policy"}
-    ),
-)

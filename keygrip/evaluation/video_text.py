@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from keygrip.data.batches import Turn, VideoTextBatch
 from keygrip.data.video_text.video_files import read_frames
-from keygrip.evaluation.kinds import Evaluated, Evaluation, plain
+from keygrip.evaluation.kinds import Evaluated, plain
 from keygrip.evaluation.text_metrics import caption_metrics, chosen_option, vqa_accuracy
 from keygrip.evaluation.vqa_benchmarks import ChoiceQuestion
 from keygrip.models.foveated_vlm.conversations import EncodedText, encode_conversation
@@ -215,14 +215,14 @@ def _rounded(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
-    """Figures of a video-language model, by mode, on a split of its run's data and on local question sets.
+    """Figures of a video-language model, by mode, on a split of its run's data and on local VQA benchmarks.
 
     Raises:
         ValueError: a mode that the model does not have, or a split without samples.
     """
     from hydra.utils import instantiate
 
-    from keygrip.evaluation.vqa_benchmarks import read_question_set
+    from keygrip.evaluation.vqa_benchmarks import read_benchmark
 
     module: Any = evaluated.module
     chosen = module.network.modes if cfg.mode is None else cfg.mode
@@ -239,11 +239,6 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
         loader = datamodule.test_dataloader() if cfg.split == "test" else datamodule.val_dataloader()
         batches = itertools.islice(iter(loader), cfg.limit_batches)
         result[cfg.split] = evaluate_modes(module, batches, modes, cfg.max_new_tokens)
-    for name, root in (plain(cfg.question_sets) or {}).items():
-        result[name] = evaluate_choices(module, read_question_set(name, root), modes)
+    for name, root in (plain(cfg.vqa_benchmarks) or {}).items():
+        result[name] = evaluate_choices(module, read_benchmark(name, root), modes)
     return result
-
-
-ANSWER_EVALUATION = Evaluation(
-    run=evaluate_answers, settings=frozenset(["mode", "split", "limit_batches", "max_new_tokens", "question_sets"])
-)

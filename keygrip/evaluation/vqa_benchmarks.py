@@ -37,11 +37,11 @@ class ChoiceQuestion:
         return "\n".join([self.question, *lettered, "Answer with the option's letter."])
 
 
-def read_question_set(name: str, root: str | Path) -> list[ChoiceQuestion]:
-    """The questions of a set whose video is there.
+def read_benchmark(name: str, root: str | Path) -> list[ChoiceQuestion]:
+    """The questions of a benchmark whose video is there.
 
     Raises:
-        FileNotFoundError: no question files, or none of the videos. ValueError: an unknown set, or entries of
+        FileNotFoundError: no question files, or none of the videos. ValueError: an unknown benchmark, or entries of
             another form.
     """
     if name not in READERS:

@@ -42,7 +42,8 @@ class Header(Callback):
         self.header = {"format": FORMAT, "config": config, **origin}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[HEADER] = self.header
+        kind = getattr(pl_module, "evaluation_kind", None)  # what `keygrip evaluate` measures; None: nothing
+        checkpoint[HEADER] = {**self.header, "evaluation_kind": kind}
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -342,7 +342,7 @@ def test_the_command_and_the_callback_evaluate_a_run(root: Path, tmp_path: Path)
     assert result["model"] == "PatchDiTModule"
     assert result["cases"]["reconstruction"] == stored["cases"]["reconstruction"]
     assert (run / "evaluation" / "report.md").is_file()
-    with pytest.raises(ValueError, match="episodes has no meaning for a PatchDiTModule"):
+    with pytest.raises(ValueError, match="PatchDiTModule, and 'episodes' is a setting of evaluate=policy"):
         evaluate.run(compose("evaluate", [f"checkpoint={run}", "episodes=3"]))
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from keygrip.data.video_text.video_files import read_frames
-from keygrip.evaluation.vqa_benchmarks import read_question_set
+from keygrip.evaluation.vqa_benchmarks import read_benchmark
 
 
 def video(path: Path, seconds: int = 3, fps: int = 5) -> Path:
@@ -53,7 +53,7 @@ def test_video_mme(tmp_path: Path) -> None:
     (tmp_path / "videomme").mkdir()
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "videomme" / "test.parquet")
     video(tmp_path / "data" / "here.mp4")
-    (question,) = read_question_set("video_mme", tmp_path)
+    (question,) = read_benchmark("video_mme", tmp_path)
     assert question.options == ("One.", "Two.", "Three.", "Four.")
     assert (question.answer, question.task) == (2, "short")
     assert question.prompt == "How many?\nA. One.\nB. Two.\nC. Three.\nD. Four.\nAnswer with the option's letter."
@@ -75,7 +75,7 @@ def test_sets_of_candidates(name: str, tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / "video" / "b").mkdir(exist_ok=True)
         Image.new("RGB", (8, 8), (number * 80, 0, 0)).save(tmp_path / "video" / "b" / f"{number:03d}.png")
-    first, second = read_question_set(name, tmp_path)
+    first, second = read_benchmark(name, tmp_path)
     assert (first.answer, first.task) == (1, "1_colour")
     assert (second.answer, second.task) == (0, "place")
     assert len(read_frames(first.video, 28, "stretch", 64)) == 3
@@ -84,18 +84,18 @@ def test_sets_of_candidates(name: str, tmp_path: Path) -> None:
 
 def test_what_is_missing_or_of_another_form_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="known are video_mme, mlvu, mvbench"):
-        read_question_set("other", tmp_path)
+        read_benchmark("other", tmp_path)
     with pytest.raises(FileNotFoundError, match="not a folder"):
-        read_question_set("mlvu", tmp_path / "x")
+        read_benchmark("mlvu", tmp_path / "x")
     with pytest.raises(FileNotFoundError, match="parquet"):
-        read_question_set("video_mme", tmp_path)
+        read_benchmark("video_mme", tmp_path)
     entry = {"video": "a.mp4", "question": "What?", "candidates": ["red", "blue"], "answer": "green"}
     write(tmp_path / "q.json", [entry])
     with pytest.raises(FileNotFoundError, match="none of the videos"):
-        read_question_set("mlvu", tmp_path)
+        read_benchmark("mlvu", tmp_path)
     video(tmp_path / "a.mp4")
     with pytest.raises(ValueError, match=r"q\.json: the entry 'What\?'"):
-        read_question_set("mlvu", tmp_path)
+        read_benchmark("mlvu", tmp_path)
 
 
 def test_frames_of_a_video_a_folder_and_a_picture(tmp_path: Path) -> None:

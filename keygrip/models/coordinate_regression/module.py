@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from keygrip.data.batches import PolicyBatch
 from keygrip.data.robot.statistics import DemoStatistics
-from keygrip.evaluation.kinds import Evaluation
 from keygrip.exporting.graphs import ExportGraph
 from keygrip.models.coordinate_regression.network import (
     CoordinateRegressionGraph,
@@ -42,6 +41,7 @@ class CoordinateRegressionModule(LightningModule):
     """
 
     batch_type = PolicyBatch
+    evaluation_kind = "policy"
 
     headline_metrics = tuple(f"{split}/{name}" for split in ("train", "val") for name in HEADLINE)
 
@@ -67,12 +67,6 @@ class CoordinateRegressionModule(LightningModule):
     def policy(self) -> CoordinateRegressionPolicy:
         """The module as something that plans from observations."""
         return CoordinateRegressionPolicy(self)
-
-    def evaluation(self) -> Evaluation:
-        """What `keygrip.evaluate` measures."""
-        from keygrip.evaluation.policy import POLICY_EVALUATION
-
-        return POLICY_EVALUATION
 
     def export_graph(self) -> ExportGraph:
         """The network as `keygrip export` writes it: a normalised image and the arms' state in, poses out."""

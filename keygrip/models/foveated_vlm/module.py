@@ -12,7 +12,6 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from keygrip.data.batches import VideoTextBatch
-from keygrip.evaluation.kinds import Evaluation
 from keygrip.models.backbone import BlockKV
 from keygrip.models.foveated_vlm.conversations import ConversationCollator
 from keygrip.models.foveated_vlm.kv_cache import KeyValueCache
@@ -66,6 +65,7 @@ class FoveatedVLMModule(LightningModule):
     """
 
     batch_type = VideoTextBatch
+    evaluation_kind = "video_text"
 
     def __init__(
         self,
@@ -194,12 +194,6 @@ class FoveatedVLMModule(LightningModule):
         self.collator.tokenizer = ChatTokenizer.from_state(checkpoint[TOKENIZER_STATE]["tokenizer"])
         self.pictures = dict(checkpoint[TOKENIZER_STATE]["pictures"])
         self._check_tokenizer()
-
-    def evaluation(self) -> Evaluation:
-        """What `keygrip.evaluate` measures."""
-        from keygrip.evaluation.video_text import ANSWER_EVALUATION
-
-        return ANSWER_EVALUATION
 
     def on_fit_start(self) -> None:
         """Raises ValueError: the loss's kernel cannot be used on this machine."""

@@ -11,7 +11,6 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from keygrip.data.batches import CLOSED, MultiViewPolicyBatch
-from keygrip.evaluation.kinds import Evaluation
 from keygrip.models.geometry.rotations import geodesic_angle
 from keygrip.models.geometry_vla.action_head import AttentionRecord
 from keygrip.models.geometry_vla.actions import PoseActions
@@ -61,6 +60,7 @@ class GeometryVLAModule(LightningModule):
     """
 
     batch_type = MultiViewPolicyBatch
+    evaluation_kind = "policy"
 
     headline_metrics = (
         *(f"{split}/{name}" for split in ("train", "val") for name in HEADLINE),
@@ -132,12 +132,6 @@ class GeometryVLAModule(LightningModule):
         from keygrip.models.geometry_vla.policy import GeometryVLAPolicy  # it is built on this module
 
         return GeometryVLAPolicy(self)
-
-    def evaluation(self) -> Evaluation:
-        """What `keygrip.evaluate` measures."""
-        from keygrip.evaluation.policy import POLICY_EVALUATION
-
-        return POLICY_EVALUATION
 
     def on_train_start(self) -> None:
         """Sizes, for the tables of sweeps."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -25,9 +25,6 @@ from keygrip.models.patch_dit.warm_start import warm_start
 from keygrip.training.distributed import global_mean
 from keygrip.training.monitors import RangeChecks
 from keygrip.training.optimizers import AdamW
-
-if TYPE_CHECKING:
-    from keygrip.evaluation.kinds import Evaluation
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +50,7 @@ class PatchDiTModule(LightningModule):
     """
 
     batch_type = ImageTextBatch
+    evaluation_kind = "image_text"
     headline_metrics = (
         *("train/loss", "val/loss", "val/loss_text", "val/loss_dino", "val/loss_none"),
         *("val/shuffled_over_both", "val/alignment", "train/alignment"),
@@ -151,12 +149,6 @@ class PatchDiTModule(LightningModule):
                 self.encoders.load_state({"view": self._view_state, "fingerprint": made_with})
             self._encoders_ready = True
         return self.encoders.to(self.device)
-
-    def evaluation(self) -> Evaluation:
-        """What `keygrip.evaluate` measures."""
-        from keygrip.evaluation.image_text import IMAGE_EVALUATION
-
-        return IMAGE_EVALUATION
 
     def configure_optimizers(self) -> Any:
         return self.optimizer_recipe.configure(self, int(self.trainer.estimated_stepping_batches))

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from keygrip.data.batches import PolicyBatch
 from keygrip.data.robot.statistics import DemoStatistics
-from keygrip.evaluation.kinds import Evaluation
 from keygrip.exporting.graphs import ExportGraph
 from keygrip.models.geometry.cameras import recover_3d
 from keygrip.models.geometry.rotation_codecs import RotationCodec, fit_or_load
@@ -60,6 +59,7 @@ class VolumeQueryModule(LightningModule):
     """
 
     batch_type = PolicyBatch
+    evaluation_kind = "policy"
 
     headline_metrics = tuple(f"{split}/{name}" for split in ("train", "val") for name in HEADLINE)
 
@@ -127,12 +127,6 @@ class VolumeQueryModule(LightningModule):
         from keygrip.models.volume_query.policy import VolumeQueryPolicy  # it is built on this module
 
         return VolumeQueryPolicy(self)
-
-    def evaluation(self) -> Evaluation:
-        """What `keygrip.evaluate` measures."""
-        from keygrip.evaluation.policy import POLICY_EVALUATION
-
-        return POLICY_EVALUATION
 
     def export_graph(self) -> ExportGraph:
         """The network as `keygrip export` writes it: logits of pixels, heights, gripper and rotation."""

@@ -100,7 +100,7 @@ def test_train_resume_load_and_plan(overrides: Callable[..., list[str]], tmp_pat
     plan = loaded.policy().plan(seen)
     assert plan.position.shape == (1, 4, 3)
     assert np.isfinite(plan.position).all()
-    assert loaded.evaluation().settings >= {"open_loop", "simulate"}
+    assert loaded.evaluation_kind == "policy"
 
 
 def test_one_camera_is_refused_with_the_data_that_fit(tmp_path: Path) -> None:

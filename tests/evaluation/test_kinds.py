@@ -1,0 +1,68 @@
+"""Each kind of task has its own settings; those of another kind are refused with the nearest one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from keygrip import evaluate
+from keygrip.command import entry_point
+from keygrip.config import SettingError, compose
+from keygrip.evaluation.kinds import KIND, KINDS
+from keygrip.training import checkpoints
+
+COMMON = {"seed", "debug", "run_dir", "checkpoint", "trust", "external"}
+
+
+@pytest.fixture
+def holding(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes every checkpoint one of a model of some kind."""
+
+    def hold(kinds: dict[str, str | None]) -> None:
+        def header(path: Any) -> dict[str, Any]:
+            config = {"model": {"_target_": f"somewhere.{Path(path).name.title()}"}}
+            return {checkpoints.HEADER: {"config": config, KIND: kinds[Path(path).name]}}
+
+        monkeypatch.setattr(checkpoints, "find_checkpoint", Path)
+        monkeypatch.setattr(checkpoints, "read_checkpoint", header)
+
+    return hold
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_chooses_the_settings_of_its_kind(kind: str, holding: Any) -> None:
+    holding({"run": kind})
+    cfg = compose("evaluate", ["checkpoint=run"])
+    assert set(cfg) - COMMON == set(KINDS[kind].settings())
+    assert {"checkpoint", "run_dir"} <= set(cfg)
+
+
+def test_a_setting_of_another_kind_is_refused_with_the_nearest_of_this_one(holding: Any) -> None:
+    holding({"run": "image_text", "other": "policy", "none": None})
+    with pytest.raises(SettingError, match=r"'videos' is a setting of evaluate=policy; .* settings are cases, split"):
+        compose("evaluate", ["checkpoint=run", "videos=2"])
+    with pytest.raises(SettingError, match="'mode' is a setting of evaluate=video_text"):
+        compose("evaluate", ["checkpoint=other", "mode=coarse_only"])
+    with pytest.raises(SettingError, match="'question_sets' is now 'vqa_benchmarks'"):
+        compose("evaluate", ["checkpoint=run", "question_sets={}"])
+    with pytest.raises(ValueError, match="holds a None, which has no evaluation"):
+        compose("evaluate", ["checkpoint=none"])
+    with pytest.raises(ValueError, match="separate commands"):
+        compose("evaluate", ["checkpoint=run,other"])
+
+
+def test_the_command_composes_by_the_checkpoint_and_names_the_nearest_setting(
+    holding: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    holding({"run": "image_text"})
+    seen: list[Any] = []
+    monkeypatch.setattr("sys.argv", ["evaluate", "checkpoint=run", "images=3", "sampling.steps=2"])
+    entry_point("evaluate", seen.append)
+    assert (seen[0].images, seen[0].sampling.steps, seen[0].lpips) == (3, 2, "auto")
+    monkeypatch.setattr("sys.argv", ["evaluate", "checkpoint=run", "image=3"])
+    with pytest.raises(SystemExit) as stop:
+        entry_point("evaluate", evaluate.print_result)
+    assert stop.value.code == 2
+    assert "the nearest is 'images'" in capsys.readouterr().err
