@@ -33,12 +33,13 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     from hydra.utils import get_method
 
-    from keygrip.training.checkpoints import find_checkpoint, load_module, read_checkpoint
+    from keygrip.training.checkpoints import external_files, find_checkpoint, load_module, read_checkpoint
     from keygrip.training.metadata import machine
 
     file = find_checkpoint(cfg.checkpoint)
     config = OmegaConf.create(read_checkpoint(file)["keygrip"]["config"])
-    module = load_module(file)
+    trust = tuple(cfg.trust)
+    module = load_module(file, trust=trust, external=external_files(cfg))
     what = f"{file} holds a {type(module).__name__}"
     name = checked_kind(getattr(module, KIND, None), what)
     if set(KINDS[name].settings()) - set(cfg):
@@ -46,7 +47,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     output = evaluation_output(file, cfg.run_dir)
     started = time.time()
     result: dict[str, Any] = {"checkpoint": str(file), "model": type(module).__name__}
-    result |= get_method(KINDS[name].run)(Evaluated(module, config, file, output), cfg)
+    result |= get_method(KINDS[name].run)(Evaluated(module, config, file, output, trust), cfg)
     result |= {"wall_s": round(time.time() - started, 1), "machine": machine()}
     write_json(output / "result.json", result)
     log.info("written to %s", output)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class ExportSchema(EntrySchema):
     """Root of ``conf/export.yaml``."""
 
     checkpoint: str = MISSING
+    trust: Any = ()
+    external: dict[str, Any] = field(default_factory=dict)
     to: str = MISSING
     format: str = "safetensors"
     ema: bool = True
@@ -52,7 +54,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         raise ValueError(f"format={cfg.format!r}: choose {', '.join(FORMATS)}")
     file = checkpoints.find_checkpoint(cfg.checkpoint)
     content = checkpoints.read_checkpoint(file)
-    module: Any = checkpoints.load_module(file, averaged=cfg.ema)  # refused here, before anything is written
+    module: Any = checkpoints.load_module(  # refused here, before anything is written
+        file, averaged=cfg.ema, trust=tuple(cfg.trust), external=checkpoints.external_files(cfg)
+    )
     target = Path(cfg.to)
     if cfg.format != "safetensors" and not hasattr(module, "export_graph"):
         raise ValueError(

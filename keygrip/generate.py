@@ -25,6 +25,7 @@ class GenerateSchema(EntrySchema):
     """Root of ``conf/generate.yaml``."""
 
     checkpoint: str = MISSING
+    trust: Any = ()
     video: str = MISSING
     question: Any = MISSING
     mode: str | None = None
@@ -56,7 +57,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from keygrip.training.checkpoints import load_module
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    module = load_module(cfg.checkpoint, map_location=device, expected=FoveatedVLMModule)
+    module = load_module(cfg.checkpoint, map_location=device, expected=FoveatedVLMModule, trust=tuple(cfg.trust))
     assert isinstance(module, FoveatedVLMModule)
     network, collator = module.network, module.collator
     mode = cfg.mode or network.modes[-1]

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ class SampleSchema(EntrySchema):
     """Root of ``conf/sample.yaml``."""
 
     checkpoint: str = MISSING
+    trust: Any = ()
+    external: dict[str, Any] = field(default_factory=dict)
     prompt: Any = None
     image: Any = None
     samples: int = 1
@@ -74,12 +76,14 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     import torch
 
     from keygrip.models.patch_dit.module import PatchDiTModule
-    from keygrip.training.checkpoints import find_checkpoint, load_module
+    from keygrip.training.checkpoints import external_files, find_checkpoint, load_module
 
     wishes = wanted(cfg)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     file = find_checkpoint(cfg.checkpoint)
-    module = load_module(file, map_location=device, expected=PatchDiTModule)
+    module = load_module(
+        file, map_location=device, expected=PatchDiTModule, trust=tuple(cfg.trust), external=external_files(cfg)
+    )
     assert isinstance(module, PatchDiTModule)
     sampling = sampling_of(cfg, module.sampling)
     _refuse_idle(cfg, module)

@@ -32,6 +32,8 @@ class ServeSchema(EntrySchema):
     """Root of ``conf/serve.yaml``."""
 
     checkpoint: str = MISSING
+    trust: Any = ()
+    external: dict[str, Any] = field(default_factory=dict)
     host: str = "127.0.0.1"
     port: int = 8421
     device: str | None = None
@@ -51,7 +53,7 @@ def run(cfg: DictConfig, ready: Callable[[dict[str, Any]], None] = lambda about:
     """
     from keygrip.evaluation.closed_loop import changed
     from keygrip.evaluation.kinds import plain
-    from keygrip.training.checkpoints import find_checkpoint, load_module
+    from keygrip.training.checkpoints import external_files, find_checkpoint, load_module
 
     try:
         from keygrip.runtime.server import PolicyServer
@@ -62,7 +64,7 @@ def run(cfg: DictConfig, ready: Callable[[dict[str, Any]], None] = lambda about:
 
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     file = find_checkpoint(cfg.checkpoint)
-    module: Any = load_module(file, map_location=device)
+    module: Any = load_module(file, map_location=device, trust=tuple(cfg.trust), external=external_files(cfg))
     if not hasattr(module, "policy"):
         raise ValueError(f"{file} holds a {type(module).__name__}, which drives no robot: nothing to serve")
     policy = changed(module.policy(), plain(cfg.policy) or {})

@@ -206,11 +206,10 @@ def _network(overrides: Sequence[str]) -> tuple[FoveatedVLM, torch.device]:
     from omegaconf import OmegaConf
 
     from keygrip.models.foveated_vlm.network import FoveatedVLM
-    from keygrip.training.checkpoints import build_module
+    from keygrip.training.parts import build_stored
 
     config = compose("train", overrides)
-    resolved = {"model": OmegaConf.to_container(config.model, resolve=True)}
-    module = build_module(resolved, random_backbone=True)
+    module = build_stored(OmegaConf.to_container(config.model, resolve=True), "model")  # random weights
     network = module.network
     if not isinstance(network, FoveatedVLM):
         raise ValueError(f"this case measures the foveated model; its overrides name a {type(network).__name__}")

@@ -128,10 +128,10 @@ def untrained(config: DictConfig) -> GeometryVLAModule:
     from keygrip.data.robot.statistics import DemoStatistics
     from keygrip.models.geometry.rotations import rotation_exp
     from keygrip.models.geometry_vla.module import GeometryVLAModule
-    from keygrip.training.checkpoints import build_module
+    from keygrip.training.parts import build_stored
 
     OmegaConf.resolve(config)
-    module = build_module({"model": OmegaConf.to_container(config.model)}, random_backbone=True)
+    module = build_stored(OmegaConf.to_container(config.model), "model")  # random weights
     if not isinstance(module, GeometryVLAModule):
         raise ValueError(
             f"this case measures the geometry-injected policy; its overrides name a {type(module).__name__}"

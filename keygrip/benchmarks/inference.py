@@ -90,10 +90,10 @@ def untrained(config: DictConfig) -> VolumeQueryModule:
     from keygrip.data.robot.augmentation import ImageGeometry
     from keygrip.data.robot.statistics import DemoStatistics
     from keygrip.models.volume_query.module import VolumeQueryModule
-    from keygrip.training.checkpoints import build_module
+    from keygrip.training.parts import build_stored
 
     OmegaConf.resolve(config)
-    module = build_module({"model": OmegaConf.to_container(config.model)}, random_backbone=True)
+    module = build_stored(OmegaConf.to_container(config.model), "model")  # random weights
     if not isinstance(module, VolumeQueryModule):
         raise ValueError(
             f"case=inference measures the volume-query policy; cases.inference.overrides name a {type(module).__name__}"

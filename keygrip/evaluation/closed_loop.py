@@ -126,6 +126,7 @@ class ClosedLoop:
         processes: None takes one for each core.
         videos: episodes filmed for each condition.
         policy: changes to the model's own policy, by the names of its fields.
+        trust: packages beside keygrip whose parts the checkpoint may name.
     """
 
     task: TaskOptions
@@ -139,6 +140,7 @@ class ClosedLoop:
     videos: int = 2
     cameras: Sequence[str] | None = None
     policy: Mapping[str, Any] = field(default_factory=dict)
+    trust: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.episodes < 1:
@@ -263,7 +265,7 @@ class _Worker:
     def __init__(self, checkpoint: Path, settings: ClosedLoop) -> None:
         from keygrip.training.checkpoints import load_module
 
-        module: Any = load_module(checkpoint)
+        module: Any = load_module(checkpoint, trust=settings.trust)
         if not hasattr(module, "policy"):
             raise ValueError(
                 f"{checkpoint} holds a {type(module).__name__}, which is no robot policy: it cannot drive the arm."

@@ -494,9 +494,7 @@ def headline(figures: Mapping[str, Any]) -> dict[str, float]:
 
 def evaluate_images(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     """What `python -m keygrip.evaluate` does with a patch-conditioned DiT."""
-    from hydra.utils import instantiate
-
     options = PictureSuite(**{name: plain(cfg[name]) for name in KINDS["image_text"].settings()})
-    data = instantiate(evaluated.config.data, _convert_="all")
+    data = evaluated.stored_data()
     figures, _ = evaluate_pictures(evaluated.module, data, options, evaluated.output)  # type: ignore[arg-type]
     return figures

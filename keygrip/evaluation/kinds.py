@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from keygrip.config import EntrySchema, SettingError, nearest, register
+from keygrip.training.parts import build_stored
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -28,6 +29,8 @@ class EvaluateSchema(EntrySchema):
     """Settings of every kind; the values are in ``conf/evaluate.yaml``."""
 
     checkpoint: str = MISSING
+    trust: Any = MISSING
+    external: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -108,13 +111,22 @@ class Evaluated:
 
     Args:
         module: with the weights of the checkpoint. config: of the run that trained it. checkpoint: its file.
-        output: a folder, made by whoever writes into it.
+        output: a folder, made by whoever writes into it. trust: packages beside keygrip whose parts may be built.
     """
 
     module: LightningModule
     config: DictConfig
     checkpoint: Path
     output: Path
+    trust: tuple[str, ...] = ()
+
+    def stored_data(self) -> Any:
+        """The data module of the run, built from the stored configuration; it makes nothing that is missing.
+
+        Raises:
+            UntrustedPartError: the configuration names what may not be built.
+        """
+        return build_stored(plain(self.config.data), "data", self.trust)
 
 
 def checked_kind(name: str | None, what: str) -> str:

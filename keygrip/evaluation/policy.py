@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from keygrip.evaluation.kinds import Evaluated, plain
+from keygrip.training.parts import build_stored
 
 
 def evaluate_policy(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
@@ -24,10 +25,9 @@ def evaluate_policy(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
 
 def open_loop(evaluated: Evaluated) -> dict[str, float]:
     """Errors on the run's validation demonstrations, as in training's validation."""
-    from hydra.utils import instantiate
     from lightning.pytorch import Trainer
 
-    datamodule = instantiate(evaluated.config.data, _convert_="all")
+    datamodule = evaluated.stored_data()
     datamodule.prepare_data()
     datamodule.setup("validate")
     trainer = Trainer(
@@ -49,8 +49,6 @@ def closed_loop(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
         ValueError: the model drives no robot, was trained on what the simulator does not know, or cannot do what a
             setting asks for.
     """
-    from hydra.utils import instantiate
-
     from keygrip.evaluation.callback import write_result
     from keygrip.evaluation.closed_loop import ClosedLoop, changed, summarise
 
@@ -71,7 +69,7 @@ def closed_loop(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     policy = plain(cfg.policy) or {}
     changed(module.policy(), policy)  # what it cannot do is refused now, not in a worker
     settings = ClosedLoop(
-        task=changed(instantiate(record.task), plain(cfg.task) or {}),
+        task=changed(build_stored(plain(record.task), "data.record.task", evaluated.trust), plain(cfg.task) or {}),
         conditions=conditions,
         episodes=cfg.episodes,
         first_seed=cfg.first_seed,
@@ -82,6 +80,7 @@ def closed_loop(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
         processes=cfg.processes,
         videos=cfg.videos,
         policy=policy,
+        trust=evaluated.trust,
     )
     results = settings.run(checkpoint, output)
     figures = summarise(results)

@@ -220,8 +220,6 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: a mode that the model does not have, or a split without samples.
     """
-    from hydra.utils import instantiate
-
     from keygrip.evaluation.vqa_benchmarks import read_benchmark
 
     module: Any = evaluated.module
@@ -232,7 +230,7 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     if cfg.split not in ("val", "test", "none"):
         raise ValueError(f"split={cfg.split}: choose val, test or none")
     if cfg.split != "none":
-        datamodule = instantiate(evaluated.config.data, _convert_="all")
+        datamodule = evaluated.stored_data()
         datamodule.collator = module.collator  # with the tokenizer of the checkpoint
         datamodule.prepare_data()
         datamodule.setup("validate")

@@ -11,6 +11,7 @@ import copy
 import logging
 import pickle
 import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,14 @@ from omegaconf import OmegaConf
 
 from keygrip.exporting.folder import is_export, read_export
 from keygrip.training.ema import AVERAGE
+from keygrip.training.integrity import ChangedFileError, is_signed, refuse_unfit_weights, verify
+from keygrip.training.parts import UntrustedPartError, build_stored, check_plain
 from keygrip.training.run_folder import CHECKPOINT
 
 log = logging.getLogger(__name__)
 
 HEADER = "keygrip"
-# Parts that may load weights of their own, and keep them in the checkpoint.
-PRETRAINED = ("keygrip.models.backbone", "keygrip.models.language.llama", "keygrip.models.language.qwen_vl")
-FORMAT = 1
+FORMAT = 2
 
 
 class Header(Callback):
@@ -73,6 +74,9 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     file = find_checkpoint(path)
     if file.is_dir():
         return _checked_header(read_export(file), file)
+    signed = is_signed(file)
+    if signed:
+        verify(file)
     try:
         content = torch.load(file, map_location=map_location, weights_only=True)
     except (RuntimeError, EOFError, zipfile.BadZipFile, OSError, pickle.UnpicklingError) as error:
@@ -83,11 +87,15 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         raise ValueError(
             f"{file} is truncated or not a checkpoint ({file.stat().st_size} bytes): take another one"
         ) from error
-    return _checked_header(content, file)
+    checked = _checked_header(content, file)
+    if not signed:
+        raise ChangedFileError(f"{file} has no hash at its end: it was changed, or not written by this keygrip")
+    return checked
 
 
 def _checked_header(content: Any, file: Path) -> dict[str, Any]:
-    if not isinstance(content, dict) or HEADER not in content or "state_dict" not in content:
+    parts = content if isinstance(content, dict) else {}
+    if not isinstance(parts.get(HEADER), dict) or not isinstance(parts.get("state_dict"), dict):
         raise ValueError(
             f"{file} is not a keygrip checkpoint; weights of a backbone alone belong in backbone.weights_path"
         )
@@ -96,6 +104,10 @@ def _checked_header(content: Any, file: Path) -> dict[str, Any]:
             f"{file} has format {content[HEADER].get('format')} and this keygrip reads {FORMAT}: use the version that "
             f"made it, {content[HEADER].get('packages', {}).get('keygrip', 'unknown')}"
         )
+    try:
+        check_plain(content[HEADER].get("config"), "config")
+    except UntrustedPartError as error:
+        raise UntrustedPartError(f"{file}: {error}") from error
     return content
 
 
@@ -104,18 +116,22 @@ def load_module(
     map_location: Any = "cpu",
     expected: type[LightningModule] | None = None,
     averaged: bool = True,
+    trust: Sequence[str] = (),
+    external: Mapping[str, Any] | None = None,
 ) -> LightningModule:
     """Rebuilds a trained module from its checkpoint alone: no config, dataset or network access.
 
-    The module is built from the stored config with ``backbone.weights=random`` (the weights come from the
-    checkpoint), its ``on_load_checkpoint`` takes back what it stored, and the weights are loaded strictly. It is
-    returned in eval mode.
+    The checkpoint is data: only declared model parts are built (see :mod:`keygrip.training.parts`), and nothing in it
+    is executed. The module's ``on_load_checkpoint`` takes back what it stored, and the weights are loaded strictly. It
+    is returned in eval mode.
 
     Args:
         path: checkpoint file or run folder.
         map_location: device for the weights and the module.
         expected: class that the module must be.
-        averaged: prefer the averaged weights where the checkpoint has them (which is logged).
+        averaged: prefer the EMA weights where the checkpoint has them (which is logged).
+        trust: packages beside keygrip whose declared parts may be built.
+        external: files that the model needs and the checkpoint does not hold, by their setting's dotted key.
 
     Raises:
         FileNotFoundError: no checkpoint there.
@@ -123,13 +139,19 @@ def load_module(
     """
     file = find_checkpoint(path)
     checkpoint = read_checkpoint(file, map_location)
-    module = build_module(checkpoint[HEADER]["config"], random_backbone=True)
+    try:
+        module = build_stored(_model_config(checkpoint, file), "model", trust, external)
+    except UntrustedPartError as error:
+        raise UntrustedPartError(f"{file}: {error}") from error
+    if not isinstance(module, LightningModule):
+        raise ValueError(f"{file} does not hold a model: its configuration builds a {type(module).__name__}")
     if expected is not None and not isinstance(module, expected):
         raise ValueError(
             f"{file} holds a {type(module).__name__}, not a {expected.__name__}: give a checkpoint of that model"
         )
     module.on_load_checkpoint(checkpoint)
     state, which = weights_of(checkpoint, averaged)
+    refuse_unfit_weights(state, module.state_dict(), str(file))
     try:
         module.load_state_dict(state, strict=True)
     except RuntimeError as error:
@@ -151,28 +173,33 @@ def weights_of(checkpoint: dict[str, Any], averaged: bool = True) -> tuple[dict[
     return state, f"averaged over {average['updates']} steps"
 
 
-def build_module(config: dict[str, Any], random_backbone: bool = False) -> LightningModule:
-    """Instantiates ``config["model"]`` of a resolved config."""
+def build_module(config: dict[str, Any]) -> LightningModule:
+    """Instantiates ``config["model"]`` of a resolved configuration that the user has composed, not of a checkpoint."""
     from hydra.utils import instantiate
 
-    model = copy.deepcopy(config["model"])
-    if random_backbone:
-        _make_backbones_random(model)
-    return instantiate(OmegaConf.create(model), _convert_="all")
+    return instantiate(OmegaConf.create(copy.deepcopy(config["model"])), _convert_="all")
 
 
-def _make_backbones_random(node: Any) -> None:
-    if isinstance(node, dict):
-        if str(node.get("_target_", "")).startswith(PRETRAINED):
-            if "weights" in node:
-                node["weights"] = "random"
-            if "weights_path" in node:
-                node["weights_path"] = None
-        for child in node.values():
-            _make_backbones_random(child)
-    elif isinstance(node, list):
-        for child in node:
-            _make_backbones_random(child)
+def external_files(cfg: Any) -> dict[str, Any]:
+    """The setting ``external`` of a command as dotted keys: ``external.encoders.text.source=FOLDER``."""
+    found: dict[str, Any] = {}
+
+    def walk(node: Any, prefix: str) -> None:
+        for key, value in node.items():
+            if isinstance(value, Mapping):
+                walk(value, f"{prefix}{key}.")
+            else:
+                found[f"{prefix}{key}"] = value
+
+    walk(OmegaConf.to_container(cfg.external) if OmegaConf.is_config(cfg.external) else cfg.external, "")
+    return found
+
+
+def _model_config(checkpoint: dict[str, Any], file: Path) -> Any:
+    config = checkpoint[HEADER].get("config")
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise ValueError(f"{file} has no model configuration: it was not written by keygrip.train")
+    return config["model"]
 
 
 def _first_lines(error: Exception) -> str:

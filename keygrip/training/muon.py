@@ -11,10 +11,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from keygrip.training.optimizers import AdamW, Schedule
+from keygrip.training.parts import model_part
 
 MATRICES, REST = "matrices", "rest"
 
 
+@model_part
 @dataclass(frozen=True)
 class MuonAndAdamW(AdamW):
     """Muon on the weight matrices of the named parts, AdamW on all other parameters.

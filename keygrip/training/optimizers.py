@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from keygrip.training.parts import model_part
 
+
+@model_part
 @dataclass(frozen=True)
 class AdamW:
     """AdamW with decoupled weight decay on matrices only, linear warm-up, and a cosine or constant schedule by step.

@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import signal
 import time
 from pathlib import Path
@@ -17,6 +16,8 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from keygrip.artifacts import atomic_write
+from keygrip.training.integrity import sign
 from keygrip.training.sharding import local
 from keygrip.training.signals import Interrupted
 
@@ -27,23 +28,13 @@ BEST = "best.ckpt"
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Writes to a temporary name, flushes to the disk, renames: a kill at any moment leaves the previous file whole."""
+    """Writes whole files with their hash: a kill at any moment leaves the previous one, a changed byte is found."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.writing")
-        with temporary.open("wb") as file:
+        with atomic_write(path) as file:
             torch.save(checkpoint, file)
             file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-        with contextlib.suppress(OSError):  # some file systems cannot flush a folder
-            folder = os.open(target.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            sign(Path(file.name))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         from keygrip.training.checkpoints import read_checkpoint

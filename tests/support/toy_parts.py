@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from keygrip.training.distributed import global_mean, world_size
 from keygrip.training.optimizers import AdamW
+from keygrip.training.parts import data_part, model_part
 
 
+@model_part
 class ToyModule(LightningModule):
     """Masked regression with dropout; stores a statistic of the data in its checkpoint."""
 
@@ -59,6 +61,7 @@ class ToyModule(LightningModule):
         return self.recipe.configure(self, self.trainer.estimated_stepping_batches)
 
 
+@data_part
 class ToyData(LightningDataModule):
     """Batches that are a function of (seed, epoch, step); rank r takes the r-th slice of each global batch."""
 

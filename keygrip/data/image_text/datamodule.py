@@ -32,6 +32,7 @@ from keygrip.data.shards.made_shards import MadeShards, held_out
 from keygrip.data.shards.resuming import ResumableData
 from keygrip.data.shards.sampling import GlobalBatchSampler, SampleKey
 from keygrip.data.shards.tars import MANIFEST, SampleError, ShardCache, ShardSet, is_remote, write_whole
+from keygrip.training.parts import data_part
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ def read_info(root: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
     return dict(content)
 
 
+@data_part(from_checkpoint={"make_missing": False})
 @dataclass(frozen=True)
 class MadeImages(MadeShards):
     """Image shards that the program makes itself where they are missing; `images.json`, written last, says that they
@@ -104,6 +106,7 @@ class MadeImages(MadeShards):
         with (self.root.parent / f".{self.root.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (self.root / INFO).is_file():
+                self.refuse_missing()
                 from hydra.utils import get_method
 
                 log.info("%s is not complete: making its shards", self.root)
@@ -300,6 +303,7 @@ def measure(samples: ImageTextSamples, progress: bool = True) -> dict[str, np.nd
 # ---- the data module -------------------------------------------------------------------------------------------------
 
 
+@data_part
 class ImageShards(ResumableData):
     """Images with text from shards in aspect buckets.
 

@@ -20,6 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from keygrip.training.parts import data_part
+
 FITS = ("crop", "stretch")
 GREY = np.array([0.299, 0.587, 0.114])  # luma weights of ITU-R BT.601, what saturation and contrast are relative to
 
@@ -243,6 +245,7 @@ class ImageGeometry:
             raise ValueError(f"the stored image geometry cannot be read ({error}): {dict(state)}") from error
 
 
+@data_part
 @dataclass(frozen=True)
 class Augmentation:
     """Random views and colours for training, each a function of the generator alone.

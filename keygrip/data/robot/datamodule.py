@@ -28,6 +28,7 @@ from keygrip.data.robot.statistics import DemoStatistics, common_rate, compute_s
 from keygrip.data.shards.resuming import ResumableData
 from keygrip.data.shards.sampling import GlobalBatchSampler, ResumableLoader
 from keygrip.models.geometry.cameras import inside_image, project
+from keygrip.training.parts import data_part
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ def split_demos(names: Sequence[str], val_fraction: float, seed: int) -> tuple[l
     return np.flatnonzero(~held_out).tolist(), np.flatnonzero(held_out).tolist()
 
 
+@data_part
 class RobotDemos(ResumableData):
     """Demonstrations of one robot and task, from folders of any known format.
 

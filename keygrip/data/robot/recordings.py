@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from keygrip.training.parts import data_part
+
 log = logging.getLogger(__name__)
 
 
+@data_part(from_checkpoint={"make_missing": False})
 @dataclass(frozen=True)
 class Recording:
     """The embedded demonstrations: what to record, and where it lies.
@@ -29,6 +32,7 @@ class Recording:
         demos: how many. seed: of the first episode. image_size: edge of the recorded pictures. hz: frames a second.
         processes: None: one for each core. depth, video: as for `DemoWriter`.
         cameras: names; None: the task's own one.
+        make_missing: False: recordings that are missing are an error (what a checkpoint says is never recorded).
     """
 
     recorder: str
@@ -42,6 +46,7 @@ class Recording:
     depth: bool = False
     video: bool = False
     cameras: Sequence[str] | None = None
+    make_missing: bool = True
 
     @property
     def root(self) -> Path:
@@ -64,6 +69,11 @@ class Recording:
         held = self.held()
         if held >= self.demos:
             return
+        if not self.make_missing:
+            raise FileNotFoundError(
+                f"{self.root} holds {held} of {self.demos} demonstrations of the run: train with the same settings "
+                "again, which records them, or evaluate with open_loop=false"
+            )
         log.info("%s holds %d of %d demonstrations: recording the others in the simulator", self.root, held, self.demos)
         from hydra.utils import get_method, instantiate
 

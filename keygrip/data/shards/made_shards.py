@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from keygrip.data.shards.tars import MANIFEST, ShardSet
+from keygrip.training.parts import data_part
 
 log = logging.getLogger(__name__)
 
 
+@data_part(from_checkpoint={"make_missing": False})
 @dataclass(frozen=True)
 class MadeShards:
     """Shards that the program makes itself where they are missing.
@@ -29,12 +31,14 @@ class MadeShards:
         options: plain values of the maker.
         folder: where sets go; each has a folder of its own below it, named by a hash of all that it is made of.
         name: beginning of that folder's name.
+        make_missing: False: shards that are missing are an error (what a checkpoint says is never made).
     """
 
     maker: str
     options: Mapping[str, Any]
     folder: str | Path = "data"
     name: str = "shards"
+    make_missing: bool = True
 
     @property
     def root(self) -> Path:
@@ -49,10 +53,18 @@ class MadeShards:
         with (self.root.parent / f".{self.root.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (self.root / "train" / MANIFEST).is_file():
+                self.refuse_missing()
                 from hydra.utils import get_method
 
                 log.info("%s is not complete: making its shards", self.root)
                 get_method(self.maker)(root=self.root, options=dict(self.options))
+
+    def refuse_missing(self) -> None:
+        """Raises FileNotFoundError where missing shards must not be made."""
+        if not self.make_missing:
+            raise FileNotFoundError(
+                f"{self.root} has no complete shards of the run: train with the same settings again, which makes them"
+            )
 
 
 def held_out(shards: ShardSet, fraction: float) -> np.ndarray:

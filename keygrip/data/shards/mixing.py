@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from keygrip.data.shards.sampling import GlobalBatchSampler
+from keygrip.training.parts import data_part
 
 POOL = 128  # batches among which a bucket's samples are sorted by length: enough to pad little, few enough to mix well
 BLUR = 0.03  # of each length, at random: who shares a batch changes from epoch to epoch in small buckets too
@@ -42,6 +43,7 @@ class Component:
         return len(self.bucket)
 
 
+@data_part
 @dataclass(frozen=True)
 class Stage:
     """A part of the run in which the lead sources are mixed in another proportion: easy ones first.

@@ -29,6 +29,7 @@ from keygrip.data.video_text.conversations import (
     iterate_texts,
     read_sample,
 )
+from keygrip.training.parts import data_part
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class PreparedCollator(Protocol):
     def prepare(self, folder: Path, texts: Callable[[], Iterator[str]]) -> None: ...
 
 
+@data_part
 @dataclass(frozen=True)
 class ShardSource:
     """One source of a mixture.
@@ -261,6 +263,7 @@ class VideoTextStatistics:
     texts: Callable[[], Iterator[str]]
 
 
+@data_part
 class VideoTexts(ResumableData):
     """Videos, images and text from shard sets.
 

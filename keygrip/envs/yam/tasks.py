@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from keygrip.robots.inverse_kinematics import pointing_down, solve
+from keygrip.training.parts import data_part
 
 TASKS = ("reach", "pick", "pick_place", "stack", "named_place")
 OBJECTS = ("cube", "bar")
@@ -79,6 +80,7 @@ def _equal_luminance(luminance: float = 0.25) -> dict[str, tuple[float, float, f
 EQUAL_LUMINANCE = _equal_luminance()  # only hue tells these apart
 
 
+@data_part
 @dataclass(frozen=True)
 class TaskOptions:
     """A task and everything that may vary in it. Lengths in metres, angles in degrees.

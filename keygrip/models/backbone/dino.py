@@ -27,10 +27,12 @@ from keygrip.models.backbone.architectures import (
 )
 from keygrip.models.backbone.features import BlockKV, DinoFeatures
 from keygrip.models.backbone.weights import adopt_position_table, find_weights, load_weights
+from keygrip.training.parts import model_part
 
 Trainable = Literal["frozen", "all"] | int
 
 
+@model_part(from_checkpoint={"weights": "random", "weights_path": None, "weights_prefix": None})
 class DinoBackbone(nn.Module):
     """A DINO vision transformer: images in, typed features out, and its keys and values by block for deep queries.
 

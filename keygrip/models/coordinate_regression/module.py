@@ -25,10 +25,12 @@ from keygrip.models.policy import Needs, Observation, Plan, arm_axis
 from keygrip.models.policy_statistics import PolicyStatistics
 from keygrip.training.distributed import global_mean
 from keygrip.training.optimizers import AdamW
+from keygrip.training.parts import model_part
 
 HEADLINE = ("pix_argmax", "gripper_acc", "height_m", "position_cm", "rotation_deg")
 
 
+@model_part
 class CoordinateRegressionModule(LightningModule):
     """L1 on normalised positions and rotation columns, cross-entropy on the gripper's opening.
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from keygrip.models.backbone import DinoBackbone
+from keygrip.training.parts import model_part
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class RegressionOutput:
     gripper: Tensor
 
 
+@model_part
 class CoordinateRegressionNetwork(nn.Module):
     """One MLP on the image's CLS vector and the arms' states.
 

@@ -15,8 +15,10 @@ from keygrip.models.backbone import BlockKV, DinoBackbone
 from keygrip.models.foveated_vlm.network import Looks, VideoLanguageNetwork, real_frames
 from keygrip.models.foveated_vlm.rows import TextRows
 from keygrip.models.language.llama import LanguageModel
+from keygrip.training.parts import model_part
 
 
+@model_part
 class PooledVLM(VideoLanguageNetwork):
     """Patch features averaged on a k x k grid, each cell a visual token, in row-major order.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from keygrip.data.batches import Turn, VideoTextBatch, VideoTextSample, stack_frames
 from keygrip.models.language.llama import ChatTokenizer
+from keygrip.training.parts import model_part
 
 KEPT_TEXTS = 4096  # encoded conversations that a collator remembers
 PromptOrder = Literal["visual_first", "question_first"]
@@ -130,6 +131,7 @@ class TokenizerSource(Protocol):
     def load(self, folder: Path, texts: Iterator[str] | None = None) -> ChatTokenizer: ...
 
 
+@model_part
 class ConversationCollator:
     """Makes batches of videos with text for the foveated VLM; picklable, given to the data module.
 

@@ -27,6 +27,7 @@ from keygrip.data.batches import Movable, VideoTextBatch, VideoTextSample, norma
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.nn.short_attention import short_attention
 from keygrip.training.optimizers import AdamW
+from keygrip.training.parts import model_part
 from keygrip.training.pretraining import MadeRun
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class ReadingBatch(Movable):
         return len(self.frames)
 
 
+@model_part
 class ReadingCollator:
     """Makes reading batches of tours: where which cube is follows from the evidence of their questions.
 
@@ -156,6 +158,7 @@ def patch_labels(batch: ReadingBatch, grid: tuple[int, int]) -> dict[str, Tensor
     return {"colour": colour, "digit": digit, "pointed": pointed}
 
 
+@model_part
 class MarkReader(nn.Module):
     """A backbone and linear heads: patches say colour, digit and pointed, CLS the colour and digit pointed at, and a
     deep query for each colour the digit of that cube.
@@ -197,6 +200,7 @@ class MarkReader(nn.Module):
         )
 
 
+@model_part(from_checkpoint={"encoder": None})
 class MarkReaderModule(LightningModule):
     """Trains a `MarkReader`; `val/digit` is the share of readable cubes whose digit is right at their centre.
 

@@ -24,6 +24,7 @@ from keygrip.models.language.llama import TOKENIZER_STATE, ChatTokenizer
 from keygrip.models.nn.short_attention import short_attention
 from keygrip.training.distributed import global_mean
 from keygrip.training.optimizers import AdamW
+from keygrip.training.parts import model_part
 from keygrip.training.pretraining import MadeRun
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ SHOWN_ROWS = 4
 Blocks = Literal["last", "all"]
 
 
+@model_part(from_checkpoint={"encoder": None, "start_from": None})
 class FoveatedVLMModule(LightningModule):
     """Text cross-entropy, in one of the network's modes.
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from keygrip.models.backbone import BlockKV, DinoBackbone
 from keygrip.models.foveated_vlm.rows import RowLayout, Streams, TextRows, take
 from keygrip.models.language.llama import LanguageCache, LanguageModel
+from keygrip.training.parts import model_part
 
 MODES = ("coarse_only", "coarse_fine", "autoregressive")
 
@@ -200,6 +201,7 @@ def query_blocks(backbone: DinoBackbone, first_block: int) -> DinoBackbone:
     return path
 
 
+@model_part
 class FoveatedVLM(VideoLanguageNetwork):
     """See the module.
 

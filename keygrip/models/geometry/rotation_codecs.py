@@ -30,6 +30,7 @@ from keygrip.models.geometry.rotations import (
     rotation_exp,
     rotation_log,
 )
+from keygrip.training.parts import model_part
 
 
 class RotationCodec(nn.Module):
@@ -104,6 +105,7 @@ class RotationCodec(nn.Module):
         return self.decode(logits.argmax(dim=-1))
 
 
+@model_part
 class PCARotation(RotationCodec):
     """Bins along the first principal component of the rotations' tangent vectors around their mean.
 
@@ -200,6 +202,7 @@ class PCARotation(RotationCodec):
         return normalise(quaternion_multiply(self.mean, rotation_exp(tangent)))
 
 
+@model_part
 class KMeansRotation(RotationCodec):
     """K prototype rotations; a rotation's code is the geodesically nearest prototype.
 

@@ -18,12 +18,14 @@ from keygrip.models.geometry.rotations import (
     quaternion_multiply,
     quaternion_to_columns,
 )
+from keygrip.training.parts import model_part
 
 PoseKind = Literal["absolute", "delta"]
 SIZE = 10  # of an arm's pose: position 3, rotation columns 6, opening 1
 LEAST_RANGE = 0.01  # metres, or what a rotation matrix holds: less than this is standing still, not a scale
 
 
+@model_part
 class PoseActions(nn.Module):
     """Poses of all arms as normalised vectors ``[..., 10 A]``, and the statistics that this takes.
 

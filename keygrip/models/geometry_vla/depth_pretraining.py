@@ -19,6 +19,7 @@ from keygrip.data.batches import MultiViewPolicyBatch
 from keygrip.models.geometry_vla.figures import scene_picture
 from keygrip.models.geometry_vla.geometry import DinoMultiView, GeometryFeatures
 from keygrip.training.optimizers import AdamW
+from keygrip.training.parts import model_part
 
 if TYPE_CHECKING:
     from keygrip.data.robot.statistics import DemoStatistics
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 HEADLINE = ("loss", "point_cm", "depth_cm")
 
 
+@model_part
 class DepthReaderModule(LightningModule):
     """Trains a `DinoMultiView` on depth alone.
 

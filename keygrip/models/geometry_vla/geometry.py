@@ -23,6 +23,7 @@ from keygrip.models.geometry.cameras import camera_centre, cell_centres, pixel_r
 from keygrip.models.nn.attention import Attention
 from keygrip.models.nn.sinusoids import sinusoidal_features
 from keygrip.training.distributed import global_mean
+from keygrip.training.parts import model_part
 
 if TYPE_CHECKING:
     from keygrip.models.backbone import DinoBackbone
@@ -106,6 +107,7 @@ class ViewBlock(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+@model_part(from_checkpoint={"start": None})
 class DinoMultiView(GeometryEncoder):
     """The shared backbone on each view, then blocks that look within each view and over all views in turn, as in
     Wang et al., "VGGT: Visual Geometry Grounded Transformer" (2025); a head predicts, for cells of each patch, the
@@ -163,8 +165,6 @@ class DinoMultiView(GeometryEncoder):
                 f"geometry.start and backbone.weights={backbone.loaded_weights} both give the encoder's start: set one "
                 "of them to null or random"
             )
-        if frozen and start is None and backbone.loaded_weights == "random":
-            raise ValueError("geometry.frozen=true would keep random weights: set geometry.start to a trained run.")
         self.start, self.frozen = start, frozen
         if frozen:
             self.requires_grad_(False)
@@ -184,6 +184,8 @@ class DinoMultiView(GeometryEncoder):
             ValueError: it is another kind of run, or its encoder has other sizes.
         """
         if self.start is None:
+            if self.frozen and self.backbone.loaded_weights == "random":
+                raise ValueError("geometry.frozen=true would keep random weights: set geometry.start to a trained run.")
             return
         found = self.start.module()
         trained = getattr(found, "network", None)
@@ -303,6 +305,7 @@ def depth_targets(
 # ---------------------------------------------------------------------- MapAnything
 
 
+@model_part(from_checkpoint={"cache": None}, external=["weights"])
 class MapAnythingGeometry(GeometryEncoder):
     """MapAnything (Keetha et al., "MapAnything: Universal Feed-Forward Metric 3D Reconstruction", 2025), frozen: the
     tokens of its multi-view transformer, of the pictures alone.

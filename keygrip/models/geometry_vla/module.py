@@ -22,6 +22,7 @@ from keygrip.models.nn.short_attention import short_attention
 from keygrip.models.policy_statistics import PolicyStatistics
 from keygrip.training.distributed import global_mean
 from keygrip.training.optimizers import AdamW
+from keygrip.training.parts import model_part
 
 if TYPE_CHECKING:
     from keygrip.data.robot.statistics import DemoStatistics
@@ -47,6 +48,7 @@ HEADLINE = (
 SEED_STRIDE = 1_000_003  # more frames than any demonstration has
 
 
+@model_part
 class GeometryVLAModule(LightningModule):
     """Squared error of the velocity over the steps that are no padding, plus the geometry encoder's own losses.
 

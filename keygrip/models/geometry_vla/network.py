@@ -29,12 +29,14 @@ from keygrip.models.geometry_vla.pointing import PointedTokens, Pointing
 from keygrip.models.language.qwen_vl import QwenVL
 from keygrip.models.nn.flow_matching import SOLVERS, Solver, integrate, noise_levels
 from keygrip.models.nn.sinusoids import level_features
+from keygrip.training.parts import model_part
 
 log = logging.getLogger(__name__)
 
 MOST_VIEWS = 16  # that are told apart by their number
 
 
+@model_part
 @dataclass(frozen=True)
 class ActionSampling:
     """How action chunks are drawn.
@@ -94,6 +96,7 @@ class PlaceEmbedding(nn.Module):
         return lifted * (places[..., :1] > 0)
 
 
+@model_part
 class GeometryVLA(nn.Module):
     """Vision-language model, geometry encoder, compressor and action head.
 

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from keygrip.training.parts import model_part
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -30,6 +32,7 @@ TINY_TEMPLATE = (
 )
 
 
+@model_part(from_checkpoint={"weights": "random"})
 class LanguageModel(nn.Module):
     """A Llama-type causal language model that reads embeddings and gives hidden states.
 
@@ -341,6 +344,7 @@ class ChatTokenizer:
         )
 
 
+@model_part(from_checkpoint={"source": "the checkpoint"})
 class PretrainedTokenizer:
     """Source of a language model's own tokenizer.
 
@@ -367,6 +371,7 @@ class PretrainedTokenizer:
         return ChatTokenizer(found)
 
 
+@model_part(from_checkpoint={"run": None})
 class TrainedTokenizer:
     """Source of a byte-level BPE tokenizer trained on the shards' own text, kept beside them.
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from keygrip.data.batches import normalised
 from keygrip.models.language.llama import ChatTokenizer, from_hub, local_or_hub
+from keygrip.training.parts import model_part
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class TokenizerSource(Protocol):
     def load(self, folder: Path, texts: Any = None) -> ChatTokenizer: ...
 
 
+@model_part
 @dataclass(frozen=True)
 class Vision:
     """Sizes of the vision tower.
@@ -77,6 +79,7 @@ class Vision:
     full_attention: Sequence[int]
 
 
+@model_part(from_checkpoint={"weights": "random"})
 class QwenVL(nn.Module):
     """Qwen2.5-VL without its output layer: views and an instruction in, hidden states of the last layers out.
 

@@ -22,6 +22,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from keygrip.training.parts import model_part
+
 Solver = Literal["euler", "heun", "adams_bashforth"]
 SOLVERS: tuple[Solver, ...] = ("euler", "heun", "adams_bashforth")
 
@@ -64,6 +66,7 @@ class LevelSampler(Protocol):
         """``[count]`` float32 levels in [0, 1], from torch's global generator (so that resuming restores them)."""
 
 
+@model_part
 class LogitNormalLevels:
     """sigmoid(mean + std * normal): levels in the middle, where the prediction is hardest, come more often.
 
@@ -87,6 +90,7 @@ class LogitNormalLevels:
         return torch.where(torch.rand(count, device=device) < self.uniform_share, uniform, levels)
 
 
+@model_part
 class BetaLevels:
     """min(Beta(alpha, beta) / top, 1): with (1.5, 1) more often near noise, as flow-matching action heads are trained
     (Black et al., "pi0: A Vision-Language-Action Flow Model for General Robot Control", 2024).

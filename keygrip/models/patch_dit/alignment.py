@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keygrip.models.patch_dit.network import Tapped
+from keygrip.training.parts import model_part
 
 
+@model_part
 class FeatureAlignment(nn.Module):
     """1 - cosine between projected tokens of a block and the DINO features at their places.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from keygrip.models.patch_dit.positions import grid_positions, position_features
+from keygrip.training.parts import model_part
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,7 @@ class ContextBuilder(nn.Module):
 CATEGORIES = ("none", "text", "dino", "both")
 
 
+@model_part
 @dataclass(frozen=True)
 class ConditionDropout:
     """What a training sample is told: one category each, as shares that add up to 1 (Ho and Salimans, "Classifier-Free

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from keygrip.models.backbone import DinoBackbone
+from keygrip.training.parts import model_part
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class TextEncoder(Protocol):
 # ---- joined ----------------------------------------------------------------------------------------------------------
 
 
+@model_part
 class Encoders:
     """All frozen parts of a patch-conditioned DiT.
 
@@ -191,6 +193,7 @@ class Encoders:
 # ---- the DINO view ---------------------------------------------------------------------------------------------------
 
 
+@model_part(external=["weights_path"])
 class DinoView:
     """Features of a small picture of the whole crop, by a frozen DINO.
 
@@ -320,6 +323,7 @@ def weights_digest(module: nn.Module) -> str:
 # ---- small parts that need no download -------------------------------------------------------------------------------
 
 
+@model_part
 class PixelPacking:
     """No autoencoder at all: each square of `edge` x `edge` pixels becomes one cell of 3 * edge^2 channels, exactly.
 
@@ -344,6 +348,7 @@ class PixelPacking:
         return {"kind": "pixel packing", "edge": self.stride}
 
 
+@model_part
 class RandomWordVectors:
     """A frozen text encoder without training: every word has one random vector for ever, every place another.
 
@@ -401,6 +406,7 @@ def random_vector(name: str, width: int) -> np.ndarray:
 # ---- the real ones ---------------------------------------------------------------------------------------------------
 
 
+@model_part(external=["source"])
 class FluxAutoencoder:
     """diffusers' AutoencoderKL with 16 channels, as FLUX.1 has it. Latents are (mean - shift) * scale of its config.
 
@@ -471,6 +477,7 @@ class FluxAutoencoder:
         return {"kind": "AutoencoderKL", "config": config, **sample_of(self.model)}
 
 
+@model_part(external=["source"])
 class T5Text:
     """The encoder of a T5 model: the hidden states of its last layer.
 

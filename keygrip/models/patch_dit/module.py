@@ -25,6 +25,7 @@ from keygrip.models.patch_dit.warm_start import warm_start
 from keygrip.training.distributed import global_mean
 from keygrip.training.monitors import RangeChecks
 from keygrip.training.optimizers import AdamW
+from keygrip.training.parts import model_part
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ ATTENDED = 4  # samples whose attention is looked at
 VALIDATED = {"both": (True, True), "text": (True, False), "dino": (False, True), "none": (False, False)}
 
 
+@model_part(from_checkpoint={"warm_start": None})
 class PatchDiTModule(LightningModule):
     """Mean squared error of the velocity.
 

@@ -26,6 +26,7 @@ from keygrip.models.nn.sinusoids import LevelEmbedding
 from keygrip.models.patch_dit.context import Context, ContextBuilder
 from keygrip.models.patch_dit.positions import grid_positions, position_features
 from keygrip.models.patch_dit.routing import TokenRouting
+from keygrip.training.parts import model_part
 
 AdaLN = Literal["shift_scale", "gated"]
 Prediction = Literal["v", "x"]
@@ -134,6 +135,7 @@ class DiTBlock(nn.Module):
         return kept
 
 
+@model_part
 class PatchDiT(nn.Module):
     """The whole network.
 

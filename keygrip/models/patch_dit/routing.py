@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from keygrip.training.parts import model_part
 
+
+@model_part
 @dataclass(frozen=True)
 class TokenRouting:
     """A share of the latent tokens, drawn anew for every sample, skips blocks ``start`` to ``stop`` and comes back

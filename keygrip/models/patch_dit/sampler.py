@@ -23,12 +23,14 @@ from torch import Tensor
 from keygrip.models.nn.flow_matching import SOLVERS, Solver, data_from_velocity, integrate, noise_levels, seeded_noise
 from keygrip.models.patch_dit.context import Conditions, Context
 from keygrip.models.patch_dit.network import ContextCache, PatchDiT
+from keygrip.training.parts import model_part
 
 BRANCHES = {"none": (False, False), "text": (True, False), "dino": (False, True), "full": (True, True)}
 CPU_BATCH = 2**18  # numbers in the tokens of one branch up to which a CPU is faster with all branches as one batch
 FLOOR = 1e-3  # with x-prediction: below the last level of any reasonable number of steps, so that nothing is cut off
 
 
+@model_part
 @dataclass(frozen=True)
 class Sampling:
     """How pictures are drawn.

@@ -16,6 +16,7 @@ from keygrip.models.geometry.cameras import ParallelRayError, recover_3d
 from keygrip.models.geometry.rotation_codecs import RotationCodec
 from keygrip.models.volume_query.network import VolumeQueryOutput
 from keygrip.models.volume_query.volume import VolumeLogits, argmax_voxel, pixel_entropy, sample_voxel, soft_argmax
+from keygrip.training.parts import model_part
 
 DecoderName = Literal["argmax", "soft_argmax", "sample", "viterbi"]
 
@@ -36,6 +37,7 @@ class DecodedSteps:
     entropy: Tensor
 
 
+@model_part
 @dataclass(frozen=True)
 class Decoder:
     """How a distribution becomes one trajectory.

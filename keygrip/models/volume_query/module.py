@@ -27,6 +27,7 @@ from keygrip.models.volume_query.volume import argmax_voxel, volume_cross_entrop
 from keygrip.training.distributed import global_mean
 from keygrip.training.images import figure_to_image
 from keygrip.training.optimizers import AdamW
+from keygrip.training.parts import model_part
 
 if TYPE_CHECKING:
     from keygrip.models.volume_query.policy import VolumeQueryPolicy
@@ -46,6 +47,7 @@ HEADLINE = (
 )
 
 
+@model_part
 class VolumeQueryModule(LightningModule):
     """Volume cross-entropy + gripper and rotation cross-entropy, each averaged over the steps inside the image.
 

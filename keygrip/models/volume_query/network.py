@@ -24,6 +24,7 @@ from keygrip.models.backbone import DinoBackbone
 from keygrip.models.nn.adaln import AdaLNZeroMLP
 from keygrip.models.nn.sinusoids import sinusoidal_features
 from keygrip.models.volume_query.volume import VolumeLogits, argmax_voxel, soft_argmax
+from keygrip.training.parts import model_part
 
 # What the query may be told of the arm, and how many numbers each is: height in the bins' range, gripper opening, and
 # two
@@ -164,6 +165,7 @@ def _head(width: int, classes: int, deep: bool) -> nn.Module:
     return nn.Sequential(nn.Linear(width, 128), nn.GELU(), nn.Linear(128, classes))
 
 
+@model_part
 class VolumeQueryNetwork(nn.Module):
     """The whole network.
 

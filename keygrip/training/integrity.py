@@ -1,0 +1,124 @@
+"""Checkpoint files that know their own hash, and weights that are what a model expects.
+
+A checkpoint is a zip archive. Its SHA-256 stands in the archive's comment, the last bytes of the file, so that any
+changed byte is found: zip's own checksums cover neither names nor headers nor padding. The hash is of the file as it
+was before the comment was added.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from keygrip.artifacts import BLOCK_BYTES
+
+PREFIX = b"keygrip-sha256:"
+COMMENT_BYTES = len(PREFIX) + 64
+COMMENT = re.compile(re.escape(PREFIX) + rb"[0-9a-f]{64}")
+END_BYTES = 22  # of zip's end record without comment; its last two bytes are the comment's length
+END_SIGNATURE = b"PK\x05\x06"
+SHOWN = 3
+
+
+class ChangedFileError(ValueError):
+    """A checkpoint is not the file that was written."""
+
+
+def sign(file: Path) -> None:
+    """Adds the hash to a zip file that has no comment yet.
+
+    Raises:
+        ValueError: it does not end like a zip file without comment.
+    """
+    with file.open("r+b") as handle:
+        size = handle.seek(0, 2)
+        handle.seek(max(0, size - END_BYTES))
+        end = handle.read()
+        if not end.startswith(END_SIGNATURE) or end[-2:] != b"\0\0":
+            raise ValueError(f"{file} does not end like a zip file without comment")
+        digest = _digest(file, size)
+        handle.seek(size - 2)
+        handle.write(COMMENT_BYTES.to_bytes(2, "little") + PREFIX + digest.encode())
+
+
+def is_signed(file: Path) -> bool:
+    """Whether the file ends with a hash (right or wrong)."""
+    with file.open("rb") as handle:
+        size = handle.seek(0, 2)
+        if size < END_BYTES + COMMENT_BYTES:
+            return False
+        handle.seek(size - COMMENT_BYTES)
+        return COMMENT.fullmatch(handle.read()) is not None
+
+
+def verify(file: Path) -> None:
+    """Checks a signed file.
+
+    Raises:
+        ChangedFileError: a byte differs from what was written.
+    """
+    with file.open("rb") as handle:
+        size = handle.seek(0, 2)
+        handle.seek(max(0, size - COMMENT_BYTES - 2))
+        tail = handle.read()
+    length, comment = tail[:2], tail[2:]
+    known = COMMENT.fullmatch(comment) is not None and length == COMMENT_BYTES.to_bytes(2, "little")
+    if not known or _digest(file, size - COMMENT_BYTES).encode() != comment.removeprefix(PREFIX):
+        raise ChangedFileError(f"{file} is damaged: a byte differs from what was written; take another copy of it")
+
+
+def refuse_unfit_weights(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
+    """Refuses weights of another kind of number than the model's, and weights that are not finite.
+
+    Args:
+        state: to be loaded. expected: the model's own state dictionary. where: the file, for messages.
+
+    Raises:
+        ValueError: with the names of the first ones.
+    """
+    wrong = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if wrong:
+        raise ValueError(f"{where}: {_first(wrong)} is no tensor")
+    kinds = [
+        name
+        for name, value in state.items()
+        if name in expected
+        and (value.is_floating_point(), value.is_complex())
+        != (expected[name].is_floating_point(), expected[name].is_complex())
+    ]
+    if kinds:
+        name = kinds[0]
+        raise ValueError(
+            f"{where}: {_first(kinds)} has numbers of another kind ({state[name].dtype}, the model has "
+            f"{expected[name].dtype})"
+        )
+    broken = [
+        name for name, value in state.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())
+    ]
+    if broken:
+        raise ValueError(f"{where}: {_first(broken)} holds NaN or infinite weights: take an earlier checkpoint")
+
+
+def _first(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _digest(file: Path, size: int) -> str:
+    """SHA-256 of the first ``size`` bytes, with zeros in place of the last two (the comment's length)."""
+    digest = hashlib.sha256()
+    with file.open("rb") as handle:
+        left = size - 2
+        while left > 0:
+            block = handle.read(min(BLOCK_BYTES, left))
+            if not block:
+                break
+            digest.update(block)
+            left -= len(block)
+    digest.update(b"\0\0")
+    return digest.hexdigest()

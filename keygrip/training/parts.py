@@ -1,0 +1,262 @@
+"""What a stored configuration may build: the trust boundary of checkpoints, run folders and exports.
+
+A checkpoint is data that somebody else may have made. Its configuration names classes (``_target_``), and a name can
+be anything: ``os.system``, ``torch.load``, a recorder that starts processes. So a class is built from a checkpoint only
+where its author has declared it::
+
+    @model_part(from_checkpoint={"weights": "random"})
+    class Tower(nn.Module): ...
+
+and only where it lies in keygrip's own rooms or in a package that the caller names (``trust=["my_lab"]``).
+:func:`build_stored` checks the whole configuration first, by reading source files, before it imports or calls anything.
+
+``from_checkpoint`` gives settings that are replaced when the part is built from a checkpoint, because the checkpoint
+brings what they would load: weights from a file, a run to start from. ``external`` names settings that point to
+files which the checkpoint does not bring (weights of a frozen encoder of somebody else); the caller must name those
+files, the checkpoint may not.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+import importlib
+import importlib.util
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+MARK = "__keygrip_part__"
+MODEL, DATA = "model_part", "data_part"  # names of the decorators; the check looks for them in source files
+# Rooms of keygrip whose declared classes a stored configuration may name.
+ROOMS = ("models", "data", "envs", "training", "recording")
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)+", re.ASCII)
+HYDRA_FLAGS = {"_partial_": bool, "_recursive_": bool, "_convert_": str}
+DEEPEST = 64
+MOST_NODES = 100_000
+
+Class = TypeVar("Class", bound=type)
+
+
+class UntrustedPartError(ValueError):
+    """A stored configuration names something that may not be built; the message says where and what."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The declaration of a class.
+
+    Attributes:
+        kind: ``model_part`` or ``data_part``. owner: the class itself, so that a subclass does not inherit it.
+        from_checkpoint: settings and what replaces them when the part is built from a checkpoint.
+        external: settings that name files which the checkpoint does not hold.
+    """
+
+    kind: str
+    owner: type
+    from_checkpoint: Mapping[str, Any] = field(default_factory=dict)
+    external: tuple[str, ...] = ()
+
+
+@overload
+def model_part(cls: Class) -> Class: ...
+@overload
+def model_part(
+    *, from_checkpoint: Mapping[str, Any] | None = None, external: Sequence[str] = ()
+) -> Callable[[Class], Class]: ...
+def model_part(
+    cls: Class | None = None, *, from_checkpoint: Mapping[str, Any] | None = None, external: Sequence[str] = ()
+) -> Class | Callable[[Class], Class]:
+    """Declares a class that the configuration of a stored model may build.
+
+    It must start no process, write nothing and reach no network when it is built, and read a file only where a setting
+    says so that ``from_checkpoint`` replaces or ``external`` names.
+
+    Args:
+        from_checkpoint: setting -> value used in its place when the part is built from a checkpoint.
+        external: settings that name files which the checkpoint does not hold.
+    """
+    mark = functools.partial(_mark, MODEL, from_checkpoint=from_checkpoint or {}, external=tuple(external))
+    return mark if cls is None else mark(cls)
+
+
+@overload
+def data_part(cls: Class) -> Class: ...
+@overload
+def data_part(
+    *, from_checkpoint: Mapping[str, Any] | None = None, external: Sequence[str] = ()
+) -> Callable[[Class], Class]: ...
+def data_part(
+    cls: Class | None = None, *, from_checkpoint: Mapping[str, Any] | None = None, external: Sequence[str] = ()
+) -> Class | Callable[[Class], Class]:
+    """Declares a class that the stored configuration of a run's data or task may build; as :func:`model_part`."""
+    mark = functools.partial(_mark, DATA, from_checkpoint=from_checkpoint or {}, external=tuple(external))
+    return mark if cls is None else mark(cls)
+
+
+def _mark(kind: str, cls: Class, *, from_checkpoint: Mapping[str, Any], external: tuple[str, ...]) -> Class:
+    setattr(cls, MARK, Part(kind, cls, dict(from_checkpoint), external))
+    return cls
+
+
+def build_stored(config: Any, where: str, trust: Sequence[str] = (), external: Mapping[str, Any] | None = None) -> Any:
+    """Builds what a stored configuration says, if every part of it is declared.
+
+    Args:
+        config: plain dictionaries, lists and scalars, as read from a checkpoint.
+        where: its place in the checkpoint, for messages ("model").
+        trust: packages beside keygrip whose declared parts may be built; importing them runs their code.
+        external: values of settings that name files outside the checkpoint, by dotted key, "network.geometry.weights".
+
+    Raises:
+        UntrustedPartError: a name that is not a declared part, a directive of Hydra that calls something, an
+            interpolation, or an external file that the caller has not named. Nothing was imported or called then.
+        ValueError: a declared part refuses its settings.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    _check_names(trust)
+    for place, node in _nodes(config, where):
+        _check_node(node, place, trust)
+    ready = copy.deepcopy(config)
+    given = dict(external or {})
+    for place, node in list(_nodes(ready, where)):
+        if "_target_" in node:
+            _prepare(node, place, place.removeprefix(where).lstrip("."), given)
+    if given:
+        raise ValueError(f"external: {', '.join(sorted(given))} is no setting of this checkpoint that names a file")
+    if not isinstance(ready, dict | list):
+        return ready
+    try:
+        return instantiate(OmegaConf.create(ready), _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        raise ValueError(
+            f"{where}: the stored settings do not fit this keygrip: {str(cause).splitlines()[0]}"
+        ) from error
+
+
+def check_plain(config: Any, where: str) -> None:
+    """Raises UntrustedPartError where a stored configuration is not plain data without interpolations."""
+    for _ in _nodes(config, where):
+        pass
+
+
+def _check_names(trust: Sequence[str]) -> None:
+    if isinstance(trust, str):
+        raise ValueError(f"trust is a list of packages, e.g. trust=[{trust}]")
+    for package in trust:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", package):
+            raise ValueError(f"trust={package!r} is not the name of a package")
+
+
+def _nodes(config: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """All dictionaries of a configuration with their places, after checking that it is plain data."""
+    waiting, seen = [(where, config, 0)], 0
+    while waiting:
+        place, node, depth = waiting.pop()
+        seen += 1
+        if depth > DEEPEST or seen > MOST_NODES:
+            raise UntrustedPartError(f"{where}: the stored configuration is too deep or too large to be one")
+        if isinstance(node, dict):
+            if not all(isinstance(key, str) for key in node):
+                raise UntrustedPartError(f"{place}: a stored configuration has keys that are not text")
+            yield place, node
+            waiting += [(f"{place}.{key}", child, depth + 1) for key, child in node.items()]
+        elif isinstance(node, list | tuple):
+            waiting += [(f"{place}.{index}", child, depth + 1) for index, child in enumerate(node)]
+        elif isinstance(node, str):
+            if "${" in node:
+                raise UntrustedPartError(f"{place}: {node[:80]!r} is an interpolation, which is not evaluated here")
+        elif not (node is None or isinstance(node, bool | int | float)):
+            raise UntrustedPartError(f"{place}: a {type(node).__name__} is no plain setting")
+
+
+def _check_node(node: dict[str, Any], place: str, trust: Sequence[str]) -> None:
+    for key, value in node.items():
+        if key.startswith("_") and key != "_target_":
+            kind = HYDRA_FLAGS.get(key)
+            if kind is None or not isinstance(value, kind):
+                raise UntrustedPartError(f"{place}.{key}: this directive is not allowed in a stored configuration")
+    if "_target_" not in node:
+        return
+    target = node["_target_"]
+    if not isinstance(target, str) or not NAME.fullmatch(target):
+        raise UntrustedPartError(f"{place}._target_: {str(target)[:80]!r} is not the name of a class")
+    reason = _why_not(target, tuple(trust))
+    if reason:
+        raise UntrustedPartError(f"{place}._target_: {target} is not built from a checkpoint: {reason}")
+
+
+@functools.lru_cache(maxsize=1024)
+def _why_not(target: str, trust: tuple[str, ...]) -> str | None:
+    """Why a name may not be built, or None; reads source files and imports nothing of them."""
+    module, _, name = target.rpartition(".")
+    package, *rest = module.split(".")
+    if package == "keygrip":
+        if not rest or rest[0] not in ROOMS:
+            return "it is no declared part of keygrip"
+        root = Path(__file__).resolve().parents[1]
+    elif package in trust:
+        found = importlib.util.find_spec(package)  # of a top-level name: imports nothing
+        if found is None or found.origin is None:
+            return f"the trusted package {package} is not installed"
+        if found.submodule_search_locations is None:
+            if rest:
+                return f"{package} is a single file without submodules"
+            return None if _declares(Path(found.origin), name) else "it declares no such part (@model_part)"
+        root = Path(found.origin).resolve().parent
+    else:
+        return f"it is neither keygrip's own nor in a package that you trust (trust=[{package}] if you do)"
+    for file in (
+        (root.joinpath(*rest).with_suffix(".py"), root.joinpath(*rest, "__init__.py"))
+        if rest
+        else (root / "__init__.py",)
+    ):
+        if file.is_file() and _declares(file, name):
+            return None
+    return "that module declares no such part (@model_part or @data_part)"
+
+
+@functools.lru_cache(maxsize=1024)
+def _declares(file: Path, name: str) -> bool:
+    """Whether a source file defines a class of this name, at its top level, with one of the decorators."""
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError, OSError):
+        return False
+    for statement in tree.body:
+        if isinstance(statement, ast.ClassDef) and statement.name == name:
+            return any(_decorator(each) in (MODEL, DATA) for each in statement.decorator_list)
+    return False
+
+
+def _decorator(node: ast.expr) -> str:
+    if isinstance(node, ast.Call):
+        node = node.func
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def _prepare(node: dict[str, Any], place: str, key: str, given: dict[str, Any]) -> None:
+    """Imports a declared class and puts in what is not taken from the checkpoint's word."""
+    module, _, name = node["_target_"].rpartition(".")
+    cls = getattr(importlib.import_module(module), name, None)
+    part = vars(cls).get(MARK) if isinstance(cls, type) else None
+    if not isinstance(part, Part) or part.owner is not cls:
+        raise UntrustedPartError(f"{place}._target_: {node['_target_']} is not a declared part")
+    for setting, value in part.from_checkpoint.items():
+        node[setting] = copy.deepcopy(value)
+    for setting in part.external:
+        dotted = f"{key}.{setting}".lstrip(".")
+        if dotted in given:
+            node[setting] = given.pop(dotted)
+        elif node.get(setting) is not None:
+            raise UntrustedPartError(
+                f"{place}.{setting}: the checkpoint names files outside itself ({str(node[setting])[:80]!r}), which "
+                f"are not read on its word; name them yourself: external={{{dotted}: PATH}}"
+            )

@@ -1,0 +1,226 @@
+"""Checkpoints are data: nothing that they name is imported or called unless it is a declared part."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from keygrip import train
+from keygrip.config import compose
+from keygrip.models.backbone import DinoBackbone
+from keygrip.training.checkpoints import load_module, read_checkpoint
+from keygrip.training.parts import UntrustedPartError, build_stored, model_part
+from keygrip.training.saving import AtomicCheckpointIO
+
+TRUST = ["toy_parts"]
+# Each writes {file} where it is called as Hydra would call it. The first eight took effect in an earlier version.
+ATTACKS: list[dict[str, Any]] = [
+    {"_target_": "torch.utils.collect_env.run", "command": "touch {file}"},
+    {"_target_": "torch.load", "f": "{pickle}", "weights_only": False},
+    {"_target_": "numpy.load", "file": "{pickle}", "allow_pickle": True},
+    {"_target_": "torch.hub.load", "repo_or_dir": "{folder}", "model": "x", "source": "local"},
+    {"_target_": "pathlib.Path.write_text", "self": {"_target_": "pathlib.Path", "_args_": ["{file}"]}, "data": "x"},
+    {"_target_": "subprocess.Popen", "args": ["touch", "{file}"]},
+    {"_target_": "os.system", "command": "touch {file}"},
+    {"_target_": "keygrip.training.pretraining.MadeRun.complete", "self": {"overrides": [], "name": "x"}},
+    # callables of the standard library
+    {"_target_": "os.mkdir", "path": "{file}"},
+    {"_target_": "builtins.eval", "_args_": ["open('{file}', 'w')"]},
+    {"_target_": "builtins.exec", "_args_": ["open('{file}', 'w')"]},
+    {"_target_": "builtins.open", "file": "{file}", "mode": "w"},
+    {"_target_": "shutil.copy", "src": "{pickle}", "dst": "{file}"},
+    {"_target_": "runpy.run_path", "path_name": "{folder}/hubconf.py"},
+    {"_target_": "importlib.import_module", "name": "canary"},
+    {"_target_": "canary.Anything"},
+    {"_target_": "pickle.Unpickler"},
+    # Hydra's and keygrip's own ways to call something
+    {"_target_": "hydra.utils.instantiate", "config": {"_target_": "os.mkdir", "path": "{file}"}},
+    {"_target_": "hydra.utils.get_method", "path": "canary.Anything"},
+    {"_target_": "keygrip.recording.demonstrations.record", "task": None, "root": "{file}", "demos": 1},
+    {"_target_": "keygrip.recording.video_text.make_texts", "root": "{file}", "options": {}},
+    {"_target_": "keygrip.artifacts.write_text", "path": "{file}", "text": "x"},
+    {"_target_": "keygrip.training.parts.build_stored", "config": {}, "where": "x"},
+    {"_target_": "keygrip.training.pretraining.MadeRun", "overrides": ["max_steps=1"], "name": "x"},
+    # other people's names through modules of keygrip, and names that are no classes
+    {"_target_": "keygrip.models.patch_dit.encoders.torch.load", "f": "{pickle}", "weights_only": False},
+    {"_target_": "keygrip.models.volume_query.module.Path.write_text", "self": "{file}", "data": "x"},
+    {"_target_": "keygrip.models.volume_query.module.LightningModule"},
+    {"_target_": "keygrip.models.language.llama.from_hub", "factory": None, "source": "{folder}"},
+    {"_target_": "keygrip.models.volume_query.module.VolumeQueryModule.load_from_checkpoint", "path": "{pickle}"},
+    {"_target_": "keygrip.models.volume_query.module.VolumeQueryModule.__init__"},
+    {"_target_": "keygrip.models...os.system", "command": "touch {file}"},
+    {"_target_": "keygrip.models.volume_query.module.VolumeQueryModule "},
+    {"_target_": "keygrip.models.volume_query.module.Volume\u0051ueryM\u03bfdule"},
+    {"_target_": ["os.system"]},
+    {"_target_": "keygrip"},
+    {"_target_": "toy_parts.os.mkdir", "path": "{file}"},
+    # what is not a target at all
+    {"_args_": ["{file}"]},
+    {"_partial_": "yes"},
+    {"text": "${{oc.env:HOME}}"},
+    {"text": "${{oc.create:x}}"},
+]
+
+
+def nested(attack: Any) -> list[Any]:
+    """The attack in other places."""
+    return [
+        [1, [attack]],
+        {"a": {"b": attack}},
+        [attack | ({"_partial_": True} if "_target_" in attack else {})],
+        {"_target_": "keygrip.training.optimizers.AdamW", "lr": 1e-3, "betas": [attack, 0.9]},
+    ]
+
+
+def filled(node: Any, **values: str) -> Any:
+    if isinstance(node, dict):
+        return {key: filled(child, **values) for key, child in node.items()}
+    if isinstance(node, list):
+        return [filled(child, **values) for child in node]
+    return node.format(**values) if isinstance(node, str) else node
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toy")
+    support = Path(__file__).parents[1] / "support"
+    overrides = [f"hydra.searchpath=[file://{support / 'conf'}]", "model=toy", "data=toy", "strategy=cpu"]
+    overrides += ["strategy.precision=32-true", "logger=none", "max_steps=2", "val_every_n_steps=2"]
+    train.run(compose("train", [*overrides, f"run_dir={folder / 'run'}"]))
+    return folder / "run"
+
+
+@pytest.mark.parametrize("number", range(len(ATTACKS)))
+def test_nothing_that_a_checkpoint_names_is_called(
+    number: int, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    canary = tmp_path / "canary_was_here"
+    (tmp_path / "canary.py").write_text(f"open({str(canary)!r}, 'w')\nclass Anything: pass\n")
+    (tmp_path / "hubconf.py").write_text(f"open({str(canary)!r}, 'w')\n")
+    (tmp_path / "x.pickle").write_bytes(f"cbuiltins\nopen\n(S'{canary}'\nS'w'\ntR.".encode())
+    monkeypatch.syspath_prepend(str(tmp_path))
+    attack = filled(ATTACKS[number], file=str(canary), folder=str(tmp_path), pickle=str(tmp_path / "x.pickle"))
+    content = read_checkpoint(trained)
+    content["keygrip"]["config"]["model"]["extra"] = attack
+    file = tmp_path / "attack.ckpt"
+    AtomicCheckpointIO().save_checkpoint(content, file)
+    with pytest.raises(UntrustedPartError) as refusal:
+        load_module(file, trust=TRUST)
+    sentence = str(refusal.value)
+    assert "\n" not in sentence
+    assert "extra" in sentence
+    for config in nested(attack):
+        with pytest.raises(UntrustedPartError):
+            build_stored(config, "model", TRUST)
+    assert not canary.exists()
+    assert "canary" not in sys.modules
+
+
+def test_the_data_of_a_run_is_built_under_the_same_rules(trained: Path, tmp_path: Path) -> None:
+    from omegaconf import OmegaConf
+
+    from keygrip.evaluation.kinds import Evaluated
+
+    config = read_checkpoint(trained)["keygrip"]["config"]
+    config["data"] = {"_target_": "os.mkdir", "path": str(tmp_path / "harm")}
+    evaluated = Evaluated(None, OmegaConf.create(config), trained, tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(UntrustedPartError, match=r"data\._target_: os\.mkdir"):
+        evaluated.stored_data()
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_package_is_trusted_by_name_alone(trained: Path) -> None:
+    with pytest.raises(UntrustedPartError, match=r"toy_parts\.ToyModule .*trust=\[toy_parts\] if you do"):
+        load_module(trained)
+    with pytest.raises(UntrustedPartError):
+        load_module(trained, trust=["toy"])
+    assert type(load_module(trained, trust=TRUST)).__name__ == "ToyModule"
+    with pytest.raises(ValueError, match="trust is a list"):
+        load_module(trained, trust="toy_parts")
+    with pytest.raises(ValueError, match="not the name of a package"):
+        load_module(trained, trust=["../toy_parts"])
+
+
+def test_undeclared_classes_of_a_trusted_package_are_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = tmp_path / "some_lab"
+    lab.mkdir()
+    (lab / "__init__.py").write_text("")
+    (lab / "towers.py").write_text(
+        "from keygrip.training.parts import model_part\n"
+        "@model_part(from_checkpoint={'weights': None})\n"
+        "class Tower:\n    def __init__(self, weights, size):\n        self.weights, self.size = weights, size\n"
+        "class Child(Tower):\n    pass\n"
+        "class Other:\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    tower = build_stored({"_target_": "some_lab.towers.Tower", "weights": "gone.pt", "size": 3}, "model", ["some_lab"])
+    assert (tower.weights, tower.size) == (None, 3)
+    for name in ("Child", "Other", "model_part", "Missing"):
+        with pytest.raises(UntrustedPartError, match="declares no such part"):
+            build_stored({"_target_": f"some_lab.towers.{name}"}, "model", ["some_lab"])
+
+
+def test_parts_bring_no_weights_of_their_own() -> None:
+    backbone = {"_target_": "keygrip.models.backbone.dino.DinoBackbone", "variant": "tiny", "image_size": 32}
+    backbone |= {"width": 16, "depth": 1, "heads": 2, "weights": "pretrained", "weights_path": "/nowhere/x.pth"}
+    built = build_stored({"_target_": "keygrip.training.optimizers.AdamW", "lr": 1.0}, "optimizer")
+    assert built.lr == 1.0
+    found = build_stored([[backbone]], "model")
+    assert isinstance(found[0][0], DinoBackbone)
+    assert found[0][0].loaded_weights == "random"
+
+
+def test_files_outside_a_checkpoint_are_named_by_the_caller_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = {"_target_": "keygrip.models.patch_dit.encoders.T5Text", "source": "/etc/secret", "length": 8}
+    with pytest.raises(UntrustedPartError, match=r"external=\{encoders.text.source: PATH\}"):
+        build_stored({"encoders": {"text": node}}, "model")
+    with pytest.raises(ValueError, match="is no setting of this checkpoint"):
+        build_stored({}, "model", external={"encoders.text.source": "x"})
+
+
+def test_absurd_configurations_are_refused() -> None:
+    deep: Any = {}
+    for _ in range(200):
+        deep = {"a": deep}
+    for config in (deep, {"a": torch.zeros(1)}, {1: 2}, {"a": [[0]] * 200_000}):
+        with pytest.raises(UntrustedPartError):
+            build_stored(config, "model")
+
+
+def test_a_declaration_is_not_inherited() -> None:
+    @model_part
+    class Parent:
+        pass
+
+    class Child(Parent):
+        pass
+
+    assert "__keygrip_part__" in vars(Parent)
+    assert "__keygrip_part__" not in vars(Child)
+
+
+def test_every_target_that_conf_names_is_declared(toy_overrides: Callable[..., list[str]]) -> None:
+    """What `keygrip.train` builds as model and data can be built again from its checkpoint."""
+    from omegaconf import OmegaConf
+
+    from keygrip.config import config_folder
+    from keygrip.training.parts import _check_node, _nodes
+
+    data = {"foveated_vlm": "robot_tours", "pooled_vlm": "robot_tours", "geometry_vla": "yam_language"}
+    data |= {"mark_reader": "robot_tours", "depth_reader": "yam_stills", "geometry_vla_no_injection": "yam_language"}
+    checked = 0
+    for file in sorted((config_folder() / "model").glob("*.yaml")):
+        choice = data.get(file.stem, "robot_images" if file.stem.startswith("patch_dit") else "yam")
+        cfg = compose("train", [f"model={file.stem}", f"data={choice}", "run_dir=x"])
+        plain: Any = OmegaConf.to_container(OmegaConf.create({"model": cfg.model, "data": cfg.data, **cfg}))
+        for name in ("model", "data"):
+            for place, node in _nodes(OmegaConf.to_container(cfg, resolve=True)[name], name):  # type: ignore[index, call-overload]
+                _check_node(node, place, ())
+                checked += "_target_" in node
+        assert plain
+    assert checked > 60
