@@ -2,7 +2,8 @@
 
 Everything that keygrip writes goes through this module: checkpoints, shards, recordings, statistics, configuration,
 metadata and results. A file appears under its name only when it is complete and on the disk; a process that is killed
-leaves the previous file as it was. Temporaries are hidden files beside the target, ``.<name>.<pid>-<random>.writing``.
+leaves the previous file as it was. Temporaries are hidden files beside the target,
+``.<name>.<host>-<pid>-<random>.writing``; those of processes that are gone are removed by the next write.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -159,7 +162,40 @@ def sha256_bytes(content: bytes) -> str:
 
 def temporary_beside(target: Path) -> Path:
     """A name for the temporary file of ``target``, hidden and in the same folder, that nobody else uses."""
-    return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}{WRITING}")
+    if (os.getpid(), target.parent) not in _looked:  # once per process and folder, which may hold thousands of files
+        _looked.add((os.getpid(), target.parent))
+        _remove_stale(target.parent)
+    return target.with_name(f".{target.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}{WRITING}")
+
+
+_looked: set[tuple[int, Path]] = set()
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9_]", "_", socket.gethostname())
+
+
+def _remove_stale(folder: Path) -> None:
+    """Removes temporaries that processes of this machine left in a folder when they were killed."""
+    pattern = re.compile(rf"\..+\.{re.escape(_host())}-(\d+)-[0-9a-f]{{8}}{re.escape(WRITING)}")
+    for path in folder.glob(f".*.{_host()}-*{WRITING}"):
+        found = pattern.fullmatch(path.name)
+        if found and not _is_alive(int(found[1])):
+            with contextlib.suppress(OSError):
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 @contextlib.contextmanager

@@ -56,6 +56,9 @@ def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path: Path) -> None:
         process.stdout.readline()
         process.send_signal(signal.SIGKILL)
     assert path.read_text() == "old"
+    assert len(names(tmp_path)) == 2  # what the killed process left
+    artifacts.write_text(path, "new")
+    assert names(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize(

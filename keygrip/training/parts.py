@@ -220,6 +220,10 @@ def _why_not(target: str, trust: tuple[str, ...]) -> str | None:
     ):
         if file.is_file() and _declares(file, name):
             return None
+        if file.name == "__init__.py" and file.is_file():
+            home = _re_exported(file, name)
+            if home is not None and home != target and home.split(".")[0] == package:
+                return _why_not(home, trust)
     return "that module declares no such part (@model_part or @data_part)"
 
 
@@ -234,6 +238,20 @@ def _declares(file: Path, name: str) -> bool:
         if isinstance(statement, ast.ClassDef) and statement.name == name:
             return any(_decorator(each) in (MODEL, DATA) for each in statement.decorator_list)
     return False
+
+
+def _re_exported(file: Path, name: str) -> str | None:
+    """Where a package's ``__init__.py`` takes a name from (``from package.module import Name``)."""
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError, OSError):
+        return None
+    for statement in tree.body:
+        if isinstance(statement, ast.ImportFrom) and statement.level == 0 and statement.module:
+            for alias in statement.names:
+                if alias.name == name and alias.asname is None:
+                    return f"{statement.module}.{name}"
+    return None
 
 
 def _decorator(node: ast.expr) -> str:

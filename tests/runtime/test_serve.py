@@ -119,7 +119,7 @@ def test_the_command_serves_until_it_is_told_to_stop(trained: Callable[[str], Pa
 def test_a_model_that_drives_no_robot_is_refused(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
     train.run(compose("train", toy_overrides("run", "max_steps=1")))
     with pytest.raises(ValueError, match="holds a ToyModule, which drives no robot: nothing to serve"):
-        serve.run(compose("serve", [f"checkpoint={tmp_path / 'run'}"]))
+        serve.run(compose("serve", [f"checkpoint={tmp_path / 'run'}", "trust=[toy_parts]"]))
 
 
 def test_settings_are_checked(trained: Callable[[str], Path]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning import LightningModule
 
-from keygrip import train
+from keygrip import artifacts, train
 from keygrip.config import compose
 from keygrip.training.checkpoints import load_module, read_checkpoint
 from keygrip.training.saving import AtomicCheckpointIO
@@ -68,7 +68,7 @@ def test_truncated_checkpoints_are_refused(share: float, run_folder: Path, tmp_p
     whole = (run_folder / "checkpoints" / "last.ckpt").read_bytes()
     cut = tmp_path / "cut.ckpt"
     cut.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(ValueError, match=r"cut\.ckpt is truncated or not a checkpoint"):
+    with pytest.raises(ValueError, match=r"cut\.ckpt (is truncated or not a checkpoint|has no hash at its end)"):
         load_module(cut)
 
 
@@ -117,7 +117,9 @@ def test_weights_that_do_not_fit_are_refused(run_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", ["fsync", "rename"])
-def test_killed_while_saving_the_previous_checkpoint_is_whole(moment: str, tmp_path: Path) -> None:
+def test_killed_while_saving_the_previous_checkpoint_is_whole(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"n": torch.tensor(1)}, file)
     child = os.fork()
@@ -135,6 +137,7 @@ def test_killed_while_saving_the_previous_checkpoint_is_whole(moment: str, tmp_p
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
     assert torch.load(file, weights_only=True)["n"] == 1
+    monkeypatch.setattr(artifacts, "_looked", set())  # as in the process that resumes the run
     AtomicCheckpointIO().save_checkpoint({"n": torch.tensor(3)}, file)
     assert torch.load(file, weights_only=True)["n"] == 3
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
