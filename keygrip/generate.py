@@ -48,7 +48,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     from keygrip.data.batches import Turn
     from keygrip.data.video_text.video_files import read_frames
-    from keygrip.evaluation.video_text import normalised
     from keygrip.models.foveated_vlm.conversations import encode_conversation
     from keygrip.models.foveated_vlm.figures import draw_looks
     from keygrip.models.foveated_vlm.generation import generate
@@ -74,7 +73,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     answers = generate(
         network,
         module.tokenizer,
-        normalised(module, frames),
+        module.as_input(frames),
         [len(frames)],
         prompts,
         [0] * len(prompts),

@@ -187,7 +187,7 @@ class _Frame:
     """One frame more on a cache of so many positions, which is then cut back to what it was."""
 
     def __init__(self, network: FoveatedVLM, kv: Sequence[object], past: int, device: torch.device) -> None:
-        from keygrip.models.language.llama import LanguageCache
+        from keygrip.models.language.cache import LanguageCache
 
         self.network, self.kv, self.past = network, kv, past
         self.cache = LanguageCache()

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
 from tqdm import tqdm
 
 from keygrip.data.batches import Turn, VideoTextBatch
@@ -174,7 +173,7 @@ def evaluate_choices(
             unreadable += 1
             log.warning("left out: %s", error)
             continue
-        inputs = normalised(module, frames)
+        inputs = module.as_input(frames)
         prompt = _encoded(module, (Turn("user", question.prompt),))
         options = [
             _encoded(module, (Turn("user", question.prompt), Turn("assistant", f"{chr(ord('A') + n)}. {option}")))
@@ -196,14 +195,6 @@ def evaluate_choices(
         raise ValueError(f"none of the {unreadable} videos can be decoded")
     figures = {mode: _rounded({n: float(np.mean(v)) for n, v in found.items()}) for mode, found in right.items()}
     return {"questions": len(questions) - unreadable, "unreadable": unreadable, **figures}
-
-
-def normalised(module: FoveatedVLMModule, frames: np.ndarray) -> Tensor:
-    """uint8 [F, S, S, 3] -> [1, F, 3, S, S] on the module's device, as the backbone wants it."""
-    backbone = module.network.backbone
-    pixels = torch.from_numpy(np.ascontiguousarray(frames)).to(module.device).permute(0, 3, 1, 2).float() / 255
-    mean, std = (torch.tensor(v, device=module.device).view(3, 1, 1) for v in (backbone.mean, backbone.std))
-    return ((pixels - mean) / std)[None]
 
 
 def _encoded(module: FoveatedVLMModule, turns: Sequence[Turn]) -> EncodedText:

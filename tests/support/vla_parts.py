@@ -19,8 +19,8 @@ from keygrip.models.geometry_vla.actions import PoseActions, PoseKind
 from keygrip.models.geometry_vla.geometry import DinoMultiView, GeometryEncoder
 from keygrip.models.geometry_vla.module import GeometryVLAModule
 from keygrip.models.geometry_vla.network import GeometryVLA
-from keygrip.models.language.llama import TrainedTokenizer
 from keygrip.models.language.qwen_vl import QwenVL, Vision
+from keygrip.models.language.tokenizers import TrainedTokenizer
 from keygrip.models.nn.flow_matching import BetaLevels
 from keygrip.training.optimizers import AdamW
 

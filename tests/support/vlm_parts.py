@@ -9,7 +9,8 @@ from torch import Tensor
 
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.foveated_vlm.rows import TextRows
-from keygrip.models.language.llama import LanguageModel
+from keygrip.models.language.decoder import LanguageModel
+from keygrip.models.language.llama import Llama
 
 SIZES = {"dinov2_vits14": 28, "dinov3_vits16": 32, "tiny": 32}
 
@@ -23,7 +24,7 @@ def small_backbone(variant: str = "dinov2_vits14") -> DinoBackbone:
     return backbone
 
 
-def small_language(**changes: object) -> LanguageModel:
+def small_language(family: type[LanguageModel] = Llama, **changes: object) -> LanguageModel:
     options: dict[str, object] = {
         "layers": 2,
         "width": 24,
@@ -36,7 +37,7 @@ def small_language(**changes: object) -> LanguageModel:
         "tie_embeddings": True,
         "embedding_std": 0.5,
     }
-    return LanguageModel(**(options | changes))  # type: ignore[arg-type]
+    return family(**(options | changes))  # type: ignore[arg-type]
 
 
 def frames_of(counts: Sequence[int], size: int = 28, seed: int = 1, longest: int | None = None) -> Tensor:

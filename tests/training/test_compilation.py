@@ -28,7 +28,7 @@ from keygrip.models.foveated_vlm.conversations import ConversationCollator
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.geometry.rotation_codecs import PCARotation
-from keygrip.models.language.llama import TrainedTokenizer
+from keygrip.models.language.tokenizers import TrainedTokenizer
 from keygrip.models.volume_query.decoding import Decoder
 from keygrip.models.volume_query.module import VolumeQueryModule
 from keygrip.models.volume_query.network import VolumeQueryNetwork

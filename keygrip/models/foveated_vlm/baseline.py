@@ -14,7 +14,7 @@ from torch import Tensor
 from keygrip.models.backbone import BlockKV, DinoBackbone
 from keygrip.models.foveated_vlm.network import Looks, VideoLanguageNetwork, real_frames
 from keygrip.models.foveated_vlm.rows import TextRows
-from keygrip.models.language.llama import LanguageModel
+from keygrip.models.language.decoder import LanguageModel
 from keygrip.training.parts import model_part
 
 

@@ -11,13 +11,13 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from keygrip.data.batches import Turn, VideoTextBatch, VideoTextSample, stack_frames
-from keygrip.models.language.llama import ChatTokenizer
+from keygrip.models.language.tokenizers import ChatTokenizer, TokenizerSource
 from keygrip.training.parts import model_part
 
 KEPT_TEXTS = 4096  # encoded conversations that a collator remembers
@@ -123,12 +123,6 @@ def _answer_span(said: list[tuple[str, str]], turn: int, tokenizer: ChatTokenize
     if mark < 0:
         raise ValueError(f"the chat template does not end an assistant's turn with {tokenizer.end_text}")
     return len(before), mark + len(tokenizer.end_text)
-
-
-class TokenizerSource(Protocol):
-    """Where a tokenizer comes from; see `language.PretrainedTokenizer` and `language.TrainedTokenizer`."""
-
-    def load(self, folder: Path, texts: Iterator[str] | None = None) -> ChatTokenizer: ...
 
 
 @model_part

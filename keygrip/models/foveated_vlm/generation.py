@@ -12,7 +12,8 @@ from keygrip.models.foveated_vlm.conversations import EncodedText, text_columns
 from keygrip.models.foveated_vlm.loss import token_cross_entropy
 from keygrip.models.foveated_vlm.network import Looks, VideoLanguageNetwork
 from keygrip.models.foveated_vlm.rows import TextRows, take
-from keygrip.models.language.llama import ChatTokenizer, LanguageCache
+from keygrip.models.language.cache import LanguageCache
+from keygrip.models.language.tokenizers import ChatTokenizer
 
 
 @dataclass(frozen=True)

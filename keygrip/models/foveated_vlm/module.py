@@ -7,11 +7,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from keygrip.data.batches import VideoTextBatch
+from keygrip.data.batches import VideoTextBatch, normalised
 from keygrip.models.backbone import BlockKV
 from keygrip.models.foveated_vlm.conversations import ConversationCollator
 from keygrip.models.foveated_vlm.kv_cache import KeyValueCache
@@ -20,7 +21,7 @@ from keygrip.models.foveated_vlm.monitor import Health, attention_on_target, rel
 from keygrip.models.foveated_vlm.network import FoveatedVLM, VideoLanguageNetwork, VLMOutput
 from keygrip.models.foveated_vlm.rows import TextRows
 from keygrip.models.foveated_vlm.scores import BatchScores, Scores, score
-from keygrip.models.language.llama import TOKENIZER_STATE, ChatTokenizer
+from keygrip.models.language.tokenizers import TOKENIZER_STATE, ChatTokenizer
 from keygrip.models.nn.short_attention import short_attention
 from keygrip.training.distributed import global_mean
 from keygrip.training.optimizers import AdamW
@@ -221,6 +222,12 @@ class FoveatedVLMModule(LightningModule):
         backbone = self.network.backbone
         frames = batch.normalised(backbone.mean, backbone.std)
         return frames, text_rows(batch)
+
+    def as_input(self, frames: np.ndarray) -> Tensor:
+        """One video, uint8 [F, S, S, 3], as the network takes it: [1, F, 3, S, S] on the module's device."""
+        backbone = self.network.backbone
+        pixels = torch.from_numpy(np.ascontiguousarray(frames)).to(self.device).permute(0, 3, 1, 2)
+        return normalised(pixels, backbone.mean, backbone.std)[None]
 
     def forward(self, batch: VideoTextBatch, mode: str, refinement: int = 0) -> VLMOutput:
         frames, rows = self.inputs(batch)

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from keygrip.models.backbone import BlockKV, DinoBackbone
 from keygrip.models.foveated_vlm.rows import RowLayout, Streams, TextRows, take
-from keygrip.models.language.llama import LanguageCache, LanguageModel
+from keygrip.models.language.cache import LanguageCache
+from keygrip.models.language.decoder import LanguageModel
 from keygrip.training.parts import model_part
 
 MODES = ("coarse_only", "coarse_fine", "autoregressive")

@@ -16,7 +16,7 @@ from keygrip.models.geometry_vla.action_head import AttentionRecord
 from keygrip.models.geometry_vla.actions import PoseActions
 from keygrip.models.geometry_vla.network import ActionSampling, GeometryVLA, Scene
 from keygrip.models.geometry_vla.pointing import pointing_losses
-from keygrip.models.language.llama import ChatTokenizer
+from keygrip.models.language.tokenizers import ChatTokenizer
 from keygrip.models.nn.flow_matching import LevelSampler, interpolate, seeded_noise, velocity
 from keygrip.models.nn.short_attention import short_attention
 from keygrip.models.policy_statistics import PolicyStatistics

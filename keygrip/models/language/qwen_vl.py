@@ -1,7 +1,6 @@
 """Semantics for the action head: Qwen2.5-VL, pretrained or small and random, as hidden states of its last layers.
 
-Bai et al., "Qwen2.5-VL Technical Report" (2025). Beside the project's language file the only one that imports
-transformers.
+Bai et al., "Qwen2.5-VL Technical Report" (2025).
 
 Shape legend: B samples, V views, S side of a picture, L tokens of a prompt, H width of the language model.
 """
@@ -14,14 +13,15 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keygrip.data.batches import normalised
-from keygrip.models.language.llama import ChatTokenizer, from_hub, local_or_hub
+from keygrip.models.language.hub import read_config, read_weights
+from keygrip.models.language.tokenizers import ChatTokenizer, TokenizerSource
 from keygrip.training.parts import model_part
 
 log = logging.getLogger(__name__)
@@ -52,12 +52,6 @@ class Semantics:
     layers: list[Tensor]
     mask: Tensor
     places: Tensor
-
-
-class TokenizerSource(Protocol):
-    """Where a tokenizer comes from (`keygrip.models.language.llama`)."""
-
-    def load(self, folder: Path, texts: Any = None) -> ChatTokenizer: ...
 
 
 @model_part
@@ -365,10 +359,9 @@ def _random(sizes: dict[str, dict[str, Any]], own: tuple[int, int, int]) -> Any:
 
 def _pretrained(source: str, sizes: dict[str, dict[str, Any]], own: tuple[int, int, int]) -> Any:
     """The model with weights of a folder or the hub, of exactly the config's sizes."""
-    from transformers import AutoConfig, Qwen2_5_VLModel
+    from transformers import Qwen2_5_VLModel
 
-    local = Path(source).is_dir()
-    found: Any = AutoConfig.from_pretrained(local_or_hub(source)) if local else from_hub(AutoConfig, source)
+    found = read_config(source)
     if getattr(found, "model_type", "") != "qwen2_5_vl":
         raise ValueError(f"vlm.weights={source} is a {getattr(found, 'model_type', 'model')}, not a qwen2_5_vl")
     wanted = _config(sizes, own)
@@ -378,15 +371,7 @@ def _pretrained(source: str, sizes: dict[str, dict[str, Any]], own: tuple[int, i
     ]
     if different:
         raise ValueError(f"vlm.weights={source} does not fit vlm: {'; '.join(different[:4])}")
-    options: dict[str, Any] = {
-        "dtype": torch.float32,
-        "attn_implementation": "sdpa",
-        "output_loading_info": True,
-    }
-    loader: Any = Qwen2_5_VLModel
-    model, report = loader.from_pretrained(source, **options) if local else from_hub(loader, source, **options)
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{source} lacks weights: {', '.join(missing[:3])}; it is not a whole Qwen2.5-VL")
+    model = read_weights(Qwen2_5_VLModel, source, "Qwen2.5-VL", attn_implementation="sdpa")
     log.info("vision-language model: weights of %s", source)
     return model
 

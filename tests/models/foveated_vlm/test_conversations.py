@@ -12,7 +12,7 @@ import torch
 
 from keygrip.data.batches import Conversation, Turn, VideoTextSample
 from keygrip.models.foveated_vlm.conversations import ConversationCollator, encode_conversation
-from keygrip.models.language.llama import END_OF_TEXT, TURN_END, ChatTokenizer, TrainedTokenizer
+from keygrip.models.language.tokenizers import END_OF_TEXT, TURN_END, ChatTokenizer, TrainedTokenizer
 
 # As SmolLM2 has it: a system turn where the user gives none.
 SMOLLM_LIKE = (

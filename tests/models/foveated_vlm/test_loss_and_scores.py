@@ -18,7 +18,7 @@ from keygrip.models.foveated_vlm.loss import token_cross_entropy
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule, comparisons, text_rows
 from keygrip.models.foveated_vlm.network import MODES, FoveatedVLM
 from keygrip.models.foveated_vlm.scores import Scores
-from keygrip.models.language.llama import TrainedTokenizer
+from keygrip.models.language.tokenizers import TrainedTokenizer
 from keygrip.training.optimizers import AdamW
 
 

@@ -16,7 +16,7 @@ from keygrip import evaluate, generate, train
 from keygrip.config import compose
 from keygrip.evaluation import text_metrics as metrics
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
-from keygrip.models.language.llama import TrainedTokenizer
+from keygrip.models.language.tokenizers import TrainedTokenizer
 from keygrip.training.checkpoints import load_module, read_checkpoint
 
 SMALL = [

@@ -8,8 +8,8 @@ import pytest
 import torch
 from vla_parts import INSTRUCTIONS, V, small_batch, small_vlm
 
-from keygrip.models.language.llama import ChatTokenizer, PretrainedTokenizer, TrainedTokenizer
 from keygrip.models.language.qwen_vl import MEAN, STD, QwenVL
+from keygrip.models.language.tokenizers import ChatTokenizer, PretrainedTokenizer, TrainedTokenizer
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ import pytest
 import torch
 from vlm_parts import small_language
 
-from keygrip.models.language.llama import (
+from keygrip.models.language.cache import LanguageCache
+from keygrip.models.language.tokenizers import (
     END_OF_TEXT,
     TURN_END,
     ChatTokenizer,
-    LanguageCache,
     PretrainedTokenizer,
     TrainedTokenizer,
 )

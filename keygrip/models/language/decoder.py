@@ -1,0 +1,167 @@
+"""The interface that video-language models use of a language model, over any decoder of transformers.
+
+A family of models (Llama, Qwen2, ...) is one file: a class that derives from `LanguageModel`, takes its sizes as
+arguments, makes the configuration of transformers, and hands it over. See `keygrip.models.language.llama`.
+
+Shapes: B rows, T positions, C width, K positions in a cache, W vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from keygrip.models.language.cache import LanguageCache
+from keygrip.models.language.hub import read_config, read_weights
+
+log = logging.getLogger(__name__)
+
+# Names of the sizes in a configuration of transformers, and in those of conf/language.
+SIZES = {
+    "hidden_size": "width",
+    "intermediate_size": "mlp_width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "vocab_size": "vocabulary",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+}
+
+
+class LanguageModel(nn.Module):
+    """A causal language model that reads embeddings and gives hidden states.
+
+    The decoders of transformers share the parts that are used here: `embed_tokens`, `layers`, `norm` and `rotary_emb`.
+    A family whose decoder differs (scaled embeddings, layers with a sliding window) overrides `embed` and `_run`.
+
+    Args:
+        config: of transformers, with all sizes. Its padding, begin and end ids must be None: SmolLM2 names its end
+            token as padding, and an embedding with a padding index would never train the end token.
+        decoder: class of transformers without output layer. whole: the one with it, whose weights the hub ships.
+        weights: `random`, a local folder with config.json and model.safetensors, or a name on the Hugging Face hub.
+        embedding_std: standard deviation of randomly initialised token embeddings.
+        gradient_checkpointing: recompute each layer's activations in the backward pass.
+        sizes: names of what must agree between `config` and the weights' own, theirs to ours.
+
+    Attributes:
+        width, layers, vocabulary: C, number of layers, W. context: the longest row in positions, text and visual tokens
+            together. loaded_weights: `weights`.
+
+    Raises:
+        ValueError: weights of other sizes or of another family. FileNotFoundError: weights that are not there, or a
+            hub without a network.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        decoder: Any,
+        whole: Any,
+        weights: str = "random",
+        embedding_std: float = 0.14,
+        gradient_checkpointing: bool = False,
+        sizes: Mapping[str, str] = SIZES,
+    ) -> None:
+        super().__init__()
+        self.width, self.layers = int(config.hidden_size), int(config.num_hidden_layers)
+        self.vocabulary, self.context = int(config.vocab_size), int(config.max_position_embeddings)
+        config._attn_implementation = "sdpa"
+        self.model: Any = decoder(config)
+        self.head = None if config.tie_word_embeddings else nn.Linear(self.width, self.vocabulary, bias=False)
+        nn.init.normal_(self.model.embed_tokens.weight, std=embedding_std)
+        self.loaded_weights = "random"
+        if weights != "random":
+            self._load(weights, whole, sizes)
+        self.gradient_checkpointing = gradient_checkpointing
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token embeddings, int64 [...] -> [..., C]."""
+        return self.model.embed_tokens(ids)
+
+    @property
+    def embedding_std(self) -> Tensor:
+        """Standard deviation of the token embeddings now, []."""
+        return self.model.embed_tokens.weight.detach().float().std()
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Hidden states after the last norm, [B, T, C] -> [B, T, C]. Rows begin at position 0, padding is on the right.
+
+        Raises:
+            ValueError: more positions than the context holds.
+        """
+        self._check_length(embeddings.shape[1])
+        positions = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
+        return self._run(embeddings, positions, None, None)
+
+    def extend(self, embeddings: Tensor, cache: LanguageCache, valid: Tensor | None = None) -> Tensor:
+        """Hidden states of further positions of rows whose keys and values are cached, [B, t, C] -> [B, t, C].
+
+        Args:
+            embeddings: the next t positions of each row.
+            cache: extended in place.
+            valid: bool [B, t], False for padding, which leaves a hole: nothing real sees it and it takes no position.
+        """
+        mask, positions = cache.advance(embeddings.shape[0], embeddings.shape[1], valid, embeddings.device)
+        self._check_length(cache.length)
+        return self._run(embeddings, positions, mask, cache.layers)
+
+    def _run(self, embeddings: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
+        """The layers one by one: transformers' own loop drops the cache under gradient checkpointing."""
+        hidden = embeddings.to(self.model.embed_tokens.weight.dtype)  # the residual stream, also under autocast
+        angles = self.model.rotary_emb(hidden, position_ids=positions)
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
+        for layer in self.model.layers:
+            if recompute:
+                hidden = checkpoint(layer, hidden, mask, position_embeddings=angles, use_reentrant=False)
+            else:
+                hidden = layer(hidden, mask, position_embeddings=angles, past_key_values=cache)
+        return self.model.norm(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., C] -> [..., W]."""
+        return F.linear(hidden, self.head_weight)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output layer's matrix, [W, C]."""
+        return self.model.embed_tokens.weight if self.head is None else self.head.weight
+
+    def sharded_parts(self) -> list[nn.Module]:
+        """Blocks that are used through their `forward` alone."""
+        return list(self.model.layers)
+
+    def _check_length(self, length: int) -> None:
+        if length > self.context:
+            raise ValueError(
+                f"a row has {length} positions and language.model.context={self.context}: raise it, or give fewer "
+                "frames or less text"
+            )
+
+    def _load(self, source: str, whole: Any, sizes: Mapping[str, str]) -> None:
+        found, own = read_config(source), self.model.config
+        different = [
+            f"{ours} is {getattr(found, theirs, None)}, config says {getattr(own, theirs)}"
+            for theirs, ours in sizes.items()
+            if getattr(found, theirs, None) != getattr(own, theirs)
+        ]
+        theta = (getattr(found, "rope_parameters", None) or {}).get("rope_theta")
+        if theta is not None and float(theta) != own.rope_parameters["rope_theta"]:
+            different.append(f"rope_theta is {theta}, config says {own.rope_parameters['rope_theta']}")
+        kind = getattr(found, "model_type", "")
+        if kind != own.model_type:
+            different.insert(0, f"it is a {kind or 'model without a type'}, not a {own.model_type}")
+        if different:
+            raise ValueError(f"language.model.weights={source} does not fit language.model: {'; '.join(different[:4])}")
+        model = read_weights(whole, source, "language model")
+        self.model.load_state_dict(model.model.state_dict(), strict=True)
+        if self.head is not None:
+            self.head.load_state_dict(model.lm_head.state_dict(), strict=True)
+        self.loaded_weights = source
+        log.info("language model: weights of %s", source)

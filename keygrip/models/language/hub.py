@@ -1,0 +1,67 @@
+"""Weights and tokenizers of a local folder or of the Hugging Face hub: the one place that calls `from_pretrained` for
+language models."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+log = logging.getLogger(__name__)
+
+
+def read_config(source: str) -> Any:
+    """The configuration of a language model as the hub ships it.
+
+    Args:
+        source: a local folder or a name on the hub.
+
+    Raises:
+        FileNotFoundError: not there, or a folder without config.json.
+    """
+    from transformers import AutoConfig
+
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise FileNotFoundError(f"{source} has no config.json: give the folder of a language model as the hub ships it")
+    return from_pretrained(AutoConfig, source)
+
+
+def read_weights(kind: Any, source: str, title: str, **options: Any) -> Any:
+    """A model of transformers with the weights of a folder or the hub, in float32.
+
+    Args:
+        kind: class of transformers. source: as in `read_config`. title: what it is, for messages.
+        options: for `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: not there. ValueError: weights are missing.
+    """
+    model, report = from_pretrained(kind, source, dtype=torch.float32, output_loading_info=True, **options)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{source} lacks weights: {', '.join(missing[:3])}; it is not a whole {title}")
+    return model
+
+
+def read_tokenizer(source: str) -> Any:
+    """A tokenizer of transformers from a folder or the hub. Raises FileNotFoundError: not there."""
+    from transformers import AutoTokenizer
+
+    return from_pretrained(AutoTokenizer, source)
+
+
+def from_pretrained(kind: Any, source: str, **options: Any) -> Any:
+    """`kind.from_pretrained(source)`; without a network one line says what to download."""
+    if Path(source).is_dir():
+        return kind.from_pretrained(source, **options)
+    if source.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"weights or tokenizer: there is no folder {source}")
+    try:
+        return kind.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{source} is neither a folder nor to be had from the hub ({str(error).splitlines()[0][:120]}): download "
+            f"its config.json, model.safetensors and tokenizer files from https://huggingface.co/{source} into a "
+            "folder and give that folder where the config names the hub (weights and tokenizer.source)"
+        ) from error

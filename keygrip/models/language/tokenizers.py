@@ -1,0 +1,193 @@
+"""Tokenizers with a chat template, and where they come from.
+
+A source (`TokenizerSource`) is a part of a model's configuration; it gives a `ChatTokenizer`, which goes into the
+checkpoint, so that a checkpoint needs neither the hub nor the training data.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from keygrip.artifacts import make_once, write_text
+from keygrip.models.language.hub import read_tokenizer
+from keygrip.training.checkpoints import read_checkpoint
+from keygrip.training.parts import model_part
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
+
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_STATE = "language"  # key of a video-language model's tokenizer in its checkpoint
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+# ChatML, as SmolLM2 has it but without a system turn of its own.
+TINY_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+class TokenizerSource(Protocol):
+    """Where a tokenizer comes from: `PretrainedTokenizer` or `TrainedTokenizer`."""
+
+    def load(self, folder: Path, texts: Iterable[str] | None = None) -> ChatTokenizer:
+        """The tokenizer.
+
+        Args:
+            folder: where one that is trained is kept. texts: what it is trained on where the folder has none.
+
+        Raises:
+            FileNotFoundError: there is none, and no texts.
+        """
+        ...
+
+
+class ChatTokenizer:
+    """A tokenizer with a chat template and the ids that matter. Picklable, and kept in checkpoints by `state`.
+
+    Attributes:
+        end_of_turn: id of the token that ends an assistant's turn; generation stops there.
+        size: number of tokens, at most the model's vocabulary.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        if not tokenizer.chat_template:
+            raise ValueError("the tokenizer has no chat template: take an instruction-tuned model's")
+        self._tokenizer = tokenizer
+        self.size = len(tokenizer)
+        turn_end: Any = tokenizer.convert_tokens_to_ids(TURN_END)
+        end: Any = tokenizer.eos_token_id
+        self.end_of_turn = int(end if turn_end in (None, tokenizer.unk_token_id) else turn_end)
+        self.end_text = str(tokenizer.convert_ids_to_tokens(self.end_of_turn))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text as it is, special tokens in it recognised, none added."""
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, ids: Sequence[int] | Tensor, special: bool = False) -> str:
+        """Text of ids, with special tokens where `special`."""
+        values = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        return str(self._tokenizer.decode(values, skip_special_tokens=not special, clean_up_tokenization_spaces=False))
+
+    def render(self, turns: Sequence[tuple[str, str]], answering: bool = False) -> str:
+        """(role, text) turns in the chat template; with `answering`, up to where the assistant begins to speak."""
+        messages = [{"role": role, "content": text} for role, text in turns]
+        rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering)
+        assert isinstance(rendered, str)
+        return rendered
+
+    def state(self) -> dict[str, str]:
+        """All of it as plain text, for a checkpoint."""
+        template = self._tokenizer.chat_template
+        assert isinstance(template, str)
+        return {
+            "tokenizer": self._tokenizer.backend_tokenizer.to_str(),
+            "chat_template": template,
+            "end": str(self._tokenizer.eos_token),
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, str]) -> ChatTokenizer:
+        from tokenizers import Tokenizer
+        from transformers import PreTrainedTokenizerFast
+
+        return cls(
+            PreTrainedTokenizerFast(
+                tokenizer_object=Tokenizer.from_str(state["tokenizer"]),
+                chat_template=state["chat_template"],
+                eos_token=state["end"],
+            )
+        )
+
+
+@model_part(from_checkpoint={"source": "the checkpoint"})
+class PretrainedTokenizer:
+    """Source of a language model's own tokenizer.
+
+    Args:
+        source: local folder or name on the Hugging Face hub.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def load(self, folder: Path, texts: Iterable[str] | None = None) -> ChatTokenizer:
+        """The tokenizer; neither argument matters.
+
+        Raises:
+            FileNotFoundError: not there.
+        """
+        return ChatTokenizer(read_tokenizer(self.source))
+
+
+@model_part(from_checkpoint={"run": None})
+class TrainedTokenizer:
+    """Source of a byte-level BPE tokenizer trained on the shards' own text, kept beside them.
+
+    Args:
+        vocabulary: at most so many tokens. Every byte is one, so that nothing is unknown.
+        run: a run folder or checkpoint whose tokenizer is taken over in place of training one: for the stage after.
+    """
+
+    def __init__(self, vocabulary: int = 1024, run: str | None = None) -> None:
+        if vocabulary < 300:
+            raise ValueError(f"language.tokenizer.vocabulary={vocabulary}: 256 bytes and the special tokens need 300")
+        self.vocabulary, self.run = vocabulary, run
+
+    def load(self, folder: Path, texts: Iterable[str] | None = None) -> ChatTokenizer:
+        """The tokenizer in `folder`, trained on `texts` first where it is not there; or that of `run`.
+
+        Raises:
+            FileNotFoundError: not there and no texts given, or no such run. ValueError: the run has none.
+        """
+        if self.run is not None:
+            return _tokenizer_of(self.run)
+        from tokenizers import Tokenizer
+        from transformers import PreTrainedTokenizerFast
+
+        file = Path(folder) / TOKENIZER_FILE
+        if texts is None and not file.is_file():
+            raise FileNotFoundError(f"no tokenizer at {file}: prepare the data first")
+        make_once(file, Path.is_file, lambda path: write_text(path, self._trained(texts or ())))
+        tokenizer = Tokenizer.from_file(str(file))
+        if tokenizer.get_vocab_size() > self.vocabulary:
+            raise ValueError(
+                f"{file} has {tokenizer.get_vocab_size()} tokens and language.tokenizer.vocabulary={self.vocabulary}: "
+                "raise it, or remove the file and it is trained again"
+            )
+        return ChatTokenizer(
+            PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TINY_TEMPLATE, eos_token=TURN_END)
+        )
+
+    def _trained(self, texts: Iterable[str]) -> str:
+        """A tokenizer trained on texts, as JSON."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+        tokenizer = Tokenizer(models.BPE())
+        # digits one by one: a number is then spelt, and an answer of one digit is one token
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.vocabulary,
+            special_tokens=[END_OF_TEXT, TURN_START, TURN_END],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        log.info("tokenizer of %d tokens trained", tokenizer.get_vocab_size())
+        return tokenizer.to_str(pretty=True)
+
+
+def _tokenizer_of(run: str) -> ChatTokenizer:
+    content = read_checkpoint(run)
+    if TOKENIZER_STATE not in content:
+        raise ValueError(f"language.tokenizer.run={run} is no run of a video-language model")
+    return ChatTokenizer.from_state(content[TOKENIZER_STATE]["tokenizer"])
