@@ -50,7 +50,7 @@ ATTACKS: list[dict[str, Any]] = [
     {"_target_": "keygrip.models.patch_dit.encoders.torch.load", "f": "{pickle}", "weights_only": False},
     {"_target_": "keygrip.models.volume_query.module.Path.write_text", "self": "{file}", "data": "x"},
     {"_target_": "keygrip.models.volume_query.module.LightningModule"},
-    {"_target_": "keygrip.models.language.llama.from_hub", "factory": None, "source": "{folder}"},
+    {"_target_": "keygrip.models.language.hub.from_pretrained", "kind": None, "source": "{folder}"},
     {"_target_": "keygrip.models.volume_query.module.VolumeQueryModule.load_from_checkpoint", "path": "{pickle}"},
     {"_target_": "keygrip.models.volume_query.module.VolumeQueryModule.__init__"},
     {"_target_": "keygrip.models...os.system", "command": "touch {file}"},
