@@ -27,6 +27,7 @@ from keygrip.models.backbone.architectures import (
 )
 from keygrip.models.backbone.features import BlockKV, DinoFeatures
 from keygrip.models.backbone.weights import adopt_position_table, find_weights, load_weights
+from keygrip.models.nn.short_attention import recompute_contexts
 from keygrip.training.parts import model_part
 
 Trainable = Literal["frozen", "all"] | int
@@ -166,7 +167,7 @@ class DinoBackbone(nn.Module):
         for index, block in enumerate(self._blocks):
             with self._gradients(index):
                 if self._recompute(index):
-                    tokens = checkpoint(_run_block, block, tokens, rope, use_reentrant=False)
+                    tokens = _recomputed(_run_block, block, tokens, rope)
                 else:
                     tokens = _run_block(block, tokens, rope)
         return self._finish(tokens, grid)
@@ -178,9 +179,7 @@ class DinoBackbone(nn.Module):
         for index, block in enumerate(self._blocks):
             with self._gradients(index):
                 if self._recompute(index):
-                    tokens, key, value = checkpoint(
-                        _run_block_with_kv, block, tokens, rope, self.num_prefix_tokens, use_reentrant=False
-                    )
+                    tokens, key, value = _recomputed(_run_block_with_kv, block, tokens, rope, self.num_prefix_tokens)
                 else:
                     tokens, key, value = _run_block_with_kv(block, tokens, rope, self.num_prefix_tokens)
             cache.append(BlockKV(key, value))
@@ -195,7 +194,7 @@ class DinoBackbone(nn.Module):
             with self._gradients(index):
                 run = _run_block_with_kv if index < self.depth - 1 else _keys_and_values
                 if self._recompute(index):
-                    found = checkpoint(run, block, tokens, rope, self.num_prefix_tokens, use_reentrant=False)
+                    found = _recomputed(run, block, tokens, rope, self.num_prefix_tokens)
                 else:
                     found = run(block, tokens, rope, self.num_prefix_tokens)
                 tokens, key, value = found
@@ -360,6 +359,11 @@ def _adopt_position_table(module: nn.Module, state: dict[str, Any], prefix: str,
 
 # ---------------------------------------------------------------------- blocks of both families
 # timm's `Block` (DINOv2) and `EvaBlock` (DINOv3, tiny) name their parts differently; these functions hide that.
+
+
+def _recomputed(run: Callable[..., Any], *inputs: Any) -> Any:
+    """`run(*inputs)`, with its activations computed again in the backward pass instead of kept."""
+    return checkpoint(run, *inputs, use_reentrant=False, context_fn=recompute_contexts)
 
 
 def _run_block(block: nn.Module, tokens: Tensor, rope: Tensor | None) -> Tensor:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from keygrip.models.language.cache import LanguageCache
 from keygrip.models.language.hub import read_config, read_weights
+from keygrip.models.nn.short_attention import recompute_contexts
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,14 @@ class LanguageModel(nn.Module):
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
         for layer in self.model.layers:
             if recompute:
-                hidden = checkpoint(layer, hidden, mask, position_embeddings=angles, use_reentrant=False)
+                hidden = checkpoint(
+                    layer,
+                    hidden,
+                    mask,
+                    position_embeddings=angles,
+                    use_reentrant=False,
+                    context_fn=recompute_contexts,
+                )
             else:
                 hidden = layer(hidden, mask, position_embeddings=angles, past_key_values=cache)
         return self.model.norm(hidden)

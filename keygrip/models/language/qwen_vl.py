@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from keygrip.data.batches import normalised
 from keygrip.models.language.hub import read_config, read_weights
 from keygrip.models.language.tokenizers import ChatTokenizer, TokenizerSource
+from keygrip.models.nn.short_attention import recompute_contexts
 from keygrip.training.parts import model_part
 
 log = logging.getLogger(__name__)
@@ -179,7 +180,7 @@ class QwenVL(nn.Module):
             # Its name changed within transformers 5.
             model = self.model
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            enable({"use_reentrant": False, "context_fn": recompute_contexts})
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(trainable == "all" or (trainable == "language" and not name.startswith("visual")))
         self.train(self.training)

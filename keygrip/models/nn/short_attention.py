@@ -16,3 +16,13 @@ def short_attention(device: torch.device, positions: int) -> contextlib.Abstract
     if device.type == "cpu" and positions <= SHORT:
         return sdpa_kernel(SDPBackend.MATH)
     return contextlib.nullcontext()
+
+
+def recompute_contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    """`context_fn` for torch.utils.checkpoint: activations are recomputed by the kernel of the forward pass.
+
+    The backward pass runs outside `short_attention`; with another kernel there the recomputed tensors would not be
+    those that were saved, which torch refuses.
+    """
+    plain = not torch.backends.cuda.flash_sdp_enabled()
+    return contextlib.nullcontext(), sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
