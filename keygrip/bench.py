@@ -1,5 +1,7 @@
 """Measures: ``python -m keygrip.bench [case=NAME] [quick=true] [record=true]``; prints its figures as one line of JSON.
 
+``python -m keygrip.bench suite=gpu`` measures and records everything that only a GPU can say (`keygrip.benchmarks.gpu`).
+
 Standard output ends with that line: the figures of the case by name, with the unit in the name, and the machine that
 computed them. Progress and logs go to standard error.
 """
@@ -25,6 +27,7 @@ from keygrip.config import EntrySchema, register
 log = logging.getLogger(__name__)
 
 ALL = "all"
+PART_PROCESS = "KEYGRIP_BENCH_PART"  # in the environment of a part's own process
 
 
 @dataclass
@@ -36,17 +39,24 @@ class BenchSchema(EntrySchema):
     record: bool = False
     output: str | None = None
     cases: Any = MISSING
+    suite: str | None = None
+    part: str = ALL
+    toy: bool = False
+    commit: str | None = None
+    gpu: Any = MISSING
 
 
 register("bench_schema", BenchSchema)
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Measures one case, or all of them one after the other; returns what is printed.
+    """Measures one case, all of them one after the other, or a suite; returns what is printed.
 
     Raises:
-        ValueError: no such case.
+        ValueError: no such case, suite or part; a suite for GPUs on a machine without one.
     """
+    if cfg.suite is not None:
+        return _run_suite(cfg)
     from hydra.utils import instantiate
 
     from keygrip.training.metadata import machine
@@ -54,7 +64,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     os.environ.setdefault(
         "KINETO_LOG_LEVEL", "9"
     )  # the profiler that counts memory would talk about GPUs that are not there
-    names = list(cfg.cases) if cfg.case == ALL else [_known(cfg.case, list(cfg.cases))]
+    names = list(cfg.cases) if cfg.case == ALL else [_known("case", cfg.case, list(cfg.cases))]
     figures = {}
     for name in names:
         log.info("measuring %s", name)
@@ -68,12 +78,40 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     return result
 
 
-def _known(name: str, cases: list[str]) -> str:
-    if name in cases:
+def _run_suite(cfg: DictConfig) -> dict[str, Any]:
+    """Every part in a process of its own; a single one (``part=NAME``) too, but for the process of a part itself."""
+    from hydra.utils import instantiate
+
+    from keygrip.benchmarks.gpu import suite as suites
+    from keygrip.training.metadata import machine
+
+    _known("suite", cfg.suite, ["gpu"])
+    suites.refuse_without_gpu(cfg.toy)
+    names = list(cfg.gpu) if cfg.part == ALL else [_known("part", cfg.part, list(cfg.gpu))]
+    commit = cfg.commit or suites.commit_of(Path(__file__).parent)
+    suite = suites.Suite(Path(cfg.output or "benchmarks/gpu"), commit, cfg.toy)
+    if os.environ.get(PART_PROCESS) == cfg.part:
+        return suite.measure(cfg.part, instantiate(cfg.gpu[cfg.part], _convert_="all"))
+    if commit is None:
+        log.info("git knows no commit of this package: nothing is skipped; give one with commit=NAME")
+    given = [argument for argument in sys.argv[1:] if not argument.startswith(("part=", "commit="))]
+    given += [f"commit={commit or 'unknown'}"]
+
+    def command(name: str) -> list[str]:
+        return ["env", f"{PART_PROCESS}={name}", sys.executable, "-m", "keygrip.bench", *given, f"part={name}"]
+
+    records = suite.run(names, command)
+    failed = {name: record["error"] for name, record in records.items() if "error" in record}
+    return {"suite": cfg.suite, "parts": records, "failed": failed, "toy": cfg.toy, "machine": machine()}
+
+
+def _known(kind: str, name: str, names: list[str]) -> str:
+    if name in names:
         return name
-    close = difflib.get_close_matches(name, cases, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"the nearest is {close[0]}; " if close else ""
-    raise ValueError(f"there is no case {name!r}: {hint}cases are {', '.join(cases)}, and {ALL} for each of them")
+    everything = f", and {ALL} for each of them" if kind != "suite" else ""
+    raise ValueError(f"there is no {kind} {name!r}: {hint}{kind}s are {', '.join(names)}{everything}")
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
@@ -92,6 +130,12 @@ def print_result(cfg: DictConfig) -> None:
     result = run(cfg)
     sys.stderr.flush()
     print(json.dumps(result))
+    if result.get("failed"):
+        sys.stdout.flush()
+        raise ChildProcessError(
+            "; ".join(f"part {name} failed: {error}" for name, error in result["failed"].items())
+            + " (its record has the figures before that; the same command measures it again)"
+        )
 
 
 def main() -> None:

@@ -69,7 +69,7 @@ class VLAChunk(Timed):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         module = untrained(config).to(device)
         repetitions, limit_s = self.effort(quick)
-        policy, seen = module.policy(), _observation(module, config.data.image_size)
+        policy, seen = module.policy(), observation(module, config.data.image_size)
         parts = _Parts(module, device, config.data.image_size)
         sides: dict[str, Work] = {
             "": partial(policy.plan, seen),
@@ -178,7 +178,7 @@ def untrained(config: DictConfig) -> GeometryVLAModule:
     return module.eval()
 
 
-def _observation(module: GeometryVLAModule, size: int) -> dict[str, Any]:
+def observation(module: GeometryVLAModule, size: int) -> dict[str, Any]:
     arms = len(module.actions.arms)
     camera = looking_down(size)
     return {

@@ -29,6 +29,7 @@ class Server:
         clients: robots that ask at once, for `requests_per_s`; the server is told to let so many wait.
         requests, quick_requests: of one robot alone, and as many of the crowd together; fewer where they take longer
             than ``limit_s`` or ``quick_limit_s`` each. warm_up: before those.
+        device: that the server computes on.
     """
 
     overrides: Sequence[str]
@@ -38,13 +39,14 @@ class Server:
     warm_up: int
     limit_s: float
     quick_limit_s: float
+    device: str = "cpu"
 
     def run(self, quick: bool) -> dict[str, float]:
         """`p50_ms` and `p95_ms` of one robot's requests, `plan_p50_ms` of the policy inside of them, `requests_per_s`
         and `crowd_p95_ms` of `clients` robots."""
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(list(self.overrides), self.clients, theirs), daemon=True)
+        process = context.Process(target=_serve, args=(list(self.overrides), self.device, self.clients, theirs), daemon=True)
         process.start()
         theirs.close()
         try:
@@ -97,11 +99,11 @@ class Server:
         }
 
 
-def _serve(overrides: list[str], clients: int, parent: Connection) -> None:
+def _serve(overrides: list[str], device: str, clients: int, parent: Connection) -> None:
     """A server until the other end of `parent` is closed."""
     from keygrip.runtime.server import Limits, PolicyServer
 
-    policy = untrained(compose("train", overrides)).policy()
+    policy = untrained(compose("train", overrides)).to(device).policy()
     server = PolicyServer(policy, policy.needs, {"model": type(policy.module).__name__}, Limits(waiting=clients))
 
     async def until_closed() -> None:

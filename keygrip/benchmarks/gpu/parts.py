@@ -1,0 +1,127 @@
+"""Parts that are not training steps: plans, samples, and the cases of ``keygrip.bench`` at GPU size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from keygrip.benchmarks import geometry_vla, inference
+from keygrip.benchmarks.gpu import Figures
+from keygrip.benchmarks.measuring import interleaved_seconds, milliseconds
+from keygrip.benchmarks.patch_dit import random_conditions, random_network
+from keygrip.config import compose
+from keygrip.models.patch_dit.sampler import Sampling, sample
+
+
+@dataclass(frozen=True)
+class MeasuredCase:
+    """A case of ``keygrip.bench`` with other settings; its device is the GPU where there is one.
+
+    Args:
+        case: its name. settings: what differs from ``conf/bench.yaml``; toy_settings: at toy size.
+    """
+
+    case: str
+    settings: Mapping[str, Any]
+    toy_settings: Mapping[str, Any]
+
+    def run(self, toy: bool, figures: Figures) -> None:
+        """The case's own figures."""
+        recipe = compose("bench").cases[self.case]
+        changed = OmegaConf.merge(recipe, dict(self.toy_settings if toy else self.settings))
+        figures |= instantiate(changed, _convert_="all").run(quick=toy)
+
+
+@dataclass(frozen=True)
+class PlanLatency:
+    """From an observation to a plan on the GPU, batch 1, in float32 and under bf16 autocast.
+
+    Args:
+        system: which policy. overrides: of ``keygrip.train``. toy_overrides: in their place at toy size.
+        repetitions: plans of each precision. warm_up: before those. limit_s: fewer where they take longer.
+    """
+
+    system: Literal["volume_query", "geometry_vla"]
+    overrides: Sequence[str]
+    toy_overrides: Sequence[str]
+    repetitions: int = 200
+    warm_up: int = 10
+    limit_s: float = 200.0
+
+    def run(self, toy: bool, figures: Figures) -> None:
+        """`float32_p50_ms`, `float32_p95_ms`, `bf16_p50_ms`, `bf16_p95_ms`, `peak_gb`."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        plan = self._plan(self.toy_overrides if toy else self.overrides, device)
+
+        def bf16() -> None:
+            with torch.autocast(device.type, torch.bfloat16):
+                plan()
+
+        count, warm_up = (1, 0) if toy else (self.repetitions, self.warm_up)
+        seconds = interleaved_seconds({"float32": plan, "bf16": bf16}, count, device, self.limit_s, warm_up)
+        for name, values in seconds.items():
+            figures |= {f"{name}_p{percentile}_ms": milliseconds(values, percentile) for percentile in (50, 95)}
+        if device.type == "cuda":
+            figures["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+
+    def _plan(self, overrides: Sequence[str], device: torch.device) -> Callable[[], object]:
+        config = compose("train", overrides)
+        if self.system == "volume_query":
+            policy = inference.untrained(config).to(device).policy()
+            seen = inference.looking_down(config.data.record.image_size)
+        else:
+            tiny = compose("train", ["model=geometry_vla", "data=yam_language", "vlm=tiny"])
+            config.vlm.tokenizer = tiny.vlm.tokenizer  # the pretrained one would be a download
+            module = geometry_vla.untrained(config).to(device)
+            policy, seen = module.policy(), geometry_vla.observation(module, config.data.image_size)
+        return lambda: policy.plan(seen)
+
+
+@dataclass(frozen=True)
+class SampleLatency:
+    """Images of the diffusion transformer under bf16 autocast, without the autoencoder.
+
+    Args:
+        overrides: of ``keygrip.train``. toy_overrides: in their place at toy size.
+        latent, patch_grid: sides; toy_latent, toy_patch_grid. text_tokens: of the caption.
+        steps: of the solver. batches: images at once. repetitions: of each.
+    """
+
+    overrides: Sequence[str]
+    toy_overrides: Sequence[str]
+    latent: int = 64
+    patch_grid: int = 14
+    text_tokens: int = 40
+    steps: int = 50
+    batches: Sequence[int] = (1, 8)
+    repetitions: int = 5
+    limit_s: float = 120.0
+    toy_latent: int = 8
+    toy_patch_grid: int = 12
+
+    def run(self, toy: bool, figures: Figures) -> None:
+        """`batch_<n>_image_ms` and `batch_<n>_peak_gb`."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        latent, grid, tokens = (
+            (self.toy_latent, self.toy_patch_grid, 4) if toy else (self.latent, self.patch_grid, self.text_tokens)
+        )
+        network, length = random_network(self.toy_overrides if toy else self.overrides, device)
+        sampling = Sampling(text_scale=3.0, dino_scale=2.0, steps=2 if toy else self.steps)
+        for batch in list(self.batches)[: 1 if toy else None]:
+            conditions = random_conditions(network, batch, length, tokens, grid, device)
+
+            def draw(conditions: Any = conditions, batch: int = batch) -> None:
+                with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
+                    sample(network, conditions, (latent, latent), sampling, range(batch))
+
+            seconds = interleaved_seconds(
+                {"": draw}, 1 if toy else self.repetitions, device, self.limit_s, warm_up=0 if toy else 1
+            )[""]
+            figures[f"batch_{batch}_image_ms"] = round(milliseconds(seconds) / batch, 2)
+            if device.type == "cuda":
+                figures[f"batch_{batch}_peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)

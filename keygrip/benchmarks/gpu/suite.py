@@ -1,0 +1,166 @@
+"""Runs the parts of a suite, each in a process of its own, and records them.
+
+A part's record holds its figures, the commit, the machine and the time it took; a part that failed has an ``error``
+too. What is recorded for the present commit is not measured again, unless it failed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from keygrip.artifacts import write_json
+from keygrip.benchmarks.gpu import Figures, Part
+from keygrip.training.metadata import machine
+
+log = logging.getLogger(__name__)
+
+PART_LIMIT_S = 480.0  # a part is killed after this; its own limits are lower
+
+
+class PartsFailed(RuntimeError):
+    """Some parts failed; each record says why."""
+
+
+def refuse_without_gpu(toy: bool) -> None:
+    """Raises ValueError: no GPU, and no toy sizes were asked for."""
+    if not toy and not torch.cuda.is_available():
+        raise ValueError(
+            "suite=gpu measures a GPU and this machine has none that torch can use (nvidia-smi shows what the driver "
+            "sees); toy=true runs every part at toy size on the CPU"
+        )
+
+
+def commit_of(package: Path) -> str | None:
+    """Revision of the checkout around `package`, ``+changes`` where its code differs; None where git knows nothing.
+
+    Changed records in ``benchmarks/`` do not count: the suite writes them itself.
+    """
+    git = ["git", "-C", str(package)]
+    try:
+        revision = _output([*git, "rev-parse", "HEAD"])
+        changed = _output([*git, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":/!benchmarks"])
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{revision}+changes" if changed else revision
+
+
+def _output(command: Sequence[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Parts and where their records lie.
+
+    Args:
+        folder: of the records, one file a part.
+        commit: what the records are made for; None: unknown, then nothing is skipped.
+        toy: whether parts run at toy size.
+        limit_s: after so many seconds a part's process is killed.
+    """
+
+    folder: Path
+    commit: str | None
+    toy: bool
+    limit_s: float = PART_LIMIT_S
+
+    def run(self, names: Sequence[str], command: Callable[[str], Sequence[str]]) -> dict[str, Any]:
+        """Measures what is not recorded yet; the records by part.
+
+        Args:
+            names: parts. command: of a part, starts a process that calls `measure`.
+        """
+        records: dict[str, Any] = {}
+        for number, name in enumerate(names, start=1):
+            if (kept := self.kept(name)) is not None:
+                log.info("%s is recorded for this commit in %s", name, self.file(name))
+                records[name] = kept
+                continue
+            log.info("part %d of %d: %s", number, len(names), name)
+            # A record that is there already would be taken for this run's if the process died.
+            self.file(name).unlink(missing_ok=True)
+            ending = self._process(command(name))
+            if not self.file(name).is_file():
+                self._write(name, {}, 0.0, ending or "its process ended without a record")
+            elif ending and "error" not in (record := self._read(name)):
+                self._write(name, record["figures"], record["wall_s"], ending)
+            records[name] = self._read(name)
+            if "error" in records[name]:
+                log.warning("%s failed: %s", name, records[name]["error"])
+        return records
+
+    def kept(self, name: str) -> dict[str, Any] | None:
+        """The record of this very commit and machine, if there is one without an error."""
+        if self.commit is None or self.commit.endswith("+changes") or not self.file(name).is_file():
+            return None
+        record = self._read(name)
+        here = (self.commit, self.toy, machine())
+        same = (record.get("commit"), record.get("toy"), record.get("machine")) == here
+        return record if same and "error" not in record else None
+
+    def measure(self, name: str, part: Part) -> dict[str, Any]:
+        """Runs a part in this process and writes its record, also when it fails or is told to stop."""
+        figures: Figures = {}
+        started, error = time.perf_counter(), None
+        try:
+            part.run(self.toy, figures)
+        except (Exception, KeyboardInterrupt) as failure:  # a part's failure is a result: the others go on
+            log.debug("the part failed", exc_info=True)
+            error = f"{type(failure).__name__}: {' '.join(str(failure).split())[:600]}"
+        self._write(name, figures, time.perf_counter() - started, error)
+        for figure, value in figures.items():
+            log.info("  %-44s %.5g", figure, value)
+        return self._read(name)
+
+    def file(self, name: str) -> Path:
+        """Where a part is recorded."""
+        return self.folder / f"{name}.json"
+
+    def _process(self, command: Sequence[str]) -> str | None:
+        """Runs a part's process, and kills it with its children at the limit; why it ended badly."""
+        process = subprocess.Popen(command, stdout=sys.stderr.fileno(), start_new_session=True)
+        try:
+            code = process.wait(self.limit_s)
+        except subprocess.TimeoutExpired:
+            return f"stopped after {self.limit_s:g} s"
+        finally:
+            if process.poll() is None:  # timed out, or this process was told to stop
+                process.send_signal(signal.SIGINT)  # so that it records what it has
+                try:
+                    process.wait(15)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        return None if code == 0 else f"its process ended with exit code {code}"
+
+    def _write(self, name: str, figures: Mapping[str, float], wall_s: float, error: str | None) -> None:
+        record = {
+            "part": name,
+            "figures": dict(figures),
+            **({} if error is None else {"error": error}),
+            "commit": self.commit,
+            "toy": self.toy,
+            "machine": machine(),
+            "wall_s": round(wall_s, 1),
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "command": f"python -m keygrip.bench suite=gpu part={name}{' toy=true' if self.toy else ''}",
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.file(name), record)
+
+    def _read(self, name: str) -> dict[str, Any]:
+        record: dict[str, Any] = json.loads(self.file(name).read_text(encoding="utf-8"))
+        return record

@@ -1,0 +1,254 @@
+"""Training steps of a system at its real size: time, memory and use of the GPU, with and without compilation."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, LightningModule, Trainer
+from omegaconf import DictConfig
+from torch.utils.data import DataLoader
+
+from keygrip.benchmarks.gpu import Figures, synthetic
+from keygrip.config import compose
+from keygrip.training.compute import Compute
+
+log = logging.getLogger(__name__)
+
+System = Literal["volume_query", "foveated_vlm", "patch_dit", "geometry_vla"]
+
+# Dense bf16 products with float32 sums, 10^12 operations a second, of the data sheets; the first name that fits.
+PEAK_TFLOPS = {
+    "GB200": 2500.0,
+    "B200": 2250.0,
+    "H200": 989.5,
+    "H100 PCIe": 756.5,
+    "H100": 989.5,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "RTX 4090": 165.2,
+    "A10": 125.0,
+    "L4": 121.0,
+}
+WORTH = 1.03  # a larger batch must be this much faster per sample to be tried further
+
+
+def peak_tflops() -> float | None:
+    """What the GPU's data sheet promises in bf16; None of a GPU that is not in the table, and of a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((value for known, value in PEAK_TFLOPS.items() if known in name), None)
+
+
+def matmul_tflops(size: int, repetitions: int = 10) -> float:
+    """10^12 operations a second of a product of two bf16 matrices of `size` x `size`: what can be reached here."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    seconds = []
+    for _ in range(repetitions):
+        _wait()
+        started = time.perf_counter()
+        matrix @ matrix
+        _wait()
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / float(np.median(seconds[repetitions // 2 :])) / 1e12
+
+
+@dataclass(frozen=True)
+class TrainingSteps:
+    """Steps of the trainer that users start (bf16 autocast, clipping, EMA, deterministic kernels) on one random batch
+    that lies on the GPU.
+
+    For every variant batches are doubled from the first one on until memory or time ends or samples per second no
+    longer grow; then the fastest one is measured with compiled blocks. ``mfu`` is the share of the data sheet's peak:
+    operations that torch counts in a step, over the step's time. With gradient checkpointing the operations that are
+    repeated count too.
+
+    Args:
+        system: which one.
+        overrides: of ``keygrip.train``. toy_overrides: in their place at toy size.
+        variants: further overrides by name, one after the other; at toy size the first one's name alone counts.
+        frames: of a video, by variant. text_tokens: of a conversation; both of ``foveated_vlm``.
+        latent, patch_grid: sides, of ``patch_dit``; toy_latent, toy_patch_grid.
+        batch: the first, the recipe's. max_batch: the last that is tried.
+        steps: counted. warm_up: before those.
+        compiled: whether compiled blocks are measured.
+        limit_s: no further batch is tried after so many seconds, over all variants together.
+    """
+
+    system: System
+    overrides: Sequence[str]
+    toy_overrides: Sequence[str]
+    variants: Mapping[str, Sequence[str]]
+    batch: int
+    max_batch: int
+    steps: int = 10
+    warm_up: int = 4
+    compiled: bool = True
+    limit_s: float = 360.0
+    frames: Mapping[str, int] | None = None
+    text_tokens: int = 64
+    latent: int = 64
+    patch_grid: int = 14
+    toy_latent: int = 8
+    toy_patch_grid: int = 12
+
+    def run(self, toy: bool, figures: Figures) -> None:
+        """`<variant>_batch_<n>_step_ms`, `_samples_per_s`, `_peak_gb`, `_mfu` of all batches, and of the fastest one
+        under `<variant>_...`.
+
+        Raises:
+            RuntimeError: a variant failed; the figures of the others are there.
+        """
+        started, failed = time.perf_counter(), []
+        figures["matmul_tflops"] = round(matmul_tflops(256 if toy else 8192), 1)
+        for variant in list(self.variants)[: 1 if toy else None]:
+            try:
+                self._variant(variant, toy, figures, started)
+            except Exception as error:  # the other variants go on
+                log.debug("variant %s failed", variant, exc_info=True)
+                failed.append(f"{variant}: {type(error).__name__}: {error}")
+            _free()
+        if failed:
+            raise RuntimeError("; ".join(failed))
+
+    def _variant(self, variant: str, toy: bool, figures: Figures, started: float) -> None:
+        overrides = list(self.toy_overrides) if toy else [*self.overrides, *self.variants[variant]]
+        config = compose("train", overrides)
+        module, make = self._module(overrides, variant, toy)
+        figures[f"{variant}_parameters_m"] = round(sum(p.numel() for p in module.parameters()) / 1e6, 1)
+        batch, best, speed, flop = (2 if toy else self.batch), 0, 0.0, 0.0
+        while batch <= (2 if toy else self.max_batch):
+            try:
+                measured = self._steps(config, module, make(batch), toy)
+            except torch.OutOfMemoryError:
+                if not best:
+                    raise
+                figures[f"{variant}_out_of_memory_batch"] = batch
+                break
+            self._note(figures, f"{variant}_batch_{batch}", measured, batch)
+            now = batch / measured["step_s"]
+            if now > speed:
+                best, flop = batch, measured["tflop"]
+                self._note(figures, variant, measured, batch)
+            if now < WORTH * speed or time.perf_counter() - started > self.limit_s:
+                break
+            speed, batch = max(now, speed), 2 * batch
+            _free(module)
+        if self.compiled and (toy or time.perf_counter() - started < self.limit_s):
+            _free(module)
+            recipe = compose("train", ["+compile=inductor"] if config.compile is None else []).compile
+            compilation = instantiate({**recipe, "backend": "aot_eager"} if toy else recipe)
+            compilation.check(not toy and torch.cuda.is_available())
+            compilation.apply(module)
+            began = time.perf_counter()
+            measured = self._steps(config, module, make(best), toy, counted=False)
+            figures[f"{variant}_compiled_first_steps_s"] = round(time.perf_counter() - began, 1)
+            self._note(figures, f"{variant}_compiled", {**measured, "tflop": flop}, best)
+
+    def _module(self, overrides: Sequence[str], variant: str, toy: bool) -> tuple[LightningModule, synthetic.MakeBatch]:
+        if self.system == "volume_query":
+            return synthetic.volume_query(overrides)
+        if self.system == "geometry_vla":
+            return synthetic.geometry_vla(overrides)
+        if self.system == "foveated_vlm":
+            frames = 2 if toy else (self.frames or {})[variant]
+            return synthetic.foveated_vlm(overrides, frames, 12 if toy else self.text_tokens)
+        return synthetic.patch_dit(
+            overrides, self.toy_latent if toy else self.latent, self.toy_patch_grid if toy else self.patch_grid
+        )
+
+    def _steps(
+        self, config: DictConfig, module: LightningModule, batch: Any, toy: bool, counted: bool = True
+    ) -> dict[str, float]:
+        """Median seconds of a step, peak bytes, and the operations of one, in 10^12."""
+        on_gpu = torch.cuda.is_available()
+        batch = batch.to("cuda" if on_gpu else "cpu")
+        count, warm_up = (1, 2) if toy else (self.steps, self.warm_up)
+        times, compute = StepTimes(warm_up), Compute(every_n_steps=10**9)
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(bool(config.deterministic), warn_only=True)
+        try:
+            trainer = Trainer(
+                accelerator="gpu" if on_gpu else "cpu",
+                devices=1,
+                precision="bf16-mixed" if on_gpu else "32-true",
+                max_steps=warm_up + count,
+                max_epochs=1,
+                limit_val_batches=0,
+                gradient_clip_val=config.optimizer.get("clip_norm"),
+                callbacks=[times, *([compute] if counted else []), _ema(config)],
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            module.train()
+            trainer.fit(module, DataLoader([batch] * (warm_up + count), batch_size=None))  # type: ignore[arg-type]
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        tflop = compute.summary.get("tflop", math.nan) / (warm_up + count)
+        peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+        return {"step_s": float(np.median(times.seconds)), "tflop": tflop, "peak_bytes": peak}
+
+    def _note(self, figures: Figures, prefix: str, measured: Mapping[str, float], batch: int) -> None:
+        figures[f"{prefix}_batch"] = batch
+        figures[f"{prefix}_step_ms"] = round(1e3 * measured["step_s"], 2)
+        figures[f"{prefix}_samples_per_s"] = round(batch / measured["step_s"], 2)
+        figures[f"{prefix}_step_tflop"] = float(f"{measured['tflop']:.4g}")
+        if measured["peak_bytes"]:
+            figures[f"{prefix}_peak_gb"] = round(measured["peak_bytes"] / 1e9, 2)
+        peak = peak_tflops()
+        if peak is not None:
+            figures[f"{prefix}_mfu"] = round(measured["tflop"] / measured["step_s"] / peak, 4)
+
+
+class StepTimes(Callback):
+    """Seconds from the end of a step to the end of the next, after the first `warm_up` ones."""
+
+    def __init__(self, warm_up: int) -> None:
+        self.warm_up = max(warm_up, 1)  # the first step has no beginning
+        self.seconds: list[float] = []
+        self._before = 0.0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        _wait()
+        now = time.perf_counter()
+        if batch_idx >= self.warm_up:
+            self.seconds.append(now - self._before)
+        self._before = now
+
+
+def _ema(config: DictConfig) -> Callback:
+    recipes = [part for part in config.callbacks.values() if part is not None and "training.ema" in part._target_]
+    callback: Callback = instantiate(recipes[0]) if recipes else lightning.pytorch.Callback()
+    return callback
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _free(module: LightningModule | None = None) -> None:
+    """Gives back the memory of gradients and of what nobody holds any more."""
+    if module is not None:
+        module.zero_grad(set_to_none=True)
+        module.trainer = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
