@@ -1,6 +1,6 @@
 """Measures: ``python -m keygrip.bench [case=NAME] [quick=true] [record=true]``; prints its figures as one line of JSON.
 
-``python -m keygrip.bench suite=gpu`` measures and records everything that only a GPU can say (`keygrip.benchmarks.gpu`).
+``python -m keygrip.bench suite=gpu`` measures and records what only a GPU can say (see `keygrip.benchmarks.gpu`).
 
 Standard output ends with that line: the figures of the case by name, with the unit in the name, and the machine that
 computed them. Progress and logs go to standard error.

@@ -165,7 +165,11 @@ RECORDINGS: list[tuple[list[str], str, list[str]]] = [
             "data.sources.demos=null",
             "data.sources.tours.make.folder={making}",
             "data.sources.texts.make.folder={making}",
-            *(f"data.sources.{s}.make.options.{k}" for s in ("tours", "texts") for k in ("train=60", "val=8", "test=1")),
+            *(
+                f"data.sources.{s}.make.options.{k}"
+                for s in ("tours", "texts")
+                for k in ("train=60", "val=8", "test=1")
+            ),
         ],
     ),
     (

@@ -46,7 +46,9 @@ class Server:
         and `crowd_p95_ms` of `clients` robots."""
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(list(self.overrides), self.device, self.clients, theirs), daemon=True)
+        process = context.Process(
+            target=_serve, args=(list(self.overrides), self.device, self.clients, theirs), daemon=True
+        )
         process.start()
         theirs.close()
         try:

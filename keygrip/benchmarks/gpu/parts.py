@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -72,14 +73,12 @@ class PlanLatency:
     def _plan(self, overrides: Sequence[str], device: torch.device) -> Callable[[], object]:
         config = compose("train", overrides)
         if self.system == "volume_query":
-            policy = inference.untrained(config).to(device).policy()
-            seen = inference.looking_down(config.data.record.image_size)
-        else:
-            tiny = compose("train", ["model=geometry_vla", "data=yam_language", "vlm=tiny"])
-            config.vlm.tokenizer = tiny.vlm.tokenizer  # the pretrained one would be a download
-            module = geometry_vla.untrained(config).to(device)
-            policy, seen = module.policy(), geometry_vla.observation(module, config.data.image_size)
-        return lambda: policy.plan(seen)
+            planner = inference.untrained(config).to(device).policy()
+            return partial(planner.plan, inference.looking_down(config.data.record.image_size))
+        tiny = compose("train", ["model=geometry_vla", "data=yam_language", "vlm=tiny"])
+        config.vlm.tokenizer = tiny.vlm.tokenizer  # the pretrained one would be a download
+        module = geometry_vla.untrained(config).to(device)
+        return partial(module.policy().plan, geometry_vla.observation(module, config.data.image_size))
 
 
 @dataclass(frozen=True)

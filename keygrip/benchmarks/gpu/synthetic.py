@@ -24,6 +24,7 @@ from keygrip.data.batches import (
     PolicyBatch,
     VideoTextBatch,
 )
+from keygrip.data.image_text.datamodule import UNKNOWN
 from keygrip.models.geometry.rotations import rotation_exp
 from keygrip.training.checkpoints import build_module
 
@@ -130,10 +131,9 @@ def patch_dit(overrides: Sequence[str], latent: int, patch_grid: int) -> tuple[L
         latent_sizes=[(latent, latent)],
         patch_grids=[grid],
         fingerprint="",
-        encoders="",
+        encoders=encoders.quick_fingerprint or UNKNOWN,
         folder="",
     )
-    statistics.encoders = encoders.quick_fingerprint or ""
     module.set_statistics(statistics)  # type: ignore[operator]
 
     def make(count: int) -> ImageTextBatch:

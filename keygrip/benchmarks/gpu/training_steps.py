@@ -147,7 +147,7 @@ class TrainingSteps:
             _free(module)
         if self.compiled and (toy or time.perf_counter() - started < self.limit_s):
             _free(module)
-            recipe = compose("train", ["+compile=inductor"] if config.compile is None else []).compile
+            recipe = compose("train", ["compile=inductor"]).compile
             compilation = instantiate({**recipe, "backend": "aot_eager"} if toy else recipe)
             compilation.check(not toy and torch.cuda.is_available())
             compilation.apply(module)
