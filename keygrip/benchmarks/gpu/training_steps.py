@@ -82,7 +82,8 @@ class TrainingSteps:
         latent, patch_grid: sides, of ``patch_dit``; toy_latent, toy_patch_grid.
         batch: the first, the recipe's. max_batch: the last that is tried.
         steps: counted. warm_up: before those.
-        compiled: whether compiled blocks are measured.
+        compiled: whether compiled blocks are measured. toy_compiled: at toy size too, where `aot_eager` stands in
+            for inductor.
         limit_s: no further batch is tried after so many seconds, over all variants together.
     """
 
@@ -95,6 +96,7 @@ class TrainingSteps:
     steps: int = 10
     warm_up: int = 4
     compiled: bool = True
+    toy_compiled: bool = False
     limit_s: float = 360.0
     frames: Mapping[str, int] | None = None
     text_tokens: int = 64
@@ -145,7 +147,8 @@ class TrainingSteps:
                 break
             speed, batch = max(now, speed), 2 * batch
             _free(module)
-        if self.compiled and (toy or time.perf_counter() - started < self.limit_s):
+        wanted = self.compiled and self.toy_compiled if toy else self.compiled
+        if wanted and (toy or time.perf_counter() - started < self.limit_s):
             _free(module)
             recipe = compose("train", ["compile=inductor"]).compile
             compilation = instantiate({**recipe, "backend": "aot_eager"} if toy else recipe)
