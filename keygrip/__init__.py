@@ -1,11 +1,35 @@
-"""keygrip: robot policies and video-language models on one DINO backbone.
+"""keygrip: robot policies and vision models on one DINO backbone.
 
-Every run is a Hydra configuration: ``python -m keygrip.train model=... data=...``. Importing the package loads nothing
-heavy.
+>>> import keygrip
+>>> sorted(keygrip.__all__)
+['__version__', 'evaluate', 'load', 'load_policy', 'train']
+
+Importing the package loads nothing heavy: each name is imported when it is first used.
 """
 
 from __future__ import annotations
 
-__all__ = ["__version__"]
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from keygrip.api import load, load_policy
+    from keygrip.evaluate import evaluate
+    from keygrip.train import train
+
+__all__ = ["__version__", "evaluate", "load", "load_policy", "train"]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name in ("train", "evaluate"):  # modules of the commands, which can be called
+        return importlib.import_module(f"keygrip.{name}")
+    if name in ("load", "load_policy"):
+        return getattr(importlib.import_module("keygrip.api"), name)
+    raise AttributeError(f"module 'keygrip' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -282,3 +282,16 @@ def one_line(error: BaseException) -> str:
 
 
 register("train_schema", TrainSchema)
+
+
+def listed(overrides: Sequence[str]) -> list[str]:
+    """Overrides as a list; a single string is refused, since its letters would each be one."""
+    if isinstance(overrides, str):
+        raise ValueError(f"overrides are a list of settings, e.g. [{overrides!r}]")
+    return list(overrides)
+
+
+def quoted(text: str) -> str:
+    """A text as the value of an override, whatever signs it holds."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"

@@ -25,13 +25,13 @@ log = logging.getLogger(__name__)
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Trains and evaluates as ``cfg`` says; writes ``result.json`` with success, errors and times into the run
     folder."""
-    from keygrip import train
+    from keygrip.train import run as train
     from keygrip.training.sweeps import write_result
 
     started = time.time()
     cfg = _continued(cfg)
     folder = Path(cfg.run_dir)
-    metrics = train.run(cfg)
+    metrics = train(cfg)
     trained = json.loads((folder / "result.json").read_text())
     conditions = json.loads((folder / "closed_loop" / "result.json").read_text())["conditions"]
     (success,) = conditions.values()

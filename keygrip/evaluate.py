@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
+import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from keygrip.artifacts import write_json
 from keygrip.command import entry_point
-from keygrip.config import register_completion
+from keygrip.config import compose, listed, quoted, register_completion
 from keygrip.evaluation.kinds import KIND, KINDS, Evaluated, checked_kind, choose_kind
 
 log = logging.getLogger(__name__)
@@ -69,10 +72,35 @@ def print_result(cfg: DictConfig) -> None:
     print(json.dumps(run(cfg)))
 
 
+def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Evaluates as ``python -m keygrip.evaluate checkpoint=...`` does with the same overrides.
+
+    Args:
+        checkpoint: a run folder, a checkpoint file or an export.
+        overrides: e.g. ``["episodes=20", "suites=[position]"]``.
+
+    Returns:
+        The figures, as in ``evaluation/result.json``.
+
+    Raises:
+        ValueError, FileNotFoundError: as the command.
+    """
+    return run(compose("evaluate", [f"checkpoint={quoted(str(checkpoint))}", *listed(overrides)]))
+
+
 def main() -> None:
     """Command line."""
     entry_point("evaluate", print_result)
 
+
+class EvaluateModule(types.ModuleType):
+    """This module, which can be called: ``keygrip.evaluate(...)``."""
+
+    def __call__(self, checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+        return evaluate(checkpoint, overrides)
+
+
+sys.modules[__name__].__class__ = EvaluateModule
 
 if __name__ == "__main__":
     main()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
+import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from keygrip.command import entry_point
+from keygrip.config import compose, listed
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -43,7 +47,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     started = time.time()
     cfg = cfg.copy()
-    folder = _run_folder(cfg)
+    folder = run_folder_of(cfg)
     with open_dict(cfg):
         cfg.run_dir = str(folder)
     resume = _checkpoint_to_resume(cfg, folder)
@@ -132,7 +136,8 @@ def _dry_run(datamodule: Any, module: LightningModule) -> dict[str, Any]:
     return report
 
 
-def _run_folder(cfg: DictConfig) -> Path:
+def run_folder_of(cfg: DictConfig) -> Path:
+    """Where a run goes, before it starts: as Hydra has chosen it, or as the settings say."""
     from hydra.core.hydra_config import HydraConfig
 
     from keygrip.training import run_folder
@@ -336,10 +341,39 @@ def _quiet(warnings_too: bool) -> None:
         warnings.filterwarnings("ignore", message=text)
 
 
+def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Trains as ``python -m keygrip.train`` does with the same overrides.
+
+    Args:
+        overrides: Hydra overrides, e.g. ``["model=volume_query", "data=yam", "seed=1"]``.
+
+    Returns:
+        What ``result.json`` holds: ``status``, ``steps``, ``metrics``, ``run_dir``, ``checkpoint``, ``wall_s``.
+
+    Raises:
+        ValueError, FileNotFoundError: as the command; keygrip.config.SettingError for a setting that does not exist.
+    """
+    from keygrip.training.sweeps import read_result
+
+    cfg = compose("train", listed(overrides))
+    cfg.run_dir = str(run_folder_of(cfg))
+    run(cfg)
+    return read_result(Path(cfg.run_dir))
+
+
 def main() -> None:
     """Command line."""
     entry_point("train", run)
 
+
+class TrainModule(types.ModuleType):
+    """This module, which can be called: ``keygrip.train(...)``."""
+
+    def __call__(self, overrides: Sequence[str] = ()) -> dict[str, Any]:
+        return train(overrides)
+
+
+sys.modules[__name__].__class__ = TrainModule
 
 if __name__ == "__main__":
     main()

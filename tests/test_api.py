@@ -1,0 +1,72 @@
+"""The public Python interface: light to import, and the same as the commands."""
+
+from __future__ import annotations
+
+import doctest
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import keygrip
+from keygrip.config import compose
+
+
+def test_importing_loads_nothing_heavy_and_is_typed() -> None:
+    script = (
+        "import sys, keygrip\n"
+        "heavy = {'torch', 'numpy', 'hydra', 'omegaconf', 'lightning', 'mujoco'} & set(sys.modules)\n"
+        "print(sorted(heavy), keygrip.__version__, len([m for m in sys.modules if m.startswith('keygrip')]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[]", keygrip.__version__, "1"]
+    assert (Path(keygrip.__file__).parent / "py.typed").is_file()
+    assert doctest.testmod(keygrip).failed == 0
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        keygrip.lode  # noqa: B018
+
+
+def test_a_model_is_trained_loaded_and_exported_from_python(
+    toy_overrides: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    result = keygrip.train([*toy_overrides("run"), "max_steps=3", "val_every_n_steps=3"])
+    assert result["status"] == "finished"
+    assert result["steps"] == 3
+    assert Path(result["run_dir"]) == tmp_path / "run"
+    module = keygrip.load(result["run_dir"], trust=["toy_parts"])
+    assert type(module).__name__ == "ToyModule"
+    from keygrip import export
+
+    checkpoint = f"checkpoint={result['run_dir']}"
+    with pytest.raises(ValueError, match="has no graph to export"):
+        export.run(compose("export", [checkpoint, f"to={tmp_path / 'x'}", "format=onnx", "trust=[toy_parts]"]))
+    assert not (tmp_path / "x").exists()
+    export.run(compose("export", [f"checkpoint={result['run_dir']}", f"to={tmp_path / 'toy'}", "trust=[toy_parts]"]))
+    again = keygrip.load(tmp_path / "toy", trust=["toy_parts"])
+    for name, value in module.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+    assert again.scale == module.scale  # type: ignore[attr-defined]
+    assert "val/loss" in (tmp_path / "toy" / "README.md").read_text()
+    with pytest.raises(ValueError, match="which is no robot policy"):
+        keygrip.load_policy(tmp_path / "toy", trust=["toy_parts"])
+
+
+def test_mistakes_are_sentences(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        keygrip.load(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        keygrip.evaluate(tmp_path / "it's, [not] there")
+    with pytest.raises(ValueError, match="overrides are a list"):
+        keygrip.train("model=volume_query")
+
+
+def test_modules_of_commands_stay_modules() -> None:
+    import keygrip.train
+    from keygrip import evaluate, train
+
+    assert train is keygrip.train is sys.modules["keygrip.train"]
+    assert callable(train.run)
+    assert callable(evaluate.run)
