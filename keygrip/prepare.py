@@ -29,7 +29,7 @@ def print_report(cfg: DictConfig) -> None:
     report = run(cfg)
     print(json.dumps(report, default=str), flush=True)
     if report.get("errors"):
-        raise ValueError(f"{report['errors']} errors in {report.get('root')}, listed above: mend them before training")
+        raise ValueError(f"{report['errors']} errors in {report.get('root')}, listed above: fix them before training")
 
 
 def main() -> None:

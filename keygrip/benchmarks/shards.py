@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from keygrip.data.batches import VideoTextBatch, stack_frames
 from keygrip.data.shards.mixing import Component, Mixture, padded_share
-from keygrip.data.shards.tars import ShardWriter, write_manifest
+from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.video_text.conversations import (
     VideoTextSample,
     answer,

@@ -9,6 +9,7 @@ they are too many.
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import functools
 import io
@@ -61,6 +62,7 @@ HOSTILE: tuple[type[BaseException], ...] = (
     lzma.LZMAError,
     zipfile.BadZipFile,
     tarfile.TarError,
+    csv.Error,
     tokenize.TokenError,  # headers of .npy files
     Image.DecompressionBombError,
     av.FFmpegError,

@@ -7,11 +7,12 @@ and rollout videos. Legend of shapes: N frames, H and W the height and width of 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import io
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +22,9 @@ import av
 import numpy as np
 from PIL import Image
 
+from keygrip.data.bad_samples import MAX_PIXELS, guard, regular_file
+
+TIME_TOLERANCE_S = 2e-3  # containers round time stamps to milliseconds, twice
 Converted = TypeVar("Converted")
 
 # ---- frames by index -------------------------------------------------------------------------------------------------
@@ -202,12 +206,9 @@ def read_frame(path: Path, index: int) -> np.ndarray:
 
 
 def duration_s(source: bytes | str | Path) -> float:
-    """Seconds of a video file, or of its content as bytes. Raises ValueError: it cannot be read."""
-    try:
-        with av.open(_source(source), "r") as video:
-            return _length(video)
-    except (av.FFmpegError, IndexError) as error:
-        raise ValueError(f"the video cannot be decoded: {error}") from error
+    """Seconds of the images in a video file, or in its content as bytes. Raises ValueError: it cannot be read."""
+    with guard("the video cannot be decoded"), _opened(source) as (container, stream):
+        return _length(source, container, stream)
 
 
 def frames_at(
@@ -215,7 +216,7 @@ def frames_at(
     times: Callable[[float], Sequence[float] | np.ndarray],
     convert: Callable[[Image.Image], Converted],
 ) -> list[Converted]:
-    """Frames of a video at some times: each the first one that is shown at that time or later.
+    """Frames of a video at some times: each the one that is shown at that time, the last that began before it.
 
     Args:
         source: the file, or its content as bytes.
@@ -226,37 +227,60 @@ def frames_at(
         ValueError: it cannot be decoded, or ends before the last time.
     """
     found: list[Converted] = []
-    try:
-        with av.open(_source(source), "r") as video:
-            stream = video.streams.video[0]
-            stream.thread_type = "NONE"  # the loader's workers are the parallelism
-            duration = _length(video)
-            wanted = times(duration)
-            start: float | None = None
-            for frame in video.decode(stream):
-                now = float(frame.time or 0.0)
-                start = now if start is None else start
-                while len(found) < len(wanted) and now - start >= wanted[len(found)] - 1e-3:
-                    found.append(convert(frame.to_image()))
-                if len(found) == len(wanted):
-                    break
-    except (av.FFmpegError, IndexError) as error:
-        raise ValueError(f"the video cannot be decoded: {error}") from error
+    with guard("the video cannot be decoded"), _opened(source) as (container, stream):
+        duration = _length(source, container, stream)
+        wanted = times(duration)
+        start: float | None = None
+        shown: Any = None
+        begin = end = gap = 0.0  # when `shown` begins and ends; the longest time that a frame was shown so far
+        for frame in container.decode(stream):
+            now = float(frame.time or 0.0)
+            start = now if start is None else start
+            while (
+                shown is not None and len(found) < len(wanted) and now - start > wanted[len(found)] + TIME_TOLERANCE_S
+            ):
+                found.append(convert(shown.to_image()))
+            if len(found) == len(wanted):
+                break
+            gap = max(gap, now - start - begin)
+            shown, begin = frame, now - start
+            end = begin + max(gap, float((frame.duration or 0) * frame.time_base))
+        while shown is not None and len(found) < len(wanted) and wanted[len(found)] < end + TIME_TOLERANCE_S:
+            found.append(convert(shown.to_image()))
     if len(found) < len(wanted):
-        raise ValueError(f"the video says it lasts {duration:.1f} s, but only {len(found)} of them can be decoded")
+        raise ValueError(f"the video says it lasts {duration:.1f} s, but only {end:.1f} s of it can be decoded")
     return found
 
 
-def _source(source: bytes | str | Path) -> Any:
-    return io.BytesIO(source) if isinstance(source, bytes) else str(source)
+@contextlib.contextmanager
+def _opened(source: bytes | str | Path) -> Iterator[tuple[Any, Any]]:
+    """The container and its video stream, decoded by one thread: workers are the parallelism."""
+    if not isinstance(source, bytes):
+        regular_file(source)
+    with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source), "r") as container:
+        if not container.streams.video:
+            raise ValueError("it has no video stream; it is cut off or not a video")
+        stream = container.streams.video[0]
+        if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
+            raise ValueError(f"its frames have more than the {MAX_PIXELS} pixels that an image may have")
+        stream.thread_type = "NONE"
+        yield container, stream
 
 
-def _length(video: Any) -> float:
-    """Seconds of an opened video's first image stream."""
-    stream = video.streams.video[0]
+def _length(source: bytes | str | Path, container: Any, stream: Any) -> float:
+    """Seconds of a video stream. Matroska and WebM give only the length of the longest stream, sound included, counted
+    from 0: there it is that of the packets."""
     if stream.duration is not None and stream.time_base is not None:
         return float(stream.duration * stream.time_base)
-    return float((video.duration or 0) / 1e6)
+    with _opened(source) as (again, images):
+        packets = again.demux(images)
+        shown = sorted((p.pts, p.duration or 0) for p in packets if p.pts is not None and not p.is_discard)
+        if not shown:
+            raise ValueError("it holds no frames")
+        first, (last, duration) = shown[0][0], shown[-1]
+        if not duration and len(shown) > 1:
+            duration = last - shown[-2][0]
+        return float((last + duration - first) * images.time_base)
 
 
 # ---- whole videos ----------------------------------------------------------------------------------------------------

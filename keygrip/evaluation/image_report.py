@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from keygrip.data.shards.tars import write_whole
+from keygrip.artifacts import write_bytes
 from keygrip.models.patch_dit.figures import picture_grid
 
 if TYPE_CHECKING:
@@ -50,12 +50,12 @@ def write_report(
     pictures = []
     for name, shown in ((SAMPLES, rows), (SCALES, scale_rows)):
         if shown:
-            write_whole(output / name, png(picture_grid(shown)))
+            write_bytes(output / name, png(picture_grid(shown)))
             pictures.append(output / name)
     if figures["scales"] and "colour_as_asked" in figures["scales"][0]:
-        write_whole(output / SCALE_MAP, scale_map(figures["scales"]))
+        write_bytes(output / SCALE_MAP, scale_map(figures["scales"]))
         pictures.append(output / SCALE_MAP)
-    write_whole(output / REPORT, markdown(figures, [path.name for path in pictures]).encode())
+    write_bytes(output / REPORT, markdown(figures, [path.name for path in pictures]).encode())
     return pictures
 
 
@@ -162,7 +162,7 @@ class EvaluatePictures(Callback):
         assert isinstance(module, PatchDiTModule)
         output = self.run_dir / "pictures"
         figures, pictures = evaluate_pictures(module, self.data, self.suite, output)
-        write_whole(output / "result.json", (json.dumps(figures, indent=1) + "\n").encode())
+        write_bytes(output / "result.json", (json.dumps(figures, indent=1) + "\n").encode())
         for name, value in headline(figures).items():
             trainer.callback_metrics[f"pictures/{name}"] = torch.tensor(value)
         self._show(trainer, headline(figures), pictures)

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from keygrip.data.image_text.bucket_folders import write_info
 from keygrip.data.image_text.crops import Bucket, nearest_bucket, shared_crop
-from keygrip.data.image_text.datamodule import write_info
 from keygrip.data.image_text.samples import describe_image_text
-from keygrip.data.image_text.sources.images import as_tensor, encode_images, prepare_image
+from keygrip.data.image_text.sources.encoding import as_tensor, encode_images, prepare_image
 from keygrip.data.video_text.sources.writing import MadeSample, write_shards
 
 if TYPE_CHECKING:

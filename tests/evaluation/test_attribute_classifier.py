@@ -11,7 +11,7 @@ import torch
 from image_sets import COLOURS, SQUARE, WIDE, drawn, small_encoders, write_images
 
 from keygrip.data.image_text.datamodule import ImageShards
-from keygrip.data.image_text.sources.images import as_tensor
+from keygrip.data.image_text.sources.encoding import as_tensor
 from keygrip.evaluation.attribute_classifier import (
     Judge,
     JudgeOptions,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from keygrip.config import compose
-from keygrip.data.shards.tars import ShardSet
+from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.validation import validate
 from keygrip.data.video_text.conversations import parse_conversations, read_sample
 from keygrip.prepare import run

@@ -11,9 +11,9 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from keygrip.config import compose
-from keygrip.data.image_text.datamodule import write_info
+from keygrip.data.image_text.bucket_folders import write_info
 from keygrip.data.image_text.samples import describe_image_text, image_text_parts
-from keygrip.data.shards.tars import ShardWriter, write_manifest
+from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.network import PatchDiT
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from keygrip.data.image_text.bucket_folders import write_info
 from keygrip.data.image_text.crops import Bucket
-from keygrip.data.image_text.datamodule import write_info
 from keygrip.data.image_text.samples import PATCHES, describe_image_text
-from keygrip.data.image_text.sources.images import as_tensor, encode_images, prepare_image
-from keygrip.data.shards.tars import ShardWriter, write_manifest
+from keygrip.data.image_text.sources.encoding import as_tensor, encode_images, prepare_image
+from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.models.patch_dit.encoders import DinoView, Encoders, PixelPacking, RandomWordVectors
 
 COLOURS = {"red": (220, 40, 40), "teal": (0, 130, 140)}

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from keygrip.data.batches import Conversation, VideoTextBatch, VideoTextSample, stack_frames
-from keygrip.data.shards.tars import ShardWriter, write_manifest
+from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.video_text.conversations import answer, describe_video_text, video_text_parts
 
 

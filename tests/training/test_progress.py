@@ -52,7 +52,7 @@ def test_skipped_samples_are_counted_in_the_event_files(
     import toy_parts
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from keygrip.data.shards.bad_samples import Skipped
+    from keygrip.data.bad_samples import BadSamples
 
     def board(name: str) -> EventAccumulator:
         options = ["logger=tensorboard", "callbacks.skipped.every_n_steps=5", "limit_val_batches=0"]
@@ -60,7 +60,7 @@ def test_skipped_samples_are_counted_in_the_event_files(
         return EventAccumulator(str(tmp_path / name / "tensorboard")).Reload()
 
     assert "data/skipped" not in board("plain").Tags()["scalars"]
-    skipped = Skipped(max_share=1.0)
+    skipped = BadSamples(max_share=1.0)
     step = toy_parts.ToyModule.training_step
 
     def noted(self: toy_parts.ToyModule, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

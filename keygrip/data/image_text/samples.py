@@ -19,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.data.shards.tars import Parts, Row, SampleError, ShardSet
+from keygrip.data.bad_samples import BadSample, guard, npy_header, parse_json, parse_npy
+from keygrip.data.shards.index import Parts, Row
+from keygrip.data.shards.reader import ShardSet
 
 CLS, PATCHES, LATENT, TEXT, TEXT_MASK, RECORD = (
     "dinov3.npy",
@@ -97,14 +99,6 @@ def npy_bytes(values: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def npy_shape(content: bytes) -> tuple[int, ...]:
-    """Shape of an .npy file, from its header."""
-    buffer = io.BytesIO(content)
-    version = np.lib.format.read_magic(buffer)
-    reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return tuple(int(n) for n in reader(buffer)[0])
-
-
 def describe_image_text(parts: Parts) -> Row:
     """Columns of a sample: sizes, 0 for what is missing.
 
@@ -112,13 +106,15 @@ def describe_image_text(parts: Parts) -> Row:
         ValueError: something there has another number of dimensions than it must have.
     """
     dimensions = {LATENT: 3, CLS: 1, PATCHES: 2, TEXT: 2, TEXT_MASK: 1}
-    shapes = {name: npy_shape(parts[name]) if name in parts else (0,) * count for name, count in dimensions.items()}
+    shapes = {
+        name: npy_header(parts[name], name)[0] if name in parts else (0,) * count for name, count in dimensions.items()
+    }
     for name, count in dimensions.items():
         if len(shapes[name]) != count:
             raise ValueError(f"{name} has the shape {shapes[name]}, not {count} dimensions")
-    record = json.loads(parts[RECORD]) if RECORD in parts else {}
+    record = read_record(parts) if RECORD in parts else {}
     rows, columns = grid_of(record, shapes[PATCHES][0]) if PATCHES in parts else (0, 0)
-    mask = np.load(io.BytesIO(parts[TEXT_MASK]), allow_pickle=False) if TEXT_MASK in parts else np.zeros(0)
+    mask = parse_npy(parts[TEXT_MASK], TEXT_MASK) if TEXT_MASK in parts else np.zeros(0)
     channels, height, width = shapes[LATENT]
     return {
         "latent_channels": channels,
@@ -135,6 +131,14 @@ def describe_image_text(parts: Parts) -> Row:
     }
 
 
+def read_record(parts: Parts) -> dict[str, Any]:
+    """The sample's json. Raises BadSample: it is not an object, or its caption is not text."""
+    record = parse_json(parts[RECORD], RECORD)
+    if not isinstance(record, dict) or not isinstance(record.get("caption", ""), str):
+        raise BadSample(RECORD, "it is not an object, or its caption is not text")
+    return record
+
+
 def grid_of(record: Mapping[str, Any], patches: int) -> tuple[int, int]:
     """(gh, gw) of a sample: as its record says, else a square.
 
@@ -142,7 +146,9 @@ def grid_of(record: Mapping[str, Any], patches: int) -> tuple[int, int]:
         ValueError: the number of patches is another one.
     """
     if "patch_grid" in record:
-        rows, columns = (int(n) for n in record["patch_grid"])
+        rows, columns = record["patch_grid"]
+        if not (isinstance(rows, int) and isinstance(columns, int) and min(rows, columns) >= 0):
+            raise ValueError(f"its patch_grid {rows!r}, {columns!r} is not two numbers of patches")
     else:
         rows = columns = math.isqrt(patches)
     if rows * columns != patches:
@@ -163,31 +169,38 @@ def read_image_text(shards: ShardSet, sample: int) -> ImageTextSample:
     """A sample, in float32.
 
     Raises:
-        SampleError: a part is missing, cannot be read, holds numbers that are not finite or has a shape that does not
+        BadSample: a part is missing, cannot be read, holds numbers that are not finite or has a shape that does not
             fit the others.
     """
     where = shards.where(sample)
     parts = shards.read(sample, NEEDED)
     missing = [name for name in NEEDED if name not in parts]
     if missing:
-        raise SampleError(f"{where}: it has no {', '.join(missing)}")
-    try:
-        record = json.loads(parts[RECORD])
-        arrays = {n: np.load(io.BytesIO(parts[n]), allow_pickle=False) for n in (CLS, PATCHES, LATENT, TEXT, TEXT_MASK)}
+        raise BadSample(f"{where}: it has no {', '.join(missing)}")
+    with guard(where):
+        record = read_record(parts)
+        arrays = {name: parse_npy(parts[name], name) for name in (CLS, PATCHES, LATENT, TEXT, TEXT_MASK)}
+        for name, array in arrays.items():
+            if array.dtype.kind not in ("biu" if name == TEXT_MASK else "fiu"):
+                raise ValueError(f"{name} holds {array.dtype}, not numbers")
         mask = arrays[TEXT_MASK].astype(bool)
-        values = {name: arrays[name].astype(np.float32) for name in (CLS, PATCHES, LATENT, TEXT)}
+        with np.errstate(over="ignore"):
+            values = {name: arrays[name].astype(np.float32) for name in (CLS, PATCHES, LATENT, TEXT)}
         grid = grid_of(record, len(values[PATCHES]))
         for name, array in values.items():
             if not np.isfinite(array).all():
                 raise ValueError(f"{name} holds numbers that are not finite")
         states, tokens = values[TEXT], int(mask.sum())
-        if values[CLS].ndim != 1 or values[PATCHES].shape[1] != len(values[CLS]) or values[LATENT].ndim != 3:
+        if (
+            values[CLS].ndim != 1
+            or values[PATCHES].shape[1:] != values[CLS].shape
+            or values[LATENT].ndim != 3
+            or states.ndim != 2
+        ):
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in values.items())
             raise ValueError(f"its parts do not belong together: {shapes}")
         if mask.ndim != 1 or not mask[:tokens].all() or not tokens <= len(states) <= len(mask):
             raise ValueError(f"{TEXT_MASK} {list(mask.shape)} with {tokens} tokens does not fit {list(states.shape)}")
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise SampleError(f"{where}: {error}") from error
     whole = np.zeros((len(mask), states.shape[1]), np.float32)
     whole[:tokens] = states[:tokens]  # zeros at padding, whatever the encoder left there
     return ImageTextSample(values[LATENT], whole, mask, values[CLS], values[PATCHES], grid, record, shards.key(sample))

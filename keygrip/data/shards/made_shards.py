@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+from hydra.utils import get_method
 
-from keygrip.data.shards.tars import MANIFEST, ShardSet
+from keygrip.artifacts import make_once
+from keygrip.data.shards.index import MANIFEST
+from keygrip.data.shards.reader import ShardSet
 from keygrip.training.parts import data_part
 
 log = logging.getLogger(__name__)
@@ -47,24 +49,19 @@ class MadeShards:
         content = json.dumps({"maker": self.maker, **counted}, sort_keys=True, default=str)
         return Path(self.folder) / f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
+    last_file: ClassVar[str] = f"train/{MANIFEST}"  # written last: the set is whole
+
     def complete(self) -> None:
-        """Makes what is missing; says so. Several processes may call it: one works, the others wait."""
-        self.root.parent.mkdir(parents=True, exist_ok=True)
-        with (self.root.parent / f".{self.root.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (self.root / "train" / MANIFEST).is_file():
-                self.refuse_missing()
-                from hydra.utils import get_method
-
-                log.info("%s is not complete: making its shards", self.root)
-                get_method(self.maker)(root=self.root, options=dict(self.options))
-
-    def refuse_missing(self) -> None:
-        """Raises FileNotFoundError where missing shards must not be made."""
-        if not self.make_missing:
+        """Makes what is missing and logs it. Several processes may call it: one makes the set, the others wait."""
+        if not self.make_missing and not (self.root / self.last_file).is_file():
             raise FileNotFoundError(
                 f"{self.root} has no complete shards of the run: train with the same settings again, which makes them"
             )
+        make_once(self.root, lambda root: (root / self.last_file).is_file(), self._make)
+
+    def _make(self, root: Path) -> None:
+        log.info("%s is not complete: making its shards", root)
+        get_method(self.maker)(root=root, options=dict(self.options))
 
 
 def held_out(shards: ShardSet, fraction: float) -> np.ndarray:

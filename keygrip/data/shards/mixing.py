@@ -137,11 +137,6 @@ class Mixture:
                 "a curriculum and window_shards cannot be combined: its sources are gone through at random"
             )
 
-    def component_of(self, sample: int) -> tuple[int, int]:
-        """Number of the component, and of the sample in it."""
-        component = int(np.searchsorted(self.starts, sample, side="right")) - 1
-        return component, sample - int(self.starts[component])
-
     def counts(self, epoch: int) -> list[int]:
         """Samples of each component in an epoch: shares hold exactly in expectation over seeds, and within one sample
         over all epochs so far; the lead sources (counted together, in the first lead's place) fill what remains."""

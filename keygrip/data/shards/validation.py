@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +15,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from keygrip.data.image_text.datamodule import INFO, write_info
+from keygrip.data.bad_samples import BadSample, read_json
+from keygrip.data.image_text.bucket_folders import INFO, read_info, write_info
 from keygrip.data.image_text.samples import (
     LATENT,
     NEEDED,
@@ -27,19 +27,13 @@ from keygrip.data.image_text.samples import (
     is_image_text,
     read_image_text,
 )
-from keygrip.data.shards.tars import (
-    MANIFEST,
-    Parts,
-    Row,
-    SampleError,
-    ShardError,
-    ShardSet,
-    index_shard,
-    is_remote,
-    write_manifest,
-)
+from keygrip.data.shards.index import MANIFEST, Parts, Row, ShardError, index_shard
+from keygrip.data.shards.reader import ShardSet
+from keygrip.data.shards.remote import is_remote
+from keygrip.data.shards.writer import write_manifest
 from keygrip.data.video_text.conversations import (
-    PICTURE,
+    IMAGE,
+    KNOWN_MEMBERS,
     VIDEO,
     conversation_problem,
     describe_video_text,
@@ -106,7 +100,7 @@ def make_manifests(root: Path | str, again: bool = False, max_broken_share: floa
         report["broken"] += len(manifest["broken"])
     if any(Path(folder).name.startswith("bucket_") for folder in folders):
         info = Path(root) / INFO
-        known = json.loads(info.read_text()).get("encoders") if info.is_file() else None
+        known = read_info(str(root))["encoders"] if info.is_file() else None
         write_info(root, known)
     return report
 
@@ -118,7 +112,8 @@ def examine_shard(place: str, number: int) -> ShardReport:
     report = ShardReport(f"{place}/{entry['name']}")
     try:
         fresh = index_shard(Path(place) / entry["name"], describe)
-        stored = shards.index(number)
+        report.problems += [f"{key} of {report.name}: {reason}" for key, reason in fresh.bad.items()]
+        fresh, stored = fresh.without(fresh.bad), shards.index(number).without(fresh.bad)
         for what in ("keys", "first_part", "part_names", "part_offsets", "part_sizes"):
             if not np.array_equal(getattr(fresh, what), getattr(stored, what)):
                 problem = f"{report.name}: its index is not of this tar ({what} differ): step=manifest again=true"
@@ -142,12 +137,12 @@ def examine_shard(place: str, number: int) -> ShardReport:
                 continue
             read_sample(shards, sample, PROBE_SIZE)
             conversations = parse_conversations(parse_text(parts))
-        except SampleError as error:
+        except BadSample as error:
             report.problems.append(str(error))
             continue
-        unknown = [name for name in parts if name != "json" and not PICTURE.match(name) and name not in VIDEO]
+        unknown = [name for name in parts if name != "json" and not IMAGE.match(name) and name not in VIDEO]
         if unknown:
-            report.problems.append(f"{shards.where(sample)}: nobody reads its part {unknown[0]!r}")
+            report.problems.append(_unknown_member(shards.where(sample), unknown[0], KNOWN_MEMBERS))
         for conversation in conversations:
             report.kinds[conversation.kind] += 1
             fault = conversation_problem(conversation)
@@ -156,6 +151,10 @@ def examine_shard(place: str, number: int) -> ShardReport:
         report.frames[int(shards.columns["frames"][sample])] += 1
         report.digests.append(_digest(parts))
     return report
+
+
+def _unknown_member(where: str, name: str, known: str) -> str:
+    return f"{where}: unknown member {name!r} (known: {known}); remove it or add a decoder"
 
 
 def _digest(parts: Parts) -> str:
@@ -178,12 +177,12 @@ def _examine_image(shards: ShardSet, sample: int, parts: Parts, report: ShardRep
             found = read_image_text(shards, sample)
             if not found.record.get("caption"):
                 report.has["without_caption"] += 1
-        except SampleError as error:
+        except BadSample as error:
             report.problems.append(str(error))
             return
     unknown = [name for name in parts if name not in NEEDED]
     if unknown:
-        report.problems.append(f"{shards.where(sample)}: nobody reads its part {unknown[0]!r}")
+        report.problems.append(_unknown_member(shards.where(sample), unknown[0], ", ".join(NEEDED)))
     report.digests.append(_digest(parts))
 
 
@@ -218,7 +217,7 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
                     problems.append(f"{name} occurs twice: in {seen[value]} and in {report.name} (sample {number})")
                 seen[value] = report.name
     for place in split_folders(root):
-        manifest = json.loads((Path(place) / MANIFEST).read_text())
+        manifest = read_json(Path(place) / MANIFEST)
         problems += list(manifest["broken"].values())
     buckets = _image_counts(root, reports)
     for name, counts in buckets.items():

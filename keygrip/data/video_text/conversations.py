@@ -1,8 +1,9 @@
 """The contents of shards of videos with text: what their parts mean, how they are written, read and shown whole.
 
-Parts of a sample: "json" with `source`, `fps`, `frames` and `conversations` ([{"kind", "turns": [{"role", "text"}],
-"evidence"}]), and the pictures, either "00.jpg", "01.jpg", ... (PNG and WebP too) or one "mp4", from which a frame a
-second is taken. Columns: `frames`, `text_length` (characters of the longest conversation), `kinds` ("cue mark").
+Members of a sample: "json" with `source`, `fps`, `frames` and `conversations` ([{"kind", "turns": [{"role", "text"}],
+"evidence"}]), and the images, either "00.jpg", "01.jpg", ... (PNG and WebP too), one "jpg", or one "mp4", from which
+one frame per second is taken. Columns: `frames`, `text_length` (characters of the longest conversation), `kinds`
+("cue mark").
 """
 
 from __future__ import annotations
@@ -15,12 +16,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageOps
 
-from keygrip.data.shards.tars import Parts, SampleError, ShardSet, all_samples
-from keygrip.data.video import duration_s, frames_at
+from keygrip.data.bad_samples import BadSample, guard, open_image, parse_json
+from keygrip.data.shards.index import Parts
+from keygrip.data.shards.reader import ShardSet, all_samples
+from keygrip.data.video import TIME_TOLERANCE_S, duration_s, frames_at
 
 ROLES = ("system", "user", "assistant")
-PICTURE = re.compile(r"^(\d+)\.(jpg|jpeg|png|webp)$")
+IMAGE = re.compile(r"^(?:(\d{1,6})\.)?(jpg|jpeg|png|webp)$", re.IGNORECASE)
+MEDIA = re.compile(
+    r"(^|\.)(gif|bmp|tiff?|avif|heic|jp2|jfif|npy|npz|mp4|webm|mkv|avi|mov|m4v|mpe?g|ts)$", re.IGNORECASE
+)
+KNOWN_MEMBERS = "json, 00.jpg 01.jpg ... or one jpg (jpeg, png, webp), mp4 (webm, mkv)"
 VIDEO = ("mp4", "webm", "mkv")
 MAX_FRAMES = 64
 FITS = ("stretch", "crop", "pad")
@@ -87,7 +95,7 @@ def video_text_parts(
     fps: float = 1.0,
     extension: str = "jpg",
 ) -> tuple[Parts, dict[str, int | float | str]]:
-    """Parts and columns of a sample, from encoded pictures.
+    """Parts and columns of a sample, from encoded images.
 
     Raises:
         ValueError: no conversation, an empty one, or more than 64 frames.
@@ -142,8 +150,6 @@ def conversation_problem(conversation: Conversation) -> str | None:
 
 def encode_jpeg(frame: np.ndarray, quality: int = 92) -> bytes:
     """A JPEG file of a uint8 [H, W, 3] picture."""
-    from PIL import Image
-
     buffer = io.BytesIO()
     Image.fromarray(frame).save(buffer, "JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()
@@ -156,44 +162,54 @@ def parse_text(parts: Parts) -> dict[str, Any]:
     """The sample's json. Raises ValueError: it is missing or malformed."""
     if "json" not in parts:
         raise ValueError(f"it has no json part, only {', '.join(sorted(parts)) or 'nothing'}")
-    content = json.loads(parts["json"])
+    content = parse_json(parts["json"], "json")
     if not isinstance(content, dict) or not content.get("conversations"):
         raise ValueError("its json holds no conversations")
     return content
 
 
 def parse_conversations(content: Mapping[str, Any]) -> tuple[Conversation, ...]:
-    """Raises ValueError or KeyError: malformed."""
-    return tuple(
-        Conversation(
-            tuple(Turn(str(turn["role"]), str(turn["text"])) for turn in conversation["turns"]),
-            str(conversation.get("kind", "text")),
-            dict(conversation.get("evidence") or {}),
-        )
-        for conversation in content["conversations"]
-    )
+    """Raises BadSample: malformed."""
+    with guard("its conversations"):
+        return tuple(_conversation(conversation) for conversation in content["conversations"])
 
 
-def picture_parts(parts: Parts) -> list[str]:
-    """Names of the pictures, in order. Raises ValueError: one is missing in between."""
-    found = sorted((int(match[1]), name) for name in parts if (match := PICTURE.match(name)))
+def _conversation(content: Mapping[str, Any]) -> Conversation:
+    turns, kind, evidence = content["turns"], content.get("kind", "text"), content.get("evidence") or {}
+    for name, value in [("kind", kind)] + [(key, turn[key]) for turn in turns for key in ("role", "text")]:
+        if not isinstance(value, str):
+            raise ValueError(f"the {name} of a conversation is not text but {str(value)[:80]}")
+    if not turns or not isinstance(evidence, dict):
+        raise ValueError("a conversation has no turns, or its evidence is not an object")
+    return Conversation(tuple(Turn(turn["role"], turn["text"]) for turn in turns), kind, dict(evidence))
+
+
+def image_parts(parts: Parts) -> list[str]:
+    """Names of the images, in order.
+
+    Raises:
+        ValueError: one is missing in between, or the sample holds media that nothing here decodes.
+    """
+    found = sorted((int(match[1] or 0), name) for name in parts if (match := IMAGE.match(name)))
     if [number for number, _ in found] != list(range(len(found))):
-        raise ValueError(f"its pictures are numbered {[number for number, _ in found]}: some are missing")
+        raise ValueError(f"its images are numbered {[number for number, _ in found]}: some are missing")
+    unknown = [name for name in parts if name != "json" and not IMAGE.match(name) and name not in VIDEO]
+    refused = [name for name in unknown if MEDIA.search(name) or not found]
+    if refused:
+        raise ValueError(f"unknown member {refused[0]!r} (known: {KNOWN_MEMBERS}); remove it or add a decoder")
     return [name for _, name in found]
 
 
 def describe_video_text(parts: Parts) -> dict[str, int | float | str]:
-    """The columns of a sample, as :func:`video_text_parts` gives them."""
+    """The columns of a sample, as :func:`video_text_parts` gives them. Raises BadSample or ValueError: malformed."""
     conversations = parse_conversations(parse_text(parts))
     video = next((name for name in VIDEO if name in parts), None)
-    frames = len(picture_parts(parts)) if video is None else len(_seconds(duration_s(parts[video])))
+    frames = len(image_parts(parts)) if video is None else len(_seconds(duration_s(parts[video])))
     return {"frames": frames, **_text_columns(conversations)}
 
 
 def fit_picture(picture: Any, size: int, fit: str) -> np.ndarray:
     """uint8 [S, S, 3] of a PIL picture: squeezed, its middle square, or whole with black bars."""
-    from PIL import Image, ImageOps
-
     if picture.size != (size, size):
         if fit == "crop":
             picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
@@ -205,10 +221,8 @@ def fit_picture(picture: Any, size: int, fit: str) -> np.ndarray:
 
 
 def decode_picture(content: bytes, size: int, fit: str) -> np.ndarray:
-    """uint8 [S, S, 3] RGB of an encoded picture. Raises OSError or ValueError: it is broken or cut off."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(content)) as opened:
+    """uint8 [S, S, 3] RGB of an encoded image. Raises BadSample: it is broken, cut off or too large."""
+    with open_image(content) as opened:
         if fit == "stretch":
             opened.draft("RGB", (size, size))
         return fit_picture(opened.convert("RGB"), size, fit)
@@ -216,7 +230,7 @@ def decode_picture(content: bytes, size: int, fit: str) -> np.ndarray:
 
 def _seconds(duration: float) -> np.ndarray:
     """Times at which frames are taken: one a second, at most 64, evenly."""
-    count = max(1, int(np.floor(duration + 1e-6)))
+    count = max(1, int(np.floor(duration + TIME_TOLERANCE_S)))
     return np.arange(count) if count <= MAX_FRAMES else np.linspace(0, duration - 1, MAX_FRAMES)
 
 
@@ -235,10 +249,10 @@ def read_sample(
     """A decoded sample with all its conversations; of more frames than `max_frames`, evenly spaced ones.
 
     Raises:
-        SampleError: something in it is broken; names the sample and its shard.
+        BadSample: something in it is broken; names the sample and its shard.
     """
-    try:
-        parts = shards.read(sample)
+    parts = shards.read(sample)
+    with guard(shards.where(sample)):
         content = parse_text(parts)
         conversations = parse_conversations(content)
         video = next((name for name in VIDEO if name in parts), None)
@@ -246,15 +260,14 @@ def read_sample(
             frames = decode_video(parts[video], size, fit)
             frames = frames[_evenly(len(frames), max_frames)]
         else:
-            names = picture_parts(parts)
-            if int(content.get("frames", len(names))) != len(names):
-                raise ValueError(f"it has {len(names)} pictures of {content['frames']}")
-            pictures = [decode_picture(parts[names[n]], size, fit) for n in _evenly(len(names), max_frames)]
-            frames = np.stack(pictures) if pictures else np.zeros((0, size, size, 3), np.uint8)
-    except SampleError:
-        raise
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        raise SampleError(f"{shards.where(sample)}: {error}") from error
+            names = image_parts(parts)
+            if content.get("frames", len(names)) != len(names):
+                raise ValueError(f"it has {len(names)} images of {str(content['frames'])[:40]}")
+            images = [decode_picture(parts[names[n]], size, fit) for n in _evenly(len(names), max_frames)]
+            frames = np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8)
+        problem = next((problem for c in conversations if (problem := conversation_problem(c))), None)
+        if problem:
+            raise ValueError(problem)
     return VideoTextSample(frames, conversations, str(content.get("source", "")), shards.key(sample))
 
 
@@ -266,8 +279,10 @@ def iterate_texts(sets: Sequence[ShardSet]) -> Iterator[str]:
     """The text of every turn of some shard sets, in order (to train a tokenizer on); leaves out unreadable samples."""
     for shards, sample in all_samples(sets):
         try:
-            conversations = parse_conversations(parse_text(shards.read(sample)))
-        except (ValueError, KeyError, TypeError):
+            parts = shards.read(sample)
+            with guard(shards.where(sample)):
+                conversations = parse_conversations(parse_text(parts))
+        except BadSample:
             continue
         for conversation in conversations:
             for turn in conversation.turns:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -14,13 +13,17 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from torch.utils.data import DataLoader
 
+from keygrip.artifacts import locked
+from keygrip.data.bad_samples import BadSample, BadSamples
 from keygrip.data.batches import VideoTextBatch
-from keygrip.data.shards.bad_samples import SUBSTITUTES, Collate, Skipped, SkippingLoader, SubstitutingSamples
+from keygrip.data.shards.index import MANIFEST
 from keygrip.data.shards.made_shards import MadeShards, held_out
 from keygrip.data.shards.mixing import BucketedSampler, Component, MixedBatchSampler, Mixture, Stage, padded_share
+from keygrip.data.shards.reader import ShardSet
+from keygrip.data.shards.remote import is_remote
 from keygrip.data.shards.resuming import ResumableData
 from keygrip.data.shards.sampling import GlobalBatchSampler, SampleKey, sample_generator
-from keygrip.data.shards.tars import MANIFEST, SampleError, ShardSet, is_remote
+from keygrip.data.shards.substitution import SUBSTITUTES, Collate, CountingLoader, SubstitutingSamples
 from keygrip.data.video_text.conversations import (
     FITS,
     MAX_FRAMES,
@@ -204,7 +207,7 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
         return int(self.starts[-1])
 
     def __getitem__(self, key: SampleKey) -> VideoTextSample:
-        """Raises SampleError: it cannot be read."""
+        """Raises BadSample: it cannot be read."""
         number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
         part = self.parts[number]
         position = key.sample - int(self.starts[number])
@@ -214,9 +217,7 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
             conversations = [c for c in conversations if c.kind in part.source.kinds]
         conversations = choose(conversations, self.questions, sample_generator(self.seed, key))
         if not conversations:
-            raise SampleError(
-                f"{part.shards.where(int(part.chosen[position]))}: no conversation of the kinds asked for"
-            )
+            raise BadSample(f"{part.shards.where(int(part.chosen[position]))}: no conversation of the kinds asked for")
         return replace(sample, conversations=tuple(conversations), source=part.name)
 
     def _read(self, part: Part, number: int, position: int) -> VideoTextSample:
@@ -329,7 +330,7 @@ class VideoTexts(ResumableData):
         self.memory_gb, self.curriculum = memory_gb, list(curriculum or [])
         self.num_workers = min((os.cpu_count() or 1) - 1, 4) if num_workers is None else num_workers
         self.prefetch_batches = prefetch_batches
-        self.skipped = Skipped(max_skipped_share)
+        self.skipped = BadSamples(max_skipped_share)
         self.prepare_data_per_node = False  # shards lie where every node sees them
         self.parts: dict[str, list[Part]] = {}
         self.mixture: Mixture | None = None
@@ -346,9 +347,7 @@ class VideoTexts(ResumableData):
     def _prepare_collator(self) -> None:
         if isinstance(self.collator, PreparedCollator):
             folder = self.folder
-            folder.mkdir(parents=True, exist_ok=True)
-            with (folder / ".collator.lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with locked(folder / ".collator.lock"):
                 self.collator.prepare(folder, self.texts)
 
     def setup(self, stage: str | None = None) -> None:
@@ -443,7 +442,7 @@ class VideoTexts(ResumableData):
         self, parts: Sequence[Part], sampler: GlobalBatchSampler, questions: Questions, memory_gb: float = 0.0
     ) -> DataLoader[Any]:
         samples = VideoTextSamples(parts, self.image_size, self.fit, self.max_frames, questions, self.seed, memory_gb)
-        loader = SkippingLoader(collate_fn=Collate(self.collator), **self.loader_options(samples, sampler))
+        loader = CountingLoader(collate_fn=Collate(self.collator), **self.loader_options(samples, sampler))
         loader.skipped = self.skipped
         return loader
 

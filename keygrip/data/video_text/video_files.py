@@ -1,4 +1,4 @@
-"""Videos from a user's disk: a video file, a folder of pictures, or one picture."""
+"""Videos from a user's disk: a video file, a folder of images, or one image."""
 
 from __future__ import annotations
 
@@ -6,30 +6,31 @@ from pathlib import Path
 
 import numpy as np
 
+from keygrip.data.bad_samples import BadSample, read_bytes
 from keygrip.data.video_text.conversations import decode_picture, decode_video
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def read_frames(path: str | Path, size: int, fit: str, max_frames: int) -> np.ndarray:
-    """uint8 [F, S, S, 3]: a frame a second of a video, every picture of a folder in the order of its names.
+    """uint8 [F, S, S, 3]: one frame per second of a video, every image of a folder in the order of its names.
 
     Of more than `max_frames`, so many evenly spaced ones are kept.
 
     Raises:
-        FileNotFoundError: nothing there, or a folder without pictures. ValueError: it cannot be decoded.
+        FileNotFoundError: nothing there, or a folder without images. ValueError: it cannot be decoded.
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
         if not files:
-            raise FileNotFoundError(f"{path} holds no pictures ({', '.join(PICTURES)})")
+            raise FileNotFoundError(f"{path} holds no images ({', '.join(SUFFIXES)})")
         keep = _evenly(len(files), max_frames)
-        return np.stack([_picture(files[number], size, fit) for number in keep])
+        return np.stack([_image(files[number], size, fit) for number in keep])
     if not path.is_file():
-        raise FileNotFoundError(f"there is no video, picture or folder at {path}")
-    if path.suffix.lower() in PICTURES:
-        return _picture(path, size, fit)[None]
+        raise FileNotFoundError(f"there is no video, image or folder at {path}")
+    if path.suffix.lower() in SUFFIXES:
+        return _image(path, size, fit)[None]
     try:
         frames = decode_video(str(path), size, fit)
     except ValueError as error:
@@ -37,11 +38,11 @@ def read_frames(path: str | Path, size: int, fit: str, max_frames: int) -> np.nd
     return frames[_evenly(len(frames), max_frames)]
 
 
-def _picture(file: Path, size: int, fit: str) -> np.ndarray:
+def _image(file: Path, size: int, fit: str) -> np.ndarray:
     try:
-        return decode_picture(file.read_bytes(), size, fit)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be decoded: {error}") from error
+        return decode_picture(read_bytes(file), size, fit)
+    except BadSample as error:
+        raise ValueError(f"{file} cannot be decoded: {error.what}") from error
 
 
 def _evenly(count: int, limit: int) -> list[int]:

@@ -14,8 +14,11 @@ import pytest
 import torch
 from image_sets import SQUARE, WIDE, drawn, small_encoders, write_images
 
+from keygrip.data.bad_samples import BadSample
 from keygrip.data.batches import ImageTextBatch
-from keygrip.data.image_text.datamodule import BucketBatchSampler, ImageShards, MadeImages
+from keygrip.data.image_text.bucket_folders import MadeImages
+from keygrip.data.image_text.bucket_samples import BucketBatchSampler
+from keygrip.data.image_text.datamodule import ImageShards
 from keygrip.data.image_text.samples import (
     LATENT,
     TEXT,
@@ -26,9 +29,10 @@ from keygrip.data.image_text.samples import (
     npy_bytes,
     read_image_text,
 )
-from keygrip.data.image_text.sources.images import as_tensor, prepare_image
-from keygrip.data.shards.tars import SampleError, ShardSet, ShardWriter, write_manifest
+from keygrip.data.image_text.sources.encoding import as_tensor, prepare_image
+from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.validation import make_manifests, validate
+from keygrip.data.shards.writer import ShardWriter, write_manifest
 
 COUNTS = {SQUARE: 11, WIDE: 6}
 
@@ -129,7 +133,7 @@ def test_a_broken_part_names_its_sample(tmp_path: Path, part: str, content: byte
     with ShardWriter(tmp_path / "a.tar") as writer:
         writer.add("k", {**parts, part: content}, row)
     write_manifest(tmp_path, describe_image_text, progress=False)
-    with pytest.raises(SampleError, match=said) as error:
+    with pytest.raises(BadSample, match=said) as error:
         read_image_text(ShardSet(tmp_path), 0)
     assert "k of" in str(error.value)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -12,18 +13,11 @@ import pytest
 import webdataset
 from shard_sets import conversations, picture, write_set
 
-from keygrip.data.shards.tars import (
-    MANIFEST,
-    SampleError,
-    ShardCache,
-    ShardError,
-    ShardSet,
-    ShardWriter,
-    index_path,
-    index_shard,
-    split_name,
-    write_manifest,
-)
+from keygrip.data.bad_samples import BadSample
+from keygrip.data.shards.index import MANIFEST, ShardError, index_path, index_shard, split_name
+from keygrip.data.shards.reader import ShardSet
+from keygrip.data.shards.remote import ShardCache
+from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.video_text.conversations import describe_video_text, read_sample, video_text_parts
 
 
@@ -170,26 +164,27 @@ def test_a_broken_picture_is_named_with_its_shard(tmp_path: Path) -> None:
     shards = ShardSet(root)
     part = int(shards.index(0).first_part[1]) + 2
     overwrite(root / "s-000.tar", int(shards.index(0).part_offsets[part]), b"\0" * 60)
-    with pytest.raises(SampleError, match=r"s1 of .*s-000\.tar: .*"):
+    with pytest.raises(BadSample, match=r"s1 of .*s-000\.tar: .*"):
         read_sample(shards, 1, 8)
     assert read_sample(shards, 2, 8).frames.shape == (2, 8, 8, 3)
 
 
 def test_a_missing_picture_is_an_error(tmp_path: Path) -> None:
     parts, row = video_text_parts([picture(n) for n in range(3)], conversations("n0"), "x", extension="png")
-    for gone, reason in (("01.png", r"numbered \[0, 2\]"), ("02.png", "2 pictures of 3")):
+    for gone, reason in (("01.png", r"numbered \[0, 2\]"), ("02.png", "2 images of 3")):
         with ShardWriter(tmp_path / gone / "a.tar") as writer:
             writer.add("a", {name: content for name, content in parts.items() if name != gone}, row)
         if gone == "01.png":
-            with pytest.raises(ShardError, match=f"sample a cannot be described: .*{reason}"):
-                index_shard(tmp_path / gone / "a.tar", describe_video_text)
+            index = index_shard(tmp_path / gone / "a.tar", describe_video_text)
+            assert (len(index), list(index.bad)) == (0, ["a"])
+            assert re.search(reason, index.bad["a"])
         write_manifest(tmp_path / gone, describe_video_text, progress=False)
-        with pytest.raises(SampleError, match=reason):
+        with pytest.raises(BadSample, match=reason):
             read_sample(ShardSet(tmp_path / gone), 0, 8)
 
 
 def test_many_shards_with_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("keygrip.data.shards.tars.OPEN_FILES", 2)
+    monkeypatch.setattr("keygrip.data.shards.reader.OPEN_FILES", 2)
     shards = ShardSet(write_set(tmp_path, [1] * 12, per_shard=2))
     assert [read_sample(shards, n, 8).frames[0, 0, 0, 0] for n in (0, 11, 5, 0, 7, 11)] == [0, 11, 5, 0, 7, 11]
     assert len(shards._files) == 2
@@ -213,7 +208,7 @@ def test_remote_shards_are_copied_once_and_within_the_limit(tmp_path: Path) -> N
     assert ShardSet(root).fingerprint == shards.fingerprint
     shutil.move(root / "s-000.tar", tmp_path / "gone.tar")
     assert read_sample(shards, 1, 8).key == "s1"  # from the copy
-    with pytest.raises(SampleError, match=r"s3 of file.*s-001\.tar"):
+    with pytest.raises(BadSample, match=r"s3 of file.*s-001\.tar"):
         (root / "s-001.tar").unlink()
         read_sample(shards, 3, 8)
 
@@ -240,3 +235,67 @@ def test_rows_may_have_any_columns(tmp_path: Path) -> None:
     assert shards.columns["label"].tolist() == ["c64", "c32"]
     assert shards.columns["aspect"].dtype == np.float64
     assert shards.read(1) == {"jpg": b"\0" * 32}
+
+
+def test_a_bad_sample_is_left_out_by_name_and_the_rest_of_its_shard_is_kept(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "a.tar") as writer:
+        for number in range(8):
+            parts, row = video_text_parts([picture(number)], conversations(f"n{number}"), "x", extension="png")
+            writer.add(f"s{number}", {**parts, "json": b"{"} if number == 3 else parts, row)
+    index_path(tmp_path / "a.tar").unlink()
+    with pytest.raises(ValueError, match=r"1 of 8 samples .*_share=0\.1 allows; the first: s3 of .*a\.tar: json"):
+        write_manifest(tmp_path, describe_video_text, progress=False)
+    for again in (False, True):  # from the index, and from the tar
+        manifest = write_manifest(tmp_path, describe_video_text, max_broken_share=0.2, again=again, progress=False)
+        assert (manifest["samples"], list(manifest["bad_samples"]["a.tar"])) == (7, ["s3"])
+    shards = ShardSet(tmp_path)
+    assert [shards.key(n) for n in range(7)] == ["s0", "s1", "s2", "s4", "s5", "s6", "s7"]
+    assert [int(read_sample(shards, n, 8).frames[0, 0, 0, 0]) for n in range(7)] == [0, 1, 2, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("names", "frames"),
+    [
+        (["jpg"], 1),
+        (["JPG"], 1),
+        (["jpeg"], 1),
+        (["00.JPG", "01.jpeg", "02.PNG"], 3),
+        (["00.gif"], "unknown member '00.gif'"),
+        (["00.jpg", "01.tiff"], "unknown member '01.tiff'"),
+        (["seg.jpg"], "unknown member 'seg.jpg'"),
+        (["frames.npy"], "unknown member 'frames.npy'"),
+        (["jpg", "00.jpg"], r"images are numbered \[0, 0\]"),
+    ],
+)
+def test_other_layouts_are_read_or_refused_by_name(tmp_path: Path, names: list[str], frames: int | str) -> None:
+    parts, row = video_text_parts([], conversations("n0"), "x")
+    text = parts["json"].replace(b'"frames":0', b'"fps":1')
+    with ShardWriter(tmp_path / "a.tar") as writer:
+        writer.add("key", {"json": text, **{name: picture(n) for n, name in enumerate(names)}}, row)
+    index = index_shard(tmp_path / "a.tar", describe_video_text)
+    if isinstance(frames, str):
+        assert re.search(frames, index.bad["key"])
+    else:
+        assert index.columns["frames"].tolist() == [frames]
+        write_manifest(tmp_path, describe_video_text, again=True, progress=False)
+        found = read_sample(ShardSet(tmp_path), 0, 8).frames
+        assert found[:, 0, 0, 0].tolist() == list(range(frames))
+
+
+def test_compressed_shards_are_named(tmp_path: Path) -> None:
+    root = write_set(tmp_path / "set", [1] * 4, per_shard=2)
+    (root / "s-002.tar.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"1 of 3 shards .*s-002\.tar\.gz is compressed.*unpack it"):
+        write_manifest(root, describe_video_text, progress=False)
+    (tmp_path / "s.tar.gz").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"s\.tar\.gz is compressed"):
+        write_manifest(tmp_path, describe_video_text, progress=False)
+
+
+def test_a_manifest_that_points_outside_of_its_folder_is_refused(tmp_path: Path) -> None:
+    root = write_set(tmp_path / "set", [1] * 4, per_shard=2)
+    manifest = json.loads((root / MANIFEST).read_text())
+    manifest["shards"][0]["name"] = "../s-000.tar"
+    (root / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ShardError, match="does not name a file in its folder"):
+        ShardSet(root)

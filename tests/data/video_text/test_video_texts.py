@@ -19,7 +19,7 @@ from shard_sets import CharacterCollator, write_set
 
 from keygrip.data.batches import Conversation, Turn, VideoTextBatch
 from keygrip.data.shards.made_shards import MadeShards
-from keygrip.data.shards.tars import ShardSet
+from keygrip.data.shards.reader import ShardSet
 from keygrip.data.video_text.conversations import answer
 from keygrip.data.video_text.datamodule import ShardSource, VideoTexts, choose
 

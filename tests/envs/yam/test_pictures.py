@@ -12,7 +12,7 @@ from PIL import Image
 
 from keygrip.data.image_text.crops import Bucket
 from keygrip.data.image_text.datamodule import ImageShards
-from keygrip.data.image_text.sources.images import as_tensor
+from keygrip.data.image_text.sources.encoding import as_tensor
 from keygrip.envs.yam.stills import CUBE_COLOURS, Picture, PictureCell, PictureOptions, describe, palette
 from keygrip.models.patch_dit.encoders import grey
 from keygrip.recording.image_text import evidence, make_images

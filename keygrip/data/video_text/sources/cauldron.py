@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from keygrip.data.bad_samples import BadSample, guard, open_image
 from keygrip.data.video_text.conversations import (
     MAX_FRAMES,
     Conversation,
@@ -31,9 +31,12 @@ class CauldronMaker:
         for number, row in group.rows(["images", "texts"]):
             key = f"{group.name[-70:]}-{number:08d}"
             try:
-                yield self._sample(key, group.name.split("-")[0], row)
-            except (ValueError, KeyError, TypeError, OSError) as error:
-                yield Broken(f"{key}: {error}")
+                with guard(key):
+                    sample = self._sample(key, group.name.split("-")[0], row)
+            except BadSample as error:
+                yield Broken(str(error))
+            else:
+                yield sample
 
     def _sample(self, key: str, collection: str, row: dict[str, Any]) -> MadeSample:
         images = row["images"] or []
@@ -49,12 +52,10 @@ class CauldronMaker:
         return MadeSample(key, *video_text_parts(frames, [conversation], "cauldron"))
 
     def _picture(self, content: bytes | None) -> bytes:
-        from PIL import Image
-
         if not content:
             raise ValueError("an image is empty")
-        with Image.open(io.BytesIO(content)) as picture:
-            return encode_jpeg(fit_picture(picture.convert("RGB"), self.image_size, self.fit))
+        with open_image(content) as image:
+            return encode_jpeg(fit_picture(image.convert("RGB"), self.image_size, self.fit))
 
 
 def cauldron(

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keygrip.data.video_text.conversations import Conversation, Turn, conversation_problem, video_text_parts
+from keygrip.data.bad_samples import BadSample, guard
+from keygrip.data.video_text.conversations import Conversation, Turn, video_text_parts
 from keygrip.data.video_text.sources.tables import RowGroup, row_groups
 from keygrip.data.video_text.sources.writing import Broken, MadeSample, write_shards
 
@@ -27,15 +28,23 @@ class SmolTalkMaker:
             key = f"{group.name[-70:]}-{number:08d}"
             if stage_of(key) != self.stage:
                 continue
-            turns = tuple(Turn(message["role"], message["content"]) for message in row["messages"] or ())
-            if sum(len(turn.text or "") for turn in turns) > self.max_characters:
-                continue  # longer than any context: a cut answer would teach not to stop
-            conversation = Conversation(turns, "text", {})
-            problem = conversation_problem(conversation) if turns else "it has no turns"
-            if problem:
-                yield Broken(f"{key}: {problem}")
+            try:
+                with guard(key):
+                    sample = self._sample(key, row)
+            except BadSample as error:
+                yield Broken(str(error))
             else:
-                yield MadeSample(key, *video_text_parts([], [conversation], "smoltalk"))
+                if sample is not None:
+                    yield sample
+
+    def _sample(self, key: str, row: dict[str, Any]) -> MadeSample | None:
+        """None for one that is left out because of its length."""
+        turns = tuple(Turn(message["role"], message["content"]) for message in row["messages"] or ())
+        if not turns or not all(isinstance(turn.text, str) for turn in turns):
+            raise ValueError("it has no turns, or one without text")
+        if sum(len(turn.text) for turn in turns) > self.max_characters:
+            return None  # longer than any context: a cut answer would teach not to stop
+        return MadeSample(key, *video_text_parts([], [Conversation(turns, "text", {})], "smoltalk"))
 
 
 def stage_of(key: str) -> int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from keygrip.data.bad_samples import BadSample, guard, reason_of, regular_file
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,24 @@ class RowGroup:
         import pyarrow.parquet as parquet
 
         number = self.first_row
-        with parquet.ParquetFile(self.path) as file:
+        with _named(self.path), parquet.ParquetFile(self.path) as file:
             for batch in file.iter_batches(64, [self.group], list(columns)):
                 for row in batch.to_pylist():
                     yield number, row
                     number += 1
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Raises ValueError in place of what a damaged table raises."""
+    import pyarrow as arrow
+
+    try:
+        with guard(path):
+            yield
+    except (BadSample, arrow.ArrowException) as error:
+        reason = error.what if isinstance(error, BadSample) else reason_of(error)
+        raise ValueError(f"{path} cannot be read ({reason}): download it again") from error
 
 
 def row_groups(source: Path | str, pattern: str, columns: Sequence[str], what: str) -> list[RowGroup]:
@@ -35,7 +51,6 @@ def row_groups(source: Path | str, pattern: str, columns: Sequence[str], what: s
     Raises:
         FileNotFoundError: no tables. ValueError: one cannot be read or lacks a column; `what` names the data set.
     """
-    import pyarrow as arrow
     import pyarrow.parquet as parquet
 
     source = Path(source)
@@ -46,12 +61,10 @@ def row_groups(source: Path | str, pattern: str, columns: Sequence[str], what: s
         )
     groups = []
     for path in paths:
-        try:
-            with parquet.ParquetFile(path) as file:
-                missing = [name for name in columns if name not in file.schema_arrow.names]
-                sizes = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
-        except (arrow.ArrowException, OSError) as error:
-            raise ValueError(f"{path} cannot be read ({error}): download it again") from error
+        regular_file(path)
+        with _named(path), parquet.ParquetFile(path) as file:
+            missing = [name for name in columns if name not in file.schema_arrow.names]
+            sizes = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
         if missing:
             raise ValueError(f"{path} has no column {missing[0]!r}: is it a table of {what}?")
         name = str(path.relative_to(source).with_suffix("")).replace("/", "-").replace(".", "-")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from keygrip.data.bad_samples import BadSample, guard, parse_json, read_bytes, read_text, regular_file
 from keygrip.data.video_text.conversations import (
     MAX_FRAMES,
     Conversation,
@@ -24,6 +24,7 @@ from keygrip.data.video_text.conversations import (
 from keygrip.data.video_text.sources.writing import Broken, MadeSample, write_shards
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+MAX_LIST_BYTES = 1 << 33
 PLACEHOLDER = re.compile(r"\s*<(image|video)>\s*")
 
 
@@ -35,6 +36,7 @@ class Entry:
     media: tuple[Path, ...]
     turns: tuple[tuple[str, str], ...]
     collection: str
+    problem: str = ""  # why it cannot be used
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,16 @@ class VideoSFTMaker:
     fit: str
 
     def __call__(self, entry: Entry) -> Iterable[MadeSample | Broken]:
+        if entry.problem:
+            raise ValueError(entry.problem)
         pictures = []
         for path in entry.media:
-            if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"):
-                pictures.append(decode_picture(path.read_bytes(), self.image_size, self.fit)[None])
-            elif not path.is_file():
+            if not path.exists():
                 raise FileNotFoundError(f"{path} is not there")
+            if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"):
+                pictures.append(decode_picture(read_bytes(path), self.image_size, self.fit)[None])
             else:
+                regular_file(path)
                 pictures.append(decode_video(str(path), self.image_size, self.fit))
         together = np.concatenate(pictures) if pictures else np.zeros((0, 1, 1, 3), np.uint8)
         if len(together) > MAX_FRAMES:
@@ -77,23 +82,46 @@ def entries(source: Path) -> list[Entry]:
         raise FileNotFoundError(f"no *.json or *.jsonl with instructions below {source}")
     found = []
     for path in lists:
-        text = path.read_text(encoding="utf-8")
-        try:
-            if path.suffix == ".jsonl":
-                content = [json.loads(line) for line in text.splitlines() if line.strip()]
-            else:
-                content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(content, list):
-            raise ValueError(f"{path} holds no list of entries")
+        content = _read_list(path)
         name = str(path.relative_to(source).with_suffix("")).replace("/", "-").replace(".", "-")[-60:]
         for number, entry in enumerate(content):
-            if isinstance(entry, Mapping) and "conversations" in entry:
-                found.append(_entry(f"{name}-{number:08d}", name, source, path.parent, entry))
-    if not found:
+            key = f"{name}-{number:08d}"
+            if isinstance(entry, BadSample):
+                found.append(Entry(key, (), (), name, str(entry)))
+            elif isinstance(entry, Mapping) and "conversations" in entry:
+                try:
+                    with guard(f"entry {number} of {path}"):
+                        found.append(_entry(key, name, source, path.parent, entry))
+                except BadSample as error:
+                    found.append(Entry(key, (), (), name, str(error)))
+    if not any(not entry.problem for entry in found):
         raise ValueError(f"the lists below {source} hold no entries with `conversations`")
     return found
+
+
+def _read_list(path: Path) -> list[Any]:
+    """The entries of a list; lines of a .jsonl file that cannot be read as the error that says why.
+
+    Raises:
+        ValueError: it cannot be read, or is not a list.
+    """
+    text = read_text(path, MAX_LIST_BYTES)
+    if path.suffix == ".jsonl":
+        return [_line(line, f"line {n} of {path}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    try:
+        content = parse_json(text, path, MAX_LIST_BYTES)
+    except BadSample as error:
+        raise ValueError(f"{path} is not valid JSON: {error.what}") from error
+    if not isinstance(content, list):
+        raise ValueError(f"{path} holds no list of entries")
+    return content
+
+
+def _line(line: str, where: str) -> Any:
+    try:
+        return parse_json(line, where)
+    except BadSample as error:
+        return error
 
 
 def _entry(key: str, collection: str, source: Path, beside: Path, entry: Mapping[str, Any]) -> Entry:
@@ -103,9 +131,10 @@ def _entry(key: str, collection: str, source: Path, beside: Path, entry: Mapping
         # relative to the list or to the whole folder: both are usual
         media.append(next((folder / name for folder in (beside, source) if (folder / name).is_file()), beside / name))
     turns = tuple(
-        (str(turn.get("from", turn.get("role"))), str(turn.get("value", turn.get("content"))))
-        for turn in entry["conversations"]
+        (turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in entry["conversations"]
     )
+    if not all(isinstance(role, str) and isinstance(text, str) for role, text in turns):
+        raise ValueError("a turn has no role or no text")
     return Entry(key, tuple(media), turns, collection)
 
 

@@ -7,18 +7,30 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keygrip.data.shards.tars import Parts, split_name
+from keygrip.data.bad_samples import (
+    HOSTILE,
+    BadSample,
+    guard,
+    is_of_the_machine,
+    parse_json,
+    read_text,
+    reason_of,
+    regular_file,
+)
+from keygrip.data.shards.index import Parts, split_name
 from keygrip.data.video_text.conversations import caption, decode_video, encode_jpeg, video_text_parts
 from keygrip.data.video_text.sources.writing import Broken, MadeSample, write_shards
 
 REQUEST = "Write the WebVid caption of this video."
+MAX_LIST_BYTES = 1 << 33
+MAX_MEMBER_BYTES = 1 << 32
 COLUMNS = ("videoid", "page_dir", "name")
 
 
@@ -29,6 +41,7 @@ class WebVidRow:
     key: str
     video: Path
     text: str
+    problem: str = ""  # why it cannot be used
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,8 @@ class WebVidMaker:
 
     def __call__(self, item: WebVidRow | Path) -> Iterable[MadeSample | Broken]:
         if isinstance(item, WebVidRow):
+            if item.problem:
+                raise ValueError(item.problem)
             if not item.video.is_file():
                 raise FileNotFoundError(f"{item.video} was not downloaded")
             yield self._sample(item.key, str(item.video), item.text)
@@ -48,11 +63,16 @@ class WebVidMaker:
             for key, parts in tar_samples(item):
                 name = f"{item.stem}-{key}".replace(".", "-").replace("/", "-")[-90:]
                 try:
-                    yield self._sample(name, parts["mp4"], _caption_in(parts))
-                except (ValueError, KeyError) as error:
-                    yield Broken(f"{key} of {item}: {type(error).__name__}: {error}")
-        except tarfile.TarError as error:
-            yield Broken(f"{item} is cut off or damaged: {error}; its videos up to there are kept")
+                    with guard(f"{key} of {item}"):
+                        sample = self._sample(name, parts["mp4"], _caption_in(parts))
+                except BadSample as error:
+                    yield Broken(str(error))
+                else:
+                    yield sample
+        except HOSTILE as error:
+            if is_of_the_machine(error):
+                raise
+            yield Broken(f"{item} is cut off or damaged: {reason_of(error)}; its videos up to there are kept")
 
     def _sample(self, key: str, video: bytes | str, text: str) -> MadeSample:
         if not text.strip():
@@ -64,14 +84,21 @@ class WebVidMaker:
 def _caption_in(parts: Parts) -> str:
     if "txt" in parts:
         return parts["txt"].decode()
-    return str(json.loads(parts["json"])["caption"])
+    found = parse_json(parts["json"], "json")["caption"]
+    if not isinstance(found, str):
+        raise ValueError("its caption is not text")
+    return found
 
 
 def tar_samples(path: Path) -> Iterator[tuple[str, Parts]]:
     """Whole samples of a tar file. Raises tarfile.TarError: it is cut off; the sample at the cut is not handed out."""
-    key, parts = None, dict[str, bytes]()
+    key, parts, end = None, dict[str, bytes](), 0
+    regular_file(path)
     with tarfile.open(path) as tar:
         for member in tar:
+            if not 0 <= member.size <= MAX_MEMBER_BYTES or member.offset_data < end:
+                raise tarfile.ReadError(f"the size of {member.name} is wrong")
+            end = member.offset_data + member.size
             if not member.isfile():
                 continue
             name, part = split_name(member.name)
@@ -92,12 +119,16 @@ def webvid_rows(source: Path) -> list[WebVidRow]:
     """All lines of the lists in a folder, each video once."""
     rows: dict[str, WebVidRow] = {}
     for path in sorted(source.glob("*.csv")):
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
+        with guard(path):
+            reader = csv.DictReader(io.StringIO(read_text(path, MAX_LIST_BYTES), newline=""))
             missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
             if missing:
-                raise ValueError(f"{path} has no column {missing[0]!r}: is it a list of WebVid?")
-            for line in reader:
+                raise ValueError(f"it has no column {missing[0]!r}: is it a list of WebVid?")
+            for number, line in enumerate(reader, 2):
+                if not line["videoid"] or line["page_dir"] is None:
+                    key = f"row {number} of {path.name}"
+                    rows[key] = WebVidRow(key, source, "", f"{key}: it has no videoid or no page_dir")
+                    continue
                 key = line["videoid"].strip()
                 video = source / "videos" / line["page_dir"].strip() / f"{key}.mp4"
                 rows.setdefault(key, WebVidRow(key, video, line["name"] or ""))

@@ -19,16 +19,10 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from keygrip.data.shards.tars import (
-    MANIFEST,
-    Describe,
-    Parts,
-    Row,
-    ShardWriter,
-    index_path,
-    write_manifest,
-    write_whole,
-)
+from keygrip.artifacts import write_json
+from keygrip.data.bad_samples import BadSample, guard, read_json
+from keygrip.data.shards.index import MANIFEST, Describe, Parts, Row, index_path
+from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.video_text.conversations import describe_video_text
 
 log = logging.getLogger(__name__)
@@ -57,8 +51,7 @@ class Broken:
 class Maker(Protocol):
     """Makes the samples of one item; picklable, and called in a process of its own.
 
-    What is broken is yielded as `Broken`, or raised as ValueError or OSError where the whole item is: it is counted and
-    passed over.
+    What is broken is yielded as `Broken`, or raised where the whole item is: it is counted, named and left out.
     """
 
     def __call__(self, item: Any, /) -> Iterable[MadeSample | Broken]: ...
@@ -128,7 +121,7 @@ def write_shards(
             result.written += samples
             bar.update(count)
     for path in sorted(root.glob(f"{name}-*.tar")):
-        reasons = json.loads(failures_path(path).read_text())
+        reasons = read_json(failures_path(path))
         result.failed += len(reasons)
         result.reasons += reasons
     for reason in result.reasons[:NAMED_AT_MOST]:
@@ -163,9 +156,9 @@ def check_settings(root: Path, settings: Mapping[str, Any]) -> None:
     path = root / SETTINGS_FILE
     now = json.loads(json.dumps(settings, default=str))
     if not path.is_file():
-        write_whole(path, (json.dumps(now, indent=1) + "\n").encode())
+        write_json(path, now)
         return
-    stored = json.loads(path.read_text())
+    stored = read_json(path)
     if stored != now:
         keys = [key for key in {**stored, **now} if stored.get(key) != now.get(key)]
         shown = ", ".join(f"{key}: {stored.get(key)!r} there, {now.get(key)!r} now" for key in keys)
@@ -181,17 +174,32 @@ def _write_one(job: Job, make: Maker) -> tuple[int, int]:
     reasons: list[str] = []
     with ShardWriter(path) as writer:
         for item in items:
-            try:
-                for sample in make(item):
-                    if isinstance(sample, Broken):
-                        reasons.append(sample.reason)
-                    else:
-                        writer.add(sample.key, sample.parts, sample.row)
-            except (ValueError, OSError, KeyError, TypeError) as error:
-                reasons.append(f"{_short(item)}: {type(error).__name__}: {error}")
+            for sample in _made(make, item):
+                if isinstance(sample, Broken):
+                    reasons.append(sample.reason)
+                    continue
+                try:
+                    writer.add(sample.key, sample.parts, sample.row)
+                except ValueError as error:
+                    reasons.append(f"{_short(item)}: {error}")
         count = len(writer)
-        write_whole(failures_path(path), (json.dumps(reasons, indent=1) + "\n").encode())
+        write_json(failures_path(path), reasons)
     return len(items), count
+
+
+def _made(make: Maker, item: Any) -> Iterator[MadeSample | Broken]:
+    """The samples of an item; what ends the item becomes the last, as `Broken`."""
+    try:
+        with guard(_short(item)):
+            samples = iter(make(item))
+        while True:
+            with guard(_short(item)):
+                sample = next(samples, None)
+            if sample is None:
+                return
+            yield sample
+    except BadSample as error:
+        yield Broken(str(error))
 
 
 def _short(item: Any) -> str:

@@ -19,9 +19,13 @@ from keygrip.data.image_text.crops import Bucket
 from keygrip.data.image_text.datamodule import ImageShards
 from keygrip.data.image_text.samples import read_image_text
 from keygrip.data.image_text.sources import images as step
-from keygrip.data.image_text.sources.images import Claims, Rank, images, jobs_of, key_of, list_items, prepare_image
-from keygrip.data.shards.tars import ShardSet
+from keygrip.data.image_text.sources.encoding import prepare_image
+from keygrip.data.image_text.sources.images import Rank, images
+from keygrip.data.image_text.sources.jobs import Claims, jobs_of
+from keygrip.data.image_text.sources.listing import decode_image, key_of, list_items, size_of
+from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.validation import validate
+from keygrip.data.shards.writer import ShardWriter
 from keygrip.models.patch_dit.encoders import Encoders
 
 OPTIONS: dict[str, Any] = {"size": 32, "bucket_step": 16, "max_aspect": 3.0, "images_per_shard": 4, "batch_size": 3}
@@ -92,8 +96,8 @@ def test_pictures_are_turned_as_their_camera_says(tmp_path: Path) -> None:
     exif = wide.getexif()
     exif[0x0112] = 6  # to be turned by a quarter
     wide.save(tmp_path / "turned.jpg", exif=exif)
-    assert step.size_of(tmp_path / "turned.jpg") == (40, 80)
-    assert step.open_picture(tmp_path / "turned.jpg").size == (40, 80)
+    assert size_of(tmp_path / "turned.jpg") == (40, 80)
+    assert decode_image(tmp_path / "turned.jpg").size == (40, 80)
 
 
 # ---- the list --------------------------------------------------------------------------------------------------------
@@ -124,10 +128,10 @@ def test_keys_have_no_dots_and_never_meet() -> None:
 
 
 def test_without_pictures_it_says_where_it_looked(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no folder of pictures at"):
+    with pytest.raises(FileNotFoundError, match="no folder of images at"):
         prepared(tmp_path / "none", tmp_path / "root")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no pictures"):
+    with pytest.raises(FileNotFoundError, match="no images"):
         prepared(tmp_path / "empty", tmp_path / "root")
 
 
@@ -195,14 +199,14 @@ def test_a_shard_whose_writing_failed_is_never_finished(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk is full for one sample of the first shard, and no longer for those behind it."""
-    add = step.ShardWriter.add
+    add = ShardWriter.add
 
     def full_once(self: Any, key: str, parts: Any, row: Any) -> None:
         if key == "square-1":
             raise OSError(28, "No space left on device")
         add(self, key, parts, row)
 
-    monkeypatch.setattr(step.ShardWriter, "add", full_once)
+    monkeypatch.setattr(ShardWriter, "add", full_once)
     with pytest.raises(OSError, match="No space left"):
         prepared(source, tmp_path / "root")
     assert "bucket_32x32/shard-000000.tar" not in contents(tmp_path / "root")
@@ -240,7 +244,7 @@ def test_a_picture_that_breaks_while_it_is_read_is_listed(source: Path, tmp_path
 
 
 def test_too_many_broken_pictures_leave_a_set_that_nobody_trains_on(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"3 of 16 pictures are left out .* more than max_failed_share=0\.1 allows"):
+    with pytest.raises(ValueError, match=r"3 of 16 images are left out .* more than max_failed_share=0\.1 allows"):
         prepared(source, tmp_path / "root", max_failed_share=0.1)
     assert not (tmp_path / "root" / "images.json").exists()
 

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from shard_sets import picture
 
-from keygrip.data.shards.tars import ShardSet
+from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.validation import validate
 from keygrip.data.video_text.conversations import read_sample
 from keygrip.data.video_text.sources.cauldron import cauldron
@@ -202,7 +202,7 @@ def test_webvid_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no list \(\*\.csv beside videos/\) and no tar files in"):
         webvid(tmp_path, tmp_path / "out")
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match=r"x\.csv has no column 'videoid': is it a list of WebVid"):
+    with pytest.raises(ValueError, match=r"x\.csv: it has no column 'videoid': is it a list of WebVid"):
         webvid(tmp_path, tmp_path / "out")
 
 
@@ -242,7 +242,7 @@ def test_video_instructions(tmp_path: Path) -> None:
 def test_videos_may_also_lie_whole_in_shards(tmp_path: Path) -> None:
     from shard_sets import conversations
 
-    from keygrip.data.shards.tars import ShardWriter, write_manifest
+    from keygrip.data.shards.writer import ShardWriter, write_manifest
     from keygrip.data.video_text.conversations import describe_video_text, video_text_parts
 
     parts, _ = video_text_parts([], conversations("v"), "x")

@@ -1,8 +1,7 @@
-"""Unreadable samples: replaced where they stand, counted where they are used, an error where there are many."""
+"""Bad samples in a batch: each is replaced by another sample, so that batches keep their size, and counted."""
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,14 +9,10 @@ from typing import Any, TypeVar
 
 from torch.utils.data import Dataset
 
+from keygrip.data.bad_samples import BadSample, BadSamples
 from keygrip.data.shards.sampling import ResumableLoader, SampleKey
-from keygrip.data.shards.tars import SampleError
-
-log = logging.getLogger(__name__)
 
 SUBSTITUTES = 8  # tried in place of an unreadable sample
-JUDGED_AFTER = 200  # samples, before the share of skipped ones is judged
-NAMED_AT_MOST = 10
 Sample = TypeVar("Sample", covariant=True)
 
 
@@ -29,7 +24,7 @@ class SubstitutingSamples(Dataset[Sample], ABC):
         """The sample itself, then those that may stand in for it: like ones, so that batches keep their size and the
         order stays a function of (seed, epoch, step)."""
 
-    def __getitems__(self, keys: Sequence[SampleKey]) -> list[tuple[Sample, list[str]]] | list[SampleError]:
+    def __getitems__(self, keys: Sequence[SampleKey]) -> list[tuple[Sample, list[str]]] | list[BadSample]:
         """A batch's samples, each with what was skipped on the way to it; or the error where nothing could be read."""
         found = []
         for key in keys:
@@ -38,10 +33,10 @@ class SubstitutingSamples(Dataset[Sample], ABC):
                 try:
                     found.append((self[candidate], skipped))
                     break
-                except SampleError as error:
+                except BadSample as error:
                     skipped.append(str(error))
             else:
-                return [SampleError(f"{len(skipped)} samples in a row cannot be read; the first: {skipped[0]}")]
+                return [BadSample(f"{len(skipped)} samples in a row cannot be read; the first: {skipped[0]}")]
         return found
 
 
@@ -56,47 +51,19 @@ class Collate:
     collator: Callable[[list[Any]], Any]
 
     def __call__(
-        self, samples: list[tuple[Any, list[str]]] | list[SampleError]
-    ) -> tuple[Any, int, list[str]] | SampleError:
+        self, samples: list[tuple[Any, list[str]]] | list[BadSample]
+    ) -> tuple[Any, int, list[str]] | BadSample:
         first = samples[0]
-        if isinstance(first, SampleError):
+        if isinstance(first, BadSample):
             return first
         batch = self.collator([sample for sample, _ in samples])  # type: ignore[misc]
         return batch, len(samples), [reason for _, skipped in samples for reason in skipped]  # type: ignore[misc]
 
 
-class Skipped:
-    """Counts skipped samples in the main process.
+class CountingLoader(ResumableLoader):
+    """A loader that hands out the batches alone and counts the samples that were skipped for them."""
 
-    Args:
-        max_share: more than this share of the samples seen is an error.
-    """
-
-    def __init__(self, max_share: float) -> None:
-        self.max_share, self.seen, self.reasons = max_share, 0, dict[str, int]()
-
-    @property
-    def count(self) -> int:
-        return sum(self.reasons.values())
-
-    def add(self, samples: int, reasons: Sequence[str]) -> None:
-        """Raises ValueError: too many."""
-        self.seen += samples
-        for reason in reasons:
-            if reason not in self.reasons and len(self.reasons) < NAMED_AT_MOST:
-                log.warning("skipped: %s", reason)
-            self.reasons[reason] = self.reasons.get(reason, 0) + 1
-        if self.count > self.max_share * self.seen and self.seen >= JUDGED_AFTER:
-            raise ValueError(
-                f"{self.count} of {self.seen} samples could not be read, more than data.max_skipped_share="
-                f"{self.max_share:g} allows; the first: {next(iter(self.reasons))}"
-            )
-
-
-class SkippingLoader(ResumableLoader):
-    """A loader that hands out the batches alone and reports what was skipped for them."""
-
-    skipped: Skipped | None = None
+    skipped: BadSamples | None = None
 
     def __iter__(self) -> Any:
         for batch, samples, reasons in super().__iter__():

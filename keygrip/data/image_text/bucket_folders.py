@@ -1,0 +1,82 @@
+"""Folders of image shards in aspect buckets, and `images.json`, which names their buckets and encoders.
+
+A root holds `bucket_<width>x<height>/` folders, each a shard set, or `train/`, `val/` and perhaps `test/` with such
+folders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from keygrip.artifacts import write_json
+from keygrip.data.bad_samples import read_json
+from keygrip.data.image_text.crops import BUCKET_NAME, Bucket
+from keygrip.data.shards.index import MANIFEST
+from keygrip.data.shards.made_shards import MadeShards
+from keygrip.data.shards.remote import ShardCache, is_remote
+from keygrip.training.parts import data_part
+
+SCHEMA = "keygrip.images/1"
+INFO = "images.json"
+SPLITS = ("train", "val", "test")
+
+
+def write_info(root: Path | str, encoders: dict[str, Any] | None) -> dict[str, Any]:
+    """Writes `images.json`: the buckets of every split, and the encoders ({"fingerprint", "description"})."""
+    root = Path(root)
+    splits = {split: [bucket.name for bucket in buckets_in(folder)] for split, folder in split_folders(root).items()}
+    info = {"schema": SCHEMA, "splits": splits, "encoders": encoders}
+    write_json(root / INFO, info)
+    return info
+
+
+def split_folders(root: Path) -> dict[str, Path]:
+    """Folders with buckets by split; "" for a root without splits."""
+    found = {split: root / split for split in SPLITS if buckets_in(root / split)}
+    return found or ({"": root} if buckets_in(root) else {})
+
+
+def buckets_in(folder: Path) -> list[Bucket]:
+    """The buckets of a local folder that have a manifest."""
+    names = [path.parent.name for path in folder.glob(f"bucket_*/{MANIFEST}")]
+    return sorted(Bucket.from_name(name) for name in names if BUCKET_NAME.match(name))
+
+
+def read_info(root: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
+    """What `images.json` says; of a local folder without one, what lies there.
+
+    Raises:
+        FileNotFoundError: no such folder, or nothing in it. ValueError: a file of another kind.
+    """
+    if is_remote(root):
+        digest = hashlib.sha256(root.encode()).hexdigest()[:16]
+        folder = Path(cache_dir or Path.home() / ".cache" / "keygrip" / "shards") / digest
+        content = read_json(ShardCache(root, folder, 1 << 30).fetch(INFO))
+    elif (Path(root) / INFO).is_file():
+        content = read_json(Path(root) / INFO)
+    else:
+        found = split_folders(Path(root))
+        if not found:
+            raise FileNotFoundError(
+                f"no bucket_<width>x<height>/{MANIFEST} in {root} or its train/: make shards with `python -m "
+                f"keygrip.prepare step=images source=... root={root}`, or index foreign ones with step=manifest"
+            )
+        splits = {split: [bucket.name for bucket in buckets_in(folder)] for split, folder in found.items()}
+        content = {"schema": SCHEMA, "splits": splits, "encoders": None}
+    if not isinstance(content, dict):
+        raise ValueError(f"{root}/{INFO} is damaged: make it again with step=manifest")
+    if content.get("schema") != SCHEMA:
+        raise ValueError(f"{root}/{INFO} is a file of {content.get('schema')!r}, not of {SCHEMA!r}")
+    return dict(content)
+
+
+@data_part(from_checkpoint={"make_missing": False})
+@dataclass(frozen=True)
+class MadeImages(MadeShards):
+    """Image shards that the program makes itself where they are missing; `images.json`, written last, says that they
+    are whole."""
+
+    last_file: ClassVar[str] = INFO

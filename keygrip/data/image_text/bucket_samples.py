@@ -1,0 +1,152 @@
+"""Samples of image shards by aspect bucket: their order, their reading and their batches, one bucket per batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from keygrip.data.bad_samples import BadSample
+from keygrip.data.batches import ImageTextBatch
+from keygrip.data.image_text.crops import Bucket
+from keygrip.data.image_text.samples import ImageTextSample, read_image_text
+from keygrip.data.shards.reader import ShardSet
+from keygrip.data.shards.sampling import GlobalBatchSampler, SampleKey
+from keygrip.data.shards.substitution import SUBSTITUTES, SubstitutingSamples
+
+
+@dataclass(frozen=True)
+class BucketPart:
+    """The usable samples of one bucket in one split."""
+
+    bucket: Bucket
+    shards: ShardSet
+    chosen: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def first(self, column: str) -> int:
+        return int(self.shards.columns[column][self.chosen[0]])
+
+
+class BucketBatchSampler(GlobalBatchSampler):
+    """Global batches of one bucket each; otherwise as :class:`GlobalBatchSampler`.
+
+    In training, what does not fill a batch of its bucket is left out of the epoch, other samples in each. In
+    validation (`shuffle=False`, `drop_last=False`) every sample comes once, and a bucket's last batch may be smaller.
+
+    Args:
+        bucket: [N] int, of each sample.
+
+    Raises:
+        ValueError: no bucket fills a batch, or as the parent class.
+    """
+
+    def __init__(
+        self,
+        bucket: np.ndarray,
+        batch_size: int,
+        rank: int = 0,
+        ranks: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = True,
+    ) -> None:
+        super().__init__(len(bucket), batch_size, rank, ranks, seed, shuffle, drop_last)
+        self.bucket = bucket
+        self.counts = np.unique(bucket, return_counts=True)[1] if len(bucket) else np.zeros(0, int)
+        if drop_last and not len(self):
+            raise ValueError(
+                f"the fullest of {len(self.counts)} aspect buckets holds {self.counts.max()} samples, fewer than one "
+                f"batch of {batch_size}; lower data.batch_size"
+            )
+
+    def __len__(self) -> int:
+        whole = self.counts // self.batch_size
+        return int((whole if self.drop_last else -(-self.counts // self.batch_size)).sum())
+
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        """All ranks' batches of an epoch, in order."""
+        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((self.seed, epoch if self.shuffle else 0))))
+        found = []
+        for bucket in np.unique(self.bucket):
+            members = rng.permutation(np.flatnonzero(self.bucket == bucket))
+            stop = len(members) // self.batch_size * self.batch_size if self.drop_last else len(members)
+            found += [members[start : start + self.batch_size] for start in range(0, stop, self.batch_size)]
+        return [found[place] for place in rng.permutation(len(found))]
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        epoch, first = (self.epoch, 0) if self.position is None else divmod(self.position(), max(1, len(self)))
+        for batch in self.batches(epoch)[first:]:
+            if len(batch) < self.ranks:
+                batch = np.resize(batch, self.ranks)  # so that no rank waits for ever
+            yield [SampleKey(int(index), epoch) for index in np.array_split(batch, self.ranks)[self.rank]]
+
+
+class ImageTextSamples(SubstitutingSamples[ImageTextSample]):
+    """The samples of some buckets, numbered one behind the other; indexed by `SampleKey`."""
+
+    def __init__(self, parts: Sequence[BucketPart], sizes: dict[str, int]) -> None:
+        self.parts, self.sizes = list(parts), sizes
+        self.starts = np.cumsum([0, *(len(part) for part in parts)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def bucket(self) -> np.ndarray:
+        """[N], number of each sample's bucket."""
+        return np.repeat(np.arange(len(self.parts)), [len(part) for part in self.parts])
+
+    def __getitem__(self, key: SampleKey) -> ImageTextSample:
+        """Raises BadSample: it cannot be read, or has other sizes than the rest of its bucket."""
+        number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
+        part = self.parts[number]
+        place = int(part.chosen[key.sample - int(self.starts[number])])
+        sample = read_image_text(part.shards, place)
+        expected = (part.first("latent_height"), part.first("latent_width"))
+        grid = (part.first("grid_height"), part.first("grid_width"))
+        if sample.latent.shape[1:] != expected or sample.patch_grid != grid:
+            raise BadSample(
+                f"{part.shards.where(place)}: its latent is {sample.latent.shape[1:]} and its patches "
+                f"{sample.patch_grid}; in {part.bucket.name} they are {expected} and {grid}"
+            )
+        found = {
+            "latent_channels": len(sample.latent),
+            "dino": len(sample.dino_cls),
+            "text_dim": sample.text_states.shape[1],
+            "text_length": len(sample.text_mask),
+        }
+        for name, size in self.sizes.items():
+            if found[name] != size:
+                raise BadSample(f"{part.shards.where(place)}: {name} is {found[name]}, elsewhere {size}")
+        return sample
+
+    def candidates(self, key: SampleKey) -> Iterator[SampleKey]:
+        """The next ones of its bucket."""
+        number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
+        start, count = int(self.starts[number]), len(self.parts[number])
+        for step in range(min(SUBSTITUTES + 1, count)):
+            yield SampleKey(start + (key.sample - start + step) % count, key.epoch)
+
+
+def make_batch(samples: Sequence[ImageTextSample]) -> ImageTextBatch:
+    """Samples of one bucket as a batch."""
+
+    def stacked(name: str) -> torch.Tensor:
+        return torch.from_numpy(np.stack([getattr(sample, name) for sample in samples]))
+
+    return ImageTextBatch(
+        latents=stacked("latent"),
+        text_states=stacked("text_states"),
+        text_mask=stacked("text_mask"),
+        dino_cls=stacked("dino_cls"),
+        dino_patches=stacked("dino_patches"),
+        patch_grid=samples[0].patch_grid,
+        captions=[str(sample.record.get("caption", "")) for sample in samples],
+        keys=[sample.key for sample in samples],
+        records=[sample.record for sample in samples],
+    )

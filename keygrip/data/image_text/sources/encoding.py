@@ -1,0 +1,105 @@
+"""One image on its way into a shard: cropped for its bucket, encoded, and stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from keygrip.data.image_text.crops import Box, Bucket, cut_out, shared_crop
+from keygrip.data.image_text.samples import image_text_parts
+from keygrip.data.shards.index import Parts, Row
+
+
+class ViewShapes(Protocol):
+    """Of a picture's DINO view: its size (width, height) in pixels and its grid (rows, columns) of patches."""
+
+    def view_size(self, width: int, height: int) -> tuple[int, int]: ...
+    def dino_grid(self, width: int, height: int) -> tuple[int, int]: ...
+
+
+class ImageEncoders(ViewShapes, Protocol):
+    """What turns pictures and captions into features; see :class:`keygrip.models.patch_dit.encoders.Encoders`."""
+
+    latent_stride: int
+
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def description(self) -> dict[str, Any]: ...
+    def to(self, device: torch.device | str) -> Any: ...
+    def encode_images(self, images: Tensor) -> Tensor: ...
+    def encode_view(self, views: Tensor) -> tuple[Tensor, Tensor]: ...
+    def encode_text(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """A picture ready to be encoded: both pictures show `record["crop"]` of the source.
+
+    Args:
+        pixels: uint8 [H, W, 3], of the bucket's size. view: uint8 [vh, vw, 3], for DINO.
+    """
+
+    key: str
+    pixels: np.ndarray
+    view: np.ndarray
+    caption: str
+    record: dict[str, Any]
+
+
+def prepare_image(
+    picture: Any, caption: str, bucket: Bucket, shapes: ViewShapes, key: str, more: Mapping[str, Any] | None = None
+) -> PreparedImage:
+    """Cuts the shared crop out of a PIL picture twice, once for the latent and once for DINO.
+
+    Args:
+        more: further entries of the record, for example `evidence`.
+    """
+    box: Box = shared_crop(picture.width, picture.height, bucket)
+    view_size = shapes.view_size(bucket.width, bucket.height)
+    record = {
+        "caption": caption,
+        "size": [picture.width, picture.height],
+        "crop": [round(edge, 3) for edge in box],
+        "bucket": [bucket.width, bucket.height],
+        "patch_grid": list(shapes.dino_grid(bucket.width, bucket.height)),
+        **(more or {}),
+    }
+    pixels = cut_out(picture, box, (bucket.width, bucket.height))
+    return PreparedImage(key, pixels, cut_out(picture, box, view_size), caption, record)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Features of some prepared pictures, on the CPU, as numpy arrays with a first dimension for the pictures."""
+
+    latents: np.ndarray
+    states: np.ndarray
+    mask: np.ndarray
+    cls: np.ndarray
+    patches: np.ndarray
+
+    def sample(self, number: int, record: Mapping[str, Any], trim_text: bool) -> tuple[Parts, Row]:
+        """Parts and columns of one of them. Raises ValueError: numbers that cannot be stored."""
+        n = number
+        return image_text_parts(
+            self.latents[n], self.states[n], self.mask[n], self.cls[n], self.patches[n], record, trim_text
+        )
+
+
+def encode_images(encoders: ImageEncoders, pixels: Tensor, views: Tensor, captions: Sequence[str]) -> Encoded:
+    """Encodes pictures of one bucket: uint8 [B, 3, H, W] and [B, 3, vh, vw]."""
+    latents = encoders.encode_images(pixels)
+    cls, patches = encoders.encode_view(views)
+    states, mask = encoders.encode_text(captions)
+    return Encoded(*(part.cpu().numpy() for part in (latents, states, mask, cls, patches)))
+
+
+def as_tensor(pictures: Sequence[np.ndarray]) -> Tensor:
+    """uint8 [B, 3, H, W] of pictures [H, W, 3]."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()

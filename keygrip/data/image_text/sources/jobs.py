@@ -1,0 +1,237 @@
+"""Shards as jobs: claimed by one process each, read ahead in loader processes, and written by a thread."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from keygrip.artifacts import write_json
+from keygrip.data.bad_samples import BadSample, guard
+from keygrip.data.image_text.crops import Bucket
+from keygrip.data.image_text.sources.encoding import Encoded, ImageEncoders, PreparedImage, as_tensor, prepare_image
+from keygrip.data.image_text.sources.listing import Item, decode_image
+from keygrip.data.shards.index import index_path
+from keygrip.data.shards.writer import ShardWriter
+from keygrip.data.video_text.sources.writing import failures_path
+
+PENDING_WRITES = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """A shard to write."""
+
+    path: Path
+    bucket: Bucket
+    items: tuple[Item, ...]
+
+    @property
+    def done(self) -> bool:
+        return self.path.is_file() and index_path(self.path).is_file() and failures_path(self.path).is_file()
+
+    @property
+    def lock_path(self) -> Path:
+        return self.path.with_name(f".{self.path.stem}.lock")
+
+
+def jobs_of(root: Path, items: Sequence[Item], images_per_shard: int) -> list[Job]:
+    """The shards of all buckets, the fullest bucket first."""
+    by_bucket: dict[str, list[Item]] = {}
+    for item in items:
+        if item.bucket is not None:
+            by_bucket.setdefault(item.bucket, []).append(item)
+    jobs = []
+    for name, members in sorted(by_bucket.items(), key=lambda pair: (-len(pair[1]), pair[0])):
+        for number, start in enumerate(range(0, len(members), images_per_shard)):
+            path = root / name / f"shard-{number:06d}.tar"
+            jobs.append(Job(path, Bucket.from_name(name), tuple(members[start : start + images_per_shard])))
+    return jobs
+
+
+class Claims(Sampler[list[tuple[int, int]]]):
+    """Batches of (job, item) of the jobs that this process could claim, each batch of one job.
+
+    A job is claimed when its first batch is asked for, and released with `release`. The lock is the file system's: it
+    goes with the process that holds it.
+
+    Args:
+        jobs: of all processes. batch_size: items. first: the job to begin with, so that processes do not all ask for
+            the same ones.
+    """
+
+    def __init__(self, jobs: Sequence[Job], batch_size: int, first: int = 0) -> None:
+        self.jobs, self.batch_size = list(jobs), batch_size
+        self.order = [*range(first, len(self.jobs)), *range(first)]
+        self.held: dict[int, IO[str]] = {}
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for number in self.order:
+            if self.claim(number):
+                count = len(self.jobs[number].items)
+                for start in range(0, count, self.batch_size):
+                    yield [(number, item) for item in range(start, min(start + self.batch_size, count))]
+
+    def claim(self, number: int) -> bool:
+        """Whether the job is open and now ours."""
+        job = self.jobs[number]
+        if job.done:
+            return False
+        job.path.parent.mkdir(parents=True, exist_ok=True)
+        lock = job.lock_path.open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            return False
+        if job.done:  # another process was just finishing it
+            lock.close()
+            return False
+        self.held[number] = lock
+        return True
+
+    def release(self, number: int) -> None:
+        """Gives a job back. The file of the lock goes only with a finished job: of an open one, two processes could
+        come to hold locks on two files of that name."""
+        if self.jobs[number].done:
+            self.jobs[number].lock_path.unlink(missing_ok=True)
+        self.held.pop(number).close()
+
+    def release_all(self) -> None:
+        for number in list(self.held):
+            self.release(number)
+
+
+@dataclass(frozen=True)
+class ReadyBatch:
+    """Prepared pictures of one job; `failed` names what could not be read."""
+
+    job: int
+    keys: list[str]
+    pixels: Tensor | None
+    views: Tensor | None
+    captions: list[str]
+    records: list[dict[str, Any]]
+    failed: list[str]
+    last: bool
+
+
+class Pictures(Dataset[PreparedImage]):
+    """Decoded and cropped in loader processes; indexed by whole batches of `Claims`."""
+
+    def __init__(self, jobs: Sequence[Job], source: Path, sizes: ViewSizes) -> None:
+        self.jobs, self.source, self.sizes = list(jobs), source, sizes
+
+    def __getitem__(self, key: tuple[int, int]) -> PreparedImage:
+        job = self.jobs[key[0]]
+        item = job.items[key[1]]
+        picture = decode_image(self.source / item.path)
+        return prepare_image(picture, item.caption, job.bucket, self.sizes, item.key, {"source": item.path})
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[ReadyBatch]:
+        found: list[PreparedImage] = []
+        failed = []
+        for key in keys:
+            path = self.jobs[key[0]].items[key[1]].path
+            try:
+                with guard(self.source / path):
+                    found.append(self[key])
+            except BadSample as error:
+                failed.append(f"{path}: {error.what}")
+        number, item = keys[-1]
+        return [
+            ReadyBatch(
+                number,
+                [image.key for image in found],
+                as_tensor([image.pixels for image in found]) if found else None,
+                as_tensor([image.view for image in found]) if found else None,
+                [image.caption for image in found],
+                [image.record for image in found],
+                failed,
+                item == len(self.jobs[number].items) - 1,
+            )
+        ]
+
+
+@dataclass(frozen=True)
+class ViewSizes:
+    """Sizes of DINO views by bucket: what loader processes need to know of the encoders."""
+
+    views: dict[tuple[int, int], tuple[int, int]]
+    grids: dict[tuple[int, int], tuple[int, int]]
+
+    @classmethod
+    def of(cls, encoders: ImageEncoders, buckets: Sequence[Bucket]) -> ViewSizes:
+        sizes = [(bucket.width, bucket.height) for bucket in buckets]
+        return cls({s: encoders.view_size(*s) for s in sizes}, {s: encoders.dino_grid(*s) for s in sizes})
+
+    def view_size(self, width: int, height: int) -> tuple[int, int]:
+        return self.views[width, height]
+
+    def dino_grid(self, width: int, height: int) -> tuple[int, int]:
+        return self.grids[width, height]
+
+
+class ShardThread:
+    """Writes shards in the order of batches, in a thread of its own; at most a few batches wait."""
+
+    def __init__(self, claims: Claims, trim_text: bool) -> None:
+        self.claims, self.trim_text = claims, trim_text
+        self._pool = ThreadPoolExecutor(1, "shards")
+        self._pending: list[Future[None]] = []
+        self._writer: ShardWriter | None = None
+        self._failed: list[str] = []
+        self._broken = False
+
+    def add(self, batch: ReadyBatch, encoded: Encoded | None) -> None:
+        """Raises what went wrong in writing an earlier batch."""
+        self._pending.append(self._pool.submit(self._write, batch, encoded))
+        while self._pending and (len(self._pending) > PENDING_WRITES or self._pending[0].done()):
+            self._pending.pop(0).result()
+
+    def _write(self, batch: ReadyBatch, encoded: Encoded | None) -> None:
+        if self._broken:
+            return  # a shard must not be finished without the batch that could not be written
+        try:
+            self._append(batch, encoded)
+        except BaseException:
+            self._broken = True
+            raise
+
+    def _append(self, batch: ReadyBatch, encoded: Encoded | None) -> None:
+        job = self.claims.jobs[batch.job]
+        if self._writer is None:
+            self._writer = ShardWriter(job.path).__enter__()
+            self._failed = []
+        self._failed += batch.failed
+        for number, key in enumerate(batch.keys):
+            assert encoded is not None
+            try:
+                self._writer.add(key, *encoded.sample(number, batch.records[number], self.trim_text))
+            except ValueError as error:
+                self._failed.append(f"{batch.records[number]['source']}: {error}")
+        if batch.last:
+            write_json(failures_path(job.path), self._failed)
+            self._writer.__exit__(None)
+            self._writer = None
+            self.claims.release(batch.job)
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Writes what waits, and with an error leaves no shard half written."""
+        self._pool.shutdown(wait=True)
+        if self._writer is not None:
+            stopped = error or RuntimeError("the shard was not finished")
+            with contextlib.suppress(type(stopped)):
+                self._writer.__exit__(type(stopped), stopped, stopped.__traceback__)
+            self._writer = None
+        self.claims.release_all()
+        if error is None:
+            for future in self._pending:
+                future.result()

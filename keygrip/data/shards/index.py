@@ -1,0 +1,226 @@
+"""The index of a shard: where every member of a tar file lies, and a row of columns per sample.
+
+A shard set is a folder (or a URL) of ``*.tar`` files in webdataset's layout, an index ``<shard>.index.npz`` for each,
+and ``manifest.json``, written last. A sample is all files of a tar that share the part of their name before the first
+dot; what follows the dot names the member ("json", "00.jpg", "01.jpg", ...). The index holds where each member lies and
+one row of columns per sample (frames, text length, width, ...), from which the order of samples, buckets and mixtures
+are computed without opening a tar. What members and columns mean is defined by the rooms that write and read them.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from keygrip.data.bad_samples import BadSample, guard, read_npz, regular_file
+
+SCHEMA = "keygrip.shards/1"
+MANIFEST = "manifest.json"
+INDEX_SUFFIX = ".index.npz"
+END_OF_TAR = 1024  # bytes of zeros
+MAX_SAMPLE_BYTES = 1 << 31
+Parts = dict[str, bytes]
+Row = Mapping[str, int | float | str]
+Describe = Callable[[Parts], Row]
+
+
+class ShardError(ValueError):
+    """A shard that is cut off, not a tar file, or does not agree with its index. The message names it."""
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where everything in a shard lies: N samples, M parts.
+
+    Args:
+        keys: [N] str. first_part: [N + 1] int64, sample i owns the parts first_part[i] to first_part[i + 1].
+        part_names: [M] str. part_offsets, part_sizes: [M] int64 bytes.
+        columns: by name, [N] int64, float64 or str.
+        size: of the tar, bytes. bad: samples of the tar that are left out, by key with the reason.
+    """
+
+    keys: np.ndarray
+    first_part: np.ndarray
+    part_names: np.ndarray
+    part_offsets: np.ndarray
+    part_sizes: np.ndarray
+    columns: dict[str, np.ndarray]
+    size: int
+    bad: dict[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to_bytes(self) -> bytes:
+        """As a file; the same index gives the same bytes."""
+        arrays = {
+            "keys": self.keys,
+            "first_part": self.first_part,
+            "part_names": self.part_names,
+            "part_offsets": self.part_offsets,
+            "part_sizes": self.part_sizes,
+            "size": np.int64(self.size),
+            **{f"column/{name}": values for name, values in self.columns.items()},
+        }
+        if self.bad:
+            arrays |= {"bad_keys": np.array([*self.bad]), "bad_reasons": np.array([*self.bad.values()])}
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, content: bytes, name: str) -> ShardIndex:
+        """Raises ShardError: not an index; `name` is for the message."""
+        try:
+            arrays = read_npz(content, where=name)
+            with guard(name):
+                columns = {k.removeprefix("column/"): v for k, v in arrays.items() if k.startswith("column/")}
+                own = {key: arrays[key] for key in ("keys", "first_part", "part_names", "part_offsets", "part_sizes")}
+                reasons = (arrays[key].tolist() for key in ("bad_keys", "bad_reasons") if key in arrays)
+                index = cls(**own, columns=columns, size=int(arrays["size"]), bad=dict(zip(*reasons, strict=True)))
+                index._check()
+                return index
+        except BadSample as error:
+            raise ShardError(f"{name} is not a shard index ({error.what}): make it again with step=manifest") from error
+
+    def _check(self) -> None:
+        """Raises ValueError: its arrays do not belong together, or point outside of the tar."""
+        samples, members = len(self.keys), len(self.part_names)
+        numbers = (self.first_part, self.part_offsets, self.part_sizes)
+        if any(values.ndim != 1 for values in (self.keys, self.part_names, *numbers, *self.columns.values())):
+            raise ValueError("an array has more than one dimension")
+        if any(values.dtype.kind != "i" for values in numbers) or {
+            self.keys.dtype.kind,
+            self.part_names.dtype.kind,
+        } != {"U"}:
+            raise ValueError("an array is of another type")
+        ends = self.part_offsets.astype(np.float64) + self.part_sizes  # in float64: no overflow
+        if (
+            len(self.first_part) != samples + 1
+            or self.first_part[0] != 0
+            or self.first_part[-1] != members
+            or (np.diff(self.first_part) < 0).any()
+            or len(self.part_offsets) != members
+            or len(self.part_sizes) != members
+            or any(len(values) != samples for values in self.columns.values())
+            or (members and (self.part_offsets.min() < 0 or self.part_sizes.min() < 0 or ends.max() > self.size))
+        ):
+            raise ValueError("its arrays do not belong together")
+
+    def without(self, keys: Collection[str]) -> ShardIndex:
+        """The index without some samples."""
+        keep = np.array([key not in keys for key in self.keys.tolist()], dtype=bool)
+        counts = np.diff(self.first_part)
+        members = np.repeat(keep, counts)
+        return replace(
+            self,
+            keys=self.keys[keep],
+            first_part=np.cumsum([0, *counts[keep].tolist()]),
+            part_names=self.part_names[members],
+            part_offsets=self.part_offsets[members],
+            part_sizes=self.part_sizes[members],
+            columns={name: values[keep] for name, values in self.columns.items()},
+        )
+
+
+def make_index(
+    keys: Sequence[str],
+    parts: Sequence[Sequence[tuple[str, int, int]]],
+    rows: Sequence[Row],
+    size: int,
+    bad: Mapping[str, str] | None = None,
+) -> ShardIndex:
+    """The index of samples whose parts are (name, offset, bytes)."""
+    flat = [part for sample in parts for part in sample]
+    names, offsets, sizes = zip(*flat, strict=True) if flat else ((), (), ())
+    columns = {name: np.array([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+    return ShardIndex(
+        keys=np.array(keys, dtype=np.str_),
+        first_part=np.cumsum([0, *(len(sample) for sample in parts)]),
+        part_names=np.array(names, dtype=np.str_),
+        part_offsets=np.array(offsets, dtype=np.int64),
+        part_sizes=np.array(sizes, dtype=np.int64),
+        columns=columns,
+        size=size,
+        bad=dict(bad or {}),
+    )
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and part of a file in a tar: "a/b.00.jpg" is ("a/b", "00.jpg")."""
+    folder, _, file = name.rpartition("/")
+    stem, _, part = file.partition(".")
+    return (f"{folder}/{stem}" if folder else stem), part
+
+
+def index_shard(path: Path, describe: Describe) -> ShardIndex:
+    """Reads a whole shard's headers, and of its samples what `describe` needs. Samples that cannot be described are
+    left out, with the reason in `bad`.
+
+    Raises:
+        ShardError: it is cut off (also between two files), is no tar, is compressed, or repeats a key or a part.
+    """
+    try:
+        regular_file(path)
+        with guard(path):
+            return _index_tar(path, describe)
+    except BadSample as error:
+        if isinstance(error.__cause__, ShardError):
+            raise error.__cause__ from None
+        raise ShardError(f"{path} is not a whole tar file: {error.what}") from error
+
+
+def _index_tar(path: Path, describe: Describe) -> ShardIndex:
+    size = path.stat().st_size
+    keys: list[str] = []
+    parts: list[list[tuple[str, int, int]]] = []
+    rows: list[Row] = []
+    bad: dict[str, str] = {}
+    with tarfile.open(path, "r:") as tar, path.open("rb") as raw:
+        end = 0
+        for member in tar:
+            if member.size < 0 or member.offset_data < end:  # tarfile itself would go round in circles
+                raise ShardError(f"{path} is not a whole tar file: the size of {member.name} is wrong")
+            end = member.offset_data + (member.size + 511) // 512 * 512
+            if end > size:
+                raise ShardError(f"{path} is cut off in {member.name}")
+            if not member.isfile():
+                continue
+            key, part = split_name(member.name)
+            if not keys or keys[-1] != key:
+                keys.append(key)
+                parts.append([])
+            parts[-1].append((part, member.offset_data, member.size))
+        raw.seek(end)
+        closing = raw.read(END_OF_TAR)
+        if len(closing) < END_OF_TAR or any(closing):
+            raise ShardError(f"{path} is cut off: the end mark after its {len(keys)} samples is missing")
+        twice = next((key for key, count in Counter(keys).items() if count > 1), None)
+        if twice is not None:
+            raise ShardError(f"{path}: the key {twice} stands for two samples")
+        for key, sample in zip(keys, parts, strict=True):
+            if len({name for name, _, _ in sample}) != len(sample):
+                raise ShardError(f"{path}: sample {key} has a part twice")
+            try:
+                if sum(length for _, _, length in sample) > MAX_SAMPLE_BYTES:
+                    raise BadSample(key, f"it has more than the {MAX_SAMPLE_BYTES} bytes that a sample may have")
+                content = {}
+                for name, offset, length in sample:
+                    raw.seek(offset)
+                    content[name] = raw.read(length)
+                with guard(key):
+                    rows.append(describe(content))
+            except BadSample as error:
+                bad[key] = error.what
+    kept = [number for number, key in enumerate(keys) if key not in bad]
+    return make_index([keys[n] for n in kept], [parts[n] for n in kept], rows, size, bad)
+
+
+def index_path(shard: Path) -> Path:
+    return shard.with_name(shard.name + INDEX_SUFFIX)

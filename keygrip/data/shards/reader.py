@@ -1,0 +1,199 @@
+"""Reading samples of a shard set at random, by the offsets of its indices."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keygrip.data.bad_samples import BadSample, guard, read_json
+from keygrip.data.shards.index import INDEX_SUFFIX, MANIFEST, SCHEMA, Parts, ShardError, ShardIndex
+from keygrip.data.shards.remote import ShardCache, is_remote
+
+log = logging.getLogger(__name__)
+
+OPEN_FILES = 64  # per process
+
+
+class ShardSet:
+    """The samples of a shard set, numbered through all its shards in order. Picklable; opens files when it reads.
+
+    Args:
+        root: folder or URL with a manifest.
+        cache_dir: for remote sets, where copies lie. cache_gb: their limit.
+
+    Attributes:
+        columns: by name, [N]. shard: [N] int32, the number of each sample's shard. fingerprint: of all indices; the
+        same set in another place has the same.
+
+    Raises:
+        FileNotFoundError: no manifest. ShardError: a shard differs from the manifest.
+    """
+
+    def __init__(self, root: Path | str, cache_dir: Path | str | None = None, cache_gb: float = 32.0) -> None:
+        self.root = str(root)
+        self._cache: ShardCache | None = None
+        if is_remote(root):
+            digest = hashlib.sha256(self.root.encode()).hexdigest()[:16]
+            folder = Path(cache_dir or Path.home() / ".cache" / "keygrip" / "shards") / digest
+            self._cache = ShardCache(self.root, folder, int(cache_gb * 1e9))
+        manifest_path = self._local(MANIFEST)
+        if not manifest_path.is_file():
+            raise FileNotFoundError(
+                f"no {MANIFEST} in {root}: make it with `python -m keygrip.prepare step=manifest root={root}`"
+            )
+        manifest = _read_manifest(manifest_path)
+        self.shards: list[dict[str, Any]] = [shard for shard in manifest["shards"] if shard["samples"]]
+        for name, reason in manifest["broken"].items():
+            log.warning("%s is left out: %s (%s)", name, reason, self.root)
+        for name, left in manifest["bad_samples"].items():
+            key, reason = next(iter(left.items()))
+            log.warning("%d samples of %s/%s are left out; the first: %s: %s", len(left), self.root, name, key, reason)
+        self._indices = [self._read_index(shard) for shard in self.shards]
+        self._check_sizes()
+        counts = [len(index) for index in self._indices]
+        self._starts = np.cumsum([0, *counts])
+        self.shard = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        names = manifest["columns"] if self._indices else []
+        for shard, index in zip(self.shards, self._indices, strict=True):
+            if len(index) != shard["samples"] or set(names) - set(index.columns):
+                raise ShardError(
+                    f"{root}/{shard['name']} does not agree with the manifest beside it: run step=manifest"
+                )
+        self.columns = {name: np.concatenate([index.columns[name] for index in self._indices]) for name in names}
+        self.fingerprint = hashlib.sha256("".join(shard["index_sha256"] for shard in self.shards).encode()).hexdigest()[
+            :16
+        ]
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": OrderedDict()}
+
+    def _local(self, name: str, size: int | None = None) -> Path:
+        return Path(self.root) / name if self._cache is None else self._cache.fetch(name, size)
+
+    def _read_index(self, shard: Mapping[str, Any]) -> ShardIndex:
+        path = self._local(shard["name"] + INDEX_SUFFIX)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: make it with step=manifest root={self.root}")
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != shard["index_sha256"]:
+            raise ShardError(f"{path} does not belong to the manifest beside it: make both with step=manifest")
+        return ShardIndex.from_bytes(content, str(path))
+
+    def _check_sizes(self) -> None:
+        """A shard that was cut off after indexing is found before training and not in the middle of it."""
+        if self._cache is not None:
+            return
+        for shard in self.shards:
+            path = Path(self.root) / shard["name"]
+            if not path.is_file():
+                raise ShardError(
+                    f"{path} is in the manifest and not in the folder: bring it back, or run step=manifest"
+                )
+            if path.stat().st_size != shard["bytes"]:
+                raise ShardError(
+                    f"{path} has {path.stat().st_size} bytes, its manifest says {shard['bytes']}: copy it again, "
+                    "or run step=manifest"
+                )
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """Number of the shard, and of the sample in it."""
+        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
+        return shard, sample - int(self._starts[shard])
+
+    def index(self, shard: int) -> ShardIndex:
+        """The index of a shard."""
+        return self._indices[shard]
+
+    def first_sample(self, shard: int) -> int:
+        """Number in the set of a shard's first sample."""
+        return int(self._starts[shard])
+
+    def key(self, sample: int) -> str:
+        shard, row = self.locate(sample)
+        return str(self._indices[shard].keys[row])
+
+    def where(self, sample: int) -> str:
+        """Key and shard of a sample, for messages."""
+        return f"{self.key(sample)} of {self.root}/{self.shards[self.locate(sample)[0]]['name']}"
+
+    def read(self, sample: int, names: Collection[str] | None = None) -> Parts:
+        """All parts of a sample, or those named that it has.
+
+        Raises:
+            BadSample: they cannot be read.
+        """
+        shard, row = self.locate(sample)
+        index = self._indices[shard]
+        parts = {}
+        with guard(self.where(sample)):
+            file = self._file(shard)
+            for part in range(int(index.first_part[row]), int(index.first_part[row + 1])):
+                if names is not None and str(index.part_names[part]) not in names:
+                    continue
+                size = int(index.part_sizes[part])
+                content = os.pread(file, size, int(index.part_offsets[part]))
+                if len(content) != size:
+                    raise ValueError(f"the file ends within {index.part_names[part]}")
+                parts[str(index.part_names[part])] = content
+        return parts
+
+    def _file(self, shard: int) -> int:
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        entry = self.shards[shard]
+        while len(self._files) >= OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1])
+        self._files[shard] = os.open(self._local(entry["name"], entry["bytes"]), os.O_RDONLY | os.O_CLOEXEC)
+        return self._files[shard]
+
+    def close(self) -> None:
+        """Closes the tar files; reading opens them again."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __del__(self) -> None:
+        if "_files" in self.__dict__:
+            self.close()
+
+
+def all_samples(sets: Iterable[ShardSet]) -> Iterator[tuple[ShardSet, int]]:
+    """Every sample of some sets, in order."""
+    for shards in sets:
+        for sample in range(len(shards)):
+            yield shards, sample
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Raises ShardError: it is damaged, or of another kind."""
+    try:
+        manifest = read_json(path)
+        with guard(path):
+            if manifest.get("schema") != SCHEMA:
+                raise ShardError(f"{path} is a manifest of {manifest.get('schema')!r}, not of {SCHEMA!r}")
+            for shard in manifest["shards"]:
+                if Path(shard["name"]).name != shard["name"]:
+                    raise ValueError(f"{shard['name']!r} does not name a file in its folder")
+                if not all(isinstance(shard[key], int) and shard[key] >= 0 for key in ("bytes", "samples")):
+                    raise ValueError(f"it gives no sizes of {shard['name']}")
+                if not isinstance(shard["index_sha256"], str):
+                    raise ValueError(f"it gives no hash of the index of {shard['name']}")
+            columns = [str(name) for name in manifest["columns"]]
+            left_out = {key: dict(manifest.get(key) or {}) for key in ("broken", "bad_samples")}
+    except BadSample as error:
+        if isinstance(error.__cause__, ShardError):
+            raise error.__cause__ from None
+        raise ShardError(f"{path} is damaged ({error.what}): make it again with step=manifest") from error
+    bad = {name: dict(left) for name, left in left_out["bad_samples"].items() if left}
+    return {"shards": list(manifest["shards"]), "columns": columns, "broken": left_out["broken"], "bad_samples": bad}

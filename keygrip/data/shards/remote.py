@@ -1,0 +1,92 @@
+"""Remote shard sets: local copies of their files, up to a limit of disk space."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+
+from keygrip.artifacts import DiskFullError, full_disk_is_named, locked, temporary_beside
+from keygrip.data.shards.index import ShardError
+
+
+def is_remote(root: str | Path) -> bool:
+    """Whether a root is a URL."""
+    return re.match(r"^[a-z0-9]+://", str(root)) is not None
+
+
+class ShardCache:
+    """Copies of remote files on a local disk, up to a limit; several processes may share the folder.
+
+    Args:
+        url: of the shard set; anything fsspec opens (https, s3 and gs with their packages, file).
+        folder: of the copies.
+        limit: bytes; the least recently used copies go first. The file just asked for always stays.
+    """
+
+    def __init__(self, url: str, folder: Path, limit: int) -> None:
+        self.url, self.folder, self.limit = url.rstrip("/"), folder, limit
+
+    def fetch(self, name: str, size: int | None = None) -> Path:
+        """The local copy of a file, copied now if it is not there.
+
+        Raises:
+            FileNotFoundError: there is no such file, or no connection. ShardError: it has another size than `size`.
+        """
+        target = self.folder / name
+        with locked(self.folder / f".{name}.lock"):  # one process copies, the others wait for it
+            if not target.is_file():
+                self._copy(name, target, size)
+            os.utime(target)
+        self._evict(keep=target)
+        return target
+
+    def _copy(self, name: str, target: Path, size: int | None) -> None:
+        import fsspec
+
+        temporary = temporary_beside(target)
+        try:
+            for attempt in range(3):
+                try:
+                    with (
+                        full_disk_is_named(target),
+                        fsspec.open(f"{self.url}/{name}", "rb") as source,
+                        temporary.open("wb") as copy,
+                    ):
+                        while block := source.read(1 << 20):
+                            copy.write(block)
+                    break
+                except (FileNotFoundError, DiskFullError):
+                    raise
+                except Exception as error:  # whatever the transport raises
+                    if attempt == 2:
+                        raise FileNotFoundError(
+                            f"{self.url}/{name} cannot be read ({error}): check the address and the connection, or "
+                            "copy the shards to a local folder"
+                        ) from error
+                    time.sleep(0.2 * 4**attempt)
+            if size is not None and temporary.stat().st_size != size:
+                raise ShardError(
+                    f"{self.url}/{name} has {temporary.stat().st_size} bytes, its manifest says {size}: it is cut off"
+                )
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _evict(self, keep: Path) -> None:
+        """Open files live on until they are closed: unlinking takes nothing from a reader."""
+        copies = []
+        for path in self.folder.glob("*.tar"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue  # another process was quicker
+            copies.append((status.st_mtime_ns, status.st_size, path))
+        total = sum(size for _, size, _ in copies)
+        for _, size, path in sorted(copies):
+            if total <= self.limit:
+                return
+            if path != keep:
+                path.unlink(missing_ok=True)
+                total -= size

@@ -1,0 +1,186 @@
+"""Writing shards: one tar file with its index, and the manifest of a folder."""
+
+from __future__ import annotations
+
+import io
+import logging
+import tarfile
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from tqdm import tqdm
+
+from keygrip.artifacts import atomic_write, sha256_bytes, write_bytes, write_json
+from keygrip.data.shards.index import (
+    MANIFEST,
+    SCHEMA,
+    Describe,
+    Row,
+    ShardError,
+    ShardIndex,
+    index_path,
+    index_shard,
+    make_index,
+)
+
+log = logging.getLogger(__name__)
+
+NAMED_AT_MOST = 10
+COMPRESSED = "and samples are read at random: unpack it to a plain .tar first"
+
+
+class ShardWriter:
+    """Writes one shard; the tar appears when it is complete, its index after it. The same samples give the same bytes.
+
+    A context manager: an exception inside leaves nothing behind.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._keys: list[str] = []
+        self._parts: list[list[tuple[str, int, int]]] = []
+        self._rows: list[Row] = []
+
+    def __enter__(self) -> Self:
+        self._target: AbstractContextManager[IO[Any]] = atomic_write(self.path)
+        self._file = self._target.__enter__()
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        return self
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def add(self, key: str, parts: Mapping[str, bytes], row: Row) -> None:
+        """Adds a sample.
+
+        Args:
+            key: unique in the set; no dots, since webdataset ends a key there.
+            parts: by extension without the leading dot.
+            row: its columns; every sample of a set has the same.
+
+        Raises:
+            ValueError: a key with a dot or with characters that tar files cannot hold, or other columns.
+        """
+        if "." in key.rpartition("/")[2] or not key or len(key.encode()) > 90:
+            raise ValueError(f"the key {key!r} cannot name a sample: 1 to 90 bytes without a dot")
+        if self._rows and set(row) != set(self._rows[0]):
+            raise ValueError(f"sample {key} has the columns {sorted(row)}, those before it {sorted(self._rows[0])}")
+        placed = []
+        for name, content in parts.items():
+            member = tarfile.TarInfo(f"{key}.{name}")
+            member.size, member.mode, member.mtime = len(content), 0o644, 0
+            offset = self._tar.offset + 512  # one header block
+            self._tar.addfile(member, io.BytesIO(content))
+            placed.append((name, offset, len(content)))
+        self._keys.append(key)
+        self._parts.append(placed)
+        self._rows.append(row)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        traceback: TracebackType | None = None,
+    ) -> None:
+        if kind is not None:
+            self._target.__exit__(kind, error, traceback)
+            return
+        try:
+            self._tar.close()
+            index = make_index(self._keys, self._parts, self._rows, self._file.tell())
+            index_path(self.path).unlink(missing_ok=True)  # never an old index beside a new tar
+        except BaseException as failed:
+            self._target.__exit__(type(failed), failed, failed.__traceback__)
+            raise
+        self._target.__exit__(None, None, None)
+        write_bytes(index_path(self.path), index.to_bytes())
+
+
+def write_manifest(
+    root: Path | str, describe: Describe, max_broken_share: float = 0.1, again: bool = False, progress: bool = True
+) -> dict[str, Any]:
+    """Indexes the shards of a folder that have no index yet (all with `again`) and writes its manifest.
+
+    Args:
+        root: folder with ``*.tar``.
+        describe: the columns of a sample, from its parts.
+        max_broken_share: a larger share of broken shards, or of bad samples in the others, is an error; up to it they
+            are named and left out.
+
+    Returns:
+        The manifest: `shards` (name, bytes, samples, index_sha256), `samples`, `columns`, `broken` (shard: reason),
+        `bad_samples` (shard: {key: reason}).
+
+    Raises:
+        FileNotFoundError: no shards. ValueError: too many are broken.
+    """
+    root = Path(root)
+    paths = sorted(path for path in root.glob("*.tar") if not path.name.startswith("."))
+    compressed = compressed_shards(root)
+    if not paths:
+        named = f"; {compressed[0].name} is compressed, {COMPRESSED}" if compressed else ""
+        raise FileNotFoundError(f"no shards (*.tar) in {root}{named}")
+    shards: list[dict[str, Any]] = []
+    broken = {path.name: f"{path} is compressed, {COMPRESSED}" for path in compressed}
+    bad: dict[str, dict[str, str]] = {}
+    columns: dict[str, str] = {}
+    for path in tqdm(paths, desc=f"index {root}", unit="shard", delay=1, disable=not progress):
+        try:
+            if index_path(path).is_file() and not again:
+                content = index_path(path).read_bytes()
+                index = ShardIndex.from_bytes(content, str(index_path(path)))
+                if index.size != path.stat().st_size:
+                    raise ShardError(
+                        f"{path} has {path.stat().st_size} bytes, its index was made of {index.size}: it is cut off, "
+                        "or replaced (again=true indexes it anew)"
+                    )
+            else:
+                index = index_shard(path, describe)
+                content = index.to_bytes()
+                write_bytes(index_path(path), content)
+        except ShardError as error:
+            broken[path.name] = str(error)
+            continue
+        found = {name: str(values.dtype.kind) for name, values in index.columns.items()}
+        if columns and len(index) and set(found) != set(columns):
+            raise ValueError(f"{path} has the columns {sorted(found)}, the shards before it {sorted(columns)}")
+        columns = columns or found
+        if index.bad:
+            bad[path.name] = index.bad
+        digest = sha256_bytes(content)
+        shards.append({"name": path.name, "bytes": index.size, "samples": len(index), "index_sha256": digest})
+    for reason in broken.values():
+        log.warning("left out: %s", reason)
+    if len(broken) > max_broken_share * (len(paths) + len(compressed)) or not shards:
+        raise ValueError(
+            f"{len(broken)} of {len(paths) + len(compressed)} shards in {root} are broken, more than max_broken_share="
+            f"{max_broken_share:g} allows: " + "; ".join(broken.values())
+        )
+    samples = sum(shard["samples"] for shard in shards)
+    reasons = [f"{key} of {root}/{name}: {reason}" for name, left in bad.items() for key, reason in left.items()]
+    for reason in reasons[:NAMED_AT_MOST]:
+        log.warning("left out: %s", reason)
+    if len(reasons) > max_broken_share * (samples + len(reasons)):
+        raise ValueError(
+            f"{len(reasons)} of {samples + len(reasons)} samples in {root} are bad, more than max_broken_share="
+            f"{max_broken_share:g} allows; the first: {reasons[0]}"
+        )
+    manifest = {
+        "schema": SCHEMA,
+        "samples": samples,
+        "columns": sorted(columns),
+        "shards": shards,
+        "broken": broken,
+        "bad_samples": bad,
+    }
+    write_json(root / MANIFEST, manifest)
+    return manifest
+
+
+def compressed_shards(root: Path) -> list[Path]:
+    """Compressed tar files of a folder."""
+    endings = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+    return sorted(path for path in root.glob("*") if path.name.lower().endswith(endings) and path.is_file())

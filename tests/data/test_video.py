@@ -1,0 +1,79 @@
+"""Frames of videos by time: containers without a stream length, late starts, rounded time stamps, sparse frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from keygrip.data.video import duration_s, frames_at
+from keygrip.data.video_text.conversations import decode_video, describe_video_text
+
+
+def write(path: Path, times: Sequence[float], fps: int, audio_s: float = 0.0, tick: int = 1000) -> Path:
+    """A video in which the frame at `times[n]` has the shade 20 + 10 n, with a silent sound track."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, tick)
+        stream.options = {"bf": "0"}
+        sound = file.add_stream("aac", rate=16000) if audio_s else None
+        for number, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 20 + 10 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = round(time * tick), Fraction(1, tick)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+        if sound is not None:
+            for number in range(round(audio_s * 16000 / 1024)):
+                silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+                silence.sample_rate, silence.pts = 16000, 1024 * number
+                file.mux(sound.encode(silence))
+            file.mux(sound.encode(None))
+    return path
+
+
+def numbers(frames: np.ndarray) -> list[int]:
+    return [round((float(frame[8, 8].mean()) - 20) / 10) for frame in frames]
+
+
+@pytest.mark.parametrize("ending", ["mkv", "mp4"])
+@pytest.mark.parametrize("start", [0.0, 2.5])
+@pytest.mark.parametrize("audio_s", [0.0, 9.0])
+def test_sound_and_a_late_start_do_not_change_the_frames(
+    tmp_path: Path, ending: str, start: float, audio_s: float
+) -> None:
+    path = write(tmp_path / f"a.{ending}", [start + n / 4 for n in range(16)], 4, audio_s)
+    assert duration_s(path) == pytest.approx(4.0, abs=0.02)
+    for source in (str(path), path.read_bytes()):
+        assert numbers(decode_video(source, 16, "stretch")) == [0, 4, 8, 12]
+    if ending == "mkv":
+        text = b'{"conversations": [{"turns": [{"role": "user", "text": "?"}, {"role": "assistant", "text": "!"}]}]}'
+        assert describe_video_text({"mkv": path.read_bytes(), "json": text})["frames"] == 4
+
+
+def test_time_stamps_in_milliseconds_lose_no_frame(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.mkv", [int(1000 * n / 3) / 1000 for n in range(9)], 3
+    )  # 0, 0.333, 0.666, 1.0, ... cut off
+    assert duration_s(path) == pytest.approx(2.999, abs=0.001)
+    assert numbers(decode_video(str(path), 16, "stretch")) == [0, 3, 6]
+
+
+def test_sparse_frames_are_those_on_show(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mkv", [0.0, 2.5, 5.0, 5.5], 2)
+    shown = frames_at(str(path), lambda _: [0, 1, 2, 2.4, 2.6, 4.9, 5.0, 5.6], lambda image: np.asarray(image))
+    assert numbers(np.stack(shown)) == [0, 0, 0, 0, 1, 1, 2, 3]
+
+
+def test_a_video_that_ends_early_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mkv", [n / 10 for n in range(20)], 10)
+    with pytest.raises(ValueError, match=r"lasts 2\.0 s, but only 2\.\d s of it can be decoded"):
+        frames_at(str(path), lambda _: [0, 1, 4], lambda image: image)
+    half = path.read_bytes()[: path.stat().st_size // 3]
+    for content in (half, b"", b"\0" * 4000):
+        with pytest.raises(ValueError, match="the video"):
+            frames_at(content, lambda _: [0, 1.9], lambda image: image)
