@@ -106,7 +106,7 @@ def test_frames_of_a_video_a_folder_and_a_picture(tmp_path: Path) -> None:
     Image.new("RGB", (40, 20), (9, 9, 9)).save(tmp_path / "p.png")
     assert read_frames(tmp_path / "p.png", 28, "pad", 64).shape == (1, 28, 28, 3)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no pictures"):
+    with pytest.raises(FileNotFoundError, match="no images"):
         read_frames(tmp_path / "empty", 28, "pad", 64)
     with pytest.raises(FileNotFoundError, match="no video"):
         read_frames(tmp_path / "nothing.mp4", 28, "pad", 64)
