@@ -22,6 +22,7 @@ from keygrip.config import (
     describe_config_error,
     new_name,
     one_line,
+    register_options,
     root_cause,
 )
 from keygrip.training import run_folder, sweeps
@@ -51,6 +52,7 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
         from hydra.types import RunMode
 
         run_folder.register_resolvers()
+        register_options()
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return sweeps.run_job(run, cfg, lambda error, given: describe_error(error, config_name, given)[0], debug)
         try:
@@ -67,6 +69,7 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
     try:
         with _sigterm_raises():
             run_folder.register_resolvers()
+            register_options()
             check_overrides(config_name, sys.argv[1:])
             sys.argv[1:] = completed(config_name, sys.argv[1:])
             folder = str(config_folder())

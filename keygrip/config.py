@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,22 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 # below it. Each is refused with its new name for one version.
 RENAMED: dict[str, str] = {
     "question_sets": "vqa_benchmarks",
+    "model.collator": "collator",
+    "shift=none": "shift=null",
+    "optimizer=from_scratch": "optimizer=adamw",
+    "optimizer=finetune": "optimizer=adamw with optimizer.lr=5e-5, as experiment=yam_dinov3 has it",
+    "optimizer=dit": "optimizer=adamw; model=patch_dit_base has its numbers",
+    "optimizer=dit_from_scratch": "optimizer=adamw; experiment=dit_robot_images has its numbers",
+    "optimizer=dit_muon": "optimizer=muon",
+    "optimizer=dit_warm_start": "optimizer=adamw with optimizer.lr=1.5e-4",
+    "optimizer=vla": "optimizer=adamw; experiment=vla_qwen_mapanything has its numbers",
+    "optimizer=vla_from_scratch": "optimizer=muon",
+    "optimizer=vlm": "optimizer=adamw; experiment=vlm_stage1 has its numbers",
+    "optimizer=vlm_from_scratch": "optimizer=adamw; experiment=vlm_robot_videos has its numbers",
 }
+# Ablations were named by a prefix: `ablation=vq_no_state` is `ablation=volume_query/no_state`.
+_ABLATED = {"vq": "volume_query", "vlm": "foveated_vlm", "dit": "patch_dit", "vla": "geometry_vla"}
+OPTIONS = "options.yaml"
 
 
 class SettingError(ValueError):
@@ -39,22 +55,16 @@ class EntrySchema:
 
 @dataclass
 class TrainSchema(EntrySchema):
-    """Root of ``conf/train.yaml``."""
+    """Root of ``conf/train.yaml``: what training itself reads. Groups that a model brings (its backbone, its language
+    model, ...) come beside these; `refuse_unread` refuses what nothing reads."""
 
     model: Any = MISSING
     data: Any = MISSING
-    backbone: Any = None
-    rotation: Any = None
-    language: Any = None
-    encoders: Any = None
-    vlm: Any = None
-    geometry: Any = None
     strategy: Any = MISSING
     compile: Any = None
     optimizer: Any = MISSING
     callbacks: Any = None
     logger: Any = None
-    closed_loop: Any = None
     max_epochs: int = -1
     max_steps: int = MISSING
     max_minutes: float | None = None
@@ -67,9 +77,10 @@ class TrainSchema(EntrySchema):
     dry_run: bool = False
 
 
-def register(name: str, schema: type) -> None:
+def register(name: str, schema: type, open_root: bool = False) -> None:
     """Makes ``schema`` (a dataclass) available to the defaults list of a root config under ``name``.
 
+    With ``open_root`` config files may add groups at the root; the command line may only change what is there.
     Its dictionaries take any key from the command line (``task.object_size_m=0.025``): what reads them refuses those
     that it does not know.
     """
@@ -77,6 +88,8 @@ def register(name: str, schema: type) -> None:
     for setting in fields(schema):
         if setting.default_factory is dict:
             OmegaConf.set_struct(node[setting.name], False)
+    if open_root:
+        OmegaConf.set_struct(node, False)
     ConfigStore.instance().store(name=name, node=node)
 
 
@@ -107,6 +120,25 @@ def config_folder() -> Path:
     raise FileNotFoundError(f"no conf/ folder in or beside {package}: reinstall keygrip, or run from a whole checkout")
 
 
+@cache
+def register_options() -> None:
+    """Makes every section of ``conf/<group>/options.yaml`` an option of that group, as if it were a file of its own.
+
+    A first line ``# @package ...`` holds for all sections.
+    """
+    for file in sorted(config_folder().rglob(OPTIONS)):
+        group = file.parent.relative_to(config_folder()).as_posix()
+        package = re.match(r"# @package (\S+)", file.read_text(encoding="utf-8"))
+        for name, node in OmegaConf.load(file).items():
+            ConfigStore.instance().store(
+                name=str(name),
+                node=node,
+                group=group,
+                package=package.group(1) if package else None,
+                provider="keygrip",
+            )
+
+
 def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
     """Composes a root config without running anything (tests, notebooks, a command that calls another's ``run``).
 
@@ -117,6 +149,7 @@ def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.singleton import Singleton
 
+    register_options()
     running = Singleton.get_state()
     GlobalHydra.instance().clear()
     try:
@@ -154,6 +187,9 @@ def _refuse_renamed(override: str) -> None:
     key, _, value = override.lstrip("+~").partition("=")
     for option in value.split(","):
         new = RENAMED.get(f"{key}={option}")
+        system, _, name = option.partition("_")
+        if key == "ablation" and "/" not in option and system in _ABLATED:
+            new = f"ablation={_ABLATED[system]}/{name}"
         if new is not None:
             raise SettingError(f"{key}={option} is now {new}")
     new = new_name(key)
@@ -169,14 +205,101 @@ def new_name(key: str) -> str | None:
     return None
 
 
+def refuse_unread(cfg: DictConfig, schema: type) -> None:
+    """Refuses settings beside those of ``schema`` that nothing in the run reads, directly or through ``${...}``.
+
+    Args:
+        cfg: composed and unresolved.
+
+    Raises:
+        SettingError: names the first of them.
+    """
+    read = {setting.name for setting in fields(schema)}
+    leaves = list(_leaves(OmegaConf.to_container(cfg, resolve=False), ()))
+    wanted: set[tuple[str, ...]] = {(name,) for name in read}
+    left = leaves
+    while True:
+        live = [path for path, _ in left if any(path[: len(each)] == each for each in wanted)]
+        found = {target for path, value in left if path in set(live) for target in _references(path, value)}
+        left = [leaf for leaf in left if leaf[0] not in set(live)]
+        if not found - wanted:
+            break
+        wanted |= found
+    if left:
+        key = ".".join(left[0][0])
+        raise SettingError(
+            f"nothing in this run reads {key!r}: leave it out, or choose a model that has it"
+            + (f" ({_with_group(left[0][0][0])})" if models_with(left[0][0][0]) else "")
+        )
+
+
+def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(node, dict) and node:
+        for name, child in node.items():
+            yield from _leaves(child, (*path, str(name)))
+    elif node is not None or len(path) > 1:
+        yield path, node
+
+
+def _references(path: tuple[str, ...], value: Any) -> Iterator[tuple[str, ...]]:
+    """Paths that the interpolations in a value name."""
+    for reference in re.findall(r"\$\{([^${}:]+)\}", str(value)):
+        dots = len(reference) - len(reference.lstrip("."))
+        name = re.sub(r"\[(\w+)\]", r".\1", reference.lstrip("."))
+        yield (*(path[:-dots] if dots else ()), *name.split("."))
+
+
+def models_with(group: str) -> list[str]:
+    """Options of the group ``model`` whose defaults lists bring a group or a root setting."""
+    folder = config_folder()
+    return [path.stem for path in sorted((folder / "model").glob("*.yaml")) if group in _brought(path)]
+
+
+@cache
+def _brought(path: Path) -> frozenset[str]:
+    """Groups and root settings that a config file with the package ``_global_`` brings, those of its own bases and
+    groups included."""
+    content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    if not isinstance(content, dict):
+        return frozenset()
+    own = path.read_text(encoding="utf-8").startswith("# @package _global_")
+    found = {str(key) for key in content if own} - {"defaults"}
+    for entry in content.get("defaults", []):
+        if isinstance(entry, str) and entry != "_self_":
+            found |= _brought(path.parent / f"{entry}.yaml")
+        for key, choice in entry.items() if isinstance(entry, dict) else ():
+            group = str(key).lstrip("/").partition("@")[0]
+            if str(key).startswith("/"):
+                found.add(group)
+                file = config_folder() / group / f"{choice}.yaml"
+                found |= _brought(file) if file.is_file() else frozenset()
+    return frozenset(found)
+
+
+def _with_group(group: str) -> str:
+    kind = "group" if (config_folder() / group).is_dir() else "setting"
+    return f"{group} is a {kind} of {', '.join(f'model={name}' for name in models_with(group))}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known dotted key nearest to a misspelt one, or None: whole keys first, then last parts."""
+    """The known dotted key nearest to a misspelt one, or None: keys beside it first, then whole keys, then last parts.
+
+    The initials of words count as near: ``learning_rate`` finds ``lr``.
+    """
     known = sorted(set(known))
+    parent, _, last = name.rpartition(".")
+    beside = [key for key in known if key.rpartition(".")[0] == parent]
+    initials = "".join(word[:1] for word in last.split("_"))
+    by_last = {key.rpartition(".")[2]: key for key in beside if parent}
+    found = difflib.get_close_matches(last, by_last, n=1, cutoff=0.75)
+    if found:
+        return by_last[found[0]]
+    if "_" in last and initials in by_last:
+        return by_last[initials]
     whole = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     if whole:
         return whole[0]
-    last = name.rpartition(".")[2]
-    by_last: dict[str, str] = {}
+    by_last = {}
     for key in sorted(known, key=lambda key: (key.count("."), key)):
         by_last.setdefault(key.rpartition(".")[2], key)
     found = difflib.get_close_matches(last, by_last, n=1, cutoff=0.75)
@@ -184,7 +307,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def known_keys(config_name: str, overrides: Sequence[str] = ()) -> list[str]:
-    """All dotted keys of a composed config and the names of its groups."""
+    """All dotted keys of a composed config."""
     try:
         config = compose(config_name, overrides)
     except Exception:
@@ -198,8 +321,7 @@ def known_keys(config_name: str, overrides: Sequence[str] = ()) -> list[str]:
                 walk(child, f"{prefix}{name}.")
 
     walk(OmegaConf.to_container(config, resolve=False), "")
-    groups = [path.name for path in config_folder().iterdir() if path.is_dir()]
-    return keys + groups
+    return keys
 
 
 def describe_config_error(error: BaseException, config_name: str, overrides: Sequence[str]) -> str:
@@ -215,6 +337,11 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
             hint += "joblib and slurm need their plugins: pip install 'keygrip[slurm]'; "
         return f"no option {name!r} in group {group!r}: {hint}options are {', '.join(options) or 'none'}"
     causes = " ".join([text] + [one_line(each) for each in chain(error)])
+    interpolated = re.search(r"Interpolation key '([^']+)' not found", causes)
+    if interpolated:
+        place = re.search(r"full_key: (\S+)", " ".join(str(each) for each in (error, *chain(error))))
+        key = place.group(1) if place else "a setting"
+        return f"{key} takes its value from {interpolated.group(1)}, which this run does not have: give {key}=..."
     unknown = re.search(r"Could not override '([^']+)'", causes) or re.search(r"Key '([^']+)' (?:is )?not in", causes)
     if unknown:
         key = unknown.group(1)
@@ -224,6 +351,9 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
         others = [o for o in overrides if not o.startswith("-") and o.lstrip("+~").split("=")[0] != full and "=" in o]
         close_key = nearest(full, known_keys(config_name, others))
         hint = f"the nearest is {close_key!r}" if close_key else "see all with `--cfg job`"
+        group = full.partition(".")[0].partition("@")[0]
+        if models_with(group) and group not in known_keys(config_name, others):
+            hint = f"{_with_group(group)}; {hint}"
         return f"there is no setting {full!r} in {config_name}.yaml: {hint}"
     mandatory = re.search(r"Missing mandatory value: (\S+)", causes)
     if mandatory:
@@ -236,12 +366,21 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
 
 
 def group_options(group: str) -> list[str]:
+    """All options of a group, those in groups inside it (``volume_query/no_state``) included."""
     folder = config_folder() / group
-    options = {path.stem for path in folder.glob("*.yaml")}
-    if group.startswith("hydra/"):
+    options = {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")}
+    options = {name for name in options if f"{name}.yaml".rpartition("/")[2] != OPTIONS and name[0] != "_"}
+    register_options()
+
+    def stored(inside: str) -> Iterator[str]:
         with contextlib.suppress(OSError):
-            options |= {name.removesuffix(".yaml") for name in ConfigStore.instance().list(group)}
-    return sorted(options)
+            for name in ConfigStore.instance().list(f"{group}{inside}"):
+                if name.endswith(".yaml"):
+                    yield f"{inside}/{name.removesuffix('.yaml')}".lstrip("/")
+                else:
+                    yield from stored(f"{inside}/{name}")
+
+    return sorted(options | set(stored("")))
 
 
 def chain(error: BaseException) -> list[BaseException]:
@@ -281,9 +420,6 @@ def one_line(error: BaseException) -> str:
     return " ".join(lines)
 
 
-register("train_schema", TrainSchema)
-
-
 def listed(overrides: Sequence[str]) -> list[str]:
     """Overrides as a list; a single string is refused, since its letters would each be one."""
     if isinstance(overrides, str):
@@ -295,3 +431,6 @@ def quoted(text: str) -> str:
     """A text as the value of an override, whatever signs it holds."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
+
+
+register("train_schema", TrainSchema, open_root=True)

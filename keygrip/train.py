@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from keygrip.command import entry_point
-from keygrip.config import compose, listed
+from keygrip.config import SettingError, TrainSchema, compose, listed, refuse_unread
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -63,7 +63,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from keygrip.training.monitors import RandomnessByStep
     from keygrip.training.saving import AtomicCheckpointIO
 
-    refuse_unfit(cfg, _overrides())
+    refuse_unfit(cfg)
+    refuse_unread(cfg, TrainSchema)
     resolved: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     strategy = instantiate(cfg.strategy)
     arguments = strategy.trainer_arguments()  # before anything slow: a missing GPU is said at once
@@ -197,7 +198,12 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 def _parts(group: DictConfig | None) -> list[Any]:
     from hydra.utils import instantiate
 
-    return [instantiate(part, _convert_="all") for part in (group or {}).values() if part is not None]
+    parts = {str(name): part for name, part in (group or {}).items() if part is not None}
+    for name, part in parts.items():
+        if "_target_" not in part:
+            hint = ": add closed_loop=yam" if name == "closed_loop" else ""
+            raise SettingError(f"callbacks.{name} has settings and no _target_, so nothing reads them{hint}")
+    return [instantiate(part, _convert_="all") for part in parts.values()]
 
 
 def _loggers(cfg: DictConfig, resumed_step: int) -> list[Any]:
@@ -243,17 +249,18 @@ def _write_start(folder: Path, cfg: DictConfig, origin: dict[str, Any], resumed:
 def _advise(cfg: DictConfig) -> None:
     """Says where the small default backbone, made for simulated demonstrations, meets a real robot's."""
     own_data = cfg.data.get("root") is not None
+    backbone = cfg.get("backbone")
     if (
         own_data
-        and cfg.backbone is not None
-        and cfg.backbone.get("variant") == "tiny"
+        and backbone is not None
+        and backbone.get("variant") == "tiny"
         and cfg.model.get("rotation") is not None
     ):
         log.warning(
             "backbone=tiny starts from random weights at %d px: enough for the simulator, poor on a real "
             "robot's pictures; the recipe for those "
             "is experiment=yam_dinov3 (DINOv3 ViT-S/16+, 448 px, pretrained)",
-            cfg.backbone.image_size,
+            backbone.image_size,
         )
 
 

@@ -1,27 +1,26 @@
-"""Which model goes with which data: asked before anything is built, so that a pair without sense ends in a sentence."""
+"""Checks that model and data fit together before either is built."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra.utils import get_class
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-# Groups whose objects reach a run only where another part names them, as in `${rotation}`.
-PARTS = ("backbone", "rotation", "language", "encoders", "vlm", "geometry")
+from keygrip.config import config_folder
 
 
-def refuse_unfit(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
-    """Refuses data that the model cannot learn from, and a chosen part that nothing in the run uses.
+def refuse_unfit(cfg: DictConfig) -> None:
+    """Refuses data that the model cannot learn from.
 
     Args:
-        cfg: composed from ``conf/train.yaml``, unresolved. overrides: what the user gave on the command line.
+        cfg: composed from ``conf/train.yaml``, unresolved.
 
     Raises:
-        ValueError: with the choices that would fit.
+        ValueError: names the data sets that would fit.
     """
     wanted, given = batch_type(cfg.model), batch_type(cfg.data)
     if wanted is not None and given is not None and not issubclass(given, wanted):
@@ -30,10 +29,6 @@ def refuse_unfit(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
             f"{_class_name(cfg.model)} learns from {wanted.__name__} and {_class_name(cfg.data)} gives "
             f"{given.__name__}: choose {fitting}"
         )
-    for override in overrides:
-        name, _, choice = override.lstrip("+").partition("=")
-        if name in PARTS and choice not in ("null", "") and not _is_used(cfg, name):
-            raise ValueError(f"{name}={choice} has no effect: {_class_name(cfg.model)} has no {name}; leave it out")
 
 
 def batch_type(node: Mapping[str, Any] | None) -> type | None:
@@ -46,12 +41,10 @@ def batch_type(node: Mapping[str, Any] | None) -> type | None:
 
 def data_sets_of(wanted: type) -> list[str]:
     """Names in the group ``data`` that give batches of a type."""
-    from keygrip.config import config_folder
-
     names = []
     for path in sorted((config_folder() / "data").glob("*.yaml")):
         given = batch_type(_read(path))
-        if given is not None and issubclass(given, wanted):
+        if not path.stem.startswith("_") and given is not None and issubclass(given, wanted):
             names.append(path.stem)
     return names
 
@@ -68,18 +61,3 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _class_name(node: DictConfig) -> str:
     return str(node._target_).rpartition(".")[2]
-
-
-def _is_used(cfg: DictConfig, name: str) -> bool:
-    others = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(others, dict)
-    others.pop(name, None)
-    return any(f"${{{name}{end}" in text for text in _strings(others) for end in (".", "}"))
-
-
-def _strings(node: Any) -> list[str]:
-    if isinstance(node, dict):
-        return [text for child in node.values() for text in _strings(child)]
-    if isinstance(node, list):
-        return [text for child in node for text in _strings(child)]
-    return [node] if isinstance(node, str) else []

@@ -85,7 +85,7 @@ class ReadingCollator:
                 )
             for (frame, colour), cube in found.items():
                 if colour not in self.colours:
-                    raise ValueError(f"{sample.key} has a {colour} cube; model.collator.colours knows no {colour}")
+                    raise ValueError(f"{sample.key} has a {colour} cube; collator.colours knows no {colour}")
                 x, y = cube["pixel"]
                 first = stop - len(sample.frames)
                 cubes.append(
@@ -238,7 +238,7 @@ class MarkReaderModule(LightningModule):
             raise ValueError(f"model.weights must name exactly {', '.join(sorted(names))}; it names {sorted(weights)}")
         if len(collator.colours) != network.colours:
             raise ValueError(
-                f"model.network.colours={network.colours}, and model.collator.colours has {len(collator.colours)} names"
+                f"model.network.colours={network.colours}, and collator.colours has {len(collator.colours)} names"
             )
         self.network, self.collator, self.optimizer_recipe = network, collator, optimizer
         if encoder is not None and network.backbone.loaded_weights != "random":

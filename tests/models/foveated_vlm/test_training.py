@@ -157,7 +157,9 @@ def test_the_optimizers_groups_have_the_designs_ratios(overrides: Callable[..., 
 
     from keygrip.training.checkpoints import build_module
 
-    cfg = OmegaConf.to_container(compose("train", overrides("x", "optimizer=vlm")), resolve=True)
+    cfg = OmegaConf.to_container(
+        compose("train", overrides("x", "experiment=vlm_stage1", "language=tiny", "backbone=tiny")), resolve=True
+    )
     module = build_module(cfg)  # type: ignore[arg-type]
     assert isinstance(module, FoveatedVLMModule)
     rates: dict[str, float] = {}

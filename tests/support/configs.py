@@ -1,0 +1,50 @@
+"""Composing configs in tests, and checking that they fit the code they name."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_object
+from omegaconf import DictConfig
+
+from keygrip.config import config_folder, register_options
+from keygrip.training.run_folder import register_resolvers
+
+
+def composed(root: str, overrides: list[str], with_hydra: bool = False) -> DictConfig:
+    """A root config, with the node ``hydra`` where that is wanted."""
+    importlib.import_module(f"keygrip.{root}")  # registers its schema
+    register_resolvers()
+    register_options()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        return compose(root, overrides=overrides, return_hydra_config=with_hydra)
+
+
+def nodes(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every mapping with a ``_target_``, with its place."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield path, node
+        for name, child in node.items():
+            yield from nodes(child, f"{path}.{name}" if path else str(name))
+    elif isinstance(node, list):
+        for number, child in enumerate(node):
+            yield from nodes(child, f"{path}[{number}]")
+
+
+def assert_fits(path: str, node: dict[str, Any]) -> None:
+    """The keys of a config node are parameters of what it builds, and all that are needed are there."""
+    target = get_object(node["_target_"])
+    signature = inspect.signature(target)
+    given = {key: value for key, value in node.items() if not (key.startswith("_") and key.endswith("_"))}
+    if node["_target_"].startswith("keygrip."):
+        kinds = [parameter.kind for parameter in signature.parameters.values()]
+        assert inspect.Parameter.VAR_KEYWORD not in kinds, f"{path}: {node['_target_']} takes **kwargs"
+    if node.get("_partial_"):
+        signature.bind_partial(**given)
+    else:
+        signature.bind(**given)

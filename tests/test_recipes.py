@@ -1,0 +1,165 @@
+"""Every option of every group composes, fits the code and is read; every sweep builds job by job."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from configs import assert_fits, composed, nodes
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from keygrip.config import TrainSchema, config_folder, group_options, models_with, refuse_unread
+from keygrip.training.checkpoints import build_module
+from keygrip.training.compatibility import refuse_unfit
+from keygrip.training.sweeps import planned_jobs
+
+CONF = config_folder()
+MODELS = group_options("model")
+# Data that a model is tried with (the others: yam), and models that data are tried with.
+DATA_OF = {
+    "foveated_vlm": "robot_videos",
+    "pooled_vlm": "robot_videos",
+    "mark_reader": "robot_tours",
+    "depth_reader": "yam_stills",
+    "geometry_vla": "yam_language",
+    "geometry_vla_no_injection": "yam_depth",
+    "patch_dit": "robot_images",
+    "patch_dit_base": "image_shards",
+}
+MODEL_OF = {
+    **dict.fromkeys(("robot_videos", "robot_long_tours", "webvid", "cauldron", "video_sft"), "foveated_vlm"),
+    **{data: model for model, data in DATA_OF.items() if data != "robot_videos"},
+}
+# What a config leaves to the user; the values stand for any.
+GIVEN = {
+    "experiment=yam_dinov3": ["data.root=folder"],
+    "experiment=vla_qwen_mapanything": ["data.root=folder"],
+    "geometry=mapanything": ["data.image_size=224"],
+    "geometry=mapanything_cached": ["data.image_size=224"],
+    **{
+        f"experiment={name}": ["model.start_from=folder"]
+        for name in ("vlm_stage2", "vlm_stage3", "vlm_long_videos", "vlm_pooled_long_videos")
+    },
+}
+
+
+def pair(model: str) -> list[str]:
+    return [f"model={model}", f"data={DATA_OF.get(model, 'yam')}"]
+
+
+def context(group: str, option: str) -> tuple[str, list[str]]:
+    """A command and overrides with which an option can be chosen."""
+    choice = f"{group}={option}"
+    given = [choice, *GIVEN.get(choice, [])]
+    if group in ("step", "evaluate"):
+        return "prepare" if group == "step" else group, [choice]
+    if group == "data":
+        return "train", [f"model={MODEL_OF.get(option, 'volume_query')}", *given]
+    model = {"model": option, "optimizer": "geometry_vla", "ablation": option.partition("/")[0]}.get(group)
+    if model is None and group not in TrainSchema.__dataclass_fields__ and models_with(group):
+        model = "volume_query" if "volume_query" in models_with(group) else models_with(group)[-1]
+    return "train", [*(pair(model) if model in MODELS else []), *given]
+
+
+def choices() -> Iterator[Any]:
+    """Options of all groups but those that the sweeps choose from, which are tried there."""
+    swept = {override for sweep in group_options("sweep") for job in tried_jobs(sweep) for override in job}
+    for group in sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("hydra", "sweep")):
+        for option in group_options(group):
+            if group not in ("ablation", "shift") or f"{group}={option}" not in swept:
+                yield pytest.param(group, option, id=f"{group}={option}")
+
+
+def tried_jobs(sweep: str) -> list[list[str]]:
+    """Jobs of a sweep in which every value of every parameter occurs; in a grid not with each other."""
+    params = OmegaConf.load(CONF / "sweep" / f"{sweep}.yaml").hydra.sweeper.params
+    parsed = OverridesParser.create().parse_overrides([f"{name}={value}" for name, value in params.items()])
+    values = [list(each.sweep_string_iterator()) for each in parsed]
+    names = [str(name) for name in params]
+    jobs = []
+    for place, each in enumerate(values):
+        for value in each[1 if place else 0 :]:
+            chosen = [value if other == place else options[0] for other, options in enumerate(values)]
+            jobs.append([f"{name}={value}" for name, value in zip(names, chosen, strict=True)])
+    return jobs
+
+
+def assert_sound(cfg: DictConfig) -> None:
+    for path, node in nodes(OmegaConf.to_container(cfg, resolve=False)):
+        assert_fits(path, node)
+    refuse_unfit(cfg)
+    refuse_unread(cfg, TrainSchema)
+
+
+def assert_configures(cfg: DictConfig) -> type:
+    """The module builds (a large one without memory for its weights), and its optimiser has all that it trains."""
+    large = "dinov" in str(cfg.get("backbone")) or "Qwen/" in str(cfg.get("vlm")) or "Smol" in str(cfg.get("language"))
+    with torch.device("meta") if large else torch.device("cpu"):
+        module = build_module(OmegaConf.to_container(cfg, resolve=True), random_backbone=True)  # type: ignore[arg-type]
+    module._trainer = SimpleNamespace(estimated_stepping_batches=1000)  # type: ignore[assignment]
+    configured: Any = module.configure_optimizers()
+    owned = [id(p) for group in configured["optimizer"].param_groups for p in group["params"]]
+    assert sorted(owned) == sorted(id(p) for p in module.parameters() if p.requires_grad)
+    assert configured["lr_scheduler"]["interval"] == "step"
+    return type(configured["optimizer"])
+
+
+@pytest.mark.parametrize(("group", "option"), list(choices()))
+def test_every_option(group: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, overrides = context(group, option)
+    cfg = composed(root, overrides)
+    if root != "train":
+        for path, node in nodes(OmegaConf.to_container(cfg, resolve=False)):
+            assert_fits(path, node)
+        return
+    assert_sound(cfg)
+    if group == "data":  # builds without touching the disk
+        monkeypatch.chdir(tmp_path)
+        instantiate(cfg.data, _convert_="all")
+        assert list(tmp_path.iterdir()) == []
+    if group == "callbacks":
+        with open_dict(cfg):
+            cfg.run_dir = str(tmp_path)
+        for part in cfg.callbacks.values():
+            instantiate(part, _convert_="all")
+    if group in ("model", "backbone", "rotation", "optimizer", "experiment", "ablation", "language"):
+        if option == "vla_qwen_mapanything":  # MapAnything reads its sizes from its weights, which are not there
+            with open_dict(cfg):
+                cfg.geometry = composed("train", pair("geometry_vla")).geometry
+                cfg.backbone = composed("train", []).backbone
+        assert_configures(cfg)
+
+
+@pytest.mark.parametrize("sweep", group_options("sweep"))
+def test_every_job_of_a_sweep(sweep: str) -> None:
+    cfg = composed("train", [f"sweep={sweep}"], with_hydra=True)
+    assert str(cfg.hydra.mode) in ("MULTIRUN", "RunMode.MULTIRUN")
+    jobs = planned_jobs(cfg)
+    assert len(jobs) > 1
+    assert len({tuple(sorted(job)) for job in jobs}) == len(jobs)
+    optimizers = {}
+    for job in tried_jobs(sweep):
+        assert any(set(job) <= set(planned) for planned in jobs)
+        cfg = composed("train", [f"sweep={sweep}", *job])
+        assert_sound(cfg)
+        assert all("_target_" in part for part in cfg.callbacks.values() if part is not None)
+        optimizers[job[0].rpartition("/")[2]] = assert_configures(cfg).__name__
+    if sweep == "vla_comparison":
+        assert optimizers == {
+            "volume_query": "AdamW",
+            "coordinate_regression": "AdamW",
+            "no_injection": "MuonWithAdamW",
+            "geometry_vla": "MuonWithAdamW",
+        }
+
+
+@pytest.mark.parametrize("option", sorted(path.stem for path in (CONF / "hydra" / "launcher").glob("*.yaml")))
+def test_every_launcher_composes(option: str) -> None:
+    cfg = composed("train", [f"hydra/launcher={option}"], with_hydra=True)
+    assert_fits(option, OmegaConf.to_container(cfg.hydra.launcher, resolve=False))  # type: ignore[arg-type]
