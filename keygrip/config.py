@@ -330,6 +330,10 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
     missing = re.search(r"Could not find '([^']+)/([^'/]+)'", text)
     if missing:
         group, name = missing.groups()
+        for override in overrides:  # the option may name a folder: ablation=volume_query/no_state
+            key, _, value = override.partition("=")
+            if f"{key}/{value}" == f"{group}/{name}":
+                group, name = key, value
         options = group_options(group)
         close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
         hint = f"nearest is {group}={close[0]}; " if close else ""

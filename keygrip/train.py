@@ -65,6 +65,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     refuse_unfit(cfg)
     refuse_unread(cfg, TrainSchema)
+    _refuse_callbacks_without_class(cfg.callbacks)
     resolved: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     strategy = instantiate(cfg.strategy)
     arguments = strategy.trainer_arguments()  # before anything slow: a missing GPU is said at once
@@ -198,12 +199,14 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 def _parts(group: DictConfig | None) -> list[Any]:
     from hydra.utils import instantiate
 
-    parts = {str(name): part for name, part in (group or {}).items() if part is not None}
-    for name, part in parts.items():
-        if "_target_" not in part:
+    return [instantiate(part, _convert_="all") for part in (group or {}).values() if part is not None]
+
+
+def _refuse_callbacks_without_class(callbacks: DictConfig | None) -> None:
+    for name, part in (callbacks or {}).items():
+        if part is not None and "_target_" not in part:
             hint = ": add closed_loop=yam" if name == "closed_loop" else ""
             raise SettingError(f"callbacks.{name} has settings and no _target_, so nothing reads them{hint}")
-    return [instantiate(part, _convert_="all") for part in parts.values()]
 
 
 def _loggers(cfg: DictConfig, resumed_step: int) -> list[Any]:

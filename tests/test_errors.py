@@ -38,15 +38,13 @@ TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=t
         (["model=foveated_vlm", "model.collator.max_tokens=9"], 2, r"'model.collator.max_tokens' is now 'collator.max"),
         # Settings of other models.
         (["vlm.width=999"], 2, r"no setting 'vlm.width' .*: vlm is a group of model=geometry_vla.* the nearest is '"),
-        (["language.model.layers=77"], 2, r"language is a group of model=foveated_vlm, model=pooled_vlm; the nearest"),
+        (["language.model.layers=77"], 2, r"language is a group of model=foveated_vlm, model=pooled_vlm; "),
         (["geometry.dim=3"], 2, r"geometry is a group of model=depth_reader, model=geometry_vla"),
         (["encoders.text.length=1"], 2, r"encoders is a group of model=patch_dit"),
         (["model=coordinate_regression", "rotation.classes=5"], 2, r"rotation is a group of model=volume_query"),
         (["model=coordinate_regression", "rotation=kmeans"], 2, r"rotation is a group of model=volume_query"),
         (["language=smollm2_135m"], 2, r"language is a group of model=foveated_vlm"),
         (["model=foveated_vlm", "data=robot_videos", "closed_loop=yam"], 2, r"closed_loop is a group of model=coord"),
-        (["+vlm.width=999"], 2, r"nothing in this run reads 'vlm.width'.*vlm is a group of model=geometry_vla"),
-        (["shift=views"], 2, r"callbacks.closed_loop has settings and no _target_.*add closed_loop=yam"),
         (["seed=abc"], 2, r"seed.*abc.*Integer"),
         (["max_steps=["], 2, r"cannot read max_steps=\[: no viable alternative"),
         (["resume=true"], 1, r"nothing to resume: no run with a checkpoint in runs/\S+; leave out resume=true"),
@@ -86,6 +84,21 @@ def test_settings_that_cannot_work(arguments: list[str], code: int, said: str, c
     assert said in last
     assert "Traceback" not in outcome.err
     assert not Path("run/checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["+vlm.width=999"], r"nothing in this run reads 'vlm.width'.*vlm is a group of model=geometry_vla"),
+        (["shift=views"], r"callbacks.closed_loop has settings and no _target_.*add closed_loop=yam"),
+        (["model=foveated_vlm", "data=yam"], r"learns from .* choose data="),
+    ],
+)
+def test_settings_that_nothing_reads(arguments: list[str], said: str, cli: Callable[..., Any]) -> None:
+    outcome = cli(*arguments, "logger=none", "run_dir=run")
+    assert outcome.code in (1, 2)
+    assert re.search(said, outcome.err.splitlines()[-1]), outcome.err
+    assert not Path("data").exists()
 
 
 def test_a_gpu_that_is_not_there(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
