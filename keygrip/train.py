@@ -206,7 +206,7 @@ def _refuse_callbacks_without_class(callbacks: DictConfig | None) -> None:
     for name, part in (callbacks or {}).items():
         if part is not None and "_target_" not in part:
             hint = ": add closed_loop=yam" if name == "closed_loop" else ""
-            raise SettingError(f"callbacks.{name} has settings and no _target_, so nothing reads them{hint}")
+            raise SettingError(f"callbacks.{name!s} has settings and no _target_, so nothing reads them{hint}")
 
 
 def _loggers(cfg: DictConfig, resumed_step: int) -> list[Any]:
