@@ -16,6 +16,7 @@ from keygrip.models.geometry_vla.action_head import AttentionRecord
 from keygrip.models.geometry_vla.actions import PoseActions
 from keygrip.models.geometry_vla.network import ActionSampling, GeometryVLA, Scene
 from keygrip.models.geometry_vla.pointing import pointing_losses
+from keygrip.models.geometry_vla.policy import GeometryVLAPolicy
 from keygrip.models.language.tokenizers import ChatTokenizer
 from keygrip.models.nn.flow_matching import LevelSampler, interpolate, seeded_noise, velocity
 from keygrip.models.nn.short_attention import short_attention
@@ -26,7 +27,6 @@ from keygrip.training.parts import model_part
 
 if TYPE_CHECKING:
     from keygrip.data.robot.statistics import DemoStatistics
-    from keygrip.models.geometry_vla.policy import GeometryVLAPolicy
 
 STATE = "geometry_vla"
 HEADLINE = (
@@ -131,8 +131,6 @@ class GeometryVLAModule(LightningModule):
 
     def policy(self) -> GeometryVLAPolicy:
         """The module as something that plans from observations."""
-        from keygrip.models.geometry_vla.policy import GeometryVLAPolicy  # it is built on this module
-
         return GeometryVLAPolicy(self)
 
     def on_train_start(self) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from keygrip.data.batches import MultiViewPolicyBatch
 from keygrip.models.geometry.cameras import inside_image, project
 from keygrip.models.geometry_vla.geometry import DECIMETRES, GeometryFeatures
+from keygrip.models.nn.image_sampling import bilinear_cells, gather_pixels
 from keygrip.models.nn.sinusoids import level_features
-from keygrip.models.volume_query.volume import bilinear_cells, gather_pixels
 from keygrip.training.distributed import global_mean
 
 PLACE_FEATURES = 32  # sines and cosines of each coordinate

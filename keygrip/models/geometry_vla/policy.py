@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from keygrip.models.geometry_vla.module import GeometryVLAModule
 from keygrip.models.nn.flow_matching import Solver
 from keygrip.models.policy import Needs, Observation, Plan, arm_axis, views_of
+
+if TYPE_CHECKING:
+    from keygrip.models.geometry_vla.module import GeometryVLAModule
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,15 +22,13 @@ from keygrip.models.volume_query.decoding import Decoder
 from keygrip.models.volume_query.export import volume_query_graph
 from keygrip.models.volume_query.figures import prediction_figure
 from keygrip.models.volume_query.network import VolumeQueryNetwork, VolumeQueryOutput
+from keygrip.models.volume_query.policy import VolumeQueryPolicy
 from keygrip.models.volume_query.targets import StepTargets, arm_state, height_centres, step_targets
 from keygrip.models.volume_query.volume import argmax_voxel, volume_cross_entropy
 from keygrip.training.distributed import global_mean
 from keygrip.training.images import figure_to_image
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
-
-if TYPE_CHECKING:
-    from keygrip.models.volume_query.policy import VolumeQueryPolicy
 
 # By these runs are compared; the validation loss of a multimodal policy is noise.
 HEADLINE = (
@@ -126,8 +124,6 @@ class VolumeQueryModule(LightningModule):
 
     def policy(self) -> VolumeQueryPolicy:
         """The module as something that plans from observations."""
-        from keygrip.models.volume_query.policy import VolumeQueryPolicy  # it is built on this module
-
         return VolumeQueryPolicy(self)
 
     def export_graph(self) -> ExportGraph:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,9 +11,11 @@ import torch
 from keygrip.models.geometry.cameras import project
 from keygrip.models.policy import Needs, Observation, Plan, arm_axis
 from keygrip.models.volume_query.decoding import Decoder, DecoderName
-from keygrip.models.volume_query.module import VolumeQueryModule
 from keygrip.models.volume_query.network import VolumeQueryOutput
 from keygrip.models.volume_query.targets import arm_state
+
+if TYPE_CHECKING:
+    from keygrip.models.volume_query.module import VolumeQueryModule
 
 
 @dataclass

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from keygrip.models.nn.image_sampling import bilinear_cells, gather_pixels, two_hot
+
 
 @dataclass(frozen=True)
 class VolumeLogits:
@@ -108,18 +110,6 @@ def hard_target(cells: Tensor, heights: Tensor) -> VolumeTarget:
     return VolumeTarget(cells[..., None, :], ones, heights[..., None], ones)
 
 
-def two_hot(position: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The two bins ``[*, 2]`` around a position on the bins' scale (bin i spans [i, i + 1]) and their linear weights.
-
-    Beyond the outer centres all mass lies on the outer bin.
-    """
-    centred = (position - 0.5).clamp(0, count - 1)
-    lower = centred.floor().clamp(max=max(count - 2, 0))
-    weight = centred - lower
-    bins = torch.stack([lower, (lower + 1).clamp(max=count - 1)], dim=-1).long()
-    return bins, torch.stack([1 - weight, weight], dim=-1)
-
-
 def bilinear_target(grid_position: Tensor, height_position: Tensor, shape: tuple[int, int], bins: int) -> VolumeTarget:
     """The 4 cells and 2 heights around a continuous position, with bilinear weights.
 
@@ -130,23 +120,6 @@ def bilinear_target(grid_position: Tensor, height_position: Tensor, shape: tuple
     cells, weights = bilinear_cells(grid_position, shape)
     heights, height_weights = two_hot(height_position, bins)
     return VolumeTarget(cells, weights, heights, height_weights)
-
-
-def bilinear_cells(grid_position: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The 4 cells ``[*, 4, 2]`` (row, column) around positions ``[*, 2]`` (x, y) in cells, and their weights
-    ``[*, 4]``."""
-    columns, column_weights = two_hot(grid_position[..., 0], shape[1])
-    rows, row_weights = two_hot(grid_position[..., 1], shape[0])
-    cells = torch.stack(
-        [rows[..., :, None].expand(*rows.shape, 2), columns[..., None, :].expand(*columns.shape[:-1], 2, 2)], dim=-1
-    )
-    weights = (row_weights[..., :, None] * column_weights[..., None, :]).flatten(-2)
-    return cells.flatten(-3, -2), weights
-
-
-def gather_pixels(maps: Tensor, cells: Tensor) -> Tensor:
-    """Values ``[*, C]`` of maps ``[*, H, W]`` at cells ``[*, C, 2]``."""
-    return maps.flatten(-2).gather(-1, cells[..., 0] * maps.shape[-1] + cells[..., 1])
 
 
 def volume_cross_entropy(logits: VolumeLogits, target: VolumeTarget) -> Tensor:

@@ -1,0 +1,149 @@
+"""The house stays as it was built: sizes, circles, layers, and networks that neither read files nor start processes."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "keygrip"
+LONGEST_FILE = 500
+# Imports of keygrip inside functions: entry points that stay quick, and optional packages. Never raise this number.
+MOST_LAZY_IMPORTS = 110
+SYSTEMS = sorted(path.parent.name for path in PACKAGE.glob("models/*/module.py"))
+# What touches files or starts processes; none of it belongs into a network or a LightningModule.
+OUTSIDE = {
+    "open",
+    "write_text",
+    "write_bytes",
+    "read_text",
+    "read_bytes",
+    "mkdir",
+    "unlink",
+    "rename",
+    "Popen",
+    "system",
+}
+OUTSIDE |= {
+    "atomic_write",
+    "write_json",
+    "locked",
+    "make_once",
+    "urlopen",
+    "check_call",
+    "check_output",
+    "savez",
+    "save_file",
+}
+
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+
+def imports(name: str) -> dict[str, bool]:
+    """Modules of keygrip that a module imports, without those for type checking alone; True: inside a function."""
+    found: dict[str, bool] = {}
+
+    def visit(node: ast.AST, lazy: bool) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+            names: list[str] = []
+            if isinstance(child, ast.Import):
+                names = [alias.name for alias in child.names]
+            elif isinstance(child, ast.ImportFrom) and child.module and child.level == 0:
+                inner = [f"{child.module}.{alias.name}" for alias in child.names]
+                names = [each if each in MODULES else child.module for each in inner]
+            for each in names:
+                if each in MODULES and each != name:
+                    found[each] = lazy and found.get(each, True)
+            visit(child, lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
+
+    visit(ast.parse(MODULES[name].read_text(encoding="utf-8")), False)
+    return found
+
+
+GRAPH = {name: imports(name) for name in MODULES}
+
+
+def circles() -> list[list[str]]:
+    """Groups of modules that import each other (Tarjan), imports inside functions counted."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(name: str) -> None:
+        index[name] = low[name] = len(index)
+        stack.append(name)
+        for other in GRAPH[name]:
+            if other not in index:
+                visit(other)
+                low[name] = min(low[name], low[other])
+            elif other in stack:
+                low[name] = min(low[name], index[other])
+        if low[name] == index[name]:
+            group = []
+            while True:
+                group.append(stack.pop())
+                if group[-1] == name:
+                    break
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for name in GRAPH:
+        if name not in index:
+            visit(name)
+    return found
+
+
+def test_no_file_is_long() -> None:
+    long = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in MODULES.values()}
+    assert {name: lines for name, lines in long.items() if lines > LONGEST_FILE} == {}
+
+
+def test_there_are_no_import_circles() -> None:
+    assert circles() == []
+
+
+def test_few_imports_hide_in_functions() -> None:
+    lazy = [f"{name} -> {other}" for name, others in GRAPH.items() for other, inside in others.items() if inside]
+    assert len(lazy) <= MOST_LAZY_IMPORTS, "\n".join(lazy)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_no_model_imports_another_model(system: str) -> None:
+    others = tuple(f"keygrip.models.{each}" for each in SYSTEMS if each != system)
+    own = [name for name in GRAPH if name.startswith(f"keygrip.models.{system}.")]
+    assert own
+    assert [(name, other) for name in own for other in GRAPH[name] if other.startswith(others)] == []
+
+
+def test_networks_and_modules_touch_no_files_and_start_no_processes() -> None:
+    files = [*PACKAGE.glob("models/*/network.py"), *PACKAGE.glob("models/*/module.py"), *PACKAGE.glob("models/nn/*.py")]
+    assert len(files) > 10
+    found = []
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                if called in OUTSIDE:
+                    found.append(f"{file.relative_to(ROOT)}:{node.lineno} {called}")
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+                found += [f"{file.relative_to(ROOT)}:{node.lineno} {name}" for name in names if name == "subprocess"]
+    assert found == []
+
+
+def test_the_layers_hold() -> None:
+    """The contracts of pyproject.toml, as `make lint` checks them."""
+    program = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([str(program), "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 broken" in done.stdout
