@@ -44,10 +44,11 @@ test: install ## all quick tests
 test-all: install ## slow ones and those that need a GPU too
 	$(PYTEST) -n $(WORKERS)
 
-lint: install ## style and types
+lint: install ## style, types and layers
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	$(VENV)/bin/lint-imports
 
 bench: install ## measure: make bench, or make bench CASE=volume_loss
 	$(PYTHON) -m keygrip.bench $(if $(CASE),case=$(CASE))
