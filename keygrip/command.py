@@ -25,6 +25,7 @@ from keygrip.config import (
     register_options,
     root_cause,
 )
+from keygrip.help import help_text
 from keygrip.training import run_folder, sweeps
 from keygrip.training.signals import Interrupted, SweepInterrupted
 
@@ -70,6 +71,9 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
         with _sigterm_raises():
             run_folder.register_resolvers()
             register_options()
+            if {"--help", "-h"} & set(sys.argv[1:]):
+                sys.stdout.write(f"{help_text(config_name, sys.argv[1:])}\n")
+                return
             check_overrides(config_name, sys.argv[1:])
             sys.argv[1:] = completed(config_name, sys.argv[1:])
             folder = str(config_folder())
@@ -89,8 +93,6 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
             traceback.print_exc()
         line, code = describe_error(error, config_name, sys.argv[1:])
         _say(line)
-        if code == CONFIG_ERROR and {"--help", "-h"} & set(sys.argv[1:]):
-            code = 0  # a command with a choice to be made first: naming the choices is the help
     for line in sweeps.close_sweeps():
         _say(line)
         code = code or USER_ERROR

@@ -1,0 +1,5 @@
+"""``python -m keygrip <command>``."""
+
+from keygrip.cli import main
+
+main()

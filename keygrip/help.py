@@ -1,0 +1,188 @@
+"""``--help`` of every command: its groups with their options, its settings with the comments of the YAML files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from keygrip.config import OPTIONS, check_overrides, completed, config_folder, group_options, register_options
+
+EXAMPLES = {
+    "train": (
+        "experiment=demo",
+        "model=geometry_vla data=yam_language --help",
+        "-m sweep=volume_query_options seed=0,1,2",
+    ),
+    "evaluate": ("checkpoint=RUN", "checkpoint=RUN episodes=20 suites=[position]", "checkpoint=RUN run_dir=FOLDER"),
+    "prepare": ("step=doctor root=FOLDER", "step=record root=FOLDER demos=50", "step=import --help"),
+    "sample": ("checkpoint=RUN prompt='a red cube'", "checkpoint=RUN image=FILE", "checkpoint=RUN image=FILE steps=50"),
+    "generate": (
+        "checkpoint=RUN video=FILE question='Which cube is red?'",
+        "checkpoint=RUN video=FOLDER_OF_FRAMES question='What is shown?'",
+        'checkpoint=RUN video=FILE question=\'["Which?","How many?"]\'',
+    ),
+    "serve": ("checkpoint=RUN", "checkpoint=RUN port=0", "checkpoint=RUN host=192.168.1.5 device=cuda"),
+    "bench": ("case=volume_loss", "case=inference quick=true", "suite=gpu"),
+    "export": (
+        "checkpoint=RUN to=FOLDER",
+        "checkpoint=RUN to=FOLDER format=onnx",
+        "checkpoint=RUN to=FOLDER format=torch_export",
+    ),
+    "demo": ("", "data.record.task.name=pick", "max_steps=100"),
+}
+COMMON = {"seed": "of everything random", "debug": "true: full stack traces"}
+UNLISTED = ("seed", "run_dir")
+WIDTH = 120
+
+
+def help_text(command: str, overrides: Sequence[str]) -> str:
+    """What a command reads, for the options that ``overrides`` choose.
+
+    Raises:
+        keygrip.config.SettingError, HydraException: overrides that do not compose.
+    """
+    given = [override for override in overrides if override not in ("--help", "-h") and "=" in override]
+    lines = [f"keygrip {command} [group=option ...] [setting=value ...]", ""]
+    lines += [f"  {line}" for line in _head(config_folder() / f"{command}.yaml")]
+    if command == "prepare" and not any(override.startswith("step=") for override in given):
+        lines += ["", "Steps (`keygrip prepare step=NAME --help` lists the settings of one):"]
+        for name in group_options("step"):
+            lines.append(_cut(f"  step={name:<14}{' '.join(_head(config_folder() / 'step' / f'{name}.yaml'))}"))
+        return "\n".join([*lines, *_examples(command)])
+    config, choices = _composed(command, given)
+    groups = [(group, choice) for group, choice in choices.items() if not group.startswith("hydra")]
+    comments = _comments(config_folder() / f"{command}.yaml")
+    for group, choice in groups:
+        if choice is not None:
+            comments |= _comments_of(group, choice)
+    shown = [(group, choice) for group, choice in groups if group != "evaluate"]
+    if shown:
+        lines += ["", "Groups, with the option chosen here and all there are:"]
+        lines += [f"  {group}={choice or 'null'}  ({_options(group, choices)})" for group, choice in shown]
+    lines += ["", "Settings:"]
+    for path, value in _leaves(config, ()):
+        key = ".".join(path)
+        why = comments.get(path, "")
+        if key in UNLISTED and path not in comments and not _named(command, key):
+            continue  # every command has it, and this one does not use it
+        why = why or COMMON.get(key, "")
+        if not why and str(value).startswith("${"):
+            continue  # passed on: the setting that it names is listed
+        lines.append(_cut(f"  {f'{key}={_text(value)}':<34}{f'  # {why}' if why else ''}".rstrip()))
+    return "\n".join([*lines, *_examples(command)])
+
+
+def _examples(command: str) -> list[str]:
+    return ["", "Examples:", *(f"  keygrip {command} {example}".rstrip() for example in EXAMPLES[command])]
+
+
+def _composed(command: str, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str | None]]:
+    """The unresolved config of a command without Hydra's node, and the option of each group."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    register_options()
+    check_overrides(command, overrides)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
+        cfg = compose(command, overrides=completed(command, overrides), return_hydra_config=True)
+    choices = {str(group).partition("@")[0]: option for group, option in cfg.hydra.runtime.choices.items()}
+    content = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(content, dict)
+    content.pop("hydra", None)
+    return {str(key): value for key, value in content.items()}, choices
+
+
+def _options(group: str, choices: dict[str, str | None]) -> str:
+    options = group_options(group)
+    if group == "ablation":  # those of other models have no effect here
+        model = choices.get("model") or ""
+        options = [name for name in options if model.startswith(name.partition("/")[0])]
+    return " | ".join(options) or "none for this model"
+
+
+def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(node, dict) and node:
+        for name, child in node.items():
+            if not (str(name).startswith("_") and str(name).endswith("_")):
+                yield from _leaves(child, (*path, str(name)))
+    elif path:
+        yield path, node
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(_text(each) for each in value)}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_text(each)}" for key, each in value.items()) + "}"
+    return {None: "null", True: "true", False: "false"}[value] if isinstance(value, bool | None) else str(value)
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..."
+
+
+def _head(path: Path) -> list[str]:
+    """The comment that a config file starts with."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @package"):
+            found.append(line.lstrip("# "))
+    return found
+
+
+def _named(command: str, key: str) -> bool:
+    return re.search(rf"^{key}:", (config_folder() / f"{command}.yaml").read_text(encoding="utf-8"), re.M) is not None
+
+
+def _comments_of(group: str, option: str) -> dict[tuple[str, ...], str]:
+    """Comments of an option of a group and of the options that it starts from, by the place in the composed config."""
+    folder = config_folder() / group
+    file, section = folder / f"{option}.yaml", ""
+    if not file.is_file():
+        inner, _, section = option.rpartition("/")
+        file = folder / inner / OPTIONS
+    if not file.is_file():
+        return {}
+    package = re.match(r"# @package (\S+)", file.read_text(encoding="utf-8"))
+    place = group if package is None else package.group(1)
+    prefix = () if place == "_global_" else tuple(place.replace("/", ".").split("."))
+    content: Any = OmegaConf.load(file)
+    defaults = (content.get(section) or {}).get("defaults", []) if section else content.get("defaults", [])
+    found: dict[tuple[str, ...], str] = {}
+    for base in defaults:
+        if isinstance(base, str) and base != "_self_":
+            found |= _comments_of(group, base)
+    own = _comments(file)
+    if section:
+        own = {path[1:]: why for path, why in own.items() if path[0] == section}
+    return found | {(*prefix, *path): why for path, why in own.items()}
+
+
+def _comments(path: Path) -> dict[tuple[str, ...], str]:
+    """The comment beside each key of a YAML file (or on the lines just above it), by the path of the key."""
+    found: dict[tuple[str, ...], str] = {}
+    stack: list[tuple[int, str]] = []
+    above: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.lstrip().startswith("#"):
+            above.append(line.strip().lstrip("# "))
+            continue
+        entry = re.match(r"(\s*)([\w./@+~-]+):(?:\s+(.*))?$", line)
+        if entry is None:
+            above = []
+            continue
+        indent, key, rest = len(entry.group(1)), entry.group(2), entry.group(3) or ""
+        stack = [each for each in stack if each[0] < indent] + [(indent, key)]
+        why = re.search(r"(?:^|\s)#\s*(.*)$", rest)
+        text = why.group(1) if why else " ".join(above)
+        if text:
+            found[tuple(name for _, name in stack)] = text
+        above = []
+    return found

@@ -1,0 +1,58 @@
+"""The command line: commands by name, and help that lists what a command reads."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from keygrip import __version__, cli
+from keygrip.help import EXAMPLES, help_text
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["keygrip", *arguments])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in cli.COMMANDS)
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"keygrip {__version__}\n"
+    assert run(monkeypatch, "trian") == 2
+    assert "there is no command 'trian': the nearest is 'train'" in capsys.readouterr().err
+    assert set(EXAMPLES) == set(cli.COMMANDS)
+    assert {len(examples) for examples in EXAMPLES.values()} == {3}
+
+
+def test_python_m_keygrip(command: Callable[..., Any]) -> None:
+    done = command("keygrip", "prepare", "step=validate", "rot=x")
+    assert done.returncode == 2
+    assert "no setting 'rot' in prepare.yaml: the nearest is 'root'" in done.stderr
+
+
+def test_help_lists_what_a_command_reads() -> None:
+    import keygrip.serve
+    import keygrip.train  # noqa: F401
+
+    serve = help_text("serve", ["--help"])
+    assert len(serve.splitlines()) < 60
+    assert "ablation" not in serve
+    assert "  limits.requests=32                  # in progress at once" in serve
+    steps = help_text("prepare", ["-h"])
+    assert "step=doctor " in steps
+    assert "frames_per_demo=12 " in help_text("prepare", ["step=doctor"])
+    vla = help_text("train", ["model=geometry_vla", "data=yam_language", "--help"])
+    assert "  vlm=tiny  (qwen2_5_vl | tiny)" in vla
+    assert "geometry_vla/no_injection" in vla
+    assert "volume_query/no_state" not in vla
+    assert "rotation" not in vla.partition("Settings:")[0]
+    assert "  vlm.width=128                       # the action head's too" in vla
