@@ -1,24 +1,20 @@
-"""The report of a validation suite: Markdown with pictures; and a callback that makes it when training ends."""
+"""The report of a validation suite: Markdown with pictures."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from keygrip.artifacts import write_bytes
+from keygrip.artifacts import write_bytes, write_text
 from keygrip.models.patch_dit.figures import picture_grid
 
 if TYPE_CHECKING:
-    from keygrip.data.image_text.datamodule import ImageShards
-    from keygrip.evaluation.image_text import PictureSuite
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +51,7 @@ def write_report(
     if figures["scales"] and "colour_as_asked" in figures["scales"][0]:
         write_bytes(output / SCALE_MAP, scale_map(figures["scales"]))
         pictures.append(output / SCALE_MAP)
-    write_bytes(output / REPORT, markdown(figures, [path.name for path in pictures]).encode())
+    write_text(output / REPORT, markdown(figures, [path.name for path in pictures]))
     return pictures
 
 
@@ -136,49 +132,3 @@ def scale_map(rows: Sequence[Mapping[str, float]]) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
-
-
-class EvaluatePictures(Callback):
-    """Runs the validation suite on the run's latest checkpoint once training has ended.
-
-    Writes `pictures/` (report, pictures, result.json) into the run folder, logs `pictures/<case>/<figure>` among the
-    headline metrics and shows the pictures in TensorBoard.
-
-    Args:
-        suite: what to evaluate. data: the run's data module. run_dir: the run folder.
-    """
-
-    def __init__(self, suite: PictureSuite, data: ImageShards, run_dir: str) -> None:
-        self.suite, self.data, self.run_dir = suite, data, Path(run_dir)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        from keygrip.evaluation.image_text import evaluate_pictures, headline
-        from keygrip.models.patch_dit.module import PatchDiTModule
-        from keygrip.training.checkpoints import load_module
-
-        module = load_module(self.run_dir, expected=PatchDiTModule).to(pl_module.device)  # with averaged weights
-        assert isinstance(module, PatchDiTModule)
-        output = self.run_dir / "pictures"
-        figures, pictures = evaluate_pictures(module, self.data, self.suite, output)
-        write_bytes(output / "result.json", (json.dumps(figures, indent=1) + "\n").encode())
-        for name, value in headline(figures).items():
-            trainer.callback_metrics[f"pictures/{name}"] = torch.tensor(value)
-        self._show(trainer, headline(figures), pictures)
-        log.info("pictures and report: %s", output / REPORT)
-
-    @staticmethod
-    def _show(trainer: Trainer, figures: Mapping[str, float], pictures: Sequence[Path]) -> None:
-        from PIL import Image
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-        for logger in trainer.loggers:
-            writer = getattr(logger, "experiment", None)
-            if not isinstance(writer, SummaryWriter):
-                continue
-            for name, value in figures.items():
-                writer.add_scalar(f"pictures/{name}", value, trainer.global_step)
-            for path in pictures:
-                shown = np.asarray(Image.open(path).convert("RGB"))
-                writer.add_image(f"pictures/{path.stem}", shown, trainer.global_step, dataformats="HWC")

@@ -18,17 +18,10 @@ from keygrip.config import compose
 from keygrip.data.image_text.datamodule import ImageShards
 from keygrip.evaluation import image_text as validation
 from keygrip.evaluation.attribute_classifier import JudgeError, JudgeOptions, TrainedJudge, Verdict
+from keygrip.evaluation.image_cases import CASES, Asked, PictureSuite, Suite, change_caption, summarise
+from keygrip.evaluation.image_distances import LPIPS_FILE, Distances
 from keygrip.evaluation.image_report import scale_map, table
-from keygrip.evaluation.image_text import (
-    Asked,
-    Distances,
-    PictureSuite,
-    Suite,
-    change_caption,
-    evaluate_pictures,
-    headline,
-    summarise,
-)
+from keygrip.evaluation.image_text import evaluate_pictures, headline
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.training.checkpoints import build_module
 
@@ -208,7 +201,7 @@ def test_cases_that_a_model_or_its_data_cannot_answer(root: Path, tmp_path: Path
     with pytest.raises(ValueError, match="give replace_words"):
         suite_of(root, None, cases=["changed_words"]).cases()
     told = suite_of(root, None, replace_words={"cube": "ball"})
-    assert told.cases() == list(validation.CASES)
+    assert told.cases() == list(CASES)
     asked, _, _ = asked_of(told, "changed_words")
     assert all("ball" in caption for caption in asked.captions)
 
@@ -253,7 +246,7 @@ def test_with_the_weights_at_hand_lpips_is_computed(monkeypatch: pytest.MonkeyPa
 
     (tmp_path / "checkpoints").mkdir()
     torch.manual_seed(0)
-    torch.save(alexnet(weights=None).state_dict(), tmp_path / "checkpoints" / validation.LPIPS_FILE)
+    torch.save(alexnet(weights=None).state_dict(), tmp_path / "checkpoints" / LPIPS_FILE)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: _stored(tmp_path))
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *a, **k: _stored(tmp_path))
@@ -267,7 +260,7 @@ def test_with_the_weights_at_hand_lpips_is_computed(monkeypatch: pytest.MonkeyPa
 
 
 def _stored(folder: Path) -> Any:
-    return torch.load(folder / "checkpoints" / validation.LPIPS_FILE, weights_only=True)
+    return torch.load(folder / "checkpoints" / LPIPS_FILE, weights_only=True)
 
 
 def test_means_are_over_pictures_and_not_over_batches() -> None:
@@ -281,7 +274,7 @@ def test_means_are_over_pictures_and_not_over_batches() -> None:
 def test_the_suite_writes_a_report_with_pictures(root: Path, tmp_path: Path) -> None:
     data = shards(root)
     figures, pictures = evaluate_pictures(module_for(data), data, PictureSuite(**SETTINGS), tmp_path / "out")
-    assert set(figures["cases"]) == {*validation.CASES, "another_picture", "real"} - {"scales"}
+    assert set(figures["cases"]) == {*CASES, "another_picture", "real"} - {"scales"}
     assert figures["cases"]["reconstruction"]["images"] == 6
     assert figures["judge"]["pictures"] == 12  # of the validation split
     assert "psnr_db" not in figures["cases"]["real"]

@@ -14,7 +14,10 @@ from keygrip.data.image_text.crops import Bucket
 from keygrip.data.image_text.samples import PATCHES, describe_image_text
 from keygrip.data.image_text.sources.encoding import as_tensor, encode_images, prepare_image
 from keygrip.data.shards.writer import ShardWriter, write_manifest
-from keygrip.models.patch_dit.encoders import DinoView, Encoders, PixelPacking, RandomWordVectors
+from keygrip.models.patch_dit.autoencoders import PixelPacking
+from keygrip.models.patch_dit.dino_view import DinoView
+from keygrip.models.patch_dit.encoders import Encoders
+from keygrip.models.patch_dit.text_encoders import RandomWordVectors
 
 COLOURS = {"red": (220, 40, 40), "teal": (0, 130, 140)}
 SQUARE, WIDE = Bucket(32, 32), Bucket(48, 32)

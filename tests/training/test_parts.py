@@ -176,7 +176,7 @@ def test_parts_bring_no_weights_of_their_own() -> None:
 
 
 def test_files_outside_a_checkpoint_are_named_by_the_caller_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    node = {"_target_": "keygrip.models.patch_dit.encoders.T5Text", "source": "/etc/secret", "length": 8}
+    node = {"_target_": "keygrip.models.patch_dit.text_encoders.T5Text", "source": "/etc/secret", "length": 8}
     with pytest.raises(UntrustedPartError, match=r"external=\{encoders.text.source: PATH\}"):
         build_stored({"encoders": {"text": node}}, "model")
     with pytest.raises(ValueError, match="is no setting of this checkpoint"):

@@ -14,7 +14,7 @@ from keygrip.data.image_text.crops import Bucket
 from keygrip.data.image_text.datamodule import ImageShards
 from keygrip.data.image_text.sources.encoding import as_tensor
 from keygrip.envs.yam.stills import CUBE_COLOURS, Picture, PictureCell, PictureOptions, describe, palette
-from keygrip.models.patch_dit.encoders import grey
+from keygrip.models.patch_dit.dino_view import grey
 from keygrip.recording.image_text import evidence, make_images
 
 SIZES = ((104, 96, 2), (160, 100, 1), (100, 160, 1))
@@ -134,10 +134,10 @@ def options(tmp_path: Path) -> dict:  # type: ignore[type-arg]
     encoders = {
         "_target_": "keygrip.models.patch_dit.encoders.Encoders",
         "dino_view": "grey",
-        "autoencoder": {"_target_": "keygrip.models.patch_dit.encoders.PixelPacking", "edge": 4},
-        "text": {"_target_": "keygrip.models.patch_dit.encoders.RandomWordVectors", "length": 8, "width": 8},
+        "autoencoder": {"_target_": "keygrip.models.patch_dit.autoencoders.PixelPacking", "edge": 4},
+        "text": {"_target_": "keygrip.models.patch_dit.text_encoders.RandomWordVectors", "length": 8, "width": 8},
         "view": {
-            "_target_": "keygrip.models.patch_dit.encoders.DinoView",
+            "_target_": "keygrip.models.patch_dit.dino_view.DinoView",
             **{"variant": "tiny", "size": 48, "weights": "random", "width": 16, "depth": 1, "heads": 2},
         },
     }

@@ -13,15 +13,10 @@ from image_sets import small_encoders
 
 from keygrip.config import compose
 from keygrip.envs.yam.stills import palette
-from keygrip.models.patch_dit.encoders import (
-    DinoView,
-    Encoders,
-    FluxAutoencoder,
-    PixelPacking,
-    RandomWordVectors,
-    T5Text,
-    grey,
-)
+from keygrip.models.patch_dit.autoencoders import FluxAutoencoder, PixelPacking
+from keygrip.models.patch_dit.dino_view import DinoView, grey
+from keygrip.models.patch_dit.encoders import Encoders
+from keygrip.models.patch_dit.text_encoders import RandomWordVectors, T5Text
 
 
 def pictures(count: int = 2, height: int = 16, width: int = 24, seed: int = 0) -> torch.Tensor:
@@ -303,12 +298,11 @@ def test_a_loaded_model_keeps_the_weights_that_its_encoders_name() -> None:
     not."""
     from omegaconf import OmegaConf
 
-    from keygrip.training.checkpoints import _make_backbones_random
+    from keygrip.training.parts import build_stored
 
     node = OmegaConf.to_container(
         compose("train", ["model=patch_dit", "encoders=flux_t5_dinov3"]).encoders, resolve=True
     )
-    _make_backbones_random(node)
     assert isinstance(node, dict)
-    assert node["view"]["weights"] == "pretrained"
-    assert np.isscalar(node["view"]["size"])
+    view = build_stored(node["view"], "encoders.view")
+    assert view.options["weights"] == "pretrained"

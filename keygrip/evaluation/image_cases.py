@@ -1,0 +1,347 @@
+"""The cases of the image suite: what is asked of a model, what it generates, and how well that was followed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from keygrip.data.batches import ImageTextBatch
+from keygrip.evaluation.attribute_classifier import (
+    NEAR_PX,
+    JudgeOptions,
+    TrainedJudge,
+    Verdict,
+    distance_px,
+)
+from keygrip.models.patch_dit.context import Conditions
+from keygrip.models.patch_dit.sampler import Sampling
+
+if TYPE_CHECKING:
+    from keygrip.data.image_text.datamodule import ImageShards
+    from keygrip.models.patch_dit.module import PatchDiTModule
+
+from keygrip.evaluation.image_distances import Distances
+
+CASES = ("reconstruction", "dino_swap", "text_only", "changed_words", "shuffled_patches", "scales")
+SIDE_MARGIN = 0.05  # of the width: nearer than this, left and right are not asked about
+UNRELATED, REAL = "another_picture", "real"
+
+
+@dataclass(frozen=True)
+class PictureSuite:
+    """What is evaluated.
+
+    Args:
+        cases: of `CASES`; None: all that the model and the data allow.
+        split: of the run's data. images: so many of it, spread evenly over its buckets.
+        text_scales, dino_scales: of the case `scales`. grid_images: images for each pair of them.
+        sampling: changes to the model's own sampling, by name: {"steps": 50}; None leaves a part as it is.
+        lpips: "auto" where its weights are at hand; "none".
+        replace_words: for `changed_words` on captions of any kind: {word: other word}. Without it the cube's colour is
+            changed, where the data say which it is.
+        shown: pictures in each row of the report.
+        judge: how a judge is trained where there is none yet.
+
+    Raises:
+        ValueError: an unknown case, or a number below 1.
+    """
+
+    cases: Sequence[str] | None = None
+    split: str = "test"
+    images: int = 128
+    text_scales: Sequence[float] = (1.0, 2.0, 4.0, 8.0)
+    dino_scales: Sequence[float] = (0.0, 1.0, 2.0, 4.0)
+    grid_images: int = 32
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    lpips: str = "auto"
+    replace_words: Mapping[str, str] = field(default_factory=dict)
+    shown: int = 8
+    judge: JudgeOptions = field(default_factory=JudgeOptions)
+
+    def __post_init__(self) -> None:
+        unknown = [case for case in self.cases or () if case not in CASES]
+        if unknown:
+            raise ValueError(f"cases={unknown}: choose of {', '.join(CASES)}")
+        if min(self.images, self.grid_images, self.shown) < 1:
+            raise ValueError("images, grid_images and shown must be at least 1")
+        if self.lpips not in ("auto", "none"):
+            raise ValueError(f"lpips={self.lpips!r}: choose auto or none")
+        if self.split not in ("train", "val", "test"):
+            raise ValueError(f"split={self.split!r}: choose val or test (or train, to see what was learnt by heart)")
+
+
+def changed_sampling(sampling: Sampling, changes: Mapping[str, Any]) -> Sampling:
+    """A model's own sampling with some parts changed. Raises ValueError: there is no such part."""
+    unknown = sorted(set(changes) - set(Sampling.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"sampling has no {', '.join(unknown)}; it has {', '.join(Sampling.__dataclass_fields__)}")
+    given = {name: value for name, value in changes.items() if value is not None}
+    if "interval" in given:
+        given["interval"] = tuple(given["interval"])
+    return replace(sampling, **given)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What some pictures were asked to be.
+
+    Args:
+        conditions: normalised. target: [B, 3, H, W] the real pictures to compare with.
+        records: whose layout is asked for, B of them. colours: of the cube, in words.
+    """
+
+    conditions: Conditions
+    target: Tensor
+    records: list[dict[str, Any]]
+    colours: list[str] | None
+    captions: list[str]
+
+
+def change_caption(
+    caption: str, record: Mapping[str, Any], number: int, colours: Sequence[str], words: Mapping[str, str]
+) -> tuple[str, str | None] | None:
+    """A caption with a word changed, and the colour asked for then; None where no word of it can be changed.
+
+    Args:
+        number: of the image; it chooses among the other colours. colours: all that there are.
+    """
+    told = caption.split()
+    if words:
+        changed = [words.get(word, word) for word in told]
+        return (" ".join(changed), None) if changed != told else None
+    own = (record.get("evidence") or {}).get("colour")
+    others = [colour for colour in colours if colour != own]
+    if own not in told or not others:
+        return None
+    asked = others[number % len(others)]
+    return " ".join(asked if word == own else word for word in told), asked
+
+
+class Suite:
+    """Evaluates one model on one set of shards.
+
+    Args:
+        module: a trained model. data: set up. judge: of the data; None: it holds no ground truth.
+    """
+
+    def __init__(
+        self, module: PatchDiTModule, data: ImageShards, judge: TrainedJudge | None, options: PictureSuite
+    ) -> None:
+        self.module, self.data, self.judge, self.options = module, data, judge, options
+        self.encoders = module.ready_encoders()
+        self.sampling = changed_sampling(module.sampling, options.sampling)
+        self.distances = Distances(self.encoders, judge, options.lpips)
+        self.colours = [] if judge is None else judge.judge.colours
+        self.rows: list[tuple[str, Tensor]] = []  # titles and pictures of one batch, by case
+
+    def cases(self) -> list[str]:
+        """The cases that can be evaluated here.
+
+        Raises:
+            ValueError: one was named that cannot.
+        """
+        cannot = {}
+        if not self.module.network.use_dino_patches:
+            cannot["shuffled_patches"] = "the network has no patches"
+        if not self.options.replace_words and self.judge is None:
+            reason = "the captions' words to change are not known: give replace_words={word: other word}"
+            cannot |= {"changed_words": reason, "scales": reason}
+        if self.options.cases is None:
+            return [case for case in CASES if case not in cannot]
+        for case in self.options.cases:
+            if case in cannot:
+                raise ValueError(f"the case {case} cannot be evaluated: {cannot[case]}")
+        return list(self.options.cases)
+
+    def batches(self, limit: int) -> Iterator[tuple[ImageTextBatch, Tensor, range]]:
+        """Held-out batches on the model's device, their real pictures, and the numbers of their images."""
+        number = 0
+        for batch in self.data.held_out(self.options.split, limit):
+            batch = batch.to(self.module.device)
+            yield batch, self.encoders.decode_latents(batch.latents), range(number, number + len(batch))
+            number += len(batch)
+        if not number:
+            raise ValueError(f"{self.data.place} has no {self.options.split} images: choose another split")
+
+    # ------------------------------------------------------------------------------------------------------------ cases
+
+    def ask(self, case: str, batch: ImageTextBatch, real: Tensor, numbers: range) -> Asked | None:
+        """What a case asks of a batch; None where it asks nothing of any of its images."""
+        own = self.module.statistics.conditions(batch)
+        colours = [r["evidence"]["colour"] for r in batch.records] if self.judge is not None else None
+        asked = Asked(own, real, batch.records, colours, list(batch.captions))
+        if case == "reconstruction":
+            return asked
+        if case == "text_only":
+            return replace(asked, conditions=replace(own, cls=None, patches=None))
+        if case == "dino_swap":
+            if len(batch) < 2:
+                return None
+            other = torch.arange(len(batch)).roll(-1)
+            records = [batch.records[i] for i in other.tolist()]
+            return replace(
+                asked, conditions=own.with_dino_of(other), target=real[other.to(real.device)], records=records
+            )
+        if case == "shuffled_patches":
+            assert own.patches is not None
+            order = torch.randperm(own.patches.shape[1], generator=torch.Generator().manual_seed(numbers.start))
+            return replace(asked, conditions=replace(own, patches=own.patches[:, order.to(own.patches.device)]))
+        return self._changed(asked, numbers)
+
+    def _changed(self, asked: Asked, numbers: range) -> Asked | None:
+        words = self.options.replace_words
+        found = [
+            change_caption(caption, record, number, self.colours, words)
+            for caption, record, number in zip(asked.captions, asked.records, numbers, strict=True)
+        ]
+        kept = [i for i, change in enumerate(found) if change is not None]
+        if not kept:
+            return None
+        changes = [change for change in found if change is not None]
+        captions = [caption for caption, _ in changes]
+        states, mask = self.encoders.encode_text(captions)
+        index = torch.tensor(kept, device=asked.target.device)
+        own = asked.conditions
+        assert own.cls is not None
+        conditions = Conditions(
+            states.to(own.cls), mask.to(own.cls.device), own.cls[index], _rows(own.patches, index), own.patch_grid
+        )
+        colours = [str(colour) for _, colour in changes] if not words and self.judge is not None else None
+        return Asked(conditions, asked.target[index], [asked.records[i] for i in kept], colours, captions)
+
+    def draw(self, asked: Asked, size: tuple[int, int], first_seed: int, sampling: Sampling | None = None) -> Tensor:
+        """Pictures [B, 3, H, W] in 0..1."""
+        seeds = list(range(first_seed, first_seed + len(asked.records)))
+        return self.module.draw(asked.conditions, size, seeds, sampling or self.sampling)
+
+    # ---------------------------------------------------------------------------------------------------------- figures
+
+    @torch.no_grad()
+    def measure(self, drawn: Tensor, asked: Asked) -> dict[str, Tensor]:
+        """Of each picture, by name, [B] each (fewer where something was not asked of all)."""
+        found = self.distances(drawn, asked.target)
+        if self.judge is not None:
+            found |= self._judged(self.judge.judge.to(drawn.device)(drawn), asked, drawn)
+        return {name: values.float().cpu() for name, values in found.items()}
+
+    def _judged(self, verdict: Verdict, asked: Asked, drawn: Tensor) -> dict[str, Tensor]:
+        told = [record["evidence"] for record in asked.records]
+        truth = torch.tensor([[e["cube"], e["block"]] for e in told], device=drawn.device)
+        distance = distance_px(verdict.places, truth, (drawn.shape[2], drawn.shape[3]))
+        named = verdict.colours.argmax(dim=1).cpu()
+        found = {
+            "cube_px": distance[:, 0],
+            "block_px": distance[:, 1],
+            "cube_within_4px": distance[:, 0] < NEAR_PX,
+            "block_within_4px": distance[:, 1] < NEAR_PX,
+            "colour_of_reference": named == torch.tensor([self.colours.index(e["colour"]) for e in told]),
+        }
+        if asked.colours is not None:
+            found["colour_as_asked"] = named == torch.tensor([self.colours.index(colour) for colour in asked.colours])
+        apart = (truth[:, 0, 0] - truth[:, 1, 0]).cpu()
+        clear = apart.abs() > SIDE_MARGIN
+        side = (verdict.places[:, 0, 0] - verdict.places[:, 1, 0]).cpu()
+        found["side_as_asked"] = (torch.sign(side) == torch.sign(apart))[clear]
+        return found
+
+    def evaluate(self) -> dict[str, Any]:
+        """Figures by case; fills `rows` with pictures."""
+        wanted = self.cases()
+        values: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+        total = min(self.options.images, len(self.data.samples(self.options.split)))
+        with tqdm(total=total, desc="evaluate", unit="image", disable=None) as bar:
+            for batch, real, numbers in self.batches(self.options.images):
+                size = (batch.latents.shape[2], batch.latents.shape[3])
+                count = min(len(batch), self.options.shown)
+                shown = not self.rows or count > len(self.rows[0][1])  # the first batch that fills the rows
+                if shown:
+                    self.rows = [("real", real[:count].cpu())]
+                for name, asked, drawn in self._references(batch, real, numbers):
+                    found = self.measure(drawn, asked)
+                    if name == REAL:  # a picture's distance to itself says nothing
+                        found = {figure: value for figure, value in found.items() if figure not in self.distances.names}
+                    self._add(values[name], found)
+                for case in wanted:
+                    if case == "scales":
+                        continue
+                    asked_of = self.ask(case, batch, real, numbers)
+                    if asked_of is None:
+                        continue
+                    drawn = self.draw(asked_of, size, numbers.start)
+                    self._add(values[case], self.measure(drawn, asked_of))
+                    if shown:
+                        self.rows.append((self._title(case, asked_of), drawn[:count].cpu()))
+                bar.update(len(batch))
+        return {case: summarise(found) for case, found in values.items()}
+
+    def _references(self, batch: ImageTextBatch, real: Tensor, numbers: range) -> Iterator[tuple[str, Asked, Tensor]]:
+        """Real pictures in the place of drawn ones: another one of the set, and (for the judge's own error) each
+        itself."""
+        own = self.ask("reconstruction", batch, real, numbers)
+        assert own is not None
+        if len(batch) > 1:
+            yield UNRELATED, own, real.roll(-1, dims=0)
+        if self.judge is not None:
+            yield REAL, own, real
+
+    @staticmethod
+    def _add(values: dict[str, list[Tensor]], found: dict[str, Tensor]) -> None:
+        for name, numbers in found.items():
+            values[name].append(numbers)
+
+    def _title(self, case: str, asked: Asked) -> str:
+        title = case.replace("_", " ")
+        if case == "dino_swap":
+            return f"{title}: own text, layout of the next picture"
+        if case == "changed_words" and asked.colours is not None:
+            return f"{title}: {', '.join(asked.colours[: self.options.shown])}"
+        return title
+
+    # ----------------------------------------------------------------------------------------------------------- scales
+
+    def scales(self) -> tuple[list[dict[str, Any]], list[tuple[str, Tensor]]]:
+        """Figures of `changed_words` for each pair of scales, and a row of pictures for each text scale."""
+        pairs = [(t, d) for t in self.options.text_scales for d in self.options.dino_scales]
+        values: dict[tuple[float, float], dict[str, list[Tensor]]] = {p: defaultdict(list) for p in pairs}
+        pictures: dict[float, list[Tensor]] = defaultdict(list)
+        each = max(1, self.options.shown // 4)
+        for batch, real, numbers in self.batches(self.options.grid_images):
+            asked = self.ask("changed_words", batch, real, numbers)
+            if asked is None:
+                continue
+            first = not pictures
+            size = (batch.latents.shape[2], batch.latents.shape[3])
+            for text, dino in tqdm(pairs, desc="scales", unit="pair", leave=False, disable=None):
+                sampling = replace(self.sampling, text_scale=float(text), dino_scale=float(dino))
+                drawn = self.draw(asked, size, numbers.start, sampling)
+                self._add(values[text, dino], self.measure(drawn, asked))
+                if first:
+                    pictures[text].append(drawn[:each].cpu())
+        table = [{"text_scale": t, "dino_scale": d, **summarise(values[t, d])} for t, d in pairs if values[t, d]]
+        named = ", ".join(f"{scale:g}" for scale in self.options.dino_scales)
+        rows = [(f"text scale {t:g}; DINO scale {named}, {each} each", torch.cat(p)) for t, p in pictures.items()]
+        return table, rows
+
+
+def _rows(values: Tensor | None, index: Tensor) -> Tensor | None:
+    return None if values is None else values[index]
+
+
+def summarise(found: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
+    """Means over all pictures (of distances in pixels the median too), and their number."""
+    figures: dict[str, float] = {}
+    for name, parts in found.items():
+        values = torch.cat(list(parts))
+        figures["images"] = max(figures.get("images", 0), len(values))
+        if not len(values):
+            continue
+        figures[name] = round(float(values.mean()), 5)
+        if name.endswith("_px"):
+            figures[f"{name}_median"] = round(float(values.median()), 4)
+    return figures

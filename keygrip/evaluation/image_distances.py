@@ -1,0 +1,77 @@
+"""Distances between generated and real images."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from keygrip.evaluation.attribute_classifier import (
+    TrainedJudge,
+    feature_distance,
+)
+from keygrip.models.patch_dit.encoders import Encoders
+
+if TYPE_CHECKING:
+    pass
+
+
+log = logging.getLogger(__name__)
+
+LPIPS_NET: Literal["alex"] = "alex"
+LPIPS_FILE = "alexnet-owt-7be5be79.pth"  # torchvision's weights, in torch's hub folder
+
+
+class Distances:
+    """Between drawn and real pictures [B, 3, H, W] in 0..1, a number for each pair.
+
+    Args:
+        encoders: whose DINO gives `dino_distance` (of the colour picture, whatever the model is shown). judge: gives
+            `judge_distance`; None: there is none. lpips: see :class:`PictureSuite`.
+    """
+
+    def __init__(self, encoders: Encoders, judge: TrainedJudge | None, lpips: str) -> None:
+        self.encoders, self.judge = encoders, judge
+        self.note = ""
+        self.names = ("psnr_db", "ssim", "dino_distance", "judge_distance", "lpips")
+        self._lpips: Any = None
+        file = Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_FILE
+        if lpips == "none":
+            self.note = "LPIPS was switched off."
+        elif not file.is_file():
+            names = "dino_distance" if judge is None else "judge_distance and dino_distance"
+            self.note = f"LPIPS was not computed: its weights are not at {file}. In its place: {names}."
+        else:
+            from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+            self._lpips = LearnedPerceptualImagePatchSimilarity(LPIPS_NET, normalize=True).eval()
+        if self.note:
+            log.info("%s", self.note)
+
+    @torch.no_grad()
+    def __call__(self, drawn: Tensor, real: Tensor) -> dict[str, Tensor]:
+        """By name, [B] each."""
+        from torchmetrics.functional.image import structural_similarity_index_measure
+
+        error = (drawn - real).pow(2).mean(dim=(1, 2, 3)).clamp(min=1e-10)
+        ssim = structural_similarity_index_measure(drawn, real, data_range=1.0, reduction="none")
+        assert isinstance(ssim, Tensor)
+        found = {"psnr_db": -10 * error.log10(), "ssim": ssim, "dino_distance": self._of_dino(drawn, real)}
+        if self.judge is not None:
+            judge = self.judge.judge.to(drawn.device)
+            found["judge_distance"] = feature_distance(judge(drawn).features, judge(real).features)
+        if self._lpips is not None:
+            network = self._lpips.to(drawn.device)
+            found["lpips"] = torch.stack([network(d[None], r[None]) for d, r in zip(drawn, real, strict=True)])
+        return found
+
+    def _of_dino(self, drawn: Tensor, real: Tensor) -> Tensor:
+        width, height = self.encoders.view_size(drawn.shape[3], drawn.shape[2])
+        both = functional.interpolate(torch.cat([drawn, real]), (height, width), mode="bilinear", antialias=True)
+        _, patches = self.encoders.view.encode(both.clamp(0, 1))
+        left, right = patches.transpose(1, 2).chunk(2)
+        return feature_distance(left, right)

@@ -1,0 +1,152 @@
+"""The DINO view of an image: CLS and patch features by a frozen backbone.
+
+Legend: B images, D width of a DINO feature, gh gw the grid of patches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from keygrip.models.backbone import DinoBackbone
+from keygrip.models.patch_dit.pretrained import sample_of
+from keygrip.training.parts import model_part
+
+log = logging.getLogger(__name__)
+
+GREY, COLOUR = "grey", "colour"
+SQUARE, ASPECT = "square", "aspect"
+GAMMA = 2.2
+LUMINANCE = (0.2126, 0.7152, 0.0722)  # Rec. 709, of linear light
+
+
+@model_part(external=["weights_path"])
+class DinoView:
+    """Features of a small picture of the whole crop, by a frozen DINO.
+
+    Args:
+        variant, weights, weights_path, width, depth, heads: of the backbone, as in :class:`DinoBackbone`. Random
+            weights are always the same ones.
+        size: edge in pixels of a square view.
+        shape: "square" stretches every crop to the square view (a fixed number of patches); "aspect" keeps its shape,
+            with about as many patches.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    def __init__(
+        self,
+        variant: str,
+        size: int,
+        weights: str,
+        shape: str = SQUARE,
+        weights_path: str | None = None,
+        width: int | None = None,
+        depth: int | None = None,
+        heads: int | None = None,
+    ) -> None:
+        from keygrip.models.backbone.architectures import VARIANTS
+
+        if shape not in (SQUARE, ASPECT):
+            raise ValueError(f"encoders.view.shape must be {SQUARE} or {ASPECT}, not {shape!r}")
+        if variant not in VARIANTS:
+            raise ValueError(f"encoders.view.variant={variant!r} is not known; choose one of {', '.join(VARIANTS)}")
+        self.patch = VARIANTS[variant].patch_size
+        if size % self.patch or size < self.patch:
+            raise ValueError(f"encoders.view.size={size} does not divide by the patch size {self.patch} of {variant}")
+        self.size, self.shape = size, shape
+        self.options: dict[str, Any] = {
+            "variant": variant,
+            "image_size": size,
+            "weights": weights,
+            "weights_path": weights_path,
+            "width": width,
+            "depth": depth,
+            "heads": heads,
+        }
+        self.width = width or VARIANTS[variant].width
+        self.device: torch.device | str = "cpu"
+        self._backbone: DinoBackbone | None = None
+
+    @property
+    def backbone(self) -> DinoBackbone:
+        """Built when it is first asked for."""
+        if self._backbone is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                self._backbone = DinoBackbone(**self.options, trainable="frozen").eval().to(self.device)
+        return self._backbone
+
+    def to(self, device: torch.device | str) -> Self:
+        self.device = device
+        if self._backbone is not None:
+            self._backbone.to(device)
+        return self
+
+    def size_of(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) of the view of a picture."""
+        if self.shape == SQUARE:
+            return self.size, self.size
+        stretch = (width / height) ** 0.5
+        wide, high = (max(1, round(self.size * s / self.patch)) * self.patch for s in (stretch, 1 / stretch))
+        return wide, high
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """float [B, 3, vh, vw] in 0..1 -> cls [B, D], patches [B, N, D], float32."""
+        backbone = self.backbone
+        mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (backbone.mean, backbone.std))
+        features = backbone((pixels - mean) / std)
+        return features.cls.float(), features.patches.float()
+
+    def description(self) -> dict[str, Any]:
+        said = {**self.options, "shape": self.shape}
+        del said["weights_path"]
+        if self._stored:  # known by their content
+            said["weights"] = weights_digest(self.backbone)
+        else:
+            said |= sample_of(self.backbone)
+        return said
+
+    @property
+    def _stored(self) -> bool:
+        """Whether the weights are small enough to travel in a checkpoint: decided without loading them."""
+        reduced = any(self.options[name] is not None for name in ("width", "depth", "heads"))
+        return self.options["variant"] == "tiny" or reduced
+
+    def state(self) -> dict[str, Tensor] | None:
+        """The weights where they are small, to be stored with a model; None where they are known by name."""
+        if not self._stored:
+            return None
+        return {name: value.cpu().clone() for name, value in self.backbone.state_dict().items()}
+
+    def load_state(self, state: dict[str, Tensor] | None) -> None:
+        """Takes weights back, wherever they first came from: that place may be gone."""
+        if state is not None:
+            if self._backbone is None:
+                self.options |= {"weights": "random", "weights_path": None}
+            self.backbone.load_state_dict(state)
+
+
+def grey(pixels: Tensor) -> Tensor:
+    """Luminance of linear light, shown as a grey picture: [B, 3, H, W] in 0..1 -> the same shape.
+
+    Colours of one luminance under one light become one grey; the usual grey of encoded values would tell them apart.
+    """
+    weights = torch.tensor(LUMINANCE, device=pixels.device).view(3, 1, 1)
+    light = (pixels.clamp(0, 1) ** GAMMA * weights).sum(dim=1, keepdim=True)
+    return (light ** (1 / GAMMA)).expand_as(pixels)
+
+
+def weights_digest(module: nn.Module) -> str:
+    """sha256 of all weights of a module, 16 digits."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(value.detach().float().cpu().numpy()).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,57 @@
+"""Loading of frozen encoders of other projects (diffusers, transformers), from a folder or the hub.
+
+Their packages are optional and imported when an encoder is first used. Beside `keygrip.models.language` the encoders
+here are the only users of transformers: a frozen T5 is a fixed part of the data, not a language model that is trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+INSTALL = "pip install 'keygrip[dit]'"
+
+
+def subfolder_of(source: str, subfolder: str | None) -> str | None:
+    """None where the source is a folder without that subfolder: it is then the part's own folder."""
+    if subfolder and Path(source).is_dir() and not (Path(source) / subfolder).is_dir():
+        return None
+    return subfolder
+
+
+def from_source(loader: Any, source: str, what: str, arguments: dict[str, Any]) -> Any:
+    """`loader.from_pretrained(source)`, with one line that says what to do where it is not to be had.
+
+    Raises:
+        FileNotFoundError: the folder lacks the files, or the hub cannot be reached and holds no copy here.
+    """
+    try:
+        return loader.from_pretrained(source, **arguments)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise FileNotFoundError(
+            f"{what} cannot be loaded from {source} ({reason}): name a local folder that holds it as the hub ships it, "
+            "or download it once with `hf download`"
+        ) from error
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """Raises ValueError: not a floating-point type."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ValueError(f"dtype {name!r} is not known; choose one of {', '.join(known)}")
+    return known[name]
+
+
+def sample_of(module: nn.Module) -> dict[str, Any]:
+    """A few numbers of a large model's weights: enough to tell two trainings apart without reading all of it."""
+    parameters = dict(module.named_parameters())
+    digest = hashlib.sha256()
+    for name in sorted(parameters)[:: max(1, len(parameters) // 16)]:
+        digest.update(name.encode())
+        digest.update(parameters[name].detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return {"parameters": sum(p.numel() for p in parameters.values()), "sample": digest.hexdigest()[:16]}
