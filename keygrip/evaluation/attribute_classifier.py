@@ -1,17 +1,15 @@
-"""A judge of pictures of the simulated table: a small network that says where cube and block are and which colour the
-cube has. Trained on real pictures alone; its own error on held-out ones stands beside every figure that it gives.
+"""A classifier of images of the simulated table: a small network that says where cube and block are and which colour
+the cube has. Trained on real images alone; its own error on held-out ones is stated beside every figure that it gives.
 
-Its features also give a distance between pictures, a named substitute where the weights of LPIPS are not at hand.
+Its features also give a distance between images, a named substitute where the weights of LPIPS are not at hand.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from keygrip.artifacts import atomic_write, make_once
 from keygrip.data.batches import ImageTextBatch
 from keygrip.models.patch_dit.encoders import Encoders
 
@@ -31,19 +30,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of the network and its training: another one is another judge
+VERSION = 1  # of the network and its training: another one is another classifier
 THINGS = ("cube", "block")
 NEAR_PX = 4.0  # at 64 pixels, of the shorter side
 REFERENCE_EDGE = 64
 
 
 @dataclass(frozen=True)
-class JudgeOptions:
-    """How a judge is trained.
+class ClassifierOptions:
+    """How a classifier is trained.
 
     Args:
-        width: of its layers. steps, batch_size, lr: of training; on the simulator's pictures a hundred steps are nearly
-            enough. noise: pictures get up to so much, so that grain does not mislead it.
+        width: of its layers. steps, batch_size, lr: of training; on the simulator's images a hundred steps are nearly
+            enough. noise: images get up to so much, so that grain does not mislead it.
     """
 
     width: int = 24
@@ -55,10 +54,10 @@ class JudgeOptions:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge sees in B pictures.
+    """What the classifier sees in B images.
 
     Args:
-        places: [B, 2, 2] cube and block, (x, y) in fractions of the picture.
+        places: [B, 2, 2] cube and block, (x, y) in fractions of the image.
         colours: [B, K] logits.
         features: [B, F, h, w] of its layers, one behind the other.
         heat: [B, 2, h, w] logits of the maps.
@@ -70,8 +69,8 @@ class Verdict:
     heat: Tensor
 
 
-class Judge(nn.Module):
-    """Convolutions at half the picture's resolution; a map for each thing, whose centre of mass is its place.
+class AttributeClassifier(nn.Module):
+    """Convolutions at half the image's resolution; a map for each thing, whose centre of mass is its place.
 
     Args:
         colours: names. width: of the layers.
@@ -86,9 +85,9 @@ class Judge(nn.Module):
         self.maps = nn.Conv2d(width, len(THINGS), 1)
         self.colour = nn.Sequential(nn.Linear(width + 3, 64), nn.GELU(), nn.Linear(64, len(self.colours)))
 
-    def forward(self, pictures: Tensor) -> Verdict:
-        """Of pictures [B, 3, H, W] in 0..1."""
-        x = functional.gelu(self.stem(pictures * 2 - 1))
+    def forward(self, images: Tensor) -> Verdict:
+        """Of images [B, 3, H, W] in 0..1."""
+        x = functional.gelu(self.stem(images * 2 - 1))
         features = []
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = x + functional.gelu(layer(norm(x)))
@@ -97,22 +96,22 @@ class Judge(nn.Module):
         shares = heat.flatten(2).softmax(dim=-1).unflatten(-1, heat.shape[2:])  # [B, 2, h, w]
         rows, columns = ((torch.arange(n, device=heat.device) + 0.5) / n for n in heat.shape[2:])
         places = torch.stack([(shares.sum(2) * columns).sum(-1), (shares.sum(3) * rows).sum(-1)], dim=-1)
-        small = functional.adaptive_avg_pool2d(pictures, heat.shape[2:])
+        small = functional.adaptive_avg_pool2d(images, heat.shape[2:])
         seen = torch.cat([x, small], dim=1)
         pooled = torch.einsum("bhw,bfhw->bf", shares[:, 0], seen)  # what lies where the cube is
         return Verdict(places, self.colour(pooled), torch.cat(features, dim=1), heat)
 
 
 @dataclass(frozen=True)
-class JudgeError:
-    """The judge's own error on held-out real pictures.
+class ClassifierError:
+    """The classifier's own error on held-out real images.
 
     Args:
-        pictures: how many. cube_px, block_px: mean distance, at 64 pixels. near: share of cubes found within 4 px.
+        images: how many. cube_px, block_px: mean distance, at 64 pixels. near: share of cubes found within 4 px.
         colour: share named rightly.
     """
 
-    pictures: int
+    images: int
     cube_px: float
     block_px: float
     near: float
@@ -120,27 +119,27 @@ class JudgeError:
 
 
 @dataclass(frozen=True)
-class TrainedJudge:
-    """A judge with what is known of it."""
+class TrainedClassifier:
+    """A classifier with what is known of it."""
 
-    judge: Judge
-    error: JudgeError
+    network: AttributeClassifier
+    error: ClassifierError
     fingerprint: str
 
 
-# ---- pictures to learn from ------------------------------------------------------------------------------------------
+# ---- images to learn from ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Truth:
-    """Ground truth of B pictures: places [B, 2, 2] (cube and block; x, y in fractions) and colours [B]."""
+    """Ground truth of B images: places [B, 2, 2] (cube and block; x, y in fractions) and colours [B]."""
 
     places: Tensor
     colours: Tensor
 
     @classmethod
     def of(cls, records: Sequence[dict[str, Any]], names: Sequence[str]) -> Truth:
-        """From the records of some pictures that all have evidence."""
+        """From the records of some images that all have evidence."""
         told = [record["evidence"] for record in records]
         places = torch.tensor([[e[thing] for thing in THINGS] for e in told], dtype=torch.float32)
         return cls(places, torch.tensor([list(names).index(e["colour"]) for e in told]))
@@ -151,16 +150,16 @@ def has_evidence(records: Iterable[dict[str, Any]]) -> bool:
     return all({*THINGS, "colour"} <= set(record.get("evidence") or {}) for record in records)
 
 
-def real_pictures(encoders: Encoders, batch: ImageTextBatch) -> Tensor:
+def real_images(encoders: Encoders, batch: ImageTextBatch) -> Tensor:
     """uint8 [B, 3, H, W]: what the latents of a batch decode to."""
     return (encoders.decode_latents(batch.latents) * 255).round().to(torch.uint8).cpu()
 
 
 def distance_px(places: Tensor, truth: Tensor, size: tuple[int, int]) -> Tensor:
-    """Distances [...] in pixels of pictures whose shorter side has 64; places and truth [..., 2] in fractions.
+    """Distances [...] in pixels of images whose shorter side has 64; places and truth [..., 2] in fractions.
 
     Args:
-        size: (height, width) of the pictures, in any unit.
+        size: (height, width) of the images, in any unit.
     """
     scale = torch.tensor([size[1], size[0]], device=places.device) * (REFERENCE_EDGE / min(size))
     return ((places - truth) * scale).norm(dim=-1)
@@ -169,79 +168,80 @@ def distance_px(places: Tensor, truth: Tensor, size: tuple[int, int]) -> Tensor:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def judge_for(data: ImageShards, encoders: Encoders, options: JudgeOptions | None = None) -> TrainedJudge | None:
-    """The judge of some image shards: kept beside them, trained first where it is not there. None where the shards
+def classifier_for(
+    data: ImageShards, encoders: Encoders, options: ClassifierOptions | None = None
+) -> TrainedClassifier | None:
+    """The classifier of some image shards: kept beside them, trained first where it is not there. None where the shards
     hold no ground truth.
 
     Raises:
-        ValueError: there are no held-out pictures to test it on.
+        ValueError: there are no held-out images to test it on.
     """
-    options = options or JudgeOptions()
+    options = options or ClassifierOptions()
     first = next(iter(data.held_out("val", 1)), None)
     if first is None:
-        raise ValueError(f"{data.place} has no validation images: a judge could not be tested")
+        raise ValueError(f"{data.place} has no validation images: a classifier could not be tested")
     if not has_evidence(first.records):
         return None
     told = {"version": VERSION, "data": data.fingerprint, "autoencoder": encoders.autoencoder.description()}
     fingerprint = hashlib.sha256(json.dumps({**told, **asdict(options)}, sort_keys=True).encode()).hexdigest()[:16]
-    data.folder.mkdir(parents=True, exist_ok=True)
-    file = data.folder / f"judge-{fingerprint}.pt"
-    with (data.folder / ".judge.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process trains, the others wait for it
-        if not file.is_file():
-            _save(train_judge(data, encoders, options, fingerprint), options, file)
-    return load_judge(file, fingerprint)
+    file = data.folder / f"attribute_classifier-{fingerprint}.pt"
+    make_once(
+        file, Path.is_file, lambda path: _save(train_classifier(data, encoders, options, fingerprint), options, path)
+    )
+    return load_classifier(file, fingerprint)
 
 
-def _save(trained: TrainedJudge, options: JudgeOptions, file: Path) -> None:
+def _save(trained: TrainedClassifier, options: ClassifierOptions, file: Path) -> None:
     content = {
         "fingerprint": trained.fingerprint,
-        "colours": trained.judge.colours,
+        "colours": trained.network.colours,
         "width": options.width,
         "error": asdict(trained.error),
-        "weights": trained.judge.state_dict(),
+        "weights": trained.network.state_dict(),
     }
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.writing")
-    torch.save(content, temporary)
-    temporary.replace(file)
+    with atomic_write(file) as stream:
+        torch.save(content, stream)
 
 
-def load_judge(file: Path, fingerprint: str) -> TrainedJudge:
-    """A judge from its file. Raises ValueError: it is another one."""
+def load_classifier(file: Path, fingerprint: str) -> TrainedClassifier:
+    """A classifier from its file. Raises ValueError: it is another one."""
     content = torch.load(file, map_location="cpu", weights_only=True)
     if content["fingerprint"] != fingerprint:
         raise ValueError(
-            f"{file} is the judge {content['fingerprint']}, not {fingerprint}: remove it, and it is trained again"
+            f"{file} is the classifier {content['fingerprint']}, not {fingerprint}: remove it, and it is trained again"
         )
-    judge = Judge(content["colours"], content["width"])
-    judge.load_state_dict(content["weights"])
-    return TrainedJudge(judge.eval(), JudgeError(**content["error"]), fingerprint)
+    classifier = AttributeClassifier(content["colours"], content["width"])
+    classifier.load_state_dict(content["weights"])
+    return TrainedClassifier(classifier.eval(), ClassifierError(**content["error"]), fingerprint)
 
 
 @dataclass(frozen=True)
 class _Bucket:
-    pictures: Tensor  # uint8 [N, 3, H, W]
+    images: Tensor  # uint8 [N, 3, H, W]
     truth: Truth
 
 
 def _load(data: ImageShards, encoders: Encoders, split: str, colours: list[str]) -> list[_Bucket]:
-    """All pictures of a split with their truth, by size. Fills `colours` with the names found, in order."""
-    pictures: dict[tuple[int, int], list[Tensor]] = {}
+    """All images of a split with their truth, by size. Fills `colours` with the names found, in order."""
+    images: dict[tuple[int, int], list[Tensor]] = {}
     records: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for batch in data.held_out(split):
         if not has_evidence(batch.records):
             raise ValueError(f"some images of {data.place} have ground truth (evidence) and some have none")
-        shown = real_pictures(encoders, batch)
+        shown = real_images(encoders, batch)
         size = (shown.shape[2], shown.shape[3])
-        pictures.setdefault(size, []).append(shown)
+        images.setdefault(size, []).append(shown)
         records.setdefault(size, []).extend(batch.records)
     found = {record["evidence"]["colour"] for members in records.values() for record in members}
     colours += sorted(found - set(colours))
-    return [_Bucket(torch.cat(pictures[size]), Truth.of(records[size], colours)) for size in sorted(pictures)]
+    return [_Bucket(torch.cat(images[size]), Truth.of(records[size], colours)) for size in sorted(images)]
 
 
-def train_judge(data: ImageShards, encoders: Encoders, options: JudgeOptions, fingerprint: str) -> TrainedJudge:
-    """Trains a judge on the training split and tests it on the validation split. A pure function of both."""
+def train_classifier(
+    data: ImageShards, encoders: Encoders, options: ClassifierOptions, fingerprint: str
+) -> TrainedClassifier:
+    """Trains a classifier on the training split and tests it on the validation split. A pure function of both."""
     colours: list[str] = []
     buckets = _load(data, encoders, "train", colours)
     known = len(colours)
@@ -250,39 +250,39 @@ def train_judge(data: ImageShards, encoders: Encoders, options: JudgeOptions, fi
         raise ValueError(f"the validation images show the colours {colours[known:]}, which no training image shows")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        judge = Judge(colours, options.width)
-    optimizer = torch.optim.AdamW(judge.parameters(), options.lr, weight_decay=0.01)
+        classifier = AttributeClassifier(colours, options.width)
+    optimizer = torch.optim.AdamW(classifier.parameters(), options.lr, weight_decay=0.01)
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
-    shares = np.array([len(bucket.pictures) for bucket in buckets], float)
+    shares = np.array([len(bucket.images) for bucket in buckets], float)
     with torch.enable_grad():
-        for step in tqdm(range(options.steps), desc="judge", unit="step", delay=1, leave=False):
+        for step in tqdm(range(options.steps), desc="classifier", unit="step", delay=1, leave=False):
             progress = (step + 1) / options.steps
             for group in optimizer.param_groups:
                 group["lr"] = options.lr * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * progress))
             bucket = buckets[int(rng.choice(len(buckets), p=shares / shares.sum()))]
-            chosen = torch.from_numpy(rng.integers(0, len(bucket.pictures), options.batch_size))
-            pictures = bucket.pictures[chosen].float() / 255
-            grain = torch.rand(len(pictures), 1, 1, 1, generator=generator) * options.noise
-            pictures = pictures + grain * torch.randn(pictures.shape, generator=generator)
-            loss = _loss(judge, pictures, Truth(bucket.truth.places[chosen], bucket.truth.colours[chosen]))
+            chosen = torch.from_numpy(rng.integers(0, len(bucket.images), options.batch_size))
+            images = bucket.images[chosen].float() / 255
+            grain = torch.rand(len(images), 1, 1, 1, generator=generator) * options.noise
+            images = images + grain * torch.randn(images.shape, generator=generator)
+            loss = _loss(classifier, images, Truth(bucket.truth.places[chosen], bucket.truth.colours[chosen]))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
             optimizer.step()
-    judge.eval()
-    error = measure_judge(judge, [(bucket.pictures, bucket.truth) for bucket in held_out])
+    classifier.eval()
+    error = measure_classifier(classifier, [(bucket.images, bucket.truth) for bucket in held_out])
     log.info(
-        "judge: on %d held-out pictures it misses cubes by %.2f px and names %.1f %% of the colours rightly",
-        error.pictures,
+        "classifier: on %d held-out images it misses cubes by %.2f px and names %.1f %% of the colours rightly",
+        error.images,
         error.cube_px,
         100 * error.colour,
     )
-    return TrainedJudge(judge, error, fingerprint)
+    return TrainedClassifier(classifier, error, fingerprint)
 
 
-def _loss(judge: Judge, pictures: Tensor, truth: Truth) -> Tensor:
+def _loss(classifier: AttributeClassifier, images: Tensor, truth: Truth) -> Tensor:
     """The right cell of each map, the place to a fraction of a cell, and the colour."""
-    verdict = judge(pictures)
+    verdict = classifier(images)
     heat = verdict.heat
     height, width = heat.shape[2:]
     size = torch.tensor([width, height])
@@ -294,19 +294,19 @@ def _loss(judge: Judge, pictures: Tensor, truth: Truth) -> Tensor:
 
 
 @torch.no_grad()
-def measure_judge(judge: Judge, buckets: Sequence[tuple[Tensor, Truth]]) -> JudgeError:
-    """The error on real pictures uint8 [N, 3, H, W], bucket by bucket."""
+def measure_classifier(classifier: AttributeClassifier, buckets: Sequence[tuple[Tensor, Truth]]) -> ClassifierError:
+    """The error on real images uint8 [N, 3, H, W], bucket by bucket."""
     distances, right = [], []
-    for pictures, truth in buckets:
-        for start in range(0, len(pictures), 64):
+    for images, truth in buckets:
+        for start in range(0, len(images), 64):
             part = slice(start, start + 64)
-            verdict = judge(pictures[part].float() / 255)
-            size = (pictures.shape[2], pictures.shape[3])
+            verdict = classifier(images[part].float() / 255)
+            size = (images.shape[2], images.shape[3])
             distances.append(distance_px(verdict.places, truth.places[part], size))
             right.append(verdict.colours.argmax(dim=1) == truth.colours[part])
     distance, named = torch.cat(distances), torch.cat(right)
-    return JudgeError(
-        pictures=len(distance),
+    return ClassifierError(
+        images=len(distance),
         cube_px=float(distance[:, 0].mean()),
         block_px=float(distance[:, 1].mean()),
         near=float((distance[:, 0] < NEAR_PX).float().mean()),

@@ -12,26 +12,26 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from keygrip.artifacts import write_json
 from keygrip.data.image_text.datamodule import ImageShards
-from keygrip.evaluation.image_cases import PictureSuite
+from keygrip.evaluation.image_cases import ImageSuite
 from keygrip.evaluation.image_report import REPORT
-from keygrip.evaluation.image_text import evaluate_pictures, headline
+from keygrip.evaluation.image_text import headline, run_suite
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.training.checkpoints import load_module
 
 log = logging.getLogger(__name__)
 
 
-class EvaluatePictures(Callback):
+class EvaluateImages(Callback):
     """Runs the validation suite on the run's latest checkpoint once training has ended.
 
-    Writes `pictures/` (report, pictures, result.json) into the run folder, logs `pictures/<case>/<figure>` among the
-    headline metrics and shows the pictures in TensorBoard.
+    Writes `pictures/` (report, images, result.json) into the run folder, logs `pictures/<case>/<figure>` among the
+    headline metrics and shows the images in TensorBoard.
 
     Args:
         suite: what to evaluate. data: the run's data module. run_dir: the run folder.
     """
 
-    def __init__(self, suite: PictureSuite, data: ImageShards, run_dir: str) -> None:
+    def __init__(self, suite: ImageSuite, data: ImageShards, run_dir: str) -> None:
         self.suite, self.data, self.run_dir = suite, data, Path(run_dir)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -40,15 +40,15 @@ class EvaluatePictures(Callback):
         module = load_module(self.run_dir, expected=PatchDiTModule).to(pl_module.device)  # with averaged weights
         assert isinstance(module, PatchDiTModule)
         output = self.run_dir / "pictures"
-        figures, pictures = evaluate_pictures(module, self.data, self.suite, output)
+        figures, images = run_suite(module, self.data, self.suite, output)
         write_json(output / "result.json", figures)
         for name, value in headline(figures).items():
             trainer.callback_metrics[f"pictures/{name}"] = torch.tensor(value)
-        self._show(trainer, headline(figures), pictures)
-        log.info("pictures and report: %s", output / REPORT)
+        self._show(trainer, headline(figures), images)
+        log.info("images and report: %s", output / REPORT)
 
     @staticmethod
-    def _show(trainer: Trainer, figures: Mapping[str, float], pictures: Sequence[Path]) -> None:
+    def _show(trainer: Trainer, figures: Mapping[str, float], images: Sequence[Path]) -> None:
         from PIL import Image
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
@@ -58,6 +58,6 @@ class EvaluatePictures(Callback):
                 continue
             for name, value in figures.items():
                 writer.add_scalar(f"pictures/{name}", value, trainer.global_step)
-            for path in pictures:
+            for path in images:
                 shown = np.asarray(Image.open(path).convert("RGB"))
                 writer.add_image(f"pictures/{path.stem}", shown, trainer.global_step, dataformats="HWC")

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from keygrip.data.batches import ImageTextBatch
 from keygrip.evaluation.attribute_classifier import (
     NEAR_PX,
-    JudgeOptions,
-    TrainedJudge,
+    ClassifierOptions,
+    TrainedClassifier,
     Verdict,
     distance_px,
 )
@@ -34,7 +34,7 @@ UNRELATED, REAL = "another_picture", "real"
 
 
 @dataclass(frozen=True)
-class PictureSuite:
+class ImageSuite:
     """What is evaluated.
 
     Args:
@@ -45,8 +45,8 @@ class PictureSuite:
         lpips: "auto" where its weights are at hand; "none".
         replace_words: for `changed_words` on captions of any kind: {word: other word}. Without it the cube's colour is
             changed, where the data say which it is.
-        shown: pictures in each row of the report.
-        judge: how a judge is trained where there is none yet.
+        shown: images in each row of the report.
+        classifier: how a classifier is trained where there is none yet.
 
     Raises:
         ValueError: an unknown case, or a number below 1.
@@ -62,7 +62,7 @@ class PictureSuite:
     lpips: str = "auto"
     replace_words: Mapping[str, str] = field(default_factory=dict)
     shown: int = 8
-    judge: JudgeOptions = field(default_factory=JudgeOptions)
+    classifier: ClassifierOptions = field(default_factory=ClassifierOptions)
 
     def __post_init__(self) -> None:
         unknown = [case for case in self.cases or () if case not in CASES]
@@ -89,10 +89,10 @@ def changed_sampling(sampling: Sampling, changes: Mapping[str, Any]) -> Sampling
 
 @dataclass(frozen=True)
 class Asked:
-    """What some pictures were asked to be.
+    """What some images were asked to be.
 
     Args:
-        conditions: normalised. target: [B, 3, H, W] the real pictures to compare with.
+        conditions: normalised. target: [B, 3, H, W] the real images to compare with.
         records: whose layout is asked for, B of them. colours: of the cube, in words.
     """
 
@@ -127,18 +127,18 @@ class Suite:
     """Evaluates one model on one set of shards.
 
     Args:
-        module: a trained model. data: set up. judge: of the data; None: it holds no ground truth.
+        module: a trained model. data: set up. classifier: of the data; None: it holds no ground truth.
     """
 
     def __init__(
-        self, module: PatchDiTModule, data: ImageShards, judge: TrainedJudge | None, options: PictureSuite
+        self, module: PatchDiTModule, data: ImageShards, classifier: TrainedClassifier | None, options: ImageSuite
     ) -> None:
-        self.module, self.data, self.judge, self.options = module, data, judge, options
+        self.module, self.data, self.classifier, self.options = module, data, classifier, options
         self.encoders = module.ready_encoders()
         self.sampling = changed_sampling(module.sampling, options.sampling)
-        self.distances = Distances(self.encoders, judge, options.lpips)
-        self.colours = [] if judge is None else judge.judge.colours
-        self.rows: list[tuple[str, Tensor]] = []  # titles and pictures of one batch, by case
+        self.distances = Distances(self.encoders, classifier, options.lpips)
+        self.colours = [] if classifier is None else classifier.network.colours
+        self.rows: list[tuple[str, Tensor]] = []  # titles and images of one batch, by case
 
     def cases(self) -> list[str]:
         """The cases that can be evaluated here.
@@ -149,7 +149,7 @@ class Suite:
         cannot = {}
         if not self.module.network.use_dino_patches:
             cannot["shuffled_patches"] = "the network has no patches"
-        if not self.options.replace_words and self.judge is None:
+        if not self.options.replace_words and self.classifier is None:
             reason = "the captions' words to change are not known: give replace_words={word: other word}"
             cannot |= {"changed_words": reason, "scales": reason}
         if self.options.cases is None:
@@ -160,7 +160,7 @@ class Suite:
         return list(self.options.cases)
 
     def batches(self, limit: int) -> Iterator[tuple[ImageTextBatch, Tensor, range]]:
-        """Held-out batches on the model's device, their real pictures, and the numbers of their images."""
+        """Held-out batches on the model's device, their real images, and the numbers of their images."""
         number = 0
         for batch in self.data.held_out(self.options.split, limit):
             batch = batch.to(self.module.device)
@@ -174,7 +174,7 @@ class Suite:
     def ask(self, case: str, batch: ImageTextBatch, real: Tensor, numbers: range) -> Asked | None:
         """What a case asks of a batch; None where it asks nothing of any of its images."""
         own = self.module.statistics.conditions(batch)
-        colours = [r["evidence"]["colour"] for r in batch.records] if self.judge is not None else None
+        colours = [r["evidence"]["colour"] for r in batch.records] if self.classifier is not None else None
         asked = Asked(own, real, batch.records, colours, list(batch.captions))
         if case == "reconstruction":
             return asked
@@ -212,11 +212,11 @@ class Suite:
         conditions = Conditions(
             states.to(own.cls), mask.to(own.cls.device), own.cls[index], _rows(own.patches, index), own.patch_grid
         )
-        colours = [str(colour) for _, colour in changes] if not words and self.judge is not None else None
+        colours = [str(colour) for _, colour in changes] if not words and self.classifier is not None else None
         return Asked(conditions, asked.target[index], [asked.records[i] for i in kept], colours, captions)
 
     def draw(self, asked: Asked, size: tuple[int, int], first_seed: int, sampling: Sampling | None = None) -> Tensor:
-        """Pictures [B, 3, H, W] in 0..1."""
+        """Images [B, 3, H, W] in 0..1."""
         seeds = list(range(first_seed, first_seed + len(asked.records)))
         return self.module.draw(asked.conditions, size, seeds, sampling or self.sampling)
 
@@ -224,13 +224,13 @@ class Suite:
 
     @torch.no_grad()
     def measure(self, drawn: Tensor, asked: Asked) -> dict[str, Tensor]:
-        """Of each picture, by name, [B] each (fewer where something was not asked of all)."""
+        """Of each image, by name, [B] each (fewer where something was not asked of all)."""
         found = self.distances(drawn, asked.target)
-        if self.judge is not None:
-            found |= self._judged(self.judge.judge.to(drawn.device)(drawn), asked, drawn)
+        if self.classifier is not None:
+            found |= self._classified(self.classifier.network.to(drawn.device)(drawn), asked, drawn)
         return {name: values.float().cpu() for name, values in found.items()}
 
-    def _judged(self, verdict: Verdict, asked: Asked, drawn: Tensor) -> dict[str, Tensor]:
+    def _classified(self, verdict: Verdict, asked: Asked, drawn: Tensor) -> dict[str, Tensor]:
         told = [record["evidence"] for record in asked.records]
         truth = torch.tensor([[e["cube"], e["block"]] for e in told], device=drawn.device)
         distance = distance_px(verdict.places, truth, (drawn.shape[2], drawn.shape[3]))
@@ -251,7 +251,7 @@ class Suite:
         return found
 
     def evaluate(self) -> dict[str, Any]:
-        """Figures by case; fills `rows` with pictures."""
+        """Figures by case; fills `rows` with images."""
         wanted = self.cases()
         values: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
         total = min(self.options.images, len(self.data.samples(self.options.split)))
@@ -264,7 +264,7 @@ class Suite:
                     self.rows = [("real", real[:count].cpu())]
                 for name, asked, drawn in self._references(batch, real, numbers):
                     found = self.measure(drawn, asked)
-                    if name == REAL:  # a picture's distance to itself says nothing
+                    if name == REAL:  # an image's distance to itself says nothing
                         found = {figure: value for figure, value in found.items() if figure not in self.distances.names}
                     self._add(values[name], found)
                 for case in wanted:
@@ -281,13 +281,13 @@ class Suite:
         return {case: summarise(found) for case, found in values.items()}
 
     def _references(self, batch: ImageTextBatch, real: Tensor, numbers: range) -> Iterator[tuple[str, Asked, Tensor]]:
-        """Real pictures in the place of drawn ones: another one of the set, and (for the judge's own error) each
+        """Real images in the place of drawn ones: another one of the set, and (for the classifier's own error) each
         itself."""
         own = self.ask("reconstruction", batch, real, numbers)
         assert own is not None
         if len(batch) > 1:
             yield UNRELATED, own, real.roll(-1, dims=0)
-        if self.judge is not None:
+        if self.classifier is not None:
             yield REAL, own, real
 
     @staticmethod
@@ -298,7 +298,7 @@ class Suite:
     def _title(self, case: str, asked: Asked) -> str:
         title = case.replace("_", " ")
         if case == "dino_swap":
-            return f"{title}: own text, layout of the next picture"
+            return f"{title}: own text, layout of the next image"
         if case == "changed_words" and asked.colours is not None:
             return f"{title}: {', '.join(asked.colours[: self.options.shown])}"
         return title
@@ -306,26 +306,26 @@ class Suite:
     # ----------------------------------------------------------------------------------------------------------- scales
 
     def scales(self) -> tuple[list[dict[str, Any]], list[tuple[str, Tensor]]]:
-        """Figures of `changed_words` for each pair of scales, and a row of pictures for each text scale."""
+        """Figures of `changed_words` for each pair of scales, and a row of images for each text scale."""
         pairs = [(t, d) for t in self.options.text_scales for d in self.options.dino_scales]
         values: dict[tuple[float, float], dict[str, list[Tensor]]] = {p: defaultdict(list) for p in pairs}
-        pictures: dict[float, list[Tensor]] = defaultdict(list)
+        images: dict[float, list[Tensor]] = defaultdict(list)
         each = max(1, self.options.shown // 4)
         for batch, real, numbers in self.batches(self.options.grid_images):
             asked = self.ask("changed_words", batch, real, numbers)
             if asked is None:
                 continue
-            first = not pictures
+            first = not images
             size = (batch.latents.shape[2], batch.latents.shape[3])
             for text, dino in tqdm(pairs, desc="scales", unit="pair", leave=False, disable=None):
                 sampling = replace(self.sampling, text_scale=float(text), dino_scale=float(dino))
                 drawn = self.draw(asked, size, numbers.start, sampling)
                 self._add(values[text, dino], self.measure(drawn, asked))
                 if first:
-                    pictures[text].append(drawn[:each].cpu())
+                    images[text].append(drawn[:each].cpu())
         table = [{"text_scale": t, "dino_scale": d, **summarise(values[t, d])} for t, d in pairs if values[t, d]]
         named = ", ".join(f"{scale:g}" for scale in self.options.dino_scales)
-        rows = [(f"text scale {t:g}; DINO scale {named}, {each} each", torch.cat(p)) for t, p in pictures.items()]
+        rows = [(f"text scale {t:g}; DINO scale {named}, {each} each", torch.cat(p)) for t, p in images.items()]
         return table, rows
 
 
@@ -334,7 +334,7 @@ def _rows(values: Tensor | None, index: Tensor) -> Tensor | None:
 
 
 def summarise(found: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
-    """Means over all pictures (of distances in pixels the median too), and their number."""
+    """Means over all images (of distances in pixels the median too), and their number."""
     figures: dict[str, float] = {}
     for name, parts in found.items():
         values = torch.cat(list(parts))

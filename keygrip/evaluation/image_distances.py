@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from keygrip.evaluation.attribute_classifier import (
-    TrainedJudge,
+    TrainedClassifier,
     feature_distance,
 )
 from keygrip.models.patch_dit.encoders import Encoders
@@ -27,15 +27,15 @@ LPIPS_FILE = "alexnet-owt-7be5be79.pth"  # torchvision's weights, in torch's hub
 
 
 class Distances:
-    """Between drawn and real pictures [B, 3, H, W] in 0..1, a number for each pair.
+    """Between drawn and real images [B, 3, H, W] in 0..1, a number for each pair.
 
     Args:
-        encoders: whose DINO gives `dino_distance` (of the colour picture, whatever the model is shown). judge: gives
-            `judge_distance`; None: there is none. lpips: see :class:`PictureSuite`.
+        encoders: whose DINO gives `dino_distance` (of the colour image, whatever the model is shown). classifier: gives
+            `judge_distance`; None: there is none. lpips: see :class:`ImageSuite`.
     """
 
-    def __init__(self, encoders: Encoders, judge: TrainedJudge | None, lpips: str) -> None:
-        self.encoders, self.judge = encoders, judge
+    def __init__(self, encoders: Encoders, classifier: TrainedClassifier | None, lpips: str) -> None:
+        self.encoders, self.classifier = encoders, classifier
         self.note = ""
         self.names = ("psnr_db", "ssim", "dino_distance", "judge_distance", "lpips")
         self._lpips: Any = None
@@ -43,7 +43,7 @@ class Distances:
         if lpips == "none":
             self.note = "LPIPS was switched off."
         elif not file.is_file():
-            names = "dino_distance" if judge is None else "judge_distance and dino_distance"
+            names = "dino_distance" if classifier is None else "judge_distance and dino_distance"
             self.note = f"LPIPS was not computed: its weights are not at {file}. In its place: {names}."
         else:
             from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
@@ -61,9 +61,9 @@ class Distances:
         ssim = structural_similarity_index_measure(drawn, real, data_range=1.0, reduction="none")
         assert isinstance(ssim, Tensor)
         found = {"psnr_db": -10 * error.log10(), "ssim": ssim, "dino_distance": self._of_dino(drawn, real)}
-        if self.judge is not None:
-            judge = self.judge.judge.to(drawn.device)
-            found["judge_distance"] = feature_distance(judge(drawn).features, judge(real).features)
+        if self.classifier is not None:
+            classifier = self.classifier.network.to(drawn.device)
+            found["judge_distance"] = feature_distance(classifier(drawn).features, classifier(real).features)
         if self._lpips is not None:
             network = self._lpips.to(drawn.device)
             found["lpips"] = torch.stack([network(d[None], r[None]) for d, r in zip(drawn, real, strict=True)])

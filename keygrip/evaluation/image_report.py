@@ -1,4 +1,4 @@
-"""The report of a validation suite: Markdown with pictures."""
+"""The report of a validation suite: Markdown with images."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ EXPLAINED = {
     "text_only": "own text, no features",
     "changed_words": "a word of the caption changed, own features",
     "shuffled_patches": "own text, own patches in random order",
-    "another_picture": "a real picture, another one than asked for",
-    "real": "the real picture itself: what the judge says of it is its own error",
+    "another_picture": "a real image, another one than asked for",
+    "real": "the real image itself: what the classifier says of it is its own error",
 }
 
 
@@ -36,48 +36,48 @@ def write_report(
     rows: Sequence[tuple[str, Tensor]],
     scale_rows: Sequence[tuple[str, Tensor]],
 ) -> list[Path]:
-    """Writes `report.md` and its pictures; returns the pictures.
+    """Writes `report.md` and its images; returns the images.
 
     Args:
-        figures: see `keygrip.evaluation.image_text.evaluate_pictures`. rows, scale_rows: titles and pictures
+        figures: see `keygrip.evaluation.image_text.run_suite`. rows, scale_rows: titles and images
             [N, 3, H, W] in 0..1.
     """
     output.mkdir(parents=True, exist_ok=True)
-    pictures = []
+    images = []
     for name, shown in ((SAMPLES, rows), (SCALES, scale_rows)):
         if shown:
             write_bytes(output / name, png(picture_grid(shown)))
-            pictures.append(output / name)
+            images.append(output / name)
     if figures["scales"] and "colour_as_asked" in figures["scales"][0]:
         write_bytes(output / SCALE_MAP, scale_map(figures["scales"]))
-        pictures.append(output / SCALE_MAP)
-    write_text(output / REPORT, markdown(figures, [path.name for path in pictures]))
-    return pictures
+        images.append(output / SCALE_MAP)
+    write_text(output / REPORT, markdown(figures, [path.name for path in images]))
+    return images
 
 
-def markdown(figures: Mapping[str, Any], pictures: Sequence[str]) -> str:
+def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
     """The report's text."""
     sampling = ", ".join(f"{name} {value}" for name, value in figures["sampling"].items())
-    lines = [f"# Pictures of the {figures['split']} split", "", f"Sampling: {sampling}.", ""]
-    judge = figures["judge"]
-    if judge is not None:
+    lines = [f"# Images of the {figures['split']} split", "", f"Sampling: {sampling}.", ""]
+    classifier = figures["classifier"]
+    if classifier is not None:
         lines += [
-            f"Places and colours are judged by a small network trained on real pictures. On {judge['pictures']} "
-            f"held-out real ones (validation split) it misses the cube by {judge['cube_px']:.2f} px and the block by "
-            f"{judge['block_px']:.2f} px on average, finds {judge['near']:.1%} of the cubes within 4 px and names "
-            f"{judge['colour']:.1%} of the colours rightly; its error on the very pictures of this report stands in "
-            "the row `real`. Pixels are those of a picture whose shorter side has 64.",
+            f"Places and colours are judged by a small network trained on real images. On {classifier['images']} "
+            f"held-out real ones (validation split) it misses the cube by {classifier['cube_px']:.2f} px and the block "
+            f"by {classifier['block_px']:.2f} px on average, finds {classifier['near']:.1%} of the cubes within 4 px and "
+            f"names {classifier['colour']:.1%} of the colours rightly; its error on the very images of this report stands in "
+            "the row `real`. Pixels are those of an image whose shorter side has 64.",
             "",
         ]
     if figures["lpips_note"]:
         lines += [figures["lpips_note"], ""]
-    if SAMPLES in pictures:
+    if SAMPLES in images:
         lines += ["## Samples", "", f"![samples]({SAMPLES})", ""]
     lines += ["## Figures", "", *table(figures["cases"]), ""]
     lines += [f"- `{case}`: {EXPLAINED[case]}" for case in figures["cases"]]
     if figures["scales"]:
         lines += ["", "## Words against features", "", "`changed_words` over the two guidance scales.", ""]
-        lines += [f"![{name}]({name})" for name in (SCALE_MAP, SCALES) if name in pictures]
+        lines += [f"![{name}]({name})" for name in (SCALE_MAP, SCALES) if name in images]
         named = {f"text {row['text_scale']:g}, DINO {row['dino_scale']:g}": row for row in figures["scales"]}
         rows = {
             name: {k: v for k, v in row.items() if k not in ("text_scale", "dino_scale")} for name, row in named.items()
@@ -96,14 +96,14 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
     return lines
 
 
-def png(picture: np.ndarray) -> bytes:
+def png(image: np.ndarray) -> bytes:
     """[H, W, 3] uint8 as a PNG file."""
     import io
 
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG")
+    Image.fromarray(image).save(buffer, "PNG")
     return buffer.getvalue()
 
 

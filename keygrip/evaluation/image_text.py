@@ -1,4 +1,4 @@
-"""The validation suite of the patch-conditioned DiT: how well words and reference pictures are each followed.
+"""The validation suite of the patch-conditioned DiT: how well words and reference images are each followed.
 
 Cases, each on the same held-out images and seeds:
 
@@ -9,7 +9,7 @@ Cases, each on the same held-out images and seeds:
 - `shuffled_patches`: as `reconstruction`, with the patches in random order.
 - `scales`: `changed_words` over a grid of guidance scales: where words and features each have their say.
 
-Pictures are compared with what the shards' own latents decode to. LPIPS needs weights that are not part of any package;
+Images are compared with what the shards' own latents decode to. LPIPS needs weights that are not part of any package;
 where they are not at hand this is said, and two distances that are no LPIPS stand in for it under their own names.
 """
 
@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from keygrip.evaluation.attribute_classifier import judge_for
-from keygrip.evaluation.image_cases import REAL, PictureSuite, Suite
+from keygrip.evaluation.attribute_classifier import classifier_for
+from keygrip.evaluation.image_cases import REAL, ImageSuite, Suite
 from keygrip.evaluation.image_report import write_report
 from keygrip.evaluation.kinds import KINDS, Evaluated, plain
 
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def evaluate_pictures(
-    module: PatchDiTModule, data: ImageShards, options: PictureSuite, output: Path
+def run_suite(
+    module: PatchDiTModule, data: ImageShards, options: ImageSuite, output: Path
 ) -> tuple[dict[str, Any], list[Path]]:
-    """Runs the suite and writes `report.md` and its pictures into a folder.
+    """Runs the suite and writes `report.md` and its images into a folder.
 
     Args:
         module: with trained weights, on its device. data: its shards, made where they are missing.
 
     Returns:
-        the figures: `cases`, `scales`, `judge` (its own error), `lpips_note`, `images`, `sampling`; and the pictures.
+        the figures: `cases`, `scales`, `classifier` (its own error), `lpips_note`, `sampling`; and the image files.
 
     Raises:
         FileNotFoundError: no shards. ValueError: no such split, or a case that cannot be evaluated.
@@ -58,8 +58,8 @@ def evaluate_pictures(
             module.statistics.fingerprint,
         )
     module.eval()
-    judge = judge_for(data, module.ready_encoders(), options.judge)
-    suite = Suite(module, data, judge, options)
+    classifier = classifier_for(data, module.ready_encoders(), options.classifier)
+    suite = Suite(module, data, classifier, options)
     wanted = suite.cases()
     cases = suite.evaluate()
     table, scale_rows = suite.scales() if "scales" in wanted else ([], [])
@@ -67,7 +67,7 @@ def evaluate_pictures(
         "split": options.split,
         "cases": cases,
         "scales": table,
-        "judge": None if judge is None else vars(judge.error) | {"fingerprint": judge.fingerprint},
+        "classifier": None if classifier is None else vars(classifier.error) | {"fingerprint": classifier.fingerprint},
         "lpips_note": suite.distances.note,
         "sampling": {name: getattr(suite.sampling, name) for name in ("text_scale", "dino_scale", "steps", "solver")},
     }
@@ -89,14 +89,14 @@ def headline(figures: Mapping[str, Any]) -> dict[str, float]:
         for name in names
         if name in figures["cases"].get(case, {})
     }
-    if figures["judge"] is not None:
-        found["judge/cube_px"] = figures["cases"][REAL]["cube_px"]
+    if figures["classifier"] is not None:
+        found["classifier/cube_px"] = figures["cases"][REAL]["cube_px"]
     return found
 
 
 def evaluate_images(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     """What `python -m keygrip.evaluate` does with a patch-conditioned DiT."""
-    options = PictureSuite(**{name: plain(cfg[name]) for name in KINDS["image_text"].settings()})
+    options = ImageSuite(**{name: plain(cfg[name]) for name in KINDS["image_text"].settings()})
     data = evaluated.stored_data()
-    figures, _ = evaluate_pictures(evaluated.module, data, options, evaluated.output)  # type: ignore[arg-type]
+    figures, _ = run_suite(evaluated.module, data, options, evaluated.output)  # type: ignore[arg-type]
     return figures

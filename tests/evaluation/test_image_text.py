@@ -17,16 +17,16 @@ from PIL import Image
 from keygrip.config import compose
 from keygrip.data.image_text.datamodule import ImageShards
 from keygrip.evaluation import image_text as validation
-from keygrip.evaluation.attribute_classifier import JudgeError, JudgeOptions, TrainedJudge, Verdict
-from keygrip.evaluation.image_cases import CASES, Asked, PictureSuite, Suite, change_caption, summarise
+from keygrip.evaluation.attribute_classifier import ClassifierError, ClassifierOptions, TrainedClassifier, Verdict
+from keygrip.evaluation.image_cases import CASES, Asked, ImageSuite, Suite, change_caption, summarise
 from keygrip.evaluation.image_distances import LPIPS_FILE, Distances
 from keygrip.evaluation.image_report import scale_map, table
-from keygrip.evaluation.image_text import evaluate_pictures, headline
+from keygrip.evaluation.image_text import headline, run_suite
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.training.checkpoints import build_module
 
-QUICK = JudgeOptions(width=8, steps=2, batch_size=4)
-SETTINGS: dict[str, Any] = {"images": 6, "grid_images": 2, "shown": 4, "judge": QUICK}
+QUICK = ClassifierOptions(width=8, steps=2, batch_size=4)
+SETTINGS: dict[str, Any] = {"images": 6, "grid_images": 2, "shown": 4, "classifier": QUICK}
 SETTINGS |= {"text_scales": (1.0, 3.0), "dino_scales": (0.0, 2.0)}
 # the encoders of image_sets, as overrides
 ENCODERS = ["encoders.text.length=8", "encoders.text.width=8"]
@@ -76,12 +76,12 @@ class Seer(torch.nn.Module):
         return Verdict(places, colours, pictures, pictures[:, :2])
 
 
-SEEN = TrainedJudge(Seer(), JudgeError(4, 0.1, 0.1, 1.0, 1.0), "seer")  # type: ignore[arg-type]
+SEEN = TrainedClassifier(Seer(), ClassifierError(4, 0.1, 0.1, 1.0, 1.0), "seer")  # type: ignore[arg-type]
 
 
-def suite_of(root: Path, judge: TrainedJudge | None = SEEN, **options: Any) -> Suite:
+def suite_of(root: Path, classifier: TrainedClassifier | None = SEEN, **options: Any) -> Suite:
     data = shards(root)
-    return Suite(module_for(data), data, judge, PictureSuite(**{**SETTINGS, **options}))
+    return Suite(module_for(data), data, classifier, ImageSuite(**{**SETTINGS, **options}))
 
 
 # ---- what is asked ---------------------------------------------------------------------------------------------------
@@ -193,9 +193,9 @@ def test_sampling_can_be_changed(root: Path) -> None:
 def test_cases_that_a_model_or_its_data_cannot_answer(root: Path, tmp_path: Path) -> None:
     data = shards(root)
     without = module_for(data, "model.network.use_dino_patches=false")
-    assert "shuffled_patches" not in Suite(without, data, SEEN, PictureSuite(**SETTINGS)).cases()
+    assert "shuffled_patches" not in Suite(without, data, SEEN, ImageSuite(**SETTINGS)).cases()
     with pytest.raises(ValueError, match="the network has no patches"):
-        Suite(without, data, SEEN, PictureSuite(**SETTINGS, cases=["shuffled_patches"])).cases()
+        Suite(without, data, SEEN, ImageSuite(**SETTINGS, cases=["shuffled_patches"])).cases()
     blind = suite_of(root, None)
     assert blind.cases() == ["reconstruction", "dino_swap", "text_only", "shuffled_patches"]
     with pytest.raises(ValueError, match="give replace_words"):
@@ -217,14 +217,14 @@ def test_cases_that_a_model_or_its_data_cannot_answer(root: Path, tmp_path: Path
 )
 def test_settings_out_of_range_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        PictureSuite(**options)
+        ImageSuite(**options)
 
 
 def test_a_split_that_is_not_there_is_said(tmp_path: Path) -> None:
     write_images(tmp_path, {SQUARE: 6}, small_encoders(), {"train": 0, "val": 50})
     data = shards(tmp_path)
     with pytest.raises(ValueError, match="has no test images: choose another split"):
-        Suite(module_for(data), data, SEEN, PictureSuite(**SETTINGS)).evaluate()
+        Suite(module_for(data), data, SEEN, ImageSuite(**SETTINGS)).evaluate()
 
 
 # ---- distances -------------------------------------------------------------------------------------------------------
@@ -273,12 +273,12 @@ def test_means_are_over_pictures_and_not_over_batches() -> None:
 
 def test_the_suite_writes_a_report_with_pictures(root: Path, tmp_path: Path) -> None:
     data = shards(root)
-    figures, pictures = evaluate_pictures(module_for(data), data, PictureSuite(**SETTINGS), tmp_path / "out")
+    figures, pictures = run_suite(module_for(data), data, ImageSuite(**SETTINGS), tmp_path / "out")
     assert set(figures["cases"]) == {*CASES, "another_picture", "real"} - {"scales"}
     assert figures["cases"]["reconstruction"]["images"] == 6
-    assert figures["judge"]["pictures"] == 12  # of the validation split
+    assert figures["classifier"]["images"] == 12  # of the validation split
     assert "psnr_db" not in figures["cases"]["real"]
-    assert figures["cases"]["real"]["cube_px"] == headline(figures)["judge/cube_px"]
+    assert figures["cases"]["real"]["cube_px"] == headline(figures)["classifier/cube_px"]
     text = (tmp_path / "out" / "report.md").read_text()
     assert [path.name for path in pictures] == ["samples.png", "scales.png", "scale_map.png"]
     assert all(f"({path.name})" in text and Image.open(path).size[0] > 100 for path in pictures)
@@ -293,8 +293,8 @@ def test_the_suite_writes_a_report_with_pictures(root: Path, tmp_path: Path) -> 
 def test_the_same_model_gives_the_same_figures(root: Path, tmp_path: Path) -> None:
     data = shards(root)
     module = module_for(data)
-    options = PictureSuite(**{**SETTINGS, "cases": ["reconstruction", "shuffled_patches"]})
-    first, second = (evaluate_pictures(module, data, options, tmp_path / name)[0] for name in "ab")
+    options = ImageSuite(**{**SETTINGS, "cases": ["reconstruction", "shuffled_patches"]})
+    first, second = (run_suite(module, data, options, tmp_path / name)[0] for name in "ab")
     assert first == second
 
 
@@ -303,7 +303,7 @@ def test_shuffled_patches_change_what_is_drawn_only_where_they_have_places(root:
     drawn = {}
     for places in (True, False):
         module = module_for(data, f"model.network.patch_positions={str(places).lower()}")
-        suite = Suite(module, data, SEEN, PictureSuite(**SETTINGS))
+        suite = Suite(module, data, SEEN, ImageSuite(**SETTINGS))
         batch, real, numbers = next(iter(suite.batches(4)))
         size = (batch.latents.shape[2], batch.latents.shape[3])
         cases = [suite.ask(case, batch, real, numbers) for case in ("reconstruction", "shuffled_patches")]
@@ -317,8 +317,8 @@ def test_the_command_and_the_callback_evaluate_a_run(root: Path, tmp_path: Path)
 
     suite = "callbacks.pictures.suite"
     changes = [f"{suite}.images=4", f"{suite}.shown=2", f"{suite}.cases=[reconstruction,shuffled_patches]"]
-    options = "keygrip.evaluation.attribute_classifier.JudgeOptions"
-    quick = f"+{suite}.judge={{_target_: {options}, width: 8, steps: 2, batch_size: 4}}"
+    options = "keygrip.evaluation.attribute_classifier.ClassifierOptions"
+    quick = f"+{suite}.classifier={{_target_: {options}, width: 8, steps: 2, batch_size: 4}}"
     small = [o for o in SMALL if not o.startswith(("model=", "data=", "encoders=", "optimizer="))]
     run = tmp_path / "run"
     given = [f"data.root={root}", f"run_dir={run}", "max_steps=2", "val_every_n_steps=2", "callbacks.average=null"]
@@ -327,11 +327,11 @@ def test_the_command_and_the_callback_evaluate_a_run(root: Path, tmp_path: Path)
     stored = json.loads((run / "pictures" / "result.json").read_text())
     assert stored["cases"]["reconstruction"]["psnr_db"] == pytest.approx(metrics["pictures/reconstruction/psnr_db"])
     overrides = [f"checkpoint={run}", "images=4", "cases=[reconstruction]", "sampling.steps=2"]
-    judge = PictureSuite.__dataclass_fields__["judge"]
+    classifier = ImageSuite.__dataclass_fields__["classifier"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(validation, "PictureSuite", lambda **given: PictureSuite(**given, judge=QUICK))
+        patch.setattr(validation, "ImageSuite", lambda **given: ImageSuite(**given, classifier=QUICK))
         result = evaluate.run(compose("evaluate", overrides))
-    assert judge.name == "judge"
+    assert classifier.name == "classifier"
     assert result["model"] == "PatchDiTModule"
     assert result["cases"]["reconstruction"] == stored["cases"]["reconstruction"]
     assert (run / "evaluation" / "report.md").is_file()

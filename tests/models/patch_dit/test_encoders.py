@@ -6,7 +6,6 @@ import builtins
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from image_sets import small_encoders
