@@ -62,11 +62,11 @@ def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
     classifier = figures["classifier"]
     if classifier is not None:
         lines += [
-            f"Places and colours are judged by a small network trained on real images. On {classifier['images']} "
-            f"held-out real ones (validation split) it misses the cube by {classifier['cube_px']:.2f} px and the block "
-            f"by {classifier['block_px']:.2f} px on average, finds {classifier['near']:.1%} of the cubes within 4 px and "
-            f"names {classifier['colour']:.1%} of the colours rightly; its error on the very images of this report stands in "
-            "the row `real`. Pixels are those of an image whose shorter side has 64.",
+            f"Places and colours come from a small network trained on real images. On {classifier['images']} "
+            f"held-out real ones (validation split) its mean error is {classifier['cube_px']:.2f} px for the cube and "
+            f"{classifier['block_px']:.2f} px for the block; {classifier['near']:.1%} of the cubes are within 4 px and "
+            f"{classifier['colour']:.1%} of the colours are named correctly. Its error on the images of this report is "
+            "in the row `real`. Pixels are those of an image whose shorter side has 64.",
             "",
         ]
     if figures["lpips_note"]:

@@ -55,7 +55,7 @@ def test_a_trained_classifier_finds_cubes_and_names_their_colours(root: Path, ca
     again = measure_classifier(trained.network, pictures)
     assert again.cube_px == pytest.approx(trained.error.cube_px, rel=1e-4)
     assert again.near == pytest.approx(trained.error.near)
-    files = list((root / ".keygrip").glob("classifier-*.pt"))
+    files = list((root / ".keygrip").glob("attribute_classifier-*.pt"))
     before = files[0].stat().st_mtime_ns
     loaded = classifier_for(data, encoders, TRAINED)
     assert loaded is not None
@@ -78,7 +78,7 @@ def test_another_classifier_s_file_is_refused(root: Path) -> None:
     from keygrip.evaluation.attribute_classifier import load_classifier
 
     classifier_for(shards(root), small_encoders(), ClassifierOptions(width=16, steps=1, batch_size=4))
-    file = next((root / ".keygrip").glob("classifier-*.pt"))
+    file = next((root / ".keygrip").glob("attribute_classifier-*.pt"))
     with pytest.raises(ValueError, match="is trained again"):
         load_classifier(file, "another")
 

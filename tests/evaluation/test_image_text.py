@@ -282,7 +282,7 @@ def test_the_suite_writes_a_report_with_pictures(root: Path, tmp_path: Path) -> 
     text = (tmp_path / "out" / "report.md").read_text()
     assert [path.name for path in pictures] == ["samples.png", "scales.png", "scale_map.png"]
     assert all(f"({path.name})" in text and Image.open(path).size[0] > 100 for path in pictures)
-    assert "misses the cube by" in text
+    assert "its mean error is" in text
     assert "LPIPS was not computed" in text or "lpips" in figures["cases"]["reconstruction"]
     assert json.loads(json.dumps(figures)) == figures
     names = headline(figures)
