@@ -215,11 +215,19 @@ def _index_tar(path: Path, describe: Describe) -> ShardIndex:
                     raw.seek(offset)
                     content[name] = raw.read(length)
                 with guard(key):
-                    rows.append(describe(content))
+                    rows.append(_checked(describe(content)))
             except BadSample as error:
                 bad[key] = error.what
     kept = [number for number, key in enumerate(keys) if key not in bad]
     return make_index([keys[n] for n in kept], [parts[n] for n in kept], rows, size, bad)
+
+
+def _checked(row: Row) -> Row:
+    """Raises ValueError: a number that no column of an index can hold."""
+    for name, value in row.items():
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"its {name} is out of range")
+    return row
 
 
 def index_path(shard: Path) -> Path:

@@ -38,6 +38,9 @@ class Entry:
     collection: str
     problem: str = ""  # why it cannot be used
 
+    def __str__(self) -> str:
+        return self.key
+
 
 @dataclass(frozen=True)
 class VideoSFTMaker:

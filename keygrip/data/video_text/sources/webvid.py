@@ -43,6 +43,9 @@ class WebVidRow:
     text: str
     problem: str = ""  # why it cannot be used
 
+    def __str__(self) -> str:
+        return self.key
+
 
 @dataclass(frozen=True)
 class WebVidMaker:
