@@ -23,7 +23,18 @@ def network(monkeypatch: pytest.MonkeyPatch) -> FoveatedVLM:
 
 @pytest.mark.usefixtures("network")
 def test_figures_of_a_step_and_of_a_frame() -> None:
-    step = VLMStep([], frames=3, text_tokens=8, videos=2, questions=2, memory_frames=[8, 1], **LIMITS).run(quick=False)
+    case = VLMStep(
+        [],
+        frames=3,
+        text_tokens=8,
+        videos=2,
+        questions=2,
+        memory_frames=[8, 1],
+        quick_image_size=32,
+        quick_layers=1,
+        **LIMITS,
+    )
+    step = case.run(quick=False)
     assert {"step_ms", "fine_over_coarse_time", "peak_mb", "question_first_fine_over_coarse_time"} <= step.keys()
     assert step["peak_8_frames_mb"] > step["peak_1_frames_mb"] > 0
     decode = VLMDecode([], prompt_tokens=4, **LIMITS).run(quick=True)
