@@ -44,7 +44,7 @@ DEMO = [
     "data=yam",
     "backbone=tiny",
     "rotation=pca_1d",
-    "optimizer=from_scratch",
+    "optimizer=adamw",
     "optimizer.lr=1.0e-3",
     "optimizer.warmup_steps=150",
     "model.vis_every_n_steps=0",
@@ -52,6 +52,13 @@ DEMO = [
     "data.root={data}/pick_place",
     "data.record.demos=6",
     "callbacks.average.decay=0.998",
+]
+VLM_OPTIMIZER = [
+    "optimizer=adamw",
+    "optimizer.lr=2.0e-3",
+    "optimizer.weight_decay=0.02",
+    "optimizer.warmup_steps=40",
+    "optimizer.final_lr_share=0.05",
 ]
 VLA = [
     "data=yam_language",
@@ -84,7 +91,8 @@ CASES: dict[str, tuple[int, list[str]]] = {
             *TOURS,
             "data.sources.demos=null",
             "language=tiny",
-            "optimizer=vlm_from_scratch",
+            *VLM_OPTIMIZER,
+            "+optimizer.lr_multipliers.backbone=0.25",
             "model.vis_every_n_steps=0",
             "model.health_from_step=5",
             "model.health_every_n_steps=5",
@@ -99,7 +107,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
             *TOURS,
             "data.sources.demos=null",
             "language=tiny",
-            "optimizer=vlm_from_scratch",
+            *VLM_OPTIMIZER,
             "model.vis_every_n_steps=0",
             "model.network.query_path=own",
             "model.network.query_source=coarse",
@@ -107,7 +115,6 @@ CASES: dict[str, tuple[int, list[str]]] = {
             "model.network.frame_numbers=64",
             "model.refinement=0",
             "backbone.trainable=frozen",
-            "optimizer.lr_multipliers.backbone=1.0",
             "data.batch_size=8",
         ],
     ),
@@ -122,7 +129,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
             "data.val_questions=null",
             "data.questions=null",
             "model.weights.asked=1.0",
-            "optimizer=from_scratch",
+            "optimizer=adamw",
             "optimizer.lr=1.5e-3",
             "callbacks.average=null",
             "data.batch_size=4",
@@ -134,7 +141,11 @@ CASES: dict[str, tuple[int, list[str]]] = {
             "model=patch_dit",
             "data=robot_images",
             "encoders=tiny",
-            "optimizer=dit_from_scratch",
+            "optimizer=adamw",
+            "optimizer.lr=1.0e-3",
+            "optimizer.weight_decay=0.01",
+            "optimizer.warmup_steps=50",
+            "optimizer.final_lr_share=0.03",
             "data.root={data}/images",
             "model.vis_every_n_steps=0",
             "model.monitor_from_step=5",
@@ -142,8 +153,8 @@ CASES: dict[str, tuple[int, list[str]]] = {
             "data.batch_size=8",
         ],
     ),
-    "geometry_vla": (20, ["model=geometry_vla", "vlm=tiny", "optimizer=vla_from_scratch", *VLA]),
-    "depth_reader": (10, ["model=depth_reader", "optimizer=from_scratch", *VLA]),
+    "geometry_vla": (20, ["model=geometry_vla", "vlm=tiny", "optimizer=muon", *VLA]),
+    "depth_reader": (10, ["model=depth_reader", "optimizer=adamw", *VLA]),
 }
 
 # What is recorded first where it is missing: (folder in DATA, setting of its place, settings of a run that records it).
@@ -152,7 +163,7 @@ RECORDINGS: list[tuple[list[str], str, list[str]]] = [
     (
         ["named_place"],
         "data.record.folder",
-        ["data=yam_language", "data.record.demos=6", "model=geometry_vla", "optimizer=vla_from_scratch"],
+        ["data=yam_language", "data.record.demos=6", "model=geometry_vla", "optimizer=muon"],
     ),
     (
         ["tours", "texts"],
@@ -161,7 +172,6 @@ RECORDINGS: list[tuple[list[str], str, list[str]]] = [
             "model=foveated_vlm",
             "data=robot_videos",
             "data.image_size=128",
-            "optimizer=vlm_from_scratch",
             "data.sources.demos=null",
             "data.sources.tours.make.folder={making}",
             "data.sources.texts.make.folder={making}",
@@ -178,7 +188,6 @@ RECORDINGS: list[tuple[list[str], str, list[str]]] = [
         [
             "model=patch_dit",
             "data=robot_images",
-            "optimizer=dit_from_scratch",
             "data.make.options.train=120",
             "data.make.options.val=16",
             "data.make.options.test=8",
