@@ -18,7 +18,7 @@ from keygrip.data.video_text.conversations import (
     answer,
     caption,
     encode_jpeg,
-    fit_picture,
+    fit_image,
     video_text_parts,
 )
 from keygrip.data.video_text.sources.writing import MadeSample, write_shards
@@ -118,7 +118,7 @@ class DemoMaker:
             wanted = np.linspace(0, len(demo) - 1, MAX_FRAMES).round().astype(int)
         source = demo.cameras[camera].frames
         frames = [
-            encode_jpeg(fit_picture(Image.fromarray(source.read(int(n))), self.image_size, self.fit), TOUR_QUALITY)
+            encode_jpeg(fit_image(Image.fromarray(source.read(int(n))), self.image_size, self.fit), TOUR_QUALITY)
             for n in np.minimum(wanted, len(demo) - 1)
         ]
         text = demo.path / "text.json"

@@ -1,6 +1,6 @@
-"""Aspect buckets, and the crop of a picture that its latent and its DINO view share.
+"""Aspect buckets, and the crop of an image that its latent and its DINO view share.
 
-A crop is a box (left, top, right, bottom) in pixels of the source picture, with fractions: the latent's picture and the
+A crop is a box (left, top, right, bottom) in pixels of the source image, with fractions: the latent's image and the
 view are both resized from that very box, so that they show the same rectangle whatever their sizes.
 """
 
@@ -23,7 +23,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """A size that pictures are brought to, pixels."""
+    """A size that images are brought to, pixels."""
 
     width: int
     height: int
@@ -68,17 +68,17 @@ def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket
 
 
 def shared_crop(width: int, height: int, bucket: Bucket) -> Box:
-    """The largest box of the bucket's shape in the middle of a picture."""
+    """The largest box of the bucket's shape in the middle of an image."""
     scale = min(width / bucket.width, height / bucket.height)
     wide, high = bucket.width * scale, bucket.height * scale
     left, top = (width - wide) / 2, (height - high) / 2
     return left, top, left + wide, top + high
 
 
-def cut_out(picture: Image, box: Box, size: tuple[int, int]) -> np.ndarray:
+def cut_out(image: Image, box: Box, size: tuple[int, int]) -> np.ndarray:
     """uint8 [height, width, 3]: what the box shows, at `size` (width, height)."""
     from PIL import Image
 
-    if picture.mode != "RGB":
-        picture = picture.convert("RGB")
-    return np.asarray(picture.resize(size, Image.Resampling.LANCZOS, box=box))
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    return np.asarray(image.resize(size, Image.Resampling.LANCZOS, box=box))

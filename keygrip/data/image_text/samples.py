@@ -1,7 +1,7 @@
 """The contents of shards of images with text, as the patch-conditioned DiT trains on them.
 
 Parts of a sample: "dinov3.npy" [D], "dinov3_patches.npy" [gh * gw, D], "vae.npy" [C, h, w], "t5h.npy" [L, Dt],
-"t5m.npy" [L] and "json" with `caption`, `size` (width and height of the source picture), `crop` (the box of it that
+"t5m.npy" [L] and "json" with `caption`, `size` (width and height of the source image), `crop` (the box of it that
 latent and view both show), `patch_grid` [gh, gw] and perhaps `evidence`. Half precision is enough for all of them. Text
 states may end with the last token (fewer than L rows); what is missing is padding.
 

@@ -45,7 +45,7 @@ from keygrip.data.video_text.conversations import (
 log = logging.getLogger(__name__)
 
 NAMED_AT_MOST = 20
-PROBE_SIZE = 32  # pictures are decoded whole and then made small: what they show is not looked at
+PROBE_SIZE = 32  # images are decoded whole and then made small: what they show is not looked at
 
 
 @dataclass
@@ -55,7 +55,7 @@ class ShardReport:
     name: str
     problems: list[str] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
-    digests: list[str] = field(default_factory=list)  # of pictures and text
+    digests: list[str] = field(default_factory=list)  # of images and text
     kinds: Counter[str] = field(default_factory=Counter)
     frames: Counter[int] = field(default_factory=Counter)
     has: Counter[str] = field(default_factory=Counter)  # of images with text: how many samples have what
@@ -189,7 +189,7 @@ def _examine_image(shards: ShardSet, sample: int, parts: Parts, report: ShardRep
 def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
     """Looks at every sample of a set and of its splits.
 
-    Checked: every shard is whole and agrees with its index and manifest; every sample has its text and pictures and
+    Checked: every shard is whole and agrees with its index and manifest; every sample has its text and images and
     decodes; keys and contents occur once over all splits; every conversation has answers, so that its loss mask is not
     empty. Problems are named in the log.
 

@@ -122,7 +122,7 @@ def video_text_parts(
         ],
     }
     parts = {"json": json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()}
-    parts |= {f"{number:02d}.{extension}": picture for number, picture in enumerate(frames)}
+    parts |= {f"{number:02d}.{extension}": image for number, image in enumerate(frames)}
     return parts, {"frames": len(frames), **_text_columns(conversations)}
 
 
@@ -149,7 +149,7 @@ def conversation_problem(conversation: Conversation) -> str | None:
 
 
 def encode_jpeg(frame: np.ndarray, quality: int = 92) -> bytes:
-    """A JPEG file of a uint8 [H, W, 3] picture."""
+    """A JPEG file of a uint8 [H, W, 3] image."""
     buffer = io.BytesIO()
     Image.fromarray(frame).save(buffer, "JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()
@@ -208,24 +208,24 @@ def describe_video_text(parts: Parts) -> dict[str, int | float | str]:
     return {"frames": frames, **_text_columns(conversations)}
 
 
-def fit_picture(picture: Any, size: int, fit: str) -> np.ndarray:
-    """uint8 [S, S, 3] of a PIL picture: squeezed, its middle square, or whole with black bars."""
-    if picture.size != (size, size):
+def fit_image(image: Any, size: int, fit: str) -> np.ndarray:
+    """uint8 [S, S, 3] of a PIL image: squeezed, its middle square, or whole with black bars."""
+    if image.size != (size, size):
         if fit == "crop":
-            picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
         elif fit == "pad":
-            picture = ImageOps.pad(picture, (size, size), Image.Resampling.BICUBIC)
+            image = ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC)
         else:
-            picture = picture.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=2.0)
-    return np.asarray(picture)
+            image = image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    return np.asarray(image)
 
 
-def decode_picture(content: bytes, size: int, fit: str) -> np.ndarray:
+def decode_image(content: bytes, size: int, fit: str) -> np.ndarray:
     """uint8 [S, S, 3] RGB of an encoded image. Raises BadSample: it is broken, cut off or too large."""
     with open_image(content) as opened:
         if fit == "stretch":
             opened.draft("RGB", (size, size))
-        return fit_picture(opened.convert("RGB"), size, fit)
+        return fit_image(opened.convert("RGB"), size, fit)
 
 
 def _seconds(duration: float) -> np.ndarray:
@@ -240,7 +240,7 @@ def decode_video(content: bytes | str, size: int, fit: str) -> np.ndarray:
     Raises:
         ValueError: it cannot be decoded, or ends long before its length.
     """
-    return np.stack(frames_at(content, _seconds, lambda image: fit_picture(image, size, fit)))
+    return np.stack(frames_at(content, _seconds, lambda image: fit_image(image, size, fit)))
 
 
 def read_sample(
@@ -263,7 +263,7 @@ def read_sample(
             names = image_parts(parts)
             if content.get("frames", len(names)) != len(names):
                 raise ValueError(f"it has {len(names)} images of {str(content['frames'])[:40]}")
-            images = [decode_picture(parts[names[n]], size, fit) for n in _evenly(len(names), max_frames)]
+            images = [decode_image(parts[names[n]], size, fit) for n in _evenly(len(names), max_frames)]
             frames = np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8)
         problem = next((problem for c in conversations if (problem := conversation_problem(c))), None)
         if problem:

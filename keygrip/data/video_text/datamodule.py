@@ -251,7 +251,7 @@ class VideoTextStatistics:
 
     Args:
         folder: where something derived from the data (a tokenizer) may be kept. fingerprint: of the training shards.
-        samples: by source, for training. image_size, fit, max_frames: how pictures were prepared.
+        samples: by source, for training. image_size, fit, max_frames: how images were prepared.
         texts: goes through the text of every training turn.
     """
 

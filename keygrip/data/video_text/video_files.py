@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from keygrip.data.bad_samples import BadSample, read_bytes
-from keygrip.data.video_text.conversations import decode_picture, decode_video
+from keygrip.data.video_text.conversations import decode_image, decode_video
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -40,7 +40,7 @@ def read_frames(path: str | Path, size: int, fit: str, max_frames: int) -> np.nd
 
 def _image(file: Path, size: int, fit: str) -> np.ndarray:
     try:
-        return decode_picture(read_bytes(file), size, fit)
+        return decode_image(read_bytes(file), size, fit)
     except BadSample as error:
         raise ValueError(f"{file} cannot be decoded: {error.what}") from error
 

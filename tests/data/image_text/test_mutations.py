@@ -26,7 +26,7 @@ from keygrip.data.image_text.samples import (
     missing_parts,
     read_image_text,
 )
-from keygrip.data.image_text.sources.jobs import Pictures, ViewSizes, jobs_of
+from keygrip.data.image_text.sources.jobs import SourceImages, ViewSizes, jobs_of
 from keygrip.data.image_text.sources.listing import list_items
 from keygrip.data.shards.index import MANIFEST, index_path
 from keygrip.data.shards.reader import ShardSet
@@ -136,7 +136,7 @@ def prepared(source: Path) -> dict[str, Any]:
     items = list_items(source, buckets, 1.0, progress=False)
     assert all("\n" not in item.reason for item in items)
     jobs = jobs_of(source, items, 100)
-    images = Pictures(jobs, source, ViewSizes.of(Views(), buckets))  # type: ignore[arg-type]
+    images = SourceImages(jobs, source, ViewSizes.of(Views(), buckets))  # type: ignore[arg-type]
     found = {}
     for number, job in enumerate(jobs):
         for item in range(len(job.items)):

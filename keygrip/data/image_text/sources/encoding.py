@@ -16,14 +16,14 @@ from keygrip.data.shards.index import Parts, Row
 
 
 class ViewShapes(Protocol):
-    """Of a picture's DINO view: its size (width, height) in pixels and its grid (rows, columns) of patches."""
+    """Of an image's DINO view: its size (width, height) in pixels and its grid (rows, columns) of patches."""
 
     def view_size(self, width: int, height: int) -> tuple[int, int]: ...
     def dino_grid(self, width: int, height: int) -> tuple[int, int]: ...
 
 
 class ImageEncoders(ViewShapes, Protocol):
-    """What turns pictures and captions into features; see :class:`keygrip.models.patch_dit.encoders.Encoders`."""
+    """What turns images and captions into features; see :class:`keygrip.models.patch_dit.encoders.Encoders`."""
 
     latent_stride: int
 
@@ -39,7 +39,7 @@ class ImageEncoders(ViewShapes, Protocol):
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """A picture ready to be encoded: both pictures show `record["crop"]` of the source.
+    """An image ready to be encoded: both images show `record["crop"]` of the source.
 
     Args:
         pixels: uint8 [H, W, 3], of the bucket's size. view: uint8 [vh, vw, 3], for DINO.
@@ -53,30 +53,30 @@ class PreparedImage:
 
 
 def prepare_image(
-    picture: Any, caption: str, bucket: Bucket, shapes: ViewShapes, key: str, more: Mapping[str, Any] | None = None
+    image: Any, caption: str, bucket: Bucket, shapes: ViewShapes, key: str, more: Mapping[str, Any] | None = None
 ) -> PreparedImage:
-    """Cuts the shared crop out of a PIL picture twice, once for the latent and once for DINO.
+    """Cuts the shared crop out of a PIL image twice, once for the latent and once for DINO.
 
     Args:
         more: further entries of the record, for example `evidence`.
     """
-    box: Box = shared_crop(picture.width, picture.height, bucket)
+    box: Box = shared_crop(image.width, image.height, bucket)
     view_size = shapes.view_size(bucket.width, bucket.height)
     record = {
         "caption": caption,
-        "size": [picture.width, picture.height],
+        "size": [image.width, image.height],
         "crop": [round(edge, 3) for edge in box],
         "bucket": [bucket.width, bucket.height],
         "patch_grid": list(shapes.dino_grid(bucket.width, bucket.height)),
         **(more or {}),
     }
-    pixels = cut_out(picture, box, (bucket.width, bucket.height))
-    return PreparedImage(key, pixels, cut_out(picture, box, view_size), caption, record)
+    pixels = cut_out(image, box, (bucket.width, bucket.height))
+    return PreparedImage(key, pixels, cut_out(image, box, view_size), caption, record)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Features of some prepared pictures, on the CPU, as numpy arrays with a first dimension for the pictures."""
+    """Features of some prepared images, on the CPU, as numpy arrays with a first dimension for the images."""
 
     latents: np.ndarray
     states: np.ndarray
@@ -93,13 +93,13 @@ class Encoded:
 
 
 def encode_images(encoders: ImageEncoders, pixels: Tensor, views: Tensor, captions: Sequence[str]) -> Encoded:
-    """Encodes pictures of one bucket: uint8 [B, 3, H, W] and [B, 3, vh, vw]."""
+    """Encodes images of one bucket: uint8 [B, 3, H, W] and [B, 3, vh, vw]."""
     latents = encoders.encode_images(pixels)
     cls, patches = encoders.encode_view(views)
     states, mask = encoders.encode_text(captions)
     return Encoded(*(part.cpu().numpy() for part in (latents, states, mask, cls, patches)))
 
 
-def as_tensor(pictures: Sequence[np.ndarray]) -> Tensor:
-    """uint8 [B, 3, H, W] of pictures [H, W, 3]."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+def as_tensor(images: Sequence[np.ndarray]) -> Tensor:
+    """uint8 [B, 3, H, W] of images [H, W, 3]."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()

@@ -27,7 +27,7 @@ from keygrip.data.image_text.bucket_folders import INFO, write_info
 from keygrip.data.image_text.crops import aspect_buckets
 from keygrip.data.image_text.samples import describe_image_text
 from keygrip.data.image_text.sources.encoding import ImageEncoders, encode_images
-from keygrip.data.image_text.sources.jobs import Claims, Job, Pictures, ReadyBatch, ShardThread, ViewSizes, jobs_of
+from keygrip.data.image_text.sources.jobs import Claims, Job, ReadyBatch, ShardThread, SourceImages, ViewSizes, jobs_of
 from keygrip.data.image_text.sources.listing import Item, frozen_items
 from keygrip.data.shards.index import MANIFEST
 from keygrip.data.shards.sampling import start_worker
@@ -186,7 +186,9 @@ def images(
     with tqdm(total=open_items, desc=f"encode {source}", unit="image", disable=not progress or rank.rank > 0) as bar:
         while any(not job.done for job in jobs):
             claims = Claims(jobs, batch_size, rank.rank * len(jobs) // rank.ranks)
-            taken = _encode(claims, Pictures(jobs, source, sizes), encoders, workers, trim_text, clock, bar, started)
+            taken = _encode(
+                claims, SourceImages(jobs, source, sizes), encoders, workers, trim_text, clock, bar, started
+            )
             result.items += taken
             if not taken:  # all that is left is another process's
                 if rank.rank > 0:
@@ -211,7 +213,7 @@ def images(
 
 def _encode(
     claims: Claims,
-    images: Pictures,
+    images: SourceImages,
     encoders: ImageEncoders,
     workers: int,
     trim_text: bool,

@@ -111,7 +111,7 @@ class Claims(Sampler[list[tuple[int, int]]]):
 
 @dataclass(frozen=True)
 class ReadyBatch:
-    """Prepared pictures of one job; `failed` names what could not be read."""
+    """Prepared images of one job; `failed` names what could not be read."""
 
     job: int
     keys: list[str]
@@ -123,7 +123,7 @@ class ReadyBatch:
     last: bool
 
 
-class Pictures(Dataset[PreparedImage]):
+class SourceImages(Dataset[PreparedImage]):
     """Decoded and cropped in loader processes; indexed by whole batches of `Claims`."""
 
     def __init__(self, jobs: Sequence[Job], source: Path, sizes: ViewSizes) -> None:
@@ -132,8 +132,8 @@ class Pictures(Dataset[PreparedImage]):
     def __getitem__(self, key: tuple[int, int]) -> PreparedImage:
         job = self.jobs[key[0]]
         item = job.items[key[1]]
-        picture = decode_image(self.source / item.path)
-        return prepare_image(picture, item.caption, job.bucket, self.sizes, item.key, {"source": item.path})
+        image = decode_image(self.source / item.path)
+        return prepare_image(image, item.caption, job.bucket, self.sizes, item.key, {"source": item.path})
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[ReadyBatch]:
         found: list[PreparedImage] = []

@@ -13,7 +13,7 @@ from keygrip.data.video_text.conversations import (
     Conversation,
     Turn,
     encode_jpeg,
-    fit_picture,
+    fit_image,
     video_text_parts,
 )
 from keygrip.data.video_text.sources.tables import RowGroup, row_groups
@@ -42,7 +42,7 @@ class CauldronMaker:
         images = row["images"] or []
         if not 1 <= len(images) <= MAX_FRAMES:
             raise ValueError(f"it has {len(images)} images; 1 to {MAX_FRAMES} make a sample")
-        frames = [self._picture(image["bytes"]) for image in images]
+        frames = [self._image(image["bytes"]) for image in images]
         turns = []
         for text in row["texts"]:
             turns += [Turn("user", text["user"].strip()), Turn("assistant", text["assistant"].strip())]
@@ -51,11 +51,11 @@ class CauldronMaker:
         conversation = Conversation(tuple(turns), "image_instruction", {"collection": collection})
         return MadeSample(key, *video_text_parts(frames, [conversation], "cauldron"))
 
-    def _picture(self, content: bytes | None) -> bytes:
+    def _image(self, content: bytes | None) -> bytes:
         if not content:
             raise ValueError("an image is empty")
         with open_image(content) as image:
-            return encode_jpeg(fit_picture(image.convert("RGB"), self.image_size, self.fit))
+            return encode_jpeg(fit_image(image.convert("RGB"), self.image_size, self.fit))
 
 
 def cauldron(
@@ -72,7 +72,7 @@ def cauldron(
     Args:
         source: folder with a folder a collection, each with `train-*.parquet`. root: of the set.
         collections: names of folders; None: all that are there.
-        image_size, fit: of the pictures.
+        image_size, fit: of the images.
 
     Raises:
         FileNotFoundError: no tables, or none of a collection that is named.

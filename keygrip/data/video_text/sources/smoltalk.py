@@ -1,4 +1,4 @@
-"""SmolTalk: conversations without pictures, for text retention. Reads the parquet files as they are shipped."""
+"""SmolTalk: conversations without images, for text retention. Reads the parquet files as they are shipped."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from keygrip.data.video_text.conversations import (
     MAX_FRAMES,
     Conversation,
     Turn,
-    decode_picture,
+    decode_image,
     decode_video,
     encode_jpeg,
     video_text_parts,
@@ -52,16 +52,16 @@ class VideoSFTMaker:
     def __call__(self, entry: Entry) -> Iterable[MadeSample | Broken]:
         if entry.problem:
             raise ValueError(entry.problem)
-        pictures = []
+        images = []
         for path in entry.media:
             if not path.exists():
                 raise FileNotFoundError(f"{path} is not there")
             if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"):
-                pictures.append(decode_picture(read_bytes(path), self.image_size, self.fit)[None])
+                images.append(decode_image(read_bytes(path), self.image_size, self.fit)[None])
             else:
                 regular_file(path)
-                pictures.append(decode_video(str(path), self.image_size, self.fit))
-        together = np.concatenate(pictures) if pictures else np.zeros((0, 1, 1, 3), np.uint8)
+                images.append(decode_video(str(path), self.image_size, self.fit))
+        together = np.concatenate(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
         if len(together) > MAX_FRAMES:
             raise ValueError(f"{len(together)} frames are more than the {MAX_FRAMES} that a sample may have")
         turns = []

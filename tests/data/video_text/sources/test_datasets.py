@@ -259,11 +259,11 @@ def test_videos_may_also_lie_whole_in_shards(tmp_path: Path) -> None:
 
 
 def test_fits() -> None:
-    from keygrip.data.video_text.conversations import fit_picture
+    from keygrip.data.video_text.conversations import fit_image
 
     wide = np.zeros((20, 40, 3), np.uint8)
     wide[:, 10:30] = 200
-    cropped, padded, stretched = (fit_picture(Image.fromarray(wide), 20, fit) for fit in ("crop", "pad", "stretch"))
+    cropped, padded, stretched = (fit_image(Image.fromarray(wide), 20, fit) for fit in ("crop", "pad", "stretch"))
     assert cropped[:, 2:-2].min() > 190
     assert padded[:3].max() < 10
     assert padded[10, 10, 0] > 190
