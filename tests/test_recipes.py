@@ -99,9 +99,17 @@ def assert_sound(cfg: DictConfig) -> None:
 
 def assert_configures(cfg: DictConfig) -> type:
     """The module builds (a large one without memory for its weights), and its optimiser has all that it trains."""
-    large = "dinov" in str(cfg.get("backbone")) or "Qwen/" in str(cfg.get("vlm")) or "Smol" in str(cfg.get("language"))
+    large = (
+        "dinov" in str(cfg.get("backbone"))
+        or "Qwen/" in str(cfg.get("vlm"))
+        or cfg.get("language", {}).get("model", {}).get("width", 0) > 512
+    )
+    with open_dict(cfg):
+        for pretrained in (cfg.get("backbone"), cfg.get("vlm"), (cfg.get("language") or {}).get("model")):
+            if pretrained is not None:
+                pretrained.weights = "random"
     with torch.device("meta") if large else torch.device("cpu"):
-        module = build_module(OmegaConf.to_container(cfg, resolve=True), random_backbone=True)  # type: ignore[arg-type]
+        module = build_module(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
     module._trainer = SimpleNamespace(estimated_stepping_batches=1000)  # type: ignore[assignment]
     configured: Any = module.configure_optimizers()
     owned = [id(p) for group in configured["optimizer"].param_groups for p in group["params"]]

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 RESULT = "result.json"
 PLAN = "sweep.json"
+SHOWN = 6  # metrics in the printed table; summary.csv has them all
 LOSSES = "loss_against_compute.png"
 # What may stand in result.json. "running" stays where a process was killed; the table then says "killed".
 FINISHED, FAILED, INTERRUPTED, RUNNING = "finished", "failed", "interrupted", "running"
@@ -160,7 +161,7 @@ def finish_sweep(folder: Path) -> list[dict[str, Any]]:
     with temporary.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *lines])
     temporary.replace(folder / "summary.csv")
-    text = markdown(header, lines)
+    text = markdown(*table(rows, most=SHOWN))
     _write_whole(folder / "summary.md", text + "\n")
     _write_whole(folder / "summary.json", json.dumps(_record(folder, rows), indent=1) + "\n")
     _write_hparams(folder, rows)
@@ -240,10 +241,15 @@ def _jobs(folder: Path) -> list[tuple[list[str], Path | None]]:
     ]
 
 
-def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """Header and lines: job, status, the overrides that differ between jobs, metrics, seconds, error."""
+def table(rows: Sequence[dict[str, Any]], most: int | None = None) -> tuple[list[str], list[list[Any]]]:
+    """Header and lines: job, status, the overrides that differ between jobs, metrics, seconds, error.
+
+    With ``most`` only so many metrics: success rates first, then headline metrics in the model's order.
+    """
     varied = _varied(rows)
     metrics = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+    if most is not None:
+        metrics = sorted(metrics, key=lambda name: not name.endswith("success_rate"))[:most]
     header = ["job", "status", *varied, *metrics, "wall_s", "error"]
     lines = [
         [row["job"], row["status"]]

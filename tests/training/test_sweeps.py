@@ -113,6 +113,8 @@ def test_table_is_aligned_markdown() -> None:
     header, lines = table(rows)
     assert header == ["job", "status", "a", "m", "wall_s", "error"]
     assert lines[0] == [0, "finished", "1", 0.12346, 1.0, ""]
+    rows[0]["metrics"] = {"val/a": 1.0, "val/b": 2.0, "closed_loop/success_rate": 0.5}
+    assert table(rows, most=2)[0] == ["job", "status", "a", "closed_loop/success_rate", "val/a", "wall_s", "error"]
     drawn = markdown(header, lines).splitlines()
     assert len({len(line) for line in drawn}) == 1
     assert "it / broke" in drawn[3]
