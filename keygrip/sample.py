@@ -51,7 +51,7 @@ class SampleSchema(EntrySchema):
     interval: Any = None
     steps: int | None = None
     solver: str | None = None
-    level_shift: float | None = None
+    timestep_shift: float | None = None
 
 
 register("sample_schema", SampleSchema)

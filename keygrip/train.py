@@ -25,7 +25,7 @@ MAY_DIFFER = (
     *("max_steps", "max_epochs", "max_minutes", "val_every_n_steps", "limit_val_batches", "log_every_n_steps"),
     *("debug", "resume", "run_dir", "logger", "strategy.devices", "strategy.num_nodes"),
     "compile",
-    *("data.num_workers", "data.prefetch_batches", "data.cache_gb", "data.cache_dir", "model.vis_every_n_steps"),
+    *("data.num_workers", "data.prefetch_batches", "data.cache_gb", "data.cache_dir", "model.log_images_every_n_steps"),
     "model.loss_kernel",
 )
 MUST_AGREE = ("callbacks.average",)  # the other callbacks watch and save

@@ -41,8 +41,8 @@ def trained(recordings: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     loop = "callbacks.closed_loop.closed_loop"
     extra = [
-        "closed_loop=yam", f"{loop}.episodes=1", f"{loop}.processes=1", f"{loop}.videos=1", "model.vis_every_n_steps=5",
-        "max_steps=6", f"run_dir={folder}",
+        "closed_loop=yam", f"{loop}.episodes=1", f"{loop}.processes=1", f"{loop}.videos=1",
+        "model.log_images_every_n_steps=5", "max_steps=6", f"run_dir={folder}",
     ]  # fmt: skip
     metrics = train.run(compose("train", [*SMALL, recordings, *extra]))
     assert {"train/pix_argmax", "val/pix_argmax", "val/rotation_deg_floor"} <= metrics.keys()

@@ -25,7 +25,7 @@ MODELS = group_options("model")
 DATA_OF = {
     "foveated_vlm": "robot_videos",
     "pooled_vlm": "robot_videos",
-    "mark_reader": "robot_tours",
+    "vlm_encoder_pretraining": "robot_tours",
     "depth_reader": "yam_stills",
     "geometry_vla": "yam_language",
     "geometry_vla_no_injection": "yam_depth",
@@ -43,7 +43,7 @@ GIVEN = {
     "geometry=mapanything": ["data.image_size=224"],
     "geometry=mapanything_cached": ["data.image_size=224"],
     **{
-        f"experiment={name}": ["model.start_from=folder"]
+        f"experiment={name}": ["model.init_from=folder"]
         for name in ("vlm_stage2", "vlm_stage3", "vlm_long_videos", "vlm_pooled_long_videos")
     },
 }

@@ -26,7 +26,7 @@ from keygrip.benchmarks.measuring import (
     synchronise,
 )
 from keygrip.config import compose
-from keygrip.models.nn.flow_matching import LogitNormalLevels, interpolate, seeded_noise, velocity
+from keygrip.models.nn.flow_matching import LogitNormalTimesteps, interpolate, seeded_noise, velocity
 from keygrip.models.patch_dit.context import ConditionDropout, Conditions, kept
 from keygrip.models.patch_dit.network import PatchDiT
 from keygrip.models.patch_dit.sampler import Sampling, Velocities, sample
@@ -266,7 +266,7 @@ class ToyPictures:
             torch.manual_seed(0)
             network = PatchDiT(3, 16, 8, width=96, depth=4, heads=3, patch_size=1, position_cells=8)
             optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, betas=(0.9, 0.98))
-            levels, dropout = LogitNormalLevels(), ConditionDropout()
+            levels, dropout = LogitNormalTimesteps(), ConditionDropout()
             for step in tqdm(range(steps), desc="training the small network", unit="step", leave=False, delay=2):
                 for group in optimizer.param_groups:
                     group["lr"] = 2e-3 * min(1.0, (step + 1) / 20, 2.5 * (1 - step / steps) + 0.02)

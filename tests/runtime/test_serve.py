@@ -29,7 +29,7 @@ SMALL = [
     "val_every_n_steps=1", "limit_val_batches=1",
 ]  # fmt: skip
 MODELS = {
-    "volume_query": ["model=volume_query", "model.network.pred_size=12", "model.vis_every_n_steps=0"],
+    "volume_query": ["model=volume_query", "model.network.pred_size=12", "model.log_images_every_n_steps=0"],
     "coordinate_regression": ["model=coordinate_regression", "model.network.width=32"],
     "geometry_vla": [
         "model=geometry_vla", "model.network.blocks=1", "model.network.future_tokens=2", "vlm.vision.patch_size=8",

@@ -21,7 +21,7 @@ from keygrip.models.geometry_vla.module import GeometryVLAModule
 from keygrip.models.geometry_vla.network import GeometryVLA
 from keygrip.models.language.qwen_vl import QwenVL, Vision
 from keygrip.models.language.tokenizers import TrainedTokenizer
-from keygrip.models.nn.flow_matching import BetaLevels
+from keygrip.models.nn.flow_matching import BetaTimesteps
 from keygrip.training.optimizers import AdamW
 
 S, T, V = 32, 4, 2
@@ -76,7 +76,7 @@ def small_module(
     for block in [*network.head.blocks, *network.head.mixers]:  # AdaLN starts at nothing
         torch.nn.init.normal_(block.modulation.linear.weight, std=0.1)
     recipe = AdamW(lr=1e-3, schedule="constant")
-    return GeometryVLAModule(network, PoseActions(("right",), kind), recipe, BetaLevels(), draws=draws)
+    return GeometryVLAModule(network, PoseActions(("right",), kind), recipe, BetaTimesteps(), draws=draws)
 
 
 def poses(count: int, seed: int) -> dict[str, Tensor]:

@@ -212,7 +212,11 @@ def test_every_target_that_conf_names_is_declared(toy_overrides: Callable[..., l
     from keygrip.training.parts import _check_node, _nodes
 
     data = {"foveated_vlm": "robot_tours", "pooled_vlm": "robot_tours", "geometry_vla": "yam_language"}
-    data |= {"mark_reader": "robot_tours", "depth_reader": "yam_stills", "geometry_vla_no_injection": "yam_language"}
+    data |= {
+        "vlm_encoder_pretraining": "robot_tours",
+        "depth_reader": "yam_stills",
+        "geometry_vla_no_injection": "yam_language",
+    }
     checked = 0
     for file in sorted((config_folder() / "model").glob("*.yaml")):
         choice = data.get(file.stem, "robot_images" if file.stem.startswith("patch_dit") else "yam")

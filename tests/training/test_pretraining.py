@@ -12,7 +12,7 @@ from keygrip.training.pretraining import MadeRun
 
 
 def made(overrides: Sequence[str], folder: str) -> MadeRun:
-    return MadeRun(overrides, "mark_reader", folder)
+    return MadeRun(overrides, "vlm_encoder_pretraining", folder)
 
 
 def finished(folder: Path) -> None:
@@ -33,11 +33,11 @@ def test_a_run_that_is_there_is_not_made_again(tmp_path: Path, monkeypatch: pyte
         return Done()
 
     monkeypatch.setattr("keygrip.training.pretraining.subprocess.run", run)
-    run = made(["experiment=mark_reader", "seed=3"], str(tmp_path))
+    run = made(["experiment=vlm_encoder_pretraining", "seed=3"], str(tmp_path))
     assert run.complete() == run.complete() == run.run_dir
     assert len(calls) == 1
     assert calls[0][1:] == ["-m", "keygrip.train", *run.overrides, f"run_dir={run.run_dir}"]
-    assert made(["experiment=mark_reader", "seed=4"], str(tmp_path)).run_dir != run.run_dir
+    assert made(["experiment=vlm_encoder_pretraining", "seed=4"], str(tmp_path)).run_dir != run.run_dir
 
 
 def test_a_run_is_made_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,5 +47,5 @@ def test_a_run_is_made_by_one_process(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_failed_run_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"training mark_reader failed: keygrip\.train model=nothing"):
+    with pytest.raises(RuntimeError, match=r"training vlm_encoder_pretraining failed: keygrip\.train model=nothing"):
         made(["model=nothing"], str(tmp_path)).complete()

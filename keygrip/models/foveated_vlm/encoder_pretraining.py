@@ -39,7 +39,7 @@ COVERED = 0.35  # share of a patch that a cube must cover to be what the patch s
 
 
 @dataclass
-class ReadingBatch(Movable):
+class EncoderPretrainingBatch(Movable):
     """Frames and the cubes in them.
 
     Args:
@@ -62,7 +62,7 @@ class ReadingBatch(Movable):
 
 
 @model_part
-class ReadingCollator:
+class EncoderPretrainingCollator:
     """Makes reading batches of tours: where which cube is follows from the evidence of their questions.
 
     Args:
@@ -72,7 +72,7 @@ class ReadingCollator:
     def __init__(self, colours: Sequence[str]) -> None:
         self.colours = {name: number for number, name in enumerate(colours)}
 
-    def __call__(self, samples: list[VideoTextSample]) -> ReadingBatch:
+    def __call__(self, samples: list[VideoTextSample]) -> EncoderPretrainingBatch:
         """Raises ValueError: a sample without frames or without such evidence, or an unknown colour."""
         stacked, mask = stack_frames(samples)
         starts = mask.sum(1).cumsum(0).tolist()
@@ -92,7 +92,7 @@ class ReadingCollator:
                     (first + frame, x, y, cube["area"], self.colours[colour], cube["digit"], int(cube["pointed"]))
                 )
         frames, xs, ys, areas, colours, digits, pointed = (list(column) for column in zip(*cubes, strict=True))
-        return ReadingBatch(
+        return EncoderPretrainingBatch(
             frames=stacked[mask],
             frame=torch.tensor(frames),
             pixel=torch.tensor([xs, ys], dtype=torch.float32).T.contiguous(),
@@ -126,7 +126,7 @@ def cubes_of(sample: VideoTextSample) -> dict[tuple[int, str], dict[str, Any]]:
     return cubes
 
 
-def patch_labels(batch: ReadingBatch, grid: tuple[int, int]) -> dict[str, Tensor]:
+def patch_labels(batch: EncoderPretrainingBatch, grid: tuple[int, int]) -> dict[str, Tensor]:
     """What each patch shows: colour (0: no cube), digit and pointed, int64 [M, h * w] each, IGNORED where unclear.
 
     A patch shows a cube that covers COVERED of it, and the one under its centre. Patches that a cube only touches are
@@ -159,7 +159,7 @@ def patch_labels(batch: ReadingBatch, grid: tuple[int, int]) -> dict[str, Tensor
 
 
 @model_part
-class MarkReader(nn.Module):
+class EncoderPretraining(nn.Module):
     """A backbone and linear heads: patches say colour, digit and pointed, CLS the colour and digit pointed at, and a
     deep query for each colour the digit of that cube.
 
@@ -201,8 +201,8 @@ class MarkReader(nn.Module):
 
 
 @model_part(from_checkpoint={"encoder": None})
-class MarkReaderModule(LightningModule):
-    """Trains a `MarkReader`; `val/digit` is the share of readable cubes whose digit is right at their centre.
+class EncoderPretrainingModule(LightningModule):
+    """Trains a `EncoderPretraining`; `val/digit` is the share of readable cubes whose digit is right at their centre.
 
     Args:
         network: the plain network. collator: for the data module. optimizer: the recipe.
@@ -213,7 +213,9 @@ class MarkReaderModule(LightningModule):
         ValueError: weights that do not name every loss, another number of colours, or two sources of the start.
     """
 
-    batch_type = VideoTextBatch  # of the data module, whose samples this model's own collator makes into ReadingBatch
+    batch_type = (
+        VideoTextBatch  # of the data module, whose samples this model's own collator makes into EncoderPretrainingBatch
+    )
     headline_metrics = (
         "train/loss",
         "val/digit",
@@ -226,8 +228,8 @@ class MarkReaderModule(LightningModule):
 
     def __init__(
         self,
-        network: MarkReader,
-        collator: ReadingCollator,
+        network: EncoderPretraining,
+        collator: EncoderPretrainingCollator,
         optimizer: AdamW,
         weights: Mapping[str, float],
         encoder: MadeRun | None = None,
@@ -253,7 +255,7 @@ class MarkReaderModule(LightningModule):
     def configure_optimizers(self) -> Any:
         return self.optimizer_recipe.configure(self.network, int(self.trainer.estimated_stepping_batches))
 
-    def losses(self, batch: ReadingBatch) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+    def losses(self, batch: EncoderPretrainingBatch) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
         """Losses by name, and (right, counted) by name."""
         backbone = self.network.backbone
         count = (batch.frames.shape[-1] // backbone.patch_size) ** 2
@@ -280,7 +282,7 @@ class MarkReaderModule(LightningModule):
             right[name] = (((values.argmax(-1) == wanted) & shown).sum(), shown.sum())
         return losses, right
 
-    def training_step(self, batch: ReadingBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: EncoderPretrainingBatch, batch_idx: int) -> Tensor:
         losses, right = self.losses(batch)
         loss = torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
@@ -291,7 +293,7 @@ class MarkReaderModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         self._right = defaultdict(lambda: [0.0, 0.0])
 
-    def validation_step(self, batch: ReadingBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: EncoderPretrainingBatch, batch_idx: int) -> None:
         for name, (good, count) in self.losses(batch)[1].items():
             self._right[name][0] += float(good)
             self._right[name][1] += float(count)

@@ -39,7 +39,7 @@ SHOWN_ROWS = 4
 Blocks = Literal["last", "all"]
 
 
-@model_part(from_checkpoint={"encoder": None, "start_from": None})
+@model_part(from_checkpoint={"encoder": None, "init_from": None})
 class FoveatedVLMModule(LightningModule):
     """Text cross-entropy, in one of the network's modes.
 
@@ -55,12 +55,12 @@ class FoveatedVLMModule(LightningModule):
         loss_chunk: tokens whose logits exist at the same time.
         loss_kernel: in training; `chunked`, or `liger`, a fused Triton kernel for GPUs that has chunks of its own.
         encoder: how the encoder's weights are made where they are missing; None: the backbone's own (backbone.weights).
-        kv_cache_gb: keep so much of a frozen encoder's keys and values of training and validation videos in memory.
-        start_from: run folder or checkpoint of such a model whose weights (averaged, where it has them) are the start;
+        vision_kv_cache_gb: memory for a frozen encoder's keys and values of training and validation videos.
+        init_from: run folder or checkpoint of such a model whose weights (averaged, where it has them) are the start;
             read when training is set up, so that a trained module does not need it.
-        health_every_n_steps: training steps between health checks; 0: none.
-        health_from_step: warnings begin here.
-        vis_every_n_steps: training steps between pictures in TensorBoard; 0: none.
+        monitor_every_n_steps: training steps between health checks; 0: none.
+        monitor_from_step: warnings begin here.
+        log_images_every_n_steps: training steps between pictures in TensorBoard; 0: none.
 
     Raises:
         ValueError: a mode that the network does not have, refinement outside of coarse_fine, keys and values that would
@@ -82,11 +82,11 @@ class FoveatedVLMModule(LightningModule):
         loss_chunk: int = 4096,
         loss_kernel: Kernel = "chunked",
         encoder: MadeRun | None = None,
-        kv_cache_gb: float = 0.0,
-        start_from: str | None = None,
-        health_every_n_steps: int = 100,
-        health_from_step: int = 300,
-        vis_every_n_steps: int = 500,
+        vision_kv_cache_gb: float = 0.0,
+        init_from: str | None = None,
+        monitor_every_n_steps: int = 100,
+        monitor_from_step: int = 300,
+        log_images_every_n_steps: int = 500,
     ) -> None:
         super().__init__()
         val_modes = network.modes if val_modes is None else tuple(val_modes)
@@ -98,14 +98,16 @@ class FoveatedVLMModule(LightningModule):
             raise ValueError("model.refinement must not be negative, and refinement_from lies in 0..1")
         if refinement and mode != "coarse_fine":
             raise ValueError(f"model.refinement={refinement} has no effect in mode={mode}: set it to 0")
-        if loss_chunk < 1 or health_every_n_steps < 0 or vis_every_n_steps < 0:
-            raise ValueError("model: loss_chunk must be above 0, health_every_n_steps and vis_every_n_steps not below")
+        if loss_chunk < 1 or monitor_every_n_steps < 0 or log_images_every_n_steps < 0:
+            raise ValueError(
+                "model: loss_chunk must be above 0, monitor_every_n_steps and log_images_every_n_steps not below"
+            )
         if loss_kernel not in KERNELS:
             raise ValueError(f"model.loss_kernel={loss_kernel!r}: must be one of {', '.join(KERNELS)}")
-        if kv_cache_gb and (network.backbone.trainable != "frozen" or not isinstance(network, FoveatedVLM)):
+        if vision_kv_cache_gb and (network.backbone.trainable != "frozen" or not isinstance(network, FoveatedVLM)):
             raise ValueError(
-                "model.kv_cache_gb keeps a frozen encoder's keys and values: it needs backbone.trainable=frozen, and "
-                "queries to use them"
+                "model.vision_kv_cache_gb keeps a frozen encoder's keys and values: it needs backbone.trainable=frozen "
+                "and queries to use them"
             )
         if encoder is not None and network.backbone.loaded_weights != "random":
             raise ValueError(
@@ -115,14 +117,14 @@ class FoveatedVLMModule(LightningModule):
         self.network = network
         self.collator = collator
         self.encoder = encoder
-        self.kv_cache = KeyValueCache(kv_cache_gb) if kv_cache_gb else None
+        self.kv_cache = KeyValueCache(vision_kv_cache_gb) if vision_kv_cache_gb else None
         self.optimizer_recipe = optimizer
         self.mode, self.val_modes = mode, tuple(dict.fromkeys([*val_modes, mode]))
         self.refinement, self.refinement_from = refinement, refinement_from
-        self.loss_chunk, self.start_from = loss_chunk, start_from
+        self.loss_chunk, self.init_from = loss_chunk, init_from
         self.loss_kernel: Kernel = loss_kernel
-        self.health_every_n_steps, self.vis_every_n_steps = health_every_n_steps, vis_every_n_steps
-        self.health = Health(from_step=health_from_step)
+        self.monitor_every_n_steps, self.log_images_every_n_steps = monitor_every_n_steps, log_images_every_n_steps
+        self.health = Health(from_step=monitor_from_step)
         self.pictures: dict[str, Any] = {}  # how frames were prepared: image_size, fit, max_frames
         self._scores: dict[str, Scores] = {}
         self._landing: dict[str, list[float]] = {}
@@ -147,8 +149,8 @@ class FoveatedVLMModule(LightningModule):
         self._check_tokenizer()
         if self.encoder is not None:
             self.network.take_encoder(self.encoder.module().network.backbone.state_dict())  # type: ignore[union-attr]
-        if self.start_from is not None:
-            self._take_weights(self.start_from)
+        if self.init_from is not None:
+            self._take_weights(self.init_from)
         self.pictures = {
             "image_size": statistics.image_size,
             "fit": statistics.fit,
@@ -160,18 +162,18 @@ class FoveatedVLMModule(LightningModule):
 
         before = load_module(path)
         if not isinstance(before, FoveatedVLMModule):
-            raise ValueError(f"model.start_from={path} holds a {type(before).__name__}, not a video-language model")
+            raise ValueError(f"model.init_from={path} holds a {type(before).__name__}, not a video-language model")
         if before.tokenizer.state() != self.tokenizer.state():
             raise ValueError(
-                f"model.start_from={path} was trained with another tokenizer: its weights mean other words. Use "
+                f"model.init_from={path} was trained with another tokenizer: its weights mean other words. Use "
                 "the same language=..., and for a tokenizer trained on the shards "
-                "language.tokenizer.run=${model.start_from}"
+                "language.tokenizer.run=${model.init_from}"
             )
         try:
             self.network.load_state_dict(before.network.state_dict())
         except RuntimeError as error:
             reason = " ".join(line.strip() for line in str(error).splitlines()[1:3])
-            raise ValueError(f"the weights of model.start_from={path} do not fit this network: {reason}") from error
+            raise ValueError(f"the weights of model.init_from={path} do not fit this network: {reason}") from error
         log.info("weights of %s are the start", path)
 
     @property
@@ -271,7 +273,7 @@ class FoveatedVLMModule(LightningModule):
             self.log("train/truncated_rows", float(batch.truncated), batch_size=size)
         if self._health_now():
             self._examine(output, rows, batch, frames, loss.detach())
-        if self._shown(self.vis_every_n_steps):
+        if self._shown(self.log_images_every_n_steps):
             self._show("train", batch)
         return loss
 
@@ -290,7 +292,7 @@ class FoveatedVLMModule(LightningModule):
                 if mode == self._attended():
                     for kind, where in landings(self.network, output, rows, batch):
                         self._landing[kind].append(where)
-        if batch_idx == 0 and self._shown(1 if self.vis_every_n_steps else 0):
+        if batch_idx == 0 and self._shown(1 if self.log_images_every_n_steps else 0):
             self._show("val", batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -323,7 +325,7 @@ class FoveatedVLMModule(LightningModule):
     # ------------------------------------------------------------------ health
 
     def _health_now(self) -> bool:
-        every = self.health_every_n_steps
+        every = self.monitor_every_n_steps
         return bool(every) and isinstance(self.network, FoveatedVLM) and (self.global_step + 1) % every == 0
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ from keygrip.models.geometry_vla.network import ActionSampling, GeometryVLA, Sce
 from keygrip.models.geometry_vla.pointing import pointing_losses
 from keygrip.models.geometry_vla.policy import GeometryVLAPolicy
 from keygrip.models.language.tokenizers import ChatTokenizer
-from keygrip.models.nn.flow_matching import LevelSampler, interpolate, seeded_noise, velocity
+from keygrip.models.nn.flow_matching import TimestepSampler, interpolate, seeded_noise, velocity
 from keygrip.models.nn.short_attention import short_attention
 from keygrip.models.policy_statistics import PolicyStatistics
 from keygrip.training.distributed import global_mean
@@ -54,7 +54,7 @@ class GeometryVLAModule(LightningModule):
 
     Args:
         network: the plain network. actions: what an action is, and its statistics.
-        optimizer: the recipe. levels: draws noise levels.
+        optimizer: the recipe. timesteps: draws those of training, 0 (data) to 1 (noise).
         draws: of noise for each sample, all read from one pass of the encoders.
         sampling: of actions, in validation and in control.
         pictures: show a plan and depth maps in TensorBoard at every validation.
@@ -74,7 +74,7 @@ class GeometryVLAModule(LightningModule):
         network: GeometryVLA,
         actions: PoseActions,
         optimizer: AdamW,
-        levels: LevelSampler,
+        timesteps: TimestepSampler,
         draws: int = 4,
         sampling: ActionSampling | None = None,
         pictures: bool = True,
@@ -92,7 +92,7 @@ class GeometryVLAModule(LightningModule):
         self.actions = actions
         self.statistics = PolicyStatistics()
         self.optimizer_recipe = optimizer
-        self.levels = levels
+        self.timesteps = timesteps
         self.draws, self.sampling = draws, sampling or ActionSampling()
         self.pictures = pictures
         self.pointing_weight = pointing_weight
@@ -160,7 +160,7 @@ class GeometryVLAModule(LightningModule):
         """`action` (flow matching), those of the geometry encoder, and their `total`; also figures without gradient."""
         clean = self.actions.encode(batch).repeat_interleave(self.draws, dim=0)  # [B R, T, Da]
         noise = torch.randn_like(clean)
-        level = self.levels(len(clean), clean.device)
+        level = self.timesteps(len(clean), clean.device)
         found = self.network.velocity(scene, interpolate(clean, noise, level), level, self.state(batch))
         mask = self.actions.mask(batch).repeat_interleave(self.draws, dim=0)
         squared = (found - velocity(clean, noise)).square().masked_fill(~mask, 0.0)

@@ -36,7 +36,7 @@ KEPT_PROMPTS = 4096  # instructions whose tokens are remembered
 PICTURES = "<pictures>"  # stands for the visual tokens while a prompt is rendered
 
 Trainable = Literal["all", "language", "frozen"]
-PromptOrder = Literal["pictures_first", "instruction_first"]
+PromptOrder = Literal["images_first", "instruction_first"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class QwenVL(nn.Module):
         rope_sections: Sequence[int],
         rope_theta: float = 1e6,
         norm_eps: float = 1e-6,
-        prompt_order: PromptOrder = "pictures_first",
+        prompt_order: PromptOrder = "images_first",
         weights: str = "random",
         trainable: Trainable = "all",
         gradient_checkpointing: bool = False,
@@ -121,8 +121,8 @@ class QwenVL(nn.Module):
         super().__init__()
         if trainable not in ("all", "language", "frozen"):
             raise ValueError(f"vlm.trainable is all, language or frozen, not {trainable!r}.")
-        if prompt_order not in ("pictures_first", "instruction_first"):
-            raise ValueError(f"vlm.prompt_order is pictures_first or instruction_first, not {prompt_order!r}.")
+        if prompt_order not in ("images_first", "instruction_first"):
+            raise ValueError(f"vlm.prompt_order is images_first or instruction_first, not {prompt_order!r}.")
         if width % heads or heads % kv_heads or sum(rope_sections) * 2 * heads != width:
             raise ValueError(
                 f"vlm: heads={heads} must divide width={width}, kv_heads={kv_heads} must divide heads, and "
@@ -237,7 +237,7 @@ class QwenVL(nn.Module):
             return known
         if self.tokenizer is None:
             raise ValueError("The model has no tokenizer: train it, or load a checkpoint written by keygrip.train.")
-        first = self.prompt_order == "pictures_first"
+        first = self.prompt_order == "images_first"
         words = f"{PICTURES}{instruction}" if first else f"{instruction}\n{PICTURES}"
         before, after = self.tokenizer.render([("user", words)], answering=True).split(PICTURES)
         side = self.image_size // (self.vision.patch_size * MERGE)

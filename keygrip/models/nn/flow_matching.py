@@ -59,7 +59,7 @@ def _align(level: Tensor, like: Tensor) -> Tensor:
 # -- noise levels in training ------------------------------------------------------------------------------------------
 
 
-class LevelSampler(Protocol):
+class TimestepSampler(Protocol):
     """Draws noise levels for training."""
 
     def __call__(self, count: int, device: torch.device | str | None = None) -> Tensor:
@@ -67,7 +67,7 @@ class LevelSampler(Protocol):
 
 
 @model_part
-class LogitNormalLevels:
+class LogitNormalTimesteps:
     """sigmoid(mean + std * normal): levels in the middle, where the prediction is hardest, come more often.
 
     Args:
@@ -91,7 +91,7 @@ class LogitNormalLevels:
 
 
 @model_part
-class BetaLevels:
+class BetaTimesteps:
     """min(Beta(alpha, beta) / top, 1): with (1.5, 1) more often near noise, as flow-matching action heads are trained
     (Black et al., "pi0: A Vision-Language-Action Flow Model for General Robot Control", 2024).
 

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from keygrip.data.batches import ImageTextBatch, ImageTextStatistics
-from keygrip.models.nn.flow_matching import LevelSampler, interpolate
+from keygrip.models.nn.flow_matching import TimestepSampler, interpolate
 from keygrip.models.patch_dit.alignment import FeatureAlignment
 from keygrip.models.patch_dit.context import ConditionDropout, Conditions, kept
 from keygrip.models.patch_dit.encoders import Encoders
@@ -36,19 +36,19 @@ ATTENDED = 4  # samples whose attention is looked at
 VALIDATED = {"both": (True, True), "text": (True, False), "dino": (False, True), "none": (False, False)}
 
 
-@model_part(from_checkpoint={"warm_start": None})
+@model_part(from_checkpoint={"init_from": None})
 class PatchDiTModule(LightningModule):
     """Mean squared error of the velocity.
 
     Args:
         network: makes the network from latent_channels, text_dim and dino_dim, which the encoders know.
         encoders: frozen; what shards were made with. They are not trained and their large weights not stored.
-        optimizer: the recipe. levels: draws the noise levels of training. dropout: shares of the categories.
+        optimizer: the recipe. timesteps: draws those of training. dropout: shares of the categories.
         sampling: how pictures are drawn in training, and the default of `keygrip.sample`.
         alignment: makes the alignment of a block with the DINO features, from width and dino_dim; None: there is none.
-        warm_start: a run folder, checkpoint or file of weights to start from; read when training is set up.
+        init_from: a run folder, checkpoint or file of weights to start from; read when training is set up.
         monitor_every_n_steps: steps between looks at norms and attention; 0: none. monitor_from_step: warnings begin.
-        vis_every_n_steps: validations at least so many steps apart draw samples; 0: none. shown: samples a row.
+        log_images_every_n_steps: validations at least so many steps apart draw samples; 0: none. shown: samples a row.
     """
 
     batch_type = ImageTextBatch
@@ -63,19 +63,21 @@ class PatchDiTModule(LightningModule):
         network: Callable[..., PatchDiT],
         encoders: Encoders,
         optimizer: AdamW,
-        levels: LevelSampler,
+        timesteps: TimestepSampler,
         dropout: ConditionDropout,
         sampling: Sampling,
         alignment: Callable[..., FeatureAlignment] | None = None,
-        warm_start: str | None = None,
+        init_from: str | None = None,
         monitor_every_n_steps: int = 100,
         monitor_from_step: int = 200,
-        vis_every_n_steps: int = 500,
+        log_images_every_n_steps: int = 500,
         shown: int = 6,
     ) -> None:
         super().__init__()
-        if min(monitor_every_n_steps, vis_every_n_steps) < 0 or shown < 1:
-            raise ValueError("model: monitor_every_n_steps and vis_every_n_steps must not be negative, shown above 0")
+        if min(monitor_every_n_steps, log_images_every_n_steps) < 0 or shown < 1:
+            raise ValueError(
+                "model: monitor_every_n_steps and log_images_every_n_steps must not be negative, shown above 0"
+            )
         self.encoders = encoders
         self.network = network(
             latent_channels=encoders.latent_channels, text_dim=encoders.text_dim, dino_dim=encoders.dino_dim
@@ -87,9 +89,13 @@ class PatchDiTModule(LightningModule):
             )
         self.statistics = FeatureStatistics(encoders.latent_channels, encoders.dino_dim)
         self.optimizer_recipe = optimizer
-        self.levels, self.dropout, self.sampling = levels, dropout, sampling
-        self.warm_start = warm_start
-        self.monitor_every_n_steps, self.vis_every_n_steps, self.shown = monitor_every_n_steps, vis_every_n_steps, shown
+        self.timesteps, self.dropout, self.sampling = timesteps, dropout, sampling
+        self.init_from = init_from
+        self.monitor_every_n_steps, self.log_images_every_n_steps, self.shown = (
+            monitor_every_n_steps,
+            log_images_every_n_steps,
+            shown,
+        )
         self.health = RangeChecks(RANGES, monitor_from_step)
         self.losses = LossTable()
         self._view_state: dict[str, Tensor] | None = None
@@ -124,8 +130,8 @@ class PatchDiTModule(LightningModule):
                     f"{self.network.patch_size}."
                 )
         self._view_state = self.encoders.view.state()
-        if self.warm_start is not None:
-            warm_start(self.network, self.warm_start)
+        if self.init_from is not None:
+            warm_start(self.network, self.init_from)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[STATE] = {"statistics": self.statistics.plain(), "view": self._view_state}
@@ -183,7 +189,7 @@ class PatchDiTModule(LightningModule):
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
         data = self.statistics.normalised("latent", batch.latents)
         conditions, aspect, count = self.statistics.conditions(batch), aspect_of(data), len(data)
-        level, category = self.levels(count, self.device), self.dropout.draw(count, self.device)
+        level, category = self.timesteps(count, self.device), self.dropout.draw(count, self.device)
         context = self.network.context_builder(conditions, *kept(category), aspect)
         output, losses = self.noised(data, torch.randn_like(data), level, context)
         loss = global_mean(losses.sum(), count)
@@ -288,9 +294,14 @@ class PatchDiTModule(LightningModule):
     @torch.no_grad()
     def _show(self, batch: ImageTextBatch) -> None:
         """Samples of the first validation batch, always of the same pictures and seeds."""
-        due = self._drawn_at < 0 or self.global_step - self._drawn_at >= self.vis_every_n_steps
+        due = self._drawn_at < 0 or self.global_step - self._drawn_at >= self.log_images_every_n_steps
         writer = getattr(self.logger, "experiment", None)
-        if not self.vis_every_n_steps or self.trainer.sanity_checking or not due or not hasattr(writer, "add_image"):
+        if (
+            not self.log_images_every_n_steps
+            or self.trainer.sanity_checking
+            or not due
+            or not hasattr(writer, "add_image")
+        ):
             return
         assert writer is not None
         self._drawn_at = self.global_step

@@ -146,8 +146,8 @@ class PatchDiT(nn.Module):
         adaln: see `DiTBlock`.
         prediction: "v", the velocity; or "x", the clean latent, from which the velocity follows (no grain in small
             pictures).
-        level_floor: only with "x", the noise level below which the prediction's error weighs no more in the loss (None:
-            0.05): a velocity loss weighs it by 1 / s^2, which near the data is all weight on the finest detail.
+        timestep_floor: only with "x", the timestep below which the prediction's error weighs no more in the loss
+            (None: 0.05): a velocity loss weighs it by 1 / s^2, which near the data is all weight on the finest detail.
         use_dino_patches, patch_positions, position_cells: see `ContextBuilder`.
         qk_norm: normalise queries and keys.
         routing: in training, a share of the tokens passes by the middle blocks; None: all go through all.
@@ -169,7 +169,7 @@ class PatchDiT(nn.Module):
         patch_size: int = 2,
         adaln: AdaLN = "shift_scale",
         prediction: Prediction = "v",
-        level_floor: float | None = None,
+        timestep_floor: float | None = None,
         use_dino_patches: bool = True,
         patch_positions: bool = True,
         position_cells: int = 32,
@@ -182,12 +182,12 @@ class PatchDiT(nn.Module):
             raise ValueError(f"model.network.adaln is shift_scale or gated, not {adaln!r}.")
         if prediction not in ("v", "x"):
             raise ValueError(f"model.network.prediction is v or x, not {prediction!r}.")
-        if level_floor is not None and prediction != "x":
+        if timestep_floor is not None and prediction != "x":
             raise ValueError(
-                f"model.network.level_floor={level_floor} has no effect with prediction={prediction}: null"
+                f"model.network.timestep_floor={timestep_floor} has no effect with prediction={prediction}: null"
             )
-        if level_floor is not None and not 0 < level_floor <= 1:
-            raise ValueError(f"model.network.level_floor={level_floor}: must lie in (0, 1].")
+        if timestep_floor is not None and not 0 < timestep_floor <= 1:
+            raise ValueError(f"model.network.timestep_floor={timestep_floor}: must lie in (0, 1].")
         if width % 4:
             raise ValueError(f"model.network.width={width}: must be a multiple of 4, for positions in two dimensions.")
         if patch_positions and not use_dino_patches:
@@ -199,7 +199,7 @@ class PatchDiT(nn.Module):
         self.latent_channels, self.patch_size, self.width, self.depth = latent_channels, patch_size, width, depth
         self.text_dim, self.dino_dim = text_dim, dino_dim
         self.prediction: Prediction = prediction
-        self.level_floor = 0.05 if level_floor is None else level_floor
+        self.timestep_floor = 0.05 if timestep_floor is None else timestep_floor
         self.use_dino_patches, self.position_cells = use_dino_patches, position_cells
         self.routing, self.gradient_checkpointing = routing, gradient_checkpointing
         self.context_builder = ContextBuilder(
@@ -230,7 +230,7 @@ class PatchDiT(nn.Module):
             context: of the B samples, from ``context_builder``.
             cache: keys and values of this very context, kept between passes; without gradients.
             tap: number of blocks after which tokens are given out as well.
-            floor: with ``prediction="x"``, the least level to divide by; None: ``level_floor``, as the loss wants it
+            floor: with ``prediction="x"``, the least level to divide by; None: ``timestep_floor``, as the loss wants it
                 (see `target`). Sampling gives a smaller one.
             watched: takes the attention shares ``[B, G]`` on ``context.groups`` of every block.
         """
@@ -259,14 +259,14 @@ class PatchDiT(nn.Module):
         raw = self._to_latent(self.latent_out(self.final_norm(hidden)), rows, columns)
         raw = raw.to(x.dtype)
         if self.prediction == "x":
-            raw = velocity_from_data(x, raw, level, self.level_floor if floor is None else floor)
+            raw = velocity_from_data(x, raw, level, self.timestep_floor if floor is None else floor)
         return DiTOutput(raw, tapped)
 
     def target(self, x: Tensor, data: Tensor, noise: Tensor, level: Tensor) -> Tensor:
         """What the velocity of `forward` is compared with in training: noise - data, and with ``prediction="x"`` below
-        ``level_floor`` that much of it as a perfect prediction would give there."""
+        ``timestep_floor`` that much of it as a perfect prediction would give there."""
         if self.prediction == "x":
-            return velocity_from_data(x, data, level, self.level_floor)
+            return velocity_from_data(x, data, level, self.timestep_floor)
         return velocity(data, noise)
 
     @torch.no_grad()

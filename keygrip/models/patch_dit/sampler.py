@@ -41,7 +41,7 @@ class Sampling:
             the spread of the unguided one, against burnt-out pictures at high scales (Lin et al., "Common Diffusion
             Noise Schedules and Sample Steps are Flawed", 2024; here on the predicted clean latent).
         interval: lowest and highest noise level at which there is guidance; outside one evaluation on everything given.
-        steps, solver, level_shift: see `keygrip.models.nn.flow_matching.integrate` and `noise_levels`.
+        steps, solver, timestep_shift: see `keygrip.models.nn.flow_matching.integrate` and `noise_levels`.
     """
 
     text_scale: float = 3.0
@@ -53,7 +53,7 @@ class Sampling:
     interval: tuple[float, float] = (0.0, 1.0)
     steps: int = 50
     solver: Solver = "euler"
-    level_shift: float = 1.0
+    timestep_shift: float = 1.0
 
     def __post_init__(self) -> None:
         low, high = self.interval
@@ -66,7 +66,7 @@ class Sampling:
                 raise ValueError(f"{name}={getattr(self, name)}: must lie in 0..1.")
         if self.solver not in SOLVERS:
             raise ValueError(f"solver={self.solver!r}: must be one of {', '.join(SOLVERS)}.")
-        noise_levels(self.steps, self.level_shift)  # refuses what it cannot divide
+        noise_levels(self.steps, self.timestep_shift)  # refuses what it cannot divide
 
     def scales(self, conditions: Conditions) -> dict[str, float]:
         """Scale of each guiding branch that these conditions allow, without those at zero."""
@@ -214,7 +214,7 @@ def sample(
 
     try:
         return integrate(
-            velocity_at, noise, noise_levels(sampling.steps, sampling.level_shift), sampling.solver, on_step
+            velocity_at, noise, noise_levels(sampling.steps, sampling.timestep_shift), sampling.solver, on_step
         )
     finally:
         network.train(training)

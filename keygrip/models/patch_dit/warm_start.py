@@ -75,7 +75,7 @@ def take(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> Warm
     ]
     if not loaded:
         raise ValueError(
-            f"warm_start={source}: none of its {len(weights)} tensors fits this network by name and shape "
+            f"init_from={source}: none of its {len(weights)} tensors fits this network by name and shape "
             f"(it has {', '.join(list(weights)[:3]) or 'none'}; the network {', '.join(list(own)[:3])})"
         )
     for name in loaded:
@@ -105,9 +105,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"warm_start={file} cannot be read as weights: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"init_from={file} cannot be read as weights: {str(error).splitlines()[0]}") from error
     if not isinstance(content, Mapping):
-        raise ValueError(f"warm_start={file} holds a {type(content).__name__}, not weights by name")
+        raise ValueError(f"init_from={file} holds a {type(content).__name__}, not weights by name")
     weights = content
     for key in ("state_dict", "model", "ema"):
         if isinstance(content.get(key), Mapping):

@@ -55,7 +55,7 @@ class VolumeQueryModule(LightningModule):
         volume_weight, gripper_weight, rotation_weight: of the three losses.
         target: "hard" puts the target's mass on one voxel; "bilinear" on the 4 cells and 2 heights around the point, in
             proportion, which tells the network where inside the cell the point lies.
-        vis_every_n_steps: training steps between pictures in TensorBoard; 0 switches them off.
+        log_images_every_n_steps: training steps between pictures in TensorBoard; 0 switches them off.
     """
 
     batch_type = PolicyBatch
@@ -73,7 +73,7 @@ class VolumeQueryModule(LightningModule):
         gripper_weight: float = 0.5,
         rotation_weight: float = 0.5,
         target: Literal["hard", "bilinear"] = "hard",
-        vis_every_n_steps: int = 500,
+        log_images_every_n_steps: int = 500,
     ) -> None:
         super().__init__()
         if target not in ("hard", "bilinear"):
@@ -84,8 +84,8 @@ class VolumeQueryModule(LightningModule):
                 f"{network.rotation_classes}: set "
                 "rotation.classes, which both read."
             )
-        if vis_every_n_steps < 0:
-            raise ValueError(f"model.vis_every_n_steps is 0 (off) or positive, got {vis_every_n_steps}.")
+        if log_images_every_n_steps < 0:
+            raise ValueError(f"model.log_images_every_n_steps is 0 (off) or positive, got {log_images_every_n_steps}.")
         self.network = network
         self.codecs = nn.ModuleDict({arm: copy.deepcopy(rotation) for arm in network.arms})
         self.statistics = PolicyStatistics()
@@ -93,7 +93,7 @@ class VolumeQueryModule(LightningModule):
         self.decoder = decoder
         self.weights = {"volume": volume_weight, "gripper": gripper_weight, "rotation": rotation_weight}
         self.target: Literal["hard", "bilinear"] = target
-        self.vis_every_n_steps = vis_every_n_steps
+        self.log_images_every_n_steps = log_images_every_n_steps
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
@@ -190,7 +190,7 @@ class VolumeQueryModule(LightningModule):
         losses = self.losses(output, batch, targets)
         self._log("train", losses | self.metrics(output, batch, targets), len(batch.image))
         self.log("train/off_screen_share", 1 - targets.valid.float().mean(), batch_size=len(batch.image))
-        if self.vis_every_n_steps and self.global_step % self.vis_every_n_steps == 0:
+        if self.log_images_every_n_steps and self.global_step % self.log_images_every_n_steps == 0:
             self._show("train", output, batch, targets)
         return losses["total"]
 
@@ -201,7 +201,7 @@ class VolumeQueryModule(LightningModule):
         metrics = self.losses(output, batch, targets) | self.metrics(output, batch, targets)
         metrics |= self.decoded_metrics(output, batch, targets)
         self._log("val", metrics, len(batch.image))
-        if batch_idx == 0 and self.vis_every_n_steps:
+        if batch_idx == 0 and self.log_images_every_n_steps:
             self._show("val", output, batch, targets)
 
     def _log(self, split: str, values: dict[str, Tensor], batch_size: int) -> None:

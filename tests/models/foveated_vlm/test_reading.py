@@ -13,10 +13,10 @@ from keygrip.data.batches import VideoTextSample
 from keygrip.data.video_text.conversations import Conversation, answer
 from keygrip.models.foveated_vlm.encoder_pretraining import (
     IGNORED,
-    MarkReader,
-    MarkReaderModule,
-    ReadingBatch,
-    ReadingCollator,
+    EncoderPretraining,
+    EncoderPretrainingBatch,
+    EncoderPretrainingCollator,
+    EncoderPretrainingModule,
     patch_labels,
 )
 from keygrip.training.optimizers import AdamW
@@ -37,21 +37,21 @@ def a_video(frames: int, texts: list[Conversation], key: str = "v") -> VideoText
 def test_cubes_follow_from_the_evidence_of_questions() -> None:
     first = a_video(2, [asked("mark", 1, "red", (4, 4), "7"), asked("glance", 1, "red", (4, 4), "red")])
     second = a_video(1, [asked("glance", 0, "blue", (20, 12), "blue"), asked("cue", 0, "red", (1, 1), "3")])
-    batch = ReadingCollator(COLOURS)([first, second])
+    batch = EncoderPretrainingCollator(COLOURS)([first, second])
     assert batch.frames.shape == (3, 3, 32, 32)
     assert batch.frame.tolist() == [1, 2]
     assert batch.colour.tolist() == [0, 1]
     assert batch.digit.tolist() == [7, IGNORED]  # the second one's digit is hidden: nobody asked for it
     assert batch.pointed.tolist() == [1, 1]
     with pytest.raises(ValueError, match="tells nothing about cubes"):
-        ReadingCollator(COLOURS)([a_video(1, [answer("?", "yes", "caption")])])
+        EncoderPretrainingCollator(COLOURS)([a_video(1, [answer("?", "yes", "caption")])])
     with pytest.raises(ValueError, match="has a green cube"):
-        ReadingCollator(COLOURS)([a_video(1, [asked("mark", 0, "green", (1, 1), "3")])])
+        EncoderPretrainingCollator(COLOURS)([a_video(1, [asked("mark", 0, "green", (1, 1), "3")])])
 
 
 def test_patches_show_what_covers_them() -> None:
     """A cube of 8 x 8 pixels around (11, 4), in patches of 8 pixels."""
-    batch = ReadingBatch(
+    batch = EncoderPretrainingBatch(
         frames=torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
         frame=torch.tensor([1]),
         pixel=torch.tensor([[11.0, 4.0]]),
@@ -73,10 +73,10 @@ def test_patches_show_what_covers_them() -> None:
 def test_a_small_reader_learns_its_frames() -> None:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    network = MarkReader(small_backbone("tiny"), 2)
+    network = EncoderPretraining(small_backbone("tiny"), 2)
     weights = {"colour": 1.0, "digit": 2.0, "pointed": 1.0, "frame_colour": 0.3, "frame_digit": 0.5, "asked": 1.0}
-    module = MarkReaderModule(network, ReadingCollator(COLOURS), AdamW(lr=3e-3), weights)
-    batch = ReadingBatch(
+    module = EncoderPretrainingModule(network, EncoderPretrainingCollator(COLOURS), AdamW(lr=3e-3), weights)
+    batch = EncoderPretrainingBatch(
         frames=torch.randint(0, 255, (8, 3, 32, 32), generator=generator, dtype=torch.uint8),
         frame=torch.arange(8),
         pixel=torch.rand(8, 2, generator=generator) * 32,
@@ -95,23 +95,23 @@ def test_a_small_reader_learns_its_frames() -> None:
 
 
 def test_weights_must_name_every_loss() -> None:
-    network, collator = MarkReader(small_backbone("tiny"), 2), ReadingCollator(COLOURS)
+    network, collator = EncoderPretraining(small_backbone("tiny"), 2), EncoderPretrainingCollator(COLOURS)
     with pytest.raises(ValueError, match="must name exactly"):
-        MarkReaderModule(network, collator, AdamW(lr=1e-3), {"colour": 1.0})
+        EncoderPretrainingModule(network, collator, AdamW(lr=1e-3), {"colour": 1.0})
     with pytest.raises(ValueError, match="has 1 names"):
         names = dict.fromkeys(("colour", "digit", "pointed", "frame_colour", "frame_digit", "asked"), 1.0)
-        MarkReaderModule(network, ReadingCollator(["red"]), AdamW(lr=1e-3), names)
+        EncoderPretrainingModule(network, EncoderPretrainingCollator(["red"]), AdamW(lr=1e-3), names)
 
 
 def test_a_reader_begins_with_the_encoder_of_the_run_before(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
-    trained = MarkReader(small_backbone("tiny"), 2)
+    trained = EncoderPretraining(small_backbone("tiny"), 2)
     before = trained.backbone
-    encoder = MadeRun(["seed=0"], "mark_reader")
+    encoder = MadeRun(["seed=0"], "vlm_encoder_pretraining")
     monkeypatch.setattr(MadeRun, "module", lambda self: SimpleNamespace(network=trained))
     names = dict.fromkeys(("colour", "digit", "pointed", "frame_colour", "frame_digit", "asked"), 1.0)
-    network = MarkReader(small_backbone("tiny"), 2)
-    module = MarkReaderModule(network, ReadingCollator(COLOURS), AdamW(lr=1e-3), names, encoder)
+    network = EncoderPretraining(small_backbone("tiny"), 2)
+    module = EncoderPretrainingModule(network, EncoderPretrainingCollator(COLOURS), AdamW(lr=1e-3), names, encoder)
     module.set_statistics(None)  # type: ignore[arg-type]
     for name, value in before.state_dict().items():
         assert torch.equal(network.backbone.state_dict()[name], value)

@@ -65,7 +65,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_run_resumed_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_one(
     overrides: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    options = ["model.refinement=2", "model.refinement_from=0.0", "model.health_every_n_steps=2", "val_every_n_steps=2"]
+    options = [
+        "model.refinement=2",
+        "model.refinement_from=0.0",
+        "model.monitor_every_n_steps=2",
+        "val_every_n_steps=2",
+    ]
     logged = train.run(compose("train", overrides("whole", "max_steps=5", *options)))
     assert {"val/loss", "val/gap", "val/gap_refined", "val/autoregressive/accuracy_mark"} <= logged.keys()
     train.run(compose("train", overrides("parts", "max_steps=3", *options)))
@@ -77,7 +82,7 @@ def test_a_run_resumed_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_on
 
 
 def test_what_is_computed_now_and_then_is_logged(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
-    often = ["logger=csv", "log_every_n_steps=2", "model.health_every_n_steps=2", "max_steps=4"]
+    often = ["logger=csv", "log_every_n_steps=2", "model.monitor_every_n_steps=2", "max_steps=4"]
     train.run(compose("train", overrides("run", *often)))
     (logged,) = (tmp_path / "run").rglob("metrics.csv")
     header = logged.read_text().splitlines()[0].split(",")
@@ -119,7 +124,7 @@ def test_a_checkpoint_alone_evaluates_and_answers(
 
 def test_a_stage_begins_with_the_weights_of_the_one_before(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
     train.run(compose("train", overrides("one", "max_steps=2")))
-    frozen = ["max_steps=1", "optimizer.lr=1e-12", f"model.start_from={tmp_path / 'one'}"]
+    frozen = ["max_steps=1", "optimizer.lr=1e-12", f"model.init_from={tmp_path / 'one'}"]
     train.run(compose("train", overrides("two", *frozen)))
     first = load_module(tmp_path / "one").state_dict()
     for name, value in load_module(tmp_path / "two").state_dict().items():
@@ -128,7 +133,7 @@ def test_a_stage_begins_with_the_weights_of_the_one_before(overrides: Callable[.
     TrainedTokenizer(400).load(tmp_path / "videos" / ".keygrip", ["quite other words"] * 9)
     with pytest.raises(ValueError, match="another tokenizer"):
         train.run(compose("train", overrides("three", *frozen)))
-    train.run(compose("train", overrides("four", *frozen, "language.tokenizer.run=${model.start_from}")))
+    train.run(compose("train", overrides("four", *frozen, "language.tokenizer.run=${model.init_from}")))
     first_words, taken = (read_checkpoint(tmp_path / name)["language"]["tokenizer"] for name in ("one", "four"))
     assert taken == first_words
     for name, value in load_module(tmp_path / "four").state_dict().items():

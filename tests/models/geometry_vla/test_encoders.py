@@ -33,7 +33,7 @@ def test_pictures_are_prepared_as_transformers_does(vlm: QwenVL) -> None:
     assert vlm.patches(larger)[0].shape == patches.shape
 
 
-@pytest.mark.parametrize("order", ["pictures_first", "instruction_first"])
+@pytest.mark.parametrize("order", ["images_first", "instruction_first"])
 def test_positions_are_those_of_transformers(order: str, tmp_path: Path) -> None:
     vlm = small_vlm(prompt_order=order)
     vlm.prepare(tmp_path, INSTRUCTIONS)
@@ -49,7 +49,7 @@ def test_positions_are_those_of_transformers(order: str, tmp_path: Path) -> None
     assert of_first[:, 0, 0, 0].tolist() == [1, 2]
     torch.testing.assert_close(of_first[1, 1, 0], torch.tensor([2.0, 0.75, 0.25]))
     first_picture, first_word = int(pictures[0].argmax()), ids[0].tolist().index(vlm.tokenizer.encode(" cube")[0])  # type: ignore[union-attr]
-    assert (first_picture < first_word) == (order == "pictures_first")
+    assert (first_picture < first_word) == (order == "images_first")
 
 
 def test_a_padded_row_gives_what_it_gives_alone(vlm: QwenVL) -> None:
@@ -154,7 +154,7 @@ def test_impossible_settings_are_named() -> None:
         "multiple of 16, two patches": {"image_size": 24},
         "three ids below 330": {"image_token": 330},
         "all, language or frozen": {"trainable": "vision"},
-        "pictures_first or instruction_first": {"prompt_order": "both"},
+        "images_first or instruction_first": {"prompt_order": "both"},
     }.items():
         with pytest.raises(ValueError, match=match):
             small_vlm(**changes)

@@ -113,7 +113,7 @@ def test_loss_is_written_out_and_padded_steps_do_not_count(module: GeometryVLAMo
     torch.manual_seed(0)
     clean = module.actions.encode(batch).repeat_interleave(2, dim=0)
     noise = torch.randn_like(clean)
-    level = module.levels(len(clean), "cpu")
+    level = module.timesteps(len(clean), "cpu")
     predicted = module.network.velocity(scene, interpolate(clean, noise, level), level, module.state(batch))
     error = (predicted - velocity(clean, noise)).square()
     expected = torch.cat([error[:2, :2].flatten(), error[2:].flatten()]).mean()

@@ -42,34 +42,34 @@ def test_the_other_convention_is_the_same_path() -> None:
 def test_level_samplers() -> None:
     torch.manual_seed(0)
     count = 20000
-    uniform = flow.LogitNormalLevels(uniform_share=1.0)(count)
+    uniform = flow.LogitNormalTimesteps(uniform_share=1.0)(count)
     assert uniform.mean() == pytest.approx(0.5, abs=0.01)
-    logit = torch.logit(flow.LogitNormalLevels(0.3, 0.8)(count))
+    logit = torch.logit(flow.LogitNormalTimesteps(0.3, 0.8)(count))
     assert logit.mean() == pytest.approx(0.3, abs=0.02)
     assert logit.std() == pytest.approx(0.8, abs=0.02)
-    beta = flow.BetaLevels(1.5, 1.0)(count)
+    beta = flow.BetaTimesteps(1.5, 1.0)(count)
     assert beta.mean() == pytest.approx(0.6, abs=0.01)
     assert beta.var() == pytest.approx(1.5 / (2.5**2 * 3.5), abs=0.003)
     for levels in (uniform, beta):
         assert levels.shape == (count,)
         assert levels.min() >= 0
         assert levels.max() <= 1
-    mixed = flow.LogitNormalLevels(mean=9.0, uniform_share=0.5)(count)
+    mixed = flow.LogitNormalTimesteps(mean=9.0, uniform_share=0.5)(count)
     assert (mixed < 0.5).float().mean() == pytest.approx(0.25, abs=0.01)
-    everywhere = flow.LogitNormalLevels(mean=9.0, uniform_share=1.0)(count)
+    everywhere = flow.LogitNormalTimesteps(mean=9.0, uniform_share=1.0)(count)
     assert everywhere.var() == pytest.approx(1 / 12, abs=0.003)
     with pytest.raises(ValueError, match="uniform_share=2"):
-        flow.LogitNormalLevels(uniform_share=2)
+        flow.LogitNormalTimesteps(uniform_share=2)
     with pytest.raises(ValueError, match="must be positive"):
-        flow.LogitNormalLevels(std=0)
+        flow.LogitNormalTimesteps(std=0)
     with pytest.raises(ValueError, match="alpha, beta > 0"):
-        flow.BetaLevels(alpha=0)
+        flow.BetaTimesteps(alpha=0)
 
 
 @pytest.mark.parametrize(
-    "sampler", [flow.LogitNormalLevels(), flow.LogitNormalLevels(uniform_share=0.3), flow.BetaLevels()]
+    "sampler", [flow.LogitNormalTimesteps(), flow.LogitNormalTimesteps(uniform_share=0.3), flow.BetaTimesteps()]
 )
-def test_levels_follow_the_global_seed(sampler: flow.LevelSampler) -> None:
+def test_levels_follow_the_global_seed(sampler: flow.TimestepSampler) -> None:
     torch.manual_seed(3)
     first = sampler(5)
     torch.manual_seed(3)

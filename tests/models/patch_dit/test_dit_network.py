@@ -156,7 +156,7 @@ def test_prediction_of_the_clean_latent() -> None:
 @pytest.mark.parametrize("prediction", ["v", "x"])
 def test_a_perfect_prediction_has_no_loss(prediction: Any) -> None:
     """At every level, also below the floor, and above it the target is the velocity of the path."""
-    network = small_dit(prediction=prediction, level_floor=0.2 if prediction == "x" else None)
+    network = small_dit(prediction=prediction, timestep_floor=0.2 if prediction == "x" else None)
     data, noise, level = latents(), torch.randn(2, CHANNELS, 8, 8), torch.tensor([0.1, 0.6])
     x = interpolate(data, noise, level)
     target = network.target(x, data, noise, level)
@@ -255,8 +255,8 @@ def test_errors_name_the_setting() -> None:
     for changes, message in (
         ({"adaln": "none"}, "shift_scale or gated"),
         ({"prediction": "eps"}, "is v or x"),
-        ({"level_floor": 0.2}, "no effect with prediction=v"),
-        ({"prediction": "x", "level_floor": 2.0}, "level_floor=2"),
+        ({"timestep_floor": 0.2}, "no effect with prediction=v"),
+        ({"prediction": "x", "timestep_floor": 2.0}, "timestep_floor=2"),
         ({"width": 30}, "multiple of 4"),
         ({"heads": 3}, "into 3 heads"),
     ):

@@ -95,7 +95,12 @@ def test_what_a_run_logs_and_shows(overrides: Callable[..., list[str]], monkeypa
     monkeypatch.setattr(PatchDiTModule, "log", noted)
     monkeypatch.setattr(PatchDiTModule, "logger", recorded)
     monkeypatch.setattr(PatchDiTModule, "loggers", [recorded])
-    options = ["max_steps=6", "val_every_n_steps=3", "model.monitor_every_n_steps=2", "model.vis_every_n_steps=3"]
+    options = [
+        "max_steps=6",
+        "val_every_n_steps=3",
+        "model.monitor_every_n_steps=2",
+        "model.log_images_every_n_steps=3",
+    ]
     options.append("callbacks.learning_rate=null")
     result = train.run(compose("train", overrides("run", *options)))
     assert {"train/loss", "val/loss", "val/loss_text", "val/loss_dino", "val/loss_none"} <= result.keys()
@@ -182,7 +187,7 @@ def test_warm_start_from_the_baseline(
     train.run(compose("train", overrides("cls", "max_steps=2", "model.network.use_dino_patches=false")))
     frozen = ["max_steps=1", "optimizer.warmup_steps=0", "optimizer.lr=1e-12"]
     with caplog.at_level(logging.INFO):
-        train.run(compose("train", overrides("warm", *frozen, f"model.warm_start={tmp_path / 'cls'}")))
+        train.run(compose("train", overrides("warm", *frozen, f"model.init_from={tmp_path / 'cls'}")))
     assert "3 new, initialised afresh" in caplog.text
     assert "context_builder.null_dino_patches" in caplog.text
     average = read_checkpoint(tmp_path / "cls")["average"]["parameters"]

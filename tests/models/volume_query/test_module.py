@@ -164,7 +164,7 @@ def test_a_small_module_learns_a_batch_by_heart(tmp_path: Path) -> None:
 
 
 def test_pictures_show_the_prediction_and_can_be_switched_off(tmp_path: Path) -> None:
-    module = build(("right",), tmp_path, vis_every_n_steps=0)
+    module = build(("right",), tmp_path, log_images_every_n_steps=0)
     data = batch()
     targets = module.targets(data)
     output = module(data, targets, teacher=True).detach()
@@ -180,8 +180,8 @@ def test_pictures_show_the_prediction_and_can_be_switched_off(tmp_path: Path) ->
     assert picture.shape[2] == 3
     assert picture.dtype == np.uint8
     assert (picture != other).any()
-    with pytest.raises(ValueError, match="vis_every_n_steps"):
-        build(vis_every_n_steps=-1)
+    with pytest.raises(ValueError, match="log_images_every_n_steps"):
+        build(log_images_every_n_steps=-1)
 
 
 def test_policy_sees_what_validation_sees_and_plans_in_metres(tmp_path: Path) -> None:
