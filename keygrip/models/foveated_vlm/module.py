@@ -221,15 +221,12 @@ class FoveatedVLMModule(LightningModule):
 
     def inputs(self, batch: VideoTextBatch) -> tuple[Tensor, TextRows]:
         """Frames as the backbone wants them, and the rows of text."""
-        backbone = self.network.backbone
-        frames = batch.normalised(backbone.mean, backbone.std)
-        return frames, text_rows(batch)
+        return batch.normalised(self.network.backbone.mean, self.network.backbone.std), text_rows(batch)
 
     def as_input(self, frames: np.ndarray) -> Tensor:
         """One video, uint8 [F, S, S, 3], as the network takes it: [1, F, 3, S, S] on the module's device."""
-        backbone = self.network.backbone
         pixels = torch.from_numpy(np.ascontiguousarray(frames)).to(self.device).permute(0, 3, 1, 2)
-        return normalised(pixels, backbone.mean, backbone.std)[None]
+        return normalised(pixels, self.network.backbone.mean, self.network.backbone.std)[None]
 
     def forward(self, batch: VideoTextBatch, mode: str, refinement: int = 0) -> VLMOutput:
         frames, rows = self.inputs(batch)
