@@ -42,6 +42,7 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
     """
     import hydra
 
+    allow_many_files()
     run = _importable(run)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us whole; what is shown is decided below
     debug = _debug_requested(sys.argv[1:])
@@ -99,6 +100,16 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
     if code:
         sys.stderr.flush()
         sys.exit(code)
+
+
+def allow_many_files() -> None:
+    """Raises the soft limit of open files to the hard one: workers and shards need more than the usual 1024."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def describe_error(error: BaseException, config_name: str, overrides: Sequence[str]) -> tuple[str, int]:

@@ -25,6 +25,7 @@ class GenerateSchema(EntrySchema):
     """Root of ``conf/generate.yaml``."""
 
     checkpoint: str = MISSING
+    step: int | None = None
     trust: Any = ()
     video: str = MISSING
     question: Any = MISSING
@@ -53,10 +54,15 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from keygrip.models.foveated_vlm.generation import generate
     from keygrip.models.foveated_vlm.module import FoveatedVLMModule, patch_maps
     from keygrip.models.foveated_vlm.network import FoveatedVLM, VLMOutput
-    from keygrip.training.checkpoints import load_module
+    from keygrip.training.checkpoints import find_checkpoint, load_module
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    module = load_module(cfg.checkpoint, map_location=device, expected=FoveatedVLMModule, trust=tuple(cfg.trust))
+    module = load_module(
+        find_checkpoint(cfg.checkpoint, cfg.step),
+        map_location=device,
+        expected=FoveatedVLMModule,
+        trust=tuple(cfg.trust),
+    )
     assert isinstance(module, FoveatedVLMModule)
     network, collator = module.network, module.collator
     mode = cfg.mode or network.modes[-1]

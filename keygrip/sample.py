@@ -35,6 +35,7 @@ class SampleSchema(EntrySchema):
     """Root of ``conf/sample.yaml``."""
 
     checkpoint: str = MISSING
+    step: int | None = None
     trust: Any = ()
     external: dict[str, Any] = field(default_factory=dict)
     prompt: Any = None
@@ -80,7 +81,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     wishes = wanted(cfg)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    file = find_checkpoint(cfg.checkpoint)
+    file = find_checkpoint(cfg.checkpoint, cfg.step)
     module = load_module(
         file, map_location=device, expected=PatchDiTModule, trust=tuple(cfg.trust), external=external_files(cfg)
     )

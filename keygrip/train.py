@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from keygrip.artifacts import write_json, write_text
 from keygrip.command import entry_point
 from keygrip.config import SettingError, TrainSchema, compose, listed, refuse_unread
+from keygrip.training import run_folder
+from keygrip.training.loggers import build_loggers, finish, log_settings
+from keygrip.training.sweeps import read_result, write_result
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -34,7 +38,7 @@ MUST_AGREE = ("callbacks.average",)  # the other callbacks watch and save
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Trains as ``cfg`` says and returns the headline metrics.
 
-    The run folder receives ``config.yaml`` (resolved), ``provenance.json``, ``checkpoints/``, the loggers' files and
+    The run folder receives ``config.yaml`` (resolved), ``metadata.json``, ``checkpoints/``, the loggers' files and
     ``result.json`` (status, metrics, overrides, wall time).
 
     Args:
@@ -45,11 +49,16 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         FileNotFoundError: data, weights or a checkpoint to resume are missing.
         keygrip.training.signals.Interrupted: a signal ended the run, after saving.
     """
-    started = time.time()
     cfg = cfg.copy()
     folder = run_folder_of(cfg)
     with open_dict(cfg):
         cfg.run_dir = str(folder)
+    with run_folder.hold(folder):
+        return _train(cfg, folder)
+
+
+def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    started = time.monotonic()
     resume = _checkpoint_to_resume(cfg, folder)
     _quiet(warnings_too=not cfg.debug)
 
@@ -59,7 +68,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     from keygrip.training.checkpoints import Header, build_module
     from keygrip.training.compatibility import refuse_unfit
-    from keygrip.training.metadata import provenance
+    from keygrip.training.metadata import run_metadata
     from keygrip.training.monitors import RandomnessByStep
     from keygrip.training.saving import AtomicCheckpointIO
 
@@ -73,7 +82,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if compilation is not None:
         compilation.check(strategy.on_gpu)
     resumed_step = _check_resumed(resume, resolved) if resume else 0
-    origin = provenance()
+    origin = run_metadata()
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     torch.use_deterministic_algorithms(bool(cfg.deterministic), warn_only=True)
     # Filling what is overwritten anyway costs a sixth of a step.
@@ -92,6 +101,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         return _dry_run(datamodule, module)
     if compilation is not None:
         compilation.apply(module)  # before DDP or FSDP wraps anything
+    loggers = build_loggers(cfg.logger, folder, resumed_step)
+    log_settings(loggers, resolved)
     callbacks: list[Callback] = [RandomnessByStep(cfg.seed), Header(resolved, origin), *_parts(cfg.callbacks)]
     trainer = lightning.Trainer(
         **arguments,
@@ -106,7 +117,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         accumulate_grad_batches=cfg.accumulate_grad_batches,
         gradient_clip_val=cfg.optimizer.get("clip_norm") if cfg.optimizer else None,
         callbacks=callbacks,
-        logger=_loggers(cfg, resumed_step) or False,
+        logger=loggers or False,
         plugins=[AtomicCheckpointIO()],
         default_root_dir=str(folder),
         enable_model_summary=False,
@@ -114,11 +125,14 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     )
     _advise(cfg)
     _announce(cfg, module, trainer, resume, resumed_step)
-    trainer.fit(module, datamodule=datamodule, ckpt_path=None if resume is None else str(resume), weights_only=True)
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=None if resume is None else str(resume), weights_only=True)
+    finally:
+        finish(loggers)
 
     metrics = _headline(trainer, module)
     if trainer.is_global_zero:
-        _finish(cfg, folder, trainer, metrics, time.time() - started)
+        _finish(cfg, folder, trainer, metrics, time.monotonic() - started)
     return metrics
 
 
@@ -142,8 +156,6 @@ def run_folder_of(cfg: DictConfig) -> Path:
     """Where a run goes, before it starts: as Hydra has chosen it, or as the settings say."""
     from hydra.core.hydra_config import HydraConfig
 
-    from keygrip.training import run_folder
-
     if HydraConfig.initialized():
         return Path(HydraConfig.get().runtime.output_dir)
     model = str(cfg.model._target_).rpartition(".")[2]
@@ -152,8 +164,6 @@ def run_folder_of(cfg: DictConfig) -> Path:
 
 
 def _checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
-    from keygrip.training import run_folder
-
     latest = folder / run_folder.CHECKPOINT
     if cfg.resume:
         return run_folder.checkpoint_to_resume(folder, cfg.resume)
@@ -209,44 +219,17 @@ def _refuse_callbacks_without_class(callbacks: DictConfig | None) -> None:
             raise SettingError(f"callbacks.{name!s} has settings and no _target_, so nothing reads them{hint}")
 
 
-def _loggers(cfg: DictConfig, resumed_step: int) -> list[Any]:
-    from hydra.utils import instantiate
-
-    loggers = []
-    for part in (cfg.logger or {}).values():
-        if part._target_.endswith("WandbLogger") and not _installed("wandb"):
-            raise ValueError(
-                "logger=wandb needs the package wandb: pip install 'keygrip[wandb]', or choose logger=tensorboard"
-            )
-        # Steps that a killed run logged after its last checkpoint are logged again: the first version is dropped.
-        extra = {"purge_step": resumed_step + 1} if resumed_step and part._target_.endswith("TensorBoardLogger") else {}
-        loggers.append(instantiate(part, _convert_="all", **extra))
-    return loggers
-
-
-def _installed(package: str) -> bool:
-    from importlib.util import find_spec
-
-    try:
-        return find_spec(package) is not None
-    except ValueError:  # imported in a way that left no specification
-        return False
-
-
 def _write_start(folder: Path, cfg: DictConfig, origin: dict[str, Any], resumed: bool) -> None:
     from lightning.pytorch.utilities import rank_zero_only
 
     if getattr(rank_zero_only, "rank", 0) != 0:
         return
-    import json
-
-    from keygrip.training.sweeps import write_result
-
     suffix = time.strftime(".resumed_%Y-%m-%d_%H-%M-%S") if resumed else ""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"config{suffix}.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
-    (folder / f"provenance{suffix}.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
-    write_result(folder, {"status": "running", "overrides": _overrides(), "metrics": {}, "run_dir": str(folder)})
+    write_text(folder / f"config{suffix}.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    write_json(folder / f"metadata{suffix}.json", origin)
+    began = read_result(folder).get("started_at", time.time()) if resumed else time.time()
+    start = {"status": "running", "overrides": _overrides(), "metrics": {}, "run_dir": str(folder)}
+    write_result(folder, start | {"started_at": began})
 
 
 def _advise(cfg: DictConfig) -> None:
@@ -299,9 +282,6 @@ def _headline(trainer: Trainer, module: LightningModule) -> dict[str, float]:
 
 
 def _finish(cfg: DictConfig, folder: Path, trainer: Trainer, metrics: dict[str, float], wall_s: float) -> None:
-    from keygrip.training.run_folder import CHECKPOINT
-    from keygrip.training.sweeps import write_result
-
     result = {
         "status": "finished",
         "steps": trainer.global_step,
@@ -309,7 +289,8 @@ def _finish(cfg: DictConfig, folder: Path, trainer: Trainer, metrics: dict[str, 
         "metrics": metrics,
         "overrides": _overrides(),
         "run_dir": str(folder),
-        "checkpoint": str(folder / CHECKPOINT),
+        "checkpoint": str(folder / run_folder.CHECKPOINT),
+        "started_at": read_result(folder).get("started_at"),
     }
     write_result(folder, result)
     for name, value in metrics.items():
@@ -363,8 +344,6 @@ def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: as the command; keygrip.config.SettingError for a setting that does not exist.
     """
-    from keygrip.training.sweeps import read_result
-
     cfg = compose("train", listed(overrides))
     cfg.run_dir = str(run_folder_of(cfg))
     run(cfg)

@@ -64,7 +64,7 @@ def test_a_run_leaves_everything_behind(trained: Path) -> None:
     result = json.loads((trained / "result.json").read_text())
     assert result["status"] == "finished"
     assert result["steps"] == 6
-    assert (trained / "provenance.json").is_file()
+    assert (trained / "metadata.json").is_file()
     assert (trained / "config.yaml").is_file()
 
 

@@ -47,13 +47,15 @@ class Header(Callback):
         checkpoint[HEADER] = {**self.header, "evaluation_kind": kind}
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint file that a path names: itself, or the latest one of a run folder.
+def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
+    """The checkpoint file that a path names: itself, or of a run folder the latest one or the one of a step.
 
     Raises:
         FileNotFoundError: there is none.
     """
     path = Path(path)
+    if step is not None:
+        return _of_step(path, step)
     if path.is_file() or is_export(path):
         return path
     for candidate in (path / CHECKPOINT, path / CHECKPOINT.name):
@@ -62,6 +64,15 @@ def find_checkpoint(path: str | Path) -> Path:
     if path.is_dir():
         raise FileNotFoundError(f"no checkpoint in {path}: looked for {CHECKPOINT} (has the run saved one yet?)")
     raise FileNotFoundError(f"no checkpoint at {path}: give a checkpoint file or a run folder")
+
+
+def _of_step(path: Path, step: int) -> Path:
+    folder = path / CHECKPOINT.parent
+    kept = {int(file.stem.removeprefix("step-")): file for file in sorted(folder.glob("step-*.ckpt"))}
+    if step not in kept:
+        there = f"it has {', '.join(map(str, kept))}" if kept else "it has none by step (callbacks.checkpoint.keep)"
+        raise FileNotFoundError(f"{path} keeps no checkpoint of step {step}: {there}")
+    return kept[step]
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:

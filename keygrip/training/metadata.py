@@ -23,7 +23,7 @@ PACKAGES = (
 )
 
 
-def provenance() -> dict[str, Any]:
+def run_metadata() -> dict[str, Any]:
     """``git`` (revision, ``+changes`` where the tree differs), ``packages``, ``machine``."""
     return {
         "git": git_revision(),

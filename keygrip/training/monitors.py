@@ -52,6 +52,26 @@ class StopOnNonFinite(Callback):
             )
 
 
+class GradientNorm(Callback):
+    """Logs ``train/grad_norm``: the norm of all gradients before they are clipped.
+
+    Args:
+        every_n_steps: optimiser steps between values.
+    """
+
+    def __init__(self, every_n_steps: int = 20) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"callbacks.grad_norm.every_n_steps={every_n_steps}: must be at least 1")
+        self.every_n_steps = every_n_steps
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if trainer.global_step % self.every_n_steps:
+            return
+        gradients = [p.grad.detach() for p in pl_module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        pl_module.log("train/grad_norm", norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
 class RandomnessByStep(Callback):
     """Seeds torch's generators before every batch from (seed, batch, rank): a resumed run draws the numbers it would
     have drawn.

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import json
 import os
+from collections.abc import Iterator
 from datetime import datetime
 from functools import cache
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from keygrip.artifacts import locked
+
 RUNS = Path("runs")
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
+LOCK = ".lock"
 
 
 def register_resolvers() -> None:
@@ -47,7 +54,7 @@ def choose(run_dir: str | None, resume: bool | str | None, model: str, data: str
         return str(newest(group))
     if run_dir is not None:
         return run_dir
-    return str(group / stamp())
+    return str(_claimed(group))
 
 
 def choose_for_sweep(resume: bool | str | None, model: str, data: str) -> str:
@@ -65,11 +72,47 @@ def choose_for_sweep(resume: bool | str | None, model: str, data: str) -> str:
         if not found:
             raise FileNotFoundError(f"nothing to resume: no sweep in {group}/; leave out resume=true")
         return str(found[-1].parent)
-    return str(group / stamp())
+    return str(_claimed(group))
+
+
+@cache
+def _claimed(group: Path) -> Path:
+    """A new folder in ``group`` that no other process has: two starts in one second get two folders."""
+    name = stamp()
+    if name.startswith("job-") or "TORCHELASTIC_RUN_ID" in os.environ:
+        return group / name  # its processes share it; `hold` keeps others out
+    for number in itertools.count(1):
+        folder = group / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keeps a run folder for this process while the block runs; helper processes of the same run pass.
+
+    Raises:
+        ValueError: another process trains into it.
+    """
+    if any(int(os.environ.get(name) or 0) > 0 for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID")):
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder / LOCK, wait=False))
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{folder} belongs to a run that is still going on: wait until it ends, or give another run_dir"
+            ) from error
+        yield
 
 
 def newest(group: Path) -> Path:
-    """The newest run folder in ``group`` with a checkpoint.
+    """The newest run folder in ``group`` with a checkpoint: by the start time that the run recorded, then by its name.
 
     Raises:
         FileNotFoundError: there is none.
@@ -80,7 +123,16 @@ def newest(group: Path) -> Path:
             f"nothing to resume: no run with a checkpoint in {group}/; leave out resume=true, or give "
             "resume=<run folder>"
         )
-    return max(found, key=lambda folder: (folder / CHECKPOINT).stat().st_mtime)
+    return max(found, key=lambda folder: (_started_at(folder), folder.name))
+
+
+def _started_at(folder: Path) -> float:
+    """When a run began, seconds since the epoch, as it recorded itself; 0 where it did not."""
+    try:
+        value = json.loads((folder / "result.json").read_bytes()).get("started_at")
+    except (OSError, ValueError, AttributeError):
+        return 0.0
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def checkpoint_to_resume(folder: Path, resume: bool | str) -> Path:

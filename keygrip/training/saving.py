@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import math
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from keygrip.artifacts import atomic_write
+from keygrip.artifacts import atomic_write, write_json
 from keygrip.training.integrity import sign
 from keygrip.training.sharding import local
 from keygrip.training.signals import Interrupted
@@ -46,7 +47,10 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 class SaveLatest(Checkpoint):
-    """Keeps the latest state as ``last.ckpt``, and optionally the best by a validation metric as ``best.ckpt``.
+    """Keeps the latest state as ``last.ckpt``, the last few by step beside it, and optionally the best by a metric.
+
+    ``step-00001000.ckpt`` and its like are the same files as ``last.ckpt`` was when they were saved (hard links where
+    the file system has them), so that runs can be compared at equal steps.
 
     Saves at the end of training in any case, and by steps, epochs or minutes where those are given.
 
@@ -57,6 +61,7 @@ class SaveLatest(Checkpoint):
         every_n_minutes: minutes between saves; what a kill -9 loses at most.
         monitor: name of a validation metric whose best state is kept as well; None: only the latest.
         mode: ``min`` or ``max``, which is better.
+        keep: how many checkpoints by step stay; 0: ``last.ckpt`` alone.
     """
 
     def __init__(
@@ -67,7 +72,10 @@ class SaveLatest(Checkpoint):
         every_n_minutes: float | None = None,
         monitor: str | None = None,
         mode: str = "min",
+        keep: int = 3,
     ) -> None:
+        if keep < 0:
+            raise ValueError(f"callbacks.checkpoint.keep={keep}: must be 0 or more")
         if mode not in ("min", "max"):
             raise ValueError(f"callbacks.checkpoint.mode={mode!r}: must be min or max")
         for name, value in (
@@ -83,6 +91,7 @@ class SaveLatest(Checkpoint):
         self.every_n_minutes = every_n_minutes
         self.monitor = monitor
         self.mode = mode
+        self.keep = keep
         self.best: float | None = None
         self._saved_step = -1
         self._saved_at = time.monotonic()
@@ -106,6 +115,8 @@ class SaveLatest(Checkpoint):
         if self._saved_step != trainer.global_step:
             _refuse_non_finite(trainer)
             trainer.save_checkpoint(self.latest_path, weights_only=False)
+            if trainer.is_global_zero and self.keep:
+                keep_by_step(self.latest_path, trainer.global_step, self.keep)
         self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()
 
@@ -144,10 +155,7 @@ class SaveLatest(Checkpoint):
             self.best = value
             trainer.save_checkpoint(self.best_path, weights_only=False)
             if trainer.is_global_zero:
-                record = json.dumps({self.monitor: value, "step": trainer.global_step}) + "\n"
-                temporary = self._best_record.with_name(f".{self._best_record.name}.writing")
-                temporary.write_text(record, encoding="utf-8")
-                temporary.replace(self._best_record)
+                write_json(self._best_record, {self.monitor: value, "step": trainer.global_step}, indent=None)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.save(trainer)
@@ -156,6 +164,24 @@ class SaveLatest(Checkpoint):
     def _best_record(self) -> Path:
         """The best value so far: a resumed run must not put a worse state in the place of a better one."""
         return self.folder / "best.json"
+
+
+def step_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is kept."""
+    return folder / f"step-{step:08d}.ckpt"
+
+
+def keep_by_step(latest: Path, step: int, keep: int) -> None:
+    """Keeps the file ``latest`` under its step too, and removes all but the last ``keep`` such files."""
+    kept = step_path(latest.parent, step)
+    kept.unlink(missing_ok=True)
+    try:
+        kept.hardlink_to(latest)
+    except OSError:  # no hard links on this file system
+        with atomic_write(kept) as file, latest.open("rb") as source:
+            shutil.copyfileobj(source, file)
+    for old in sorted(latest.parent.glob("step-*.ckpt"))[:-keep]:
+        old.unlink(missing_ok=True)
 
 
 class SaveOnInterrupt(Callback):

@@ -13,7 +13,7 @@ from lightning import LightningModule
 
 from keygrip import artifacts, train
 from keygrip.config import compose
-from keygrip.training.checkpoints import load_module, read_checkpoint
+from keygrip.training.checkpoints import find_checkpoint, load_module, read_checkpoint
 from keygrip.training.saving import AtomicCheckpointIO
 
 TRUST = ["toy_parts"]
@@ -48,7 +48,7 @@ def test_run_folder_holds_config_origin_and_result(run_folder: Path) -> None:
     import yaml
 
     assert yaml.safe_load((run_folder / "config.yaml").read_text())["model"]["optimizer"]["lr"] == 1e-3
-    assert "torch" in json.loads((run_folder / "provenance.json").read_text())["packages"]
+    assert "torch" in json.loads((run_folder / "metadata.json").read_text())["packages"]
     result = json.loads((run_folder / "result.json").read_text())
     assert result["status"] == "finished"
     assert result["steps"] == 13
@@ -167,3 +167,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     overrides = toy_overrides("run", "optimizer.lr=1e30", "optimizer.clip_norm=null", "optimizer.warmup_steps=0")
     with pytest.raises(ValueError, match=r"became NaN or infinite .* lower optimizer.lr"):
         train.run(compose("train", overrides))
+
+
+def test_the_last_checkpoints_by_step_stay(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    overrides = toy_overrides("run", "callbacks.checkpoint.every_n_steps=2", "callbacks.checkpoint.keep=2")
+    train.run(compose("train", overrides))
+    folder = tmp_path / "run"
+    names = sorted(path.name for path in (folder / "checkpoints").glob("*.ckpt"))
+    assert names == ["last.ckpt", "step-00000012.ckpt", "step-00000013.ckpt"]
+    assert read_checkpoint(find_checkpoint(folder, 12))["global_step"] == 12
+    assert torch.equal(
+        load_module(find_checkpoint(folder, 13), trust=TRUST).state_dict()["network.0.weight"],
+        load_module(folder, trust=TRUST).state_dict()["network.0.weight"],
+    )
+    with pytest.raises(FileNotFoundError, match=r"keeps no checkpoint of step 4: it has 12, 13"):
+        find_checkpoint(folder, 4)

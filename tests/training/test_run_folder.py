@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +19,10 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         if name.startswith(("SLURM_", "TORCHELASTIC_")) or name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             monkeypatch.delenv(name)
     run_folder.stamp.cache_clear()
+    run_folder._claimed.cache_clear()
     yield
     run_folder.stamp.cache_clear()
+    run_folder._claimed.cache_clear()
 
 
 def checkpoint_in(folder: str, age_s: float = 0.0) -> Path:
@@ -35,8 +40,9 @@ def test_a_new_run_gets_a_stamped_folder_that_stays_the_same() -> None:
 
 
 def test_resuming_takes_the_newest_checkpoint_of_this_model_and_data() -> None:
-    checkpoint_in("runs/m_d/b", age_s=100)
-    checkpoint_in("runs/m_d/a", age_s=50)
+    for name, started, age_s in (("b", 100.0, 0.0), ("a", 200.0, 50.0)):  # file times say the opposite
+        checkpoint_in(f"runs/m_d/{name}", age_s=age_s)
+        Path(f"runs/m_d/{name}/result.json").write_text(json.dumps({"started_at": started}))
     checkpoint_in("runs/m_other/z")
     Path("runs/m_d/c").mkdir()  # newer, but it never saved
     assert run_folder.choose(None, True, "m", "d") == "runs/m_d/a"
@@ -105,3 +111,34 @@ def test_sweep_folder_resumes_the_newest_as_a_whole() -> None:
     assert run_folder.choose_for_sweep(True, "m", "d") == "runs/sweeps/m_d/new"
     with pytest.raises(ValueError, match="resumes as a whole"):
         run_folder.choose_for_sweep("runs/x", "m", "d")
+
+
+def test_two_starts_in_one_second_get_two_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = run_folder.stamp
+    monkeypatch.setattr(run_folder, "stamp", lambda: "2026-01-01_00-00-00")
+    first = run_folder.choose(None, False, "m", "d")
+    run_folder._claimed.cache_clear()  # another process
+    second = run_folder.choose(None, False, "m", "d")
+    monkeypatch.setattr(run_folder, "stamp", real)
+    assert [Path(path).name for path in (first, second)] == ["2026-01-01_00-00-00", "2026-01-01_00-00-00-2"]
+
+
+def test_a_folder_is_held_by_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("run").mkdir()
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom keygrip.training.run_folder import hold\n"
+        "with hold(Path('run')):\n    print('held', flush=True); sys.stdin.read()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(run_folder.__file__).parents[2])}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script], env=environment, **pipes) as other:  # type: ignore[call-overload]
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="belongs to a run that is still going on"), run_folder.hold(Path("run")):
+            pass
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        with run_folder.hold(Path("run")):  # a helper of the same run
+            pass
+        other.stdin.close()
+    monkeypatch.delenv("LOCAL_RANK")
+    with run_folder.hold(Path("run")):
+        pass

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from keygrip.data.batches import MultiViewPolicyBatch, PolicyBatch, PolicyTargets
 from keygrip.data.robot.augmentation import Augmentation, ImageGeometry
 from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.fingerprint import fingerprints, refuse_changed
 from keygrip.data.robot.frame_cache import FrameCache, FrameShape
 from keygrip.data.robot.recordings import Recording
 from keygrip.data.robot.reference import DemoReference
@@ -398,3 +399,17 @@ class RobotDemos(ResumableData):
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Validation frames in one fixed shuffled order, unaugmented; no loader where no demo is held out."""
         return self._loader(self.val_samples, shuffle=False) if self.val_indices else []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and which demonstrations the run is trained on."""
+        return super().state_dict() | {"demonstrations": fingerprints(self.demos)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where the checkpoint was written.
+
+        Raises:
+            ValueError: the demonstrations or the order of samples are not the checkpoint's.
+        """
+        if "demonstrations" in state_dict:
+            refuse_changed(state_dict["demonstrations"], fingerprints(self.demos))
+        super().load_state_dict(state_dict)

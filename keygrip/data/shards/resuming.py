@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from typing import Any, ClassVar
 
 import torch
@@ -9,6 +10,24 @@ from lightning import LightningDataModule
 from torch.utils.data import Dataset
 
 from keygrip.data.shards.sampling import GlobalBatchSampler, start_worker
+
+FILES_OF_A_WORKER = 40  # pipes, shared memory and queues of a worker, and the files that it reads
+FILES_OF_A_RUN = 60
+
+
+def refuse_too_few_files(workers: int) -> None:
+    """Raises where loader workers would wait for ever for file descriptors that the process may not have.
+
+    Raises:
+        OSError: with the limit and the number needed.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = FILES_OF_A_RUN + FILES_OF_A_WORKER * workers
+    if workers and limit != resource.RLIM_INFINITY and limit < needed:
+        raise OSError(
+            f"this process may open {limit} files, and {workers} loader workers need about {needed}: raise the limit "
+            "(ulimit -n), or lower data.num_workers"
+        )
 
 
 class ResumableData(LightningDataModule):
@@ -32,7 +51,12 @@ class ResumableData(LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def loader_options(self, samples: Dataset[Any], sampler: GlobalBatchSampler) -> dict[str, Any]:
-        """What all loaders are built with, beside what makes a batch of samples."""
+        """What all loaders are built with, beside what makes a batch of samples.
+
+        Raises:
+            OSError: the process may not open enough files for so many workers.
+        """
+        refuse_too_few_files(self.num_workers)
         return {
             "dataset": samples,
             "batch_sampler": sampler,

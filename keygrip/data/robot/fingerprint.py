@@ -1,0 +1,62 @@
+"""What a run trained on, demo by demo, so that a resumed run can say what has changed since."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from keygrip.data.robot.schema import ArmTrajectory, Demo
+
+SHOWN = 3
+
+
+def demo_fingerprint(demo: Demo) -> str:
+    """A hash of a demo's poses, calibration and number of frames; not of its pixels or of where it lies."""
+    digest = hashlib.sha256(str(len(demo)).encode())
+
+    def add(name: str, values: np.ndarray | None) -> None:
+        digest.update(name.encode())
+        if values is not None:
+            digest.update(np.ascontiguousarray(values, dtype=np.float64).tobytes())
+
+    def add_arm(name: str, arm: ArmTrajectory) -> None:
+        for part in ("position", "quaternion", "gripper", "joints"):
+            add(f"{name}/{part}", getattr(arm, part))
+        if arm.commanded is not None:
+            add_arm(f"{name}/commanded", arm.commanded)
+
+    for name in sorted(demo.arms):
+        add_arm(name, demo.arms[name])
+    for name in sorted(demo.cameras):
+        camera = demo.cameras[name]
+        add(f"{name}/intrinsics", camera.intrinsics)
+        add(f"{name}/world_to_camera", camera.world_to_camera)
+    digest.update(repr(demo.instruction).encode())
+    return digest.hexdigest()[:16]
+
+
+def fingerprints(demos: Sequence[Demo]) -> dict[str, str]:
+    """The fingerprint of each demo by its name."""
+    return {demo.name: demo_fingerprint(demo) for demo in demos}
+
+
+def refuse_changed(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Stops where the demonstrations are not those that a checkpoint was trained on.
+
+    Raises:
+        ValueError: with the names that were removed, added or changed.
+    """
+    removed = sorted(before.keys() - now.keys())
+    added = sorted(now.keys() - before.keys())
+    changed = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
+    parts = [
+        f"{len(names)} {what} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
+        for what, names in (("removed", removed), ("added", added), ("changed", changed))
+        if names
+    ]
+    if parts:
+        raise ValueError(
+            f"the demonstrations are not those of the checkpoint: {', '.join(parts)}; restore them, or start a new run"
+        )

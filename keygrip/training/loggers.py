@@ -1,0 +1,119 @@
+"""What a run logs beside its scalars, for every logger alike: settings, images, text; one W&B run per run folder."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+
+from keygrip.artifacts import write_text
+
+log = logging.getLogger(__name__)
+
+WANDB_ID = "wandb_run_id.txt"
+
+
+def build_loggers(group: DictConfig | None, folder: Path, resumed_step: int) -> list[Any]:
+    """The loggers of a run.
+
+    Args:
+        group: `logger` of the configuration. folder: the run's. resumed_step: 0 for a new run.
+
+    Raises:
+        ValueError: W&B is asked for and not installed.
+    """
+    from hydra.utils import instantiate
+
+    loggers = []
+    for part in (group or {}).values():
+        extra: dict[str, Any] = {}
+        if part._target_.endswith("WandbLogger"):
+            if not _installed("wandb"):
+                raise ValueError(
+                    "logger=wandb needs the package wandb: pip install 'keygrip[wandb]', or choose logger=tensorboard"
+                )
+            extra = {"id": wandb_id(folder), "resume": "allow"}
+        elif resumed_step and part._target_.endswith("TensorBoardLogger"):
+            # Steps that a killed run logged after its last checkpoint are logged again: the first version is dropped.
+            extra = {"purge_step": resumed_step + 1}
+        loggers.append(instantiate(part, _convert_="all", **extra))
+    return loggers
+
+
+def wandb_id(folder: Path) -> str:
+    """The id of the run's W&B run: made once and kept in the run folder, so that a resumed run goes on in it."""
+    file = folder / WANDB_ID
+    if file.is_file():
+        return file.read_text(encoding="utf-8").strip()
+    made = secrets.token_hex(8)
+    write_text(file, made + "\n")
+    return made
+
+
+def log_settings(loggers: Iterable[Any], resolved: Mapping[str, Any]) -> None:
+    """The resolved configuration as hyperparameters, in every logger that takes them."""
+    flat = flattened(resolved)
+    for logger in loggers:
+        logger.log_hyperparams(flat)
+
+
+def flattened(node: Any, prefix: str = "") -> dict[str, Any]:
+    """``{"model.network.width": 3}`` from nested dictionaries; lists as text."""
+    if isinstance(node, Mapping):
+        return {
+            key: value for name, child in node.items() for key, value in flattened(child, f"{prefix}{name}.").items()
+        }
+    value = node if node is None or isinstance(node, bool | int | float | str) else str(node)
+    return {prefix.removesuffix("."): value}
+
+
+def takes_images(loggers: Iterable[Any]) -> bool:
+    """Whether any logger shows images: drawing them for none would be work for nothing."""
+    return any(hasattr(logger, "log_image") or hasattr(_writer(logger), "add_image") for logger in loggers)
+
+
+def log_image(loggers: Iterable[Any], key: str, image: np.ndarray, step: int) -> None:
+    """Shows an image in TensorBoard and W&B.
+
+    Args:
+        key: with the split, ``val/prediction``. image: ``[H, W, 3]`` uint8. step: optimiser step.
+    """
+    for logger in loggers:
+        if hasattr(logger, "log_image"):
+            logger.log_image(key, [image], step=step)
+        elif hasattr(_writer(logger), "add_image"):
+            _writer(logger).add_image(key, image, step, dataformats="HWC")
+
+
+def log_text(loggers: Iterable[Any], key: str, text: str, step: int) -> None:
+    """Shows a text in TensorBoard and W&B."""
+    for logger in loggers:
+        if hasattr(logger, "log_text"):
+            logger.log_text(key, columns=["text"], data=[[text]], step=step)
+        elif hasattr(_writer(logger), "add_text"):
+            _writer(logger).add_text(key, text, step)
+
+
+def finish(loggers: Iterable[Any]) -> None:
+    """Ends what a logger would carry over into the next job of a sweep: W&B keeps one run for each process."""
+    for logger in loggers:
+        experiment = _writer(logger)
+        if type(logger).__name__ == "WandbLogger" and hasattr(experiment, "finish"):
+            experiment.finish()
+
+
+def _writer(logger: Any) -> Any:
+    return getattr(logger, "experiment", None)
+
+
+def _installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # imported in a way that left no specification
+        return False

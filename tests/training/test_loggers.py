@@ -1,0 +1,74 @@
+"""TensorBoard and W&B get the same: settings, images, text, one W&B run for each run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from keygrip import train
+from keygrip.config import compose
+from keygrip.training import loggers
+
+IMAGE = np.full((4, 5, 3), 7, np.uint8)
+
+
+class WandbLogger:
+    """The interface of Lightning's logger of that name, as far as it is used here."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options, self.calls, self.experiment = options, [], self
+
+    def log_hyperparams(self, params: dict[str, Any]) -> None:
+        self.calls.append(("settings", params))
+
+    def log_image(self, key: str, images: list[np.ndarray], step: int) -> None:
+        self.calls.append((key, images[0].shape, step))
+
+    def log_text(self, key: str, columns: list[str], data: list[list[str]], step: int) -> None:
+        self.calls.append((key, data[0][0], step))
+
+    def finish(self) -> None:
+        self.calls.append(("finish",))
+
+
+def test_wandb_gets_settings_images_and_text_and_is_finished(tmp_path: Path) -> None:
+    made = [WandbLogger(id=loggers.wandb_id(tmp_path), resume="allow")]
+    loggers.log_settings(made, {"model": {"width": 3, "sizes": [1, 2]}, "seed": 0})
+    loggers.log_image(made, "val/x", IMAGE, 5)
+    loggers.log_text(made, "val/y", "words", 5)
+    assert loggers.takes_images(made)
+    loggers.finish(made)
+    settings = ("settings", {"model.width": 3, "model.sizes": "[1, 2]", "seed": 0})
+    assert made[0].calls == [settings, ("val/x", (4, 5, 3), 5), ("val/y", "words", 5), ("finish",)]
+
+
+def test_a_run_folder_keeps_its_wandb_run(tmp_path: Path) -> None:
+    first = loggers.wandb_id(tmp_path / "a")
+    assert loggers.wandb_id(tmp_path / "a") == first  # the resumed run
+    assert loggers.wandb_id(tmp_path / "b") != first  # the next job of a sweep
+
+
+def test_wandb_that_is_not_installed_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loggers, "_installed", lambda package: False)
+    group = OmegaConf.create({"wandb": {"_target_": "lightning.pytorch.loggers.WandbLogger"}})
+    with pytest.raises(ValueError, match="pip install 'keygrip\\[wandb\\]'"):
+        loggers.build_loggers(group, tmp_path, 0)
+
+
+def test_tensorboard_gets_settings_images_and_the_gradient_norm(
+    toy_overrides: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    train.run(compose("train", toy_overrides("run", "logger=tensorboard", "max_steps=4", "val_every_n_steps=4")))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    norms = events.Scalars("train/grad_norm")
+    assert norms
+    assert all(norm.value > 0 for norm in norms)
+    settings = (tmp_path / "run" / "tensorboard" / "hparams.yaml").read_text()
+    assert "model.width: 8" in settings
+    assert not loggers.takes_images([])
