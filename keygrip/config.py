@@ -112,6 +112,10 @@ def register(name: str, schema: type, open_root: bool = False) -> None:
 _COMPLETIONS: dict[str, Callable[[Sequence[str]], list[str]]] = {}
 
 
+# Commands for which step=1000 is a checkpoint's step; Hydra would take it for the group of `keygrip prepare step=...`.
+READ_CHECKPOINTS = ("evaluate", "serve", "sample", "generate", "export")
+
+
 def register_completion(config_name: str, complete: Callable[[Sequence[str]], list[str]]) -> None:
     """Lets a root config choose options by what its overrides name: ``complete`` returns further overrides."""
     _COMPLETIONS[config_name] = complete
@@ -119,6 +123,8 @@ def register_completion(config_name: str, complete: Callable[[Sequence[str]], li
 
 def completed(config_name: str, overrides: Sequence[str]) -> list[str]:
     """The overrides and those that `register_completion`'s function adds to them."""
+    if config_name in READ_CHECKPOINTS:
+        overrides = [f"checkpoint_{each}" if each.startswith("step=") else each for each in overrides]
     complete = _COMPLETIONS.get(config_name)
     return [*overrides, *(complete(overrides) if complete else [])]
 

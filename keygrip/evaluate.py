@@ -39,7 +39,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from keygrip.training.checkpoints import external_files, find_checkpoint, load_module, read_checkpoint
     from keygrip.training.metadata import machine
 
-    file = find_checkpoint(cfg.checkpoint, cfg.step)
+    file = find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)
     config = OmegaConf.create(read_checkpoint(file)["keygrip"]["config"])
     trust = tuple(cfg.trust)
     module = load_module(file, trust=trust, external=external_files(cfg))

@@ -29,7 +29,7 @@ class ExportSchema(EntrySchema):
     """Root of ``conf/export.yaml``."""
 
     checkpoint: str = MISSING
-    step: int | None = None
+    checkpoint_step: int | None = None
     trust: Any = ()
     external: dict[str, Any] = field(default_factory=dict)
     to: str = MISSING
@@ -53,7 +53,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     if cfg.format not in FORMATS:
         raise ValueError(f"format={cfg.format!r}: choose {', '.join(FORMATS)}")
-    file = checkpoints.find_checkpoint(cfg.checkpoint, cfg.step)
+    file = checkpoints.find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)
     content = checkpoints.read_checkpoint(file)
     module: Any = checkpoints.load_module(  # refused here, before anything is written
         file, averaged=cfg.ema, trust=tuple(cfg.trust), external=checkpoints.external_files(cfg)

@@ -25,7 +25,7 @@ class GenerateSchema(EntrySchema):
     """Root of ``conf/generate.yaml``."""
 
     checkpoint: str = MISSING
-    step: int | None = None
+    checkpoint_step: int | None = None
     trust: Any = ()
     video: str = MISSING
     question: Any = MISSING
@@ -58,7 +58,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     module = load_module(
-        find_checkpoint(cfg.checkpoint, cfg.step),
+        find_checkpoint(cfg.checkpoint, cfg.checkpoint_step),
         map_location=device,
         expected=FoveatedVLMModule,
         trust=tuple(cfg.trust),

@@ -35,7 +35,7 @@ class SampleSchema(EntrySchema):
     """Root of ``conf/sample.yaml``."""
 
     checkpoint: str = MISSING
-    step: int | None = None
+    checkpoint_step: int | None = None
     trust: Any = ()
     external: dict[str, Any] = field(default_factory=dict)
     prompt: Any = None
@@ -81,7 +81,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     wishes = wanted(cfg)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    file = find_checkpoint(cfg.checkpoint, cfg.step)
+    file = find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)
     module = load_module(
         file, map_location=device, expected=PatchDiTModule, trust=tuple(cfg.trust), external=external_files(cfg)
     )

@@ -32,7 +32,7 @@ class ServeSchema(EntrySchema):
     """Root of ``conf/serve.yaml``."""
 
     checkpoint: str = MISSING
-    step: int | None = None
+    checkpoint_step: int | None = None
     trust: Any = ()
     external: dict[str, Any] = field(default_factory=dict)
     host: str = "127.0.0.1"
@@ -64,7 +64,7 @@ def run(cfg: DictConfig, ready: Callable[[dict[str, Any]], None] = lambda about:
     from hydra.utils import instantiate
 
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    file = find_checkpoint(cfg.checkpoint, cfg.step)
+    file = find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)
     module: Any = load_module(file, map_location=device, trust=tuple(cfg.trust), external=external_files(cfg))
     if not hasattr(module, "policy"):
         raise ValueError(f"{file} holds a {type(module).__name__}, which drives no robot: nothing to serve")

@@ -52,3 +52,16 @@ def test_nearest_key() -> None:
     assert nearest("optimizer.learning_rate", keys) == "optimizer.lr"
     assert nearest("batchsize", keys) == "data.batch_size"
     assert nearest("zzzzzz", keys) is None
+
+
+def test_a_step_of_a_run_is_asked_for_by_step() -> None:
+    import importlib
+
+    from keygrip.config import compose
+
+    for command in ("serve", "sample", "generate", "export", "prepare"):
+        importlib.import_module(f"keygrip.{command}")  # registers its schema
+    for command in ("serve", "sample", "generate", "export"):
+        more = {"generate": ["video=x", "question=y"], "export": ["to=x"]}.get(command, [])
+        assert compose(command, ["checkpoint=x", "step=500", *more]).checkpoint_step == 500
+    assert compose("prepare", ["step=record", "root=x"]).call.root == "x"

@@ -29,7 +29,7 @@ class EvaluateSchema(EntrySchema):
     """Settings of every kind; the values are in ``conf/evaluate.yaml``."""
 
     checkpoint: str = MISSING
-    step: int | None = MISSING
+    checkpoint_step: int | None = MISSING
     trust: Any = MISSING
     external: dict[str, Any] = field(default_factory=dict)
 
