@@ -35,7 +35,7 @@ gl:
 		fi; \
 	fi
 
-demo: install ## record simulated demonstrations, train on them, evaluate in closed loop: 6 minutes on two cores
+demo: install ## record simulated demonstrations, train on them, evaluate in closed loop: about 4 minutes on two cores
 	$(PYTHON) -m keygrip.demo
 
 test: install ## all quick tests
