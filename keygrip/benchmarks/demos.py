@@ -10,6 +10,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from keygrip.data.robot.discovery import find_demos
+
 
 def repeated_demos(config: DictConfig, folder: Path, demos: int, samples: int) -> Path:
     """A folder of native demos with at least so many frames: what a training config would record, but fewer.
@@ -23,8 +25,6 @@ def repeated_demos(config: DictConfig, folder: Path, demos: int, samples: int) -
         samples: frames wanted, at least.
     """
     from hydra.utils import instantiate
-
-    from keygrip.data.robot.discovery import find_demos
 
     # Recorded in processes of their own: a graphics library leaves threads behind that measurements can feel.
     recording = replace(instantiate(config.data.record), folder=folder / "recorded", demos=max(demos, 2), processes=2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,10 +12,11 @@ from torch import Tensor
 from keygrip.benchmarks.inference import threads
 from keygrip.benchmarks.measuring import Timed, Work, interleaved_seconds, milliseconds, peak_extra_bytes
 from keygrip.config import compose
-
-if TYPE_CHECKING:
-    from keygrip.models.foveated_vlm.network import FoveatedVLM
-    from keygrip.models.foveated_vlm.rows import TextRows
+from keygrip.models.foveated_vlm.loss import token_cross_entropy
+from keygrip.models.foveated_vlm.network import FoveatedVLM
+from keygrip.models.foveated_vlm.rows import TextRows
+from keygrip.models.language.cache import LanguageCache
+from keygrip.training.parts import build_stored
 
 PROMPT_SHARE = 0.75  # of the text tokens stand before the answer, where the question is first
 
@@ -79,7 +79,6 @@ class VLMStep(Timed):
         return figures
 
     def _batch(self, network: FoveatedVLM, order: str, frames: int, device: torch.device) -> tuple[Tensor, TextRows]:
-        from keygrip.models.foveated_vlm.rows import TextRows
 
         size, rows = network.backbone.image_size, self.videos * self.questions
         generator = torch.Generator().manual_seed(0)
@@ -181,7 +180,6 @@ class _Step:
     mode: str
 
     def __call__(self) -> None:
-        from keygrip.models.foveated_vlm.loss import token_cross_entropy
 
         self.network.zero_grad(set_to_none=True)
         output = self.network(self.frames, self.rows, self.mode)
@@ -195,7 +193,6 @@ class _Frame:
     """One frame more on a cache of so many positions, which is then cut back to what it was."""
 
     def __init__(self, network: FoveatedVLM, kv: Sequence[object], past: int, device: torch.device) -> None:
-        from keygrip.models.language.cache import LanguageCache
 
         self.network, self.kv, self.past = network, kv, past
         self.cache = LanguageCache()
@@ -212,9 +209,6 @@ class _Frame:
 
 def _network(overrides: Sequence[str]) -> tuple[FoveatedVLM, torch.device]:
     from omegaconf import OmegaConf
-
-    from keygrip.models.foveated_vlm.network import FoveatedVLM
-    from keygrip.training.parts import build_stored
 
     config = compose("train", overrides)
     module = build_stored(OmegaConf.to_container(config.model, resolve=True), "model")  # random weights

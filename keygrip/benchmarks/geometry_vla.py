@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +16,14 @@ from omegaconf import DictConfig, OmegaConf
 from keygrip.benchmarks.inference import looking_down
 from keygrip.benchmarks.measuring import Timed, Work, interleaved_seconds, milliseconds
 from keygrip.config import compose
-
-if TYPE_CHECKING:
-    from keygrip.models.geometry_vla.module import GeometryVLAModule
-    from keygrip.models.geometry_vla.network import Scene
+from keygrip.data.batches import PolicyTargets
+from keygrip.data.robot.augmentation import ImageGeometry
+from keygrip.data.robot.statistics import DemoStatistics
+from keygrip.models.geometry.rotations import rotation_exp
+from keygrip.models.geometry_vla.compression import TYPES, build_geom_compressor
+from keygrip.models.geometry_vla.module import GeometryVLAModule
+from keygrip.models.geometry_vla.network import Scene
+from keygrip.training.parts import build_stored
 
 INSTRUCTION = "put the red cube into the bowl"
 
@@ -41,7 +45,6 @@ class VLAParams:
 
     def run(self, quick: bool) -> dict[str, float]:
         """`pool_m`, `per_layer_m`, `qformer_m`."""
-        from keygrip.models.geometry_vla.compression import TYPES, build_geom_compressor
 
         figures = {}
         for kind in TYPES:
@@ -123,12 +126,6 @@ class _Parts:
 
 def untrained(config: DictConfig) -> GeometryVLAModule:
     """The module of a training config with random weights, and statistics of poses above a table."""
-    from keygrip.data.batches import PolicyTargets
-    from keygrip.data.robot.augmentation import ImageGeometry
-    from keygrip.data.robot.statistics import DemoStatistics
-    from keygrip.models.geometry.rotations import rotation_exp
-    from keygrip.models.geometry_vla.module import GeometryVLAModule
-    from keygrip.training.parts import build_stored
 
     OmegaConf.resolve(config)
     module = build_stored(OmegaConf.to_container(config.model), "model")  # random weights

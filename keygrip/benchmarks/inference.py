@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from keygrip.benchmarks.measuring import Timed, interleaved_seconds, milliseconds
 from keygrip.config import compose
-
-if TYPE_CHECKING:
-    from keygrip.models.volume_query.module import VolumeQueryModule
-    from keygrip.models.volume_query.policy import VolumeQueryPolicy
+from keygrip.data.robot.augmentation import ImageGeometry
+from keygrip.data.robot.statistics import DemoStatistics
+from keygrip.models.volume_query.module import VolumeQueryModule
+from keygrip.models.volume_query.policy import VolumeQueryPolicy
+from keygrip.training.parts import build_stored
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,6 @@ def threads(count: int) -> Iterator[None]:
 
 def untrained(config: DictConfig) -> VolumeQueryModule:
     """The volume-query module of a training config, with random weights and a table's ranges as statistics."""
-    from keygrip.data.robot.augmentation import ImageGeometry
-    from keygrip.data.robot.statistics import DemoStatistics
-    from keygrip.models.volume_query.module import VolumeQueryModule
-    from keygrip.training.parts import build_stored
 
     OmegaConf.resolve(config)
     module = build_stored(OmegaConf.to_container(config.model), "model")  # random weights

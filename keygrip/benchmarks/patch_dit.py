@@ -28,8 +28,10 @@ from keygrip.benchmarks.measuring import (
 from keygrip.config import compose
 from keygrip.models.nn.flow_matching import LogitNormalTimesteps, interpolate, seeded_noise, velocity
 from keygrip.models.patch_dit.context import ConditionDropout, Conditions, kept
+from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.network import PatchDiT
 from keygrip.models.patch_dit.sampler import Sampling, Velocities, sample
+from keygrip.training.checkpoints import load_module
 
 STEPS = 50  # over which what is computed once a sample is spread
 FOUR = ("none", "text", "dino", "full")
@@ -195,8 +197,6 @@ class DiTCurve:
         if self.checkpoint is None:
             toy = ToyPictures()
             return toy.trained(train_steps), toy.batch(count, 10**6)[1], toy.size, usual
-        from keygrip.models.patch_dit.module import PatchDiTModule
-        from keygrip.training.checkpoints import load_module
 
         module = load_module(self.checkpoint, expected=PatchDiTModule)
         assert isinstance(module, PatchDiTModule)

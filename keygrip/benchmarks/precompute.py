@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from keygrip.config import compose
+from keygrip.data.image_text.sources.images import images
+from keygrip.data.video_text.conversations import encode_jpeg
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,6 @@ class Precompute:
         """The figures."""
         from hydra.utils import instantiate
 
-        from keygrip.data.image_text.sources.images import images
-
         encoders: Any = instantiate(compose("train", self.overrides).encoders, _convert_="all")
         with tempfile.TemporaryDirectory(prefix="keygrip-bench-") as name:
             source, root = Path(name) / "pictures", Path(name) / "shards"
@@ -66,7 +66,6 @@ class Precompute:
 
     def write(self, folder: Path, count: int) -> int:
         """Pictures about as hard to decode as photographs, with captions, wide and upright ones; how many."""
-        from keygrip.data.video_text.conversations import encode_jpeg
 
         rng = np.random.default_rng(0)
         folder.mkdir(parents=True)

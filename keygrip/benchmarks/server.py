@@ -16,6 +16,8 @@ import numpy as np
 from keygrip.benchmarks.inference import looking_down, untrained
 from keygrip.benchmarks.measuring import milliseconds
 from keygrip.config import compose
+from keygrip.runtime.client import RemotePolicy
+from keygrip.runtime.server import Limits, PolicyServer
 
 START_S = 300.0  # for the server's process, on a machine that is busy
 
@@ -65,7 +67,6 @@ class Server:
                 process.kill()
 
     def _measure(self, url: str, quick: bool) -> dict[str, float]:
-        from keygrip.runtime.client import RemotePolicy
 
         requests, limit_s = (self.quick_requests, self.quick_limit_s) if quick else (self.requests, self.limit_s)
         observation = looking_down(compose("train", self.overrides).data.record.image_size)
@@ -103,7 +104,6 @@ class Server:
 
 def _serve(overrides: list[str], device: str, clients: int, parent: Connection) -> None:
     """A server until the other end of `parent` is closed."""
-    from keygrip.runtime.server import Limits, PolicyServer
 
     policy = untrained(compose("train", overrides)).to(device).policy()
     server = PolicyServer(policy, policy.needs, {"model": type(policy.module).__name__}, Limits(waiting=clients))
