@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 
+from keygrip.artifacts import write_json
 from keygrip.data.video import read_video
 from keygrip.evaluation.closed_loop import ClosedLoop, ConditionResult, summarise
 
@@ -56,41 +56,35 @@ class EvaluateClosedLoop(Callback):
             for kinds in (summary.get("by_colour", {}), summary.get("by_height", {})):
                 for kind, rates in kinds.items():
                     log.info("  %s: %d of %d", kind, rates["successes"], rates["episodes"])
-        show_in_tensorboard(trainer, figures, results, output)
+        show_in_loggers(trainer, figures, results, output)
 
 
 def write_result(path: Path, figures: dict[str, Any], results: list[ConditionResult]) -> None:
     """Write the figures and every episode as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     episodes = {result.name: [vars(episode) for episode in result.episodes] for result in results}
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps({"conditions": figures, "episodes": episodes}, indent=1))
-    temporary.replace(path)
+    write_json(path, {"conditions": figures, "episodes": episodes})
 
 
-def show_in_tensorboard(
-    trainer: Trainer, figures: dict[str, Any], results: list[ConditionResult], output: Path
-) -> None:
+def show_in_loggers(trainer: Trainer, figures: dict[str, Any], results: list[ConditionResult], output: Path) -> None:
     """Success rates as scalars and the filmed episodes as videos."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
+    step, scalars = trainer.global_step, {}
+    for name, summary in figures.items():
+        scalars[f"closed_loop/{name}/success_rate"] = summary["success_rate"]
+        for kind, rates in (summary.get("by_colour", {}) | summary.get("by_height", {})).items():
+            scalars[f"closed_loop/{name}/success_rate_by_kind/{kind.replace(' ', '_')}"] = rates["success_rate"]
+    filmed = [(result.name, episode) for result in results for episode in result.episodes if episode.video is not None]
     for logger in trainer.loggers:
+        logger.log_metrics(scalars, step=step)
         writer = getattr(logger, "experiment", None)
-        if not isinstance(writer, SummaryWriter):
-            continue
-        for name, summary in figures.items():
-            writer.add_scalar(f"closed_loop/{name}/success_rate", summary["success_rate"], trainer.global_step)
-            for kind, rates in (summary.get("by_colour", {}) | summary.get("by_height", {})).items():
-                tag = f"closed_loop/{name}/success_rate_by_kind/{kind.replace(' ', '_')}"
-                writer.add_scalar(tag, rates["success_rate"], trainer.global_step)
-        for result in results:
-            for episode in result.episodes:
-                if episode.video is not None:
-                    frames = read_video(output / "videos" / episode.video, every=2)
-                    tag = (
-                        f"closed_loop/{result.name}_{episode.seed}_{'success' if episode.success else episode.failure}"
-                    )
-                    add_animation(writer, tag, frames, trainer.global_step, fps=5)
+        for name, episode in filmed:
+            tag = f"closed_loop/{name}_{episode.seed}_{'success' if episode.success else episode.failure}"
+            video = output / "videos" / str(episode.video)
+            if isinstance(writer, SummaryWriter):
+                add_animation(writer, tag, read_video(video, every=2), step, fps=5)
+            elif hasattr(logger, "log_video"):
+                logger.log_video(tag, [str(video)], step=step)
 
 
 def add_animation(writer: SummaryWriter, tag: str, frames: np.ndarray, step: int, fps: float) -> None:

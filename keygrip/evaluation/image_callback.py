@@ -17,6 +17,7 @@ from keygrip.evaluation.image_report import REPORT
 from keygrip.evaluation.image_text import headline, run_suite
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.training.checkpoints import load_module
+from keygrip.training.loggers import log_image
 
 log = logging.getLogger(__name__)
 
@@ -50,14 +51,9 @@ class EvaluateImages(Callback):
     @staticmethod
     def _show(trainer: Trainer, figures: Mapping[str, float], images: Sequence[Path]) -> None:
         from PIL import Image
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
 
+        step = trainer.global_step
         for logger in trainer.loggers:
-            writer = getattr(logger, "experiment", None)
-            if not isinstance(writer, SummaryWriter):
-                continue
-            for name, value in figures.items():
-                writer.add_scalar(f"pictures/{name}", value, trainer.global_step)
-            for path in images:
-                shown = np.asarray(Image.open(path).convert("RGB"))
-                writer.add_image(f"pictures/{path.stem}", shown, trainer.global_step, dataformats="HWC")
+            logger.log_metrics({f"pictures/{name}": value for name, value in figures.items()}, step=step)
+        for path in images:
+            log_image(trainer.loggers, f"pictures/{path.stem}", np.asarray(Image.open(path).convert("RGB")), step)

@@ -13,7 +13,7 @@ from keygrip.config import SettingError, compose
 from keygrip.evaluation.kinds import KIND, KINDS
 from keygrip.training import checkpoints
 
-COMMON = {"seed", "debug", "run_dir", "checkpoint", "trust", "external"}
+COMMON = {"checkpoint_step", "seed", "debug", "run_dir", "checkpoint", "trust", "external"}
 
 
 @pytest.fixture

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from keygrip.data.batches import PolicyBatch
@@ -26,12 +24,16 @@ from keygrip.models.policy_statistics import PolicyStatistics
 from keygrip.training.distributed import global_mean
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
+from keygrip.training.system import System
 
 HEADLINE = ("pix_argmax", "gripper_acc", "height_m", "position_cm", "rotation_deg")
 
 
+BAR = ("total", "position_cm")  # in the progress line
+
+
 @model_part
-class CoordinateRegressionModule(LightningModule):
+class CoordinateRegressionModule(System):
     """L1 on normalised positions and rotation columns, cross-entropy on the gripper's opening.
 
     Steps that project outside the image count too: a regressor can predict them, and leaving them out would be a
@@ -55,10 +57,9 @@ class CoordinateRegressionModule(LightningModule):
         rotation_weight: float = 0.5,
         gripper_weight: float = 0.5,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer)
         self.network = network
         self.statistics = PolicyStatistics()
-        self.optimizer_recipe = optimizer
         self.weights = {"position": position_weight, "rotation": rotation_weight, "gripper": gripper_weight}
 
     def set_statistics(self, statistics: DemoStatistics) -> dict[str, float]:
@@ -78,9 +79,6 @@ class CoordinateRegressionModule(LightningModule):
             "state": torch.rand(2, len(network.arms), network.state_size, generator=generator),
         }
         return ExportGraph(CoordinateRegressionGraph(network).eval(), inputs, ("position", "rotation", "gripper"))
-
-    def configure_optimizers(self) -> Any:
-        return self.optimizer_recipe.configure(self.network, int(self.trainer.estimated_stepping_batches))
 
     def sharded_parts(self) -> list[nn.Module]:
         """Blocks that are used through their `forward` alone."""
@@ -138,23 +136,12 @@ class CoordinateRegressionModule(LightningModule):
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         output = self(batch)
         losses = self.losses(output, batch)
-        self._log("train", losses | self.metrics(output, batch), len(batch.image))
+        self.log_values("train", losses | self.metrics(output, batch), len(batch.image), BAR)
         return losses["total"]
 
     def validation_step(self, batch: PolicyBatch, batch_idx: int) -> None:
         output = self(batch)
-        self._log("val", self.losses(output, batch) | self.metrics(output, batch), len(batch.image))
-
-    def _log(self, split: str, values: dict[str, Tensor], batch_size: int) -> None:
-        for name, value in values.items():
-            label = f"{split}/{'loss' if name == 'total' else name}"
-            self.log(
-                label,
-                value.detach(),
-                prog_bar=name in ("total", "position_cm"),
-                batch_size=batch_size,
-                sync_dist=split == "val",
-            )
+        self.log_values("val", self.losses(output, batch) | self.metrics(output, batch), len(batch.image), BAR)
 
 
 @dataclass

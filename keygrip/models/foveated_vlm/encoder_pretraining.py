@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from keygrip.data.batches import Movable, VideoTextBatch, VideoTextSample, normalised, stack_frames
@@ -29,6 +28,7 @@ from keygrip.models.nn.short_attention import short_attention
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
 from keygrip.training.pretraining import MadeRun
+from keygrip.training.system import System
 
 if TYPE_CHECKING:
     from keygrip.data.video_text.datamodule import VideoTextStatistics
@@ -201,7 +201,7 @@ class EncoderPretraining(nn.Module):
 
 
 @model_part(from_checkpoint={"encoder": None})
-class EncoderPretrainingModule(LightningModule):
+class EncoderPretrainingModule(System):
     """Trains a `EncoderPretraining`; `val/digit` is the share of readable cubes whose digit is right at their centre.
 
     Args:
@@ -234,7 +234,7 @@ class EncoderPretrainingModule(LightningModule):
         weights: Mapping[str, float],
         encoder: MadeRun | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer)
         names = {"colour", "digit", "pointed", "frame_colour", "frame_digit", "asked"}
         if set(weights) != names:
             raise ValueError(f"model.weights must name exactly {', '.join(sorted(names))}; it names {sorted(weights)}")
@@ -242,7 +242,7 @@ class EncoderPretrainingModule(LightningModule):
             raise ValueError(
                 f"model.network.colours={network.colours}, and collator.colours has {len(collator.colours)} names"
             )
-        self.network, self.collator, self.optimizer_recipe = network, collator, optimizer
+        self.network, self.collator = network, collator
         if encoder is not None and network.backbone.loaded_weights != "random":
             raise ValueError(
                 f"model.encoder and backbone.weights={network.backbone.loaded_weights} both give the encoder's start: "
@@ -251,9 +251,6 @@ class EncoderPretrainingModule(LightningModule):
         self.weights = dict(weights)
         self.encoder = encoder
         self._right: dict[str, list[float]] = {}
-
-    def configure_optimizers(self) -> Any:
-        return self.optimizer_recipe.configure(self.network, int(self.trainer.estimated_stepping_batches))
 
     def losses(self, batch: EncoderPretrainingBatch) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
         """Losses by name, and (right, counted) by name."""

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from keygrip.data.batches import VideoTextBatch, normalised
@@ -27,6 +26,7 @@ from keygrip.training.distributed import global_mean
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
 from keygrip.training.pretraining import MadeRun
+from keygrip.training.system import System
 
 if TYPE_CHECKING:
     from keygrip.data.video_text.datamodule import VideoTextStatistics
@@ -40,7 +40,7 @@ Blocks = Literal["last", "all"]
 
 
 @model_part(from_checkpoint={"encoder": None, "init_from": None})
-class FoveatedVLMModule(LightningModule):
+class FoveatedVLMModule(System):
     """Text cross-entropy, in one of the network's modes.
 
     Args:
@@ -88,7 +88,7 @@ class FoveatedVLMModule(LightningModule):
         monitor_from_step: int = 300,
         log_images_every_n_steps: int = 500,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer)
         val_modes = network.modes if val_modes is None else tuple(val_modes)
         for name, chosen in (("mode", [mode]), ("val_modes", val_modes)):
             for each in chosen:
@@ -118,7 +118,6 @@ class FoveatedVLMModule(LightningModule):
         self.collator = collator
         self.encoder = encoder
         self.kv_cache = KeyValueCache(vision_kv_cache_gb) if vision_kv_cache_gb else None
-        self.optimizer_recipe = optimizer
         self.mode, self.val_modes = mode, tuple(dict.fromkeys([*val_modes, mode]))
         self.refinement, self.refinement_from = refinement, refinement_from
         self.loss_chunk, self.init_from = loss_chunk, init_from
@@ -130,7 +129,7 @@ class FoveatedVLMModule(LightningModule):
         self._landing: dict[str, list[float]] = {}
 
     @property
-    def headline_metrics(self) -> tuple[str, ...]:
+    def headline_metrics(self) -> tuple[str, ...]:  # type: ignore[override]
         """By these runs are compared."""
         kinds = ("", "_mark", "_cue", "_glance", "_caption")
         modes = [f"val/{mode}/accuracy{kind}" for mode in (*self.val_modes, REFINED) for kind in kinds]
@@ -204,9 +203,6 @@ class FoveatedVLMModule(LightningModule):
         """Raises ValueError: the loss's kernel cannot be used on this machine."""
         if self.loss_kernel == "liger":
             check_liger(self.device)
-
-    def configure_optimizers(self) -> Any:
-        return self.optimizer_recipe.configure(self.network, int(self.trainer.estimated_stepping_batches))
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
@@ -375,8 +371,7 @@ class FoveatedVLMModule(LightningModule):
 
     @torch.no_grad()
     def _show(self, split: str, batch: VideoTextBatch) -> None:
-        writer = getattr(self.logger, "experiment", None)
-        if not self.trainer.is_global_zero or not hasattr(writer, "add_image"):
+        if not self.shows_images:
             return
         from keygrip.models.foveated_vlm.figures import show_answers
 
@@ -384,10 +379,9 @@ class FoveatedVLMModule(LightningModule):
         self.eval()
         picture, text = show_answers(self, batch, SHOWN_ROWS)
         self.train(was_training)
-        assert writer is not None
         if picture is not None:
-            writer.add_image(f"{split}/where_it_looked", picture, self.global_step, dataformats="HWC")
-        writer.add_text(f"{split}/answers", text, self.global_step)
+            self.show_image(f"{split}/query_attention", picture)
+        self.show_text(f"{split}/answers", text)
 
     # ------------------------------------------------------------------ dry run
 

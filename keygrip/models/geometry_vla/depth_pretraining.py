@@ -8,18 +8,18 @@ where scenes and cameras cost next to nothing and depth is known. `geometry.star
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 
 from keygrip.data.batches import MultiViewPolicyBatch
 from keygrip.models.geometry_vla.figures import scene_picture
 from keygrip.models.geometry_vla.geometry import DinoMultiView, GeometryFeatures
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
+from keygrip.training.system import System
 
 if TYPE_CHECKING:
     from keygrip.data.robot.statistics import DemoStatistics
@@ -28,7 +28,7 @@ HEADLINE = ("loss", "point_cm", "depth_cm")
 
 
 @model_part
-class DepthReaderModule(LightningModule):
+class DepthReaderModule(System):
     """Trains a `DinoMultiView` on depth alone.
 
     Args:
@@ -44,24 +44,17 @@ class DepthReaderModule(LightningModule):
     headline_metrics = tuple(f"{split}/{name}" for split in ("train", "val") for name in HEADLINE)
 
     def __init__(self, network: DinoMultiView, optimizer: AdamW, pictures: bool = True) -> None:
-        super().__init__()
+        super().__init__(optimizer)
         if not network.learns_depth:
             raise ValueError(
                 "model=depth_reader trains on depth alone: set geometry.point_weight or geometry.depth_weight above 0, "
                 "and geometry.frozen=false."
             )
-        self.network, self.optimizer_recipe, self.pictures = network, optimizer, pictures
+        self.network, self.pictures = network, pictures
 
     def set_statistics(self, statistics: DemoStatistics) -> None:
         """Nothing of the data is kept; a run to start from is taken over, if there is one."""
         self.network.take_start()
-
-    def configure_optimizers(self) -> Any:
-        return self.optimizer_recipe.configure(self.network, int(self.trainer.estimated_stepping_batches))
-
-    def sharded_parts(self) -> list[nn.Module]:
-        """Blocks that are used through their `forward` alone."""
-        return self.network.sharded_parts()
 
     def forward(self, batch: MultiViewPolicyBatch) -> GeometryFeatures:
         """What the encoder makes of a batch's pictures."""
@@ -91,10 +84,8 @@ class DepthReaderModule(LightningModule):
         return scene_picture(batch, None, features, sample)
 
     def _show(self, features: GeometryFeatures, batch: MultiViewPolicyBatch) -> None:
-        writer = None if self.logger is None else getattr(self.logger, "experiment", None)
-        if self.trainer.is_global_zero and hasattr(writer, "add_image"):
-            assert writer is not None
-            writer.add_image("val/depth", self.picture(features, batch), self.global_step, dataformats="HWC")
+        if self.shows_images:
+            self.show_image("val/depth", self.picture(features, batch))
 
     def _log(self, split: str, values: dict[str, Tensor], batch_size: int) -> None:
         for name, value in values.items():

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 
 from keygrip.data.batches import CLOSED, MultiViewPolicyBatch
 from keygrip.models.geometry.rotations import geodesic_angle
@@ -24,6 +23,7 @@ from keygrip.models.policy_statistics import PolicyStatistics
 from keygrip.training.distributed import global_mean
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
+from keygrip.training.system import System
 
 if TYPE_CHECKING:
     from keygrip.data.robot.statistics import DemoStatistics
@@ -48,8 +48,11 @@ HEADLINE = (
 SEED_STRIDE = 1_000_003  # more frames than any demonstration has
 
 
+BAR = ("total", "position_cm")  # in the progress line
+
+
 @model_part
-class GeometryVLAModule(LightningModule):
+class GeometryVLAModule(System):
     """Squared error of the velocity over the steps that are no padding, plus the geometry encoder's own losses.
 
     Args:
@@ -80,7 +83,7 @@ class GeometryVLAModule(LightningModule):
         pictures: bool = True,
         pointing_weight: float = 0.1,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer)
         if draws < 1:
             raise ValueError(f"model.draws is at least 1, got {draws}.")
         if network.head.action_size != actions.size:
@@ -91,7 +94,6 @@ class GeometryVLAModule(LightningModule):
         self.network = network
         self.actions = actions
         self.statistics = PolicyStatistics()
-        self.optimizer_recipe = optimizer
         self.timesteps = timesteps
         self.draws, self.sampling = draws, sampling or ActionSampling()
         self.pictures = pictures
@@ -139,13 +141,6 @@ class GeometryVLAModule(LightningModule):
         for name, part in parts.items():
             count = 0 if part is None else sum(parameter.numel() for parameter in part.parameters())
             self.log(f"parameters/{name}_m", count / 1e6)
-
-    def configure_optimizers(self) -> Any:
-        return self.optimizer_recipe.configure(self.network, int(self.trainer.estimated_stepping_batches))
-
-    def sharded_parts(self) -> list[nn.Module]:
-        """Blocks that are used through their `forward` alone."""
-        return self.network.sharded_parts()
 
     # -- forward and loss ---------------------------------------------------------------------------------------------
 
@@ -237,24 +232,21 @@ class GeometryVLAModule(LightningModule):
         return scene_picture(batch, planned, scene.geometry, sample, scene.pointing)
 
     def _show(self, scene: Scene, batch: MultiViewPolicyBatch) -> None:
-        if self.logger is None:
+        if not self.loggers:
             return
-        writer = getattr(self.logger, "experiment", None)
-        picture = self.picture(scene, batch)  # on every process: where parameters are sharded, all must take part
-        if self.trainer.is_global_zero and hasattr(writer, "add_image"):
-            assert writer is not None
-            writer.add_image("val/scene", picture, self.global_step, dataformats="HWC")
+        image = self.picture(scene, batch)  # on every process: where parameters are sharded, all must take part
+        self.show_image("val/scene", image)
 
     def training_step(self, batch: MultiViewPolicyBatch, batch_idx: int) -> Tensor:
         with short_attention(self.device, self.network.vlm.tokens_per_view * batch.images.shape[1]):
             losses = self.losses(self(batch), batch)
-        self._log("train", losses, len(batch))
+        self.log_values("train", losses, len(batch), BAR)
         return losses["total"]
 
     def validation_step(self, batch: MultiViewPolicyBatch, batch_idx: int) -> None:
         scene = self(batch)
         sampled = self.sample(scene, batch)
-        self._log("val", self.losses(scene, batch) | self.metrics(scene, batch, sampled), len(batch))
+        self.log_values("val", self.losses(scene, batch) | self.metrics(scene, batch, sampled), len(batch), BAR)
         for name, errors in self.grip_errors(batch, sampled).items():
             self._grips[name].append(errors)
         if batch_idx == 0 and self.pictures:

@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from keygrip.data.batches import ImageTextBatch, ImageTextStatistics
 from keygrip.models.nn.flow_matching import TimestepSampler, interpolate
@@ -23,9 +22,11 @@ from keygrip.models.patch_dit.network import DiTOutput, PatchDiT
 from keygrip.models.patch_dit.sampler import Sampling, sample
 from keygrip.models.patch_dit.warm_start import warm_start
 from keygrip.training.distributed import global_mean
+from keygrip.training.loggers import takes_images
 from keygrip.training.monitors import RangeChecks
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
+from keygrip.training.system import System
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ VALIDATED = {"both": (True, True), "text": (True, False), "dino": (False, True),
 
 
 @model_part(from_checkpoint={"init_from": None})
-class PatchDiTModule(LightningModule):
+class PatchDiTModule(System):
     """Mean squared error of the velocity.
 
     Args:
@@ -73,7 +74,7 @@ class PatchDiTModule(LightningModule):
         log_images_every_n_steps: int = 500,
         shown: int = 6,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer)
         if min(monitor_every_n_steps, log_images_every_n_steps) < 0 or shown < 1:
             raise ValueError(
                 "model: monitor_every_n_steps and log_images_every_n_steps must not be negative, shown above 0"
@@ -88,7 +89,6 @@ class PatchDiTModule(LightningModule):
                 f"model.alignment.block={self.alignment.block}: the network has {self.network.depth} blocks."
             )
         self.statistics = FeatureStatistics(encoders.latent_channels, encoders.dino_dim)
-        self.optimizer_recipe = optimizer
         self.timesteps, self.dropout, self.sampling = timesteps, dropout, sampling
         self.init_from = init_from
         self.monitor_every_n_steps, self.log_images_every_n_steps, self.shown = (
@@ -158,8 +158,8 @@ class PatchDiTModule(LightningModule):
             self._encoders_ready = True
         return self.encoders.to(self.device)
 
-    def configure_optimizers(self) -> Any:
-        return self.optimizer_recipe.configure(self, int(self.trainer.estimated_stepping_batches))
+    def trained_part(self) -> nn.Module:
+        return self  # the alignment's projection is trained too
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
@@ -295,15 +295,13 @@ class PatchDiTModule(LightningModule):
     def _show(self, batch: ImageTextBatch) -> None:
         """Samples of the first validation batch, always of the same pictures and seeds."""
         due = self._drawn_at < 0 or self.global_step - self._drawn_at >= self.log_images_every_n_steps
-        writer = getattr(self.logger, "experiment", None)
         if (
             not self.log_images_every_n_steps
             or self.trainer.sanity_checking
             or not due
-            or not hasattr(writer, "add_image")
+            or not takes_images(self.loggers)
         ):
             return
-        assert writer is not None
         self._drawn_at = self.global_step
         count = min(self.shown, len(batch))
         whole = self.statistics.conditions(batch).first(count)
@@ -317,9 +315,9 @@ class PatchDiTModule(LightningModule):
         rows = [("pictures", self.encoders.to(self.device).decode_latents(batch.latents[:count]))]
         rows += [(title, self.draw(conditions, size, seeds)) for title, conditions in ways.items()]
         if self.trainer.is_global_zero:
-            writer.add_image("val/samples", picture_grid(rows), self.global_step, dataformats="HWC")
+            self.show_image("val/samples", picture_grid(rows))
             captions = "\n".join(f"{number}. {text}" for number, text in enumerate(batch.captions[:count], start=1))
-            writer.add_text("val/captions", captions, self.global_step)
+            self.show_text("val/captions", captions)
 
 
 def aspect_of(latents: Tensor) -> float:

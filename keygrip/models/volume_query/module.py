@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from keygrip.data.batches import PolicyBatch
@@ -29,6 +28,7 @@ from keygrip.training.distributed import global_mean
 from keygrip.training.images import figure_to_image
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
+from keygrip.training.system import System
 
 # By these runs are compared; the validation loss of a multimodal policy is noise.
 HEADLINE = (
@@ -45,8 +45,11 @@ HEADLINE = (
 )
 
 
+BAR = ("total", "pix_argmax")  # in the progress line
+
+
 @model_part
-class VolumeQueryModule(LightningModule):
+class VolumeQueryModule(System):
     """Volume cross-entropy + gripper and rotation cross-entropy, each averaged over the steps inside the image.
 
     Args:
@@ -75,7 +78,7 @@ class VolumeQueryModule(LightningModule):
         target: Literal["hard", "bilinear"] = "hard",
         log_images_every_n_steps: int = 500,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer)
         if target not in ("hard", "bilinear"):
             raise ValueError(f"model.target is hard or bilinear, not {target!r}.")
         if rotation.classes != network.rotation_classes:
@@ -89,7 +92,6 @@ class VolumeQueryModule(LightningModule):
         self.network = network
         self.codecs = nn.ModuleDict({arm: copy.deepcopy(rotation) for arm in network.arms})
         self.statistics = PolicyStatistics()
-        self.optimizer_recipe = optimizer
         self.decoder = decoder
         self.weights = {"volume": volume_weight, "gripper": gripper_weight, "rotation": rotation_weight}
         self.target: Literal["hard", "bilinear"] = target
@@ -129,13 +131,6 @@ class VolumeQueryModule(LightningModule):
     def export_graph(self) -> ExportGraph:
         """The network as `keygrip export` writes it: logits of pixels, heights, gripper and rotation."""
         return volume_query_graph(self.network)
-
-    def configure_optimizers(self) -> Any:
-        return self.optimizer_recipe.configure(self.network, int(self.trainer.estimated_stepping_batches))
-
-    def sharded_parts(self) -> list[nn.Module]:
-        """Blocks that are used through their `forward` alone."""
-        return self.network.sharded_parts()
 
     # -- forward and loss ---------------------------------------------------------------------------------------------
 
@@ -188,7 +183,7 @@ class VolumeQueryModule(LightningModule):
         targets = self.targets(batch)
         output = self(batch, targets, teacher=True)
         losses = self.losses(output, batch, targets)
-        self._log("train", losses | self.metrics(output, batch, targets), len(batch.image))
+        self.log_values("train", losses | self.metrics(output, batch, targets), len(batch.image), BAR)
         self.log("train/off_screen_share", 1 - targets.valid.float().mean(), batch_size=len(batch.image))
         if self.log_images_every_n_steps and self.global_step % self.log_images_every_n_steps == 0:
             self._show("train", output, batch, targets)
@@ -200,15 +195,9 @@ class VolumeQueryModule(LightningModule):
         output = self(batch, targets, teacher=False)
         metrics = self.losses(output, batch, targets) | self.metrics(output, batch, targets)
         metrics |= self.decoded_metrics(output, batch, targets)
-        self._log("val", metrics, len(batch.image))
+        self.log_values("val", metrics, len(batch.image), BAR)
         if batch_idx == 0 and self.log_images_every_n_steps:
             self._show("val", output, batch, targets)
-
-    def _log(self, split: str, values: dict[str, Tensor], batch_size: int) -> None:
-        names = {f"{split}/{'loss' if name == 'total' else name}": value for name, value in values.items()}
-        bar = {f"{split}/loss", f"{split}/pix_argmax"}
-        for name, value in names.items():
-            self.log(name, value.detach(), prog_bar=name in bar, batch_size=batch_size, sync_dist=split == "val")
 
     # -- metrics ------------------------------------------------------------------------------------------------------
 
@@ -290,13 +279,11 @@ class VolumeQueryModule(LightningModule):
         return figure_to_image(figure)
 
     def _show(self, split: str, output: VolumeQueryOutput, batch: PolicyBatch, targets: StepTargets) -> None:
-        writer = getattr(self.logger, "experiment", None)
-        if not self.trainer.is_global_zero or not hasattr(writer, "add_image"):
+        if not self.shows_images:
             return
-        assert writer is not None
         for arm, name in enumerate(self.network.arms):
-            picture = self.picture(output, batch, targets, sample=0, arm=arm)
-            writer.add_image(f"{split}/prediction_{name}", picture, self.global_step, dataformats="HWC")
+            image = self.picture(output, batch, targets, sample=0, arm=arm)
+            self.show_image(f"{split}/prediction_{name}", image)
 
 
 def _classification(logits: Tensor, target: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def test_a_start_that_cannot_be_one_is_refused(monkeypatch: pytest.MonkeyPatch) 
     ):
         small_geometry(start=START).take_start()
     with pytest.raises(ValueError, match=r"geometry\.frozen=true would keep random weights"):
-        small_geometry(frozen=True)
+        small_geometry(frozen=True).take_start()
 
 
 def test_the_command_trains_one_and_another_run_begins_with_it(tmp_path: Path) -> None:

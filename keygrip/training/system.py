@@ -1,0 +1,89 @@
+"""The base of all LightningModules of keygrip: optimiser recipe, logging of values and images, evaluation kind.
+
+A model's module holds its loss, its metrics and its figures; what every module needs stands here once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from keygrip.training import loggers
+from keygrip.training.optimizers import AdamW
+
+
+class System(LightningModule):
+    """A network in training.
+
+    A subclass sets ``network`` and defines the steps. It may also define ``set_statistics(statistics)``, called before
+    training with what the data module found in its training split; ``on_save_checkpoint`` and ``on_load_checkpoint``
+    for what must be stored beside the weights; ``policy()`` for robot policies; ``dry_run(batch)``; and
+    ``export_graph()``.
+
+    Attributes:
+        batch_type: the type of batch that it learns from (`keygrip.data.batches`).
+        evaluation_kind: how `keygrip evaluate` measures it (`keygrip.evaluation.kinds`); None: it cannot.
+        headline_metrics: names of the metrics that runs are compared by; None: all.
+
+    Args:
+        optimizer: the recipe of optimiser and schedule.
+    """
+
+    batch_type: Any = None
+    evaluation_kind: ClassVar[str | None] = None
+    headline_metrics: ClassVar[tuple[str, ...] | None] = None
+    network: Any
+
+    def __init__(self, optimizer: AdamW) -> None:
+        super().__init__()
+        self.optimizer_recipe = optimizer
+
+    def trained_part(self) -> nn.Module:
+        """The module whose parameters the optimiser gets."""
+        return self.network
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer_recipe.configure(self.trained_part(), int(self.trainer.estimated_stepping_batches))
+
+    def sharded_parts(self) -> list[nn.Module]:
+        """Blocks that are used through their ``forward`` alone, which FSDP may shard one by one."""
+        return list(self.network.sharded_parts())
+
+    # -- logging ------------------------------------------------------------------------------------------------------
+
+    def log_values(
+        self, split: str, values: Mapping[str, Tensor], batch_size: int, bar: Collection[str] = ("total",)
+    ) -> None:
+        """Logs a step's values as ``<split>/<name>``; the loss ``total`` becomes ``<split>/loss``.
+
+        Args:
+            split: train or val; the means of val are over all processes. values: scalars. bar: shown in the progress
+                line.
+        """
+        for name, value in values.items():
+            self.log(
+                f"{split}/{'loss' if name == 'total' else name}",
+                value.detach(),
+                prog_bar=name in bar,
+                batch_size=batch_size,
+                sync_dist=split == "val",
+            )
+
+    @property
+    def shows_images(self) -> bool:
+        """Whether this process has a logger that takes images."""
+        return self.trainer.is_global_zero and loggers.takes_images(self.loggers)
+
+    def show_image(self, key: str, image: np.ndarray) -> None:
+        """Shows ``[H, W, 3]`` uint8 in every logger that takes images, from the first process."""
+        if self.trainer.is_global_zero:
+            loggers.log_image(self.loggers, key, image, self.global_step)
+
+    def show_text(self, key: str, text: str) -> None:
+        """Shows a text in every logger that takes text, from the first process."""
+        if self.trainer.is_global_zero:
+            loggers.log_text(self.loggers, key, text, self.global_step)
