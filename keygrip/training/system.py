@@ -28,6 +28,8 @@ class System(LightningModule):
         batch_type: the type of batch that it learns from (`keygrip.data.batches`).
         evaluation_kind: how `keygrip evaluate` measures it (`keygrip.evaluation.kinds`); None: it cannot.
         headline_metrics: names of the metrics that runs are compared by; None: all.
+        toy_overrides: of `keygrip.train`, a data set among them, that make the model small enough to train a step of in
+            a second; the contract suite of the tests trains every model so.
 
     Args:
         optimizer: the recipe of optimiser and schedule.
@@ -36,6 +38,7 @@ class System(LightningModule):
     batch_type: Any = None
     evaluation_kind: ClassVar[str | None] = None
     headline_metrics: ClassVar[tuple[str, ...] | None] = None
+    toy_overrides: ClassVar[tuple[str, ...]] = ()
     network: Any
 
     def __init__(self, optimizer: AdamW) -> None:

@@ -216,6 +216,13 @@ class EncoderPretrainingModule(System):
     batch_type = (
         VideoTextBatch  # of the data module, whose samples this model's own collator makes into EncoderPretrainingBatch
     )
+    toy_overrides = (
+        *("data=robot_tours", "backbone.image_size=64", "backbone.width=32", "backbone.depth=2", "backbone.heads=2"),
+        *("data.sources.tours.make.options.train=6", "data.sources.tours.make.options.val=2"),
+        *("data.sources.tours.make.options.test=2", "data.sources.tours.make.options.processes=1"),
+        *("data.sources.tours_1=null", "data.sources.tours_2=null", "data.sources.tours_3=null"),
+        *("data.curriculum=null", "data.sources.texts=null", "data.batch_size=2"),
+    )
     headline_metrics = (
         "train/loss",
         "val/digit",

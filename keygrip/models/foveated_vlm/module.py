@@ -69,6 +69,13 @@ class FoveatedVLMModule(System):
 
     batch_type = VideoTextBatch
     evaluation_kind = "video_text"
+    toy_overrides = (
+        *("data=robot_tours", "backbone.image_size=64", "backbone.width=32", "backbone.depth=2", "backbone.heads=2"),
+        *("data.sources.tours.make.options.train=6", "data.sources.tours.make.options.val=2"),
+        *("data.sources.tours.make.options.test=2", "data.sources.tours.make.options.processes=1"),
+        *("data.sources.tours_1=null", "data.sources.tours_2=null", "data.sources.tours_3=null"),
+        *("data.curriculum=null", "data.sources.texts.make.options={train: 8, val: 2, test: 2}", "data.batch_size=2"),
+    )
 
     def __init__(
         self,

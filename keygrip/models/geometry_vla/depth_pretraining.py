@@ -41,6 +41,10 @@ class DepthReaderModule(System):
     """
 
     batch_type = MultiViewPolicyBatch
+    toy_overrides = (
+        *("data=yam_stills", "data.record.demos=4", "data.record.image_size=72", "backbone.image_size=64"),
+        *("backbone.width=32", "backbone.depth=1", "backbone.heads=2", "geometry.layers=1", "data.batch_size=4"),
+    )
     headline_metrics = tuple(f"{split}/{name}" for split in ("train", "val") for name in HEADLINE)
 
     def __init__(self, network: DinoMultiView, optimizer: AdamW, pictures: bool = True) -> None:

@@ -66,6 +66,10 @@ class GeometryVLAModule(System):
 
     batch_type = MultiViewPolicyBatch
     evaluation_kind = "policy"
+    toy_overrides = (
+        *("data=yam_language", "data.record.demos=4", "data.record.image_size=72", "backbone.image_size=64"),
+        *("backbone.width=32", "backbone.depth=1", "backbone.heads=2", "geometry.layers=1"),
+    )
 
     headline_metrics = (
         *(f"{split}/{name}" for split in ("train", "val") for name in HEADLINE),

@@ -54,6 +54,11 @@ class PatchDiTModule(System):
 
     batch_type = ImageTextBatch
     evaluation_kind = "image_text"
+    toy_overrides = (
+        *("data=robot_images", "encoders=tiny", "data.make.options.train=32", "data.make.options.val=8"),
+        *("data.make.options.test=8", "data.make.options.processes=1", "data.batch_size=2"),
+        *("model.network.width=64", "model.network.depth=2", "model.network.heads=2"),
+    )
     headline_metrics = (
         *("train/loss", "val/loss", "val/loss_text", "val/loss_dino", "val/loss_none"),
         *("val/shuffled_over_both", "val/alignment", "train/alignment"),

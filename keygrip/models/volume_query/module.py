@@ -63,6 +63,10 @@ class VolumeQueryModule(System):
 
     batch_type = PolicyBatch
     evaluation_kind = "policy"
+    toy_overrides = (
+        *("data=yam", "data.record.task.name=reach", "data.record.demos=4", "data.record.image_size=72"),
+        *("backbone.image_size=64", "backbone.width=32", "backbone.depth=1", "backbone.heads=2"),
+    )
 
     headline_metrics = tuple(f"{split}/{name}" for split in ("train", "val") for name in HEADLINE)
 

@@ -1,0 +1,224 @@
+"""What every model promises, over all options of the group `model`: a new one is included without an edit.
+
+Each is trained for a step at its module's `toy_overrides`, then loaded from its checkpoint alone, with every data
+folder and run folder gone; it plans, answers or draws as its `evaluation_kind` says; it is exported, loaded from the
+export, and evaluated.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra.utils import get_class
+
+import keygrip
+from keygrip import export
+from keygrip.config import compose, group_options
+from keygrip.evaluation.attribute_classifier import ClassifierOptions
+from keygrip.training.parts import MARK
+from keygrip.training.system import System
+
+MODELS = group_options("model")
+QUICK = [
+    *("strategy=cpu", "strategy.precision=32-true", "data.num_workers=0", "max_steps=1", "val_every_n_steps=1"),
+    *("limit_val_batches=1", "log_every_n_steps=1", "logger=none", "callbacks.compute=null"),
+]
+FOLDERS = ("data", "runs")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder that all models work in: recordings that two of them share are made once."""
+    folder = tmp_path_factory.mktemp("contract")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder
+
+
+def observation(policy: Any) -> dict[str, Any]:
+    """What a policy says that it needs, of a camera that looks at the table."""
+    generator, arms = np.random.default_rng(0), len(policy.needs.arms)
+    view = {
+        "image": generator.integers(0, 255, (96, 128, 3), dtype=np.uint8),
+        "intrinsics": np.array([[120.0, 0, 64], [0, 120.0, 48], [0, 0, 1]]),
+        "world_to_camera": np.array([[0, -1.0, 0, 0], [-0.6, 0, -0.8, 0.3], [0.8, 0, -0.6, 0.5], [0, 0, 0, 1]]),
+    }
+    pose = {
+        "position": np.tile([0.3, 0.0, 0.1], (arms, 1)),
+        "quaternion": np.tile([1.0, 0, 0, 0], (arms, 1)),
+        "gripper": np.ones(arms),
+    }
+    return view | pose | {"instruction": "pick the red cube", "cameras": dict.fromkeys(policy.needs.cameras, view)}
+
+
+def use(module: System, file: Path) -> None:
+    """What a loaded model is for."""
+    if module.evaluation_kind == "policy":
+        policy: Any = keygrip.load_policy(file)
+        plan = policy.plan(observation(policy))
+        assert plan.position.shape[:1] + plan.position.shape[2:] == (len(policy.needs.arms), 3)
+        assert np.isfinite(plan.position).all()
+        assert np.allclose(np.linalg.norm(plan.quaternion, axis=-1), 1, atol=1e-4)
+        assert plan.step_seconds > 0
+    elif module.evaluation_kind == "image_text":
+        encoders = module.ready_encoders()  # type: ignore[operator]
+        assert encoders.quick_fingerprint == module.statistics.encoders  # type: ignore[union-attr]
+    elif module.evaluation_kind == "video_text":
+        assert module.tokenizer.decode(module.tokenizer.encode("which digit?")) == "which digit?"  # type: ignore[union-attr, operator]
+
+
+EVALUATE = {
+    "policy": ["simulate=false"],
+    "video_text": ["limit_batches=1", "max_new_tokens=2", "split=val"],
+    "image_text": ["cases=[reconstruction]", "images=2", "shown=1", "sampling.steps=1", "split=val"],
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_keeps_its_promises(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the evaluator of images learns 400 steps: what it finds is tested elsewhere
+    monkeypatch.setattr(ClassifierOptions.__init__, "__defaults__", (8, 2, 4, 3e-3, 0.08))
+    node = compose("train", [f"model={name}", "run_dir=x"]).model
+    kind: Any = get_class(node._target_)
+    assert issubclass(kind, System)
+    assert MARK in vars(kind), "declare it with @model_part: else its checkpoints cannot be loaded"
+    run = home / "runs" / name
+    result = keygrip.train([f"model={name}", *QUICK, *kind.toy_overrides, f"run_dir={run}"])
+    assert result["status"] == "finished"
+    assert all(np.isfinite(value) for key, value in result["metrics"].items() if key == "train/loss")
+
+    file = home / f"{name}.ckpt"
+    shutil.copy(run / "checkpoints" / "last.ckpt", file)
+    for folder in FOLDERS:  # whatever it was made of
+        (home / folder).rename(home / f"{folder}-gone")
+    try:
+        module: Any = keygrip.load(file)
+        assert type(module) is kind
+        assert not module.training
+        exported = home / f"{name}-export"
+        export.run(compose("export", [f"checkpoint={file}", f"to={exported}"]))
+        again = keygrip.load(exported)
+        for key, value in module.state_dict().items():
+            assert torch.equal(again.state_dict()[key], value), key
+        for source in (file, exported):
+            use(module, source)
+    finally:
+        for folder in FOLDERS:
+            (home / f"{folder}-gone").rename(home / folder)
+
+    if kind.evaluation_kind is None:
+        with pytest.raises(ValueError, match="has no evaluation"):
+            keygrip.evaluate(run)
+    else:
+        keygrip.evaluate(run, EVALUATE[kind.evaluation_kind])
+        assert json.loads((run / "evaluation" / "result.json").read_text())["model"] == kind.__name__
+
+
+LAB = '''
+"""A policy of somebody else: the mean colour of the image moves the gripper."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from keygrip.data.batches import PolicyBatch
+from keygrip.models.policy import Needs, Plan
+from keygrip.models.policy_statistics import PolicyStatistics
+from keygrip.training.parts import model_part
+from keygrip.training.system import System
+
+
+@model_part
+class MeanColour(nn.Module):
+    def __init__(self, horizon):
+        super().__init__()
+        self.horizon, self.head = horizon, nn.Linear(3, 3 * horizon)
+
+    def forward(self, image):
+        return self.head(image.mean((2, 3))).unflatten(-1, (self.horizon, 3))
+
+
+@model_part
+class MeanColourModule(System):
+    batch_type = PolicyBatch
+    evaluation_kind = "policy"
+
+    def __init__(self, network, optimizer):
+        super().__init__(optimizer)
+        self.network, self.statistics = network, PolicyStatistics()
+
+    def set_statistics(self, statistics):
+        self.statistics.take(statistics, self.network.horizon)
+        return {}
+
+    def training_step(self, batch, batch_idx):
+        loss = (self.network(batch.image) - batch.position[:, 0]).abs().mean()
+        self.log_values("train", {"total": loss}, len(batch.image))
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        loss = (self.network(batch.image) - batch.position[:, 0]).abs().mean()
+        self.log_values("val", {"total": loss}, len(batch.image))
+
+    def policy(self):
+        return MeanColourPolicy(self)
+
+
+class MeanColourPolicy:
+    needs = Needs(arms=("right",))
+
+    def __init__(self, module):
+        self.module = module
+
+    @torch.inference_mode()
+    def plan(self, observation):
+        geometry = self.module.statistics.geometry
+        image, _ = geometry.apply(np.asarray(observation["image"]), np.asarray(observation["intrinsics"]))
+        position = self.module.network(image[None])[None, 0].double().numpy()
+        turns = np.tile([1.0, 0, 0, 0], (1, position.shape[1], 1))
+        return Plan(position, turns, np.ones(position.shape[:2]), self.module.statistics.step_seconds)
+'''
+LAB_YAML = """
+# @package _global_
+# The mean colour of the image moves the gripper.
+defaults:
+  - /closed_loop: null
+  - /shift: null
+  - /window: null
+  - _self_
+
+backbone:
+  image_size: 64  # the data module reads it
+model:
+  _target_: toy_lab.MeanColourModule
+  network:
+    _target_: toy_lab.MeanColour
+    horizon: ${data.horizon}
+  optimizer: ${optimizer}
+"""
+
+
+def test_two_files_add_a_model(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = home / "lab"
+    (lab / "conf" / "model").mkdir(parents=True)
+    (lab / "toy_lab.py").write_text(LAB)
+    (lab / "conf" / "model" / "mean_colour.yaml").write_text(LAB_YAML.lstrip())
+    monkeypatch.syspath_prepend(str(lab))
+    toy = ["data=yam", "data.record.task.name=reach", "data.record.demos=4", "data.record.image_size=72"]
+    search = f"hydra.searchpath=[file://{lab / 'conf'}]"
+    run = home / "runs" / "mean_colour"
+    result = keygrip.train([search, "model=mean_colour", *QUICK, *toy, f"run_dir={run}"])
+    assert result["metrics"]["val/loss"] > 0
+    policy: Any = keygrip.load_policy(run, trust=["toy_lab"])
+    assert policy.plan(observation(policy)).position.shape == (1, 8, 3)
+    figures = keygrip.evaluate(run, ["trust=[toy_lab]", "simulate=false"])
+    assert figures["open_loop"]["loss"] > 0
+    export.run(compose("export", [f"checkpoint={run}", f"to={home / 'lab-export'}", "trust=[toy_lab]"]))
+    assert type(keygrip.load(home / "lab-export", trust=["toy_lab"])).__name__ == "MeanColourModule"
