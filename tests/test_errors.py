@@ -184,4 +184,4 @@ def test_import_is_light_and_help_needs_no_torch(command: Callable[..., Any], tm
     )
     done = command("light")
     assert done.returncode == 0, done.stderr
-    assert "model: " in done.stdout
+    assert "model=geometry_vla" in done.stdout
