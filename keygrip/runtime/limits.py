@@ -1,0 +1,267 @@
+"""Motion limits between a policy's plan and a robot: speed, acceleration, workspace, table and gripper.
+
+A policy is a learned function: its plans are bounded by nothing but the data. :class:`MotionLimits` states what the
+arm may do, :class:`LimitedMotion` turns any sequence of target poses into commands that obey it at every control
+period, and :func:`refuse_unsafe` rejects a plan that cannot be followed within the limits.
+
+The command's position is a point mass. Each axis may accelerate by a / sqrt(3), so that the norm of the acceleration
+stays below a. Before a wall of the workspace an axis is slowed to the largest speed w from which it can still stop,
+w dt + w^2 / (2 a) <= distance; if that holds at one period, braking at full rate makes it hold at the next, so the
+workspace is never left. Speed is bounded because each new velocity lies on the segment between the old velocity and
+the wanted one, both inside the ball of the speed limit.
+
+Frames and units: world frame, metres, seconds, radians; quaternions w, x, y, z; gripper 0 closed .. 1 open.
+Shape legend: A arms, T planned steps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from keygrip.models.policy import Plan
+
+QUATERNION_TOLERANCE = 0.05  # of the norm: more is not rounding but another quantity
+ROUNDING_M = 1e-9
+
+
+class UnsafePlanError(ValueError):
+    """A plan that cannot be executed within the limits; the message says which limit and by how much."""
+
+
+@dataclass(frozen=True)
+class MotionLimits:
+    """What a commanded arm may do.
+
+    Args:
+        speed_m_s: of the tool, along any direction.
+        acceleration_m_s2: of the commanded position; also the rate at which it brakes.
+        turn_rad_s: angular speed of the tool.
+        turn_acceleration_rad_s2: rate of change of that speed.
+        gripper_per_s: share of the full opening per second.
+        workspace_low, workspace_high: corners [3] of the box that the tool stays in, metres; None: no bound.
+        table_height_m: the tool stays above it, whatever the workspace says; None: no table.
+        tolerance_m: how far outside the workspace a planned position may lie and be moved to its edge; beyond that the
+            plan is refused.
+        lag_m: a plan from which the limited motion falls behind by more is refused: it asks for speeds that the arm
+            may not have.
+    """
+
+    speed_m_s: float = 0.6
+    acceleration_m_s2: float = 6.0
+    turn_rad_s: float = 3.0
+    turn_acceleration_rad_s2: float = 30.0
+    gripper_per_s: float = 10.0
+    workspace_low: tuple[float, float, float] | None = None
+    workspace_high: tuple[float, float, float] | None = None
+    table_height_m: float | None = 0.0
+    tolerance_m: float = 0.02
+    lag_m: float = 0.15
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name.startswith(("workspace", "table")):
+                if value is not None and not np.isfinite(value).all():
+                    raise ValueError(f"limits.{field.name} must be finite, got {value}")
+            elif not (math.isfinite(value) and value > 0):
+                raise ValueError(f"limits.{field.name} must be finite and above 0, got {value}")
+        low, high = self.box()
+        if (low >= high).any():
+            axis = "xyz"[int(np.argmax(low >= high))]
+            raise ValueError(
+                f"limits: the workspace is empty along {axis} ({low[int(np.argmax(low >= high))]:g} m to "
+                f"{high[int(np.argmax(low >= high))]:g} m; table_height_m={self.table_height_m})"
+            )
+
+    def box(self) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper corner [3] of where the tool may be, metres; infinite where nothing bounds it."""
+        low = np.array(self.workspace_low or (-np.inf,) * 3, dtype=np.float64)
+        high = np.array(self.workspace_high or (np.inf,) * 3, dtype=np.float64)
+        if self.table_height_m is not None:
+            low[2] = max(low[2], self.table_height_m)
+        return low, high
+
+
+class LimitedMotion:
+    """Commands that follow targets within limits, for one arm.
+
+    Args:
+        limits: see there.
+        pose: [8] where the arm is, at rest: position, quaternion, gripper opening. A start outside the workspace is
+            allowed; from there the arm only moves inwards.
+
+    Raises:
+        ValueError: the pose is not finite or its quaternion not a rotation.
+    """
+
+    def __init__(self, limits: MotionLimits, pose: np.ndarray) -> None:
+        self.limits = limits
+        self._low, self._high = limits.box()
+        self.reset(pose)
+
+    def reset(self, pose: np.ndarray) -> None:
+        """At rest at a pose [8], as at the start of an episode or after a stop."""
+        pose = _checked_pose(np.asarray(pose, dtype=np.float64))
+        self.position = pose[:3].copy()
+        self.velocity = np.zeros(3)
+        self.turn_speed = 0.0
+        self.rotation = Rotation.from_quat(pose[3:7], scalar_first=True)
+        self.gripper = float(np.clip(pose[7], 0.0, 1.0))
+
+    def copy(self) -> LimitedMotion:
+        """An independent motion in the same state."""
+        other = LimitedMotion(self.limits, self.command())
+        other.velocity, other.turn_speed = self.velocity.copy(), self.turn_speed
+        return other
+
+    def command(self) -> np.ndarray:
+        """[8] the present command."""
+        quaternion = self.rotation.as_quat(canonical=True, scalar_first=True)
+        return np.concatenate([self.position, quaternion, [self.gripper]])
+
+    def step(self, target: np.ndarray, seconds: float) -> np.ndarray:
+        """Moves towards a target pose for one control period.
+
+        Args:
+            target: [8] position, quaternion, gripper opening.
+            seconds: length of the period.
+
+        Returns:
+            [8] the command at the end of the period.
+
+        Raises:
+            ValueError: the target is not finite, or the period not above 0.
+        """
+        if not (math.isfinite(seconds) and seconds > 0):
+            raise ValueError(f"a control period is above 0 s, got {seconds}")
+        target = _checked_pose(np.asarray(target, dtype=np.float64))
+        self._move(np.clip(target[:3], self._low, self._high), seconds)
+        self._turn(Rotation.from_quat(target[3:7], scalar_first=True), seconds)
+        change = self.limits.gripper_per_s * seconds
+        self.gripper += float(np.clip(np.clip(target[7], 0.0, 1.0) - self.gripper, -change, change))
+        return self.command()
+
+    def hold(self, seconds: float) -> np.ndarray:
+        """Brakes to a halt within the limits and stays there; returns the command [8]."""
+        change = self.limits.acceleration_m_s2 / math.sqrt(3) * seconds
+        speed = np.abs(self.velocity).max()
+        self._advance(self.velocity * (max(0.0, speed - change) / speed if speed > 0 else 0.0), seconds)
+        self.turn_speed = 0.0
+        return self.command()
+
+    def _move(self, goal: np.ndarray, seconds: float) -> None:
+        limits = self.limits
+        offset = goal - self.position
+        distance = float(np.linalg.norm(offset))
+        wanted = np.zeros(3)
+        if distance > ROUNDING_M:
+            braking = _speed_that_stops_within(distance, limits.acceleration_m_s2 / math.sqrt(3), seconds)
+            speed = min(distance / seconds, limits.speed_m_s, max(braking, 0.0))
+            # a target closer than one period's braking distance is reached exactly
+            if distance / seconds <= limits.acceleration_m_s2 / math.sqrt(3) * seconds:
+                speed = min(distance / seconds, limits.speed_m_s)
+            wanted = offset * (speed / distance)
+        change = wanted - self.velocity
+        most = limits.acceleration_m_s2 / math.sqrt(3) * seconds
+        share = min(1.0, most / max(float(np.abs(change).max()), 1e-300))
+        self._advance(self.velocity + share * change, seconds)
+
+    def _advance(self, velocity: np.ndarray, seconds: float) -> None:
+        """Takes a velocity for one period, slowed before the walls of the workspace."""
+        rate = self.limits.acceleration_m_s2 / math.sqrt(3)
+        for axis in range(3):
+            wall = self._high[axis] if velocity[axis] > 0 else self._low[axis]
+            room = abs(wall - self.position[axis])
+            outside = (
+                (self.position[axis] - self._high[axis])
+                if velocity[axis] > 0
+                else (self._low[axis] - self.position[axis])
+            )
+            most = 0.0 if outside >= 0 else _speed_that_stops_within(room, rate, seconds)
+            velocity[axis] = float(np.clip(velocity[axis], -most, most))
+        self.velocity = velocity
+        moved = self.position + velocity * seconds
+        inside = (self.position >= self._low) & (self.position <= self._high)
+        # rounding may not carry the command past a wall
+        self.position = np.where(inside, np.clip(moved, self._low, self._high), moved)
+
+    def _turn(self, goal: Rotation, seconds: float) -> None:
+        limits = self.limits
+        offset = (goal * self.rotation.inv()).as_rotvec()
+        angle = float(np.linalg.norm(offset))
+        if angle < 1e-12:
+            self.turn_speed = 0.0
+            return
+        rate = limits.turn_acceleration_rad_s2
+        speed = min(limits.turn_rad_s, self.turn_speed + rate * seconds, angle / seconds)
+        if angle / seconds > rate * seconds:
+            speed = min(speed, max(_speed_that_stops_within(angle, rate, seconds), rate * seconds))
+        self.turn_speed = speed
+        self.rotation = Rotation.from_rotvec(offset * (speed * seconds / angle)) * self.rotation
+
+
+def refuse_unsafe(plan: Plan, motions: list[LimitedMotion], control_hz: float) -> None:
+    """Raises where a plan cannot be executed within the limits.
+
+    Args:
+        plan: of all arms. motions: the present motion of each arm (left unchanged). control_hz: commands per second.
+
+    Raises:
+        UnsafePlanError: a value is not finite, a quaternion is no rotation, an opening is far from 0 .. 1, a position
+            lies outside the workspace by more than the tolerance, or the plan moves so fast that the limited motion
+            falls behind by more than `lag_m`.
+    """
+    arms, steps = plan.gripper.shape
+    if arms != len(motions):
+        raise UnsafePlanError(f"the plan is for {arms} arms, the robot has {len(motions)}")
+    for name, values in (("position", plan.position), ("quaternion", plan.quaternion), ("gripper", plan.gripper)):
+        if not np.isfinite(values).all():
+            raise UnsafePlanError(f"the plan's {name} is not finite")
+    norms = np.linalg.norm(plan.quaternion, axis=-1)
+    if (np.abs(norms - 1) > QUATERNION_TOLERANCE).any():
+        raise UnsafePlanError(f"a planned quaternion has norm {norms.flat[np.abs(norms - 1).argmax()]:.3g}, not 1")
+    if plan.gripper.min() < -0.5 or plan.gripper.max() > 1.5:
+        raise UnsafePlanError(f"a planned opening is {plan.gripper.min():.3g} .. {plan.gripper.max():.3g}, not 0 .. 1")
+    if not (math.isfinite(plan.step_seconds) and plan.step_seconds > 0):
+        raise UnsafePlanError(f"the plan's step_seconds is {plan.step_seconds}")
+    ticks = max(1, round(plan.step_seconds * control_hz))
+    for arm, motion in enumerate(motions):
+        limits, (low, high) = motion.limits, motion.limits.box()
+        beyond = np.maximum(low - plan.position[arm], plan.position[arm] - high).max(axis=1)
+        if beyond.max() > limits.tolerance_m:
+            step = int(beyond.argmax())
+            raise UnsafePlanError(
+                f"step {step + 1} of the plan lies {100 * beyond[step]:.1f} cm outside the workspace, at "
+                f"{np.round(plan.position[arm, step], 3).tolist()} m"
+            )
+        trial = motion.copy()
+        for step in range(steps):
+            pose = np.concatenate([plan.position[arm, step], plan.quaternion[arm, step], [plan.gripper[arm, step]]])
+            for _ in range(ticks):
+                trial.step(pose, 1.0 / control_hz)
+            lag = float(np.linalg.norm(np.clip(pose[:3], low, high) - trial.position))
+            if lag > limits.lag_m:
+                raise UnsafePlanError(
+                    f"at step {step + 1} the arm would be {100 * lag:.1f} cm behind the plan: it asks for more than "
+                    f"{limits.speed_m_s:g} m/s"
+                )
+
+
+def _speed_that_stops_within(distance: float, deceleration: float, seconds: float) -> float:
+    """The largest w with w dt + w^2 / (2 a) <= distance: after one more period at w, braking at a stops in time."""
+    if math.isinf(distance):
+        return math.inf
+    return deceleration * (math.sqrt(seconds * seconds + 2 * max(distance, 0.0) / deceleration) - seconds)
+
+
+def _checked_pose(pose: np.ndarray) -> np.ndarray:
+    if pose.shape != (8,) or not np.isfinite(pose).all():
+        raise ValueError(f"a pose is 8 finite numbers (position 3, quaternion wxyz 4, gripper 1), got {pose.tolist()}")
+    norm = float(np.linalg.norm(pose[3:7]))
+    if abs(norm - 1) > QUATERNION_TOLERANCE:
+        raise ValueError(f"the quaternion of a pose has norm {norm:.3g}, not 1")
+    return np.concatenate([pose[:3], pose[3:7] / norm, pose[7:]])
