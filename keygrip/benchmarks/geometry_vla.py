@@ -147,7 +147,7 @@ def untrained(config: DictConfig) -> GeometryVLAModule:
         position=uniform(count, arms, horizon, 3) * 0.4,
         quaternion=rotation_exp(uniform(count, arms, horizon, 3)),
         gripper=uniform(count, arms, horizon),
-        repeated=torch.zeros(count, arms, horizon, dtype=torch.bool),
+        action_is_pad=torch.zeros(count, arms, horizon, dtype=torch.bool),
         keyframe=uniform(count, arms, 3) * 0.4,
         demo_index=torch.zeros(count, dtype=torch.long),
         frame_index=torch.arange(count),

@@ -53,7 +53,7 @@ class PolicyTargets(Movable, ABC):
         start_position: float32 [B, A, 3] metres, start_quaternion [B, A, 4] w x y z, start_gripper [B, A]: the pose
             reached now.
         position: float32 [B, A, T, 3], quaternion [B, A, T, 4], gripper [B, A, T]: the targets.
-        repeated: bool [B, A, T], the step lies past the end of the demo and repeats the last pose.
+        action_is_pad: bool [B, A, T], the step lies past the end of the demo and repeats the last pose.
         keyframe: float32 [B, A, 3] metres: the target at the next frame in which the gripper closes or opens, or at the
             demo's last frame (keyframes of James and Davison, 2022, arXiv:2105.14829).
         demo_index: int64 [B], into the data module's list of demos. frame_index: int64 [B].
@@ -66,7 +66,7 @@ class PolicyTargets(Movable, ABC):
     position: Tensor
     quaternion: Tensor
     gripper: Tensor
-    repeated: Tensor
+    action_is_pad: Tensor
     keyframe: Tensor
     demo_index: Tensor
     frame_index: Tensor

@@ -14,7 +14,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from keygrip.artifacts import write_json
+from keygrip.artifacts import locked, write_json
 from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
 from keygrip.envs.yam.environment import YamCell
 from keygrip.envs.yam.expert import expert_actions
@@ -34,6 +34,7 @@ from keygrip.envs.yam.text import EpisodeTrace, describe
 ROBOT = "yam"
 ARM = "right"
 SETTINGS_FILE = "recording.json"
+LOCK_FILE = ".recording.lock"
 STALE_AFTER_S = 600.0
 
 
@@ -114,6 +115,48 @@ def record(
     settings = RecordSettings(task, image_size, float(hz), tuple(cameras or (task.camera,)), depth, video, jpeg_quality)
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
+    with locked(root / LOCK_FILE):  # a second recorder of this folder waits and then finds the demos there
+        return _record(settings, root, demos, seed, processes, progress)
+
+
+def record_step(
+    task: TaskOptions,
+    root: str | Path,
+    demos: int,
+    seed: int,
+    image_size: int,
+    hz: float,
+    processes: int | None,
+    cameras: Sequence[str] | None,
+    depth: bool,
+    video: bool,
+) -> dict[str, Any]:
+    """The step `record`: see `record`; processes: None, one per core. Returns counts and seconds."""
+    summary = record(
+        task,
+        root,
+        demos,
+        seed=seed,
+        image_size=image_size,
+        hz=hz,
+        processes=processes or os.cpu_count() or 1,
+        cameras=None if cameras is None else tuple(cameras),
+        depth=depth,
+        video=video,
+    )
+    return {
+        "root": str(summary.root),
+        "demos": summary.demos,
+        "recorded": summary.recorded,
+        "failed_episodes": summary.failed,
+        "wall_s": round(summary.seconds, 1),
+    }
+
+
+def _record(
+    settings: RecordSettings, root: Path, demos: int, seed: int, processes: int, progress: bool
+) -> RecordSummary:
+    task = settings.task
     _check_settings(root, settings)
     _remove_stale(root)
     failed = set(_read_settings(root).get("failed_seeds", []))

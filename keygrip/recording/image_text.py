@@ -7,16 +7,17 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from hydra.utils import instantiate
+from PIL import Image
 
 from keygrip.data.image_text.bucket_folders import write_info
 from keygrip.data.image_text.crops import Bucket, nearest_bucket, shared_crop
 from keygrip.data.image_text.samples import describe_image_text
 from keygrip.data.image_text.sources.encoding import as_tensor, encode_images, prepare_image
 from keygrip.data.video_text.sources.writing import MadeSample, write_shards
-
-if TYPE_CHECKING:
-    from keygrip.envs.yam.stills import Picture, PictureCell, PictureOptions
+from keygrip.envs.yam.stills import Picture, PictureCell, PictureOptions
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +45,6 @@ class PictureMaker:
         return nearest_bucket(*self.options.size_of(seed), self.buckets)
 
     def __call__(self, seed: int) -> Iterable[MadeSample]:
-        from PIL import Image
-
-        from keygrip.envs.yam.stills import PictureCell
-
         if self._built is None:
             self._built = (PictureCell(self.options), build_encoders(self.encoders))
         cell, encoders = self._built
@@ -68,8 +65,6 @@ class PictureMaker:
 
 def build_encoders(config: Mapping[str, Any]) -> Any:
     """The encoders of a config."""
-    from hydra.utils import instantiate
-
     return instantiate(dict(config), _convert_="all")
 
 
@@ -96,8 +91,6 @@ def make_images(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         samples by split and seconds.
     """
-    from keygrip.envs.yam.stills import PictureOptions
-
     started = time.monotonic()
     drawn = PictureOptions(**(options.get("picture") or {}))
     buckets = [Bucket(int(width), int(height)) for width, height in options["buckets"]]

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
+from keygrip.data.robot.datamodule import split_demos
+from keygrip.data.robot.discovery import find_demos
 from keygrip.data.video_text.conversations import (
     MAX_FRAMES,
     Conversation,
@@ -107,8 +110,6 @@ class DemoMaker:
     fit: str
 
     def __call__(self, reference: Any) -> Iterable[MadeSample]:
-        from PIL import Image
-
         demo = reference.read()
         camera = self.camera or next(iter(demo.cameras))
         if camera not in demo.cameras:
@@ -157,9 +158,6 @@ def robot_videos(
     Raises:
         FileNotFoundError, ValueError: no demonstrations, or too many are broken.
     """
-    from keygrip.data.robot.datamodule import split_demos
-    from keygrip.data.robot.discovery import find_demos
-
     if source is None:
         return make_tours(root, {**(simulated or {}), "videos_per_shard": videos_per_shard, "processes": processes})
     references = find_demos(source, format, calibration)
@@ -186,7 +184,6 @@ def make_demos(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
         options: `train`, `val`, `test` (how many), `videos_per_shard`, `image_size`, `processes`, and `task`: the
             fields of :class:`keygrip.envs.yam.tasks.TaskOptions`.
     """
-    from keygrip.data.robot.discovery import find_demos
     from keygrip.envs.yam.tasks import TaskOptions
     from keygrip.recording.demonstrations import record
 

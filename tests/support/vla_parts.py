@@ -95,7 +95,7 @@ def poses(count: int, seed: int) -> dict[str, Tensor]:
         "position": start[:, :, None] + 0.05 * torch.randn(count, 1, T, 3, generator=generator),
         "quaternion": rotation_exp(turn[:, :, None] + 0.1 * torch.randn(count, 1, T, 3, generator=generator)),
         "gripper": uniform(count, 1, T),
-        "repeated": torch.zeros(count, 1, T, dtype=torch.bool),
+        "action_is_pad": torch.zeros(count, 1, T, dtype=torch.bool),
         "keyframe": start + 0.05 * torch.randn(count, 1, 3, generator=generator),
         "demo_index": torch.arange(count),
         "frame_index": torch.zeros(count, dtype=torch.long),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import multiprocessing
@@ -16,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from keygrip.artifacts import locked
 from keygrip.data.batches import MultiViewPolicyBatch, PolicyBatch, PolicyTargets
 from keygrip.data.robot.augmentation import Augmentation, ImageGeometry
 from keygrip.data.robot.discovery import find_demos
@@ -185,12 +185,8 @@ class RobotDemos(ResumableData):
                 "recording starts processes, which import the script that asked for it: put its work under "
                 "if __name__ == '__main__'"
             )
-        self.root.parent.mkdir(parents=True, exist_ok=True)
-        lock = self.root.parent / f".{self.root.name}.lock"
-        with lock.open("w") as handle:
-            fcntl.flock(
-                handle, fcntl.LOCK_EX
-            )  # several processes of one run may get here; one records, the others wait
+        # several processes of one run may get here; one records, the others wait
+        with locked(self.root.parent / f".{self.root.name}.lock"):
             self.record.complete()
 
     def setup(self, stage: str | None = None) -> None:
@@ -310,10 +306,10 @@ class RobotDemos(ResumableData):
             pose = torch.from_numpy(np.ascontiguousarray(track.world_to_camera))[:, None]
             inside = []
             for arm in self.arms:
-                points, _, _, repeated = targets_of(demo.arms[arm], np.arange(len(demo)), self.steps, self.targets)
+                points, _, _, is_pad = targets_of(demo.arms[arm], np.arange(len(demo)), self.steps, self.targets)
                 pixels, _ = project(torch.from_numpy(points), intrinsics, pose)
                 seen = inside_image(pixels, self.geometry.image_size, self.geometry.image_size)
-                inside.append(seen.numpy()[~repeated])
+                inside.append(seen.numpy()[~is_pad])
             shares[demo.name] = float(1 - np.concatenate(inside).mean())
         return shares
 

@@ -50,10 +50,11 @@ class Recording:
 
     @property
     def root(self) -> Path:
-        """The recording's folder."""
-        options = {**self.task, "seed": self.seed, "image_size": self.image_size, "hz": self.hz}
-        options |= {"recorder": self.recorder, "depth": self.depth, "video": self.video}
-        if self.cameras is not None:  # recordings of the task's own camera keep the name that they had before
+        """The recording's folder, named by what is recorded and not by where the code lies."""
+        options = {key: value for key, value in self.task.items() if key != "_target_"}
+        options |= {"seed": self.seed, "image_size": self.image_size, "hz": self.hz}
+        options |= {"depth": self.depth, "video": self.video}
+        if self.cameras is not None:
             options["cameras"] = list(self.cameras)
         # 10 and 10.0 are the same setting
         plain = {key: value + 0.0 if type(value) is int else value for key, value in options.items()}

@@ -27,20 +27,20 @@ IDLE_GRIPPER_PER_S = 0.05  # and a gripper that would need 20 s to close
 
 def targets_of(arm: ArmTrajectory, frame: int | np.ndarray, steps: np.ndarray, targets: str) -> tuple[np.ndarray, ...]:
     """Target poses `steps` frames after `frame`: position [..., T, 3], quaternion [..., T, 4], gripper [..., T],
-    repeated [..., T].
+    is_pad [..., T].
 
     "reached" takes the pose measured at the future frame. "commanded" takes what the arm was told to be at that frame,
     which is the command given one frame earlier. Past the end of the demo the last pose is repeated.
     """
     future = np.asarray(frame)[..., None] + steps
     last = len(arm) - 1
-    repeated = future > last
+    is_pad = future > last
     if targets == "commanded":
         assert arm.commanded is not None
         poses, rows = arm.commanded, np.minimum(future - 1, last)
     else:
         poses, rows = arm, np.minimum(future, last)
-    return poses.position[rows], poses.quaternion[rows], poses.gripper[rows], repeated
+    return poses.position[rows], poses.quaternion[rows], poses.gripper[rows], is_pad
 
 
 def keyframe_of(arm: ArmTrajectory, frame: int | np.ndarray, targets: str) -> np.ndarray:
@@ -84,7 +84,7 @@ def poses_of(
     axis = np.asarray(frame).ndim
     trajectories = [demo.arms[name] for name in arms]
     ahead = zip(*(targets_of(arm, frame, steps, targets) for arm in trajectories), strict=True)
-    position, quaternion, gripper, repeated = (np.stack(part, axis) for part in ahead)
+    position, quaternion, gripper, is_pad = (np.stack(part, axis) for part in ahead)
     here = np.zeros(1, dtype=np.int64)
     keyframes = [targets_of(arm, keyframe_of(arm, frame, targets), here, targets)[0] for arm in trajectories]
     return {
@@ -94,7 +94,7 @@ def poses_of(
         "position": _float(position),
         "quaternion": _float(quaternion),
         "gripper": _float(gripper),
-        "repeated": torch.from_numpy(repeated),
+        "action_is_pad": torch.from_numpy(is_pad),
         "keyframe": _float(np.stack([position[..., 0, :] for position in keyframes], axis)),
     }
 

@@ -118,7 +118,7 @@ class PoseActions(nn.Module):
 
     def mask(self, targets: PolicyTargets) -> Tensor:
         """bool ``[B, T, 10 A]``: False where the step is padding behind the end of a demonstration."""
-        return (~targets.repeated).transpose(1, 2).repeat_interleave(SIZE, dim=-1)
+        return (~targets.action_is_pad).transpose(1, 2).repeat_interleave(SIZE, dim=-1)
 
     def _raw(self, targets: PolicyTargets) -> Tensor:
         position, quaternion = targets.position, targets.quaternion

@@ -199,7 +199,7 @@ class GeometryVLAModule(System):
     def metrics(self, scene: Scene, batch: MultiViewPolicyBatch, sampled: Tensor) -> dict[str, Tensor]:
         """Errors of sampled actions over the steps that are no padding, and where the head looks."""
         position, quaternion, gripper = self.actions.decode(sampled, batch.start_position, batch.start_quaternion)
-        valid = ~batch.repeated
+        valid = ~batch.action_is_pad
         values = {
             "position_cm": (position - batch.position).norm(dim=-1) * 100,
             "height_m": (position - batch.position)[..., 2].abs(),
@@ -222,7 +222,7 @@ class GeometryVLAModule(System):
         and in height, cm. A grasp succeeds by these; the mean over all steps is of approaches in free air."""
         position, _, _ = self.actions.decode(sampled, batch.start_position, batch.start_quaternion)
         shut = torch.cat([batch.start_gripper[..., None], batch.gripper], dim=-1) < CLOSED  # [B, A, 1 + T]
-        closes = shut[..., 1:] & ~shut[..., :-1] & ~batch.repeated
+        closes = shut[..., 1:] & ~shut[..., :-1] & ~batch.action_is_pad
         off = 100 * (position - batch.position)[closes]
         return {"grip_side_cm": off[:, :2].norm(dim=-1), "grip_height_cm": off[:, 2].abs()}
 

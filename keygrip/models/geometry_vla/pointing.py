@@ -136,9 +136,9 @@ def pointing_losses(logits: Tensor, batch: MultiViewPolicyBatch) -> dict[str, Te
         logits: ``[B, V, A, M, g, g]``.
     """
     steps = batch.position.shape[2]
-    losses = _map_losses(logits[:, :, :, :steps], batch.position, ~batch.repeated, batch, "pointing")
+    losses = _map_losses(logits[:, :, :, :steps], batch.position, ~batch.action_is_pad, batch, "pointing")
     if logits.shape[3] > steps:
-        always = torch.ones_like(batch.repeated[:, :, :1])
+        always = torch.ones_like(batch.action_is_pad[:, :, :1])
         losses |= _map_losses(logits[:, :, :, steps:], batch.keyframe[:, :, None], always, batch, "keyframe")
     return losses
 

@@ -66,7 +66,7 @@ def test_a_batch_has_the_promised_shapes_and_types(root: Path, robot_demos: Make
         "world_to_camera": ((8, 4, 4), torch.float32),
         "start_position": ((8, 1, 3), torch.float32),
         "position": ((8, 1, 3, 3), torch.float32),
-        "repeated": ((8, 1, 3), torch.bool),
+        "action_is_pad": ((8, 1, 3), torch.bool),
     }
     for name, (shape, kind) in expected.items():
         assert getattr(batch, name).shape == shape, name
@@ -86,7 +86,15 @@ def test_the_first_view_is_what_a_policy_of_one_camera_is_given(root: Path, robo
     assert issubclass(MultiViewPolicyBatch, PolicyBatch)  # goes where one is asked for, and not the other way round
     assert not issubclass(PolicyBatch, MultiViewPolicyBatch)
     ours, theirs = next(iter(many.val_dataloader())), next(iter(one.val_dataloader()))
-    for name in ("image", "intrinsics", "world_to_camera", "position", "start_quaternion", "repeated", "frame_index"):
+    for name in (
+        "image",
+        "intrinsics",
+        "world_to_camera",
+        "position",
+        "start_quaternion",
+        "action_is_pad",
+        "frame_index",
+    ):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), atol=1e-6, rtol=0)
     torch.testing.assert_close(ours.normalised((0, 0, 0), (1, 1, 1)) * 255, ours.images.float())
 
@@ -186,7 +194,7 @@ def test_chunks_are_the_training_samples_targets(root: Path, robot_demos: Make) 
         sample = module.train_samples[SampleKey(index, 0)]
         for name in ("start_position", "start_quaternion", "start_gripper", "position", "quaternion", "gripper"):
             torch.testing.assert_close(getattr(chunks, name)[index], getattr(sample, name))
-        assert torch.equal(chunks.repeated[index], sample.repeated)
+        assert torch.equal(chunks.action_is_pad[index], sample.action_is_pad)
         assert (chunks.instruction[index], int(chunks.frame_index[index])) == (
             sample.instruction,
             int(sample.frame_index),

@@ -56,11 +56,11 @@ def test_a_batch_has_the_promised_shapes_and_types(native_root: Path, robot_demo
         "position": (8, 1, 3, 3),
         "quaternion": (8, 1, 3, 4),
         "gripper": (8, 1, 3),
-        "repeated": (8, 1, 3),
+        "action_is_pad": (8, 1, 3),
         "demo_index": (8,),
         "frame_index": (8,),
     }
-    types_ = {"repeated": torch.bool, "demo_index": torch.int64, "frame_index": torch.int64}
+    types_ = {"action_is_pad": torch.bool, "demo_index": torch.int64, "frame_index": torch.int64}
     for name, shape in shapes.items():
         assert getattr(batch, name).shape == shape, name
         assert getattr(batch, name).dtype == types_.get(name, torch.float32), name
@@ -75,7 +75,11 @@ def test_moving_a_batch_keeps_whole_numbers_and_sentences(native_root: Path, rob
     assert moved.image.device.type == "meta"
     assert moved.instruction == batch.instruction
     half = batch.to(dtype=torch.bfloat16)
-    assert (half.image.dtype, half.demo_index.dtype, half.repeated.dtype) == (torch.bfloat16, torch.int64, torch.bool)
+    assert (half.image.dtype, half.demo_index.dtype, half.action_is_pad.dtype) == (
+        torch.bfloat16,
+        torch.int64,
+        torch.bool,
+    )
 
 
 def test_reached_targets_and_repeats_past_the_end(native_root: Path, robot_demos: Make) -> None:
@@ -89,7 +93,7 @@ def test_reached_targets_and_repeats_past_the_end(native_root: Path, robot_demos
             future = min(frame + ahead, 11)
             np.testing.assert_allclose(sample.position[0, step], demo.arms["right"].position[future], atol=1e-6)
             np.testing.assert_allclose(sample.quaternion[0, step], demo.arms["right"].quaternion[future], atol=1e-6)
-            assert bool(sample.repeated[0, step]) == (frame + ahead > 11)
+            assert bool(sample.action_is_pad[0, step]) == (frame + ahead > 11)
         np.testing.assert_allclose(sample.start_position[0], demo.arms["right"].position[frame], atol=1e-6)
 
 
@@ -103,7 +107,7 @@ def test_commanded_targets_are_the_command_given_one_frame_before(native_root: P
             expected = 0.005 * min(frame + ahead, 12)
             assert float(sample.position[0, step, 0]) == pytest.approx(expected, abs=1e-6)
             assert float(sample.position[0, step, 2]) == pytest.approx(level + 0.001, abs=1e-6)
-            assert bool(sample.repeated[0, step]) == (frame + ahead > 11)
+            assert bool(sample.action_is_pad[0, step]) == (frame + ahead > 11)
 
 
 def test_targets_of_many_frames_equal_those_of_each(native_root: Path, robot_demos: Make) -> None:

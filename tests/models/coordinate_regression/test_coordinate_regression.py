@@ -59,7 +59,7 @@ def batch() -> PolicyBatch:
         position=torch.rand(2, 1, T, 3) * (high - low) + low,
         quaternion=rotation_exp(torch.randn(2, 1, T, 3)),
         gripper=torch.rand(2, 1, T),
-        repeated=torch.zeros(2, 1, T, dtype=torch.bool),
+        action_is_pad=torch.zeros(2, 1, T, dtype=torch.bool),
         keyframe=torch.rand(2, 1, 3),
         demo_index=torch.zeros(2, dtype=torch.long),
         frame_index=torch.zeros(2, dtype=torch.long),

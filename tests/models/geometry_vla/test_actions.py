@@ -71,10 +71,10 @@ def test_almost_all_of_the_training_split_lies_in_range_and_constants_do_not_exp
 
 def test_padded_steps_do_not_count() -> None:
     data, padded = chunks(), chunks()
-    padded.repeated[:, :, -1] = True
+    padded.action_is_pad[:, :, -1] = True
     padded.position[:, :, -1] = 1e3
     first, second = PoseActions(["right"]), PoseActions(["right"])
-    data.repeated[:, :, -1] = True
+    data.action_is_pad[:, :, -1] = True
     first.take(data)
     second.take(padded)
     assert torch.equal(first.high, second.high)
@@ -82,7 +82,7 @@ def test_padded_steps_do_not_count() -> None:
     assert mask.shape == (64, T, SIZE)
     assert mask[:, :-1].all()
     assert not mask[:, -1].any()
-    padded.repeated[:] = True
+    padded.action_is_pad[:] = True
     with pytest.raises(ValueError, match="no action that is not padding"):
         PoseActions(["right"]).take(padded)
 
@@ -93,7 +93,7 @@ def test_two_arms_keep_their_places() -> None:
     both = PolicyTargets(**arms, instruction=["go"] * 8)
     actions = PoseActions(["left", "right"])
     actions.take(both)
-    both.repeated[:, 1, 2] = True
+    both.action_is_pad[:, 1, 2] = True
     mask = actions.mask(both)
     assert mask[:, 2, :SIZE].all()
     assert not mask[:, 2, SIZE:].any()

@@ -34,7 +34,7 @@ def test_cells_lie_where_their_tokens_are() -> None:
 
 def test_the_loss_is_least_at_the_gripper_and_counts_what_is_seen() -> None:
     batch = small_batch()
-    batch.repeated[0, 0, 2:] = True
+    batch.action_is_pad[0, 0, 2:] = True
     size, cells = batch.images.shape[-1], 8
     cameras = batch.view_intrinsics[:, :, None, None], batch.view_world_to_camera[:, :, None, None]
     pixels, _ = project(batch.position[:, None], *cameras)
@@ -62,11 +62,13 @@ def test_the_loss_is_least_at_the_gripper_and_counts_what_is_seen() -> None:
 
 def test_the_keyframe_has_a_map_of_its_own() -> None:
     batch = small_batch()
-    batch.repeated[:] = True  # padding says nothing of the keyframe
+    batch.action_is_pad[:] = True  # padding says nothing of the keyframe
     logits = torch.randn(2, V, 1, T + 1, 8, 8)
     losses = pointing_losses(logits, batch)
     assert losses["pointing"] == 0
-    moved = replace(batch, position=batch.keyframe[:, :, None].expand(-1, -1, T, -1), repeated=~batch.repeated)
+    moved = replace(
+        batch, position=batch.keyframe[:, :, None].expand(-1, -1, T, -1), action_is_pad=~batch.action_is_pad
+    )
     as_steps = pointing_losses(logits[:, :, :, -1:].expand(-1, -1, -1, T, -1, -1), moved)
     torch.testing.assert_close(losses["keyframe"], as_steps["pointing"])
     torch.testing.assert_close(losses["keyframe_px"], as_steps["pointing_px"])

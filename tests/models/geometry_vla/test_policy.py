@@ -106,7 +106,7 @@ def test_the_vlm_runs_once_for_all_draws_and_steps(module: GeometryVLAModule) ->
 
 def test_loss_is_written_out_and_padded_steps_do_not_count(module: GeometryVLAModule) -> None:
     batch = small_batch()
-    batch.repeated[0, 0, 2:] = True
+    batch.action_is_pad[0, 0, 2:] = True
     scene = module(batch)
     torch.manual_seed(0)
     found = module.losses(scene, batch)["action"]
@@ -123,7 +123,7 @@ def test_loss_is_written_out_and_padded_steps_do_not_count(module: GeometryVLAMo
         module.losses(scene, batch)["action"], [module.network.head.decode[3].bias], retain_graph=True
     )[0]
     assert torch.isfinite(weight).all()
-    batch.repeated[:] = True
+    batch.action_is_pad[:] = True
     assert float(module.losses(scene, batch)["action"].detach()) == 0.0
 
 

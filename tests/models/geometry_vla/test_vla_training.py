@@ -127,7 +127,7 @@ def test_errors_at_the_grip_are_of_the_steps_that_close(tmp_path: Path) -> None:
     found = module.grip_errors(batch, sampled)
     torch.testing.assert_close(found["grip_side_cm"], torch.tensor([5.0, 0.0]), atol=1e-3, rtol=0)
     torch.testing.assert_close(found["grip_height_cm"], torch.tensor([1.0, 2.0]), atol=1e-3, rtol=0)
-    batch.repeated[0, 0, 2] = True  # padding
+    batch.action_is_pad[0, 0, 2] = True  # padding
     assert len(module.grip_errors(batch, sampled)["grip_side_cm"]) == 1
 
 

@@ -87,7 +87,7 @@ def batch(size: int = 2, arms: int = 1, seed: int = 0) -> PolicyBatch:
         position=position,
         quaternion=rotation_exp(turn),
         gripper=rand(size, arms, T),
-        repeated=torch.zeros(size, arms, T, dtype=torch.bool),
+        action_is_pad=torch.zeros(size, arms, T, dtype=torch.bool),
         keyframe=position[:, :, -1],
         demo_index=torch.zeros(size, dtype=torch.long),
         frame_index=torch.arange(size),

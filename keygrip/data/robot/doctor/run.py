@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -26,6 +27,37 @@ from keygrip.data.robot.doctor.trajectories import (
 from keygrip.data.robot.schema import Demo, DemoError
 
 log = logging.getLogger(__name__)
+
+
+def examine(
+    root: str | Path,
+    output: str | Path | None,
+    format: str,
+    calibration: str | Path | None,
+    max_demos: int | None,
+    frames_per_demo: int,
+    height_bins: int,
+    pred_size: int,
+) -> dict[str, Any]:
+    """The step `doctor`: logs every finding with its advice; returns counts and the folder of the contact sheets."""
+    folder = Path(output) if output is not None else Path("runs/doctor") / Path(root).resolve().name
+    findings = doctor(
+        root,
+        folder,
+        format=format,
+        calibration=calibration,
+        max_demos=max_demos,
+        frames_per_demo=frames_per_demo,
+        height_bins=height_bins,
+        pred_size=pred_size,
+    )
+    for finding in findings:
+        log.warning("%s", finding)
+    if not findings:
+        log.info("no fault found in %s", root)
+    errors = sum(finding.severity == "error" for finding in findings)
+    log.info("contact sheets and report: %s", folder)
+    return {"root": str(root), "output": str(folder), "errors": errors, "warnings": len(findings) - errors}
 
 
 def doctor(

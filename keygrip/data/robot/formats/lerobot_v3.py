@@ -39,6 +39,7 @@ from keygrip.data.robot.formats.poses import increasing, opening, quaternions, r
 from keygrip.data.robot.frames import VideoFrames
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource
+from keygrip.robots.kinematics import forward_kinematics
 
 IMAGES = "observation.images."
 _ROTATIONS = {"quaternion_wxyz": 4, "quaternion_xyzw": 4, "rotation_vector": 3, "matrix": 9, "euler_xyz": 3}
@@ -268,8 +269,6 @@ def _poses(
         return base.world_from_base @ transform(position, _matrices(values, kind, where)), joints
     if joints is None:
         raise ValueError(f"{path}: {where} needs position and rotation, or joints of a YAM")
-    from keygrip.robots.kinematics import forward_kinematics
-
     position, quaternion = forward_kinematics(joints, base.arm, base.gripper)
     matrices = Rotation.from_quat(quaternion, scalar_first=True).as_matrix()
     return base.world_from_base @ transform(position, matrices), joints

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.calibration import ArmCalibration, Calibration, find_calibration, read_calibration
 from keygrip.data.robot.formats.frames import SelectedFrames
@@ -25,6 +26,7 @@ from keygrip.data.robot.formats.poses import increasing, opening, quaternions, t
 from keygrip.data.robot.frames import VideoFrames
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource
+from keygrip.robots.kinematics import forward_kinematics
 
 FLAG = "write_complete.flag"
 
@@ -143,10 +145,6 @@ def _arm(episode: Path, name: str, source: str, base: ArmCalibration) -> tuple[n
 
 
 def _forward(joints: np.ndarray, base: ArmCalibration) -> np.ndarray:
-    from scipy.spatial.transform import Rotation
-
-    from keygrip.robots.kinematics import forward_kinematics
-
     position, quaternion = forward_kinematics(joints, base.arm, base.gripper)
     return base.world_from_base @ transform(position, Rotation.from_quat(quaternion, scalar_first=True).as_matrix())
 
