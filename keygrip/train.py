@@ -17,6 +17,7 @@ from keygrip.command import entry_point
 from keygrip.config import SettingError, TrainSchema, compose, listed, refuse_unread
 from keygrip.training import run_folder
 from keygrip.training.loggers import build_loggers, finish, log_settings
+from keygrip.training.pretraining import complete_stages
 from keygrip.training.sweeps import read_result, write_result
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     refuse_unfit(cfg)
     refuse_unread(cfg, TrainSchema)
     _refuse_callbacks_without_class(cfg.callbacks)
-    resolved: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    resolved: dict[str, Any] = complete_stages(OmegaConf.to_container(cfg, resolve=True))
     strategy = instantiate(cfg.strategy)
     arguments = strategy.trainer_arguments()  # before anything slow: a missing GPU is said at once
     compilation = None if cfg.compile is None else instantiate(cfg.compile)

@@ -1,8 +1,11 @@
-"""A training run that another one builds on, made by the program itself where it is missing."""
+"""Pretraining stages: training runs that another one starts from, trained first where they are missing.
+
+A configuration names a stage in place of a run folder; `keygrip.train` completes it before it builds the model, so that
+models get a path and start no process.
+"""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -12,18 +15,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from keygrip.artifacts import locked
 from keygrip.training.run_folder import CHECKPOINT
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
+from keygrip.training.sweeps import FINISHED, read_result
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class MadeRun:
+class PretrainingStage:
     """A finished run of `keygrip.train`, trained first where it is missing.
 
     Args:
@@ -50,9 +52,7 @@ class MadeRun:
             ValueError: it is missing, and this is one of several processes.
         """
         run = self.run_dir
-        run.parent.mkdir(parents=True, exist_ok=True)
-        with (run.parent / f".{run.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(run.parent / f".{run.name}.lock"):
             if self._finished(run):
                 log.info("%s: %s", self.name, run)
                 return run
@@ -69,14 +69,24 @@ class MadeRun:
                 raise RuntimeError(f"training {self.name} failed: keygrip.train {' '.join(self.overrides)}")
         return run
 
-    def module(self) -> LightningModule:
-        """The trained module of the run, made first where it is missing."""
-        from keygrip.training.checkpoints import load_module
-
-        return load_module(self.complete())
-
     @staticmethod
     def _finished(run: Path) -> bool:
-        from keygrip.training.sweeps import FINISHED, read_result
-
         return read_result(run).get("status") == FINISHED and (run / CHECKPOINT).is_file()
+
+
+def complete_stages(node: Any) -> Any:
+    """A resolved configuration with the run folder of each stage in its place; what is missing is trained first.
+
+    Args:
+        node: plain dictionaries, lists and scalars.
+
+    Raises:
+        RuntimeError, ValueError: as :meth:`PretrainingStage.complete`.
+    """
+    if isinstance(node, dict):
+        if str(node.get("_target_", "")) == f"{PretrainingStage.__module__}.{PretrainingStage.__qualname__}":
+            return str(PretrainingStage(**{key: value for key, value in node.items() if key != "_target_"}).complete())
+        return {key: complete_stages(child) for key, child in node.items()}
+    if isinstance(node, list):
+        return [complete_stages(child) for child in node]
+    return node

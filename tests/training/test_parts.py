@@ -27,7 +27,7 @@ ATTACKS: list[dict[str, Any]] = [
     {"_target_": "pathlib.Path.write_text", "self": {"_target_": "pathlib.Path", "_args_": ["{file}"]}, "data": "x"},
     {"_target_": "subprocess.Popen", "args": ["touch", "{file}"]},
     {"_target_": "os.system", "command": "touch {file}"},
-    {"_target_": "keygrip.training.pretraining.MadeRun.complete", "self": {"overrides": [], "name": "x"}},
+    {"_target_": "keygrip.training.pretraining.PretrainingStage.complete", "self": {"overrides": [], "name": "x"}},
     # callables of the standard library
     {"_target_": "os.mkdir", "path": "{file}"},
     {"_target_": "builtins.eval", "_args_": ["open('{file}', 'w')"]},
@@ -45,7 +45,7 @@ ATTACKS: list[dict[str, Any]] = [
     {"_target_": "keygrip.recording.video_text.make_texts", "root": "{file}", "options": {}},
     {"_target_": "keygrip.artifacts.write_text", "path": "{file}", "text": "x"},
     {"_target_": "keygrip.training.parts.build_stored", "config": {}, "where": "x"},
-    {"_target_": "keygrip.training.pretraining.MadeRun", "overrides": ["max_steps=1"], "name": "x"},
+    {"_target_": "keygrip.training.pretraining.PretrainingStage", "overrides": ["max_steps=1"], "name": "x"},
     # other people's names through modules of keygrip, and names that are no classes
     {"_target_": "keygrip.models.patch_dit.encoders.torch.load", "f": "{pickle}", "weights_only": False},
     {"_target_": "keygrip.models.volume_query.module.Path.write_text", "self": "{file}", "data": "x"},

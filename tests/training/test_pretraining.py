@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from keygrip.training.pretraining import MadeRun
+from keygrip.training.pretraining import PretrainingStage
 
 
-def made(overrides: Sequence[str], folder: str) -> MadeRun:
-    return MadeRun(overrides, "vlm_encoder_pretraining", folder)
+def made(overrides: Sequence[str], folder: str) -> PretrainingStage:
+    return PretrainingStage(overrides, "vlm_encoder_pretraining", folder)
 
 
 def finished(folder: Path) -> None:

@@ -6,7 +6,7 @@ trained for some minutes to say, patch by patch, which cube is there, which digi
 points at it; its CLS token says the colour and the digit of the cube pointed at; and deep queries, a learned one for
 each colour, bring back the digit of the cube of their colour. That last is what the language model will do with queries
 of its own: from then on there is something to be found by asking. A run of it is a source of backbone
-weights like any other (`backbone.weights=runs/...`); `MadeRun` makes one where it is missing.
+weights like any other (`backbone.weights=runs/...`); `PretrainingStage` makes one where it is missing.
 
 Legend: M frames, N = h * w patches, K cubes of all frames, D backbone width, C colours.
 """
@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from keygrip.data.batches import Movable, VideoTextBatch, VideoTextSample, normalised, stack_frames
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.nn.short_attention import short_attention
+from keygrip.training.checkpoints import load_module
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
-from keygrip.training.pretraining import MadeRun
 from keygrip.training.system import System
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ class EncoderPretrainingModule(System):
     Args:
         network: the plain network. collator: for the data module. optimizer: the recipe.
         weights: of the losses: colour, digit and pointed of patches, colour and digit of the frame, digits asked for.
-        encoder: a run whose backbone this one begins with, made where it is missing.
+        encoder: a run whose backbone this one begins with (a pretraining stage in the configuration).
 
     Raises:
         ValueError: weights that do not name every loss, another number of colours, or two sources of the start.
@@ -239,7 +239,7 @@ class EncoderPretrainingModule(System):
         collator: EncoderPretrainingCollator,
         optimizer: AdamW,
         weights: Mapping[str, float],
-        encoder: MadeRun | None = None,
+        encoder: str | None = None,
     ) -> None:
         super().__init__(optimizer)
         names = {"colour", "digit", "pointed", "frame_colour", "frame_digit", "asked"}
@@ -309,4 +309,4 @@ class EncoderPretrainingModule(System):
     def set_statistics(self, statistics: VideoTextStatistics) -> None:
         """Nothing of the data is kept; the encoder of the run before is taken over, if there is one."""
         if self.encoder is not None:
-            self.network.backbone.load_state_dict(self.encoder.module().network.backbone.state_dict())  # type: ignore[union-attr]
+            self.network.backbone.load_state_dict(load_module(self.encoder).network.backbone.state_dict())  # type: ignore[union-attr]

@@ -22,10 +22,10 @@ from keygrip.models.foveated_vlm.rows import TextRows
 from keygrip.models.foveated_vlm.scores import BatchScores, Scores, score
 from keygrip.models.language.tokenizers import TOKENIZER_STATE, ChatTokenizer
 from keygrip.models.nn.short_attention import short_attention
+from keygrip.training.checkpoints import load_module
 from keygrip.training.distributed import global_mean
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
-from keygrip.training.pretraining import MadeRun
 from keygrip.training.system import System
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ class FoveatedVLMModule(System):
         refinement_from: share of the run before refinement begins.
         loss_chunk: tokens whose logits exist at the same time.
         loss_kernel: in training; `chunked`, or `liger`, a fused Triton kernel for GPUs that has chunks of its own.
-        encoder: how the encoder's weights are made where they are missing; None: the backbone's own (backbone.weights).
+        encoder: a run whose backbone this one begins with (a pretraining stage in the configuration); None: that of
+            backbone.weights.
         vision_kv_cache_gb: memory for a frozen encoder's keys and values of training and validation videos.
         init_from: run folder or checkpoint of such a model whose weights (averaged, where it has them) are the start;
             read when training is set up, so that a trained module does not need it.
@@ -88,7 +89,7 @@ class FoveatedVLMModule(System):
         refinement_from: float = 0.4,
         loss_chunk: int = 4096,
         loss_kernel: Kernel = "chunked",
-        encoder: MadeRun | None = None,
+        encoder: str | None = None,
         vision_kv_cache_gb: float = 0.0,
         init_from: str | None = None,
         monitor_every_n_steps: int = 100,
@@ -154,7 +155,7 @@ class FoveatedVLMModule(System):
         self.collator.prepare(statistics.folder, statistics.texts)
         self._check_tokenizer()
         if self.encoder is not None:
-            self.network.take_encoder(self.encoder.module().network.backbone.state_dict())  # type: ignore[union-attr]
+            self.network.take_encoder(load_module(self.encoder).network.backbone.state_dict())  # type: ignore[union-attr]
         if self.init_from is not None:
             self._take_weights(self.init_from)
         self.pictures = {
@@ -164,8 +165,6 @@ class FoveatedVLMModule(System):
         }
 
     def _take_weights(self, path: str) -> None:
-        from keygrip.training.checkpoints import load_module
-
         before = load_module(path)
         if not isinstance(before, FoveatedVLMModule):
             raise ValueError(f"model.init_from={path} holds a {type(before).__name__}, not a video-language model")

@@ -22,13 +22,13 @@ from keygrip.data.batches import normalised
 from keygrip.models.geometry.cameras import camera_centre, cell_centres, pixel_rays, transform
 from keygrip.models.nn.attention import Attention
 from keygrip.models.nn.sinusoids import sinusoidal_features
+from keygrip.training.checkpoints import load_module
 from keygrip.training.distributed import global_mean
 from keygrip.training.parts import model_part
 
 if TYPE_CHECKING:
     from keygrip.models.backbone import DinoBackbone
     from keygrip.models.geometry_vla.feature_cache import FeatureCache
-    from keygrip.training.pretraining import MadeRun
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ class DinoMultiView(GeometryEncoder):
         point_weight: float = 0.2,
         depth_weight: float = 0.5,
         max_depth_m: float = 2.0,
-        start: MadeRun | None = None,
+        start: str | None = None,
         frozen: bool = False,
     ) -> None:
         super().__init__()
@@ -187,11 +187,11 @@ class DinoMultiView(GeometryEncoder):
             if self.frozen and self.backbone.loaded_weights == "random":
                 raise ValueError("geometry.frozen=true would keep random weights: set geometry.start to a trained run.")
             return
-        found = self.start.module()
+        found = load_module(self.start)
         trained = getattr(found, "network", None)
         if not isinstance(trained, DinoMultiView):
             raise ValueError(
-                f"geometry.start: {self.start.run_dir} is a run of {type(found).__name__}, not of model=depth_reader."
+                f"geometry.start: {self.start} is a run of {type(found).__name__}, not of model=depth_reader."
             )
         theirs, own = trained.state_dict(), self.state_dict()
         sizes = {
@@ -202,7 +202,7 @@ class DinoMultiView(GeometryEncoder):
         if different:
             there, here = sizes[different[0]]
             raise ValueError(
-                f"geometry.start: the encoder of {self.start.run_dir} has other sizes than this one ({different[0]} is "
+                f"geometry.start: the encoder of {self.start} has other sizes than this one ({different[0]} is "
                 f"{there} there and {here} here; {len(different)} such in all): give its overrides the same geometry.* "
                 "and backbone.*"
             )

@@ -20,7 +20,6 @@ from keygrip.models.foveated_vlm.encoder_pretraining import (
     patch_labels,
 )
 from keygrip.training.optimizers import AdamW
-from keygrip.training.pretraining import MadeRun
 
 COLOURS = ["red", "blue"]
 
@@ -107,8 +106,9 @@ def test_a_reader_begins_with_the_encoder_of_the_run_before(monkeypatch: pytest.
     torch.manual_seed(1)
     trained = EncoderPretraining(small_backbone("tiny"), 2)
     before = trained.backbone
-    encoder = MadeRun(["seed=0"], "vlm_encoder_pretraining")
-    monkeypatch.setattr(MadeRun, "module", lambda self: SimpleNamespace(network=trained))
+    where = "keygrip.models.foveated_vlm.encoder_pretraining.load_module"
+    monkeypatch.setattr(where, lambda path: SimpleNamespace(network=trained))
+    encoder = "runs/vlm_encoder_pretraining-x"
     names = dict.fromkeys(("colour", "digit", "pointed", "frame_colour", "frame_digit", "asked"), 1.0)
     network = EncoderPretraining(small_backbone("tiny"), 2)
     module = EncoderPretrainingModule(network, EncoderPretrainingCollator(COLOURS), AdamW(lr=1e-3), names, encoder)

@@ -14,13 +14,15 @@ from keygrip.config import compose
 from keygrip.models.geometry_vla.depth_pretraining import DepthReaderModule
 from keygrip.training.checkpoints import load_module
 from keygrip.training.optimizers import AdamW
-from keygrip.training.pretraining import MadeRun
+from keygrip.training.pretraining import PretrainingStage, complete_stages
 
-START = MadeRun(["seed=0"], "depth_reader")
+START = "runs/depth_reader-x"
 
 
 def trained(network: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MadeRun, "module", lambda self: SimpleNamespace(network=network))
+    monkeypatch.setattr(
+        "keygrip.models.geometry_vla.geometry.load_module", lambda path: SimpleNamespace(network=network)
+    )
 
 
 def test_it_learns_the_depth_of_a_batch() -> None:
@@ -109,9 +111,12 @@ def test_the_command_trains_one_and_another_run_begins_with_it(tmp_path: Path) -
     train.run(compose("train", [*first, f"run_dir={tmp_path / 'first'}"]))
     module = load_module(tmp_path / "first")
     assert isinstance(module, DepthReaderModule)
-    made = MadeRun(first, "depth_reader", str(tmp_path))
+    made = PretrainingStage(first, "depth_reader", str(tmp_path))
     (tmp_path / "first").rename(made.run_dir)
-    encoder = small_geometry(start=made, views=4, cells=4)
+    node = {"_target_": "keygrip.training.pretraining.PretrainingStage", **vars(made)}
+    ready = complete_stages({"geometry": {"start": node, "views": [4]}})
+    assert ready == {"geometry": {"start": str(made.run_dir), "views": [4]}}
+    encoder = small_geometry(start=ready["geometry"]["start"], views=4, cells=4)
     encoder.take_start()
     for name, value in module.network.state_dict().items():
         assert torch.equal(encoder.state_dict()[name], value)
