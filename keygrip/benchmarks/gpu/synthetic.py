@@ -188,7 +188,7 @@ def _targets(generator: torch.Generator, count: int, arms: int, steps: int) -> d
         "position": near(count, arms, steps),
         "quaternion": turned(count, arms, steps),
         "gripper": torch.rand(count, arms, steps, generator=generator),
-        "repeated": torch.zeros(count, arms, steps, dtype=torch.bool),
+        "action_is_pad": torch.zeros(count, arms, steps, dtype=torch.bool),
         "keyframe": near(count, arms),
         "demo_index": torch.zeros(count, dtype=torch.long),
         "frame_index": torch.arange(count),
