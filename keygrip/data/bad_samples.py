@@ -30,7 +30,7 @@ from typing import Any
 
 import av
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +94,8 @@ def reason_of(error: BaseException) -> str:
         return "it asks for more memory than there is"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
+    if isinstance(error, UnidentifiedImageError):
+        return "it is not an image of a known format"  # Pillow repeats the path
     if text and isinstance(error, (ValueError, OSError)) and not isinstance(error, UnicodeError):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -207,6 +209,15 @@ def read_text(path: Path | str, max_bytes: int = MAX_TEXT_BYTES) -> str:
     content = read_bytes(path, max_bytes)
     with guard(path):
         return content.decode("utf-8-sig")
+
+
+def inside(folder: Path, relative: object) -> Path:
+    """The path of a file that data name, below `folder`. Raises BadSample: it is no relative path inside of it."""
+    with guard(folder):
+        path = Path(str(relative))
+        if path.is_absolute() or ".." in path.parts or "\0" in str(path):
+            raise ValueError(f"it names the file {str(relative)[:200]!r}; paths must be relative and inside the demo")
+        return folder / path
 
 
 def parse_json(content: bytes | str, where: object, max_bytes: int = MAX_TEXT_BYTES) -> Any:
@@ -339,6 +350,11 @@ def parse_npy(content: bytes, where: object = "the array", max_bytes: int = MAX_
     with guard(where):
         flat = np.frombuffer(content, kind, math.prod(shape), start)
         return flat.reshape(shape, order="F" if fortran else "C").copy()
+
+
+def read_npy(path: Path | str, max_bytes: int = MAX_ARRAY_BYTES) -> np.ndarray:
+    """The array of an .npy file; see :func:`parse_npy`. Raises BadSample: it cannot be read."""
+    return parse_npy(read_bytes(path, max_bytes + (1 << 16)), path, max_bytes)
 
 
 def read_npz(

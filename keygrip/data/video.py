@@ -24,6 +24,7 @@ from PIL import Image
 
 from keygrip.data.bad_samples import MAX_PIXELS, guard, regular_file
 
+LOCAL = {"protocol_whitelist": "file"}  # a playlist in place of a video must not reach the network
 TIME_TOLERANCE_S = 2e-3  # containers round time stamps to milliseconds, twice
 Converted = TypeVar("Converted")
 
@@ -46,14 +47,18 @@ class _VideoIndex:
 
 def _open_container(path: Path) -> tuple[Any, Any]:
     """The container and its video stream, decoded by one thread: workers are the parallelism."""
+    regular_file(path)
     try:
-        container = av.open(str(path))
+        container = av.open(str(path), options=LOCAL)
     except (av.FFmpegError, OSError) as error:
         raise OSError(f"{path}: the video cannot be opened ({error}); it is cut off or not a video") from error
     if not container.streams.video:
         container.close()
         raise OSError(f"{path}: the file has no video stream; it is cut off or not a video")
     stream = container.streams.video[0]
+    if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
+        container.close()
+        raise OSError(f"{path}: its frames have more than the {MAX_PIXELS} pixels that an image may have")
     stream.thread_type = "NONE"
     return container, stream
 
@@ -257,7 +262,7 @@ def _opened(source: bytes | str | Path) -> Iterator[tuple[Any, Any]]:
     """The container and its video stream, decoded by one thread: workers are the parallelism."""
     if not isinstance(source, bytes):
         regular_file(source)
-    with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source), "r") as container:
+    with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source), "r", options=LOCAL) as container:
         if not container.streams.video:
             raise ValueError("it has no video stream; it is cut off or not a video")
         stream = container.streams.video[0]

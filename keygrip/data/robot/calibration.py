@@ -24,16 +24,17 @@ Shapes: N frames.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from keygrip.data.bad_samples import guard, read_json, read_text
 from keygrip.data.robot.formats.poses import invert, rigid
 
 SCHEMA = "keygrip.calibration/1"
+MAX_CALIBRATION_BYTES = 1 << 20
 NAMES = ("calibration.yaml", "calibration.yml", "calibration.json")
 _CAMERA_KEYS = {
     "width",
@@ -154,6 +155,11 @@ def read_calibration(path: Path) -> Calibration:
         ValueError: another schema, a convention or an entry missing, misspelt or impossible.
     """
     content = read_mapping(path)
+    with guard(path):
+        return _checked(path, content)
+
+
+def _checked(path: Path, content: dict[str, Any]) -> Calibration:
     if content.get("schema") != SCHEMA:
         raise ValueError(f"{path}: schema is {content.get('schema')!r}, {SCHEMA!r} is needed")
     _known(path, "the file", content, {"schema", "conventions", "arms", "cameras", "lerobot"})
@@ -181,14 +187,31 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """A YAML or JSON file with a mapping at its top. Raises ValueError where it is not one."""
     import yaml
 
-    try:
-        text = path.read_text()
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from error
+    if path.suffix == ".json":
+        content = read_json(path, MAX_CALIBRATION_BYTES)
+    else:
+        text = read_text(path, MAX_CALIBRATION_BYTES)
+        with guard(path):
+            try:
+                content = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ValueError(f"it is not valid YAML: {' '.join(str(error).split())}") from error
+            _refuse_too_many(content)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no mapping")
     return content
+
+
+def _refuse_too_many(content: Any) -> None:
+    """Raises ValueError: aliases of YAML, which cost nothing to write, stand for more values than a file could hold."""
+    left, open_values = MAX_CALIBRATION_BYTES, [content]
+    while open_values:
+        value = open_values.pop()
+        left -= 1
+        if left < 0:
+            raise ValueError("its aliases stand for too many values")
+        if isinstance(value, (list, dict)):
+            open_values += value.values() if isinstance(value, dict) else value
 
 
 def _known(path: Path, where: str, entry: dict[str, Any], known: set[str]) -> None:

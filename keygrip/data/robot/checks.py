@@ -5,17 +5,22 @@ Legend of shapes: N frames of a demo.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
 
+from keygrip.data.bad_samples import HOSTILE, is_of_the_machine, reason_of
 from keygrip.data.robot.frames import VideoFrames
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError
 
 QUATERNION_TOLERANCE = (
     1e-2  # |norm - 1| above this is a wrong order, a wrong unit or a broken sensor, not float32 rounding
 )
+LARGEST_POSITION_M = 10.0  # farther is another unit or a broken reading: it would stretch the height bins over all
+RATES_HZ = (0.01, 10_000.0)  # of recordings; others are another unit
+NAME = re.compile(r"\w[\w .:+-]{0,99}")  # of arms and cameras: they become names of files
 ROTATION_TOLERANCE = 1e-3  # largest entry of R R^T - I that rounding and hand-eye calibration files produce
 GRIPPER_TOLERANCE = (
     1e-3  # opening may overshoot [0, 1] by this much (encoder noise); more means another unit or polarity
@@ -39,6 +44,14 @@ def _check_poses(name: str, arm: str, what: str, poses: ArmTrajectory, frames: i
                 f"{what} {part} of arm {arm!r} is NaN or infinite, first at frame {int(np.argwhere(bad)[0][0])} of "
                 f"{frames}",
             )
+    far = np.abs(poses.position).max(axis=-1)
+    if far.max() > LARGEST_POSITION_M:
+        raise DemoError(
+            name,
+            f"{what} position of arm {arm!r} is {far.max():.4g} m from the origin at frame {int(far.argmax())}, more "
+            f"than the {LARGEST_POSITION_M:g} m of any arm on a table. Convert positions to metres (divide millimetres "
+            "by 1000)",
+        )
     norm = np.linalg.norm(poses.quaternion, axis=-1)
     worst = int(np.abs(norm - 1).argmax())
     if abs(norm[worst] - 1) > QUATERNION_TOLERANCE:
@@ -130,8 +143,10 @@ def _check_images(name: str, camera: str, track: CameraTrack, frames: int) -> No
                 )
     except DemoError:
         raise
-    except (OSError, ValueError, IndexError, SyntaxError) as error:
-        raise DemoError(name, f"camera {camera!r}: {error}") from error
+    except HOSTILE as error:
+        if is_of_the_machine(error):
+            raise
+        raise DemoError(name, f"camera {camera!r}: {reason_of(error)}") from error
 
 
 def check_demo(demo: Demo, pictures: bool = True, cameras: Iterable[str] | None = None) -> None:
@@ -151,6 +166,13 @@ def check_demo(demo: Demo, pictures: bool = True, cameras: Iterable[str] | None 
         raise DemoError(name, "it has no camera")
     if not (np.isfinite(demo.fps) and demo.fps > 0):
         raise DemoError(name, f"fps is {demo.fps}; a positive number is needed")
+    if not RATES_HZ[0] <= demo.fps <= RATES_HZ[1]:
+        raise DemoError(
+            name, f"fps is {demo.fps:g}; frames per second from {RATES_HZ[0]:g} to {RATES_HZ[1]:g} are read"
+        )
+    for given in (*demo.arms, *demo.cameras):
+        if not isinstance(given, str) or not NAME.fullmatch(given):
+            raise DemoError(name, f"{given!r} cannot be the name of an arm or camera: use letters, digits, '_' and '-'")
     steps = np.diff(demo.timestamps)
     if (steps <= 0).any():
         raise DemoError(name, f"time stamps do not increase at frame {int((steps <= 0).argmax()) + 1}")

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from keygrip.artifacts import locked
+from keygrip.data.bad_samples import BadSamples
 from keygrip.data.batches import MultiViewPolicyBatch, PolicyBatch, PolicyTargets
 from keygrip.data.robot.augmentation import Augmentation, ImageGeometry
 from keygrip.data.robot.discovery import find_demos
@@ -27,7 +28,8 @@ from keygrip.data.robot.samples import TARGETS, DemoSamples, MultiViewSamples, S
 from keygrip.data.robot.schema import Demo, DemoError
 from keygrip.data.robot.statistics import DemoStatistics, common_rate, compute_statistics
 from keygrip.data.shards.resuming import ResumableData
-from keygrip.data.shards.sampling import GlobalBatchSampler, ResumableLoader
+from keygrip.data.shards.sampling import GlobalBatchSampler
+from keygrip.data.shards.substitution import Collate, CountingLoader
 from keygrip.models.geometry.cameras import inside_image, project
 from keygrip.training.parts import data_part
 
@@ -83,7 +85,7 @@ class RobotDemos(ResumableData):
         val_fraction: share of demos held out. split_seed: which ones.
         seed: order and augmentation.
         max_demos: use the first so many (by name); None: all.
-        max_broken_share: more broken demos than this stop the run.
+        max_broken_share: more broken demos, or more unreadable frames among those that were asked for, stop the run.
         max_off_screen_share: demos with more steps than this outside the nominal picture are named.
         cache_gb: size limit of decoded frames on disk; 0: decode every time. cache_dir: where; None: beside the data.
         num_workers: loader processes; None: one for each core but one, 4 at most. 0: load in the main process.
@@ -158,6 +160,7 @@ class RobotDemos(ResumableData):
         # a recording may hold more demos than this run asks for (an earlier one asked for more): its own are the first
         self.max_demos = self.record.demos if max_demos is None and self.record is not None else max_demos
         self.max_broken_share, self.max_off_screen_share = max_broken_share, max_off_screen_share
+        self.skipped = BadSamples(max_broken_share, setting="data.max_broken_share")
         self.cache_gb = cache_gb
         self.cache_dir = Path(cache_dir) if cache_dir is not None else self.root / CACHE_FOLDER
         self.num_workers = min((os.cpu_count() or 1) - 1, 4) if num_workers is None else num_workers
@@ -387,7 +390,9 @@ class RobotDemos(ResumableData):
         sampler = GlobalBatchSampler(len(samples), self.batch_size, *self.ranks, self.seed, shuffle, drop_last=shuffle)
         if shuffle and self.trainer is not None:
             sampler.follow(self.batches_done)
-        return ResumableLoader(collate_fn=collate, **self.loader_options(samples, sampler))
+        loader = CountingLoader(collate_fn=Collate(collate), **self.loader_options(samples, sampler))
+        loader.skipped = self.skipped
+        return loader
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader(self.train_samples, shuffle=True)

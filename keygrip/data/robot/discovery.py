@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+from keygrip.data.bad_samples import HOSTILE, BadSample, is_of_the_machine, reason_of
 from keygrip.data.robot import native
 from keygrip.data.robot.formats import lerobot_v3, libero, raiden, yam_abc
 from keygrip.data.robot.reference import DemoReference
@@ -42,6 +45,23 @@ def find_demos(root: Path | str, format: str = "auto", calibration: Path | str |
         )
     if format not in ("auto", *FORMATS):
         raise ValueError(f"unknown data format {format!r}; known are {', '.join(FORMATS)} and auto")
+    with _broken_folder_is_named(root):
+        return _find(root, format, calibration)
+
+
+@contextlib.contextmanager
+def _broken_folder_is_named(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, ValueError):
+        raise
+    except HOSTILE as error:
+        if is_of_the_machine(error):
+            raise
+        raise BadSample(root, reason_of(error)) from error
+
+
+def _find(root: Path, format: str, calibration: Path | str | None) -> list[DemoReference]:
     if format == "auto" and native.detect(root):
         # our own mark leaves no doubt; what else lies there is then reported as broken demos
         format = "native"

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from keygrip.data.bad_samples import open_image, read_bytes
 from keygrip.data.video import count_frames, file_identity, read_frame
 
 
-def _rotated(picture: np.ndarray, rotate: int) -> np.ndarray:
-    return np.ascontiguousarray(np.rot90(picture, -rotate // 90)) if rotate else picture
+def _rotated(image: np.ndarray, rotate: int) -> np.ndarray:
+    return np.ascontiguousarray(np.rot90(image, -rotate // 90)) if rotate else image
 
 
 def _checked_rotation(rotate: int) -> int:
@@ -57,13 +57,13 @@ class JpegFrames:
         return self.folder / (self.pattern % (self.start + _checked_index(index, self.frames, self.folder)))
 
     def read(self, index: int) -> np.ndarray:
-        with Image.open(self.path(index)) as picture:
-            return _rotated(np.asarray(picture.convert("RGB")), self.rotate)
+        with open_image(self.path(index)) as image:
+            return _rotated(np.asarray(image.convert("RGB")), self.rotate)
 
     def encoded(self, index: int) -> bytes | None:
         """The file's bytes when they can be copied as they are (JPEG, not turned), else None."""
         path = self.path(index)
-        return path.read_bytes() if not self.rotate and path.suffix.lower() in (".jpg", ".jpeg") else None
+        return read_bytes(path) if not self.rotate and path.suffix.lower() in (".jpg", ".jpeg") else None
 
     def identity(self) -> str:
         with os.scandir(self.folder) as entries:
@@ -89,8 +89,8 @@ class DepthFrames:
 
     def read(self, index: int) -> np.ndarray:
         path = self.folder / (self.pattern % (self.start + _checked_index(index, self.frames, self.folder)))
-        with Image.open(path) as picture:
-            depth = np.asarray(picture)
+        with open_image(path) as image:
+            depth = np.asarray(image)
         if depth.ndim != 2:
             raise ValueError(f"{path}: depth must have one channel, it has shape {depth.shape}")
         return _rotated(depth.astype(np.uint16), self.rotate)
@@ -129,6 +129,8 @@ class VideoFrames:
     def verify(self) -> None:
         """Raises OSError where the file holds fewer frames than this source needs (counted from its packets)."""
         held, needed = self.frames_in_file(), self.start + (self.frames or 1)
+        if self.start < 0:
+            raise OSError(f"{self.path}: the stretch of video begins {-self.start} frames before the file")
         if held < needed:
             raise OSError(f"{self.path}: the video holds {held} frames, {needed} are needed; it is cut off")
 

@@ -7,14 +7,15 @@ A native demo is a folder with `metadata.json` (written last: the mark that the 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from keygrip.data.bad_samples import BadSample, inside, read_json, read_npz
 from keygrip.data.robot.frames import DepthFrames, JpegFrames, VideoFrames
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import (
@@ -27,6 +28,9 @@ from keygrip.data.robot.schema import (
     FrameSource,
 )
 
+POSES = ("position_m", "quaternion_wxyz", "gripper_opening")
+ARM_ARRAYS = (*POSES, *(f"commanded_{part}" for part in POSES), "joint_positions_rad")
+PATTERN = re.compile(r"[^%]*%(0\d{1,2})?d[^%]*")  # of file names; a wider number could fill the memory
 SEARCH_DEPTH = 3  # folders below `root` that are searched: root/demo, root/task/demo, root/robot/task/demo
 
 
@@ -38,8 +42,8 @@ def _looks_native(folder: Path) -> bool:
     if not metadata.is_file():
         return False
     try:
-        content = json.loads(metadata.read_text())
-    except (OSError, ValueError):
+        content = read_json(metadata)
+    except BadSample:
         return False
     return isinstance(content, dict) and str(content.get("schema", "")).startswith("keygrip.demo/")
 
@@ -67,16 +71,14 @@ def detect(root: Path) -> bool:
     return any(_looks_native(folder) for folder in _demo_folders(root))
 
 
-def _archive(name: str, path: Path) -> dict[str, np.ndarray]:
-    import zipfile
-
+def _archive(name: str, path: Path, wanted: Iterable[str]) -> Mapping[str, np.ndarray]:
+    """The wanted arrays of a file, as far as it has them; others are not read."""
     if not path.is_file():
         raise DemoError(name, f"{path.name} is missing")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DemoError(name, f"{path.name} cannot be read ({error})") from error
+        return read_npz(path, set(wanted), path.name)
+    except BadSample as error:
+        raise DemoError(name, f"{path.name} cannot be read ({error.what})") from error
 
 
 def _part(name: str, archive: Mapping[str, np.ndarray], key: str, file: str) -> np.ndarray:
@@ -87,7 +89,7 @@ def _part(name: str, archive: Mapping[str, np.ndarray], key: str, file: str) -> 
 
 def _read_arm(name: str, archive: Mapping[str, np.ndarray], arm: str) -> ArmTrajectory:
     def poses(prefix: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        keys = (f"{arm}/{prefix}position_m", f"{arm}/{prefix}quaternion_wxyz", f"{arm}/{prefix}gripper_opening")
+        keys = [f"{arm}/{prefix}{part}" for part in POSES]
         parts = [np.asarray(_part(name, archive, key, "trajectory.npz"), dtype=np.float64) for key in keys]
         return parts[0], parts[1], parts[2]
 
@@ -101,10 +103,10 @@ def _read_arm(name: str, archive: Mapping[str, np.ndarray], arm: str) -> ArmTraj
 
 
 def _inside(name: str, folder: Path, relative: str) -> Path:
-    path = Path(relative)
-    if path.is_absolute() or ".." in path.parts:
-        raise DemoError(name, f"metadata.json names the file {relative!r}; paths must be relative and inside the demo")
-    return folder / path
+    try:
+        return inside(folder, relative)
+    except BadSample as error:
+        raise DemoError(name, f"metadata.json: {error.what}") from error
 
 
 def _count_files(name: str, folder: Path, pattern: str, frames: int, camera: str) -> None:
@@ -121,10 +123,8 @@ def _count_files(name: str, folder: Path, pattern: str, frames: int, camera: str
 def _frame_source(name: str, folder: Path, pattern: str, frames: int, camera: str, depth: bool) -> FrameSource:
     path = _inside(name, folder, pattern)
     if "%" in path.name:
-        try:
-            path.name % 0
-        except (TypeError, ValueError) as error:
-            raise DemoError(name, f"camera {camera!r}: {path.name!r} is not a pattern with one frame number") from error
+        if not PATTERN.fullmatch(path.name):
+            raise DemoError(name, f"camera {camera!r}: {path.name!r} is not a pattern with one frame number")
         _count_files(name, path.parent, path.name, frames, camera)
         return (DepthFrames if depth else JpegFrames)(path.parent, path.name, frames)
     if depth:
@@ -150,9 +150,9 @@ def _read_metadata(folder: Path, name: str) -> dict[str, Any]:
     if not path.is_file():
         raise DemoError(name, "no completion mark (metadata.json is written last): the recording was cut off")
     try:
-        metadata = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DemoError(name, f"metadata.json is not JSON ({error})") from error
+        metadata = read_json(path)
+    except BadSample as error:
+        raise DemoError(name, f"metadata.json is not JSON ({error.what})") from error
     if not isinstance(metadata, dict):
         raise DemoError(name, "metadata.json holds no object")
     if metadata.get("schema") != SCHEMA:
@@ -182,18 +182,23 @@ def read_native(folder: Path | str, name: str | None = None) -> Demo:
     name = folder.name if name is None else name
     metadata = _read_metadata(folder, name)
     frames = int(metadata["frames"])
-    trajectory = _archive(name, folder / "trajectory.npz")
-    poses = _archive(name, folder / "cameras.npz")
+    arms, entries = metadata["arms"], metadata["cameras"]
+    if not isinstance(arms, list) or not isinstance(entries, dict):
+        raise DemoError(name, "metadata.json: arms must be a list of names, cameras an object of entries by name")
+    wanted = [f"{arm}/{part}" for arm in arms for part in ARM_ARRAYS]
+    trajectory = _archive(name, folder / "trajectory.npz", ["timestamps_ns", *wanted])
+    wanted = [f"{camera}/{part}" for camera in entries for part in ("intrinsics", "world_to_camera")]
+    poses = _archive(name, folder / "cameras.npz", wanted)
     timestamps = _part(name, trajectory, "timestamps_ns", "trajectory.npz")
     if timestamps.shape != (frames,) or not np.issubdtype(timestamps.dtype, np.integer):
         raise DemoError(
             name,
             f"timestamps_ns is {timestamps.dtype} {timestamps.shape}, metadata.json says {frames} frames (int64 ns)",
         )
-    if not metadata["cameras"]:
+    if not entries:
         raise DemoError(name, "metadata.json names no camera")
     cameras = {}
-    for camera, entry in metadata["cameras"].items():
+    for camera, entry in entries.items():
         depth = entry.get("depth")
         cameras[camera] = CameraTrack(
             width=int(entry["width"]),
@@ -208,9 +213,11 @@ def read_native(folder: Path | str, name: str | None = None) -> Demo:
     text: dict[str, Any] = {}
     if (folder / "text.json").is_file():
         try:
-            text = json.loads((folder / "text.json").read_text())
-        except ValueError as error:
-            raise DemoError(name, f"text.json is not JSON ({error})") from error
+            text = read_json(folder / "text.json")
+        except BadSample as error:
+            raise DemoError(name, f"text.json is not JSON ({error.what})") from error
+        if not isinstance(text, dict):
+            raise DemoError(name, "text.json holds no object")
     return Demo(
         name=name,
         path=folder,
@@ -219,7 +226,7 @@ def read_native(folder: Path | str, name: str | None = None) -> Demo:
         instruction=str(metadata["instruction"]),
         fps=float(metadata["fps"]),
         timestamps=timestamps.astype(np.int64),
-        arms={arm: _read_arm(name, trajectory, arm) for arm in metadata["arms"]},
+        arms={arm: _read_arm(name, trajectory, arm) for arm in arms},
         cameras=cameras,
         source=dict(metadata.get("source") or {}),
         text=text,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from keygrip.data.bad_samples import HOSTILE, is_of_the_machine, reason_of
 from keygrip.data.robot.checks import check_demo, tidied
 from keygrip.data.robot.schema import Demo, DemoError
 
@@ -18,8 +19,8 @@ class DemoReference:
         name: unique under the root, stable (the folder's path below the root): the train/validation split hashes it.
         path: its folder or file.
         format: one of `FORMATS`.
-        reader: makes the Demo; picklable (a `functools.partial` of a module's function). It may raise DemoError,
-            OSError, ValueError or KeyError.
+        reader: makes the Demo; picklable (a `functools.partial` of a module's function). It may raise whatever
+            `keygrip.data.bad_samples.HOSTILE` lists.
     """
 
     name: str
@@ -28,7 +29,11 @@ class DemoReference:
     reader: Callable[[], Demo]
 
     def read(self, pictures: bool = True, cameras: Iterable[str] | None = None) -> Demo:
-        """The demo, checked (see `check_demo`), with unit quaternions. Raises DemoError, whatever is wrong with it."""
+        """The demo, checked (see `check_demo`), with unit quaternions.
+
+        Raises:
+            DemoError: whatever is wrong with it. Errors of the machine (no file descriptors left) pass unchanged.
+        """
         try:
             demo = self.reader()
             check_demo(demo, pictures=pictures, cameras=cameras)
@@ -37,7 +42,9 @@ class DemoReference:
                 raise
             raise DemoError(self.name, error.reason) from error
         except KeyError as error:
-            raise DemoError(self.name, f"{error} is missing in {self.path}") from error
-        except (OSError, ValueError, IndexError, TypeError, AttributeError) as error:
-            raise DemoError(self.name, f"{error} ({type(error).__name__})") from error
+            raise DemoError(self.name, f"{str(error)[:80]} is missing in {self.path}") from error
+        except HOSTILE as error:
+            if is_of_the_machine(error):
+                raise
+            raise DemoError(self.name, reason_of(error)) from error
         return replace(demo, arms={name: tidied(arm) for name, arm in demo.arms.items()})

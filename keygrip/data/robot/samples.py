@@ -5,21 +5,23 @@ Legend of shapes: N frames of a demo, A arms, T future steps, V views, S image s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
+from keygrip.data.bad_samples import HOSTILE, is_of_the_machine, reason_of
 from keygrip.data.batches import CLOSED, MultiViewPolicyBatch, PolicyBatch, PolicyTargets
 from keygrip.data.robot.augmentation import Augmentation, ImageGeometry, View
 from keygrip.data.robot.frame_cache import FrameCache
 from keygrip.data.robot.schema import ArmTrajectory, Demo, DemoError
 from keygrip.data.shards.sampling import SampleKey, sample_generator
+from keygrip.data.shards.substitution import SubstitutingSamples
 
 TARGETS = ("commanded", "reached")
+SUBSTITUTES = 8  # frames to each side that may stand in for one that cannot be read
 IDLE_SPEED_MPS = 0.005  # slower than this is standing still: five times the tracking noise of a good arm at 10 Hz
 IDLE_TURN_RPS = 0.05  # and turns slower than 3 degrees a second
 IDLE_GRIPPER_PER_S = 0.05  # and a gripper that would need 20 s to close
@@ -122,9 +124,12 @@ class SampleOptions:
     drop_idle_s: float | None
 
 
-class DemoSamples(Dataset[PolicyTargets]):
+class DemoSamples(SubstitutingSamples[PolicyTargets]):
     """One sample for each frame (or moving frame) of some demos. Indexed by `SampleKey`; samples are unbatched
     `PolicyBatch`es.
+
+    A sample whose frame cannot be read is replaced by that of the nearest frame of its demo, with that frame's own
+    targets.
 
     Args:
         demos: what is read.
@@ -150,12 +155,14 @@ class DemoSamples(Dataset[PolicyTargets]):
     def __len__(self) -> int:
         return len(self.sample_frame)
 
-    def __getitems__(self, keys: Sequence[SampleKey]) -> list[PolicyTargets] | list[DemoError]:
-        """A batch's samples, or what is wrong with a demo: an exception would leave a worker as a page of traceback."""
-        try:
-            return [self[key] for key in keys]
-        except DemoError as error:
-            return [error]
+    def candidates(self, key: SampleKey) -> Iterator[SampleKey]:
+        """The sample, then those of the same demo, nearest first."""
+        yield key
+        demo = self.sample_demo[key.sample]
+        for distance in range(1, SUBSTITUTES + 1):
+            for sample in (key.sample - distance, key.sample + distance):
+                if 0 <= sample < len(self) and self.sample_demo[sample] == demo:
+                    yield SampleKey(sample, key.epoch)
 
     def __getitem__(self, key: SampleKey | int) -> PolicyTargets:
         if not isinstance(key, SampleKey):
@@ -172,9 +179,11 @@ class DemoSamples(Dataset[PolicyTargets]):
     def _image(self, number: int, camera: str, frame: int) -> np.ndarray:
         try:
             return self.frames[camera].read(self.demo_indices[number], frame)
-        except (OSError, ValueError, IndexError) as error:
+        except HOSTILE as error:
+            if is_of_the_machine(error):
+                raise
             name = self.demos[number].name
-            raise DemoError(name, f"frame {frame} of camera {camera!r} cannot be read: {error}") from error
+            raise DemoError(name, f"frame {frame} of camera {camera!r} cannot be read: {reason_of(error)}") from error
 
     def _seen(self, number: int, frame: int, key: SampleKey, common: dict[str, Any]) -> PolicyTargets:
         """The sample: what is common to all batches, and the camera's image."""
@@ -245,15 +254,16 @@ class MultiViewSamples(DemoSamples):
             return None
         try:
             return source.read(frame)
-        except (OSError, ValueError, IndexError) as error:
+        except HOSTILE as error:
+            if is_of_the_machine(error):
+                raise
             name = self.demos[number].name
-            raise DemoError(name, f"depth {frame} of camera {camera!r} cannot be read: {error}") from error
+            raise DemoError(name, f"depth {frame} of camera {camera!r} cannot be read: {reason_of(error)}") from error
 
 
-def collate(samples: list[PolicyTargets] | list[DemoError]) -> PolicyTargets | DemoError:
-    """Stacks samples; hands on an error, which `ResumableLoader` raises in the main process."""
-    first = samples[0]
-    return first if isinstance(first, DemoError) else type(first).collate(samples)  # type: ignore[arg-type]
+def collate(samples: list[PolicyTargets]) -> PolicyTargets:
+    """Stacks samples."""
+    return type(samples[0]).collate(samples)
 
 
 def _float(values: np.ndarray) -> torch.Tensor:

@@ -15,6 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from keygrip.data.bad_samples import BadSample
+
 SCHEMA = "keygrip.demo/1"
 CONVENTIONS = {
     "quaternion": "wxyz",
@@ -26,17 +28,16 @@ CONVENTIONS = {
 }
 
 
-class DemoError(ValueError):
+class DemoError(BadSample):
     """One demo cannot be used. `name` says which, `reason` why; the run goes on without it unless too many are
     broken."""
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"demo {name!r}: {reason}")
-        self.name = name
-        self.reason = reason
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return DemoError, (self.name, self.reason)
+    def __str__(self) -> str:
+        return f"demo {self.name!r}: {self.reason}"
 
 
 @runtime_checkable

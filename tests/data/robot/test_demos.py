@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from robot_mutations import ROUNDS, assert_damage_is_found
 
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.frames import JpegFrames, VideoFrames
@@ -425,3 +426,11 @@ def test_a_cut_video_is_named(
     whole.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(DemoError, match=r"over\.mp4.*(cut off|cannot be opened)"):
         reference.read()
+
+
+@ROUNDS
+def test_damage_is_named_or_left_out(tmp_path: Path, native_demo: Callable[..., Path], rounds: int) -> None:
+    """Arrays have checksums (zip); JPEG, video and JSON have none."""
+    native_demo(tmp_path / "set" / "by_hand")
+    record(tmp_path / "set" / "video", video=True)
+    assert_damage_is_found(tmp_path / "set", rounds, unnoticed=(".json", ".jpg", ".mp4"))

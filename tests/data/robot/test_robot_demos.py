@@ -25,7 +25,7 @@ from keygrip.data.robot.augmentation import Augmentation, ImageGeometry
 from keygrip.data.robot.datamodule import RobotDemos, split_demos
 from keygrip.data.robot.recordings import Recording
 from keygrip.data.robot.samples import keyframe_of, moving_frames, targets_of
-from keygrip.data.robot.schema import ArmTrajectory, DemoError
+from keygrip.data.robot.schema import ArmTrajectory
 from keygrip.data.shards.sampling import SampleKey
 
 Make = Callable[..., RobotDemos]
@@ -228,14 +228,44 @@ def test_augmentation_differs_between_epochs_and_seeds(native_root: Path, robot_
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_breaks_during_training_is_named_in_one_line(
-    native_root: Path, robot_demos: Make, workers: int
+@pytest.mark.parametrize("cameras", [None, ["over"]])
+def test_a_frame_that_breaks_is_replaced_by_its_neighbour_and_named(
+    native_root: Path, robot_demos: Make, workers: int, cameras: list[str] | None
 ) -> None:
-    module = ready(robot_demos(native_root, num_workers=workers))
+    module = ready(robot_demos(native_root, num_workers=workers, cameras=cameras))
+    whole = module.train_samples
+    broken = module.train_demos[2]
+    at = next(n for n in range(len(whole)) if whole.sample_demo[n] == 2 and whole.sample_frame[n] == 5)
+    neighbour = whole[SampleKey(at - 1, 0)]
+    for frame in (5, 6):
+        (native_root / broken.name / "rgb" / "over" / f"{frame:06d}.jpg").write_bytes(b"no image")
+    batches = epoch_of(module.train_dataloader(), 0)
+    assert sum(map(len, batches)) == len(whole) // 8 * 8
+    order = module.train_dataloader().batch_sampler.order(0).tolist()
+    stands_in = {
+        field: torch.cat([getattr(batch, field) for batch in batches])[order.index(at)]
+        for field in ("frame_index", "demo_index", "position", "image" if cameras is None else "images")
+    }
+    for field, value in stands_in.items():
+        assert torch.equal(value, getattr(neighbour, field)), field
+    assert stands_in["frame_index"] == 4
+    assert sorted(reason.partition(":")[0] for reason in module.skipped.reasons) == [f"demo {broken.name!r}"] * 2
+    assert all("of camera 'over' cannot be read" in reason for reason in module.skipped.reasons)
+    assert module.skipped.count <= 3  # frame 6 tries frame 5 first
+    module = ready(robot_demos(native_root, num_workers=workers, cameras=cameras, max_broken_share=0.001))
+    module.skipped.judged_after = 8
+    with pytest.raises(ValueError, match=r"more than data.max_broken_share=0.001 allows; the first: demo"):
+        for _ in range(2):
+            epoch_of(module.train_dataloader(), 0)
+
+
+def test_a_demo_whose_frames_all_broke_ends_the_run_in_one_line(native_root: Path, robot_demos: Make) -> None:
+    module = ready(robot_demos(native_root))
     for folder in native_root.glob("demo_*"):
-        (folder / "rgb" / "over" / "000005.jpg").write_bytes(b"no picture")
-    with pytest.raises(DemoError, match=r"^demo 'demo_\d\d': frame 5 of camera 'over' cannot be read: .*$"):
-        list(module.train_dataloader())
+        for path in (folder / "rgb" / "over").iterdir():
+            path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"^\d+ samples in a row cannot be read; the first: demo '[^\n]*$"):
+        epoch_of(module.train_dataloader(), 0)
 
 
 # ------------------------------------------------------------------------------------------------- which demos are used

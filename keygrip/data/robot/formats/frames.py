@@ -3,14 +3,17 @@ pickled."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import io
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from keygrip.data.bad_samples import MAX_ARRAY_BYTES, MAX_PIXELS, inside, open_image, regular_file
 from keygrip.data.robot.schema import FrameSource
 
 
@@ -33,6 +36,44 @@ class SelectedFrames:
         return f"{self.source.identity()}:{hashlib.sha256(str(self.indices).encode()).hexdigest()}"
 
 
+@contextlib.contextmanager
+def open_hdf5(path: Path) -> Iterator[Any]:
+    """An HDF5 file to read from. Raises BadSample: it is a named pipe or a device. OSError: it is not HDF5."""
+    import h5py
+
+    regular_file(path)
+    with h5py.File(path, "r") as file:
+        yield file
+
+
+def own_dataset(group: Any, name: str) -> Any:
+    """The data set `name` of an HDF5 file or group, read from this file alone.
+
+    Raises:
+        ValueError: it is a link to another file, its numbers lie in another file, or it is too large.
+    """
+    import h5py
+
+    for part in name.split("/"):
+        if isinstance(group.get(part, getlink=True), h5py.ExternalLink):
+            raise ValueError(f"{name} is a link to another file")
+        group = group[part]
+    if not isinstance(group, h5py.Dataset) or group.external or group.is_virtual:
+        raise ValueError(f"{name} does not hold its numbers in this file")
+    entry_bytes = math.prod(group.shape[1:] or group.shape) * group.dtype.itemsize
+    if entry_bytes > 3 * MAX_PIXELS:
+        raise ValueError(f"{name} has shape {group.shape}, more than can be read")
+    return group
+
+
+def own_array(group: Any, name: str) -> np.ndarray:
+    """All numbers of a data set, as float64; see :func:`own_dataset`. Raises ValueError: they are too many."""
+    dataset = own_dataset(group, name)
+    if math.prod(dataset.shape) * 8 > MAX_ARRAY_BYTES:
+        raise ValueError(f"{name} has shape {dataset.shape}, more than can be read")
+    return np.asarray(dataset, dtype=np.float64)
+
+
 @dataclass(frozen=True)
 class HDF5Frames:
     """Pictures in an HDF5 data set [N, H, W, 3] uint8.
@@ -51,13 +92,11 @@ class HDF5Frames:
         return self.frames
 
     def read(self, index: int) -> np.ndarray:
-        import h5py
-
         if not 0 <= index < self.frames:
             raise IndexError(f"{self.path}: frame {index} asked for, {self.dataset} holds 0 to {self.frames - 1}")
-        with h5py.File(self.path, "r") as file:
-            picture = np.asarray(file[self.dataset][index])
-        return np.ascontiguousarray(picture[::-1] if self.upside_down else picture)
+        with open_hdf5(self.path) as file:
+            image = np.asarray(own_dataset(file, self.dataset)[index])
+        return np.ascontiguousarray(image[::-1] if self.upside_down else image)
 
     def identity(self) -> str:
         stat = self.path.stat()
@@ -97,8 +136,9 @@ class ParquetFrames:
         else:
             raise OSError(f"{self.path} has no row {self.rows[index]}")
         content = value["bytes"] if isinstance(value, dict) else value
-        with Image.open(io.BytesIO(content) if content else self.root / value["path"]) as picture:
-            return np.asarray(picture.convert("RGB"))
+        source = content if content else inside(self.root, value["path"])
+        with open_image(source, f"{self.path}: row {self.rows[index]}") as image:
+            return np.asarray(image.convert("RGB"))
 
     def identity(self) -> str:
         stat = self.path.stat()

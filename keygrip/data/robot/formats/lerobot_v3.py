@@ -25,7 +25,7 @@ entry may name its numbers (`names: [x, y, z]`) in place of `index`.
 
 from __future__ import annotations
 
-import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+from keygrip.data.bad_samples import inside, read_json
 from keygrip.data.robot.calibration import ArmCalibration, Calibration, find_calibration, read_calibration
 from keygrip.data.robot.formats.frames import ParquetFrames
 from keygrip.data.robot.formats.poses import increasing, opening, quaternions, rotations, transform
@@ -58,7 +59,9 @@ def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
         FileNotFoundError: a part of the data set or the calibration file is missing.
         ValueError: another version of LeRobot's format, or a calibration file that does not fit the features.
     """
-    info = json.loads((root / "meta" / "info.json").read_text())
+    info = read_json(root / "meta" / "info.json")
+    if not isinstance(info, dict):
+        raise ValueError(f"{root}/meta/info.json holds no object")
     version = str(info.get("codebase_version"))
     if not version.startswith("v3."):
         raise ValueError(
@@ -113,8 +116,10 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
     """
     number, rate = int(episode["episode_index"]), float(info["fps"])
     name = f"episode_{number:06d}"
-    file = root / info["data_path"].format(
-        chunk_index=int(episode["data/chunk_index"]), file_index=int(episode["data/file_index"])
+    file = _path(
+        root,
+        info["data_path"],
+        {"chunk_index": int(episode["data/chunk_index"]), "file_index": int(episode["data/file_index"])},
     )
     table, rows = _rows(file, number, name)
     frames = len(rows)
@@ -166,6 +171,16 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
         cameras=cameras,
         source={"format": "lerobot_v3", "episode": number, "calibration": str(calibration.path)},
     )
+
+
+def _path(root: Path, template: str, values: dict[str, Any]) -> Path:
+    """A file of the data set. `template` is the data set's own: only `{name}` and `{name:03d}` are filled in."""
+
+    def filled(field: re.Match[str]) -> str:
+        value = values[field[1]]
+        return f"{value:0{int(field[2])}d}" if field[2] else str(value)
+
+    return inside(root, re.sub(r"\{(\w+)(?::0?(\d{1,2})d)?\}", filled, template))
 
 
 def _rows(file: Path, number: int, name: str) -> tuple[dict[str, Any], list[int]]:
@@ -312,11 +327,8 @@ def _frames(
             raise DemoError(name, f"{key} is stored as pictures; rotate is for videos only")
         return ParquetFrames(file, key, tuple(rows), root)
     prefix = f"videos/{key}/"
-    path = root / info["video_path"].format(
-        video_key=key,
-        chunk_index=int(episode[f"{prefix}chunk_index"]),
-        file_index=int(episode[f"{prefix}file_index"]),
-    )
+    numbers = {part: int(episode[f"{prefix}{part}"]) for part in ("chunk_index", "file_index")}
+    path = _path(root, info["video_path"], {"video_key": key, **numbers})
     start, end = float(episode[f"{prefix}from_timestamp"]), float(episode[f"{prefix}to_timestamp"])
     if abs((end - start) * rate - len(rows)) > 1.5:
         raise DemoError(

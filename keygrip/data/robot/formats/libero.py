@@ -17,7 +17,6 @@ one, `eye_in_hand` is left out.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import xml.etree.ElementTree as ElementTree
@@ -28,8 +27,9 @@ from typing import Any
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+from keygrip.data.bad_samples import HOSTILE, is_of_the_machine, parse_json, reason_of
 from keygrip.data.robot.calibration import NAMES, Calibration, read_calibration
-from keygrip.data.robot.formats.frames import HDF5Frames
+from keygrip.data.robot.formats.frames import HDF5Frames, open_hdf5, own_array
 from keygrip.data.robot.formats.poses import invert, opening, quaternions, transform
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError
@@ -48,23 +48,21 @@ def _files(root: Path) -> list[Path]:
 
 def detect(root: Path) -> bool:
     """True where a file below the folder has `data/demo_*/obs/agentview_rgb`."""
-    import h5py
-
     for path in _files(root):
         try:
-            with h5py.File(path, "r") as file:
+            with open_hdf5(path) as file:
                 demos = file.get("data")
                 if demos is not None and any("obs/agentview_rgb" in demos[key] for key in demos):
                     return True
-        except OSError:
+        except HOSTILE as error:
+            if is_of_the_machine(error):
+                raise
             continue  # another kind of file, or cut off: `find` reports it where the format is named
     return False
 
 
 def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
     """The demos of every file below `root`, `<file>/demo_<i>`; a file that cannot be opened is one broken demo."""
-    import h5py
-
     if calibration is not None and not calibration.is_file():
         raise FileNotFoundError(f"calibration file {calibration} does not exist")
     path = calibration or next((root / name for name in NAMES if (root / name).is_file()), None)
@@ -73,10 +71,12 @@ def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
     for path in _files(root):
         stem = path.relative_to(root).with_suffix("").as_posix()
         try:
-            with h5py.File(path, "r") as file:
+            with open_hdf5(path) as file:
                 keys = sorted(file["data"], key=lambda key: (len(key), key))
-        except (OSError, KeyError) as error:
-            references.append(DemoReference(stem, path, "libero", partial(_unreadable, stem, str(error))))
+        except HOSTILE as error:
+            if is_of_the_machine(error):
+                raise
+            references.append(DemoReference(stem, path, "libero", partial(_unreadable, stem, reason_of(error))))
             continue
         references += [
             DemoReference(f"{stem}/{key}", path, "libero", partial(read, path, key, f"{stem}/{key}", cameras))
@@ -91,17 +91,15 @@ def _unreadable(name: str, reason: str) -> Demo:
 
 def read(path: Path, key: str, name: str, calibration: Calibration | None) -> Demo:
     """Reads one demo of a file. Raises DemoError where a part is missing or no camera is known."""
-    import h5py
-
-    with h5py.File(path, "r") as file:
+    with open_hdf5(path) as file:
         data, demo = file["data"], file["data"][key]
         observed = demo["obs"]
         missing = [part for part in ("ee_pos", "ee_ori", "gripper_states") if part not in observed]
         if missing:
             raise DemoError(name, f"obs/{missing[0]} is missing; it holds {', '.join(observed)}")
-        position, turn = np.asarray(observed["ee_pos"], float), np.asarray(observed["ee_ori"], float)
-        fingers = np.asarray(observed["gripper_states"], float)
-        joints = np.asarray(observed["joint_states"], float) if "joint_states" in observed else None
+        position, turn = own_array(observed, "ee_pos"), own_array(observed, "ee_ori")
+        fingers = own_array(observed, "gripper_states")
+        joints = own_array(observed, "joint_states") if "joint_states" in observed else None
         upside_down = _text(data.attrs.get("macros_image_convention", "opengl")) != "opencv"
         sizes = {camera: observed[dataset].shape for camera, dataset in CAMERAS.items() if dataset in observed}
         model = _text(demo.attrs.get("model_file", ""))
@@ -163,14 +161,23 @@ def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
+def _object(value: Any, where: str) -> dict[str, Any]:
+    content = parse_json(_text(value), where)
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} holds no object")
+    return content
+
+
 def _task(data: Any, path: Path) -> tuple[str, float, str]:
     """Instruction, control rate and task name from the attributes of `data`, else from the file's name."""
     task = path.stem.removesuffix("_demo")
     instruction, rate = task.replace("_", " "), CONTROL_HZ
     if "problem_info" in data.attrs:
-        instruction = str(json.loads(_text(data.attrs["problem_info"])).get("language_instruction") or instruction)
+        told = _object(data.attrs["problem_info"], f"{path.name}: problem_info").get("language_instruction")
+        instruction = " ".join(told) if isinstance(told, list) else str(told or instruction)
     if "env_args" in data.attrs:
-        rate = float((json.loads(_text(data.attrs["env_args"])).get("env_kwargs") or {}).get("control_freq") or rate)
+        settings = _object(data.attrs["env_args"], f"{path.name}: env_args").get("env_kwargs") or {}
+        rate = float(settings.get("control_freq") or rate)
     return instruction.strip('"'), rate, task
 
 

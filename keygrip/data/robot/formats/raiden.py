@@ -20,8 +20,8 @@ The pickles are read with an unpickler that knows numpy arrays and builtin conta
 
 from __future__ import annotations
 
+import collections
 import io
-import json
 import pickle
 from dataclasses import dataclass
 from functools import partial
@@ -29,24 +29,60 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from keygrip.data.bad_samples import BadSample, guard, open_image, read_bytes, read_json, read_npy, read_npz
 from keygrip.data.robot.calibration import read_mapping
 from keygrip.data.robot.formats.poses import increasing, invert, opening, quaternions, rigid, rotations, transform
 from keygrip.data.robot.frames import JpegFrames
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource
 
+MAX_PICKLE_BYTES = 1 << 26  # of one frame's numbers
 RIGID_WRIST_SPREAD_M = 0.02  # a hand-mounted camera seen through the wrong transform wanders by decimetres
 
-_SAFE = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),  # how pickle protocol 2 stores an array's bytes; the restricted version below
-    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
-    *(("builtins", name) for name in ("set", "frozenset", "complex", "bytearray", "slice", "range")),
-    ("collections", "OrderedDict"),
+
+class _Array:
+    """Stands for `numpy.ndarray` in a pickle, where it is only an argument: called, it could ask for any size."""
+
+
+def _empty(kind: type, shape: object, code: object) -> np.ndarray:
+    """numpy's `_reconstruct`: an empty array; the pickle then sets its size, type and numbers from its own bytes."""
+    return np.ndarray((0,), "b")
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"the pickle asks for the codec {encoding}")
+    return text.encode("latin1")
+
+
+def _scalar(kind: np.dtype[Any], content: bytes) -> Any:
+    return np.frombuffer(content, kind)[0]
+
+
+def _from_buffer(buffer: Any, kind: np.dtype[Any], shape: Any, order: Any = "C") -> np.ndarray:
+    return np.frombuffer(buffer, kind).reshape(shape, order=order)
+
+
+def _bytes(content: bytes) -> bytearray:
+    if not isinstance(content, bytes):
+        raise pickle.UnpicklingError("the pickle asks for a bytearray that is not made of its bytes")
+    return bytearray(content)
+
+
+_CORES = ("numpy.core", "numpy._core")
+_SAFE: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): _latin1,  # how pickle protocol 2 stores an array's bytes
+    ("builtins", "bytearray"): _bytes,
+    ("builtins", "set"): set,
+    ("builtins", "frozenset"): frozenset,
+    ("builtins", "complex"): complex,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    **{(f"{core}.multiarray", "_reconstruct"): _empty for core in _CORES},
+    **{(f"{core}.multiarray", "scalar"): _scalar for core in _CORES},
+    **{(f"{core}.numeric", "_frombuffer"): _from_buffer for core in _CORES},
 }
 
 
@@ -58,23 +94,17 @@ class RestrictedUnpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(
                 f"the pickle asks for {module}.{name}; only numpy arrays and builtin containers are loaded"
             )
-        if module == "_codecs":
-            return _latin1
-        return super().find_class(module, name)
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"the pickle asks for the codec {encoding}")
-    return text.encode("latin1")
+        return _SAFE[module, name]
 
 
 def safe_load(path: Path) -> Any:
     """Content of a pickle of arrays and containers. Raises ValueError for anything else, and for a damaged file."""
-    try:
-        return RestrictedUnpickler(io.BytesIO(path.read_bytes())).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, ImportError, KeyError, MemoryError) as error:
-        raise ValueError(f"{path.parent.name}/{path.name}: {error or type(error).__name__}") from error
+    content = read_bytes(path, MAX_PICKLE_BYTES)
+    with guard(f"{path.parent.name}/{path.name}"):
+        try:
+            return RestrictedUnpickler(io.BytesIO(content)).load()
+        except pickle.PickleError as error:
+            raise ValueError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -90,8 +120,7 @@ class NpzDepth:
     def read(self, index: int) -> np.ndarray:
         if not 0 <= index < self.frames:
             raise IndexError(f"{self.folder}: depth frame {index} asked for, it holds 0 to {self.frames - 1}")
-        with np.load(self.folder / f"{index:010d}.npz", allow_pickle=False) as archive:
-            depth = archive["depth"]
+        depth = read_npz(self.folder / f"{index:010d}.npz", {"depth"})["depth"]
         if depth.ndim != 2:
             raise ValueError(f"{self.folder}: depth of frame {index} has shape {depth.shape}")
         return depth.astype(np.uint16)
@@ -199,9 +228,9 @@ def _metadata(episode: Path, name: str) -> dict[str, Any]:
             name, "no metadata.json, which raiden writes last: the conversion was cut off; run `rd convert` again"
         )
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DemoError(name, f"metadata.json is not JSON ({error})") from error
+        content = read_json(path)
+    except BadSample as error:
+        raise DemoError(name, f"metadata.json is not JSON ({error.what})") from error
     if not isinstance(content, dict):
         raise DemoError(name, "metadata.json holds no object")
     return content
@@ -313,7 +342,7 @@ def _camera(episode: Path, name: str, camera: str, rows: list[dict[str, Any]]) -
         raise DemoError(
             name, f"camera {camera!r}: {len(missing)} of {len(rows)} pictures are missing, first number {missing[0]}"
         )
-    with Image.open(folder / f"{0:010d}{suffixes[0]}") as picture:
+    with open_image(folder / f"{0:010d}{suffixes[0]}") as picture:
         width, height = picture.size
     try:
         intrinsics = np.stack([np.asarray(row["intrinsics"][camera], dtype=np.float64) for row in rows])
@@ -346,7 +375,7 @@ def _times(episode: Path, name: str, cameras: list[str], frames: int, rate: floa
         path = episode / "rgb" / camera / "timestamps.npy"
         if not path.is_file():
             continue
-        times = np.load(path, allow_pickle=False)
+        times = read_npy(path)
         if times.shape != (frames,):
             raise DemoError(name, f"rgb/{camera}/timestamps.npy has shape {times.shape}, the episode {frames} frames")
         return increasing(times, round(1e9 / rate))

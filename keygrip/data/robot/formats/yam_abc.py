@@ -12,7 +12,6 @@ The arm of a one-armed recording is called "right" here, whatever it is called t
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+from keygrip.data.bad_samples import read_json, read_npy
 from keygrip.data.robot.calibration import ArmCalibration, Calibration, find_calibration, read_calibration
 from keygrip.data.robot.formats.frames import SelectedFrames
 from keygrip.data.robot.formats.poses import increasing, opening, quaternions, transform
@@ -69,7 +69,7 @@ def read(episode: Path, name: str, calibration: Calibration) -> Demo:
     """
     if not (episode / FLAG).is_file():
         raise DemoError(name, f"no completion mark ({FLAG} is written last): the recording was cut off")
-    metadata: dict[str, Any] = json.loads((episode / "metadata.json").read_text())
+    metadata: dict[str, Any] = read_json(episode / "metadata.json")
     recorded = metadata.get("arm_names") or [metadata.get("arm_name", "left")]
     rate = float(metadata.get("control_hz") or 30)
     arms: dict[str, ArmTrajectory] = {}
@@ -87,7 +87,7 @@ def read(episode: Path, name: str, calibration: Calibration) -> Demo:
     cameras: dict[str, CameraTrack] = {}
     for entry in metadata.get("cameras") or []:
         role, keys = str(entry["role"]), [str(key) for key in entry["image_keys"]]
-        stamps = np.load(episode / f"{role}-timestamp.npy", allow_pickle=False).reshape(-1)
+        stamps = read_npy(episode / f"{role}-timestamp.npy").reshape(-1)
         if times is None:
             if len(stamps) != frames:
                 raise DemoError(name, f"{role}-timestamp.npy has {len(stamps)} stamps, the arms have {frames} frames")
@@ -123,7 +123,10 @@ def _array(episode: Path, name: str, stem: str, width: int) -> np.ndarray:
     path = episode / f"{stem}.npy"
     if not path.is_file():
         raise DemoError(name, f"{path.name} is missing")
-    values = np.load(path, allow_pickle=False).astype(np.float64)
+    values = read_npy(path)
+    if values.dtype.kind not in "fiu":
+        raise DemoError(name, f"{path.name} holds {values.dtype}, numbers are needed")
+    values = values.astype(np.float64)
     if values.ndim != 2 or values.shape[1] != width:
         raise DemoError(name, f"{path.name} has shape {values.shape}, (frames, {width}) is needed")
     return values

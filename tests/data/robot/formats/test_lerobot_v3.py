@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
+from robot_mutations import ROUNDS, assert_damage_is_found
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.discovery import find_demos
@@ -258,3 +259,10 @@ def test_import_to_native(tmp_path, write_dataset, check_geometry):
     assert summary.written == 3
     for reference in find_demos(tmp_path / "native"):
         check_geometry(reference.read(), "top", "right")
+
+
+@ROUNDS
+@pytest.mark.parametrize("pictures_in_parquet", [False, True])
+def test_damage_is_named_or_left_out(tmp_path, write_dataset, pictures_in_parquet, rounds):
+    write_dataset(tmp_path / "set", pictures_in_parquet)
+    assert_damage_is_found(tmp_path / "set", rounds, unnoticed=(".json", ".yaml", ".parquet", ".mp4"))

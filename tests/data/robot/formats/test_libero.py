@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 import yaml
+from robot_mutations import ROUNDS, assert_damage_is_found
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.discovery import find_demos
@@ -147,3 +148,10 @@ def test_import_to_native(tmp_path, square, check_geometry):
     assert any("turned upright" in note for note in summary.notes)
     for reference in find_demos(tmp_path / "native"):
         check_geometry(reference.read(), "agentview", "right")
+
+
+@ROUNDS
+def test_damage_is_named_or_left_out(tmp_path, square, rounds):
+    """HDF5 data sets of LIBERO have no checksums."""
+    write_file(tmp_path / "set" / FILE, square)
+    assert_damage_is_found(tmp_path / "set", rounds, unnoticed=(".hdf5",))

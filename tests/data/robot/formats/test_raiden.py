@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from robot_mutations import ROUNDS, assert_damage_is_found
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.discovery import find_demos
@@ -269,3 +270,10 @@ def test_import_counts_broken_demos_and_stops_at_too_many(tmp_path, scene):
         import_demos(tmp_path / "raw", tmp_path / "native", progress=False)
     with pytest.raises(ValueError, match="lies in the source"):
         import_demos(tmp_path / "raw", tmp_path / "raw" / "native", progress=False)
+
+
+@ROUNDS
+def test_damage_is_named_or_left_out(tmp_path, scene, rounds):
+    write_episode(tmp_path / "set" / "0000", scene)
+    write_episode(tmp_path / "set" / "0001", scene, arms=1, protocol=2)
+    assert_damage_is_found(tmp_path / "set", rounds, unnoticed=(".json", ".npy", ".pkl", ".jpg"))

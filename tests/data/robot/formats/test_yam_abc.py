@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from robot_mutations import ROUNDS, assert_damage_is_found
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.discovery import find_demos
@@ -264,3 +265,10 @@ def test_import_to_native(tmp_path, write_episode, calibrate, check_geometry):
     calibrate(tmp_path / "raw", BASES)
     import_demos(tmp_path / "raw", tmp_path / "native", progress=False)
     check_geometry(find_demos(tmp_path / "native")[0].read(), "top", "right")
+
+
+@ROUNDS
+def test_damage_is_named_or_left_out(tmp_path, write_episode, calibrate, rounds):
+    write_episode(tmp_path / "set" / "pick" / "0")
+    calibrate(tmp_path / "set", BASES)
+    assert_damage_is_found(tmp_path / "set", rounds, unnoticed=(".json", ".yaml", ".npy", ".mp4"))
