@@ -44,14 +44,28 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """
     if mode not in ("wb", "w"):
         raise ValueError(f"atomic_write writes whole files: mode is 'wb' or 'w', not {mode!r}")
+    with (
+        atomic_path(path) as temporary,
+        temporary.open(mode, encoding="utf-8" if mode == "w" else None, newline="" if mode == "w" else None) as file,
+    ):
+        yield file
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """As :func:`atomic_write`, for libraries that open files themselves: the path to write to, of the same suffix.
+
+    Raises:
+        DiskFullError: the disk or the quota is full. FileNotFoundError: the block wrote no file.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(target)
+    temporary = temporary.with_name(temporary.name + target.suffix)
     try:
         with full_disk_is_named(target):
-            with temporary.open(mode, encoding="utf-8" if mode == "w" else None) as file:
-                yield file
-                file.flush()
+            yield temporary
+            with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             temporary.replace(target)
         _flush_folder(target.parent)
@@ -177,8 +191,8 @@ def _host() -> str:
 
 def _remove_stale(folder: Path) -> None:
     """Removes temporaries that processes of this machine left in a folder when they were killed."""
-    pattern = re.compile(rf"\..+\.{re.escape(_host())}-(\d+)-[0-9a-f]{{8}}{re.escape(WRITING)}")
-    for path in folder.glob(f".*.{_host()}-*{WRITING}"):
+    pattern = re.compile(rf"\..+\.{re.escape(_host())}-(\d+)-[0-9a-f]{{8}}{re.escape(WRITING)}(\.\w+)?")
+    for path in folder.glob(f".*.{_host()}-*{WRITING}*"):
         found = pattern.fullmatch(path.name)
         if found and not _is_alive(int(found[1])):
             with contextlib.suppress(OSError):

@@ -21,6 +21,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig
 
+from keygrip.artifacts import write_json
 from keygrip.command import entry_point
 from keygrip.config import EntrySchema, register
 
@@ -116,12 +117,9 @@ def _known(kind: str, name: str, names: list[str]) -> str:
 
 def _write(path: Path, result: dict[str, Any]) -> None:
     """The result with its date and the command that makes it again, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "keygrip.bench", *sys.argv[1:]])
     date = datetime.now(UTC).strftime("%Y-%m-%d")
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(json.dumps({**result, "date": date, "command": command}, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_json(path, {**result, "date": date, "command": command})
     log.info("written to %s", path)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING, DictConfig
 
+from keygrip.artifacts import atomic_write
 from keygrip.command import entry_point
 from keygrip.config import EntrySchema, register
 
@@ -269,9 +270,8 @@ def write(
     ]
     files = []
     for path, frame in [*named, (folder / "grid.png", picture_grid(titled))]:
-        temporary = path.with_name(f".{path.stem}.writing.png")
-        Image.fromarray(frame).save(temporary)
-        temporary.replace(path)
+        with atomic_write(path) as file:
+            Image.fromarray(frame).save(file, "PNG")
         files.append(path)
     return files
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -13,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
+from keygrip.artifacts import write_json
 from keygrip.benchmarks.training import PHASES
 
 
@@ -71,9 +71,7 @@ class PhaseTimes(Callback):
             for phase, spent in zip(PHASES, self._differences([end_before, *marks]), strict=True):
                 seconds[phase] += spent
         content = {"seconds": seconds, "steps": len(counted), "samples": sum(samples for _, samples in counted)}
-        temporary = self.path.with_name(f".{self.path.name}")
-        temporary.write_text(json.dumps(content))
-        temporary.replace(self.path)
+        write_json(self.path, content)
 
     def _now(self) -> float | torch.cuda.Event:
         if not self._on_gpu:

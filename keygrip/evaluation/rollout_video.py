@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from keygrip.artifacts import atomic_path
 from keygrip.data.video import write_video
 from keygrip.models.policy import Observation, Plan, arm_axis
 
@@ -34,17 +35,14 @@ class Film:
 
     def close(self) -> None:
         """Write the file."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}")
-        suffix = self.path.suffix.lower()
-        if suffix == ".gif":
-            first, *rest = [Image.fromarray(frame).quantize(128) for frame in self._frames]
-            first.save(
-                temporary, format="GIF", save_all=True, append_images=rest, duration=round(1000 / self.fps), loop=0
-            )
-        else:
-            write_video(temporary, np.stack(self._frames), self.fps)
-        temporary.replace(self.path)
+        with atomic_path(self.path) as path:
+            if self.path.suffix.lower() == ".gif":
+                first, *rest = [Image.fromarray(frame).quantize(128) for frame in self._frames]
+                first.save(
+                    path, format="GIF", save_all=True, append_images=rest, duration=round(1000 / self.fps), loop=0
+                )
+            else:
+                write_video(path, np.stack(self._frames), self.fps)
 
 
 def draw_plan(observation: Observation, plan: Plan | None) -> np.ndarray:

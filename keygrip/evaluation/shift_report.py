@@ -10,7 +10,7 @@ import csv
 import logging
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from keygrip.artifacts import atomic_write, write_text
 from keygrip.evaluation.statistics import wilson_interval
 from keygrip.training.sweeps import FINISHED, PLAN, RESULT, collect, markdown, read_result
 
@@ -109,10 +110,12 @@ def make_report(sweep_dir: str | Path) -> list[Cell]:
     if not cells:
         raise ValueError(f"the sweep in {folder} has no jobs to report on")
     header, lines = long_table(cells)
-    _whole(folder / f"{NAME}.csv", lambda path: _write_csv(path, header, lines))
+    with atomic_write(folder / f"{NAME}.csv", "w") as file:
+        csv.writer(file).writerows([header, *lines])
     text = markdown(*wide_table(cells))
-    _whole(folder / f"{NAME}.md", lambda path: path.write_text(f"{text}\n\n{NOTE}\n", encoding="utf-8"))
-    _whole(folder / f"{NAME}.png", lambda path: plot(cells).savefig(path, dpi=150, format="png"))
+    write_text(folder / f"{NAME}.md", f"{text}\n\n{NOTE}\n")
+    with atomic_write(folder / f"{NAME}.png") as file:
+        plot(cells).savefig(file, dpi=150, format="png")
     sys.stderr.write(f"\n{text}\n\n{NOTE}\n{folder / NAME}.md, .csv, .png\n")
     return cells
 
@@ -254,14 +257,3 @@ def _labels(cells: Sequence[Cell]) -> dict[tuple[str, str], str]:
         (shift, condition): f"{condition} ({shift})" if count[condition] > 1 else condition
         for shift, condition in places
     }
-
-
-def _write_csv(path: Path, header: Sequence[str], lines: Sequence[Sequence[Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *lines])
-
-
-def _whole(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.writing")
-    write(temporary)
-    temporary.replace(path)

@@ -18,6 +18,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 
+from keygrip.artifacts import atomic_write, write_json, write_text
 from keygrip.training.signals import Interrupted, SweepInterrupted
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ _failures: list[str] = []
 def write_result(folder: Path, result: dict[str, Any]) -> None:
     """Writes ``result.json`` into a run folder, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write_whole(folder / RESULT, json.dumps(result, indent=1, default=str) + "\n")
+    write_text(folder / RESULT, json.dumps(result, indent=1, default=str) + "\n")
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def record_failure(folder: Path, status: str, line: str, overrides: Sequence[str
         return
     result = {**read_result(folder), "status": status, "error": line, "overrides": list(overrides)}
     write_result(folder, {"metrics": {}, **result})
-    (folder / "error.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    write_text(folder / "error.txt", "".join(traceback.format_exception(error)))
 
 
 def run_job(
@@ -120,7 +121,7 @@ class SweepSummary(Callback):
             config.hydra.sweep.dir = str(folder)
             config.hydra.overrides.hydra.append(f'hydra.sweep.dir="{folder}"')
         plan = {"command": _command(config), "jobs": planned_jobs(config), "started": time.time()}
-        _write_whole(folder / PLAN, json.dumps(plan, indent=1) + "\n")
+        write_json(folder / PLAN, plan)
         _open_sweeps.append(folder)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -157,13 +158,11 @@ def finish_sweep(folder: Path) -> list[dict[str, Any]]:
         _open_sweeps.remove(folder)
     rows = collect(folder)
     header, lines = table(rows)
-    temporary = folder / ".summary.csv.writing"
-    with temporary.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(folder / "summary.csv", "w") as file:
         csv.writer(file).writerows([header, *lines])
-    temporary.replace(folder / "summary.csv")
     text = markdown(*table(rows, most=SHOWN))
-    _write_whole(folder / "summary.md", text + "\n")
-    _write_whole(folder / "summary.json", json.dumps(_record(folder, rows), indent=1) + "\n")
+    write_text(folder / "summary.md", text + "\n")
+    write_json(folder / "summary.json", _record(folder, rows))
     _write_hparams(folder, rows)
     bad = [row for row in rows if row["status"] != FINISHED]
     sys.stderr.write(f"\n{text}\n\n{len(rows) - len(bad)} of {len(rows)} jobs finished: {folder / 'summary.csv'}\n")
@@ -306,9 +305,8 @@ def _draw_losses(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
 
     from keygrip.training.images import figure_to_image
 
-    temporary = folder / f".{LOSSES}.writing"
-    figure.savefig(temporary, format="png")
-    temporary.replace(folder / LOSSES)
+    with atomic_write(folder / LOSSES) as file:
+        figure.savefig(file, format="png")
     with SummaryWriter(str(folder / "tensorboard" / "sweep")) as writer:
         writer.add_image("loss_against_compute", figure_to_image(figure), dataformats="HWC")
     log.info("losses against compute: %s", folder / LOSSES)
@@ -339,9 +337,3 @@ def _same(left: Sequence[str], right: Sequence[str]) -> bool:
 
 def _figure(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -10,7 +10,6 @@ Shape legend: N rotations, R classes, ``...`` any batch shape.
 from __future__ import annotations
 
 import hashlib
-import os
 import warnings
 from abc import abstractmethod
 from pathlib import Path
@@ -21,6 +20,7 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
+from keygrip.artifacts import atomic_write
 from keygrip.models.geometry.rotations import (
     geodesic_angle,
     mean_rotation,
@@ -270,8 +270,6 @@ def fit_or_load(codec: RotationCodec, quaternions: Tensor, cache_dir: Path, fing
         codec.load_state_dict(torch.load(path, weights_only=True))
         return codec.summary() | codec.quantisation(normalise(quaternions.double()))
     report = codec.fit(quaternions)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save(codec.state_dict(), temporary)
-    temporary.replace(path)
+    with atomic_write(path) as file:
+        torch.save(codec.state_dict(), file)
     return report

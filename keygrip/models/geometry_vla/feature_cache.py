@@ -7,17 +7,18 @@ files appear whole, what another process removes is computed again, and the size
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
+
+from keygrip.artifacts import locked, write_bytes, write_text
 
 log = logging.getLogger(__name__)
 
@@ -107,32 +108,17 @@ class FeatureCache:
 
     def _write(self, key: str, feature: Tensor) -> None:
         path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            save_file({"feature": feature.contiguous()}, temporary)
-            with self._locked():
+            with locked(self.folder / ".lock"):
                 before = path.stat().st_size if path.exists() else 0
-                temporary.replace(path)
+                write_bytes(path, save({"feature": feature.contiguous()}))
                 size = self.size() + path.stat().st_size - before
-                self._count(self._shrunk() if size > self.limit else size)
+                write_text(self.folder / ".size", str(self._shrunk() if size > self.limit else size))
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise OSError(
                 f"the cache of geometry features cannot be written ({error}): give geometry.cache.folder a disk with "
                 "room, or set geometry.cache=null"
             ) from error
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        with (self.folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-
-    def _count(self, size: int) -> None:
-        temporary = self.folder / f".size.{os.getpid()}"
-        temporary.write_text(str(size))
-        temporary.replace(self.folder / ".size")
 
     def _shrunk(self) -> int:
         """Removes the files that were not used the longest until the rest fits; returns its size."""
