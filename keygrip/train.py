@@ -18,6 +18,7 @@ from keygrip.config import SettingError, TrainSchema, compose, listed, refuse_un
 from keygrip.training import run_folder
 from keygrip.training.loggers import build_loggers, finish, log_settings
 from keygrip.training.pretraining import complete_stages
+from keygrip.training.strategies import named_precision
 from keygrip.training.sweeps import read_result, write_result
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ log = logging.getLogger(__name__)
 # Settings that may differ when a run is resumed: they do not change which weights a step leads to.
 MAY_DIFFER = (
     *("max_steps", "max_epochs", "max_minutes", "val_every_n_steps", "limit_val_batches", "log_every_n_steps"),
-    *("debug", "resume", "run_dir", "logger", "strategy.devices", "strategy.num_nodes"),
+    *("debug", "resume", "run_dir", "logger"),
+    # the batch is divided over the processes: their number and kind do not change what is computed
+    *("strategy.devices", "strategy.num_nodes", "strategy.kind", "strategy.accelerator"),
     "compile",
     *("data.num_workers", "data.prefetch_batches", "data.cache_gb", "data.cache_dir", "model.log_images_every_n_steps"),
     "model.loss_kernel",
@@ -182,6 +185,10 @@ def _check_resumed(checkpoint: Path, resolved: dict[str, Any]) -> int:
 
     content = read_checkpoint(checkpoint)
     before, now = _flat(content[HEADER]["config"]), _flat(resolved)
+    for settings in (before, now):
+        if "strategy.precision" in settings:
+            accelerator, precision = settings.get("strategy.accelerator"), settings["strategy.precision"]
+            settings["strategy.precision"] = named_precision(accelerator, precision)
     different = sorted(
         key
         for key in before.keys() | now.keys()

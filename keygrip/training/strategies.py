@@ -140,6 +140,15 @@ def automatic_precision(on_gpu: bool) -> str:
     return "bf16-mixed" if cpu_has_bf16() else "32-true"
 
 
+def named_precision(accelerator: str | None, precision: str) -> str:
+    """Lightning's name for a precision that may be "auto", on this machine."""
+    if precision != "auto":
+        return precision
+    import torch
+
+    return automatic_precision(accelerator != "cpu" and torch.cuda.is_available())
+
+
 def cpu_has_bf16() -> bool:
     """Whether the processor has bf16 instructions (AVX512-BF16, AMX, or Arm's), by its own description."""
     try:

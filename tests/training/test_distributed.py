@@ -54,6 +54,19 @@ def test_sharded_training_gives_the_weights_of_one_process_and_resumes(
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_from_one_process_to_several_and_back(command: Callable[..., Any], tmp_path: Path) -> None:
+    assert command("keygrip.train", *TOY, "strategy=cpu", "run_dir=one").returncode == 0
+    for number, strategy in enumerate(("cpu", "ddp_cpu")):
+        stop = {"TOY_STOP_AT": str(4 * number + 3), "TOY_SIGNAL": "SIGTERM"}
+        resume = () if number == 0 else ("resume=true",)
+        done = command("keygrip.train", *TOY, f"strategy={strategy}", "run_dir=changing", *resume, **stop)
+        assert done.returncode == 143, done.stderr
+    done = command("keygrip.train", *TOY, "strategy=cpu", "run_dir=changing", "resume=true")
+    assert done.returncode == 0, done.stderr
+    assert_same_weights(tmp_path / "one", tmp_path / "changing")
+
+
+@pytest.mark.slow
 def test_torchrun_agrees_on_a_folder_and_resumes_after_a_signal(command: Callable[..., Any], tmp_path: Path) -> None:
     assert command("keygrip.train", *TOY, "strategy=cpu", "run_dir=one").returncode == 0
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "keygrip.train")
