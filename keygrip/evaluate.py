@@ -48,10 +48,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if set(KINDS[name].settings()) - set(cfg):
         raise ValueError(f"{what}: its settings are those of evaluate={name}")
     output = evaluation_output(file, cfg.run_dir)
-    started = time.time()
+    started = time.perf_counter()
     result: dict[str, Any] = {"checkpoint": str(file), "model": type(module).__name__}
     result |= get_method(KINDS[name].run)(Evaluated(module, config, file, output, trust), cfg)
-    result |= {"wall_s": round(time.time() - started, 1), "machine": machine()}
+    result |= {"wall_s": round(time.perf_counter() - started, 1), "machine": machine()}
     write_json(output / "result.json", result)
     log.info("written to %s", output)
     return result

@@ -198,7 +198,9 @@ def draw(
     half = automatic_precision(on_gpu) == "bf16-mixed"
     batches = [wishes[start : start + batch_size] for start in range(0, len(wishes), batch_size)]
     pictures = []
-    with tqdm(total=len(batches) * sampling.steps, desc="sampling", unit="step", delay=2, leave=False) as bar:
+    with tqdm(
+        total=len(batches) * sampling.steps, desc="sampling", unit="step", delay=2, leave=False, disable=None
+    ) as bar:
         for batch in batches:
             conditions = conditions_of(module, batch, references, encoders.dino_grid(bucket.width, bucket.height))
             with torch.autocast(module.device.type, torch.bfloat16, enabled=half):

@@ -46,7 +46,7 @@ class Inference(Timed):
         settings = [("", torch.device("cpu"), all_threads), ("one_thread_", torch.device("cpu"), 1)]
         settings += [("gpu_", torch.device("cuda"), 1)] if torch.cuda.is_available() else []
         figures: dict[str, float] = {}
-        for prefix, device, count in tqdm(settings, desc="inference", unit="setting", leave=False):
+        for prefix, device, count in tqdm(settings, desc="inference", unit="setting", leave=False, disable=None):
             policy = module.to(device).policy()
             with threads(count):
                 figures |= self._measure(policy, observation, device, prefix, quick)

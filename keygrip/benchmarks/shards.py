@@ -92,7 +92,7 @@ class Shards:
             first = next(batches)
             figures["resume_s"] = order_s + time.perf_counter() - started
             started, count = time.perf_counter(), 0
-            for batch in tqdm(batches, desc="shards", unit="batch", leave=False):
+            for batch in tqdm(batches, desc="shards", unit="batch", leave=False, disable=None):
                 count += len(batch)
             figures["samples_per_s"] = count / (time.perf_counter() - started)
         return figures | {"order_s": order_s, "frames_a_sample": float(first.frame_mask.sum() / len(first))}

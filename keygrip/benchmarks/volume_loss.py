@@ -46,7 +46,9 @@ class VolumeLoss(Timed):
         """
         devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
         figures: dict[str, float] = {}
-        with tqdm(total=len(devices) * len(self.horizons), desc="volume_loss", unit="setting", leave=False) as bar:
+        with tqdm(
+            total=len(devices) * len(self.horizons), desc="volume_loss", unit="setting", leave=False, disable=None
+        ) as bar:
             for device in devices:
                 prefix = "gpu_" if device.type == "cuda" else ""
                 for horizon in self.horizons:

@@ -255,7 +255,7 @@ def train_classifier(
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     shares = np.array([len(bucket.images) for bucket in buckets], float)
     with torch.enable_grad():
-        for step in tqdm(range(options.steps), desc="classifier", unit="step", delay=1, leave=False):
+        for step in tqdm(range(options.steps), desc="classifier", unit="step", delay=1, leave=False, disable=None):
             progress = (step + 1) / options.steps
             for group in optimizer.param_groups:
                 group["lr"] = options.lr * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * progress))

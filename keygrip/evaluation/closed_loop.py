@@ -369,7 +369,9 @@ class _Progress:
     def __init__(self, total: int) -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(total=total, desc="closed loop", unit="episode", dynamic_ncols=True, mininterval=0.5)
+        self._bar = tqdm(
+            total=total, desc="closed loop", unit="episode", dynamic_ncols=True, mininterval=0.5, disable=None
+        )
 
     def __enter__(self) -> _Progress:
         return self

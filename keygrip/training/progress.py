@@ -109,6 +109,7 @@ class Progress(ProgressBar):
             file=sys.stderr,
             mininterval=self.refresh_s,
             dynamic_ncols=True,
+            disable=None,
         )
 
     def _close(self) -> None:

@@ -75,7 +75,7 @@ def run_job(
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.runtime.output_dir)
     overrides = list(hydra_cfg.overrides.task)
-    started = time.time()
+    started = time.perf_counter()
     before = read_result(folder)
     if cfg.get("resume"):
         if before.get("status") == FINISHED and _same(before.get("overrides", []), overrides):
@@ -97,7 +97,7 @@ def run_job(
         log.error("job %s (%s) failed: %s", hydra_cfg.job.num, " ".join(overrides), line)
         return None
     if read_result(folder).get("status") != FINISHED:
-        wall_s = round(time.time() - started, 1)
+        wall_s = round(time.perf_counter() - started, 1)
         metrics = numbers(figures)
         write_result(folder, {"status": FINISHED, "overrides": overrides, "metrics": metrics, "wall_s": wall_s})
     return figures

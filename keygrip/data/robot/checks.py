@@ -19,6 +19,7 @@ QUATERNION_TOLERANCE = (
     1e-2  # |norm - 1| above this is a wrong order, a wrong unit or a broken sensor, not float32 rounding
 )
 LARGEST_POSITION_M = 10.0  # farther is another unit or a broken reading: it would stretch the height bins over all
+OUTLIER_M, OUTLIER_QUARTILES = 0.1, 10.0
 RATES_HZ = (0.01, 10_000.0)  # of recordings; others are another unit
 NAME = re.compile(r"\w[\w .:+-]{0,99}")  # of arms and cameras: they become names of files
 ROTATION_TOLERANCE = 1e-3  # largest entry of R R^T - I that rounding and hand-eye calibration files produce
@@ -147,6 +148,21 @@ def _check_images(name: str, camera: str, track: CameraTrack, frames: int) -> No
         if is_of_the_machine(error):
             raise
         raise DemoError(name, f"camera {camera!r}: {reason_of(error)}") from error
+
+
+def pose_outliers(poses: ArmTrajectory) -> np.ndarray:
+    """Frames whose position leaves the path of their neighbours by far: single readings that are wrong.
+
+    Returns:
+        int [M], rising: those more than 10 cm and 10 times the lower quartile away from the middle of the frames around them.
+    """
+    if len(poses) < 5:
+        return np.zeros(0, dtype=np.int64)
+    path = poses.position
+    off = np.linalg.norm(path[1:-1] - (path[:-2] + path[2:]) / 2, axis=-1)
+    # the frames before and after a wrong one lie close together; around a true jump they do not
+    returns = np.linalg.norm(path[2:] - path[:-2], axis=-1) < off
+    return np.flatnonzero((off > max(OUTLIER_M, OUTLIER_QUARTILES * float(np.quantile(off, 0.25)))) & returns) + 1
 
 
 def check_demo(demo: Demo, pictures: bool = True, cameras: Iterable[str] | None = None) -> None:

@@ -19,6 +19,7 @@ from keygrip.artifacts import locked
 from keygrip.data.bad_samples import BadSamples
 from keygrip.data.batches import MultiViewPolicyBatch, PolicyBatch, PolicyTargets
 from keygrip.data.robot.augmentation import Augmentation, ImageGeometry
+from keygrip.data.robot.checks import pose_outliers
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.fingerprint import fingerprints, refuse_changed
 from keygrip.data.robot.frame_cache import FrameCache, FrameShape
@@ -234,14 +235,33 @@ class RobotDemos(ResumableData):
             len(self.train_indices),
             len(self.val_indices),
         )
+        self._report_outliers()
         self._report_off_screen()
+
+    def _report_outliers(self) -> None:
+        """Warns of single wrong readings: one of them stretches the height bins of all demos."""
+        found = []
+        for demo in self.demos:
+            for arm in self.arms:
+                for what, poses in (("reached", demo.arms[arm]), ("commanded", demo.arms[arm].commanded)):
+                    if poses is not None and what == self.targets:
+                        found += [f"{demo.name} frame {frame}" for frame in pose_outliers(poses)]
+        if found:
+            log.warning(
+                "%d %s positions leave the path of their neighbours by more than 10 cm, which stretches the height "
+                "bins (repair or remove these demos): %s%s",
+                len(found),
+                self.targets,
+                ", ".join(found[:NAMED_AT_MOST]),
+                f" and {len(found) - NAMED_AT_MOST} more" if len(found) > NAMED_AT_MOST else "",
+            )
 
     def _read(self, references: Sequence[DemoReference]) -> list[Demo]:
         """The readable ones, at most `max_demos`; broken ones are named, counted and left out."""
         demos: list[Demo] = []
         self.broken = []
         looked_at = 0
-        for reference in tqdm(references, desc=f"reading {self.root}", unit="demo", delay=2, leave=False):
+        for reference in tqdm(references, desc=f"reading {self.root}", unit="demo", delay=2, leave=False, disable=None):
             if self.max_demos is not None and len(demos) == self.max_demos:
                 break
             looked_at += 1
@@ -321,6 +341,12 @@ class RobotDemos(ResumableData):
         if not outside:
             return
         worst = sorted(outside, key=lambda name: -outside[name])
+        if len(outside) == len(self.demos) and min(outside.values()) > 0.95:
+            raise ValueError(
+                f"the arm is outside of camera {self.camera}'s image in all {len(self.demos)} demos of {self.root}: "
+                "the calibration does not belong to these images (python -m keygrip.prepare step=doctor says more), or "
+                "data.camera names the wrong one"
+            )
         log.warning(
             "%d of %d demos have more than %.0f %% of their steps outside camera %s's picture as the network sees "
             "it, where they are masked "

@@ -122,13 +122,31 @@ class ResumableLoader(DataLoader[Any]):
     """
 
     def __iter__(self) -> Any:
-        return map(_batch_or_raise, super().__iter__())
+        return map(_batch_or_raise, _shared_memory_is_named(super().__iter__()))
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to restore here: see the class."""
+
+
+def _shared_memory_is_named(batches: Any) -> Iterator[Any]:
+    """Batches; torch's errors for shared memory that is too small become one sentence.
+
+    Raises:
+        OSError: workers could not hand over a batch.
+    """
+    try:
+        yield from batches
+    except (RuntimeError, OSError) as error:
+        text = str(error)
+        if "shared memory" not in text and "Bus error" not in text and "/torch_" not in text:
+            raise
+        raise OSError(
+            "the loader's workers ran out of shared memory (/dev/shm): give it more (docker run --shm-size=8g), or "
+            "lower data.num_workers, data.prefetch_batches or data.batch_size"
+        ) from error
 
 
 def _batch_or_raise(batch: Any) -> Any:

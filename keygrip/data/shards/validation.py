@@ -202,11 +202,13 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
     """
     jobs = [(place, number) for place in split_folders(root) for number in range(len(ShardSet(place).shards))]
     if processes == 1 or len(jobs) == 1:
-        reports = [examine_shard(*job) for job in tqdm(jobs, desc=f"validate {root}", unit="shard", delay=1)]
+        reports = [
+            examine_shard(*job) for job in tqdm(jobs, desc=f"validate {root}", unit="shard", delay=1, disable=None)
+        ]
     else:
         with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
             futures = [pool.submit(examine_shard, *job) for job in jobs]
-            reports = [f.result() for f in tqdm(futures, desc=f"validate {root}", unit="shard", delay=1)]
+            reports = [f.result() for f in tqdm(futures, desc=f"validate {root}", unit="shard", delay=1, disable=None)]
     problems = [problem for report in reports for problem in report.problems]
     for what in ("keys", "digests"):
         seen: dict[str, str] = {}

@@ -391,6 +391,30 @@ def test_steps_outside_the_picture_are_counted_and_named(
     assert "demo_05 (55 %)" in caplog.text
 
 
+def test_demos_that_the_camera_never_sees_end_the_run(
+    native_root: Path, robot_demos: Make, change_archive: Any
+) -> None:
+    for folder in native_root.iterdir():
+        change_archive(folder / "trajectory.npz", right__position_m=np.tile([5.0, 0.0, 0.2], (12, 1)))
+    with pytest.raises(ValueError, match=r"outside of camera over's image in all 10 demos of .*calibration"):
+        ready(robot_demos(native_root))
+
+
+def test_single_wrong_readings_are_named(
+    native_root: Path, robot_demos: Make, change_archive: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with np.load(native_root / "demo_03" / "trajectory.npz") as stored:
+        path = stored["right/position_m"].copy()
+    ready(robot_demos(native_root, targets="reached"))
+    assert "leave the path" not in caplog.text
+    path[7, 2] += 0.3
+    path[3, 0] -= 0.2
+    change_archive(native_root / "demo_03" / "trajectory.npz", right__position_m=path)
+    ready(robot_demos(native_root, targets="reached"))
+    assert "2 reached positions leave the path of their neighbours" in caplog.text
+    assert "demo_03 frame 3, demo_03 frame 7" in caplog.text
+
+
 def test_pauses_can_be_dropped(native_root: Path, robot_demos: Make, change_archive: Any) -> None:
     for folder in native_root.iterdir():
         with np.load(folder / "trajectory.npz") as stored:

@@ -131,3 +131,17 @@ def test_batches_that_cannot_be_divided_are_refused() -> None:
         GlobalBatchSampler(100, 9, 0, 2)
     with pytest.raises(ValueError, match=r"holds 5 samples, fewer than one batch of 8; lower data\.batch_size"):
         GlobalBatchSampler(5, 8)
+
+
+class NoSharedMemory(torch.utils.data.Dataset[int]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, key: object) -> int:
+        raise RuntimeError("unable to write to file </torch_91_1>: No space left on device (28)")
+
+
+def test_too_little_shared_memory_is_one_sentence() -> None:
+    loader = ResumableLoader(NoSharedMemory(), batch_size=2)
+    with pytest.raises(OSError, match=r"^the loader's workers ran out of shared memory \(/dev/shm\): .*num_workers"):
+        list(loader)
