@@ -154,7 +154,8 @@ def pose_outliers(poses: ArmTrajectory) -> np.ndarray:
     """Frames whose position leaves the path of their neighbours by far: single readings that are wrong.
 
     Returns:
-        int [M], rising: those more than 10 cm and 10 times the lower quartile away from the middle of the frames around them.
+        int [M], rising: those farther from the middle of the frames around them than 10 cm and than 10 times the lower
+        quartile of that distance.
     """
     if len(poses) < 5:
         return np.zeros(0, dtype=np.int64)
