@@ -20,8 +20,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from keygrip.envs.yam.environment import YamCell
+from keygrip.evaluation.rollout_video import Film
 from keygrip.evaluation.statistics import wilson_interval
 from keygrip.runtime.chunk_execution import RecedingHorizon
+from keygrip.training.checkpoints import load_module
 
 if TYPE_CHECKING:
     from keygrip.envs.yam.tasks import TaskOptions
@@ -263,8 +266,6 @@ class _Worker:
     """One loaded policy and the environments that it has needed so far."""
 
     def __init__(self, checkpoint: Path, settings: ClosedLoop) -> None:
-        from keygrip.training.checkpoints import load_module
-
         module: Any = load_module(checkpoint, trust=settings.trust)
         if not hasattr(module, "policy"):
             raise ValueError(
@@ -275,8 +276,6 @@ class _Worker:
         self._environment: tuple[tuple[tuple[str, Any], ...], Any] | None = None
 
     def environment(self, overrides: dict[str, Any]) -> Any:
-        from keygrip.envs.yam.environment import YamCell
-
         key = tuple(sorted(overrides.items()))
         if self._environment is None or self._environment[0] != key:
             if self._environment is not None:
@@ -295,8 +294,6 @@ class _Worker:
         observation, info = environment.reset(seed=job.seed)
         film = None
         if job.video is not None:
-            from keygrip.evaluation.rollout_video import Film
-
             film = Film(job.video, self.settings.hz, info["instruction"])
         steps, over, failure, detail = 0, False, None, None
         while not over:

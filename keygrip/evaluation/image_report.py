@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from keygrip.artifacts import write_bytes, write_text
-from keygrip.models.patch_dit.figures import picture_grid
+from keygrip.models.patch_dit.figures import image_grid
 
 if TYPE_CHECKING:
     pass
@@ -46,7 +46,7 @@ def write_report(
     images = []
     for name, shown in ((SAMPLES, rows), (SCALES, scale_rows)):
         if shown:
-            write_bytes(output / name, png(picture_grid(shown)))
+            write_bytes(output / name, png(image_grid(shown)))
             images.append(output / name)
     if figures["scales"] and "colour_as_asked" in figures["scales"][0]:
         write_bytes(output / SCALE_MAP, scale_map(figures["scales"]))

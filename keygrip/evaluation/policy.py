@@ -9,7 +9,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from keygrip.evaluation.callback import write_result
+from keygrip.evaluation.closed_loop import ClosedLoop, changed, refuse_unknown, summarise
 from keygrip.evaluation.kinds import Evaluated, plain
+from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.training.parts import build_stored
 
 
@@ -49,9 +52,6 @@ def closed_loop(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
         ValueError: the model drives no robot, was trained on what the simulator does not know, or cannot do what a
             setting asks for.
     """
-    from keygrip.evaluation.callback import write_result
-    from keygrip.evaluation.closed_loop import ClosedLoop, changed, summarise
-
     module: Any = evaluated.module
     checkpoint, output = evaluated.checkpoint, evaluated.output
     if not hasattr(module, "policy"):
@@ -90,8 +90,5 @@ def closed_loop(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
 
 def _control(options: dict[str, Any]) -> Callable[..., Any]:
     """The controller with some settings changed."""
-    from keygrip.evaluation.closed_loop import refuse_unknown
-    from keygrip.runtime.chunk_execution import RecedingHorizon
-
     refuse_unknown(options, RecedingHorizon)
     return partial(RecedingHorizon, **options)

@@ -18,10 +18,11 @@ from keygrip.data.batches import Turn, VideoTextBatch
 from keygrip.data.video_text.video_files import read_frames
 from keygrip.evaluation.kinds import Evaluated, plain
 from keygrip.evaluation.text_metrics import caption_metrics, chosen_option, vqa_accuracy
-from keygrip.evaluation.vqa_benchmarks import ChoiceQuestion
+from keygrip.evaluation.vqa_benchmarks import ChoiceQuestion, read_benchmark
+from keygrip.models.foveated_vlm.attention_maps import attention_on_targets
 from keygrip.models.foveated_vlm.conversations import EncodedText, encode_conversation
 from keygrip.models.foveated_vlm.generation import answer_scores, generate
-from keygrip.models.foveated_vlm.module import REFINED, FoveatedVLMModule, comparisons, landings
+from keygrip.models.foveated_vlm.module import REFINED, FoveatedVLMModule, comparisons
 from keygrip.models.foveated_vlm.scores import Scores
 
 log = logging.getLogger(__name__)
@@ -73,9 +74,9 @@ def evaluate_modes(
             by_length[mode].add(scored, _kinds_and_lengths(batch))
             seconds[mode] += time.perf_counter() - started
             if output.looks is not None:
-                for kind, where in landings(module.network, output, rows, batch):
+                for kind, where in attention_on_targets(module.network, output, rows, batch):
                     looked[mode][kind].append(where)
-                for kind, where in landings(module.network, output, rows, batch, "all"):
+                for kind, where in attention_on_targets(module.network, output, rows, batch, "all"):
                     looked[mode][f"{kind}_all_blocks"].append(where)
             if mode in modes:
                 said[mode] += _generated(module, batch, mode, max_new_tokens)
@@ -211,8 +212,6 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: a mode that the model does not have, or a split without samples.
     """
-    from keygrip.evaluation.vqa_benchmarks import read_benchmark
-
     module: Any = evaluated.module
     chosen = module.network.modes if cfg.mode is None else cfg.mode
     modes = [chosen] if isinstance(chosen, str) else list(chosen)

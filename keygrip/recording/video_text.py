@@ -25,6 +25,9 @@ from keygrip.data.video_text.conversations import (
     video_text_parts,
 )
 from keygrip.data.video_text.sources.writing import MadeSample, write_shards
+from keygrip.envs.yam.tasks import TaskOptions
+from keygrip.envs.yam.tours import TourCell, TourOptions, describe
+from keygrip.recording.demonstrations import record
 
 if TYPE_CHECKING:
     from keygrip.envs.yam.tours import TourCell, TourOptions
@@ -57,8 +60,6 @@ class TourMaker:
         return {"options": self.options, "_cell": None}
 
     def __call__(self, seed: int) -> Iterable[MadeSample]:
-        from keygrip.envs.yam.tours import TourCell, describe
-
         self._cell = self._cell or TourCell(self.options)
         tour = self._cell.tour(seed)
         frames = [encode_jpeg(frame, TOUR_QUALITY) for frame in tour.frames]
@@ -76,8 +77,6 @@ def make_tours(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         samples by split and seconds.
     """
-    from keygrip.envs.yam.tours import TourOptions
-
     tour = TourOptions(**(options.get("tour") or {}))
     report: dict[str, Any] = {"root": str(root), "wall_s": 0.0}
     for split, first in FIRST_SEEDS.items():
@@ -184,9 +183,6 @@ def make_demos(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
         options: `train`, `val`, `test` (how many), `videos_per_shard`, `image_size`, `processes`, and `task`: the
             fields of :class:`keygrip.envs.yam.tasks.TaskOptions`.
     """
-    from keygrip.envs.yam.tasks import TaskOptions
-    from keygrip.recording.demonstrations import record
-
     task = TaskOptions(**(options.get("task") or {}))
     size, processes = int(options["image_size"]), options.get("processes")
     report: dict[str, Any] = {"root": str(root), "wall_s": 0.0}

@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from keygrip.artifacts import atomic_write, write_json
+from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.integrity import sign
 from keygrip.training.sharding import local
 from keygrip.training.signals import Interrupted
@@ -38,8 +39,6 @@ class AtomicCheckpointIO(CheckpointIO):
             sign(Path(file.name))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        from keygrip.training.checkpoints import read_checkpoint
-
         return read_checkpoint(path, map_location or "cpu")
 
     def remove_checkpoint(self, path: Any) -> None:

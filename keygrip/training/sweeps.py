@@ -19,6 +19,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 
 from keygrip.artifacts import atomic_write, write_json, write_text
+from keygrip.training.run_folder import CHECKPOINT
 from keygrip.training.signals import Interrupted, SweepInterrupted
 
 log = logging.getLogger(__name__)
@@ -69,8 +70,6 @@ def run_job(
         describe: one line about an error, given it and the job's overrides. debug: writes the trace too.
     """
     from hydra.core.hydra_config import HydraConfig
-
-    from keygrip.training.run_folder import CHECKPOINT
 
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.runtime.output_dir)

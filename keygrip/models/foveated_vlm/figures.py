@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from keygrip.data.batches import VideoTextBatch
+from keygrip.models.foveated_vlm.attention_maps import patch_maps
 from keygrip.models.foveated_vlm.conversations import encode_conversation
 from keygrip.models.foveated_vlm.generation import generate
+from keygrip.models.foveated_vlm.network import FoveatedVLM, VLMOutput
 from keygrip.training.images import drawable, figure_to_image, printable
 
 if TYPE_CHECKING:
@@ -21,9 +23,6 @@ MAX_SHOWN_FRAMES = 8
 
 def show_answers(module: FoveatedVLMModule, batch: VideoTextBatch, rows: int) -> tuple[np.ndarray | None, str]:
     """Answers to some rows of different kinds: a picture [H, W, 3] uint8 (None without frames) and a table."""
-    from keygrip.models.foveated_vlm.module import patch_maps
-    from keygrip.models.foveated_vlm.network import FoveatedVLM, VLMOutput
-
     chosen = one_of_each(batch.kind, rows)
     network, collator = module.network, module.collator
     asked, prompts = [], []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,17 +13,19 @@ from torch import Tensor
 
 from keygrip.data.batches import VideoTextBatch, normalised
 from keygrip.models.backbone import BlockKV
+from keygrip.models.foveated_vlm.attention_maps import attention_on_targets
 from keygrip.models.foveated_vlm.conversations import ConversationCollator
+from keygrip.models.foveated_vlm.figures import show_answers
 from keygrip.models.foveated_vlm.kv_cache import KeyValueCache
 from keygrip.models.foveated_vlm.loss import KERNELS, Kernel, check_liger
-from keygrip.models.foveated_vlm.monitor import Health, attention_on_target, relative_entropy
+from keygrip.models.foveated_vlm.monitor import Health, relative_entropy
 from keygrip.models.foveated_vlm.network import FoveatedVLM, VideoLanguageNetwork, VLMOutput
 from keygrip.models.foveated_vlm.rows import TextRows
 from keygrip.models.foveated_vlm.scores import BatchScores, Scores, score
 from keygrip.models.language.tokenizers import TOKENIZER_STATE, ChatTokenizer
 from keygrip.models.nn.short_attention import short_attention
 from keygrip.training.checkpoints import load_module
-from keygrip.training.distributed import global_mean
+from keygrip.training.distributed import global_mean, world_size
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
 from keygrip.training.system import System
@@ -36,7 +38,6 @@ log = logging.getLogger(__name__)
 REFINED = "coarse_fine_refined"
 HEALTH_FRAMES = 64  # enough for an average, few enough for the memory that attention maps take
 SHOWN_ROWS = 4
-Blocks = Literal["last", "all"]
 
 
 @model_part(from_checkpoint={"encoder": None, "init_from": None})
@@ -289,7 +290,7 @@ class FoveatedVLMModule(System):
             if output.looks is not None:
                 kv = output.looks.kv  # computed once for all modes
                 if mode == self._attended():
-                    for kind, where in landings(self.network, output, rows, batch):
+                    for kind, where in attention_on_targets(self.network, output, rows, batch):
                         self._landing[kind].append(where)
         if batch_idx == 0 and self._shown(1 if self.log_images_every_n_steps else 0):
             self._show("val", batch)
@@ -358,8 +359,6 @@ class FoveatedVLMModule(System):
             self.health.check(values, self.global_step)
 
     def _landing_everywhere(self) -> dict[str, list[float]]:
-        from keygrip.training.distributed import world_size
-
         if world_size() == 1:
             return dict(self._landing)
         gathered: list[Any] = [None] * world_size()
@@ -379,8 +378,6 @@ class FoveatedVLMModule(System):
     def _show(self, split: str, batch: VideoTextBatch) -> None:
         if not self.shows_images:
             return
-        from keygrip.models.foveated_vlm.figures import show_answers
-
         was_training = self.training
         self.eval()
         picture, text = show_answers(self, batch, SHOWN_ROWS)
@@ -438,53 +435,6 @@ def text_rows(batch: VideoTextBatch) -> TextRows:
         batch.video_index.tolist(),
         batch.frame_mask.sum(1).tolist(),
     )
-
-
-def text_frame(batch: VideoTextBatch, row: int) -> int:
-    """The frame that a row's evidence speaks of."""
-    return int(batch.texts[row].evidence["frame"])
-
-
-def patch_maps(network: FoveatedVLM, output: VLMOutput, rows: TextRows, blocks: Blocks = "last") -> Tensor:
-    """Attention on the patches as pictures [S, F, h, w], a mean over heads.
-
-    Args:
-        blocks: `last`, from which the embedding comes; or `all` but the first, where queries know only the question.
-    """
-    assert output.looks is not None
-    attention = network.attention(output.looks, rows.streams)  # [S, F, blocks, H, R + N]
-    if blocks == "last" or attention.shape[2] == 1:
-        attention = attention[:, :, -1:]
-    else:
-        attention = attention[:, :, 1:]
-    patches = attention.mean((2, 3))[..., network.backbone.num_prefix_tokens :]
-    side = round(patches.shape[-1] ** 0.5)
-    return patches.unflatten(-1, (side, side))
-
-
-def landings(
-    network: VideoLanguageNetwork, output: VLMOutput, rows: TextRows, batch: VideoTextBatch, blocks: Blocks = "last"
-) -> list[tuple[str, float]]:
-    """Attention on the thing asked about, relative to uniform, with the question's kind: for each row whose evidence
-    says where the thing is, in the frame that it is asked about; `blocks` as in `patch_maps`."""
-    asked = [n for n, text in enumerate(batch.texts) if {"frame", "pixel", "pixels_seen"} <= text.evidence.keys()]
-    asked = [n for n in asked if text_frame(batch, n) < rows.frame_counts[rows.videos[n]]]
-    if not asked or not isinstance(network, FoveatedVLM):
-        return []
-    maps = patch_maps(network, output, rows, blocks)  # [S, F, h, w]
-    streams = rows.streams.of_row.tolist()
-    found = []
-    for n in asked:
-        evidence = batch.texts[n].evidence
-        x, y = evidence["pixel"]
-        where = attention_on_target(
-            maps[streams[n], text_frame(batch, n)].cpu(),
-            (float(x), float(y)),
-            float(evidence["pixels_seen"]),
-            batch.frames.shape[-1],
-        )
-        found.append((batch.kind[n], where))
-    return found
 
 
 def comparisons(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

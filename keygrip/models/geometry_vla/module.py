@@ -13,6 +13,7 @@ from keygrip.data.batches import CLOSED, MultiViewPolicyBatch
 from keygrip.models.geometry.rotations import geodesic_angle
 from keygrip.models.geometry_vla.action_head import AttentionRecord
 from keygrip.models.geometry_vla.actions import PoseActions
+from keygrip.models.geometry_vla.figures import scene_picture
 from keygrip.models.geometry_vla.network import ActionSampling, GeometryVLA, Scene
 from keygrip.models.geometry_vla.pointing import pointing_losses
 from keygrip.models.geometry_vla.policy import GeometryVLAPolicy
@@ -229,8 +230,6 @@ class GeometryVLAModule(System):
     @torch.no_grad()
     def picture(self, scene: Scene, batch: MultiViewPolicyBatch, sample: int = 0) -> np.ndarray:
         """One sample's plan and depth beside what was recorded, ``[H, W, 3]`` uint8."""
-        from keygrip.models.geometry_vla.figures import scene_picture
-
         actions = self.sample(scene, batch)
         planned, _, _ = self.actions.decode(actions, batch.start_position, batch.start_quaternion)
         return scene_picture(batch, planned, scene.geometry, sample, scene.pointing)

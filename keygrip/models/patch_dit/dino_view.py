@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from keygrip.models.backbone import DinoBackbone
+from keygrip.models.backbone.architectures import VARIANTS
 from keygrip.models.patch_dit.pretrained import sample_of
 from keygrip.training.parts import model_part
 
@@ -51,8 +52,6 @@ class DinoView:
         depth: int | None = None,
         heads: int | None = None,
     ) -> None:
-        from keygrip.models.backbone.architectures import VARIANTS
-
         if shape not in (SQUARE, ASPECT):
             raise ValueError(f"encoders.view.shape must be {SQUARE} or {ASPECT}, not {shape!r}")
         if variant not in VARIANTS:

@@ -12,7 +12,7 @@ SMALLEST = 96  # pixels: smaller pictures are shown larger, pixel by pixel
 TITLE = 14  # pixels above a row
 
 
-def picture_grid(rows: Sequence[tuple[str, Tensor]]) -> np.ndarray:
+def image_grid(rows: Sequence[tuple[str, Tensor]]) -> np.ndarray:
     """``[H, W, 3]`` uint8: each row a title and pictures ``[N, 3, H, W]`` in 0..1, all of one size."""
     from PIL import Image, ImageDraw
 

@@ -16,7 +16,7 @@ from keygrip.models.patch_dit.alignment import FeatureAlignment
 from keygrip.models.patch_dit.context import ConditionDropout, Conditions, kept
 from keygrip.models.patch_dit.encoders import Encoders
 from keygrip.models.patch_dit.feature_statistics import FeatureStatistics
-from keygrip.models.patch_dit.figures import picture_grid
+from keygrip.models.patch_dit.figures import image_grid
 from keygrip.models.patch_dit.monitor import RANGES, LossTable, attention_figures, gradient_norm, velocity_norm
 from keygrip.models.patch_dit.network import DiTOutput, PatchDiT
 from keygrip.models.patch_dit.sampler import Sampling, sample
@@ -320,7 +320,7 @@ class PatchDiTModule(System):
         rows = [("pictures", self.encoders.to(self.device).decode_latents(batch.latents[:count]))]
         rows += [(title, self.draw(conditions, size, seeds)) for title, conditions in ways.items()]
         if self.trainer.is_global_zero:
-            self.show_image("val/samples", picture_grid(rows))
+            self.show_image("val/samples", image_grid(rows))
             captions = "\n".join(f"{number}. {text}" for number, text in enumerate(batch.captions[:count], start=1))
             self.show_text("val/captions", captions)
 

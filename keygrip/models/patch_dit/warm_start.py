@@ -10,6 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from keygrip.training.checkpoints import find_checkpoint
+from keygrip.training.ema import AVERAGE
+
 log = logging.getLogger(__name__)
 
 # What wrappers put before a network's own names; taken off where a name does not fit as it is.
@@ -94,9 +97,6 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Raises:
         FileNotFoundError: there is no such file. ValueError: it cannot be read as weights.
     """
-    from keygrip.training.checkpoints import find_checkpoint
-    from keygrip.training.ema import AVERAGE
-
     file = find_checkpoint(path)
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file

@@ -114,7 +114,7 @@ def test_a_checkpoint_alone_evaluates_and_answers(
     for number in range(3):
         Image.new("RGB", (40, 40), (60 * number, 0, 0)).save(pictures / f"{number}.png")
     asked = [f"checkpoint={run}", f"video={pictures}", "max_new_tokens=3"]
-    answered = generate.run(compose("generate", [*asked, "question=[Which?,What?]", f"picture={tmp_path / 'p.png'}"]))
+    answered = generate.run(compose("generate", [*asked, "question=[Which?,What?]", f"figure={tmp_path / 'p.png'}"]))
     assert [entry["question"] for entry in answered["answers"]] == ["Which?", "What?"]
     assert (answered["mode"], answered["frames"]) == ("autoregressive", 3)
     assert Image.open(tmp_path / "p.png").width > 100

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from keygrip.models.patch_dit.alignment import FeatureAlignment
-from keygrip.models.patch_dit.figures import TITLE, picture_grid
+from keygrip.models.patch_dit.figures import TITLE, image_grid
 from keygrip.models.patch_dit.monitor import RANGES, LossTable, attention_figures, gradient_norm, velocity_norm
 from keygrip.models.patch_dit.network import Tapped
 from keygrip.models.patch_dit.warm_start import read_weights, take, warm_start
@@ -177,7 +177,7 @@ def test_unhealthy_figures_are_said() -> None:
 def test_grid_of_pictures() -> None:
     red = torch.zeros(3, 3, 48, 64)
     red[:, 0] = 1.0
-    grid = picture_grid([("red", red), ("black", torch.zeros(2, 3, 48, 64))])
+    grid = image_grid([("red", red), ("black", torch.zeros(2, 3, 48, 64))])
     assert grid.dtype == np.uint8
     assert grid.shape == (2 * (TITLE + 96 + 2), 3 * (128 + 2), 3)
     assert (grid[TITLE + 50, 60] == [255, 0, 0]).all()

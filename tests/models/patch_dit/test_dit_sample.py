@@ -51,7 +51,7 @@ def test_words_picture_and_both(drawn: Callable[..., dict[str, Any]], trained: P
     shown = {}
     for name, result in results.items():
         json.dumps(result)
-        (path,) = result["pictures"]
+        (path,) = result["images"]
         shown[name] = pixels(path)
         assert shown[name].shape == (16, 16, 3)
         assert Path(result["grid"]).is_file()
@@ -63,8 +63,8 @@ def test_the_same_seed_draws_the_same_picture_alone_and_among_others(drawn: Call
     many = drawn("prompt=[a red thing,a green thing]", "samples=3", "seed=5", "batch_size=4", name="many")
     assert many["seeds"] == [5, 6, 7, 5, 6, 7]
     alone = drawn("prompt=a green thing", "seed=6", name="alone")
-    assert np.abs(pixels(many["pictures"][4]) - pixels(alone["pictures"][0])).max() <= 1  # rounding to bytes
-    assert np.abs(pixels(many["pictures"][4]) - pixels(many["pictures"][5])).max() > 1
+    assert np.abs(pixels(many["images"][4]) - pixels(alone["images"][0])).max() <= 1  # rounding to bytes
+    assert np.abs(pixels(many["images"][4]) - pixels(many["images"][5])).max() > 1
 
 
 def test_options_reach_the_sampler(drawn: Callable[..., dict[str, Any]], trained: Path) -> None:
@@ -75,15 +75,15 @@ def test_options_reach_the_sampler(drawn: Callable[..., dict[str, Any]], trained
     sampling = result["sampling"]
     assert (sampling["text_scale"], sampling["dino_scale"], sampling["steps"]) == (4.0, 1.5, 3)
     assert (sampling["solver"], sampling["interval"]) == ("heun", (0.1, 0.9))
-    assert pixels(result["pictures"][0]).shape == (16, 24, 3)
+    assert pixels(result["images"][0]).shape == (16, 24, 3)
     plain = drawn(*both, "steps=3", "size=24x16", name="plain")
-    assert not np.array_equal(pixels(result["pictures"][0]), pixels(plain["pictures"][0]))
+    assert not np.array_equal(pixels(result["images"][0]), pixels(plain["images"][0]))
 
 
 def test_a_size_that_was_not_trained_on_is_said(
     drawn: Callable[..., dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert pixels(drawn("prompt=thing", "size=20")["pictures"][0]).shape == (20, 20, 3)
+    assert pixels(drawn("prompt=thing", "size=20")["images"][0]).shape == (20, 20, 3)
     assert "has not seen 20x20 in training; it has seen 16x16, 24x16" in caplog.text
 
 
@@ -108,5 +108,5 @@ def test_missing_files(drawn: Callable[..., dict[str, Any]], tmp_path: Path) -> 
     with pytest.raises(FileNotFoundError, match="no such file"):
         drawn("image=nowhere.png")
     (tmp_path / "words.png").write_text("no picture")
-    with pytest.raises(ValueError, match="cannot be read as a picture"):
+    with pytest.raises(ValueError, match="cannot be read as an image"):
         drawn(f"image={tmp_path / 'words.png'}")

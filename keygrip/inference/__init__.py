@@ -1,0 +1,1 @@
+"""What trained models make of inputs from outside: images drawn, questions answered."""

@@ -1,0 +1,236 @@
+"""Fits a module as a configuration says: data, model, callbacks, loggers, Lightning's trainer, and the record."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from keygrip.artifacts import write_json, write_text
+from keygrip.config import SettingError, TrainSchema, refuse_unread
+from keygrip.training import run_folder
+from keygrip.training.checkpoints import Header, build_module
+from keygrip.training.compatibility import refuse_unfit
+from keygrip.training.compute import Compute
+from keygrip.training.loggers import build_loggers, finish, log_settings
+from keygrip.training.metadata import run_metadata
+from keygrip.training.monitors import RandomnessByStep
+from keygrip.training.pretraining import complete_stages
+from keygrip.training.progress import Throughput
+from keygrip.training.resuming import check_resumed, checkpoint_to_resume
+from keygrip.training.saving import AtomicCheckpointIO
+from keygrip.training.sweeps import read_result, write_result
+
+log = logging.getLogger(__name__)
+
+
+def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Trains as ``cfg`` says, in a folder that this process holds, and returns the headline metrics.
+
+    Raises:
+        ValueError: settings or data that cannot be trained with. FileNotFoundError: data, weights or a checkpoint to
+            resume are missing. keygrip.training.signals.Interrupted: a signal ended the run, after saving.
+    """
+    started = time.monotonic()
+    resume = checkpoint_to_resume(cfg, folder)
+    _quiet(warnings_too=not cfg.debug)
+    refuse_unfit(cfg)
+    refuse_unread(cfg, TrainSchema)
+    _refuse_callbacks_without_class(cfg.callbacks)
+    resolved: dict[str, Any] = complete_stages(OmegaConf.to_container(cfg, resolve=True))
+    strategy = instantiate(cfg.strategy)
+    arguments = strategy.trainer_arguments()  # before anything slow: a missing GPU is said at once
+    compilation = None if cfg.compile is None else instantiate(cfg.compile)
+    if compilation is not None:
+        compilation.check(strategy.on_gpu)
+    resumed_step = check_resumed(resume, resolved) if resume else 0
+    origin = run_metadata()
+    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    torch.use_deterministic_algorithms(bool(cfg.deterministic), warn_only=True)
+    # Filling what is overwritten anyway costs a sixth of a step.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+    datamodule = instantiate(cfg.data, _convert_="all")
+    module = build_module(resolved)
+    _write_start(folder, cfg, origin, resumed=resume is not None)
+    if hasattr(module, "set_statistics"):
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        report = module.set_statistics(datamodule.statistics)  # type: ignore[operator]
+        for name, value in (report or {}).items():
+            log.info("  %-28s %.4g", name, value)
+    if cfg.dry_run:
+        return _dry_run(datamodule, module)
+    if compilation is not None:
+        compilation.apply(module)  # before DDP or FSDP wraps anything
+    loggers = build_loggers(cfg.logger, folder, resumed_step)
+    log_settings(loggers, resolved)
+    callbacks: list[Callback] = [RandomnessByStep(cfg.seed), Header(resolved, origin), *_parts(cfg.callbacks)]
+    trainer = lightning.Trainer(
+        **arguments,
+        max_steps=cfg.max_steps,
+        max_epochs=cfg.max_epochs,
+        max_time=None if cfg.max_minutes is None else {"seconds": int(60 * cfg.max_minutes)},
+        val_check_interval=cfg.val_every_n_steps and cfg.val_every_n_steps * cfg.accumulate_grad_batches,
+        check_val_every_n_epoch=None if cfg.val_every_n_steps else 1,
+        limit_val_batches=cfg.limit_val_batches,
+        num_sanity_val_steps=0 if resume else 1,
+        log_every_n_steps=cfg.log_every_n_steps,
+        accumulate_grad_batches=cfg.accumulate_grad_batches,
+        gradient_clip_val=cfg.optimizer.get("clip_norm") if cfg.optimizer else None,
+        callbacks=callbacks,
+        logger=loggers or False,
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=str(folder),
+        enable_model_summary=False,
+        enable_checkpointing=True,
+    )
+    _advise(cfg)
+    _announce(cfg, module, trainer, resume, resumed_step)
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=None if resume is None else str(resume), weights_only=True)
+    finally:
+        finish(loggers)
+
+    metrics = _headline(trainer, module)
+    if trainer.is_global_zero:
+        _finish(cfg, folder, trainer, metrics, time.monotonic() - started)
+    return metrics
+
+
+def _dry_run(datamodule: Any, module: LightningModule) -> dict[str, Any]:
+    """One batch through a module that knows how to report on it (`dry_run`); no training."""
+    if not hasattr(module, "dry_run"):
+        raise ValueError(f"dry_run=true: a {type(module).__name__} has no dry run; train it with max_steps=1 instead")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch = next(iter(datamodule.train_dataloader())).to(device)
+    report: dict[str, Any] = module.to(device).dry_run(batch)  # type: ignore[operator]
+    for name, value in report.items():
+        log.info("  %-20s %s", name, json.dumps(value))
+    return report
+
+
+def _parts(group: DictConfig | None) -> list[Any]:
+    return [instantiate(part, _convert_="all") for part in (group or {}).values() if part is not None]
+
+
+def _refuse_callbacks_without_class(callbacks: DictConfig | None) -> None:
+    for name, part in (callbacks or {}).items():
+        if part is not None and "_target_" not in part:
+            hint = ": add closed_loop=yam" if name == "closed_loop" else ""
+            raise SettingError(f"callbacks.{name!s} has settings and no _target_, so nothing reads them{hint}")
+
+
+def _write_start(folder: Path, cfg: DictConfig, origin: dict[str, Any], resumed: bool) -> None:
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        return
+    suffix = time.strftime(".resumed_%Y-%m-%d_%H-%M-%S") if resumed else ""
+    write_text(folder / f"config{suffix}.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    write_json(folder / f"metadata{suffix}.json", origin)
+    began = read_result(folder).get("started_at", time.time()) if resumed else time.time()
+    start = {"status": "running", "overrides": _overrides(), "metrics": {}, "run_dir": str(folder)}
+    write_result(folder, start | {"started_at": began})
+
+
+def _advise(cfg: DictConfig) -> None:
+    """Says where the small default backbone, made for simulated demonstrations, meets a real robot's."""
+    own_data = cfg.data.get("root") is not None
+    backbone = cfg.get("backbone")
+    if (
+        own_data
+        and backbone is not None
+        and backbone.get("variant") == "tiny"
+        and cfg.model.get("rotation") is not None
+    ):
+        log.warning(
+            "backbone=tiny starts from random weights at %d px: enough for the simulator, poor on a real "
+            "robot's pictures; the recipe for those "
+            "is experiment=yam_dinov3 (DINOv3 ViT-S/16+, 448 px, pretrained)",
+            backbone.image_size,
+        )
+
+
+def _announce(cfg: DictConfig, module: LightningModule, trainer: Trainer, resume: Path | None, step: int) -> None:
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in module.parameters())
+    log.info("%s: %.2f M parameters, %.2f M of them trained", type(module).__name__, total / 1e6, trained / 1e6)
+    ends = [f"{cfg.max_steps} steps"] if cfg.max_steps > 0 else []
+    ends += [f"{cfg.max_epochs} epochs"] if cfg.max_epochs > 0 else []
+    ends += [f"{cfg.max_minutes} minutes"] if cfg.max_minutes is not None else []
+    log.info(
+        "%s, for %s, into %s",
+        f"resuming {resume} at step {step}" if resume else "training",
+        " or ".join(ends),
+        cfg.run_dir,
+    )
+
+
+def _headline(trainer: Trainer, module: LightningModule) -> dict[str, float]:
+    """The module's ``headline_metrics`` (names) where it has them, else every metric; what was evaluated after
+    training; speed and compute."""
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    names = getattr(module, "headline_metrics", None)
+    metrics = {name: logged[name] for name in (logged if names is None else names) if name in logged}
+    metrics |= {name: value for name, value in logged.items() if name.startswith(("closed_loop/", "pictures/"))}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Throughput | Compute):
+            metrics.update(callback.summary)
+    return metrics
+
+
+def _finish(cfg: DictConfig, folder: Path, trainer: Trainer, metrics: dict[str, float], wall_s: float) -> None:
+    result = {
+        "status": "finished",
+        "steps": trainer.global_step,
+        "wall_s": round(wall_s, 1),
+        "metrics": metrics,
+        "overrides": _overrides(),
+        "run_dir": str(folder),
+        "checkpoint": str(folder / run_folder.CHECKPOINT),
+        "started_at": read_result(folder).get("started_at"),
+    }
+    write_result(folder, result)
+    for name, value in metrics.items():
+        log.info("  %-28s %.5g", name, value)
+    log.info("finished %d steps in %.0f s: %s", trainer.global_step, wall_s, folder)
+
+
+def _overrides() -> list[str]:
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def _quiet(warnings_too: bool) -> None:
+    """Leaves out what Lightning and torch say about themselves; warnings about a run stay."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).handlers.clear()  # its own handler would say everything twice
+        logging.getLogger(name).propagate = True
+    if not warnings_too:
+        return
+    for name in (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.pytorch.accelerators.cuda",
+        "lightning.fabric.utilities.rank_zero",
+    ):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for text in (
+        ".*does not have many workers.*",
+        ".*your dataloader is not resumable.*",
+        ".*dataloader is\\s+not resumable.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*smaller than the logging interval.*",
+        ".*GPU available but not used.*",
+        ".*lr_scheduler.step.*before.*optimizer.step.*",
+        ".*Grad strides do not match bucket view strides.*",
+    ):
+        warnings.filterwarnings("ignore", message=text)

@@ -1,0 +1,84 @@
+"""Which checkpoint a run goes on from, and whether it may: settings that change what is computed must agree."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from keygrip.training import run_folder
+from keygrip.training.checkpoints import HEADER, read_checkpoint
+from keygrip.training.strategies import named_precision
+
+log = logging.getLogger(__name__)
+
+# Settings that may differ when a run is resumed: they do not change which weights a step leads to.
+MAY_DIFFER = (
+    *("max_steps", "max_epochs", "max_minutes", "val_every_n_steps", "limit_val_batches", "log_every_n_steps"),
+    *("debug", "resume", "run_dir", "logger"),
+    # the batch is divided over the processes: their number and kind do not change what is computed
+    *("strategy.devices", "strategy.num_nodes", "strategy.kind", "strategy.accelerator"),
+    "compile",
+    *("data.num_workers", "data.prefetch_batches", "data.cache_gb", "data.cache_dir", "model.log_images_every_n_steps"),
+    "model.loss_kernel",
+)
+MUST_AGREE = ("callbacks.average",)  # the other callbacks watch and save
+
+
+def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
+    """The checkpoint that a run goes on from; None: it starts anew.
+
+    Raises:
+        ValueError: the folder holds a run, and it is not to be resumed. FileNotFoundError: there is nothing to resume.
+    """
+    latest = folder / run_folder.CHECKPOINT
+    if cfg.resume:
+        return run_folder.checkpoint_to_resume(folder, cfg.resume)
+    if not latest.is_file():
+        return None
+    if run_folder.restarted_by_scheduler():
+        log.warning("started again by the scheduler: resuming %s", latest)
+        return latest
+    raise ValueError(f"{folder} already holds a run: continue it with resume=true, or give another run_dir")
+
+
+def check_resumed(checkpoint: Path, resolved: dict[str, Any]) -> int:
+    """The step of the checkpoint to resume, after checking that it was made with these settings.
+
+    Args:
+        resolved: the present configuration.
+
+    Raises:
+        ValueError: settings that change what is computed differ; they are named.
+    """
+    content = read_checkpoint(checkpoint)
+    before, now = _flat(content[HEADER]["config"]), _flat(resolved)
+    for settings in (before, now):
+        if "strategy.precision" in settings:
+            accelerator, precision = settings.get("strategy.accelerator"), settings["strategy.precision"]
+            settings["strategy.precision"] = named_precision(accelerator, precision)
+    different = sorted(
+        key
+        for key in before.keys() | now.keys()
+        if before.get(key) != now.get(key) and not _within(key, MAY_DIFFER)
+        if not key.startswith("callbacks") or _within(key, MUST_AGREE)
+    )
+    if different:
+        shown = ", ".join(f"{key} ({before.get(key)} then, {now.get(key)} now)" for key in different[:4])
+        more = f" and {len(different) - 4} more" if len(different) > 4 else ""
+        raise ValueError(
+            f"{checkpoint} was made with other settings: {shown}{more}; use the same ones, or start a new run"
+        )
+    return int(content["global_step"])
+
+
+def _within(key: str, parts: tuple[str, ...]) -> bool:
+    return any(key == part or key.startswith(f"{part}.") for part in parts)
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(node, dict) and node:
+        return {k: v for name, child in node.items() for k, v in _flat(child, f"{prefix}{name}.").items()}
+    return {prefix.removesuffix("."): node}
