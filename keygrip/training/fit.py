@@ -14,6 +14,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -77,6 +78,8 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     loggers = build_loggers(cfg.logger, folder, resumed_step)
     log_settings(loggers, resolved)
     callbacks: list[Callback] = [RandomnessByStep(cfg.seed), Header(resolved, origin), *_parts(cfg.callbacks)]
+    if not loggers:  # it refuses to run without one
+        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     trainer = lightning.Trainer(
         **arguments,
         max_steps=cfg.max_steps,

@@ -197,27 +197,6 @@ class Throughput(Callback):
         self._samples = self._batches = 0
 
 
-class LearningRate(Callback):
-    """Logs ``lr/<parameter group>`` of every optimiser; without a logger it does nothing.
-
-    Args:
-        every_n_steps: optimiser steps between figures.
-    """
-
-    def __init__(self, every_n_steps: int = 20) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"callbacks.learning_rate.every_n_steps={every_n_steps}: must be at least 1")
-        self.every_n_steps = every_n_steps
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step % self.every_n_steps:
-            return
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        figures = {f"lr/{group.get('name', number)}": float(group["lr"]) for number, group in enumerate(groups)}
-        for logger in trainer.loggers:
-            logger.log_metrics(figures, step=trainer.global_step)
-
-
 class SkippedSamples(Callback):
     """Logs ``data/skipped``: samples that could not be read so far, of training and validation, in all processes.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from keygrip import train
 from keygrip.config import compose
-from keygrip.training.progress import LearningRate, SkippedSamples, Throughput
+from keygrip.training.progress import SkippedSamples, Throughput
 
 
 def test_waiting_for_data_is_measured(toy_overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,11 +38,11 @@ def test_figures_reach_the_loggers(toy_overrides: Callable[..., list[str]], tmp_
     train.run(compose("train", [*toy_overrides("run"), "logger=tensorboard", "callbacks.throughput.every_n_steps=2"]))
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     board.Reload()
-    assert {"train/loss", "val/loss", "speed/samples_per_s", "speed/data_wait_share", "lr/rest"} <= set(
+    assert {"train/loss", "val/loss", "speed/samples_per_s", "speed/data_wait_share", "lr-AdamW/rest"} <= set(
         board.Tags()["scalars"]
     )
-    assert [event.step for event in board.Scalars("lr/rest")] == list(range(13))
-    assert board.Scalars("lr/rest")[1].value == pytest.approx(1e-3)
+    assert [event.step for event in board.Scalars("lr-AdamW/rest")] == list(range(13))
+    assert board.Scalars("lr-AdamW/rest")[1].value == pytest.approx(1e-3)
 
 
 def test_skipped_samples_are_counted_in_the_event_files(
@@ -85,7 +85,7 @@ def test_lines_instead_of_a_bar_where_there_is_no_terminal(
 
 
 def test_intervals_must_be_positive() -> None:
-    for callback in (Throughput, LearningRate, SkippedSamples):
+    for callback in (Throughput, SkippedSamples):
         with pytest.raises(ValueError, match="every_n_steps"):
             callback(every_n_steps=0)
 
