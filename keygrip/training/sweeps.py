@@ -283,7 +283,7 @@ def _write_hparams(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
         figures = {name: float(value) for name, value in numbers(row["metrics"]).items()}
         with SummaryWriter(str(folder / "tensorboard" / f"job_{row['job']}")) as writer:
             for part in hparams(settings, dict.fromkeys(figures, 0.0)):
-                writer._get_file_writer().add_summary(part)
+                writer.file_writer.add_summary(part)
             for name, value in figures.items():
                 writer.add_scalar(name, value)
 

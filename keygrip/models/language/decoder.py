@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from keygrip.models.language.cache import LanguageCache
-from keygrip.models.language.hub import read_config, read_weights
+from keygrip.models.language.hub import read_config, read_weights, with_fused_attention
 from keygrip.models.nn.short_attention import recompute_contexts
 
 log = logging.getLogger(__name__)
@@ -73,8 +73,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.width, self.layers = int(config.hidden_size), int(config.num_hidden_layers)
         self.vocabulary, self.context = int(config.vocab_size), int(config.max_position_embeddings)
-        config._attn_implementation = "sdpa"
-        self.model: Any = decoder(config)
+        self.model: Any = decoder(with_fused_attention(config))
         self.head = None if config.tie_word_embeddings else nn.Linear(self.width, self.vocabulary, bias=False)
         nn.init.normal_(self.model.embed_tokens.weight, std=embedding_std)
         self.loaded_weights = "random"

@@ -28,6 +28,12 @@ def read_config(source: str) -> Any:
     return from_pretrained(AutoConfig, source)
 
 
+def with_fused_attention(config: Any) -> Any:
+    """A configuration of transformers whose models attend through PyTorch's fused kernels. Changes it in place."""
+    config._attn_implementation = "sdpa"  # transformers has no public name for it once a configuration is made
+    return config
+
+
 def read_weights(kind: Any, source: str, title: str, **options: Any) -> Any:
     """A model of transformers with the weights of a folder or the hub, in float32.
 

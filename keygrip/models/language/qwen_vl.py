@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keygrip.data.batches import normalised
-from keygrip.models.language.hub import read_config, read_weights
+from keygrip.models.language.hub import read_config, read_weights, with_fused_attention
 from keygrip.models.language.tokenizers import ChatTokenizer, TokenizerSource
 from keygrip.models.nn.short_attention import recompute_contexts
 from keygrip.training.parts import model_part
@@ -340,8 +340,7 @@ def _config(sizes: dict[str, dict[str, Any]], own: tuple[int, int, int]) -> Any:
         vision_end_token_id=vision_end,
         video_token_id=-1,  # no videos
     )
-    config._attn_implementation = "sdpa"
-    return config
+    return with_fused_attention(config)
 
 
 def _random(sizes: dict[str, dict[str, Any]], own: tuple[int, int, int]) -> Any:

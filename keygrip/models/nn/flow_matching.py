@@ -21,6 +21,7 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributions import Gamma
 
 from keygrip.training.parts import model_part
 
@@ -108,7 +109,7 @@ class BetaTimesteps:
 
     def __call__(self, count: int, device: torch.device | str | None = None) -> Tensor:
         # torch has no in-place beta draw: a ratio of gamma draws is one. They run on the CPU and take no time.
-        first, second = torch._standard_gamma(torch.tensor([[self.alpha], [self.beta]]).expand(2, count))
+        first, second = Gamma(torch.tensor([[self.alpha], [self.beta]]).expand(2, count), 1.0).sample()
         return (first / (first + second) / self.top).clamp(max=1.0).to(device)
 
 

@@ -1,0 +1,109 @@
+"""Private names of other packages: each is used in one file, and a test here fails when it changes."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+
+PACKAGE = Path(__file__).resolve().parents[1] / "keygrip"
+# name -> the one file that uses it
+PRIVATE = {
+    "_attn_implementation": "models/language/hub.py",
+    "_call_impl": "training/compilation.py",
+    "_compiled_call_impl": "training/compilation.py",
+    "_foreach_lerp_": "training/ema.py",
+    "_should_accumulate": "training/saving.py",
+    "_dynamo": "training/compilation.py",
+    "_inductor": "training/compilation.py",
+    "_triton": "training/compilation.py",
+    "_internal": "training/sweeps.py",
+}
+# documented in spite of the underscore
+DOCUMENTED = {"_exit", "_target_"}
+
+
+def private_names() -> dict[str, set[str]]:
+    """Names with one leading underscore that keygrip uses and does not define, and the files that use them."""
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
+    own: set[str] = set()
+    used: dict[str, set[str]] = {}
+    for path, tree in trees.items():
+        where = str(path.relative_to(PACKAGE))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+                own.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                own.add(node.id)
+            elif isinstance(node, ast.Attribute):
+                if isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name) and node.value.id == "self":
+                    own.add(node.attr)
+                else:
+                    used.setdefault(node.attr, set()).add(where)
+            elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("keygrip"):
+                for name in [*(node.module or "").split("."), *(alias.name for alias in node.names)]:
+                    used.setdefault(name, set()).add(where)
+    return {
+        name: files
+        for name, files in used.items()
+        if name.startswith("_") and not name.startswith("__") and name not in own | DOCUMENTED
+    }
+
+
+def test_each_private_name_is_used_in_one_file() -> None:
+    assert private_names() == {name: {file} for name, file in PRIVATE.items()}
+
+
+def test_transformers_takes_the_attention_of_its_configuration() -> None:
+    from transformers import LlamaConfig, LlamaModel
+
+    from keygrip.models.language.hub import with_fused_attention
+
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
+    config._attn_implementation = "eager"
+    assert LlamaModel(with_fused_attention(config)).config._attn_implementation == "sdpa"
+
+
+def test_a_compiled_module_is_called_through_the_name_that_is_replaced() -> None:
+    module = nn.Linear(2, 2)
+    assert module._compiled_call_impl is None
+    module.compile(backend="eager")
+    assert callable(module._compiled_call_impl)
+    module._compiled_call_impl = lambda *inputs: "replaced"
+    assert module(torch.zeros(1, 2)) == "replaced"
+    assert module._call_impl(torch.zeros(1, 2)).shape == (1, 2)
+    assert isinstance(torch._dynamo.config.recompile_limit, int)
+
+
+def test_weights_are_averaged_in_one_call() -> None:
+    averages, weights = [torch.zeros(2), torch.ones(1)], [torch.ones(2), torch.zeros(1)]
+    torch._foreach_lerp_(averages, weights, 0.25)
+    torch.testing.assert_close(averages, [torch.full((2,), 0.25), torch.full((1,), 0.75)])
+
+
+def test_lightning_says_whether_gradients_are_still_added_up() -> None:
+    loop = Trainer(accumulate_grad_batches=2, logger=False, enable_checkpointing=False).fit_loop.epoch_loop
+    assert not inspect.signature(loop._should_accumulate).parameters
+
+
+def test_inductor_names_a_missing_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+    from torch.utils._triton import has_triton
+
+    required = [p for p in inspect.signature(get_cpp_compiler).parameters.values() if p.default is p.empty]
+    assert required == []
+    assert issubclass(InvalidCxxCompiler, RuntimeError)
+    assert isinstance(has_triton(), bool)
+
+
+def test_hydras_sweeper_divides_overrides_into_jobs() -> None:
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides(["a=1,2", "b=x"])
+    assert BasicSweeper.split_arguments(parsed, max_batch_size=None) == [[["a=1", "b=x"], ["a=2", "b=x"]]]
