@@ -22,6 +22,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 # below it. Each is refused with its new name for one version.
 RENAMED: dict[str, str] = {
     "question_sets": "vqa_benchmarks",
+    "control.execute_steps": "control.execute_seconds",
+    "callbacks.closed_loop.closed_loop.control.execute_steps": "callbacks.closed_loop.closed_loop.control.execute_seconds",
     "level_shift": "timestep_shift",
     "sampling.level_shift": "sampling.timestep_shift",
     "model.sampling.level_shift": "model.sampling.timestep_shift",

@@ -149,7 +149,7 @@ def test_evaluate_reports_open_and_closed_loop(trained: Path, tmp_path: Path) ->
     cautious = [f"checkpoint={trained}", "open_loop=false", "suites=[in_distribution]", "episodes=1", "processes=1"]
     options = [
         "policy.decoder=argmax",
-        "control.execute_steps=3",
+        "control.execute_seconds=0.9",
         "task.object_size_m=0.05",
         f"run_dir={tmp_path / 'cautious'}",
         "videos=0",

@@ -17,7 +17,8 @@ Observation = Mapping[str, Any]
 """What the environment (or a robot's driver) gives: ``image`` [H, W, 3] uint8, ``intrinsics`` [3, 3],
 ``world_to_camera`` [4, 4], ``position`` [A, 3] metres, ``quaternion`` [A, 4] wxyz, ``gripper`` [A] 0 closed .. 1 open;
 with one arm the A axis may be left out. For policies that read them, ``instruction`` is a sentence, and ``cameras``
-holds ``image``, ``intrinsics`` and ``world_to_camera`` of several cameras by name."""
+holds ``image``, ``intrinsics`` and ``world_to_camera`` of several cameras by name. Robots add ``time_s``: when it was
+taken, seconds on the robot's clock."""
 
 
 def views_of(observation: Observation, cameras: Sequence[str]) -> list[Mapping[str, Any]]:
@@ -46,6 +47,8 @@ class Plan:
             open.
         step_seconds: time between steps; step 1 is that far in the future.
         uncertainty: ``[A, T]`` 0 certain .. 1, or None where the policy has none.
+        time_s: when the observation was taken that it is made from, seconds on the robot's clock; None where nobody said.
+            Step k is due at time_s + k step_seconds, k from 1.
     """
 
     position: np.ndarray
@@ -53,6 +56,7 @@ class Plan:
     gripper: np.ndarray
     step_seconds: float
     uncertainty: np.ndarray | None = None
+    time_s: float | None = None
 
 
 @dataclass(frozen=True)

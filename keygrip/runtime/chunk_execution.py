@@ -16,18 +16,18 @@ from keygrip.models.policy import Observation, Plan, Policy, arm_axis
 
 @dataclass
 class RecedingHorizon:
-    """Execute the first steps of a plan, then plan again.
+    """Execute the first part of a plan, then plan again; the arm waits while the policy computes.
 
     Args:
         policy: gives the plans.
         control_hz: commands a second.
-        execute_steps: steps executed before the next plan.
+        execute_seconds: of a plan that are executed before the next one, rounded to whole steps of the plan (at least one).
         still_distance_m: a plan whose executed part moves less than this is followed further (up to its last step but
             one): where a demonstration pauses, e.g. while the gripper closes, a short look ahead never gets past the
             pause. 0 switches this off.
         ensemble: average each step with the poses that earlier plans predicted for the same time, weighted by
             ``exp(-ensemble_decay * age in plans)`` (Zhao et al., "Learning Fine-Grained Bimanual Manipulation with
-            Low-Cost Hardware", 2023). Needs ``execute_steps`` shorter than the plan to have any effect.
+            Low-Cost Hardware", 2023). Needs ``execute_seconds`` shorter than the plan to have any effect.
         grip_below, release_above: the gripper is commanded shut below the one and open above the other, and keeps its
             state between: a half-open command does not hold an object. Equal None: the predicted opening is sent as it
                 is.
@@ -35,7 +35,7 @@ class RecedingHorizon:
 
     policy: Policy
     control_hz: float
-    execute_steps: int = 4
+    execute_seconds: float = 1.2
     still_distance_m: float = 0.015
     ensemble: bool = False
     ensemble_decay: float = 0.5
@@ -45,8 +45,8 @@ class RecedingHorizon:
     last_plan: Plan | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        if self.execute_steps < 1:
-            raise ValueError(f"control.execute_steps is at least 1, got {self.execute_steps}.")
+        if not (np.isfinite(self.execute_seconds) and self.execute_seconds > 0):
+            raise ValueError(f"control.execute_seconds is above 0, got {self.execute_seconds}.")
         if (self.grip_below is None) != (self.release_above is None):
             raise ValueError("control.grip_below and control.release_above are given together or not at all.")
         if self.grip_below is not None and self.release_above is not None and self.grip_below > self.release_above:
@@ -95,9 +95,10 @@ class RecedingHorizon:
             self._gripper = np.where(self._commanded[:, 7] < 0.5, 0.0, 1.0) if self.grip_below is not None else None
         ticks = max(1, round(plan.step_seconds * self.control_hz))
         moved, steps = 0.0, plan.gripper.shape[1]
+        execute_steps = max(1, round(self.execute_seconds / plan.step_seconds))
         for step in range(steps):
             still = moved < self.still_distance_m and step < steps - 1
-            if step >= self.execute_steps and not still:
+            if step >= execute_steps and not still:
                 break
             waypoint = self._waypoint(plan, step)
             moved += float(np.linalg.norm(waypoint[:, :3] - self._commanded[:, :3], axis=1).max())

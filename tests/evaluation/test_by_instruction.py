@@ -87,7 +87,7 @@ def drive(monkeypatch: pytest.MonkeyPatch, policy: Person, **settings: Any) -> C
         policy.cell = lambda: self._environment[1]  # type: ignore[assignment]
 
     monkeypatch.setattr(closed_loop._Worker, "__init__", remember)
-    control = partial(RecedingHorizon, execute_steps=1000)
+    control = partial(RecedingHorizon, execute_seconds=300.0)
     loop = ClosedLoop(TASK, {"as_trained": [{}]}, control=control, processes=1, image_size=32, videos=0, **settings)
     return loop.run(Path("checkpoint"))[0]
 

@@ -38,7 +38,7 @@ def drive(controller: RecedingHorizon, ticks: int) -> np.ndarray:
 
 def test_executes_the_first_steps_then_plans_again() -> None:
     policy = Scripted(line(0.0, 0.1), line(0.2, 0.1))
-    controller = RecedingHorizon(policy, control_hz=10, execute_steps=2)
+    controller = RecedingHorizon(policy, control_hz=10, execute_seconds=0.6)
     commands = drive(controller, 12)
     assert policy.calls == 2  # 2 steps of 3 ticks, then a new plan for the next 6
     np.testing.assert_allclose(commands[[2, 5, 8, 11], 0], [0.1, 0.2, 0.3, 0.4], atol=1e-12)
@@ -53,8 +53,8 @@ def test_follows_a_pause_further_than_asked() -> None:
         0.3,
     )
     patient, hasty = Scripted(moving_late), Scripted(moving_late)
-    drive(RecedingHorizon(patient, control_hz=10, execute_steps=1, still_distance_m=0.015), 9)
-    drive(RecedingHorizon(hasty, control_hz=10, execute_steps=1, still_distance_m=0.0), 9)
+    drive(RecedingHorizon(patient, control_hz=10, execute_seconds=0.3, still_distance_m=0.015), 9)
+    drive(RecedingHorizon(hasty, control_hz=10, execute_seconds=0.3, still_distance_m=0.0), 9)
     assert patient.calls == 1
     assert hasty.calls == 3
 
@@ -62,16 +62,16 @@ def test_follows_a_pause_further_than_asked() -> None:
 def test_gripper_keeps_its_state_between_the_thresholds() -> None:
     openings = np.array([[0.9, 0.5, 0.3, 0.5, 0.55, 0.7]])
     plan = Plan(np.tile(np.linspace(0.1, 0.6, 6)[None, :, None], (1, 1, 3)), np.tile(DOWN, (1, 6, 1)), openings, 0.1)
-    controller = RecedingHorizon(Scripted(plan), control_hz=10, execute_steps=6)
+    controller = RecedingHorizon(Scripted(plan), control_hz=10, execute_seconds=1.8)
     np.testing.assert_array_equal(drive(controller, 6)[:, 7], [1, 1, 0, 0, 0, 1])
-    raw = RecedingHorizon(Scripted(plan), control_hz=10, execute_steps=6, grip_below=None, release_above=None)
+    raw = RecedingHorizon(Scripted(plan), control_hz=10, execute_seconds=1.8, grip_below=None, release_above=None)
     np.testing.assert_allclose(drive(raw, 6)[:, 7], openings[0])
 
 
 def test_ensembling_averages_poses_planned_for_the_same_moment() -> None:
     first, second = line(0.0, 0.1, steps=4), line(0.5, 0.1, steps=4)
     controller = RecedingHorizon(
-        Scripted(first, second), control_hz=10, execute_steps=1, ensemble=True, ensemble_decay=0.5
+        Scripted(first, second), control_hz=10, execute_seconds=0.3, ensemble=True, ensemble_decay=0.5
     )
     commands = drive(controller, 6)
     old, new = 0.2, 0.6  # both speak of 0.6 s after the start
@@ -81,7 +81,7 @@ def test_ensembling_averages_poses_planned_for_the_same_moment() -> None:
 
 def test_reset_forgets_the_episode() -> None:
     policy = Scripted(line(0.0, 0.1), line(0.0, 0.1))
-    controller = RecedingHorizon(policy, control_hz=10, execute_steps=4)
+    controller = RecedingHorizon(policy, control_hz=10, execute_seconds=1.2)
     before = drive(controller, 5)
     controller.reset()
     np.testing.assert_allclose(drive(controller, 5), before)
@@ -100,5 +100,5 @@ def test_two_arms_share_a_plan() -> None:
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="together"):
         RecedingHorizon(Scripted(), 10, grip_below=None)
-    with pytest.raises(ValueError, match="at least 1"):
-        RecedingHorizon(Scripted(), 10, execute_steps=0)
+    with pytest.raises(ValueError, match="above 0"):
+        RecedingHorizon(Scripted(), 10, execute_seconds=0.0)
