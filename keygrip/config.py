@@ -23,7 +23,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 RENAMED: dict[str, str] = {
     "question_sets": "vqa_benchmarks",
     "control.execute_steps": "control.execute_seconds",
-    "callbacks.closed_loop.closed_loop.control.execute_steps": "callbacks.closed_loop.closed_loop.control.execute_seconds",
+    "callbacks.closed_loop.closed_loop.control.execute_steps": (
+        "callbacks.closed_loop.closed_loop.control.execute_seconds"
+    ),
     "level_shift": "timestep_shift",
     "sampling.level_shift": "sampling.timestep_shift",
     "model.sampling.level_shift": "model.sampling.timestep_shift",

@@ -47,8 +47,8 @@ class Plan:
             open.
         step_seconds: time between steps; step 1 is that far in the future.
         uncertainty: ``[A, T]`` 0 certain .. 1, or None where the policy has none.
-        time_s: when the observation was taken that it is made from, seconds on the robot's clock; None where nobody said.
-            Step k is due at time_s + k step_seconds, k from 1.
+        time_s: when the observation was taken that it is made from, seconds on the robot's clock; None where nobody
+            said. Step k is due at time_s + k step_seconds, k from 1.
     """
 
     position: np.ndarray

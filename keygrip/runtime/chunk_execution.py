@@ -21,7 +21,8 @@ class RecedingHorizon:
     Args:
         policy: gives the plans.
         control_hz: commands a second.
-        execute_seconds: of a plan that are executed before the next one, rounded to whole steps of the plan (at least one).
+        execute_seconds: of a plan that are executed before the next one, rounded to whole steps of the plan (at least
+            one).
         still_distance_m: a plan whose executed part moves less than this is followed further (up to its last step but
             one): where a demonstration pauses, e.g. while the gripper closes, a short look ahead never gets past the
             pause. 0 switches this off.
