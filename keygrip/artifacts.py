@@ -218,14 +218,14 @@ def full_disk_is_named(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        if not _is_full_disk(error, target):
+        if not _is_full_disk(error):
             raise
         raise DiskFullError(
             errno.ENOSPC, f"no space left for {target}: free some or choose another folder; nothing was written"
         ) from error
 
 
-def _is_full_disk(error: OSError | RuntimeError, target: Path) -> bool:
+def _is_full_disk(error: OSError | RuntimeError) -> bool:
     if isinstance(error, DiskFullError):
         return False
     if isinstance(error, OSError):

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ast
 import inspect
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 PACKAGE = Path(__file__).resolve().parents[1] / "keygrip"
@@ -22,6 +26,14 @@ PRIVATE = {
     "_inductor": "training/compilation.py",
     "_triton": "training/compilation.py",
     "_internal": "training/sweeps.py",
+    "_inheriting": "data/robot/datamodule.py",
+}
+# methods and attributes of other packages' classes that a class of keygrip replaces -> the one file that does
+REPLACED = {
+    "_apply": "models/backbone/dino.py",
+    "_load_from_state_dict": "models/geometry_vla/geometry.py",
+    "_data_parallel_size": "training/sharding.py",
+    "_determine_device_ids": "training/sharding.py",
 }
 # documented in spite of the underscore
 DOCUMENTED = {"_exit", "_target_"}
@@ -47,6 +59,16 @@ def private_names() -> dict[str, set[str]]:
             elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("keygrip"):
                 for name in [*(node.module or "").split("."), *(alias.name for alias in node.names)]:
                     used.setdefault(name, set()).add(where)
+            elif isinstance(node, ast.Import):
+                for name in [part for alias in node.names for part in alias.name.split(".")]:
+                    used.setdefault(name, set()).add(where)
+            elif (
+                isinstance(node, ast.Call)
+                and ast.unparse(node.func) in ("getattr", "setattr", "hasattr")
+                and ast.unparse(node.args[0]) != "self"
+                and isinstance(node.args[1], ast.Constant)
+            ):
+                used.setdefault(str(node.args[1].value), set()).add(where)
     return {
         name: files
         for name, files in used.items()
@@ -56,6 +78,49 @@ def private_names() -> dict[str, set[str]]:
 
 def test_each_private_name_is_used_in_one_file() -> None:
     assert private_names() == {name: {file} for name, file in PRIVATE.items()}
+
+
+def test_each_replaced_name_is_replaced_in_one_file() -> None:
+    for name, file in REPLACED.items():
+        spelled = (f"def {name}(", f"self.{name} =")
+        files = {path for path in PACKAGE.rglob("*.py") if any(each in path.read_text() for each in spelled)}
+        assert files == {PACKAGE / file}, name
+
+
+def test_torch_moves_and_loads_submodules_through_the_methods_that_are_replaced() -> None:
+    called: list[str] = []
+
+    class Part(nn.Linear):
+        def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+            called.append("moved")
+            return super()._apply(fn, recurse)
+
+        def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *others: Any) -> None:
+            called.append(f"loaded {prefix}")
+            super()._load_from_state_dict(state, prefix, *others)
+
+    module = nn.Sequential(Part(1, 1)).double()
+    module.load_state_dict(module.state_dict())
+    assert called == ["moved", "loaded 0."]
+
+
+def test_lightning_divides_a_model_by_the_names_that_are_replaced() -> None:
+    strategy = ModelParallelStrategy(data_parallel_size=3, tensor_parallel_size=1)
+    assert strategy._data_parallel_size == 3
+    assert list(inspect.signature(strategy._determine_device_ids).parameters) == []
+
+
+def test_a_spawned_process_says_that_it_is_importing_its_parents_script(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing\n"
+        "print(getattr(multiprocessing.current_process(), '_inheriting', False), flush=True)\n"
+        "if __name__ == '__main__':\n"
+        "    process = multiprocessing.get_context('spawn').Process(target=print)\n"
+        "    process.start(); process.join()\n"
+    )
+    said = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, timeout=60)
+    assert said.stdout.split() == ["False", "True"]
 
 
 def test_transformers_takes_the_attention_of_its_configuration() -> None:

@@ -116,7 +116,7 @@ class SamplingStep:
         self.x = seeded_noise(range(batch), (network.latent_channels, latent, latent), device)
         self.plainly = self._velocities(together=False, cached=False, trimmed=False)
         self.kept = self._velocities()
-        self.first_done = self.kept(self.x, 1.0, THREE)
+        self.kept(self.x, 1.0, THREE)  # the first step computes what the following ones keep
 
     def _velocities(self, **how: bool) -> Velocities:
         return Velocities(self.network, self.conditions, len(self.x), 1.0, **how)

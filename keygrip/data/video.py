@@ -212,8 +212,8 @@ def read_frame(path: Path, index: int) -> np.ndarray:
 
 def duration_s(source: bytes | str | Path) -> float:
     """Seconds of the images in a video file, or in its content as bytes. Raises ValueError: it cannot be read."""
-    with guard("the video cannot be decoded"), _opened(source) as (container, stream):
-        return _length(source, container, stream)
+    with guard("the video cannot be decoded"), _opened(source) as (_, stream):
+        return _length(source, stream)
 
 
 def frames_at(
@@ -233,7 +233,7 @@ def frames_at(
     """
     found: list[Converted] = []
     with guard("the video cannot be decoded"), _opened(source) as (container, stream):
-        duration = _length(source, container, stream)
+        duration = _length(source, stream)
         wanted = times(duration)
         start: float | None = None
         shown: Any = None
@@ -272,7 +272,7 @@ def _opened(source: bytes | str | Path) -> Iterator[tuple[Any, Any]]:
         yield container, stream
 
 
-def _length(source: bytes | str | Path, container: Any, stream: Any) -> float:
+def _length(source: bytes | str | Path, stream: Any) -> float:
     """Seconds of a video stream. Matroska and WebM give only the length of the longest stream, sound included, counted
     from 0: there it is that of the packets."""
     if stream.duration is not None and stream.time_base is not None:
@@ -292,10 +292,10 @@ def _length(source: bytes | str | Path, container: Any, stream: Any) -> float:
 
 
 def read_video(path: str | Path, every: int = 1) -> np.ndarray:
-    """Every n-th frame of a video, [N, H, W, 3] uint8."""
-    with av.open(str(path)) as video:
-        frames = [frame.to_ndarray(format="rgb24") for i, frame in enumerate(video.decode(video=0)) if i % every == 0]
-    return np.stack(frames)
+    """Every n-th frame of a video, [N, H, W, 3] uint8. Raises ValueError where it cannot be decoded."""
+    with guard("the video cannot be decoded"), _opened(path) as (container, stream):
+        decoded = enumerate(container.decode(stream))
+        return np.stack([frame.to_ndarray(format="rgb24") for i, frame in decoded if i % every == 0])
 
 
 class VideoWriter:

@@ -31,10 +31,8 @@ if TYPE_CHECKING:
 
 Options = TypeVar("Options", bound=Any)  # a dataclass
 
-# Seeds from here on are never used for recording, training or choosing settings.
+# Seeds from here on are never used for recording, training or choosing settings (those start at 500000).
 HELD_OUT_SEED = 1_000_000
-# Seeds for choosing settings.
-TUNING_SEED = 500_000
 HEIGHT_STEP_CM = 2  # of the breakdown by height
 
 

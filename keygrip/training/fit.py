@@ -100,7 +100,7 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         enable_checkpointing=True,
     )
     _advise(cfg)
-    _announce(cfg, module, trainer, resume, resumed_step)
+    _announce(cfg, module, resume, resumed_step)
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=None if resume is None else str(resume), weights_only=True)
     finally:
@@ -108,7 +108,7 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     metrics = _headline(trainer, module)
     if trainer.is_global_zero:
-        _finish(cfg, folder, trainer, metrics, time.monotonic() - started)
+        _finish(folder, trainer, metrics, time.monotonic() - started)
     return metrics
 
 
@@ -164,7 +164,7 @@ def _advise(cfg: DictConfig) -> None:
         )
 
 
-def _announce(cfg: DictConfig, module: LightningModule, trainer: Trainer, resume: Path | None, step: int) -> None:
+def _announce(cfg: DictConfig, module: LightningModule, resume: Path | None, step: int) -> None:
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     total = sum(p.numel() for p in module.parameters())
     log.info("%s: %.2f M parameters, %.2f M of them trained", type(module).__name__, total / 1e6, trained / 1e6)
@@ -192,7 +192,7 @@ def _headline(trainer: Trainer, module: LightningModule) -> dict[str, float]:
     return metrics
 
 
-def _finish(cfg: DictConfig, folder: Path, trainer: Trainer, metrics: dict[str, float], wall_s: float) -> None:
+def _finish(folder: Path, trainer: Trainer, metrics: dict[str, float], wall_s: float) -> None:
     result = {
         "status": "finished",
         "steps": trainer.global_step,

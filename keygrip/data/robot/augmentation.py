@@ -11,9 +11,8 @@ Legend of shapes: H, W the picture's height and width, S the network's image siz
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -172,7 +171,7 @@ class View:
 
 @dataclass(frozen=True)
 class ImageGeometry:
-    """What is done to every picture at validation and inference. Lives in the checkpoint (`to_dict`, `from_dict`).
+    """What is done to every picture at validation and inference. Lives in the checkpoint.
 
     Args:
         image_size: S, side of the network's picture.
@@ -231,18 +230,6 @@ class ImageGeometry:
         return _cut_view(
             self.box(image.shape[1], image.shape[0]), self.image_size, image, intrinsics, world_to_camera, depth
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and words, for a checkpoint."""
-        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
-
-    @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> ImageGeometry:
-        """The inverse of `to_dict`. Raises ValueError where a part is missing or unknown."""
-        try:
-            return cls(**{**state, "mean": tuple(state["mean"]), "std": tuple(state["std"])})
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"the stored image geometry cannot be read ({error}): {dict(state)}") from error
 
 
 @data_part

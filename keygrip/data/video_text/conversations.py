@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -287,6 +287,3 @@ def iterate_texts(sets: Sequence[ShardSet]) -> Iterator[str]:
         for conversation in conversations:
             for turn in conversation.turns:
                 yield turn.text
-
-
-TextSource = Callable[[], Iterator[str]]

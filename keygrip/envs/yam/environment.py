@@ -20,7 +20,6 @@ from keygrip.envs.yam.text import Sight
 from keygrip.robots.inverse_kinematics import solve, yaw_of
 from keygrip.robots.kinematics import forward_kinematics, matrix_from_quaternion, quaternion_from_matrix
 
-FAILURES = ("missed", "dropped", "wrong_place", "unreachable", "timeout", "wrong_object")
 LIFTED = 0.03  # m above its rest at which the object counts as lifted
 PICK_HEIGHT = 0.07  # m above its rest at which `pick` is done
 REACH_DISTANCE = 0.015
@@ -64,9 +63,10 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
     a leading axis.
 
     `terminated` is success. `truncated` is the time limit, or the object gone off the table. `info`: `success`,
-    `failure_reason` (None before the end; one of FAILURES), `commanded_position`, `commanded_quaternion`,
-    `commanded_gripper`, `yaw_error_rad` (None before the first grip), `instruction`, `seed`, `object_colour` and
-    `object_height_m` (of what the object stands on at the start, above the table).
+    `failure_reason` (None before the end and on success, else missed, dropped, wrong_place, wrong_object, unreachable
+    or timeout), `commanded_position`, `commanded_quaternion`, `commanded_gripper`, `yaw_error_rad` (None before the
+    first grip), `instruction`, `seed`, `object_colour` and `object_height_m` (of what the object
+    stands on at the start, above the table).
 
     Args:
         task: what to do and what may vary.

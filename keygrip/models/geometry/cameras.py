@@ -112,25 +112,3 @@ def cell_centres(pred_size: int, image_size: int, *, device: torch.device | None
     centres = (torch.arange(pred_size, device=device, dtype=torch.float32) + 0.5) * (image_size / pred_size)
     rows, columns = torch.meshgrid(centres, centres, indexing="ij")
     return torch.stack([columns, rows], dim=-1)
-
-
-def world_xyz_table(
-    intrinsics: Tensor, world_to_camera: Tensor, heights: Tensor, pred_size: int, image_size: int
-) -> Tensor:
-    """World points of every voxel centre of the prediction volume.
-
-    Args:
-        intrinsics: ``[B, 3, 3]`` of the network's input image. world_to_camera: ``[B, 4, 4]``.
-        heights: ``[Z]`` bin centres in metres.
-        pred_size: P, cells along a side. image_size: S, pixels along a side.
-
-    Returns:
-        ``[B, Z, P, P, 3]`` metres; NaN where a cell's ray does not meet the plane. For a fixed camera compute it once.
-    """
-    pixels = cell_centres(pred_size, image_size, device=intrinsics.device).to(intrinsics.dtype)
-    directions = pixel_rays(pixels, intrinsics[:, None, None], world_to_camera[:, None, None])[
-        :, None
-    ]  # [B, 1, P, P, 3]
-    origin = camera_centre(world_to_camera)[:, None, None, None]  # [B, 1, 1, 1, 3]
-    distance, usable = _distance_to_plane(origin[..., 2], directions[..., 2], heights[:, None, None])
-    return torch.where(usable[..., None], origin + directions * distance[..., None], torch.nan)

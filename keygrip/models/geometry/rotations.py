@@ -126,9 +126,3 @@ def mean_rotation(quaternions: Tensor) -> Tensor:
     scatter = quaternions.double().T @ quaternions.double()
     mean = torch.linalg.eigh(scatter).eigenvectors[:, -1]
     return canonical(mean).to(quaternions.dtype)
-
-
-def slerp(start: Tensor, end: Tensor, fraction: Tensor) -> Tensor:
-    """Spherical interpolation ``[..., 4]`` along the shorter arc; ``fraction`` ``[...]`` in [0, 1]."""
-    step = rotation_log(quaternion_multiply(quaternion_conjugate(start), end))
-    return quaternion_multiply(start, rotation_exp(step * fraction[..., None]))

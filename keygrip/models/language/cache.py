@@ -45,9 +45,3 @@ class LanguageCache:
         # padding sees itself: a position without anything to look at would be NaN, and spread
         mask = (self._valid[:, None] & (slot <= query)) | (slot == query)
         return mask[:, None], positions
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps rows [n] (repeats allowed) in that order."""
-        self.layers.batch_select_indices(rows)
-        if self._valid is not None and self._next is not None:
-            self._valid, self._next = self._valid[rows], self._next[rows]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +11,6 @@ import torch
 from keygrip.models.geometry.cameras import project
 from keygrip.models.policy import Needs, Observation, Plan, arm_axis
 from keygrip.models.volume_query.decoding import Decoder, DecoderName
-from keygrip.models.volume_query.network import VolumeQueryOutput
 from keygrip.models.volume_query.targets import arm_state
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ class VolumeQueryPolicy:
     decoder: Decoder | DecoderName | None = None
     margin_m: float = 0.01
     seed: int = 0
-    last_output: VolumeQueryOutput | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.module.eval()
@@ -79,7 +77,6 @@ class VolumeQueryPolicy:
         start_pixels, _ = project(position, k[:, None], camera[:, None])
         state = arm_state(network.state_parts, position, quaternion, gripper, statistics.height_range)
         output = network(image.to(device)[None], start_pixels, state)
-        self.last_output = output
         decoded = self.chosen_decoder().decode(
             output,
             [module.codec(arm) for arm in network.arms],

@@ -41,10 +41,6 @@ class VolumeLogits:
     pixel_factor: Tensor | None = None
     height_factor: Tensor | None = None
 
-    @property
-    def coupled(self) -> bool:
-        return self.pixel_factor is not None
-
     def dense(self) -> Tensor:
         """The whole volume ``[*, Z, H, W]``: the reference for tests and benchmarks, never used in training."""
         volume = self.pixel[..., None, :, :] + self.height[..., :, None, None] + self.constant[..., None, None, None]

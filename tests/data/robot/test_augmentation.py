@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
 import numpy as np
@@ -182,13 +181,6 @@ def test_bright_colours_clip_as_a_sensor_does() -> None:
     results = [recoloured(Augmentation(brightness=0.5), draw, picture) for draw in range(30)]
     assert max(result.max() for result in results) == pytest.approx(255, abs=1e-3)
     assert min(result.min() for result in results) > 80
-
-
-def test_a_checkpoint_rebuilds_the_geometry() -> None:
-    geometry = ImageGeometry(64, MEAN, STD, field=0.857, fit="stretch")
-    assert ImageGeometry.from_dict(json.loads(json.dumps(geometry.to_dict()))) == geometry
-    with pytest.raises(ValueError, match="cannot be read"):
-        ImageGeometry.from_dict({"image_size": 3})
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from keygrip.models.geometry.rotations import (
     quaternion_to_matrix,
     rotation_exp,
     rotation_log,
-    slerp,
 )
 
 
@@ -44,7 +43,7 @@ def test_half_turns_and_tiny_turns_are_accurate() -> None:
         torch.testing.assert_close(rotation_log(quaternion).norm(dim=-1), torch.full((4,), float(angle)).double())
 
 
-def test_product_mean_and_slerp_agree_with_scipy() -> None:
+def test_product_and_mean_agree_with_scipy() -> None:
     a, qa = random_rotations(50, 1)
     b, qb = random_rotations(50, 2)
     assert (
@@ -53,8 +52,6 @@ def test_product_mean_and_slerp_agree_with_scipy() -> None:
     near = Rotation.from_rotvec(np.random.default_rng(0).normal(0, 0.3, (40, 3))) * a[0]
     quaternions = torch.from_numpy(near.as_quat(scalar_first=True)) * torch.tensor([1.0, -1.0]).repeat(20)[:, None]
     assert geodesic_angle(mean_rotation(quaternions), torch.from_numpy(near.mean().as_quat(scalar_first=True))) < 1e-6
-    half = slerp(qa, qb, torch.full((50,), 0.5, dtype=torch.float64))
-    torch.testing.assert_close(geodesic_angle(qa, half), geodesic_angle(half, qb))
 
 
 def yaw_data(count: int = 400, tilt: float = 0.02) -> torch.Tensor:
