@@ -103,12 +103,13 @@ class ArmCalibration:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A read calibration file."""
+    """A read calibration file. `pixel_shift` turns its pixels into the corner convention (0.5 or 0)."""
 
     path: Path
     cameras: dict[str, CameraCalibration]
     arms: dict[str, ArmCalibration]
     lerobot: dict[str, Any]
+    pixel_shift: float
 
     def arm(self, name: str, only: bool) -> ArmCalibration:
         """The entry of an arm; where it is missing and this is the only arm, its base is the world."""
@@ -174,13 +175,14 @@ def _checked(path: Path, content: dict[str, Any]) -> Calibration:
             "or "
             f"corner (its centre is 0.5, 0.5), not {pixel!r}"
         )
+    shift = 0.5 if pixel == "centre" else 0.0
     cameras = {
-        str(name): _camera(path, str(name), entry, 0.5 if pixel == "centre" else 0.0)
+        str(name): _camera(path, str(name), entry, shift)
         for name, entry in (content.get("cameras") or {}).items()
         if entry is not None
     }
     arms = {str(name): _arm(path, str(name), entry or {}) for name, entry in (content.get("arms") or {}).items()}
-    return Calibration(path, cameras, arms, dict(content.get("lerobot") or {}))
+    return Calibration(path, cameras, arms, dict(content.get("lerobot") or {}), shift)
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

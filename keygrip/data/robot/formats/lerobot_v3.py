@@ -21,6 +21,19 @@ lerobot:
 
 `as`: quaternion_wxyz, quaternion_xyzw, rotation_vector, matrix (9 numbers, row-major) or euler_xyz (extrinsic, rad). An
 entry may name its numbers (`names: [x, y, z]`) in place of `index`.
+
+Where the data set itself holds the cameras frame by frame (as `keygrip.data.robot.lerobot_export` writes them),
+`lerobot.cameras` names them, in the conventions of the file, and `cameras` needs no entry; `lerobot.time` names seconds
+that are more exact than `timestamp`:
+
+```yaml
+lerobot:
+  cameras:
+    top:
+      intrinsics: {feature: calibration.top.intrinsics, index: [0, 1, 2, 3, 4, 5, 6, 7, 8]}    # 3 x 3, row-major
+      world_to_camera: {feature: calibration.top.world_to_camera, index: [0, ..., 15]}         # 4 x 4, row-major
+  time: {feature: time_s, index: 0}
+```
 """
 
 from __future__ import annotations
@@ -132,24 +145,24 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
     for arm, entry in sidecar.items():
         base = calibration.arm(arm, only=len(sidecar) == 1)
         gripper_poses[arm], arms[arm] = _arm(table, info, arm, entry, base, calibration.path)
+    recorded = calibration.lerobot.get("cameras") or {}
     cameras: dict[str, CameraTrack] = {}
     for key, feature in info["features"].items():
-        if feature["dtype"] not in ("video", "image"):
-            continue
         camera = key.removeprefix(IMAGES)
-        if camera not in calibration.cameras:
+        if feature["dtype"] not in ("video", "image") or camera not in {**recorded, **calibration.cameras}:
             continue
-        source = _frames(root, info, episode, key, feature, file, rows, rate, calibration.cameras[camera].rotate, name)
         height, width = _size(feature)
-        if calibration.cameras[camera].rotate in (90, 270):
-            height, width = width, height
-        cameras[camera] = CameraTrack(
-            width,
-            height,
-            CameraTrack.broadcast(calibration.cameras[camera].intrinsics_for(width, height), frames),
-            calibration.cameras[camera].poses(gripper_poses, frames),
-            source,
-        )
+        rotate = 0 if camera in recorded else calibration.cameras[camera].rotate
+        source = _frames(root, info, episode, key, feature, file, rows, rate, rotate, name)
+        if camera in recorded:
+            intrinsics, poses = _recorded(table, info, camera, recorded[camera], calibration)
+        else:
+            if rotate in (90, 270):
+                height, width = width, height
+            fixed = calibration.cameras[camera].intrinsics_for(width, height)
+            intrinsics = CameraTrack.broadcast(fixed, frames)
+            poses = calibration.cameras[camera].poses(gripper_poses, frames)
+        cameras[camera] = CameraTrack(width, height, intrinsics, poses, source)
     if not cameras:
         keys = [
             key.removeprefix(IMAGES)
@@ -158,12 +171,15 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
         ]
         raise DemoError(name, f"no camera of the data set ({', '.join(keys)}) is in {calibration.path}")
     tasks = episode.get("tasks") or [_tasks(root).get(int(table["task_index"][0]), "")]
+    task = episode.get("keygrip/task")
     times = np.asarray(table["timestamp"], dtype=np.float64).reshape(-1)
+    if "time" in calibration.lerobot:
+        times = _numbers(table, info, "lerobot.time", calibration.lerobot["time"], calibration.path)[:, 0]
     return Demo(
         name=name,
         path=root,
         robot=str(info.get("robot_type") or "unknown"),
-        task=str(tasks[0]).replace(" ", "_").lower() or root.name,
+        task=task if task and isinstance(task, str) else str(tasks[0]).replace(" ", "_").lower() or root.name,
         instruction=str(tasks[0]),
         fps=rate,
         timestamps=increasing((times * 1e9).round().astype(np.int64), round(1e9 / rate)),
@@ -171,6 +187,24 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
         cameras=cameras,
         source={"format": "lerobot_v3", "episode": number, "calibration": str(calibration.path)},
     )
+
+
+def _recorded(
+    table: dict[str, Any], info: dict[str, Any], camera: str, entry: Any, calibration: Calibration
+) -> tuple[np.ndarray, np.ndarray]:
+    """Intrinsics [N, 3, 3] in the corner convention and world_to_camera [N, 4, 4] that the data set holds itself."""
+    where, found = f"lerobot.cameras.{camera}", []
+    for part, side in (("intrinsics", 3), ("world_to_camera", 4)):
+        if not isinstance(entry, dict) or part not in entry:
+            raise ValueError(f"{calibration.path}: {where} needs intrinsics and world_to_camera")
+        values = _numbers(table, info, f"{where}.{part}", entry[part], calibration.path)
+        if values.shape[1] != side * side:
+            raise ValueError(
+                f"{calibration.path}: {where}.{part} needs {side * side} numbers, it names {values.shape[1]}"
+            )
+        found.append(values.reshape(-1, side, side))
+    found[0][:, :2, 2] += calibration.pixel_shift
+    return found[0], found[1]
 
 
 def _path(root: Path, template: str, values: dict[str, Any]) -> Path:

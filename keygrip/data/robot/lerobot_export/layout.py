@@ -1,0 +1,171 @@
+"""The numbers of a LeRobot data set that keygrip writes: their names, and those of a demonstration.
+
+LeRobot's own policies read `observation.images.<camera>`, `observation.state` and `action`: for each arm x, y, z
+(metres, world), qw, qx, qy, qz (sign continuous) and the gripper's opening, float32. The action of frame i is the
+command given there or, where a demo has none, the pose reached at frame i + 1.
+
+Beside them stand, under names that LeRobot gives to no policy, the exact numbers: `pose.<arm>`, `commanded.<arm>`,
+`joints.<arm>`, `calibration.<camera>.intrinsics` (3 x 3, row-major), `calibration.<camera>.world_to_camera` (4 x 4,
+row-major) and `time_s`, float64, frame by frame, so that cameras may move. A `calibration.yaml` tells our reader which
+is which: the data set is read back as it is. Depth, captions and questions are left out.
+
+Legend of shapes: N frames, J joints, H and W the height and width of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from keygrip.data.robot.calibration import SCHEMA
+from keygrip.data.robot.schema import ArmTrajectory, Demo
+
+IMAGES = "observation.images."
+POSE = ("x", "y", "z", "qw", "qx", "qy", "qz", "gripper")
+RATE_TOLERANCE = 0.01  # of a camera's rate, which LeRobot writes as a whole number
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What all demos of a data set have in common.
+
+    Attributes:
+        fps: whole. robot: its name. joints: J by arm, 0 where there are none. commanded: whether commands were
+            recorded. sizes: (H, W) by camera.
+    """
+
+    fps: int
+    robot: str
+    joints: dict[str, int]
+    commanded: bool
+    sizes: dict[str, tuple[int, int]]
+
+    @classmethod
+    def of(cls, demo: Demo, cameras: Sequence[str] | None) -> Layout:
+        """That of one demo. Raises ValueError: LeRobot cannot hold it."""
+        fps = max(1, round(demo.fps))
+        if abs(demo.fps - fps) > RATE_TOLERANCE * demo.fps:
+            raise ValueError(f"demo {demo.name!r} has {demo.fps:g} frames a second; LeRobot takes whole rates")
+        sizes = {name: (track.height, track.width) for name, track in demo.cameras.items()}
+        sizes = {name: size for name, size in sizes.items() if cameras is None or name in cameras}
+        for name, (height, width) in sizes.items():
+            if height % 2 or width % 2:
+                raise ValueError(f"camera {name!r} is {width} x {height}; H.264 takes even sizes: leave it out")
+        return cls(
+            fps,
+            demo.robot,
+            {name: 0 if arm.joints is None else arm.joints.shape[1] for name, arm in demo.arms.items()},
+            all(arm.commanded is not None for arm in demo.arms.values()),
+            sizes,
+        )
+
+    def features(self) -> dict[str, dict[str, Any]]:
+        """The numbers and videos of a frame, as `meta/info.json` describes them."""
+        names = [f"{arm}.{part}" for arm in self.joints for part in POSE]
+        found = {
+            f"{IMAGES}{name}": {"dtype": "video", "shape": [*size, 3], "names": ["height", "width", "channels"]}
+            for name, size in self.sizes.items()
+        }
+        found |= {key: _feature("float32", names) for key in ("observation.state", "action")}
+        for arm, count in self.joints.items():
+            found[f"pose.{arm}"] = _feature("float64", list(POSE))
+            if self.commanded:
+                found[f"commanded.{arm}"] = _feature("float64", list(POSE))
+            if count:
+                found[f"joints.{arm}"] = _feature("float64", [f"joint_{number}" for number in range(1, count + 1)])
+        for camera in self.sizes:
+            found[f"calibration.{camera}.intrinsics"] = _feature("float64", _entries("k", 3))
+            found[f"calibration.{camera}.world_to_camera"] = _feature("float64", _entries("t", 4))
+        found["time_s"] = _feature("float64", None)
+        found["timestamp"] = _feature("float32", None)
+        return found | {key: _feature("int64", None) for key in ("frame_index", "episode_index", "index", "task_index")}
+
+    def sidecar(self) -> dict[str, Any]:
+        """`calibration.yaml`: which features our reader takes what from."""
+
+        def pose(feature: str) -> dict[str, Any]:
+            return {
+                "position": {"feature": feature, "index": [0, 1, 2]},
+                "rotation": {"feature": feature, "index": [3, 4, 5, 6], "as": "quaternion_wxyz"},
+                "gripper": {"feature": feature, "index": 7, "closed": 0.0, "open": 1.0},
+            }
+
+        arms: dict[str, Any] = {}
+        for arm, count in self.joints.items():
+            arms[arm] = pose(f"pose.{arm}")
+            if count:
+                arms[arm]["joints"] = {"feature": f"joints.{arm}", "index": list(range(count))}
+            if self.commanded:
+                arms[arm]["commanded"] = pose(f"commanded.{arm}")
+        tracks = {
+            camera: {
+                part: {"feature": f"calibration.{camera}.{part}", "index": list(range(size))}
+                for part, size in (("intrinsics", 9), ("world_to_camera", 16))
+            }
+            for camera in self.sizes
+        }
+        base = {"world_from_base": np.eye(4).tolist()}  # the poses are in the world already
+        return {
+            "schema": SCHEMA,
+            "conventions": {"camera": "opencv", "pixel": "corner", "length": "m"},
+            "arms": dict.fromkeys(self.joints, base),
+            "lerobot": {"arms": arms, "cameras": tracks, "time": {"feature": "time_s", "index": 0}},
+        }
+
+
+def _feature(dtype: str, names: list[str] | None) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": [len(names) if names else 1], "names": names}
+
+
+def _entries(letter: str, size: int) -> list[str]:
+    return [f"{letter}{row}{column}" for row in range(size) for column in range(size)]
+
+
+def numbers_of(demo: Demo, layout: Layout) -> dict[str, np.ndarray]:
+    """All numbers of a demo's frames, each [N] or [N, F], without those that depend on its place in the data set."""
+    frames = len(demo)
+    states, actions = [], []
+    found: dict[str, np.ndarray] = {}
+    for name, arm in demo.arms.items():
+        reached = _poses(arm)
+        found[f"pose.{name}"] = reached
+        if layout.commanded:
+            assert arm.commanded is not None
+            found[f"commanded.{name}"] = _poses(arm.commanded)
+        if arm.joints is not None:
+            found[f"joints.{name}"] = np.asarray(arm.joints, dtype=np.float64)
+        state = _continuous(reached)
+        target = found[f"commanded.{name}"] if layout.commanded else np.concatenate([reached[1:], reached[-1:]])
+        # the sign of each target's quaternion is that of the state beside it
+        sign = np.where((target[:, 3:7] * state[:, 3:7]).sum(axis=1) < 0, -1.0, 1.0)
+        actions.append(np.concatenate([target[:, :3], target[:, 3:7] * sign[:, None], target[:, 7:]], axis=1))
+        states.append(state)
+    found["observation.state"] = np.concatenate(states, axis=1).astype(np.float32)
+    found["action"] = np.concatenate(actions, axis=1).astype(np.float32)
+    for camera in layout.sizes:
+        track = demo.cameras[camera]
+        found[f"calibration.{camera}.intrinsics"] = np.asarray(track.intrinsics, np.float64).reshape(frames, 9)
+        found[f"calibration.{camera}.world_to_camera"] = np.asarray(track.world_to_camera, np.float64).reshape(
+            frames, 16
+        )
+    found["time_s"] = (demo.timestamps - demo.timestamps[0]) / 1e9
+    found["timestamp"] = (np.arange(frames) / layout.fps).astype(np.float32)
+    found["frame_index"] = np.arange(frames)
+    return found
+
+
+def _poses(arm: ArmTrajectory) -> np.ndarray:
+    """[N, 8] position, quaternion w x y z, gripper."""
+    return np.concatenate([arm.position, arm.quaternion, arm.gripper[:, None]], axis=1).astype(np.float64)
+
+
+def _continuous(poses: np.ndarray) -> np.ndarray:
+    """[N, 8] the same poses; w of the first quaternion is not negative, and no sign flips from frame to frame."""
+    poses = poses.copy()
+    turns = poses[:, 3:7]
+    flips = np.where((turns[1:] * turns[:-1]).sum(axis=1) < 0, -1.0, 1.0)
+    poses[:, 3:7] *= np.cumprod(np.concatenate([[-1.0 if turns[0, 0] < 0 else 1.0], flips]))[:, None]
+    return poses

@@ -1,0 +1,137 @@
+"""The writer of LeRobot data sets: what is written is what our reader reads back, and what is described."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.lerobot_export import statistics
+from keygrip.data.robot.lerobot_export.export import export_lerobot
+from keygrip.data.robot.lerobot_export.layout import Layout
+
+
+@pytest.fixture
+def demos(tmp_path: Path, native_demo) -> Path:
+    """Three demos of two arms and two cameras, with 12, 9 and 12 frames; the camera `over` moves in the second."""
+    root = tmp_path / "demos"
+    for number, frames in enumerate((12, 9, 12)):
+        folder = native_demo(
+            root / f"demo_{number}", frames=frames, arms=("left", "right"), cameras=("over", "side"), seed=number % 2
+        )
+        times = np.cumsum(np.full(frames, 100_000_000)) + 7_000_000 * (np.arange(frames) % 2)  # jitter
+        with np.load(folder / "trajectory.npz") as archive:
+            arrays = dict(archive)
+        np.savez(folder / "trajectory.npz", **(arrays | {"timestamps_ns": times - times[0]}))
+        for camera in ("over", "side"):
+            for index in range(frames):
+                smooth = np.zeros((40, 48, 3), np.uint8)
+                smooth[..., 0], smooth[..., 1] = 20 * number + 4 * index, np.arange(48)
+                Image.fromarray(smooth).save(folder / "rgb" / camera / f"{index:06d}.jpg", quality=95)
+        if number == 1:
+            with np.load(folder / "cameras.npz") as archive:
+                arrays = dict(archive)
+            moving = np.repeat(arrays["over/world_to_camera"][None], frames, axis=0)
+            moving[:, 0, 3] = 0.01 * np.arange(frames)
+            np.savez(folder / "cameras.npz", **(arrays | {"over/world_to_camera": moving}))
+    return root
+
+
+def test_our_reader_reads_back_what_was_written(demos: Path, tmp_path: Path) -> None:
+    summary = export_lerobot(demos, tmp_path / "set", progress=False)
+    assert (summary.episodes, summary.frames, summary.tasks, summary.broken) == (3, 33, 2, [])
+    written = [reference.read() for reference in find_demos(demos)]
+    back = [reference.read() for reference in find_demos(tmp_path / "set")]
+    assert [demo.source["format"] for demo in back] == ["lerobot_v3"] * 3
+    for ours, theirs in zip(written, back, strict=True):
+        assert (theirs.task, theirs.instruction, theirs.robot) == (ours.task, ours.instruction, ours.robot)
+        np.testing.assert_array_equal(theirs.timestamps, ours.timestamps)
+        for name, arm in ours.arms.items():
+            read = theirs.arms[name]
+            assert arm.commanded is not None
+            assert read.commanded is not None
+            for first, second in ((arm, read), (arm.commanded, read.commanded)):
+                np.testing.assert_allclose(second.position, first.position, rtol=0, atol=1e-15)
+                np.testing.assert_allclose(second.quaternion, first.quaternion, rtol=0, atol=1e-14)
+                np.testing.assert_array_equal(second.gripper, first.gripper)
+            np.testing.assert_array_equal(read.joints, arm.joints)
+        for name, track in ours.cameras.items():
+            np.testing.assert_array_equal(theirs.cameras[name].intrinsics, track.intrinsics)
+            np.testing.assert_array_equal(theirs.cameras[name].world_to_camera, track.world_to_camera)
+            for index in range(len(ours)):
+                one, other = track.frames.read(index), theirs.cameras[name].frames.read(index)
+                assert np.abs(one.astype(int) - other.astype(int)).mean() < 2, f"{ours.name}, {name}, frame {index}"
+
+
+def test_actions_are_commands_and_signs_are_continuous(demos: Path, tmp_path: Path) -> None:
+    folder = demos / "demo_0"
+    with np.load(folder / "trajectory.npz") as archive:
+        arrays = dict(archive)
+    arrays["left/quaternion_wxyz"][5:] *= -1
+    np.savez(folder / "trajectory.npz", **arrays)
+    export_lerobot(demos, tmp_path / "set", max_demos=1, cameras=["over"], progress=False)
+    info = json.loads((tmp_path / "set/meta/info.json").read_text())
+    assert [key for key in info["features"] if key.startswith("observation.images.")] == ["observation.images.over"]
+    assert info["features"]["action"]["names"][:2] == ["left.x", "left.y"]
+    table = pq.read_table(tmp_path / "set/data/chunk-000/file-000.parquet")
+    state, action = (np.array(table[key].to_pylist()) for key in ("observation.state", "action"))
+    np.testing.assert_allclose(action[:, 0], arrays["left/commanded_position_m"][:, 0], atol=1e-7)
+    assert (state[:, 3] > 0).all()
+    assert ((state[:, 3:7] * action[:, 3:7]).sum(axis=1) > 0).all()
+    np.testing.assert_allclose(table["timestamp"].to_numpy(), np.arange(12) / 10, atol=1e-6)
+
+
+def test_a_broken_demo_is_left_out_and_the_others_stay_in_place(demos: Path, tmp_path: Path) -> None:
+    (demos / "demo_1/rgb/side/000004.jpg").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"1 of 3 demos in .* are broken: demo_1: .*frame 4"):
+        export_lerobot(demos, tmp_path / "set", progress=False)
+    assert list(tmp_path.iterdir()) == [demos]
+    summary = export_lerobot(demos, tmp_path / "set", max_broken_share=0.5, progress=False)
+    assert [name for name, _ in summary.broken] == ["demo_1"]
+    last = find_demos(tmp_path / "set")[1].read()
+    assert last.instruction == "pick up the cube number 0"
+    assert abs(int(last.cameras["side"].frames.read(3)[..., 0].mean()) - (2 * 20 + 3 * 4)) < 4
+
+
+def test_what_a_data_set_cannot_hold_is_refused(demos: Path, tmp_path: Path, native_demo) -> None:
+    native_demo(demos / "other", arms=("right",), cameras=("over", "side"))
+    with pytest.raises(ValueError, match=r"'other' has joints .* the first one .*left"):
+        export_lerobot(demos, tmp_path / "set", progress=False)
+    demo = find_demos(demos)[0].read()
+    odd = {"over": replace(demo.cameras["over"], width=49)}
+    with pytest.raises(ValueError, match=r"'over' is 49 x 40; H.264 takes even sizes"):
+        Layout.of(replace(demo, cameras=odd), None)
+    with pytest.raises(ValueError, match=r"7\.5 frames a second; LeRobot takes whole rates"):
+        Layout.of(replace(demo, fps=7.5), None)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="exists already"):
+        export_lerobot(demos, tmp_path / "set", progress=False)
+
+
+def test_statistics_are_numpys_and_merge_to_those_of_all() -> None:
+    rng = np.random.default_rng(0)
+    parts = [rng.normal(size=(n, 3)) * [1, 10, 0] + [0, 5, 2] for n in (400, 50)]
+    together, one = statistics.of_episodes([statistics.of_numbers(part) for part in parts]), parts[0]
+    everything = np.concatenate(parts)
+    for name, expected in (("mean", everything.mean(0)), ("std", everything.std(0)), ("min", everything.min(0))):
+        np.testing.assert_allclose(together[name], expected, rtol=1e-12, atol=1e-12)
+    assert together["count"].tolist() == [450]
+    bins = (one.max(0) - one.min(0)) / statistics.BINS
+    found = statistics.of_numbers(one)
+    for name, share in statistics.QUANTILES.items():
+        ordered = np.sort(one, axis=0)  # the quantile lies within a bin of the value that many are at or below
+        at = ordered[int(np.ceil(share * len(one))) - 1]
+        assert (np.abs(found[name] - at) <= 2 * bins + 1e-12).all(), name
+    counter, images = statistics.ImageCounter(), rng.integers(0, 255, (3, 20, 30, 3), dtype=np.uint8)
+    for image in images:
+        counter.add(image)
+    np.testing.assert_allclose(counter.statistics()["std"].reshape(3), (images / 255).std(axis=(0, 1, 2)), rtol=1e-12)
+    assert statistics.sampled_frames(3) == [0, 1, 2]
+    assert len(statistics.sampled_frames(2000)) == 299
