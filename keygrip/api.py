@@ -44,7 +44,7 @@ def load(
     """
     from keygrip.training.checkpoints import load_module
 
-    return load_module(path, map_location=device, averaged=ema, trust=trust, external=external)
+    return load_module(path, map_location=device, use_ema=ema, trust=trust, external=external)
 
 
 def load_policy(

@@ -44,6 +44,7 @@ RENAMED: dict[str, str] = {
     "ablation=patch_dit/uniform_levels": "ablation=patch_dit/uniform_timesteps",
     "model.collator": "collator",
     "picture": "figure",
+    "callbacks.average": "callbacks.ema",
     "shift=none": "shift=null",
     "optimizer=from_scratch": "optimizer=adamw",
     "optimizer=finetune": "optimizer=adamw with optimizer.lr=5e-5, as experiment=yam_dinov3 has it",

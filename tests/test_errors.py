@@ -72,7 +72,7 @@ def test_settings_that_do_not_exist(
         (["optimizer.lr=-1"], 1, "optimizer.lr=-1: must be above 0"),
         (["optimizer.schedule=linear"], 1, "optimizer.schedule='linear': must be cosine or constant"),
         (["strategy.kind=tpu"], 1, "strategy.kind='tpu': must be one of single, ddp, fsdp"),
-        (["callbacks.average.decay=2"], 1, "callbacks.average.decay=2: must lie in [0, 1)"),
+        (["callbacks.ema.decay=2"], 1, "callbacks.ema.decay=2: must lie in [0, 1)"),
         (["max_steps=-1", "max_epochs=-1", "max_minutes=1"], 1, "optimizer.schedule=cosine needs an end"),
     ],
 )

@@ -116,8 +116,8 @@ def test_interrupted_mid_epoch_the_real_model_resumes_to_the_same_bits(
     assert read_checkpoint(tmp_path / "cut")["global_step"] == 4
     train.run(compose("train", [*common, f"run_dir={tmp_path / 'cut'}", "resume=true"]))
     whole, cut = read_checkpoint(tmp_path / "whole"), read_checkpoint(tmp_path / "cut")
-    for part in (whole["state_dict"], whole["average"]["parameters"]):
-        other = cut["state_dict"] if part is whole["state_dict"] else cut["average"]["parameters"]
+    for part in (whole["state_dict"], whole["ema"]["parameters"]):
+        other = cut["state_dict"] if part is whole["state_dict"] else cut["ema"]["parameters"]
         assert part.keys() == other.keys()
         for name in part:
             assert torch.equal(part[name], other[name]), name

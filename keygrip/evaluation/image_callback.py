@@ -38,7 +38,7 @@ class EvaluateImages(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        module = load_module(self.run_dir, expected=PatchDiTModule).to(pl_module.device)  # with averaged weights
+        module = load_module(self.run_dir, expected=PatchDiTModule).to(pl_module.device)  # with EMA weights
         assert isinstance(module, PatchDiTModule)
         output = self.run_dir / "pictures"
         figures, images = run_suite(module, self.data, self.suite, output)

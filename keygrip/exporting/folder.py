@@ -61,7 +61,7 @@ def write_export(
     """
     tensors: dict[str, Tensor] = {}
     rest = {key: value for key, value in content.items() if key not in TRAINING_ONLY}
-    rest.pop("average", None)  # its parameters are the weights that are written
+    rest.pop("ema", None)  # its parameters are the weights that are written
     stored = _plain({key: value for key, value in rest.items() if key != "state_dict"}, "", tensors)
     with atomic_folder(folder) as target:
         save_file(

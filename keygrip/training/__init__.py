@@ -1,1 +1,1 @@
-"""What every training run shares: optimiser recipes, averaged weights, checkpoints, strategies, progress, sweeps."""
+"""What every training run shares: optimiser recipes, EMA weights, checkpoints, strategies, progress, sweeps."""

@@ -1,7 +1,7 @@
 """Checkpoints that carry everything needed to run: weights, resolved config, statistics, versions.
 
 A keygrip checkpoint is Lightning's, plus ``keygrip`` (format, resolved config, git revision, package versions) and,
-where the weights are averaged, ``average``. What a model needs besides (statistics, a rotation basis, class names)
+where an EMA of the weights is kept, ``ema``. What a model needs besides (statistics, a rotation basis, class names)
 its module writes in ``on_save_checkpoint`` and takes back in ``on_load_checkpoint``.
 """
 
@@ -20,7 +20,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 
 from keygrip.exporting.folder import is_export, read_export
-from keygrip.training.ema import AVERAGE
+from keygrip.training.ema import EMA_STATE
 from keygrip.training.integrity import ChangedFileError, is_signed, refuse_unfit_weights, verify
 from keygrip.training.parts import UntrustedPartError, build_stored, check_plain
 from keygrip.training.run_folder import CHECKPOINT
@@ -28,7 +28,7 @@ from keygrip.training.run_folder import CHECKPOINT
 log = logging.getLogger(__name__)
 
 HEADER = "keygrip"
-FORMAT = 2
+FORMAT = 3
 
 
 class Header(Callback):
@@ -126,7 +126,7 @@ def load_module(
     path: str | Path,
     map_location: Any = "cpu",
     expected: type[LightningModule] | None = None,
-    averaged: bool = True,
+    use_ema: bool = True,
     trust: Sequence[str] = (),
     external: Mapping[str, Any] | None = None,
 ) -> LightningModule:
@@ -140,7 +140,7 @@ def load_module(
         path: checkpoint file or run folder.
         map_location: device for the weights and the module.
         expected: class that the module must be.
-        averaged: prefer the EMA weights where the checkpoint has them (which is logged).
+        use_ema: prefer the EMA weights where the checkpoint has them (which is logged).
         trust: packages beside keygrip whose declared parts may be built.
         external: files that the model needs and the checkpoint does not hold, by their setting's dotted key.
 
@@ -161,7 +161,7 @@ def load_module(
             f"{file} holds a {type(module).__name__}, not a {expected.__name__}: give a checkpoint of that model"
         )
     module.on_load_checkpoint(checkpoint)
-    state, which = weights_of(checkpoint, averaged)
+    state, which = weights_of(checkpoint, use_ema)
     refuse_unfit_weights(state, module.state_dict(), str(file))
     try:
         module.load_state_dict(state, strict=True)
@@ -173,15 +173,15 @@ def load_module(
     return module.to(map_location).eval()
 
 
-def weights_of(checkpoint: dict[str, Any], averaged: bool = True) -> tuple[dict[str, torch.Tensor], str]:
+def weights_of(checkpoint: dict[str, Any], use_ema: bool = True) -> tuple[dict[str, torch.Tensor], str]:
     """The state dictionary to use, with the EMA in place of the last step's parameters where there is one, and which
     it is in words."""
     state = dict(checkpoint["state_dict"])
-    average = checkpoint.get(AVERAGE)
-    if not averaged or average is None or average["updates"] == 0:
+    ema = checkpoint.get(EMA_STATE)
+    if not use_ema or ema is None or ema["updates"] == 0:
         return state, "of the last step"
-    state.update({name: value.to(state[name].dtype) for name, value in average["parameters"].items()})
-    return state, f"averaged over {average['updates']} steps"
+    state.update({name: value.to(state[name].dtype) for name, value in ema["parameters"].items()})
+    return state, f"EMA of {ema['updates']} steps"
 
 
 def build_module(config: dict[str, Any]) -> LightningModule:

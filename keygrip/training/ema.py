@@ -1,4 +1,4 @@
-"""A running average of the weights (EMA), used for validation, evaluation and serving."""
+"""Exponential moving average (EMA) of the weights, used for validation, evaluation and serving."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 from keygrip.training.sharding import is_sharded, local, local_like, reshard
 
-AVERAGE = "average"
+EMA_STATE = "ema"
 
 
-class AveragedWeights(Callback):
+class EMA(Callback):
     """Exponential moving average of the trainable parameters, in float32.
 
-    ``average += (1 - d) * (weights - average)`` after every optimiser step, with ``d = min(decay, (1 + n) / (10 +
-    n))`` at the n-th, so that the random start is forgotten quickly. Validation runs with the average. The
-    checkpoint carries it beside the weights themselves (key ``average``), so resuming is exact;
+    ``ema += (1 - d) * (weights - ema)`` after every optimiser step, with ``d = min(decay, (1 + n) / (10 +
+    n))`` at the n-th, so that the random start is forgotten quickly. Validation runs with the EMA. The
+    checkpoint carries it beside the weights themselves (key ``ema``), so resuming is exact;
     ``keygrip.training.checkpoints.load_module`` prefers it.
 
     Args:
@@ -28,28 +28,28 @@ class AveragedWeights(Callback):
 
     def __init__(self, decay: float = 0.998, every_n_steps: int = 1) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"callbacks.average.decay={decay}: must lie in [0, 1)")
+            raise ValueError(f"callbacks.ema.decay={decay}: must lie in [0, 1)")
         if every_n_steps < 1:
-            raise ValueError(f"callbacks.average.every_n_steps={every_n_steps}: must be at least 1")
+            raise ValueError(f"callbacks.ema.every_n_steps={every_n_steps}: must be at least 1")
         self.decay = decay
         self.every_n_steps = every_n_steps
         self.updates = 0
-        self._average: dict[str, Tensor] = {}  # this process's part, where the parameters are sharded
+        self._ema: dict[str, Tensor] = {}  # this process's part, where the parameters are sharded
         self._loaded: dict[str, Tensor] = {}
-        self._own: dict[str, Tensor] | None = None  # the weights themselves while the average is in their place
+        self._own: dict[str, Tensor] | None = None  # the weights themselves while the EMA is in their place
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         parameters = _trainable(pl_module)
         if not self._loaded:
-            self._average = {name: local(p.detach()).float().clone() for name, p in parameters.items()}
+            self._ema = {name: local(p.detach()).float().clone() for name, p in parameters.items()}
         elif self._loaded.keys() != parameters.keys():
             changed = sorted(self._loaded.keys() ^ parameters.keys())
             raise ValueError(
-                f"the checkpoint's averaged weights do not fit this model's trainable ones: {', '.join(changed[:5])}"
+                f"the checkpoint's EMA weights do not fit this model's trainable ones: {', '.join(changed[:5])}"
             )
         else:
-            self._average = {name: local_like(self._loaded[name], p) for name, p in parameters.items()}
+            self._ema = {name: local_like(self._loaded[name], p) for name, p in parameters.items()}
             self._loaded = {}
         self._last_step = trainer.global_step
 
@@ -62,7 +62,7 @@ class AveragedWeights(Callback):
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         own = [local(p.detach()).float() for p in _trainable(pl_module).values()]
-        torch._foreach_lerp_(list(self._average.values()), own, 1 - decay)
+        torch._foreach_lerp_(list(self._ema.values()), own, 1 - decay)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._put_in(pl_module)
@@ -75,33 +75,33 @@ class AveragedWeights(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         assert self._own is None, "saved during validation, when the weights are not the run's own"
-        whole = self._gathered(trainer, pl_module) if is_sharded(pl_module) else dict(self._average)
-        checkpoint[AVERAGE] = {"updates": self.updates, "decay": self.decay, "parameters": whole}
+        whole = self._gathered(trainer, pl_module) if is_sharded(pl_module) else dict(self._ema)
+        checkpoint[EMA_STATE] = {"updates": self.updates, "decay": self.decay, "parameters": whole}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get(AVERAGE)
+        saved = checkpoint.get(EMA_STATE)
         if saved is None:
             raise ValueError(
-                "the checkpoint has no averaged weights, it was made with callbacks.average=null: resume with that too"
+                "the checkpoint has no EMA weights, it was made with callbacks.ema=null: resume with that too"
             )
         self.updates = saved["updates"]
         self._loaded = saved["parameters"]
 
     def _gathered(self, trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
-        """The whole average on the first process; the others take part in gathering it."""
+        """The whole EMA on the first process; the others take part in gathering it."""
         self._put_in(module)
         state = trainer.strategy.lightning_module_state_dict()
         self._take_out(module)
-        return {name: state[name] for name in self._average if name in state}
+        return {name: state[name] for name in self._ema if name in state}
 
     @torch.no_grad()
     def _put_in(self, module: LightningModule) -> None:
-        if not self._average or self._own is not None:
+        if not self._ema or self._own is not None:
             return  # the sanity check before the first step
         parameters = _trainable(module)
         self._own = {name: local(p.detach()).clone() for name, p in parameters.items()}
         for name, parameter in parameters.items():
-            local(parameter).copy_(self._average[name])
+            local(parameter).copy_(self._ema[name])
 
     @torch.no_grad()
     def _take_out(self, module: LightningModule) -> None:

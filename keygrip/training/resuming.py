@@ -24,7 +24,7 @@ MAY_DIFFER = (
     *("data.num_workers", "data.prefetch_batches", "data.cache_gb", "data.cache_dir", "model.log_images_every_n_steps"),
     "model.loss_kernel",
 )
-MUST_AGREE = ("callbacks.average",)  # the other callbacks watch and save
+MUST_AGREE = ("callbacks.ema",)  # the other callbacks watch and save
 
 
 def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:

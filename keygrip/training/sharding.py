@@ -17,7 +17,7 @@ class ShardedStrategy(ModelParallelStrategy):
     """Shards any LightningModule; checkpoints are the same single file as without.
 
     The module is gathered as a whole for each step and let go after it, so that gradients, optimiser state and
-    averaged weights never exist whole. A module that has ``sharded_parts()`` (submodules used only through their
+    EMA weights never exist whole. A module that has ``sharded_parts()`` (submodules used only through their
     ``forward``, such as transformer blocks) is gathered part by part: then its parameters never exist whole either.
 
     Paper: Zhao et al., PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel (2023).

@@ -321,7 +321,7 @@ def test_the_command_and_the_callback_evaluate_a_run(root: Path, tmp_path: Path)
     quick = f"+{suite}.classifier={{_target_: {options}, width: 8, steps: 2, batch_size: 4}}"
     small = [o for o in SMALL if not o.startswith(("model=", "data=", "encoders=", "optimizer="))]
     run = tmp_path / "run"
-    given = [f"data.root={root}", f"run_dir={run}", "max_steps=2", "val_every_n_steps=2", "callbacks.average=null"]
+    given = [f"data.root={root}", f"run_dir={run}", "max_steps=2", "val_every_n_steps=2", "callbacks.ema=null"]
     metrics = train.run(compose("train", ["experiment=dit_robot_images", *small, *ENCODERS, *given, *changes, quick]))
     assert {"pictures/reconstruction/psnr_db", "pictures/shuffled_patches/cube_within_4px"} <= set(metrics)
     stored = json.loads((run / "pictures" / "result.json").read_text())

@@ -28,7 +28,7 @@ def write(folder: Path, **more: Any) -> dict[str, Any]:
 
 def test_a_round_trip_keeps_weights_statistics_and_nothing_of_training(tmp_path: Path) -> None:
     stored = {"views": ("over", "wrist"), "mean": torch.rand(5, dtype=torch.float64), "names": {"é": [None, 1.5, True]}}
-    made = write(tmp_path / "model", my_model=stored, average={"updates": 3, "parameters": {"a": torch.zeros(3, 4)}})
+    made = write(tmp_path / "model", my_model=stored, ema={"updates": 3, "parameters": {"a": torch.zeros(3, 4)}})
     assert is_export(tmp_path / "model")
     read = read_export(tmp_path / "model")
     assert set(read) == {"keygrip", "state_dict", "global_step", "my_model"}

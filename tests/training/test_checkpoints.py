@@ -32,9 +32,9 @@ def test_a_module_comes_back_from_its_checkpoint_alone(run_folder: Path, tmp_pat
     checkpoint = read_checkpoint(moved)
     assert not module.training
     assert module.scale == checkpoint["scale"]  # type: ignore[attr-defined]
-    for name, value in checkpoint["average"]["parameters"].items():
+    for name, value in checkpoint["ema"]["parameters"].items():
         assert torch.equal(module.state_dict()[name], value)
-    own = load_module(moved, averaged=False, trust=TRUST).state_dict()
+    own = load_module(moved, use_ema=False, trust=TRUST).state_dict()
     assert all(torch.equal(own[name], value) for name, value in checkpoint["state_dict"].items())
     assert any(not torch.equal(own[name], value) for name, value in module.state_dict().items())
     header = checkpoint["keygrip"]

@@ -170,7 +170,7 @@ def test_compiled_and_plain_runs_continue_each_other(toy_overrides: Callable[...
             resume = ["resume=true"]
         content = read_checkpoint(tmp_path / name)
         assert content["global_step"] == 13
-        return {**content["state_dict"], **{f"average.{n}": v for n, v in content["average"]["parameters"].items()}}
+        return {**content["state_dict"], **{f"ema.{n}": v for n, v in content["ema"]["parameters"].items()}}
 
     constant = ["optimizer.schedule=constant"]
     plain = weights("plain", constant)

@@ -34,8 +34,8 @@ def test_counting_changes_no_bit_of_a_run_and_counts_its_operations(
     with_count, without = (read_checkpoint(tmp_path / name) for name in ("counted", "plain"))
     for name, value in without["state_dict"].items():
         assert torch.equal(with_count["state_dict"][name], value), name
-        average = without["average"]["parameters"][name]
-        assert torch.equal(with_count["average"]["parameters"][name], average), name
+        average = without["ema"]["parameters"][name]
+        assert torch.equal(with_count["ema"]["parameters"][name], average), name
     board = EventAccumulator(str(tmp_path / "counted" / "tensorboard")).Reload()
     figures = board.Scalars(STEP_TFLOP)
     assert [event.step for event in figures] == [1, 4, 7, 10]

@@ -25,8 +25,8 @@ def assert_same_weights(left: Path, right: Path) -> None:
     assert one["global_step"] == two["global_step"] == 13
     for name, value in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][name], value, rtol=0, atol=1e-5)
-        average = one["average"]["parameters"][name]
-        torch.testing.assert_close(two["average"]["parameters"][name], average, rtol=0, atol=1e-5)
+        average = one["ema"]["parameters"][name]
+        torch.testing.assert_close(two["ema"]["parameters"][name], average, rtol=0, atol=1e-5)
 
 
 def test_two_processes_train_the_weights_of_one(command: Callable[..., Any], tmp_path: Path) -> None:

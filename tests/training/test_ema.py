@@ -10,7 +10,7 @@ from torch import Tensor
 from keygrip import train
 from keygrip.config import compose
 from keygrip.training.checkpoints import read_checkpoint
-from keygrip.training.ema import AveragedWeights
+from keygrip.training.ema import EMA
 
 
 def test_average_follows_its_formula_and_validation_sees_it(
@@ -30,7 +30,7 @@ def test_average_follows_its_formula_and_validation_sees_it(
 
     monkeypatch.setattr(toy_parts.ToyModule, "on_train_batch_start", note, raising=False)
     monkeypatch.setattr(toy_parts.ToyModule, "validation_step", validate)
-    train.run(compose("train", toy_overrides("run", "callbacks.average.decay=0.5")))
+    train.run(compose("train", toy_overrides("run", "callbacks.ema.decay=0.5")))
     checkpoint = read_checkpoint(tmp_path / "run")
     history.append(dict(checkpoint["state_dict"]))
 
@@ -40,8 +40,8 @@ def test_average_follows_its_formula_and_validation_sees_it(
         decay = min(0.5, (1 + n) / (10 + n))
         average = {name: decay * average[name] + (1 - decay) * weights[name] for name in average}
         by_step[n] = average
-    assert checkpoint["average"]["updates"] == 13
-    for name, value in checkpoint["average"]["parameters"].items():
+    assert checkpoint["ema"]["updates"] == 13
+    for name, value in checkpoint["ema"]["parameters"].items():
         torch.testing.assert_close(value, by_step[13][name])
     assert {step for step, _ in seen} == {4, 8, 12}
     for step, weight in seen:
@@ -58,6 +58,6 @@ def test_validation_leaves_training_as_it_was(toy_overrides: Callable[..., list[
 
 def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="decay"):
-        AveragedWeights(decay=1.0)
+        EMA(decay=1.0)
     with pytest.raises(ValueError, match="every_n_steps"):
-        AveragedWeights(every_n_steps=0)
+        EMA(every_n_steps=0)

@@ -13,7 +13,7 @@ from keygrip.training.integrity import ChangedFileError, is_signed, refuse_unfit
 from keygrip.training.saving import AtomicCheckpointIO
 
 CONTENT = {
-    "keygrip": {"format": 2, "config": {"model": {"a": 1}}},
+    "keygrip": {"format": 3, "config": {"model": {"a": 1}}},
     "state_dict": {"a": torch.randn(400), "b": torch.arange(3)},
 }
 

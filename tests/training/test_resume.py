@@ -18,14 +18,14 @@ from keygrip.training.signals import Interrupted
 
 
 def state_of(folder: Path) -> dict[str, Tensor]:
-    """Weights, averaged weights and optimiser state of a run, by name."""
+    """Weights, EMA weights and optimiser state of a run, by name."""
     checkpoint = read_checkpoint(folder)
     state = dict(checkpoint["state_dict"])
-    state |= {f"average.{name}": value for name, value in checkpoint["average"]["parameters"].items()}
+    state |= {f"ema.{name}": value for name, value in checkpoint["ema"]["parameters"].items()}
     for number, entry in checkpoint["optimizer_states"][0]["state"].items():
         state |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in entry.items()}
     state["lr"] = torch.tensor(checkpoint["optimizer_states"][0]["param_groups"][0]["lr"], dtype=torch.float64)
-    state["updates"] = torch.tensor(checkpoint["average"]["updates"])
+    state["updates"] = torch.tensor(checkpoint["ema"]["updates"])
     return state
 
 

@@ -58,7 +58,7 @@ class FoveatedVLMModule(System):
         encoder: a run whose backbone this one begins with (a pretraining stage in the configuration); None: that of
             backbone.weights.
         vision_kv_cache_gb: memory for a frozen encoder's keys and values of training and validation videos.
-        init_from: run folder or checkpoint of such a model whose weights (averaged, where it has them) are the start;
+        init_from: run folder or checkpoint of such a model whose weights (EMA, where it has them) are the start;
             read when training is set up, so that a trained module does not need it.
         monitor_every_n_steps: training steps between health checks; 0: none.
         monitor_from_step: warnings begin here.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from keygrip.training.checkpoints import find_checkpoint
-from keygrip.training.ema import AVERAGE
+from keygrip.training.ema import EMA_STATE
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def warm_start(network: nn.Module, path: str | Path) -> WarmStart:
     """Copies what fits into the network and logs what does not.
 
     Args:
-        path: a keygrip run folder or checkpoint (its averaged weights, where it has them), a file of torch.save, or a
+        path: a keygrip run folder or checkpoint (its EMA weights, where it has them), a file of torch.save, or a
             .safetensors file.
 
     Raises:
@@ -113,9 +113,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if isinstance(content.get(key), Mapping):
             weights = content[key]
             break
-    average = content.get(AVERAGE)
-    if isinstance(average, Mapping) and average.get("updates", 0) > 0:
-        weights = {**weights, **average["parameters"]}
+    ema = content.get(EMA_STATE)
+    if isinstance(ema, Mapping) and ema.get("updates", 0) > 0:
+        weights = {**weights, **ema["parameters"]}
     # A module's statistics and parts beside its network are no weights of the network.
     inside = {name: value for name, value in weights.items() if name.startswith("network.")}
     return {name: value for name, value in (inside or weights).items() if isinstance(value, Tensor)}

@@ -35,7 +35,7 @@ def overrides(shards: Path, tmp_path: Path) -> Callable[..., list[str]]:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     content = read_checkpoint(folder)
-    averaged = {f"average.{name}": value for name, value in content["average"]["parameters"].items()}
+    averaged = {f"ema.{name}": value for name, value in content["ema"]["parameters"].items()}
     return {**content["state_dict"], **averaged}
 
 
@@ -190,7 +190,7 @@ def test_warm_start_from_the_baseline(
         train.run(compose("train", overrides("warm", *frozen, f"model.init_from={tmp_path / 'cls'}")))
     assert "3 new, initialised afresh" in caplog.text
     assert "context_builder.null_dino_patches" in caplog.text
-    average = read_checkpoint(tmp_path / "cls")["average"]["parameters"]
+    average = read_checkpoint(tmp_path / "cls")["ema"]["parameters"]
     now = read_checkpoint(tmp_path / "warm")["state_dict"]
     for name, value in average.items():
         torch.testing.assert_close(now[name], value, atol=1e-6, rtol=0, msg=name)
