@@ -104,17 +104,25 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     return checked
 
 
+def refuse_other_format(content: Mapping[Any, Any], file: Path) -> None:
+    """Raises ValueError where ``content`` is a keygrip checkpoint of another format; other content passes."""
+    header = content.get(HEADER)
+    if isinstance(header, Mapping) and header.get("format") != FORMAT:
+        packages = header.get("packages")
+        version = packages.get("keygrip", "unknown") if isinstance(packages, Mapping) else "unknown"
+        raise ValueError(
+            f"{file} has format {header.get('format')} and this keygrip reads {FORMAT}: use the version that made it, "
+            f"{version}"
+        )
+
+
 def _checked_header(content: Any, file: Path) -> dict[str, Any]:
     parts = content if isinstance(content, dict) else {}
     if not isinstance(parts.get(HEADER), dict) or not isinstance(parts.get("state_dict"), dict):
         raise ValueError(
             f"{file} is not a keygrip checkpoint; weights of a backbone alone belong in backbone.weights_path"
         )
-    if content[HEADER].get("format") != FORMAT:
-        raise ValueError(
-            f"{file} has format {content[HEADER].get('format')} and this keygrip reads {FORMAT}: use the version that "
-            f"made it, {content[HEADER].get('packages', {}).get('keygrip', 'unknown')}"
-        )
+    refuse_other_format(content, file)
     try:
         check_plain(content[HEADER].get("config"), "config")
     except UntrustedPartError as error:

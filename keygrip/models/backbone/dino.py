@@ -33,7 +33,7 @@ from keygrip.training.parts import model_part
 Trainable = Literal["frozen", "all"] | int
 
 
-@model_part(from_checkpoint={"weights": "random", "weights_path": None, "weights_prefix": None})
+@model_part(from_checkpoint={"weights": "random", "init_from": None, "weights_path": None, "weights_prefix": None})
 class DinoBackbone(nn.Module):
     """A DINO vision transformer: images in, typed features out, and its keys and values by block for deep queries.
 
@@ -44,10 +44,12 @@ class DinoBackbone(nn.Module):
     Args:
         variant: a key of `VARIANTS` (Meta's hub names, and `tiny`).
         image_size: side S in pixels of the images that this configuration works on; a multiple of the patch size.
-        weights: `random` (explicit, never a fallback), `pretrained` (see `weights.py` for where it looks), or a path:
-            a file in any known format, or a checkpoint or run folder of a keygrip model.
+        weights: `random` (explicit, never a fallback) or `pretrained` (see `weights.py` for where it looks).
+        init_from: weights of another run or file, in place of random ones: a run folder or checkpoint of a keygrip
+            model (its EMA weights, where it has them), or a file in any known format.
         weights_path: local file for `weights=pretrained`; the environment's DINO_WEIGHTS_PATH does the same.
-        weights_prefix: which `...backbone.` of a keygrip checkpoint to take where it holds several that differ.
+        weights_prefix: which `...backbone.` of a keygrip checkpoint `init_from` takes where it holds several that
+            differ.
         trainable: `frozen` (no gradients, always in eval mode), `all`, or n for the last n blocks and the final norm.
         gradient_checkpointing: recompute the activations of trained blocks in the backward pass.
         stem: `patch` (linear embedding, as in DINO) or `conv` (`ConvStem`; tiny only). None: conv for tiny, patch
@@ -74,6 +76,7 @@ class DinoBackbone(nn.Module):
         width: int | None = None,
         depth: int | None = None,
         heads: int | None = None,
+        init_from: str | None = None,
     ) -> None:
         super().__init__()
         if variant not in VARIANTS:
@@ -118,11 +121,11 @@ class DinoBackbone(nn.Module):
             self.variant.depth,
             self.variant.heads,
         )
-        source = find_weights(self.variant, weights, weights_path)
+        source = find_weights(self.variant, weights, weights_path, init_from)
         if source is not None and source.path is None and reduced:
             raise ValueError(f"{variant} with another width, depth or number of heads has no pretrained weights")
         if source is None and weights_prefix is not None:
-            raise ValueError(f"backbone.weights_prefix={weights_prefix} has no effect with backbone.weights=random")
+            raise ValueError(f"backbone.weights_prefix={weights_prefix} has no effect with random weights")
         self.loaded_weights = (
             "random" if source is None else load_weights(self.net, self.variant, source, weights_prefix)
         )

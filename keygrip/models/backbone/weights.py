@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from keygrip.models.backbone.architectures import VARIANTS, Variant
+from keygrip.training.checkpoints import refuse_other_format
+from keygrip.training.ema import EMA_STATE
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +48,14 @@ class WeightSource:
 # ---------------------------------------------------------------------- sources
 
 
-def find_weights(variant: Variant, weights: str, weights_path: str | None) -> WeightSource | None:
+def find_weights(
+    variant: Variant, weights: str, weights_path: str | None, init_from: str | None = None
+) -> WeightSource | None:
     """Resolves the settings to a source; None stands for random weights.
 
-    `pretrained` takes the first of: `weights_path`, the environment's DINO_WEIGHTS_PATH, `weights/<official file
-    name>` under the environment's DINO_REPO_DIR, timm's hub weights. A setting that names a missing file is an error,
-    not a reason to go on.
+    `init_from` is a file, checkpoint or run folder. `pretrained` takes the first of: `weights_path`, the environment's
+    DINO_WEIGHTS_PATH, `weights/<official file name>` under the environment's DINO_REPO_DIR, timm's hub weights. A
+    setting that names a missing file is an error, not a reason to go on.
 
     Raises:
         ValueError: settings that contradict each other.
@@ -62,10 +66,20 @@ def find_weights(variant: Variant, weights: str, weights_path: str | None) -> We
             f"backbone.weights_path={weights_path} has no effect with backbone.weights={weights}; "
             "set backbone.weights=pretrained"
         )
+    if weights not in ("random", "pretrained"):
+        raise ValueError(
+            f"backbone.weights={weights}: choose random or pretrained; weights of a file or a run are "
+            f"backbone.init_from={weights} with backbone.weights=random"
+        )
+    if init_from is not None:
+        if weights != "random":
+            raise ValueError(
+                f"backbone.init_from={init_from} and backbone.weights={weights} both give the encoder's weights: set "
+                "backbone.weights=random"
+            )
+        return WeightSource(_weights_file(Path(init_from), variant, "backbone.init_from"), "backbone.init_from")
     if weights == "random":
         return None
-    if weights != "pretrained":
-        return WeightSource(_weights_file(Path(weights), variant, "backbone.weights"), "backbone.weights")
     if weights_path is not None:
         return WeightSource(
             _weights_file(Path(weights_path), variant, "backbone.weights_path"), "backbone.weights_path"
@@ -74,9 +88,8 @@ def find_weights(variant: Variant, weights: str, weights_path: str | None) -> We
         return WeightSource(_weights_file(Path(from_environment), variant, "DINO_WEIGHTS_PATH"), "DINO_WEIGHTS_PATH")
     if variant.timm_name is None:
         raise ValueError(
-            f"there are no pretrained weights of backbone {variant.name}; use backbone.weights=random, or the "
-            "path of a "
-            "keygrip run that trained it"
+            f"there are no pretrained weights of backbone {variant.name}; use backbone.weights=random, and "
+            "backbone.init_from for a keygrip run that trained it"
         )
     if repository := os.environ.get("DINO_REPO_DIR"):
         if not Path(repository).is_dir():
@@ -98,8 +111,8 @@ def _weights_file(path: Path, variant: Variant, setting: str) -> Path:
         return path
     if not path.exists():
         raise FileNotFoundError(
-            f"{setting}={path}: no such file or folder. It takes random, pretrained, a weights file "
-            "(.pth, .safetensors), or a keygrip checkpoint or run folder"
+            f"{setting}={path}: no such file or folder. It takes a weights file (.pth, .safetensors) "
+            "or a keygrip checkpoint or run folder"
         )
     named = [path / "checkpoints" / "last.ckpt", path / "last.ckpt", path / "model.safetensors"]
     if variant.official_file is not None:
@@ -164,7 +177,11 @@ def read_file(path: Path) -> State:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
     if isinstance(content.get("state_dict"), dict):  # a Lightning checkpoint
+        refuse_other_format(content, path)
+        ema = content.get(EMA_STATE)
         content = content["state_dict"]
+        if isinstance(ema, dict) and ema.get("updates") and isinstance(ema.get("parameters"), dict):
+            content = {**content, **ema["parameters"]}
     flat: State = {}
     _flatten(content, "", flat)
     return flat

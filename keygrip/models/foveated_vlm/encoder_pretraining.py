@@ -6,7 +6,7 @@ trained for some minutes to say, patch by patch, which cube is there, which digi
 points at it; its CLS token says the colour and the digit of the cube pointed at; and deep queries, a learned one for
 each colour, bring back the digit of the cube of their colour. That last is what the language model will do with queries
 of its own: from then on there is something to be found by asking. A run of it is a source of backbone
-weights like any other (`backbone.weights=runs/...`); `PretrainingStage` makes one where it is missing.
+weights like any other (`backbone.init_from=runs/...`); `PretrainingStage` makes one where it is missing.
 
 Legend: M frames, N = h * w patches, K cubes of all frames, D backbone width, C colours.
 """
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from keygrip.data.batches import Movable, VideoTextBatch, VideoTextSample, normalised, stack_frames
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.nn.short_attention import short_attention
-from keygrip.training.checkpoints import load_module
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
 from keygrip.training.system import System
@@ -200,14 +199,13 @@ class EncoderPretraining(nn.Module):
         )
 
 
-@model_part(from_checkpoint={"encoder": None})
+@model_part
 class EncoderPretrainingModule(System):
     """Trains a `EncoderPretraining`; `val/digit` is the share of readable cubes whose digit is right at their centre.
 
     Args:
         network: the plain network. collator: for the data module. optimizer: the recipe.
         weights: of the losses: colour, digit and pointed of patches, colour and digit of the frame, digits asked for.
-        encoder: a run whose backbone this one begins with (a pretraining stage in the configuration).
 
     Raises:
         ValueError: weights that do not name every loss, another number of colours, or two sources of the start.
@@ -239,7 +237,6 @@ class EncoderPretrainingModule(System):
         collator: EncoderPretrainingCollator,
         optimizer: AdamW,
         weights: Mapping[str, float],
-        encoder: str | None = None,
     ) -> None:
         super().__init__(optimizer)
         names = {"colour", "digit", "pointed", "frame_colour", "frame_digit", "asked"}
@@ -250,13 +247,7 @@ class EncoderPretrainingModule(System):
                 f"model.network.colours={network.colours}, and collator.colours has {len(collator.colours)} names"
             )
         self.network, self.collator = network, collator
-        if encoder is not None and network.backbone.loaded_weights != "random":
-            raise ValueError(
-                f"model.encoder and backbone.weights={network.backbone.loaded_weights} both give the encoder's start: "
-                "set one of them to null or random"
-            )
         self.weights = dict(weights)
-        self.encoder = encoder
         self._right: dict[str, list[float]] = {}
 
     def losses(self, batch: EncoderPretrainingBatch) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
@@ -307,6 +298,4 @@ class EncoderPretrainingModule(System):
             self.log(f"val/{name}", good / max(count, 1.0), prog_bar=name == "digit", sync_dist=True)
 
     def set_statistics(self, statistics: VideoTextStatistics) -> None:
-        """Nothing of the data is kept; the encoder of the run before is taken over, if there is one."""
-        if self.encoder is not None:
-            self.network.backbone.load_state_dict(load_module(self.encoder).network.backbone.state_dict())  # type: ignore[union-attr]
+        """Nothing of the data is kept."""

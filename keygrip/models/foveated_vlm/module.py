@@ -40,7 +40,7 @@ HEALTH_FRAMES = 64  # enough for an average, few enough for the memory that atte
 SHOWN_ROWS = 4
 
 
-@model_part(from_checkpoint={"encoder": None, "init_from": None})
+@model_part(from_checkpoint={"init_from": None})
 class FoveatedVLMModule(System):
     """Text cross-entropy, in one of the network's modes.
 
@@ -55,8 +55,6 @@ class FoveatedVLMModule(System):
         refinement_from: share of the run before refinement begins.
         loss_chunk: tokens whose logits exist at the same time.
         loss_kernel: in training; `chunked`, or `liger`, a fused Triton kernel for GPUs that has chunks of its own.
-        encoder: a run whose backbone this one begins with (a pretraining stage in the configuration); None: that of
-            backbone.weights.
         vision_kv_cache_gb: memory for a frozen encoder's keys and values of training and validation videos.
         init_from: run folder or checkpoint of such a model whose weights (EMA, where it has them) are the start;
             read when training is set up, so that a trained module does not need it.
@@ -90,7 +88,6 @@ class FoveatedVLMModule(System):
         refinement_from: float = 0.4,
         loss_chunk: int = 4096,
         loss_kernel: Kernel = "chunked",
-        encoder: str | None = None,
         vision_kv_cache_gb: float = 0.0,
         init_from: str | None = None,
         monitor_every_n_steps: int = 100,
@@ -118,14 +115,8 @@ class FoveatedVLMModule(System):
                 "model.vision_kv_cache_gb keeps a frozen encoder's keys and values: it needs backbone.trainable=frozen "
                 "and queries to use them"
             )
-        if encoder is not None and network.backbone.loaded_weights != "random":
-            raise ValueError(
-                f"model.encoder and backbone.weights={network.backbone.loaded_weights} both give the encoder's "
-                "weights: set one of them to null or random"
-            )
         self.network = network
         self.collator = collator
-        self.encoder = encoder
         self.kv_cache = KeyValueCache(vision_kv_cache_gb) if vision_kv_cache_gb else None
         self.mode, self.val_modes = mode, tuple(dict.fromkeys([*val_modes, mode]))
         self.refinement, self.refinement_from = refinement, refinement_from
@@ -155,8 +146,6 @@ class FoveatedVLMModule(System):
         """
         self.collator.prepare(statistics.folder, statistics.texts)
         self._check_tokenizer()
-        if self.encoder is not None:
-            self.network.take_encoder(load_module(self.encoder).network.backbone.state_dict())  # type: ignore[union-attr]
         if self.init_from is not None:
             self._take_weights(self.init_from)
         self.pictures = {
@@ -173,7 +162,7 @@ class FoveatedVLMModule(System):
             raise ValueError(
                 f"model.init_from={path} was trained with another tokenizer: its weights mean other words. Use "
                 "the same language=..., and for a tokenizer trained on the shards "
-                "language.tokenizer.run=${model.init_from}"
+                "language.tokenizer.init_from=${model.init_from}"
             )
         try:
             self.network.load_state_dict(before.network.state_dict())

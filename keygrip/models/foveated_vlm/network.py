@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -121,10 +121,6 @@ class VideoLanguageNetwork(nn.Module):
             if frame_numbers
             else None
         )
-
-    def take_encoder(self, state: Mapping[str, Tensor]) -> None:
-        """Weights for the encoder."""
-        self.backbone.load_state_dict(state)
 
     def read(self, visual: Tensor, rows: TextRows) -> tuple[Tensor, RowLayout]:
         """Hidden states of rows with visual tokens [B, N, C]: [B, T, C], and their layout."""
@@ -261,18 +257,7 @@ class FoveatedVLM(VideoLanguageNetwork):
         self.query_projection = nn.Linear(language.width, dim, bias=query_bias)
         nn.init.normal_(self.query_projection.weight, std=query_std * language.width**-0.5)
         self.query_path = None if query_path == "shared" else query_blocks(backbone, self.first_block)
-        self.starts_as_cls = query_start == "cls"
-        self._start_queries()
-
-    def take_encoder(self, state: Mapping[str, Tensor]) -> None:
-        """Weights for the encoder, and for the queries' own copy of its blocks."""
-        super().take_encoder(state)
-        if self.query_path is not None:
-            self.query_path.load_state_dict(self.backbone.state_dict())
-        self._start_queries()
-
-    def _start_queries(self) -> None:
-        if self.starts_as_cls:
+        if query_start == "cls":
             with torch.no_grad():
                 self.static_query.copy_(self.backbone.cls_input())
 

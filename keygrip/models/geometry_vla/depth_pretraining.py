@@ -2,7 +2,7 @@
 
 MapAnything brings what it learned from very many scenes. A small encoder that starts from nothing beside the actions
 sees the demonstrations alone, a camera pose for each of them; so it may first be trained on stills of the simulator,
-where scenes and cameras cost next to nothing and depth is known. `geometry.start` names such a run, and
+where scenes and cameras cost next to nothing and depth is known. `geometry.init_from` names such a run, and
 `geometry.frozen` then keeps it as it is, as MapAnything is kept.
 """
 

@@ -107,7 +107,7 @@ class ViewBlock(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-@model_part(from_checkpoint={"start": None})
+@model_part(from_checkpoint={"init_from": None})
 class DinoMultiView(GeometryEncoder):
     """The shared backbone on each view, then blocks that look within each view and over all views in turn, as in
     Wang et al., "VGGT: Visual Geometry Grounded Transformer" (2025); a head predicts, for cells of each patch, the
@@ -122,7 +122,7 @@ class DinoMultiView(GeometryEncoder):
         action_gradient: the loss of the actions trains it too; false: depth alone does.
         point_weight, depth_weight: of the two losses: mean absolute error in decimetres, and of the log depth.
         max_depth_m: what is farther is not learned: walls and floor would outweigh the table.
-        start: a run of `model=depth_reader` whose encoder this one begins with; made where it is missing.
+        init_from: a run of `model=depth_reader` whose encoder this one begins with; made where it is missing.
         frozen: nothing trains it, as nothing trains MapAnything.
     """
 
@@ -139,7 +139,7 @@ class DinoMultiView(GeometryEncoder):
         point_weight: float = 0.2,
         depth_weight: float = 0.5,
         max_depth_m: float = 2.0,
-        start: str | None = None,
+        init_from: str | None = None,
         frozen: bool = False,
     ) -> None:
         super().__init__()
@@ -160,12 +160,12 @@ class DinoMultiView(GeometryEncoder):
         self.head = nn.Linear(dim, cells * cells * 4) if point_weight or depth_weight else None
         if self.head is None and not action_gradient:
             raise ValueError("geometry: without depth and without the actions' gradient nothing would train it.")
-        if start is not None and backbone.loaded_weights != "random":
+        if init_from is not None and backbone.loaded_weights != "random":
             raise ValueError(
-                f"geometry.start and backbone.weights={backbone.loaded_weights} both give the encoder's start: set one "
-                "of them to null or random"
+                f"geometry.init_from and the backbone's own weights ({backbone.loaded_weights}) both give the encoder's "
+                "weights: set one of them to null or random"
             )
-        self.start, self.frozen = start, frozen
+        self.init_from, self.frozen = init_from, frozen
         if frozen:
             self.requires_grad_(False)
 
@@ -183,15 +183,17 @@ class DinoMultiView(GeometryEncoder):
         Raises:
             ValueError: it is another kind of run, or its encoder has other sizes.
         """
-        if self.start is None:
+        if self.init_from is None:
             if self.frozen and self.backbone.loaded_weights == "random":
-                raise ValueError("geometry.frozen=true would keep random weights: set geometry.start to a trained run.")
+                raise ValueError(
+                    "geometry.frozen=true would keep random weights: set geometry.init_from to a trained run."
+                )
             return
-        found = load_module(self.start)
+        found = load_module(self.init_from)
         trained = getattr(found, "network", None)
         if not isinstance(trained, DinoMultiView):
             raise ValueError(
-                f"geometry.start: {self.start} is a run of {type(found).__name__}, not of model=depth_reader."
+                f"geometry.init_from: {self.init_from} is a run of {type(found).__name__}, not of model=depth_reader."
             )
         theirs, own = trained.state_dict(), self.state_dict()
         sizes = {
@@ -202,7 +204,7 @@ class DinoMultiView(GeometryEncoder):
         if different:
             there, here = sizes[different[0]]
             raise ValueError(
-                f"geometry.start: the encoder of {self.start} has other sizes than this one ({different[0]} is "
+                f"geometry.init_from: the encoder of {self.init_from} has other sizes than this one ({different[0]} is "
                 f"{there} there and {here} here; {len(different)} such in all): give its overrides the same geometry.* "
                 "and backbone.*"
             )

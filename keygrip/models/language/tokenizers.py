@@ -126,28 +126,29 @@ class PretrainedTokenizer:
         return ChatTokenizer(read_tokenizer(self.source))
 
 
-@model_part(from_checkpoint={"run": None})
+@model_part(from_checkpoint={"init_from": None})
 class TrainedTokenizer:
     """Source of a byte-level BPE tokenizer trained on the shards' own text, kept beside them.
 
     Args:
         vocabulary: at most so many tokens. Every byte is one, so that nothing is unknown.
-        run: a run folder or checkpoint whose tokenizer is taken over in place of training one: for the stage after.
+        init_from: a run folder or checkpoint whose tokenizer is taken over in place of training one: for the next
+            stage.
     """
 
-    def __init__(self, vocabulary: int = 1024, run: str | None = None) -> None:
+    def __init__(self, vocabulary: int = 1024, init_from: str | None = None) -> None:
         if vocabulary < 300:
             raise ValueError(f"language.tokenizer.vocabulary={vocabulary}: 256 bytes and the special tokens need 300")
-        self.vocabulary, self.run = vocabulary, run
+        self.vocabulary, self.init_from = vocabulary, init_from
 
     def load(self, folder: Path, texts: Iterable[str] | None = None) -> ChatTokenizer:
-        """The tokenizer in `folder`, trained on `texts` first where it is not there; or that of `run`.
+        """The tokenizer in `folder`, trained on `texts` first where it is not there; or that of `init_from`.
 
         Raises:
             FileNotFoundError: not there and no texts given, or no such run. ValueError: the run has none.
         """
-        if self.run is not None:
-            return _tokenizer_of(self.run)
+        if self.init_from is not None:
+            return _tokenizer_of(self.init_from)
         from tokenizers import Tokenizer
         from transformers import PreTrainedTokenizerFast
 
@@ -189,5 +190,5 @@ class TrainedTokenizer:
 def _tokenizer_of(run: str) -> ChatTokenizer:
     content = read_checkpoint(run)
     if TOKENIZER_STATE not in content:
-        raise ValueError(f"language.tokenizer.run={run} is no run of a video-language model")
+        raise ValueError(f"language.tokenizer.init_from={run} is no run of a video-language model")
     return ChatTokenizer.from_state(content[TOKENIZER_STATE]["tokenizer"])

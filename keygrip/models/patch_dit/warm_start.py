@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from keygrip.training.checkpoints import find_checkpoint
+from keygrip.training.checkpoints import find_checkpoint, refuse_other_format
 from keygrip.training.ema import EMA_STATE
 
 log = logging.getLogger(__name__)
@@ -108,6 +108,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"init_from={file} cannot be read as weights: {str(error).splitlines()[0]}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"init_from={file} holds a {type(content).__name__}, not weights by name")
+    refuse_other_format(content, file)
     weights = content
     for key in ("state_dict", "model", "ema"):
         if isinstance(content.get(key), Mapping):

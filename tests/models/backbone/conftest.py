@@ -33,10 +33,12 @@ def _one_thread_and_no_outside_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small() -> Callable[..., DinoBackbone]:
-    """Builds a reduced backbone of any variant in eval mode; random weights unless told otherwise."""
+    """Builds a reduced backbone of any variant in eval mode; random weights, `pretrained`, or those of a path."""
 
     def build(variant: str, weights: str = "random", **options: object) -> DinoBackbone:
         settings: dict[str, object] = {"image_size": 6 * VARIANTS[variant].patch_size, "weights": weights, **SIZES}
+        if weights not in ("random", "pretrained"):
+            settings |= {"weights": "random", "init_from": weights}
         settings.update(options)
         backbone = DinoBackbone(variant, **settings)  # type: ignore[arg-type]
         if weights == "random":

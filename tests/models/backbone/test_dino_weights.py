@@ -265,6 +265,10 @@ def test_run_folders_and_checkpoints_are_sources(small, images, saved, tmp_path,
     assert not torch.equal(
         small(variant, str(tmp_path / "run/checkpoints/step-10.ckpt"))(picture).patches, source(picture).patches
     )
+    ema = saved({"state_dict": other, "ema": {"updates": 2, "parameters": state}}, "ema.ckpt")  # is preferred
+    assert torch.equal(small(variant, ema)(picture).patches, source(picture).patches)
+    with pytest.raises(ValueError, match=r"old\.ckpt has format 2 and this keygrip reads"):
+        small(variant, saved({"keygrip": {"format": 2}, "state_dict": state}, "old.ckpt"))
 
 
 def test_several_backbones_in_one_checkpoint_must_be_told_apart(small, images, saved):
@@ -352,7 +356,7 @@ def test_hub_weights_are_timms_and_loaded_strictly(small, monkeypatch):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("weights", r"backbone\.weights=.*nothing\.pth: no such file"),
+        ("init_from", r"backbone\.init_from=.*nothing\.pth: no such file"),
         ("weights_path", r"backbone\.weights_path=.*nothing\.pth: no such file"),
         ("DINO_WEIGHTS_PATH", r"DINO_WEIGHTS_PATH=.*nothing\.pth: no such file"),
         ("DINO_REPO_DIR", r"DINO_REPO_DIR=.*nothing\.pth is not a folder"),
@@ -360,7 +364,8 @@ def test_hub_weights_are_timms_and_loaded_strictly(small, monkeypatch):
 )
 def test_a_named_source_that_is_missing_is_an_error(monkeypatch, tmp_path, setting, message):
     missing = str(tmp_path / "nothing.pth")
-    options = {"weights": "pretrained", **({setting: missing} if setting.startswith("weights") else {})}
+    options = {"weights": "random" if setting == "init_from" else "pretrained"}
+    options |= {} if setting.isupper() else {setting: missing}
     if setting.isupper():
         monkeypatch.setenv(setting, missing)
     with pytest.raises(FileNotFoundError, match=message):
@@ -371,8 +376,12 @@ def test_settings_without_effect_are_refused(small, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"has no effect with backbone\.weights=random"):
         small("dinov3_vits16", "random", weights_path="x.pth")
-    with pytest.raises(ValueError, match=r"has no effect with backbone\.weights=random"):
+    with pytest.raises(ValueError, match=r"has no effect with random weights"):
         small("dinov3_vits16", "random", weights_prefix="network.backbone.")
+    with pytest.raises(ValueError, match=r"backbone\.init_from=x\.pth and backbone\.weights=pretrained both"):
+        DinoBackbone("dinov3_vits16", 96, "pretrained", init_from="x.pth")
+    with pytest.raises(ValueError, match=r"weights of a file or a run are backbone\.init_from=x\.pth"):
+        DinoBackbone("dinov3_vits16", 96, "x.pth")
     with pytest.raises(ValueError, match="no pretrained weights of backbone tiny"):
         DinoBackbone("tiny", 192, "pretrained")
     with pytest.raises(FileNotFoundError, match="the folder holds no weights"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -100,18 +98,3 @@ def test_weights_must_name_every_loss() -> None:
     with pytest.raises(ValueError, match="has 1 names"):
         names = dict.fromkeys(("colour", "digit", "pointed", "frame_colour", "frame_digit", "asked"), 1.0)
         EncoderPretrainingModule(network, EncoderPretrainingCollator(["red"]), AdamW(lr=1e-3), names)
-
-
-def test_a_reader_begins_with_the_encoder_of_the_run_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(1)
-    trained = EncoderPretraining(small_backbone("tiny"), 2)
-    before = trained.backbone
-    where = "keygrip.models.foveated_vlm.encoder_pretraining.load_module"
-    monkeypatch.setattr(where, lambda path: SimpleNamespace(network=trained))
-    encoder = "runs/vlm_encoder_pretraining-x"
-    names = dict.fromkeys(("colour", "digit", "pointed", "frame_colour", "frame_digit", "asked"), 1.0)
-    network = EncoderPretraining(small_backbone("tiny"), 2)
-    module = EncoderPretrainingModule(network, EncoderPretrainingCollator(COLOURS), AdamW(lr=1e-3), names, encoder)
-    module.set_statistics(None)  # type: ignore[arg-type]
-    for name, value in before.state_dict().items():
-        assert torch.equal(network.backbone.state_dict()[name], value)

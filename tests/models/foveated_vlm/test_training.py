@@ -133,7 +133,7 @@ def test_a_stage_begins_with_the_weights_of_the_one_before(overrides: Callable[.
     TrainedTokenizer(400).load(tmp_path / "videos" / ".keygrip", ["quite other words"] * 9)
     with pytest.raises(ValueError, match="another tokenizer"):
         train.run(compose("train", overrides("three", *frozen)))
-    train.run(compose("train", overrides("four", *frozen, "language.tokenizer.run=${model.init_from}")))
+    train.run(compose("train", overrides("four", *frozen, "language.tokenizer.init_from=${model.init_from}")))
     first_words, taken = (read_checkpoint(tmp_path / name)["language"]["tokenizer"] for name in ("one", "four"))
     assert taken == first_words
     for name, value in load_module(tmp_path / "four").state_dict().items():

@@ -55,7 +55,7 @@ def test_a_policy_begins_with_the_trained_encoder_and_leaves_it(
     before = small_geometry()
     torch.nn.init.normal_(before.reduce.weight)
     trained(before, monkeypatch)
-    encoder = small_geometry(start=START, frozen=True)
+    encoder = small_geometry(init_from=START, frozen=True)
     module = ready_module(tmp_path, geometry=encoder)
     for name, value in before.state_dict().items():
         assert torch.equal(encoder.state_dict()[name], value)
@@ -74,13 +74,13 @@ def test_a_policy_begins_with_the_trained_encoder_and_leaves_it(
 def test_a_start_that_cannot_be_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     trained(torch.nn.Linear(2, 2), monkeypatch)
     with pytest.raises(ValueError, match=r"not of model=depth_reader"):
-        small_geometry(start=START).take_start()
+        small_geometry(init_from=START).take_start()
     trained(small_geometry(dim=32), monkeypatch)
     with pytest.raises(
         ValueError,
         match=r"has other sizes than this one \(view_tokens is \[2, 32\] there and \[2, 16\] here; \d+ such in all\)",
     ):
-        small_geometry(start=START).take_start()
+        small_geometry(init_from=START).take_start()
     with pytest.raises(ValueError, match=r"geometry\.frozen=true would keep random weights"):
         small_geometry(frozen=True).take_start()
 
@@ -116,7 +116,7 @@ def test_the_command_trains_one_and_another_run_begins_with_it(tmp_path: Path) -
     node = {"_target_": "keygrip.training.pretraining.PretrainingStage", **vars(made)}
     ready = complete_stages({"geometry": {"start": node, "views": [4]}})
     assert ready == {"geometry": {"start": str(made.run_dir), "views": [4]}}
-    encoder = small_geometry(start=ready["geometry"]["start"], views=4, cells=4)
+    encoder = small_geometry(init_from=ready["geometry"]["init_from"], views=4, cells=4)
     encoder.take_start()
     for name, value in module.network.state_dict().items():
         assert torch.equal(encoder.state_dict()[name], value)
