@@ -257,7 +257,8 @@ class FoveatedVLM(VideoLanguageNetwork):
         self.query_projection = nn.Linear(language.width, dim, bias=query_bias)
         nn.init.normal_(self.query_projection.weight, std=query_std * language.width**-0.5)
         self.query_path = None if query_path == "shared" else query_blocks(backbone, self.first_block)
-        if query_start == "cls":
+        self.starts_as_cls = query_start == "cls"
+        if self.starts_as_cls:
             with torch.no_grad():
                 self.static_query.copy_(self.backbone.cls_input())
 

@@ -162,8 +162,8 @@ class DinoMultiView(GeometryEncoder):
             raise ValueError("geometry: without depth and without the actions' gradient nothing would train it.")
         if init_from is not None and backbone.loaded_weights != "random":
             raise ValueError(
-                f"geometry.init_from and the backbone's own weights ({backbone.loaded_weights}) both give the encoder's "
-                "weights: set one of them to null or random"
+                f"geometry.init_from and the backbone's weights ({backbone.loaded_weights}) both give the encoder's "
+                "weights: set geometry.init_from=null or backbone.weights=random"
             )
         self.init_from, self.frozen = init_from, frozen
         if frozen:
