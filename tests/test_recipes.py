@@ -49,6 +49,14 @@ GIVEN = {
 }
 
 
+def without_stages(node: Any) -> Any:
+    """A resolved configuration with null in place of each pretraining stage: nothing is trained here."""
+    if isinstance(node, dict):
+        stage = str(node.get("_target_", "")).endswith(".PretrainingStage")
+        return None if stage else {name: without_stages(child) for name, child in node.items()}
+    return [without_stages(child) for child in node] if isinstance(node, list) else node
+
+
 def pair(model: str) -> list[str]:
     return [f"model={model}", f"data={DATA_OF.get(model, 'yam')}"]
 
@@ -109,7 +117,7 @@ def assert_configures(cfg: DictConfig) -> type:
             if pretrained is not None:
                 pretrained.weights = "random"
     with torch.device("meta") if large else torch.device("cpu"):
-        module = build_module(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+        module = build_module(without_stages(OmegaConf.to_container(cfg, resolve=True)))  # type: ignore[arg-type]
     module._trainer = SimpleNamespace(estimated_stepping_batches=1000)  # type: ignore[assignment]
     configured: Any = module.configure_optimizers()
     owned = [id(p) for group in configured["optimizer"].param_groups for p in group["params"]]

@@ -398,13 +398,13 @@ def test_weights_of_another_model_name_the_variant_that_fits(small, saved):
     source = DinoBackbone("dinov2_vits14", 224, "random")
     path = saved(source.net.state_dict())
     with pytest.raises(ValueError, match=r"set backbone\.variant=dinov2_vits14 "):
-        DinoBackbone("dinov3_vits16", 224, path)
+        DinoBackbone("dinov3_vits16", 224, "random", init_from=path)
     with pytest.raises(
         ValueError, match=r"width 384, 12 blocks, patch 14\) does not fit .*dinov2_vitb14; set .*dinov2_vits14"
     ):
-        DinoBackbone("dinov2_vitb14", 224, path)
+        DinoBackbone("dinov2_vitb14", 224, "random", init_from=path)
     with pytest.raises(ValueError, match=r"does not fit backbone\.variant=dinov2_vits14_reg; set .*=dinov2_vits14 "):
-        DinoBackbone("dinov2_vits14_reg", 224, path)
+        DinoBackbone("dinov2_vits14_reg", 224, "random", init_from=path)
 
 
 def test_weights_with_a_patch_of_another_size_are_not_resampled(small, hf_v3, formats, saved):
