@@ -9,7 +9,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install gl demo test test-all lint bench notebooks doctor clean
+.PHONY: help install gl demo test test-all openpi lint bench notebooks doctor clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -44,6 +44,12 @@ test: install ## all quick tests
 test-all: install ## slow ones and those that need a GPU too
 	$(PYTEST) -n $(WORKERS)
 
+# In an environment of its own: the client wants numpy below 2.
+openpi: install ## the policy server against the real openpi-client, installed in .venv-openpi
+	test -x .venv-openpi/bin/python || $(PYTHON3) -m venv .venv-openpi
+	.venv-openpi/bin/python -m pip install --disable-pip-version-check -q 'openpi-client==0.1.2' typing_extensions  # which it imports and does not name
+	OPENPI_PYTHON=.venv-openpi/bin/python $(PYTEST) -m openpi tests/runtime/test_openpi.py
+
 lint: install ## style, types and layers
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -61,5 +67,5 @@ doctor: install ## check a folder of robot demonstrations before training: make 
 	$(PYTHON) -m keygrip.prepare step=doctor root="$(DATA)"
 
 clean: ## remove the virtual environment and caches; data/ and runs/ stay
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) .venv-openpi .pytest_cache .mypy_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

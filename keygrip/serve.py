@@ -1,7 +1,7 @@
 """Serves a policy to robots on other machines: ``python -m keygrip.serve checkpoint=RUN_FOLDER``.
 
-Prints one line of JSON on standard output when it is ready: its address and the model. It ends on SIGTERM or Ctrl-C,
-after the plans that it has begun, with exit code 0.
+Over HTTP and over openpi's websocket protocol, at one address. Prints one line of JSON on standard output when it is
+ready: its address and the model. It ends on SIGTERM or Ctrl-C, after the plans that it has begun, with exit code 0.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import ipaddress
 import json
 import logging
 import signal
+import ssl
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+SHORTEST_TOKEN = 16  # characters
+GPU_BATCH = 8  # of limits.batch=null; on a CPU 1: a batch gains little there, and rounds differently
+
+
+@dataclass
+class TlsSchema:
+    """``tls``: files in PEM format."""
+
+    cert: str | None = None
+    key: str | None = None
+
+
 @dataclass
 class ServeSchema(EntrySchema):
     """Root of ``conf/serve.yaml``."""
@@ -37,9 +50,13 @@ class ServeSchema(EntrySchema):
     external: dict[str, Any] = field(default_factory=dict)
     host: str = "127.0.0.1"
     port: int = 8421
+    token: str | None = None
+    tls: TlsSchema = field(default_factory=TlsSchema)
+    insecure: bool = False
     device: str | None = None
     policy: dict[str, Any] = field(default_factory=dict)
     limits: Any = MISSING
+    bounds: Any = MISSING
 
 
 register("serve_schema", ServeSchema)
@@ -49,9 +66,12 @@ def run(cfg: DictConfig, ready: Callable[[dict[str, Any]], None] = lambda about:
     """Serves until the process is told to stop; ``ready`` is called with address and model when it listens.
 
     Raises:
-        FileNotFoundError, ValueError: no such checkpoint, or one of a model that drives no robot. OSError: the address
-            cannot be had.
+        FileNotFoundError, ValueError: no such checkpoint, or one of a model that drives no robot; an address that
+            others reach without a token. OSError: the address cannot be had. RuntimeError: the policy was stuck more
+            often than `limits.replacements`.
     """
+    _refuse_openness(cfg)
+    tls = tls_context(cfg.tls.cert, cfg.tls.key)
     from keygrip.evaluation.closed_loop import changed
     from keygrip.evaluation.kinds import plain
     from keygrip.training.checkpoints import external_files, find_checkpoint, load_module
@@ -65,20 +85,72 @@ def run(cfg: DictConfig, ready: Callable[[dict[str, Any]], None] = lambda about:
 
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     file = find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)
-    module: Any = load_module(file, map_location=device, trust=tuple(cfg.trust), external=external_files(cfg))
-    if not hasattr(module, "policy"):
-        raise ValueError(f"{file} holds a {type(module).__name__}, which drives no robot: nothing to serve")
-    policy = changed(module.policy(), plain(cfg.policy) or {})
-    about = {"model": type(module).__name__, "checkpoint": str(Path(file).resolve()), "device": device}
-    server = PolicyServer(policy, policy.needs, about, instantiate(cfg.limits))
-    if _reachable_from_elsewhere(cfg.host):
-        log.warning(
-            "listening at %s: whoever reaches this machine there can use the policy; an SSH tunnel to 127.0.0.1 keeps "
-            "it to those who may log in",
-            cfg.host,
-        )
+    limits, bounds = instantiate(cfg.limits), instantiate(cfg.bounds)
+    if limits.batch is None:
+        limits = replace(limits, batch=GPU_BATCH if device.startswith("cuda") else 1)
+
+    def load() -> Any:
+        module: Any = load_module(file, map_location=device, trust=tuple(cfg.trust), external=external_files(cfg))
+        if not hasattr(module, "policy"):
+            raise ValueError(f"{file} holds a {type(module).__name__}, which drives no robot: nothing to serve")
+        return changed(module.policy(), plain(cfg.policy) or {})
+
+    policy = load()
+    model = type(policy.module).__name__ if hasattr(policy, "module") else type(policy).__name__
+    about = {"model": model, "checkpoint": str(Path(file).resolve()), "device": device}
+    server = PolicyServer(policy, policy.needs, about, limits, bounds, make=load, token=cfg.token, tls=tls)
     asyncio.run(_serve(server, cfg.host, cfg.port, lambda url: ready({"url": url, **about})))
     log.info("stopped")
+
+
+def tls_context(cert: str | None, key: str | None) -> ssl.SSLContext | None:
+    """What encrypts connections, from a certificate and its key in PEM files; None without either.
+
+    Raises:
+        ValueError: one without the other, or files that are not what they should be. FileNotFoundError: no such file.
+    """
+    if cert is None and key is None:
+        return None
+    if cert is None or key is None:
+        raise ValueError("tls.cert and tls.key are given together: the certificate and its private key, PEM files")
+    for name, file in (("cert", cert), ("key", key)):
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"tls.{name}={file}: there is no such file")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(cert, key, password=_no_password)
+    except (ssl.SSLError, ValueError) as error:
+        raise ValueError(
+            f"tls.cert={cert} and tls.key={key} are not a certificate and its unencrypted private key in PEM format "
+            f"({error})"
+        ) from error
+    return context
+
+
+def _no_password() -> str:
+    raise ValueError("the key is encrypted")
+
+
+def _refuse_openness(cfg: DictConfig) -> None:
+    """Raise ValueError where anybody could use the policy, unless that is wanted."""
+    if cfg.token is not None and (len(cfg.token) < SHORTEST_TOKEN or not cfg.token.isascii() or " " in cfg.token):
+        raise ValueError(
+            f"token must have at least {SHORTEST_TOKEN} ASCII characters and no spaces; one is printed by "
+            'python -c "import secrets; print(secrets.token_urlsafe())"'
+        )
+    if not _reachable_from_elsewhere(cfg.host):
+        return
+    if cfg.token is None and not cfg.insecure:
+        raise ValueError(
+            f"host={cfg.host} can be reached from other machines, and whoever reaches it could use the policy: set "
+            "token=... (and tls.cert=... tls.key=...), or insecure=true on a network that you trust, or keep "
+            "host=127.0.0.1 and use an SSH tunnel"
+        )
+    if cfg.token is None:
+        log.warning("listening at %s without a token: whoever reaches this machine there can use the policy", cfg.host)
+    elif cfg.tls.cert is None:
+        log.warning("listening at %s without TLS: the token and images cross the network in clear", cfg.host)
 
 
 async def _serve(server: PolicyServer, host: str, port: int, ready: Callable[[str], None]) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -17,7 +18,8 @@ from keygrip.benchmarks.inference import looking_down, untrained
 from keygrip.benchmarks.measuring import milliseconds
 from keygrip.config import compose
 from keygrip.runtime.client import RemotePolicy
-from keygrip.runtime.server import Limits, PolicyServer
+from keygrip.runtime.server import PolicyServer
+from keygrip.runtime.service import Limits
 
 START_S = 300.0  # for the server's process, on a machine that is busy
 
@@ -45,7 +47,8 @@ class Server:
 
     def run(self, quick: bool) -> dict[str, float]:
         """`p50_ms` and `p95_ms` of one robot's requests, `plan_p50_ms` of the policy inside of them, `requests_per_s`
-        and `crowd_p95_ms` of `clients` robots."""
+        and `crowd_p95_ms` of `clients` robots, and `batched_requests_per_s` of as many whose plans are computed
+        together (`limits.batch`)."""
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(
@@ -56,8 +59,8 @@ class Server:
         try:
             if not ours.poll(START_S):
                 raise RuntimeError(f"the server has not started within {START_S:g} s")
-            url = ours.recv()
-            return self._measure(url, quick)
+            one_by_one, batching = ours.recv(), ours.recv()
+            return self._measure(one_by_one, batching, quick)
         except EOFError as error:
             raise RuntimeError("the server's process has died") from error
         finally:
@@ -66,12 +69,11 @@ class Server:
             if process.is_alive():
                 process.kill()
 
-    def _measure(self, url: str, quick: bool) -> dict[str, float]:
-
+    def _measure(self, url: str, batching: str, quick: bool) -> dict[str, float]:
         requests, limit_s = (self.quick_requests, self.quick_limit_s) if quick else (self.requests, self.limit_s)
         observation = looking_down(compose("train", self.overrides).data.record.image_size)
 
-        def ask(count: int) -> list[float]:
+        def ask(url: str, count: int) -> list[float]:
             """Seconds of each of one robot's requests."""
             seconds: list[float] = []
             with RemotePolicy(url, timeout_s=60) as policy:
@@ -84,29 +86,35 @@ class Server:
                         break
             return seconds
 
-        alone = np.array(ask(requests))
+        def crowd_at(url: str) -> tuple[list[list[float]], float]:
+            """Seconds of each request of a crowd, by robot, and requests per second, warm-up included."""
+            began = time.perf_counter()
+            with ThreadPoolExecutor(self.clients) as crowd:
+                together = list(crowd.map(partial(ask, url), [requests // self.clients] * self.clients))
+            asked = sum(len(seconds) + self.warm_up for seconds in together)
+            return together, round(asked / (time.perf_counter() - began), 2)
+
+        alone = np.array(ask(url, requests))
         with RemotePolicy(url) as policy:
             plan_p50_ms = policy.health()["plan_p50_ms"]
-        began = time.perf_counter()
-        with ThreadPoolExecutor(self.clients) as crowd:
-            together = list(crowd.map(ask, [requests // self.clients] * self.clients))
-        wall_s = time.perf_counter() - began
-        asked = sum(len(seconds) + self.warm_up for seconds in together)
+        together, requests_per_s = crowd_at(url)
+        _, batched_requests_per_s = crowd_at(batching)
         return {
             "p50_ms": milliseconds(alone),
             "p95_ms": milliseconds(alone, 95),
             "plan_p50_ms": plan_p50_ms,
-            "requests_per_s": round(asked / wall_s, 2),
+            "requests_per_s": requests_per_s,
             "crowd_p95_ms": milliseconds(np.concatenate([np.array(seconds) for seconds in together]), 95),
+            "batched_requests_per_s": batched_requests_per_s,
             "clients": self.clients,
         }
 
 
 def _serve(overrides: list[str], device: str, clients: int, parent: Connection) -> None:
-    """A server until the other end of `parent` is closed."""
+    """Two servers of one policy until the other end of `parent` is closed: plans one by one, and in batches."""
 
     policy = untrained(compose("train", overrides)).to(device).policy()
-    server = PolicyServer(policy, policy.needs, {"model": type(policy.module).__name__}, Limits(waiting=clients))
+    about = {"model": type(policy.module).__name__}
 
     async def until_closed() -> None:
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
@@ -116,6 +124,17 @@ def _serve(overrides: list[str], device: str, clients: int, parent: Connection) 
             loop.call_soon_threadsafe(stop.set)
 
         threading.Thread(target=watch, daemon=True).start()
-        await server.serve("127.0.0.1", 0, stop, parent.send)
+        listening = []
+        for batch in (1, clients):
+            server = PolicyServer(policy, policy.needs, about, Limits(waiting=clients, batch=batch))
+            bound = asyncio.Event()
+
+            def ready(url: str, bound: asyncio.Event = bound) -> None:
+                parent.send(url)
+                bound.set()
+
+            listening.append(asyncio.create_task(server.serve("127.0.0.1", 0, stop, ready)))
+            await bound.wait()
+        await asyncio.gather(*listening)
 
     asyncio.run(until_closed())

@@ -78,7 +78,11 @@ class Policy(Protocol):
     """Anything that plans from one observation.
 
     A policy that draws by chance also has `reset(seed)`, called at the start of an episode, so that what it draws
-    depends on the episode and not on those before it.
+    depends on the episode and not on those before it, and `session()`, a policy on the same network with a generator of
+    its own.
+
+    A policy may have `plan_batch(observations, sessions)`, the plans of several sessions in one pass, and `workspace`
+    ``[2, 3]``, the lowest and highest position seen in training, metres. A server uses both.
     """
 
     def plan(self, observation: Observation) -> Plan: ...

@@ -12,13 +12,14 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import ssl
 import time
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 
 from keygrip.models.policy import Needs, Observation, Plan
-from keygrip.runtime.wire import CONTENT_TYPE, decode_plan, encode_observation
+from keygrip.runtime.wire import CONTENT_TYPE, SESSION_HEADER, decode_plan, encode_observation
 
 
 class ServerError(RuntimeError):
@@ -34,21 +35,45 @@ class RemotePolicy:
 
     Not for several threads at once: give each a client of its own.
 
+    A policy that draws by chance draws for each client by a generator of its own, from seed 0 or that of `reset`.
+
     Args:
         url: as the server says when it starts, e.g. ``http://127.0.0.1:8421``.
         timeout_s: of a connection and of a plan. patience_s: how long to ask again while the server is busy.
+        token: the server's, where it has one. ca: PEM file of the certificate (or authority) to trust with https;
+            None: those that the system trusts.
 
     Raises:
-        ConnectionError: nothing answers there.
+        ConnectionError: nothing answers there, or not with a certificate that is trusted. ServerError: it does not take
+            the token, or has no policy at present.
     """
 
-    def __init__(self, url: str, timeout_s: float = 10.0, patience_s: float = 2.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        timeout_s: float = 10.0,
+        patience_s: float = 2.0,
+        token: str | None = None,
+        ca: str | None = None,
+    ) -> None:
         parts = urlsplit(url)
-        if parts.scheme != "http" or parts.hostname is None or parts.path not in ("", "/"):
-            raise ValueError(f"the server's address is http://HOST:PORT, not {url!r}")
+        if parts.scheme not in ("http", "https") or parts.hostname is None or parts.path not in ("", "/"):
+            raise ValueError(f"the server's address is http://HOST:PORT or https://HOST:PORT, not {url!r}")
         self.url, self.patience_s = url.rstrip("/"), patience_s
-        self._connection = http.client.HTTPConnection(parts.hostname, parts.port or 80, timeout=timeout_s)
+        self._connection: http.client.HTTPConnection
+        if parts.scheme == "https":
+            context = ssl.create_default_context(cafile=ca)
+            self._connection = http.client.HTTPSConnection(
+                parts.hostname, parts.port or 443, timeout=timeout_s, context=context
+            )
+        elif ca is not None:
+            raise ValueError(f"ca={ca} has no effect with {url!r}: only https:// is encrypted")
+        else:
+            self._connection = http.client.HTTPConnection(parts.hostname, parts.port or 80, timeout=timeout_s)
+        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._session: str | None = None
         health = self.health()
+        self._stochastic = bool(health["stochastic"])
         self.needs = Needs(
             arms=tuple(health["needs"]["arms"]),
             cameras=tuple(health["needs"]["cameras"]),
@@ -64,15 +89,38 @@ class RemotePolicy:
         self.close()
 
     def close(self) -> None:
-        """Gives the connection back."""
+        """Closes the session and the connection."""
+        if self._session is not None:
+            with contextlib.suppress(ConnectionError):
+                self._ask("DELETE", "/session", session=self._session)
+            self._session = None
         self._connection.close()
 
-    def health(self) -> dict[str, Any]:
-        """What the server says of itself: model, expected observation, limits, counts."""
-        status, body = self._ask("GET", "/health")
+    def reset(self, seed: int) -> None:
+        """Starts an episode: what the policy draws is from here on a function of the seed, as of the local policy.
+
+        Raises:
+            ServerError: too many sessions are open, or the policy is stuck. ConnectionError: it is gone.
+        """
+        if not self._stochastic:
+            return
+        body = json.dumps({"seed": seed}).encode()
+        status, answer = self._ask("POST", "/reset", body, self._session, "application/json")
+        if status == 404 and self._session is not None:  # expired between episodes: a new one is as good
+            status, answer = self._ask("POST", "/reset", body, None, "application/json")
         if status != 200:
+            raise ServerError(status, _sentence(answer))
+        self._session = str(json.loads(answer)["session"])
+
+    def health(self) -> dict[str, Any]:
+        """What the server says of itself: state, model, expected observation, limits, counts."""
+        status, body = self._ask("GET", "/health")
+        said: dict[str, Any] = {}
+        with contextlib.suppress(ValueError, TypeError):
+            said = dict(json.loads(body))
+        if status not in (200, 503) or "needs" not in said:  # 503 with the usual answer: the policy is stuck
             raise ServerError(status, _sentence(body))
-        return dict(json.loads(body))
+        return said
 
     def plan(self, observation: Observation) -> Plan:
         """The policy's plan for an observation (see `keygrip.runtime.chunk_execution.Observation`).
@@ -82,10 +130,12 @@ class RemotePolicy:
             ServerError: the server is too busy for longer than `patience_s`, or has failed.
             ConnectionError: it is gone.
         """
+        if self._session is None:
+            self.reset(0)
         body = encode_observation(observation, self.needs)
         began = time.monotonic()
         while True:
-            status, answer = self._ask("POST", "/plan", body)
+            status, answer = self._ask("POST", "/plan", body, self._session)
             if status != 503 or time.monotonic() - began > self.patience_s:
                 break
             time.sleep(0.05)
@@ -95,8 +145,12 @@ class RemotePolicy:
             raise ValueError(_sentence(answer))
         raise ServerError(status, _sentence(answer))
 
-    def _ask(self, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
-        headers = {"Content-Type": CONTENT_TYPE} if body is not None else {}
+    def _ask(
+        self, method: str, path: str, body: bytes | None = None, session: str | None = None, kind: str = CONTENT_TYPE
+    ) -> tuple[int, bytes]:
+        headers = self._headers | ({"Content-Type": kind} if body is not None else {})
+        if session is not None:
+            headers |= {SESSION_HEADER: session}
         for attempt in (1, 2):
             fresh = self._connection.sock is None
             try:

@@ -1,74 +1,69 @@
-"""The HTTP server: ``POST /plan`` takes an observation and answers with a plan, ``GET /health`` says what it takes.
+"""The policy server: HTTP, and openpi's websocket protocol at the same address.
 
-One thread computes, one plan after the other; requests that wait for it are few, and those beyond are refused at once:
-a plan for a picture of some seconds ago moves a robot to where things were. Whoever connects is believed nothing: sizes
-are limited before bytes are read, reading has a time limit, bodies are arrays and never objects (see `wire`).
+``POST /plan`` takes an observation and answers with a plan, ``POST /reset`` opens a session or starts its next episode,
+``DELETE /session`` closes it; ``GET /health``, ``/healthz`` and ``/metrics`` say how things are. A websocket at ``/``
+speaks openpi's protocol (`openpi_socket`).
+
+Whoever connects is believed nothing: sizes are limited before bytes are read, reading has a time limit, bodies are
+arrays and never objects (see `wire` and `messagepack`), and without the token nothing is answered.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import hmac
 import json
 import logging
-import statistics
-import time
-from collections import Counter, deque
+import ssl
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any
 
-from aiohttp import web
+from aiohttp import ClientConnectionError, web
+from aiohttp.http_exceptions import BadHttpMessage, TransferEncodingError
 
-from keygrip.models.policy import Needs, Plan, Policy
-from keygrip.runtime.wire import CONTENT_TYPE, WireError, decode_observation, encode_plan, entries_of
+from keygrip.models.policy import Needs, Policy
+from keygrip.runtime import metrics
+from keygrip.runtime.openpi_socket import converse
+from keygrip.runtime.plausibility import Bounds
+from keygrip.runtime.service import Limits, PolicyService, Refusal
+from keygrip.runtime.sessions import SessionError, checked_seed
+from keygrip.runtime.wire import CONTENT_TYPE, SESSION_HEADER, decode_observation, encode_plan
 
 log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-PLANS_REMEMBERED = 1000  # for the times in /health
 LINGER_S = 1.0  # how long a refused body may still flow, so that the sender reads why
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a server puts up with.
-
-    Args:
-        request_mb: size of a request's body. requests: in progress at once, those still arriving included.
-        waiting: plans that wait or are computed at once; more are refused with 503.
-        read_s: time in which a body must have arrived. idle_s: time in which a connection must send a request's head.
-        plan_s: time for a plan, waiting included; then the answer is 504.
-    """
-
-    request_mb: float = 16.0
-    requests: int = 32
-    waiting: int = 4
-    read_s: float = 5.0
-    idle_s: float = 15.0
-    plan_s: float = 30.0
-
-    def __post_init__(self) -> None:
-        for limit in fields(self):
-            if getattr(self, limit.name) <= 0:
-                raise ValueError(f"limits.{limit.name} must be above 0, not {getattr(self, limit.name)}")
+LONGEST_RESET = 1000  # bytes of the body of POST /reset
+PLACES = "there is POST /plan, POST /reset, DELETE /session, GET /health, /healthz and /metrics, and a websocket at /"
 
 
 class PolicyServer:
-    """A policy and the requests for it.
+    """A policy behind an address.
 
     Args:
         policy: plans; called from one thread. needs: what it reads.
-        about: what `/health` says of the model, plain values. limits: see there.
+        about: what `/health` says of the model, plain values. limits, bounds: see there.
+        make: another policy like it, for when it is stuck; None: the server then ends.
+        token: that every request but `/healthz` must bring; None: everybody is answered.
+        tls: certificate and key; None: no encryption.
     """
 
-    def __init__(self, policy: Policy, needs: Needs, about: dict[str, Any], limits: Limits | None = None) -> None:
-        self.policy, self.needs, self.about, self.limits = policy, needs, about, limits or Limits()
-        self._thread = ThreadPoolExecutor(1, "policy")
-        self._in_progress = self._planning = 0
-        self._answers: Counter[int] = Counter()
-        self._seconds: deque[float] = deque(maxlen=PLANS_REMEMBERED)
+    def __init__(
+        self,
+        policy: Policy,
+        needs: Needs,
+        about: dict[str, Any],
+        limits: Limits | None = None,
+        bounds: Bounds | None = None,
+        make: Callable[[], Policy] | None = None,
+        token: str | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.service = PolicyService(policy, needs, about, self.limits, bounds or Bounds(), make)
+        self._token, self._tls = token, tls
+        self._in_progress = 0
 
     # ---- running ---------------------------------------------------------------------------------------------------
 
@@ -80,10 +75,16 @@ class PolicyServer:
 
         Raises:
             OSError: the address is not this machine's, or the port is taken.
+            RuntimeError: the policy was stuck more often than it may be replaced.
         """
-        application = web.Application(client_max_size=self._most_bytes, middlewares=[self._refuse_crowds])
+        application = web.Application(client_max_size=self.limits.request_bytes, middlewares=[self._answer])
+        application.router.add_get("/", self._socket, allow_head=False)
         application.router.add_get("/health", self._health, allow_head=False)
+        application.router.add_get("/healthz", self._alive, allow_head=False)
+        application.router.add_get("/metrics", self._metrics, allow_head=False)
         application.router.add_post("/plan", self._plan)
+        application.router.add_post("/reset", self._reset)
+        application.router.add_delete("/session", self._end)
         runner = web.AppRunner(
             application,
             access_log=None,
@@ -94,125 +95,161 @@ class PolicyServer:
             shutdown_timeout=self.limits.plan_s,
         )
         await runner.setup()
+        watch = asyncio.create_task(self.service.planner.watch())
+        ends = [asyncio.create_task(event.wait()) for event in (stop, self.service.planner.failed)]
         try:
-            site = web.TCPSite(runner, host, port)
+            site = web.TCPSite(runner, host, port, ssl_context=self._tls)
             try:
                 await site.start()
             except OSError as error:
                 raise OSError(f"cannot listen at {host}, port {port}: {error.strerror or error}") from error
             bound = runner.addresses[0]
             name = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
-            ready(f"http://{name}:{bound[1]}")
-            await stop.wait()
+            ready(f"{'http' if self._tls is None else 'https'}://{name}:{bound[1]}")
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            for task in (watch, *ends):
+                task.cancel()
             await runner.cleanup()
-            self._thread.shutdown(wait=False, cancel_futures=True)
-
-    @property
-    def _most_bytes(self) -> int:
-        return int(self.limits.request_mb * 1e6)
+            self.service.close()
+        if self.service.planner.failed.is_set():
+            raise RuntimeError(f"{self.service.planner.trouble()}; see the log, and start it again")
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
     @web.middleware
-    async def _refuse_crowds(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Counts, limits how many are served at once, and gives every refusal a sentence."""
+    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Who may ask, how many at once, and a sentence for every refusal; counts the answers."""
+        if request.path == "/" and not self._refused(request):  # a conversation counts its own answers
+            try:
+                return await handler(request)
+            except Refusal as refusal:
+                return self._counted(_refusal(refusal))
         self._in_progress += 1
-        response: web.StreamResponse
         try:
-            if self._in_progress > self.limits.requests:
-                response = _refusal(503, f"more than {self.limits.requests} requests at once: ask again in a moment")
-            else:
-                try:
-                    response = await handler(request)
-                except web.HTTPRequestEntityTooLarge:
-                    response = self._too_large()
-                except web.HTTPNotFound:
-                    response = _refusal(404, "there is POST /plan and GET /health")
-                except web.HTTPMethodNotAllowed:
-                    response = _refusal(405, "there is POST /plan and GET /health")
+            return self._counted(await self._response(request, handler))
         finally:
             self._in_progress -= 1
-        self._answers[response.status] += 1
+
+    async def _response(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        refused = self._refused(request)
+        if refused:
+            response = _refusal(refused)
+            if request.can_read_body:
+                response.force_close()
+            return response
+        if self._in_progress > self.limits.requests:
+            return _refusal(
+                Refusal(503, f"more than {self.limits.requests} requests at once: ask again in a moment", again=True)
+            )
+        try:
+            return await handler(request)
+        except Refusal as refusal:
+            response = _refusal(refusal)
+            if refusal.status in (408, 413):
+                response.force_close()
+            return response
+        except SessionError as error:
+            return _refusal(Refusal(error.status, str(error)))
+        except web.HTTPRequestEntityTooLarge:
+            response = _refusal(self._too_large())
+            response.force_close()
+            return response
+        except web.HTTPNotFound:
+            return _refusal(Refusal(404, PLACES))
+        except web.HTTPMethodNotAllowed:
+            return _refusal(Refusal(405, PLACES))
+        except (ConnectionError, ClientConnectionError, BadHttpMessage, TransferEncodingError) as error:
+            self.service.metrics.disconnects += 1
+            log.info("%s went away before its request had arrived (%s)", request.remote, type(error).__name__)
+            response = web.Response(status=400)
+            response.force_close()
+            return response
+
+    def _refused(self, request: web.Request) -> Refusal | None:
+        """Why this client is not answered at all."""
+        if self._token is None or request.path == "/healthz":
+            return None
+        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        # openpi's client sends its api_key as "Api-Key"
+        if scheme.lower() in ("bearer", "api-key") and hmac.compare_digest(
+            given.encode(errors="surrogateescape"), self._token.encode()
+        ):
+            return None
+        return Refusal(401, "the header Authorization must say: Bearer, and the server's token")
+
+    def _counted(self, response: web.StreamResponse) -> web.StreamResponse:
+        self.service.metrics.answers["http", response.status] += 1
         return response
 
+    async def _socket(self, request: web.Request) -> web.StreamResponse:
+        if "Origin" in request.headers:  # browsers let any web page open websockets to any address, and say so here
+            raise Refusal(403, "no websockets for web pages (the request has an Origin)")
+        if request.headers.get("Upgrade", "").lower() != "websocket":
+            raise Refusal(404, PLACES)
+        return await converse(self.service, request)
+
     async def _health(self, request: web.Request) -> web.StreamResponse:
-        seconds = sorted(self._seconds)
-        times = {}
-        if len(seconds) > 1:
-            cuts = statistics.quantiles(seconds, n=20, method="inclusive")
-            times = {"plan_p50_ms": round(1e3 * cuts[9], 3), "plan_p95_ms": round(1e3 * cuts[18], 3)}
-        return web.json_response(
-            {
-                **self.about,
-                "needs": asdict(self.needs),
-                "observation": {name: entry.describe() for name, entry in entries_of(self.needs).items()},
-                "limits": asdict(self.limits),
-                "answers": {str(status): count for status, count in sorted(self._answers.items())},
-                **times,
-            }
-        )
+        trouble = self.service.planner.trouble()
+        return web.json_response(self.service.health(), status=200 if trouble is None else 503)
+
+    async def _alive(self, request: web.Request) -> web.StreamResponse:
+        trouble = self.service.planner.trouble()
+        return web.Response(status=200 if trouble is None else 503, text="OK\n" if trouble is None else "stuck\n")
+
+    async def _metrics(self, request: web.Request) -> web.StreamResponse:
+        return web.Response(text=self.service.metrics_text(), headers={"Content-Type": metrics.CONTENT_TYPE})
 
     async def _plan(self, request: web.Request) -> web.StreamResponse:
-        refusal, body = await self._body(request)
-        if refusal is not None:
-            return refusal
-        if self._planning >= self.limits.waiting:
-            response = _refusal(503, f"busy with {self._planning} plans: ask again in a moment")
-            response.headers["Retry-After"] = "1"
-            return response
-        try:
-            observation = decode_observation(body, self.needs)
-        except WireError as error:
-            return _refusal(400, str(error))
-        self._planning += 1  # until the thread is done with it, whether or not anyone still waits
-        future = asyncio.get_running_loop().run_in_executor(self._thread, self._compute, observation)
-        future.add_done_callback(self._planned)
-        try:
-            async with asyncio.timeout(self.limits.plan_s):
-                plan = await asyncio.shield(future)
-        except TimeoutError:
-            return _refusal(504, f"the plan took longer than {self.limits.plan_s:g} s")
-        except ValueError as error:  # the policy finds no plan: a ray that meets no plane, ...
-            return _refusal(422, str(error))
-        except Exception as error:
-            log.exception("the policy failed")
-            return _refusal(500, f"the policy failed: {type(error).__name__}: {error}")
+        body = await self._body(request, CONTENT_TYPE)
+        name = request.headers.get(SESSION_HEADER)
+        if name is not None:
+            self.service.sessions.find(name)
+        observation = await self.service.read(partial(decode_observation, body, self.service.needs))
+        policy = self.service.policy() if name is None else self.service.sessions.find(name).policy
+        plan = await self.service.plan(observation, policy)
         return web.Response(body=encode_plan(plan), content_type=CONTENT_TYPE)
 
-    async def _body(self, request: web.Request) -> tuple[web.Response | None, bytes]:
-        """The request's body, or why it is not read."""
-        if request.headers.get("Content-Type") != CONTENT_TYPE:
+    async def _reset(self, request: web.Request) -> web.StreamResponse:
+        body = await self._body(request, "application/json")
+        try:
+            said = json.loads(body) if len(body) <= LONGEST_RESET else None
+        except (ValueError, RecursionError):
+            said = None
+        if not isinstance(said, dict) or not set(said) <= {"seed"}:
+            raise Refusal(400, 'the body of /reset is JSON: {"seed": 0}')
+        seed, name = checked_seed(said.get("seed", 0)), request.headers.get(SESSION_HEADER)
+        if name is None:
+            name = self.service.sessions.start(self.service.policy(), seed)
+        else:
+            self.service.sessions.restart(name, self.service.policy(), seed)
+        return web.json_response({"session": name, "seed": seed})
+
+    async def _end(self, request: web.Request) -> web.StreamResponse:
+        self.service.sessions.end(request.headers.get(SESSION_HEADER, ""))
+        return web.json_response({"closed": True})
+
+    async def _body(self, request: web.Request, kind: str) -> bytes:
+        """The request's body. Raises Refusal where it is not read."""
+        if request.headers.get("Content-Type") != kind:
             # Browsers send other types, or none, to any address that a web page names; for this one they ask first.
-            return _refusal(415, f"the header Content-Type must say {CONTENT_TYPE}"), b""
+            raise Refusal(415, f"the header Content-Type must say {kind}")
         if "Content-Encoding" in request.headers:
-            return _refusal(415, "compressed bodies are not taken"), b""
-        if request.content_length is not None and request.content_length > self._most_bytes:
-            return self._too_large(), b""
+            raise Refusal(415, "compressed bodies are not taken")
+        if request.content_length is not None and request.content_length > self.limits.request_bytes:
+            raise self._too_large()
         try:
             async with asyncio.timeout(self.limits.read_s):
-                return None, await request.read()
+                return await request.read()
         except TimeoutError:
-            refusal = _refusal(408, f"the body did not arrive within {self.limits.read_s:g} s")
-            refusal.force_close()
-            return refusal, b""
+            raise Refusal(408, f"the body did not arrive within {self.limits.read_s:g} s") from None
 
-    def _too_large(self) -> web.Response:
-        refusal = _refusal(413, f"the body is larger than {self.limits.request_mb:g} MB: send smaller pictures")
-        refusal.force_close()
-        return refusal
-
-    def _compute(self, observation: dict[str, Any]) -> Plan:
-        started = time.perf_counter()
-        plan = self.policy.plan(observation)
-        self._seconds.append(time.perf_counter() - started)
-        return plan
-
-    def _planned(self, future: asyncio.Future[Plan]) -> None:
-        self._planning -= 1
-        with contextlib.suppress(asyncio.CancelledError):
-            future.exception()  # nobody may have waited for it
+    def _too_large(self) -> Refusal:
+        return Refusal(413, f"the body is larger than {self.limits.request_mb:g} MB: send smaller images")
 
 
-def _refusal(status: int, sentence: str) -> web.Response:
-    return web.Response(status=status, text=json.dumps({"error": sentence}), content_type="application/json")
+def _refusal(refusal: Refusal) -> web.Response:
+    response = web.json_response({"error": refusal.sentence}, status=refusal.status)
+    if refusal.again:
+        response.headers["Retry-After"] = "1"
+    return response

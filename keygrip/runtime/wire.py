@@ -10,7 +10,8 @@ Shape legend: A arms, T planned steps, H x W a picture, L bytes of a sentence.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,13 @@ from safetensors.numpy import load, save
 from keygrip.models.policy import Needs, Observation, Plan, views_of
 
 CONTENT_TYPE = "application/octet-stream"
+SESSION_HEADER = "Keygrip-Session"
 SMALLEST_SIDE, LARGEST_SIDE = 16, 4096  # pixels of a picture
 LONGEST_INSTRUCTION = 1000  # bytes
+LONGEST_HEADER = 16384  # bytes of names, types and shapes: sixty cameras
+LONGEST_NAME = 128  # characters of an array's name that a refusal repeats
+FARTHEST_CAMERA_M = 100.0  # from the world's origin
+FOCAL_LENGTHS = (1.0, 1e6)  # pixels
 VIEW = ("image", "intrinsics", "world_to_camera")
 SLACK = 0.02  # of unit quaternions and rotation matrices that went through float32 and somebody's JSON
 
@@ -92,12 +98,18 @@ def decode_observation(body: bytes, needs: Needs) -> dict[str, Any]:
     Raises:
         WireError: not in the format; an array is missing, unknown, of another type or shape, or makes no sense.
     """
-    arrays, entries = _load(body), entries_of(needs)
-    for name in arrays:
-        if name not in entries:
-            near = difflib.get_close_matches(name, entries, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(entries)}"
-            raise WireError(f"the observation has an unknown array {name!r}{hint}")
+    _refuse_unknown(_names(body), entries_of(needs))
+    return checked_observation(_load(body), needs)
+
+
+def checked_observation(arrays: Mapping[str, np.ndarray], needs: Needs) -> dict[str, Any]:
+    """The observation of named arrays that somebody sent, whatever the format.
+
+    Raises:
+        WireError: an array is missing, unknown, of another type or shape, or makes no sense.
+    """
+    entries = entries_of(needs)
+    _refuse_unknown(arrays, entries)
     observation: dict[str, Any] = {}
     for name, entry in entries.items():
         if name not in arrays:
@@ -111,6 +123,36 @@ def decode_observation(body: bytes, needs: Needs) -> dict[str, Any]:
     if needs.instruction:
         observation["instruction"] = _sentence(observation["instruction"])
     return observation
+
+
+def _names(body: bytes) -> list[str]:
+    """The names in a message's header, which must be small: what follows it costs time and memory by name.
+
+    Raises:
+        WireError: no header, or a long one.
+    """
+    length = int.from_bytes(body[:8], "little")
+    if length > LONGEST_HEADER:
+        raise WireError(
+            f"the body is not in the safetensors format, or its header of {length} bytes is longer than "
+            f"{LONGEST_HEADER}"
+        )
+    try:
+        header = json.loads(body[8 : 8 + length])
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"the body is not in the safetensors format: its header is no JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise WireError("the body is not in the safetensors format: its header is no JSON object")
+    return [name for name in header if name != "__metadata__"]
+
+
+def _refuse_unknown(names: Iterable[str], entries: Mapping[str, Entry]) -> None:
+    for name in names:
+        if name not in entries:
+            name = name[:LONGEST_NAME]
+            near = difflib.get_close_matches(name, entries, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(entries)}"
+            raise WireError(f"the observation has an unknown array {name!r}{hint}")
 
 
 def encode_plan(plan: Plan) -> bytes:
@@ -182,7 +224,8 @@ def _checked(name: str, value: np.ndarray, entry: Entry) -> np.ndarray:
         value = value.astype(np.float64)
         if not np.isfinite(value).all():
             raise WireError(f"{name!r} holds numbers that are not finite")
-    problem = _nonsense(name.rpartition("/")[2], value)
+    with np.errstate(all="ignore"):  # huge numbers are named, not warned about
+        problem = _nonsense(name.rpartition("/")[2], value)
     if problem:
         raise WireError(f"{name!r} {problem}")
     return value
@@ -192,12 +235,20 @@ def _nonsense(kind: str, value: np.ndarray) -> str | None:
     """What is wrong with an array of the right type and shape."""
     if kind == "image" and not SMALLEST_SIDE <= min(value.shape[:2]) <= max(value.shape[:2]) <= LARGEST_SIDE:
         return f"has sides of {value.shape[0]} and {value.shape[1]} pixels, outside {SMALLEST_SIDE} to {LARGEST_SIDE}"
-    if kind == "intrinsics" and (min(value[0, 0], value[1, 1]) <= 0 or not np.allclose(value[2], [0, 0, 1])):
-        return "is no camera matrix: its focal lengths must be positive, its last row 0 0 1"
+    if kind == "intrinsics":
+        focal = (value[0, 0], value[1, 1])
+        if min(focal) < FOCAL_LENGTHS[0] or not np.allclose(value[2], [0, 0, 1]):
+            return "is no camera matrix: its focal lengths must be positive (pixels), its last row 0 0 1"
+        if np.abs(value).max() > FOCAL_LENGTHS[1]:
+            return f"is no camera matrix: it holds numbers above {FOCAL_LENGTHS[1]:g} pixels"
     if kind == "world_to_camera":
         turn = value[:3, :3]
         if not np.allclose(turn @ turn.T, np.eye(3), atol=SLACK) or not np.allclose(value[3], [0, 0, 0, 1]):
             return "is no rigid transform: a rotation, a translation in metres, last row 0 0 0 1"
+        if np.linalg.det(turn) < 0:
+            return "is no rigid transform: its rotation is mirrored (determinant -1); one of its axes points backwards"
+        if np.abs(value[:3, 3]).max() > FARTHEST_CAMERA_M:
+            return f"puts the camera farther than {FARTHEST_CAMERA_M:g} m away: its translation is in metres"
     if kind == "quaternion" and (abs(np.linalg.norm(value, axis=-1) - 1) > SLACK).any():
         return "is no unit quaternion (w x y z)"
     if kind == "gripper" and ((value < -0.1) | (value > 1.1)).any():

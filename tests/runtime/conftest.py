@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from keygrip.models.policy import Needs, Observation, Plan, arm_axis
-from keygrip.runtime.server import Limits, PolicyServer
+from keygrip.runtime.server import PolicyServer
+from keygrip.runtime.service import Limits
 
 LOOKING = Needs(arms=("right",), cameras=("over", "front"), instruction=True)
 
@@ -30,6 +31,35 @@ class Toy:
         sizes = {"position": 1, "quaternion": 1, "gripper": 0}
         there = {name: arm_axis(observation[name], size)[:, None] for name, size in sizes.items()}
         return Plan(**{name: value.repeat(3, axis=1) for name, value in there.items()}, step_seconds=0.3)
+
+
+@dataclass
+class Dice(Toy):
+    """Draws its plan: in each session by a generator of its own."""
+
+    seed: int = 0
+    workspace: np.ndarray | None = None
+    batches: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.reset(0)
+
+    def reset(self, seed: int) -> None:
+        self.generator = np.random.default_rng(self.seed + seed)
+
+    def session(self) -> Dice:
+        return replace(self)
+
+    def plan(self, observation: Observation) -> Plan:
+        return self.plan_batch([observation], [self])[0]
+
+    def plan_batch(self, observations: Sequence[Observation], sessions: Sequence[Dice]) -> list[Plan]:
+        self.batches.append(len(observations))
+        plans = [super(Dice, session).plan(seen) for session, seen in zip(sessions, observations, strict=True)]
+        return [
+            replace(plan, position=plan.position + 0.1 * session.generator.random(plan.position.shape))
+            for session, plan in zip(sessions, plans, strict=True)
+        ]
 
 
 def view(seed: int, height: int = 48, width: int = 64) -> dict[str, np.ndarray]:
@@ -54,8 +84,10 @@ def observe(seed: int = 0, **changes: Any) -> dict[str, Any]:
 class Running:
     """A server that listens until `stop()`."""
 
-    def __init__(self, policy: Any, needs: Needs, limits: Limits, host: str = "127.0.0.1") -> None:
-        self.server = PolicyServer(policy, needs, {"model": "Toy"}, limits)
+    def __init__(
+        self, policy: Any, needs: Needs, limits: Limits, host: str = "127.0.0.1", more: dict[str, Any] | None = None
+    ) -> None:
+        self.server = PolicyServer(policy, needs, {"model": "Toy"}, limits, **more or {})
         self.url, self._ready = "", threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(host,))
@@ -85,6 +117,12 @@ class Running:
     def port(self) -> int:
         return int(self.url.rpartition(":")[2])
 
+    def ended(self) -> BaseException | None:
+        """What ended it, of its own."""
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+        return self._error
+
     def stop(self) -> None:
         if not self._thread.is_alive():
             return
@@ -104,6 +142,11 @@ def toy() -> type[Toy]:
 
 
 @pytest.fixture
+def dice() -> type[Dice]:
+    return Dice
+
+
+@pytest.fixture
 def needs() -> Needs:
     return LOOKING
 
@@ -113,8 +156,14 @@ def running() -> Iterator[Callable[..., Running]]:
     """Starts servers that are stopped when the test ends."""
     started: list[Running] = []
 
-    def start(policy: Any = None, needs: Needs = LOOKING, host: str = "127.0.0.1", **limits: float) -> Running:
-        started.append(Running(policy or Toy(), needs, Limits(**limits), host))  # type: ignore[arg-type]
+    def start(
+        policy: Any = None,
+        needs: Needs = LOOKING,
+        host: str = "127.0.0.1",
+        more: dict[str, Any] | None = None,
+        **limits: float,
+    ) -> Running:
+        started.append(Running(policy or Toy(), needs, Limits(**limits), host, more))  # type: ignore[arg-type]
         return started[-1]
 
     yield start

@@ -19,6 +19,7 @@ from keygrip.config import compose
 from keygrip.envs.yam.environment import YamCell
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.runtime.client import RemotePolicy
+from keygrip.runtime.sessions import seeded
 from keygrip.training.checkpoints import load_module
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,6 +84,25 @@ def test_the_plan_over_the_wire_is_the_plan_at_home(
             assert (ours.uncertainty is None) == (theirs.uncertainty is None)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_plans_of_a_batch_are_those_of_each_alone(
+    trained: Callable[[str], Path], seen: dict[str, Any], name: str
+) -> None:
+    policy = load_module(trained(name)).policy()  # type: ignore[operator]
+    others = [seen, seen | {"instruction": "put the small green cube into the bowl"}]
+    others.append(seen | {"position": seen["position"] + 0.05, "image": seen["image"][::-1].copy()})
+    together, apart = ([seeded(policy, seed) for seed in range(3)] for _ in range(2))
+    for _ in range(2):  # the second draws on from the first
+        plans = policy.plan_batch(others, together)
+        for plan, one, observation in zip(plans, apart, others, strict=True):
+            expected = one.plan(observation)
+            for part in ("position", "quaternion", "gripper"):
+                np.testing.assert_allclose(getattr(plan, part), getattr(expected, part), atol=2e-5)
+    box = policy.workspace
+    assert box.shape == (2, 3)
+    assert (box[0] <= box[1]).all()
+
+
 def start(*arguments: str) -> subprocess.Popen[str]:
     variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -130,7 +150,15 @@ def test_settings_are_checked(trained: Callable[[str], Path]) -> None:
     with pytest.raises(ValueError, match="CoordinateRegressionPolicy has no setting 'temperature'"):
         serve.run(compose("serve", [f"checkpoint={run}", "policy.temperature=0"]))
     with pytest.raises(OSError, match=r"cannot listen at 192\.0\.2\.1"):
-        serve.run(compose("serve", [f"checkpoint={run}", "host=192.0.2.1", "port=0"]))
+        serve.run(compose("serve", [f"checkpoint={run}", "host=192.0.2.1", "port=0", "insecure=true"]))
+    for override, message in (
+        ("host=0.0.0.0", "can be reached from other machines.*token=.*insecure=true"),
+        ("token=short", "token must have at least 16 ASCII characters"),
+        ("tls.cert=cert.pem", "tls.cert and tls.key are given together"),
+        ("bounds.start_m=-1", "bounds.start_m must be finite and above 0"),
+    ):
+        with pytest.raises(Exception, match=message):
+            serve.run(compose("serve", [f"checkpoint={run}", override]))
 
 
 def test_addresses_of_this_machine_alone_are_told_from_others() -> None:

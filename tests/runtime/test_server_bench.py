@@ -28,4 +28,5 @@ def test_the_server_is_measured_from_outside() -> None:
     )
     assert 0 < figures["plan_p50_ms"] < figures["p50_ms"] <= figures["p95_ms"]
     assert figures["requests_per_s"] > 0
+    assert figures["batched_requests_per_s"] > 0
     assert figures["clients"] == 2

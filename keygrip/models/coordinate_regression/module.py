@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -163,19 +165,39 @@ class CoordinateRegressionPolicy:
         """What it reads of an observation."""
         return Needs(arms=tuple(self.module.network.arms))
 
-    @torch.inference_mode()
+    @property
+    def workspace(self) -> np.ndarray:
+        """``[2, 3]`` lowest and highest position seen in training, metres."""
+        return self.module.statistics.position_range.double().cpu().numpy()
+
     def plan(self, observation: Observation) -> Plan:
         """Poses of the next T steps."""
+        return self.plan_batch([observation], [self])[0]
+
+    @torch.inference_mode()
+    def plan_batch(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> list[Plan]:
+        """The plans for several observations, in one pass of the network."""
         module = self.module
-        image, _ = self._geometry.apply(np.asarray(observation["image"]), np.asarray(observation["intrinsics"]))
+        images = [
+            self._geometry.apply(np.asarray(seen["image"]), np.asarray(seen["intrinsics"]))[0].to(module.device)
+            for seen in observations
+        ]
         position, quaternion, gripper = (
-            torch.as_tensor(arm_axis(observation[name], trailing), dtype=torch.float32, device=module.device)[None]
+            torch.stack(
+                [
+                    torch.as_tensor(arm_axis(seen[name], trailing), dtype=torch.float32, device=module.device)
+                    for seen in observations
+                ]
+            )
             for name, trailing in (("position", 1), ("quaternion", 1), ("gripper", 0))
         )
-        output = module.network(image.to(module.device)[None], module.state(position, quaternion, gripper))
-        return Plan(
-            position=module.denormalise(output.position[0]).double().cpu().numpy(),
-            quaternion=columns_to_quaternion(output.rotation[0]).double().cpu().numpy(),
-            gripper=output.gripper[0].sigmoid().double().cpu().numpy(),
-            step_seconds=module.statistics.step_seconds,
-        )
+        output = module.network(torch.stack(images), module.state(position, quaternion, gripper))
+        return [
+            Plan(
+                position=module.denormalise(output.position[row]).double().cpu().numpy(),
+                quaternion=columns_to_quaternion(output.rotation[row]).double().cpu().numpy(),
+                gripper=output.gripper[row].sigmoid().double().cpu().numpy(),
+                step_seconds=module.statistics.step_seconds,
+            )
+            for row in range(len(observations))
+        ]

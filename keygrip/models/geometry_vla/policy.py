@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 
+from keygrip.data.robot.augmentation import View
 from keygrip.models.nn.flow_matching import Solver
 from keygrip.models.policy import Needs, Observation, Plan, arm_axis, views_of
 
@@ -54,44 +56,72 @@ class GeometryVLAPolicy:
         """Starts an episode: the noise is from here on a function of the seeds."""
         self._generator.manual_seed(self.seed + seed)
 
-    @torch.inference_mode()
+    def session(self) -> Self:
+        """Another policy on the same network, with a generator of its own."""
+        return replace(self)
+
+    @property
+    def workspace(self) -> np.ndarray:
+        """``[2, 3]`` lowest and highest position seen in training, metres."""
+        return self.module.statistics.position_range.double().cpu().numpy()
+
     def plan(self, observation: Observation) -> Plan:
         """Poses of the next T steps.
 
         Raises:
             ValueError: a camera or the instruction is missing.
         """
+        return self.plan_batch([observation], [self])[0]
+
+    @torch.inference_mode()
+    def plan_batch(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> list[Plan]:
+        """The plans of several sessions in one pass; the noise of each is drawn by its own generator. As `plan`."""
         module, device = self.module, self.module.device
-        instruction = observation.get("instruction")
-        if not isinstance(instruction, str) or not instruction:
-            raise ValueError("the observation lacks an instruction, which tells this policy what to do")
-        views = [
-            self._geometry.view(
-                np.asarray(view["image"]), np.asarray(view["intrinsics"]), np.asarray(view["world_to_camera"])
-            )
-            for view in views_of(observation, module.views)
-        ]
-        pictures = torch.from_numpy(np.stack([view.picture.transpose(2, 0, 1) for view in views])).to(device)
+        instructions = [_instruction(seen) for seen in observations]
+        views = [[self._view(view) for view in views_of(seen, module.views)] for seen in observations]
+        pictures = torch.from_numpy(
+            np.stack([np.stack([view.picture.transpose(2, 0, 1) for view in seen]) for seen in views])
+        ).to(device)
         intrinsics, world_to_camera = (
-            torch.as_tensor(np.stack([getattr(view, name) for view in views]), dtype=torch.float32, device=device)
+            torch.as_tensor(
+                np.stack([np.stack([getattr(view, name) for view in seen]) for seen in views]),
+                dtype=torch.float32,
+                device=device,
+            )
             for name in ("intrinsics", "world_to_camera")
         )
-
-        def arm_tensor(name: str, trailing: int) -> torch.Tensor:
-            return torch.as_tensor(arm_axis(observation[name], trailing), dtype=torch.float32, device=device)[None]
-
-        position, quaternion, gripper = arm_tensor("position", 1), arm_tensor("quaternion", 1), arm_tensor("gripper", 0)
-        scene = module.network.encode(pictures[None], [instruction], intrinsics[None], world_to_camera[None])
+        position, quaternion, gripper = (
+            torch.as_tensor(
+                np.stack([arm_axis(seen[name], trailing) for seen in observations]), dtype=torch.float32, device=device
+            )
+            for name, trailing in (("position", 1), ("quaternion", 1), ("gripper", 0))
+        )
+        scene = module.network.encode(pictures, instructions, intrinsics, world_to_camera)
         shape = (1, module.network.head.horizon, module.actions.size)
-        noise = torch.randn(shape, generator=self._generator).to(device)
+        noise = torch.cat([torch.randn(shape, generator=session._generator) for session in sessions]).to(device)
         state = module.actions.state(position, quaternion, gripper)
         sampled = module.network.sample(scene, noise, state, self._sampling)
         planned, turned, opening = module.actions.decode(sampled, position, quaternion)
         low, high = module.statistics.position_range
-        kept = planned[0].clamp(low - self.margin_m, high + self.margin_m).double().cpu().numpy()
-        return Plan(
-            position=kept,
-            quaternion=turned[0].double().cpu().numpy(),
-            gripper=opening[0].clamp(0, 1).double().cpu().numpy(),
-            step_seconds=module.statistics.step_seconds,
+        kept = planned.clamp(low - self.margin_m, high + self.margin_m)
+        return [
+            Plan(
+                position=kept[row].double().cpu().numpy(),
+                quaternion=turned[row].double().cpu().numpy(),
+                gripper=opening[row].clamp(0, 1).double().cpu().numpy(),
+                step_seconds=module.statistics.step_seconds,
+            )
+            for row in range(len(observations))
+        ]
+
+    def _view(self, view: Mapping[str, Any]) -> View:
+        return self._geometry.view(
+            np.asarray(view["image"]), np.asarray(view["intrinsics"]), np.asarray(view["world_to_camera"])
         )
+
+
+def _instruction(observation: Observation) -> str:
+    instruction = observation.get("instruction")
+    if not isinstance(instruction, str) or not instruction:
+        raise ValueError("the observation lacks an instruction, which tells this policy what to do")
+    return instruction

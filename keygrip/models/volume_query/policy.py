@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -55,28 +56,50 @@ class VolumeQueryPolicy:
         """Starts an episode: what the "sample" decoder draws is from here on a function of the seeds."""
         self._generator.manual_seed(self.seed + seed)
 
-    @torch.inference_mode()
+    def session(self) -> Self:
+        """Another policy on the same network, with a generator of its own."""
+        return replace(self)
+
+    @property
+    def workspace(self) -> np.ndarray:
+        """``[2, 3]`` lowest and highest position seen in training, metres."""
+        return self.module.statistics.position_range.double().cpu().numpy()
+
     def plan(self, observation: Observation) -> Plan:
         """Poses of the next T steps.
 
         Raises:
             ParallelRayError: a decoded pixel's ray does not meet its height plane.
         """
+        return self._plans([observation])[0]
+
+    def plan_batch(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> list[Plan]:
+        """The plans of several sessions in one pass of the network; one by one where they draw by chance. As `plan`."""
+        if self.chosen_decoder().name == "sample":
+            return [session.plan(seen) for session, seen in zip(sessions, observations, strict=True)]
+        return self._plans(observations)
+
+    @torch.inference_mode()
+    def _plans(self, observations: Sequence[Observation]) -> list[Plan]:
         module, network, statistics = self.module, self.module.network, self.module.statistics
         device = module.device
-        image, intrinsics = self._geometry.apply(
-            np.asarray(observation["image"]), np.asarray(observation["intrinsics"])
+        views = [
+            self._geometry.apply(np.asarray(seen["image"]), np.asarray(seen["intrinsics"])) for seen in observations
+        ]
+        image = torch.stack([image.to(device) for image, _ in views])
+        k = torch.stack([torch.as_tensor(matrix, dtype=torch.float32, device=device) for _, matrix in views])
+
+        def stacked(arrays: Iterable[np.ndarray]) -> torch.Tensor:
+            return torch.stack([torch.as_tensor(array, dtype=torch.float32, device=device) for array in arrays])
+
+        camera = stacked(np.asarray(seen["world_to_camera"]) for seen in observations)
+        position, quaternion, gripper = (
+            stacked(arm_axis(seen[name], trailing) for seen in observations)
+            for name, trailing in (("position", 1), ("quaternion", 1), ("gripper", 0))
         )
-        k = torch.as_tensor(intrinsics, dtype=torch.float32, device=device)[None]
-        camera = torch.as_tensor(np.asarray(observation["world_to_camera"]), dtype=torch.float32, device=device)[None]
-
-        def arm_tensor(name: str, trailing: int) -> torch.Tensor:
-            return torch.as_tensor(arm_axis(observation[name], trailing), dtype=torch.float32, device=device)[None]
-
-        position, quaternion, gripper = arm_tensor("position", 1), arm_tensor("quaternion", 1), arm_tensor("gripper", 0)
         start_pixels, _ = project(position, k[:, None], camera[:, None])
         state = arm_state(network.state_parts, position, quaternion, gripper, statistics.height_range)
-        output = network(image.to(device)[None], start_pixels, state)
+        output = network(image, start_pixels, state)
         decoded = self.chosen_decoder().decode(
             output,
             [module.codec(arm) for arm in network.arms],
@@ -87,11 +110,14 @@ class VolumeQueryPolicy:
             generator=self._generator,
         )
         low, high = statistics.position_range
-        kept = decoded.position[0].clamp(low - self.margin_m, high + self.margin_m)
-        return Plan(
-            position=kept.double().cpu().numpy(),
-            quaternion=decoded.quaternion[0].double().cpu().numpy(),
-            gripper=decoded.gripper[0].double().cpu().numpy(),
-            step_seconds=statistics.step_seconds,
-            uncertainty=decoded.entropy[0].double().cpu().numpy(),
-        )
+        kept = decoded.position.clamp(low - self.margin_m, high + self.margin_m)
+        return [
+            Plan(
+                position=kept[row].double().cpu().numpy(),
+                quaternion=decoded.quaternion[row].double().cpu().numpy(),
+                gripper=decoded.gripper[row].double().cpu().numpy(),
+                step_seconds=statistics.step_seconds,
+                uncertainty=decoded.entropy[row].double().cpu().numpy(),
+            )
+            for row in range(len(observations))
+        ]

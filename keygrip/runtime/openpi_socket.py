@@ -1,0 +1,81 @@
+"""A websocket connection of openpi's policy client: one episode after the other, each with its own generator."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from functools import partial
+
+from aiohttp import WSCloseCode, WSMsgType, web
+
+from keygrip.models.policy import Policy
+from keygrip.runtime import openpi
+from keygrip.runtime.service import PolicyService, Refusal
+from keygrip.runtime.sessions import SessionError, checked_seed
+
+log = logging.getLogger(__name__)
+
+
+async def converse(service: PolicyService, request: web.Request) -> web.StreamResponse:
+    """Answers the messages of one connection until it is closed, or silent for `limits.session_s`."""
+    if service.conversations + len(service.sessions) >= service.limits.sessions:
+        raise Refusal(503, f"{service.limits.sessions} sessions are open: ask again later", again=True)
+    policy = service.policy(0)
+    socket = web.WebSocketResponse(
+        max_msg_size=service.limits.request_bytes, compress=False, timeout=service.limits.read_s, autoping=True
+    )
+    await socket.prepare(request)
+    service.conversations += 1
+    try:
+        await _send(service, socket, openpi.metadata(service.about, service.needs))
+        await _answer_all(service, socket, policy)
+    except (ConnectionError, TimeoutError) as error:
+        service.metrics.disconnects += 1
+        log.info("%s went away (%s)", request.remote, type(error).__name__)
+    finally:
+        service.conversations -= 1
+    return socket
+
+
+async def _answer_all(service: PolicyService, socket: web.WebSocketResponse, policy: Policy) -> None:
+    replaced = service.planner.replaced
+    while True:
+        try:
+            message = await socket.receive(timeout=service.limits.session_s)
+        except TimeoutError:
+            await socket.close(code=WSCloseCode.GOING_AWAY, message=b"no message for too long")
+            return
+        if message.type is not WSMsgType.BINARY:
+            if message.type is WSMsgType.TEXT:
+                await socket.close(code=WSCloseCode.UNSUPPORTED_DATA, message=b"messages are binary (MessagePack)")
+            return
+        if service.planner.replaced != replaced:
+            await socket.close(code=WSCloseCode.TRY_AGAIN_LATER, message=b"the policy was replaced")
+            return
+        status = 200
+        try:
+            began = time.perf_counter()
+            body: bytes = message.data
+            decoded = await service.read(partial(openpi.decode_message, body, service.needs))
+            if isinstance(decoded, int):
+                policy = service.policy(checked_seed(decoded))
+                answer: bytes | str = openpi.encode_reset(decoded)
+            else:
+                plan = await service.plan(decoded, policy)
+                answer = openpi.encode_plan(plan, 1e3 * (time.perf_counter() - began))
+        except Refusal as refusal:
+            status, answer = refusal.status, f"{refusal.status}: {refusal.sentence}"
+        except SessionError as error:
+            status, answer = error.status, f"{error.status}: {error}"
+        service.metrics.answers["openpi", status] += 1
+        await _send(service, socket, answer)
+
+
+async def _send(service: PolicyService, socket: web.WebSocketResponse, answer: bytes | str) -> None:
+    """Sends, to a client that reads: one that does not is dropped."""
+    async with asyncio.timeout(service.limits.read_s):
+        if isinstance(answer, str):
+            await socket.send_str(answer)
+        else:
+            await socket.send_bytes(answer)

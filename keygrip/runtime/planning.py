@@ -1,0 +1,235 @@
+"""One thread that computes plans for everybody: waiting requests go into one batch, and a stuck policy is replaced.
+
+A request that waits is computed with those beside it (`batch` of them at most); nothing waits for a batch to fill. A
+computation that outlives `stuck_s` is abandoned in its thread, which Python cannot end, and the policy is made anew in
+another. Everything but the computation happens on the event loop, so that no state here needs a lock but the queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from keygrip.models.policy import Observation, Plan, Policy
+
+log = logging.getLogger(__name__)
+
+
+class UnavailableError(RuntimeError):
+    """The policy is stuck, being replaced, or was replaced while a request waited; the text says which."""
+
+
+@dataclass(eq=False)
+class _Job:
+    policy: Policy  # of the session
+    observation: Observation
+    answer: asyncio.Future[Plan]
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A thread and the policy that it computes with."""
+
+    jobs: deque[_Job] = field(default_factory=deque)
+    awake: threading.Condition = field(default_factory=threading.Condition)
+    computing: list[_Job] = field(default_factory=list)
+    since: float | None = None  # when the running computation began (monotonic)
+    abandoned: bool = False
+
+
+class Planner:
+    """The policy's thread, seen from the event loop.
+
+    Args:
+        policy: plans. make: another one like it, for when it is stuck; None: the server then ends.
+        batch: requests computed together, where the policy has `plan_batch`.
+        plan_s: a computation that takes longer is overdue. stuck_s: one that takes longer is stuck.
+        replacements: of a stuck policy; after that `failed` is set.
+        observe: called with the seconds of a computation and how many plans it gave.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        make: Callable[[], Policy] | None,
+        *,
+        batch: int,
+        plan_s: float,
+        stuck_s: float,
+        replacements: int,
+        observe: Callable[[float, int], None],
+    ) -> None:
+        self.policy: Policy | None = policy
+        self.replaced = 0
+        self.pending = 0  # waiting or computing, whether or not anyone still waits for them
+        self.failed = asyncio.Event()
+        self._make, self._batch, self._plan_s, self._stuck_s = make, batch, plan_s, stuck_s
+        self._replacements, self._observe = replacements, observe
+        self._worker = self._start()
+
+    # ---- on the event loop -----------------------------------------------------------------------------------------
+
+    def trouble(self) -> str | None:
+        """Why no plan can be expected, or None."""
+        if self.failed.is_set():
+            return f"the policy was stuck {self.replaced + 1} times: the server ends"
+        if self.policy is None:
+            return "the policy was stuck and is being loaded again"
+        since = self._worker.since
+        if since is not None and time.monotonic() - since > self._plan_s:
+            return f"the policy has computed one plan for {time.monotonic() - since:.1f} s and may be stuck"
+        return None
+
+    async def plan(self, policy: Policy, observation: Observation) -> Plan:
+        """The plan of a session's policy, which `self.policy` or its `session()` made.
+
+        Raises:
+            UnavailableError: there is no policy, or it was replaced meanwhile. Whatever the policy raises.
+        """
+        if self.policy is None or self.failed.is_set():
+            raise UnavailableError(self.trouble())
+        worker, job = self._worker, _Job(policy, observation, asyncio.get_running_loop().create_future())
+        self.pending += 1
+        with worker.awake:
+            worker.jobs.append(job)
+            worker.awake.notify()
+        return await job.answer
+
+    async def watch(self) -> None:
+        """Replaces the policy whenever it is stuck; runs until cancelled."""
+        while True:
+            await asyncio.sleep(min(0.5, self._stuck_s / 10))
+            worker = self._worker
+            since = worker.since
+            if since is None or time.monotonic() - since <= self._stuck_s:
+                continue
+            with worker.awake:
+                worker.abandoned = True
+                lost = [*worker.computing, *worker.jobs]
+                worker.jobs.clear()
+                worker.awake.notify()
+            self.pending = 0
+            for job in lost:
+                _settle(job, error=UnavailableError("the policy was stuck and is being loaded again"))
+            log.error("the policy has computed one plan for more than %g s", self._stuck_s)
+            if self._make is None or self.replaced >= self._replacements:
+                self.failed.set()
+                return
+            self.policy = None
+            try:
+                self.policy = await _in_daemon_thread(self._make)
+            except Exception:
+                log.exception("the policy could not be loaded again")
+                self.failed.set()
+                return
+            self.replaced += 1
+            self._worker = self._start()
+            log.warning("the policy was replaced (%d of at most %d times)", self.replaced, self._replacements)
+
+    def close(self) -> None:
+        """Ends the thread after its present computation; what waits is not computed."""
+        with self._worker.awake:
+            self._worker.abandoned = True
+            self._worker.awake.notify()
+
+    def _start(self) -> _Worker:
+        worker = _Worker()
+        # A daemon: a stuck computation must not keep the process from ending.
+        threading.Thread(target=self._work, args=(worker,), name="policy", daemon=True).start()
+        return worker
+
+    def _finish(self, worker: _Worker, jobs: Sequence[_Job], results: Sequence[Plan | BaseException]) -> None:
+        if worker is not self._worker or worker.abandoned:
+            return  # the jobs were answered when it was found stuck
+        self.pending -= len(jobs)
+        for job, result in zip(jobs, results, strict=True):
+            if isinstance(result, BaseException):
+                _settle(job, error=result)
+            else:
+                _settle(job, plan=result)
+
+    # ---- in the worker's thread ------------------------------------------------------------------------------------
+
+    def _work(self, worker: _Worker) -> None:
+        while True:
+            with worker.awake:
+                worker.awake.wait_for(lambda: worker.jobs or worker.abandoned)
+                if worker.abandoned:
+                    return
+                jobs = [worker.jobs.popleft() for _ in range(min(self._batch, len(worker.jobs)))]
+                worker.computing, worker.since = jobs, time.monotonic()
+            wanted = [job for job in jobs if not job.answer.done()]  # the others' clients have given up
+            started = time.perf_counter()
+            results: dict[_Job, Plan | BaseException] = dict.fromkeys(jobs, asyncio.CancelledError())
+            results |= zip(wanted, plans_of(wanted), strict=True)
+            if wanted and not worker.abandoned:
+                self._observe(time.perf_counter() - started, len(wanted))
+            with worker.awake:
+                worker.computing, worker.since = [], None
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
+                jobs[0].answer.get_loop().call_soon_threadsafe(self._finish, worker, jobs, list(results.values()))
+
+
+def plans_of(jobs: Sequence[Any]) -> list[Plan | BaseException]:
+    """A plan or an exception for each job (`policy`, `observation`); one that fails does not take others with it."""
+    if len(jobs) > 1 and all(hasattr(job.policy, "plan_batch") for job in jobs):
+        try:
+            sessions, observations = [job.policy for job in jobs], [job.observation for job in jobs]
+            return list(jobs[0].policy.plan_batch(observations, sessions))
+        except ValueError:
+            pass  # one of them, and each says below whether it is the one
+        except Exception:
+            log.exception("a batch of %d failed; planning one by one", len(jobs))
+    answers: list[Plan | BaseException] = []
+    for job in jobs:
+        try:
+            answers.append(job.policy.plan(job.observation))
+        except Exception as error:
+            answers.append(error)
+    return answers
+
+
+def _settle(job: _Job, plan: Plan | None = None, error: BaseException | None = None) -> None:
+    if job.answer.done():
+        return
+    if error is None:
+        assert plan is not None
+        job.answer.set_result(plan)
+    elif isinstance(error, asyncio.CancelledError):
+        job.answer.cancel()
+    else:
+        job.answer.set_exception(error)
+        job.answer.exception()  # nobody may still wait for it
+
+
+async def _in_daemon_thread(call: Callable[[], Any]) -> Any:
+    """The result of a call that may itself never return."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Any] = loop.create_future()
+
+    def deliver(result: Any, error: Exception | None) -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+
+    def run() -> None:
+        result, failure = None, None
+        try:
+            result = call()
+        except Exception as error:
+            failure = error
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(deliver, result, failure)
+
+    threading.Thread(target=run, name="policy-loading", daemon=True).start()
+    return await future

@@ -1,0 +1,113 @@
+"""What a policy may be asked and may answer: bounds from its training data, checked at the server's door.
+
+A network extrapolates without a word: a start pose in millimetres gives a plan that looks right, one of 1e20 gives
+NaN. :meth:`Bounds.refuse_start` and :meth:`Bounds.refuse_plan` refuse both with a sentence. The limits of the robot
+itself (speed, workspace, table) are those of `keygrip.runtime.limits`, at the robot; these are wider, and stop what no
+robot should ever receive.
+
+Frames and units: world frame, metres, seconds; quaternions w, x, y, z; gripper 0 closed .. 1 open.
+Shape legend: A arms, T planned steps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from keygrip.models.policy import Observation, Plan, arm_axis
+
+QUATERNION_SLACK = 1e-3  # of the norm of a planned quaternion
+GRIPPER_SLACK = 0.05  # beyond 0 and 1
+
+
+class ImplausibleError(ValueError):
+    """An observation far from the training data, or a plan that must not be sent; the text says why."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far an observation and a plan may leave the box of the positions seen in training.
+
+    Args:
+        start_m: of the arm's position. plan_m: of a planned position.
+        speed_m_s: between planned positions, the arm's own first.
+    """
+
+    start_m: float = 0.2
+    plan_m: float = 0.1
+    speed_m_s: float = 3.0
+
+    def __post_init__(self) -> None:
+        for bound in fields(self):
+            value = getattr(self, bound.name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"bounds.{bound.name} must be finite and above 0, not {value}")
+
+    def refuse_start(self, observation: Observation, workspace: np.ndarray | None) -> None:
+        """Raise ImplausibleError where an arm is far from every position seen in training.
+
+        Args:
+            workspace: [2, 3] lowest and highest training position; None: nothing is known, all is taken.
+        """
+        if workspace is None:
+            return
+        positions = arm_axis(observation["position"], 1)
+        outside, where = _outside(positions, workspace)
+        if outside > self.start_m:
+            raise ImplausibleError(
+                f"'position' {_said(positions[where])} lies {outside:.3g} m outside the box of the training data, "
+                f"{_said(workspace[0])} to {_said(workspace[1])} m, more than bounds.start_m={self.start_m:g}: is it "
+                "in metres, in the world frame of the training data?"
+            )
+
+    def refuse_plan(self, plan: Plan, observation: Observation, workspace: np.ndarray | None) -> None:
+        """Raise ImplausibleError where a plan is not one of finite, unit, reachable poses.
+
+        Args:
+            observation: that the plan was made for. workspace: as of `refuse_start`.
+        """
+        start = arm_axis(observation["position"], 1)
+        arms, steps = len(start), np.shape(plan.gripper)[-1] if np.ndim(plan.gripper) else 0
+        shapes = {"position": (arms, steps, 3), "quaternion": (arms, steps, 4), "gripper": (arms, steps)}
+        parts = {name: np.asarray(getattr(plan, name)) for name in shapes}
+        if plan.uncertainty is not None:
+            shapes["uncertainty"], parts["uncertainty"] = (arms, steps), np.asarray(plan.uncertainty)
+        for name, value in parts.items():
+            if value.shape != shapes[name] or not steps:
+                raise ImplausibleError(f"the policy's plan is malformed: its {name} has the shape {value.shape}")
+            if not np.isfinite(value).all():
+                raise ImplausibleError(f"the policy's plan is not finite in its {name}; it is not sent")
+        if not (math.isfinite(plan.step_seconds) and plan.step_seconds > 0):
+            raise ImplausibleError(f"the policy's plan has steps of {plan.step_seconds} s; it is not sent")
+        norms = np.linalg.norm(parts["quaternion"], axis=-1)
+        if (abs(norms - 1) > QUATERNION_SLACK).any():
+            raise ImplausibleError(f"the policy's plan has a quaternion of norm {norms.min():.3g} to {norms.max():.3g}")
+        if (parts["gripper"] < -GRIPPER_SLACK).any() or (parts["gripper"] > 1 + GRIPPER_SLACK).any():
+            raise ImplausibleError("the policy's plan has a gripper opening outside 0 to 1; it is not sent")
+        if workspace is not None:
+            positions = parts["position"].reshape(-1, 3)
+            outside, where = _outside(positions, workspace)
+            if outside > self.plan_m:
+                raise ImplausibleError(
+                    f"the policy's plan reaches {_said(positions[where])}, {outside:.3g} m outside the box of the "
+                    f"training data, more than bounds.plan_m={self.plan_m:g}; it is not sent"
+                )
+        path = np.concatenate([start[:, None], parts["position"]], axis=1)
+        speed = float(np.linalg.norm(np.diff(path, axis=1), axis=-1).max()) / plan.step_seconds
+        if speed > self.speed_m_s:
+            raise ImplausibleError(
+                f"the policy's plan moves at {speed:.3g} m/s, above bounds.speed_m_s={self.speed_m_s:g}; it is not sent"
+            )
+
+
+def _outside(positions: np.ndarray, workspace: np.ndarray) -> tuple[float, int]:
+    """How far the farthest of positions [N, 3] lies outside a box [2, 3] along one axis, metres, and which it is."""
+    beyond = np.maximum(workspace[0] - positions, positions - workspace[1]).max(axis=1)
+    where = int(np.argmax(beyond))
+    return float(beyond[where]), where
+
+
+def _said(position: np.ndarray) -> str:
+    return f"({', '.join(f'{value:.3g}' for value in position)})"

@@ -1,0 +1,214 @@
+"""What both protocols of the policy server share: a plan or a refusal for an observation that is still bytes.
+
+Decoding runs in threads of its own, so that the event loop answers `/health` meanwhile; the policy runs in another
+(`planning`); what goes in and what comes out is held to the training data (`plausibility`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
+
+import numpy as np
+
+from keygrip.models.policy import Needs, Observation, Plan, Policy
+from keygrip.runtime.metrics import Metrics
+from keygrip.runtime.planning import Planner, UnavailableError
+from keygrip.runtime.plausibility import Bounds, ImplausibleError
+from keygrip.runtime.sessions import Sessions, seeded, stochastic
+from keygrip.runtime.wire import WireError, entries_of
+
+log = logging.getLogger(__name__)
+
+DECODERS = 2  # threads
+Decoded = TypeVar("Decoded")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server puts up with.
+
+    Args:
+        request_mb: size of a request's body. requests: in progress at once, those still arriving included.
+        waiting: plans that wait or are computed at once; more are refused with 503.
+        batch: plans computed at once, of requests that wait; None: 1.
+        sessions: open at once, websocket connections included. session_s: after which an unused one is closed.
+        read_s: time in which a body must have arrived. idle_s: time in which a connection must send a request's head.
+        plan_s: time for a plan, waiting included; then the answer is 504.
+        stuck_s: a computation that takes longer is stuck, and the policy is replaced. replacements: of those; one more
+            and the server ends.
+    """
+
+    request_mb: float = 16.0
+    requests: int = 32
+    waiting: int = 4
+    batch: int | None = None
+    sessions: int = 64
+    session_s: float = 600.0
+    read_s: float = 5.0
+    idle_s: float = 15.0
+    plan_s: float = 30.0
+    stuck_s: float = 60.0
+    replacements: int = 3
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            value = getattr(self, limit.name)
+            least = 0 if limit.name == "replacements" else None
+            if value is not None and (value < 0 if least == 0 else not value > 0):
+                raise ValueError(f"limits.{limit.name} must be above 0, not {value}")
+        if self.stuck_s < self.plan_s:
+            raise ValueError(f"limits.stuck_s={self.stuck_s:g} must not be below limits.plan_s={self.plan_s:g}")
+
+    @property
+    def request_bytes(self) -> int:
+        """`request_mb` in bytes."""
+        return int(self.request_mb * 1e6)
+
+
+class Refusal(Exception):
+    """An answer without a plan: a status of HTTP, a sentence, and whether to ask again soon."""
+
+    def __init__(self, status: int, sentence: str, again: bool = False) -> None:
+        super().__init__(sentence)
+        self.status, self.sentence, self.again = status, sentence, again
+
+
+class PolicyService:
+    """A policy and the requests for it, whatever they come through. Used from one event loop.
+
+    Args:
+        policy: plans; called from one thread. needs: what it reads. about: what `/health` says of the model.
+        make: another policy like it, for when it is stuck; None: the server then ends.
+
+    Raises:
+        ValueError: the policy draws by chance and cannot be shared by sessions.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        needs: Needs,
+        about: dict[str, Any],
+        limits: Limits,
+        bounds: Bounds,
+        make: Callable[[], Policy] | None,
+    ) -> None:
+        self.needs, self.about, self.limits, self.bounds = needs, about, limits, bounds
+        self.stochastic = stochastic(policy)
+        self.workspace: np.ndarray | None = getattr(policy, "workspace", None)
+        self.metrics, self.sessions = Metrics(), Sessions(limits.sessions, limits.session_s)
+        self.conversations = 0  # open websocket connections
+        self._decoding = 0
+        self._decoders = ThreadPoolExecutor(DECODERS, "decode")
+        self._make = make
+        self.planner = Planner(
+            policy,
+            None if make is None else self._remake,
+            batch=limits.batch or 1,
+            plan_s=limits.plan_s,
+            stuck_s=limits.stuck_s,
+            replacements=limits.replacements,
+            observe=self.metrics.computed,
+        )
+
+    def close(self) -> None:
+        """Ends the threads once they have finished what they do."""
+        self.planner.close()
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def waiting(self) -> int:
+        """Plans under way: decoded, waiting or computed."""
+        return self._decoding + self.planner.pending
+
+    def policy(self, seed: int | None = None) -> Policy:
+        """The policy, or with a seed one that draws by a generator of its own.
+
+        Raises:
+            Refusal: it is stuck.
+        """
+        if self.planner.policy is None:
+            raise Refusal(503, self.planner.trouble() or "there is no policy", again=True)
+        return self.planner.policy if seed is None else seeded(self.planner.policy, seed)
+
+    async def read(self, decode: Callable[[], Decoded]) -> Decoded:
+        """What `decode` returns, computed beside the event loop; `plan` must follow at once where that is an
+        observation.
+
+        Raises:
+            Refusal: too many plans wait, or what was sent makes no sense.
+        """
+        if self.waiting >= self.limits.waiting:
+            trouble = self.planner.trouble()
+            raise Refusal(503, trouble or f"busy with {self.waiting} plans: ask again in a moment", again=True)
+        self._decoding += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._decoders, decode)
+        except WireError as error:
+            raise Refusal(400, str(error)) from error
+        finally:
+            self._decoding -= 1
+
+    async def plan(self, observation: Observation, policy: Policy) -> Plan:
+        """The plan of a session's policy.
+
+        Raises:
+            Refusal: with the status that says whose fault it is.
+        """
+        try:
+            async with asyncio.timeout(self.limits.plan_s):
+                self.bounds.refuse_start(observation, self.workspace)
+                plan = await self.planner.plan(policy, observation)
+                self.bounds.refuse_plan(plan, observation, self.workspace)
+                return plan
+        except TimeoutError:
+            raise Refusal(504, f"the plan took longer than {self.limits.plan_s:g} s") from None
+        except UnavailableError as error:
+            raise Refusal(503, str(error), again=True) from error
+        except ValueError as error:  # implausible, or the policy finds no plan: a ray that meets no plane, ...
+            if isinstance(error, ImplausibleError):
+                log.warning("refused: %s", error)
+            raise Refusal(422, str(error)) from error
+        except Exception as error:
+            log.error("the policy failed", exc_info=error)
+            raise Refusal(500, f"the policy failed: {type(error).__name__}: {error}") from error
+
+    def health(self) -> dict[str, Any]:
+        """State, model, what an observation holds, limits, counts, times."""
+        trouble = self.planner.trouble()
+        workspace = None if self.workspace is None else np.asarray(self.workspace, float).tolist()
+        return {
+            **self.about,
+            "state": "ready" if trouble is None else trouble,
+            "needs": asdict(self.needs),
+            "observation": {name: entry.describe() for name, entry in entries_of(self.needs).items()},
+            "stochastic": self.stochastic,
+            "limits": asdict(self.limits),
+            "bounds": {**asdict(self.bounds), "training_box_m": workspace},
+            "answers": self.metrics.statuses(),
+            "replaced": self.planner.replaced,
+            **self.metrics.quantiles(),
+        }
+
+    def metrics_text(self) -> str:
+        """For Prometheus."""
+        return self.metrics.text(
+            {
+                "up": ("1 while plans can be expected.", float(self.planner.trouble() is None)),
+                "plans_waiting": ("Plans that wait or are computed.", self.waiting),
+                "sessions": ("Open sessions.", len(self.sessions)),
+                "websockets": ("Open websocket connections.", self.conversations),
+                "replacements": ("Times that a stuck policy was replaced.", self.planner.replaced),
+            }
+        )
+
+    def _remake(self) -> Policy:
+        assert self._make is not None
+        policy = self._make()
+        self.sessions.clear()  # their policies compute with the network that is stuck
+        return policy

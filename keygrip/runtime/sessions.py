@@ -1,0 +1,122 @@
+"""Sessions of a policy server: what a client's policy draws by chance depends on its own seed and on nobody else.
+
+A policy that draws by chance has `reset(seed)` and `session()`: another one on the same network with a generator of
+its own. Policies without chance need no session; theirs is the policy itself.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass
+from typing import Any, cast
+
+from keygrip.models.policy import Policy
+
+LARGEST_SEED = 2**62
+
+
+class SessionError(ValueError):
+    """No such session, or none to be had. `status` is that of HTTP."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(eq=False)
+class Session:
+    """One client's episode: the policy with its own generator, and when it was last used (monotonic seconds)."""
+
+    policy: Policy
+    used: float
+
+
+def stochastic(policy: Policy) -> bool:
+    """Whether a policy draws by chance.
+
+    Raises:
+        ValueError: it does, and cannot be shared: it has `reset` and no `session`.
+    """
+    if not hasattr(policy, "reset"):
+        return False
+    if not hasattr(policy, "session"):
+        raise ValueError(
+            f"{type(policy).__name__} draws by chance (it has reset) and has no session(): give it one that returns "
+            "a policy on the same network with a generator of its own, or clients would disturb each other"
+        )
+    return True
+
+
+def seeded(policy: Policy, seed: int) -> Policy:
+    """A policy on the same network that draws by its own generator from `seed`; the policy itself if it draws not."""
+    if not stochastic(policy):
+        return policy
+    source: Any = policy
+    own = source.session()
+    own.reset(seed)
+    return cast(Policy, own)
+
+
+class Sessions:
+    """The open sessions, by names that cannot be guessed.
+
+    Args:
+        most: that are open at once. idle_s: after which one that is not used is closed.
+    """
+
+    def __init__(self, most: int, idle_s: float) -> None:
+        self._most, self._idle_s = most, idle_s
+        self._open: dict[str, Session] = {}
+
+    def __len__(self) -> int:
+        self._close_idle()
+        return len(self._open)
+
+    def start(self, policy: Policy, seed: int) -> str:
+        """The name of a new session.
+
+        Raises:
+            SessionError: too many are open.
+        """
+        if len(self) >= self._most:
+            raise SessionError(503, f"{self._most} sessions are open: close one (DELETE /session), or ask again later")
+        name = secrets.token_urlsafe(16)
+        self._open[name] = Session(seeded(policy, seed), time.monotonic())
+        return name
+
+    def restart(self, name: str, policy: Policy, seed: int) -> None:
+        """Starts an episode of a session. Raises SessionError where it is not open."""
+        self.find(name).policy = seeded(policy, seed)
+
+    def find(self, name: str) -> Session:
+        """An open session. Raises SessionError where it is not open."""
+        self._close_idle()
+        session = self._open.get(name)
+        if session is None:
+            raise SessionError(
+                404, f"no such session: it was closed, or not used for {self._idle_s:g} s, or the policy was replaced"
+            )
+        session.used = time.monotonic()
+        return session
+
+    def end(self, name: str) -> None:
+        """Closes a session. Raises SessionError where it is not open."""
+        self.find(name)
+        del self._open[name]
+
+    def clear(self) -> None:
+        """Closes all."""
+        self._open.clear()
+
+    def _close_idle(self) -> None:
+        now = time.monotonic()
+        for name in [name for name, session in self._open.items() if now - session.used > self._idle_s]:
+            del self._open[name]
+
+
+def checked_seed(value: object) -> int:
+    """The seed that somebody sent. Raises SessionError where it is none."""
+    if type(value) is not int or not 0 <= value < LARGEST_SEED:
+        raise SessionError(400, f"a seed is a whole number from 0 to {LARGEST_SEED - 1}, not {str(value)[:40]!r}")
+    return value

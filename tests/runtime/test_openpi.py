@@ -1,0 +1,246 @@
+"""openpi's protocol: its messages written by hand, and its own client where `make openpi` has installed one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import struct
+import subprocess
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import pytest
+
+from keygrip.models.policy import Needs, Plan
+from keygrip.runtime.messagepack import MessagePackError, pack, unpack
+from keygrip.runtime.openpi import decode_message
+from keygrip.runtime.wire import WireError
+
+Observe = Callable[..., dict[str, Any]]
+Start = Callable[..., Any]
+ROOT = Path(__file__).resolve().parents[2]
+TOKEN = "correct-horse-battery"
+# What openpi-client 0.1.2 makes of {"cameras": {"over": {"image": uint8 [1, 2, 3]}}, "position": float32 [3],
+# "gripper": numpy.float32(0.5), "n": -300, "big": 70000, "prompt": "pick", "flag": True, "none": None,
+# "list": [1, 2.5]}.
+RECORDED = bytes.fromhex(
+    "89a763616d6572617381a46f76657281a5696d61676584c40b5f5f6e6461727261795f5fc3c40464617461c406000102030405c405647479"
+    "7065a37c7531c405736861706593010203a8706f736974696f6e84c40b5f5f6e6461727261795f5fc3c40464617461c40c0000803e000000"
+    "00000080bfc4056474797065a33c6634c40573686170659103a76772697070657283c40d5f5f6e7067656e657269635f5fc3c40464617461"
+    "cb3fe0000000000000c4056474797065a33c6634a16ed1fed4a3626967ce00011170a670726f6d7074a47069636ba4666c6167c3a46e6f6e"
+    "65c0a46c6973749201cb4004000000000000"
+)
+
+
+def text(value: str) -> bytes:
+    return struct.pack(">BH", 0xDA, len(value)) + value.encode()
+
+
+def array(value: np.ndarray) -> bytes:
+    """As openpi's client writes arrays: a map of four entries with keys in bytes."""
+    shape = bytes([0x90 | value.ndim]) + b"".join(struct.pack(">BH", 0xCD, size) for size in value.shape)
+    return (
+        b"\x84\xc4\x0b__ndarray__\xc3\xc4\x04data" + struct.pack(">BI", 0xC6, value.nbytes) + value.tobytes()
+        + b"\xc4\x05dtype" + text(value.dtype.str) + b"\xc4\x05shape" + shape
+    )  # fmt: skip
+
+
+def message(observation: dict[str, Any]) -> bytes:
+    """An observation in flat names, written without the code that is tested."""
+    entries = {name: array(np.asarray(observation[name])) for name in ("position", "quaternion", "gripper")}
+    for camera, view in observation["cameras"].items():
+        entries |= {f"cameras/{camera}/{name}": array(value) for name, value in view.items()}
+    entries["prompt"] = text(observation["instruction"])
+    return bytes([0x80 | len(entries)]) + b"".join(text(name) + value for name, value in entries.items())
+
+
+def test_messages_of_the_real_client_are_read() -> None:
+    seen = unpack(RECORDED)
+    np.testing.assert_array_equal(seen["cameras"]["over"]["image"], np.arange(6, dtype=np.uint8).reshape(1, 2, 3))
+    np.testing.assert_array_equal(seen["position"], np.array([0.25, 0, -1], np.float32))
+    assert (seen["gripper"].dtype, float(seen["gripper"])) == (np.float32, 0.5)
+    rest = {name: seen[name] for name in ("n", "big", "prompt", "flag", "none", "list")}
+    assert rest == {"n": -300, "big": 70000, "prompt": "pick", "flag": True, "none": None, "list": [1, 2.5]}
+
+
+def test_what_is_written_is_read_again() -> None:
+    values = [None, True, 0, -1, 127, 128, -32, -33, 2**63, -(2**63), 1.5, "", "é" * 200, [1] * 40, {"a": {"b": [2]}}]
+    again = unpack(pack(values))
+    assert again == values
+    assert bytes(unpack(pack(bytes(70000)))) == bytes(70000)
+    for value in (np.zeros((2, 0), np.uint8), np.array(2.0), np.arange(12.0).reshape(3, 2, 2).T):
+        seen = unpack(pack({"x": value}))["x"]
+        np.testing.assert_array_equal(seen, value)
+        assert seen.dtype == value.dtype
+    for bad in ({1: 2}, object(), np.zeros(2, complex), np.array(["x"])):
+        with pytest.raises(TypeError):
+            pack(bad)
+    with pytest.raises(OverflowError):
+        pack(2**64)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "ends in the middle"),
+        (b"\xc1", "reserved type"),
+        (b"\xc7\x01\x01\x00", "extension"),
+        (b"\x93\x01", "ends in the middle"),
+        (b"\xdd\xff\xff\xff\xff", "more than 512 values"),
+        (b"\xdf\xff\xff\xff\xff", "more than 512 values"),
+        (b"\xc6\xff\xff\xff\xff", "ends in the middle"),
+        (b"\xdb\xff\xff\xff\xff", "string of 4294967295 bytes"),
+        (b"\x91" * 5000, "within each other"),
+        (b"\xdc\x02\x00" + b"\x90" * 512, "more than 512 values"),
+        (b"\x81\x01\x02", "no string"),
+        (b"\x82\xa1a\x01\xa1a\x02", "'a' twice"),
+        (b"\xa1\xff", "not UTF-8"),
+        (b"\x01\x01", "1 bytes follow"),
+        (array(np.zeros(2))[:-3] + struct.pack(">BH", 0xCD, 9), "shape .* in 16 bytes"),
+        (array(np.zeros(2)).replace(b"<f8", b"|O8"), "type '|O8'"),
+        (b"\x83\xc4\x0d__npgeneric__\xc3\xc4\x04data\xcd\x03\xe8\xc4\x05dtype\xa3|u1", "outside its type"),
+        (b"\x83\xc4\x0d__npgeneric__\xc3\xc4\x04data\xa1x\xc4\x05dtype\xa3<f4", "no number"),
+    ],
+)
+def test_what_is_not_in_the_format_or_too_large_is_refused(body: bytes, message: str) -> None:
+    with pytest.raises(MessagePackError, match=message):
+        unpack(body)
+
+
+def test_every_damaged_message_is_refused_or_read(observation: Observe, needs: Needs) -> None:
+    good, rng = message(observation()), np.random.default_rng(0)
+    for _ in range(300):
+        body = bytearray(good)
+        for place in rng.integers(0, 400, 3):
+            body[place] = rng.integers(256)
+        try:
+            seen = decode_message(bytes(body[: rng.integers(1, 2 * len(body))]), needs)
+        except WireError:
+            continue
+        assert isinstance(seen, int) or set(seen) >= {"position", "cameras"}
+
+
+def test_an_observation_arrives_in_either_spelling(observation: Observe, needs: Needs) -> None:
+    sent = observation()
+    flat = decode_message(message(sent), needs)
+    nested = {name: sent[name] for name in ("position", "quaternion", "cameras", "instruction")}
+    numbers = decode_message(pack(nested | {"position": sent["position"].tolist(), "gripper": 0.5}), needs)
+    for seen in (flat, numbers):
+        assert isinstance(seen, dict)
+        assert seen["instruction"] == sent["instruction"]
+        np.testing.assert_array_equal(seen["position"], sent["position"][None])
+        np.testing.assert_array_equal(seen["cameras"]["front"]["image"], sent["cameras"]["front"]["image"])
+    assert decode_message(b"\x81\xa5reset\x07", needs) == 7
+    for bad, words in (
+        (b"\x93\x01\x02\x03", "a map with string keys"),
+        (b"\x81\xa5reset\xa1x", "the seed of the episode"),
+        (pack({"prompt": "a", "instruction": "b"}), "'instruction' twice"),
+        (pack({"position": ["left"]}), "'position' is no array of numbers"),
+        (pack({"observation/state": np.zeros(8)}), "unknown array 'observation/state'"),
+        (pack({"image": None}), "'image' must be an array or a string"),
+    ):
+        with pytest.raises(WireError, match=words):
+            decode_message(bad, needs)
+
+
+def talk(url: str, script: Callable[[aiohttp.ClientWebSocketResponse], Awaitable[Any]], **headers: str) -> Any:
+    async def run() -> Any:
+        async with aiohttp.ClientSession() as session, session.ws_connect(url, headers=headers) as socket:
+            return await script(socket)
+
+    return asyncio.run(run())
+
+
+def actions_of(plan: Plan) -> np.ndarray:
+    """[T, 8] of a plan of one arm."""
+    return np.concatenate([plan.position[0], plan.quaternion[0], plan.gripper[0][:, None]], axis=-1)
+
+
+def test_a_conversation(running: Start, dice: Any, observation: Observe) -> None:
+    local, server = dice(), running(dice())
+
+    async def script(socket: aiohttp.ClientWebSocketResponse) -> list[Any]:
+        heard = [unpack(await socket.receive_bytes())]
+        for body in (message(observation(1)), message(observation(2)), b"\x81\xa5reset\x05", message(observation(3))):
+            await socket.send_bytes(body)
+            heard.append(unpack(await socket.receive_bytes()))
+        for body in (b"\x81\xa1x\x01", b"\x81\xa5reset\xff", b"\xc1"):
+            await socket.send_bytes(body)
+            heard.append(await socket.receive_str())
+        await socket.send_bytes(message(observation(4)))  # it still listens
+        heard.append(unpack(await socket.receive_bytes()))
+        await socket.send_str("hello")
+        heard.append((await socket.receive()).type)
+        return heard
+
+    first, one, two, reset, three, *refused, four, closed = talk(server.url, script)
+    assert first["needs"] == {"arms": ["right"], "cameras": ["over", "front"], "instruction": True}
+    assert first["action_names"][:4] == ["right/x", "right/y", "right/z", "right/qw"]
+    assert reset == {"reset": 5}
+    expected = [local.plan(observation(1)), local.plan(observation(2))]
+    local.reset(5)
+    expected += [local.plan(observation(3)), local.plan(observation(4))]
+    for answer, plan in zip((one, two, three, four), expected, strict=True):
+        np.testing.assert_array_equal(answer["actions"], actions_of(plan))
+        assert answer["step_seconds"] == plan.step_seconds
+        assert answer["server_timing"]["infer_ms"] > 0
+    assert refused[0].startswith("400: 'x' must be an array")
+    assert refused[1].startswith("400: a seed is a whole number")
+    assert refused[2].startswith("400: the message has an extension")
+    assert closed is aiohttp.WSMsgType.CLOSE
+    assert server.server.service.metrics.answers["openpi", 400] == 3
+    assert server.server.service.conversations == 0
+
+
+def test_who_may_not_converse(running: Start, observation: Observe) -> None:
+    server = running(more={"token": TOKEN}, request_mb=0.1, sessions=1)
+
+    async def nothing(socket: aiohttp.ClientWebSocketResponse) -> Any:
+        await socket.receive_bytes()
+        with pytest.raises(aiohttp.WSServerHandshakeError, match="503"):
+            async with aiohttp.ClientSession() as other:
+                await other.ws_connect(server.url, headers={"Authorization": f"Bearer {TOKEN}"})
+        await socket.send_bytes(bytes(200_000))
+        return await socket.receive()
+
+    for headers, status in (
+        ({}, "401"),
+        ({"Authorization": "Api-Key wrong"}, "401"),
+        ({"Authorization": f"Api-Key {TOKEN}", "Origin": "http://elsewhere"}, "403"),
+    ):
+        with pytest.raises(aiohttp.WSServerHandshakeError, match=status):
+            talk(server.url, nothing, **headers)
+    last = talk(server.url, nothing, Authorization=f"Api-Key {TOKEN}")
+    assert (last.type, last.data) == (aiohttp.WSMsgType.CLOSE, aiohttp.WSCloseCode.MESSAGE_TOO_BIG)
+
+
+@pytest.mark.openpi
+def test_the_real_client(running: Start, dice: Any, observation: Observe, tmp_path: Path) -> None:
+    python = os.environ.get("OPENPI_PYTHON")
+    if not python:
+        pytest.skip("OPENPI_PYTHON names no interpreter with openpi-client: make openpi")
+    server, local, sent = running(dice(), more={"token": TOKEN}), dice(), observation()
+    flat = {name: sent[name] for name in ("position", "quaternion", "gripper", "instruction")}
+    for camera, view in sent["cameras"].items():
+        flat |= {f"cameras/{camera}/{name}": value for name, value in view.items()}
+    np.savez(tmp_path / "observation.npz", **flat)
+    robot = ROOT / "tests/support/openpi_robot.py"
+    done = subprocess.run(
+        [python, robot, "127.0.0.1", str(server.port), tmp_path / "observation.npz", TOKEN],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["metadata"]["model"] == "Toy"
+    assert said["answer"] == ["actions", "server_timing", "step_seconds"]
+    for actions in said["actions"]:
+        np.testing.assert_array_equal(actions, actions_of(local.plan(sent)))
+    local.reset(5)
+    for actions in said["seeded"]:
+        np.testing.assert_array_equal(actions, actions_of(local.plan(sent)))
+    assert "400: the observation lacks 'cameras/over/image'" in said["refused"]
+    np.testing.assert_array_equal(said["steps"], actions_of(local.plan(sent))[:2])

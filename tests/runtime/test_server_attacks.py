@@ -1,0 +1,217 @@
+"""What the server does against nonsense that has the right format, floods of names, strangers and eavesdroppers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import ssl
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from keygrip.models.policy import Plan
+from keygrip.runtime.client import RemotePolicy, ServerError
+from keygrip.runtime.plausibility import Bounds, ImplausibleError
+from keygrip.runtime.wire import CONTENT_TYPE, encode_observation
+from keygrip.serve import tls_context
+
+Observe = Callable[..., dict[str, Any]]
+Start = Callable[..., Any]
+BOX = np.array([[0.1, -0.3, 0.0], [0.5, 0.3, 0.3]])
+TOKEN = "correct-horse-battery"
+
+
+def plan_of(**changes: Any) -> Plan:
+    """Two steps from (0.3, 0, 0.1) within the box."""
+    plan = Plan(
+        position=np.array([[[0.3, 0.0, 0.1], [0.35, 0.0, 0.1]]]),
+        quaternion=np.tile([0.0, 1.0, 0.0, 0.0], (1, 2, 1)),
+        gripper=np.array([[1.0, 0.0]]),
+        step_seconds=0.3,
+    )
+    return replace(plan, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"position": np.array([[[0.3, 0.0, np.nan], [0.3, 0.0, 0.1]]])}, "not finite in its position"),
+        ({"quaternion": np.full((1, 2, 4), np.inf)}, "not finite in its quaternion"),
+        ({"uncertainty": np.array([[0.0, np.nan]])}, "not finite in its uncertainty"),
+        ({"quaternion": np.zeros((1, 2, 4))}, "quaternion of norm 0"),
+        ({"position": np.array([[[0.3, 0.0, 0.1], [0.3, 0.0, 0.6]]])}, r"reaches \(0\.3, 0, 0\.6\), 0\.3 m outside"),
+        ({"position": np.array([[[0.3, 0.0, 0.1], [0.3, 0.0, 0.1], [0.3, 0.0, 0.1]]])}, "malformed: its position"),
+        ({"position": np.zeros((1, 0, 3)), "gripper": np.zeros((1, 0))}, "malformed"),
+        ({"position": np.array([[[0.12, -0.28, 0.1], [0.48, 0.28, 0.1]]]), "step_seconds": 0.1}, "moves at 6.66 m/s"),
+        ({"gripper": np.array([[1.0, 1.4]])}, "gripper opening outside 0 to 1"),
+        ({"step_seconds": 0.0}, "steps of 0.0 s"),
+        ({"step_seconds": float("nan")}, "steps of nan s"),
+    ],
+)
+def test_wild_plans_are_named(changes: dict[str, Any], message: str, observation: Observe) -> None:
+    seen = observation()
+    Bounds().refuse_plan(plan_of(), seen, BOX)
+    with pytest.raises(ImplausibleError, match=message):
+        Bounds().refuse_plan(plan_of(**changes), seen, BOX)
+
+
+def test_nothing_far_from_the_training_data_gets_a_plan(running: Start, dice: Any, observation: Observe) -> None:
+    server = running(dice(workspace=BOX))
+    with RemotePolicy(server.url) as policy:
+        policy.plan(observation())
+        policy.plan(observation(position=np.array([0.05, -0.35, 0.3])))  # near the box
+        for far in ([500.0, 0, 100.0], [1e20, 0, 0], [0.3, 0.0, -0.3], [0.3, 1e300, 0]):
+            with pytest.raises(ValueError, match=r"'position' .* outside the box of the training data"):
+                policy.plan(observation(position=np.array(far)))
+        mirrored = observation()
+        mirrored["cameras"]["front"]["world_to_camera"] = np.diag([1.0, 1.0, -1.0, 1.0])
+        with pytest.raises(ValueError, match=r"rotation is mirrored \(determinant -1\)"):
+            policy.plan(mirrored)
+        mirrored["cameras"]["front"]["world_to_camera"] = np.eye(4) + np.eye(4, k=3) * 1e20
+        with pytest.raises(ValueError, match="farther than 100 m away"):
+            policy.plan(mirrored)
+        health = policy.health()
+    assert health["answers"]["422"] == 4
+    assert health["bounds"]["training_box_m"] == BOX.tolist()
+
+
+def test_a_plan_that_is_not_finite_never_leaves(running: Start, toy: Any, observation: Observe) -> None:
+    class Broken(toy):  # type: ignore[misc]
+        def plan(self, seen: Any) -> Plan:
+            return replace(super().plan(seen), gripper=np.full((1, 3), np.nan))
+
+    with RemotePolicy(running(Broken()).url) as policy, pytest.raises(ValueError, match="not finite in its gripper"):
+        policy.plan(observation())
+
+
+def post(port: int, body: bytes) -> bytes:
+    head = f"POST /plan HTTP/1.1\r\nHost: x\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(head.encode() + body)
+        return connection.recv(65536)
+
+
+def test_floods_of_names_are_refused_unread(running: Start) -> None:
+    """A legal body of 13 MB with 200 000 names took 2.5 s to decode, during which nobody was answered."""
+    entry = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+    many = json.dumps({f"{number:032x}": entry for number in range(100_000)}).encode()
+    deep = b'{"a":' * 3000 + b"1" + b"}" * 3000
+    long_name = json.dumps({"x" * 10_000: entry}).encode()
+    server, slowest, done = running(), 0.0, threading.Event()
+    bodies = [struct.pack("<Q", len(header)) + header for header in (many, deep, long_name)]
+    assert len(bodies[0]) > 9e6
+
+    def watch() -> None:
+        nonlocal slowest
+        with RemotePolicy(server.url) as policy:
+            while not done.is_set():
+                started = time.perf_counter()
+                policy.health()
+                slowest = max(slowest, time.perf_counter() - started)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with ThreadPoolExecutor(4) as crowd:
+        answers = list(crowd.map(lambda body: post(server.port, body), bodies * 4))
+    done.set()
+    watcher.join()
+    assert all(b"400 Bad Request" in answer or b"503 " in answer for answer in answers)
+    assert all(len(answer) < 1000 for answer in answers)  # a refusal does not repeat what was sent
+    assert slowest < 2  # one of these alone took longer; tens of milliseconds on a quiet machine
+
+
+def test_without_the_token_nothing_is_answered(running: Start, observation: Observe, needs: Any) -> None:
+    server = running(more={"token": TOKEN})
+    for token in (None, "wrong", TOKEN + "x", "ünicode"):
+        with pytest.raises(ServerError, match="401: the header Authorization"):
+            RemotePolicy(server.url, token=token)
+    with RemotePolicy(server.url, token=TOKEN) as policy:
+        assert policy.plan(observation()).step_seconds == 0.3
+    assert b"401" in post(server.port, encode_observation(observation(), needs)).splitlines()[0]
+    for path, status in (("/metrics", b"401"), ("/", b"401"), ("/healthz", b"200"), ("/elsewhere", b"401")):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            assert status in connection.recv(65536).splitlines()[0]
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("tls")
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert, "-days", "2",
+         "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return cert, key
+
+
+def test_tls_encrypts_and_says_who_answers(
+    running: Start, observation: Observe, certificate: tuple[Path, Path]
+) -> None:
+    cert, key = certificate
+    server = running(more={"tls": tls_context(str(cert), str(key)), "token": TOKEN})
+    assert server.url.startswith("https://127.0.0.1:")
+    with RemotePolicy(server.url, token=TOKEN, ca=str(cert)) as policy:
+        assert policy.plan(observation()).step_seconds == 0.3
+    with pytest.raises(ConnectionError, match="CERTIFICATE_VERIFY_FAILED"):
+        RemotePolicy(server.url, token=TOKEN)  # nobody that the system trusts has signed it
+    with pytest.raises(ConnectionError, match="no policy server answers"):
+        RemotePolicy(server.url.replace("https", "http"), token=TOKEN)
+    with pytest.raises(ValueError, match="has no effect"):
+        RemotePolicy("http://127.0.0.1:1", ca=str(cert))
+
+
+def test_bad_certificates_are_refused_in_a_sentence(certificate: tuple[Path, Path], tmp_path: Path) -> None:
+    cert, key = map(str, certificate)
+    assert tls_context(None, None) is None
+    assert isinstance(tls_context(cert, key), ssl.SSLContext)
+    with pytest.raises(ValueError, match="given together"):
+        tls_context(cert, None)
+    with pytest.raises(FileNotFoundError, match=r"tls\.key=.*there is no such file"):
+        tls_context(cert, str(tmp_path / "none.pem"))
+    with pytest.raises(ValueError, match="are not a certificate"):
+        tls_context(key, cert)
+
+
+def test_a_client_that_hangs_up_leaves_one_line(
+    running: Start, observation: Observe, needs: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, body = running(), encode_observation(observation(), needs)
+    head = f"POST /plan HTTP/1.1\r\nHost: x\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with caplog.at_level(logging.INFO):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+            connection.sendall(head.encode() + body[:1000])
+        deadline = time.monotonic() + 20
+        while not server.server.service.metrics.disconnects and time.monotonic() < deadline:
+            time.sleep(0.01)
+        server.stop()
+    lines = [record for record in caplog.records if "went away" in record.getMessage()]
+    assert len(lines) == 1
+    assert [record for record in caplog.records if record.exc_info] == []
+
+
+def test_metrics_can_be_scraped(running: Start, observation: Observe) -> None:
+    server = running()
+    with RemotePolicy(server.url) as policy:
+        for _ in range(3):
+            policy.plan(observation())
+        status, body = policy._ask("GET", "/metrics")
+    lines = body.decode().splitlines()
+    assert status == 200
+    assert 'keygrip_answers_total{protocol="http",status="200"} 4' in lines
+    assert "keygrip_plans_total 3" in lines
+    assert 'keygrip_compute_seconds_bucket{le="+Inf"} 3' in lines
+    assert "keygrip_up 1" in lines
+    for line in lines:
+        assert line.startswith("# ") or len(line.rsplit(" ", 1)) == 2
