@@ -11,7 +11,7 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +34,6 @@ class ExportGraph:
     network: nn.Module
     inputs: dict[str, Tensor]
     outputs: tuple[str, ...]
-
-
-class Exportable(Protocol):
-    """A LightningModule that can be exported as a graph."""
-
-    def export_graph(self) -> ExportGraph: ...
 
 
 def export_program(graph: ExportGraph) -> torch.export.ExportedProgram:

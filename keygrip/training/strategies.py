@@ -61,12 +61,6 @@ class Strategy:
         """Number of processes over all nodes."""
         return self._devices() * self._nodes()
 
-    @property
-    def starts_processes(self) -> bool:
-        """Whether Lightning itself would start further processes from this one."""
-        external = "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_PROCID" in os.environ or "LOCAL_RANK" in os.environ
-        return self._devices() > 1 and not external
-
     def trainer_arguments(self) -> dict[str, Any]:
         """Arguments for ``lightning.Trainer``.
 

@@ -30,10 +30,6 @@ log = logging.getLogger(__name__)
 PART_LIMIT_S = 480.0  # a part is killed after this; its own limits are lower
 
 
-class PartsFailed(RuntimeError):
-    """Some parts failed; each record says why."""
-
-
 def refuse_without_gpu(toy: bool) -> None:
     """Raises ValueError: no GPU, and no toy sizes were asked for."""
     if not toy and not torch.cuda.is_available():

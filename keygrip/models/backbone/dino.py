@@ -344,17 +344,6 @@ class DinoBackbone(nn.Module):
             return int(parts[2])
         return self.depth if parts[1] == "norm" else -1
 
-    def layer_scale_of(self, name: str, decay: float) -> float:
-        """Learning-rate factor of a parameter under layer-wise decay (BEiT, arXiv 2106.08254): 1 at the final
-        norm, decay per layer below."""
-        return decay ** (self.depth - self.layer_of(name))
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that take no weight decay: everything with one axis (norms, biases, LayerScale)
-        and learned tokens."""
-        tokens = {"net.cls_token", "net.reg_token", "net.pos_embed"}
-        return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1 or name in tokens}
-
 
 def _adopt_position_table(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     adopt_position_table(module.net, state.get(f"{prefix}net.pos_embed"))  # type: ignore[arg-type]
