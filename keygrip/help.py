@@ -34,9 +34,15 @@ EXAMPLES = {
     ),
     "demo": ("", "data.record.task.name=pick", "max_steps=100"),
 }
-COMMON = {"seed": "of everything random", "debug": "true: full stack traces"}
+COMMON = {
+    "seed": "of everything random",
+    "debug": "true: full stack traces",
+    "compile": "null: PyTorch's eager mode",
+    "logger": "none: the progress line and result.json alone",
+}
 UNLISTED = ("seed", "run_dir")
 WIDTH = 120
+LONGEST_SETTING = 72  # longer values are cut, so that the reason stays in sight
 
 
 def help_text(command: str, overrides: Sequence[str]) -> str:
@@ -55,7 +61,7 @@ def help_text(command: str, overrides: Sequence[str]) -> str:
         return "\n".join([*lines, *_examples(command)])
     config, choices = _composed(command, given)
     groups = [(group, choice) for group, choice in choices.items() if not group.startswith("hydra")]
-    comments = _comments(config_folder() / f"{command}.yaml")
+    comments = _comments_of("", command)
     for group, choice in groups:
         if choice is not None:
             comments |= _comments_of(group, choice)
@@ -70,9 +76,14 @@ def help_text(command: str, overrides: Sequence[str]) -> str:
         if key in UNLISTED and path not in comments and not _named(command, key):
             continue  # every command has it, and this one does not use it
         why = why or COMMON.get(key, "")
+        for end in range(len(path) - 1, 1, -1):  # one of several values of one kind, described together
+            why = why or comments.get(path[:end], "")
         if not why and str(value).startswith("${"):
             continue  # passed on: the setting that it names is listed
-        lines.append(_cut(f"  {f'{key}={_text(value)}':<34}{f'  # {why}' if why else ''}".rstrip()))
+        setting = f"{key}={_text(value)}"
+        if why and len(setting) > LONGEST_SETTING:
+            setting = f"{setting[: LONGEST_SETTING - 3]}..."
+        lines.append(_cut(f"  {setting:<34}{f'  # {why}' if why else ''}".rstrip()))
     return "\n".join([*lines, *_examples(command)])
 
 
@@ -143,7 +154,7 @@ def _named(command: str, key: str) -> bool:
 
 def _comments_of(group: str, option: str) -> dict[tuple[str, ...], str]:
     """Comments of an option of a group and of the options that it starts from, by the place in the composed config."""
-    folder = config_folder() / group
+    folder = config_folder() / group if group else config_folder()
     file, section = folder / f"{option}.yaml", ""
     if not file.is_file():
         inner, _, section = option.rpartition("/")
@@ -151,7 +162,7 @@ def _comments_of(group: str, option: str) -> dict[tuple[str, ...], str]:
     if not file.is_file():
         return {}
     package = re.match(r"# @package (\S+)", file.read_text(encoding="utf-8"))
-    place = group if package is None else package.group(1)
+    place = (group or "_global_") if package is None else package.group(1)
     prefix = () if place == "_global_" else tuple(place.replace("/", ".").split("."))
     content: Any = OmegaConf.load(file)
     defaults = (content.get(section) or {}).get("defaults", []) if section else content.get("defaults", [])

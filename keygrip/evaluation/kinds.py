@@ -155,12 +155,12 @@ def choose_kind(overrides: Sequence[str]) -> list[str]:
             kinds in one sweep.
         SettingError: a setting of another kind.
     """
-    from keygrip.training.checkpoints import HEADER, find_checkpoint, read_checkpoint
-
     given = {key.lstrip("+~"): value for key, _, value in (override.partition("=") for override in overrides)}
     checkpoint = given.get("checkpoint", "").strip("'\"")
     if not checkpoint or checkpoint == "???" or "evaluate" in given:
         return []
+    from keygrip.training.checkpoints import HEADER, find_checkpoint, read_checkpoint
+
     found: dict[str, str] = {}
     for path in checkpoint.split(","):
         file = find_checkpoint(path)

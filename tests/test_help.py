@@ -1,0 +1,56 @@
+"""Every setting that `--help` lists is documented: by the comment beside it in its YAML file, or beside its parent."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from keygrip.config import group_options
+from keygrip.help import EXAMPLES, help_text
+
+# a data set that fits each model
+DATA = {
+    **dict.fromkeys(("foveated_vlm", "pooled_vlm"), "robot_videos"),
+    "vlm_encoder_pretraining": "robot_tours",
+    **dict.fromkeys(("patch_dit", "patch_dit_base"), "robot_images"),
+    "depth_reader": "yam_stills",
+    **dict.fromkeys(("geometry_vla", "geometry_vla_no_injection"), "yam_language"),
+}
+# a model that reads each data set
+MODEL = {
+    **dict.fromkeys(("yam", "yam_stills"), "volume_query"),
+    **dict.fromkeys(("yam_language", "yam_depth"), "geometry_vla"),
+    **dict.fromkeys(("robot_images", "image_shards"), "patch_dit"),
+}
+# options with settings of their own
+OWN = [
+    ["model=foveated_vlm", "data=robot_videos", "language=qwen2_5_0_5b"],
+    ["model=geometry_vla", "data=yam_language", "vlm=qwen2_5_vl", "geometry=mapanything"],
+    ["model=geometry_vla", "data=yam_language", "geometry=dino_multiview_pretrained"],
+    ["model=patch_dit", "data=robot_images", "encoders=flux_t5_dinov3"],
+    ["rotation=kmeans", "optimizer=muon", "logger=wandb", "compile=inductor", "closed_loop=yam"],
+]
+CASES = [(command, []) for command in EXAMPLES]
+CASES += [("train", [f"model={name}", f"data={DATA.get(name, 'yam')}"]) for name in group_options("model")]
+CASES += [
+    ("train", [f"model={MODEL.get(name, 'foveated_vlm')}", f"data={name}"])
+    for name in group_options("data")
+    if name not in ("cauldron", "video_sft", "webvid")  # parts of a stage's sources, not data sets by themselves
+]
+CASES += [("train", overrides) for overrides in OWN]
+CASES += [("prepare", [f"step={name}"]) for name in group_options("step")]
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides"), CASES, ids=lambda value: value if isinstance(value, str) else " ".join(value)
+)
+def test_every_setting_has_its_reason(command: str, overrides: list[str]) -> None:
+    importlib.import_module(f"keygrip.{command}")
+    text = help_text(command, overrides)
+    _, _, settings = text.partition("\nSettings:\n")
+    listed = settings.partition("\n\n")[0].splitlines()
+    if command != "prepare" or overrides:
+        assert listed
+    assert [line for line in listed if "  # " not in line] == []
+    assert max(map(len, listed), default=0) <= 120
