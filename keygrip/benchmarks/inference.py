@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from keygrip.benchmarks.measuring import Timed, interleaved_seconds, millisecond
 from keygrip.config import compose
 from keygrip.data.robot.augmentation import ImageGeometry
 from keygrip.data.robot.statistics import DemoStatistics
+from keygrip.exporting.graphs import export_program, write_onnx
 from keygrip.models.volume_query.module import VolumeQueryModule
 from keygrip.models.volume_query.policy import VolumeQueryPolicy
 from keygrip.training.parts import build_stored
@@ -38,7 +40,7 @@ class Inference(Timed):
     warm_up: int
 
     def run(self, quick: bool) -> dict[str, float]:
-        """Figures of all settings, and of the network alone."""
+        """Figures of all settings, of the network alone, and of the exported network (`graph_*`)."""
         config = compose("train", self.overrides)
         observation = looking_down(config.data.record.image_size)
         module = untrained(config)
@@ -50,7 +52,31 @@ class Inference(Timed):
             policy = module.to(device).policy()
             with threads(count):
                 figures |= self._measure(policy, observation, device, prefix, quick)
+        figures |= self._exported(module.to("cpu"), quick)
         return figures | {"threads": all_threads}
+
+    def _exported(self, module: VolumeQueryModule, quick: bool) -> dict[str, float]:
+        """The graph that `keygrip export` writes, run eagerly, as a torch.export program and under onnxruntime."""
+        graph = module.export_graph()
+        inputs = tuple(graph.inputs.values())
+        program = export_program(graph).module()
+        sides: dict[str, Callable[[], object]] = {
+            "graph_eager_": lambda: graph.network(*inputs),
+            "graph_torch_export_": lambda: program(*inputs),
+        }
+        with tempfile.TemporaryDirectory(prefix="keygrip-bench-") as folder:
+            if find_spec("onnxruntime") and find_spec("onnxscript"):  # the extra onnx
+                import onnxruntime
+
+                file = Path(folder) / "policy.onnx"
+                write_onnx(graph, file)
+                session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+                feed = {entry.name: graph.inputs[entry.name].numpy() for entry in session.get_inputs()}
+                sides["graph_onnx_"] = lambda: session.run(None, feed)
+            repetitions, limit_s = self.effort(quick)
+            with torch.inference_mode():
+                seconds = interleaved_seconds(sides, repetitions, torch.device("cpu"), limit_s, self.warm_up)
+        return {f"{name}p50_ms": milliseconds(values, 50) for name, values in seconds.items()}
 
     def _measure(
         self, policy: VolumeQueryPolicy, observation: dict[str, Any], device: torch.device, prefix: str, quick: bool
