@@ -39,6 +39,7 @@ MODEL_OF = {
 # What a config leaves to the user; the values stand for any.
 GIVEN = {
     "experiment=yam_dinov3": ["data.root=folder"],
+    "experiment=metaworld": ["data.root=folder"],
     "experiment=vla_qwen_mapanything": ["data.root=folder"],
     "geometry=mapanything": ["data.image_size=224"],
     "geometry=mapanything_cached": ["data.image_size=224"],

@@ -13,6 +13,7 @@ import torch
 from keygrip.exporting.graphs import ExportGraph, fresh_inputs, write_onnx, write_torch_export
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.coordinate_regression.network import CoordinateRegressionGraph, CoordinateRegressionNetwork
+from keygrip.models.language.instructions import WordTransformer
 from keygrip.models.volume_query.export import volume_query_graph
 from keygrip.models.volume_query.network import VolumeQueryNetwork
 
@@ -43,8 +44,12 @@ def graph(variant: str = "tiny", **options: Any) -> ExportGraph:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, TUNED | {"arms": ("left", "right")}, {"coupling": "bilinear", "step_features": True}],
-    ids=["design", "tuned, two arms", "bilinear"],
+    [
+        {},
+        TUNED | {"arms": ("left", "right")},
+        {"coupling": "bilinear", "step_features": True, "instruction": WordTransformer(width=16, heads=2, length=8)},
+    ],
+    ids=["design", "tuned, two arms", "bilinear, told what to do"],
 )
 def test_torch_export_equals_the_network(options: dict[str, Any], tmp_path: Path) -> None:
     made = graph(**options)

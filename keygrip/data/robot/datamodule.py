@@ -37,6 +37,7 @@ from keygrip.training.parts import data_part
 log = logging.getLogger(__name__)
 
 
+BALANCES = ("instruction", "task")
 CACHE_FOLDER = ".keygrip"  # hidden: what is derived from a data folder and may be removed at any time
 NAMED_AT_MOST = 20  # demos in one line of the log
 
@@ -82,6 +83,8 @@ class RobotDemos(ResumableData):
         horizon: T, future steps. frame_stride: frames from one to the next.
         targets: "commanded" (what the arm was told) or "reached" (where it was).
         drop_idle_s: leave out training frames of pauses beyond this many seconds; None keeps all.
+        balance: "instruction" or "task": each instruction, or each task, gets the same share of every training epoch.
+            None: each frame does.
         batch_size: global, divided over the ranks.
         val_fraction: share of demos held out. split_seed: which ones.
         seed: order and augmentation.
@@ -92,6 +95,8 @@ class RobotDemos(ResumableData):
         num_workers: loader processes; None: one for each core but one, 4 at most. 0: load in the main process.
         prefetch_batches: batches that each worker keeps ready.
     """
+
+    order_depends_on = ("batch_size", "seed", "balance")
 
     @staticmethod
     def batch_type(options: Mapping[str, Any]) -> type[PolicyTargets]:
@@ -129,8 +134,11 @@ class RobotDemos(ResumableData):
         prefetch_batches: int = 4,
         cameras: Sequence[str] | None = None,
         depth: bool = False,
+        balance: str | None = None,
     ) -> None:
         super().__init__()
+        if balance not in (None, *BALANCES):
+            raise ValueError(f"data.balance must be one of {', '.join(BALANCES)}, or null for none; it is {balance!r}")
         if root is None and record is None:
             raise ValueError("no data: name a folder with data.root=PATH (or leave data.record as it is)")
         if targets not in TARGETS:
@@ -152,7 +160,7 @@ class RobotDemos(ResumableData):
         self.format, self.calibration = format, calibration
         self.camera, self.arms = camera, tuple(arms)
         self.several, self.cameras = cameras is not None, tuple(cameras or (camera,))
-        self.depth = depth
+        self.depth, self.balance = depth, balance
         self.geometry = ImageGeometry(image_size, tuple(mean), tuple(std), field, fit)  # type: ignore[arg-type]
         self.augmentation = augmentation
         self.horizon, self.frame_stride = horizon, frame_stride
@@ -413,7 +421,10 @@ class RobotDemos(ResumableData):
         return self._val
 
     def _loader(self, samples: DemoSamples, shuffle: bool) -> DataLoader[Any]:
-        sampler = GlobalBatchSampler(len(samples), self.batch_size, *self.ranks, self.seed, shuffle, drop_last=shuffle)
+        groups = samples.groups(self.balance) if shuffle and self.balance is not None else None
+        sampler = GlobalBatchSampler(
+            len(samples), self.batch_size, *self.ranks, self.seed, shuffle, drop_last=shuffle, groups=groups
+        )
         if shuffle and self.trainer is not None:
             sampler.follow(self.batches_done)
         loader = CountingLoader(collate_fn=Collate(collate), **self.loader_options(samples, sampler))
@@ -439,4 +450,4 @@ class RobotDemos(ResumableData):
         """
         if "demonstrations" in state_dict:
             refuse_changed(state_dict["demonstrations"], fingerprints(self.demos))
-        super().load_state_dict(state_dict)
+        super().load_state_dict({"balance": None} | state_dict)  # which older checkpoints do not name

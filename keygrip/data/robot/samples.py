@@ -155,6 +155,11 @@ class DemoSamples(SubstitutingSamples[PolicyTargets]):
     def __len__(self) -> int:
         return len(self.sample_frame)
 
+    def groups(self, by: str) -> np.ndarray:
+        """int64 [samples]: the group of each sample, by what its demo says under ``by``: "instruction" or "task"."""
+        _, numbers = np.unique([str(getattr(demo, by)) for demo in self.demos], return_inverse=True)
+        return numbers[self.sample_demo]
+
     def candidates(self, key: SampleKey) -> Iterator[SampleKey]:
         """The sample, then those of the same demo, nearest first."""
         yield key

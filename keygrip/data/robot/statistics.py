@@ -42,6 +42,7 @@ class DemoStatistics:
         cameras: the views of a `MultiViewPolicyBatch`, in order, or the one camera.
         chunks: start poses and targets of training frames (all, or an even choice of 20 000), for what is normalised by
             the actions themselves.
+        instructions: the different sentences of the training split, sorted.
     """
 
     height_range: tuple[float, float]
@@ -58,6 +59,7 @@ class DemoStatistics:
     cache_dir: Path
     cameras: tuple[str, ...] = ()
     chunks: PolicyTargets | None = None
+    instructions: tuple[str, ...] = ()
 
 
 def compute_statistics(
@@ -103,6 +105,7 @@ def compute_statistics(
         cache_dir=cache_dir,
         cameras=tuple(cameras),
         chunks=_chunks(train, train_indices, options),
+        instructions=tuple(sorted({demo.instruction for demo in train})),
     )
 
 

@@ -43,6 +43,8 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         shuffle: a new permutation each epoch; otherwise one fixed permutation (validation: a limited number of batches
             then still sees every demo).
         drop_last: see above.
+        groups: int [samples], the group of each sample: every epoch holds equally many of each group, so that samples
+            of small groups come several times and those of large ones not all. None: every sample once.
 
     Raises:
         ValueError: the batch does not divide over the ranks, or the data set is smaller than one batch with
@@ -58,6 +60,7 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = True,
+        groups: np.ndarray | None = None,
     ) -> None:
         if batch_size < 1 or batch_size % ranks:
             raise ValueError(
@@ -71,6 +74,7 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
             )
         self.samples, self.batch_size, self.rank, self.ranks = samples, batch_size, rank, ranks
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
+        self.groups = None if groups is None else [np.flatnonzero(groups == group) for group in np.unique(groups)]
         self.epoch = 0
         self.position: Callable[[], int] | None = None
 
@@ -97,9 +101,18 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         self.position = position
 
     def order(self, epoch: int) -> np.ndarray:
-        """The epoch's permutation, [samples] int64."""
+        """The epoch's permutation, [samples] int64; with groups an even draw from each."""
         seed = (self.seed, epoch) if self.shuffle else (self.seed,)
-        return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed))).permutation(self.samples)
+        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
+        if self.groups is None:
+            return generator.permutation(self.samples)
+        shares = np.full(len(self.groups), self.samples // len(self.groups))
+        shares[generator.permutation(len(self.groups))[: self.samples % len(self.groups)]] += 1
+        drawn = []
+        for group, share in zip(self.groups, shares, strict=True):
+            rounds = [generator.permutation(group) for _ in range(-(-int(share) // len(group)))]
+            drawn.append(np.concatenate(rounds)[:share] if rounds else group[:0])
+        return generator.permutation(np.concatenate(drawn))
 
     def global_batch(self, order: np.ndarray, step: int) -> np.ndarray:
         """All ranks' sample indices of one step."""

@@ -15,14 +15,18 @@ from keygrip.models.volume_query.network import STATE_PARTS, VolumeQueryNetwork
 
 
 class VolumeQueryGraph(nn.Module):
-    """Image, start pixels and (where the network reads it) the arms' state in; logits out."""
+    """Image, start pixels and (where the network reads them) the arms' state and instruction tokens in; logits out."""
 
     def __init__(self, network: VolumeQueryNetwork) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, image: Tensor, start_pixel: Tensor, state: Tensor | None = None) -> tuple[Tensor, ...]:
-        output = self.network(image, start_pixel, state)
+    def forward(
+        self, image: Tensor, start_pixel: Tensor, state: Tensor | None = None, instruction: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        if instruction is None and not self.network.state_parts:
+            state, instruction = None, state  # inputs come by place, without those that the network does not read
+        output = self.network(image, start_pixel, state, instruction=instruction)
         volume = output.volume
         logits = (volume.pixel, volume.height, output.gripper, output.rotation)
         if volume.pixel_factor is None or volume.height_factor is None:
@@ -31,7 +35,7 @@ class VolumeQueryGraph(nn.Module):
 
 
 def volume_query_graph(network: VolumeQueryNetwork) -> ExportGraph:
-    """What to export of a network: a normalised image [B, 3, S, S], start pixels [B, A, 2], state [B, A, n]."""
+    """What to export of a network: a normalised image [B, 3, S, S], start pixels [B, A, 2], state [B, A, n], tokens."""
     generator = torch.Generator().manual_seed(0)
     size, arms = network.image_size, len(network.arms)
     inputs = {
@@ -41,6 +45,8 @@ def volume_query_graph(network: VolumeQueryNetwork) -> ExportGraph:
     if network.state_parts:
         width = sum(STATE_PARTS[part] for part in network.state_parts)
         inputs["state"] = torch.rand(2, arms, width, generator=generator)
+    if network.instruction_encoder is not None:
+        inputs["instruction"] = network.instruction_encoder.tokens(["open the drawer", "push the red cube away"])
     outputs: tuple[str, ...] = ("pixel_logits", "height_logits", "gripper_logits", "rotation_logits")
     if network.coupling_z is not None:
         outputs = (*outputs, "pixel_factor", "height_factor")

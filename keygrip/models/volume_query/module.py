@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -29,6 +30,7 @@ from keygrip.training.images import figure_to_image
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
 from keygrip.training.system import System
+from keygrip.training.task_metrics import MeansByTask
 
 # By these runs are compared; the validation loss of a multimodal policy is noise.
 HEADLINE = (
@@ -44,13 +46,13 @@ HEADLINE = (
     "rotation_deg_floor",
 )
 
-
+BY_TASK = ("pix_argmax", "position_cm", "gripper_acc", "rotation_deg")  # validated for every instruction too
 BAR = ("total", "pix_argmax")  # in the progress line
 
 
 @model_part
 class VolumeQueryModule(System):
-    """Volume cross-entropy + gripper and rotation cross-entropy, each averaged over the steps inside the image.
+    """Volume cross-entropy + gripper and rotation cross-entropy, each averaged over the steps that count.
 
     Args:
         network: the plain network. rotation: the codec, copied for each arm and fitted on the training split.
@@ -58,6 +60,8 @@ class VolumeQueryModule(System):
         volume_weight, gripper_weight, rotation_weight: of the three losses.
         target: "hard" puts the target's mass on one voxel; "bilinear" on the 4 cells and 2 heights around the point, in
             proportion, which tells the network where inside the cell the point lies.
+        mask_padded_steps: steps past the end of a demo, which repeat its last pose, carry no loss. Without the mask
+            they teach the arm to rest there.
         log_images_every_n_steps: training steps between pictures in TensorBoard; 0 switches them off.
     """
 
@@ -81,6 +85,7 @@ class VolumeQueryModule(System):
         rotation_weight: float = 0.5,
         target: Literal["hard", "bilinear"] = "hard",
         log_images_every_n_steps: int = 500,
+        mask_padded_steps: bool = False,
     ) -> None:
         super().__init__(optimizer)
         if target not in ("hard", "bilinear"):
@@ -99,7 +104,9 @@ class VolumeQueryModule(System):
         self.decoder = decoder
         self.weights = {"volume": volume_weight, "gripper": gripper_weight, "rotation": rotation_weight}
         self.target: Literal["hard", "bilinear"] = target
+        self.mask_padded_steps = mask_padded_steps
         self.log_images_every_n_steps = log_images_every_n_steps
+        self.by_task = MeansByTask(())
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
@@ -120,6 +127,11 @@ class VolumeQueryModule(System):
                 statistics.fingerprint,
             )
             report |= {f"rotation/{arm}/{name}": value for name, value in fitted.items()}
+        encoder = self.network.instruction_encoder
+        if encoder is not None:
+            encoder.prepare(statistics.instructions)
+            report["instructions"] = len(statistics.instructions)
+        self.by_task = MeansByTask(statistics.instructions)
         return report
 
     def codec(self, arm: str) -> RotationCodec:
@@ -146,6 +158,7 @@ class VolumeQueryModule(System):
             height_bins=self.network.height_bins,
             gripper_bins=self.network.gripper_bins,
             height_range=self.statistics.height_range,
+            mask_padded=self.mask_padded_steps,
         )
 
     def forward(self, batch: PolicyBatch, targets: StepTargets, *, teacher: bool) -> VolumeQueryOutput:
@@ -158,7 +171,14 @@ class VolumeQueryModule(System):
             self.statistics.height_range,
         )
         step_pixels = targets.pixels if teacher and self.network.step_features else None
-        return self.network(batch.image, targets.start_pixels, state, step_pixels)
+        return self.network(
+            batch.image, targets.start_pixels, state, step_pixels, self.instruction_tokens(batch.instruction)
+        )
+
+    def instruction_tokens(self, sentences: Sequence[str]) -> Tensor | None:
+        """What the network reads of B sentences; None where it reads none."""
+        encoder = self.network.instruction_encoder
+        return None if encoder is None else encoder.tokens(sentences).to(self.device)
 
     def losses(self, output: VolumeQueryOutput, batch: PolicyBatch, targets: StepTargets) -> dict[str, Tensor]:
         """The three losses and their weighted ``total``, each a scalar averaged over the valid steps of the global
@@ -188,7 +208,7 @@ class VolumeQueryModule(System):
         output = self(batch, targets, teacher=True)
         losses = self.losses(output, batch, targets)
         self.log_values("train", losses | self.metrics(output, batch, targets), len(batch.image), BAR)
-        self.log("train/off_screen_share", 1 - targets.valid.float().mean(), batch_size=len(batch.image))
+        self.log("train/off_screen_share", 1 - targets.inside.float().mean(), batch_size=len(batch.image))
         if self.log_images_every_n_steps and self.global_step % self.log_images_every_n_steps == 0:
             self._show("train", output, batch, targets)
         return losses["total"]
@@ -197,18 +217,35 @@ class VolumeQueryModule(System):
         targets = self.targets(batch)
         # Scored as the policy runs: nothing of the target reaches the network.
         output = self(batch, targets, teacher=False)
-        metrics = self.losses(output, batch, targets) | self.metrics(output, batch, targets)
+        errors = self.step_errors(output, batch, targets)
+        self.by_task.add(batch.instruction, {name: errors[name] for name in BY_TASK}, targets.valid)
+        metrics = self.losses(output, batch, targets)
+        metrics |= {name: _mean_where(value, targets.valid) for name, value in errors.items()}
         metrics |= self.decoded_metrics(output, batch, targets)
         self.log_values("val", metrics, len(batch.image), BAR)
         if batch_idx == 0 and self.log_images_every_n_steps:
             self._show("val", output, batch, targets)
+
+    def on_validation_epoch_start(self) -> None:
+        self.by_task.clear()
+
+    def on_validation_epoch_end(self) -> None:
+        for name, value in self.by_task.means().items():
+            self.log(f"val_by_task/{name}", value)
 
     # -- metrics ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def metrics(self, output: VolumeQueryOutput, batch: PolicyBatch, targets: StepTargets) -> dict[str, Tensor]:
         """Headline errors of the plain argmax over valid steps, each beside its quantisation floor (``*_floor``)."""
-        network, valid = self.network, targets.valid
+        return {
+            name: _mean_where(value, targets.valid) for name, value in self.step_errors(output, batch, targets).items()
+        }
+
+    @torch.no_grad()
+    def step_errors(self, output: VolumeQueryOutput, batch: PolicyBatch, targets: StepTargets) -> dict[str, Tensor]:
+        """The errors behind `metrics`, of every step: ``[B, A, T]``."""
+        network = self.network
         centres = height_centres(self.statistics.height_range, network.height_bins)
         cell = network.image_size / network.pred_size
         cells, bins = argmax_voxel(output.volume.float())
@@ -225,7 +262,7 @@ class VolumeQueryModule(System):
             rotation_error.append(torch.rad2deg(geodesic_angle(codec.decode(best), true)))
             rotation_floor.append(torch.rad2deg(geodesic_angle(codec.decode(code), true)))
             rotation_hits.append((best == code).float())
-        values = {
+        return {
             "pix_argmax": (pixels - targets.pixels).norm(dim=-1),
             "pix_floor": (floor_pixels - targets.pixels).norm(dim=-1),
             "height_m": (heights - true_height).abs(),
@@ -237,7 +274,6 @@ class VolumeQueryModule(System):
             "rotation_deg": torch.stack(rotation_error, dim=1),
             "rotation_deg_floor": torch.stack(rotation_floor, dim=1),
         }
-        return {name: _mean_where(value, valid) for name, value in values.items()}
 
     @torch.no_grad()
     def decoded_metrics(self, output: VolumeQueryOutput, batch: PolicyBatch, targets: StepTargets) -> dict[str, Tensor]:

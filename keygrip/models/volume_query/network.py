@@ -12,8 +12,9 @@ bins, G gripper bins, R rotation classes, r rank of the coupling.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.nn.adaln import AdaLNZeroMLP
 from keygrip.models.nn.sinusoids import sinusoidal_features
+from keygrip.models.volume_query.language import InstructionConditioning, InstructionEncoder
 from keygrip.models.volume_query.volume import VolumeLogits, argmax_voxel, soft_argmax
 from keygrip.training.parts import model_part
 
@@ -31,6 +33,8 @@ from keygrip.training.parts import model_part
 # columns of the rotation matrix (a continuous representation of rotations: Zhou et al., "On the Continuity of Rotation
 # Representations in Neural Networks", 2019).
 STATE_PARTS = {"height": 1, "gripper": 1, "rotation": 6}
+
+Told = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # query and condition, changed
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,11 @@ class FeatureRefiner(nn.Module):
             nn.Conv2d(d_feat, d_feat, 3, padding=1),
         )
 
-    def forward(self, patch_map: Tensor) -> Tensor:
+    def forward(self, patch_map: Tensor, change: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """F of a patch map ``[B, D, S / patch, S / patch]``; ``change`` acts on the reduced map."""
         reduced = self.reduce(patch_map)  # [B, C, S / patch, S / patch]
+        if change is not None:
+            reduced = change(reduced)
         upsampled = F.interpolate(reduced, size=(self.pred_size, self.pred_size), mode="bilinear", align_corners=False)
         return self.refine(upsampled)
 
@@ -127,14 +134,21 @@ class ArmStream(nn.Module):
         self.coupling = nn.Linear(d_model, coupling_rank * d_feat) if coupling_rank else None
         self.coupling_rank = coupling_rank
 
-    def forward(self, start_features: Tensor, cls: Tensor, state: Tensor | None, sin_t: Tensor) -> Tensor:
-        """Trunk output ``[B, T, d_model]`` from ``[B, C]``, ``[B, D]``, ``[B, state_size]`` and ``[T, d_sin_t]``."""
+    def forward(
+        self, start_features: Tensor, cls: Tensor, state: Tensor | None, sin_t: Tensor, told: Told | None = None
+    ) -> Tensor:
+        """Trunk output ``[B, T, d_model]`` from ``[B, C]``, ``[B, D]``, ``[B, state_size]`` and ``[T, d_sin_t]``.
+
+        ``told`` changes query ``[B, trunk]`` and condition ``[1, T, d_cond]`` by what is known beside the picture.
+        """
         parts = [start_features, cls]
         if self.state is not None:
             assert state is not None
             parts.append(self.state(state))
-        steps = self.query(torch.cat(parts, dim=-1))[:, None].expand(-1, len(sin_t), -1)
-        condition = self.lift_time(sin_t)[None]
+        query, condition = self.query(torch.cat(parts, dim=-1)), self.lift_time(sin_t)[None]
+        if told is not None:
+            query, condition = told(query, condition)
+        steps = query[:, None].expand(-1, len(sin_t), -1)
         for block in self.blocks:
             steps = block(steps, condition)
         return self.to_query(steps)
@@ -192,6 +206,8 @@ class VolumeQueryNetwork(nn.Module):
         step_features: gripper and rotation heads also see F at the step's own pixel (the target's in training, the
             decoded one at inference), through one hidden layer.
         coupling: "additive" (factorises), or "bilinear": height depends on the pixel through ``coupling_rank`` factors.
+        instruction: encoder of the sentence that says what to do (`keygrip.models.language.instructions`); None: the
+            network reads none.
     """
 
     sin_z: Tensor
@@ -219,6 +235,7 @@ class VolumeQueryNetwork(nn.Module):
         step_features: bool = False,
         coupling: Literal["additive", "bilinear"] = "additive",
         coupling_rank: int = 4,
+        instruction: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if coupling not in ("additive", "bilinear"):
@@ -264,11 +281,26 @@ class VolumeQueryNetwork(nn.Module):
             }
         )
         self.coupling_z = nn.Parameter(torch.randn(rank, d_sin_z) / math.sqrt(d_sin_z)) if rank else None
+        # Built last: what comes before draws the same initial weights with and without it.
+        trunk = trunk_width or d_feat + d_sin_z + d_sin_t
+        self.instruction = (
+            None if instruction is None else InstructionConditioning(instruction, self.arms, d_feat, trunk, d_cond)
+        )
         self.register_buffer("sin_z", sinusoidal_features(height_bins, d_sin_z), persistent=False)  # [Z, d_sin_z]
         self.register_buffer("sin_t", sinusoidal_features(horizon, d_sin_t), persistent=False)  # [T, d_sin_t]
 
+    @property
+    def instruction_encoder(self) -> InstructionEncoder | None:
+        """What makes tokens of sentences; None where the network reads none."""
+        return None if self.instruction is None else self.instruction.encoder  # type: ignore[return-value]
+
     def forward(
-        self, image: Tensor, start_pixel: Tensor, state: Tensor | None = None, step_pixels: Tensor | None = None
+        self,
+        image: Tensor,
+        start_pixel: Tensor,
+        state: Tensor | None = None,
+        step_pixels: Tensor | None = None,
+        instruction: Tensor | None = None,
     ) -> VolumeQueryOutput:
         """Logits of the next T steps.
 
@@ -278,6 +310,7 @@ class VolumeQueryNetwork(nn.Module):
                 count.
             state: ``[B, A, state_size]``, the parts in the order of ``state_parts``; needed where there are any.
             step_pixels: ``[B, A, T, 2]`` where ``step_features`` look; None takes the decoded positions.
+            instruction: int64 ``[B, ...]``, the encoder's tokens; needed where there is one.
         """
         if image.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
@@ -288,15 +321,31 @@ class VolumeQueryNetwork(nn.Module):
             raise ValueError(
                 f"The network was built to be told the arm's {', '.join(self.state_parts)}: give its state."
             )
+        if (self.instruction is None) != (instruction is None):
+            raise ValueError(
+                "The network was built to read an instruction: give its tokens."
+                if instruction is None
+                else "The network reads no instruction: build it with one (model=volume_query_language)."
+            )
         features = self.backbone(image)
-        feature_map = self.refiner(features.grid_map())  # [B, C, P, P]
+        told: dict[str, Told] = {}
+        if self.instruction is not None:
+            states = self.instruction.encoder(instruction)
+            feature_map = self.refiner(features.grid_map(), partial(self.instruction.features, states=states))
+            told = {arm: partial(query, states=states) for arm, query in self.instruction.queries.items()}
+        else:
+            feature_map = self.refiner(features.grid_map())  # [B, C, P, P]
         start_features = sample_features(feature_map, start_pixel, self.image_size)  # [B, A, C]
         outputs = []
         for index, arm in enumerate(self.arms):
             stream = self.streams[arm]
             assert isinstance(stream, ArmStream)
             trunk = stream(
-                start_features[:, index], features.cls, None if state is None else state[:, index], self.sin_t
+                start_features[:, index],
+                features.cls,
+                None if state is None else state[:, index],
+                self.sin_t,
+                told.get(arm),
             )
             volume = stream.volume(trunk, feature_map, self.sin_z, self.sin_t, self.coupling_z)
             if self.step_features:

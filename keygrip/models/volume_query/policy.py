@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
@@ -16,6 +17,8 @@ from keygrip.models.volume_query.targets import arm_state
 
 if TYPE_CHECKING:
     from keygrip.models.volume_query.module import VolumeQueryModule
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -39,12 +42,15 @@ class VolumeQueryPolicy:
         self.module.eval()
         self.chosen_decoder()  # refuses a name that does not exist
         self._geometry = self.module.statistics.geometry
+        self._read: set[str] = set()  # sentences whose words were looked at
         self._generator = torch.Generator(device=self.module.device).manual_seed(self.seed)
 
     @property
     def needs(self) -> Needs:
         """What it reads of an observation."""
-        return Needs(arms=tuple(self.module.network.arms))
+        return Needs(
+            arms=tuple(self.module.network.arms), instruction=self.module.network.instruction_encoder is not None
+        )
 
     def chosen_decoder(self) -> Decoder:
         """The decoder that plans are made with."""
@@ -65,11 +71,30 @@ class VolumeQueryPolicy:
         """``[2, 3]`` lowest and highest position seen in training, metres."""
         return self.module.statistics.position_range.double().cpu().numpy()
 
+    def _tokens(self, observations: Sequence[Observation]) -> torch.Tensor | None:
+        encoder = self.module.network.instruction_encoder
+        if encoder is None:
+            return None
+        sentences = []
+        for seen in observations:
+            sentence = seen.get("instruction")
+            if not isinstance(sentence, str) or not sentence.strip():
+                raise ValueError("the observation lacks an instruction, which tells this policy what to do")
+            if sentence not in self._read:
+                self._read.add(sentence)
+                if words := encoder.unknown_words(sentence):
+                    log.warning(
+                        "the instruction %r has words that no demonstration held: %s", sentence, ", ".join(words)
+                    )
+            sentences.append(sentence)
+        return self.module.instruction_tokens(sentences)
+
     def plan(self, observation: Observation) -> Plan:
         """Poses of the next T steps.
 
         Raises:
             ParallelRayError: a decoded pixel's ray does not meet its height plane.
+            ValueError: the instruction is missing.
         """
         return self._plans([observation])[0]
 
@@ -99,7 +124,7 @@ class VolumeQueryPolicy:
         )
         start_pixels, _ = project(position, k[:, None], camera[:, None])
         state = arm_state(network.state_parts, position, quaternion, gripper, statistics.height_range)
-        output = network(image, start_pixels, state)
+        output = network(image, start_pixels, state, instruction=self._tokens(observations))
         decoded = self.chosen_decoder().decode(
             output,
             [module.codec(arm) for arm in network.arms],

@@ -23,7 +23,8 @@ class StepTargets:
     """Targets of every arm and step.
 
     Attributes:
-        pixels: ``[B, A, T, 2]`` input pixels. valid: bool ``[B, A, T]``, the step projects inside the image.
+        pixels: ``[B, A, T, 2]`` input pixels. inside: bool ``[B, A, T]``, the step projects inside the image.
+        valid: bool ``[B, A, T]``, the step counts in losses and metrics: inside, and not padded where those are masked.
         cells: ``[B, A, T, 2]`` (row, column). heights: ``[B, A, T]`` bin indices.
         grid_position: ``[B, A, T, 2]`` (x, y) in cells; height_position: ``[B, A, T]`` in bins: the unquantised
             targets.
@@ -31,6 +32,7 @@ class StepTargets:
     """
 
     pixels: Tensor
+    inside: Tensor
     valid: Tensor
     cells: Tensor
     heights: Tensor
@@ -46,24 +48,32 @@ class StepTargets:
 
 
 def step_targets(
-    batch: PolicyBatch, *, image_size: int, pred_size: int, height_bins: int, gripper_bins: int, height_range: Tensor
+    batch: PolicyBatch,
+    *,
+    image_size: int,
+    pred_size: int,
+    height_bins: int,
+    gripper_bins: int,
+    height_range: Tensor,
+    mask_padded: bool = False,
 ) -> StepTargets:
     """Project and bin the poses of a batch; ``height_range`` ``[2]`` metres is the training split's.
 
     The cell is ``floor(pixel * P / S)``. Heights beyond the range count to the outer bins. Steps outside the image get
-    an arbitrary cell and ``valid`` False.
+    an arbitrary cell and ``valid`` False; so do steps past the end of the demo with ``mask_padded``.
     """
     intrinsics, extrinsics = batch.intrinsics[:, None], batch.world_to_camera[:, None]
     pixels, _ = project(batch.position, intrinsics[:, None], extrinsics[:, None])
     start_pixels, _ = project(batch.start_position, intrinsics, extrinsics)
-    valid = inside_image(pixels, image_size, image_size)
+    inside = inside_image(pixels, image_size, image_size)
     grid_position = (pixels * (pred_size / image_size)).nan_to_num(0.0).clamp(0, pred_size)
     columns_rows = grid_position.floor().long().clamp_max(pred_size - 1)
     low, high = height_range.unbind()
     height_position = ((batch.position[..., 2] - low) / (high - low) * height_bins).clamp(0, height_bins)
     return StepTargets(
         pixels=pixels,
-        valid=valid,
+        inside=inside,
+        valid=inside & ~batch.action_is_pad if mask_padded else inside,
         cells=columns_rows.flip(-1),
         heights=height_position.long().clamp_max(height_bins - 1),
         grid_position=grid_position,

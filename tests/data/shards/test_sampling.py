@@ -145,3 +145,21 @@ def test_too_little_shared_memory_is_one_sentence() -> None:
     loader = ResumableLoader(NoSharedMemory(), batch_size=2)
     with pytest.raises(OSError, match=r"^the loader's workers ran out of shared memory \(/dev/shm\): .*num_workers"):
         list(loader)
+
+
+def test_balanced_epochs_hold_as_many_samples_of_each_group() -> None:
+    groups = np.repeat([7, 3, 5], [4, 25, 11])
+    sampler = GlobalBatchSampler(40, 8, seed=2, groups=groups)
+    orders = [sampler.order(epoch) for epoch in range(3)]
+    for order in orders:
+        assert sorted(np.unique(groups[order], return_counts=True)[1]) == [13, 13, 14]
+        assert (
+            np.bincount(order[groups[order] == 7]).max() - np.bincount(order[groups[order] == 7], minlength=4).min()
+            <= 1
+        )
+        assert np.bincount(order[groups[order] == 3]).max() == 1
+    assert not np.array_equal(orders[0], orders[1])
+    np.testing.assert_array_equal(orders[2], GlobalBatchSampler(40, 8, seed=2, groups=groups).order(2))
+    ranks = [list(GlobalBatchSampler(40, 8, rank, 2, seed=2, groups=groups)) for rank in range(2)]
+    together = [key.sample for step in zip(*ranks, strict=True) for part in step for key in part]
+    np.testing.assert_array_equal(together, orders[0])

@@ -16,13 +16,16 @@ from keygrip.data.robot.statistics import DemoStatistics
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.geometry.rotation_codecs import PCARotation
 from keygrip.models.geometry.rotations import rotation_exp
+from keygrip.models.language.instructions import WordTransformer
 from keygrip.models.volume_query.decoding import Decoder
 from keygrip.models.volume_query.figures import prediction_figure
 from keygrip.models.volume_query.module import VolumeQueryModule
 from keygrip.models.volume_query.network import VolumeQueryNetwork
 from keygrip.models.volume_query.targets import height_centres
+from keygrip.models.volume_query.volume import volume_cross_entropy
 from keygrip.training.images import figure_to_image
 from keygrip.training.optimizers import AdamW
+from keygrip.training.task_metrics import MeansByTask
 
 S, P, Z, T = 64, 16, 8, 3
 
@@ -227,3 +230,103 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
         module.set_statistics(statistics(("right",), tmp_path, height_range=(0.1, 0.1)))
     with pytest.raises(ValueError, match=r"rotation\.classes"):
         VolumeQueryModule(module.network, PCARotation(classes=7), AdamW(lr=1e-3), Decoder())
+
+
+def test_padded_steps_carry_no_loss_where_they_are_masked(tmp_path: Path) -> None:
+    data = batch()
+    data.action_is_pad[:, :, 1:] = True
+    trained, masked = build(("right",), tmp_path), build(("right",), tmp_path, mask_padded_steps=True)
+    for name, value in trained.network.state_dict().items():
+        assert torch.equal(value, masked.network.state_dict()[name])
+    found = {}
+    for which, module in (("trained", trained), ("masked", masked)):
+        targets = module.targets(data)
+        assert bool(targets.inside.all())
+        output = module(data, targets, teacher=True)
+        found[which] = module.losses(output, data, targets)["volume"]
+        steps = volume_cross_entropy(output.volume, targets.volume("hard", P, Z))
+        expected = steps[:, :, :1].mean() if which == "masked" else steps.mean()
+        torch.testing.assert_close(found[which], expected)
+    assert float(found["trained"]) != float(found["masked"])
+
+
+def language() -> dict[str, Any]:
+    torch.manual_seed(1)
+    return {"instruction": WordTransformer(width=16, layers=1, heads=2, rows=64, length=8)}
+
+
+def test_an_instruction_is_added_to_a_network_that_is_the_same_without_it(tmp_path: Path) -> None:
+    plain, told = build(("left", "right"), tmp_path), build(("left", "right"), tmp_path, network=language())
+    weights = told.network.state_dict()
+    for name, value in plain.network.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+    data = batch(arms=2)
+    targets = told.targets(data)
+    data.instruction = ["open the drawer", "close it"]
+    one = told(data, targets, teacher=True).volume.height
+    data.instruction = ["close it", "close it"]
+    other = told(data, targets, teacher=True).volume.height
+    assert not torch.equal(one[0], other[0])
+    torch.testing.assert_close(one[1], other[1])
+    with pytest.raises(ValueError, match="give its tokens"):
+        told.network(data.image, targets.start_pixels)
+    with pytest.raises(ValueError, match="reads no instruction"):
+        plain.network(data.image, targets.start_pixels, instruction=torch.ones(2, 8, 2, dtype=torch.long))
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_only_language_separates_tasks_that_look_the_same(told: bool, tmp_path: Path) -> None:
+    module = build(("right",), tmp_path, network=(language() if told else {}) | {"logit_scale": "learned"})
+    data = batch(size=4)
+    data.image[1::2], data.start_position[1::2] = data.image[::2], data.start_position[::2]  # same scene, other goal
+    data.instruction = ["put the red cube away", "put the blue cube away"] * 2
+    optimizer = torch.optim.Adam(module.network.parameters(), lr=3e-3)
+    for _ in range(40):
+        targets = module.targets(data)
+        loss = module.losses(module(data, targets, teacher=True), data, targets)["total"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    error = module.metrics(module(data, targets, teacher=False), data, targets)["pix_argmax"]
+    assert float(error) < 3 if told else float(error) > 5  # pixels of 64; half a cell is 2
+
+
+def test_a_policy_that_reads_language_asks_for_it_and_names_unknown_words(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = build(("right",), network=language()).eval()
+    report = module.set_statistics(statistics(("right",), tmp_path, instructions=("open the drawer", "close it")))
+    assert report["instructions"] == 2
+    again = build(("right",), network=language()).eval()
+    again.load_state_dict(module.state_dict())  # what a checkpoint carries
+    policy = again.policy()
+    assert policy.needs.instruction
+    observation = {
+        "image": np.zeros((S, S, 3), np.uint8),
+        "intrinsics": np.array([[80.0, 0, 32], [0, 80, 32], [0, 0, 1]]),
+        "world_to_camera": np.array([[1.0, 0, 0, 0], [0, -1, 0, 0], [0, 0, -1, 1], [0, 0, 0, 1]]),
+        "position": np.array([0.0, 0.0, 0.1]),
+        "quaternion": np.array([1.0, 0, 0, 0]),
+        "gripper": np.array(1.0),
+    }
+    for missing in ({}, {"instruction": " "}):
+        with pytest.raises(ValueError, match="lacks an instruction"):
+            policy.plan(observation | missing)
+    policy.plan(observation | {"instruction": "Open the drawer"})
+    assert not caplog.records
+    policy.plan(observation | {"instruction": "open the fridge"})
+    assert "fridge" in caplog.text
+
+
+def test_validation_keeps_means_of_every_instruction() -> None:
+    means = MeansByTask(("a b", "a-b", "never seen"))
+    values = torch.tensor([[1.0, 3.0], [5.0, torch.nan], [7.0, 7.0]])
+    valid = torch.tensor([[True, True], [True, True], [True, False]])
+    means.add(["a b", "a-b", "unheard of"], {"cm": values}, valid)
+    means.add(["a b", "a b", "a-b"], {"cm": values}, valid)
+    assert means.means() == {"a_b/cm": pytest.approx((4 + 4 + 5) / 5), "a_b_1/cm": pytest.approx((5 + 7) / 2)}
+    means.clear()
+    assert means.means() == {}
+    one = MeansByTask(("only one",))
+    one.add(["only one"], {"cm": values[:1]}, valid[:1])
+    assert one.means() == {}

@@ -1,0 +1,84 @@
+"""How an instruction reaches the volume query: feature-wise modulation of the map F, and three ways into every arm's
+query.
+
+Everything here is added to a network that is complete without it, and is built after it: without an instruction the
+network has the same weights and the same results to the bit.
+
+Shape legend: B batch, T steps, C feature width, E width of the instruction's states, P' side of the backbone's map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from keygrip.models.language.instructions import InstructionStates
+from keygrip.models.nn.adaln import AdaLNModulation, modulate
+from keygrip.models.nn.attention import Attention
+
+
+class InstructionEncoder(Protocol):
+    """Sentences to states; a module whose weights lie in the checkpoint."""
+
+    width: int
+
+    def prepare(self, sentences: Sequence[str]) -> None:
+        """Takes note of the training split's sentences."""
+        ...
+
+    def unknown_words(self, sentence: str) -> list[str]:
+        """Words that it cannot know the meaning of."""
+        ...
+
+    def tokens(self, sentences: Sequence[str]) -> Tensor:
+        """int64 ``[B, ...]``, the form in which sentences enter the network."""
+        ...
+
+    def __call__(self, tokens: Tensor) -> InstructionStates: ...
+
+
+class FeatureModulation(nn.Module):
+    """Scales and shifts the channels of a map ``[B, C, P', P']`` (FiLM: Perez et al., 2018); the identity at first."""
+
+    def __init__(self, width: int, d_feat: int) -> None:
+        super().__init__()
+        self.modulation = AdaLNModulation(width, d_feat, parts=2)
+
+    def forward(self, features: Tensor, states: InstructionStates) -> Tensor:
+        shift, scale = (part[..., None, None] for part in self.modulation(states.whole))
+        return modulate(features, shift, scale)
+
+
+class QueryInstruction(nn.Module):
+    """One arm's query and time condition, told what to do.
+
+    The query gets the whole sentence and reads single words by attention; every trunk block is modulated by the
+    sentence beside the time.
+    """
+
+    def __init__(self, width: int, trunk: int, d_cond: int, heads: int = 4) -> None:
+        super().__init__()
+        self.query = nn.Linear(width, trunk)
+        self.condition = nn.Linear(width, d_cond)
+        self.read = Attention(trunk, heads, d_context=width, zero_output=True)
+
+    def forward(self, query: Tensor, condition: Tensor, states: InstructionStates) -> tuple[Tensor, Tensor]:
+        """The query ``[B, trunk]`` and the condition ``[B, T, d_cond]`` from those without an instruction."""
+        query = query + self.query(states.whole)
+        read = self.read(query[:, None], self.read.keys_values(states.words), states.mask)[:, 0]
+        return query + read, condition + self.condition(states.whole)[:, None]
+
+
+class InstructionConditioning(nn.Module):
+    """All that an instruction adds to a volume-query network: encoder, feature modulation, a `QueryInstruction` an
+    arm."""
+
+    def __init__(self, encoder: nn.Module, arms: Sequence[str], d_feat: int, trunk: int, d_cond: int) -> None:
+        super().__init__()
+        width = encoder.width
+        assert isinstance(width, int)
+        self.encoder = encoder
+        self.features = FeatureModulation(width, d_feat)
+        self.queries = nn.ModuleDict({arm: QueryInstruction(width, trunk, d_cond) for arm in arms})

@@ -1,0 +1,76 @@
+"""Validation metrics for every task by itself: an average hides the task that is not learned."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+MOST_TASKS = 200  # more would flood a logger: then none are kept
+
+
+class MeansByTask:
+    """Means of values for each of a known list of instructions, over all processes.
+
+    Args:
+        instructions: of the training split, in the same order on every process. Fewer than two, or more than 200, and
+            nothing is kept; a sentence outside of the list is not counted.
+    """
+
+    def __init__(self, instructions: Sequence[str]) -> None:
+        kept = instructions if 2 <= len(instructions) <= MOST_TASKS else ()
+        self.numbers = {sentence: number for number, sentence in enumerate(kept)}
+        self.keys = _keys(list(kept))
+        self._sums: dict[str, Tensor] = {}
+
+    def clear(self) -> None:
+        """Forgets what was added."""
+        self._sums = {}
+
+    def add(self, instructions: Sequence[str], values: Mapping[str, Tensor], valid: Tensor) -> None:
+        """Adds a batch.
+
+        Args:
+            instructions: B sentences. values: by name, ``[B, ...]``. valid: bool of the same shape: what counts.
+        """
+        if not self.numbers:
+            return
+        numbers = [self.numbers.get(sentence, -1) for sentence in instructions]
+        rows = torch.tensor([row for row, number in enumerate(numbers) if number >= 0], dtype=torch.long)
+        tasks = torch.tensor([number for number in numbers if number >= 0], dtype=torch.long)
+        for name, value in values.items():
+            usable = valid & torch.isfinite(value)
+            totals = value.masked_fill(~usable, 0.0).flatten(1).sum(-1).double().cpu()
+            counts = usable.flatten(1).sum(-1).double().cpu()
+            sums = self._sums.setdefault(name, torch.zeros(2, len(self.numbers), dtype=torch.float64))
+            sums.index_add_(1, tasks, torch.stack([totals, counts])[:, rows])
+
+    def means(self) -> dict[str, float]:
+        """``<task>/<name>`` of every task that was seen on any process."""
+        everywhere = self._over_all_processes()
+        found = {}
+        for name, (totals, counts) in everywhere.items():
+            for number, key in enumerate(self.keys):
+                if counts[number] > 0:
+                    found[f"{key}/{name}"] = float(totals[number] / counts[number])
+        return found
+
+    def _over_all_processes(self) -> dict[str, Tensor]:
+        if not torch.distributed.is_initialized():
+            return self._sums
+        parts: list[dict[str, Tensor]] = [{} for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(parts, self._sums)
+        names = sorted({name for part in parts for name in part})
+        return {name: torch.stack([part[name] for part in parts if name in part]).sum(0) for name in names}
+
+
+def _keys(sentences: Sequence[str]) -> list[str]:
+    """Short names for a logger, all different."""
+    keys: list[str] = []
+    for sentence in sentences:
+        key = re.sub(r"[^a-z0-9]+", "_", sentence.lower()).strip("_")[:40] or "no_instruction"
+        keys.append(key if key not in keys else f"{key}_{len(keys)}")
+    return keys
