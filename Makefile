@@ -9,7 +9,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install gl demo test test-all openpi lint bench notebooks doctor clean
+.PHONY: help install gl demo test test-all openpi lint bench notebooks doctor lerobot clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -66,6 +66,21 @@ doctor: install ## check a folder of robot demonstrations before training: make 
 	@test -n "$(DATA)" || { echo "say which folder: make doctor DATA=path/to/folder" >&2; exit 1; }
 	$(PYTHON) -m keygrip.prepare step=doctor root="$(DATA)"
 
+# LeRobot 0.4.4 needs an older torch than ours: an environment of its own, on Python 3.11.
+LEROBOT := .venv-lerobot
+PYTHON311 ?= $(shell command -v python3.11)
+
+$(LEROBOT)/.installed: constraints-lerobot.txt pyproject.toml plugins/lerobot_policy_keygrip/pyproject.toml
+	@test -n "$(PYTHON311)" || { echo "LeRobot 0.4.4 is tested on Python 3.11: install it, or say make lerobot PYTHON311=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(LEROBOT)/bin/python || $(PYTHON311) -m venv $(LEROBOT)
+	@echo "installing lerobot and its packages (7 GB with torch; minutes)"
+	$(LEROBOT)/bin/python -m pip install --disable-pip-version-check --progress-bar off -q -c constraints-lerobot.txt \
+		lerobot==0.4.4 pytest -e '.[serve]' -e plugins/lerobot_policy_keygrip
+	@touch $@
+
+lerobot: $(LEROBOT)/.installed gl ## LeRobot in .venv-lerobot, and the tests of our data sets and policies inside it
+	OMP_NUM_THREADS=1 $(LEROBOT)/bin/python -m pytest -m lerobot tests/lerobot
+
 clean: ## remove the virtual environment and caches; data/ and runs/ stay
-	rm -rf $(VENV) .venv-openpi .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) .venv-openpi $(LEROBOT) .pytest_cache .mypy_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,115 @@
+"""What LeRobot's observations and actions do not say, and keygrip's policies need."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.configs.types import NormalizationMode
+
+ACTIONS = ("pose", "position_step")
+
+
+@dataclass
+class CameraCalibration:
+    """One image of the observation.
+
+    Args:
+        intrinsics: 3 x 3, pixels of the image as LeRobot gives it (flips included), corner convention.
+        world_to_camera: 4 x 4 rigid, OpenCV camera, metres.
+        width, height: the image size that the intrinsics are for; images of other sizes scale them. 0: as they come.
+        name: keygrip's name of the camera; empty: the last part of the feature's name.
+    """
+
+    intrinsics: list[list[float]]
+    world_to_camera: list[list[float]]
+    width: int = 0
+    height: int = 0
+    name: str = ""
+
+
+@dataclass
+class ArmLayout:
+    """Where one arm's pose stands in `observation.state`.
+
+    Args:
+        position: indices of x, y, z, metres in the world. offset: added to it, metres in the world, where the state's
+            point is not the gripper point of the demonstrations.
+        quaternion: indices of w, x, y, z; empty: the gripper does not turn, its quaternion is `fixed_quaternion`.
+        gripper: index of the opening; closed, open: its values there.
+    """
+
+    position: list[int]
+    gripper: int
+    quaternion: list[int] = field(default_factory=list)
+    fixed_quaternion: list[float] = field(default_factory=lambda: [1.0, 0.0, 0.0, 0.0])
+    offset: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    closed: float = 0.0
+    open: float = 1.0
+
+
+@PreTrainedConfig.register_subclass("keygrip")
+@dataclass
+class KeygripConfig(PreTrainedConfig):
+    """A trained keygrip policy.
+
+    Args:
+        checkpoint: run folder, checkpoint file or exported folder; None: `keygrip/` beside this configuration.
+        server: URL of `python -m keygrip.serve`, in place of a checkpoint.
+        trust: packages beside keygrip whose model parts the checkpoint may name.
+        control_hz: calls of `select_action` a second.
+        control: changes to keygrip's controller, e.g. `execute_seconds`, `still_distance_m`.
+        cameras: calibration by image feature.
+        arms: one entry an arm, in the policy's order; empty: 8 numbers an arm, x, y, z, qw, qx, qy, qz, gripper.
+        action: "pose": 8 numbers an arm, the commanded pose. "position_step": one arm's step towards the commanded
+            position, `step_gain` a metre within -1 .. 1, and the gripper's effort, positive when it closes.
+        step_gain, gripper_effort: of "position_step" (10 a metre suits Meta-World, whose hand is a mocap body).
+    """
+
+    checkpoint: str | None = None
+    server: str | None = None
+    trust: list[str] = field(default_factory=list)
+    control_hz: float = 10.0
+    control: dict[str, float] = field(default_factory=dict)
+    cameras: dict[str, CameraCalibration] = field(default_factory=dict)
+    arms: list[ArmLayout] = field(default_factory=list)
+    action: str = "pose"
+    step_gain: float = 10.0
+    gripper_effort: float = 0.6
+    normalization_mapping: dict[str, NormalizationMode] = field(
+        default_factory=lambda: dict.fromkeys(("VISUAL", "STATE", "ACTION"), NormalizationMode.IDENTITY)
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.action not in ACTIONS:
+            raise ValueError(f"action must be one of {', '.join(ACTIONS)}, not {self.action!r}")
+        if self.checkpoint and self.server:
+            raise ValueError("give checkpoint or server, not both")
+
+    def validate_features(self) -> None:
+        """Raises ValueError: an image that no camera is calibrated for, or none at all."""
+        if not self.cameras:
+            raise ValueError("cameras is empty: keygrip needs the calibration of each image (see README.md)")
+        missing = [name for name in self.cameras if self.input_features and name not in self.input_features]
+        if missing:
+            raise ValueError(
+                f"cameras names {missing[0]!r}; the observation has {', '.join(self.input_features or {})}"
+            )
+
+    @property
+    def observation_delta_indices(self) -> None:
+        return None
+
+    @property
+    def action_delta_indices(self) -> None:
+        return None
+
+    @property
+    def reward_delta_indices(self) -> None:
+        return None
+
+    def get_optimizer_preset(self) -> Any:
+        raise NotImplementedError("keygrip's policies are trained by `python -m keygrip.train`, not by lerobot-train")
+
+    def get_scheduler_preset(self) -> None:
+        return None

@@ -1,0 +1,237 @@
+"""A keygrip policy behind LeRobot's interface. Shapes: B environments, A arms, T planned steps, F state numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.policies.pretrained import PreTrainedPolicy
+from omegaconf import OmegaConf
+from torch import Tensor
+
+import keygrip
+from keygrip import export
+from keygrip.artifacts import atomic_folder
+from keygrip.exporting.folder import is_export
+from keygrip.models.policy import Needs
+from keygrip.runtime.chunk_execution import RecedingHorizon
+from keygrip.runtime.client import RemotePolicy
+from lerobot_policy_keygrip.configuration_keygrip import ArmLayout, CameraCalibration, KeygripConfig
+from lerobot_policy_keygrip.processor_keygrip import make_keygrip_pre_post_processors
+
+WEIGHTS = "keygrip"  # the checkpoint's folder beside config.json
+
+
+class KeygripPolicy(PreTrainedPolicy):
+    """Gives one action a call from keygrip's plans, for each environment of the batch on its own.
+
+    Args:
+        config: see there. dataset_stats, dataset_meta: what LeRobot's factory passes; keygrip normalises by itself.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no checkpoint, or the configuration does not suit the policy.
+    """
+
+    config_class = KeygripConfig
+    name = "keygrip"
+
+    def __init__(self, config: KeygripConfig, dataset_stats: Any = None, dataset_meta: Any = None) -> None:
+        super().__init__(config)
+        config.validate_features()
+        self.config: KeygripConfig = config
+        self.policy = _load(config)
+        self.needs: Needs = self.policy.needs
+        arms = len(self.needs.arms)
+        self.layouts = config.arms or [
+            ArmLayout([8 * a, 8 * a + 1, 8 * a + 2], 8 * a + 7, _turn(a)) for a in range(arms)
+        ]
+        if len(self.layouts) != arms:
+            raise ValueError(
+                f"arms describes {len(self.layouts)}, the policy moves {arms}: {', '.join(self.needs.arms)}"
+            )
+        if config.action == "position_step" and arms != 1:
+            raise ValueError(f"action=position_step moves one arm, the policy moves {', '.join(self.needs.arms)}")
+        names = {camera.name or feature.rpartition(".")[2]: feature for feature, camera in config.cameras.items()}
+        absent = [name for name in self.needs.cameras if name not in names]
+        if absent and len(self.needs.cameras) > 1:
+            raise ValueError(f"the policy reads camera {absent[0]!r}; cameras calibrates {', '.join(names)}")
+        self.controllers: list[RecedingHorizon] = []
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_name_or_path: str | Path, *, config: PreTrainedConfig | None = None, **options: Any
+    ) -> KeygripPolicy:
+        """The policy of a folder that `save_policy` wrote."""
+        if config is None:
+            config = PreTrainedConfig.from_pretrained(pretrained_name_or_path)
+        assert isinstance(config, KeygripConfig)
+        if not config.checkpoint and not config.server:
+            config = dataclasses.replace(config, checkpoint=str(Path(pretrained_name_or_path) / WEIGHTS))
+        return cls(config).eval()
+
+    def reset(self) -> None:
+        """Forgets the running plans: called at the start of an episode."""
+        self.controllers = []
+        if hasattr(self.policy, "reset"):
+            self.policy.reset(0)
+
+    @torch.no_grad()
+    def select_action(self, batch: dict[str, Any], **options: Any) -> Tensor:
+        """[B, 8 A] the commanded poses, or [B, 4] with `action=position_step`.
+
+        Args:
+            batch: `observation.state` [B, F], images [B, 3, H, W] in 0 .. 1, and `task`, B sentences, where the policy
+                reads an instruction.
+        """
+        observations = self._observations(batch)
+        if len(self.controllers) != len(observations):
+            self.controllers = [self._controller() for _ in observations]
+        actions = []
+        for controller, observation in zip(self.controllers, observations, strict=True):
+            command = controller.act(observation)
+            actions.append(self._action(command, observation))
+        return torch.as_tensor(np.stack(actions), dtype=torch.float32, device=batch["observation.state"].device)
+
+    @torch.no_grad()
+    def predict_action_chunk(self, batch: dict[str, Any], **options: Any) -> Tensor:
+        """[B, T, 8 A] the planned poses, `step_seconds` of the plan apart.
+
+        Raises:
+            ValueError: the action is not a pose.
+        """
+        if self.config.action != "pose":
+            raise ValueError(
+                f"predict_action_chunk gives poses, and action is {self.config.action!r}: use select_action"
+            )
+        chunks = []
+        for observation in self._observations(batch):
+            plan = self.policy.plan(observation)
+            poses = np.concatenate([plan.position, plan.quaternion, plan.gripper[..., None]], axis=-1)  # [A, T, 8]
+            chunks.append(poses.transpose(1, 0, 2).reshape(poses.shape[1], -1))
+        return torch.as_tensor(np.stack(chunks), dtype=torch.float32, device=batch["observation.state"].device)
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any] | None]:
+        raise NotImplementedError("keygrip's policies are trained by `python -m keygrip.train`, not by lerobot-train")
+
+    def get_optim_params(self) -> dict[str, Any]:
+        return {}
+
+    def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Writes the configuration and the checkpoint that it names."""
+        folder = Path(save_directory)
+        config = self.config
+        if config.checkpoint and Path(config.checkpoint).resolve() != (folder / WEIGHTS).resolve():
+            if is_export(config.checkpoint):
+                shutil.copytree(config.checkpoint, folder / WEIGHTS)
+            else:
+                export.run(
+                    OmegaConf.structured(
+                        export.ExportSchema(
+                            checkpoint=config.checkpoint, to=str(folder / WEIGHTS), trust=list(config.trust)
+                        )
+                    )
+                )
+            config = dataclasses.replace(config, checkpoint=None)
+        config._save_pretrained(folder)
+
+    # ---- parts -----------------------------------------------------------------------------------------------------
+
+    def _controller(self) -> RecedingHorizon:
+        known = {each.name: each for each in dataclasses.fields(RecedingHorizon) if each.init}
+        unknown = sorted(set(self.config.control) - set(known) | {"policy", "control_hz"} & set(self.config.control))
+        if unknown:
+            raise ValueError(f"control has no setting {unknown[0]!r}; it has {', '.join(list(known)[2:])}")
+        changes = {key: type(known[key].default)(value) for key, value in self.config.control.items()}
+        return RecedingHorizon(self.policy, self.config.control_hz, **changes)
+
+    def _observations(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """keygrip's observation of each environment."""
+        states = batch["observation.state"].detach().cpu().numpy().astype(np.float64)
+        views = {name: _view(batch, name, camera) for name, camera in self.config.cameras.items()}
+        found = []
+        for index, state in enumerate(states):
+            poses = [_pose(layout, state) for layout in self.layouts]
+            own = {name: view | {"image": view["image"][index]} for name, view in views.values()}
+            observation: dict[str, Any] = {
+                **next(iter(own.values())),
+                "position": np.stack([pose[0] for pose in poses]),
+                "quaternion": np.stack([pose[1] for pose in poses]),
+                "gripper": np.array([pose[2] for pose in poses]),
+            }
+            if len(own) > 1:
+                observation["cameras"] = own
+            if self.needs.instruction:
+                if "task" not in batch:
+                    raise ValueError("the policy reads an instruction; the observation has no task")
+                task = batch["task"]
+                observation["instruction"] = task if isinstance(task, str) else task[index]
+            found.append(observation)
+        return found
+
+    def _action(self, command: np.ndarray, observation: dict[str, Any]) -> np.ndarray:
+        """From the command [A, 8] to LeRobot's action."""
+        if self.config.action == "pose":
+            return command.reshape(-1)
+        step = np.clip((command[0, :3] - observation["position"][0]) * self.config.step_gain, -1, 1)
+        effort = self.config.gripper_effort * (1 - 2 * np.clip(command[0, 7], 0, 1))
+        return np.concatenate([step, [effort]])
+
+
+def save_policy(config: KeygripConfig, folder: str | Path) -> Path:
+    """Writes a folder for `--policy.path`: configuration, processors, and the checkpoint's weights.
+
+    Raises:
+        FileNotFoundError, ValueError: the checkpoint cannot be loaded, or the configuration does not suit it.
+        FileExistsError: the folder holds something.
+    """
+    policy = KeygripPolicy(config)
+    with atomic_folder(folder) as temporary:
+        policy.save_pretrained(temporary)
+        for processor in make_keygrip_pre_post_processors(config):
+            processor.save_pretrained(temporary)
+    return Path(folder)
+
+
+def _load(config: KeygripConfig) -> Any:
+    if config.server:
+        return RemotePolicy(config.server)
+    if not config.checkpoint:
+        raise ValueError(
+            "keygrip needs checkpoint (a run folder, checkpoint file or exported folder) or server (a URL)"
+        )
+    return keygrip.load_policy(config.checkpoint, trust=config.trust, device=str(config.device))
+
+
+def _turn(arm: int) -> list[int]:
+    return [8 * arm + 3, 8 * arm + 4, 8 * arm + 5, 8 * arm + 6]
+
+
+def _view(batch: dict[str, Any], feature: str, camera: CameraCalibration) -> tuple[str, dict[str, Any]]:
+    """keygrip's name of a camera; its images [B, H, W, 3] uint8, intrinsics at their size and world_to_camera."""
+    if feature not in batch:
+        raise ValueError(f"the observation has no image {feature!r}; it has {', '.join(batch)}")
+    images = batch[feature].detach().cpu().float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+    scale = [
+        images.shape[2] / camera.width if camera.width else 1.0,
+        images.shape[1] / camera.height if camera.height else 1.0,
+        1.0,
+    ]
+    intrinsics = np.diag(scale) @ np.asarray(camera.intrinsics, dtype=np.float64)
+    return camera.name or feature.rpartition(".")[2], {
+        "image": images,
+        "intrinsics": intrinsics,
+        "world_to_camera": np.asarray(camera.world_to_camera, dtype=np.float64),
+    }
+
+
+def _pose(layout: ArmLayout, state: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Position [3], unit quaternion [4] and opening of one arm."""
+    quaternion = state[layout.quaternion] if layout.quaternion else np.asarray(layout.fixed_quaternion, np.float64)
+    opening = (state[layout.gripper] - layout.closed) / (layout.open - layout.closed)
+    position = state[layout.position] + np.asarray(layout.offset, np.float64)
+    return position, quaternion / np.linalg.norm(quaternion), float(np.clip(opening, 0, 1))

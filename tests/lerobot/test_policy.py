@@ -1,0 +1,126 @@
+"""The policy plugin, found and run by LeRobot's own factory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import keygrip
+from keygrip.data.robot.discovery import find_demos
+from keygrip.runtime.chunk_execution import RecedingHorizon
+
+pytestmark = pytest.mark.lerobot
+
+
+@pytest.fixture(scope="module")
+def saved(made: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from lerobot_policy_keygrip import CameraCalibration, KeygripConfig, save_policy
+
+    track = find_demos(made.demos)[0].read().cameras["over"]
+    camera = CameraCalibration(
+        track.intrinsics[0].tolist(), track.world_to_camera[0].tolist(), width=track.width, height=track.height
+    )
+    config = KeygripConfig(
+        checkpoint=str(made.run), device="cpu", cameras={"observation.images.over": camera}, control_hz=10.0
+    )
+    return save_policy(config, tmp_path_factory.mktemp("policy") / "saved")
+
+
+def test_lerobots_factory_finds_it_and_it_acts_as_at_home(made: Any, saved: Path) -> None:
+    from lerobot.configs.policies import PreTrainedConfig
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+    from lerobot.policies.factory import make_policy, make_pre_post_processors
+    from lerobot.utils.import_utils import register_third_party_plugins
+
+    register_third_party_plugins()
+    config = PreTrainedConfig.from_pretrained(saved)
+    assert (config.type, config.checkpoint) == ("keygrip", None)
+    config.pretrained_path = saved
+    dataset = LeRobotDataset("local/demos", root=made.dataset, video_backend="pyav")
+    policy = make_policy(config, ds_meta=dataset.meta)
+    before, after = make_pre_post_processors(config, pretrained_path=str(saved))
+    local = RecedingHorizon(keygrip.load_policy(made.run), 10.0)
+    demo = find_demos(made.demos)[0].read()
+    arm, track = demo.arms["right"], demo.cameras["over"]
+    for frame in range(6):
+        item = dataset[frame]
+        action = after(policy.select_action(before(item)))
+        image = (item["observation.images.over"] * 255).round().byte().permute(1, 2, 0).numpy()
+        expected = local.act(
+            {
+                "image": image,
+                "intrinsics": track.intrinsics[0],
+                "world_to_camera": track.world_to_camera[0],
+                "position": arm.position[frame][None],
+                "quaternion": arm.quaternion[frame][None],
+                "gripper": arm.gripper[frame][None],
+            }
+        )
+        assert action.shape == (1, 8)
+        np.testing.assert_allclose(action[0].numpy()[[0, 1, 2, 7]], expected[0][[0, 1, 2, 7]], atol=1e-5)
+        turn = np.sign(action[0, 3:7].numpy() @ expected[0, 3:7])
+        np.testing.assert_allclose(action[0].numpy()[3:7], turn * expected[0, 3:7], atol=1e-4)
+    policy.reset()
+    assert policy.predict_action_chunk(before(dataset[0])).shape[::2] == (1, 8)
+
+
+def test_each_environment_of_a_batch_has_its_own_plan(made: Any, saved: Path) -> None:
+    from lerobot_policy_keygrip import KeygripPolicy
+
+    policy = KeygripPolicy.from_pretrained(saved)
+    demo = find_demos(made.demos)[0].read()
+    arm, frames = demo.arms["right"], demo.cameras["over"].frames
+    poses = np.concatenate([arm.position, arm.quaternion, arm.gripper[:, None]], axis=1)
+
+    def batch(*numbers: int) -> dict[str, Any]:
+        images = np.stack([frames.read(number) for number in numbers])
+        return {
+            "observation.state": torch.tensor(poses[list(numbers)], dtype=torch.float32),
+            "observation.images.over": torch.tensor(images).permute(0, 3, 1, 2).float() / 255,
+        }
+
+    both = policy.select_action(batch(0, 9))
+    policy.reset()
+    one = policy.select_action(batch(9))
+    torch.testing.assert_close(both[1:], one)
+    assert not torch.allclose(both[0], both[1])
+
+
+def test_a_configuration_that_does_not_fit_is_refused(made: Any) -> None:
+    from lerobot_policy_keygrip import ArmLayout, CameraCalibration, KeygripConfig, KeygripPolicy
+
+    camera = {"observation.image": CameraCalibration(np.eye(3).tolist(), np.eye(4).tolist())}
+    with pytest.raises(ValueError, match="cameras is empty"):
+        KeygripPolicy(KeygripConfig(checkpoint=str(made.run), device="cpu"))
+    with pytest.raises(ValueError, match="needs checkpoint"):
+        KeygripPolicy(KeygripConfig(device="cpu", cameras=camera))
+    two = [ArmLayout([0, 1, 2], 3), ArmLayout([4, 5, 6], 7)]
+    with pytest.raises(ValueError, match="describes 2, the policy moves 1: right"):
+        KeygripPolicy(KeygripConfig(checkpoint=str(made.run), device="cpu", cameras=camera, arms=two))
+    with pytest.raises(ValueError, match="action must be one of pose, position_step"):
+        KeygripConfig(action="joints", device="cpu")
+
+
+def test_a_step_of_the_hand_points_to_the_plan(made: Any) -> None:
+    from lerobot_policy_keygrip import ArmLayout, CameraCalibration, KeygripConfig, KeygripPolicy
+
+    demo = find_demos(made.demos)[0].read()
+    track, arm = demo.cameras["over"], demo.arms["right"]
+    camera = CameraCalibration(track.intrinsics[0].tolist(), track.world_to_camera[0].tolist(), name="over")
+    config = KeygripConfig(
+        checkpoint=str(made.run), device="cpu", cameras={"observation.image": camera}, action="position_step",
+        arms=[ArmLayout([0, 1, 2], 3, fixed_quaternion=arm.quaternion[0].tolist())], step_gain=10.0,
+    )  # fmt: skip
+    policy = KeygripPolicy(config)
+    state = np.concatenate([arm.position[0], arm.gripper[:1]])
+    image = torch.tensor(track.frames.read(0)).permute(2, 0, 1)[None].float() / 255
+    action = policy.select_action({"observation.state": torch.tensor(state)[None].float(), "observation.image": image})
+    target = policy.controllers[0].last_plan.position[0, 0] - arm.position[0]
+    assert action.shape == (1, 4)
+    assert (np.sign(action[0, :3].numpy()) == np.sign(target)).all()
+    assert (action.abs() <= 1).all()
+    assert abs(action[0, 3].item()) == pytest.approx(0.6)
