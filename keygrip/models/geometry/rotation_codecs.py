@@ -10,6 +10,7 @@ Shape legend: N rotations, R classes, ``...`` any batch shape.
 from __future__ import annotations
 
 import hashlib
+import logging
 import warnings
 from abc import abstractmethod
 from pathlib import Path
@@ -31,6 +32,10 @@ from keygrip.models.geometry.rotations import (
     rotation_log,
 )
 from keygrip.training.parts import model_part
+
+log = logging.getLogger(__name__)
+
+WARNING_DEG = 45.0  # a largest decode error that no manipulation task forgives
 
 
 class RotationCodec(nn.Module):
@@ -116,6 +121,8 @@ class PCARotation(RotationCodec):
     Args:
         classes: number of bins; 32 are 5.6 degrees each over a half turn.
         min_explained: share of variance below which the first component loses too much of the rotation.
+        outlier_share: share of the training rotations, half of it at each end, that may lie outside of the bins and
+            count to the outermost: a single wrong reading must not make all bins wide. 0: the bins span them all.
     """
 
     mean: Tensor
@@ -124,9 +131,11 @@ class PCARotation(RotationCodec):
     score_range: Tensor
     explained: Tensor
 
-    def __init__(self, classes: int = 32, min_explained: float = 0.8) -> None:
+    def __init__(self, classes: int = 32, min_explained: float = 0.8, outlier_share: float = 0.0) -> None:
         super().__init__(classes)
-        self.min_explained = min_explained
+        if not 0 <= outlier_share < 0.5:
+            raise ValueError(f"rotation.outlier_share={outlier_share} is a share of the rotations, 0 to 0.5.")
+        self.min_explained, self.outlier_share = min_explained, outlier_share
         self.register_buffer("mean", torch.tensor([1.0, 0.0, 0.0, 0.0]))  # [4] rotation around which the logs are taken
         self.register_buffer("offset", torch.zeros(3))  # [3] mean tangent vector, rad
         self.register_buffer("axis", torch.tensor([0.0, 0.0, 1.0]))  # [3] unit direction of PC1
@@ -145,7 +154,9 @@ class PCARotation(RotationCodec):
             offset = torch.from_numpy(pca.mean_).to(tangents)
             explained = float(pca.explained_variance_ratio_[0])
         scores = (tangents - offset) @ axis
-        low, high = float(scores.min()), float(scores.max())
+        ends = [self.outlier_share / 2, 1 - self.outlier_share / 2]
+        low, high = np.quantile(scores.numpy(), ends).tolist() if self.outlier_share else (scores.min(), scores.max())
+        low, high = float(low), float(high)
         if high - low < 1e-3:  # a width for the bins even where nothing varies
             low, high = low - 5e-4, high + 5e-4
         self.mean.copy_(mean)
@@ -163,6 +174,9 @@ class PCARotation(RotationCodec):
 
     def summary(self) -> dict[str, float]:
         return {"pc1_explained": float(self.explained)}
+
+    def settings(self) -> dict[str, float]:
+        return super().settings() | ({"outlier_share": self.outlier_share} if self.outlier_share else {})
 
     def scores(self, quaternions: Tensor) -> Tensor:
         """PC1 scores ``[...]`` in radians of rotations ``[..., 4]``."""
@@ -268,8 +282,22 @@ def fit_or_load(codec: RotationCodec, quaternions: Tensor, cache_dir: Path, fing
     path = cache_dir / f"rotation-{type(codec).__name__}-{digest}.pt"
     if path.is_file():
         codec.load_state_dict(torch.load(path, weights_only=True))
-        return codec.summary() | codec.quantisation(normalise(quaternions.double()))
+        report = codec.summary() | codec.quantisation(normalise(quaternions.double()))
+        _warn_of_floor(report)
+        return report
     report = codec.fit(quaternions)
+    _warn_of_floor(report)
     with atomic_write(path) as file:
         torch.save(codec.state_dict(), file)
     return report
+
+
+def _warn_of_floor(report: dict[str, float]) -> None:
+    if report["decode_error_max_deg"] > WARNING_DEG:
+        log.warning(
+            "a training rotation comes back from its class %.0f degrees off (%.1f on average): a wrong reading "
+            "(step=doctor), or a turn that the codes leave out; rotation.outlier_share keeps outliers of pca_1d from "
+            "widening all bins, rotation=kmeans holds turns about several axes",
+            report["decode_error_max_deg"],
+            report["decode_error_deg"],
+        )

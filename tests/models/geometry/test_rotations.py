@@ -140,3 +140,20 @@ def test_basis_beside_the_dataset_is_reused_only_for_the_same_rotations(tmp_path
     fit_or_load(other, quaternions, tmp_path, "v2")
     fit_or_load(finer, quaternions, tmp_path, "v1")
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_outliers_do_not_widen_the_bins(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    axis = torch.tensor([0.0, 0.0, 1.0])
+    turns = torch.cat([torch.linspace(-0.7, 0.7, 995), torch.full((5,), 3.0)])  # 0.5 % wrong readings
+    rotations = rotation_exp(turns[:, None] * axis)
+    wide, narrow = PCARotation(32), PCARotation(32, outlier_share=0.02)
+    report = fit_or_load(wide, rotations, tmp_path, "x")
+    assert "degrees off" not in caplog.text
+    floor = fit_or_load(narrow, rotations, tmp_path, "x")
+    assert "degrees off" in caplog.text
+    assert floor["decode_error_max_deg"] > 100 > report["decode_error_max_deg"]
+    good = rotations[20:970]
+    assert narrow.quantisation(good)["decode_error_max_deg"] < 1.5  # half of 80 degrees in 32 bins
+    assert wide.quantisation(good)["decode_error_max_deg"] > 2.5
+    with pytest.raises(ValueError, match="outlier_share"):
+        PCARotation(32, outlier_share=0.5)
