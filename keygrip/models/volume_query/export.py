@@ -36,6 +36,8 @@ class VolumeQueryGraph(nn.Module):
 
 def volume_query_graph(network: VolumeQueryNetwork) -> ExportGraph:
     """What to export of a network: a normalised image [B, 3, S, S], start pixels [B, A, 2], state [B, A, n], tokens."""
+    if network.world_views:
+        raise ValueError("a network of several cameras (model.network.world_views=true) has no exported graph yet")
     generator = torch.Generator().manual_seed(0)
     size, arms = network.image_size, len(network.arms)
     inputs = {

@@ -46,8 +46,10 @@ class FeatureModulation(nn.Module):
         super().__init__()
         self.modulation = AdaLNModulation(width, d_feat, parts=2)
 
-    def forward(self, features: Tensor, states: InstructionStates) -> Tensor:
-        shift, scale = (part[..., None, None] for part in self.modulation(states.whole))
+    def forward(self, features: Tensor, states: InstructionStates, views: int = 1) -> Tensor:
+        """``views``: maps in a row that belong to one sentence."""
+        whole = states.whole if views == 1 else states.whole.repeat_interleave(views, dim=0)
+        shift, scale = (part[..., None, None] for part in self.modulation(whole))
         return modulate(features, shift, scale)
 
 

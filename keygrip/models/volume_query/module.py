@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from keygrip.data.batches import PolicyBatch
+from keygrip.data.batches import MultiViewPolicyBatch, PolicyBatch
 from keygrip.data.robot.statistics import DemoStatistics
 from keygrip.exporting.graphs import ExportGraph
 from keygrip.models.geometry.cameras import recover_3d
@@ -21,9 +22,9 @@ from keygrip.models.policy_statistics import PolicyStatistics
 from keygrip.models.volume_query.decoding import Decoder
 from keygrip.models.volume_query.export import volume_query_graph
 from keygrip.models.volume_query.figures import prediction_figure
-from keygrip.models.volume_query.network import VolumeQueryNetwork, VolumeQueryOutput
+from keygrip.models.volume_query.network import FurtherViews, VolumeQueryNetwork, VolumeQueryOutput
 from keygrip.models.volume_query.policy import VolumeQueryPolicy
-from keygrip.models.volume_query.targets import StepTargets, arm_state, height_centres, step_targets
+from keygrip.models.volume_query.targets import StepTargets, arm_state, height_centres, step_targets, views_of_images
 from keygrip.models.volume_query.volume import argmax_voxel, volume_cross_entropy
 from keygrip.training.distributed import global_mean
 from keygrip.training.images import figure_to_image
@@ -32,6 +33,9 @@ from keygrip.training.parts import model_part
 from keygrip.training.system import System
 from keygrip.training.task_metrics import MeansByTask
 
+log = logging.getLogger(__name__)
+
+STATE = "volume_query"  # of a checkpoint: what is not in the weights
 # By these runs are compared; the validation loss of a multimodal policy is noise.
 HEADLINE = (
     "pix_argmax",
@@ -107,6 +111,7 @@ class VolumeQueryModule(System):
         self.mask_padded_steps = mask_padded_steps
         self.log_images_every_n_steps = log_images_every_n_steps
         self.by_task = MeansByTask(())
+        self.views: tuple[str, ...] = ()  # names of the cameras, of which a network without world_views sees the first
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
@@ -132,7 +137,24 @@ class VolumeQueryModule(System):
             encoder.prepare(statistics.instructions)
             report["instructions"] = len(statistics.instructions)
         self.by_task = MeansByTask(statistics.instructions)
+        self.views = statistics.cameras
+        if len(self.views) > 1 and not self.network.world_views:
+            log.warning(
+                "the data hold %d cameras, and this policy sees %s alone (all of them: model.network.world_views=true)",
+                len(self.views),
+                self.views[0],
+            )
         return report
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.network.world_views:
+            checkpoint[STATE] = {"views": list(self.views)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.network.world_views:
+            if STATE not in checkpoint:
+                raise ValueError("the checkpoint does not name its cameras: it was not written by this model")
+            self.views = tuple(str(name) for name in checkpoint[STATE]["views"])
 
     def codec(self, arm: str) -> RotationCodec:
         """The rotation codec of one arm."""
@@ -172,7 +194,27 @@ class VolumeQueryModule(System):
         )
         step_pixels = targets.pixels if teacher and self.network.step_features else None
         return self.network(
-            batch.image, targets.start_pixels, state, step_pixels, self.instruction_tokens(batch.instruction)
+            batch.image,
+            targets.start_pixels,
+            state,
+            step_pixels,
+            self.instruction_tokens(batch.instruction),
+            self.further_views(batch),
+        )
+
+    def further_views(self, batch: PolicyBatch) -> FurtherViews | None:
+        """What the cameras beside the first see, where the network reads them.
+
+        An image of one colour is a camera that gives none: it is masked.
+        """
+        if not self.network.world_views or not isinstance(batch, MultiViewPolicyBatch) or batch.images.shape[1] < 2:
+            return None
+        return views_of_images(
+            batch.images,
+            batch.view_intrinsics,
+            batch.view_world_to_camera,
+            network=self.network,
+            statistics=self.statistics,
         )
 
     def instruction_tokens(self, sentences: Sequence[str]) -> Tensor | None:

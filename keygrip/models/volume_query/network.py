@@ -26,6 +26,7 @@ from keygrip.models.nn.adaln import AdaLNZeroMLP
 from keygrip.models.nn.sinusoids import sinusoidal_features
 from keygrip.models.volume_query.language import InstructionConditioning, InstructionEncoder
 from keygrip.models.volume_query.volume import VolumeLogits, argmax_voxel, soft_argmax
+from keygrip.models.volume_query.world import VoxelProjection, WorldScores
 from keygrip.training.parts import model_part
 
 # What the query may be told of the arm, and how many numbers each is: height in the bins' range, gripper opening, and
@@ -53,6 +54,20 @@ class VolumeQueryOutput:
     def detach(self) -> VolumeQueryOutput:
         """Without gradients, for pictures and metrics."""
         return VolumeQueryOutput(self.volume.detach(), self.gripper.detach(), self.rotation.detach())
+
+
+@dataclass(frozen=True)
+class FurtherViews:
+    """What cameras beside the first see.
+
+    Attributes:
+        images: ``[B, V, 3, S, S]``, normalised as the first's. where: of the first camera's voxels in them.
+        first: bool ``[B]``, whether the first camera's own image is usable; its calibration always is.
+    """
+
+    images: Tensor
+    where: VoxelProjection
+    first: Tensor
 
 
 class FeatureRefiner(nn.Module):
@@ -154,18 +169,32 @@ class ArmStream(nn.Module):
         return self.to_query(steps)
 
     def volume(
-        self, trunk: Tensor, feature_map: Tensor, sin_z: Tensor, sin_t: Tensor, coupling_z: Tensor | None
+        self,
+        trunk: Tensor,
+        feature_map: Tensor,
+        sin_z: Tensor,
+        sin_t: Tensor,
+        coupling_z: Tensor | None,
+        others: tuple[Tensor, VoxelProjection] | None = None,
     ) -> VolumeLogits:
-        """Volume logits with leading shape ``[B, T]`` from the trunk ``[B, T, d_model]`` and F ``[B, C, P, P]``."""
+        """Volume logits with leading shape ``[B, T]`` from the trunk ``[B, T, d_model]`` and F ``[B, C, P, P]``.
+
+        ``others``: F of further views, ``[B, V, C, P, P]``, and where the voxels lie in them.
+        """
         q_feat, q_z, q_t = trunk.split(self.widths, dim=-1)
+        world = None if others is None else torch.einsum("btc,bvchw->btvhw", q_feat, others[0])
         pixel = torch.einsum("btc,bchw->bthw", q_feat, feature_map)
         height = q_z @ sin_z.T
         if self.log_scales is not None:
-            pixel = pixel * (self.log_scales[0].exp() * 2 / math.sqrt(self.widths[0]))
+            sharpness = self.log_scales[0].exp() * 2 / math.sqrt(self.widths[0])
+            pixel = pixel * sharpness
+            world = None if world is None else world * sharpness
             height = height * (self.log_scales[1].exp() * 4 / math.sqrt(self.widths[1]))
         if self.direct_height is not None:
             height = height + self.direct_height(trunk)
         constant = (q_t * sin_t).sum(-1)
+        if others is not None and world is not None:
+            return VolumeLogits(pixel, height, constant, world=WorldScores(world, others[1]))
         if self.coupling is None or coupling_z is None:
             return VolumeLogits(pixel, height, constant)
         q_coupling = self.coupling(trunk).unflatten(-1, (self.coupling_rank, -1))  # [B, T, r, C]
@@ -208,6 +237,8 @@ class VolumeQueryNetwork(nn.Module):
         coupling: "additive" (factorises), or "bilinear": height depends on the pixel through ``coupling_rank`` factors.
         instruction: encoder of the sentence that says what to do (`keygrip.models.language.instructions`); None: the
             network reads none.
+        world_views: further calibrated cameras score the voxels too, with the same weights, any number of them. Off:
+            the first camera alone.
     """
 
     sin_z: Tensor
@@ -236,8 +267,11 @@ class VolumeQueryNetwork(nn.Module):
         coupling: Literal["additive", "bilinear"] = "additive",
         coupling_rank: int = 4,
         instruction: nn.Module | None = None,
+        world_views: bool = False,
     ) -> None:
         super().__init__()
+        if world_views and coupling != "additive":
+            raise ValueError("model.network.world_views=true needs model.network.coupling=additive.")
         if coupling not in ("additive", "bilinear"):
             raise ValueError(f"model.network.coupling is additive or bilinear, not {coupling!r}.")
         if logit_scale not in ("none", "learned"):
@@ -255,7 +289,7 @@ class VolumeQueryNetwork(nn.Module):
             raise ValueError(
                 f"model.network.state lists any of {', '.join(STATE_PARTS)}, each once, got {list(state)}."
             )
-        self.state_parts, self.step_features = tuple(state), step_features
+        self.state_parts, self.step_features, self.world_views = tuple(state), step_features, world_views
         self.refiner = FeatureRefiner(backbone.embed_dim, d_feat, pred_size)
         rank = coupling_rank if coupling == "bilinear" else 0
         self.streams = nn.ModuleDict(
@@ -301,6 +335,7 @@ class VolumeQueryNetwork(nn.Module):
         state: Tensor | None = None,
         step_pixels: Tensor | None = None,
         instruction: Tensor | None = None,
+        views: FurtherViews | None = None,
     ) -> VolumeQueryOutput:
         """Logits of the next T steps.
 
@@ -311,6 +346,7 @@ class VolumeQueryNetwork(nn.Module):
             state: ``[B, A, state_size]``, the parts in the order of ``state_parts``; needed where there are any.
             step_pixels: ``[B, A, T, 2]`` where ``step_features`` look; None takes the decoded positions.
             instruction: int64 ``[B, ...]``, the encoder's tokens; needed where there is one.
+            views: what further cameras see (`world_views`); None: one camera.
         """
         if image.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
@@ -327,14 +363,27 @@ class VolumeQueryNetwork(nn.Module):
                 if instruction is None
                 else "The network reads no instruction: build it with one (model=volume_query_language)."
             )
-        features = self.backbone(image)
+        if views is not None and not self.world_views:
+            raise ValueError("The network reads one camera: build it with model.network.world_views=true.")
         told: dict[str, Told] = {}
+        change = None
         if self.instruction is not None:
             states = self.instruction.encoder(instruction)
-            feature_map = self.refiner(features.grid_map(), partial(self.instruction.features, states=states))
+            count = 1 if views is None else 1 + views.images.shape[1]
+            change = partial(self.instruction.features, states=states, views=count)
             told = {arm: partial(query, states=states) for arm, query in self.instruction.queries.items()}
+        others = None
+        if views is None:
+            features = self.backbone(image)
+            feature_map, cls = self.refiner(features.grid_map(), change), features.cls  # [B, C, P, P], [B, D]
         else:
-            feature_map = self.refiner(features.grid_map())  # [B, C, P, P]
+            together = torch.cat([image[:, None], views.images.to(image.dtype)], dim=1)
+            features = self.backbone(together.flatten(0, 1))
+            maps = self.refiner(features.grid_map(), change).unflatten(0, together.shape[:2])  # [B, 1 + V, C, P, P]
+            usable = views.first.to(maps.dtype)
+            feature_map = maps[:, 0] * usable[:, None, None, None]
+            cls = features.cls.unflatten(0, together.shape[:2])[:, 0] * usable[:, None]
+            others = (maps[:, 1:], views.where)
         start_features = sample_features(feature_map, start_pixel, self.image_size)  # [B, A, C]
         outputs = []
         for index, arm in enumerate(self.arms):
@@ -342,12 +391,12 @@ class VolumeQueryNetwork(nn.Module):
             assert isinstance(stream, ArmStream)
             trunk = stream(
                 start_features[:, index],
-                features.cls,
+                cls,
                 None if state is None else state[:, index],
                 self.sin_t,
                 told.get(arm),
             )
-            volume = stream.volume(trunk, feature_map, self.sin_z, self.sin_t, self.coupling_z)
+            volume = stream.volume(trunk, feature_map, self.sin_z, self.sin_t, self.coupling_z, others)
             if self.step_features:
                 pixels = self._decoded_pixels(volume) if step_pixels is None else step_pixels[:, index]
                 trunk = torch.cat([trunk, sample_features(feature_map, pixels, self.image_size)], dim=-1)
@@ -373,10 +422,15 @@ def _stack_arms(volumes: Sequence[VolumeLogits]) -> VolumeLogits:
     factor = None
     if first.pixel_factor is not None:
         factor = torch.stack([volume.pixel_factor for volume in volumes if volume.pixel_factor is not None], dim=1)
+    world = None
+    if first.world is not None:
+        maps = torch.stack([volume.world.maps for volume in volumes if volume.world is not None], dim=1)
+        world = WorldScores(maps, first.world.where)
     return VolumeLogits(
         torch.stack([volume.pixel for volume in volumes], dim=1),
         torch.stack([volume.height for volume in volumes], dim=1),
         torch.stack([volume.constant for volume in volumes], dim=1),
         factor,
         first.height_factor,
+        world,
     )

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import torch
 
+from keygrip.data.batches import normalised
 from keygrip.models.geometry.cameras import project
-from keygrip.models.policy import Needs, Observation, Plan, arm_axis
+from keygrip.models.policy import Needs, Observation, Plan, arm_axis, views_of
 from keygrip.models.volume_query.decoding import Decoder, DecoderName
-from keygrip.models.volume_query.targets import arm_state
+from keygrip.models.volume_query.network import FurtherViews
+from keygrip.models.volume_query.targets import arm_state, views_of_images
 
 if TYPE_CHECKING:
     from keygrip.models.volume_query.module import VolumeQueryModule
@@ -48,8 +50,11 @@ class VolumeQueryPolicy:
     @property
     def needs(self) -> Needs:
         """What it reads of an observation."""
+        network = self.module.network
         return Needs(
-            arms=tuple(self.module.network.arms), instruction=self.module.network.instruction_encoder is not None
+            arms=tuple(network.arms),
+            cameras=self.module.views if network.world_views else (),
+            instruction=network.instruction_encoder is not None,
         )
 
     def chosen_decoder(self) -> Decoder:
@@ -94,7 +99,7 @@ class VolumeQueryPolicy:
 
         Raises:
             ParallelRayError: a decoded pixel's ray does not meet its height plane.
-            ValueError: the instruction is missing.
+            ValueError: the instruction, or a camera, is missing.
         """
         return self._plans([observation])[0]
 
@@ -104,27 +109,53 @@ class VolumeQueryPolicy:
             return [session.plan(seen) for session, seen in zip(sessions, observations, strict=True)]
         return self._plans(observations)
 
+    def _all_views(
+        self, observations: Sequence[Observation]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, FurtherViews]:
+        """The first camera's image, intrinsics and pose, and what the others see."""
+        module, device = self.module, self.module.device
+        seen = [
+            [
+                self._geometry.view(
+                    np.asarray(view["image"]), np.asarray(view["intrinsics"]), np.asarray(view["world_to_camera"])
+                )
+                for view in views_of(observation, module.views)
+            ]
+            for observation in observations
+        ]
+        pictures = np.stack([np.stack([view.picture.transpose(2, 0, 1) for view in views]) for views in seen])
+        images = torch.from_numpy(pictures).to(device)
+        k, camera = (
+            torch.as_tensor(np.stack([[getattr(view, name) for view in views] for views in seen])).float().to(device)
+            for name in ("intrinsics", "world_to_camera")
+        )
+        further = views_of_images(images, k, camera, network=module.network, statistics=module.statistics)
+        mean, std = self._geometry.mean, self._geometry.std
+        return normalised(images[:, 0], mean, std), k[:, 0], camera[:, 0], further
+
     @torch.inference_mode()
     def _plans(self, observations: Sequence[Observation]) -> list[Plan]:
         module, network, statistics = self.module, self.module.network, self.module.statistics
         device = module.device
-        views = [
-            self._geometry.apply(np.asarray(seen["image"]), np.asarray(seen["intrinsics"])) for seen in observations
-        ]
-        image = torch.stack([image.to(device) for image, _ in views])
-        k = torch.stack([torch.as_tensor(matrix, dtype=torch.float32, device=device) for _, matrix in views])
 
         def stacked(arrays: Iterable[np.ndarray]) -> torch.Tensor:
             return torch.stack([torch.as_tensor(array, dtype=torch.float32, device=device) for array in arrays])
 
-        camera = stacked(np.asarray(seen["world_to_camera"]) for seen in observations)
+        if network.world_views and len(module.views) > 1:
+            image, k, camera, further = self._all_views(observations)
+        else:
+            first = [views_of(seen, module.views)[0] if network.world_views else seen for seen in observations]
+            cut = [self._geometry.apply(np.asarray(one["image"]), np.asarray(one["intrinsics"])) for one in first]
+            image = torch.stack([picture.to(device) for picture, _ in cut])
+            k = torch.stack([torch.as_tensor(matrix, dtype=torch.float32, device=device) for _, matrix in cut])
+            camera, further = stacked(np.asarray(one["world_to_camera"]) for one in first), None
         position, quaternion, gripper = (
             stacked(arm_axis(seen[name], trailing) for seen in observations)
             for name, trailing in (("position", 1), ("quaternion", 1), ("gripper", 0))
         )
         start_pixels, _ = project(position, k[:, None], camera[:, None])
         state = arm_state(network.state_parts, position, quaternion, gripper, statistics.height_range)
-        output = network(image, start_pixels, state, instruction=self._tokens(observations))
+        output = network(image, start_pixels, state, instruction=self._tokens(observations), views=further)
         decoded = self.chosen_decoder().decode(
             output,
             [module.codec(arm) for arm in network.arms],

@@ -12,10 +12,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from keygrip.data.batches import PolicyBatch
+from keygrip.data.batches import PolicyBatch, normalised
 from keygrip.models.geometry.cameras import inside_image, project
 from keygrip.models.geometry.rotations import quaternion_to_matrix
+from keygrip.models.policy_statistics import PolicyStatistics
+from keygrip.models.volume_query.network import FurtherViews, VolumeQueryNetwork
 from keygrip.models.volume_query.volume import VolumeTarget, bilinear_target, hard_target
+from keygrip.models.volume_query.world import project_voxels
 
 
 @dataclass(frozen=True)
@@ -103,3 +106,27 @@ def arm_state(
         "rotation": quaternion_to_matrix(quaternion)[..., :2].flatten(-2),
     }
     return torch.cat([known[part] for part in parts], dim=-1) if parts else None
+
+
+def views_of_images(
+    images: Tensor,
+    intrinsics: Tensor,
+    world_to_camera: Tensor,
+    network: VolumeQueryNetwork,
+    statistics: PolicyStatistics,
+) -> FurtherViews:
+    """The views beside the first, and where its voxels lie in them.
+
+    An image of one colour counts as missing, and so does a calibration that is not finite.
+
+    Args:
+        images: uint8 ``[B, 1 + V, 3, S, S]``. intrinsics: ``[B, 1 + V, 3, 3]``. world_to_camera: ``[B, 1 + V, 4, 4]``.
+    """
+    shown = images.flatten(2).amax(-1) > images.flatten(2).amin(-1)  # [B, 1 + V]
+    known = torch.isfinite(intrinsics).flatten(2).all(-1) & torch.isfinite(world_to_camera).flatten(2).all(-1)
+    centres = height_centres(statistics.height_range, network.height_bins)
+    where = project_voxels(
+        intrinsics, world_to_camera, centres, network.pred_size, network.image_size, (shown & known)[:, 1:]
+    )
+    geometry = statistics.geometry
+    return FurtherViews(normalised(images[:, 1:], geometry.mean, geometry.std), where, shown[:, 0])

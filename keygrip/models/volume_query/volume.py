@@ -8,7 +8,8 @@ joint softmax over Z * H * W voxels then factorises exactly into a softmax over 
 the constant cancels, and loss, gradient, argmax and sampling cost O(HW + Z) a step instead of O(ZHW).
 
 The optional bilinear coupling adds ``sum_r pixel_factor[r, y, x] * height_factor[r, z]``, which lets the height depend
-on the pixel. It does not factorise, but the sum over the volume can be streamed over z with O(HW) memory.
+on the pixel. It does not factorise, but the sum over the volume can be streamed over z with O(HW) memory. So are the
+scores that further cameras add (:mod:`keygrip.models.volume_query.world`).
 
 Shape legend: ``*`` leading shape (batch, arms, steps), H rows, W columns, Z height bins, R rank of the coupling.
 """
@@ -21,8 +22,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from keygrip.models.nn.image_sampling import bilinear_cells, gather_pixels, two_hot
+from keygrip.models.volume_query.world import WorldScores
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class VolumeLogits:
         pixel: ``[*, H, W]``. height: ``[*, Z]``.
         constant: ``[*]`` the same for every voxel. It cancels in the softmax and gets no gradient from the loss.
         pixel_factor: ``[*, R, H, W]`` and height_factor: ``[R, Z]``: the bilinear coupling, or both None.
+        world: what further cameras add to every voxel, with leading shape ``[B, *]``; None with one camera. Not
+            together with the coupling.
     """
 
     pixel: Tensor
@@ -40,18 +45,26 @@ class VolumeLogits:
     constant: Tensor
     pixel_factor: Tensor | None = None
     height_factor: Tensor | None = None
+    world: WorldScores | None = None
 
     def dense(self) -> Tensor:
         """The whole volume ``[*, Z, H, W]``: the reference for tests and benchmarks, never used in training."""
         volume = self.pixel[..., None, :, :] + self.height[..., :, None, None] + self.constant[..., None, None, None]
         if self.pixel_factor is not None and self.height_factor is not None:
             volume = volume + torch.einsum("...rhw,rz->...zhw", self.pixel_factor, self.height_factor)
+        if self.world is not None:
+            volume = volume + torch.stack([self.world.slice(z) for z in range(self.height.shape[-1])], dim=-3)
         return volume
 
     def map(self, change: Callable[[Tensor], Tensor]) -> VolumeLogits:
         """``change`` applied to every part."""
-        coupling = (None if part is None else change(part) for part in (self.pixel_factor, self.height_factor))
-        return VolumeLogits(change(self.pixel), change(self.height), change(self.constant), *coupling)
+        pixel_factor, height_factor = (
+            None if part is None else change(part) for part in (self.pixel_factor, self.height_factor)
+        )
+        world = None if self.world is None else self.world.map(change)
+        return VolumeLogits(
+            change(self.pixel), change(self.height), change(self.constant), pixel_factor, height_factor, world
+        )
 
     def float(self) -> VolumeLogits:
         """In float32, where softmax and log-sum-exp are computed also under reduced-precision autocast."""
@@ -63,6 +76,8 @@ class VolumeLogits:
 
     def height_given_pixel(self, cells: Tensor) -> Tensor:
         """Logits over heights ``[*, Z]`` at the cells ``[*, 2]`` (row, column)."""
+        if self.world is not None:
+            return self.height + self.world.at(cells)
         if self.pixel_factor is None or self.height_factor is None:
             return self.height
         width = self.pixel.shape[-1]
@@ -73,9 +88,15 @@ class VolumeLogits:
 
     def pixel_marginal(self) -> Tensor:
         """Logits over pixels ``[*, H, W]`` with the height summed out (up to a constant a step)."""
+        total: Tensor | None = None
+        if self.world is not None:
+            for z in range(self.height.shape[-1]):
+                slice_ = self.height[..., z, None, None] + self.world.slice(z)
+                total = slice_ if total is None else torch.logaddexp(total, slice_)
+            assert total is not None
+            return self.pixel + total
         if self.pixel_factor is None or self.height_factor is None:
             return self.pixel
-        total: Tensor | None = None
         for z in range(self.height.shape[-1]):  # streamed, so that no more than one slice exists
             slice_ = self.height[..., z, None, None] + torch.einsum(
                 "...rhw,r->...hw", self.pixel_factor, self.height_factor[:, z]
@@ -124,6 +145,11 @@ def volume_cross_entropy(logits: VolumeLogits, target: VolumeTarget) -> Tensor:
     Exact: equals the cross-entropy of ``logits.dense()`` (tests show loss and gradient equal to 1e-9 in float64).
     ``logits.constant`` cancels and receives no gradient.
     """
+    if logits.world is not None:
+        pixel = (gather_pixels(logits.pixel, target.cells) * target.cell_weights).sum(-1)
+        height = (logits.height.gather(-1, target.heights) * target.height_weights).sum(-1)
+        world = logits.world.expectation(target.cells, target.cell_weights, target.heights, target.height_weights)
+        return _world_normaliser(logits, logits.world) - pixel - height - world
     if logits.pixel_factor is not None and logits.height_factor is not None:
         normaliser = _StreamedLogSumExp.apply(logits.pixel, logits.height, logits.pixel_factor, logits.height_factor)
         pixel = (gather_pixels(logits.pixel, target.cells) * target.cell_weights).sum(-1)
@@ -138,6 +164,19 @@ def volume_cross_entropy(logits: VolumeLogits, target: VolumeTarget) -> Tensor:
     index = target.cells[..., 0] * logits.pixel.shape[-1] + target.cells[..., 1]
     pixel = _CrossEntropy.apply(logits.pixel.flatten(-2), index, target.cell_weights)
     return pixel + _CrossEntropy.apply(logits.height, target.heights, target.height_weights)
+
+
+def _world_normaliser(logits: VolumeLogits, world: WorldScores) -> Tensor:
+    """log sum over all voxels ``[*]``, streamed over z; slices are computed again in backward, none is kept."""
+
+    def over_pixels(pixel: Tensor, maps: Tensor, z: int) -> Tensor:
+        return (pixel + WorldScores(maps, world.where).slice(z)).flatten(-2).logsumexp(-1)
+
+    slices = [
+        checkpoint(over_pixels, logits.pixel, world.maps, z, use_reentrant=False, preserve_rng_state=False)
+        for z in range(logits.height.shape[-1])
+    ]
+    return (torch.stack(slices, dim=-1) + logits.height).logsumexp(-1)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -197,13 +236,19 @@ class _StreamedLogSumExp(torch.autograd.Function):
 def argmax_voxel(logits: VolumeLogits) -> tuple[Tensor, Tensor]:
     """The most probable voxel: cells ``[*, 2]`` (row, column) and height bins ``[*]``; equals the dense argmax."""
     width = logits.pixel.shape[-1]
-    if logits.pixel_factor is None or logits.height_factor is None:
+    if logits.world is None and (logits.pixel_factor is None or logits.height_factor is None):
         best = logits.pixel.flatten(-2).argmax(-1)
         heights = logits.height.argmax(-1)
     else:
         best_value: Tensor | None = None
         for z in range(logits.height.shape[-1]):
-            slice_ = logits.pixel + torch.einsum("...rhw,r->...hw", logits.pixel_factor, logits.height_factor[:, z])
+            if logits.world is not None:
+                added = logits.world.slice(z)
+            else:
+                assert logits.pixel_factor is not None
+                assert logits.height_factor is not None
+                added = torch.einsum("...rhw,r->...hw", logits.pixel_factor, logits.height_factor[:, z])
+            slice_ = logits.pixel + added
             value, index = slice_.flatten(-2).max(-1)
             value = value + logits.height[..., z]
             if best_value is None:

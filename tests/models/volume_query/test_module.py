@@ -10,19 +10,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from keygrip.data.batches import PolicyBatch
+from keygrip.data.batches import MultiViewPolicyBatch, PolicyBatch
 from keygrip.data.robot.augmentation import ImageGeometry
 from keygrip.data.robot.statistics import DemoStatistics
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.geometry.rotation_codecs import PCARotation
 from keygrip.models.geometry.rotations import rotation_exp
 from keygrip.models.language.instructions import WordTransformer
+from keygrip.models.policy import Observation
 from keygrip.models.volume_query.decoding import Decoder
 from keygrip.models.volume_query.figures import prediction_figure
 from keygrip.models.volume_query.module import VolumeQueryModule
 from keygrip.models.volume_query.network import VolumeQueryNetwork
 from keygrip.models.volume_query.targets import height_centres
-from keygrip.models.volume_query.volume import volume_cross_entropy
+from keygrip.models.volume_query.volume import argmax_voxel, volume_cross_entropy
 from keygrip.training.images import figure_to_image
 from keygrip.training.optimizers import AdamW
 from keygrip.training.task_metrics import MeansByTask
@@ -330,3 +331,95 @@ def test_validation_keeps_means_of_every_instruction() -> None:
     one = MeansByTask(("only one",))
     one.add(["only one"], {"cm": values[:1]}, valid[:1])
     assert one.means() == {}
+
+
+def several(data: PolicyBatch, views: int) -> MultiViewPolicyBatch:
+    common = {name: getattr(data, name) for name in (
+        "start_position", "start_quaternion", "start_gripper", "position", "quaternion", "gripper", "action_is_pad",
+        "keyframe", "demo_index", "frame_index", "instruction",
+    )}  # fmt: skip
+    generator = torch.Generator().manual_seed(4)
+    poses = data.world_to_camera[:, None].repeat(1, views, 1, 1)
+    poses[:, 1:, 0, 3] += 0.1
+    return MultiViewPolicyBatch(
+        images=torch.randint(0, 256, (len(data), views, 3, 64, 64), generator=generator, dtype=torch.uint8),
+        view_intrinsics=data.intrinsics[:, None].repeat(1, views, 1, 1),
+        view_world_to_camera=poses,
+        depth=None,
+        cameras=("over", "front")[:views],
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        **common,
+    )
+
+
+def test_a_module_of_several_views(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain, world = build(("right",)), build(("right",), network={"world_views": True, "step_features": False})
+    known = statistics(("right",), tmp_path, cameras=("over", "front"))
+    plain.set_statistics(known)
+    assert "sees over alone" in caplog.text
+    world.set_statistics(known)
+    for name, value in plain.network.state_dict().items():
+        assert torch.equal(value, world.network.state_dict()[name])
+    one = several(batch(), 1)
+    targets = plain.targets(one)
+    expected, same = (module(one, targets, teacher=True) for module in (plain, world))
+    assert torch.equal(expected.volume.pixel, same.volume.pixel)  # one view: the same to the bit
+    assert same.volume.world is None
+
+    two = several(batch(), 2)
+    output = world(two, targets, teacher=True)
+    assert output.volume.world is not None
+    losses = world.losses(output, two, targets)
+    losses["total"].backward()
+    assert all(torch.isfinite(p.grad).all() for p in world.network.parameters() if p.grad is not None)
+    assert torch.isfinite(world.decoded_metrics(output, two, targets)["position_cm_decoded"])
+    for decoder in ("argmax", "viterbi", "sample"):
+        decoded = Decoder(name=decoder).decode(  # type: ignore[arg-type]
+            output, [world.codec("right")], intrinsics=two.intrinsics, world_to_camera=two.world_to_camera,
+            height_range=world.statistics.height_range, image_size=64,
+        )  # fmt: skip
+        assert torch.isfinite(decoded.position).all()
+    with torch.no_grad():  # a black second camera changes nothing, a black first one leaves the second
+        two.images[:, 1] = 0
+        black = world(two, targets, teacher=True).volume
+        assert torch.equal(argmax_voxel(black)[0], argmax_voxel(plain(two, targets, teacher=True).volume)[0])
+        first_black = several(batch(), 2)
+        first_black.images[:, 0] = 7
+        alone = world(first_black, targets, teacher=True).volume
+        assert float(alone.pixel.abs().max()) == 0
+        assert alone.world is not None
+        assert float(alone.world.slice(0).abs().max()) > 0
+
+    checkpoint: dict[str, object] = {}
+    world.on_save_checkpoint(checkpoint)
+    again: VolumeQueryModule = build(("right",), network={"world_views": True})
+    again.load_state_dict(world.state_dict())
+    again.on_load_checkpoint(checkpoint)
+    policy = again.policy()
+    assert policy.needs.cameras == ("over", "front")
+    full = several(batch(), 2)
+    view = [
+        {
+            "image": full.images[0, v].permute(1, 2, 0).numpy(),
+            "intrinsics": full.view_intrinsics[0, v].numpy(),
+            "world_to_camera": full.view_world_to_camera[0, v].numpy(),
+        }
+        for v in range(2)
+    ]
+    arm = {"position": full.start_position[0, 0], "quaternion": full.start_quaternion[0, 0], "gripper": torch.ones(())}
+    observation: Observation = {name: value.numpy() for name, value in arm.items()} | {
+        "cameras": {"over": view[0], "front": view[1]}
+    }
+    with torch.no_grad():
+        again.eval()
+        output = again(full, again.targets(full), teacher=False)
+        decoded = again.decoder.decode(
+            output, [again.codec("right")], intrinsics=full.intrinsics, world_to_camera=full.world_to_camera,
+            height_range=again.statistics.height_range, image_size=64,
+        )  # fmt: skip
+    low, high = np.array([-0.3, -0.3, 0.0]) - 0.01, np.array([0.3, 0.3, 0.2]) + 0.01
+    planned = policy.plan(observation).position
+    np.testing.assert_allclose(planned[0], np.clip(decoded.position[0, 0].numpy(), low, high), atol=1e-4)
+    with pytest.raises(ValueError, match="lacks camera 'front'"):
+        policy.plan(observation | {"cameras": {"over": view[0]}})

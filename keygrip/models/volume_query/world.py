@@ -1,0 +1,119 @@
+"""Scores that further cameras give to the voxels of the first camera's volume.
+
+The volume stays that of the first camera: a cell's ray and a height plane meet in a voxel centre, a point in the world.
+Every further camera scores that point by its own features where the point projects: ``q_F . F_v(project(point))``.
+Interpolating a map of features and then taking the inner product equals interpolating the map of inner products, so
+that one map a step and view is sampled, never a feature vector a voxel.
+
+These scores differ from voxel to voxel and do not factorise: sums over the volume are streamed over z.
+
+Shape legend: B batch, ``*`` further leading shape (arms, steps), V further views, P cells along a side, Z height bins,
+S image side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from keygrip.models.geometry.cameras import cell_centres, inside_image, project, recover_3d
+
+
+@dataclass(frozen=True)
+class VoxelProjection:
+    """Where voxel centres lie in the further views.
+
+    Attributes:
+        grid: ``[B, V, Z, P, P, 2]`` in -1 .. 1, as ``grid_sample`` reads positions. seen: ``[B, V, Z, P, P]``, 1 where
+            the view shows the point and is itself usable, else 0.
+    """
+
+    grid: Tensor
+    seen: Tensor
+
+
+@torch.no_grad()
+def project_voxels(
+    intrinsics: Tensor,
+    world_to_camera: Tensor,
+    heights: Tensor,
+    pred_size: int,
+    image_size: int,
+    usable: Tensor | None = None,
+) -> VoxelProjection:
+    """Projects the first camera's voxel centres into the others; cameras may move from sample to sample.
+
+    Args:
+        intrinsics: ``[B, 1 + V, 3, 3]``, the first camera first. world_to_camera: ``[B, 1 + V, 4, 4]``.
+        heights: ``[Z]`` metres, of the bins' centres. usable: bool ``[B, V]``; None: all views are.
+    """
+    centres = cell_centres(pred_size, image_size, device=intrinsics.device).to(intrinsics.dtype)
+    first = intrinsics[:, 0, None, None, None], world_to_camera[:, 0, None, None, None]
+    points = recover_3d(centres, heights.to(intrinsics.dtype)[:, None, None], *first, strict=False)  # [B, Z, P, P, 3]
+    others = intrinsics[:, 1:, None, None, None], world_to_camera[:, 1:, None, None, None]
+    pixels, _ = project(points[:, None], *others)  # [B, V, Z, P, P, 2], NaN behind a camera or without a point
+    seen = inside_image(pixels, image_size, image_size)
+    if usable is not None:
+        seen = seen & usable[:, :, None, None, None]
+    grid = (pixels / image_size * 2 - 1).masked_fill(~seen[..., None], 0.0)
+    return VoxelProjection(grid, seen.to(intrinsics.dtype))
+
+
+@dataclass(frozen=True)
+class WorldScores:
+    """Logits that further views add to every voxel.
+
+    Attributes:
+        maps: ``[B, *, V, P', P']``, each step's score of each place of each view. where: of the voxels in those views.
+    """
+
+    maps: Tensor
+    where: VoxelProjection
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> WorldScores:
+        """``change`` applied to every tensor."""
+        return WorldScores(change(self.maps), VoxelProjection(change(self.where.grid), change(self.where.seen)))
+
+    def slice(self, z: int) -> Tensor:
+        """What is added at one height, ``[B, *, P, P]``."""
+        flat = self.maps.flatten(1, -4)  # [B, N, V, P', P']
+        total: Tensor | None = None
+        for view in range(flat.shape[2]):
+            grid = self.where.grid[:, view, z].to(flat.dtype)
+            sampled = F.grid_sample(flat[:, :, view], grid, padding_mode="border", align_corners=False)
+            sampled = sampled * self.where.seen[:, view, z, None].to(flat.dtype)
+            total = sampled if total is None else total + sampled
+        assert total is not None
+        return total.unflatten(1, self.maps.shape[1:-3])
+
+    def at(self, cells: Tensor) -> Tensor:
+        """What is added over one cell a step: ``[B, *, Z]`` for cells ``[B, *, 2]`` (row, column)."""
+        flat = self.maps.flatten(1, -4)  # [B, N, V, P', P']
+        batch, steps, views = flat.shape[:3]
+        width, levels = self.where.grid.shape[-2], self.where.grid.shape[2]
+        index = (cells[..., 0] * width + cells[..., 1]).flatten(1)[:, None, :]  # [B, 1, N]
+        total = flat.new_zeros(batch, steps, levels)
+        for view in range(views):
+            grid = self.where.grid[:, view].flatten(2, 3)  # [B, Z, PP, 2]
+            chosen = grid.gather(2, index[..., None].expand(batch, levels, steps, 2)).transpose(1, 2)  # [B, N, Z, 2]
+            seen = self.where.seen[:, view].flatten(2).gather(2, index.expand(batch, levels, steps)).transpose(1, 2)
+            sampled = F.grid_sample(
+                flat[:, :, view].flatten(0, 1)[:, None],
+                chosen.flatten(0, 1)[:, :, None].to(flat.dtype),
+                padding_mode="border",
+                align_corners=False,
+            )  # [BN, 1, Z, 1]
+            total = total + sampled.view(batch, steps, levels) * seen.to(flat.dtype)
+        return total.unflatten(1, self.maps.shape[1:-3])
+
+    def expectation(self, cells: Tensor, cell_weights: Tensor, heights: Tensor, height_weights: Tensor) -> Tensor:
+        """The mean over a `VolumeTarget`'s voxels, ``[B, *]``."""
+        total = torch.zeros_like(height_weights[..., 0], dtype=self.maps.dtype)
+        for place in range(cells.shape[-2]):
+            over = (self.at(cells[..., place, :]).gather(-1, heights) * height_weights).sum(-1)
+            total = total + cell_weights[..., place] * over
+        return total
