@@ -14,6 +14,7 @@ COMMANDS = {
     "prepare": "prepares data: step=record|import|doctor|...",
     "sample": "draws images from text and a reference image",
     "generate": "answers a question about a video",
+    "run": "drives an arm with a policy: robot=sim_yam|yam checkpoint=RUN",
     "serve": "plans for a robot on another machine, over HTTP",
     "export": "writes a trained model in a format that others read",
     "bench": "measures what keygrip costs on this machine",

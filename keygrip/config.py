@@ -122,7 +122,7 @@ _COMPLETIONS: dict[str, Callable[[Sequence[str]], list[str]]] = {}
 
 
 # Commands for which step=1000 is a checkpoint's step; Hydra would take it for the group of `keygrip prepare step=...`.
-READ_CHECKPOINTS = ("evaluate", "serve", "sample", "generate", "export")
+READ_CHECKPOINTS = ("evaluate", "run", "serve", "sample", "generate", "export")
 
 
 def register_completion(config_name: str, complete: Callable[[Sequence[str]], list[str]]) -> None:

@@ -26,6 +26,11 @@ EXAMPLES = {
         'checkpoint=RUN video=FILE question=\'["Which?","How many?"]\'',
     ),
     "serve": ("checkpoint=RUN", "checkpoint=RUN port=0", "checkpoint=RUN host=192.168.1.5 device=cuda"),
+    "run": (
+        "checkpoint=RUN robot=sim_yam",
+        "checkpoint=RUN robot=yam robot.calibration=FILE dry_run=plan.png",
+        "checkpoint=RUN robot=yam robot.calibration=FILE motion_limits=slow takeover=keyboard record=FOLDER",
+    ),
     "bench": ("case=volume_loss", "case=inference quick=true", "suite=gpu"),
     "export": (
         "checkpoint=RUN to=FOLDER",

@@ -12,7 +12,7 @@ import io
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -296,6 +296,20 @@ def read_video(path: str | Path, every: int = 1) -> np.ndarray:
     with guard("the video cannot be decoded"), _opened(path) as (container, stream):
         decoded = enumerate(container.decode(stream))
         return np.stack([frame.to_ndarray(format="rgb24") for i, frame in decoded if i % every == 0])
+
+
+@contextlib.contextmanager
+def live_frames(source: str, format: str | None, options: Mapping[str, str]) -> Iterator[Iterator[np.ndarray]]:
+    """The frames [H, W, 3] uint8 of a device, file or stream, each as it arrives.
+
+    Args:
+        source: e.g. /dev/video0. format: of the device, e.g. v4l2; None: found out. options: of FFmpeg.
+
+    Raises:
+        OSError, ValueError: it cannot be opened, or breaks off.
+    """
+    with av.open(source, format=format, options=dict(options)) as container:
+        yield (frame.to_ndarray(format="rgb24") for frame in container.decode(video=0))
 
 
 class VideoWriter:

@@ -85,6 +85,7 @@ class RobotDemos(ResumableData):
         drop_idle_s: leave out training frames of pauses beyond this many seconds; None keeps all.
         balance: "instruction" or "task": each instruction, or each task, gets the same share of every training epoch.
             None: each frame does.
+        intervention_weight: how often an epoch holds each training frame in which a person corrected a policy.
         batch_size: global, divided over the ranks.
         val_fraction: share of demos held out. split_seed: which ones.
         seed: order and augmentation.
@@ -96,7 +97,7 @@ class RobotDemos(ResumableData):
         prefetch_batches: batches that each worker keeps ready.
     """
 
-    order_depends_on = ("batch_size", "seed", "balance")
+    order_depends_on = ("batch_size", "seed", "balance", "intervention_weight")
 
     @staticmethod
     def batch_type(options: Mapping[str, Any]) -> type[PolicyTargets]:
@@ -122,6 +123,7 @@ class RobotDemos(ResumableData):
         augmentation: Augmentation | None = None,
         targets: str = "reached",
         drop_idle_s: float | None = None,
+        intervention_weight: float = 1.0,
         val_fraction: float = 0.1,
         split_seed: int = 0,
         seed: int = 0,
@@ -153,6 +155,8 @@ class RobotDemos(ResumableData):
             )
         if depth and cameras is None:
             raise ValueError("data.depth=true needs data.cameras: only batches of several views hold depth")
+        if not (np.isfinite(intervention_weight) and intervention_weight >= 0):
+            raise ValueError(f"data.intervention_weight must be finite and at least 0, not {intervention_weight}")
         if max_demos is not None and max_demos < 1:
             raise ValueError(f"max_demos must be at least 1, not {max_demos}")
         self.root = Path(root) if root is not None else record.root  # type: ignore[union-attr]
@@ -165,6 +169,7 @@ class RobotDemos(ResumableData):
         self.augmentation = augmentation
         self.horizon, self.frame_stride = horizon, frame_stride
         self.targets, self.drop_idle_s = targets, drop_idle_s
+        self.intervention_weight = intervention_weight
         self.batch_size, self.val_fraction, self.split_seed, self.seed = batch_size, val_fraction, split_seed, seed
         # a recording may hold more demos than this run asks for (an earlier one asked for more): its own are the first
         self.max_demos = self.record.demos if max_demos is None and self.record is not None else max_demos
@@ -388,7 +393,9 @@ class RobotDemos(ResumableData):
                 left -= cache.limit_bytes
         return self._frames
 
-    def _sample_options(self, augmentation: Augmentation | None, drop_idle: bool) -> SampleOptions:
+    def _sample_options(
+        self, augmentation: Augmentation | None, drop_idle: bool, weighted: bool = False
+    ) -> SampleOptions:
         return SampleOptions(
             self.camera,
             self.arms,
@@ -398,10 +405,12 @@ class RobotDemos(ResumableData):
             augmentation,
             self.seed,
             self.drop_idle_s if drop_idle else None,
+            self.intervention_weight if weighted else 1.0,
         )
 
-    def _samples(self, indices: Sequence[int], augmentation: Augmentation | None, drop_idle: bool) -> DemoSamples:
-        demos, options = [self.demos[index] for index in indices], self._sample_options(augmentation, drop_idle)
+    def _samples(self, indices: Sequence[int], augmentation: Augmentation | None, training: bool) -> DemoSamples:
+        demos = [self.demos[index] for index in indices]
+        options = self._sample_options(augmentation, drop_idle=training, weighted=training)
         if self.several:
             return MultiViewSamples(demos, indices, self.frames, options, self.cameras, self.depth)
         return DemoSamples(demos, indices, self.frames, options)
@@ -409,7 +418,7 @@ class RobotDemos(ResumableData):
     @property
     def train_samples(self) -> DemoSamples:
         if self._train is None:
-            self._train = self._samples(self.train_indices, self.augmentation, drop_idle=True)
+            self._train = self._samples(self.train_indices, self.augmentation, training=True)
             if self._train.dropped:
                 log.info("%d training frames of pauses are left out (data.drop_idle_s)", self._train.dropped)
         return self._train
@@ -417,7 +426,7 @@ class RobotDemos(ResumableData):
     @property
     def val_samples(self) -> DemoSamples:
         if self._val is None:
-            self._val = self._samples(self.val_indices, None, drop_idle=False)
+            self._val = self._samples(self.val_indices, None, training=False)
         return self._val
 
     def _loader(self, samples: DemoSamples, shuffle: bool) -> DataLoader[Any]:
@@ -450,4 +459,6 @@ class RobotDemos(ResumableData):
         """
         if "demonstrations" in state_dict:
             refuse_changed(state_dict["demonstrations"], fingerprints(self.demos))
-        super().load_state_dict({"balance": None} | state_dict)  # which older checkpoints do not name
+        super().load_state_dict(
+            {"balance": None, "intervention_weight": 1.0} | state_dict
+        )  # which older checkpoints do not name

@@ -102,6 +102,13 @@ def _read_arm(name: str, archive: Mapping[str, np.ndarray], arm: str) -> ArmTraj
     )
 
 
+def _intervention(name: str, archive: Mapping[str, np.ndarray], frames: int) -> np.ndarray | None:
+    flags = archive.get("intervention")
+    if flags is not None and (flags.shape != (frames,) or flags.dtype != bool):
+        raise DemoError(name, f"intervention is {flags.dtype} {flags.shape}, bool ({frames},) is needed")
+    return flags
+
+
 def _inside(name: str, folder: Path, relative: str) -> Path:
     try:
         return inside(folder, relative)
@@ -186,7 +193,7 @@ def read_native(folder: Path | str, name: str | None = None) -> Demo:
     if not isinstance(arms, list) or not isinstance(entries, dict):
         raise DemoError(name, "metadata.json: arms must be a list of names, cameras an object of entries by name")
     wanted = [f"{arm}/{part}" for arm in arms for part in ARM_ARRAYS]
-    trajectory = _archive(name, folder / "trajectory.npz", ["timestamps_ns", *wanted])
+    trajectory = _archive(name, folder / "trajectory.npz", ["timestamps_ns", "intervention", *wanted])
     wanted = [f"{camera}/{part}" for camera in entries for part in ("intrinsics", "world_to_camera")]
     poses = _archive(name, folder / "cameras.npz", wanted)
     timestamps = _part(name, trajectory, "timestamps_ns", "trajectory.npz")
@@ -230,4 +237,5 @@ def read_native(folder: Path | str, name: str | None = None) -> Demo:
         cameras=cameras,
         source=dict(metadata.get("source") or {}),
         text=text,
+        intervention=_intervention(name, trajectory, frames),
     )

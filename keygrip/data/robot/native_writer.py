@@ -80,6 +80,7 @@ class DemoWriter:
         self.video, self.jpeg_quality = video, jpeg_quality
         self._temporary = self.folder.with_name(f".{self.folder.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
         self._timestamps: list[int] = []
+        self._interventions: list[bool] = []
         self._reached: dict[str, list[ArmPose]] = {}
         self._commanded: dict[str, list[ArmPose]] = {}
         self._cameras: dict[str, list[CameraPose]] = {}
@@ -118,6 +119,7 @@ class DemoWriter:
         reached: Mapping[str, ArmPose],
         commanded: Mapping[str, ArmPose] | None = None,
         depth: Mapping[str, np.ndarray] | None = None,
+        intervention: bool = False,
     ) -> None:
         """Adds a frame.
 
@@ -129,6 +131,7 @@ class DemoWriter:
             commanded: the command given at this frame by arm (where the arm is told to be at the next frame); in all
                 frames or in none.
             depth: by camera, H x W uint16 millimetres; in all frames or in none.
+            intervention: a person moved the arm here, in place of the policy.
 
         Raises:
             ValueError: cameras or arms differ from the first frame's, a size changes, depth or commands come and go.
@@ -164,6 +167,7 @@ class DemoWriter:
                 folder / f"{index:06d}.png", compress_level=1
             )
         self._timestamps.append(int(timestamp_ns))
+        self._interventions.append(bool(intervention))
         for store, given_poses in ((self._reached, reached), (self._commanded, commanded)):
             for arm, pose in given_poses.items():
                 store[arm].append(pose)
@@ -204,6 +208,8 @@ class DemoWriter:
         if len(self._timestamps) < 2:
             raise ValueError(f"demo {self.folder.name} has {len(self._timestamps)} frames; at least 2 are needed")
         trajectory: dict[str, np.ndarray] = {"timestamps_ns": np.asarray(self._timestamps, dtype=np.int64)}
+        if any(self._interventions):
+            trajectory["intervention"] = np.asarray(self._interventions, dtype=bool)
         for prefix, store in (("", self._reached), ("commanded_", self._commanded)):
             for arm, poses in store.items():
                 trajectory[f"{arm}/{prefix}position_m"] = np.stack(
@@ -293,6 +299,7 @@ def write_demo(
                 {name: _pose(arm, index) for name, arm in demo.arms.items()},
                 {name: _pose(arm.commanded, index) for name, arm in demo.arms.items() if arm.commanded is not None},
                 {name: track.depth.read(index) for name, track in tracks.items() if track.depth is not None},
+                intervention=demo.intervention is not None and bool(demo.intervention[index]),
             )
     return Path(folder)
 

@@ -78,6 +78,22 @@ def kept_frames(demo: Demo, arms: Sequence[str], drop_idle_s: float | None) -> n
     return np.arange(len(demo)) if drop_idle_s is None else np.flatnonzero(moving_frames(demo, arms, drop_idle_s))
 
 
+def weighted_frames(frames: np.ndarray, intervention: np.ndarray | None, weight: float) -> np.ndarray:
+    """Frame numbers [M] with each corrected frame `weight` times, beside each other; fractions are spread evenly over
+    the corrected frames.
+
+    Args:
+        frames: rising numbers of the frames that are samples. intervention: bool [N] of the demo's frames, None: none.
+    """
+    if intervention is None or weight == 1.0:
+        return frames
+    corrected = intervention[frames]
+    ends = np.floor(weight * np.arange(1, corrected.sum() + 1) + 1e-9).astype(np.int64)
+    counts = np.ones(len(frames), dtype=np.int64)
+    counts[corrected] = np.diff(ends, prepend=0)
+    return np.repeat(frames, counts)
+
+
 def poses_of(
     demo: Demo, arms: Sequence[str], frame: int | np.ndarray, steps: np.ndarray, targets: str
 ) -> dict[str, torch.Tensor]:
@@ -112,6 +128,7 @@ class SampleOptions:
         augmentation: None at validation.
         seed: of the augmentation.
         drop_idle_s: see `moving_frames`; None keeps all.
+        intervention_weight: how often an epoch holds each frame in which a person corrected a policy.
     """
 
     camera: str
@@ -122,6 +139,7 @@ class SampleOptions:
     augmentation: Augmentation | None
     seed: int
     drop_idle_s: float | None
+    intervention_weight: float = 1.0
 
 
 class DemoSamples(SubstitutingSamples[PolicyTargets]):
@@ -148,9 +166,14 @@ class DemoSamples(SubstitutingSamples[PolicyTargets]):
         self.demos, self.demo_indices, self.frames = list(demos), list(demo_indices), frames
         self.options = options
         kept = [kept_frames(demo, options.arms, options.drop_idle_s) for demo in demos]
+        left = sum(map(len, kept))
+        kept = [
+            weighted_frames(frames, demo.intervention, options.intervention_weight)
+            for frames, demo in zip(kept, demos, strict=True)
+        ]
         self.sample_demo = np.repeat(np.arange(len(kept)), [len(part) for part in kept])
         self.sample_frame = np.concatenate(kept) if kept else np.zeros(0, dtype=np.int64)
-        self.dropped = sum(len(demo) for demo in demos) - len(self.sample_frame)
+        self.dropped = sum(len(demo) for demo in demos) - left
 
     def __len__(self) -> int:
         return len(self.sample_frame)

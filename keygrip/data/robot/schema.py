@@ -109,7 +109,7 @@ class CameraTrack:
 @dataclass(frozen=True)
 class Demo:
     """One demonstration. `timestamps` is [N] int64 nanoseconds; `arms` and `cameras` are by name; `source` says where
-    it came from."""
+    it came from. `intervention` is bool [N]: frames in which a person corrected a policy; None: there were none."""
 
     name: str
     path: Path
@@ -122,6 +122,7 @@ class Demo:
     cameras: dict[str, CameraTrack]
     source: dict[str, Any] = field(default_factory=dict)
     text: dict[str, Any] = field(default_factory=dict)
+    intervention: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.timestamps)

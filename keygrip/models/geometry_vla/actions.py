@@ -99,6 +99,22 @@ class PoseActions(nn.Module):
         self._check()
         return _scaled(self._raw(targets), self.low, self.high)
 
+    def encode_poses(
+        self, position: Tensor, quaternion: Tensor, gripper: Tensor, start_position: Tensor, start_quaternion: Tensor
+    ) -> Tensor:
+        """Poses as normalised actions ``[B, T, 10 A]``, the inverse of `decode`.
+
+        Args:
+            position: ``[B, A, T, 3]``. quaternion: ``[B, A, T, 4]``. gripper: ``[B, A, T]``.
+            start_position, start_quaternion: ``[B, A, 3]`` and ``[B, A, 4]``, the present pose.
+        """
+        self._check()
+        if self.kind == "delta":
+            position = position - start_position[:, :, None]
+            inverse = quaternion_conjugate(start_quaternion)[:, :, None].expand_as(quaternion)
+            quaternion = quaternion_multiply(inverse, quaternion)
+        return _scaled(self._flat(_features(position, quaternion, gripper).transpose(1, 2)), self.low, self.high)
+
     def decode(self, actions: Tensor, position: Tensor, quaternion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Poses of normalised actions: position ``[B, A, T, 3]``, quaternion ``[B, A, T, 4]``, opening ``[B, A, T]``.
 

@@ -28,6 +28,7 @@ from keygrip.models.geometry_vla.geometry import GeometryEncoder, GeometryFeatur
 from keygrip.models.geometry_vla.pointing import PointedTokens, Pointing
 from keygrip.models.language.qwen_vl import QwenVL
 from keygrip.models.nn.flow_matching import SOLVERS, Solver, integrate, noise_levels
+from keygrip.models.nn.inpainting import guided_velocity
 from keygrip.models.nn.sinusoids import level_features
 from keygrip.training.parts import model_part
 
@@ -235,6 +236,23 @@ class GeometryVLA(nn.Module):
         the first step and kept."""
         chosen = sampling or ActionSampling()
         call = partial(self._at, scene, state)
+        return integrate(call, chosen.temperature * noise, noise_levels(chosen.steps), chosen.solver)
+
+    @torch.no_grad()
+    def sample_continuing(
+        self,
+        scene: Scene,
+        noise: Tensor,
+        state: Tensor,
+        known: Tensor,
+        weight: Tensor,
+        sampling: ActionSampling | None = None,
+    ) -> Tensor:
+        """As `sample`, led to `known` actions ``[B, T, Da]`` where ``weight`` ``[T]`` says so (see `nn.inpainting`)."""
+        chosen = sampling or ActionSampling()
+        # with few steps the paper's bound of 5 would correct an error more than once
+        strongest = min(5.0, float(chosen.steps))
+        call = guided_velocity(partial(self._at, scene, state), known, weight, strongest)
         return integrate(call, chosen.temperature * noise, noise_levels(chosen.steps), chosen.solver)
 
     def _at(self, scene: Scene, state: Tensor, x: Tensor, level: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
@@ -10,11 +11,24 @@ import numpy as np
 import torch
 
 from keygrip.data.robot.augmentation import View
+from keygrip.models.geometry_vla.network import Scene
 from keygrip.models.nn.flow_matching import Solver
+from keygrip.models.nn.inpainting import soft_mask
 from keygrip.models.policy import Needs, Observation, Plan, arm_axis, views_of
 
 if TYPE_CHECKING:
     from keygrip.models.geometry_vla.module import GeometryVLAModule
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What B plans are made from: `noise` [B, T, Da], `state` [B, Da], `position` [B, A, 3], `turn` [B, A, 4]."""
+
+    scene: Scene
+    noise: torch.Tensor
+    state: torch.Tensor
+    position: torch.Tensor
+    turn: torch.Tensor
 
 
 @dataclass
@@ -76,6 +90,50 @@ class GeometryVLAPolicy:
     @torch.inference_mode()
     def plan_batch(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> list[Plan]:
         """The plans of several sessions in one pass; the noise of each is drawn by its own generator. As `plan`."""
+        seen = self._seen(observations, sessions)
+        return self._planned(self.module.network.sample(seen.scene, seen.noise, seen.state, self._sampling), seen)
+
+    @torch.no_grad()
+    def plan_continuing(self, observation: Observation, executing: Plan, delay_s: float) -> Plan:
+        """A plan that continues the one under way (real-time chunking, see :mod:`keygrip.models.nn.inpainting`).
+
+        Args:
+            observation: with `time_s`. executing: a plan with its `time_s`, of the same clock.
+            delay_s: until the new plan arrives; so long the one under way is executed in any case.
+
+        Raises:
+            ValueError: a camera or the instruction is missing, or nobody said when observation or plan were.
+        """
+        if executing.time_s is None or "time_s" not in observation:
+            raise ValueError("a plan is continued by its time: the observation and the plan need time_s")
+        module, seen = self.module, self._seen([observation], [self])
+        dt, horizon = module.statistics.step_seconds, module.network.head.horizon
+        # where the steps of the new plan lie in the one under way, in its steps, counted from 0
+        places = (float(observation["time_s"]) - executing.time_s + dt * np.arange(1, horizon + 1)) / dt - 1
+        steps = executing.gripper.shape[1]
+        known = int((places <= steps - 1 + 1e-6).sum())
+        if known == 0:
+            return self._planned(module.network.sample(seen.scene, seen.noise, seen.state, self._sampling), seen)[0]
+        rows = np.clip(places, 0, steps - 1)
+        low = np.floor(rows).astype(int)
+        high, share = np.minimum(low + 1, steps - 1), (rows - low)[None, :, None]
+
+        def between(values: np.ndarray) -> torch.Tensor:
+            mixed = values[:, low] * (1 - share) + values[:, high] * share
+            return torch.as_tensor(mixed, dtype=torch.float32, device=module.device)[None]
+
+        nearest = np.where(share[0, :, 0] < 0.5, low, high)
+        turned = torch.as_tensor(executing.quaternion[:, nearest], dtype=torch.float32, device=module.device)[None]
+        actions = module.actions.encode_poses(
+            between(executing.position), turned, between(executing.gripper[..., None])[..., 0], seen.position, seen.turn
+        )
+        fixed = min(math.ceil(max(delay_s, 0.0) / dt - 1e-6), known)
+        weight = soft_mask(horizon, fixed, known, module.device)
+        sampled = module.network.sample_continuing(seen.scene, seen.noise, seen.state, actions, weight, self._sampling)
+        return self._planned(sampled, seen)[0]
+
+    def _seen(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> _Seen:
+        """The encoders' pass, the present poses and the noise of several plans."""
         module, device = self.module, self.module.device
         instructions = [_instruction(seen) for seen in observations]
         views = [[self._view(view) for view in views_of(seen, module.views)] for seen in observations]
@@ -99,9 +157,11 @@ class GeometryVLAPolicy:
         scene = module.network.encode(pictures, instructions, intrinsics, world_to_camera)
         shape = (1, module.network.head.horizon, module.actions.size)
         noise = torch.cat([torch.randn(shape, generator=session._generator) for session in sessions]).to(device)
-        state = module.actions.state(position, quaternion, gripper)
-        sampled = module.network.sample(scene, noise, state, self._sampling)
-        planned, turned, opening = module.actions.decode(sampled, position, quaternion)
+        return _Seen(scene, noise, module.actions.state(position, quaternion, gripper), position, quaternion)
+
+    def _planned(self, sampled: torch.Tensor, seen: _Seen) -> list[Plan]:
+        module = self.module
+        planned, turned, opening = module.actions.decode(sampled, seen.position, seen.turn)
         low, high = module.statistics.position_range
         kept = planned.clamp(low - self.margin_m, high + self.margin_m)
         return [
@@ -111,7 +171,7 @@ class GeometryVLAPolicy:
                 gripper=opening[row].clamp(0, 1).double().cpu().numpy(),
                 step_seconds=module.statistics.step_seconds,
             )
-            for row in range(len(observations))
+            for row in range(len(planned))
         ]
 
     def _view(self, view: Mapping[str, Any]) -> View:

@@ -320,3 +320,20 @@ def test_a_checkpoint_holds_all_that_a_plan_needs(module: GeometryVLAModule, tmp
         small_module().on_save_checkpoint({})
     with pytest.raises(ValueError, match="no action chunks or cameras"):
         small_module().set_statistics(SimpleNamespace(chunks=None, cameras=()))  # type: ignore[arg-type]
+
+
+def test_a_plan_continues_the_one_under_way(module: GeometryVLAModule) -> None:
+    policy, seen = module.policy(), {**observation(), "time_s": 10.0}
+    policy.reset(1)
+    free = policy.plan(seen)
+    shifted = replace(free, position=free.position + 0.02, time_s=10.0)
+    policy.reset(1)
+    led = policy.plan_continuing(seen, shifted, delay_s=2 * free.step_seconds)
+
+    off = np.abs(led.position[:, :2] - shifted.position[:, :2]).mean()
+    assert off < 0.5 * 0.02  # without guidance it would be all of the shift
+    policy.reset(1)
+    past = policy.plan_continuing(seen, replace(shifted, time_s=-1000.0), delay_s=0.1)
+    np.testing.assert_array_equal(past.position, free.position)  # nothing of it is left: an ordinary plan
+    with pytest.raises(ValueError, match="time_s"):
+        policy.plan_continuing(observation(), shifted, delay_s=0.1)

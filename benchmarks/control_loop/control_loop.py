@@ -1,0 +1,134 @@
+"""The control loop measured on the simulated YAM cell, on a simulated clock: nothing here depends on wall time.
+
+    python benchmarks/control_loop/control_loop.py CHECKPOINT --episodes 100 > benchmarks/control_loop.json
+
+Success with a policy under 150 ms of latency (uniform jitter of 50 ms either way), asynchronous and blocking, against
+no latency, and against the closed-loop evaluation's own controller. Limits of speed, acceleration, workspace, joints
+and self-collision are on. Seeds are held out (1 000 000 and up) unless --first-seed says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import keygrip
+from keygrip.envs.yam.tasks import TaskOptions
+from keygrip.evaluation.closed_loop import HELD_OUT_SEED
+from keygrip.evaluation.statistics import wilson_interval
+from keygrip.robots.joint_motion import JointLimits
+from keygrip.runtime.asynchronous import ChunkExecution
+from keygrip.runtime.control_loop import ControlLoop
+from keygrip.runtime.limits import MotionLimits
+from keygrip.runtime.planners import SimulatedPlanner
+from keygrip.runtime.sim_yam import SimulatedYam
+
+LIMITS = MotionLimits(workspace_low=(0.05, -0.55, 0.0), workspace_high=(0.7, 0.55, 0.65))
+# name: (asynchronous, mean latency, jitter either way)
+CONDITIONS: dict[str, tuple[bool, float, float]] = {
+    "blocking_no_latency": (False, 0.0, 0.0),
+    "asynchronous_no_latency": (True, 0.0, 0.0),
+    "blocking_150_ms": (False, 0.15, 0.05),
+    "asynchronous_150_ms": (True, 0.15, 0.05),
+}
+SETTINGS: dict[str, Any] = {}
+_state: dict[str, Any] = {}
+
+
+def episode(checkpoint: str, options: dict[str, Any], condition: str, seed: int) -> dict[str, Any]:
+    """One episode under a condition."""
+    if "policy" not in _state:
+        import torch
+
+        torch.set_num_threads(1)
+        _state["policy"] = keygrip.load_policy(checkpoint)
+        _state["robot"] = SimulatedYam(
+            TaskOptions(name=options["task"]), joints=JointLimits(), real_time=False, seed=seed
+        )
+    policy, robot = _state["policy"], _state["robot"]
+    robot.reset(seed)
+    if hasattr(policy, "reset"):
+        policy.reset(seed)
+    asynchronous, mean, jitter = CONDITIONS[condition]
+    draw = np.random.default_rng(seed)
+    planner = SimulatedPlanner(policy, lambda: float(draw.uniform(mean - jitter, mean + jitter)))
+    extra = options["asynchronous"] if asynchronous else {}
+    loop = ControlLoop(robot, ChunkExecution(planner, robot.control_hz, asynchronous, **extra), LIMITS)
+    limit_s = robot.cell.task.time_limit_s
+    report = loop.run(limit_s, over=lambda: robot.cell.outcome()[0] or robot.cell.outcome()[1])
+    success, failure = robot.outcome()
+    return {
+        "condition": condition,
+        "seed": seed,
+        "success": success,
+        "failure": None if success else (failure or report.state.value),
+        **report.summary(),
+    }
+
+
+def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Figures of one condition."""
+    won = sum(each["success"] for each in results)
+    low, high = wilson_interval(won, len(results))
+    failures = [each["failure"] for each in results if not each["success"]]
+    return {
+        "success_rate": won / len(results),
+        "success_low": round(low, 4),
+        "success_high": round(high, 4),
+        "episodes": len(results),
+        "failures": {name: failures.count(name) for name in sorted(set(failures))},
+        "episode_s_median": float(np.median([each["seconds"] for each in results])),
+        "plans_median": float(np.median([each["plans"] for each in results])),
+        "holds": sum(each["holds"] for each in results),
+        "stopped": sum(each["state"] == "stopped" for each in results),
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("checkpoint")
+    parser.add_argument("--task", default="pick_place")
+    parser.add_argument("--episodes", type=int, default=100)
+    parser.add_argument("--first-seed", type=int, default=HELD_OUT_SEED)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--conditions", nargs="*", default=list(CONDITIONS))
+    parser.add_argument("--asynchronous", type=json.loads, default={}, help="settings of ChunkExecution, JSON")
+    given = parser.parse_args()
+    options = {"task": given.task, "asynchronous": given.asynchronous}
+    run = partial(episode, given.checkpoint, options)
+    jobs = [(name, given.first_seed + index) for index in range(given.episodes) for name in given.conditions]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in given.conditions}
+    with ProcessPoolExecutor(given.processes, multiprocessing.get_context("spawn")) as pool:
+        for done, future in enumerate(as_completed([pool.submit(run, *job) for job in jobs]), start=1):
+            result = future.result()
+            found[result["condition"]].append(result)
+            if done % 10 == 0:
+                rates = {name: f"{sum(r['success'] for r in each)}/{len(each)}" for name, each in found.items()}
+                sys.stderr.write(f"{done} of {len(jobs)}: {rates}\n")
+    record = {
+        "case": "control_loop",
+        "task": given.task,
+        "first_seed": given.first_seed,
+        "latency": "0.15 s, uniform jitter of 0.05 s either way, on a simulated clock at 10 Hz",
+        "asynchronous": given.asynchronous,
+        "checkpoint": Path(given.checkpoint).name,
+        "machine": f"{os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "conditions": {name: summary(each) for name, each in found.items() if each},
+    }
+    sys.stdout.write(f"{json.dumps(record, indent=1)}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Self-collision of the YAM arm, and the arm against its table: distances between capsules around the links.
+
+A capsule encloses every vertex of a link's mesh (the finger tips at every opening), so that what the check calls free
+is free; it may call a pose a collision that has some centimetres left. Neighbouring links are joined and not compared.
+
+Frames: the arm's base, metres. Shape legend: C capsules, P pairs of capsules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from keygrip.robots.kinematics import ArmChain, arm_chain
+
+# Link (0 base, 1 to 6 what turns with that joint, 7 the gripper in the tool's frame), both ends of the axis, radius.
+# Fitted to the meshes of dreamscale-i2rt: the smallest capsules that hold all vertices.
+CAPSULES: tuple[tuple[int, tuple[float, float, float], tuple[float, float, float], float], ...] = (
+    (0, (0.0, -0.083, 0.033), (0.0, 0.073, 0.029), 0.050),
+    (1, (-0.027, -0.034, -0.013), (-0.029, 0.031, -0.010), 0.039),
+    (2, (0.0, -0.034, 0.264), (-0.001, -0.034, 0.0), 0.046),
+    (3, (-0.059, -0.033, -0.090), (-0.025, -0.035, -0.001), 0.073),
+    (3, (-0.061, -0.034, -0.195), (-0.063, -0.035, -0.249), 0.046),
+    (4, (0.004, 0.033, 0.001), (-0.061, 0.034, -0.070), 0.054),
+    (5, (0.028, 0.0, 0.008), (0.041, -0.001, -0.002), 0.040),
+    (7, (-0.001, 0.018, -0.111), (-0.002, -0.020, -0.112), 0.051),
+    (7, (0.0, -0.032, -0.053), (-0.001, 0.032, -0.053), 0.057),
+)
+GRIPPER = 7
+ARM_JOINTS = 6
+# Links fewer joints apart touch by construction: the wrist is one block.
+APART = 3
+
+
+@dataclass(frozen=True)
+class Closest:
+    """The two links that come closest, and the distance between their surfaces in metres, negative where they
+    overlap."""
+
+    distance: float
+    first: str
+    second: str
+
+
+def link_frames(joints: np.ndarray, chain: ArmChain | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Origins [8, 3] and rotations [8, 3, 3] of base, the six links and the tool.
+
+    Args:
+        joints: [6] rad.
+    """
+    chain = chain or arm_chain()
+    tool, turned, origins, _ = chain.frames(joints)
+    rotations, rotation = [np.eye(3)], np.eye(3)
+    for index in range(ARM_JOINTS):
+        rotation = rotation @ chain.rotations[index] @ _about(chain.axes[index], float(joints[index]))
+        rotations.append(rotation)
+    return np.concatenate([np.zeros((1, 3)), origins, tool[None]]), np.stack([*rotations, turned])
+
+
+def capsules_at(joints: np.ndarray, chain: ArmChain | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Ends [C, 2, 3] of the capsules' axes in the base frame, and their radii [C]."""
+    origins, rotations = link_frames(joints, chain)
+    ends = np.stack([origins[link] + np.array([start, end]) @ rotations[link].T for link, start, end, _ in CAPSULES])
+    return ends, np.array([radius for *_, radius in CAPSULES])
+
+
+def closest_links(joints: np.ndarray, chain: ArmChain | None = None) -> Closest:
+    """The closest two links of the arm that are not neighbours.
+
+    Args:
+        joints: [6] rad.
+    """
+    ends, radii = capsules_at(joints, chain)
+    first, second = _PAIRS
+    gaps = _segment_distances(ends[first], ends[second]) - radii[first] - radii[second]
+    index = int(gaps.argmin())
+    return Closest(float(gaps[index]), _name(int(first[index])), _name(int(second[index])))
+
+
+def lowest_link(joints: np.ndarray, chain: ArmChain | None = None) -> tuple[float, str]:
+    """Height of the lowest point of the moving links 2 to 5 in the base frame, metres, and that link's name.
+
+    The gripper is left out: it works at the table, and its tool's height is limited for itself.
+    """
+    ends, radii = capsules_at(joints, chain)
+    moving = [index for index, (link, *_) in enumerate(CAPSULES) if 2 <= link < GRIPPER]
+    heights = ends[moving, :, 2].min(axis=1) - radii[moving]
+    index = int(heights.argmin())
+    return float(heights[index]), _name(moving[index])
+
+
+def _name(capsule: int) -> str:
+    link = CAPSULES[capsule][0]
+    return {0: "base", GRIPPER: "gripper"}.get(link, f"link{link}")
+
+
+def _about(axis: np.ndarray, angle: float) -> np.ndarray:
+    x, y, z = axis
+    cross = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
+    return np.asarray(np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross)
+
+
+def _pairs() -> tuple[np.ndarray, np.ndarray]:
+    links = [min(link, ARM_JOINTS) for link, *_ in CAPSULES]  # the gripper is fixed to the last joint
+    pairs = [
+        (first, second)
+        for first in range(len(links))
+        for second in range(first + 1, len(links))
+        if links[second] - links[first] >= APART
+    ]
+    return np.array([first for first, _ in pairs]), np.array([second for _, second in pairs])
+
+
+_PAIRS = _pairs()
+
+
+def _segment_distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Smallest distances [P] between segments [P, 2, 3]: an inner minimum, or one with an end of either."""
+    a, b = first[:, 0], second[:, 0]
+    u, v = first[:, 1] - a, second[:, 1] - b
+    w = a - b
+    uu, vv, uv = (u * u).sum(1), (v * v).sum(1), (u * v).sum(1)
+    uw, vw = (u * w).sum(1), (v * w).sum(1)
+    between = uu * vv - uv * uv
+    along = np.where(between > 1e-12, np.clip((uv * vw - vv * uw) / np.maximum(between, 1e-12), 0, 1), 0.0)
+    # for the best point on one segment the best on the other, and back once more: exact for two segments
+    across = np.clip((uv * along + vw) / np.maximum(vv, 1e-12), 0, 1)
+    along = np.clip((uv * across - uw) / np.maximum(uu, 1e-12), 0, 1)
+    return np.asarray(np.linalg.norm(w + along[:, None] * u - across[:, None] * v, axis=1))

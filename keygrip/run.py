@@ -1,0 +1,171 @@
+"""Drives an arm with a policy: ``python -m keygrip.run robot=sim_yam checkpoint=RUN_FOLDER``.
+
+Limits and watchdog are on. Prints one line of JSON on standard output at the end. A run that the watchdog stopped ends
+with exit code 1; Ctrl-C and SIGTERM stop the arm, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import MISSING, DictConfig
+
+from keygrip.command import entry_point
+from keygrip.config import EntrySchema, register
+from keygrip.evaluation.closed_loop import changed
+from keygrip.evaluation.kinds import plain
+from keygrip.models.policy import Policy
+from keygrip.runtime.asynchronous import ChunkExecution
+from keygrip.runtime.client import RemotePolicy
+from keygrip.runtime.control_loop import ControlLoop
+from keygrip.runtime.dry_run import dry_run
+from keygrip.runtime.planners import ThreadPlanner
+from keygrip.runtime.takeover import CorrectionRecorder
+from keygrip.runtime.watchdog import State, Watchdog
+from keygrip.training.checkpoints import external_files, find_checkpoint, load_module
+
+log = logging.getLogger(__name__)
+
+
+class StoppedError(ValueError):
+    """The watchdog stopped the arm; the message says why. An error of the run, not of the program."""
+
+
+@dataclass
+class RunSchema(EntrySchema):
+    """Root of ``conf/run.yaml``."""
+
+    checkpoint: str | None = None
+    checkpoint_step: int | None = None
+    server: str | None = None
+    trust: Any = ()
+    external: dict[str, Any] = field(default_factory=dict)
+    device: str | None = None
+    policy: dict[str, Any] = field(default_factory=dict)
+    robot: Any = MISSING
+    limits: Any = None
+    execution: Any = MISSING
+    watchdog: Any = MISSING
+    takeover: Any = None
+    record: str | None = None
+    seconds: float = 60.0
+    dry_run: str | None = None
+
+
+register("run_schema", RunSchema)
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Runs as ``cfg`` says and returns the report's figures.
+
+    Raises:
+        FileNotFoundError, ValueError: no such checkpoint, a policy that needs other arms or cameras than the robot has,
+            or a setting that cannot be. ConnectionError: robot or server do not answer.
+    """
+    policy = _policy(cfg)
+    robot = instantiate(cfg.robot)
+    try:
+        _refuse_mismatch(policy, robot)
+        if hasattr(policy, "reset"):
+            policy.reset(cfg.seed)
+        limits = instantiate(cfg.limits, _convert_="all")
+        if limits is None:
+            log.warning("motion_limits=null: nothing but the robot's own limits bounds what the policy asks for")
+        if cfg.dry_run is not None:
+            return dry_run(policy, robot, limits, Path(cfg.dry_run))
+        execution = instantiate(cfg.execution)(planner=ThreadPlanner(policy), control_hz=robot.control_hz)
+        _refuse_no_continuing(execution, policy)
+        takeover = instantiate(cfg.takeover)
+        with contextlib.ExitStack() as stack:
+            recorder = None if cfg.record is None else stack.enter_context(_recorder(Path(cfg.record), robot))
+            if takeover is not None:
+                stack.callback(takeover.close)
+            loop = ControlLoop(robot, execution, limits, Watchdog(instantiate(cfg.watchdog)), takeover, recorder)
+            report = loop.run(cfg.seconds, over=lambda: _task_over(robot))
+            result = report.summary()
+            if recorder is not None:
+                result["recorded"] = cfg.record if recorder.corrected else None
+        if hasattr(robot, "outcome"):
+            result["success"] = robot.outcome()[0]
+        if report.state is State.STOPPED:
+            log.info(json.dumps(result))
+            raise StoppedError(f"the arm was stopped: {report.reason}")
+        return result
+    finally:
+        robot.stop()
+        robot.close()
+
+
+def _policy(cfg: DictConfig) -> Policy:
+    if (cfg.checkpoint is None) == (cfg.server is None):
+        raise ValueError("give one of checkpoint=RUN and server=http://HOST:PORT")
+    if cfg.server is not None:
+        remote: Policy = RemotePolicy(cfg.server)
+        return remote
+    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    file = find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)
+    module: Any = load_module(file, map_location=device, trust=tuple(cfg.trust), external=external_files(cfg))
+    if not hasattr(module, "policy"):
+        raise ValueError(f"{file} holds a {type(module).__name__}, which drives no robot")
+    policy: Policy = changed(module.policy(), plain(cfg.policy) or {})
+    return policy
+
+
+def _refuse_mismatch(policy: Any, robot: Any) -> None:
+    needs = policy.needs
+    if len(needs.arms) != len(robot.arms):
+        raise ValueError(f"the policy moves {', '.join(needs.arms)}, the robot has {', '.join(robot.arms)}")
+    missing = [name for name in needs.cameras if name not in robot.cameras]
+    if missing and not (len(needs.cameras) == 1 and len(robot.cameras) == 1):
+        raise ValueError(f"the policy reads camera {missing[0]!r}; the robot has {', '.join(robot.cameras)}")
+    if needs.instruction and not getattr(robot, "instruction", ""):
+        raise ValueError("the policy reads an instruction: give robot.instruction='...'")
+
+
+def _refuse_no_continuing(execution: ChunkExecution, policy: Any) -> None:
+    if execution.continue_chunks and not hasattr(policy, "plan_continuing"):
+        raise ValueError(
+            "execution.continue_chunks=true needs a policy that continues a plan (geometry_vla); "
+            f"{type(policy).__name__} does not: leave it out"
+        )
+
+
+def _recorder(folder: Path, robot: Any) -> CorrectionRecorder:
+    return CorrectionRecorder(
+        folder,
+        robot.robot,
+        "correction",
+        robot.instruction or "correction",
+        robot.arms,
+        robot.cameras,
+        robot.control_hz,
+    )
+
+
+def _task_over(robot: Any) -> bool:
+    """Whether a simulated robot's task is done or has failed; a real one's run ends by time."""
+    if not hasattr(robot, "outcome"):
+        return False
+    success, failure = robot.outcome()
+    return bool(success or failure)
+
+
+def print_report(cfg: DictConfig) -> None:
+    """Runs, and prints the figures as one line of JSON."""
+    print(json.dumps(run(cfg)), flush=True)
+
+
+def main() -> None:
+    """Command line."""
+    entry_point("run", print_report)
+
+
+if __name__ == "__main__":
+    main()

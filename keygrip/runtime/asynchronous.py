@@ -1,0 +1,247 @@
+"""Chunk execution in time: plans carry the time of their observation, and the arm moves while the next one is computed.
+
+A plan says where the arm shall be k steps after its observation. It arrives later than that: its first steps have
+passed. Executed by the clock, what is left of it is right; executed from its start, the arm would lag behind by the
+latency. So commands are read off the plan at their own time, and a new plan is blended with the one under way. The
+next plan is asked for early by the latency that was measured, so that it arrives when the executed part ends.
+
+Shape legend: A arms, T planned steps.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from scipy.spatial.transform import Rotation, Slerp
+
+from keygrip.models.policy import Observation, Plan, arm_axis
+from keygrip.runtime.planners import Planner, PlanOutcome, PlanRequest
+
+ROUNDING_S = 1e-6
+LATENCIES_KEPT = 8  # the longest of so many is expected of the next plan
+
+
+class Trajectory:
+    """Poses over time: smooth at every waypoint; the gripper takes a waypoint's opening on the way there.
+
+    Args:
+        times: [T + 1] seconds, rising. poses: [T + 1, A, 8], the first where the motion begins.
+    """
+
+    def __init__(self, times: np.ndarray, poses: np.ndarray) -> None:
+        self.times, self.poses = times, poses
+        self._turns = [
+            Slerp(times, Rotation.from_quat(poses[:, arm, 3:7], scalar_first=True)) for arm in range(poses.shape[1])
+        ]
+
+    def at(self, moment: float) -> np.ndarray:
+        """[A, 8] at a moment; the first pose before the beginning, the last one after the end."""
+        times, poses = self.times, self.poses
+        moment = float(np.clip(moment, times[0], times[-1]))
+        index = min(max(int(np.searchsorted(times, moment - ROUNDING_S)), 1), len(times) - 1)
+        share = float(np.clip((moment - times[index - 1]) / (times[index] - times[index - 1]), 0, 1))
+        eased = share * share * (3 - 2 * share)
+        pose = poses[index - 1] + eased * (poses[index] - poses[index - 1])
+        when = times[index - 1] + eased * (times[index] - times[index - 1])
+        for arm, turn in enumerate(self._turns):
+            pose[arm, 3:7] = turn(np.clip(when, times[0], times[-1])).as_quat(scalar_first=True)
+        pose[:, 7] = poses[index, :, 7]
+        return np.asarray(pose)
+
+
+def blended(old: np.ndarray, new: np.ndarray, share: float) -> np.ndarray:
+    """Between two poses [A, 8], `share` of the new one; the gripper's opening is the new one's."""
+    pose = old + share * (new - old)
+    for arm in range(len(pose)):
+        turns = Rotation.from_quat(np.stack([old[arm, 3:7], new[arm, 3:7]]), scalar_first=True)
+        pose[arm, 3:7] = Slerp([0.0, 1.0], turns)(share).as_quat(scalar_first=True)
+    pose[:, 7] = new[:, 7]
+    return np.asarray(pose)
+
+
+@dataclass
+class ChunkExecution:
+    """Turns plans into one target pose for each control period, on the robot's clock.
+
+    Args:
+        planner: computes plans. control_hz: commands per second.
+        asynchronous: the arm moves on while a plan is computed. False: it holds, and the plan starts when it arrives.
+        execute_seconds: a plan is followed for so long after its observation (after its arrival where the arm holds).
+        blend_seconds: over which a new plan replaces the one under way.
+        still_distance_m: a plan whose executed part moves less than this is followed further (up to its last step but
+            one), as in :class:`~keygrip.runtime.chunk_execution.RecedingHorizon`.
+        grip_below, release_above: dead band of the gripper's command; None: the predicted opening is sent as it is.
+        continue_chunks: real-time chunking: the policy is given the plan under way and continues it (flow-matching
+            policies; others are refused).
+        accept: called with every plan and the present time before it is used; raises ValueError to refuse it.
+    """
+
+    planner: Planner
+    control_hz: float
+    asynchronous: bool = True
+    execute_seconds: float = 1.2
+    blend_seconds: float = 0.2
+    still_distance_m: float = 0.015
+    grip_below: float | None = 0.4
+    release_above: float | None = 0.6
+    continue_chunks: bool = False
+    accept: Callable[[Plan, float], None] | None = None
+    plans: int = field(default=0, init=False)
+    last_plan: Plan | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        for name, least in (("execute_seconds", 1e-3), ("blend_seconds", 0.0), ("still_distance_m", 0.0)):
+            value = getattr(self, name)
+            if not (np.isfinite(value) and value >= least):
+                raise ValueError(f"execution.{name} is at least {least:g}, got {value}")
+        if (self.grip_below is None) != (self.release_above is None):
+            raise ValueError("execution.grip_below and execution.release_above are given together or not at all.")
+        if self.grip_below is not None and self.release_above is not None and self.grip_below > self.release_above:
+            raise ValueError("execution.grip_below must not exceed execution.release_above.")
+        self._latencies: deque[float] = deque(maxlen=LATENCIES_KEPT)
+        self.all_latencies: list[float] = []
+        self._asked_from: np.ndarray | None = None
+        self._outdated = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the running plan and the gripper's state: call it at the start of an episode."""
+        self._gripper: np.ndarray | None = None
+        self._target: np.ndarray | None = None
+        self.plans, self.last_plan = 0, None
+        self.drop()
+
+    def reset_gripper(self, opening: np.ndarray) -> None:
+        """The gripper's command [A] was changed by somebody else."""
+        self._gripper = np.where(opening < 0.5, 0.0, 1.0)
+
+    def drop(self) -> None:
+        """Forget the running plan, and the one being computed: the arm was held or moved by somebody else."""
+        self._current: Trajectory | None = None
+        self._previous: Trajectory | None = None
+        self._blend_from = self._due = 0.0
+        self._target = None
+        self._outdated = self.planner.busy_since is not None
+
+    @property
+    def has_plan(self) -> bool:
+        """Whether a plan is being followed."""
+        return self._current is not None
+
+    @property
+    def expected_latency_s(self) -> float:
+        """Of the next plan, from its observation to its arrival: the longest of the last few."""
+        return max(self._latencies, default=0.0)
+
+    def wants_plan(self, now: float) -> bool:
+        """Whether the next `target` asks for a plan and so reads the cameras."""
+        if self.planner.busy_since is not None:
+            return False
+        lead = self.expected_latency_s if self.asynchronous else 0.0
+        return self._current is None or now >= self._due - lead - ROUNDING_S
+
+    def target(
+        self, observation: Observation, now: float, commanded: np.ndarray | None = None, may_ask: bool = True
+    ) -> np.ndarray:
+        """Where the arms [A, 8] shall be one control period from now; the present pose where there is no plan.
+
+        Args:
+            observation: of now; it needs images where `wants_plan`.
+            commanded: [A, 8] the command that the arm is under, where a plan begins; None: the last target, or the
+                observed pose.
+            may_ask: False: the observation has no images, and the next plan is asked for a period later.
+
+        Raises:
+            ValueError: the policy has no plan for its observation, or `accept` refuses it. Exception: whatever else the
+                policy ended with. Hold the arm and call `drop` then.
+        """
+        if commanded is not None:
+            self._target = np.array(commanded, float)
+        elif self._target is None:
+            self._target = _pose_of(observation)
+        if self._gripper is None:
+            self._gripper = np.where(self._target[:, 7] < 0.5, 0.0, 1.0)
+        self._take(self.planner.poll(now), now)
+        if may_ask and self.wants_plan(now):
+            self._ask(observation, now)
+            self._take(self.planner.poll(now), now)
+        if self._current is not None:
+            self._target = self._read(now + 1.0 / self.control_hz)
+        return self._target.copy()
+
+    def _ask(self, observation: Observation, now: float) -> None:
+        assert self._target is not None
+        executing = self.last_plan if self.continue_chunks and self._current is not None else None
+        self._asked_from, self._outdated = self._target.copy(), False
+        self.planner.request(PlanRequest(observation, now, executing, self.expected_latency_s))
+
+    def _take(self, outcome: PlanOutcome | None, now: float) -> None:
+        if outcome is None:
+            return
+        if self._outdated:
+            self._outdated = False
+            return
+        if outcome.error is not None:
+            raise outcome.error
+        assert outcome.plan is not None
+        observed = float(outcome.request.observation.get("time_s", outcome.request.time_s))
+        self._latencies.append(now - observed)
+        self.all_latencies.append(now - observed)
+        plan = replace(outcome.plan, time_s=observed if self.asynchronous else now)
+        if self.accept is not None:
+            self.accept(plan, now)
+        self._follow(plan, now)
+
+    def _follow(self, plan: Plan, now: float) -> None:
+        assert plan.time_s is not None
+        assert self._asked_from is not None
+        assert self._target is not None
+        anchor = self._asked_from if self.asynchronous else self._target
+        steps = plan.gripper.shape[1]
+        times = plan.time_s + plan.step_seconds * np.arange(steps + 1)
+        waypoints = np.concatenate([plan.position, plan.quaternion, plan.gripper[..., None]], axis=2)  # [A, T, 8]
+        poses = np.concatenate([anchor[None], waypoints.transpose(1, 0, 2)])
+        self._previous = self._current if self.asynchronous and self.blend_seconds > 0 else None
+        self._current, self._blend_from = Trajectory(times, poses), now
+        self._due = self._end_of_execution(times, poses, plan.step_seconds)
+        self.plans, self.last_plan = self.plans + 1, plan
+
+    def _end_of_execution(self, times: np.ndarray, poses: np.ndarray, step_seconds: float) -> float:
+        moved, steps, execute = 0.0, len(times) - 1, max(1, round(self.execute_seconds / step_seconds))
+        due = float(times[0])
+        for step in range(steps):
+            still = moved < self.still_distance_m and step < steps - 1
+            if step >= execute and not still:
+                break
+            moved += float(np.linalg.norm(poses[step + 1, :, :3] - poses[step, :, :3], axis=1).max())
+            due = float(times[step + 1])
+        return due
+
+    def _read(self, moment: float) -> np.ndarray:
+        assert self._current is not None
+        assert self._gripper is not None
+        if not self.asynchronous:
+            moment = min(moment, self._due)  # holds there until the next plan has come
+        pose = self._current.at(moment)
+        if self._previous is not None:
+            share = (moment - self._blend_from) / self.blend_seconds
+            if share < 1:
+                pose = blended(self._previous.at(moment), pose, share)
+            else:
+                self._previous = None
+        if self.grip_below is not None and self.release_above is not None:
+            gripper = pose[:, 7]
+            self._gripper = np.where(
+                gripper < self.grip_below, 0.0, np.where(gripper > self.release_above, 1.0, self._gripper)
+            )
+            pose[:, 7] = self._gripper
+        return pose
+
+
+def _pose_of(observation: Observation) -> np.ndarray:
+    """[A, 8] the present pose."""
+    position, quaternion = arm_axis(observation["position"], 1), arm_axis(observation["quaternion"], 1)
+    return np.concatenate([position, quaternion, arm_axis(observation["gripper"], 0)[:, None]], axis=1)

@@ -1,0 +1,87 @@
+"""Cameras of a real robot: the newest picture of a video device, a file or a stream, with the time of its arrival."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+
+from keygrip.data.video import live_frames
+from keygrip.runtime.robot import RobotLostError
+
+
+class Camera(Protocol):
+    """One camera."""
+
+    def read(self) -> tuple[np.ndarray, float]:
+        """The newest picture [H, W, 3] uint8 RGB, and when it was taken, seconds of the machine's monotonic clock.
+
+        Raises:
+            RobotLostError: there is none.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class VideoCamera:
+    """A video device, file or stream, read in a thread by PyAV; only the newest frame is kept.
+
+    Args:
+        source: e.g. /dev/video0. format: of the device, e.g. v4l2; None: found out. width, height, fps: asked of the
+            device; None: its own. wait_seconds: for the first picture.
+
+    Raises:
+        RobotLostError: it cannot be opened, or gives no picture.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        format: str | None = "v4l2",
+        width: int | None = None,
+        height: int | None = None,
+        fps: int | None = None,
+        wait_seconds: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        options = {} if width is None or height is None else {"video_size": f"{width}x{height}"}
+        if fps is not None:
+            options["framerate"] = str(fps)
+        self.source, self._clock = source, clock
+        self._newest: tuple[np.ndarray, float] | None = None
+        self._error: str | None = None
+        self._there, self._closing = threading.Event(), threading.Event()
+        self._thread = threading.Thread(
+            target=self._follow, args=(format, options), name=f"camera {source}", daemon=True
+        )
+        self._thread.start()
+        if not self._there.wait(wait_seconds) or self._newest is None:
+            self.close()
+            raise RobotLostError(f"the camera {source} gave no picture: {self._error or f'{wait_seconds:g} s passed'}")
+
+    def read(self) -> tuple[np.ndarray, float]:
+        if self._newest is None:
+            raise RobotLostError(f"the camera {self.source} has no picture")
+        return self._newest
+
+    def close(self) -> None:
+        """Gives the device back."""
+        self._closing.set()
+        self._thread.join(2.0)
+
+    def _follow(self, format: str | None, options: dict[str, str]) -> None:
+        try:
+            with live_frames(self.source, format, options) as frames:
+                for image in frames:
+                    self._newest = (image, self._clock())
+                    self._there.set()
+                    if self._closing.is_set():
+                        break
+        except (OSError, ValueError) as error:
+            self._error = str(error)
+        finally:
+            self._there.set()  # a picture that grows old is found by the watchdog

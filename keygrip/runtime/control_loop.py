@@ -1,0 +1,261 @@
+"""The control loop: observation, plan, limits, watchdog, command, at a fixed rate on the robot's clock.
+
+At every control period the arm gets a command that obeys the limits, or, after a fault, brakes within them and holds.
+A fault that lasts ends in `Robot.stop`. Whatever ends the loop, the robot is stopped.
+
+Shape legend: A arms.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from keygrip.models.policy import Plan, arm_axis
+from keygrip.robots.joint_motion import JointMotionError
+from keygrip.runtime.asynchronous import ChunkExecution
+from keygrip.runtime.limits import LimitedMotion, MotionLimits, UnsafePlanError, refuse_unsafe
+from keygrip.runtime.robot import Robot, RobotLostError
+from keygrip.runtime.takeover import Correction, CorrectionRecorder, Takeover, moved_by
+from keygrip.runtime.watchdog import State, Watchdog
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tick:
+    """One control period.
+
+    Attributes:
+        time_s: on the robot's clock. target: [A, 8] what the plan (or a person) asked for, None while the arm is held.
+        command: [A, 8] what was sent. state: of the watchdog. corrected: whether a person moved the arm.
+        late_s: by which the period began late.
+    """
+
+    time_s: float
+    target: np.ndarray | None
+    command: np.ndarray
+    state: State
+    corrected: bool
+    late_s: float
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """How a run went. `reason`: why it was stopped, None where it ended by itself. `events`: what the watchdog did."""
+
+    state: State
+    reason: str | None
+    seconds: float
+    ticks: int
+    plans: int
+    latencies_s: list[float]
+    events: list[tuple[float, State, str]]
+    late_ticks: int
+    corrected_ticks: int
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values for a line of JSON."""
+        latencies = 1e3 * np.array(self.latencies_s) if self.latencies_s else np.zeros(1)
+        return {
+            "state": self.state.value,
+            "reason": self.reason,
+            "seconds": round(self.seconds, 2),
+            "ticks": self.ticks,
+            "late_ticks": self.late_ticks,
+            "plans": self.plans,
+            "plan_latency_p50_ms": round(float(np.median(latencies)), 1),
+            "plan_latency_max_ms": round(float(latencies.max()), 1),
+            "holds": sum(state is State.HOLDING for _, state, _ in self.events),
+            "corrected_ticks": self.corrected_ticks,
+            "events": [f"{moment:.2f} s {state.value}: {reason}" for moment, state, reason in self.events],
+        }
+
+
+class ControlLoop:
+    """Drives a robot with a policy.
+
+    Args:
+        robot: see `Robot`. execution: turns plans into targets; its `accept` is set here.
+        limits: None: none but the robot's own (the plan is sent as it is).
+        watchdog: its faults and their ends. takeover: a person who may move the arm. recorder: keeps what they did.
+        on_tick: called with every control period.
+    """
+
+    def __init__(
+        self,
+        robot: Robot,
+        execution: ChunkExecution,
+        limits: MotionLimits | None,
+        watchdog: Watchdog | None = None,
+        takeover: Takeover | None = None,
+        recorder: CorrectionRecorder | None = None,
+        on_tick: Callable[[Tick], None] | None = None,
+    ) -> None:
+        self.robot, self.execution, self.limits = robot, execution, limits
+        self.watchdog = watchdog or Watchdog()
+        self.takeover, self.recorder, self.on_tick = takeover, recorder, on_tick
+        self.execution.accept = self._accept
+        self._motions: list[LimitedMotion] = []
+        self._command = np.zeros((0, 8))
+        self._event: str | None = None  # a fault that lasts until the next plan is there
+        self._corrected = self._seen = False
+
+    def run(self, seconds: float, over: Callable[[], bool] = lambda: False) -> RunReport:
+        """Runs for so many seconds of the robot's clock, or until `over`.
+
+        Raises:
+            RobotLostError: the robot does not answer at the start; nothing has moved.
+        """
+        robot, period = self.robot, 1.0 / self.robot.control_hz
+        observation = robot.observe(images=False)
+        self._rest(observation)
+        start = due = now = robot.now()
+        ticks = late = corrected = 0
+        last: dict[str, Any] = observation
+        try:
+            while now - start < seconds - 1e-9 and not over():
+                last = self._tick(last, now, max(0.0, now - due))
+                late += now - due > 0.5 * period
+                corrected += self._corrected
+                ticks += 1
+                if self.watchdog.state is State.STOPPED:
+                    break
+                # a period that began late is not made up for: the arm would be faster than its limits
+                due = max(due, now) + period
+                robot.wait_until(due)
+                now = robot.now()
+        finally:
+            robot.stop()
+        state = self.watchdog.state
+        return RunReport(
+            state,
+            self.watchdog.reason if state is State.STOPPED else None,
+            robot.now() - start,
+            ticks,
+            self.execution.plans,
+            list(self.execution.all_latencies),
+            [(moment - start, state, reason) for moment, state, reason in self.watchdog.events],
+            late,
+            corrected,
+        )
+
+    # ---- one period --------------------------------------------------------------------------------------------------
+
+    def _tick(self, last: dict[str, Any], now: float, late_s: float) -> dict[str, Any]:
+        observation, fault = self._observe(last, now)
+        if fault is not None:
+            self.execution.drop()
+        target: np.ndarray | None = None
+        correction = self.takeover.read(now) if self.takeover is not None and fault is None else None
+        if correction is not None:
+            target = self._correct(correction)
+        elif fault is None:
+            if self._corrected:
+                self.execution.reset_gripper(self._command[:, 7])
+            target, fault = self._follow(observation, now)
+        self._corrected = correction is not None
+        state = self.watchdog.update(now, fault or (None if correction is not None else self._event))
+        if state is not State.RUNNING:
+            target = None
+        self._send(target)
+        if self.recorder is not None and "image" in observation and state is State.RUNNING:
+            self.recorder.add(observation, self._command, correction is not None)
+        if self.on_tick is not None:
+            self.on_tick(Tick(now, target, self._command.copy(), state, correction is not None, late_s))
+        if state is State.STOPPED:
+            log.error("stopped: %s", self.watchdog.reason)
+        return observation
+
+    def _observe(self, last: dict[str, Any], now: float) -> tuple[dict[str, Any], str | None]:
+        """The present observation, or the last one, and what is wrong with it."""
+        settings = self.watchdog.settings
+        try:
+            self._seen = self.execution.wants_plan(now) or self.recorder is not None
+            observation = self.robot.observe(images=self._seen)
+        except RobotLostError as error:
+            return last, f"lost the robot: {error}"
+        age = now - float(observation["time_s"])
+        if age > settings.stale_seconds:
+            return observation, f"stale observation: {age:.2f} s old"
+        for name in ("position", "quaternion", "gripper"):
+            if not np.isfinite(np.asarray(observation[name], float)).all():
+                return observation, f"the observation's {name} is not finite"
+        busy = self.execution.planner.busy_since
+        if busy is not None and now - busy > settings.stuck_seconds:
+            return observation, f"stuck policy: a plan has taken {now - busy:.1f} s"
+        return observation, None
+
+    def _follow(self, observation: dict[str, Any], now: float) -> tuple[np.ndarray | None, str | None]:
+        """The plan's target for this period, or the fault."""
+        try:
+            target = self.execution.target(observation, now, self._command, may_ask=self._seen)
+        except ConnectionError as error:
+            self._event = f"lost the policy: {error}"
+        except UnsafePlanError as error:
+            self._event = f"unsafe plan: {error}"
+        except Exception as error:
+            self._event = f"the policy failed: {type(error).__name__}: {error}"
+        else:
+            if self.execution.has_plan:
+                self._event = None
+            return target, None
+        self.execution.drop()
+        return None, self._event
+
+    def _correct(self, correction: Correction) -> np.ndarray:
+        self.execution.drop()
+        self._event = None
+        return moved_by(self._command, correction, 1.0 / self.robot.control_hz)
+
+    # ---- motion ------------------------------------------------------------------------------------------------------
+
+    def _rest(self, observation: dict[str, Any]) -> None:
+        position, quaternion = arm_axis(observation["position"], 1), arm_axis(observation["quaternion"], 1)
+        gripper = arm_axis(observation["gripper"], 0)[:, None]
+        self._command = np.concatenate([position, quaternion, gripper], axis=1)
+        if self.limits is not None:
+            self._motions = [LimitedMotion(self.limits, pose) for pose in self._command]
+
+    def _send(self, target: np.ndarray | None) -> None:
+        """Sends the limited command towards a target; None: brakes and holds."""
+        period = 1.0 / self.robot.control_hz
+        if self.limits is None:
+            command = self._command if target is None else target
+        elif target is None:
+            command = np.stack([motion.hold(period) for motion in self._motions])
+        else:
+            command = np.stack([motion.step(pose, period) for motion, pose in zip(self._motions, target, strict=True)])
+        try:
+            self.robot.command(command)
+            self._command = command
+        except JointMotionError as error:
+            self._refused(f"unsafe command: {error}")
+        except RobotLostError as error:
+            self._refused(f"lost the robot: {error}")
+
+    def _refused(self, fault: str) -> None:
+        """The arm is still under the last command: the limited motion goes back there."""
+        self._event = fault
+        self.execution.drop()
+        for motion, pose in zip(self._motions, self._command, strict=False):
+            motion.reset(pose)
+
+    def _accept(self, plan: Plan, now: float) -> None:
+        """Refuses a plan that cannot be followed from here. Steps that have passed do not count."""
+        if self.limits is None:
+            return
+        assert plan.time_s is not None
+        steps = plan.gripper.shape[1]
+        first = min(max(int(np.floor((now - plan.time_s) / plan.step_seconds + 1e-6)), 0), steps - 1)
+        left = replace(
+            plan,
+            position=plan.position[:, first:],
+            quaternion=plan.quaternion[:, first:],
+            gripper=plan.gripper[:, first:],
+        )
+        refuse_unsafe(left, self._motions, self.robot.control_hz)

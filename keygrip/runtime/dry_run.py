@@ -1,0 +1,174 @@
+"""A run without motion: one plan from the robot's cameras, what the limits make of it, and how long it took.
+
+Writes a figure (.png, any format that matplotlib writes) or a recording for the rerun viewer (.rrd, extra `rerun`).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from keygrip.artifacts import atomic_path, atomic_write
+from keygrip.models.policy import Plan, Policy, arm_axis
+from keygrip.runtime.asynchronous import Trajectory
+from keygrip.runtime.limits import LimitedMotion, MotionLimits, UnsafePlanError, refuse_unsafe
+from keygrip.runtime.robot import Robot
+
+TIMED_PLANS = 5  # the first one is slower: memory is allocated, kernels are chosen
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a plan would do.
+
+    Attributes:
+        observation, plan: as they are. refused: why the plan would be refused, None: it would not.
+        times: [K] seconds from the observation. targets, commands: [K, A, 8] of the plan, and within the limits.
+        plan_ms: of each timed plan.
+    """
+
+    observation: dict[str, Any]
+    plan: Plan
+    refused: str | None
+    times: np.ndarray
+    targets: np.ndarray
+    commands: np.ndarray
+    plan_ms: list[float]
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values for a line of JSON."""
+        moved = np.diff(self.commands[:, :, :3], axis=0) / np.diff(self.times)[:, None, None]
+        behind = np.linalg.norm(self.targets[..., :3] - self.commands[..., :3], axis=-1)
+        return {
+            "refused": self.refused,
+            "plan_ms_median": round(float(np.median(self.plan_ms)), 1),
+            "plan_ms_max": round(max(self.plan_ms), 1),
+            "plan_steps": int(self.plan.gripper.shape[1]),
+            "plan_seconds": round(self.plan.step_seconds * self.plan.gripper.shape[1], 3),
+            "fastest_m_s": round(float(np.linalg.norm(moved, axis=-1).max()), 3),
+            "furthest_behind_cm": round(100 * float(behind.max()), 2),
+            "lowest_cm": round(100 * float(self.commands[..., 2].min()), 2),
+        }
+
+
+def rehearse(policy: Policy, robot: Robot, limits: MotionLimits | None) -> Rehearsal:
+    """Plans from what the robot sees; no command is sent."""
+    milliseconds, plan, observation = [], None, {}
+    for _ in range(TIMED_PLANS):
+        observation = robot.observe()
+        started = time.perf_counter()
+        plan = policy.plan(observation)
+        milliseconds.append(1e3 * (time.perf_counter() - started))
+    assert plan is not None
+    plan = replace(plan, time_s=0.0)
+    start = np.concatenate(
+        [
+            arm_axis(observation["position"], 1),
+            arm_axis(observation["quaternion"], 1),
+            arm_axis(observation["gripper"], 0)[:, None],
+        ],
+        axis=1,
+    )
+    steps, period = plan.gripper.shape[1], 1.0 / robot.control_hz
+    waypoints = np.concatenate([plan.position, plan.quaternion, plan.gripper[..., None]], axis=2).transpose(1, 0, 2)
+    path = Trajectory(plan.step_seconds * np.arange(steps + 1), np.concatenate([start[None], waypoints]))
+    times = np.arange(1, round(plan.step_seconds * steps / period) + 1) * period
+    targets = np.stack([path.at(float(moment)) for moment in times])
+    refused = None
+    commands = targets
+    if limits is not None:
+        motions = [LimitedMotion(limits, pose) for pose in start]
+        try:
+            refuse_unsafe(plan, motions, robot.control_hz)
+        except UnsafePlanError as error:
+            refused = str(error)
+        if np.isfinite(targets).all():
+            commands = np.stack(
+                [
+                    [motion.step(pose, period) for motion, pose in zip(motions, target, strict=True)]
+                    for target in targets
+                ]
+            )
+    return Rehearsal(observation, plan, refused, times, targets, commands, milliseconds)
+
+
+def dry_run(policy: Policy, robot: Robot, limits: MotionLimits | None, path: Path) -> dict[str, Any]:
+    """Rehearses, writes the figure or the rerun recording, and returns the figures.
+
+    Raises:
+        ModuleNotFoundError: `path` is a .rrd file and rerun is not installed.
+    """
+    found = rehearse(policy, robot, limits)
+    if path.suffix == ".rrd":
+        write_rerun(found, path)
+    else:
+        figure = draw(found, limits)
+        with atomic_write(path) as file, matplotlib.rc_context({"savefig.dpi": 110}):
+            figure.savefig(file, format=path.suffix.lstrip(".") or "png")
+    return found.summary() | {"dry_run": str(path)}
+
+
+def draw(found: Rehearsal, limits: MotionLimits | None) -> Figure:
+    """The camera's image, positions, speed and gripper over time, and the times of planning."""
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    axes = figure.subplots(2, 3)
+    image = found.observation.get("image")
+    if image is not None:
+        axes[0, 0].imshow(np.asarray(image))
+    axes[0, 0].set(title="observation", xticks=[], yticks=[])
+    speeds = np.linalg.norm(np.diff(found.commands[:, :, :3], axis=0), axis=-1) / np.diff(found.times)[:, None]
+    wanted = np.linalg.norm(np.diff(found.targets[:, :, :3], axis=0), axis=-1) / np.diff(found.times)[:, None]
+    for arm in range(found.targets.shape[1]):
+        for axis, name in enumerate("xyz"):
+            axes[0, 1].plot(found.times, found.targets[:, arm, axis], color=f"C{axis}", alpha=0.4)
+            axes[0, 1].plot(found.times, found.commands[:, arm, axis], color=f"C{axis}", label=f"{name}, arm {arm}")
+        axes[1, 0].plot(found.times[1:], wanted[:, arm], color="C0", alpha=0.4)
+        axes[1, 0].plot(found.times[1:], speeds[:, arm], color="C0", label=f"arm {arm}")
+        axes[1, 1].plot(found.times, found.commands[:, arm, 7], label=f"arm {arm}")
+    if limits is not None and limits.table_height_m is not None:
+        axes[0, 1].axhline(limits.table_height_m, color="grey", linestyle=":", label="table")
+    if limits is not None:
+        axes[1, 0].axhline(limits.speed_m_s, color="red", linestyle=":", label="limit")
+    axes[0, 1].set(title="position, m (pale: the plan; full: within the limits)", xlabel="s")
+    axes[1, 0].set(title="speed, m/s", xlabel="s")
+    axes[1, 1].set(title="gripper opening", xlabel="s", ylim=(-0.05, 1.05))
+    for place in (axes[0, 1], axes[1, 0], axes[1, 1]):
+        place.legend(fontsize=7)
+    axes[0, 2].bar(range(len(found.plan_ms)), found.plan_ms)
+    axes[0, 2].set(title="planning, ms", xlabel="plan")
+    axes[1, 2].axis("off")
+    lines = [f"{name}: {value}" for name, value in found.summary().items() if name != "refused"]
+    lines.append("refused: " + (found.refused or "no"))
+    axes[1, 2].text(0, 1, "\n".join(lines), va="top", wrap=True, fontsize=9)
+    return figure
+
+
+def write_rerun(found: Rehearsal, path: Path) -> None:
+    """A recording for `rerun FILE`: image, planned and limited path, speed, and the summary."""
+    try:
+        import rerun
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("a .rrd file needs rerun: pip install 'keygrip[rerun]'", name="rerun") from error
+    recording = rerun.RecordingStream("keygrip_dry_run")
+    with atomic_path(path) as file:
+        recording.save(file)
+        if "image" in found.observation:
+            recording.log("camera", rerun.Image(np.asarray(found.observation["image"])), static=True)
+        for arm in range(found.targets.shape[1]):
+            for name, path_A8 in (("plan", found.targets), ("limited", found.commands)):
+                recording.log(f"arm{arm}/{name}", rerun.LineStrips3D([path_A8[:, arm, :3]]), static=True)
+        recording.log("summary", rerun.TextDocument(json.dumps(found.summary(), indent=1)), static=True)
+        for index, moment in enumerate(found.times):
+            recording.set_time("plan", duration=float(moment))
+            for arm in range(found.targets.shape[1]):
+                recording.log(f"arm{arm}/tool", rerun.Points3D([found.commands[index, arm, :3]], radii=[0.005]))
+                recording.log(f"arm{arm}/gripper", rerun.Scalars(float(found.commands[index, arm, 7])))
+        recording.flush()
+        recording.disconnect()

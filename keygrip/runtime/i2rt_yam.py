@@ -1,0 +1,241 @@
+"""Real YAM arms through the driver interface of the i2rt package (`i2rt.robots.robot.Robot`).
+
+No real arm was at hand when this was written: it is exercised against i2rt's own simulated robot
+(`get_yam_robot(sim=True)`) and a stand-in with the same methods.
+
+The driver takes joint angles and the gripper's opening (0 closed .. 1 open) as one vector, repeats the last command to
+the motors by itself, and keeps to its own joint limits. Poses become joint angles here: inverse kinematics, joint
+limits, self-collision (:mod:`keygrip.robots.joint_motion`).
+
+Shape legend: A arms.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from keygrip.data.robot.calibration import Calibration, read_calibration
+from keygrip.robots.joint_motion import JointLimits, JointMotion
+from keygrip.robots.kinematics import arm_chain, forward_kinematics
+from keygrip.runtime.cameras import Camera
+from keygrip.runtime.robot import RobotLostError
+
+log = logging.getLogger(__name__)
+
+JOINTS = 6
+START_SLACK_RAD = 0.15  # the driver's own allowance beyond the joints' ranges
+
+
+class Driver(Protocol):
+    """What is used of i2rt's robot."""
+
+    def num_dofs(self) -> int: ...
+
+    def get_joint_pos(self) -> np.ndarray: ...
+
+    def command_joint_pos(self, joint_pos: np.ndarray) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def connect(channel: str, sim: bool = False) -> Driver:
+    """The driver of the YAM arm on a CAN channel; it holds the arm where it is from here on.
+
+    Args:
+        channel: e.g. can0. sim: i2rt's simulated robot in place of an arm.
+
+    Raises:
+        RobotLostError: nothing answers there.
+    """
+    from i2rt.robots.get_robot import get_yam_robot
+
+    try:
+        driver: Driver = get_yam_robot(channel=channel, zero_gravity_mode=False, sim=sim)
+    except Exception as error:  # whatever CAN, sockets and motors raise
+        raise RobotLostError(f"no YAM arm answers on {channel}: {type(error).__name__}: {error}") from error
+    return driver
+
+
+class YamArms:
+    """One or several YAM arms with the cameras around them.
+
+    Args:
+        arms: CAN channel of each arm by name, in the order of the policy's arms, or a driver that is connected.
+        cameras: by name, in the order that the policy names them.
+        calibration: calibration file with an entry for every camera, and where each of several arms stands.
+        joints: limits of the joints. control_hz: commands per second. sim: i2rt's simulated robots in place of arms.
+        instruction: what the arms are told to do.
+
+    Raises:
+        RobotLostError: an arm does not answer. ValueError: the calibration lacks something.
+    """
+
+    robot = "yam"
+
+    def __init__(
+        self,
+        arms: Mapping[str, str | Driver],
+        cameras: Mapping[str, Camera],
+        calibration: str | Path,
+        joints: JointLimits | None = None,
+        control_hz: float = 30.0,
+        sim: bool = False,
+        instruction: str = "",
+    ) -> None:
+        if not arms:
+            raise ValueError("robot.arms names no arm: e.g. robot.arms.right=can0")
+        if not (np.isfinite(control_hz) and control_hz > 0):
+            raise ValueError(f"robot.control_hz must be finite and above 0, got {control_hz}")
+        self.control_hz, self.instruction, self.sim = float(control_hz), instruction, sim
+        self._calibration: Calibration = read_calibration(Path(calibration))
+        self._feeds = dict(cameras)
+        self.cameras = tuple(self._feeds)
+        for name in self._feeds:
+            self._calibration.camera(name)
+        self.arms = tuple(arms)
+        places = [self._calibration.arm(name, only=len(arms) == 1) for name in arms]
+        self._world_from_base = [np.asarray(place.world_from_base, float) for place in places]
+        self._chains = [arm_chain(place.arm, place.gripper) for place in places]
+        self._models = [(place.arm, place.gripper) for place in places]
+        self._drivers: list[Driver] = []
+        try:
+            for given in arms.values():
+                self._drivers.append(connect(given, sim) if isinstance(given, str) else given)
+        except RobotLostError:
+            self.close()
+            raise
+        limits = joints or JointLimits()
+        self._motions = [JointMotion(limits, self._start(index), chain) for index, chain in enumerate(self._chains)]
+        self.stopped = False
+
+    def _start(self, index: int) -> np.ndarray:
+        """The joints [6] of an arm now, refused where they are beyond its range: its zero position is wrong then."""
+        joints, limits = self._state(index)[:JOINTS], self._chains[index].limits
+        beyond = np.maximum(limits[:, 0] - joints, joints - limits[:, 1])
+        if beyond.max() > START_SLACK_RAD:
+            number = int(beyond.argmax())
+            raise ValueError(
+                f"joint {number + 1} of arm {self.arms[index]} is at {joints[number]:.2f} rad, outside "
+                f"{limits[number, 0]:.2f} to {limits[number, 1]:.2f}: set its zero position"
+            )
+        return np.clip(joints, limits[:, 0], limits[:, 1])
+
+    # ---- the robot ---------------------------------------------------------------------------------------------------
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def wait_until(self, moment: float) -> None:
+        time.sleep(max(0.0, moment - time.monotonic()))
+
+    def observe(self, images: bool = True) -> dict[str, Any]:
+        taken = self.now()
+        states = np.stack([self._state(index) for index in range(len(self.arms))])
+        poses = [self._pose(index, state[:JOINTS]) for index, state in enumerate(states)]
+        observation: dict[str, Any] = {
+            "position": np.stack([pose[:3, 3] for pose in poses]),
+            "quaternion": np.stack([_quaternion(pose[:3, :3]) for pose in poses]),
+            "gripper": np.clip(states[:, JOINTS], 0.0, 1.0),
+            "joints": states[:, :JOINTS],
+            "instruction": self.instruction,
+            "time_s": taken,
+        }
+        if images:
+            views, times = self._views(dict(zip(self.arms, poses, strict=True)))
+            observation |= {**views[self.cameras[0]], "cameras": views, "time_s": min([taken, *times])}
+        return observation
+
+    def command(self, poses: np.ndarray) -> None:
+        if self.stopped:
+            raise RobotLostError("the robot was stopped: it takes no command")
+        poses = np.asarray(poses, float)
+        joints = []
+        before = [motion.joints.copy() for motion in self._motions]
+        try:
+            for index, motion in enumerate(self._motions):
+                joints.append(motion.step(self._in_base(index, poses[index]), 1.0 / self.control_hz))
+        except ValueError:
+            for motion, start in zip(self._motions, before, strict=True):  # all arms or none
+                motion.reset(start)
+            raise
+        for driver, angles, pose in zip(self._drivers, joints, poses, strict=True):
+            self._send(driver, np.append(angles, np.clip(pose[7], 0.0, 1.0)))
+
+    def stop(self) -> None:
+        """Holds every arm where it is: the driver keeps that command until it is closed."""
+        if self.stopped:
+            return
+        self.stopped = True
+        for index, driver in enumerate(self._drivers):
+            try:
+                self._send(driver, self._state(index))
+            except RobotLostError as error:
+                log.error("arm %s could not be told to hold: %s", self.arms[index], error)
+
+    def close(self) -> None:
+        """Gives the motors back. A real arm loses its torque then and sinks: support it first."""
+        for driver in self._drivers:
+            driver.close()
+        for camera in self._feeds.values():
+            camera.close()
+
+    # ---- parts -------------------------------------------------------------------------------------------------------
+
+    def _state(self, index: int) -> np.ndarray:
+        """[7] joints and opening."""
+        try:
+            state = np.array(self._drivers[index].get_joint_pos(), float)
+        except Exception as error:  # the driver's thread may have ended with anything
+            raise RobotLostError(f"arm {self.arms[index]}: {type(error).__name__}: {error}") from error
+        if state.shape != (JOINTS + 1,) or not np.isfinite(state).all():
+            raise RobotLostError(f"arm {self.arms[index]} reports {state.tolist()}: 6 joints and an opening are needed")
+        return state
+
+    def _send(self, driver: Driver, values: np.ndarray) -> None:
+        try:
+            driver.command_joint_pos(values.copy())  # the driver clips in place
+        except Exception as error:
+            raise RobotLostError(f"a command was not taken: {type(error).__name__}: {error}") from error
+
+    def _pose(self, index: int, joints: np.ndarray) -> np.ndarray:
+        """[4, 4] world_from_gripper."""
+        position, quaternion = forward_kinematics(joints, *self._models[index])
+        pose = np.eye(4)
+        pose[:3, :3] = Rotation.from_quat(quaternion, scalar_first=True).as_matrix()
+        pose[:3, 3] = position
+        return np.asarray(self._world_from_base[index] @ pose)
+
+    def _in_base(self, index: int, pose: np.ndarray) -> np.ndarray:
+        """[8] of a pose [8] in the world."""
+        base = self._world_from_base[index]
+        turn = Rotation.from_matrix(base[:3, :3].T)
+        quaternion = (turn * Rotation.from_quat(pose[3:7], scalar_first=True)).as_quat(scalar_first=True)
+        return np.concatenate([turn.apply(pose[:3] - base[:3, 3]), quaternion, pose[7:]])
+
+    def _views(self, grippers: dict[str, np.ndarray]) -> tuple[dict[str, dict[str, np.ndarray]], list[float]]:
+        views, times = {}, []
+        for name, camera in self._feeds.items():
+            image, taken = camera.read()
+            calibrated = self._calibration.camera(name)
+            image = np.ascontiguousarray(np.rot90(image, -calibrated.rotate // 90))
+            height, width = image.shape[:2]
+            views[name] = {
+                "image": image,
+                "intrinsics": calibrated.intrinsics_for(width, height),
+                "world_to_camera": calibrated.poses({arm: pose[None] for arm, pose in grippers.items()}, 1)[0],
+            }
+            times.append(taken)
+        return views, times
+
+
+def _quaternion(rotation: np.ndarray) -> np.ndarray:
+    """On the half sphere of a gripper that points down, as in recordings."""
+    quaternion = Rotation.from_matrix(rotation).as_quat(scalar_first=True)
+    return np.asarray(-quaternion if quaternion[1] < 0 else quaternion)

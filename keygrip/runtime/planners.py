@@ -1,0 +1,137 @@
+"""Plans beside the control loop: in a thread on a real clock, or after a set latency on a simulated one."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from keygrip.models.policy import Observation, Plan, Policy
+
+
+class ContinuingPolicy(Policy, Protocol):
+    """A policy whose plans can continue the one that is being executed (real-time chunking)."""
+
+    def plan_continuing(self, observation: Observation, executing: Plan, delay_s: float) -> Plan:
+        """A plan whose first `delay_s` seconds agree with `executing`, a plan with its `time_s`."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a plan is asked for with.
+
+    Attributes:
+        observation: with `time_s`. time_s: when it was asked for, on the robot's clock.
+        executing: the plan under way, for policies that continue it. delay_s: how long the answer is expected to take.
+    """
+
+    observation: Observation
+    time_s: float
+    executing: Plan | None = None
+    delay_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class PlanOutcome:
+    """The end of a request: a plan, or the error that the policy ended with."""
+
+    request: PlanRequest
+    plan: Plan | None = None
+    error: Exception | None = None
+
+
+class Planner(Protocol):
+    """Computes one plan at a time while the arm moves."""
+
+    def request(self, request: PlanRequest) -> None:
+        """Begins a plan; none may be under way."""
+        ...
+
+    def poll(self, now: float) -> PlanOutcome | None:
+        """The plan that is ready by now, once."""
+        ...
+
+    @property
+    def busy_since(self) -> float | None:
+        """When the plan under way was asked for, or None."""
+        ...
+
+
+class ThreadPlanner:
+    """Plans in a thread of its own. A policy that never returns blocks nothing but its thread.
+
+    Args:
+        policy: called from that thread alone.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._asked: queue.Queue[PlanRequest] = queue.Queue(1)
+        self._done: queue.Queue[PlanOutcome] = queue.Queue(1)
+        self._busy_since: float | None = None
+        threading.Thread(target=self._work, name="planner", daemon=True).start()
+
+    @property
+    def busy_since(self) -> float | None:
+        return self._busy_since
+
+    def request(self, request: PlanRequest) -> None:
+        assert self._busy_since is None
+        self._busy_since = request.time_s
+        self._asked.put(request)
+
+    def poll(self, now: float) -> PlanOutcome | None:
+        try:
+            outcome = self._done.get_nowait()
+        except queue.Empty:
+            return None
+        self._busy_since = None
+        return outcome
+
+    def _work(self) -> None:
+        while True:
+            self._done.put(answer(self._policy, self._asked.get()))
+
+
+class SimulatedPlanner:
+    """Plans at once and hands the plan over after a latency on the robot's clock, so that a run can be repeated.
+
+    Args:
+        policy: plans. latency_s: gives the latency of the next plan; infinite: it never comes.
+    """
+
+    def __init__(self, policy: Policy, latency_s: Callable[[], float]) -> None:
+        self._policy, self._latency_s = policy, latency_s
+        self._outcome: PlanOutcome | None = None
+        self._ready = 0.0
+
+    @property
+    def busy_since(self) -> float | None:
+        return None if self._outcome is None else self._outcome.request.time_s
+
+    def request(self, request: PlanRequest) -> None:
+        assert self._outcome is None
+        self._outcome = answer(self._policy, request)
+        self._ready = request.time_s + self._latency_s()
+
+    def poll(self, now: float) -> PlanOutcome | None:
+        if self._outcome is None or now < self._ready - 1e-9:
+            return None
+        outcome, self._outcome = self._outcome, None
+        return outcome
+
+
+def answer(policy: Policy, request: PlanRequest) -> PlanOutcome:
+    """The policy's answer to a request. Whatever it raises is an outcome too: the arm must be held then."""
+    try:
+        if request.executing is None:
+            return PlanOutcome(request, plan=policy.plan(request.observation))
+        continuing: ContinuingPolicy = policy  # type: ignore[assignment]
+        return PlanOutcome(
+            request, plan=continuing.plan_continuing(request.observation, request.executing, request.delay_s)
+        )
+    except Exception as error:
+        return PlanOutcome(request, error=error)

@@ -1,0 +1,107 @@
+"""The simulated YAM cell as a robot: in real time, or on a clock that advances with the simulation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from keygrip.envs.yam.environment import YamCell
+from keygrip.envs.yam.tasks import TaskOptions
+from keygrip.robots.joint_motion import JointLimits, JointMotion, JointMotionError
+from keygrip.robots.kinematics import forward_kinematics
+from keygrip.runtime.robot import RobotLostError
+
+
+class SimulatedYam:
+    """One simulated arm at a table (see :class:`keygrip.envs.yam.environment.YamCell`).
+
+    Args:
+        task: what stands on the table. image_size: edge of the square picture, pixels. cameras: None: the task's own.
+        control_hz: commands per second. seed: of the episode.
+        joints: limits of the joints, checked before every command; None: the cell's own inverse kinematics alone.
+        real_time: the clock is that of the machine; False: it advances by a period with every command, so that a run
+            does not depend on the machine's speed.
+    """
+
+    robot, arms = "yam", ("right",)
+
+    def __init__(
+        self,
+        task: TaskOptions,
+        image_size: int = 224,
+        control_hz: float = 10.0,
+        cameras: Sequence[str] | None = None,
+        seed: int = 0,
+        joints: JointLimits | None = None,
+        real_time: bool = True,
+    ) -> None:
+        self.cell = YamCell(task, image_size, control_hz, None if cameras is None else tuple(cameras))
+        self.control_hz, self.real_time, self.joint_limits = float(control_hz), real_time, joints
+        self.cameras = self.cell.cameras
+        self.reset(seed)
+
+    def reset(self, seed: int) -> None:
+        """The episode of a seed, the arm at rest."""
+        self._observation, info = self.cell.reset(seed=seed)
+        self.instruction = str(info["instruction"])
+        self.stopped = False
+        self._ticks = 0
+        self._motion = None
+        if self.joint_limits is not None:
+            self._motion = JointMotion(self.joint_limits, self.cell.commanded_joints)
+
+    def now(self) -> float:
+        return time.monotonic() if self.real_time else self._ticks / self.control_hz
+
+    def wait_until(self, moment: float) -> None:
+        if self.real_time:
+            time.sleep(max(0.0, moment - time.monotonic()))
+            return
+        while self.now() < moment - 1e-9:  # a stopped robot takes no command, and time goes on
+            self._ticks += 1
+
+    def observe(self, images: bool = True) -> dict[str, Any]:
+        taken = self.now()
+        if images:
+            return {**self.cell.observation(), "time_s": taken}
+        position, quaternion = self.cell.tool_pose
+        return {
+            "position": position,
+            "quaternion": quaternion,
+            "gripper": np.array(self.cell.gripper_opening),
+            "joints": self.cell.joints,
+            "instruction": self.instruction,
+            "time_s": taken,
+        }
+
+    def command(self, poses: np.ndarray) -> None:
+        if self.stopped:
+            raise RobotLostError("the robot was stopped: it takes no command")
+        pose = np.asarray(poses, float)[0]
+        if self._motion is not None:
+            try:
+                joints = self._motion.step(pose, 1.0 / self.control_hz)
+            except JointMotionError:
+                self._advance(np.append(np.concatenate(self.cell.commanded_pose), self.cell.commanded_gripper))
+                raise
+            position, quaternion = forward_kinematics(joints)
+            pose = np.concatenate([position, quaternion, pose[7:]])
+        self._advance(pose)
+
+    def _advance(self, pose: np.ndarray) -> None:
+        self.cell.advance(pose)
+        self._ticks += not self.real_time
+
+    def outcome(self) -> tuple[bool, str | None]:
+        """Whether the task is done, and why it has failed, None while it goes on."""
+        success, truncated, info = self.cell.outcome()
+        return success, info["failure_reason"] if truncated else None
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def close(self) -> None:
+        self.cell.close()

@@ -1,0 +1,241 @@
+"""Corrections by a person while a policy drives: read from a device, limited like plans, and recorded.
+
+What a person did lies in native demonstrations in which those frames are marked (`intervention` in trajectory.npz);
+training weighs them by `data.intervention_weight` (Ross et al., "A Reduction of Imitation Learning and Structured
+Prediction to No-Regret Online Learning", 2011; Kelly et al., "HG-DAgger", 2019).
+
+Shape legend: A arms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import struct
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
+from keygrip.models.policy import arm_axis
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What a person asks for in one control period.
+
+    Attributes:
+        velocity: [3] m/s of the tool, world axes. turn: [3] rad/s about world axes.
+        gripper: opening 0 .. 1, None: as it is. arm: which one.
+    """
+
+    velocity: np.ndarray = field(default_factory=lambda: np.zeros(3))
+    turn: np.ndarray = field(default_factory=lambda: np.zeros(3))
+    gripper: float | None = None
+    arm: int = 0
+
+
+class Takeover(Protocol):
+    """A person at a device, or a script."""
+
+    def read(self, now: float) -> Correction | None:
+        """The correction at this moment; None: the policy drives."""
+        ...
+
+
+def moved_by(command: np.ndarray, correction: Correction, seconds: float) -> np.ndarray:
+    """The target [A, 8] of a correction: the present command moved on for one control period."""
+    target = command.copy()
+    arm = target[correction.arm]
+    arm[:3] += np.asarray(correction.velocity, float) * seconds
+    turned = Rotation.from_rotvec(np.asarray(correction.turn, float) * seconds)
+    arm[3:7] = (turned * Rotation.from_quat(arm[3:7], scalar_first=True)).as_quat(scalar_first=True)
+    if correction.gripper is not None:
+        arm[7] = float(np.clip(correction.gripper, 0, 1))
+    return target
+
+
+class KeyboardTakeover:
+    """A terminal's keyboard: t takes over and gives back, w s a d r f move (x, y, z), q e turn, space the gripper.
+
+    A terminal reports no releases: a motion lasts `repeat_seconds` after its last key press.
+
+    Args:
+        speed_m_s: of the tool. turn_rad_s: about the vertical. repeat_seconds: longer than the keyboard's repeat.
+    """
+
+    MOVES: Mapping[str, tuple[int, float]] = {
+        "w": (0, 1.0),
+        "s": (0, -1.0),
+        "a": (1, 1.0),
+        "d": (1, -1.0),
+        "r": (2, 1.0),
+        "f": (2, -1.0),
+    }
+    TURNS: Mapping[str, float] = {"q": 1.0, "e": -1.0}
+
+    def __init__(self, speed_m_s: float = 0.1, turn_rad_s: float = 0.6, repeat_seconds: float = 0.3) -> None:
+        self.speed_m_s, self.turn_rad_s, self.repeat_seconds = speed_m_s, turn_rad_s, repeat_seconds
+        self.active, self._open = False, True
+        self._pressed: dict[str, float] = {}
+        self._terminal: Any = None
+        if sys.stdin.isatty():
+            import termios
+            import tty
+
+            self._terminal = termios.tcgetattr(sys.stdin)
+            tty.setcbreak(sys.stdin)
+
+    def close(self) -> None:
+        """Gives the terminal back."""
+        if self._terminal is not None:
+            import termios
+
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._terminal)
+            self._terminal = None
+
+    def read(self, now: float) -> Correction | None:
+        for key in self._keys():
+            self.press(key, now)
+        if not self.active:
+            return None
+        held = [key for key, moment in self._pressed.items() if now - moment < self.repeat_seconds]
+        velocity, turn = np.zeros(3), np.zeros(3)
+        for key in held:
+            if key in self.MOVES:
+                axis, sign = self.MOVES[key]
+                velocity[axis] += sign * self.speed_m_s
+            turn[2] += self.TURNS.get(key, 0.0) * self.turn_rad_s
+        return Correction(velocity, turn, 1.0 if self._open else 0.0)
+
+    def press(self, key: str, now: float) -> None:
+        """A key press at a moment."""
+        if key == "t":
+            self.active = not self.active
+            self._pressed.clear()
+        elif key == " ":
+            self._open = not self._open
+        elif key in self.MOVES or key in self.TURNS:
+            self._pressed[key] = now
+
+    def _keys(self) -> str:
+        keys = ""
+        if self._terminal is None:
+            return keys
+        while select.select([sys.stdin], [], [], 0)[0]:
+            keys += os.read(sys.stdin.fileno(), 64).decode(errors="ignore")
+        return keys
+
+
+class GamepadTakeover:
+    """A gamepad through Linux's joystick interface: the left stick moves in x and y, the right one in z and turns;
+    button 0 takes over and gives back, button 1 closes and opens.
+
+    Args:
+        device: e.g. /dev/input/js0. speed_m_s, turn_rad_s: at full deflection. dead_band: of a stick, share of its way.
+
+    Raises:
+        FileNotFoundError: no such device.
+    """
+
+    EVENT = struct.Struct("<IhBB")  # time ms, value, type, number
+    BUTTON, AXIS, INITIAL = 1, 2, 0x80
+
+    def __init__(
+        self, device: str = "/dev/input/js0", speed_m_s: float = 0.15, turn_rad_s: float = 0.8, dead_band: float = 0.1
+    ) -> None:
+        if not Path(device).exists():
+            raise FileNotFoundError(f"there is no gamepad at {device}: plug one in, or name another takeover.device")
+        self._file = os.open(device, os.O_RDONLY | os.O_NONBLOCK)
+        self.speed_m_s, self.turn_rad_s, self.dead_band = speed_m_s, turn_rad_s, dead_band
+        self.active, self._open = False, True
+        self._axes: dict[int, float] = {}
+        self._rest = b""
+
+    def close(self) -> None:
+        """Gives the device back."""
+        os.close(self._file)
+
+    def read(self, now: float) -> Correction | None:
+        with contextlib.suppress(BlockingIOError):
+            self._rest += os.read(self._file, 4096)
+        whole = len(self._rest) // self.EVENT.size * self.EVENT.size
+        for _, value, kind, number in self.EVENT.iter_unpack(self._rest[:whole]):
+            self._event(value, kind & ~self.INITIAL, number, bool(kind & self.INITIAL))
+        self._rest = self._rest[whole:]
+        if not self.active:
+            return None
+        across, along, turn, up = (self._axis(number) for number in (0, 1, 2, 3))
+        velocity = self.speed_m_s * np.array([-along, -across, -up])
+        return Correction(velocity, np.array([0.0, 0.0, -turn * self.turn_rad_s]), 1.0 if self._open else 0.0)
+
+    def _event(self, value: int, kind: int, number: int, initial: bool) -> None:
+        if kind == self.AXIS:
+            self._axes[number] = value / 32767
+        elif kind == self.BUTTON and value == 1 and not initial:
+            if number == 0:
+                self.active = not self.active
+            elif number == 1:
+                self._open = not self._open
+
+    def _axis(self, number: int) -> float:
+        value = self._axes.get(number, 0.0)
+        return value if abs(value) > self.dead_band else 0.0
+
+
+class CorrectionRecorder:
+    """Writes a run as a native demonstration in which corrected frames are marked; a run without any leaves none.
+
+    Args:
+        folder: of the demonstration; must not exist. robot, task, instruction: for its metadata.
+        arms: names, in the order of the observation's A axis. cameras: names of the entries of `cameras`; one name
+            alone stands for the observation's own picture. fps: control periods per second.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        robot: str,
+        task: str,
+        instruction: str,
+        arms: Sequence[str],
+        cameras: Sequence[str],
+        fps: float,
+    ) -> None:
+        self.arms, self.cameras, self.fps = tuple(arms), tuple(cameras), fps
+        self._writer = DemoWriter(folder, robot, task, instruction, fps, source={"recorder": "keygrip.run"})
+        self.corrected = 0
+
+    def __enter__(self) -> Self:
+        self._writer.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.corrected or len(self._writer) < 2:
+            self._writer.discard()
+        self._writer.__exit__(kind, error, trace)
+
+    def add(self, observation: Mapping[str, Any], command: np.ndarray, corrected: bool) -> None:
+        """A frame: what was seen, and the command [A, 8] given there."""
+        views = observation.get("cameras") or {self.cameras[0]: observation}
+        position, quaternion = arm_axis(observation["position"], 1), arm_axis(observation["quaternion"], 1)
+        gripper = np.clip(arm_axis(observation["gripper"], 0), 0, 1)
+        joints = arm_axis(observation["joints"], 1) if "joints" in observation else [None] * len(self.arms)
+        self._writer.add(
+            round(len(self._writer) * 1e9 / self.fps),
+            {name: np.asarray(views[name]["image"]) for name in self.cameras},
+            {name: CameraPose(views[name]["intrinsics"], views[name]["world_to_camera"]) for name in self.cameras},
+            {arm: ArmPose(position[i], quaternion[i], float(gripper[i]), joints[i]) for i, arm in enumerate(self.arms)},
+            {arm: ArmPose(command[i, :3], command[i, 3:7], float(command[i, 7])) for i, arm in enumerate(self.arms)},
+            intervention=corrected,
+        )
+        self.corrected += corrected

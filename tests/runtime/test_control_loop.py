@@ -1,0 +1,322 @@
+"""The control loop on a simulated clock: time-stamped plans, latency, limits, watchdog, corrections."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+
+from keygrip.data.robot.native import read_native
+from keygrip.data.robot.samples import weighted_frames
+from keygrip.models.policy import Observation, Plan
+from keygrip.robots.joint_motion import JointMotionError
+from keygrip.runtime.asynchronous import ChunkExecution
+from keygrip.runtime.chunk_execution import RecedingHorizon
+from keygrip.runtime.control_loop import ControlLoop, Tick
+from keygrip.runtime.limits import MotionLimits
+from keygrip.runtime.planners import PlanRequest, SimulatedPlanner, ThreadPlanner
+from keygrip.runtime.robot import RobotLostError
+from keygrip.runtime.takeover import Correction, CorrectionRecorder, GamepadTakeover, KeyboardTakeover, moved_by
+from keygrip.runtime.watchdog import State, Watchdog, WatchdogSettings
+
+DOWN = np.array([0.0, 1.0, 0.0, 0.0])
+START = np.concatenate([[0.3, 0.0, 0.2], DOWN, [1.0]])
+LIMITS = MotionLimits(workspace_low=(0.1, -0.3, 0.0), workspace_high=(0.5, 0.3, 0.5))
+IMAGE = np.zeros((16, 16, 3), np.uint8)
+
+
+class PointArm:
+    """A robot on a simulated clock whose tool is where it was told to be; faults can be planted."""
+
+    control_hz = 10.0
+
+    def __init__(self) -> None:
+        self.pose, self.ticks, self.stops = START[None].copy(), 0, 0
+        self.sent: list[np.ndarray] = []
+        self.frozen_at: float | None = None
+        self.lost = self.refuses = False
+
+    def now(self) -> float:
+        return self.ticks / self.control_hz
+
+    def wait_until(self, moment: float) -> None:
+        self.ticks = max(self.ticks, round(moment * self.control_hz))
+
+    def observe(self, images: bool = True) -> dict[str, Any]:
+        if self.lost:
+            raise RobotLostError("no answer")
+        seen = {"position": self.pose[:, :3], "quaternion": self.pose[:, 3:7], "gripper": self.pose[:, 7]}
+        taken = self.now() if self.frozen_at is None else min(self.now(), self.frozen_at)
+        views = {"image": IMAGE, "intrinsics": np.eye(3), "world_to_camera": np.eye(4)} if images else {}
+        return {**seen, **views, "time_s": taken}
+
+    def command(self, poses: np.ndarray) -> None:
+        if self.lost:
+            raise RobotLostError("no answer")
+        if self.refuses:
+            raise JointMotionError("out of reach")
+        self.pose = poses.copy()
+        self.sent.append(poses[0].copy())
+
+    def stop(self) -> None:
+        self.stops += 1
+
+    def close(self) -> None: ...
+
+
+class Clockwork:
+    """Plans along a known path x(t) = 0.3 + 0.05 sin(t): a right plan for the time of its observation."""
+
+    def __init__(self, fault: Exception | None = None, from_plan: int = 0) -> None:
+        self.fault, self.from_plan, self.plans = fault, from_plan, 0
+
+    def plan(self, observation: Observation) -> Plan:
+        self.plans += 1
+        if self.fault is not None and self.plans > self.from_plan:
+            raise self.fault
+        times = observation["time_s"] + 0.3 * np.arange(1, 9)
+        position = np.stack([path(times), np.zeros(8), np.full(8, 0.2)], axis=1)[None]
+        return Plan(position, np.tile(DOWN, (1, 8, 1)), np.ones((1, 8)), 0.3)
+
+
+def path(times: Any) -> Any:
+    return 0.3 + 0.05 * np.sin(times)
+
+
+class Wild:
+    """Random poses, now and then no poses at all."""
+
+    def __init__(self, broken: float = 0.05) -> None:
+        self.generator, self.broken = np.random.default_rng(0), broken
+
+    def plan(self, observation: Observation) -> Plan:
+        draw = self.generator
+        spread = draw.choice([0.05, 0.3, 3.0])
+        position = observation["position"][:, None] + draw.normal(0, spread, (1, 8, 3))
+        if draw.random() < self.broken:
+            position = np.full_like(position, np.nan)
+        turns = Rotation.random(8, rng=draw).as_quat(scalar_first=True)[None]
+        return Plan(position, turns, draw.uniform(-0.3, 1.3, (1, 8)), 0.3)
+
+
+class Rising:
+    """The first plan of another policy as it is, later ones 5 m higher."""
+
+    def __init__(self, policy: Clockwork) -> None:
+        self.policy = policy
+
+    def plan(self, observation: Observation) -> Plan:
+        plan = self.policy.plan(observation)
+        if self.policy.plans > 1:
+            plan.position[..., 2] += 5.0
+        return plan
+
+
+def loop_of(policy: Any, robot: PointArm, latency: float = 0.0, **settings: Any) -> ControlLoop:
+    planner = SimulatedPlanner(policy, lambda: latency)
+    execution = ChunkExecution(planner, robot.control_hz, **settings.pop("execution", {}))
+    return ControlLoop(robot, execution, settings.pop("limits", LIMITS), **settings)
+
+
+def test_blocking_without_latency_is_the_receding_horizon() -> None:
+    ours, theirs = Wild(broken=0.0), Wild(broken=0.0)
+    reference = RecedingHorizon(theirs, 10.0)
+    execution = ChunkExecution(SimulatedPlanner(ours, lambda: 0.0), 10.0, asynchronous=False)
+    pose = START
+    for tick in range(100):
+        seen = {"position": pose[None, :3], "quaternion": pose[None, 3:7], "gripper": pose[None, 7]}
+        pose = execution.target({**seen, "time_s": tick / 10}, tick / 10)[0]
+        other = reference.act(seen)[0]
+        np.testing.assert_allclose(pose[[0, 1, 2, 7]], other[[0, 1, 2, 7]], atol=1e-9)
+        assert abs(pose[3:7] @ other[3:7]) == pytest.approx(1, abs=1e-9)
+    assert execution.plans == reference.plans >= 5
+
+
+def test_plans_are_followed_by_the_time_of_their_observation() -> None:
+    """With 0.4 s of latency the arm is where the plan says for now; blocking, it is not and stands still meanwhile."""
+    errors, still = {}, {}
+    for asynchronous in (True, False):
+        robot = PointArm()
+        report = loop_of(Clockwork(), robot, 0.4, execution={"asynchronous": asynchronous}).run(20.0)
+        x = np.array([pose[0] for pose in robot.sent])
+        times = (np.arange(len(x)) + 1) / 10
+        errors[asynchronous] = np.abs(x - path(times))[20:].max()
+        still[asynchronous] = int((np.abs(np.diff(x))[20:] < 1e-9).sum())
+        assert report.state is State.RUNNING
+        assert max(report.latencies_s) == pytest.approx(0.4)
+    assert errors[True] < 0.006  # the easing between waypoints
+    assert errors[False] > 0.01
+    assert still[True] == 0
+    assert still[False] > 20
+
+
+def test_the_next_plan_is_asked_for_early_by_the_measured_latency() -> None:
+    asked: list[float] = []
+
+    class Noting(Clockwork):
+        def plan(self, observation: Observation) -> Plan:
+            asked.append(observation["time_s"])
+            return super().plan(observation)
+
+    loop_of(Noting(), PointArm(), 0.3).run(6.0)
+    np.testing.assert_allclose(np.diff(asked)[1:], 0.9, atol=1e-6)  # 1.2 s of execution less 0.3 s
+
+
+def test_random_plans_never_exceed_a_limit() -> None:
+    robot = PointArm()
+    loop_of(Wild(), robot, 0.15, watchdog=Watchdog(WatchdogSettings(hold_seconds=1e9, most_holds=10**9))).run(60.0)
+    sent = np.stack(robot.sent)
+    low, high = LIMITS.box()
+    velocity = np.diff(np.concatenate([START[None, :3], sent[:, :3]]), axis=0) * 10
+    assert np.linalg.norm(velocity, axis=1).max() <= LIMITS.speed_m_s * (1 + 1e-6)
+    assert np.linalg.norm(np.diff(velocity, axis=0) * 10, axis=1).max() <= LIMITS.acceleration_m_s2 * (1 + 1e-6)
+    assert (sent[:, :3] >= low).all()
+    assert (sent[:, :3] <= high).all()
+    assert len(sent) == 600
+    assert np.ptp(sent[:, 0]) > 0.05  # it did move
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("stale", "stale observation"),
+        ("stuck", "stuck policy"),
+        ("connection", "lost the policy"),
+        ("policy", "ValueError: no plane"),
+        ("unsafe", "outside the workspace"),
+        ("robot", "lost the robot"),
+        ("joints", "out of reach"),
+    ],
+)
+def test_every_fault_ends_in_a_held_then_stopped_arm(fault: str, said: str) -> None:
+    errors = {"connection": ConnectionError("gone"), "policy": ValueError("no plane")}
+    robot, policy = PointArm(), Clockwork(errors.get(fault), from_plan=1)
+    latency = iter([0.0] + [np.inf if fault == "stuck" else 0.1] * 1000)
+    loop = loop_of(policy, robot)
+    loop.execution.planner = SimulatedPlanner(Rising(policy) if fault == "unsafe" else policy, lambda: next(latency))
+    began = 1.0
+
+    def plant() -> bool:
+        if robot.now() >= began:
+            robot.frozen_at = began if fault == "stale" else None
+            robot.lost, robot.refuses = fault == "robot", fault == "joints"
+        return False
+
+    ticks: list[Tick] = []
+    loop.on_tick = ticks.append
+    report = loop.run(30.0, over=plant)
+    assert report.state is State.STOPPED
+    assert said in (report.reason or "")
+    states = [tick.state for tick in ticks]
+    held = states.index(State.HOLDING)
+    assert held >= 10
+    assert set(states[held:-1]) == {State.HOLDING}
+    assert states[-1] is State.STOPPED
+    assert len(states) - held == pytest.approx(21, abs=1)  # hold_seconds
+    np.testing.assert_allclose(ticks[-1].command, ticks[held + 5].command)  # it stood
+    assert robot.stops == 1
+
+
+def test_a_fault_that_ends_lets_the_arm_go_on() -> None:
+    robot = PointArm()
+    loop = loop_of(Clockwork(), robot, 0.1)
+
+    def blink() -> bool:
+        robot.lost = 2.0 <= robot.now() < 3.0
+        return False
+
+    ticks: list[Tick] = []
+    loop.on_tick = ticks.append
+    report = loop.run(6.0, over=blink)
+    assert report.state is State.RUNNING
+    assert [state for _, state, _ in report.events] == [State.HOLDING, State.RUNNING]
+    assert abs(ticks[-1].command[0, 0] - path(6.0)) < 0.01
+
+
+def test_a_policy_that_hangs_blocks_nothing() -> None:
+    hang = threading.Event()
+
+    class Hanging:
+        def plan(self, observation: Observation) -> Plan:
+            hang.wait(20)
+            raise ValueError("too late")
+
+    planner = ThreadPlanner(Hanging())
+    planner.request(PlanRequest({}, 1.0))
+    assert planner.poll(100.0) is None
+    assert planner.busy_since == 1.0
+    hang.set()
+
+
+class Script:
+    """Takes over from 1 s to 2 s, moves up and closes the gripper."""
+
+    def read(self, now: float) -> Correction | None:
+        return Correction(np.array([0.0, 0.0, 0.1]), gripper=0.0) if 1.0 <= now < 2.0 else None
+
+    def close(self) -> None: ...
+
+
+def test_a_correction_moves_the_arm_and_is_recorded_and_weighted(tmp_path: Path) -> None:
+    robot = PointArm()
+    with CorrectionRecorder(tmp_path / "demo", "yam", "t", "do it", ["right"], ["over"], 10.0) as recorder:
+        report = loop_of(Clockwork(), robot, 0.1, takeover=Script(), recorder=recorder).run(3.0)
+    assert report.corrected_ticks == 10
+    demo = read_native(tmp_path / "demo", "demo")
+    assert demo.intervention is not None
+    assert demo.intervention.sum() == 10
+    commanded = demo.arms["right"].commanded
+    assert commanded is not None
+    during = commanded.position[demo.intervention, 2]
+    assert during[-1] - during[0] > 0.05
+    assert commanded.gripper[demo.intervention][-1] < 0.1
+    frames = np.arange(len(demo))
+    weighted = weighted_frames(frames, demo.intervention, 2.5)
+    assert len(weighted) == len(frames) + 15
+    assert set(np.unique(weighted)) == set(frames)
+    np.testing.assert_array_equal(weighted_frames(frames, demo.intervention, 1.0), frames)
+    assert not demo.intervention[weighted_frames(frames, demo.intervention, 0.0)].any()
+
+
+def test_a_run_without_corrections_leaves_no_demonstration(tmp_path: Path) -> None:
+    with CorrectionRecorder(tmp_path / "demo", "yam", "t", "do it", ["right"], ["over"], 10.0) as recorder:
+        loop_of(Clockwork(), PointArm(), recorder=recorder).run(1.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_keys_and_sticks(tmp_path: Path) -> None:
+    keys = KeyboardTakeover(speed_m_s=0.2)
+    assert keys.read(0.0) is None
+    for key in "tw ":
+        keys.press(key, 0.0)
+    correction = keys.read(0.1)
+    assert correction is not None
+    np.testing.assert_allclose(correction.velocity, [0.2, 0, 0])
+    assert correction.gripper == 0.0
+    np.testing.assert_allclose(moved_by(START[None], correction, 0.1)[0, :3], [0.32, 0.0, 0.2])
+    later = keys.read(1.0)
+    assert later is not None
+    assert not later.velocity.any()  # the key was let go
+
+    device = tmp_path / "js0"
+    events = [(0, 0, 0x82, 0), (1, 1, 1, 0), (2, -32767, 2, 1), (3, 100, 2, 0), (4, 1, 1, 1)]
+    device.write_bytes(b"".join(GamepadTakeover.EVENT.pack(*event) for event in events))
+    pad = GamepadTakeover(str(device), speed_m_s=0.3)
+    correction = pad.read(0.0)
+    pad.close()
+    assert correction is not None
+    np.testing.assert_allclose(correction.velocity, [0.3, 0, 0])
+    assert correction.gripper == 0.0
+    with pytest.raises(FileNotFoundError, match="no gamepad"):
+        GamepadTakeover(str(tmp_path / "none"))
+
+
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="execute_seconds"):
+        ChunkExecution(SimulatedPlanner(Wild(), lambda: 0.0), 10.0, execute_seconds=float("nan"))
+    with pytest.raises(ValueError, match="stale_seconds"):
+        WatchdogSettings(stale_seconds=0.0)

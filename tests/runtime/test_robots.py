@@ -1,0 +1,272 @@
+"""Arms behind the control loop: the simulated cell, and i2rt's driver interface with a stand-in and its simulation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from keygrip.data.video import VideoWriter
+from keygrip.envs.yam.expert import expert_actions
+from keygrip.envs.yam.tasks import TaskOptions
+from keygrip.models.policy import Needs, Observation, Plan
+from keygrip.robots.inverse_kinematics import pointing_down
+from keygrip.robots.joint_motion import JointLimits, JointMotion, JointMotionError
+from keygrip.robots.kinematics import arm_chain, forward_kinematics, quaternion_from_matrix
+from keygrip.robots.self_collision import CAPSULES, capsules_at, closest_links, link_frames, lowest_link
+from keygrip.runtime.asynchronous import ChunkExecution
+from keygrip.runtime.cameras import VideoCamera
+from keygrip.runtime.control_loop import ControlLoop
+from keygrip.runtime.dry_run import dry_run
+from keygrip.runtime.i2rt_yam import YamArms
+from keygrip.runtime.limits import MotionLimits
+from keygrip.runtime.planners import SimulatedPlanner
+from keygrip.runtime.robot import RobotLostError
+from keygrip.runtime.sim_yam import SimulatedYam
+from keygrip.runtime.watchdog import State
+
+HOME = np.array([0.0, 1.05, 1.0, 0.6, 0.0, 0.0])  # the tool at (0.353, 0, 0.523)
+LIMITS = MotionLimits(workspace_low=(0.05, -0.55, 0.0), workspace_high=(0.7, 0.55, 0.65))
+
+
+class Driver:
+    """What i2rt's MotorChainRobot does with a command: clip it in place, be there."""
+
+    def __init__(self, joints: np.ndarray = HOME) -> None:
+        self.state = np.append(joints, 1.0)
+        self.commands: list[np.ndarray] = []
+        self.closed = self.dead = False
+
+    def num_dofs(self) -> int:
+        return 7
+
+    def get_joint_pos(self) -> np.ndarray:
+        if self.dead:
+            raise RuntimeError("motor chain is not running")
+        return self.state
+
+    def command_joint_pos(self, joint_pos: np.ndarray) -> None:
+        if self.dead:
+            raise RuntimeError("motor chain is not running")
+        limits = arm_chain().limits
+        joint_pos[:6] = np.clip(joint_pos[:6], limits[:, 0], limits[:, 1])
+        self.state = joint_pos
+        self.commands.append(joint_pos.copy())
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Still:
+    """A camera whose picture is as old as it is told to be."""
+
+    def __init__(self) -> None:
+        self.taken: Callable[[], float] = lambda: 0.0
+
+    def read(self) -> tuple[np.ndarray, float]:
+        return np.full((48, 64, 3), 90, np.uint8), self.taken()
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def calibration(tmp_path: Path) -> Path:
+    content = {
+        "schema": "keygrip.calibration/1",
+        "conventions": {"camera": "opencv", "pixel": "centre", "length": "m"},
+        "cameras": {
+            "over": {
+                "width": 64,
+                "height": 48,
+                "intrinsics": {"fx": 60, "fy": 60, "cx": 31.5, "cy": 23.5},
+                "world_to_camera": np.eye(4).tolist(),
+            }
+        },
+        "arms": {"right": {"world_from_base": [[0, -1, 0, 0.1], [1, 0, 0, 0.2], [0, 0, 1, 0], [0, 0, 0, 1]]}},
+    }
+    path = tmp_path / "calibration.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def to_the_side(observation: Observation) -> Plan:
+    position = observation["position"][:, None] + np.linspace(0, 0.08, 9)[1:, None] * np.array([0, 1, 0])
+    return Plan(position, np.repeat(observation["quaternion"][:, None], 8, 1), np.full((1, 8), 0.1), 0.1)
+
+
+class Sideways:
+    needs = Needs(("right",), ("over",))
+
+    def plan(self, observation: Observation) -> Plan:
+        return to_the_side(observation)
+
+
+def test_the_driver_gets_joints_that_bring_the_tool_where_the_plan_says(calibration: Path) -> None:
+    driver, camera = Driver(), Still()
+    arm = YamArms({"right": driver}, {"over": camera}, calibration)
+    camera.taken = arm.now
+    first = arm.observe()
+    assert first["image"].shape == (48, 64, 3)
+    position, _ = forward_kinematics(HOME)
+    # the base is turned by 90 degrees and stands at (0.1, 0.2)
+    np.testing.assert_allclose(first["position"][0], [0.1 - position[1], 0.2 + position[0], position[2]], atol=1e-9)
+    target = np.concatenate([first["position"][0] + [0.02, 0.0, 0.01], first["quaternion"][0], [0.3]])
+    for _ in range(10):
+        arm.command(target[None])
+    seen = arm.observe(images=False)
+    np.testing.assert_allclose(seen["position"][0], target[:3], atol=2e-3)
+    assert seen["gripper"][0] == pytest.approx(0.3)
+    assert "image" not in seen
+    steps = np.diff(np.stack([HOME, *(command[:6] for command in driver.commands)]), axis=0)
+    assert np.abs(steps).max() <= 3.0 / arm.control_hz + 1e-9
+    with pytest.raises(JointMotionError, match="cannot reach"):
+        arm.command(np.concatenate([[3.0, 0, 0.2], target[3:]])[None])
+    arm.stop()
+    np.testing.assert_allclose(driver.commands[-1], driver.state)
+    with pytest.raises(RobotLostError, match="stopped"):
+        arm.command(target[None])
+    arm.close()
+    assert driver.closed
+
+
+def test_a_dead_driver_and_a_frozen_camera_stop_the_arm(calibration: Path) -> None:
+    for fault, said in (("driver", "lost the robot"), ("camera", "stale observation")):
+        driver, camera = Driver(), Still()
+        arm = YamArms({"right": driver}, {"over": camera}, calibration, control_hz=20.0)
+        clock = [0.0]
+        arm.now = lambda clock=clock: clock[0]  # type: ignore[method-assign]
+        arm.wait_until = lambda moment, clock=clock: clock.__setitem__(0, max(clock[0], moment))  # type: ignore
+        camera.taken = lambda arm=arm, fault=fault: min(arm.now(), 1.0) if fault == "camera" else arm.now()
+
+        def plant(driver: Driver = driver, arm: YamArms = arm, fault: str = fault) -> bool:
+            driver.dead = fault == "driver" and arm.now() >= 1.0
+            return False
+
+        execution = ChunkExecution(SimulatedPlanner(Sideways(), lambda: 0.0), 20.0, execute_seconds=0.3)
+        report = ControlLoop(arm, execution, LIMITS).run(20.0, over=plant)
+        assert report.state is State.STOPPED
+        assert said in (report.reason or "")
+        assert driver.commands
+    with pytest.raises(RobotLostError, match="6 joints"):
+        broken = Driver()
+        broken.state = np.zeros(6)
+        YamArms({"right": broken}, {}, calibration)
+    with pytest.raises(ValueError, match="zero position"):
+        YamArms({"right": Driver(np.array([0, -0.5, 0, 0, 0, 0.0]))}, {}, calibration)
+
+
+def test_i2rts_own_simulated_robot_is_driven(calibration: Path, tmp_path: Path) -> None:
+    film = VideoWriter(tmp_path / "film.mp4", 64, 48, 10.0)
+    for _ in range(5):
+        film.write(np.full((48, 64, 3), 120, np.uint8))
+    film.close()
+    camera = VideoCamera(str(tmp_path / "film.mp4"), format=None)
+    arm = YamArms({"right": "can0"}, {"over": camera}, calibration, control_hz=50.0, sim=True)
+    start = arm.observe()
+    assert abs(int(start["image"].mean()) - 120) < 8
+    lifted = start["position"][0] + [0.0, 0.0, 0.02]
+    for _ in range(20):
+        arm.command(np.concatenate([lifted, start["quaternion"][0], [0.5]])[None])
+    np.testing.assert_allclose(arm.observe(images=False)["position"][0], lifted, atol=5e-3)
+    arm.stop()
+    arm.close()
+
+
+def test_capsules_hold_every_vertex_of_the_meshes() -> None:
+    mujoco = pytest.importorskip("mujoco")
+    from keygrip.robots.kinematics import arm_file
+
+    model = mujoco.MjModel.from_xml_path(str(arm_file()))
+    joints = np.array([0.4, 1.2, 0.9, -0.3, 0.5, 0.2])
+    data = mujoco.MjData(model)
+    data.qpos[:6] = joints
+    mujoco.mj_forward(model, data)
+    origins, rotations = link_frames(joints)
+    ends, radii = capsules_at(joints)
+    for link, body in enumerate(("base", "link1", "link2", "link3", "link4", "link5")):
+        index = model.body(body).id
+        np.testing.assert_allclose(origins[link], data.xpos[index], atol=1e-6)
+        np.testing.assert_allclose(rotations[link], data.xmat[index].reshape(3, 3), atol=1e-4)
+        geom = next(g for g in range(model.ngeom) if model.geom_bodyid[g] == index)
+        mesh = model.geom_dataid[geom]
+        first = model.mesh_vertadr[mesh]
+        vertices = model.mesh_vert[first : first + model.mesh_vertnum[mesh]]
+        world = vertices @ data.geom_xmat[geom].reshape(3, 3).T + data.geom_xpos[geom]
+        own = [number for number, (owner, *_) in enumerate(CAPSULES) if owner == link]
+        gaps = []
+        for number in own:
+            start, along = ends[number, 0], ends[number, 1] - ends[number, 0]
+            share = np.clip((world - start) @ along / (along @ along), 0, 1)
+            gaps.append(np.linalg.norm(world - start - share[:, None] * along, axis=1) - radii[number])
+        assert np.min(gaps, axis=0).max() < 1.5e-3
+
+
+def test_collisions_are_refused_and_demonstrated_motions_are_not() -> None:
+    folded = np.array([1.05, 0.99, 0.13, -1.64, 0.98, 1.73])
+    assert closest_links(folded).distance < -0.05
+    motion = JointMotion(JointLimits(), HOME)
+    position, quaternion = forward_kinematics(folded)
+    with pytest.raises(JointMotionError, match="would come within"):
+        for _ in range(100):
+            motion.step(np.concatenate([position, quaternion, [1.0]]), 0.1)
+    assert closest_links(motion.joints).distance >= 0.005
+    task = TaskOptions(name="pick_place")
+    robot = SimulatedYam(task, image_size=32, joints=JointLimits(), real_time=False, seed=3)
+    assert robot.cell.layout is not None
+    for action in expert_actions(robot.cell.layout, task, 3, 10.0):
+        robot.command(action[None])
+        assert closest_links(robot.cell.commanded_joints).distance > 0.02
+        assert lowest_link(robot.cell.commanded_joints)[0] > 0.02
+    success, _ = robot.outcome()
+    assert success
+    robot.close()
+
+
+def test_a_dry_run_moves_nothing_and_says_what_would_happen(tmp_path: Path, calibration: Path) -> None:
+    driver, camera = Driver(), Still()
+    arm = YamArms({"right": driver}, {"over": camera}, calibration)
+    camera.taken = arm.now
+    wide = MotionLimits(workspace_low=(-0.5, -0.5, 0.0), workspace_high=(0.7, 1.0, 1.0))
+    result = dry_run(Sideways(), arm, wide, tmp_path / "plan.png")
+    assert driver.commands == []
+    assert result["refused"] is None
+    assert 0 < result["fastest_m_s"] <= LIMITS.speed_m_s + 1e-9
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+    refused = dry_run(Sideways(), arm, LIMITS, tmp_path / "refused.png")
+    assert "outside the workspace" in refused["refused"]
+    json.dumps(result)
+
+
+def test_the_expert_as_a_policy_succeeds_under_latency() -> None:
+    """The whole chain: time stamps, blending, limits, joints, physics."""
+    task = TaskOptions(name="pick_place")
+    robot = SimulatedYam(task, image_size=32, joints=JointLimits(), real_time=False, seed=7)
+    assert robot.cell.layout is not None
+    actions = expert_actions(robot.cell.layout, task, 7, 10.0)
+
+    class Expert:
+        def plan(self, observation: Observation) -> Plan:
+            first = round(observation["time_s"] * 10)
+            rows = np.minimum(first + 3 * np.arange(1, 9) - 1, len(actions) - 1)
+            chosen = np.stack([actions[row] for row in rows])[None]
+            return Plan(chosen[..., :3], chosen[..., 3:7], chosen[..., 7], 0.3)
+
+    draw = np.random.default_rng(0)
+    planner = SimulatedPlanner(Expert(), lambda: float(draw.uniform(0.1, 0.2)))
+    loop = ControlLoop(robot, ChunkExecution(planner, 10.0), LIMITS)
+    report: Any = loop.run(task.time_limit_s, over=lambda: any(map(bool, robot.outcome())))
+    assert robot.outcome()[0]
+    assert report.state is State.RUNNING
+    assert report.events == []
+    robot.close()
+
+
+def test_pointing_down_is_reachable_in_the_middle_of_the_table() -> None:
+    motion = JointMotion(JointLimits(), HOME)
+    quaternion = quaternion_from_matrix(pointing_down(0.0))
+    assert motion.check(np.concatenate([[0.3, 0.0, 0.1], quaternion, [1.0]])).shape == (6,)

@@ -1,0 +1,67 @@
+"""`keygrip run`: what it refuses before anything moves, and a run of the simulated arm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import keygrip.run
+from keygrip.config import SettingError, compose
+from keygrip.models.policy import Needs, Observation, Plan
+from keygrip.run import StoppedError, run
+from keygrip.runtime.planners import SimulatedPlanner
+
+
+class Steady:
+    """Plans to stay where the arm is; fails when told to."""
+
+    needs = Needs(("right",))
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails = fails
+
+    def plan(self, observation: Observation) -> Plan:
+        if self.fails:
+            raise ValueError("the ray meets no plane")
+        assert observation["image"].shape == (32, 32, 3)
+        repeat = [np.repeat(np.atleast_2d(observation[name])[:, None], 8, 1) for name in ("position", "quaternion")]
+        return Plan(*repeat, np.ones((1, 8)), 0.3)
+
+
+SMALL = ("robot.real_time=false", "robot.image_size=32", "seconds=1.5", "checkpoint=here")
+
+
+def test_a_run_reports_and_a_stopped_one_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    policy: Any = Steady()
+    monkeypatch.setattr(keygrip.run, "_policy", lambda cfg: policy)
+    monkeypatch.setattr(keygrip.run, "ThreadPlanner", immediate)
+    result = run(compose("run", SMALL))
+    assert result["state"] == "running"
+    assert result["ticks"] == 15
+    assert result["plans"] >= 1
+    assert result["success"] is False
+    shown = run(compose("run", [*SMALL, f"dry_run={tmp_path}/plan.png"]))
+    assert shown["refused"] is None
+    assert (tmp_path / "plan.png").is_file()
+    policy = Steady(fails=True)
+    with pytest.raises(StoppedError, match="meets no plane"):
+        run(compose("run", [*SMALL, "seconds=10", "watchdog.hold_seconds=0.5"]))
+    with pytest.raises(ValueError, match="continues a plan"):
+        run(compose("run", [*SMALL, "execution.continue_chunks=true"]))
+    policy.needs = Needs(("left", "right"))
+    with pytest.raises(ValueError, match="the robot has right"):
+        run(compose("run", SMALL))
+
+
+def immediate(policy: Any) -> SimulatedPlanner:
+    return SimulatedPlanner(policy, lambda: 0.0)
+
+
+def test_what_cannot_be_is_said() -> None:
+    with pytest.raises(ValueError, match="one of checkpoint=RUN and server"):
+        run(compose("run"))
+    with pytest.raises(SettingError, match="execute_seconds"):
+        compose("evaluate", ["checkpoint=x", "control.execute_steps=3"])
