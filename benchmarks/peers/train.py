@@ -1,0 +1,92 @@
+"""Trains a LeRobot policy by LeRobot's own `lerobot-train` on an exported data set, for a given wall time.
+
+Runs in LeRobot's environment: ``.venv-lerobot/bin/python benchmarks/peers/train.py --dataset SET --policy act --minutes
+16 --output runs/act``; arguments that it does not know go to lerobot-train (``--policy.chunk_size=20``). A probe of a
+few steps measures the time of a step; the number of steps, which shapes the learning-rate schedule, follows from it.
+Prints one line of JSON last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+POLICIES = {
+    "act": ["--policy.pretrained_backbone_weights=null"],  # random weights, as ours
+    "diffusion": [],
+}
+TIMES = re.compile(r"updt_s:([\d.]+) data_s:([\d.]+)")
+
+
+def lerobot_train(
+    dataset: Path, policy: str, output: Path, steps: int, log_every: int, batch: int, seed: int, more: list[str]
+) -> str:
+    """Runs lerobot-train; returns its log.
+
+    Raises:
+        RuntimeError: it failed; the message ends with its last lines.
+    """
+    command = [
+        sys.executable, "-m", "lerobot.scripts.lerobot_train", f"--dataset.repo_id=local/{dataset.name}",
+        f"--dataset.root={dataset}", "--dataset.video_backend=pyav", f"--policy.type={policy}", "--policy.device=cpu",
+        "--policy.push_to_hub=false", f"--output_dir={output}", f"--steps={steps}", f"--save_freq={steps}",
+        f"--log_freq={log_every}", "--eval_freq=0", "--wandb.enable=false", f"--batch_size={batch}",
+        "--num_workers=1", f"--seed={seed}", *POLICIES[policy], *more,
+    ]  # fmt: skip
+    finished = subprocess.run(
+        command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False
+    )
+    log = finished.stdout + finished.stderr
+    if finished.returncode:
+        raise RuntimeError(f"lerobot-train ended with {finished.returncode}: " + "\n".join(log.splitlines()[-15:]))
+    return log
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", type=Path, required=True, help="folder of step=export_lerobot")
+    parser.add_argument("--policy", choices=sorted(POLICIES), required=True)
+    parser.add_argument("--minutes", type=float, required=True, help="of training, loading left out")
+    parser.add_argument("--output", type=Path, required=True, help="a folder that does not exist")
+    parser.add_argument("--batch-size", type=int, default=8, help="LeRobot's default")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--probe-steps", type=int, default=10)
+    arguments, more = parser.parse_known_args()
+    common = (arguments.batch_size, arguments.seed, more)
+    with tempfile.TemporaryDirectory() as folder:
+        half = max(1, arguments.probe_steps // 2)
+        log = lerobot_train(
+            arguments.dataset, arguments.policy, Path(folder) / "probe", arguments.probe_steps, half, *common
+        )
+    update, data = map(float, TIMES.findall(log)[-1])
+    step_s = max(update, 1e-3) + data
+    steps = max(1, round(60 * arguments.minutes / step_s))
+    began = time.monotonic()
+    log = lerobot_train(
+        arguments.dataset, arguments.policy, arguments.output, steps, max(1, min(200, steps // 5)), *common
+    )
+    losses = re.findall(r"loss:([\d.]+)", log)
+    report = {
+        "policy": arguments.policy,
+        "steps": steps,
+        "batch_size": arguments.batch_size,
+        "seed": arguments.seed,
+        "step_s": round(step_s, 4),
+        "wall_min": round((time.monotonic() - began) / 60, 2),
+        "first_loss": float(losses[0]) if losses else None,
+        "last_loss": float(losses[-1]) if losses else None,
+        "checkpoint": str(arguments.output / "checkpoints" / "last" / "pretrained_model"),
+        "arguments": more,
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
