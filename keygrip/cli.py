@@ -15,7 +15,7 @@ COMMANDS = {
     "sample": "draws images from text and a reference image",
     "generate": "answers a question about a video",
     "run": "drives an arm with a policy: robot=sim_yam|yam checkpoint=RUN",
-    "serve": "plans for a robot on another machine, over HTTP",
+    "serve": "plans for a robot on another machine, over HTTP or openpi's websockets",
     "export": "writes a trained model in a format that others read",
     "bench": "measures what keygrip costs on this machine",
     "demo": "records, trains and evaluates a policy in simulation",

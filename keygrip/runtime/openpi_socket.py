@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from functools import partial
+from typing import cast
 
-from aiohttp import WSCloseCode, WSMsgType, web
+from aiohttp import WSCloseCode, WSMessage, WSMsgType, web
 
 from keygrip.models.policy import Policy
 from keygrip.runtime import openpi
@@ -41,13 +43,9 @@ async def converse(service: PolicyService, request: web.Request) -> web.StreamRe
 async def _answer_all(service: PolicyService, socket: web.WebSocketResponse, policy: Policy) -> None:
     replaced = service.planner.replaced
     while True:
-        try:
-            message = await socket.receive(timeout=service.limits.session_s)
-        except TimeoutError:
-            await socket.close(code=WSCloseCode.GOING_AWAY, message=b"no message for too long")
-            return
-        if message.type is not WSMsgType.BINARY:
-            if message.type is WSMsgType.TEXT:
+        message = await _next(service, socket)
+        if message is None or message.type is not WSMsgType.BINARY:
+            if message is not None and message.type is WSMsgType.TEXT:
                 await socket.close(code=WSCloseCode.UNSUPPORTED_DATA, message=b"messages are binary (MessagePack)")
             return
         if service.planner.replaced != replaced:
@@ -70,6 +68,23 @@ async def _answer_all(service: PolicyService, socket: web.WebSocketResponse, pol
             status, answer = error.status, f"{error.status}: {error}"
         service.metrics.answers["openpi", status] += 1
         await _send(service, socket, answer)
+
+
+async def _next(service: PolicyService, socket: web.WebSocketResponse) -> WSMessage | None:
+    """The next message; None where there is none for too long or the server ends: the socket is then closed."""
+    waits = [asyncio.ensure_future(socket.receive()), asyncio.ensure_future(service.ending.wait())]
+    try:
+        await asyncio.wait(waits, timeout=service.limits.session_s, return_when=asyncio.FIRST_COMPLETED)
+        if waits[0].done():
+            return cast(WSMessage, waits[0].result())
+    finally:
+        for wait in waits:
+            wait.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await waits[0]  # a socket cannot be closed while it is read
+    reason = b"the server ends" if service.ending.is_set() else b"no message for too long"
+    await socket.close(code=WSCloseCode.GOING_AWAY, message=reason)
+    return None
 
 
 async def _send(service: PolicyService, socket: web.WebSocketResponse, answer: bytes | str) -> None:

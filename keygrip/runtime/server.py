@@ -85,6 +85,7 @@ class PolicyServer:
         application.router.add_post("/plan", self._plan)
         application.router.add_post("/reset", self._reset)
         application.router.add_delete("/session", self._end)
+        application.on_shutdown.append(self._ending)
         runner = web.AppRunner(
             application,
             access_log=None,
@@ -114,6 +115,9 @@ class PolicyServer:
             self.service.close()
         if self.service.planner.failed.is_set():
             raise RuntimeError(f"{self.service.planner.trouble()}; see the log, and start it again")
+
+    async def _ending(self, application: web.Application) -> None:
+        self.service.ending.set()
 
     # ---- requests --------------------------------------------------------------------------------------------------
 

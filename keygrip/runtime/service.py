@@ -103,6 +103,7 @@ class PolicyService:
         self.workspace: np.ndarray | None = getattr(policy, "workspace", None)
         self.metrics, self.sessions = Metrics(), Sessions(limits.sessions, limits.session_s)
         self.conversations = 0  # open websocket connections
+        self.ending = asyncio.Event()  # they close once they have answered
         self._decoding = 0
         self._decoders = ThreadPoolExecutor(DECODERS, "decode")
         self._make = make

@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import subprocess
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,43 @@ def test_a_conversation(running: Start, dice: Any, observation: Observe) -> None
     assert refused[2].startswith("400: the message has an extension")
     assert closed is aiohttp.WSMsgType.CLOSE
     assert server.server.service.metrics.answers["openpi", 400] == 3
+    server.stop()
     assert server.server.service.conversations == 0
+
+
+def test_a_server_that_ends_and_a_silent_client_close_the_conversation(
+    running: Start, toy: Any, observation: Observe
+) -> None:
+    begun, free = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        free.wait(20)
+
+    server = running(toy(wait))
+
+    async def busy(socket: aiohttp.ClientWebSocketResponse) -> list[Any]:
+        async with aiohttp.ClientSession() as other, other.ws_connect(server.url) as idle:
+            await idle.receive_bytes()
+            await socket.receive_bytes()
+            await socket.send_bytes(message(observation()))
+            assert await asyncio.to_thread(begun.wait, 20)
+            stopping = asyncio.create_task(asyncio.to_thread(server.stop))
+            closed = await idle.receive()  # at once; the other conversation first has its answer
+            free.set()
+            answer = unpack(await socket.receive_bytes())
+            last = await socket.receive()
+            await stopping
+        return [closed.data, last.data, answer["actions"].shape]
+
+    away = aiohttp.WSCloseCode.GOING_AWAY
+    assert talk(server.url, busy) == [away, away, (3, 8)]
+
+    async def silent(socket: aiohttp.ClientWebSocketResponse) -> Any:
+        await socket.receive_bytes()
+        return (await socket.receive()).data
+
+    assert talk(running(session_s=0.2).url, silent) == away
 
 
 def test_who_may_not_converse(running: Start, observation: Observe) -> None:

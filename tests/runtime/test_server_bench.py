@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from keygrip.bench import run
 from keygrip.config import compose
 
@@ -30,3 +32,22 @@ def test_the_server_is_measured_from_outside() -> None:
     assert figures["requests_per_s"] > 0
     assert figures["batched_requests_per_s"] > 0
     assert figures["clients"] == 2
+
+
+@pytest.mark.slow
+def test_every_plan_of_a_crowd_is_the_policys_own() -> None:
+    figures = run(
+        compose(
+            "bench",
+            [
+                "case=server_load",
+                "quick=true",
+                "cases.server_load.quick_requests=24",
+                "cases.server_load.clients=4",
+                "cases.server_load.batch=1",
+            ],
+        )
+    )
+    assert (figures["requests"], figures["different"], figures["not_finite"]) == (24, 0, 0)
+    assert figures["attacks_answered"] == 0
+    assert figures["health_requests"] > 0

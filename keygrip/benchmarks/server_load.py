@@ -1,0 +1,181 @@
+"""The policy server under load: every plan of many clients against the policy in process, and `/health` meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import multiprocessing
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from keygrip.benchmarks import server_clients
+from keygrip.benchmarks.inference import looking_down, untrained
+from keygrip.benchmarks.measuring import milliseconds
+from keygrip.config import compose
+from keygrip.models.policy import Policy
+from keygrip.runtime.server import PolicyServer
+from keygrip.runtime.service import Limits
+from keygrip.runtime.sessions import seeded
+
+log = logging.getLogger(__name__)
+
+START_S = 300.0  # for a process, on a machine that is busy
+DONE_S = 3600.0
+
+
+@dataclass(frozen=True)
+class ServerLoad:
+    """Robots of both protocols at once, half of each, each with its own seed, while others attack. Weights are random;
+    the policy draws by chance, so that a session which another client disturbs gives other plans.
+
+    Args:
+        overrides: of ``keygrip.train``, which say what volume-query policy.
+        clients: robots, each of one process's threads or tasks a protocol. requests, quick_requests: of all together.
+        batch: of the server (`limits.batch`). observations: different ones, which the robots take in turn.
+        attackers: processes that send what must be refused.
+    """
+
+    overrides: Sequence[str]
+    clients: int
+    requests: int
+    quick_requests: int
+    batch: int = 1
+    observations: int = 32
+    attackers: int = 1
+
+    def run(self, quick: bool) -> dict[str, float]:
+        """`different`: plans that are not the policy's own, bit for bit; `not_finite`; `largest_difference_m`;
+        `attacks_answered`; `health_p50_ms`, `health_p99_ms` and `health_max_ms`, and beside them `probe_late_*`, how
+        late the machine wakes a process that only sleeps; `requests_per_s`."""
+        each = max(1, (self.quick_requests if quick else self.requests) // self.clients)
+        context = multiprocessing.get_context("spawn")
+        stop, theirs = context.Pipe()
+        server = context.Process(target=_serve, args=(list(self.overrides), self.clients, self.batch, theirs))
+        server.daemon = True
+        server.start()
+        theirs.close()
+        players: list[tuple[Any, Connection]] = []
+        try:
+            url = _heard(stop, START_S)
+            seen = _observations(self.overrides, self.observations)
+            half = self.clients // 2
+            roles: list[tuple[str, tuple[Any, ...]]] = [
+                ("http", (seen, range(half), each)),
+                ("openpi", (seen, range(half, self.clients), each)),
+                ("probe", ()),
+                *[("attack", ())] * self.attackers,
+            ]
+            for role, arguments in roles:
+                ours, end = context.Pipe()
+                player = context.Process(target=server_clients.play, args=(role, end, url, arguments), daemon=True)
+                player.start()
+                end.close()
+                players.append((player, ours))
+            for _, connection in players:
+                _heard(connection, START_S)
+            began = time.perf_counter()
+            for _, connection in players:
+                connection.send(None)
+            answers = [each_answers for _, connection in players[:2] for each_answers in _heard(connection, DONE_S)]
+            wall_s = time.perf_counter() - began
+            for _, connection in players[2:]:
+                connection.send(None)  # enough
+            (health, late), *attacked = [_heard(connection, START_S) for _, connection in players[2:]]
+        finally:
+            stop.close()
+            for process in (server, *(player for player, _ in players)):
+                process.join(30)
+                if process.is_alive():
+                    process.kill()
+        return self._judged(answers, seen) | {
+            "requests_per_s": round(self.clients * each / wall_s, 2),
+            "health_p50_ms": milliseconds(np.array(health)),
+            "health_p99_ms": milliseconds(np.array(health), 99),
+            "health_max_ms": milliseconds(np.array(health), 100),
+            "health_requests": len(health),
+            "probe_late_p99_ms": milliseconds(np.array(late), 99),
+            "probe_late_max_ms": milliseconds(np.array(late), 100),
+            "attacks_answered": sum(attacked),
+            "clients": self.clients,
+            "batch": self.batch,
+        }
+
+    def _judged(self, answers: list[server_clients.Answers], seen: list[dict[str, Any]]) -> dict[str, float]:
+        """The plans of all clients against those of the policy in this process."""
+        policy, different, not_finite, largest = _policy(self.overrides), 0, 0, 0.0
+        for seed, plans in enumerate(answers):
+            own = seeded(policy, seed)
+            for request, got in enumerate(plans):
+                plan = own.plan(seen[(seed + request) % len(seen)])
+                wanted = np.concatenate([plan.position[0], plan.quaternion[0], plan.gripper[0][:, None]], axis=-1)
+                different += not np.array_equal(got, wanted)
+                not_finite += not np.isfinite(got).all()
+                largest = max(largest, float(np.abs(got - wanted)[:, :3].max()))
+        return {
+            "requests": sum(map(len, answers)),
+            "different": different,
+            "not_finite": not_finite,
+            "largest_difference_m": largest,
+        }
+
+
+def _observations(overrides: Sequence[str], count: int) -> list[dict[str, Any]]:
+    """Observations of noise, from arms at different places."""
+    base, rng = looking_down(compose("train", overrides).data.record.image_size), np.random.default_rng(0)
+    return [
+        base
+        | {
+            "image": rng.integers(0, 256, base["image"].shape, dtype=np.uint8),
+            "position": rng.uniform([0.15, -0.25, 0.05], [0.45, 0.25, 0.25]),
+            "gripper": np.array(rng.uniform()),
+        }
+        for _ in range(count)
+    ]
+
+
+def _policy(overrides: Sequence[str]) -> Policy:
+    """The policy with random weights, equal in every process; it draws its plans by chance."""
+    import torch
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    policy: Policy = replace(untrained(compose("train", overrides)).policy(), decoder="sample")
+    return policy
+
+
+def _heard(connection: Connection, seconds: float) -> Any:
+    """What a process says. Raises RuntimeError where it says nothing, and what it has failed with."""
+    try:
+        if not connection.poll(seconds):
+            raise RuntimeError(f"a process of the measurement has said nothing for {seconds:g} s")
+        said = connection.recv()
+    except EOFError as error:
+        raise RuntimeError("a process of the measurement has died") from error
+    if isinstance(said, Exception):
+        raise RuntimeError(f"a client failed: {said}") from said
+    return said
+
+
+def _serve(overrides: list[str], clients: int, batch: int, parent: Connection) -> None:
+    """A server until the other end of `parent` is closed."""
+    policy: Any = _policy(overrides)
+    limits = Limits(waiting=2 * clients, batch=batch, requests=4 * clients)
+    server = PolicyServer(policy, policy.needs, {"model": type(policy.module).__name__}, limits)
+
+    async def until_closed() -> None:
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def watch() -> None:
+            parent.poll(None)  # there is never a message: it ends when the other end is closed
+            loop.call_soon_threadsafe(stop.set)
+
+        threading.Thread(target=watch, daemon=True).start()
+        await server.serve("127.0.0.1", 0, stop, parent.send)
+
+    asyncio.run(until_closed())
