@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.nn.adaln import AdaLNZeroMLP
 from keygrip.models.nn.sinusoids import sinusoidal_features
+from keygrip.models.volume_query.arms import CoupledArms
 from keygrip.models.volume_query.language import InstructionConditioning, InstructionEncoder
 from keygrip.models.volume_query.volume import VolumeLogits, argmax_voxel, soft_argmax
 from keygrip.models.volume_query.world import VoxelProjection, WorldScores
@@ -149,21 +150,24 @@ class ArmStream(nn.Module):
         self.coupling = nn.Linear(d_model, coupling_rank * d_feat) if coupling_rank else None
         self.coupling_rank = coupling_rank
 
-    def forward(
+    def start(
         self, start_features: Tensor, cls: Tensor, state: Tensor | None, sin_t: Tensor, told: Told | None = None
-    ) -> Tensor:
-        """Trunk output ``[B, T, d_model]`` from ``[B, C]``, ``[B, D]``, ``[B, state_size]`` and ``[T, d_sin_t]``.
+    ) -> tuple[Tensor, Tensor]:
+        """The query ``[B, trunk]`` and the condition ``[1 | B, T, d_cond]`` that the trunk begins with.
 
-        ``told`` changes query ``[B, trunk]`` and condition ``[1, T, d_cond]`` by what is known beside the picture.
+        From ``[B, C]``, ``[B, D]``, ``[B, state_size]`` and ``[T, d_sin_t]``; ``told`` changes both by what is known
+        beside the picture.
         """
         parts = [start_features, cls]
         if self.state is not None:
             assert state is not None
             parts.append(self.state(state))
         query, condition = self.query(torch.cat(parts, dim=-1)), self.lift_time(sin_t)[None]
-        if told is not None:
-            query, condition = told(query, condition)
-        steps = query[:, None].expand(-1, len(sin_t), -1)
+        return (query, condition) if told is None else told(query, condition)
+
+    def forward(self, query: Tensor, condition: Tensor) -> Tensor:
+        """Trunk output ``[B, T, d_model]`` of what ``start`` gives."""
+        steps = query[:, None].expand(-1, condition.shape[1], -1)
         for block in self.blocks:
             steps = block(steps, condition)
         return self.to_query(steps)
@@ -239,6 +243,7 @@ class VolumeQueryNetwork(nn.Module):
             network reads none.
         world_views: further calibrated cameras score the voxels too, with the same weights, any number of them. Off:
             the first camera alone.
+        couple_arms: every arm sees the others' state and planned steps (`keygrip.models.volume_query.arms`).
     """
 
     sin_z: Tensor
@@ -268,8 +273,11 @@ class VolumeQueryNetwork(nn.Module):
         coupling_rank: int = 4,
         instruction: nn.Module | None = None,
         world_views: bool = False,
+        couple_arms: bool = False,
     ) -> None:
         super().__init__()
+        if couple_arms and len(arms) < 2:
+            raise ValueError("model.network.couple_arms=true needs two arms: set data.arms=[left,right].")
         if world_views and coupling != "additive":
             raise ValueError("model.network.world_views=true needs model.network.coupling=additive.")
         if coupling not in ("additive", "bilinear"):
@@ -320,6 +328,7 @@ class VolumeQueryNetwork(nn.Module):
         self.instruction = (
             None if instruction is None else InstructionConditioning(instruction, self.arms, d_feat, trunk, d_cond)
         )
+        self.coupled_arms = CoupledArms(self.arms, trunk, d_feat + d_sin_z + d_sin_t) if couple_arms else None
         self.register_buffer("sin_z", sinusoidal_features(height_bins, d_sin_z), persistent=False)  # [Z, d_sin_z]
         self.register_buffer("sin_t", sinusoidal_features(horizon, d_sin_t), persistent=False)  # [T, d_sin_t]
 
@@ -385,17 +394,21 @@ class VolumeQueryNetwork(nn.Module):
             cls = features.cls.unflatten(0, together.shape[:2])[:, 0] * usable[:, None]
             others = (maps[:, 1:], views.where)
         start_features = sample_features(feature_map, start_pixel, self.image_size)  # [B, A, C]
+        queries: dict[str, Tensor] = {}
+        conditions: dict[str, Tensor] = {}
+        for index, arm in enumerate(self.arms):
+            own_state = None if state is None else state[:, index]
+            queries[arm], conditions[arm] = self._stream(arm).start(
+                start_features[:, index], cls, own_state, self.sin_t, told.get(arm)
+            )
+        if self.coupled_arms is not None:
+            queries = self.coupled_arms.queries(queries)
+        trunks = {arm: self._stream(arm)(queries[arm], conditions[arm]) for arm in self.arms}
+        if self.coupled_arms is not None:
+            trunks = self.coupled_arms.steps(trunks)
         outputs = []
         for index, arm in enumerate(self.arms):
-            stream = self.streams[arm]
-            assert isinstance(stream, ArmStream)
-            trunk = stream(
-                start_features[:, index],
-                cls,
-                None if state is None else state[:, index],
-                self.sin_t,
-                told.get(arm),
-            )
+            stream, trunk = self._stream(arm), trunks[arm]
             volume = stream.volume(trunk, feature_map, self.sin_z, self.sin_t, self.coupling_z, others)
             if self.step_features:
                 pixels = self._decoded_pixels(volume) if step_pixels is None else step_pixels[:, index]
@@ -403,6 +416,11 @@ class VolumeQueryNetwork(nn.Module):
             outputs.append((volume, stream.gripper(trunk), stream.rotation(trunk)))
         volumes, grippers, rotations = zip(*outputs, strict=True)
         return VolumeQueryOutput(_stack_arms(volumes), torch.stack(grippers, dim=1), torch.stack(rotations, dim=1))
+
+    def _stream(self, arm: str) -> ArmStream:
+        stream = self.streams[arm]
+        assert isinstance(stream, ArmStream)
+        return stream
 
     def sharded_parts(self) -> list[nn.Module]:
         """Blocks that are used through their `forward` alone."""

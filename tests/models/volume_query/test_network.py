@@ -58,7 +58,7 @@ def test_pixel_logits_are_inner_products_of_query_and_features() -> None:
         features = network.backbone(image)
         feature_map = network.refiner(features.grid_map())
         stream = network.streams["right"]
-        trunk = stream(sample_features(feature_map, start, 64)[:, 0], features.cls, None, network.sin_t)
+        trunk = stream(*stream.start(sample_features(feature_map, start, 64)[:, 0], features.cls, None, network.sin_t))
         q_feat, q_z, q_t = trunk.split([48, 24, 24], dim=-1)
         for t, z, y, x in [(0, 0, 0, 0), (2, 31, 11, 3), (1, 17, 5, 9)]:
             logit = q_feat[0, t] @ feature_map[0, :, y, x] + q_z[0, t] @ network.sin_z[z] + q_t[0, t] @ network.sin_t[t]
@@ -130,3 +130,25 @@ def test_sinusoidal_rows_differ_and_refuse_odd_widths() -> None:
     assert distance.min() > 0.5
     with pytest.raises(ValueError, match="even width"):
         sinusoidal_features(4, 3)
+
+
+def test_coupled_arms_see_each_other_and_start_as_single_ones() -> None:
+    two: dict[str, object] = {"arms": ["left", "right"], "state": ["height", "gripper"]}
+    single, coupled = build(**two), build(**two, couple_arms=True)
+    for name, value in single.state_dict().items():
+        assert torch.equal(value, coupled.state_dict()[name]), name
+    image, start, state = torch.randn(2, 3, 64, 64), torch.rand(2, 2, 2) * 64, torch.randn(2, 2, 2)
+    with torch.no_grad():
+        before = single(image, start, state).rotation
+        assert torch.equal(before, coupled(image, start, state).rotation)
+        for network in (single, coupled):  # blocks and couplings are nothing at initialisation
+            torch.manual_seed(3)
+            for parameter in network.parameters():
+                torch.nn.init.normal_(parameter, std=0.2)
+        moved = state.clone()
+        moved[:, 0] += 1.0  # the left arm alone
+        for network, sees in ((single, False), (coupled, True)):
+            right = [network(image, start, each).rotation[:, 1] for each in (state, moved)]
+            assert torch.equal(*right) != sees
+    with pytest.raises(ValueError, match="needs two arms"):
+        build(couple_arms=True)
