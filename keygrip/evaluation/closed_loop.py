@@ -1,4 +1,4 @@
-"""Closed-loop evaluation: a trained policy drives the simulated arm over held-out seeds.
+"""Closed-loop evaluation: a trained policy drives a robot in an environment over held-out seeds.
 
 Episodes are spread over processes; each process loads the checkpoint once. An episode depends on (checkpoint, task,
 seed, control) alone, so the number of processes does not change the result.
@@ -9,57 +9,28 @@ from __future__ import annotations
 import difflib
 import multiprocessing
 import os
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from keygrip.envs.yam.environment import YamCell
-from keygrip.evaluation.rollout_video import Film
+from keygrip.envs.environment import Environment, Task, open_environment
+from keygrip.evaluation.remote_rollouts import RemoteSettings, run_remote
+from keygrip.evaluation.rollouts import EpisodeResult, run_episode
 from keygrip.evaluation.statistics import wilson_interval
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.training.checkpoints import load_module
-
-if TYPE_CHECKING:
-    from keygrip.envs.yam.tasks import TaskOptions
 
 Options = TypeVar("Options", bound=Any)  # a dataclass
 
 # Seeds from here on are never used for recording, training or choosing settings (those start at 500000).
 HELD_OUT_SEED = 1_000_000
 HEIGHT_STEP_CM = 2  # of the breakdown by height
-
-
-@dataclass(frozen=True)
-class EpisodeResult:
-    """One episode.
-
-    Attributes:
-        failure: None on success, else missed, dropped, wrong_place, wrong_object, unreachable, timeout, or policy_error
-            (the policy could not plan).
-        seconds: simulated time. plans: how often it planned. plan_ms: median time of a plan.
-        yaw_error_deg: of the first grip, where there was one. video: file name, where one was made.
-        instruction: what was asked for. colour: of the object to move. height_cm: of what it stood on.
-    """
-
-    seed: int
-    success: bool
-    failure: str | None
-    seconds: float
-    plans: int
-    plan_ms: float
-    yaw_error_deg: float | None
-    video: str | None
-    detail: str | None = None
-    instruction: str = ""
-    colour: str = ""
-    height_cm: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -113,10 +84,10 @@ def _height_range(height_cm: float) -> str:
 
 @dataclass(frozen=True)
 class ClosedLoop:
-    """What to evaluate in the simulator.
+    """What to evaluate in an environment.
 
     Args:
-        task: what to do in the simulator, usually as in the recordings.
+        task: what to do there, usually as in the recordings; its class names the environment.
         conditions: name -> list of option overrides; a name with several entries is a grid whose episodes are pooled;
             None leaves out a condition that another config has set.
         episodes: a condition (shared out over its grid).
@@ -128,9 +99,11 @@ class ClosedLoop:
         videos: episodes filmed for each condition.
         policy: changes to the model's own policy, by the names of its fields.
         trust: packages beside keygrip whose parts the checkpoint may name.
+        python: interpreter of another Python environment that has the simulator: episodes run there, the policy here.
+            None: both run in this one.
     """
 
-    task: TaskOptions
+    task: Task
     conditions: Mapping[str, Sequence[Mapping[str, Any]] | None]
     episodes: int = 100
     first_seed: int = HELD_OUT_SEED
@@ -142,6 +115,7 @@ class ClosedLoop:
     cameras: Sequence[str] | None = None
     policy: Mapping[str, Any] = field(default_factory=dict)
     trust: Sequence[str] = ()
+    python: str | None = None
 
     def __post_init__(self) -> None:
         if self.episodes < 1:
@@ -170,7 +144,9 @@ class ClosedLoop:
         processes = min(self.processes or os.cpu_count() or 1, len(jobs))
         results: dict[str, list[EpisodeResult]] = {name: [] for name in self.grids}
         with _Progress(len(jobs)) as progress:
-            if processes == 1:
+            if self.python is not None:
+                self._run_elsewhere(checkpoint, jobs, processes, results, progress)
+            elif processes == 1:
                 worker = _Worker(checkpoint, self)
                 for job in jobs:
                     results[job.condition].append(worker.episode(job))
@@ -207,6 +183,28 @@ class ClosedLoop:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+    def _run_elsewhere(
+        self,
+        checkpoint: Path,
+        jobs: list[_Job],
+        processes: int,
+        results: dict[str, list[EpisodeResult]],
+        progress: _Progress,
+    ) -> None:
+        kind = type(self.task)
+        settings = RemoteSettings(
+            str(self.python),
+            f"{kind.__module__}.{kind.__qualname__}",
+            self.image_size,
+            self.hz,
+            self.cameras,
+            self.control,
+        )
+        episodes = [(changed(self.task, job.overrides), job.seed, job.video) for job in jobs]
+        for number, result in run_remote(loaded_policy(checkpoint, self), settings, episodes, processes):
+            results[jobs[number].condition].append(result)
+            progress.update(results)
 
     def _jobs(self, output: Path | None) -> list[_Job]:
         jobs = []
@@ -260,86 +258,41 @@ class _Job:
     video: Path | None
 
 
+def loaded_policy(checkpoint: Path, settings: ClosedLoop) -> Any:
+    """The policy in a checkpoint, with the changes that the settings ask for.
+
+    Raises:
+        ValueError: the model drives no robot.
+    """
+    module: Any = load_module(checkpoint, trust=settings.trust)
+    if not hasattr(module, "policy"):
+        raise ValueError(
+            f"{checkpoint} holds a {type(module).__name__}, which is no robot policy: it cannot drive the arm."
+        )
+    return changed(module.policy(), settings.policy)
+
+
 class _Worker:
-    """One loaded policy and the environments that it has needed so far."""
+    """One loaded policy and the environment that it has needed last."""
 
     def __init__(self, checkpoint: Path, settings: ClosedLoop) -> None:
-        module: Any = load_module(checkpoint, trust=settings.trust)
-        if not hasattr(module, "policy"):
-            raise ValueError(
-                f"{checkpoint} holds a {type(module).__name__}, which is no robot policy: it cannot drive the arm."
-            )
-        self.policy = changed(module.policy(), settings.policy)
+        self.policy = loaded_policy(checkpoint, settings)
         self.settings = settings
-        self._environment: tuple[tuple[tuple[str, Any], ...], Any] | None = None
+        self._environment: tuple[tuple[tuple[str, Any], ...], Environment] | None = None
 
-    def environment(self, overrides: dict[str, Any]) -> Any:
+    def environment(self, overrides: dict[str, Any]) -> Environment:
         key = tuple(sorted(overrides.items()))
         if self._environment is None or self._environment[0] != key:
             if self._environment is not None:
                 self._environment[1].close()
             task = changed(self.settings.task, overrides)
             cameras = None if self.settings.cameras is None else tuple(self.settings.cameras)
-            self._environment = (key, YamCell(task, self.settings.image_size, self.settings.hz, cameras))
+            self._environment = (key, open_environment(task, self.settings.image_size, self.settings.hz, cameras))
         return self._environment[1]
 
     def episode(self, job: _Job) -> EpisodeResult:
         environment = self.environment(job.overrides)
-        timed = _TimedPolicy(self.policy)
-        controller = self.settings.control(policy=timed, control_hz=self.settings.hz)
-        if hasattr(self.policy, "reset"):
-            self.policy.reset(job.seed)
-        observation, info = environment.reset(seed=job.seed)
-        film = None
-        if job.video is not None:
-            film = Film(job.video, self.settings.hz, info["instruction"])
-        steps, over, failure, detail = 0, False, None, None
-        while not over:
-            try:
-                action = controller.act(observation)
-            except (
-                ValueError
-            ) as error:  # no 3D point for a prediction: the policy has lost the plot, the evaluation has not
-                failure, detail = "policy_error", str(error)
-                break
-            if film is not None:
-                film.add(observation, controller.last_plan)
-            environment.advance(action[0])
-            success, truncated, info = environment.outcome()
-            steps += 1
-            over = success or truncated
-            if film is not None or (controller.wants_observation and not over):
-                observation = environment.observation()  # only now: drawing takes most of an episode's time
-        if film is not None:
-            film.add(observation, controller.last_plan)
-            film.close()
-        yaw = info["yaw_error_rad"]
-        return EpisodeResult(
-            seed=job.seed,
-            success=bool(info["success"]) and failure is None,
-            failure=failure or info["failure_reason"],
-            seconds=steps / self.settings.hz,
-            plans=controller.plans,
-            plan_ms=float(np.median(timed.milliseconds)) if timed.milliseconds else 0.0,
-            yaw_error_deg=None if yaw is None else float(np.rad2deg(yaw)),
-            video=None if job.video is None else job.video.name,
-            detail=detail,
-            instruction=info["instruction"],
-            colour=info["object_colour"],
-            height_cm=round(100 * info["object_height_m"], 2),
-        )
-
-
-class _TimedPolicy:
-    def __init__(self, policy: Any) -> None:
-        self.policy = policy
-        self.milliseconds: list[float] = []
-
-    def plan(self, observation: Any) -> Any:
-        started = time.perf_counter()
-        plan = self.policy.plan(observation)
-        self.milliseconds.append((time.perf_counter() - started) * 1e3)
-        return plan
+        return run_episode(environment, self.policy, self.settings.control, job.seed, job.video)
 
 
 _worker: _Worker | None = None

@@ -7,7 +7,7 @@ that moving the camera or recolouring the table leaves the objects of a seed whe
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -89,6 +89,7 @@ class TaskOptions:
         ValueError: an unknown name or a value out of range, naming what is allowed.
     """
 
+    environment: ClassVar[str] = "keygrip.envs.yam.environment.YamCell"
     name: str = "pick_place"
     object: str = "cube"
     object_size_m: float = 0.04  # edge of the cube; a bar is 2.5 x 1.25 x 0.75 of it

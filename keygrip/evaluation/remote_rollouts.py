@@ -1,0 +1,109 @@
+"""Episodes in another Python environment: the policy is served from here, workers there ask it for plans."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from keygrip.envs.workers import run_jobs
+from keygrip.evaluation.rollouts import EpisodeResult
+from keygrip.runtime.chunk_execution import RecedingHorizon
+
+WORKER = "keygrip.evaluation.rollout_worker"
+ADVICE = "`make metaworld-install` makes Meta-World's; or give env.python=PATH of an environment with the simulator."
+
+
+@dataclass(frozen=True)
+class RemoteSettings:
+    """What a worker needs beside the episode.
+
+    Args:
+        python: interpreter with the simulator. task_class: dotted name. image_size, hz, cameras: as for
+            `open_environment`. control: a partial call of `RecedingHorizon`, or the class.
+    """
+
+    python: str
+    task_class: str
+    image_size: int
+    hz: float
+    cameras: Sequence[str] | None
+    control: Callable[..., RecedingHorizon]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values.
+
+        Raises:
+            ValueError: a controller that another process cannot be told of.
+        """
+        options: dict[str, Any] = {}
+        if isinstance(self.control, partial) and self.control.func is RecedingHorizon and not self.control.args:
+            options = dict(self.control.keywords)
+        elif self.control is not RecedingHorizon:
+            raise ValueError(f"rollouts in {self.python} take RecedingHorizon with settings, not {self.control!r}")
+        content = asdict(self) | {"control": options}
+        return content | {"cameras": None if self.cameras is None else list(self.cameras)}
+
+
+def run_remote(
+    policy: Any, settings: RemoteSettings, episodes: Sequence[tuple[Any, int, Path | None]], processes: int
+) -> Iterator[tuple[int, EpisodeResult]]:
+    """Runs (task, seed, video) episodes; yields (number, result) as they end.
+
+    The policy plans in one thread of this process, one observation after the other, so a policy that draws by chance
+    depends on the order of requests.
+
+    Raises:
+        ValueError: the interpreter is missing, or a worker cannot go on. ModuleNotFoundError: serving needs a package.
+    """
+    plain = settings.as_dict()
+    jobs = [
+        {"task": asdict(task), "seed": seed, "video": None if video is None else str(video.resolve())}
+        for task, seed, video in episodes
+    ]
+    with _served(policy, processes) as url:
+        for number, report in run_jobs(settings.python, WORKER, plain | {"url": url}, jobs, processes, ADVICE):
+            yield number, EpisodeResult(**report)
+
+
+@contextlib.contextmanager
+def _served(policy: Any, processes: int) -> Iterator[str]:
+    """The address of a server of a policy, as long as the block lasts."""
+    try:
+        from keygrip.runtime.server import Limits, PolicyServer
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"serving needs {error.name}: pip install 'keygrip[serve]'") from error
+    limits = Limits(requests=processes + 4, waiting=processes + 1, plan_s=300.0, idle_s=600.0)
+    server = PolicyServer(policy, policy.needs, {"model": type(policy).__name__}, limits)
+    address: list[str] = []
+    known, stop = threading.Event(), asyncio.Event()
+    loop = asyncio.new_event_loop()
+    failed: list[BaseException] = []
+
+    def ready(url: str) -> None:
+        address.append(url)
+        known.set()
+
+    def serve() -> None:
+        try:
+            loop.run_until_complete(server.serve("127.0.0.1", 0, stop, ready))
+        except BaseException as error:
+            failed.append(error)
+            known.set()
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    known.wait()
+    if failed:
+        raise failed[0]
+    try:
+        yield address[0]
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
+        loop.close()

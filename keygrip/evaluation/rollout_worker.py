@@ -1,0 +1,47 @@
+"""Runs episodes in the Python environment of a simulator; plans come from a policy server of this machine.
+
+Started by `keygrip.evaluation.closed_loop`; needs neither torch nor Hydra.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from keygrip.envs.environment import Environment, open_environment
+from keygrip.envs.workers import serve_jobs
+from keygrip.evaluation.rollouts import run_episode
+from keygrip.runtime.chunk_execution import RecedingHorizon
+from keygrip.runtime.client import RemotePolicy
+
+PLAN_TIMEOUT_S = 300.0  # a large model on a few cores, with other workers waiting
+
+
+def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], Iterator[dict[str, Any]]]:
+    """The function that runs one episode; neighbouring jobs of one task share its environment."""
+    policy = RemotePolicy(settings["url"], timeout_s=PLAN_TIMEOUT_S, patience_s=PLAN_TIMEOUT_S)
+    control = partial(RecedingHorizon, **settings["control"])
+    kind: Any = pkgutil.resolve_name(settings["task_class"])
+    cameras = None if settings["cameras"] is None else tuple(settings["cameras"])
+    opened: dict[str, Environment] = {}
+
+    def work(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        task = kind(**job["task"])
+        key = repr(task)
+        if key not in opened:
+            for environment in opened.values():
+                environment.close()
+            opened.clear()
+            opened[key] = open_environment(task, settings["image_size"], settings["hz"], cameras)
+        video = None if job["video"] is None else Path(job["video"])
+        yield asdict(run_episode(opened[key], policy, control, job["seed"], video))
+
+    return work
+
+
+if __name__ == "__main__":
+    serve_jobs(start)

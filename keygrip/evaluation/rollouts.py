@@ -1,0 +1,115 @@
+"""One episode: a policy drives an environment through a controller. Imports neither torch nor a simulator, so that
+workers of another Python environment run the same loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keygrip.envs.environment import Environment
+from keygrip.evaluation.rollout_video import Film
+from keygrip.runtime.chunk_execution import RecedingHorizon
+
+FILM_HZ = 10.0  # at most: drawing takes most of an episode's time
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """One episode.
+
+    Attributes:
+        failure: None on success, else missed, dropped, wrong_place, wrong_object, unreachable, timeout, or policy_error
+            (the policy could not plan).
+        seconds: simulated time. plans: how often it planned. plan_ms: median time of a plan.
+        yaw_error_deg: of the first grip, where there was one. video: file name, where one was made.
+        instruction: what was asked for. colour: of the object to move. height_cm: of what it stood on.
+    """
+
+    seed: int
+    success: bool
+    failure: str | None
+    seconds: float
+    plans: int
+    plan_ms: float
+    yaw_error_deg: float | None
+    video: str | None
+    detail: str | None = None
+    instruction: str = ""
+    colour: str = ""
+    height_cm: float = 0.0
+
+
+def run_episode(
+    environment: Environment,
+    policy: Any,
+    control: Callable[..., RecedingHorizon],
+    seed: int,
+    video: Path | None = None,
+) -> EpisodeResult:
+    """Drives the episode of a seed to success or its end.
+
+    Args:
+        environment: is reset here. policy: plans; reset with the seed where it can be.
+        control: the controller, still without policy and rate. video: where to film the episode, or None.
+    """
+    timed = _TimedPolicy(policy)
+    controller = control(policy=timed, control_hz=environment.hz)
+    if hasattr(policy, "reset"):
+        policy.reset(seed)
+    observation, info = environment.reset(seed=seed)
+    film, film_every = None, max(1, round(environment.hz / FILM_HZ))
+    if video is not None:
+        film = Film(video, environment.hz / film_every, info["instruction"])
+    steps, over, failure, detail = 0, False, None, None
+    while not over:
+        try:
+            action = controller.act(observation)
+        except (
+            ValueError
+        ) as error:  # no 3D point for a prediction: the policy has lost the plot, the evaluation has not
+            failure, detail = "policy_error", str(error)
+            break
+        if film is not None and steps % film_every == 0:
+            film.add(observation, controller.last_plan)
+        environment.advance(action[0])
+        success, truncated, info = environment.outcome()
+        steps += 1
+        over = success or truncated
+        filmed = film is not None and (over or steps % film_every == 0)
+        if filmed or (controller.wants_observation and not over):
+            observation = environment.observation()  # only now: drawing takes most of an episode's time
+    if film is not None:
+        film.add(observation, controller.last_plan)
+        film.close()
+    yaw = info.get("yaw_error_rad")
+    return EpisodeResult(
+        seed=seed,
+        success=bool(info["success"]) and failure is None,
+        failure=failure or info["failure_reason"],
+        seconds=steps / environment.hz,
+        plans=controller.plans,
+        plan_ms=float(np.median(timed.milliseconds)) if timed.milliseconds else 0.0,
+        yaw_error_deg=None if yaw is None else float(np.rad2deg(yaw)),
+        video=None if video is None else video.name,
+        detail=detail,
+        instruction=info["instruction"],
+        colour=info.get("object_colour", ""),
+        height_cm=round(100 * info.get("object_height_m", 0.0), 2),
+    )
+
+
+class _TimedPolicy:
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+        self.milliseconds: list[float] = []
+
+    def plan(self, observation: Any) -> Any:
+        started = time.perf_counter()
+        plan = self.policy.plan(observation)
+        self.milliseconds.append((time.perf_counter() - started) * 1e3)
+        return plan

@@ -1,0 +1,144 @@
+"""Records demonstrations of Meta-World's scripted policies into native folders: one process a task, resumably.
+
+The recorder's processes run in the Python environment that has `metaworld`. A folder is a function of (task, seed,
+settings); tasks share one root and their folders are named ``<task>_<seed>``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from keygrip.artifacts import locked, write_json
+from keygrip.envs.metaworld.tasks import CAMERAS, HZ, TRAINING_SEED, TUNING_SEED, task_names
+from keygrip.envs.workers import run_jobs
+
+ROBOT = "sawyer"
+ARM = "right"
+WORKER = "keygrip.recording.metaworld_worker"
+SETTINGS_FILE = "recording.json"
+LOCK_FILE = ".recording.lock"
+INSTALL = "`make metaworld-install` makes one; or give python=PATH of an environment that has metaworld and keygrip."
+
+
+def demo_name(task: str, seed: int) -> str:
+    """Folder name of an episode."""
+    return f"{task}_{seed:07d}"
+
+
+def record_step(
+    tasks: str | Sequence[str],
+    root: str | Path,
+    demos: int,
+    seed: int = TRAINING_SEED,
+    image_size: int = 224,
+    hz: float = 20.0,
+    cameras: Sequence[str] = ("corner2",),
+    recoveries: float = 0.2,
+    shadows: bool = False,
+    video: bool = False,
+    jpeg_quality: int = 95,
+    processes: int | None = None,
+    python: str | None = None,
+) -> dict[str, Any]:
+    """Records, for each task, the first `demos` episodes from `seed` on in which the scripted policy succeeds.
+
+    Args:
+        tasks: "mt10", "mt50", a difficulty group, or names.
+        root: folder of the demo folders; made if missing. Demos that are there are kept.
+        demos: of each task. seed: of the first episode; seeds from 500000 are kept for tuning and evaluation.
+        image_size: edge of the square images, pixels. hz: stored frames per second, a divisor of 80.
+        cameras: of the scene, the main one first.
+        recoveries: share of episodes that start in the middle of the task, after a disturbance.
+        shadows, video, jpeg_quality: as for the task and `DemoWriter`.
+        processes: workers; None: one for each core. python: interpreter with metaworld; None: this one.
+
+    Returns:
+        Counts and seconds, by task where the expert failed.
+
+    Raises:
+        ValueError: a setting out of range, another recording in `root`, no such interpreter, or more failures than
+            successes.
+    """
+    names = task_names(tasks)
+    every = round(HZ / hz)
+    unknown = [camera for camera in cameras if camera not in CAMERAS]
+    if unknown or not cameras:
+        raise ValueError(f"Meta-World has no camera {unknown[0] if unknown else ''!r}; it has {', '.join(CAMERAS)}")
+    if every < 1 or abs(every * hz - HZ) > 1e-9:
+        raise ValueError(f"hz={hz}: stored frames must be whole control periods of 1/{HZ:g} s; use 10, 20 or 40")
+    if demos < 1 or not 0 <= recoveries <= 1 or not 92 <= jpeg_quality <= 100 or not 16 <= image_size <= 1280:
+        raise ValueError(
+            "demos is at least 1, recoveries within 0 .. 1, jpeg_quality within 92 .. 100, image_size within 16 .. 1280"
+        )
+    root = Path(root).resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "environment": "metaworld",
+        "image_size": image_size,
+        "every": every,
+        "cameras": list(cameras),
+        "recoveries": recoveries,
+        "shadows": shadows,
+        "video": video,
+        "jpeg_quality": jpeg_quality,
+    }
+    started, report = time.monotonic(), {"recorded": 0}
+    with locked(root / LOCK_FILE):
+        failed = _checked_settings(root, settings)
+        jobs = [{"task": name, "demos": demos, "seed": seed, "failed": failed.get(name, [])} for name in names]
+        kept = dict.fromkeys(names, 0)
+        bar = tqdm(total=demos * len(names), desc="record metaworld", unit="demo", disable=None)
+        with bar:
+            for _, episode in run_jobs(
+                python or sys.executable,
+                WORKER,
+                settings | {"root": str(root)},
+                jobs,
+                processes or os.cpu_count() or 1,
+                INSTALL,
+            ):
+                name = episode["task"]
+                report["recorded"] += episode["recorded"]
+                kept[name] += episode["success"]
+                bar.update(int(episode["success"]))
+                if not episode["success"]:
+                    failed[name] = sorted({*failed.get(name, []), episode["seed"]})
+                    write_json(root / SETTINGS_FILE, {"settings": settings, "failed_seeds": failed})
+                tried = kept[name] + len(failed.get(name, []))
+                if tried >= 20 and kept[name] < 0.1 * tried:
+                    raise ValueError(
+                        f"the scripted policy failed in {tried - kept[name]} of {tried} episodes of {name}"
+                    )
+    misses = {name: len(seeds) for name, seeds in failed.items() if name in names}
+    return {
+        "root": str(root),
+        "tasks": len(names),
+        "demos": sum(kept.values()),
+        **report,
+        "failed_episodes": misses,
+        "held_out_from": TUNING_SEED,
+        "wall_s": round(time.monotonic() - started, 1),
+    }
+
+
+def _checked_settings(root: Path, settings: dict[str, Any]) -> dict[str, list[int]]:
+    """Failed seeds by task of the recording in `root`; refuses to mix two recordings, notes a new one's settings."""
+    path = root / SETTINGS_FILE
+    if not path.is_file():
+        write_json(path, {"settings": settings, "failed_seeds": {}})
+        return {}
+    stored = json.loads(path.read_text())
+    there = stored.get("settings", {})
+    if there != settings:
+        keys = [key for key in {**there, **settings} if there.get(key) != settings.get(key)]
+        difference = ", ".join(f"{key}: {there.get(key)!r} there, {settings.get(key)!r} now" for key in keys)
+        raise ValueError(f"{root} holds a recording with other settings ({difference}); use another folder")
+    return {name: list(seeds) for name, seeds in stored["failed_seeds"].items()}
