@@ -9,7 +9,13 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install gl demo test test-all openpi lint bench notebooks doctor lerobot clean
+METAWORLD := .venv-metaworld
+# Demonstrations of each task, training steps and episodes of `make metaworld`.
+DEMOS ?= 50
+STEPS ?= 3000
+EPISODES ?= 20
+
+.PHONY: help install gl metaworld metaworld-install metaworld-test demo test test-all openpi lint bench notebooks doctor lerobot clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -61,6 +67,23 @@ bench: install ## measure: make bench, or make bench CASE=volume_loss
 
 notebooks: install ## run the notebooks
 	$(PYTEST) tests/test_notebooks.py
+
+metaworld-install: install $(METAWORLD)/.installed ## Meta-World in an environment of its own, .venv-metaworld
+
+$(METAWORLD)/.installed: constraints-metaworld.txt pyproject.toml
+	@test -x $(METAWORLD)/bin/python || $(PYTHON) -m venv $(METAWORLD)
+	$(METAWORLD)/bin/python -m pip install --disable-pip-version-check --progress-bar off -q \
+		-c constraints-metaworld.txt metaworld av pillow safetensors tqdm packaging
+	$(METAWORLD)/bin/python -m pip install --disable-pip-version-check -q --no-deps -e .
+	@touch $@
+
+metaworld-test: metaworld-install ## tests of Meta-World's environment, recorder and rollouts
+	METAWORLD_PYTHON=$(CURDIR)/$(METAWORLD)/bin/python $(PYTEST) -m metaworld tests/envs/metaworld
+
+metaworld: metaworld-test ## record MT10, train one policy, evaluate it on held-out positions
+	$(PYTHON) -m keygrip.prepare step=record env=metaworld tasks=mt10 demos=$(DEMOS) root=data/metaworld-mt10
+	$(PYTHON) -m keygrip.train experiment=metaworld data.root=data/metaworld-mt10 max_steps=$(STEPS) run_dir=runs/metaworld-mt10
+	$(PYTHON) -m keygrip.evaluate checkpoint=runs/metaworld-mt10 env=metaworld open_loop=false episodes=$(EPISODES)
 
 doctor: install ## check a folder of robot demonstrations before training: make doctor DATA=path/to/folder
 	@test -n "$(DATA)" || { echo "say which folder: make doctor DATA=path/to/folder" >&2; exit 1; }

@@ -53,7 +53,7 @@ class GymnasiumEnvironment:
     def __init__(self, task: GymnasiumTask, image_size: int, hz: float, cameras: tuple[str, ...] | None = None) -> None:
         self.task, self.image_size, self.hz, self.cameras = task, image_size, float(hz), cameras
         try:
-            self.env = gymnasium.make(task.id, **dict(task.options))
+            self.env = gymnasium.make(task.id, disable_env_checker=True, **dict(task.options))
         except (gymnasium.error.Error, ImportError) as error:
             raise ValueError(f"gymnasium cannot make {task.id!r}: {error}") from error
         self._elapsed = 0

@@ -1,8 +1,8 @@
 """Worker processes of another Python environment, for simulators whose packages cannot be installed beside keygrip's.
 
 A worker is a module of keygrip that calls `serve_jobs`. Jobs and reports are lines of JSON on its standard input and
-output; what libraries print goes to standard error. The other environment needs keygrip itself (`pip install --no-deps`)
-and the few packages that the worker imports, not torch.
+output; what libraries print goes to standard error. The other environment needs keygrip itself (`pip install
+--no-deps`) and the few packages that the worker imports, not torch.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _feed(
                     break
     except OSError:
         code = worker.wait()
-        text = f"a worker process of {worker.args[0]} ended with exit code {code}: what it said stands above"  # type: ignore[index]
+        text = f"a worker process ended with exit code {code}: what it said stands above"
         reports.put((number, {"error": text}))
     except ValueError as error:
         reports.put((number, {"error": f"a worker sent what is no report: {error}"}))

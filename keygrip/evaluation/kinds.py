@@ -46,6 +46,7 @@ class PolicySchema(EvaluateSchema):
     first_seed: int = MISSING
     processes: int | None = MISSING
     videos: int = MISSING
+    env: dict[str, Any] = field(default_factory=dict)
     task: dict[str, Any] = field(default_factory=dict)
     control: dict[str, Any] = field(default_factory=dict)
     policy: dict[str, Any] = field(default_factory=dict)

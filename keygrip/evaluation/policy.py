@@ -11,9 +11,12 @@ from omegaconf import DictConfig
 
 from keygrip.evaluation.callback import write_result
 from keygrip.evaluation.closed_loop import ClosedLoop, changed, refuse_unknown, summarise
+from keygrip.evaluation.environments import environment_settings, over_tasks, task_conditions
 from keygrip.evaluation.kinds import Evaluated, plain
+from keygrip.evaluation.rollout_grid import grid_of_rollouts
 from keygrip.runtime.chunk_execution import RecedingHorizon
-from keygrip.training.parts import build_stored
+
+DEFAULT_SUITES = ["in_distribution", "position", "viewpoint"]  # as in conf/evaluate/policy.yaml
 
 
 def evaluate_policy(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
@@ -46,45 +49,49 @@ def open_loop(evaluated: Evaluated) -> dict[str, float]:
 
 
 def closed_loop(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
-    """Success in the simulator under the conditions of the chosen suites.
+    """Success in the environment under the conditions of the chosen suites, or in each of its tasks.
 
     Raises:
-        ValueError: the model drives no robot, was trained on what the simulator does not know, or cannot do what a
-            setting asks for.
+        ValueError: the model drives no robot, its demonstrations do not say which environment they are from, or it
+            cannot do what a setting asks for.
     """
     module: Any = evaluated.module
     checkpoint, output = evaluated.checkpoint, evaluated.output
     if not hasattr(module, "policy"):
         raise ValueError(f"{checkpoint} holds a {type(module).__name__}, which drives no robot: give simulate=false.")
-    record = evaluated.config.data.get("record")
-    if record is None or evaluated.config.data.get("root") is not None:
-        raise ValueError(
-            "this run was trained on recorded folders that the simulator knows nothing of: give "
-            "simulate=false, or evaluate on the robot"
-        )
-    unknown = [suite for suite in cfg.suites if suite not in cfg.conditions]
-    if unknown:
-        raise ValueError(f"there is no suite {unknown[0]!r}: suites are {', '.join(cfg.conditions)}")
-    conditions = {name: grid for suite in cfg.suites for name, grid in plain(cfg.conditions[suite]).items()}
+    env = environment_settings(evaluated, plain(cfg.env))
+    if env.tasks:
+        if plain(cfg.suites) != DEFAULT_SUITES:
+            raise ValueError(f"suites are for one task: the tasks of env={cfg.env.name} are its conditions")
+        conditions: dict[str, Any] = task_conditions(env.tasks)
+    else:
+        unknown = [suite for suite in cfg.suites if suite not in cfg.conditions]
+        if unknown:
+            raise ValueError(f"there is no suite {unknown[0]!r}: suites are {', '.join(cfg.conditions)}")
+        conditions = {name: grid for suite in cfg.suites for name, grid in plain(cfg.conditions[suite]).items()}
     policy = plain(cfg.policy) or {}
     changed(module.policy(), policy)  # what it cannot do is refused now, not in a worker
     settings = ClosedLoop(
-        task=changed(build_stored(plain(record.task), "data.record.task", evaluated.trust), plain(cfg.task) or {}),
+        task=changed(env.task, plain(cfg.task) or {}),
         conditions=conditions,
         episodes=cfg.episodes,
         first_seed=cfg.first_seed,
-        image_size=record.image_size,
-        hz=record.hz,
-        cameras=plain(evaluated.config.data.get("cameras")),
-        control=_control(plain(cfg.control) or {}),
+        image_size=env.image_size,
+        hz=env.hz,
+        cameras=env.cameras,
+        control=_control({**(env.control or {}), **(plain(cfg.control) or {})}),
         processes=cfg.processes,
         videos=cfg.videos,
         policy=policy,
         trust=evaluated.trust,
+        python=env.python,
     )
     results = settings.run(checkpoint, output)
     figures = summarise(results)
     write_result(output / "closed_loop.json", figures, results)
+    if env.tasks:
+        grid_of_rollouts(results, output / "videos", output / "rollouts.mp4")
+        return {"tasks": figures, "all": over_tasks(results)}
     return figures
 
 

@@ -14,8 +14,11 @@ from typing import Any
 from keygrip.envs.workers import run_jobs
 from keygrip.evaluation.rollouts import EpisodeResult
 from keygrip.runtime.chunk_execution import RecedingHorizon
+from keygrip.runtime.plausibility import Bounds
 
 WORKER = "keygrip.evaluation.rollout_worker"
+# A simulator takes what a robot must not be sent: refusals would make failures other than those of local rollouts.
+EVERYTHING = Bounds(start_m=1e9, plan_m=1e9, speed_m_s=1e9)
 ADVICE = "`make metaworld-install` makes Meta-World's; or give env.python=PATH of an environment with the simulator."
 
 
@@ -55,8 +58,7 @@ def run_remote(
 ) -> Iterator[tuple[int, EpisodeResult]]:
     """Runs (task, seed, video) episodes; yields (number, result) as they end.
 
-    The policy plans in one thread of this process, one observation after the other, so a policy that draws by chance
-    depends on the order of requests.
+    The policy plans in this process, one observation after the other; what it draws by chance follows from the seed.
 
     Raises:
         ValueError: the interpreter is missing, or a worker cannot go on. ModuleNotFoundError: serving needs a package.
@@ -78,8 +80,8 @@ def _served(policy: Any, processes: int) -> Iterator[str]:
         from keygrip.runtime.server import Limits, PolicyServer
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"serving needs {error.name}: pip install 'keygrip[serve]'") from error
-    limits = Limits(requests=processes + 4, waiting=processes + 1, plan_s=300.0, idle_s=600.0)
-    server = PolicyServer(policy, policy.needs, {"model": type(policy).__name__}, limits)
+    limits = Limits(requests=processes + 4, waiting=processes + 1, plan_s=300.0, stuck_s=600.0, idle_s=600.0)
+    server = PolicyServer(policy, policy.needs, {"model": type(policy).__name__}, limits, EVERYTHING)
     address: list[str] = []
     known, stop = threading.Event(), asyncio.Event()
     loop = asyncio.new_event_loop()

@@ -31,7 +31,7 @@ class Film:
     def add(self, observation: Observation, plan: Plan | None) -> None:
         """Append the picture of an observation with the running plan projected into it."""
         frame = draw_plan(observation, plan)
-        self._frames.append(_captioned(frame, self.caption) if self.caption else frame)
+        self._frames.append(captioned(frame, self.caption) if self.caption else frame)
 
     def close(self) -> None:
         """Write the file."""
@@ -75,7 +75,7 @@ def draw_plan(observation: Observation, plan: Plan | None) -> np.ndarray:
     return np.asarray(image)
 
 
-def _captioned(frame: np.ndarray, caption: str) -> np.ndarray:
+def captioned(frame: np.ndarray, caption: str) -> np.ndarray:
     """The frame with words at its foot, on a dark ground."""
     image = Image.fromarray(frame)
     draw = ImageDraw.Draw(image)

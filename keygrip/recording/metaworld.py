@@ -90,7 +90,7 @@ def record_step(
         "video": video,
         "jpeg_quality": jpeg_quality,
     }
-    started, report = time.monotonic(), {"recorded": 0}
+    started, recorded = time.monotonic(), 0
     with locked(root / LOCK_FILE):
         failed = _checked_settings(root, settings)
         jobs = [{"task": name, "demos": demos, "seed": seed, "failed": failed.get(name, [])} for name in names]
@@ -106,7 +106,7 @@ def record_step(
                 INSTALL,
             ):
                 name = episode["task"]
-                report["recorded"] += episode["recorded"]
+                recorded += episode["recorded"]
                 kept[name] += episode["success"]
                 bar.update(int(episode["success"]))
                 if not episode["success"]:
@@ -117,13 +117,12 @@ def record_step(
                     raise ValueError(
                         f"the scripted policy failed in {tried - kept[name]} of {tried} episodes of {name}"
                     )
-    misses = {name: len(seeds) for name, seeds in failed.items() if name in names}
     return {
         "root": str(root),
         "tasks": len(names),
         "demos": sum(kept.values()),
-        **report,
-        "failed_episodes": misses,
+        "recorded": recorded,
+        "failed_episodes": {name: len(seeds) for name, seeds in failed.items() if name in names},
         "held_out_from": TUNING_SEED,
         "wall_s": round(time.monotonic() - started, 1),
     }

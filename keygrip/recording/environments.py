@@ -1,0 +1,67 @@
+"""``keygrip prepare step=record``: the recorder of the environment that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from keygrip.envs.yam.tasks import TaskOptions
+from keygrip.recording import demonstrations, metaworld
+
+YAM_HZ, METAWORLD_HZ = 10.0, 20.0  # stored frames per second
+METAWORLD_RECOVERIES = 0.2
+
+
+def record_step(
+    environment: str,
+    task: TaskOptions,
+    tasks: str | Sequence[str] | None,
+    root: str | Path,
+    demos: int,
+    seed: int,
+    image_size: int,
+    hz: float | None,
+    processes: int | None,
+    cameras: Sequence[str] | None,
+    depth: bool,
+    video: bool,
+    recoveries: float | None,
+    python: str | None,
+) -> dict[str, Any]:
+    """Records demonstrations; see `demonstrations.record` (yam) and `metaworld.record_step`. Returns their report.
+
+    Raises:
+        ValueError: an environment without scripted expert, or a setting that it does not have.
+    """
+    if environment == "yam":
+        given = {"tasks": tasks, "recoveries": recoveries, "env.python": python}
+        _refuse([name for name, value in given.items() if value is not None], environment)
+        rate = hz or YAM_HZ
+        return demonstrations.record_step(
+            task, root, demos, seed, image_size, rate, processes, cameras, depth=depth, video=video
+        )
+    if environment != "metaworld":
+        raise ValueError(f"env={environment} has no scripted expert to record: env=yam and env=metaworld have")
+    if depth:
+        _refuse(["depth"], environment)
+    if task != TaskOptions(name=task.name) or task.name != "pick_place":
+        _refuse(["task"], environment)
+    return metaworld.record_step(
+        tasks or "mt10",
+        root,
+        demos,
+        seed=seed,
+        image_size=image_size,
+        hz=hz or METAWORLD_HZ,
+        cameras=cameras or ("corner2",),
+        recoveries=METAWORLD_RECOVERIES if recoveries is None else recoveries,
+        video=video,
+        processes=processes,
+        python=python,
+    )
+
+
+def _refuse(names: list[str], environment: str) -> None:
+    if names:
+        raise ValueError(f"{names[0]} is no setting of the recordings of env={environment}")

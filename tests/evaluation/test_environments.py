@@ -1,0 +1,147 @@
+"""Environments behind one interface: here, in another Python process, and by name."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gym_lab import GOAL
+from omegaconf import OmegaConf
+
+from keygrip.data.video import read_video
+from keygrip.envs.environment import Environment, open_environment
+from keygrip.envs.gymnasium_environment import GymnasiumTask
+from keygrip.envs.workers import run_jobs
+from keygrip.envs.yam.environment import YamCell
+from keygrip.envs.yam.tasks import TaskOptions
+from keygrip.evaluation.closed_loop import ClosedLoop, ConditionResult
+from keygrip.evaluation.environments import environment_settings, over_tasks, task_conditions
+from keygrip.evaluation.kinds import Evaluated
+from keygrip.evaluation.rollout_grid import grid_of_rollouts
+from keygrip.evaluation.rollouts import EpisodeResult
+from keygrip.models.policy import Needs, Plan
+
+POINT = GymnasiumTask("gym_lab:CalibratedPointMass-v0", instruction="go there", time_limit_s=3.0)
+SUPPORT = str(Path(__file__).parents[1] / "support")
+
+
+class ToGoal:
+    """Plans straight to the goal, unless the goal is too far away to be known."""
+
+    needs = Needs(arms=("right",))
+
+    def plan(self, observation: Any) -> Plan:
+        here = np.asarray(observation["position"], float).reshape(3)
+        share = np.linspace(0.25, 1, 4)[:, None]
+        pose = np.tile([1.0, 0, 0, 0], (1, 4, 1))
+        return Plan((here + share * (GOAL - here))[None], pose, np.ones((1, 4)), step_seconds=0.2)
+
+
+class Module:
+    def policy(self) -> Any:
+        return ToGoal()
+
+
+@pytest.fixture(autouse=True)
+def _loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("keygrip.evaluation.closed_loop.load_module", lambda path, **options: Module())
+
+
+def drive(output: Path | None, **settings: Any) -> list[ConditionResult]:
+    loop = ClosedLoop(POINT, {"point": [{}]}, episodes=3, image_size=32, processes=1, videos=1, **settings)
+    return loop.run(Path("checkpoint"), output)
+
+
+def fixed(results: list[ConditionResult]) -> list[dict[str, Any]]:
+    """The episodes without what is timed."""
+    return [{**vars(episode), "plan_ms": 0.0} for result in results for episode in result.episodes]
+
+
+def test_a_gymnasium_environment_with_one_small_wrapper_is_evaluated(tmp_path: Path) -> None:
+    here = drive(tmp_path / "here")
+    assert [episode.success for episode in here[0].episodes] == [True, True, True]
+    assert here[0].episodes[0].instruction == "go there"
+    grid = grid_of_rollouts(here, tmp_path / "here" / "videos", tmp_path / "grid.mp4")
+    assert grid is not None
+    frames = read_video(grid)
+    assert frames.shape[1:] == (200, 200, 3)
+    red, green, _ = frames[0, 1].mean(axis=0)
+    assert green > red + 60  # the border of a success
+
+
+def test_episodes_in_another_process_are_those_of_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", ":".join([str(Path(__file__).parents[2]), SUPPORT]))
+    elsewhere = drive(tmp_path / "elsewhere", python=sys.executable)
+    assert fixed(elsewhere) == fixed(drive(tmp_path / "here"))
+    assert len(list((tmp_path / "elsewhere" / "videos").iterdir())) == 1
+
+
+def test_a_missing_interpreter_and_a_failing_worker_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"no Python interpreter at nowhere/python.*env\.python"):
+        drive(None, python="nowhere/python")
+    with pytest.raises(ValueError, match="exit code"):
+        list(run_jobs(sys.executable, "keygrip.no_such_module", {}, [{}], 1))
+    setup = {"url": "http://127.0.0.1:9", "control": {}}
+    with pytest.raises(ValueError, match="no policy server answers"):
+        list(run_jobs(sys.executable, "keygrip.evaluation.rollout_worker", setup, [{}], 1))
+
+
+def test_environments_that_do_not_fit_are_named() -> None:
+    assert isinstance(open_environment(POINT, 32, 10.0), Environment)
+    assert isinstance(YamCell(TaskOptions(name="reach"), render_images=False), Environment)
+    with pytest.raises(ValueError, match="cannot make 'Nothing-v0'"):
+        open_environment(GymnasiumTask("Nothing-v0"), 32, 10.0)
+    with pytest.raises(ValueError, match=r"lacks image, .*docs/environments.md"):
+        open_environment(GymnasiumTask("gym_lab:PointMass-v0"), 32, 10.0).reset(seed=0)
+    with pytest.raises(ValueError, match=r"env\.image_size=32"):
+        open_environment(POINT, 64, 10.0).reset(seed=0)
+    with pytest.raises(ValueError, match="names no environment"):
+        open_environment(object(), 64, 10.0)
+
+
+RECORDED = dict.fromkeys(("task", "tasks", "image_size", "hz", "cameras", "python")) | {
+    "name": "recorded",
+    "control": {},
+}
+
+
+def trained_on(root: Path) -> Evaluated:
+    config = OmegaConf.create({"data": {"root": str(root), "record": {}, "cameras": None}})
+    return Evaluated(Module(), config, Path("checkpoint"), root)  # type: ignore[arg-type]
+
+
+def test_a_recorded_folder_says_where_its_policy_is_evaluated(tmp_path: Path) -> None:
+    file = tmp_path / "recording.json"
+    with pytest.raises(ValueError, match="does not say in which environment"):
+        environment_settings(trained_on(tmp_path), RECORDED)
+    settings = {"task": {"name": "pick", "object_size_m": 0.03}, "image_size": 96, "hz": 5.0}
+    file.write_text(json.dumps({"settings": settings}))
+    found = environment_settings(trained_on(tmp_path), RECORDED)
+    assert (found.task, found.image_size, found.hz) == (TaskOptions(name="pick", object_size_m=0.03), 96, 5.0)
+    file.write_text(json.dumps({"settings": {"environment": "metaworld"}}))
+    with pytest.raises(ValueError, match="env=metaworld"):
+        environment_settings(trained_on(tmp_path), RECORDED)
+    for broken in ("[]", "{", '{"settings": 3}', '{"settings": {"task": {"nmae": "pick"}}}', '{"settings": {}}'):
+        file.write_text(broken)
+        with pytest.raises(ValueError, match="does not describe a recording"):
+            environment_settings(trained_on(tmp_path), RECORDED)
+
+
+def test_figures_over_tasks_are_means_of_tasks_with_pooled_intervals() -> None:
+    def result(name: str, wins: int, of: int) -> ConditionResult:
+        return ConditionResult(
+            name, {}, [EpisodeResult(seed, seed < wins, None, 1.0, 1, 1.0, None, None) for seed in range(of)]
+        )
+
+    conditions = task_conditions(["reach-v3", "push-v3", "door-open"])
+    assert list(conditions) == ["reach-v3", "push-v3", "door-open-v3"]
+    figures = over_tasks([result("reach-v3", 4, 4), result("door-open-v3", 0, 2), result("push-v3", 1, 4)])
+    assert figures["success_rate"] == pytest.approx((1 + 0 + 0.25) / 3)
+    assert (figures["successes"], figures["episodes"]) == (5, 10)
+    assert figures["success_low"] < 0.5 < figures["success_high"]
+    assert figures["by_difficulty"]["easy"]["success_rate"] == 0.5
+    assert figures["by_difficulty"]["hard"]["tasks"] == 1

@@ -1,0 +1,54 @@
+"""A gymnasium environment of somebody else, and the one small class that makes it an environment of keygrip."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+GOAL = np.array([0.3, 0.1, 0.2])
+
+
+class PointMass(gymnasium.Env[np.ndarray, np.ndarray]):
+    """A point moved by up to 5 cm a step; done within 2 cm of the goal. It renders 32 x 32 pixels, without a camera
+    model, and starts where the seed says."""
+
+    observation_space = spaces.Box(-1, 1, (3,), np.float64)
+    action_space = spaces.Box(-1, 1, (3,), np.float64)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.point = self.np_random.uniform(-0.1, 0.1, 3)
+        return self.point.copy(), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.point = self.point + 0.05 * np.clip(action, -1, 1)
+        return self.point.copy(), 0.0, False, False, {"is_success": bool(np.linalg.norm(self.point - GOAL) < 0.02)}
+
+    def render(self) -> np.ndarray:
+        return np.full((32, 32, 3), 90, np.uint8)
+
+
+class Calibrated(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """Observations with camera and gripper pose; actions from commanded poses."""
+
+    def _seen(self, point: np.ndarray) -> dict[str, Any]:
+        intrinsics = np.array([[40.0, 0, 16], [0, 40.0, 16], [0, 0, 1]])
+        world_to_camera = np.diag([1.0, -1.0, -1.0, 1.0])
+        world_to_camera[2, 3] = 1.0  # a metre above the table, looking down
+        camera = {"image": self.env.render(), "intrinsics": intrinsics, "world_to_camera": world_to_camera}
+        return {**camera, "position": point, "quaternion": np.array([1.0, 0, 0, 0]), "gripper": np.array(1.0)}
+
+    def reset(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        self.point, info = self.env.reset(**options)
+        return self._seen(self.point), info
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, Any], Any, bool, bool, dict[str, Any]]:
+        self.point, *rest = self.env.step((action[:3] - self.point) / 0.05)
+        return (self._seen(self.point), *rest)  # type: ignore[return-value]
+
+
+gymnasium.register("PointMass-v0", PointMass, max_episode_steps=40)
+gymnasium.register("CalibratedPointMass-v0", lambda: Calibrated(gymnasium.make("PointMass-v0")))
