@@ -67,7 +67,7 @@ def load_policy(
     Raises:
         FileNotFoundError, ValueError: as :func:`load`, a model that drives no robot, or an unknown option.
     """
-    from keygrip.evaluation.closed_loop import changed
+    from keygrip.evaluation.kinds import changed
 
     module: Any = load(path, trust=trust, external=external, device=device)
     if not hasattr(module, "policy"):

@@ -72,8 +72,7 @@ def run(cfg: DictConfig, ready: Callable[[dict[str, Any]], None] = lambda about:
     """
     _refuse_openness(cfg)
     tls = tls_context(cfg.tls.cert, cfg.tls.key)
-    from keygrip.evaluation.closed_loop import changed
-    from keygrip.evaluation.kinds import plain
+    from keygrip.evaluation.kinds import changed, plain
     from keygrip.training.checkpoints import external_files, find_checkpoint, load_module
 
     try:

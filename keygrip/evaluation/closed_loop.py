@@ -6,27 +6,25 @@ seed, control) alone, so the number of processes does not change the result.
 
 from __future__ import annotations
 
-import difflib
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from keygrip.envs.environment import Environment, Task, open_environment
+from keygrip.evaluation.kinds import changed
 from keygrip.evaluation.remote_rollouts import RemoteSettings, run_remote
 from keygrip.evaluation.rollouts import EpisodeResult, run_episode
 from keygrip.evaluation.statistics import wilson_interval
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.training.checkpoints import load_module
-
-Options = TypeVar("Options", bound=Any)  # a dataclass
 
 # Seeds from here on are never used for recording, training or choosing settings (those start at 500000).
 HELD_OUT_SEED = 1_000_000
@@ -217,28 +215,6 @@ class ClosedLoop:
                 jobs.append(_Job(name, dict(grid[index % len(grid)]), seed, video))
         # Tasks that differ need their own scene: neighbours that share one save building it again.
         return sorted(jobs, key=lambda job: (job.video is None, job.condition, sorted(job.overrides.items()), job.seed))
-
-
-def changed(options: Options, overrides: Mapping[str, Any]) -> Options:
-    """A dataclass of options with some of them changed.
-
-    Raises:
-        ValueError: an option that does not exist or a value that it cannot have.
-    """
-    if not overrides:
-        return options
-    refuse_unknown(overrides, type(options))
-    return replace(options, **overrides)
-
-
-def refuse_unknown(names: Iterable[str], kind: type) -> None:
-    """Raise ValueError, naming the nearest, where ``kind`` (a dataclass) has no such setting."""
-    known = [option.name for option in fields(kind) if option.init]
-    for name in names:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(known)}."
-            raise ValueError(f"{kind.__name__} has no setting {name!r}; {hint}")
 
 
 def summarise(results: Sequence[ConditionResult]) -> dict[str, Any]:

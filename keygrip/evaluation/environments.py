@@ -11,8 +11,8 @@ from typing import Any
 from keygrip.config import SettingError
 from keygrip.envs.metaworld.tasks import DIFFICULTY, task_names
 from keygrip.envs.yam.tasks import TaskOptions
-from keygrip.evaluation.closed_loop import ConditionResult, changed
-from keygrip.evaluation.kinds import Evaluated, plain
+from keygrip.evaluation.closed_loop import ConditionResult
+from keygrip.evaluation.kinds import Evaluated, changed, plain
 from keygrip.evaluation.statistics import wilson_interval
 from keygrip.training.parts import build_stored
 

@@ -7,10 +7,11 @@ with the function.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
 
+Options = TypeVar("Options", bound=Any)  # a dataclass
 KIND = "evaluation_kind"  # attribute of a module's class, and its name in a checkpoint's header
 
 
@@ -185,3 +187,25 @@ def choose_kind(overrides: Sequence[str]) -> list[str]:
 def plain(node: Any) -> Any:
     """A config node as dictionaries, lists and scalars."""
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def changed(options: Options, overrides: Mapping[str, Any]) -> Options:
+    """A dataclass of options with some of them changed.
+
+    Raises:
+        ValueError: an option that does not exist or a value that it cannot have.
+    """
+    if not overrides:
+        return options
+    refuse_unknown(overrides, type(options))
+    return replace(options, **overrides)
+
+
+def refuse_unknown(names: Iterable[str], kind: type) -> None:
+    """Raise ValueError, naming the nearest, where ``kind`` (a dataclass) has no such setting."""
+    known = [option.name for option in fields(kind) if option.init]
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(known)}."
+            raise ValueError(f"{kind.__name__} has no setting {name!r}; {hint}")

@@ -10,9 +10,9 @@ from typing import Any
 from omegaconf import DictConfig
 
 from keygrip.evaluation.callback import write_result
-from keygrip.evaluation.closed_loop import ClosedLoop, changed, refuse_unknown, summarise
+from keygrip.evaluation.closed_loop import ClosedLoop, summarise
 from keygrip.evaluation.environments import environment_settings, over_tasks, task_conditions
-from keygrip.evaluation.kinds import Evaluated, plain
+from keygrip.evaluation.kinds import Evaluated, changed, plain, refuse_unknown
 from keygrip.evaluation.rollout_grid import grid_of_rollouts
 from keygrip.runtime.chunk_execution import RecedingHorizon
 
