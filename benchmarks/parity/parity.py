@@ -51,7 +51,7 @@ DEMO = [
     "data.batch_size=32",
     "data.root={data}/pick_place",
     "data.record.demos=6",
-    "callbacks.average.decay=0.998",
+    "callbacks.ema.decay=0.998",
 ]
 VLM_OPTIMIZER = [
     "optimizer=adamw",
@@ -131,7 +131,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
             "model.weights.asked=1.0",
             "optimizer=adamw",
             "optimizer.lr=1.5e-3",
-            "callbacks.average=null",
+            "callbacks.ema=null",
             "data.batch_size=4",
         ],
     ),
