@@ -26,13 +26,13 @@ GAMMA = 2.2
 LUMINANCE = (0.2126, 0.7152, 0.0722)  # Rec. 709, of linear light
 
 
-@model_part(external=["weights_path"])
+@model_part(external=["init_from", "weights_path"])
 class DinoView:
     """Features of a small picture of the whole crop, by a frozen DINO.
 
     Args:
-        variant, weights, weights_path, width, depth, heads: of the backbone, as in :class:`DinoBackbone`. Random
-            weights are always the same ones.
+        variant, weights, init_from, weights_path, width, depth, heads: of the backbone, as in :class:`DinoBackbone`.
+            Random weights are always the same ones.
         size: edge in pixels of a square view.
         shape: "square" stretches every crop to the square view (a fixed number of patches); "aspect" keeps its shape,
             with about as many patches.
@@ -51,6 +51,7 @@ class DinoView:
         width: int | None = None,
         depth: int | None = None,
         heads: int | None = None,
+        init_from: str | None = None,
     ) -> None:
         if shape not in (SQUARE, ASPECT):
             raise ValueError(f"encoders.view.shape must be {SQUARE} or {ASPECT}, not {shape!r}")
@@ -64,6 +65,7 @@ class DinoView:
             "variant": variant,
             "image_size": size,
             "weights": weights,
+            "init_from": init_from,
             "weights_path": weights_path,
             "width": width,
             "depth": depth,
@@ -105,7 +107,7 @@ class DinoView:
 
     def description(self) -> dict[str, Any]:
         said = {**self.options, "shape": self.shape}
-        del said["weights_path"]
+        del said["weights_path"], said["init_from"]
         if self._stored:  # known by their content
             said["weights"] = weights_digest(self.backbone)
         else:
@@ -128,7 +130,7 @@ class DinoView:
         """Takes weights back, wherever they first came from: that place may be gone."""
         if state is not None:
             if self._backbone is None:
-                self.options |= {"weights": "random", "weights_path": None}
+                self.options |= {"weights": "random", "init_from": None, "weights_path": None}
             self.backbone.load_state_dict(state)
 
 

@@ -12,6 +12,7 @@ from image_sets import small_encoders
 
 from keygrip.config import compose
 from keygrip.envs.yam.stills import palette
+from keygrip.models.backbone import DinoBackbone
 from keygrip.models.patch_dit.autoencoders import FluxAutoencoder, PixelPacking
 from keygrip.models.patch_dit.dino_view import DinoView, grey
 from keygrip.models.patch_dit.encoders import Encoders
@@ -305,3 +306,14 @@ def test_a_loaded_model_keeps_the_weights_that_its_encoders_name() -> None:
     assert isinstance(node, dict)
     view = build_stored(node["view"], "encoders.view")
     assert view.options["weights"] == "pretrained"
+
+
+def test_a_view_begins_with_the_backbone_of_a_file(tmp_path: Path) -> None:
+    sizes = {"width": 16, "depth": 1, "heads": 2}
+    trained = DinoBackbone("tiny", 48, "random", **sizes)  # type: ignore[arg-type]
+    torch.save({f"network.backbone.{name}": value for name, value in trained.state_dict().items()}, tmp_path / "x.pth")
+    view = DinoView("tiny", 48, "random", init_from=str(tmp_path / "x.pth"), **sizes)  # type: ignore[arg-type]
+    for name, value in view.backbone.state_dict().items():
+        assert torch.equal(value, trained.state_dict()[name]), name
+    other = DinoView("tiny", 48, "random", **sizes)  # type: ignore[arg-type]
+    assert view.description()["weights"] != other.description()["weights"]
