@@ -42,7 +42,7 @@ def test_a_value_below_a_partly_read_group_is_refused() -> None:
 
 
 def test_there_are_few_files() -> None:
-    assert len(list(CONF.rglob("*.yaml"))) <= 115
+    assert len(list(CONF.rglob("*.yaml"))) <= 110
 
 
 def test_nearest_key() -> None:
