@@ -7,6 +7,8 @@ PYTHON3 ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 # Processes of the test run; each computes on one thread.
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest
+# Tests with other packages run in environments of their own: make lerobot, openpi, metaworld-test.
+HERE := not lerobot and not openpi and not metaworld
 
 .DEFAULT_GOAL := help
 METAWORLD := .venv-metaworld
@@ -45,10 +47,10 @@ demo: install ## record simulated demonstrations, train on them, evaluate in clo
 	$(PYTHON) -m keygrip.demo
 
 test: install ## all quick tests
-	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu"
+	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu and $(HERE)"
 
 test-all: install ## slow ones and those that need a GPU too
-	$(PYTEST) -n $(WORKERS)
+	$(PYTEST) -n $(WORKERS) -m "$(HERE)"
 
 # In an environment of its own: the client wants numpy below 2.
 openpi: install ## the policy server against the real openpi-client, installed in .venv-openpi

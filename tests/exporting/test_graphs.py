@@ -45,11 +45,18 @@ def graph(variant: str = "tiny", **options: Any) -> ExportGraph:
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        TUNED | {"arms": ("left", "right")},
-        {"coupling": "bilinear", "step_features": True, "instruction": WordTransformer(width=16, heads=2, length=8)},
+        pytest.param({}, id="design"),
+        pytest.param(TUNED | {"arms": ("left", "right")}, id="tuned, two arms", marks=pytest.mark.slow),
+        pytest.param(
+            {
+                "coupling": "bilinear",
+                "step_features": True,
+                "instruction": WordTransformer(width=16, heads=2, length=8),
+            },
+            id="bilinear, told what to do",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["design", "tuned, two arms", "bilinear, told what to do"],
 )
 def test_torch_export_equals_the_network(options: dict[str, Any], tmp_path: Path) -> None:
     made = graph(**options)

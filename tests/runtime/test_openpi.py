@@ -259,7 +259,7 @@ def test_who_may_not_converse(running: Start, observation: Observe) -> None:
 def test_the_real_client(running: Start, dice: Any, observation: Observe, tmp_path: Path) -> None:
     python = os.environ.get("OPENPI_PYTHON")
     if not python:
-        pytest.skip("OPENPI_PYTHON names no interpreter with openpi-client: make openpi")
+        pytest.fail("OPENPI_PYTHON names no interpreter with openpi-client: make openpi")
     server, local, sent = running(dice(), more={"token": TOKEN}), dice(), observation()
     flat = {name: sent[name] for name in ("position", "quaternion", "gripper", "instruction")}
     for camera, view in sent["cameras"].items():
