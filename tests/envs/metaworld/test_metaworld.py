@@ -48,7 +48,7 @@ def test_scripted_demonstrations_are_recorded_and_their_commands_succeed(tmp_pat
     python = interpreter()
     report = record_step(["drawer-close-v3"], tmp_path, 2, image_size=64, recoveries=0.0, processes=1, python=python)
     assert report["demos"] == report["recorded"] == 2
-    demos = [reference.load() for reference in find_demos(tmp_path)]
+    demos = [reference.read() for reference in find_demos(tmp_path)]
     assert {demo.instruction for demo in demos} == {"Push and close a drawer"}
     camera = demos[0].cameras["corner2"]
     x, y, depth = (
