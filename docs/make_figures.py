@@ -1,4 +1,4 @@
-"""Makes the pictures of README.md from a trained run: ``python docs/make_figures.py runs/demo``.
+"""Makes the images of README.md from a trained run: ``python docs/make_figures.py runs/demo``.
 
 Writes into docs/images: ``episode.gif`` (a held-out closed-loop episode with the plan drawn in), ``prediction.png``
 (heatmap, trajectories, height, gripper and rotation of a validation frame) and ``demonstrations.png`` (frames of

@@ -243,7 +243,7 @@ def vla_injection() -> str:
 
 
 def vla_comparison() -> str:
-    """Policies on the same demonstrations and pictures."""
+    """Policies on the same demonstrations and images."""
     rows = [
         (
             run["model"].replace("_tuned", ""),

@@ -1,4 +1,4 @@
-"""Makes the picture of the foveated model's card from a trained run: ``python docs/make_vlm_figures.py runs/vlm``.
+"""Makes the image of the foveated model's card from a trained run: ``python docs/make_vlm_figures.py runs/vlm``.
 
 Writes docs/images/where_it_looked.png: a question of each kind about a held-out video, the answer, and where the
 query looked in every frame.

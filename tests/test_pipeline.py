@@ -37,7 +37,7 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def trained(recordings: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 6 steps that has recorded its demonstrations first, with closed loop and pictures."""
+    """A run of 6 steps that has recorded its demonstrations first, with closed loop and images."""
     folder = tmp_path_factory.mktemp("run")
     loop = "callbacks.closed_loop.closed_loop"
     extra = [

@@ -1,4 +1,4 @@
-"""Time from a camera's picture to a plan, one picture at a time, as the robot runs."""
+"""Time from a camera's image to a plan, one image at a time, as the robot runs."""
 
 from __future__ import annotations
 

@@ -41,13 +41,13 @@ TOLERANCE = 1e-3  # relative: rounding in float32 over 18 blocks is a hundredth 
 
 @dataclass(frozen=True)
 class DiTWork(Timed):
-    """A case that times the network on random pictures, captions and patches.
+    """A case that times the network on random images, captions and patches.
 
     Args (beside those of `Timed`):
         overrides: of ``keygrip.train``, which say what network. quick_depth: blocks in a hurry; all blocks are alike,
             so that the ratios are nearly those of the whole network, and ``step_ms`` is not.
         latent: side of the square latents. text_tokens: of the caption, out of the encoders' length. patch_grid: side.
-        batch: pictures. threads: of the processor.
+        batch: images. threads: of the processor.
     """
 
     overrides: Sequence[str]
@@ -156,7 +156,7 @@ class DiTCurve:
     Args:
         checkpoint: a run of a patch-conditioned DiT; None: the small one. train_steps, quick_train_steps: of the small
             one.
-        samples, quick_samples: pictures. exact_steps, quick_exact_steps: of the exact solution.
+        samples, quick_samples: images. exact_steps, quick_exact_steps: of the exact solution.
         settings: lists of [solver, steps, lowest level, highest level].
     """
 
@@ -171,7 +171,7 @@ class DiTCurve:
     threads: int
 
     def run(self, quick: bool) -> dict[str, float]:
-        """For each setting `distance`, `ms` a picture and branch `evaluations`, under names such as `heun_10_...`."""
+        """For each setting `distance`, `ms` an image and branch `evaluations`, under names such as `heun_10_...`."""
         count = self.quick_samples if quick else self.samples
         with threads(self.threads):
             network, conditions, size, usual = self._trained(
@@ -219,7 +219,7 @@ def timed(
     seeds: Sequence[int],
     repetitions: int,
 ) -> tuple[Tensor, float, int]:
-    """A sample, the median of the times it took in seconds, and evaluations of branches for each picture."""
+    """A sample, the median of the times it took in seconds, and evaluations of branches for each image."""
     rows: list[int] = []
     hook = network.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
     device = next(network.parameters()).device

@@ -1,4 +1,4 @@
-"""Precomputing image shards: pictures a second, and the share of time that the encoders wait for data."""
+"""Precomputing image shards: images a second, and the share of time that the encoders wait for data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from keygrip.data.video_text.conversations import encode_jpeg
 
 @dataclass(frozen=True)
 class Precompute:
-    """`step=images` on pictures as a camera's, into a folder that is removed again.
+    """`step=images` on images as a camera's, into a folder that is removed again.
 
     ``items_per_s`` and ``data_wait_share`` (from the first batch on), ``encode_share``, ``start_s`` (until the first
     batch), ``mb_per_item`` on the disk.

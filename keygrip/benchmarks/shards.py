@@ -62,7 +62,7 @@ class Shards:
 
     Args:
         epoch_samples: of the manifest from which the padding is computed. batch_size: of the epoch and of the loader.
-        videos, quick_videos: that are written and read, each of `frames` pictures of `image_size` pixels.
+        videos, quick_videos: that are written and read, each of `frames` images of `image_size` pixels.
     """
 
     epoch_samples: int
@@ -108,7 +108,7 @@ class Shards:
         return Mixture([Component("videos", frames, videos, shard), text], self.batch_size)
 
     def write(self, root: Path, videos: int) -> Path:
-        """A shard set of noise that is about as hard to decode as pictures are."""
+        """A shard set of noise that is about as hard to decode as images are."""
         rng = np.random.default_rng(0)
         coarse = rng.integers(0, 256, (self.frames, self.image_size // 8, self.image_size // 8, 3), dtype=np.uint8)
         pictures = [encode_jpeg(np.kron(frame, np.ones((8, 8, 1), np.uint8)), 90) for frame in coarse]

@@ -99,7 +99,7 @@ class PolicyBatch(PolicyTargets):
 
     Args (beside those of `PolicyTargets`):
         image: float32 [B, 3, S, S], normalised with the backbone's mean and std (here and nowhere else).
-        intrinsics: float32 [B, 3, 3], of that picture (augmented and resized).
+        intrinsics: float32 [B, 3, 3], of that image (augmented and resized).
         world_to_camera: float32 [B, 4, 4].
     """
 
@@ -118,7 +118,7 @@ class MultiViewPolicyBatch(PolicyTargets):
     Args (beside those of `PolicyTargets`):
         images: uint8 [B, V, 3, S, S] RGB, augmented, not normalised: encoders differ in their mean and std (see
             `normalised`), and what is cached by content needs bytes.
-        view_intrinsics: float32 [B, V, 3, 3], of those pictures.
+        view_intrinsics: float32 [B, V, 3, 3], of those images.
         view_world_to_camera: float32 [B, V, 4, 4].
         depth: float32 [B, V, S, S] metres along the optical axis, 0 where unknown; None where none was asked for.
         cameras: V names, in the order of the views.
@@ -174,7 +174,7 @@ class VideoTextBatch(Movable):
         visual_at: B positions in the text before which the visual tokens stand.
         prompt_lengths: B counts of tokens before the last answer.
         truncated: rows whose text was cut off at the end.
-        kind, source, key: B strings. texts: the B conversations, for tables and pictures.
+        kind, source, key: B strings. texts: the B conversations, for tables and images.
     """
 
     frames: Tensor
@@ -227,7 +227,7 @@ class ImageTextBatch(Movable):
         dino_cls: float32 [B, D]. dino_patches: float32 [B, gh * gw, D], row after row.
         patch_grid: (gh, gw), of every image of the batch.
         captions, keys: B strings.
-        records: B dicts, what else the shards say of an image: "caption", "size" and "crop" (of the source picture,
+        records: B dicts, what else the shards say of an image: "caption", "size" and "crop" (of the source image,
             pixels), and perhaps "evidence".
     """
 

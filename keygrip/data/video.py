@@ -87,7 +87,7 @@ class _OpenVideo:
 
     A seek goes to the last key frame that is not *shown* after the wanted frame and is checked by the first packet that
     follows it: with B-frames decoding order differs from presentation order, and some demuxers land one group of
-    pictures too late.
+    images too late.
     """
 
     def __init__(self, path: Path, index: _VideoIndex) -> None:

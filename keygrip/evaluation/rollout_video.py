@@ -1,4 +1,4 @@
-"""Videos of closed-loop episodes with the plan drawn into the picture."""
+"""Videos of closed-loop episodes with the plan drawn into the image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from keygrip.artifacts import atomic_path
 from keygrip.data.video import write_video
 from keygrip.models.policy import Observation, Plan, arm_axis
 
-SCALE = 2  # pictures of 224 px are small for the eye
+SCALE = 2  # images of 224 px are small for the eye
 PALETTE = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis, near to far in time
 
 
@@ -29,7 +29,7 @@ class Film:
         self._frames: list[np.ndarray] = []
 
     def add(self, observation: Observation, plan: Plan | None) -> None:
-        """Append the picture of an observation with the running plan projected into it."""
+        """Append the image of an observation with the running plan projected into it."""
         frame = draw_plan(observation, plan)
         self._frames.append(captioned(frame, self.caption) if self.caption else frame)
 
@@ -46,7 +46,7 @@ class Film:
 
 
 def draw_plan(observation: Observation, plan: Plan | None) -> np.ndarray:
-    """The observation's picture, enlarged, with the plan's poses as dots coloured by time (dark: soon, light: late).
+    """The observation's image, enlarged, with the plan's poses as dots coloured by time (dark: soon, light: late).
 
     A ring means an open gripper, a filled dot a closed one. Returns ``[2H, 2W, 3]`` uint8.
     """

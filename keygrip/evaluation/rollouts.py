@@ -55,7 +55,7 @@ def run_episode(
 
     Args:
         environment: is reset here. policy: plans; reset with the seed where it can be.
-        control: the controller, still without policy and rate. video: where to film the episode, or None.
+        control: the controller, still without policy and rate. video: where to rollout video the episode, or None.
     """
     timed = _TimedPolicy(policy)
     controller = control(policy=timed, control_hz=environment.hz)

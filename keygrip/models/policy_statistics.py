@@ -20,7 +20,7 @@ class PolicyStatistics(nn.Module):
 
     Attributes (buffers):
         height_range: ``[2]`` metres, lowest and highest gripper height. position_range: ``[2, 3]`` metres, per axis.
-        step_seconds: time between predicted steps. geometry: how a camera's picture becomes the network's.
+        step_seconds: time between predicted steps. geometry: how a camera's image becomes the network's.
     """
 
     known: Tensor

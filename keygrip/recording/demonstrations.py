@@ -94,7 +94,7 @@ def record(
         root: folder of the demo folders; made if missing.
         demos: how many shall be there in the end, counted from `seed`.
         seed: first episode seed; the following ones are used in order.
-        image_size: edge of the square pictures, pixels.
+        image_size: edge of the square images, pixels.
         hz: frames and commands a second.
         processes: worker processes (spawned); the result does not depend on it.
         cameras: names among "over", "front", "wrist"; the task's own camera by default.

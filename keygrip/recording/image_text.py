@@ -1,4 +1,4 @@
-"""Shards of pictures of the simulated table, with captions and ground truth: `data=robot_images` makes them itself."""
+"""Shards of images of the simulated table, with captions and ground truth: `data=robot_images` makes them itself."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ FIRST_SEEDS = {"train": 0, "val": 500_000, "test": 1_000_000}
 
 @dataclass
 class PictureMaker:
-    """Makes the sample of a picture's seed. The simulator and the encoders are built in the process that uses them.
+    """Makes the sample of an image's seed. The simulator and the encoders are built in the process that uses them.
 
     Args:
-        buckets: of which the picture's shape chooses one. encoders: config of the encoders.
+        buckets: of which the image's shape chooses one. encoders: config of the encoders.
     """
 
     options: PictureOptions
@@ -41,7 +41,7 @@ class PictureMaker:
         return {**self.__dict__, "_built": None}
 
     def bucket_of(self, seed: int) -> Bucket:
-        """The bucket of a seed's picture."""
+        """The bucket of a seed's image."""
         return nearest_bucket(*self.options.size_of(seed), self.buckets)
 
     def __call__(self, seed: int) -> Iterable[MadeSample]:
@@ -80,7 +80,7 @@ def evidence(picture: Picture, bucket: Bucket) -> dict[str, Any]:
 
 
 def make_images(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Draws pictures and encodes them into `<root>/train`, `val` and `test`; their seeds never meet.
+    """Draws images and encodes them into `<root>/train`, `val` and `test`; their seeds never meet.
 
     Args:
         root: folder of the splits.

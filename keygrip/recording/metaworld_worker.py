@@ -44,7 +44,7 @@ def record_episode(environment: MetaWorldEnvironment, settings: dict[str, Any], 
     demonstration.
     """
     task, every = environment.task, settings["every"]
-    environment.render_images = False  # pictures are drawn for the rows that are kept
+    environment.render_images = False  # images are drawn for the rows that are kept
     environment.reset(seed=seed)
     expert = Expert(environment, seed, settings["recoveries"])
     expert.prepare()

@@ -151,7 +151,7 @@ def robot_videos(
     Args:
         source: folder of demonstrations of any known format; None: tours from the simulator, with the options
             `simulated` (see :func:`make_tours`). root: receives `train/` and `val/`.
-        camera: whose pictures; None: each demo's first. image_size, fit: of the pictures.
+        camera: whose images; None: each demo's first. image_size, fit: of the images.
         val_fraction: whole demos, by the same rule as for training a policy.
 
     Raises:

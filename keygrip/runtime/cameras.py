@@ -1,4 +1,4 @@
-"""Cameras of a real robot: the newest picture of a video device, a file or a stream, with the time of its arrival."""
+"""Cameras of a real robot: the newest image of a video device, a file or a stream, with the time of its arrival."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Camera(Protocol):
     """One camera."""
 
     def read(self) -> tuple[np.ndarray, float]:
-        """The newest picture [H, W, 3] uint8 RGB, and when it was taken, seconds of the machine's monotonic clock.
+        """The newest image [H, W, 3] uint8 RGB, and when it was taken, seconds of the machine's monotonic clock.
 
         Raises:
             RobotLostError: there is none.
@@ -32,10 +32,10 @@ class VideoCamera:
 
     Args:
         source: e.g. /dev/video0. format: of the device, e.g. v4l2; None: found out. width, height, fps: asked of the
-            device; None: its own. wait_seconds: for the first picture.
+            device; None: its own. wait_seconds: for the first image.
 
     Raises:
-        RobotLostError: it cannot be opened, or gives no picture.
+        RobotLostError: it cannot be opened, or gives no image.
     """
 
     def __init__(
@@ -84,4 +84,4 @@ class VideoCamera:
         except (OSError, ValueError) as error:
             self._error = str(error)
         finally:
-            self._there.set()  # a picture that grows old is found by the watchdog
+            self._there.set()  # an image that grows old is found by the watchdog

@@ -19,7 +19,7 @@ class SimulatedYam:
     """One simulated arm at a table (see :class:`keygrip.envs.yam.environment.YamCell`).
 
     Args:
-        task: what stands on the table. image_size: edge of the square picture, pixels. cameras: None: the task's own.
+        task: what stands on the table. image_size: edge of the square image, pixels. cameras: None: the task's own.
         control_hz: commands per second. seed: of the episode.
         joints: limits of the joints, checked before every command; None: the cell's own inverse kinematics alone.
         real_time: the clock is that of the machine; False: it advances by a period with every command, so that a run

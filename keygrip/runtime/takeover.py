@@ -196,7 +196,7 @@ class CorrectionRecorder:
     Args:
         folder: of the demonstration; must not exist. robot, task, instruction: for its metadata.
         arms: names, in the order of the observation's A axis. cameras: names of the entries of `cameras`; one name
-            alone stands for the observation's own picture. fps: control periods per second.
+            alone stands for the observation's own image. fps: control periods per second.
     """
 
     def __init__(

@@ -4,7 +4,7 @@ The format is a JSON header with names, types and shapes, then the raw bytes: re
 are checked before anything is allocated. A sentence travels as its UTF-8 bytes. Every array of an observation is
 checked for type, shape and sense before a policy sees it.
 
-Shape legend: A arms, T planned steps, H x W a picture, L bytes of a sentence.
+Shape legend: A arms, T planned steps, H x W an image, L bytes of a sentence.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from keygrip.models.policy import Needs, Observation, Plan, views_of
 
 CONTENT_TYPE = "application/octet-stream"
 SESSION_HEADER = "Keygrip-Session"
-SMALLEST_SIDE, LARGEST_SIDE = 16, 4096  # pixels of a picture
+SMALLEST_SIDE, LARGEST_SIDE = 16, 4096  # pixels of an image
 LONGEST_INSTRUCTION = 1000  # bytes
 LONGEST_HEADER = 16384  # bytes of names, types and shapes: sixty cameras
 LONGEST_NAME = 128  # characters of an array's name that a refusal repeats

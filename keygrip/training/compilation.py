@@ -63,7 +63,7 @@ class Compilation:
         """Compiles the blocks that a module names in `sharded_parts()`, in place; returns how many.
 
         Names in the state stay as they are. Nothing is computed yet: torch compiles in the first step. Blocks that are
-        trained run compiled where gradients are recorded; validation, sampling and pictures run them as they are
+        trained run compiled where gradients are recorded; validation, sampling and images run them as they are
         written, since caches and lengths that change with every call would be compiled again and again.
 
         Raises:

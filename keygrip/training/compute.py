@@ -16,7 +16,7 @@ from keygrip.training.sharding import is_sharded
 log = logging.getLogger(__name__)
 
 TERA = 1e12
-FIRST = 1  # the batch that is counted first: in the one before, pictures are drawn and memories filled
+FIRST = 1  # the batch that is counted first: in the one before, images are drawn and memories filled
 
 
 class _NoModules:

@@ -1,4 +1,4 @@
-"""The loss of a sweep's jobs against what they cost: curves from what the runs logged, and one picture of them."""
+"""The loss of a sweep's jobs against what they cost: curves from what the runs logged, and one image of them."""
 
 from __future__ import annotations
 

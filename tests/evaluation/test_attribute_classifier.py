@@ -49,7 +49,7 @@ def test_a_trained_classifier_finds_cubes_and_names_their_colours(root: Path, ca
     assert trained.error.cube_px < 4
     assert trained.error.colour > 0.9
     assert "it misses cubes by" in caplog.text
-    # its error is what is measured on the validation pictures afresh
+    # its error is what is measured on the validation images afresh
     batches = list(data.held_out("val"))
     pictures = [(real_images(encoders, b), Truth.of(b.records, trained.network.colours)) for b in batches]
     again = measure_classifier(trained.network, pictures)

@@ -53,7 +53,7 @@ def module_for(data: ImageShards, *overrides: str) -> PatchDiTModule:
 
 
 class Seer(torch.nn.Module):
-    """Judges by the colours of the drawn pictures themselves: no training, nearly no error."""
+    """Judges by the colours of the drawn images themselves: no training, nearly no error."""
 
     colours = sorted(COLOURS)
 
@@ -135,7 +135,7 @@ def test_each_case_asks_for_what_it_says(root: Path) -> None:
 
 
 def test_what_is_drawn_is_compared_with_what_was_asked_for(root: Path) -> None:
-    """Real pictures in the place of drawn ones: full marks for the right ones, and none for others."""
+    """Real images in the place of drawn ones: full marks for the right ones, and none for others."""
     suite = suite_of(root)
     own, _, real = asked_of(suite, "reconstruction")
     right = {name: float(values.mean()) for name, values in suite.measure(real, own).items()}

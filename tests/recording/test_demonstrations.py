@@ -189,7 +189,7 @@ def test_the_wrist_camera_moves_with_the_hand(tmp_path: Path) -> None:
     demo = by_name(tmp_path)["reach_0000000"].read()
     wrist = demo.cameras["wrist"].world_to_camera
     assert np.abs(wrist[0] - wrist[-1]).max() > 0.02
-    # The tool stays in one place of the wrist camera's picture.
+    # The tool stays in one place of the wrist camera's image.
     arm = demo.arms["right"]
     seen = np.einsum("nij,nj->ni", wrist[:, :3, :3], arm.position) + wrist[:, :3, 3]
     np.testing.assert_allclose(seen, np.broadcast_to(seen[0], seen.shape), atol=1e-4)

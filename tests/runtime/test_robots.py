@@ -63,7 +63,7 @@ class Driver:
 
 
 class Still:
-    """A camera whose picture is as old as it is told to be."""
+    """A camera whose image is as old as it is told to be."""
 
     def __init__(self) -> None:
         self.taken: Callable[[], float] = lambda: 0.0

@@ -1,4 +1,4 @@
-"""Drawn pictures with ground truth, small encoders, and image shards of both."""
+"""Drawn images with ground truth, small encoders, and image shards of both."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def small_encoders(dino_view: str = "grey", shape: str = "square", edge: int = 4
 
 
 def drawn(number: int, bucket: Bucket, scale: int = 2) -> tuple[Image.Image, dict[str, Any]]:
-    """A picture of a coloured square and a blue bar at places that follow from its number, and its evidence."""
+    """A image of a coloured square and a blue bar at places that follow from its number, and its evidence."""
     rng = np.random.default_rng(number)
     width, height = bucket.width * scale, bucket.height * scale
     pixels = np.full((height, width, 3), 200 + rng.integers(0, 30), np.uint8)
@@ -56,8 +56,8 @@ def write_images(
     """Shards of drawn pictures: so many a bucket and split.
 
     Args:
-        splits: number of the first picture of each; {"": 0}: a set without splits. without_patches: numbers of the
-            pictures that lack theirs. said: write images.json.
+        splits: number of the first image of each; {"": 0}: a set without splits. without_patches: numbers of the
+            images that lack theirs. said: write images.json.
     """
     for split, first in splits.items():
         for bucket, count in counts.items():

@@ -34,7 +34,7 @@ def write_set(
     lengths: Sequence[int] | None = None,
     kinds: Sequence[str] = ("mark",),
 ) -> Path:
-    """A set with a sample for each number of frames; sample n is called <prefix>n, its pictures have the shade n."""
+    """A set with a sample for each number of frames; sample n is called <prefix>n, its images have the shade n."""
     for start in range(0, len(frames), per_shard):
         with ShardWriter(root / f"{prefix}-{start // per_shard:03d}.tar") as writer:
             for number in range(start, min(start + per_shard, len(frames))):

@@ -49,7 +49,7 @@ def small_vlm(**changes: object) -> QwenVL:
         "rope_theta": 10000.0,
     }
     built = QwenVL(**(options | changes))  # type: ignore[arg-type]
-    with torch.no_grad():  # as initialised, words and pictures are too faint to see in a test
+    with torch.no_grad():  # as initialised, words and images are too faint to see in a test
         built.model.language_model.embed_tokens.weight.mul_(25)
     return built
 

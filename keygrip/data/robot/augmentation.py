@@ -1,11 +1,11 @@
-"""From a camera's picture to the network's: crop, resize, normalise, and the intrinsics that follow the pixels.
+"""From a camera's image to the network's: crop, resize, normalise, and the intrinsics that follow the pixels.
 
 Every step is an affine map A of pixels (corner convention), so that the new intrinsics are exactly ``A K``: Pillow's
 resize takes a box with fractional edges, and its affine transform samples at pixel centres. `ImageGeometry` is the
 fixed map of validation and inference, kept with a checkpoint; `Augmentation` draws a random one for training, and a
 change of colours.
 
-Legend of shapes: H, W the picture's height and width, S the network's image size.
+Legend of shapes: H, W the image's height and width, S the network's image size.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GREY = np.array([0.299, 0.587, 0.114])  # luma weights of ITU-R BT.601, what sat
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle of the source picture in pixels (corner convention, fractional), turned by `angle` radians about its
+    """A rectangle of the source image in pixels (corner convention, fractional), turned by `angle` radians about its
     centre."""
 
     left: float
@@ -37,7 +37,7 @@ class Box:
     angle: float = 0.0
 
     def to_picture(self, size: int) -> np.ndarray:
-        """The 3x3 map from source pixels to the pixels of the S x S picture that is cut from this box."""
+        """The 3x3 map from source pixels to the pixels of the S x S image that is cut from this box."""
         width, height = self.right - self.left, self.bottom - self.top
         centre_x, centre_y = (self.left + self.right) / 2, (self.top + self.bottom) / 2
         cos, sin = math.cos(self.angle), math.sin(self.angle)
@@ -48,15 +48,15 @@ class Box:
 
 
 def cut(picture: np.ndarray, box: Box, size: int) -> np.ndarray:
-    """The box of an H x W x 3 uint8 picture, resampled (with anti-aliasing) to S x S x 3 uint8.
+    """The box of an H x W x 3 uint8 image, resampled (with anti-aliasing) to S x S x 3 uint8.
 
-    What a turned box shows beyond the picture's edge is black.
+    What a turned box shows beyond the image's edge is black.
     """
     image = Image.fromarray(picture)
     if box.angle == 0.0:
         corners = (box.left, box.top, box.right, box.bottom)
         return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=corners))
-    # Pillow's affine transform does not anti-alias, so the picture is first brought near its final scale.
+    # Pillow's affine transform does not anti-alias, so the image is first brought near its final scale.
     ratio_x, ratio_y = size / (box.right - box.left), size / (box.bottom - box.top)
     width = max(1, round(image.width * ratio_x)) if ratio_x < 1 else image.width
     height = max(1, round(image.height * ratio_y)) if ratio_y < 1 else image.height
@@ -91,7 +91,7 @@ def cut_depth(depth: np.ndarray, box: Box, size: int) -> np.ndarray:
 def follow_pixels(
     to_picture: np.ndarray, intrinsics: np.ndarray, world_to_camera: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Intrinsics and camera pose of a picture whose pixels were mapped by the affine `to_picture`.
+    """Intrinsics and camera pose of an image whose pixels were mapped by the affine `to_picture`.
 
     ``A K`` alone would carry an in-plane turn inside K; it is split into an upper triangular K' and a roll of the
     camera about its optical axis, ``A K = K' R``, so that K' stays what every reader of intrinsics expects. Without a
@@ -129,7 +129,7 @@ class Colours:
 def normalise(
     picture: np.ndarray, mean: Sequence[float], std: Sequence[float], colours: Colours | None = None
 ) -> Tensor:
-    """S x S x 3 uint8 -> float32 [3, S, S], ``(value / 255 - mean) / std`` a channel, of the picture in other colours
+    """S x S x 3 uint8 -> float32 [3, S, S], ``(value / 255 - mean) / std`` a channel, of the image in other colours
     if given."""
     scale = (1 / (255 * np.asarray(std))).astype(np.float32)[:, None]
     offset = (-np.asarray(mean) / np.asarray(std)).astype(np.float32)[:, None]
@@ -148,7 +148,7 @@ def normalise(
 
 
 def recolour(picture: np.ndarray, colours: Colours) -> np.ndarray:
-    """The picture (H x W x 3 uint8) in other colours, uint8."""
+    """The image (H x W x 3 uint8) in other colours, uint8."""
     changed = picture.reshape(-1, 3).astype(np.float32) @ colours.matrix.T.astype(np.float32)
     changed += colours.offset.astype(np.float32)
     return np.clip(np.rint(changed), 0, 255).astype(np.uint8).reshape(picture.shape)
@@ -156,10 +156,10 @@ def recolour(picture: np.ndarray, colours: Colours) -> np.ndarray:
 
 @dataclass(frozen=True)
 class View:
-    """One camera's picture as the network takes it, before it is normalised.
+    """One camera's image as the network takes it, before it is normalised.
 
     Args:
-        picture: S x S x 3 uint8 RGB. intrinsics: 3x3 and world_to_camera: 4x4 of that picture.
+        picture: S x S x 3 uint8 RGB. intrinsics: 3x3 and world_to_camera: 4x4 of that image.
         depth: S x S float32 metres along the optical axis, 0 where unknown; None where there was none.
     """
 
@@ -171,12 +171,12 @@ class View:
 
 @dataclass(frozen=True)
 class ImageGeometry:
-    """What is done to every picture at validation and inference. Lives in the checkpoint.
+    """What is done to every image at validation and inference. Lives in the checkpoint.
 
     Args:
-        image_size: S, side of the network's picture.
+        image_size: S, side of the network's image.
         mean, std: the backbone's, a channel.
-        field: share of the picture's shorter side that the network sees; what is left is the room for training crops to
+        field: share of the image's shorter side that the network sees; what is left is the room for training crops to
             shift in.
         fit: "crop" takes the central square (pixels stay square); "stretch" takes the whole aspect ratio and squeezes
             it into a square, for wide cameras whose edges matter. The intrinsics follow exactly either way.
@@ -201,17 +201,17 @@ class ImageGeometry:
             raise ValueError(f"fit must be one of {', '.join(FITS)}, not {self.fit!r}")
 
     def box(self, width: int, height: int) -> Box:
-        """The part of a `width` x `height` picture that the network sees."""
+        """The part of a `width` x `height` image that the network sees."""
         shorter = min(width, height)
         box_width, box_height = (shorter, shorter) if self.fit == "crop" else (width, height)
         half_width, half_height = self.field * box_width / 2, self.field * box_height / 2
         return Box(width / 2 - half_width, height / 2 - half_height, width / 2 + half_width, height / 2 + half_height)
 
     def apply(self, image: np.ndarray, intrinsics: np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
-        """One camera picture as the network takes it.
+        """One camera image as the network takes it.
 
         Args:
-            image: H x W x 3 uint8 RGB. intrinsics: 3x3 of that picture.
+            image: H x W x 3 uint8 RGB. intrinsics: 3x3 of that image.
 
         Returns:
             float32 [3, S, S], normalised, and float32 [3, 3], the intrinsics of the result.
@@ -225,7 +225,7 @@ class ImageGeometry:
     def view(
         self, image: np.ndarray, intrinsics: np.ndarray, world_to_camera: np.ndarray, depth: np.ndarray | None = None
     ) -> View:
-        """One of several cameras' pictures, still in bytes; `depth` H x W uint16 millimetres. As `apply` otherwise."""
+        """One of several cameras' images, still in bytes; `depth` H x W uint16 millimetres. As `apply` otherwise."""
         _check_picture(image)
         return _cut_view(
             self.box(image.shape[1], image.shape[0]), self.image_size, image, intrinsics, world_to_camera, depth
@@ -239,7 +239,7 @@ class Augmentation:
 
     Args:
         scale: the crop's side relative to the nominal one, uniform between these.
-        shift: the crop's centre moves by up to this share of the nominal side, each way, as far as the picture reaches.
+        shift: the crop's centre moves by up to this share of the nominal side, each way, as far as the image reaches.
         rotate_degrees: the crop turns by up to this much, each way (costs a second resampling; 0 leaves it out).
         brightness, contrast, saturation: factors 1 +- this.
         channel_gain: a factor 1 +- this for each of red, green and blue (white balance).
@@ -264,13 +264,13 @@ class Augmentation:
                 raise ValueError(f"augmentation {name} must be at least 0 and below {limit}, not {value}")
 
     def box(self, generator: np.random.Generator, geometry: ImageGeometry, width: int, height: int) -> Box:
-        """A random box near the nominal one, inside the picture wherever it fits."""
+        """A random box near the nominal one, inside the image wherever it fits."""
         nominal = geometry.box(width, height)
         side_x, side_y = nominal.right - nominal.left, nominal.bottom - nominal.top
         factor = generator.uniform(*self.scale)
         shift_x, shift_y = generator.uniform(-self.shift, self.shift, size=2)
         angle = math.radians(generator.uniform(-self.rotate_degrees, self.rotate_degrees))
-        # a crop larger than the picture would show what no camera saw
+        # a crop larger than the image would show what no camera saw
         factor = min(factor, width / side_x, height / side_y)
         crop_x, crop_y = factor * side_x, factor * side_y
         cos, sin = abs(math.cos(angle)), abs(math.sin(angle))
@@ -279,7 +279,7 @@ class Augmentation:
         return Box(centre_x - crop_x / 2, centre_y - crop_y / 2, centre_x + crop_x / 2, centre_y + crop_y / 2, angle)
 
     def colours(self, generator: np.random.Generator, picture: np.ndarray) -> Colours:
-        """A random change of the colours of a picture (S x S x 3 uint8): its mean grey is what contrast is relative
+        """A random change of the colours of an image (S x S x 3 uint8): its mean grey is what contrast is relative
         to."""
         brightness = 1 + generator.uniform(-self.brightness, self.brightness)
         contrast = 1 + generator.uniform(-self.contrast, self.contrast)
@@ -299,7 +299,7 @@ class Augmentation:
         intrinsics: np.ndarray,
         world_to_camera: np.ndarray,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """A random view of one camera picture.
+        """A random view of one camera image.
 
         Args:
             generator: the only source of chance.
@@ -329,7 +329,7 @@ class Augmentation:
         world_to_camera: np.ndarray,
         depth: np.ndarray | None = None,
     ) -> View:
-        """A random view of one of several cameras' pictures, still in bytes; `depth` H x W uint16 millimetres. As
+        """A random view of one of several cameras' images, still in bytes; `depth` H x W uint16 millimetres. As
         `apply` otherwise."""
         box = self.box(generator, geometry, image.shape[1], image.shape[0])
         cut_out = _cut_view(box, geometry.image_size, image, intrinsics, world_to_camera, depth)

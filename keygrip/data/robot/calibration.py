@@ -66,7 +66,7 @@ class CameraCalibration:
     rotate: int
 
     def intrinsics_for(self, width: int, height: int) -> np.ndarray:
-        """K for frames of another resolution. Raises ValueError where the shape of the picture differs (a crop)."""
+        """K for frames of another resolution. Raises ValueError where the shape of the image differs (a crop)."""
         across, down = width / self.width, height / self.height
         if abs(across / down - 1) > 0.01:
             raise ValueError(

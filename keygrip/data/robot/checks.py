@@ -172,7 +172,7 @@ def check_demo(demo: Demo, pictures: bool = True, cameras: Iterable[str] | None 
     Args:
         demo: what was read.
         pictures: also decode the first and last frame of each camera and count the frames of a video.
-        cameras: cameras whose pictures are decoded; None: all.
+        cameras: cameras whose images are decoded; None: all.
     """
     name, frames = demo.name, len(demo.timestamps)
     if frames < 2:

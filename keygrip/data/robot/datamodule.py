@@ -79,7 +79,7 @@ class RobotDemos(ResumableData):
             camera, `PolicyBatch`es. depth: whether those views come with depth.
         image_size, mean, std: the backbone's.
         field, fit: see `ImageGeometry`.
-        augmentation: random views of training pictures; None: the nominal crop always.
+        augmentation: random views of training images; None: the nominal crop always.
         horizon: T, future steps. frame_stride: frames from one to the next.
         targets: "commanded" (what the arm was told) or "reached" (where it was).
         drop_idle_s: leave out training frames of pauses beyond this many seconds; None keeps all.
@@ -91,7 +91,7 @@ class RobotDemos(ResumableData):
         seed: order and augmentation.
         max_demos: use the first so many (by name); None: all.
         max_broken_share: more broken demos, or more unreadable frames among those that were asked for, stop the run.
-        max_off_screen_share: demos with more steps than this outside the nominal picture are named.
+        max_off_screen_share: demos with more steps than this outside the nominal image are named.
         cache_gb: size limit of decoded frames on disk; 0: decode every time. cache_dir: where; None: beside the data.
         num_workers: loader processes; None: one for each core but one, 4 at most. 0: load in the main process.
         prefetch_batches: batches that each worker keeps ready.
@@ -333,7 +333,7 @@ class RobotDemos(ResumableData):
         return self._statistics
 
     def off_screen_shares(self) -> dict[str, float]:
-        """By demo: the share of target steps that project outside the nominal (unaugmented) picture, over all arms."""
+        """By demo: the share of target steps that project outside the nominal (unaugmented) image, over all arms."""
         shares = {}
         for demo in self.demos:
             track = demo.cameras[self.camera]

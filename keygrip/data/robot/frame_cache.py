@@ -33,7 +33,7 @@ DISK_RESERVE = 1 << 30  # bytes left free on the disk beside the cache
 
 @dataclass(frozen=True)
 class FrameShape:
-    """Where a demo's frames lie in the cache: `frames` pictures of height x width x 3."""
+    """Where a demo's frames lie in the cache: `frames` images of height x width x 3."""
 
     frames: int
     height: int

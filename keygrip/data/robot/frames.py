@@ -30,7 +30,7 @@ def _checked_index(index: int, length: int, what: object) -> int:
 
 @dataclass(frozen=True)
 class JpegFrames:
-    """One picture file a frame (JPEG or PNG). `pattern` holds one integer field for the frame number, such as
+    """One image file a frame (JPEG or PNG). `pattern` holds one integer field for the frame number, such as
     `%06d.jpg`.
 
     Args:
@@ -38,7 +38,7 @@ class JpegFrames:
         pattern: printf pattern of a file name.
         frames: how many there are.
         start: number of the first file.
-        rotate: clockwise degrees by which each picture is turned after decoding (0, 90, 180, 270).
+        rotate: clockwise degrees by which each image is turned after decoding (0, 90, 180, 270).
     """
 
     folder: Path
@@ -109,7 +109,7 @@ class VideoFrames:
         frames: how many this source holds, None: all from `start` on. A file that holds fewer is refused by `len`,
             `read` and `verify`.
         start: frame of the file that is frame 0 here (several episodes may share a file).
-        rotate: clockwise degrees by which each picture is turned after decoding.
+        rotate: clockwise degrees by which each image is turned after decoding.
     """
 
     path: Path

@@ -55,7 +55,7 @@ def import_demos(
         source: folder of recordings. destination: folder of native demos; made where it is missing.
         format, calibration: as for `find_demos`.
         cameras: cameras to keep; None: all.
-        video, jpeg_quality: how pictures are stored (JPEG files are copied byte by byte otherwise).
+        video, jpeg_quality: how images are stored (JPEG files are copied byte by byte otherwise).
         max_demos: stop after so many demos (by name), None: all.
         max_broken_share: more unreadable demos than this raise, with the list; what was written stays.
         progress: show a progress bar on standard error.

@@ -52,7 +52,7 @@ class FrameSource(Protocol):
         ...
 
     def identity(self) -> str:
-        """Text that changes when the pictures on disk change (paths, sizes, modification times): names the frame
+        """Text that changes when the images on disk change (paths, sizes, modification times): names the frame
         cache."""
         ...
 
@@ -88,7 +88,7 @@ class CameraTrack:
         width, height: of every frame, pixels.
         intrinsics: [N, 3, 3], pixels; [3, 3] is broadcast by `CameraTrack.static`.
         world_to_camera: [N, 4, 4] rigid.
-        frames: the pictures.
+        frames: the images.
         depth: uint16 millimetres, or None.
     """
 

@@ -34,7 +34,7 @@ class DemoStatistics:
         arms: names, in the order of a batch's arm dimension.
         targets: "commanded" or "reached".
         horizon: T, future steps. step_seconds: time from one to the next.
-        geometry: how a picture of the camera becomes the network's at inference.
+        geometry: how an image of the camera becomes the network's at inference.
         demos, frames: how many.
         fingerprint: hash of the poses behind the numbers above: a stored basis that carries another was fitted on
             other data.

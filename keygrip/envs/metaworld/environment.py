@@ -34,7 +34,7 @@ class MetaWorldEnvironment:
 
     Args:
         task: which one, and how it is seen.
-        image_size: edge of the square picture, pixels.
+        image_size: edge of the square image, pixels.
         hz: control periods per second; the benchmark has one rate.
         cameras: names of cameras, the main one first; None: the task's own.
         render_images: False: physics alone.

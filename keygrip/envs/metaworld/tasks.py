@@ -134,7 +134,7 @@ class MetaWorldTask:
 
     Args:
         name: of the task, with or without "-v3".
-        camera: of the scene. "corner2" is moved to LeRobot's place, 0.75 0.075 0.7 m, and its upside-down pictures are
+        camera: of the scene. "corner2" is moved to LeRobot's place, 0.75 0.075 0.7 m, and its upside-down images are
             turned upright, with their extrinsics.
         shadows: with shadows and reflections, which take five times as long to draw.
         step_limit: control steps of an episode, 1/80 s each.

@@ -70,7 +70,7 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
 
     Args:
         task: what to do and what may vary.
-        image_size: edge of the square picture, pixels.
+        image_size: edge of the square image, pixels.
         hz: control periods a second.
         cameras: names among "over", "front", "wrist"; the task's own camera by default.
     """
@@ -272,11 +272,11 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
         self._judge(found.position_error)
 
     def render(self) -> np.ndarray:
-        """[H, W, 3] uint8 picture of the first camera."""
+        """[H, W, 3] uint8 image of the first camera."""
         return self.frame(self.cameras[0])
 
     def close(self) -> None:
-        """Frees the GL context; the next picture makes a new one."""
+        """Frees the GL context; the next image makes a new one."""
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
@@ -289,7 +289,7 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
         return self._renderer
 
     def frame(self, camera: str) -> np.ndarray:
-        """[H, W, 3] uint8 picture of one of `cameras`."""
+        """[H, W, 3] uint8 image of one of `cameras`."""
         return self._draw().image(self.data, camera, self.lenses[camera])
 
     def depth(self, camera: str) -> np.ndarray:
@@ -367,7 +367,7 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
         return float(abs((turn + period / 2) % period - period / 2))
 
     def sight(self, camera: str) -> Sight:
-        """Where the loose objects and the goal are in a camera's picture, and how much of them is visible."""
+        """Where the loose objects and the goal are in a camera's image, and how much of them is visible."""
         labels = self.segmentation(camera)
         bodies = np.where(labels >= 0, self.model.geom_bodyid[np.maximum(labels, 0)], -1)
         transform, intrinsics = self.world_to_camera(camera), self.lenses[camera].intrinsics

@@ -106,7 +106,7 @@ import mujoco as mujoco  # noqa: E402  (the backend must be chosen first)
 
 @dataclass(frozen=True)
 class Lens:
-    """Pinhole intrinsics of a picture of `width` x `height` pixels; pixel corners lie at integers."""
+    """Pinhole intrinsics of an image of `width` x `height` pixels; pixel corners lie at integers."""
 
     width: int
     height: int
@@ -116,7 +116,7 @@ class Lens:
     def from_field_of_view(
         cls, width: int, height: int, fovy_deg: float, shift: tuple[float, float] = (0.0, 0.0)
     ) -> Lens:
-        """A lens whose optical axis meets the picture at its centre plus `shift` (fractions of width and height)."""
+        """A lens whose optical axis meets the image at its centre plus `shift` (fractions of width and height)."""
         focal = 0.5 * height / np.tan(np.deg2rad(fovy_deg) / 2)
         centre = (width * (0.5 + shift[0]), height * (0.5 + shift[1]))
         return cls(width, height, np.array([[focal, 0.0, centre[0]], [0.0, focal, centre[1]], [0.0, 0.0, 1.0]]))
@@ -132,7 +132,7 @@ def world_to_camera(data: mujoco.MjData, camera: int) -> np.ndarray:
 
 
 class CameraRenderer:
-    """Draws one model at one picture size, through any camera and lens.
+    """Draws one model at one image size, through any camera and lens.
 
     Raises:
         RenderingUnavailableError: no GL context can be made.
@@ -148,7 +148,7 @@ class CameraRenderer:
         self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = int(shadows)
         self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         self._options = mujoco.MjvOption()
-        self._options.sitegroup[:] = 0  # sites would be painted into the picture
+        self._options.sitegroup[:] = 0  # sites would be painted into the image
 
     def _draw(self, data: mujoco.MjData, camera: str, lens: Lens) -> np.ndarray:
         if (lens.width, lens.height) != (self.width, self.height):

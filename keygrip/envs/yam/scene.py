@@ -45,7 +45,7 @@ HIDDEN_GROUP = 3  # MuJoCo draws groups 0 to 2
 
 # Nominal views: the point looked at, and from where (azimuth from +x, elevation, distance), field of view.
 # "over" looks from the front right, where the wrist hides the gripped object least (two thirds of it stay visible; from
-# behind the arm, or more than 55 degrees up, less than half); its picture is filled by the work area.
+# behind the arm, or more than 55 degrees up, less than half); its image is filled by the work area.
 CAMERA_TARGETS = {"over": (0.30, 0.01, 0.055), "front": (0.30, 0.0, 0.10)}
 CAMERA_ORBITS = {"over": (-35.0, 46.0, 1.0), "front": (0.0, 33.0, 0.95)}
 CAMERA_FOVY = {"over": 29.0, "front": 36.0, "wrist": 58.0}

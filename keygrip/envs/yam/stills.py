@@ -1,8 +1,8 @@
 """Pictures of a coloured cube and a blue block on the table, with captions: layout and colour are told apart here.
 
-A picture is a function of (options, seed). Only hue tells the cubes' colours apart: all have one luminance, so that a
-grey view of the picture shows where the cube is and not which. The block is long and flat, so that it is known from the
-cube without colour. Left and right are meant in the picture.
+An image is a function of (options, seed). Only hue tells the cubes' colours apart: all have one luminance, so that a
+grey view of the image shows where the cube is and not which. The block is long and flat, so that it is known from the
+cube without colour. Left and right are meant in the image.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from keygrip.envs.yam.tasks import EQUAL_LUMINANCE, Appearance, EpisodeLayout, T
 CUBE_COLOURS = {"red": "red", "gold": "yellow", "teal": "cyan", "purple": "purple"}  # as seen: as the palette has them
 BLOCK_COLOUR = "blue"
 CUBE, BLOCK = "distractor0", "object"  # bodies of the scene
-SIDE_MARGIN = 0.05  # of the picture's width: nearer than this, left and right are a matter of taste
+SIDE_MARGIN = 0.05  # of the image's width: nearer than this, left and right are a matter of taste
 SEEN_SHARE = 0.25  # of a cube's pixels as seen straight from the front; with less, something stands before it
 ATTEMPTS = 50
 TABLE_TINT, FLOOR_TINT = (1.0, 0.93, 0.82), (0.9, 0.95, 1.0)
@@ -29,7 +29,7 @@ TABLE_TINT, FLOOR_TINT = (1.0, 0.93, 0.82), (0.9, 0.95, 1.0)
 
 @dataclass(frozen=True)
 class PictureOptions:
-    """What varies between pictures.
+    """What varies between images.
 
     Args:
         sizes: (width, height) in pixels and how often each comes: [[208, 192, 6], [320, 200, 1], ...].
@@ -82,7 +82,7 @@ class PictureOptions:
         return {**asdict(self), "sizes": [list(size) for size in self.sizes]}
 
     def size_of(self, seed: int) -> tuple[int, int]:
-        """(width, height) of a seed's picture."""
+        """(width, height) of a seed's image."""
         shares = np.array([size[2] for size in self.sizes], float)
         chosen = self.sizes[int(stream(seed, "picture size").choice(len(shares), p=shares / shares.sum()))]
         return int(chosen[0]), int(chosen[1])
@@ -90,7 +90,7 @@ class PictureOptions:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture and what it shows.
+    """A image and what it shows.
 
     Args:
         pixels: uint8 [H, W, 3]. caption: in words.
@@ -106,7 +106,7 @@ class Picture:
 
 
 class PictureCell(YamCell):
-    """The cell in which pictures are taken; built once, used for many seeds."""
+    """The cell in which images are taken; built once, used for many seeds."""
 
     def __init__(self, options: PictureOptions) -> None:
         super().__init__(options.task, image_size=64, render_images=False)
@@ -149,7 +149,7 @@ class PictureCell(YamCell):
         return look
 
     def picture(self, seed: int) -> Picture:
-        """The picture of a seed: cube and block are inside it and mostly seen.
+        """The image of a seed: cube and block are inside it and mostly seen.
 
         Raises:
             ValueError: no such arrangement was found.
@@ -176,7 +176,7 @@ class PictureCell(YamCell):
         return float(u / depth), float(v / depth)
 
     def _take(self, lens: Lens) -> tuple[np.ndarray, float]:
-        """The picture, and the visible share of the cube, counted in a picture of half the size."""
+        """The image, and the visible share of the cube, counted in an image of half the size."""
         small = Lens(lens.width // 2, lens.height // 2, np.diag([0.5, 0.5, 1.0]) @ lens.intrinsics)
         labels = self._renderer_of(small).segmentation(self.data, "over", small)
         bodies = np.where(labels >= 0, self.model.geom_bodyid[np.maximum(labels, 0)], -1)

@@ -3,10 +3,10 @@
 `describe` returns what `text.json` of a demo holds:
 
 - `captions`: {"text", "kind", "start_s", "end_s", "evidence"}; kind "video" tells the whole episode, "event" one thing
-  that happens between two times, "frame" what one picture shows (start = end).
+  that happens between two times, "frame" what one image shows (start = end).
 - `questions`: {"question", "answer", "kind", "evidence"}; the answer follows from the evidence, which is ground truth.
 
-Left and right are meant in the picture, as a viewer sees them. What the picture hides is not asked.
+Left and right are meant in the image, as a viewer sees them. What the image hides is not asked.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import numpy as np
 from keygrip.envs.yam.tasks import IN_BOWL, EpisodeLayout, TaskOptions, stream
 
 LIFTED = 0.03  # m
-SIDE_MARGIN = 0.06  # of the picture's width: nearer than this, left and right are a matter of taste
+SIDE_MARGIN = 0.06  # of the image's width: nearer than this, left and right are a matter of taste
 NEAREST_MARGIN = 0.03  # m
 MOMENT_MARGIN_S = 0.3
 Ask = Callable[[str, str, str, dict[str, Any]], None]  # question, answer, kind, evidence
-SMALLEST_SHARE = 2e-4  # of the picture's pixels: 10 at 224 x 224
+SMALLEST_SHARE = 2e-4  # of the image's pixels: 10 at 224 x 224
 
 
 @dataclass
@@ -132,7 +132,7 @@ def _sentence(words: str) -> str:
 
 
 def _side(sight: Sight, one: str, other: str) -> str | None:
-    """Whether `one` is left or right of `other` in the picture; None when too close or hidden."""
+    """Whether `one` is left or right of `other` in the image; None when too close or hidden."""
     if not (sight.shows(one) and sight.shows(other)):
         return None
     gap = (sight.centres[one][0] - sight.centres[other][0]) / sight.width
@@ -200,7 +200,7 @@ def _captions(trace: EpisodeTrace, rng: np.random.Generator) -> list[dict[str, A
 
 
 def _scene_sentence(trace: EpisodeTrace, sight: Sight) -> str:
-    """What one picture shows: visible things from left to right, and how two of them stand."""
+    """What one image shows: visible things from left to right, and how two of them stand."""
     words = {p.name: f"{p.colour} {p.shape}" for p in trace.layout.placed}
     if _goal_word(trace):
         words["goal"] = f"{trace.layout.goal_colour} {_goal_word(trace)}"

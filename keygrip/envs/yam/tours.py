@@ -1,13 +1,13 @@
 """Videos in which looking matters: a gripper points at one cube a second, and the cubes' digits change every second.
 
-An episode is a function of (options, seed). A picture is taken whenever the gripper has come to rest above a cube.
+An episode is a function of (options, seed). An image is taken whenever the gripper has come to rest above a cube.
 Kinds of questions, apart in every report:
 
 - "mark": the digit on the cube of some colour at some second. Whoever knows the question can look there.
 - "cue": the digit on the cube at which the gripper pointed a second earlier: the video itself says where to look next.
-- "glance": at which cube the gripper points; a coarse look is enough.
+- "glance": at which cube the gripper points; a coarse pass is enough.
 
-Nothing is asked that the picture hides.
+Nothing is asked that the image hides.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class TourOptions:
     min_frames: int = 4  # seconds of the video
     max_frames: int = 4
     image_size: int = 128  # a cube is 17 pixels wide, and its digit is printed on its top and on its side
-    fovy_deg: float = 23.0  # the work area fills the picture
+    fovy_deg: float = 23.0  # the work area fills the image
     yaw_deg: float = 20.0  # cubes are turned by up to this from facing the camera: their digits stay readable
     changing: bool = True  # new digits every second; false: the same through the whole video
     shadows: bool = False  # 3 times slower to draw

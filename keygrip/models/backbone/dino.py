@@ -209,7 +209,7 @@ class DinoBackbone(nn.Module):
 
         Each query attends at each block to the cached tokens alone (not to other queries), through the block's own
         norm, query and output projection, LayerScale and MLP; no cached token sees a query. A query has no place in
-        the picture, so no rotary embedding. From `cls_input()` the result is DINO's own CLS output. Gradients reach
+        the image, so no rotary embedding. From `cls_input()` the result is DINO's own CLS output. Gradients reach
         the queries in a frozen backbone too.
 
         Args:

@@ -33,7 +33,7 @@ class DinoFeatures:
         return self.prefix[:, 1:]
 
     def grid_map(self) -> Tensor:
-        """The patch tokens as a picture, [B, D, h, w]."""
+        """The patch tokens as an image, [B, D, h, w]."""
         height, width = self.grid
         return self.patches.transpose(1, 2).unflatten(2, (height, width))
 

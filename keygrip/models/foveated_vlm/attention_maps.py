@@ -20,7 +20,7 @@ def target_frame(batch: VideoTextBatch, row: int) -> int:
 
 
 def patch_maps(network: FoveatedVLM, output: VLMOutput, rows: TextRows, blocks: Blocks = "last") -> Tensor:
-    """Attention on the patches as pictures [S, F, h, w], a mean over heads.
+    """Attention on the patches as images [S, F, h, w], a mean over heads.
 
     Args:
         blocks: `last`, from which the embedding comes; or `all` but the first, where queries know only the question.

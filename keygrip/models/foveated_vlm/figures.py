@@ -22,7 +22,7 @@ MAX_SHOWN_FRAMES = 8
 
 
 def show_answers(module: FoveatedVLMModule, batch: VideoTextBatch, rows: int) -> tuple[np.ndarray | None, str]:
-    """Answers to some rows of different kinds: a picture [H, W, 3] uint8 (None without frames) and a table."""
+    """Answers to some rows of different kinds: an image [H, W, 3] uint8 (None without frames) and a table."""
     chosen = one_of_each(batch.kind, rows)
     network, collator = module.network, module.collator
     asked, prompts = [], []
@@ -76,12 +76,12 @@ def one_of_each(kinds: Sequence[str], count: int) -> list[int]:
 
 
 def draw_looks(strips: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> np.ndarray:
-    """A row of pictures for each (title, frames [F, S, S, 3] uint8, attention [F, h, w]); [H, W, 3] uint8.
+    """A row of images for each (title, frames [F, S, S, 3] uint8, attention [F, h, w]); [H, W, 3] uint8.
 
     Each heatmap has its own scale: what matters is where a query looked, not how sure it was. Of long videos,
     frames evenly spread are shown.
     """
-    from matplotlib.figure import Figure  # imported here: training without pictures does not need matplotlib
+    from matplotlib.figure import Figure  # imported here: training without images does not need matplotlib
 
     columns = min(MAX_SHOWN_FRAMES, max(len(frames) for _, frames, _ in strips))
     figure = Figure(figsize=(1.8 * columns, 2.2 * len(strips)), layout="constrained")

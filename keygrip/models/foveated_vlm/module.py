@@ -1,4 +1,4 @@
-"""Training of the foveated video-language model and its baseline: loss, figures by mode and kind, health, pictures."""
+"""Training of the foveated video-language model and its baseline: loss, figures by mode and kind, health, images."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class FoveatedVLMModule(System):
             read when training is set up, so that a trained module does not need it.
         monitor_every_n_steps: training steps between health checks; 0: none.
         monitor_from_step: warnings begin here.
-        log_images_every_n_steps: training steps between pictures in TensorBoard; 0: none.
+        log_images_every_n_steps: training steps between images in TensorBoard; 0: none.
 
     Raises:
         ValueError: a mode that the network does not have, refinement outside of coarse_fine, keys and values that would
@@ -139,7 +139,7 @@ class FoveatedVLMModule(System):
     # ------------------------------------------------------------------ set-up
 
     def set_statistics(self, statistics: VideoTextStatistics) -> None:
-        """Take over the tokenizer and how pictures are prepared; and the weights of the stage before, if there is one.
+        """Take over the tokenizer and how images are prepared; and the weights of the stage before, if there is one.
 
         Raises:
             FileNotFoundError, ValueError: that checkpoint is missing, or of another model or tokenizer.
@@ -358,7 +358,7 @@ class FoveatedVLMModule(System):
                 together[kind] += values
         return dict(together)
 
-    # ------------------------------------------------------------------ pictures
+    # ------------------------------------------------------------------ images
 
     def _shown(self, every: int) -> bool:
         return bool(every) and self.global_step % every == 0 and not self.trainer.sanity_checking

@@ -1,6 +1,6 @@
-"""Features of a frozen encoder, kept on disk by the content of the pictures that they are of.
+"""Features of a frozen encoder, kept on disk by the content of the images that they are of.
 
-A file a feature, named by a hash of the encoder and the pictures' bytes. Any number of processes may share the folder:
+A file a feature, named by a hash of the encoder and the images' bytes. Any number of processes may share the folder:
 files appear whole, what another process removes is computed again, and the size is counted under a lock.
 """
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 KEPT_SHARE = 0.9  # of the limit, after files were removed: not at every new one
 LARGEST_HALF = 6e4  # beyond it a float16 is infinite
-SURPRISING = 20_000  # pictures of which not one came again
+SURPRISING = 20_000  # images of which not one came again
 
 
 class FeatureCache:
@@ -48,11 +48,11 @@ class FeatureCache:
 
         Args:
             images: uint8 ``[B, ...]``. maker: which encoder, with which weights and settings.
-            compute: features ``[b, ...]`` of some of the pictures ``[b, ...]``.
+            compute: features ``[b, ...]`` of some of the images ``[b, ...]``.
 
         Returns:
-            ``[B, ...]`` float32 on the device of the pictures. They went through float16 (float32 where they do not fit
-            in), also when they have just been computed: the same pictures always give the same features.
+            ``[B, ...]`` float32 on the device of the images. They went through float16 (float32 where they do not fit
+            in), also when they have just been computed: the same images always give the same features.
         """
         if images.dtype != torch.uint8:
             raise ValueError(

@@ -27,7 +27,7 @@ def scene_picture(
     sample: int = 0,
     pointing: Tensor | None = None,
 ) -> np.ndarray:
-    """One sample, a column a view: the picture with both paths and keyframes, and below it depth maps where there are
+    """One sample, a column a view: the image with both paths and keyframes, and below it depth maps where there are
     any.
 
     Args:

@@ -1,7 +1,7 @@
 """Geometry for the action head: MapAnything, frozen, or a small multi-view transformer that learns depth as it goes.
 
-Shape legend: B samples, V views, S side of a picture, N patches of a view, G = V N tokens, D their width, c cells along
-a side of a patch, g = c S / patch cells along a side of a picture.
+Shape legend: B samples, V views, S side of an image, N patches of a view, G = V N tokens, D their width, c cells along
+a side of a patch, g = c S / patch cells along a side of an image.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class GeometryEncoder(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, images: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> GeometryFeatures:
-        """Features of uint8 ``[B, V, 3, S, S]`` pictures with cameras ``[B, V, 3, 3]`` and ``[B, V, 4, 4]``."""
+        """Features of uint8 ``[B, V, 3, S, S]`` images with cameras ``[B, V, 3, 3]`` and ``[B, V, 4, 4]``."""
 
     def losses(
         self, features: GeometryFeatures, depth: Tensor, intrinsics: Tensor, world_to_camera: Tensor
@@ -118,7 +118,7 @@ class DinoMultiView(GeometryEncoder):
     Args:
         backbone: the shared DINO module. views: V at most. dim: D. layers: blocks, those within a view first.
         heads: of attention. cells: c, along a side of a patch.
-        camera_rays: tell it each patch's viewing ray (that is, the calibration), not the pictures alone.
+        camera_rays: tell it each patch's viewing ray (that is, the calibration), not the images alone.
         action_gradient: the loss of the actions trains it too; false: depth alone does.
         point_weight, depth_weight: of the two losses: mean absolute error in decimetres, and of the log depth.
         max_depth_m: what is farther is not learned: walls and floor would outweigh the table.
@@ -237,7 +237,7 @@ class DinoMultiView(GeometryEncoder):
         return GeometryFeatures(given, cells[..., :3], cells[..., 3])
 
     def _places(self, height: int, width: int, device: torch.device) -> Tensor:
-        """Where a patch lies in its picture, ``[N, D]``."""
+        """Where a patch lies in its image, ``[N, D]``."""
         half = self.dim // 4 * 2
         rows, columns = sinusoidal_features(height, half), sinusoidal_features(width, half)
         both = torch.cat([rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=-1)
@@ -310,15 +310,15 @@ def depth_targets(
 @model_part(from_checkpoint={"cache": None}, external=["weights"])
 class MapAnythingGeometry(GeometryEncoder):
     """MapAnything (Keetha et al., "MapAnything: Universal Feed-Forward Metric 3D Reconstruction", 2025), frozen: the
-    tokens of its multi-view transformer, of the pictures alone.
+    tokens of its multi-view transformer, of the images alone.
 
     Its weights are not part of this module or of a checkpoint: they are loaded from where they were loaded in training,
     and must be the same ones.
 
     Args:
         weights: a local folder or a name on the Hugging Face hub.
-        image_size: side in pixels at which it looks at pictures; a multiple of its patch size.
-        cache: keeps features by picture; useful where pictures come again, that is without random augmentation.
+        image_size: side in pixels at which it looks at images; a multiple of its patch size.
+        cache: keeps features by image; useful where images come again, that is without random augmentation.
 
     Raises:
         ModuleNotFoundError: the package is not there. FileNotFoundError: the weights are not there.
@@ -360,7 +360,7 @@ class MapAnythingGeometry(GeometryEncoder):
         return GeometryFeatures(self.cache.features(images, maker, self.compute))
 
     def compute(self, images: Tensor) -> Tensor:
-        """Tokens ``[B, G, D]`` float32 of uint8 ``[B, V, 3, S, S]`` pictures."""
+        """Tokens ``[B, G, D]`` float32 of uint8 ``[B, V, 3, S, S]`` images."""
         model = self._model[0].to(images.device)
         pictures = normalised(images, self.mean, self.std)
         if pictures.shape[-1] != self.image_size:
@@ -412,7 +412,7 @@ def _load_mapanything(weights: str) -> Any:
 
 
 def _normalisation(name: str) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation of pictures that an encoder of the package expects."""
+    """Mean and standard deviation of images that an encoder of the package expects."""
     from uniception.models.encoders.image_normalizations import IMAGE_NORMALIZATION_DICT
 
     entry = IMAGE_NORMALIZATION_DICT[name]

@@ -62,7 +62,7 @@ class GeometryVLAModule(System):
         draws: of noise for each sample, all read from one pass of the encoders.
         sampling: of actions, in validation and in control.
         pictures: show a plan and depth maps in TensorBoard at every validation.
-        pointing_weight: of the loss of where the gripper will be in the pictures (`model.network.pointing_cells`).
+        pointing_weight: of the loss of where the gripper will be in the images (`model.network.pointing_cells`).
     """
 
     batch_type = MultiViewPolicyBatch

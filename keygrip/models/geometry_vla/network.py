@@ -1,12 +1,12 @@
-"""The whole policy: pictures and an instruction in, the velocity of an action chunk out.
+"""The whole policy: images and an instruction in, the velocity of an action chunk out.
 
-    pictures, instruction -> vision-language model -> hidden states of its last N layers ---------+
-    pictures -> geometry encoder -> G tokens -> compressor -> K tokens ---------------------------+-> N contexts
+    images, instruction -> vision-language model -> hidden states of its last N layers ---------+
+    images -> geometry encoder -> G tokens -> compressor -> K tokens ---------------------------+-> N contexts
     state, noisy actions -> action head, block i reads context i -> velocity
 
 The geometry goes past the language model, straight into the action head's cross-attention.
 
-Shape legend: B samples, V views, S side of a picture, L tokens of a prompt, K geometry tokens, R draws, T steps, Da
+Shape legend: B samples, V views, S side of an image, L tokens of a prompt, K geometry tokens, R draws, T steps, Da
 numbers of an action step, H width of language model and head.
 """
 
@@ -72,7 +72,7 @@ class Scene:
     Attributes:
         contexts: of the head's blocks. groups: tokens of the prompt, of geometry, and pointed ones, in each of them.
         geometry: what the geometry encoder gave, None without injection.
-        pointing: logits of where the gripper will be in the pictures (see `Pointing`), None where nobody asks.
+        pointing: logits of where the gripper will be in the images (see `Pointing`), None where nobody asks.
     """
 
     contexts: list[BlockContext]
@@ -111,9 +111,9 @@ class GeometryVLA(nn.Module):
         context_norm: scale each context token to unit variance: layers of a pretrained language model differ by orders
             of magnitude, among each other and from geometry tokens.
 
-        context_places: add to each token of a picture in the contexts where it lies. A large language model's hidden
+        context_places: add to each token of an image in the contexts where it lies. A large language model's hidden
             states tell; those of a small one, which knows positions as rotations inside its attention alone, do not.
-        pointing_cells: cells along a side of a picture token in which the vision-language model says where the gripper
+        pointing_cells: cells along a side of an image token in which the vision-language model says where the gripper
             will be (see `Pointing`); 0: it is not asked.
         pointing_keyframe: one map more, of where the gripper closes or opens next: through the whole of an approach the
             model so learns what it is being sent to.

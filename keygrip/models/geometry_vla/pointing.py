@@ -1,13 +1,13 @@
-"""Pointing: the vision-language model says where in each picture the gripper will be.
+"""Pointing: the vision-language model says where in each image the gripper will be.
 
 A pretrained vision-language model can point. One that starts from random weights learns where to look only through the
-action head, and needs very many demonstrations' worth of steps for that. So its picture tokens are also asked for a
+action head, and needs very many demonstrations' worth of steps for that. So its image tokens are also asked for a
 map of pixels for each step of the action chunk, as the volume-query policy is, and for the next keyframe (where the
 gripper closes or opens next): the demonstrations hold the answers.
 
 Shape legend: B samples, V views, A arms, T steps, M maps of an arm in a view (T, or T + 1 with the keyframe's, which is
-the last), P tokens along a side of a picture, c cells along a side of a token, g = c P cells along a side of a picture,
-L tokens of a prompt, H width, S side of a picture in pixels.
+the last), P tokens along a side of an image, c cells along a side of a token, g = c P cells along a side of an image,
+L tokens of a prompt, H width, S side of an image in pixels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PLACE_FEATURES = 32  # sines and cosines of each coordinate
 
 
 class Pointing(nn.Module):
-    """Logits over the cells of each picture, for every arm and map.
+    """Logits over the cells of each image, for every arm and map.
 
     Args:
         width: H. arms: A. maps: M. cells: c.
@@ -66,7 +66,7 @@ class PointedTokens(nn.Module):
 
     Args:
         width: H. arms: A. maps: M. views: V at most.
-        geom_dim: width of a geometry token; None: pictures' places alone. points: whether there are world points too.
+        geom_dim: width of a geometry token; None: images' places alone. points: whether there are world points too.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class PointedTokens(nn.Module):
         self.points = None if geom_dim is None or not points else nn.Linear(3, width)
 
     def forward(self, logits: Tensor, geometry: GeometryFeatures | None = None) -> Tensor:
-        """``[B, V A M, H]`` float32 of logits ``[B, V, A, M, g, g]`` and what was made of the same pictures.
+        """``[B, V A M, H]`` float32 of logits ``[B, V, A, M, g, g]`` and what was made of the same images.
 
         Raises:
             ValueError: geometry tokens that do not lie on a square grid.
@@ -111,7 +111,7 @@ def probabilities(logits: Tensor) -> Tensor:
 
 
 def map_means(maps: Tensor) -> Tensor:
-    """x and y ``[..., 2]`` of maps ``[..., g, g]`` that each add up to 1, from 0 to 1 over the picture."""
+    """x and y ``[..., 2]`` of maps ``[..., g, g]`` that each add up to 1, from 0 to 1 over the image."""
     centres = (torch.arange(maps.shape[-1], device=maps.device) + 0.5) / maps.shape[-1]
     return torch.stack([(maps.sum(-2) * centres).sum(-1), (maps.sum(-1) * centres).sum(-1)], dim=-1)
 
@@ -130,7 +130,7 @@ def pointing_losses(logits: Tensor, batch: MultiViewPolicyBatch) -> dict[str, Te
     `keyframe` where there is a map for that; and how far the maps' means are from it, `pointing_px` and `keyframe_px`,
     without gradient.
 
-    Steps that are padding or outside of a picture do not count.
+    Steps that are padding or outside of an image do not count.
 
     Args:
         logits: ``[B, V, A, M, g, g]``.

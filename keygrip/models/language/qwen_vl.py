@@ -2,7 +2,7 @@
 
 Bai et al., "Qwen2.5-VL Technical Report" (2025).
 
-Shape legend: B samples, V views, S side of a picture, L tokens of a prompt, H width of the language model.
+Shape legend: B samples, V views, S side of an image, L tokens of a prompt, H width of the language model.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 MERGE = 2  # patches along a side that become one token
-TEMPORAL = 2  # frames that a patch spans: a picture is shown twice
+TEMPORAL = 2  # frames that a patch spans: an image is shown twice
 KEPT_PROMPTS = 4096  # instructions whose tokens are remembered
 PICTURES = "<pictures>"  # stands for the visual tokens while a prompt is rendered
 
@@ -41,13 +41,13 @@ PromptOrder = Literal["images_first", "instruction_first"]
 
 @dataclass(frozen=True)
 class Semantics:
-    """What a vision-language model makes of pictures and instructions.
+    """What a vision-language model makes of images and instructions.
 
     Attributes:
         layers: hidden states ``[B, L, H]`` of the last layers, in the order of depth.
         mask: bool ``[B, L]``, False for padding.
-        places: ``[B, L, 3]`` where a token of a picture lies: its view, counted from 1, row and column as shares
-            of the picture; zeros for words.
+        places: ``[B, L, 3]`` where a token of an image lies: its view, counted from 1, row and column as shares
+            of the image; zeros for words.
     """
 
     layers: list[Tensor]
@@ -62,7 +62,7 @@ class Vision:
 
     Args:
         layers, width, heads, mlp_width: of its transformer. patch_size: pixels along a patch.
-        window: pixels along a window of attention; full_attention: layers that see the whole picture instead.
+        window: pixels along a window of attention; full_attention: layers that see the whole image instead.
     """
 
     layers: int
@@ -82,11 +82,11 @@ class QwenVL(nn.Module):
 
     Args:
         layers, width, heads, kv_heads, mlp_width, vocabulary: of the language model. vision: of the vision tower.
-        image_token, vision_start, vision_end: ids around and in place of a picture; not the tokenizer's own words.
-        image_size: side in pixels at which it looks at pictures; others are resized.
+        image_token, vision_start, vision_end: ids around and in place of an image; not the tokenizer's own words.
+        image_size: side in pixels at which it looks at images; others are resized.
         tokenizer: where the tokenizer comes from.
         rope_sections: pairs of a head's numbers that turn with time, height and width; their sum is half a head's.
-        prompt_order: pictures first, as it was trained, or the instruction first: then what a picture's tokens hold
+        prompt_order: images first, as it was trained, or the instruction first: then what an image's tokens hold
             depends on the instruction.
         weights: ``random``, a local folder with config.json and weights, or a name on the Hugging Face hub.
         trainable: ``all``, ``language`` (the vision tower stays as it is) or ``frozen``.
@@ -210,7 +210,7 @@ class QwenVL(nn.Module):
         self.set_tokenizer(self.tokenizer_source.load(folder / f"instructions-{digest}", sorted(set(instructions))))
 
     def set_tokenizer(self, tokenizer: ChatTokenizer) -> None:
-        """Raises ValueError: the tokenizer's words and the ids of pictures do not fit into one vocabulary."""
+        """Raises ValueError: the tokenizer's words and the ids of images do not fit into one vocabulary."""
         names = {"<|image_pad|>": self.image_token, "<|vision_start|>": self.vision_start}
         names |= {"<|vision_end|>": self.vision_end}
         taken = [id for name, id in names.items() if id < tokenizer.size and tokenizer.decode([id], True) != name]
@@ -223,10 +223,10 @@ class QwenVL(nn.Module):
         self._prompts.clear()
 
     def prompt(self, instruction: str, views: int) -> tuple[list[int], Tensor, Tensor]:
-        """Token ids of one sample's pictures and instruction, their positions ``[3, L]`` (time, height, width) and
+        """Token ids of one sample's images and instruction, their positions ``[3, L]`` (time, height, width) and
         their places ``[L, 3]`` (see `Semantics`).
 
-        Positions as the model was trained with: words count up together; a picture's tokens stand at one time, and at
+        Positions as the model was trained with: words count up together; an image's tokens stand at one time, and at
         their row and column beyond it; what follows goes on behind the largest.
 
         Raises:
@@ -353,7 +353,7 @@ def _random(sizes: dict[str, dict[str, Any]], own: tuple[int, int, int]) -> Any:
         if isinstance(module, nn.Linear | nn.Conv3d):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
         elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight)  # as large as a picture's tokens
+            nn.init.normal_(module.weight)  # as large as an image's tokens
     return model
 
 

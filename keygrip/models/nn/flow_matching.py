@@ -120,7 +120,7 @@ def noise_levels(steps: int, shift: float = 1.0) -> list[float]:
     """The ``steps + 1`` levels from 1 to 0 at which a sampler stops.
 
     Args:
-        shift: above 1 spends more of the steps near noise: s' = shift s / (1 + (shift - 1) s), for large pictures.
+        shift: above 1 spends more of the steps near noise: s' = shift s / (1 + (shift - 1) s), for large images.
     """
     if steps < 1 or shift <= 0:
         raise ValueError(f"Sampling needs at least one step and a positive shift, got steps={steps}, shift={shift}.")
@@ -136,7 +136,7 @@ def seeded_noise(
 ) -> Tensor:
     """Standard normal noise ``[len(seeds), *shape]``, each sample a function of its own seed alone.
 
-    Drawn on the CPU, so that a seed gives the same picture on every device and in every batch.
+    Drawn on the CPU, so that a seed gives the same image on every device and in every batch.
     """
     draws = [torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(draws).to(device, dtype)

@@ -1,4 +1,4 @@
-"""Representation alignment: a middle block is pulled towards the DINO patches of the clean picture (REPA).
+"""Representation alignment: a middle block is pulled towards the DINO patches of the clean image (REPA).
 
 Paper: Yu et al., "Representation Alignment for Generation: Training Diffusion Transformers Is Easier Than You Think"
 (2025). Here the features are also a condition; samples whose DINO features are dropped must find them by themselves.
@@ -55,7 +55,7 @@ class FeatureAlignment(nn.Module):
         Args:
             tapped: tokens of the block. token_grid: (rows, columns) of all latent tokens.
             patches: ``[B, P, Dd]``, normalised. patch_grid: (gh, gw); features are brought to the tokens' grid by area
-                (bilinearly where that is finer): both grids lie over the same picture.
+                (bilinearly where that is finer): both grids lie over the same image.
         """
         maps = patches.transpose(1, 2).unflatten(2, patch_grid)
         finer = token_grid[0] > patch_grid[0] or token_grid[1] > patch_grid[1]

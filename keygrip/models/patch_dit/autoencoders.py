@@ -119,7 +119,7 @@ class FluxAutoencoder:
         return self
 
     def encode(self, images: Tensor) -> Tensor:
-        """The mean of the posterior: the same picture always gives the same latent."""
+        """The mean of the posterior: the same image always gives the same latent."""
         model = self.model
         pixels = (images.float() / 127.5 - 1).to(self.device, self.dtype)
         mean = model.encode(pixels).latent_dist.mode().float()

@@ -20,7 +20,7 @@ from keygrip.training.parts import model_part
 
 @dataclass(frozen=True)
 class Conditions:
-    """What pictures are to show: features as the network takes them (normalised). Either half may be missing.
+    """What images are to show: features as the network takes them (normalised). Either half may be missing.
 
     Args:
         text: ``[B, L, Dt]``, or None. text_mask: bool ``[B, L]``, True for real tokens; a row without any counts as no
@@ -156,7 +156,7 @@ class ContextBuilder(nn.Module):
         Args:
             conditions: see there. keep_text, keep_dino: bool ``[B]``; False puts the null embedding in place. CLS and
                 patches are always dropped together.
-            aspect: width over height of the pictures.
+            aspect: width over height of the images.
         """
         text, text_mask = self._text(conditions, keep_text)
         cls = self.null_dino.expand(len(keep_dino), -1)

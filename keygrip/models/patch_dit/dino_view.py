@@ -28,7 +28,7 @@ LUMINANCE = (0.2126, 0.7152, 0.0722)  # Rec. 709, of linear light
 
 @model_part(external=["init_from", "weights_path"])
 class DinoView:
-    """Features of a small picture of the whole crop, by a frozen DINO.
+    """Features of a small image of the whole crop, by a frozen DINO.
 
     Args:
         variant, weights, init_from, weights_path, width, depth, heads: of the backbone, as in :class:`DinoBackbone`.
@@ -91,7 +91,7 @@ class DinoView:
         return self
 
     def size_of(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) of the view of a picture."""
+        """(width, height) of the view of an image."""
         if self.shape == SQUARE:
             return self.size, self.size
         stretch = (width / height) ** 0.5

@@ -72,7 +72,7 @@ class Encoders:
             return self.autoencoder.encode(images.to(self.device)).float()
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """float32 [B, C, h, w] -> pictures, float32 [B, 3, H, W] in 0..1."""
+        """float32 [B, C, h, w] -> images, float32 [B, 3, H, W] in 0..1."""
         with torch.no_grad():
             return self.autoencoder.decode(latents.to(self.device).float()).float().clamp(0, 1)
 
@@ -91,11 +91,11 @@ class Encoders:
             return self.view.encode(grey(pixels) if self.dino_view == GREY else pixels)
 
     def view_size(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) in pixels of the DINO view of a picture of that size: the whole of it, resized."""
+        """(width, height) in pixels of the DINO view of an image of that size: the whole of it, resized."""
         return self.view.size_of(width, height)
 
     def dino_grid(self, width: int, height: int) -> tuple[int, int]:
-        """(gh, gw) of a picture of that size."""
+        """(gh, gw) of an image of that size."""
         view_width, view_height = self.view_size(width, height)
         return view_height // self.view.patch, view_width // self.view.patch
 
@@ -129,7 +129,7 @@ class Encoders:
         """Takes back what :meth:`state` gave.
 
         Raises:
-            ValueError: these are other encoders, and the result would be wrong pictures.
+            ValueError: these are other encoders, and the result would be wrong images.
         """
         self.view.load_state(state["view"])
         if self.fingerprint != state["fingerprint"]:

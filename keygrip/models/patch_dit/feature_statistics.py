@@ -88,7 +88,7 @@ class FeatureStatistics(nn.Module):
         return latents * std + mean
 
     def conditions(self, batch: ImageTextBatch) -> Conditions:
-        """What a batch of shards says of its pictures, as a network takes it."""
+        """What a batch of shards says of its images, as a network takes it."""
         return Conditions(
             batch.text_states,
             batch.text_mask,

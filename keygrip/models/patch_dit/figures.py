@@ -1,4 +1,4 @@
-"""Samples as a grid: a row for each way of steering, a column for each picture."""
+"""Samples as a grid: a row for each way of steering, a column for each image."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SMALLEST = 96  # pixels: smaller pictures are shown larger, pixel by pixel
+SMALLEST = 96  # pixels: smaller images are shown larger, pixel by pixel
 TITLE = 14  # pixels above a row
 
 
 def image_grid(rows: Sequence[tuple[str, Tensor]]) -> np.ndarray:
-    """``[H, W, 3]`` uint8: each row a title and pictures ``[N, 3, H, W]`` in 0..1, all of one size."""
+    """``[H, W, 3]`` uint8: each row a title and images ``[N, 3, H, W]`` in 0..1, all of one size."""
     from PIL import Image, ImageDraw
 
     strips = []
@@ -32,6 +32,6 @@ def image_grid(rows: Sequence[tuple[str, Tensor]]) -> np.ndarray:
 
 
 def as_bytes(pictures: Tensor) -> np.ndarray:
-    """``[N, H, W, 3]`` uint8 of pictures ``[N, 3, H, W]`` in 0..1."""
+    """``[N, H, W, 3]`` uint8 of images ``[N, 3, H, W]`` in 0..1."""
     scaled = (pictures.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
     return scaled.permute(0, 2, 3, 1).numpy()

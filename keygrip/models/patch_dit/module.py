@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 STATE = "patch_dit"
 UNKNOWN = "unknown"  # of shards that do not say with what they were made
 ATTENDED = 4  # samples whose attention is looked at
-# Validation: what the same pictures and noise cost under each of these.
+# Validation: what the same images and noise cost under each of these.
 VALIDATED = {"both": (True, True), "text": (True, False), "dino": (False, True), "none": (False, False)}
 
 
@@ -45,7 +45,7 @@ class PatchDiTModule(System):
         network: makes the network from latent_channels, text_dim and dino_dim, which the encoders know.
         encoders: frozen; what shards were made with. They are not trained and their large weights not stored.
         optimizer: the recipe. timesteps: draws those of training. dropout: shares of the categories.
-        sampling: how pictures are drawn in training, and the default of `keygrip.sample`.
+        sampling: how images are drawn in training, and the default of `keygrip.sample`.
         alignment: makes the alignment of a block with the DINO features, from width and dino_dim; None: there is none.
         init_from: a run folder, checkpoint or file of weights to start from; read when training is set up.
         monitor_every_n_steps: steps between looks at norms and attention; 0: none. monitor_from_step: warnings begin.
@@ -277,7 +277,7 @@ class PatchDiTModule(System):
         if self.trainer.is_global_zero:
             self.health.check(values, self.global_step)
 
-    # -- pictures -----------------------------------------------------------------------------------------------------
+    # -- images -----------------------------------------------------------------------------------------------------
 
     def draw(
         self,
@@ -298,7 +298,7 @@ class PatchDiTModule(System):
 
     @torch.no_grad()
     def _show(self, batch: ImageTextBatch) -> None:
-        """Samples of the first validation batch, always of the same pictures and seeds."""
+        """Samples of the first validation batch, always of the same images and seeds."""
         due = self._drawn_at < 0 or self.global_step - self._drawn_at >= self.log_images_every_n_steps
         if (
             not self.log_images_every_n_steps
@@ -326,5 +326,5 @@ class PatchDiTModule(System):
 
 
 def aspect_of(latents: Tensor) -> float:
-    """Width over height of pictures, from their latents ``[B, C, h, w]``."""
+    """Width over height of images, from their latents ``[B, C, h, w]``."""
     return latents.shape[3] / latents.shape[2]

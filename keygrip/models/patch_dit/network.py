@@ -145,7 +145,7 @@ class PatchDiT(nn.Module):
         patch_size: p; latents must divide by it.
         adaln: see `DiTBlock`.
         prediction: "v", the velocity; or "x", the clean latent, from which the velocity follows (no grain in small
-            pictures).
+            images).
         timestep_floor: only with "x", the timestep below which the prediction's error weighs no more in the loss
             (None: 0.05): a velocity loss weighs it by 1 / s^2, which near the data is all weight on the finest detail.
         use_dino_patches, patch_positions, position_cells: see `ContextBuilder`.

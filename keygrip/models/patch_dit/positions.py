@@ -1,4 +1,4 @@
-"""Where things are in a picture: one frame for the cells of a latent and for the patches of the reference picture."""
+"""Where things are in a picture: one frame for the cells of a latent and for the patches of the reference image."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 def grid_positions(grid: tuple[int, int], aspect: float, device: torch.device | str | None = None) -> Tensor:
-    """Centres (y, x) of the cells of a grid over a picture, row after row, ``[rows * columns, 2]`` float32.
+    """Centres (y, x) of the cells of a grid over an image, row after row, ``[rows * columns, 2]`` float32.
 
-    The frame is the picture's own: its centre is the origin and its area 1, so that the sides are 1 / sqrt(aspect) high
-    and sqrt(aspect) wide. A point of the picture has the same coordinates in every grid laid over it, however fine, and
-    a square grid over a wide picture has wide cells.
+    The frame is the image's own: its centre is the origin and its area 1, so that the sides are 1 / sqrt(aspect) high
+    and sqrt(aspect) wide. A point of the image has the same coordinates in every grid laid over it, however fine, and
+    a square grid over a wide image has wide cells.
 
     Args:
-        grid: (rows, columns). aspect: width over height of the picture.
+        grid: (rows, columns). aspect: width over height of the image.
     """
     rows, columns = grid
     y = ((torch.arange(rows, device=device, dtype=torch.float32) + 0.5) / rows - 0.5) / math.sqrt(aspect)
@@ -31,7 +31,7 @@ def position_features(positions: Tensor, width: int, cells: int) -> Tensor:
         positions: ``[N, 2]``, from `grid_positions`.
         width: a multiple of 4: a quarter each for sine and cosine of y and of x.
         cells: of the finest grid, along a side, whose neighbours are to be told apart by sign: the shortest period is
-            two of its cells. The longest is four sides, so that the whole picture lies on one slope.
+            two of its cells. The longest is four sides, so that the whole image lies on one slope.
     """
     if width % 4:
         raise ValueError(f"Positions in two dimensions need a width that divides by 4, got {width}.")

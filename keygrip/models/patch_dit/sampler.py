@@ -1,11 +1,11 @@
-"""Sampling under two conditions: branches with and without text and picture, guided apart, run as one batch.
+"""Sampling under two conditions: branches with and without text and image, guided apart, run as one batch.
 
     v = v_none + text_scale (v_text - v_none) + dino_scale (v_dino - v_none) + full_scale (v_full - v_none)
 
 Every branch has the null embeddings of what it is not told. A branch whose weight is zero is not computed, so that the
 usual pair of scales costs three evaluations a step. What is saved without changing the result: the branches of a step
 run together, keys and values of text and patches are computed once a sample (only the CLS token depends on the noise
-level), and text padding is cut off instead of masked. On a CPU large pictures run a branch at a time: three of them as
+level), and text padding is cut off instead of masked. On a CPU large images run a branch at a time: three of them as
 one batch fall out of its caches and must share one mask, which costs more than it saves. What is saved at a price is
 chosen: an interval of noise levels outside of which one evaluation on everything given takes the place of the branches
 (Kynkäänniemi et al., "Applying Guidance in a Limited Interval", 2024), and solvers of second order, which need fewer
@@ -33,12 +33,12 @@ FLOOR = 1e-3  # with x-prediction: below the last level of any reasonable number
 @model_part
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn.
+    """How images are drawn.
 
     Args:
         text_scale, dino_scale: guidance by each condition alone. full_scale: by both together, a fourth branch.
         text_rescale, dino_rescale, full_rescale: in 0..1, how far the guided prediction of a branch is brought back to
-            the spread of the unguided one, against burnt-out pictures at high scales (Lin et al., "Common Diffusion
+            the spread of the unguided one, against burnt-out images at high scales (Lin et al., "Common Diffusion
             Noise Schedules and Sample Steps are Flawed", 2024; here on the predicted clean latent).
         interval: lowest and highest noise level at which there is guidance; outside one evaluation on everything given.
         steps, solver, timestep_shift: see `keygrip.models.nn.flow_matching.integrate` and `noise_levels`.

@@ -34,7 +34,7 @@ def prediction_figure(
         image: ``[3, S, S]`` in 0 .. 1. volume: leading shape ``[B, A, T]``. gripper: ``[B, A, T, G]`` logits.
         rotation: ``[B, A, T, R]`` logits. rotation_target: ``[B, T]`` classes of this arm. heights: ``[Z]`` metres.
     """
-    from matplotlib.figure import Figure  # imported here: training without pictures does not need matplotlib
+    from matplotlib.figure import Figure  # imported here: training without images does not need matplotlib
 
     side = image.shape[-1]
     cells, _bins = argmax_voxel(volume)

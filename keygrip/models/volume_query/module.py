@@ -1,4 +1,4 @@
-"""Training of the volume-query policy: loss weights, metrics, pictures."""
+"""Training of the volume-query policy: loss weights, metrics, images."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class VolumeQueryModule(System):
             proportion, which tells the network where inside the cell the point lies.
         mask_padded_steps: steps past the end of a demo, which repeat its last pose, carry no loss. Without the mask
             they teach the arm to rest there.
-        log_images_every_n_steps: training steps between pictures in TensorBoard; 0 switches them off.
+        log_images_every_n_steps: training steps between images in TensorBoard; 0 switches them off.
     """
 
     batch_type = PolicyBatch
@@ -337,7 +337,7 @@ class VolumeQueryModule(System):
             "heatmap_entropy": _mean_where(decoded.entropy, targets.valid),
         }
 
-    # -- pictures -----------------------------------------------------------------------------------------------------
+    # -- images -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def picture(

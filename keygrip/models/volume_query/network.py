@@ -53,7 +53,7 @@ class VolumeQueryOutput:
     rotation: Tensor
 
     def detach(self) -> VolumeQueryOutput:
-        """Without gradients, for pictures and metrics."""
+        """Without gradients, for images and metrics."""
         return VolumeQueryOutput(self.volume.detach(), self.gripper.detach(), self.rotation.detach())
 
 
@@ -156,7 +156,7 @@ class ArmStream(nn.Module):
         """The query ``[B, trunk]`` and the condition ``[1 | B, T, d_cond]`` that the trunk begins with.
 
         From ``[B, C]``, ``[B, D]``, ``[B, state_size]`` and ``[T, d_sin_t]``; ``told`` changes both by what is known
-        beside the picture.
+        beside the image.
         """
         parts = [start_features, cls]
         if self.state is not None:

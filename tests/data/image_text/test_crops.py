@@ -51,7 +51,7 @@ def test_the_crop_has_the_shape_of_the_bucket_and_touches_the_picture(size: tupl
 
 
 def centre_of_red(pixels: np.ndarray) -> tuple[float, float]:
-    """Of the red pixels, (x, y) in fractions of the picture."""
+    """Of the red pixels, (x, y) in fractions of the image."""
     weight = np.clip(pixels[..., 0].astype(float) - pixels[..., 1], 0, None)
     y, x = np.indices(weight.shape)
     return tuple(

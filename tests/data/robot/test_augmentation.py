@@ -166,7 +166,7 @@ def test_each_change_of_colour_is_what_it_says(part: str, expected: Callable[[np
 
 
 def recoloured(augmentation: Augmentation, seed: int, picture: np.ndarray) -> np.ndarray:
-    """Values 0 to 255 of the picture in other colours, height x width x 3."""
+    """Values 0 to 255 of the image in other colours, height x width x 3."""
     colours = augmentation.colours(np.random.default_rng(seed), picture)
     image = normalise(picture, MEAN, STD, colours).permute(1, 2, 0).double().numpy()
     return (image * STD + MEAN) * 255

@@ -395,7 +395,7 @@ def test_a_video_that_starts_between_key_frames(tmp_path: Path, counting_video: 
                 packet.stream = copy
                 target.mux(packet)
     video = VideoFrames(tmp_path / "part.mp4")
-    # frames before the first key frame cannot be decoded by anyone: an error, never a wrong picture
+    # frames before the first key frame cannot be decoded by anyone: an error, never a wrong image
     with pytest.raises(OSError, match="frame 0 cannot be decoded"):
         video.read(0)
     first_key = 12 - 5

@@ -146,7 +146,7 @@ def test_validation_is_frozen_and_holds_all_its_sources(root: Path) -> None:
 
 
 def damaged(root: Path, tmp_path: Path, samples: list[int]) -> Path:
-    """A copy of the set in which the pictures of some samples are overwritten."""
+    """A copy of the set in which the images of some samples are overwritten."""
     shutil.copytree(root, tmp_path / "damaged")
     place = tmp_path / "damaged" / "videos" / "train"
     shards = ShardSet(place)

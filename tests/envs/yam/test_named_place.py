@@ -202,7 +202,7 @@ def test_touching_nothing_is_missed() -> None:
     assert play(cell, actions[:3])["failure_reason"] == "missed"
 
 
-# ------------------------------------------------------------------------------------------------- pictures and folders
+# ------------------------------------------------------------------------------------------------- images and folders
 
 
 @pytest.fixture(scope="module")

@@ -68,7 +68,7 @@ def test_where_the_block_is_said_to_be_it_is_blue(pictures: list[Picture]) -> No
 
 
 def test_a_grey_view_shows_the_cube_and_hides_its_colour(cell: PictureCell) -> None:
-    """The same scene with cubes of all colours: the grey pictures are alike where the coloured ones differ."""
+    """The same scene with cubes of all colours: the grey images are alike where the coloured ones differ."""
     from dataclasses import replace
 
     shown = []

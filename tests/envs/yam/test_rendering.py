@@ -70,7 +70,7 @@ def test_printed_digits_can_be_read_on_every_face(side: tuple[int, int, int]) ->
     quaternion = np.zeros(4)
     mujoco.mju_mat2Quat(quaternion, np.stack([np.cross(up, back), up, back], axis=1).ravel())
     centre = np.array([0.3, 0.0, 0.02])
-    spec.worldbody.add_camera(name="close", pos=centre + 0.06 * back, quat=quaternion, fovy=53.13)  # fills the picture
+    spec.worldbody.add_camera(name="close", pos=centre + 0.06 * back, quat=quaternion, fovy=53.13)  # fills the image
     model = spec.compile()
     model.geom_matid[model.geom("object").id] = model.material("digit4").id
     model.geom_rgba[model.geom("object").id] = 1.0

@@ -1,4 +1,4 @@
-"""Tours: what the questions say is what the picture shows."""
+"""Tours: what the questions say is what the image shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The regression baseline: what it normalises it gets back, its loss, and that the picture matters to it."""
+"""The regression baseline: what it normalises it gets back, its loss, and that the image matters to it."""
 
 from __future__ import annotations
 

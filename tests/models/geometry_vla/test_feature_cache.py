@@ -15,7 +15,7 @@ from keygrip.models.geometry_vla.feature_cache import FeatureCache
 
 
 class Counting:
-    """Features that are a function of the pictures, and how many were computed."""
+    """Features that are a function of the images, and how many were computed."""
 
     def __init__(self) -> None:
         self.computed = 0

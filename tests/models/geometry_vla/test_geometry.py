@@ -82,7 +82,7 @@ def test_every_view_reaches_every_views_tokens() -> None:
         other[:, view] = 255 - other[:, view]
         difference = (encoder(other, *cameras).tokens - plain).abs().amax(dim=(0, 2))
         assert (difference > 1e-4).all()
-    # which camera a picture comes from matters
+    # which camera an image comes from matters
     swapped = encoder(batch.images.flip(1), *cameras).tokens.unflatten(1, (V, -1)).flip(1).flatten(1, 2)
     assert (swapped - plain).abs().max() > 1e-4
 

@@ -38,7 +38,7 @@ def test_the_loss_is_least_at_the_gripper_and_counts_what_is_seen() -> None:
     size, cells = batch.images.shape[-1], 8
     cameras = batch.view_intrinsics[:, :, None, None], batch.view_world_to_camera[:, :, None, None]
     pixels, _ = project(batch.position[:, None], *cameras)
-    batch.position[1, 0, 1] = torch.tensor([50.0, 0.0, 0.1])  # far outside of both pictures
+    batch.position[1, 0, 1] = torch.tensor([50.0, 0.0, 0.1])  # far outside of both images
     logits = torch.full((2, V, 1, T, cells, cells), -20.0)
     for sample, view, step in torch.cartesian_prod(torch.arange(2), torch.arange(V), torch.arange(T)).tolist():
         x, y = (pixels[sample, view, 0, step] * cells / size - 0.5).tolist()

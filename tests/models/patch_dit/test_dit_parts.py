@@ -1,4 +1,4 @@
-"""Parts beside the network: alignment with DINO features, warm start, monitoring, the grid of pictures."""
+"""Parts beside the network: alignment with DINO features, warm start, monitoring, the grid of images."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_alignment_is_zero_where_tokens_are_the_features(alignment: FeatureAlign
 
 @pytest.mark.parametrize("grid", [(2, 2), (8, 8)])
 def test_alignment_compares_the_same_places(alignment: FeatureAlignment, grid: tuple[int, int]) -> None:
-    """Features that differ left from right: tokens of another grid over the same picture align, mirrored do not."""
+    """Features that differ left from right: tokens of another grid over the same image align, mirrored do not."""
 
     def sides(rows: int, columns: int) -> Tensor:
         left = (torch.arange(columns) < columns // 2).float().expand(rows, -1).flatten()
@@ -171,7 +171,7 @@ def test_unhealthy_figures_are_said() -> None:
     assert any("their places are not used" in line for line in lines)
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------------------------------
 
 
 def test_grid_of_pictures() -> None:

@@ -1,4 +1,4 @@
-"""The sample command: words, pictures, both; files, seeds and refusals."""
+"""The sample command: words, images, both; files, seeds and refusals."""
 
 from __future__ import annotations
 

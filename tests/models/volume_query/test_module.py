@@ -1,4 +1,4 @@
-"""The training module: its loss against a loss written out, its floors, its pictures, and the policy made from it."""
+"""The training module: its loss against a loss written out, its floors, its images, and the policy made from it."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from keygrip.data.robot.doctor.examination import MOVED_M, Examination, listed, spread
 
-DARK, BRIGHT = 8.0, 247.0  # mean grey level of a picture
-CHANGED_PIXEL, CHANGED_SHARE = 8, 1e-4  # a picture differs where this share of pixels changes by this many levels
+DARK, BRIGHT = 8.0, 247.0  # mean grey level of an image
+CHANGED_PIXEL, CHANGED_SHARE = 8, 1e-4  # an image differs where this share of pixels changes by this many levels
 
 
 def check_images(exam: Examination, camera: str) -> None:

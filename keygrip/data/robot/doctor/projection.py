@@ -54,7 +54,7 @@ def _mounted_on(demos: Sequence[Demo], camera: str) -> str | None:
 
 
 def _inside(track: CameraTrack, position: np.ndarray, world_to_camera: np.ndarray) -> np.ndarray:
-    """[N] bool: which positions [N, 3] are in the picture."""
+    """[N] bool: which positions [N, 3] are in the image."""
     pixels, _ = project(tensor(position), tensor(track.intrinsics), tensor(world_to_camera))
     return inside_image(pixels, track.width, track.height).numpy()
 

@@ -77,7 +77,7 @@ def doctor(
         root, format, calibration: as for `find_demos`.
         output: folder for `contact_sheet_<camera>.png` and `report.json` (findings and all measures).
         max_demos: look at so many, evenly spread over the folder; None: all.
-        frames_per_demo: pictures that are decoded of each demo and camera, evenly spread.
+        frames_per_demo: images that are decoded of each demo and camera, evenly spread.
         height_bins, pred_size: of the policy, for what a bin and a cell are worth.
         progress: show a progress bar on standard error.
 

@@ -109,7 +109,7 @@ class ParquetFrames:
 
     Args:
         path: the file. column: its column of {bytes, path}. rows: row of the file of each frame. root: where relative
-            picture paths start.
+            image paths start.
     """
 
     path: Path

@@ -2,7 +2,7 @@
 
 Layout: `meta/info.json` (fps, features, path templates), `meta/tasks.parquet`, `meta/episodes/chunk-*/file-*.parquet`
 (one row an episode: where its rows and its stretch of each video are), `data/chunk-*/file-*.parquet` (many episodes a
-file), `videos/<key>/chunk-*/file-*.mp4` (many episodes a file, found by `from_timestamp`); pictures may be in the
+file), `videos/<key>/chunk-*/file-*.mp4` (many episodes a file, found by `from_timestamp`); images may be in the
 Parquet files instead.
 
 What the format does not say, the calibration file does (`calibration.py`): the cameras, named as the feature behind
@@ -218,7 +218,7 @@ def _path(root: Path, template: str, values: dict[str, Any]) -> Path:
 
 
 def _rows(file: Path, number: int, name: str) -> tuple[dict[str, Any], list[int]]:
-    """Columns without pictures of the episode's rows in the order of `frame_index`, and which rows of the file they
+    """Columns without images of the episode's rows in the order of `frame_index`, and which rows of the file they
     are."""
     import pyarrow.compute as compute
     import pyarrow.parquet as parquet
@@ -337,7 +337,7 @@ def _matrices(values: np.ndarray, kind: str, where: str) -> np.ndarray:
 
 
 def _size(feature: dict[str, Any]) -> tuple[int, int]:
-    """(height, width) of a picture feature, whose shape is height, width, channels or channels first."""
+    """(height, width) of an image feature, whose shape is height, width, channels or channels first."""
     shape = [int(side) for side in feature["shape"]]
     names = _flat_names(feature.get("names"))
     first = bool(names) and names[0].startswith("c")

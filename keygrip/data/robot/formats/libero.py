@@ -4,7 +4,7 @@
 vectors, `gripper_states` [N, 2] finger positions, `joint_states` [N, 7]; attributes of `data` carry the instruction.
 robosuite's conventions:
 
-- Pictures are as OpenGL reads them, bottom row first, unless the attribute `macros_image_convention` says `opencv`;
+- Images are as OpenGL reads them, bottom row first, unless the attribute `macros_image_convention` says `opencv`;
   they are turned upright here (rows reversed; a rotation by 180 degrees, which some code uses, would mirror the scene).
 - The world is MuJoCo's, z up, metres. Fingers are 0.04 m from the middle when open.
 - Observations were written after the step of the same row, so `actions[i + 1]` was given at row i. Actions are scaled

@@ -179,7 +179,7 @@ def _camera(
     calibration: Calibration,
     gripper_poses: dict[str, np.ndarray],
 ) -> CameraTrack:
-    """A track whose frame i is the picture nearest in time to tick i (cameras of other lengths drop or repeat
+    """A track whose frame i is the image nearest in time to tick i (cameras of other lengths drop or repeat
     frames)."""
     held = video.frames_in_file()
     if held != len(stamps):

@@ -1,4 +1,4 @@
-"""A folder of pictures as shards: buckets, captions, crops, what fails, several processes, interruptions."""
+"""A folder of images as shards: buckets, captions, crops, what fails, several processes, interruptions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def picture(path: Path, size: tuple[int, int] = (64, 64), shade: int = 0) -> Non
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Ten square and three wide pictures with captions, and three that cannot be used."""
+    """Ten square and three wide images with captions, and three that cannot be used."""
     folder = tmp_path / "source"
     for number in range(10):
         picture(folder / f"square.{number}.png", shade=number)
@@ -64,7 +64,7 @@ def contents(root: Path) -> dict[str, bytes]:
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*.tar"))}
 
 
-# ---- one picture -----------------------------------------------------------------------------------------------------
+# ---- one image -----------------------------------------------------------------------------------------------------
 
 
 def centre_of_mark(pixels: np.ndarray) -> tuple[float, float]:
@@ -77,7 +77,7 @@ def centre_of_mark(pixels: np.ndarray) -> tuple[float, float]:
 @pytest.mark.parametrize("shape", ["square", "aspect"])
 @pytest.mark.parametrize("size", [(300, 160), (160, 300)])
 def test_what_goes_to_dino_and_to_the_autoencoder_shows_one_crop(size: tuple[int, int], shape: str) -> None:
-    """A view of the whole picture, or of its middle square, beside a latent of the bucket's crop fails here."""
+    """A view of the whole image, or of its middle square, beside a latent of the bucket's crop fails here."""
     pixels = np.zeros((size[1], size[0], 3), np.uint8)
     x, y = size[0] // 2 + 15, size[1] // 2 - 20
     pixels[y - 5 : y + 5, x - 5 : x + 5] = 255
@@ -163,7 +163,7 @@ def test_a_folder_becomes_shards_that_can_be_trained_on(source: Path, tmp_path: 
 
 
 class Counting(Encoders):
-    """Counts pictures; breaks down after some, as a killed process would."""
+    """Counts images; breaks down after some, as a killed process would."""
 
     def __init__(self, limit: int | None = None) -> None:
         plain = small_encoders()
@@ -184,7 +184,7 @@ def test_an_interrupted_run_goes_on_without_doing_anything_twice(source: Path, t
     with pytest.raises(KeyboardInterrupt):
         prepared(source, parts, first)
     assert not (parts / "images.json").exists()
-    assert list(contents(parts)) == ["bucket_32x32/shard-000000.tar"]  # 4 pictures; those of the open shard are lost
+    assert list(contents(parts)) == ["bucket_32x32/shard-000000.tar"]  # 4 images; those of the open shard are lost
     assert not list(parts.rglob("*.writing"))
     second = Counting()
     report = prepared(source, parts, second)

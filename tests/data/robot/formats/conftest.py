@@ -1,4 +1,4 @@
-"""A small scene that every format's test records: a gripper's path, a camera, and pictures with a disc where the
+"""A small scene that every format's test records: a gripper's path, a camera, and images with a disc where the
 gripper is.
 
 A reader that gets any convention wrong (axes, inverse, rotation, flip, half a pixel, the other arm's base) puts the
@@ -90,7 +90,7 @@ def scene() -> Scene:
 
 @pytest.fixture
 def check_geometry() -> Callable[..., None]:
-    """Asserts that the projected gripper of a demo lies on the disc of every picture, to half a pixel."""
+    """Asserts that the projected gripper of a demo lies on the disc of every image, to half a pixel."""
 
     def check(demo: Demo, camera: str, arm: str, tolerance: float = 0.5) -> None:
         track, trajectory = demo.cameras[camera], demo.arms[arm]

@@ -41,7 +41,7 @@ def write_episode(scene, joints, write_video, calibration_text):
         bases: dict[str, np.ndarray] | None = None,
         slow_camera: bool = False,
     ) -> None:
-        """Arm `arms[-1]` carries the disc. `slow_camera`: the second camera has every second picture only."""
+        """Arm `arms[-1]` carries the disc. `slow_camera`: the second camera has every second image only."""
         folder.mkdir(parents=True)
         bases = {"left": np.eye(4), "right": RIGHT_BASE} if bases is None else bases
         path = world(joints, bases[arms[-1]])

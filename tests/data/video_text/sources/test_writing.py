@@ -128,7 +128,7 @@ def test_validation_names_every_kind_of_fault(tmp_path: Path, processes: int) ->
         numbers = [n for n in range(first, first + 12) if n % 5]
         write_shards(tmp_path / split, numbers, NumberMaker(), {}, 4, "n", 1, progress=False)
     train = tmp_path / "train"
-    damage(train, "n-000000.tar", b"\x89PNG", b"\0\0\0\0")  # a picture that does not decode
+    damage(train, "n-000000.tar", b"\x89PNG", b"\0\0\0\0")  # an image that does not decode
     damage(train, "n-000001.tar", b'"text":"n6"', b'"text":"  "')  # an answer that is empty
     damage(train, "n-000002.tar", b'"kind":"mark"', b'"kind":"cues"')  # a column that does not fit
     report = validate(tmp_path, processes)
