@@ -68,6 +68,10 @@ def context(group: str, option: str) -> tuple[str, list[str]]:
     given = [choice, *GIVEN.get(choice, [])]
     if group in ("step", "evaluate"):
         return "prepare" if group == "step" else group, [choice]
+    if group in ("robot", "motion_limits", "execution", "takeover"):
+        return "run", [choice]
+    if group == "env":
+        return "evaluate", ["evaluate=policy", choice]
     if group == "data":
         return "train", [f"model={MODEL_OF.get(option, 'volume_query')}", *given]
     model = {"model": option, "optimizer": "geometry_vla", "ablation": option.partition("/")[0]}.get(group)
