@@ -1,72 +1,92 @@
-"""Evaluates whatever a server plans (ours or a peer's) in the simulated YAM cell, on given seeds.
+"""Evaluates whatever a server plans (ours or a peer's) on given seeds, in the simulated YAM cell or in Meta-World.
 
-``python benchmarks/peers/evaluate.py --server http://127.0.0.1:8422 --task reach --episodes 20``. Environment, seeds
-and controller are those of `keygrip evaluate`. Prints one line of JSON last.
+``python benchmarks/peers/evaluate.py --server http://127.0.0.1:8422 --task reach --episodes 20``, or ``--env metaworld
+--task mt10 --python .venv-metaworld/bin/python``. Environment, seeds and controller are those of `keygrip evaluate`.
+Prints one line of JSON last.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from keygrip.envs.yam.environment import YamCell
+from keygrip.envs.environment import open_environment
+from keygrip.envs.metaworld.tasks import HZ, MetaWorldTask, task_names
+from keygrip.envs.workers import run_jobs
 from keygrip.envs.yam.tasks import TaskOptions
-from keygrip.evaluation.closed_loop import HELD_OUT_SEED
-from keygrip.evaluation.statistics import wilson_interval
+from keygrip.evaluation.closed_loop import HELD_OUT_SEED, ConditionResult
+from keygrip.evaluation.environments import over_tasks
+from keygrip.evaluation.remote_rollouts import ADVICE, WORKER, RemoteSettings
+from keygrip.evaluation.rollouts import EpisodeResult, run_episode
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.runtime.client import RemotePolicy
+
+
+def in_the_cell(
+    arguments: argparse.Namespace, control: Any, seeds: Sequence[int]
+) -> Iterator[tuple[str, EpisodeResult]]:
+    """(task, result) of each episode of the YAM cell."""
+    cameras = None if arguments.cameras is None else tuple(arguments.cameras)
+    cell = open_environment(TaskOptions(name=arguments.task), arguments.image_size, arguments.hz or 10.0, cameras)
+    with RemotePolicy(arguments.server, timeout_s=60.0) as policy:
+        for seed in seeds:
+            yield arguments.task, run_episode(cell, policy, control, seed)
+    cell.close()
+
+
+def in_metaworld(
+    arguments: argparse.Namespace, control: Any, seeds: Sequence[int]
+) -> Iterator[tuple[str, EpisodeResult]]:
+    """(task, result) of each episode of Meta-World, from workers of its own Python environment."""
+    kind = f"{MetaWorldTask.__module__}.{MetaWorldTask.__qualname__}"
+    settings = RemoteSettings(arguments.python, kind, arguments.image_size, HZ, arguments.cameras, control)
+    jobs = [
+        {"task": asdict(MetaWorldTask(name=name)), "seed": seed, "video": None}
+        for name in task_names(arguments.task)
+        for seed in seeds
+    ]
+    setup = settings.as_dict() | {"url": arguments.server}
+    for number, report in run_jobs(arguments.python, WORKER, setup, jobs, arguments.processes, ADVICE):
+        yield jobs[number]["task"]["name"], EpisodeResult(**report)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server", required=True)
-    parser.add_argument("--task", default="pick", help="a task of the YAM cell, with its default options")
-    parser.add_argument("--episodes", type=int, default=20)
+    parser.add_argument("--env", choices=("yam", "metaworld"), default="yam")
+    parser.add_argument(
+        "--task", default="pick", help="a task of the YAM cell, or tasks of Meta-World: mt10, mt50, ..."
+    )
+    parser.add_argument("--episodes", type=int, default=20, help="of each task")
     parser.add_argument("--first-seed", type=int, default=HELD_OUT_SEED, help="settings are chosen on 500000 and up")
     parser.add_argument("--image-size", type=int, default=224, help="as recorded")
-    parser.add_argument("--hz", type=float, default=10.0)
+    parser.add_argument("--hz", type=float, default=None, help="control periods a second; the YAM cell's default: 10")
+    parser.add_argument("--execute-seconds", type=float, default=1.2, help="of a plan before the next one")
     parser.add_argument("--cameras", nargs="+", default=None)
+    parser.add_argument("--python", default=".venv-metaworld/bin/python", help="interpreter with metaworld")
+    parser.add_argument("--processes", type=int, default=1, help="workers of Meta-World")
     arguments = parser.parse_args()
-    cameras = None if arguments.cameras is None else tuple(arguments.cameras)
-    cell = YamCell(TaskOptions(name=arguments.task), arguments.image_size, arguments.hz, cameras)
-    won, seconds, errors = [], [], 0
-    with RemotePolicy(arguments.server, timeout_s=60.0) as policy:
-        for seed in tqdm(range(arguments.first_seed, arguments.first_seed + arguments.episodes), disable=None):
-            policy.reset(seed)
-            controller = RecedingHorizon(policy, arguments.hz)
-            observation, _ = cell.reset(seed=seed)
-            success = truncated = False
-            steps = 0
-            while not (success or truncated):
-                try:
-                    action = controller.act(observation)
-                except ValueError:  # it finds no plan: a failure, as in `keygrip evaluate`
-                    errors += 1
-                    break
-                cell.advance(action[0])
-                success, truncated, _ = cell.outcome()
-                steps += 1
-                if controller.wants_observation and not (success or truncated):
-                    observation = cell.observation()
-            won.append(success)
-            seconds.append(steps / arguments.hz)
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.episodes)
+    run = in_metaworld if arguments.env == "metaworld" else in_the_cell
+    found: dict[str, list[EpisodeResult]] = {}
+    control = partial(RecedingHorizon, execute_seconds=arguments.execute_seconds)
+    for task, result in tqdm(run(arguments, control, seeds), disable=None):
+        found.setdefault(task, []).append(result)
+    results = [ConditionResult(name, {}, sorted(each, key=lambda one: one.seed)) for name, each in found.items()]
+    with RemotePolicy(arguments.server) as policy:
         model = policy.health()["model"]
-    cell.close()
-    low, high = wilson_interval(sum(won), len(won))
     report = {
         "model": model,
-        "task": arguments.task,
-        "episodes": len(won),
-        "successes": int(sum(won)),
-        "success_rate": float(np.mean(won)),
-        "success_low": low,
-        "success_high": high,
-        "policy_errors": errors,
-        "episode_s_median": float(np.median(seconds)),
+        "env": arguments.env,
         "first_seed": arguments.first_seed,
+        "all": over_tasks(results),
+        "tasks": {result.name: result.summary() for result in results},
     }
     print(json.dumps(report))
 
