@@ -73,6 +73,7 @@ class Precompute:
         whole = [np.kron(frame, np.ones((8, 8, 1), np.uint8)) for frame in coarse]
         files = [encode_jpeg(frame if n % 2 else frame.transpose(1, 0, 2), 90) for n, frame in enumerate(whole)]
         for number in range(count):
-            (folder / f"{number:06d}.jpg").write_bytes(files[number % len(files)])
+            # No two files have the same content: those would be one image. Decoders ignore what follows the image.
+            (folder / f"{number:06d}.jpg").write_bytes(files[number % len(files)] + number.to_bytes(4, "big"))
             (folder / f"{number:06d}.txt").write_text(f"noise number {number} in many colours")
         return count

@@ -16,8 +16,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from keygrip.artifacts import atomic_write
-from keygrip.data.bad_samples import BadSample, open_image
+from keygrip.data.bad_samples import BadSample
 from keygrip.data.image_text.crops import Bucket, cut_out, shared_crop
+from keygrip.data.image_text.decoding import decode_image
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.figures import as_bytes, image_grid
 from keygrip.models.patch_dit.module import PatchDiTModule
@@ -189,8 +190,7 @@ def _crops(image: str, bucket: Bucket, encoders: Any) -> tuple[Any, Any]:
     if not Path(image).exists():
         raise FileNotFoundError(f"image={image}: there is no such file")
     try:
-        with open_image(image) as opened:
-            whole = opened.convert("RGB")
+        whole = decode_image(image)
     except BadSample as error:
         raise ValueError(f"image={image} cannot be read as an image: {error.what}") from error
     box = shared_crop(*whole.size, bucket)

@@ -87,10 +87,14 @@ class BucketBatchSampler(GlobalBatchSampler):
 
 
 class ImageTextSamples(SubstitutingSamples[ImageTextSample]):
-    """The samples of some buckets, numbered one behind the other; indexed by `SampleKey`."""
+    """The samples of some buckets, numbered one behind the other; indexed by `SampleKey`.
 
-    def __init__(self, parts: Sequence[BucketPart], sizes: dict[str, int]) -> None:
-        self.parts, self.sizes = list(parts), sizes
+    Args:
+        vary_captions: an image with several captions has another one in each epoch, in turn; otherwise the first.
+    """
+
+    def __init__(self, parts: Sequence[BucketPart], sizes: dict[str, int], vary_captions: bool = False) -> None:
+        self.parts, self.sizes, self.vary_captions = list(parts), sizes, vary_captions
         self.starts = np.cumsum([0, *(len(part) for part in parts)])
 
     def __len__(self) -> int:
@@ -106,7 +110,7 @@ class ImageTextSamples(SubstitutingSamples[ImageTextSample]):
         number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
         part = self.parts[number]
         place = int(part.chosen[key.sample - int(self.starts[number])])
-        sample = read_image_text(part.shards, place)
+        sample = read_image_text(part.shards, place, key.epoch + key.sample if self.vary_captions else 0)
         expected = (part.first("latent_height"), part.first("latent_width"))
         grid = (part.first("grid_height"), part.first("grid_width"))
         if sample.latent.shape[1:] != expected or sample.patch_grid != grid:

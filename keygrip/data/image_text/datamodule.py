@@ -237,7 +237,7 @@ class ImageShards(ResumableData):
 
     # ---------------------------------------------------------------------------------------------------------- loading
 
-    def samples(self, split: str, limit: int | None = None) -> ImageTextSamples:
+    def samples(self, split: str, limit: int | None = None, vary_captions: bool = False) -> ImageTextSamples:
         """The samples of a split, or so many of them, spread evenly over each bucket."""
         parts = self.parts[split]
         total = sum(len(part) for part in parts)
@@ -249,7 +249,7 @@ class ImageShards(ResumableData):
                 for p, n in zip(parts, counts, strict=True)
                 if n
             ]
-        return ImageTextSamples(parts, self.sizes)
+        return ImageTextSamples(parts, self.sizes, vary_captions)
 
     def _loader(self, samples: ImageTextSamples, sampler: GlobalBatchSampler) -> DataLoader[Any]:
         loader = CountingLoader(collate_fn=Collate(make_batch), **self.loader_options(samples, sampler))
@@ -257,7 +257,7 @@ class ImageShards(ResumableData):
         return loader
 
     def train_dataloader(self) -> DataLoader[Any]:
-        samples = self.samples("train")
+        samples = self.samples("train", vary_captions=True)
         sampler = BucketBatchSampler(samples.bucket, self.batch_size, *self.ranks, seed=self.seed)
         if self.trainer is not None:
             sampler.follow(self.batches_done)

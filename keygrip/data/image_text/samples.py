@@ -3,7 +3,9 @@
 Parts of a sample: "dinov3.npy" [D], "dinov3_patches.npy" [gh * gw, D], "vae.npy" [C, h, w], "t5h.npy" [L, Dt],
 "t5m.npy" [L] and "json" with `caption`, `size` (width and height of the source image), `crop` (the box of it that
 latent and view both show), `patch_grid` [gh, gw] and perhaps `evidence`. Half precision is enough for all of them. Text
-states may end with the last token (fewer than L rows); what is missing is padding.
+states may end with the last token (fewer than L rows); what is missing is padding. An image with several captions has
+them all as `captions` in its json, and the states and masks of the second and further ones as "t5h_1.npy", "t5m_1.npy",
+"t5h_2.npy" and so on.
 
 Columns: sizes of all parts, 0 where one is missing, so that what a set holds and lacks is known without opening it.
 """
@@ -13,7 +15,8 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +35,7 @@ CLS, PATCHES, LATENT, TEXT, TEXT_MASK, RECORD = (
     "json",
 )
 NEEDED = (CLS, PATCHES, LATENT, TEXT, TEXT_MASK, RECORD)
+MORE_TEXT = re.compile(r"^t5[hm]_[1-9]\d*\.npy$")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,11 @@ class ImageTextSample:
     patch_grid: tuple[int, int]
     record: dict[str, Any]
     key: str
+
+
+def text_names(number: int) -> tuple[str, str]:
+    """Names of the states and the mask of a sample's caption with that number, from 0."""
+    return (TEXT, TEXT_MASK) if number == 0 else (f"t5h_{number}.npy", f"t5m_{number}.npy")
 
 
 def is_image_text(names: Any) -> bool:
@@ -64,22 +73,26 @@ def image_text_parts(
     dino_patches: np.ndarray,
     record: Mapping[str, Any],
     trim_text: bool = False,
+    more_text: Sequence[tuple[np.ndarray, np.ndarray]] = (),
 ) -> tuple[Parts, Row]:
     """Parts and columns of a sample.
 
     Args:
-        record: what goes into "json"; needs `caption` and `patch_grid`.
+        record: what goes into "json"; needs `caption` and `patch_grid`, and `captions` where there are several.
         trim_text: leave out the text states of padding.
+        more_text: states and masks of the second and further captions.
 
     Raises:
         ValueError: numbers that are not finite in half precision, or shapes that do not belong together.
     """
-    tokens = int(text_mask.sum())
-    if not text_mask[:tokens].all():
-        raise ValueError("padding stands between the tokens of the caption")
-    if trim_text:
-        text_states = text_states[:tokens]
-    arrays = {CLS: dino_cls, PATCHES: dino_patches, LATENT: latent, TEXT: text_states}
+    arrays = {CLS: dino_cls, PATCHES: dino_patches, LATENT: latent}
+    masks = {}
+    for number, (states, mask) in enumerate(((text_states, text_mask), *more_text)):
+        tokens = int(mask.sum())
+        if not mask[:tokens].all():
+            raise ValueError("padding stands between the tokens of the caption")
+        states_name, mask_name = text_names(number)
+        arrays[states_name], masks[mask_name] = states[:tokens] if trim_text else states, mask
     parts = {}
     for name, values in arrays.items():
         with np.errstate(over="ignore"):
@@ -87,7 +100,7 @@ def image_text_parts(
         if not np.isfinite(half).all():
             raise ValueError(f"{name} holds numbers that are not finite in half precision")
         parts[name] = npy_bytes(half)
-    parts[TEXT_MASK] = npy_bytes(text_mask.astype(np.uint8))
+    parts |= {name: npy_bytes(mask.astype(np.uint8)) for name, mask in masks.items()}
     parts[RECORD] = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
     return parts, describe_image_text(parts)
 
@@ -132,10 +145,13 @@ def describe_image_text(parts: Parts) -> Row:
 
 
 def read_record(parts: Parts) -> dict[str, Any]:
-    """The sample's json. Raises BadSample: it is not an object, or its caption is not text."""
+    """The sample's json. Raises BadSample: it is not an object, or its captions are not text."""
     record = parse_json(parts[RECORD], RECORD)
     if not isinstance(record, dict) or not isinstance(record.get("caption", ""), str):
         raise BadSample(RECORD, "it is not an object, or its caption is not text")
+    several = record.get("captions", [])
+    if not isinstance(several, list) or not all(isinstance(caption, str) for caption in several):
+        raise BadSample(RECORD, "its captions are not a list of texts")
     return record
 
 
@@ -165,8 +181,11 @@ def missing_parts(row: Mapping[str, Any]) -> list[str]:
     return [name for name, column in sizes.items() if not row[column]]
 
 
-def read_image_text(shards: ShardSet, sample: int) -> ImageTextSample:
+def read_image_text(shards: ShardSet, sample: int, caption: int = 0) -> ImageTextSample:
     """A sample, in float32.
+
+    Args:
+        caption: which one, counted round where there are fewer; it is then `caption` in the record.
 
     Raises:
         BadSample: a part is missing, cannot be read, holds numbers that are not finite or has a shape that does not
@@ -179,6 +198,14 @@ def read_image_text(shards: ShardSet, sample: int) -> ImageTextSample:
         raise BadSample(f"{where}: it has no {', '.join(missing)}")
     with guard(where):
         record = read_record(parts)
+        several = record.get("captions") or [record.get("caption", "")]
+        if caption % len(several):
+            names = text_names(caption % len(several))
+            other = shards.read(sample, names)
+            if set(names) - set(other):
+                raise ValueError(f"it has no {', '.join(sorted(set(names) - set(other)))}")
+            parts |= {TEXT: other[names[0]], TEXT_MASK: other[names[1]]}
+            record["caption"] = several[caption % len(several)]
         arrays = {name: parse_npy(parts[name], name) for name in (CLS, PATCHES, LATENT, TEXT, TEXT_MASK)}
         for name, array in arrays.items():
             if array.dtype.kind not in ("biu" if name == TEXT_MASK else "fiu"):

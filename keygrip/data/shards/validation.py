@@ -19,6 +19,7 @@ from keygrip.data.bad_samples import BadSample, read_json
 from keygrip.data.image_text.bucket_folders import INFO, read_info, write_info
 from keygrip.data.image_text.samples import (
     LATENT,
+    MORE_TEXT,
     NEEDED,
     PATCHES,
     TEXT,
@@ -180,10 +181,11 @@ def _examine_image(shards: ShardSet, sample: int, parts: Parts, report: ShardRep
         except BadSample as error:
             report.problems.append(str(error))
             return
-    unknown = [name for name in parts if name not in NEEDED]
+    unknown = [name for name in parts if name not in NEEDED and not MORE_TEXT.match(name)]
     if unknown:
         report.problems.append(_unknown_member(shards.where(sample), unknown[0], ", ".join(NEEDED)))
-    report.digests.append(_digest(parts))
+    # The image alone: with another caption or in another file it must not stand on both sides of a split either.
+    report.digests.append(_digest({LATENT: parts[LATENT]} if LATENT in parts else parts))
 
 
 def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -58,7 +58,7 @@ def prepare_image(
     """Cuts the shared crop out of a PIL image twice, once for the latent and once for DINO.
 
     Args:
-        more: further entries of the record, for example `evidence`.
+        more: further entries of the record, for example `evidence`, or `captions` where there are several.
     """
     box: Box = shared_crop(image.width, image.height, bucket)
     view_size = shapes.view_size(bucket.width, bucket.height)
@@ -76,28 +76,52 @@ def prepare_image(
 
 @dataclass(frozen=True)
 class Encoded:
-    """Features of some prepared images, on the CPU, as numpy arrays with a first dimension for the images."""
+    """Features of some prepared images, on the CPU, as numpy arrays with a first dimension for the images.
+
+    Args:
+        more_text: states [L, Dt] and masks [L] of the second and further captions, by the image's number.
+    """
 
     latents: np.ndarray
     states: np.ndarray
     mask: np.ndarray
     cls: np.ndarray
     patches: np.ndarray
+    more_text: Mapping[int, list[tuple[np.ndarray, np.ndarray]]] = field(default_factory=dict)
 
     def sample(self, number: int, record: Mapping[str, Any], trim_text: bool) -> tuple[Parts, Row]:
         """Parts and columns of one of them. Raises ValueError: numbers that cannot be stored."""
         n = number
         return image_text_parts(
-            self.latents[n], self.states[n], self.mask[n], self.cls[n], self.patches[n], record, trim_text
+            *(self.latents[n], self.states[n], self.mask[n], self.cls[n], self.patches[n], record, trim_text),
+            self.more_text.get(n, ()),
         )
 
 
-def encode_images(encoders: ImageEncoders, pixels: Tensor, views: Tensor, captions: Sequence[str]) -> Encoded:
-    """Encodes images of one bucket: uint8 [B, 3, H, W] and [B, 3, vh, vw]."""
+def encode_images(
+    encoders: ImageEncoders,
+    pixels: Tensor,
+    views: Tensor,
+    captions: Sequence[str],
+    more_captions: Mapping[int, Sequence[str]] | None = None,
+) -> Encoded:
+    """Encodes images of one bucket: uint8 [B, 3, H, W] and [B, 3, vh, vw].
+
+    Args:
+        captions: the first of each image. more_captions: the others of some, by the image's number.
+    """
     latents = encoders.encode_images(pixels)
     cls, patches = encoders.encode_view(views)
     states, mask = encoders.encode_text(captions)
-    return Encoded(*(part.cpu().numpy() for part in (latents, states, mask, cls, patches)))
+    more: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+    told = [(number, text) for number, texts in (more_captions or {}).items() for text in texts]
+    for start in range(0, len(told), len(captions)):
+        part = told[start : start + len(captions)]
+        found = (values.cpu().numpy() for values in encoders.encode_text([text for _, text in part]))
+        for (number, _), *pair in zip(part, *found, strict=True):
+            more.setdefault(number, []).append((pair[0], pair[1]))
+    latents, states, mask, cls, patches = (part.cpu() for part in (latents, states, mask, cls, patches))
+    return Encoded(latents.numpy(), states.numpy(), mask.numpy(), cls.numpy(), patches.numpy(), more)
 
 
 def as_tensor(images: Sequence[np.ndarray]) -> Tensor:

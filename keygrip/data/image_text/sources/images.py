@@ -36,6 +36,7 @@ from keygrip.data.video_text.sources.writing import check_settings, failures_pat
 
 log = logging.getLogger(__name__)
 
+DECODING = 2  # of images and captions: shards of another number hold other pixels of odd images
 FAILED_FILE = "failed.jsonl"
 NAMED_AT_MOST = 10
 LOOK_AGAIN_S = 2.0
@@ -53,7 +54,7 @@ class Prepared:
         items: images that this call took on. data_wait_share: of the time from the first batch on, how much this
             process waited for images; the encoders are saturated where it is near 0. encode_share: spent in encoders.
         start_s: until the first batch was there: reading the list, loading the encoders, starting the loaders.
-        failed: of the whole set, listed in failed.jsonl.
+        failed: of the whole set, listed in failed.jsonl. duplicates: files with the content of another one, listed too.
     """
 
     root: str
@@ -61,6 +62,7 @@ class Prepared:
     samples: int = 0
     items: int = 0
     failed: int = 0
+    duplicates: int = 0
     buckets: dict[str, int] = field(default_factory=dict)
     items_per_s: float = 0.0
     data_wait_share: float = 0.0
@@ -118,14 +120,15 @@ def images(
     device: str = "auto",
     max_enlargement: float = 1.0,
     max_failed_share: float = 0.1,
-    trim_text: bool = False,
+    trim_text: bool = True,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Writes the shards of a folder of images; shards that are complete are kept.
+    """Writes the shards of a folder of images; shards that are complete are kept, images added later get their own.
 
     Args:
         source: folder, looked through with all below it. Captions stand in metadata.jsonl or captions.csv (columns
-            file_name and caption or text), or beside each image as <name>.txt, .caption or .json.
+            file_name and caption or text), or beside each image as <name>.txt, .caption or .json. All captions of an
+            image are kept, and training takes them in turn.
         root: receives bucket_<width>x<height>/shard-<number>.tar, failed.jsonl and, when all is there, images.json.
         encoders: see :class:`ImageEncoders`.
         size, bucket_step, max_aspect: of the buckets, see :func:`keygrip.data.image_text.crops.aspect_buckets`.
@@ -166,6 +169,7 @@ def images(
         "images_per_shard": images_per_shard,
         "max_enlargement": max_enlargement,
         "trim_text": trim_text,
+        "decoding": DECODING,
     }
     check_settings(root, settings)
     items = frozen_items(root, source, buckets, max_enlargement, progress and rank.rank == 0)
@@ -248,7 +252,9 @@ def _encode(
                 clock.wait += now - asked
             encoded = None
             if batch.pixels is not None and batch.views is not None:
-                encoded = encode_images(encoders, batch.pixels, batch.views, batch.captions)
+                told = ((number, record.get("captions", [])[1:]) for number, record in enumerate(batch.records))
+                more = {number: captions for number, captions in told if captions}
+                encoded = encode_images(encoders, batch.pixels, batch.views, batch.captions, more)
             clock.busy += time.perf_counter() - now
             thread.add(batch, encoded)
             taken += len(batch.keys) + len(batch.failed)
@@ -272,16 +278,21 @@ def _finish(
     result: Prepared,
 ) -> None:
     """Manifests, the list of what failed, and images.json last."""
-    failed = [{"source": item.path, "reason": item.reason} for item in items if item.bucket is None]
+    left = [item for item in items if item.bucket is None]
+    failed = [{"source": item.path, "reason": item.reason} for item in left if not item.duplicate]
+    duplicates = [{"source": item.path, "reason": item.reason} for item in left if item.duplicate]
     for job in jobs:
         for line in read_json(failures_path(job.path)):
             path, _, reason = line.partition(": ")
             failed.append({"source": path, "reason": reason})
-    write_text(root / FAILED_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in failed))
+    rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*failed, *duplicates])
+    write_text(root / FAILED_FILE, rows)
     for row in failed[:NAMED_AT_MOST]:
         log.warning("left out: %s: %s", row["source"], row["reason"])
     if failed:
         log.warning("%d of %d images are left out; all are listed in %s", len(failed), len(items), root / FAILED_FILE)
+    if duplicates:
+        log.warning("%d files have the content of another one, which keeps their captions", len(duplicates))
     for folder in sorted({job.path.parent for job in jobs}):
         manifest = write_manifest(folder, describe_image_text, progress=progress)
         result.buckets[folder.name] = manifest["samples"]
@@ -289,7 +300,7 @@ def _finish(
         result.samples += manifest["samples"]
         if not manifest["samples"]:
             (folder / MANIFEST).unlink()
-    result.failed = len(failed)
+    result.failed, result.duplicates = len(failed), len(duplicates)
     if len(failed) > max_failed_share * len(items) or not result.samples:
         with contextlib.suppress(FileNotFoundError):
             (root / INFO).unlink()  # nobody shall train on it

@@ -16,8 +16,9 @@ from torch.utils.data import Dataset, Sampler
 from keygrip.artifacts import write_json
 from keygrip.data.bad_samples import BadSample, guard
 from keygrip.data.image_text.crops import Bucket
+from keygrip.data.image_text.decoding import decode_image
 from keygrip.data.image_text.sources.encoding import Encoded, ImageEncoders, PreparedImage, as_tensor, prepare_image
-from keygrip.data.image_text.sources.listing import Item, decode_image
+from keygrip.data.image_text.sources.listing import Item
 from keygrip.data.shards.index import index_path
 from keygrip.data.shards.writer import ShardWriter
 from keygrip.data.video_text.sources.writing import failures_path
@@ -43,16 +44,19 @@ class Job:
 
 
 def jobs_of(root: Path, items: Sequence[Item], images_per_shard: int) -> list[Job]:
-    """The shards of all buckets, the fullest bucket first."""
-    by_bucket: dict[str, list[Item]] = {}
+    """The shards of all buckets, the fullest bucket first; images that were added later have shards of their own."""
+    by_bucket: dict[str, dict[int, list[Item]]] = {}
     for item in items:
         if item.bucket is not None:
-            by_bucket.setdefault(item.bucket, []).append(item)
+            by_bucket.setdefault(item.bucket, {}).setdefault(item.generation, []).append(item)
     jobs = []
-    for name, members in sorted(by_bucket.items(), key=lambda pair: (-len(pair[1]), pair[0])):
-        for number, start in enumerate(range(0, len(members), images_per_shard)):
-            path = root / name / f"shard-{number:06d}.tar"
-            jobs.append(Job(path, Bucket.from_name(name), tuple(members[start : start + images_per_shard])))
+    for name, generations in sorted(by_bucket.items(), key=lambda pair: (-sum(map(len, pair[1].values())), pair[0])):
+        number = 0
+        for _, members in sorted(generations.items()):
+            for start in range(0, len(members), images_per_shard):
+                path = root / name / f"shard-{number:06d}.tar"
+                jobs.append(Job(path, Bucket.from_name(name), tuple(members[start : start + images_per_shard])))
+                number += 1
     return jobs
 
 
@@ -133,7 +137,8 @@ class SourceImages(Dataset[PreparedImage]):
         job = self.jobs[key[0]]
         item = job.items[key[1]]
         image = decode_image(self.source / item.path)
-        return prepare_image(image, item.caption, job.bucket, self.sizes, item.key, {"source": item.path})
+        more = {"source": item.path} | ({"captions": list(item.captions)} if len(item.captions) > 1 else {})
+        return prepare_image(image, item.captions[0], job.bucket, self.sizes, item.key, more)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[ReadyBatch]:
         found: list[PreparedImage] = []

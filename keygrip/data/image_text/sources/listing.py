@@ -6,23 +6,29 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from keygrip.artifacts import make_once, write_text
+from keygrip.artifacts import locked, sha256_file, write_text
 from keygrip.data.bad_samples import BadSample, guard, open_image, parse_json, read_json, read_text, regular_file
+from keygrip.data.image_text.bucket_folders import INFO
 from keygrip.data.image_text.crops import Bucket, nearest_bucket
+from keygrip.data.image_text.decoding import size_of
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-OTHER_SUFFIXES = (".gif", ".avif", ".jfif", ".heic", ".heif", ".jp2", ".jxl", ".svg", ".ppm", ".tga", ".psd", ".ico")
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".ppm", ".pgm")
+OTHER_SUFFIXES = (".heic", ".heif", ".jp2", ".jxl", ".svg", ".tga", ".psd", ".ico", ".dng", ".cr2", ".nef", ".exr")
+BESIDE = (".txt", ".caption", ".json", ".jsonl", ".csv", ".md")  # captions and notes: no images
 CAPTION_FILES = ("metadata.jsonl", "captions.jsonl", "metadata.csv", "captions.csv")
-FILE_NAMES, CAPTION_NAMES = ("file_name", "file", "image"), ("caption", "text")
+FILE_NAMES, CAPTION_NAMES = ("file_name", "file", "image"), ("caption", "text", "captions")
 ITEMS_FILE = ".items.jsonl"
 KEY_BYTES = 80
 MAX_LIST_BYTES = 1 << 33
@@ -30,20 +36,30 @@ MAX_LIST_BYTES = 1 << 33
 
 @dataclass(frozen=True)
 class Item:
-    """An image of the source. bucket: None where it cannot be used, and `reason` says why."""
+    """An image of the source.
+
+    Args:
+        captions: one or several. bucket: None where it cannot be used, and `reason` says why.
+        duplicate: of another image, which keeps its captions: left out and no failure.
+        generation: how many times the list had been extended when it was added; shards hold one generation each.
+    """
 
     key: str
     path: str
-    caption: str
+    captions: tuple[str, ...]
     bucket: str | None
     reason: str = ""
+    duplicate: bool = False
+    generation: int = 0
 
 
-def find_captions(source: Path) -> dict[str, str | None]:
+def find_captions(source: Path) -> dict[str, tuple[str, ...]]:
     """Captions by file name from a list beside the images (metadata.jsonl, captions.csv, ...); empty without one.
 
+    A file that the list names several times has several captions; so has one whose caption is a list of texts.
+
     Returns:
-        None for a file whose caption is missing or is not text.
+        an empty tuple for a file whose caption is missing or is not text.
 
     Raises:
         ValueError: a list that cannot be read, or without the columns of file and caption.
@@ -61,11 +77,12 @@ def find_captions(source: Path) -> dict[str, str | None]:
                 rows = [parse_json(line, f"line {number}") for number, line in numbered if line.strip()]
             names = next(name for name in FILE_NAMES if name in rows[0])
             texts = next(name for name in CAPTION_NAMES if name in rows[0])
-            found = {}
+            found: dict[str, tuple[str, ...]] = {}
             for row in rows:
                 if not isinstance(row[names], str):
                     raise ValueError(f"{str(row[names])[:80]!r} does not name a file")
-                found[row[names]] = row[texts] if isinstance(row.get(texts), str) else None
+                told = found.get(row[names], ())
+                found[row[names]] = (*told, *(text for text in texts_of(row.get(texts)) or () if text not in told))
             return found
     except (BadSample, StopIteration) as error:
         reason = error.what if isinstance(error, BadSample) else "a column is missing"
@@ -75,27 +92,37 @@ def find_captions(source: Path) -> dict[str, str | None]:
         ) from error
 
 
-def caption_beside(path: Path) -> str | None:
-    """The caption of an image from `<name>.txt`, `<name>.caption` or `<name>.json` ("caption"); None without one.
+def texts_of(value: Any) -> tuple[str, ...] | None:
+    """The captions of a field: a text, or a list of texts and nulls; None where it is neither."""
+    listed = value if isinstance(value, list) else [value]
+    if not all(text is None or isinstance(text, str) for text in listed):
+        return None
+    return tuple(dict.fromkeys(text for text in listed if text is not None))
+
+
+def captions_beside(path: Path) -> tuple[str, ...]:
+    """The captions of an image from `<name>.txt`, `<name>.caption` (one) or `<name>.json` ("caption" or "captions").
 
     Raises:
-        BadSample: it cannot be read, or is not text.
+        BadSample: they cannot be read, or are not text.
     """
     for suffix in (".txt", ".caption"):
         if path.with_suffix(suffix).exists():
-            return " ".join(read_text(path.with_suffix(suffix)).split())
+            return (" ".join(read_text(path.with_suffix(suffix)).split()),)
     if path.with_suffix(".json").exists():
         content = read_json(path.with_suffix(".json"))
-        found = content.get("caption") if isinstance(content, dict) else None
-        if found is not None and not isinstance(found, str):
+        told = content if isinstance(content, dict) else {}
+        found = texts_of(told.get("captions", told.get("caption")))
+        if found is None:
             raise BadSample(path.with_suffix(".json"), "its caption is not text")
         return found
-    return None
+    return ()
 
 
 def key_of(name: str, taken: set[str]) -> str:
     """A key for a file: its path without dots, cut short where it is long; never one that is taken."""
-    stem, _, suffix = name.rpartition(".")
+    stem, dot, suffix = name.rpartition(".")
+    stem = stem if dot else name
     key = stem.replace(".", "-")
     if key in taken:
         key = f"{key}-{suffix}"
@@ -105,68 +132,108 @@ def key_of(name: str, taken: set[str]) -> str:
     return key
 
 
-def decode_image(path: Path) -> Image.Image:
-    """An RGB image, turned as its EXIF data says. Raises BadSample: it cannot be decoded, or is too large."""
-    with open_image(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def size_of(path: Path) -> tuple[int, int]:
-    """Width and height of an image after its EXIF turn, from its header. Raises BadSample: it cannot be read."""
-    with open_image(path) as image:
-        turned = image.getexif().get(0x0112, 1) >= 5
-        return (image.height, image.width) if turned else (image.width, image.height)
-
-
-def list_items(source: Path, buckets: Sequence[Bucket], max_enlargement: float, progress: bool) -> list[Item]:
+def list_items(
+    source: Path, buckets: Sequence[Bucket], max_enlargement: float, progress: bool, known: Collection[str] = ()
+) -> list[Item]:
     """Every image below a folder with its bucket, in the order of names; those that cannot be used with a reason.
 
     Images of other types, links to nothing and named pipes are listed too, so that nothing is missed without a word.
+    A file of any other name is an image where its content is; those that are none are counted in the log. Of files
+    with the same content the first is used, with the captions of all.
+
+    Args:
+        known: paths that are preferred among files of one content.
 
     Raises:
         FileNotFoundError: no folder, or no images in it.
     """
     if not source.is_dir():
         raise FileNotFoundError(f"no folder of images at {source}")
-    known = (*SUFFIXES, *OTHER_SUFFIXES)
-    paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in known and not path.is_dir())
-    if not any(path.suffix.lower() in SUFFIXES for path in paths):
+    files = sorted(path for path in source.rglob("*") if not path.is_dir() and path.suffix.lower() not in BESIDE)
+    others: Counter[str] = Counter()
+    paths = []
+    for path in files:
+        if path.suffix.lower() in (*SUFFIXES, *OTHER_SUFFIXES) or is_image(path):
+            paths.append(path)
+        else:
+            others[path.suffix.lower() or "no ending"] += 1
+    if others:
+        counted = ", ".join(f"{ending} {count}" for ending, count in sorted(others.items()))
+        log.warning("%d other files in %s are no images (%s)", others.total(), source, counted)
+    if all(path.suffix.lower() in OTHER_SUFFIXES for path in paths):
         other = f", only {len(paths)} of other types ({paths[0].name})" if paths else ""
         raise FileNotFoundError(f"no images ({', '.join(SUFFIXES)}) in {source}{other}")
     listed, taken = find_captions(source), set[str]()
 
-    def examine(path: Path) -> tuple[str | None, Bucket | None, str]:
+    def examine(path: Path) -> tuple[tuple[str, ...], Bucket | None, str]:
         name = path.relative_to(source).as_posix()
-        caption = None
+        captions: tuple[str, ...] = ()
         try:
-            if path.suffix.lower() not in SUFFIXES:
+            if path.suffix.lower() in OTHER_SUFFIXES:
                 raise BadSample(name, f"{path.suffix} is not encoded (known: {', '.join(SUFFIXES)}): convert it")
             if not is_utf8(name):
                 raise BadSample(name, "its name is not UTF-8: rename it")
             regular_file(path)
-            caption = listed.get(name) if listed else caption_beside(path)
-            if caption is None:
-                raise BadSample(name, "it has no caption")
+            told = listed.get(name, ()) if listed else captions_beside(path)
+            captions = tuple(caption for caption in told if caption.strip())
+            if not captions:
+                raise BadSample(name, "its caption is empty" if told else "it has no caption")
             width, height = size_of(path)
         except BadSample as error:
-            return caption, None, error.what
+            return captions, None, error.what
         bucket = nearest_bucket(width, height, buckets)
         enlargement = max(bucket.width / width, bucket.height / height)
         if enlargement > max_enlargement:
             reason = f"{width} x {height} pixels would be enlarged {enlargement:.2g} times for {bucket.name}"
-            return caption, None, reason
-        return caption, bucket, ""
+            return captions, None, reason
+        return captions, bucket, ""
 
     items = []
     with (
         ThreadPoolExecutor(16) as pool,
         tqdm(total=len(paths), desc=f"list {source}", unit="image", delay=1, disable=not progress) as bar,
     ):
-        for path, (caption, bucket, reason) in zip(paths, pool.map(examine, paths), strict=True):
+        for path, (captions, bucket, reason) in zip(paths, pool.map(examine, paths), strict=True):
             name = path.relative_to(source).as_posix().encode(errors="backslashreplace").decode()
-            items.append(Item(key_of(name, taken), name, caption or "", bucket.name if bucket else None, reason))
+            items.append(Item(key_of(name, taken), name, captions, bucket.name if bucket else None, reason))
             bar.update()
-    return items
+    return merge_duplicates(source, items, known)
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file of any name is an image by its content."""
+    try:
+        with open_image(path):
+            return True
+    except BadSample:
+        return False
+
+
+def merge_duplicates(source: Path, items: Sequence[Item], known: Collection[str]) -> list[Item]:
+    """The items without files of the same content: one of them keeps the captions of all.
+
+    Two copies of one image would be two samples, of which one may be held out and the other trained on.
+    """
+    by_size: dict[int, list[int]] = defaultdict(list)
+    for number, item in enumerate(items):
+        if item.bucket is not None:
+            by_size[(source / item.path).stat().st_size].append(number)
+    by_content: dict[str, list[int]] = defaultdict(list)
+    for members in by_size.values():
+        if len(members) > 1:  # files of different sizes differ
+            for number in members:
+                by_content[sha256_file(source / items[number].path)].append(number)
+    found = list(items)
+    for members in by_content.values():
+        first, *rest = sorted(members, key=lambda number: (items[number].path not in known, number))
+        captions = dict.fromkeys(caption for number in sorted(members) for caption in items[number].captions)
+        own = items[first]
+        more = tuple(caption for caption in captions if caption not in own.captions)
+        found[first] = replace(own, captions=(*own.captions, *more))
+        for number in rest:
+            reason = f"the same file as {own.path}, which has its captions"
+            found[number] = replace(items[number], bucket=None, reason=reason, duplicate=True)
+    return found
 
 
 def is_utf8(name: str) -> bool:
@@ -178,12 +245,58 @@ def is_utf8(name: str) -> bool:
 
 
 def frozen_items(root: Path, source: Path, buckets: Sequence[Bucket], enlargement: float, progress: bool) -> list[Item]:
-    """The list of items of a root, made by the first process that asks and never changed after."""
+    """The list of items of a root, made by the first process that asks and kept while shards are open.
 
-    def make(file: Path) -> None:
-        items = list_items(source, buckets, enlargement, progress)
-        write_text(file, "".join(json.dumps(asdict(item)) + "\n" for item in items))
+    When all shards are done (images.json is there), images that came to the source since are appended, and images.json
+    is removed until their shards are done too.
+    """
+    file, info = root / ITEMS_FILE, root / INFO
+    with locked(root / f"{ITEMS_FILE}.lock"):
+        items = [read_item(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+        if items and not info.is_file():
+            return items
+        used = {item.path for item in items if item.bucket is not None}
+        found = extended(items, list_items(source, buckets, enlargement, progress, used))
+        if found != items:
+            info.unlink(missing_ok=True)
+            write_text(file, "".join(json.dumps(asdict(item)) + "\n" for item in found))
+        return found
 
-    file = root / ITEMS_FILE
-    make_once(file, Path.is_file, make)
-    return [Item(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+
+def read_item(line: str) -> Item:
+    """An item of a line of the list."""
+    told = json.loads(line)
+    return Item(**{**told, "captions": tuple(told["captions"])})
+
+
+def extended(items: Sequence[Item], found: Sequence[Item]) -> list[Item]:
+    """A list of items with those that were found since: images that are new, or can be used now.
+
+    What was used stays as it is: its shards are written. Changed captions of it are said in the log.
+    """
+    if not items:
+        return list(found)
+    generation = 1 + max(item.generation for item in items)
+    now = {item.path: item for item in found}
+    taken = {item.key for item in items}
+    kept = []
+    for item in items:
+        new = now.pop(item.path, None)
+        if item.bucket is None and new is not None:
+            item = replace(new, key=item.key, generation=generation if new.bucket else item.generation)
+        kept.append(item)
+    old = {item.path: item for item in found}
+    changed = [i.path for i in items if i.bucket and i.path in old and old[i.path].captions != i.captions]
+    gone = [item.path for item in items if item.bucket and item.path not in old]
+    for what, paths in (("have other captions than when they were encoded", changed), ("are gone", gone)):
+        if paths:
+            log.warning(
+                "%d images %s (%s, ...): their samples stay as they are; a new root is made from all",
+                len(paths),
+                what,
+                paths[0],
+            )
+    added = [replace(item, key=key_of(item.path, taken), generation=generation) for item in now.values()]
+    if any(item.bucket for item in added):
+        log.info("%d images came to the source since the list was made", sum(item.bucket is not None for item in added))
+    return [*kept, *added]

@@ -1,0 +1,120 @@
+"""Image files of any kind as 8-bit RGB pixels: one way for the preparation of shards and for sampling.
+
+| what a file holds | what becomes of it |
+| --- | --- |
+| EXIF orientation | turned |
+| transparency (alpha, a palette's or a single transparent value) | laid over white |
+| 16-bit grey | scaled to 8 bits by its whole range |
+| floating point | 0..1 is black to white; other ranges are refused |
+| 32-bit integers | within 0..65535 as 16-bit; others are refused |
+| CMYK, YCbCr, Lab, palettes, 1 bit, grey | converted; by its ICC profile where there is one |
+| several frames or pages | refused, but for the second frames of a camera's multi-picture JPEG |
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from keygrip.data.bad_samples import open_image
+
+EXIF_ORIENTATION = 0x0112
+TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
+MATTE = (255, 255, 255)
+# Colour spaces of ICC profiles by the modes of images that they can describe.
+PROFILED = {"RGB": "RGB", "RGBA": "RGB", "CMYK": "CMYK", "L": "GRAY"}
+
+
+def size_of(path: Path | str) -> tuple[int, int]:
+    """Width and height of an image after its EXIF turn, from its header.
+
+    Raises:
+        BadSample: it cannot be read, is too large, or has several frames.
+    """
+    with open_image(path) as image:
+        refuse_frames(image)
+        turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
+        return (image.height, image.width) if turned else (image.width, image.height)
+
+
+def decode_image(path: Path | str) -> Image.Image:
+    """An RGB image; see the table above.
+
+    Raises:
+        BadSample: it cannot be decoded, is too large, has several frames, or its numbers have no known white.
+    """
+    with open_image(path) as image:
+        refuse_frames(image)
+        white_is_zero = (getattr(image, "tag_v2", None) or {}).get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO
+        return rgb(ImageOps.exif_transpose(image), white_is_zero)
+
+
+def refuse_frames(image: Image.Image) -> None:
+    """Raises ValueError: the image has several frames or pages, and which one is meant is not known."""
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # a camera's JPEG with previews or a second eye: the first is the photo
+        raise ValueError(f"it has {frames} frames or pages: save the one that is meant as a file of its own")
+
+
+def rgb(image: Image.Image, white_is_zero: bool = False) -> Image.Image:
+    """8-bit RGB of an image of any mode.
+
+    Args:
+        white_is_zero: of 16-bit, 32-bit and floating-point grey: the lowest number is white. Pillow inverts 8 bits.
+
+    Raises:
+        ValueError: its numbers have no known white, or cannot be converted.
+    """
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_grey_bytes(image, white_is_zero)).convert("RGB")
+    transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+    profile = image.info.get("icc_profile")
+    if transparent or image.mode in ("P", "PA"):
+        image = image.convert("RGBA" if transparent else "RGB")
+    image = _without_profile(image, profile) if profile else image
+    if image.mode == "RGBA":
+        below = Image.new("RGBA", image.size, (*MATTE, 255))
+        return Image.alpha_composite(below, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _grey_bytes(image: Image.Image, white_is_zero: bool) -> np.ndarray:
+    """uint8 [H, W] of an image whose pixels are 16-bit or 32-bit numbers."""
+    values = np.asarray(image)
+    if values.dtype.kind == "f":
+        low, high = float(values.min()), float(values.max())
+        if not (low >= 0 and high <= 1):  # false for NaN too
+            raise ValueError(
+                f"its floating-point numbers lie in {low:g}..{high:g}, not in 0..1: save it as 8 or 16 bit"
+            )
+        shares = values.astype(np.float64)
+    else:
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high > 65535:
+            raise ValueError(f"its integers lie in {low}..{high}, not in 0..65535: save it as 8 or 16 bit")
+        shares = values.astype(np.float64) / 65535
+    shares = 1 - shares if white_is_zero else shares
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        shares = np.where(values == transparent, 1.0, shares)
+    return np.asarray((shares * 255).round().astype(np.uint8))
+
+
+def _without_profile(image: Image.Image, profile: bytes) -> Image.Image:
+    """The image in sRGB. A profile of another colour space than the pixels' says nothing about them."""
+    from PIL import ImageCms
+
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        space = source.profile.xcolor_space.strip()
+        if PROFILED.get(image.mode) != space or "sRGB" in (source.profile.profile_description or ""):
+            return image
+        target = "RGBA" if image.mode == "RGBA" else "RGB"
+        found = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=target)
+    except (ImageCms.PyCMSError, OSError) as error:
+        raise ValueError(f"its colour profile cannot be used ({error}): save it without, as sRGB") from error
+    assert found is not None
+    return found
