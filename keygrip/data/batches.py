@@ -173,8 +173,9 @@ class VideoTextBatch(Movable):
         answer_mask: bool [B, L], True for the assistant's words and the token that ends its turn, whatever the loss is.
         visual_at: B positions in the text before which the visual tokens stand.
         prompt_lengths: B counts of tokens before the last answer.
-        truncated: rows whose text was cut off at the end.
+        truncated: rows whose last turns were left out, since they do not fit.
         kind, source, key: B strings. texts: the B conversations, for tables and images.
+        left_out: conversations of the samples that are no row: none of their answers fits, or carries loss.
     """
 
     frames: Tensor
@@ -191,6 +192,7 @@ class VideoTextBatch(Movable):
     source: list[str]
     key: list[str]
     texts: list[Conversation]
+    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)

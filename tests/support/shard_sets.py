@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
 from PIL import Image
@@ -19,6 +20,19 @@ def picture(shade: int, size: int = 8) -> bytes:
     """A PNG file of one grey."""
     buffer = io.BytesIO()
     Image.fromarray(np.full((size, size, 3), shade, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def small_video() -> bytes:
+    """Two seconds of mp4, 8 frames of 16 pixels."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as file:
+        stream = file.add_stream("libx264", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
+        for number in range(8):
+            image = np.full((16, 16, 3), 30 * number, np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        file.mux(stream.encode(None))
     return buffer.getvalue()
 
 

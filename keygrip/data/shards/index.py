@@ -1,17 +1,17 @@
 """The index of a shard: where every member of a tar file lies, and a row of columns per sample.
 
 A shard set is a folder (or a URL) of ``*.tar`` files in webdataset's layout, an index ``<shard>.index.npz`` for each,
-and ``manifest.json``, written last. A sample is all files of a tar that share the part of their name before the first
-dot; what follows the dot names the member ("json", "00.jpg", "01.jpg", ...). The index holds where each member lies and
-one row of columns per sample (frames, text length, width, ...), from which the order of samples, buckets and mixtures
-are computed without opening a tar. What members and columns mean is defined by the rooms that write and read them.
+and ``manifest.json``, written last. A sample is all files of a tar, wherever they lie in it, that share the part of
+their name before the first dot; what follows the dot names the member ("json", "00.jpg", "01.jpg", ...). The index
+holds where each member lies and one row of columns per sample (frames, text length, width, ...), from which the order
+of samples, buckets and mixtures are computed without opening a tar. What members and columns mean is defined by the
+rooms that write and read them.
 """
 
 from __future__ import annotations
 
 import io
 import tarfile
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -164,7 +164,7 @@ def index_shard(path: Path, describe: Describe) -> ShardIndex:
     left out, with the reason in `bad`.
 
     Raises:
-        ShardError: it is cut off (also between two files), is no tar, is compressed, or repeats a key or a part.
+        ShardError: it is cut off (also between two files), is no tar, or is compressed.
     """
     try:
         regular_file(path)
@@ -178,9 +178,7 @@ def index_shard(path: Path, describe: Describe) -> ShardIndex:
 
 def _index_tar(path: Path, describe: Describe) -> ShardIndex:
     size = path.stat().st_size
-    keys: list[str] = []
-    parts: list[list[tuple[str, int, int]]] = []
-    rows: list[Row] = []
+    samples: dict[str, list[tuple[str, int, int]]] = {}  # the parts of each key, wherever in the tar they lie
     bad: dict[str, str] = {}
     with tarfile.open(path, "r:") as tar, path.open("rb") as raw:
         end = 0
@@ -190,36 +188,51 @@ def _index_tar(path: Path, describe: Describe) -> ShardIndex:
             end = member.offset_data + (member.size + 511) // 512 * 512
             if end > size:
                 raise ShardError(f"{path} is cut off in {member.name}")
-            if not member.isfile():
+            if member.isdir():
                 continue
             key, part = split_name(member.name)
-            if not keys or keys[-1] != key:
-                keys.append(key)
-                parts.append([])
-            parts[-1].append((part, member.offset_data, member.size))
+            if not key.rpartition("/")[2]:
+                continue  # a hidden file, such as a file system's notes about others
+            if not _is_text(member.name):
+                key = key.encode("utf-8", "backslashreplace").decode()
+                bad[key] = "its name is not UTF-8"
+            elif not member.isfile():
+                bad[key] = f"its part {part!r} is a link or a device, not a file"
+            parts = samples.setdefault(key, [])
+            if key in bad:
+                continue
+            if part in (name for name, _, _ in parts):
+                bad[key] = f"it has the part {part!r} twice: the key stands for two samples"
+            parts.append((part, member.offset_data, member.size))
         raw.seek(end)
         closing = raw.read(END_OF_TAR)
         if len(closing) < END_OF_TAR or any(closing):
-            raise ShardError(f"{path} is cut off: the end mark after its {len(keys)} samples is missing")
-        twice = next((key for key, count in Counter(keys).items() if count > 1), None)
-        if twice is not None:
-            raise ShardError(f"{path}: the key {twice} stands for two samples")
-        for key, sample in zip(keys, parts, strict=True):
-            if len({name for name, _, _ in sample}) != len(sample):
-                raise ShardError(f"{path}: sample {key} has a part twice")
+            raise ShardError(f"{path} is cut off: the end mark after its {len(samples)} samples is missing")
+        rows: dict[str, Row] = {}
+        for key, parts in samples.items():
+            if key in bad:
+                continue
             try:
-                if sum(length for _, _, length in sample) > MAX_SAMPLE_BYTES:
+                if sum(length for _, _, length in parts) > MAX_SAMPLE_BYTES:
                     raise BadSample(key, f"it has more than the {MAX_SAMPLE_BYTES} bytes that a sample may have")
                 content = {}
-                for name, offset, length in sample:
+                for name, offset, length in parts:
                     raw.seek(offset)
                     content[name] = raw.read(length)
                 with guard(key):
-                    rows.append(_checked(describe(content)))
+                    rows[key] = _checked(describe(content))
             except BadSample as error:
                 bad[key] = error.what
-    kept = [number for number, key in enumerate(keys) if key not in bad]
-    return make_index([keys[n] for n in kept], [parts[n] for n in kept], rows, size, bad)
+    return make_index([*rows], [samples[key] for key in rows], [*rows.values()], size, bad)
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name is UTF-8: tarfile hands out other bytes as halves of surrogate pairs."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _checked(row: Row) -> Row:

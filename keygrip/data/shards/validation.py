@@ -31,16 +31,15 @@ from keygrip.data.image_text.samples import (
 from keygrip.data.shards.index import MANIFEST, Parts, Row, ShardError, index_shard
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.remote import is_remote
-from keygrip.data.shards.writer import write_manifest
+from keygrip.data.shards.writer import compressed_shards, tar_files, write_manifest
 from keygrip.data.video_text.conversations import (
-    IMAGE,
     KNOWN_MEMBERS,
-    VIDEO,
     conversation_problem,
     describe_video_text,
     parse_conversations,
     parse_text,
     read_sample,
+    unknown_members,
 )
 
 log = logging.getLogger(__name__)
@@ -79,11 +78,17 @@ def split_folders(root: Path | str) -> list[str]:
         str(folder)
         for place in (Path(root), *(Path(root) / split for split in ("train", "val", "test")))
         for folder in (place, *sorted(place.glob("bucket_*")))
-        if any(folder.glob("*.tar"))
+        if folder.is_dir() and (tar_files(folder) or compressed_shards(folder))
     ]
     if not found:
         raise FileNotFoundError(f"no shards (*.tar) in {root}, its train/, val/ and test/, or bucket_*/ in these")
     return found
+
+
+def tar_files_below(root: Path | str) -> list[Path]:
+    """Tar files anywhere below a folder, compressed ones too."""
+    folders = [Path(root), *(path for path in sorted(Path(root).rglob("*")) if path.is_dir())]
+    return [path for folder in folders for path in (*tar_files(folder), *compressed_shards(folder))]
 
 
 def make_manifests(root: Path | str, again: bool = False, max_broken_share: float = 0.1) -> dict[str, Any]:
@@ -94,6 +99,15 @@ def make_manifests(root: Path | str, again: bool = False, max_broken_share: floa
     """
     report: dict[str, Any] = {"root": str(root), "shards": 0, "samples": 0, "broken": 0}
     folders = split_folders(root)
+    elsewhere = [path for path in tar_files_below(root) if str(path.parent) not in folders]
+    if elsewhere:
+        log.warning(
+            "%d tar files below %s lie in folders that are not read as part of this set; the first: %s. Name the "
+            "folder as root, or bring them into train/, val/ and test/",
+            len(elsewhere),
+            root,
+            elsewhere[0],
+        )
     for folder in folders:
         manifest = write_manifest(folder, describe, max_broken_share, again)
         report["shards"] += len(manifest["shards"])
@@ -141,7 +155,7 @@ def examine_shard(place: str, number: int) -> ShardReport:
         except BadSample as error:
             report.problems.append(str(error))
             continue
-        unknown = [name for name in parts if name != "json" and not IMAGE.match(name) and name not in VIDEO]
+        unknown = unknown_members(parts)
         if unknown:
             report.problems.append(_unknown_member(shards.where(sample), unknown[0], KNOWN_MEMBERS))
         for conversation in conversations:

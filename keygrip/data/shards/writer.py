@@ -118,7 +118,7 @@ def write_manifest(
         FileNotFoundError: no shards. ValueError: too many are broken.
     """
     root = Path(root)
-    paths = sorted(path for path in root.glob("*.tar") if not path.name.startswith("."))
+    paths = tar_files(root)
     compressed = compressed_shards(root)
     if not paths:
         named = f"; {compressed[0].name} is compressed, {COMPRESSED}" if compressed else ""
@@ -178,6 +178,11 @@ def write_manifest(
     }
     write_json(root / MANIFEST, manifest)
     return manifest
+
+
+def tar_files(root: Path) -> list[Path]:
+    """Tar files of a folder; without hidden ones."""
+    return sorted(path for path in root.glob("*") if path.suffix.lower() == ".tar" and path.name[0] != ".")
 
 
 def compressed_shards(root: Path) -> list[Path]:

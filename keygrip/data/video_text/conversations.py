@@ -1,9 +1,9 @@
 """The contents of shards of videos with text: what their parts mean, how they are written, read and shown whole.
 
 Members of a sample: "json" with `source`, `fps`, `frames` and `conversations` ([{"kind", "turns": [{"role", "text"}],
-"evidence"}]), and the images, either "00.jpg", "01.jpg", ... (PNG and WebP too), one "jpg", or one "mp4", from which
-one frame per second is taken. Columns: `frames`, `text_length` (characters of the longest conversation), `kinds`
-("cue mark").
+"evidence"}]), and the images, either "00.jpg", "01.jpg", ... (from 0 or 1; PNG and WebP too), one "jpg", or one "mp4",
+from which one frame per second is taken. Text in other forms: see `foreign_text`. Upper case counts as lower.
+Columns: `frames`, `text_length` (characters of the longest conversation), `kinds` ("cue mark").
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ from keygrip.data.bad_samples import BadSample, guard, open_image, parse_json
 from keygrip.data.shards.index import Parts
 from keygrip.data.shards.reader import ShardSet, all_samples
 from keygrip.data.video import TIME_TOLERANCE_S, duration_s, frames_at
+from keygrip.data.video_text.foreign_text import caption_text, holds_text, own_text
 
 ROLES = ("system", "user", "assistant")
 IMAGE = re.compile(r"^(?:(\d{1,6})\.)?(jpg|jpeg|png|webp)$", re.IGNORECASE)
 MEDIA = re.compile(
-    r"(^|\.)(gif|bmp|tiff?|avif|heic|jp2|jfif|npy|npz|mp4|webm|mkv|avi|mov|m4v|mpe?g|ts)$", re.IGNORECASE
+    r"(^|\.)(jpe?g|png|webp|gif|bmp|tiff?|avif|heic|jp2|jfif|npy|npz|mp4|webm|mkv|avi|mov|m4v|mpe?g|ts)$",
+    re.IGNORECASE,
 )
-KNOWN_MEMBERS = "json, 00.jpg 01.jpg ... or one jpg (jpeg, png, webp), mp4 (webm, mkv)"
-VIDEO = ("mp4", "webm", "mkv")
+VIDEO = ("mp4", "webm", "mkv", "mov", "avi", "m4v")
+TEXT = ("json", "txt")
+KNOWN_MEMBERS = "json or txt, 00.jpg 01.jpg ... or one jpg (jpeg, png, webp), or one mp4 (webm, mkv, mov, avi, m4v)"
 MAX_FRAMES = 64
 FITS = ("stretch", "crop", "pad")
 CAPTION_REQUEST = "Describe what happens in the video."
@@ -158,14 +161,23 @@ def encode_jpeg(frame: np.ndarray, quality: int = 92) -> bytes:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
+def lower_case(parts: Mapping[str, bytes]) -> Parts:
+    """The parts with their names in lower case. Raises ValueError: two then have one name."""
+    lower = {name.lower(): content for name, content in parts.items()}
+    if len(lower) < len(parts):
+        raise ValueError(f"two of its members differ by upper and lower case alone: {', '.join(sorted(parts))}")
+    return lower
+
+
 def parse_text(parts: Parts) -> dict[str, Any]:
-    """The sample's json. Raises ValueError: it is missing or malformed."""
-    if "json" not in parts:
-        raise ValueError(f"it has no json part, only {', '.join(sorted(parts)) or 'nothing'}")
-    content = parse_json(parts["json"], "json")
-    if not isinstance(content, dict) or not content.get("conversations"):
-        raise ValueError("its json holds no conversations")
-    return content
+    """The sample's text as its json holds it. Raises ValueError: it is missing or malformed."""
+    parts = lower_case(parts)
+    content = parse_json(parts["json"], "json") if "json" in parts else {}
+    if "txt" in parts and not holds_text(content):  # video downloaders: the caption in txt, metadata in json
+        return caption_text(parts["txt"].decode("utf-8-sig"), CAPTION_REQUEST)
+    if "json" in parts:
+        return own_text(content, CAPTION_REQUEST)
+    raise ValueError(f"it has no json or txt part, only {', '.join(sorted(parts)) or 'nothing'}")
 
 
 def parse_conversations(content: Mapping[str, Any]) -> tuple[Conversation, ...]:
@@ -184,28 +196,49 @@ def _conversation(content: Mapping[str, Any]) -> Conversation:
     return Conversation(tuple(Turn(turn["role"], turn["text"]) for turn in turns), kind, dict(evidence))
 
 
-def image_parts(parts: Parts) -> list[str]:
-    """Names of the images, in order.
+def unknown_members(parts: Parts) -> list[str]:
+    """Names of what is neither text nor image nor video."""
+    return [name for name in parts if name not in (*TEXT, *VIDEO) and not IMAGE.match(name)]
+
+
+def media_of(parts: Parts) -> tuple[str | None, list[str]]:
+    """Name of the video, or names of the images, in order; of `lower_case` parts.
 
     Raises:
-        ValueError: one is missing in between, or the sample holds media that nothing here decodes.
+        ValueError: an image is missing in between, it holds both or several videos, or media that nothing here decodes.
     """
     found = sorted((int(match[1] or 0), name) for name in parts if (match := IMAGE.match(name)))
-    if [number for number, _ in found] != list(range(len(found))):
-        raise ValueError(f"its images are numbered {[number for number, _ in found]}: some are missing")
-    unknown = [name for name in parts if name != "json" and not IMAGE.match(name) and name not in VIDEO]
-    refused = [name for name in unknown if MEDIA.search(name) or not found]
+    numbers = [number for number, _ in found]
+    if numbers and numbers != list(range(numbers[0] != 0, len(found) + (numbers[0] != 0))):
+        raise ValueError(f"its images are numbered {numbers}: some are missing, or one number stands for two")
+    videos = [name for name in VIDEO if name in parts]
+    if len(videos) > 1 or (videos and found):
+        raise ValueError(f"it holds {', '.join(videos + [name for _, name in found][:2])}: one video, or images")
+    unknown = unknown_members(parts)
+    refused = [name for name in unknown if MEDIA.search(name) or not (found or videos)]
     if refused:
         raise ValueError(f"unknown member {refused[0]!r} (known: {KNOWN_MEMBERS}); remove it or add a decoder")
-    return [name for _, name in found]
+    return (videos[0] if videos else None), [name for _, name in found]
 
 
 def describe_video_text(parts: Parts) -> dict[str, int | float | str]:
     """The columns of a sample, as :func:`video_text_parts` gives them. Raises BadSample or ValueError: malformed."""
-    conversations = parse_conversations(parse_text(parts))
-    video = next((name for name in VIDEO if name in parts), None)
-    frames = len(image_parts(parts)) if video is None else len(_seconds(duration_s(parts[video])))
+    parts = lower_case(parts)
+    content = parse_text(parts)
+    conversations = parse_conversations(content)
+    problem = next((problem for c in conversations if (problem := conversation_problem(c))), None)
+    if problem:
+        raise ValueError(problem)
+    video, images = media_of(parts)
+    if video is None:
+        _check_count(content, images)
+    frames = len(images) if video is None else len(_seconds(duration_s(parts[video])))
     return {"frames": frames, **_text_columns(conversations)}
+
+
+def _check_count(content: Mapping[str, Any], images: Sequence[str]) -> None:
+    if content.get("frames", len(images)) != len(images):
+        raise ValueError(f"it has {len(images)} images of {str(content['frames'])[:40]}")
 
 
 def fit_image(image: Any, size: int, fit: str) -> np.ndarray:
@@ -225,7 +258,14 @@ def decode_image(content: bytes, size: int, fit: str) -> np.ndarray:
     with open_image(content) as opened:
         if fit == "stretch":
             opened.draft("RGB", (size, size))
-        return fit_image(opened.convert("RGB"), size, fit)
+        return fit_image(_rgb(opened), size, fit)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """In RGB; the upper 8 bits of an image of 16, which Pillow would clip to white."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
 
 
 def _seconds(duration: float) -> np.ndarray:
@@ -251,18 +291,17 @@ def read_sample(
     Raises:
         BadSample: something in it is broken; names the sample and its shard.
     """
-    parts = shards.read(sample)
+    stored = shards.read(sample)
     with guard(shards.where(sample)):
+        parts = lower_case(stored)
         content = parse_text(parts)
         conversations = parse_conversations(content)
-        video = next((name for name in VIDEO if name in parts), None)
+        video, names = media_of(parts)
         if video is not None:
             frames = decode_video(parts[video], size, fit)
             frames = frames[_evenly(len(frames), max_frames)]
         else:
-            names = image_parts(parts)
-            if content.get("frames", len(names)) != len(names):
-                raise ValueError(f"it has {len(names)} images of {str(content['frames'])[:40]}")
+            _check_count(content, names)
             images = [decode_image(parts[names[n]], size, fit) for n in _evenly(len(names), max_frames)]
             frames = np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8)
         problem = next((problem for c in conversations if (problem := conversation_problem(c))), None)

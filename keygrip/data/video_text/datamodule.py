@@ -177,6 +177,14 @@ class Part:
         return Component(self.name, frames, self.column("text_length").astype(float), shard, share)
 
 
+@runtime_checkable
+class CheckingCollator(Protocol):
+    """A collator that cannot use every conversation: `problem` says why, or None. A sample of which it can use none is
+    a bad sample."""
+
+    def problem(self, conversation: Conversation) -> str | None: ...
+
+
 class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
     """Samples of several parts, numbered one behind the other; indexed by `SampleKey`.
 
@@ -184,6 +192,7 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
         parts: where samples come from. image_size, fit, max_frames: see `VideoTexts`.
         questions: how many conversations a video; None: all. seed: of that choice.
         memory_gb: decoded frames and text of so much are kept, in each process that reads.
+        collator: says which conversations can be used, where it can.
     """
 
     def __init__(
@@ -195,7 +204,9 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
         questions: Questions,
         seed: int,
         memory_gb: float = 0.0,
+        collator: Collator | None = None,
     ) -> None:
+        self.collator = collator if isinstance(collator, CheckingCollator) else None
         self.parts, self.questions, self.seed = list(parts), questions, seed
         self._kept: dict[int, VideoTextSample] = {}
         self._room = memory_gb * 2**30
@@ -218,6 +229,9 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
         conversations = choose(conversations, self.questions, sample_generator(self.seed, key))
         if not conversations:
             raise BadSample(f"{part.shards.where(int(part.chosen[position]))}: no conversation of the kinds asked for")
+        problems = [self.collator.problem(c) for c in conversations] if self.collator is not None else [None]
+        if None not in problems:
+            raise BadSample(part.shards.where(int(part.chosen[position])), str(problems[0]))
         return replace(sample, conversations=tuple(conversations), source=part.name)
 
     def _read(self, part: Part, number: int, position: int) -> VideoTextSample:
@@ -441,7 +455,9 @@ class VideoTexts(ResumableData):
     def _loader(
         self, parts: Sequence[Part], sampler: GlobalBatchSampler, questions: Questions, memory_gb: float = 0.0
     ) -> DataLoader[Any]:
-        samples = VideoTextSamples(parts, self.image_size, self.fit, self.max_frames, questions, self.seed, memory_gb)
+        samples = VideoTextSamples(
+            parts, self.image_size, self.fit, self.max_frames, questions, self.seed, memory_gb, self.collator
+        )
         loader = CountingLoader(collate_fn=Collate(self.collator), **self.loader_options(samples, sampler))
         loader.skipped = self.skipped
         return loader

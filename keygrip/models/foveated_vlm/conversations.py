@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from keygrip.data.batches import Turn, VideoTextBatch, VideoTextSample, stack_frames
+from keygrip.data.batches import Conversation, Turn, VideoTextBatch, VideoTextSample, stack_frames
 from keygrip.models.language.tokenizers import ChatTokenizer, TokenizerSource
 from keygrip.training.parts import model_part
 
@@ -33,7 +33,8 @@ class EncodedText:
         ids: all tokens but the visual ones. loss, answer: for each whether it carries loss, and belongs to an answer
             (with the token that ends it).
         visual_at: how many tokens stand before the visual ones. prompt: how many before the last answer.
-        truncated: whether the end was cut off.
+        truncated: whether turns at the end were left out. whole: whether it holds a whole answer with its end; of a
+            text that is cut off the last answer that fits whole is the last thing kept.
     """
 
     ids: list[int]
@@ -42,6 +43,7 @@ class EncodedText:
     visual_at: int
     prompt: int
     truncated: bool = False
+    whole: bool = True
 
 
 def encode_conversation(
@@ -58,7 +60,8 @@ def encode_conversation(
             first user turn.
         supervise: `all` text tokens carry loss (captioning), or only `answers`: each assistant turn's words and the
             token that ends the turn.
-        max_tokens: longer texts are cut off at the end.
+        max_tokens: of longer texts the last answers are left out, so that what remains ends with the token that ends
+            an answer's turn; where not even the first answer fits, with `max_tokens` and `whole` False.
 
     Raises:
         ValueError: no user turn before the first answer, or a chat template that does not keep the words.
@@ -77,25 +80,30 @@ def encode_conversation(
     cuts = sorted({0, visual, len(whole), *(edge for span in answers for edge in span)})
     ids: list[int] = []
     answer: list[bool] = []
-    visual_at = prompt = 0
+    visual_at = 0
+    begins, ends = [], []  # of the answers, in tokens
     for start, stop in itertools.pairwise(cuts):
         if start == visual:
             visual_at = len(ids)
-        if start == answers[-1][0]:
-            prompt = len(ids)
+        if start in (first for first, _ in answers):
+            begins.append(len(ids))
         piece = tokenizer.encode(whole[start:stop])
         ids += piece
         answer += [any(first <= start < last for first, last in answers)] * len(piece)
-    if generating:
-        prompt = len(ids)
+        if stop in (last for _, last in answers):
+            ends.append(len(ids))
+    prompt = len(ids) if generating else begins[-1]
     if visual == len(whole):
         visual_at = len(ids)
     loss = [True] * len(ids) if supervise == "all" else answer
-    cut = max_tokens is not None and len(ids) > max_tokens
-    if cut:
-        ids, loss, answer = ids[:max_tokens], loss[:max_tokens], answer[:max_tokens]
-        visual_at, prompt = min(visual_at, len(ids)), min(prompt, len(ids))
-    return EncodedText(ids, list(loss), list(answer), visual_at, prompt, cut)
+    if max_tokens is None or len(ids) <= max_tokens:
+        return EncodedText(ids, list(loss), list(answer), visual_at, prompt)
+    fitting = [number for number, end in enumerate(ends) if end <= max_tokens]
+    keep = ends[fitting[-1]] if fitting else max_tokens
+    prompt = begins[fitting[-1]] if fitting else min(prompt, keep)
+    return EncodedText(
+        ids[:keep], list(loss[:keep]), list(answer[:keep]), min(visual_at, keep), prompt, True, bool(fitting)
+    )
 
 
 def _end_of_first_question(said: list[tuple[str, str]], tokenizer: ChatTokenizer, whole: str) -> int:
@@ -153,6 +161,7 @@ class ConversationCollator:
         self.max_tokens = max_tokens
         self.tokenizer: ChatTokenizer | None = None
         self._encoded: dict[tuple[Turn, ...], EncodedText] = {}
+        self._recent: dict[tuple[Turn, ...], EncodedText] = {}  # of the batch that is being made
 
     def prepare(self, folder: Path, texts: Callable[[], Iterator[str]]) -> None:
         """Loads the tokenizer; one that is trained is trained on `texts()` first where `folder` has none yet."""
@@ -162,25 +171,46 @@ class ConversationCollator:
             except FileNotFoundError:
                 self.tokenizer = self.source.load(folder, texts())
 
-    def _encode(self, turns: tuple[Turn, ...], tokenizer: ChatTokenizer) -> EncodedText:
+    def _encode(self, turns: tuple[Turn, ...]) -> EncodedText:
         """Simulated questions come again and again, and a template takes a while to fill in."""
-        found = self._encoded.get(turns)
-        if found is None:
-            found = encode_conversation(turns, tokenizer, self.prompt_order, self.supervise, self.max_tokens)
-            if len(self._encoded) < KEPT_TEXTS:
-                self._encoded[turns] = found
-        return found
-
-    def __call__(self, samples: list[VideoTextSample]) -> VideoTextBatch:
-        """A row for each conversation of each sample."""
         if self.tokenizer is None:
             raise RuntimeError("the collator has no tokenizer yet: call prepare (the data module's prepare_data does)")
-        rows, places, videos = [], [], []
+        found = self._encoded.get(turns) or self._recent.get(turns)
+        if found is None:
+            found = encode_conversation(turns, self.tokenizer, self.prompt_order, self.supervise, self.max_tokens)
+            kept = self._encoded if len(self._encoded) < KEPT_TEXTS else self._recent
+            kept[turns] = found
+        return found
+
+    def problem(self, conversation: Conversation) -> str | None:
+        """Why a conversation cannot be a row; None where it can."""
+        try:
+            text = self._encode(conversation.turns)
+        except ValueError as error:
+            return str(error)
+        if not text.whole:
+            return f"its first answer does not end within collator.max_tokens={self.max_tokens} tokens"
+        return None if any(text.loss) else "no token of it carries loss"
+
+    def __call__(self, samples: list[VideoTextSample]) -> VideoTextBatch:
+        """A row for each conversation of each sample; those with a problem are left out and counted.
+
+        Raises:
+            ValueError: every conversation has a problem.
+        """
+        rows, places, videos, problems = [], [], [], []
         for number, sample in enumerate(samples):
             for conversation in sample.conversations:
-                rows.append(self._encode(conversation.turns, self.tokenizer))
+                problem = self.problem(conversation)
+                if problem is not None:
+                    problems.append(f"{sample.key} of {sample.source}: {problem}")
+                    continue
+                rows.append(self._encode(conversation.turns))
                 places.append((sample, conversation))
                 videos.append(number)
+        self._recent.clear()
+        if not rows:
+            raise ValueError(f"a batch without a row: {problems[0] if problems else 'no conversations'}")
         frames, frame_mask = stack_frames(samples)
         return VideoTextBatch(
             frames=frames,
@@ -191,6 +221,7 @@ class ConversationCollator:
             source=[sample.source for sample, _ in places],
             key=[sample.key for sample, _ in places],
             texts=[conversation for _, conversation in places],
+            left_out=len(problems),
         )
 
 

@@ -260,6 +260,7 @@ class FoveatedVLMModule(System):
             self.log("train/padding_share", batch.padding_share, batch_size=size)
             self.log("train/text_only_share", batch.text_only_share, batch_size=size)
             self.log("train/truncated_rows", float(batch.truncated), batch_size=size)
+            self.log("train/left_out_rows", float(batch.left_out), batch_size=size)
         if self._health_now():
             self._examine(output, rows, batch, frames, loss.detach())
         if self._shown(self.log_images_every_n_steps):

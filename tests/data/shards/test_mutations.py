@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -11,13 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
 from mutations import Outcomes, flipped, hostile_images, hostile_json
-from shard_sets import conversations, picture
+from shard_sets import conversations, picture, small_video
 
 from keygrip.data.bad_samples import BadSample
 from keygrip.data.shards.index import MANIFEST, index_path
@@ -31,18 +29,6 @@ from keygrip.data.video_text.sources.webvid import webvid
 
 SIZE = 8
 ROUNDS = [pytest.param(24, id="quick"), pytest.param(200, id="large", marks=pytest.mark.slow)]
-
-
-def small_video() -> bytes:
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as file:
-        stream = file.add_stream("libx264", rate=4)
-        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
-        for number in range(8):
-            image = np.full((16, 16, 3), 30 * number, np.uint8)
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        file.mux(stream.encode(None))
-    return buffer.getvalue()
 
 
 def members(number: int) -> dict[str, bytes]:

@@ -350,3 +350,20 @@ def test_shards_on_a_web_server(root: Path, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"nothing has neither manifest\.json nor train/manifest\.json"):
             module(root, sources={"videos": ShardSource(f"{url}/nothing")}, **options)
         server.shutdown()
+
+
+class ChoosyCollator(CharacterCollator):
+    """Cannot use what is said about the samples named."""
+
+    def problem(self, conversation: Conversation) -> str | None:
+        return "too long" if conversation.turns[1].text in ("s3", "s77") else None
+
+
+def test_samples_of_which_no_conversation_can_be_used_are_replaced_and_counted(root: Path) -> None:
+    data = module(root)
+    data.collator = ChoosyCollator()
+    keys = Counter(key for batch in data.train_dataloader() for key in batch.key)
+    assert sum(keys.values()) == 13 * 12
+    assert not {"s3", "s77"} & set(keys)
+    assert data.skipped.count >= 1
+    assert all("too long" in reason for reason in data.skipped.reasons)

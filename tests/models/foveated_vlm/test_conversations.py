@@ -96,13 +96,39 @@ def test_a_prompt_has_the_same_ids_in_training_and_in_generation(smollm: ChatTok
     assert not trained.loss[trained.prompt - 1]
 
 
-def test_a_long_text_is_cut_off_at_the_end_and_said(tiny: ChatTokenizer) -> None:
-    whole = encode_conversation(TALK, tiny, "question_first", "answers")
-    cut = encode_conversation(TALK, tiny, "question_first", "answers", max_tokens=30)
+@pytest.mark.parametrize("order", ["visual_first", "question_first"])
+def test_a_long_text_ends_with_the_last_answer_that_fits(tiny: ChatTokenizer, order: str) -> None:
+    whole = encode_conversation(TALK, tiny, order, "answers")
+    first = encode_conversation(TALK[:2], tiny, order, "answers")
+    end = len(first.ids) - first.answer[::-1].index(True)  # behind the first answer's end token
     assert not whole.truncated
-    assert cut.truncated
-    assert (cut.ids, cut.loss, cut.visual_at) == (whole.ids[:30], whole.loss[:30], min(30, whole.visual_at))
-    assert encode_conversation(TALK, tiny, "question_first", "answers", max_tokens=8).visual_at <= 8
+    for limit in (end, end + 1, len(whole.ids) - 3):
+        cut = encode_conversation(TALK, tiny, order, "answers", max_tokens=limit)
+        assert (cut.truncated, cut.whole) == (True, True)
+        assert (cut.ids, cut.loss, cut.answer) == (whole.ids[:end], whole.loss[:end], whole.answer[:end])
+        assert cut.ids[-1] == tiny.end_of_turn
+        assert (cut.prompt, cut.visual_at) == (first.prompt, first.visual_at)
+    for limit in (8, end - 1):
+        cut = encode_conversation(TALK, tiny, order, "answers", max_tokens=limit)
+        assert (cut.truncated, cut.whole, len(cut.ids)) == (True, False, limit)
+        assert cut.visual_at <= limit
+
+
+def test_conversations_without_a_whole_answer_are_no_rows_and_counted(tmp_path: Path) -> None:
+    collator = ConversationCollator(TrainedTokenizer(400), "question_first", "answers", max_tokens=40)
+    collator.prepare(tmp_path, lambda: iter([turn.text for turn in TALK]))
+    long = Conversation((Turn("user", "Which digit? " * 40), Turn("assistant", "7")), "mark", {})
+    unknown = Conversation((Turn("assistant", "7"), Turn("assistant", "7")), "mark", {})
+    short = Conversation(TALK[:2], "mark", {})
+    assert "does not end within collator.max_tokens=40" in str(collator.problem(long))
+    assert "user turn" in str(collator.problem(unknown))
+    assert collator.problem(short) is None
+    frames = np.zeros((1, 4, 4, 3), np.uint8)
+    batch = collator([VideoTextSample(frames, (long, short, unknown), "x", "a")])
+    assert (len(batch), batch.left_out) == (1, 2)
+    assert batch.loss_mask.any(1).all()
+    with pytest.raises(ValueError, match="a batch without a row: a of x: its first answer"):
+        collator([VideoTextSample(frames, (long,), "x", "a")])
 
 
 def test_conversations_and_templates_that_cannot_be_used_are_refused(tiny: ChatTokenizer) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,10 @@ from keygrip.data.video_text.conversations import (
     encode_jpeg,
     video_text_parts,
 )
+from keygrip.data.video_text.foreign_text import PLACEHOLDER, ROLES
 from keygrip.data.video_text.sources.writing import Broken, MadeSample, write_shards
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 MAX_LIST_BYTES = 1 << 33
-PLACEHOLDER = re.compile(r"\s*<(image|video)>\s*")
 
 
 @dataclass(frozen=True)

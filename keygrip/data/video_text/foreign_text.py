@@ -1,0 +1,84 @@
+"""Text of shards that other programs wrote, brought into the form of this project's own `json` member.
+
+Read are: a caption in `txt`, or under `caption` or `text` of `json`; and turns under `conversations`, `messages` or
+`texts`, each {"from", "value"}, {"role", "content"} or {"user", "assistant"}. Anything else is refused by what it has.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+PLACEHOLDER = re.compile(r"\s*<(image|video)>\s*")  # where the frames go is the model's affair
+CAPTIONS, TURNS = ("caption", "text"), ("conversations", "messages", "texts")
+
+
+def holds_text(content: Any) -> bool:
+    """Whether a sample's json has turns or a caption, well-formed or not."""
+    return isinstance(content, list) or (
+        isinstance(content, Mapping) and any(content.get(name) for name in (*TURNS, *CAPTIONS))
+    )
+
+
+def own_text(content: Any, request: str) -> dict[str, Any]:
+    """The json of a sample in this project's own form.
+
+    Args:
+        content: as parsed. request: the user's turn before a caption.
+
+    Raises:
+        ValueError: it holds neither turns nor a caption.
+    """
+    if isinstance(content, list):
+        content = {"conversations": content}
+    if not isinstance(content, Mapping):
+        raise ValueError("its json is no object")
+    name = next((name for name in TURNS if content.get(name)), None)
+    if name is not None:
+        turns = content[name]
+        if not isinstance(turns, list):
+            raise ValueError(f"the {name} of its json are no list")
+        if name == "conversations" and isinstance(turns[0], Mapping) and "turns" in turns[0]:
+            return dict(content)
+        return _of_turns([turn for each in turns for turn in _turns(each)], "text", content)
+    name = next((name for name in CAPTIONS if isinstance(content.get(name), str) and content[name].strip()), None)
+    if name is None:
+        raise ValueError(f"its json holds no {', '.join((*TURNS, *CAPTIONS))}; it holds {_listed(content)}")
+    return caption_text(content[name], request, content)
+
+
+def caption_text(text: str, request: str, content: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A caption in this project's own form. Raises ValueError: it is empty."""
+    if not text.strip():
+        raise ValueError("its caption is empty")
+    return _of_turns([("user", request), ("assistant", text.strip())], "caption", content or {})
+
+
+def _of_turns(turns: list[tuple[str, str]], kind: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    source = content.get("source")
+    return {
+        "source": source if isinstance(source, str) else "",
+        "conversations": [{"kind": kind, "turns": [{"role": role, "text": text} for role, text in turns]}],
+    }
+
+
+def _turns(entry: Any) -> Iterator[tuple[str, str]]:
+    """(role, text) of an entry of any of the known forms. Raises ValueError: it has another."""
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"a turn is no object but {str(entry)[:60]!r}")
+    if "user" in entry and "assistant" in entry:
+        found = [("user", entry["user"]), ("assistant", entry["assistant"])]
+    else:
+        found = [(entry.get("from", entry.get("role")), entry.get("value", entry.get("content")))]
+    for role, text in found:
+        if not isinstance(role, str) or not isinstance(text, str):
+            raise ValueError(f"a turn has no role or no text; it has {_listed(entry)}")
+        if role not in ROLES:
+            raise ValueError(f"a turn is from {role[:40]!r}; known are {', '.join(ROLES)}")
+        yield ROLES[role], PLACEHOLDER.sub("", text)
+
+
+def _listed(content: Mapping[str, Any]) -> str:
+    return ", ".join(str(name)[:40] for name in [*content][:8]) or "nothing"

@@ -1,0 +1,222 @@
+"""Sixty shards that other programs wrote, or that are hostile: every sample is delivered, or named with its reason."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mutations import hostile_images
+from PIL import Image
+from shard_sets import conversations, picture, small_video, write_set
+
+from keygrip.data.bad_samples import BadSample
+from keygrip.data.shards.index import split_name
+from keygrip.data.shards.reader import ShardSet
+from keygrip.data.shards.validation import make_manifests
+from keygrip.data.video_text.conversations import read_sample, video_text_parts
+
+Members = list[tuple[str, bytes]]
+TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
+OWN = video_text_parts([], conversations("n"), "x")[0]["json"]
+
+
+def text(**content: Any) -> bytes:
+    return json.dumps(content).encode()
+
+
+def jpeg() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def deep_grey() -> bytes:
+    """A PNG of 16 bits, half as bright as it can be."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 32768, np.uint16)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pair(key: str, image: str = "jpg", content: bytes | None = None) -> Members:
+    return [(f"{key}.{image}", jpeg()), (f"{key}.json", text(conversations=TALK) if content is None else content)]
+
+
+CAPTION = text(caption="c")
+GOOD = pair("good")
+# name: members, and frames of the samples that are delivered; all other keys are named
+LAYOUTS: dict[str, tuple[Members, dict[str, int]]] = {
+    "jpg beside json": (pair("a"), {"a": 1}),
+    "jpeg": (pair("a", "jpeg"), {"a": 1}),
+    "upper case": ([("a.JPG", jpeg()), ("a.JSON", text(conversations=TALK))], {"a": 1}),
+    "upper case png": (pair("a", "PNG"), {"a": 1}),
+    "webp and png mixed": ([("a.00.jpg", jpeg()), ("a.01.PNG", picture(3)), ("a.json", CAPTION)], {"a": 2}),
+    "folders": (pair("x/y/a"), {"x/y/a": 1}),
+    "text first": ([("a.json", text(conversations=TALK)), ("a.jpg", jpeg())], {"a": 1}),
+    "all images, then all texts": (
+        [("a.jpg", jpeg()), ("b.jpg", jpeg()), ("a.json", CAPTION), ("b.json", CAPTION)],
+        {"a": 1, "b": 1},
+    ),
+    "caption in txt": ([("a.jpg", jpeg()), ("a.txt", b"a cube")], {"a": 1}),
+    "caption in txt, metadata in json": (
+        [("a.mp4", small_video()), ("a.txt", b"a cube"), ("a.json", text(id=3))],
+        {"a": 2},
+    ),
+    "caption in json": (pair("a", content=text(caption="a cube", width=8)), {"a": 1}),
+    "text in json": (pair("a", content=text(text="a cube")), {"a": 1}),
+    "messages": (
+        pair("a", content=text(messages=[{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])),
+        {"a": 1},
+    ),
+    "texts of pairs": (pair("a", content=text(texts=[{"user": "?", "assistant": "!"}])), {"a": 1}),
+    "a list of turns": (pair("a", content=json.dumps(TALK).encode()), {"a": 1}),
+    "frames from 1": ([("a.001.jpg", jpeg()), ("a.002.jpg", jpeg()), ("a.json", CAPTION)], {"a": 2}),
+    "upper case video": ([("a.MP4", small_video()), ("a.json", CAPTION)], {"a": 2}),
+    "16 bits": ([("a.png", deep_grey()), ("a.json", CAPTION)], {"a": 1}),
+    "masks beside": ([*pair("a"), ("a.seg.bin", b"1")], {"a": 1}),
+    "text alone": ([("a.json", text(conversations=TALK))], {"a": 0}),
+    "byte order mark": (pair("a", content=b"\xef\xbb\xbf" + text(caption="c")), {"a": 1}),
+    "a frame is missing": ([("a.00.jpg", jpeg()), ("a.02.jpg", jpeg()), ("a.json", CAPTION)], {}),
+    "fewer frames than said": ([("a.00.jpg", jpeg()), ("a.json", OWN.replace(b'"frames":0', b'"frames":4'))], {}),
+    "frames from 2": ([("a.02.jpg", jpeg()), ("a.03.jpg", jpeg()), ("a.json", CAPTION)], {}),
+    "one number twice": ([("a.00.jpg", jpeg()), ("a.0.png", picture(1)), ("a.json", CAPTION)], {}),
+    "upper and lower case": ([("a.jpg", jpeg()), ("a.JPG", jpeg()), ("a.json", CAPTION)], {}),
+    "video and images": ([("a.mp4", small_video()), ("a.jpg", jpeg()), ("a.json", CAPTION)], {}),
+    "two videos": ([("a.mp4", small_video()), ("a.webm", small_video()), ("a.json", CAPTION)], {}),
+    "unknown image": ([("a.gif", b"GIF89a"), ("a.json", CAPTION)], {}),
+    "named image": ([("a.image.jpg", jpeg()), ("a.json", CAPTION)], {}),
+    "no text": ([("a.jpg", jpeg())], {}),
+    "class label": ([("a.jpg", jpeg()), ("a.cls", b"7")], {}),
+    "empty caption": ([("a.jpg", jpeg()), ("a.txt", b" \n")], {}),
+    "txt that is not text": ([("a.jpg", jpeg()), ("a.txt", b"\xff\xfe\xff")], {}),
+    "json without text": (pair("a", content=text(width=8)), {}),
+    "json that is cut off": (pair("a", content=text(caption="a cube")[:-4]), {}),
+    "json of a number": (pair("a", content=b"5"), {}),
+    "unknown role": (pair("a", content=text(conversations=[{"from": "robot", "value": "x"}])), {}),
+    "answer without question": (pair("a", content=text(conversations=TALK[1:])), {}),
+    "question without answer": (pair("a", content=text(conversations=TALK[:1])), {}),
+    "turns that are text": (pair("a", content=text(conversations="hello")), {}),
+    "turns that are numbers": (pair("a", content=text(conversations=[1, 2])), {}),
+    "video cut in half": ([("a.mp4", small_video()[: len(small_video()) // 2]), ("a.json", CAPTION)], {}),
+    "empty video": ([("a.mp4", b""), ("a.json", CAPTION)], {}),
+    "webm that is none": ([("a.webm", b"\x1aE\xdf\xa3" + b"\0" * 99), ("a.json", CAPTION)], {}),
+    "a part twice": ([*pair("a"), ("a.jpg", jpeg())], {}),
+    "a key twice": ([*pair("a"), *pair("b"), *pair("a")], {"b": 1}),
+    "hidden files": ([("._a.jpg", b"\0\5"), *pair("a")], {"a": 1}),
+    "no key": ([(".json", CAPTION)], {}),
+    "no ending": ([("README", b"x")], {}),
+}
+
+
+def write_tar(path: Path, members: Members, change: Callable[[tarfile.TarFile], None] = lambda tar: None) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        change(tar)
+    return path
+
+
+def delivered_and_named(root: Path) -> tuple[dict[str, int], dict[str, str]]:
+    """Frames of every sample that is read, by key; and the reason of every other, by key."""
+    make_manifests(root, max_broken_share=1.0)
+    shards = ShardSet(root)
+    named = {key: why for index in map(shards.index, range(len(shards.shards))) for key, why in index.bad.items()}
+    frames = {}
+    for number in range(len(shards)):
+        try:
+            frames[shards.key(number)] = len(read_sample(shards, number, 8).frames)
+        except BadSample as error:
+            named[shards.key(number)] = str(error)
+    return frames, named
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_sample_is_delivered_or_named(name: str, tmp_path: Path) -> None:
+    members, wanted = LAYOUTS[name]
+    write_tar(tmp_path / "a.tar", [*members, *GOOD])
+    frames, named = delivered_and_named(tmp_path)
+    assert frames == wanted | {"good": 1}
+    keys = {split_name(file)[0] for file, _ in members} - {""}  # hidden files belong to no sample
+    assert set(frames) | set(named) == keys | {"good"}
+    assert all(named.values())
+
+
+def test_deep_images_keep_their_brightness(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", LAYOUTS["16 bits"][0])
+    make_manifests(tmp_path)
+    assert (read_sample(ShardSet(tmp_path), 0, 8).frames == 128).all()
+
+
+def test_placeholders_are_no_words_of_the_question(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", GOOD)
+    make_manifests(tmp_path)
+    (conversation,) = read_sample(ShardSet(tmp_path), 0, 8).conversations
+    assert [(turn.role, turn.text) for turn in conversation.turns] == [("user", "What?"), ("assistant", "This.")]
+
+
+def test_hostile_images_leave_their_shard_whole(tmp_path: Path) -> None:
+    images = [*hostile_images()]
+    members = [m for n, content in enumerate(images) for m in ((f"h{n}.png", content), (f"h{n}.json", CAPTION))]
+    write_tar(tmp_path / "a.tar", [*members, *GOOD])
+    frames, named = delivered_and_named(tmp_path)
+    assert (frames, len(named)) == ({"good": 1}, len(images))
+
+
+def link(tar: tarfile.TarFile) -> None:
+    info = tarfile.TarInfo("linked.jpg")
+    info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    tar.addfile(info)
+
+
+def not_utf8(tar: tarfile.TarFile) -> None:
+    info = tarfile.TarInfo("caf\udce9.json")
+    info.size = len(CAPTION)
+    tar.addfile(info, io.BytesIO(CAPTION))
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "why"),
+    [(link, "linked", "is a link or a device"), (not_utf8, r"caf\udce9", "not UTF-8")],
+)
+def test_members_that_are_no_files_of_text_names(
+    change: Callable[[tarfile.TarFile], None], key: str, why: str, tmp_path: Path
+) -> None:
+    write_tar(tmp_path / "a.tar", [("linked.json", CAPTION), *GOOD] if key == "linked" else GOOD, change)
+    frames, named = delivered_and_named(tmp_path)
+    assert frames == {"good": 1}
+    assert why in named[key]
+
+
+def test_shards_that_are_not_read_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Compressed, cut off, no tar at all, in upper case, in other folders."""
+    write_tar(tmp_path / "a.TAR", pair("upper"))
+    write_tar(tmp_path / "b.tar", GOOD)
+    (tmp_path / "c.tar.gz").write_bytes(gzip.compress((tmp_path / "b.tar").read_bytes()))
+    (tmp_path / "d.tar").write_bytes(gzip.compress((tmp_path / "b.tar").read_bytes()))
+    (tmp_path / "e.tar").write_bytes((tmp_path / "b.tar").read_bytes()[:1100])
+    (tmp_path / "f.tar").write_bytes(b"")
+    write_set(tmp_path / "00001", [1])
+    frames, _ = delivered_and_named(tmp_path)
+    assert frames == {"upper": 1, "good": 1}
+    report = make_manifests(tmp_path, max_broken_share=1.0)
+    assert report["broken"] == 4
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    assert all(f"{name}.tar" in said for name in "cdef")
+    assert "00001" in said
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (tmp_path / "c.tar.gz").rename(alone / "c.tar.gz")
+    with pytest.raises(FileNotFoundError, match=r"c\.tar\.gz is compressed"):
+        make_manifests(alone)
+
+
+def test_there_are_sixty() -> None:
+    assert len(LAYOUTS) + 10 >= 60
