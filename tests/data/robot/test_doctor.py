@@ -110,7 +110,7 @@ def write(root: Path, fault: Fault = lambda parts, number: parts) -> Path:
 
 
 def examine(tmp_path: Path, fault: Fault) -> list[Finding]:
-    return doctor(write(tmp_path / "data", fault), tmp_path / "out", progress=False)
+    return doctor(write(tmp_path / "data", fault), tmp_path / "out", compare_images=False, progress=False)
 
 
 def test_a_sound_folder_gives_no_finding_and_a_sheet_with_the_gripper_marked(tmp_path):
@@ -303,23 +303,25 @@ def test_a_stray_frame_costs_height_bins(tmp_path):
     findings = examine(tmp_path, stray_frame)
     outlier = next(finding for finding in findings if finding.check == "height_outlier")
     assert "demo_0" in outlier.where
-    assert {finding.check for finding in findings} == {"height_outlier"}
+    assert {finding.check for finding in findings} == {"height_outlier", "outlier_pose"}
+    pose = next(finding for finding in findings if finding.check == "outlier_pose")
+    assert (pose.demos, pose.frames, pose.cause) == (("demo_0",), (20,), "outlier reached pose")
 
 
 def test_broken_demos_are_named_and_the_others_examined(tmp_path):
     root = write(tmp_path / "data")
     (root / "demo_1/metadata.json").unlink()
-    findings = doctor(root, tmp_path / "out", progress=False)
+    findings = doctor(root, tmp_path / "out", compare_images=False, progress=False)
     assert [finding.check for finding in findings] == ["broken_demo"]
     assert findings[0].where == "demo_1"
     assert "the recording was cut off" in findings[0].what
     for number in (0, 2):
         shutil.rmtree(root / f"demo_{number}")
-    findings = doctor(root, tmp_path / "again", progress=False)
+    findings = doctor(root, tmp_path / "again", compare_images=False, progress=False)
     assert [finding.check for finding in findings] == ["broken_demo"]
     assert json.loads((tmp_path / "again/report.json").read_text())["readable"] == 0
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        doctor(tmp_path / "nothing", tmp_path / "out", progress=False)
+        doctor(tmp_path / "nothing", tmp_path / "out", compare_images=False, progress=False)
 
 
 def test_a_camera_on_the_hand_is_recognised_and_not_blamed(tmp_path):
@@ -337,7 +339,7 @@ def test_a_camera_on_the_hand_is_recognised_and_not_blamed(tmp_path):
 def test_max_demos_looks_at_an_even_spread(tmp_path):
     root = write(tmp_path / "data", lambda parts, number: gap(parts, number))
     assert (
-        doctor(root, tmp_path / "out", max_demos=2, progress=False) == []
+        doctor(root, tmp_path / "out", max_demos=2, compare_images=False, progress=False) == []
     )  # the first and the last; the gap is in between
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert (report["demos"], report["examined"]) == (3, 2)

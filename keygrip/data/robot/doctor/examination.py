@@ -23,6 +23,9 @@ class Finding:
     Attributes:
         check: which check found it, a short name. severity: `error` spoils training, `warning` costs quality.
         where: camera, arm or demos. what: what was measured. advice: what to do.
+        cause: the likely cause in a few words, with its size; empty where only the effect is known.
+        camera: its name, or empty. demos: names of the demos that are affected; empty: all.
+        frames: of the first of these demos, where single frames are meant.
     """
 
     check: str
@@ -30,9 +33,14 @@ class Finding:
     where: str
     what: str
     advice: str
+    cause: str = ""
+    camera: str = ""
+    demos: tuple[str, ...] = ()
+    frames: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.severity} [{self.check}] {self.where}: {self.what}. {self.advice}"
+        cause = f" Likely cause: {self.cause}." if self.cause else ""
+        return f"{self.severity} [{self.check}] {self.where}: {self.what}.{cause} {self.advice}"
 
 
 @dataclass
@@ -46,8 +54,26 @@ class Examination:
     findings: list[Finding] = field(default_factory=list)
     measures: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, check: str, severity: Literal["error", "warning"], where: str, what: str, advice: str) -> None:
-        self.findings.append(Finding(check, severity, where, what, advice))
+    def add(
+        self,
+        check: str,
+        severity: Literal["error", "warning"],
+        where: str,
+        what: str,
+        advice: str,
+        cause: str = "",
+        camera: str = "",
+        demos: Iterable[str] = (),
+        frames: Iterable[int] = (),
+    ) -> None:
+        """Notes a finding; arguments as the attributes of `Finding`."""
+        self.findings.append(
+            Finding(check, severity, where, what, advice, cause, camera, tuple(demos), tuple(frames)[:20])
+        )
+
+    def found(self, *checks: str) -> bool:
+        """Whether one of these checks has found something."""
+        return any(finding.check in checks for finding in self.findings)
 
     @property
     def arms(self) -> list[str]:

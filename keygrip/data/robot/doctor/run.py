@@ -16,7 +16,15 @@ from keygrip.data.robot.doctor.contact_sheet import contact_sheet
 from keygrip.data.robot.doctor.examination import Examination, Finding, listed, spread
 from keygrip.data.robot.doctor.images import check_images
 from keygrip.data.robot.doctor.kinematics import check_kinematics
+from keygrip.data.robot.doctor.pictures import check_pictures_and_poses
 from keygrip.data.robot.doctor.projection import check_projection
+from keygrip.data.robot.doctor.tracks import (
+    check_commands,
+    check_instructions,
+    check_joint_unit,
+    check_opening_unit,
+    check_outlier_poses,
+)
 from keygrip.data.robot.doctor.trajectories import (
     check_gripper,
     check_heights,
@@ -38,6 +46,7 @@ def examine(
     frames_per_demo: int,
     height_bins: int,
     pred_size: int,
+    compare_images: bool,
 ) -> dict[str, Any]:
     """The step `doctor`: logs every finding with its advice; returns counts and the folder of the contact sheets."""
     folder = Path(output) if output is not None else Path("runs/doctor") / Path(root).resolve().name
@@ -50,6 +59,7 @@ def examine(
         frames_per_demo=frames_per_demo,
         height_bins=height_bins,
         pred_size=pred_size,
+        compare_images=compare_images,
     )
     for finding in findings:
         log.warning("%s", finding)
@@ -69,6 +79,7 @@ def doctor(
     frames_per_demo: int = 12,
     height_bins: int = 32,
     pred_size: int = 56,
+    compare_images: bool = True,
     progress: bool = True,
 ) -> list[Finding]:
     """Examines the demonstrations under `root`; an empty list means that nothing is wrong.
@@ -79,6 +90,7 @@ def doctor(
         max_demos: look at so many, evenly spread over the folder; None: all.
         frames_per_demo: images that are decoded of each demo and camera, evenly spread.
         height_bins, pred_size: of the policy, for what a bin and a cell are worth.
+        compare_images: compare pixels with poses: the robot's silhouette with what moves in the images.
         progress: show a progress bar on standard error.
 
     Raises:
@@ -110,12 +122,19 @@ def doctor(
         checks: list[Callable[[Examination], None]] = [
             check_heights,
             check_jumps,
+            check_outlier_poses,
+            check_joint_unit,
             check_kinematics,
             check_quaternions,
             check_gripper,
+            check_opening_unit,
+            check_commands,
             check_times,
+            check_instructions,
             check_projection,
         ]
+        if compare_images:
+            checks.append(check_pictures_and_poses)
         for check in checks:
             check(examination)
         for camera in tqdm(examination.cameras, desc="looking at pictures", unit="camera", disable=not progress):

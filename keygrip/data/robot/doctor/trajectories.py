@@ -154,6 +154,13 @@ def check_gripper(exam: Examination) -> None:
         ranges = [float(np.ptp(demo.arms[arm].gripper)) for demo in demos]
         exam.measures[f"arm/{arm}/gripper_range"] = max(ranges)
         if max(ranges) < 0.05:
+            ends = [
+                min(float(demo.arms[arm].gripper.mean()), 1 - float(demo.arms[arm].gripper.mean())) for demo in demos
+            ]
+            if max(ends) < 0.02:
+                continue  # open or closed throughout: a task without grasping
+            if max(float(demo.arms[arm].gripper.max()) for demo in demos) < 0.15:
+                continue  # see check_opening_unit
             exam.add(
                 "gripper_still",
                 "warning",

@@ -1,0 +1,181 @@
+"""From what a fit has to change to what is wrong: the simplest explanation that does nearly as well as all together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from keygrip.data.robot.doctor.registration import FOCAL, LAG, NUMBERS, Fit, agreement_of, fit
+from keygrip.data.robot.doctor.views import Placement, View, place, tool_poses
+from keygrip.robots.surface import RobotSurface
+
+ROTATION_SET, SHIFT_SET = (0, 1, 2), (3, 4, 5)
+FAMILIES: dict[str, tuple[int, ...]] = {
+    "lag": (LAG,),
+    "focal": (FOCAL,),
+    "rotation": ROTATION_SET,
+    "shift": SHIFT_SET,
+    "crop": (0, 1, FOCAL),
+    "extrinsics": (*ROTATION_SET, *SHIFT_SET),
+}
+AS_GOOD, COST_RATIO = 0.015, 1.12  # of agreement, and of the outlines' cost
+LONG = np.array([0.3, 0.3, 0.3, 0.2, 0.2, 0.2, 0.4, 8.0])
+SCALES = (0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2)
+BETTER = 0.03
+
+
+class Compared(Protocol):
+    """What is compared: one camera and arm."""
+
+    camera: str
+    arm: str
+    pairs: dict[str, tuple[View, Placement]]
+    model: RobotSurface | None
+
+
+def family_fit(
+    pairs: Sequence[tuple[View, Placement]], found: Fit, free: Sequence[int], centre: np.ndarray | None = None
+) -> Fit:
+    """The best change in some numbers alone, begun at what a full fit found for them."""
+    base = np.zeros(NUMBERS) if centre is None else centre
+    start = base.copy()
+    start[list(free)] = found.change[list(free)]
+    return fit(pairs, start=start, free=free, prior=LONG, centre=base, reaches=(12, 10, 8, 6, 4, 3))
+
+
+def explained(
+    pairs: Sequence[tuple[View, Placement]], found: Fit, free: Sequence[int], centre: np.ndarray | None = None
+) -> bool:
+    """Whether these numbers alone do as well as the full fit."""
+    return _as_good(family_fit(pairs, found, free, centre), found)
+
+
+def _as_good(alone: Fit, full: Fit) -> bool:
+    return alone.after > full.after - AS_GOOD and alone.cost < COST_RATIO * full.cost + 0.005
+
+
+def other_poses(view: View, arm: str, words: str) -> np.ndarray:
+    """[N, 4, 4] of the tool if the recorded poses mean something else."""
+    trajectory = view.demo.arms[arm]
+    position, quaternion = trajectory.position, trajectory.quaternion
+    conjugated = quaternion * [1, -1, -1, -1]
+    if words == "conjugated":
+        return tool_poses(position, conjugated)
+    if words == "xyzw":
+        return tool_poses(position, np.roll(quaternion, 1, axis=1))
+    if words == "inverted":
+        return np.linalg.inv(tool_poses(position, quaternion))
+    return tool_poses(position / float(words), quaternion)
+
+
+def place_with(seen: Compared, name: str, words: str) -> Placement:
+    """The robot's places in a demo if its poses mean something else."""
+    view, _ = seen.pairs[name]
+    return place(view.demo, seen.arm, seen.model, other_poses(view, seen.arm, words))
+
+
+def _pose_cause(seen: Compared, names: Sequence[str], found: Fit) -> tuple[str, str, str] | None:
+    """Another reading of the poses that does as well as a change of the camera; None: there is none."""
+    if any(seen.pairs[name][1].source == "joints" for name in names):
+        return None
+    names = list(names)[:4]
+    pairs = [seen.pairs[name] for name in names]
+    own = agreement_of(pairs)
+    full = agreement_of(pairs, found.change)
+    readings = {"conjugated": "quaternions conjugated (world to gripper)", "xyzw": "quaternions stored x, y, z, w"}
+    readings["inverted"] = "poses inverted (world to gripper in place of gripper to world)"
+    scored = {}
+    for words in (*readings, *map(str, SCALES)):
+        scored[words] = agreement_of([(seen.pairs[name][0], place_with(seen, name, words)) for name in names])
+    best = max(scored, key=lambda words: scored[words])
+    if scored[best] < own + BETTER or scored[best] < full - BETTER:
+        return None
+    if best in readings:
+        words = readings[best]
+        return (
+            words,
+            f"pictures and poses go together if the {words}",
+            "Store gripper-to-world poses, quaternions w, x, y, z",
+        )
+    scale = _peak(SCALES, [scored[str(s)] for s in SCALES], float(best), own)
+    return (
+        f"positions scaled by {scale:.2f}",
+        f"pictures and poses go together if positions are divided by {scale:.2f}",
+        "Check the unit and the calibration of the recorded positions",
+    )
+
+
+def _peak(scales: Sequence[float], scores: Sequence[float], best: float, own: float) -> float:
+    """Where a parabola through the best scale and its neighbours has its top."""
+    known = dict(zip(scales, scores, strict=True)) | {1.0: own}
+    order = sorted(known)
+    at = order.index(best)
+    if at in (0, len(order) - 1):
+        return best
+    x = np.array(order[at - 1 : at + 2])
+    a, b, _ = np.polyfit(x, [known[float(v)] for v in x], 2)
+    return float(np.clip(-b / (2 * a), x[0], x[2])) if a < 0 else best
+
+
+def camera_cause(seen: Compared, names: Sequence[str], found: Fit) -> tuple[str, str, str]:
+    """Cause, what was measured, and advice for a camera that a fit had to change in all demos."""
+    pairs = [seen.pairs[name] for name in names]
+    calibrate = "Calibrate again, or let `prepare step=calibrate` write the corrected calibration"
+    measured = f"agreement {found.before:.2f} as recorded, {found.after:.2f}"
+    fits = {}
+    for family, free in FAMILIES.items():
+        fits[family] = family_fit(pairs, found, free)
+        if _as_good(fits[family], found):
+            break
+    else:
+        family = "all"
+    found = fits.get(family, found)
+    if family != "lag" and (by_poses := _pose_cause(seen, names, found)) is not None:
+        return by_poses
+    turn, shift, focal, lag = found.degrees, found.metres * 100, (found.focal - 1) * 100, found.lag
+    if family == "lag":
+        frames = max(1, round(abs(lag)))
+        late = "late" if lag > 0 else "early"
+        return (
+            f"pictures {frames} frames {late}",
+            f"the pictures show the robot {abs(lag):.1f} frames {'later' if lag > 0 else 'earlier'} than the poses "
+            f"({measured} with this undone)",
+            f"Shift the pictures by {frames} frames {'earlier' if lag > 0 else 'later'}",
+        )
+    if family == "focal":
+        return (
+            f"focal length off by {-focal / (1 + focal / 100):.1f} percent",
+            f"the robot is seen as through a lens with {focal:+.1f} percent of focal length ({measured} with it)",
+            "Pictures were cropped and resized with the old K, or the intrinsics are another camera's. " + calibrate,
+        )
+    if family == "crop":
+        return (
+            f"cropped pictures with old K (focal length {focal:+.1f} percent, centre moved)",
+            f"the robot is seen as through a crop of the picture: {focal:+.1f} percent of focal length and another "
+            f"centre ({measured} with it)",
+            "Give the intrinsics of the pictures as they are stored. " + calibrate,
+        )
+    if family == "rotation":
+        return (
+            f"extrinsics off by {turn:.1f} degrees",
+            f"the robot is seen as by a camera turned by {turn:.1f} degrees ({measured} with it)",
+            calibrate,
+        )
+    if family == "shift":
+        joints = any(robot.source == "joints" for _, robot in pairs)
+        return (
+            f"extrinsics or the robot's base off by {shift:.1f} cm",
+            f"the robot is seen as by a camera shifted by {shift:.1f} cm ({measured} with it)"
+            + ("" if joints else "; a base offset of the positions looks the same"),
+            calibrate,
+        )
+    late_words = f", pictures {abs(lag):.1f} frames {'late' if lag > 0 else 'early'}" if abs(lag) > 0.5 else ""
+    focal_words = f", focal length {focal:+.1f} percent" if family == "all" and abs(focal) > 2 else ""
+    return (
+        f"extrinsics off by {turn:.1f} degrees and {shift:.1f} cm{focal_words}{late_words}",
+        f"the robot is seen as by a camera turned by {turn:.1f} degrees and shifted by {shift:.1f} cm{focal_words}"
+        f"{late_words} ({measured} with it)",
+        calibrate,
+    )

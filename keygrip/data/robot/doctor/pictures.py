@@ -1,0 +1,292 @@
+"""Pictures against poses: flips, lags, wrong demos, moved and wrongly calibrated cameras.
+
+The robot's silhouette at the recorded poses is compared with what moves in the pictures of a camera that stands; then
+its outline is fitted to the pictures. What the fit has to change names the fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from keygrip.data.robot.doctor.causes import FAMILIES, camera_cause, explained
+from keygrip.data.robot.doctor.examination import Examination, listed, spread
+from keygrip.data.robot.doctor.registration import FOCAL, LAG, NUMBERS, PRIOR, Fit, agreement_of, fit
+from keygrip.data.robot.doctor.search import wide_fit
+from keygrip.data.robot.doctor.views import Placement, View, make_view, place, stands
+from keygrip.robots.surface import RobotSurface
+
+FITTED, FRAMES = 6, 8  # demos of a joint fit, and pictures of each
+LEAST_MOTION = 25.0  # pixels (of the small pictures) that change, on average: with less nothing can be compared
+POOR, FLIP_MARGIN = 0.3, 0.12  # of agreement: below and above which something else is tried
+# What clean recordings of the simulator stay below, times two and more: degrees, metres, factor, frames.
+TURN_DEG, SHIFT_M, FOCAL_SHARE, LAG_FRAMES = 1.3, 0.02, 0.05, 0.5
+GAIN = 0.015  # of agreement, without which no fault is named
+DEMO_TURN_DEG, DEMO_SHIFT_M, DEMO_LAG = 1.6, 0.02, 0.4  # likewise of one demo against the others
+DEMO_GAIN = 0.02
+
+FLIPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "mirrored left-right": lambda images: images[:, :, ::-1],
+    "mirrored up-down": lambda images: images[:, ::-1],
+    "turned by 180 degrees": lambda images: images[:, ::-1, ::-1],
+    "turned by 90 degrees clockwise": lambda images: images.transpose(0, 2, 1, 3)[:, ::-1],
+    "turned by 90 degrees anticlockwise": lambda images: images.transpose(0, 2, 1, 3)[:, :, ::-1],
+    "transposed": lambda images: images.transpose(0, 2, 1, 3),
+    "transposed and turned by 180 degrees": lambda images: images.transpose(0, 2, 1, 3)[:, ::-1, ::-1],
+}
+
+
+@dataclass
+class Seen:
+    """One camera and arm: views with the robot's places, by demo."""
+
+    camera: str
+    arm: str
+    pairs: dict[str, tuple[View, Placement]]
+    model: RobotSurface | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    change: np.ndarray = field(default_factory=lambda: np.zeros(NUMBERS))
+
+    @property
+    def where(self) -> str:
+        return f"camera {self.camera}, arm {self.arm}"
+
+
+def check_pictures_and_poses(
+    exam: Examination,
+    model: RobotSurface | None = None,
+    pictures: dict[tuple[str, str], dict[int, np.ndarray]] | None = None,
+) -> None:
+    """Compares each camera that stands with each arm.
+
+    Args:
+        model: the arms' surface; None: a YAM's where the robot's name says so.
+        pictures: small pictures that were read already, by (demo, camera) and frame.
+    """
+    for camera in exam.cameras:
+        standing = [demo for demo in exam.with_camera(camera) if stands(demo, camera) and len(demo) >= 6]
+        exam.measures[f"camera/{camera}/standing_demos"] = len(standing)
+        if not standing or exam.found("intrinsics"):
+            continue
+        for arm in exam.arms:
+            demos = [demo for demo in standing if arm in demo.arms]
+            found: dict[str, tuple[View, Placement]] = {}
+            for demo in demos:
+                view = make_view(demo, camera, FRAMES, (pictures or {}).get((demo.name, camera)))
+                if float((view.foreground > 0.5).sum(axis=(1, 2)).mean()) >= LEAST_MOTION:
+                    found[demo.name] = (view, place(demo, arm, model))
+            exam.measures[f"camera/{camera}/arm/{arm}/compared_demos"] = len(found)
+            if found:
+                _compare(exam, Seen(camera, arm, found, model))
+
+
+def _compare(exam: Examination, seen: Seen) -> None:
+    seen.scores = {name: agreement_of([pair]) for name, pair in seen.pairs.items()}
+    key = f"camera/{seen.camera}/arm/{seen.arm}"
+    exam.measures[f"{key}/agreement"] = {name: round(score, 3) for name, score in seen.scores.items()}
+    sources = sorted({robot.source for _, robot in seen.pairs.values()})
+    exam.measures[f"{key}/robot"] = sources
+    if sources == ["poses"]:
+        return  # see motion.py
+    flipped = _check_flips(exam, seen)
+    rest = {name: pair for name, pair in seen.pairs.items() if name not in flipped}
+    if not rest:
+        return
+    seen.pairs = rest
+    found = _fit_camera(exam, seen)
+    if found is not None:
+        _check_demos(exam, seen)
+
+
+def _check_flips(exam: Examination, seen: Seen) -> set[str]:
+    """Names the demos whose pictures agree with the poses only when they are turned or mirrored."""
+    names: dict[str, list[str]] = {}
+    usual = float(np.median(list(seen.scores.values())))
+    for name, (view, robot) in seen.pairs.items():
+        own = seen.scores[name]
+        if own > POOR and own > 0.6 * usual:
+            continue
+        square = view.size[0] == view.size[1]
+        tried = {
+            flip: agreement_of([(view.with_images(np.ascontiguousarray(change(view.images))), robot)])
+            for flip, change in FLIPS.items()
+            if square or ("90" not in flip and "transposed" not in flip)
+        }
+        best = max(tried, key=lambda flip: tried[flip])
+        if tried[best] > own + FLIP_MARGIN and tried[best] > 1.5 * own and tried[best] > 0.2:
+            names.setdefault(best, []).append(name)
+    flipped: set[str] = set()
+    for flip, demos in sorted(names.items(), key=lambda entry: -len(entry[1])):
+        if len(demos) < max(1, round(0.25 * len(seen.pairs))) and usual < POOR:
+            continue  # a few by chance, where all are poor
+        flipped |= set(demos)
+        exam.add(
+            "flipped_images",
+            "error",
+            f"{seen.where}, {listed(demos)}",
+            f"the robot in the pictures moves as the poses say only if the pictures are undone as {flip} "
+            f"(agreement {np.mean([seen.scores[name] for name in demos]):.2f} as they are)",
+            "Undo this before writing the pictures, or describe it in camera poses and intrinsics",
+            cause=f"pictures {flip}",
+            camera=seen.camera,
+            demos=demos,
+        )
+    return flipped
+
+
+def _good(seen: Seen) -> list[str]:
+    """Demos of the joint fit: those whose agreement is not far below the others'."""
+    usual = float(np.median([seen.scores[name] for name in seen.pairs]))
+    names = [name for name in seen.pairs if seen.scores[name] >= 0.6 * usual] or list(seen.pairs)
+    return [names[index] for index in spread(len(names), FITTED)]
+
+
+def _fit_camera(exam: Examination, seen: Seen) -> Fit | None:
+    """Fits one change to the camera in all demos; None where nothing can be said or the fit fails."""
+    names = _good(seen)
+    pairs = [seen.pairs[name] for name in names]
+    found = fit(pairs)
+    if found.after < POOR or found.degrees > 3 or abs(found.lag) > 2:
+        found = wide_fit(pairs)
+    key = f"camera/{seen.camera}/arm/{seen.arm}"
+    exam.measures[f"{key}/fit"] = described(found)
+    if found.after < 0.15 or found.points == 0:
+        exam.add(
+            "disagreement",
+            "error",
+            seen.where,
+            f"what moves in the pictures has nothing to do with the poses (agreement {found.before:.2f}, "
+            f"{found.after:.2f} after a fit)",
+            "Check that pictures and poses are of the same demo and camera, and the world frame of the poses",
+            cause="another demo's pictures, another camera, or another world frame",
+            camera=seen.camera,
+            demos=names,
+        )
+        return None
+    sigma = found.sigma
+    turned = found.degrees > max(TURN_DEG, 3 * np.degrees(float(np.linalg.norm(sigma[:3]))))
+    shifted = found.metres > max(SHIFT_M, 3 * float(np.linalg.norm(sigma[3:6])))
+    zoomed = abs(found.change[FOCAL]) > max(FOCAL_SHARE, 3 * sigma[FOCAL])
+    late = abs(found.lag) > LAG_FRAMES
+    gain = found.after - found.before
+    if (turned or shifted or zoomed or late) and gain > GAIN:
+        cause, what, advice = camera_cause(seen, names, found)
+        exam.add(
+            "registration",
+            "error",
+            f"{seen.where}, {listed(names) if len(names) < len(seen.pairs) else 'all demos'}",
+            what,
+            advice,
+            cause=cause,
+            camera=seen.camera,
+            demos=names,
+        )
+        seen.change = found.change
+    return found
+
+
+def described(found: Fit) -> dict[str, object]:
+    """Plain values of a fit, for the report."""
+    return {
+        "turn_deg": [round(float(v), 2) for v in np.degrees(found.change[:3])],
+        "shift_mm": [round(float(v) * 1e3, 1) for v in found.change[3:6]],
+        "focal_percent": round((found.focal - 1) * 100, 2),
+        "late_frames": round(found.lag, 2),
+        "agreement_before": round(found.before, 3),
+        "agreement_after": round(found.after, 3),
+        "residual_px": round(found.residual, 2),
+    }
+
+
+def _check_demos(exam: Examination, seen: Seen) -> None:
+    """Finds demos whose camera, clock or poses differ from the others'."""
+    free = (0, 1, 2, 3, 4, 5, LAG)
+    prior = PRIOR.copy()
+    fits: dict[str, Fit] = {}
+    for name, pair in seen.pairs.items():
+        fits[name] = fit(
+            [pair], start=seen.change, centre=seen.change, free=free, prior=prior, reaches=(12, 9, 6, 4, 4)
+        )
+    key = f"camera/{seen.camera}/arm/{seen.arm}"
+    bases = {name: agreement_of([pair], seen.change) for name, pair in seen.pairs.items()}
+    exam.measures[f"{key}/demo_fits"] = {
+        name: described(found) | {"agreement_before": round(bases[name], 3)} for name, found in fits.items()
+    }
+    usual = float(np.median(list(bases.values())))
+    others: dict[str, list[str]] = {}
+    for name, found in fits.items():
+        if bases[name] < 0.45 * usual and found.after < 0.7 * usual:
+            found = wide_fit([seen.pairs[name]])
+        change = found.change - seen.change
+        turn, shift = np.degrees(np.linalg.norm(change[:3])), float(np.linalg.norm(change[3:6]))
+        lag, gain = float(-change[LAG]), found.after - bases[name]
+        sigma = np.degrees(float(np.linalg.norm(found.sigma[:3])))
+        poor = found.after < 0.6 * usual
+        if poor and bases[name] < 0.6 * usual and (other := _other_demo(seen, name, bases[name])) is not None:
+            others.setdefault(other, []).append(name)
+        elif gain > DEMO_GAIN and abs(lag) > DEMO_LAG and _lag_explains(seen, name, found):
+            _add_lag(exam, seen, name, lag)
+        elif gain > DEMO_GAIN and (turn > max(DEMO_TURN_DEG, 3 * sigma) or shift > DEMO_SHIFT_M):
+            _add_moved(exam, seen, name, found)
+        elif bases[name] < 0.3 * usual and bases[name] < 0.15:
+            others.setdefault("", []).append(name)
+    for other, names in others.items():
+        exam.add(
+            "wrong_demo",
+            "error",
+            f"{seen.where}, {listed(names)}",
+            "the robot in the pictures does not move as the poses of this demo say"
+            + (f", but as those of {other}" if other else ""),
+            "Pair each demo's pictures with its own poses, or leave these demos out",
+            cause="pictures and poses are of different demos" + (f" (pictures of {other})" if other else ""),
+            camera=seen.camera,
+            demos=names,
+        )
+
+
+def _other_demo(seen: Seen, name: str, own: float) -> str | None:
+    """The demo whose poses go with this one's pictures best, if clearly better than its own."""
+    view = seen.pairs[name][0]
+    tried = {
+        other: agreement_of([(view, robot)], seen.change) for other, (_, robot) in seen.pairs.items() if other != name
+    }
+    if not tried:
+        return None
+    best = max(tried, key=lambda other: tried[other])
+    return best if tried[best] > own + 0.1 and tried[best] > 0.3 else None
+
+
+def _lag_explains(seen: Seen, name: str, found: Fit) -> bool:
+    return explained([seen.pairs[name]], found, FAMILIES["lag"], seen.change)
+
+
+def _add_lag(exam: Examination, seen: Seen, name: str, lag: float) -> None:
+    frames = max(1, round(abs(lag)))
+    exam.add(
+        "image_lag",
+        "error",
+        f"{seen.where}, {name}",
+        f"the pictures show the robot {abs(lag):.1f} frames {'later' if lag > 0 else 'earlier'} than the poses",
+        f"Shift the pictures by {frames} frames {'earlier' if lag > 0 else 'later'}, or leave this demo out",
+        cause=f"pictures {frames} frames {'late' if lag > 0 else 'early'}",
+        camera=seen.camera,
+        demos=[name],
+    )
+
+
+def _add_moved(exam: Examination, seen: Seen, name: str, found: Fit) -> None:
+    change = found.change - seen.change
+    turn, shift = np.degrees(np.linalg.norm(change[:3])), float(np.linalg.norm(change[3:6]))
+    exam.add(
+        "moved_camera",
+        "error",
+        f"{seen.where}, {name}",
+        f"in this demo the pictures fit the poses with the camera turned by {turn:.1f} degrees and shifted by "
+        f"{shift * 100:.1f} cm (agreement {found.before:.2f}, {found.after:.2f} after the fit)",
+        "The camera was moved: calibrate again for this demo (prepare step=calibrate) or leave it out",
+        cause=f"camera moved by {turn:.1f} degrees and {shift * 100:.1f} cm in this demo",
+        camera=seen.camera,
+        demos=[name],
+    )

@@ -1,0 +1,247 @@
+"""Fits a camera to pictures: the robot's outline is drawn where the poses put it and drawn to where the pictures show
+it.
+
+A change has 8 numbers: rotation vector about the camera's own axes (3, rad), shift in the camera's axes (3, m), the
+logarithm of the focal length's factor, and by how many frames the pictures are late. Shape legend: F frames, P points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.ndimage import gaussian_filter, map_coordinates
+
+from keygrip.data.robot.doctor.silhouettes import _shifted, agreement, boundary, moved, seen, splat
+from keygrip.data.robot.doctor.views import Placement, View, foreground
+
+ROTATION, SHIFT, FOCAL, LAG = slice(0, 3), slice(3, 6), 6, 7
+NUMBERS = 8
+PRIOR = np.array([0.14, 0.14, 0.14, 0.05, 0.05, 0.05, 0.12, 3.0])  # what is likely, one sigma: 8 degrees, 5 cm, 12 %
+REACHES = (12, 10, 8, 6, 5, 4, 3, 3)  # pixels that an outline is looked for, fit by fit
+OUTLINE = 160  # points on the outline of a frame
+LEAST_POINTS = 60  # on all frames: with fewer nothing can be said
+EVERY = 3  # of the surface's points
+PIXEL_SIGMA = 1.0  # of an outline's place
+CORRELATED = 12.0  # neighbouring points of an outline err together: so many count as one
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a fit found.
+
+    Args:
+        change: [8], see above. sigma: [8] one standard deviation. before, after: agreement of silhouettes and pictures
+        (-1..1) without and with the change. residual: median distance of the outline in pixels of the small pictures,
+        after the fit. points: on outlines that were found. cost: mean robust cost of all outline points after the fit,
+        0 for a perfect one, 1 where no outline is found.
+    """
+
+    change: np.ndarray
+    sigma: np.ndarray
+    before: float
+    after: float
+    residual: float
+    points: int
+    cost: float
+
+    @property
+    def degrees(self) -> float:
+        """Angle of the rotation."""
+        return float(np.degrees(np.linalg.norm(self.change[ROTATION])))
+
+    @property
+    def metres(self) -> float:
+        """Length of the camera's shift."""
+        return float(np.linalg.norm(self.change[SHIFT]))
+
+    @property
+    def focal(self) -> float:
+        """Factor of the focal length."""
+        return float(np.exp(self.change[FOCAL]))
+
+    @property
+    def lag(self) -> float:
+        """Frames by which the pictures are late."""
+        return float(-self.change[LAG])
+
+
+def camera_with(view: View, change: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Intrinsics [3, 3] and world_to_camera [4, 4] of a view after a change."""
+    intrinsics = view.intrinsics.copy()
+    intrinsics[0, 0] *= np.exp(change[FOCAL])
+    intrinsics[1, 1] *= np.exp(change[FOCAL])
+    return intrinsics, moved(view.world_to_camera, change[:6])
+
+
+def silhouette(view: View, placement: Placement, change: np.ndarray, half: bool = True, every: int = 4) -> np.ndarray:
+    """[F, h, w] bool: where the robot should be seen; `half`: at half the resolution."""
+    intrinsics, pose = camera_with(view, change)
+    pixels, _ = seen(placement.at(view.index + change[LAG], every), intrinsics, pose)
+    height, width = view.size
+    return splat(pixels / 2, height // 2, width // 2)[0] if half else splat(pixels, height, width)[0]
+
+
+def halved(changed: np.ndarray) -> np.ndarray:
+    """[F, h, w] -> [F, h // 2, w // 2], averaged."""
+    frames, height, width = changed.shape
+    even = changed[:, : height // 2 * 2, : width // 2 * 2]
+    return np.asarray(even.reshape(frames, height // 2, 2, width // 2, 2).mean(axis=(2, 4)))
+
+
+def agreement_of(pairs: Sequence[tuple[View, Placement]], change: np.ndarray | None = None) -> float:
+    """Mean agreement of the views with their robots, -1..1."""
+    change = np.zeros(NUMBERS) if change is None else change
+    scores = [agreement(silhouette(view, robot, change), halved(view.foreground)) for view, robot in pairs]
+    return float(np.mean(scores))
+
+
+def uncovered_background(images: np.ndarray, covered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Median [h, w, 3] over the frames in which a pixel is not covered, and bool [h, w] where there are enough."""
+    counts = (~covered).sum(axis=0)
+    values = np.where(covered[..., None], np.float32(1e6), images.astype(np.float32))
+    values.sort(axis=0)
+    middle = np.clip((counts - 1) // 2, 0, len(images) - 1)
+    return np.take_along_axis(values, middle[None, ..., None], axis=0)[0], counts >= 3
+
+
+def _cover(view: View, placement: Placement, change: np.ndarray, margin: int) -> np.ndarray:
+    mask = silhouette(view, placement, change, half=False, every=EVERY)
+    for _ in range(margin):
+        mask = _shifted(mask, np.logical_or)
+    return mask
+
+
+def evidence(view: View, placement: Placement, change: np.ndarray, margin: int) -> np.ndarray:
+    """Foreground [F, h, w] against a background without the robot, as far as it is known where the robot is; 0.5 where
+    the background never shows."""
+    background, known = uncovered_background(view.images, _cover(view, placement, change, margin))
+    found = foreground(view.images, np.where(known[..., None], background, 0))
+    found[:, ~known] = 0.5
+    return found
+
+
+def _outline(
+    changed: np.ndarray, pixels: np.ndarray, rng: np.random.Generator, reach: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Outline points of one view: frame [M], point [M], normal [M, 2], distance to the picture's outline [M], weight
+    [M]."""
+    height, width = changed.shape[1:]
+    mask, which = splat(pixels, height, width)
+    edge = boundary(mask) & (which >= 0)
+    frames, rows, columns = np.nonzero(edge)
+    kept = []
+    for frame in range(len(mask)):
+        own = np.flatnonzero(frames == frame)
+        kept.append(own if len(own) <= OUTLINE else rng.choice(own, OUTLINE, replace=False))
+    chosen = np.concatenate(kept)
+    frames, rows, columns = frames[chosen], rows[chosen], columns[chosen]
+    smooth = gaussian_filter(mask.astype(np.float32), (0, 1.5, 1.5))
+    down, across = np.gradient(smooth, axis=(1, 2))
+    normal = -np.stack([across[frames, rows, columns], down[frames, rows, columns]], axis=1)
+    length = np.linalg.norm(normal, axis=1)
+    normal = normal / np.maximum(length, 1e-6)[:, None]
+    points = which[frames, rows, columns]
+    at = pixels[frames, points]
+    steps = np.arange(-reach, reach + 0.25, 0.5)
+    x = at[:, :1] + steps * normal[:, :1] - 0.5
+    y = at[:, 1:] + steps * normal[:, 1:] - 0.5
+    where = np.stack([np.broadcast_to(frames[:, None], x.shape), y, x])
+    profile = map_coordinates(changed, where, order=1, mode="constant", cval=0.5)
+    inside = np.cumsum(profile - 0.5, axis=1)
+    # the step that splits the profile best: foreground before it, background after it
+    split = 2 * inside - inside[:, -1:]
+    best = split.argmax(axis=1)
+    count = len(steps)
+    share = split[np.arange(len(best)), best] / (0.5 * count)
+    # near an end of the profile one side is not seen: no step was found
+    good = (best > 1) & (best < count - 3) & (share > 0.6) & (length > 0.02)
+    out = (at[:, 0] < 1) | (at[:, 1] < 1) | (at[:, 0] > width - 2) | (at[:, 1] > height - 2)
+    weight = np.where(good & ~out, share, 0.0)
+    return frames, points, normal, steps[best] + 0.25, weight
+
+
+def fit(
+    pairs: Sequence[tuple[View, Placement]],
+    start: np.ndarray | None = None,
+    free: Sequence[int] = tuple(range(NUMBERS)),
+    reaches: Sequence[int] = REACHES,
+    prior: np.ndarray = PRIOR,
+    centre: np.ndarray | None = None,
+) -> Fit:
+    """Fits one change to all views of a camera by weighted least squares on the distances of outlines.
+
+    Args:
+        pairs: views with the robot's places in them. start: where to begin; None: no change.
+        free: which of the 8 numbers may change. reaches: pixels that the outline is looked for in each pass.
+        prior: one sigma of each number around `centre` (None: no change), which holds back what pictures do not tell.
+    """
+    change = np.zeros(NUMBERS) if start is None else start.astype(float).copy()
+    centre = np.zeros(NUMBERS) if centre is None else centre
+    rng = np.random.default_rng(0)
+    before = agreement_of(pairs)
+    numbers = [*free, NUMBERS]  # one more for how much wider pictures show everything than points do
+    inverse_prior = np.concatenate([1 / prior**2, [1.0]])[numbers]
+    information, residual, count, cost = np.diag(inverse_prior), 0.0, 0, 1.0
+    wider = 0.0
+    changed: list[np.ndarray] = []
+    for number, reach in enumerate(reaches):
+        if number in (0, len(reaches) // 2, len(reaches) - 2):
+            changed = [evidence(view, robot, change, min(reach, 6)) for view, robot in pairs]
+        rows, distances, weights = [], [], []
+        for (view, robot), shown in zip(pairs, changed, strict=True):
+            intrinsics, pose = camera_with(view, change)
+            points = robot.at(view.index + change[LAG], EVERY)
+            pixels, camera = seen(points, intrinsics, pose)
+            frames, chosen, normal, distance, weight = _outline(shown, pixels, rng, reach)
+            if LAG in free:
+                speed = robot.speed(view.index[frames] + change[LAG], chosen * EVERY) @ pose[:3, :3].T
+            else:
+                speed = np.zeros((len(frames), 3))
+            jacobian = _jacobian(camera[frames, chosen], intrinsics, pose, change, speed)
+            rows.append(np.einsum("mi,mij->mj", normal, jacobian))
+            distances.append(distance)
+            weights.append(weight)
+        matrix = np.concatenate([np.concatenate(rows), np.ones((sum(map(len, distances)), 1))], axis=1)[:, numbers]
+        distance, weight = np.concatenate(distances) - wider, np.concatenate(weights)
+        used = weight > 0
+        count = int(used.sum())
+        if count < LEAST_POINTS:
+            break
+        spread = 1.5 + float(np.median(np.abs(distance[used])))
+        weight = weight / (1 + (distance / spread) ** 2)  # Cauchy: an outline of something else has no say
+        weight = weight / CORRELATED / PIXEL_SIGMA**2
+        information = matrix.T @ (matrix * weight[:, None]) + np.diag(inverse_prior)
+        away = np.concatenate([change - centre, [wider]])[numbers]
+        step = np.linalg.solve(information, matrix.T @ (weight * distance) - inverse_prior * away)
+        change[list(free)] += step[:-1]
+        wider += float(step[-1])
+        residual = float(np.median(np.abs(distance[used])))
+        lost = np.where(used, np.minimum(np.abs(distance) / reaches[-1], 1.0), 1.0)
+        cost = float(lost.mean())
+    sigma = np.zeros(NUMBERS)
+    sigma[list(free)] = np.sqrt(np.diag(np.linalg.inv(information)))[:-1]
+    return Fit(change, sigma, before, agreement_of(pairs, change), residual, count, cost)
+
+
+def _jacobian(
+    camera: np.ndarray, intrinsics: np.ndarray, pose: np.ndarray, change: np.ndarray, speed: np.ndarray
+) -> np.ndarray:
+    """[M, 2, 8] of pixels by the numbers of a change, at points [M, 3] in the camera's axes."""
+    x, y, z = camera.T.astype(float)
+    fx, fy = intrinsics[0, 0], intrinsics[1, 1]
+    by_point = np.zeros((len(x), 2, 3))
+    by_point[:, 0, 0], by_point[:, 0, 2] = fx / z, -fx * x / z**2
+    by_point[:, 1, 1], by_point[:, 1, 2] = fy / z, -fy * y / z**2
+    turned = camera - change[SHIFT]  # the shift comes after the turn
+    cross = np.zeros((len(x), 3, 3))
+    cross[:, 0, 1], cross[:, 0, 2] = turned[:, 2], -turned[:, 1]
+    cross[:, 1, 0], cross[:, 1, 2] = -turned[:, 2], turned[:, 0]
+    cross[:, 2, 0], cross[:, 2, 1] = turned[:, 1], -turned[:, 0]
+    jacobian = np.zeros((len(x), 2, NUMBERS))
+    jacobian[:, :, ROTATION] = by_point @ cross
+    jacobian[:, :, SHIFT] = by_point
+    jacobian[:, 0, FOCAL], jacobian[:, 1, FOCAL] = fx * x / z, fy * y / z
+    jacobian[:, :, LAG] = (by_point @ speed[..., None])[..., 0]
+    return jacobian

@@ -1,0 +1,103 @@
+"""Where to begin a fit when a camera is far off: silhouettes are tried at every place, size and turn in small images.
+
+Shape legend: F frames, P points, h and w of the small pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from keygrip.data.robot.doctor.registration import FOCAL, LAG, NUMBERS, Fit, fit
+from keygrip.data.robot.doctor.silhouettes import seen, splat
+from keygrip.data.robot.doctor.views import Placement, View
+
+SCALES = (0.85, 0.92, 1.0, 1.08, 1.17)
+ROLLS_DEG = (-8.0, -4.0, 0.0, 4.0, 8.0)
+LAGS = (0, -3, 3, -6, 6)
+SHRINK = 4  # the search's pixels, in pixels of the view
+EVERY = 12  # of the surface's points
+LONG_PRIOR = np.array([0.3, 0.3, 0.3, 0.1, 0.1, 0.1, 0.2, 6.0])
+
+
+def _boxes(changed: np.ndarray) -> np.ndarray:
+    frames, height, width = changed.shape
+    rows, columns = height // SHRINK, width // SHRINK
+    even = changed[:, : rows * SHRINK, : columns * SHRINK]
+    return np.asarray(even.reshape(frames, rows, SHRINK, columns, SHRINK).mean(axis=(2, 4)))
+
+
+def _thinned(view: View) -> View:
+    """Every other frame of a view."""
+    return replace(view, index=view.index[::2], images=view.images[::2], foreground=view.foreground[::2])
+
+
+def starts(
+    pairs: Sequence[tuple[View, Placement]],
+    best: int = 3,
+    lags: Sequence[int] = LAGS,
+    rolls: Sequence[float] = ROLLS_DEG,
+) -> list[tuple[float, np.ndarray]]:
+    """The best (score, change [8]) of a search over pan, tilt, roll, focal length and lag, best first."""
+    found: list[tuple[float, np.ndarray]] = []
+    pairs = [(_thinned(view), robot) for view, robot in pairs]
+    shown = [_boxes(view.foreground) for view, _ in pairs]
+    height, width = shown[0].shape[1:]
+    top, left = height // 2, width // 2  # what lies beside the picture may come into it
+    canvas = (height + 2 * top, width + 2 * left)
+    spectra, power = [], 0.0
+    for boxes in shown:
+        centred = boxes - boxes.mean(axis=0)
+        power += float((centred**2).sum())
+        padded = np.zeros((len(boxes), *canvas), dtype=np.float32)
+        padded[:, top : top + height, left : left + width] = centred
+        spectra.append(np.fft.rfft2(padded))
+    window = np.zeros(canvas)
+    window[top : top + height, left : left + width] = 1
+    spectrum = np.fft.rfft2(window)
+    shifts = [(np.fft.fftfreq(size, 1 / size)).astype(int) for size in canvas]
+    allowed = (np.abs(shifts[0]) <= top)[:, None] & (np.abs(shifts[1]) <= left)[None]
+    for lag in lags:
+        projected = [
+            seen(robot.at(view.index + lag, EVERY), view.intrinsics, view.world_to_camera)[0] for view, robot in pairs
+        ]
+        for roll in rolls:
+            cosine, sine = np.cos(np.radians(roll)), np.sin(np.radians(roll))
+            for scale in SCALES:
+                turn = scale * np.array([[cosine, -sine], [sine, cosine]], dtype=np.float32)
+                together, energy = np.zeros(spectrum.shape, complex), np.zeros(canvas)
+                for (view, _), pixels, given in zip(pairs, projected, spectra, strict=True):
+                    centre = view.intrinsics[:2, 2].astype(np.float32)
+                    at = ((pixels - centre) @ turn.T + centre) / SHRINK + np.array([left, top], dtype=np.float32)
+                    mask, _ = splat(at, *canvas)
+                    share = mask.mean(axis=0)
+                    own = (mask ^ (share > 0.5)).astype(np.float32)
+                    own -= own.mean(axis=0)
+                    together += (np.conj(np.fft.rfft2(own)) * given).sum(axis=0)
+                    energy += (own**2).sum(axis=0)
+                inside = np.fft.irfft2(np.conj(np.fft.rfft2(energy)) * spectrum, s=canvas)
+                score = np.fft.irfft2(together, s=canvas) / np.sqrt(np.maximum(inside, 1e-3 * energy.sum()) * power)
+                score = np.where(allowed, score, -1)
+                row, column = np.unravel_index(int(score.argmax()), score.shape)
+                down, across = shifts[0][row] * SHRINK, shifts[1][column] * SHRINK
+                change = np.zeros(NUMBERS)
+                intrinsics = pairs[0][0].intrinsics
+                change[0] = -np.arctan(down / (scale * intrinsics[1, 1]))
+                change[1] = np.arctan(across / (scale * intrinsics[0, 0]))
+                change[2] = np.radians(roll)
+                change[FOCAL], change[LAG] = np.log(scale), lag
+                found.append((float(score[row, column]), change))
+    found.sort(key=lambda entry: -entry[0])
+    return found[:best]
+
+
+def wide_fit(pairs: Sequence[tuple[View, Placement]], lags: Sequence[int] = LAGS) -> Fit:
+    """The better of a fit that begins at no change and fits that begin where a search over the whole picture says."""
+    near = fit(pairs)
+    fits = [near]
+    for _, change in starts(pairs, best=2, lags=lags):
+        fits.append(fit(pairs, start=change, prior=LONG_PRIOR))
+    best = max(fits, key=lambda found: found.after)
+    return best if best.after > near.after + 0.01 else near

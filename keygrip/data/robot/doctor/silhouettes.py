@@ -1,0 +1,79 @@
+"""Silhouettes of points, and how well they agree with what moves in the pictures.
+
+Shape legend: F frames, P points, h and w of the pictures.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+
+def moved(world_to_camera: np.ndarray, change: np.ndarray) -> np.ndarray:
+    """A camera [4, 4] turned by the rotation vector change[:3] (rad) about its own axes and shifted by change[3:6]."""
+    turn = Rotation.from_rotvec(change[:3]).as_matrix()
+    pose = np.eye(4)
+    pose[:3, :3] = turn @ world_to_camera[:3, :3]
+    pose[:3, 3] = turn @ world_to_camera[:3, 3] + change[3:6]
+    return pose
+
+
+def seen(points: np.ndarray, intrinsics: np.ndarray, world_to_camera: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels [F, P, 2] (NaN behind the camera) and camera coordinates [F, P, 3] of world points [F, P, 3]."""
+    pose = world_to_camera.astype(np.float32)
+    camera = points @ pose[:3, :3].T + pose[:3, 3]
+    depth = np.where(camera[..., 2] > 0.02, camera[..., 2], np.nan)
+    k = intrinsics.astype(np.float32)
+    pixels = np.stack([k[0, 0] * camera[..., 0] / depth + k[0, 2], k[1, 1] * camera[..., 1] / depth + k[1, 2]], axis=-1)
+    return pixels, camera
+
+
+def _shifted(mask: np.ndarray, join: np.ufunc) -> np.ndarray:
+    """3 x 3 maximum or minimum of masks [F, h, w]; the border counts as its neighbours."""
+    out = mask.copy()
+    join(out[:, 1:], mask[:, :-1], out=out[:, 1:])
+    join(out[:, :-1], mask[:, 1:], out=out[:, :-1])
+    rows = out.copy()
+    join(out[:, :, 1:], rows[:, :, :-1], out=out[:, :, 1:])
+    join(out[:, :, :-1], rows[:, :, 1:], out=out[:, :, :-1])
+    return out
+
+
+def splat(pixels: np.ndarray, height: int, width: int, close: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Masks bool [F, h, w] of pixels [F, P, 2], and for each hit pixel the number of one point there (else -1)."""
+    frames = len(pixels)
+    with np.errstate(invalid="ignore"):
+        x, y = np.floor(pixels[..., 0]), np.floor(pixels[..., 1])
+        inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    frame, point = np.nonzero(inside)
+    flat = (frame * height + y[inside].astype(np.int64)) * width + x[inside].astype(np.int64)
+    hit = np.full(frames * height * width, -1, dtype=np.int32)
+    hit[flat] = point
+    which = hit.reshape(frames, height, width)
+    mask = which >= 0
+    if close:
+        mask = _shifted(_shifted(mask, np.logical_or), np.logical_and)
+    return mask, which
+
+
+def boundary(mask: np.ndarray) -> np.ndarray:
+    """Pixels of masks [F, h, w] beside one that is not in the mask, 2 pixels off the picture's border and more."""
+    edge = mask & ~_shifted(mask, np.logical_and)
+    edge[:, :2], edge[:, -2:], edge[:, :, :2], edge[:, :, -2:] = False, False, False, False
+    return edge
+
+
+def agreement(silhouettes: np.ndarray, changed: np.ndarray, least: float = 1.0) -> float:
+    """Correlation in -1..1 of silhouettes and foreground [F, h, w] in how they change over the frames.
+
+    What never moves (the base, the table) says nothing either way. Where the robot stands in most frames, it is the
+    background (the median), and its leaving is what changes: silhouettes are taken likewise. 0 where nothing moves.
+    """
+    share = silhouettes.mean(axis=0, dtype=np.float32)
+    own = (silhouettes ^ (share > 0.5)).astype(np.float32)
+    own -= own.mean(axis=0)
+    other = changed - changed.mean(axis=0)
+    power = float((own * own).sum()), float((other * other).sum())
+    if min(power) < least:
+        return 0.0
+    return float((own * other).sum() / np.sqrt(power[0] * power[1]))

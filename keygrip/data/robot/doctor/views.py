@@ -1,0 +1,188 @@
+"""What pictures and poses are compared on: small pictures of a demo's camera, what moves in them, the robot's places.
+
+Shape legend: F frames that are compared, N frames of the demo, P points, h and w of the small pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+from keygrip.data.robot.doctor.examination import matrices, spread
+from keygrip.data.robot.schema import Demo
+from keygrip.robots.inverse_kinematics import solve
+from keygrip.robots.surface import RobotSurface, gripper_blob, yam_surface
+
+SIDE = 160  # pixels of the longer side on which pictures and poses are compared
+STATIC_M, STATIC_DEG = 2e-3, 0.1  # a camera that moves less within a demo stands
+IK_MISS_M, IK_MISS_RAD = 0.01, 0.1
+
+
+@dataclass(frozen=True)
+class View:
+    """A camera over a demo, small.
+
+    Args:
+        index: [F] frames. images: [F, h, w, 3] uint8. scale: of the small pictures to the large ones.
+        intrinsics: [3, 3] for the small pictures. world_to_camera: [4, 4], of a camera that stands.
+        foreground: [F, h, w] float32 in 0..1, how surely a pixel differs from the demo's background.
+    """
+
+    demo: Demo
+    camera: str
+    index: np.ndarray
+    images: np.ndarray
+    scale: float
+    intrinsics: np.ndarray
+    world_to_camera: np.ndarray
+    foreground: np.ndarray
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the small pictures."""
+        return self.images.shape[1], self.images.shape[2]
+
+    def with_images(self, images: np.ndarray) -> View:
+        """The same view of other pictures: turned or mirrored ones."""
+        return replace(self, images=images, foreground=foreground(images))
+
+
+def shrunk(picture: np.ndarray, side: int = SIDE) -> np.ndarray:
+    """A picture [H, W, 3] whose longer side has at most `side` pixels."""
+    height, width = picture.shape[:2]
+    scale = side / max(height, width)
+    if scale >= 1:
+        return picture
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BOX))
+
+
+def foreground(images: np.ndarray, background: np.ndarray | None = None) -> np.ndarray:
+    """[F, h, w] in 0..1: how much each pixel differs from the median of all frames (or a given background)."""
+    if background is None:
+        background = np.median(images, axis=0)
+    change = np.abs(images.astype(np.float32) - background.astype(np.float32)).max(axis=-1)
+    noise = float(np.median(change))
+    return np.clip((change - 6 - 2 * noise) / 24, 0, 1).astype(np.float32)
+
+
+def stands(demo: Demo, camera: str) -> bool:
+    """Whether a camera keeps its place through a demo."""
+    pose = np.asarray(demo.cameras[camera].world_to_camera)
+    centre = -(pose[:, :3, :3].transpose(0, 2, 1) @ pose[:, :3, 3:])[..., 0]
+    turned = np.arccos(np.clip((np.einsum("nij,ij->n", pose[:, :3, :3], pose[0, :3, :3]) - 1) / 2, -1, 1))
+    return bool(np.ptp(centre, axis=0).max() < STATIC_M and np.degrees(turned.max()) < STATIC_DEG)
+
+
+def make_view(demo: Demo, camera: str, frames: int, pictures: dict[int, np.ndarray] | None = None) -> View:
+    """Reads `frames` pictures of a camera that stands, evenly spread over the demo (already small ones: `pictures`)."""
+    track = demo.cameras[camera]
+    index = np.array(spread(len(demo), frames))
+    held = pictures or {}
+    images = np.stack([held[i] if i in held else shrunk(track.frames.read(i)) for i in index])
+    across, down = images.shape[2] / track.width, images.shape[1] / track.height
+    return View(
+        demo=demo,
+        camera=camera,
+        index=index,
+        images=images,
+        scale=across,
+        intrinsics=np.diag([across, down, 1.0]) @ np.asarray(track.intrinsics[0]),
+        world_to_camera=np.asarray(track.world_to_camera[0]),
+        foreground=foreground(images),
+    )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the robot is in each frame of a demo, by its joints (or by the tool's poses, for `gripper_blob`).
+
+    Args:
+        surface: which robot. joints: [N, J]. opening: [N]. base: [4, 4] world_from_base.
+        source: "joints" (recorded), "inverse kinematics" (of the recorded poses), or "poses" (the gripper alone).
+    """
+
+    surface: RobotSurface
+    joints: np.ndarray
+    opening: np.ndarray
+    base: np.ndarray
+    source: str
+
+    def at(self, when: np.ndarray, every: int = 1) -> np.ndarray:
+        """[F, P, 3] points in the world at (fractional) frame numbers [F], held at the demo's ends."""
+        return self.surface.at(*self._interpolated(when), every, self.base)
+
+    def speed(self, when: np.ndarray, which: np.ndarray) -> np.ndarray:
+        """[M, 3] metres a frame, of points number `which` [M] at frame numbers `when` [M]."""
+        ahead = self.surface.some(*self._interpolated(when + 0.5), which)
+        return np.asarray((ahead - self.surface.some(*self._interpolated(when - 0.5), which)) @ self.base[:3, :3].T)
+
+    def _interpolated(self, when: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        last = len(self.joints) - 1
+        when = np.clip(when, 0, last)
+        low = np.minimum(when.astype(int), max(last - 1, 0))
+        part = (when - low)[:, None]
+        high = np.minimum(low + 1, last)
+        joints = (1 - part) * self.joints[low] + part * self.joints[high]
+        return joints, (1 - part[:, 0]) * self.opening[low] + part[:, 0] * self.opening[high]
+
+
+def tool_poses(position: np.ndarray, quaternion: np.ndarray) -> np.ndarray:
+    """[N, 4, 4] world_from_tool."""
+    poses = np.zeros((len(position), 4, 4))
+    poses[:, :3, :3], poses[:, :3, 3], poses[:, 3, 3] = matrices(quaternion), position, 1
+    return poses
+
+
+def place(demo: Demo, arm: str, model: RobotSurface | None = None, poses: np.ndarray | None = None) -> Placement:
+    """Where an arm is in each frame: by recorded joints, else by inverse kinematics of a YAM, else its gripper alone.
+
+    Args:
+        model: the arm's surface; None: of a robot whose name begins with yam, else the gripper alone.
+        poses: [N, 4, 4] of the tool in place of the recorded ones (and of the joints).
+    """
+    trajectory = demo.arms[arm]
+    opening = np.asarray(trajectory.gripper)
+    tool = tool_poses(trajectory.position, trajectory.quaternion) if poses is None else poses
+    is_yam = model is None and demo.robot.startswith("yam")
+    model = yam_surface() if is_yam else model
+    joints = trajectory.joints
+    if model is not None and joints is not None and joints.shape[1] >= model.joints and poses is None:
+        joints = joints[:, : model.joints]
+        return Placement(model, joints, opening, base_of(model, joints, tool), "joints")
+    if is_yam and model is not None:
+        solved = _inverse(tool)
+        if solved is not None:
+            return Placement(model, solved, opening, np.eye(4), "inverse kinematics")
+    return Placement(gripper_blob(), tool[:, :3].reshape(len(tool), 12), opening, np.eye(4), "poses")
+
+
+def _inverse(tool: np.ndarray) -> np.ndarray | None:
+    """Joints [N, 6] of a YAM whose base is the world; None where it cannot reach a tenth of the poses."""
+    guess, missed = np.array([0.0, 1.0, 1.0, -0.6, 0.0, 0.0]), 0
+    joints: list[np.ndarray] = []
+    for pose in tool:
+        found = solve(pose[:3, 3], pose[:3, :3], guess)
+        wrong = found.position_error > IK_MISS_M or found.angle_error > IK_MISS_RAD
+        missed += wrong
+        if missed > max(1, len(tool) // 10):
+            return None
+        guess = guess if wrong and joints else found.joints
+        joints.append(guess)
+    return np.stack(joints)
+
+
+def base_of(model: RobotSurface, joints: np.ndarray, tool: np.ndarray) -> np.ndarray:
+    """world_from_base [4, 4] that brings the kinematics' tool poses to the recorded ones; identity where they agree."""
+    if model.tool is None:
+        return np.eye(4)
+    own = model.tool(joints)
+    turn = np.einsum("nij,nkj->ik", tool[:, :3, :3], own[:, :3, :3])
+    left, _, right = np.linalg.svd(turn)
+    rotation = left @ np.diag([1, 1, np.sign(np.linalg.det(left @ right))]) @ right
+    base = np.eye(4)
+    base[:3, :3] = rotation
+    base[:3, 3] = np.median(tool[:, :3, 3] - own[:, :3, 3] @ rotation.T, axis=0)
+    return base
