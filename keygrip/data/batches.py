@@ -101,11 +101,14 @@ class PolicyBatch(PolicyTargets):
         image: float32 [B, 3, S, S], normalised with the backbone's mean and std (here and nowhere else).
         intrinsics: float32 [B, 3, 3], of that image (augmented and resized).
         world_to_camera: float32 [B, 4, 4].
+        detail: uint8 [B, 3, Q, Q], the same cut at a higher resolution, in the same colours and not normalised; None
+            where none was asked for.
     """
 
     image: Tensor
     intrinsics: Tensor
     world_to_camera: Tensor
+    detail: Tensor | None = None
 
 
 @dataclass

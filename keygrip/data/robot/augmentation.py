@@ -222,6 +222,11 @@ class ImageGeometry:
         picture = normalise(cut(image, box, self.image_size), self.mean, self.std)
         return picture, torch.from_numpy(moved.astype(np.float32))
 
+    def detail(self, image: np.ndarray, size: int) -> Tensor:
+        """The same cut of a camera image (H x W x 3 uint8 RGB) at another resolution, uint8 [3, size, size]."""
+        _check_picture(image)
+        return _channels_first(cut(image, self.box(image.shape[1], image.shape[0]), size))
+
     def view(
         self, image: np.ndarray, intrinsics: np.ndarray, world_to_camera: np.ndarray, depth: np.ndarray | None = None
     ) -> View:
@@ -310,14 +315,29 @@ class Augmentation:
             float32 [3, S, S] normalised, intrinsics [3, 3] and world_to_camera [4, 4] of the result (the camera rolls
             with a turn).
         """
+        return self.apply_with_detail(generator, geometry, image, intrinsics, world_to_camera, None)[:3]
+
+    def apply_with_detail(
+        self,
+        generator: np.random.Generator,
+        geometry: ImageGeometry,
+        image: np.ndarray,
+        intrinsics: np.ndarray,
+        world_to_camera: np.ndarray,
+        detail_size: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """As `apply`, and the same view at `detail_size`: uint8 [3, Q, Q], not normalised; None without a size."""
         box = self.box(generator, geometry, image.shape[1], image.shape[0])
         size = geometry.image_size
         new_intrinsics, new_pose = follow_pixels(box.to_picture(size), intrinsics, world_to_camera)
         picture = cut(image, box, size)
+        colours = self.colours(generator, picture)
+        detail = None if detail_size is None else _channels_first(recolour(cut(image, box, detail_size), colours))
         return (
-            normalise(picture, geometry.mean, geometry.std, self.colours(generator, picture)),
+            normalise(picture, geometry.mean, geometry.std, colours),
             torch.from_numpy(new_intrinsics.astype(np.float32)),
             torch.from_numpy(np.asarray(new_pose, dtype=np.float32)),
+            detail,
         )
 
     def view(
@@ -334,6 +354,10 @@ class Augmentation:
         box = self.box(generator, geometry, image.shape[1], image.shape[0])
         cut_out = _cut_view(box, geometry.image_size, image, intrinsics, world_to_camera, depth)
         return replace(cut_out, picture=recolour(cut_out.picture, self.colours(generator, cut_out.picture)))
+
+
+def _channels_first(picture: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))
 
 
 def _check_picture(image: np.ndarray) -> None:

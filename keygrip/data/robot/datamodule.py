@@ -78,6 +78,7 @@ class RobotDemos(ResumableData):
         cameras: several cameras, `camera` first: batches are then `MultiViewPolicyBatch`es with these views. None: one
             camera, `PolicyBatch`es. depth: whether those views come with depth.
         image_size, mean, std: the backbone's.
+        detail_size: side in pixels of a sharper cut of the same image that batches hold too; None: they hold none.
         field, fit: see `ImageGeometry`.
         augmentation: random views of training images; None: the nominal crop always.
         horizon: T, future steps. frame_stride: frames from one to the next.
@@ -137,6 +138,7 @@ class RobotDemos(ResumableData):
         cameras: Sequence[str] | None = None,
         depth: bool = False,
         balance: str | None = None,
+        detail_size: int | None = None,
     ) -> None:
         super().__init__()
         if balance not in (None, *BALANCES):
@@ -155,6 +157,11 @@ class RobotDemos(ResumableData):
             )
         if depth and cameras is None:
             raise ValueError("data.depth=true needs data.cameras: only batches of several views hold depth")
+        if detail_size is not None and (cameras is not None or detail_size < image_size):
+            raise ValueError(
+                f"data.detail_size={detail_size} needs one camera (data.cameras=null) and at least the "
+                f"{image_size} pixels of data.image_size"
+            )
         if not (np.isfinite(intervention_weight) and intervention_weight >= 0):
             raise ValueError(f"data.intervention_weight must be finite and at least 0, not {intervention_weight}")
         if max_demos is not None and max_demos < 1:
@@ -164,7 +171,7 @@ class RobotDemos(ResumableData):
         self.format, self.calibration = format, calibration
         self.camera, self.arms = camera, tuple(arms)
         self.several, self.cameras = cameras is not None, tuple(cameras or (camera,))
-        self.depth, self.balance = depth, balance
+        self.depth, self.balance, self.detail_size = depth, balance, detail_size
         self.geometry = ImageGeometry(image_size, tuple(mean), tuple(std), field, fit)  # type: ignore[arg-type]
         self.augmentation = augmentation
         self.horizon, self.frame_stride = horizon, frame_stride
@@ -250,6 +257,20 @@ class RobotDemos(ResumableData):
         )
         self._report_outliers()
         self._report_off_screen()
+        self._report_detail()
+
+    def _report_detail(self) -> None:
+        """Warns of a sharper image that is no sharper than what was recorded."""
+        track = self.demos[0].cameras[self.camera]
+        seen = self.geometry.field * (min(track.width, track.height) if self.geometry.fit == "crop" else track.width)
+        if self.detail_size is not None and self.detail_size > 1.1 * seen:
+            log.warning(
+                "data.detail_size=%d, but the part of camera %s's image that the network sees has %d pixels: record "
+                "larger images, or take a smaller model.network.second_look",
+                self.detail_size,
+                self.camera,
+                seen,
+            )
 
     def _report_outliers(self) -> None:
         """Warns of single wrong readings: one of them stretches the height bins of all demos."""
@@ -406,6 +427,7 @@ class RobotDemos(ResumableData):
             self.seed,
             self.drop_idle_s if drop_idle else None,
             self.intervention_weight if weighted else 1.0,
+            self.detail_size,
         )
 
     def _samples(self, indices: Sequence[int], augmentation: Augmentation | None, training: bool) -> DemoSamples:

@@ -129,6 +129,7 @@ class SampleOptions:
         seed: of the augmentation.
         drop_idle_s: see `moving_frames`; None keeps all.
         intervention_weight: how often an epoch holds each frame in which a person corrected a policy.
+        detail_size: side of a sharper cut of the image, pixels; None: none.
     """
 
     camera: str
@@ -140,6 +141,7 @@ class SampleOptions:
     seed: int
     drop_idle_s: float | None
     intervention_weight: float = 1.0
+    detail_size: int | None = None
 
 
 class DemoSamples(SubstitutingSamples[PolicyTargets]):
@@ -221,12 +223,14 @@ class DemoSamples(SubstitutingSamples[PolicyTargets]):
         if options.augmentation is None:
             image, intrinsics = options.geometry.apply(pixels, camera.intrinsics[frame])
             pose = torch.from_numpy(np.asarray(world_to_camera, dtype=np.float32))
+            size = options.detail_size
+            detail = None if size is None else options.geometry.detail(pixels, size)
         else:
             generator = sample_generator(options.seed, key)
-            image, intrinsics, pose = options.augmentation.apply(
-                generator, options.geometry, pixels, camera.intrinsics[frame], world_to_camera
+            image, intrinsics, pose, detail = options.augmentation.apply_with_detail(
+                generator, options.geometry, pixels, camera.intrinsics[frame], world_to_camera, options.detail_size
             )
-        return PolicyBatch(image=image, intrinsics=intrinsics, world_to_camera=pose, **common)
+        return PolicyBatch(image=image, intrinsics=intrinsics, world_to_camera=pose, detail=detail, **common)
 
 
 class MultiViewSamples(DemoSamples):

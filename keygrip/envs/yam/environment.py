@@ -433,6 +433,8 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
         position = self.object_position
         if self.task.name in tasks.IN_BOWL:
             return rests and self._in_bowl(position) and not self.progress.other_in_bowl
+        if self.task.name == "peg":
+            return rests and abs(position[2] - tasks.SLOT_FLOOR - self.task.half_extents[2]) < 0.006
         top = self.data.xpos[self._goal_body][2] + tasks.BLOCK_SIZE / 2 + self.task.half_extents[2]
         return bool(rests and abs(position[2] - top) < 0.008)
 

@@ -43,6 +43,8 @@ def nearest_turn(yaw: float, period: float, reference: float) -> float:
 def grasp_height(options: TaskOptions) -> float:
     """Height of the tool above what the object stands on when the fingers close: the tips well below the object's
     middle, above the table."""
+    if options.name == "peg":  # near its top: in the slot the tips stay above the walls
+        return 1.4 * float(options.half_extents[2])
     return max(LOWEST_TOOL, 0.7 * float(options.half_extents[2]))
 
 
@@ -58,7 +60,8 @@ def _approach(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Genera
     """To the object, down, close."""
     x, y = layout.object.position[:2]
     bearing = float(np.arctan2(y, x))
-    yaw = nearest_turn(layout.object.yaw, options.yaw_period, bearing + rng.normal(0, 0.1))
+    habit = float(rng.normal(0, 0.1))  # which of two equivalent grips is taken where both are about as far
+    yaw = nearest_turn(layout.object.yaw, options.yaw_period, bearing + (0.0 if options.steady_grip else habit))
     yaw += float(rng.normal(0, 0.04))
     x, y = float(x + rng.normal(0, 0.0025)), float(y + rng.normal(0, 0.0025))
     low, path = grasp_height(options) + layout.object.pedestal, []
@@ -87,6 +90,9 @@ def _carry(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Generator
         scatter, release = 0.001, tasks.BLOCK_SIZE + low + 0.003
         # The grip's yaw error turns with the cube, so the cube's faces and not the fingers are aligned.
         yaw = nearest_turn(layout.goal_yaw + grip.yaw - layout.object.yaw, np.pi / 2, bearing)
+    elif options.name == "peg":
+        scatter, release = 0.001, low + tasks.SLOT_FLOOR + 0.002
+        yaw = nearest_turn(layout.goal_yaw + grip.yaw - layout.object.yaw, np.pi, bearing)
     else:
         scatter, release = 0.006, low + 0.035 + float(rng.uniform(0, 0.015))
         yaw = bearing + float(rng.normal(0, 0.15))
@@ -107,8 +113,15 @@ def _carry(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Generator
         Waypoint((goal_x, goal_y, release), yaw, OPEN, OPENING_S),
         Waypoint((goal_x, goal_y, high), yaw, OPEN, 0.7 * pace),
     ]
-    if options.name == "stack":  # the arm trails by a centimetre while it moves: wait before letting go
+    if options.name in ("stack", "peg"):  # the arm trails by a centimetre while it moves: wait before letting go
         path.insert(4, Waypoint((goal_x, goal_y, release), yaw, CLOSED, 0.3))
+    if options.name == "peg":  # and before it goes into the slot, slowly
+        above = release + tasks.SLOT_HEIGHT + 0.008
+        path[3:4] = [
+            Waypoint((goal_x, goal_y, above), yaw, CLOSED, 0.7 * pace),
+            Waypoint((goal_x, goal_y, above), yaw, CLOSED, 0.3),
+            Waypoint((goal_x, goal_y, release), yaw, CLOSED, 1.2 * pace),
+        ]
     return path
 
 

@@ -234,6 +234,7 @@ def _add_loose(spec: mujoco.MjSpec, name: str, shapes: tuple[str, ...], half: np
     kinds = {
         "cube": (mujoco.mjtGeom.mjGEOM_BOX, list(half)),
         "bar": (mujoco.mjtGeom.mjGEOM_BOX, list(half)),
+        "peg": (mujoco.mjtGeom.mjGEOM_BOX, list(half)),
         "ball": (mujoco.mjtGeom.mjGEOM_SPHERE, [half[0], 0, 0]),
         "cylinder": (mujoco.mjtGeom.mjGEOM_CYLINDER, [half[0], half[2], 0]),
     }
@@ -268,9 +269,22 @@ def _add_bowl(spec: mujoco.MjSpec, walls: int = 20) -> None:
         body.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, size=[0.003, width, half_height], pos=centre, quat=turn)
 
 
+def _add_slot(spec: mujoco.MjSpec) -> None:
+    """A box without lid, into which the peg goes in two of all turns."""
+    body = spec.worldbody.add_body(name="goal", pos=[0.3, -0.1, 0.0])
+    (long, wide), wall, half = tasks.SLOT_HALF, tasks.SLOT_WALL / 2, tasks.SLOT_HEIGHT / 2
+    parts = [((0, 0, tasks.SLOT_FLOOR / 2), (long, wide, tasks.SLOT_FLOOR / 2))]
+    parts += [((side * (long + wall), 0, half), (wall, wide + 2 * wall, half)) for side in (-1, 1)]
+    parts += [((0, side * (wide + wall), half), (long, wall, half)) for side in (-1, 1)]
+    for centre, size in parts:
+        body.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, size=size, pos=centre, friction=[0.5, 0.02, 0.001])
+
+
 def _add_goal(spec: mujoco.MjSpec, options: TaskOptions) -> None:
     if options.name in tasks.IN_BOWL:
         _add_bowl(spec)
+    elif options.name == "peg":
+        _add_slot(spec)
     elif options.name == "stack":
         _add_loose(spec, "goal", ("cube",), np.full(3, tasks.BLOCK_SIZE / 2))
     elif options.name == "reach":  # a ball on a post: seen, never touched
@@ -322,7 +336,7 @@ def build_spec(options: TaskOptions, arm: str = "yam", gripper: str = "linear_43
     if options.digits:
         for digit in range(10):
             _add_digit(spec, digit)
-    _add_loose(spec, "object", (options.object,), options.half_extents)
+    _add_loose(spec, "object", (options.shape,), options.half_extents)
     for i in range(options.distractors):
         shapes = tasks.SHAPES if options.varied_shapes else ("cube",)
         _add_loose(spec, f"distractor{i}", shapes, np.full(3, options.object_size_m / 2))

@@ -14,7 +14,7 @@ import numpy as np
 from keygrip.robots.inverse_kinematics import pointing_down, solve
 from keygrip.training.parts import data_part
 
-TASKS = ("reach", "pick", "pick_place", "stack", "named_place")
+TASKS = ("reach", "pick", "pick_place", "stack", "named_place", "peg")
 OBJECTS = ("cube", "bar")
 REGIONS = ("all", "left", "right", "near", "far")
 CAMERAS = ("over", "front", "wrist")
@@ -41,6 +41,10 @@ HOME = np.array([0.0, 1.0, 1.0, -0.6, 0.0, 0.0])  # rad: tool 25 cm above the ta
 
 BOWL_RADIUS, BOWL_HEIGHT = 0.068, 0.044
 BLOCK_SIZE = 0.05  # m, the base of a stack
+PEG_HALF = (0.018, 0.008, 0.030)  # m: a flat peg that stands, gripped across its thin side
+SLOT_HALF = (0.025, 0.015)  # m: 7 mm of play on each side, and a peg turned by more than 20 degrees stays out
+SLOT_HEIGHT, SLOT_FLOOR, SLOT_WALL = 0.024, 0.004, 0.005
+SLOT_RADIUS = float(np.hypot(*SLOT_HALF)) + SLOT_WALL
 TABLE_MATERIALS = 4  # plain, wood, checks, speckle: see scene.py
 PEDESTAL_LEAST = 0.003  # m: what is lower stands on the table
 TOOL_CLEARANCE = 0.115  # m between centres: an open gripper (12 cm across) beside the next object
@@ -111,6 +115,7 @@ class TaskOptions:
     pedestal_m: float = 0.0  # each object stands on a pedestal of random height up to this
     phrasings: int = 1  # named_place: an instruction is worded in one of so many ways
     jitter_every_camera: bool = False  # camera_jitter_deg moves each outer camera by itself, not only the task's own
+    steady_grip: bool = False  # the expert always takes the equivalent grip nearest to its bearing, not one by habit
 
     def __post_init__(self) -> None:
         for key, known in (("name", TASKS), ("object", OBJECTS), ("region", REGIONS), ("camera", CAMERAS)):
@@ -160,8 +165,10 @@ class TaskOptions:
             raise ValueError(
                 f"a bar of object_size_m={self.object_size_m} does not fit into the bowl; use 0.042 or less"
             )
-        if self.object == "bar" and self.name == "stack":
-            raise ValueError("task 'stack' is defined for cubes; object='bar' works with reach, pick and pick_place")
+        if self.object == "bar" and self.name in ("stack", "peg"):
+            raise ValueError(f"task {self.name!r} has its own object; object='bar' works with reach, pick, pick_place")
+        if self.name == "peg" and (self.digits or self.object_size_m != 0.04):
+            raise ValueError("task 'peg' has its own object: digits and object_size_m have no effect")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for metadata files."""
@@ -174,6 +181,8 @@ class TaskOptions:
         A bar is long along its own x, longer than the fingers open, and wide enough that a grip turned by 45 degrees
         fails four times in five while one turned by 30 degrees still holds.
         """
+        if self.name == "peg":
+            return np.array(PEG_HALF)
         if self.object == "bar":
             return self.object_size_m / 2 * np.array([2.5, 1.25, 0.75])
         return np.full(3, self.object_size_m / 2)
@@ -181,12 +190,17 @@ class TaskOptions:
     @property
     def time_limit_s(self) -> float:
         """Seconds after which an episode is cut, about twice what the expert needs."""
-        return {"reach": 8.0, "pick": 12.0, "pick_place": 20.0, "stack": 20.0, "named_place": 20.0}[self.name]
+        return {"reach": 8.0, "pick": 12.0}.get(self.name, 20.0)
+
+    @property
+    def shape(self) -> str:
+        """The moved object's: cube, bar or peg."""
+        return "peg" if self.name == "peg" else self.object
 
     @property
     def yaw_period(self) -> float:
         """Turns of the gripper about the vertical that grip the object alike, rad."""
-        return np.pi if self.object == "bar" else np.pi / 2
+        return np.pi / 2 if self.shape == "cube" else np.pi
 
     @property
     def palette(self) -> dict[str, tuple[float, float, float]]:
@@ -322,12 +336,13 @@ def _camera(options: TaskOptions, seed: int, which: str = "") -> CameraPose:
 
 
 def _instruction(options: TaskOptions, colour: str, goal_colour: str, phrase: int = 0) -> str:
-    thing = f"the {colour} {options.object}"
+    thing = f"the {colour} {options.shape}"
     return {
         "reach": f"touch the {goal_colour} ball",
         "pick": f"pick up {thing}",
         "pick_place": f"put {thing} into the {goal_colour} bowl",
         "stack": f"stack {thing} on the {goal_colour} block",
+        "peg": f"put {thing} into the {goal_colour} slot",
         "named_place": PHRASES[phrase].format(thing=thing),
     }[options.name]
 
@@ -426,7 +441,7 @@ def _plain_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
         if spot is None:
             continue
         taken.append((spot, max(0.0, reach_of_object - 0.028)))  # 0.028: the reach of the 4 cm cube, in TOOL_CLEARANCE
-        goal_radius = BOWL_RADIUS if options.name in IN_BOWL else 0.03
+        goal_radius = BOWL_RADIUS if options.name in IN_BOWL else SLOT_RADIUS if options.name == "peg" else 0.03
         goal_yaw = float(rng.uniform(-np.pi / 4, np.pi / 4))
         goal_height = float(rng.uniform(0.04, 0.13))
         goal_spot = _free_spot(rng, "all", taken, TOOL_CLEARANCE + goal_radius - 0.03)
@@ -460,7 +475,7 @@ def _plain_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
         digit = int(printed[i]) if options.digits and shape == "cube" else None
         return Placed(name, shape, tone, np.array([*at, height]), turn, digit)
 
-    moved = placed(0, "object", options.object, colour, spot, yaw)
+    moved = placed(0, "object", options.shape, colour, spot, yaw)
     others = []
     for i, (at, turn) in enumerate(spots):
         shape = SHAPES[int(shapes[i])] if options.varied_shapes else "cube"

@@ -108,7 +108,9 @@ def _thing(trace: EpisodeTrace) -> str:
 
 
 def _goal_word(trace: EpisodeTrace) -> str | None:
-    return {"pick_place": "bowl", "named_place": "bowl", "stack": "block", "reach": "ball"}.get(trace.task.name)
+    return {"pick_place": "bowl", "named_place": "bowl", "stack": "block", "peg": "slot", "reach": "ball"}.get(
+        trace.task.name
+    )
 
 
 def _goal(trace: EpisodeTrace) -> str:
@@ -149,6 +151,8 @@ def _place_at_end(trace: EpisodeTrace) -> str | None:
         return f"in {_goal(trace)}"
     if trace.success and trace.task.name == "stack":
         return f"on {_goal(trace)}"
+    if trace.success and trace.task.name == "peg":
+        return f"in {_goal(trace)}"
     return "on the table" if trace.task.name == "reach" else None
 
 
@@ -166,6 +170,7 @@ def _captions(trace: EpisodeTrace, rng: np.random.Generator) -> list[dict[str, A
         "pick_place": into_bowl,
         "named_place": into_bowl,
         "stack": f"{arm} picks up {thing} and sets it down on top of {_goal(trace)}",
+        "peg": f"{arm} picks up {thing} and puts it into {_goal(trace)}",
     }[name]
     sentences = [_sentence(story)]
     idle = [_article(f"{d.colour} {d.shape}") for d in trace.layout.distractors]

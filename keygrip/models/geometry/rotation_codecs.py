@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import warnings
 from abc import abstractmethod
 from pathlib import Path
@@ -35,6 +36,7 @@ from keygrip.training.parts import model_part
 
 log = logging.getLogger(__name__)
 
+COVERED_RAD = math.radians(15.0)  # from a prototype: farther away none was seen in training
 WARNING_DEG = 45.0  # a largest decode error that no manipulation task forgives
 
 
@@ -98,6 +100,11 @@ class RotationCodec(nn.Module):
     @abstractmethod
     def encode(self, quaternions: Tensor) -> Tensor:
         """Class indices ``[...]`` (int64) of rotations ``[..., 4]``."""
+
+    def covers(self, quaternions: Tensor) -> Tensor:
+        """Whether rotations ``[..., 4]`` are among those that training showed: near their code, bool ``[...]``."""
+        decoded = self.decode(self.encode(quaternions)).to(quaternions.dtype)
+        return geodesic_angle(normalise(quaternions), decoded) <= COVERED_RAD
 
     @abstractmethod
     def decode(self, indices: Tensor) -> Tensor:
@@ -192,6 +199,10 @@ class PCARotation(RotationCodec):
         low, high = self.score_range.tolist()
         position = (self.scores(quaternions) - low) / (high - low) * self.classes
         return position.clamp(0, self.classes)
+
+    def covers(self, quaternions: Tensor) -> Tensor:
+        scores = self.scores(quaternions)
+        return (scores >= self.score_range[0]) & (scores <= self.score_range[1])
 
     def encode(self, quaternions: Tensor) -> Tensor:
         return self.bin_position(quaternions).long().clamp_max(self.classes - 1)

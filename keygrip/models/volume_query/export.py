@@ -38,6 +38,8 @@ def volume_query_graph(network: VolumeQueryNetwork) -> ExportGraph:
     """What to export of a network: a normalised image [B, 3, S, S], start pixels [B, A, 2], state [B, A, n], tokens."""
     if network.world_views:
         raise ValueError("a network of several cameras (model.network.world_views=true) has no exported graph yet")
+    if network.second_look is not None:
+        raise ValueError("a network with a second look (model.network.second_look) has no exported graph yet")
     generator = torch.Generator().manual_seed(0)
     size, arms = network.image_size, len(network.arms)
     inputs = {

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from keygrip.data.batches import MultiViewPolicyBatch, PolicyBatch
+from keygrip.data.batches import CLOSED, MultiViewPolicyBatch, PolicyBatch
 from keygrip.data.robot.statistics import DemoStatistics
 from keygrip.exporting.graphs import ExportGraph
 from keygrip.models.geometry.cameras import recover_3d
@@ -24,6 +24,8 @@ from keygrip.models.volume_query.export import volume_query_graph
 from keygrip.models.volume_query.figures import prediction_figure
 from keygrip.models.volume_query.network import FurtherViews, VolumeQueryNetwork, VolumeQueryOutput
 from keygrip.models.volume_query.policy import VolumeQueryPolicy
+from keygrip.models.volume_query.second_look import SharpImage
+from keygrip.models.volume_query.symmetry import equivalent_classes, nearest_angle, shared_cross_entropy
 from keygrip.models.volume_query.targets import StepTargets, arm_state, height_centres, step_targets, views_of_images
 from keygrip.models.volume_query.volume import argmax_voxel, volume_cross_entropy
 from keygrip.training.distributed import global_mean
@@ -66,6 +68,8 @@ class VolumeQueryModule(System):
             proportion, which tells the network where inside the cell the point lies.
         mask_padded_steps: steps past the end of a demo, which repeat its last pose, carry no loss. Without the mask
             they teach the arm to rest there.
+        rotation_symmetry: so many equal turns of the open gripper about the vertical are the same grip (4 for a cube, 2
+            for a bar): see `keygrip.models.volume_query.symmetry`. 1: none.
         log_images_every_n_steps: training steps between images in TensorBoard; 0 switches them off.
     """
 
@@ -90,6 +94,7 @@ class VolumeQueryModule(System):
         target: Literal["hard", "bilinear"] = "hard",
         log_images_every_n_steps: int = 500,
         mask_padded_steps: bool = False,
+        rotation_symmetry: int = 1,
     ) -> None:
         super().__init__(optimizer)
         if target not in ("hard", "bilinear"):
@@ -100,6 +105,8 @@ class VolumeQueryModule(System):
                 f"{network.rotation_classes}: set "
                 "rotation.classes, which both read."
             )
+        if not 1 <= rotation_symmetry <= 8:
+            raise ValueError(f"model.rotation_symmetry is 1 (none) to 8 equal turns, not {rotation_symmetry}.")
         if log_images_every_n_steps < 0:
             raise ValueError(f"model.log_images_every_n_steps is 0 (off) or positive, got {log_images_every_n_steps}.")
         self.network = network
@@ -108,7 +115,7 @@ class VolumeQueryModule(System):
         self.decoder = decoder
         self.weights = {"volume": volume_weight, "gripper": gripper_weight, "rotation": rotation_weight}
         self.target: Literal["hard", "bilinear"] = target
-        self.mask_padded_steps = mask_padded_steps
+        self.mask_padded_steps, self.rotation_symmetry = mask_padded_steps, rotation_symmetry
         self.log_images_every_n_steps = log_images_every_n_steps
         self.by_task = MeansByTask(())
         self.views: tuple[str, ...] = ()  # names of the cameras, of which a network without world_views sees the first
@@ -192,7 +199,8 @@ class VolumeQueryModule(System):
             batch.start_gripper,
             self.statistics.height_range,
         )
-        step_pixels = targets.pixels if teacher and self.network.step_features else None
+        looks = self.network.step_features or self.network.second_look is not None
+        step_pixels = targets.pixels if teacher and looks else None
         return self.network(
             batch.image,
             targets.start_pixels,
@@ -200,6 +208,7 @@ class VolumeQueryModule(System):
             step_pixels,
             self.instruction_tokens(batch.instruction),
             self.further_views(batch),
+            self.sharp_image(batch),
         )
 
     def further_views(self, batch: PolicyBatch) -> FurtherViews | None:
@@ -217,6 +226,17 @@ class VolumeQueryModule(System):
             statistics=self.statistics,
         )
 
+    def sharp_image(self, batch: PolicyBatch) -> SharpImage | None:
+        """What the second look reads; None where the network has none."""
+        if self.network.second_look is None:
+            return None
+        detail = getattr(batch, "detail", None)  # batches of several views hold none
+        if detail is None:
+            size = self.network.second_look.sharp_size
+            raise ValueError(f"model.network.second_look needs the sharper image: set data.detail_size={size}.")
+        geometry = self.statistics.geometry
+        return SharpImage(detail, geometry.mean, geometry.std)
+
     def instruction_tokens(self, sentences: Sequence[str]) -> Tensor | None:
         """What the network reads of B sentences; None where it reads none."""
         encoder = self.network.instruction_encoder
@@ -226,15 +246,17 @@ class VolumeQueryModule(System):
         """The three losses and their weighted ``total``, each a scalar averaged over the valid steps of the global
         batch."""
         network = self.network
-        rotation = torch.stack(
-            [self.codec(arm).encode(batch.quaternion[:, i]) for i, arm in enumerate(network.arms)], dim=1
-        )
+        if self.rotation_symmetry == 1:
+            codes = [self.codec(arm).encode(batch.quaternion[:, i]) for i, arm in enumerate(network.arms)]
+            rotation = _classification(output.rotation, torch.stack(codes, dim=1))
+        else:
+            rotation = shared_cross_entropy(output.rotation, self._equivalent_classes(batch))
         per_step = {
             "volume": volume_cross_entropy(
                 output.volume.float(), targets.volume(self.target, network.pred_size, network.height_bins)
             ),
             "gripper": _classification(output.gripper, targets.gripper),
-            "rotation": _classification(output.rotation, rotation),
+            "rotation": rotation,
         }
         count = targets.valid.sum()
         losses = {
@@ -244,6 +266,25 @@ class VolumeQueryModule(System):
             (self.weights[name] * value for name, value in losses.items()), start=torch.zeros((), device=self.device)
         )
         return losses | {"total": total}
+
+    def _free(self, batch: PolicyBatch) -> Tensor:
+        """Bool ``[B, A, T]``: the plan begins with an open gripper, which may still choose among equivalent grips."""
+        return (batch.start_gripper >= CLOSED)[..., None].expand(batch.gripper.shape)
+
+    def _equivalent_classes(self, batch: PolicyBatch) -> Tensor:
+        """Bool ``[B, A, T, R]``."""
+        free, order = self._free(batch), self.rotation_symmetry
+        classes = [
+            equivalent_classes(self.codec(arm), batch.quaternion[:, i], free[:, i], order)
+            for i, arm in enumerate(self.network.arms)
+        ]
+        return torch.stack(classes, dim=1)
+
+    def _rotation_error(self, found: Tensor, batch: PolicyBatch) -> Tensor:
+        """Radians ``[B, A, T]`` between rotations and the targets, or the nearest of their equivalents."""
+        if self.rotation_symmetry == 1:
+            return geodesic_angle(found, batch.quaternion)
+        return nearest_angle(found, batch.quaternion, self._free(batch), self.rotation_symmetry)
 
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         targets = self.targets(batch)
@@ -297,13 +338,17 @@ class VolumeQueryModule(System):
         points = recover_3d(pixels, heights, *cameras, strict=False)
         floor_points = recover_3d(floor_pixels, floor_heights, *cameras, strict=False)
         true_height = batch.position[..., 2]
-        rotation_error, rotation_floor, rotation_hits = [], [], []
+        found, rotation_floor, rotation_hits = [], [], []
         for i, arm in enumerate(network.arms):
             codec, true = self.codec(arm), batch.quaternion[:, i]
             best, code = output.rotation[:, i].argmax(-1), codec.encode(true)
-            rotation_error.append(torch.rad2deg(geodesic_angle(codec.decode(best), true)))
+            found.append(codec.decode(best))
             rotation_floor.append(torch.rad2deg(geodesic_angle(codec.decode(code), true)))
             rotation_hits.append((best == code).float())
+        hits = torch.stack(rotation_hits, dim=1)
+        if self.rotation_symmetry > 1:
+            best = output.rotation.argmax(-1, keepdim=True)
+            hits = self._equivalent_classes(batch).gather(-1, best)[..., 0].float()
         return {
             "pix_argmax": (pixels - targets.pixels).norm(dim=-1),
             "pix_floor": (floor_pixels - targets.pixels).norm(dim=-1),
@@ -312,8 +357,8 @@ class VolumeQueryModule(System):
             "position_cm": (points - batch.position).norm(dim=-1) * 100,
             "position_cm_floor": (floor_points - batch.position).norm(dim=-1) * 100,
             "gripper_acc": (output.gripper.argmax(-1) == targets.gripper).float(),
-            "rotation_acc": torch.stack(rotation_hits, dim=1),
-            "rotation_deg": torch.stack(rotation_error, dim=1),
+            "rotation_acc": hits,
+            "rotation_deg": torch.rad2deg(self._rotation_error(torch.stack(found, dim=1), batch)),
             "rotation_deg_floor": torch.stack(rotation_floor, dim=1),
         }
 
@@ -332,7 +377,7 @@ class VolumeQueryModule(System):
             "pix_decoded": _mean_where((decoded.pixels - targets.pixels).norm(dim=-1), targets.valid),
             "position_cm_decoded": _mean_where((decoded.position - batch.position).norm(dim=-1) * 100, targets.valid),
             "rotation_deg_decoded": _mean_where(
-                torch.rad2deg(geodesic_angle(decoded.quaternion, batch.quaternion)), targets.valid
+                torch.rad2deg(self._rotation_error(decoded.quaternion, batch)), targets.valid
             ),
             "heatmap_entropy": _mean_where(decoded.entropy, targets.valid),
         }

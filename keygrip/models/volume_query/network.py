@@ -26,6 +26,7 @@ from keygrip.models.nn.adaln import AdaLNZeroMLP
 from keygrip.models.nn.sinusoids import sinusoidal_features
 from keygrip.models.volume_query.arms import CoupledArms
 from keygrip.models.volume_query.language import InstructionConditioning, InstructionEncoder
+from keygrip.models.volume_query.second_look import SecondLook, SharpImage
 from keygrip.models.volume_query.volume import VolumeLogits, argmax_voxel, soft_argmax
 from keygrip.models.volume_query.world import VoxelProjection, WorldScores
 from keygrip.training.parts import model_part
@@ -244,6 +245,9 @@ class VolumeQueryNetwork(nn.Module):
         world_views: further calibrated cameras score the voxels too, with the same weights, any number of them. Off:
             the first camera alone.
         couple_arms: every arm sees the others' state and planned steps (`keygrip.models.volume_query.arms`).
+        second_look: side in pixels of a sharper cut of the same image, of which a window around each step's pixel (as
+            `step_features`) corrects gripper and rotation (`keygrip.models.volume_query.second_look`); None: none.
+        look_size: side of that window, in pixels of the sharper image.
     """
 
     sin_z: Tensor
@@ -274,12 +278,16 @@ class VolumeQueryNetwork(nn.Module):
         instruction: nn.Module | None = None,
         world_views: bool = False,
         couple_arms: bool = False,
+        second_look: int | None = None,
+        look_size: int = 64,
     ) -> None:
         super().__init__()
         if couple_arms and len(arms) < 2:
             raise ValueError("model.network.couple_arms=true needs two arms: set data.arms=[left,right].")
         if world_views and coupling != "additive":
             raise ValueError("model.network.world_views=true needs model.network.coupling=additive.")
+        if world_views and second_look is not None:
+            raise ValueError("model.network.second_look looks into one camera: set model.network.world_views=false.")
         if coupling not in ("additive", "bilinear"):
             raise ValueError(f"model.network.coupling is additive or bilinear, not {coupling!r}.")
         if logit_scale not in ("none", "learned"):
@@ -329,6 +337,20 @@ class VolumeQueryNetwork(nn.Module):
             None if instruction is None else InstructionConditioning(instruction, self.arms, d_feat, trunk, d_cond)
         )
         self.coupled_arms = CoupledArms(self.arms, trunk, d_feat + d_sin_z + d_sin_t) if couple_arms else None
+        self.second_look = (
+            None
+            if second_look is None
+            else SecondLook(
+                self.arms,
+                backbone,
+                image_size=image_size,
+                sharp_size=second_look,
+                side=look_size,
+                trunk=d_feat + d_sin_z + d_sin_t,
+                gripper_bins=gripper_bins,
+                rotation_classes=rotation_classes,
+            )
+        )
         self.register_buffer("sin_z", sinusoidal_features(height_bins, d_sin_z), persistent=False)  # [Z, d_sin_z]
         self.register_buffer("sin_t", sinusoidal_features(horizon, d_sin_t), persistent=False)  # [T, d_sin_t]
 
@@ -345,6 +367,7 @@ class VolumeQueryNetwork(nn.Module):
         step_pixels: Tensor | None = None,
         instruction: Tensor | None = None,
         views: FurtherViews | None = None,
+        sharp: SharpImage | None = None,
     ) -> VolumeQueryOutput:
         """Logits of the next T steps.
 
@@ -353,9 +376,11 @@ class VolumeQueryNetwork(nn.Module):
             start_pixel: ``[B, A, 2]`` projection of the gripper, input pixels; outside the image the border's features
                 count.
             state: ``[B, A, state_size]``, the parts in the order of ``state_parts``; needed where there are any.
-            step_pixels: ``[B, A, T, 2]`` where ``step_features`` look; None takes the decoded positions.
+            step_pixels: ``[B, A, T, 2]`` where ``step_features`` and the second look are taken; None takes the decoded
+                positions.
             instruction: int64 ``[B, ...]``, the encoder's tokens; needed where there is one.
             views: what further cameras see (`world_views`); None: one camera.
+            sharp: what the second look reads; needed where there is one.
         """
         if image.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
@@ -374,6 +399,12 @@ class VolumeQueryNetwork(nn.Module):
             )
         if views is not None and not self.world_views:
             raise ValueError("The network reads one camera: build it with model.network.world_views=true.")
+        if (self.second_look is None) != (sharp is None):
+            raise ValueError(
+                "The network was built without a second look: build it with model.network.second_look."
+                if self.second_look is None
+                else "The network was built with a second look: give it the sharper image (data.detail_size)."
+            )
         told: dict[str, Told] = {}
         change = None
         if self.instruction is not None:
@@ -410,10 +441,17 @@ class VolumeQueryNetwork(nn.Module):
         for index, arm in enumerate(self.arms):
             stream, trunk = self._stream(arm), trunks[arm]
             volume = stream.volume(trunk, feature_map, self.sin_z, self.sin_t, self.coupling_z, others)
+            if not self.step_features and self.second_look is None:
+                outputs.append((volume, stream.gripper(trunk), stream.rotation(trunk)))
+                continue
+            pixels, seen = self._decoded_pixels(volume) if step_pixels is None else step_pixels[:, index], trunk
             if self.step_features:
-                pixels = self._decoded_pixels(volume) if step_pixels is None else step_pixels[:, index]
-                trunk = torch.cat([trunk, sample_features(feature_map, pixels, self.image_size)], dim=-1)
-            outputs.append((volume, stream.gripper(trunk), stream.rotation(trunk)))
+                seen = torch.cat([trunk, sample_features(feature_map, pixels, self.image_size)], dim=-1)
+            gripper, rotation = stream.gripper(seen), stream.rotation(seen)
+            if self.second_look is not None and sharp is not None:
+                more_gripper, more_rotation = self.second_look(arm, self.backbone, sharp, pixels, trunk)
+                gripper, rotation = gripper + more_gripper, rotation + more_rotation
+            outputs.append((volume, gripper, rotation))
         volumes, grippers, rotations = zip(*outputs, strict=True)
         return VolumeQueryOutput(_stack_arms(volumes), torch.stack(grippers, dim=1), torch.stack(rotations, dim=1))
 

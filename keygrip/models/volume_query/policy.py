@@ -15,6 +15,7 @@ from keygrip.models.geometry.cameras import project
 from keygrip.models.policy import Needs, Observation, Plan, arm_axis, views_of
 from keygrip.models.volume_query.decoding import Decoder, DecoderName
 from keygrip.models.volume_query.network import FurtherViews
+from keygrip.models.volume_query.second_look import SharpImage
 from keygrip.models.volume_query.targets import arm_state, views_of_images
 
 if TYPE_CHECKING:
@@ -133,6 +134,13 @@ class VolumeQueryPolicy:
         mean, std = self._geometry.mean, self._geometry.std
         return normalised(images[:, 0], mean, std), k[:, 0], camera[:, 0], further
 
+    def _sharp_image(self, observations: Sequence[Observation]) -> SharpImage | None:
+        look = self.module.network.second_look
+        if look is None:
+            return None
+        pictures = [self._geometry.detail(np.asarray(seen["image"]), look.sharp_size) for seen in observations]
+        return SharpImage(torch.stack(pictures).to(self.module.device), self._geometry.mean, self._geometry.std)
+
     @torch.inference_mode()
     def _plans(self, observations: Sequence[Observation]) -> list[Plan]:
         module, network, statistics = self.module, self.module.network, self.module.statistics
@@ -155,7 +163,14 @@ class VolumeQueryPolicy:
         )
         start_pixels, _ = project(position, k[:, None], camera[:, None])
         state = arm_state(network.state_parts, position, quaternion, gripper, statistics.height_range)
-        output = network(image, start_pixels, state, instruction=self._tokens(observations), views=further)
+        output = network(
+            image,
+            start_pixels,
+            state,
+            instruction=self._tokens(observations),
+            views=further,
+            sharp=self._sharp_image(observations),
+        )
         decoded = self.chosen_decoder().decode(
             output,
             [module.codec(arm) for arm in network.arms],

@@ -42,6 +42,7 @@ def play(cell: YamCell, actions: np.ndarray) -> tuple[bool, bool, dict[str, Any]
         TaskOptions(name="pick_place", distractors=2, varied_shapes=True),
         TaskOptions(name="pick_place", object="bar"),
         TaskOptions(name="stack"),
+        TaskOptions(name="peg"),
     ],
     ids=lambda t: f"{t.name}-{t.object}-{t.object_size_m}",
 )

@@ -33,6 +33,8 @@ def flat(layout: object) -> str:
         ({"varied_shapes": True}, "distractors"),
         ({"digits": True, "object": "bar"}, "digits"),
         ({"name": "stack", "object": "bar"}, "stack"),
+        ({"name": "peg", "object": "bar"}, "its own object"),
+        ({"name": "peg", "digits": True}, "digits"),
         ({"object": "bar", "object_size_m": 0.05}, "bowl"),
     ],
 )

@@ -1,0 +1,130 @@
+"""A second look: gripper and rotation are read from a sharp crop around each step's pixel.
+
+At the network's own resolution a small object is a few pixels wide, too few to tell how it is turned. The same cut of
+the camera's image is therefore also kept at a higher resolution; a window of it around the pixel where a step will be
+goes through the same backbone once more, and corrects the logits of gripper and rotation (as RVT-2 looks again where it
+will act: Goyal et al., "RVT-2: Learning Precise Manipulation from Few Demonstrations", 2024). Where a step will be is
+the target's pixel in training and the decoded one at inference.
+
+Shape legend: B batch, A arms, T steps, N = B * T windows, S side of the network's image, Q side of the sharp image, L
+side of a window, in pixels; D width of the backbone, W width of the look.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from keygrip.data.batches import normalised
+from keygrip.models.backbone import DinoBackbone
+
+REDUCED = 32  # channels of a window's patches before they are flattened
+FREQUENCIES = 3  # of the code of a window's place
+
+
+@dataclass(frozen=True)
+class SharpImage:
+    """What the second look reads.
+
+    Attributes:
+        pixels: uint8 ``[B, 3, Q, Q]``, the same cut as the network's image. mean, std: the backbone's.
+    """
+
+    pixels: Tensor
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
+def windows(image: Tensor, centres: Tensor, side: int) -> Tensor:
+    """Windows ``[B, T, 3, L, L]`` of images ``[B, 3, Q, Q]`` around pixels ``[B, T, 2]`` of them.
+
+    A window lies on whole pixels: its middle is the corner between pixels that is nearest to the centre. What lies
+    beyond the image's edge is 0; a centre that is not finite, or far outside, gives a window of zeros.
+    """
+    size, half = image.shape[-1], side // 2
+    middle = centres.nan_to_num(-2.0 * side).clamp(-half, size + half).round().long()
+    padded = nn.functional.pad(image, (side, side, side, side))
+    start = middle - half + side  # [B, T, 2] of the window in the padded image
+    along = torch.arange(side, device=image.device)
+    columns, rows = start[..., 0, None] + along, start[..., 1, None] + along  # [B, T, L]
+    batch = torch.arange(len(image), device=image.device)[:, None, None, None]
+    return padded.permute(0, 2, 3, 1)[batch, rows[..., :, None], columns[..., None, :]].permute(0, 1, 4, 2, 3)
+
+
+def place_code(places: Tensor) -> Tensor:
+    """Sines and cosines ``[..., 2 + 4 * FREQUENCIES]`` of places ``[..., 2]`` in -1 .. 1, and the places themselves."""
+    angles = places[..., None] * (math.pi / 2 * 2.0 ** torch.arange(FREQUENCIES, device=places.device))
+    return torch.cat([places, angles.sin().flatten(-2), angles.cos().flatten(-2)], dim=-1)
+
+
+class SecondLook(nn.Module):
+    """Corrections of the gripper's and rotation's logits; zero at first.
+
+    Args:
+        arms: names. backbone: gives width and patch size; is not kept. image_size: S. sharp_size: Q. side: L, a
+            multiple of the patch. trunk: width of a step. gripper_bins, rotation_classes: of the heads. width: W.
+
+    Raises:
+        ValueError: the window does not fit the patches or the sharp image.
+    """
+
+    def __init__(
+        self,
+        arms: Sequence[str],
+        backbone: DinoBackbone,
+        *,
+        image_size: int,
+        sharp_size: int,
+        side: int,
+        trunk: int,
+        gripper_bins: int,
+        rotation_classes: int,
+        width: int = 96,
+    ) -> None:
+        super().__init__()
+        patch = backbone.patch_size
+        if side < patch or side % patch or side % 2 or side > sharp_size:
+            raise ValueError(
+                f"model.network.look_size={side} must be an even multiple of the backbone's patch ({patch}) and at "
+                f"most model.network.second_look={sharp_size}."
+            )
+        self.image_size, self.sharp_size, self.side = image_size, sharp_size, side
+        self.reduce = nn.Linear(backbone.embed_dim, REDUCED)
+        self.read = nn.Sequential(nn.GELU(), nn.Linear((side // patch) ** 2 * REDUCED, width))
+        self.place = nn.Linear(2 + 4 * FREQUENCIES, width)
+        self.heads = nn.ModuleDict(
+            {arm: _head(trunk + width, gripper_bins + rotation_classes, hidden=2 * width) for arm in arms}
+        )
+        self.gripper_bins = gripper_bins
+
+    def forward(
+        self, arm: str, backbone: DinoBackbone, image: SharpImage, pixels: Tensor, trunk: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What is added to the logits of the gripper ``[B, T, G]`` and of the rotation ``[B, T, R]``.
+
+        Args:
+            backbone: the network's own. pixels: ``[B, T, 2]`` of the network's image. trunk: ``[B, T, trunk]``.
+        """
+        if image.pixels.shape[-2:] != (self.sharp_size, self.sharp_size):
+            raise ValueError(
+                f"the second look was built for sharp images of {self.sharp_size} pixels, got "
+                f"{image.pixels.shape[-1]}: set data.detail_size={self.sharp_size}"
+            )
+        seen = windows(image.pixels, pixels * (self.sharp_size / self.image_size), self.side)  # [B, T, 3, L, L]
+        patches = backbone(normalised(seen.flatten(0, 1), image.mean, image.std).to(trunk.dtype)).patches  # [N, n, D]
+        look = self.read(self.reduce(patches).flatten(1)).unflatten(0, pixels.shape[:2])  # [B, T, W]
+        place = (pixels / self.image_size * 2 - 1).nan_to_num(0.0).clamp(-2, 2)
+        look = look + self.place(place_code(place).to(look.dtype))
+        both = self.heads[arm](torch.cat([trunk, look], dim=-1))
+        return both[..., : self.gripper_bins], both[..., self.gripper_bins :]
+
+
+def _head(width: int, classes: int, hidden: int) -> nn.Module:
+    last = nn.Linear(hidden, classes)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), last)

@@ -1,0 +1,51 @@
+"""Grips that are as good as the demonstrated one: turns of the gripper about the vertical that leave the object alike.
+
+A cube is gripped as well after a quarter turn, a bar after a half turn. Which of these grips a demonstration shows is
+then no error of the policy's: their classes share the probability that the loss asks for, and errors count to the
+nearest of them. Once the object is held there is nothing to choose, so only plans that begin with an open gripper are
+treated so.
+
+Shape legend: ``*`` leading shape, R rotation classes, N the order of the symmetry.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from keygrip.models.geometry.rotation_codecs import RotationCodec
+from keygrip.models.geometry.rotations import geodesic_angle, quaternion_multiply
+
+
+def equivalent_turns(quaternion: Tensor, order: int) -> Tensor:
+    """``[*, N, 4]``: rotations ``[*, 4]`` after each of N equal turns about the world's vertical, the first of none."""
+    half = math.pi / order * torch.arange(order, device=quaternion.device, dtype=quaternion.dtype)
+    turn = torch.stack([half.cos(), torch.zeros_like(half), torch.zeros_like(half), half.sin()], dim=-1)  # [N, 4]
+    return quaternion_multiply(turn.expand(*quaternion.shape[:-1], order, 4), quaternion[..., None, :])
+
+
+def equivalent_classes(codec: RotationCodec, quaternion: Tensor, free: Tensor, order: int) -> Tensor:
+    """Bool ``[*, R]``: the classes of the rotations ``[*, 4]`` and, where ``free`` ``[*]``, of their equivalents.
+
+    An equivalent that the codec cannot represent (training never turned so far) has no class.
+    """
+    turned = equivalent_turns(quaternion, order)
+    codes = codec.encode(turned)  # [*, N]
+    counts = codec.covers(turned) & free[..., None]
+    counts[..., 0] = True
+    chosen = torch.zeros(*quaternion.shape[:-1], codec.classes, dtype=torch.int64, device=quaternion.device)
+    return chosen.scatter_add(-1, codes, counts.long()) > 0
+
+
+def shared_cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
+    """Minus the logarithm of the probability ``[*]`` of the classes, bool ``[*, R]``, under logits ``[*, R]``."""
+    logits = logits.float()
+    return logits.logsumexp(-1) - logits.masked_fill(~classes, -torch.inf).logsumexp(-1)
+
+
+def nearest_angle(found: Tensor, true: Tensor, free: Tensor, order: int) -> Tensor:
+    """Radians ``[*]`` between rotations ``[*, 4]`` and the nearest equivalent of the true ones, where ``free``."""
+    angles = geodesic_angle(found[..., None, :], equivalent_turns(true, order))  # [*, N]
+    return torch.where(free, angles.amin(-1), angles[..., 0])

@@ -1,0 +1,88 @@
+"""Equivalent grips: their rotations, classes, shared loss and errors, against sums written out."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from keygrip.models.geometry.rotation_codecs import PCARotation
+from keygrip.models.geometry.rotations import geodesic_angle, rotation_exp
+from keygrip.models.volume_query.symmetry import (
+    equivalent_classes,
+    equivalent_turns,
+    nearest_angle,
+    shared_cross_entropy,
+)
+from tests.models.volume_query.test_module import T, batch, build
+
+UP = torch.tensor([0.0, 0.0, 1.0])
+
+
+def about_vertical(degrees: torch.Tensor) -> torch.Tensor:
+    return rotation_exp(torch.deg2rad(degrees)[..., None] * UP)
+
+
+def codec() -> PCARotation:
+    """32 bins over 160 degrees about the vertical, around no turn."""
+    fitted = PCARotation(classes=32)
+    fitted.fit(about_vertical(torch.linspace(-80, 80, 161)))
+    return fitted
+
+
+def test_equivalents_are_equal_turns_about_the_vertical() -> None:
+    tilted = rotation_exp(torch.tensor([[0.3, 0.2, 0.4], [1.0, -0.5, 0.0]]))
+    turned = equivalent_turns(tilted, 4)
+    torch.testing.assert_close(turned[:, 0], tilted)
+    for k in range(4):
+        expected = torch.full((2,), min(k, 4 - k) * math.pi / 2)
+        torch.testing.assert_close(geodesic_angle(turned[:, k], tilted), expected, atol=1e-3, rtol=0)
+
+
+def test_classes_are_those_of_the_equivalents_that_the_codec_holds() -> None:
+    bins, degrees = codec(), torch.tensor([20.0, 75.0, 20.0])
+    free = torch.tensor([True, True, False])
+    classes = equivalent_classes(bins, about_vertical(degrees), free, 4)
+    for row, there in enumerate(([20.0, -70.0], [75.0, -15.0], [20.0])):  # the others lie beyond the bins
+        expected = bins.encode(about_vertical(torch.tensor(there)))
+        assert classes[row].nonzero().flatten().tolist() == sorted(expected.tolist())
+
+
+def test_the_loss_is_of_the_summed_probability() -> None:
+    torch.manual_seed(0)
+    logits, classes = torch.randn(4, 6, dtype=torch.float64).float(), torch.rand(4, 6) < 0.4
+    classes[:, 0] = True
+    expected = torch.stack([-row.softmax(-1)[kept].sum().log() for row, kept in zip(logits, classes, strict=True)])
+    torch.testing.assert_close(shared_cross_entropy(logits, classes), expected)
+
+
+def test_errors_count_to_the_nearest_equivalent_while_the_gripper_is_open() -> None:
+    found, true = about_vertical(torch.tensor([95.0, 95.0])), about_vertical(torch.tensor([0.0, 0.0]))
+    error = nearest_angle(found, true, torch.tensor([True, False]), 4)
+    torch.testing.assert_close(torch.rad2deg(error), torch.tensor([5.0, 95.0]), atol=1e-2, rtol=0)
+
+
+def test_module_shares_the_loss_and_keeps_it_where_the_gripper_holds(tmp_path: Path) -> None:
+    plain, shared = build(tmp=tmp_path), build(tmp=tmp_path, rotation_symmetry=4)
+    for module in (plain, shared):
+        module.codec("right").fit(about_vertical(torch.linspace(-130, 130, 201)))
+    data = batch()
+    targets = plain.targets(data)
+    output = plain(data, targets, teacher=True)
+    open_ = shared.losses(output, data, targets)["rotation"]
+    assert float(open_) < float(plain.losses(output, data, targets)["rotation"])
+    quarter = equivalent_turns(data.quaternion, 4)[..., 1, :]
+    right = torch.nn.functional.one_hot(plain.codec("right").encode(quarter[:, 0]), 6).float()[:, None] * 50
+    output.rotation.data.copy_(right)
+    errors = shared.metrics(output, data, targets)
+    assert float(errors["rotation_acc"]) == 1.0
+    assert float(errors["rotation_deg"]) < 22  # half a bin of 43 degrees
+    assert float(plain.metrics(output, data, targets)["rotation_deg"]) > 65
+    data.start_gripper.zero_()
+    held = shared.losses(output, data, targets)["rotation"]
+    torch.testing.assert_close(held, plain.losses(output, data, targets)["rotation"])
+    assert targets.valid.shape[-1] == T
+    with pytest.raises(ValueError, match="rotation_symmetry"):
+        build(rotation_symmetry=0)
