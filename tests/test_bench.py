@@ -100,8 +100,12 @@ class TestMeasuring:
 
 
 class TestVolumeLoss:
-    def test_both_sides_give_the_same_gradients(self) -> None:
-        problem = Problem.random(SMALL_VOLUME, 3, CPU)
+    @pytest.mark.parametrize("two_views", [False, True])
+    def test_both_sides_give_the_same_gradients(self, two_views: bool) -> None:
+        problem = Problem.random(SMALL_VOLUME, 3, CPU, two_views)
+        assert len(problem.dense()) == 3 + two_views
+        if problem.further is not None:
+            assert float(problem.further[1].seen.mean()) > 0.3  # the two cameras do see the same table
         for factorised, dense in zip(problem.factorised(), problem.dense(), strict=True):
             assert float(dense.abs().max()) > 0
             torch.testing.assert_close(factorised, dense, atol=1e-6, rtol=1e-4)
@@ -121,6 +125,8 @@ class TestVolumeLoss:
         expected = figures["dense_t2_extra_mb"] / figures["factorised_t2_extra_mb"]
         assert figures["memory_ratio_t2"] == pytest.approx(expected, rel=0.2)  # the megabytes are rounded
         assert figures["dense_t4_extra_mb"] >= 2 * 2 * 4 * 4 * 8 * 8 * 4 / 1e6  # two whole volumes at least
+        assert figures["two_views_time_ratio"] == figures["two_views_time_ratio_t4"]
+        assert figures["two_views_dense_t4_extra_mb"] >= figures["dense_t4_extra_mb"]
         assert all(figures[f"{side}_t{horizon}_ms"] > 0 for side in ("factorised", "dense") for horizon in (2, 4))
 
     def test_memory_at_the_size_of_the_production_recipe(self) -> None:

@@ -1,4 +1,4 @@
-"""The exact factorised volume loss against the dense volume that it equals.
+"""The exact volume loss, factorised (one camera) or streamed over the heights (two), against the dense volume.
 
 Both sides start from the same leaves (the queries' pixel and height parts and the feature map), build the volume's
 parts with the same products, and go back to the leaves' gradients; the one sums two small softmaxes, the other writes
@@ -7,8 +7,9 @@ the volume out. Logits live as long as the backward pass needs them and no longe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +19,16 @@ from tqdm import tqdm
 from keygrip.benchmarks.measuring import Timed, interleaved_seconds, milliseconds, peak_extra_bytes
 from keygrip.models.nn.sinusoids import sinusoidal_features
 from keygrip.models.volume_query.volume import VolumeLogits, hard_target, volume_cross_entropy
+from keygrip.models.volume_query.world import VoxelProjection, WorldScores, project_voxels
+
+IMAGE_SIZE = 448  # of the two cameras, pixels
 
 
 @dataclass(frozen=True)
 class VolumeLoss(Timed):
     """Forward and backward time and extra memory of both, in float32, on the CPU and on a GPU where there is one.
 
-    The figures without a horizon in their name are those of the last horizon.
+    The figures without a horizon in their name are those of the last horizon, of which those of two views are too.
 
     Args (beside those of `Timed`, whose seconds are for each horizon):
         horizons: T. batch_size: B. pred_size: P, cells along a side. height_bins: Z.
@@ -47,20 +51,24 @@ class VolumeLoss(Timed):
         devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
         figures: dict[str, float] = {}
         with tqdm(
-            total=len(devices) * len(self.horizons), desc="volume_loss", unit="setting", leave=False, disable=None
+            total=len(devices) * (len(self.horizons) + 1), desc="volume_loss", unit="setting", leave=False, disable=None
         ) as bar:
             for device in devices:
                 prefix = "gpu_" if device.type == "cuda" else ""
                 for horizon in self.horizons:
                     figures |= self._measure(horizon, device, prefix, quick)
                     bar.update()
-                for name in ("time_ratio", "memory_ratio"):
+                figures |= self._measure(self.horizons[-1], device, f"{prefix}two_views_", quick, two_views=True)
+                bar.update()
+                for name in ("time_ratio", "memory_ratio", "two_views_time_ratio", "two_views_memory_ratio"):
                     figures[f"{prefix}{name}"] = figures[f"{prefix}{name}_t{self.horizons[-1]}"]
         headlines = [name for name in figures if name.endswith(("time_ratio", "memory_ratio"))]
         return {name: figures[name] for name in headlines} | figures
 
-    def _measure(self, horizon: int, device: torch.device, prefix: str, quick: bool) -> dict[str, float]:
-        problem = Problem.random(self, horizon, device)
+    def _measure(
+        self, horizon: int, device: torch.device, prefix: str, quick: bool, two_views: bool = False
+    ) -> dict[str, float]:
+        problem = Problem.random(self, horizon, device, two_views)
         sides = {"factorised": problem.factorised, "dense": problem.dense}
         _check_equal({name: work() for name, work in sides.items()})
         repetitions, limit_s = self.effort(quick)
@@ -83,6 +91,8 @@ class Problem:
     Attributes:
         q_feat: ``[B, T, C]``. features: ``[B, C, P, P]``. q_z: ``[B, T, D]``; these three get gradients.
         sin_z: ``[Z, D]``. constant: ``[B, T]``. cells: ``[B, T, 2]`` (row, column). heights: ``[B, T]``.
+        further: a second camera's features ``[B, 1, C, P, P]``, with gradient, and where the first one's voxels lie in
+            them; None: one camera.
     """
 
     q_feat: Tensor
@@ -92,9 +102,10 @@ class Problem:
     constant: Tensor
     cells: Tensor
     heights: Tensor
+    further: tuple[Tensor, VoxelProjection] | None = None
 
     @classmethod
-    def random(cls, sizes: VolumeLoss, horizon: int, device: torch.device) -> Problem:
+    def random(cls, sizes: VolumeLoss, horizon: int, device: torch.device, two_views: bool = False) -> Problem:
         """Standard normal queries and features, uniform targets; the same on every device."""
         generator = torch.Generator().manual_seed(0)
         batch, side = sizes.batch_size, sizes.pred_size
@@ -105,7 +116,7 @@ class Problem:
         def uniform(high: int, *shape: int) -> Tensor:
             return torch.randint(high, shape, generator=generator).to(device)
 
-        return cls(
+        problem = cls(
             q_feat=normal(batch, horizon, sizes.d_feat).requires_grad_(),
             features=normal(batch, sizes.d_feat, side, side).requires_grad_(),
             q_z=normal(batch, horizon, sizes.d_sin_z).requires_grad_(),
@@ -114,14 +125,23 @@ class Problem:
             cells=uniform(side, batch, horizon, 2),
             heights=uniform(sizes.height_bins, batch, horizon),
         )
+        if not two_views:
+            return problem
+        maps = normal(batch, 1, sizes.d_feat, side, side).requires_grad_()
+        intrinsics, poses, heights = _two_cameras(batch, sizes.height_bins)
+        where = project_voxels(intrinsics.to(device), poses.to(device), heights.to(device), side, IMAGE_SIZE)
+        return replace(problem, further=(maps, where))
 
     def logits(self) -> VolumeLogits:
         """The volume's parts, with leading shape ``[B, T]``."""
         pixel = torch.einsum("btc,bchw->bthw", self.q_feat, self.features)
-        return VolumeLogits(pixel, self.q_z @ self.sin_z.T, self.constant)
+        world = None
+        if self.further is not None:
+            world = WorldScores(torch.einsum("btc,bvchw->btvhw", self.q_feat, self.further[0]), self.further[1])
+        return VolumeLogits(pixel, self.q_z @ self.sin_z.T, self.constant, world=world)
 
     def factorised(self) -> tuple[Tensor, ...]:
-        """Gradients of the leaves by way of the two small softmaxes."""
+        """Gradients of the leaves by way of two small softmaxes, or of sums that are streamed over the heights."""
         return self._gradients(volume_cross_entropy(self.logits(), hard_target(self.cells, self.heights)).mean())
 
     def dense(self) -> tuple[Tensor, ...]:
@@ -131,7 +151,25 @@ class Problem:
         return self._gradients(F.cross_entropy(self.logits().dense().flatten(2).flatten(0, 1), voxels.flatten()))
 
     def _gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(loss, (self.q_feat, self.features, self.q_z))
+        leaves = (self.q_feat, self.features, self.q_z)
+        return torch.autograd.grad(loss, leaves if self.further is None else (*leaves, self.further[0]))
+
+
+def _two_cameras(batch: int, height_bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Intrinsics ``[B, 2, 3, 3]`` and poses ``[B, 2, 4, 4]`` of cameras above a table, 90 degrees apart, and heights
+    ``[Z]`` to 20 cm."""
+    poses = []
+    for azimuth in (0.0, math.pi / 2):
+        back = torch.tensor([math.cos(azimuth), math.sin(azimuth), 1.0]) / math.sqrt(2)  # towards the camera, 1 m away
+        right = torch.tensor([-math.sin(azimuth), math.cos(azimuth), 0.0])
+        turn = torch.stack([right, torch.linalg.cross(right, back), -back])  # rows: x right, y down, z forward
+        pose = torch.eye(4)
+        pose[:3, :3], pose[:3, 3] = turn, turn @ -back
+        poses.append(pose)
+    focal = 1.5 * IMAGE_SIZE
+    intrinsics = torch.tensor([[focal, 0, IMAGE_SIZE / 2], [0, focal, IMAGE_SIZE / 2], [0, 0, 1.0]])
+    heights = (torch.arange(height_bins) + 0.5) * (0.2 / height_bins)
+    return intrinsics.expand(batch, 2, 3, 3), torch.stack(poses).expand(batch, 2, 4, 4), heights
 
 
 def _check_equal(gradients: dict[str, tuple[Tensor, ...]]) -> None:

@@ -6,6 +6,7 @@ of a finger tip is a pyramid), so all of that is added here. Angles in radians, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,11 +17,33 @@ from keygrip.envs.yam.rendering import Lens, mujoco
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.robots.kinematics import arm_file, gripper_file
 
-ARM_PREFIX, GRIPPER_PREFIX = "yam_", "yam_grip_"
-ARM_JOINT_NAMES = tuple(f"{ARM_PREFIX}joint{i}" for i in range(1, 7))
-FINGER_JOINT_NAMES = (f"{GRIPPER_PREFIX}joint7", f"{GRIPPER_PREFIX}joint8")
-TOOL_SITE = f"{GRIPPER_PREFIX}grasp_site"
-FINGERS = (f"{GRIPPER_PREFIX}tip_left", f"{GRIPPER_PREFIX}tip_right")
+
+@dataclass(frozen=True)
+class RobotNames:
+    """What the parts of one arm are called in the model."""
+
+    prefix: str
+    motors: str = ""  # before the names of the motors
+
+    @property
+    def joints(self) -> tuple[str, ...]:
+        return tuple(f"{self.prefix}joint{i}" for i in range(1, 7))
+
+    @property
+    def finger_joints(self) -> tuple[str, str]:
+        return f"{self.prefix}grip_joint7", f"{self.prefix}grip_joint8"
+
+    @property
+    def tool(self) -> str:
+        return f"{self.prefix}grip_grasp_site"
+
+    @property
+    def fingers(self) -> tuple[str, str]:
+        return f"{self.prefix}grip_tip_left", f"{self.prefix}grip_tip_right"
+
+
+YAM = RobotNames("yam_")
+ARM_JOINT_NAMES, FINGER_JOINT_NAMES, TOOL_SITE, FINGERS = YAM.joints, YAM.finger_joints, YAM.tool, YAM.fingers
 
 # The real robot's controller gains.
 ARM_STIFFNESS = (80.0, 80.0, 80.0, 10.0, 10.0, 10.0)
@@ -62,14 +85,21 @@ def lens_of(camera: str, width: int, height: int) -> Lens:
 def camera_pose(camera: str, azimuth_deg: float = 0.0, elevation_deg: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """Position [3] and MuJoCo quaternion [4] of an outer camera, turned around the point that it looks at."""
     azimuth, elevation, distance = CAMERA_ORBITS[camera]
-    a, e = np.deg2rad(azimuth + azimuth_deg), np.deg2rad(np.clip(elevation + elevation_deg, 5.0, 88.0))
-    target = np.array(CAMERA_TARGETS[camera])
+    return orbit_pose(CAMERA_TARGETS[camera], azimuth + azimuth_deg, elevation + elevation_deg, distance)
+
+
+def orbit_pose(
+    target: tuple[float, float, float], azimuth_deg: float, elevation_deg: float, distance: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Position [3] and MuJoCo quaternion [4] of a camera that looks at a point from an azimuth (from +x) and elevation
+    (5 to 88 degrees)."""
+    a, e = np.deg2rad(azimuth_deg), np.deg2rad(np.clip(elevation_deg, 5.0, 88.0))
     back = np.array([np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)])
     right = np.cross([0.0, 0.0, 1.0], back)
     right /= np.linalg.norm(right)
     quaternion = np.zeros(4)
     mujoco.mju_mat2Quat(quaternion, np.stack([right, np.cross(back, right), back], axis=1).ravel())
-    return target + distance * back, quaternion
+    return np.array(target) + distance * back, quaternion
 
 
 @lru_cache(maxsize=32)
@@ -121,36 +151,46 @@ def _set_joint(joint: mujoco.MjsJoint, armature: float, damping: float) -> None:
         joint.damping = damping
 
 
-def _add_robot(spec: mujoco.MjSpec, arm: str, gripper: str) -> None:
+def add_robot(
+    spec: mujoco.MjSpec,
+    arm: str,
+    gripper: str,
+    names: RobotNames = YAM,
+    base: tuple[float, float, float] = (0.0, 0.0, 0.0),
+) -> None:
+    """An arm with motors and finger pads, its base at a point of the world and turned as the world."""
     arm_spec, gripper_spec = _load(arm_file(arm)), _load(gripper_file(gripper))
     arm_spec.body("gripper").add_frame().attach_body(gripper_spec.body("gripper"), "grip_", "")
-    spec.worldbody.add_frame().attach_body(arm_spec.body("base"), ARM_PREFIX, "")
-    for i, name in enumerate(ARM_JOINT_NAMES):
+    spec.worldbody.add_frame(pos=list(base)).attach_body(arm_spec.body("base"), names.prefix, "")
+    for i, name in enumerate(names.joints):
         joint = spec.joint(name)
         _set_joint(joint, 0.02 if i < 3 else 0.005, 0.5 if i < 3 else 0.1)
-        motor = spec.add_actuator(name=f"motor{i + 1}", target=name, trntype=mujoco.mjtTrn.mjTRN_JOINT)
+        label = f"{names.motors}motor{i + 1}"
+        motor = spec.add_actuator(name=label, target=name, trntype=mujoco.mjtTrn.mjTRN_JOINT)
         motor.set_to_position(kp=ARM_STIFFNESS[i], kv=ARM_DAMPING[i])
         motor.ctrllimited, motor.ctrlrange = True, joint.range
-    for name in FINGER_JOINT_NAMES:
+    finger = names.finger_joints[0]
+    for name in names.finger_joints:
         _set_joint(spec.joint(name), 0.05, 5.0)
-    motor = spec.add_actuator(name="motor_gripper", target=FINGER_JOINT_NAMES[0], trntype=mujoco.mjtTrn.mjTRN_JOINT)
+    label = f"{names.motors}motor_gripper"
+    motor = spec.add_actuator(name=label, target=finger, trntype=mujoco.mjtTrn.mjTRN_JOINT)
     motor.set_to_position(kp=GRIPPER_STIFFNESS, kv=GRIPPER_DAMPING)
-    motor.ctrllimited, motor.ctrlrange = True, spec.joint(FINGER_JOINT_NAMES[0]).range
+    motor.ctrllimited, motor.ctrlrange = True, spec.joint(finger).range
     motor.forcelimited, motor.forcerange = True, [-GRIPPER_FORCE, GRIPPER_FORCE]
     for body in spec.bodies:
-        if body.name.startswith(ARM_PREFIX):
+        if body.name.startswith(names.prefix):
             body.gravcomp = 1.0
-    _add_finger_pads(spec)
+    _add_finger_pads(spec, names)
 
 
-def _add_finger_pads(spec: mujoco.MjSpec) -> None:
+def _add_finger_pads(spec: mujoco.MjSpec, names: RobotNames) -> None:
     """Boxes that collide in place of the finger meshes: a flat pad at the tip and the finger's shank above it."""
     model = spec.compile()
     data = mujoco.MjData(model)
     mujoco.mj_forward(model, data)
-    tool, frame = data.site(TOOL_SITE).xpos, data.site(TOOL_SITE).xmat.reshape(3, 3)
+    tool, frame = data.site(names.tool).xpos, data.site(names.tool).xmat.reshape(3, 3)
     parts = {"pad": ((0.0035, -0.013), (0.010, 0.003, 0.013)), "shank": ((0.0115, -0.048), (0.015, 0.004, 0.022))}
-    for finger, side in zip(FINGERS, (1.0, -1.0), strict=True):
+    for finger, side in zip(names.fingers, (1.0, -1.0), strict=True):
         origin, turn = data.body(finger).xpos, data.body(finger).xmat.reshape(3, 3)
         quaternion = np.zeros(4)
         mujoco.mju_mat2Quat(quaternion, (turn.T @ frame).ravel())
@@ -229,7 +269,7 @@ def digit_picture(digit: int, size: int = 64) -> np.ndarray:
     return np.repeat(np.asarray(picture, float)[..., None] / 255, 3, axis=2)
 
 
-def _add_loose(spec: mujoco.MjSpec, name: str, shapes: tuple[str, ...], half: np.ndarray) -> None:
+def add_loose(spec: mujoco.MjSpec, name: str, shapes: tuple[str, ...], half: np.ndarray) -> None:
     """A body that lies loose. With several shapes it has a geom "<name>_<shape>" each, of which an episode uses one."""
     kinds = {
         "cube": (mujoco.mjtGeom.mjGEOM_BOX, list(half)),
@@ -286,7 +326,7 @@ def _add_goal(spec: mujoco.MjSpec, options: TaskOptions) -> None:
     elif options.name == "peg":
         _add_slot(spec)
     elif options.name == "stack":
-        _add_loose(spec, "goal", ("cube",), np.full(3, tasks.BLOCK_SIZE / 2))
+        add_loose(spec, "goal", ("cube",), np.full(3, tasks.BLOCK_SIZE / 2))
     elif options.name == "reach":  # a ball on a post: seen, never touched
         body = spec.worldbody.add_body(name="goal", mocap=True)
         ghost = {"contype": 0, "conaffinity": 0}
@@ -301,7 +341,7 @@ def _add_cameras(spec: mujoco.MjSpec) -> None:
         spec.worldbody.add_camera(name=name, pos=position, quat=quaternion, fovy=CAMERA_FOVY[name])
     quaternion = np.zeros(4)
     mujoco.mju_mulQuat(quaternion, np.array(WRIST_OPTICAL), np.array([0.0, 1.0, 0.0, 0.0]))
-    flange = spec.body(f"{ARM_PREFIX}gripper")
+    flange = spec.body(f"{YAM.prefix}gripper")
     flange.add_camera(
         name="wrist", pos=WRIST_POSITION, quat=quaternion / np.linalg.norm(quaternion), fovy=CAMERA_FOVY["wrist"]
     )
@@ -309,6 +349,29 @@ def _add_cameras(spec: mujoco.MjSpec) -> None:
 
 def build_spec(options: TaskOptions, arm: str = "yam", gripper: str = "linear_4310") -> mujoco.MjSpec:
     """The scene of a task; what differs between its episodes is written into the compiled model."""
+    spec = empty_cell()
+    if options.randomise_table:
+        for i, pixels in enumerate(_table_textures()):
+            _add_texture(spec, f"table{i + 1}", pixels, (2, 2))
+    add_robot(spec, arm, gripper)
+    if options.digits:
+        for digit in range(10):
+            _add_digit(spec, digit)
+    add_loose(spec, "object", (options.shape,), options.half_extents)
+    for i in range(options.distractors):
+        shapes = tasks.SHAPES if options.varied_shapes else ("cube",)
+        add_loose(spec, f"distractor{i}", shapes, np.full(3, options.object_size_m / 2))
+    if options.pedestal_m:
+        _add_pedestal(spec, "object", options.half_extents, options.pedestal_m)
+        for i in range(options.distractors):
+            _add_pedestal(spec, f"distractor{i}", np.full(3, options.object_size_m / 2), options.pedestal_m)
+    _add_goal(spec, options)
+    _add_cameras(spec)
+    return spec
+
+
+def empty_cell(centre: tuple[float, float] = (0.3, 0.0)) -> mujoco.MjSpec:
+    """Light, floor and a table of 1 x 1.2 m around a point, its surface at z = 0."""
     spec = mujoco.MjSpec()
     spec.modelname = "keygrip_yam_cell"
     spec.compiler.degree = False
@@ -320,7 +383,7 @@ def build_spec(options: TaskOptions, arm: str = "yam", gripper: str = "linear_43
     spec.visual.quality.shadowsize = 1024
     spec.visual.global_.offwidth, spec.visual.global_.offheight = 1280, 1280
     # MuJoCo takes the far floor for the scene's size; near plane and shadow resolution follow from it.
-    spec.stat.center, spec.stat.extent = [0.3, 0.0, 0.1], 1.2
+    spec.stat.center, spec.stat.extent = [*centre, 0.1], 1.2
     spec.visual.map.znear = 0.005  # of the extent: the wrist camera sees its own fingers from 7 cm
     spec.visual.map.shadowclip = 0.9
     world = spec.worldbody
@@ -328,22 +391,6 @@ def build_spec(options: TaskOptions, arm: str = "yam", gripper: str = "linear_43
     world.add_light(name="sun", pos=[0.3, -0.5, 1.6], dir=[0, 0.3, -1], type=directional, castshadow=True)
     plane, box = mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_BOX
     world.add_geom(name="floor", type=plane, size=[30, 30, 0.1], pos=[0, 0, -0.75])
-    if options.randomise_table:
-        for i, pixels in enumerate(_table_textures()):
-            _add_texture(spec, f"table{i + 1}", pixels, (2, 2))
-    world.add_geom(name="table", type=box, size=[0.5, 0.6, 0.02], pos=[0.3, 0, -0.02], friction=[1.0, 0.005, 0.0001])
-    _add_robot(spec, arm, gripper)
-    if options.digits:
-        for digit in range(10):
-            _add_digit(spec, digit)
-    _add_loose(spec, "object", (options.shape,), options.half_extents)
-    for i in range(options.distractors):
-        shapes = tasks.SHAPES if options.varied_shapes else ("cube",)
-        _add_loose(spec, f"distractor{i}", shapes, np.full(3, options.object_size_m / 2))
-    if options.pedestal_m:
-        _add_pedestal(spec, "object", options.half_extents, options.pedestal_m)
-        for i in range(options.distractors):
-            _add_pedestal(spec, f"distractor{i}", np.full(3, options.object_size_m / 2), options.pedestal_m)
-    _add_goal(spec, options)
-    _add_cameras(spec)
+    table = [*centre, -0.02]
+    world.add_geom(name="table", type=box, size=[0.5, 0.6, 0.02], pos=table, friction=[1.0, 0.005, 0.0001])
     return spec

@@ -1,0 +1,263 @@
+"""Two YAM arms side by side at one table: the environment of the task `handover`.
+
+Frames as in `keygrip.envs.yam.environment`; arrays have a leading axis of arms, in the order of `handover.ARMS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from keygrip.envs.yam import handover, scene
+from keygrip.envs.yam.environment import (
+    FASTEST_JOINT,
+    LIFTED,
+    OUT_OF_REACH,
+    OUT_OF_REACH_S,
+    SETTLE_STEPS,
+    STEADY_S,
+)
+from keygrip.envs.yam.handover import ARMS, BASES, HandoverLayout, HandoverTask, sample_handover
+from keygrip.envs.yam.rendering import CameraRenderer, Lens, mujoco, world_to_camera
+from keygrip.robots.inverse_kinematics import solve
+from keygrip.robots.kinematics import forward_kinematics, matrix_from_quaternion, quaternion_from_matrix
+
+NAMES = {"left": scene.RobotNames("left_yam_", "left_"), "right": scene.YAM}
+HANDED_HEIGHT = 0.06  # m above the table at which the bar must be when the left arm holds it
+
+
+@dataclass
+class HandoverProgress:
+    """What has happened in the episode so far."""
+
+    lifted: bool = False
+    steady_s: float = 0.0
+    out_of_reach_s: float = 0.0
+    unreachable: bool = False
+    lost: bool = False
+    success: bool = False
+
+
+class HandoverCell:
+    """Both arms and a bar.
+
+    Action, float64 [2, 8]: of each arm, tool position (3, world, m), quaternion wxyz (4), gripper opening (1).
+    Observation: as of `YamCell`, with a leading axis of arms in `position`, `quaternion`, `gripper` and `joints`.
+    `info`: `success`, `failure_reason` (None before the end and on success, else missed, dropped, unreachable or
+    timeout), `instruction`, `seed`.
+
+    Args:
+        task: what may vary. image_size: edge of the square image, pixels. hz: control periods a second.
+        cameras: names among "over" and "front"; the task's own by default.
+        render_images: without, observations hold no images, and no GL library is needed.
+    """
+
+    def __init__(
+        self,
+        task: HandoverTask,
+        image_size: int = 224,
+        hz: float = 10.0,
+        cameras: tuple[str, ...] | None = None,
+        render_images: bool = True,
+    ) -> None:
+        self.task, self.image_size, self.hz, self.render_images = task, image_size, float(hz), render_images
+        self.cameras = tuple(cameras) if cameras else (task.camera,)
+        unknown = [name for name in self.cameras if name not in handover.CAMERAS]
+        if unknown:
+            raise ValueError(f"unknown cameras {unknown}; choose from {', '.join(handover.CAMERAS)}")
+        if not 16 <= image_size <= 1280:
+            raise ValueError(f"image_size={image_size} is outside [16, 1280] pixels")
+        self.lenses = {
+            name: Lens.from_field_of_view(image_size, image_size, handover.CAMERAS[name][3]) for name in self.cameras
+        }
+        model = self.model = build_two_arms().compile()
+        self.data = mujoco.MjData(model)
+        self._substeps = round(1 / self.hz / model.opt.timestep)
+        if abs(self._substeps * model.opt.timestep - 1 / self.hz) > 1e-9:
+            raise ValueError(f"hz={hz}: a period must be whole steps of {model.opt.timestep} s; use 5, 10, 20 or 50")
+        names = [NAMES[arm] for arm in ARMS]
+        self._arm_qpos = np.array([[model.joint(n).qposadr[0] for n in one.joints] for one in names])  # [2, 6]
+        self._finger_qpos = np.array([[model.joint(n).qposadr[0] for n in one.finger_joints] for one in names])
+        self._finger_range = float(model.joint(names[0].finger_joints[0]).range[1])
+        motors = [[f"{one.motors}motor{i + 1}" for i in range(6)] + [f"{one.motors}motor_gripper"] for one in names]
+        self._motors = np.array([[model.actuator(name).id for name in row] for row in motors])  # [2, 7]
+        self._tools = [model.site(one.tool).id for one in names]
+        self._fingers = [[model.body(name).id for name in one.fingers] for one in names]
+        self._bar = model.body("object").id
+        self._renderer: CameraRenderer | None = None
+        self.layout: HandoverLayout | None = None
+        self.seed: int | None = None
+
+    def reset(self, *, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Starts the episode of a seed."""
+        model, data = self.model, self.data
+        self.seed, self.layout = int(seed), sample_handover(self.task, int(seed))
+        layout = self.layout
+        mujoco.mj_resetData(model, data)
+        data.qpos[self._arm_qpos], data.qpos[self._finger_qpos] = layout.start_joints, self._finger_range
+        data.ctrl[self._motors[:, :6]], data.ctrl[self._motors[:, 6]] = layout.start_joints, self._finger_range
+        at = model.jnt_qposadr[model.body_jntadr[self._bar]]
+        half = layout.yaw / 2
+        data.qpos[at : at + 7] = [*(layout.bar + [0, 0, 0.001]), np.cos(half), 0.0, 0.0, np.sin(half)]
+        model.geom_rgba[np.flatnonzero(model.geom_bodyid == self._bar)] = [*layout.colour, 1.0]
+        mujoco.mj_forward(model, data)
+        for _ in range(SETTLE_STEPS):
+            mujoco.mj_step(model, data)
+        data.time = 0.0
+        mujoco.mj_forward(model, data)
+        self.progress, self.elapsed = HandoverProgress(), 0
+        self.commanded_joints, self.commanded_gripper = layout.start_joints.copy(), np.ones(2)
+        self._rest_height = float(data.xpos[self._bar][2])
+        return self.observation(), self._info()
+
+    def advance(self, action: np.ndarray) -> None:
+        """One control period towards the arms' poses [2, 8]; draws nothing.
+
+        Raises:
+            ValueError: the action is not twice 8 finite numbers with usable quaternions.
+        """
+        if self.layout is None:
+            raise RuntimeError("HandoverCell: call reset(seed=...) before the first step")
+        action = np.asarray(action, float)
+        usable = action.shape == (2, 8) and np.isfinite(action).all()
+        if not usable or (np.linalg.norm(action[:, 3:7], axis=1) < 1e-6).any():
+            raise ValueError(f"an action is 8 finite numbers for each of {', '.join(ARMS)}, got {action.tolist()}")
+        joints, left_over = self.commanded_joints.copy(), 0.0
+        for arm, pose in enumerate(action):
+            found = solve(pose[:3] - BASES[arm], matrix_from_quaternion(pose[3:7]), self.commanded_joints[arm])
+            change = found.joints - self.commanded_joints[arm]
+            joints[arm] += change * min(1.0, FASTEST_JOINT / self.hz / max(float(np.abs(change).max()), 1e-12))
+            left_over = max(left_over, found.position_error)
+        gripper = np.clip(action[:, 7], 0.0, 1.0)
+        before = np.concatenate([self.commanded_joints, self.commanded_gripper[:, None] * self._finger_range], axis=1)
+        after = np.concatenate([joints, gripper[:, None] * self._finger_range], axis=1)
+        for i in range(self._substeps):
+            self.data.ctrl[self._motors] = before + (after - before) * (i + 1) / self._substeps
+            mujoco.mj_step(self.model, self.data)
+        mujoco.mj_forward(self.model, self.data)
+        self.commanded_joints, self.commanded_gripper = joints, gripper
+        self.elapsed += 1
+        self._judge(left_over)
+
+    def outcome(self) -> tuple[bool, bool, dict[str, Any]]:
+        """Success, whether the episode is over without it, and `info`."""
+        over = self.progress.lost or self.elapsed / self.hz >= self.task.time_limit_s
+        truncated = over and not self.progress.success
+        return self.progress.success, truncated, self._info(truncated)
+
+    def close(self) -> None:
+        """Frees the GL context; the next image makes a new one."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+
+    # ---- what can be seen ------------------------------------------------------------------------------------------
+
+    def frame(self, camera: str) -> np.ndarray:
+        """[H, W, 3] uint8 image of one of `cameras`."""
+        if self._renderer is None:
+            self._renderer = CameraRenderer(self.model, self.image_size, self.image_size, self.task.shadows)
+        return self._renderer.image(self.data, camera, self.lenses[camera])
+
+    def world_to_camera(self, camera: str) -> np.ndarray:
+        """[4, 4] of the camera."""
+        return world_to_camera(self.data, self.model.camera(camera).id)
+
+    def observation(self) -> dict[str, Any]:
+        """The observation of the present state."""
+        position, quaternion = self.tool_poses
+        seen: dict[str, Any] = {
+            "position": position,
+            "quaternion": quaternion,
+            "gripper": self.gripper_openings,
+            "joints": self.joints,
+            "instruction": self.layout.instruction if self.layout is not None else "",
+        }
+        if self.render_images:
+            views = {camera: self._view(camera) for camera in self.cameras}
+            seen |= views[self.cameras[0]]
+            if len(views) > 1:
+                seen["cameras"] = views
+        return seen
+
+    def _view(self, camera: str) -> dict[str, np.ndarray]:
+        pose, intrinsics = self.world_to_camera(camera), self.lenses[camera].intrinsics.copy()
+        return {"image": self.frame(camera), "intrinsics": intrinsics, "world_to_camera": pose}
+
+    @property
+    def tool_poses(self) -> tuple[np.ndarray, np.ndarray]:
+        """Reached positions [2, 3] and quaternions [2, 4] of the grasp sites."""
+        turns = [quaternion_from_matrix(self.data.site_xmat[tool].reshape(3, 3)) for tool in self._tools]
+        return self.data.site_xpos[self._tools].copy(), np.stack(turns)
+
+    @property
+    def commanded_poses(self) -> tuple[np.ndarray, np.ndarray]:
+        """Positions [2, 3] and quaternions [2, 4] that the commanded joints would give."""
+        poses = [forward_kinematics(joints) for joints in self.commanded_joints]
+        return np.stack([position for position, _ in poses]) + BASES, np.stack([turn for _, turn in poses])
+
+    @property
+    def joints(self) -> np.ndarray:
+        """[2, 6] reached joint angles, rad."""
+        return self.data.qpos[self._arm_qpos].copy()
+
+    @property
+    def gripper_openings(self) -> np.ndarray:
+        """[2] reached openings, 0 closed .. 1 open."""
+        return self.data.qpos[self._finger_qpos].sum(axis=1) / (2 * self._finger_range)
+
+    @property
+    def object_position(self) -> np.ndarray:
+        """[3] middle of the bar."""
+        return self.data.xpos[self._bar].copy()
+
+    # ---- what has happened -----------------------------------------------------------------------------------------
+
+    def _judge(self, position_error: float) -> None:
+        progress, period = self.progress, 1 / self.hz
+        pairs = self.model.geom_bodyid[self.data.contact.geom[: self.data.ncon]]  # [C, 2]
+        touching = set(pairs[(pairs == self._bar).any(axis=1)].ravel().tolist()) - {self._bar}
+        left, right = ([finger in touching for finger in fingers] for fingers in self._fingers)
+        height = float(self.data.xpos[self._bar][2])
+        progress.lifted |= height - self._rest_height > LIFTED and (all(left) or all(right))
+        progress.lost = height < -0.05
+        progress.out_of_reach_s = progress.out_of_reach_s + period if position_error > OUT_OF_REACH else 0.0
+        progress.unreachable |= progress.out_of_reach_s >= OUT_OF_REACH_S - 1e-9
+        handed = all(left) and not any(right) and height > HANDED_HEIGHT and self.commanded_gripper[1] >= 0.5
+        progress.steady_s = progress.steady_s + period if handed else 0.0
+        progress.success = progress.steady_s >= STEADY_S - 1e-9
+
+    @property
+    def failure_reason(self) -> str | None:
+        """Why the episode, were it over now, has failed; None on success."""
+        progress = self.progress
+        if progress.success:
+            return None
+        if progress.lifted:
+            in_air = float(self.data.xpos[self._bar][2]) - self._rest_height > LIFTED
+            return "timeout" if in_air else "dropped"
+        return "unreachable" if progress.unreachable else "missed"
+
+    def _info(self, over: bool = False) -> dict[str, Any]:
+        assert self.layout is not None
+        return {
+            "success": self.progress.success,
+            "failure_reason": self.failure_reason if over else None,
+            "instruction": self.layout.instruction,
+            "seed": self.seed,
+        }
+
+
+def build_two_arms(arm: str = "yam", gripper: str = "linear_4310") -> mujoco.MjSpec:
+    """Two arms side by side, the bar and the cameras."""
+    middle = (0.3, float(handover.LEFT_BASE[1]) / 2)
+    spec = scene.empty_cell(middle)
+    for name, base in zip(ARMS, BASES, strict=True):
+        scene.add_robot(spec, arm, gripper, NAMES[name], (float(base[0]), float(base[1]), float(base[2])))
+    scene.add_loose(spec, "object", ("bar",), np.array(handover.BAR_HALF))
+    for camera, (azimuth, elevation, distance, fovy) in handover.CAMERAS.items():
+        position, quaternion = scene.orbit_pose(handover.CAMERA_TARGET, azimuth, elevation, distance)
+        spec.worldbody.add_camera(name=camera, pos=position, quat=quaternion, fovy=fovy)
+    return spec
