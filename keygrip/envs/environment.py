@@ -43,7 +43,8 @@ class Environment(Protocol):
         ...
 
     def advance(self, action: np.ndarray) -> None:
-        """One control period towards a gripper pose [8]: position m, quaternion wxyz, opening; draws nothing."""
+        """One control period towards a gripper pose [8]: position m, quaternion wxyz, opening (several arms: [A, 8]);
+        draws nothing."""
         ...
 
     def outcome(self) -> tuple[bool, bool, dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from keygrip.config import SettingError
 from keygrip.envs.metaworld.tasks import DIFFICULTY, task_names
+from keygrip.envs.yam.handover import HandoverTask
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.evaluation.closed_loop import ConditionResult
 from keygrip.evaluation.kinds import Evaluated, changed, plain
@@ -74,7 +75,8 @@ def _of_folder(root: Path, cameras: Sequence[str] | None) -> EnvironmentSettings
         settings = json.loads(file.read_text())["settings"]
         if settings.get("environment") == "metaworld":
             raise SettingError(f"{root} was recorded in Meta-World: give env=metaworld env.tasks=...")
-        task = changed(TaskOptions(), dict(settings["task"]))
+        stored = dict(settings["task"])
+        task = changed(HandoverTask() if stored.get("name") == "handover" else TaskOptions(), stored)
         return EnvironmentSettings(task, int(settings["image_size"]), float(settings["hz"]), cameras)
     except SettingError:
         raise

@@ -76,7 +76,7 @@ def run_episode(
             break
         if film is not None and steps % film_every == 0:
             film.add(observation, controller.last_plan)
-        environment.advance(action[0])
+        environment.advance(action[0] if len(action) == 1 else action)
         success, truncated, info = environment.outcome()
         steps += 1
         over = success or truncated

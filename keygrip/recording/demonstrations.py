@@ -28,8 +28,12 @@ from keygrip.artifacts import locked, write_json
 from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
 from keygrip.envs.yam.environment import YamCell
 from keygrip.envs.yam.expert import expert_actions
+from keygrip.envs.yam.handover import HandoverTask
 from keygrip.envs.yam.tasks import Placed, TaskOptions
 from keygrip.envs.yam.text import EpisodeTrace, describe
+from keygrip.envs.yam.two_arms import HandoverCell
+from keygrip.recording.handover import record_handover
+from keygrip.recording.signs import SignKeeper
 
 ROBOT = "yam"
 ARM = "right"
@@ -42,7 +46,7 @@ STALE_AFTER_S = 600.0
 class RecordSettings:
     """What a recording is made of, apart from how many and which seeds."""
 
-    task: TaskOptions
+    task: TaskOptions | HandoverTask
     image_size: int = 224
     hz: float = 10.0
     cameras: tuple[str, ...] = ("over",)
@@ -74,7 +78,7 @@ def demo_name(task: str, seed: int) -> str:
 
 
 def record(
-    task: TaskOptions,
+    task: TaskOptions | HandoverTask,
     root: Path | str,
     demos: int,
     seed: int = 0,
@@ -112,6 +116,8 @@ def record(
         raise ValueError(f"demos and processes must be at least 1, got demos={demos}, processes={processes}")
     if not 92 <= jpeg_quality <= 100:
         raise ValueError(f"jpeg_quality={jpeg_quality} is outside [92, 100]; lower qualities show blocks in heatmaps")
+    if depth and isinstance(task, HandoverTask):
+        raise ValueError("depth=true: the two-arm handover is recorded without depth")
     settings = RecordSettings(task, image_size, float(hz), tuple(cameras or (task.camera,)), depth, video, jpeg_quality)
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
@@ -120,7 +126,7 @@ def record(
 
 
 def record_step(
-    task: TaskOptions,
+    task: TaskOptions | HandoverTask,
     root: str | Path,
     demos: int,
     seed: int,
@@ -210,7 +216,7 @@ def _check_settings(root: Path, settings: RecordSettings) -> None:
         _write_settings(root, settings, ())
         return
     # an older recording lacks options that came later: it was made as if they stood at their defaults
-    stored["task"] = {option.name: option.default for option in fields(TaskOptions)} | stored["task"]
+    stored["task"] = {option.name: option.default for option in fields(settings.task)} | stored["task"]
     if stored == now:
         return
     flat_old, flat_new = {**stored, **stored["task"]}, {**now, **now["task"]}
@@ -233,9 +239,15 @@ def _remove_stale(root: Path) -> None:
             continue
 
 
-def record_episode(cell: YamCell, settings: RecordSettings, root: Path, seed: int) -> bool:
+def record_episode(cell: YamCell | HandoverCell, settings: RecordSettings, root: Path, seed: int) -> bool:
     """Records one episode; returns whether the expert succeeded (a failed episode leaves no folder)."""
     task = settings.task
+    if isinstance(cell, HandoverCell):
+        folder, video = root / demo_name(task.name, seed), settings.video
+        return record_handover(
+            cell, folder, seed, ROBOT, settings.cameras, video=video, jpeg_quality=settings.jpeg_quality
+        )
+    assert isinstance(task, TaskOptions)
     cell.reset(seed=seed)
     assert cell.layout is not None
     actions = expert_actions(cell.layout, task, seed, settings.hz)
@@ -294,20 +306,6 @@ def _plain(thing: Placed) -> dict[str, Any]:
     }
 
 
-class SignKeeper:
-    """Gives each quaternion of a trajectory the sign that is nearer to the one before: q and -q are the same rotation,
-    but readers interpolate."""
-
-    def __init__(self) -> None:
-        self._last: np.ndarray | None = None
-
-    def __call__(self, quaternion: np.ndarray) -> np.ndarray:
-        if self._last is not None and float(quaternion @ self._last) < 0:
-            quaternion = -quaternion
-        self._last = quaternion
-        return quaternion
-
-
 def _arm_pose(position: np.ndarray, quaternion: np.ndarray, gripper: float, joints: np.ndarray | None) -> ArmPose:
     return ArmPose(position, quaternion, float(np.clip(gripper, 0.0, 1.0)), joints)
 
@@ -325,7 +323,7 @@ class _Workers:
 
     def __init__(self, settings: RecordSettings, root: Path, processes: int) -> None:
         self.settings, self.root, self.processes = settings, root, processes
-        self._cell: YamCell | None = None
+        self._cell: YamCell | HandoverCell | None = None
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> _Workers:
@@ -359,10 +357,14 @@ class _Workers:
             ) from error
 
 
-_worker: tuple[YamCell, RecordSettings, Path] | None = None  # one cell a process, used for all its episodes
+_worker: tuple[YamCell | HandoverCell, RecordSettings, Path] | None = (
+    None  # one cell a process, used for all its episodes
+)
 
 
-def _build_cell(settings: RecordSettings) -> YamCell:
+def _build_cell(settings: RecordSettings) -> YamCell | HandoverCell:
+    if isinstance(settings.task, HandoverTask):
+        return HandoverCell(settings.task, settings.image_size, settings.hz, cameras=settings.cameras)
     return YamCell(settings.task, settings.image_size, settings.hz, cameras=settings.cameras)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from keygrip.envs.yam.handover import HandoverTask
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.recording import demonstrations, metaworld
 
@@ -15,7 +16,7 @@ METAWORLD_RECOVERIES = 0.2
 
 def record_step(
     environment: str,
-    task: TaskOptions,
+    task: TaskOptions | HandoverTask,
     tasks: str | Sequence[str] | None,
     root: str | Path,
     demos: int,
@@ -34,7 +35,12 @@ def record_step(
     Raises:
         ValueError: an environment without scripted expert, or a setting that it does not have.
     """
-    if environment == "yam":
+    if environment == "yam_handover":
+        if task == TaskOptions(name="pick_place"):  # what the settings say where nobody chose a task
+            task = HandoverTask()
+        if not isinstance(task, HandoverTask):
+            _refuse(["task"], environment)
+    if environment in ("yam", "yam_handover"):
         given = {"tasks": tasks, "recoveries": recoveries, "env.python": python}
         _refuse([name for name, value in given.items() if value is not None], environment)
         rate = hz or YAM_HZ
@@ -42,10 +48,10 @@ def record_step(
             task, root, demos, seed, image_size, rate, processes, cameras, depth=depth, video=video
         )
     if environment != "metaworld":
-        raise ValueError(f"env={environment} has no scripted expert to record: env=yam and env=metaworld have")
+        raise ValueError()
     if depth:
         _refuse(["depth"], environment)
-    if task != TaskOptions(name=task.name) or task.name != "pick_place":
+    if not isinstance(task, TaskOptions) or task != TaskOptions(name=task.name) or task.name != "pick_place":
         _refuse(["task"], environment)
     return metaworld.record_step(
         tasks or "mt10",

@@ -16,6 +16,7 @@ from keygrip.envs.yam.expert import CLOSED, CLOSING_S, LOWEST_TOOL, OPEN, OPENIN
 from keygrip.envs.yam.tasks import COLOURS, HOME, stream
 from keygrip.robots.inverse_kinematics import pointing_down, solve
 from keygrip.robots.kinematics import forward_kinematics, matrix_from_quaternion, quaternion_from_matrix
+from keygrip.training.parts import data_part
 
 ARMS = ("left", "right")
 LEFT_BASE = np.array([0.0, 0.40, 0.0])
@@ -32,6 +33,7 @@ REACHED_M, REACHED_RAD = 1e-3, 1e-2  # what inverse kinematics may leave of a po
 HALF_TURN = np.pi
 
 
+@data_part
 @dataclass(frozen=True)
 class HandoverTask:
     """The options of the two-arm handover.

@@ -313,6 +313,7 @@ def _add_slot(spec: mujoco.MjSpec) -> None:
     """A box without lid, into which the peg goes in two of all turns."""
     body = spec.worldbody.add_body(name="goal", pos=[0.3, -0.1, 0.0])
     (long, wide), wall, half = tasks.SLOT_HALF, tasks.SLOT_WALL / 2, tasks.SLOT_HEIGHT / 2
+    parts: list[tuple[tuple[float, float, float], tuple[float, float, float]]]
     parts = [((0, 0, tasks.SLOT_FLOOR / 2), (long, wide, tasks.SLOT_FLOOR / 2))]
     parts += [((side * (long + wall), 0, half), (wall, wide + 2 * wall, half)) for side in (-1, 1)]
     parts += [((0, side * (wide + wall), half), (long, wall, half)) for side in (-1, 1)]

@@ -1,0 +1,19 @@
+"""Signs of quaternions along a recorded trajectory."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class SignKeeper:
+    """Gives each quaternion of a trajectory the sign that is nearer to the one before: q and -q are the same rotation,
+    but readers interpolate."""
+
+    def __init__(self) -> None:
+        self._last: np.ndarray | None = None
+
+    def __call__(self, quaternion: np.ndarray) -> np.ndarray:
+        if self._last is not None and float(quaternion @ self._last) < 0:
+            quaternion = -quaternion
+        self._last = quaternion
+        return quaternion
