@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from keygrip.training.muon import MuonAndAdamW, MuonWithAdamW
+from keygrip.training.muon import Float32Muon, MuonAndAdamW, MuonWithAdamW
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -104,3 +104,27 @@ def test_the_schedule_reaches_both() -> None:
 def test_nothing_for_muon_is_an_error() -> None:
     with pytest.raises(ValueError, match="no trainable matrix"):
         optimizer_of(network(), matrices_of=("layers",))
+
+
+def test_the_iteration_in_float32_is_torchs_within_bfloat16() -> None:
+    """Torch's Muon, which computes in bfloat16, on the same gradients; then each goes on with the other's state."""
+    options = {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    ours, theirs = (nn.Parameter(torch.zeros(6, 9)) for _ in range(2))
+    optimizers = [Float32Muon([ours], **options), torch.optim.Muon([theirs], **options)]  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        for _ in range(3):
+            gradient = torch.randn(6, 9, generator=generator)
+            for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+                parameter.grad = gradient.clone()
+                optimizer.step()
+        assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
+        states = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
+        for optimizer, state in zip(optimizers, reversed(states), strict=True):
+            optimizer.load_state_dict(state)
+
+
+def test_groups_have_names_of_their_own() -> None:
+    """Lightning's monitor of learning rates refuses others."""
+    names = [group["name"] for group in optimizer_of(network()).param_groups]
+    assert len(set(names)) == len(names)

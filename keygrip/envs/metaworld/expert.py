@@ -1,9 +1,10 @@
 """Meta-World's scripted policies as experts for demonstrations, with the corrections that these need.
 
-Demonstrations differ from the benchmark's own rollouts in four ways: the arm starts up to 6 cm away from its usual
+Demonstrations differ from the benchmark's own rollouts in six ways: the arm starts up to 6 cm away from its usual
 place; the goals of reaching and placing tasks are raised for the expert, which brings the hand, not the fingertips, to
-them; some episodes are recoveries, which start in the middle, after a disturbance; and an episode goes on after success
-until the arm stands still.
+them; the gripper closes where the arm stands still; the mocap body does not run further ahead of the hand than it must;
+some episodes are recoveries, which start in the middle, after a disturbance; and an episode goes on after success until
+the arm stands still.
 """
 
 from __future__ import annotations
@@ -26,6 +27,13 @@ DISTURBANCE_M = np.array([[-0.08, -0.08, -0.02], [0.08, 0.08, 0.08]])
 DISTURBANCE_STEPS = 20
 SETTLING_STEPS = (16, 60)  # after success: at least, at most
 STILL_M = 0.003  # moved by the mocap body within 0.1 s
+# The scripts close the gripper while the hand is still on its way down and lift in the step after: a policy that is
+# 0.1 s off misses the object. The expert stops first, then closes, then waits until the fingers hold.
+ARRIVED = 0.2  # of the largest step of the mocap body: a slower approach is over
+APPROACH_STEPS = 60  # at most, from where the script would close
+STOP_STEPS, HOLD_STEPS = 10, 28
+# Where a wall blocks the hand the scripts push the mocap body up to 35 cm past it: no image shows that place.
+LEAD_M = 0.12
 
 
 @dataclass
@@ -51,6 +59,7 @@ class Expert:
         self.recovery = bool(self._rng.random() < self.recoveries)
         self.succeeded = False
         self.opening = 1.0  # of the last command
+        self._grasp = _Grasp(grasps=self._wanted()[3] <= 0)  # a script that starts with a closed gripper only pushes
 
     def prepare(self) -> None:
         """Brings the arm to where the demonstration starts; nothing of this is recorded."""
@@ -64,18 +73,27 @@ class Expert:
                 break  # too late for a disturbance: the demonstration shows how to stay
         target = environment.position + self._rng.uniform(*DISTURBANCE_M)
         self._go(target, float(self._rng.random() < 0.7), DISTURBANCE_STEPS)
+        self._grasp = _Grasp(self._grasp.grasps)  # whatever was held is taken up again
 
     def _go(self, position: np.ndarray, opening: float, steps: int) -> None:
         for _ in range(steps):
             self.environment.advance(np.concatenate([position, DOWN, [opening]]))
 
-    def _act(self) -> None:
+    def _wanted(self) -> np.ndarray:
+        """[4] what the script wants now: a step in units of 1 cm, and the gripper's effort."""
         sensed = self.environment.sensed.copy()
         if self.environment.task.name in RAISED_GOALS:
             sensed[-1] += GOAL_RAISED_M
-        action = np.clip(self._policy.get_action(sensed), -1, 1)
-        self.opening = 0.0 if action[3] > 0 else 1.0
-        self.environment.step_body(action[:3], self.opening)
+        return np.clip(self._policy.get_action(sensed), -1, 1)
+
+    def _act(self) -> None:
+        change, self.opening = self._grasp.step(self._wanted())
+        lead = self.environment.commanded_position - self.environment.position
+        further = lead + change * self.environment.env.action_scale
+        length = np.linalg.norm(further)
+        if length > max(LEAD_M, np.linalg.norm(lead)):
+            further *= max(LEAD_M, np.linalg.norm(lead)) / length
+        self.environment.step_body((further - lead) / self.environment.env.action_scale, self.opening)
 
     def __iter__(self) -> Iterator[int]:
         """Numbers of the control steps, each yielded before it is made; ends once the arm has settled after success,
@@ -93,3 +111,40 @@ class Expert:
             self._act()
             places.append(self.environment.commanded_position.copy())
             self.succeeded = self.succeeded or self.environment.outcome()[0]
+
+
+@dataclass
+class _Grasp:
+    """Puts a stop between arriving at an object and lifting it.
+
+    Args:
+        grasps: whether the script opens the gripper before it closes it; the others are left as they are.
+    """
+
+    grasps: bool
+    _approach: np.ndarray | None = None  # the step that the script wanted when it first wanted to close
+    _waited: int = 0  # control steps since then, or since the arm stopped
+    _stopped: bool = False
+    _held: bool = False
+
+    def step(self, wanted: np.ndarray) -> tuple[np.ndarray, float]:
+        """The step of the mocap body, and the opening, for what the script wants."""
+        change, closing = wanted[:3], bool(wanted[3] > 0)
+        if not self.grasps:
+            return change, 0.0 if closing else 1.0
+        if not closing and not self._stopped:
+            self._approach, self._held, self._waited = None, False, 0
+            return change, 1.0
+        if self._held:
+            return change, 0.0
+        if self._approach is None:
+            self._approach = change
+        self._waited += 1
+        if not self._stopped:
+            along = float(change @ self._approach) > 0.5 * np.linalg.norm(change) * np.linalg.norm(self._approach)
+            if along and np.abs(change).max() > ARRIVED and self._waited < APPROACH_STEPS:
+                return change, 1.0
+            self._stopped, self._waited = True, 0
+        if self._waited >= STOP_STEPS + HOLD_STEPS:
+            self._stopped, self._held = False, True
+        return np.zeros(3), 1.0 if self._waited < STOP_STEPS else 0.0
