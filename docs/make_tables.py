@@ -388,7 +388,30 @@ def vlm_ablations() -> str:
     return markdown(["", "*mark*", "*cue*", "*glance*", "gap", "attention on the asked cube"], rows)
 
 
+def metaworld_tasks() -> str:
+    """Success on MT10 by task: each policy of the record, and what it was trained and judged on."""
+    runs = read("metaworld_mt10")["runs"]
+    rows = []
+    for task in runs[0]["result"]["tasks"]:
+        found = [run["result"]["tasks"][task] for run in runs]
+        rows.append((task.removesuffix("-v3"), *(f"{each['successes']} of {each['episodes']}" for each in found)))
+    rows.append(("mean", *(rate(run["result"]["all"]) for run in runs)))
+    return markdown(["task", *(run["name"] for run in runs)], rows)
+
+
+def metaworld_groups() -> str:
+    """The same by difficulty group."""
+    rows = [
+        (run["name"], group, rate(figures))
+        for run in read("metaworld_mt10")["runs"]
+        for group, figures in run["result"]["all"]["by_difficulty"].items()
+    ]
+    return markdown(["policy", "group", "success"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "metaworld_tasks": metaworld_tasks,
+    "metaworld_groups": metaworld_groups,
     table.__name__: table
     for table in (
         *(seeds, errors, shifts, options, speed, headline),
