@@ -410,11 +410,9 @@ def metaworld_groups() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "metaworld_tasks": metaworld_tasks,
-    "metaworld_groups": metaworld_groups,
     table.__name__: table
     for table in (
-        *(seeds, errors, shifts, options, speed, headline),
+        *(seeds, errors, shifts, options, speed, headline, metaworld_tasks, metaworld_groups),
         *(dit_claims, vlm_seeds, vlm_others, vlm_ablations),
         *(vla_injection, vla_ablations, vla_comparison, vla_compression, vla_recipe),
     )

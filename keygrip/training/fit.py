@@ -32,6 +32,7 @@ from keygrip.training.progress import Throughput
 from keygrip.training.resuming import check_resumed, checkpoint_to_resume
 from keygrip.training.saving import AtomicCheckpointIO
 from keygrip.training.sweeps import read_result, write_result
+from keygrip.training.time_limit import ScheduleByTime
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,8 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     loggers = build_loggers(cfg.logger, folder, resumed_step)
     log_settings(loggers, resolved)
     callbacks: list[Callback] = [RandomnessByStep(cfg.seed), Header(resolved, origin), *_parts(cfg.callbacks)]
+    if cfg.max_minutes is not None:
+        callbacks.append(ScheduleByTime())
     if not loggers:  # it refuses to run without one
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     trainer = lightning.Trainer(

@@ -107,13 +107,19 @@ class AdamW:
 
 
 class Schedule:
-    """Share of the peak learning rate at a step."""
+    """Share of the peak learning rate at a step.
+
+    Attributes:
+        time_share: of the time that the run may take, 0 without a limit. Where it is further than the steps, the cosine
+            follows it: a run that its limit ends has a small learning rate by then.
+    """
 
     def __init__(self, recipe: AdamW, total_steps: int | float) -> None:
         self.cosine = recipe.schedule == "cosine"
         self.final = recipe.final_lr_share
         self.total = total_steps
         self.warmup = recipe.warmup_steps
+        self.time_share = 0.0
         if math.isfinite(total_steps):
             self.warmup = min(self.warmup, int(total_steps // 10))
 
@@ -122,7 +128,7 @@ class Schedule:
             return (step + 1) / self.warmup
         if not self.cosine:
             return 1.0
-        progress = min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))
+        progress = min(1.0, max((step - self.warmup) / max(1, self.total - self.warmup), self.time_share))
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 

@@ -1,0 +1,62 @@
+"""max_minutes shapes the cosine schedule where it ends the run before its steps do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import Timer
+from torch import nn
+
+from keygrip.training.optimizers import AdamW
+from keygrip.training.time_limit import ScheduleByTime
+
+LIMIT_S = 20.0
+
+
+class Module(lightning.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+        self.rates: list[float] = []
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        self.rates.append(self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+        return self.layer(batch).mean()
+
+    def configure_optimizers(self) -> Any:
+        return AdamW(lr=1.0, warmup_steps=0, final_lr_share=0.0).configure(self, self.trainer.max_steps)
+
+
+def rates(monkeypatch: pytest.MonkeyPatch, max_steps: int, step_s: float) -> list[float]:
+    """Learning rates of a run whose steps take `step_s` on a clock of its own."""
+    module = Module()
+    monkeypatch.setattr(Timer, "time_elapsed", lambda self, stage="train": len(module.rates) * step_s)
+    monkeypatch.setattr(Timer, "time_remaining", lambda self, stage="train": LIMIT_S - len(module.rates) * step_s)
+    trainer = lightning.Trainer(
+        max_steps=max_steps,
+        max_epochs=-1,
+        max_time={"seconds": int(LIMIT_S)},
+        callbacks=[ScheduleByTime()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(torch.ones(64, 1)))
+    return module.rates
+
+
+def test_the_rate_is_small_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = rates(monkeypatch, max_steps=1000, step_s=1.0)
+    assert len(found) == int(LIMIT_S)
+    assert found[10] == pytest.approx(0.5 * (1 + torch.tensor(torch.pi * 9 / LIMIT_S).cos().item()), abs=1e-6)
+    assert found[-1] < 0.03
+    assert found == sorted(found, reverse=True)
+
+
+def test_a_limit_that_is_not_reached_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rates(monkeypatch, max_steps=12, step_s=1.0) == rates(monkeypatch, max_steps=12, step_s=0.0)
