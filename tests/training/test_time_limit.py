@@ -16,6 +16,14 @@ from keygrip.training.time_limit import ScheduleByTime
 LIMIT_S = 20.0
 
 
+class Ones(torch.utils.data.Dataset[torch.Tensor]):
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.ones(1)
+
+
 class Module(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +54,7 @@ def rates(monkeypatch: pytest.MonkeyPatch, max_steps: int, step_s: float) -> lis
         enable_model_summary=False,
         accelerator="cpu",
     )
-    trainer.fit(module, torch.utils.data.DataLoader(torch.ones(64, 1)))
+    trainer.fit(module, torch.utils.data.DataLoader(Ones()))
     return module.rates
 
 
