@@ -1,0 +1,109 @@
+"""The text tower of a CLIP or SigLIP model as a frozen instruction encoder.
+
+Shape legend: B sentences, L tokens, E width of a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from keygrip.models.language.hub import from_pretrained, read_config, read_tokenizer
+from keygrip.models.language.instructions import InstructionStates
+from keygrip.training.parts import model_part
+
+CLIP, SIGLIP = ("clip", "clip_text_model"), ("siglip", "siglip_text_model", "siglip2", "siglip2_text_model")
+
+
+@model_part(external=["source"])
+class PretrainedTextTower(nn.Module):
+    """A frozen CLIP or SigLIP text tower: states of a sentence's tokens, and its pooled state.
+
+    Weights and tokenizer stay in their folder: they are neither trained nor written into checkpoints.
+
+    Args:
+        source: a local folder as the hub ships it, of the whole model or of its text tower, or a name on the hub.
+        width: E, of a state (the tower's hidden_size). length: L, tokens, at most what the tower was trained with;
+            longer sentences are refused.
+    """
+
+    def __init__(self, source: str, width: int = 512, length: int = 64) -> None:
+        super().__init__()
+        self.source, self.width, self.length = source, width, length
+        self._loaded: list[Any] = []  # a list: no submodule, so neither trained nor in the checkpoint
+
+    def _parts(self) -> tuple[Any, Any, int]:
+        """Tokenizer, tower and the token that pads, loaded when first asked for.
+
+        Raises:
+            ImportError: transformers is not installed. FileNotFoundError: not there. ValueError: another kind of model,
+                another width, too short a tower, or weights that are missing.
+        """
+        if not self._loaded:
+            try:
+                from transformers import CLIPTextModel, SiglipTextModel
+            except ImportError as error:
+                raise ImportError("instruction=pretrained needs transformers: pip install 'keygrip[vlm]'") from error
+            whole = read_config(self.source)
+            if whole.model_type not in CLIP + SIGLIP:
+                raise ValueError(
+                    f"{self.source} is a {whole.model_type} model: instruction.source wants CLIP or SigLIP"
+                )
+            config = getattr(whole, "text_config", whole)
+            if config.hidden_size != self.width or config.max_position_embeddings < self.length:
+                raise ValueError(
+                    f"{self.source} has states of {config.hidden_size} numbers and up to "
+                    f"{config.max_position_embeddings} tokens; instruction.width={self.width}, "
+                    f"instruction.length={self.length}"
+                )
+            kind: Any = CLIPTextModel if whole.model_type in CLIP else SiglipTextModel
+            tower, report = from_pretrained(kind, self.source, dtype=torch.float32, output_loading_info=True)
+            if missing := sorted(report["missing_keys"]):
+                raise ValueError(f"{self.source} lacks weights of the text tower: {', '.join(missing[:3])}")
+            tokenizer = read_tokenizer(self.source)
+            if tokenizer.pad_token_id is None:
+                raise ValueError(f"the tokenizer of {self.source} has no padding token")
+            self._loaded = [tokenizer, tower.eval().requires_grad_(False), int(tokenizer.pad_token_id)]
+        return self._loaded[0], self._loaded[1], self._loaded[2]
+
+    def prepare(self, sentences: Iterable[str]) -> None:
+        """Refuses training sentences that do not fit, before training starts."""
+        self.tokens(sorted(set(sentences)))
+
+    def unknown_words(self, sentence: str) -> list[str]:
+        """None: the tower was trained on more words than any robot's data set holds."""
+        return []
+
+    def tokens(self, sentences: Sequence[str]) -> Tensor:
+        """int64 ``[B, L, 2]``: id, and whether it belongs to the sentence.
+
+        Raises:
+            ValueError: an empty sentence, or one that is longer than `length`.
+        """
+        tokenizer, _, _ = self._parts()
+        if any(not sentence.strip() for sentence in sentences):
+            raise ValueError("an instruction is empty: every demonstration needs a sentence (or instruction=null)")
+        found = [tokenizer(sentence)["input_ids"] for sentence in sentences]
+        for sentence, ids in zip(sentences, found, strict=True):
+            if len(ids) > self.length:
+                raise ValueError(
+                    f"the instruction {sentence[:60]!r}... has {len(ids)} tokens, instruction.length={self.length}"
+                )
+        padding = self._parts()[2]
+        rows = [[[each, 1] for each in ids] + [[padding, 0]] * (self.length - len(ids)) for ids in found]
+        return torch.tensor(rows)
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor) -> InstructionStates:
+        """States of sentences given as `tokens` makes them, ``[B, L, 2]``."""
+        _, tower, _ = self._parts()
+        tower.to(tokens.device)
+        ids, mask = tokens[..., 0], tokens[..., 1].bool()
+        # SigLIP was trained on padded sentences without a mask, CLIP's causal tower never looks at what comes after.
+        found = tower(input_ids=ids)
+        words = F.layer_norm(found.last_hidden_state.float(), (self.width,)) * mask[..., None]
+        return InstructionStates(words, mask, F.layer_norm(found.pooler_output.float(), (self.width,)))

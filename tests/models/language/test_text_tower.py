@@ -1,0 +1,86 @@
+"""Frozen text towers of CLIP and SigLIP, against transformers' own models, saved as the hub ships them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from keygrip.models.language.text_tower import PretrainedTextTower
+
+transformers = pytest.importorskip("transformers")
+WORDS = ["<pad>", "<start>", "<end>", "<unk>", "open", "the", "drawer", "push", "cube", "red"]
+SIZES: dict[str, Any] = {
+    "vocab_size": len(WORDS), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "max_position_embeddings": 12, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    made = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 2)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<start>", eos_token="<end>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(params=["clip", "siglip"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    if request.param == "clip":
+        model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**SIZES))
+    else:
+        model = transformers.SiglipTextModel(transformers.SiglipTextConfig(**SIZES, projection_size=16))
+    model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_states_are_transformers_own(folder: Path) -> None:
+    tower = PretrainedTextTower(str(folder), width=16, length=8)
+    sentences = ["open the drawer", "push the red cube"]
+    states = tower(tower.tokens(sentences))
+    assert states.words.shape == (2, 8, 16)
+    assert states.mask.sum(-1).tolist() == [5, 6]
+    kind = transformers.AutoConfig.from_pretrained(folder).model_type
+    theirs = (transformers.CLIPTextModel if kind.startswith("clip") else transformers.SiglipTextModel).from_pretrained(
+        folder
+    )
+    padded = tokenizer()(sentences, padding="max_length", max_length=8, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = theirs.eval()(input_ids=padded)
+    whole = torch.nn.functional.layer_norm(expected.pooler_output, (16,))
+    torch.testing.assert_close(states.whole, whole)
+    words = torch.nn.functional.layer_norm(expected.last_hidden_state, (16,))
+    torch.testing.assert_close(states.words[states.mask], words[states.mask])
+    assert not states.words[~states.mask].any()
+
+
+def test_it_is_neither_trained_nor_saved(folder: Path) -> None:
+    tower = PretrainedTextTower(str(folder), width=16, length=8)
+    tower(tower.tokens(["open the drawer"]))
+    assert not list(tower.parameters())
+    assert not tower.state_dict()
+
+
+def test_what_does_not_fit_is_refused(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    tower = PretrainedTextTower(str(folder), width=16, length=4)
+    with pytest.raises(ValueError, match=r"has 5 tokens, instruction\.length=4"):
+        tower.prepare(["open the drawer"])
+    with pytest.raises(ValueError, match="empty"):
+        tower.tokens([" "])
+    with pytest.raises(ValueError, match=r"states of 16 numbers.*instruction\.width=32"):
+        PretrainedTextTower(str(folder), width=32, length=4).tokens(["open"])
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        PretrainedTextTower(str(tmp_path_factory.mktemp("none") / "absent"), width=16).tokens(["open"])
+    other = tmp_path_factory.mktemp("t5")
+    transformers.T5Config().save_pretrained(other)
+    with pytest.raises(ValueError, match="wants CLIP or SigLIP"):
+        PretrainedTextTower(str(other), width=16).tokens(["open"])
