@@ -90,9 +90,9 @@ class Expert:
         change, self.opening = self._grasp.step(self._wanted())
         lead = self.environment.commanded_position - self.environment.position
         further = lead + change * self.environment.env.action_scale
-        length = np.linalg.norm(further)
-        if length > max(LEAD_M, np.linalg.norm(lead)):
-            further *= max(LEAD_M, np.linalg.norm(lead)) / length
+        length, limit = float(np.linalg.norm(further)), max(LEAD_M, float(np.linalg.norm(lead)))
+        if length > limit:
+            further *= limit / length
         self.environment.step_body((further - lead) / self.environment.env.action_scale, self.opening)
 
     def __iter__(self) -> Iterator[int]:
