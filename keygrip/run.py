@@ -45,6 +45,8 @@ class RunSchema(EntrySchema):
     checkpoint: str | None = None
     checkpoint_step: int | None = None
     server: str | None = None
+    token: str | None = None
+    ca: str | None = None
     trust: Any = ()
     external: dict[str, Any] = field(default_factory=dict)
     device: str | None = None
@@ -107,8 +109,11 @@ def _policy(cfg: DictConfig) -> Policy:
     if (cfg.checkpoint is None) == (cfg.server is None):
         raise ValueError("give one of checkpoint=RUN and server=http://HOST:PORT")
     if cfg.server is not None:
-        remote: Policy = RemotePolicy(cfg.server)
+        remote: Policy = RemotePolicy(cfg.server, token=cfg.token, ca=cfg.ca)
         return remote
+    for name in ("token", "ca"):
+        if cfg[name] is not None:
+            raise ValueError(f"{name} has no effect with checkpoint=...: it is for server=https://HOST:PORT")
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     file = find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)
     module: Any = load_module(file, map_location=device, trust=tuple(cfg.trust), external=external_files(cfg))

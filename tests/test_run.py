@@ -60,6 +60,17 @@ def immediate(policy: Any) -> SimulatedPlanner:
     return SimulatedPlanner(policy, lambda: 0.0)
 
 
+def test_a_server_is_given_the_token_and_the_certificate_to_trust(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(keygrip.run, "RemotePolicy", lambda url, **options: asked.append((url, options)) or Steady())
+    monkeypatch.setattr(keygrip.run, "ThreadPlanner", immediate)
+    local = [setting for setting in SMALL if not setting.startswith("checkpoint")]
+    run(compose("run", [*local, "server=https://gpu:8421", "token=correct-horse-battery", "ca=cert.pem"]))
+    assert asked == [("https://gpu:8421", {"token": "correct-horse-battery", "ca": "cert.pem"})]
+    with pytest.raises(ValueError, match="token has no effect with checkpoint"):
+        run(compose("run", [*SMALL, "token=correct-horse-battery"]))
+
+
 def test_what_cannot_be_is_said() -> None:
     with pytest.raises(ValueError, match="one of checkpoint=RUN and server"):
         run(compose("run"))

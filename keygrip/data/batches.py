@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 import numpy as np
@@ -56,6 +56,11 @@ class PolicyTargets(Movable, ABC):
         action_is_pad: bool [B, A, T], the step lies past the end of the demo and repeats the last pose.
         keyframe: float32 [B, A, 3] metres: the target at the next frame in which the gripper closes or opens, or at the
             demo's last frame (keyframes of James and Davison, 2022, arXiv:2105.14829).
+        start_joints: float32 [B, A, J] radians, joints: float32 [B, A, T, J]: joint angles reached, now and at the
+            targets; None where the model does not read them.
+        controller: float32 [B, A, T, D]: what the robot's own controller was told on the way to each target; None where
+            the model does not read it.
+        embodiment: int64 [B], which of the model's robots; None where it keeps none apart.
         demo_index: int64 [B], into the data module's list of demos. frame_index: int64 [B].
         instruction: B sentences.
     """
@@ -71,6 +76,10 @@ class PolicyTargets(Movable, ABC):
     demo_index: Tensor
     frame_index: Tensor
     instruction: list[str]
+    start_joints: Tensor | None = field(default=None, kw_only=True)
+    joints: Tensor | None = field(default=None, kw_only=True)
+    controller: Tensor | None = field(default=None, kw_only=True)
+    embodiment: Tensor | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.position)

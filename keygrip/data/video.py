@@ -207,6 +207,22 @@ def read_frame(path: Path, index: int) -> np.ndarray:
     return _open_video(path).read(index)
 
 
+def frames_between(path: Path, start: int, stop: int) -> Iterator[np.ndarray]:
+    """Frames `start` to `stop` - 1 of a video file in order, each H x W x 3 uint8 RGB.
+
+    It opens the file for itself, so that several threads may read videos at once.
+
+    Raises:
+        OSError: one cannot be decoded. IndexError: the file has no such frame.
+    """
+    video = _OpenVideo(path, _video_index(path))
+    try:
+        for index in range(start, stop):
+            yield video.read(index)
+    finally:
+        video.close()
+
+
 # ---- frames by time --------------------------------------------------------------------------------------------------
 
 
@@ -312,6 +328,28 @@ def live_frames(source: str, format: str | None, options: Mapping[str, str]) -> 
         yield (frame.to_ndarray(format="rgb24") for frame in container.decode(video=0))
 
 
+# FFmpeg's conversions from RGB to YUV and back cut fractions off, which darkens every image by 1 to 2 of 255. Written
+# values are therefore rounded, and raised by what reading takes away: measured with FFmpeg's default reader, the mean
+# error of uniform and of textured colours is within 0.5 of 255 for every channel.
+LUMA_LIFT, CHROMA_LIFT = 0.75, -0.1
+_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32) * np.float32(219 / 255)  # BT.601, limited range
+_CHROMA = np.array(
+    [[-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]], dtype=np.float32
+) * np.float32(224 / 255)  # fmt: skip
+
+
+def _yuv420p(image: np.ndarray) -> Any:
+    """An image, H x W x 3 uint8 RGB of even sides, as the encoder takes it: BT.601, limited range, chroma halved."""
+    height, width = image.shape[:2]
+    rgb = image.astype(np.float32)
+    luma = rgb @ _LUMA + (16 + LUMA_LIFT)
+    halved = rgb.reshape(height // 2, 2, width // 2, 2, 3).mean(axis=(1, 3))
+    chroma = halved @ _CHROMA.T + (128 + CHROMA_LIFT)
+    planes = np.concatenate([luma.ravel(), chroma[..., 0].ravel(), chroma[..., 1].ravel()])
+    planes = np.clip(np.rint(planes), 0, 255).astype(np.uint8)
+    return av.VideoFrame.from_ndarray(planes.reshape(height * 3 // 2, width), format="yuv420p")
+
+
 class VideoWriter:
     """H.264 in an mp4 container, with B-frames off and a key frame every half second, so that random access is cheap.
 
@@ -328,8 +366,12 @@ class VideoWriter:
         self.stream.options = {"crf": "18", "bf": "0", "g": str(max(1, round(fps / 2))), "preset": "veryfast"}
 
     def write(self, image: np.ndarray) -> None:
-        """Append an image, H x W x 3 uint8 RGB."""
-        self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        """Append an image, H x W x 3 uint8 RGB. Raises ValueError: it is of another size or type."""
+        if image.shape != (self.stream.height, self.stream.width, 3) or image.dtype != np.uint8:
+            raise ValueError(
+                f"the video takes {self.stream.height} x {self.stream.width} x 3 uint8, not {image.shape} {image.dtype}"
+            )
+        self.container.mux(self.stream.encode(_yuv420p(image)))
 
     def close(self) -> None:
         """Write what the encoder still holds and end the file."""

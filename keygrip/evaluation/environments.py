@@ -55,6 +55,11 @@ def environment_settings(evaluated: Evaluated, env: Mapping[str, Any]) -> Enviro
         if record is not None and data.get("root") is None:
             task = build_stored(plain(record.task), "data.record.task", evaluated.trust)
             return EnvironmentSettings(task, record.image_size, record.hz, trained_with)
+        if not isinstance(data.root, str):
+            raise ValueError(
+                "the run was trained on several data sets: say where to judge it with env=yam, metaworld or gymnasium, "
+                "or give simulate=false"
+            )
         return _of_folder(Path(data.root), trained_with)
     from hydra.utils import instantiate
 

@@ -34,6 +34,10 @@ def open_loop(evaluated: Evaluated) -> dict[str, float]:
     from lightning.pytorch import Trainer
 
     datamodule = evaluated.stored_data()
+    if hasattr(datamodule, "asked_by"):
+        datamodule.asked_by(evaluated.module)
+    if getattr(datamodule, "fit_to_workspace", False):  # the run has chosen; other data would choose otherwise
+        datamodule.fit_to_workspace, datamodule.geometry = False, evaluated.module.statistics.geometry  # type: ignore
     datamodule.prepare_data()
     datamodule.setup("validate")
     trainer = Trainer(

@@ -47,6 +47,8 @@ class Plan:
             open.
         step_seconds: time between steps; step 1 is that far in the future.
         uncertainty: ``[A, T]`` 0 certain .. 1, or None where the policy has none.
+        joints: ``[A, T, J]`` radians. controller: ``[A, T, D]`` inputs of the robot's controller. The same motion in
+            the terms in which the policy plans it, for robots that take them; None where it plans poses.
         time_s: when the observation was taken that it is made from, seconds on the robot's clock; None where nobody
             said. Step k is due at time_s + k step_seconds, k from 1.
     """
@@ -57,6 +59,8 @@ class Plan:
     step_seconds: float
     uncertainty: np.ndarray | None = None
     time_s: float | None = None
+    joints: np.ndarray | None = None
+    controller: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,13 @@ class Needs:
         arms: names, in the order of the observation's A axis.
         cameras: names of the entries of `cameras`; none: the observation's own `image`, of one camera.
         instruction: whether it reads the instruction.
+        calibration: whether it reads `intrinsics` and `world_to_camera`; they may be left out otherwise.
     """
 
     arms: tuple[str, ...]
     cameras: tuple[str, ...] = ()
     instruction: bool = False
+    calibration: bool = True
 
 
 class Policy(Protocol):

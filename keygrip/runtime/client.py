@@ -44,6 +44,7 @@ class RemotePolicy:
             None: those that the system trusts.
 
     Raises:
+        ValueError: no such address, or no such certificate.
         ConnectionError: nothing answers there, or not with a certificate that is trusted. ServerError: it does not take
             the token, or has no policy at present.
     """
@@ -62,7 +63,10 @@ class RemotePolicy:
         self.url, self.patience_s = url.rstrip("/"), patience_s
         self._connection: http.client.HTTPConnection
         if parts.scheme == "https":
-            context = ssl.create_default_context(cafile=ca)
+            try:
+                context = ssl.create_default_context(cafile=ca)
+            except OSError as error:  # also ssl.SSLError
+                raise ValueError(f"ca={ca} is no file with a certificate in PEM format ({error})") from error
             self._connection = http.client.HTTPSConnection(
                 parts.hostname, parts.port or 443, timeout=timeout_s, context=context
             )
@@ -78,6 +82,7 @@ class RemotePolicy:
             arms=tuple(health["needs"]["arms"]),
             cameras=tuple(health["needs"]["cameras"]),
             instruction=bool(health["needs"]["instruction"]),
+            calibration=bool(health["needs"].get("calibration", True)),
         )
 
     def __enter__(self) -> Self:

@@ -74,6 +74,10 @@ class Bounds:
         parts = {name: np.asarray(getattr(plan, name)) for name in shapes}
         if plan.uncertainty is not None:
             shapes["uncertainty"], parts["uncertainty"] = (arms, steps), np.asarray(plan.uncertainty)
+        for name in ("joints", "controller"):
+            if (further := getattr(plan, name)) is not None:
+                parts[name] = np.asarray(further)
+                shapes[name] = (arms, steps, *parts[name].shape[2:])
         for name, value in parts.items():
             if value.shape != shapes[name] or not steps:
                 raise ImplausibleError(f"the policy's plan is malformed: its {name} has the shape {value.shape}")

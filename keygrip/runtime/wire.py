@@ -29,6 +29,7 @@ LONGEST_HEADER = 16384  # bytes of names, types and shapes: sixty cameras
 LONGEST_NAME = 128  # characters of an array's name that a refusal repeats
 FARTHEST_CAMERA_M = 100.0  # from the world's origin
 FOCAL_LENGTHS = (1.0, 1e6)  # pixels
+OF_SOME = ("uncertainty", "joints", "controller")  # parts of a plan that some policies give
 VIEW = ("image", "intrinsics", "world_to_camera")
 SLACK = 0.02  # of unit quaternions and rotation matrices that went through float32 and somebody's JSON
 
@@ -44,15 +45,18 @@ class Entry:
     Attributes:
         kind: "float" (32 or 64 bit) or "uint8". shape: numbers, or a letter where the size is the sender's.
         arms: how many arms the first dimension counts (it may be left out with one), 0 where it does not.
+        optional: the policy does not read it.
     """
 
     kind: str
     shape: tuple[int | str, ...]
     arms: int = 0
+    optional: bool = False
 
     def describe(self) -> dict[str, Any]:
         """As `/health` shows it."""
-        return {"dtype": self.kind if self.kind == "uint8" else ["float32", "float64"], "shape": list(self.shape)}
+        said = {"dtype": self.kind if self.kind == "uint8" else ["float32", "float64"], "shape": list(self.shape)}
+        return said | ({"optional": True} if self.optional else {})
 
 
 def entries_of(needs: Needs) -> dict[str, Entry]:
@@ -60,8 +64,8 @@ def entries_of(needs: Needs) -> dict[str, Entry]:
     views = [f"cameras/{name}/" for name in needs.cameras] or [""]
     view = {
         "image": Entry("uint8", ("H", "W", 3)),
-        "intrinsics": Entry("float", (3, 3)),
-        "world_to_camera": Entry("float", (4, 4)),
+        "intrinsics": Entry("float", (3, 3), optional=not needs.calibration),
+        "world_to_camera": Entry("float", (4, 4), optional=not needs.calibration),
     }
     entries = {f"{prefix}{name}": view[name] for prefix in views for name in VIEW}
     arms = len(needs.arms)
@@ -81,8 +85,12 @@ def encode_observation(observation: Observation, needs: Needs) -> bytes:
     arrays: dict[str, np.ndarray] = {}
     if needs.cameras:
         for camera, view in zip(needs.cameras, views_of(observation, needs.cameras), strict=True):
-            arrays |= {f"cameras/{camera}/{name}": np.asarray(view[name]) for name in VIEW}
-    names = [name for name in entries_of(needs) if name not in arrays and name != "instruction"]
+            arrays |= {f"cameras/{camera}/{name}": np.asarray(view[name]) for name in _view_parts(needs)}
+    names = [
+        name
+        for name, entry in entries_of(needs).items()
+        if name not in arrays and name != "instruction" and not entry.optional
+    ]
     absent = [name for name in (*names, *(["instruction"] if needs.instruction else [])) if name not in observation]
     if absent:
         raise ValueError(f"the observation lacks {absent[0]!r}, which the policy reads")
@@ -90,6 +98,11 @@ def encode_observation(observation: Observation, needs: Needs) -> bytes:
     if needs.instruction:
         arrays["instruction"] = np.frombuffer(str(observation["instruction"]).encode(), np.uint8)
     return _save(arrays)
+
+
+def _view_parts(needs: Needs) -> tuple[str, ...]:
+    """What of a camera a policy reads."""
+    return VIEW if needs.calibration else VIEW[:1]
 
 
 def decode_observation(body: bytes, needs: Needs) -> dict[str, Any]:
@@ -112,6 +125,8 @@ def checked_observation(arrays: Mapping[str, np.ndarray], needs: Needs) -> dict[
     _refuse_unknown(arrays, entries)
     observation: dict[str, Any] = {}
     for name, entry in entries.items():
+        if name not in arrays and entry.optional:
+            continue
         if name not in arrays:
             raise WireError(f"the observation lacks {name!r}: {entry.describe()}")
         value = _checked(name, arrays[name], entry)
@@ -157,15 +172,14 @@ def _refuse_unknown(names: Iterable[str], entries: Mapping[str, Entry]) -> None:
 
 def encode_plan(plan: Plan) -> bytes:
     """A plan as the body of an answer: position [A, T, 3], quaternion [A, T, 4], gripper [A, T], step_seconds [] and,
-    where the policy has it, uncertainty [A, T]; all float64."""
+    where the policy has them, uncertainty [A, T], joints [A, T, J] and controller [A, T, D]; all float64."""
     arrays = {
         "position": plan.position,
         "quaternion": plan.quaternion,
         "gripper": plan.gripper,
         "step_seconds": np.array(plan.step_seconds),
     }
-    if plan.uncertainty is not None:
-        arrays["uncertainty"] = plan.uncertainty
+    arrays |= {name: value for name in OF_SOME if (value := getattr(plan, name)) is not None}
     return _save({name: np.asarray(value, np.float64) for name, value in arrays.items()})
 
 
@@ -173,7 +187,7 @@ def decode_plan(body: bytes) -> Plan:
     """The inverse of `encode_plan`. Raises WireError where it is none."""
     arrays = _load(body)
     names = {"position", "quaternion", "gripper", "step_seconds"}
-    if not names <= set(arrays) <= names | {"uncertainty"}:
+    if not names <= set(arrays) <= names | set(OF_SOME):
         raise WireError(f"the answer is no plan: it holds {', '.join(sorted(arrays))}")
     gripper = arrays["gripper"]
     shapes = {
@@ -185,12 +199,17 @@ def decode_plan(body: bytes) -> Plan:
     for name, shape in shapes.items():
         if name in arrays and arrays[name].shape != shape:
             raise WireError(f"the answer is no plan: {name} is {arrays[name].shape}, gripper {gripper.shape}")
+    for name in ("joints", "controller"):
+        if name in arrays and arrays[name].shape[:-1] != gripper.shape:
+            raise WireError(f"the answer is no plan: {name} is {arrays[name].shape}, gripper {gripper.shape}")
     return Plan(
         position=arrays["position"],
         quaternion=arrays["quaternion"],
         gripper=gripper,
         step_seconds=float(arrays["step_seconds"]),
         uncertainty=arrays.get("uncertainty"),
+        joints=arrays.get("joints"),
+        controller=arrays.get("controller"),
     )
 
 

@@ -65,10 +65,16 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     datamodule = instantiate(cfg.data, _convert_="all")
     module = build_module(resolved)
-    _write_start(folder, cfg, origin, resumed=resume is not None)
+    started_in = _write_start(folder, cfg, origin, resumed=resume is not None)
     if hasattr(module, "set_statistics"):
+        if hasattr(datamodule, "asked_by"):
+            datamodule.asked_by(module)
         datamodule.prepare_data()
         datamodule.setup("fit")
+        if hasattr(datamodule, "origin"):
+            origin["data"] = datamodule.origin
+            if started_in is not None:
+                write_json(started_in, origin)
         report = module.set_statistics(datamodule.statistics)  # type: ignore[operator]
         for name, value in (report or {}).items():
             log.info("  %-28s %.4g", name, value)
@@ -138,15 +144,18 @@ def _refuse_callbacks_without_class(callbacks: DictConfig | None) -> None:
             raise SettingError(f"callbacks.{name!s} has settings and no _target_, so nothing reads them{hint}")
 
 
-def _write_start(folder: Path, cfg: DictConfig, origin: dict[str, Any], resumed: bool) -> None:
+def _write_start(folder: Path, cfg: DictConfig, origin: dict[str, Any], resumed: bool) -> Path | None:
+    """Writes settings, metadata and the result's beginning, on the first process; returns the metadata's path."""
     if getattr(rank_zero_only, "rank", 0) != 0:
-        return
+        return None
     suffix = time.strftime(".resumed_%Y-%m-%d_%H-%M-%S") if resumed else ""
     write_text(folder / f"config{suffix}.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    write_json(folder / f"metadata{suffix}.json", origin)
+    metadata = folder / f"metadata{suffix}.json"
+    write_json(metadata, origin)
     began = read_result(folder).get("started_at", time.time()) if resumed else time.time()
     start = {"status": "running", "overrides": _overrides(), "metrics": {}, "run_dir": str(folder)}
     write_result(folder, start | {"started_at": began})
+    return metadata
 
 
 def _advise(cfg: DictConfig) -> None:

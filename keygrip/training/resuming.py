@@ -23,6 +23,8 @@ MAY_DIFFER = (
     "compile",
     *("data.num_workers", "data.prefetch_batches", "data.cache_gb", "data.cache_dir", "model.log_images_every_n_steps"),
     "model.loss_kernel",
+    # what else has changed in the data is compared by hashes
+    *("data.verify", "data.allow_changed"),
 )
 MUST_AGREE = ("callbacks.ema",)  # the other callbacks watch and save
 

@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from keygrip.data.video import duration_s, frames_at
+from keygrip.data.video import VideoWriter, duration_s, frames_at, read_video, write_video
 from keygrip.data.video_text.conversations import decode_video, describe_video_text
 
 
@@ -77,3 +77,27 @@ def test_a_video_that_ends_early_is_refused(tmp_path: Path) -> None:
     for content in (half, b"", b"\0" * 4000):
         with pytest.raises(ValueError, match="the video"):
             frames_at(content, lambda _: [0, 1.9], lambda image: image)
+
+
+def test_writing_neither_darkens_nor_tints(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    grey = np.arange(0, 256, 5, dtype=np.uint8)[:, None].repeat(3, 1)
+    uniform = np.concatenate([grey, generator.integers(10, 246, (30, 3), dtype=np.uint8)])
+    down, across = np.mgrid[:48, :64]
+    textured = np.stack([40 + 2.4 * across, 40 + 3.2 * down, 40 + 1.4 * (across + down)], axis=-1).astype(np.uint8)
+    for name, images in (
+        ("uniform", np.broadcast_to(uniform[:, None, None], (len(uniform), 48, 64, 3))),
+        ("textured", np.stack([textured, textured[::-1], textured[:, ::-1]])),
+    ):
+        write_video(tmp_path / f"{name}.mp4", np.ascontiguousarray(images), fps=10)
+        error = read_video(tmp_path / f"{name}.mp4").astype(np.float64) - images
+        assert np.abs(error.mean(axis=(0, 1, 2))).max() < 0.6, name  # FFmpeg's own conversion: up to 1.4
+    assert np.abs(error).mean() < 5
+
+
+def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
+    writer = VideoWriter(tmp_path / "v.mp4", 64, 48, 10)
+    with pytest.raises(ValueError, match=r"takes 48 x 64 x 3 uint8, not \(64, 48, 3\)"):
+        writer.write(np.zeros((64, 48, 3), np.uint8))
+    writer.write(np.zeros((48, 64, 3), np.uint8))
+    writer.close()

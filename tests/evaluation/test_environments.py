@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,9 @@ def test_a_recorded_folder_says_where_its_policy_is_evaluated(tmp_path: Path) ->
     file.write_text(json.dumps({"settings": {"environment": "metaworld"}}))
     with pytest.raises(ValueError, match="env=metaworld"):
         environment_settings(trained_on(tmp_path), RECORDED)
+    several = OmegaConf.create({"data": {"root": ["a", "b"], "record": {}, "cameras": None}})
+    with pytest.raises(ValueError, match="trained on several data sets"):
+        environment_settings(replace(trained_on(tmp_path), config=several), RECORDED)
     for broken in ("[]", "{", '{"settings": 3}', '{"settings": {"task": {"nmae": "pick"}}}', '{"settings": {}}'):
         file.write_text(broken)
         with pytest.raises(ValueError, match="does not describe a recording"):

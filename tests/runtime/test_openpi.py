@@ -179,7 +179,7 @@ def test_a_conversation(running: Start, dice: Any, observation: Observe) -> None
         return heard
 
     first, one, two, reset, three, *refused, four, closed = talk(server.url, script)
-    assert first["needs"] == {"arms": ["right"], "cameras": ["over", "front"], "instruction": True}
+    assert first["needs"] == {"arms": ["right"], "cameras": ["over", "front"], "instruction": True, "calibration": True}
     assert first["action_names"][:4] == ["right/x", "right/y", "right/z", "right/qw"]
     assert reset == {"reset": 5}
     expected = [local.plan(observation(1)), local.plan(observation(2))]

@@ -170,6 +170,9 @@ def test_tls_encrypts_and_says_who_answers(
         RemotePolicy(server.url.replace("https", "http"), token=TOKEN)
     with pytest.raises(ValueError, match="has no effect"):
         RemotePolicy("http://127.0.0.1:1", ca=str(cert))
+    for no_certificate in (str(key), str(cert) + ".gone"):
+        with pytest.raises(ValueError, match="no file with a certificate in PEM format"):
+            RemotePolicy(server.url, ca=no_certificate)
 
 
 def test_bad_certificates_are_refused_in_a_sentence(certificate: tuple[Path, Path], tmp_path: Path) -> None:

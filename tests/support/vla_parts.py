@@ -15,7 +15,8 @@ from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
 from keygrip.data.robot.statistics import DemoStatistics
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.geometry.rotations import rotation_exp
-from keygrip.models.geometry_vla.actions import PoseActions, PoseKind
+from keygrip.models.geometry_vla.action_spaces import ActionKind
+from keygrip.models.geometry_vla.actions import PoseActions
 from keygrip.models.geometry_vla.geometry import DinoMultiView, GeometryEncoder
 from keygrip.models.geometry_vla.module import GeometryVLAModule
 from keygrip.models.geometry_vla.network import GeometryVLA
@@ -64,7 +65,7 @@ def small_geometry(**changes: object) -> DinoMultiView:
 def small_module(
     geometry: GeometryEncoder | None = None,
     vlm: QwenVL | None = None,
-    kind: PoseKind = "absolute",
+    kind: ActionKind = "absolute",
     draws: int = 2,
     **changes: object,
 ) -> GeometryVLAModule:

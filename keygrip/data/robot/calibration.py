@@ -110,6 +110,7 @@ class Calibration:
     arms: dict[str, ArmCalibration]
     lerobot: dict[str, Any]
     pixel_shift: float
+    left_out: tuple[str, ...] = ()  # cameras given as null
 
     def arm(self, name: str, only: bool) -> ArmCalibration:
         """The entry of an arm; where it is missing and this is the only arm, its base is the world."""
@@ -182,7 +183,8 @@ def _checked(path: Path, content: dict[str, Any]) -> Calibration:
         if entry is not None
     }
     arms = {str(name): _arm(path, str(name), entry or {}) for name, entry in (content.get("arms") or {}).items()}
-    return Calibration(path, cameras, arms, dict(content.get("lerobot") or {}), shift)
+    left_out = tuple(str(name) for name, entry in (content.get("cameras") or {}).items() if entry is None)
+    return Calibration(path, cameras, arms, dict(content.get("lerobot") or {}), shift, left_out)
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

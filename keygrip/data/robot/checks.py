@@ -76,6 +76,14 @@ def _check_poses(name: str, arm: str, what: str, poses: ArmTrajectory, frames: i
             )
         if not np.isfinite(poses.joints).all():
             raise DemoError(name, f"{what} joint positions of arm {arm!r} hold NaN or infinite values")
+    if poses.controller is not None and (
+        poses.controller.ndim != 2 or len(poses.controller) != frames or not np.isfinite(poses.controller).all()
+    ):
+        raise DemoError(
+            name,
+            f"the controller's actions of arm {arm!r} have shape {poses.controller.shape} or hold NaN or infinite "
+            f"values; ({frames}, numbers) is needed",
+        )
 
 
 def _check_camera(name: str, camera: str, track: CameraTrack, frames: int) -> None:

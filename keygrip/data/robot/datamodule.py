@@ -11,27 +11,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from keygrip.artifacts import locked
 from keygrip.data.bad_samples import BadSamples
 from keygrip.data.batches import MultiViewPolicyBatch, PolicyBatch, PolicyTargets
 from keygrip.data.robot.augmentation import Augmentation, ImageGeometry
-from keygrip.data.robot.checks import pose_outliers
-from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.fingerprint import fingerprints, refuse_changed
 from keygrip.data.robot.frame_cache import FrameCache, FrameShape
+from keygrip.data.robot.integrity import data_version
+from keygrip.data.robot.reading import ReadingOptions
 from keygrip.data.robot.recordings import Recording
-from keygrip.data.robot.reference import DemoReference
-from keygrip.data.robot.samples import TARGETS, DemoSamples, MultiViewSamples, SampleOptions, collate, targets_of
+from keygrip.data.robot.roots import checked_weights, data_roots, read_roots
+from keygrip.data.robot.samples import TARGETS, DemoSamples, MultiViewSamples, SampleOptions, collate
 from keygrip.data.robot.schema import Demo, DemoError
+from keygrip.data.robot.set_checks import (
+    off_screen_shares,
+    refuse_flat,
+    refuse_missing,
+    report_off_screen,
+    report_outliers,
+)
 from keygrip.data.robot.statistics import DemoStatistics, common_rate, compute_statistics
+from keygrip.data.robot.workspace_view import fit_to_workspace
 from keygrip.data.shards.resuming import ResumableData
 from keygrip.data.shards.sampling import GlobalBatchSampler
 from keygrip.data.shards.substitution import Collate, CountingLoader
-from keygrip.models.geometry.cameras import inside_image, project
 from keygrip.training.parts import data_part
 
 log = logging.getLogger(__name__)
@@ -39,7 +44,6 @@ log = logging.getLogger(__name__)
 
 BALANCES = ("instruction", "task")
 CACHE_FOLDER = ".keygrip"  # hidden: what is derived from a data folder and may be removed at any time
-NAMED_AT_MOST = 20  # demos in one line of the log
 
 
 def split_demos(names: Sequence[str], val_fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -70,16 +74,20 @@ class RobotDemos(ResumableData):
     """Demonstrations of one robot and task, from folders of any known format.
 
     Args:
-        root: the data folder, or None: the folder of `record`, which is recorded first where demos are missing.
+        root: the data folder, `hub:OWNER/NAME` for a data set of the Hugging Face hub, or None: the folder of
+            `record`, which is recorded first where demos are missing. Several: demos of all of them, named after their
+            folder too.
+        weights: with several roots, the share of each in every training epoch; None: each frame counts alike.
         record: how the embedded demonstrations are made; unused where `root` is given.
         format: "auto", "native", or a foreign format's name.
-        calibration: calibration file for foreign formats that need one.
+        calibration: calibration file for foreign formats that need one; with several roots one of each, or one of all.
         camera: which camera the policy sees. arms: which arms it moves, in the order of the batch's arm dimension.
         cameras: several cameras, `camera` first: batches are then `MultiViewPolicyBatch`es with these views. None: one
             camera, `PolicyBatch`es. depth: whether those views come with depth.
         image_size, mean, std: the backbone's.
         detail_size: side in pixels of a sharper cut of the same image that batches hold too; None: they hold none.
-        field, fit: see `ImageGeometry`.
+        field, fit: see `ImageGeometry`. fit "auto": crop or stretch, chosen so that the workspace of the training
+            demos stays in view (see :mod:`keygrip.data.robot.workspace_view`).
         augmentation: random views of training images; None: the nominal crop always.
         horizon: T, future steps. frame_stride: frames from one to the next.
         targets: "commanded" (what the arm was told) or "reached" (where it was).
@@ -96,9 +104,11 @@ class RobotDemos(ResumableData):
         cache_gb: size limit of decoded frames on disk; 0: decode every time. cache_dir: where; None: beside the data.
         num_workers: loader processes; None: one for each core but one, 4 at most. 0: load in the main process.
         prefetch_batches: batches that each worker keeps ready.
+        verify: check every file and frame when the set is first used (see :mod:`keygrip.data.robot.integrity`).
+        allow_changed: a run may be resumed on demonstrations that have changed since.
     """
 
-    order_depends_on = ("batch_size", "seed", "balance", "intervention_weight")
+    order_depends_on = ("batch_size", "seed", "balance", "intervention_weight", "weights")
 
     @staticmethod
     def batch_type(options: Mapping[str, Any]) -> type[PolicyTargets]:
@@ -107,7 +117,7 @@ class RobotDemos(ResumableData):
 
     def __init__(
         self,
-        root: str | Path | None,
+        root: str | Path | Sequence[str | Path] | None,
         camera: str,
         arms: Sequence[str],
         image_size: int,
@@ -118,7 +128,7 @@ class RobotDemos(ResumableData):
         batch_size: int,
         record: Recording | None = None,
         format: str = "auto",
-        calibration: str | Path | None = None,
+        calibration: str | Path | Sequence[str | Path | None] | None = None,
         field: float = 1.0,
         fit: str = "crop",
         augmentation: Augmentation | None = None,
@@ -139,12 +149,17 @@ class RobotDemos(ResumableData):
         depth: bool = False,
         balance: str | None = None,
         detail_size: int | None = None,
+        verify: bool = True,
+        allow_changed: bool = False,
+        weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if balance not in (None, *BALANCES):
             raise ValueError(f"data.balance must be one of {', '.join(BALANCES)}, or null for none; it is {balance!r}")
         if root is None and record is None:
             raise ValueError("no data: name a folder with data.root=PATH (or leave data.record as it is)")
+        if weights is not None and balance is not None:
+            raise ValueError("data.weights and data.balance both say what an epoch is made of: give one of them")
         if targets not in TARGETS:
             raise ValueError(f"data.targets must be one of {', '.join(TARGETS)}, not {targets!r}")
         if horizon < 1 or frame_stride < 1:
@@ -166,13 +181,17 @@ class RobotDemos(ResumableData):
             raise ValueError(f"data.intervention_weight must be finite and at least 0, not {intervention_weight}")
         if max_demos is not None and max_demos < 1:
             raise ValueError(f"max_demos must be at least 1, not {max_demos}")
-        self.root = Path(root) if root is not None else record.root  # type: ignore[union-attr]
+        self.roots = data_roots(root if root is not None else record.root, calibration)  # type: ignore[union-attr]
+        self.weights = checked_weights(weights, len(self.roots))
+        self.root = self.roots[0].folder
         self.record = record if root is None else None
-        self.format, self.calibration = format, calibration
+        self.format = format
         self.camera, self.arms = camera, tuple(arms)
         self.several, self.cameras = cameras is not None, tuple(cameras or (camera,))
         self.depth, self.balance, self.detail_size = depth, balance, detail_size
-        self.geometry = ImageGeometry(image_size, tuple(mean), tuple(std), field, fit)  # type: ignore[arg-type]
+        self.fit_to_workspace = fit == "auto"
+        chosen = "stretch" if fit == "auto" else fit  # until `setup` knows the workspace
+        self.geometry = ImageGeometry(image_size, tuple(mean), tuple(std), field, chosen)  # type: ignore[arg-type]
         self.augmentation = augmentation
         self.horizon, self.frame_stride = horizon, frame_stride
         self.targets, self.drop_idle_s = targets, drop_idle_s
@@ -186,10 +205,16 @@ class RobotDemos(ResumableData):
         self.cache_dir = Path(cache_dir) if cache_dir is not None else self.root / CACHE_FOLDER
         self.num_workers = min((os.cpu_count() or 1) - 1, 4) if num_workers is None else num_workers
         self.prefetch_batches = prefetch_batches
+        self.verify, self.allow_changed = verify, allow_changed
+        self.reads_calibration = True  # of the model; where it is False, cameras need no calibration
+        self.extra_targets: tuple[str, ...] = ()  # of the model: what its actions are made of beside poses
+        self.embodiments: tuple[str, ...] = ()  # of the model: robots that it keeps apart
         # the folder lies where every node sees it; one process of all records or not at all
         self.prepare_data_per_node = False
         self.demos: list[Demo] = []
         self.broken: list[DemoError] = []
+        self.root_of: list[int] = []  # number of each demo's root
+        self.contents: dict[str, str] = {}  # hash of each demo's files, by name, where they were verified
         self.train_indices: list[int] = []
         self.val_indices: list[int] = []
         self._statistics: DemoStatistics | None = None
@@ -200,7 +225,10 @@ class RobotDemos(ResumableData):
     # ---------------------------------------------------------------------------------------------------------- reading
 
     def prepare_data(self) -> None:
-        """Records the embedded demonstrations where they are missing and the user named no folder."""
+        """Records the embedded demonstrations where they are missing and the user named no folder; downloads a data set
+        of the hub."""
+        for part in self.roots:
+            part.download()
         if self.record is None:
             return
         if getattr(multiprocessing.current_process(), "_inheriting", False):
@@ -224,27 +252,22 @@ class RobotDemos(ResumableData):
             return
         if self.record is not None and not self.root.is_dir():
             raise FileNotFoundError(f"{self.root} is not there; prepare_data() records it on the first process")
-        demos = self._read(find_demos(self.root, self.format, self.calibration))
         if self.cache_dir == self.root / CACHE_FOLDER and not os.access(self.root, os.W_OK):
             digest = hashlib.sha256(str(self.root.resolve()).encode()).hexdigest()[:16]
             self.cache_dir = Path.home() / ".cache" / "keygrip" / digest
             log.info("%s cannot be written; what is derived from it goes to %s", self.root, self.cache_dir)
+        settings = (self.cameras, self.arms, self.depth, self.max_demos, self.max_broken_share, self.verify)
+        options = ReadingOptions(*settings, calibrated=self.reads_calibration)
+        read = read_roots(self.roots, self.format, options, self.cache_dir)
+        demos, self.broken, self.contents, self.root_of = read.demos, read.broken, read.contents, read.root_of
         common_rate(demos)
-        if self.targets == "commanded":
-            without = [d.name for d in demos if any(d.arms[arm].commanded is None for arm in self.arms)]
-            if without:
-                raise ValueError(
-                    f"data.targets=commanded, but {len(without)} of {len(demos)} demos hold no commanded poses "
-                    f"(first: {without[0]}); "
-                    "use data.targets=reached"
-                )
+        refuse_missing(demos, self.arms, self.targets, self.extra_targets, self.frame_stride)
+        if self.embodiments and (other := sorted({demo.robot for demo in demos} - set(self.embodiments))):
+            raise ValueError(
+                f"model.actions.embodiments names {', '.join(self.embodiments)}, and there are demos of {other[0]!r}"
+            )
         if self.depth:
-            flat = [d.name for d in demos if any(d.cameras[camera].depth is None for camera in self.cameras)]
-            if flat:
-                raise ValueError(
-                    f"data.depth=true, but {len(flat)} of {len(demos)} demos hold no depth for all of "
-                    f"{', '.join(self.cameras)} (first: {flat[0]}); use data.depth=false"
-                )
+            refuse_flat(demos, self.cameras)
         self.demos = demos
         self.train_indices, self.val_indices = split_demos([d.name for d in demos], self.val_fraction, self.split_seed)
         log.info(
@@ -255,8 +278,10 @@ class RobotDemos(ResumableData):
             len(self.train_indices),
             len(self.val_indices),
         )
-        self._report_outliers()
-        self._report_off_screen()
+        if self.fit_to_workspace:
+            self.geometry = fit_to_workspace(self.train_demos, self.cameras, self.arms, self.geometry)
+        report_outliers(self.demos, self.arms, self.targets)
+        report_off_screen(self.off_screen_shares(), self.max_off_screen_share, self.camera, len(demos), self.root)
         self._report_detail()
 
     def _report_detail(self) -> None:
@@ -272,59 +297,15 @@ class RobotDemos(ResumableData):
                 seen,
             )
 
-    def _report_outliers(self) -> None:
-        """Warns of single wrong readings: one of them stretches the height bins of all demos."""
-        found = []
-        for demo in self.demos:
-            for arm in self.arms:
-                for what, poses in (("reached", demo.arms[arm]), ("commanded", demo.arms[arm].commanded)):
-                    if poses is not None and what == self.targets:
-                        found += [f"{demo.name} frame {frame}" for frame in pose_outliers(poses)]
-        if found:
-            log.warning(
-                "%d %s positions leave the path of their neighbours by more than 10 cm, which stretches the height "
-                "bins (repair or remove these demos): %s%s",
-                len(found),
-                self.targets,
-                ", ".join(found[:NAMED_AT_MOST]),
-                f" and {len(found) - NAMED_AT_MOST} more" if len(found) > NAMED_AT_MOST else "",
-            )
+    def asked_by(self, module: Any) -> None:
+        """Takes over what a model reads of the demonstrations beside images and poses; before `setup`."""
+        self.reads_calibration = bool(getattr(module, "reads_calibration", True))
+        self.extra_targets = tuple(getattr(module, "extra_targets", ()))
+        self.embodiments = tuple(getattr(module, "embodiments", ()))
 
-    def _read(self, references: Sequence[DemoReference]) -> list[Demo]:
-        """The readable ones, at most `max_demos`; broken ones are named, counted and left out."""
-        demos: list[Demo] = []
-        self.broken = []
-        looked_at = 0
-        for reference in tqdm(references, desc=f"reading {self.root}", unit="demo", delay=2, leave=False, disable=None):
-            if self.max_demos is not None and len(demos) == self.max_demos:
-                break
-            looked_at += 1
-            try:
-                demo = reference.read(cameras=self.cameras)
-                missing = [camera for camera in self.cameras if camera not in demo.cameras]
-                if missing:
-                    raise DemoError(demo.name, f"it has no camera {missing[0]!r}; it has {', '.join(demo.cameras)}")
-                absent = [arm for arm in self.arms if arm not in demo.arms]
-                if absent:
-                    raise DemoError(demo.name, f"it has no arm {absent[0]!r}; it has {', '.join(demo.arms)}")
-            except DemoError as error:
-                self.broken.append(error)
-                continue
-            demos.append(demo)
-        for broken in self.broken:
-            log.warning("left out: %s", broken)
-        if self.broken:
-            share = len(self.broken) / looked_at
-            log.warning("%d of %d demos in %s are broken and left out", len(self.broken), looked_at, self.root)
-            if share > self.max_broken_share or not demos:
-                raise ValueError(
-                    f"{len(self.broken)} of {looked_at} demos in {self.root} are broken, more than "
-                    f"data.max_broken_share={self.max_broken_share:g} allows: "
-                    + "; ".join(f"{error.name}: {error.reason}" for error in self.broken)
-                )
-        if self.max_demos is not None and len(demos) + len(self.broken) < self.max_demos:
-            raise ValueError(f"data.max_demos={self.max_demos}, but {self.root} holds {len(demos)} readable demos")
-        return demos
+    def off_screen_shares(self) -> dict[str, float]:
+        """By demo: the share of target steps that project outside the nominal (unaugmented) image, over all arms."""
+        return off_screen_shares(self.demos, self.camera, self.arms, self.geometry, self.steps, self.targets)
 
     @property
     def train_demos(self) -> list[Demo]:
@@ -352,46 +333,6 @@ class RobotDemos(ResumableData):
                 self.cameras,
             )
         return self._statistics
-
-    def off_screen_shares(self) -> dict[str, float]:
-        """By demo: the share of target steps that project outside the nominal (unaugmented) image, over all arms."""
-        shares = {}
-        for demo in self.demos:
-            track = demo.cameras[self.camera]
-            box = self.geometry.box(track.width, track.height).to_picture(self.geometry.image_size)
-            intrinsics = torch.from_numpy(box @ track.intrinsics)[:, None]
-            pose = torch.from_numpy(np.ascontiguousarray(track.world_to_camera))[:, None]
-            inside = []
-            for arm in self.arms:
-                points, _, _, is_pad = targets_of(demo.arms[arm], np.arange(len(demo)), self.steps, self.targets)
-                pixels, _ = project(torch.from_numpy(points), intrinsics, pose)
-                seen = inside_image(pixels, self.geometry.image_size, self.geometry.image_size)
-                inside.append(seen.numpy()[~is_pad])
-            shares[demo.name] = float(1 - np.concatenate(inside).mean())
-        return shares
-
-    def _report_off_screen(self) -> None:
-        outside = {name: share for name, share in self.off_screen_shares().items() if share > self.max_off_screen_share}
-        if not outside:
-            return
-        worst = sorted(outside, key=lambda name: -outside[name])
-        if len(outside) == len(self.demos) and min(outside.values()) > 0.95:
-            raise ValueError(
-                f"the arm is outside of camera {self.camera}'s image in all {len(self.demos)} demos of {self.root}: "
-                "the calibration does not belong to these images (python -m keygrip.prepare step=doctor says more), or "
-                "data.camera names the wrong one"
-            )
-        log.warning(
-            "%d of %d demos have more than %.0f %% of their steps outside camera %s's picture as the network sees "
-            "it, where they are masked "
-            "out of the loss (check the calibration with the geometry doctor, or set data.fit=stretch): %s%s",
-            len(outside),
-            len(self.demos),
-            100 * self.max_off_screen_share,
-            self.camera,
-            ", ".join(f"{name} ({100 * outside[name]:.0f} %)" for name in worst[:NAMED_AT_MOST]),
-            f" and {len(worst) - NAMED_AT_MOST} more" if len(worst) > NAMED_AT_MOST else "",
-        )
 
     # ---------------------------------------------------------------------------------------------------------- loading
 
@@ -428,6 +369,8 @@ class RobotDemos(ResumableData):
             self.drop_idle_s if drop_idle else None,
             self.intervention_weight if weighted else 1.0,
             self.detail_size,
+            self.extra_targets,
+            self.embodiments,
         )
 
     def _samples(self, indices: Sequence[int], augmentation: Augmentation | None, training: bool) -> DemoSamples:
@@ -453,8 +396,11 @@ class RobotDemos(ResumableData):
 
     def _loader(self, samples: DemoSamples, shuffle: bool) -> DataLoader[Any]:
         groups = samples.groups(self.balance) if shuffle and self.balance is not None else None
+        weights = self.weights if shuffle else None
+        if weights is not None:
+            groups = np.array(self.root_of)[samples.demo_indices][samples.sample_demo]
         sampler = GlobalBatchSampler(
-            len(samples), self.batch_size, *self.ranks, self.seed, shuffle, drop_last=shuffle, groups=groups
+            len(samples), self.batch_size, *self.ranks, self.seed, shuffle, shuffle, groups=groups, weights=weights
         )
         if shuffle and self.trainer is not None:
             sampler.follow(self.batches_done)
@@ -469,9 +415,19 @@ class RobotDemos(ResumableData):
         """Validation frames in one fixed shuffled order, unaugmented; no loader where no demo is held out."""
         return self._loader(self.val_samples, shuffle=False) if self.val_indices else []
 
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the run folder says of the data: their version, how many demos there are, and which were left out."""
+        return {
+            "root": [str(part.folder) for part in self.roots] if len(self.roots) > 1 else str(self.root),
+            "version": data_version(self.contents) if self.contents else None,
+            "demos": len(self.demos),
+            "left_out": {error.name: error.reason for error in self.broken},
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """The position, and which demonstrations the run is trained on."""
-        return super().state_dict() | {"demonstrations": fingerprints(self.demos)}
+        return super().state_dict() | {"demonstrations": fingerprints(self.demos), "recordings": dict(self.contents)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where the checkpoint was written.
@@ -479,8 +435,10 @@ class RobotDemos(ResumableData):
         Raises:
             ValueError: the demonstrations or the order of samples are not the checkpoint's.
         """
-        if "demonstrations" in state_dict:
-            refuse_changed(state_dict["demonstrations"], fingerprints(self.demos))
+        for key, now in (("demonstrations", fingerprints(self.demos)), ("recordings", self.contents)):
+            before = state_dict.get(key)
+            if before and now:  # an older checkpoint, or one of data.verify=false, knows no recordings' hashes
+                refuse_changed(before, now, self.allow_changed)
         super().load_state_dict(
-            {"balance": None, "intervention_weight": 1.0} | state_dict
+            {"balance": None, "intervention_weight": 1.0, "weights": None} | state_dict
         )  # which older checkpoints do not name

@@ -9,13 +9,14 @@ from types import ModuleType
 
 from keygrip.data.bad_samples import HOSTILE, BadSample, is_of_the_machine, reason_of
 from keygrip.data.robot import native
-from keygrip.data.robot.formats import lerobot_v3, libero, raiden, yam_abc
+from keygrip.data.robot.formats import lerobot_v2, lerobot_v3, libero, raiden, yam_abc
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import SCHEMA
 
 FOREIGN_FORMATS: dict[str, ModuleType] = {
     "raiden": raiden,
     "yam_abc": yam_abc,
+    "lerobot_v2": lerobot_v2,
     "lerobot_v3": lerobot_v3,
     "libero": libero,
 }  # each module has detect(root) and find(root, calibration)
@@ -74,7 +75,7 @@ def _find(root: Path, format: str, calibration: Path | str | None) -> list[DemoR
                 f"{root} holds no demos in a known format; looked for native (a folder a demo with metadata.json of "
                 f"schema {SCHEMA!r} and "
                 "trajectory.npz), raiden (<task>/0000/lowdim), yam_abc (<slug>/<stamp>_<id>/*-joint_pos.npy), "
-                "lerobot_v3 (meta/info.json) and "
+                "lerobot_v2 and lerobot_v3 (meta/info.json) and "
                 "libero (*.hdf5)"
             )
         format = recognised[0]

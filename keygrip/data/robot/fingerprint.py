@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from keygrip.data.robot.schema import ArmTrajectory, Demo
+
+log = logging.getLogger(__name__)
 
 SHOWN = 3
 
@@ -24,6 +27,8 @@ def demo_fingerprint(demo: Demo) -> str:
     def add_arm(name: str, arm: ArmTrajectory) -> None:
         for part in ("position", "quaternion", "gripper", "joints"):
             add(f"{name}/{part}", getattr(arm, part))
+        if arm.controller is not None:
+            add(f"{name}/controller", arm.controller)
         if arm.commanded is not None:
             add_arm(f"{name}/commanded", arm.commanded)
 
@@ -42,8 +47,11 @@ def fingerprints(demos: Sequence[Demo]) -> dict[str, str]:
     return {demo.name: demo_fingerprint(demo) for demo in demos}
 
 
-def refuse_changed(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+def refuse_changed(before: Mapping[str, str], now: Mapping[str, str], allowed: bool = False) -> None:
     """Stops where the demonstrations are not those that a checkpoint was trained on.
+
+    Args:
+        before, now: a hash of each demonstration by its name. allowed: changes are said and no error.
 
     Raises:
         ValueError: with the names that were removed, added or changed.
@@ -56,7 +64,9 @@ def refuse_changed(before: Mapping[str, str], now: Mapping[str, str]) -> None:
         for what, names in (("removed", removed), ("added", added), ("changed", changed))
         if names
     ]
-    if parts:
-        raise ValueError(
-            f"the demonstrations are not those of the checkpoint: {', '.join(parts)}; restore them, or start a new run"
-        )
+    if not parts:
+        return
+    said = f"the demonstrations are not those of the checkpoint: {', '.join(parts)}"
+    if not allowed:
+        raise ValueError(f"{said}; restore them, start a new run, or go on with data.allow_changed=true")
+    log.warning("%s; going on with them (data.allow_changed=true)", said)

@@ -98,7 +98,7 @@ def import_demos(
 def _import(
     reference: DemoReference, folder: Path, cameras: Sequence[str] | None, video: bool, jpeg_quality: int
 ) -> list[str]:
-    demo = reference.read(cameras=cameras)
+    demo = reference.read(cameras=cameras, uncalibrated=True)
     for stale in folder.parent.glob(f".{folder.name}.*.partial"):  # of an import that was killed
         shutil.rmtree(stale, ignore_errors=True)
     try:

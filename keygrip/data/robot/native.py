@@ -29,7 +29,7 @@ from keygrip.data.robot.schema import (
 )
 
 POSES = ("position_m", "quaternion_wxyz", "gripper_opening")
-ARM_ARRAYS = (*POSES, *(f"commanded_{part}" for part in POSES), "joint_positions_rad")
+ARM_ARRAYS = (*POSES, *(f"commanded_{part}" for part in POSES), "joint_positions_rad", "controller_action")
 PATTERN = re.compile(r"[^%]*%(0\d{1,2})?d[^%]*")  # of file names; a wider number could fill the memory
 SEARCH_DEPTH = 3  # folders below `root` that are searched: root/demo, root/task/demo, root/robot/task/demo
 
@@ -96,9 +96,12 @@ def _read_arm(name: str, archive: Mapping[str, np.ndarray], arm: str) -> ArmTraj
     commanded = None
     if any(key.startswith(f"{arm}/commanded_") for key in archive):
         commanded = ArmTrajectory(*poses("commanded_"))
-    joints = archive.get(f"{arm}/joint_positions_rad")
+    joints, controller = (archive.get(f"{arm}/{part}") for part in ("joint_positions_rad", "controller_action"))
     return ArmTrajectory(
-        *poses(""), joints=None if joints is None else np.asarray(joints, dtype=np.float64), commanded=commanded
+        *poses(""),
+        joints=None if joints is None else np.asarray(joints, dtype=np.float64),
+        commanded=commanded,
+        controller=None if controller is None else np.asarray(controller, dtype=np.float64),
     )
 
 
@@ -207,9 +210,20 @@ def read_native(folder: Path | str, name: str | None = None) -> Demo:
     cameras = {}
     for camera, entry in entries.items():
         depth = entry.get("depth")
+        width, height = int(entry["width"]), int(entry["height"])
+        if reason := entry.get("uncalibrated"):
+            cameras[camera] = CameraTrack.without_calibration(
+                width,
+                height,
+                _frame_source(name, folder, entry["frames"], frames, camera, depth=False),
+                frames,
+                str(reason),
+                None if depth is None else _frame_source(name, folder, depth, frames, camera, depth=True),
+            )
+            continue
         cameras[camera] = CameraTrack(
-            width=int(entry["width"]),
-            height=int(entry["height"]),
+            width=width,
+            height=height,
             intrinsics=CameraTrack.broadcast(_part(name, poses, f"{camera}/intrinsics", "cameras.npz"), frames),
             world_to_camera=CameraTrack.broadcast(
                 _part(name, poses, f"{camera}/world_to_camera", "cameras.npz"), frames

@@ -17,18 +17,21 @@ from PIL import Image
 
 from keygrip.artifacts import write_json
 from keygrip.data.robot.frames import JpegFrames
+from keygrip.data.robot.integrity import write_manifest
 from keygrip.data.robot.schema import CONVENTIONS, SCHEMA, ArmTrajectory, Demo, DemoError
 from keygrip.data.video import VideoWriter
 
 
 @dataclass(frozen=True)
 class ArmPose:
-    """One arm at one frame: position [3] m, quaternion [4] w x y z, gripper opening 0..1, joints [J] rad or None."""
+    """One arm at one frame: position [3] m, quaternion [4] w x y z, gripper opening 0..1, joints [J] rad or None, and
+    what its own controller was told [D] or None."""
 
     position: np.ndarray
     quaternion: np.ndarray
     gripper: float
     joints: np.ndarray | None = None
+    controller: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class DemoWriter:
         source: free, must be JSON (simulator: task, seed, options, success).
         text: {"captions": [...], "questions": [...]} or None.
         video: one H.264 file a camera in place of JPEG files.
+        uncalibrated: by camera, why its pose is not known; its `CameraPose`s then stand for nothing.
         jpeg_quality: 95 keeps the error of a pixel near that of the sensor; below 92 blocks show in heatmaps.
 
     `add` takes a frame of every camera and arm; which cameras and arms there are is fixed by the first call.
@@ -70,6 +74,7 @@ class DemoWriter:
         text: Mapping[str, Any] | None = None,
         video: bool = False,
         jpeg_quality: int = 95,
+        uncalibrated: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = Path(folder)
         if self.folder.exists():
@@ -79,6 +84,7 @@ class DemoWriter:
         self.text: dict[str, Any] = dict(text or {})
         self.video, self.jpeg_quality = video, jpeg_quality
         self._temporary = self.folder.with_name(f".{self.folder.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+        self.uncalibrated = dict(uncalibrated or {})
         self._timestamps: list[int] = []
         self._interventions: list[bool] = []
         self._reached: dict[str, list[ArmPose]] = {}
@@ -225,10 +231,14 @@ class DemoWriter:
                     trajectory[f"{arm}/joint_positions_rad"] = np.stack(
                         [np.asarray(pose.joints, dtype=np.float64) for pose in poses]
                     )
+                if not prefix and all(pose.controller is not None for pose in poses):
+                    trajectory[f"{arm}/controller_action"] = np.stack(
+                        [np.asarray(pose.controller, dtype=np.float64) for pose in poses]
+                    )
         cameras: dict[str, np.ndarray] = {}
         entries: dict[str, dict[str, Any]] = {}
         for camera, camera_poses in self._cameras.items():
-            for part in ("intrinsics", "world_to_camera"):
+            for part in () if camera in self.uncalibrated else ("intrinsics", "world_to_camera"):
                 matrices = np.stack([np.asarray(getattr(pose, part), dtype=np.float64) for pose in camera_poses])
                 cameras[f"{camera}/{part}"] = matrices[0] if (matrices == matrices[0]).all() else matrices
             width, height = self._sizes[camera]
@@ -238,6 +248,8 @@ class DemoWriter:
                 "frames": f"rgb/{camera}.mp4" if self.video else f"rgb/{camera}/%06d.jpg",
                 "depth": f"depth/{camera}/%06d.png" if camera in self._depth else None,
             }
+            if camera in self.uncalibrated:
+                entries[camera]["uncalibrated"] = self.uncalibrated[camera]
         np.savez(self._temporary / "trajectory.npz", **trajectory)  # type: ignore[arg-type]
         np.savez(self._temporary / "cameras.npz", **cameras)  # type: ignore[arg-type]
         if self.text:
@@ -256,6 +268,7 @@ class DemoWriter:
             "source": self.source,
         }
         write_json(self._temporary / "metadata.json", metadata)
+        write_manifest(self._temporary)
         self._temporary.rename(self.folder)
 
 
@@ -281,9 +294,9 @@ def write_demo(
         raise DemoError(demo.name, f"it has no camera {absent[0]!r}; it has {', '.join(demo.cameras)}")
     tracks = {name: demo.cameras[name] for name in names}
     source = {"imported_from": str(demo.path), **demo.source}
-    with DemoWriter(
-        folder, demo.robot, demo.task, demo.instruction, demo.fps, source, demo.text, video, jpeg_quality
-    ) as writer:
+    uncalibrated = {name: track.uncalibrated for name, track in tracks.items() if track.uncalibrated}
+    words = (demo.robot, demo.task, demo.instruction, demo.fps, source, demo.text)
+    with DemoWriter(folder, *words, video, jpeg_quality, uncalibrated) as writer:
         for index in range(len(demo)):
             pictures: dict[str, np.ndarray | bytes] = {}
             for name, track in tracks.items():
@@ -310,4 +323,5 @@ def _pose(arm: ArmTrajectory, index: int) -> ArmPose:
         arm.quaternion[index],
         float(arm.gripper[index]),
         None if arm.joints is None else arm.joints[index],
+        None if arm.controller is None else arm.controller[index],
     )

@@ -28,14 +28,20 @@ class DemoReference:
     format: str
     reader: Callable[[], Demo]
 
-    def read(self, pictures: bool = True, cameras: Iterable[str] | None = None) -> Demo:
+    def read(self, pictures: bool = True, cameras: Iterable[str] | None = None, uncalibrated: bool = False) -> Demo:
         """The demo, checked (see `check_demo`), with unit quaternions.
+
+        Args:
+            pictures, cameras: as for `check_demo`. uncalibrated: keep cameras whose pose is not known; they are left
+                out otherwise, with a note in the demo's `source`.
 
         Raises:
             DemoError: whatever is wrong with it. Errors of the machine (no file descriptors left) pass unchanged.
         """
         try:
             demo = self.reader()
+            if not uncalibrated:
+                demo = _calibrated(demo)
             check_demo(demo, pictures=pictures, cameras=cameras)
         except DemoError as error:
             if error.name == self.name:
@@ -48,3 +54,19 @@ class DemoReference:
                 raise
             raise DemoError(self.name, reason_of(error)) from error
         return replace(demo, arms={name: tidied(arm) for name, arm in demo.arms.items()})
+
+
+def _calibrated(demo: Demo) -> Demo:
+    """The demo without the cameras whose pose is not known. Raises DemoError: there are no others."""
+    without = {name: track.uncalibrated for name, track in demo.cameras.items() if track.uncalibrated}
+    if not without:
+        return demo
+    if len(without) == len(demo.cameras):
+        told = "; ".join(f"{name}: {reason}" for name, reason in without.items())
+        raise DemoError(demo.name, f"no camera is calibrated ({told}), which only some models can do without")
+    notes = [f"camera {name} is left out: {reason}" for name, reason in without.items()]
+    return replace(
+        demo,
+        cameras={name: track for name, track in demo.cameras.items() if name not in without},
+        source=demo.source | {"notes": [*demo.source.get("notes", []), *notes], "uncalibrated": without},
+    )

@@ -21,6 +21,7 @@ from keygrip.data.shards.sampling import SampleKey, sample_generator
 from keygrip.data.shards.substitution import SubstitutingSamples
 
 TARGETS = ("commanded", "reached")
+EXTRA_TARGETS = ("joints", "controller")  # of an arm, where a model's actions are no poses
 SUBSTITUTES = 8  # frames to each side that may stand in for one that cannot be read
 IDLE_SPEED_MPS = 0.005  # slower than this is standing still: five times the tracking noise of a good arm at 10 Hz
 IDLE_TURN_RPS = 0.05  # and turns slower than 3 degrees a second
@@ -95,17 +96,37 @@ def weighted_frames(frames: np.ndarray, intervention: np.ndarray | None, weight:
 
 
 def poses_of(
-    demo: Demo, arms: Sequence[str], frame: int | np.ndarray, steps: np.ndarray, targets: str
+    demo: Demo,
+    arms: Sequence[str],
+    frame: int | np.ndarray,
+    steps: np.ndarray,
+    targets: str,
+    extra: Sequence[str] = (),
 ) -> dict[str, torch.Tensor]:
     """The tensors of `PolicyTargets` that are read from the arms, at one frame, or at M: then with a first dimension of
-    M."""
+    M.
+
+    Args:
+        extra: of `EXTRA_TARGETS`, what the model reads beside poses.
+    """
     axis = np.asarray(frame).ndim
     trajectories = [demo.arms[name] for name in arms]
     ahead = zip(*(targets_of(arm, frame, steps, targets) for arm in trajectories), strict=True)
     position, quaternion, gripper, is_pad = (np.stack(part, axis) for part in ahead)
     here = np.zeros(1, dtype=np.int64)
     keyframes = [targets_of(arm, keyframe_of(arm, frame, targets), here, targets)[0] for arm in trajectories]
-    return {
+    further = {}
+    if extra:
+        future = np.asarray(frame)[..., None] + steps
+        last = len(demo) - 1
+    if "joints" in extra:
+        joints = [arm.joints for arm in trajectories if arm.joints is not None]
+        further["start_joints"] = _float(np.stack([values[frame] for values in joints], axis))
+        further["joints"] = _float(np.stack([values[np.minimum(future, last)] for values in joints], axis))
+    if "controller" in extra:
+        controls = [arm.controller for arm in trajectories if arm.controller is not None]
+        further["controller"] = _float(np.stack([values[np.minimum(future - 1, last)] for values in controls], axis))
+    return further | {
         "start_position": _float(np.stack([arm.position[frame] for arm in trajectories], axis)),
         "start_quaternion": _float(np.stack([arm.quaternion[frame] for arm in trajectories], axis)),
         "start_gripper": _float(np.stack([arm.gripper[frame] for arm in trajectories], axis)),
@@ -130,6 +151,7 @@ class SampleOptions:
         drop_idle_s: see `moving_frames`; None keeps all.
         intervention_weight: how often an epoch holds each frame in which a person corrected a policy.
         detail_size: side of a sharper cut of the image, pixels; None: none.
+        extra: of `EXTRA_TARGETS`, what the model reads beside poses. embodiments: robots that it keeps apart.
     """
 
     camera: str
@@ -142,6 +164,8 @@ class SampleOptions:
     drop_idle_s: float | None
     intervention_weight: float = 1.0
     detail_size: int | None = None
+    extra: tuple[str, ...] = ()
+    embodiments: tuple[str, ...] = ()
 
 
 class DemoSamples(SubstitutingSamples[PolicyTargets]):
@@ -199,11 +223,13 @@ class DemoSamples(SubstitutingSamples[PolicyTargets]):
             key = SampleKey(int(key), 0)
         number, frame = int(self.sample_demo[key.sample]), int(self.sample_frame[key.sample])
         read = self.options
-        common = poses_of(self.demos[number], read.arms, frame, read.steps, read.targets) | {
+        common = poses_of(self.demos[number], read.arms, frame, read.steps, read.targets, read.extra) | {
             "demo_index": torch.tensor(self.demo_indices[number]),
             "frame_index": torch.tensor(frame),
             "instruction": self.demos[number].instruction,  # one sentence; `collate` makes the list
         }
+        if read.embodiments:
+            common["embodiment"] = torch.tensor(read.embodiments.index(self.demos[number].robot))
         return self._seen(number, frame, key, common)
 
     def _image(self, number: int, camera: str, frame: int) -> np.ndarray:
@@ -280,10 +306,13 @@ class MultiViewSamples(DemoSamples):
         )
 
     def _depth(self, number: int, camera: str, frame: int) -> np.ndarray | None:
-        """H x W uint16 millimetres, where depth is wanted."""
-        source = self.demos[number].cameras[camera].depth
-        if not self.depth or source is None:
+        """H x W uint16 millimetres, where depth is wanted; unknown everywhere (0) where it was not recorded."""
+        track = self.demos[number].cameras[camera]
+        source = track.depth
+        if not self.depth:
             return None
+        if source is None:
+            return np.zeros((track.height, track.width), dtype=np.uint16)
         try:
             return source.read(frame)
         except HOSTILE as error:

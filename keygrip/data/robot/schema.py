@@ -68,6 +68,8 @@ class ArmTrajectory:
         joints: [N, J] radians, or None.
         commanded: what the arm was told to do, or None where it was not recorded. Row i is the command given at frame
             i: where the arm is told to be at frame i + 1.
+        controller: [N, D] what the robot's own controller was told, in its own units, or None. Row i leads to frame
+            i + 1.
     """
 
     position: np.ndarray
@@ -75,6 +77,7 @@ class ArmTrajectory:
     gripper: np.ndarray
     joints: np.ndarray | None = None
     commanded: ArmTrajectory | None = None
+    controller: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.position)
@@ -90,6 +93,8 @@ class CameraTrack:
         world_to_camera: [N, 4, 4] rigid.
         frames: the images.
         depth: uint16 millimetres, or None.
+        uncalibrated: why nobody knows where this camera is; its matrices then stand for nothing. Empty: it is
+            calibrated.
     """
 
     width: int
@@ -98,6 +103,17 @@ class CameraTrack:
     world_to_camera: np.ndarray
     frames: FrameSource
     depth: FrameSource | None = None
+    uncalibrated: str = ""
+
+    @staticmethod
+    def without_calibration(
+        width: int, height: int, frames: FrameSource, count: int, reason: str, depth: FrameSource | None = None
+    ) -> CameraTrack:
+        """A camera of `count` frames whose pose is not known, for models that do not read it."""
+        focal = float(max(width, height))
+        intrinsics = np.array([[focal, 0.0, width / 2], [0.0, focal, height / 2], [0.0, 0.0, 1.0]])
+        matrices = (CameraTrack.broadcast(intrinsics, count), CameraTrack.broadcast(np.eye(4), count))
+        return CameraTrack(width, height, *matrices, frames, depth, reason)
 
     @staticmethod
     def broadcast(matrix: np.ndarray, frames: int) -> np.ndarray:

@@ -120,7 +120,9 @@ def _chunks(train: Sequence[Demo], train_indices: Sequence[int], options: Sample
         chosen = frames[skip::every]
         skip = (skip - len(frames)) % every
         which = {"demo_index": torch.full((len(chosen),), index), "frame_index": torch.from_numpy(chosen)}
-        parts.append(poses_of(demo, options.arms, chosen, options.steps, options.targets) | which)
+        if options.embodiments:
+            which["embodiment"] = torch.full((len(chosen),), options.embodiments.index(demo.robot))
+        parts.append(poses_of(demo, options.arms, chosen, options.steps, options.targets, options.extra) | which)
         instructions += [demo.instruction] * len(chosen)
     return PolicyTargets(
         **{name: torch.cat([part[name] for part in parts]) for name in parts[0]}, instruction=instructions

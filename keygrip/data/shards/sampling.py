@@ -7,7 +7,7 @@ depends on who loads it. Resuming needs one number, the count of batches done.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,10 +45,11 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         drop_last: see above.
         groups: int [samples], the group of each sample: every epoch holds equally many of each group, so that samples
             of small groups come several times and those of large ones not all. None: every sample once.
+        weights: of the groups, in the order of their numbers: their shares of an epoch in place of equal ones.
 
     Raises:
-        ValueError: the batch does not divide over the ranks, or the data set is smaller than one batch with
-            `drop_last`.
+        ValueError: another number of weights than of groups, the batch does not divide over the ranks, or the data set
+            is smaller than one batch with `drop_last`.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         shuffle: bool = True,
         drop_last: bool = True,
         groups: np.ndarray | None = None,
+        weights: Sequence[float] | None = None,
     ) -> None:
         if batch_size < 1 or batch_size % ranks:
             raise ValueError(
@@ -75,6 +77,10 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         self.samples, self.batch_size, self.rank, self.ranks = samples, batch_size, rank, ranks
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
         self.groups = None if groups is None else [np.flatnonzero(groups == group) for group in np.unique(groups)]
+        self.weights = None if weights is None else np.asarray(weights, dtype=np.float64)
+        if self.weights is not None and (self.groups is None or len(self.groups) != len(self.weights)):
+            held = 0 if self.groups is None else len(self.groups)
+            raise ValueError(f"{len(self.weights)} weights for {held} groups that have training samples")
         self.epoch = 0
         self.position: Callable[[], int] | None = None
 
@@ -101,13 +107,18 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         self.position = position
 
     def order(self, epoch: int) -> np.ndarray:
-        """The epoch's permutation, [samples] int64; with groups an even draw from each."""
+        """The epoch's permutation, [samples] int64; with groups an even draw from each, or one by their weights."""
         seed = (self.seed, epoch) if self.shuffle else (self.seed,)
         generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
         if self.groups is None:
             return generator.permutation(self.samples)
-        shares = np.full(len(self.groups), self.samples // len(self.groups))
-        shares[generator.permutation(len(self.groups))[: self.samples % len(self.groups)]] += 1
+        if self.weights is None:
+            shares = np.full(len(self.groups), self.samples // len(self.groups))
+            shares[generator.permutation(len(self.groups))[: self.samples % len(self.groups)]] += 1
+        else:
+            exact = self.samples * self.weights / self.weights.sum()
+            shares = np.floor(exact).astype(np.int64)
+            shares[np.argsort(shares - exact, kind="stable")[: self.samples - shares.sum()]] += 1
         drawn = []
         for group, share in zip(self.groups, shares, strict=True):
             rounds = [generator.permutation(group) for _ in range(-(-int(share) // len(group)))]

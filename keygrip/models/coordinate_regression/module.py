@@ -47,6 +47,7 @@ class CoordinateRegressionModule(System):
     """
 
     batch_type = PolicyBatch
+    reads_calibration = False  # only its metrics in pixels do
     evaluation_kind = "policy"
     toy_overrides = (
         *("data=yam", "data.record.task.name=reach", "data.record.demos=4", "data.record.image_size=72"),
@@ -163,7 +164,7 @@ class CoordinateRegressionPolicy:
     @property
     def needs(self) -> Needs:
         """What it reads of an observation."""
-        return Needs(arms=tuple(self.module.network.arms))
+        return Needs(arms=tuple(self.module.network.arms), calibration=self.module.reads_calibration)
 
     @property
     def workspace(self) -> np.ndarray:
@@ -179,8 +180,7 @@ class CoordinateRegressionPolicy:
         """The plans for several observations, in one pass of the network."""
         module = self.module
         images = [
-            self._geometry.apply(np.asarray(seen["image"]), np.asarray(seen["intrinsics"]))[0].to(module.device)
-            for seen in observations
+            self._geometry.apply(np.asarray(seen["image"]), np.eye(3))[0].to(module.device) for seen in observations
         ]
         position, quaternion, gripper = (
             torch.stack(

@@ -1,44 +1,51 @@
-"""Poses as vectors that a flow-matching head can learn, and back: what an action is, and how it is normalised.
+"""Actions as vectors that a flow-matching head can learn, and back: how they are normalised. What their numbers are is
+said by `action_spaces.py`.
 
-Shape legend: B samples, A arms, T steps.
+Shape legend: B samples, A arms, T steps, C numbers of an arm's action.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from keygrip.data.batches import PolicyTargets
-from keygrip.models.geometry.rotations import (
-    columns_to_quaternion,
-    quaternion_conjugate,
-    quaternion_multiply,
-    quaternion_to_columns,
+from keygrip.models.geometry_vla.action_spaces import (
+    COLUMNS,
+    ActionKind,
+    JointSpace,
+    PoseSpace,
+    action_space,
+    pose_numbers,
 )
 from keygrip.training.parts import model_part
 
-PoseKind = Literal["absolute", "delta"]
 SIZE = 10  # of an arm's pose: position 3, rotation columns 6, opening 1
 LEAST_RANGE = 0.01  # metres, or what a rotation matrix holds: less than this is standing still, not a scale
 
 
 @model_part
 class PoseActions(nn.Module):
-    """Poses of all arms as normalised vectors ``[..., 10 A]``, and the statistics that this takes.
+    """Actions of all arms as normalised vectors ``[..., C A]``, and the statistics that this takes.
 
     A pose is its position, two columns of its rotation matrix (continuous, unlike angles or quaternions) and the
-    gripper's opening. Each number is scaled so that almost all of the training split lies in -1 .. 1; what lies beyond
-    stays beyond, both ways: nothing is clipped. The statistics are buffers: they lie in every checkpoint, training and
-    inference read the same ones, and reading them before they are there raises.
+    gripper's opening (C = 10). The state is one whatever the actions are. Each number is scaled so that almost all of
+    the training split lies in -1 .. 1; what lies beyond stays beyond, both ways: nothing is clipped. The statistics are
+    buffers: they lie in every checkpoint, training and inference read the same ones, and reading them before they are
+    there raises.
 
     Args:
         arms: their names, in the order of the batch's arm axis.
         kind: ``absolute`` poses in the world, or ``delta``: the way from the present pose (positions in the world's
-            axes, rotations in the gripper's). The opening is absolute in both.
+            axes, rotations in the gripper's); the opening is absolute in both. ``joint``: reached joint angles and the
+            opening. ``osc``: the recorded inputs of an operational-space controller, as LIBERO has them.
         tail: share of the values at either end that may lie beyond -1 .. 1.
+        arm, gripper: models of `keygrip.robots.kinematics`, for ``joint``.
+        osc_position_m, osc_rotation_rad: the controller's largest way and turn a step, for ``osc``.
+        embodiments: names of robots (of the demonstrations) that have statistics of their own; none: one for all.
     """
 
     known: Tensor
@@ -46,18 +53,44 @@ class PoseActions(nn.Module):
     high: Tensor
     state_low: Tensor
     state_high: Tensor
+    position_range: Tensor
 
-    def __init__(self, arms: Sequence[str], kind: PoseKind = "absolute", tail: float = 0.01) -> None:
+    def __init__(
+        self,
+        arms: Sequence[str],
+        kind: ActionKind = "absolute",
+        tail: float = 0.01,
+        arm: str = "yam",
+        gripper: str = "linear_4310",
+        osc_position_m: float = 0.05,
+        osc_rotation_rad: float = 0.5,
+        embodiments: Sequence[str] | None = None,
+    ) -> None:
         super().__init__()
-        if kind not in ("absolute", "delta"):
-            raise ValueError(f"model.actions.kind is absolute or delta, not {kind!r}.")
         if not 0 <= tail < 0.5:
             raise ValueError(f"model.actions.tail must lie in [0, 0.5), got {tail}.")
         self.arms, self.kind, self.tail = tuple(arms), kind, tail
-        self.size = len(self.arms) * SIZE
+        self.space = action_space(kind, self.arms, arm, gripper, osc_position_m, osc_rotation_rad)
+        self.columns = COLUMNS[kind]
+        self.size = len(self.arms) * self.columns
+        self.embodiments = tuple(embodiments or ())
+        if len(set(self.embodiments)) != len(self.embodiments):
+            raise ValueError(f"model.actions.embodiments names a robot twice: {', '.join(self.embodiments)}.")
+        if self.embodiments and kind == "joint":
+            raise ValueError("model.actions.embodiments and kind=joint: joints are of one model of an arm.")
+        several = (len(self.embodiments),) if self.embodiments else ()
         self.register_buffer("known", torch.tensor(False))
-        for name in ("low", "high", "state_low", "state_high"):
-            self.register_buffer(name, torch.zeros(self.size))
+        for name in ("low", "high"):
+            self.register_buffer(name, torch.zeros(*several, self.size))
+        for name in ("state_low", "state_high"):
+            self.register_buffer(name, torch.zeros(*several, len(self.arms) * SIZE))
+        if several:
+            self.register_buffer("position_range", torch.zeros(*several, 2, 3))
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What of the arms' recordings it is made of beside the poses: "joints" or "controller"."""
+        return () if self.space.reads is None else (self.space.reads,)
 
     def take(self, chunks: PolicyTargets) -> None:
         """Computes the statistics from action chunks of the training split; padded steps do not count."""
@@ -65,22 +98,47 @@ class PoseActions(nn.Module):
             raise ValueError(
                 f"The data has {chunks.position.shape[1]} arms and the model {len(self.arms)}: set data.arms."
             )
-        state = self._flat(_features(chunks.start_position, chunks.start_quaternion, chunks.start_gripper))
-        actions = self._raw(chunks)
-        mask = self.mask(chunks)
-        for column in range(self.size):
-            self._take(column, state[:, column], "state_low", "state_high")
-            self._take(column, actions[..., column][mask[..., column]], "low", "high")
+        if isinstance(self.space, JointSpace):
+            self.space.take(chunks)
+        state = pose_numbers(chunks.start_position, chunks.start_quaternion, chunks.start_gripper).flatten(-2)
+        actions, mask = self._raw(chunks), self.mask(chunks)
+        if not self.embodiments:
+            self._take_rows(state, actions, mask, ...)
+        for number, name in enumerate(self.embodiments):
+            rows = self._embodiment(chunks.embodiment) == number
+            if not rows.any():
+                raise ValueError(
+                    f"model.actions.embodiments names {name!r}, of which there is no training demonstration."
+                )
+            self._take_rows(state[rows], actions[rows], mask[rows], number)
+            positions = torch.cat([chunks.start_position[rows].flatten(0, 1), chunks.position[rows].flatten(0, 2)])
+            self.position_range[number] = torch.stack([positions.amin(dim=0), positions.amax(dim=0)])
         self.known.fill_(True)
 
-    def _take(self, column: int, values: Tensor, low: str, high: str) -> None:
+    def _take_rows(self, state: Tensor, actions: Tensor, mask: Tensor, row: Any) -> None:
+        for column in range(state.shape[-1]):
+            self._take(state[:, column], self.state_low[row], self.state_high[row], column)
+        for column in range(self.size):
+            self._take(actions[..., column][mask[..., column]], self.low[row], self.high[row], column)
+
+    def _take(self, values: Tensor, low: Tensor, high: Tensor, column: int) -> None:
         if not len(values):
             raise ValueError("The training split holds no action that is not padding: give longer demonstrations.")
         bounds = torch.tensor([self.tail, 1 - self.tail], dtype=torch.float64)
         low_value, high_value = torch.quantile(values.double().sort().values, bounds).tolist()
         middle, half = (low_value + high_value) / 2, max((high_value - low_value) / 2, LEAST_RANGE)
-        getattr(self, low)[column] = middle - half
-        getattr(self, high)[column] = middle + half
+        low[column] = middle - half
+        high[column] = middle + half
+
+    def _embodiment(self, embodiment: Tensor | None) -> Tensor:
+        if embodiment is None:
+            raise ValueError(f"the model tells {', '.join(self.embodiments)} apart: say which robot a sample is of")
+        return embodiment
+
+    def _of(self, name: str, embodiment: Tensor | None) -> Tensor:
+        """A statistic as it is subtracted: ``[Da]``, or with several robots ``[B, Da]`` of each sample's own."""
+        values: Tensor = getattr(self, name)
+        return values[self._embodiment(embodiment)] if self.embodiments else values
 
     def _check(self) -> None:
         if not bool(self.known):
@@ -89,69 +147,78 @@ class PoseActions(nn.Module):
                 "keygrip.train."
             )
 
-    def state(self, position: Tensor, quaternion: Tensor, gripper: Tensor) -> Tensor:
-        """The arms' present poses, normalised: ``[B, 10 A]`` from ``[B, A, 3]``, ``[B, A, 4]`` and ``[B, A]``."""
+    def state(self, position: Tensor, quaternion: Tensor, gripper: Tensor, embodiment: Tensor | None = None) -> Tensor:
+        """The arms' present poses, normalised: ``[B, 10 A]`` from ``[B, A, 3]``, ``[B, A, 4]`` and ``[B, A]``; with
+        several robots ``embodiment`` ``[B]`` says which."""
         self._check()
-        return _scaled(self._flat(_features(position, quaternion, gripper)), self.state_low, self.state_high)
+        numbers = pose_numbers(position, quaternion, gripper).flatten(-2)
+        return _scaled(numbers, self._of("state_low", embodiment), self._of("state_high", embodiment))
 
     def encode(self, targets: PolicyTargets) -> Tensor:
-        """The targets of a batch as normalised actions, ``[B, T, 10 A]``."""
+        """The targets of a batch as normalised actions, ``[B, T, C A]``."""
         self._check()
-        return _scaled(self._raw(targets), self.low, self.high)
+        return self._normalised(self._raw(targets), targets.embodiment)
 
     def encode_poses(
-        self, position: Tensor, quaternion: Tensor, gripper: Tensor, start_position: Tensor, start_quaternion: Tensor
+        self,
+        position: Tensor,
+        quaternion: Tensor,
+        gripper: Tensor,
+        start_position: Tensor,
+        start_quaternion: Tensor,
+        embodiment: Tensor | None = None,
     ) -> Tensor:
         """Poses as normalised actions ``[B, T, 10 A]``, the inverse of `decode`.
 
         Args:
             position: ``[B, A, T, 3]``. quaternion: ``[B, A, T, 4]``. gripper: ``[B, A, T]``.
             start_position, start_quaternion: ``[B, A, 3]`` and ``[B, A, 4]``, the present pose.
+            embodiment: ``[B]``, with several robots.
+
+        Raises:
+            ValueError: actions are no poses.
         """
         self._check()
-        if self.kind == "delta":
-            position = position - start_position[:, :, None]
-            inverse = quaternion_conjugate(start_quaternion)[:, :, None].expand_as(quaternion)
-            quaternion = quaternion_multiply(inverse, quaternion)
-        return _scaled(self._flat(_features(position, quaternion, gripper).transpose(1, 2)), self.low, self.high)
+        if not isinstance(self.space, PoseSpace):
+            raise ValueError(
+                f"a plan of poses cannot be continued by actions of kind {self.kind}: use absolute or delta"
+            )
+        numbers = self.space.from_poses(position, quaternion, gripper, start_position, start_quaternion)
+        return self._normalised(numbers.transpose(1, 2).flatten(-2), embodiment)
 
-    def decode(self, actions: Tensor, position: Tensor, quaternion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _normalised(self, raw: Tensor, embodiment: Tensor | None) -> Tensor:
+        low, high = self._of("low", embodiment), self._of("high", embodiment)
+        if self.embodiments:
+            low, high = low[:, None], high[:, None]  # the same at all steps
+        return _scaled(raw, low, high)
+
+    def numbers(self, actions: Tensor, embodiment: Tensor | None = None) -> Tensor:
+        """Actions in their own units, ``[B, A, T, C]``, of normalised ones ``[B, T, C A]``; those beyond -1 .. 1 are as
+        good as others."""
+        self._check()
+        low, high = self._of("low", embodiment), self._of("high", embodiment)
+        if self.embodiments:
+            low, high = low[:, None], high[:, None]
+        raw = low + (actions.float() + 1) / 2 * (high - low)
+        return raw.unflatten(-1, (len(self.arms), self.columns)).transpose(1, 2)
+
+    def decode(
+        self, actions: Tensor, position: Tensor, quaternion: Tensor, embodiment: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Poses of normalised actions: position ``[B, A, T, 3]``, quaternion ``[B, A, T, 4]``, opening ``[B, A, T]``.
 
         Args:
-            actions: ``[B, T, 10 A]``; values beyond -1 .. 1 are as good as others.
-            position, quaternion: ``[B, A, 3]`` and ``[B, A, 4]``, the present pose.
+            actions: ``[B, T, C A]``. position, quaternion: ``[B, A, 3]`` and ``[B, A, 4]``, the present pose.
+            embodiment: ``[B]``, with several robots.
         """
-        self._check()
-        raw = self.low + (actions.float() + 1) / 2 * (self.high - self.low)
-        poses = raw.unflatten(-1, (len(self.arms), SIZE)).transpose(1, 2)  # [B, A, T, 10]
-        where, columns, gripper = poses[..., :3], poses[..., 3:9].unflatten(-1, (3, 2)), poses[..., 9]
-        turned = columns_to_quaternion(columns)
-        if self.kind == "delta":
-            where = position[:, :, None] + where
-            turned = quaternion_multiply(quaternion[:, :, None].expand_as(turned), turned)
-        return where, turned, gripper
+        return self.space.poses(self.numbers(actions, embodiment), position, quaternion)
 
     def mask(self, targets: PolicyTargets) -> Tensor:
-        """bool ``[B, T, 10 A]``: False where the step is padding behind the end of a demonstration."""
-        return (~targets.action_is_pad).transpose(1, 2).repeat_interleave(SIZE, dim=-1)
+        """bool ``[B, T, C A]``: False where the step is padding behind the end of a demonstration."""
+        return (~targets.action_is_pad).transpose(1, 2).repeat_interleave(self.columns, dim=-1)
 
     def _raw(self, targets: PolicyTargets) -> Tensor:
-        position, quaternion = targets.position, targets.quaternion
-        if self.kind == "delta":
-            position = position - targets.start_position[:, :, None]
-            inverse = quaternion_conjugate(targets.start_quaternion)[:, :, None].expand_as(quaternion)
-            quaternion = quaternion_multiply(inverse, quaternion)
-        return self._flat(_features(position, quaternion, targets.gripper).transpose(1, 2))
-
-    def _flat(self, features: Tensor) -> Tensor:
-        return features.flatten(-2)
-
-
-def _features(position: Tensor, quaternion: Tensor, gripper: Tensor) -> Tensor:
-    """``[..., 10]``."""
-    columns = quaternion_to_columns(quaternion).flatten(-2)
-    return torch.cat([position, columns, gripper[..., None]], dim=-1)
+        return self.space.numbers(targets).transpose(1, 2).flatten(-2)
 
 
 def _scaled(values: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -81,6 +81,11 @@ class GeometryEncoder(nn.Module, ABC):
         """Whether its features hold world points."""
         return False
 
+    @property
+    def reads_cameras(self) -> bool:
+        """Whether its features depend on intrinsics and camera poses."""
+        return False
+
     def take_start(self) -> None:
         """Called once at the start of training: an encoder that begins with another run's weights takes them over."""
 
@@ -176,6 +181,10 @@ class DinoMultiView(GeometryEncoder):
     @property
     def predicts_points(self) -> bool:
         return self.head is not None
+
+    @property
+    def reads_cameras(self) -> bool:
+        return self.camera_rays
 
     def take_start(self) -> None:
         """Takes over the encoder of the run to start from, if there is one.

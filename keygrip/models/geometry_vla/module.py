@@ -94,7 +94,7 @@ class GeometryVLAModule(System):
         if network.head.action_size != actions.size:
             raise ValueError(
                 f"The head writes {network.head.action_size} numbers a step and {len(actions.arms)} arms have "
-                f"{actions.size}: set data.arms, which both read."
+                f"{actions.size}: set data.arms, which both read, and model.network.action_kind as model.actions.kind."
             )
         self.network = network
         self.actions = actions
@@ -105,6 +105,23 @@ class GeometryVLAModule(System):
         self.pointing_weight = pointing_weight
         self.views: tuple[str, ...] = ()
         self._grips: dict[str, list[Tensor]] = {}
+
+    @property
+    def reads_calibration(self) -> bool:
+        """Whether intrinsics and camera poses change its weights or its plans."""
+        geometry = self.network.geometry
+        told = geometry is not None and (geometry.learns_depth or geometry.reads_cameras)
+        return told or self.network.pointing is not None
+
+    @property
+    def extra_targets(self) -> tuple[str, ...]:
+        """What its actions are made of beside poses: "joints" or "controller"."""
+        return self.actions.reads
+
+    @property
+    def embodiments(self) -> tuple[str, ...]:
+        """Robots whose actions are normalised each by their own."""
+        return self.actions.embodiments
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
@@ -154,7 +171,12 @@ class GeometryVLAModule(System):
         return self.network.encode(batch.images, batch.instruction, batch.view_intrinsics, batch.view_world_to_camera)
 
     def state(self, batch: MultiViewPolicyBatch) -> Tensor:
-        return self.actions.state(batch.start_position, batch.start_quaternion, batch.start_gripper)
+        poses = (batch.start_position, batch.start_quaternion, batch.start_gripper)
+        return self.actions.state(*poses, batch.embodiment)
+
+    def decode(self, actions: Tensor, batch: MultiViewPolicyBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions, quaternions and openings of actions, from the batch's present poses."""
+        return self.actions.decode(actions, batch.start_position, batch.start_quaternion, batch.embodiment)
 
     def losses(self, scene: Scene, batch: MultiViewPolicyBatch) -> dict[str, Tensor]:
         """`action` (flow matching), those of the geometry encoder, and their `total`; also figures without gradient."""
@@ -199,7 +221,7 @@ class GeometryVLAModule(System):
     @torch.no_grad()
     def metrics(self, scene: Scene, batch: MultiViewPolicyBatch, sampled: Tensor) -> dict[str, Tensor]:
         """Errors of sampled actions over the steps that are no padding, and where the head looks."""
-        position, quaternion, gripper = self.actions.decode(sampled, batch.start_position, batch.start_quaternion)
+        position, quaternion, gripper = self.decode(sampled, batch)
         valid = ~batch.action_is_pad
         values = {
             "position_cm": (position - batch.position).norm(dim=-1) * 100,
@@ -221,7 +243,7 @@ class GeometryVLAModule(System):
     def grip_errors(self, batch: MultiViewPolicyBatch, sampled: Tensor) -> dict[str, Tensor]:
         """Position errors at the step where a gripper closes, ``[G]`` of the G such steps in the batch: to the side
         and in height, cm. A grasp succeeds by these; the mean over all steps is of approaches in free air."""
-        position, _, _ = self.actions.decode(sampled, batch.start_position, batch.start_quaternion)
+        position, _, _ = self.decode(sampled, batch)
         shut = torch.cat([batch.start_gripper[..., None], batch.gripper], dim=-1) < CLOSED  # [B, A, 1 + T]
         closes = shut[..., 1:] & ~shut[..., :-1] & ~batch.action_is_pad
         off = 100 * (position - batch.position)[closes]
@@ -231,7 +253,7 @@ class GeometryVLAModule(System):
     def picture(self, scene: Scene, batch: MultiViewPolicyBatch, sample: int = 0) -> np.ndarray:
         """One sample's plan and depth beside what was recorded, ``[H, W, 3]`` uint8."""
         actions = self.sample(scene, batch)
-        planned, _, _ = self.actions.decode(actions, batch.start_position, batch.start_quaternion)
+        planned, _, _ = self.decode(actions, batch)
         return scene_picture(batch, planned, scene.geometry, sample, scene.pointing)
 
     def _show(self, scene: Scene, batch: MultiViewPolicyBatch) -> None:

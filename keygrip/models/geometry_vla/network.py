@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keygrip.models.geometry_vla.action_head import ActionHead, AttentionRecord, BlockContext
+from keygrip.models.geometry_vla.action_spaces import COLUMNS
 from keygrip.models.geometry_vla.actions import SIZE
 from keygrip.models.geometry_vla.compression import GeometryCompressor, build_geom_compressor
 from keygrip.models.geometry_vla.geometry import GeometryEncoder, GeometryFeatures
@@ -119,6 +120,7 @@ class GeometryVLA(nn.Module):
             model so learns what it is being sent to.
         pointed_tokens: give the head what those maps say, and what the geometry encoder makes of the places (see
             `PointedTokens`).
+        action_kind: `model.actions.kind`, which says how many numbers an action has.
 
     Raises:
         ValueError: sizes that do not fit, or injection without a geometry encoder.
@@ -144,6 +146,7 @@ class GeometryVLA(nn.Module):
         pointing_cells: int = 0,
         pointing_keyframe: bool = False,
         pointed_tokens: bool = False,
+        action_kind: str = "absolute",
     ) -> None:
         super().__init__()
         if geom_inject_to_dit and geometry is None:
@@ -182,7 +185,7 @@ class GeometryVLA(nn.Module):
             vlm.width,
             blocks,
             len(arms) * SIZE,
-            len(arms) * SIZE,
+            len(arms) * COLUMNS.get(action_kind, SIZE),
             horizon,
             future_tokens,
             head_size,

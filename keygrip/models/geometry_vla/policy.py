@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from keygrip.models.geometry_vla.module import GeometryVLAModule
 
 
+MOVED_M = 1e-6
+
+
 @dataclass(frozen=True)
 class _Seen:
     """What B plans are made from: `noise` [B, T, Da], `state` [B, Da], `position` [B, A, 3], `turn` [B, A, 4]."""
@@ -41,6 +44,7 @@ class GeometryVLAPolicy:
         module: trained, with its statistics.
         margin_m: planned positions are kept within this distance of the positions seen in training: what lies beyond
             was never demonstrated, and may be the table. Poses in metres are kept so, never normalised actions.
+        embodiment: which robot it drives, of a model that tells several apart; others take none.
         seed: of the noise. temperature, steps, solver: of the sampler; None takes the module's own.
     """
 
@@ -50,8 +54,14 @@ class GeometryVLAPolicy:
     temperature: float | None = None
     steps: int | None = None
     solver: Solver | None = None
+    embodiment: str | None = None
 
     def __post_init__(self) -> None:
+        known = self.module.embodiments
+        if self.embodiment is not None and self.embodiment not in known:
+            raise ValueError(
+                f"policy.embodiment={self.embodiment}: the model knows {', '.join(known) or 'one robot only'}"
+            )
         if not self.module.views:
             raise ValueError("The policy does not know its cameras: train it, or load a checkpoint of keygrip.train.")
         self.module.eval()
@@ -64,7 +74,12 @@ class GeometryVLAPolicy:
     @property
     def needs(self) -> Needs:
         """What it reads of an observation."""
-        return Needs(arms=self.module.actions.arms, cameras=self.module.views, instruction=True)
+        return Needs(
+            arms=self.module.actions.arms,
+            cameras=self.module.views,
+            instruction=True,
+            calibration=self.module.reads_calibration,
+        )
 
     def reset(self, seed: int) -> None:
         """Starts an episode: the noise is from here on a function of the seeds."""
@@ -77,7 +92,27 @@ class GeometryVLAPolicy:
     @property
     def workspace(self) -> np.ndarray:
         """``[2, 3]`` lowest and highest position seen in training, metres."""
-        return self.module.statistics.position_range.double().cpu().numpy()
+        return self._position_range.double().cpu().numpy()
+
+    @property
+    def _position_range(self) -> torch.Tensor:
+        module = self.module
+        if not module.embodiments:
+            return module.statistics.position_range
+        return module.actions.position_range[self._number]
+
+    @property
+    def _number(self) -> int:
+        """Of its robot among the model's."""
+        known = self.module.embodiments
+        if self.embodiment is None and len(known) > 1:
+            raise ValueError(f"the model knows {', '.join(known)}: say which it drives with policy.embodiment=NAME")
+        return known.index(self.embodiment) if self.embodiment is not None else 0
+
+    def _robots(self, count: int) -> torch.Tensor | None:
+        if not self.module.embodiments:
+            return None
+        return torch.full((count,), self._number, device=self.module.device)
 
     def plan(self, observation: Observation) -> Plan:
         """Poses of the next T steps.
@@ -125,7 +160,8 @@ class GeometryVLAPolicy:
         nearest = np.where(share[0, :, 0] < 0.5, low, high)
         turned = torch.as_tensor(executing.quaternion[:, nearest], dtype=torch.float32, device=module.device)[None]
         actions = module.actions.encode_poses(
-            between(executing.position), turned, between(executing.gripper[..., None])[..., 0], seen.position, seen.turn
+            *(between(executing.position), turned, between(executing.gripper[..., None])[..., 0]),
+            *(seen.position, seen.turn, self._robots(1)),
         )
         fixed = min(math.ceil(max(delay_s, 0.0) / dt - 1e-6), known)
         weight = soft_mask(horizon, fixed, known, module.device)
@@ -157,27 +193,45 @@ class GeometryVLAPolicy:
         scene = module.network.encode(pictures, instructions, intrinsics, world_to_camera)
         shape = (1, module.network.head.horizon, module.actions.size)
         noise = torch.cat([torch.randn(shape, generator=session._generator) for session in sessions]).to(device)
-        return _Seen(scene, noise, module.actions.state(position, quaternion, gripper), position, quaternion)
+        state = module.actions.state(position, quaternion, gripper, self._robots(len(position)))
+        return _Seen(scene, noise, state, position, quaternion)
 
     def _planned(self, sampled: torch.Tensor, seen: _Seen) -> list[Plan]:
         module = self.module
-        planned, turned, opening = module.actions.decode(sampled, seen.position, seen.turn)
-        low, high = module.statistics.position_range
+        robots = self._robots(len(sampled))
+        planned, turned, opening = module.actions.decode(sampled, seen.position, seen.turn, robots)
+        low, high = self._position_range
         kept = planned.clamp(low - self.margin_m, high + self.margin_m)
+        terms = self._own_terms(sampled, moved=(kept - planned).abs().amax(dim=(1, 2, 3)) > MOVED_M)
         return [
             Plan(
                 position=kept[row].double().cpu().numpy(),
                 quaternion=turned[row].double().cpu().numpy(),
                 gripper=opening[row].clamp(0, 1).double().cpu().numpy(),
                 step_seconds=module.statistics.step_seconds,
+                joints=terms[row].get("joints"),
+                controller=terms[row].get("controller"),
             )
             for row in range(len(planned))
         ]
 
+    def _own_terms(self, sampled: torch.Tensor, moved: torch.Tensor) -> list[dict[str, np.ndarray]]:
+        """The plans as joints or inputs of a controller, where these are the actions. A plan whose poses were moved
+        into the workspace has none: what was planned is not what may be done."""
+        actions = self.module.actions
+        if not actions.reads:
+            return [{}] * len(sampled)
+        numbers = actions.numbers(sampled, self._robots(len(sampled))).double().cpu().numpy()
+        if actions.kind == "joint":
+            numbers = numbers[..., :-1]
+        (name,) = actions.reads
+        return [{} if outside else {name: row} for outside, row in zip(moved.tolist(), numbers, strict=True)]
+
     def _view(self, view: Mapping[str, Any]) -> View:
-        return self._geometry.view(
-            np.asarray(view["image"]), np.asarray(view["intrinsics"]), np.asarray(view["world_to_camera"])
-        )
+        image = np.asarray(view["image"])
+        if not self.module.reads_calibration:
+            return self._geometry.view(image, np.eye(3), np.eye(4))
+        return self._geometry.view(image, np.asarray(view["intrinsics"]), np.asarray(view["world_to_camera"]))
 
 
 def _instruction(observation: Observation) -> str:

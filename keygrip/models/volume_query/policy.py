@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SENTENCES_KEPT = 1000  # a client may send any number of them; one that is forgotten is warned of again
+
 
 @dataclass
 class VolumeQueryPolicy:
@@ -87,6 +89,8 @@ class VolumeQueryPolicy:
             if not isinstance(sentence, str) or not sentence.strip():
                 raise ValueError("the observation lacks an instruction, which tells this policy what to do")
             if sentence not in self._read:
+                if len(self._read) == SENTENCES_KEPT:
+                    self._read.clear()
                 self._read.add(sentence)
                 if words := encoder.unknown_words(sentence):
                     log.warning(

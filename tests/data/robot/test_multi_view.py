@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -217,12 +219,24 @@ def test_of_many_frames_the_chunks_are_an_even_choice(
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
-def test_demos_without_depth_are_named(root: Path, robot_demos: Make, native_demo: Any) -> None:
+def test_demos_without_depth_are_named_and_theirs_is_unknown(
+    root: Path, robot_demos: Make, native_demo: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = native_demo(root / "flat", cameras=CAMERAS, seed=9)
     add_depth(folder, "over")
-    with pytest.raises(ValueError, match=r"1 of 7 demos hold no depth for all of over, front \(first: flat\)"):
-        robot_demos(root, **TWO).setup("fit")
-    batch = next(iter(ready(robot_demos(root, cameras=CAMERAS)).train_dataloader()))
+    caplog.set_level(logging.WARNING, logger="keygrip")
+    module = ready(robot_demos(root, **TWO, val_fraction=0.0))
+    assert "1 of 7 demos hold no depth for all of over, front (first: flat)" in caplog.text
+    number = next(index for index, demo in enumerate(module.demos) if demo.name == "flat")
+    rows = [row for row in range(len(module.train_samples)) if module.train_samples.sample_demo[row] == number]
+    sample = module.train_samples[SampleKey(rows[0], 0)]
+    assert sample.depth[0].max() > 0
+    assert (sample.depth[1] == 0).all()  # unknown
+    for folder in root.glob("demo_*"):
+        shutil.rmtree(folder)
+    with pytest.raises(ValueError, match=r"no demo holds depth for all of over, front \(first: flat\)"):
+        robot_demos(root, **TWO, val_fraction=0.0).setup("fit")
+    batch = next(iter(ready(robot_demos(root, cameras=CAMERAS, val_fraction=0.0)).train_dataloader()))
     assert batch.depth is None
 
 

@@ -251,7 +251,8 @@ def test_a_frame_that_breaks_is_replaced_by_its_neighbour_and_named(
     assert sorted(reason.partition(":")[0] for reason in module.skipped.reasons) == [f"demo {broken.name!r}"] * 2
     assert all("of camera 'over' cannot be read" in reason for reason in module.skipped.reasons)
     assert module.skipped.count <= 3  # frame 6 tries frame 5 first
-    module = ready(robot_demos(native_root, num_workers=workers, cameras=cameras, max_broken_share=0.001))
+    settings = {"num_workers": workers, "cameras": cameras, "max_broken_share": 0.001, "verify": False}
+    module = ready(robot_demos(native_root, **settings))
     module.skipped.judged_after = 8
     with pytest.raises(ValueError, match=r"more than data.max_broken_share=0.001 allows; the first: demo"):
         for _ in range(2):

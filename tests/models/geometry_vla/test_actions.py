@@ -8,21 +8,22 @@ from vla_parts import T, poses
 
 from keygrip.data.batches import PolicyTargets
 from keygrip.models.geometry.rotations import geodesic_angle
-from keygrip.models.geometry_vla.actions import SIZE, PoseActions, PoseKind
+from keygrip.models.geometry_vla.action_spaces import ActionKind
+from keygrip.models.geometry_vla.actions import SIZE, PoseActions
 
 
 def chunks(count: int = 64, seed: int = 4) -> PolicyTargets:
     return PolicyTargets(**poses(count, seed), instruction=["go"] * count)
 
 
-def fitted(kind: PoseKind, tail: float = 0.01) -> PoseActions:
+def fitted(kind: ActionKind, tail: float = 0.01) -> PoseActions:
     actions = PoseActions(["right"], kind, tail)
     actions.take(chunks())
     return actions
 
 
 @pytest.mark.parametrize("kind", ["absolute", "delta"])
-def test_poses_come_back(kind: PoseKind) -> None:
+def test_poses_come_back(kind: ActionKind) -> None:
     actions, batch = fitted(kind), chunks(16, seed=9)
     encoded = actions.encode(batch)
     assert encoded.shape == (16, T, SIZE)
@@ -43,7 +44,7 @@ def test_delta_is_the_way_from_the_present_pose() -> None:
 
 
 @pytest.mark.parametrize("kind", ["absolute", "delta"])
-def test_nothing_is_clipped(kind: PoseKind) -> None:
+def test_nothing_is_clipped(kind: ActionKind) -> None:
     """What lies beyond the usual range is normalised beyond -1 .. 1, and comes back: a clip would move it."""
     actions, batch = fitted(kind, tail=0.2), chunks(64)
     encoded = actions.encode(batch)
@@ -120,7 +121,7 @@ def test_statistics_lie_in_the_checkpoint_and_missing_ones_raise() -> None:
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(ValueError, match="absolute or delta"):
+    with pytest.raises(ValueError, match="one of absolute, delta, joint, osc"):
         PoseActions(["right"], "relative")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="tail"):
         PoseActions(["right"], tail=0.5)

@@ -22,6 +22,7 @@ from keygrip.models.volume_query.decoding import Decoder
 from keygrip.models.volume_query.figures import prediction_figure
 from keygrip.models.volume_query.module import VolumeQueryModule
 from keygrip.models.volume_query.network import VolumeQueryNetwork
+from keygrip.models.volume_query.policy import SENTENCES_KEPT
 from keygrip.models.volume_query.targets import height_centres
 from keygrip.models.volume_query.volume import argmax_voxel, volume_cross_entropy
 from keygrip.training.images import figure_to_image
@@ -317,6 +318,9 @@ def test_a_policy_that_reads_language_asks_for_it_and_names_unknown_words(
     assert not caplog.records
     policy.plan(observation | {"instruction": "open the fridge"})
     assert "fridge" in caplog.text
+    for number in range(2 * SENTENCES_KEPT):
+        policy._tokens([{"instruction": f"open {number}"}])
+    assert len(policy._read) <= SENTENCES_KEPT  # whatever clients send
 
 
 def test_validation_keeps_means_of_every_instruction() -> None:

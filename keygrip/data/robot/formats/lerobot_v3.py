@@ -46,7 +46,7 @@ from typing import Any
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from keygrip.data.bad_samples import inside, read_json
+from keygrip.data.bad_samples import BadSample, inside, read_json
 from keygrip.data.robot.calibration import ArmCalibration, Calibration, find_calibration, read_calibration
 from keygrip.data.robot.formats.frames import ParquetFrames
 from keygrip.data.robot.formats.poses import increasing, opening, quaternions, rotations, transform
@@ -56,13 +56,26 @@ from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoErro
 from keygrip.robots.kinematics import forward_kinematics
 
 IMAGES = "observation.images."
+PLACE = "keygrip/place"  # of an episode's files: what the templates of version 2 are filled in with
 _ROTATIONS = {"quaternion_wxyz": 4, "quaternion_xyzw": 4, "rotation_vector": 3, "matrix": 9, "euler_xyz": 3}
 
 
 def detect(root: Path) -> bool:
-    """True for a folder with LeRobot's `meta/info.json`, of any version (an old one is refused by name when it is
-    read)."""
-    return (root / "meta" / "info.json").is_file()
+    """True for a folder with LeRobot's `meta/info.json` of any version but 2 (a still older one is refused by name when
+    it is read)."""
+    return (root / "meta" / "info.json").is_file() and not stated_version(root).startswith("v2.")
+
+
+def stated_version(root: Path) -> str:
+    """The version that `meta/info.json` states; empty where there is none."""
+    path = root / "meta" / "info.json"
+    if not path.is_file():
+        return ""
+    try:
+        info = read_json(path)
+    except BadSample:
+        return ""
+    return str(info.get("codebase_version")) if isinstance(info, dict) else ""
 
 
 def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
@@ -78,19 +91,27 @@ def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
     version = str(info.get("codebase_version"))
     if not version.startswith("v3."):
         raise ValueError(
-            f"{root} is a LeRobot data set of version {version}; version 3 is read. LeRobot converts it: "
-            "python -m lerobot.datasets.v30.convert_dataset_v21_to_v30 --repo-id=NAME"
+            f"{root} is a LeRobot data set of version {version}; versions 2.0, 2.1 and 3 are read. LeRobot converts "
+            "others: python -m lerobot.datasets.v30.convert_dataset_v21_to_v30 --repo-id=NAME"
         )
+    return references(root, info, _episodes(root), calibration, "lerobot_v3")
+
+
+def references(
+    root: Path, info: dict[str, Any], episodes: list[dict[str, Any]], calibration: Path | None, format: str
+) -> list[DemoReference]:
+    """The demos of a data set's episodes.
+
+    Raises:
+        FileNotFoundError, ValueError: the calibration file is missing, or does not say whose poses there are.
+    """
     cameras = read_calibration(find_calibration(root, calibration, "LeRobot"))
     if not cameras.lerobot.get("arms"):
         raise ValueError(
             f"{cameras.path} has no lerobot.arms: which numbers are the gripper's pose (see lerobot_v3.py)"
         )
-    episodes = _episodes(root)
     return [
-        DemoReference(
-            f"episode_{int(row['episode_index']):06d}", root, "lerobot_v3", partial(read, root, info, row, cameras)
-        )
+        DemoReference(f"episode_{int(row['episode_index']):06d}", root, format, partial(read, root, info, row, cameras))
         for row in episodes
     ]
 
@@ -129,11 +150,10 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
     """
     number, rate = int(episode["episode_index"]), float(info["fps"])
     name = f"episode_{number:06d}"
-    file = _path(
-        root,
-        info["data_path"],
-        {"chunk_index": int(episode["data/chunk_index"]), "file_index": int(episode["data/file_index"])},
-    )
+    place = episode.get(PLACE)  # of version 2, where each episode has its files
+    if place is None:
+        place = {"chunk_index": int(episode["data/chunk_index"]), "file_index": int(episode["data/file_index"])}
+    file = _path(root, info["data_path"], place)
     table, rows = _rows(file, number, name)
     frames = len(rows)
     if frames != int(episode["length"]):
@@ -149,27 +169,30 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
     cameras: dict[str, CameraTrack] = {}
     for key, feature in info["features"].items():
         camera = key.removeprefix(IMAGES)
-        if feature["dtype"] not in ("video", "image") or camera not in {**recorded, **calibration.cameras}:
+        if feature["dtype"] not in ("video", "image") or camera in calibration.left_out:
             continue
         height, width = _size(feature)
-        rotate = 0 if camera in recorded else calibration.cameras[camera].rotate
-        source = _frames(root, info, episode, key, feature, file, rows, rate, rotate, name)
-        if camera in recorded:
+        known = calibration.cameras.get(camera) if camera not in recorded else None
+        rotate = 0 if known is None else known.rotate
+        named = known is not None or camera in recorded
+        try:
+            source = _frames(root, info, episode, key, feature, file, rows, rate, rotate, name)
+        except (DemoError, LookupError):
+            if named:
+                raise
+            continue
+        if not named:
+            reason = f"{calibration.path} has no entry for it"
+            cameras[camera] = CameraTrack.without_calibration(width, height, source, frames, reason)
+            continue
+        if known is None:
             intrinsics, poses = _recorded(table, info, camera, recorded[camera], calibration)
         else:
             if rotate in (90, 270):
                 height, width = width, height
-            fixed = calibration.cameras[camera].intrinsics_for(width, height)
-            intrinsics = CameraTrack.broadcast(fixed, frames)
-            poses = calibration.cameras[camera].poses(gripper_poses, frames)
+            intrinsics = CameraTrack.broadcast(known.intrinsics_for(width, height), frames)
+            poses = known.poses(gripper_poses, frames)
         cameras[camera] = CameraTrack(width, height, intrinsics, poses, source)
-    if not cameras:
-        keys = [
-            key.removeprefix(IMAGES)
-            for key, feature in info["features"].items()
-            if feature["dtype"] in ("video", "image")
-        ]
-        raise DemoError(name, f"no camera of the data set ({', '.join(keys)}) is in {calibration.path}")
     tasks = episode.get("tasks") or [_tasks(root).get(int(table["task_index"][0]), "")]
     task = episode.get("keygrip/task")
     times = np.asarray(table["timestamp"], dtype=np.float64).reshape(-1)
@@ -185,7 +208,11 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
         timestamps=increasing((times * 1e9).round().astype(np.int64), round(1e9 / rate)),
         arms=arms,
         cameras=cameras,
-        source={"format": "lerobot_v3", "episode": number, "calibration": str(calibration.path)},
+        source={
+            "format": "lerobot_v3" if PLACE not in episode else "lerobot_v2",
+            "episode": number,
+            "calibration": str(calibration.path),
+        },
     )
 
 
@@ -360,6 +387,9 @@ def _frames(
         if rotate:
             raise DemoError(name, f"{key} is stored as pictures; rotate is for videos only")
         return ParquetFrames(file, key, tuple(rows), root)
+    if PLACE in episode:
+        path = _path(root, info["video_path"], {"video_key": key, **episode[PLACE]})
+        return VideoFrames(path, len(rows), rotate=rotate)
     prefix = f"videos/{key}/"
     numbers = {part: int(episode[f"{prefix}{part}"]) for part in ("chunk_index", "file_index")}
     path = _path(root, info["video_path"], {"video_key": key, **numbers})

@@ -8,11 +8,12 @@ robosuite's conventions:
   they are turned upright here (rows reversed; a rotation by 180 degrees, which some code uses, would mirror the scene).
 - The world is MuJoCo's, z up, metres. Fingers are 0.04 m from the middle when open.
 - Observations were written after the step of the same row, so `actions[i + 1]` was given at row i. Actions are scaled
-  offsets of an operational-space controller, whose goal depends on its state; they are not turned into commanded poses.
+  offsets of an operational-space controller, whose goal depends on its state; they are not turned into commanded poses,
+  but kept as they are for model.actions.kind=osc.
 
 Cameras: `agentview` is read from the MuJoCo model stored with each demo (fixed to the world), any other from a
 calibration file (`calibration.py`, cameras `agentview` and `eye_in_hand`; the hand's is `mounted_on: right`). Without
-one, `eye_in_hand` is left out.
+one, `eye_in_hand` is of use only to models that read no calibration.
 """
 
 from __future__ import annotations
@@ -100,6 +101,7 @@ def read(path: Path, key: str, name: str, calibration: Calibration | None) -> De
         position, turn = own_array(observed, "ee_pos"), own_array(observed, "ee_ori")
         fingers = own_array(observed, "gripper_states")
         joints = own_array(observed, "joint_states") if "joint_states" in observed else None
+        actions = own_array(demo, "actions") if "actions" in demo else None
         upside_down = _text(data.attrs.get("macros_image_convention", "opengl")) != "opencv"
         sizes = {camera: observed[dataset].shape for camera, dataset in CAMERAS.items() if dataset in observed}
         model = _text(demo.attrs.get("model_file", ""))
@@ -113,34 +115,27 @@ def read(path: Path, key: str, name: str, calibration: Calibration | None) -> De
             fingers[:, 0] - fingers[:, 1], "gripper_states (distance of the fingers)", 0.0, 2 * FINGER_STROKE_M
         ),
         joints=joints,
+        controller=None if actions is None else np.concatenate([actions[1:], actions[-1:]]),
     )
-    cameras, left_out = {}, []
+    cameras: dict[str, CameraTrack] = {}
     for camera, (held, height, width, _) in sizes.items():
         known = _camera(
             camera, width, height, frames, model, calibration, {"right": transform(position, matrices)}, name
         )
-        if known is None:
-            left_out.append(camera)
-            continue
         if held != frames:
             raise DemoError(name, f"{CAMERAS[camera]} holds {held} pictures, the demo {frames} poses")
         pictures = HDF5Frames(path, f"data/{key}/obs/{CAMERAS[camera]}", frames, upside_down)
-        cameras[camera] = CameraTrack(width, height, *known, pictures)
-    if not cameras:
-        raise DemoError(
-            name,
-            "no camera is known: the model stored with the demo has no agentview; "
-            f"give {NAMES[0]} with {', '.join(sizes)}",
-        )
+        if known is None:
+            where = "on the hand is not in the file" if camera == "eye_in_hand" else "is not in the stored model"
+            reason = f"its pose {where}; a calibration file ({NAMES[0]}) adds it"
+            cameras[camera] = CameraTrack.without_calibration(width, height, pictures, frames, reason)
+        else:
+            cameras[camera] = CameraTrack(width, height, *known, pictures)
     notes = (
         ["pictures are stored bottom row first (robosuite's opengl convention) and turned upright"]
         if upside_down
         else []
     )
-    notes += [
-        f"camera {camera} is left out: its pose on the hand is not in the file; a calibration file adds it"
-        for camera in left_out
-    ]
     for note in notes:
         logger.debug("%s: %s", name, note)
     return Demo(
@@ -174,7 +169,7 @@ def _task(data: Any, path: Path) -> tuple[str, float, str]:
     instruction, rate = task.replace("_", " "), CONTROL_HZ
     if "problem_info" in data.attrs:
         told = _object(data.attrs["problem_info"], f"{path.name}: problem_info").get("language_instruction")
-        instruction = " ".join(told) if isinstance(told, list) else str(told or instruction)
+        instruction = " ".join(map(str, told)) if isinstance(told, list) else str(told or instruction)
     if "env_args" in data.attrs:
         settings = _object(data.attrs["env_args"], f"{path.name}: env_args").get("env_kwargs") or {}
         rate = float(settings.get("control_freq") or rate)

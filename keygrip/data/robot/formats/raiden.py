@@ -352,21 +352,17 @@ def _camera(episode: Path, name: str, camera: str, rows: list[dict[str, Any]]) -
     intrinsics[:, :2, 2] += 0.5  # drivers count from the first pixel's centre, we from its corner
     if (intrinsics == intrinsics[0]).all():
         intrinsics = CameraTrack.broadcast(intrinsics[0], len(rows))
-    world_to_camera = invert(extrinsics)
+    world_to_camera, uncalibrated = invert(extrinsics), ""
     if (extrinsics == extrinsics[0]).all():
         if (extrinsics[0] == np.eye(4)).all():
-            raise DemoError(
-                name,
-                f"camera {camera!r} has the identity as its pose: it was not calibrated when the episode was converted",
-            )
+            uncalibrated = "its pose is the identity: it was not calibrated when the episode was converted"
         world_to_camera = CameraTrack.broadcast(world_to_camera[0], len(rows))
     depth_folder = episode / "depth" / camera
     depth: FrameSource | None = None
     if (depth_folder / f"{len(rows) - 1:010d}.npz").is_file():
         depth = NpzDepth(depth_folder, len(rows))
-    return CameraTrack(
-        width, height, intrinsics, world_to_camera, JpegFrames(folder, f"%010d{suffixes[0]}", len(rows)), depth
-    )
+    frames = JpegFrames(folder, f"%010d{suffixes[0]}", len(rows))
+    return CameraTrack(width, height, intrinsics, world_to_camera, frames, depth, uncalibrated)
 
 
 def _times(episode: Path, name: str, cameras: list[str], frames: int, rate: float) -> np.ndarray:

@@ -94,17 +94,21 @@ def read(episode: Path, name: str, calibration: Calibration) -> Demo:
             times = stamps
         for key in keys:
             camera = role if len(keys) == 1 else f"{role}_{key}"
+            if camera in calibration.left_out:
+                continue
             if camera not in calibration.cameras:
+                reason = f"{calibration.path} has no entry for it"
+                video = VideoFrames(episode / f"{role}-images-{key}.mp4")
+                try:
+                    source, width, height = _track(video, entry, stamps, times)
+                except OSError:
+                    continue  # of a camera that nobody has named
+                cameras[camera] = CameraTrack.without_calibration(width, height, source, len(times), reason)
                 continue
             video = VideoFrames(episode / f"{role}-images-{key}.mp4", rotate=calibration.cameras[camera].rotate)
             cameras[camera] = _camera(video, camera, entry, stamps, times, calibration, gripper_poses)
     if times is None:
         raise DemoError(name, "metadata.json names no camera")
-    if not cameras:
-        roles = ", ".join(str(entry["role"]) for entry in metadata["cameras"])
-        raise DemoError(
-            name, f"no camera of the recording ({roles}) is in {calibration.path} ({', '.join(calibration.cameras)})"
-        )
     return Demo(
         name=name,
         path=episode,
@@ -179,8 +183,22 @@ def _camera(
     calibration: Calibration,
     gripper_poses: dict[str, np.ndarray],
 ) -> CameraTrack:
-    """A track whose frame i is the image nearest in time to tick i (cameras of other lengths drop or repeat
-    frames)."""
+    frames, width, height = _track(video, entry, stamps, times)
+    calibrated = calibration.camera(camera)
+    return CameraTrack(
+        width,
+        height,
+        CameraTrack.broadcast(calibrated.intrinsics_for(width, height), len(times)),
+        calibrated.poses(gripper_poses, len(times)),
+        frames,
+    )
+
+
+def _track(
+    video: VideoFrames, entry: dict[str, Any], stamps: np.ndarray, times: np.ndarray
+) -> tuple[FrameSource, int, int]:
+    """Frames of which number i is the image nearest in time to tick i (cameras of other lengths drop or repeat
+    frames), and their width and height."""
     held = video.frames_in_file()
     if held != len(stamps):
         raise OSError(f"{video.path.name} holds {held} frames, its time stamps are {len(stamps)}: the video is cut off")
@@ -191,11 +209,4 @@ def _camera(
         frames = SelectedFrames(frames, tuple(int(index) for index in nearest))
     entry_size = (int(entry["width"]), int(entry["height"]))
     width, height = entry_size if video.rotate in (0, 180) else entry_size[::-1]
-    calibrated = calibration.camera(camera)
-    return CameraTrack(
-        width,
-        height,
-        CameraTrack.broadcast(calibrated.intrinsics_for(width, height), len(times)),
-        calibrated.poses(gripper_poses, len(times)),
-        frames,
-    )
+    return frames, width, height

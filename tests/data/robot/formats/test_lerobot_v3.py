@@ -129,6 +129,74 @@ def write_dataset(scene, write_video, calibration_text):
     return write
 
 
+def to_version_2(root: Path) -> None:
+    """Turns a data set of `write_dataset` into one of version 2.1, an episode a file."""
+    info = json.loads((root / "meta/info.json").read_text())
+    rows = [row for path in sorted(root.glob("data/*/*.parquet")) for row in pq.read_table(path).to_pylist()]
+    episodes = pq.read_table(root / "meta/episodes/chunk-000/file-000.parquet").to_pylist()
+    for path in sorted(root.glob("data/*/*.parquet")):
+        path.unlink()
+    for episode in episodes:
+        number = episode["episode_index"]
+        own = [row for row in rows if row["episode_index"] == number]
+        pq.write_table(pa.Table.from_pylist(own), root / f"data/chunk-000/episode_{number:06d}.parquet")
+    (root / "meta/episodes/chunk-000/file-000.parquet").unlink()
+    keys = ("episode_index", "tasks", "length")
+    lines = [json.dumps({key: episode[key] for key in keys}) for episode in episodes]
+    (root / "meta/episodes.jsonl").write_text("\n".join(lines) + "\n")
+    tasks = ["Pick up the cube", "Put it down"]
+    lines = [json.dumps({"task_index": number, "task": task}) for number, task in enumerate(tasks)]
+    (root / "meta/tasks.jsonl").write_text("\n".join(lines))
+    info |= {
+        "codebase_version": "v2.1",
+        "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+        "video_path": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
+    }
+    (root / "meta/info.json").write_text(json.dumps(info))
+
+
+@pytest.mark.parametrize("in_parquet", [False, True])
+def test_version_2_reads_as_version_3(tmp_path, write_dataset, write_video, scene, check_geometry, in_parquet):
+    write_dataset(tmp_path / "three", pictures_in_parquet=in_parquet)
+    write_dataset(tmp_path / "two", pictures_in_parquet=in_parquet)
+    to_version_2(tmp_path / "two")
+    if not in_parquet:
+        for number, length in enumerate(LENGTHS):
+            path = tmp_path / f"two/videos/chunk-000/{KEY}/episode_{number:06d}.mp4"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_video(path, scene.pictures()[:length], FPS)
+    old, new = find_demos(tmp_path / "two"), find_demos(tmp_path / "three")
+    assert [reference.name for reference in old] == [reference.name for reference in new]
+    assert {reference.format for reference in old} == {"lerobot_v2"}
+    for before, after in zip(old, new, strict=True):
+        demo, same = before.read(), after.read()
+        check_geometry(demo, "top", "right")
+        assert (demo.instruction, demo.fps, len(demo)) == (same.instruction, same.fps, len(same))
+        np.testing.assert_array_equal(demo.arms["right"].position, same.arms["right"].position)
+        np.testing.assert_array_equal(demo.timestamps, same.timestamps)
+    (tmp_path / "two/meta/episodes.jsonl").write_text('{"episode_index": 0, "length": 6}\n[1]\n')
+    with pytest.raises(ValueError, match=r"episodes\.jsonl: line 2 holds no object"):
+        find_demos(tmp_path / "two")
+    (tmp_path / "two/meta/episodes.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"episodes\.jsonl is missing"):
+        find_demos(tmp_path / "two")
+
+
+def test_cameras_without_calibration_are_for_models_that_read_none(tmp_path, write_dataset):
+    calibration = write_dataset(tmp_path)
+    del calibration["cameras"]
+    save(tmp_path, calibration)
+    reference = find_demos(tmp_path)[0]
+    track = reference.read(uncalibrated=True).cameras["top"]
+    assert "has no entry for it" in track.uncalibrated
+    assert track.frames.read(0).shape == (72, 96, 3)
+    import_demos(tmp_path, tmp_path.parent / "native", progress=False)
+    native = find_demos(tmp_path.parent / "native")[0]
+    assert native.read(uncalibrated=True).cameras["top"].uncalibrated == track.uncalibrated
+    with pytest.raises(DemoError, match="no camera is calibrated"):
+        native.read()
+
+
 def arm(feature: str) -> dict:
     return {
         "position": {"feature": feature, "index": [0, 1, 2]},
@@ -203,8 +271,8 @@ def test_rotations_in_every_notation(scene, kind, encode):
 def test_an_old_version_and_missing_parts_are_refused(tmp_path, write_dataset):
     write_dataset(tmp_path)
     info = json.loads((tmp_path / "meta/info.json").read_text())
-    (tmp_path / "meta/info.json").write_text(json.dumps({**info, "codebase_version": "v2.1"}))
-    with pytest.raises(ValueError, match=r"version v2\.1; version 3 is read"):
+    (tmp_path / "meta/info.json").write_text(json.dumps({**info, "codebase_version": "v1.6"}))
+    with pytest.raises(ValueError, match=r"version v1\.6; versions 2\.0, 2\.1 and 3 are read"):
         find_demos(tmp_path)
     (tmp_path / "meta/info.json").write_text(json.dumps(info))
     (tmp_path / "data/chunk-000/file-001.parquet").unlink()
@@ -241,7 +309,10 @@ def test_a_video_that_is_too_short_for_its_episodes_is_refused(tmp_path, scene, 
         (lambda c: c["lerobot"]["arms"]["right"]["position"].update(index=[0, 1, 9]), "asks for number 9"),
         (lambda c: c["lerobot"]["arms"]["right"]["position"].update(feature="state"), "the data set has"),
         (lambda c: c["lerobot"]["arms"]["right"]["gripper"].update(open=1.0), "other units"),
-        (lambda c: c.update(cameras={"front": c["cameras"]["top"]}), r"no camera of the data set \(top\)"),
+        (
+            lambda c: c.update(cameras={"front": c["cameras"]["top"]}),
+            r"no camera is calibrated \(top: .* no entry for it\)",
+        ),
     ],
 )
 def test_wrong_sidecars_are_one_clear_line(tmp_path, write_dataset, change, message):

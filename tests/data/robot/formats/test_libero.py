@@ -14,6 +14,7 @@ from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.importing import import_demos
+from keygrip.data.robot.samples import poses_of
 from keygrip.data.robot.schema import DemoError
 
 FILE = "KITCHEN_SCENE1_put_the_black_bowl_on_the_plate_demo.hdf5"
@@ -95,9 +96,29 @@ def test_agentview_comes_from_the_stored_model_and_is_turned_upright(tmp_path, s
     assert "eye_in_hand is left out" in notes
 
 
+def test_instructions_of_several_words_and_the_controllers_inputs_are_kept(tmp_path, square):
+    write_file(tmp_path / "raw" / FILE, square, demos=1)
+    actions = np.random.default_rng(0).uniform(-1, 1, (len(square.position), 7))
+    with h5py.File(tmp_path / "raw" / FILE, "r+") as file:
+        words = ["put", "the", "black", "bowl", "down"]
+        file["data"].attrs["problem_info"] = json.dumps({"language_instruction": words})
+        file["data/demo_0/actions"][...] = actions
+    demo = find_demos(tmp_path / "raw")[0].read(uncalibrated=True)
+    assert demo.instruction == "put the black bowl down"
+    controller = demo.arms["right"].controller
+    np.testing.assert_array_equal(controller[:-1], actions[1:])  # each was given after the observation of its row
+    assert demo.cameras["eye_in_hand"].uncalibrated
+    poses = poses_of(demo, ["right"], 2, np.array([1, 2, 3]), "reached", ("controller",))
+    np.testing.assert_allclose(poses["controller"][0], actions[3:6], atol=1e-6)
+    import_demos(tmp_path / "raw", tmp_path / "native", progress=False)
+    native = find_demos(tmp_path / "native")[0].read(uncalibrated=True)
+    np.testing.assert_array_equal(native.arms["right"].controller, controller)
+    assert native.cameras["eye_in_hand"].uncalibrated == demo.cameras["eye_in_hand"].uncalibrated
+
+
 def test_a_calibration_file_adds_the_hand_and_overrides_the_model(tmp_path, square, calibration_text, check_geometry):
     write_file(tmp_path / FILE, square, xml="<mujoco/>")
-    with pytest.raises(DemoError, match=r"no camera is known.*give calibration\.yaml"):
+    with pytest.raises(DemoError, match=r"no camera is calibrated \(agentview: .*calibration\.yaml"):
         find_demos(tmp_path)[0].read()
     entry = calibration_text(square)
     hand = {key: value for key, value in entry.items() if key != "world_to_camera"}

@@ -247,7 +247,10 @@ def test_without_a_calibration_the_message_says_what_to_write(tmp_path, write_ep
         (lambda c: c["cameras"]["top"].update(world_to_camera=np.diag([1, 1, -1, 1.0]).tolist()), "mirrors"),
         (lambda c: c["cameras"]["top"].update(rotate=45), "rotate must be"),
         (lambda c: c["arms"].pop("right"), r"no arms\.right\.world_from_base"),
-        (lambda c: c.update(cameras={"front": c["cameras"]["top"]}), r"no camera of the recording \(top, wrist\)"),
+        (
+            lambda c: c.update(cameras={"front": c["cameras"]["top"]}),
+            r"no camera is calibrated \(top: .*; wrist: .* no entry",
+        ),
     ],
 )
 def test_wrong_calibrations_are_one_clear_line(tmp_path, write_episode, calibrate, change, message):

@@ -1,0 +1,63 @@
+"""Reader of LeRobot data sets, codebase versions 2.0 and 2.1, as they lie on most of the hub.
+
+Layout: `meta/info.json` (fps, features, path templates), `meta/tasks.jsonl`, `meta/episodes.jsonl` (a line an episode),
+`data/chunk-*/episode_*.parquet` and `videos/chunk-*/<key>/episode_*.mp4` (one episode a file). The calibration file,
+and all that is read, are those of `lerobot_v3.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from keygrip.data.bad_samples import BadSample, guard, parse_json, read_json, read_text
+from keygrip.data.robot.formats import lerobot_v3
+from keygrip.data.robot.reference import DemoReference
+
+MAX_LISTING_BYTES = 1 << 28  # of meta/episodes.jsonl: a million episodes
+CHUNK = 1000  # episodes a folder, where info.json does not say
+
+
+def detect(root: Path) -> bool:
+    """True for a folder with LeRobot's `meta/info.json` of version 2."""
+    return lerobot_v3.stated_version(root).startswith("v2.")
+
+
+def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
+    """The episodes of the data set.
+
+    Raises:
+        FileNotFoundError: a part of the data set or the calibration file is missing.
+        ValueError: another version of LeRobot's format, or a calibration file that does not fit the features.
+    """
+    version = lerobot_v3.stated_version(root)
+    if not version.startswith("v2."):
+        raise ValueError(f"{root} is a LeRobot data set of version {version or 'unknown'}, not 2.0 or 2.1")
+    info = read_json(root / "meta" / "info.json")
+    with guard(root / "meta" / "info.json"):
+        chunk = int(info.get("chunks_size") or CHUNK)
+        tasks = {int(row["task_index"]): str(row["task"]) for row in _rows(root / "meta" / "tasks.jsonl")}
+    episodes: list[dict[str, Any]] = []
+    for row in _rows(root / "meta" / "episodes.jsonl"):
+        with guard(root / "meta" / "episodes.jsonl"):
+            number = int(row["episode_index"])
+            named = row.get("tasks") or []
+            text = [tasks.get(task, "") if isinstance(task, int) else str(task) for task in named]
+            place = {"episode_index": number, "episode_chunk": number // max(1, chunk)}
+            episodes.append({**place, "length": int(row["length"]), "tasks": text, lerobot_v3.PLACE: place})
+    if not episodes:
+        raise FileNotFoundError(f"{root}/meta/episodes.jsonl names no episode")
+    episodes.sort(key=lambda row: row["episode_index"])
+    return lerobot_v3.references(root, info, episodes, calibration, "lerobot_v2")
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one JSON object a line."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; the data set is incomplete")
+    lines = [line for line in read_text(path, MAX_LISTING_BYTES).splitlines() if line.strip()]
+    rows = [parse_json(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise BadSample(path, f"line {number} holds no object")
+    return rows

@@ -1,0 +1,62 @@
+"""Data sets of the Hugging Face hub: downloaded once into a folder, read from there ever after."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from keygrip.artifacts import make_once, write_text
+
+log = logging.getLogger(__name__)
+
+PREFIX = "hub:"
+FOLDER = Path("data/hub")
+COMPLETE = ".complete"
+_NAME = re.compile(r"[\w][\w.-]{0,95}/[\w][\w.-]{0,95}")
+
+
+def hub_name(root: str | Path | None) -> str | None:
+    """OWNER/NAME of a root given as `hub:OWNER/NAME`; None: it is a folder.
+
+    Raises:
+        ValueError: it begins with `hub:` and is no such name.
+    """
+    text = str(root)
+    if not text.startswith(PREFIX):
+        return None
+    name = text.removeprefix(PREFIX)
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise ValueError(f"data.root={text} names no data set of the hub: write data.root=hub:OWNER/NAME")
+    return name
+
+
+def folder_of(name: str) -> Path:
+    """Where a data set of the hub is kept."""
+    return FOLDER / name
+
+
+def download(name: str) -> Path:
+    """The folder of a data set of the hub, downloaded where it is not complete.
+
+    Raises:
+        FileNotFoundError: it cannot be had; the message says what to download by hand.
+    """
+    folder = folder_of(name)
+
+    def make(target: Path) -> None:
+        log.info("downloading https://huggingface.co/datasets/%s into %s", name, target)
+        try:
+            from huggingface_hub import snapshot_download
+
+            snapshot_download(repo_id=name, repo_type="dataset", local_dir=target)
+        except Exception as error:  # of the network, the hub's answer, or a missing package: all end in one sentence
+            raise FileNotFoundError(
+                f"the data set {name} cannot be had from the hub ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:160]}): where there is a network, run `hf download {name} --repo-type "
+                "dataset --local-dir FOLDER`, and give data.root=FOLDER"
+            ) from error
+        write_text(target / COMPLETE, name + "\n")
+
+    make_once(folder, lambda target: (target / COMPLETE).is_file(), make)
+    return folder

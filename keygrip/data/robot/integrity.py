@@ -1,0 +1,341 @@
+"""Whether recordings are what was recorded: manifests of hashes, one check of every frame, the version of a data set.
+
+A native recording holds `manifest.json`, written with it: size and SHA-256 of each of its files. When a data set is
+first used, every file is compared with its manifest and every frame is decoded; what was found is kept beside the set
+(`verified.json` in its cache folder) under the files' names, sizes and modification times, so that only recordings that
+changed are looked at again. Foreign recordings have no manifest: their frames and poses are hashed at that time.
+
+Frames are checked by threads: decoders and hashes release Python's lock, and nothing has to be sent to a process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from keygrip.artifacts import locked, sha256_bytes, sha256_file, write_json
+from keygrip.data.bad_samples import (
+    HOSTILE,
+    BadSample,
+    inside,
+    is_of_the_machine,
+    open_image,
+    read_bytes,
+    read_json,
+    reason_of,
+)
+from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.fingerprint import demo_fingerprint
+from keygrip.data.robot.frames import JpegFrames, VideoFrames
+from keygrip.data.robot.schema import CameraTrack, Demo, DemoError, FrameSource
+from keygrip.data.video import frames_between
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+MANIFEST_SCHEMA = "keygrip.manifest/1"
+VERIFIED = "verified.json"
+THREADS = 8  # more wait for the disk
+KEPT_ENTRIES = 200_000  # of the file of checked recordings
+AGAIN = "restore the file, or, where it was changed on purpose, run prepare step=manifest again=true"
+
+
+# ---- manifests -------------------------------------------------------------------------------------------------------
+
+
+def file_hashes(folder: Path) -> dict[str, dict[str, Any]]:
+    """``{"bytes", "sha256"}`` of each file below a recording's folder, by its path there; hidden ones are passed
+    over."""
+    return {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
+        for name in sorted(name for name, _ in _files(folder) if name != MANIFEST)
+    }
+
+
+def write_manifest(folder: Path) -> None:
+    """Writes the manifest of a native recording, of the files as they are now."""
+    write_json(folder / MANIFEST, {"schema": MANIFEST_SCHEMA, "files": file_hashes(folder)})
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """The files of a recording's manifest, as `file_hashes` gives them; None: there is no manifest.
+
+    Raises:
+        BadSample: it is not a manifest.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    files = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or content.get("schema") != MANIFEST_SCHEMA:
+        raise BadSample(MANIFEST, f"it is not of schema {MANIFEST_SCHEMA!r}; {AGAIN}")
+    for name, entry in files.items():
+        inside(folder, name)
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("sha256"), str)
+            or type(entry.get("bytes")) is not int
+        ):
+            raise BadSample(MANIFEST, f"its entry of {name[:80]!r} has no bytes and sha256; {AGAIN}")
+    return files
+
+
+def compare_with_manifest(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises BadSample: a file of the manifest is missing, or is not the one that was recorded."""
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise BadSample(name, f"it is missing, and {MANIFEST} lists it; {AGAIN}")
+        if path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
+            raise BadSample(name, f"it is not the file that was recorded (its hash is not that of {MANIFEST}); {AGAIN}")
+
+
+def make_manifests(root: Path | str, again: bool = False, max_broken_share: float = 0.1) -> dict[str, Any]:
+    """Writes the manifests of native recordings that have none, after decoding every frame.
+
+    Args:
+        root: folder of native recordings. again: also those that have one (their files were changed on purpose).
+        max_broken_share: more unreadable recordings than this are an error.
+
+    Raises:
+        FileNotFoundError: there is no recording. ValueError: too many are broken.
+    """
+    report: dict[str, Any] = {"root": str(root), "recordings": 0, "written": 0, "broken": []}
+    for reference in tqdm(find_demos(root, "native"), desc=f"manifests of {root}", unit="demo", delay=2, disable=None):
+        report["recordings"] += 1
+        if not again and (reference.path / MANIFEST).is_file():
+            continue
+        try:
+            demo = reference.read()
+            _check_pixels(demo, tuple(demo.cameras), depth=True, digest=None)
+        except DemoError as error:
+            report["broken"].append(str(error))
+            log.warning("no manifest: %s", error)
+            continue
+        write_manifest(reference.path)
+        report["written"] += 1
+    if len(report["broken"]) > max_broken_share * report["recordings"]:
+        raise ValueError(
+            f"{len(report['broken'])} of {report['recordings']} recordings in {root} are broken, more than "
+            f"max_broken_share={max_broken_share:g} allows; the first: {report['broken'][0]}"
+        )
+    return report
+
+
+# ---- one check of everything -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the check of one recording found. content: hash of all that it holds. problem: why it is left out."""
+
+    name: str
+    content: str
+    problem: str | None = None
+
+
+def data_version(contents: Mapping[str, str]) -> str:
+    """One hash of a data set, of the recordings' hashes by their names."""
+    return hashlib.sha256(json.dumps(sorted(contents.items())).encode()).hexdigest()[:16]
+
+
+def verify(
+    demos: Sequence[Demo], cameras: Sequence[str], depth: bool, cache_dir: Path, threads: int | None = None
+) -> list[Verdict]:
+    """Checks every file and frame of recordings, those that were checked before only by size and modification time.
+
+    Args:
+        demos: as read. cameras: whose frames are decoded. depth: also their depth. cache_dir: where the findings are
+            kept. threads: at once; None: one for each core, 8 at most.
+
+    Returns:
+        One verdict a recording, in their order. Errors of the machine (no file descriptors left) pass unchanged.
+    """
+    identities = [_identity(demo, cameras, depth) for demo in demos]
+    with _writable_lock(cache_dir):
+        known = _read_known(cache_dir / VERIFIED)
+        fresh = [index for index, identity in enumerate(identities) if identity not in known]
+        if fresh:
+            workers = min(threads or os.cpu_count() or 1, THREADS)
+            with ThreadPoolExecutor(workers) as pool:
+                checked = pool.map(lambda index: _verdict(demos[index], cameras, depth), fresh)
+                shown = tqdm(
+                    checked,
+                    desc="verifying recordings",
+                    total=len(fresh),
+                    unit="demo",
+                    delay=2,
+                    leave=False,
+                    disable=None,
+                )
+                known |= {identities[index]: verdict for index, verdict in zip(fresh, shown, strict=True)}
+            entries = {identity: asdict(verdict) for identity, verdict in list(known.items())[-KEPT_ENTRIES:]}
+            try:
+                write_json(cache_dir / VERIFIED, entries, indent=None)
+            except OSError as error:
+                log.info("%s cannot be written (%s): the recordings are verified again next time", cache_dir, error)
+    return [known[identity] for identity in identities]
+
+
+@contextmanager
+def _writable_lock(folder: Path) -> Iterator[None]:
+    """One process at a time, where the folder can be written; the others find its findings."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        yield
+        return
+    with locked(folder / f".{VERIFIED}.lock"):
+        yield
+
+
+def _read_known(path: Path) -> dict[str, Verdict]:
+    """Findings of earlier checks; none where the file is missing or damaged."""
+    try:
+        return {str(identity): Verdict(**entry) for identity, entry in read_json(path, 1 << 28).items()}
+    except HOSTILE as error:
+        if is_of_the_machine(error):
+            raise
+        return {}
+
+
+def _identity(demo: Demo, cameras: Sequence[str], depth: bool) -> str:
+    """A hash that changes when a recording's poses, or names, sizes or times of its files do."""
+    digest = hashlib.sha256(f"{demo_fingerprint(demo)}\n{list(cameras)}\n{depth}\n".encode())
+    if _is_native(demo):
+        lines = sorted(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in _files(demo.path))
+    else:
+        lines = [source.identity() for _, track in _tracks(demo, cameras) for source in _sources(track, depth)]
+    digest.update("\n".join(lines).encode())
+    return digest.hexdigest()
+
+
+def _verdict(demo: Demo, cameras: Sequence[str], depth: bool) -> Verdict:
+    digest = hashlib.sha256(demo_fingerprint(demo).encode())
+    try:
+        if _is_native(demo):
+            files = read_manifest(demo.path)
+            if files is None:
+                files = file_hashes(demo.path)
+            else:
+                compare_with_manifest(demo.path, files)
+            content = sha256_bytes(json.dumps(sorted(files.items())).encode())[:32]
+            _check_pixels(demo, cameras, depth, None)
+        else:
+            _check_pixels(demo, cameras, depth, digest)
+            content = digest.hexdigest()[:32]
+    except HOSTILE as error:
+        if is_of_the_machine(error):
+            raise
+        reason = error.reason if isinstance(error, DemoError) else reason_of(error)
+        return Verdict(demo.name, "", reason)
+    return Verdict(demo.name, content)
+
+
+def _is_native(demo: Demo) -> bool:
+    return (demo.path / "metadata.json").is_file()
+
+
+def _files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Regular files below a folder, by their path there; hidden files and folders are passed over."""
+    open_folders = [""]
+    while open_folders:
+        prefix = open_folders.pop()
+        with os.scandir(folder / prefix) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    open_folders.append(f"{prefix}{entry.name}/")
+                elif entry.is_file():
+                    yield f"{prefix}{entry.name}", entry.stat()
+
+
+def _tracks(demo: Demo, cameras: Sequence[str]) -> list[tuple[str, CameraTrack]]:
+    return [(name, demo.cameras[name]) for name in cameras if name in demo.cameras]
+
+
+def _sources(track: CameraTrack, depth: bool) -> list[FrameSource]:
+    return [track.frames, *([track.depth] if depth and track.depth is not None else [])]
+
+
+# ---- frames ----------------------------------------------------------------------------------------------------------
+
+
+def _check_pixels(demo: Demo, cameras: Sequence[str], depth: bool, digest: Any) -> None:
+    """Decodes every frame.
+
+    Args:
+        digest: takes in what was read (encoded bytes where a frame is a file); None: nothing is hashed.
+
+    Raises:
+        DemoError: with the camera and the first frame that cannot be used.
+    """
+    take: Callable[[Any], None] = digest.update if digest is not None else _nothing
+    for name, track in _tracks(demo, cameras):
+        for source in _sources(track, depth):
+            what = "frame"
+            shape: tuple[int, ...] = (track.height, track.width, 3)
+            if source is track.depth:
+                what, shape = "depth frame", (track.height, track.width)
+            frame = 0
+            try:
+                for found in _shapes(source, take):
+                    if found != shape:
+                        raise ValueError(f"it has shape {found}, the recording says {shape}")
+                    frame += 1
+            except HOSTILE as error:
+                if is_of_the_machine(error):
+                    raise
+                raise DemoError(
+                    demo.name, f"camera {name!r}: {what} {frame} cannot be used: {reason_of(error)}"
+                ) from error
+
+
+def _nothing(content: Any) -> None:
+    """Takes in nothing."""
+
+
+def _shapes(source: FrameSource, take: Callable[[Any], None]) -> Iterator[tuple[int, ...]]:
+    """The shape of each frame, decoded one after the other; `take` is given what was read."""
+    if isinstance(source, JpegFrames):
+        for index in range(len(source)):
+            content = read_bytes(source.path(index))
+            take(content)
+            yield _decoded_shape(content, source.path(index).name, turned=source.rotate in (90, 270))
+    elif isinstance(source, VideoFrames):
+        source.verify()
+        for image in frames_between(source.path, source.start, source.start + len(source)):
+            take(image.data)
+            height, width, channels = image.shape
+            yield (width, height, channels) if source.rotate in (90, 270) else (height, width, channels)
+    else:
+        for index in range(len(source)):
+            frame = np.ascontiguousarray(source.read(index))
+            take(frame.data)
+            yield frame.shape
+
+
+def _decoded_shape(content: bytes, where: str, turned: bool) -> tuple[int, int, int]:
+    """[H, W, 3] of an image file, after decoding all of its data; a JPEG's at an eighth of its size, which reads every
+    byte and takes a fraction of the time."""
+    with open_image(content, where) as image:
+        width, height = image.size
+        image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
+        image.load()
+    return (width, height, 3) if turned else (height, width, 3)

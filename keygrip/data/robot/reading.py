@@ -1,0 +1,118 @@
+"""Reads, checks and verifies the demonstrations that were found; broken ones are named, counted and left out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from keygrip.data.robot.integrity import verify
+from keygrip.data.robot.reference import DemoReference
+from keygrip.data.robot.schema import Demo, DemoError
+
+log = logging.getLogger(__name__)
+
+NOTES_AT_MOST = 10  # of what readers did on their own account, each once
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """What is asked of every demonstration.
+
+    Args:
+        cameras, arms: names that it must have. depth: whether its depth is read. max_demos: the first so many that can
+            be read; None: all.
+        max_broken_share: more broken ones than this are an error. verify: check every file and frame once.
+        calibrated: cameras whose pose is not known are left out; False for models that read no calibration.
+    """
+
+    cameras: tuple[str, ...]
+    arms: tuple[str, ...]
+    depth: bool = False
+    max_demos: int | None = None
+    max_broken_share: float = 0.1
+    verify: bool = True
+    calibrated: bool = True
+
+
+@dataclass
+class ReadDemos:
+    """Demonstrations that can be used, in the order in which they were found.
+
+    Attributes:
+        broken: those that were left out, with the reason. contents: hash of what each one holds, by name; empty where
+            nothing was verified.
+    """
+
+    demos: list[Demo]
+    broken: list[DemoError] = field(default_factory=list)
+    contents: dict[str, str] = field(default_factory=dict)
+
+
+def read_demos(root: Path, references: Sequence[DemoReference], options: ReadingOptions, cache_dir: Path) -> ReadDemos:
+    """The usable demonstrations of a data set.
+
+    Args:
+        root: for messages. references: what was found. cache_dir: where what was verified is kept.
+
+    Raises:
+        ValueError: too many are broken (they are listed), or there are fewer than `max_demos`.
+    """
+    read = ReadDemos([])
+    looked_at = 0
+    for reference in tqdm(references, desc=f"reading {root}", unit="demo", delay=2, leave=False, disable=None):
+        if options.max_demos is not None and len(read.demos) == options.max_demos:
+            break
+        looked_at += 1
+        try:
+            read.demos.append(_read(reference, options))
+        except DemoError as error:
+            read.broken.append(error)
+    notes = dict.fromkeys(str(note) for demo in read.demos for note in demo.source.get("notes", []))
+    for note in list(notes)[:NOTES_AT_MOST]:
+        log.info("%s: %s", root, note)
+    if options.verify:
+        _verify(read, options, cache_dir)
+    for broken in read.broken:
+        log.warning("left out: %s", broken)
+    if read.broken:
+        share = len(read.broken) / looked_at
+        log.warning("%d of %d demos in %s are broken and left out", len(read.broken), looked_at, root)
+        if share > options.max_broken_share or not read.demos:
+            raise ValueError(
+                f"{len(read.broken)} of {looked_at} demos in {root} are broken, more than "
+                f"data.max_broken_share={options.max_broken_share:g} allows: "
+                + "; ".join(f"{error.name}: {error.reason}" for error in read.broken)
+            )
+    if options.max_demos is not None and len(read.demos) + len(read.broken) < options.max_demos:
+        raise ValueError(f"data.max_demos={options.max_demos}, but {root} holds {len(read.demos)} readable demos")
+    return read
+
+
+def _read(reference: DemoReference, options: ReadingOptions) -> Demo:
+    demo = reference.read(cameras=options.cameras, uncalibrated=not options.calibrated)
+    missing = [camera for camera in options.cameras if camera not in demo.cameras]
+    if missing and (reason := demo.source.get("uncalibrated", {}).get(missing[0])):
+        raise DemoError(demo.name, f"camera {missing[0]!r} is not calibrated, which this model needs: {reason}")
+    if missing:
+        raise DemoError(demo.name, f"it has no camera {missing[0]!r}; it has {', '.join(demo.cameras)}")
+    absent = [arm for arm in options.arms if arm not in demo.arms]
+    if absent:
+        raise DemoError(demo.name, f"it has no arm {absent[0]!r}; it has {', '.join(demo.arms)}")
+    return demo
+
+
+def _verify(read: ReadDemos, options: ReadingOptions, cache_dir: Path) -> None:
+    """Leaves out the demonstrations whose files or frames are damaged."""
+    verdicts = verify(read.demos, options.cameras, options.depth, cache_dir)
+    kept = []
+    for demo, verdict in zip(read.demos, verdicts, strict=True):
+        if verdict.problem is not None:
+            read.broken.append(DemoError(demo.name, verdict.problem))
+            continue
+        kept.append(demo)
+        read.contents[demo.name] = verdict.content
+    read.demos = kept

@@ -1,0 +1,146 @@
+"""Checks of a set of demonstrations against what is asked of it: what is missing, off the path or off the image."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from keygrip.data.robot.augmentation import ImageGeometry
+from keygrip.data.robot.checks import pose_outliers
+from keygrip.data.robot.samples import targets_of
+from keygrip.data.robot.schema import Demo
+from keygrip.models.geometry.cameras import inside_image, project
+
+log = logging.getLogger(__name__)
+
+NAMED_AT_MOST = 20  # demos in one line of the log
+
+
+def refuse_missing(
+    demos: Sequence[Demo], arms: Sequence[str], targets: str, extra: Sequence[str], frame_stride: int
+) -> None:
+    """Raises ValueError: some demos do not hold what the targets are made of.
+
+    Args:
+        targets: "commanded" or "reached". extra: of `EXTRA_TARGETS`. frame_stride: frames from one target to the next.
+    """
+    if targets == "commanded":
+        without = [demo.name for demo in demos if any(demo.arms[arm].commanded is None for arm in arms)]
+        if without:
+            raise ValueError(
+                f"data.targets=commanded, but {len(without)} of {len(demos)} demos hold no commanded poses "
+                f"(first: {without[0]}); use data.targets=reached"
+            )
+    for what in extra:
+        without = [demo.name for demo in demos if any(getattr(demo.arms[arm], what) is None for arm in arms)]
+        if without:
+            raise ValueError(
+                f"model.actions.kind needs {what}, which {len(without)} of {len(demos)} demos do not hold (first: "
+                f"{without[0]}): use model.actions.kind=absolute or delta"
+            )
+    if "controller" in extra and frame_stride != 1:
+        raise ValueError(
+            f"model.actions.kind=osc needs every action of the controller: data.frame_stride is {frame_stride}, 1 is "
+            "needed"
+        )
+
+
+def refuse_flat(demos: Sequence[Demo], cameras: Sequence[str]) -> None:
+    """Raises ValueError: no demo holds depth. Some that hold none are said: theirs counts as unknown."""
+    flat = [demo.name for demo in demos if any(demo.cameras[camera].depth is None for camera in cameras)]
+    if len(flat) == len(demos):
+        raise ValueError(
+            f"data.depth=true, but no demo holds depth for all of {', '.join(cameras)} (first: {flat[0]}); use "
+            "data.depth=false"
+        )
+    if flat:
+        log.warning(
+            "%d of %d demos hold no depth for all of %s (first: %s); theirs counts as unknown",
+            len(flat),
+            len(demos),
+            ", ".join(cameras),
+            flat[0],
+        )
+
+
+def report_outliers(demos: Sequence[Demo], arms: Sequence[str], targets: str) -> None:
+    """Warns of single wrong readings: one of them stretches the height bins of all demos."""
+    found = []
+    for demo in demos:
+        for arm in arms:
+            for what, poses in (("reached", demo.arms[arm]), ("commanded", demo.arms[arm].commanded)):
+                if poses is not None and what == targets:
+                    found += [f"{demo.name} frame {frame}" for frame in pose_outliers(poses)]
+    if found:
+        log.warning(
+            "%d %s positions leave the path of their neighbours by more than 10 cm, which stretches the height "
+            "bins (repair or remove these demos): %s%s",
+            len(found),
+            targets,
+            ", ".join(found[:NAMED_AT_MOST]),
+            f" and {len(found) - NAMED_AT_MOST} more" if len(found) > NAMED_AT_MOST else "",
+        )
+
+
+def off_screen_shares(
+    demos: Sequence[Demo],
+    camera: str,
+    arms: Sequence[str],
+    geometry: ImageGeometry,
+    steps: np.ndarray,
+    targets: str,
+) -> dict[str, float]:
+    """By demo: the share of target steps that project outside the nominal (unaugmented) image, over all arms; demos
+    whose camera is not calibrated are left out."""
+    shares = {}
+    for demo in demos:
+        track = demo.cameras[camera]
+        if track.uncalibrated:
+            continue
+        box = geometry.box(track.width, track.height).to_picture(geometry.image_size)
+        intrinsics = torch.from_numpy(box @ track.intrinsics)[:, None]
+        pose = torch.from_numpy(np.ascontiguousarray(track.world_to_camera))[:, None]
+        inside = []
+        for arm in arms:
+            points, _, _, is_pad = targets_of(demo.arms[arm], np.arange(len(demo)), steps, targets)
+            pixels, _ = project(torch.from_numpy(points), intrinsics, pose)
+            seen = inside_image(pixels, geometry.image_size, geometry.image_size)
+            inside.append(seen.numpy()[~is_pad])
+        shares[demo.name] = float(1 - np.concatenate(inside).mean())
+    return shares
+
+
+def report_off_screen(shares: Mapping[str, float], limit: float, camera: str, count: int, root: Path) -> None:
+    """Warns of demos with more steps than `limit` outside the image.
+
+    Args:
+        shares: of `off_screen_shares`. camera, count, root: for messages: the camera, and how many demos there are.
+
+    Raises:
+        ValueError: the arm is outside in all demos.
+    """
+    outside = {name: share for name, share in shares.items() if share > limit}
+    if not outside:
+        return
+    worst = sorted(outside, key=lambda name: -outside[name])
+    if len(outside) == count and min(outside.values()) > 0.95:
+        raise ValueError(
+            f"the arm is outside of camera {camera}'s image in all {count} demos of {root}: "
+            "the calibration does not belong to these images (python -m keygrip.prepare step=doctor says more), or "
+            "data.camera names the wrong one"
+        )
+    log.warning(
+        "%d of %d demos have more than %.0f %% of their steps outside camera %s's picture as the network sees "
+        "it, where they are masked "
+        "out of the loss (check the calibration with the geometry doctor, or set data.fit=stretch): %s%s",
+        len(outside),
+        count,
+        100 * limit,
+        camera,
+        ", ".join(f"{name} ({100 * outside[name]:.0f} %)" for name in worst[:NAMED_AT_MOST]),
+        f" and {len(worst) - NAMED_AT_MOST} more" if len(worst) > NAMED_AT_MOST else "",
+    )

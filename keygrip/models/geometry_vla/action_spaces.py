@@ -1,0 +1,221 @@
+"""What the numbers of an action are: poses, ways from the present pose, joint angles, or a controller's own inputs.
+
+Each space turns the targets of a batch into numbers and numbers back into poses, which is what metrics, limits and
+robots take. None of them normalises.
+
+Shape legend: B samples, A arms, T steps, C numbers of an arm's action, J joints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from keygrip.data.batches import PolicyTargets
+from keygrip.models.geometry.rotations import (
+    columns_to_quaternion,
+    matrix_to_quaternion,
+    quaternion_conjugate,
+    quaternion_multiply,
+    quaternion_to_columns,
+    quaternion_to_matrix,
+    rotation_exp,
+)
+from keygrip.robots.kinematics import ARM_JOINTS, arm_chain
+
+ActionKind = Literal["absolute", "delta", "joint", "osc"]
+COLUMNS: dict[str, int] = {"absolute": 10, "delta": 10, "joint": ARM_JOINTS + 1, "osc": 7}  # C of each kind
+LARGEST_RESIDUAL_M = 0.02  # between recorded positions and those of the recorded joints
+
+
+class ActionSpace(Protocol):
+    """Numbers of actions and poses, there and back.
+
+    Attributes:
+        reads: which part of the targets it is made of beside the poses: "joints", "controller" or nothing.
+    """
+
+    reads: str | None
+
+    def numbers(self, targets: PolicyTargets) -> Tensor:
+        """``[B, A, T, C]``."""
+        ...
+
+    def poses(self, numbers: Tensor, position: Tensor, quaternion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Position ``[B, A, T, 3]``, quaternion ``[B, A, T, 4]`` and opening ``[B, A, T]`` of ``[B, A, T, C]``, from
+        the present pose ``[B, A, 3]`` and ``[B, A, 4]``."""
+        ...
+
+
+def pose_numbers(position: Tensor, quaternion: Tensor, gripper: Tensor) -> Tensor:
+    """``[..., 10]``: position, two columns of the rotation matrix, opening."""
+    columns = quaternion_to_columns(quaternion).flatten(-2)
+    return torch.cat([position, columns, gripper[..., None]], dim=-1)
+
+
+class PoseSpace(nn.Module):
+    """Poses in the world, or the way to them from the present pose (positions in the world's axes, rotations in the
+    gripper's); the opening is absolute in both."""
+
+    reads: str | None = None
+
+    def __init__(self, delta: bool) -> None:
+        super().__init__()
+        self.delta = delta
+
+    def from_poses(
+        self, position: Tensor, quaternion: Tensor, gripper: Tensor, start_position: Tensor, start_quaternion: Tensor
+    ) -> Tensor:
+        if self.delta:
+            position = position - start_position[:, :, None]
+            inverse = quaternion_conjugate(start_quaternion)[:, :, None].expand_as(quaternion)
+            quaternion = quaternion_multiply(inverse, quaternion)
+        return pose_numbers(position, quaternion, gripper)
+
+    def numbers(self, targets: PolicyTargets) -> Tensor:
+        poses = (targets.position, targets.quaternion, targets.gripper)
+        return self.from_poses(*poses, targets.start_position, targets.start_quaternion)
+
+    def poses(self, numbers: Tensor, position: Tensor, quaternion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        where, columns, gripper = numbers[..., :3], numbers[..., 3:9].unflatten(-1, (3, 2)), numbers[..., 9]
+        turned = columns_to_quaternion(columns)
+        if self.delta:
+            where = position[:, :, None] + where
+            turned = quaternion_multiply(quaternion[:, :, None].expand_as(turned), turned)
+        return where, turned, gripper
+
+
+class JointSpace(nn.Module):
+    """Joint angles, radians, and the gripper's opening. Poses are those of the arm's model, standing where the
+    training data say that its base is.
+
+    Args:
+        arms: their names. arm, gripper: models of `keygrip.robots.kinematics`, of every arm.
+    """
+
+    reads: str | None = "joints"
+    axes: Tensor
+    offsets: Tensor
+    rotations: Tensor
+    tool_offset: Tensor
+    tool_rotation: Tensor
+    base_position: Tensor
+    base_rotation: Tensor
+
+    def __init__(self, arms: Sequence[str], arm: str = "yam", gripper: str = "linear_4310") -> None:
+        super().__init__()
+        chain = arm_chain(arm, gripper)
+        for name in ("offsets", "rotations", "axes", "tool_offset", "tool_rotation"):
+            values = torch.from_numpy(np.asarray(getattr(chain, name), dtype=np.float32))
+            self.register_buffer(name, values, persistent=False)  # of the robot's model, not of the training
+        self.register_buffer("base_position", torch.zeros(len(arms), 3))
+        self.register_buffer("base_rotation", torch.eye(3).repeat(len(arms), 1, 1))
+        self.arms = tuple(arms)
+
+    def numbers(self, targets: PolicyTargets) -> Tensor:
+        joints = _present(targets.joints, "joints")
+        if joints.shape[-1] != ARM_JOINTS:
+            raise ValueError(
+                f"model.actions.kind=joint drives arms of {ARM_JOINTS} joints, the demonstrations have "
+                f"{joints.shape[-1]}: use absolute or delta"
+            )
+        return torch.cat([joints, targets.gripper[..., None]], dim=-1)
+
+    def take(self, targets: PolicyTargets) -> None:
+        """Finds where each arm's base stands, from recorded poses and joints.
+
+        Raises:
+            ValueError: the recorded positions are not those of the arm's model at the recorded joints.
+        """
+        joints = _present(targets.start_joints, "joints")
+        position, rotation = self._in_base(joints[..., :ARM_JOINTS])  # [B, A, 3] and [B, A, 3, 3]
+        turns = quaternion_to_matrix(targets.start_quaternion) @ rotation.transpose(-1, -2)
+        left, _, right = torch.linalg.svd(turns.double().mean(dim=0))
+        base = left @ right
+        moved = (base.float() @ position[..., None])[..., 0]
+        offset = (targets.start_position - moved).mean(dim=0)
+        residual = (targets.start_position - moved - offset).norm(dim=-1).max()
+        if not residual < LARGEST_RESIDUAL_M:
+            raise ValueError(
+                f"model.actions.kind=joint: the recorded positions are up to {100 * float(residual):.1f} cm from those "
+                "of a YAM at the recorded joints, so that joints could not be turned into poses: use absolute or delta"
+            )
+        self.base_rotation.copy_(base)
+        self.base_position.copy_(offset)
+
+    def poses(self, numbers: Tensor, position: Tensor, quaternion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        where, turned = self._in_base(numbers[..., :ARM_JOINTS])
+        base = self.base_rotation[:, None]
+        where = (base @ where[..., None])[..., 0] + self.base_position[:, None]
+        return where, matrix_to_quaternion(base @ turned), numbers[..., ARM_JOINTS]
+
+    def _in_base(self, joints: Tensor) -> tuple[Tensor, Tensor]:
+        """Position ``[..., 3]`` and rotation ``[..., 3, 3]`` of the grasp site in the arm's base."""
+        shape = joints.shape[:-1]
+        rotation = torch.eye(3, device=joints.device).expand(*shape, 3, 3)
+        position = torch.zeros(*shape, 3, device=joints.device)
+        for index in range(ARM_JOINTS):
+            position = position + rotation @ self.offsets[index]
+            rotation = rotation @ self.rotations[index]
+            turn = rotation_exp(joints[..., index, None] * self.axes[index])
+            rotation = rotation @ quaternion_to_matrix(turn)
+        return position + rotation @ self.tool_offset, rotation @ self.tool_rotation
+
+
+class ControllerSpace(nn.Module):
+    """What an operational-space controller is told at every step (robosuite's OSC_POSE, LIBERO's actions): a way and a
+    turn (rotation vector, both in the world's axes) in shares of the largest ones, and the gripper, -1 open to 1
+    closed. Poses are those that the controller is led to: each step's way and turn from the step before.
+
+    Args:
+        position_m, rotation_rad: the controller's largest way and turn a step (its `output_max`).
+    """
+
+    reads: str | None = "controller"
+
+    def __init__(self, position_m: float = 0.05, rotation_rad: float = 0.5) -> None:
+        super().__init__()
+        if not (position_m > 0 and rotation_rad > 0):
+            raise ValueError(f"the controller's largest way and turn are positive, not {position_m}, {rotation_rad}")
+        self.position_m, self.rotation_rad = position_m, rotation_rad
+
+    def numbers(self, targets: PolicyTargets) -> Tensor:
+        controller = _present(targets.controller, "controller actions")
+        if controller.shape[-1] != COLUMNS["osc"]:
+            raise ValueError(
+                f"model.actions.kind=osc needs 7 numbers a step, the recordings have {controller.shape[-1]}"
+            )
+        return controller
+
+    def poses(self, numbers: Tensor, position: Tensor, quaternion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        where = position[:, :, None] + torch.cumsum(numbers[..., :3] * self.position_m, dim=2)
+        turned, steps = quaternion, []
+        for step in rotation_exp(numbers[..., 3:6] * self.rotation_rad).unbind(dim=2):
+            turned = quaternion_multiply(step, turned)
+            steps.append(turned)
+        return where, torch.stack(steps, dim=2), (1 - numbers[..., 6]) / 2
+
+
+def _present(values: Tensor | None, what: str) -> Tensor:
+    if values is None:
+        raise ValueError(f"the demonstrations hold no {what}, which model.actions.kind asks for: use absolute or delta")
+    return values
+
+
+def action_space(
+    kind: str, arms: Sequence[str], arm: str, gripper: str, osc_position_m: float, osc_rotation_rad: float
+) -> PoseSpace | JointSpace | ControllerSpace:
+    """The space of a kind of action.
+
+    Raises:
+        ValueError: there is no such kind, arm or gripper.
+    """
+    if kind not in COLUMNS:
+        raise ValueError(f"model.actions.kind is one of {', '.join(COLUMNS)}, not {kind!r}.")
+    if kind == "joint":
+        return JointSpace(arms, arm, gripper)
+    return ControllerSpace(osc_position_m, osc_rotation_rad) if kind == "osc" else PoseSpace(kind == "delta")

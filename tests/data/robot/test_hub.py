@@ -1,0 +1,58 @@
+"""Data sets of the hub: downloaded once, refused in a sentence without a network."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+
+from keygrip.data.robot.datamodule import RobotDemos
+from keygrip.data.robot.hub import hub_name
+
+
+def test_a_data_set_of_the_hub_is_downloaded_once(
+    native_root: Path, robot_demos: Callable[..., RobotDemos], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[Any] = []
+
+    def snapshot_download(repo_id: str, repo_type: str, local_dir: Path) -> None:
+        asked.append((repo_id, repo_type))
+        shutil.copytree(native_root, local_dir, dirs_exist_ok=True)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    for _ in range(2):
+        data = robot_demos("hub:lab/cubes")
+        data.prepare_data()
+        data.setup("fit")
+        assert len(data.demos) == 10
+    assert asked == [("lab/cubes", "dataset")]
+    assert (tmp_path / "data/hub/lab/cubes/demo_00").is_dir()
+
+
+def test_without_a_network_one_line_says_what_to_do(
+    robot_demos: Callable[..., RobotDemos], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def snapshot_download(**_: Any) -> None:
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(
+        FileNotFoundError, match=r"no route to host.*hf download lab/cubes .*data\.root=FOLDER"
+    ) as caught:
+        robot_demos("hub:lab/cubes").prepare_data()
+    assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError):  # nor is what was left taken for the data set
+        robot_demos("hub:lab/cubes").prepare_data()
+
+
+@pytest.mark.parametrize("root", ["hub:cubes", "hub:lab/../cubes", "hub:/etc/passwd", "hub:lab/a/b", "hub:"])
+def test_only_names_are_asked_for(root: str) -> None:
+    assert hub_name("data/yam") is None
+    with pytest.raises(ValueError, match="hub:OWNER/NAME"):
+        hub_name(root)

@@ -1,0 +1,162 @@
+"""Recordings prove themselves: manifests, one check of every frame, and the version of a data set."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from keygrip.data.manifests import make_manifests
+from keygrip.data.robot import integrity
+from keygrip.data.robot.datamodule import RobotDemos
+from keygrip.data.robot.importing import import_demos
+from keygrip.data.robot.integrity import MANIFEST, VERIFIED, data_version, file_hashes, read_manifest
+from keygrip.data.video import frames_between, read_frame, write_video
+
+Make = Callable[..., RobotDemos]
+FRAME = Path("rgb/over/000005.jpg")
+
+
+@pytest.fixture
+def root(native_root: Path) -> Path:
+    """Ten recordings with manifests."""
+    report = make_manifests(native_root)
+    assert (report["recordings"], report["written"], report["broken"]) == (10, 10, [])
+    return native_root
+
+
+def ready(data: RobotDemos) -> RobotDemos:
+    data.setup("fit")
+    return data
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("file", [FRAME, Path("trajectory.npz"), Path("cameras.npz"), Path("metadata.json")])
+def test_a_flipped_bit_leaves_its_recording_out(root: Path, robot_demos: Make, file: Path) -> None:
+    flip_a_bit(root / "demo_03" / file)
+    data = ready(robot_demos(root))
+    assert [error.name for error in data.broken] == ["demo_03"]
+    assert len(data.demos) == 9
+    if file == FRAME:
+        assert f"{FRAME}: it is not the file that was recorded" in data.broken[0].reason
+        assert data.origin["left_out"] == {"demo_03": data.broken[0].reason}
+
+
+def test_too_many_damaged_recordings_refuse_the_run(root: Path, robot_demos: Make) -> None:
+    for name in ("demo_03", "demo_08"):
+        (root / name / FRAME).write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"2 of 10 demos .* data.max_broken_share=0.1 .*demo_03: .*; demo_08: "):
+        ready(robot_demos(root))
+    assert len(ready(robot_demos(root, max_broken_share=0.2)).demos) == 8
+
+
+def test_without_a_manifest_every_frame_is_still_decoded(native_root: Path, robot_demos: Make) -> None:
+    path = native_root / "demo_03" / FRAME
+    path.write_bytes(path.read_bytes()[:-60])
+    data = ready(robot_demos(native_root))
+    assert [error.name for error in data.broken] == ["demo_03"]
+    assert "camera 'over': frame 5 cannot be used" in data.broken[0].reason
+    assert len(ready(robot_demos(native_root, verify=False)).demos) == 10
+
+
+def test_recordings_are_looked_at_once(root: Path, robot_demos: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
+    real = integrity._verdict
+    monkeypatch.setattr(integrity, "_verdict", lambda demo, *rest: checked.append(demo.name) or real(demo, *rest))
+    first = ready(robot_demos(root))
+    assert sorted(checked) == [f"demo_{number:02d}" for number in range(10)]
+    assert ready(robot_demos(root)).contents == first.contents
+    assert len(checked) == 10
+    flip_a_bit(root / "demo_04" / FRAME)
+    assert [error.name for error in ready(robot_demos(root)).broken] == ["demo_04"]
+    assert checked[10:] == ["demo_04"]
+    (root / ".keygrip" / VERIFIED).write_text('{"a": [1, 2]}')  # a damaged file of findings is no finding
+    assert [error.name for error in ready(robot_demos(root)).broken] == ["demo_04"]
+    assert len(checked) == 21
+
+
+def test_the_version_follows_the_files_and_not_their_place(
+    root: Path, robot_demos: Make, tmp_path: Path, change_metadata: Any
+) -> None:
+    version = ready(robot_demos(root)).origin["version"]
+    moved = root.rename(tmp_path / "elsewhere")
+    assert ready(robot_demos(moved)).origin["version"] == version
+    for folder in moved.iterdir():
+        (folder / MANIFEST).unlink(missing_ok=True)
+    assert ready(robot_demos(moved)).origin["version"] == version
+    change_metadata(moved / "demo_02", source={"operator": "another"})
+    assert ready(robot_demos(moved)).origin["version"] != version
+    assert data_version({"a": "1", "b": "2"}) == data_version({"b": "2", "a": "1"}) != data_version({"a": "1"})
+
+
+def test_changes_on_purpose_need_a_new_manifest(root: Path, robot_demos: Make, change_metadata: Any) -> None:
+    change_metadata(root / "demo_02", instruction="another")
+    assert "prepare step=manifest again=true" in ready(robot_demos(root)).broken[0].reason
+    assert make_manifests(root)["written"] == 0
+    assert make_manifests(root, again=True)["written"] == 10
+    assert ready(robot_demos(root)).broken == []
+
+
+def test_resuming_on_other_pixels_is_refused_unless_allowed(
+    native_root: Path, robot_demos: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="keygrip")
+    state = ready(robot_demos(native_root)).state_dict()
+    frames = native_root / "demo_05" / "rgb/over"
+    (frames / "000003.jpg").write_bytes((frames / "000004.jpg").read_bytes())
+    with pytest.raises(ValueError, match=r"1 changed \(demo_05\); restore them.*data.allow_changed=true"):
+        ready(robot_demos(native_root)).load_state_dict(state)
+    ready(robot_demos(native_root, allow_changed=True)).load_state_dict(state)
+    assert "1 changed (demo_05); going on with them" in caplog.text
+    del state["recordings"]  # of an older checkpoint
+    ready(robot_demos(native_root)).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{}", '{"schema": "keygrip.manifest/1", "files": {"../../x": {"bytes": 1, "sha256": "0"}}}',
+     '{"schema": "keygrip.manifest/1", "files": {"metadata.json": {"bytes": "1", "sha256": "0"}}}',
+     '{"schema": "keygrip.manifest/1", "files": {"metadata.json": 3}}'],
+)  # fmt: skip
+def test_hostile_manifests_leave_one_recording_out(root: Path, robot_demos: Make, content: str) -> None:
+    (root / "demo_01" / MANIFEST).write_text(content)
+    assert [error.name for error in ready(robot_demos(root)).broken] == ["demo_01"]
+
+
+def test_imported_recordings_carry_their_manifest(native_root: Path, tmp_path: Path) -> None:
+    import_demos(native_root, tmp_path / "imported", max_demos=2, progress=False)
+    folder = tmp_path / "imported" / "demo_00"
+    held = read_manifest(folder)
+    assert held == file_hashes(folder)
+    assert {"metadata.json", "trajectory.npz", "cameras.npz", str(FRAME)} <= set(held or {})
+
+
+def test_a_manifest_is_not_written_for_a_recording_that_cannot_be_read(native_root: Path) -> None:
+    (native_root / "demo_06" / FRAME).write_bytes(b"no image")
+    report = make_manifests(native_root)
+    assert report["written"] == 9
+    assert "demo 'demo_06': camera 'over': frame 5 cannot be used" in report["broken"][0]
+    assert not (native_root / "demo_06" / MANIFEST).exists()
+    json.dumps(report)
+    (native_root / "demo_07" / FRAME).unlink()
+    with pytest.raises(ValueError, match="2 of 10 recordings"):
+        make_manifests(native_root, again=True)
+
+
+def test_videos_are_decoded_in_order_by_their_own_reader(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 255, (12, 32, 48, 3), dtype=np.uint8)
+    write_video(tmp_path / "v.mp4", frames, fps=10)
+    for number, image in enumerate(frames_between(tmp_path / "v.mp4", 3, 9), start=3):
+        assert np.array_equal(image, read_frame(tmp_path / "v.mp4", number))
+    with pytest.raises(IndexError):
+        list(frames_between(tmp_path / "v.mp4", 10, 13))

@@ -1,0 +1,163 @@
+"""Actions that are no poses: joints of the YAM arm, inputs of a controller; and robots with statistics of their own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+from vla_parts import T, poses, small_batch, small_module, small_statistics
+
+from keygrip.data.batches import PolicyTargets
+from keygrip.models.geometry.rotations import geodesic_angle
+from keygrip.models.geometry_vla.action_spaces import ControllerSpace
+from keygrip.models.geometry_vla.actions import PoseActions
+from keygrip.models.geometry_vla.policy import GeometryVLAPolicy
+from keygrip.robots.kinematics import arm_chain, forward_kinematics
+from keygrip.runtime.wire import decode_plan, encode_plan
+
+BASE = np.array([0.1, -0.2, 0.05])
+TURN = Rotation.from_euler("z", 0.7)
+
+
+def joint_chunks(count: int = 32, seed: int = 0) -> PolicyTargets:
+    """Targets of a YAM whose base stands turned beside the world's origin."""
+    generator = np.random.default_rng(seed)
+    limits = arm_chain().limits
+    joints = generator.uniform(limits[:, 0], limits[:, 1], (count, 1, T + 1, 6))
+    position, quaternion = forward_kinematics(joints)
+    flat = (TURN * Rotation.from_quat(quaternion.reshape(-1, 4), scalar_first=True)).as_quat(scalar_first=True)
+    position = TURN.apply(position.reshape(-1, 3)).reshape(position.shape) + BASE
+    values = {
+        "start_position": position[:, :, 0],
+        "start_quaternion": flat.reshape(quaternion.shape)[:, :, 0],
+        "position": position[:, :, 1:],
+        "quaternion": flat.reshape(quaternion.shape)[:, :, 1:],
+        "start_joints": joints[:, :, 0],
+        "joints": joints[:, :, 1:],
+    }
+    tensors = {name: torch.from_numpy(np.asarray(value, dtype=np.float32)) for name, value in values.items()}
+    return PolicyTargets(**(poses(count, seed) | tensors), instruction=["go"] * count)
+
+
+def test_joints_become_the_recorded_poses_wherever_the_base_stands() -> None:
+    chunks = joint_chunks()
+    actions = PoseActions(["right"], "joint")
+    actions.take(chunks)
+    assert actions.reads == ("joints",)
+    encoded = actions.encode(chunks)
+    assert encoded.shape == (32, T, 7)
+    assert (encoded.abs() <= 1.0 + 1e-5).float().mean() > 0.96
+    torch.testing.assert_close(actions.numbers(encoded)[..., :6], chunks.joints, atol=1e-5, rtol=0)
+    position, quaternion, gripper = actions.decode(encoded, chunks.start_position, chunks.start_quaternion)
+    torch.testing.assert_close(position, chunks.position, atol=1e-4, rtol=0)
+    assert geodesic_angle(quaternion, chunks.quaternion).max() < 1e-3
+    torch.testing.assert_close(gripper, chunks.gripper, atol=1e-5, rtol=0)
+    again = PoseActions(["right"], "joint")
+    again.load_state_dict(actions.state_dict())  # where the base stands, too
+    assert torch.equal(again.decode(encoded, chunks.start_position, chunks.start_quaternion)[0], position)
+
+
+def test_joints_of_another_arm_are_refused() -> None:
+    chunks = joint_chunks()
+    with pytest.raises(ValueError, match="cm from those of a YAM"):
+        PoseActions(["right"], "joint").take(replace(chunks, start_position=2 * chunks.start_position))
+    with pytest.raises(ValueError, match="hold no joints"):
+        PoseActions(["right"], "joint").take(replace(chunks, start_joints=None))
+    with pytest.raises(ValueError, match="6 joints, the demonstrations have 7"):
+        seven = replace(chunks, joints=torch.zeros(32, 1, T, 7))
+        PoseActions(["right"], "joint").take(seven)
+
+
+def test_a_controllers_inputs_are_ways_and_turns_one_after_the_other() -> None:
+    generator = np.random.default_rng(1)
+    numbers = generator.uniform(-1, 1, (3, 1, T, 7))
+    start, turn = generator.normal(size=(3, 1, 3)), Rotation.from_rotvec(generator.normal(size=(3, 3)))
+    quaternion = turn.as_quat(scalar_first=True)[:, None]
+    arguments = (torch.from_numpy(values).float() for values in (numbers, start, quaternion))
+    position, turned, gripper = ControllerSpace(0.05, 0.5).poses(*arguments)
+    where, held = start[:, 0].copy(), turn
+    for step in range(T):
+        where += 0.05 * numbers[:, 0, step, :3]
+        held = Rotation.from_rotvec(0.5 * numbers[:, 0, step, 3:6]) * held
+        np.testing.assert_allclose(position[:, 0, step], where, atol=1e-5)
+        expected = torch.from_numpy(held.as_quat(scalar_first=True)).float()
+        assert geodesic_angle(turned[:, 0, step], expected).max() < 1e-3
+    np.testing.assert_allclose(gripper[:, 0], (1 - numbers[:, 0, :, 6]) / 2, atol=1e-6)
+
+
+def trained(folder: Path, kind: str, chunks: PolicyTargets, **options: object):
+    module = small_module(kind=kind, action_kind=kind)  # type: ignore[arg-type]
+    if options:
+        module.actions = PoseActions(("right",), kind, **options)  # type: ignore[arg-type]
+    module.set_statistics(replace(small_statistics(folder), chunks=chunks))
+    return module
+
+
+@pytest.mark.parametrize("kind", ["joint", "osc"])
+def test_such_actions_train_plan_and_travel(tmp_path: Path, kind: str) -> None:
+    chunks = joint_chunks(64)
+    chunks.controller = 0.1 * torch.randn(64, 1, T, 7, generator=torch.Generator().manual_seed(0))
+    module = trained(tmp_path, kind, chunks)
+    module.statistics._position_range.copy_(torch.tensor([[-9.0] * 3, [9.0] * 3]))  # nothing is moved into it
+    batch = small_batch()
+    for name in ("start_joints", "joints", "controller"):
+        setattr(batch, name, getattr(chunks, name)[: len(batch)])
+    losses = module.losses(module(batch), batch)
+    losses["total"].backward()
+    assert torch.isfinite(losses["total"])
+    assert module.metrics(module(batch), batch, module.sample(module(batch), batch))["position_cm"] > 0
+    view = {"image": np.zeros((40, 40, 3), np.uint8), "intrinsics": np.eye(3), "world_to_camera": np.eye(4)}
+    observation = {
+        "cameras": dict.fromkeys(module.views, view),
+        "instruction": "pick up the red cube",
+        "position": np.array([[0.3, 0.0, 0.1]]),
+        "quaternion": np.array([[0.0, 1.0, 0.0, 0.0]]),
+        "gripper": np.array([1.0]),
+    }
+    plan = GeometryVLAPolicy(module).plan(observation)
+    (name,) = module.extra_targets
+    numbers = getattr(plan, name)
+    assert numbers.shape == (1, T, {"joint": 6, "osc": 7}[kind])
+    if kind == "joint":
+        position, _ = forward_kinematics(numbers[0])
+        np.testing.assert_allclose(plan.position[0], TURN.apply(position) + BASE, atol=1e-4)
+    received = decode_plan(encode_plan(plan))
+    np.testing.assert_array_equal(getattr(received, name), numbers)
+    module.statistics._position_range.copy_(torch.zeros(2, 3))
+    assert getattr(GeometryVLAPolicy(module).plan(observation), name) is None  # its poses were moved: not as planned
+
+
+def test_each_robot_is_normalised_by_its_own_statistics(tmp_path: Path) -> None:
+    first, second = poses(40, 1), poses(40, 2)
+    second["position"] = second["position"] * 3 + 1
+    second["start_position"] = second["start_position"] * 3 + 1
+    both = {name: torch.cat([first[name], second[name]]) for name in first}
+    chunks = PolicyTargets(**both, instruction=["go"] * 80, embodiment=torch.tensor([0] * 40 + [1] * 40))
+    actions = PoseActions(["right"], embodiments=["yam", "panda"])
+    actions.take(chunks)
+    for rows, part in ((slice(0, 40), first), (slice(40, 80), second)):
+        alone = PoseActions(["right"])
+        alone.take(PolicyTargets(**part, instruction=["go"] * 40))
+        own = alone.encode(PolicyTargets(**part, instruction=["go"] * 40))
+        torch.testing.assert_close(actions.encode(chunks)[rows], own)
+    decoded = actions.decode(actions.encode(chunks), chunks.start_position, chunks.start_quaternion, chunks.embodiment)
+    torch.testing.assert_close(decoded[0], chunks.position, atol=1e-4, rtol=0)
+    torch.testing.assert_close(actions.position_range[1, 0], second["position"].flatten(0, 2).amin(0), atol=1.0, rtol=0)
+    with pytest.raises(ValueError, match="say which robot"):
+        actions.encode(replace(chunks, embodiment=None))
+    with pytest.raises(ValueError, match="'panda', of which there is no training"):
+        PoseActions(["right"], embodiments=["yam", "panda"]).take(replace(chunks, embodiment=torch.zeros(80).long()))
+    module = trained(tmp_path, "absolute", chunks, embodiments=["yam", "panda"])
+    assert module.embodiments == ("yam", "panda")
+    with pytest.raises(ValueError, match="the model knows yam, panda: say which"):
+        _ = module.policy().workspace
+    assert (
+        GeometryVLAPolicy(module, embodiment="panda").workspace[0, 0]
+        > GeometryVLAPolicy(module, embodiment="yam").workspace[0, 0]
+    )
+    with pytest.raises(ValueError, match="the model knows yam, panda"):
+        GeometryVLAPolicy(module, embodiment="robot")
