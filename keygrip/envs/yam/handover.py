@@ -98,16 +98,20 @@ def sample_handover(task: HandoverTask, seed: int) -> HandoverLayout:
         yaw = float(np.pi / 2 + rng.uniform(-BAR_TURN, BAR_TURN))
         height = float(rng.uniform(*MEETING_HEIGHT))
         layout = HandoverLayout(bar, yaw, np.stack([HOME, HOME]), height)
-        if all(_reachable(arm, phase) for phase in handover_phases(layout, np.random.default_rng(0)) for arm in ARMS):
+        poses = {
+            (arm, tuple(phase.position[arm].tolist()), phase.yaw[arm])
+            for phase in handover_phases(layout, np.random.default_rng(0))
+            for arm in ARMS
+        }
+        if all(_reachable(arm, np.array(place), yaw) for arm, place, yaw in sorted(poses)):
             starts = stream(seed, "start")
             joints = np.stack([_start(starts, task.random_start, arm) for arm in ARMS])
             return HandoverLayout(bar, yaw, joints, height)
     raise ValueError("no bar within reach of both arms was found")
 
 
-def _reachable(arm: str, phase: HandoverPhase) -> bool:
-    place = phase.position[arm] - BASES[ARMS.index(arm)]
-    found = solve(place, pointing_down(phase.yaw[arm]), HOME)
+def _reachable(arm: str, position: np.ndarray, yaw: float) -> bool:
+    found = solve(position - BASES[ARMS.index(arm)], pointing_down(yaw), HOME)
     return bool(found.position_error < REACHED_M and found.angle_error < REACHED_RAD)
 
 

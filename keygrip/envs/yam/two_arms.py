@@ -26,6 +26,7 @@ from keygrip.robots.kinematics import forward_kinematics, matrix_from_quaternion
 
 NAMES = {"left": scene.RobotNames("left_yam_", "left_"), "right": scene.YAM}
 HANDED_HEIGHT = 0.06  # m above the table at which the bar must be when the left arm holds it
+GONE = 0.06  # m from the middle of the bar at which the right hand has left it
 
 
 @dataclass
@@ -225,7 +226,8 @@ class HandoverCell:
         progress.lost = height < -0.05
         progress.out_of_reach_s = progress.out_of_reach_s + period if position_error > OUT_OF_REACH else 0.0
         progress.unreachable |= progress.out_of_reach_s >= OUT_OF_REACH_S - 1e-9
-        handed = all(left) and not any(right) and height > HANDED_HEIGHT and self.commanded_gripper[1] >= 0.5
+        apart = float(np.linalg.norm(self.data.site_xpos[self._tools[1]] - self.data.xpos[self._bar])) > GONE
+        handed = all(left) and not any(right) and height > HANDED_HEIGHT and apart
         progress.steady_s = progress.steady_s + period if handed else 0.0
         progress.success = progress.steady_s >= STEADY_S - 1e-9
 

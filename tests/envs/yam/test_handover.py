@@ -35,7 +35,7 @@ def cell() -> HandoverCell:
 
 
 def test_the_expert_hands_the_bar_over(cell: HandoverCell) -> None:
-    for seed in range(4):
+    for seed in range(3):
         cell.reset(seed=seed)
         assert cell.layout is not None
         success, info = play(cell, handover_actions(cell.layout, seed))
