@@ -110,8 +110,9 @@ def assert_sound(cfg: DictConfig) -> None:
     refuse_unread(cfg, TrainSchema)
 
 
-def assert_configures(cfg: DictConfig) -> type:
-    """The module builds (a large one without memory for its weights), and its optimiser has all that it trains."""
+def assert_configures(cfg: DictConfig) -> tuple[type, int]:
+    """The module builds (a large one without memory for its weights), and its optimiser has all that it trains. Gives
+    the optimiser's class and the number of parameters."""
     large = (
         "dinov" in str(cfg.get("backbone"))
         or "Qwen/" in str(cfg.get("vlm"))
@@ -128,7 +129,7 @@ def assert_configures(cfg: DictConfig) -> type:
     owned = [id(p) for group in configured["optimizer"].param_groups for p in group["params"]]
     assert sorted(owned) == sorted(id(p) for p in module.parameters() if p.requires_grad)
     assert configured["lr_scheduler"]["interval"] == "step"
-    return type(configured["optimizer"])
+    return type(configured["optimizer"]), sum(p.numel() for p in module.parameters())
 
 
 @pytest.mark.parametrize(("group", "option"), list(choices()))
@@ -164,13 +165,19 @@ def test_every_job_of_a_sweep(sweep: str) -> None:
     jobs = planned_jobs(cfg)
     assert len(jobs) > 1
     assert len({tuple(sorted(job)) for job in jobs}) == len(jobs)
-    optimizers = {}
+    optimizers, sizes = {}, {}
     for job in tried_jobs(sweep):
         assert any(set(job) <= set(planned) for planned in jobs)
         cfg = composed("train", [f"sweep={sweep}", *job])
         assert_sound(cfg)
         assert all("_target_" in part for part in cfg.callbacks.values() if part is not None)
-        optimizers[job[0].rpartition("/")[2]] = assert_configures(cfg).__name__
+        name = job[0].rpartition("/")[2]
+        optimizer, sizes[name] = assert_configures(cfg)
+        optimizers[name] = optimizer.__name__
+    if sweep == "geometry_comparison":
+        assert len(sizes) == 15
+        middle = sizes["arm_both"]
+        assert all(abs(size / middle - 1) <= 0.05 for size in sizes.values()), sizes
     if sweep == "vla_comparison":
         assert optimizers == {
             "volume_query": "AdamW",

@@ -23,10 +23,11 @@ class ShardedStrategy(ModelParallelStrategy):
     Paper: Zhao et al., PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel (2023).
     """
 
-    def __init__(self, process_group_backend: str | None = None) -> None:
+    def __init__(self, process_group_backend: str | None = None, reshard_after_forward: bool = True) -> None:
         super().__init__(
             tensor_parallel_size=1, save_distributed_checkpoint=False, process_group_backend=process_group_backend
         )
+        self.reshard_after_forward = reshard_after_forward
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
@@ -38,7 +39,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self.accelerator.setup(trainer)
         self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
-        shard(self.model, self.device_mesh["data_parallel"])
+        shard(self.model, self.device_mesh["data_parallel"], self.reshard_after_forward)
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
@@ -48,12 +49,16 @@ class ShardedStrategy(ModelParallelStrategy):
         return [] if self.root_device.index is None else [self.root_device.index]
 
 
-def shard(module: nn.Module, mesh: Any) -> None:
-    """Shards ``module`` in place over a one-dimensional device mesh; its step methods gather what they need."""
+def shard(module: nn.Module, mesh: Any, reshard_after_forward: bool = True) -> None:
+    """Shards ``module`` in place over a one-dimensional device mesh; its step methods gather what they need.
+
+    Args:
+        reshard_after_forward: parts let go of what they gathered between their forward and backward passes.
+    """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     for part in getattr(module, "sharded_parts", list)():
-        fully_shard(part, mesh=mesh)
+        fully_shard(part, mesh=mesh, reshard_after_forward=reshard_after_forward)
     fully_shard(module, mesh=mesh)
     for name in STEPS:
         register_fsdp_forward_method(module, name)

@@ -126,3 +126,24 @@ def test_tensors_that_are_not_sharded_stay_as_they_are() -> None:
     assert torch.equal(copy, tensor)
     assert copy.data_ptr() != tensor.data_ptr()
     reshard(nn.Linear(1, 1))
+
+
+def test_tf32_is_for_gpus_and_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        with_gpus(monkeypatch, 1)
+        Strategy(tf32=True).trainer_arguments()
+        assert torch.get_float32_matmul_precision() == "high"
+        Strategy().trainer_arguments()
+        assert torch.get_float32_matmul_precision() == "highest"
+        with_gpus(monkeypatch, 0)
+        with pytest.raises(ValueError, match="this machine has none"):
+            Strategy(tf32=True).trainer_arguments()
+        with pytest.raises(ValueError, match="strategy=cpu"):
+            Strategy(accelerator="cpu", tf32=True)
+        with pytest.raises(ValueError, match="reshard_after_forward is for kind=fsdp, and this one is ddp"):
+            Strategy(kind="ddp", reshard_after_forward=False)
+        kept = Strategy(accelerator="cpu", devices=2, kind="fsdp", reshard_after_forward=False)
+        assert kept.trainer_arguments()["strategy"].reshard_after_forward is False
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -43,12 +43,15 @@ class FeatureCache:
         self.folder, self.limit = Path(folder), int(limit_gb * 1e9)
         self._asked, self._found = 0, 0
 
-    def features(self, images: Tensor, maker: str, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        """Features of pictures: those that are kept, and the others computed and kept.
+    def features(
+        self, images: Tensor, maker: str, compute: Callable[..., Tensor], conditions: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """Features of images: those that are kept, and the others computed and kept.
 
         Args:
             images: uint8 ``[B, ...]``. maker: which encoder, with which weights and settings.
-            compute: features ``[b, ...]`` of some of the images ``[b, ...]``.
+            compute: features ``[b, ...]`` of some of the images ``[b, ...]`` and their conditions.
+            conditions: what the features depend on beside the images, ``[B, ...]`` each (cameras).
 
         Returns:
             ``[B, ...]`` float32 on the device of the images. They went through float16 (float32 where they do not fit
@@ -58,12 +61,12 @@ class FeatureCache:
             raise ValueError(
                 f"Features are kept by the bytes of their pictures, which must be uint8, not {images.dtype}."
             )
-        keys = [_key(row, maker) for row in images.cpu()]
+        keys = [_key(row, maker) for row in zip(*(part.cpu() for part in (images, *conditions)), strict=True)]
         found = [self._read(key) for key in keys]
         missing = [row for row, feature in enumerate(found) if feature is None]
         self._watch(len(found), len(found) - len(missing))
         if missing:
-            made = compute(images[missing]).detach().cpu()
+            made = compute(*(part[missing] for part in (images, *conditions))).detach().cpu()
             for row, feature in zip(missing, made, strict=True):
                 small = feature.float()
                 small = small.half() if bool((small.abs() < LARGEST_HALF).all()) else small
@@ -136,7 +139,9 @@ class FeatureCache:
         return size
 
 
-def _key(row: Tensor, maker: str) -> str:
-    digest = hashlib.sha256(f"{maker}:{tuple(row.shape)}:".encode())
-    digest.update(row.contiguous().numpy().tobytes())
+def _key(row: Sequence[Tensor], maker: str) -> str:
+    """Of an image and its conditions."""
+    digest = hashlib.sha256(f"{maker}:{tuple(row[0].shape)}:".encode())
+    for part in row:
+        digest.update(part.contiguous().numpy().tobytes())
     return digest.hexdigest()

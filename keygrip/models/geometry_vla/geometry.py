@@ -1,4 +1,5 @@
-"""Geometry for the action head: MapAnything, frozen, or a small multi-view transformer that learns depth as it goes.
+"""Geometry for the action head: what it needs of an encoder, and a small multi-view transformer that learns depth as it
+goes. MapAnything, frozen, is in `mapanything.py`.
 
 Shape legend: B samples, V views, S side of an image, N patches of a view, G = V N tokens, D their width, c cells along
 a side of a patch, g = c S / patch cells along a side of an image.
@@ -6,13 +7,9 @@ a side of a patch, g = c S / patch cells along a side of an image.
 
 from __future__ import annotations
 
-import hashlib
-import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -28,15 +25,6 @@ from keygrip.training.parts import model_part
 
 if TYPE_CHECKING:
     from keygrip.models.backbone import DinoBackbone
-    from keygrip.models.geometry_vla.feature_cache import FeatureCache
-
-log = logging.getLogger(__name__)
-
-INSTALL = (
-    "pip install 'mapanything @ git+https://github.com/facebookresearch/map-anything.git' (its weights: "
-    "facebook/map-anything-apache)"
-)
-
 
 DECIMETRES = 10  # to a metre
 
@@ -49,11 +37,13 @@ class GeometryFeatures:
         tokens: ``[B, G, D]``, view after view.
         points: world points ``[B, V, g, g, 3]`` metres and log_depth ``[B, V, g, g]`` of log metres that it predicts;
             None where it has no head for them.
+        scale: ``[B, D]``, a token that holds the scene's metric scale; None where the encoder has none.
     """
 
     tokens: Tensor
     points: Tensor | None = None
     log_depth: Tensor | None = None
+    scale: Tensor | None = None
 
 
 class GeometryEncoder(nn.Module, ABC):
@@ -84,6 +74,11 @@ class GeometryEncoder(nn.Module, ABC):
     @property
     def reads_cameras(self) -> bool:
         """Whether its features depend on intrinsics and camera poses."""
+        return False
+
+    @property
+    def gives_scale(self) -> bool:
+        """Whether its features hold a scale token."""
         return False
 
     def take_start(self) -> None:
@@ -311,128 +306,3 @@ def depth_targets(
     camera = rays * metres[..., None] - shift[:, :, None, None]
     world = transform(rotation.transpose(-1, -2)[:, :, None, None], camera)
     return world, known, metres
-
-
-# ---------------------------------------------------------------------- MapAnything
-
-
-@model_part(from_checkpoint={"cache": None}, external=["weights"])
-class MapAnythingGeometry(GeometryEncoder):
-    """MapAnything (Keetha et al., "MapAnything: Universal Feed-Forward Metric 3D Reconstruction", 2025), frozen: the
-    tokens of its multi-view transformer, of the images alone.
-
-    Its weights are not part of this module or of a checkpoint: they are loaded from where they were loaded in training,
-    and must be the same ones.
-
-    Args:
-        weights: a local folder or a name on the Hugging Face hub.
-        image_size: side in pixels at which it looks at images; a multiple of its patch size.
-        cache: keeps features by image; useful where images come again, that is without random augmentation.
-
-    Raises:
-        ModuleNotFoundError: the package is not there. FileNotFoundError: the weights are not there.
-        ValueError: a size that its patches do not divide.
-    """
-
-    _digest: Tensor
-
-    def __init__(self, weights: str, image_size: int, cache: FeatureCache | None = None) -> None:
-        super().__init__()
-        model = _load_mapanything(weights)
-        model.eval().requires_grad_(False)
-        self._model = [model]  # in a list, it is no submodule
-        self.weights, self.image_size, self.cache = weights, image_size, cache
-        self.dim = int(model.info_sharing.dim)
-        self.patch_size = int(model.encoder.patch_size)
-        self.norm_type = str(model.encoder.data_norm_type)
-        self.mean, self.std = _normalisation(self.norm_type)
-        if image_size % self.patch_size:
-            raise ValueError(f"geometry.image_size={image_size} must be a multiple of MapAnything's {self.patch_size}.")
-        self.fingerprint = _fingerprint(model)
-        self.register_buffer("_digest", torch.tensor(list(bytes.fromhex(self.fingerprint)), dtype=torch.uint8))
-        log.info("MapAnything of %s: tokens of width %d, patches of %d px", weights, self.dim, self.patch_size)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        stored = state_dict.get(f"{prefix}_digest")
-        if stored is not None and not torch.equal(stored.cpu(), self._digest.cpu()):
-            raise ValueError(
-                f"geometry.weights={self.weights} are not the MapAnything weights that the checkpoint was trained "
-                "with: their features mean something else"
-            )
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
-    @torch.no_grad()
-    def forward(self, images: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> GeometryFeatures:
-        if self.cache is None:
-            return GeometryFeatures(self.compute(images))
-        maker = f"mapanything:{self.fingerprint}:{self.image_size}"
-        return GeometryFeatures(self.cache.features(images, maker, self.compute))
-
-    def compute(self, images: Tensor) -> Tensor:
-        """Tokens ``[B, G, D]`` float32 of uint8 ``[B, V, 3, S, S]`` images."""
-        model = self._model[0].to(images.device)
-        pictures = normalised(images, self.mean, self.std)
-        if pictures.shape[-1] != self.image_size:
-            shape = (self.image_size, self.image_size)
-            resized = F.interpolate(pictures.flatten(0, 1), shape, mode="bicubic", antialias=True, align_corners=False)
-            pictures = resized.unflatten(0, images.shape[:2])
-        views = [{"img": view, "data_norm_type": [self.norm_type]} for view in pictures.unbind(1)]
-        found: list[Any] = []
-        hook = model.info_sharing.register_forward_hook(lambda _, __, output: _stop(found, output))
-        # Its own precision, whatever that around it: bf16 on a GPU, as its authors run it.
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.device.type == "cuda"):
-            try:
-                model(views)
-            except _FoundError:
-                pass
-            finally:
-                hook.remove()
-        final = found[0][0] if isinstance(found[0], tuple) else found[0]
-        tokens = [view.flatten(2).transpose(1, 2) for view in final.features]  # of [B, D, h, w]
-        return torch.cat(tokens, dim=1).float()
-
-
-class _FoundError(Exception):
-    """Ends MapAnything's forward pass where its tokens are known: the heads behind them are of no use here."""
-
-
-def _stop(found: list[Any], output: Any) -> None:
-    found.append(output)
-    raise _FoundError
-
-
-def _load_mapanything(weights: str) -> Any:
-    try:
-        from mapanything.models import MapAnything
-    except ModuleNotFoundError as error:
-        if error.name is not None and error.name.partition(".")[0] not in ("mapanything", "uniception"):
-            raise
-        raise ModuleNotFoundError(f"geometry=mapanything needs the package mapanything: {INSTALL}") from error
-    if weights.startswith((".", "/", "~")) and not Path(weights).is_dir():
-        raise FileNotFoundError(f"geometry.weights: there is no folder {weights}")
-    try:
-        return MapAnything.from_pretrained(weights)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"MapAnything's weights {weights} are neither a folder nor to be had from the hub "
-            f"({str(error).splitlines()[0][:120]}): download config.json and model.safetensors from "
-            "https://huggingface.co/facebook/map-anything-apache into a folder and set geometry.weights to it"
-        ) from error
-
-
-def _normalisation(name: str) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation of images that an encoder of the package expects."""
-    from uniception.models.encoders.image_normalizations import IMAGE_NORMALIZATION_DICT
-
-    entry = IMAGE_NORMALIZATION_DICT[name]
-    return entry.mean.flatten().tolist(), entry.std.flatten().tolist()
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """Of names, shapes and a few numbers of every parameter: quick, and other weights have another one."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name}:{tuple(parameter.shape)}".encode())
-        few = parameter.detach().flatten()
-        digest.update(few[:: max(1, few.numel() // 16)][:16].float().cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -256,6 +256,22 @@ class GeometryVLAModule(System):
         planned, _, _ = self.decode(actions, batch)
         return scene_picture(batch, planned, scene.geometry, sample, scene.pointing)
 
+    def dry_run(self, batch: MultiViewPolicyBatch) -> dict[str, Any]:
+        """One batch forwards: shapes, tokens that a block reads, parameters by part (millions; all and trained) and
+        losses."""
+        parts = {name: part for name, part in self.network.named_children() if any(True for _ in part.parameters())}
+        with torch.no_grad():
+            scene = self(batch)
+            losses = self.losses(scene, batch)
+        names = ("prompt", "geometry", "pointed")
+        return {
+            "images": list(batch.images.shape),
+            "actions": [len(batch.images), self.network.head.horizon, self.actions.size],
+            "context_tokens": dict(zip(names, scene.groups, strict=True)),
+            "parameters_m": {name: _millions(part) for name, part in ({"all": self.network} | parts).items()},
+            "losses": {name: round(float(value), 4) for name, value in losses.items()},
+        }
+
     def _show(self, scene: Scene, batch: MultiViewPolicyBatch) -> None:
         if not self.loggers:
             return
@@ -285,12 +301,10 @@ class GeometryVLAModule(System):
             # Not a number where no gripper closes in what was validated on.
             self.log(f"val/{name}", torch.cat(errors).mean(), sync_dist=True)
 
-    def _log(self, split: str, values: dict[str, Tensor], batch_size: int) -> None:
-        for name, value in values.items():
-            self.log(
-                f"{split}/{'loss' if name == 'total' else name}",
-                value.detach(),
-                prog_bar=name in ("total", "position_cm"),
-                batch_size=batch_size,
-                sync_dist=split == "val",
-            )
+
+def _millions(part: torch.nn.Module) -> dict[str, float]:
+    counts = {"all": 0, "trained": 0}
+    for parameter in part.parameters():
+        counts["all"] += parameter.numel()
+        counts["trained"] += parameter.numel() if parameter.requires_grad else 0
+    return {name: round(count / 1e6, 3) for name, count in counts.items()}

@@ -4,7 +4,8 @@
     images -> geometry encoder -> G tokens -> compressor -> K tokens ---------------------------+-> N contexts
     state, noisy actions -> action head, block i reads context i -> velocity
 
-The geometry goes past the language model, straight into the action head's cross-attention.
+The geometry goes past the language model, straight into the action head's cross-attention. For comparison it can also
+go through the language model, as further tokens of its prompt.
 
 Shape legend: B samples, V views, S side of an image, L tokens of a prompt, K geometry tokens, R draws, T steps, Da
 numbers of an action step, H width of language model and head.
@@ -106,8 +107,9 @@ class GeometryVLA(nn.Module):
         vlm: gives hidden states; its width is the head's. geometry: gives geometry tokens.
         arms: which arms, in the order of the batch's arm axis. horizon: T.
         blocks: N, of the head; as many of the vision-language model's last layers are read.
-        geom_inject_to_dit: false leaves the geometry encoder out: the policy on the vision-language model alone.
-        geom_dit_tokens: K. geom_compression_type: pool, per_layer or qformer. geom_qformer_heads: of the last.
+        geom_inject_to_dit: false gives the head no geometry: the policy on the vision-language model alone.
+        geom_dit_tokens: K; 0: geometry reaches the head at the pointed places alone. geom_compression_type: pool,
+            per_layer or qformer. geom_qformer_heads: of the last.
         future_tokens, head_size, expansion, self_attention_every: see `ActionHead`.
         context_norm: scale each context token to unit variance: layers of a pretrained language model differ by orders
             of magnitude, among each other and from geometry tokens.
@@ -121,6 +123,9 @@ class GeometryVLA(nn.Module):
         pointed_tokens: give the head what those maps say, and what the geometry encoder makes of the places (see
             `PointedTokens`).
         action_kind: `model.actions.kind`, which says how many numbers an action has.
+        geom_places: add to each geometry token, before compression, where in which image it lies.
+        geom_inject_to_vlm: K compressed tokens stand in the language model's prompt, before the images, and reach the
+            head through it.
 
     Raises:
         ValueError: sizes that do not fit, or injection without a geometry encoder.
@@ -147,13 +152,19 @@ class GeometryVLA(nn.Module):
         pointing_keyframe: bool = False,
         pointed_tokens: bool = False,
         action_kind: str = "absolute",
+        geom_places: bool = False,
+        geom_inject_to_vlm: bool = False,
     ) -> None:
         super().__init__()
-        if geom_inject_to_dit and geometry is None:
-            raise ValueError(
-                "model.network.geom_inject_to_dit=true needs a geometry encoder: choose geometry=dino_multiview or "
-                "geometry=mapanything, or set it to false."
-            )
+        _check_geometry(
+            geometry,
+            geom_inject_to_dit,
+            geom_inject_to_vlm,
+            geom_dit_tokens,
+            geom_compression_type,
+            pointed_tokens,
+            geom_places,
+        )
         if blocks > vlm.layers:
             raise ValueError(
                 f"model.network.blocks={blocks}, but the vision-language model has {vlm.layers} layers: each block "
@@ -166,11 +177,17 @@ class GeometryVLA(nn.Module):
         self.pointing = Pointing(vlm.width, len(arms), maps, pointing_cells) if pointing_cells else None
         self.geometry: GeometryEncoder | None = None
         self.compressor: GeometryCompressor | None = None
-        if geom_inject_to_dit and geometry is not None:
+        self.vlm_compressor: GeometryCompressor | None = None
+        if geometry is not None and (geom_inject_to_dit or geom_inject_to_vlm):
             self.geometry = geometry
-            self.compressor = build_geom_compressor(
-                geom_compression_type, geometry.dim, vlm.width, blocks, geom_dit_tokens, geom_qformer_heads
-            )
+            if geom_inject_to_dit and geom_dit_tokens:
+                self.compressor = build_geom_compressor(
+                    geom_compression_type, geometry.dim, vlm.width, blocks, geom_dit_tokens, geom_qformer_heads
+                )
+            if geom_inject_to_vlm:
+                self.vlm_compressor = build_geom_compressor(
+                    geom_compression_type, geometry.dim, vlm.width, 1, geom_dit_tokens, geom_qformer_heads
+                )
         elif geometry is not None:
             log.info("geom_inject_to_dit=false: no geometry encoder; the actions depend on the vision-language model")
         for name, wanted in (("pointed_tokens", pointed_tokens), ("pointing_keyframe", pointing_keyframe)):
@@ -178,8 +195,9 @@ class GeometryVLA(nn.Module):
                 raise ValueError(f"model.network.{name}=true needs maps to point with: set pointing_cells above 0.")
         self.pointed: PointedTokens | None = None
         if pointed_tokens:
-            seen = None if self.geometry is None else self.geometry.dim
-            points = self.geometry is not None and self.geometry.predicts_points
+            told = self.geometry if geom_inject_to_dit else None
+            seen = None if told is None else told.dim
+            points = told is not None and told.predicts_points
             self.pointed = PointedTokens(vlm.width, len(arms), maps, MOST_VIEWS, seen, points)
         self.head = ActionHead(
             vlm.width,
@@ -192,6 +210,13 @@ class GeometryVLA(nn.Module):
             expansion,
             self_attention_every,
         )
+        self.scale: nn.Linear | None = None
+        self.geometry_places: PlaceEmbedding | None = None
+        if self.geometry is not None and self.compressor is not None and self.geometry.gives_scale:
+            self.scale = nn.Linear(self.geometry.dim, vlm.width)
+        if self.geometry is not None and geom_places:
+            self.geometry_places = PlaceEmbedding(self.geometry.dim)
+        self.vlm_gain = nn.LayerNorm(vlm.width) if self.vlm_compressor is not None else None
 
     def encode(self, images: Tensor, instructions: Sequence[str], intrinsics: Tensor, world_to_camera: Tensor) -> Scene:
         """One pass of the encoders.
@@ -200,18 +225,29 @@ class GeometryVLA(nn.Module):
             images: uint8 ``[B, V, 3, S, S]``. instructions: B sentences.
             intrinsics: ``[B, V, 3, 3]``. world_to_camera: ``[B, V, 4, 4]``.
         """
-        blocks = len(self.head.blocks)
-        semantics = self.vlm(images, instructions, blocks)
-        pointing = None
+        blocks, views = len(self.head.blocks), images.shape[1]
+        features, few, pointing = None, None, None
+        if self.vlm_compressor is not None and self.vlm_gain is not None:
+            assert self.geometry is not None
+            features = self.geometry(images, intrinsics, world_to_camera)
+            with torch.autocast(images.device.type, enabled=False):
+                (prefix,) = self.vlm_compressor(self._placed(features.tokens, views))
+                prefix = self.vlm_gain(prefix)
+            semantics = self.vlm(images, instructions, blocks, prefix)
+        else:
+            semantics = self.vlm(images, instructions, blocks)
         if self.pointing is not None:
-            pointing = self.pointing(semantics.layers[-1], semantics.places, images.shape[1])
-        features, few = None, None
-        if self.geometry is not None and self.compressor is not None:
+            pointing = self.pointing(semantics.layers[-1].float(), semantics.places, views)
+        if self.geometry is not None and features is None:
             features = self.geometry(images, intrinsics, world_to_camera)
         # From here on in float32: what the head reads and the head itself.
         with torch.autocast(images.device.type, enabled=False):
             if features is not None and self.compressor is not None:
-                few = [self._normed(tokens) for tokens in self.compressor(features.tokens.float())]
+                few = [self._normed(tokens) for tokens in self.compressor(self._placed(features.tokens, views))]
+                if self.scale is not None:
+                    assert features.scale is not None
+                    scale = self._normed(self.scale(features.scale.float()))[:, None]
+                    few = [torch.cat([tokens, scale], dim=1) for tokens in few]
             pointed = []
             if self.pointed is not None and pointing is not None:
                 pointed = [self.pointed(pointing, features)]
@@ -223,6 +259,26 @@ class GeometryVLA(nn.Module):
                 tokens = torch.cat([words, *([] if few is None else [few[index]]), *pointed], dim=1)
                 contexts.append(BlockContext(tokens, mask))
         return Scene(contexts, groups, features, pointing)
+
+    def _placed(self, tokens: Tensor, views: int) -> Tensor:
+        """Geometry tokens ``[B, G, D]`` float32, with `geom_places` each with where it lies.
+
+        Raises:
+            ValueError: they do not lie on a square grid in each view.
+        """
+        tokens = tokens.float()
+        if self.geometry_places is None:
+            return tokens
+        side = round((tokens.shape[1] / views) ** 0.5)
+        if views * side * side != tokens.shape[1]:
+            raise ValueError(
+                f"model.network.geom_places=true needs geometry tokens on a square grid, got {tokens.shape[1]} of "
+                f"{views} views: set it to false with this geometry encoder."
+            )
+        shares = (torch.arange(side, device=tokens.device) + 0.5) / side
+        numbers = torch.arange(views, device=tokens.device) + 1.0
+        places = torch.stack(torch.meshgrid(numbers, shares, shares, indexing="ij"), dim=-1).flatten(0, 2)  # [G, 3]
+        return tokens + self.geometry_places(places[None])
 
     def _normed(self, tokens: Tensor) -> Tensor:
         return F.layer_norm(tokens, tokens.shape[-1:]) if self.context_norm else tokens
@@ -265,3 +321,37 @@ class GeometryVLA(nn.Module):
         """Blocks that are used through their `forward` alone."""
         geometry = [] if self.geometry is None else self.geometry.sharded_parts()
         return [*self.vlm.sharded_parts(), *geometry, *self.head.blocks, *self.head.mixers]
+
+
+def _check_geometry(
+    geometry: GeometryEncoder | None,
+    to_head: bool,
+    to_vlm: bool,
+    tokens: int,
+    kind: str,
+    pointed: bool,
+    places: bool,
+) -> None:
+    """Raises ValueError where geometry is asked for and would reach nobody, or there is none."""
+    if geometry is None and (to_head or to_vlm):
+        name = "geom_inject_to_dit" if to_head else "geom_inject_to_vlm"
+        raise ValueError(
+            f"model.network.{name}=true needs a geometry encoder: choose geometry=dino_multiview or "
+            "geometry=mapanything, or set it to false."
+        )
+    if tokens < 0 or (to_vlm and tokens < 1):
+        raise ValueError(
+            f"model.network.geom_dit_tokens={tokens}: at least 0, and at least 1 with geom_inject_to_vlm=true."
+        )
+    if to_head and not tokens and not pointed:
+        raise ValueError(
+            "model.network.geom_dit_tokens=0 leaves geometry at the pointed places alone: set pointed_tokens=true, or "
+            "geom_inject_to_dit=false."
+        )
+    if to_vlm and kind == "per_layer":
+        raise ValueError(
+            "model.network.geom_compression_type=per_layer gives each block of the head its own tokens, and the "
+            "language model's prompt has one set: use pool or qformer with geom_inject_to_vlm=true."
+        )
+    if places and not (to_vlm or (to_head and tokens)):
+        raise ValueError("model.network.geom_places=true places compressed geometry tokens, and there are none.")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from keygrip.data.batches import normalised
 from keygrip.models.language.hub import read_config, read_weights, with_fused_attention
 from keygrip.models.language.tokenizers import ChatTokenizer, TokenizerSource
+from keygrip.models.nn.low_precision import Precision, lower_precision
 from keygrip.models.nn.short_attention import recompute_contexts
 from keygrip.training.parts import model_part
 
@@ -33,7 +34,8 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 MERGE = 2  # patches along a side that become one token
 TEMPORAL = 2  # frames that a patch spans: an image is shown twice
 KEPT_PROMPTS = 4096  # instructions whose tokens are remembered
-PICTURES = "<pictures>"  # stands for the visual tokens while a prompt is rendered
+IMAGES, WORDS = "<images>", "<words>"  # stand for both while a prompt is rendered
+EXTRA = -1  # id of a token whose embedding is given
 
 Trainable = Literal["all", "language", "frozen"]
 PromptOrder = Literal["images_first", "instruction_first"]
@@ -140,7 +142,7 @@ class QwenVL(nn.Module):
         self.vision, self.prompt_order, self.trainable = vision, prompt_order, trainable
         self.tokenizer_source = tokenizer
         self.tokenizer: ChatTokenizer | None = None
-        self._prompts: dict[tuple[str, int], tuple[list[int], Tensor, Tensor]] = {}
+        self._prompts: dict[tuple[str, int, int], tuple[list[int], Tensor, Tensor]] = {}
         sizes = {
             "text_config": {
                 "hidden_size": width,
@@ -176,6 +178,7 @@ class QwenVL(nn.Module):
         }
         self.model: Any = _random(sizes, own) if weights == "random" else _pretrained(weights, sizes, own)
         self.loaded_weights = weights
+        self.precision: Precision = "float32"
         if gradient_checkpointing:
             # Its name changed within transformers 5.
             model = self.model
@@ -193,6 +196,19 @@ class QwenVL(nn.Module):
         elif self.trainable == "language":
             self.model.visual.eval()
         return self
+
+    def lower_precision(self, precision: Precision) -> None:
+        """Rounds the weights in place, for inference (`keygrip.models.nn.low_precision`).
+
+        Raises:
+            ValueError: they were rounded to another precision before.
+        """
+        if precision == self.precision:
+            return
+        if self.precision != "float32":
+            raise ValueError(f"the vision-language model's weights are {self.precision} already: load it again")
+        lower_precision(self.model, precision)
+        self.precision = precision
 
     # ------------------------------------------------------------------ tokens
 
@@ -222,26 +238,49 @@ class QwenVL(nn.Module):
         self.tokenizer = tokenizer
         self._prompts.clear()
 
-    def prompt(self, instruction: str, views: int) -> tuple[list[int], Tensor, Tensor]:
+    def _around_images(self, instruction: str) -> tuple[list[int], list[int]]:
+        """Token ids of a prompt before and behind its images. Whatever the instruction holds is text."""
+        if self.tokenizer is None:
+            raise ValueError("The model has no tokenizer: train it, or load a checkpoint written by keygrip.train.")
+        encode, order = self.tokenizer.encode, "{0}{1}" if self.prompt_order == "images_first" else "{1}\n{0}"
+        if not self.tokenizer.has_special(instruction):
+            images = IMAGES
+            while images in instruction:
+                images = f"<{images}>"
+            rendered = self.tokenizer.render([("user", order.format(images, instruction))], answering=True)
+            before, after = rendered.split(images)
+            return encode(before), encode(after)
+        # The spelling of a special token is text too: the instruction is encoded apart from the template.
+        rendered = self.tokenizer.render([("user", order.format(IMAGES, WORDS))], answering=True)
+        spelt = encode(instruction, special=False)
+        found: list[list[int]] = []
+        for side in rendered.split(IMAGES):
+            first, *others = side.split(WORDS)
+            ids = encode(first)
+            for part in others:
+                ids += spelt + encode(part)
+            found.append(ids)
+        return found[0], found[1]
+
+    def prompt(self, instruction: str, views: int, extra: int = 0) -> tuple[list[int], Tensor, Tensor]:
         """Token ids of one sample's images and instruction, their positions ``[3, L]`` (time, height, width) and
         their places ``[L, 3]`` (see `Semantics`).
 
         Positions as the model was trained with: words count up together; an image's tokens stand at one time, and at
         their row and column beyond it; what follows goes on behind the largest.
 
+        Args:
+            extra: tokens before the images, of id EXTRA, which count as words.
+
         Raises:
             ValueError: there is no tokenizer yet.
         """
-        known = self._prompts.get((instruction, views))
+        known = self._prompts.get((instruction, views, extra))
         if known is not None:
             return known
-        if self.tokenizer is None:
-            raise ValueError("The model has no tokenizer: train it, or load a checkpoint written by keygrip.train.")
-        first = self.prompt_order == "images_first"
-        words = f"{PICTURES}{instruction}" if first else f"{instruction}\n{PICTURES}"
-        before, after = self.tokenizer.render([("user", words)], answering=True).split(PICTURES)
+        ids, rest = self._around_images(instruction)
+        ids += [EXTRA] * extra
         side = self.image_size // (self.vision.patch_size * MERGE)
-        ids = self.tokenizer.encode(before)
         positions = [torch.arange(len(ids)).expand(3, -1)]
         places = [torch.zeros(len(ids), 3)]
         following = len(ids)
@@ -255,18 +294,17 @@ class QwenVL(nn.Module):
             seen = torch.cat([torch.full((side**2, 1), view + 1.0), shares], dim=1)
             places += [torch.zeros(1, 3), seen, torch.zeros(1, 3)]
             following = start + side + 1
-        rest = self.tokenizer.encode(after)
         positions.append((following + torch.arange(len(rest))).expand(3, -1))
         places.append(torch.zeros(len(rest), 3))
         if len(self._prompts) >= KEPT_PROMPTS:
             self._prompts.clear()
-        self._prompts[instruction, views] = ids + rest, torch.cat(positions, dim=1), torch.cat(places)
-        return self._prompts[instruction, views]
+        found = self._prompts[instruction, views, extra] = ids + rest, torch.cat(positions, dim=1), torch.cat(places)
+        return found
 
-    def tokens(self, instructions: Sequence[str], views: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def tokens(self, instructions: Sequence[str], views: int, extra: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Ids ``[B, L]``, positions ``[3, B, L]``, mask ``[B, L]`` and places ``[B, L, 3]`` of a batch, padded on the
         right."""
-        prompts = [self.prompt(instruction, views) for instruction in instructions]
+        prompts = [self.prompt(instruction, views, extra) for instruction in instructions]
         longest = max(len(ids) for ids, *_ in prompts)
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)
         positions = torch.zeros(3, len(prompts), longest, dtype=torch.long)
@@ -281,11 +319,12 @@ class QwenVL(nn.Module):
 
     # ------------------------------------------------------------------ forward
 
-    def forward(self, images: Tensor, instructions: Sequence[str], last: int) -> Semantics:
+    def forward(self, images: Tensor, instructions: Sequence[str], last: int, extra: Tensor | None = None) -> Semantics:
         """Hidden states of the last layers.
 
         Args:
             images: uint8 ``[B, V, 3, S, S]``. instructions: B sentences. last: how many layers.
+            extra: embeddings ``[B, K, H]`` of further tokens, which stand before the images.
 
         Raises:
             ValueError: more layers than there are, or no tokenizer.
@@ -295,11 +334,15 @@ class QwenVL(nn.Module):
                 f"The vision-language model has {self.layers} layers and {last} are asked for: lower "
                 "model.network.blocks."
             )
-        ids, positions, mask, places = (part.to(images.device) for part in self.tokens(instructions, images.shape[1]))
-        with torch.no_grad() if self.trainable == "frozen" else contextlib.nullcontext():
+        prompts = self.tokens(instructions, images.shape[1], 0 if extra is None else extra.shape[1])
+        ids, positions, mask, places = (part.to(images.device) for part in prompts)
+        # What comes before a frozen model gets its gradient through it.
+        frozen = self.trainable == "frozen" and (extra is None or not extra.requires_grad)
+        with torch.no_grad() if frozen else contextlib.nullcontext():
             pixels, grid = self.patches(images)
             output = self.model(
-                input_ids=ids,
+                input_ids=ids if extra is None else ids.clamp(min=0),
+                inputs_embeds=None if extra is None else self._embedded(ids, extra),
                 attention_mask=mask.long(),
                 position_ids=positions,
                 pixel_values=pixels,
@@ -308,6 +351,11 @@ class QwenVL(nn.Module):
                 use_cache=False,
             )
         return Semantics(list(output.hidden_states[-last:]), mask, places)
+
+    def _embedded(self, ids: Tensor, extra: Tensor) -> Tensor:
+        """Embeddings ``[B, L, H]`` of token ids, those of id EXTRA given by ``extra`` ``[B, K, H]``."""
+        known = self.model.get_input_embeddings()(ids.clamp(min=0))
+        return known.masked_scatter((ids == EXTRA)[..., None], extra.to(known.dtype))
 
     def patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures as the vision tower reads them: patches ``[N, 3 * 2 * P * P]``, those of a token together, and the

@@ -66,9 +66,14 @@ class ChatTokenizer:
         self.end_of_turn = int(end if turn_end in (None, tokenizer.unk_token_id) else turn_end)
         self.end_text = str(tokenizer.convert_ids_to_tokens(self.end_of_turn))
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text as it is, special tokens in it recognised, none added."""
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Ids of a text as it is, none added; special tokens in it are recognised, or with ``special=False`` spelt."""
+        options = {} if special else {"split_special_tokens": True}
+        return list(self._tokenizer(text, add_special_tokens=False, **options)["input_ids"])
+
+    def has_special(self, text: str) -> bool:
+        """Whether a text holds the spelling of a special token."""
+        return any(token in text for token in self._tokenizer.get_added_vocab())
 
     def decode(self, ids: Sequence[int] | Tensor, special: bool = False) -> str:
         """Text of ids, with special tokens where `special`."""

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from vla_parts import S, V, small_batch, small_geometry, small_module
+from vla_parts import S, V, ready_module, small_batch, small_geometry, small_module
 
 from keygrip.models.geometry.cameras import project
+from keygrip.models.geometry.rotations import quaternion_to_matrix, rotation_exp
 from keygrip.models.geometry_vla.feature_cache import FeatureCache
-from keygrip.models.geometry_vla.geometry import MapAnythingGeometry, depth_targets
+from keygrip.models.geometry_vla.geometry import depth_targets
+from keygrip.models.geometry_vla.mapanything import MapAnythingGeometry
 
 
 def test_depth_targets_are_the_points_that_project_to_their_pixels() -> None:
@@ -169,6 +171,86 @@ def test_cached_features_are_those_of_the_model(mapanything: Path, tmp_path: Pat
     for _ in range(3):
         torch.testing.assert_close(cached(batch.images, *cameras).tokens, expected, atol=2e-3, rtol=2e-3)
     assert kind.calls == 2
+
+
+def test_mapanything_reads_calibration_in_its_own_terms(mapanything: Path) -> None:
+    """Rays and poses that its package makes of intrinsics and camera poses, at the size at which it looks."""
+    encoder, batch = MapAnythingGeometry(str(mapanything), image_size=2 * S, calibration=True), small_batch()
+    turned = batch.view_world_to_camera.clone()
+    turned[:, 1, :3, :3] = quaternion_to_matrix(rotation_exp(torch.tensor([0.3, -0.2, 0.5])))
+    turned[1, :, 2, 3] = 0.7
+    encoder(batch.images, batch.view_intrinsics, turned)
+    for number, view in enumerate(encoder._model[0].seen):
+        rays, quaternion = view["ray_directions_cam"], view["camera_pose_quats"]
+        assert rays.shape == (2, 2 * S, 2 * S, 3)
+        torch.testing.assert_close(rays.norm(dim=-1), torch.ones(2, 2 * S, 2 * S))
+        # The pixel of column 10 and row 5 at twice the size has its centre at (5.25, 2.75) of the image.
+        expected = torch.tensor([(5.25 - 16) / 40, (2.75 - 16) / 40, 1.0])
+        torch.testing.assert_close(rays[0, 5, 10] / rays[0, 5, 10, 2], expected)
+        camera_to_world = torch.linalg.inv(turned[:, number])
+        torch.testing.assert_close(view["camera_pose_trans"], camera_to_world[:, :3, 3])
+        torch.testing.assert_close(quaternion_to_matrix(quaternion.roll(1, dims=-1)), camera_to_world[:, :3, :3])
+        assert view["is_metric_scale"].tolist() == [True, True]
+    cameras = batch.view_intrinsics, batch.view_world_to_camera
+    moved = batch.view_intrinsics, turned
+    assert not torch.allclose(encoder(batch.images, *cameras).tokens, encoder(batch.images, *moved).tokens)
+    alone = MapAnythingGeometry(str(mapanything), image_size=S)
+    assert torch.equal(alone(batch.images, *cameras).tokens, alone(batch.images, *moved).tokens)
+    assert (encoder.reads_cameras, alone.reads_cameras) == (True, False)
+
+
+def test_mapanything_draws_nothing_from_the_runs_generators(mapanything: Path) -> None:
+    batch = small_batch()
+    for calibration in (False, True):
+        encoder = MapAnythingGeometry(str(mapanything), image_size=S, calibration=calibration)
+        settings = dict(encoder._model[0].geometric_input_config)
+        torch.manual_seed(7)
+        untouched = torch.rand(3)
+        torch.manual_seed(7)
+        found = [encoder(batch.images, batch.view_intrinsics, batch.view_world_to_camera).tokens]
+        assert torch.equal(torch.rand(3), untouched)
+        for _ in range(8):  # nor do its features depend on chance
+            found.append(encoder(batch.images, batch.view_intrinsics, batch.view_world_to_camera).tokens)
+            assert torch.equal(found[-1], found[0])
+        assert encoder._model[0].geometric_input_config == settings
+
+
+def test_mapanythings_scale_token_reaches_the_actions(mapanything: Path, tmp_path: Path) -> None:
+    batch = small_batch()
+    cameras = batch.view_intrinsics, batch.view_world_to_camera
+    plain = MapAnythingGeometry(str(mapanything), image_size=S)(batch.images, *cameras)
+    assert plain.scale is None
+    for cache in (None, FeatureCache(tmp_path / "cache", 0.1)):
+        encoder = MapAnythingGeometry(str(mapanything), image_size=S, scale_token=True, cache=cache)
+        features = encoder(batch.images, *cameras)
+        torch.testing.assert_close(features.tokens, plain.tokens, atol=2e-3, rtol=2e-3)
+        assert features.scale is not None
+        assert features.scale.shape == (2, encoder.dim)
+    module = ready_module(tmp_path, geometry=MapAnythingGeometry(str(mapanything), image_size=S, scale_token=True))
+    scene = module(batch)
+    assert scene.groups[1] == 4 + 1
+    before = module.sample(scene, batch)
+    assert module.network.scale is not None
+    with torch.no_grad():
+        module.network.scale.weight.normal_()
+    assert not torch.allclose(module.sample(module(batch), batch), before, atol=1e-5)
+
+
+def test_cached_features_are_kept_by_their_cameras_too(mapanything: Path, tmp_path: Path) -> None:
+    batch = small_batch()
+    cached = MapAnythingGeometry(
+        str(mapanything), image_size=S, calibration=True, cache=FeatureCache(tmp_path / "cache", 0.1)
+    )
+    plain = MapAnythingGeometry(str(mapanything), image_size=S, calibration=True)
+    kind = type(cached._model[0])
+    moved = batch.view_world_to_camera.clone()
+    moved[1, 0, 0, 3] += 0.5
+    for poses, calls in ((batch.view_world_to_camera, 1), (moved, 1), (moved, 0)):
+        expected = plain(batch.images, batch.view_intrinsics, poses).tokens
+        kind.calls = 0
+        found = cached(batch.images, batch.view_intrinsics, poses).tokens
+        assert kind.calls == calls
+        torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
 
 
 def test_without_the_package_or_its_weights_it_is_said_what_to_do(

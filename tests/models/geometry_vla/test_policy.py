@@ -14,7 +14,7 @@ from torch import Tensor
 from vla_parts import CAMERAS, INSTRUCTIONS, S, T, V, ready_module, small_batch, small_geometry, small_module, small_vlm
 
 from keygrip.data.batches import MultiViewPolicyBatch
-from keygrip.models.geometry_vla.geometry import MapAnythingGeometry
+from keygrip.models.geometry_vla.mapanything import MapAnythingGeometry
 from keygrip.models.geometry_vla.module import GeometryVLAModule
 from keygrip.models.geometry_vla.network import ActionSampling
 from keygrip.models.nn.flow_matching import interpolate, velocity

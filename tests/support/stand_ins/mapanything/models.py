@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+CAMERAS = ("ray_directions_cam", "camera_pose_quats", "camera_pose_trans")
+
 
 class _Encoder(nn.Module):
     data_norm_type = "odd"
@@ -32,7 +34,10 @@ class _InfoSharing(nn.Module):
     def forward(self, features: list[Tensor]) -> Any:
         own = [self.lift(view) for view in features]
         shared = torch.stack(own).mean(dim=(0, 3, 4), keepdim=True)[0]
-        return SimpleNamespace(features=[view + shared for view in own]), "intermediate features"
+        final = SimpleNamespace(
+            features=[view + shared for view in own], additional_token_features=2 * shared.flatten(2)
+        )
+        return final, "intermediate features"
 
 
 class MapAnything(nn.Module):
@@ -44,6 +49,13 @@ class MapAnything(nn.Module):
         self.encoder = _Encoder(width, patch_size)
         self.info_sharing = _InfoSharing(width, dim)
         self.seen: list[dict[str, Any]] = []
+        # as it was trained: optional inputs now and then
+        chances = {"overall_prob": 0.9, "dropout_prob": 0.05, "ray_dirs_prob": 0.5, "cam_prob": 0.5, "depth_prob": 0.5}
+        self.geometric_input_config = chances | {
+            "sparse_depth_prob": 0.5,
+            "depth_scale_norm_all_prob": 0.05,
+            "pose_scale_norm_all_prob": 0.05,
+        }
 
     @classmethod
     def from_pretrained(cls, name: str) -> MapAnything:
@@ -55,5 +67,13 @@ class MapAnything(nn.Module):
         MapAnything.calls += 1
         self.seen = views
         assert all(view["data_norm_type"] == [self.encoder.data_norm_type] for view in views)
-        self.info_sharing([self.encoder(view["img"]) for view in views])
+        chances = self.geometric_input_config
+        given = bool(torch.rand(1) < chances["overall_prob"] and torch.rand(1) >= chances["dropout_prob"])
+        features = [self.encoder(view["img"]) for view in views]
+        for view, feature in zip(views, features, strict=True):
+            for name in CAMERAS if given else ():
+                chance = chances["ray_dirs_prob" if name.startswith("ray") else "cam_prob"]
+                if name in view and torch.rand(1) < chance:
+                    feature += view[name].flatten(1).std(dim=1)[:, None, None, None]
+        self.info_sharing(features)
         raise AssertionError("the prediction heads cost time and are of no use")

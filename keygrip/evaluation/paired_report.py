@@ -1,0 +1,144 @@
+"""Policies of a sweep compared with a reference on the same episodes: `paired.md` and `paired.json` in its folder.
+
+The jobs of an arm differ in the training seed alone. All comparisons of the report count in Holm's correction.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from keygrip.artifacts import write_json, write_text
+from keygrip.evaluation.statistics import holm, paired_difference, wilson_interval
+from keygrip.training.sweeps import FINISHED, RESULT, markdown, read_result
+
+log = logging.getLogger(__name__)
+
+NAME = "paired"
+CLOSED_LOOP = "closed_loop"
+NOTE = (
+    "Difference of success rates in points with its 95 % interval over episodes (bootstrap); p: McNemar's exact test "
+    "with one training seed, sign flips of each episode's mean difference with several; adjusted: Holm, for all "
+    "comparisons of this table. Neither knows of the spread between training seeds, which stands beside."
+)
+
+# Success by condition and number of the episode, of each training seed of each arm.
+Episodes = dict[tuple[str, int], bool]
+Arms = dict[str, dict[str, Episodes]]
+
+
+class PairedReport(Callback):
+    """Hydra callback: makes the report when the sweep has ended.
+
+    Args:
+        references: values of `by` that the others are compared with. by: the override that tells arms apart.
+    """
+
+    def __init__(self, references: Sequence[str], by: str = "ablation") -> None:
+        self.references, self.by = list(references), by
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        make_report(Path(config.hydra.sweep.dir), self.references, self.by)
+
+
+def make_report(folder: str | Path, references: Sequence[str], by: str = "ablation") -> dict[str, Any]:
+    """Writes ``paired.md`` and ``paired.json`` into a sweep's folder, prints the table, returns what the latter holds.
+
+    Arms without a reference's seeds and episodes are named and left out.
+
+    Raises:
+        FileNotFoundError: no finished job with a closed-loop evaluation. ValueError: a reference is not among them.
+    """
+    folder = Path(folder)
+    arms = read_arms(folder, by)
+    if not arms:
+        raise FileNotFoundError(f"{folder} holds no finished job with episodes ({CLOSED_LOOP}/{RESULT}) and {by}=...")
+    if missing := [name for name in references if name not in arms]:
+        raise ValueError(f"no finished job of the reference {', '.join(missing)}; there are {', '.join(arms)}")
+    found = compare(arms, references)
+    write_json(folder / f"{NAME}.json", found)
+    text = markdown(*table(found))
+    write_text(folder / f"{NAME}.md", f"{text}\n\n{NOTE}\n")
+    sys.stderr.write(f"\n{text}\n\n{NOTE}\n{folder / NAME}.md, .json\n")
+    return found
+
+
+def read_arms(folder: Path, by: str) -> Arms:
+    """Episodes of the finished jobs below a folder, by arm and training seed."""
+    arms: Arms = {}
+    for path in sorted(folder.glob(f"**/{RESULT}")):
+        result = read_result(path.parent)
+        if result.get("status") != FINISHED:
+            continue
+        chosen = dict(str(override).lstrip("+~").partition("=")[::2] for override in result.get("overrides", []))
+        episodes = read_result(path.parent / CLOSED_LOOP).get("episodes")
+        if by not in chosen or not episodes:
+            continue
+        seeds = arms.setdefault(chosen[by], {})
+        if (seed := chosen.get("seed", "0")) in seeds:
+            raise ValueError(
+                f"{folder} holds two finished jobs of {by}={chosen[by]} and training seed {seed}: which one counts is "
+                "not known"
+            )
+        seeds[seed] = {
+            (condition, int(episode["seed"])): bool(episode["success"])
+            for condition, several in episodes.items()
+            for episode in several
+        }
+    return arms
+
+
+def compare(arms: Mapping[str, Mapping[str, Episodes]], references: Sequence[str]) -> dict[str, Any]:
+    """Success of all arms, and of each against each reference on the training seeds and episodes that both have."""
+    rows = []
+    for reference in references:
+        for name, seeds in arms.items():
+            if name == reference or (name in references and references.index(name) < references.index(reference)):
+                continue  # two references are compared once
+            shared = [seed for seed in seeds if seed in arms[reference]]
+            sets = [set(each[seed]) for seed in shared for each in (seeds, arms[reference])]
+            keys = set.intersection(*sets) if sets else set()
+            if not keys:
+                log.warning("%s and %s share no training seed and episode: not compared", name, reference)
+                continue
+            order = sorted(keys)
+            first, second = (
+                [[each[seed][key] for key in order] for seed in shared] for each in (seeds, arms[reference])
+            )
+            found = paired_difference(first, second)
+            rows.append({"arm": name, "reference": reference, "training_seeds": shared, **vars(found)})
+    for row, adjusted in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
+        row["p_holm"] = adjusted
+    rates = {}
+    for name, seeds in arms.items():
+        won = [success for episodes in seeds.values() for success in episodes.values()]
+        low, high = wilson_interval(sum(won), len(won))
+        rates[name] = {"successes": sum(won), "episodes": len(won), "low": low, "high": high, "seeds": len(seeds)}
+    return {"arms": rates, "comparisons": rows, "number_of_comparisons": len(rows)}
+
+
+def table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """One line a comparison."""
+    header = ["arm", "success", "against", "difference", "alone: arm, reference", "p", "adjusted", "by training seed"]
+    lines = []
+    for row in found["comparisons"]:
+        arm = found["arms"][row["arm"]]
+        lines.append(
+            [
+                row["arm"],
+                f"{arm['successes']} of {arm['episodes']}",
+                row["reference"],
+                f"{100 * row['difference']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})",
+                f"{row['only_first']}, {row['only_second']}",
+                f"{row['p_value']:.4f}",
+                f"{row['p_holm']:.4f}",
+                ", ".join(f"{100 * value:+.0f}" for value in row["by_seed"]),
+            ]
+        )
+    return header, lines

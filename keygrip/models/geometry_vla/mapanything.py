@@ -1,0 +1,244 @@
+"""MapAnything as geometry encoder: frozen, loaded from somebody else's package and weights.
+
+Shape legend: B samples, V views, S side of an image, P side at which MapAnything looks at it, N patches of a view,
+G = V N tokens, D their width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from keygrip.data.batches import normalised
+from keygrip.models.geometry.cameras import camera_centre
+from keygrip.models.geometry.rotations import matrix_to_quaternion
+from keygrip.models.geometry_vla.geometry import GeometryEncoder, GeometryFeatures
+from keygrip.training.parts import model_part
+
+if TYPE_CHECKING:
+    from keygrip.models.geometry_vla.feature_cache import FeatureCache
+
+log = logging.getLogger(__name__)
+
+INSTALL = (
+    "pip install 'mapanything @ git+https://github.com/facebookresearch/map-anything.git' (its weights: "
+    "facebook/map-anything-apache)"
+)
+
+# The probabilities with which its training gave it optional inputs, by its own names: here all or none of them.
+ALL_CAMERAS = {"overall_prob": 1.0, "dropout_prob": 0.0, "ray_dirs_prob": 1.0, "cam_prob": 1.0}
+NO_CAMERAS = {"overall_prob": 0.0, "dropout_prob": 1.0, "ray_dirs_prob": 0.0, "cam_prob": 0.0}
+NO_DEPTH = {
+    "depth_prob": 0.0,
+    "sparse_depth_prob": 0.0,
+    "depth_scale_norm_all_prob": 0.0,
+    "pose_scale_norm_all_prob": 0.0,  # poses are metric
+}
+
+
+@model_part(from_checkpoint={"cache": None}, external=["weights"])
+class MapAnythingGeometry(GeometryEncoder):
+    """MapAnything (Keetha et al., "MapAnything: Universal Feed-Forward Metric 3D Reconstruction", 2025), frozen: the
+    tokens of its multi-view transformer, of the images and, if wanted, of the cameras.
+
+    Its weights are not part of this module or of a checkpoint: they are loaded from where they were loaded in training,
+    and must be the same ones. It draws random numbers in its forward pass; the run's generators stay as they were.
+
+    Args:
+        weights: a local folder or a name on the Hugging Face hub.
+        image_size: P; a multiple of its patch size.
+        cache: keeps features by image; useful where images come again, that is without random augmentation.
+        calibration: give it the viewing rays of every pixel and the cameras' poses, in metres, as its optional inputs.
+            Its tokens then stand in the first camera's frame and at the true scale.
+        scale_token: hand on its token of the metric scale too.
+
+    Raises:
+        ModuleNotFoundError: the package is not there. FileNotFoundError: the weights are not there.
+        ValueError: a size that its patches do not divide.
+    """
+
+    _digest: Tensor
+
+    def __init__(
+        self,
+        weights: str,
+        image_size: int,
+        cache: FeatureCache | None = None,
+        calibration: bool = False,
+        scale_token: bool = False,
+    ) -> None:
+        super().__init__()
+        model = _load_mapanything(weights)
+        model.eval().requires_grad_(False)
+        self._model = [model]  # in a list, it is no submodule
+        self.weights, self.image_size, self.cache = weights, image_size, cache
+        self.calibration, self.scale_token = calibration, scale_token
+        self.dim = int(model.info_sharing.dim)
+        self.patch_size = int(model.encoder.patch_size)
+        self.norm_type = str(model.encoder.data_norm_type)
+        self.mean, self.std = _normalisation(self.norm_type)
+        if image_size % self.patch_size:
+            raise ValueError(f"geometry.image_size={image_size} must be a multiple of MapAnything's {self.patch_size}.")
+        self.fingerprint = _fingerprint(model)
+        self.register_buffer("_digest", torch.tensor(list(bytes.fromhex(self.fingerprint)), dtype=torch.uint8))
+        log.info("MapAnything of %s: tokens of width %d, patches of %d px", weights, self.dim, self.patch_size)
+
+    @property
+    def gives_scale(self) -> bool:
+        return self.scale_token
+
+    @property
+    def reads_cameras(self) -> bool:
+        """Whether its features depend on intrinsics and camera poses."""
+        return self.calibration
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        stored = state_dict.get(f"{prefix}_digest")
+        if stored is not None and not torch.equal(stored.cpu(), self._digest.cpu()):
+            raise ValueError(
+                f"geometry.weights={self.weights} are not the MapAnything weights that the checkpoint was trained "
+                "with: their features mean something else"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> GeometryFeatures:
+        cameras = (intrinsics, world_to_camera) if self.calibration else ()
+        if self.cache is None:
+            found = self.compute(images, *cameras)
+        else:
+            kind = f"{'+scale' if self.scale_token else ''}{'+cameras' if self.calibration else ''}"
+            maker = f"mapanything{kind}:{self.fingerprint}:{self.image_size}"
+            found = self.cache.features(images, maker, self.compute, cameras)
+        if not self.scale_token:
+            return GeometryFeatures(found)
+        return GeometryFeatures(found[:, :-1], scale=found[:, -1])
+
+    def compute(self, images: Tensor, *cameras: Tensor) -> Tensor:
+        """Tokens ``[B, G, D]`` float32 of uint8 ``[B, V, 3, S, S]`` images; with `scale_token` one more, the last.
+
+        Args:
+            cameras: nothing, or intrinsics ``[B, V, 3, 3]`` and world_to_camera ``[B, V, 4, 4]``.
+
+        Raises:
+            ValueError: `scale_token` with a MapAnything that has none.
+        """
+        model = self._model[0].to(images.device)
+        pictures = normalised(images, self.mean, self.std)
+        if pictures.shape[-1] != self.image_size:
+            shape = (self.image_size, self.image_size)
+            resized = F.interpolate(pictures.flatten(0, 1), shape, mode="bicubic", antialias=True, align_corners=False)
+            pictures = resized.unflatten(0, images.shape[:2])
+        views = [{"img": view, "data_norm_type": [self.norm_type]} for view in pictures.unbind(1)]
+        if cameras:
+            with torch.autocast(images.device.type, enabled=False):  # half precision would move rays by pixels
+                for number, view in enumerate(views):
+                    intrinsics, world_to_camera = (part[:, number].float() for part in cameras)
+                    view |= self._camera_inputs(intrinsics, world_to_camera, images.shape[-1])
+        found: list[Any] = []
+        hook = model.info_sharing.register_forward_hook(lambda _, __, output: _stop(found, output))
+        devices = [images.device] if images.device.type == "cuda" else []
+        # Its own precision, whatever that around it: bf16 on a GPU, as its authors run it.
+        with (
+            torch.random.fork_rng(devices),
+            _optional_inputs(model, ALL_CAMERAS if cameras else NO_CAMERAS),
+            torch.autocast(images.device.type, torch.bfloat16, enabled=images.device.type == "cuda"),
+        ):
+            try:
+                model(views)
+            except _FoundError:
+                pass
+            finally:
+                hook.remove()
+        final = found[0][0] if isinstance(found[0], tuple) else found[0]
+        tokens = [view.flatten(2).transpose(1, 2) for view in final.features]  # of [B, D, h, w]
+        if self.scale_token:
+            scale = getattr(final, "additional_token_features", None)  # [B, D, 1]
+            if scale is None:
+                raise ValueError(f"geometry.weights={self.weights} has no scale token: set geometry.scale_token=false.")
+            tokens.append(scale.transpose(1, 2)[:, :1])
+        return torch.cat(tokens, dim=1).float()
+
+    def _camera_inputs(self, intrinsics: Tensor, world_to_camera: Tensor, size: int) -> dict[str, Tensor]:
+        """A view's optional inputs under MapAnything's names: unit rays ``[B, P, P, 3]`` in the camera's frame through
+        the pixels' centres, and the pose of the camera in the world (quaternion x y z w, metres)."""
+        pixels = torch.arange(self.image_size, device=intrinsics.device) + 0.5
+        rows, columns = torch.meshgrid(pixels, pixels, indexing="ij")
+        places = torch.stack([columns, rows, torch.ones_like(rows)], dim=-1) * intrinsics.new_tensor(
+            [size / self.image_size, size / self.image_size, 1.0]
+        )  # in the images' own pixels, to which the intrinsics belong
+        rays = torch.einsum("bij,hwj->bhwi", torch.linalg.inv(intrinsics), places)
+        quaternion = matrix_to_quaternion(world_to_camera[:, :3, :3].transpose(-1, -2))  # w x y z
+        return {
+            "ray_directions_cam": F.normalize(rays, dim=-1),
+            "camera_pose_quats": quaternion.roll(-1, dims=-1),
+            "camera_pose_trans": camera_centre(world_to_camera),
+            "is_metric_scale": torch.ones(len(rays), dtype=torch.bool, device=rays.device),
+        }
+
+
+class _FoundError(Exception):
+    """Ends MapAnything's forward pass where its tokens are known: the heads behind them are of no use here."""
+
+
+def _stop(found: list[Any], output: Any) -> None:
+    found.append(output)
+    raise _FoundError
+
+
+@contextlib.contextmanager
+def _optional_inputs(model: Any, chances: dict[str, float]) -> Iterator[None]:
+    """MapAnything with settings that leave nothing to chance; its own ones stand again afterwards."""
+    settings = model.geometric_input_config
+    before = dict(settings)
+    settings.update(chances | NO_DEPTH)
+    try:
+        yield
+    finally:
+        settings.clear()
+        settings.update(before)
+
+
+def _load_mapanything(weights: str) -> Any:
+    try:
+        from mapanything.models import MapAnything
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.partition(".")[0] not in ("mapanything", "uniception"):
+            raise
+        raise ModuleNotFoundError(f"geometry=mapanything needs the package mapanything: {INSTALL}") from error
+    if weights.startswith((".", "/", "~")) and not Path(weights).is_dir():
+        raise FileNotFoundError(f"geometry.weights: there is no folder {weights}")
+    try:
+        return MapAnything.from_pretrained(weights)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"MapAnything's weights {weights} are neither a folder nor to be had from the hub "
+            f"({str(error).splitlines()[0][:120]}): download config.json and model.safetensors from "
+            "https://huggingface.co/facebook/map-anything-apache into a folder and set geometry.weights to it"
+        ) from error
+
+
+def _normalisation(name: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation of images that an encoder of the package expects."""
+    from uniception.models.encoders.image_normalizations import IMAGE_NORMALIZATION_DICT
+
+    entry = IMAGE_NORMALIZATION_DICT[name]
+    return entry.mean.flatten().tolist(), entry.std.flatten().tolist()
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Of names, shapes and a few numbers of every parameter: quick, and other weights have another one."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}:{tuple(parameter.shape)}".encode())
+        few = parameter.detach().flatten()
+        digest.update(few[:: max(1, few.numel() // 16)][:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,101 @@
+"""Paired comparisons: McNemar, several seeds, Holm's correction, and the report of a sweep."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from keygrip.evaluation.paired_report import NAME, PairedReport, make_report
+from keygrip.evaluation.statistics import holm, paired_difference
+from keygrip.training.sweeps import write_result
+
+
+def outcomes(both: int, first: int, second: int, neither: int) -> tuple[list[bool], list[bool]]:
+    kinds = [(True, True)] * both + [(True, False)] * first + [(False, True)] * second + [(False, False)] * neither
+    return [kind[0] for kind in kinds], [kind[1] for kind in kinds]
+
+
+def test_one_seed_is_mcnemars_exact_test() -> None:
+    first, second = outcomes(60, 12, 3, 25)
+    found = paired_difference([first], [second])
+    assert (found.only_first, found.only_second, found.pairs) == (12, 3, 100)
+    assert found.difference == pytest.approx(0.09)
+    assert found.p_value == pytest.approx(2 * binom.cdf(3, 15, 0.5))
+    assert found.low < 0.09 < found.high
+    assert found.low > 0
+    # what a comparison of two independent rates of 72 and 63 of 100 would not have seen
+    assert found.p_value < 0.05
+    assert paired_difference([second], [first]).difference == pytest.approx(-0.09)
+    assert paired_difference([first], [first]).p_value == 1.0
+
+
+def test_seeds_on_the_same_episodes_are_no_independent_draws() -> None:
+    first, second = outcomes(60, 8, 2, 30)
+    one = paired_difference([first], [second])
+    copied = paired_difference([first] * 5, [second] * 5)
+    assert copied.by_seed == pytest.approx([0.06] * 5)
+    assert copied.p_value == pytest.approx(one.p_value, abs=0.02), "five copies are no five times the evidence"
+    assert (copied.low, copied.high) == pytest.approx((one.low, one.high), abs=0.02)
+    generator = np.random.default_rng(0)
+    rates = np.array([[0.5], [0.5]])
+    alike = [generator.random((3, 200)) < 0.5 for _ in rates]
+    assert paired_difference(alike[0].tolist(), alike[1].tolist()).p_value > 0.05
+    better = generator.random((3, 200)) < 0.65
+    assert paired_difference(better.tolist(), alike[1].tolist()).p_value < 0.01
+
+
+def test_comparisons_need_the_same_episodes() -> None:
+    for first, second in (([[True]], [[True, False]]), ([[True]], [[True], [True]]), ([[]], [[]])):
+        with pytest.raises(ValueError, match="same seeds and episodes"):
+            paired_difference(first, second)
+
+
+def test_holm_adjusts_in_the_given_order() -> None:
+    # worked by hand: 3 x 0.01, 2 x 0.02, and never less than the one before
+    assert holm([0.02, 0.04, 0.01]) == pytest.approx([0.04, 0.04, 0.03])
+    assert holm([0.9, 0.5]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
+
+
+def job(folder: Path, arm: str, seed: int, won: list[bool], status: str = "finished", first: int = 1000) -> None:
+    path = folder / f"{arm.replace('/', '_')}_{seed}"
+    write_result(path, {"status": status, "overrides": [f"ablation={arm}", f"seed={seed}"], "metrics": {}})
+    episodes = [{"seed": first + number, "success": success} for number, success in enumerate(won)]
+    write_result(path / "closed_loop", {"conditions": {}, "episodes": {"in_distribution": episodes}})
+
+
+def test_a_sweep_is_compared_by_episode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = outcomes(20, 14, 1, 15)
+    for seed in (0, 1):
+        job(tmp_path, "vla/with", seed, first)
+        job(tmp_path, "vla/without", seed, second)
+    job(tmp_path, "vla/same", 0, second)
+    job(tmp_path, "vla/broken", 0, first, status="failed")
+    job(tmp_path, "vla/other_episodes", 0, first, first=5000)
+    found = make_report(tmp_path, ["vla/without"])
+    rows = {row["arm"]: row for row in found["comparisons"]}
+    assert set(rows) == {"vla/with", "vla/same"}
+    assert rows["vla/with"]["difference"] == pytest.approx(0.26)
+    assert rows["vla/with"]["training_seeds"] == ["0", "1"]
+    assert rows["vla/with"]["p_holm"] == pytest.approx(2 * rows["vla/with"]["p_value"])
+    assert rows["vla/same"]["p_value"] == 1.0
+    assert found["arms"]["vla/with"]["successes"] == 68
+    assert json.loads((tmp_path / f"{NAME}.json").read_text())["number_of_comparisons"] == 2
+    assert "| vla/with | 68 of 100 | vla/without | +26.0" in (tmp_path / f"{NAME}.md").read_text()
+    assert "vla/with" in capsys.readouterr().err
+    assert PairedReport(["vla/without"]).by == "ablation"
+
+
+def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no finished job"):
+        make_report(tmp_path, ["a"])
+    job(tmp_path, "a", 0, [True])
+    with pytest.raises(ValueError, match="no finished job of the reference b; there are a"):
+        make_report(tmp_path, ["b"])
+    job(tmp_path / "again", "a", 0, [True])
+    with pytest.raises(ValueError, match="two finished jobs of ablation=a and training seed 0"):
+        make_report(tmp_path, ["a"])

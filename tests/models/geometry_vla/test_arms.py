@@ -1,0 +1,120 @@
+"""Ways in which geometry reaches the head, for controlled comparisons: what each context holds, and what acts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from vla_parts import T, V, ready_module, small_batch, small_geometry, small_module
+
+from keygrip.models.geometry_vla.module import GeometryVLAModule
+
+POINTED = {"pointing_cells": 2, "pointed_tokens": True}
+
+
+def changed_by_geometry(module: GeometryVLAModule) -> bool:
+    """Whether the geometry encoder's weights act on the plan."""
+    batch = small_batch()
+    before = module.sample(module(batch), batch)
+    assert module.network.geometry is not None
+    with torch.no_grad():
+        module.network.geometry.reduce.weight.normal_()  # type: ignore[union-attr,operator]
+    return bool((module.sample(module(batch), batch) - before).abs().max() > 1e-4)
+
+
+def test_geometry_at_pointed_places_without_compressed_tokens(tmp_path: Path) -> None:
+    module = ready_module(tmp_path, geom_dit_tokens=0, **POINTED)
+    assert module.network.compressor is None
+    assert module(small_batch()).groups[1:] == (0, V * T)
+    assert changed_by_geometry(module)
+    with pytest.raises(ValueError, match="geom_dit_tokens=0 leaves geometry at the pointed places"):
+        small_module(geom_dit_tokens=0)
+
+
+def test_geometry_through_the_language_model(tmp_path: Path) -> None:
+    module = ready_module(tmp_path, geom_inject_to_dit=False, geom_inject_to_vlm=True, **POINTED)
+    plain = ready_module(tmp_path, geom_inject_to_dit=False, **POINTED)
+    batch = small_batch()
+    scene = module(batch)
+    prompt = plain(batch).groups[0]
+    assert scene.groups == (prompt + 4, 0, V * T)
+    assert module.network.pointed is not None
+    assert module.network.pointed.seen is None, "pointed tokens hold places alone"
+    assert changed_by_geometry(module)
+    losses = module.losses(module(batch), batch)
+    losses["action"].backward()
+    assert module.network.vlm_compressor is not None
+    for part in (module.network.vlm_compressor, module.network.geometry):
+        gradients = [p.grad for p in part.parameters() if p.grad is not None]  # type: ignore[union-attr]
+        assert any(bool(gradient.abs().sum() > 0) for gradient in gradients)
+    with pytest.raises(ValueError, match="per_layer gives each block of the head its own"):
+        small_module(geom_inject_to_dit=False, geom_inject_to_vlm=True, geom_compression_type="per_layer")
+
+
+@pytest.mark.parametrize("kind", ["pool", "per_layer", "qformer"])
+def test_geometry_tokens_carry_their_places(kind: str, tmp_path: Path) -> None:
+    """With an encoder that sees the same everywhere, tokens differ by their places alone."""
+    options = {"geom_compression_type": kind, "geom_dit_tokens": 2}
+    module = ready_module(tmp_path, geom_places=True, **options)
+    plain = ready_module(tmp_path, **options)
+    places = module.network.geometry_places
+    assert places is not None
+    batch = small_batch()
+    start, compressed = module(batch).groups[0], slice(-2, None)
+    first = module(batch).contexts[0].tokens[:, compressed]
+    torch.testing.assert_close(first, plain(batch).contexts[0].tokens[:, compressed], msg="zeros at first")
+    tokens = torch.ones(1, V * 16, module.network.geometry.dim)  # type: ignore[union-attr]
+    with torch.no_grad():
+        places.lift.weight.normal_()
+        placed = module.network._placed(tokens, V)
+    assert placed.shape == tokens.shape
+    assert len(torch.unique(placed[0].mul(1e4).round(), dim=0)) == V * 16
+    moved = module(batch).contexts[0].tokens
+    assert moved.shape[1] == start + 2
+    assert (moved[:, compressed] - first).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="square grid, got 17"):
+        module.network._placed(torch.ones(1, 17, module.network.geometry.dim), 1)  # type: ignore[union-attr]
+
+
+def test_one_mean_pooled_vector_knows_no_layout(tmp_path: Path) -> None:
+    module = ready_module(tmp_path, geom_dit_tokens=1)
+    assert module.network.compressor is not None
+    tokens = torch.randn(1, 32, module.network.geometry.dim)  # type: ignore[union-attr]
+    shuffled = tokens[:, torch.randperm(32, generator=torch.Generator().manual_seed(0))]
+    torch.testing.assert_close(module.network.compressor(tokens)[0], module.network.compressor(shuffled)[0])
+
+
+def test_geometry_that_would_reach_nobody_is_refused() -> None:
+    with pytest.raises(ValueError, match="geom_places=true places compressed geometry tokens, and there are none"):
+        small_module(geom_inject_to_dit=False, geom_places=True)
+    with pytest.raises(ValueError, match="at least 1 with geom_inject_to_vlm"):
+        small_module(geom_inject_to_dit=False, geom_inject_to_vlm=True, geom_dit_tokens=0)
+    with pytest.raises(ValueError, match="at least 0"):
+        small_module(small_geometry(), geom_dit_tokens=-1)
+
+
+def test_a_dry_run_says_what_there_is(module: GeometryVLAModule) -> None:
+    report = module.dry_run(small_batch())
+    assert report["context_tokens"] == {"prompt": module(small_batch()).groups[0], "geometry": 4, "pointed": 0}
+    total = sum(parameter.numel() for parameter in module.parameters()) / 1e6
+    assert report["parameters_m"]["all"]["all"] == pytest.approx(total, abs=1e-3)
+    assert report["parameters_m"]["vlm"]["trained"] > 0
+    assert report["losses"]["total"] > 0
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_recomputed_activations_train_on_a_processor(tmp_path: Path) -> None:
+    """The whole step with the kernel that short rows take there, whose backward pass runs outside of it."""
+    from vla_parts import small_vlm
+
+    batch, found = small_batch(), []
+    for recompute in (False, True):
+        module = ready_module(tmp_path, vlm=small_vlm(gradient_checkpointing=recompute)).train()
+        module.log_values = lambda *args: None  # type: ignore[method-assign]
+        torch.manual_seed(0)
+        module.training_step(batch, 0).backward()
+        found.append({name: p.grad for name, p in module.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name

@@ -1,0 +1,66 @@
+"""Weights in fewer bits: what rounding does to a layer, to the language model and to a policy's plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from vla_parts import CAMERAS, INSTRUCTIONS, S, ready_module
+
+from keygrip.models.nn.low_precision import Int8Linear, lower_precision, weight_bytes
+
+
+def test_int8_weights_are_within_half_a_step() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(40, 12)
+    with torch.no_grad():
+        layer.weight[3] *= 100  # a row of its own size
+        layer.weight[5] = 0.0
+    small = Int8Linear(layer)
+    back = small.weight_int8 * small.scale
+    step = layer.weight.abs().amax(dim=1, keepdim=True) / 127
+    assert ((back - layer.weight).abs() <= step / 2 + 1e-7).all()
+    x = torch.randn(7, 40)
+    torch.testing.assert_close(small(x), layer(x), atol=0.02, rtol=0.02)
+    assert small(x.bfloat16()).dtype == torch.bfloat16
+    assert torch.equal(small(x)[:, 5], layer.bias[5].expand(7))
+
+
+def observation() -> dict[str, object]:
+    view = {
+        "image": np.random.default_rng(0).integers(0, 255, (S, S, 3), dtype=np.uint8),
+        "intrinsics": np.array([[40.0, 0, 16], [0, 40.0, 16], [0, 0, 1]]),
+        "world_to_camera": np.eye(4),
+    }
+    pose = {"position": np.array([0.2, 0.0, 0.1]), "quaternion": np.array([0.0, 1.0, 0, 0]), "gripper": 1.0}
+    return {"cameras": dict.fromkeys(CAMERAS, view), "instruction": INSTRUCTIONS[0], **pose}
+
+
+@pytest.mark.parametrize(("precision", "share"), [("bfloat16", 0.5), ("int8", 0.45)])
+def test_a_policy_plans_nearly_the_same(precision: str, share: float, tmp_path: Path) -> None:
+    module = ready_module(tmp_path, pointing_cells=2, pointed_tokens=True)
+    plain = module.policy()
+    plain.reset(3)
+    expected = plain.plan(observation())
+    vlm, head = module.network.vlm, weight_bytes(module.network.head)
+    before = weight_bytes(vlm.model)
+    frequencies = vlm.model.language_model.rotary_emb.inv_freq.clone()
+    policy = type(plain)(module, vlm_precision=precision)  # type: ignore[arg-type]
+    assert weight_bytes(vlm.model) < (share + 0.01) * before
+    assert weight_bytes(module.network.head) == head
+    assert torch.equal(vlm.model.language_model.rotary_emb.inv_freq, frequencies), "positions stay exact"
+    session = policy.session()
+    session.reset(3)
+    found = session.plan(observation())
+    assert not np.array_equal(found.position, expected.position)
+    np.testing.assert_allclose(found.position, expected.position, atol=0.01)
+    with pytest.raises(ValueError, match=f"are {precision} already"):
+        type(plain)(module, vlm_precision="int8" if precision == "bfloat16" else "bfloat16")
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match="float32, bfloat16, int8"):
+        lower_precision(nn.Linear(2, 2), "int4")  # type: ignore[arg-type]
