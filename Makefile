@@ -8,7 +8,7 @@ PYTHON3 ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest
 # Tests with other packages run in environments of their own: make lerobot, openpi, metaworld-test.
-HERE := not lerobot and not openpi and not metaworld
+HERE := not lerobot and not openpi and not metaworld and not lmms
 
 .DEFAULT_GOAL := help
 METAWORLD := .venv-metaworld

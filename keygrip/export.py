@@ -75,7 +75,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         result["largest_relative_difference"] = write(module.export_graph(), where / FILES[cfg.format])
         result["file"] = str(target / FILES[cfg.format])
 
-    folder.write_export(target, content, weights, card, also=write_graph)
+    files, facts = module.export_files() if hasattr(module, "export_files") else ({}, {})
+    folder.write_export(target, content, weights, card, write_graph, files, facts)
     result["bytes"] = sum(path.stat().st_size for path in target.iterdir())
     log.info("exported %s to %s", file, target)
     return result

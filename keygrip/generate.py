@@ -1,6 +1,6 @@
-"""Answers a question about a video: ``python -m keygrip.generate checkpoint=RUN video=FILE question="..."``.
+"""Answers questions about videos: ``python -m keygrip.generate checkpoint=RUN video=FILE question="..."``.
 
-Prints one line of JSON last on standard output: the answer, and where the figure of the queries' attention lies.
+Prints one line of JSON last on standard output: the answers, and where the figure of the queries' attention lies.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ class GenerateSchema(EntrySchema):
     checkpoint: str = MISSING
     checkpoint_step: int | None = None
     trust: Any = ()
-    video: str = MISSING
+    video: Any = MISSING
     question: Any = MISSING
     mode: str | None = None
     max_frames: int | None = None
     max_new_tokens: int = 64
     temperature: float = 0.0
     figure: str | None = None
+    stream: bool = False
 
 
 register("generate_schema", GenerateSchema)

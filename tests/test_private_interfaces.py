@@ -26,6 +26,8 @@ PRIVATE = {
     "_inductor": "training/compilation.py",
     "_triton": "training/compilation.py",
     "_internal": "training/sweeps.py",
+    "_subclasses": "training/memory.py",  # tests/training/test_memory.py counts with both
+    "_python_dispatch": "training/memory.py",
     "_freeze_rand_vec": "envs/metaworld/environment.py",  # tests/envs/metaworld draws positions by seed through it
     "_inheriting": "data/robot/datamodule.py",
 }

@@ -1,9 +1,11 @@
-"""What the foveated video-language model costs: a training step by mode, and a frame of autoregressive looking."""
+"""What the foveated video-language model costs: a training step by mode, its memory, and a frame of autoregressive
+looking."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +14,14 @@ from torch import Tensor
 from keygrip.benchmarks.inference import threads
 from keygrip.benchmarks.measuring import Timed, Work, interleaved_seconds, milliseconds, peak_extra_bytes
 from keygrip.config import compose
+from keygrip.data.batches import VideoTextBatch
+from keygrip.data.shards.budget import Budget
 from keygrip.models.foveated_vlm.loss import token_cross_entropy
+from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.foveated_vlm.rows import TextRows
 from keygrip.models.language.cache import LanguageCache
+from keygrip.training.memory import GIB
 from keygrip.training.parts import build_stored
 
 PROMPT_SHARE = 0.75  # of the text tokens stand before the answer, where the question is first
@@ -205,6 +211,79 @@ class _Frame:
         network.language.extend(network.connector(seen), self.cache)
         self.cache.layers.crop(-1)
         self.cache.length -= 1
+
+
+@dataclass(frozen=True)
+class VLMMemory:
+    """Memory of a training step of a stage's recipe on the largest batches that its budget allows, counted without
+    computing (`keygrip.training.memory`), on a GPU measured.
+
+    The batches are those at the budget's corners: as many videos of some length as its frames, positions and
+    `batch_size` let in, each with a text as long as may be.
+
+    Args:
+        recipes: overrides of ``keygrip.train`` by name. frames: lengths of the videos of each batch; 0: text alone.
+        quick_frames: in a hurry. ema: averaged weights are kept.
+    """
+
+    recipes: Mapping[str, Sequence[str]]
+    frames: Sequence[int]
+    quick_frames: Sequence[int]
+    ema: bool
+
+    def run(self, quick: bool) -> dict[str, float]:
+        """`worst_gib` of each recipe with where it is, and `weights_gib`: weights, optimizer and EMA."""
+        figures: dict[str, float] = {}
+        for name, overrides in [*self.recipes.items()][: 1 if quick else None]:
+            module, budget, most, text = _recipe(overrides)
+            worst = 0.0
+            for frames in self.quick_frames if quick else self.frames:
+                videos = min(most, budget.positions // (frames + text), budget.frames // max(frames, 1))
+                found = module.step_memory(_full_batch(module, videos, frames, text), True, self.ema)
+                gib = round(found.total / GIB, 2)
+                figures[f"{name}_{frames}_frames_gib"] = gib
+                worst = max(worst, gib)
+            figures[f"{name}_worst_gib"] = worst
+            figures[f"{name}_weights_gib"] = round((found.weights + found.optimizer + found.ema) / GIB, 2)
+            figures["measured"] = float(found.measured)
+        return figures
+
+
+def _recipe(overrides: Sequence[str]) -> tuple[FoveatedVLMModule, Budget, int, int]:
+    """The module with random weights, and its data's budget, most videos of a batch and tokens of a text."""
+    from omegaconf import OmegaConf
+
+    config = compose("train", [*overrides, "language.model.weights=random", "backbone.weights=random"])
+    resolved: Any = OmegaConf.to_container(config, resolve=True)
+    on_gpu = torch.cuda.is_available()
+    with torch.device("cuda" if on_gpu else "meta"):  # counting needs shapes alone
+        module = build_stored(resolved["model"], "model")
+    assert isinstance(module, FoveatedVLMModule)
+    data = resolved["data"]
+    budget = Budget(data["budget"]["frames"], data["budget"]["positions"])
+    return module.to("cuda") if on_gpu else module, budget, data["batch_size"], resolved["collator"]["max_tokens"]
+
+
+def _full_batch(module: FoveatedVLMModule, videos: int, frames: int, text: int) -> VideoTextBatch:
+    """So many videos of so many frames, each with a row of so many tokens, all supervised; nothing but its shape."""
+    size, mask = module.network.backbone.image_size, torch.ones(videos, text, dtype=torch.bool)
+    question = 0 if module.collator.prompt_order == "visual_first" else int(PROMPT_SHARE * text)
+    return VideoTextBatch(
+        frames=torch.zeros(videos, frames, 3, size, size, dtype=torch.uint8),
+        frame_mask=torch.ones(videos, frames, dtype=torch.bool),
+        video_index=torch.arange(videos),
+        input_ids=torch.zeros(videos, text, dtype=torch.int64),
+        attention_mask=mask,
+        loss_mask=mask,
+        answer_mask=mask,
+        visual_at=[question] * videos,
+        prompt_lengths=[question] * videos,
+        truncated=0,
+        kind=["memory"] * videos,
+        source=[""] * videos,
+        key=[""] * videos,
+        texts=[],
+    ).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _network(overrides: Sequence[str]) -> tuple[FoveatedVLM, torch.device]:

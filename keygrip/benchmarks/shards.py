@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from keygrip.data.batches import VideoTextBatch, stack_frames
-from keygrip.data.shards.mixing import Component, Mixture, padded_share
+from keygrip.data.shards.mixing import CHARACTERS_A_TOKEN, Component, Mixture, padded_share
 from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.video_text.conversations import (
     VideoTextSample,
@@ -21,7 +21,7 @@ from keygrip.data.video_text.conversations import (
     encode_jpeg,
     video_text_parts,
 )
-from keygrip.data.video_text.datamodule import CHARACTERS_A_TOKEN, ShardSource, VideoTexts
+from keygrip.data.video_text.datamodule import ShardSource, VideoTexts
 
 MAX_FRAMES = 64
 

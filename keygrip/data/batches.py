@@ -8,8 +8,9 @@ grid edges.
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -213,6 +214,20 @@ class VideoTextBatch(Movable):
         """float32 [V, F, 3, S, S] as the backbone wants them."""
         return normalised(self.frames, mean, std)
 
+    def first_videos(self, frames: int) -> Self:
+        """The first videos that have at most so many frames together (at least one), and their rows."""
+        count = max(1, int((self.frame_mask.sum(1).cumsum(0) <= frames).sum()))
+        longest = int(self.frame_mask[:count].sum(1).max()) if len(self.frame_mask) else 0
+        rows = (self.video_index < count).nonzero()[:, 0]
+        kept = rows.tolist()
+        length = int(self.attention_mask[rows].sum(1).max()) if kept else 0
+        columns = ("input_ids", "attention_mask", "loss_mask", "answer_mask")
+        values: dict[str, Any] = {name: getattr(self, name)[rows, :length] for name in columns}
+        lists = ("visual_at", "prompt_lengths", "kind", "source", "key", "texts")
+        values |= {name: [getattr(self, name)[row] for row in kept] for name in lists}
+        values |= {name: getattr(self, name)[:count, :longest] for name in ("frames", "frame_mask")}
+        return replace(self, video_index=self.video_index[rows], **values)
+
     @property
     def text_only_share(self) -> float:
         """Share of the rows that have no frames."""
@@ -288,6 +303,25 @@ class ImageTextStatistics:
     fingerprint: str
     encoders: str
     folder: str
+
+
+@dataclass(frozen=True)
+class VideoTextStatistics:
+    """What a model keeps of its data beside the weights.
+
+    Args:
+        folder: where something derived from the data (a tokenizer) may be kept. fingerprint: of the training shards.
+        samples: by source, for training. image_size, fit, max_frames: how images were prepared.
+        texts: goes through the text of every training turn.
+    """
+
+    folder: Path
+    fingerprint: str
+    samples: dict[str, int]
+    image_size: int
+    fit: str
+    max_frames: int
+    texts: Callable[[], Iterator[str]]
 
 
 def stack_frames(samples: Sequence[VideoTextSample]) -> tuple[Tensor, Tensor]:

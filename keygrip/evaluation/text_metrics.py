@@ -123,19 +123,3 @@ def vqa_accuracy(answer: str, annotated: Sequence[str]) -> float:
     if len(agree) < 4:
         return float(any(agree))
     return sum(min(1.0, (sum(agree) - agrees) / 3) for agrees in agree) / len(agree)
-
-
-def chosen_option(answer: str, options: Sequence[str]) -> int | None:
-    """Which option a generated answer names: by its letter ("B", "(b)", "B. red"), or by its words; None: neither."""
-    text = answer.strip()
-    letter = re.match(r"^\(?([A-Za-z])(?:[).:]|\s|$)", text)
-    own = normalised_answer(text)
-    plain = [normalised_answer(option) for option in options]
-    if own in plain:
-        return plain.index(own)
-    if letter:
-        number = ord(letter.group(1).upper()) - ord("A")
-        if number < len(options):
-            return number
-    named = [number for number, option in enumerate(plain) if option and re.search(rf"\b{re.escape(option)}\b", own)]
-    return named[0] if len(named) == 1 else None

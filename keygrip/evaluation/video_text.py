@@ -14,14 +14,13 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from keygrip.data.batches import Turn, VideoTextBatch
-from keygrip.data.video_text.video_files import read_frames
+from keygrip.data.batches import VideoTextBatch
 from keygrip.evaluation.kinds import Evaluated, plain
-from keygrip.evaluation.text_metrics import caption_metrics, chosen_option, vqa_accuracy
-from keygrip.evaluation.vqa_benchmarks import ChoiceQuestion, read_benchmark
+from keygrip.evaluation.multiple_choice import evaluate_choices
+from keygrip.evaluation.text_metrics import caption_metrics, vqa_accuracy
+from keygrip.evaluation.vqa_benchmarks import read_benchmark
 from keygrip.models.foveated_vlm.attention_maps import attention_on_targets
-from keygrip.models.foveated_vlm.conversations import EncodedText, encode_conversation
-from keygrip.models.foveated_vlm.generation import answer_scores, generate
+from keygrip.models.foveated_vlm.generation import generate
 from keygrip.models.foveated_vlm.module import REFINED, FoveatedVLMModule, comparisons
 from keygrip.models.foveated_vlm.scores import Scores
 
@@ -117,11 +116,7 @@ def _generated(
     ]
     if not wanted:
         return []
-    collator = module.collator
-    prompts = [
-        encode_conversation(batch.texts[row].turns[:-1], module.tokenizer, collator.prompt_order, "answers")
-        for row in wanted
-    ]
+    prompts = [module.collator.prompt(batch.texts[row].turns[:-1]) for row in wanted]
     videos = batch.video_index.tolist()
     kept = sorted({videos[row] for row in wanted})
     counts = batch.frame_mask.sum(1).tolist()
@@ -151,55 +146,6 @@ def _of_answers(said: Sequence[tuple[str, str, dict[str, Any], str]]) -> dict[st
     if agreed:
         figures["vqa_accuracy"] = sum(agreed) / len(agreed)
     return figures
-
-
-@torch.no_grad()
-def evaluate_choices(
-    module: FoveatedVLMModule, questions: Sequence[ChoiceQuestion], modes: Sequence[str], max_new_tokens: int = 16
-) -> dict[str, Any]:
-    """Accuracy on multiple-choice questions by mode: the likeliest of the given options, and what is generated.
-
-    Questions whose video cannot be decoded are counted (`unreadable`) and left out of the accuracy.
-
-    Raises:
-        ValueError: no video can be decoded.
-    """
-    right: dict[str, dict[str, list[float]]] = {mode: defaultdict(list) for mode in modes}
-    unreadable = 0
-    pictures = module.pictures
-    for question in tqdm(questions, desc="multiple choice", unit="question", disable=None):
-        try:
-            frames = read_frames(question.video, pictures["image_size"], pictures["fit"], pictures["max_frames"])
-        except (ValueError, OSError) as error:
-            unreadable += 1
-            log.warning("left out: %s", error)
-            continue
-        inputs = module.as_input(frames)
-        prompt = _encoded(module, (Turn("user", question.prompt),))
-        options = [
-            _encoded(module, (Turn("user", question.prompt), Turn("assistant", f"{chr(ord('A') + n)}. {option}")))
-            for n, option in enumerate(question.options)
-        ]
-        for mode in modes:
-            scores = answer_scores(module.network, inputs, [len(frames)], options, [0] * len(options), mode)
-            said = generate(
-                module.network, module.tokenizer, inputs, [len(frames)], [prompt], [0], mode, max_new_tokens
-            )
-            named = chosen_option(said.texts[0], question.options)
-            for name, hit in (
-                ("likelihood", int(scores.argmax()) == question.answer),
-                ("generation", named == question.answer),
-            ):
-                right[mode][f"accuracy_{name}"].append(float(hit))
-                right[mode][f"accuracy_{name}/{question.task}"].append(float(hit))
-    if unreadable == len(questions):
-        raise ValueError(f"none of the {unreadable} videos can be decoded")
-    figures = {mode: _rounded({n: float(np.mean(v)) for n, v in found.items()}) for mode, found in right.items()}
-    return {"questions": len(questions) - unreadable, "unreadable": unreadable, **figures}
-
-
-def _encoded(module: FoveatedVLMModule, turns: Sequence[Turn]) -> EncodedText:
-    return encode_conversation(turns, module.tokenizer, module.collator.prompt_order, "answers")
 
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,29 @@ from pathlib import Path
 from typing import Any
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif")
+# Where MVBench's videos lie, by its question file: the same name occurs in several of its sources.
+MVBENCH_FOLDERS = {
+    "action_sequence": "star/Charades_v1_480",
+    "action_prediction": "star/Charades_v1_480",
+    "object_interaction": "star/Charades_v1_480",
+    "action_antonym": "ssv2_video",
+    "fine_grained_action": "Moments_in_Time_Raw/videos",
+    "unexpected_action": "FunQA_test/test",
+    "object_existence": "clevrer/video_validation",
+    "moving_direction": "clevrer/video_validation",
+    "moving_count": "clevrer/video_validation",
+    "moving_attribute": "clevrer/video_validation",
+    "counterfactual_inference": "clevrer/video_validation",
+    "object_shuffle": "perception/videos",
+    "action_count": "perception/videos",
+    "state_change": "perception/videos",
+    "character_order": "perception/videos",
+    "action_localization": "sta/sta_video",
+    "scene_transition": "scene_qa/video",
+    "fine_grained_pose": "nturgbd",
+    "egocentric_navigation": "vlnqa",
+    "episodic_reasoning": "tvqa/frames_fps3_hq",
+}
 
 
 @dataclass(frozen=True)
@@ -22,6 +45,7 @@ class ChoiceQuestion:
     Attributes:
         video: file or folder of frames. question, options: without letters. answer: index of the right option.
         task: the set's own category; figures are kept apart by it.
+        clip: seconds of the video that the question is about; None: all of it.
     """
 
     video: Path
@@ -29,11 +53,17 @@ class ChoiceQuestion:
     options: tuple[str, ...]
     answer: int
     task: str
+    clip: tuple[float, float] | None = None
+
+    @property
+    def letters(self) -> list[str]:
+        """What the prompt asks for, one for each option."""
+        return [chr(ord("A") + number) for number in range(len(self.options))]
 
     @property
     def prompt(self) -> str:
         """The question with lettered options, as the model is asked."""
-        lettered = [f"{chr(ord('A') + number)}. {option}" for number, option in enumerate(self.options)]
+        lettered = [f"{letter}. {option}" for letter, option in zip(self.letters, self.options, strict=True)]
         return "\n".join([self.question, *lettered, "Answer with the option's letter."])
 
 
@@ -62,12 +92,12 @@ def _video_mme(root: Path) -> Iterator[ChoiceQuestion]:
     files = sorted(root.rglob("*.parquet"))
     if not files:
         raise FileNotFoundError(f"{root} holds no parquet file with the questions of Video-MME")
-    videos = _videos(root)
+    videos = Videos(root)
     for file in files:
         for entry in pyarrow.parquet.read_table(file).to_pylist():
             with _named(file, entry):
                 options = tuple(re.sub(r"^\s*[A-Z][.)]\s*", "", option).strip() for option in entry["options"])
-                video = videos.get(entry["videoID"])
+                video = videos.find(entry["videoID"], "data")
                 if video is not None:
                     answer = ord(entry["answer"].strip()[0].upper()) - ord("A")
                     yield _question(video, entry["question"], options, answer, entry["duration"])
@@ -78,7 +108,7 @@ def _candidates(root: Path) -> Iterator[ChoiceQuestion]:
     files = [file for file in sorted(root.rglob("*.json")) if not file.name.startswith(".")]
     if not files:
         raise FileNotFoundError(f"{root} holds no .json files with questions")
-    videos = _videos(root)
+    videos = Videos(root)
     for file in files:
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, list):
@@ -88,10 +118,11 @@ def _candidates(root: Path) -> Iterator[ChoiceQuestion]:
                 continue  # MLVU's open questions
             with _named(file, entry):
                 options = tuple(str(option) for option in entry["candidates"])
-                video = videos.get(Path(entry["video"]).stem) or videos.get(entry["video"])
+                video = videos.find(str(entry["video"]), MVBENCH_FOLDERS.get(file.stem, file.stem))
                 if video is not None:
                     task = str(entry.get("question_type") or file.stem)
-                    yield _question(video, entry["question"], options, options.index(str(entry["answer"])), task)
+                    answer = options.index(str(entry["answer"]))
+                    yield _question(video, entry["question"], options, answer, task, _clip(entry))
 
 
 READERS: dict[str, Callable[[Path], Iterator[ChoiceQuestion]]] = {
@@ -101,10 +132,27 @@ READERS: dict[str, Callable[[Path], Iterator[ChoiceQuestion]]] = {
 }
 
 
-def _question(video: Path, question: str, options: tuple[str, ...], answer: int, task: str) -> ChoiceQuestion:
+def _clip(entry: Mapping[str, Any]) -> tuple[float, float] | None:
+    """`start` and `end` of an entry, seconds. Raises ValueError: only one of them, or the wrong way round."""
+    start, end = entry.get("start"), entry.get("end")
+    if start is None and end is None:
+        return None
+    if start is None or end is None or not 0 <= float(start) < float(end):
+        raise ValueError(f"its clip from {start} to {end} is none")
+    return float(start), float(end)
+
+
+def _question(
+    video: Path,
+    question: str,
+    options: tuple[str, ...],
+    answer: int,
+    task: str,
+    clip: tuple[float, float] | None = None,
+) -> ChoiceQuestion:
     if not 0 <= answer < len(options) or len(options) < 2:
         raise ValueError(f"answer {answer} of {len(options)} options")
-    return ChoiceQuestion(video, question.strip(), options, answer, task)
+    return ChoiceQuestion(video, question.strip(), options, answer, task, clip)
 
 
 class _named:
@@ -122,12 +170,44 @@ class _named:
             raise ValueError(f"{self.file}: the entry {asked!r} is not of the known form ({error})") from error
 
 
-def _videos(root: Path) -> dict[str, Path]:
-    """Video files below a folder by their name without suffix, and folders of frames by their name."""
-    found: dict[str, Path] = {}
-    for path in sorted(root.rglob("*")):
-        if path.suffix.lower() in VIDEOS:
-            found.setdefault(path.stem, path)
-        elif path.suffix.lower() in (".jpg", ".png"):
-            found.setdefault(path.parent.name, path.parent)
-    return found
+class Videos:
+    """Video files and folders of frames below a folder, found by what a question calls them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._by_name: dict[str, list[Path]] = {}
+        folders: dict[Path, None] = {}
+        for path in sorted(root.rglob("*")):
+            if path.suffix.lower() in VIDEOS:
+                for name in (path.name, path.stem):
+                    self._by_name.setdefault(name, []).append(path)
+            elif path.suffix.lower() in (".jpg", ".jpeg", ".png"):
+                folders[path.parent] = None
+        for folder in folders:
+            self._by_name.setdefault(folder.name, []).append(folder)
+
+    def find(self, name: str, folder: str) -> Path | None:
+        """The video of a name, which may be a path or lack its ending; None where it is not there.
+
+        Args:
+            folder: the part of a path that decides where the name occurs in several places.
+
+        Raises:
+            ValueError: it occurs in several places, and nothing decides.
+        """
+        wanted = Path(name)
+        found = self._by_name.get(wanted.name) or self._by_name.get(wanted.stem) or []
+        for kept in (
+            [path for path in found if len(wanted.parts) > 1 and self._ends(path, wanted.with_suffix(""))],
+            [path for path in found if f"/{folder}/" in f"/{path.relative_to(self.root).as_posix()}"],
+            found,
+        ):
+            if len(set(kept)) == 1:
+                return kept[0]
+        if not found:
+            return None
+        raise ValueError(f"{name!r} may be {found[0]} or {found[1]}: remove the one that does not belong to the set")
+
+    def _ends(self, path: Path, wanted: Path) -> bool:
+        stem = path.with_suffix("") if path.is_file() else path
+        return f"/{stem.as_posix()}".endswith(f"/{wanted.as_posix()}")

@@ -49,12 +49,16 @@ def write_export(
     weights: Mapping[str, Tensor],
     card: str,
     also: Callable[[Path], None] = lambda folder: None,
+    files: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes an export, whole or not at all.
 
     Args:
         folder: new or empty. content: of the checkpoint. weights: the state dictionary to write. card: Markdown.
         also: writes further files into the folder; where it fails nothing remains.
+        files: further files by name, text or what JSON holds (a tokenizer, a chat template). facts: what other programs
+            look for in config.json.
 
     Raises:
         FileExistsError: the folder holds something. ValueError: the checkpoint holds values that are not plain data.
@@ -73,7 +77,13 @@ def write_export(
                 {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, target / PROCESSOR
             )
             hashes[PROCESSOR] = sha256_file(target / PROCESSOR)
-        write_json(target / CONFIG, {"schema": SCHEMA, "sha256": hashes, "checkpoint": stored})
+        own = {"schema": SCHEMA, "sha256": hashes, "checkpoint": stored}
+        write_json(target / CONFIG, {**(facts or {}), **own})
+        for name, value in (files or {}).items():
+            if isinstance(value, str):
+                write_text(target / name, value)
+            else:
+                write_json(target / name, value)
         write_text(target / CARD, card)
         also(target)
     return Path(folder)

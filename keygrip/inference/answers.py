@@ -1,10 +1,12 @@
-"""Answers questions about a video with a trained video-language model."""
+"""Answers questions about videos with a trained video-language model."""
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 from PIL import Image
@@ -13,16 +15,15 @@ from keygrip.artifacts import atomic_write
 from keygrip.data.batches import Turn
 from keygrip.data.video_text.video_files import read_frames
 from keygrip.models.foveated_vlm.attention_maps import patch_maps
-from keygrip.models.foveated_vlm.conversations import encode_conversation
 from keygrip.models.foveated_vlm.figures import draw_looks
-from keygrip.models.foveated_vlm.generation import generate
+from keygrip.models.foveated_vlm.generation import Answers, generate
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.network import FoveatedVLM, VLMOutput
 from keygrip.training.checkpoints import find_checkpoint, load_module
 
 
 def answer(cfg: DictConfig) -> dict[str, Any]:
-    """Answers one question or a list of them about one video; returns what is printed.
+    """Answers one question or a list of them about one video or a list of them; returns what is printed.
 
     Raises:
         FileNotFoundError, ValueError: no such checkpoint or video, or a mode that the model does not have.
@@ -35,48 +36,78 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
         trust=tuple(cfg.trust),
     )
     assert isinstance(module, FoveatedVLMModule)
-    network, collator = module.network, module.collator
+    network = module.network
     mode = cfg.mode or network.modes[-1]
     if mode not in network.modes:
         raise ValueError(f"mode={mode}: {type(network).__name__} has {', '.join(network.modes)}")
-    pictures = module.pictures
-    frames = read_frames(cfg.video, pictures["image_size"], pictures["fit"], cfg.max_frames or pictures["max_frames"])
+    images = module.pictures
+    paths = [cfg.video] if isinstance(cfg.video, str) else [str(path) for path in cfg.video]
     questions = [cfg.question] if isinstance(cfg.question, str) else [str(question) for question in cfg.question]
-    prompts = [
-        encode_conversation((Turn("user", question),), module.tokenizer, collator.prompt_order, "answers")
-        for question in questions
-    ]
+    if not paths or not questions:
+        raise ValueError("video and question: give at least one of each")
+    most = cfg.max_frames or images["max_frames"]
+    videos = [read_frames(path, images["image_size"], images["fit"], most) for path in paths]
+    asked = [(video, question) for video in range(len(paths)) for question in questions]
     started = time.perf_counter()
-    answers = generate(
-        network,
-        module.tokenizer,
-        module.as_input(frames),
-        [len(frames)],
-        prompts,
-        [0] * len(prompts),
-        mode,
-        cfg.max_new_tokens,
-        cfg.temperature,
-        cfg.seed,
-    )
+    answers: Answers | None = None
+    if cfg.stream:
+        texts = [_streamed(module, videos[video], question, mode, cfg) for video, question in asked]
+    else:
+        counts = [len(frames) for frames in videos]
+        padded = np.zeros((len(videos), max(counts), *videos[0].shape[1:]), np.uint8)
+        for row, frames in enumerate(videos):
+            padded[row, : len(frames)] = frames
+        answers = generate(
+            network,
+            module.tokenizer,
+            module.as_input(padded.reshape(-1, *padded.shape[2:]))[0].unflatten(0, padded.shape[:2]),
+            counts,
+            [module.collator.prompt((Turn("user", question),)) for _, question in asked],
+            [video for video, _ in asked],
+            mode,
+            cfg.max_new_tokens,
+            cfg.temperature,
+            cfg.seed,
+        )
+        texts = answers.texts
     result: dict[str, Any] = {
-        "answers": [{"question": q, "answer": a} for q, a in zip(questions, answers.texts, strict=True)],
+        "answers": [
+            {"video": paths[video], "question": question, "answer": text}
+            for (video, question), text in zip(asked, texts, strict=True)
+        ],
         "mode": mode,
-        "frames": len(frames),
+        "frames": sum(len(frames) for frames in videos),
         "wall_s": round(time.perf_counter() - started, 3),
     }
     if cfg.figure is not None:
-        if not isinstance(network, FoveatedVLM) or answers.looks is None:
-            raise ValueError("figure=... shows where queries attended, which this model does not have: leave it out")
+        if not isinstance(network, FoveatedVLM) or answers is None or answers.looks is None:
+            raise ValueError(
+                "figure=... shows where queries attended, which this model (or stream=true) does not give: leave it out"
+            )
         none = torch.zeros(0, device=device)
         output = VLMOutput(none, answers.rows.layout(), none, answers.looks)
         maps = patch_maps(network, output, answers.rows).cpu().numpy()
         streams = answers.rows.streams.of_row.tolist()
         strips = [
-            (f"{question}   {answer}", frames, maps[streams[row]])
-            for row, (question, answer) in enumerate(zip(questions, answers.texts, strict=True))
+            (f"{question}   {text}", videos[video], maps[streams[row]][: len(videos[video])])
+            for row, ((video, question), text) in enumerate(zip(asked, texts, strict=True))
         ]
         with atomic_write(cfg.figure) as file:
             Image.fromarray(draw_looks(strips)).save(file, "PNG")
         result["figure"] = str(cfg.figure)
     return result
+
+
+def _streamed(module: FoveatedVLMModule, frames: np.ndarray, question: str, mode: str, cfg: DictConfig) -> str:
+    """An answer, written to standard error as it comes."""
+    stream = module.stream(question, mode)
+    for frame in frames:
+        stream.push(frame)
+    sys.stderr.write(f"{question} ")
+    said = ""
+    for piece in stream.stream(cfg.max_new_tokens, cfg.temperature, cfg.seed):
+        sys.stderr.write(piece)
+        sys.stderr.flush()
+        said += piece
+    sys.stderr.write("\n")
+    return said.strip()

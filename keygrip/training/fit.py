@@ -79,7 +79,7 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         for name, value in (report or {}).items():
             log.info("  %-28s %.4g", name, value)
     if cfg.dry_run:
-        return _dry_run(datamodule, module)
+        return _dry_run(datamodule, module, cfg)
     if compilation is not None:
         compilation.apply(module)  # before DDP or FSDP wraps anything
     loggers = build_loggers(cfg.logger, folder, resumed_step)
@@ -121,13 +121,21 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     return metrics
 
 
-def _dry_run(datamodule: Any, module: LightningModule) -> dict[str, Any]:
-    """One batch through a module that knows how to report on it (`dry_run`); no training."""
+def _dry_run(datamodule: Any, module: LightningModule, cfg: DictConfig) -> dict[str, Any]:
+    """One batch through a module that knows how to report on it (`dry_run`), and where it can tell, the memory of a
+    training step on the batch that takes most; no training."""
     if not hasattr(module, "dry_run"):
         raise ValueError(f"dry_run=true: a {type(module).__name__} has no dry run; train it with max_steps=1 instead")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch = next(iter(datamodule.train_dataloader())).to(device)
     report: dict[str, Any] = module.to(device).dry_run(batch)  # type: ignore[operator]
+    if hasattr(module, "step_memory") and hasattr(datamodule, "worst_batch"):
+        worst = datamodule.worst_batch()
+        bf16 = str(cfg.strategy.precision) in ("auto", "bf16-mixed")
+        ema = (cfg.callbacks or {}).get("ema") is not None
+        found = module.step_memory(worst.to(device), bf16, ema)  # type: ignore[operator]
+        shape = {"videos": len(worst.frame_mask), "frames": int(worst.frame_mask.sum()), "rows": len(worst)}
+        report["worst_bucket"] = shape | {"text_tokens": int(worst.attention_mask.sum())} | found.report()
     for name, value in report.items():
         log.info("  %-20s %s", name, json.dumps(value))
     return report

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from keygrip.evaluation import text_metrics as metrics
-from keygrip.evaluation.text_metrics import caption_metrics, chosen_option, normalised_answer, vqa_accuracy
+from keygrip.evaluation.text_metrics import caption_metrics, normalised_answer, vqa_accuracy
 
 TRUE = [["the cat sat on the mat"], ["a dog runs in the park"]]
 
@@ -84,15 +84,3 @@ def test_the_ten_annotator_rule() -> None:
     assert vqa_accuracy("The blue.", ["blue"]) == 1.0
     with pytest.raises(ValueError, match="annotated"):
         vqa_accuracy("blue", [])
-
-
-@pytest.mark.parametrize(
-    ("said", "option"),
-    [("B", 1), ("(b)", 1), ("B. red", 1), ("C) a", 2), ("red", 1), ("It is red.", 1), ("D", None), ("none", None)],
-)
-def test_an_option_is_named_by_letter_or_words(said: str, option: int | None) -> None:
-    assert chosen_option(said, ["blue", "red", "dark green"]) == option
-
-
-def test_words_that_name_two_options_name_none() -> None:
-    assert chosen_option("red or blue", ["blue", "red"]) is None

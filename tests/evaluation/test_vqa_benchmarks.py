@@ -113,3 +113,46 @@ def test_frames_of_a_video_a_folder_and_a_picture(tmp_path: Path) -> None:
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     with pytest.raises(ValueError, match=r"bad\.mp4"):
         read_frames(tmp_path / "bad.mp4", 28, "pad", 64)
+
+
+def shades(frames: np.ndarray) -> list[int]:
+    """The second that each frame of `video` is of."""
+    return [round((float(frame.mean()) - 40) / 60) for frame in frames]
+
+
+def test_start_and_end_choose_the_seconds(tmp_path: Path) -> None:
+    """As MVBench's scripts do: frames of the clip alone, from a video or from a folder of 3 frames a second."""
+    entry = {"video": "a.mp4", "question": "What?", "candidates": ["x", "y"], "answer": "y", "start": 1.0, "end": 3.0}
+    folder = {**entry, "video": "b", "start": 2.0, "end": 4.0}
+    write(tmp_path / "json" / "action_sequence.json", [entry])
+    write(tmp_path / "json" / "episodic_reasoning.json", [folder])
+    video(tmp_path / "star" / "Charades_v1_480" / "a.mp4", seconds=4)
+    (tmp_path / "tvqa" / "b").mkdir(parents=True)
+    for number in range(15):
+        Image.new("RGB", (8, 8), (number * 10, 0, 0)).save(tmp_path / "tvqa" / "b" / f"{number:05d}.jpg", quality=95)
+    clipped, frames = read_benchmark("mvbench", tmp_path)
+    assert (clipped.clip, frames.clip) == ((1.0, 3.0), (2.0, 4.0))
+    assert shades(read_frames(clipped.video, 16, "stretch", 8, clipped.clip)) == [1, 2]
+    assert shades(read_frames(clipped.video, 16, "stretch", 1, clipped.clip)) == [2]  # the middle
+    reds = read_frames(frames.video, 8, "stretch", 8, frames.clip, folder_fps=3.0)[:, 0, 0, 0]
+    assert np.round(reds / 10).tolist() == [6, 9]
+    with pytest.raises(ValueError, match=r"lasts 4\.0 s and the clip begins at 9 s"):
+        read_frames(clipped.video, 16, "stretch", 8, (9.0, 10.0))
+    write(tmp_path / "json" / "action_sequence.json", [{**entry, "end": 0.5}])
+    with pytest.raises(ValueError, match=r"clip from 1\.0 to 0\.5"):
+        read_benchmark("mvbench", tmp_path)
+
+
+def test_videos_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    """By the path that an entry gives, or by the folder where the set keeps a task's videos; never by chance."""
+    entry = {"question": "What?", "candidates": ["x", "y"], "answer": "y"}
+    for folder in ("clevrer/video_validation", "perception/videos", "7_other"):
+        video(tmp_path / folder / "v.1.mp4", seconds=1)
+    write(tmp_path / "moving_count.json", [{**entry, "video": "v.1.mp4"}])
+    write(tmp_path / "action_count.json", [{**entry, "video": "v.1.mp4"}])
+    write(tmp_path / "x.json", [{**entry, "video": "7_other/v.1.mp4"}])
+    found = {question.task: question.video.parent.name for question in read_benchmark("mvbench", tmp_path)}
+    assert found == {"moving_count": "video_validation", "action_count": "videos", "x": "7_other"}
+    write(tmp_path / "y.json", [{**entry, "video": "v.1.mp4"}])
+    with pytest.raises(ValueError, match=r"y\.json: the entry 'What\?'.*may be .*v\.1\.mp4 or .*v\.1\.mp4"):
+        read_benchmark("mvbench", tmp_path)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from keygrip.models.backbone import DinoBackbone
+from keygrip.models.foveated_vlm.conversations import ConversationCollator, PromptOrder
+from keygrip.models.foveated_vlm.module import FoveatedVLMModule
+from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.foveated_vlm.rows import TextRows
 from keygrip.models.language.decoder import LanguageModel
 from keygrip.models.language.llama import Llama
+from keygrip.models.language.tokenizers import TrainedTokenizer
+from keygrip.training.optimizers import AdamW
 
 SIZES = {"dinov2_vits14": 28, "dinov3_vits16": 32, "tiny": 32}
 
@@ -55,3 +62,15 @@ def rows_of(
     ids = torch.randint(3, 320, (len(texts), width), generator=generator)
     videos, lengths, places = (list(part) for part in zip(*texts, strict=True))
     return TextRows(ids, lengths, places, videos, list(counts))
+
+
+def small_module(
+    folder: Path, texts: Sequence[str], order: PromptOrder = "question_first", **network: Any
+) -> FoveatedVLMModule:
+    """A module with a tokenizer trained on some texts, as it would be after training on images of 28 pixels."""
+    torch.manual_seed(0)
+    collator = ConversationCollator(TrainedTokenizer(320), order, "answers")
+    collator.prepare(folder, lambda: iter(texts))
+    module = FoveatedVLMModule(FoveatedVLM(small_backbone(), small_language(), **network), collator, AdamW(1e-3))
+    module.pictures = {"image_size": 28, "fit": "stretch", "max_frames": 8}
+    return module.eval()

@@ -9,16 +9,16 @@ computed, so that resuming is a number and neither workers nor ranks change it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from keygrip.data.shards.sampling import GlobalBatchSampler
+from keygrip.data.shards.budget import BLUR, POOL, SLACK, Budget, Sizes, budgeted, exactly
+from keygrip.data.shards.sampling import GlobalBatchSampler, SampleKey
 from keygrip.training.parts import data_part
 
-POOL = 128  # batches among which a bucket's samples are sorted by length: enough to pad little, few enough to mix well
-BLUR = 0.03  # of each length, at random: who shares a batch changes from epoch to epoch in small buckets too
+CHARACTERS_A_TOKEN = 4.0  # roughly, of English: lengths are known in characters
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,14 @@ class Mixture:
         curriculum: stages one after the other, the last without an end; each lead source is gone through again and
             again, and an epoch is as many batches as one pass through all of them would be. Empty: one pass through all
             of them in each epoch.
+        budget: of frames and positions a batch; None: `batch_size` samples, whatever they hold.
 
     Raises:
         ValueError: no lead source, shares of 1 or more together, an empty source, too few samples for a batch, or a
-            curriculum that ends, names other sources, or meets window_shards.
+            curriculum that ends, names other sources, or meets window_shards or a budget.
+
+    With a budget the batches hold as many samples as it allows, `batch_size` at most; every epoch has equally many
+    batches, and what does not fit into them is left out of that epoch.
     """
 
     def __init__(
@@ -91,7 +95,9 @@ class Mixture:
         seed: int = 0,
         window_shards: int | None = None,
         curriculum: Sequence[Stage] = (),
+        budget: Budget | None = None,
     ) -> None:
+        self.budget = budget
         self.components, self.batch_size, self.seed = list(components), batch_size, seed
         self.curriculum = list(curriculum)
         self.window_shards = window_shards
@@ -120,6 +126,11 @@ class Mixture:
                 f"the training split holds {leading} samples beside the mixed-in ones, fewer than one batch of "
                 f"{batch_size}; lower data.batch_size"
             )
+        self.samples = self.batches * batch_size  # of an epoch
+        if budget is not None:
+            self.samples = math.floor(leading / (1 - shares))
+            filled = len(self._filled(0))
+            self.batches = min(self.samples, filled + 1 + filled // SLACK)
 
     def _check_curriculum(self) -> None:
         if not self.curriculum:
@@ -132,15 +143,17 @@ class Mixture:
         ends = [stage.steps is not None for stage in self.curriculum]
         if ends != [True] * (len(ends) - 1) + [False]:
             raise ValueError("every stage of the curriculum but the last needs steps, and the last has none")
-        if self.window_shards is not None:
+        if self.window_shards is not None or self.budget is not None:
+            setting = "window_shards" if self.window_shards is not None else "budget"
             raise ValueError(
-                "a curriculum and window_shards cannot be combined: its sources are gone through at random"
+                f"a curriculum and {setting} cannot be combined: its stages are counted in batches of batch_size "
+                "samples that are drawn at random"
             )
 
     def counts(self, epoch: int) -> list[int]:
         """Samples of each component in an epoch: shares hold exactly in expectation over seeds, and within one sample
         over all epochs so far; the lead sources (counted together, in the first lead's place) fill what remains."""
-        total = self.batches * self.batch_size
+        total = self.samples
         counts = [0] * len(self.components)
         for number, part in enumerate(self.components):
             if part.share is not None:
@@ -203,7 +216,7 @@ class Mixture:
         counts, parts = self.counts(epoch), [np.zeros(0, dtype=np.int64)]
         for number, part in enumerate(self.components):
             if part.share is not None:
-                first = self._drawn(number, part.share * self.batches * self.batch_size, epoch)
+                first = self._drawn(number, part.share * self.samples, epoch)
                 parts.append(self.starts[number] + self._endless(number, len(part), first, counts[number]))
         return np.concatenate(parts)
 
@@ -217,6 +230,19 @@ class Mixture:
 
     def order(self, epoch: int) -> np.ndarray:
         """The epoch's samples, batch after batch: int64 [batches * batch_size]."""
+        pools, extra, rng = self._pools(epoch)
+        left, batches = np.zeros(0, dtype=np.int64), []
+        for part, more in zip(pools, extra, strict=True):
+            pool = np.concatenate([left, part, more])
+            whole = len(pool) // self.batch_size * self.batch_size
+            left, pool = pool[whole:], pool[:whole]
+            batches.append(bucketed(pool, self.bucket[pool], self.length[pool], self.batch_size, rng))
+        assert not len(left)
+        return np.concatenate(batches)
+
+    def _pools(self, epoch: int) -> tuple[list[np.ndarray], list[np.ndarray], np.random.Generator]:
+        """The epoch's lead samples in the parts that are gone through one after the other, the mixed-in samples of
+        each, and the generator of what follows."""
         rng = np.random.default_rng([self.seed, epoch, 2])
         mixed_in = self._mixed_in_samples(epoch)
         if self.curriculum:
@@ -227,14 +253,28 @@ class Mixture:
         # Mixed-in samples are spread evenly over the pools; what does not fill a batch goes on to the next one.
         ends = np.cumsum([len(pool) for pool in pools])
         extra = np.split(rng.permutation(mixed_in), np.round(ends[:-1] / ends[-1] * len(mixed_in)).astype(int))
-        left, batches = np.zeros(0, dtype=np.int64), []
+        return pools, extra, rng
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of all samples, for the budget."""
+        return Sizes(self.bucket, self.bucket + self.length / CHARACTERS_A_TOKEN)
+
+    def _filled(self, epoch: int) -> list[np.ndarray]:
+        """The epoch's batches as the budget fills them."""
+        assert self.budget is not None
+        pools, extra, rng = self._pools(epoch)
+        found = []
         for part, more in zip(pools, extra, strict=True):
-            pool = np.concatenate([left, part, more])
-            whole = len(pool) // self.batch_size * self.batch_size
-            left, pool = pool[whole:], pool[:whole]
-            batches.append(bucketed(pool, self.bucket[pool], self.length[pool], self.batch_size, rng))
-        assert not len(left)
-        return np.concatenate(batches)
+            pool = rng.permutation(np.concatenate([part, more]))
+            found += budgeted(pool, self.sizes, self.budget, self.batch_size, rng)
+        return found
+
+    def batches_of(self, epoch: int) -> list[np.ndarray]:
+        """The samples of each of the epoch's batches; every epoch has `batches`."""
+        if self.budget is None:
+            return list(self.order(epoch).reshape(self.batches, self.batch_size))
+        return exactly(self._filled(epoch), self.batches)
 
     def _in_windows(self, order: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
         """The same samples, those of each window of shards together."""
@@ -274,6 +314,23 @@ def bucketed(
     return samples[np.concatenate([rng.permutation(together).ravel(), rest[whole:]])]
 
 
+class BatchListSampler(GlobalBatchSampler):
+    """A sampler whose batches may differ in size: a list for each epoch, equally long in all.
+
+    `batches_of` gives them; ranks, positions and resuming are as in :class:`GlobalBatchSampler`.
+    """
+
+    def batches_of(self, epoch: int) -> list[np.ndarray]:
+        """The samples of each batch, over all ranks."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        epoch, first = (self.epoch, 0) if self.position is None else divmod(self.position(), max(1, len(self)))
+        for batch in self.batches_of(epoch)[first:]:
+            whole = np.resize(batch, max(len(batch), self.ranks))  # no rank waits for ever
+            yield [SampleKey(int(index), epoch) for index in np.array_split(whole, self.ranks)[self.rank]]
+
+
 class MixedBatchSampler(GlobalBatchSampler):
     """This rank's part of each bucketed, mixed global batch; everything else as in :class:`GlobalBatchSampler`.
 
@@ -289,11 +346,26 @@ class MixedBatchSampler(GlobalBatchSampler):
         return self.mixture.order(epoch)
 
 
-class BucketedSampler(GlobalBatchSampler):
+class BudgetedBatchSampler(BatchListSampler):
+    """As :class:`MixedBatchSampler`, for a mixture with a budget."""
+
+    def __init__(self, mixture: Mixture, rank: int = 0, ranks: int = 1) -> None:
+        super().__init__(mixture.samples, ranks, rank, ranks, mixture.seed, drop_last=False)
+        self.mixture = mixture
+
+    def __len__(self) -> int:
+        return self.mixture.batches
+
+    def batches_of(self, epoch: int) -> list[np.ndarray]:
+        return self.mixture.batches_of(epoch)
+
+
+class BucketedSampler(BatchListSampler):
     """Every sample once, in bucketed batches of one fixed order (validation).
 
     Args:
         bucket, length: [N], as in :class:`Component`. limit: only the first so many of a fixed permutation.
+        budget: of a batch; None: `batch_size` samples.
     """
 
     def __init__(
@@ -304,24 +376,45 @@ class BucketedSampler(GlobalBatchSampler):
         rank: int = 0,
         ranks: int = 1,
         limit: int | None = None,
+        budget: Budget | None = None,
     ) -> None:
         samples = len(bucket) if limit is None else min(limit, len(bucket))
-        super().__init__(samples, batch_size, rank, ranks, seed=0, shuffle=False, drop_last=False)
-        self.bucket, self.length = bucket, length
+        divided = batch_size if budget is None else ranks  # a budget's batches differ in size anyway
+        super().__init__(samples, divided, rank, ranks, seed=0, shuffle=False, drop_last=False)
+        self.bucket, self.length, self.budget, self.most = bucket, length, budget, batch_size
+        self.count = len(self.batches_of(0)) if budget is not None else super().__len__()
+
+    def __len__(self) -> int:
+        return self.count
 
     def order(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng(0)
         chosen = rng.permutation(len(self.bucket))[: self.samples]
         return bucketed(chosen, self.bucket[chosen], self.length[chosen], self.batch_size, rng)
 
+    def batches_of(self, epoch: int) -> list[np.ndarray]:
+        if self.budget is None:
+            order = self.order(epoch)
+            return [self.global_batch(order, step) for step in range(self.count)]
+        rng = np.random.default_rng(0)
+        chosen = rng.permutation(len(self.bucket))[: self.samples]
+        sizes = Sizes(self.bucket, self.bucket + self.length / CHARACTERS_A_TOKEN)
+        return budgeted(chosen, sizes, self.budget, self.most, rng)
+
 
 def padded_share(order: np.ndarray, batch_size: int, *sizes: np.ndarray) -> float:
+    """As `padding_of`, of the whole batches of an order: [n] samples, batch after batch."""
+    return padding_of(order[: len(order) // batch_size * batch_size].reshape(-1, batch_size), *sizes)
+
+
+def padding_of(batches: Iterable[np.ndarray], *sizes: np.ndarray) -> float:
     """Share of padding in batches, when each sample has `size` places of each kind and a batch as many as its largest.
 
     Args:
-        order: [n] samples, batch after batch. sizes: [N] each, for example frames and tokens.
+        batches: numbers of samples. sizes: [N] each, for example frames and tokens.
     """
-    whole = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
-    used = sum(float(size[whole].sum()) for size in sizes)
-    places = sum(float(size[whole].max(axis=1).sum()) * batch_size for size in sizes)
+    used = places = 0.0
+    for batch in batches:
+        used += sum(float(size[batch].sum()) for size in sizes)
+        places += sum(float(size[batch].max()) * len(batch) for size in sizes)
     return 1 - used / places if places else 0.0

@@ -33,7 +33,8 @@ MEDIA = re.compile(
 VIDEO = ("mp4", "webm", "mkv", "mov", "avi", "m4v")
 TEXT = ("json", "txt")
 KNOWN_MEMBERS = "json or txt, 00.jpg 01.jpg ... or one jpg (jpeg, png, webp), or one mp4 (webm, mkv, mov, avi, m4v)"
-MAX_FRAMES = 64
+MAX_FRAMES = 64  # of a sample as preparations write it, and in training where nothing else is said
+MOST_FRAMES = 4096  # of any sample; memory decides before that
 FITS = ("stretch", "crop", "pad")
 CAPTION_REQUEST = "Describe what happens in the video."
 
@@ -101,10 +102,10 @@ def video_text_parts(
     """Parts and columns of a sample, from encoded images.
 
     Raises:
-        ValueError: no conversation, an empty one, or more than 64 frames.
+        ValueError: no conversation, an empty one, or more than 4096 frames.
     """
-    if len(frames) > MAX_FRAMES:
-        raise ValueError(f"{len(frames)} frames are more than the {MAX_FRAMES} that a sample may have")
+    if len(frames) > MOST_FRAMES:
+        raise ValueError(f"{len(frames)} frames are more than the {MOST_FRAMES} that a sample may have")
     for conversation in conversations:
         problem = conversation_problem(conversation)
         if problem:
@@ -232,7 +233,7 @@ def describe_video_text(parts: Parts) -> dict[str, int | float | str]:
     video, images = media_of(parts)
     if video is None:
         _check_count(content, images)
-    frames = len(images) if video is None else len(_seconds(duration_s(parts[video])))
+    frames = len(images) if video is None else len(_seconds(duration_s(parts[video]), MOST_FRAMES))
     return {"frames": frames, **_text_columns(conversations)}
 
 
@@ -268,19 +269,21 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _seconds(duration: float) -> np.ndarray:
-    """Times at which frames are taken: one a second, at most 64, evenly."""
+def _seconds(duration: float, most: int) -> np.ndarray:
+    """Times at which frames are taken: one a second, at most so many, evenly."""
     count = max(1, int(np.floor(duration + TIME_TOLERANCE_S)))
-    return np.arange(count) if count <= MAX_FRAMES else np.linspace(0, duration - 1, MAX_FRAMES)
+    return np.arange(count) if count <= most else np.linspace(0, duration - 1, most)
 
 
-def decode_video(content: bytes | str, size: int, fit: str) -> np.ndarray:
-    """uint8 [F, S, S, 3] of a video file or its bytes: a frame per second, at most 64.
+def decode_video(content: bytes | str, size: int, fit: str, most: int = MAX_FRAMES) -> np.ndarray:
+    """uint8 [F, S, S, 3] of a video file or its bytes: a frame per second, at most `most`, evenly.
 
     Raises:
         ValueError: it cannot be decoded, or ends long before its length.
     """
-    return np.stack(frames_at(content, _seconds, lambda image: fit_image(image, size, fit)))
+    return np.stack(
+        frames_at(content, lambda length: _seconds(length, most), lambda image: fit_image(image, size, fit))
+    )
 
 
 def read_sample(
@@ -298,7 +301,7 @@ def read_sample(
         conversations = parse_conversations(content)
         video, names = media_of(parts)
         if video is not None:
-            frames = decode_video(parts[video], size, fit)
+            frames = decode_video(parts[video], size, fit, max(MAX_FRAMES, max_frames))
             frames = frames[_evenly(len(frames), max_frames)]
         else:
             _check_count(content, names)

@@ -5,28 +5,40 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader
 
 from keygrip.artifacts import locked
 from keygrip.data.bad_samples import BadSample, BadSamples
-from keygrip.data.batches import VideoTextBatch
+from keygrip.data.batches import VideoTextBatch, VideoTextStatistics
+from keygrip.data.shards.budget import Budget, costliest
 from keygrip.data.shards.index import MANIFEST
 from keygrip.data.shards.made_shards import MadeShards, held_out
-from keygrip.data.shards.mixing import BucketedSampler, Component, MixedBatchSampler, Mixture, Stage, padded_share
+from keygrip.data.shards.mixing import (
+    CHARACTERS_A_TOKEN,
+    BucketedSampler,
+    BudgetedBatchSampler,
+    Component,
+    MixedBatchSampler,
+    Mixture,
+    Stage,
+    padding_of,
+)
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.remote import is_remote
 from keygrip.data.shards.resuming import ResumableData
 from keygrip.data.shards.sampling import GlobalBatchSampler, SampleKey, sample_generator
 from keygrip.data.shards.substitution import SUBSTITUTES, Collate, CountingLoader, SubstitutingSamples
+from keygrip.data.video_text.batching import CheckingCollator, Collator, PreparedCollator, Questions, choose
 from keygrip.data.video_text.conversations import (
     FITS,
     MAX_FRAMES,
+    MOST_FRAMES,
     Conversation,
     VideoTextSample,
     iterate_texts,
@@ -38,25 +50,6 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
 TEXT_BYTES = 2048  # roughly, of a conversation and its evidence as Python objects
-CHARACTERS_A_TOKEN = 4.0  # roughly, of English; only for the padding that is said beforehand
-Questions = int | Mapping[str, int] | None
-
-
-class Collator(Protocol):
-    """Makes a batch of samples, in a loader worker: what the model takes."""
-
-    def __call__(self, samples: list[VideoTextSample]) -> Any: ...
-
-
-@runtime_checkable
-class PreparedCollator(Protocol):
-    """A collator that needs something made of the data's text before the first batch (a tokenizer).
-
-    `prepare` is called by every process, one after the other, when the shards are there: the first makes what is
-    missing in `folder`, all load it. `texts()` goes through the text of every training turn.
-    """
-
-    def prepare(self, folder: Path, texts: Callable[[], Iterator[str]]) -> None: ...
 
 
 @data_part
@@ -71,6 +64,7 @@ class ShardSource:
         share: of all training samples; None: a lead source, each sample once an epoch.
         kinds: only conversations of these kinds; None: all.
         max_samples: at most so many for training, spread evenly; None: all.
+        frames: only samples of so many frames, [fewest, most], for a curriculum over lengths; None: all.
     """
 
     root: str | Path | None = None
@@ -79,6 +73,7 @@ class ShardSource:
     kinds: Sequence[str] | None = None
     max_samples: int | None = None
     val_fraction: float = 0.02
+    frames: Sequence[int] | None = None
 
     @property
     def place(self) -> str:
@@ -127,6 +122,10 @@ class ShardSource:
                 there_are = sorted({kind for kinds in set(shards.columns["kinds"].tolist()) for kind in kinds.split()})
                 raise ValueError(f"{place} holds no conversations of {sorted(wanted)}; it holds {', '.join(there_are)}")
             chosen = chosen[fits[chosen]]
+        if self.frames is not None:
+            fewest, most = self.frames
+            counts = shards.columns["frames"][chosen]
+            chosen = chosen[(counts >= fewest) & (counts <= most)]
         if split == "train" and self.max_samples is not None and len(chosen) > self.max_samples:
             chosen = chosen[np.linspace(0, len(chosen) - 1, self.max_samples).round().astype(int)]
         return shards, chosen
@@ -137,22 +136,6 @@ class ShardSource:
 
         filesystem, path = fsspec.core.url_to_fs(url)
         return bool(filesystem.exists(path))
-
-
-def choose(conversations: Sequence[Conversation], questions: Questions, rng: np.random.Generator) -> list[Conversation]:
-    """Some of a video's conversations: all (None), so many at random, or so many of each named kind (of others all)."""
-    if questions is None:
-        return list(conversations)
-    order = rng.permutation(len(conversations))
-    if isinstance(questions, int):
-        return [conversations[n] for n in sorted(order[:questions].tolist())]
-    left, chosen = dict(questions), []
-    for number in order.tolist():
-        kind = conversations[number].kind
-        if left.get(kind, 1):
-            left[kind] = left.get(kind, len(order)) - 1
-            chosen.append(number)
-    return [conversations[n] for n in sorted(chosen)]
 
 
 @dataclass(frozen=True)
@@ -170,19 +153,18 @@ class Part:
     def column(self, name: str) -> np.ndarray:
         return self.shards.columns[name][self.chosen]
 
-    def component(self, max_frames: int) -> Component:
-        """For the mixture: buckets by number of frames, batches of like text length."""
+    def component(self, max_frames: int, max_tokens: int | None = None) -> Component:
+        """For the mixture: buckets by number of frames, batches of like text length.
+
+        Args:
+            max_tokens: where longer texts are cut; only where lengths count for a budget.
+        """
         frames = np.minimum(self.column("frames"), max_frames).astype(np.int64)
         share, shard = self.source.share, self.shards.shard[self.chosen]
-        return Component(self.name, frames, self.column("text_length").astype(float), shard, share)
-
-
-@runtime_checkable
-class CheckingCollator(Protocol):
-    """A collator that cannot use every conversation: `problem` says why, or None. A sample of which it can use none is
-    a bad sample."""
-
-    def problem(self, conversation: Conversation) -> str | None: ...
+        length = self.column("text_length").astype(float)
+        if max_tokens is not None:
+            length = np.minimum(length, max_tokens * CHARACTERS_A_TOKEN)
+        return Component(self.name, frames, length, shard, share)
 
 
 class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
@@ -259,25 +241,6 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
             yield SampleKey(int(self.starts[number] + alike[(place + step) % len(alike)]), key.epoch)
 
 
-@dataclass(frozen=True)
-class VideoTextStatistics:
-    """What a model keeps of its data beside the weights.
-
-    Args:
-        folder: where something derived from the data (a tokenizer) may be kept. fingerprint: of the training shards.
-        samples: by source, for training. image_size, fit, max_frames: how images were prepared.
-        texts: goes through the text of every training turn.
-    """
-
-    folder: Path
-    fingerprint: str
-    samples: dict[str, int]
-    image_size: int
-    fit: str
-    max_frames: int
-    texts: Callable[[], Iterator[str]]
-
-
 @data_part
 class VideoTexts(ResumableData):
     """Videos, images and text from shard sets.
@@ -300,6 +263,8 @@ class VideoTexts(ResumableData):
         prefetch_batches: batches that each worker keeps ready.
         memory_gb: each process that reads keeps so much of the decoded training samples; 0: decode every time.
         curriculum: see :class:`keygrip.data.shards.mixing.Mixture`; of the lead sources, by name.
+        budget: of frames and positions a batch, over all ranks; `batch_size` is then the most videos of a batch. None:
+            always `batch_size` videos.
     """
 
     batch_type = VideoTextBatch
@@ -325,15 +290,17 @@ class VideoTexts(ResumableData):
         prefetch_batches: int = 4,
         memory_gb: float = 0.0,
         curriculum: Sequence[Stage] | None = None,
+        budget: Budget | None = None,
     ) -> None:
         super().__init__()
+        self.budget = budget
         self.sources = {name: source for name, source in sources.items() if source is not None}
         if not self.sources:
             raise ValueError("no data: name at least one source with data.sources.NAME.root=PATH")
         if fit not in FITS:
             raise ValueError(f"data.fit must be one of {', '.join(FITS)}, not {fit!r}")
-        if not 1 <= max_frames <= MAX_FRAMES:
-            raise ValueError(f"data.max_frames must be 1 to {MAX_FRAMES}, not {max_frames}")
+        if not 1 <= max_frames <= MOST_FRAMES:
+            raise ValueError(f"data.max_frames must be 1 to {MOST_FRAMES}, not {max_frames}")
         if isinstance(questions, int) and questions < 1:
             raise ValueError(f"data.questions must be at least 1, not {questions}; null takes all")
         self.collator, self.image_size, self.fit, self.max_frames = collator, image_size, fit, max_frames
@@ -389,8 +356,12 @@ class VideoTexts(ResumableData):
         return parts
 
     def _mixture(self, parts: Sequence[Part]) -> Mixture:
-        components = [part.component(self.max_frames) for part in parts]
-        return Mixture(components, self.batch_size, self.seed, self.window_shards, self.curriculum)
+        components = self._components(parts)
+        return Mixture(components, self.batch_size, self.seed, self.window_shards, self.curriculum, self.budget)
+
+    def _components(self, parts: Sequence[Part]) -> list[Component]:
+        cut = getattr(self.collator, "max_tokens", None) if self.budget is not None else None
+        return [part.component(self.max_frames, cut) for part in parts]
 
     def _report(self) -> None:
         assert self.mixture is not None
@@ -399,9 +370,11 @@ class VideoTexts(ResumableData):
             log.info("%s: %s", split, held or "none")
         shares = {p.name: p.share for p in self.mixture.components if p.share is not None}
         log.info(
-            "an epoch: %d batches of %d; padding about %.1f %%%s",
+            "an epoch: %d batches of %s; padding about %.1f %%%s",
             self.mixture.batches,
-            self.batch_size,
+            self.batch_size
+            if self.budget is None
+            else f"up to {self.batch_size} ({self.budget.frames} frames, {self.budget.positions} positions)",
             100 * self.padding_share(),
             "".join(f"; {name} {100 * share:g} %" for name, share in shares.items()),
         )
@@ -410,7 +383,7 @@ class VideoTexts(ResumableData):
         """Share of the language model's positions that are padding in an epoch, from the manifests; needs `setup`."""
         assert self.mixture is not None
         frames, tokens = self.mixture.bucket, self.mixture.length / CHARACTERS_A_TOKEN
-        return padded_share(self.mixture.order(epoch), self.batch_size, frames, tokens)
+        return padding_of(self.mixture.batches_of(epoch), frames, tokens)
 
     @property
     def folder(self) -> Path:
@@ -448,6 +421,8 @@ class VideoTexts(ResumableData):
             digest.update(np.ascontiguousarray(part.chosen).tobytes())
         if self.curriculum:
             digest.update(repr([(sorted(stage.weights.items()), stage.steps) for stage in self.curriculum]).encode())
+        if self.budget is not None:
+            digest.update(repr(self.budget).encode())
         return digest.hexdigest()[:16]
 
     # ---------------------------------------------------------------------------------------------------------- loading
@@ -464,10 +439,35 @@ class VideoTexts(ResumableData):
 
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.mixture is not None
-        sampler = MixedBatchSampler(self.mixture, *self.ranks)
+        kind = MixedBatchSampler if self.budget is None else BudgetedBatchSampler
+        sampler = kind(self.mixture, *self.ranks)
         if self.trainer is not None:
             sampler.follow(self.batches_done)
         return self._loader(self.parts["train"], sampler, self.questions, self.memory_gb)
+
+    def worst_batch(self) -> Any:
+        """This rank's part of the batch of the first epoch that takes most memory, by frames and positions; needs
+        `setup`. Without a budget: the most frames, and of these the longest texts."""
+        assert self.mixture is not None
+        batches, sizes = self.mixture.batches_of(0), self.mixture.sizes
+        budget = self.budget or Budget(int(sizes.frames.max()) + 1, int(sizes.positions.max()) + 1)
+        worst = costliest(batches, sizes, budget)
+        rank, ranks = self.ranks
+        samples = VideoTextSamples(
+            self.parts["train"],
+            self.image_size,
+            self.fit,
+            self.max_frames,
+            self.questions,
+            self.seed,
+            0.0,
+            self.collator,
+        )
+        keys = [SampleKey(int(index), 0) for index in np.array_split(worst, ranks)[rank]]
+        batch = Collate(self.collator)(samples.__getitems__(keys))
+        if isinstance(batch, BadSample):
+            raise batch
+        return batch[0]
 
     def _held_out_loader(self, split: str) -> DataLoader[Any] | list[Any]:
         """The lead sources' samples of a split, and as many of the others as their share asks for; always the same."""
@@ -484,9 +484,9 @@ class VideoTexts(ResumableData):
             parts[number] = replace(part, chosen=part.chosen[np.sort(fixed)])
         if not parts:
             return []
-        components = [part.component(self.max_frames) for part in parts]
+        components = self._components(parts)
         bucket, length = (np.concatenate([getattr(c, name) for c in components]) for name in ("bucket", "length"))
-        sampler = BucketedSampler(bucket, length, self.batch_size, *self.ranks)
+        sampler = BucketedSampler(bucket, length, self.batch_size, *self.ranks, budget=self.budget)
         return self._loader(parts, sampler, self.val_questions)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:

@@ -7,24 +7,40 @@ from pathlib import Path
 import numpy as np
 
 from keygrip.data.bad_samples import BadSample, read_bytes
-from keygrip.data.video_text.conversations import decode_image, decode_video
+from keygrip.data.video import TIME_TOLERANCE_S, frames_at
+from keygrip.data.video_text.conversations import MAX_FRAMES, decode_image, decode_video, fit_image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
-def read_frames(path: str | Path, size: int, fit: str, max_frames: int) -> np.ndarray:
+def read_frames(
+    path: str | Path,
+    size: int,
+    fit: str,
+    max_frames: int,
+    clip: tuple[float, float] | None = None,
+    folder_fps: float = 1.0,
+) -> np.ndarray:
     """uint8 [F, S, S, 3]: one frame per second of a video, every image of a folder in the order of its names.
 
     Of more than `max_frames`, so many evenly spaced ones are kept.
 
+    Args:
+        clip: only these seconds of it, at least one frame; of more than `max_frames` seconds, the frames in the middle
+            of `max_frames` equal parts. folder_fps: images of a folder per second, for clips.
+
     Raises:
-        FileNotFoundError: nothing there, or a folder without images. ValueError: it cannot be decoded.
+        FileNotFoundError: nothing there, or a folder without images. ValueError: it cannot be decoded, or ends before
+            the clip begins.
     """
     path = Path(path)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
         if not files:
             raise FileNotFoundError(f"{path} holds no images ({', '.join(SUFFIXES)})")
+        if clip is not None:
+            times = clip_times(len(files) / folder_fps, clip, max_frames, path)
+            return np.stack([_image(files[min(int(time * folder_fps), len(files) - 1)], size, fit) for time in times])
         keep = _evenly(len(files), max_frames)
         return np.stack([_image(files[number], size, fit) for number in keep])
     if not path.is_file():
@@ -32,10 +48,29 @@ def read_frames(path: str | Path, size: int, fit: str, max_frames: int) -> np.nd
     if path.suffix.lower() in SUFFIXES:
         return _image(path, size, fit)[None]
     try:
-        frames = decode_video(str(path), size, fit)
+        if clip is not None:
+            return np.stack(
+                frames_at(
+                    str(path),
+                    lambda duration: clip_times(duration, clip, max_frames, path),
+                    lambda image: fit_image(image, size, fit),
+                )
+            )
+        frames = decode_video(str(path), size, fit, max(MAX_FRAMES, max_frames))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return frames[_evenly(len(frames), max_frames)]
+
+
+def clip_times(duration: float, clip: tuple[float, float], max_frames: int, path: Path) -> np.ndarray:
+    """Seconds at which frames of a clip are taken. Raises ValueError: the video ends before it begins."""
+    start, end = clip[0], min(clip[1], duration)
+    if start >= end:
+        raise ValueError(f"{path} lasts {duration:.1f} s and the clip begins at {start:g} s")
+    count = max(1, int(np.floor(end - start + TIME_TOLERANCE_S)))
+    if count <= max_frames:
+        return start + np.arange(count)
+    return start + (np.arange(max_frames) + 0.5) * (end - start) / max_frames
 
 
 def _image(file: Path, size: int, fit: str) -> np.ndarray:

@@ -23,7 +23,7 @@ class PooledVLM(VideoLanguageNetwork):
     """Patch features averaged on a k x k grid, each cell a visual token, in row-major order.
 
     Args:
-        backbone, language, visual_scale, frame_numbers: as in `FoveatedVLM`.
+        backbone, language, visual_scale, frame_numbers, pack_rows, frame_clock: as in `FoveatedVLM`.
         tokens_per_frame: a square: 4, 16, 64, ...
 
     Raises:
@@ -39,8 +39,10 @@ class PooledVLM(VideoLanguageNetwork):
         tokens_per_frame: int,
         visual_scale: float | None = None,
         frame_numbers: int = 0,
+        pack_rows: bool = False,
+        frame_clock: bool = False,
     ) -> None:
-        super().__init__(backbone, language, visual_scale, frame_numbers)
+        super().__init__(backbone, language, visual_scale, frame_numbers, pack_rows, frame_clock)
         self.side = round(tokens_per_frame**0.5)
         patches = backbone.image_size // backbone.patch_size
         if self.side < 1 or self.side**2 != tokens_per_frame or self.side > patches:
@@ -63,7 +65,7 @@ class PooledVLM(VideoLanguageNetwork):
             raise ValueError(f"the pooled baseline has mode=many_tokens only, without refinement; got mode={mode!r}")
         if not any(rows.frame_counts):
             visual = self.connector.linear.weight.new_zeros(len(rows.input_ids), 0, self.language.width)
-            numbers = () if self.frame_tokens is None else (self.frame_tokens,)
+            numbers = tuple(part for part in (self.frame_tokens, self.frame_clock) if part is not None)
             return visual, None, self.unused(self.backbone, self.connector, *numbers)
         features = self.backbone(real_frames(frames, rows.frame_counts))
         pooled = F.adaptive_avg_pool2d(features.grid_map(), self.side).flatten(2).transpose(1, 2)  # [M, K, D]

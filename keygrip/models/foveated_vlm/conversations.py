@@ -140,6 +140,7 @@ class ConversationCollator:
     Args:
         tokenizer: its source, loaded (or trained on the data's text) by `prepare`.
         prompt_order, supervise, max_tokens: see `encode_conversation`.
+        system: the system turn of conversations that have none; None: as the chat template has it.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class ConversationCollator:
         prompt_order: PromptOrder,
         supervise: Supervise,
         max_tokens: int | None = None,
+        system: str | None = None,
     ) -> None:
         if prompt_order not in ("visual_first", "question_first"):
             raise ValueError(f"prompt_order is visual_first or question_first, not {prompt_order!r}")
@@ -159,6 +161,7 @@ class ConversationCollator:
         self.prompt_order: PromptOrder = prompt_order
         self.supervise: Supervise = supervise
         self.max_tokens = max_tokens
+        self.system = system
         self.tokenizer: ChatTokenizer | None = None
         self._encoded: dict[tuple[Turn, ...], EncodedText] = {}
         self._recent: dict[tuple[Turn, ...], EncodedText] = {}  # of the batch that is being made
@@ -177,10 +180,23 @@ class ConversationCollator:
             raise RuntimeError("the collator has no tokenizer yet: call prepare (the data module's prepare_data does)")
         found = self._encoded.get(turns) or self._recent.get(turns)
         if found is None:
-            found = encode_conversation(turns, self.tokenizer, self.prompt_order, self.supervise, self.max_tokens)
+            said = self.with_system(turns)
+            found = encode_conversation(said, self.tokenizer, self.prompt_order, self.supervise, self.max_tokens)
             kept = self._encoded if len(self._encoded) < KEPT_TEXTS else self._recent
             kept[turns] = found
         return found
+
+    def with_system(self, turns: Sequence[Turn]) -> Sequence[Turn]:
+        """A conversation with the system turn that it is trained with."""
+        if self.system is None or (turns and turns[0].role == "system"):
+            return turns
+        return (Turn("system", self.system), *turns)
+
+    def prompt(self, turns: Sequence[Turn]) -> EncodedText:
+        """A conversation as the model is asked to continue it, or as it is scored: whole, and as in training."""
+        if self.tokenizer is None:
+            raise RuntimeError("the collator has no tokenizer yet: call prepare (the data module's prepare_data does)")
+        return encode_conversation(self.with_system(turns), self.tokenizer, self.prompt_order, "answers")
 
     def problem(self, conversation: Conversation) -> str | None:
         """Why a conversation cannot be a row; None where it can."""

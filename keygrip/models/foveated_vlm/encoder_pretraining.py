@@ -30,7 +30,7 @@ from keygrip.training.parts import model_part
 from keygrip.training.system import System
 
 if TYPE_CHECKING:
-    from keygrip.data.video_text.datamodule import VideoTextStatistics
+    from keygrip.data.batches import VideoTextStatistics
 
 DIGITS = 10
 IGNORED = -100  # cross_entropy's own

@@ -10,7 +10,6 @@ import torch
 
 from keygrip.data.batches import VideoTextBatch
 from keygrip.models.foveated_vlm.attention_maps import patch_maps
-from keygrip.models.foveated_vlm.conversations import encode_conversation
 from keygrip.models.foveated_vlm.generation import generate
 from keygrip.models.foveated_vlm.network import FoveatedVLM, VLMOutput
 from keygrip.training.images import drawable, figure_to_image, printable
@@ -24,13 +23,13 @@ MAX_SHOWN_FRAMES = 8
 def show_answers(module: FoveatedVLMModule, batch: VideoTextBatch, rows: int) -> tuple[np.ndarray | None, str]:
     """Answers to some rows of different kinds: an image [H, W, 3] uint8 (None without frames) and a table."""
     chosen = one_of_each(batch.kind, rows)
-    network, collator = module.network, module.collator
+    network = module.network
     asked, prompts = [], []
     for row in chosen:
         turns = batch.texts[row].turns
         last = max((n for n, turn in enumerate(turns) if turn.role == "assistant"), default=len(turns))
         asked.append((turns[last - 1].text if last else "", turns[last].text if last < len(turns) else ""))
-        prompts.append(encode_conversation(turns[:last], module.tokenizer, collator.prompt_order, collator.supervise))
+        prompts.append(module.collator.prompt(turns[:last]))
     counts = batch.frame_mask.sum(1).tolist()
     videos = [int(batch.video_index[row]) for row in chosen]
     mode = "autoregressive" if "autoregressive" in network.modes else network.modes[-1]

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from keygrip.models.backbone import BlockKV
 from keygrip.models.foveated_vlm.conversations import EncodedText, text_columns
 from keygrip.models.foveated_vlm.loss import token_cross_entropy
-from keygrip.models.foveated_vlm.network import Looks, VideoLanguageNetwork
+from keygrip.models.foveated_vlm.network import FoveatedVLM, Looks, VideoLanguageNetwork, real_frames
 from keygrip.models.foveated_vlm.rows import TextRows, take
 from keygrip.models.language.cache import LanguageCache
 from keygrip.models.language.tokenizers import ChatTokenizer
@@ -41,6 +42,14 @@ def rows_of(
 
 
 @torch.inference_mode()
+def encoded(network: VideoLanguageNetwork, frames: Tensor, frame_counts: Sequence[int]) -> list[BlockKV] | None:
+    """Keys and values of videos, for several questions and modes; None for a network that keeps none."""
+    if not isinstance(network, FoveatedVLM) or not any(frame_counts):
+        return None
+    return network.encode(real_frames(frames, frame_counts))
+
+
+@torch.inference_mode()
 def generate(
     network: VideoLanguageNetwork,
     tokenizer: ChatTokenizer,
@@ -52,6 +61,7 @@ def generate(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
+    kv: Sequence[BlockKV] | None = None,
 ) -> Answers:
     """Continues each prompt until the end of the assistant's turn.
 
@@ -60,13 +70,14 @@ def generate(
         prompts: B conversations that end where the assistant is to speak. videos: the video of each.
         mode: how the videos are looked at. max_new_tokens: an answer's longest.
         temperature: 0 takes the most probable token; above, tokens are drawn (with `seed`).
+        kv: keys and values of the real frames where they are known already (`encoded`).
 
     Raises:
         ValueError: a prompt, the frames and the answer do not fit into the language model's context.
     """
     device = frames.device
     rows = rows_of(prompts, videos, frame_counts, device)
-    visual, looks, _ = network.see(frames, rows, mode)
+    visual, looks, _ = network.see(frames, rows, mode, kv=kv)
     layout = rows.layout(network.tokens_per_frame)
     language = network.language
     if layout.source.shape[1] + max_new_tokens > language.context:
@@ -102,7 +113,51 @@ def generate(
     return Answers([tokenizer.decode(row).strip() for row in ids], ids, looks, rows)
 
 
+@dataclass(frozen=True)
+class Likelihoods:
+    """Of B given answers: the sum of their tokens' log-likelihoods, how many tokens, and whether each token is the
+    likeliest one; [B] each."""
+
+    total: Tensor
+    tokens: Tensor
+    greedy: Tensor
+
+
 @torch.inference_mode()
+def answer_likelihoods(
+    network: VideoLanguageNetwork,
+    frames: Tensor,
+    frame_counts: Sequence[int],
+    answered: Sequence[EncodedText],
+    videos: Sequence[int],
+    mode: str = "autoregressive",
+    kv: Sequence[BlockKV] | None = None,
+    with_end: bool = True,
+) -> Likelihoods:
+    """Log-likelihoods of each conversation's last answer.
+
+    Args:
+        frames, frame_counts, videos, mode, kv: as in `generate`. answered: B conversations that end with an answer.
+        with_end: the token that ends the answer's turn counts.
+    """
+    rows = rows_of(answered, videos, frame_counts, frames.device)
+    visual, _, _ = network.see(frames, rows, mode, kv=kv)
+    hidden, layout = network.read(visual, rows)
+    mask = torch.zeros(rows.input_ids.shape, dtype=torch.bool, device=frames.device)
+    for row, text in enumerate(answered):
+        answer = text.answer[text.prompt :]
+        end = len(answer) - answer[::-1].index(True) if any(answer) else 0
+        mask[row, text.prompt : text.prompt + end - (0 if with_end else 1)] = True
+    at = layout.text_at - 1
+    row_of, token = (mask & (at >= 0)).nonzero(as_tuple=True)
+    losses, right = token_cross_entropy(
+        hidden[row_of, at[row_of, token]], network.language.head_weight, rows.input_ids[row_of, token]
+    )
+    zeros = torch.zeros(len(answered), device=losses.device)
+    wrong = zeros.index_add(0, row_of, (~right).float())
+    return Likelihoods(-zeros.index_add(0, row_of, losses), mask.sum(1), wrong == 0)
+
+
 def answer_scores(
     network: VideoLanguageNetwork,
     frames: Tensor,
@@ -110,18 +165,8 @@ def answer_scores(
     answered: Sequence[EncodedText],
     videos: Sequence[int],
     mode: str = "autoregressive",
+    kv: Sequence[BlockKV] | None = None,
 ) -> Tensor:
     """Mean log-likelihood a token of each conversation's last answer, float32 [B], for choosing among given answers."""
-    rows = rows_of(answered, videos, frame_counts, frames.device)
-    visual, _, _ = network.see(frames, rows, mode)
-    hidden, layout = network.read(visual, rows)
-    mask = torch.zeros(rows.input_ids.shape, dtype=torch.bool, device=frames.device)
-    for row, text in enumerate(answered):
-        mask[row, text.prompt : len(text.ids)] = torch.tensor(text.answer[text.prompt :], device=frames.device)
-    at = layout.text_at - 1
-    row_of, token = (mask & (at >= 0)).nonzero(as_tuple=True)
-    losses, _ = token_cross_entropy(
-        hidden[row_of, at[row_of, token]], network.language.head_weight, rows.input_ids[row_of, token]
-    )
-    total = torch.zeros(len(answered), device=losses.device).index_add(0, row_of, losses)
-    return -total / mask.sum(1).clamp_min(1)
+    found = answer_likelihoods(network, frames, frame_counts, answered, videos, mode, kv)
+    return found.total / found.tokens.clamp_min(1)

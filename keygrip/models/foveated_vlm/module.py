@@ -5,33 +5,34 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from keygrip.data.batches import VideoTextBatch, normalised
+from keygrip.data.batches import VideoTextBatch, VideoTextStatistics, normalised
 from keygrip.models.backbone import BlockKV
 from keygrip.models.foveated_vlm.attention_maps import attention_on_targets
 from keygrip.models.foveated_vlm.conversations import ConversationCollator
+from keygrip.models.foveated_vlm.dry_run import report_on, step_memory
 from keygrip.models.foveated_vlm.figures import show_answers
+from keygrip.models.foveated_vlm.hub_files import hub_files
 from keygrip.models.foveated_vlm.kv_cache import KeyValueCache
 from keygrip.models.foveated_vlm.loss import KERNELS, Kernel, check_liger
 from keygrip.models.foveated_vlm.monitor import Health, relative_entropy
 from keygrip.models.foveated_vlm.network import FoveatedVLM, VideoLanguageNetwork, VLMOutput
-from keygrip.models.foveated_vlm.rows import TextRows
+from keygrip.models.foveated_vlm.rows import TextRows, text_rows
 from keygrip.models.foveated_vlm.scores import BatchScores, Scores, score
+from keygrip.models.foveated_vlm.streaming import VideoStream
 from keygrip.models.language.tokenizers import TOKENIZER_STATE, ChatTokenizer
 from keygrip.models.nn.short_attention import short_attention
 from keygrip.training.checkpoints import load_module
 from keygrip.training.distributed import global_mean, world_size
+from keygrip.training.memory import StepMemory
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
 from keygrip.training.system import System
-
-if TYPE_CHECKING:
-    from keygrip.data.video_text.datamodule import VideoTextStatistics
 
 log = logging.getLogger(__name__)
 
@@ -220,6 +221,16 @@ class FoveatedVLMModule(System):
         pixels = torch.from_numpy(np.ascontiguousarray(frames)).to(self.device).permute(0, 3, 1, 2)
         return normalised(pixels, self.network.backbone.mean, self.network.backbone.std)[None]
 
+    def stream(self, question: str, mode: str = "autoregressive") -> VideoStream:
+        """A question about a video that is still coming: `push(frame)`, and `answer()` at any time.
+
+        Raises:
+            ValueError: a baseline, or a mode in which a frame depends on later ones.
+        """
+        if not isinstance(self.network, FoveatedVLM):
+            raise ValueError(f"{type(self.network).__name__} has no stream: the foveated model has")
+        return VideoStream(self.eval(), question, mode)
+
     def forward(self, batch: VideoTextBatch, mode: str, refinement: int = 0) -> VLMOutput:
         frames, rows = self.inputs(batch)
         return self.network(frames, rows, mode, refinement)
@@ -378,53 +389,23 @@ class FoveatedVLMModule(System):
 
     # ------------------------------------------------------------------ dry run
 
-    @torch.no_grad()
     def dry_run(self, batch: VideoTextBatch) -> dict[str, Any]:
-        """One batch in each mode: shapes, parameter counts by group and memory, without training."""
-        groups: dict[str, int] = defaultdict(int)
-        for name, parameter in self.network.named_parameters():
-            part = name.partition(".")[0]
-            groups[part if part in ("backbone", "language") else "connector"] += parameter.numel()
-        report: dict[str, Any] = {
-            "frames": list(batch.frames.shape),
-            "input_ids": list(batch.input_ids.shape),
-            "supervised_tokens": int(batch.loss_mask.sum()),
-            "padding_share": round(batch.padding_share, 4),
-            "parameters": dict(groups) | {"all": sum(groups.values())},
-            "modes": {},
-        }
-        for mode in self.network.modes:
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            output = self(batch, mode)
-            scores = self.score(output, batch)
-            figures: dict[str, Any] = {
-                "hidden": list(output.hidden.shape),
-                "visual": list(output.visual.shape),
-                "loss": round(float(scores.loss / scores.tokens.clamp_min(1)), 4),
-            }
-            if self.device.type == "cuda":
-                figures["peak_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
-            if output.looks is not None:
-                cache = sum(block.key.nbytes + block.value.nbytes for block in output.looks.kv)
-                figures["kv_cache_mb"] = round(cache / 2**20, 2)
-            report["modes"][mode] = figures
-        return report
+        """One batch in each mode: shapes, parameter counts by group and memory, without training. On a CPU, of a large
+        batch the first videos alone."""
+        return report_on(self, batch)
+
+    def step_memory(self, batch: VideoTextBatch, bf16: bool, ema: bool) -> StepMemory:
+        """Memory of a training step on a batch: measured where the module lies on a GPU, counted otherwise."""
+        return step_memory(self, batch, bf16, ema)
+
+    def export_files(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Beside the weights in an export: files by name (tokenizer, chat template, processor), and what config.json
+        says to other programs."""
+        return hub_files(self)
 
     def sharded_parts(self) -> list[Any]:
         """Blocks that are used through their `forward` alone."""
         return self.network.language.sharded_parts()
-
-
-def text_rows(batch: VideoTextBatch) -> TextRows:
-    """A batch's rows as the network takes them."""
-    return TextRows(
-        batch.input_ids,
-        batch.attention_mask.sum(1).tolist(),
-        batch.visual_at,
-        batch.video_index.tolist(),
-        batch.frame_mask.sum(1).tolist(),
-    )
 
 
 def comparisons(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from keygrip.models.backbone import BlockKV, DinoBackbone
-from keygrip.models.foveated_vlm.rows import RowLayout, Streams, TextRows, take
+from keygrip.models.foveated_vlm.rows import Packing, RowLayout, Streams, TextRows, take
 from keygrip.models.language.cache import LanguageCache
 from keygrip.models.language.decoder import LanguageModel
 from keygrip.training.parts import model_part
@@ -92,6 +92,24 @@ class Connector(nn.Module):
         return self.linear(embeddings) * self.scale
 
 
+class FrameClock(nn.Module):
+    """Vectors [C] that say which frame it is, for any number of frames: a learned map of sinusoids."""
+
+    def __init__(self, language: LanguageModel, waves: int = 32) -> None:
+        super().__init__()
+        self.waves = waves
+        self.linear = nn.Linear(2 * waves, language.width, bias=False)
+        nn.init.normal_(self.linear.weight, std=float(language.embedding_std) * waves**-0.5)
+
+    def forward(self, first: int, count: int) -> Tensor:
+        """[count, C], of frames `first` to `first + count`. Periods go from 4 frames to 4096."""
+        weight = self.linear.weight
+        frame = torch.arange(first, first + count, device=weight.device, dtype=torch.float32)[:, None]
+        periods = 4.0 * 1024.0 ** (torch.arange(self.waves, device=weight.device) / max(self.waves - 1, 1))
+        angle = 2 * torch.pi * frame / periods
+        return self.linear(torch.cat([angle.sin(), angle.cos()], dim=1).to(weight.dtype))
+
+
 class VideoLanguageNetwork(nn.Module):
     """What the foveated network and its baselines share: rows of text with visual tokens through a language model.
 
@@ -100,6 +118,10 @@ class VideoLanguageNetwork(nn.Module):
         visual_scale: see `Connector`.
         frame_numbers: up to so many frames each visual token also says, by a learned vector, which frame it is of. 0:
             no such vectors (as published): a language model knows its visual tokens by their places alone.
+        frame_clock: each visual token, and each hidden state that a query is made of, also says by a learned map of
+            sinusoids how many frames came before: as `frame_numbers` without a limit, and for the queries too.
+        pack_rows: rows of different lengths go through the language model one behind the other, which costs a mask and
+            saves the padding; the same figures but for rounding.
     """
 
     tokens_per_frame = 1
@@ -111,8 +133,13 @@ class VideoLanguageNetwork(nn.Module):
         language: LanguageModel,
         visual_scale: float | None = None,
         frame_numbers: int = 0,
+        pack_rows: bool = False,
+        frame_clock: bool = False,
     ) -> None:
         super().__init__()
+        if frame_numbers and frame_clock:
+            raise ValueError("model.network: frame_numbers and frame_clock both number frames: choose one of them")
+        self.pack_rows = pack_rows
         self.backbone = backbone
         self.language = language
         self.connector = Connector(backbone.embed_dim, language, visual_scale)
@@ -121,13 +148,25 @@ class VideoLanguageNetwork(nn.Module):
             if frame_numbers
             else None
         )
+        self.frame_clock = FrameClock(language) if frame_clock else None
 
     def read(self, visual: Tensor, rows: TextRows) -> tuple[Tensor, RowLayout]:
         """Hidden states of rows with visual tokens [B, N, C]: [B, T, C], and their layout."""
         layout = rows.layout(self.tokens_per_frame)
         visual = self.numbered(visual)
         text = self.language.embed(rows.input_ids)
-        return self.language(layout.place(text, visual)), layout
+        lengths = [
+            length + rows.frame_counts[video] * self.tokens_per_frame
+            for length, video in zip(rows.lengths, rows.videos, strict=True)
+        ]
+        return self.hidden_of(layout.place(text, visual), lengths), layout
+
+    def hidden_of(self, embeddings: Tensor, lengths: Sequence[int]) -> Tensor:
+        """The language model's hidden states [B, T, C] of rows of these lengths; those of padding mean nothing."""
+        if not self.pack_rows:
+            return self.language(embeddings)
+        packing = Packing.of(lengths, embeddings.shape[1], embeddings.device)
+        return packing.unpack(self.language.packed(packing.pack(embeddings), packing.rows, packing.positions))
 
     def numbered(self, visual: Tensor, first: int = 0) -> Tensor:
         """Visual tokens [B, N, C], from that of frame `first` on, with the vectors of their frames' numbers.
@@ -135,13 +174,16 @@ class VideoLanguageNetwork(nn.Module):
         Raises:
             ValueError: more frames than there are vectors.
         """
+        if self.frame_clock is not None and visual.shape[1]:
+            count = visual.shape[1] // self.tokens_per_frame
+            return visual + self.frame_clock(first, count).repeat_interleave(self.tokens_per_frame, dim=0)
         if self.frame_tokens is None or not visual.shape[1]:
             return visual
         frames = first + visual.shape[1] // self.tokens_per_frame
         if frames > len(self.frame_tokens):
             raise ValueError(
-                f"a video has {frames} frames and model.network.frame_numbers={len(self.frame_tokens)}: raise it, or "
-                "lower data.max_frames"
+                f"a video has {frames} frames and model.network.frame_numbers={len(self.frame_tokens)}: raise it, "
+                "take model.network.frame_clock, or lower data.max_frames"
             )
         return visual + self.frame_tokens[first:frames].repeat_interleave(self.tokens_per_frame, dim=0)
 
@@ -216,7 +258,7 @@ class FoveatedVLM(VideoLanguageNetwork):
             queries, or `coarse`, a second stream of coarse tokens with a cache of its own, as in training's parallel
             pass.
         visual_scale: of the visual tokens; None: the language model's embedding standard deviation.
-        frame_numbers: see `VideoLanguageNetwork`.
+        frame_numbers, pack_rows, frame_clock: see `VideoLanguageNetwork`.
 
     Raises:
         ValueError: an unknown choice, or a query path of its own beside an encoder that is trained.
@@ -236,8 +278,10 @@ class FoveatedVLM(VideoLanguageNetwork):
         query_path: Literal["shared", "own"] = "shared",
         frame_numbers: int = 0,
         query_start: Literal["random", "cls"] = "random",
+        pack_rows: bool = False,
+        frame_clock: bool = False,
     ) -> None:
-        super().__init__(backbone, language, visual_scale, frame_numbers)
+        super().__init__(backbone, language, visual_scale, frame_numbers, pack_rows, frame_clock)
         if query_start not in ("random", "cls"):
             raise ValueError(f"model.network.query_start is random or cls, not {query_start!r}")
         if query_path not in ("shared", "own"):
@@ -276,10 +320,18 @@ class FoveatedVLM(VideoLanguageNetwork):
         """Queries [S, F, D] of all frames from visual tokens [S, F, C]: frame t's from the hidden state before it."""
         if streams.layout.source.shape[1]:
             prefix = self.language.embed(streams.input_ids)
-            hidden = take(self.language(streams.layout.place(prefix, self.numbered(visual))), streams.query_at)
+            placed = streams.layout.place(prefix, self.numbered(visual))
+            lengths = [text + frames - 1 for text, frames in zip(streams.lengths, streams.frame_counts, strict=True)]
+            hidden = take(self.hidden_of(placed, lengths), streams.query_at)
         else:  # single frames with nothing before them: zero, with gradients (of zero) as in any other batch
             hidden = 0.0 * visual
-        return self._as_queries(hidden, streams.first)
+        return self._as_queries(self.before(hidden, 0), streams.first)
+
+    def before(self, hidden: Tensor, first: int) -> Tensor:
+        """Hidden states [S, F, C] before the frames from `first` on, which know their number where there is a clock."""
+        if self.frame_clock is None:
+            return hidden
+        return hidden + self.frame_clock(first, hidden.shape[1])
 
     def look(self, kv: Sequence[BlockKV], streams: Streams, mode: str, refinement: int = 0) -> Looks:
         """Visual tokens of all streams from the keys and values of the M real frames, in one of the three modes.
@@ -316,7 +368,7 @@ class FoveatedVLM(VideoLanguageNetwork):
         if len(streams) == 0:
             visual = self.connector.linear.weight.new_zeros(len(rows.input_ids), 0, self.language.width)
             queries = (self.static_query, self.first_query, self.query_projection)
-            numbers = () if self.frame_tokens is None else (self.frame_tokens,)
+            numbers = tuple(part for part in (self.frame_tokens, self.frame_clock) if part is not None)
             own = () if self.query_path is None else (self.query_path,)
             return visual, None, self.unused(self.backbone, self.connector, *queries, *numbers, *own)
         if kv is None:
@@ -357,6 +409,16 @@ class FoveatedVLM(VideoLanguageNetwork):
         # in the parameters' precision: the residual stream that they enter stays so under autocast
         return torch.where(first[..., None], self.first_query, projected.to(self.first_query.dtype))
 
+    def query_after(self, state: Tensor | None, frame: int) -> Tensor:
+        """The query [1, 1, D] of a frame from the hidden state [1, 1, C] before it; None: nothing stands before it.
+
+        Args:
+            frame: its number.
+        """
+        if state is None:
+            return self.first_query
+        return self.query_projection(self.before(state, frame)).to(self.first_query.dtype)
+
     def _look_at_once(self, kv: Sequence[BlockKV], streams: Streams, visual: Tensor) -> tuple[Tensor, Tensor]:
         """Queries [S, F, D] chosen from given visual tokens, and what they show [S, F, D]."""
         queries = self.choose_queries(visual, streams)
@@ -370,7 +432,7 @@ class FoveatedVLM(VideoLanguageNetwork):
             state = self._read_prefix(streams, cache)
         queries, fine = [], []
         for frame in range(streams.longest):
-            query = self._as_queries(state, streams.first[:, frame : frame + 1])  # [S, 1, D]
+            query = self._as_queries(self.before(state, frame), streams.first[:, frame : frame + 1])  # [S, 1, D]
             seen = self._ask_frame(query, kv, streams, frame)
             queries.append(query)
             fine.append(seen)

@@ -17,6 +17,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from keygrip.data.batches import VideoTextBatch
+
 
 @dataclass(frozen=True)
 class TextRows:
@@ -85,7 +87,7 @@ class RowLayout:
     ) -> RowLayout:
         """For texts of `lengths` in [B, width], with `counts` visual tokens before text token `visual_at`."""
         length, at, count = (torch.tensor(list(v), dtype=torch.int64)[:, None] for v in (lengths, visual_at, counts))
-        longest = int((length + count).max()) if len(length) else 0
+        longest = max((text + frames for text, frames in zip(lengths, counts, strict=True)), default=0)
         position = torch.arange(longest)[None]
         inside = (position >= at) & (position < at + count)
         text = torch.where(position < at, position, position - count)
@@ -94,13 +96,66 @@ class RowLayout:
         source = torch.where(valid, source, 0)
         token = torch.arange(width)[None]
         text_at = torch.where(token < at, token, token + count)
-        visual = at + torch.arange(int(count.max()) if len(count) else 0)[None]
+        visual = at + torch.arange(max(counts, default=0))[None]
         return cls(*(part.to(device, non_blocking=True) for part in (source, valid, text_at, visual)))
 
     def place(self, text: Tensor, visual: Tensor) -> Tensor:
         """Embeddings of text [B, L, C] and visual tokens [B, N, C] in their order, [B, T, C]."""
         both = torch.cat([text, visual.to(text.dtype)], dim=1)
         return take(both, self.source)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """B rows one behind the other in n bins, each as long as the longest row, so that little is padding.
+
+    Attributes:
+        source: int64 [n, X], place in the flattened rows [B * T]. rows: int64 [n, X], which row it is of; -1: padding.
+        positions: int64 [n, X], in the row. places: int64 [B, T], place of each position in the flattened bins; padding
+            has that of the first.
+    """
+
+    source: Tensor
+    rows: Tensor
+    positions: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], width: int, device: torch.device | None = None) -> Packing:
+        """Of rows of these lengths in [B, width]: the longest first, each into the first bin with room."""
+        room = max(lengths, default=0)
+        bins: list[list[int]] = []
+        left: list[int] = []
+        for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+            place = next((n for n, free in enumerate(left) if free >= lengths[row]), len(bins))
+            if place == len(bins):
+                bins.append([])
+                left.append(room)
+            bins[place].append(row)
+            left[place] -= lengths[row]
+        source = torch.zeros(len(bins), room, dtype=torch.int64)
+        owner = torch.full((len(bins), room), -1)
+        positions = torch.zeros(len(bins), room, dtype=torch.int64)
+        places = torch.zeros(len(lengths), width, dtype=torch.int64)
+        for number, members in enumerate(bins):
+            start = 0
+            for row in members:
+                length = lengths[row]
+                inside = torch.arange(length)
+                source[number, start : start + length] = row * width + inside
+                owner[number, start : start + length] = row
+                positions[number, start : start + length] = inside
+                places[row, :length] = number * room + start + inside
+                start += length
+        return cls(*(part.to(device, non_blocking=True) for part in (source, owner, positions, places)))
+
+    def pack(self, values: Tensor) -> Tensor:
+        """[B, T, C] -> [n, X, C]."""
+        return values.flatten(0, 1)[self.source]
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """[n, X, C] -> [B, T, C]; what stands in padding means nothing."""
+        return values.flatten(0, 1)[self.places]
 
 
 @dataclass(frozen=True)
@@ -215,6 +270,17 @@ class Streams:
         slots = self.slots if values.shape[1] == self.slots_per_frame else self.slots // self.slots_per_frame
         table = values.new_zeros(len(self) * self.longest, values.shape[-1])
         return table.index_copy(0, self.places, values.flatten(0, 1)[slots]).view(len(self), self.longest, -1)
+
+
+def text_rows(batch: VideoTextBatch) -> TextRows:
+    """A batch's rows as the network takes them."""
+    return TextRows(
+        batch.input_ids,
+        batch.attention_mask.sum(1).tolist(),
+        batch.visual_at,
+        batch.video_index.tolist(),
+        batch.frame_mask.sum(1).tolist(),
+    )
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:

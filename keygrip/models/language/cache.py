@@ -45,3 +45,10 @@ class LanguageCache:
         # padding sees itself: a position without anything to look at would be NaN, and spread
         mask = (self._valid[:, None] & (slot <= query)) | (slot == query)
         return mask[:, None], positions
+
+    def cut(self, length: int) -> None:
+        """Forgets all but the first `length` positions; of rows without padding."""
+        assert self._valid is None, "rows with padding have no common length"
+        if length < self.length:
+            self.layers.crop(length - self.length)  # negative: so many fewer
+            self.length = length

@@ -100,6 +100,21 @@ class LanguageModel(nn.Module):
         positions = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
         return self._run(embeddings, positions, None, None)
 
+    def packed(self, embeddings: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        """Hidden states of several rows in one, [n, X, C] -> [n, X, C]; each sees its own row alone.
+
+        Args:
+            rows: int64 [n, X], which row a position is of; those of a row follow each other. positions: int64 [n, X],
+                in that row.
+
+        Raises:
+            ValueError: more positions than the context holds.
+        """
+        self._check_length(embeddings.shape[1])
+        place = torch.arange(embeddings.shape[1], device=embeddings.device)
+        mask = (rows[:, :, None] == rows[:, None]) & (place[None] <= place[:, None])
+        return self._run(embeddings, positions, mask[:, None], None)
+
     def extend(self, embeddings: Tensor, cache: LanguageCache, valid: Tensor | None = None) -> Tensor:
         """Hidden states of further positions of rows whose keys and values are cached, [B, t, C] -> [B, t, C].
 

@@ -18,10 +18,12 @@ import torch
 from shard_sets import CharacterCollator, write_set
 
 from keygrip.data.batches import Conversation, Turn, VideoTextBatch
+from keygrip.data.shards.budget import Budget
 from keygrip.data.shards.made_shards import MadeShards
 from keygrip.data.shards.reader import ShardSet
+from keygrip.data.video_text.batching import choose
 from keygrip.data.video_text.conversations import answer
-from keygrip.data.video_text.datamodule import ShardSource, VideoTexts, choose
+from keygrip.data.video_text.datamodule import ShardSource, VideoTexts
 
 FRAMES = [1, 2, 3, 1] * 40  # 160 samples, as in the trap: 40 of them were all that four workers saw
 
@@ -283,7 +285,7 @@ def test_bad_settings_are_refused(root: Path, tmp_path: Path) -> None:
     source = {"videos": ShardSource(root / "videos")}
     for options, message in (
         ({"fit": "shrink"}, r"data\.fit must be one of stretch, crop, pad, not 'shrink'"),
-        ({"max_frames": 65}, r"data\.max_frames must be 1 to 64, not 65"),
+        ({"max_frames": 5000}, r"data\.max_frames must be 1 to 4096, not 5000"),
         ({"questions": 0}, r"data\.questions must be at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -367,3 +369,42 @@ def test_samples_of_which_no_conversation_can_be_used_are_replaced_and_counted(r
     assert not {"s3", "s77"} & set(keys)
     assert data.skipped.count >= 1
     assert all("too long" in reason for reason in data.skipped.reasons)
+
+
+def test_a_data_module_with_a_budget(tmp_path: Path) -> None:
+    frames = [1, 2, 3, 8] * 20
+    write_set(tmp_path / "videos" / "train", frames, per_shard=40)
+    write_set(tmp_path / "videos" / "val", [2] * 12, prefix="v")
+    data = module(tmp_path, budget=Budget(16, 400), batch_size=12)
+    batches = list(data.train_dataloader())
+    assert len(batches) == data.mixture.batches  # type: ignore[union-attr]
+    assert max(int(batch.frame_mask.sum()) for batch in batches) == 16
+    keys = Counter(key for batch in batches for key in batch.key)
+    assert set(keys.values()) == {1}
+    worst = data.worst_batch()
+    assert int(worst.frame_mask.sum()) == 16
+    assert sum(len(batch) for batch in data.val_dataloader()) == 12
+    assert data.fingerprint != module(tmp_path, batch_size=12).fingerprint
+
+
+def test_a_source_can_be_cut_by_length(root: Path) -> None:
+    """For a curriculum over lengths: the same set as several sources, nothing twice and nothing lost."""
+    sources = {
+        name: ShardSource(root / "videos", frames=frames) for name, frames in (("short", [1, 1]), ("long", [2, 64]))
+    }
+    data = module(root, sources=sources)
+    seen = Counter(
+        (batch.source[row], batch.key[row]) for batch in data.train_dataloader() for row in range(len(batch))
+    )
+    assert set(seen.values()) == {1}
+    assert {FRAMES[int(key[1:])] for source, key in seen if source == "short"} == {1}
+    assert {FRAMES[int(key[1:])] for source, key in seen if source == "long"} == {2, 3}
+
+
+def test_more_than_64_frames(tmp_path: Path) -> None:
+    write_set(tmp_path / "videos" / "train", [100, 100, 100, 90])
+    write_set(tmp_path / "videos" / "val", [2] * 4, prefix="v")
+    batch = next(iter(module(tmp_path, batch_size=4, max_frames=96).train_dataloader()))
+    assert sorted(batch.frame_mask.sum(1).tolist()) == [90, 96, 96, 96]
+    with pytest.raises(ValueError, match=r"data\.max_frames must be 1 to 4096"):
+        module(tmp_path, max_frames=5000)

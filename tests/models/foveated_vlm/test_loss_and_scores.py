@@ -15,8 +15,9 @@ from vlm_parts import small_backbone, small_language
 from keygrip.data.batches import Conversation, Turn, VideoTextBatch, VideoTextSample
 from keygrip.models.foveated_vlm.conversations import ConversationCollator
 from keygrip.models.foveated_vlm.loss import token_cross_entropy
-from keygrip.models.foveated_vlm.module import FoveatedVLMModule, comparisons, text_rows
+from keygrip.models.foveated_vlm.module import FoveatedVLMModule, comparisons
 from keygrip.models.foveated_vlm.network import MODES, FoveatedVLM
+from keygrip.models.foveated_vlm.rows import text_rows
 from keygrip.models.foveated_vlm.scores import Scores
 from keygrip.models.language.tokenizers import TrainedTokenizer
 from keygrip.training.optimizers import AdamW
@@ -198,3 +199,40 @@ def test_dry_run_reports_every_mode(parts: Callable[..., tuple]) -> None:
     assert report["parameters"]["all"] == sum(p.numel() for p in module.network.parameters())
     assert report["modes"]["coarse_fine"]["kv_cache_mb"] > 0
     assert report["supervised_tokens"] == batch.loss_mask.sum()
+
+
+def test_a_steps_memory_is_counted_as_it_is(parts: Callable[..., tuple]) -> None:
+    """Against torch's own record of a real step; recomputing takes less."""
+    from torch.profiler import ProfilerActivity, profile
+
+    module, batch = parts(refinement=1)
+    counted = module.step_memory(batch, bf16=False, ema=False)
+    module.train()
+    frames, rows = module.inputs(batch)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        frames, rows = module.inputs(batch)
+        scores = module.score(module.network(frames, rows, "coarse_fine", 1), batch)
+        (scores.loss / scores.tokens).backward()
+    now = peak = 0
+    for event in profiled.profiler.kineto_results.events():
+        now += event.nbytes() if event.name() == "[memory]" else 0
+        peak = max(peak, now)
+    assert counted.step == pytest.approx(peak, rel=0.05)
+    module.network.language.gradient_checkpointing = module.network.backbone.gradient_checkpointing = True
+    assert module.step_memory(batch, bf16=False, ema=False).step < 0.8 * counted.step
+    assert all(p.grad is not None for p in module.network.parameters() if p.requires_grad)
+
+
+def test_the_first_videos_of_a_batch(parts: Callable[..., tuple]) -> None:
+    module, batch = parts()
+    first = batch.first_videos(1)
+    assert len(first.frame_mask) == 1
+    assert first.video_index.tolist() == [0] * int((batch.video_index == 0).sum())
+    with torch.no_grad():
+        own, of_all = (module.network(*module.inputs(b), "coarse_fine") for b in (first, batch))
+        count = first.attention_mask.sum(1)
+        for row in range(len(first)):
+            at = own.layout.text_at[row, : count[row]]
+            torch.testing.assert_close(
+                own.hidden[row, at], of_all.hidden[row, of_all.layout.text_at[row, : count[row]]]
+            )

@@ -10,7 +10,7 @@ from torch import Tensor
 from vlm_parts import SIZES, frames_of, rows_of, small_backbone
 
 from keygrip.models.foveated_vlm.network import MODES, FoveatedVLM
-from keygrip.models.foveated_vlm.rows import TextRows
+from keygrip.models.foveated_vlm.rows import Packing, TextRows
 
 Build = Callable[..., FoveatedVLM]
 # videos of 4, 1 and 3 frames, a text without frames, two questions about the first video
@@ -227,3 +227,35 @@ def test_rows_that_do_not_fit_are_refused(build: Build) -> None:
         rows_of([(1, 3, 1)], [1])
     with pytest.raises(ValueError, match="context=128"):
         build()(frames_of([4]), rows_of([(0, 126, 1)], [4]), "coarse_only")
+
+
+@pytest.mark.parametrize("mode", ["coarse_only", "coarse_fine", "autoregressive"])
+def test_packed_rows_give_what_padded_ones_do(build: Callable[..., FoveatedVLM], mode: str) -> None:
+    """Rows of very different lengths, text alone among them; gradients too."""
+    counts = [3, 1, 0]
+    texts = [(0, 9, 4), (0, 3, 2), (1, 5, 0), (2, 12, 6), (1, 2, 1)]
+    frames, rows = frames_of(counts), rows_of(texts, counts)
+    found = []
+    for pack in (False, True):
+        network = build(pack_rows=pack)
+        output = network(frames, rows, mode)
+        real = output.hidden[output.layout.valid]
+        real.square().sum().backward()
+        found.append((real.detach(), [p.grad.clone() for p in network.parameters() if p.grad is not None]))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)
+    for padded, packed in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(padded, packed, atol=1e-4, rtol=1e-4)
+
+
+def test_packing_puts_every_position_once() -> None:
+    lengths = [7, 2, 5, 3, 3, 1]
+    packing = Packing.of(lengths, 9)
+    assert packing.source.shape == (3, 7)  # 21 positions
+    rows, positions = packing.rows[packing.rows >= 0], packing.positions[packing.rows >= 0]
+    assert sorted(zip(rows.tolist(), positions.tolist(), strict=True)) == [
+        (row, at) for row, length in enumerate(lengths) for at in range(length)
+    ]
+    values = torch.randn(6, 9, 2)
+    back = packing.unpack(packing.pack(values))
+    for row, length in enumerate(lengths):
+        assert torch.equal(back[row, :length], values[row, :length])

@@ -15,6 +15,7 @@ from shard_sets import write_set
 from keygrip import evaluate, generate, train
 from keygrip.config import compose
 from keygrip.evaluation import text_metrics as metrics
+from keygrip.inference.video_chat import VideoChat
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.language.tokenizers import TrainedTokenizer
 from keygrip.training.checkpoints import load_module, read_checkpoint
@@ -120,6 +121,18 @@ def test_a_checkpoint_alone_evaluates_and_answers(
     assert Image.open(tmp_path / "p.png").width > 100
     with pytest.raises(ValueError, match="mode=fine"):
         generate.run(compose("generate", [*asked, "question=Which?", "mode=fine"]))
+    several = [f"checkpoint={run}", f"video=[{pictures},{pictures / '2.png'}]", "max_new_tokens=3", "question=[Which?]"]
+    together, streamed = (generate.run(compose("generate", [*several, f"stream={on}"])) for on in ("false", "true"))
+    assert together["answers"] == streamed["answers"]
+    assert [entry["video"] for entry in together["answers"]] == [str(pictures), str(pictures / "2.png")]
+    assert together["answers"][0]["answer"] == answered["answers"][0]["answer"]
+
+    folder = VideoChat.from_pretrained(run).save_pretrained(tmp_path / "hub")
+    chat = VideoChat.from_pretrained(folder)
+    talk = [
+        {"role": "user", "content": [{"type": "video", "video": str(pictures)}, {"type": "text", "text": "Which?"}]}
+    ]
+    assert chat.generate(talk, 3) == answered["answers"][0]["answer"]
 
 
 def test_a_stage_begins_with_the_weights_of_the_one_before(overrides: Callable[..., list[str]], tmp_path: Path) -> None:

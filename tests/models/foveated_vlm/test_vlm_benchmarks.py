@@ -7,7 +7,7 @@ import torch
 from vlm_parts import small_backbone, small_language
 
 from keygrip.benchmarks import foveated_vlm
-from keygrip.benchmarks.foveated_vlm import VLMDecode, VLMStep, VLMTokens, _Frame
+from keygrip.benchmarks.foveated_vlm import VLMDecode, VLMMemory, VLMStep, VLMTokens, _Frame
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 
 LIMITS = {"threads": 1, "repetitions": 3, "quick_repetitions": 1, "limit_s": 5.0, "quick_limit_s": 1.0}
@@ -72,3 +72,15 @@ def test_a_measured_frame_is_one_more_and_leaves_its_cache_as_it_was(network: Fo
         frame()
     assert lengths == [6, 6]
     assert frame.cache.length == frame.cache.layers.get_seq_length() == 5
+
+
+def test_memory_of_a_recipe_at_its_budgets_corners() -> None:
+    """Tiny, but through the recipe's own configuration."""
+    small = ["language=tiny", "backbone=tiny", "backbone.image_size=32", "data.batch_size=4", "collator.max_tokens=16"]
+    budget = ["data.budget.frames=8", "data.budget.positions=200"]
+    figures = VLMMemory({"stage1": ["experiment=vlm_stage1", *small, *budget]}, [0, 2, 8], [2], ema=True).run(
+        quick=False
+    )
+    assert figures["stage1_worst_gib"] >= figures["stage1_weights_gib"] > 0
+    assert {"stage1_0_frames_gib", "stage1_2_frames_gib", "stage1_8_frames_gib"} <= figures.keys()
+    assert figures["measured"] in (0.0, 1.0)

@@ -19,6 +19,12 @@ from keygrip.data.video_text.conversations import (
 from keygrip.data.video_text.sources.tables import RowGroup, row_groups
 from keygrip.data.video_text.sources.writing import Broken, MadeSample, write_shards
 
+# Collections of short answers in words, which the VQA rule can score; those of lettered options are not among them.
+VQA = frozenset(
+    {"vqav2", "okvqa", "textvqa", "st_vqa", "docvqa", "infographic_vqa", "ocrvqa", "visual7w", "vqarad", "tallyqa"}
+    | {"clevr", "chartqa", "figureqa", "dvqa", "plotqa"}
+)
+
 
 @dataclass(frozen=True)
 class CauldronMaker:
@@ -48,7 +54,10 @@ class CauldronMaker:
             turns += [Turn("user", text["user"].strip()), Turn("assistant", text["assistant"].strip())]
         if not turns:
             raise ValueError("it has no text")
-        conversation = Conversation(tuple(turns), "image_instruction", {"collection": collection})
+        evidence: dict[str, Any] = {"collection": collection}
+        if collection in VQA:
+            evidence["answers"] = [turns[-1].text]  # what the VQA rule compares the last answer with
+        conversation = Conversation(tuple(turns), "image_instruction", evidence)
         return MadeSample(key, *video_text_parts(frames, [conversation], "cauldron"))
 
     def _image(self, content: bytes | None) -> bytes:

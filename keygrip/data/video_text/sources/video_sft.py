@@ -35,6 +35,7 @@ class Entry:
     turns: tuple[tuple[str, str], ...]
     collection: str
     problem: str = ""  # why it cannot be used
+    answers: tuple[str, ...] = ()  # of annotators, to the last question; for the VQA rule
 
     def __str__(self) -> str:
         return self.key
@@ -67,7 +68,10 @@ class VideoSFTMaker:
             if role not in ROLES:
                 raise ValueError(f"a turn is from {role!r}; known are {', '.join(ROLES)}")
             turns.append(Turn(ROLES[role], PLACEHOLDER.sub("", text)))
-        conversation = Conversation(tuple(turns), "video_instruction", {"collection": entry.collection})
+        evidence: dict[str, Any] = {"collection": entry.collection}
+        if entry.answers:
+            evidence["answers"] = list(entry.answers)
+        conversation = Conversation(tuple(turns), "video_instruction", evidence)
         frames = [encode_jpeg(frame) for frame in together]
         yield MadeSample(entry.key, *video_text_parts(frames, [conversation], "video_sft"))
 
@@ -136,7 +140,10 @@ def _entry(key: str, collection: str, source: Path, beside: Path, entry: Mapping
     )
     if not all(isinstance(role, str) and isinstance(text, str) for role, text in turns):
         raise ValueError("a turn has no role or no text")
-    return Entry(key, tuple(media), turns, collection)
+    answers = entry.get("answers") or ()
+    if not all(isinstance(answer, str) for answer in answers):
+        raise ValueError("its `answers` are no list of texts")
+    return Entry(key, tuple(media), turns, collection, answers=tuple(answers))
 
 
 def video_sft(

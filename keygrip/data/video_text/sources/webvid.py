@@ -28,7 +28,7 @@ from keygrip.data.shards.index import Parts, split_name
 from keygrip.data.video_text.conversations import caption, decode_video, encode_jpeg, video_text_parts
 from keygrip.data.video_text.sources.writing import Broken, MadeSample, write_shards
 
-REQUEST = "Write the WebVid caption of this video."
+REQUEST = "What would be the WebVid caption for this video?"  # as the published model was asked
 MAX_LIST_BYTES = 1 << 33
 MAX_MEMBER_BYTES = 1 << 32
 COLUMNS = ("videoid", "page_dir", "name")

@@ -138,6 +138,11 @@ def test_cauldron_images_are_frames_and_pairs_are_turns(tmp_path: Path) -> None:
     assert np.abs(two.frames.mean(axis=(1, 2, 3)) - [60, 70]).max() < 2
     assert [turn.text for turn in two.conversations[0].turns] == ["What 0?", "That 0.", "What 1?", "That 1."]
     assert two.conversations[0].evidence == {"collection": "ai2d"}
+    short = found["vqav2-train-00000-of-00001-abc-00000001"]
+    assert short.conversations[0].evidence == {
+        "collection": "vqav2",
+        "answers": ["That 1."],
+    }  # what the VQA rule scores
     assert validate(tmp_path / "all")["errors"] == 0
     assert cauldron(tmp_path / "download", tmp_path / "one", ["ai2d"], SIZE, processes=1)["samples"] == 2
     with pytest.raises(FileNotFoundError, match=r"no collection 'docvqa' in .*there are ai2d, vqav2"):
@@ -217,7 +222,7 @@ def test_video_instructions(tmp_path: Path) -> None:
     entries = [
         {"id": 1, "video": "videos/a.mp4", "conversations": said * 2},
         {"id": 2, "image": ["videos/b.jpg", "videos/b.jpg"], "conversations": said},
-        {"id": 3, "conversations": said},
+        {"id": 3, "conversations": said, "answers": ["a test", "test"]},
         {"id": 4, "video": "videos/gone.mp4", "conversations": said},
         {"id": 5, "video": "videos/a.mp4", "conversations": [{"from": "bird", "value": "x"}]},
     ]
@@ -230,6 +235,7 @@ def test_video_instructions(tmp_path: Path) -> None:
     assert [turn.text for turn in found["list-00000000"].conversations[0].turns] == ["What is this?", "A test."] * 2
     assert len(found["list-00000001"].frames) == 2
     assert len(found["list-00000002"].frames) == 0
+    assert found["list-00000002"].conversations[0].evidence == {"collection": "list", "answers": ["a test", "test"]}
     assert "more-00000000" in found
     (source / "list.json").write_text("{")
     with pytest.raises(ValueError, match=r"list\.json is not valid JSON"):

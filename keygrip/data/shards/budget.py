@@ -1,0 +1,122 @@
+"""Batches by a budget of frames and positions in place of a number of samples, so that every batch fits the memory.
+
+As everything about the order of samples, a pure function of (seed, epoch): batches hold like samples, each as many as
+the budget allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from keygrip.training.parts import data_part
+
+POOL = 128  # batches among which a bucket's samples are sorted by length
+BLUR = 0.03  # of each length, at random: who shares a batch changes from epoch to epoch in small buckets too
+SLACK = (
+    100  # one batch in so many is kept free: epochs differ a little in how many they fill, and all have equally many
+)
+
+
+@data_part
+@dataclass(frozen=True)
+class Budget:
+    """What a batch may hold, over all processes together.
+
+    Args:
+        frames: of all its videos. positions: samples times the language model's positions of the longest one, frames
+            and text together; text is counted from its characters.
+
+    Raises:
+        ValueError: nothing fits.
+    """
+
+    frames: int
+    positions: int
+
+    def __post_init__(self) -> None:
+        if self.frames < 1 or self.positions < 1:
+            raise ValueError(f"data.budget: frames={self.frames}, positions={self.positions}; both must be above 0")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What samples take of a budget: frames and positions, [N] each."""
+
+    frames: np.ndarray
+    positions: np.ndarray
+
+
+def budgeted(
+    samples: np.ndarray, sizes: Sizes, budget: Budget, most: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Samples cut into batches of like ones, each within the budget and of at most `most`; in random order.
+
+    A sample that is larger than the budget is a batch of its own.
+
+    Args:
+        samples: [n], in random order, numbers into the sizes.
+    """
+    frames, positions = sizes.frames[samples], sizes.positions[samples]
+    length = positions * rng.uniform(1 - BLUR, 1 + BLUR, len(samples))
+    # videos of about one length together (text alone by itself), and of these, rows of about one length
+    kind = np.where(frames > 0, 1 + np.round(2 * np.log2(np.maximum(frames, 1))), 0)
+    by_kind = np.argsort(kind, kind="stable")
+    order: list[np.ndarray] = []
+    for group in np.split(by_kind, np.flatnonzero(np.diff(kind[by_kind])) + 1):
+        for start in range(0, len(group), POOL * most):
+            pool = group[start : start + POOL * most]
+            order.append(pool[np.argsort(length[pool], kind="stable")])
+    arranged = np.concatenate(order) if order else np.zeros(0, np.int64)
+    cuts = _cuts(frames[arranged], positions[arranged], budget, most)
+    batches = np.split(samples[arranged], cuts)
+    return [batches[n] for n in rng.permutation(len(batches))]
+
+
+def _cuts(frames: np.ndarray, positions: np.ndarray, budget: Budget, most: int) -> list[int]:
+    """Where batches end, when samples are taken in order for as long as the budget allows."""
+    cuts, count, held, longest = [], 0, 0, 0.0
+    for place, (more, long) in enumerate(zip(frames.tolist(), positions.tolist(), strict=True)):
+        longest_now = max(longest, long)
+        full = count == most or held + more > budget.frames or (count + 1) * longest_now > budget.positions
+        if count and full:
+            cuts.append(place)
+            count, held, longest_now = 0, 0, long
+        count, held, longest = count + 1, held + more, longest_now
+    return cuts
+
+
+def exactly(batches: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
+    """As many batches as wanted: the largest are halved, or the smallest left out.
+
+    Raises:
+        ValueError: there are not enough samples.
+    """
+    found = list(batches)
+    while len(found) < count:
+        largest = max(range(len(found)), key=lambda n: len(found[n]))
+        batch = found[largest]
+        if len(batch) < 2:
+            raise ValueError(f"{sum(map(len, batches))} samples do not make {count} batches")
+        found[largest : largest + 1] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+    if len(found) > count:
+        kept = sorted(sorted(range(len(found)), key=lambda n: -len(found[n]))[:count])
+        found = [found[n] for n in kept]
+    return found
+
+
+def cost(batch: np.ndarray, sizes: Sizes) -> tuple[float, float]:
+    """What a batch takes of a budget: frames, and samples times the longest one's positions."""
+    return float(sizes.frames[batch].sum()), float(len(batch) * sizes.positions[batch].max())
+
+
+def costliest(batches: Sequence[np.ndarray], sizes: Sizes, budget: Budget) -> np.ndarray:
+    """The batch that takes the largest share of the budget's frames and positions together."""
+
+    def share(batch: np.ndarray) -> float:
+        frames, positions = cost(batch, sizes)
+        return frames / budget.frames + positions / budget.positions
+
+    return max(batches, key=share)

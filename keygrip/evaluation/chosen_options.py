@@ -1,0 +1,99 @@
+"""Which option of a multiple-choice question an answer in words names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from keygrip.evaluation.text_metrics import normalised_answer
+
+# What models put around a letter: brackets, quotes, Markdown, LaTeX, tags.
+WRAPPED = re.compile(r"\\(?:boxed|text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}|<[^<>]{1,20}>|[*_`$\"'“”‘’]")
+SAYS = (
+    r"\b(?:answer|option|choice|correct one|solution|answer choice|correct answer|correct option|correct choice)\b"
+    r"\s*(?:is|are|was|would be|should be|must be|will be|seems to be|here is)?\s*[:=-]?\s*"
+    r"(?:option|choice|letter|answer)?\s*[:=-]?\s*[(\[{]?\s*"
+)
+NOT = re.compile(r"\b(?:not|isn t|isnt|cannot be|can t be)\s*(?:option|choice)?\s*[(\[]?$", re.IGNORECASE)
+I_SAY = (
+    r"\b(?:i(?: would)? (?:choose|pick|select|go with|say|answer)|i d (?:choose|pick|say|go with)|it is|it s|"
+    r"it must be|therefore|thus|so|hence)\b\s*,?\s*(?:option|choice|letter)?\s*[(\[{]?\s*"
+)
+
+
+def chosen_option(answer: str, options: Sequence[str]) -> int | None:
+    """Which option an answer names: by its words alone, by a letter ("B", "(b)", "B. red", "Answer: B", "**B**"), or
+    by words among others; None: none, or several.
+
+    A word that begins an answer is no letter: "A person jumps" does not name A.
+    """
+    plain = [normalised_answer(option) for option in options]
+    text = WRAPPED.sub(lambda match: match.group(1) or " ", answer.strip())
+    text = " ".join(text.split())
+    own = normalised_answer(text)
+    if plain.count(own) == 1:
+        return plain.index(own)
+    last = chr(ord("A") + len(options) - 1)
+    for find in (_alone, _leading, _said, _anywhere):
+        found = find(text, last, plain)
+        if found is not None:
+            return found
+    named = [number for number, option in enumerate(plain) if option and re.search(rf"\b{re.escape(option)}\b", own)]
+    longest = [n for n in named if not any(n != m and _inside(plain[n], plain[m]) for m in named)]
+    return longest[0] if len(longest) == 1 else None
+
+
+def _inside(short: str, long: str) -> bool:
+    """Whether an option's words are part of another's that was named as well ("red" of "dark red")."""
+    return len(short) < len(long) and re.search(rf"\b{re.escape(short)}\b", long) is not None
+
+
+def _number(letter: str) -> int:
+    return ord(letter.upper()) - ord("A")
+
+
+def _alone(text: str, last: str, plain: Sequence[str]) -> int | None:
+    """Nothing but a letter, with any punctuation."""
+    match = re.fullmatch(rf"[\W_]*([A-{last}a-{last.lower()}])[\W_]*", text)
+    return _number(match.group(1)) if match else None
+
+
+def _leading(text: str, last: str, plain: Sequence[str]) -> int | None:
+    """A letter first, set off from what follows, or followed by that option's words."""
+    match = re.match(rf"[(\[{{]?\s*([A-{last}a-{last.lower()}])\s*(?:[)\]}}.:,;]|\s[-–—]\s|-\s)", text)
+    if match:
+        return _number(match.group(1))
+    match = re.match(rf"[(\[]?([A-{last}])\s+(.*)", text)
+    if match and normalised_answer(match.group(2)).startswith(plain[_number(match.group(1))] or "\0"):
+        return _number(match.group(1))
+    return None
+
+
+def _said(text: str, last: str, plain: Sequence[str]) -> int | None:
+    """A letter behind words that say that an answer follows; the last such one, and none that is denied."""
+    found = None
+    for says in (SAYS, I_SAY):
+        for match in re.finditer(rf"(?i:{says})([A-{last}])\b(?!\s+[a-z])", text):
+            found = _number(match.group(1))
+        for match in re.finditer(rf"(?i:{says})([A-{last}a-{last.lower()}])\s*(?:[)\]}}.,;:]|$)", text):
+            found = _number(match.group(1))
+        if found is not None:
+            return found
+    right = r"\s+(?:is|seems|looks|would be)\s+(?:the\s+)?(?:correct|right|best)"
+    judged = re.search(rf"(?:^|\s)[(\[]?([A-{last}])[)\]]?{right}", text)
+    return _number(judged.group(1)) if judged else None
+
+
+def _anywhere(text: str, last: str, plain: Sequence[str]) -> int | None:
+    """The one letter in brackets, or the one capital that is no word of a sentence."""
+    bracketed = {_number(letter) for letter in re.findall(rf"[(\[]([A-{last}])[)\]]", text)}
+    if len(bracketed) == 1:
+        return bracketed.pop()
+    if re.search(rf"\b[A-{last}]\b\s*(?:or|and|/|,)\s*[A-{last}]\b", text):
+        return None
+    capitals = [
+        match.group(1)
+        for match in re.finditer(rf"\b([A-{last}])\b(?!['’])", text)
+        if not re.match(r"\s+[a-z]", text[match.end() :]) and not NOT.search(text[: match.start()])
+    ]
+    return _number(capitals[0]) if len(set(capitals)) == 1 else None

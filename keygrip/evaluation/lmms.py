@@ -1,0 +1,144 @@
+"""keygrip's video-language models as a model of lmms-eval: ``lmms-eval --model keygrip --model_args checkpoint=RUN``.
+
+lmms-eval (`pip install 'keygrip[lmms]'`) finds it by the entry point `lmms_eval.models`; nothing else imports this
+module. Its requests are (text, settings, function from a document to its images and videos, number, task, split).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from tqdm import tqdm
+
+from keygrip.data.batches import Turn
+from keygrip.data.video_text.conversations import fit_image
+from keygrip.data.video_text.foreign_text import PLACEHOLDER
+from keygrip.data.video_text.video_files import read_frames
+from keygrip.models.foveated_vlm.generation import answer_likelihoods, encoded, generate
+from keygrip.models.foveated_vlm.module import FoveatedVLMModule
+from keygrip.training.checkpoints import load_module
+
+MAX_NEW_TOKENS = 64  # where a task does not say
+
+
+class KeygripModel(lmms):
+    """A trained foveated model, or its baseline.
+
+    Args:
+        checkpoint: a run folder, a checkpoint file, or an export.
+        mode: how videos are looked at; None: as at inference.
+        max_frames: of longer videos so many evenly spaced ones; None: as in training.
+        device: None: a GPU where there is one. batch_size, max_batch_size: lmms-eval gives them; requests go one by
+            one, since each has a video of its own.
+
+    Raises:
+        FileNotFoundError, ValueError: no such checkpoint, or a mode that the model does not have.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        mode: str | None = None,
+        max_frames: int | None = None,
+        device: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        module: Any = load_module(checkpoint, map_location=place, expected=FoveatedVLMModule)
+        self.module: FoveatedVLMModule = module.eval()
+        self.mode = mode or self.module.network.modes[-1]
+        if self.mode not in self.module.network.modes:
+            raise ValueError(
+                f"mode={self.mode}: {type(self.module.network).__name__} has {', '.join(self.module.network.modes)}"
+            )
+        self.max_frames = int(max_frames or self.module.pictures["max_frames"])
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Answers, each cut off before the first of the task's `until`."""
+        answers = []
+        for request in self._shown(requests):
+            text, settings, see, number, task, split = request.args
+            inputs, counts = self._video(see, task, split, number)
+            said = generate(
+                self.module.network,
+                self.module.tokenizer,
+                inputs,
+                counts,
+                [self.module.collator.prompt((Turn("user", _question(text)),))],
+                [0],
+                self.mode,
+                int(settings.get("max_new_tokens") or MAX_NEW_TOKENS),
+                float(settings.get("temperature") or 0.0),
+            )
+            answers.append(_until(said.texts[0], settings))
+        return answers
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Of the words of each target, without what ends the turn; and whether they are the likeliest."""
+        found = []
+        for request in self._shown(requests):
+            text, target, see, number, task, split = request.args
+            document = self.task_dict[task][split][number]
+            words = target(document) if callable(target) else target
+            inputs, counts = self._video(see, task, split, number)
+            row = self.module.collator.prompt((Turn("user", _question(text)), Turn("assistant", str(words).strip())))
+            kv = encoded(self.module.network, inputs, counts)
+            likelihoods = answer_likelihoods(
+                self.module.network, inputs, counts, [row], [0], self.mode, kv, with_end=False
+            )
+            found.append((float(likelihoods.total[0]), bool(likelihoods.greedy[0])))
+        return found
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Raises NotImplementedError: the tasks' rounds depend on answers in forms of their own."""
+        raise NotImplementedError("keygrip answers tasks of one round: choose a task of type generate_until")
+
+    def _shown(self, requests: Sequence[Any]) -> Any:
+        return tqdm(requests, desc="keygrip", unit="request", disable=self.rank != 0)
+
+    def _video(self, see: Callable[[Any], Any], task: str, split: str, number: int) -> tuple[torch.Tensor, list[int]]:
+        """A document's images and videos as one video, [1, F, 3, S, S], and its number of frames."""
+        images = self.module.pictures
+        frames = [
+            self._frames(item, images["image_size"], images["fit"])
+            for item in see(self.task_dict[task][split][number]) or []
+        ]
+        size = images["image_size"]
+        together = np.concatenate(frames) if frames else np.zeros((0, size, size, 3), np.uint8)
+        keep = np.linspace(0, max(len(together) - 1, 0), min(len(together), self.max_frames)).round().astype(int)
+        return self.module.as_input(together[keep]), [len(keep)]
+
+    def _frames(self, item: Any, size: int, fit: str) -> np.ndarray:
+        """uint8 [F, S, S, 3] of what lmms-eval calls a visual: a path, an image, a list of either."""
+        if isinstance(item, str | Path):
+            return read_frames(item, size, fit, self.max_frames)
+        if isinstance(item, Sequence):
+            return np.concatenate([self._frames(part, size, fit) for part in item])
+        if hasattr(item, "convert"):  # a PIL image
+            return np.asarray(fit_image(item.convert("RGB"), size, fit))[None]
+        raise ValueError(f"a visual is a {type(item).__name__}; paths and images are known")
+
+
+def _question(text: str) -> str:
+    """Without the marks of where images go: the model has its own place for them."""
+    return PLACEHOLDER.sub("", text).strip()
+
+
+def _until(text: str, settings: Mapping[str, Any]) -> str:
+    until = settings.get("until") or []
+    for stop in [until] if isinstance(until, str) else until:
+        text = text.split(stop)[0] if stop else text
+    return text.strip()
+
+
+def manifest() -> ModelManifest:
+    """For lmms-eval's entry point `lmms_eval.models`."""
+    return ModelManifest(model_id="keygrip", simple_class_path=f"{__name__}.KeygripModel")

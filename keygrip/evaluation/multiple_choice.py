@@ -1,0 +1,119 @@
+"""Accuracy of a video-language model on multiple-choice questions about videos."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from keygrip.data.batches import Turn
+from keygrip.data.video_text.video_files import read_frames
+from keygrip.evaluation.chosen_options import chosen_option
+from keygrip.evaluation.vqa_benchmarks import ChoiceQuestion
+from keygrip.models.foveated_vlm.generation import answer_scores, encoded, generate
+from keygrip.models.foveated_vlm.module import FoveatedVLMModule
+
+log = logging.getLogger(__name__)
+
+FOLDER_FPS = 3.0  # of folders of frames: MVBench's
+ROWS = 32  # questions, or their lettered answers, at a time
+
+
+@torch.no_grad()
+def evaluate_choices(
+    module: FoveatedVLMModule, questions: Sequence[ChoiceQuestion], modes: Sequence[str], max_new_tokens: int = 16
+) -> dict[str, Any]:
+    """Accuracy by mode: `likelihood`, the letter that is likeliest as the answer, and `generation`, the option that a
+    generated answer names; over all and by task.
+
+    Each video (or clip of one) is decoded and encoded once, for all its questions and modes. Questions whose video
+    cannot be decoded are counted (`unreadable`) and left out of the accuracy; generated answers that name no option
+    count as wrong, and are counted (`share_without_option`).
+
+    Raises:
+        ValueError: no video can be decoded.
+    """
+    module.eval()
+    right: dict[str, dict[str, list[float]]] = {mode: defaultdict(list) for mode in modes}
+    unreadable = 0
+    with tqdm(total=len(questions), desc="multiple choice", unit="question", disable=None) as bar:
+        for group in _by_video(questions):
+            bar.update(len(group))
+            try:
+                frames = _frames(module, group[0])
+            except (ValueError, OSError) as error:
+                unreadable += len(group)
+                log.warning("%d questions left out: %s", len(group), error)
+                continue
+            inputs, counts = module.as_input(frames), [len(frames)]
+            kv = encoded(module.network, inputs, counts)
+            for mode in modes:
+                likeliest = _likeliest(module, group, (inputs, counts, kv), mode)
+                said = _said(module, group, (inputs, counts, kv), mode, max_new_tokens)
+                for question, letter, text in zip(group, likeliest, said, strict=True):
+                    named = chosen_option(text, question.options)
+                    hits = {"likelihood": letter == question.answer, "generation": named == question.answer}
+                    for name, hit in hits.items():
+                        right[mode][f"accuracy_{name}"].append(float(hit))
+                        right[mode][f"accuracy_{name}/{question.task}"].append(float(hit))
+                    right[mode]["share_without_option"].append(float(named is None))
+    if unreadable == len(questions):
+        raise ValueError(f"none of the videos of {unreadable} questions can be decoded")
+    figures = {
+        mode: {name: round(float(np.mean(values)), 5) for name, values in found.items()}
+        for mode, found in right.items()
+    }
+    return {"questions": len(questions) - unreadable, "unreadable": unreadable, **figures}
+
+
+def _by_video(questions: Sequence[ChoiceQuestion]) -> Iterator[list[ChoiceQuestion]]:
+    """Questions about the same seconds of the same video together, in the order of the videos."""
+    groups: dict[Any, list[ChoiceQuestion]] = {}
+    for question in questions:
+        groups.setdefault((question.video, question.clip), []).append(question)
+    yield from groups.values()
+
+
+def _frames(module: FoveatedVLMModule, question: ChoiceQuestion) -> np.ndarray:
+    images = module.pictures
+    return read_frames(
+        question.video, images["image_size"], images["fit"], images["max_frames"], question.clip, FOLDER_FPS
+    )
+
+
+def _likeliest(module: FoveatedVLMModule, group: Sequence[ChoiceQuestion], video: Any, mode: str) -> list[int]:
+    """For each question the option whose letter is the likeliest answer."""
+    inputs, counts, kv = video
+    rows = [
+        (number, module.collator.prompt((Turn("user", question.prompt), Turn("assistant", letter))))
+        for number, question in enumerate(group)
+        for letter in question.letters
+    ]
+    scores: list[list[float]] = [[] for _ in group]
+    for start in range(0, len(rows), ROWS):
+        part = rows[start : start + ROWS]
+        found = answer_scores(module.network, inputs, counts, [text for _, text in part], [0] * len(part), mode, kv)
+        for (number, _), score in zip(part, found.tolist(), strict=True):
+            scores[number].append(score)
+    return [int(np.argmax(each)) for each in scores]
+
+
+def _said(
+    module: FoveatedVLMModule, group: Sequence[ChoiceQuestion], video: Any, mode: str, max_new_tokens: int
+) -> list[str]:
+    """What is generated for each question."""
+    inputs, counts, kv = video
+    said: list[str] = []
+    for start in range(0, len(group), ROWS):
+        prompts = [module.collator.prompt((Turn("user", q.prompt),)) for q in group[start : start + ROWS]]
+        videos = [0] * len(prompts)
+        answers = generate(
+            module.network, module.tokenizer, inputs, counts, prompts, videos, mode, max_new_tokens, kv=kv
+        )
+        said += answers.texts
+    return said

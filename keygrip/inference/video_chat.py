@@ -1,0 +1,248 @@
+"""A video-language model as people use it: conversations with images and videos in, answers out.
+
+    chat = VideoChat.from_pretrained("runs/foveated_vlm_webvid/...")      # or an export, or what save_pretrained wrote
+    chat.generate([{"role": "user", "content": [{"type": "video", "video": "a.mp4"},
+                                                {"type": "text", "text": "What happens?"}]}])
+    chat.save_pretrained("my-model")
+
+Conversations have the form that transformers' processors take: messages with a role and content, which is text or a
+list of {"type": "text" | "image" | "video"} items; an image or video is a path, a PIL image, or an array uint8
+[H, W, 3] or [F, H, W, 3].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from PIL import Image
+
+from keygrip.data.batches import Turn
+from keygrip.data.video_text.conversations import fit_image
+from keygrip.data.video_text.video_files import read_frames
+from keygrip.exporting.folder import model_card, write_export
+from keygrip.models.foveated_vlm.generation import generate
+from keygrip.models.foveated_vlm.module import FoveatedVLMModule
+from keygrip.models.foveated_vlm.network import FoveatedVLM
+from keygrip.models.foveated_vlm.streaming import StreamingSession, pieces
+from keygrip.training.checkpoints import load_module, read_checkpoint, weights_of
+
+ROLES = ("system", "user", "assistant")
+MARK = "\ue000"  # in place of an image or video, in text that a template renders; no text holds it
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation in parts.
+
+    Attributes:
+        turns: with a `MARK` where an image or video stands among the words. visuals: their frames, uint8 [F, S, S, 3].
+    """
+
+    turns: tuple[Turn, ...]
+    visuals: tuple[np.ndarray, ...]
+
+    @property
+    def at_its_place(self) -> bool:
+        """Whether all images and videos are in the first user turn, before its words: the place of training's."""
+        marked = [turn.text.count(MARK) for turn in self.turns]
+        first = next((n for n, turn in enumerate(self.turns) if turn.role == "user"), None)
+        if not any(marked):
+            return True
+        return sum(marked) == marked[first or 0] and self.turns[first or 0].text.lstrip(MARK).count(MARK) == 0
+
+
+class VideoChat:
+    """A trained foveated model with its processor.
+
+    Args:
+        module: the model. source: the run, checkpoint or export that it is from; `save_pretrained` needs it.
+    """
+
+    def __init__(self, module: FoveatedVLMModule, source: str | Path | None = None) -> None:
+        self.module, self.source = module.eval(), source
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: str | None = None, trust: Sequence[str] = ()) -> Self:
+        """Loads a run folder, a checkpoint, an export or what `save_pretrained` wrote; nothing in it is executed.
+
+        Raises:
+            FileNotFoundError, ValueError: no such model, damaged, or of another kind.
+        """
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        module: Any = load_module(path, map_location=place, expected=FoveatedVLMModule, trust=tuple(trust))
+        return cls(module, path)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes weights, config.json, tokenizer, chat template and processor in the hub's layout, as `keygrip export`.
+
+        Raises:
+            FileExistsError: the folder holds something. ValueError: it is not known where the model is from.
+        """
+        if self.source is None:
+            raise ValueError("save_pretrained writes what a run or an export holds: load one with from_pretrained")
+        content = read_checkpoint(self.source)
+        weights, which = weights_of(content, True)
+        files, facts = self.module.export_files()
+        card = model_card(Path(folder).name, content, weights, which, {})
+        return write_export(folder, content, weights, card, files=files, facts=facts)
+
+    # ------------------------------------------------------------------ processor
+
+    def read(self, messages: Sequence[Message]) -> Prompt:
+        """A conversation with its images and videos decoded.
+
+        Raises:
+            ValueError: an unknown role or item, no user turn, or it does not end with a user's turn.
+            FileNotFoundError: an image or a video is not there.
+        """
+        turns, visuals = [], []
+        for message in messages:
+            role, content = message.get("role"), message.get("content")
+            if role not in ROLES:
+                raise ValueError(f"a message is from {role!r}; known are {', '.join(ROLES)}")
+            items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            words = []
+            for item in items or []:
+                kind = item.get("type") if isinstance(item, Mapping) else None
+                if kind == "text" and isinstance(item.get("text"), str):
+                    words.append(item["text"].replace(MARK, ""))
+                elif kind in ("image", "video") and role == "user":
+                    visuals.append(self._frames(item.get(kind, item.get("path")), kind))
+                    words.append(MARK)
+                else:
+                    raise ValueError(
+                        f"an item of a {role}'s message is {str(item)[:80]!r}; known are text, and of users image and "
+                        "video"
+                    )
+            turns.append(Turn(role, "".join(words)))
+        if not turns or turns[-1].role != "user":
+            raise ValueError("a conversation to answer ends with a user's message")
+        return Prompt(tuple(turns), tuple(visuals))
+
+    def _frames(self, given: Any, kind: str) -> np.ndarray:
+        images = self.module.pictures
+        size, fit = images["image_size"], images["fit"]
+        if isinstance(given, str | Path):
+            return read_frames(given, size, fit, 1 if kind == "image" else images["max_frames"])
+        if isinstance(given, Image.Image):
+            return np.asarray(fit_image(given.convert("RGB"), size, fit))[None]
+        array = np.asarray(given)
+        if array.dtype != np.uint8 or array.shape[-1:] != (3,) or array.ndim not in (3, 4):
+            raise ValueError(
+                f"an {kind} is a path, a PIL image, or uint8 [H, W, 3] or [F, H, W, 3]; not {array.dtype} "
+                f"{list(array.shape)}"
+            )
+        frames = array[None] if array.ndim == 3 else array
+        return np.stack([fit_image(Image.fromarray(frame), size, fit) for frame in frames])
+
+    # ------------------------------------------------------------------ answers
+
+    def generate(
+        self,
+        conversations: Sequence[Message] | Sequence[Sequence[Message]],
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+        mode: str | None = None,
+    ) -> Any:
+        """The answer to a conversation, or answers to several, which are computed together.
+
+        Images and videos that stand in the first user's message before its words are placed where training placed
+        them; elsewhere each stands where it is said, which no training has shown the model.
+
+        Args:
+            mode: how videos are looked at; None: as at inference.
+
+        Raises:
+            ValueError: as `read`, or a baseline's conversation with images in several places.
+        """
+        several = bool(conversations) and not isinstance(conversations[0], Mapping)
+        wanted: Any = conversations if several else [conversations]
+        prompts = [self.read(each) for each in wanted]
+        mode = mode or self.module.network.modes[-1]
+        answers: list[str] = [""] * len(prompts)
+        together = [n for n, prompt in enumerate(prompts) if prompt.at_its_place]
+        if together:
+            said = self._together([prompts[n] for n in together], max_new_tokens, temperature, seed, mode)
+            for number, text in zip(together, said, strict=True):
+                answers[number] = text
+        for number in set(range(len(prompts))) - set(together):
+            answers[number] = "".join(self._streamed(prompts[number], max_new_tokens, temperature, seed, mode)).strip()
+        return answers if several else answers[0]
+
+    def stream(
+        self,
+        messages: Sequence[Message],
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+        mode: str | None = None,
+    ) -> Iterator[str]:
+        """Pieces of the answer to a conversation as they come; arguments and errors as in `generate`."""
+        prompt = self.read(messages)
+        return self._streamed(prompt, max_new_tokens, temperature, seed, mode or self.module.network.modes[-1])
+
+    def _together(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float, seed: int, mode: str
+    ) -> list[str]:
+        module = self.module
+        size = module.pictures["image_size"]
+        videos = [np.concatenate([np.zeros((0, size, size, 3), np.uint8), *prompt.visuals]) for prompt in prompts]
+        counts = [len(video) for video in videos]
+        padded = np.zeros((len(videos), max(counts), size, size, 3), np.uint8)
+        for row, video in enumerate(videos):
+            padded[row, : len(video)] = video
+        frames = module.as_input(padded.reshape(-1, size, size, 3))[0].unflatten(0, padded.shape[:2])
+        texts = [module.collator.prompt(_without_marks(prompt.turns)) for prompt in prompts]
+        said = generate(
+            module.network,
+            module.tokenizer,
+            frames,
+            counts,
+            texts,
+            list(range(len(texts))),
+            mode,
+            max_new_tokens,
+            temperature,
+            seed,
+        )
+        return said.texts
+
+    def _streamed(self, prompt: Prompt, max_new_tokens: int, temperature: float, seed: int, mode: str) -> Iterator[str]:
+        module = self.module
+        if not isinstance(module.network, FoveatedVLM):
+            raise ValueError(f"{type(module.network).__name__} reads whole videos at one place: it cannot be streamed")
+        session = StreamingSession(module.network, module.tokenizer, mode)
+        parts = self._parts(prompt)
+        for part in parts[:-1]:
+            if isinstance(part, list):
+                session.read(part)
+            else:
+                for frame in module.as_input(part)[0]:
+                    session.push(frame)
+        assert isinstance(parts[-1], list)
+        yield from pieces(module.tokenizer, session.tokens(parts[-1], max_new_tokens, temperature, seed))
+
+    def _parts(self, prompt: Prompt) -> list[list[int] | np.ndarray]:
+        """Token ids and frames in the order in which they are read; ids come last."""
+        module = self.module
+        if prompt.at_its_place:
+            text = module.collator.prompt(_without_marks(prompt.turns))
+            return [text.ids[: text.visual_at], *prompt.visuals, text.ids[text.visual_at :]]
+        turns = module.collator.with_system(prompt.turns)
+        rendered = module.tokenizer.render([(turn.role, turn.text) for turn in turns], answering=True)
+        texts = [module.tokenizer.encode(piece) if piece else [] for piece in rendered.split(MARK)]
+        parts: list[list[int] | np.ndarray] = [texts[0]]
+        for visual, ids in zip(prompt.visuals, texts[1:], strict=True):
+            parts += [visual, ids]
+        return parts
+
+
+def _without_marks(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    return tuple(Turn(turn.role, turn.text.replace(MARK, "").strip()) for turn in turns)

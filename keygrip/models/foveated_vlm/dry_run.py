@@ -1,0 +1,86 @@
+"""What a run will do, before it starts: shapes and parameter counts of one batch, and the memory of the largest.
+
+`module` is a `FoveatedVLMModule`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keygrip.data.batches import VideoTextBatch, normalised
+from keygrip.models.foveated_vlm.loss import fused_cross_entropy, token_cross_entropy
+from keygrip.models.foveated_vlm.rows import text_rows
+from keygrip.training.memory import StepMemory, count_step, measure_step
+
+CPU_FRAMES = 64  # a batch for a GPU would take a processor minutes
+
+
+@torch.no_grad()
+def report_on(module: Any, batch: VideoTextBatch) -> dict[str, Any]:
+    """Shapes, parameter counts by group and memory of one batch in each mode."""
+    on_gpu = module.device.type == "cuda"
+    if not on_gpu:
+        batch = batch.first_videos(CPU_FRAMES)
+    groups: dict[str, int] = defaultdict(int)
+    for name, parameter in module.network.named_parameters():
+        part = name.partition(".")[0]
+        groups[part if part in ("backbone", "language") else "connector"] += parameter.numel()
+    report: dict[str, Any] = {
+        "frames": list(batch.frames.shape),
+        "input_ids": list(batch.input_ids.shape),
+        "supervised_tokens": int(batch.loss_mask.sum()),
+        "padding_share": round(batch.padding_share, 4),
+        "parameters": dict(groups) | {"all": sum(groups.values())},
+        "modes": {},
+    }
+    for mode in module.network.modes:
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        output = module(batch, mode)
+        scores = module.score(output, batch)
+        figures: dict[str, Any] = {
+            "hidden": list(output.hidden.shape),
+            "visual": list(output.visual.shape),
+            "loss": round(float(scores.loss / scores.tokens.clamp_min(1)), 4),
+        }
+        if on_gpu:
+            figures["peak_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+        if output.looks is not None:
+            cache = sum(block.key.nbytes + block.value.nbytes for block in output.looks.kv)
+            figures["kv_cache_mb"] = round(cache / 2**20, 2)
+        report["modes"][mode] = figures
+    return report
+
+
+def step_memory(module: Any, batch: VideoTextBatch, bf16: bool, ema: bool) -> StepMemory:
+    """Memory of a training step on a batch, with as many rounds of refinement as training may draw."""
+    network, was_training = module.network, module.training
+    rows = text_rows(batch)
+    predicted = int((batch.loss_mask | batch.answer_mask).sum())
+    on_gpu = module.device.type == "cuda"
+    refinement = {"refinement": module.refinement} if module.refinement else {}
+
+    def step(of_batch: Callable[[Tensor], Tensor]) -> Tensor:
+        frames = normalised(of_batch(batch.frames), network.backbone.mean, network.backbone.std)
+        output = network(frames, replace(rows, input_ids=of_batch(batch.input_ids)), module.mode, **refinement)
+        # which states predict is the batch's affair; how many, and so the memory, is not
+        states = output.hidden.flatten(0, 1)
+        picked = of_batch(torch.arange(predicted) % states.shape[0])
+        targets = of_batch(torch.zeros(predicted, dtype=torch.int64))
+        if module.loss_kernel == "liger" and on_gpu:
+            losses, _ = fused_cross_entropy(states[picked], network.language.head_weight, targets)
+        else:
+            losses, _ = token_cross_entropy(states[picked], network.language.head_weight, targets, module.loss_chunk)
+        return losses.mean()
+
+    module.train()
+    try:
+        return (measure_step if on_gpu else count_step)(network, step, bf16, ema)
+    finally:
+        module.train(was_training)

@@ -1,0 +1,54 @@
+"""What an exported video-language model holds in the layout of the Hugging Face hub, beside its weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MODEL_TYPE = "keygrip_video_language"
+
+
+def hub_files(module: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Files by name, and facts for config.json. `module` is a `FoveatedVLMModule`.
+
+    tokenizer.json, tokenizer_config.json and chat_template.jinja are what transformers' AutoTokenizer reads;
+    preprocessor_config.json says how images become inputs, generation_config.json how answers end, and
+    processor_config.json where images and videos stand in a conversation.
+    """
+    tokenizer, network, images = module.tokenizer, module.network, module.pictures
+    state = tokenizer.state()
+    files: dict[str, Any] = {
+        "tokenizer.json": state["tokenizer"],
+        "chat_template.jinja": state["chat_template"],
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": state["end"],
+            "model_max_length": network.language.context,
+            "clean_up_tokenization_spaces": False,
+        },
+        "generation_config.json": {"eos_token_id": tokenizer.end_of_turn, "do_sample": False, "max_new_tokens": 64},
+        "preprocessor_config.json": {
+            "image_processor_type": "KeygripFrames",
+            "size": {"height": images["image_size"], "width": images["image_size"]},
+            "fit": images["fit"],
+            "max_frames": images["max_frames"],
+            "frames_per_second": 1,
+            "image_mean": list(network.backbone.mean),
+            "image_std": list(network.backbone.std),
+            "rescale_factor": 1 / 255,
+        },
+        "processor_config.json": {
+            "processor_class": "KeygripProcessor",
+            "prompt_order": module.collator.prompt_order,
+            "system": module.collator.system,
+            "tokens_per_frame": network.tokens_per_frame,
+        },
+    }
+    facts = {
+        "model_type": MODEL_TYPE,
+        "architectures": [type(network).__name__],
+        "library_name": "keygrip",
+        "vocab_size": network.language.vocabulary,
+        "hidden_size": network.language.width,
+        "max_position_embeddings": network.language.context,
+    }
+    return files, facts

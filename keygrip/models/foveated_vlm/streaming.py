@@ -1,0 +1,204 @@
+"""A video that is seen as it comes: frames and text one after the other, an answer at any time.
+
+Each frame costs the encoder, a query and a step of the language model or two; the past is in the language model's
+cache. The same as the autoregressive mode (or coarse_only) of a whole video, bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from keygrip.data.batches import Turn
+from keygrip.models.foveated_vlm.network import FoveatedVLM
+from keygrip.models.language.cache import LanguageCache
+from keygrip.models.language.tokenizers import ChatTokenizer
+
+STREAMED_MODES = ("autoregressive", "coarse_only")
+UNFINISHED = "\ufffd"  # what the bytes of half a character decode to
+
+
+class _Reader:
+    """A language model that reads a row bit by bit."""
+
+    def __init__(self, network: FoveatedVLM) -> None:
+        self.language = network.language
+        self.cache = LanguageCache()
+        self.state: Tensor | None = None  # [1, 1, C], after the last position
+
+    def read(self, embeddings: Tensor) -> None:
+        self.state = self.language.extend(embeddings, self.cache)[:, -1:]
+
+    def mark(self) -> tuple[int, Tensor | None]:
+        return self.cache.length, self.state
+
+    def back(self, mark: tuple[int, Tensor | None]) -> None:
+        """Forgets everything after a mark."""
+        length, self.state = mark
+        self.cache.cut(length)
+
+
+class StreamingSession:
+    """One row of text and frames that grows.
+
+    Args:
+        network: foveated. tokenizer: its. mode: `autoregressive` or `coarse_only`.
+
+    Attributes:
+        frames: pushed so far.
+
+    Raises:
+        ValueError: a mode in which a frame depends on later ones.
+    """
+
+    def __init__(self, network: FoveatedVLM, tokenizer: ChatTokenizer, mode: str = "autoregressive") -> None:
+        if mode not in STREAMED_MODES:
+            raise ValueError(f"mode={mode}: a stream is seen in {' or '.join(STREAMED_MODES)}")
+        self.network, self.tokenizer, self.mode = network, tokenizer, mode
+        self.frames = 0
+        self._row = _Reader(network)
+        # Chosen queries come from the row itself, or from a second one of coarse tokens.
+        self._driving = _Reader(network) if mode == "autoregressive" and network.query_source == "coarse" else self._row
+
+    @torch.inference_mode()
+    def read(self, ids: Sequence[int]) -> None:
+        """Text, as token ids."""
+        if not ids:
+            return
+        device = self.network.static_query.device
+        embedded = self.network.language.embed(torch.tensor([list(ids)], dtype=torch.int64, device=device))
+        for reader in self._readers():
+            reader.read(embedded)
+
+    @torch.inference_mode()
+    def push(self, frame: Tensor) -> None:
+        """A frame [3, H, W], normalised as the backbone wants it, on the network's device.
+
+        Raises:
+            ValueError: the row does not fit into the language model's context, or the network numbers fewer frames.
+        """
+        network = self.network
+        kv = network.encode(frame[None])
+        coarse = None
+        if self.mode == "coarse_only" or self._driving is not self._row:
+            coarse = network.connector(network.ask(network.static_query, kv))
+        if self.mode == "coarse_only":
+            assert coarse is not None
+            self._row.read(network.numbered(coarse, self.frames))
+        else:
+            fine = network.connector(network.ask(network.query_after(self._driving.state, self.frames), kv))
+            self._row.read(network.numbered(fine, self.frames))
+            if self._driving is not self._row:
+                assert coarse is not None
+                self._driving.read(network.numbered(coarse, self.frames))
+        self.frames += 1
+
+    @torch.inference_mode()
+    def tokens(
+        self, ids: Sequence[int], max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0, keep: bool = False
+    ) -> Iterator[int]:
+        """Token ids of an answer to text that ends where the assistant is to speak, as they come.
+
+        Args:
+            temperature: 0 takes the most probable token; above, tokens are drawn with `seed`.
+            keep: text and answer stay in the row (a conversation goes on); otherwise the row is as before.
+        """
+        marks = [(reader, reader.mark()) for reader in self._readers()]
+        try:
+            self.read(ids)
+            said = yield from self._continue(max_new_tokens, temperature, seed)
+            if keep:
+                self._keep(said, marks, ids)
+        finally:
+            if not keep:
+                for reader, mark in marks:
+                    reader.back(mark)
+
+    def _keep(self, said: Sequence[int], marks: Sequence[tuple[_Reader, Any]], ids: Sequence[int]) -> None:
+        """The whole answer with its end in every row: while it was made, only the row of the answer had read it."""
+        for reader, mark in marks:
+            reader.back(mark)
+        self.read([*ids, *said, self.tokenizer.end_of_turn])
+
+    def _continue(self, max_new_tokens: int, temperature: float, seed: int) -> Generator[int, None, list[int]]:
+        language, state = self.network.language, self._row.state
+        assert state is not None
+        generator = torch.Generator(state.device).manual_seed(seed)
+        said: list[int] = []
+        for _ in range(max_new_tokens):
+            logits = language.logits(state[:, 0]).float()
+            logits[:, self.tokenizer.size :] = -torch.inf  # rows of the table that no token has
+            if temperature > 0:
+                token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+            else:
+                token = int(logits.argmax(-1))
+            if token == self.tokenizer.end_of_turn:
+                break
+            said.append(token)
+            yield token
+            self._row.read(language.embed(torch.tensor([[token]], device=state.device)))
+            state = self._row.state
+            assert state is not None
+        return said
+
+    def _readers(self) -> list[_Reader]:
+        return [self._row] if self._driving is self._row else [self._row, self._driving]
+
+
+class VideoStream:
+    """A question about a video that is still coming: ``push(frame)`` as often as wanted, ``answer()`` at any time.
+
+    Args:
+        module: a trained foveated model. question: what is asked. mode: see `StreamingSession`.
+    """
+
+    def __init__(self, module: Any, question: str, mode: str = "autoregressive") -> None:
+        self.module = module
+        text = module.collator.prompt((Turn("user", question),))
+        self.session = StreamingSession(module.network, module.tokenizer, mode)
+        self.session.read(text.ids[: text.visual_at])
+        self._rest = text.ids[text.visual_at :]
+
+    @property
+    def frames(self) -> int:
+        """Pushed so far."""
+        return self.session.frames
+
+    def push(self, frame: np.ndarray) -> None:
+        """A frame, uint8 [S, S, 3] RGB of the model's image size.
+
+        Raises:
+            ValueError: another size, or no room for it.
+        """
+        size = self.module.pictures["image_size"]
+        if frame.shape != (size, size, 3) or frame.dtype != np.uint8:
+            raise ValueError(f"a frame is uint8 [{size}, {size}, 3], not {frame.dtype} {list(frame.shape)}")
+        self.session.push(self.module.as_input(frame[None])[0, 0])
+
+    def stream(self, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
+        """Pieces of the answer to what was seen so far, as they come; together they are `answer()`."""
+        tokens = self.session.tokens(self._rest, max_new_tokens, temperature, seed)
+        yield from pieces(self.module.tokenizer, tokens)
+
+    def answer(self, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
+        """The answer to what was seen so far; more frames may follow."""
+        return "".join(self.stream(max_new_tokens, temperature, seed)).strip()
+
+
+def pieces(tokenizer: ChatTokenizer, tokens: Iterator[int]) -> Iterator[str]:
+    """Text of tokens as they come, whole characters only."""
+    ids: list[int] = []
+    shown = ""
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith(UNFINISHED) and text.startswith(shown):
+            yield text[len(shown) :]
+            shown = text
+    text = tokenizer.decode(ids) if ids else ""
+    if text != shown and text.startswith(shown):
+        yield text[len(shown) :]

@@ -1,0 +1,171 @@
+"""Memory of a training step: counted without computing anything, or measured on a GPU.
+
+Counted means that the step's tensors have shapes and no content (torch's fake tensors): forward and backward pass run
+as they would, and every storage is counted from its making to its end. Kernels' own scratch space and what an allocator
+loses between blocks are not counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+GIB = 2**30
+Step = Callable[
+    [Callable[[Tensor], Tensor]], Tensor
+]  # from what brings a batch's tensors to where it runs, to the loss
+ADAM_STATES = 2  # float32 numbers that AdamW keeps of each trained one
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of a training step.
+
+    Attributes:
+        weights: parameters and buffers. optimizer: AdamW's two moments. ema: of the averaged weights. step: the most
+            that activations, gradients and copies in lower precision take together. measured: on a GPU.
+    """
+
+    weights: int
+    optimizer: int
+    ema: int
+    step: int
+    measured: bool
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.optimizer + self.ema + self.step
+
+    def report(self) -> dict[str, Any]:
+        """In GiB, to a hundredth."""
+        parts = {name: getattr(self, name) for name in ("weights", "optimizer", "ema", "step", "total")}
+        return {f"{name}_gib": round(value / GIB, 2) for name, value in parts.items()} | {
+            "how": "measured on the GPU" if self.measured else "counted"
+        }
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that are made while it is active, for as long as they live.
+
+    Attributes:
+        now: bytes alive. peak: the most so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            for tensor in value if isinstance(value, tuple | list) else [value]:
+                if isinstance(tensor, Tensor):
+                    self._add(tensor)
+        return result
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._known:
+            return  # a view, or changed in place
+        size = storage.nbytes()
+        self._known[storage] = size
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._end, size)
+
+    def _end(self, size: int) -> None:
+        self.now -= size
+
+    def skip(self, tensors: Any) -> None:
+        """Does not count tensors that were there before."""
+        for tensor in tensors:
+            self._known[tensor.untyped_storage()] = 0
+
+
+def held(module: nn.Module, ema: bool) -> dict[str, int]:
+    """Bytes that lie there between steps: `weights`, `optimizer`, `ema`."""
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    tensors = [*module.parameters(), *module.buffers()]
+    return {
+        "weights": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        "optimizer": ADAM_STATES * 4 * trained,
+        "ema": 4 * trained if ema else 0,
+    }
+
+
+def count_step(module: nn.Module, step: Step, bf16: bool, ema: bool) -> StepMemory:
+    """Counts a step of a module on the CPU, without computing it.
+
+    Args:
+        module: its parameters stay as they are; they may be on torch's device `meta`.
+        step: gives the loss, with the module's own `forward` called through `torch.nn.Module.__call__`; it takes a
+            function that turns a real tensor of the batch into one of its shape alone.
+        bf16: under autocast. ema: averaged weights are kept.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        stand_ins = {
+            name: nn.Parameter(_shape_of(p), requires_grad=p.requires_grad) for name, p in module.named_parameters()
+        }
+        buffers = {name: _shape_of(b) for name, b in module.named_buffers()}
+        with _swapped(module, stand_ins, buffers), LiveBytes() as live:
+            live.skip([*stand_ins.values(), *buffers.values()])
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = step(lambda tensor: fake.from_tensor(tensor.detach()))
+            loss.backward()
+    return StepMemory(step=live.peak, measured=False, **held(module, ema))
+
+
+def _shape_of(tensor: Tensor) -> Tensor:
+    """A tensor of the CPU like another, which may lie on the device for shapes alone."""
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
+
+
+@contextlib.contextmanager
+def _swapped(module: nn.Module, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor]) -> Any:
+    """The module with other parameters and buffers, whoever shares them."""
+    stand_ins: dict[int, Tensor] = {id(p): parameters[name] for name, p in module.named_parameters()}
+    stand_ins |= {id(b): buffers[name] for name, b in module.named_buffers()}
+    owners = [
+        (part, name, value)
+        for part in module.modules()
+        for kind in (part.named_parameters, part.named_buffers)
+        for name, value in kind(recurse=False, remove_duplicate=False)
+    ]
+    for part, name, value in owners:
+        setattr(part, name, stand_ins[id(value)])
+    try:
+        yield
+    finally:
+        for part, name, value in owners:
+            setattr(part, name, value)
+
+
+def measure_step(module: nn.Module, step: Step, bf16: bool, ema: bool) -> StepMemory:
+    """As `count_step`, by doing the step on the GPU on which the module lies; gradients are left out again after it.
+
+    Raises:
+        torch.OutOfMemoryError: it does not fit.
+    """
+    device = next(module.parameters()).device
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    try:
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            loss = step(lambda tensor: tensor.to(device))
+        loss.backward()
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device) - before
+    finally:
+        module.zero_grad(set_to_none=True)
+    return StepMemory(step=peak, measured=True, **held(module, ema))

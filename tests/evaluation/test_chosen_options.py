@@ -1,0 +1,38 @@
+"""Forty forms in which models answer multiple-choice questions, and what must not be read as an answer."""
+
+from __future__ import annotations
+
+import pytest
+
+from keygrip.evaluation.chosen_options import chosen_option
+
+COLOURS = ["blue", "red", "dark green", "a person jumps"]
+FORMS = [
+    *(("B", 1), ("b", 1), ("B.", 1), ("(B)", 1), ("(b)", 1), ("[B]", 1), ("B)", 1), ("B:", 1), ("**B**", 1)),
+    *(("**B.** red", 1), ("`B`", 1), ('"B"', 1), ("$\\boxed{B}$", 1), ("\\boxed{\\text{B}}", 1)),
+    *(("<answer>B</answer>", 1), ("B. red", 1), ("B) red", 1), ("B: red", 1), ("B - red", 1), ("B red", 1)),
+    *(("(B) red", 1), ("C) a", 2), ("Answer: B", 1), ("answer: b", 1), ("ANSWER: B", 1), ("Answer - B", 1)),
+    *(("The answer is B.", 1), ("The answer is (B).", 1), ("The correct answer is B, red.", 1), ("Option B", 1)),
+    *(("The correct option is: **B**", 1), ("Best option: (B)", 1), ("I would choose B.", 1), ("It is B.", 1)),
+    *(("Final answer: B", 1), ("So, the final answer is option B.", 1), ("B is correct.", 1), ("(B) is right", 1)),
+    *(("The answer is A? No: the answer is B.", 1), ("The cube is red, so (B).", 1), ("red", 1), ("Red.", 1)),
+    *(("It is red.", 1), ("The cube is dark green.", 2), ("Therefore, C", 2), ("A person jumps", 3)),
+    *(("Let me think. A cube is held by a hand. Answer: D", 3), ("D. A person jumps", 3), ("A: blue", 0)),
+    *(("I think the answer is A.", 0), ("The answer is A person jumps", 3), ("Not A, but B", 1)),
+]
+NONE = ["E", "none", "", "red or blue", "A cube lies there", "I cannot tell", "A or B", "Because", "Cubes are shown."]
+
+
+@pytest.mark.parametrize(("said", "option"), FORMS)
+def test_an_option_is_named_by_letter_or_words(said: str, option: int) -> None:
+    assert chosen_option(said, COLOURS) == option
+
+
+@pytest.mark.parametrize("said", NONE)
+def test_what_names_none_or_several(said: str) -> None:
+    assert chosen_option(said, COLOURS) is None
+
+
+def test_letters_reach_as_far_as_the_options() -> None:
+    assert chosen_option("C", ["yes", "no"]) is None
+    assert chosen_option("The answer is E.", ["a", "b", "c", "d", "e"]) == 4

@@ -1,0 +1,129 @@
+"""The adapter for lmms-eval, with the real package: found by name, and asked in the forms of its own tasks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from vlm_parts import small_module
+
+if TYPE_CHECKING:
+    from keygrip.evaluation.lmms import KeygripModel
+
+pytestmark = pytest.mark.lmms
+DOCUMENTS = [
+    {"video": "a", "question": "What is it?", "candidates": ["red", "blue"], "answer": "red"},
+    {"video": "b", "question": "What was it?", "candidates": ["red", "blue"], "answer": "blue"},
+]
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KeygripModel:
+    from keygrip.evaluation import lmms
+
+    module = small_module(tmp_path, ["What is it? (A) red (B) blue Best option: ("] * 3)
+    monkeypatch.setattr(lmms, "load_module", lambda *_, **__: module)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            shade = np.full((30, 40, 3), 60 * number + ord(name) % 7, np.uint8)
+            Image.fromarray(shade).save(tmp_path / name / f"{number}.png")
+    made = lmms.KeygripModel.create_from_arg_string("checkpoint=run,max_frames=2", {"batch_size": 1, "device": "cpu"})
+    made.task_dict = {"mini": {"test": DOCUMENTS}}
+    made.root = tmp_path
+    return made
+
+
+def instances(model: Any, kind: str, second: Any) -> list[Any]:
+    from lmms_eval.api.instance import Instance
+
+    def see(document: dict[str, Any]) -> list[str]:
+        return [str(model.root / document["video"])]
+
+    return [
+        Instance(
+            request_type=kind,
+            arguments=(f"<video>\n{document['question']}", second, see, number, "mini", "test"),
+            idx=0,
+            metadata={"task": "mini", "doc_id": number, "repeats": 1},
+        )
+        for number, document in enumerate(DOCUMENTS)
+    ]
+
+
+def test_lmms_eval_finds_the_model_by_name() -> None:
+    from lmms_eval.models.registry_v2 import ModelRegistryV2
+
+    from keygrip.evaluation.lmms import KeygripModel, manifest
+
+    registry = ModelRegistryV2()
+    registry.register_manifest(manifest())
+    assert registry.get_model_class("keygrip") is KeygripModel
+
+
+def test_answers_end_where_the_task_says(model: KeygripModel) -> None:
+    first, _ = model.generate_until(instances(model, "generate_until", {"max_new_tokens": 6, "until": []}))
+    assert isinstance(first, str)
+    assert first == model.generate_until(instances(model, "generate_until", {"max_new_tokens": 6}))[0]
+    if len(first) > 2:
+        stopped = model.generate_until(instances(model, "generate_until", {"max_new_tokens": 6, "until": first[2]}))
+        assert stopped[0] == first.split(first[2])[0].strip()
+
+
+@torch.no_grad()
+def test_likelihoods_are_those_of_the_target_behind_the_prompt(model: KeygripModel) -> None:
+    from keygrip.data.batches import Turn
+
+    found = model.loglikelihood(instances(model, "loglikelihood", lambda document: document["answer"]))
+    module = model.module
+    inputs, counts = model._video(lambda d: [str(model.root / d["video"])], "mini", "test", 0)
+    assert counts == [2]
+    row = module.collator.prompt((Turn("user", "What is it?"), Turn("assistant", "red")))
+    from keygrip.models.foveated_vlm.generation import rows_of
+
+    rows = rows_of([row], [0], counts, inputs.device)
+    output = module.network(inputs, rows, model.mode)
+    logits = module.network.language.logits(output.hidden).log_softmax(-1)
+    words = [n for n in range(row.prompt, len(row.ids)) if row.answer[n]][:-1]
+    at = output.layout.text_at[0]
+    expected = sum(float(logits[0, at[n] - 1, row.ids[n]]) for n in words)
+    assert found[0][0] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_small_task_of_its_own_format_is_scored(model: KeygripModel, tmp_path: Path) -> None:
+    """lmms-eval's evaluator, from a task's YAML to its figure; the figure is what the answers say."""
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    rows = [{**document, "path": str(tmp_path / document["video"])} for document in DOCUMENTS]
+    (tmp_path / "mini.json").write_text(json.dumps(rows))
+    (tmp_path / "functions.py").write_text(
+        "def see(document):\n    return [document['path']]\n"
+        "def ask(document, settings=None):\n    return document['question']\n"
+        "def score(document, results):\n    return {'length': float(len(results[0]))}\n"
+    )
+    (tmp_path / "mini.yaml").write_text(
+        f"""
+task: mini_task
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "mini.json"}}}}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function functions.see
+doc_to_text: !function functions.ask
+doc_to_target: answer
+process_results: !function functions.score
+generation_kwargs: {{max_new_tokens: 4}}
+metric_list:
+  - {{metric: length, aggregation: mean, higher_is_better: true}}
+"""
+    )
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    said = model.generate_until(instances(model, "generate_until", {"max_new_tokens": 4}))
+    found = simple_evaluate(model=model, tasks=["mini_task"], task_manager=manager, batch_size=1, log_samples=False)
+    assert found["results"]["mini_task"]["length,none"] == sum(map(len, said)) / 2

@@ -1,0 +1,95 @@
+"""Multiple-choice questions: each video decoded and encoded once, letters scored, answers read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from vlm_parts import small_module
+
+from keygrip.data.batches import Turn
+from keygrip.evaluation import multiple_choice
+from keygrip.evaluation.multiple_choice import evaluate_choices
+from keygrip.evaluation.vqa_benchmarks import ChoiceQuestion
+from keygrip.models.foveated_vlm.generation import Answers, answer_scores
+from keygrip.models.foveated_vlm.module import FoveatedVLMModule
+
+TEXTS = ["Which colour? A. red B. blue C. green Answer with the option's letter."] * 3
+OPTIONS = ("red", "blue", "green")
+
+
+def question(
+    video: str, answer: int, asked: str = "Which colour?", clip: tuple[float, float] | None = None
+) -> ChoiceQuestion:
+    return ChoiceQuestion(Path(video), asked, OPTIONS, answer, "colour", clip)
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FoveatedVLMModule:
+    """Whose videos are random, and whose calls are counted."""
+    made = small_module(tmp_path, TEXTS)
+
+    def decode(path: Path, size: int, fit: str, most: int, clip: object, fps: float) -> np.ndarray:
+        if path.name == "broken":
+            raise ValueError("broken cannot be decoded")
+        decoded.append((str(path), clip))
+        return np.random.default_rng(len(path.name)).integers(0, 255, (3, 28, 28, 3)).astype(np.uint8)
+
+    decoded: list[object] = []
+    encode = made.network.encode
+    encodes: list[int] = []
+    monkeypatch.setattr(multiple_choice, "read_frames", decode)
+    monkeypatch.setattr(made.network, "encode", lambda frames: (encodes.append(len(frames)), encode(frames))[1])
+    made.decoded, made.encodes = decoded, encodes  # type: ignore[assignment]
+    return made
+
+
+def test_a_video_is_decoded_and_encoded_once_for_all_questions_and_modes(module: FoveatedVLMModule) -> None:
+    asked = [question("a", 0), question("bb", 1), question("a", 2, "And now?"), question("a", 1, clip=(0.0, 2.0))]
+    figures = evaluate_choices(module, [*asked, question("broken", 0)], ["coarse_fine", "autoregressive"], 4)
+    assert module.decoded == [("a", None), ("bb", None), ("a", (0.0, 2.0))]
+    assert module.encodes == [3, 3, 3]
+    assert (figures["questions"], figures["unreadable"]) == (4, 1)
+    assert set(figures["coarse_fine"]) == {
+        "accuracy_likelihood",
+        "accuracy_likelihood/colour",
+        "accuracy_generation",
+        "accuracy_generation/colour",
+        "share_without_option",
+    }
+    with pytest.raises(ValueError, match="none of the videos of 1 questions"):
+        evaluate_choices(module, [question("broken", 0)], ["coarse_fine"])
+
+
+@torch.no_grad()
+def test_the_likeliest_letter_is_that_of_a_whole_row(module: FoveatedVLMModule) -> None:
+    """Against the log-likelihood of the prompt with each letter behind it, computed by itself."""
+    asked = question("a", 0)
+    frames = multiple_choice._frames(module, asked)
+    inputs = module.as_input(frames)
+    alone = []
+    for letter in "ABC":
+        row = module.collator.prompt((Turn("user", asked.prompt), Turn("assistant", letter)))
+        assert module.tokenizer.decode(row.ids[row.prompt :], special=True).startswith(letter)
+        alone.append(float(answer_scores(module.network, inputs, [3], [row], [0], "coarse_fine")[0]))
+    for right in range(3):
+        figures = evaluate_choices(module, [question("a", right)], ["coarse_fine"], 4)
+        assert figures["coarse_fine"]["accuracy_likelihood"] == float(right == int(np.argmax(alone)))
+
+
+def test_generated_answers_are_read_as_options(module: FoveatedVLMModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"Which colour?": "The answer is B.", "And now?": "A thing", "Last?": "green"}
+
+    def answers(
+        network: object, tokenizer: object, frames: object, counts: object, prompts: list, *_: object, **__: object
+    ) -> Answers:
+        asked = [next(text for text in said if text in module.tokenizer.decode(prompt.ids)) for prompt in prompts]
+        return Answers([said[text] for text in asked], [], None, None)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(multiple_choice, "generate", answers)
+    asked = [question("a", 1), question("a", 0, "And now?"), question("a", 2, "Last?")]
+    figures = evaluate_choices(module, asked, ["coarse_fine"])["coarse_fine"]
+    assert figures["accuracy_generation"] == pytest.approx(2 / 3, abs=1e-5)
+    assert figures["share_without_option"] == pytest.approx(1 / 3, abs=1e-5)

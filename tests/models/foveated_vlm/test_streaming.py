@@ -1,0 +1,109 @@
+"""A stream gives what the whole video gives, whenever it is asked, and can be asked again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from vlm_parts import frames_of, small_module
+
+from keygrip.data.batches import Turn
+from keygrip.models.foveated_vlm.generation import generate
+from keygrip.models.foveated_vlm.module import FoveatedVLMModule
+from keygrip.models.foveated_vlm.network import FoveatedVLM
+from keygrip.models.foveated_vlm.streaming import StreamingSession, pieces
+
+QUESTION = "Which digit was on the red cube?"
+
+
+def video(frames: int) -> np.ndarray:
+    return np.random.default_rng(frames).integers(0, 255, (frames, 28, 28, 3)).astype(np.uint8)
+
+
+def whole(module: FoveatedVLMModule, frames: np.ndarray, mode: str) -> str:
+    prompt = module.collator.prompt((Turn("user", QUESTION),))
+    inputs = module.as_input(frames)
+    return generate(module.network, module.tokenizer, inputs, [len(frames)], [prompt], [0], mode, 12).texts[0]
+
+
+@pytest.mark.parametrize("source", ["fine", "coarse"])
+@pytest.mark.parametrize("order", ["visual_first", "question_first"])
+@pytest.mark.parametrize("mode", ["autoregressive", "coarse_only"])
+def test_a_stream_answers_as_the_whole_video_does(tmp_path: Path, source: str, order: str, mode: str) -> None:
+    module = small_module(tmp_path, [QUESTION] * 3, order, query_source=source, frame_clock=source == "fine")
+    frames, stream = video(5), None
+    stream = module.stream(QUESTION, mode)
+    for count in range(1, 6):
+        stream.push(frames[count - 1])
+        if count in (1, 3, 5):
+            wanted = whole(module, frames[:count], mode)
+            assert stream.answer(12) == wanted
+            assert stream.answer(12) == wanted  # the first answer has left nothing behind
+    assert stream.frames == 5
+
+
+def test_the_states_of_a_stream_are_those_of_the_whole_video(build: Callable[..., FoveatedVLM]) -> None:
+    from vlm_parts import rows_of
+
+    network = build(query_source="coarse", frame_clock=True)
+    frames, rows = frames_of([6]), rows_of([(0, 9, 4)], [6])
+    with torch.inference_mode():
+        output = network(frames, rows, "autoregressive")
+        session = StreamingSession(network, None)  # type: ignore[arg-type]
+        session.read(rows.input_ids[0, :4].tolist())
+        for frame in frames[0]:
+            session.push(frame)
+        session.read(rows.input_ids[0, 4:].tolist())
+    torch.testing.assert_close(session._row.state[0, 0], output.hidden[0, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_conversation_that_is_kept_goes_on_where_it_stood(tmp_path: Path) -> None:
+    """Text, a frame, an answer, text again: as if all had been read at once."""
+    module = small_module(tmp_path, [QUESTION] * 3, query_source="coarse")
+    frame = module.as_input(video(1))[0, 0]
+    first, second = [5, 9, 7], [11, 4, 8]
+    session = StreamingSession(module.network, module.tokenizer)
+    session.push(frame)
+    said = list(session.tokens(first, 6, keep=True))
+    session.push(frame)
+    again = StreamingSession(module.network, module.tokenizer)
+    again.push(frame)
+    again.read([*first, *said, module.tokenizer.end_of_turn])
+    again.push(frame)
+    assert list(session.tokens(second, 6)) == list(again.tokens(second, 6))
+    torch.testing.assert_close(session._driving.state, again._driving.state, atol=1e-5, rtol=1e-5)
+
+
+def test_more_frames_than_a_table_holds(tmp_path: Path) -> None:
+    module = small_module(tmp_path, [QUESTION] * 3, frame_clock=True)
+    numbered = small_module(tmp_path, [QUESTION] * 3, frame_numbers=2)
+    stream, limited = module.stream("?"), numbered.stream("?")
+    frames = video(70)
+    for frame in frames:
+        stream.push(frame)
+    assert stream.frames == 70
+    limited.push(frames[0])
+    limited.push(frames[1])
+    with pytest.raises(ValueError, match=r"3 frames and model\.network\.frame_numbers=2.*frame_clock"):
+        limited.push(frames[2])
+
+
+def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
+    module = small_module(tmp_path, [QUESTION] * 3)
+    with pytest.raises(ValueError, match="mode=coarse_fine: a stream is seen in autoregressive or coarse_only"):
+        module.stream("?", "coarse_fine")
+    with pytest.raises(ValueError, match=r"a frame is uint8 \[28, 28, 3\], not uint8 \[14, 14, 3\]"):
+        module.stream("?").push(np.zeros((14, 14, 3), np.uint8))
+
+
+def test_pieces_are_whole_characters() -> None:
+    class Bytes:
+        def decode(self, ids: list[int]) -> str:
+            return bytes(ids).decode(errors="replace")
+
+    text = "a\u00e9\u20acb"
+    found = list(pieces(Bytes(), iter(text.encode())))  # type: ignore[arg-type]
+    assert found == list(text)

@@ -1,0 +1,165 @@
+"""Conversations with images and videos, together or as they come, text as transformers has it; the hub's layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from vlm_parts import small_module
+
+from keygrip.data.batches import Turn
+from keygrip.inference import video_chat
+from keygrip.inference.video_chat import VideoChat
+from keygrip.models.foveated_vlm.generation import generate
+
+TEXTS = ["Which digit is on the red cube? And which on the blue one? 7. Sure?"] * 3
+
+
+def pixels(frames: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, (frames, 28, 28, 3)).astype(np.uint8)
+
+
+def user(*items: Any) -> dict[str, Any]:
+    content = [{"type": "text", "text": item} if isinstance(item, str) else item for item in items]
+    return {"role": "user", "content": content}
+
+
+def video(frames: np.ndarray) -> dict[str, Any]:
+    return {"type": "video", "video": frames}
+
+
+@pytest.fixture
+def chat(tmp_path: Path) -> VideoChat:
+    return VideoChat(small_module(tmp_path, TEXTS, query_source="coarse"))
+
+
+def test_a_video_and_a_question_are_answered_as_in_training(chat: VideoChat) -> None:
+    module, frames = chat.module, pixels(3)
+    prompt = module.collator.prompt((Turn("user", "Which digit?"),))
+    inputs = module.as_input(frames)
+    wanted = generate(module.network, module.tokenizer, inputs, [3], [prompt], [0], "autoregressive", 8).texts[0]
+    messages = [user(video(frames), "Which digit?")]
+    assert chat.generate(messages, 8) == wanted
+    assert "".join(chat.stream(messages, 8)).strip() == wanted
+
+
+def test_conversations_together_give_what_each_gives_alone(chat: VideoChat) -> None:
+    """Of other lengths, with several turns, with text alone, with an image; in one batch."""
+    several = [
+        [user(video(pixels(3)), "Which digit?")],
+        [{"role": "user", "content": "And which?"}],
+        [
+            user({"type": "image", "image": Image.fromarray(pixels(1)[0])}, "Which?"),
+            {"role": "assistant", "content": "7."},
+            {"role": "user", "content": "Sure?"},
+        ],
+    ]
+    together = chat.generate(several, 6)
+    assert together == [chat.generate(messages, 6) for messages in several]
+
+
+def test_images_between_words_stand_where_they_are_said(chat: VideoChat) -> None:
+    """Read one after the other: text, video, text, image, text."""
+    frames, image = pixels(2), pixels(1, 5)
+    messages = [user("First ", video(frames), " then ", {"type": "image", "image": image}, "which?")]
+    prompt = chat.read(messages)
+    assert not prompt.at_its_place
+    parts = chat._parts(prompt)
+    kinds = [type(part).__name__ for part in parts]
+    assert kinds == ["list", "ndarray", "list", "ndarray", "list"]
+    text = "".join(chat.module.tokenizer.decode(part, special=True) for part in parts if isinstance(part, list))
+    assert text == chat.module.tokenizer.render([("user", "First  then which?")], answering=True)
+    swapped = [user("First ", {"type": "image", "image": image}, " then ", video(frames), "which?")]
+    with torch.inference_mode():
+        states = []
+        for each in (messages, swapped):
+            session = video_chat.StreamingSession(chat.module.network, chat.module.tokenizer)
+            for part in chat._parts(chat.read(each)):
+                if isinstance(part, list):
+                    session.read(part)
+                else:
+                    for frame in chat.module.as_input(part)[0]:
+                        session.push(frame)
+            states.append(session._row.state)
+    assert not torch.allclose(states[0], states[1], atol=1e-4)  # the order matters
+    assert chat.generate(messages, 6) == "".join(chat.stream(messages, 6)).strip()
+
+
+def test_text_alone_is_what_transformers_gives(chat: VideoChat) -> None:
+    """The same weights in transformers' own model, its own loop of generation, the same template."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    language, tokenizer = chat.module.network.language, chat.module.tokenizer
+    config = language.model.config
+    kept = {name: getattr(config, name) for name in LlamaConfig().to_dict() if hasattr(config, name)}
+    peer = LlamaForCausalLM(LlamaConfig(**kept)).eval()
+    peer.model.load_state_dict(language.model.state_dict())
+    peer.tie_weights()
+    ids = torch.tensor([tokenizer.encode(tokenizer.render([("user", "Which digit?")], answering=True))])
+    with torch.inference_mode():
+        own = language.logits(language(language.embed(ids)))
+        torch.testing.assert_close(own, peer(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+        said = peer.generate(
+            ids,
+            max_new_tokens=10,
+            do_sample=False,
+            eos_token_id=tokenizer.end_of_turn,
+            pad_token_id=0,
+            attention_mask=torch.ones_like(ids),
+            suppress_tokens=list(range(tokenizer.size, language.vocabulary)) or None,
+        )[0, ids.shape[1] :]
+    answer = tokenizer.decode([token for token in said.tolist() if token != tokenizer.end_of_turn]).strip()
+    assert chat.generate([{"role": "user", "content": "Which digit?"}], 10) == answer
+
+
+def test_the_hubs_layout_and_back(chat: VideoChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers reads the tokenizer with its template; the files say how images are prepared."""
+    from transformers import AutoTokenizer
+
+    from keygrip.exporting.folder import read_export, write_export
+
+    files, facts = chat.module.export_files()
+    weights = chat.module.state_dict()
+    folder = write_export(tmp_path / "out", {"keygrip": {}}, weights, "card", files=files, facts=facts)
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert {
+        "chat_template.jinja",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "processor_config.json",
+    } <= names
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    talk = [{"role": "user", "content": "Which digit?"}]
+    rendered = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    assert rendered == chat.module.tokenizer.render([("user", "Which digit?")], answering=True)
+    assert tokenizer(rendered, add_special_tokens=False)["input_ids"] == chat.module.tokenizer.encode(rendered)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["model_type"], config["vocab_size"]) == ("keygrip_video_language", 320)
+    assert json.loads((folder / "preprocessor_config.json").read_text())["size"] == {"height": 28, "width": 28}
+    assert set(read_export(folder)["state_dict"]) == set(weights)
+    with pytest.raises(ValueError, match="load one with from_pretrained"):
+        chat.save_pretrained(tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([{"role": "robot", "content": "x"}], "a message is from 'robot'"),
+        ([{"role": "user", "content": [{"type": "sound"}]}], "an item of a user's message"),
+        ([{"role": "assistant", "content": [{"type": "image", "image": "x"}]}], "an item of a assistant's message"),
+        ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "ends with a user's message"),
+        ([], "ends with a user's message"),
+        ([user(video(np.zeros((2, 4, 4, 3), np.float32)), "x")], r"not float32 \[2, 4, 4, 3\]"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(chat: VideoChat, messages: list[Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        chat.generate(messages) if messages else chat.read(messages)
+    with pytest.raises(FileNotFoundError, match=r"nothing\.mp4"):
+        chat.generate([user({"type": "video", "video": "nothing.mp4"}, "x")])
