@@ -8,7 +8,7 @@ PYTHON3 ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest
 # Tests with other packages run in environments of their own: make lerobot, openpi, metaworld-test.
-HERE := not lerobot and not openpi and not metaworld and not lmms
+HERE := not lerobot and not openpi and not metaworld and not lmms and not opencv
 
 .DEFAULT_GOAL := help
 METAWORLD := .venv-metaworld
@@ -17,7 +17,7 @@ DEMOS ?= 50
 STEPS ?= 3000
 EPISODES ?= 20
 
-.PHONY: help install gl metaworld metaworld-install metaworld-test demo test test-all openpi lint bench notebooks doctor lerobot clean
+.PHONY: help install gl metaworld metaworld-install metaworld-test demo test test-all openpi charuco lint bench notebooks doctor lerobot clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -57,6 +57,12 @@ openpi: install ## the policy server against the real openpi-client, installed i
 	test -x .venv-openpi/bin/python || $(PYTHON3) -m venv .venv-openpi
 	.venv-openpi/bin/python -m pip install --disable-pip-version-check -q 'openpi-client==0.1.2' typing_extensions  # which it imports and does not name
 	OPENPI_PYTHON=.venv-openpi/bin/python $(PYTEST) -m openpi tests/runtime/test_openpi.py
+
+# In an environment of its own: OpenCV is needed by `prepare step=charuco` alone.
+charuco: install ## the calibration with a ChArUco board, with OpenCV installed in .venv-opencv
+	test -x .venv-opencv/bin/python || $(PYTHON) -m venv --system-site-packages .venv-opencv
+	.venv-opencv/bin/python -m pip install --disable-pip-version-check -q --no-deps --target .venv-opencv/only opencv-python-headless
+	PYTHONPATH=.venv-opencv/only $(PYTEST) -m opencv tests/data/robot/test_charuco.py
 
 lint: install ## style, types and layers
 	$(PYTHON) -m ruff check .
@@ -107,5 +113,5 @@ lerobot: $(LEROBOT)/.installed gl ## LeRobot in .venv-lerobot, and the tests of 
 	OMP_NUM_THREADS=1 $(LEROBOT)/bin/python -m pytest -m lerobot tests/lerobot
 
 clean: ## remove the virtual environment and caches; data/ and runs/ stay
-	rm -rf $(VENV) .venv-openpi $(LEROBOT) .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) .venv-openpi .venv-opencv $(LEROBOT) .pytest_cache .mypy_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -63,7 +63,7 @@ def help_text(command: str, overrides: Sequence[str]) -> str:
     if command == "prepare" and not any(override.startswith("step=") for override in given):
         lines += ["", "Steps (`keygrip prepare step=NAME --help` lists the settings of one):"]
         for name in group_options("step"):
-            lines.append(_cut(f"  step={name:<14}{' '.join(_head(config_folder() / 'step' / f'{name}.yaml'))}"))
+            lines.append(_cut(f"  step={name:<14}{' '.join(_step_head(name))}"))
         return "\n".join([*lines, *_examples(command)])
     config, choices = _composed(command, given)
     groups = [(group, choice) for group, choice in choices.items() if not group.startswith("hydra")]
@@ -152,6 +152,19 @@ def _head(path: Path) -> list[str]:
         if not line.startswith("# @package"):
             found.append(line.lstrip("# "))
     return found
+
+
+def _step_head(name: str) -> list[str]:
+    """What stands above a step's file, or above its section of the options file."""
+    folder = config_folder() / "step"
+    if (folder / f"{name}.yaml").is_file():
+        return _head(folder / f"{name}.yaml")
+    lines = (folder / OPTIONS).read_text(encoding="utf-8").splitlines()
+    end = lines.index(f"{name}:")
+    start = end
+    while lines[start - 1].startswith("#"):
+        start -= 1
+    return [line.removeprefix("#").strip() for line in lines[start:end]]
 
 
 def _named(command: str, key: str) -> bool:

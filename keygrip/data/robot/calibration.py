@@ -17,6 +17,7 @@ cameras:
     mounted_on: left               # an arm: the camera moves with its gripper
     camera_to_gripper: [[...]]     # hand-eye calibration
 lerobot: ...                       # see lerobot_v3.py
+corrections: ...                   # what `prepare step=calibrate` found, see corrections.py
 ```
 
 Shapes: N frames.
@@ -164,7 +165,7 @@ def read_calibration(path: Path) -> Calibration:
 def _checked(path: Path, content: dict[str, Any]) -> Calibration:
     if content.get("schema") != SCHEMA:
         raise ValueError(f"{path}: schema is {content.get('schema')!r}, {SCHEMA!r} is needed")
-    _known(path, "the file", content, {"schema", "conventions", "arms", "cameras", "lerobot"})
+    _known(path, "the file", content, {"schema", "conventions", "arms", "cameras", "lerobot", "corrections"})
     conventions = content.get("conventions") or {}
     _known(path, "conventions", conventions, {"camera", "pixel", "length"})
     if conventions.get("camera") != "opencv" or conventions.get("length") != "m":

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 from keygrip.data.bad_samples import HOSTILE, BadSample, is_of_the_machine, reason_of
 from keygrip.data.robot import native
+from keygrip.data.robot.calibration import read_mapping
+from keygrip.data.robot.corrections import read_corrections, with_corrections
 from keygrip.data.robot.formats import lerobot_v2, lerobot_v3, libero, raiden, yam_abc
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import SCHEMA
@@ -29,7 +32,8 @@ def find_demos(root: Path | str, format: str = "auto", calibration: Path | str |
     Args:
         root: folder of a data set.
         format: one of `FORMATS`, or "auto": the one whose traits the folder shows.
-        calibration: calibration file that some foreign formats need (cameras, base poses); native demos carry theirs.
+        calibration: calibration file that some foreign formats need (cameras, base poses), and corrections of
+            `prepare step=calibrate` for any format; native demos carry their own cameras.
 
     Raises:
         FileNotFoundError: the folder is missing or empty, or holds no demo.
@@ -79,14 +83,21 @@ def _find(root: Path, format: str, calibration: Path | str | None) -> list[DemoR
                 "libero (*.hdf5)"
             )
         format = recognised[0]
+    given = None if calibration is None else Path(calibration)
+    content = read_mapping(given) if given is not None and given.is_file() else {}
+    corrections = {} if given is None else read_corrections(given, content.get("corrections") or {})
     if format == "native":
-        if calibration is not None:
+        if given is not None and not corrections:
             raise ValueError(
-                f"calibration={calibration} has no effect: native demos carry their cameras; leave data.calibration out"
+                f"calibration={calibration} has no effect: native demos carry their cameras; leave data.calibration "
+                "out, or name a file with corrections (prepare step=calibrate)"
             )
         references = native.find(root)
     else:
-        references = FOREIGN_FORMATS[format].find(root, calibration=None if calibration is None else Path(calibration))
+        own = given if not corrections or content.keys() & {"cameras", "arms", "lerobot"} else None
+        references = FOREIGN_FORMATS[format].find(root, calibration=own)
     if not references:
         raise FileNotFoundError(f"{root} holds no demos of format {format}")
-    return references
+    if given is None or not corrections:
+        return references
+    return [replace(found, reader=with_corrections(found.reader, corrections, given)) for found in references]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -20,10 +21,18 @@ FAMILIES: dict[str, tuple[int, ...]] = {
     "crop": (0, 1, FOCAL),
     "extrinsics": (*ROTATION_SET, *SHIFT_SET),
 }
+SIMPLEST_FIRST = (("lag",), ("focal",), ("rotation", "shift"), ("crop",), ("extrinsics",))
 AS_GOOD, COST_RATIO = 0.015, 1.12  # of agreement, and of the outlines' cost
 LONG = np.array([0.3, 0.3, 0.3, 0.2, 0.2, 0.2, 0.4, 8.0])
 SCALES = (0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2)
 BETTER = 0.03
+
+
+READINGS = {
+    "conjugated": "quaternions conjugated (world to gripper)",
+    "xyzw": "quaternions stored x, y, z, w",
+    "inverted": "poses inverted (world to gripper in place of gripper to world)",
+}
 
 
 class Compared(Protocol):
@@ -78,19 +87,18 @@ def place_with(seen: Compared, name: str, words: str) -> Placement:
 
 def _pose_cause(seen: Compared, names: Sequence[str], found: Fit) -> tuple[str, str, str] | None:
     """Another reading of the poses that does as well as a change of the camera; None: there is none."""
-    if any(seen.pairs[name][1].source == "joints" for name in names):
-        return None
     names = list(names)[:4]
     pairs = [seen.pairs[name] for name in names]
     own = agreement_of(pairs)
     full = agreement_of(pairs, found.change)
-    readings = {"conjugated": "quaternions conjugated (world to gripper)", "xyzw": "quaternions stored x, y, z, w"}
-    readings["inverted"] = "poses inverted (world to gripper in place of gripper to world)"
+    if any(robot.source == "joints" for _, robot in pairs):
+        return _base_cause(pairs, own, full)
+    readings = READINGS
     scored = {}
     for words in (*readings, *map(str, SCALES)):
         scored[words] = agreement_of([(seen.pairs[name][0], place_with(seen, name, words)) for name in names])
     best = max(scored, key=lambda words: scored[words])
-    if scored[best] < own + BETTER or scored[best] < full - BETTER:
+    if scored[best] < own + BETTER or scored[best] < full - BETTER / 3:
         return None
     if best in readings:
         words = readings[best]
@@ -104,6 +112,24 @@ def _pose_cause(seen: Compared, names: Sequence[str], found: Fit) -> tuple[str, 
         f"positions scaled by {scale:.2f}",
         f"pictures and poses go together if positions are divided by {scale:.2f}",
         "Check the unit and the calibration of the recorded positions",
+    )
+
+
+def _base_cause(pairs: Sequence[tuple[View, Placement]], own: float, full: float) -> tuple[str, str, str] | None:
+    """Recorded positions that lie elsewhere than joints and pictures put the gripper."""
+    base = pairs[0][1].base
+    off = float(np.linalg.norm(base[:3, 3])) * 100
+    turn = float(np.degrees(np.arccos(np.clip((np.trace(base[:3, :3]) - 1) / 2, -1, 1))))
+    if off < 0.5 and turn < 0.5:
+        return None
+    alone = agreement_of([(view, replace(robot, base=np.eye(4))) for view, robot in pairs])
+    if alone < own + BETTER / 2 or alone < full - BETTER:
+        return None
+    words = f"{off:.1f} cm" + (f" and {turn:.1f} degrees" if turn > 1 else "")
+    return (
+        f"recorded positions offset by {words}",
+        f"joints and pictures go together, and put the gripper {words} from the recorded positions",
+        "Correct the base frame of the recorded positions: the joints' own base is the world",
     )
 
 
@@ -124,14 +150,13 @@ def camera_cause(seen: Compared, names: Sequence[str], found: Fit) -> tuple[str,
     pairs = [seen.pairs[name] for name in names]
     calibrate = "Calibrate again, or let `prepare step=calibrate` write the corrected calibration"
     measured = f"agreement {found.before:.2f} as recorded, {found.after:.2f}"
-    fits = {}
-    for family, free in FAMILIES.items():
-        fits[family] = family_fit(pairs, found, free)
-        if _as_good(fits[family], found):
+    family = "all"
+    for group in SIMPLEST_FIRST:
+        fits = {name: family_fit(pairs, found, FAMILIES[name]) for name in group}
+        good = {name: alone for name, alone in fits.items() if _as_good(alone, found)}
+        if good:  # a turn and a shift look much alike: the one that fits better
+            family, found = min(good.items(), key=lambda entry: entry[1].cost)
             break
-    else:
-        family = "all"
-    found = fits.get(family, found)
     if family != "lag" and (by_poses := _pose_cause(seen, names, found)) is not None:
         return by_poses
     turn, shift, focal, lag = found.degrees, found.metres * 100, (found.focal - 1) * 100, found.lag

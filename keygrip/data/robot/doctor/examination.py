@@ -53,6 +53,7 @@ class Examination:
     pred_size: int
     findings: list[Finding] = field(default_factory=list)
     measures: dict[str, Any] = field(default_factory=dict)
+    overlays: list[tuple[str, np.ndarray]] = field(default_factory=list)  # caption and image, for the report
 
     def add(
         self,

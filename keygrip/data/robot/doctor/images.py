@@ -1,48 +1,227 @@
-"""Checks of the images of a camera: too dark, too bright, frozen."""
+"""Checks of the images of a camera: dark, bright, frozen, out of place, with red and blue exchanged."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+
 import numpy as np
 
-from keygrip.data.robot.doctor.examination import MOVED_M, Examination, listed, spread
+from keygrip.data.robot.doctor.examination import MOVED_M, Examination, listed, spread, tensor
+from keygrip.data.robot.doctor.views import shrunk, stands
+from keygrip.data.robot.schema import Demo
+from keygrip.models.geometry.cameras import project
 
 DARK, BRIGHT = 8.0, 247.0  # mean grey level of an image
 CHANGED_PIXEL, CHANGED_SHARE = 8, 1e-4  # an image differs where this share of pixels changes by this many levels
+MOST_FRAMES = 400  # read of a demo; of longer ones every second, third, ...
+BESIDE = 0.15  # of the image's size that a gripper may be outside of it
+SPAN_PIXELS = 2.5  # of the small images that the gripper moves meanwhile
+SPAN = 3  # frames in a row that stand still while the gripper moves: a stream that hung, not a repeated frame
+OUTLIER_LEVELS, OUTLIER_RATIO = 6.0, 3.0  # of one image against its neighbours, and against what they differ by
+EXCHANGED_LEVELS, EXCHANGED_RATIO = 6.0, 0.4  # of a demo's image against the others', and with red and blue exchanged
+# Hues (degrees) of colour words that change when red and blue are exchanged.
+HUES = {"red": 0, "orange": 30, "gold": 48, "yellow": 50, "teal": 182, "cyan": 185, "blue": 230}
+HUE_WIDTH = 25.0
+PATCH_M = 0.035  # around the place where something is gripped
 
 
-def check_images(exam: Examination, camera: str) -> None:
-    dark, bright, frozen = [], [], []
-    levels = []
+@dataclass(frozen=True)
+class Stream:
+    """Small pictures of a camera over a demo, in order: [F] frame numbers, [F, h, w, 3] uint8."""
+
+    index: np.ndarray
+    images: np.ndarray
+
+
+def read_stream(demo: Demo, camera: str, most: int = MOST_FRAMES) -> Stream:
+    """Reads all frames of a demo's camera, small; of a long demo every n-th."""
+    index = np.arange(0, len(demo), -(-len(demo) // most))
+    frames = demo.cameras[camera].frames
+    return Stream(index, np.stack([shrunk(frames.read(int(i))) for i in index]))
+
+
+def check_images(exam: Examination, camera: str) -> dict[str, Stream]:
+    """All checks of one camera's images; returns what was read, for the comparison with poses."""
+    dark, bright = [], []
+    frozen: dict[str, list[int]] = {}
+    odd: dict[str, list[int]] = {}
+    levels, streams = [], {}
     for demo in exam.with_camera(camera):
-        track = demo.cameras[camera]
-        pick = spread(len(demo), exam.frames_per_demo)
-        pictures = [track.frames.read(index) for index in pick]
-        mean = float(np.mean([picture.mean() for picture in pictures]))
+        stream = read_stream(demo, camera)
+        images = stream.images
+        mean = float(images[spread(len(images), exam.frames_per_demo)].mean())
         levels.append(mean)
         if mean < DARK:
             dark.append(demo.name)
         elif mean > BRIGHT:
             bright.append(demo.name)
-        still = moved = 0.0
-        for before, after, i, j in zip(pictures, pictures[1:], pick, pick[1:], strict=False):
-            way = max(float(np.linalg.norm(arm.position[j] - arm.position[i])) for arm in demo.arms.values())
-            moved += way
-            change = np.abs(after.astype(np.int16) - before).max(axis=-1)
-            if (change > CHANGED_PIXEL).mean() < CHANGED_SHARE:
-                still += way
-        if still > MOVED_M and still > 0.25 * moved:
-            frozen.append(demo.name)
+        still = _still_frames(demo, camera, stream)
+        if still:
+            frozen[demo.name] = still
+        outliers = _outlier_frames(stream)
+        if outliers:
+            odd[demo.name] = outliers
+        kept = spread(len(images), 3 * exam.frames_per_demo)
+        streams[demo.name] = Stream(stream.index[kept], images[kept])
     exam.measures[f"camera/{camera}/mean_level"] = float(np.mean(levels))
     rows: list[tuple[str, list[str], str, str]] = [
         ("dark_camera", dark, "the pictures are almost black", "Check the cable, the lens cap and the exposure"),
         ("bright_camera", bright, "the pictures are almost white", "Lower the exposure or the gain"),
-        (
-            "frozen_camera",
-            frozen,
-            "the picture stands still while the gripper moves",
-            "The stream hung: leave these demos out and check the camera's cable and bandwidth",
-        ),
     ]
     for check, names, what, advice in rows:
         if names:
-            exam.add(check, "error", f"camera {camera}, {listed(names)}", what, advice)
+            exam.add(check, "error", f"camera {camera}, {listed(names)}", what, advice, camera=camera, demos=names)
+    if frozen:
+        name, frames = next(iter(frozen.items()))
+        exam.add(
+            "frozen_camera",
+            "error",
+            f"camera {camera}, {listed(frozen)}",
+            f"the picture stands still while the gripper moves, in {name} at frames {frames[0]} to {frames[-1]}",
+            "The stream hung: leave these demos out and check the camera's cable and bandwidth",
+            cause=f"frozen span of {len(frames)} frames",
+            camera=camera,
+            demos=frozen,
+            frames=frames,
+        )
+    if odd:
+        name, frames = next(iter(odd.items()))
+        exam.add(
+            "outlier_image",
+            "error",
+            f"camera {camera}, {listed(odd)}",
+            f"single pictures differ from both neighbours, which agree: {name} at frame "
+            f"{', '.join(map(str, frames[:5]))}",
+            "A frame of another moment or a damaged one: replace it by its neighbour or cut the demo there",
+            cause="outlier picture",
+            camera=camera,
+            demos=odd,
+            frames=frames,
+        )
+    _check_colour_order(exam, camera, streams)
+    return streams
+
+
+def _still_frames(demo: Demo, camera: str, stream: Stream) -> list[int]:
+    """Frames of spans in which nothing in the image changes while a gripper in it, or the camera, moves."""
+    track, index = demo.cameras[camera], stream.index
+    scale = stream.images.shape[2] / track.width
+    way = np.zeros(len(index) - 1)
+    for arm in demo.arms.values():
+        pixels, _ = project(
+            tensor(arm.position[index]), tensor(track.intrinsics[index]), tensor(track.world_to_camera[index])
+        )
+        place = pixels.numpy() * scale
+        size = np.array([stream.images.shape[2], stream.images.shape[1]])
+        inside = ((place > -BESIDE * size) & (place < (1 + BESIDE) * size)).all(axis=1)  # its arm is seen beside it
+        step = np.linalg.norm(np.diff(place, axis=0), axis=1)
+        way = np.maximum(way, np.where(inside[1:] & inside[:-1], np.nan_to_num(step), 0))
+    pose = np.asarray(track.world_to_camera)[index]
+    own = np.linalg.norm(np.diff(-(pose[:, :3, :3].transpose(0, 2, 1) @ pose[:, :3, 3:])[..., 0], axis=0), axis=1)
+    way = np.maximum(way, own * 200)  # a camera that moves by a centimetre: two pixels
+    moved = max(float(np.linalg.norm(np.ptp(arm.position, axis=0))) for arm in demo.arms.values())
+    if moved < MOVED_M:
+        return []
+    standing = stands(demo, camera)
+    changed = np.empty(len(index) - 1)
+    for i in range(len(changed)):
+        difference = np.abs(stream.images[i + 1].astype(np.int16) - stream.images[i]).max(axis=-1)
+        # a camera on the hand may look at an even table: only an image that is exactly the same was repeated
+        changed[i] = (difference > CHANGED_PIXEL).mean() if standing else float(difference.any())
+    still = changed < CHANGED_SHARE
+    frames: list[int] = []
+    run: list[int] = []
+    path = np.concatenate([[0.0], np.cumsum(way)])
+    for i, flag in enumerate([*still, False]):
+        if flag:
+            run.append(int(index[i + 1]))
+        else:
+            around = [changed[j] for j in (i - len(run) - 1, i) if 0 <= j < len(changed)]
+            gone = path[i] - path[i - len(run)]
+            if len(run) >= SPAN and gone > SPAN_PIXELS and min(around, default=1.0) > 5 * CHANGED_SHARE:
+                frames += run
+            run = []
+    return frames
+
+
+def _outlier_frames(stream: Stream) -> list[int]:
+    """Frames whose image differs from both neighbours while those agree."""
+    if len(stream.images) < 5:
+        return []
+    small = stream.images[:, ::2, ::2].astype(np.float32)
+    between = np.abs(small[1:-1] - (small[:-2] + small[2:]) / 2).mean(axis=(1, 2, 3))
+    apart = np.abs(small[2:] - small[:-2]).mean(axis=(1, 2, 3))
+    usual = float(np.median(between))
+    out = (between > OUTLIER_LEVELS) & (between > OUTLIER_RATIO * apart) & (between > 4 * usual)
+    return [int(stream.index[i + 1]) for i in np.flatnonzero(out)]
+
+
+def _check_colour_order(exam: Examination, camera: str, streams: dict[str, Stream]) -> None:
+    """Red and blue exchanged in some demos, against the others, or in all, against the words of the instructions."""
+    middles = {name: np.median(stream.images[::2], axis=0)[::2, ::2] for name, stream in streams.items()}
+    shapes = {middle.shape for middle in middles.values()}
+    exchanged: list[str] = []
+    if len(shapes) == 1 and len(middles) >= 3:
+        together = np.median(np.stack(list(middles.values())), axis=0)
+        for name, middle in middles.items():
+            as_is = float(np.abs(middle - together).mean())
+            other = float(np.abs(middle[..., ::-1] - together).mean())
+            if as_is > EXCHANGED_LEVELS and other < EXCHANGED_RATIO * as_is:
+                exchanged.append(name)
+    votes = {demo.name: _vote(demo, camera, streams[demo.name]) for demo in exam.with_camera(camera)}
+    said = [vote for name, vote in votes.items() if vote and name not in exchanged]
+    against = sum(vote < 0 for vote in said)
+    exam.measures[f"camera/{camera}/colour_votes"] = [len(said) - against, against]
+    everywhere = against >= 2 and against >= 0.8 * len(said)
+    names = list(streams) if everywhere else exchanged
+    if names:
+        exam.add(
+            "colour_order",
+            "error",
+            f"camera {camera}, {'all demos' if everywhere else listed(names)}",
+            "red and blue are exchanged: "
+            + (
+                "what the instructions name has the exchanged colour" if everywhere else "other demos show it otherwise"
+            ),
+            "The pictures were written as BGR: reverse the channels (OpenCV reads and writes BGR)",
+            cause="colour order BGR",
+            camera=camera,
+            demos=names,
+        )
+
+
+def _vote(demo: Demo, camera: str, stream: Stream) -> int:
+    """1 where the thing first gripped has the colour that the instruction names first, -1 where it has that colour with
+    red and blue exchanged, 0 where neither can be said."""
+    word = next((w for w in re.findall(r"[a-z]+", demo.instruction.lower()) if w in HUES), None)
+    if word is None or not demo.arms:
+        return 0
+    arm = next(iter(demo.arms.values()))
+    closing = np.flatnonzero(arm.gripper < arm.gripper[0] - 0.3)
+    place = arm.position[closing[0] if len(closing) else -1]
+    track, first = demo.cameras[camera], int(stream.index[0])
+    pixels, depth = project(
+        tensor(place), tensor(np.asarray(track.intrinsics)[first]), tensor(np.asarray(track.world_to_camera)[first])
+    )
+    scale = stream.images.shape[2] / track.width
+    x, y = (pixels.numpy() * scale).tolist()
+    radius = PATCH_M * float(track.intrinsics[first, 0, 0]) * scale / max(float(depth), 0.05)
+    if not (np.isfinite([x, y]).all() and 0 <= x < stream.images.shape[2] and 0 <= y < stream.images.shape[1]):
+        return 0
+    top, left = max(0, round(y - radius)), max(0, round(x - radius))
+    patch = stream.images[0, top : round(y + radius) + 1, left : round(x + radius) + 1].reshape(-1, 3).astype(float)
+    stated, swapped = _near(patch, HUES[word]), _near(patch[:, ::-1], HUES[word])
+    if max(stated, swapped) < max(4, 0.04 * len(patch)):
+        return 0
+    return 1 if stated > 3 * swapped else -1 if swapped > 3 * stated else 0
+
+
+def _near(pixels: np.ndarray, hue: float) -> int:
+    """How many saturated pixels [M, 3] have a hue (degrees)."""
+    high, low = pixels.max(axis=1), pixels.min(axis=1)
+    chroma = np.maximum(high - low, 1e-6)
+    r, g, b = pixels.T
+    angle = np.where(high == r, (g - b) / chroma % 6, np.where(high == g, (b - r) / chroma + 2, (r - g) / chroma + 4))
+    off = np.abs((angle * 60 - hue + 180) % 360 - 180)
+    return int(((off < HUE_WIDTH) & (high - low > 0.45 * high) & (high > 50)).sum())

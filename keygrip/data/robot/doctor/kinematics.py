@@ -16,7 +16,7 @@ def check_kinematics(exam: Examination) -> None:
     """Recorded poses against forward kinematics, where a YAM's joints were recorded."""
 
     for arm in exam.arms:
-        turns, swapped, world, rotations = [], [], [], []
+        turns, swapped, world, rotations, inverse = [], [], [], [], []
         for demo in exam.with_arm(arm):
             joints = demo.arms[arm].joints
             if joints is None or joints.shape[1] != 6 or not demo.robot.startswith("yam"):
@@ -29,6 +29,7 @@ def check_kinematics(exam: Examination) -> None:
             swapped.append(other @ expected.transpose(0, 2, 1))
             world.append((demo.arms[arm].position[pick], position))
             rotations.append(found)
+            inverse.append(found.transpose(0, 2, 1) @ expected.transpose(0, 2, 1))
         if not turns:
             exam.measures[f"arm/{arm}/site_offset_m"] = None
             continue
@@ -43,6 +44,23 @@ def check_kinematics(exam: Examination) -> None:
                 "is read and by "
                 f"{swapped_scatter:.0f} if its quaternions are x, y, z, w",
                 "Store quaternions as w, x, y, z",
+            )
+            continue
+        _, conjugated_scatter = _mean_turn(np.concatenate(inverse))
+        if scatter > 5 and conjugated_scatter < 0.5 * scatter:
+            back = [-(r.transpose(0, 2, 1) @ p[..., None])[..., 0] for r, (p, _) in zip(rotations, world, strict=True)]
+            off = np.concatenate([place - own for place, (_, own) in zip(back, world, strict=True)])
+            whole = float(np.linalg.norm(off - np.median(off, axis=0), axis=1).mean()) < KINEMATICS_SPREAD_M
+            exam.add(
+                "pose_direction",
+                "error",
+                f"arm {arm}",
+                f"the recorded rotations differ from the forward kinematics by {scatter:.0f} degrees, inverted by "
+                f"{conjugated_scatter:.0f}",
+                "Store gripper-to-world poses",
+                cause="poses inverted (world to gripper in place of gripper to world)"
+                if whole
+                else "quaternions conjugated (world to gripper)",
             )
             continue
         left = np.concatenate([recorded - computed @ base.T for recorded, computed in world])

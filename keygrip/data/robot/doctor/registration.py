@@ -19,7 +19,7 @@ from keygrip.data.robot.doctor.views import Placement, View, foreground
 ROTATION, SHIFT, FOCAL, LAG = slice(0, 3), slice(3, 6), 6, 7
 NUMBERS = 8
 PRIOR = np.array([0.14, 0.14, 0.14, 0.05, 0.05, 0.05, 0.12, 3.0])  # what is likely, one sigma: 8 degrees, 5 cm, 12 %
-REACHES = (12, 10, 8, 6, 5, 4, 3, 3)  # pixels that an outline is looked for, fit by fit
+REACHES = (12, 9, 6, 5, 4, 3)  # pixels that an outline is looked for, fit by fit
 OUTLINE = 160  # points on the outline of a frame
 LEAST_POINTS = 60  # on all frames: with fewer nothing can be said
 EVERY = 3  # of the surface's points
@@ -144,7 +144,7 @@ def _outline(
     normal = normal / np.maximum(length, 1e-6)[:, None]
     points = which[frames, rows, columns]
     at = pixels[frames, points]
-    steps = np.arange(-reach, reach + 0.25, 0.5)
+    steps = np.arange(-reach, reach + 0.25, 0.5 if reach < 7 else 1.0)
     x = at[:, :1] + steps * normal[:, :1] - 0.5
     y = at[:, 1:] + steps * normal[:, 1:] - 0.5
     where = np.stack([np.broadcast_to(frames[:, None], x.shape), y, x])
@@ -159,7 +159,7 @@ def _outline(
     good = (best > 1) & (best < count - 3) & (share > 0.6) & (length > 0.02)
     out = (at[:, 0] < 1) | (at[:, 1] < 1) | (at[:, 0] > width - 2) | (at[:, 1] > height - 2)
     weight = np.where(good & ~out, share, 0.0)
-    return frames, points, normal, steps[best] + 0.25, weight
+    return frames, points, normal, steps[best] + (steps[1] - steps[0]) / 2, weight
 
 
 def fit(
@@ -187,7 +187,7 @@ def fit(
     wider = 0.0
     changed: list[np.ndarray] = []
     for number, reach in enumerate(reaches):
-        if number in (0, len(reaches) // 2, len(reaches) - 2):
+        if number in (0, len(reaches) - 2):
             changed = [evidence(view, robot, change, min(reach, 6)) for view, robot in pairs]
         rows, distances, weights = [], [], []
         for (view, robot), shown in zip(pairs, changed, strict=True):

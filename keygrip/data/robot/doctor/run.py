@@ -8,13 +8,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from keygrip.artifacts import atomic_write, write_json
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.doctor.contact_sheet import contact_sheet
 from keygrip.data.robot.doctor.examination import Examination, Finding, listed, spread
+from keygrip.data.robot.doctor.html_report import html_report
 from keygrip.data.robot.doctor.images import check_images
+from keygrip.data.robot.doctor.joint_tracks import check_joint_tracks
 from keygrip.data.robot.doctor.kinematics import check_kinematics
 from keygrip.data.robot.doctor.pictures import check_pictures_and_poses
 from keygrip.data.robot.doctor.projection import check_projection
@@ -66,7 +69,7 @@ def examine(
     if not findings:
         log.info("no fault found in %s", root)
     errors = sum(finding.severity == "error" for finding in findings)
-    log.info("contact sheets and report: %s", folder)
+    log.info("report: %s", folder / "report.html")
     return {"root": str(root), "output": str(folder), "errors": errors, "warnings": len(findings) - errors}
 
 
@@ -86,7 +89,7 @@ def doctor(
 
     Args:
         root, format, calibration: as for `find_demos`.
-        output: folder for `contact_sheet_<camera>.png` and `report.json` (findings and all measures).
+        output: folder for `contact_sheet_<camera>.png`, `report.html` and `report.json` (findings and all measures).
         max_demos: look at so many, evenly spread over the folder; None: all.
         frames_per_demo: images that are decoded of each demo and camera, evenly spread.
         height_bins, pred_size: of the policy, for what a bin and a cell are worth.
@@ -125,6 +128,7 @@ def doctor(
             check_outlier_poses,
             check_joint_unit,
             check_kinematics,
+            check_joint_tracks,
             check_quaternions,
             check_gripper,
             check_opening_unit,
@@ -133,15 +137,21 @@ def doctor(
             check_instructions,
             check_projection,
         ]
-        if compare_images:
-            checks.append(check_pictures_and_poses)
         for check in checks:
             check(examination)
-        for camera in tqdm(examination.cameras, desc="looking at pictures", unit="camera", disable=not progress):
-            check_images(examination, camera)
-            sheet = contact_sheet(examination, camera)
+        pictures: dict[tuple[str, str], dict[int, np.ndarray]] = {}
+        for camera in tqdm(examination.cameras, desc="looking at images", unit="camera", disable=not progress):
+            for name, stream in check_images(examination, camera).items():
+                pictures[name, camera] = dict(zip(stream.index.tolist(), stream.images, strict=True))
+        if compare_images:
+            check_pictures_and_poses(examination, pictures=pictures)
+        sheets = {}
+        for camera in examination.cameras:
+            sheet = sheets[camera] = contact_sheet(examination, camera)
             with atomic_write(output / f"contact_sheet_{camera.replace('/', '_')}.png") as file:
                 sheet.save(file, "PNG")
+        with atomic_write(output / "report.html") as file:
+            file.write(html_report(examination, sheets).encode())
     report = {**examination.measures, "findings": [asdict(finding) for finding in examination.findings]}
     write_json(output / "report.json", report)
     return examination.findings

@@ -79,8 +79,10 @@ def stands(demo: Demo, camera: str) -> bool:
 def make_view(demo: Demo, camera: str, frames: int, pictures: dict[int, np.ndarray] | None = None) -> View:
     """Reads `frames` pictures of a camera that stands, evenly spread over the demo (already small ones: `pictures`)."""
     track = demo.cameras[camera]
-    index = np.array(spread(len(demo), frames))
     held = pictures or {}
+    index = np.array(spread(len(demo), frames))
+    if len(held) >= frames:
+        index = np.array(sorted(held))[spread(len(held), frames)]
     images = np.stack([held[i] if i in held else shrunk(track.frames.read(i)) for i in index])
     across, down = images.shape[2] / track.width, images.shape[1] / track.height
     return View(

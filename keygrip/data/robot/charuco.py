@@ -1,0 +1,250 @@
+"""Calibrates cameras with a ChArUco board, by OpenCV: intrinsics, and the camera's place by hand-eye calibration.
+
+The board lies still and the camera moves with the gripper (`mounted`), or the camera stands and the gripper holds the
+board. The recording's poses are those of the gripper in the world. Needs `pip install opencv-python-headless`.
+Legend: N frames in which the board was found, M corners.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import yaml
+
+from keygrip.artifacts import atomic_write
+from keygrip.data.robot.calibration import SCHEMA
+from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.formats.poses import invert, transform
+from keygrip.data.robot.schema import Demo
+from keygrip.robots.kinematics import matrix_from_quaternion
+
+log = logging.getLogger(__name__)
+
+LEAST_FRAMES, LEAST_CORNERS = 8, 6
+LARGEST_ERROR_PX = 2.0
+SMALLEST_TURN_DEG = 15.0  # between the gripper's rotations: hand-eye calibration needs turns about two axes
+
+
+@dataclass(frozen=True)
+class Board:
+    """A ChArUco board: squares across and down, edges of a square and of a marker (m), OpenCV's dictionary."""
+
+    across: int = 7
+    down: int = 5
+    square_m: float = 0.03
+    marker_m: float = 0.022
+    dictionary: str = "DICT_4X4_50"
+
+
+@dataclass(frozen=True)
+class CameraResult:
+    """A calibrated camera.
+
+    Args:
+        intrinsics: [3, 3], pixels, corner convention (0, 0 is the first pixel's corner). distortion: [5] of OpenCV.
+        pose: [4, 4], gripper_from_camera of a mounted camera, else world_from_camera.
+        error_px: root mean square of the reprojection. spread_m, spread_deg: of the board's place over the frames.
+    """
+
+    intrinsics: np.ndarray
+    distortion: np.ndarray
+    pose: np.ndarray
+    error_px: float
+    spread_m: float
+    spread_deg: float
+    frames: int
+
+
+def opencv() -> ModuleType:
+    """OpenCV; ModuleNotFoundError says how to install it."""
+    try:
+        import cv2
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "a board is found by OpenCV, which is missing: pip install opencv-python-headless"
+        ) from error
+    return cv2
+
+
+def charuco_board(board: Board) -> Any:
+    """OpenCV's board. Raises ValueError for an unknown dictionary."""
+    cv2 = opencv()
+    number = getattr(cv2.aruco, board.dictionary, None)
+    if not board.dictionary.startswith("DICT_") or number is None:
+        raise ValueError(f"dictionary={board.dictionary!r} is not one of OpenCV's, such as DICT_4X4_50")
+    if not 0 < board.marker_m < board.square_m:
+        raise ValueError(f"marker_m={board.marker_m} must be below square_m={board.square_m}")
+    dictionary = cv2.aruco.getPredefinedDictionary(number)
+    return cv2.aruco.CharucoBoard((board.across, board.down), board.square_m, board.marker_m, dictionary)
+
+
+def calibrate_camera(
+    images: Sequence[np.ndarray],
+    gripper: np.ndarray,
+    board: Board,
+    mounted: bool,
+    intrinsics: np.ndarray | None = None,
+) -> CameraResult:
+    """Intrinsics (unless given) and the camera's place, from images [H, W, 3] and world_from_gripper [N, 4, 4].
+
+    Raises:
+        ValueError: the board is seen too seldom, or the gripper turns too little.
+    """
+    cv2 = opencv()
+    model = charuco_board(board)
+    detector = cv2.aruco.CharucoDetector(model)
+    size = images[0].shape[1::-1]
+    objects, pixels, kept = [], [], []
+    for index, image in enumerate(images):
+        corners, numbers, _, _ = detector.detectBoard(cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY))
+        if numbers is None or len(numbers) < LEAST_CORNERS:
+            continue
+        known, found = model.matchImagePoints(corners, numbers)
+        objects.append(known.astype(np.float32))
+        pixels.append(found.astype(np.float32))
+        kept.append(index)
+    if len(kept) < LEAST_FRAMES:
+        raise ValueError(
+            f"the board was found in {len(kept)} of {len(images)} images, at least {LEAST_FRAMES} are needed: check "
+            f"across={board.across}, down={board.down} and dictionary={board.dictionary}, and show it larger"
+        )
+    poses = gripper[kept]
+    widest = _widest_turn(poses)
+    if widest < SMALLEST_TURN_DEG:
+        raise ValueError(
+            f"the gripper turns by {widest:.0f} degrees: turn it by at least {SMALLEST_TURN_DEG:.0f} about two axes"
+        )
+    if intrinsics is None:
+        error, matrix, distortion, turns, shifts = cv2.calibrateCamera(
+            objects, pixels, size, None, None, flags=cv2.CALIB_FIX_K3
+        )
+    else:
+        matrix, distortion = intrinsics - np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]]), np.zeros(5)
+        solved = [cv2.solvePnP(o, p, matrix, distortion)[1:] for o, p in zip(objects, pixels, strict=True)]
+        turns, shifts = [turn for turn, _ in solved], [shift for _, shift in solved]
+        error = _reprojection(cv2, objects, pixels, turns, shifts, matrix, distortion)
+    if error > LARGEST_ERROR_PX:
+        raise ValueError(f"the board's corners lie {error:.1f} px off on average: check the board and the pictures")
+    board_in_camera = transform(
+        np.stack([np.ravel(shift) for shift in shifts]), np.stack([cv2.Rodrigues(turn)[0] for turn in turns])
+    )
+    # a camera that stands is, seen from the gripper with the board, the one that moves
+    arm = poses if mounted else invert(poses)
+    rotation, position = cv2.calibrateHandEye(
+        list(arm[:, :3, :3]),
+        list(arm[:, :3, 3]),
+        list(board_in_camera[:, :3, :3]),
+        list(board_in_camera[:, :3, 3]),
+        method=cv2.CALIB_HAND_EYE_PARK,
+    )
+    pose = np.eye(4)
+    pose[:3, :3], pose[:3, 3] = rotation, np.ravel(position)
+    boards = arm @ pose @ board_in_camera
+    centre = np.median(boards[:, :3, 3], axis=0)
+    corner = matrix + np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])  # OpenCV counts from the first pixel's centre
+    return CameraResult(
+        intrinsics=corner,
+        distortion=np.ravel(distortion)[:5],
+        pose=pose,
+        error_px=float(error),
+        spread_m=float(np.median(np.linalg.norm(boards[:, :3, 3] - centre, axis=1))),
+        spread_deg=_widest_turn(boards) / 2,
+        frames=len(kept),
+    )
+
+
+def _widest_turn(poses: np.ndarray) -> float:
+    cosine = (np.einsum("nij,ij->n", poses[:, :3, :3], poses[0, :3, :3]) - 1) / 2
+    return float(np.degrees(np.arccos(np.clip(cosine, -1, 1)).max()))
+
+
+def _reprojection(
+    cv2: ModuleType,
+    objects: Sequence[np.ndarray],
+    pixels: Sequence[np.ndarray],
+    turns: Sequence[np.ndarray],
+    shifts: Sequence[np.ndarray],
+    matrix: np.ndarray,
+    distortion: np.ndarray,
+) -> float:
+    left = [
+        cv2.projectPoints(known, turn, shift, matrix, distortion)[0] - found
+        for known, found, turn, shift in zip(objects, pixels, turns, shifts, strict=True)
+    ]
+    return float(np.sqrt((np.concatenate(left) ** 2).sum(axis=-1).mean()))
+
+
+def charuco(
+    root: str | Path,
+    output: str | Path,
+    format: str,
+    calibration: str | Path | None,
+    camera: str,
+    arm: str,
+    mounted: bool,
+    keep_intrinsics: bool,
+    board: Board,
+    max_images: int,
+) -> dict[str, Any]:
+    """The step `charuco`: calibrates one camera of a recording of a board and writes a calibration file.
+
+    Args:
+        root, format, calibration: as for `find_demos`. output: the file to write.
+        camera, arm: names in the recording. mounted: the camera moves with this arm and the board lies still.
+        keep_intrinsics: take the recording's K; false: fit it too.
+        max_images: evenly spread over all demos.
+
+    Raises:
+        ValueError: no such camera or arm, or see `calibrate_camera`. FileExistsError: `output` is there.
+    """
+    target = Path(output)
+    if target.exists():
+        raise FileExistsError(f"{target} exists: name another file with output=PATH, or remove it")
+    demos = [reference.read() for reference in find_demos(root, format, calibration)]
+    demos = [demo for demo in demos if camera in demo.cameras and arm in demo.arms]
+    if not demos:
+        raise ValueError(f"no demo in {root} has camera {camera!r} and arm {arm!r}")
+    images, poses = _images(demos, camera, arm, max_images)
+    track = demos[0].cameras[camera]
+    known = np.asarray(track.intrinsics[0]) if keep_intrinsics else None
+    found = calibrate_camera(images, poses, board, mounted, known)
+    place = (
+        {"mounted_on": arm, "camera_to_gripper": found.pose.tolist()}
+        if mounted
+        else {"world_to_camera": invert(found.pose).tolist()}
+    )
+    content = {
+        "schema": SCHEMA,
+        "conventions": {"camera": "opencv", "pixel": "corner", "length": "m"},
+        "cameras": {
+            camera: {"width": track.width, "height": track.height, "intrinsics": found.intrinsics.tolist(), **place}
+        },
+    }
+    with atomic_write(target) as file:
+        file.write(yaml.safe_dump(content, sort_keys=False).encode())
+    return {
+        "output": str(target),
+        "images": found.frames,
+        "reprojection_px": round(found.error_px, 3),
+        "board_spread_mm": round(found.spread_m * 1e3, 2),
+        "board_spread_deg": round(found.spread_deg, 3),
+        "distortion": [round(float(value), 4) for value in found.distortion],
+    }
+
+
+def _images(demos: Sequence[Demo], camera: str, arm: str, most: int) -> tuple[list[np.ndarray], np.ndarray]:
+    pairs = [(demo, index) for demo in demos for index in range(len(demo))]
+    chosen = np.unique(np.linspace(0, len(pairs) - 1, min(most, len(pairs))).round().astype(int))
+    images, poses = [], []
+    for number in chosen:
+        demo, index = pairs[number]
+        images.append(demo.cameras[camera].frames.read(index))
+        track = demo.arms[arm]
+        poses.append(transform(track.position[index], matrix_from_quaternion(track.quaternion[index])))
+    return images, np.stack(poses)

@@ -1,0 +1,170 @@
+"""Corrections that `prepare step=calibrate` found: applied to recorded demos when they are read, files untouched.
+
+They stand in a calibration file (`calibration.py`) under `corrections`, by camera:
+
+```yaml
+corrections:
+  over:
+    camera_change: [[...4], [...4], [...4], [...4]]   # left of every recorded world_to_camera, in the camera's axes
+    focal_factor: 1.02                                # of the recorded focal lengths
+    lag_frames: 2                                     # pictures are so many frames late (negative: early)
+    uncertainty: {turn_deg: 0.1, shift_mm: 3, focal_percent: 0.5, lag_frames: 0.05}   # one standard deviation
+    corrected: {intrinsics: [...], world_to_camera: [...]}                           # of the first demo, to look at
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keygrip.data.robot.formats.poses import rigid
+from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource
+
+KEYS = {"camera_change", "focal_factor", "lag_frames", "uncertainty", "corrected"}
+LARGEST_LAG = 1000
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Of one camera: change [4, 4] left of world_to_camera, factor of the focal lengths, frames by which pictures are
+    late."""
+
+    change: np.ndarray
+    focal: float
+    lag: int
+
+
+@dataclass(frozen=True)
+class OffsetFrames:
+    """`count` pictures of a source from number `start` on."""
+
+    source: FrameSource
+    start: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, index: int) -> np.ndarray:
+        if not 0 <= index < self.count:
+            raise IndexError(f"frame {index} asked for, {self.count} are there")
+        return self.source.read(self.start + index)
+
+    def identity(self) -> str:
+        return f"{self.source.identity()}:offset {self.start}:{self.count}"
+
+
+def read_corrections(path: Path, content: Any) -> dict[str, Correction]:
+    """The section `corrections` of a calibration file.
+
+    Raises:
+        ValueError: an entry is misspelt or impossible.
+    """
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: corrections must be a mapping of cameras")
+    found = {}
+    for camera, entry in content.items():
+        where = f"{path}: corrections.{camera}"
+        if not isinstance(entry, Mapping) or not set(entry) <= KEYS:
+            raise ValueError(f"{where} must be a mapping with {', '.join(sorted(KEYS))}")
+        try:
+            focal, lag = float(entry.get("focal_factor", 1.0)), int(entry.get("lag_frames", 0))
+            change = np.asarray(entry.get("camera_change", np.eye(4)), dtype=np.float64)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{where} holds something that is not a number") from error
+        if change.shape != (4, 4):
+            raise ValueError(f"{where}.camera_change must be 4 x 4, it is {list(change.shape)}")
+        if not 0.2 < focal < 5:
+            raise ValueError(f"{where}.focal_factor is {focal:g}; 0.2 to 5 can be")
+        if abs(lag) > LARGEST_LAG:
+            raise ValueError(f"{where}.lag_frames is {lag}; at most {LARGEST_LAG} either way")
+        found[str(camera)] = Correction(rigid(change, f"{where}.camera_change"), focal, lag)
+    return found
+
+
+def corrected(demo: Demo, corrections: Mapping[str, Correction], path: Path) -> Demo:
+    """A demo with corrected cameras; frames for which a late or early camera has no picture are left out.
+
+    Raises:
+        DemoError: a camera is not in the demo, or lags leave fewer than two frames.
+    """
+    unknown = [camera for camera in corrections if camera not in demo.cameras]
+    if unknown:
+        raise DemoError(
+            demo.name, f"{path} corrects camera {unknown[0]!r}; the demo has {', '.join(sorted(demo.cameras))}"
+        )
+    lags = {camera: corrections[camera].lag if camera in corrections else 0 for camera in demo.cameras}
+    first, last = max(0, *(-lag for lag in lags.values())), len(demo) - max(0, *lags.values())
+    if last - first < 2:
+        raise DemoError(demo.name, f"{path} shifts pictures by more frames than the demo has")
+    kept = slice(first, last)
+    cameras = {}
+    for camera, track in demo.cameras.items():
+        correction = corrections.get(camera, Correction(np.eye(4), 1.0, 0))
+        intrinsics = np.array(track.intrinsics[kept])
+        intrinsics[:, 0, 0] *= correction.focal
+        intrinsics[:, 1, 1] *= correction.focal
+        cameras[camera] = replace(
+            track,
+            intrinsics=intrinsics,
+            world_to_camera=correction.change @ np.asarray(track.world_to_camera[kept]),
+            frames=_moved(track.frames, first + correction.lag, last - first),
+            depth=None if track.depth is None else _moved(track.depth, first + correction.lag, last - first),
+        )
+    if (first, last) == (0, len(demo)):
+        return replace(demo, cameras=cameras)
+    return replace(
+        demo,
+        timestamps=demo.timestamps[kept],
+        arms={name: _cut(arm, kept) for name, arm in demo.arms.items()},
+        cameras=cameras,
+        intervention=None if demo.intervention is None else demo.intervention[kept],
+    )
+
+
+def _moved(frames: FrameSource, start: int, count: int) -> FrameSource:
+    return frames if start == 0 and count == len(frames) else OffsetFrames(frames, start, count)
+
+
+def _cut(arm: ArmTrajectory, kept: slice) -> ArmTrajectory:
+    return ArmTrajectory(
+        position=arm.position[kept],
+        quaternion=arm.quaternion[kept],
+        gripper=arm.gripper[kept],
+        joints=None if arm.joints is None else arm.joints[kept],
+        commanded=None if arm.commanded is None else _cut(arm.commanded, kept),
+    )
+
+
+def _read(reader: Callable[[], Demo], corrections: dict[str, Correction], path: Path) -> Demo:
+    return corrected(reader(), corrections, path)
+
+
+def with_corrections(reader: Callable[[], Demo], corrections: dict[str, Correction], path: Path) -> Callable[[], Demo]:
+    """A reader that corrects what another one reads; can be pickled if that one can."""
+    return partial(_read, reader, corrections, path)
+
+
+def entry(
+    change: np.ndarray, focal: float, lag: int, uncertainty: Mapping[str, float], track: CameraTrack
+) -> dict[str, Any]:
+    """A camera's entry as plain values."""
+    intrinsics = np.array(track.intrinsics[0])
+    intrinsics[0, 0] *= focal
+    intrinsics[1, 1] *= focal
+    return {
+        "camera_change": change.tolist(),
+        "focal_factor": float(focal),
+        "lag_frames": int(lag),
+        "uncertainty": dict(uncertainty),
+        "corrected": {
+            "intrinsics": intrinsics.tolist(),
+            "world_to_camera": (change @ np.asarray(track.world_to_camera[0])).tolist(),
+        },
+    }

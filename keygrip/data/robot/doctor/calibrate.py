@@ -1,0 +1,158 @@
+"""Self-calibration: what the robot's outline in the pictures says about a camera's place, focal length and clock.
+
+Writes a calibration file with corrections (`keygrip/data/robot/corrections.py`); recordings are left as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from tqdm import tqdm
+
+from keygrip.artifacts import atomic_write
+from keygrip.data.bad_samples import BadSample
+from keygrip.data.robot.calibration import NAMES, SCHEMA, read_mapping
+from keygrip.data.robot.corrections import entry
+from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.doctor.examination import spread
+from keygrip.data.robot.doctor.registration import FOCAL, NUMBERS, PRIOR, Fit, agreement_of, fit
+from keygrip.data.robot.doctor.search import LONG_PRIOR, starts
+from keygrip.data.robot.doctor.silhouettes import moved
+from keygrip.data.robot.doctor.views import Placement, View, make_view, place, stands
+from keygrip.data.robot.schema import Demo
+from keygrip.robots.surface import RobotSurface
+
+log = logging.getLogger(__name__)
+
+FINE_REACHES = (5, 4, 3, 3, 3)
+LEAST_AGREEMENT = 0.3  # after the fit: below, the pictures do not show this robot at these poses
+LAST_PRIOR = np.array([1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 20.0])  # once the place is found, pictures alone decide
+
+
+def calibrate(
+    root: str | Path,
+    output: str | Path | None,
+    format: str,
+    calibration: str | Path | None,
+    cameras: Sequence[str] | None,
+    max_demos: int,
+    frames_per_demo: int,
+    model: RobotSurface | None = None,
+) -> dict[str, Any]:
+    """The step `calibrate`: fits every camera that stands and writes the corrections.
+
+    Args:
+        root, format, calibration: as for `find_demos`.
+        output: the file to write; None: calibration_corrected.yaml beside the data folder.
+        cameras: which; None: all that stand through each demo.
+        max_demos, frames_per_demo: pictures that are used, evenly spread.
+        model: the arm's surface; None: a YAM's where the robot's name says so.
+
+    Raises:
+        ValueError: no camera stands, or none could be fitted; an unknown camera.
+        FileExistsError: the file to write is there already.
+    """
+    root = Path(root)
+    target = Path(output) if output is not None else root.parent / f"{root.resolve().name}_calibration.yaml"
+    if target.exists():
+        raise FileExistsError(f"{target} exists: name another file with output=PATH, or remove it")
+    references = find_demos(root, format, calibration)
+    demos: list[Demo] = []
+    for index in tqdm(spread(len(references), max_demos), desc="reading demos", unit="demo"):
+        try:
+            demos.append(references[index].read())
+        except BadSample as error:
+            log.warning("left out: %s", error)
+    known = sorted({camera for demo in demos for camera in demo.cameras})
+    if unknown := [camera for camera in cameras or () if camera not in known]:
+        raise ValueError(f"no demo has camera {unknown[0]!r}; there are {', '.join(known)}")
+    given = (
+        Path(calibration) if calibration is not None else next((root / n for n in NAMES if (root / n).is_file()), None)
+    )
+    content: dict[str, Any] = {} if given is None or references[0].format == "native" else read_mapping(given)
+    if content.get("corrections"):
+        raise ValueError(f"{calibration} holds corrections already: begin with the calibration that it was made from")
+    content.setdefault("schema", SCHEMA)
+    content.setdefault("conventions", {"camera": "opencv", "pixel": "corner", "length": "m"})
+    content["corrections"], report = {}, {}
+    for camera in cameras or known:
+        pairs = _pairs(demos, camera, frames_per_demo, model)
+        if not pairs:
+            log.warning("camera %s moves with the arm, or shows no motion: left as it is", camera)
+            continue
+        found = fitted(pairs)
+        if found.after < LEAST_AGREEMENT or found.points == 0:
+            log.warning(
+                "camera %s: pictures and poses do not come together (agreement %.2f): left as it is; run step=doctor",
+                camera,
+                found.after,
+            )
+            continue
+        report[camera] = summary(found)
+        log.info("camera %s: %s", camera, report[camera])
+        track = next(demo for demo in demos if camera in demo.cameras).cameras[camera]
+        lag = round(found.lag)
+        uncertainty = {key: value for key, value in summary(found).items() if key.startswith("sigma_")}
+        uncertainty = {key.removeprefix("sigma_"): value for key, value in uncertainty.items()}
+        content["corrections"][camera] = entry(_matrix(found), found.focal, lag, uncertainty, track)
+    if not report:
+        raise ValueError(f"no camera in {root} could be calibrated from its pictures: run step=doctor")
+    with atomic_write(target) as file:
+        file.write(yaml.safe_dump(content, sort_keys=False).encode())
+    log.info("corrections: %s; use them with data.calibration=%s", target, target)
+    return {"root": str(root), "output": str(target), "cameras": report}
+
+
+def _matrix(found: Fit) -> np.ndarray:
+    return moved(np.eye(4), found.change[:6])
+
+
+def summary(found: Fit) -> dict[str, float]:
+    """What is written and logged of a fit."""
+    sigma = found.sigma
+    return {
+        "turn_deg": round(found.degrees, 3),
+        "shift_mm": round(found.metres * 1e3, 2),
+        "focal_percent": round((found.focal - 1) * 100, 3),
+        "late_frames": round(found.lag, 3),
+        "sigma_turn_deg": round(float(np.degrees(np.linalg.norm(sigma[:3]))), 3),
+        "sigma_shift_mm": round(float(np.linalg.norm(sigma[3:6])) * 1e3, 2),
+        "sigma_focal_percent": round(float(sigma[FOCAL]) * 100, 3),
+        "sigma_lag_frames": round(float(sigma[-1]), 3),
+        "agreement_before": round(found.before, 3),
+        "agreement_after": round(found.after, 3),
+    }
+
+
+def _pairs(demos: Sequence[Demo], camera: str, frames: int, model: RobotSurface | None) -> list[tuple[View, Placement]]:
+    found = []
+    for demo in demos:
+        if camera not in demo.cameras or not stands(demo, camera) or len(demo) < 6:
+            continue
+        view = make_view(demo, camera, frames)
+        for arm in demo.arms:
+            robot = place(demo, arm, model)
+            if robot.source != "poses":
+                found.append((view, robot))
+    return found
+
+
+def fitted(pairs: Sequence[tuple[View, Placement]]) -> Fit:
+    """The change of a camera that fits all pictures best, from wherever it starts.
+
+    Some pictures find the place, all of them the last fraction.
+    """
+    few = [pairs[index] for index in spread(len(pairs), 6)]
+    own = agreement_of(few)
+    tried = [fit(few)]
+    for _, change in starts(few, best=3):
+        tried.append(fit(few, start=change, prior=LONG_PRIOR))
+    best = max(tried, key=lambda found: found.after)
+    if own > best.after:
+        best = fit(few, np.zeros(NUMBERS), prior=PRIOR)
+    return fit(pairs, start=best.change, reaches=FINE_REACHES, prior=LAST_PRIOR)

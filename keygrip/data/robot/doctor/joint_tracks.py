@@ -1,0 +1,101 @@
+"""Recorded positions against the kinematics of recorded joints: scale, clock, and demos that differ from the others."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from keygrip.data.robot.doctor.examination import Examination, listed, matrices
+from keygrip.data.robot.doctor.tracks import best_delay, unit_of
+from keygrip.robots.kinematics import forward_kinematics
+
+SCALE, DELAY_FRAMES, SPREAD_M, ODD_M, ODD_DEG = 0.02, 0.4, 0.006, 0.008, 2.0
+
+
+def check_joint_tracks(exam: Examination) -> None:
+    """Where a YAM's joints were recorded: they say where the gripper was, whatever frame its positions are in."""
+    if exam.found("joint_unit"):
+        return
+    for arm in exam.arms:
+        scales, delays, bases, turns, places = {}, {}, {}, {}, {}
+        for demo in exam.with_arm(arm):
+            track = demo.arms[arm]
+            if track.joints is None or track.joints.shape[1] != 6 or not demo.robot.startswith("yam"):
+                continue
+            own, quaternion = forward_kinematics(track.joints)
+            if np.ptp(own, axis=0).max() < 0.03:
+                continue
+            turn = Rotation.from_matrix(matrices(track.quaternion) @ matrices(quaternion).transpose(0, 2, 1))
+            base = turn.mean()
+            turned = base.apply(own)
+            delay = best_delay(turned, track.position, 8)
+            if np.isfinite(delay) and abs(delay) > DELAY_FRAMES:
+                delays[demo.name] = delay
+                continue
+            aligned = _rotation_between(own, track.position)
+            centred, moved = aligned.apply(own - own.mean(axis=0)), track.position - track.position.mean(axis=0)
+            scale = float((centred * moved).sum() / (centred**2).sum())
+            left = moved - scale * centred
+            if abs(scale - 1) > SCALE and float(np.median(np.linalg.norm(left, axis=1))) < SPREAD_M:
+                scales[demo.name] = scale
+                continue
+            bases[demo.name] = np.median(track.position - turned, axis=0)
+            turns[demo.name] = base
+            places[demo.name] = own
+        _report_scales(exam, arm, scales)
+        _report_delays(exam, arm, delays)
+        if len(bases) >= 3:
+            _report_odd(exam, arm, bases)
+
+
+def _rotation_between(first: np.ndarray, second: np.ndarray) -> Rotation:
+    return Rotation.align_vectors(second - second.mean(axis=0), first - first.mean(axis=0))[0]
+
+
+def _report_scales(exam: Examination, arm: str, scales: dict[str, float]) -> None:
+    if not scales:
+        return
+    scale = float(np.median(list(scales.values())))
+    unit = unit_of(scale)
+    exam.add(
+        "position_scale",
+        "error",
+        f"arm {arm}, {listed(scales)}",
+        f"recorded positions move {scale:.3f} times as far as the kinematics of the recorded joints",
+        f"Convert the positions to metres: divide them by {scale:.4g}",
+        cause=f"positions in {unit}" if unit else f"positions scaled by {scale:.3f}",
+        demos=scales,
+    )
+
+
+def _report_delays(exam: Examination, arm: str, delays: dict[str, float]) -> None:
+    if not delays:
+        return
+    delay = float(np.median(list(delays.values())))
+    frames = max(1, round(abs(delay)))
+    exam.add(
+        "pose_lag",
+        "error",
+        f"arm {arm}, {listed(delays)}",
+        f"recorded poses follow the kinematics of the recorded joints by {delay:.1f} frames",
+        f"Shift the poses by {frames} frames {'earlier' if delay > 0 else 'later'}",
+        cause=f"poses {frames} frames {'late' if delay > 0 else 'early'} against the joints",
+        demos=delays,
+    )
+
+
+def _report_odd(exam: Examination, arm: str, bases: dict[str, np.ndarray]) -> None:
+    usual = np.median(np.stack(list(bases.values())), axis=0)
+    off = {name: base - usual for name, base in bases.items() if np.linalg.norm(base - usual) > ODD_M}
+    if not off or len(off) > len(bases) / 2:
+        return
+    centimetres = max(float(np.linalg.norm(value)) for value in off.values()) * 100
+    exam.add(
+        "base_offset",
+        "error",
+        f"arm {arm}, {listed(off)}",
+        f"recorded positions lie up to {centimetres:.1f} cm elsewhere against the joints than in the other demos",
+        "Give all demos the same base and tool frame",
+        cause=f"positions offset by {centimetres:.1f} cm in these demos",
+        demos=off,
+    )

@@ -1,0 +1,51 @@
+"""What the report shows of a camera: the robot's outline over images, and the agreement by lag."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from keygrip.data.robot.doctor.examination import Examination, spread
+from keygrip.data.robot.doctor.registration import LAG, NUMBERS, agreement_of, silhouette
+from keygrip.data.robot.doctor.silhouettes import boundary
+from keygrip.data.robot.doctor.views import Placement, View
+
+RECORDED, FITTED = (235, 40, 40), (40, 210, 80)
+SHOWN, SIZE = 3, 360  # demos, and pixels of an image's longer side
+LAGS = range(-5, 6)
+
+
+def overlay(view: View, placement: Placement, change: np.ndarray, frame: int) -> np.ndarray:
+    """Image `frame` of a view with the outline as recorded and as fitted, uint8 [H, W, 3]."""
+    scale = max(1, round(SIZE / max(view.size)))
+    image = Image.fromarray(view.images[frame]).resize((view.size[1] * scale, view.size[0] * scale))
+    drawn = np.array(image)
+    for number, colour in ((np.zeros(NUMBERS), RECORDED), (change, FITTED)):
+        edge = boundary(silhouette(view, placement, number, half=False, every=2)[frame : frame + 1])[0]
+        edge = edge.repeat(scale, axis=0).repeat(scale, axis=1)
+        drawn[edge] = colour
+    return drawn
+
+
+def add_overlays(
+    exam: Examination, camera: str, arm: str, pairs: dict[str, tuple[View, Placement]], change: np.ndarray
+) -> None:
+    """Notes images and the curve of agreement by lag for the report."""
+    names = list(pairs)
+    for index in spread(len(names), SHOWN):
+        view, robot = pairs[names[index]]
+        frame = len(view.index) // 2
+        caption = f"{names[index]}, camera {camera}, arm {arm}, frame {int(view.index[frame])}"
+        exam.overlays.append((caption, overlay(view, robot, change, frame)))
+    exam.measures[f"camera/{camera}/arm/{arm}/agreement_by_lag"] = _by_lag([pairs[n] for n in names[:SHOWN]])
+
+
+def _by_lag(pairs: Sequence[tuple[View, Placement]]) -> dict[str, float]:
+    found = {}
+    for lag in LAGS:
+        change = np.zeros(NUMBERS)
+        change[LAG] = -lag
+        found[str(lag)] = round(agreement_of(pairs, change), 3)
+    return found

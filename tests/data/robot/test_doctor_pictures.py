@@ -1,0 +1,197 @@
+"""Pictures against poses: flips, lags, moved and wrongly calibrated cameras are named, sound sets are not, and
+self-calibration gives the camera back. Images are the robot's silhouette over a textured table."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+
+from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.doctor import Finding, doctor
+from keygrip.data.robot.doctor.calibrate import calibrate
+from keygrip.data.robot.doctor.silhouettes import moved, seen, splat
+from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
+from keygrip.robots.inverse_kinematics import pointing_down, solve
+from keygrip.robots.kinematics import forward_kinematics
+from keygrip.robots.surface import yam_surface
+
+SIDE, FRAMES, DEMOS = 128, 24, 3
+INTRINSICS = np.array([[248.0, 0, 64.0], [0, 248.0, 64.0], [0, 0, 1]])
+
+
+def looking_at(eye: np.ndarray, target: np.ndarray) -> np.ndarray:
+    forward = (target - eye) / np.linalg.norm(target - eye)
+    right = np.cross(forward, [0.0, 0.0, 1.0])
+    right /= np.linalg.norm(right)
+    pose = np.eye(4)
+    pose[:3, :3] = np.stack([right, np.cross(forward, right), forward])
+    pose[:3, 3] = -pose[:3, :3] @ eye
+    return pose
+
+
+POSE = looking_at(np.array([0.95, -0.45, 0.75]), np.array([0.3, 0.0, 0.06]))
+
+
+@dataclass(frozen=True)
+class Recorded:
+    joints: np.ndarray
+    position: np.ndarray
+    quaternion: np.ndarray
+    gripper: np.ndarray
+    pictures: np.ndarray
+    intrinsics: np.ndarray = field(default_factory=lambda: INTRINSICS)
+    pose: np.ndarray = field(default_factory=lambda: POSE)
+
+
+@cache
+def sound(number: int) -> Recorded:
+    """The gripper goes over the table, turns and goes down and up."""
+    rng = np.random.default_rng(number)
+    corners = np.array(
+        [[0.3, -0.14, 0.2], [0.36, 0.1, 0.16], [0.32, 0.12, 0.05], [0.24, -0.05, 0.12], [0.3, -0.1, 0.05]]
+    )
+    corners = corners + rng.uniform(-0.03, 0.03, corners.shape)
+    at = np.linspace(0, FRAMES - 1, len(corners))
+    path = np.stack([np.interp(np.arange(FRAMES), at, corners[:, axis]) for axis in range(3)], axis=1)
+    yaw = np.interp(np.arange(FRAMES), at, rng.uniform(-0.8, 0.8, len(corners)))
+    joints, guess = [], np.array([0.0, 1.2, 1.4, -1.0, 0.0, 0.0])
+    for point, angle in zip(path, yaw, strict=True):
+        guess = solve(point, pointing_down(float(angle), 0.3), guess).joints
+        joints.append(guess)
+    position, quaternion = forward_kinematics(np.stack(joints))
+    signs = np.where((quaternion[1:] * quaternion[:-1]).sum(axis=1) < 0, -1.0, 1.0)
+    quaternion[1:] *= np.cumprod(signs)[:, None]
+    gripper = np.interp(np.arange(FRAMES), [0, 8, 12, FRAMES], [1.0, 1.0, 0.3, 0.3])
+    pixels, _ = seen(yam_surface().at(np.stack(joints), gripper), INTRINSICS, POSE)
+    mask, _ = splat(pixels, SIDE, SIDE)
+    y, x = np.mgrid[0:SIDE, 0:SIDE]
+    table = np.stack([170 + 20 * ((x // 16 + y // 16) % 2), 150 + 0 * x, 120 + 0 * x], axis=-1).astype(np.uint8)
+    pictures = np.where(mask[..., None], np.array([60, 62, 70], dtype=np.uint8), table)
+    return Recorded(np.stack(joints), position, quaternion, gripper, pictures)
+
+
+Fault = Callable[[Recorded, int], Recorded]
+
+
+def write(root: Path, fault: Fault, joints: bool = True) -> Path:
+    for number in range(DEMOS):
+        demo = fault(sound(number), number)
+        with DemoWriter(root / f"demo_{number}", "yam", "pick", "pick up the cube", 10.0) as writer:
+            for i in range(FRAMES):
+                arm = ArmPose(
+                    demo.position[i], demo.quaternion[i], float(demo.gripper[i]), demo.joints[i] if joints else None
+                )
+                camera = CameraPose(demo.intrinsics, demo.pose)
+                writer.add(i * 100_000_000, {"over": demo.pictures[i]}, {"over": camera}, {"right": arm})
+    return root
+
+
+def found(tmp_path: Path, fault: Fault, joints: bool = True) -> list[Finding]:
+    return doctor(write(tmp_path / "data", fault, joints), tmp_path / "out", progress=False)
+
+
+def same(demo: Recorded, number: int) -> Recorded:
+    return demo
+
+
+def mirrored(demo: Recorded, number: int) -> Recorded:
+    return replace(demo, pictures=demo.pictures[:, :, ::-1])
+
+
+def late_once(demo: Recorded, number: int) -> Recorded:
+    return replace(demo, pictures=demo.pictures[np.maximum(np.arange(FRAMES) - 2, 0)]) if number == 1 else demo
+
+
+def long_lens(demo: Recorded, number: int) -> Recorded:
+    return replace(demo, intrinsics=INTRINSICS * [[1.12, 1, 1], [1, 1.12, 1], [1, 1, 1]])
+
+
+def moved_once(demo: Recorded, number: int) -> Recorded:
+    return replace(demo, pose=moved(POSE, np.array([0.06, -0.05, 0.03, 0, 0, 0]))) if number == 2 else demo
+
+
+def exchanged_once(demo: Recorded, number: int) -> Recorded:
+    return replace(demo, pictures=demo.pictures[..., ::-1]) if number == 0 else demo
+
+
+@pytest.mark.parametrize(
+    ("fault", "joints", "check", "cause", "demos"),
+    [
+        (mirrored, False, "flipped_images", "pictures mirrored left-right", 3),
+        (late_once, True, "image_lag", "pictures 2 frames late", 1),
+        pytest.param(long_lens, True, "registration", "focal length off by", 3, marks=pytest.mark.slow),
+        (moved_once, False, "moved_camera", "camera moved by", 1),
+        (exchanged_once, True, "colour_order", "colour order BGR", 1),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else None,
+)
+def test_fault_is_named_with_its_demos(tmp_path, fault, joints, check, cause, demos):
+    findings = found(tmp_path, fault, joints)
+    assert [finding.check for finding in findings] == [check], [str(finding) for finding in findings]
+    assert findings[0].cause.startswith(cause)
+    assert len(findings[0].demos) == demos
+    assert findings[0].camera == "over"
+
+
+def test_sound_set_gives_no_finding_and_a_whole_report(tmp_path):
+    assert found(tmp_path, same) == []
+    page = (tmp_path / "out/report.html").read_text()
+    assert "No fault found" in page
+    assert page.count("data:image/jpeg;base64,") == 4  # three overlays and a contact sheet
+    assert "http" not in page
+
+
+def test_calibration_gives_the_camera_back_and_leaves_the_recording(tmp_path):
+    turn = np.array([0.05, -0.04, 0.03, 0.02, -0.01, 0.02])
+
+    def wrong(demo: Recorded, number: int) -> Recorded:
+        late = demo.pictures[np.clip(np.arange(FRAMES) - 2, 0, FRAMES - 1)]
+        return replace(
+            demo, pose=moved(POSE, turn), pictures=late, intrinsics=INTRINSICS * [[1.06, 1, 1], [1, 1.06, 1], [1, 1, 1]]
+        )
+
+    root = write(tmp_path / "data", wrong)
+    before = {path: path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+    report = calibrate(root, tmp_path / "fixed.yaml", "auto", None, None, 3, 10)
+    assert {path: path.read_bytes() for path in before} == before
+    assert report["cameras"]["over"]["late_frames"] == pytest.approx(2, abs=0.2)
+    demo = find_demos(root, calibration=tmp_path / "fixed.yaml")[0].read()
+    track = demo.cameras["over"]
+    off = track.world_to_camera[0] @ np.linalg.inv(POSE)
+    centre = np.linalg.inv(track.world_to_camera[0])[:3, 3] - np.linalg.inv(POSE)[:3, 3]
+    assert np.degrees(Rotation.from_matrix(off[:3, :3]).magnitude()) < 0.7
+    assert np.linalg.norm(centre) < 0.015
+    assert track.intrinsics[0, 0, 0] == pytest.approx(248.0, rel=0.02)
+    assert len(demo) == FRAMES - 2
+    # the picture of a pose is the one that shows it
+    assert np.abs(track.frames.read(5).astype(int) - sound(0).pictures[5]).mean() < 3
+    assert len(pickle.loads(pickle.dumps(track.frames))) == FRAMES - 2
+    with pytest.raises(FileExistsError, match="name another file"):
+        calibrate(root, tmp_path / "fixed.yaml", "auto", None, None, 3, 10)
+
+
+def test_corrections_that_cannot_be_are_refused(tmp_path):
+    root = write(tmp_path / "data", same)
+    file = tmp_path / "c.yaml"
+    head = "schema: keygrip.calibration/1\nconventions: {camera: opencv, pixel: corner, length: m}\n"
+    for text, said in (
+        ("corrections: {over: {focal_factor: 9}}", "0.2 to 5"),
+        ("corrections: {over: {lag: 2}}", "mapping with"),
+        ("corrections: {over: {camera_change: [[1]]}}", "4 x 4"),
+    ):
+        file.write_text(head + text)
+        with pytest.raises(ValueError, match=said):
+            find_demos(root, calibration=file)
+    file.write_text(head + "corrections: {side: {lag_frames: 1}}")
+    with pytest.raises(ValueError, match="corrects camera 'side'"):
+        find_demos(root, calibration=file)[0].read()
+    file.write_text(head)
+    with pytest.raises(ValueError, match="has no effect"):
+        find_demos(root, calibration=file)
