@@ -367,6 +367,7 @@ def plant(clean: Path, folder: Path, fault: Fault) -> None:
     for number, demo in enumerate(demos):
         target = folder / demo.name
         shutil.copytree(demo, target)
+        (target / "manifest.json").unlink(missing_ok=True)  # a fault is not damage: no hash shall find it
         hit = not fault.one or number == 2
         trajectory = dict(np.load(target / "trajectory.npz"))
         if not fault.joints:

@@ -69,7 +69,9 @@ def foreground(images: np.ndarray, background: np.ndarray | None = None) -> np.n
 
 
 def stands(demo: Demo, camera: str) -> bool:
-    """Whether a camera keeps its place through a demo."""
+    """Whether a calibrated camera keeps its place through a demo."""
+    if demo.cameras[camera].uncalibrated:
+        return False
     pose = np.asarray(demo.cameras[camera].world_to_camera)
     centre = -(pose[:, :3, :3].transpose(0, 2, 1) @ pose[:, :3, 3:])[..., 0]
     turned = np.arccos(np.clip((np.einsum("nij,ij->n", pose[:, :3, :3], pose[0, :3, :3]) - 1) / 2, -1, 1))
