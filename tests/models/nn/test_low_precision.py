@@ -24,7 +24,8 @@ def test_int8_weights_are_within_half_a_step() -> None:
     step = layer.weight.abs().amax(dim=1, keepdim=True) / 127
     assert ((back - layer.weight).abs() <= step / 2 + 1e-7).all()
     x = torch.randn(7, 40)
-    torch.testing.assert_close(small(x), layer(x), atol=0.02, rtol=0.02)
+    bound = x.abs().sum(dim=1, keepdim=True) * step.T / 2  # of every rounding, all in one direction
+    assert ((small(x) - layer(x)).abs() <= bound + 1e-4).all()
     assert small(x.bfloat16()).dtype == torch.bfloat16
     assert torch.equal(small(x)[:, 5], layer.bias[5].expand(7))
 
