@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from scipy.spatial.transform import Rotation
 
 from keygrip.artifacts import atomic_write
 from keygrip.data.robot.calibration import SCHEMA
@@ -136,15 +137,7 @@ def calibrate_camera(
     )
     # a camera that stands is, seen from the gripper with the board, the one that moves
     arm = poses if mounted else invert(poses)
-    rotation, position = cv2.calibrateHandEye(
-        list(arm[:, :3, :3]),
-        list(arm[:, :3, 3]),
-        list(board_in_camera[:, :3, :3]),
-        list(board_in_camera[:, :3, 3]),
-        method=cv2.CALIB_HAND_EYE_PARK,
-    )
-    pose = np.eye(4)
-    pose[:3, :3], pose[:3, 3] = rotation, np.ravel(position)
+    pose = hand_eye(arm, board_in_camera)
     boards = arm @ pose @ board_in_camera
     centre = np.median(boards[:, :3, 3], axis=0)
     corner = matrix + np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])  # OpenCV counts from the first pixel's centre
@@ -157,6 +150,22 @@ def calibrate_camera(
         spread_deg=_widest_turn(boards) / 2,
         frames=len(kept),
     )
+
+
+def hand_eye(arm: np.ndarray, board: np.ndarray) -> np.ndarray:
+    """X [4, 4] for which arm[i] @ X @ board[i] is the same for all i; [N, 4, 4] each (Park and Martin, 1994).
+
+    The rotation aligns the axes of the motions between frames, the shift follows by least squares.
+    """
+    first, second = np.triu_indices(len(arm), 1)
+    of_arm, of_board = invert(arm[second]) @ arm[first], board[second] @ invert(board[first])
+    turns = Rotation.from_matrix(of_arm[:, :3, :3]).as_rotvec(), Rotation.from_matrix(of_board[:, :3, :3]).as_rotvec()
+    pose = np.eye(4)
+    pose[:3, :3] = Rotation.align_vectors(*turns)[0].as_matrix()
+    left = (of_arm[:, :3, :3] - np.eye(3)).reshape(-1, 3)
+    right = (of_board[:, :3, 3] @ pose[:3, :3].T - of_arm[:, :3, 3]).reshape(-1)
+    pose[:3, 3] = np.linalg.lstsq(left, right, rcond=None)[0]
+    return pose
 
 
 def _widest_turn(poses: np.ndarray) -> float:
