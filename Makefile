@@ -14,7 +14,7 @@ HERE := not lerobot and not openpi and not metaworld and not lmms and not opencv
 METAWORLD := .venv-metaworld
 # Demonstrations of each task, training steps and episodes of `make metaworld`.
 DEMOS ?= 50
-STEPS ?= 3000
+STEPS ?= 1800
 EPISODES ?= 20
 
 .PHONY: help install gl metaworld metaworld-install metaworld-test demo test test-all openpi charuco lint bench notebooks doctor lerobot clean
