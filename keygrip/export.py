@@ -1,8 +1,9 @@
 """Writes a trained model in a format that others read: ``keygrip export checkpoint=RUN to=FOLDER``.
 
 ``format=safetensors`` (the default) is the folder that `keygrip.load` reads; ``torch_export`` and ``onnx`` write the
-network as one graph (`model.pt2`, `model.onnx`) beside it, checked against the eager network to 1e-4. Prints one line
-of JSON last on standard output.
+network as one graph (`model.pt2`, `model.onnx`) beside it, checked against the eager network to 1e-4. ``lora`` writes
+the adapter of a model that was trained with one, as peft does; ``diffusers`` a DiT as the folder of a
+`DiffusionPipeline`. Prints one line of JSON last on standard output.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig
 
+from keygrip.artifacts import atomic_folder
 from keygrip.command import entry_point
 from keygrip.config import EntrySchema, register
 
 log = logging.getLogger(__name__)
 
-FORMATS = ("safetensors", "torch_export", "onnx")
+FORMATS = ("safetensors", "torch_export", "onnx", "lora", "diffusers")
 FILES = {"torch_export": "model.pt2", "onnx": "model.onnx"}
 
 
@@ -59,6 +61,14 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         file, use_ema=cfg.ema, trust=tuple(cfg.trust), external=checkpoints.external_files(cfg)
     )
     target = Path(cfg.to)
+    if cfg.format == "lora":
+        from keygrip.models.patch_dit.lora import write_lora
+
+        if getattr(module, "lora", None) is None:
+            raise ValueError("this model was trained without LoRA (model.lora): give format=safetensors")
+        with atomic_folder(target) as made:
+            write_lora(module.network, made, module.lora)
+        return {"folder": str(target), "format": cfg.format, "bytes": _size(target)}
     if cfg.format != "safetensors" and not hasattr(module, "export_graph"):
         raise ValueError(
             f"{type(module).__name__} has no graph to export: give format=safetensors, which every model has"
@@ -66,6 +76,18 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     weights, which = checkpoints.weights_of(content, cfg.ema)
     run_folder = file.parent.parent if file.is_file() else file
     card = folder.model_card(target.name, content, weights, which, read_result(run_folder))
+    if cfg.format == "diffusers":
+        from keygrip.models.patch_dit.module import PatchDiTModule
+
+        if not isinstance(module, PatchDiTModule):
+            raise ValueError(f"{type(module).__name__} is no image model: give format=safetensors")
+        try:
+            from keygrip.exporting.diffusers_pipeline import write_pipeline
+        except ImportError as error:
+            raise ImportError(f"format=diffusers needs diffusers: pip install 'keygrip[dit]' ({error})") from error
+        with atomic_folder(target) as made:
+            write_pipeline(made, module.sampling, content, weights, card)
+        return {"folder": str(target), "format": cfg.format, "weights": which, "bytes": _size(target)}
     result: dict[str, Any] = {"folder": str(target), "format": cfg.format, "weights": which}
 
     def write_graph(where: Path) -> None:
@@ -80,6 +102,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     result["bytes"] = sum(path.stat().st_size for path in target.iterdir())
     log.info("exported %s to %s", file, target)
     return result
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def print_result(cfg: DictConfig) -> None:

@@ -25,7 +25,14 @@ class SampleSchema(EntrySchema):
     trust: Any = ()
     external: dict[str, Any] = field(default_factory=dict)
     prompt: Any = None
+    prompts: str | None = None
     image: Any = None
+    blend: bool = False
+    image_mask: Any = None
+    start_image: str | None = None
+    strength: float | None = None
+    redraw: str | None = None
+    lora: str | None = None
     samples: int = 1
     size: Any = None
     batch_size: int = 16
@@ -39,6 +46,8 @@ class SampleSchema(EntrySchema):
     steps: int | None = None
     solver: str | None = None
     timestep_shift: float | None = None
+    guidance: str | None = None
+    cls_scale: float | None = None
 
 
 register("sample_schema", SampleSchema)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,14 +20,15 @@ from keygrip.evaluation.attribute_classifier import (
     Verdict,
     distance_px,
 )
+from keygrip.evaluation.image_distances import Distances
+from keygrip.evaluation.image_features import FeatureEncoder, FeatureOptions, feature_encoder, training_images
+from keygrip.evaluation.image_statistics import grain, set_figures
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.sampler import Sampling
 
 if TYPE_CHECKING:
     from keygrip.data.image_text.datamodule import ImageShards
     from keygrip.models.patch_dit.module import PatchDiTModule
-
-from keygrip.evaluation.image_distances import Distances
 
 CASES = ("reconstruction", "dino_swap", "text_only", "changed_words", "shuffled_patches", "scales")
 SIDE_MARGIN = 0.05  # of the width: nearer than this, left and right are not asked about
@@ -47,6 +49,7 @@ class ImageSuite:
             changed, where the data say which it is.
         shown: images in each row of the report.
         classifier: how a classifier is trained where there is none yet.
+        features: in which sets of images are compared with real ones.
 
     Raises:
         ValueError: an unknown case, or a number below 1.
@@ -63,6 +66,7 @@ class ImageSuite:
     replace_words: Mapping[str, str] = field(default_factory=dict)
     shown: int = 8
     classifier: ClassifierOptions = field(default_factory=ClassifierOptions)
+    features: FeatureOptions = field(default_factory=FeatureOptions)
 
     def __post_init__(self) -> None:
         unknown = [case for case in self.cases or () if case not in CASES]
@@ -140,6 +144,11 @@ class Suite:
         self.colours = [] if classifier is None else classifier.network.colours
         self.rows: list[tuple[str, Tensor]] = []  # titles and images of one batch, by case
 
+    @cached_property
+    def features(self) -> FeatureEncoder:
+        """In whose features sets of images are compared; trained when it is first asked for, where it is missing."""
+        return feature_encoder(self.data, self.encoders, self.options.features)
+
     def cases(self) -> list[str]:
         """The cases that can be evaluated here.
 
@@ -179,7 +188,7 @@ class Suite:
         if case == "reconstruction":
             return asked
         if case == "text_only":
-            return replace(asked, conditions=replace(own, cls=None, patches=None))
+            return replace(asked, conditions=own.without_dino())
         if case == "dino_swap":
             if len(batch) < 2:
                 return None
@@ -225,7 +234,7 @@ class Suite:
     @torch.no_grad()
     def measure(self, drawn: Tensor, asked: Asked) -> dict[str, Tensor]:
         """Of each image, by name, [B] each (fewer where something was not asked of all)."""
-        found = self.distances(drawn, asked.target)
+        found = self.distances(drawn, asked.target) | {"grain": grain(drawn)}
         if self.classifier is not None:
             found |= self._classified(self.classifier.network.to(drawn.device)(drawn), asked, drawn)
         return {name: values.float().cpu() for name, values in found.items()}
@@ -254,6 +263,7 @@ class Suite:
         """Figures by case; fills `rows` with images."""
         wanted = self.cases()
         values: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+        sets: dict[str, list[Tensor]] = defaultdict(list)
         total = min(self.options.images, len(self.data.samples(self.options.split)))
         with tqdm(total=total, desc="evaluate", unit="image", disable=None) as bar:
             for batch, real, numbers in self.batches(self.options.images):
@@ -267,6 +277,8 @@ class Suite:
                     if name == REAL:  # an image's distance to itself says nothing
                         found = {figure: value for figure, value in found.items() if figure not in self.distances.names}
                     self._add(values[name], found)
+                    if name == REAL:
+                        sets[name].append(self.features.features(drawn).float().cpu())
                 for case in wanted:
                     if case == "scales":
                         continue
@@ -275,20 +287,32 @@ class Suite:
                         continue
                     drawn = self.draw(asked_of, size, numbers.start)
                     self._add(values[case], self.measure(drawn, asked_of))
+                    sets[case].append(self.features.features(drawn).float().cpu())
                     if shown:
                         self.rows.append((self._title(case, asked_of), drawn[:count].cpu()))
                 bar.update(len(batch))
-        return {case: summarise(found) for case, found in values.items()}
+        reference = self.reference()
+        return {
+            case: summarise(found) | (set_figures(torch.cat(sets[case]), reference) if case in sets else {})
+            for case, found in values.items()
+        }
+
+    @torch.no_grad()
+    def reference(self) -> Tensor:
+        """Features [N, F] of real training images, with which sets are compared; real held-out ones too."""
+        parts = training_images(self.data, self.encoders, self.options.features.reference_images)
+        device = self.module.device
+        batches = [batch for part in parts for batch in part.split(64)]
+        return torch.cat([self.features.features(batch.to(device).float() / 255).float().cpu() for batch in batches])
 
     def _references(self, batch: ImageTextBatch, real: Tensor, numbers: range) -> Iterator[tuple[str, Asked, Tensor]]:
-        """Real images in the place of drawn ones: another one of the set, and (for the classifier's own error) each
-        itself."""
+        """Real images in the place of drawn ones: another one of the set, and each itself: the classifier's own error,
+        and what sets of real images are from each other."""
         own = self.ask("reconstruction", batch, real, numbers)
         assert own is not None
         if len(batch) > 1:
             yield UNRELATED, own, real.roll(-1, dims=0)
-        if self.classifier is not None:
-            yield REAL, own, real
+        yield REAL, own, real
 
     @staticmethod
     def _add(values: dict[str, list[Tensor]], found: dict[str, Tensor]) -> None:

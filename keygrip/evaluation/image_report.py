@@ -26,8 +26,50 @@ EXPLAINED = {
     "changed_words": "a word of the caption changed, own features",
     "shuffled_patches": "own text, own patches in random order",
     "another_picture": "a real image, another one than asked for",
-    "real": "the real image itself: what the classifier says of it is its own error",
+    "real": "the real images themselves: the classifier's own error, and the distance of real sets from each other",
 }
+# Figures of the anchors: of real images against others of their kind, and how far a good model may be from them.
+PARETO = ("colour_as_asked", "cube_within_4px")
+LIMITS = (
+    ("reconstruction", "frechet", "real", 1.5, "Frechet distance of reconstructions", "of real images"),
+    ("text_only", "frechet", "real", 3.0, "Frechet distance of images from words alone", "of real images"),
+    ("reconstruction", "grain", "real", 1.2, "grain of reconstructions", "of real images"),
+    ("text_only", "grain", "real", 1.2, "grain of images from words alone", "of real images"),
+)
+SHARES = (
+    ("reconstruction", "ssim", 0.80, "SSIM of reconstructions"),
+    ("reconstruction", "cube_within_4px", 0.95, "share of reconstructions with the cube within 4 px"),
+    ("reconstruction", "colour_as_asked", 0.98, "share of reconstructions with the right colour"),
+    ("changed_words", "colour_as_asked", 0.95, "share of changed words whose colour is drawn"),
+    ("changed_words", "cube_within_4px", 0.90, "share of these with the cube in place"),
+)
+
+
+def shortcomings(cases: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """What is wrong with the images, a sentence each; empty where nothing that is measured is."""
+    found = []
+    for case, name, anchor, factor, what, whose in LIMITS:
+        value, own = cases.get(case, {}).get(name), cases.get(anchor, {}).get(name)
+        if value is not None and own is not None and value > factor * own:
+            found.append(f"The {what} is {value:.3g}, {value / max(own, 1e-9):.3g} times that {whose} ({own:.3g}).")
+    for case, name, least, what in SHARES:
+        value, other = cases.get(case, {}).get(name), cases.get("another_picture", {}).get(name)
+        if value is not None and value < least:
+            beside = f"; that of an unrelated real image is {other:.2f}" if other is not None and name == "ssim" else ""
+            found.append(f"The {what} is {value:.2f}, below {least:.2f}{beside}.")
+    return found
+
+
+def pareto(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> list[int]:
+    """Numbers of the rows than which no other one is better in all of the named figures (larger is better)."""
+    points = [[row[name] for name in names] for row in rows]
+
+    def beaten(own: Sequence[float]) -> bool:
+        return any(
+            all(a >= b for a, b in zip(other, own, strict=True)) and list(other) != list(own) for other in points
+        )
+
+    return [number for number, point in enumerate(points) if not beaten(point)]
 
 
 def write_report(
@@ -58,7 +100,18 @@ def write_report(
 def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
     """The report's text."""
     sampling = ", ".join(f"{name} {value}" for name, value in figures["sampling"].items())
-    lines = [f"# Images of the {figures['split']} split", "", f"Sampling: {sampling}.", ""]
+    lines = [f"# Images of the {figures['split']} split", ""]
+    wrong = shortcomings(figures["cases"])
+    lines += ["What is wrong, first:" if wrong else "No figure is outside of its limit.", ""]
+    lines += [*(f"- {line}" for line in wrong), *([""] if wrong else [])]
+    lines += [f"Sampling: {sampling}.", ""]
+    if "features" in figures:
+        lines += [
+            f"Sets are compared in the features of: {figures['features']['name']} (SHA-256 "
+            f"{figures['features']['sha256'][:16]}). The row `real` says how far real held-out images are from the "
+            "same real training images.",
+            "",
+        ]
     classifier = figures["classifier"]
     if classifier is not None:
         lines += [
@@ -83,6 +136,10 @@ def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
             name: {k: v for k, v in row.items() if k not in ("text_scale", "dino_scale")} for name, row in named.items()
         }
         lines += ["", *table(rows)]
+        if "colour_as_asked" in figures["scales"][0]:
+            best = pareto(figures["scales"], PARETO)
+            chosen = [list(named)[number] for number in best]
+            lines += ["", f"No pair of scales is better in both {' and '.join(PARETO)} than: {'; '.join(chosen)}."]
     return "\n".join(lines) + "\n"
 
 

@@ -9,8 +9,13 @@ Cases, each on the same held-out images and seeds:
 - `shuffled_patches`: as `reconstruction`, with the patches in random order.
 - `scales`: `changed_words` over a grid of guidance scales: where words and features each have their say.
 
-Images are compared with what the shards' own latents decode to. LPIPS needs weights that are not part of any package;
-where they are not at hand this is said, and two distances that are no LPIPS stand in for it under their own names.
+Each figure stands beside two anchors: `real`, the held-out images themselves against other real ones, and
+`another_picture`, an unrelated real image in the place of the one that was asked for. Sets of images are compared in
+the features of a frozen encoder that no model was trained with (`features`).
+
+Single images are compared with what the shards' own latents decode to. LPIPS needs weights that are not part of any
+package; where they are not at hand this is said, and two distances that are no LPIPS stand in for it under their own
+names.
 """
 
 from __future__ import annotations
@@ -23,9 +28,10 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from keygrip.evaluation.attribute_classifier import classifier_for
-from keygrip.evaluation.image_cases import REAL, ImageSuite, Suite
+from keygrip.evaluation.image_cases import REAL, UNRELATED, ImageSuite, Suite
+from keygrip.evaluation.image_features import FeatureOptions
 from keygrip.evaluation.image_report import write_report
-from keygrip.evaluation.kinds import KINDS, Evaluated, plain
+from keygrip.evaluation.kinds import KINDS, Evaluated, plain, refuse_unknown
 
 if TYPE_CHECKING:
     from keygrip.data.image_text.datamodule import ImageShards
@@ -68,6 +74,7 @@ def run_suite(
         "cases": cases,
         "scales": table,
         "classifier": None if classifier is None else vars(classifier.error) | {"fingerprint": classifier.fingerprint},
+        "features": {"name": suite.features.name, "sha256": suite.features.sha256},
         "lpips_note": suite.distances.note,
         "sampling": {name: getattr(suite.sampling, name) for name in ("text_scale", "dino_scale", "steps", "solver")},
     }
@@ -77,11 +84,16 @@ def run_suite(
 def headline(figures: Mapping[str, Any]) -> dict[str, float]:
     """The figures by which models are compared, under one name each."""
     wanted = {
-        "reconstruction": ("psnr_db", "ssim", "lpips", "judge_distance", "dino_distance", "cube_within_4px"),
+        "reconstruction": (
+            *("psnr_db", "ssim", "lpips", "judge_distance", "dino_distance", "cube_within_4px"),
+            *("frechet", "cmmd", "precision", "recall", "grain", "colour_as_asked"),
+        ),
+        REAL: ("frechet", "cmmd", "precision", "recall", "grain"),
+        UNRELATED: ("ssim", "psnr_db"),
         "shuffled_patches": ("psnr_db", "cube_within_4px"),
         "dino_swap": ("cube_within_4px",),
         "changed_words": ("colour_as_asked", "cube_within_4px"),
-        "text_only": ("colour_as_asked", "side_as_asked"),
+        "text_only": ("colour_as_asked", "side_as_asked", "frechet", "cmmd", "precision", "recall", "grain"),
     }
     found = {
         f"{case}/{name}": figures["cases"][case][name]
@@ -96,7 +108,9 @@ def headline(figures: Mapping[str, Any]) -> dict[str, float]:
 
 def evaluate_images(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     """What `python -m keygrip.evaluate` does with a patch-conditioned DiT."""
-    options = ImageSuite(**{name: plain(cfg[name]) for name in KINDS["image_text"].settings()})
+    settings = {name: plain(cfg[name]) for name in KINDS["image_text"].settings()}
+    refuse_unknown(settings["features"], FeatureOptions)
+    options = ImageSuite(**{**settings, "features": FeatureOptions(**settings["features"])})
     data = evaluated.stored_data()
     figures, _ = run_suite(evaluated.module, data, options, evaluated.output)  # type: ignore[arg-type]
     return figures

@@ -79,6 +79,7 @@ class ImageTextSchema(EvaluateSchema):
     lpips: str = MISSING
     replace_words: dict[str, Any] = field(default_factory=dict)
     shown: int = MISSING
+    features: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

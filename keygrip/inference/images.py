@@ -1,10 +1,10 @@
-"""Draws images from words, from a reference image, or from both, with a trained patch-conditioned DiT."""
+"""Draws images from words, from reference images, or from both, with a trained patch-conditioned DiT."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,29 +13,47 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from keygrip.artifacts import atomic_write
-from keygrip.data.bad_samples import BadSample
-from keygrip.data.image_text.crops import Bucket, cut_out, shared_crop
-from keygrip.data.image_text.decoding import decode_image
+from keygrip.data.image_text.crops import Bucket, nearest_bucket
+from keygrip.inference.image_requests import SampleRequest, requested
+from keygrip.inference.references import (
+    Reference,
+    blended,
+    cell_mask,
+    image_size,
+    open_mask,
+    open_reference,
+    patch_mask,
+)
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.figures import as_bytes, image_grid
+from keygrip.models.patch_dit.lora import load_lora
 from keygrip.models.patch_dit.module import PatchDiTModule
-from keygrip.models.patch_dit.sampler import Sampling
+from keygrip.models.patch_dit.sampler import Edit, Sampling
 from keygrip.training.checkpoints import external_files, find_checkpoint, load_module
 from keygrip.training.strategies import automatic_precision
 
 log = logging.getLogger(__name__)
 
+GRID_ROWS = 24  # of one file
+
 
 @dataclass(frozen=True)
-class SampleRequest:
-    """One image to draw: its words, its reference image (either may be None) and its seed."""
+class Steering:
+    """What all images of a command have in common.
 
-    prompt: str | None
-    image: str | None
-    seed: int
+    Args:
+        image_masks: files, one for each image that steers: where it counts. start_image: file to start from.
+        strength: how far from it. redraw: file, white where it is drawn anew.
+    """
+
+    image_masks: tuple[str, ...] = ()
+    start_image: str | None = None
+    strength: float = 1.0
+    redraw: str | None = None
 
 
 def sample(cfg: DictConfig) -> dict[str, Any]:
@@ -46,56 +64,54 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
             encoders other than those that the model was trained with.
     """
     requests = requested(cfg)
+    steering = steering_of(cfg, requests)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     file = find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)
     module = load_module(
         file, map_location=device, expected=PatchDiTModule, trust=tuple(cfg.trust), external=external_files(cfg)
     )
     assert isinstance(module, PatchDiTModule)
+    if cfg.lora is not None:
+        load_lora(module.network, Path(cfg.lora))
     sampling = sampling_of(cfg, module.sampling)
-    _refuse_idle(cfg, module)
-    bucket = bucket_of(cfg.size, module)
+    _refuse_idle(cfg, module, requests)
+    buckets = buckets_of(cfg.size, module, requests, steering)
     started = time.perf_counter()
-    images, references = draw(module, requests, bucket, sampling, cfg.batch_size)
+    images, references = draw(module, requests, buckets, sampling, cfg.batch_size, steering)
     wall_s = time.perf_counter() - started
     folder = Path(cfg.run_dir) if cfg.run_dir else _folder_beside(file)
-    files = write(folder, requests, images, references)
-    log.info("%d images of %s in %.1f s: %s", len(requests), bucket.name, wall_s, folder)
+    files, grids = write(folder, requests, images, references)
+    sizes = [[bucket.width, bucket.height] for bucket in buckets]
+    log.info("%d images of %s in %.1f s: %s", len(requests), buckets[0].name, wall_s, folder)
     return {
-        "images": [str(path) for path in files[:-1]],
-        "grid": str(files[-1]),
+        "images": [str(path) for path in files],
+        "grid": str(grids[0]),
+        "grids": [str(path) for path in grids],
         "prompts": [request.prompt for request in requests],
-        "references": [request.image for request in requests],
+        "references": [request.reference for request in requests],
         "seeds": [request.seed for request in requests],
-        "size": [bucket.width, bucket.height],
+        "size": sizes[0],
+        "sizes": sizes,
         "sampling": {field.name: getattr(sampling, field.name) for field in fields(sampling)},
         "wall_s": round(wall_s, 3),
         "s_per_image": round(wall_s / len(requests), 3),
     }
 
 
-def requested(cfg: DictConfig) -> list[SampleRequest]:
-    """One request for each pair of words and reference (a single one goes with all of the other) and each seed.
-
-    Raises:
-        ValueError: nothing is requested, or lists of different lengths.
-    """
-    prompts: list[str | None] = [None] if cfg.prompt is None else _listed(cfg.prompt)
-    images: list[str | None] = [None] if cfg.image is None else _listed(cfg.image)
-    if prompts == [None] and images == [None]:
-        raise ValueError('nothing to draw: give prompt="...", image=FILE, or both')
-    if cfg.samples < 1 or cfg.batch_size < 1:
-        raise ValueError("samples and batch_size must be at least 1")
-    count = max(len(prompts), len(images))
-    for name, values in (("prompt", prompts), ("image", images)):
-        if len(values) not in (1, count):
-            raise ValueError(f"{len(prompts)} prompts and {len(images)} images: give as many of each, or one {name}")
-    pairs = [(prompts[n % len(prompts)], images[n % len(images)]) for n in range(count)]
-    return [SampleRequest(prompt, image, cfg.seed + n) for prompt, image in pairs for n in range(cfg.samples)]
-
-
-def _listed(value: Any) -> list[str | None]:
-    return [str(value)] if isinstance(value, str | int | float) else [str(each) for each in value]
+def steering_of(cfg: DictConfig, requests: Sequence[SampleRequest]) -> Steering:
+    """Masks and the image to start from. Raises ValueError: a setting that has no effect, or too few masks."""
+    masks = () if cfg.image_mask is None else cfg.image_mask
+    masks = (str(masks),) if isinstance(masks, str) else tuple(str(mask) for mask in masks)
+    for number, request in enumerate(requests):
+        if masks and len(masks) != len(request.images):
+            raise ValueError(
+                f"{len(masks)} masks (image_mask) for the {len(request.images)} images of request {number}: give one "
+                "for each image that steers"
+            )
+    if cfg.start_image is None and (cfg.redraw is not None or cfg.strength is not None):
+        raise ValueError("strength and redraw are for start_image=FILE: leave them out")
+    strength = (1.0 if cfg.redraw is not None else 0.6) if cfg.strength is None else float(cfg.strength)
+    return Steering(masks, cfg.start_image, strength, cfg.redraw)
 
 
 def sampling_of(cfg: DictConfig, usual: Sampling) -> Sampling:
@@ -108,16 +124,36 @@ def sampling_of(cfg: DictConfig, usual: Sampling) -> Sampling:
     return replace(usual, **changed)
 
 
-def _refuse_idle(cfg: DictConfig, module: PatchDiTModule) -> None:
+def _refuse_idle(cfg: DictConfig, module: PatchDiTModule, requests: Sequence[SampleRequest]) -> None:
     """A scale for what is not given would have no effect."""
-    for condition, names in (("prompt", ("text_scale", "text_rescale")), ("image", ("dino_scale", "dino_rescale"))):
-        for name in names:
-            if cfg[condition] is None and cfg[name] is not None:
+    words, images = any(r.prompt is not None for r in requests), any(r.images for r in requests)
+    names = {"prompt": ("text_scale", "text_rescale"), "image": ("dino_scale", "dino_rescale", "cls_scale")}
+    for condition, given in (("prompt", words), ("image", images)):
+        for name in names[condition]:
+            if not given and cfg[name] is not None:
                 raise ValueError(f"{name}={cfg[name]} has no effect without {condition}=...: leave it out")
-    if (cfg.prompt is None or cfg.image is None) and (cfg.full_scale or cfg.full_rescale):
-        raise ValueError("full_scale and full_rescale are for prompt and image together: leave them out")
-    if cfg.image is not None and not module.network.use_dino_patches:
+    if not (words and images) and (cfg.full_scale or cfg.full_rescale or cfg.guidance not in (None, "independent")):
+        raise ValueError("full_scale, full_rescale and guidance are for prompt and image together: leave them out")
+    if images and not module.network.use_dino_patches:
         log.warning("this model was trained without patches: of the image only its overall look counts")
+    if cfg.cls_scale is not None and not module.dropout.cls_alone:
+        log.warning("cls_scale: this model never saw a CLS vector without patches (model.dropout.cls_alone is 0)")
+
+
+def buckets_of(
+    size: Any, module: PatchDiTModule, requests: Sequence[SampleRequest], steering: Steering
+) -> list[Bucket]:
+    """The size of each request: as asked; else of the trained sizes the one of the likest shape as the image to start
+    from or the first reference; else the most usual one in training."""
+    usual = bucket_of(size, module)
+    if size is not None:
+        return [usual] * len(requests)
+    stride = module.encoders.latent_stride
+    trained = [Bucket(width * stride, height * stride) for height, width in module.statistics.latent_sizes]
+    found: dict[str, Bucket] = {}
+    for image in dict.fromkeys(steering.start_image or (r.images[0] if r.images else "") for r in requests):
+        found[image] = nearest_bucket(*image_size(image), trained) if image else usual
+    return [found[steering.start_image or (r.images[0] if r.images else "")] for r in requests]
 
 
 def bucket_of(size: Any, module: PatchDiTModule) -> Bucket:
@@ -144,83 +180,120 @@ def bucket_of(size: Any, module: PatchDiTModule) -> Bucket:
     return bucket
 
 
+def batches_of(requests: Sequence[SampleRequest], buckets: Sequence[Bucket], batch_size: int) -> Iterator[list[int]]:
+    """Numbers of requests that can be drawn as one batch: of one size, with words all or none, and as many images."""
+    kinds: dict[tuple[Any, ...], list[int]] = {}
+    for number, (request, bucket) in enumerate(zip(requests, buckets, strict=True)):
+        kinds.setdefault((bucket, request.prompt is None, len(request.images)), []).append(number)
+    for members in kinds.values():
+        for start in range(0, len(members), batch_size):
+            yield members[start : start + batch_size]
+
+
 def draw(
-    module: PatchDiTModule, requests: Sequence[SampleRequest], bucket: Bucket, sampling: Sampling, batch_size: int
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Images ``[N, 3, H, W]`` in 0..1 on the CPU, and each reference image as it was cropped ``[3, H, W]``."""
+    module: PatchDiTModule,
+    requests: Sequence[SampleRequest],
+    buckets: Sequence[Bucket],
+    sampling: Sampling,
+    batch_size: int,
+    steering: Steering,
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Images ``[3, H, W]`` in 0..1 on the CPU, and the references of each as they were cropped."""
     encoders = module.ready_encoders()
-    references = {image: _crops(image, bucket, encoders) for image in dict.fromkeys(r.image for r in requests) if image}
+    opened: dict[tuple[str, Bucket], Reference] = {}
+    for request, bucket in zip(requests, buckets, strict=True):
+        for image in request.images:
+            if (image, bucket) not in opened:
+                opened[image, bucket] = open_reference(image, bucket, encoders)
     stride = encoders.latent_stride
-    size = bucket.height // stride, bucket.width // stride
-    on_gpu = module.device.type == "cuda"
-    half = automatic_precision(on_gpu) == "bf16-mixed"
-    batches = [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]
-    images = []
+    half = automatic_precision(module.device.type == "cuda") == "bf16-mixed"
+    batches = list(batches_of(requests, buckets, batch_size))
+    images: dict[int, Tensor] = {}
     with tqdm(
         total=len(batches) * sampling.steps, desc="sampling", unit="step", delay=2, leave=False, disable=None
     ) as bar:
-        for batch in batches:
-            conditions = conditions_of(module, batch, references, encoders.dino_grid(bucket.width, bucket.height))
+        for numbers in batches:
+            bucket, batch = buckets[numbers[0]], [requests[number] for number in numbers]
+            references = [[opened[image, bucket] for image in request.images] for request in batch]
+            conditions = conditions_of(module, batch, references, bucket, steering)
+            edit, below = _edit(module, bucket, len(batch), steering)
+            size = bucket.height // stride, bucket.width // stride
             with torch.autocast(module.device.type, torch.bfloat16, enabled=half):
-                found = module.draw(
-                    conditions, size, [request.seed for request in batch], sampling, lambda *_: bar.update()
-                )
-            images.append(found.cpu())
-    shown = {name: torch.from_numpy(crop.copy()).permute(2, 0, 1) / 255 for name, (crop, _) in references.items()}
-    return torch.cat(images), shown
+                seeds = [request.seed for request in batch]
+                found = module.draw(conditions, size, seeds, sampling, lambda *_: bar.update(), edit).cpu()
+            if below is not None:  # pixels that stay are those of the file, whatever the autoencoder makes of them
+                found = below[1] * found + (1 - below[1]) * below[0]
+            images |= dict(zip(numbers, found, strict=True))
+    shown = [[opened[image, b].shown for image in r.images] for r, b in zip(requests, buckets, strict=True)]
+    return [images[number] for number in range(len(requests))], shown
+
+
+def _edit(
+    module: PatchDiTModule, bucket: Bucket, count: int, steering: Steering
+) -> tuple[Edit | None, tuple[Tensor, Tensor] | None]:
+    """The latents to start from, and for a part that stays its pixels [3, H, W] and mask [1, H, W]."""
+    if steering.start_image is None:
+        return None, None
+    encoders = module.encoders
+    start = open_reference(steering.start_image, bucket, encoders, "start_image")
+    pixels = torch.from_numpy(start.pixels.copy()).permute(2, 0, 1)[None]
+    latents = module.statistics.normalised("latent", encoders.encode_images(pixels).to(module.device))
+    latents = latents.expand(count, -1, -1, -1)
+    if steering.redraw is None:
+        return Edit(latents, steering.strength), None
+    mask = open_mask(steering.redraw, bucket, encoders, "redraw")
+    cells = cell_mask(mask, encoders.latent_stride)[None].to(module.device)
+    return Edit(latents, steering.strength, cells.expand(count, -1, -1, -1)), (start.shown, mask)
 
 
 def conditions_of(
-    module: PatchDiTModule, requests: Sequence[SampleRequest], references: dict[str, Any], patch_grid: tuple[int, int]
+    module: PatchDiTModule,
+    requests: Sequence[SampleRequest],
+    references: Sequence[Sequence[Reference]],
+    bucket: Bucket,
+    steering: Steering,
 ) -> Conditions:
     """Words and reference images of some requests, as the network takes them."""
     encoders, statistics = module.encoders, module.statistics
-    states = mask = cls = patches = None
+    grid = encoders.dino_grid(bucket.width, bucket.height)
+    states = mask = None
     if requests[0].prompt is not None:
         states, mask = encoders.encode_text([str(request.prompt) for request in requests])
-    if requests[0].image is not None:
-        views = np.stack([references[str(request.image)][1] for request in requests])
+    words = Conditions(states, mask, None, None, grid)
+    parts = []
+    for place in range(len(requests[0].images)):
+        views = np.stack([each[place].view for each in references])
         raw_cls, raw_patches = encoders.encode_view(torch.from_numpy(views).permute(0, 3, 1, 2).contiguous())
         cls, patches = statistics.normalised("cls", raw_cls), statistics.normalised("patch", raw_patches)
-    return Conditions(states, mask, cls, patches, patch_grid).to(module.device)
-
-
-def _crops(image: str, bucket: Bucket, encoders: Any) -> tuple[Any, Any]:
-    """What an image shows of itself at the size to draw, and the DINO view of the very same crop; both uint8 HWC."""
-    if not Path(image).exists():
-        raise FileNotFoundError(f"image={image}: there is no such file")
-    try:
-        whole = decode_image(image)
-    except BadSample as error:
-        raise ValueError(f"image={image} cannot be read as an image: {error.what}") from error
-    box = shared_crop(*whole.size, bucket)
-    view = encoders.view_size(bucket.width, bucket.height)
-    return cut_out(whole, box, (bucket.width, bucket.height)), cut_out(whole, box, view)
+        parts.append(replace(words, cls=cls, patches=patches))
+    masks = [patch_mask(open_mask(file, bucket, encoders, "image_mask"), grid) for file in steering.image_masks]
+    found = parts[0] if parts else words
+    if len(parts) > 1:
+        found = blended(parts, masks or None)
+    elif masks:
+        found = replace(found, patch_mask=masks[0].to(found.patches.device).expand(len(requests), -1))  # type: ignore[union-attr]
+    return found.to(module.device)
 
 
 def write(
-    folder: Path, requests: Sequence[SampleRequest], images: torch.Tensor, references: dict[str, torch.Tensor]
-) -> list[Path]:
-    """The files: every image, then the grid with a row for each pair of words and reference, the reference first."""
+    folder: Path, requests: Sequence[SampleRequest], images: Sequence[Tensor], references: Sequence[Sequence[Tensor]]
+) -> tuple[list[Path], list[Path]]:
+    """The files: every image, and grids with a row for each pair of words and references, the references first."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows: dict[tuple[str | None, str | None], list[torch.Tensor]] = {}
-    for request, drawn in zip(requests, images, strict=True):
-        first = [] if request.image is None else [references[request.image]]
-        rows.setdefault((request.prompt, request.image), first).append(drawn)
-    titled = []
-    for (prompt, image), shown in rows.items():
-        words = prompt if image is None else f"{Path(image).name}: {prompt}" if prompt is not None else Path(image).name
-        titled.append((str(words), torch.stack(shown)))
-    named = [
-        (folder / f"{n:03d}_seed{r.seed}.png", frame)
-        for n, (r, frame) in enumerate(zip(requests, as_bytes(images), strict=True))
-    ]
-    files = []
-    for path, frame in [*named, (folder / "grid.png", image_grid(titled))]:
+    rows: dict[tuple[str, tuple[int, ...]], list[Tensor]] = {}
+    for request, drawn, shown in zip(requests, images, references, strict=True):
+        rows.setdefault((request.title, tuple(drawn.shape)), list(shown)).append(drawn)
+    titled = [(title, torch.stack(row)) for (title, _), row in rows.items()]
+    files = [folder / f"{n:03d}_seed{request.seed}.png" for n, request in enumerate(requests)]
+    frames = [as_bytes(image[None])[0] for image in images]
+    grids = []
+    for start in range(0, len(titled), GRID_ROWS):
+        grids.append(folder / (f"grid_{start // GRID_ROWS:02d}.png" if start else "grid.png"))
+        frames.append(image_grid(titled[start : start + GRID_ROWS]))
+    for path, frame in zip([*files, *grids], frames, strict=True):
         with atomic_write(path) as file:
             Image.fromarray(frame).save(file, "PNG")
-        files.append(path)
-    return files
+    return files, grids
 
 
 def _folder_beside(checkpoint: Path) -> Path:

@@ -20,13 +20,15 @@ from keygrip.evaluation import image_text as validation
 from keygrip.evaluation.attribute_classifier import ClassifierError, ClassifierOptions, TrainedClassifier, Verdict
 from keygrip.evaluation.image_cases import CASES, Asked, ImageSuite, Suite, change_caption, summarise
 from keygrip.evaluation.image_distances import LPIPS_FILE, Distances
+from keygrip.evaluation.image_features import FeatureOptions
 from keygrip.evaluation.image_report import scale_map, table
 from keygrip.evaluation.image_text import headline, run_suite
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.training.checkpoints import build_module
 
 QUICK = ClassifierOptions(width=8, steps=2, batch_size=4)
-SETTINGS: dict[str, Any] = {"images": 6, "grid_images": 2, "shown": 4, "classifier": QUICK}
+FAST = FeatureOptions(width=8, steps=2, batch_size=4)
+SETTINGS: dict[str, Any] = {"images": 6, "grid_images": 2, "shown": 4, "classifier": QUICK, "features": FAST}
 SETTINGS |= {"text_scales": (1.0, 3.0), "dino_scales": (0.0, 2.0)}
 # the encoders of image_sets, as overrides
 ENCODERS = ["encoders.text.length=8", "encoders.text.width=8"]
@@ -278,6 +280,9 @@ def test_the_suite_writes_a_report_with_pictures(root: Path, tmp_path: Path) -> 
     assert figures["cases"]["reconstruction"]["images"] == 6
     assert figures["classifier"]["images"] == 12  # of the validation split
     assert "psnr_db" not in figures["cases"]["real"]
+    for case in ("reconstruction", "text_only", "real"):
+        assert {"frechet", "cmmd", "precision", "recall", "grain"} <= set(figures["cases"][case])
+    assert figures["features"]["name"].startswith("trained")
     assert figures["cases"]["real"]["cube_px"] == headline(figures)["classifier/cube_px"]
     text = (tmp_path / "out" / "report.md").read_text()
     assert [path.name for path in pictures] == ["samples.png", "scales.png", "scale_map.png"]
@@ -319,14 +324,19 @@ def test_the_command_and_the_callback_evaluate_a_run(root: Path, tmp_path: Path)
     changes = [f"{suite}.images=4", f"{suite}.shown=2", f"{suite}.cases=[reconstruction,shuffled_patches]"]
     options = "keygrip.evaluation.attribute_classifier.ClassifierOptions"
     quick = f"+{suite}.classifier={{_target_: {options}, width: 8, steps: 2, batch_size: 4}}"
+    features = "keygrip.evaluation.image_features.FeatureOptions"
+    fast = f"+{suite}.features={{_target_: {features}, width: 8, steps: 2, batch_size: 4}}"
     small = [o for o in SMALL if not o.startswith(("model=", "data=", "encoders=", "optimizer="))]
     run = tmp_path / "run"
     given = [f"data.root={root}", f"run_dir={run}", "max_steps=2", "val_every_n_steps=2", "callbacks.ema=null"]
-    metrics = train.run(compose("train", ["experiment=dit_robot_images", *small, *ENCODERS, *given, *changes, quick]))
+    metrics = train.run(
+        compose("train", ["experiment=dit_robot_images", *small, *ENCODERS, *given, *changes, quick, fast])
+    )
     assert {"pictures/reconstruction/psnr_db", "pictures/shuffled_patches/cube_within_4px"} <= set(metrics)
     stored = json.loads((run / "pictures" / "result.json").read_text())
     assert stored["cases"]["reconstruction"]["psnr_db"] == pytest.approx(metrics["pictures/reconstruction/psnr_db"])
     overrides = [f"checkpoint={run}", "images=4", "cases=[reconstruction]", "sampling.steps=2"]
+    overrides += ["features.width=8", "features.steps=2", "features.batch_size=4"]
     classifier = ImageSuite.__dataclass_fields__["classifier"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(validation, "ImageSuite", lambda **given: ImageSuite(**given, classifier=QUICK))

@@ -11,6 +11,7 @@ import io
 import logging
 import os
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class ImageShards(ResumableData):
         cache_dir, cache_gb: for remote shards.
         num_workers: loader processes; None: one for each core but one, 4 at most.
         prefetch_batches: batches that each worker keeps ready.
+        trim_text: batches end with their longest caption; False: every batch has the encoder's whole length.
     """
 
     batch_type = ImageTextBatch
@@ -72,6 +74,7 @@ class ImageShards(ResumableData):
         cache_gb: float = 32.0,
         num_workers: int | None = None,
         prefetch_batches: int = 4,
+        trim_text: bool = False,
     ) -> None:
         super().__init__()
         if not 0 < val_fraction < 1:
@@ -84,7 +87,7 @@ class ImageShards(ResumableData):
         )
         self.cache_dir, self.cache_gb = cache_dir, cache_gb
         self.num_workers = min((os.cpu_count() or 1) - 1, 4) if num_workers is None else num_workers
-        self.prefetch_batches = prefetch_batches
+        self.prefetch_batches, self.trim_text = prefetch_batches, trim_text
         self.skipped = BadSamples(max_skipped_share)
         self.prepare_data_per_node = False  # shards lie where every node sees them
         self.parts: dict[str, list[BucketPart]] = {}
@@ -252,7 +255,9 @@ class ImageShards(ResumableData):
         return ImageTextSamples(parts, self.sizes, vary_captions)
 
     def _loader(self, samples: ImageTextSamples, sampler: GlobalBatchSampler) -> DataLoader[Any]:
-        loader = CountingLoader(collate_fn=Collate(make_batch), **self.loader_options(samples, sampler))
+        loader = CountingLoader(
+            collate_fn=Collate(partial(make_batch, trim_text=self.trim_text)), **self.loader_options(samples, sampler)
+        )
         loader.skipped = self.skipped
         return loader
 

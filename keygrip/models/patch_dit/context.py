@@ -27,6 +27,7 @@ class Conditions:
             text.
         cls: ``[B, Dd]``, or None. patches: ``[B, P, Dd]``, or None; row after row of patch_grid.
         patch_grid: (gh, gw); also needed without patches: it says how many null patches stand in their place.
+        patch_mask: bool ``[B, P]``: where False, the null embedding stands in the place of a patch. None: nowhere.
     """
 
     text: Tensor | None
@@ -34,8 +35,11 @@ class Conditions:
     cls: Tensor | None
     patches: Tensor | None
     patch_grid: tuple[int, int]
+    patch_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if self.patch_mask is not None and (self.patches is None or self.patch_mask.shape != self.patches.shape[:2]):
+            raise ValueError("A mask of patches says of each patch of each sample whether it counts: bool [B, P].")
         if (self.text is None) != (self.text_mask is None):
             raise ValueError("Text states and their mask belong together: give both or neither.")
         if self.patches is not None and self.cls is None:
@@ -58,6 +62,10 @@ class Conditions:
         """All samples ``times`` times, one whole batch after the other."""
         return self._map(lambda tensor: tensor.repeat(times, *[1] * (tensor.ndim - 1)))
 
+    def interleaved(self, times: int) -> Conditions:
+        """Each sample ``times`` times in a row."""
+        return self._map(lambda tensor: tensor.repeat_interleave(times, dim=0))
+
     def first(self, count: int) -> Conditions:
         """The first samples."""
         return self._map(lambda tensor: tensor[:count])
@@ -65,16 +73,20 @@ class Conditions:
     def with_dino_of(self, index: Tensor) -> Conditions:
         """Each sample's own text with the DINO features of another: ``index`` ``[B]`` says whose."""
         other = self._map(lambda tensor: tensor[index.to(tensor.device)])
-        return replace(self, cls=other.cls, patches=other.patches)
+        return replace(self, cls=other.cls, patches=other.patches, patch_mask=other.patch_mask)
+
+    def without_dino(self) -> Conditions:
+        """Text alone."""
+        return replace(self, cls=None, patches=None, patch_mask=None)
 
     def to(self, device: torch.device | str) -> Conditions:
         """On a device."""
         return self._map(lambda tensor: tensor.to(device))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Conditions:
-        parts = (self.text, self.text_mask, self.cls, self.patches)
-        text, text_mask, cls, patches = (None if part is None else change(part) for part in parts)
-        return Conditions(text, text_mask, cls, patches, self.patch_grid)
+        parts = (self.text, self.text_mask, self.cls, self.patches, self.patch_mask)
+        text, text_mask, cls, patches, patch_mask = (None if part is None else change(part) for part in parts)
+        return Conditions(text, text_mask, cls, patches, self.patch_grid, patch_mask)
 
 
 @dataclass(frozen=True)
@@ -150,20 +162,29 @@ class ContextBuilder(nn.Module):
         # At zero nothing is said in place of patches but where they would be; every patch count has the same one.
         self.null_dino_patches = nn.Parameter(torch.zeros(width)) if use_dino_patches else None
 
-    def forward(self, conditions: Conditions, keep_text: Tensor, keep_dino: Tensor, aspect: float) -> Context:
+    def forward(
+        self,
+        conditions: Conditions,
+        keep_text: Tensor,
+        keep_dino: Tensor,
+        aspect: float,
+        keep_patches: Tensor | None = None,
+    ) -> Context:
         """The context of a batch.
 
         Args:
-            conditions: see there. keep_text, keep_dino: bool ``[B]``; False puts the null embedding in place. CLS and
-                patches are always dropped together.
+            conditions: see there. keep_text, keep_dino: bool ``[B]``; False puts the null embedding in place.
             aspect: width over height of the images.
+            keep_patches: bool ``[B]``, of the patches; None: they are kept and dropped with the CLS vector, by
+                keep_dino.
         """
         text, text_mask = self._text(conditions, keep_text)
         cls = self.null_dino.expand(len(keep_dino), -1)
         if conditions.cls is not None:
             known = self.dino_proj(conditions.cls)
             cls = torch.where(keep_dino[:, None], known, cls.to(known.dtype))
-        return Context(text, text_mask, cls, self._patches(conditions, keep_dino, aspect))
+        keep_patches = keep_dino if keep_patches is None else keep_patches
+        return Context(text, text_mask, cls, self._patches(conditions, keep_patches, aspect))
 
     def _text(self, conditions: Conditions, keep: Tensor) -> tuple[Tensor, Tensor]:
         null = self.null_text.expand(len(keep), 1, -1)
@@ -182,7 +203,8 @@ class ContextBuilder(nn.Module):
         patches = self.null_dino_patches.expand(len(keep), rows * columns, -1)
         if conditions.patches is not None:
             known = self.dino_patch_proj(conditions.patches)
-            patches = torch.where(keep[:, None, None], known, patches.to(known.dtype))
+            kept = keep[:, None] if conditions.patch_mask is None else keep[:, None] & conditions.patch_mask
+            patches = torch.where(kept[..., None], known, patches.to(known.dtype))
         if self.patch_positions:
             where = grid_positions((rows, columns), aspect, keep.device)
             patches = patches + position_features(where, self.width, self.position_cells).to(patches.dtype)
@@ -196,12 +218,21 @@ CATEGORIES = ("none", "text", "dino", "both")
 @dataclass(frozen=True)
 class ConditionDropout:
     """What a training sample is told: one category each, as shares that add up to 1 (Ho and Salimans, "Classifier-Free
-    Diffusion Guidance", 2022, with two conditions)."""
+    Diffusion Guidance", 2022, with two conditions).
+
+    Args:
+        none, text, dino, both: shares of the categories.
+        cls_alone, patches_alone: of the samples that are told of their DINO features, shares that are told the CLS
+            vector without patches and patches without the CLS vector. Guidance with a scale for each
+            (`Sampling.cls_scale`) needs cls_alone above 0.
+    """
 
     none: float = 0.10
     text: float = 0.30
     dino: float = 0.05
     both: float = 0.55
+    cls_alone: float = 0.0
+    patches_alone: float = 0.0
 
     def __post_init__(self) -> None:
         if min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
@@ -209,6 +240,8 @@ class ConditionDropout:
                 f"model.dropout: shares of {', '.join(CATEGORIES)} must not be negative and add up to 1, "
                 f"got {list(self.shares)}."
             )
+        if min(self.cls_alone, self.patches_alone) < 0 or self.cls_alone + self.patches_alone > 1:
+            raise ValueError("model.dropout: cls_alone and patches_alone are shares that add up to 1 at most.")
 
     @property
     def shares(self) -> Sequence[float]:
@@ -218,6 +251,17 @@ class ConditionDropout:
         """Categories ``[count]`` int64, indices into ``CATEGORIES``, from torch's global generator."""
         edges = torch.tensor(self.shares, device=device).cumsum(0)[:-1]
         return torch.bucketize(torch.rand(count, device=device), edges, right=True)
+
+    def kept(self, category: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Whether samples of these categories keep their text, their CLS vector and their patches: bool ``[B]`` each,
+        from torch's global generator where CLS and patches are dropped apart."""
+        text, dino = kept(category)
+        if not self.cls_alone and not self.patches_alone:
+            return text, dino, dino
+        draw = torch.rand(len(category), device=category.device)
+        without_patches = draw < self.cls_alone
+        without_cls = ~without_patches & (draw < self.cls_alone + self.patches_alone)
+        return text, dino & ~without_cls, dino & ~without_patches
 
 
 def kept(category: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from keygrip.data.batches import ImageTextBatch, ImageTextStatistics
 from keygrip.models.nn.flow_matching import TimestepSampler, interpolate
 from keygrip.models.patch_dit.alignment import FeatureAlignment
-from keygrip.models.patch_dit.context import ConditionDropout, Conditions, kept
+from keygrip.models.patch_dit.context import ConditionDropout, Conditions
 from keygrip.models.patch_dit.encoders import Encoders
 from keygrip.models.patch_dit.feature_statistics import FeatureStatistics
+from keygrip.models.patch_dit.few_steps import FewSteps
 from keygrip.models.patch_dit.figures import image_grid
+from keygrip.models.patch_dit.lora import LoRA, add_lora
+from keygrip.models.patch_dit.memory import memory_of_a_step
 from keygrip.models.patch_dit.monitor import RANGES, LossTable, attention_figures, gradient_norm, velocity_norm
 from keygrip.models.patch_dit.network import DiTOutput, PatchDiT
-from keygrip.models.patch_dit.sampler import Sampling, sample
+from keygrip.models.patch_dit.sampler import Edit, Sampling, sample
 from keygrip.models.patch_dit.warm_start import warm_start
 from keygrip.training.distributed import global_mean
 from keygrip.training.loggers import takes_images
@@ -48,6 +52,10 @@ class PatchDiTModule(System):
         sampling: how images are drawn in training, and the default of `keygrip.sample`.
         alignment: makes the alignment of a block with the DINO features, from width and dino_dim; None: there is none.
         init_from: a run folder, checkpoint or file of weights to start from; read when training is set up.
+        init_from_min_share: of the network's numbers that must come from there. init_from_renames: regular expressions
+            and their replacements, for names of other implementations.
+        few_steps: distils the network of `init_from` into one that is drawn in few steps; None: plain training.
+        lora: low-rank differences are trained, and the network stays as `init_from` has it; None: all is trained.
         monitor_every_n_steps: steps between looks at norms and attention; 0: none. monitor_from_step: warnings begin.
         log_images_every_n_steps: validations at least so many steps apart draw samples; 0: none. shown: samples a row.
     """
@@ -78,6 +86,10 @@ class PatchDiTModule(System):
         monitor_from_step: int = 200,
         log_images_every_n_steps: int = 500,
         shown: int = 6,
+        init_from_min_share: float = 0.5,
+        init_from_renames: Mapping[str, str] | None = None,
+        lora: LoRA | None = None,
+        few_steps: FewSteps | None = None,
     ) -> None:
         super().__init__(optimizer)
         if min(monitor_every_n_steps, log_images_every_n_steps) < 0 or shown < 1:
@@ -95,7 +107,15 @@ class PatchDiTModule(System):
             )
         self.statistics = FeatureStatistics(encoders.latent_channels, encoders.dino_dim)
         self.timesteps, self.dropout, self.sampling = timesteps, dropout, sampling
-        self.init_from = init_from
+        self.init_from, self.init_from_min_share = init_from, init_from_min_share
+        self.init_from_renames = dict(init_from_renames or {})
+        self.lora, self.few_steps = lora, few_steps
+        if few_steps is not None:
+            few_steps.check(sampling)
+            if self.alignment is not None:
+                raise ValueError("model.few_steps learns from its teacher alone: leave model.alignment out")
+        if lora is not None:
+            add_lora(self.network, lora)
         self.monitor_every_n_steps, self.log_images_every_n_steps, self.shown = (
             monitor_every_n_steps,
             log_images_every_n_steps,
@@ -136,7 +156,11 @@ class PatchDiTModule(System):
                 )
         self._view_state = self.encoders.view.state()
         if self.init_from is not None:
-            warm_start(self.network, self.init_from)
+            warm_start(self.network, self.init_from, self.init_from_renames, self.init_from_min_share)
+        elif self.lora is not None or self.few_steps is not None:
+            raise ValueError("model.lora and model.few_steps want a trained network: name it with model.init_from=RUN")
+        if self.few_steps is not None:
+            self.few_steps.take_teacher(self.network)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[STATE] = {"statistics": self.statistics.plain(), "view": self._view_state}
@@ -172,7 +196,7 @@ class PatchDiTModule(System):
         if self._monitored():
             builder = self.network.context_builder
             figures = {"grad_norm": gradient_norm(list(self.network.parameters()))}
-            if builder.dino_patch_proj is not None:
+            if builder.dino_patch_proj is not None and self.lora is None:
                 figures["patch_gradient"] = gradient_norm(list(builder.dino_patch_proj.parameters()))
             self._report(figures)
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -191,11 +215,39 @@ class PatchDiTModule(System):
         error = output.velocity.float() - self.network.target(x, data, noise, level).float()
         return output, error.pow(2).mean(dim=(1, 2, 3))
 
+    def dry_run(self, batch: ImageTextBatch) -> dict[str, Any]:
+        """One batch: its shapes, parameters by group, its loss, and the memory that a step of training takes."""
+        groups: dict[str, int] = {}
+        for name, parameter in self.network.named_parameters():
+            part = name.partition(".")[0]
+            groups[part] = groups.get(part, 0) + parameter.numel()
+        data = self.statistics.normalised("latent", batch.latents)
+        conditions, count = self.statistics.conditions(batch), len(data)
+        everything = torch.ones(count, dtype=torch.bool, device=self.device)
+        noise, level = torch.randn_like(data), torch.full((count,), 0.5, device=self.device)
+
+        def loss() -> Tensor:
+            context = self.network.context_builder(conditions, everything, everything, aspect_of(data))
+            return self.noised(data, noise, level, context)[1].mean()
+
+        return {
+            "latents": list(batch.latents.shape),
+            "latent_tokens": int(np.prod(self.network.grid(data))),
+            "text": list(batch.text_states.shape),
+            "patches": list(batch.dino_patches.shape),
+            "parameters": groups | {"all": sum(groups.values())},
+        } | memory_of_a_step(self.network, loss)
+
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
         data = self.statistics.normalised("latent", batch.latents)
         conditions, aspect, count = self.statistics.conditions(batch), aspect_of(data), len(data)
+        if self.few_steps is not None:
+            loss = self.few_steps.loss(self.network, data, conditions, self.dropout)
+            self.log("train/loss", loss.detach(), prog_bar=True, batch_size=count)
+            return loss
         level, category = self.timesteps(count, self.device), self.dropout.draw(count, self.device)
-        context = self.network.context_builder(conditions, *kept(category), aspect)
+        keep_text, keep_cls, keep_patches = self.dropout.kept(category)
+        context = self.network.context_builder(conditions, keep_text, keep_cls, aspect, keep_patches)
         output, losses = self.noised(data, torch.randn_like(data), level, context)
         loss = global_mean(losses.sum(), count)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=count)
@@ -286,14 +338,15 @@ class PatchDiTModule(System):
         seeds: Sequence[int],
         sampling: Sampling | None = None,
         on_step: Callable[[int, Tensor], None] | None = None,
+        edit: Edit | None = None,
     ) -> Tensor:
         """Pictures ``[B, 3, H, W]`` float32 in 0..1.
 
         Args:
             conditions: normalised, of len(seeds) samples; see `keygrip.models.patch_dit.feature_statistics`.
-            size: (h, w) of the latents. sampling: None: the module's own. on_step: see `sample`.
+            size: (h, w) of the latents. sampling: None: the module's own. on_step, edit: see `sample`.
         """
-        latents = sample(self.network, conditions, size, sampling or self.sampling, seeds, on_step)
+        latents = sample(self.network, conditions, size, sampling or self.sampling, seeds, on_step, edit=edit)
         return self.encoders.to(self.device).decode_latents(self.statistics.restored(latents))
 
     @torch.no_grad()
@@ -313,7 +366,7 @@ class PatchDiTModule(System):
         size, seeds = (batch.latents.shape[2], batch.latents.shape[3]), list(range(count))
         ways = {
             "text and DINO": whole,
-            "text alone": replace(whole, cls=None, patches=None),
+            "text alone": whole.without_dino(),
             "DINO alone": replace(whole, text=None, text_mask=None),
             "its own text, DINO of the next": whole.with_dino_of(torch.arange(count).roll(-1)),
         }

@@ -12,7 +12,7 @@ et al., "PixArt-alpha" (2024).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -30,6 +30,7 @@ from keygrip.training.parts import model_part
 
 AdaLN = Literal["shift_scale", "gated"]
 Prediction = Literal["v", "x"]
+PatchAttention = Literal["joint", "separate"]
 
 
 @dataclass
@@ -41,6 +42,7 @@ class ContextCache:
     """
 
     blocks: dict[int, KeyValues] = field(default_factory=dict)
+    patches: dict[int, KeyValues] = field(default_factory=dict)  # of networks that attend to patches separately
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,16 @@ class DiTBlock(nn.Module):
     With ``adaln="shift_scale"`` the condition gives 6 vectors (shift and scale for each of the three) and the last
     layers of the branches start at zero; with ``"gated"`` it gives 9 (a gate too) and the gates start at zero. In both
     the block starts as the identity.
+
+    Args:
+        separate_patches: patches have a cross-attention of their own beside that over text and CLS, whose output layer
+            starts at zero: a network that was trained without patches gives the same output until it is trained (Ye et
+            al., "IP-Adapter", 2023).
     """
 
-    def __init__(self, width: int, heads: int, adaln: AdaLN, mlp_ratio: int, qk_norm: bool) -> None:
+    def __init__(
+        self, width: int, heads: int, adaln: AdaLN, mlp_ratio: int, qk_norm: bool, separate_patches: bool = False
+    ) -> None:
         super().__init__()
         self.gated = adaln == "gated"
         self.modulation = AdaLNModulation(width, width, parts=9 if self.gated else 6)
@@ -84,6 +93,7 @@ class DiTBlock(nn.Module):
         if zero:
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
+        self.patch_attention = Attention(width, heads, qk_norm=qk_norm, zero_output=True) if separate_patches else None
 
     def forward(
         self,
@@ -96,6 +106,7 @@ class DiTBlock(nn.Module):
         cls_place: int = 0,
         watched: list[Tensor] | None = None,
         groups: tuple[int, ...] = (),
+        patches: Tensor | None = None,
     ) -> Tensor:
         """``[B, N, D]``.
 
@@ -104,6 +115,7 @@ class DiTBlock(nn.Module):
                 ``[B, 1, D]``. mask: bool ``[B, M]`` or None.
             cache: filled or read at ``number``; its CLS token stands at ``cls_place``.
             watched: takes the attention shares ``[B, len(groups)]`` of this block's cross-attention.
+            patches: ``[B, P, D]``, for the attention of their own, where there is one.
         """
         parts = [part[:, None] for part in self.modulation(condition)]
         shifts, scales, gates = parts[:3], parts[3:6], parts[6:]
@@ -119,8 +131,19 @@ class DiTBlock(nn.Module):
         asking = inner(1)
         if watched is not None:
             watched.append(self.cross_attention.shares(asking, groups, context, mask))
-        x = x + gated(1, self.cross_attention(asking, context, mask))
+        read = self.cross_attention(asking, context, mask)
+        if self.patch_attention is not None and patches is not None:
+            read = read + self.patch_attention(asking, self._patch_context(patches, cache, number))
+        x = x + gated(1, read)
         return x + gated(2, self.mlp(inner(2)))
+
+    def _patch_context(self, patches: Tensor, cache: ContextCache | None, number: int) -> KeyValues:
+        assert self.patch_attention is not None
+        if cache is None:
+            return self.patch_attention.keys_values(patches)
+        if number not in cache.patches:
+            cache.patches[number] = self.patch_attention.keys_values(patches)
+        return cache.patches[number]
 
     def _context(self, tokens: Tensor, cache: ContextCache | None, number: int, cls_place: int) -> KeyValues:
         new = self.cross_attention.keys_values(tokens)
@@ -149,6 +172,10 @@ class PatchDiT(nn.Module):
         timestep_floor: only with "x", the timestep below which the prediction's error weighs no more in the loss
             (None: 0.05): a velocity loss weighs it by 1 / s^2, which near the data is all weight on the finest detail.
         use_dino_patches, patch_positions, position_cells: see `ContextBuilder`.
+        patch_attention: "joint": patches stand in one context with text and CLS; "separate": each block has a
+            cross-attention for them, see `DiTBlock`.
+        final_modulation: the last norm is shifted and scaled by the condition and the noise level, as in DiT; starts
+            as nothing.
         qk_norm: normalise queries and keys.
         routing: in training, a share of the tokens passes by the middle blocks; None: all go through all.
         gradient_checkpointing: recompute activations in the backward pass; about a third more time, far less memory.
@@ -176,8 +203,14 @@ class PatchDiT(nn.Module):
         qk_norm: bool = True,
         routing: TokenRouting | None = None,
         gradient_checkpointing: bool = False,
+        patch_attention: PatchAttention = "joint",
+        final_modulation: bool = False,
     ) -> None:
         super().__init__()
+        if patch_attention not in ("joint", "separate"):
+            raise ValueError(f"model.network.patch_attention is joint or separate, not {patch_attention!r}.")
+        if patch_attention == "separate" and not use_dino_patches:
+            raise ValueError("model.network.patch_attention=separate has no effect with use_dino_patches=false: joint.")
         if adaln not in ("shift_scale", "gated"):
             raise ValueError(f"model.network.adaln is shift_scale or gated, not {adaln!r}.")
         if prediction not in ("v", "x"):
@@ -207,11 +240,15 @@ class PatchDiT(nn.Module):
         )
         self.level_embedding = LevelEmbedding(width, hidden=256)
         self.latent_in = nn.Linear(latent_channels * patch_size**2, width)
-        self.blocks = nn.ModuleList(DiTBlock(width, heads, adaln, mlp_ratio, qk_norm) for _ in range(depth))
+        self.separate_patches = patch_attention == "separate"
+        self.blocks = nn.ModuleList(
+            DiTBlock(width, heads, adaln, mlp_ratio, qk_norm, self.separate_patches) for _ in range(depth)
+        )
         self.final_norm = nn.LayerNorm(width, eps=1e-6)
         self.latent_out = nn.Linear(width, latent_channels * patch_size**2)
         nn.init.zeros_(self.latent_out.weight)
         nn.init.zeros_(self.latent_out.bias)
+        self.final_modulation = AdaLNModulation(width, width, parts=2) if final_modulation else None
 
     def forward(
         self,
@@ -236,6 +273,9 @@ class PatchDiT(nn.Module):
         """
         rows, columns = self.grid(x)
         condition = context.cls + self.level_embedding(level)  # [B, D], used twice: here and as the CLS token
+        patches: Tensor | None = None
+        if self.separate_patches:
+            patches, context = context.patches, replace(context, patches=None)
         tokens = condition[:, None] if cache is not None and cache.blocks else context.tokens(condition)
         mask, cls_place = context.mask, context.groups[0]
         hidden = self.latent_in(self._to_tokens(x))
@@ -251,12 +291,19 @@ class PatchDiT(nn.Module):
                 elif number == self.routed[1] and index is not None:
                     hidden, index = self.routing.put_back(whole, hidden, index), None
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(block, hidden, condition, tokens, mask, use_reentrant=False)
+                hidden = checkpoint(
+                    block, hidden, condition, tokens, mask, None, 0, 0, None, (), patches, use_reentrant=False
+                )
             else:
-                hidden = block(hidden, condition, tokens, mask, cache, number, cls_place, watched, context.groups)
+                hidden = block(
+                    hidden, condition, tokens, mask, cache, number, cls_place, watched, context.groups, patches
+                )
             if tap is not None and number + 1 == tap:
                 tapped = Tapped(hidden, index)
-        raw = self._to_latent(self.latent_out(self.final_norm(hidden)), rows, columns)
+        last = self.final_norm(hidden)
+        if self.final_modulation is not None:
+            last = modulate(last, *(part[:, None] for part in self.final_modulation(condition)))
+        raw = self._to_latent(self.latent_out(last), rows, columns)
         raw = raw.to(x.dtype)
         if self.prediction == "x":
             raw = velocity_from_data(x, raw, level, self.timestep_floor if floor is None else floor)

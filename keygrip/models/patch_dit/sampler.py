@@ -2,6 +2,13 @@
 
     v = v_none + text_scale (v_text - v_none) + dino_scale (v_dino - v_none) + full_scale (v_full - v_none)
 
+or one after the other, so that the branch that is told of both, which is trained most, takes part in every step
+(``guidance="dino_then_text"``; the other order likewise)::
+
+    v = v_none + dino_scale (v_dino - v_none) + text_scale (v_full - v_dino)
+
+and with ``cls_scale`` in two steps for the DINO features: the CLS vector alone, then its patches.
+
 Every branch has the null embeddings of what it is not told. A branch whose weight is zero is not computed, so that the
 usual pair of scales costs three evaluations a step. What is saved without changing the result: the branches of a step
 run together, keys and values of text and patches are computed once a sample (only the CLS token depends on the noise
@@ -16,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +33,29 @@ from keygrip.models.patch_dit.context import Conditions, Context
 from keygrip.models.patch_dit.network import ContextCache, PatchDiT
 from keygrip.training.parts import model_part
 
-BRANCHES = {"none": (False, False), "text": (True, False), "dino": (False, True), "full": (True, True)}
+# What each branch is told: text, CLS vector, patches.
+BRANCHES = {
+    "none": (False, False, False),
+    "text": (True, False, False),
+    "cls": (False, True, False),
+    "text_cls": (True, True, False),
+    "dino": (False, True, True),
+    "full": (True, True, True),
+}
+Guidance = Literal["independent", "dino_then_text", "text_then_dino", "none"]
+GUIDANCE: tuple[Guidance, ...] = ("independent", "dino_then_text", "text_then_dino", "none")
 CPU_BATCH = 2**18  # numbers in the tokens of one branch up to which a CPU is faster with all branches as one batch
+NEGLIGIBLE = 1e-9  # weights that differ from zero by rounding
 FLOOR = 1e-3  # with x-prediction: below the last level of any reasonable number of steps, so that nothing is cut off
+
+
+class Term(NamedTuple):
+    """A step of guidance: scale (v_told - v_untold)."""
+
+    name: str  # of the condition, by which the rescale is chosen
+    scale: float
+    told: str
+    untold: str
 
 
 @model_part
@@ -42,6 +70,10 @@ class Sampling:
             Noise Schedules and Sample Steps are Flawed", 2024; here on the predicted clean latent).
         interval: lowest and highest noise level at which there is guidance; outside one evaluation on everything given.
         steps, solver, timestep_shift: see `keygrip.models.nn.flow_matching.integrate` and `noise_levels`.
+        guidance: how text and DINO are guided together, see the module's description; of no account with one of them.
+            "none": each step is one evaluation on everything given, whatever the scales, for distilled models.
+        cls_scale: of the CLS vector; dino_scale is then that of the patches. None: both together by dino_scale. Wants
+            a model that was trained with the CLS vector alone too (model.dropout.cls_alone above 0).
     """
 
     text_scale: float = 3.0
@@ -54,8 +86,16 @@ class Sampling:
     steps: int = 50
     solver: Solver = "euler"
     timestep_shift: float = 1.0
+    guidance: Guidance = "independent"
+    cls_scale: float | None = None
 
     def __post_init__(self) -> None:
+        if self.guidance not in GUIDANCE:
+            raise ValueError(f"guidance={self.guidance!r}: must be one of {', '.join(GUIDANCE)}.")
+        if self.guidance != "independent" and self.full_scale:
+            raise ValueError(f"full_scale={self.full_scale} has no effect with guidance={self.guidance}: 0.")
+        if self.cls_scale is not None and self.cls_scale < 0:
+            raise ValueError(f"cls_scale={self.cls_scale}: must not be negative.")
         low, high = self.interval
         if not 0 <= low < high <= 1:
             raise ValueError(f"interval={list(self.interval)}: noise levels between 0 and 1, the lower one first.")
@@ -68,40 +108,63 @@ class Sampling:
             raise ValueError(f"solver={self.solver!r}: must be one of {', '.join(SOLVERS)}.")
         noise_levels(self.steps, self.timestep_shift)  # refuses what it cannot divide
 
-    def scales(self, conditions: Conditions) -> dict[str, float]:
-        """Scale of each guiding branch that these conditions allow, without those at zero."""
-        scales = {}
-        if conditions.has_text:
-            scales["text"] = self.text_scale
-        if conditions.has_dino:
-            scales["dino"] = self.dino_scale
-        if conditions.has_text and conditions.has_dino:
-            scales["full"] = self.full_scale
-        return {name: scale for name, scale in scales.items() if scale != 0}
+    def terms(self, conditions: Conditions) -> list[Term]:
+        """The steps of guidance that these conditions allow, without those of scale zero."""
+        text, dino = conditions.has_text, conditions.has_dino
+        chained = text and dino and self.guidance != "independent"
+        text_first = chained and self.guidance == "text_then_dino"
+        found = []
+        if text and not (chained and not text_first):
+            found.append(Term("text", self.text_scale, "text", "none"))
+        if dino:
+            below, cls, all_of_it = ("text", "text_cls", "full") if text_first else ("none", "cls", "dino")
+            if self.cls_scale is not None and conditions.patches is not None:
+                found.append(Term("dino", self.cls_scale, cls, below))
+                found.append(Term("dino", self.dino_scale, all_of_it, cls))
+            else:
+                found.append(Term("dino", self.dino_scale, all_of_it, below))
+        if chained and not text_first:
+            found.append(Term("text", self.text_scale, "full", "dino"))
+        if text and dino and not chained:
+            found.append(Term("full", self.full_scale, "full", "none"))
+        return [term for term in found if term.scale != 0]
+
+    def weights(self, conditions: Conditions) -> dict[str, float]:
+        """The weight of each branch in the guided velocity, `none` first; they add up to 1."""
+        terms = self.terms(conditions)
+        if all(term.untold == "none" for term in terms):
+            scales = {term.told: term.scale for term in terms}
+            return {"none": 1 - sum(scales.values())} | scales
+        found = {"none": 1.0}
+        for term in terms:
+            found[term.told] = found.get(term.told, 0.0) + term.scale
+            found[term.untold] = found.get(term.untold, 0.0) - term.scale
+        return found
 
     def branches(self, conditions: Conditions, level: float) -> tuple[str, ...]:
         """The branches to compute at a noise level, `none` first where it counts."""
         low, high = self.interval
-        if not low <= level <= high:
+        if self.guidance == "none" or not low <= level <= high:
             return (everything_given(conditions),)
-        scales = self.scales(conditions)
-        needs_none = not scales or sum(scales.values()) != 1 or any(self._rescale(name) for name in scales)
-        return ("none", *scales) if needs_none else tuple(scales)
+        weights = self.weights(conditions)
+        rescaled = any(self._rescale(term.name) for term in self.terms(conditions))
+        return tuple(name for name, weight in weights.items() if rescaled or abs(weight) > NEGLIGIBLE)
 
     def combine(self, velocities: dict[str, Tensor], x: Tensor, level: float, conditions: Conditions) -> Tensor:
         """The velocity to follow, from those of `branches`."""
         if len(velocities) == 1:
             return next(iter(velocities.values()))
-        scales = self.scales(conditions)
-        if "none" not in velocities:  # the scales add up to 1
-            return sum((scale * velocities[name] for name, scale in scales.items()), start=torch.zeros_like(x))
-        none = velocities["none"]
-        guided = none
-        for name, scale in scales.items():
-            push = scale * (velocities[name] - none)
-            rescale = self._rescale(name)
+        terms, weights = self.terms(conditions), self.weights(conditions)
+        if not all(name in velocities for term in terms for name in (term.told, term.untold)):
+            parts = (weights[name] * velocity for name, velocity in velocities.items())
+            return sum(parts, start=torch.zeros_like(x))
+        guided = velocities["none"]
+        for term in terms:
+            told, untold = velocities[term.told], velocities[term.untold]
+            push = term.scale * (told - untold)
+            rescale = self._rescale(term.name)
             if rescale:
-                push = _rescaled(none + push, velocities[name], x, level, rescale) - none
+                push = _rescaled(untold + push, told, x, level, rescale) - untold
             guided = guided + push
         return guided
 
@@ -173,10 +236,28 @@ class Velocities:
         if group not in self._contexts:
             keep = torch.tensor([BRANCHES[name] for name in group], device=device).repeat_interleave(self.batch, dim=0)
             conditions = self.conditions.repeated(len(group))
-            context = self.network.context_builder(conditions, keep[:, 0], keep[:, 1], self.aspect)
+            context = self.network.context_builder(conditions, keep[:, 0], keep[:, 1], self.aspect, keep[:, 2])
             context = context.trimmed() if self.trimmed else context
             self._contexts[group] = context, ContextCache() if self.cached else None
         return self._contexts[group]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Normalised latents ``[B, C, h, w]`` of images that are drawn anew, in part or from a part of the way.
+
+    Args:
+        strength: in (0, 1]: noise level from which they are drawn; 1: nothing of them is left but what `mask` keeps.
+        mask: float or bool ``[B, 1, h, w]``: 1 where they are drawn anew, 0 where they stay. None: everywhere.
+    """
+
+    latents: Tensor
+    strength: float = 1.0
+    mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"strength={self.strength}: must lie above 0 and at most at 1.")
 
 
 @torch.no_grad()
@@ -191,6 +272,7 @@ def sample(
     together: bool | None = None,
     cached: bool = True,
     trimmed: bool = True,
+    edit: Edit | None = None,
 ) -> Tensor:
     """Normalised latents ``[B, C, h, w]`` float32.
 
@@ -200,6 +282,7 @@ def sample(
         on_step: called with the number of steps done and the latents after each.
         noise: in place of the seeds' own, ``[B, C, h, w]``.
         together, cached, trimmed: see `Velocities`.
+        edit: images to start from, and the part of them that stays; None: from noise alone.
     """
     device = next(network.parameters()).device
     if noise is None:
@@ -207,14 +290,21 @@ def sample(
     training = network.training
     network.eval()
     velocities = Velocities(network, conditions, len(seeds), size[1] / size[0], together, cached, trimmed)
+    levels, start, kept = noise_levels(sampling.steps, sampling.timestep_shift), noise, None
+    if edit is not None:
+        latents = edit.latents.to(noise)
+        steps = max(1, round(sampling.steps * edit.strength))
+        levels = [edit.strength * level for level in noise_levels(steps, sampling.timestep_shift)]
+        start = (1 - edit.strength) * latents + edit.strength * noise
+        # Along this velocity the straight path leads from the noise exactly to the latents, with every solver.
+        kept = None if edit.mask is None else (edit.mask.to(noise), noise - latents)
 
     def velocity_at(x: Tensor, level: float) -> Tensor:
         found = velocities(x, level, sampling.branches(conditions, level))
-        return sampling.combine(found, x, level, conditions)
+        guided = sampling.combine(found, x, level, conditions)
+        return guided if kept is None else kept[0] * guided + (1 - kept[0]) * kept[1]
 
     try:
-        return integrate(
-            velocity_at, noise, noise_levels(sampling.steps, sampling.timestep_shift), sampling.solver, on_step
-        )
+        return integrate(velocity_at, start, levels, sampling.solver, on_step)
     finally:
         network.train(training)

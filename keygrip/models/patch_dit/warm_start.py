@@ -1,8 +1,13 @@
-"""Warm start: what of another checkpoint fits is taken, what does not is listed, and nothing at all is an error."""
+"""Warm start: what of another checkpoint fits is taken, what does not is listed, and too little is an error.
+
+Names of other implementations are translated: by the usual ones below, and by rules of one's own. Fused layers are
+split (``qkv`` into query and key_value), and parameters that differ by axes of length 1 are taken.
+"""
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +23,23 @@ log = logging.getLogger(__name__)
 # What wrappers put before a network's own names; taken off where a name does not fit as it is.
 PREFIXES = ("network.", "model.", "module.", "ema.", "_orig_mod.")
 SHOWN = 12
+# Usual names of diffusion transformers, as regular expressions, and ours. Each is applied once, in this order.
+USUAL = {
+    r"\.(attn|self_attn|attn1)\.": ".self_attention.",
+    r"\.(cross_attn|attn2)\.": ".cross_attention.",
+    r"\.(to_q|q_proj|q)\.": ".query.",
+    r"\.kv\.": ".key_value.",
+    r"attention\.(proj|out_proj|to_out\.0|to_out)\.": "attention.output.",
+    r"\.(q_norm|norm_q)\.": ".query_norm.",
+    r"\.(k_norm|norm_k)\.": ".key_norm.",
+    r"\.mlp\.fc1\.": ".mlp.0.",
+    r"\.mlp\.fc2\.": ".mlp.2.",
+    r"\.(ff\.net\.0\.proj)\.": ".mlp.0.",
+    r"\.(ff\.net\.2)\.": ".mlp.2.",
+    r"\.(adaLN_modulation\.1|adaln_modulation\.1|modulation\.1)\.": ".modulation.linear.",
+    r"^(x_embedder|patch_embed)\.(proj\.)?": "latent_in.",
+    r"^(context_builder\.)?((text|dino|dino_patch)_proj\.|null_(text|dino|dino_patches)$)": r"context_builder.\2",
+}
 
 
 @dataclass(frozen=True)
@@ -49,27 +71,41 @@ class WarmStart:
 
 
 @torch.no_grad()
-def warm_start(network: nn.Module, path: str | Path) -> WarmStart:
+def warm_start(
+    network: nn.Module, path: str | Path, renames: Mapping[str, str] | None = None, min_share: float = 0.0
+) -> WarmStart:
     """Copies what fits into the network and logs what does not.
 
     Args:
         path: a keygrip run folder or checkpoint (its EMA weights, where it has them), a file of torch.save, or a
             .safetensors file.
+        renames: regular expressions and their replacements, for names that are not the network's; before the usual
+            ones. min_share: of the network's numbers that must be taken over.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: nothing in it fits, or it cannot be read.
+        FileNotFoundError: there is no such file. ValueError: nothing in it fits or too little, it cannot be read, or a
+            rule is no regular expression.
     """
-    report = take(network, read_weights(path), str(path))
+    report = take(network, read_weights(path), str(path), renames, min_share)
     for line in report.describe():
         log.info("warm start from %s: %s", path, line)
     return report
 
 
 @torch.no_grad()
-def take(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> WarmStart:
+def take(
+    network: nn.Module,
+    weights: Mapping[str, Tensor],
+    source: str,
+    renames: Mapping[str, str] | None = None,
+    min_share: float = 0.0,
+) -> WarmStart:
     """As `warm_start`, from weights by name."""
     own = dict(network.named_parameters())
-    found = {_own_name(name, own): value for name, value in weights.items()}
+    found = translated(weights, own, renames or {})
+    for name, value in found.items():  # such as a null embedding of shape [1, 1, D]
+        if name in own and value.shape != own[name].shape and _squeezed(value) == _squeezed(own[name]):
+            found[name] = value.reshape(own[name].shape)
     loaded = [name for name in own if name in found and found[name].shape == own[name].shape]
     reshaped = [
         f"{name} ({_shape(found[name])} -> {_shape(own[name])})"
@@ -81,14 +117,61 @@ def take(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> Warm
             f"init_from={source}: none of its {len(weights)} tensors fits this network by name and shape "
             f"(it has {', '.join(list(weights)[:3]) or 'none'}; the network {', '.join(list(own)[:3])})"
         )
+    # Low-rank differences are new by nature, and their layers are counted without them.
+    counted = {name: value.numel() for name, value in own.items() if not name.endswith(("lora_A", "lora_B"))}
+    share = sum(counted.get(name, 0) for name in loaded) / sum(counted.values())
+    missing = [name for name in own if name not in found]
+    if share < min_share:
+        raise ValueError(
+            f"init_from={source}: {share:.1%} of the network's numbers fit by name and shape, fewer than "
+            f"model.init_from_min_share={min_share:g}. Not found: {', '.join(missing[:6]) or 'none'}; left over: "
+            f"{', '.join(sorted(set(found) - set(own))[:6]) or 'none'}; of another shape: "
+            f"{', '.join(reshaped[:3]) or 'none'}. Translate names with model.init_from_renames={{PATTERN: NAME}}"
+        )
     for name in loaded:
         own[name].copy_(found[name])
-    return WarmStart(
-        loaded,
-        [name for name in own if name not in found],
-        sorted(name for name in found if name not in own),
-        reshaped,
-    )
+    return WarmStart(loaded, missing, sorted(name for name in found if name not in own), reshaped)
+
+
+def translated(
+    weights: Mapping[str, Tensor], own: Mapping[str, Tensor], renames: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Weights under the network's names where rules lead to one; others under their own, without a wrapper's prefix.
+
+    Raises:
+        ValueError: a rule is no regular expression.
+    """
+    for pattern in renames:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"model.init_from_renames: {pattern!r} is no regular expression ({error})") from error
+    found: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        plain = _own_name(name, own)
+        if plain not in own:
+            for rules in (renames, USUAL):
+                for pattern, replacement in rules.items():
+                    plain = plain if plain in own else re.sub(pattern, replacement, plain)
+        parts = _split(plain, value)
+        fits = plain in own or any(part in own for part in parts)
+        found |= parts if fits else {_own_name(name, own): value}
+    return found
+
+
+def _split(name: str, value: Tensor) -> dict[str, Tensor]:
+    """A fused layer of queries, keys and values as the two that our attention has."""
+    stem, fused, part = name.rpartition(".qkv.")
+    if not fused or value.shape[0] % 3:
+        return {name: value}
+    width = value.shape[0] // 3
+    return {f"{stem}.query.{part}": value[:width], f"{stem}.key_value.{part}": value[width:]}
+
+
+def _squeezed(value: Tensor) -> list[int]:
+    """The lengths of its axes but for those of 1; of kernels over patches [D, C, p, p] the last three as one."""
+    shape = [size for size in value.shape if size != 1]
+    return [shape[0], shape[1] * shape[2] * shape[3]] if len(shape) == 4 else shape
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ def test_words_picture_and_both(drawn: Callable[..., dict[str, Any]], trained: P
         json.dumps(result)
         (path,) = result["images"]
         shown[name] = pixels(path)
-        assert shown[name].shape == (16, 16, 3)
+        assert shown[name].shape == ((16, 16, 3) if name == "text" else (16, 24, 3))  # a reference keeps its shape
         assert Path(result["grid"]).is_file()
     assert not np.array_equal(shown["text"], shown["both"])
     assert not np.array_equal(shown["dino"], shown["both"])
@@ -110,3 +110,124 @@ def test_missing_files(drawn: Callable[..., dict[str, Any]], tmp_path: Path) -> 
     (tmp_path / "words.png").write_text("no picture")
     with pytest.raises(ValueError, match="cannot be read as an image"):
         drawn(f"image={tmp_path / 'words.png'}")
+
+
+# ---- files of prompts, several references, masks, images to start from -----------------------------------------------
+
+
+def test_a_file_of_prompts(drawn: Callable[..., dict[str, Any]], trained: Path, tmp_path: Path) -> None:
+    """Each row with what it names; one grid; the images are those that the rows give one by one."""
+    (tmp_path / "one.png").write_bytes((trained / "one.png").read_bytes())
+    rows = [{"prompt": "a red thing", "seed": 4}, {"prompt": "a thing", "image": "one.png"}, {"image": "one.png"}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    many = drawn(f"prompts={tmp_path / 'prompts.jsonl'}", "seed=7", "batch_size=2", name="many")
+    assert many["prompts"] == ["a red thing", "a thing", None]
+    assert many["seeds"] == [4, 7, 7]
+    assert many["sizes"] == [[16, 16], [24, 16], [24, 16]]  # those with a reference of 60 x 40 keep its shape
+    assert [pixels(path).shape for path in many["images"]] == [(16, 16, 3), (16, 24, 3), (16, 24, 3)]
+    alone = drawn("prompt=a thing", f"image={tmp_path / 'one.png'}", "seed=7", name="alone")
+    assert np.abs(pixels(many["images"][1]) - pixels(alone["images"][0])).max() <= 1
+    (tmp_path / "prompts.txt").write_text("a red thing\n\na green thing\n")
+    assert drawn(f"prompts={tmp_path / 'prompts.txt'}", name="text")["prompts"] == ["a red thing", "a green thing"]
+    (tmp_path / "prompts.csv").write_text('prompt,seed\n"red, large",3\nthing,\n')
+    table = drawn(f"prompts={tmp_path / 'prompts.csv'}", name="table")
+    assert (table["prompts"], table["seeds"]) == (["red, large", "thing"], [3, 0])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"prompt": "x", "colour": "red"}', "line 1: a row has prompt, image, seed"),
+        ("a.jsonl", '{"prompt": 3}', "line 1: its prompt is not text"),
+        ("a.jsonl", '\n{"seed": 3}', "line 2: it has neither prompt nor image"),
+        ("a.csv", "prompt,seed\nx,many\n", "line 2: its seed 'many'"),
+        ("a.txt", "\n\n", "it holds no prompt"),
+        ("a.xml", "x", "not .xml"),
+    ],
+)
+def test_files_of_prompts_that_say_nothing(
+    name: str, content: str, message: str, drawn: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        drawn(f"prompts={tmp_path / name}")
+
+
+def test_many_rows_make_several_grids(drawn: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(f"thing {number}" for number in range(30)))
+    result = drawn(f"prompts={tmp_path / 'prompts.txt'}", "steps=1", "size=16")
+    assert [Path(path).name for path in result["grids"]] == ["grid.png", "grid_01.png"]
+
+
+def test_an_image_that_stays_where_it_is_not_redrawn(
+    drawn: Callable[..., dict[str, Any]], trained: Path, tmp_path: Path
+) -> None:
+    mask = np.zeros((16, 24), np.uint8)
+    mask[:, :12] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    whole = Image.open(trained / "one.png").resize((24, 16))
+    whole.save(tmp_path / "start.png")
+    start = [f"start_image={tmp_path / 'start.png'}", "prompt=thing"]
+    found = pixels(drawn(*start, f"redraw={tmp_path / 'mask.png'}", name="part")["images"][0])
+    assert np.array_equal(found[:, 12:], np.asarray(whole)[:, 12:])
+    assert not np.array_equal(found[:, :12], np.asarray(whole)[:, :12])
+    near, far = (
+        np.abs(pixels(drawn(*start, f"strength={s}", "steps=10", name=str(s))["images"][0]) - np.asarray(whole)).mean()
+        for s in (0.1, 0.9)
+    )
+    assert near < 0.6 * far
+
+
+def test_several_references_and_their_regions(
+    drawn: Callable[..., dict[str, Any]], trained: Path, tmp_path: Path
+) -> None:
+    """Where a mask is white everywhere, its image's patches are all that count; without masks the order is nothing."""
+    for name, value in (("white", 255), ("black", 0)):
+        Image.new("L", (60, 40), value).save(tmp_path / f"{name}.png")
+    one, two = str(trained / "one.png"), str(trained / "two.png")
+    blend = ["blend=true", f"image=[{one},{two}]"]
+    mean = drawn(*blend, name="mean")
+    assert mean["references"] == [[one, two]]
+    other = drawn("blend=true", f"image=[{two},{one}]", name="other")
+    assert np.abs(pixels(mean["images"][0]) - pixels(other["images"][0])).max() <= 1
+    white, black = str(tmp_path / "white.png"), str(tmp_path / "black.png")
+    regions = drawn(*blend, f"image_mask=[{white},{black}]", name="regions")
+    assert not np.array_equal(pixels(regions["images"][0]), pixels(mean["images"][0]))
+    alone = drawn(f"image={one}", name="alone")
+    hidden = drawn(f"image={one}", f"image_mask={black}", name="hidden")
+    shown = drawn(f"image={one}", f"image_mask={white}", name="shown")
+    assert np.array_equal(pixels(shown["images"][0]), pixels(alone["images"][0]))
+    assert not np.array_equal(pixels(hidden["images"][0]), pixels(alone["images"][0]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["prompt=thing", "strength=0.5"], "are for start_image"),
+        (["prompt=thing", "redraw=mask.png"], "are for start_image"),
+        (["blend=true", "image=one.png"], "several images together"),
+        (["image=one.png", "image_mask=[a.png,b.png]"], "2 masks .* for the 1 images"),
+        (["prompt=thing", "image_mask=a.png"], "1 masks .* for the 0 images"),
+        (["prompt=thing", "cls_scale=2"], "no effect without image"),
+        (["prompt=thing", "guidance=dino_then_text"], "prompt and image together"),
+        (["prompt=thing", "prompts=a.txt"], "give one of them"),
+    ],
+)
+def test_settings_without_effect(overrides: list[str], message: str, drawn: Callable[..., dict[str, Any]]) -> None:
+    with pytest.raises(ValueError, match=message):
+        drawn(*overrides)
+
+
+def test_an_image_is_turned_as_its_camera_says(
+    drawn: Callable[..., dict[str, Any]], trained: Path, tmp_path: Path
+) -> None:
+    upright = Image.open(trained / "one.png").transpose(Image.Transpose.ROTATE_90)
+    upright.save(tmp_path / "upright.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned back to the right by whoever reads it
+    upright.save(tmp_path / "turned.png", exif=exif)
+    straight, turned = (
+        drawn(f"image={path}", name=path.stem) for path in (trained / "one.png", tmp_path / "turned.png")
+    )
+    assert turned["size"] == straight["size"] == [24, 16]
+    assert np.array_equal(pixels(turned["images"][0]), pixels(straight["images"][0]))

@@ -14,7 +14,7 @@ from keygrip.models.nn.flow_matching import seeded_noise
 from keygrip.models.patch_dit import sampler
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.network import PatchDiT
-from keygrip.models.patch_dit.sampler import Sampling, sample
+from keygrip.models.patch_dit.sampler import Edit, Sampling, sample
 
 SIZE = (8, 8)
 PLAIN: dict[str, Any] = {"together": False, "cached": False, "trimmed": False}
@@ -179,8 +179,112 @@ def test_the_network_comes_back_in_its_mode() -> None:
         ({"dino_rescale": 2.0}, "dino_rescale=2"),
         ({"solver": "rk4"}, "one of euler"),
         ({"steps": 0}, "at least one step"),
+        ({"guidance": "both"}, "guidance='both'"),
+        ({"guidance": "dino_then_text", "full_scale": 1.0}, "full_scale=1.0 has no effect"),
+        ({"cls_scale": -1.0}, "must not be negative"),
     ],
 )
 def test_errors_name_the_option(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
+
+
+# ---- one condition after the other, and images that are drawn anew ---------------------------------------------------
+
+
+def branch(network: PatchDiT, conditions: Conditions, x: Tensor, level: float, told: tuple[bool, bool, bool]) -> Tensor:
+    keep = [flags(value, value) for value in told]
+    context = network.context_builder(conditions, keep[0], keep[1], 1.0, keep[2])
+    return network(x, torch.full((2,), level), context).velocity
+
+
+NONE, TEXT, CLS, DINO = (False,) * 3, (True, False, False), (False, True, False), (False, True, True)
+TEXT_CLS, FULL = (True, True, False), (True,) * 3
+
+
+@pytest.mark.parametrize("attention", ["joint", "separate"])
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"guidance": "dino_then_text"}, [(2.0, DINO, NONE), (3.0, FULL, DINO)]),
+        ({"guidance": "text_then_dino"}, [(3.0, TEXT, NONE), (2.0, FULL, TEXT)]),
+        ({"cls_scale": 1.5}, [(3.0, TEXT, NONE), (1.5, CLS, NONE), (2.0, DINO, CLS)]),
+        ({"guidance": "dino_then_text", "cls_scale": 0.5}, [(0.5, CLS, NONE), (2.0, DINO, CLS), (3.0, FULL, DINO)]),
+        (
+            {"guidance": "text_then_dino", "cls_scale": 4.0},
+            [(3.0, TEXT, NONE), (4.0, TEXT_CLS, TEXT), (2.0, FULL, TEXT_CLS)],
+        ),
+    ],
+    ids=["DINO then text", "text then DINO", "CLS apart", "CLS, patches, text", "text, CLS, patches"],
+)
+def test_chained_guidance_by_hand(options: dict[str, Any], steps: list[Any], attention: Any) -> None:
+    network, conditions = small_dit(patch_attention=attention), conditions_of()
+    sampling = Sampling(text_scale=3.0, dino_scale=2.0, steps=2, **options)
+    drawn = sample(network, conditions, SIZE, sampling, seeds=[4, 5])
+    plain = sample(network, conditions, SIZE, sampling, seeds=[4, 5], **PLAIN)
+    x = seeded_noise([4, 5], (CHANNELS, *SIZE))
+    with torch.no_grad():
+        for level in (1.0, 0.5):
+            v = branch(network, conditions, x, level, NONE)
+            for scale, told, untold in steps:
+                pushed = branch(network, conditions, x, level, told) - branch(network, conditions, x, level, untold)
+                v = v + scale * pushed
+            x = x - 0.5 * v
+    torch.testing.assert_close(drawn, x, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(plain, x, atol=2e-5, rtol=1e-4)
+
+
+def test_equal_scales_one_after_the_other_are_guidance_on_both_together() -> None:
+    """The branch between them cancels out and is not computed."""
+    network, conditions = small_dit(), conditions_of()
+    batches = counted(network)
+    chained = sample(network, conditions, SIZE, Sampling(2.5, 2.5, steps=2, guidance="dino_then_text"), seeds=[1, 2])
+    assert batches == [4, 4]
+    joint = sample(network, conditions, SIZE, Sampling(0.0, 0.0, 2.5, steps=2), seeds=[1, 2])
+    torch.testing.assert_close(chained, joint, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("given", ["text", "dino"])
+def test_with_one_condition_the_order_of_guidance_is_of_no_account(given: str) -> None:
+    network, conditions = small_dit(), only(conditions_of(), given)
+    usual = sample(network, conditions, SIZE, Sampling(steps=2), seeds=[1, 2])
+    for guidance in ("dino_then_text", "text_then_dino"):
+        assert torch.equal(sample(network, conditions, SIZE, Sampling(steps=2, guidance=guidance), seeds=[1, 2]), usual)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "adams_bashforth"])
+def test_inpainting_keeps_what_is_not_masked(solver: Any) -> None:
+    network, conditions = small_dit(), conditions_of()
+    latents, mask = torch.randn(2, CHANNELS, *SIZE), torch.zeros(2, 1, *SIZE)
+    mask[..., :4] = 1
+    drawn = sample(network, conditions, SIZE, Sampling(steps=5, solver=solver), [1, 2], edit=Edit(latents, mask=mask))
+    torch.testing.assert_close(drawn[..., 4:], latents[..., 4:], atol=1e-5, rtol=1e-5)
+    assert (drawn[..., :4] - latents[..., :4]).abs().mean() > 0.1
+
+
+def test_less_strength_stays_nearer_to_the_image_and_takes_fewer_steps() -> None:
+    network, conditions, latents = small_dit(), conditions_of(), torch.randn(2, CHANNELS, *SIZE)
+    far = []
+    for strength, steps in ((0.1, 1), (0.5, 5), (1.0, 10)):
+        batches = counted(network)
+        drawn = sample(network, conditions, SIZE, Sampling(steps=10), [1, 2], edit=Edit(latents, strength))
+        assert len(batches) == steps
+        far.append(float((drawn - latents).pow(2).mean()))
+    assert far[0] < far[1] < far[2]
+    torch.testing.assert_close(drawn, sample(network, conditions, SIZE, Sampling(steps=10), [1, 2]))
+
+
+def test_masked_patches_say_nothing() -> None:
+    """What a masked patch holds does not matter; what the others hold does."""
+    network, conditions = small_dit(), conditions_of()
+    assert conditions.patches is not None
+    mask = torch.ones(conditions.patches.shape[:2], dtype=torch.bool)
+    whole = sample(network, conditions, SIZE, Sampling(steps=2), [1, 2])
+    assert torch.equal(sample(network, replace(conditions, patch_mask=mask), SIZE, Sampling(steps=2), [1, 2]), whole)
+    mask[:, :4] = False
+    other = conditions.patches.clone()
+    other[:, :4] += 5
+    masked = sample(network, replace(conditions, patch_mask=mask), SIZE, Sampling(steps=2), [1, 2])
+    again = sample(network, replace(conditions, patches=other, patch_mask=mask), SIZE, Sampling(steps=2), [1, 2])
+    assert torch.equal(masked, again)
+    assert not torch.equal(masked, whole)

@@ -1,0 +1,228 @@
+"""Frozen encoders in whose features sets of images are compared: one that is trained here without labels, or a known
+one from its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from keygrip.artifacts import atomic_write, make_once, sha256_file
+from keygrip.evaluation.attribute_classifier import real_images
+from keygrip.models.patch_dit.encoders import Encoders
+
+if TYPE_CHECKING:
+    from keygrip.data.image_text.datamodule import ImageShards
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # of the network and its training: another one is another encoder
+KINDS = ("trained", "dinov3", "inception")
+TEMPERATURE = 0.2
+
+
+@dataclass(frozen=True)
+class FeatureOptions:
+    """In which features sets of images are compared.
+
+    Args:
+        kind: "trained", without labels on the training images of the shards and kept beside them; "dinov3", the CLS
+            vector of a backbone from `weights`; "inception", the pooled features of FID from `weights`.
+        weights: a local file; None for "trained". variant: of the backbone. reference_images: real training images that
+            sets are compared with.
+        width, steps, batch_size, lr: of the encoder that is trained here.
+
+    Raises:
+        ValueError: an unknown kind, or weights that it does not take or lacks.
+    """
+
+    kind: str = "trained"
+    weights: str | None = None
+    variant: str = "dinov3_vits16"
+    reference_images: int = 512
+    width: int = 32
+    steps: int = 400
+    batch_size: int = 48
+    lr: float = 2e-3
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"features.kind={self.kind!r}: choose {', '.join(KINDS)}")
+        if (self.kind == "trained") != (self.weights is None):
+            raise ValueError(
+                f"features.kind={self.kind}: "
+                + ("leave weights out" if self.weights else "name its file with weights=")
+            )
+        if min(self.reference_images, self.width, self.steps, self.batch_size) < 1:
+            raise ValueError("features: reference_images, width, steps and batch_size must be at least 1")
+        if self.width % 4:
+            raise ValueError(f"features.width={self.width} must divide by 4")
+
+
+@dataclass(frozen=True)
+class FeatureEncoder:
+    """features: images [B, 3, H, W] in 0..1 -> [B, F] float32. name, sha256: of the weights."""
+
+    features: Callable[[Tensor], Tensor]
+    name: str
+    sha256: str
+
+
+class SmallEncoder(nn.Module):
+    """Four strided convolutions; the means and the spreads of the last two maps are the features, [B, 12 width].
+
+    Args:
+        width: of the first layer; later ones have twice and four times as much.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        sizes = [3, width, 2 * width, 2 * width, 4 * width]
+        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(sizes))
+        self.norms = nn.ModuleList(nn.GroupNorm(4, size) for size in sizes[1:])
+        self.head = nn.Sequential(nn.Linear(12 * width, 4 * width), nn.GELU(), nn.Linear(4 * width, 64))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images * 2 - 1
+        maps = []
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = functional.gelu(norm(layer(x)))
+            maps.append(x)
+        kept = []
+        for found in maps[-2:]:  # of a map of one cell the spread is 0, and its slope must be a number
+            kept += [found.mean(dim=(2, 3)), (found.var(dim=(2, 3), correction=0) + 1e-6).sqrt()]
+        return torch.cat(kept, dim=1)
+
+
+def feature_encoder(data: ImageShards, encoders: Encoders, options: FeatureOptions) -> FeatureEncoder:
+    """The encoder that the options name; the trained one is kept beside the shards, and made first where it is missing.
+
+    Raises:
+        FileNotFoundError, ValueError: no such weights, or of another network.
+    """
+    if options.kind == "trained":
+        return _trained(data, encoders, options)
+    file = Path(str(options.weights))
+    if not file.is_file():
+        raise FileNotFoundError(f"features.weights={file}: there is no such file")
+    network = _dinov3(file, options.variant) if options.kind == "dinov3" else _inception(file)
+    return FeatureEncoder(network, f"{options.kind} {file.name}", sha256_file(file))
+
+
+def _dinov3(file: Path, variant: str) -> Callable[[Tensor], Tensor]:
+    from keygrip.models.patch_dit.dino_view import DinoView
+
+    view = DinoView(variant, 224, "pretrained", weights_path=str(file))
+
+    def features(images: Tensor) -> Tensor:
+        resized = functional.interpolate(images, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
+        return view.to(images.device).encode(resized)[0]
+
+    return features
+
+
+def _inception(file: Path) -> Callable[[Tensor], Tensor]:
+    from torchvision.models import inception_v3
+
+    network = inception_v3(weights=None, init_weights=False, aux_logits=True)
+    try:
+        network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(f"features.weights={file} are not torchvision's of inception_v3: {error}") from error
+    network.fc = nn.Identity()
+    network.eval().requires_grad_(False)
+
+    def features(images: Tensor) -> Tensor:
+        resized = functional.interpolate(images, (299, 299), mode="bicubic", antialias=True).clamp(0, 1)
+        found: Tensor = network.to(images.device)(resized * 2 - 1)
+        return found
+
+    return features
+
+
+# ---- the encoder that is trained here --------------------------------------------------------------------------------
+
+
+def _trained(data: ImageShards, encoders: Encoders, options: FeatureOptions) -> FeatureEncoder:
+    told = {"version": VERSION, "data": data.fingerprint, "autoencoder": encoders.autoencoder.description()}
+    chosen = {name: asdict(options)[name] for name in ("width", "steps", "batch_size", "lr")}
+    fingerprint = hashlib.sha256(json.dumps({**told, **chosen}, sort_keys=True).encode()).hexdigest()[:16]
+    file = data.folder / f"image_encoder-{fingerprint}.pt"
+
+    def make(path: Path) -> None:
+        network = train_encoder(training_images(data, encoders), options)
+        with atomic_write(path) as stream:
+            torch.save({"width": options.width, "weights": network.state_dict()}, stream)
+
+    make_once(file, Path.is_file, make)
+    content = torch.load(file, map_location="cpu", weights_only=True)
+    network = SmallEncoder(content["width"])
+    network.load_state_dict(content["weights"])
+    network.eval().requires_grad_(False)
+    return FeatureEncoder(lambda images: network.to(images.device)(images), f"trained {fingerprint}", sha256_file(file))
+
+
+def training_images(data: ImageShards, encoders: Encoders, limit: int | None = None) -> list[Tensor]:
+    """uint8 [N, 3, H, W] of each size: training images, or so many of them, spread evenly over the buckets."""
+    found: dict[tuple[int, ...], list[Tensor]] = {}
+    for batch in data.held_out("train", limit):
+        shown = real_images(encoders, batch)
+        found.setdefault(tuple(shown.shape[2:]), []).append(shown)
+    return [torch.cat(found[size]) for size in sorted(found)]
+
+
+def train_encoder(images: list[Tensor], options: FeatureOptions) -> SmallEncoder:
+    """Trains by telling two views of an image from those of others, without labels (Chen et al., "SimCLR", 2020). A
+    pure function of its arguments.
+
+    Views are crops of at least half the area, mirrored, and a little lighter or darker: what tells images apart then is
+    which things they show, how they look and how they lie to each other. Grain is no part of the views, so that
+    features may tell it.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = SmallEncoder(options.width)
+    optimizer = torch.optim.AdamW(network.parameters(), options.lr, weight_decay=0.01)
+    rng = np.random.default_rng(0)
+    shares = np.array([len(part) for part in images], float)
+    with torch.enable_grad():
+        for step in tqdm(range(options.steps), desc="image encoder", unit="step", delay=1, leave=False, disable=None):
+            rate = options.lr * min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * (step + 1) / options.steps))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            part = images[int(rng.choice(len(images), p=shares / shares.sum()))]
+            chosen = part[torch.from_numpy(rng.integers(0, len(part), options.batch_size))].float() / 255
+            views = torch.cat([_view(chosen, rng), _view(chosen, rng)])
+            marks = functional.normalize(network.head(network(views)), dim=-1)
+            alike = marks @ marks.T / TEMPERATURE
+            alike = alike.masked_fill(torch.eye(len(marks), dtype=torch.bool), -torch.inf)
+            loss = functional.cross_entropy(alike, torch.arange(len(marks)).roll(options.batch_size))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+    return network.eval()
+
+
+def _view(images: Tensor, rng: Any) -> Tensor:
+    """One crop, mirrored or not, and lightness for the whole batch: the views of a batch differ from each other in the
+    images alone."""
+    height, width = images.shape[2:]
+    share = math.sqrt(rng.uniform(0.5, 1.0))
+    high, wide = max(8, round(height * share)), max(8, round(width * share))
+    top, left = int(rng.integers(0, height - high + 1)), int(rng.integers(0, width - wide + 1))
+    cut = images[:, :, top : top + high, left : left + wide]
+    cut = functional.interpolate(cut, (height, width), mode="bilinear", antialias=True)
+    cut = cut.flip(3) if rng.random() < 0.5 else cut
+    return (cut * float(rng.uniform(0.85, 1.15))).clamp(0, 1)

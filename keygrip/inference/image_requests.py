@@ -1,0 +1,142 @@
+"""What `keygrip sample` is asked to draw: prompts and images of the command line, or the rows of a file."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from keygrip.data.bad_samples import BadSample, guard, parse_json, read_text
+
+COLUMNS = ("prompt", "image", "seed")
+MOST_REQUESTS = 100_000
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One image to draw.
+
+    Args:
+        prompt: words; None: none. images: files that steer it together, none, one or several. seed: of its noise.
+    """
+
+    prompt: str | None
+    images: tuple[str, ...]
+    seed: int
+
+    @property
+    def reference(self) -> str | list[str] | None:
+        """Its images as they are printed."""
+        return list(self.images) if len(self.images) > 1 else self.images[0] if self.images else None
+
+    @property
+    def title(self) -> str:
+        """Of its row in a grid."""
+        names = " + ".join(Path(image).name for image in self.images)
+        return ": ".join(part for part in (names, self.prompt) if part)
+
+
+def requested(cfg: DictConfig) -> list[SampleRequest]:
+    """One request for each pair of words and reference (a single one goes with all of the other) and each seed.
+
+    Raises:
+        FileNotFoundError: no such file of prompts. ValueError: nothing is requested, lists of different lengths, or a
+            file that cannot be read.
+    """
+    if cfg.samples < 1 or cfg.batch_size < 1:
+        raise ValueError("samples and batch_size must be at least 1")
+    images: list[str] = [] if cfg.image is None else _listed(cfg.image)
+    if cfg.prompts is not None:
+        if cfg.prompt is not None:
+            raise ValueError("prompt and prompts both say what to draw: give one of them")
+        rows = read_prompts(Path(cfg.prompts))
+        if images and any(row["image"] for row in rows):
+            raise ValueError(f"{cfg.prompts} names images itself: leave image out")
+        pairs = [(row["prompt"], row["image"], row["seed"]) for row in rows]
+        shared = tuple(images) if cfg.blend else tuple(images[:1])
+        if len(images) > 1 and not cfg.blend:
+            raise ValueError(f"{len(images)} images for a file of prompts: give one, or blend=true")
+        found = [(prompt, (image,) if image else shared, seed) for prompt, image, seed in pairs]
+        return [
+            SampleRequest(prompt, own, (cfg.seed if seed is None else seed) + n)
+            for prompt, own, seed in found
+            for n in range(cfg.samples)
+        ]
+    prompts: list[str] | list[None] = [None] if cfg.prompt is None else _listed(cfg.prompt)
+    if prompts == [None] and not images:
+        raise ValueError('nothing to draw: give prompt="...", image=FILE, or both')
+    if cfg.blend:
+        if len(images) < 2:
+            raise ValueError("blend=true puts several images together: give image=[FILE,FILE]")
+        sets: list[tuple[str, ...]] = [tuple(images)]
+    else:
+        sets = [(image,) for image in images] or [()]
+    count = max(len(prompts), len(sets))
+    for name, values in (("prompt", prompts), ("image", sets)):
+        if len(values) not in (1, count):
+            raise ValueError(f"{len(prompts)} prompts and {len(sets)} images: give as many of each, or one {name}")
+    return [
+        SampleRequest(prompts[n % len(prompts)], sets[n % len(sets)], cfg.seed + seed)
+        for n in range(count)
+        for seed in range(cfg.samples)
+    ]
+
+
+def _listed(value: Any) -> list[str]:
+    return [str(value)] if isinstance(value, str | int | float) else [str(each) for each in value]
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """Rows `prompt`, `image`, `seed` (each may be None) of a file.
+
+    .txt: a prompt in each line. .jsonl: an object in each line. .csv: a table with these columns. Images that are no
+    absolute paths lie beside the file. Empty lines are left out.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: another kind of file, or a row that says nothing (named by line).
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"prompts={path}: there is no such file")
+    try:
+        text = read_text(path)
+        with guard(path):
+            if path.suffix == ".txt":
+                rows: list[Any] = [(n, {"prompt": line.strip()}) for n, line in enumerate(text.splitlines(), 1)]
+                rows = [(n, row) for n, row in rows if row["prompt"]]
+            elif path.suffix == ".jsonl":
+                lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+                rows = [(n, parse_json(line, f"line {n}")) for n, line in lines]
+            elif path.suffix == ".csv":
+                rows = list(enumerate(csv.DictReader(io.StringIO(text, newline="")), 2))
+            else:
+                raise ValueError(f"prompts are a .txt, .jsonl or .csv file, not {path.suffix or 'one without ending'}")
+            if not rows:
+                raise ValueError("it holds no prompt")
+            if len(rows) > MOST_REQUESTS:
+                raise ValueError(f"it holds {len(rows)} rows, more than {MOST_REQUESTS}")
+            return [_row(row, f"line {number}", path.parent) for number, row in rows]
+    except BadSample as error:
+        raise ValueError(str(error)) from error
+
+
+def _row(row: Any, where: str, folder: Path) -> dict[str, Any]:
+    if not isinstance(row, Mapping) or set(row) - set(COLUMNS):
+        raise ValueError(f"{where}: a row has {', '.join(COLUMNS)} and nothing else")
+    found = {name: row.get(name) or None for name in ("prompt", "image")}
+    for name, value in found.items():
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{where}: its {name} is not text")
+    seed = row.get("seed")
+    if seed in (None, ""):
+        seed = None
+    elif isinstance(seed, bool) or not str(seed).removeprefix("-").isdigit():
+        raise ValueError(f"{where}: its seed {seed!r} is not a whole number")
+    if found["prompt"] is None and found["image"] is None:
+        raise ValueError(f"{where}: it has neither prompt nor image")
+    image = None if found["image"] is None else str(folder / found["image"])
+    return {"prompt": found["prompt"], "image": image, "seed": None if seed is None else int(seed)}

@@ -1,0 +1,96 @@
+"""Sampling in few steps: a student learns straight paths through windows of noise levels from its guided teacher.
+
+The noise levels from 1 to 0 are cut into windows. In each, the teacher's sampler leads a noised image from the upper
+level to the lower one; the student learns the constant velocity of the straight line between the two ends, at every
+level in between. Sampled with one Euler step a window, it needs neither small steps nor the branches of guidance.
+
+Source: Yan et al., "PeRFlow: Piecewise Rectified Flow as Universal Plug-and-Play Accelerator" (2024); straightening by
+Liu et al., "Flow Straight and Fast" (2023).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from keygrip.models.nn.flow_matching import integrate, interpolate, noise_levels
+from keygrip.models.patch_dit.context import CATEGORIES, ConditionDropout, Conditions
+from keygrip.models.patch_dit.network import PatchDiT
+from keygrip.models.patch_dit.sampler import FLOOR, Sampling, Velocities
+from keygrip.training.parts import model_part
+
+
+@model_part
+class FewSteps:
+    """The loss of a student that is drawn in one step a window.
+
+    Args:
+        windows: of noise levels. teacher_steps: of the teacher's sampler in each. teacher: how the teacher is sampled,
+            with guidance; its steps are of no account.
+        timestep_shift: of the windows, see `noise_levels`; that of the student's sampling.
+
+    Raises:
+        ValueError: numbers below 1.
+    """
+
+    def __init__(self, windows: int, teacher_steps: int, teacher: Sampling, timestep_shift: float = 1.0) -> None:
+        if min(windows, teacher_steps) < 1:
+            raise ValueError(f"model.few_steps: windows={windows} and teacher_steps={teacher_steps} must be at least 1")
+        self.windows, self.teacher_steps, self.teacher = windows, teacher_steps, teacher
+        self.timestep_shift = timestep_shift
+        self.levels = noise_levels(windows, timestep_shift)
+        self._network: PatchDiT | None = None  # of the teacher: neither trained nor stored
+
+    def check(self, sampling: Sampling) -> None:
+        """Raises ValueError: the student would be drawn in another way than it is trained for."""
+        asked = (sampling.steps, sampling.guidance, sampling.solver, sampling.timestep_shift)
+        if asked != (self.windows, "none", "euler", self.timestep_shift):
+            raise ValueError(
+                f"model.few_steps: a student of {self.windows} windows is drawn with model.sampling.steps="
+                f"{self.windows}, guidance=none, solver=euler and timestep_shift={self.timestep_shift:g}"
+            )
+
+    def take_teacher(self, network: PatchDiT) -> None:
+        """Keeps a copy of a trained network as the teacher."""
+        self._network = copy.deepcopy(network).eval().requires_grad_(False)
+
+    def loss(self, student: PatchDiT, data: Tensor, conditions: Conditions, dropout: ConditionDropout) -> Tensor:
+        """Mean squared error of the velocity along the teacher's chord through one window, drawn anew for each batch.
+
+        Args:
+            data: normalised latents ``[B, C, h, w]``. conditions: of these. dropout: shares of what a batch is told;
+                `none` counts as both, for a student without guidance has no use for it.
+        """
+        count, device, aspect = len(data), data.device, data.shape[3] / data.shape[2]
+        category = CATEGORIES[int(dropout.draw(1))]
+        if category == "text":
+            conditions = conditions.without_dino()
+        elif category == "dino":
+            conditions = replace(conditions, text=None, text_mask=None)
+        window = int(torch.randint(self.windows, ()))
+        high, low = self.levels[window], self.levels[window + 1]
+        start = interpolate(data, torch.randn_like(data), torch.full((count,), high, device=device))
+        end = self.led(start, conditions, high, low)
+        share = torch.rand(count, device=device)
+        keep = [torch.full((count,), has, device=device) for has in (conditions.has_text, conditions.has_dino)]
+        context = student.context_builder(conditions, keep[0], keep[1], aspect)
+        x, level = interpolate(end, start, share), low + (high - low) * share
+        found = student(x, level, context, floor=FLOOR).velocity
+        return (found.float() - ((start - end) / (high - low)).float()).pow(2).mean()
+
+    @torch.no_grad()
+    def led(self, start: Tensor, conditions: Conditions, high: float, low: float) -> Tensor:
+        """Where the teacher leads latents ``[B, C, h, w]`` at one noise level by a lower one."""
+        assert self._network is not None, "take_teacher comes first"
+        network = self._network.to(start.device)
+        velocities = Velocities(network, conditions, len(start), start.shape[3] / start.shape[2])
+
+        def velocity_at(x: Tensor, level: float) -> Tensor:
+            found = velocities(x, level, self.teacher.branches(conditions, level))
+            return self.teacher.combine(found, x, level, conditions)
+
+        levels = [low + (high - low) * level for level in noise_levels(self.teacher_steps)]
+        return integrate(velocity_at, start, levels, self.teacher.solver)

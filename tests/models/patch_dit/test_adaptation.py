@@ -1,0 +1,260 @@
+"""Starting from other weights: names of other implementations, patches that are new, LoRA, a student of few steps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dit_parts import CHANNELS, conditions_of, flags, small_dit, stir
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from keygrip.models.nn.flow_matching import seeded_noise
+from keygrip.models.patch_dit.context import ConditionDropout, Conditions
+from keygrip.models.patch_dit.few_steps import FewSteps
+from keygrip.models.patch_dit.lora import CONFIG, WEIGHTS, LoRA, LoRALinear, add_lora, load_lora, write_lora
+from keygrip.models.patch_dit.memory import memory_of_a_step
+from keygrip.models.patch_dit.network import PatchDiT
+from keygrip.models.patch_dit.sampler import Sampling, sample
+from keygrip.models.patch_dit.warm_start import take
+
+SIZE = (8, 8)
+
+
+def velocity(network: PatchDiT, conditions: Conditions) -> Tensor:
+    x, everything = seeded_noise([1, 2], (CHANNELS, *SIZE)), flags(True, True)
+    context = network.context_builder(conditions, everything, everything, 1.0)
+    with torch.no_grad():
+        return network(x, torch.tensor([0.3, 0.8]), context).velocity
+
+
+# ---- warm start ------------------------------------------------------------------------------------------------------
+
+
+def foreign(network: PatchDiT) -> dict[str, Tensor]:
+    """The network's weights under the names, and in the fused layers, of a usual diffusion transformer."""
+    own, found = network.state_dict(), {}
+    for name, value in own.items():
+        if ".self_attention.key_value." in name:
+            continue
+        if ".self_attention.query." in name:
+            fused = torch.cat([value, own[name.replace(".query.", ".key_value.")]])
+            found[name.replace("self_attention.query", "attn.qkv")] = fused
+            continue
+        for ours, theirs in (
+            ("self_attention.output", "attn.proj"),
+            ("cross_attention.output", "cross_attn.proj"),
+            ("cross_attention.query.", "cross_attn.q."),
+            ("cross_attention.key_value", "cross_attn.kv"),
+            ("self_attention", "attn"),
+            ("cross_attention", "cross_attn"),
+            ("query_norm", "q_norm"),
+            ("key_norm", "k_norm"),
+            ("mlp.0", "mlp.fc1"),
+            ("mlp.2", "mlp.fc2"),
+            ("modulation.linear", "adaLN_modulation.1"),
+            ("context_builder.", ""),
+        ):
+            name = name.replace(ours, theirs) if name.startswith(("blocks", "context")) else name
+        if name == "latent_in.weight":
+            found["x_embedder.proj.weight"] = value.reshape(len(value), CHANNELS, 2, 2)
+        elif name == "latent_in.bias":
+            found["x_embedder.proj.bias"] = value
+        else:
+            found[name] = value[None, None] if name == "null_text" else value
+    return found
+
+
+def test_weights_under_other_names_are_all_taken() -> None:
+    source, network = small_dit(seed=3), small_dit(seed=4)
+    weights = foreign(source)
+    assert len(set(weights) & set(network.state_dict())) < 20
+    report = take(network, weights, "there", min_share=1.0)
+    assert not report.missing
+    assert not report.unexpected
+    conditions = conditions_of()
+    assert torch.equal(velocity(network, conditions), velocity(source, conditions))
+
+
+def test_own_rules_come_first_and_too_little_is_an_error() -> None:
+    source, network = small_dit(seed=3), small_dit(seed=4)
+    weights = {f"trunk/{name}": value for name, value in source.state_dict().items()}
+    weights["final_norm.weight"] = torch.ones(32)
+    with pytest.raises(ValueError, match=r"fewer than model\.init_from_min_share=0\.5.*left over: trunk/blocks"):
+        take(network, weights, "there", min_share=0.5)
+    assert not torch.equal(network.latent_in.weight, source.latent_in.weight)
+    take(network, weights, "there", {r"^trunk/": ""}, min_share=1.0)
+    assert torch.equal(network.latent_in.weight, source.latent_in.weight)
+    with pytest.raises(ValueError, match="no regular expression"):
+        take(network, weights, "there", {"(": ""})
+
+
+def test_new_patches_with_their_own_attention_change_nothing_at_first() -> None:
+    """From a CLS-only network; in a joint context the same patches change the output."""
+    source, conditions = small_dit(use_dino_patches=False), conditions_of()
+    expected = velocity(source, conditions)
+    for attention, equal in (("separate", True), ("joint", False)):
+        network = small_dit(seed=9, stirred=False, patch_attention=attention)
+        take(network, source.state_dict(), "there", min_share=0.5)
+        assert torch.equal(velocity(network, conditions), expected) == equal
+        if equal:  # and they learn from the first step on
+            context = network.context_builder(conditions, flags(True, True), flags(True, True), 1.0)
+            network(torch.randn(2, CHANNELS, *SIZE), torch.rand(2), context).velocity.pow(2).sum().backward()
+            assert network.blocks[0].patch_attention.output.weight.grad.abs().max() > 1e-6
+    stir(network)
+
+
+def test_the_last_norm_may_see_the_noise_level() -> None:
+    plain, modulated = small_dit(stirred=False), small_dit(stirred=False, final_modulation=True)
+    take(modulated, plain.state_dict(), "there", min_share=0.5)
+    stir(plain)
+    assert modulated.final_modulation is not None
+    assert torch.equal(modulated.final_norm.weight, plain.final_norm.weight)
+    conditions, x = conditions_of(), torch.randn(2, CHANNELS, *SIZE)
+    torch.nn.init.normal_(modulated.latent_out.weight)
+    context = modulated.context_builder(conditions, flags(True, True), flags(True, True), 1.0)
+    before = modulated(x, torch.tensor([0.2, 0.2]), context).velocity
+    torch.nn.init.normal_(modulated.final_modulation.linear.weight)
+    assert not torch.equal(modulated(x, torch.tensor([0.2, 0.2]), context).velocity, before)
+
+
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+def adapted(seed: int = 0) -> tuple[PatchDiT, LoRA]:
+    network, lora = small_dit(seed), LoRA(rank=2, alpha=4.0)
+    add_lora(network, lora)
+    return network, lora
+
+
+def test_an_adapter_starts_as_nothing_and_leaves_the_network_as_it_is(tmp_path: Path) -> None:
+    plain, conditions = small_dit(), conditions_of()
+    network, lora = adapted()
+    torch.testing.assert_close(velocity(network, conditions), velocity(plain, conditions))
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all(name.endswith(("lora_A", "lora_B")) for name in trained)
+    for module in network.modules():
+        if isinstance(module, LoRALinear):
+            torch.nn.init.normal_(module.lora_B)
+    write_lora(network, tmp_path, lora)
+    names = load_lora(plain, tmp_path)
+    assert len(names) == 3 * 2 * 3  # three layers of two attentions in three blocks
+    torch.testing.assert_close(velocity(plain, conditions), velocity(network, conditions), atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_has_the_layout_of_peft(tmp_path: Path) -> None:
+    network, lora = adapted()
+    write_lora(network, tmp_path, lora)
+    tensors, config = load_file(tmp_path / WEIGHTS), json.loads((tmp_path / CONFIG).read_text())
+    assert tensors["base_model.model.blocks.0.self_attention.query.lora_A.weight"].shape == (2, 32)
+    assert tensors["base_model.model.blocks.2.cross_attention.key_value.lora_B.weight"].shape == (64, 2)
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 2, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "message"),
+    [
+        ({"use_dora": True}, {}, "use_dora=True is not supported"),
+        ({"r": 0}, {}, "r=0 is not a positive number"),
+        ({"peft_type": "IA3"}, {}, "not the configuration of a LoRA"),
+        ({}, {"blocks.9.self_attention.query": (2, 32, 32)}, "no linear layer blocks.9"),
+        ({}, {"blocks.0.self_attention.query": (2, 16, 32)}, r"is \[32, 32\]"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused_and_change_nothing(
+    tmp_path: Path, config: dict[str, Any], tensors: dict[str, tuple[int, int, int]], message: str
+) -> None:
+    network, lora = adapted()
+    write_lora(network, tmp_path, lora)
+    told = json.loads((tmp_path / CONFIG).read_text()) | config
+    (tmp_path / CONFIG).write_text(json.dumps(told))
+    weights = load_file(tmp_path / WEIGHTS)
+    for name, (rank, narrow, wide) in tensors.items():
+        weights[f"base_model.model.{name}.lora_A.weight"] = torch.ones(rank, narrow)
+        weights[f"base_model.model.{name}.lora_B.weight"] = torch.ones(wide, rank)
+    save_file(weights, tmp_path / WEIGHTS)
+    plain = small_dit()
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load_lora(plain, tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
+    with pytest.raises(FileNotFoundError, match="there is no adapter_model"):
+        load_lora(plain, tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no linear layer named nothing"):
+        add_lora(plain, LoRA(targets=["query", "nothing"]))
+
+
+# ---- few steps -------------------------------------------------------------------------------------------------------
+
+
+def test_a_student_learns_its_teachers_chords() -> None:
+    """The loss of a network whose velocity is constant along each window, as its teacher's, is zero; trained briefly, a
+    student of two steps comes nearer to its guided teacher's images than before."""
+    teacher, conditions = small_dit(depth=1), conditions_of(batch=2)
+    few = FewSteps(2, 3, Sampling(2.0, 1.5))
+    few.take_teacher(teacher)
+    student = small_dit(depth=1).train()
+    both = ConditionDropout(0.0, 0.0, 0.0, 1.0)
+    data = torch.randn(2, CHANNELS, *SIZE)
+    fast = Sampling(steps=2, guidance="none")
+    target = sample(teacher, conditions, SIZE, replace(few.teacher, steps=6), seeds=[1, 2])
+
+    def off() -> float:
+        return float((sample(student, conditions, SIZE, fast, seeds=[1, 2]) - target).pow(2).mean())
+
+    before = off()
+    optimizer = torch.optim.Adam(student.parameters(), 3e-3)
+    torch.manual_seed(0)
+    for _ in range(60):
+        loss = few.loss(student, data, conditions, both)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert off() < 0.6 * before
+    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), small_dit(depth=1).parameters(), strict=True))
+
+
+def test_windows_of_the_teacher_are_its_sampler_cut_in_pieces() -> None:
+    teacher, conditions = small_dit(), conditions_of()
+    few = FewSteps(2, 3, Sampling(2.0, 1.5, guidance="dino_then_text"))
+    few.take_teacher(teacher)
+    x = seeded_noise([1, 2], (CHANNELS, *SIZE))
+    for high, low in ((1.0, 0.5), (0.5, 0.0)):
+        x = few.led(x, conditions, high, low)
+    whole = sample(teacher, conditions, SIZE, replace(few.teacher, steps=6), seeds=[1, 2])
+    torch.testing.assert_close(x, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_a_student_is_drawn_as_it_is_trained() -> None:
+    few = FewSteps(4, 5, Sampling())
+    few.check(Sampling(steps=4, guidance="none"))
+    for sampling in (Sampling(steps=4), Sampling(steps=5, guidance="none")):
+        with pytest.raises(ValueError, match="student of 4 windows"):
+            few.check(sampling)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_memory_of_a_step_is_counted() -> None:
+    """Checkpointing keeps less; weights take 20 bytes a trained number and 8 a frozen one."""
+    found = {}
+    conditions, everything = conditions_of(), flags(True, True)
+    for checkpointing in (False, True):
+        network = small_dit(gradient_checkpointing=checkpointing)
+
+        def loss(network: PatchDiT = network) -> Tensor:
+            context = network.context_builder(conditions, everything, everything, 1.0)
+            return network(torch.ones(2, CHANNELS, *SIZE), torch.ones(2), context).velocity.pow(2).mean()
+
+        found[checkpointing] = memory_of_a_step(network, loss)
+        numbers = sum(parameter.numel() for parameter in network.parameters())
+        assert found[checkpointing]["weights_mb"] == pytest.approx(20 * numbers / 2**20, abs=0.1)
+        assert network.gradient_checkpointing == checkpointing
+    assert 0 < found[True]["activations_mb"] < 0.7 * found[False]["activations_mb"]
+    assert found[True]["loss"] == found[False]["loss"]
