@@ -8,6 +8,7 @@ the adapter of a model that was trained with one, as peft does; ``diffusers`` a 
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 from dataclasses import dataclass, field
@@ -23,6 +24,11 @@ from keygrip.config import EntrySchema, register
 log = logging.getLogger(__name__)
 
 FORMATS = ("safetensors", "torch_export", "onnx", "lora", "diffusers")
+# Folders of other projects, each with the function that writes it: (folder, module, content, weights, model card).
+WRITERS = {
+    "lora": "keygrip.models.patch_dit.lora.write_adapter",
+    "diffusers": "keygrip.exporting.diffusers_pipeline.write_pipeline",
+}
 FILES = {"torch_export": "model.pt2", "onnx": "model.onnx"}
 
 
@@ -61,14 +67,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         file, use_ema=cfg.ema, trust=tuple(cfg.trust), external=checkpoints.external_files(cfg)
     )
     target = Path(cfg.to)
-    if cfg.format == "lora":
-        from keygrip.models.patch_dit.lora import write_lora
-
-        if getattr(module, "lora", None) is None:
-            raise ValueError("this model was trained without LoRA (model.lora): give format=safetensors")
-        with atomic_folder(target) as made:
-            write_lora(module.network, made, module.lora)
-        return {"folder": str(target), "format": cfg.format, "bytes": _size(target)}
     if cfg.format != "safetensors" and not hasattr(module, "export_graph"):
         raise ValueError(
             f"{type(module).__name__} has no graph to export: give format=safetensors, which every model has"
@@ -76,17 +74,14 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     weights, which = checkpoints.weights_of(content, cfg.ema)
     run_folder = file.parent.parent if file.is_file() else file
     card = folder.model_card(target.name, content, weights, which, read_result(run_folder))
-    if cfg.format == "diffusers":
-        from keygrip.models.patch_dit.module import PatchDiTModule
-
-        if not isinstance(module, PatchDiTModule):
-            raise ValueError(f"{type(module).__name__} is no image model: give format=safetensors")
+    if cfg.format in WRITERS:
+        place, _, name = WRITERS[cfg.format].rpartition(".")
         try:
-            from keygrip.exporting.diffusers_pipeline import write_pipeline
+            write = getattr(importlib.import_module(place), name)
         except ImportError as error:
-            raise ImportError(f"format=diffusers needs diffusers: pip install 'keygrip[dit]' ({error})") from error
+            raise ImportError(f"format={cfg.format} needs a package: pip install 'keygrip[dit]' ({error})") from error
         with atomic_folder(target) as made:
-            write_pipeline(made, module.sampling, content, weights, card)
+            write(made, module, content, weights, card)
         return {"folder": str(target), "format": cfg.format, "weights": which, "bytes": _size(target)}
     result: dict[str, Any] = {"folder": str(target), "format": cfg.format, "weights": which}
 

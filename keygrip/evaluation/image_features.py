@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from keygrip.artifacts import atomic_write, make_once, sha256_file
 from keygrip.evaluation.attribute_classifier import real_images
+from keygrip.models.patch_dit.dino_view import DinoView
 from keygrip.models.patch_dit.encoders import Encoders
 
 if TYPE_CHECKING:
@@ -122,8 +123,6 @@ def feature_encoder(data: ImageShards, encoders: Encoders, options: FeatureOptio
 
 
 def _dinov3(file: Path, variant: str) -> Callable[[Tensor], Tensor]:
-    from keygrip.models.patch_dit.dino_view import DinoView
-
     view = DinoView(variant, 224, "pretrained", weights_path=str(file))
 
     def features(images: Tensor) -> Tensor:

@@ -183,11 +183,13 @@ class PatchDiTPipeline(DiffusionPipeline):
 
 
 def write_pipeline(
-    folder: Path, sampling: Sampling, content: Mapping[str, Any], weights: Mapping[str, Tensor], card: str
+    folder: Path, module: Any, content: Mapping[str, Any], weights: Mapping[str, Tensor], card: str
 ) -> None:
-    """The files of a pipeline, into a folder that is there."""
+    """The files of a pipeline, into a folder that is there. Raises ValueError: no image model."""
+    if not isinstance(module, PatchDiTModule):
+        raise ValueError(f"{type(module).__name__} is no image model: give format=safetensors")
     write_export(folder / "transformer", content, weights, card)
-    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=sampling.timestep_shift)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=module.sampling.timestep_shift)
     scheduler.save_pretrained(folder / "scheduler")
     index = {
         "_class_name": CLASS,

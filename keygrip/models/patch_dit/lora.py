@@ -113,6 +113,14 @@ def write_lora(network: nn.Module, folder: Path, lora: LoRA) -> None:
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
+def write_adapter(folder: Path, module: Any, *_: object) -> None:
+    """What ``keygrip export format=lora`` writes. Raises ValueError: a model without an adapter."""
+    lora = getattr(module, "lora", None)
+    if not isinstance(lora, LoRA):
+        raise ValueError("this model was trained without LoRA (model.lora): give format=safetensors")
+    write_lora(module.network, folder, lora)
+
+
 @torch.no_grad()
 def load_lora(network: nn.Module, folder: Path) -> list[str]:
     """Adds an adapter's differences to the weights of a network; the layers' names.
