@@ -8,13 +8,13 @@ the adapter of a model that was trained with one, as peft does; ``diffusers`` a 
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra.utils import get_method
 from omegaconf import MISSING, DictConfig
 
 from keygrip.artifacts import atomic_folder
@@ -27,7 +27,7 @@ FORMATS = ("safetensors", "torch_export", "onnx", "lora", "diffusers")
 # Folders of other projects, each with the function that writes it: (folder, module, content, weights, model card).
 WRITERS = {
     "lora": "keygrip.models.patch_dit.lora.write_adapter",
-    "diffusers": "keygrip.exporting.diffusers_pipeline.write_pipeline",
+    "diffusers": "keygrip.inference.diffusers_pipeline.write_pipeline",
 }
 FILES = {"torch_export": "model.pt2", "onnx": "model.onnx"}
 
@@ -67,7 +67,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         file, use_ema=cfg.ema, trust=tuple(cfg.trust), external=checkpoints.external_files(cfg)
     )
     target = Path(cfg.to)
-    if cfg.format != "safetensors" and not hasattr(module, "export_graph"):
+    if cfg.format in FILES and not hasattr(module, "export_graph"):
         raise ValueError(
             f"{type(module).__name__} has no graph to export: give format=safetensors, which every model has"
         )
@@ -75,9 +75,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     run_folder = file.parent.parent if file.is_file() else file
     card = folder.model_card(target.name, content, weights, which, read_result(run_folder))
     if cfg.format in WRITERS:
-        place, _, name = WRITERS[cfg.format].rpartition(".")
         try:
-            write = getattr(importlib.import_module(place), name)
+            write = get_method(WRITERS[cfg.format])
         except ImportError as error:
             raise ImportError(f"format={cfg.format} needs a package: pip install 'keygrip[dit]' ({error})") from error
         with atomic_folder(target) as made:

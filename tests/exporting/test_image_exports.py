@@ -54,7 +54,7 @@ def test_an_adapter_is_trained_exported_and_sampled_with(trained: Path, tmp_path
 
 @pytest.mark.slow  # diffusers takes seconds to import
 def test_a_pipeline_of_diffusers_draws_the_same_images(trained: Path, tmp_path: Path) -> None:
-    from keygrip.exporting.diffusers_pipeline import PatchDiTPipeline
+    from keygrip.inference.diffusers_pipeline import PatchDiTPipeline
 
     export.run(compose("export", [f"checkpoint={trained / 'run'}", f"to={tmp_path / 'pipe'}", "format=diffusers"]))
     pipeline = PatchDiTPipeline.from_pretrained(str(tmp_path / "pipe"))

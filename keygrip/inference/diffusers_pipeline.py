@@ -6,7 +6,7 @@
 
 ``keygrip export format=diffusers`` writes it. Reading it takes keygrip and diffusers (``pip install 'keygrip[dit]'``)::
 
-    from keygrip.exporting.diffusers_pipeline import PatchDiTPipeline
+    from keygrip.inference.diffusers_pipeline import PatchDiTPipeline
     image = PatchDiTPipeline.from_pretrained(FOLDER)(prompt="a red cube", image=reference).images[0]
 
 Nothing in the folder is executed: the model is built from it under the same rules as from any checkpoint.
