@@ -163,7 +163,13 @@ def test_every_option(group: str, option: str, tmp_path: Path, monkeypatch: pyte
         assert_configures(cfg)
 
 
-@pytest.mark.parametrize("sweep", group_options("sweep"))
+@pytest.mark.parametrize(
+    "sweep",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "geometry_comparison" else ())
+        for name in group_options("sweep")
+    ],
+)
 def test_every_job_of_a_sweep(sweep: str) -> None:
     cfg = composed("train", [f"sweep={sweep}"], with_hydra=True)
     assert str(cfg.hydra.mode) in ("MULTIRUN", "RunMode.MULTIRUN")
