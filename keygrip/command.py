@@ -182,7 +182,7 @@ def _sigterm_raises() -> Iterator[None]:
     """SIGTERM becomes an exception, so that temporary files and child processes are cleaned up on the way out."""
 
     def handler(number: int, frame: Any) -> None:
-        raise Interrupted(number, f"stopped by {signal.Signals(number).name}")
+        raise Interrupted(f"stopped by {signal.Signals(number).name}", number)
 
     try:
         previous = signal.signal(signal.SIGTERM, handler)

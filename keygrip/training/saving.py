@@ -226,7 +226,7 @@ class SaveOnInterrupt(Callback):
             if isinstance(callback, SaveLatest):
                 callback.save(trainer)
                 where = f"saved {callback.latest_path}; go on with resume={callback.folder.parent}"
-        raise Interrupted(number, f"stopped by {signal.Signals(number).name} at step {trainer.global_step}: {where}")
+        raise Interrupted(f"stopped by {signal.Signals(number).name} at step {trainer.global_step}: {where}", number)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

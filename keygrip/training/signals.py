@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import signal
+
 
 class Interrupted(Exception):
-    """A signal ended the run in good order; the message says where it stopped and how to go on."""
+    """A signal ended the run in good order; the message says where it stopped and how to go on.
 
-    def __init__(self, signal_number: int, message: str) -> None:
+    OmegaConf makes exceptions that pass through it anew from their message alone: hence the number's default.
+    """
+
+    def __init__(self, message: str, signal_number: int = signal.SIGTERM) -> None:
         super().__init__(message)
         self.signal_number = signal_number
+
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[str, int]]:
+        return type(self), (str(self), self.signal_number)
 
 
 class SweepInterrupted(BaseException):

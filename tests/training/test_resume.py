@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -157,3 +158,11 @@ def test_the_best_state_is_kept_beside_the_latest(toy_overrides: Callable[..., l
     assert (folder / "best.ckpt").read_bytes() == before
     with pytest.raises(ValueError, match=r"monitor='val/los' is not logged in validation; logged: .*val/loss"):
         train.run(compose("train", toy_overrides("other", "callbacks.checkpoint.monitor=val/los")))
+
+
+def test_an_interruption_is_made_anew_from_its_message_and_travels_between_processes() -> None:
+    """OmegaConf does the one, worker processes do the other."""
+    stopped = Interrupted("stopped by SIGINT", signal.SIGINT)
+    assert str(type(stopped)(str(stopped))) == "stopped by SIGINT"
+    again = pickle.loads(pickle.dumps(stopped))
+    assert (str(again), again.signal_number) == ("stopped by SIGINT", signal.SIGINT)
