@@ -172,6 +172,7 @@ class TestDemos:
 
 
 class TestCases:
+    @pytest.mark.slow
     def test_inference(self) -> None:
         figures = Inference(SMALL_POLICY, 1, repetitions=5, quick_repetitions=4, limit_s=60, quick_limit_s=60).run(
             quick=True
@@ -200,6 +201,7 @@ class TestCases:
         }
         assert min(figures.values()) > 0
 
+    @pytest.mark.slow
     def test_training_runs_the_real_command(self, recorder: list[int]) -> None:
         figures = Training([*SMALL_POLICY, "strategy=cpu"], 3, 2, steps=4, quick_steps=2, skip_steps=1).run(quick=True)
         assert recorder == [2]

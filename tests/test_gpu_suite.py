@@ -27,10 +27,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = list(compose("bench").gpu)
 # The others run the same code on the same toy network.
 DISTINCT = [name for name in PARTS if name not in ("train_vlm_360m", "vlm_loss_kernels", "volume_loss", "dit_sampler")]
+LONGEST = ("server", "train_dit")
 
 
 class TestParts:
-    @pytest.mark.parametrize("name", DISTINCT)
+    @pytest.mark.parametrize(
+        "name",
+        [pytest.param(name, marks=pytest.mark.slow if name in LONGEST else ()) for name in DISTINCT],
+    )
     def test_runs_at_toy_size(self, name: str) -> None:
         figures: Figures = {}
         instantiate(compose("bench").gpu[name], _convert_="all").run(True, figures)
@@ -41,6 +45,7 @@ class TestParts:
             flop = [value for figure, value in figures.items() if figure.endswith("_step_tflop")]
             assert min(flop) > 0
 
+    @pytest.mark.slow
     def test_real_sizes_compose(self) -> None:
         """A misspelt setting would be found on a GPU only."""
         parts = compose("bench").gpu

@@ -41,7 +41,13 @@ def test_notebooks_define_nothing(path: Path) -> None:
         assert not defined, f"{path.name} defines {[node.name for node in defined]}: that belongs in the package"
 
 
-@pytest.mark.parametrize(("name", "pictures"), [("one_demo", 6), pytest.param("heatmaps", 5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "pictures"),
+    [
+        pytest.param("one_demo", 6, marks=pytest.mark.slow),
+        pytest.param("heatmaps", 5, marks=pytest.mark.slow),
+    ],
+)
 def test_notebooks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, pictures: int) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -86,7 +86,7 @@ def test_the_checkpoint_alone_makes_a_policy(trained: Path, tmp_path: Path) -> N
     np.testing.assert_allclose(np.linalg.norm(plan.quaternion, axis=-1), 1, atol=1e-5)
 
 
-@pytest.mark.parametrize("model", ["volume_query_tuned", "coordinate_regression"])
+@pytest.mark.parametrize("model", [pytest.param("volume_query_tuned", marks=pytest.mark.slow), "coordinate_regression"])
 def test_interrupted_mid_epoch_the_real_model_resumes_to_the_same_bits(
     model: str, recordings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +123,7 @@ def test_interrupted_mid_epoch_the_real_model_resumes_to_the_same_bits(
             assert torch.equal(part[name], other[name]), name
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_real_model_to_the_weights_of_one(
     recordings: str, trained: Path, command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:

@@ -163,12 +163,12 @@ def test_every_option(group: str, option: str, tmp_path: Path, monkeypatch: pyte
         assert_configures(cfg)
 
 
+MANY_JOBS = ("geometry_comparison", "vlm_ablations", "vla_ablations", "shifts", "volume_query_options")  # 10 s or more
+
+
 @pytest.mark.parametrize(
     "sweep",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name == "geometry_comparison" else ())
-        for name in group_options("sweep")
-    ],
+    [pytest.param(name, marks=pytest.mark.slow if name in MANY_JOBS else ()) for name in group_options("sweep")],
 )
 def test_every_job_of_a_sweep(sweep: str) -> None:
     cfg = composed("train", [f"sweep={sweep}"], with_hydra=True)

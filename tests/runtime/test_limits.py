@@ -28,7 +28,9 @@ def plan_of(positions: np.ndarray, step_seconds: float = 0.1, **changes: np.ndar
     return Plan(**parts, step_seconds=step_seconds)
 
 
-@pytest.mark.parametrize(("hz", "ticks"), [(10.0, 1000), (50.0, 10_000), (200.0, 3000)])
+@pytest.mark.parametrize(
+    ("hz", "ticks"), [(10.0, 1000), pytest.param(50.0, 10_000, marks=pytest.mark.slow), (200.0, 3000)]
+)
 def test_random_targets_never_exceed_a_limit(hz: float, ticks: int) -> None:
     generator = np.random.default_rng(0)
     limits = MotionLimits(**BOX, table_height_m=0.05)

@@ -14,6 +14,7 @@ SMALL = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_server_is_measured_from_outside() -> None:
     figures = run(
         compose(

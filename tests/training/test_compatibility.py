@@ -26,6 +26,14 @@ def test_systems_do_not_take_each_others_data(model: str, data: str, said: str) 
 
 def test_the_choices_named_are_those_that_pass() -> None:
     named = data_sets_of(batch_type(compose("train", ["model=foveated_vlm"]).model))  # type: ignore[arg-type]
-    assert set(named) == {"robot_videos", "robot_tours", "robot_long_tours", "webvid", "cauldron", "video_sft"}
+    assert set(named) == {
+        "robot_videos",
+        "robot_tours",
+        "robot_long_tours",
+        "robot_lengths",
+        "webvid",
+        "cauldron",
+        "video_sft",
+    }
     for name in named:
         refuse_unfit(compose("train", ["model=foveated_vlm", f"data={name}"]))

@@ -120,6 +120,7 @@ def test_table_is_aligned_markdown() -> None:
     assert "it / broke" in drawn[3]
 
 
+@pytest.mark.slow
 def test_joblib_runs_jobs_side_by_side(command: Callable[..., Any], tmp_path: Path) -> None:
     done = command("keygrip.train", *TOY, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "optimizer.lr=0.01,-1")
     assert done.returncode == 1, done.stderr

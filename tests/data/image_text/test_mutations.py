@@ -95,6 +95,7 @@ def test_damaged_shards(tmp_path: Path, rounds: int) -> None:
     assert outcomes.counts["refused"] + outcomes.counts["skipped"] > rounds
 
 
+@pytest.mark.slow
 def test_hostile_members(tmp_path: Path) -> None:
     """A sample whose member is hostile is left out; the others of its shard are read as they are."""
     sentinel, outcomes = tmp_path / "ran", Outcomes()

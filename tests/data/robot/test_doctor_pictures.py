@@ -148,6 +148,7 @@ def test_sound_set_gives_no_finding_and_a_whole_report(tmp_path):
     assert "http" not in page
 
 
+@pytest.mark.slow
 def test_calibration_gives_the_camera_back_and_leaves_the_recording(tmp_path):
     turn = np.array([0.05, -0.04, 0.03, 0.02, -0.01, 0.02])
 

@@ -35,10 +35,10 @@ def play(cell: YamCell, actions: np.ndarray) -> tuple[bool, bool, dict[str, Any]
 @pytest.mark.parametrize(
     "task",
     [
-        TaskOptions(name="reach"),
-        TaskOptions(name="pick"),
+        pytest.param(TaskOptions(name="reach"), marks=pytest.mark.slow),
+        pytest.param(TaskOptions(name="pick"), marks=pytest.mark.slow),
         TaskOptions(name="pick", object_size_m=0.025),
-        TaskOptions(name="pick", object="bar"),
+        pytest.param(TaskOptions(name="pick", object="bar"), marks=pytest.mark.slow),
         TaskOptions(name="pick_place", distractors=2, varied_shapes=True),
         TaskOptions(name="pick_place", object="bar"),
         TaskOptions(name="stack"),

@@ -42,6 +42,7 @@ def pixel(demo: Any, point: list[float]) -> np.ndarray:
     return np.array([u / w, v / w])
 
 
+@pytest.mark.slow
 def test_every_kind_of_question_comes_up(told: list[Any]) -> None:
     kinds = {q["kind"] for text, _, _ in told for q in text["questions"]}
     assert kinds >= {

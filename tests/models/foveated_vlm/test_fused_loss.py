@@ -52,6 +52,7 @@ def assert_same(device: str, tokens: int, width: int, vocabulary: int, rtol: flo
 
 
 @pytest.mark.skipif(not installed(), reason="needs liger-kernel")
+@pytest.mark.slow
 def test_the_kernel_by_triton_s_interpreter() -> None:
     """In a process of its own: Triton decides when it is imported. As much of the kernel as can run without a GPU."""
     program = "import test_fused_loss as t; t.assert_same('cpu', 9, 16, 50, 1e-4, 1e-5)"

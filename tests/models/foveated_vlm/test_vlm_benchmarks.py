@@ -74,6 +74,7 @@ def test_a_measured_frame_is_one_more_and_leaves_its_cache_as_it_was(network: Fo
     assert frame.cache.length == frame.cache.layers.get_seq_length() == 5
 
 
+@pytest.mark.slow
 def test_memory_of_a_recipe_at_its_budgets_corners() -> None:
     """Tiny, but through the recipe's own configuration."""
     small = ["language=tiny", "backbone=tiny", "backbone.image_size=32", "data.batch_size=4", "collator.max_tokens=16"]

@@ -90,6 +90,7 @@ def test_activations_are_counted_once_and_without_weights() -> None:
     assert bytes_at[2] - bytes_at[1] == bytes_at[1] - bytes_at[0] > 0
 
 
+@pytest.mark.slow
 def test_the_curve_falls_with_the_steps() -> None:
     settings = [["euler", 4, 0, 1], ["euler", 16, 0, 1], ["adams_bashforth", 16, 0, 1], ["euler", 4, 0.3, 0.8]]
     curve = DiTCurve(None, 10, 10, 2, 2, 64, 64, settings=settings, threads=1)

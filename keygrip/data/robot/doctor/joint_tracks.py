@@ -29,7 +29,7 @@ def check_joint_tracks(exam: Examination) -> None:
             base = turn.mean()
             turned = base.apply(own)
             delay = best_delay(turned, track.position, 8)
-            if np.isfinite(delay) and abs(delay) > DELAY_FRAMES:
+            if np.isfinite(delay) and abs(delay) > DELAY_FRAMES and _explains(delay, turned, track.position):
                 delays[demo.name] = delay
                 continue
             aligned = _rotation_between(own, track.position)
@@ -46,6 +46,15 @@ def check_joint_tracks(exam: Examination) -> None:
         _report_delays(exam, arm, delays)
         if len(bases) >= 3:
             _report_odd(exam, arm, bases)
+
+
+def _explains(delay: float, own: np.ndarray, recorded: np.ndarray) -> bool:
+    """Whether tracks [N, 3] go together, but for an offset, once one is shifted by so many frames: where rotations are
+    misread or joints have another zero position, no shift does that."""
+    frames = np.arange(len(own))
+    shifted = np.stack([np.interp(frames - delay, frames, axis) for axis in own.T], axis=1)
+    left = recorded - shifted
+    return float(np.median(np.linalg.norm(left - np.median(left, axis=0), axis=1))) < SPREAD_M
 
 
 def _rotation_between(first: np.ndarray, second: np.ndarray) -> Rotation:

@@ -67,6 +67,7 @@ def test_broken_items_are_counted_and_left_out(tmp_path: Path, caplog: pytest.Lo
     assert [shards.key(n) for n in range(16)] == [f"n{n}" for n in range(20) if n % 5]
 
 
+@pytest.mark.slow
 def test_processes_and_interruptions_change_nothing(tmp_path: Path) -> None:
     written(tmp_path / "alone")
     written(tmp_path / "together", processes=2)
