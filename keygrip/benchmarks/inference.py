@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
 
 from keygrip.benchmarks.measuring import Timed, interleaved_seconds, milliseconds
 from keygrip.config import compose
@@ -23,6 +22,7 @@ from keygrip.data.robot.statistics import DemoStatistics
 from keygrip.exporting.graphs import export_program, write_onnx
 from keygrip.models.volume_query.module import VolumeQueryModule
 from keygrip.models.volume_query.policy import VolumeQueryPolicy
+from keygrip.progress import Progress
 from keygrip.training.parts import build_stored
 
 
@@ -48,7 +48,7 @@ class Inference(Timed):
         settings = [("", torch.device("cpu"), all_threads), ("one_thread_", torch.device("cpu"), 1)]
         settings += [("gpu_", torch.device("cuda"), 1)] if torch.cuda.is_available() else []
         figures: dict[str, float] = {}
-        for prefix, device, count in tqdm(settings, desc="inference", unit="setting", leave=False, disable=None):
+        for prefix, device, count in Progress(settings, desc="inference", unit="setting", leave=False):
             policy = module.to(device).policy()
             with threads(count):
                 figures |= self._measure(policy, observation, device, prefix, quick)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig
-from tqdm import tqdm
 
 from keygrip.benchmarks.demos import repeated_demos
 from keygrip.config import compose
+from keygrip.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Loader:
         figures: dict[str, float] = {}
         with tempfile.TemporaryDirectory(prefix="keygrip-bench-") as name:
             root = repeated_demos(config, Path(name), self.quick_demos if quick else self.demos, samples)
-            for prefix, options in tqdm(settings.items(), desc="loader", unit="setting", leave=False, disable=None):
+            for prefix, options in Progress(settings.items(), desc="loader", unit="setting", leave=False):
                 rate, workers = self._rate(config, root, options, batches)
                 figures[f"{prefix}samples_per_s"] = round(rate, 1)
                 figures["workers"] = max(workers, figures.get("workers", 0))

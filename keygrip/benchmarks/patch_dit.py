@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from keygrip.benchmarks.inference import threads
 from keygrip.benchmarks.measuring import (
@@ -31,6 +30,7 @@ from keygrip.models.patch_dit.context import ConditionDropout, Conditions, kept
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.network import PatchDiT
 from keygrip.models.patch_dit.sampler import Sampling, Velocities, sample
+from keygrip.progress import Progress
 from keygrip.training.checkpoints import load_module
 
 STEPS = 50  # over which what is computed once a sample is spread
@@ -181,9 +181,7 @@ class DiTCurve:
             everywhere = replace(usual, interval=(0.0, 1.0), solver="heun", steps=steps)
             exact = sample(network, conditions, size, everywhere, range(count))
             figures: dict[str, float] = {"latent_std": round(float(exact.std()), 4)}
-            for solver, steps, low, high in tqdm(
-                self.settings, desc="settings", unit="setting", leave=False, disable=None
-            ):
+            for solver, steps, low, high in Progress(self.settings, desc="settings", unit="setting", leave=False):
                 sampling = replace(usual, solver=solver, steps=int(steps), interval=(float(low), float(high)))
                 drawn, seconds, evaluations = timed(
                     network, conditions, size, sampling, range(count), 1 if quick else 3
@@ -269,9 +267,7 @@ class ToyPictures:
             network = PatchDiT(3, 16, 8, width=96, depth=4, heads=3, patch_size=1, position_cells=8)
             optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, betas=(0.9, 0.98))
             levels, dropout = LogitNormalTimesteps(), ConditionDropout()
-            for step in tqdm(
-                range(steps), desc="training the small network", unit="step", leave=False, delay=2, disable=None
-            ):
+            for step in Progress(range(steps), desc="training the small network", unit="step", leave=False):
                 for group in optimizer.param_groups:
                     group["lr"] = 2e-3 * min(1.0, (step + 1) / 20, 2.5 * (1 - step / steps) + 0.02)
                 data, conditions = self.batch(32, step)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from keygrip.data.batches import VideoTextBatch, stack_frames
 from keygrip.data.shards.mixing import CHARACTERS_A_TOKEN, Component, Mixture, padded_share
@@ -22,6 +21,7 @@ from keygrip.data.video_text.conversations import (
     video_text_parts,
 )
 from keygrip.data.video_text.datamodule import ShardSource, VideoTexts
+from keygrip.progress import Progress
 
 MAX_FRAMES = 64
 
@@ -92,7 +92,7 @@ class Shards:
             first = next(batches)
             figures["resume_s"] = order_s + time.perf_counter() - started
             started, count = time.perf_counter(), 0
-            for batch in tqdm(batches, desc="shards", unit="batch", leave=False, disable=None):
+            for batch in Progress(batches, desc="shards", unit="batch", leave=False):
                 count += len(batch)
             figures["samples_per_s"] = count / (time.perf_counter() - started)
         return figures | {"order_s": order_s, "frames_a_sample": float(first.frame_mask.sum() / len(first))}

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from keygrip.benchmarks.measuring import Timed, interleaved_seconds, milliseconds, peak_extra_bytes
 from keygrip.models.nn.sinusoids import sinusoidal_features
 from keygrip.models.volume_query.volume import VolumeLogits, hard_target, volume_cross_entropy
 from keygrip.models.volume_query.world import VoxelProjection, WorldScores, project_voxels
+from keygrip.progress import Progress
 
 IMAGE_SIZE = 448  # of the two cameras, pixels
 
@@ -50,8 +50,8 @@ class VolumeLoss(Timed):
         """
         devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
         figures: dict[str, float] = {}
-        with tqdm(
-            total=len(devices) * (len(self.horizons) + 1), desc="volume_loss", unit="setting", leave=False, disable=None
+        with Progress(
+            total=len(devices) * (len(self.horizons) + 1), desc="volume_loss", unit="setting", leave=False
         ) as bar:
             for device in devices:
                 prefix = "gpu_" if device.type == "cuda" else ""

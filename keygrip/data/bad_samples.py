@@ -101,6 +101,12 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def first_of(reasons: Sequence[str], shown: int = 10) -> str:
+    """The first reasons and the number of the others, for one message."""
+    more = f"; and {len(reasons) - shown} more" if len(reasons) > shown else ""
+    return "; ".join(reasons[:shown]) + more
+
+
 def is_of_the_machine(error: BaseException) -> bool:
     """Whether an error is the machine's (full disk, too few file descriptors) and not the sample's."""
     return isinstance(error, OSError) and error.errno in OF_THE_MACHINE

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from keygrip.artifacts import atomic_write, make_once
 from keygrip.data.batches import ImageTextBatch
 from keygrip.models.patch_dit.encoders import Encoders
+from keygrip.progress import Progress
 
 if TYPE_CHECKING:
     from keygrip.data.image_text.datamodule import ImageShards
@@ -256,7 +256,7 @@ def train_classifier(
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     shares = np.array([len(bucket.images) for bucket in buckets], float)
     with torch.enable_grad():
-        for step in tqdm(range(options.steps), desc="classifier", unit="step", delay=1, leave=False, disable=None):
+        for step in Progress(range(options.steps), desc="classifier", unit="step", leave=False):
             progress = (step + 1) / options.steps
             for group in optimizer.param_groups:
                 group["lr"] = options.lr * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -23,6 +23,7 @@ from keygrip.evaluation.kinds import changed
 from keygrip.evaluation.remote_rollouts import RemoteSettings, run_remote
 from keygrip.evaluation.rollouts import EpisodeResult, run_episode
 from keygrip.evaluation.statistics import wilson_interval
+from keygrip.progress import Progress
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.training.checkpoints import load_module
 
@@ -291,11 +292,7 @@ class _Progress:
     """A bar on standard error with the running success rate."""
 
     def __init__(self, total: int) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(
-            total=total, desc="closed loop", unit="episode", dynamic_ncols=True, mininterval=0.5, disable=None
-        )
+        self._bar = Progress(total=total, desc="closed loop", unit="episode")
 
     def __enter__(self) -> _Progress:
         return self

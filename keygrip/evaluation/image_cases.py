@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from keygrip.data.batches import ImageTextBatch
 from keygrip.evaluation.attribute_classifier import (
@@ -25,6 +24,7 @@ from keygrip.evaluation.image_features import FeatureEncoder, FeatureOptions, fe
 from keygrip.evaluation.image_statistics import grain, set_figures
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.sampler import Sampling
+from keygrip.progress import Progress
 
 if TYPE_CHECKING:
     from keygrip.data.image_text.datamodule import ImageShards
@@ -265,7 +265,7 @@ class Suite:
         values: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
         sets: dict[str, list[Tensor]] = defaultdict(list)
         total = min(self.options.images, len(self.data.samples(self.options.split)))
-        with tqdm(total=total, desc="evaluate", unit="image", disable=None) as bar:
+        with Progress(total=total, desc="evaluate", unit="image") as bar:
             for batch, real, numbers in self.batches(self.options.images):
                 size = (batch.latents.shape[2], batch.latents.shape[3])
                 count = min(len(batch), self.options.shown)
@@ -341,7 +341,7 @@ class Suite:
                 continue
             first = not images
             size = (batch.latents.shape[2], batch.latents.shape[3])
-            for text, dino in tqdm(pairs, desc="scales", unit="pair", leave=False, disable=None):
+            for text, dino in Progress(pairs, desc="scales", unit="pair", leave=False):
                 sampling = replace(self.sampling, text_scale=float(text), dino_scale=float(dino))
                 drawn = self.draw(asked, size, numbers.start, sampling)
                 self._add(values[text, dino], self.measure(drawn, asked))

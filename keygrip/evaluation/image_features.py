@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from keygrip.artifacts import atomic_write, make_once, sha256_file
 from keygrip.evaluation.attribute_classifier import real_images
 from keygrip.models.patch_dit.dino_view import DinoView
 from keygrip.models.patch_dit.encoders import Encoders
+from keygrip.progress import Progress
 
 if TYPE_CHECKING:
     from keygrip.data.image_text.datamodule import ImageShards
@@ -197,7 +197,7 @@ def train_encoder(images: list[Tensor], options: FeatureOptions) -> SmallEncoder
     rng = np.random.default_rng(0)
     shares = np.array([len(part) for part in images], float)
     with torch.enable_grad():
-        for step in tqdm(range(options.steps), desc="image encoder", unit="step", delay=1, leave=False, disable=None):
+        for step in Progress(range(options.steps), desc="image encoder", unit="step", leave=False):
             rate = options.lr * min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * (step + 1) / options.steps))
             for group in optimizer.param_groups:
                 group["lr"] = rate

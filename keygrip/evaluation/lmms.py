@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
-from tqdm import tqdm
 
 from keygrip.data.batches import Turn
 from keygrip.data.video_text.conversations import fit_image
@@ -22,6 +21,7 @@ from keygrip.data.video_text.foreign_text import PLACEHOLDER
 from keygrip.data.video_text.video_files import read_frames
 from keygrip.models.foveated_vlm.generation import answer_likelihoods, encoded, generate
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
+from keygrip.progress import Progress
 from keygrip.training.checkpoints import load_module
 
 MAX_NEW_TOKENS = 64  # where a task does not say
@@ -102,7 +102,7 @@ class KeygripModel(lmms):
         raise NotImplementedError("keygrip answers tasks of one round: choose a task of type generate_until")
 
     def _shown(self, requests: Sequence[Any]) -> Any:
-        return tqdm(requests, desc="keygrip", unit="request", disable=self.rank != 0)
+        return Progress(requests, desc="keygrip", unit="request", shown=self.rank == 0)
 
     def _video(self, see: Callable[[Any], Any], task: str, split: str, number: int) -> tuple[torch.Tensor, list[int]]:
         """A document's images and videos as one video, [1, F, 3, S, S], and its number of frames."""

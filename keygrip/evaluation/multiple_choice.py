@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from keygrip.data.batches import Turn
 from keygrip.data.video_text.video_files import read_frames
@@ -17,6 +16,7 @@ from keygrip.evaluation.chosen_options import chosen_option
 from keygrip.evaluation.vqa_benchmarks import ChoiceQuestion
 from keygrip.models.foveated_vlm.generation import answer_scores, encoded, generate
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
+from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def evaluate_choices(
     module.eval()
     right: dict[str, dict[str, list[float]]] = {mode: defaultdict(list) for mode in modes}
     unreadable = 0
-    with tqdm(total=len(questions), desc="multiple choice", unit="question", disable=None) as bar:
+    with Progress(total=len(questions), desc="multiple choice", unit="question") as bar:
         for group in _by_video(questions):
             bar.update(len(group))
             try:

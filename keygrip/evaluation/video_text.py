@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from tqdm import tqdm
 
 from keygrip.data.batches import VideoTextBatch
 from keygrip.evaluation.kinds import Evaluated, plain
@@ -23,6 +22,7 @@ from keygrip.models.foveated_vlm.attention_maps import attention_on_targets
 from keygrip.models.foveated_vlm.generation import generate
 from keygrip.models.foveated_vlm.module import REFINED, FoveatedVLMModule, comparisons
 from keygrip.models.foveated_vlm.scores import Scores
+from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def evaluate_modes(
         evaluated[REFINED] = ("coarse_fine", module.refinement)
     looked: dict[str, dict[str, list[float]]] = {mode: defaultdict(list) for mode in evaluated}
     frames_seen = 0
-    for batch in tqdm(batches, desc="evaluate", unit="batch", disable=None):
+    for batch in Progress(batches, desc="evaluate", unit="batch"):
         batch = batch.to(module.device)
         frames_seen += int(batch.frame_mask.sum())
         for mode, (of_network, refinement) in evaluated.items():

@@ -14,7 +14,6 @@ import torch
 from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from keygrip.artifacts import atomic_write
 from keygrip.data.image_text.crops import Bucket, nearest_bucket
@@ -33,6 +32,7 @@ from keygrip.models.patch_dit.figures import as_bytes, image_grid
 from keygrip.models.patch_dit.lora import load_lora
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.sampler import Edit, Sampling
+from keygrip.progress import Progress
 from keygrip.training.checkpoints import external_files, find_checkpoint, load_module
 from keygrip.training.strategies import automatic_precision
 
@@ -209,9 +209,7 @@ def draw(
     half = automatic_precision(module.device.type == "cuda") == "bf16-mixed"
     batches = list(batches_of(requests, buckets, batch_size))
     images: dict[int, Tensor] = {}
-    with tqdm(
-        total=len(batches) * sampling.steps, desc="sampling", unit="step", delay=2, leave=False, disable=None
-    ) as bar:
+    with Progress(total=len(batches) * sampling.steps, desc="sampling", unit="step", leave=False) as bar:
         for numbers in batches:
             bucket, batch = buckets[numbers[0]], [requests[number] for number in numbers]
             references = [[opened[image, bucket] for image in request.images] for request in batch]

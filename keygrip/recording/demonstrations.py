@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from keygrip.artifacts import locked, write_json
 from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
@@ -32,6 +31,7 @@ from keygrip.envs.yam.handover import HandoverTask
 from keygrip.envs.yam.tasks import Placed, TaskOptions
 from keygrip.envs.yam.text import EpisodeTrace, describe
 from keygrip.envs.yam.two_arms import HandoverCell
+from keygrip.progress import Progress
 from keygrip.recording.handover import record_handover
 from keygrip.recording.signs import SignKeeper
 
@@ -168,7 +168,7 @@ def _record(
     failed = set(_read_settings(root).get("failed_seeds", []))
     started, done, recorded, next_seed, failures = time.monotonic(), 0, 0, seed, 0
     with (
-        tqdm(total=demos, desc=f"record {task.name}", unit="demo", disable=not progress) as bar,
+        Progress(total=demos, desc=f"record {task.name}", unit="demo", shown=progress) as bar,
         _Workers(settings, root, min(processes, demos)) as workers,
     ):
         while done < demos:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,19 @@ def record_step(
     video: bool,
     recoveries: float | None,
     python: str | None,
+    unread: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Records demonstrations; see `demonstrations.record` (yam) and `metaworld.record_step`. Returns their report.
+
+    Args:
+        unread: settings of the group env that only an evaluation reads, with their values: None where nobody set them.
 
     Raises:
         ValueError: an environment without scripted expert, or a setting that it does not have.
     """
+    for name, value in (unread or {}).items():
+        if value is not None:
+            raise ValueError(f"env.{name} is for evaluations: for a recording set {name} ({name}=...)")
     if environment == "yam_handover":
         if task == TaskOptions(name="pick_place"):  # what the settings say where nobody chose a task
             task = HandoverTask()
@@ -48,7 +55,9 @@ def record_step(
             task, root, demos, seed, image_size, rate, processes, cameras, depth=depth, video=video
         )
     if environment != "metaworld":
-        raise ValueError()
+        raise ValueError(
+            f"env={environment} has no scripted expert to record: choose env=yam, env=yam_handover or env=metaworld"
+        )
     if depth:
         _refuse(["depth"], environment)
     if not isinstance(task, TaskOptions) or task != TaskOptions(name=task.name) or task.name != "pick_place":

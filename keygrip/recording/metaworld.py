@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from keygrip.artifacts import locked, write_json
 from keygrip.envs.metaworld.tasks import CAMERAS, HZ, TRAINING_SEED, TUNING_SEED, task_names
 from keygrip.envs.workers import run_jobs
+from keygrip.progress import Progress
 
 ROBOT = "sawyer"
 ARM = "right"
@@ -95,7 +94,7 @@ def record_step(
         failed = _checked_settings(root, settings)
         jobs = [{"task": name, "demos": demos, "seed": seed, "failed": failed.get(name, [])} for name in names]
         kept = dict.fromkeys(names, 0)
-        bar = tqdm(total=demos * len(names), desc="record metaworld", unit="demo", disable=None)
+        bar = Progress(total=demos * len(names), desc="record metaworld", unit="demo")
         with bar:
             for _, episode in run_jobs(
                 python or sys.executable,

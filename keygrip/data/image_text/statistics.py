@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from tqdm import tqdm
 
 from keygrip.data.bad_samples import BadSample
 from keygrip.data.image_text.bucket_samples import ImageTextSamples
 from keygrip.data.shards.sampling import SampleKey
+from keygrip.progress import Progress
 
 MEASURED = 2048  # samples from which the statistics are computed
 SMALLEST_STD = 1e-4
@@ -37,7 +37,7 @@ def measure(samples: ImageTextSamples, progress: bool = True) -> dict[str, np.nd
     samples."""
     latent, cls, patches = Moments(), Moments(), Moments()
     chosen = np.unique(np.linspace(0, len(samples) - 1, min(MEASURED, len(samples))).round().astype(int))
-    for number in tqdm(chosen.tolist(), desc="statistics", unit="image", delay=2, leave=False, disable=not progress):
+    for number in Progress(chosen.tolist(), desc="statistics", unit="image", leave=False, shown=progress):
         try:
             sample = samples[SampleKey(number, 0)]
         except BadSample:

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
+from keygrip.data.bad_samples import first_of
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.native_writer import write_demo
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import DemoError
+from keygrip.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def import_demos(
     written, skipped = 0, 0
     broken: list[tuple[str, str]] = []
     notes: dict[str, None] = {}
-    for reference in tqdm(references, desc=f"importing {references[0].format}", unit="demo", disable=not progress):
+    for reference in Progress(references, desc=f"importing {references[0].format}", unit="demo", shown=progress):
         folder = destination / reference.name
         if (folder / "metadata.json").is_file():
             skipped += 1
@@ -85,13 +85,10 @@ def import_demos(
         logger.info("%s", note)
     share = len(broken) / len(references)
     if broken:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in broken[:10])
-        more = f" and {len(broken) - 10} more" if len(broken) > 10 else ""
+        listed = first_of([f"{name}: {reason}" for name, reason in broken])
         if share > max_broken_share or len(broken) == len(references):
-            raise ValueError(f"{len(broken)} of {len(references)} demos in {source} are broken: {listed}{more}")
-        logger.warning(
-            "%d of %d demos in %s are broken and left out: %s%s", len(broken), len(references), source, listed, more
-        )
+            raise ValueError(f"{len(broken)} of {len(references)} demos in {source} are broken: {listed}")
+        logger.warning("%d of %d demos in %s are broken and left out: %s", len(broken), len(references), source, listed)
     return ImportSummary(written, skipped, broken, list(notes))
 
 

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from keygrip.artifacts import locked, sha256_bytes, sha256_file, write_json
 from keygrip.data.bad_samples import (
@@ -40,6 +39,7 @@ from keygrip.data.robot.fingerprint import demo_fingerprint
 from keygrip.data.robot.frames import JpegFrames, VideoFrames
 from keygrip.data.robot.schema import CameraTrack, Demo, DemoError, FrameSource
 from keygrip.data.video import frames_between
+from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def make_manifests(root: Path | str, again: bool = False, max_broken_share: floa
         FileNotFoundError: there is no recording. ValueError: too many are broken.
     """
     report: dict[str, Any] = {"root": str(root), "recordings": 0, "written": 0, "broken": []}
-    for reference in tqdm(find_demos(root, "native"), desc=f"manifests of {root}", unit="demo", delay=2, disable=None):
+    for reference in Progress(find_demos(root, "native"), desc=f"manifests of {root}", unit="demo"):
         report["recordings"] += 1
         if not again and (reference.path / MANIFEST).is_file():
             continue
@@ -171,14 +171,12 @@ def verify(
             workers = min(threads or os.cpu_count() or 1, THREADS)
             with ThreadPoolExecutor(workers) as pool:
                 checked = pool.map(lambda index: _verdict(demos[index], cameras, depth), fresh)
-                shown = tqdm(
+                shown = Progress(
                     checked,
                     desc="verifying recordings",
                     total=len(fresh),
                     unit="demo",
-                    delay=2,
                     leave=False,
-                    disable=None,
                 )
                 known |= {identities[index]: verdict for index, verdict in zip(fresh, shown, strict=True)}
             entries = {identity: asdict(verdict) for identity, verdict in list(known.items())[-KEPT_ENTRIES:]}

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
+from keygrip.data.bad_samples import first_of
 from keygrip.data.robot.integrity import verify
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import Demo, DemoError
+from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def read_demos(root: Path, references: Sequence[DemoReference], options: Reading
     """
     read = ReadDemos([])
     looked_at = 0
-    for reference in tqdm(references, desc=f"reading {root}", unit="demo", delay=2, leave=False, disable=None):
+    for reference in Progress(references, desc=f"reading {root}", unit="demo", leave=False):
         if options.max_demos is not None and len(read.demos) == options.max_demos:
             break
         looked_at += 1
@@ -85,7 +85,7 @@ def read_demos(root: Path, references: Sequence[DemoReference], options: Reading
             raise ValueError(
                 f"{len(read.broken)} of {looked_at} demos in {root} are broken, more than "
                 f"data.max_broken_share={options.max_broken_share:g} allows: "
-                + "; ".join(f"{error.name}: {error.reason}" for error in read.broken)
+                + first_of([f"{error.name}: {error.reason}" for error in read.broken])
             )
     if options.max_demos is not None and len(read.demos) + len(read.broken) < options.max_demos:
         raise ValueError(f"data.max_demos={options.max_demos}, but {root} holds {len(read.demos)} readable demos")

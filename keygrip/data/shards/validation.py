@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from keygrip.data.bad_samples import BadSample, read_json
 from keygrip.data.image_text.bucket_folders import INFO, read_info, write_info
@@ -41,6 +40,7 @@ from keygrip.data.video_text.conversations import (
     read_sample,
     unknown_members,
 )
+from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -218,13 +218,11 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
     """
     jobs = [(place, number) for place in split_folders(root) for number in range(len(ShardSet(place).shards))]
     if processes == 1 or len(jobs) == 1:
-        reports = [
-            examine_shard(*job) for job in tqdm(jobs, desc=f"validate {root}", unit="shard", delay=1, disable=None)
-        ]
+        reports = [examine_shard(*job) for job in Progress(jobs, desc=f"validate {root}", unit="shard")]
     else:
         with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
             futures = [pool.submit(examine_shard, *job) for job in jobs]
-            reports = [f.result() for f in tqdm(futures, desc=f"validate {root}", unit="shard", delay=1, disable=None)]
+            reports = [f.result() for f in Progress(futures, desc=f"validate {root}", unit="shard")]
     problems = [problem for report in reports for problem in report.problems]
     for what in ("keys", "digests"):
         seen: dict[str, str] = {}

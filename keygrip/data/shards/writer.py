@@ -11,9 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from tqdm import tqdm
-
 from keygrip.artifacts import atomic_write, sha256_bytes, write_bytes, write_json
+from keygrip.data.bad_samples import first_of
 from keygrip.data.shards.index import (
     MANIFEST,
     SCHEMA,
@@ -25,6 +24,7 @@ from keygrip.data.shards.index import (
     index_shard,
     make_index,
 )
+from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def write_manifest(
     broken = {path.name: f"{path} is compressed, {COMPRESSED}" for path in compressed}
     bad: dict[str, dict[str, str]] = {}
     columns: dict[str, str] = {}
-    for path in tqdm(paths, desc=f"index {root}", unit="shard", delay=1, disable=not progress):
+    for path in Progress(paths, desc=f"index {root}", unit="shard", shown=progress):
         try:
             if index_path(path).is_file() and not again:
                 content = index_path(path).read_bytes()
@@ -157,7 +157,7 @@ def write_manifest(
     if len(broken) > max_broken_share * (len(paths) + len(compressed)) or not shards:
         raise ValueError(
             f"{len(broken)} of {len(paths) + len(compressed)} shards in {root} are broken, more than max_broken_share="
-            f"{max_broken_share:g} allows: " + "; ".join(broken.values())
+            f"{max_broken_share:g} allows: " + first_of(list(broken.values()))
         )
     samples = sum(shard["samples"] for shard in shards)
     reasons = [f"{key} of {root}/{name}: {reason}" for name, left in bad.items() for key, reason in left.items()]

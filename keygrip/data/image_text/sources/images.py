@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from keygrip.artifacts import write_text
 from keygrip.data.bad_samples import read_json
@@ -33,6 +32,7 @@ from keygrip.data.shards.index import MANIFEST
 from keygrip.data.shards.sampling import start_worker
 from keygrip.data.shards.writer import write_manifest
 from keygrip.data.video_text.sources.writing import check_settings, failures_path, remove_stale
+from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ def images(
         workers = min((os.cpu_count() or 1) - 1, 16)
     sizes = ViewSizes.of(encoders, buckets)
     clock = Clock()
-    with tqdm(total=open_items, desc=f"encode {source}", unit="image", disable=not progress or rank.rank > 0) as bar:
+    with Progress(total=open_items, desc=f"encode {source}", unit="image", shown=progress and rank.rank == 0) as bar:
         while any(not job.done for job in jobs):
             claims = Claims(jobs, batch_size, rank.rank * len(jobs) // rank.ranks)
             taken = _encode(
@@ -222,7 +222,7 @@ def _encode(
     workers: int,
     trim_text: bool,
     clock: Clock,
-    bar: tqdm[Any],
+    bar: Progress,
     started: float,
 ) -> int:
     """Goes once over the jobs; how many images were taken on."""

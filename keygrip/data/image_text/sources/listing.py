@@ -14,13 +14,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from keygrip.artifacts import locked, sha256_file, write_text
 from keygrip.data.bad_samples import BadSample, guard, open_image, parse_json, read_json, read_text, regular_file
 from keygrip.data.image_text.bucket_folders import INFO
 from keygrip.data.image_text.crops import Bucket, nearest_bucket
 from keygrip.data.image_text.decoding import size_of
+from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -191,7 +190,7 @@ def list_items(
     items = []
     with (
         ThreadPoolExecutor(16) as pool,
-        tqdm(total=len(paths), desc=f"list {source}", unit="image", delay=1, disable=not progress) as bar,
+        Progress(total=len(paths), desc=f"list {source}", unit="image", shown=progress) as bar,
     ):
         for path, (captions, bucket, reason) in zip(paths, pool.map(examine, paths), strict=True):
             name = path.relative_to(source).as_posix().encode(errors="backslashreplace").decode()

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-from tqdm import tqdm
 
 from keygrip.artifacts import atomic_write
 from keygrip.data.bad_samples import BadSample
@@ -25,6 +24,7 @@ from keygrip.data.robot.doctor.search import LONG_PRIOR, starts
 from keygrip.data.robot.doctor.silhouettes import moved
 from keygrip.data.robot.doctor.views import Placement, View, make_view, place, stands
 from keygrip.data.robot.schema import Demo
+from keygrip.progress import Progress
 from keygrip.robots.surface import RobotSurface
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def calibrate(
         raise FileExistsError(f"{target} exists: name another file with output=PATH, or remove it")
     references = find_demos(root, format, calibration)
     demos: list[Demo] = []
-    for index in tqdm(spread(len(references), max_demos), desc="reading demos", unit="demo"):
+    for index in Progress(spread(len(references), max_demos), desc="reading demos", unit="demo"):
         try:
             demos.append(references[index].read())
         except BadSample as error:

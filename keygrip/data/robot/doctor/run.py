@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from keygrip.artifacts import atomic_write, write_json
 from keygrip.data.robot.discovery import find_demos
@@ -36,6 +35,7 @@ from keygrip.data.robot.doctor.trajectories import (
     check_times,
 )
 from keygrip.data.robot.schema import Demo, DemoError
+from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def doctor(
     chosen = spread(len(references), max_demos or len(references))
     demos: list[Demo] = []
     broken: list[DemoError] = []
-    for index in tqdm(chosen, desc="reading demos", unit="demo", disable=not progress):
+    for index in Progress(chosen, desc="reading demos", unit="demo", shown=progress):
         try:
             demos.append(references[index].read())
         except DemoError as error:
@@ -140,7 +140,7 @@ def doctor(
         for check in checks:
             check(examination)
         pictures: dict[tuple[str, str], dict[int, np.ndarray]] = {}
-        for camera in tqdm(examination.cameras, desc="looking at images", unit="camera", disable=not progress):
+        for camera in Progress(examination.cameras, desc="looking at images", unit="camera", shown=progress):
             for name, stream in check_images(examination, camera).items():
                 pictures[name, camera] = dict(zip(stream.index.tolist(), stream.images, strict=True))
         if compare_images:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
-from tqdm import tqdm
 
 from keygrip.artifacts import atomic_folder, write_json, write_text
 from keygrip.data.robot.discovery import find_demos
@@ -28,6 +27,7 @@ from keygrip.data.robot.lerobot_export.files import (
 )
 from keygrip.data.robot.lerobot_export.layout import IMAGES, Layout, numbers_of
 from keygrip.data.robot.schema import Demo, DemoError
+from keygrip.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def export_lerobot(
     left_out: dict[str, None] = {}
     with atomic_folder(to) as folder:
         writer: DatasetWriter | None = None
-        bar = tqdm(references, desc="exporting", unit="demo", disable=None if progress else True)
+        bar = Progress(references, desc="exporting", unit="demo", shown=progress)
         try:
             for reference in bar:
                 try:

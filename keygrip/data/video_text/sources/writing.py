@@ -17,13 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from tqdm import tqdm
-
 from keygrip.artifacts import write_json
 from keygrip.data.bad_samples import BadSample, guard, read_json
 from keygrip.data.shards.index import MANIFEST, Describe, Parts, Row, index_path
 from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.video_text.conversations import describe_video_text
+from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +115,7 @@ def write_shards(
         if not (path.is_file() and index_path(path).is_file() and failures_path(path).is_file()):
             jobs.append((path, items[start : start + items_per_shard]))
     total = sum(len(part) for _, part in jobs)
-    with tqdm(total=total, desc=f"write {root}", unit="item", delay=1, disable=not progress) as bar:
+    with Progress(total=total, desc=f"write {root}", unit="item", shown=progress) as bar:
         for count, samples in _run(jobs, make, min(processes or os.cpu_count() or 1, max(1, len(jobs)))):
             result.written += samples
             bar.update(count)

@@ -1,0 +1,83 @@
+"""Progress of anything that takes more than two seconds: a bar on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class Progress(tqdm):
+    """A tqdm bar on standard error, where that is a terminal; a line every 15 seconds and one at the end, where it is
+    a file or a pipe, in which a bar would leave thousands of copies of itself.
+
+    Args:
+        iterable: what is counted, or None with `update`. desc: what is done. unit: of the count. total: of the
+            iterable, where it has no length. delay: seconds before anything is shown. leave: whether the bar stays on
+            the terminal when it ends. shown: False for no output at all.
+    """
+
+    disable: bool
+
+    def __init__(
+        self,
+        iterable: Iterable[Any] | None = None,
+        desc: str | None = None,
+        unit: str = "it",
+        total: float | None = None,
+        delay: float = 2.0,
+        leave: bool = True,
+        shown: bool = True,
+    ) -> None:
+        self._on_terminal = sys.stderr.isatty()
+        super().__init__(
+            iterable,
+            desc=desc,
+            unit=unit,
+            total=total,
+            delay=delay,
+            leave=leave,
+            disable=not shown,
+            file=sys.stderr,
+            mininterval=0.5 if self._on_terminal else SECONDS_BETWEEN_LINES,
+            dynamic_ncols=self._on_terminal,
+        )
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> Any:
+        """Draws the bar, or writes a line."""
+        if self._on_terminal:
+            return super().display(msg, pos)
+        self.fp.write(f"{line(self.desc, self.format_dict, self.postfix)}\n")
+        self.fp.flush()
+        return True
+
+    def close(self) -> None:
+        """Ends with a last line, or with the bar as tqdm leaves it."""
+        if self.disable or self._on_terminal:
+            super().close()
+            return
+        if self.leave and self.format_dict["elapsed"] >= self.delay:
+            self.display()
+        self.disable = True
+        self._decr_instances(self)
+
+
+def line(what: str | None, values: dict[str, Any], postfix: str | None = None) -> str:
+    """One line of progress: ``record pick: 40 of 150 demos, 3.1 a second, 35 s left``."""
+    count, total, elapsed = values["n"], values["total"], values["elapsed"]
+    unit = values["unit"]
+    parts = [f"{count:g}{'' if total is None else f' of {total:g}'} {unit}{'' if count == 1 and not total else 's'}"]
+    rate = values["rate"] or (count / elapsed if elapsed else None)
+    if rate:
+        parts.append(f"{rate:.3g} a second")
+        if total is not None and total > count:
+            parts.append(f"{(total - count) / rate:.0f} s left")
+    if total is None or count >= total:
+        parts.append(f"{elapsed:.0f} s")
+    if postfix:
+        parts.append(postfix)
+    return f"{(what or 'progress').removesuffix(': ')}: {', '.join(parts)}"
