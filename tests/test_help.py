@@ -12,7 +12,7 @@ from keygrip.help import EXAMPLES, help_text
 # a data set that fits each model
 DATA = {
     **dict.fromkeys(("foveated_vlm", "pooled_vlm"), "robot_videos"),
-    "vlm_encoder_pretraining": "robot_tours",
+    **dict.fromkeys(("vlm_encoder_self_supervised", "vlm_encoder_pretraining"), "robot_tours"),
     **dict.fromkeys(("patch_dit", "patch_dit_base"), "robot_images"),
     "depth_reader": "yam_stills",
     **dict.fromkeys(("geometry_vla", "geometry_vla_no_injection"), "yam_language"),

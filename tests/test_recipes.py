@@ -25,7 +25,7 @@ MODELS = group_options("model")
 DATA_OF = {
     "foveated_vlm": "robot_videos",
     "pooled_vlm": "robot_videos",
-    "vlm_encoder_pretraining": "robot_tours",
+    **dict.fromkeys(("vlm_encoder_self_supervised", "vlm_encoder_pretraining"), "robot_tours"),
     "depth_reader": "yam_stills",
     "geometry_vla": "yam_language",
     "geometry_vla_no_injection": "yam_depth",
@@ -41,6 +41,7 @@ MODEL_OF = {
 # What a config leaves to the user; the values stand for any.
 GIVEN = {
     "experiment=yam_dinov3": ["data.root=folder"],
+    "experiment=vlm_encoder_probe": ["backbone.init_from=null"],
     "experiment=metaworld": ["data.root=folder"],
     "experiment=vla_qwen_mapanything": ["data.root=folder"],
     "geometry=mapanything": ["data.image_size=224"],
@@ -163,7 +164,10 @@ def test_every_option(group: str, option: str, tmp_path: Path, monkeypatch: pyte
         assert_configures(cfg)
 
 
-MANY_JOBS = ("geometry_comparison", "vlm_ablations", "vla_ablations", "shifts", "volume_query_options")  # 10 s or more
+MANY_JOBS = (  # 5 s or more
+    *("geometry_comparison", "vlm_ablations", "vlm_claims", "vlm_token_counts", "vla_ablations", "shifts"),
+    "volume_query_options",
+)
 
 
 @pytest.mark.parametrize(

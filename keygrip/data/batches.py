@@ -189,6 +189,7 @@ class VideoTextBatch(Movable):
         truncated: rows whose last turns were left out, since they do not fit.
         kind, source, key: B strings. texts: the B conversations, for tables and images.
         left_out: conversations of the samples that are no row: none of their answers fits, or carries loss.
+        seconds: V, when each frame of a video was taken, None where that is not known; [] where nobody asked.
     """
 
     frames: Tensor
@@ -206,9 +207,14 @@ class VideoTextBatch(Movable):
     key: list[str]
     texts: list[Conversation]
     left_out: int = 0
+    seconds: list[tuple[float, ...] | None] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def seconds_of(self, row: int) -> tuple[float, ...] | None:
+        """When the frames of a row's video were taken; None where that is not known."""
+        return self.seconds[int(self.video_index[row])] if self.seconds else None
 
     def normalised(self, mean: Sequence[float], std: Sequence[float]) -> Tensor:
         """float32 [V, F, 3, S, S] as the backbone wants them."""
@@ -226,7 +232,7 @@ class VideoTextBatch(Movable):
         lists = ("visual_at", "prompt_lengths", "kind", "source", "key", "texts")
         values |= {name: [getattr(self, name)[row] for row in kept] for name in lists}
         values |= {name: getattr(self, name)[:count, :longest] for name in ("frames", "frame_mask")}
-        return replace(self, video_index=self.video_index[rows], **values)
+        return replace(self, video_index=self.video_index[rows], seconds=self.seconds[:count], **values)
 
     @property
     def text_only_share(self) -> float:

@@ -18,13 +18,14 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from keygrip.data.batches import Turn
 from keygrip.data.video_text.conversations import fit_image
 from keygrip.data.video_text.foreign_text import PLACEHOLDER
-from keygrip.data.video_text.video_files import read_frames
+from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.models.foveated_vlm.generation import answer_likelihoods, encoded, generate
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.progress import Progress
 from keygrip.training.checkpoints import load_module
 
 MAX_NEW_TOKENS = 64  # where a task does not say
+Timed = tuple[np.ndarray, tuple[float, ...] | None]  # frames and when each was taken
 
 
 class KeygripModel(lmms):
@@ -66,17 +67,18 @@ class KeygripModel(lmms):
         answers = []
         for request in self._shown(requests):
             text, settings, see, number, task, split = request.args
-            inputs, counts = self._video(see, task, split, number)
+            inputs, counts, seconds = self._video(see, task, split, number)
             said = generate(
                 self.module.network,
                 self.module.tokenizer,
                 inputs,
                 counts,
-                [self.module.collator.prompt((Turn("user", _question(text)),))],
+                [self.module.collator.prompt((Turn("user", _question(text)),), seconds[0])],
                 [0],
                 self.mode,
                 int(settings.get("max_new_tokens") or MAX_NEW_TOKENS),
                 float(settings.get("temperature") or 0.0),
+                seconds=seconds,
             )
             answers.append(_until(said.texts[0], settings))
         return answers
@@ -88,11 +90,12 @@ class KeygripModel(lmms):
             text, target, see, number, task, split = request.args
             document = self.task_dict[task][split][number]
             words = target(document) if callable(target) else target
-            inputs, counts = self._video(see, task, split, number)
-            row = self.module.collator.prompt((Turn("user", _question(text)), Turn("assistant", str(words).strip())))
+            inputs, counts, seconds = self._video(see, task, split, number)
+            turns = (Turn("user", _question(text)), Turn("assistant", str(words).strip()))
+            row = self.module.collator.prompt(turns, seconds[0])
             kv = encoded(self.module.network, inputs, counts)
             likelihoods = answer_likelihoods(
-                self.module.network, inputs, counts, [row], [0], self.mode, kv, with_end=False
+                self.module.network, inputs, counts, [row], [0], self.mode, kv, with_end=False, seconds=seconds
             )
             found.append((float(likelihoods.total[0]), bool(likelihoods.greedy[0])))
         return found
@@ -104,27 +107,37 @@ class KeygripModel(lmms):
     def _shown(self, requests: Sequence[Any]) -> Any:
         return Progress(requests, desc="keygrip", unit="request", shown=self.rank == 0)
 
-    def _video(self, see: Callable[[Any], Any], task: str, split: str, number: int) -> tuple[torch.Tensor, list[int]]:
-        """A document's images and videos as one video, [1, F, 3, S, S], and its number of frames."""
+    def _video(
+        self, see: Callable[[Any], Any], task: str, split: str, number: int
+    ) -> tuple[torch.Tensor, list[int], list[tuple[float, ...] | None]]:
+        """A document's images and videos as one video, [1, F, 3, S, S], its number of frames, and their seconds (None
+        where several have no common time)."""
         images = self.module.pictures
-        frames = [
+        found = [
             self._frames(item, images["image_size"], images["fit"])
             for item in see(self.task_dict[task][split][number]) or []
         ]
         size = images["image_size"]
-        together = np.concatenate(frames) if frames else np.zeros((0, size, size, 3), np.uint8)
+        if not found:
+            found = [(np.zeros((0, size, size, 3), np.uint8), ())]
+        together, times = _joined(found)
         keep = np.linspace(0, max(len(together) - 1, 0), min(len(together), self.max_frames)).round().astype(int)
-        return self.module.as_input(together[keep]), [len(keep)]
+        return self.module.as_input(together[keep]), [len(keep)], [times and tuple(times[n] for n in keep)]
 
-    def _frames(self, item: Any, size: int, fit: str) -> np.ndarray:
-        """uint8 [F, S, S, 3] of what lmms-eval calls a visual: a path, an image, a list of either."""
+    def _frames(self, item: Any, size: int, fit: str) -> Timed:
+        """uint8 [F, S, S, 3] of what lmms-eval calls a visual (a path, an image, a list of either), and its seconds."""
         if isinstance(item, str | Path):
-            return read_frames(item, size, fit, self.max_frames)
+            return read_timed_frames(item, size, fit, self.max_frames)
         if isinstance(item, Sequence):
-            return np.concatenate([self._frames(part, size, fit) for part in item])
+            return _joined([self._frames(part, size, fit) for part in item])
         if hasattr(item, "convert"):  # a PIL image
-            return np.asarray(fit_image(item.convert("RGB"), size, fit))[None]
+            return np.asarray(fit_image(item.convert("RGB"), size, fit))[None], (0.0,)
         raise ValueError(f"a visual is a {type(item).__name__}; paths and images are known")
+
+
+def _joined(parts: Sequence[Timed]) -> Timed:
+    """Frames one behind the other; their seconds are known of a single part alone."""
+    return np.concatenate([frames for frames, _ in parts]), parts[0][1] if len(parts) == 1 else None
 
 
 def _question(text: str) -> str:

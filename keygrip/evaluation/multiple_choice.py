@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from keygrip.data.batches import Turn
-from keygrip.data.video_text.video_files import read_frames
+from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.evaluation.chosen_options import chosen_option
 from keygrip.evaluation.vqa_benchmarks import ChoiceQuestion
 from keygrip.models.foveated_vlm.generation import answer_scores, encoded, generate
@@ -45,16 +45,17 @@ def evaluate_choices(
         for group in _by_video(questions):
             bar.update(len(group))
             try:
-                frames = _frames(module, group[0])
+                frames, seconds = _frames(module, group[0])
             except (ValueError, OSError) as error:
                 unreadable += len(group)
                 log.warning("%d questions left out: %s", len(group), error)
                 continue
             inputs, counts = module.as_input(frames), [len(frames)]
             kv = encoded(module.network, inputs, counts)
+            video = (inputs, counts, kv, [seconds])
             for mode in modes:
-                likeliest = _likeliest(module, group, (inputs, counts, kv), mode)
-                said = _said(module, group, (inputs, counts, kv), mode, max_new_tokens)
+                likeliest = _likeliest(module, group, video, mode)
+                said = _said(module, group, video, mode, max_new_tokens)
                 for question, letter, text in zip(group, likeliest, said, strict=True):
                     named = chosen_option(text, question.options)
                     hits = {"likelihood": letter == question.answer, "generation": named == question.answer}
@@ -79,25 +80,26 @@ def _by_video(questions: Sequence[ChoiceQuestion]) -> Iterator[list[ChoiceQuesti
     yield from groups.values()
 
 
-def _frames(module: FoveatedVLMModule, question: ChoiceQuestion) -> np.ndarray:
+def _frames(module: FoveatedVLMModule, question: ChoiceQuestion) -> tuple[np.ndarray, tuple[float, ...]]:
     images = module.pictures
-    return read_frames(
+    return read_timed_frames(
         question.video, images["image_size"], images["fit"], images["max_frames"], question.clip, FOLDER_FPS
     )
 
 
 def _likeliest(module: FoveatedVLMModule, group: Sequence[ChoiceQuestion], video: Any, mode: str) -> list[int]:
     """For each question the option whose letter is the likeliest answer."""
-    inputs, counts, kv = video
+    inputs, counts, kv, seconds = video
     rows = [
-        (number, module.collator.prompt((Turn("user", question.prompt), Turn("assistant", letter))))
+        (number, module.collator.prompt((Turn("user", question.prompt), Turn("assistant", letter)), seconds[0]))
         for number, question in enumerate(group)
         for letter in question.letters
     ]
     scores: list[list[float]] = [[] for _ in group]
     for start in range(0, len(rows), ROWS):
         part = rows[start : start + ROWS]
-        found = answer_scores(module.network, inputs, counts, [text for _, text in part], [0] * len(part), mode, kv)
+        texts = [text for _, text in part]
+        found = answer_scores(module.network, inputs, counts, texts, [0] * len(part), mode, kv, seconds)
         for (number, _), score in zip(part, found.tolist(), strict=True):
             scores[number].append(score)
     return [int(np.argmax(each)) for each in scores]
@@ -107,13 +109,22 @@ def _said(
     module: FoveatedVLMModule, group: Sequence[ChoiceQuestion], video: Any, mode: str, max_new_tokens: int
 ) -> list[str]:
     """What is generated for each question."""
-    inputs, counts, kv = video
+    inputs, counts, kv, seconds = video
     said: list[str] = []
     for start in range(0, len(group), ROWS):
-        prompts = [module.collator.prompt((Turn("user", q.prompt),)) for q in group[start : start + ROWS]]
+        prompts = [module.collator.prompt((Turn("user", q.prompt),), seconds[0]) for q in group[start : start + ROWS]]
         videos = [0] * len(prompts)
         answers = generate(
-            module.network, module.tokenizer, inputs, counts, prompts, videos, mode, max_new_tokens, kv=kv
+            module.network,
+            module.tokenizer,
+            inputs,
+            counts,
+            prompts,
+            videos,
+            mode,
+            max_new_tokens,
+            kv=kv,
+            seconds=seconds,
         )
         said += answers.texts
     return said

@@ -116,10 +116,11 @@ def _generated(
     ]
     if not wanted:
         return []
-    prompts = [module.collator.prompt(batch.texts[row].turns[:-1]) for row in wanted]
+    counts = batch.frame_mask.sum(1).tolist()
+    seconds = [batch.seconds_of(row) for row in range(len(batch))]
+    prompts = [module.collator.prompt(batch.texts[row].turns[:-1], seconds[row]) for row in wanted]
     videos = batch.video_index.tolist()
     kept = sorted({videos[row] for row in wanted})
-    counts = batch.frame_mask.sum(1).tolist()
     frames, _ = module.inputs(batch)
     answers = generate(
         module.network,
@@ -130,6 +131,7 @@ def _generated(
         [kept.index(videos[row]) for row in wanted],
         mode,
         max_new_tokens,
+        seconds=[batch.seconds[video] for video in kept] if batch.seconds else None,
     )
     return [
         (batch.kind[row], batch.texts[row].turns[-1].text, batch.texts[row].evidence, text)

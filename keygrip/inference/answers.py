@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 
 from keygrip.artifacts import atomic_write
 from keygrip.data.batches import Turn
-from keygrip.data.video_text.video_files import read_frames
+from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.models.foveated_vlm.attention_maps import patch_maps
 from keygrip.models.foveated_vlm.figures import draw_looks
 from keygrip.models.foveated_vlm.generation import Answers, generate
@@ -46,12 +47,13 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
     if not paths or not questions:
         raise ValueError("video and question: give at least one of each")
     most = cfg.max_frames or images["max_frames"]
-    videos = [read_frames(path, images["image_size"], images["fit"], most) for path in paths]
+    timed = [read_timed_frames(path, images["image_size"], images["fit"], most) for path in paths]
+    videos, seconds = [frames for frames, _ in timed], [times for _, times in timed]
     asked = [(video, question) for video in range(len(paths)) for question in questions]
     started = time.perf_counter()
     answers: Answers | None = None
     if cfg.stream:
-        texts = [_streamed(module, videos[video], question, mode, cfg) for video, question in asked]
+        texts = [_streamed(module, timed[video], question, mode, cfg) for video, question in asked]
     else:
         counts = [len(frames) for frames in videos]
         padded = np.zeros((len(videos), max(counts), *videos[0].shape[1:]), np.uint8)
@@ -62,12 +64,13 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
             module.tokenizer,
             module.as_input(padded.reshape(-1, *padded.shape[2:]))[0].unflatten(0, padded.shape[:2]),
             counts,
-            [module.collator.prompt((Turn("user", question),)) for _, question in asked],
+            [module.collator.prompt((Turn("user", question),), seconds[video]) for video, question in asked],
             [video for video, _ in asked],
             mode,
             cfg.max_new_tokens,
             cfg.temperature,
             cfg.seed,
+            seconds=seconds,
         )
         texts = answers.texts
     result: dict[str, Any] = {
@@ -98,11 +101,13 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
     return result
 
 
-def _streamed(module: FoveatedVLMModule, frames: np.ndarray, question: str, mode: str, cfg: DictConfig) -> str:
+def _streamed(
+    module: FoveatedVLMModule, timed: tuple[np.ndarray, Sequence[float]], question: str, mode: str, cfg: DictConfig
+) -> str:
     """An answer, written to standard error as it comes."""
     stream = module.stream(question, mode)
-    for frame in frames:
-        stream.push(frame)
+    for frame, second in zip(*timed, strict=True):
+        stream.push(frame, second)
     sys.stderr.write(f"{question} ")
     said = ""
     for piece in stream.stream(cfg.max_new_tokens, cfg.temperature, cfg.seed):

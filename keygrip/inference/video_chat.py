@@ -23,7 +23,7 @@ from PIL import Image
 
 from keygrip.data.batches import Turn
 from keygrip.data.video_text.conversations import fit_image
-from keygrip.data.video_text.video_files import read_frames
+from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.exporting.folder import model_card, write_export
 from keygrip.models.foveated_vlm.generation import generate
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
@@ -42,10 +42,19 @@ class Prompt:
 
     Attributes:
         turns: with a `MARK` where an image or video stands among the words. visuals: their frames, uint8 [F, S, S, 3].
+        times: of each, when its frames were taken; of frames that come as arrays one per second.
     """
 
     turns: tuple[Turn, ...]
     visuals: tuple[np.ndarray, ...]
+    times: tuple[tuple[float, ...], ...]
+
+    @property
+    def seconds(self) -> tuple[float, ...] | None:
+        """When all frames were taken; None where several visuals have no common time."""
+        if len(self.times) > 1:
+            return None
+        return self.times[0] if self.times else ()
 
     @property
     def at_its_place(self) -> bool:
@@ -101,7 +110,7 @@ class VideoChat:
             ValueError: an unknown role or item, no user turn, or it does not end with a user's turn.
             FileNotFoundError: an image or a video is not there.
         """
-        turns, visuals = [], []
+        turns, visuals, times = [], [], []
         for message in messages:
             role, content = message.get("role"), message.get("content")
             if role not in ROLES:
@@ -113,7 +122,9 @@ class VideoChat:
                 if kind == "text" and isinstance(item.get("text"), str):
                     words.append(item["text"].replace(MARK, ""))
                 elif kind in ("image", "video") and role == "user":
-                    visuals.append(self._frames(item.get(kind, item.get("path")), kind))
+                    frames, seconds = self._frames(item.get(kind, item.get("path")), kind)
+                    visuals.append(frames)
+                    times.append(seconds)
                     words.append(MARK)
                 else:
                     raise ValueError(
@@ -123,15 +134,15 @@ class VideoChat:
             turns.append(Turn(role, "".join(words)))
         if not turns or turns[-1].role != "user":
             raise ValueError("a conversation to answer ends with a user's message")
-        return Prompt(tuple(turns), tuple(visuals))
+        return Prompt(tuple(turns), tuple(visuals), tuple(times))
 
-    def _frames(self, given: Any, kind: str) -> np.ndarray:
+    def _frames(self, given: Any, kind: str) -> tuple[np.ndarray, tuple[float, ...]]:
         images = self.module.pictures
         size, fit = images["image_size"], images["fit"]
         if isinstance(given, str | Path):
-            return read_frames(given, size, fit, 1 if kind == "image" else images["max_frames"])
+            return read_timed_frames(given, size, fit, 1 if kind == "image" else images["max_frames"])
         if isinstance(given, Image.Image):
-            return np.asarray(fit_image(given.convert("RGB"), size, fit))[None]
+            return np.asarray(fit_image(given.convert("RGB"), size, fit))[None], (0.0,)
         array = np.asarray(given)
         if array.dtype != np.uint8 or array.shape[-1:] != (3,) or array.ndim not in (3, 4):
             raise ValueError(
@@ -139,7 +150,8 @@ class VideoChat:
                 f"{list(array.shape)}"
             )
         frames = array[None] if array.ndim == 3 else array
-        return np.stack([fit_image(Image.fromarray(frame), size, fit) for frame in frames])
+        fitted = np.stack([fit_image(Image.fromarray(frame), size, fit) for frame in frames])
+        return fitted, tuple(float(number) for number in range(len(frames)))
 
     # ------------------------------------------------------------------ answers
 
@@ -199,7 +211,8 @@ class VideoChat:
         for row, video in enumerate(videos):
             padded[row, : len(video)] = video
         frames = module.as_input(padded.reshape(-1, size, size, 3))[0].unflatten(0, padded.shape[:2])
-        texts = [module.collator.prompt(_without_marks(prompt.turns)) for prompt in prompts]
+        seconds = [prompt.seconds for prompt in prompts]
+        texts = [module.collator.prompt(_without_marks(prompt.turns), prompt.seconds) for prompt in prompts]
         said = generate(
             module.network,
             module.tokenizer,
@@ -211,6 +224,7 @@ class VideoChat:
             max_new_tokens,
             temperature,
             seed,
+            seconds=seconds,
         )
         return said.texts
 
@@ -220,12 +234,13 @@ class VideoChat:
             raise ValueError(f"{type(module.network).__name__} reads whole videos at one place: it cannot be streamed")
         session = StreamingSession(module.network, module.tokenizer, mode)
         parts = self._parts(prompt)
+        times = iter(prompt.times)
         for part in parts[:-1]:
             if isinstance(part, list):
                 session.read(part)
             else:
-                for frame in module.as_input(part)[0]:
-                    session.push(frame)
+                for frame, second in zip(module.as_input(part)[0], next(times), strict=True):
+                    session.push(frame, second)
         assert isinstance(parts[-1], list)
         yield from pieces(module.tokenizer, session.tokens(parts[-1], max_new_tokens, temperature, seed))
 
@@ -233,7 +248,7 @@ class VideoChat:
         """Token ids and frames in the order in which they are read; ids come last."""
         module = self.module
         if prompt.at_its_place:
-            text = module.collator.prompt(_without_marks(prompt.turns))
+            text = module.collator.prompt(_without_marks(prompt.turns), prompt.seconds)
             return [text.ids[: text.visual_at], *prompt.visuals, text.ids[text.visual_at :]]
         turns = module.collator.with_system(prompt.turns)
         rendered = module.tokenizer.render([(turn.role, turn.text) for turn in turns], answering=True)

@@ -31,16 +31,18 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FoveatedVLMModule
     """Whose videos are random, and whose calls are counted."""
     made = small_module(tmp_path, TEXTS)
 
-    def decode(path: Path, size: int, fit: str, most: int, clip: object, fps: float) -> np.ndarray:
+    def decode(
+        path: Path, size: int, fit: str, most: int, clip: object, fps: float
+    ) -> tuple[np.ndarray, tuple[float, ...]]:
         if path.name == "broken":
             raise ValueError("broken cannot be decoded")
         decoded.append((str(path), clip))
-        return np.random.default_rng(len(path.name)).integers(0, 255, (3, 28, 28, 3)).astype(np.uint8)
+        return np.random.default_rng(len(path.name)).integers(0, 255, (3, 28, 28, 3)).astype(np.uint8), (0.0, 1.0, 2.0)
 
     decoded: list[object] = []
     encode = made.network.encode
     encodes: list[int] = []
-    monkeypatch.setattr(multiple_choice, "read_frames", decode)
+    monkeypatch.setattr(multiple_choice, "read_timed_frames", decode)
     monkeypatch.setattr(made.network, "encode", lambda frames: (encodes.append(len(frames)), encode(frames))[1])
     made.decoded, made.encodes = decoded, encodes  # type: ignore[assignment]
     return made
@@ -67,7 +69,7 @@ def test_a_video_is_decoded_and_encoded_once_for_all_questions_and_modes(module:
 def test_the_likeliest_letter_is_that_of_a_whole_row(module: FoveatedVLMModule) -> None:
     """Against the log-likelihood of the prompt with each letter behind it, computed by itself."""
     asked = question("a", 0)
-    frames = multiple_choice._frames(module, asked)
+    frames, _ = multiple_choice._frames(module, asked)
     inputs = module.as_input(frames)
     alone = []
     for letter in "ABC":

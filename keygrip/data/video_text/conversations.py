@@ -12,7 +12,7 @@ import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -71,12 +71,14 @@ class VideoTextSample:
         conversations: one or more.
         source: the collection that it is from ("robot_videos", "smoltalk", ...).
         key: unique in its collection.
+        seconds: F, when each frame was taken; None where that is not known.
     """
 
     frames: np.ndarray
     conversations: tuple[Conversation, ...]
     source: str
     key: str
+    seconds: tuple[float, ...] | None = None
 
 
 def caption(text: str, evidence: Mapping[str, Any] | None = None, request: str = CAPTION_REQUEST) -> Conversation:
@@ -281,9 +283,20 @@ def decode_video(content: bytes | str, size: int, fit: str, most: int = MAX_FRAM
     Raises:
         ValueError: it cannot be decoded, or ends long before its length.
     """
-    return np.stack(
-        frames_at(content, lambda length: _seconds(length, most), lambda image: fit_image(image, size, fit))
-    )
+    return decode_timed(content, size, fit, most)[0]
+
+
+def decode_timed(content: bytes | str, size: int, fit: str, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `decode_video`, and the second of each frame."""
+    times = np.zeros(0)
+
+    def chosen(length: float) -> np.ndarray:
+        nonlocal times
+        times = _seconds(length, most)
+        return times
+
+    frames = frames_at(content, chosen, lambda image: fit_image(image, size, fit))
+    return np.stack(frames), times
 
 
 def read_sample(
@@ -301,16 +314,40 @@ def read_sample(
         conversations = parse_conversations(content)
         video, names = media_of(parts)
         if video is not None:
-            frames = decode_video(parts[video], size, fit, max(MAX_FRAMES, max_frames))
-            frames = frames[_evenly(len(frames), max_frames)]
+            frames, times = decode_timed(parts[video], size, fit, max(MAX_FRAMES, max_frames))
+            taken = _evenly(len(frames), max_frames)
+            frames, seconds = frames[taken], _of(times, taken)
         else:
             _check_count(content, names)
-            images = [decode_image(parts[names[n]], size, fit) for n in _evenly(len(names), max_frames)]
+            taken = _evenly(len(names), max_frames)
+            images = [decode_image(parts[names[n]], size, fit) for n in taken]
             frames = np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8)
+            seconds = _image_seconds(content.get("fps", 1.0), taken)
         problem = next((problem for c in conversations if (problem := conversation_problem(c))), None)
         if problem:
             raise ValueError(problem)
-    return VideoTextSample(frames, conversations, str(content.get("source", "")), shards.key(sample))
+    return VideoTextSample(frames, conversations, str(content.get("source", "")), shards.key(sample), seconds)
+
+
+def thinned(sample: VideoTextSample, max_frames: int) -> VideoTextSample:
+    """The sample with at most so many of its frames, evenly spaced."""
+    if len(sample.frames) <= max_frames:
+        return sample
+    taken = _evenly(len(sample.frames), max_frames)
+    seconds = None if sample.seconds is None else _of(sample.seconds, taken)
+    return replace(sample, frames=sample.frames[taken], seconds=seconds)
+
+
+def _image_seconds(fps: Any, taken: Sequence[int]) -> tuple[float, ...] | None:
+    """When images were taken at `fps`; None where a shard does not say it in a number."""
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 1e-6 < fps < 1e6:
+        return None
+    return tuple(number / fps for number in taken)
+
+
+def _of(seconds: Sequence[float] | np.ndarray, taken: Sequence[int]) -> tuple[float, ...] | None:
+    """Seconds of the frames that were taken; None where a video gave fewer frames than its length promises."""
+    return tuple(float(seconds[n]) for n in taken) if not taken or taken[-1] < len(seconds) else None
 
 
 def _evenly(count: int, limit: int) -> list[int]:

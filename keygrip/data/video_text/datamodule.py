@@ -35,6 +35,7 @@ from keygrip.data.shards.resuming import ResumableData
 from keygrip.data.shards.sampling import GlobalBatchSampler, SampleKey, sample_generator
 from keygrip.data.shards.substitution import SUBSTITUTES, Collate, CountingLoader, SubstitutingSamples
 from keygrip.data.video_text.batching import CheckingCollator, Collator, PreparedCollator, Questions, choose
+from keygrip.data.video_text.clips import SubClips, clipped
 from keygrip.data.video_text.conversations import (
     FITS,
     MAX_FRAMES,
@@ -171,7 +172,7 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
     """Samples of several parts, numbered one behind the other; indexed by `SampleKey`.
 
     Args:
-        parts: where samples come from. image_size, fit, max_frames: see `VideoTexts`.
+        parts: where samples come from. image_size, fit, max_frames, clips: see `VideoTexts`.
         questions: how many conversations a video; None: all. seed: of that choice.
         memory_gb: decoded frames and text of so much are kept, in each process that reads.
         collator: says which conversations can be used, where it can.
@@ -187,8 +188,9 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
         seed: int,
         memory_gb: float = 0.0,
         collator: Collator | None = None,
+        clips: SubClips | None = None,
     ) -> None:
-        self.collator = collator if isinstance(collator, CheckingCollator) else None
+        self.collator, self.clips = (collator if isinstance(collator, CheckingCollator) else None), clips
         self.parts, self.questions, self.seed = list(parts), questions, seed
         self._kept: dict[int, VideoTextSample] = {}
         self._room = memory_gb * 2**30
@@ -204,7 +206,7 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
         number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
         part = self.parts[number]
         position = key.sample - int(self.starts[number])
-        sample = self._read(part, key.sample, position)
+        sample = clipped(self._read(part, key.sample, position), self.clips, self.max_frames, self.seed, key)
         conversations: Sequence[Conversation] = sample.conversations
         if part.source.kinds is not None:
             conversations = [c for c in conversations if c.kind in part.source.kinds]
@@ -220,7 +222,8 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
         """A sample with all its text, from memory where it is kept."""
         found = self._kept.get(number)
         if found is None:
-            found = read_sample(part.shards, int(part.chosen[position]), self.image_size, self.fit, self.max_frames)
+            most = self.max_frames if self.clips is None else MOST_FRAMES  # clips are cut out of the whole video
+            found = read_sample(part.shards, int(part.chosen[position]), self.image_size, self.fit, most)
             size = found.frames.nbytes + TEXT_BYTES * len(found.conversations)
             if size <= self._room:
                 self._room -= size
@@ -265,6 +268,7 @@ class VideoTexts(ResumableData):
         curriculum: see :class:`keygrip.data.shards.mixing.Mixture`; of the lead sources, by name.
         budget: of frames and positions a batch, over all ranks; `batch_size` is then the most videos of a batch. None:
             always `batch_size` videos.
+        clips: cut out of longer training videos; batches and a budget count whole ones. None: they stay whole.
     """
 
     batch_type = VideoTextBatch
@@ -291,9 +295,10 @@ class VideoTexts(ResumableData):
         memory_gb: float = 0.0,
         curriculum: Sequence[Stage] | None = None,
         budget: Budget | None = None,
+        clips: SubClips | None = None,
     ) -> None:
         super().__init__()
-        self.budget = budget
+        self.budget, self.clips = budget, clips
         self.sources = {name: source for name, source in sources.items() if source is not None}
         if not self.sources:
             raise ValueError("no data: name at least one source with data.sources.NAME.root=PATH")
@@ -427,12 +432,21 @@ class VideoTexts(ResumableData):
 
     # ---------------------------------------------------------------------------------------------------------- loading
 
+    def _samples(
+        self, parts: Sequence[Part], questions: Questions, memory_gb: float = 0.0, clips: SubClips | None = None
+    ) -> VideoTextSamples:
+        how = (self.image_size, self.fit, self.max_frames)
+        return VideoTextSamples(parts, *how, questions, self.seed, memory_gb, self.collator, clips)
+
     def _loader(
-        self, parts: Sequence[Part], sampler: GlobalBatchSampler, questions: Questions, memory_gb: float = 0.0
+        self,
+        parts: Sequence[Part],
+        sampler: GlobalBatchSampler,
+        questions: Questions,
+        memory_gb: float = 0.0,
+        clips: SubClips | None = None,
     ) -> DataLoader[Any]:
-        samples = VideoTextSamples(
-            parts, self.image_size, self.fit, self.max_frames, questions, self.seed, memory_gb, self.collator
-        )
+        samples = self._samples(parts, questions, memory_gb, clips)
         loader = CountingLoader(collate_fn=Collate(self.collator), **self.loader_options(samples, sampler))
         loader.skipped = self.skipped
         return loader
@@ -443,7 +457,7 @@ class VideoTexts(ResumableData):
         sampler = kind(self.mixture, *self.ranks)
         if self.trainer is not None:
             sampler.follow(self.batches_done)
-        return self._loader(self.parts["train"], sampler, self.questions, self.memory_gb)
+        return self._loader(self.parts["train"], sampler, self.questions, self.memory_gb, self.clips)
 
     def worst_batch(self) -> Any:
         """This rank's part of the batch of the first epoch that takes most memory, by frames and positions; needs
@@ -453,18 +467,8 @@ class VideoTexts(ResumableData):
         budget = self.budget or Budget(int(sizes.frames.max()) + 1, int(sizes.positions.max()) + 1)
         worst = costliest(batches, sizes, budget)
         rank, ranks = self.ranks
-        samples = VideoTextSamples(
-            self.parts["train"],
-            self.image_size,
-            self.fit,
-            self.max_frames,
-            self.questions,
-            self.seed,
-            0.0,
-            self.collator,
-        )
         keys = [SampleKey(int(index), 0) for index in np.array_split(worst, ranks)[rank]]
-        batch = Collate(self.collator)(samples.__getitems__(keys))
+        batch = Collate(self.collator)(self._samples(self.parts["train"], self.questions).__getitems__(keys))
         if isinstance(batch, BadSample):
             raise batch
         return batch[0]

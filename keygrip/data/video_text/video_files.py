@@ -8,7 +8,7 @@ import numpy as np
 
 from keygrip.data.bad_samples import BadSample, read_bytes
 from keygrip.data.video import TIME_TOLERANCE_S, frames_at
-from keygrip.data.video_text.conversations import MAX_FRAMES, decode_image, decode_video, fit_image
+from keygrip.data.video_text.conversations import MAX_FRAMES, decode_image, decode_timed, fit_image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -21,13 +21,27 @@ def read_frames(
     clip: tuple[float, float] | None = None,
     folder_fps: float = 1.0,
 ) -> np.ndarray:
-    """uint8 [F, S, S, 3]: one frame per second of a video, every image of a folder in the order of its names.
+    """The frames of `read_timed_frames` alone."""
+    return read_timed_frames(path, size, fit, max_frames, clip, folder_fps)[0]
+
+
+def read_timed_frames(
+    path: str | Path,
+    size: int,
+    fit: str,
+    max_frames: int,
+    clip: tuple[float, float] | None = None,
+    folder_fps: float = 1.0,
+) -> tuple[np.ndarray, tuple[float, ...]]:
+    """uint8 [F, S, S, 3]: one frame per second of a video, every image of a folder in the order of its names; and the
+    second of each, counted from the first (of the clip).
 
     Of more than `max_frames`, so many evenly spaced ones are kept.
 
     Args:
         clip: only these seconds of it, at least one frame; of more than `max_frames` seconds, the frames in the middle
-            of `max_frames` equal parts. folder_fps: images of a folder per second, for clips.
+            of `max_frames` equal parts. folder_fps: images of a folder per second, for clips; without one, a second
+            lies between two of them.
 
     Raises:
         FileNotFoundError: nothing there, or a folder without images. ValueError: it cannot be decoded, or ends before
@@ -40,26 +54,35 @@ def read_frames(
             raise FileNotFoundError(f"{path} holds no images ({', '.join(SUFFIXES)})")
         if clip is not None:
             times = clip_times(len(files) / folder_fps, clip, max_frames, path)
-            return np.stack([_image(files[min(int(time * folder_fps), len(files) - 1)], size, fit) for time in times])
+            images = [_image(files[min(int(time * folder_fps), len(files) - 1)], size, fit) for time in times]
+            return np.stack(images), _from_first(times)
         keep = _evenly(len(files), max_frames)
-        return np.stack([_image(files[number], size, fit) for number in keep])
+        return np.stack([_image(files[number], size, fit) for number in keep]), tuple(map(float, keep))
     if not path.is_file():
         raise FileNotFoundError(f"there is no video, image or folder at {path}")
     if path.suffix.lower() in SUFFIXES:
-        return _image(path, size, fit)[None]
+        return _image(path, size, fit)[None], (0.0,)
+    times = np.zeros(0)
+
+    def chosen(duration: float) -> np.ndarray:
+        nonlocal times
+        assert clip is not None
+        times = clip_times(duration, clip, max_frames, path)
+        return times
+
     try:
         if clip is not None:
-            return np.stack(
-                frames_at(
-                    str(path),
-                    lambda duration: clip_times(duration, clip, max_frames, path),
-                    lambda image: fit_image(image, size, fit),
-                )
-            )
-        frames = decode_video(str(path), size, fit, max(MAX_FRAMES, max_frames))
+            found = frames_at(str(path), chosen, lambda image: fit_image(image, size, fit))
+            return np.stack(found), _from_first(times)
+        frames, times = decode_timed(str(path), size, fit, max(MAX_FRAMES, max_frames))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return frames[_evenly(len(frames), max_frames)]
+    keep = _evenly(len(frames), max_frames)
+    return frames[keep], tuple(float(times[number]) for number in keep)
+
+
+def _from_first(times: np.ndarray) -> tuple[float, ...]:
+    return tuple(float(time - times[0]) for time in times)
 
 
 def clip_times(duration: float, clip: tuple[float, float], max_frames: int, path: Path) -> np.ndarray:

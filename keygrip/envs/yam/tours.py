@@ -27,7 +27,7 @@ CUBE = 0.05  # m
 HOVER = 0.035  # m from a cube's top to the finger tips
 SEEN_SHARE = 0.7  # of the largest view of a cube in the video: with less, its digit may be hidden
 CUBES = (1, 5)
-FRAMES = (1, 64)
+FRAMES = (1, 4096)
 
 
 @dataclass(frozen=True)

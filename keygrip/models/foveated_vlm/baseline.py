@@ -6,6 +6,7 @@ Legend: M frames, N = h * w patches, K tokens a frame, D backbone width, C langu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ class PooledVLM(VideoLanguageNetwork):
         visual_scale: float | None = None,
         frame_numbers: int = 0,
         pack_rows: bool = False,
-        frame_clock: bool = False,
+        frame_clock: bool | Literal["seconds"] = False,
     ) -> None:
         super().__init__(backbone, language, visual_scale, frame_numbers, pack_rows, frame_clock)
         self.side = round(tokens_per_frame**0.5)

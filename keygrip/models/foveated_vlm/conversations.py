@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,6 +141,7 @@ class ConversationCollator:
         tokenizer: its source, loaded (or trained on the data's text) by `prepare`.
         prompt_order, supervise, max_tokens: see `encode_conversation`.
         system: the system turn of conversations that have none; None: as the chat template has it.
+        timestamps: the first user turn begins with when the video's frames were taken (`frame_times`).
     """
 
     def __init__(
@@ -150,6 +151,7 @@ class ConversationCollator:
         supervise: Supervise,
         max_tokens: int | None = None,
         system: str | None = None,
+        timestamps: bool = False,
     ) -> None:
         if prompt_order not in ("visual_first", "question_first"):
             raise ValueError(f"prompt_order is visual_first or question_first, not {prompt_order!r}")
@@ -161,7 +163,7 @@ class ConversationCollator:
         self.prompt_order: PromptOrder = prompt_order
         self.supervise: Supervise = supervise
         self.max_tokens = max_tokens
-        self.system = system
+        self.system, self.timestamps = system, timestamps
         self.tokenizer: ChatTokenizer | None = None
         self._encoded: dict[tuple[Turn, ...], EncodedText] = {}
         self._recent: dict[tuple[Turn, ...], EncodedText] = {}  # of the batch that is being made
@@ -192,10 +194,31 @@ class ConversationCollator:
             return turns
         return (Turn("system", self.system), *turns)
 
-    def prompt(self, turns: Sequence[Turn]) -> EncodedText:
-        """A conversation as the model is asked to continue it, or as it is scored: whole, and as in training."""
+    def with_times(self, turns: Sequence[Turn], seconds: Sequence[float] | None) -> tuple[Turn, ...]:
+        """A conversation with the times of its video's frames, where they are told.
+
+        Raises:
+            ValueError: they are to be told and are not known.
+        """
+        if not self.timestamps or (seconds is not None and not len(seconds)):
+            return tuple(turns)
+        if seconds is None:
+            raise ValueError("collator.timestamps=true: when the frames of a video were taken is not known here")
+        first = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
+        if first is None:
+            return tuple(turns)
+        told = Turn("user", f"{frame_times(seconds)}\n{turns[first].text}")
+        return (*turns[:first], told, *turns[first + 1 :])
+
+    def prompt(self, turns: Sequence[Turn], seconds: Sequence[float] | None = None) -> EncodedText:
+        """A conversation as the model is asked to continue it, or as it is scored: whole, and as in training.
+
+        Args:
+            seconds: when the frames of its video were taken; needed where `timestamps` are told, empty for text alone.
+        """
         if self.tokenizer is None:
             raise RuntimeError("the collator has no tokenizer yet: call prepare (the data module's prepare_data does)")
+        turns = self.with_times(turns, seconds)
         return encode_conversation(self.with_system(turns), self.tokenizer, self.prompt_order, "answers")
 
     def problem(self, conversation: Conversation) -> str | None:
@@ -217,11 +240,17 @@ class ConversationCollator:
         rows, places, videos, problems = [], [], [], []
         for number, sample in enumerate(samples):
             for conversation in sample.conversations:
-                problem = self.problem(conversation)
+                told, problem = conversation, None
+                try:
+                    times = sample.seconds if len(sample.frames) else ()
+                    told = replace(conversation, turns=self.with_times(conversation.turns, times))
+                except ValueError as error:
+                    problem = str(error)
+                problem = problem or self.problem(told)
                 if problem is not None:
                     problems.append(f"{sample.key} of {sample.source}: {problem}")
                     continue
-                rows.append(self._encode(conversation.turns))
+                rows.append(self._encode(told.turns))
                 places.append((sample, conversation))
                 videos.append(number)
         self._recent.clear()
@@ -238,7 +267,16 @@ class ConversationCollator:
             key=[sample.key for sample, _ in places],
             texts=[conversation for _, conversation in places],
             left_out=len(problems),
+            seconds=[sample.seconds for sample in samples],
         )
+
+
+def frame_times(seconds: Sequence[float]) -> str:
+    """When the frames of a video were taken, in words: "12 frames, one every 1 s, from 0 s to 11 s."."""
+    count, first, last = len(seconds), seconds[0], seconds[-1]
+    if count == 1:
+        return f"1 frame, at {first:.4g} s."
+    return f"{count} frames, one every {(last - first) / (count - 1):.3g} s, from {first:.4g} s to {last:.4g} s."
 
 
 def text_columns(rows: Sequence[EncodedText]) -> dict[str, Any]:

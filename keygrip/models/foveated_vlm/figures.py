@@ -29,7 +29,7 @@ def show_answers(module: FoveatedVLMModule, batch: VideoTextBatch, rows: int) ->
         turns = batch.texts[row].turns
         last = max((n for n, turn in enumerate(turns) if turn.role == "assistant"), default=len(turns))
         asked.append((turns[last - 1].text if last else "", turns[last].text if last < len(turns) else ""))
-        prompts.append(module.collator.prompt(turns[:last]))
+        prompts.append(module.collator.prompt(turns[:last], batch.seconds_of(row)))
     counts = batch.frame_mask.sum(1).tolist()
     videos = [int(batch.video_index[row]) for row in chosen]
     mode = "autoregressive" if "autoregressive" in network.modes else network.modes[-1]
@@ -45,6 +45,7 @@ def show_answers(module: FoveatedVLMModule, batch: VideoTextBatch, rows: int) ->
         [kept.index(video) for video in videos],
         mode,
         max_new_tokens=48,
+        seconds=[batch.seconds[video] for video in kept] if batch.seconds else None,
     )
     table = ["| kind | question | answer | generated |", "| --- | --- | --- | --- |"]
     for row, (question, answer), said in zip(chosen, asked, answers.texts, strict=True):

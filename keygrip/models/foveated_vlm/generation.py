@@ -16,6 +16,8 @@ from keygrip.models.foveated_vlm.rows import TextRows, take
 from keygrip.models.language.cache import LanguageCache
 from keygrip.models.language.tokenizers import ChatTokenizer
 
+Seconds = Sequence[Sequence[float] | None] | None  # of V videos: when each frame was taken
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -33,12 +35,16 @@ class Answers:
 
 
 def rows_of(
-    texts: Sequence[EncodedText], videos: Sequence[int], frame_counts: Sequence[int], device: torch.device
+    texts: Sequence[EncodedText],
+    videos: Sequence[int],
+    frame_counts: Sequence[int],
+    device: torch.device,
+    seconds: Seconds = None,
 ) -> TextRows:
     """Encoded texts as the network takes them."""
     ids: Tensor = text_columns(texts)["input_ids"]
-    lengths = [len(text.ids) for text in texts]
-    return TextRows(ids.to(device), lengths, [text.visual_at for text in texts], list(videos), list(frame_counts))
+    lengths, places = [len(text.ids) for text in texts], [text.visual_at for text in texts]
+    return TextRows(ids.to(device), lengths, places, list(videos), list(frame_counts), seconds)
 
 
 @torch.inference_mode()
@@ -62,6 +68,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     kv: Sequence[BlockKV] | None = None,
+    seconds: Seconds = None,
 ) -> Answers:
     """Continues each prompt until the end of the assistant's turn.
 
@@ -71,12 +78,13 @@ def generate(
         mode: how the videos are looked at. max_new_tokens: an answer's longest.
         temperature: 0 takes the most probable token; above, tokens are drawn (with `seed`).
         kv: keys and values of the real frames where they are known already (`encoded`).
+        seconds: V, when the frames were taken, for a clock that counts seconds.
 
     Raises:
         ValueError: a prompt, the frames and the answer do not fit into the language model's context.
     """
     device = frames.device
-    rows = rows_of(prompts, videos, frame_counts, device)
+    rows = rows_of(prompts, videos, frame_counts, device, seconds)
     visual, looks, _ = network.see(frames, rows, mode, kv=kv)
     layout = rows.layout(network.tokens_per_frame)
     language = network.language
@@ -89,7 +97,9 @@ def generate(
     # Rows are padded on the right; what padding leaves in the cache is a hole that no later token sees.
     same = bool(layout.valid.all())
     hidden = language.extend(
-        layout.place(language.embed(rows.input_ids), network.numbered(visual)), cache, None if same else layout.valid
+        layout.place(language.embed(rows.input_ids), network.numbered_of(visual, rows)),
+        cache,
+        None if same else layout.valid,
     )
     state = take(hidden, layout.valid.sum(1, keepdim=True) - 1)[:, 0]
     generator = torch.Generator(device).manual_seed(seed)
@@ -133,14 +143,16 @@ def answer_likelihoods(
     mode: str = "autoregressive",
     kv: Sequence[BlockKV] | None = None,
     with_end: bool = True,
+    seconds: Seconds = None,
 ) -> Likelihoods:
     """Log-likelihoods of each conversation's last answer.
 
     Args:
-        frames, frame_counts, videos, mode, kv: as in `generate`. answered: B conversations that end with an answer.
+        frames, frame_counts, videos, mode, kv, seconds: as in `generate`.
+        answered: B conversations that end with an answer.
         with_end: the token that ends the answer's turn counts.
     """
-    rows = rows_of(answered, videos, frame_counts, frames.device)
+    rows = rows_of(answered, videos, frame_counts, frames.device, seconds)
     visual, _, _ = network.see(frames, rows, mode, kv=kv)
     hidden, layout = network.read(visual, rows)
     mask = torch.zeros(rows.input_ids.shape, dtype=torch.bool, device=frames.device)
@@ -166,7 +178,8 @@ def answer_scores(
     videos: Sequence[int],
     mode: str = "autoregressive",
     kv: Sequence[BlockKV] | None = None,
+    seconds: Seconds = None,
 ) -> Tensor:
     """Mean log-likelihood a token of each conversation's last answer, float32 [B], for choosing among given answers."""
-    found = answer_likelihoods(network, frames, frame_counts, answered, videos, mode, kv)
+    found = answer_likelihoods(network, frames, frame_counts, answered, videos, mode, kv, seconds=seconds)
     return found.total / found.tokens.clamp_min(1)

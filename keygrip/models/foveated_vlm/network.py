@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from keygrip.models.backbone import BlockKV, DinoBackbone
+from keygrip.models.foveated_vlm.clock import FrameClock
 from keygrip.models.foveated_vlm.rows import Packing, RowLayout, Streams, TextRows, take
 from keygrip.models.language.cache import LanguageCache
 from keygrip.models.language.decoder import LanguageModel
@@ -92,24 +93,6 @@ class Connector(nn.Module):
         return self.linear(embeddings) * self.scale
 
 
-class FrameClock(nn.Module):
-    """Vectors [C] that say which frame it is, for any number of frames: a learned map of sinusoids."""
-
-    def __init__(self, language: LanguageModel, waves: int = 32) -> None:
-        super().__init__()
-        self.waves = waves
-        self.linear = nn.Linear(2 * waves, language.width, bias=False)
-        nn.init.normal_(self.linear.weight, std=float(language.embedding_std) * waves**-0.5)
-
-    def forward(self, first: int, count: int) -> Tensor:
-        """[count, C], of frames `first` to `first + count`. Periods go from 4 frames to 4096."""
-        weight = self.linear.weight
-        frame = torch.arange(first, first + count, device=weight.device, dtype=torch.float32)[:, None]
-        periods = 4.0 * 1024.0 ** (torch.arange(self.waves, device=weight.device) / max(self.waves - 1, 1))
-        angle = 2 * torch.pi * frame / periods
-        return self.linear(torch.cat([angle.sin(), angle.cos()], dim=1).to(weight.dtype))
-
-
 class VideoLanguageNetwork(nn.Module):
     """What the foveated network and its baselines share: rows of text with visual tokens through a language model.
 
@@ -119,7 +102,8 @@ class VideoLanguageNetwork(nn.Module):
         frame_numbers: up to so many frames each visual token also says, by a learned vector, which frame it is of. 0:
             no such vectors (as published): a language model knows its visual tokens by their places alone.
         frame_clock: each visual token, and each hidden state that a query is made of, also says by a learned map of
-            sinusoids how many frames came before: as `frame_numbers` without a limit, and for the queries too.
+            sinusoids how many frames came before: as `frame_numbers` without a limit, and for the queries too. With
+            `seconds` it says when its frame was taken, which differs where a long video is thinned.
         pack_rows: rows of different lengths go through the language model one behind the other, which costs a mask and
             saves the padding; the same figures but for rounding.
     """
@@ -134,9 +118,12 @@ class VideoLanguageNetwork(nn.Module):
         visual_scale: float | None = None,
         frame_numbers: int = 0,
         pack_rows: bool = False,
-        frame_clock: bool = False,
+        frame_clock: bool | Literal["seconds"] = False,
     ) -> None:
         super().__init__()
+        if frame_clock not in (True, False, "seconds"):
+            raise ValueError(f"model.network.frame_clock is true, false or seconds, not {frame_clock!r}")
+        self.counts_seconds = frame_clock == "seconds"
         if frame_numbers and frame_clock:
             raise ValueError("model.network: frame_numbers and frame_clock both number frames: choose one of them")
         self.pack_rows = pack_rows
@@ -153,7 +140,7 @@ class VideoLanguageNetwork(nn.Module):
     def read(self, visual: Tensor, rows: TextRows) -> tuple[Tensor, RowLayout]:
         """Hidden states of rows with visual tokens [B, N, C]: [B, T, C], and their layout."""
         layout = rows.layout(self.tokens_per_frame)
-        visual = self.numbered(visual)
+        visual = self.numbered_of(visual, rows)
         text = self.language.embed(rows.input_ids)
         lengths = [
             length + rows.frame_counts[video] * self.tokens_per_frame
@@ -168,15 +155,39 @@ class VideoLanguageNetwork(nn.Module):
         packing = Packing.of(lengths, embeddings.shape[1], embeddings.device)
         return packing.unpack(self.language.packed(packing.pack(embeddings), packing.rows, packing.positions))
 
-    def numbered(self, visual: Tensor, first: int = 0) -> Tensor:
-        """Visual tokens [B, N, C], from that of frame `first` on, with the vectors of their frames' numbers.
+    def numbered_of(self, visual: Tensor, rows: TextRows) -> Tensor:
+        """Visual tokens [B, N, C] of rows from their first frame on; see `numbered`."""
+        frames = visual.shape[1] // self.tokens_per_frame
+        return self.numbered(visual, 0, rows.seconds_of(rows.videos, frames) if self.counts_seconds else None)
+
+    def clocked(self, first: int, count: int, seconds: Tensor | None) -> Tensor:
+        """What the clock says of frames `first` to `first + count`, [count, C], or of their seconds [B, count].
 
         Raises:
-            ValueError: more frames than there are vectors.
+            ValueError: it counts seconds, and they are not known.
+        """
+        assert self.frame_clock is not None
+        if not self.counts_seconds:
+            return self.frame_clock(first, count)
+        if seconds is None:
+            raise ValueError(
+                "model.network.frame_clock=seconds: when the frames were taken is not known here; give their seconds, "
+                "or train with frame_clock=true, which counts frames"
+            )
+        return self.frame_clock.at(seconds)
+
+    def numbered(self, visual: Tensor, first: int = 0, seconds: Tensor | None = None) -> Tensor:
+        """Visual tokens [B, N, C], from that of frame `first` on, with the vectors of their frames' numbers.
+
+        Args:
+            seconds: [B, N / tokens_per_frame], when the frames were taken; only for a clock that counts them.
+
+        Raises:
+            ValueError: more frames than there are vectors, or seconds that are not known.
         """
         if self.frame_clock is not None and visual.shape[1]:
             count = visual.shape[1] // self.tokens_per_frame
-            return visual + self.frame_clock(first, count).repeat_interleave(self.tokens_per_frame, dim=0)
+            return visual + self.clocked(first, count, seconds).repeat_interleave(self.tokens_per_frame, dim=-2)
         if self.frame_tokens is None or not visual.shape[1]:
             return visual
         frames = first + visual.shape[1] // self.tokens_per_frame
@@ -248,6 +259,7 @@ class FoveatedVLM(VideoLanguageNetwork):
         backbone, language: the parts.
         deep_query: the query goes through all blocks; otherwise only through the last one (ablation).
         query_std: of the two learned queries, and of the chosen ones at initialisation.
+        projection_std: of the chosen ones alone; None: as query_std.
         query_start: what the learned query of the coarse pass begins as: `random`, or `cls`, the encoder's own CLS
             token, so that the coarse pass begins with what CLS has learned to say.
         query_bias: give the projection of hidden states to queries a bias (ablation: it makes queries alike).
@@ -279,7 +291,8 @@ class FoveatedVLM(VideoLanguageNetwork):
         frame_numbers: int = 0,
         query_start: Literal["random", "cls"] = "random",
         pack_rows: bool = False,
-        frame_clock: bool = False,
+        frame_clock: bool | Literal["seconds"] = False,
+        projection_std: float | None = None,
     ) -> None:
         super().__init__(backbone, language, visual_scale, frame_numbers, pack_rows, frame_clock)
         if query_start not in ("random", "cls"):
@@ -299,7 +312,8 @@ class FoveatedVLM(VideoLanguageNetwork):
         self.static_query = nn.Parameter(torch.randn(1, 1, dim) * query_std)
         self.first_query = nn.Parameter(torch.randn(1, 1, dim) * query_std)
         self.query_projection = nn.Linear(language.width, dim, bias=query_bias)
-        nn.init.normal_(self.query_projection.weight, std=query_std * language.width**-0.5)
+        chosen_std = query_std if projection_std is None else projection_std
+        nn.init.normal_(self.query_projection.weight, std=chosen_std * language.width**-0.5)
         self.query_path = None if query_path == "shared" else query_blocks(backbone, self.first_block)
         self.starts_as_cls = query_start == "cls"
         if self.starts_as_cls:
@@ -320,18 +334,19 @@ class FoveatedVLM(VideoLanguageNetwork):
         """Queries [S, F, D] of all frames from visual tokens [S, F, C]: frame t's from the hidden state before it."""
         if streams.layout.source.shape[1]:
             prefix = self.language.embed(streams.input_ids)
-            placed = streams.layout.place(prefix, self.numbered(visual))
+            placed = streams.layout.place(prefix, self.numbered(visual, 0, streams.seconds))
             lengths = [text + frames - 1 for text, frames in zip(streams.lengths, streams.frame_counts, strict=True)]
             hidden = take(self.hidden_of(placed, lengths), streams.query_at)
         else:  # single frames with nothing before them: zero, with gradients (of zero) as in any other batch
             hidden = 0.0 * visual
-        return self._as_queries(self.before(hidden, 0), streams.first)
+        return self._as_queries(self.before(hidden, 0, streams.seconds), streams.first)
 
-    def before(self, hidden: Tensor, first: int) -> Tensor:
-        """Hidden states [S, F, C] before the frames from `first` on, which know their number where there is a clock."""
+    def before(self, hidden: Tensor, first: int, seconds: Tensor | None = None) -> Tensor:
+        """Hidden states [S, F, C] before the frames from `first` on, which know their number (or their seconds [S, F])
+        where there is a clock."""
         if self.frame_clock is None:
             return hidden
-        return hidden + self.frame_clock(first, hidden.shape[1])
+        return hidden + self.clocked(first, hidden.shape[1], seconds)
 
     def look(self, kv: Sequence[BlockKV], streams: Streams, mode: str, refinement: int = 0) -> Looks:
         """Visual tokens of all streams from the keys and values of the M real frames, in one of the three modes.
@@ -409,15 +424,15 @@ class FoveatedVLM(VideoLanguageNetwork):
         # in the parameters' precision: the residual stream that they enter stays so under autocast
         return torch.where(first[..., None], self.first_query, projected.to(self.first_query.dtype))
 
-    def query_after(self, state: Tensor | None, frame: int) -> Tensor:
+    def query_after(self, state: Tensor | None, frame: int, seconds: Tensor | None = None) -> Tensor:
         """The query [1, 1, D] of a frame from the hidden state [1, 1, C] before it; None: nothing stands before it.
 
         Args:
-            frame: its number.
+            frame: its number. seconds: [1, 1], when it was taken.
         """
         if state is None:
             return self.first_query
-        return self.query_projection(self.before(state, frame)).to(self.first_query.dtype)
+        return self.query_projection(self.before(state, frame, seconds)).to(self.first_query.dtype)
 
     def _look_at_once(self, kv: Sequence[BlockKV], streams: Streams, visual: Tensor) -> tuple[Tensor, Tensor]:
         """Queries [S, F, D] chosen from given visual tokens, and what they show [S, F, D]."""
@@ -432,13 +447,14 @@ class FoveatedVLM(VideoLanguageNetwork):
             state = self._read_prefix(streams, cache)
         queries, fine = [], []
         for frame in range(streams.longest):
-            query = self._as_queries(self.before(state, frame), streams.first[:, frame : frame + 1])  # [S, 1, D]
+            now = None if streams.seconds is None else streams.seconds[:, frame : frame + 1]
+            query = self._as_queries(self.before(state, frame, now), streams.first[:, frame : frame + 1])  # [S, 1, D]
             seen = self._ask_frame(query, kv, streams, frame)
             queries.append(query)
             fine.append(seen)
             if frame + 1 < streams.longest:
                 visual = coarse[:, frame : frame + 1] if self.query_source == "coarse" else self.connector(seen)
-                state = self.language.extend(self.numbered(visual, frame), cache)
+                state = self.language.extend(self.numbered(visual, frame, now), cache)
         return torch.cat(queries, dim=1), torch.cat(fine, dim=1)
 
     def _read_prefix(self, streams: Streams, cache: LanguageCache) -> Tensor:

@@ -29,6 +29,7 @@ class TextRows:
         lengths: B counts of real tokens.
         visual_at: B positions in the text before which the visual tokens stand (0: before all text).
         videos: B indices of videos. frame_counts: V counts of frames; a row about a video without frames is plain text.
+        seconds: V, when each frame was taken; None (all, or of one video) where that is not known.
     """
 
     input_ids: Tensor
@@ -36,6 +37,7 @@ class TextRows:
     visual_at: Sequence[int]
     videos: Sequence[int]
     frame_counts: Sequence[int]
+    seconds: Sequence[Sequence[float] | None] | None = None
 
     def __post_init__(self) -> None:
         rows = len(self.input_ids)
@@ -48,6 +50,20 @@ class TextRows:
             raise ValueError("visual_at must lie inside each row's text")
         if any(not 0 <= video < len(self.frame_counts) for video in self.videos):
             raise ValueError(f"video indices must lie in 0..{len(self.frame_counts) - 1}")
+
+    def seconds_of(self, videos: Sequence[int], frames: int) -> Tensor | None:
+        """When the frames of some videos were taken, float32 [len(videos), frames], 0 behind a video's end; None where
+        that is not known of all of them."""
+        if self.seconds is None:
+            return None
+        table = torch.zeros(len(videos), frames)
+        for number, video in enumerate(videos):
+            known, count = self.seconds[video], self.frame_counts[video]
+            if count and (known is None or len(known) != count):
+                return None
+            if known and count:
+                table[number, :count] = torch.tensor(known, dtype=torch.float32)
+        return table.to(self.input_ids.device, non_blocking=True)
 
     def layout(self, tokens_per_frame: int = 1) -> RowLayout:
         """The whole rows, text and visual tokens."""
@@ -177,6 +193,7 @@ class Streams:
         slots_per_frame: Q.
         frame_starts: V + 1 offsets of the videos in the M frames.
         video_slots: S, the stream's number among those of its video.
+        seconds: float32 [S, F], when each frame was taken; None where that is not known.
     """
 
     input_ids: Tensor
@@ -192,6 +209,7 @@ class Streams:
     slots_per_frame: int
     frame_starts: list[int]
     video_slots: list[int]
+    seconds: Tensor | None
 
     def __len__(self) -> int:
         return len(self.frame_counts)
@@ -255,6 +273,7 @@ class Streams:
             slots_per_frame=per_frame,
             frame_starts=starts,
             video_slots=slot_of,
+            seconds=rows.seconds_of(videos, longest),
         )
 
     def to_frames(self, values: Tensor) -> Tensor:
@@ -280,6 +299,7 @@ def text_rows(batch: VideoTextBatch) -> TextRows:
         batch.visual_at,
         batch.video_index.tolist(),
         batch.frame_mask.sum(1).tolist(),
+        batch.seconds or None,
     )
 
 

@@ -75,26 +75,30 @@ class StreamingSession:
             reader.read(embedded)
 
     @torch.inference_mode()
-    def push(self, frame: Tensor) -> None:
+    def push(self, frame: Tensor, second: float | None = None) -> None:
         """A frame [3, H, W], normalised as the backbone wants it, on the network's device.
+
+        Args:
+            second: when it was taken, for a clock that counts seconds; None: a frame per second.
 
         Raises:
             ValueError: the row does not fit into the language model's context, or the network numbers fewer frames.
         """
         network = self.network
+        now = torch.tensor([[float(self.frames if second is None else second)]], device=frame.device)
         kv = network.encode(frame[None])
         coarse = None
         if self.mode == "coarse_only" or self._driving is not self._row:
             coarse = network.connector(network.ask(network.static_query, kv))
         if self.mode == "coarse_only":
             assert coarse is not None
-            self._row.read(network.numbered(coarse, self.frames))
+            self._row.read(network.numbered(coarse, self.frames, now))
         else:
-            fine = network.connector(network.ask(network.query_after(self._driving.state, self.frames), kv))
-            self._row.read(network.numbered(fine, self.frames))
+            fine = network.connector(network.ask(network.query_after(self._driving.state, self.frames, now), kv))
+            self._row.read(network.numbered(fine, self.frames, now))
             if self._driving is not self._row:
                 assert coarse is not None
-                self._driving.read(network.numbered(coarse, self.frames))
+                self._driving.read(network.numbered(coarse, self.frames, now))
         self.frames += 1
 
     @torch.inference_mode()
@@ -168,8 +172,11 @@ class VideoStream:
         """Pushed so far."""
         return self.session.frames
 
-    def push(self, frame: np.ndarray) -> None:
+    def push(self, frame: np.ndarray, second: float | None = None) -> None:
         """A frame, uint8 [S, S, 3] RGB of the model's image size.
+
+        Args:
+            second: when it was taken; None: a frame per second.
 
         Raises:
             ValueError: another size, or no room for it.
@@ -177,7 +184,7 @@ class VideoStream:
         size = self.module.pictures["image_size"]
         if frame.shape != (size, size, 3) or frame.dtype != np.uint8:
             raise ValueError(f"a frame is uint8 [{size}, {size}, 3], not {frame.dtype} {list(frame.shape)}")
-        self.session.push(self.module.as_input(frame[None])[0, 0])
+        self.session.push(self.module.as_input(frame[None])[0, 0], second)
 
     def stream(self, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
         """Pieces of the answer to what was seen so far, as they come; together they are `answer()`."""

@@ -220,6 +220,14 @@ def test_unknown_modes_and_sources_are_refused(build: Build) -> None:
         build(query_source="both")
 
 
+def test_the_projection_of_queries_has_a_scale_of_its_own(build: Build) -> None:
+    """As with query_std=1 but for the learned queries, and bit by bit as before where it is not given."""
+    plain, small, apart = build(), build(query_std=0.02), build(query_std=0.02, projection_std=1.0)
+    assert torch.equal(apart.query_projection.weight, plain.query_projection.weight)
+    assert torch.equal(apart.static_query, small.static_query)
+    assert torch.equal(small.query_projection.weight, build(projection_std=0.02).query_projection.weight)
+
+
 def test_rows_that_do_not_fit_are_refused(build: Build) -> None:
     with pytest.raises(ValueError, match="inside each row"):
         rows_of([(0, 3, 4)], [1])

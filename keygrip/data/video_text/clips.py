@@ -1,0 +1,93 @@
+"""Sub-clips of longer videos for training: their time begins at 0 again, in frames, evidence and words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from keygrip.data.shards.sampling import SampleKey
+from keygrip.data.video_text.conversations import Conversation, Turn, VideoTextSample, thinned
+from keygrip.training.parts import data_part
+
+SECOND = re.compile(r"\b(seconds?\s+)(\d+)\b", re.IGNORECASE)  # "At second 12, ..."
+STREAM = 1  # of random numbers, apart from that of the choice of questions
+
+
+@data_part
+@dataclass(frozen=True)
+class SubClips:
+    """How clips are cut out of training videos of one frame per second.
+
+    A clip keeps the conversations whose evidence names a frame of it; those about the whole video (captions) tell of
+    more than it shows and are left out. Seconds in words are known in the form "second 12". A video in which nothing
+    is asked about the clip, or whose frames are not a second apart, stays whole.
+
+    Args:
+        frames: [fewest, most] of a clip; shorter videos stay whole.
+        share: of the longer videos, at random, cut in each epoch; the others stay whole.
+        lookback: by kind, how many frames before its own a question speaks of: these too must lie in the clip.
+
+    Raises:
+        ValueError: a range that is none, or a share outside of 0..1.
+    """
+
+    frames: Sequence[int]
+    share: float = 0.5
+    lookback: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.frames) != 2 or not 1 <= self.frames[0] <= self.frames[1]:
+            raise ValueError(f"data.clips.frames={list(self.frames)}: [fewest, most] frames, at least 1")
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"data.clips.share={self.share}: a share lies in 0..1")
+
+    def of(self, sample: VideoTextSample, seed: int, key: SampleKey) -> VideoTextSample:
+        """The sample, or a clip of it: a pure function of the seed, the sample and the epoch."""
+        fewest, most = self.frames
+        count = len(sample.frames)
+        if count <= fewest or sample.seconds != tuple(float(n) for n in range(count)):
+            return sample
+        entropy = np.random.SeedSequence((seed, key.epoch, key.sample, STREAM))
+        rng = np.random.Generator(np.random.PCG64(entropy))
+        if rng.random() >= self.share:
+            return sample
+        length = int(rng.integers(fewest, min(most, count) + 1))
+        start = int(rng.integers(0, count - length + 1))
+        return self.cut(sample, start, start + length) or sample
+
+    def cut(self, sample: VideoTextSample, start: int, stop: int) -> VideoTextSample | None:
+        """Frames `start` to `stop` (exclusive) with what is asked about them; None where nothing is."""
+        kept = [self._rebased(each, start, stop) for each in sample.conversations]
+        conversations = tuple(each for each in kept if each is not None)
+        if not conversations:
+            return None
+        return replace(
+            sample,
+            frames=sample.frames[start:stop],
+            conversations=conversations,
+            key=f"{sample.key}[{start}:{stop}]",  # other frames: a name of their own wherever something is kept by name
+            seconds=tuple(float(n) for n in range(stop - start)),
+        )
+
+    def _rebased(self, conversation: Conversation, start: int, stop: int) -> Conversation | None:
+        frame = conversation.evidence.get("frame")
+        if not isinstance(frame, int) or not start <= frame - self.lookback.get(conversation.kind, 0) <= frame < stop:
+            return None
+        said = [int(match[2]) for turn in conversation.turns for match in SECOND.finditer(turn.text)]
+        if not all(start <= second < stop for second in said):
+            return None
+        turns = tuple(
+            Turn(turn.role, SECOND.sub(lambda match: f"{match[1]}{int(match[2]) - start}", turn.text))
+            for turn in conversation.turns
+        )
+        return replace(conversation, turns=turns, evidence={**conversation.evidence, "frame": frame - start})
+
+
+def clipped(
+    sample: VideoTextSample, clips: SubClips | None, max_frames: int, seed: int, key: SampleKey
+) -> VideoTextSample:
+    """A clip of a sample where there are any, then at most so many frames, evenly."""
+    return thinned(sample if clips is None else clips.of(sample, seed, key), max_frames)

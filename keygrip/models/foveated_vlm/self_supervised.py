@@ -1,0 +1,266 @@
+"""An encoder that no label taught: pretraining on frames alone, whose questions and answers are never read.
+
+Four losses, each from pixels:
+
+- **masked prediction** (He et al. 2022, arXiv:2111.06377; with the hidden patches as part of the input, Xie et al.
+  2022, arXiv:2111.09886): a share of the patches is hidden, and every patch's token says its pixels. Patches that are
+  seen count too: a token that can be turned back into its patch has kept small marks, which a prediction from the
+  surroundings alone may drop.
+- **asked prediction**: a deep query that is made of a patch's mean colour brings back that patch's pixels through the
+  keys and values of all blocks. It is what the language model will do with queries of its own.
+- **agreement** (InfoNCE; van den Oord et al. 2018, arXiv:1807.03748, patch by patch as Wang et al. 2021,
+  arXiv:2011.09157): two views of a frame, moved against each other, coloured differently and with other patches hidden,
+  say of the same place the same. Patches of other frames are what it must be told from, so that what tells the frames
+  of a video apart is kept, wherever in its patch it lies.
+- **frame**: CLS says the whole frame at a low resolution.
+
+A run of it is a source of backbone weights like any other (`backbone.init_from=runs/...`).
+
+Legend: M frames, N = h * w patches, P pixels of a patch's side, D backbone width, K chosen patches of a frame.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from keygrip.data.batches import Movable, VideoTextBatch, VideoTextSample, normalised, stack_frames
+from keygrip.models.backbone import DinoBackbone
+from keygrip.models.nn.short_attention import short_attention
+from keygrip.training.optimizers import AdamW
+from keygrip.training.parts import model_part
+from keygrip.training.system import System
+
+if TYPE_CHECKING:
+    from keygrip.data.batches import VideoTextStatistics
+
+LOSSES = ("pixels", "asked", "frame", "agreement")
+FLAT = 0.1  # standard deviation of a patch, in units of the whole image's, below which its detail is noise
+THUMBNAIL = 16  # pixels of the side of the frame that CLS says
+
+
+@dataclass
+class FramesBatch(Movable):
+    """frames: uint8 [M, 3, S, S]. Nothing else is known of them."""
+
+    frames: Tensor
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+
+@model_part
+class FramesCollator:
+    """Makes batches of the frames of samples; their text is not looked at."""
+
+    def __call__(self, samples: list[VideoTextSample]) -> FramesBatch:
+        """Raises ValueError: no sample has frames."""
+        stacked, mask = stack_frames(samples)
+        if not mask.any():
+            raise ValueError("a batch without frames: leave out sources of text alone (data.sources.texts=null)")
+        return FramesBatch(stacked[mask])
+
+
+def patches_of(images: Tensor, size: int) -> Tensor:
+    """Images [M, 3, S, S] -> pixels of their patches [M, N, 3 * P * P], row after row."""
+    return F.unfold(images, size, stride=size).transpose(1, 2)
+
+
+def targets_of(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels of patches [M, N, 3PP] as they are predicted: the detail of each (mean 0, standard deviation 1 where it
+    is not flat) behind its mean colour [3PP + 3]; and how detailed each is [M, N]: its standard deviation."""
+    pixels = patches.unflatten(-1, (3, -1))
+    mean = pixels.mean(-1)
+    detail = pixels - mean[..., None]
+    variance = detail.square().mean((-1, -2))
+    return torch.cat([detail.flatten(-2) / (variance + FLAT**2).sqrt()[..., None], mean], dim=-1), variance.sqrt()
+
+
+def view_of(images: Tensor, moved: tuple[int, int], colour: tuple[Tensor, Tensor]) -> Tensor:
+    """Images moved by (down, right) pixels, their edges drawn out, in another brightness and contrast [M, 1, 1, 1]."""
+    down, right = moved
+    padded = F.pad(images, (max(right, 0), max(-right, 0), max(down, 0), max(-down, 0)), mode="replicate")
+    size = images.shape[-1]
+    top, left = max(-down, 0), max(-right, 0)
+    return padded[:, :, top : top + size, left : left + size] * colour[1] + colour[0]
+
+
+@model_part
+class SelfSupervisedEncoder(nn.Module):
+    """A backbone and heads for its tokens, its CLS and what deep queries bring back.
+
+    Args:
+        hidden_share: of the patches, hidden from the encoder.
+        width: hidden width of the heads, and of the space in which views agree.
+    """
+
+    def __init__(self, backbone: DinoBackbone, hidden_share: float = 0.4, width: int = 256) -> None:
+        super().__init__()
+        if not 0 <= hidden_share < 1:
+            raise ValueError(f"model.network.hidden_share={hidden_share}: a share of the patches, from 0 to below 1")
+        self.backbone, self.hidden_share = backbone, hidden_share
+        dim, pixels = backbone.embed_dim, 3 * backbone.patch_size**2 + 3
+
+        def head(out: int) -> nn.Module:
+            return nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, out))
+
+        self.patch_head, self.asked_head = head(pixels), head(pixels)
+        self.frame_head, self.agreement_head = head(3 * THUMBNAIL**2), head(width // 2)
+        self.cue = nn.Sequential(nn.Linear(3, width), nn.GELU(), nn.Linear(width, dim))
+
+    def hide(self, images: Tensor, hidden: Tensor) -> Tensor:
+        """Images whose patches under `hidden`, bool [M, N], are the mean colour of all images."""
+        side = images.shape[-1] // self.backbone.patch_size
+        cover = hidden.view(len(images), 1, side, -1).to(images.dtype)
+        return images * (1 - F.interpolate(cover, images.shape[-2:], mode="nearest"))
+
+
+@model_part
+class SelfSupervisedModule(System):
+    """Trains a `SelfSupervisedEncoder`; `val/pixels` and so on are the losses on held-out frames.
+
+    Args:
+        network: the plain network. collator: for the data module. optimizer: the recipe.
+        weights: of the losses: pixels, asked, frame and agreement.
+        asked_patches: K, of each frame, drawn by how detailed they are.
+        temperature: of the agreement. shift: views are moved against each other by up to so many pixels.
+
+    Raises:
+        ValueError: weights that do not name every loss, or a number out of its range.
+    """
+
+    batch_type = VideoTextBatch  # of the data module, whose samples the collator of this model makes into FramesBatch
+    toy_overrides = (
+        *("data=robot_tours", "backbone.image_size=64", "backbone.width=32", "backbone.depth=2", "backbone.heads=2"),
+        *("data.sources.tours.make.options.train=6", "data.sources.tours.make.options.val=2"),
+        *("data.sources.tours.make.options.test=2", "data.sources.tours.make.options.processes=1"),
+        *("data.sources.tours_1=null", "data.sources.tours_2=null", "data.sources.tours_3=null"),
+        *("data.curriculum=null", "data.sources.texts=null", "data.batch_size=2"),
+    )
+    headline_metrics = ("train/loss", "val/loss", *(f"val/{name}" for name in LOSSES))
+
+    def __init__(
+        self,
+        network: SelfSupervisedEncoder,
+        collator: FramesCollator,
+        optimizer: AdamW,
+        weights: Mapping[str, float],
+        asked_patches: int = 12,
+        temperature: float = 0.2,
+        shift: int = 24,
+    ) -> None:
+        super().__init__(optimizer)
+        if set(weights) != set(LOSSES):
+            raise ValueError(f"model.weights must name exactly {', '.join(LOSSES)}; it names {sorted(weights)}")
+        if asked_patches < 1 or temperature <= 0 or shift < 0:
+            raise ValueError("model: asked_patches must be at least 1, temperature above 0, shift not below 0")
+        self.network, self.collator = network, collator
+        self.weights, self.asked_patches = dict(weights), asked_patches
+        self.temperature, self.shift = temperature, shift
+        self._sums: dict[str, list[float]] = {}
+
+    def losses(self, batch: FramesBatch, seed: int) -> dict[str, Tensor]:
+        """Losses by name; what is hidden, moved and asked follows from the seed."""
+        network, backbone = self.network, self.network.backbone
+        random = torch.Generator().manual_seed(seed)
+        images = normalised(batch.frames, backbone.mean, backbone.std)
+        moves = [self._move(images.shape[-1], random) for _ in range(2)]
+        views, hidden = [], []
+        for move in moves:
+            colour = torch.rand(2, len(images), 1, 1, 1, generator=random).to(images.device)
+            views.append(view_of(images, move, (0.4 * colour[0] - 0.2, 0.8 + 0.4 * colour[1])))
+            count = (images.shape[-1] // backbone.patch_size) ** 2
+            covered = torch.rand(len(images), count, generator=random) < network.hidden_share
+            hidden.append(covered.to(images.device))
+        both = torch.cat(views)
+        with short_attention(images.device, hidden[0].shape[1]):
+            features, kv = backbone.forward_with_kv(network.hide(both, torch.cat(hidden)))
+            wanted, detail = targets_of(patches_of(both, backbone.patch_size))
+            asked = self._drawn(detail.masked_fill(torch.cat(hidden), 0.0), random)  # [2M, K]
+            target = wanted.gather(1, asked[..., None].expand(-1, -1, wanted.shape[-1]))
+            said = network.asked_head(backbone.query(network.cue(target[..., -3:]), kv))
+        small = F.adaptive_avg_pool2d(both, THUMBNAIL).flatten(1)
+        return {
+            "pixels": F.mse_loss(network.patch_head(features.patches).float(), wanted),
+            "asked": F.mse_loss(said.float(), target),
+            "frame": F.mse_loss(network.frame_head(features.cls).float(), small),
+            "agreement": self._agreement(features.patches, features.grid, detail, hidden, moves, random),
+        }
+
+    def _move(self, size: int, random: torch.Generator) -> tuple[int, int]:
+        most = min(self.shift, size // 4)
+        down, right = torch.randint(-most, most + 1, (2,), generator=random).tolist()
+        return down, right
+
+    def _drawn(self, detail: Tensor, random: torch.Generator) -> Tensor:
+        """K patches [M, K] of each frame, without repetition, by how detailed [M, N] they are."""
+        noise = torch.rand(detail.shape, generator=random).to(detail.device).clamp(1e-6, 1 - 1e-6)
+        keys = detail.clamp_min(1e-4).log() * 2 - (-noise.log()).log()  # Gumbel: in proportion to the variance
+        return keys.topk(min(self.asked_patches, detail.shape[1]), dim=1).indices
+
+    def _agreement(
+        self,
+        patches: Tensor,
+        grid: tuple[int, int],
+        detail: Tensor,
+        hidden: list[Tensor],
+        moves: list[tuple[int, int]],
+        random: torch.Generator,
+    ) -> Tensor:
+        """How well drawn patches of the first view find their places in the second one among all that were drawn."""
+        frames, size = len(hidden[0]), self.network.backbone.patch_size
+        at = self._drawn(detail[:frames].masked_fill(hidden[0], 0.0), random)  # [M, K]
+        rows, columns = at // grid[1], at % grid[1]
+        row = (rows + (moves[1][0] - moves[0][0]) / size).round().long()  # the nearest patch in the second view
+        column = (columns + (moves[1][1] - moves[0][1]) / size).round().long()
+        inside = (row >= 0) & (row < grid[0]) & (column >= 0) & (column < grid[1])
+        match = row.clamp(0, grid[0] - 1) * grid[1] + column.clamp(0, grid[1] - 1)
+        inside &= ~hidden[1].gather(1, match)
+        first, second = (
+            F.normalize(self.network.agreement_head(view).float(), dim=-1) for view in patches.split(frames)
+        )
+        width = first.shape[-1]
+        own = first.gather(1, at[..., None].expand(-1, -1, width))[inside]  # [n, E]
+        others = second.gather(1, match[..., None].expand(-1, -1, width))[inside]
+        if len(own) < 2:
+            return own.sum() * 0.0
+        logits = own @ others.T / self.temperature
+        # neighbours in a frame show the same thing: only patches elsewhere in it and in other frames are different
+        frame = torch.arange(frames, device=at.device)[:, None].expand_as(at)[inside]
+        row, column = row[inside], column[inside]
+        near = (row[:, None] - row).abs().maximum((column[:, None] - column).abs()) <= 1
+        near &= (frame[:, None] == frame) & ~torch.eye(len(own), dtype=torch.bool, device=at.device)
+        return F.cross_entropy(logits.masked_fill(near, -torch.inf), torch.arange(len(own), device=at.device))
+
+    def training_step(self, batch: FramesBatch, batch_idx: int) -> Tensor:
+        losses = self.losses(batch, self.global_step)
+        loss = torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
+        for name, value in losses.items():
+            self.log(f"train/{name}", value.detach(), batch_size=len(batch))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums = defaultdict(lambda: [0.0, 0.0])
+
+    def validation_step(self, batch: FramesBatch, batch_idx: int) -> None:
+        for name, value in self.losses(batch, batch_idx).items():
+            self._sums[name][0] += float(value) * len(batch)
+            self._sums[name][1] += len(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        means = {name: total / max(count, 1.0) for name, (total, count) in self._sums.items()}
+        for name, value in means.items():
+            self.log(f"val/{name}", value, sync_dist=True)
+        if means:
+            total = sum(self.weights[name] * value for name, value in means.items())
+            self.log("val/loss", total, prog_bar=True, sync_dist=True)
+
+    def set_statistics(self, statistics: VideoTextStatistics) -> None:
+        """Nothing of the data is kept."""

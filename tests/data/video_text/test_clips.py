@@ -1,0 +1,128 @@
+"""Sub-clips: their frames, evidence and words have one time, which begins at 0; by default nothing is cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from shard_sets import CharacterCollator, picture
+
+from keygrip.data.shards.sampling import SampleKey
+from keygrip.data.shards.writer import ShardWriter, write_manifest
+from keygrip.data.video_text.clips import SubClips
+from keygrip.data.video_text.conversations import (
+    Conversation,
+    VideoTextSample,
+    answer,
+    caption,
+    describe_video_text,
+    video_text_parts,
+)
+from keygrip.data.video_text.datamodule import ShardSource, VideoTexts
+
+
+def asked(frame: int, kind: str = "mark") -> Conversation:
+    """A question about a second, whose answer is the shade of its frame."""
+    return answer(f"At second {frame}, which shade?", str(6 * frame), kind, {"frame": frame, "colour": "red"})
+
+
+def tour(count: int, *conversations: Conversation) -> VideoTextSample:
+    frames = np.stack([np.full((4, 4, 3), 6 * n, np.uint8) for n in range(count)])
+    return VideoTextSample(frames, conversations, "tours", "t1", tuple(float(n) for n in range(count)))
+
+
+def test_a_clip_has_one_time_in_frames_evidence_and_words() -> None:
+    sample = tour(8, caption("all of it"), *[asked(n) for n in range(8)], asked(3, "cue"), asked(4, "cue"))
+    clip = SubClips([2, 4], lookback={"cue": 1}).cut(sample, 3, 6)
+    assert clip is not None
+    assert clip.frames[:, 0, 0, 0].tolist() == [18, 24, 30]
+    assert clip.seconds == (0.0, 1.0, 2.0)
+    assert clip.key == "t1[3:6]"
+    told = [(c.kind, c.turns[0].text, c.turns[1].text, c.evidence["frame"]) for c in clip.conversations]
+    assert told == [
+        ("mark", "At second 0, which shade?", "18", 0),
+        ("mark", "At second 1, which shade?", "24", 1),
+        ("mark", "At second 2, which shade?", "30", 2),
+        ("cue", "At second 1, which shade?", "24", 1),  # the one at frame 3 speaks of frame 2
+    ]
+    assert sample.conversations[4].evidence["frame"] == 3  # the video keeps its own
+
+
+def test_words_about_seconds_outside_of_the_clip_leave_a_question_out() -> None:
+    both = answer("From second 2 to Seconds 5, what?", "x", "mark", {"frame": 4})
+    clips = SubClips([2, 4])
+    kept = clips.cut(tour(8, both), 2, 6)
+    assert kept is not None
+    assert kept.conversations[0].turns[0].text == "From second 0 to Seconds 3, what?"
+    assert clips.cut(tour(8, both), 3, 6) is None
+
+
+def test_clips_are_a_function_of_sample_and_epoch() -> None:
+    sample = tour(40, *[asked(n) for n in range(40)])
+    clips = SubClips([4, 9], share=0.5)
+    cut = [clips.of(sample, 0, SampleKey(n, 0)) for n in range(200)]
+    lengths = [len(clip.frames) for clip in cut]
+    assert set(lengths) == {4, 5, 6, 7, 8, 9, 40}
+    assert 70 <= lengths.count(40) <= 130  # half of them stay whole
+    starts = {int(clip.frames[0, 0, 0, 0]) for clip in cut}
+    assert len(starts) > 20
+    assert all(clips.of(sample, 0, SampleKey(n, 0)).key == cut[n].key for n in range(20))
+    assert [clips.of(sample, 0, SampleKey(n, 1)).key for n in range(20)] != [clip.key for clip in cut[:20]]
+
+
+def test_what_has_no_clip_stays_whole() -> None:
+    clips = SubClips([4, 9], share=1.0)
+    key = SampleKey(0, 0)
+    short, about_all = tour(4, asked(0)), tour(12, caption("all of it"))
+    sparse = VideoTextSample(tour(12).frames, (asked(3),), "tours", "t", tuple(2.0 * n for n in range(12)))
+    unknown = VideoTextSample(tour(12).frames, (asked(3),), "tours", "t")
+    for sample in (short, about_all, sparse, unknown):
+        assert clips.of(sample, 0, key) is sample
+    whole = tour(12, *[asked(n) for n in range(12)])
+    assert SubClips([4, 9], share=0.0).of(whole, 0, key) is whole
+    for wrong in ([0, 3], [5, 4], [3]):
+        with pytest.raises(ValueError, match=r"data\.clips\.frames"):
+            SubClips(wrong)
+    with pytest.raises(ValueError, match=r"data\.clips\.share=2"):
+        SubClips([1, 2], share=2)
+
+
+def batches(root: Path, clips: SubClips | None, max_frames: int = 8) -> list[tuple[str, int, list[tuple[str, str]]]]:
+    """(key, frames, questions and answers) of every training row's video, with its frames checked against the words."""
+    data = VideoTexts(
+        {"tours": ShardSource(root)},
+        CharacterCollator(),
+        image_size=4,
+        batch_size=4,
+        max_frames=max_frames,
+        clips=clips,
+        num_workers=0,
+    )
+    data.setup("fit")
+    found = []
+    for batch in data.train_dataloader():
+        for row, text in enumerate(batch.texts):
+            video = int(batch.video_index[row])
+            count = int(batch.frame_mask[video].sum())
+            if "[" in batch.key[row]:
+                shade = int(batch.frames[video, text.evidence["frame"], 0, 0, 0])
+                assert shade == int(text.turns[1].text)
+                assert text.turns[0].text.startswith(f"At second {text.evidence['frame']},")
+            found.append((batch.key[row], count, [(turn.role, turn.text) for turn in text.turns]))
+    return found
+
+
+def test_training_batches_hold_clips_and_by_default_none(tmp_path: Path) -> None:
+    """Clips come from all of a video, of which training otherwise takes every third frame."""
+    with ShardWriter(tmp_path / "train" / "t-000.tar") as writer:
+        for number in range(12):
+            told = [asked(n) for n in range(24)]
+            images = [picture(6 * n, 4) for n in range(24)]
+            writer.add(f"t{number}", *video_text_parts(images, told, "tours", extension="png"))
+    write_manifest(tmp_path / "train", describe_video_text, progress=False)
+    cut = batches(tmp_path, SubClips([3, 8], share=0.7))
+    assert {count for key, count, _ in cut if "[" in key} <= set(range(3, 9))
+    assert {count for key, count, _ in cut if "[" not in key} == {8}
+    assert 2 <= len({key for key, _, _ in cut if "[" in key}) <= 12
+    assert batches(tmp_path, None) == batches(tmp_path, SubClips([3, 8], share=0.0))
