@@ -18,7 +18,7 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -160,18 +160,32 @@ def make_once(path: str | Path, complete: Callable[[Path], bool], make: Callable
         return True
 
 
+def sha256_of(parts: Iterable[bytes]) -> str:
+    """SHA-256 of the parts one behind the other, in hexadecimal; no two need be in memory at once."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
 def sha256_file(path: str | Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+    return sha256_of(blocks_of(path))
 
 
 def sha256_bytes(content: bytes) -> str:
     """SHA-256 in hexadecimal."""
-    return hashlib.sha256(content).hexdigest()
+    return sha256_of([content])
+
+
+def blocks_of(path: str | Path, size: int | None = None) -> Iterator[bytes]:
+    """A file's content, or its first ``size`` bytes, in blocks."""
+    with Path(path).open("rb") as file:
+        left = file.seek(0, os.SEEK_END) if size is None else size
+        file.seek(0)
+        while left > 0 and (block := file.read(min(BLOCK_BYTES, left))):
+            yield block
+            left -= len(block)
 
 
 def temporary_beside(target: Path) -> Path:

@@ -1,9 +1,9 @@
 """Writes a trained model in a format that others read: ``keygrip export checkpoint=RUN to=FOLDER``.
 
 ``format=safetensors`` (the default) is the folder that `keygrip.load` reads; ``torch_export`` and ``onnx`` write the
-network as one graph (`model.pt2`, `model.onnx`) beside it, checked against the eager network to 1e-4. ``lora`` writes
-the adapter of a model that was trained with one, as peft does; ``diffusers`` a DiT as the folder of a
-`DiffusionPipeline`. Prints one line of JSON last on standard output.
+network as one graph (`model.pt2`, `model.onnx`) beside it, checked against the eager network to 1e-4. A model that
+was trained with LoRA is written with the differences added to its weights; ``lora`` writes the differences alone, as
+peft does; ``diffusers`` a DiT as the folder of a `DiffusionPipeline`. Prints one line of JSON last on standard output.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 FORMATS = ("safetensors", "torch_export", "onnx", "lora", "diffusers")
 # Folders of other projects, each with the function that writes it: (folder, module, content, weights, model card).
 WRITERS = {
-    "lora": "keygrip.models.patch_dit.lora.write_adapter",
+    "lora": "keygrip.models.nn.lora.write_adapter",
     "diffusers": "keygrip.inference.diffusers_pipeline.write_pipeline",
 }
 FILES = {"torch_export": "model.pt2", "onnx": "model.onnx"}
@@ -72,6 +72,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             f"{type(module).__name__} has no graph to export: give format=safetensors, which every model has"
         )
     weights, which = checkpoints.weights_of(content, cfg.ema)
+    content, weights = _merged(content, weights)
     run_folder = file.parent.parent if file.is_file() else file
     card = folder.model_card(target.name, content, weights, which, read_result(run_folder))
     if cfg.format in WRITERS:
@@ -96,6 +97,16 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     result["bytes"] = sum(path.stat().st_size for path in target.iterdir())
     log.info("exported %s to %s", file, target)
     return result
+
+
+def _merged(content: Any, weights: Any) -> tuple[Any, Any]:
+    """A checkpoint's content and weights as of the model without LoRA."""
+    from keygrip.models.nn.lora import merged_weights, without_lora
+
+    config, lora = without_lora(content["keygrip"]["config"])
+    if lora is None:
+        return content, weights
+    return {**content, "keygrip": {**content["keygrip"], "config": config}}, merged_weights(weights, lora)
 
 
 def _size(folder: Path) -> int:

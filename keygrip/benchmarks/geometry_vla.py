@@ -1,9 +1,10 @@
-"""What the geometry-injected policy costs: the parts of an action chunk, and the parameters of its compressors."""
+"""What the geometry-injected policy costs: the parts of an action chunk, the parameters of its compressors, and the
+memory of a training step at real size."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,19 +12,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import Tensor
 
 from keygrip.benchmarks.inference import looking_down
 from keygrip.benchmarks.measuring import Timed, Work, interleaved_seconds, milliseconds
 from keygrip.config import compose
-from keygrip.data.batches import PolicyTargets
+from keygrip.data.batches import MultiViewPolicyBatch, PolicyTargets
 from keygrip.data.robot.augmentation import ImageGeometry
 from keygrip.data.robot.statistics import DemoStatistics
 from keygrip.models.geometry.rotations import rotation_exp
 from keygrip.models.geometry_vla.compression import TYPES, build_geom_compressor
+from keygrip.models.geometry_vla.geometry import GeometryEncoder, GeometryFeatures
 from keygrip.models.geometry_vla.module import GeometryVLAModule
 from keygrip.models.geometry_vla.network import Scene
+from keygrip.models.policy_statistics import PolicyStatistics
+from keygrip.training.memory import GIB
 from keygrip.training.parts import build_stored
+from keygrip.training.system import parameters_m
 
 INSTRUCTION = "put the red cube into the bowl"
 
@@ -88,6 +95,102 @@ class VLAChunk(Timed):
         return figures | {"threads": torch.get_num_threads()}
 
 
+class GeometryStandIn(GeometryEncoder):
+    """Tokens in the number and width of a frozen encoder that is not at hand, with its scale token.
+
+    Args:
+        dim: of a token. tokens: of a view.
+    """
+
+    def __init__(self, dim: int, tokens: int) -> None:
+        super().__init__()
+        self.dim, self.tokens = dim, tokens
+
+    @property
+    def gives_scale(self) -> bool:
+        return True
+
+    def forward(self, images: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> GeometryFeatures:
+        samples, views = images.shape[:2]
+        found = torch.zeros(samples, views * self.tokens + 1, self.dim, device=images.device)
+        return GeometryFeatures(found[:, :-1], scale=found[:, -1])
+
+
+@dataclass(frozen=True)
+class VLAMemory:
+    """Memory of a training step of recipes at real size, counted without computing (`keygrip.training.memory`).
+
+    The geometry encoder is left out, weights and activations: a stand-in gives its tokens. Where weights are sharded
+    over several GPUs, gradients are counted whole, which is too much.
+
+    Args:
+        recipes: overrides of ``keygrip.train`` by name. gpus: of each, over which weights, optimizer states, EMA and
+            the batch are divided.
+        geom_dim: width of a geometry token. geom_tokens: of a view. gpu_gib: of a GPU.
+    """
+
+    recipes: Mapping[str, Sequence[str]]
+    gpus: Mapping[str, int]
+    geom_dim: int
+    geom_tokens: int
+    gpu_gib: float
+
+    def run(self, quick: bool) -> dict[str, float]:
+        """Of each recipe on each GPU `total_gib`, its parts `weights_gib`, `optimizer_gib`, `ema_gib` and `step_gib`
+        (activations, gradients, copies in bf16), `spare_gib` for the encoder and what an allocator loses, the `batch`,
+        and parameters in millions: `parameters_m`, `trained_m`."""
+        figures: dict[str, float] = {}
+        for name, overrides in [*self.recipes.items()][: 1 if quick else None]:
+            config, shards = compose("train", overrides), self.gpus[name]
+            with open_dict(config):
+                config.vlm.weights = "random"
+                config.vlm.tokenizer = {"_target_": "keygrip.models.language.tokenizers.TrainedTokenizer"}
+                stand_in = f"{GeometryStandIn.__module__}.{GeometryStandIn.__qualname__}"
+                config.geometry = {"_target_": stand_in, "dim": self.geom_dim, "tokens": self.geom_tokens}
+            OmegaConf.resolve(config)
+            with torch.device("meta"):
+                module = instantiate(config.model, _convert_="all")
+            module.statistics, module.actions = PolicyStatistics(), instantiate(config.model.actions, _convert_="all")
+            _take_statistics(module, config)
+            batch = config.data.batch_size // shards
+            ema = (config.callbacks or {}).get("ema") is not None
+            found = module.step_memory(_shapes(module, config, batch), True, ema)
+            parts = {part: getattr(found, part) / shards / GIB for part in ("weights", "optimizer", "ema")}
+            parts["step"] = found.step / GIB
+            parts["total"] = sum(parts.values())
+            figures |= {f"{name}_{part}_gib": round(value, 2) for part, value in parts.items()}
+            figures[f"{name}_spare_gib"] = round(self.gpu_gib - parts["total"], 2)
+            figures |= {f"{name}_batch": batch, f"{name}_gpus": shards}
+            for kind, value in parameters_m(module.network)["all"].items():
+                figures[f"{name}_{'trained' if kind == 'trained' else 'parameters'}_m"] = value
+        return figures
+
+
+def _shapes(module: GeometryVLAModule, config: DictConfig, batch: int) -> MultiViewPolicyBatch:
+    """A batch of the recipe's size; nothing but its shape."""
+    views, size, arms, steps = len(module.views), config.data.image_size, len(config.data.arms), config.data.horizon
+    return MultiViewPolicyBatch(
+        start_position=torch.zeros(batch, arms, 3),
+        start_quaternion=torch.tensor([1.0, 0, 0, 0]).expand(batch, arms, 4),
+        start_gripper=torch.zeros(batch, arms),
+        position=torch.zeros(batch, arms, steps, 3),
+        quaternion=torch.tensor([1.0, 0, 0, 0]).expand(batch, arms, steps, 4),
+        gripper=torch.zeros(batch, arms, steps),
+        action_is_pad=torch.zeros(batch, arms, steps, dtype=torch.bool),
+        keyframe=torch.zeros(batch, arms, 3),
+        demo_index=torch.zeros(batch, dtype=torch.long),
+        frame_index=torch.zeros(batch, dtype=torch.long),
+        instruction=[INSTRUCTION] * batch,
+        images=torch.zeros(batch, views, 3, size, size, dtype=torch.uint8),
+        view_intrinsics=torch.eye(3).expand(batch, views, 3, 3),
+        view_world_to_camera=torch.eye(4).expand(batch, views, 4, 4),
+        depth=None,
+        cameras=tuple(module.views),
+        mean=tuple(config.data.mean),
+        std=tuple(config.data.std),
+    )
+
+
 class _Parts:
     """The parts of a chunk, each on inputs that are there already."""
 
@@ -133,6 +236,11 @@ def untrained(config: DictConfig) -> GeometryVLAModule:
         raise ValueError(
             f"this case measures the geometry-injected policy; its overrides name a {type(module).__name__}"
         )
+    _take_statistics(module, config)
+    return module.eval()
+
+
+def _take_statistics(module: GeometryVLAModule, config: DictConfig) -> None:
     data, count = config.data, 64
     generator = torch.Generator().manual_seed(0)
 
@@ -172,7 +280,6 @@ def untrained(config: DictConfig) -> GeometryVLAModule:
                 chunks=chunks,
             )
         )
-    return module.eval()
 
 
 def observation(module: GeometryVLAModule, size: int) -> dict[str, Any]:

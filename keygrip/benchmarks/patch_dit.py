@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +31,7 @@ from keygrip.models.patch_dit.network import PatchDiT
 from keygrip.models.patch_dit.sampler import Sampling, Velocities, sample
 from keygrip.progress import Progress
 from keygrip.training.checkpoints import load_module
+from keygrip.training.memory import count_step
 
 STEPS = 50  # over which what is computed once a sample is spread
 FOUR = ("none", "text", "dino", "full")
@@ -285,9 +285,9 @@ class ToyPictures:
 class DiTStep(DiTWork):
     """A training step (forward, loss, backward) beside one of the CLS-only model, and its memory.
 
-    ``estimated_512px_bf16_gb`` is an estimate, not a measurement: float32 weights, gradients, two Adam moments and the
-    weights' average, bf16 copies of the weights under autocast, and the activations that the backward pass needs,
-    counted in one and two blocks under autocast and extended to all of them.
+    ``estimated_512px_bf16_gb`` is counted, not measured: float32 weights, gradients, two Adam moments and the weights'
+    average, bf16 copies of the weights under autocast (these five are ``estimated_weights_and_states_gb``), and the
+    activations that the backward pass needs.
     """
 
     def run(self, quick: bool) -> dict[str, float]:
@@ -321,24 +321,17 @@ class DiTStep(DiTWork):
         return TrainingStep(network.train(), conditions, self.latent)
 
     def _estimate(self) -> dict[str, float]:
-        """Memory of a step at the whole depth under bf16 autocast."""
-        saved = []
-        for depth in (1, 2):
-            step = self._step([*self.overrides, f"model.network.depth={depth}"], torch.device("cpu"))
-            with counted_activations(step.network) as count, torch.autocast("cpu", torch.bfloat16):
-                step.loss()
-            saved.append(count[0])
-        with torch.device("meta"):
-            network, _ = random_network(self.overrides, torch.device("meta"))
-        parameters = sum(p.numel() for p in network.parameters())
-        a_block = saved[1] - saved[0]
-        activations = saved[0] + (network.depth - 1) * a_block
-        fixed = parameters * (4 + 4 + 8 + 4 + 2)
+        """Memory of a step at the whole depth under bf16 autocast, counted (`keygrip.training.memory`)."""
+        meta = torch.device("meta")
+        network, length = random_network(self.overrides, meta)
+        cpu = torch.device("cpu")
+        conditions = random_conditions(network, self.batch, length, self.text_tokens, self.patch_grid, cpu)
+        step = TrainingStep(network.train(), conditions, self.latent)
+        found = count_step(network, lambda of_batch: step.loss(cpu), bf16=True, ema=True)
+        fixed = sum(p.numel() for p in network.parameters()) * (4 + 4 + 8 + 4 + 2)
         return {
-            "estimated_512px_bf16_gb": round(
-                (fixed + activations + 2 * a_block) / 1e9, 2
-            ),  # a block's own gradients too
-            "estimated_activations_gb": round(activations / 1e9, 2),
+            "estimated_512px_bf16_gb": round(found.total / 1e9, 2),
+            "estimated_activations_gb": round((found.total - fixed) / 1e9, 2),
             "estimated_weights_and_states_gb": round(fixed / 1e9, 2),
         }
 
@@ -351,8 +344,9 @@ class TrainingStep:
     conditions: Conditions
     latent: int
 
-    def loss(self) -> Tensor:
-        device = next(self.network.parameters()).device
+    def loss(self, device: torch.device | None = None) -> Tensor:
+        """On a device; None: the network's."""
+        device = device or next(self.network.parameters()).device
         batch = len(self.conditions.text) if self.conditions.text is not None else 1
         data, noise = (
             seeded_noise(range(start, start + batch), (self.network.latent_channels, self.latent, self.latent), device)
@@ -367,26 +361,6 @@ class TrainingStep:
     def __call__(self) -> None:
         self.network.zero_grad(set_to_none=True)
         self.loss().backward()
-
-
-@contextmanager
-def counted_activations(network: nn.Module) -> Iterator[list[int]]:
-    """Bytes of what is kept for the backward pass, each storage once, without the network's own weights."""
-    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    kept_storages: dict[int, Tensor] = {}
-    count = [0]
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        # Copies of weights in bf16 are counted with the weights; they have the shape of one and no batch.
-        if storage.data_ptr() not in own and storage.data_ptr() not in kept_storages and tensor.shape not in shapes:
-            kept_storages[storage.data_ptr()] = tensor  # held: its address is not given to another
-            count[0] += storage.nbytes()
-        return tensor
-
-    shapes = {p.shape for p in network.parameters()} | {p.mT.shape for p in network.parameters() if p.ndim == 2}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield count
 
 
 def random_network(overrides: Sequence[str], device: torch.device) -> tuple[PatchDiT, int]:

@@ -28,7 +28,8 @@ CLOSED = 0.5  # of a gripper's opening: less is closed
 class Movable:
     """What batches have in common: their tensors move together. Mixed into dataclasses."""
 
-    def _map(self, change: Any) -> Self:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """With each tensor changed."""
         values = {part.name: getattr(self, part.name) for part in fields(self)}  # type: ignore[arg-type]
         return type(self)(**{k: change(v) if isinstance(v, Tensor) else v for k, v in values.items()})
 
@@ -40,10 +41,10 @@ class Movable:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=non_blocking)
 
-        return self._map(move)
+        return self.map(move)
 
     def pin_memory(self) -> Self:
-        return self._map(Tensor.pin_memory)
+        return self.map(Tensor.pin_memory)
 
 
 @dataclass

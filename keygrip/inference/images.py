@@ -27,9 +27,9 @@ from keygrip.inference.references import (
     open_reference,
     patch_mask,
 )
+from keygrip.models.nn.lora import load_lora
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.figures import as_bytes, image_grid
-from keygrip.models.patch_dit.lora import load_lora
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.sampler import Edit, Sampling
 from keygrip.progress import Progress

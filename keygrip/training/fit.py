@@ -32,6 +32,7 @@ from keygrip.training.progress import Throughput
 from keygrip.training.resuming import check_resumed, checkpoint_to_resume
 from keygrip.training.saving import AtomicCheckpointIO
 from keygrip.training.sweeps import read_result, write_result
+from keygrip.training.system import System
 from keygrip.training.time_limit import ScheduleByTime
 
 log = logging.getLogger(__name__)
@@ -122,20 +123,22 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
 
 def _dry_run(datamodule: Any, module: LightningModule, cfg: DictConfig) -> dict[str, Any]:
-    """One batch through a module that knows how to report on it (`dry_run`), and where it can tell, the memory of a
-    training step on the batch that takes most; no training."""
-    if not hasattr(module, "dry_run"):
+    """One batch through a module (`System.dry_run`), and the memory of a training step on it, or where the data module
+    knows it on the batch that takes most; no training."""
+    if not isinstance(module, System):
         raise ValueError(f"dry_run=true: a {type(module).__name__} has no dry run; train it with max_steps=1 instead")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch = next(iter(datamodule.train_dataloader())).to(device)
-    report: dict[str, Any] = module.to(device).dry_run(batch)  # type: ignore[operator]
-    if hasattr(module, "step_memory") and hasattr(datamodule, "worst_batch"):
+    report = module.to(device).dry_run(batch)
+    bf16 = str(cfg.strategy.precision) in ("auto", "bf16-mixed")
+    ema = (cfg.callbacks or {}).get("ema") is not None
+    if hasattr(datamodule, "worst_batch"):
         worst = datamodule.worst_batch()
-        bf16 = str(cfg.strategy.precision) in ("auto", "bf16-mixed")
-        ema = (cfg.callbacks or {}).get("ema") is not None
-        found = module.step_memory(worst.to(device), bf16, ema)  # type: ignore[operator]
+        found = module.step_memory(worst.to(device), bf16, ema)
         shape = {"videos": len(worst.frame_mask), "frames": int(worst.frame_mask.sum()), "rows": len(worst)}
         report["worst_bucket"] = shape | {"text_tokens": int(worst.attention_mask.sum())} | found.report()
+    else:
+        report["memory"] = module.step_memory(batch, bf16, ema).report()
     for name, value in report.items():
         log.info("  %-20s %s", name, json.dumps(value))
     return report

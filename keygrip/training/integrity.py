@@ -7,7 +7,7 @@ was before the comment was added.
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from keygrip.artifacts import BLOCK_BYTES
+from keygrip.artifacts import blocks_of, sha256_of
 
 PREFIX = b"keygrip-sha256:"
 COMMENT_BYTES = len(PREFIX) + 64
@@ -111,14 +111,4 @@ def _first(names: list[str]) -> str:
 
 def _digest(file: Path, size: int) -> str:
     """SHA-256 of the first ``size`` bytes, with zeros in place of the last two (the comment's length)."""
-    digest = hashlib.sha256()
-    with file.open("rb") as handle:
-        left = size - 2
-        while left > 0:
-            block = handle.read(min(BLOCK_BYTES, left))
-            if not block:
-                break
-            digest.update(block)
-            left -= len(block)
-    digest.update(b"\0\0")
-    return digest.hexdigest()
+    return sha256_of(itertools.chain(blocks_of(file, size - 2), [b"\0\0"]))

@@ -1,8 +1,9 @@
 """Memory of a training step: counted without computing anything, or measured on a GPU.
 
 Counted means that the step's tensors have shapes and no content (torch's fake tensors): forward and backward pass run
-as they would, and every storage is counted from its making to its end. Kernels' own scratch space and what an allocator
-loses between blocks are not counted.
+as they would, and every storage is counted from its making to its end. Small tensors that depend on no parameter
+(positions, masks, window indices) are computed, because a network's shapes may depend on them. Kernels' own scratch
+space and what an allocator loses between blocks are not counted.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 GIB = 2**30
@@ -24,6 +26,7 @@ Step = Callable[
     [Callable[[Tensor], Tensor]], Tensor
 ]  # from what brings a batch's tensors to where it runs, to the loss
 ADAM_STATES = 2  # float32 numbers that AdamW keeps of each trained one
+SMALL = 2**20  # numbers of a tensor that is computed where it depends on no parameter
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,29 @@ class LiveBytes(TorchDispatchMode):
             self._known[tensor.untyped_storage()] = 0
 
 
+class SmallIsComputed(TorchDispatchMode):
+    """Below `LiveBytes` and above fake tensors: operations on small real tensors alone are computed."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if all(not isinstance(tensor, FakeTensor) and tensor.numel() <= SMALL for tensor in tensors):
+            if tensors or _numel(func(*args, **kwargs)) <= SMALL:
+                with unset_fake_temporarily():
+                    return func(*args, **kwargs)
+        elif func is torch.ops.aten.index.Tensor and isinstance(args[0], FakeTensor):
+            value, where = args
+            if len(where) == 1 and where[0].dtype == torch.bool and not isinstance(where[0], FakeTensor):
+                with unset_fake_temporarily():
+                    count = int(where[0].sum())
+                return value.new_empty((count, *value.shape[where[0].ndim :]))
+        return func(*args, **kwargs)
+
+
+def _numel(result: Any) -> int:
+    return sum(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+
+
 def held(module: nn.Module, ema: bool) -> dict[str, int]:
     """Bytes that lie there between steps: `weights`, `optimizer`, `ema`."""
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -109,20 +135,24 @@ def count_step(module: nn.Module, step: Step, bf16: bool, ema: bool) -> StepMemo
     Args:
         module: its parameters stay as they are; they may be on torch's device `meta`.
         step: gives the loss, with the module's own `forward` called through `torch.nn.Module.__call__`; it takes a
-            function that turns a real tensor of the batch into one of its shape alone.
+            function that turns a real tensor of the batch, if it is not small, into one of its shape alone.
         bf16: under autocast. ema: averaged weights are kept.
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         stand_ins = {
             name: nn.Parameter(_shape_of(p), requires_grad=p.requires_grad) for name, p in module.named_parameters()
         }
-        buffers = {name: _shape_of(b) for name, b in module.named_buffers()}
-        with _swapped(module, stand_ins, buffers), LiveBytes() as live:
+        buffers = {name: b if _is_small(b) else _shape_of(b) for name, b in module.named_buffers()}
+        with _swapped(module, stand_ins, buffers), torch.random.fork_rng([]), SmallIsComputed(), LiveBytes() as live:
             live.skip([*stand_ins.values(), *buffers.values()])
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                loss = step(lambda tensor: fake.from_tensor(tensor.detach()))
+                loss = step(lambda tensor: tensor.detach() if _is_small(tensor) else fake.from_tensor(tensor.detach()))
             loss.backward()
     return StepMemory(step=live.peak, measured=False, **held(module, ema))
+
+
+def _is_small(tensor: Tensor) -> bool:
+    return not tensor.is_meta and tensor.numel() <= SMALL
 
 
 def _shape_of(tensor: Tensor) -> Tensor:

@@ -134,12 +134,15 @@ class Float32Muon(torch.optim.Muon):
     """torch's Muon with the Newton-Schulz iteration in float32, for processors without bfloat16.
 
     torch's own computes it in bfloat16, which takes ten times as long as the model itself on a processor without that
-    type. State and options are torch's, so a run goes on with either.
+    type. State and options are torch's, so a run goes on with either; of ``adjust_lr_fn`` only "match_rms_adamw".
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Raises ValueError: another ``adjust_lr_fn``."""
         loss = None
+        if any(group["adjust_lr_fn"] != "match_rms_adamw" for group in self.param_groups):
+            raise ValueError('Float32Muon scales its steps to AdamW\'s alone: adjust_lr_fn="match_rms_adamw"')
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -154,7 +157,7 @@ class Float32Muon(torch.optim.Muon):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         average = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-        direction = gradient.lerp(average, group["momentum"])  # Nesterov's
+        direction = gradient.lerp(average, group["momentum"]) if group["nesterov"] else average
         step = orthogonalised(direction, group["ns_coefficients"], group["ns_steps"], group["eps"])
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(step, alpha=-0.2 * group["lr"] * max(parameter.shape) ** 0.5)  # AdamW's size

@@ -9,10 +9,12 @@ from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from keygrip.training import loggers
+from keygrip.training.memory import StepMemory, count_step, measure_step
 from keygrip.training.optimizers import AdamW
 
 
@@ -21,8 +23,8 @@ class System(LightningModule):
 
     A subclass sets ``network`` and defines the steps. It may also define ``set_statistics(statistics)``, called before
     training with what the data module found in its training split; ``on_save_checkpoint`` and ``on_load_checkpoint``
-    for what must be stored beside the weights; ``policy()`` for robot policies; ``dry_run(batch)``; and
-    ``export_graph()``.
+    for what must be stored beside the weights; ``loss(batch)``, by which a dry run counts memory; ``policy()`` for
+    robot policies; and ``export_graph()``.
 
     Attributes:
         batch_type: the type of batch that it learns from (`keygrip.data.batches`).
@@ -51,6 +53,30 @@ class System(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return self.optimizer_recipe.configure(self.trained_part(), int(self.trainer.estimated_stepping_batches))
+
+    # -- before training ----------------------------------------------------------------------------------------------
+
+    def loss(self, batch: Any) -> Tensor:
+        """The loss of a training step on a batch; nothing is logged."""
+        raise NotImplementedError(f"{type(self).__name__} does not say its loss outside training")
+
+    def dry_run(self, batch: Any) -> dict[str, Any]:
+        """One batch forwards: shapes, parameters by part (millions; all and trained) and the loss."""
+        with torch.no_grad():
+            loss = self.loss(batch)
+        shapes = {name: list(value.shape) for name, value in vars(batch).items() if isinstance(value, Tensor)}
+        return {"batch": shapes, "parameters_m": parameters_m(self.trained_part()), "loss": round(float(loss), 5)}
+
+    def step_memory(self, batch: Any, bf16: bool, ema: bool) -> StepMemory:
+        """Memory of a training step on a batch: measured on a GPU, counted elsewhere."""
+        was_training = self.training
+        self.train()
+        try:
+            on_gpu = next(self.parameters()).device.type == "cuda"
+            step = measure_step if on_gpu else count_step
+            return step(self.trained_part(), lambda change: self.loss(batch.map(change)), bf16, ema)
+        finally:
+            self.train(was_training)
 
     def sharded_parts(self) -> list[nn.Module]:
         """Blocks that are used through their ``forward`` alone, which FSDP may shard one by one."""
@@ -90,3 +116,15 @@ class System(LightningModule):
         """Shows a text in every logger that takes text, from the first process."""
         if self.trainer.is_global_zero:
             loggers.log_text(self.loggers, key, text, self.global_step)
+
+
+def parameters_m(network: nn.Module) -> dict[str, dict[str, float]]:
+    """Parameters of a network and of its parts in millions: `all` and `trained`."""
+    parts = {name: part for name, part in network.named_children() if any(True for _ in part.parameters())}
+    return {
+        name: {
+            "all": round(sum(p.numel() for p in part.parameters()) / 1e6, 3),
+            "trained": round(sum(p.numel() for p in part.parameters() if p.requires_grad) / 1e6, 3),
+        }
+        for name, part in ({"all": network} | parts).items()
+    }

@@ -9,6 +9,7 @@ import pytest
 import torch
 from dit_parts import SMALL, write_images
 from PIL import Image
+from safetensors.torch import load_file
 
 from keygrip import export, sample, train
 from keygrip.config import compose
@@ -28,8 +29,11 @@ def pixels(path: str | Path) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(int)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_exported_and_sampled_with(trained: Path, tmp_path: Path) -> None:
-    """The images of the adapted run, from the run that it started from and the adapter; the base itself stays."""
+    """The images of the adapted run, from the run that it started from and the adapter, and from the export with the
+    differences added; the base itself stays."""
+    pytest.importorskip("peft")
     adapted = ["ablation=patch_dit/lora", "model.lora.rank=4", f"model.init_from={trained / 'run'}", "max_steps=3"]
     given = [f"data.root={trained / 'images'}", f"run_dir={tmp_path / 'adapted'}", "optimizer.lr=0.05"]
     train.run(compose("train", [*SMALL, *adapted, *given, "optimizer.warmup_steps=0"]))
@@ -37,8 +41,11 @@ def test_an_adapter_is_trained_exported_and_sampled_with(trained: Path, tmp_path
         compose("export", [f"checkpoint={tmp_path / 'adapted'}", f"to={tmp_path / 'lora'}", "format=lora"])
     )
     assert made["bytes"] == sum(path.stat().st_size for path in (tmp_path / "lora").iterdir())
+    merged = export.run(compose("export", [f"checkpoint={tmp_path / 'adapted'}", f"to={tmp_path / 'plain'}"]))
+    assert not [name for name in load_file(tmp_path / "plain/model.safetensors") if "lora" in name]
     shown = {}
     for name, more in (
+        ("exported", [f"checkpoint={merged['folder']}"]),
         ("adapted", [f"checkpoint={tmp_path / 'adapted'}"]),
         ("merged", [f"checkpoint={trained / 'run'}", f"lora={tmp_path / 'lora'}"]),
         ("base", [f"checkpoint={trained / 'run'}"]),
@@ -46,6 +53,7 @@ def test_an_adapter_is_trained_exported_and_sampled_with(trained: Path, tmp_path
         result = sample.run(compose("sample", [*more, "prompt=a red thing", f"run_dir={tmp_path / name}"]))
         shown[name] = pixels(result["images"][0])
     assert np.abs(shown["adapted"] - shown["merged"]).max() <= 1
+    assert np.abs(shown["adapted"] - shown["exported"]).max() <= 1
     assert np.abs(shown["adapted"] - shown["base"]).max() > 1
     with pytest.raises(ValueError, match="trained without LoRA"):
         export.run(compose("export", [f"checkpoint={trained / 'run'}", f"to={tmp_path / 'no'}", "format=lora"]))

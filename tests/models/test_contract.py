@@ -94,6 +94,11 @@ def test_a_model_keeps_its_promises(name: str, home: Path, monkeypatch: pytest.M
     assert result["status"] == "finished"
     assert all(np.isfinite(value) for key, value in result["metrics"].items() if key == "train/loss")
 
+    report = keygrip.train.run(  # type: ignore[attr-defined]
+        compose("train", [f"model={name}", *QUICK, *kind.toy_overrides, f"run_dir={run}-dry", "dry_run=true"])
+    )
+    assert report.get("memory", report.get("worst_bucket"))["how"] in ("counted", "measured on the GPU")
+
     file = home / f"{name}.ckpt"
     shutil.copy(run / "checkpoints" / "last.ckpt", file)
     for folder in FOLDERS:  # whatever it was made of

@@ -42,3 +42,32 @@ def test_what_is_counted_is_what_a_step_takes(recompute: bool) -> None:
     assert (counted.weights, counted.optimizer, counted.ema) == (weights, 2 * weights, weights)
     assert counted.total == 4 * weights + counted.step
     assert not counted.measured
+
+
+class Pieces(nn.Module):
+    """Its shapes depend on what the batch holds, as those of a tower that reads images of many sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+        self.register_buffer("longest", torch.tensor(40))
+
+    def forward(self, x: Tensor, lengths: Tensor, kept: Tensor) -> Tensor:
+        order = torch.argsort(lengths, descending=True)
+        assert int(lengths[order[0]]) <= int(self.longest)  # type: ignore[arg-type]
+        pieces = [self.layer(piece).relu() for piece in torch.split(x, lengths.tolist())]
+        return torch.cat(pieces)[kept].square().mean()
+
+
+def test_shapes_may_depend_on_small_tensors() -> None:
+    network, rows = Pieces(), torch.randn(100, 32)
+    lengths, kept = torch.tensor([40, 25, 35]), torch.rand(100) < 0.5
+
+    def step(of_batch: object) -> Tensor:
+        return network(of_batch(rows), of_batch(lengths), of_batch(kept))  # type: ignore[operator]
+
+    state = torch.get_rng_state()
+    counted = count_step(network, step, bf16=False, ema=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert int(network.longest) == 40  # type: ignore[arg-type]
+    assert counted.step == pytest.approx(allocated(step) + rows.nbytes, rel=0.04)

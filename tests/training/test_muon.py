@@ -124,6 +124,51 @@ def test_the_iteration_in_float32_is_torchs_within_bfloat16() -> None:
             optimizer.load_state_dict(state)
 
 
+@pytest.mark.parametrize("iteration", ["bfloat16", "float32"])
+def test_a_step_with_a_closure_is_the_step_after_its_backward_pass(iteration: str) -> None:
+    """The closure is called once, with gradients on; its loss is what the step returns."""
+    plain, closed = network(), network()
+    x, losses = torch.randn(8, 4), []
+
+    def closure() -> torch.Tensor:
+        losses.append((closed(x) - 1).pow(2).mean())
+        losses[-1].backward()
+        return losses[-1]
+
+    loss = (plain(x) - 1).pow(2).mean()
+    loss.backward()
+    optimizers = [optimizer_of(module, iteration=iteration) for module in (plain, closed)]
+    assert optimizers[0].step() is None
+    with torch.no_grad():
+        returned = optimizers[1].step(closure)
+    assert returned is losses[0]
+    assert len(losses) == 1
+    assert torch.equal(returned, loss)
+    for one, other in zip(plain.parameters(), closed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_torchs_muon_in_float32_takes_a_closure_and_its_options() -> None:
+    options = {"lr": 1e-2, "momentum": 0.9, "adjust_lr_fn": "match_rms_adamw", "nesterov": False}
+    ours, theirs = (nn.Parameter(torch.eye(3, 4)) for _ in range(2))
+    optimizers = [Float32Muon([ours], **options), torch.optim.Muon([theirs], **options)]  # type: ignore[arg-type]
+    for seed in range(2):
+        for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+            factor = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))
+
+            def closure(parameter: nn.Parameter = parameter, factor: torch.Tensor = factor) -> torch.Tensor:
+                parameter.grad = None
+                loss = (parameter * factor).sum()
+                loss.backward()
+                return loss
+
+            before = (parameter.detach() * factor).sum()
+            assert torch.equal(optimizer.step(closure), before)
+    torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)
+    with pytest.raises(ValueError, match="adjust_lr_fn"):
+        Float32Muon([ours], lr=1e-2).step()
+
+
 def test_groups_have_names_of_their_own() -> None:
     """Lightning's monitor of learning rates refuses others."""
     names = [group["name"] for group in optimizer_of(network()).param_groups]

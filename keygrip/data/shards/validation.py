@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from keygrip.artifacts import sha256_of
 from keygrip.data.bad_samples import BadSample, read_json
 from keygrip.data.image_text.bucket_folders import INFO, read_info, write_info
 from keygrip.data.image_text.samples import (
@@ -173,10 +173,7 @@ def _unknown_member(where: str, name: str, known: str) -> str:
 
 
 def _digest(parts: Parts) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(parts):
-        digest.update(name.encode() + b"\0" + parts[name])
-    return digest.hexdigest()
+    return sha256_of(name.encode() + b"\0" + parts[name] for name in sorted(parts))
 
 
 def _examine_image(shards: ShardSet, sample: int, parts: Parts, report: ShardReport) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from gymnasium import spaces
 
 from keygrip.envs.yam import scene, tasks
-from keygrip.envs.yam.rendering import CameraRenderer, Lens, mujoco, world_to_camera
+from keygrip.envs.yam.rendering import CameraViews, Lens, mujoco, substeps_of
 from keygrip.envs.yam.tasks import EpisodeLayout, Placed, TaskOptions, sample_layout
 from keygrip.envs.yam.text import Sight
 from keygrip.robots.inverse_kinematics import solve, yaw_of
@@ -50,7 +50,7 @@ class Progress:
     other_in_bowl: bool = False  # or lies in the bowl now
 
 
-class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
+class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
     """One arm, one task.
 
     Action, float64 [8]: tool position (3, world, m), quaternion wxyz (4), gripper opening (1). The arm is told to be
@@ -85,22 +85,12 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
         cameras: tuple[str, ...] | None = None,
         render_images: bool = True,
     ) -> None:
-        self.task, self.image_size, self.hz = task, image_size, float(hz)
-        self.cameras = tuple(cameras) if cameras else (task.camera,)
-        unknown = [c for c in self.cameras if c not in tasks.CAMERAS]
-        if unknown:
-            raise ValueError(f"unknown cameras {unknown}; choose from {', '.join(tasks.CAMERAS)}")
-        if not 16 <= image_size <= 1280:
-            raise ValueError(f"image_size={image_size} is outside [16, 1280] pixels")
-        self.render_images, self.render_mode = render_images, "rgb_array" if render_images else None
+        self.task, self.hz = task, float(hz)
+        self._set_cameras(cameras or (task.camera,), tasks.CAMERAS, image_size, task.shadows, render_images)
+        self.render_mode = "rgb_array" if render_images else None
         self.lenses: dict[str, Lens] = {c: scene.lens_of(c, image_size, image_size) for c in self.cameras}
-        self._renderer: CameraRenderer | None = None
         self._build()
-        self._substeps = round(1 / self.hz / self.model.opt.timestep)
-        if abs(self._substeps * self.model.opt.timestep - 1 / self.hz) > 1e-9:
-            raise ValueError(
-                f"hz={hz}: a period must be whole steps of {self.model.opt.timestep} s; use 5, 10, 20 or 50"
-            )
+        self._substeps = substeps_of(hz, self.model.opt.timestep)
         shapes: dict[str, tuple[int, ...]] = {"position": (3,), "quaternion": (4,), "gripper": (), "joints": (6,)}
         entries: dict[str, spaces.Space[Any]] = {
             key: spaces.Box(-np.inf, np.inf, shape, np.float64) for key, shape in shapes.items()
@@ -275,58 +265,18 @@ class YamCell(gymnasium.Env[dict[str, Any], np.ndarray]):
         """[H, W, 3] uint8 image of the first camera."""
         return self.frame(self.cameras[0])
 
-    def close(self) -> None:
-        """Frees the GL context; the next image makes a new one."""
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
-
     # ---- what can be seen ------------------------------------------------------------------------------------------
-
-    def _draw(self) -> CameraRenderer:
-        if self._renderer is None:
-            self._renderer = CameraRenderer(self.model, self.image_size, self.image_size, self.task.shadows)
-        return self._renderer
-
-    def frame(self, camera: str) -> np.ndarray:
-        """[H, W, 3] uint8 image of one of `cameras`."""
-        return self._draw().image(self.data, camera, self.lenses[camera])
-
-    def depth(self, camera: str) -> np.ndarray:
-        """[H, W] float32 metres along the optical axis."""
-        return self._draw().depth(self.data, camera, self.lenses[camera])
-
-    def segmentation(self, camera: str) -> np.ndarray:
-        """[H, W] int32 geom number of each pixel, -1 for none."""
-        return self._draw().segmentation(self.data, camera, self.lenses[camera])
-
-    def world_to_camera(self, camera: str) -> np.ndarray:
-        """[4, 4] of the camera now (the wrist camera moves)."""
-        return world_to_camera(self.data, self.model.camera(camera).id)
 
     def observation(self) -> dict[str, Any]:
         """The observation of the present state."""
         position, quaternion = self.tool_pose
-        seen: dict[str, Any] = {
+        return {
             "position": position,
             "quaternion": quaternion,
             "gripper": np.array(self.gripper_opening),
             "joints": self.joints,
             "instruction": self.layout.instruction if self.layout is not None else "",
-        }
-        if self.render_images:
-            views = {camera: self._view(camera) for camera in self.cameras}
-            seen |= views[self.cameras[0]]
-            if len(views) > 1:
-                seen["cameras"] = views
-        return seen
-
-    def _view(self, camera: str) -> dict[str, np.ndarray]:
-        return {
-            "image": self.frame(camera),
-            "intrinsics": self.lenses[camera].intrinsics.copy(),
-            "world_to_camera": self.world_to_camera(camera),
-        }
+        } | self.views()
 
     @property
     def tool_pose(self) -> tuple[np.ndarray, np.ndarray]:

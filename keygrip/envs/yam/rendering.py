@@ -11,8 +11,10 @@ import importlib.util
 import logging
 import os
 import sys
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -186,3 +188,83 @@ class CameraRenderer:
     def close(self) -> None:
         """Frees the GL context."""
         self._renderer.close()
+
+
+class CameraViews:
+    """What the cameras of a simulated cell see, for the cells to inherit from.
+
+    Attributes:
+        model, data: of MuJoCo. cameras: names, the first is meant where one is. lenses: of each. image_size: edge of
+            the square images, pixels. shadows: whether they are drawn. render_images: whether observations have images.
+    """
+
+    model: mujoco.MjModel
+    data: mujoco.MjData
+    cameras: tuple[str, ...]
+    lenses: dict[str, Lens]
+    image_size: int
+    shadows: bool
+    render_images: bool
+    _renderer: CameraRenderer | None = None
+
+    def _set_cameras(
+        self, cameras: Sequence[str], known: Collection[str], image_size: int, shadows: bool, render_images: bool
+    ) -> None:
+        """Raises ValueError: a camera that is not known, or an image size outside [16, 1280]."""
+        unknown = [name for name in cameras if name not in known]
+        if unknown:
+            raise ValueError(f"unknown cameras {unknown}; choose from {', '.join(known)}")
+        if not 16 <= image_size <= 1280:
+            raise ValueError(f"image_size={image_size} is outside [16, 1280] pixels")
+        self.cameras, self.image_size = tuple(cameras), image_size
+        self.shadows, self.render_images = shadows, render_images
+
+    def _draw(self) -> CameraRenderer:
+        if self._renderer is None:
+            self._renderer = CameraRenderer(self.model, self.image_size, self.image_size, self.shadows)
+        return self._renderer
+
+    def close(self) -> None:
+        """Frees the GL context; the next image makes a new one."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+
+    def frame(self, camera: str) -> np.ndarray:
+        """[H, W, 3] uint8 image of one of `cameras`."""
+        return self._draw().image(self.data, camera, self.lenses[camera])
+
+    def depth(self, camera: str) -> np.ndarray:
+        """[H, W] float32 metres along the optical axis."""
+        return self._draw().depth(self.data, camera, self.lenses[camera])
+
+    def segmentation(self, camera: str) -> np.ndarray:
+        """[H, W] int32 geom number of each pixel, -1 for none."""
+        return self._draw().segmentation(self.data, camera, self.lenses[camera])
+
+    def world_to_camera(self, camera: str) -> np.ndarray:
+        """[4, 4] of the camera now (a camera on the wrist moves)."""
+        return world_to_camera(self.data, self.model.camera(camera).id)
+
+    def views(self) -> dict[str, Any]:
+        """Entries of an observation: `image`, `intrinsics` and `world_to_camera` of the first camera, and where there
+        are several, all in `cameras` by name; none without `render_images`."""
+        if not self.render_images:
+            return {}
+        views = {
+            camera: {
+                "image": self.frame(camera),
+                "intrinsics": self.lenses[camera].intrinsics.copy(),
+                "world_to_camera": self.world_to_camera(camera),
+            }
+            for camera in self.cameras
+        }
+        return views[self.cameras[0]] | ({"cameras": views} if len(views) > 1 else {})
+
+
+def substeps_of(hz: float, timestep: float) -> int:
+    """Steps of the physics in a control period. Raises ValueError: a period that is not whole steps."""
+    substeps = round(1 / hz / timestep)
+    if abs(substeps * timestep - 1 / hz) > 1e-9:
+        raise ValueError(f"hz={hz}: a period must be whole steps of {timestep} s; use 5, 10, 20 or 50")
+    return substeps

@@ -20,7 +20,7 @@ from keygrip.envs.yam.environment import (
     STEADY_S,
 )
 from keygrip.envs.yam.handover import ARMS, BASES, HandoverLayout, HandoverTask, sample_handover
-from keygrip.envs.yam.rendering import CameraRenderer, Lens, mujoco, world_to_camera
+from keygrip.envs.yam.rendering import CameraViews, Lens, mujoco, substeps_of
 from keygrip.robots.inverse_kinematics import solve
 from keygrip.robots.kinematics import forward_kinematics, matrix_from_quaternion, quaternion_from_matrix
 
@@ -41,7 +41,7 @@ class HandoverProgress:
     success: bool = False
 
 
-class HandoverCell:
+class HandoverCell(CameraViews):
     """Both arms and a bar.
 
     Action, float64 [2, 8]: of each arm, tool position (3, world, m), quaternion wxyz (4), gripper opening (1).
@@ -63,21 +63,14 @@ class HandoverCell:
         cameras: tuple[str, ...] | None = None,
         render_images: bool = True,
     ) -> None:
-        self.task, self.image_size, self.hz, self.render_images = task, image_size, float(hz), render_images
-        self.cameras = tuple(cameras) if cameras else (task.camera,)
-        unknown = [name for name in self.cameras if name not in handover.CAMERAS]
-        if unknown:
-            raise ValueError(f"unknown cameras {unknown}; choose from {', '.join(handover.CAMERAS)}")
-        if not 16 <= image_size <= 1280:
-            raise ValueError(f"image_size={image_size} is outside [16, 1280] pixels")
+        self.task, self.hz = task, float(hz)
+        self._set_cameras(cameras or (task.camera,), handover.CAMERAS, image_size, task.shadows, render_images)
         self.lenses = {
             name: Lens.from_field_of_view(image_size, image_size, handover.CAMERAS[name][3]) for name in self.cameras
         }
         model = self.model = build_two_arms().compile()
         self.data = mujoco.MjData(model)
-        self._substeps = round(1 / self.hz / model.opt.timestep)
-        if abs(self._substeps * model.opt.timestep - 1 / self.hz) > 1e-9:
-            raise ValueError(f"hz={hz}: a period must be whole steps of {model.opt.timestep} s; use 5, 10, 20 or 50")
+        self._substeps = substeps_of(hz, model.opt.timestep)
         names = [NAMES[arm] for arm in ARMS]
         self._arm_qpos = np.array([[model.joint(n).qposadr[0] for n in one.joints] for one in names])  # [2, 6]
         self._finger_qpos = np.array([[model.joint(n).qposadr[0] for n in one.finger_joints] for one in names])
@@ -87,7 +80,6 @@ class HandoverCell:
         self._tools = [model.site(one.tool).id for one in names]
         self._fingers = [[model.body(name).id for name in one.fingers] for one in names]
         self._bar = model.body("object").id
-        self._renderer: CameraRenderer | None = None
         self.layout: HandoverLayout | None = None
         self.seed: int | None = None
 
@@ -148,44 +140,18 @@ class HandoverCell:
         truncated = over and not self.progress.success
         return self.progress.success, truncated, self._info(truncated)
 
-    def close(self) -> None:
-        """Frees the GL context; the next image makes a new one."""
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
-
     # ---- what can be seen ------------------------------------------------------------------------------------------
-
-    def frame(self, camera: str) -> np.ndarray:
-        """[H, W, 3] uint8 image of one of `cameras`."""
-        if self._renderer is None:
-            self._renderer = CameraRenderer(self.model, self.image_size, self.image_size, self.task.shadows)
-        return self._renderer.image(self.data, camera, self.lenses[camera])
-
-    def world_to_camera(self, camera: str) -> np.ndarray:
-        """[4, 4] of the camera."""
-        return world_to_camera(self.data, self.model.camera(camera).id)
 
     def observation(self) -> dict[str, Any]:
         """The observation of the present state."""
         position, quaternion = self.tool_poses
-        seen: dict[str, Any] = {
+        return {
             "position": position,
             "quaternion": quaternion,
             "gripper": self.gripper_openings,
             "joints": self.joints,
             "instruction": self.layout.instruction if self.layout is not None else "",
-        }
-        if self.render_images:
-            views = {camera: self._view(camera) for camera in self.cameras}
-            seen |= views[self.cameras[0]]
-            if len(views) > 1:
-                seen["cameras"] = views
-        return seen
-
-    def _view(self, camera: str) -> dict[str, np.ndarray]:
-        pose, intrinsics = self.world_to_camera(camera), self.lenses[camera].intrinsics.copy()
-        return {"image": self.frame(camera), "intrinsics": intrinsics, "world_to_camera": pose}
+        } | self.views()
 
     @property
     def tool_poses(self) -> tuple[np.ndarray, np.ndarray]:

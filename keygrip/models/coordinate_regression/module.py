@@ -140,6 +140,9 @@ class CoordinateRegressionModule(System):
             "gripper_acc": ((output.gripper > 0) == (batch.gripper > 0.5)).float().mean(),
         }
 
+    def loss(self, batch: PolicyBatch) -> Tensor:
+        return self.losses(self(batch), batch)["total"]
+
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         output = self(batch)
         losses = self.losses(output, batch)

@@ -7,7 +7,6 @@ G = V N tokens, D their width.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from keygrip.artifacts import sha256_of
 from keygrip.data.batches import normalised
 from keygrip.models.geometry.cameras import camera_centre
 from keygrip.models.geometry.rotations import matrix_to_quaternion
@@ -236,9 +236,11 @@ def _normalisation(name: str) -> tuple[Sequence[float], Sequence[float]]:
 
 def _fingerprint(model: nn.Module) -> str:
     """Of names, shapes and a few numbers of every parameter: quick, and other weights have another one."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name}:{tuple(parameter.shape)}".encode())
-        few = parameter.detach().flatten()
-        digest.update(few[:: max(1, few.numel() // 16)][:16].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+
+    def parts() -> Iterator[bytes]:
+        for name, parameter in model.named_parameters():
+            yield f"{name}:{tuple(parameter.shape)}".encode()
+            few = parameter.detach().flatten()
+            yield few[:: max(1, few.numel() // 16)][:16].float().cpu().numpy().tobytes()
+
+    return sha256_of(parts())

@@ -19,12 +19,13 @@ from keygrip.models.geometry_vla.pointing import pointing_losses
 from keygrip.models.geometry_vla.policy import GeometryVLAPolicy
 from keygrip.models.language.tokenizers import ChatTokenizer
 from keygrip.models.nn.flow_matching import TimestepSampler, interpolate, seeded_noise, velocity
+from keygrip.models.nn.lora import Adapter
 from keygrip.models.nn.short_attention import short_attention
 from keygrip.models.policy_statistics import PolicyStatistics
 from keygrip.training.distributed import global_mean
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
-from keygrip.training.system import System
+from keygrip.training.system import System, parameters_m
 
 if TYPE_CHECKING:
     from keygrip.data.robot.statistics import DemoStatistics
@@ -153,6 +154,12 @@ class GeometryVLAModule(System):
         self.network.vlm.set_tokenizer(ChatTokenizer.from_state(checkpoint[STATE]["tokenizer"]))
         self.views = tuple(checkpoint[STATE]["views"])
 
+    @property
+    def adapter(self) -> Adapter | None:
+        """The language model's LoRA, under the names of `Qwen2_5_VLForConditionalGeneration`; None without one."""
+        vlm = self.network.vlm
+        return None if vlm.lora is None else Adapter(vlm.model.language_model, vlm.lora, "model.language_model.")
+
     def policy(self) -> GeometryVLAPolicy:
         """The module as something that plans from observations."""
         return GeometryVLAPolicy(self)
@@ -256,10 +263,12 @@ class GeometryVLAModule(System):
         planned, _, _ = self.decode(actions, batch)
         return scene_picture(batch, planned, scene.geometry, sample, scene.pointing)
 
+    def loss(self, batch: MultiViewPolicyBatch) -> Tensor:
+        return self.losses(self(batch), batch)["total"]
+
     def dry_run(self, batch: MultiViewPolicyBatch) -> dict[str, Any]:
         """One batch forwards: shapes, tokens that a block reads, parameters by part (millions; all and trained) and
         losses."""
-        parts = {name: part for name, part in self.network.named_children() if any(True for _ in part.parameters())}
         with torch.no_grad():
             scene = self(batch)
             losses = self.losses(scene, batch)
@@ -268,7 +277,7 @@ class GeometryVLAModule(System):
             "images": list(batch.images.shape),
             "actions": [len(batch.images), self.network.head.horizon, self.actions.size],
             "context_tokens": dict(zip(names, scene.groups, strict=True)),
-            "parameters_m": {name: _millions(part) for name, part in ({"all": self.network} | parts).items()},
+            "parameters_m": parameters_m(self.network),
             "losses": {name: round(float(value), 4) for name, value in losses.items()},
         }
 
@@ -300,11 +309,3 @@ class GeometryVLAModule(System):
         for name, errors in self._grips.items():
             # Not a number where no gripper closes in what was validated on.
             self.log(f"val/{name}", torch.cat(errors).mean(), sync_dist=True)
-
-
-def _millions(part: torch.nn.Module) -> dict[str, float]:
-    counts = {"all": 0, "trained": 0}
-    for parameter in part.parameters():
-        counts["all"] += parameter.numel()
-        counts["trained"] += parameter.numel() if parameter.requires_grad else 0
-    return {name: round(count / 1e6, 3) for name, count in counts.items()}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from keygrip.data.batches import normalised
 from keygrip.models.language.hub import read_config, read_weights, with_fused_attention
 from keygrip.models.language.tokenizers import ChatTokenizer, TokenizerSource
+from keygrip.models.nn.lora import LoRA, add_lora
 from keygrip.models.nn.low_precision import Precision, lower_precision
 from keygrip.models.nn.short_attention import recompute_contexts
 from keygrip.training.parts import model_part
@@ -93,6 +94,7 @@ class QwenVL(nn.Module):
         weights: ``random``, a local folder with config.json and weights, or a name on the Hugging Face hub.
         trainable: ``all``, ``language`` (the vision tower stays as it is) or ``frozen``.
         gradient_checkpointing: recompute activations in the backward pass.
+        lora: the language model keeps its weights and learns differences of low rank; the vision tower stays as it is.
 
     Raises:
         ValueError: impossible sizes, or weights of other sizes. FileNotFoundError: weights that are not there.
@@ -119,10 +121,13 @@ class QwenVL(nn.Module):
         weights: str = "random",
         trainable: Trainable = "all",
         gradient_checkpointing: bool = False,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__()
         if trainable not in ("all", "language", "frozen"):
             raise ValueError(f"vlm.trainable is all, language or frozen, not {trainable!r}.")
+        if lora is not None and trainable != "language":
+            raise ValueError(f"vlm.lora adapts the language model: set vlm.trainable=language, not {trainable}.")
         if prompt_order not in ("images_first", "instruction_first"):
             raise ValueError(f"vlm.prompt_order is images_first or instruction_first, not {prompt_order!r}.")
         if width % heads or heads % kv_heads or sum(rope_sections) * 2 * heads != width:
@@ -186,6 +191,10 @@ class QwenVL(nn.Module):
             enable({"use_reentrant": False, "context_fn": recompute_contexts})
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(trainable == "all" or (trainable == "language" and not name.startswith("visual")))
+        self.lora = lora
+        if lora is not None:
+            count = len(add_lora(self.model.language_model, lora))
+            log.info("vision-language model: %d layers learn differences of rank %d", count, lora.rank)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> QwenVL:

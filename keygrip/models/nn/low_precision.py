@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from keygrip.models.nn.lora import merge
+
 Precision = Literal["float32", "bfloat16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "int8")
 LARGEST = 127  # of an int8, both ways
@@ -56,6 +58,7 @@ def lower_precision(network: nn.Module, precision: Precision) -> None:
         raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, not {precision!r}")
     if precision == "float32":
         return
+    merge(network)  # what LoRA added is rounded with the weights
     if precision == "int8":
         for parent in list(network.modules()):
             for name, child in list(parent.named_children()):

@@ -5,7 +5,6 @@ Legend: B images, D width of a DINO feature, gh gw the grid of patches.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from typing import Any, Self
 
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from keygrip.artifacts import sha256_of
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.backbone.architectures import VARIANTS
 from keygrip.models.patch_dit.pretrained import sample_of
@@ -146,8 +146,8 @@ def grey(pixels: Tensor) -> Tensor:
 
 def weights_digest(module: nn.Module) -> str:
     """sha256 of all weights of a module, 16 digits."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(value.detach().float().cpu().numpy()).tobytes())
-    return digest.hexdigest()[:16]
+    parts = (
+        name.encode() + np.ascontiguousarray(value.detach().float().cpu().numpy()).tobytes()
+        for name, value in sorted(module.state_dict().items())
+    )
+    return sha256_of(parts)[:16]

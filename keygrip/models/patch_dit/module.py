@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from keygrip.data.batches import ImageTextBatch, ImageTextStatistics
 from keygrip.models.nn.flow_matching import TimestepSampler, interpolate
+from keygrip.models.nn.lora import Adapter, LoRA, add_lora
 from keygrip.models.patch_dit.alignment import FeatureAlignment
 from keygrip.models.patch_dit.context import ConditionDropout, Conditions
 from keygrip.models.patch_dit.encoders import Encoders
 from keygrip.models.patch_dit.feature_statistics import FeatureStatistics
 from keygrip.models.patch_dit.few_steps import FewSteps
 from keygrip.models.patch_dit.figures import image_grid
-from keygrip.models.patch_dit.lora import LoRA, add_lora
-from keygrip.models.patch_dit.memory import memory_of_a_step
 from keygrip.models.patch_dit.monitor import RANGES, LossTable, attention_figures, gradient_norm, velocity_norm
 from keygrip.models.patch_dit.network import DiTOutput, PatchDiT
 from keygrip.models.patch_dit.sampler import Edit, Sampling, sample
@@ -162,6 +161,11 @@ class PatchDiTModule(System):
         if self.few_steps is not None:
             self.few_steps.take_teacher(self.network)
 
+    @property
+    def adapter(self) -> Adapter | None:
+        """What LoRA trains; None without it."""
+        return None if self.lora is None else Adapter(self.network, self.lora)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[STATE] = {"statistics": self.statistics.plain(), "view": self._view_state}
 
@@ -215,28 +219,18 @@ class PatchDiTModule(System):
         error = output.velocity.float() - self.network.target(x, data, noise, level).float()
         return output, error.pow(2).mean(dim=(1, 2, 3))
 
-    def dry_run(self, batch: ImageTextBatch) -> dict[str, Any]:
-        """One batch: its shapes, parameters by group, its loss, and the memory that a step of training takes."""
-        groups: dict[str, int] = {}
-        for name, parameter in self.network.named_parameters():
-            part = name.partition(".")[0]
-            groups[part] = groups.get(part, 0) + parameter.numel()
+    def loss(self, batch: ImageTextBatch) -> Tensor:
+        """The loss at half noise, with nothing dropped."""
         data = self.statistics.normalised("latent", batch.latents)
         conditions, count = self.statistics.conditions(batch), len(data)
-        everything = torch.ones(count, dtype=torch.bool, device=self.device)
-        noise, level = torch.randn_like(data), torch.full((count,), 0.5, device=self.device)
+        everything = torch.ones(count, dtype=torch.bool, device=data.device)
+        noise, level = torch.randn_like(data), torch.full((count,), 0.5, device=data.device)
+        context = self.network.context_builder(conditions, everything, everything, aspect_of(data))
+        return self.noised(data, noise, level, context)[1].mean()
 
-        def loss() -> Tensor:
-            context = self.network.context_builder(conditions, everything, everything, aspect_of(data))
-            return self.noised(data, noise, level, context)[1].mean()
-
-        return {
-            "latents": list(batch.latents.shape),
-            "latent_tokens": int(np.prod(self.network.grid(data))),
-            "text": list(batch.text_states.shape),
-            "patches": list(batch.dino_patches.shape),
-            "parameters": groups | {"all": sum(groups.values())},
-        } | memory_of_a_step(self.network, loss)
+    def dry_run(self, batch: ImageTextBatch) -> dict[str, Any]:
+        """As of the base, and the tokens of a latent."""
+        return {"latent_tokens": int(np.prod(self.network.grid(batch.latents)))} | super().dry_run(batch)
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
         data = self.statistics.normalised("latent", batch.latents)

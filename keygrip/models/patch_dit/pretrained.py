@@ -6,12 +6,13 @@ here are the only users of transformers: a frozen T5 is a fixed part of the data
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from keygrip.artifacts import sha256_of
 
 INSTALL = "pip install 'keygrip[dit]'"
 
@@ -50,8 +51,8 @@ def named_dtype(name: str) -> torch.dtype:
 def sample_of(module: nn.Module) -> dict[str, Any]:
     """A few numbers of a large model's weights: enough to tell two trainings apart without reading all of it."""
     parameters = dict(module.named_parameters())
-    digest = hashlib.sha256()
-    for name in sorted(parameters)[:: max(1, len(parameters) // 16)]:
-        digest.update(name.encode())
-        digest.update(parameters[name].detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return {"parameters": sum(p.numel() for p in parameters.values()), "sample": digest.hexdigest()[:16]}
+    few = sorted(parameters)[:: max(1, len(parameters) // 16)]
+    digest = sha256_of(
+        name.encode() + parameters[name].detach().flatten()[:64].float().cpu().numpy().tobytes() for name in few
+    )
+    return {"parameters": sum(p.numel() for p in parameters.values()), "sample": digest[:16]}

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from keygrip.models.nn.lora import is_difference, plain_name
 from keygrip.training.checkpoints import find_checkpoint, refuse_other_format
 from keygrip.training.ema import EMA_STATE
 
@@ -101,7 +102,7 @@ def take(
     min_share: float = 0.0,
 ) -> WarmStart:
     """As `warm_start`, from weights by name."""
-    own = dict(network.named_parameters())
+    own = {plain_name(name): parameter for name, parameter in network.named_parameters()}
     found = translated(weights, own, renames or {})
     for name, value in found.items():  # such as a null embedding of shape [1, 1, D]
         if name in own and value.shape != own[name].shape and _squeezed(value) == _squeezed(own[name]):
@@ -118,7 +119,7 @@ def take(
             f"(it has {', '.join(list(weights)[:3]) or 'none'}; the network {', '.join(list(own)[:3])})"
         )
     # Low-rank differences are new by nature, and their layers are counted without them.
-    counted = {name: value.numel() for name, value in own.items() if not name.endswith(("lora_A", "lora_B"))}
+    counted = {name: value.numel() for name, value in own.items() if not is_difference(name)}
     share = sum(counted.get(name, 0) for name in loaded) / sum(counted.values())
     missing = [name for name in own if name not in found]
     if share < min_share:

@@ -286,6 +286,10 @@ class VolumeQueryModule(System):
             return geodesic_angle(found, batch.quaternion)
         return nearest_angle(found, batch.quaternion, self._free(batch), self.rotation_symmetry)
 
+    def loss(self, batch: PolicyBatch) -> Tensor:
+        targets = self.targets(batch)
+        return self.losses(self(batch, targets, teacher=True), batch, targets)["total"]
+
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         targets = self.targets(batch)
         output = self(batch, targets, teacher=True)

@@ -9,7 +9,7 @@ from vla_parts import ready_module
 
 from keygrip import bench
 from keygrip.benchmarks import geometry_vla
-from keygrip.benchmarks.geometry_vla import VLAChunk
+from keygrip.benchmarks.geometry_vla import VLAChunk, VLAMemory
 from keygrip.config import compose
 
 
@@ -37,3 +37,17 @@ def test_parts_of_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert figures.keys() == {"vlm_ms", "geometry_ms", "head_ms", "p50_ms", "p95_ms", "threads"}
     assert 0 < figures["p50_ms"] <= figures["p95_ms"]
     assert "geometry_ms" not in case.run(quick=True)
+
+
+def test_memory_of_a_recipe_is_counted() -> None:
+    """On the small model: the parts add up, sharding divides what lies there between steps, and a frozen
+    vision-language model needs less."""
+    small = ["model=geometry_vla", "data=yam_language", "data.batch_size=2", "data.image_size=64"]
+    recipes = {"whole": small, "sharded": [*small, "data.batch_size=4"], "frozen": [*small, "vlm.trainable=frozen"]}
+    gpus = {"whole": 1, "sharded": 2, "frozen": 1}
+    found = VLAMemory(recipes, gpus, geom_dim=32, geom_tokens=16, gpu_gib=1.0).run(quick=False)
+    assert found["whole_batch"] == found["sharded_batch"] == 2
+    assert found["whole_step_gib"] == found["sharded_step_gib"] > found["frozen_step_gib"] > 0
+    assert found["sharded_total_gib"] < found["whole_total_gib"]
+    assert found["whole_spare_gib"] == pytest.approx(1 - found["whole_total_gib"], abs=0.011)
+    assert found["frozen_trained_m"] < found["frozen_parameters_m"] == found["whole_parameters_m"]
