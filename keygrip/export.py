@@ -29,6 +29,7 @@ WRITERS = {
     "lora": "keygrip.models.nn.lora.write_adapter",
     "diffusers": "keygrip.inference.diffusers_pipeline.write_pipeline",
 }
+MERGED = "keygrip.models.nn.lora.merged_checkpoint"  # the content and weights of the model without LoRA
 FILES = {"torch_export": "model.pt2", "onnx": "model.onnx"}
 
 
@@ -72,7 +73,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             f"{type(module).__name__} has no graph to export: give format=safetensors, which every model has"
         )
     weights, which = checkpoints.weights_of(content, cfg.ema)
-    content, weights = _merged(content, weights)
+    content, weights = get_method(MERGED)(content, weights)
     run_folder = file.parent.parent if file.is_file() else file
     card = folder.model_card(target.name, content, weights, which, read_result(run_folder))
     if cfg.format in WRITERS:
@@ -97,16 +98,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     result["bytes"] = sum(path.stat().st_size for path in target.iterdir())
     log.info("exported %s to %s", file, target)
     return result
-
-
-def _merged(content: Any, weights: Any) -> tuple[Any, Any]:
-    """A checkpoint's content and weights as of the model without LoRA."""
-    from keygrip.models.nn.lora import merged_weights, without_lora
-
-    config, lora = without_lora(content["keygrip"]["config"])
-    if lora is None:
-        return content, weights
-    return {**content, "keygrip": {**content["keygrip"], "config": config}}, merged_weights(weights, lora)
 
 
 def _size(folder: Path) -> int:

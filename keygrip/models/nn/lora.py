@@ -142,6 +142,17 @@ def merged_weights(weights: Mapping[str, Tensor], lora: LoRA) -> dict[str, Tenso
     return found
 
 
+def merged_checkpoint(
+    content: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+    """A checkpoint's content and those of its weights that are used, as of the model without LoRA."""
+    header = content["keygrip"]
+    config, lora = without_lora(header["config"])
+    if lora is None:
+        return content, weights
+    return {**content, "keygrip": {**header, "config": config}}, merged_weights(weights, lora)
+
+
 def without_lora(config: Any) -> tuple[Any, LoRA | None]:
     """A stored configuration with null for its LoRA, and that."""
     if isinstance(config, Mapping):
