@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 FORMATS = ("safetensors", "torch_export", "onnx", "lora", "diffusers")
 # Folders of other projects, each with the function that writes it: (folder, module, content, weights, model card).
 WRITERS = {
-    "lora": "keygrip.models.nn.lora.write_adapter",
+    "lora": "keygrip.inference.adapters.write_adapter",
     "diffusers": "keygrip.inference.diffusers_pipeline.write_pipeline",
 }
 MERGED = "keygrip.models.nn.lora.merged_checkpoint"  # the content and weights of the model without LoRA

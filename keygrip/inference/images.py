@@ -17,6 +17,7 @@ from torch import Tensor
 
 from keygrip.artifacts import atomic_write
 from keygrip.data.image_text.crops import Bucket, nearest_bucket
+from keygrip.inference.adapters import load_lora
 from keygrip.inference.image_requests import SampleRequest, requested
 from keygrip.inference.references import (
     Reference,
@@ -27,7 +28,6 @@ from keygrip.inference.references import (
     open_reference,
     patch_mask,
 )
-from keygrip.models.nn.lora import load_lora
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.figures import as_bytes, image_grid
 from keygrip.models.patch_dit.module import PatchDiTModule

@@ -14,20 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from vla_parts import INSTRUCTIONS, small_batch, small_vlm
 
-from keygrip.models.nn.lora import (
-    CONFIG,
-    PREFIX,
-    WEIGHTS,
-    Adapter,
-    LoRA,
-    add_lora,
-    load_lora,
-    merge,
-    merged_weights,
-    without_lora,
-    write_adapter,
-    write_lora,
-)
+from keygrip.inference.adapters import CONFIG, PREFIX, WEIGHTS, load_lora, write_adapter, write_lora
+from keygrip.models.nn.lora import Adapter, LoRA, add_lora, merge, merged_weights, without_lora
 from keygrip.models.nn.low_precision import lower_precision
 
 LORA = LoRA(rank=2, alpha=3.0, targets=["query", "output"])

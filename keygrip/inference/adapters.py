@@ -1,0 +1,126 @@
+"""Adapters in files: what LoRA trained (`keygrip.models.nn.lora`), as peft lays it out.
+
+They are written so that peft reads them, and read by a few known settings and tensors alone: nothing else that they
+name is looked at.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from keygrip.data.bad_samples import BadSample, read_json
+from keygrip.models.nn.lora import BASE, NAME, Adapter, adapted_layers, is_difference, peft_config
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."  # of peft, before a network's own names
+# Settings of peft that change what an adapter means; only these values are known here.
+PLAIN: dict[str, Any] = {"use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "bias": "none"}
+PLAIN |= {"alpha_pattern": {}, "rank_pattern": {}, "modules_to_save": None, "lora_bias": False}
+
+
+def write_lora(adapter: Adapter, folder: Path) -> None:
+    """The adapter's two files as peft writes them, into a folder that is there.
+
+    Raises:
+        ValueError: the network has no adapter.
+    """
+    tensors, lora = {}, adapter.lora
+    for name, layer in adapted_layers(adapter.network):
+        for part in ("lora_A", "lora_B"):
+            value = getattr(layer, part)[NAME].weight.detach().cpu().contiguous()
+            tensors[f"{PREFIX}{adapter.prefix}{name}.{part}.weight"] = value
+    if not tensors:
+        raise ValueError("this network has no LoRA: there is no adapter to write")
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    names = "|".join(map(re.escape, lora.targets))
+    inside = rf"{re.escape(adapter.prefix)}(.*\.)?({names})"
+    config = peft_config(lora, inside if adapter.prefix else list(lora.targets))
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+
+
+def write_adapter(folder: Path, module: Any, *_: object) -> None:
+    """What ``keygrip export format=lora`` writes. Raises ValueError: a model without an adapter."""
+    adapter = getattr(module, "adapter", None)
+    if not isinstance(adapter, Adapter):
+        raise ValueError("this model was trained without LoRA: give format=safetensors")
+    write_lora(adapter, folder)
+
+
+@torch.no_grad()
+def load_lora(network: nn.Module, folder: Path) -> list[str]:
+    """Adds an adapter's differences to the weights of a network; the layers' names.
+
+    Raises:
+        FileNotFoundError: no adapter there. ValueError: of another kind or another network; nothing is changed then.
+    """
+    for name in (WEIGHTS, CONFIG):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"lora={folder}: there is no {name}; give a folder as `keygrip export format=lora` makes"
+            )
+    config = _config(folder / CONFIG)
+    pairs = _pairs(folder / WEIGHTS)
+    scale = config["lora_alpha"] / config["r"]
+    changes = []
+    layers = {
+        name.removesuffix(f".{BASE}"): module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and not is_difference(f"{name}.")
+    }
+    for name, pair in pairs.items():
+        if set(pair) != {"lora_A", "lora_B"}:
+            raise ValueError(f"{folder / WEIGHTS}: {name} has {', '.join(sorted(pair))} and not both lora_A and lora_B")
+        if name not in layers:
+            raise ValueError(f"{folder / WEIGHTS}: this network has no linear layer {name}: it is of another network")
+        low, high, weight = pair["lora_A"], pair["lora_B"], layers[name].weight
+        fits = low.ndim == high.ndim == 2 and low.shape[0] == high.shape[1] == config["r"]
+        if not fits or (high.shape[0], low.shape[1]) != tuple(weight.shape):
+            shapes = f"{list(high.shape)} x {list(low.shape)}"
+            raise ValueError(
+                f"{folder / WEIGHTS}: {name} is {list(weight.shape)}, its difference {shapes} of rank {config['r']}"
+            )
+        changes.append((weight, scale * high.to(weight.device).float() @ low.to(weight.device).float()))
+    for weight, change in changes:
+        weight += change.to(weight)
+    return list(pairs)
+
+
+def _config(file: Path) -> dict[str, Any]:
+    try:
+        config = read_json(file)
+    except BadSample as error:
+        raise ValueError(f"{file} cannot be read: {error.what}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ValueError(f"{file} is not the configuration of a LoRA")
+    for name, value in PLAIN.items():
+        if config.get(name, value) not in (value, None):
+            raise ValueError(f"{file}: {name}={config[name]!r} is not supported, only {value!r}")
+    for name in ("r", "lora_alpha"):
+        number = config.get(name)
+        if not isinstance(number, int | float) or isinstance(number, bool) or not 0 < number < 1e6:
+            raise ValueError(f"{file}: {name}={number!r} is not a positive number")
+    return config
+
+
+def _pairs(file: Path) -> dict[str, dict[str, Tensor]]:
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a safetensors file: {error}") from error
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, part = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{file}: {key} holds numbers that are not finite")
+        found.setdefault(name, {})[part] = value
+    if not found:
+        raise ValueError(f"{file} holds no tensors")
+    return found
