@@ -5,8 +5,9 @@ A model's module holds its loss, its metrics and its figures; what every module 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -14,8 +15,11 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from keygrip.training import loggers
+from keygrip.training.checkpoints import load_module
 from keygrip.training.memory import StepMemory, count_step, measure_step
 from keygrip.training.optimizers import AdamW
+
+log = logging.getLogger(__name__)
 
 
 class System(LightningModule):
@@ -81,6 +85,26 @@ class System(LightningModule):
     def sharded_parts(self) -> list[nn.Module]:
         """Blocks that are used through their ``forward`` alone, which FSDP may shard one by one."""
         return list(self.network.sharded_parts())
+
+    def take_weights(self, path: str, kind: str) -> Self:
+        """Starts from the network of another run, and returns that run's module.
+
+        Args:
+            path: run folder or checkpoint; its EMA weights, where it has them. kind: what this is, for messages.
+
+        Raises:
+            FileNotFoundError, ValueError: it is missing, of another model, or does not fit.
+        """
+        before = load_module(path)
+        if not isinstance(before, type(self)):
+            raise ValueError(f"model.init_from={path} holds a {type(before).__name__}, not {kind}")
+        try:
+            self.network.load_state_dict(before.network.state_dict())
+        except RuntimeError as error:
+            reason = " ".join(line.strip() for line in str(error).splitlines()[1:3])
+            raise ValueError(f"the weights of model.init_from={path} do not fit this network: {reason}") from error
+        log.info("weights of %s are the start", path)
+        return before
 
     # -- logging ------------------------------------------------------------------------------------------------------
 

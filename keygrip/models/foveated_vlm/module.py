@@ -27,7 +27,6 @@ from keygrip.models.foveated_vlm.scores import BatchScores, Scores, score
 from keygrip.models.foveated_vlm.streaming import VideoStream
 from keygrip.models.language.tokenizers import TOKENIZER_STATE, ChatTokenizer
 from keygrip.models.nn.short_attention import short_attention
-from keygrip.training.checkpoints import load_module
 from keygrip.training.distributed import global_mean, world_size
 from keygrip.training.memory import StepMemory
 from keygrip.training.optimizers import AdamW
@@ -148,29 +147,21 @@ class FoveatedVLMModule(System):
         self.collator.prepare(statistics.folder, statistics.texts)
         self._check_tokenizer()
         if self.init_from is not None:
-            self._take_weights(self.init_from)
+            self._start_from(self.init_from)
         self.pictures = {
             "image_size": statistics.image_size,
             "fit": statistics.fit,
             "max_frames": statistics.max_frames,
         }
 
-    def _take_weights(self, path: str) -> None:
-        before = load_module(path)
-        if not isinstance(before, FoveatedVLMModule):
-            raise ValueError(f"model.init_from={path} holds a {type(before).__name__}, not a video-language model")
+    def _start_from(self, path: str) -> None:
+        before = self.take_weights(path, "a video-language model")
         if before.tokenizer.state() != self.tokenizer.state():
             raise ValueError(
                 f"model.init_from={path} was trained with another tokenizer: its weights mean other words. Use "
                 "the same language=..., and for a tokenizer trained on the shards "
                 "language.tokenizer.init_from=${model.init_from}"
             )
-        try:
-            self.network.load_state_dict(before.network.state_dict())
-        except RuntimeError as error:
-            reason = " ".join(line.strip() for line in str(error).splitlines()[1:3])
-            raise ValueError(f"the weights of model.init_from={path} do not fit this network: {reason}") from error
-        log.info("weights of %s are the start", path)
 
     @property
     def tokenizer(self) -> ChatTokenizer:

@@ -56,7 +56,7 @@ BY_TASK = ("pix_argmax", "position_cm", "gripper_acc", "rotation_deg")  # valida
 BAR = ("total", "pix_argmax")  # in the progress line
 
 
-@model_part
+@model_part(from_checkpoint={"init_from": None})
 class VolumeQueryModule(System):
     """Volume cross-entropy + gripper and rotation cross-entropy, each averaged over the steps that count.
 
@@ -71,6 +71,8 @@ class VolumeQueryModule(System):
         rotation_symmetry: so many equal turns of the open gripper about the vertical are the same grip (4 for a cube, 2
             for a bar): see `keygrip.models.volume_query.symmetry`. 1: none.
         log_images_every_n_steps: training steps between images in TensorBoard; 0 switches them off.
+        init_from: run folder or checkpoint of such a policy whose weights are the start; heights, gripper and rotation
+            classes are those of the new data. None: the network as it was built.
     """
 
     batch_type = PolicyBatch
@@ -95,6 +97,7 @@ class VolumeQueryModule(System):
         log_images_every_n_steps: int = 500,
         mask_padded_steps: bool = False,
         rotation_symmetry: int = 1,
+        init_from: str | None = None,
     ) -> None:
         super().__init__(optimizer)
         if target not in ("hard", "bilinear"):
@@ -116,7 +119,7 @@ class VolumeQueryModule(System):
         self.weights = {"volume": volume_weight, "gripper": gripper_weight, "rotation": rotation_weight}
         self.target: Literal["hard", "bilinear"] = target
         self.mask_padded_steps, self.rotation_symmetry = mask_padded_steps, rotation_symmetry
-        self.log_images_every_n_steps = log_images_every_n_steps
+        self.log_images_every_n_steps, self.init_from = log_images_every_n_steps, init_from
         self.by_task = MeansByTask(())
         self.views: tuple[str, ...] = ()  # names of the cameras, of which a network without world_views sees the first
 
@@ -143,6 +146,8 @@ class VolumeQueryModule(System):
         if encoder is not None:
             encoder.prepare(statistics.instructions)
             report["instructions"] = len(statistics.instructions)
+        if self.init_from is not None:
+            self.take_weights(self.init_from, "a volume-query policy")
         self.by_task = MeansByTask(statistics.instructions)
         self.views = statistics.cameras
         if len(self.views) > 1 and not self.network.world_views:
