@@ -34,7 +34,7 @@ HEADLINE = ("pix_argmax", "gripper_acc", "height_m", "position_cm", "rotation_de
 BAR = ("total", "position_cm")  # in the progress line
 
 
-@model_part
+@model_part(from_checkpoint={"init_from": None})
 class CoordinateRegressionModule(System):
     """L1 on normalised positions and rotation columns, cross-entropy on the gripper's opening.
 
@@ -44,6 +44,8 @@ class CoordinateRegressionModule(System):
     Args:
         network: the plain network. optimizer: the recipe.
         position_weight, rotation_weight, gripper_weight: of the three losses.
+        init_from: run folder or checkpoint of such a policy whose weights are the start; positions are normalised over
+            the range of the new data. None: the network as it was built.
     """
 
     batch_type = PolicyBatch
@@ -63,15 +65,18 @@ class CoordinateRegressionModule(System):
         position_weight: float = 1.0,
         rotation_weight: float = 0.5,
         gripper_weight: float = 0.5,
+        init_from: str | None = None,
     ) -> None:
         super().__init__(optimizer)
-        self.network = network
+        self.network, self.init_from = network, init_from
         self.statistics = PolicyStatistics()
         self.weights = {"position": position_weight, "rotation": rotation_weight, "gripper": gripper_weight}
 
     def set_statistics(self, statistics: DemoStatistics) -> dict[str, float]:
         """Take over the training split's ranges."""
         self.statistics.take(statistics, self.network.horizon)
+        if self.init_from is not None:
+            self.take_weights(self.init_from, "a regression policy")
         return {}
 
     def policy(self) -> CoordinateRegressionPolicy:

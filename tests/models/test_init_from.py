@@ -1,0 +1,35 @@
+"""`model.init_from`: a policy starts from the weights of another run, and needs that run no more afterwards."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import keygrip
+from keygrip.models.volume_query.module import VolumeQueryModule
+
+QUICK = ("callbacks.ema=null", "logger=none", "data.num_workers=0", "data.batch_size=2", "limit_val_batches=1")
+
+
+def test_a_policy_starts_from_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    common = ["model=volume_query", *VolumeQueryModule.toy_overrides, *QUICK]
+    keygrip.train([*common, "max_steps=2", "run_dir=first"])
+    start = ["optimizer.lr=1e-12", "model.init_from=first", "seed=7", "max_steps=1"]
+    keygrip.train([*common, *start, "run_dir=second"])
+    before = keygrip.load("first").network.state_dict()
+    shutil.move("first", "gone")
+    after = keygrip.load("second").network.state_dict()
+    assert before.keys() == after.keys()
+    for name, value in after.items():
+        torch.testing.assert_close(value, before[name], atol=1e-6, rtol=0, msg=name)
+
+    wider = ["model.network.trunk_width=80", "model.init_from=gone"]
+    with pytest.raises(ValueError, match=r"weights of model\.init_from=gone do not fit this network: .*size mismatch"):
+        keygrip.train([*common, *wider, "max_steps=1", "run_dir=third"])
+    other = ["model=coordinate_regression", *common[1:], "model.init_from=gone", "max_steps=1", "run_dir=fourth"]
+    with pytest.raises(ValueError, match=r"init_from=gone holds a VolumeQueryModule, not a regression policy"):
+        keygrip.train(other)
