@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from vla_parts import ready_module, small_module, small_statistics
 
 import keygrip
 from keygrip.models.volume_query.module import VolumeQueryModule
@@ -33,3 +34,20 @@ def test_a_policy_starts_from_another_run(tmp_path: Path, monkeypatch: pytest.Mo
     other = ["model=coordinate_regression", *common[1:], "model.init_from=gone", "max_steps=1", "run_dir=fourth"]
     with pytest.raises(ValueError, match=r"init_from=gone holds a VolumeQueryModule, not a regression policy"):
         keygrip.train(other)
+
+
+def test_a_vla_starts_with_the_words_of_the_other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = ready_module(tmp_path / "before")
+    monkeypatch.setattr("keygrip.training.system.load_module", lambda path: before)
+    after = small_module()
+    with torch.no_grad():
+        for value in after.network.parameters():
+            value.add_(1.0)
+    after.init_from = "run"
+    after.set_statistics(small_statistics(tmp_path / "after", ("quite other words", "and longer ones")))
+    for name, value in after.network.state_dict().items():
+        assert torch.equal(value, before.network.state_dict()[name]), name
+    mine, theirs = after.network.vlm.tokenizer, before.network.vlm.tokenizer
+    assert mine is not None
+    assert theirs is not None
+    assert mine.state() == theirs.state()

@@ -209,7 +209,7 @@ class FoveatedVLMModule(System):
 
     def as_input(self, frames: np.ndarray) -> Tensor:
         """One video, uint8 [F, S, S, 3], as the network takes it: [1, F, 3, S, S] on the module's device."""
-        pixels = torch.from_numpy(np.ascontiguousarray(frames)).to(self.device).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(np.require(frames, requirements=["C", "W"])).to(self.device).permute(0, 3, 1, 2)
         return normalised(pixels, self.network.backbone.mean, self.network.backbone.std)[None]
 
     def stream(self, question: str, mode: str = "autoregressive") -> VideoStream:

@@ -53,7 +53,7 @@ SEED_STRIDE = 1_000_003  # more frames than any demonstration has
 BAR = ("total", "position_cm")  # in the progress line
 
 
-@model_part
+@model_part(from_checkpoint={"init_from": None})
 class GeometryVLAModule(System):
     """Squared error of the velocity over the steps that are no padding, plus the geometry encoder's own losses.
 
@@ -64,6 +64,8 @@ class GeometryVLAModule(System):
         sampling: of actions, in validation and in control.
         pictures: show a plan and depth maps in TensorBoard at every validation.
         pointing_weight: of the loss of where the gripper will be in the images (`model.network.pointing_cells`).
+        init_from: run folder or checkpoint of such a policy whose weights are the start, geometry encoder included;
+            actions are normalised by the new data. None: the network as it was built.
     """
 
     batch_type = MultiViewPolicyBatch
@@ -88,6 +90,7 @@ class GeometryVLAModule(System):
         sampling: ActionSampling | None = None,
         pictures: bool = True,
         pointing_weight: float = 0.1,
+        init_from: str | None = None,
     ) -> None:
         super().__init__(optimizer)
         if draws < 1:
@@ -103,7 +106,7 @@ class GeometryVLAModule(System):
         self.timesteps = timesteps
         self.draws, self.sampling = draws, sampling or ActionSampling()
         self.pictures = pictures
-        self.pointing_weight = pointing_weight
+        self.pointing_weight, self.init_from = pointing_weight, init_from
         self.views: tuple[str, ...] = ()
         self._grips: dict[str, list[Tensor]] = {}
 
@@ -137,9 +140,14 @@ class GeometryVLAModule(System):
         self.statistics.take(statistics, self.network.head.horizon)
         self.actions.take(statistics.chunks)
         self.views = tuple(statistics.cameras)
-        self.network.vlm.prepare(statistics.cache_dir, statistics.chunks.instruction)
-        if self.network.geometry is not None:
-            self.network.geometry.take_start()
+        if self.init_from is None:
+            self.network.vlm.prepare(statistics.cache_dir, statistics.chunks.instruction)
+            if self.network.geometry is not None:
+                self.network.geometry.take_start()
+        else:
+            before = self.take_weights(self.init_from, "a vision-language-action policy")
+            assert before.network.vlm.tokenizer is not None
+            self.network.vlm.set_tokenizer(before.network.vlm.tokenizer)  # the weights mean the words of this one
         return {"instructions": len(set(statistics.chunks.instruction)), "views": len(self.views)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
