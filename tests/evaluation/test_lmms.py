@@ -81,8 +81,8 @@ def test_likelihoods_are_those_of_the_target_behind_the_prompt(model: KeygripMod
 
     found = model.loglikelihood(instances(model, "loglikelihood", lambda document: document["answer"]))
     module = model.module
-    inputs, counts = model._video(lambda d: [str(model.root / d["video"])], "mini", "test", 0)
-    assert counts == [2]
+    inputs, counts, seconds = model._video(lambda d: [str(model.root / d["video"])], "mini", "test", 0)
+    assert (counts, seconds) == ([2], [(0.0, 2.0)])
     row = module.collator.prompt((Turn("user", "What is it?"), Turn("assistant", "red")))
     from keygrip.models.foveated_vlm.generation import rows_of
 
