@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 GIB = 2**30
@@ -70,10 +69,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else [result]:
-            for tensor in value if isinstance(value, tuple | list) else [value]:
-                if isinstance(tensor, Tensor):
-                    self._add(tensor)
+        for tensor in _tensors(result):
+            self._add(tensor)
         return result
 
     def _add(self, tensor: Tensor) -> None:
@@ -100,7 +97,7 @@ class SmallIsComputed(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
         if all(not isinstance(tensor, FakeTensor) and tensor.numel() <= SMALL for tensor in tensors):
             if tensors or _numel(func(*args, **kwargs)) <= SMALL:
                 with unset_fake_temporarily():
@@ -114,8 +111,17 @@ class SmallIsComputed(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Those in arguments or results of an operation."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, tuple | list):
+        for value in values:
+            yield from _tensors(value)
+
+
 def _numel(result: Any) -> int:
-    return sum(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+    return sum(tensor.numel() for tensor in _tensors(result))
 
 
 def held(module: nn.Module, ema: bool) -> dict[str, int]:
