@@ -1,9 +1,10 @@
 """Plants faults of every kind into simulated recordings and counts what the doctor finds, and what it calls it.
 
-    python benchmarks/doctor.py --clean FOLDER --work FOLDER [--only NAME] [--part faults|clean|calibration]
+    python benchmarks/doctor.py --clean FOLDER --work FOLDER [--part faults|clean|calibration] [--only NAME]
 
 FOLDER of `--clean` holds the recordings of `RECORDINGS`, each made by the command that stands beside it. Writes
-benchmarks/doctor.json. Faults are planted into copies: numbers into the arrays, pictures by encoding them again.
+benchmarks/doctor.json, after each fault; a part that is run again replaces its own rows alone. Faults
+(`doctor_faults.py`) are planted into copies: numbers into the arrays, images by encoding them again.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from doctor_faults import DEMOS, Fault, faults, plant, shifted, turned
 from scipy.spatial.transform import Rotation
 
 from keygrip.artifacts import write_json
@@ -43,358 +43,7 @@ RECORDINGS = {
     "stills": "stills demos=8 image_size=160 hz=1 task.name=pick +task.camera_jitter_deg=15",
 }
 
-DEMOS = 5  # of the recording into which faults are planted
-Arrays = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One planted fault.
-
-    Args:
-        kind: what; several magnitudes share it. magnitude: with its unit.
-        says: regular expression that cause, measurement or advice of a finding must match for the right cause.
-        numbers: changes the arrays of trajectory.npz; cameras: of cameras.npz; metadata: of metadata.json.
-        pictures: changes all images of a demo, [N, h, w, 3].
-        one: in one demo (the third) alone. joints: whether joints stay in the recording.
-        other: pictures are those of the following demo.
-    """
-
-    kind: str
-    magnitude: str
-    says: str
-    numbers: Callable[[Arrays, int], None] | None = None
-    cameras: Callable[[Arrays, int], None] | None = None
-    metadata: Callable[[dict[str, Any]], None] | None = None
-    pictures: Callable[[np.ndarray], np.ndarray] | None = None
-    one: bool = False
-    joints: bool = True
-    other: bool = False
-
-    @property
-    def name(self) -> str:
-        words = [self.kind, self.magnitude, "one demo" if self.one else "all demos", "" if self.joints else "no joints"]
-        return ", ".join(word for word in words if word)
-
-
-ARM = "right/"
-
-
-def on(*keys: str) -> Callable[[Callable[[np.ndarray], np.ndarray]], Callable[[Arrays, int], None]]:
-    def made(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Arrays, int], None]:
-        def numbers(arrays: Arrays, number: int) -> None:
-            for key in keys:
-                arrays[ARM + key] = change(arrays[ARM + key])
-
-        return numbers
-
-    return made
-
-
-def shifted(frames: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Rows late by `frames`: row i shows what row i - frames did."""
-    return lambda rows: rows[np.clip(np.arange(len(rows)) - frames, 0, len(rows) - 1)]
-
-
-def turned(degrees: float, centimetres: float, percent: float = 0.0, seed: int = 0) -> Callable[[Arrays, int], None]:
-    """Cameras turned and shifted in a direction drawn from `seed`, focal length longer."""
-    rng = np.random.default_rng(seed)
-    axis, way = rng.normal(size=(2, 3))
-    turn = Rotation.from_rotvec(np.radians(degrees) * axis / np.linalg.norm(axis)).as_matrix()
-    shift = centimetres / 100 * way / np.linalg.norm(way)
-
-    def change(arrays: Arrays, number: int) -> None:
-        for key in list(arrays):
-            if key.endswith("world_to_camera"):
-                pose = np.array(arrays[key])
-                pose[..., :3, :] = turn @ pose[..., :3, :]
-                pose[..., :3, 3] += shift
-                arrays[key] = pose
-            if key.endswith("intrinsics"):
-                matrix = np.array(arrays[key])
-                matrix[..., 0, 0] *= 1 + percent / 100
-                matrix[..., 1, 1] *= 1 + percent / 100
-                arrays[key] = matrix
-
-    return change
-
-
-def cropped(
-    share: float, corner: tuple[float, float] = (0.5, 0.5), resize: bool = True
-) -> Callable[[np.ndarray], np.ndarray]:
-    def change(images: np.ndarray) -> np.ndarray:
-        height, width = images.shape[1:3]
-        h, w = round(share * height), round(share * width)
-        top, left = round((height - h) * corner[1]), round((width - w) * corner[0])
-        cut = images[:, top : top + h, left : left + w]
-        if not resize:
-            return cut
-        return np.stack([np.asarray(Image.fromarray(image).resize((width, height))) for image in cut])
-
-    return change
-
-
-def resized(share: float) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda images: np.stack(
-        [np.asarray(Image.fromarray(i).resize((round(share * i.shape[1]), round(share * i.shape[0])))) for i in images]
-    )
-
-
-def frozen(frames: int) -> Callable[[np.ndarray], np.ndarray]:
-    def change(images: np.ndarray) -> np.ndarray:
-        images = images.copy()
-        start = len(images) // 4
-        images[start : start + frames] = images[start]
-        return images
-
-    return change
-
-
-def stray_picture(images: np.ndarray) -> np.ndarray:
-    images = images.copy()
-    images[len(images) // 2] = images[0][::-1, ::-1] // 2
-    return images
-
-
-def stray_row(rows: np.ndarray) -> np.ndarray:
-    rows = rows.copy()
-    rows[len(rows) // 2] += [0.0, 0.06, 0.05]
-    return rows
-
-
-def inverted_poses(prefix: str) -> Callable[[Arrays, int], None]:
-    def change(arrays: Arrays, number: int) -> None:
-        place, turn = ARM + prefix + "position_m", ARM + prefix + "quaternion_wxyz"
-        inverse = Rotation.from_quat(arrays[turn], scalar_first=True).inv()
-        arrays[place], arrays[turn] = -inverse.apply(arrays[place]), inverse.as_quat(scalar_first=True)
-
-    return change
-
-
-def gap(arrays: Arrays, number: int) -> None:
-    times = arrays["timestamps_ns"].copy()
-    times[len(times) // 2 :] += 900_000_000
-    arrays["timestamps_ns"] = times
-
-
-def set_fps(value: float) -> Callable[[dict[str, Any]], None]:
-    return lambda metadata: metadata.update(fps=value)
-
-
-def faults() -> list[Fault]:
-    found: list[Fault] = []
-    add = found.append
-    flips = {
-        "mirrored left-right": lambda i: i[:, :, ::-1],
-        "mirrored up-down": lambda i: i[:, ::-1],
-        "180 degrees": lambda i: i[:, ::-1, ::-1],
-        "90 degrees": lambda i: np.rot90(i, 1, axes=(1, 2)),
-        "transposed": lambda i: i.transpose(0, 2, 1, 3),
-    }
-    for words, flip in flips.items():
-        for one in (False, True):
-            for joints in (True, False):
-                if not joints and (one or words != "mirrored left-right"):
-                    continue
-                add(Fault("flip", words, f"pictures (turned by )?{words}", pictures=flip, one=one, joints=joints))
-    for one in (False, True):
-        add(Fault("BGR", "", "BGR", pictures=lambda i: i[..., ::-1], one=one))
-    for frames in (-5, -2, -1, 1, 3):
-        word = "late" if frames > 0 else "early"
-        says = f"pictures {abs(frames)} frames {word}"
-        add(Fault("pictures in time", f"{frames:+d} frames", says, pictures=shifted(frames), joints=frames % 2 == 1))
-        if abs(frames) < 4:
-            add(Fault("pictures in time", f"{frames:+d} frames", says, pictures=shifted(frames), one=True))
-    for degrees in (2, 3, 5, 8):
-        add(
-            Fault(
-                "camera turned",
-                f"{degrees} degrees",
-                "degrees",
-                cameras=turned(degrees, 0, seed=degrees),
-                joints=degrees % 2 == 0,
-            )
-        )
-        add(
-            Fault(
-                "camera turned",
-                f"{degrees} degrees",
-                "camera moved",
-                cameras=turned(degrees, 0, seed=degrees + 1),
-                one=True,
-                joints=degrees % 2 == 1,
-            )
-        )
-    for cm in (2, 3, 5):
-        add(Fault("camera shifted", f"{cm} cm", r"cm", cameras=turned(0, cm, seed=cm), joints=cm % 2 == 0))
-        add(Fault("camera shifted", f"{cm} cm", "camera moved", cameras=turned(0, cm, seed=cm + 1), one=True))
-    for percent in (-15, -5, 5, 10):
-        add(Fault("focal length", f"{percent:+d} %", "focal", cameras=turned(0, 0, percent), joints=percent % 2 == 0))
-    for share in (0.9, 0.8):
-        add(Fault("crop, old K", f"{share}, resized", "focal|crop", pictures=cropped(share)))
-        add(
-            Fault(
-                "crop, old K",
-                f"{share} off centre, resized",
-                "crop|focal",
-                pictures=cropped(share, (0.1, 0.3)),
-                joints=False,
-            )
-        )
-        add(
-            Fault(
-                "crop, old K",
-                f"{share}, not resized",
-                "crop|resolution",
-                pictures=cropped(share, resize=False),
-                metadata=size_of(share),
-            )
-        )
-        add(
-            Fault(
-                "resized, old K",
-                f"{share}",
-                "crop|resolution|resized",
-                pictures=resized(share),
-                metadata=size_of(share),
-            )
-        )
-    for n in (4, 12):
-        add(Fault("frozen span", f"{n} frames", "frozen", pictures=frozen(n), one=True))
-    add(Fault("outlier picture", "1 frame", "outlier picture", pictures=stray_picture, one=True))
-    add(Fault("wrong demo's pictures", "", "different demos", one=True, other=True))
-    add(Fault("wrong demo's pictures", "", "different demos", one=True, other=True, joints=False))
-    for prefix, kind in (("", "reached"), ("commanded_", "commanded")):
-        place, turn, grip = f"{prefix}position_m", f"{prefix}quaternion_wxyz", f"{prefix}gripper_opening"
-        for joints in (True, False) if not prefix else (True,):
-            for scale, word in (
-                (1000, "millimetres"),
-                (100, "millimetres|centimetres"),
-                (1.1, "scaled"),
-                (0.9, "scaled"),
-                (1.2, "scaled"),
-            ):
-                add(
-                    Fault(
-                        f"{kind} positions scaled",
-                        f"x {scale}",
-                        word,
-                        numbers=on(place)(lambda p, s=scale: p * s),
-                        joints=joints,
-                    )
-                )
-            for cm in (2, 3, 5):
-                add(
-                    Fault(
-                        f"{kind} positions offset",
-                        f"{cm} cm",
-                        "offset|base",
-                        numbers=on(place)(lambda p, c=cm: p + [0.008 * c, -0.006 * c, 0]),
-                        joints=joints,
-                    )
-                )
-            add(
-                Fault(
-                    f"{kind} quaternions xyzw",
-                    "",
-                    "x, y, z, w",
-                    numbers=on(turn)(lambda q: np.roll(q, -1, axis=1)),
-                    joints=joints,
-                )
-            )
-            add(
-                Fault(
-                    f"{kind} quaternions conjugated",
-                    "",
-                    "conjugated|inverted",
-                    numbers=on(turn)(lambda q: q * [1, -1, -1, -1]),
-                    joints=joints,
-                )
-            )
-            add(Fault(f"{kind} poses inverted", "", "inver|conjug", numbers=inverted_poses(prefix), joints=joints))
-            add(
-                Fault(
-                    f"{kind} gripper inverted",
-                    "",
-                    "inverted|0 for closed",
-                    numbers=on(grip)(lambda g: 1 - g),
-                    joints=joints,
-                )
-            )
-            for frames in (-3, -2, 2, 3):
-                if prefix or joints:
-                    add(
-                        Fault(
-                            f"{kind} track in time",
-                            f"{frames:+d} frames",
-                            "late" if frames > 0 else "early",
-                            numbers=on(place, turn, grip)(shifted(frames)),
-                            joints=joints,
-                        )
-                    )
-        add(Fault(f"{kind} gripper in metres", "", "metres", numbers=on(grip)(lambda g: g * 0.095)))
-        add(Fault(f"{kind} gripper in percent", "", "percent|100", numbers=on(grip)(lambda g: g * 100)))
-        add(Fault(f"{kind} outlier pose", "8 cm", "outlier", numbers=on(place)(stray_row), one=True))
-        add(
-            Fault(f"{kind} positions offset", "3 cm", "offset", numbers=on(place)(lambda p: p + [0.03, 0, 0]), one=True)
-        )
-    add(Fault("joints in degrees", "", "degrees", numbers=on("joint_positions_rad")(np.degrees)))
-    add(Fault("fps", "30 for 10", "fps|rate", metadata=set_fps(30.0)))
-    add(Fault("time stamps", "gap of 0.9 s", "gap", numbers=gap, one=True))
-    add(
-        Fault(
-            "time stamps",
-            "in microseconds",
-            "microseconds",
-            numbers=lambda a, n: a.update(timestamps_ns=a["timestamps_ns"] // 1000),
-        )
-    )
-    add(Fault("instruction", "empty", "instruction", metadata=lambda m: m.update(instruction=""), one=True))
-    return found
-
-
-def size_of(share: float) -> Callable[[dict[str, Any]], None]:
-    def change(metadata: dict[str, Any]) -> None:
-        for entry in metadata["cameras"].values():
-            entry["width"], entry["height"] = round(share * entry["width"]), round(share * entry["height"])
-
-    return change
-
-
-def plant(clean: Path, folder: Path, fault: Fault) -> None:
-    """A copy of a recording with a fault in it."""
-    demos = sorted(path.parent for path in clean.glob("*/metadata.json"))[:DEMOS]
-    for number, demo in enumerate(demos):
-        target = folder / demo.name
-        shutil.copytree(demo, target)
-        (target / "manifest.json").unlink(missing_ok=True)  # a fault is not damage: no hash shall find it
-        hit = not fault.one or number == 2
-        trajectory = dict(np.load(target / "trajectory.npz"))
-        if not fault.joints:
-            trajectory = {key: value for key, value in trajectory.items() if "joint" not in key}
-        if hit and fault.numbers is not None:
-            fault.numbers(trajectory, number)
-        np.savez(target / "trajectory.npz", **trajectory)
-        if hit and fault.cameras is not None:
-            cameras = dict(np.load(target / "cameras.npz"))
-            fault.cameras(cameras, number)
-            np.savez(target / "cameras.npz", **cameras)
-        metadata = json.loads((target / "metadata.json").read_text())
-        if hit and fault.metadata is not None:
-            fault.metadata(metadata)
-        (target / "metadata.json").write_text(json.dumps(metadata))
-        if hit and (fault.pictures is not None or fault.other):
-            source = demos[(number + 1) % len(demos)] if fault.other else demo
-            for camera in metadata["cameras"]:
-                files = sorted((source / "rgb" / camera).glob("*.jpg"))
-                images = np.stack([np.asarray(Image.open(file)) for file in files])
-                wanted = len(sorted((demo / "rgb" / camera).glob("*.jpg")))
-                images = images[np.minimum(np.arange(wanted), len(images) - 1)]
-                images = images if fault.pictures is None else fault.pictures(images)
-                for index, image in enumerate(images):
-                    Image.fromarray(np.ascontiguousarray(image)).save(
-                        target / "rgb" / camera / f"{index:06d}.jpg", quality=95
-                    )
+CALIBRATIONS = 10
 
 
 def judged(findings: list[Finding], says: str) -> tuple[bool, bool]:
@@ -403,85 +52,96 @@ def judged(findings: list[Finding], says: str) -> tuple[bool, bool]:
     return bool(findings), any(re.search(says, words) for words in said[:3])
 
 
-def run_faults(clean: Path, work: Path, only: str | None) -> list[dict[str, Any]]:
-    rows = []
+def run_faults(clean: Path, work: Path, only: str | None) -> Iterator[dict[str, Any]]:
     for fault in faults():
         if only and not re.search(only, fault.name):
             continue
         shutil.rmtree(work, ignore_errors=True)
         plant(clean, work / "data", fault)
-        start = time.monotonic()
-        compare = fault.cameras is not None or fault.pictures is not None or fault.other or "reached" in fault.kind
-        findings = doctor(work / "data", work / "out", compare_images=compare, progress=False)
-        seconds = time.monotonic() - start
+        start = time.process_time()
+        findings = doctor(work / "data", work / "out", compare_images=fault.seen, progress=False)
+        seconds = time.process_time() - start
         found, right = judged(findings, fault.says)
-        rows.append(
-            {
-                "fault": fault.name,
-                "kind": fault.kind,
-                "magnitude": fault.magnitude,
-                "found": found,
-                "right_cause": right,
-                "seconds": round(seconds, 1),
-                "said": [f"{finding.check}: {finding.cause or finding.what}" for finding in findings][:4],
-            }
-        )
+        row = {
+            "fault": fault.name,
+            "kind": fault.kind,
+            "magnitude": fault.magnitude,
+            "found": found,
+            "right_cause": right,
+            "cpu_seconds": round(seconds, 1),
+            "said": [f"{finding.check}: {finding.cause or finding.what}" for finding in findings][:4],
+        }
         mark = "ok  " if right else "FOUND" if found else "MISS "
-        print(f"{mark} {seconds:5.1f} s  {fault.name}  ->  {rows[-1]['said']}", flush=True)  # noqa: T201
-    return rows
+        print(f"{mark} {seconds:5.1f} s  {fault.name}  ->  {row['said']}", flush=True)  # noqa: T201
+        yield row
 
 
-def run_clean(folder: Path, work: Path, only: str | None) -> list[dict[str, Any]]:
-    rows = []
+def run_clean(folder: Path, work: Path, only: str | None) -> Iterator[dict[str, Any]]:
     for name in RECORDINGS:
-        if not (folder / name).is_dir() or (only and not re.search(only, name)):
+        if only and not re.search(only, name):
             continue
-        start = time.monotonic()
+        start = time.process_time()
         findings = doctor(folder / name, work / "out", progress=False)
-        rows.append(
-            {
-                "set": name,
-                "findings": [str(finding) for finding in findings],
-                "seconds": round(time.monotonic() - start, 1),
-            }
-        )
-        print(rows[-1], flush=True)  # noqa: T201
-    return rows
+        row = {
+            "set": name,
+            "findings": [str(finding) for finding in findings],
+            "cpu_seconds": round(time.process_time() - start, 1),
+        }
+        print(row, flush=True)  # noqa: T201
+        yield row
 
 
-def run_calibration(clean: Path, work: Path, count: int) -> list[dict[str, Any]]:
-    """Cameras turned, shifted, zoomed and pictures late by drawn amounts, and what `step=calibrate` leaves."""
-    rows = []
-    for seed in range(count):
+def run_calibration(clean: Path, work: Path, only: str | None) -> Iterator[dict[str, Any]]:
+    """Cameras turned, shifted, zoomed and images late by drawn amounts, and what `step=calibrate` leaves."""
+    for seed in range(CALIBRATIONS):
+        if only and not re.search(only, str(seed)):
+            continue
         rng = np.random.default_rng(seed)
         degrees, cm = float(rng.uniform(2, 8)), float(rng.uniform(1, 5))
         percent, lag = float(rng.uniform(-15, 15)), int(rng.integers(-5, 6))
-        fault = Fault(
-            "", "", "", cameras=turned(degrees, cm, percent, seed), pictures=shifted(lag), joints=seed % 2 == 0
-        )
+        if seed == 0:
+            degrees, cm, percent, lag = 8.0, 5.0, 15.0, 5  # the largest of each, at once
+        fault = Fault("", "", "", cameras=turned(degrees, cm, percent, seed), images=shifted(lag), joints=seed % 2 == 0)
         shutil.rmtree(work, ignore_errors=True)
-        plant(clean, work / "data", fault)
+        plant(clean / "pick", work / "data", fault)
         report = calibrate(work / "data", work / "fixed.yaml", "auto", None, None, DEMOS, 10)
-        true = find_demos(clean)[0].read().cameras
-        mended = find_demos(work / "data", calibration=work / "fixed.yaml")[0].read().cameras
-        for camera, track in mended.items():
-            was, now = true[camera].world_to_camera[0], track.world_to_camera[0]
-            turn = Rotation.from_matrix(now[:3, :3] @ was[:3, :3].T).magnitude()
-            centre = np.linalg.inv(now)[:3, 3] - np.linalg.inv(was)[:3, 3]
-            rows.append(
-                {
-                    "planted": {"degrees": degrees, "cm": cm, "focal_percent": percent, "late_frames": lag},
-                    "joints": fault.joints,
-                    "left_deg": round(float(np.degrees(turn)), 3),
-                    "left_mm": round(float(np.linalg.norm(centre)) * 1e3, 2),
-                    "left_focal_percent": round(
-                        (track.intrinsics[0, 0, 0] / true[camera].intrinsics[0, 0, 0] - 1) * 100, 3
-                    ),
-                    "left_frames": round(report["cameras"][camera]["late_frames"]) - lag,
-                }
-            )
-            print(rows[-1], flush=True)  # noqa: T201
-    return rows
+        true = find_demos(clean / "pick")[0].read().cameras["over"]
+        track = find_demos(work / "data", calibration=work / "fixed.yaml")[0].read().cameras["over"]
+        was, now = true.world_to_camera[0], track.world_to_camera[0]
+        turn = Rotation.from_matrix(now[:3, :3] @ was[:3, :3].T).magnitude()
+        centre = np.linalg.inv(now)[:3, 3] - np.linalg.inv(was)[:3, 3]
+        planted = {"degrees": degrees, "cm": cm, "focal_percent": percent}
+        row = {
+            "seed": seed,
+            "planted": {key: round(value, 2) for key, value in planted.items()} | {"late_frames": lag},
+            "joints": fault.joints,
+            "left_deg": round(float(np.degrees(turn)), 3),
+            "left_mm": round(float(np.linalg.norm(centre)) * 1e3, 2),
+            "left_focal_percent": round((track.intrinsics[0, 0, 0] / true.intrinsics[0, 0, 0] - 1) * 100, 3),
+            "left_frames": round(report["cameras"]["over"]["late_frames"]) - lag,
+        }
+        print(row, flush=True)  # noqa: T201
+        yield row
+
+
+PARTS = {"faults": (run_faults, "fault"), "clean": (run_clean, "set"), "calibration": (run_calibration, "seed")}
+
+
+def summary(record: dict[str, Any]) -> dict[str, Any]:
+    """Counts over all rows of the record."""
+    rows, sets, cameras = (record.get(part, []) for part in PARTS)
+    return {
+        "planted": len(rows),
+        "found": sum(row["found"] for row in rows),
+        "right_cause": sum(row["right_cause"] for row in rows),
+        "clean_sets": len(sets),
+        "false_alarms": sum(bool(row["findings"]) for row in sets),
+        "calibrations": len(cameras),
+        "largest_left": {
+            key: max((abs(row[key]) for row in cameras), default=None)
+            for key in ("left_deg", "left_mm", "left_focal_percent", "left_frames")
+        },
+    }
 
 
 def main() -> None:
@@ -489,25 +149,19 @@ def main() -> None:
     parser.add_argument("--clean", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--only")
-    parser.add_argument("--part", default="faults", choices=["faults", "clean", "calibration"])
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--part", default="faults", choices=list(PARTS))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/doctor.json"))
     arguments = parser.parse_args()
-    if arguments.part == "clean":
-        record: dict[str, Any] = {"clean": run_clean(arguments.clean, arguments.work, arguments.only)}
-    elif arguments.part == "calibration":
-        record = {"calibration": run_calibration(arguments.clean / "pick", arguments.work, 10)}
-    else:
-        rows = run_faults(arguments.clean / "pick", arguments.work, arguments.only)
-        record = {
-            "faults": rows,
-            "found": sum(row["found"] for row in rows),
-            "right_cause": sum(row["right_cause"] for row in rows),
-            "planted": len(rows),
-        }
-        print({key: value for key, value in record.items() if key != "faults"})  # noqa: T201
-    if arguments.output:
-        known = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
-        write_json(arguments.output, known | record | {"machine": "2 cores"})
+    run, key = PARTS[arguments.part]
+    record = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
+    clean = arguments.clean / "pick" if arguments.part == "faults" else arguments.clean
+    for row in run(clean, arguments.work, arguments.only):
+        others = [known for known in record.get(arguments.part, []) if known[key] != row[key]]
+        record = {"machine": "2 cores", "recordings": {n: f"{RECORD}{c}" for n, c in RECORDINGS.items()}} | record
+        record[arguments.part] = [*others, row]
+        record["summary"] = summary(record)
+        write_json(arguments.output, record)
+    print(json.dumps(record["summary"]))  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -139,6 +139,7 @@ def _cut(arm: ArmTrajectory, kept: slice) -> ArmTrajectory:
         gripper=arm.gripper[kept],
         joints=None if arm.joints is None else arm.joints[kept],
         commanded=None if arm.commanded is None else _cut(arm.commanded, kept),
+        controller=None if arm.controller is None else arm.controller[kept],
     )
 
 

@@ -32,7 +32,7 @@ class Parts:
     quaternion: np.ndarray
     gripper: np.ndarray
     joints: np.ndarray
-    pictures: np.ndarray
+    images: np.ndarray
     intrinsics: np.ndarray
     world_to_camera: np.ndarray  # [N, 4, 4]
     fps: float = 10.0
@@ -48,7 +48,7 @@ def looking_at(eye: np.ndarray, target: np.ndarray) -> np.ndarray:
     return pose
 
 
-def pictures_of(position: np.ndarray, world_to_camera: np.ndarray) -> np.ndarray:
+def images_of(position: np.ndarray, world_to_camera: np.ndarray) -> np.ndarray:
     camera = position @ world_to_camera[:3, :3].T + world_to_camera[:3, 3]
     pixels = (camera @ INTRINSICS.T)[:, :2] / camera[:, 2:]
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH] + 0.5
@@ -82,7 +82,7 @@ def sound(number: int) -> Parts:
         quaternion=quaternion,
         gripper=np.interp(np.arange(FRAMES), [0, 14, 18, FRAMES], [1.0, 1.0, 0.3, 0.3]),
         joints=np.stack(joints),
-        pictures=pictures_of(position, pose),
+        images=images_of(position, pose),
         intrinsics=INTRINSICS,
         world_to_camera=np.broadcast_to(pose, (FRAMES, 4, 4)),
     )
@@ -98,7 +98,7 @@ def write(root: Path, fault: Fault = lambda parts, number: parts) -> Path:
             for i in range(len(parts.times)):
                 writer.add(
                     int(parts.times[i]),
-                    {"over": parts.pictures[i]},
+                    {"over": parts.images[i]},
                     {"over": CameraPose(parts.intrinsics, parts.world_to_camera[i])},
                     {
                         "right": ArmPose(
@@ -170,7 +170,7 @@ def grazing_camera(parts: Parts, number: int) -> Parts:
     return replace(
         parts,
         world_to_camera=np.broadcast_to(pose, (FRAMES, 4, 4)),
-        pictures=pictures_of(parts.position, pose),
+        images=images_of(parts.position, pose),
     )
 
 
@@ -179,7 +179,7 @@ def distant_camera(parts: Parts, number: int) -> Parts:
     return replace(
         parts,
         world_to_camera=np.broadcast_to(pose, (FRAMES, 4, 4)),
-        pictures=pictures_of(parts.position, pose),
+        images=images_of(parts.position, pose),
     )
 
 
@@ -241,18 +241,18 @@ def wrong_rate(parts: Parts, number: int) -> Parts:
 
 
 def frozen(parts: Parts, number: int) -> Parts:
-    pictures = parts.pictures.copy()
+    images = parts.images.copy()
     if number == 2:
-        pictures[6:] = pictures[6]
-    return replace(parts, pictures=pictures)
+        images[6:] = images[6]
+    return replace(parts, images=images)
 
 
 def dark(parts: Parts, number: int) -> Parts:
-    return replace(parts, pictures=parts.pictures // 60)
+    return replace(parts, images=parts.images // 60)
 
 
 def bright(parts: Parts, number: int) -> Parts:
-    return replace(parts, pictures=255 - parts.pictures // 60)
+    return replace(parts, images=255 - parts.images // 60)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def bright(parts: Parts, number: int) -> Parts:
         (still_gripper, "gripper_still", "warning", "which signal is recorded"),
         (gap, "time_gap", "warning", "demo_1: time stamps jump: the longest gap is 0.80 s"),
         (wrong_rate, "frame_rate", "warning", "the time stamps say 10.0 frames a second"),
-        (frozen, "frozen_camera", "error", "camera over, demo_2: the picture stands still"),
+        (frozen, "frozen_camera", "error", "camera over, demo_2: the image stands still"),
         (dark, "dark_camera", "error", "almost black"),
         (bright, "bright_camera", "error", "almost white"),
     ],

@@ -1,4 +1,4 @@
-"""Self-calibration: what the robot's outline in the pictures says about a camera's place, focal length and clock.
+"""Self-calibration: what the robot's outline in the images says about a camera's place, focal length and clock.
 
 Writes a calibration file with corrections (`keygrip/data/robot/corrections.py`); recordings are left as they are.
 """
@@ -30,8 +30,8 @@ from keygrip.robots.surface import RobotSurface
 log = logging.getLogger(__name__)
 
 FINE_REACHES = (5, 4, 3, 3, 3)
-LEAST_AGREEMENT = 0.3  # after the fit: below, the pictures do not show this robot at these poses
-LAST_PRIOR = np.array([1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 20.0])  # once the place is found, pictures alone decide
+LEAST_AGREEMENT = 0.3  # after the fit: below, the images do not show this robot at these poses
+LAST_PRIOR = np.array([1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 20.0])  # once the place is found, images alone decide
 
 
 def calibrate(
@@ -50,7 +50,7 @@ def calibrate(
         root, format, calibration: as for `find_demos`.
         output: the file to write; None: calibration_corrected.yaml beside the data folder.
         cameras: which; None: all that stand through each demo.
-        max_demos, frames_per_demo: pictures that are used, evenly spread.
+        max_demos, frames_per_demo: images that are used, evenly spread.
         model: the arm's surface; None: a YAM's where the robot's name says so.
 
     Raises:
@@ -88,7 +88,7 @@ def calibrate(
         found = fitted(pairs)
         if found.after < LEAST_AGREEMENT or found.points == 0:
             log.warning(
-                "camera %s: pictures and poses do not come together (agreement %.2f): left as it is; run step=doctor",
+                "camera %s: images and poses do not come together (agreement %.2f): left as it is; run step=doctor",
                 camera,
                 found.after,
             )
@@ -101,7 +101,7 @@ def calibrate(
         uncertainty = {key.removeprefix("sigma_"): value for key, value in uncertainty.items()}
         content["corrections"][camera] = entry(_matrix(found), found.focal, lag, uncertainty, track)
     if not report:
-        raise ValueError(f"no camera in {root} could be calibrated from its pictures: run step=doctor")
+        raise ValueError(f"no camera in {root} could be calibrated from its images: run step=doctor")
     with atomic_write(target) as file:
         file.write(yaml.safe_dump(content, sort_keys=False).encode())
     log.info("corrections: %s; use them with data.calibration=%s", target, target)
@@ -143,9 +143,9 @@ def _pairs(demos: Sequence[Demo], camera: str, frames: int, model: RobotSurface 
 
 
 def fitted(pairs: Sequence[tuple[View, Placement]]) -> Fit:
-    """The change of a camera that fits all pictures best, from wherever it starts.
+    """The change of a camera that fits all images best, from wherever it starts.
 
-    Some pictures find the place, all of them the last fraction.
+    Some images find the place, all of them the last fraction.
     """
     few = [pairs[index] for index in spread(len(pairs), 6)]
     own = agreement_of(few)

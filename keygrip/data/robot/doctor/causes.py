@@ -104,19 +104,19 @@ def _pose_cause(seen: Compared, names: Sequence[str], found: Fit) -> tuple[str, 
         words = readings[best]
         return (
             words,
-            f"pictures and poses go together if the {words}",
+            f"images and poses go together if the {words}",
             "Store gripper-to-world poses, quaternions w, x, y, z",
         )
     scale = _peak(SCALES, [scored[str(s)] for s in SCALES], float(best), own)
     return (
         f"positions scaled by {scale:.2f}",
-        f"pictures and poses go together if positions are divided by {scale:.2f}",
+        f"images and poses go together if positions are divided by {scale:.2f}",
         "Check the unit and the calibration of the recorded positions",
     )
 
 
 def _base_cause(pairs: Sequence[tuple[View, Placement]], own: float, full: float) -> tuple[str, str, str] | None:
-    """Recorded positions that lie elsewhere than joints and pictures put the gripper."""
+    """Recorded positions that lie elsewhere than joints and images put the gripper."""
     base = pairs[0][1].base
     off = float(np.linalg.norm(base[:3, 3])) * 100
     turn = float(np.degrees(np.arccos(np.clip((np.trace(base[:3, :3]) - 1) / 2, -1, 1))))
@@ -128,7 +128,7 @@ def _base_cause(pairs: Sequence[tuple[View, Placement]], own: float, full: float
     words = f"{off:.1f} cm" + (f" and {turn:.1f} degrees" if turn > 1 else "")
     return (
         f"recorded positions offset by {words}",
-        f"joints and pictures go together, and put the gripper {words} from the recorded positions",
+        f"joints and images go together, and put the gripper {words} from the recorded positions",
         "Correct the base frame of the recorded positions: the joints' own base is the world",
     )
 
@@ -164,23 +164,23 @@ def camera_cause(seen: Compared, names: Sequence[str], found: Fit) -> tuple[str,
         frames = max(1, round(abs(lag)))
         late = "late" if lag > 0 else "early"
         return (
-            f"pictures {frames} frames {late}",
-            f"the pictures show the robot {abs(lag):.1f} frames {'later' if lag > 0 else 'earlier'} than the poses "
+            f"images {frames} frames {late}",
+            f"the images show the robot {abs(lag):.1f} frames {'later' if lag > 0 else 'earlier'} than the poses "
             f"({measured} with this undone)",
-            f"Shift the pictures by {frames} frames {'earlier' if lag > 0 else 'later'}",
+            f"Shift the images by {frames} frames {'earlier' if lag > 0 else 'later'}",
         )
     if family == "focal":
         return (
             f"focal length off by {-focal / (1 + focal / 100):.1f} percent",
             f"the robot is seen as through a lens with {focal:+.1f} percent of focal length ({measured} with it)",
-            "Pictures were cropped and resized with the old K, or the intrinsics are another camera's. " + calibrate,
+            "Images were cropped and resized with the old K, or the intrinsics are another camera's. " + calibrate,
         )
     if family == "crop":
         return (
-            f"cropped pictures with old K (focal length {focal:+.1f} percent, centre moved)",
-            f"the robot is seen as through a crop of the picture: {focal:+.1f} percent of focal length and another "
+            f"cropped images with old K (focal length {focal:+.1f} percent, centre moved)",
+            f"the robot is seen as through a crop of the image: {focal:+.1f} percent of focal length and another "
             f"centre ({measured} with it)",
-            "Give the intrinsics of the pictures as they are stored. " + calibrate,
+            "Give the intrinsics of the images as they are stored. " + calibrate,
         )
     if family == "rotation":
         return (
@@ -196,7 +196,7 @@ def camera_cause(seen: Compared, names: Sequence[str], found: Fit) -> tuple[str,
             + ("" if joints else "; a base offset of the positions looks the same"),
             calibrate,
         )
-    late_words = f", pictures {abs(lag):.1f} frames {'late' if lag > 0 else 'early'}" if abs(lag) > 0.5 else ""
+    late_words = f", images {abs(lag):.1f} frames {'late' if lag > 0 else 'early'}" if abs(lag) > 0.5 else ""
     focal_words = f", focal length {focal:+.1f} percent" if family == "all" and abs(focal) > 2 else ""
     return (
         f"extrinsics off by {turn:.1f} degrees and {shift:.1f} cm{focal_words}{late_words}",

@@ -25,7 +25,7 @@ def contact_sheet(exam: Examination, camera: str) -> Image.Image:
     width = max(row.width for row in rows)
     sheet = Image.new("RGB", (width, sum(row.height for row in rows) + _HEADER), (24, 24, 24))
     share = {arm: exam.measures.get(f"camera/{camera}/arm/{arm}/on_screen") for demo in demos for arm in demo.arms}
-    shown = ", ".join(f"{arm} in the picture {value:.0%}" for arm, value in share.items() if value is not None)
+    shown = ", ".join(f"{arm} in the image {value:.0%}" for arm, value in share.items() if value is not None)
     title = (
         f"{camera}{': ' + shown if shown else ''}.  Axes of the gripper: x red, y green, z (approach) blue, 5 cm each"
     )

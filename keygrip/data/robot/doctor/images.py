@@ -28,7 +28,7 @@ PATCH_M = 0.035  # around the place where something is gripped
 
 @dataclass(frozen=True)
 class Stream:
-    """Small pictures of a camera over a demo, in order: [F] frame numbers, [F, h, w, 3] uint8."""
+    """Small images of a camera over a demo, in order: [F] frame numbers, [F, h, w, 3] uint8."""
 
     index: np.ndarray
     images: np.ndarray
@@ -66,8 +66,8 @@ def check_images(exam: Examination, camera: str) -> dict[str, Stream]:
         streams[demo.name] = Stream(stream.index[kept], images[kept])
     exam.measures[f"camera/{camera}/mean_level"] = float(np.mean(levels))
     rows: list[tuple[str, list[str], str, str]] = [
-        ("dark_camera", dark, "the pictures are almost black", "Check the cable, the lens cap and the exposure"),
-        ("bright_camera", bright, "the pictures are almost white", "Lower the exposure or the gain"),
+        ("dark_camera", dark, "the images are almost black", "Check the cable, the lens cap and the exposure"),
+        ("bright_camera", bright, "the images are almost white", "Lower the exposure or the gain"),
     ]
     for check, names, what, advice in rows:
         if names:
@@ -78,7 +78,7 @@ def check_images(exam: Examination, camera: str) -> dict[str, Stream]:
             "frozen_camera",
             "error",
             f"camera {camera}, {listed(frozen)}",
-            f"the picture stands still while the gripper moves, in {name} at frames {frames[0]} to {frames[-1]}",
+            f"the image stands still while the gripper moves, in {name} at frames {frames[0]} to {frames[-1]}",
             "The stream hung: leave these demos out and check the camera's cable and bandwidth",
             cause=f"frozen span of {len(frames)} frames",
             camera=camera,
@@ -91,10 +91,10 @@ def check_images(exam: Examination, camera: str) -> dict[str, Stream]:
             "outlier_image",
             "error",
             f"camera {camera}, {listed(odd)}",
-            f"single pictures differ from both neighbours, which agree: {name} at frame "
+            f"single images differ from both neighbours, which agree: {name} at frame "
             f"{', '.join(map(str, frames[:5]))}",
             "A frame of another moment or a damaged one: replace it by its neighbour or cut the demo there",
-            cause="outlier picture",
+            cause="outlier image",
             camera=camera,
             demos=odd,
             frames=frames,
@@ -184,7 +184,7 @@ def _check_colour_order(exam: Examination, camera: str, streams: dict[str, Strea
             + (
                 "what the instructions name has the exchanged colour" if everywhere else "other demos show it otherwise"
             ),
-            "The pictures were written as BGR: reverse the channels (OpenCV reads and writes BGR)",
+            "The images were written as BGR: reverse the channels (OpenCV reads and writes BGR)",
             cause="colour order BGR",
             camera=camera,
             demos=names,

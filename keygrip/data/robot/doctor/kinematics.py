@@ -14,7 +14,8 @@ KINEMATICS_SPREAD_M = 0.01  # of what is left between recorded poses and forward
 
 def check_kinematics(exam: Examination) -> None:
     """Recorded poses against forward kinematics, where a YAM's joints were recorded."""
-
+    if exam.found("joint_unit"):
+        return
     for arm in exam.arms:
         turns, swapped, world, rotations, inverse = [], [], [], [], []
         for demo in exam.with_arm(arm):

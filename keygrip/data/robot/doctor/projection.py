@@ -28,9 +28,9 @@ def check_projection(exam: Examination) -> None:
                 "intrinsics",
                 "error",
                 f"camera {camera}",
-                f"the optical centre lies at {centre[0]:.2f}, {centre[1]:.2f} of a picture of {track.width} x "
+                f"the optical centre lies at {centre[0]:.2f}, {centre[1]:.2f} of an image of {track.width} x "
                 f"{track.height}",
-                "The intrinsics are for another resolution or crop: scale them with the picture",
+                "The intrinsics are for another resolution or crop: scale them with the image",
             )
             continue  # whatever the projection shows now comes from this
         if carrier is not None:
@@ -87,14 +87,14 @@ def _check_view(exam: Examination, camera: str, arm: str, demos: list[Demo]) -> 
                 for track, position in zip(tracks, positions, strict=True)
             ]
             if np.concatenate(other).mean() > max(ON_SCREEN_SHARE, share + 0.3):
-                advice = f"World_to_camera puts the gripper into the picture if {words}"
+                advice = f"World_to_camera puts the gripper into the image if {words}"
                 break
         worst = sorted(range(len(demos)), key=lambda number: inside[number].mean())
         exam.add(
             "off_screen",
             "error" if share < 0.5 else "warning",
             where,
-            f"the gripper is in the picture in only {share:.0%} of the frames, least in "
+            f"the gripper is in the image in only {share:.0%} of the frames, least in "
             f"{listed(demos[n].name for n in worst[:3])}",
             advice,
         )

@@ -1,8 +1,8 @@
-"""Fits a camera to pictures: the robot's outline is drawn where the poses put it and drawn to where the pictures show
+"""Fits a camera to images: the robot's outline is drawn where the poses put it and drawn to where the images show
 it.
 
 A change has 8 numbers: rotation vector about the camera's own axes (3, rad), shift in the camera's axes (3, m), the
-logarithm of the focal length's factor, and by how many frames the pictures are late. Shape legend: F frames, P points.
+logarithm of the focal length's factor, and by how many frames the images are late. Shape legend: F frames, P points.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Fit:
     """What a fit found.
 
     Args:
-        change: [8], see above. sigma: [8] one standard deviation. before, after: agreement of silhouettes and pictures
-        (-1..1) without and with the change. residual: median distance of the outline in pixels of the small pictures,
+        change: [8], see above. sigma: [8] one standard deviation. before, after: agreement of silhouettes and images
+        (-1..1) without and with the change. residual: median distance of the outline in pixels of the small images,
         after the fit. points: on outlines that were found. cost: mean robust cost of all outline points after the fit,
         0 for a perfect one, 1 where no outline is found.
     """
@@ -63,7 +63,7 @@ class Fit:
 
     @property
     def lag(self) -> float:
-        """Frames by which the pictures are late."""
+        """Frames by which the images are late."""
         return float(-self.change[LAG])
 
 
@@ -125,7 +125,7 @@ def evidence(view: View, placement: Placement, change: np.ndarray, margin: int) 
 def _outline(
     changed: np.ndarray, pixels: np.ndarray, rng: np.random.Generator, reach: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Outline points of one view: frame [M], point [M], normal [M, 2], distance to the picture's outline [M], weight
+    """Outline points of one view: frame [M], point [M], normal [M, 2], distance to the image's outline [M], weight
     [M]."""
     height, width = changed.shape[1:]
     mask, which = splat(pixels, height, width)
@@ -175,13 +175,13 @@ def fit(
     Args:
         pairs: views with the robot's places in them. start: where to begin; None: no change.
         free: which of the 8 numbers may change. reaches: pixels that the outline is looked for in each pass.
-        prior: one sigma of each number around `centre` (None: no change), which holds back what pictures do not tell.
+        prior: one sigma of each number around `centre` (None: no change), which holds back what images do not tell.
     """
     change = np.zeros(NUMBERS) if start is None else start.astype(float).copy()
     centre = np.zeros(NUMBERS) if centre is None else centre
     rng = np.random.default_rng(0)
     before = agreement_of(pairs)
-    numbers = [*free, NUMBERS]  # one more for how much wider pictures show everything than points do
+    numbers = [*free, NUMBERS]  # one more for how much wider images show everything than points do
     inverse_prior = np.concatenate([1 / prior**2, [1.0]])[numbers]
     information, residual, count, cost = np.diag(inverse_prior), 0.0, 0, 1.0
     wider = 0.0

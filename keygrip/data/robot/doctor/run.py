@@ -16,9 +16,9 @@ from keygrip.data.robot.doctor.contact_sheet import contact_sheet
 from keygrip.data.robot.doctor.examination import Examination, Finding, listed, spread
 from keygrip.data.robot.doctor.html_report import html_report
 from keygrip.data.robot.doctor.images import check_images
+from keygrip.data.robot.doctor.images_and_poses import check_images_and_poses
 from keygrip.data.robot.doctor.joint_tracks import check_joint_tracks
 from keygrip.data.robot.doctor.kinematics import check_kinematics
-from keygrip.data.robot.doctor.pictures import check_pictures_and_poses
 from keygrip.data.robot.doctor.projection import check_projection
 from keygrip.data.robot.doctor.tracks import (
     check_commands,
@@ -36,6 +36,7 @@ from keygrip.data.robot.doctor.trajectories import (
 )
 from keygrip.data.robot.schema import Demo, DemoError
 from keygrip.progress import Progress
+from keygrip.robots.surface import RobotSurface
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ def examine(
     height_bins: int,
     pred_size: int,
     compare_images: bool,
+    robot_model: RobotSurface | None = None,
 ) -> dict[str, Any]:
     """The step `doctor`: logs every finding with its advice; returns counts and the folder of the contact sheets."""
     folder = Path(output) if output is not None else Path("runs/doctor") / Path(root).resolve().name
@@ -63,6 +65,7 @@ def examine(
         height_bins=height_bins,
         pred_size=pred_size,
         compare_images=compare_images,
+        robot_model=robot_model,
     )
     for finding in findings:
         log.warning("%s", finding)
@@ -84,6 +87,7 @@ def doctor(
     pred_size: int = 56,
     compare_images: bool = True,
     progress: bool = True,
+    robot_model: RobotSurface | None = None,
 ) -> list[Finding]:
     """Examines the demonstrations under `root`; an empty list means that nothing is wrong.
 
@@ -95,6 +99,7 @@ def doctor(
         height_bins, pred_size: of the policy, for what a bin and a cell are worth.
         compare_images: compare pixels with poses: the robot's silhouette with what moves in the images.
         progress: show a progress bar on standard error.
+        robot_model: the arms' surface; None: a YAM's where the robot's name says so.
 
     Raises:
         FileNotFoundError, ValueError: no data, or a format that is not known (see `find_demos`).
@@ -123,6 +128,7 @@ def doctor(
     output.mkdir(parents=True, exist_ok=True)
     if demos:
         checks: list[Callable[[Examination], None]] = [
+            check_times,
             check_heights,
             check_jumps,
             check_outlier_poses,
@@ -133,18 +139,17 @@ def doctor(
             check_gripper,
             check_opening_unit,
             check_commands,
-            check_times,
             check_instructions,
             check_projection,
         ]
         for check in checks:
             check(examination)
-        pictures: dict[tuple[str, str], dict[int, np.ndarray]] = {}
+        small_images: dict[tuple[str, str], dict[int, np.ndarray]] = {}
         for camera in Progress(examination.cameras, desc="looking at images", unit="camera", shown=progress):
             for name, stream in check_images(examination, camera).items():
-                pictures[name, camera] = dict(zip(stream.index.tolist(), stream.images, strict=True))
+                small_images[name, camera] = dict(zip(stream.index.tolist(), stream.images, strict=True))
         if compare_images:
-            check_pictures_and_poses(examination, pictures=pictures)
+            check_images_and_poses(examination, robot_model, small_images)
         sheets = {}
         for camera in examination.cameras:
             sheet = sheets[camera] = contact_sheet(examination, camera)

@@ -1,6 +1,6 @@
 """Where to begin a fit when a camera is far off: silhouettes are tried at every place, size and turn in small images.
 
-Shape legend: F frames, P points, h and w of the small pictures.
+Shape legend: F frames, P points, h and w of the small images.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def starts(
     pairs = [(_thinned(view), robot) for view, robot in pairs]
     shown = [_boxes(view.foreground) for view, _ in pairs]
     height, width = shown[0].shape[1:]
-    top, left = height // 2, width // 2  # what lies beside the picture may come into it
+    top, left = height // 2, width // 2  # what lies beside the image may come into it
     canvas = (height + 2 * top, width + 2 * left)
     spectra, power = [], 0.0
     for boxes in shown:
@@ -94,7 +94,7 @@ def starts(
 
 
 def wide_fit(pairs: Sequence[tuple[View, Placement]], lags: Sequence[int] = LAGS) -> Fit:
-    """The better of a fit that begins at no change and fits that begin where a search over the whole picture says."""
+    """The better of a fit that begins at no change and fits that begin where a search over the whole image says."""
     near = fit(pairs)
     fits = [near]
     for _, change in starts(pairs, best=2, lags=lags):

@@ -1,6 +1,6 @@
-"""Silhouettes of points, and how well they agree with what moves in the pictures.
+"""Silhouettes of points, and how well they agree with what moves in the images.
 
-Shape legend: F frames, P points, h and w of the pictures.
+Shape legend: F frames, P points, h and w of the images.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def splat(pixels: np.ndarray, height: int, width: int, close: bool = True) -> tu
 
 
 def boundary(mask: np.ndarray) -> np.ndarray:
-    """Pixels of masks [F, h, w] beside one that is not in the mask, 2 pixels off the picture's border and more."""
+    """Pixels of masks [F, h, w] beside one that is not in the mask, 2 pixels off the image's border and more."""
     edge = mask & ~_shifted(mask, np.logical_and)
     edge[:, :2], edge[:, -2:], edge[:, :, :2], edge[:, :, -2:] = False, False, False, False
     return edge

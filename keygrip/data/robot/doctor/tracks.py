@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy.spatial.transform import Rotation
 
@@ -10,9 +12,12 @@ from keygrip.data.robot.doctor.examination import Examination, listed
 from keygrip.data.robot.schema import ArmTrajectory
 
 # Row i of the commanded track is where the arm is told to be at frame i + 1; a controller needs a little longer.
-EARLIEST_FRAMES, SLOWEST_S = 0.4, 0.3
+EARLIEST_FRAMES, SLOWEST_S = 0.4, 0.2
 ODD_FRAMES = 0.9  # a demo whose delay differs by more from that of the others
 OFFSET_M, ODD_SCALE, TURN_DEG = 0.012, 0.06, 8.0
+SCALE_SHARE, SCALE_GAIN = 0.03, 0.8  # a scale about the world's origin, and what it must leave of an offset's residual
+READ_TURN_DEG, READ_GAIN = 2.5, 0.4  # rotations that differ by so much less if they are read otherwise
+INVERTED_M, INVERTED_GAIN = 0.015, 0.35  # poses so far from the reached ones, and what their inverses leave of it
 FAST_M = 0.003  # a frame in which the arm moves at least so far says when it was told to
 UNITS = {1000.0: "millimetres", 100.0: "centimetres", 39.37: "inches", 3.2808: "feet"}
 NO_INSTRUCTION = {"", "none", "null", "todo", "tbd", "n/a", "na", "nan", "unknown", "task", "instruction", "test"}
@@ -47,6 +52,7 @@ def check_commands(exam: Examination) -> None:
     """Where both tracks were recorded: their clock, place, scale, rotation and gripper."""
     for arm in exam.arms:
         told = {d.name: d.arms[arm] for d in exam.with_arm(arm) if d.arms[arm].commanded is not None}
+        told = _without_inverted(exam, arm, told)
         if not told:
             continue
         rates = {demo.name: demo.fps for demo in exam.with_arm(arm)}
@@ -81,6 +87,29 @@ def check_commands(exam: Examination) -> None:
         _check_openings(exam, arm, told, shift)
 
 
+def _without_inverted(exam: Examination, arm: str, told: dict[str, ArmTrajectory]) -> dict[str, ArmTrajectory]:
+    """The demos whose commanded poses are gripper-to-world; the others are reported."""
+    inverted = []
+    for name, reached in told.items():
+        assert reached.commanded is not None
+        turn = Rotation.from_quat(reached.commanded.quaternion, scalar_first=True).inv()
+        stated = _distance(reached.position, reached.commanded.position)
+        other = _distance(reached.position, -turn.apply(reached.commanded.position))
+        if stated > INVERTED_M and other < INVERTED_GAIN * stated:
+            inverted.append(name)
+    if inverted:
+        exam.add(
+            "command_direction",
+            "error",
+            f"arm {arm}, {listed(inverted)}",
+            "commanded poses go with the reached ones only if they are inverted",
+            "Store gripper-to-world poses in both tracks",
+            cause="commanded poses inverted (world to gripper in place of gripper to world)",
+            demos=inverted,
+        )
+    return {name: reached for name, reached in told.items() if name not in inverted}
+
+
 def _delay(reached: ArmTrajectory) -> float:
     assert reached.commanded is not None
     return best_delay(reached.commanded.position, reached.position, 12)
@@ -92,10 +121,11 @@ def _paired(reached: np.ndarray, told: np.ndarray, shift: int) -> tuple[np.ndarr
 
 
 def _check_places(exam: Examination, arm: str, told: dict[str, ArmTrajectory], shift: dict[str, int]) -> None:
-    offsets, scales = {}, {}
+    offsets, scales, pairs = {}, {}, {}
     for name, reached in told.items():
         assert reached.commanded is not None
         command, place = _paired(reached.position, reached.commanded.position, shift[name])
+        pairs[name] = command, place
         centred, moved = place - place.mean(axis=0), command - command.mean(axis=0)
         if np.ptp(place, axis=0).max() > 0.05:
             scales[name] = float((centred * moved).sum() / (centred**2).sum())
@@ -103,8 +133,11 @@ def _check_places(exam: Examination, arm: str, told: dict[str, ArmTrajectory], s
     usual = float(np.median(list(scales.values()))) if scales else 1.0
     most = ODD_SCALE if abs(usual - 1) > ODD_SCALE else 3 * ODD_SCALE  # a short move of one demo says little
     odd = {name: scale for name, scale in scales.items() if abs(scale - 1) > most}
+    off = {name: offset for name, offset in offsets.items() if np.linalg.norm(offset) > OFFSET_M}
+    scale = float(np.median(list(odd.values()))) if odd else 1.0
+    if (about_origin := _scale_about_origin([pairs[name] for name in off])) is not None:
+        odd, scale = dict.fromkeys(off, about_origin), about_origin
     if odd:
-        scale = float(np.median(list(odd.values())))
         unit = unit_of(scale)
         exam.add(
             "command_scale",
@@ -116,7 +149,6 @@ def _check_places(exam: Examination, arm: str, told: dict[str, ArmTrajectory], s
             demos=odd,
         )
         return
-    off = {name: offset for name, offset in offsets.items() if np.linalg.norm(offset) > OFFSET_M}
     if off:
         offset = np.median(list(off.values()), axis=0)
         centimetres = ", ".join(f"{value * 100:.1f}" for value in offset)
@@ -132,6 +164,25 @@ def _check_places(exam: Examination, arm: str, told: dict[str, ArmTrajectory], s
         )
 
 
+def _distance(reached: np.ndarray, told: np.ndarray) -> float:
+    """Median distance (m) of two tracks [N, 3] at the delay that suits them."""
+    delay = best_delay(told, reached, 12)
+    command, place = _paired(reached, told, round(delay) if np.isfinite(delay) else 0)
+    return float(np.median(np.linalg.norm(command - place, axis=1)))
+
+
+def _scale_about_origin(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float | None:
+    """The factor between commanded and reached positions [N, 3], where it explains them better than an offset does."""
+    if not pairs:
+        return None
+    command, place = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    scale = float((command * place).sum() / (place**2).sum())
+    offset = np.median(command - place, axis=0)
+    by_scale = float(np.median(np.linalg.norm(command - scale * place, axis=1)))
+    by_offset = float(np.median(np.linalg.norm(command - place - offset, axis=1)))
+    return scale if abs(scale - 1) > SCALE_SHARE and by_scale < SCALE_GAIN * by_offset else None
+
+
 def _check_turns(exam: Examination, arm: str, told: dict[str, ArmTrajectory], shift: dict[str, int]) -> None:
     readings = {
         "stored x, y, z, w": lambda q: np.roll(q, 1, axis=1),
@@ -145,17 +196,21 @@ def _check_turns(exam: Examination, arm: str, told: dict[str, ArmTrajectory], sh
         command, turn = _paired(reached.quaternion, reached.commanded.quaternion, shift[name])
         to = Rotation.from_quat(turn, scalar_first=True)
 
-        def angle(quaternion: np.ndarray, to: Rotation = to) -> float:
-            return float(
-                np.degrees(np.median((Rotation.from_quat(quaternion, scalar_first=True) * to.inv()).magnitude()))
-            )
+        def angles_of(quaternion: np.ndarray, to: Rotation = to) -> np.ndarray:
+            return np.degrees((Rotation.from_quat(quaternion, scalar_first=True) * to.inv()).magnitude())
 
-        stated = angle(command)
-        if stated <= TURN_DEG:
+        own = angles_of(command)
+        read = {words: angles_of(change(command)) for words, change in readings.items()}
+        best = min(read, key=lambda words: float(read[words].mean()))
+        # a gripper that points straight down is turned by half a turn, which is its own inverse: where that is so most
+        # of the time the median says nothing about a conjugate, and the mean does
+        clearly = own.mean() > READ_TURN_DEG and read[best].mean() < READ_GAIN * own.mean()
+        stated = float(own.mean() if clearly else np.median(own))
+        if not clearly and stated <= TURN_DEG:
             continue
         angles[name] = stated
-        best, words = min((angle(read(command)), words) for words, read in readings.items())
-        causes.setdefault(words if best < 0.5 * stated else "", []).append(name)
+        named = clearly or np.median(read[best]) < 0.5 * stated
+        causes.setdefault(best if named else "", []).append(name)
     for words, names in causes.items():
         worst = max(angles[name] for name in names)
         exam.add(

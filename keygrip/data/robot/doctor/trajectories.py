@@ -84,7 +84,7 @@ def check_jumps(exam: Examination) -> None:
             if speed > JUMP_SPEED_M_S and way[near].max() > MOVED_M:
                 jumping.append(demo.name)
         exam.measures[f"arm/{arm}/fastest_m_s"] = fastest
-        if jumping and exam.measures[f"arm/{arm}/height_range_m"][1] < LARGEST_RANGE_M:
+        if jumping and not exam.found("time_unit") and exam.measures[f"arm/{arm}/height_range_m"][1] < LARGEST_RANGE_M:
             exam.add(
                 "jump",
                 "warning",
@@ -197,6 +197,7 @@ def _first_change(opening: np.ndarray) -> int:
 def check_times(exam: Examination) -> None:
     gaps: dict[str, float] = {}
     rates: dict[str, float] = {}
+    stated = {demo.name: demo.fps for demo in exam.demos}
     for demo in exam.demos:
         steps = np.diff(demo.timestamps) * 1e-9
         median = float(np.median(steps))
@@ -205,6 +206,19 @@ def check_times(exam: Examination) -> None:
         if abs(median * demo.fps - 1) > RATE_TOLERANCE:
             rates[demo.name] = 1 / median
     exam.measures["demos_with_gaps"] = len(gaps)
+    units = {name: unit for name, rate in rates.items() if (unit := _clock_unit(rate / stated[name])) is not None}
+    if units:
+        exam.add(
+            "time_unit",
+            "error",
+            listed(units),
+            f"time stamps of {rates[next(iter(units))]:.4g} frames a second where {stated[next(iter(units))]:g} are "
+            f"stated: they count {next(iter(units.values()))}",
+            "Store time stamps in nanoseconds",
+            cause=f"time stamps in {next(iter(units.values()))}",
+            demos=units,
+        )
+        rates = {name: rate for name, rate in rates.items() if name not in units}
     if gaps:
         exam.add(
             "time_gap",
@@ -223,3 +237,9 @@ def check_times(exam: Examination) -> None:
             f"the time stamps say {rate:.1f} frames a second, the file of {name} says something else",
             "Correct fps in the metadata: control runs at the rate that it states",
         )
+
+
+def _clock_unit(ratio: float) -> str | None:
+    """The unit of time stamps whose rate is `ratio` times the stated one when they are read as nanoseconds."""
+    units = {1e3: "microseconds", 1e6: "milliseconds", 1e9: "seconds"}
+    return next((name for size, name in units.items() if abs(ratio / size - 1) < RATE_TOLERANCE), None)

@@ -1,6 +1,6 @@
-"""What pictures and poses are compared on: small pictures of a demo's camera, what moves in them, the robot's places.
+"""What images and poses are compared on: small images of a demo's camera, what moves in them, the robot's places.
 
-Shape legend: F frames that are compared, N frames of the demo, P points, h and w of the small pictures.
+Shape legend: F frames that are compared, N frames of the demo, P points, h and w of the small images.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from keygrip.data.robot.schema import Demo
 from keygrip.robots.inverse_kinematics import solve
 from keygrip.robots.surface import RobotSurface, gripper_blob, yam_surface
 
-SIDE = 160  # pixels of the longer side on which pictures and poses are compared
+SIDE = 160  # pixels of the longer side on which images and poses are compared
 STATIC_M, STATIC_DEG = 2e-3, 0.1  # a camera that moves less within a demo stands
 IK_MISS_M, IK_MISS_RAD = 0.01, 0.1
 
@@ -25,8 +25,8 @@ class View:
     """A camera over a demo, small.
 
     Args:
-        index: [F] frames. images: [F, h, w, 3] uint8. scale: of the small pictures to the large ones.
-        intrinsics: [3, 3] for the small pictures. world_to_camera: [4, 4], of a camera that stands.
+        index: [F] frames. images: [F, h, w, 3] uint8. scale: of the small images to the large ones.
+        intrinsics: [3, 3] for the small images. world_to_camera: [4, 4], of a camera that stands.
         foreground: [F, h, w] float32 in 0..1, how surely a pixel differs from the demo's background.
     """
 
@@ -41,22 +41,22 @@ class View:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the small pictures."""
+        """Height and width of the small images."""
         return self.images.shape[1], self.images.shape[2]
 
     def with_images(self, images: np.ndarray) -> View:
-        """The same view of other pictures: turned or mirrored ones."""
+        """The same view of other images: turned or mirrored ones."""
         return replace(self, images=images, foreground=foreground(images))
 
 
-def shrunk(picture: np.ndarray, side: int = SIDE) -> np.ndarray:
-    """A picture [H, W, 3] whose longer side has at most `side` pixels."""
-    height, width = picture.shape[:2]
+def shrunk(image: np.ndarray, side: int = SIDE) -> np.ndarray:
+    """An image [H, W, 3] whose longer side has at most `side` pixels."""
+    height, width = image.shape[:2]
     scale = side / max(height, width)
     if scale >= 1:
-        return picture
+        return image
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BOX))
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
 
 
 def foreground(images: np.ndarray, background: np.ndarray | None = None) -> np.ndarray:
@@ -78,10 +78,10 @@ def stands(demo: Demo, camera: str) -> bool:
     return bool(np.ptp(centre, axis=0).max() < STATIC_M and np.degrees(turned.max()) < STATIC_DEG)
 
 
-def make_view(demo: Demo, camera: str, frames: int, pictures: dict[int, np.ndarray] | None = None) -> View:
-    """Reads `frames` pictures of a camera that stands, evenly spread over the demo (already small ones: `pictures`)."""
+def make_view(demo: Demo, camera: str, frames: int, held_images: dict[int, np.ndarray] | None = None) -> View:
+    """Reads `frames` images of a camera that stands, evenly spread over it (`held_images`: small already)."""
     track = demo.cameras[camera]
-    held = pictures or {}
+    held = held_images or {}
     index = np.array(spread(len(demo), frames))
     if len(held) >= frames:
         index = np.array(sorted(held))[spread(len(held), frames)]

@@ -1,13 +1,13 @@
-"""Pictures against poses: flips, lags, wrong demos, moved and wrongly calibrated cameras.
+"""Images against poses: flips, lags, wrong demos, moved and wrongly calibrated cameras.
 
-The robot's silhouette at the recorded poses is compared with what moves in the pictures of a camera that stands; then
-its outline is fitted to the pictures. What the fit has to change names the fault.
+The robot's silhouette at the recorded poses is compared with what moves in the images of a camera that stands; then
+its outline is fitted to the images. What the fit has to change names the fault.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -30,9 +30,9 @@ from keygrip.data.robot.doctor.silhouettes import agreement
 from keygrip.data.robot.doctor.views import Placement, View, make_view, place, stands
 from keygrip.robots.surface import RobotSurface
 
-FITTED, FRAMES = 5, 8  # demos of a joint fit, and pictures of each
+FITTED, FRAMES = 5, 8  # demos of a joint fit, and images of each
 LEAST_SIDE = 96  # pixels of an image's longer side: smaller ones are not compared
-LEAST_MOTION = 25.0  # pixels (of the small pictures) that change, on average: with less nothing can be compared
+LEAST_MOTION = 25.0  # pixels (of the small images) that change, on average: with less nothing can be compared
 POOR, FLIP_MARGIN = 0.3, 0.12  # of agreement: below and above which something else is tried
 # What clean recordings of the simulator stay below, times two and more: degrees, metres, factor, frames.
 TURN_DEG, SHIFT_M, FOCAL_SHARE, LAG_FRAMES = 1.3, 0.02, 0.05, 0.5
@@ -70,16 +70,16 @@ class Seen:
         return f"camera {self.camera}, arm {self.arm}"
 
 
-def check_pictures_and_poses(
+def check_images_and_poses(
     exam: Examination,
     model: RobotSurface | None = None,
-    pictures: dict[tuple[str, str], dict[int, np.ndarray]] | None = None,
+    small_images: dict[tuple[str, str], dict[int, np.ndarray]] | None = None,
 ) -> None:
     """Compares each camera that stands with each arm.
 
     Args:
         model: the arms' surface; None: a YAM's where the robot's name says so.
-        pictures: small pictures that were read already, by (demo, camera) and frame.
+        small_images: small images that were read already, by (demo, camera) and frame.
     """
     for camera in exam.cameras:
         standing = [demo for demo in exam.with_camera(camera) if stands(demo, camera) and len(demo) >= 6]
@@ -90,11 +90,14 @@ def check_pictures_and_poses(
             continue
         for arm in exam.arms:
             demos = [demo for demo in standing if arm in demo.arms]
+            inverted = any(f.check == "gripper_polarity" and f.where == f"arm {arm}" for f in exam.findings)
             found: dict[str, tuple[View, Placement]] = {}
             for demo in demos:
-                view = make_view(demo, camera, FRAMES, (pictures or {}).get((demo.name, camera)))
+                view = make_view(demo, camera, FRAMES, (small_images or {}).get((demo.name, camera)))
                 if float((view.foreground > 0.5).sum(axis=(1, 2)).mean()) >= LEAST_MOTION:
-                    found[demo.name] = (view, place(demo, arm, model))
+                    robot = place(demo, arm, model)
+                    # an inverted opening has been reported: it shall not pass for a camera that was moved
+                    found[demo.name] = (view, replace(robot, opening=1 - robot.opening) if inverted else robot)
             exam.measures[f"camera/{camera}/arm/{arm}/compared_demos"] = len(found)
             if found:
                 _compare(exam, Seen(camera, arm, found, model))
@@ -147,7 +150,7 @@ def _check_readings(exam: Examination, seen: Seen) -> None:
 
 
 def _check_flips(exam: Examination, seen: Seen) -> set[str]:
-    """Names the demos whose pictures agree with the poses only when they are turned or mirrored."""
+    """Names the demos whose images agree with the poses only when they are turned or mirrored."""
     names: dict[str, list[str]] = {}
     usual = float(np.median(list(seen.scores.values())))
     for name, (view, robot) in seen.pairs.items():
@@ -173,10 +176,10 @@ def _check_flips(exam: Examination, seen: Seen) -> set[str]:
             "flipped_images",
             "error",
             f"{seen.where}, {listed(demos)}",
-            f"the robot in the pictures moves as the poses say only if the pictures are undone as {flip} "
+            f"the robot in the images moves as the poses say only if the images are undone as {flip} "
             f"(agreement {np.mean([seen.scores[name] for name in demos]):.2f} as they are)",
-            "Undo this before writing the pictures, or describe it in camera poses and intrinsics",
-            cause=f"pictures {flip}",
+            "Undo this before writing the images, or describe it in camera poses and intrinsics",
+            cause=f"images {flip}",
             camera=seen.camera,
             demos=demos,
         )
@@ -204,10 +207,10 @@ def _fit_camera(exam: Examination, seen: Seen) -> Fit | None:
             "disagreement",
             "error",
             seen.where,
-            f"what moves in the pictures has nothing to do with the poses (agreement {found.before:.2f}, "
+            f"what moves in the images has nothing to do with the poses (agreement {found.before:.2f}, "
             f"{found.after:.2f} after a fit)",
-            "Check that pictures and poses are of the same demo and camera, and the world frame of the poses",
-            cause="another demo's pictures, another camera, or another world frame",
+            "Check that images and poses are of the same demo and camera, and the world frame of the poses",
+            cause="another demo's images, another camera, or another world frame",
             camera=seen.camera,
             demos=names,
         )
@@ -293,10 +296,10 @@ def _check_demos(exam: Examination, seen: Seen) -> None:
             "wrong_demo",
             "error",
             f"{seen.where}, {listed(names)}",
-            "the robot in the pictures does not move as the poses of this demo say"
+            "the robot in the images does not move as the poses of this demo say"
             + (f", but as those of {other}" if other else ""),
-            "Pair each demo's pictures with its own poses, or leave these demos out",
-            cause="pictures and poses are of different demos" + (f" (pictures of {other})" if other else ""),
+            "Pair each demo's images with its own poses, or leave these demos out",
+            cause="images and poses are of different demos" + (f" (images of {other})" if other else ""),
             camera=seen.camera,
             demos=names,
         )
@@ -314,7 +317,7 @@ def _improvable(pair: tuple[View, Placement], change: np.ndarray, own: float) ->
 
 
 def _other_demo(seen: Seen, name: str, own: float) -> str | None:
-    """The demo whose poses go with this one's pictures best, if clearly better than its own."""
+    """The demo whose poses go with this one's images best, if clearly better than its own."""
     view = seen.pairs[name][0]
     tried = {
         other: agreement_of([(view, robot)], seen.change) for other, (_, robot) in seen.pairs.items() if other != name
@@ -335,9 +338,9 @@ def _add_lag(exam: Examination, seen: Seen, name: str, lag: float) -> None:
         "image_lag",
         "error",
         f"{seen.where}, {name}",
-        f"the pictures show the robot {abs(lag):.1f} frames {'later' if lag > 0 else 'earlier'} than the poses",
-        f"Shift the pictures by {frames} frames {'earlier' if lag > 0 else 'later'}, or leave this demo out",
-        cause=f"pictures {frames} frames {'late' if lag > 0 else 'early'}",
+        f"the images show the robot {abs(lag):.1f} frames {'later' if lag > 0 else 'earlier'} than the poses",
+        f"Shift the images by {frames} frames {'earlier' if lag > 0 else 'later'}, or leave this demo out",
+        cause=f"images {frames} frames {'late' if lag > 0 else 'early'}",
         camera=seen.camera,
         demos=[name],
     )
@@ -350,7 +353,7 @@ def _add_moved(exam: Examination, seen: Seen, name: str, found: Fit) -> None:
         "moved_camera",
         "error",
         f"{seen.where}, {name}",
-        f"in this demo the pictures fit the poses with the camera turned by {turn:.1f} degrees and shifted by "
+        f"in this demo the images fit the poses with the camera turned by {turn:.1f} degrees and shifted by "
         f"{shift * 100:.1f} cm (agreement {found.before:.2f}, {found.after:.2f} after the fit)",
         "The camera was moved: calibrate again for this demo (prepare step=calibrate) or leave it out",
         cause=f"camera moved by {turn:.1f} degrees and {shift * 100:.1f} cm in this demo",

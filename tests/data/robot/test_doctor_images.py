@@ -1,4 +1,4 @@
-"""Pictures against poses: flips, lags, moved and wrongly calibrated cameras are named, sound sets are not, and
+"""Images against poses: flips, lags, moved and wrongly calibrated cameras are named, sound sets are not, and
 self-calibration gives the camera back. Images are the robot's silhouette over a textured table."""
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Recorded:
     position: np.ndarray
     quaternion: np.ndarray
     gripper: np.ndarray
-    pictures: np.ndarray
+    images: np.ndarray
     intrinsics: np.ndarray = field(default_factory=lambda: INTRINSICS)
     pose: np.ndarray = field(default_factory=lambda: POSE)
 
@@ -73,8 +73,8 @@ def sound(number: int) -> Recorded:
     mask, _ = splat(pixels, SIDE, SIDE)
     y, x = np.mgrid[0:SIDE, 0:SIDE]
     table = np.stack([170 + 20 * ((x // 16 + y // 16) % 2), 150 + 0 * x, 120 + 0 * x], axis=-1).astype(np.uint8)
-    pictures = np.where(mask[..., None], np.array([60, 62, 70], dtype=np.uint8), table)
-    return Recorded(np.stack(joints), position, quaternion, gripper, pictures)
+    images = np.where(mask[..., None], np.array([60, 62, 70], dtype=np.uint8), table)
+    return Recorded(np.stack(joints), position, quaternion, gripper, images)
 
 
 Fault = Callable[[Recorded, int], Recorded]
@@ -89,7 +89,7 @@ def write(root: Path, fault: Fault, joints: bool = True) -> Path:
                     demo.position[i], demo.quaternion[i], float(demo.gripper[i]), demo.joints[i] if joints else None
                 )
                 camera = CameraPose(demo.intrinsics, demo.pose)
-                writer.add(i * 100_000_000, {"over": demo.pictures[i]}, {"over": camera}, {"right": arm})
+                writer.add(i * 100_000_000, {"over": demo.images[i]}, {"over": camera}, {"right": arm})
     return root
 
 
@@ -102,11 +102,11 @@ def same(demo: Recorded, number: int) -> Recorded:
 
 
 def mirrored(demo: Recorded, number: int) -> Recorded:
-    return replace(demo, pictures=demo.pictures[:, :, ::-1])
+    return replace(demo, images=demo.images[:, :, ::-1])
 
 
 def late_once(demo: Recorded, number: int) -> Recorded:
-    return replace(demo, pictures=demo.pictures[np.maximum(np.arange(FRAMES) - 2, 0)]) if number == 1 else demo
+    return replace(demo, images=demo.images[np.maximum(np.arange(FRAMES) - 2, 0)]) if number == 1 else demo
 
 
 def long_lens(demo: Recorded, number: int) -> Recorded:
@@ -118,14 +118,14 @@ def moved_once(demo: Recorded, number: int) -> Recorded:
 
 
 def exchanged_once(demo: Recorded, number: int) -> Recorded:
-    return replace(demo, pictures=demo.pictures[..., ::-1]) if number == 0 else demo
+    return replace(demo, images=demo.images[..., ::-1]) if number == 0 else demo
 
 
 @pytest.mark.parametrize(
     ("fault", "joints", "check", "cause", "demos"),
     [
-        (mirrored, False, "flipped_images", "pictures mirrored left-right", 3),
-        (late_once, True, "image_lag", "pictures 2 frames late", 1),
+        (mirrored, False, "flipped_images", "images mirrored left-right", 3),
+        (late_once, True, "image_lag", "images 2 frames late", 1),
         pytest.param(long_lens, True, "registration", "focal length off by", 3, marks=pytest.mark.slow),
         (moved_once, False, "moved_camera", "camera moved by", 1),
         (exchanged_once, True, "colour_order", "colour order BGR", 1),
@@ -153,9 +153,9 @@ def test_calibration_gives_the_camera_back_and_leaves_the_recording(tmp_path):
     turn = np.array([0.05, -0.04, 0.03, 0.02, -0.01, 0.02])
 
     def wrong(demo: Recorded, number: int) -> Recorded:
-        late = demo.pictures[np.clip(np.arange(FRAMES) - 2, 0, FRAMES - 1)]
+        late = demo.images[np.clip(np.arange(FRAMES) - 2, 0, FRAMES - 1)]
         return replace(
-            demo, pose=moved(POSE, turn), pictures=late, intrinsics=INTRINSICS * [[1.06, 1, 1], [1, 1.06, 1], [1, 1, 1]]
+            demo, pose=moved(POSE, turn), images=late, intrinsics=INTRINSICS * [[1.06, 1, 1], [1, 1.06, 1], [1, 1, 1]]
         )
 
     root = write(tmp_path / "data", wrong)
@@ -171,8 +171,8 @@ def test_calibration_gives_the_camera_back_and_leaves_the_recording(tmp_path):
     assert np.linalg.norm(centre) < 0.015
     assert track.intrinsics[0, 0, 0] == pytest.approx(248.0, rel=0.02)
     assert len(demo) == FRAMES - 2
-    # the picture of a pose is the one that shows it
-    assert np.abs(track.frames.read(5).astype(int) - sound(0).pictures[5]).mean() < 3
+    # the image of a pose is the one that shows it
+    assert np.abs(track.frames.read(5).astype(int) - sound(0).images[5]).mean() < 3
     assert len(pickle.loads(pickle.dumps(track.frames))) == FRAMES - 2
     with pytest.raises(FileExistsError, match="name another file"):
         calibrate(root, tmp_path / "fixed.yaml", "auto", None, None, 3, 10)

@@ -1,0 +1,101 @@
+"""Commanded against reached tracks and clocks: the planted fault alone is named, a sound pair gives no finding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+
+from keygrip.data.robot.corrections import Correction, corrected
+from keygrip.data.robot.doctor.examination import Examination
+from keygrip.data.robot.doctor.tracks import check_commands
+from keygrip.data.robot.doctor.trajectories import check_jumps, check_times
+from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo
+from keygrip.robots.inverse_kinematics import pointing_down
+
+FRAMES, DELAY = 60, 1.6
+
+
+def at(when: np.ndarray, number: int) -> ArmTrajectory:
+    """A reach that starts tilted, then points straight down: [N] frame numbers."""
+    along = np.clip(when / 45, 0, 1)
+    side, depth = np.sin(3 * along + number), np.cos(4 * along - number)
+    position = np.stack([0.38 + 0.08 * depth, 0.14 * side, 0.2 - 0.15 * along], axis=1)
+    tilt = 0.5 * np.clip(1 - 3 * along, 0, 1)
+    turn = [
+        pointing_down(0.5 * float(s), 0.0) @ Rotation.from_rotvec([0, t, 0]).as_matrix()
+        for s, t in zip(side, tilt, strict=True)
+    ]
+    opening = np.interp(when, [0, 30, 36, FRAMES], [1.0, 1.0, 0.3, 0.3])
+    return ArmTrajectory(position, Rotation.from_matrix(np.stack(turn)).as_quat(scalar_first=True), opening)
+
+
+def demo(number: int, fault: Callable[[ArmTrajectory], ArmTrajectory]) -> Demo:
+    frames = np.arange(FRAMES, dtype=float)
+    arm = replace(at(frames - DELAY, number), commanded=fault(at(frames, number)))
+    times = (frames * 1e8).astype(np.int64)
+    return Demo(f"demo_{number}", Path(), "arm", "pick", "pick it up", 10.0, times, {"right": arm}, {})
+
+
+def examined(demos: list[Demo]) -> Examination:
+    return Examination(demos, frames_per_demo=4, height_bins=32, pred_size=56)
+
+
+def inverted(track: ArmTrajectory) -> ArmTrajectory:
+    turn = Rotation.from_quat(track.quaternion, scalar_first=True).inv()
+    return replace(track, position=-turn.apply(track.position), quaternion=turn.as_quat(scalar_first=True))
+
+
+def early(track: ArmTrajectory, frames: int = 2) -> ArmTrajectory:
+    rows = np.minimum(np.arange(FRAMES) + frames, FRAMES - 1)
+    return ArmTrajectory(track.position[rows], track.quaternion[rows], track.gripper[rows])
+
+
+@pytest.mark.parametrize(
+    ("fault", "check", "cause"),
+    [
+        (lambda track: track, None, ""),
+        (lambda track: replace(track, position=1.1 * track.position), "command_scale", "scaled by 1.1"),
+        (lambda track: replace(track, position=track.position + [0.03, 0, 0]), "command_offset", "offset by 3.0 cm"),
+        (lambda track: replace(track, quaternion=track.quaternion * [1, -1, -1, -1]), "command_rotation", "conjugated"),
+        (inverted, "command_direction", "commanded poses inverted"),
+        (early, "command_lag", "early by 2 frames"),
+    ],
+    ids=["sound", "scaled", "offset", "conjugated", "inverted", "early"],
+)
+def test_fault_of_the_commanded_track_is_named(fault, check, cause):
+    exam = examined([demo(number, fault) for number in range(3)])
+    check_commands(exam)
+    assert [finding.check for finding in exam.findings] == ([check] if check else []), exam.findings
+    assert all(cause in finding.cause and len(finding.demos) == 3 for finding in exam.findings)
+
+
+def test_one_demo_with_inverted_commands_is_told_from_the_others():
+    exam = examined([demo(number, inverted if number == 1 else lambda track: track) for number in range(3)])
+    check_commands(exam)
+    assert [(finding.check, finding.demos) for finding in exam.findings] == [("command_direction", ("demo_1",))]
+
+
+@pytest.mark.parametrize(("divided", "unit"), [(1_000, "microseconds"), (1_000_000, "milliseconds")])
+def test_unit_of_time_stamps_is_named_and_nothing_is_said_to_jump(divided, unit):
+    sound = demo(0, lambda track: track)
+    exam = examined([replace(sound, timestamps=sound.timestamps // divided)])
+    exam.measures["arm/right/height_range_m"] = [0.05, 0.2]
+    check_times(exam)
+    check_jumps(exam)
+    assert [(finding.check, finding.cause) for finding in exam.findings] == [("time_unit", f"time stamps in {unit}")]
+
+
+def test_corrections_keep_what_the_controller_was_told():
+    sound = demo(0, lambda track: track)
+    arm = replace(sound.arms["right"], controller=np.arange(FRAMES * 2.0).reshape(FRAMES, 2))
+    images: Any = np.zeros((FRAMES, 8, 8, 3), dtype=np.uint8)
+    cameras = {"over": CameraTrack.without_calibration(8, 8, images, FRAMES, "none needed")}
+    late = {"over": Correction(np.eye(4), 1.0, 3)}
+    found = corrected(replace(sound, arms={"right": arm}, cameras=cameras), late, Path("c.yaml"))
+    assert np.array_equal(found.arms["right"].controller, arm.controller[:-3])

@@ -1,0 +1,178 @@
+"""The surface of an arm from its MJCF or URDF file, and what the doctor sees with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+
+from keygrip.data.robot.doctor import doctor
+from keygrip.data.robot.doctor.silhouettes import seen, splat
+from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
+from keygrip.robots.model_file import arm_model, box, round_shape, surface_from_file
+from keygrip.robots.surface import RobotSurface
+
+# An upper arm of 30 cm that turns about the vertical and a forearm of 20 cm that turns about y, with a sliding finger.
+MJCF = """<mujoco>
+  <compiler angle="degree"/>
+  <default>
+    <geom type="capsule" size="0.03"/>
+    <default class="finger"><joint type="slide" axis="0 1 0"/></default>
+  </default>
+  <worldbody>
+    <geom type="plane" size="1 1 1"/>
+    <body name="upper" pos="0 0 0.2">
+      <joint name="pan" axis="0 0 1"/>
+      <geom fromto="0 0 0 0.3 0 0"/>
+      <body name="fore" pos="0.3 0 0" euler="0 90 0">
+        <joint name="tilt" axis="0 1 0"/>
+        <geom fromto="0 0 0 0.2 0 0"/>
+        <site name="tip" pos="0.2 0 0"/>
+        <body name="jaw" pos="0.2 0 0">
+          <joint name="jaw" class="finger"/>
+          <geom type="box" size="0.02 0.01 0.01"/>
+        </body>
+      </body>
+    </body>
+  </worldbody>
+</mujoco>"""
+
+URDF = """<robot name="two">
+  <link name="base"/>
+  <link name="upper"><visual><origin xyz="0.15 0 0" rpy="0 1.5707963267948966 0"/>
+    <geometry><cylinder radius="0.03" length="0.3"/></geometry></visual></link>
+  <link name="fore"><visual><origin xyz="0.1 0 0" rpy="0 1.5707963267948966 0"/>
+    <geometry><cylinder radius="0.03" length="0.2"/></geometry></visual></link>
+  <link name="tip"/>
+  <link name="jaw"><visual><geometry><box size="0.04 0.02 0.02"/></geometry></visual></link>
+  <joint name="pan" type="revolute"><origin xyz="0 0 0.2"/><axis xyz="0 0 1"/>
+    <parent link="base"/><child link="upper"/></joint>
+  <joint name="tilt" type="continuous"><origin xyz="0.3 0 0" rpy="0 1.5707963267948966 0"/><axis xyz="0 1 0"/>
+    <parent link="upper"/><child link="fore"/></joint>
+  <joint name="end" type="fixed"><origin xyz="0.2 0 0"/><parent link="fore"/><child link="tip"/></joint>
+  <joint name="jaw" type="prismatic"><axis xyz="0 1 0"/><parent link="tip"/><child link="jaw"/></joint>
+</robot>"""
+
+FINGERS = {"jaw": [0.0, 0.05]}
+
+
+@pytest.fixture(params=["arm.xml", "arm.urdf"])
+def two_links(request, tmp_path) -> RobotSurface:
+    (tmp_path / request.param).write_text(MJCF if request.param.endswith("xml") else URDF)
+    return surface_from_file(tmp_path / request.param, "tip", FINGERS, density=20_000)
+
+
+def test_joints_turn_the_arm_and_the_opening_slides_the_finger(two_links):
+    pan, tilt = np.array([0.0, np.pi / 2, 0.4]), np.array([0.0, -np.pi / 2, -0.7])
+    joints, opening = np.stack([pan, tilt], axis=1), np.array([0.0, 0.0, 1.0])
+    assert two_links.joints == 2
+    reach = 0.3 + 0.2 * np.cos(np.pi / 2 + tilt)  # a forearm that hangs down at tilt 0
+    tip = np.stack([reach * np.cos(pan), reach * np.sin(pan), 0.2 - 0.2 * np.sin(np.pi / 2 + tilt)], axis=1)
+    assert two_links.tool(joints)[:, :3, 3] == pytest.approx(tip, abs=1e-12)
+    placed = two_links.at(joints, opening)
+    finger = two_links.links == two_links.links.max()
+    across = np.stack([-np.sin(pan), np.cos(pan), np.zeros(3)], axis=1)
+    assert placed[:, finger].mean(axis=1) == pytest.approx(tip + 0.05 * opening[:, None] * across, abs=4e-3)
+    low, high = placed[0].min(axis=0), placed[0].max(axis=0)
+    assert low[2] == pytest.approx(-0.025, abs=0.012)  # the end of the forearm, or of its finger
+    assert high == pytest.approx([0.33, 0.03, 0.23], abs=0.004)
+
+
+def test_points_lie_on_their_shapes():
+    points = box(np.array([0.1, 0.2, 0.3]), 5_000)
+    assert np.abs(np.abs(points) / [0.1, 0.2, 0.3]).max(axis=1) == pytest.approx(1, abs=1e-9)
+    assert len(points) == pytest.approx(5_000 * 8 * (0.02 + 0.03 + 0.06), rel=0.01)
+    for kind, size in (
+        ("sphere", [0.1]),
+        ("capsule", [0.1, 0.2]),
+        ("cylinder", [0.1, 0.2]),
+        ("ellipsoid", [0.1, 0.2, 0.3]),
+    ):
+        points = round_shape(kind, np.array(size), 20_000, steps=48)
+        x, y, z = points.T
+        if kind == "cylinder":
+            off = np.minimum(np.abs(np.hypot(x, y) - 0.1), np.abs(np.abs(z) - 0.2))
+        elif kind == "ellipsoid":
+            off = 0.1 * np.abs(np.linalg.norm(points / size, axis=1) - 1)
+        else:
+            half = size[1] if kind == "capsule" else 0.0
+            off = np.abs(np.linalg.norm(points - np.clip(z, -half, half)[:, None] * [0, 0, 1], axis=1) - 0.1)
+        assert off.max() < 1e-3, kind  # chords of 48 steps
+
+
+@pytest.mark.parametrize(
+    ("text", "tool", "fingers", "said"),
+    [
+        ("<html/>", None, {}, "begins with <html>"),
+        ("<mujoco", None, {}, "is not XML"),
+        ('<!DOCTYPE a [<!ENTITY b "c">]><mujoco/>', None, {}, "declares entities"),
+        ("<mujoco/>", None, {}, "has no <worldbody>"),
+        ("<mujoco><worldbody><body/></worldbody></mujoco>", None, {}, "no joint that moves"),
+        (MJCF.replace('type="slide"', 'type="ball"'), None, {}, "hinge and slide are read"),
+        (MJCF.replace('size="0.03"', 'size="-1"'), None, {}, "cannot be"),
+        (MJCF.replace('axis="0 0 1"', 'axis="0 0 0"'), None, {}, "axis or a quaternion is zero"),
+        (MJCF.replace('axis="0 0 1"', 'axis="0 0 x"'), None, {}, "not a number"),
+        (
+            MJCF.replace('<site name="tip" pos="0.2 0 0"/>', '<geom type="mesh" mesh="x"/>'),
+            None,
+            {},
+            "names the mesh 'x'",
+        ),
+        (MJCF.replace("<worldbody>", '<worldbody><include file="b.xml"/>'), None, {}, "<include> is not read"),
+        (MJCF, "hand", {}, "no body, link or site 'hand'; it has fore, jaw, tip, upper"),
+        (MJCF, None, {"thumb": [0, 1]}, "no joint 'thumb'; it has pan, tilt, jaw"),
+        (MJCF, None, {"jaw": [0.05]}, "needs two numbers"),
+        (URDF.replace('type="continuous"', 'type="floating"'), None, {}, "'floating' is not read"),
+        (URDF.replace('<child link="fore"/>', '<child link="upper"/>'), None, {}, "no other parent"),
+    ],
+)
+def test_a_file_that_cannot_be_read_says_why(tmp_path, text, tool, fingers, said):
+    (tmp_path / "arm.xml").write_text(text)
+    with pytest.raises(ValueError, match="(?s)" + said.replace("'", ".")):
+        surface_from_file(tmp_path / "arm.xml", tool, fingers)
+
+
+def test_without_a_file_there_is_no_model_and_nothing_to_set():
+    assert arm_model(None) is None
+    with pytest.raises(ValueError, match=r"robot_model\.path"):
+        arm_model(None, tool="tip")
+    with pytest.raises(FileNotFoundError):
+        arm_model("nowhere.xml")
+
+
+def _recorded(folder: Path, robot: RobotSurface, mirrored: bool) -> Path:
+    """Three demos of the arm waving in front of a camera, drawn as its silhouette."""
+    intrinsics = np.array([[150.0, 0, 64.0], [0, 150.0, 64.0], [0, 0, 1]])
+    pose = np.array([[0.0, 1, 0, 0], [0, 0, -1, 0.25], [-1, 0, 0, 1.3], [0, 0, 0, 1]])  # from in front, level
+    frames = np.arange(16)
+    for number in range(3):
+        joints = np.stack(
+            [0.6 * np.sin(0.4 * frames + number) + 0.3, -0.9 + 0.7 * np.cos(0.3 * frames + number)], axis=1
+        )
+        opening = np.interp(frames, [0, 5, 8, 16], [1.0, 1.0, 0.2, 0.2])
+        mask, _ = splat(seen(robot.at(joints, opening), intrinsics, pose)[0], 128, 128)
+        table = np.full((128, 128, 3), 170, np.uint8)
+        images = np.where(mask[..., None], np.array([50, 60, 70], np.uint8), table)
+        tool = robot.tool(joints)
+        with DemoWriter(folder / f"demo_{number}", "two_links", "wave", "wave the arm", 10.0) as writer:
+            for i in range(len(frames)):
+                image = images[i, :, ::-1] if mirrored else images[i]
+                arm = ArmPose(tool[i, :3, 3], _quaternion(tool[i]), float(opening[i]), joints[i])
+                writer.add(i * 100_000_000, {"front": image}, {"front": CameraPose(intrinsics, pose)}, {"left": arm})
+    return folder
+
+
+def _quaternion(pose: np.ndarray) -> np.ndarray:
+    return Rotation.from_matrix(pose[:3, :3]).as_quat(scalar_first=True, canonical=True)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_doctor_compares_an_arm_of_a_file_with_its_images(tmp_path, mirrored):
+    (tmp_path / "arm.xml").write_text(MJCF)
+    robot = surface_from_file(tmp_path / "arm.xml", "tip", FINGERS)
+    root = _recorded(tmp_path / "data", robot, mirrored)
+    findings = doctor(root, tmp_path / "out", progress=False, robot_model=robot)
+    seen_by_images = [finding for finding in findings if finding.camera == "front"]
+    assert [finding.cause for finding in seen_by_images] == (["images mirrored left-right"] if mirrored else [])
