@@ -171,7 +171,7 @@ def _quaternion(pose: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_doctor_compares_an_arm_of_a_file_with_its_images(tmp_path, mirrored):
     (tmp_path / "arm.xml").write_text(MJCF)
-    robot = surface_from_file(tmp_path / "arm.xml", "tip", FINGERS)
+    robot = surface_from_file(tmp_path / "arm.xml", "tip", FINGERS, density=30_000)
     root = _recorded(tmp_path / "data", robot, mirrored)
     findings = doctor(root, tmp_path / "out", progress=False, robot_model=robot)
     seen_by_images = [finding for finding in findings if finding.camera == "front"]

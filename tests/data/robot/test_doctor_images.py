@@ -16,7 +16,10 @@ from scipy.spatial.transform import Rotation
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.doctor import Finding, doctor
 from keygrip.data.robot.doctor.calibrate import calibrate
+from keygrip.data.robot.doctor.images_and_poses import lag_start
+from keygrip.data.robot.doctor.registration import NUMBERS
 from keygrip.data.robot.doctor.silhouettes import moved, seen, splat
+from keygrip.data.robot.doctor.views import make_view, place
 from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
 from keygrip.robots.inverse_kinematics import pointing_down, solve
 from keygrip.robots.kinematics import forward_kinematics
@@ -138,6 +141,16 @@ def test_fault_is_named_with_its_demos(tmp_path, fault, joints, check, cause, de
     assert findings[0].cause.startswith(cause)
     assert len(findings[0].demos) == demos
     assert findings[0].camera == "over"
+
+
+@pytest.mark.parametrize("lag", [-4, 3])
+def test_fit_of_a_demo_begins_at_the_lag_that_its_silhouettes_show(tmp_path, lag):
+    def late(demo: Recorded, number: int) -> Recorded:
+        return replace(demo, images=demo.images[np.clip(np.arange(FRAMES) - lag, 0, FRAMES - 1)])
+
+    demo = find_demos(write(tmp_path / "data", late))[0].read()
+    begun = lag_start((make_view(demo, "over", 8), place(demo, "right")), np.zeros(NUMBERS))
+    assert begun.tolist() == [0, 0, 0, 0, 0, 0, 0, -lag]
 
 
 def test_sound_set_gives_no_finding_and_a_whole_report(tmp_path):

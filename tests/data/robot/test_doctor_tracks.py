@@ -61,7 +61,11 @@ def early(track: ArmTrajectory, frames: int = 2) -> ArmTrajectory:
     [
         (lambda track: track, None, ""),
         (lambda track: replace(track, position=1.1 * track.position), "command_scale", "scaled by 1.1"),
-        (lambda track: replace(track, position=track.position + [0.03, 0, 0]), "command_offset", "offset by 3.0 cm"),
+        (
+            lambda track: replace(track, position=track.position + [0.03, 0, 0]),
+            "command_offset",
+            "commanded track offset by",
+        ),
         (lambda track: replace(track, quaternion=track.quaternion * [1, -1, -1, -1]), "command_rotation", "conjugated"),
         (inverted, "command_direction", "commanded poses inverted"),
         (early, "command_lag", "early by 2 frames"),

@@ -40,6 +40,7 @@ CLEAR_GAIN = 0.04  # of agreement, which no sound set shows
 GAIN = 0.015  # of agreement, without which no fault is named
 DEMO_TURN_DEG, DEMO_SHIFT_M, DEMO_LAG = 1.6, 0.02, 0.4  # likewise of one demo against the others
 DEMO_GAIN = 0.02
+LAGS = (-6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6)  # frames that a demo's images may be late or early, tried first
 # A turn up and down, left and right, about the axis (rad), and frames, that are tried before a demo is fitted.
 STEPS, STEP_GAIN = ((0, 0.015), (1, 0.015), (2, 0.03), (LAG, 0.7)), 0.005
 
@@ -81,6 +82,8 @@ def check_images_and_poses(
         model: the arms' surface; None: a YAM's where the robot's name says so.
         small_images: small images that were read already, by (demo, camera) and frame.
     """
+    if exam.found("pose_direction"):
+        return  # where the poses put the arm's base says nothing: whatever the images show now comes from that
     for camera in exam.cameras:
         standing = [demo for demo in exam.with_camera(camera) if stands(demo, camera) and len(demo) >= 6]
         exam.measures[f"camera/{camera}/standing_demos"] = len(standing)
@@ -267,7 +270,12 @@ def _check_demos(exam: Examination, seen: Seen) -> None:
         if not _improvable(pair, seen.change, bases[name]):
             continue
         fits[name] = fit(
-            [pair], start=seen.change, centre=seen.change, free=free, prior=prior, reaches=(12, 9, 6, 4, 4)
+            [pair],
+            start=lag_start(pair, seen.change),
+            centre=seen.change,
+            free=free,
+            prior=prior,
+            reaches=(12, 9, 6, 4, 4),
         )
     key = f"camera/{seen.camera}/arm/{seen.arm}"
     exam.measures[f"{key}/demo_fits"] = {
@@ -281,7 +289,7 @@ def _check_demos(exam: Examination, seen: Seen) -> None:
         change = found.change - seen.change
         turn, shift = np.degrees(np.linalg.norm(change[:3])), float(np.linalg.norm(change[3:6]))
         lag, gain = float(-change[LAG]), found.after - bases[name]
-        sigma = np.degrees(float(np.linalg.norm(found.sigma[:3])))
+        sigma = 0.0 if gain > CLEAR_GAIN else np.degrees(float(np.linalg.norm(found.sigma[:3])))
         poor = found.after < 0.6 * usual
         if poor and bases[name] < 0.6 * usual and (other := _other_demo(seen, name, bases[name])) is not None:
             others.setdefault(other, []).append(name)
@@ -303,6 +311,18 @@ def _check_demos(exam: Examination, seen: Seen) -> None:
             camera=seen.camera,
             demos=names,
         )
+
+
+def lag_start(pair: tuple[View, Placement], change: np.ndarray) -> np.ndarray:
+    """A change whose lag is the whole number of frames at which silhouettes and images agree best: from too far off, a
+    fit of outlines turns the camera in place of the clock."""
+
+    def at(lag: int) -> np.ndarray:
+        other = change.copy()
+        other[LAG] += lag
+        return other
+
+    return max((at(lag) for lag in (0, *LAGS)), key=lambda other: agreement_of([pair], other))
 
 
 def _improvable(pair: tuple[View, Placement], change: np.ndarray, own: float) -> bool:

@@ -34,12 +34,12 @@ def best_delay(first: np.ndarray, second: np.ndarray, most: int) -> float:
     if (moves > FAST_M).sum() < 3:
         return float("nan")
     most = int(min(most, len(first) // 2))
-    first, second = first - np.median(first, axis=0), second - np.median(second, axis=0)
     delays = np.arange(-most, most + 1)
     costs = []
     for delay in delays.tolist():
         own = np.arange(max(0, -delay), min(len(first), len(first) - delay))
-        costs.append(float(np.abs(first[own] - second[own + delay]).mean()))
+        apart = first[own] - second[own + delay]
+        costs.append(float(np.abs(apart - np.median(apart, axis=0)).mean()))  # but for an offset, which may be a fault
     best = int(np.argmin(costs))
     if best in (0, len(delays) - 1):
         return float(delays[best])
@@ -97,12 +97,12 @@ def _without_inverted(exam: Examination, arm: str, told: dict[str, ArmTrajectory
         other = _distance(reached.position, -turn.apply(reached.commanded.position))
         if stated > INVERTED_M and other < INVERTED_GAIN * stated:
             inverted.append(name)
-    if inverted:
+    if inverted and not exam.found("pose_direction"):  # else it is the reached track that is inverted
         exam.add(
             "command_direction",
             "error",
             f"arm {arm}, {listed(inverted)}",
-            "commanded poses go with the reached ones only if they are inverted",
+            "commanded poses go with the reached ones only if one of both is inverted",
             "Store gripper-to-world poses in both tracks",
             cause="commanded poses inverted (world to gripper in place of gripper to world)",
             demos=inverted,
