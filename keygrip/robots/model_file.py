@@ -372,19 +372,18 @@ def _read_urdf(path: Path, root: ElementTree.Element, density: float) -> list[_B
         children.add(ends[1])
         below.setdefault(ends[0], []).append((ends[1], joint))
     bodies: list[_Body] = []
-    waiting: list[tuple[str, int, ElementTree.Element | None]] = [(n, -1, None) for n in links if n not in children][
-        ::-1
-    ]
+    waiting: list[tuple[str, int, ElementTree.Element | None]] = []
+    waiting += [(name, -1, None) for name in links if name not in children][::-1]
     while waiting:
-        name, parent, joint = waiting.pop()
+        name, parent, by = waiting.pop()
         if len(bodies) >= MOST_BODIES:
             raise ValueError(f"{path} has more than {MOST_BODIES} links")
-        body = _Body(name, parent, np.eye(4) if joint is None else _origin(path, joint))
-        kind = "fixed" if joint is None else joint.get("type", "")
-        if joint is not None and kind in MOVING:
-            axis = joint.find("axis")
+        body = _Body(name, parent, np.eye(4) if by is None else _origin(path, by))
+        kind = "fixed" if by is None else by.get("type", "")
+        if by is not None and kind in MOVING:
+            axis = by.find("axis")
             way = _numbers(path, {} if axis is None else axis.attrib, "xyz", "1 0 0", 3)
-            body.joints.append(_Joint(joint.get("name", ""), MOVING[kind], _unit(path, way), np.zeros(3)))
+            body.joints.append(_Joint(by.get("name", ""), MOVING[kind], _unit(path, way), np.zeros(3)))
         elif kind != "fixed":
             raise ValueError(
                 f"{path}: a joint of type {kind!r} is not read; revolute, continuous, prismatic and fixed are"
