@@ -7,6 +7,7 @@ depends on who loads it. Resuming needs one number, the count of batches done.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -180,5 +181,8 @@ def _batch_or_raise(batch: Any) -> Any:
 
 
 def start_worker(worker: int) -> None:
-    """Workers are the parallelism: one thread each, so that they do not fight with the trainer's."""
+    """One thread for each worker, so that they do not fight with the trainer's, and a process group of its own:
+    Ctrl-C, `timeout` and schedulers signal the whole group of the trainer, which needs its workers until it has saved.
+    """
     torch.set_num_threads(1)
+    os.setpgid(0, 0)
