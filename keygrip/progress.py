@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -57,13 +58,11 @@ class Progress(tqdm):
 
     def close(self) -> None:
         """Ends with a last line, or with the bar as tqdm leaves it."""
-        if self.disable or self._on_terminal:
-            super().close()
-            return
-        if self.leave and self.format_dict["elapsed"] >= self.delay:
-            self.display()
-        self.disable = True
-        self._decr_instances(self)
+        if not self.disable and not self._on_terminal:
+            if self.leave and self.format_dict["elapsed"] >= self.delay:
+                self.display()
+            self.fp = io.StringIO()  # what tqdm writes to clear a bar
+        super().close()
 
 
 def line(what: str | None, values: dict[str, Any], postfix: str | None = None) -> str:
