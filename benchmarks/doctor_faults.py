@@ -336,10 +336,10 @@ def size_of(share: float) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-def plant(clean: Path, folder: Path, fault: Fault) -> None:
-    """A copy of a recording with a fault in it."""
-    demos = sorted(path.parent for path in clean.glob("*/metadata.json"))[:DEMOS]
-    for number, demo in enumerate(demos):
+def plant(clean: Path, folder: Path, fault: Fault, demos: int | None = DEMOS) -> None:
+    """A copy of a recording with a fault in it; `demos`: of so many of its demonstrations, None: of all."""
+    sources = sorted(path.parent for path in clean.glob("*/metadata.json"))[:demos]
+    for number, demo in enumerate(sources):
         target = folder / demo.name
         shutil.copytree(demo, target)
         (target / "manifest.json").unlink(missing_ok=True)  # a fault is not damage: no hash shall find it
@@ -359,7 +359,7 @@ def plant(clean: Path, folder: Path, fault: Fault) -> None:
             fault.metadata(metadata)
         (target / "metadata.json").write_text(json.dumps(metadata))
         if hit and (fault.images is not None or fault.other):
-            source = demos[(number + 1) % len(demos)] if fault.other else demo
+            source = sources[(number + 1) % len(sources)] if fault.other else demo
             for camera in metadata["cameras"]:
                 files = sorted((source / "rgb" / camera).glob("*.jpg"))
                 images = np.stack([np.asarray(Image.open(file)) for file in files])
