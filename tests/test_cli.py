@@ -51,7 +51,7 @@ def test_help_lists_what_a_command_reads() -> None:
     assert "step=doctor " in steps
     assert "frames_per_demo=12 " in help_text("prepare", ["step=doctor"])
     vla = help_text("train", ["model=geometry_vla", "data=yam_language", "--help"])
-    assert "  vlm=tiny  (qwen2_5_vl | tiny)" in vla
+    assert "  vlm=tiny  (qwen2_5_vl | qwen2_5_vl_lora | tiny)" in vla
     assert "geometry_vla/no_injection" in vla
     assert "volume_query/no_state" not in vla
     assert "rotation" not in vla.partition("Settings:")[0]

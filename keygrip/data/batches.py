@@ -210,6 +210,11 @@ class VideoTextBatch(Movable):
     left_out: int = 0
     seconds: list[tuple[float, ...] | None] = field(default_factory=list)
 
+    def sizes(self) -> dict[str, int]:
+        """How large it is, for reports."""
+        frames, tokens = int(self.frame_mask.sum()), int(self.attention_mask.sum())
+        return {"videos": len(self.frame_mask), "frames": frames, "rows": len(self), "text_tokens": tokens}
+
     def __len__(self) -> int:
         return len(self.input_ids)
 

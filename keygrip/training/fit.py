@@ -135,8 +135,7 @@ def _dry_run(datamodule: Any, module: LightningModule, cfg: DictConfig) -> dict[
     if hasattr(datamodule, "worst_batch"):
         worst = datamodule.worst_batch()
         found = module.step_memory(worst.to(device), bf16, ema)
-        shape = {"videos": len(worst.frame_mask), "frames": int(worst.frame_mask.sum()), "rows": len(worst)}
-        report["worst_bucket"] = shape | {"text_tokens": int(worst.attention_mask.sum())} | found.report()
+        report["worst_bucket"] = worst.sizes() | found.report()
     else:
         report["memory"] = module.step_memory(batch, bf16, ema).report()
     for name, value in report.items():

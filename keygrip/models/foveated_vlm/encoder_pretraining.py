@@ -56,6 +56,10 @@ class EncoderPretrainingBatch(Movable):
     digit: Tensor
     pointed: Tensor
 
+    def sizes(self) -> dict[str, int]:
+        """How large it is, for reports."""
+        return {"frames": len(self.frames)}
+
     def __len__(self) -> int:
         return len(self.frames)
 
@@ -277,9 +281,16 @@ class EncoderPretrainingModule(System):
             right[name] = (((values.argmax(-1) == wanted) & shown).sum(), shown.sum())
         return losses, right
 
+    def _total(self, losses: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()
+
+    def loss(self, batch: EncoderPretrainingBatch) -> Tensor:
+        """The loss of a training step on a batch."""
+        return self._total(self.losses(batch)[0])
+
     def training_step(self, batch: EncoderPretrainingBatch, batch_idx: int) -> Tensor:
         losses, right = self.losses(batch)
-        loss = torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()
+        loss = self._total(losses)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
         good, count = right["digit"]
         self.log("train/digit", good / count.clamp_min(1), prog_bar=True, batch_size=len(batch))

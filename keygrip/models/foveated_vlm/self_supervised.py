@@ -51,6 +51,10 @@ class FramesBatch(Movable):
 
     frames: Tensor
 
+    def sizes(self) -> dict[str, int]:
+        """How large it is, for reports."""
+        return {"frames": len(self.frames)}
+
     def __len__(self) -> int:
         return len(self.frames)
 
@@ -238,9 +242,16 @@ class SelfSupervisedModule(System):
         near &= (frame[:, None] == frame) & ~torch.eye(len(own), dtype=torch.bool, device=at.device)
         return F.cross_entropy(logits.masked_fill(near, -torch.inf), torch.arange(len(own), device=at.device))
 
+    def _total(self, losses: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()
+
+    def loss(self, batch: FramesBatch) -> Tensor:
+        """The loss of a training step on a batch, with the draws of the first step."""
+        return self._total(self.losses(batch, 0))
+
     def training_step(self, batch: FramesBatch, batch_idx: int) -> Tensor:
         losses = self.losses(batch, self.global_step)
-        loss = torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()
+        loss = self._total(losses)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
         for name, value in losses.items():
             self.log(f"train/{name}", value.detach(), batch_size=len(batch))

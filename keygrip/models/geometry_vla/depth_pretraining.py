@@ -71,6 +71,10 @@ class DepthReaderModule(System):
         losses = self.network.losses(features, batch.depth, batch.view_intrinsics, batch.view_world_to_camera)
         return losses | {"loss": losses["points"] + losses["depth"]}
 
+    def loss(self, batch: MultiViewPolicyBatch) -> Tensor:
+        """The loss of a training step on a batch."""
+        return self.losses(self(batch), batch)["loss"]
+
     def training_step(self, batch: MultiViewPolicyBatch, batch_idx: int) -> Tensor:
         losses = self.losses(self(batch), batch)
         self._log("train", losses, len(batch))
