@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import torch
 
-from keygrip.data.batches import normalised
+from keygrip.data.batches import CLOSED, normalised
 from keygrip.models.geometry.cameras import project
 from keygrip.models.policy import Needs, Observation, Plan, arm_axis, views_of
 from keygrip.models.volume_query.decoding import Decoder, DecoderName
 from keygrip.models.volume_query.network import FurtherViews
 from keygrip.models.volume_query.second_look import SharpImage
+from keygrip.models.volume_query.symmetry import steady_turns
 from keygrip.models.volume_query.targets import arm_state, views_of_images
 
 if TYPE_CHECKING:
@@ -36,12 +37,15 @@ class VolumeQueryPolicy:
         margin_m: planned positions are kept within this distance of the positions seen in training: what lies beyond
             was never demonstrated, and may be the table.
         seed: of the "sample" decoder.
+        steady_turns: of a module with `rotation_symmetry`: each step of a plan takes the equivalent grip nearest to the
+            step before it (`keygrip.models.volume_query.symmetry`); False: each the most probable by itself.
     """
 
     module: VolumeQueryModule
     decoder: Decoder | DecoderName | None = None
     margin_m: float = 0.01
     seed: int = 0
+    steady_turns: bool = True
 
     def __post_init__(self) -> None:
         self.module.eval()
@@ -145,6 +149,20 @@ class VolumeQueryPolicy:
         pictures = [self._geometry.detail(np.asarray(seen["image"]), look.sharp_size) for seen in observations]
         return SharpImage(torch.stack(pictures).to(self.module.device), self._geometry.mean, self._geometry.std)
 
+    def _turns(self, planned: torch.Tensor, start: torch.Tensor, gripper: torch.Tensor) -> torch.Tensor:
+        """Rotations ``[B, A, T, 4]`` of plans that begin at ``[B, A, 4]`` with the opening ``[B, A]``."""
+        module = self.module
+        if module.rotation_symmetry == 1 or not self.steady_turns:
+            return planned
+        arms, free = module.network.arms, gripper >= CLOSED
+        return torch.stack(
+            [
+                steady_turns(planned[:, i], start[:, i], free[:, i], module.codec(arm), module.rotation_symmetry)
+                for i, arm in enumerate(arms)
+            ],
+            dim=1,
+        )
+
     @torch.inference_mode()
     def _plans(self, observations: Sequence[Observation]) -> list[Plan]:
         module, network, statistics = self.module, self.module.network, self.module.statistics
@@ -184,12 +202,13 @@ class VolumeQueryPolicy:
             image_size=network.image_size,
             generator=self._generator,
         )
+        turns = self._turns(decoded.quaternion, quaternion, gripper)
         low, high = statistics.position_range
         kept = decoded.position.clamp(low - self.margin_m, high + self.margin_m)
         return [
             Plan(
                 position=kept[row].double().cpu().numpy(),
-                quaternion=decoded.quaternion[row].double().cpu().numpy(),
+                quaternion=turns[row].double().cpu().numpy(),
                 gripper=decoded.gripper[row].double().cpu().numpy(),
                 step_seconds=statistics.step_seconds,
                 uncertainty=decoded.entropy[row].double().cpu().numpy(),

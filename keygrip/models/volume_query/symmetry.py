@@ -3,9 +3,10 @@
 A cube is gripped as well after a quarter turn, a bar after a half turn. Which of these grips a demonstration shows is
 then no error of the policy's: their classes share the probability that the loss asks for, and errors count to the
 nearest of them. Once the object is held there is nothing to choose, so only plans that begin with an open gripper are
-treated so.
+treated so. Which grip is meant is read step by step, and two steps of a plan may mean two of them: a plan is therefore
+turned so that each step is the equivalent nearest to the one before it, and the gripper does not turn from grip to grip.
 
-Shape legend: ``*`` leading shape, R rotation classes, N the order of the symmetry.
+Shape legend: ``*`` leading shape, T steps, R rotation classes, N the order of the symmetry.
 """
 
 from __future__ import annotations
@@ -43,6 +44,25 @@ def shared_cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
     """Minus the logarithm of the probability ``[*]`` of the classes, bool ``[*, R]``, under logits ``[*, R]``."""
     logits = logits.float()
     return logits.logsumexp(-1) - logits.masked_fill(~classes, -torch.inf).logsumexp(-1)
+
+
+def steady_turns(quaternion: Tensor, start: Tensor, free: Tensor, codec: RotationCodec, order: int) -> Tensor:
+    """Rotations ``[*, T, 4]`` of a plan's steps, each the equivalent that is nearest to the step before it.
+
+    Args:
+        quaternion: ``[*, T, 4]`` as decoded. start: ``[*, 4]``, where the gripper is; the first step is nearest to it.
+        free: ``[*]``, whether there is a choice. codec: equivalents that it does not cover are left out.
+    """
+    turned = equivalent_turns(quaternion, order)  # [*, T, N, 4]
+    allowed = codec.covers(turned) & free[..., None, None]
+    allowed[..., 0] = True
+    chosen, previous = [], start
+    for t in range(quaternion.shape[-2]):
+        angles = geodesic_angle(turned[..., t, :, :], previous[..., None, :]).masked_fill(~allowed[..., t, :], torch.inf)
+        index = angles.argmin(-1)[..., None, None].expand(*angles.shape[:-1], 1, 4)
+        previous = turned[..., t, :, :].gather(-2, index)[..., 0, :]
+        chosen.append(previous)
+    return torch.stack(chosen, dim=-2)
 
 
 def nearest_angle(found: Tensor, true: Tensor, free: Tensor, order: int) -> Tensor:

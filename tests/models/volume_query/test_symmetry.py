@@ -15,6 +15,7 @@ from keygrip.models.volume_query.symmetry import (
     equivalent_turns,
     nearest_angle,
     shared_cross_entropy,
+    steady_turns,
 )
 from tests.models.volume_query.test_module import T, batch, build
 
@@ -56,6 +57,18 @@ def test_the_loss_is_of_the_summed_probability() -> None:
     classes[:, 0] = True
     expected = torch.stack([-row.softmax(-1)[kept].sum().log() for row, kept in zip(logits, classes, strict=True)])
     torch.testing.assert_close(shared_cross_entropy(logits, classes), expected)
+
+
+def test_a_plan_does_not_turn_from_one_equivalent_to_another() -> None:
+    bins = codec()
+    decoded = torch.tensor([[10.0, -70.0, 25.0, -60.0], [10.0, -70.0, 25.0, -60.0], [50.0, -30.0, 75.0, -20.0]])
+    start, free = torch.tensor([0.0, 0.0, 40.0]), torch.tensor([True, False, True])
+    found = steady_turns(about_vertical(decoded), about_vertical(start), free, bins, 4)
+    expected = torch.tensor([[10.0, 20.0, 25.0, 30.0], [10.0, -70.0, 25.0, -60.0], [50.0, 60.0, 75.0, 70.0]])
+    assert float(torch.rad2deg(geodesic_angle(found, about_vertical(expected))).max()) < 0.1
+    # -5 and 85 degrees are the same grip, but training never turned to 85
+    beyond = steady_turns(about_vertical(torch.tensor([[79.0, -5.0]])), about_vertical(torch.tensor([70.0])), free[:1], bins, 4)
+    assert float(torch.rad2deg(geodesic_angle(beyond[0, 1], about_vertical(torch.tensor(-5.0))))) < 0.1
 
 
 def test_errors_count_to_the_nearest_equivalent_while_the_gripper_is_open() -> None:
