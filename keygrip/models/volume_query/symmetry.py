@@ -3,8 +3,8 @@
 A cube is gripped as well after a quarter turn, a bar after a half turn. Which of these grips a demonstration shows is
 then no error of the policy's: their classes share the probability that the loss asks for, and errors count to the
 nearest of them. Once the object is held there is nothing to choose, so only plans that begin with an open gripper are
-treated so. Which grip is meant is read step by step, and two steps of a plan may mean two of them: a plan is therefore
-turned so that each step is the equivalent nearest to the one before it, and the gripper does not turn from grip to grip.
+treated so. Two steps of a plan may mean two of these grips, since each is decoded by itself: every step is therefore
+turned to the equivalent nearest to the one before it, lest the gripper turns from grip to grip.
 
 Shape legend: ``*`` leading shape, T steps, R rotation classes, N the order of the symmetry.
 """
@@ -58,7 +58,9 @@ def steady_turns(quaternion: Tensor, start: Tensor, free: Tensor, codec: Rotatio
     allowed[..., 0] = True
     chosen, previous = [], start
     for t in range(quaternion.shape[-2]):
-        angles = geodesic_angle(turned[..., t, :, :], previous[..., None, :]).masked_fill(~allowed[..., t, :], torch.inf)
+        angles = geodesic_angle(turned[..., t, :, :], previous[..., None, :]).masked_fill(
+            ~allowed[..., t, :], torch.inf
+        )
         index = angles.argmin(-1)[..., None, None].expand(*angles.shape[:-1], 1, 4)
         previous = turned[..., t, :, :].gather(-2, index)[..., 0, :]
         chosen.append(previous)

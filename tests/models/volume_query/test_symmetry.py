@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from keygrip.models.geometry.rotation_codecs import PCARotation
 from keygrip.models.geometry.rotations import geodesic_angle, rotation_exp
+from keygrip.models.policy import Observation
+from keygrip.models.volume_query.policy import VolumeQueryPolicy
 from keygrip.models.volume_query.symmetry import (
     equivalent_classes,
     equivalent_turns,
@@ -17,7 +21,7 @@ from keygrip.models.volume_query.symmetry import (
     shared_cross_entropy,
     steady_turns,
 )
-from tests.models.volume_query.test_module import T, batch, build
+from tests.models.volume_query.test_module import S, T, batch, build
 
 UP = torch.tensor([0.0, 0.0, 1.0])
 
@@ -67,7 +71,9 @@ def test_a_plan_does_not_turn_from_one_equivalent_to_another() -> None:
     expected = torch.tensor([[10.0, 20.0, 25.0, 30.0], [10.0, -70.0, 25.0, -60.0], [50.0, 60.0, 75.0, 70.0]])
     assert float(torch.rad2deg(geodesic_angle(found, about_vertical(expected))).max()) < 0.1
     # -5 and 85 degrees are the same grip, but training never turned to 85
-    beyond = steady_turns(about_vertical(torch.tensor([[79.0, -5.0]])), about_vertical(torch.tensor([70.0])), free[:1], bins, 4)
+    beyond = steady_turns(
+        about_vertical(torch.tensor([[79.0, -5.0]])), about_vertical(torch.tensor([70.0])), free[:1], bins, 4
+    )
     assert float(torch.rad2deg(geodesic_angle(beyond[0, 1], about_vertical(torch.tensor(-5.0))))) < 0.1
 
 
@@ -99,3 +105,29 @@ def test_module_shares_the_loss_and_keeps_it_where_the_gripper_holds(tmp_path: P
     assert targets.valid.shape[-1] == T
     with pytest.raises(ValueError, match="rotation_symmetry"):
         build(rotation_symmetry=0)
+
+
+def test_policy_plans_the_grip_that_is_nearest_to_its_gripper(tmp_path: Path) -> None:
+    module = build(tmp=tmp_path, rotation_symmetry=4)
+    module.codec("right").fit(about_vertical(torch.linspace(-130, 130, 201)))
+    data = batch(size=1)
+
+    def planned(policy: VolumeQueryPolicy, start: torch.Tensor, gripper: float) -> torch.Tensor:
+        seen: Observation = {
+            "image": np.zeros((S, S, 3), np.uint8),
+            "intrinsics": data.intrinsics[0].numpy(),
+            "world_to_camera": data.world_to_camera[0].numpy(),
+            "position": data.start_position[0, 0].numpy(),
+            "quaternion": start.numpy(),
+            "gripper": np.float32(gripper),
+        }
+        return torch.from_numpy(policy.plan(seen).quaternion[0]).float()
+
+    alone = replace(module.policy(), steady_turns=False)
+    free = planned(alone, data.start_quaternion[0, 0], 1.0)
+    quarters = [turn for turn in equivalent_turns(free[0], 4) if bool(module.codec("right").covers(turn))]
+    assert len(quarters) > 1
+    for start in quarters:
+        found = planned(module.policy(), start, 1.0)
+        assert float(geodesic_angle(found[0], start)) < 0.01
+        torch.testing.assert_close(planned(module.policy(), start, 0.0), planned(alone, start, 0.0))
