@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from looking import looking_at
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
@@ -36,16 +37,6 @@ class Parts:
     intrinsics: np.ndarray
     world_to_camera: np.ndarray  # [N, 4, 4]
     fps: float = 10.0
-
-
-def looking_at(eye: np.ndarray, target: np.ndarray) -> np.ndarray:
-    forward = (target - eye) / np.linalg.norm(target - eye)
-    right = np.cross(forward, [0.0, 0.0, 1.0])
-    right /= np.linalg.norm(right)
-    pose = np.eye(4)
-    pose[:3, :3] = np.stack([right, np.cross(forward, right), forward])
-    pose[:3, 3] = -pose[:3, :3] @ eye
-    return pose
 
 
 def images_of(position: np.ndarray, world_to_camera: np.ndarray) -> np.ndarray:

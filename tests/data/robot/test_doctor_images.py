@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from looking import looking_at
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.discovery import find_demos
@@ -27,16 +28,6 @@ from keygrip.robots.surface import yam_surface
 
 SIDE, FRAMES, DEMOS = 128, 24, 3
 INTRINSICS = np.array([[248.0, 0, 64.0], [0, 248.0, 64.0], [0, 0, 1]])
-
-
-def looking_at(eye: np.ndarray, target: np.ndarray) -> np.ndarray:
-    forward = (target - eye) / np.linalg.norm(target - eye)
-    right = np.cross(forward, [0.0, 0.0, 1.0])
-    right /= np.linalg.norm(right)
-    pose = np.eye(4)
-    pose[:3, :3] = np.stack([right, np.cross(forward, right), forward])
-    pose[:3, 3] = -pose[:3, :3] @ eye
-    return pose
 
 
 POSE = looking_at(np.array([0.95, -0.45, 0.75]), np.array([0.3, 0.0, 0.06]))

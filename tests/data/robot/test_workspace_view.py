@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from looking import looking_at
 
 from keygrip.data.robot.augmentation import ImageGeometry
 from keygrip.data.robot.datamodule import RobotDemos
@@ -30,13 +31,8 @@ def reachable() -> np.ndarray:
 def camera(width: int, height: int, points: np.ndarray, fill: float, wide: bool) -> CameraTrack:
     """A camera before the table whose image the points fill to this share, in width or wherever they touch first."""
     eye, target = np.array([1.4, 0.0, 0.9]), points.mean(axis=0)
-    forward = (target - eye) / np.linalg.norm(target - eye)
-    right = np.cross(forward, [0, 0, 1.0])
-    right /= np.linalg.norm(right)
-    rotation = np.stack([right, np.cross(forward, right), forward])
-    pose = np.eye(4)
-    pose[:3, :3], pose[:3, 3] = rotation, -rotation @ eye
-    seen = points @ rotation.T + pose[:3, 3]
+    pose = looking_at(eye, target)
+    seen = points @ pose[:3, :3].T + pose[:3, 3]
     spread = np.abs(seen[:, :2] / seen[:, 2:]).max(axis=0)
     across, down = fill * width / 2 / spread[0], fill * height / 2 / spread[1]
     focal = across if wide else min(across, down)
