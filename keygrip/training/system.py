@@ -62,7 +62,8 @@ class System(LightningModule):
 
     def loss(self, batch: Any) -> Tensor:
         """The loss of a training step on a batch; nothing is logged."""
-        raise NotImplementedError(f"{type(self).__name__} does not say its loss outside training")
+        name = type(self).__name__
+        raise ValueError(f"dry_run=true: {name} does not define loss(batch); define it, or train with max_steps=1")
 
     def dry_run(self, batch: Any) -> dict[str, Any]:
         """One batch forwards: shapes, parameters by part (millions; all and trained) and the loss."""

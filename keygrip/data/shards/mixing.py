@@ -9,6 +9,7 @@ computed, so that resuming is a number and neither workers nor ranks change it.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -314,15 +315,15 @@ def bucketed(
     return samples[np.concatenate([rng.permutation(together).ravel(), rest[whole:]])]
 
 
-class BatchListSampler(GlobalBatchSampler):
+class BatchListSampler(GlobalBatchSampler, ABC):
     """A sampler whose batches may differ in size: a list for each epoch, equally long in all.
 
     `batches_of` gives them; ranks, positions and resuming are as in :class:`GlobalBatchSampler`.
     """
 
+    @abstractmethod
     def batches_of(self, epoch: int) -> list[np.ndarray]:
         """The samples of each batch, over all ranks."""
-        raise NotImplementedError
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         epoch, first = (self.epoch, 0) if self.position is None else divmod(self.position(), max(1, len(self)))
