@@ -1,6 +1,9 @@
 """Plants faults of every kind into simulated recordings and counts what the doctor finds, and what it calls it.
 
-    python benchmarks/doctor.py --clean FOLDER --work FOLDER [--part faults|clean|calibration] [--only NAME]
+    python benchmarks/doctor.py --clean FOLDER --work FOLDER [--part PART] [--only NAME]
+
+Parts: `faults`, planted into `pick`, on which the doctor was developed; `unseen`, the same faults planted into `stack`,
+on which it was not; `clean`; `calibration`.
 
 FOLDER of `--clean` holds the recordings of `RECORDINGS`, each made by the command that stands beside it. Writes
 benchmarks/doctor.json, after each fault; a part that is run again replaces its own rows alone. Faults
@@ -43,7 +46,8 @@ RECORDINGS = {
     "stills": "stills demos=8 image_size=160 hz=1 task.name=pick +task.camera_jitter_deg=15",
 }
 
-CALIBRATIONS = 10
+# Draws on `pick`, which `step=calibrate` was developed on, and on a recording that it was not.
+CALIBRATIONS = {"pick": range(10), "stack": range(10, 15)}
 
 
 def judged(findings: list[Finding], says: str) -> tuple[bool, bool]:
@@ -93,7 +97,8 @@ def run_clean(folder: Path, work: Path, only: str | None) -> Iterator[dict[str, 
 
 def run_calibration(clean: Path, work: Path, only: str | None) -> Iterator[dict[str, Any]]:
     """Cameras turned, shifted, zoomed and images late by drawn amounts, and what `step=calibrate` leaves."""
-    for seed in range(CALIBRATIONS):
+    draws = [(recording, seed) for recording, seeds in CALIBRATIONS.items() for seed in seeds]
+    for recording, seed in draws:
         if only and not re.search(only, str(seed)):
             continue
         rng = np.random.default_rng(seed)
@@ -103,9 +108,9 @@ def run_calibration(clean: Path, work: Path, only: str | None) -> Iterator[dict[
             degrees, cm, percent, lag = 8.0, 5.0, 15.0, 5  # the largest of each, at once
         fault = Fault("", "", "", cameras=turned(degrees, cm, percent, seed), images=shifted(lag), joints=seed % 2 == 0)
         shutil.rmtree(work, ignore_errors=True)
-        plant(clean / "pick", work / "data", fault)
-        report = calibrate(work / "data", work / "fixed.yaml", "auto", None, None, DEMOS, 10)
-        true = find_demos(clean / "pick")[0].read().cameras["over"]
+        plant(clean / recording, work / "data", fault)
+        report = calibrate(work / "data", work / "fixed.yaml", "auto", None, None, DEMOS, 20)
+        true = find_demos(clean / recording)[0].read().cameras["over"]
         track = find_demos(work / "data", calibration=work / "fixed.yaml")[0].read().cameras["over"]
         was, now = true.world_to_camera[0], track.world_to_camera[0]
         turn = Rotation.from_matrix(now[:3, :3] @ was[:3, :3].T).magnitude()
@@ -113,6 +118,7 @@ def run_calibration(clean: Path, work: Path, only: str | None) -> Iterator[dict[
         planted = {"degrees": degrees, "cm": cm, "focal_percent": percent}
         row = {
             "seed": seed,
+            "recording": recording,
             "planted": {key: round(value, 2) for key, value in planted.items()} | {"late_frames": lag},
             "joints": fault.joints,
             "left_deg": round(float(np.degrees(turn)), 3),
@@ -124,16 +130,26 @@ def run_calibration(clean: Path, work: Path, only: str | None) -> Iterator[dict[
         yield row
 
 
-PARTS = {"faults": (run_faults, "fault"), "clean": (run_clean, "set"), "calibration": (run_calibration, "seed")}
+PARTS = {
+    "faults": (run_faults, "fault"),
+    "clean": (run_clean, "set"),
+    "calibration": (run_calibration, "seed"),
+    "unseen": (run_faults, "fault"),
+}
+PLANTED_INTO = {"faults": "pick", "unseen": "stack"}
+
+
+def _counts(rows: list[dict[str, Any]]) -> dict[str, int]:
+    found, right = (sum(row[key] for row in rows) for key in ("found", "right_cause"))
+    return {"planted": len(rows), "found": found, "right_cause": right}
 
 
 def summary(record: dict[str, Any]) -> dict[str, Any]:
     """Counts over all rows of the record."""
-    rows, sets, cameras = (record.get(part, []) for part in PARTS)
+    rows, sets, cameras, unseen = (record.get(part, []) for part in PARTS)
     return {
-        "planted": len(rows),
-        "found": sum(row["found"] for row in rows),
-        "right_cause": sum(row["right_cause"] for row in rows),
+        **_counts(rows),
+        "unseen": _counts(unseen),
         "clean_sets": len(sets),
         "false_alarms": sum(bool(row["findings"]) for row in sets),
         "calibrations": len(cameras),
@@ -154,7 +170,7 @@ def main() -> None:
     arguments = parser.parse_args()
     run, key = PARTS[arguments.part]
     record = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
-    clean = arguments.clean / "pick" if arguments.part == "faults" else arguments.clean
+    clean = arguments.clean / PLANTED_INTO.get(arguments.part, "")
     for row in run(clean, arguments.work, arguments.only):
         others = [known for known in record.get(arguments.part, []) if known[key] != row[key]]
         record = {"machine": "2 cores", "recordings": {n: f"{RECORD}{c}" for n, c in RECORDINGS.items()}} | record

@@ -36,6 +36,7 @@ RENAMED: dict[str, str] = {
     "model.warm_start": "model.init_from",
     "model.health_every_n_steps": "model.monitor_every_n_steps",
     "model.health_from_step": "model.monitor_from_step",
+    "model.pictures": "model.log_images",
     "model.vis_every_n_steps": "model.log_images_every_n_steps",
     "vlm.prompt_order=pictures_first": "vlm.prompt_order=images_first",
     "model=mark_reader": "model=vlm_encoder_pretraining",

@@ -66,7 +66,7 @@ VLA = [
     "backbone=tiny",
     "backbone.image_size=128",
     "geometry=dino_multiview",
-    "model.pictures=false",
+    "model.log_images=false",
     "data.batch_size=4",
 ]
 TOURS = [

@@ -11,6 +11,7 @@ arrays and never objects (see `wire` and `messagepack`), and without the token n
 from __future__ import annotations
 
 import asyncio
+import gc
 import hmac
 import json
 import logging
@@ -96,6 +97,9 @@ class PolicyServer:
             shutdown_timeout=self.limits.plan_s,
         )
         await runner.setup()
+        # A full garbage collection over the objects of torch and the policy stops every thread for 0.1 s and more.
+        gc.collect()
+        gc.freeze()
         watch = asyncio.create_task(self.service.planner.watch())
         ends = [asyncio.create_task(event.wait()) for event in (stop, self.service.planner.failed)]
         try:
@@ -113,6 +117,7 @@ class PolicyServer:
                 task.cancel()
             await runner.cleanup()
             self.service.close()
+            gc.unfreeze()
         if self.service.planner.failed.is_set():
             raise RuntimeError(f"{self.service.planner.trouble()}; see the log, and start it again")
 

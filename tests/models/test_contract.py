@@ -77,7 +77,14 @@ def use(module: System, file: Path) -> None:
 EVALUATE = {
     "policy": ["simulate=false"],
     "video_text": ["limit_batches=1", "max_new_tokens=2", "split=val"],
-    "image_text": ["cases=[reconstruction]", "images=2", "shown=1", "sampling.steps=1", "split=val"],
+    "image_text": [
+        "cases=[reconstruction]",
+        "images=2",
+        "shown=1",
+        "sampling.steps=1",
+        "split=val",
+        "features.steps=2",
+    ],
 }
 
 

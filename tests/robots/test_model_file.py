@@ -11,8 +11,9 @@ from scipy.spatial.transform import Rotation
 from keygrip.data.robot.doctor import doctor
 from keygrip.data.robot.doctor.silhouettes import seen, splat
 from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
+from keygrip.robots.kinematics import arm_file
 from keygrip.robots.model_file import arm_model, box, round_shape, surface_from_file
-from keygrip.robots.surface import RobotSurface
+from keygrip.robots.surface import RobotSurface, yam_surface
 
 # An upper arm of 30 cm that turns about the vertical and a forearm of 20 cm that turns about y, with a sliding finger.
 MJCF = """<mujoco>
@@ -108,24 +109,24 @@ def test_points_lie_on_their_shapes():
         ("<html/>", None, {}, "begins with <html>"),
         ("<mujoco", None, {}, "is not XML"),
         ('<!DOCTYPE a [<!ENTITY b "c">]><mujoco/>', None, {}, "declares entities"),
-        ("<mujoco/>", None, {}, "has no <worldbody>"),
+        ("<mujoco/>", None, {}, "no joint that moves"),
         ("<mujoco><worldbody><body/></worldbody></mujoco>", None, {}, "no joint that moves"),
-        (MJCF.replace('type="slide"', 'type="ball"'), None, {}, "hinge and slide are read"),
-        (MJCF.replace('size="0.03"', 'size="-1"'), None, {}, "cannot be"),
-        (MJCF.replace('axis="0 0 1"', 'axis="0 0 0"'), None, {}, "axis or a quaternion is zero"),
-        (MJCF.replace('axis="0 0 1"', 'axis="0 0 x"'), None, {}, "not a number"),
+        (MJCF.replace('type="slide"', 'type="ball"'), None, {}, "only hinges and slides are read"),
+        (MJCF.replace('size="0.03"', 'size="-1"'), None, {}, "size 0 must be positive in geom.*line 11"),
+        (MJCF.replace('axis="0 0 1"', 'axis="0 0 0"'), None, {}, "axis too small in joint.*pan"),
+        (MJCF.replace('axis="0 0 1"', 'axis="0 0 x"'), None, {}, "bad format in attribute .axis"),
         (
             MJCF.replace('<site name="tip" pos="0.2 0 0"/>', '<geom type="mesh" mesh="x"/>'),
             None,
             {},
-            "names the mesh 'x'",
+            "mesh 'x' not found",
         ),
-        (MJCF.replace("<worldbody>", '<worldbody><include file="b.xml"/>'), None, {}, "<include> is not read"),
+        (MJCF.replace("<worldbody>", '<worldbody><include file="b.xml"/>'), None, {}, "opening file 'b.xml'"),
         (MJCF, "hand", {}, "no body, link or site 'hand'; it has fore, jaw, tip, upper"),
         (MJCF, None, {"thumb": [0, 1]}, "no joint 'thumb'; it has pan, tilt, jaw"),
         (MJCF, None, {"jaw": [0.05]}, "needs two numbers"),
-        (URDF.replace('type="continuous"', 'type="floating"'), None, {}, "'floating' is not read"),
-        (URDF.replace('<child link="fore"/>', '<child link="upper"/>'), None, {}, "no other parent"),
+        (URDF.replace('type="continuous"', 'type="floating"'), None, {}, "free joint"),
+        (URDF.replace('<child link="fore"/>', '<child link="upper"/>'), None, {}, "multiple parents"),
     ],
 )
 def test_a_file_that_cannot_be_read_says_why(tmp_path, text, tool, fingers, said):
@@ -176,3 +177,52 @@ def test_doctor_compares_an_arm_of_a_file_with_its_images(tmp_path, mirrored):
     findings = doctor(root, tmp_path / "out", progress=False, robot_model=robot)
     seen_by_images = [finding for finding in findings if finding.camera == "front"]
     assert [finding.cause for finding in seen_by_images] == (["images mirrored left-right"] if mirrored else [])
+
+
+def test_the_yam_arm_read_from_its_file_moves_as_our_own_chain():
+    robot = surface_from_file(arm_file("yam"))
+    own = yam_surface()
+    joints = np.random.default_rng(0).uniform(-1, 1, (5, robot.joints))
+    poses = robot.link_poses(joints, np.zeros(5))
+    expected = own.link_poses(joints, np.zeros(5))
+    # The file's world is its body 0; then come the base and what each joint turns.
+    assert poses[:, 1 : robot.joints + 2] == pytest.approx(expected[:, : robot.joints + 1], abs=1e-6)
+
+
+def _tetrahedron(path: Path) -> None:
+    corners = np.array([[0, 0, 0], [0.1, 0, 0], [0, 0.1, 0], [0, 0, 0.1]], dtype="<f4")
+    faces = [(0, 2, 1), (0, 1, 3), (0, 3, 2), (1, 2, 3)]
+    if path.suffix == ".obj":
+        lines = [f"v {x} {y} {z}" for x, y, z in corners] + [f"f {a + 1} {b + 1} {c + 1}" for a, b, c in faces]
+        path.write_text("\n".join(lines))
+        return
+    record = np.zeros(4, dtype=[("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
+    record["corners"] = corners[np.array(faces)]
+    path.write_bytes(b"\0" * 80 + (4).to_bytes(4, "little") + record.tobytes())
+
+
+@pytest.mark.parametrize("mesh", ["hand.stl", "hand.obj"])
+@pytest.mark.parametrize("kind", ["urdf", "mjcf"])
+def test_a_mesh_lies_where_its_file_puts_it(tmp_path, mesh, kind):
+    (tmp_path / "meshes").mkdir()
+    _tetrahedron(tmp_path / "meshes" / mesh)
+    if kind == "urdf":
+        text = f"""<robot name="r"><link name="base"/><link name="hand">
+          <visual><origin xyz="1 2 3"/><geometry><mesh filename="package://any/meshes/{mesh}" scale="2 2 2"/></geometry>
+          </visual><collision><geometry><sphere radius="5"/></geometry></collision></link>
+          <joint name="turn" type="revolute"><origin xyz="0 0 1"/><axis xyz="0 0 1"/>
+          <parent link="base"/><child link="hand"/></joint></robot>"""
+    else:
+        text = f"""<mujoco><compiler meshdir="meshes"/><asset><mesh name="m" file="{mesh}" scale="2 2 2"/></asset>
+          <worldbody><geom type="box" size="9 9 9"/><body name="hand" pos="0 0 1"><joint name="turn" axis="0 0 1"/>
+          <geom type="mesh" mesh="m" pos="1 2 3" contype="0" conaffinity="0" group="2"/>
+          <geom type="sphere" size="5" group="3"/></body></worldbody></mujoco>"""
+    (tmp_path / f"arm.{kind}").write_text(text)
+    robot = surface_from_file(tmp_path / f"arm.{kind}", "hand", density=50_000)
+    placed = robot.at(np.array([[0.0], [np.pi / 2]]), np.zeros(2))
+    relative = placed[0] - [1, 2, 4]
+    assert relative.min() == pytest.approx(0, abs=1e-5)
+    assert relative.max() == pytest.approx(0.2, abs=0.01)
+    assert relative.sum(axis=1).max() == pytest.approx(0.2, abs=1e-5)  # the slanted face
+    assert placed[1] == pytest.approx(np.stack([-placed[0, :, 1], placed[0, :, 0], placed[0, :, 2]], axis=1), abs=1e-5)
+    assert robot.tool(np.zeros((1, 1)))[0, :3, 3] == pytest.approx([0, 0, 1])

@@ -34,7 +34,7 @@ class DepthReaderModule(System):
     Args:
         network: the encoder; its own weights of the two losses apply.
         optimizer: the recipe.
-        pictures: show depth maps in TensorBoard at every validation.
+        log_images: show depth maps in TensorBoard at every validation.
 
     Raises:
         ValueError: an encoder that learns no depth.
@@ -47,14 +47,14 @@ class DepthReaderModule(System):
     )
     headline_metrics = tuple(f"{split}/{name}" for split in ("train", "val") for name in HEADLINE)
 
-    def __init__(self, network: DinoMultiView, optimizer: AdamW, pictures: bool = True) -> None:
+    def __init__(self, network: DinoMultiView, optimizer: AdamW, log_images: bool = True) -> None:
         super().__init__(optimizer)
         if not network.learns_depth:
             raise ValueError(
                 "model=depth_reader trains on depth alone: set geometry.point_weight or geometry.depth_weight above 0, "
                 "and geometry.frozen=false."
             )
-        self.network, self.pictures = network, pictures
+        self.network, self.log_images = network, log_images
 
     def set_statistics(self, statistics: DemoStatistics) -> None:
         """Nothing of the data is kept; a run to start from is taken over, if there is one."""
@@ -83,7 +83,7 @@ class DepthReaderModule(System):
     def validation_step(self, batch: MultiViewPolicyBatch, batch_idx: int) -> None:
         features = self(batch)
         self._log("val", self.losses(features, batch), len(batch))
-        if batch_idx == 0 and self.pictures:
+        if batch_idx == 0 and self.log_images:
             self._show(features, batch)
 
     @torch.no_grad()

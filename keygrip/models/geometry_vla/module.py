@@ -62,7 +62,7 @@ class GeometryVLAModule(System):
         optimizer: the recipe. timesteps: draws those of training, 0 (data) to 1 (noise).
         draws: of noise for each sample, all read from one pass of the encoders.
         sampling: of actions, in validation and in control.
-        pictures: show a plan and depth maps in TensorBoard at every validation.
+        log_images: show a plan and depth maps in TensorBoard at every validation.
         pointing_weight: of the loss of where the gripper will be in the images (`model.network.pointing_cells`).
         init_from: run folder or checkpoint of such a policy whose weights are the start, geometry encoder included;
             actions are normalised by the new data. None: the network as it was built.
@@ -88,7 +88,7 @@ class GeometryVLAModule(System):
         timesteps: TimestepSampler,
         draws: int = 4,
         sampling: ActionSampling | None = None,
-        pictures: bool = True,
+        log_images: bool = True,
         pointing_weight: float = 0.1,
         init_from: str | None = None,
     ) -> None:
@@ -105,7 +105,7 @@ class GeometryVLAModule(System):
         self.statistics = PolicyStatistics()
         self.timesteps = timesteps
         self.draws, self.sampling = draws, sampling or ActionSampling()
-        self.pictures = pictures
+        self.log_images = log_images
         self.pointing_weight, self.init_from = pointing_weight, init_from
         self.views: tuple[str, ...] = ()
         self._grips: dict[str, list[Tensor]] = {}
@@ -307,7 +307,7 @@ class GeometryVLAModule(System):
         self.log_values("val", self.losses(scene, batch) | self.metrics(scene, batch, sampled), len(batch), BAR)
         for name, errors in self.grip_errors(batch, sampled).items():
             self._grips[name].append(errors)
-        if batch_idx == 0 and self.pictures:
+        if batch_idx == 0 and self.log_images:
             self._show(scene, batch)
 
     def on_validation_epoch_start(self) -> None:

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from looking import looking_at
+from scipy.ndimage import gaussian_filter1d
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.doctor import Finding, doctor
 from keygrip.data.robot.doctor.calibrate import calibrate
 from keygrip.data.robot.doctor.images_and_poses import lag_start
-from keygrip.data.robot.doctor.registration import NUMBERS
+from keygrip.data.robot.doctor.registration import NUMBERS, at_half_contrast
 from keygrip.data.robot.doctor.silhouettes import moved, seen, splat
 from keygrip.data.robot.doctor.views import make_view, place
 from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
@@ -172,7 +173,7 @@ def test_calibration_gives_the_camera_back_and_leaves_the_recording(tmp_path):
     off = track.world_to_camera[0] @ np.linalg.inv(POSE)
     centre = np.linalg.inv(track.world_to_camera[0])[:3, 3] - np.linalg.inv(POSE)[:3, 3]
     assert np.degrees(Rotation.from_matrix(off[:3, :3]).magnitude()) < 0.7
-    assert np.linalg.norm(centre) < 0.015
+    assert np.linalg.norm(centre) < 0.01
     assert track.intrinsics[0, 0, 0] == pytest.approx(248.0, rel=0.02)
     assert len(demo) == FRAMES - 2
     # the image of a pose is the one that shows it
@@ -200,3 +201,22 @@ def test_corrections_that_cannot_be_are_refused(tmp_path):
     file.write_text(head)
     with pytest.raises(ValueError, match="has no effect"):
         find_demos(root, calibration=file)
+
+
+@pytest.mark.parametrize("contrast", [30, 60, 200])
+@pytest.mark.parametrize("blur", [0.0, 0.8])
+@pytest.mark.parametrize("place", [20.0, 20.3, 20.8])
+def test_an_edge_is_found_at_half_its_contrast(contrast, blur, place):
+    covered = np.clip(place - np.arange(40), 0, 1)  # of each pixel's width: robot to the left
+    row = gaussian_filter1d(covered * contrast, blur) if blur else covered * contrast
+    added = np.broadcast_to(row[None, None, :, None] * [1.0, -0.5, 0.2], (1, 9, 40, 3)).astype(np.float32)
+    at = np.array([[place - 0.6, 4.5], [place + 0.4, 4.5], [5.0, 4.5]])
+    found, good = at_half_contrast(added, np.zeros(3, int), at, np.array([[1.0, 0.0]] * 3))
+    assert good.tolist() == [True, True, False]  # there is no edge near the last
+    assert at[:2, 0] + found[:2] == pytest.approx([place] * 2, abs=0.2)
+
+
+def test_an_edge_of_little_contrast_is_not_measured():
+    added = np.zeros((1, 9, 40, 3), np.float32)
+    added[:, :, :20] = 5
+    assert not at_half_contrast(added, np.zeros(1, int), np.array([[20.0, 4.5]]), np.array([[1.0, 0.0]]))[1].any()

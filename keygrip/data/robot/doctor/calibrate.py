@@ -29,7 +29,7 @@ from keygrip.robots.surface import RobotSurface
 
 log = logging.getLogger(__name__)
 
-FINE_REACHES = (5, 4, 3, 3, 3)
+FINE_REACHES = (5, 4, 3, 3, 3, 3, 3, 3)
 LEAST_AGREEMENT = 0.3  # after the fit: below, the images do not show this robot at these poses
 LAST_PRIOR = np.array([1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 20.0])  # once the place is found, images alone decide
 
@@ -145,7 +145,7 @@ def _pairs(demos: Sequence[Demo], camera: str, frames: int, model: RobotSurface 
 def fitted(pairs: Sequence[tuple[View, Placement]]) -> Fit:
     """The change of a camera that fits all images best, from wherever it starts.
 
-    Some images find the place, all of them the last fraction.
+    Some images and some points of the robot find the place, all of them the last fraction.
     """
     few = [pairs[index] for index in spread(len(pairs), 6)]
     own = agreement_of(few)
@@ -155,4 +155,4 @@ def fitted(pairs: Sequence[tuple[View, Placement]]) -> Fit:
     best = max(tried, key=lambda found: found.after)
     if own > best.after:
         best = fit(few, np.zeros(NUMBERS), prior=PRIOR)
-    return fit(pairs, start=best.change, reaches=FINE_REACHES, prior=LAST_PRIOR)
+    return fit(pairs, start=best.change, reaches=FINE_REACHES, prior=LAST_PRIOR, fine=True)

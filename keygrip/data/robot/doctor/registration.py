@@ -22,8 +22,9 @@ PRIOR = np.array([0.14, 0.14, 0.14, 0.05, 0.05, 0.05, 0.12, 3.0])  # what is lik
 REACHES = (12, 9, 6, 5, 4, 3)  # pixels that an outline is looked for, fit by fit
 OUTLINE = 160  # points on the outline of a frame
 LEAST_POINTS = 60  # on all frames: with fewer nothing can be said
-EVERY = 3  # of the surface's points
+EVERY = 3  # of the surface's points, where finding the place is enough: outlines of few points lie too far inside
 PIXEL_SIGMA = 1.0  # of an outline's place
+LEAST_CONTRAST = 20.0  # of 255, of an edge that is measured at half its contrast
 CORRELATED = 12.0  # neighbouring points of an outline err together: so many count as one
 
 
@@ -113,13 +114,13 @@ def _cover(view: View, placement: Placement, change: np.ndarray, margin: int) ->
     return mask
 
 
-def evidence(view: View, placement: Placement, change: np.ndarray, margin: int) -> np.ndarray:
+def evidence(view: View, placement: Placement, change: np.ndarray, margin: int) -> tuple[np.ndarray, np.ndarray]:
     """Foreground [F, h, w] against a background without the robot, as far as it is known where the robot is; 0.5 where
-    the background never shows."""
+    the background never shows. And what the images add to that background, [F, h, w, 3], 0 where it is not known."""
     background, known = uncovered_background(view.images, _cover(view, placement, change, margin))
     found = foreground(view.images, np.where(known[..., None], background, 0))
     found[:, ~known] = 0.5
-    return found
+    return found, np.where(known[..., None], view.images - background, 0).astype(np.float32)
 
 
 def _outline(
@@ -162,6 +163,35 @@ def _outline(
     return frames, points, normal, steps[best] + (steps[1] - steps[0]) / 2, weight
 
 
+def at_half_contrast(
+    added: np.ndarray, frames: np.ndarray, at: np.ndarray, normal: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where along their normals outline points [M] lie between robot and background by half, in pixels from `at`
+    [M, 2], and bool [M] whether they do within a pixel.
+
+    A threshold on the foreground puts edges of high contrast further out than others, and blurred ones (of JPEG's
+    colours) further still; half the contrast of each is where it was.
+
+    Args:
+        added: [F, h, w, 3], see `evidence`. frames: [M]. normal: [M, 2], outwards.
+    """
+    steps = np.arange(-2.5, 1.55, 0.25)
+    x = at[:, :1] + steps * normal[:, :1] - 0.5
+    y = at[:, 1:] + steps * normal[:, 1:] - 0.5
+    where = np.stack([np.broadcast_to(frames[:, None], x.shape), y, x])
+    profile = np.stack([map_coordinates(added[..., c], where, order=1, mode="nearest") for c in range(3)], axis=-1)
+    own = profile[:, steps <= -1.0].mean(axis=1)  # the robot's colour there, against the background's
+    share = np.einsum("msc,mc->ms", profile, own) / np.maximum((own**2).sum(axis=1), 1.0)[:, None]
+    near = np.flatnonzero(steps >= -1.0)
+    below = share[:, near] < 0.5
+    first = near[below.argmax(axis=1)]
+    rows = np.arange(len(at))
+    high, low = share[rows, first - 1], share[rows, first]
+    part = (high - 0.5) / np.maximum(high - low, 1e-6)
+    good = below.any(axis=1) & (first > near[0]) & (np.linalg.norm(own, axis=1) > LEAST_CONTRAST)
+    return steps[first - 1] + part * (steps[1] - steps[0]), good
+
+
 def fit(
     pairs: Sequence[tuple[View, Placement]],
     start: np.ndarray | None = None,
@@ -169,6 +199,7 @@ def fit(
     reaches: Sequence[int] = REACHES,
     prior: np.ndarray = PRIOR,
     centre: np.ndarray | None = None,
+    fine: bool = False,
 ) -> Fit:
     """Fits one change to all views of a camera by weighted least squares on the distances of outlines.
 
@@ -176,6 +207,7 @@ def fit(
         pairs: views with the robot's places in them. start: where to begin; None: no change.
         free: which of the 8 numbers may change. reaches: pixels that the outline is looked for in each pass.
         prior: one sigma of each number around `centre` (None: no change), which holds back what images do not tell.
+        fine: for the last fraction of a pixel: all points of the robot's surface, edges at half their contrast.
     """
     change = np.zeros(NUMBERS) if start is None else start.astype(float).copy()
     centre = np.zeros(NUMBERS) if centre is None else centre
@@ -185,18 +217,23 @@ def fit(
     inverse_prior = np.concatenate([1 / prior**2, [1.0]])[numbers]
     information, residual, count, cost = np.diag(inverse_prior), 0.0, 0, 1.0
     wider = 0.0
-    changed: list[np.ndarray] = []
+    every = 1 if fine else EVERY
+    changed: list[tuple[np.ndarray, np.ndarray]] = []
     for number, reach in enumerate(reaches):
         if number in (0, len(reaches) - 2):
             changed = [evidence(view, robot, change, min(reach, 6)) for view, robot in pairs]
         rows, distances, weights = [], [], []
-        for (view, robot), shown in zip(pairs, changed, strict=True):
+        for (view, robot), (shown, added) in zip(pairs, changed, strict=True):
             intrinsics, pose = camera_with(view, change)
-            points = robot.at(view.index + change[LAG], EVERY)
+            points = robot.at(view.index + change[LAG], every)
             pixels, camera = seen(points, intrinsics, pose)
             frames, chosen, normal, distance, weight = _outline(shown, pixels, rng, reach)
+            if fine:
+                start_at = pixels[frames, chosen] + distance[:, None] * normal
+                more, good = at_half_contrast(added, frames, start_at, normal)
+                distance, weight = distance + more, np.where(good, weight, 0.0)
             if LAG in free:
-                speed = robot.speed(view.index[frames] + change[LAG], chosen * EVERY) @ pose[:3, :3].T
+                speed = robot.speed(view.index[frames] + change[LAG], chosen * every) @ pose[:3, :3].T
             else:
                 speed = np.zeros((len(frames), 3))
             jacobian = _jacobian(camera[frames, chosen], intrinsics, pose, change, speed)
