@@ -248,6 +248,8 @@ class VolumeQueryNetwork(nn.Module):
         second_look: side in pixels of a sharper cut of the same image, of which a window around each step's pixel (as
             `step_features`) corrects gripper and rotation (`keygrip.models.volume_query.second_look`); None: none.
         look_size: side of that window, in pixels of the sharper image.
+        look_backbone: "shared": windows go through the image's backbone; "own": through a copy with weights of its own,
+            which begins as the image's where saved weights (`init_from`) lack it.
     """
 
     sin_z: Tensor
@@ -280,6 +282,7 @@ class VolumeQueryNetwork(nn.Module):
         couple_arms: bool = False,
         second_look: int | None = None,
         look_size: int = 64,
+        look_backbone: Literal["shared", "own"] = "shared",
     ) -> None:
         super().__init__()
         if couple_arms and len(arms) < 2:
@@ -349,8 +352,12 @@ class VolumeQueryNetwork(nn.Module):
                 trunk=d_feat + d_sin_z + d_sin_t,
                 gripper_bins=gripper_bins,
                 rotation_classes=rotation_classes,
+                own_backbone=look_backbone == "own",
             )
         )
+        if look_backbone not in ("shared", "own"):
+            raise ValueError(f"model.network.look_backbone is shared or own, not {look_backbone!r}.")
+        self.register_load_state_dict_pre_hook(_begin_with_the_shared_backbone)
         self.register_buffer("sin_z", sinusoidal_features(height_bins, d_sin_z), persistent=False)  # [Z, d_sin_z]
         self.register_buffer("sin_t", sinusoidal_features(horizon, d_sin_t), persistent=False)  # [T, d_sin_t]
 
@@ -470,6 +477,15 @@ class VolumeQueryNetwork(nn.Module):
         logits = volume.float()
         position, _ = soft_argmax(logits, argmax_voxel(logits)[0])
         return position * (self.image_size / self.pred_size)
+
+
+def _begin_with_the_shared_backbone(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Weights of a second look without backbone of its own are loaded into one that has it."""
+    look, own = getattr(module, "second_look", None), f"{prefix}second_look.backbone."
+    if look is None or look.backbone is None or any(name.startswith(own) for name in state):
+        return
+    shared = f"{prefix}backbone."
+    state.update({own + name[len(shared) :]: value for name, value in state.items() if name.startswith(shared)})
 
 
 def _stack_arms(volumes: Sequence[VolumeLogits]) -> VolumeLogits:

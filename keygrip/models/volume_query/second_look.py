@@ -12,6 +12,7 @@ side of a window, in pixels; D width of the backbone, W width of the look.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,7 +66,9 @@ class SecondLook(nn.Module):
     """Corrections of the gripper's and rotation's logits; zero at first.
 
     Args:
-        arms: names. backbone: gives width and patch size; is not kept. image_size: S. sharp_size: Q. side: L, a
+        arms: names. backbone: gives width and patch size; is not kept. own_backbone: windows go through a copy of it, with
+            weights of its own: the volume's loss has a much larger gradient, and Adam's steps in shared weights follow
+            it, so that a small object's turn is not learned beside it. image_size: S. sharp_size: Q. side: L, a
             multiple of the patch. trunk: width of a step. gripper_bins, rotation_classes: of the heads. width: W.
 
     Raises:
@@ -84,6 +87,7 @@ class SecondLook(nn.Module):
         gripper_bins: int,
         rotation_classes: int,
         width: int = 96,
+        own_backbone: bool = False,
     ) -> None:
         super().__init__()
         patch = backbone.patch_size
@@ -100,6 +104,7 @@ class SecondLook(nn.Module):
             {arm: _head(trunk + width, gripper_bins + rotation_classes, hidden=2 * width) for arm in arms}
         )
         self.gripper_bins = gripper_bins
+        self.backbone = copy.deepcopy(backbone) if own_backbone else None
 
     def forward(
         self, arm: str, backbone: DinoBackbone, image: SharpImage, pixels: Tensor, trunk: Tensor
@@ -107,7 +112,7 @@ class SecondLook(nn.Module):
         """What is added to the logits of the gripper ``[B, T, G]`` and of the rotation ``[B, T, R]``.
 
         Args:
-            backbone: the network's own. pixels: ``[B, T, 2]`` of the network's image. trunk: ``[B, T, trunk]``.
+            backbone: the network's. pixels: ``[B, T, 2]`` of the network's image. trunk: ``[B, T, trunk]``.
         """
         if image.pixels.shape[-2:] != (self.sharp_size, self.sharp_size):
             raise ValueError(
@@ -115,7 +120,8 @@ class SecondLook(nn.Module):
                 f"{image.pixels.shape[-1]}: set data.detail_size={self.sharp_size}"
             )
         seen = windows(image.pixels, pixels * (self.sharp_size / self.image_size), self.side)  # [B, T, 3, L, L]
-        patches = backbone(normalised(seen.flatten(0, 1), image.mean, image.std).to(trunk.dtype)).patches  # [N, n, D]
+        eye = backbone if self.backbone is None else self.backbone
+        patches = eye(normalised(seen.flatten(0, 1), image.mean, image.std).to(trunk.dtype)).patches  # [N, n, D]
         look = self.read(self.reduce(patches).flatten(1)).unflatten(0, pixels.shape[:2])  # [B, T, W]
         place = (pixels / self.image_size * 2 - 1).nan_to_num(0.0).clamp(-2, 2)
         look = look + self.place(place_code(place).to(look.dtype))
