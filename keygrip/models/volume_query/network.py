@@ -26,7 +26,7 @@ from keygrip.models.nn.adaln import AdaLNZeroMLP
 from keygrip.models.nn.sinusoids import sinusoidal_features
 from keygrip.models.volume_query.arms import CoupledArms
 from keygrip.models.volume_query.language import InstructionConditioning, InstructionEncoder
-from keygrip.models.volume_query.second_look import SecondLook, SharpImage
+from keygrip.models.volume_query.second_look import SecondLook, SharpImage, begin_as_shared
 from keygrip.models.volume_query.volume import VolumeLogits, argmax_voxel, soft_argmax
 from keygrip.models.volume_query.world import VoxelProjection, WorldScores
 from keygrip.training.parts import model_part
@@ -357,7 +357,7 @@ class VolumeQueryNetwork(nn.Module):
         )
         if look_backbone not in ("shared", "own"):
             raise ValueError(f"model.network.look_backbone is shared or own, not {look_backbone!r}.")
-        self.register_load_state_dict_pre_hook(_begin_with_the_shared_backbone)
+        self.register_load_state_dict_pre_hook(begin_as_shared)
         self.register_buffer("sin_z", sinusoidal_features(height_bins, d_sin_z), persistent=False)  # [Z, d_sin_z]
         self.register_buffer("sin_t", sinusoidal_features(horizon, d_sin_t), persistent=False)  # [T, d_sin_t]
 
@@ -477,15 +477,6 @@ class VolumeQueryNetwork(nn.Module):
         logits = volume.float()
         position, _ = soft_argmax(logits, argmax_voxel(logits)[0])
         return position * (self.image_size / self.pred_size)
-
-
-def _begin_with_the_shared_backbone(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Weights of a second look without backbone of its own are loaded into one that has it."""
-    look, own = getattr(module, "second_look", None), f"{prefix}second_look.backbone."
-    if look is None or look.backbone is None or any(name.startswith(own) for name in state):
-        return
-    shared = f"{prefix}backbone."
-    state.update({own + name[len(shared) :]: value for name, value in state.items() if name.startswith(shared)})
 
 
 def _stack_arms(volumes: Sequence[VolumeLogits]) -> VolumeLogits:

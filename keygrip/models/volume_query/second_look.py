@@ -66,10 +66,10 @@ class SecondLook(nn.Module):
     """Corrections of the gripper's and rotation's logits; zero at first.
 
     Args:
-        arms: names. backbone: gives width and patch size; is not kept. own_backbone: windows go through a copy of it, with
-            weights of its own: the volume's loss has a much larger gradient, and Adam's steps in shared weights follow
-            it, so that a small object's turn is not learned beside it. image_size: S. sharp_size: Q. side: L, a
+        arms: names. backbone: gives width and patch size; is not kept. image_size: S. sharp_size: Q. side: L, a
             multiple of the patch. trunk: width of a step. gripper_bins, rotation_classes: of the heads. width: W.
+        own_backbone: windows go through a copy of the backbone with weights of its own. In shared weights Adam's steps
+            follow the loss of the volume, whose gradient is larger, and a small object's turn is learned late.
 
     Raises:
         ValueError: the window does not fit the patches or the sharp image.
@@ -127,6 +127,15 @@ class SecondLook(nn.Module):
         look = look + self.place(place_code(place).to(look.dtype))
         both = self.heads[arm](torch.cat([trunk, look], dim=-1))
         return both[..., : self.gripper_bins], both[..., self.gripper_bins :]
+
+
+def begin_as_shared(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Before a network is loaded: where its second look has a backbone of its own and the saved one had none, that
+    begins as the saved network's."""
+    look, own, shared = getattr(module, "second_look", None), f"{prefix}second_look.backbone.", f"{prefix}backbone."
+    if look is None or look.backbone is None or any(name.startswith(own) for name in state):
+        return
+    state.update({own + name[len(shared) :]: value for name, value in state.items() if name.startswith(shared)})
 
 
 def _head(width: int, classes: int, hidden: int) -> nn.Module:

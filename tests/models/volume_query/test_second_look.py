@@ -11,6 +11,7 @@ from PIL import Image
 
 from keygrip.data.batches import normalised
 from keygrip.data.robot.augmentation import Augmentation, ImageGeometry
+from keygrip.models.volume_query.module import VolumeQueryModule
 from keygrip.models.volume_query.second_look import SharpImage, place_code, windows
 from tests.models.volume_query.test_module import S, T, batch, build
 from tests.models.volume_query.test_network import build as build_network
@@ -86,6 +87,38 @@ def test_it_learns_a_turn_that_only_the_sharp_image_shows(tmp_path: Path) -> Non
         loss.backward()
         optimizer.step()
     assert float(loss.detach()) < 0.3  # by chance: 1.8
+
+
+def test_own_backbone_begins_as_the_shared_one_and_reads_the_windows(tmp_path: Path) -> None:
+    shared, own = build(tmp=tmp_path, network=LOOK), build(tmp=tmp_path, network=LOOK | {"look_backbone": "own"})
+    for name, value in shared.network.state_dict().items():
+        assert torch.equal(value, own.network.state_dict()[name]), name
+    for module in (shared, own):
+        torch.nn.init.normal_(module.network.second_look.heads["right"][-1].weight)  # type: ignore[union-attr,index]
+    with torch.no_grad():
+        for weight in shared.network.parameters():
+            weight.add_(0.01)
+    own.network.load_state_dict(shared.network.state_dict())  # as a run with model.init_from does
+    data = batch()
+    data.detail = torch.randint(0, 256, (2, 3, Q, Q), dtype=torch.uint8)
+
+    def rotation(module: VolumeQueryModule) -> torch.Tensor:
+        return module(data, module.targets(data), teacher=True).rotation
+
+    assert torch.equal(rotation(shared), rotation(own))
+    rotation(own).sum().backward()
+    look = own.network.second_look
+    assert look is not None
+    assert look.backbone is not None
+    assert all(weight.grad is not None for weight in look.reduce.parameters())
+    assert any(weight.grad is not None and bool(weight.grad.any()) for weight in look.backbone.parameters())
+    again = build(tmp=tmp_path, network=LOOK | {"look_backbone": "own"})
+    with torch.no_grad():
+        next(look.backbone.parameters()).add_(1.0)
+    again.network.load_state_dict(own.network.state_dict())  # its own weights, not the shared ones
+    assert torch.equal(rotation(own), rotation(again))
+    with pytest.raises(ValueError, match="look_backbone"):
+        build(network=LOOK | {"look_backbone": "borrowed"})
 
 
 def test_policy_looks_as_validation_does(tmp_path: Path) -> None:
