@@ -2,7 +2,7 @@
 
     python benchmarks/doctor.py --clean FOLDER --work FOLDER [--part PART] [--only NAME]
 
-Parts: `faults`, planted into `pick`, on which the doctor was developed; `unseen`, the same faults planted into `stack`,
+Parts: `faults`, planted into `pick`, on which the doctor was developed; `unseen`, the same faults planted into `pick_place`,
 on which it was not; `clean`; `calibration`.
 
 FOLDER of `--clean` holds the recordings of `RECORDINGS`, each made by the command that stands beside it. Writes
@@ -136,7 +136,7 @@ PARTS = {
     "calibration": (run_calibration, "seed"),
     "unseen": (run_faults, "fault"),
 }
-PLANTED_INTO = {"faults": "pick", "unseen": "stack"}
+PLANTED_INTO = {"faults": "pick", "unseen": "pick_place"}
 
 
 def _counts(rows: list[dict[str, Any]]) -> dict[str, int]:

@@ -21,11 +21,12 @@ FAMILIES: dict[str, tuple[int, ...]] = {
     "crop": (0, 1, FOCAL),
     "extrinsics": (*ROTATION_SET, *SHIFT_SET),
 }
-SIMPLEST_FIRST = (("lag",), ("focal",), ("rotation", "shift"), ("crop",), ("extrinsics",))
+SIMPLEST_FIRST = (("lag",), ("focal",), ("rotation", "shift", "crop"), ("extrinsics",))
 AS_GOOD, COST_RATIO = 0.015, 1.12  # of agreement, and of the outlines' cost
 LONG = np.array([0.3, 0.3, 0.3, 0.2, 0.2, 0.2, 0.4, 8.0])
 SCALES = (0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2)
 BETTER = 0.03
+OTHER_SIZE, SAME_SHARE = 0.06, 0.01  # lenses are off the centre by less, and not by the same share both ways
 
 
 READINGS = {
@@ -145,6 +146,18 @@ def _peak(scales: Sequence[float], scores: Sequence[float], best: float, own: fl
     return float(np.clip(-b / (2 * a), x[0], x[2])) if a < 0 else best
 
 
+def other_image_size(view: View) -> tuple[int, int] | None:
+    """The width and height of the images that a camera matrix belongs to, by its principal point, where it is off the
+    centre of the stored ones by the same share both ways; None: it is not."""
+    track = view.demo.cameras[view.camera]
+    matrix = np.asarray(track.intrinsics[0])
+    size = 2 * matrix[0, 2], 2 * matrix[1, 2]
+    across, down = size[0] / track.width, size[1] / track.height
+    if abs(across - 1) < OTHER_SIZE or abs(across - down) > SAME_SHARE:
+        return None
+    return round(size[0]), round(size[1])
+
+
 def camera_cause(seen: Compared, names: Sequence[str], found: Fit) -> tuple[str, str, str]:
     """Cause, what was measured, and advice for a camera that a fit had to change in all demos."""
     pairs = [seen.pairs[name] for name in names]
@@ -154,9 +167,17 @@ def camera_cause(seen: Compared, names: Sequence[str], found: Fit) -> tuple[str,
     for group in SIMPLEST_FIRST:
         fits = {name: family_fit(pairs, found, FAMILIES[name]) for name in group}
         good = {name: alone for name, alone in fits.items() if _as_good(alone, found)}
-        if good:  # a turn and a shift look much alike: the one that fits better
+        if good:  # a turn, a shift and a crop look much alike: the one that fits best
             family, found = min(good.items(), key=lambda entry: entry[1].cost)
             break
+    if family != "lag" and (size := other_image_size(pairs[0][0])) is not None:
+        track = pairs[0][0].demo.cameras[seen.camera]
+        return (
+            f"cropped or resized images with old K (of {size[0]} x {size[1]} pixels)",
+            f"the robot is seen elsewhere ({measured} after a fit), and the principal point is the centre of images of "
+            f"{size[0]} x {size[1]} pixels",
+            f"Give the intrinsics of the images as they are stored, {track.width} x {track.height}. " + calibrate,
+        )
     if family != "lag" and (by_poses := _pose_cause(seen, names, found)) is not None:
         return by_poses
     turn, shift, focal, lag = found.degrees, found.metres * 100, (found.focal - 1) * 100, found.lag
