@@ -2,8 +2,8 @@
 
     python benchmarks/doctor.py --clean FOLDER --work FOLDER [--part PART] [--only NAME]
 
-Parts: `faults`, planted into `pick`, on which the doctor was developed; `unseen`, the same faults planted into `pick_place`,
-on which it was not; `clean`; `calibration`.
+Parts: `faults`, planted into `pick`, on which the doctor was developed; `unseen`, the same faults planted into
+`pick_place`, on which it was not; `clean`; `calibration`.
 
 FOLDER of `--clean` holds the recordings of `RECORDINGS`, each made by the command that stands beside it. Writes
 benchmarks/doctor.json, after each fault; a part that is run again replaces its own rows alone. Faults

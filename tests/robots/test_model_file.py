@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.doctor import doctor
-from keygrip.data.robot.doctor.silhouettes import seen, splat
+from keygrip.data.robot.doctor.calibrate import calibrate
+from keygrip.data.robot.doctor.silhouettes import moved, seen, splat
 from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
 from keygrip.robots.kinematics import arm_file
 from keygrip.robots.model_file import arm_model, box, round_shape, surface_from_file
@@ -226,3 +228,25 @@ def test_a_mesh_lies_where_its_file_puts_it(tmp_path, mesh, kind):
     assert relative.sum(axis=1).max() == pytest.approx(0.2, abs=1e-5)  # the slanted face
     assert placed[1] == pytest.approx(np.stack([-placed[0, :, 1], placed[0, :, 0], placed[0, :, 2]], axis=1), abs=1e-5)
     assert robot.tool(np.zeros((1, 1)))[0, :3, 3] == pytest.approx([0, 0, 1])
+
+
+@pytest.mark.slow
+def test_calibration_with_an_arm_of_a_file(tmp_path):
+    (tmp_path / "arm.xml").write_text(MJCF)
+    robot = surface_from_file(tmp_path / "arm.xml", "tip", FINGERS, density=30_000)
+    root = _recorded(tmp_path / "data", robot, mirrored=False)
+    change = np.array([0.04, -0.03, 0.05, 0.01, -0.02, 0.02])
+    for demo in root.iterdir():
+        cameras = dict(np.load(demo / "cameras.npz"))
+        for key in cameras:
+            if key.endswith("world_to_camera"):
+                cameras[key] = moved(np.eye(4), change) @ cameras[key]
+        np.savez(demo / "cameras.npz", **cameras)
+        (demo / "manifest.json").unlink(missing_ok=True)
+    wrong = find_demos(root)[0].read().cameras["front"].world_to_camera[0]
+    calibrate(root, tmp_path / "fixed.yaml", "auto", None, None, 3, 16, robot)
+    right = np.linalg.inv(moved(np.eye(4), change)) @ wrong
+    found = find_demos(root, calibration=tmp_path / "fixed.yaml")[0].read().cameras["front"].world_to_camera[0]
+    off = found @ np.linalg.inv(right)
+    assert np.degrees(Rotation.from_matrix(off[:3, :3]).magnitude()) < 0.7
+    assert np.linalg.norm(np.linalg.inv(found)[:3, 3] - np.linalg.inv(right)[:3, 3]) < 0.02

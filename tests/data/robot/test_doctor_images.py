@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from scipy.spatial.transform import Rotation
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.doctor import Finding, doctor
 from keygrip.data.robot.doctor.calibrate import calibrate
+from keygrip.data.robot.doctor.causes import other_image_size
 from keygrip.data.robot.doctor.images_and_poses import lag_start
 from keygrip.data.robot.doctor.registration import NUMBERS, at_half_contrast
 from keygrip.data.robot.doctor.silhouettes import moved, seen, splat
@@ -108,6 +110,10 @@ def long_lens(demo: Recorded, number: int) -> Recorded:
     return replace(demo, intrinsics=INTRINSICS * [[1.12, 1, 1], [1, 1.12, 1], [1, 1, 1]])
 
 
+def cropped(demo: Recorded, number: int) -> Recorded:
+    return replace(demo, images=demo.images[:, 12:-12, 12:-12])
+
+
 def moved_once(demo: Recorded, number: int) -> Recorded:
     return replace(demo, pose=moved(POSE, np.array([0.06, -0.05, 0.03, 0, 0, 0]))) if number == 2 else demo
 
@@ -122,6 +128,14 @@ def exchanged_once(demo: Recorded, number: int) -> Recorded:
         (mirrored, False, "flipped_images", "images mirrored left-right", 3),
         (late_once, True, "image_lag", "images 2 frames late", 1),
         pytest.param(long_lens, True, "registration", "focal length off by", 3, marks=pytest.mark.slow),
+        pytest.param(
+            cropped,
+            True,
+            "registration",
+            "cropped or resized images with old K (of 128 x 128",
+            3,
+            marks=pytest.mark.slow,
+        ),
         (moved_once, False, "moved_camera", "camera moved by", 1),
         (exchanged_once, True, "colour_order", "colour order BGR", 1),
     ],
@@ -201,6 +215,23 @@ def test_corrections_that_cannot_be_are_refused(tmp_path):
     file.write_text(head)
     with pytest.raises(ValueError, match="has no effect"):
         find_demos(root, calibration=file)
+
+
+@pytest.mark.parametrize(
+    ("centre", "size"),
+    [
+        ((64.0, 64.0), None),
+        ((70.0, 64.0), None),
+        ((66.0, 66.0), None),
+        ((80.0, 80.0), (160, 160)),
+        ((48.0, 48.2), (96, 96)),
+    ],
+)
+def test_a_principal_point_says_whose_images_a_camera_matrix_is_of(centre, size):
+    matrix = np.array([[[200.0, 0, centre[0]], [0, 200.0, centre[1]], [0, 0, 1]]])
+    track = SimpleNamespace(intrinsics=matrix, width=128, height=128)
+    view = SimpleNamespace(camera="over", demo=SimpleNamespace(cameras={"over": track}))
+    assert other_image_size(view) == size
 
 
 @pytest.mark.parametrize("contrast", [30, 60, 200])
