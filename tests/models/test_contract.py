@@ -26,6 +26,7 @@ from keygrip.training.parts import MARK
 from keygrip.training.system import System
 
 MODELS = group_options("model")
+VARIANTS = ("geometry_vla_no_injection", "volume_query_language", "volume_query_tuned")  # of modules that are here anyway
 QUICK = [
     *("strategy=cpu", "strategy.precision=32-true", "data.num_workers=0", "max_steps=1", "val_every_n_steps=1"),
     *("limit_val_batches=1", "log_every_n_steps=1", "logger=none", "callbacks.compute=null"),
@@ -88,7 +89,9 @@ EVALUATE = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else []) for name in MODELS]
+)
 def test_a_model_keeps_its_promises(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # the evaluator of images learns 400 steps: what it finds is tested elsewhere
     monkeypatch.setattr(ClassifierOptions.__init__, "__defaults__", (8, 2, 4, 3e-3, 0.08))
