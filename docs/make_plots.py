@@ -18,13 +18,13 @@ def read(name: str) -> dict[str, Any]:
 
 
 def frames_and_tokens() -> None:
-    """Quality and time of the language model against the number of frames: one chosen token a frame, and many."""
+    """Quality and time of the language model against the number of frames: one chosen token per frame, and many."""
     runs = {run["run"]: run for run in read("foveated_vlm")["runs"]}
     figure = Figure(figsize=(9.5, 3.4), layout="constrained")
     quality, time = figure.subplots(1, 2)
     for run, mode, label, colour in (
-        ("long_0", "autoregressive", "1 chosen token a frame", "tab:blue"),
-        ("pooled_long_0", "many_tokens", "16 pooled tokens a frame", "tab:orange"),
+        ("long_0", "autoregressive", "1 chosen token per frame", "tab:blue"),
+        ("pooled_long_0", "many_tokens", "16 pooled tokens per frame", "tab:orange"),
     ):
         for kind, style in (("mark", "-"), ("cue", "--")):
             found = {n: runs[run][mode].get(f"accuracy_{kind}_of_{n}") for n in LENGTHS}

@@ -66,13 +66,13 @@ class Progress(tqdm):
 
 
 def line(what: str | None, values: dict[str, Any], postfix: str | None = None) -> str:
-    """One line of progress: ``record pick: 40 of 150 demos, 3.1 a second, 35 s left``."""
+    """One line of progress: ``record pick: 40 of 150 demos, 3.1 per second, 35 s left``."""
     count, total, elapsed = values["n"], values["total"], values["elapsed"]
     unit = values["unit"]
     parts = [f"{count:g}{'' if total is None else f' of {total:g}'} {unit}{'' if count == 1 and not total else 's'}"]
     rate = values["rate"] or (count / elapsed if elapsed else None)
     if rate:
-        parts.append(f"{rate:.3g} a second")
+        parts.append(f"{rate:.3g} per second")
         if total is not None and total > count:
             parts.append(f"{(total - count) / rate:.0f} s left")
     if total is None or count >= total:

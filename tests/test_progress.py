@@ -59,4 +59,4 @@ def test_nothing_where_it_is_unwanted_or_quick(monkeypatch: pytest.MonkeyPatch, 
 
 def test_a_line_without_a_total() -> None:
     values = {"n": 1, "total": None, "elapsed": 4.0, "unit": "sample", "rate": None}
-    assert progress.line("write", values, "2 refused") == "write: 1 sample, 0.25 a second, 4 s, 2 refused"
+    assert progress.line("write", values, "2 refused") == "write: 1 sample, 0.25 per second, 4 s, 2 refused"

@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=20, help="of each task")
     parser.add_argument("--first-seed", type=int, default=HELD_OUT_SEED, help="settings are chosen on 500000 and up")
     parser.add_argument("--image-size", type=int, default=224, help="as recorded")
-    parser.add_argument("--hz", type=float, default=None, help="control periods a second; the YAM cell's default: 10")
+    parser.add_argument("--hz", type=float, default=None, help="control periods per second; the YAM cell's default: 10")
     parser.add_argument("--execute-seconds", type=float, default=1.2, help="of a plan before the next one")
     parser.add_argument("--cameras", nargs="+", default=None)
     parser.add_argument("--python", default=".venv-metaworld/bin/python", help="interpreter with metaworld")

@@ -30,7 +30,7 @@ class PeerPolicy:
     """A LeRobot policy trained on a data set of `step=export_lerobot`, as keygrip's `Policy`.
 
     Args:
-        checkpoint: folder `pretrained_model`. hz: control periods a second, as in the data set. arms: their names.
+        checkpoint: folder `pretrained_model`. hz: control periods per second, as in the data set. arms: their names.
     """
 
     def __init__(self, checkpoint: Path, hz: float, arms: tuple[str, ...]) -> None:
@@ -99,7 +99,7 @@ async def _serve(server: PolicyServer, port: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--hz", type=float, default=10.0, help="control periods a second, the data set's fps")
+    parser.add_argument("--hz", type=float, default=10.0, help="control periods per second, the data set's fps")
     parser.add_argument("--arms", nargs="+", default=["right"], help="in the order of the data set")
     parser.add_argument("--port", type=int, default=8422)
     arguments = parser.parse_args()

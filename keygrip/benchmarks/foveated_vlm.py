@@ -131,12 +131,12 @@ class VLMDecode(Timed):
 
 @dataclass(frozen=True)
 class VLMTokens(Timed):
-    """Time that the language model takes to read a question with its visual tokens, at one token a frame and at many,
+    """Time that the language model takes to read a question with its visual tokens, at one token per frame and at many,
     against the number of frames. Weights are random; the encoder is not in it.
 
     Args:
         overrides: of ``keygrip.train``, which say what network. text_tokens: of the question and the answer.
-        frames: counts of frames. tokens: visual tokens a frame; the first is the one to compare with.
+        frames: counts of frames. tokens: visual tokens per frame; the first is the one to compare with.
         threads: of the processor.
     """
 

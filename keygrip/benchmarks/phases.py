@@ -53,7 +53,7 @@ class PhaseTimes(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if len(self._marks) != 3:
-            raise ValueError("phases are measured of one backward pass a step: accumulate_grad_batches=1")
+            raise ValueError("phases are measured of one backward pass per step: accumulate_grad_batches=1")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -1,4 +1,4 @@
-"""Precomputing image shards: images a second, and the share of time that the encoders wait for data."""
+"""Precomputing image shards: images per second, and the share of time that the encoders wait for data."""
 
 from __future__ import annotations
 

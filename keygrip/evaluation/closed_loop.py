@@ -91,7 +91,7 @@ class ClosedLoop:
             None leaves out a condition that another config has set.
         episodes: a condition (shared out over its grid).
         first_seed: episodes use first_seed, first_seed + 1, ...
-        image_size: side of the rendered image, as recorded. hz: control periods a second.
+        image_size: side of the rendered image, as recorded. hz: control periods per second.
         cameras: what the policy sees, the main one first; None: the task's own camera.
         control: the controller with its settings, still without policy and rate (a partial call in the configs).
         processes: None takes one for each core.

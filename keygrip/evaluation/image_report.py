@@ -144,7 +144,7 @@ def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
 
 
 def table(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """A Markdown table: a line a row, a column for each figure that any row has."""
+    """A Markdown table: one line per row, one column for each figure that any row has."""
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     lines = ["| | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
     for title, row in rows.items():

@@ -20,7 +20,7 @@ class Film:
     closed.
 
     Args:
-        path: the file to write. fps: frames a second. caption: written at the foot of every frame, e.g. the
+        path: the file to write. fps: frames per second. caption: written at the foot of every frame, e.g. the
             instruction.
     """
 

@@ -26,7 +26,7 @@ def caption_metrics(candidates: Sequence[str], references: Sequence[Sequence[str
     fewer than two captions it means nothing and is left out.
 
     Args:
-        candidates: one caption a video. references: the true captions of each.
+        candidates: one caption per video. references: the true captions of each.
 
     Raises:
         ValueError: no caption, or a video without a reference.

@@ -99,11 +99,11 @@ def record(
         demos: how many shall be there in the end, counted from `seed`.
         seed: first episode seed; the following ones are used in order.
         image_size: edge of the square images, pixels.
-        hz: frames and commands a second.
+        hz: frames and commands per second.
         processes: worker processes (spawned); the result does not depend on it.
         cameras: names among "over", "front", "wrist"; the task's own camera by default.
         depth: also write 16-bit depth in millimetres.
-        video: one H.264 file a camera in place of JPEG files.
+        video: one H.264 file per camera in place of JPEG files.
         jpeg_quality: 92..100.
         progress: show a progress bar on standard error.
 

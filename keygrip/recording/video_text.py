@@ -102,7 +102,7 @@ def make_tours(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class DemoMaker:
-    """Makes the sample of a demonstration: a frame a second, its instruction as the caption where it has no text."""
+    """Makes the sample of a demonstration: one frame per second, its instruction as the caption where it has no text."""
 
     camera: str | None
     image_size: int
@@ -146,7 +146,7 @@ def robot_videos(
     calibration: str | Path | None = None,
     simulated: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Writes shards of recorded demonstrations, a frame a second, with the captions and questions that they carry.
+    """Writes shards of recorded demonstrations, one frame per second, with the captions and questions that they carry.
 
     Args:
         source: folder of demonstrations of any known format; None: tours from the simulator, with the options

@@ -42,6 +42,8 @@ def surface_from_file(
         ValueError: it is not such a file, has nothing to draw or no joint, or names something that is not there.
     """
     path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"robot_model.path={path}: there is no such file")
     model = _compiled(path)
     fingers = dict(fingers or {})
     names = [model.joint(number).name or f"joint {number}" for number in range(model.njnt)]

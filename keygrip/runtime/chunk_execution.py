@@ -20,7 +20,7 @@ class RecedingHorizon:
 
     Args:
         policy: gives the plans.
-        control_hz: commands a second.
+        control_hz: commands per second.
         execute_seconds: of a plan that are executed before the next one, rounded to whole steps of the plan (at least
             one).
         still_distance_m: a plan whose executed part moves less than this is followed further (up to its last step but

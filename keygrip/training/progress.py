@@ -1,4 +1,4 @@
-"""What a person sees of a run: progress on standard error, samples a second, time spent on data, samples skipped."""
+"""What a person sees of a run: progress on standard error, samples per second, time spent on data, samples skipped."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Progress(ProgressBar):
         pace = (time.monotonic() - self._started) / max(1, step - self._first_step)
         figures = " ".join(f"{name}={value}" for name, value in self._figures(trainer).items())
         left = f"/{total}, {(total - step) * pace / 60:.1f} min left" if total else ""
-        return f"step {step}{left} ({pace:.3g} s a step) {figures}".rstrip()
+        return f"step {step}{left} ({pace:.3g} s per step) {figures}".rstrip()
 
     def _figures(self, trainer: Trainer) -> dict[str, str]:
         shown = {**trainer.progress_bar_metrics}

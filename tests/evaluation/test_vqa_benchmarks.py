@@ -121,7 +121,7 @@ def shades(frames: np.ndarray) -> list[int]:
 
 
 def test_start_and_end_choose_the_seconds(tmp_path: Path) -> None:
-    """As MVBench's scripts do: frames of the clip alone, from a video or from a folder of 3 frames a second."""
+    """As MVBench's scripts do: frames of the clip alone, from a video or from a folder of 3 frames per second."""
     entry = {"video": "a.mp4", "question": "What?", "candidates": ["x", "y"], "answer": "y", "start": 1.0, "end": 3.0}
     folder = {**entry, "video": "b", "start": 2.0, "end": 4.0}
     write(tmp_path / "json" / "action_sequence.json", [entry])

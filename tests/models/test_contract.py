@@ -26,7 +26,11 @@ from keygrip.training.parts import MARK
 from keygrip.training.system import System
 
 MODELS = group_options("model")
-VARIANTS = ("geometry_vla_no_injection", "volume_query_language", "volume_query_tuned")  # of modules that are here anyway
+VARIANTS = (
+    "geometry_vla_no_injection",
+    "volume_query_language",
+    "volume_query_tuned",
+)  # of modules that are here anyway
 QUICK = [
     *("strategy=cpu", "strategy.precision=32-true", "data.num_workers=0", "max_steps=1", "val_every_n_steps=1"),
     *("limit_val_batches=1", "log_every_n_steps=1", "logger=none", "callbacks.compute=null"),

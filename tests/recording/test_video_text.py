@@ -47,7 +47,7 @@ def test_demonstrations_become_shards_with_their_text(tmp_path: Path) -> None:
     sample = read_sample(shards, 0, 64)
     demo = tmp_path / "made" / "demos-train" / sample.key
     metadata = json.loads((demo / "metadata.json").read_text())
-    assert len(sample.frames) == -(-metadata["frames"] // 10)  # one a second of ten
+    assert len(sample.frames) == -(-metadata["frames"] // 10)  # one per second of ten
     kinds = Counter(c.kind for c in sample.conversations)
     assert kinds["caption"] == 1
     assert kinds.total() > 3

@@ -62,7 +62,7 @@ class Suite:
     """Parts and where their records lie.
 
     Args:
-        folder: of the records, one file a part.
+        folder: of the records, one file per part.
         commit: what the records are made for; None: unknown, then nothing is skipped.
         toy: whether parts run at toy size.
         limit_s: after so many seconds a part's process is killed.

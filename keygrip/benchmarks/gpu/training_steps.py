@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 System = Literal["volume_query", "foveated_vlm", "patch_dit", "geometry_vla"]
 
-# Dense bf16 products with float32 sums, 10^12 operations a second, of the data sheets; the first name that fits.
+# Dense bf16 products with float32 sums, 10^12 operations per second, of the data sheets; the first name that fits.
 PEAK_TFLOPS = {
     "GB200": 2500.0,
     "B200": 2250.0,

@@ -141,7 +141,7 @@ def make_batch(samples: Sequence[ImageTextSample], trim_text: bool = False) -> I
     """Samples of one bucket as a batch.
 
     Args:
-        trim_text: cut off the padding behind the longest caption: 512 states of T5-XXL are 8 MB an image.
+        trim_text: cut off the padding behind the longest caption: 512 states of T5-XXL are 8 MB per image.
     """
     length = max(1, *(int(sample.text_mask.sum()) for sample in samples)) if trim_text else None
 

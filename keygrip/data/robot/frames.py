@@ -30,7 +30,7 @@ def _checked_index(index: int, length: int, what: object) -> int:
 
 @dataclass(frozen=True)
 class JpegFrames:
-    """One image file a frame (JPEG or PNG). `pattern` holds one integer field for the frame number, such as
+    """One image file per frame (JPEG or PNG). `pattern` holds one integer field for the frame number, such as
     `%06d.jpg`.
 
     Args:
@@ -73,7 +73,7 @@ class JpegFrames:
 
 @dataclass(frozen=True)
 class DepthFrames:
-    """16-bit PNG depth, millimetres, one file a frame; 0 means no reading."""
+    """16-bit PNG depth, millimetres, one file per frame; 0 means no reading."""
 
     folder: Path
     pattern: str

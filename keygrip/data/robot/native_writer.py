@@ -53,10 +53,10 @@ class DemoWriter:
         folder: the demo's folder; must not exist.
         robot, task, instruction: words for the metadata; `instruction`, `source` and `text` may be set until the block
             ends.
-        fps: frames a second.
+        fps: frames per second.
         source: free, must be JSON (simulator: task, seed, options, success).
         text: {"captions": [...], "questions": [...]} or None.
-        video: one H.264 file a camera in place of JPEG files.
+        video: one H.264 file per camera in place of JPEG files.
         uncalibrated: by camera, why its pose is not known; its `CameraPose`s then stand for nothing.
         jpeg_quality: 95 keeps the error of a pixel near that of the sensor; below 92 blocks show in heatmaps.
 

@@ -29,7 +29,7 @@ class Recording:
         task: configuration of the task (with its `_target_`).
         folder: where recordings go; each has a folder of its own below it, named by its task and a hash of all that it
             is made of, so that other options never mix with it.
-        demos: how many. seed: of the first episode. image_size: edge of the recorded images. hz: frames a second.
+        demos: how many. seed: of the first episode. image_size: edge of the recorded images. hz: frames per second.
         processes: None: one for each core. depth, video: as for `DemoWriter`.
         cameras: names; None: the task's own one.
         make_missing: False: recordings that are missing are an error (what a checkpoint says is never recorded).

@@ -24,7 +24,7 @@ TARGETS = ("commanded", "reached")
 EXTRA_TARGETS = ("joints", "controller")  # of an arm, where a model's actions are no poses
 SUBSTITUTES = 8  # frames to each side that may stand in for one that cannot be read
 IDLE_SPEED_MPS = 0.005  # slower than this is standing still: five times the tracking noise of a good arm at 10 Hz
-IDLE_TURN_RPS = 0.05  # and turns slower than 3 degrees a second
+IDLE_TURN_RPS = 0.05  # and turns slower than 3 degrees per second
 IDLE_GRIPPER_PER_S = 0.05  # and a gripper that would need 20 s to close
 
 

@@ -272,7 +272,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _seconds(duration: float, most: int) -> np.ndarray:
-    """Times at which frames are taken: one a second, at most so many, evenly."""
+    """Times at which frames are taken: one per second, at most so many, evenly."""
     count = max(1, int(np.floor(duration + TIME_TOLERANCE_S)))
     return np.arange(count) if count <= most else np.linspace(0, duration - 1, most)
 

@@ -173,7 +173,7 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
 
     Args:
         parts: where samples come from. image_size, fit, max_frames, clips: see `VideoTexts`.
-        questions: how many conversations a video; None: all. seed: of that choice.
+        questions: how many conversations per video; None: all. seed: of that choice.
         memory_gb: decoded frames and text of so much are kept, in each process that reads.
         collator: says which conversations can be used, where it can.
     """
@@ -255,7 +255,7 @@ class VideoTexts(ResumableData):
         batch_size: videos, global over all ranks.
         seed: of order and choice.
         max_frames: of longer samples, so many evenly spaced frames.
-        questions: conversations a video in training: all (null), so many at random, or by kind ({mark: 4}: 4 of
+        questions: conversations per video in training: all (null), so many at random, or by kind ({mark: 4}: 4 of
             these and all of other kinds).
         val_questions: the same at validation, where the choice never changes.
         max_val_samples: the frozen validation set is cut to so many, always the same; None: all.

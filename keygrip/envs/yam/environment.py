@@ -71,7 +71,7 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
     Args:
         task: what to do and what may vary.
         image_size: edge of the square image, pixels.
-        hz: control periods a second.
+        hz: control periods per second.
         cameras: names among "over", "front", "wrist"; the task's own camera by default.
     """
 

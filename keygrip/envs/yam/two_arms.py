@@ -50,7 +50,7 @@ class HandoverCell(CameraViews):
     timeout), `instruction`, `seed`.
 
     Args:
-        task: what may vary. image_size: edge of the square image, pixels. hz: control periods a second.
+        task: what may vary. image_size: edge of the square image, pixels. hz: control periods per second.
         cameras: names among "over" and "front"; the task's own by default.
         render_images: without, observations hold no images, and no GL library is needed.
     """

@@ -1,6 +1,6 @@
-"""The usual connector: each frame's patches pooled to a fixed number of tokens, for comparison with one token a frame.
+"""The usual connector: each frame's patches pooled to a fixed number of tokens, to compare with one per frame.
 
-Legend: M frames, N = h * w patches, K tokens a frame, D backbone width, C language width, B rows.
+Legend: M frames, N = h * w patches, K tokens per frame, D backbone width, C language width, B rows.
 """
 
 from __future__ import annotations

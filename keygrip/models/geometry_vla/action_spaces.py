@@ -187,7 +187,7 @@ class ControllerSpace(nn.Module):
         controller = _present(targets.controller, "controller actions")
         if controller.shape[-1] != COLUMNS["osc"]:
             raise ValueError(
-                f"model.actions.kind=osc needs 7 numbers a step, the recordings have {controller.shape[-1]}"
+                f"model.actions.kind=osc needs 7 numbers per step, the recordings have {controller.shape[-1]}"
             )
         return controller
 

@@ -97,7 +97,7 @@ class GeometryVLAModule(System):
             raise ValueError(f"model.draws is at least 1, got {draws}.")
         if network.head.action_size != actions.size:
             raise ValueError(
-                f"The head writes {network.head.action_size} numbers a step and {len(actions.arms)} arms have "
+                f"The head writes {network.head.action_size} numbers per step and {len(actions.arms)} arms have "
                 f"{actions.size}: set data.arms, which both read, and model.network.action_kind as model.actions.kind."
             )
         self.network = network

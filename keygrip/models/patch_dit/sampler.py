@@ -10,7 +10,7 @@ or one after the other, so that the branch that is told of both, which is traine
 and with ``cls_scale`` in two steps for the DINO features: the CLS vector alone, then its patches.
 
 Every branch has the null embeddings of what it is not told. A branch whose weight is zero is not computed, so that the
-usual pair of scales costs three evaluations a step. What is saved without changing the result: the branches of a step
+usual pair of scales costs three evaluations per step. What is saved without changing the result: the branches of a step
 run together, keys and values of text and patches are computed once a sample (only the CLS token depends on the noise
 level), and text padding is cut off instead of masked. On a CPU large images run a branch at a time: three of them as
 one batch fall out of its caches and must share one mask, which costs more than it saves. What is saved at a price is
@@ -192,7 +192,7 @@ def _rescaled(guided: Tensor, plain: Tensor, x: Tensor, level: float, share: flo
 
 
 class Velocities:
-    """The branches' velocities for one batch of conditions: one pass a step, with what can be kept kept.
+    """The branches' velocities for one batch of conditions: one pass per step, with what can be kept kept.
 
     Args:
         network: in eval mode. conditions: normalised. batch: number of samples. aspect: width over height.

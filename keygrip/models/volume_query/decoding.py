@@ -153,7 +153,7 @@ class Decoder:
         intrinsics: Tensor,
         world_to_camera: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Viterbi over the K best cells a step: emission log-probability plus a Gaussian prior on the distance
+        """Viterbi over the K best cells per step: emission log-probability plus a Gaussian prior on the distance
         moved."""
         width = logits.pixel.shape[-1]
         log_prob = logits.pixel_marginal().flatten(-2).log_softmax(-1)  # [B, A, T, HW]

@@ -107,7 +107,7 @@ def test_what_a_data_set_cannot_hold_is_refused(demos: Path, tmp_path: Path, nat
     odd = {"over": replace(demo.cameras["over"], width=49)}
     with pytest.raises(ValueError, match=r"'over' is 49 x 40; H.264 takes even sizes"):
         Layout.of(replace(demo, cameras=odd), None)
-    with pytest.raises(ValueError, match=r"7\.5 frames a second; LeRobot takes whole rates"):
+    with pytest.raises(ValueError, match=r"7\.5 frames per second; LeRobot takes whole rates"):
         Layout.of(replace(demo, fps=7.5), None)
     (tmp_path / "set").mkdir()
     (tmp_path / "set/notes.txt").write_text("mine")

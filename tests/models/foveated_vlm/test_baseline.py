@@ -16,7 +16,7 @@ def build(tokens: int = 4) -> PooledVLM:
 
 
 def test_tokens_are_the_means_of_the_frames_quarters() -> None:
-    network = build()  # 28 px with patches of 14: a token a patch
+    network = build()  # 28 px with patches of 14: a token per patch
     frames = frames_of([2])
     with torch.no_grad():
         visual, looks, _ = network.see(frames, rows_of([(0, 3, 1)], [2]), "many_tokens")

@@ -117,7 +117,7 @@ def test_scales_that_add_up_to_one_need_no_unconditional_branch() -> None:
 
 
 def test_context_is_computed_once_but_for_cls() -> None:
-    """Keys and values of 1 token a step after the first, at every block."""
+    """Keys and values of 1 token per step after the first, at every block."""
     network = small_dit()
     lengths: list[int] = []
     layer = network.blocks[1].cross_attention.key_value

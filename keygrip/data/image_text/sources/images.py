@@ -138,7 +138,7 @@ def images(
         device: "auto", or a device's name.
         max_enlargement: images that would have to be enlarged more are left out.
         max_failed_share: more broken images than this are an error.
-        trim_text: do not store text states of padding: 512 x 4096 numbers are 4 MB a image.
+        trim_text: do not store text states of padding: 512 x 4096 numbers are 4 MB per image.
 
     Returns:
         the fields of :class:`Prepared`.

@@ -212,7 +212,7 @@ def check_times(exam: Examination) -> None:
             "time_unit",
             "error",
             listed(units),
-            f"time stamps of {rates[next(iter(units))]:.4g} frames a second where {stated[next(iter(units))]:g} are "
+            f"time stamps of {rates[next(iter(units))]:.4g} frames per second where {stated[next(iter(units))]:g} are "
             f"stated: they count {next(iter(units.values()))}",
             "Store time stamps in nanoseconds",
             cause=f"time stamps in {next(iter(units.values()))}",
@@ -234,7 +234,7 @@ def check_times(exam: Examination) -> None:
             "frame_rate",
             "warning",
             listed(rates),
-            f"the time stamps say {rate:.1f} frames a second, the file of {name} says something else",
+            f"the time stamps say {rate:.1f} frames per second, the file of {name} says something else",
             "Correct fps in the metadata: control runs at the rate that it states",
         )
 

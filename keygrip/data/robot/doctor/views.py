@@ -119,7 +119,7 @@ class Placement:
         return self.surface.at(*self._interpolated(when), every, self.base)
 
     def speed(self, when: np.ndarray, which: np.ndarray) -> np.ndarray:
-        """[M, 3] metres a frame, of points number `which` [M] at frame numbers `when` [M]."""
+        """[M, 3] metres per frame, of points number `which` [M] at frame numbers `when` [M]."""
         ahead = self.surface.some(*self._interpolated(when + 0.5), which)
         return np.asarray((ahead - self.surface.some(*self._interpolated(when - 0.5), which)) @ self.base[:3, :3].T)
 

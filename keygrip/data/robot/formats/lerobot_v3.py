@@ -1,7 +1,7 @@
 """Reader of LeRobot data sets, codebase version 3.
 
 Layout: `meta/info.json` (fps, features, path templates), `meta/tasks.parquet`, `meta/episodes/chunk-*/file-*.parquet`
-(one row an episode: where its rows and its stretch of each video are), `data/chunk-*/file-*.parquet` (many episodes a
+(one row per episode: where its rows and its stretch of each video are), `data/chunk-*/file-*.parquet` (many episodes a
 file), `videos/<key>/chunk-*/file-*.mp4` (many episodes a file, found by `from_timestamp`); images may be in the
 Parquet files instead.
 

@@ -48,7 +48,7 @@ class Layout:
         """That of one demo. Raises ValueError: LeRobot cannot hold it."""
         fps = max(1, round(demo.fps))
         if abs(demo.fps - fps) > RATE_TOLERANCE * demo.fps:
-            raise ValueError(f"demo {demo.name!r} has {demo.fps:g} frames a second; LeRobot takes whole rates")
+            raise ValueError(f"demo {demo.name!r} has {demo.fps:g} frames per second; LeRobot takes whole rates")
         sizes = {name: (track.height, track.width) for name, track in demo.cameras.items()}
         sizes = {name: size for name, size in sizes.items() if cameras is None or name in cameras}
         for name, (height, width) in sizes.items():

@@ -5,7 +5,7 @@ range, linear within the bin; over several episodes it is the mean of theirs, we
 counted at some frames (all of up to 100, length^0.75 of more) and pixels (every n-th of large ones), in 0 to 1.
 LeRobot 0.4.4 squares images as bytes, which overflow: its standard deviation of images is wrong, and not followed.
 
-Legend of shapes: N frames, F numbers a frame.
+Legend of shapes: N frames, F numbers per frame.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class WebVidRow:
 
 @dataclass(frozen=True)
 class WebVidMaker:
-    """Makes samples of a line, or of all videos of a tar file: a frame a second, at most 64."""
+    """Makes samples of a line, or of all videos of a tar file: one frame per second, at most 64."""
 
     image_size: int
     fit: str
