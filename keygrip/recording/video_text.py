@@ -102,7 +102,7 @@ def make_tours(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class DemoMaker:
-    """Makes the sample of a demonstration: one frame per second, its instruction as the caption where it has no text."""
+    """Makes the sample of a demonstration: one frame per second, its instruction as caption where it has no text."""
 
     camera: str | None
     image_size: int

@@ -155,8 +155,8 @@ def integrate(
         velocity_at: v(x, s), of the shape of x.
         noise: ``[B, ...]``, the sample at ``levels[0]``.
         levels: falling noise levels, as `noise_levels` gives.
-        solver: "euler", first order; "adams_bashforth", second order at one evaluation per step (it extrapolates from the
-            last step's velocity); "heun", second order at two evaluations per step (one in the last, where the model's
+        solver: "euler", first order; "adams_bashforth", second order at one evaluation per step (it extends the
+            last velocity); "heun", second order at two evaluations per step (one in the last, where the model's
             velocity at s = 0 is least reliable).
         on_step: called with the number of steps done and the sample after each.
 

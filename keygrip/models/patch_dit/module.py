@@ -56,7 +56,7 @@ class PatchDiTModule(System):
         few_steps: distils the network of `init_from` into one that is drawn in few steps; None: plain training.
         lora: low-rank differences are trained, and the network stays as `init_from` has it; None: all is trained.
         monitor_every_n_steps: steps between looks at norms and attention; 0: none. monitor_from_step: warnings begin.
-        log_images_every_n_steps: validations at least so many steps apart draw samples; 0: none. shown: samples per row.
+        log_images_every_n_steps: validations at least so many steps apart draw samples; 0: none. shown: per row.
     """
 
     batch_type = ImageTextBatch
