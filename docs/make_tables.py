@@ -394,6 +394,30 @@ def vlm_ablations() -> str:
     return markdown(["", "*mark*", "*cue*", "*glance*", "gap", "attention on the asked cube"], rows)
 
 
+def vlm_label_free() -> str:
+    """What linear heads find in frozen encoders, on `val`: of random weights, and of the one that no label taught."""
+    kinds = ("colour", "pointed", "digit", "asked", "frame_colour", "frame_digit")
+    titles = {
+        "untrained": "random weights",
+        "label_free": "no label, cut short",
+        "changes": "and continued with `model.changes=0.9`",
+    }
+    rows = [
+        (titles[probe["encoder"]], *(f"{probe['metrics'][f'val/{kind}']:.3f}" for kind in kinds))
+        for probe in read("foveated_vlm")["label_free"]["probes"]
+    ]
+    header = [
+        "frozen encoder",
+        "cube's colour",
+        "pointed at",
+        "digit",
+        "digit, by a query",
+        "CLS: colour",
+        "CLS: digit",
+    ]
+    return markdown(header, rows)
+
+
 def metaworld_tasks() -> str:
     """Success on MT10 by task: each policy of the record, and what it was trained and judged on."""
     runs = read("metaworld_mt10")["runs"]
@@ -419,7 +443,7 @@ TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
     for table in (
         *(seeds, errors, shifts, options, speed, headline, metaworld_tasks, metaworld_groups),
-        *(dit_claims, vlm_seeds, vlm_others, vlm_ablations),
+        *(dit_claims, vlm_seeds, vlm_others, vlm_ablations, vlm_label_free),
         *(vla_injection, vla_ablations, vla_comparison, vla_compression, vla_recipe),
     )
 }

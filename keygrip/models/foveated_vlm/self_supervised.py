@@ -42,14 +42,17 @@ if TYPE_CHECKING:
 
 LOSSES = ("pixels", "asked", "frame", "agreement")
 FLAT = 0.1  # standard deviation of a patch, in units of the whole image's, below which its detail is noise
+CHANGED = 0.2  # deviation of a pixel from its video's mean, in the same units, that counts half; noise is far below
+MARK = 16  # changed pixels from which on a patch counts wholly
 THUMBNAIL = 16  # pixels of the side of the frame that CLS says
 
 
 @dataclass
 class FramesBatch(Movable):
-    """frames: uint8 [M, 3, S, S]. Nothing else is known of them."""
+    """frames: uint8 [M, 3, S, S]. video: int64 [M], which video each is of. Nothing else is known of them."""
 
     frames: Tensor
+    video: Tensor
 
     def sizes(self) -> dict[str, int]:
         """How large it is, for reports."""
@@ -68,7 +71,7 @@ class FramesCollator:
         stacked, mask = stack_frames(samples)
         if not mask.any():
             raise ValueError("a batch without frames: leave out sources of text alone (data.sources.texts=null)")
-        return FramesBatch(stacked[mask])
+        return FramesBatch(stacked[mask], mask.nonzero()[:, 0])
 
 
 def patches_of(images: Tensor, size: int) -> Tensor:
@@ -93,6 +96,15 @@ def view_of(images: Tensor, moved: tuple[int, int], colour: tuple[Tensor, Tensor
     size = images.shape[-1]
     top, left = max(-down, 0), max(-right, 0)
     return padded[:, :, top : top + size, left : left + size] * colour[1] + colour[0]
+
+
+def changes_of(images: Tensor, video: Tensor) -> Tensor:
+    """How much each pixel of [M, 3, S, S] differs from its mean over its video's frames: [M, 1, S, S] in 0 to 1."""
+    videos = int(video.max()) + 1
+    total = images.new_zeros(videos, *images.shape[1:]).index_add_(0, video, images)
+    mean = total / torch.bincount(video, minlength=videos).clamp_min(1)[:, None, None, None]
+    squared = (images - mean[video]).square().mean(1, keepdim=True)
+    return squared / (squared + CHANGED**2)
 
 
 @model_part
@@ -134,6 +146,8 @@ class SelfSupervisedModule(System):
         weights: of the losses: pixels, asked, frame and agreement.
         asked_patches: K, of each frame, drawn by how detailed they are.
         temperature: of the agreement. shift: views are moved against each other by up to so many pixels.
+        changes: share of the two predictions' weight that lies on pixels which change over the video, in every patch
+            alike; patches are then drawn by whether they change. 0: all pixels count the same.
 
     Raises:
         ValueError: weights that do not name every loss, or a number out of its range.
@@ -158,13 +172,16 @@ class SelfSupervisedModule(System):
         asked_patches: int = 12,
         temperature: float = 0.2,
         shift: int = 24,
+        changes: float = 0.0,
     ) -> None:
         super().__init__(optimizer)
         if set(weights) != set(LOSSES):
             raise ValueError(f"model.weights must name exactly {', '.join(LOSSES)}; it names {sorted(weights)}")
         if asked_patches < 1 or temperature <= 0 or shift < 0:
             raise ValueError("model: asked_patches must be at least 1, temperature above 0, shift not below 0")
-        self.network, self.collator = network, collator
+        if not 0 <= changes <= 1:
+            raise ValueError(f"model.changes={changes}: a share from 0 to 1")
+        self.network, self.collator, self.changes = network, collator, changes
         self.weights, self.asked_patches = dict(weights), asked_patches
         self.temperature, self.shift = temperature, shift
         self._sums: dict[str, list[float]] = {}
@@ -186,16 +203,37 @@ class SelfSupervisedModule(System):
         with short_attention(images.device, hidden[0].shape[1]):
             features, kv = backbone.forward_with_kv(network.hide(both, torch.cat(hidden)))
             wanted, detail = targets_of(patches_of(both, backbone.patch_size))
+            weight = None
+            if self.changes:
+                weight, detail = self._weights(changes_of(images, batch.video), moves)
             asked = self._drawn(detail.masked_fill(torch.cat(hidden), 0.0), random)  # [2M, K]
             target = wanted.gather(1, asked[..., None].expand(-1, -1, wanted.shape[-1]))
             said = network.asked_head(backbone.query(network.cue(target[..., -3:]), kv))
         small = F.adaptive_avg_pool2d(both, THUMBNAIL).flatten(1)
+        of_asked = None if weight is None else weight.gather(1, asked[..., None].expand(-1, -1, weight.shape[-1]))
         return {
-            "pixels": F.mse_loss(network.patch_head(features.patches).float(), wanted),
-            "asked": F.mse_loss(said.float(), target),
+            "pixels": self._error(network.patch_head(features.patches).float(), wanted, weight),
+            "asked": self._error(said.float(), target, of_asked),
             "frame": F.mse_loss(network.frame_head(features.cls).float(), small),
             "agreement": self._agreement(features.patches, features.grid, detail, hidden, moves, random),
         }
+
+    def _weights(self, changes: Tensor, moves: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Of what is predicted of each patch of both views, [2M, N, 3PP + 3], and how much of each changes [2M, N]."""
+        plain = (changes.new_zeros(1), changes.new_ones(1))
+        seen = torch.cat([view_of(changes, move, plain) for move in moves])
+        size = self.network.backbone.patch_size
+        pixels = F.unfold(seen, size, stride=size).transpose(1, 2)  # [2M, N, PP]
+        mass = pixels.sum(-1, keepdim=True)
+        counts = (mass / MARK).clamp_max(1)
+        of_pixels = 1 - self.changes + self.changes * counts * pixels * pixels.shape[-1] / mass.clamp_min(1e-6)
+        return torch.cat([*[of_pixels] * 3, torch.ones_like(of_pixels[..., :3])], dim=-1), counts[..., 0].sqrt()
+
+    @staticmethod
+    def _error(said: Tensor, wanted: Tensor, weight: Tensor | None) -> Tensor:
+        if weight is None:
+            return F.mse_loss(said, wanted)
+        return (weight * (said - wanted).square()).mean()
 
     def _move(self, size: int, random: torch.Generator) -> tuple[int, int]:
         most = min(self.shift, size // 4)

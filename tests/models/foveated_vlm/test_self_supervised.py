@@ -22,6 +22,7 @@ from keygrip.models.foveated_vlm.self_supervised import (
     FramesCollator,
     SelfSupervisedEncoder,
     SelfSupervisedModule,
+    changes_of,
     patches_of,
     targets_of,
     view_of,
@@ -95,7 +96,9 @@ def test_every_loss_falls_on_the_frames_it_learns() -> None:
     trained = module(shift=8, asked_patches=4)
     generator = torch.Generator().manual_seed(0)
     small = torch.randint(0, 255, (2, 3, 4, 4), generator=generator, dtype=torch.uint8)
-    batch = FramesBatch(small.repeat_interleave(16, 2).repeat_interleave(16, 3))  # squares of 16 pixels
+    batch = FramesBatch(
+        small.repeat_interleave(16, 2).repeat_interleave(16, 3), torch.tensor([0, 0])
+    )  # squares of 16 pixels
     optimizer = torch.optim.Adam(trained.network.parameters(), lr=3e-3)
 
     def held() -> dict[str, float]:
@@ -112,11 +115,33 @@ def test_every_loss_falls_on_the_frames_it_learns() -> None:
     assert {name: after[name] < 0.97 * before[name] for name in LOSSES} == dict.fromkeys(LOSSES, True), (before, after)
 
 
+def test_what_changes_over_a_video_is_what_counts() -> None:
+    trained = module(shift=0, changes=1.0)
+    images = torch.zeros(3, 3, 64, 64)
+    images[1, :, 20:24, 36:40] = 4.0  # 16 pixels of the patch in the second row, third column
+    changed = changes_of(images, torch.tensor([0, 0, 1]))
+    assert changed[2].max() == 0  # the other video stands still
+    assert (changed[:2] > 0.9).flatten(1).sum(1).tolist() == [16, 16]
+    weight, counts = trained._weights(changed, [(0, 0), (0, 0)])
+    assert weight.shape == (6, 16, 3 * 256 + 3)
+    assert counts.nonzero().tolist() == [[view, 6] for view in (0, 1, 3, 4)]
+    said, wanted = torch.zeros(6, 16, 771), torch.zeros(6, 16, 771)
+    wanted[0, 6, 0] = wanted[0, 5, 0] = (
+        1.0  # in a patch that changes, at a pixel that does not, and in one that does not
+    )
+    assert trained._error(said, wanted, weight) == 0
+    wanted[0, 6, 4 * 16 + 4] = 1.0
+    torch.testing.assert_close(
+        trained._error(said, wanted, weight), counts[0, 6] ** 2 * 16 / wanted.numel(), atol=0, rtol=1e-3
+    )
+
+
 def test_nothing_but_frames_reaches_the_losses() -> None:
     samples = [video(2, "a"), video(1, "bb")]
     other = [replace(sample, conversations=(answer("what?", "other", "cue"),)) for sample in samples]
     one, two = FramesCollator()(samples), FramesCollator()(other)
-    assert vars(one).keys() == {"frames"}
+    assert vars(one).keys() == {"frames", "video"}
+    assert one.video.tolist() == two.video.tolist() == [0, 0, 1]
     assert one.frames.shape == (3, 3, 64, 64)
     assert torch.equal(one.frames, two.frames)
     trained = module()
