@@ -22,7 +22,7 @@ from keygrip.evaluation.closed_loop import HELD_OUT_SEED, ClosedLoop
 from keygrip.models.volume_query.module import VolumeQueryModule
 from keygrip.training.checkpoints import load_module, read_checkpoint
 
-PICTURES = Path(__file__).parent / "pictures"
+IMAGES = Path(__file__).parent / "images"
 
 
 def main(run: Path) -> None:
@@ -32,7 +32,7 @@ def main(run: Path) -> None:
     data = instantiate(config.data, _convert_="all")
     data.prepare_data()
     data.setup("validate")
-    PICTURES.mkdir(exist_ok=True)
+    IMAGES.mkdir(exist_ok=True)
     demonstrations(data)
     prediction(data, module)
     episode(config, run)
@@ -44,7 +44,7 @@ def demonstrations(data: object) -> None:
     for demo in data.demos[:3]:  # type: ignore[attr-defined]
         frames = demo.cameras[data.camera].frames  # type: ignore[attr-defined]
         rows.append(np.concatenate([frames.read(int(i)) for i in np.linspace(0, len(demo) - 8, 5)], axis=1))
-    Image.fromarray(np.concatenate(rows, axis=0)).save(PICTURES / "demonstrations.png", optimize=True)
+    Image.fromarray(np.concatenate(rows, axis=0)).save(IMAGES / "demonstrations.png", optimize=True)
 
 
 def prediction(data: object, module: VolumeQueryModule) -> None:
@@ -55,7 +55,7 @@ def prediction(data: object, module: VolumeQueryModule) -> None:
         targets = module.targets(batch)
         output = module(batch, targets, teacher=False)
     picture = module.picture(output, batch, targets, sample=0, arm=0)
-    Image.fromarray(picture).save(PICTURES / "prediction.png", optimize=True)
+    Image.fromarray(picture).save(IMAGES / "prediction.png", optimize=True)
 
 
 def episode(config: object, run: Path) -> None:
@@ -75,7 +75,7 @@ def episode(config: object, run: Path) -> None:
     assert name is not None
     frames = [Image.fromarray(frame) for frame in read_video(run / "pictures" / "videos" / name)]
     small = [frame.resize((320, 320), Image.Resampling.LANCZOS).quantize(64) for frame in frames]
-    small[0].save(PICTURES / "episode.gif", save_all=True, append_images=small[1:], duration=100, loop=0, optimize=True)
+    small[0].save(IMAGES / "episode.gif", save_all=True, append_images=small[1:], duration=100, loop=0, optimize=True)
 
 
 if __name__ == "__main__":

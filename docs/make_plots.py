@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
-PICTURES = ROOT / "docs" / "pictures"
+IMAGES = ROOT / "docs" / "images"
 LENGTHS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -47,8 +47,8 @@ def frames_and_tokens() -> None:
     for axes in (quality, time):
         axes.set_xticks(LENGTHS, [str(n) for n in LENGTHS])
         axes.grid(alpha=0.3)
-    PICTURES.mkdir(exist_ok=True)
-    figure.savefig(PICTURES / "frames_and_tokens.png", dpi=110)
+    IMAGES.mkdir(exist_ok=True)
+    figure.savefig(IMAGES / "frames_and_tokens.png", dpi=110)
 
 
 def sampler_curve() -> None:
@@ -69,7 +69,7 @@ def sampler_curve() -> None:
     axes.set(xscale="log", yscale="log", xlabel="milliseconds for a batch", ylabel="distance from 400 Euler steps")
     axes.grid(which="both", alpha=0.3)
     axes.legend(fontsize=7)
-    figure.savefig(PICTURES / "sampler_curve.png", dpi=110)
+    figure.savefig(IMAGES / "sampler_curve.png", dpi=110)
 
 
 if __name__ == "__main__":

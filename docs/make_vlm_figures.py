@@ -18,7 +18,7 @@ from keygrip.models.foveated_vlm.figures import show_answers
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.training.checkpoints import load_module, read_checkpoint
 
-PICTURES = Path(__file__).parent / "pictures"
+IMAGES = Path(__file__).parent / "images"
 ROWS = 6
 
 
@@ -34,8 +34,8 @@ def main(run: Path) -> None:
     batch = next(batch for batch in data.test_dataloader() if batch.frame_mask.any())
     picture, _ = show_answers(module, batch, ROWS)
     assert picture is not None
-    PICTURES.mkdir(exist_ok=True)
-    Image.fromarray(picture).quantize(192).save(PICTURES / "where_it_looked.png", optimize=True)
+    IMAGES.mkdir(exist_ok=True)
+    Image.fromarray(picture).quantize(192).save(IMAGES / "where_it_looked.png", optimize=True)
 
 
 if __name__ == "__main__":
