@@ -121,7 +121,7 @@ class TestSuite:
 
     def test_a_part_that_takes_too_long_is_stopped_and_the_next_one_runs(self, tmp_path: Path) -> None:
         calls: list[str] = []
-        suite = Suite(tmp_path, "abc", toy=True, limit_s=0.5)
+        suite = Suite(tmp_path, "abc", toy=True, limit_s=0.5, grace_s=0.5)
         records = suite.run(["one", "two"], self.command(calls, "import time; time.sleep(60)"))
         assert calls == ["one", "two"]
         assert [record["error"] for record in records.values()] == ["stopped after 0.5 s"] * 2

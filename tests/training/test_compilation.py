@@ -131,7 +131,11 @@ def step(module: LightningModule, loss: Callable[[Any], Tensor]) -> tuple[float,
     return float(value.detach()), {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.__name__)
+@pytest.mark.parametrize(
+    "system",
+    [volume_query, foveated_vlm, patch_dit, pytest.param(geometry_vla, marks=pytest.mark.slow)],
+    ids=lambda system: system.__name__,
+)
 def test_a_compiled_step_has_the_loss_and_the_gradients_of_a_plain_one(
     system: Callable[[Path], System], tmp_path: Path
 ) -> None:

@@ -65,13 +65,14 @@ class Suite:
         folder: of the records, one file per part.
         commit: what the records are made for; None: unknown, then nothing is skipped.
         toy: whether parts run at toy size.
-        limit_s: after so many seconds a part's process is killed.
+        limit_s: after so many seconds a part's process is told to stop. grace_s: and after so many more it is killed.
     """
 
     folder: Path
     commit: str | None
     toy: bool
     limit_s: float = PART_LIMIT_S
+    grace_s: float = 15.0
 
     def run(self, names: Sequence[str], command: Callable[[str], Sequence[str]]) -> dict[str, Any]:
         """Measures what is not recorded yet; the records by part.
@@ -111,6 +112,8 @@ class Suite:
         """Runs a part in this process and writes its record, also when it fails or is told to stop."""
         figures: Figures = {}
         started, error = time.perf_counter(), None
+        # A shell's background jobs are started with it ignored, and hand that down.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             part.run(self.toy, figures)
         except (Exception, KeyboardInterrupt) as failure:  # a part's failure is a result: the others go on
@@ -136,7 +139,7 @@ class Suite:
             if process.poll() is None:  # timed out, or this process was told to stop
                 process.send_signal(signal.SIGINT)  # so that it records what it has
                 try:
-                    process.wait(15)
+                    process.wait(self.grace_s)
                 except subprocess.TimeoutExpired:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()

@@ -138,6 +138,7 @@ def test_importing_the_package_does_not_load_mujoco() -> None:
     assert done.stdout.strip() == "False"
 
 
+@pytest.mark.slow
 def test_drawing_before_torchs_compiler_is_loaded_does_not_kill_the_process() -> None:
     """Mesa and triton each bring an LLVM; loaded in the wrong order the second one crashes."""
     script = (

@@ -39,6 +39,7 @@ def test_parts_of_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "geometry_ms" not in case.run(quick=True)
 
 
+@pytest.mark.slow
 def test_memory_of_a_recipe_is_counted() -> None:
     """On the small model: the parts add up, sharding divides what lies there between steps, and a frozen
     vision-language model needs less."""
