@@ -227,15 +227,16 @@ def _fit_camera(exam: Examination, seen: Seen) -> Fit | None:
     late = abs(found.lag) > LAG_FRAMES
     if (turned or shifted or zoomed or late) and gain > GAIN and _of_most(seen, names, found):
         cause, what, advice = camera_cause(seen, names, found)
+        helped = [n for n, pair in seen.pairs.items() if agreement_of([pair], found.change) > seen.scores[n]]
         exam.add(
             "registration",
             "error",
-            f"{seen.where}, {listed(names) if len(names) < min(FITTED, len(seen.pairs)) else 'all demos'}",
+            f"{seen.where}, {listed(helped) if len(helped) < len(seen.pairs) else 'all demos'}",
             what,
             advice,
             cause=cause,
             camera=seen.camera,
-            demos=names if len(names) < min(FITTED, len(seen.pairs)) else seen.pairs,
+            demos=helped,
         )
         seen.change = found.change
     return found
