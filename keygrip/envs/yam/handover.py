@@ -26,6 +26,7 @@ GRIP_APART = 0.035  # of each hand from the middle of the bar
 BAR_X, BAR_Y = (0.22, 0.36), (-0.10, 0.10)  # where the middle of the bar lies at the start
 BAR_TURN = np.deg2rad(35.0)  # the bar points at the left arm within this angle
 MEETING = np.array([0.30, 0.20])  # between the arms, in reach of both
+DRAWS = 5000  # of a layout: most lie out of one arm's reach, and of a hundred draws sometimes all
 MEETING_HEIGHT = (0.12, 0.15)
 CAMERAS = {"over": (0.0, 52.0, 1.12, 38.0), "front": (-30.0, 35.0, 1.12, 38.0)}  # azimuth, elevation, distance, fovy
 CAMERA_TARGET = (0.28, 0.18, 0.06)
@@ -93,7 +94,7 @@ def sample_handover(task: HandoverTask, seed: int) -> HandoverLayout:
         ValueError: no layout within reach was found.
     """
     rng = stream(seed, "objects")
-    for _ in range(100):
+    for _ in range(DRAWS):
         bar = np.array([rng.uniform(*BAR_X), rng.uniform(*BAR_Y), BAR_HALF[2]])
         yaw = float(np.pi / 2 + rng.uniform(-BAR_TURN, BAR_TURN))
         height = float(rng.uniform(*MEETING_HEIGHT))

@@ -126,3 +126,8 @@ def test_a_recording_is_read_back_and_a_policy_drives_both_arms(tmp_path: Path) 
     in_camera = np.einsum("ij,aj->ai", camera.world_to_camera[0][:3, :3], tools) + camera.world_to_camera[0][:3, 3]
     pixels = np.einsum("ij,aj->ai", camera.intrinsics[0], in_camera)
     assert ((pixels[:, :2] / pixels[:, 2:] > 0) & (pixels[:, :2] / pixels[:, 2:] < 64)).all()  # both hands are seen
+
+
+@pytest.mark.slow
+def test_a_seed_whose_first_hundred_draws_are_out_of_reach_has_a_layout():
+    assert sample_handover(HandoverTask(), 1_000_003).bar.shape == (3,)
