@@ -137,9 +137,6 @@ def _compiled(path: Path) -> mujoco.MjModel:
         raise ValueError(f"{path} is not read by MuJoCo: {' '.join(str(error).split())}") from error
     if model.nbody > MOST_BODIES:
         raise ValueError(f"{path} has more than {MOST_BODIES} bodies")
-    if root.tag == "mujoco":
-        # The world's own shapes (table, floor) do not move and are not the arm.
-        model.geom_group[model.geom_bodyid == 0] = COLLISION_GROUP
     return model
 
 
@@ -164,24 +161,24 @@ def _urdf_for_mujoco(path: Path, root: ElementTree.Element) -> str:
 def _drawn(model: mujoco.MjModel, density: float) -> tuple[np.ndarray, np.ndarray]:
     """Points [P, 3] in their bodies' frames, and the body [P] of each; those of a body lie together."""
     points, links = [np.zeros((0, 3))], [np.zeros(0, int)]
-    seen = [number for number in range(model.ngeom) if int(model.geom_type[number]) not in NEVER_DRAWN]
-    drawn = [number for number in seen if model.geom_group[number] < COLLISION_GROUP]
-    if not drawn:  # a file with collision shapes alone
-        drawn = [number for number in seen if model.geom_bodyid[number] > 0]
+    # Body 0 is the world: its own shapes (table, floor) do not move and are not the arm.
+    own = [n for n in range(model.ngeom) if model.geom_bodyid[n] > 0 and int(model.geom_type[n]) not in NEVER_DRAWN]
+    # A file may have collision shapes alone.
+    drawn = [number for number in own if model.geom_group[number] < COLLISION_GROUP] or own
     for number in sorted(drawn, key=lambda number: int(model.geom_bodyid[number])):
         size, kind = model.geom_size[number], mujoco.mjtGeom(model.geom_type[number])
         if kind == mujoco.mjtGeom.mjGEOM_MESH:
-            own = _mesh_points(model, int(model.geom_dataid[number]), density)
+            shape = _mesh_points(model, int(model.geom_dataid[number]), density)
         elif kind == mujoco.mjtGeom.mjGEOM_BOX:
-            own = box(size, density)
+            shape = box(size, density)
         elif kind in ROUND:
-            own = round_shape(ROUND[kind], size, density)
+            shape = round_shape(ROUND[kind], size, density)
         else:
             raise ValueError(f"the shape {kind.name} cannot be drawn; box, sphere, cylinder, capsule and mesh can")
         turn = np.zeros(9)
         mujoco.mju_quat2Mat(turn, model.geom_quat[number])
-        points.append(own @ turn.reshape(3, 3).T + model.geom_pos[number])
-        links.append(np.full(len(own), model.geom_bodyid[number]))
+        points.append(shape @ turn.reshape(3, 3).T + model.geom_pos[number])
+        links.append(np.full(len(shape), model.geom_bodyid[number]))
     return np.concatenate(points), np.concatenate(links)
 
 

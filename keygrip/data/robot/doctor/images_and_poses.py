@@ -225,9 +225,12 @@ def _fit_camera(exam: Examination, seen: Seen) -> Fit | None:
     shifted = found.metres > max(SHIFT_M, float(np.linalg.norm(sigma[3:6])))
     zoomed = abs(found.change[FOCAL]) > max(FOCAL_SHARE, sigma[FOCAL])
     late = abs(found.lag) > LAG_FRAMES
-    if (turned or shifted or zoomed or late) and gain > GAIN and _of_most(seen, names, found):
+    if not ((turned or shifted or zoomed or late) and gain > GAIN):
+        return found
+    helped = [n for n, pair in seen.pairs.items() if agreement_of([pair], found.change) > seen.scores[n]]
+    # One demo with a fault of its own pulls a joint fit, too.
+    if len(set(helped) & set(names)) > 0.6 * len(names):
         cause, what, advice = camera_cause(seen, names, found)
-        helped = [n for n, pair in seen.pairs.items() if agreement_of([pair], found.change) > seen.scores[n]]
         exam.add(
             "registration",
             "error",
@@ -240,12 +243,6 @@ def _fit_camera(exam: Examination, seen: Seen) -> Fit | None:
         )
         seen.change = found.change
     return found
-
-
-def _of_most(seen: Seen, names: list[str], found: Fit) -> bool:
-    """Whether a change helps most demos: one demo with a fault of its own pulls a joint fit, too."""
-    better = [agreement_of([seen.pairs[name]], found.change) > seen.scores[name] for name in names]
-    return sum(better) > 0.6 * len(names)
 
 
 def described(found: Fit) -> dict[str, object]:
