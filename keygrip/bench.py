@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -92,6 +93,8 @@ def _run_suite(cfg: DictConfig) -> dict[str, Any]:
     commit = cfg.commit or suites.commit_of(Path(__file__).parent)
     suite = suites.Suite(Path(cfg.output or "benchmarks/gpu"), commit, cfg.toy)
     if os.environ.get(PART_PROCESS) == cfg.part:
+        # The suite stops a part by SIGINT, which jobs that a shell starts in the background are born to ignore.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         return suite.measure(cfg.part, instantiate(cfg.gpu[cfg.part], _convert_="all"))
     if commit is None:
         log.info("git knows no commit of this package: nothing is skipped; give one with commit=NAME")

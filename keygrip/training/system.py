@@ -100,12 +100,16 @@ class System(LightningModule):
         if not isinstance(before, type(self)):
             raise ValueError(f"model.init_from={path} holds a {type(before).__name__}, not {kind}")
         try:
-            self.network.load_state_dict(before.network.state_dict())
+            self.network.load_state_dict(self.started_from(before.network.state_dict()))
         except RuntimeError as error:
             reason = " ".join(line.strip() for line in str(error).splitlines()[1:3])
             raise ValueError(f"the weights of model.init_from={path} do not fit this network: {reason}") from error
         log.info("weights of %s are the start", path)
         return before
+
+    def started_from(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this network starts with of the weights of another run's; override it where parts are new."""
+        return weights
 
     # -- logging ------------------------------------------------------------------------------------------------------
 

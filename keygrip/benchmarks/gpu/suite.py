@@ -112,8 +112,6 @@ class Suite:
         """Runs a part in this process and writes its record, also when it fails or is told to stop."""
         figures: Figures = {}
         started, error = time.perf_counter(), None
-        # A shell's background jobs are started with it ignored, and hand that down.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             part.run(self.toy, figures)
         except (Exception, KeyboardInterrupt) as failure:  # a part's failure is a result: the others go on

@@ -24,7 +24,7 @@ from keygrip.models.volume_query.export import volume_query_graph
 from keygrip.models.volume_query.figures import prediction_figure
 from keygrip.models.volume_query.network import FurtherViews, VolumeQueryNetwork, VolumeQueryOutput
 from keygrip.models.volume_query.policy import VolumeQueryPolicy
-from keygrip.models.volume_query.second_look import SharpImage
+from keygrip.models.volume_query.second_look import SharpImage, begin_as_shared
 from keygrip.models.volume_query.symmetry import equivalent_classes, nearest_angle, shared_cross_entropy
 from keygrip.models.volume_query.targets import StepTargets, arm_state, height_centres, step_targets, views_of_images
 from keygrip.models.volume_query.volume import argmax_voxel, volume_cross_entropy
@@ -157,6 +157,10 @@ class VolumeQueryModule(System):
                 self.views[0],
             )
         return report
+
+    def started_from(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        look = self.network.second_look
+        return weights if look is None or look.backbone is None else begin_as_shared(weights)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.network.world_views:

@@ -26,7 +26,7 @@ from keygrip.models.nn.adaln import AdaLNZeroMLP
 from keygrip.models.nn.sinusoids import sinusoidal_features
 from keygrip.models.volume_query.arms import CoupledArms
 from keygrip.models.volume_query.language import InstructionConditioning, InstructionEncoder
-from keygrip.models.volume_query.second_look import SecondLook, SharpImage, begin_as_shared
+from keygrip.models.volume_query.second_look import SecondLook, SharpImage
 from keygrip.models.volume_query.volume import VolumeLogits, argmax_voxel, soft_argmax
 from keygrip.models.volume_query.world import VoxelProjection, WorldScores
 from keygrip.training.parts import model_part
@@ -249,7 +249,7 @@ class VolumeQueryNetwork(nn.Module):
             `step_features`) corrects gripper and rotation (`keygrip.models.volume_query.second_look`); None: none.
         look_size: side of that window, in pixels of the sharper image.
         look_backbone: "shared": windows go through the image's backbone; "own": through a copy with weights of its own,
-            which begins as the image's where saved weights (`init_from`) lack it.
+            which begins as the image's where `init_from` names a run without it.
     """
 
     sin_z: Tensor
@@ -357,7 +357,6 @@ class VolumeQueryNetwork(nn.Module):
         )
         if look_backbone not in ("shared", "own"):
             raise ValueError(f"model.network.look_backbone is shared or own, not {look_backbone!r}.")
-        self.register_load_state_dict_pre_hook(begin_as_shared)
         self.register_buffer("sin_z", sinusoidal_features(height_bins, d_sin_z), persistent=False)  # [Z, d_sin_z]
         self.register_buffer("sin_t", sinusoidal_features(horizon, d_sin_t), persistent=False)  # [T, d_sin_t]
 

@@ -129,13 +129,12 @@ class SecondLook(nn.Module):
         return both[..., : self.gripper_bins], both[..., self.gripper_bins :]
 
 
-def begin_as_shared(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Before a network is loaded: where its second look has a backbone of its own and the saved one had none, that
-    begins as the saved network's."""
-    look, own, shared = getattr(module, "second_look", None), f"{prefix}second_look.backbone.", f"{prefix}backbone."
-    if look is None or look.backbone is None or any(name.startswith(own) for name in state):
-        return
-    state.update({own + name[len(shared) :]: value for name, value in state.items() if name.startswith(shared)})
+def begin_as_shared(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a network whose second look shares its backbone, for one whose look has its own: a copy of it."""
+    shared, own = "backbone.", "second_look.backbone."
+    if any(name.startswith(own) for name in weights):
+        return weights
+    return weights | {own + name[len(shared) :]: value for name, value in weights.items() if name.startswith(shared)}
 
 
 def _head(width: int, classes: int, hidden: int) -> nn.Module:

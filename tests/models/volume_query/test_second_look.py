@@ -98,7 +98,9 @@ def test_own_backbone_begins_as_the_shared_one_and_reads_the_windows(tmp_path: P
     with torch.no_grad():
         for weight in shared.network.parameters():
             weight.add_(0.01)
-    own.network.load_state_dict(shared.network.state_dict())  # as a run with model.init_from does
+    with pytest.raises(RuntimeError, match=r"second_look\.backbone"):
+        own.network.load_state_dict(shared.network.state_dict())  # a checkpoint that lacks weights stays an error
+    own.network.load_state_dict(own.started_from(shared.network.state_dict()))  # as a run with model.init_from does
     data = batch()
     data.detail = torch.randint(0, 256, (2, 3, Q, Q), dtype=torch.uint8)
 
