@@ -72,6 +72,31 @@ def sampler_curve() -> None:
     figure.savefig(IMAGES / "sampler_curve.png", dpi=110)
 
 
+def metaworld_demonstrations() -> None:
+    """Success on MT10 against the demonstrations of each task, at one training time; the peers beside it."""
+    recorded = read("metaworld_equal_time")
+    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    names = list(dict.fromkeys(run["name"] for run in recorded["runs"]))
+    for name in names:
+        runs = sorted((run for run in recorded["runs"] if run["name"] == name), key=lambda run: run["demos"])
+        rates = [100 * run["result"]["all"]["success_rate"] for run in runs]
+        low = [100 * run["result"]["all"]["success_low"] for run in runs]
+        high = [100 * run["result"]["all"]["success_high"] for run in runs]
+        errors = [[a - b for a, b in zip(rates, low, strict=True)], [b - a for a, b in zip(rates, high, strict=True)]]
+        axes.errorbar([run["demos"] for run in runs], rates, yerr=errors, fmt="o-", capsize=3, label=name)
+    ticks = sorted({run["demos"] for run in recorded["runs"]})
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [str(n) for n in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel="demonstrations of each task", ylabel="success, %", ylim=(0, 102))
+    axes.set_title(f"Meta-World MT10, {recorded['minutes']} minutes of training on one core", fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(IMAGES / "metaworld_demonstrations.png", dpi=110)
+
+
 if __name__ == "__main__":
+    metaworld_demonstrations()
     frames_and_tokens()
     sampler_curve()

@@ -439,10 +439,62 @@ def metaworld_groups() -> str:
     return markdown(["policy", "group", "success"], rows)
 
 
+def metaworld_mt50() -> str:
+    """MT50 by difficulty group: one policy for all fifty tasks, beside the script that it imitates."""
+    runs = read("metaworld_mt50")["runs"]
+    groups = ("easy", "medium", "hard", "very_hard")
+    rows = [
+        (
+            run["name"],
+            *(rate(run["result"]["all"]["by_difficulty"].get(group)) for group in groups),
+            rate(run["result"]["all"]),
+        )
+        for run in runs
+    ]
+    return markdown(["policy", *(group.replace("_", " ") for group in groups), "all 50 tasks"], rows)
+
+
+def metaworld_mt50_tasks() -> str:
+    """The same by task: those that the policy does not always solve, the worst first."""
+    runs = read("metaworld_mt50")["runs"]
+    first = runs[0]["result"]["tasks"]
+    failed = sorted(
+        (name for name in first if first[name]["success_rate"] < 1), key=lambda name: first[name]["success_rate"]
+    )
+    rows = [
+        (name.removesuffix("-v3"), *(_of_episodes(run["result"]["tasks"].get(name)) for run in runs)) for name in failed
+    ]
+    return markdown(["task", *(run["name"] for run in runs)], rows)
+
+
+def metaworld_equal_time() -> str:
+    """MT10: policies that were trained on the same demonstrations for the same wall time."""
+    rows = [
+        (run["name"], run["demos"], run["steps"], run["batch"], rate(run["result"]["all"]))
+        for run in read("metaworld_equal_time")["runs"]
+    ]
+    return markdown(["policy", "demonstrations of each task", "steps", "batch", "success"], rows)
+
+
+def metaworld_equal_time_tasks() -> str:
+    """The same by task."""
+    runs = read("metaworld_equal_time")["runs"]
+    rows = [
+        (task.removesuffix("-v3"), *(_of_episodes(run["result"]["tasks"].get(task)) for run in runs))
+        for task in runs[0]["result"]["tasks"]
+    ]
+    return markdown(["task", *(f"{run['name']}, {run['demos']}" for run in runs)], rows)
+
+
+def _of_episodes(result: dict[str, Any] | None) -> str:
+    return "not run" if result is None else f"{result['successes']} of {result['episodes']}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
     for table in (
         *(seeds, errors, shifts, options, speed, headline, metaworld_tasks, metaworld_groups),
+        *(metaworld_mt50, metaworld_mt50_tasks, metaworld_equal_time, metaworld_equal_time_tasks),
         *(dit_claims, vlm_seeds, vlm_others, vlm_ablations, vlm_label_free),
         *(vla_injection, vla_ablations, vla_comparison, vla_compression, vla_recipe),
     )

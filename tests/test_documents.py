@@ -1,0 +1,57 @@
+"""The documents: their tables are those of the records, their links lead somewhere, and the options they name exist."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from keygrip.config import group_options
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md")])
+PRESENT = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]  # which tells of options that are gone
+LINK = re.compile(r'\]\(([^)\s]+)\)|(?:src|href)="([^"]+)"')
+GROUPS = ("experiment", "model", "data", "sweep", "ablation", "strategy", "backbone", "rotation", "shift", "language")
+OPTION = re.compile(rf"(?<![\w./+-])({'|'.join(GROUPS)})=([a-z0-9_/]*[a-z0-9_])(?![\w.=/{{(\[])")
+
+
+def make_tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_tables", ROOT / "docs" / "make_tables.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    return make_tables()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_table_is_what_its_record_says(path: Path, tables: ModuleType) -> None:
+    text = path.read_text(encoding="utf-8")
+    written = tables.PLACE.sub(lambda place: place[1] + tables.TABLES[place[2]]() + place[3], text)
+    assert text == written, "run python docs/make_tables.py"
+
+
+def test_every_table_has_a_place(tables: ModuleType) -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
+    assert set(re.findall(r"<!-- table (\w+) -->", text)) == set(tables.TABLES)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_and_images_lead_to_files(path: Path) -> None:
+    found = [first or second for first, second in LINK.findall(path.read_text(encoding="utf-8"))]
+    local = [link.partition("#")[0] for link in found if "://" not in link and not link.startswith(("#", "mailto:"))]
+    assert [link for link in local if not (path.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("path", PRESENT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_options_that_a_document_names_exist(path: Path) -> None:
+    named = set(OPTION.findall(path.read_text(encoding="utf-8")))
+    assert sorted(f"{group}={name}" for group, name in named if name not in group_options(group)) == []
