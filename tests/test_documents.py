@@ -21,7 +21,8 @@ OPTION = re.compile(rf"(?<![\w./+-])({'|'.join(GROUPS)})=([a-z0-9_/]*[a-z0-9_])(
 
 def make_tables() -> ModuleType:
     spec = importlib.util.spec_from_file_location("make_tables", ROOT / "docs" / "make_tables.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
