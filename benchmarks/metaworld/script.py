@@ -1,0 +1,82 @@
+"""What the scripted policies reach that Meta-World's demonstrations are made with: the best that imitation can reach.
+
+``python benchmarks/metaworld/script.py --tasks mt50 --episodes 10 --python .venv-metaworld/bin/python``. Seeds, step
+limit and success are those of `keygrip evaluate`; the scripts run as in recordings, without disturbances, from where
+the benchmark starts the arm. Prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+STEP_LIMIT = 500
+
+
+def episodes_of(task: str, seeds: range) -> list[dict[str, Any]]:
+    """Runs the script on each seed; needs `metaworld`."""
+    from keygrip.envs.metaworld.environment import MetaWorldEnvironment
+    from keygrip.envs.metaworld.expert import Expert
+    from keygrip.envs.metaworld.tasks import HZ, MetaWorldTask
+
+    environment = MetaWorldEnvironment(MetaWorldTask(name=task), render_images=False)
+    found = []
+    for seed in seeds:
+        environment.reset(seed=seed)
+        expert = Expert(environment, seed, step_limit=STEP_LIMIT)
+        for _ in expert:
+            if expert.succeeded:
+                break
+        found.append({"seed": seed, "success": expert.succeeded, "seconds": environment.elapsed / HZ})
+    environment.close()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", default="mt50", help="mt10, mt50, a difficulty group or one task")
+    parser.add_argument("--episodes", type=int, default=10, help="of each task")
+    parser.add_argument(
+        "--first-seed", type=int, default=1_000_000, help="held out; settings are chosen on 500000 and up"
+    )
+    parser.add_argument("--python", default=".venv-metaworld/bin/python", help="interpreter with metaworld")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--worker", action="store_true", help="run one task here and print its episodes")
+    arguments = parser.parse_args()
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.episodes)
+    if arguments.worker:
+        print(json.dumps(episodes_of(arguments.tasks, seeds)))
+        return
+    from keygrip.envs.metaworld.tasks import task_names
+    from keygrip.evaluation.closed_loop import ConditionResult
+    from keygrip.evaluation.environments import over_tasks
+    from keygrip.evaluation.rollouts import EpisodeResult
+
+    def run(task: str) -> ConditionResult:
+        command = [arguments.python, __file__, "--worker", "--tasks", task]
+        command += ["--episodes", str(arguments.episodes), "--first-seed", str(arguments.first_seed)]
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        if finished.returncode:
+            raise SystemExit(f"{task}: {finished.stderr.strip().splitlines()[-1]}")
+        return ConditionResult(task, {}, [_result(each) for each in json.loads(finished.stdout.splitlines()[-1])])
+
+    def _result(each: dict[str, Any]) -> EpisodeResult:
+        failure = None if each["success"] else "timeout"
+        return EpisodeResult(**each, failure=failure, plans=0, plan_ms=0.0, yaw_error_deg=None, video=None)
+
+    names = task_names(arguments.tasks)
+    with ThreadPoolExecutor(arguments.processes) as pool:
+        results = []
+        for result in pool.map(run, names):
+            results.append(result)
+            print(f"{len(results)} of {len(names)} tasks", file=sys.stderr)
+    summaries = {result.name: result.summary() for result in results}
+    print(json.dumps({"first_seed": arguments.first_seed, "all": over_tasks(results), "tasks": summaries}))
+
+
+if __name__ == "__main__":
+    main()
