@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from keygrip.evaluation.text_metrics import normalised_answer
 
 # What models put around a letter: brackets, quotes, Markdown, LaTeX, tags.
 WRAPPED = re.compile(r"\\(?:boxed|text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}|<[^<>]{1,20}>|[*_`$\"'“”‘’]")
+THOUGHT = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|$)|^.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL | re.IGNORECASE)
+CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # scripts that put no space beside a letter
+BESIDE_CJK = re.compile(rf"(?<=[{CJK}])(?=[A-Za-z])|(?<=[A-Za-z])(?=[{CJK}])")
 SAYS = (
     r"\b(?:answer|option|choice|correct one|solution|answer choice|correct answer|correct option|correct choice)\b"
     r"\s*(?:is|are|was|would be|should be|must be|will be|seems to be|here is)?\s*[:=-]?\s*"
@@ -25,22 +30,41 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     """Which option an answer names: by its words alone, by a letter ("B", "(b)", "B. red", "Answer: B", "**B**"), or
     by words among others; None: none, or several.
 
-    A word that begins an answer is no letter: "A person jumps" does not name A.
+    A word that begins an answer is no letter: "A person jumps" does not name A. What a model thinks before it answers
+    (`<think>`), and a repetition of all options, is no answer.
     """
-    plain = [normalised_answer(option) for option in options]
-    text = WRAPPED.sub(lambda match: match.group(1) or " ", answer.strip())
-    text = " ".join(text.split())
-    own = normalised_answer(text)
+    plain = [normalised_answer(unicodedata.normalize("NFKC", option)) for option in options]
+    said = THOUGHT.sub("", unicodedata.normalize("NFKC", answer))
+    tagged = TAGGED.findall(said)
+    said = WRAPPED.sub(lambda match: match.group(1) or " ", tagged[-1] if tagged else said).strip()
+    own = normalised_answer(" ".join(said.split()))
     if plain.count(own) == 1:
         return plain.index(own)
+    said = _without_repetition(BESIDE_CJK.sub(" ", said), options)
+    text = " ".join(said.split())
     last = chr(ord("A") + len(options) - 1)
+    if re.fullmatch(rf"[\W_]*[A-{last}](?:(?:\s*[,;/&]\s*|\s+and\s+|\s+or\s+)+[A-{last}])+[\W_]*", text):
+        return None
+    first_line = _alone(said.partition("\n")[0], last, plain)
+    if first_line is not None:
+        return first_line
     for find in (_alone, _leading, _said, _anywhere):
         found = find(text, last, plain)
         if found is not None:
             return found
+    own = normalised_answer(text)
     named = [number for number, option in enumerate(plain) if option and re.search(rf"\b{re.escape(option)}\b", own)]
     longest = [n for n in named if not any(n != m and _inside(plain[n], plain[m]) for m in named)]
     return longest[0] if len(longest) == 1 else None
+
+
+def _without_repetition(text: str, options: Sequence[str]) -> str:
+    """The text without all options, lettered and in their order, as the question gave them."""
+    lettered = (
+        rf"\(?{chr(ord('A') + number)}[.):]\s*" + r"\s+".join(re.escape(word) for word in option.split())
+        for number, option in enumerate(options)
+    )
+    return re.sub(r"\W+".join(lettered), " ", text, flags=re.IGNORECASE).strip()
 
 
 def _inside(short: str, long: str) -> bool:
@@ -60,7 +84,9 @@ def _alone(text: str, last: str, plain: Sequence[str]) -> int | None:
 
 def _leading(text: str, last: str, plain: Sequence[str]) -> int | None:
     """A letter first, set off from what follows, or followed by that option's words."""
-    match = re.match(rf"[(\[{{]?\s*([A-{last}a-{last.lower()}])\s*(?:[)\]}}.:,;]|\s[-–—]\s|-\s)", text)
+    match = re.match(
+        rf"[(\[{{]?\s*([A-{last}a-{last.lower()}])\s*(?:[)\]}}.:]|[,;](?!\s*[A-{last}]\b)|\s[-–—]\s|-\s)", text
+    )
     if match:
         return _number(match.group(1))
     match = re.match(rf"[(\[]?([A-{last}])\s+(.*)", text)

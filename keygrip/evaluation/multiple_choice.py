@@ -29,7 +29,8 @@ def evaluate_choices(
     module: FoveatedVLMModule, questions: Sequence[ChoiceQuestion], modes: Sequence[str], max_new_tokens: int = 16
 ) -> dict[str, Any]:
     """Accuracy by mode: `likelihood`, the letter that is likeliest as the answer, and `generation`, the option that a
-    generated answer names; over all and by task.
+    generated answer names; over all, by task and further group, and as the mean over tasks (`..._task_mean`: MLVU's
+    M-Avg).
 
     Each video (or clip of one) is decoded and encoded once, for all its questions and modes. Questions whose video
     cannot be decoded are counted (`unreadable`) and left out of the accuracy; generated answers that name no option
@@ -61,10 +62,15 @@ def evaluate_choices(
                     hits = {"likelihood": letter == question.answer, "generation": named == question.answer}
                     for name, hit in hits.items():
                         right[mode][f"accuracy_{name}"].append(float(hit))
-                        right[mode][f"accuracy_{name}/{question.task}"].append(float(hit))
+                        for part in (question.task, *question.groups):
+                            right[mode][f"accuracy_{name}/{part}"].append(float(hit))
                     right[mode]["share_without_option"].append(float(named is None))
     if unreadable == len(questions):
         raise ValueError(f"none of the videos of {unreadable} questions can be decoded")
+    tasks = {question.task for question in questions}
+    for found in right.values():
+        for name in ("accuracy_likelihood", "accuracy_generation"):
+            found[f"{name}_task_mean"] = [np.mean(found[f"{name}/{t}"]) for t in tasks if f"{name}/{t}" in found]
     figures = {
         mode: {name: round(float(np.mean(values)), 5) for name, values in found.items()}
         for mode, found in right.items()

@@ -176,5 +176,7 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
         batches = itertools.islice(iter(loader), cfg.limit_batches)
         result[cfg.split] = evaluate_modes(module, batches, modes, cfg.max_new_tokens)
     for name, root in (plain(cfg.vqa_benchmarks) or {}).items():
-        result[name] = evaluate_choices(module, read_benchmark(name, root), modes)
+        benchmark = read_benchmark(name, root)
+        figures = evaluate_choices(module, benchmark.questions, modes)
+        result[name] = figures | {"without_video": benchmark.without_video}
     return result

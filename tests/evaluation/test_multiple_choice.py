@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,8 +58,10 @@ def test_a_video_is_decoded_and_encoded_once_for_all_questions_and_modes(module:
     assert set(figures["coarse_fine"]) == {
         "accuracy_likelihood",
         "accuracy_likelihood/colour",
+        "accuracy_likelihood_task_mean",
         "accuracy_generation",
         "accuracy_generation/colour",
+        "accuracy_generation_task_mean",
         "share_without_option",
     }
     with pytest.raises(ValueError, match="none of the videos of 1 questions"):
@@ -95,3 +98,8 @@ def test_generated_answers_are_read_as_options(module: FoveatedVLMModule, monkey
     figures = evaluate_choices(module, asked, ["coarse_fine"])["coarse_fine"]
     assert figures["accuracy_generation"] == pytest.approx(2 / 3, abs=1e-5)
     assert figures["share_without_option"] == pytest.approx(1 / 3, abs=1e-5)
+    asked[2] = replace(asked[2], task="place", groups=("domain/indoors",))
+    figures = evaluate_choices(module, asked, ["coarse_fine"])["coarse_fine"]
+    assert (figures["accuracy_generation/colour"], figures["accuracy_generation/place"]) == (0.5, 1.0)
+    assert figures["accuracy_generation/domain/indoors"] == 1.0
+    assert figures["accuracy_generation_task_mean"] == 0.75
