@@ -17,7 +17,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 
 from keygrip.data.batches import Turn
 from keygrip.data.video_text.conversations import fit_image
-from keygrip.data.video_text.foreign_text import PLACEHOLDER
+from keygrip.data.video_text.foreign_text import without_placeholders
 from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.models.foveated_vlm.generation import answer_likelihoods, encoded, generate
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
@@ -142,7 +142,7 @@ def _joined(parts: Sequence[Timed]) -> Timed:
 
 def _question(text: str) -> str:
     """Without the marks of where images go: the model has its own place for them."""
-    return PLACEHOLDER.sub("", text).strip()
+    return without_placeholders(text).strip()
 
 
 def _until(text: str, settings: Mapping[str, Any]) -> str:

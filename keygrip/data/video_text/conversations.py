@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
-from keygrip.data.bad_samples import BadSample, guard, open_image, parse_json
+from keygrip.data.bad_samples import HOSTILE, BadSample, guard, open_image, parse_json
 from keygrip.data.shards.index import Parts
 from keygrip.data.shards.reader import ShardSet, all_samples
 from keygrip.data.video import TIME_TOLERANCE_S, duration_s, frames_at
@@ -261,7 +261,16 @@ def decode_image(content: bytes, size: int, fit: str) -> np.ndarray:
     with open_image(content) as opened:
         if fit == "stretch":
             opened.draft("RGB", (size, size))
-        return fit_image(_rgb(opened), size, fit)
+        return fit_image(_rgb(_upright(opened)), size, fit)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """An image as viewers show it: turned as its EXIF says. Notes that are damaged do not make the image a bad one."""
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except HOSTILE:
+        turned = 1
+    return ImageOps.exif_transpose(image) if turned in range(2, 9) else image
 
 
 def _rgb(image: Image.Image) -> Image.Image:

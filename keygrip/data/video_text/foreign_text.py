@@ -1,7 +1,8 @@
 """Text of shards that other programs wrote, brought into the form of this project's own `json` member.
 
 Read are: a caption in `txt`, or under `caption` or `text` of `json`; and turns under `conversations`, `messages` or
-`texts`, each {"from", "value"}, {"role", "content"} or {"user", "assistant"}. Anything else is refused by what it has.
+`texts`, each {"from", "value"}, {"role", "content"} or {"user", "assistant"}; content is text or a list of
+{"type": "text" | "image" | "video"} items. Anything else is refused by what it has.
 """
 
 from __future__ import annotations
@@ -72,12 +73,30 @@ def _turns(entry: Any) -> Iterator[tuple[str, str]]:
         found = [("user", entry["user"]), ("assistant", entry["assistant"])]
     else:
         found = [(entry.get("from", entry.get("role")), entry.get("value", entry.get("content")))]
-    for role, text in found:
+    for role, said in found:
+        text = _joined(said) if isinstance(said, list) else said
         if not isinstance(role, str) or not isinstance(text, str):
             raise ValueError(f"a turn has no role or no text; it has {_listed(entry)}")
         if role not in ROLES:
             raise ValueError(f"a turn is from {role[:40]!r}; known are {', '.join(ROLES)}")
-        yield ROLES[role], PLACEHOLDER.sub("", text)
+        yield ROLES[role], without_placeholders(text)
+
+
+def without_placeholders(text: str) -> str:
+    """A text without the marks of where images go; words on both sides of one stay apart."""
+    return PLACEHOLDER.sub(" ", text).strip() if PLACEHOLDER.search(text) else text
+
+
+def _joined(items: list[Any]) -> str:
+    """The words of a turn that is a list of items. Raises ValueError: an item is none of the known."""
+    words = []
+    for item in items:
+        kind = item.get("type") if isinstance(item, Mapping) else None
+        if kind == "text" and isinstance(item["text"], str):
+            words.append(item["text"])
+        elif kind not in ("image", "video"):
+            raise ValueError(f"an item of a turn is {str(item)[:60]!r}; known are text, image and video")
+    return "\n".join(words)
 
 
 def _listed(content: Mapping[str, Any]) -> str:

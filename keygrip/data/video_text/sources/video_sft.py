@@ -20,7 +20,7 @@ from keygrip.data.video_text.conversations import (
     encode_jpeg,
     video_text_parts,
 )
-from keygrip.data.video_text.foreign_text import PLACEHOLDER, ROLES
+from keygrip.data.video_text.foreign_text import ROLES, without_placeholders
 from keygrip.data.video_text.sources.writing import Broken, MadeSample, write_shards
 
 MAX_LIST_BYTES = 1 << 33
@@ -67,7 +67,7 @@ class VideoSFTMaker:
         for role, text in entry.turns:
             if role not in ROLES:
                 raise ValueError(f"a turn is from {role!r}; known are {', '.join(ROLES)}")
-            turns.append(Turn(ROLES[role], PLACEHOLDER.sub("", text)))
+            turns.append(Turn(ROLES[role], without_placeholders(text)))
         evidence: dict[str, Any] = {"collection": entry.collection}
         if entry.answers:
             evidence["answers"] = list(entry.answers)
