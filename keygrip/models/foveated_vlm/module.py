@@ -212,15 +212,20 @@ class FoveatedVLMModule(System):
         pixels = torch.from_numpy(np.require(frames, requirements=["C", "W"])).to(self.device).permute(0, 3, 1, 2)
         return normalised(pixels, self.network.backbone.mean, self.network.backbone.std)[None]
 
-    def stream(self, question: str, mode: str = "autoregressive") -> VideoStream:
+    def stream(
+        self, question: str, mode: str = "autoregressive", seconds: Sequence[float] | None = None
+    ) -> VideoStream:
         """A question about a video that is still coming: `push(frame)`, and `answer()` at any time.
 
+        Args:
+            seconds: when its frames were taken, where that is known before (see `VideoStream`).
+
         Raises:
-            ValueError: a baseline, or a mode in which a frame depends on later ones.
+            ValueError: a baseline, a mode in which a frame depends on later ones, or seconds that are needed.
         """
         if not isinstance(self.network, FoveatedVLM):
             raise ValueError(f"{type(self.network).__name__} has no stream: the foveated model has")
-        return VideoStream(self.eval(), question, mode)
+        return VideoStream(self.eval(), question, mode, seconds)
 
     def forward(self, batch: VideoTextBatch, mode: str, refinement: int = 0) -> VLMOutput:
         frames, rows = self.inputs(batch)

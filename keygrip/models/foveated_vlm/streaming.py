@@ -7,13 +7,16 @@ cache. The same as the autoregressive mode (or coarse_only) of a whole video, bi
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from keygrip.data.batches import Turn
+from keygrip.data.video_text.conversations import fit_image
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.language.cache import LanguageCache
 from keygrip.models.language.tokenizers import ChatTokenizer
@@ -40,6 +43,14 @@ class _Reader:
         """Forgets everything after a mark."""
         length, self.state = mark
         self.cache.cut(length)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place in a stream: frames pushed so far, and where each of its readers stands."""
+
+    frames: int
+    readers: tuple[tuple[int, Tensor | None], ...]
 
 
 class StreamingSession:
@@ -70,7 +81,11 @@ class StreamingSession:
         if not ids:
             return
         device = self.network.static_query.device
-        embedded = self.network.language.embed(torch.tensor([list(ids)], dtype=torch.int64, device=device))
+        self.read_embedded(self.network.language.embed(torch.tensor([list(ids)], dtype=torch.int64, device=device)))
+
+    @torch.inference_mode()
+    def read_embedded(self, embedded: Tensor) -> None:
+        """What stands in the row, as the language model's input [1, T, C]."""
         for reader in self._readers():
             reader.read(embedded)
 
@@ -101,6 +116,16 @@ class StreamingSession:
                 self._driving.read(network.numbered(coarse, self.frames, now))
         self.frames += 1
 
+    def mark(self) -> Mark:
+        """Where the row stands, for `back`."""
+        return Mark(self.frames, tuple(reader.mark() for reader in self._readers()))
+
+    def back(self, mark: Mark) -> None:
+        """Forgets everything after a mark."""
+        self.frames = mark.frames
+        for reader, place in zip(self._readers(), mark.readers, strict=True):
+            reader.back(place)
+
     @torch.inference_mode()
     def tokens(
         self, ids: Sequence[int], max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0, keep: bool = False
@@ -111,22 +136,16 @@ class StreamingSession:
             temperature: 0 takes the most probable token; above, tokens are drawn with `seed`.
             keep: text and answer stay in the row (a conversation goes on); otherwise the row is as before.
         """
-        marks = [(reader, reader.mark()) for reader in self._readers()]
+        mark = self.mark()
         try:
             self.read(ids)
             said = yield from self._continue(max_new_tokens, temperature, seed)
-            if keep:
-                self._keep(said, marks, ids)
+            if keep:  # in every row: while the answer was made, only its own row had read it
+                self.back(mark)
+                self.read([*ids, *said, self.tokenizer.end_of_turn])
         finally:
             if not keep:
-                for reader, mark in marks:
-                    reader.back(mark)
-
-    def _keep(self, said: Sequence[int], marks: Sequence[tuple[_Reader, Any]], ids: Sequence[int]) -> None:
-        """The whole answer with its end in every row: while it was made, only the row of the answer had read it."""
-        for reader, mark in marks:
-            reader.back(mark)
-        self.read([*ids, *said, self.tokenizer.end_of_turn])
+                self.back(mark)
 
     def _continue(self, max_new_tokens: int, temperature: float, seed: int) -> Generator[int, None, list[int]]:
         language, state = self.network.language, self._row.state
@@ -158,11 +177,17 @@ class VideoStream:
 
     Args:
         module: a trained foveated model. question: what is asked. mode: see `StreamingSession`.
+        seconds: when the frames to come were taken, where a model that is told so (`collator.timestamps`) needs it.
+
+    Raises:
+        ValueError: a mode in which a frame depends on later ones, or seconds that are needed and not known.
     """
 
-    def __init__(self, module: Any, question: str, mode: str = "autoregressive") -> None:
+    def __init__(
+        self, module: Any, question: str, mode: str = "autoregressive", seconds: Sequence[float] | None = None
+    ) -> None:
         self.module = module
-        text = module.collator.prompt((Turn("user", question),))
+        text = module.collator.prompt((Turn("user", question),), seconds)
         self.session = StreamingSession(module.network, module.tokenizer, mode)
         self.session.read(text.ids[: text.visual_at])
         self._rest = text.ids[text.visual_at :]
@@ -173,18 +198,19 @@ class VideoStream:
         return self.session.frames
 
     def push(self, frame: np.ndarray, second: float | None = None) -> None:
-        """A frame, uint8 [S, S, 3] RGB of the model's image size.
+        """A frame, uint8 [H, W, 3] RGB, which is brought to the model's image size as in training.
 
         Args:
             second: when it was taken; None: a frame per second.
 
         Raises:
-            ValueError: another size, or no room for it.
+            ValueError: another shape or type, or no room for it.
         """
-        size = self.module.pictures["image_size"]
-        if frame.shape != (size, size, 3) or frame.dtype != np.uint8:
-            raise ValueError(f"a frame is uint8 [{size}, {size}, 3], not {frame.dtype} {list(frame.shape)}")
-        self.session.push(self.module.as_input(frame[None])[0, 0], second)
+        if frame.ndim != 3 or frame.shape[2] != 3 or not frame.size or frame.dtype != np.uint8:
+            raise ValueError(f"a frame is uint8 [H, W, 3], not {frame.dtype} {list(frame.shape)}")
+        images = self.module.pictures
+        fitted = fit_image(Image.fromarray(frame), images["image_size"], images["fit"])
+        self.session.push(self.module.as_input(fitted[None])[0, 0], second)
 
     def stream(self, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
         """Pieces of the answer to what was seen so far, as they come; together they are `answer()`."""

@@ -11,6 +11,7 @@ import torch
 from vlm_parts import frames_of, small_module
 
 from keygrip.data.batches import Turn
+from keygrip.data.video_text.conversations import fit_image
 from keygrip.models.foveated_vlm.generation import generate
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.network import FoveatedVLM
@@ -95,8 +96,37 @@ def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
     module = small_module(tmp_path, [QUESTION] * 3)
     with pytest.raises(ValueError, match="mode=coarse_fine: a stream is seen in autoregressive or coarse_only"):
         module.stream("?", "coarse_fine")
-    with pytest.raises(ValueError, match=r"a frame is uint8 \[28, 28, 3\], not uint8 \[14, 14, 3\]"):
-        module.stream("?").push(np.zeros((14, 14, 3), np.uint8))
+    for frame, said in ((np.zeros((28, 28, 3)), "float64"), (np.zeros((28, 28), np.uint8), r"uint8 \[28, 28\]")):
+        with pytest.raises(ValueError, match=rf"a frame is uint8 \[H, W, 3\], not {said}"):
+            module.stream("?").push(frame)
+
+
+def test_frames_of_a_camera_are_brought_to_the_models_size(tmp_path: Path) -> None:
+    from PIL import Image
+
+    module = small_module(tmp_path, [QUESTION] * 3)
+    module.pictures["fit"] = "pad"
+    frame = np.random.default_rng(0).integers(0, 255, (30, 40, 3)).astype(np.uint8)
+    sized, given = module.stream("?"), module.stream("?")
+    given.push(frame)
+    sized.push(fit_image(Image.fromarray(frame), 28, "pad"))
+    assert sized.session._row.state is not None
+    assert torch.equal(given.session._row.state, sized.session._row.state)
+
+
+def test_a_model_that_is_told_the_times_needs_them_before_the_frames(tmp_path: Path) -> None:
+    module = small_module(tmp_path, [QUESTION] * 3)
+    module.collator.timestamps = True
+    frames = video(3)
+    with pytest.raises(ValueError, match="when the frames of a video were taken is not known"):
+        module.stream(QUESTION)
+    stream = module.stream(QUESTION, seconds=(0.0, 1.0, 2.0))
+    for frame in frames:
+        stream.push(frame)
+    prompt = module.collator.prompt((Turn("user", QUESTION),), (0.0, 1.0, 2.0))
+    inputs = module.as_input(frames)
+    wanted = generate(module.network, module.tokenizer, inputs, [3], [prompt], [0], "autoregressive", 12).texts[0]
+    assert stream.answer(12) == wanted
 
 
 def test_pieces_are_whole_characters() -> None:
