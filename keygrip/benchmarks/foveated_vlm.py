@@ -155,7 +155,9 @@ class VLMStream(Timed):
         repetitions, limit_s = self.effort(quick)
         figures: dict[str, float] = {}
         with threads(self.threads), torch.inference_mode():
-            works = {f"push_ms_{count}": _Push(network, self.prompt_tokens, count, device) for count in self.frames}
+            works: dict[str, Work] = {
+                f"push_ms_{count}": _Push(network, self.prompt_tokens, count, device) for count in self.frames
+            }
             seconds = interleaved_seconds(works, repetitions, device, limit_s, warm_up=1)
             figures |= {name: milliseconds(values) for name, values in seconds.items()}
             for count, work in zip(self.frames, works.values(), strict=True):

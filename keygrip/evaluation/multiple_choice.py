@@ -70,7 +70,7 @@ def evaluate_choices(
     tasks = {question.task for question in questions}
     for found in right.values():
         for name in ("accuracy_likelihood", "accuracy_generation"):
-            found[f"{name}_task_mean"] = [np.mean(found[f"{name}/{t}"]) for t in tasks if f"{name}/{t}" in found]
+            found[f"{name}_task_mean"] = [float(np.mean(found[f"{name}/{t}"])) for t in tasks if f"{name}/{t}" in found]
     figures = {
         mode: {name: round(float(np.mean(values)), 5) for name, values in found.items()}
         for mode, found in right.items()

@@ -58,8 +58,9 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
     if cfg.figure is not None and cfg.stream:
         raise ValueError("figure=... shows where queries attended, which stream=true does not keep: leave one out")
     talks = None if cfg.conversations is None else read_conversations(cfg.conversations)
-    asked = ([], []) if talks is not None else (_listed(cfg.video), [str(each) for each in _listed(cfg.question)])
-    if talks is None and not all(asked):
+    paths: list[Any] = [] if talks is not None else _listed(cfg.video)
+    questions = [] if talks is not None else [str(each) for each in _listed(cfg.question)]
+    if talks is None and not (paths and questions):
         raise ValueError("video and question: give at least one of each (video=null: text alone)")
     module = load_module(
         find_checkpoint(cfg.checkpoint, cfg.checkpoint_step),
@@ -74,7 +75,7 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
     if cfg.max_frames is not None:
         module.pictures["max_frames"] = cfg.max_frames
     started = time.perf_counter()
-    found = _continued(module, talks, mode, cfg) if talks is not None else _asked(module, *asked, mode, cfg)
+    found = _continued(module, talks, mode, cfg) if talks is not None else _asked(module, paths, questions, mode, cfg)
     return found | {"mode": mode, "wall_s": round(time.perf_counter() - started, 3)}
 
 

@@ -181,13 +181,13 @@ class VideoChat:
         wanted: Any = conversations if several else [conversations]
         for each in wanted:
             self.check(each)
-        mode = mode or self.module.network.modes[-1]
+        how = mode or self.module.network.modes[-1]
         answers: list[str] = [""] * len(wanted)
         waiting: list[tuple[int, Prompt]] = []
 
         def answer_waiting() -> None:
             prompts = [prompt for _, prompt in waiting]
-            said = self._together(prompts, max_new_tokens, temperature, seed, mode) if prompts else []
+            said = self._together(prompts, max_new_tokens, temperature, seed, how) if prompts else []
             for (number, _), text in zip(waiting, said, strict=True):
                 answers[number] = text
             waiting.clear()
@@ -195,7 +195,7 @@ class VideoChat:
         for number, messages in enumerate(wanted):
             prompt = self.read(messages)
             if not prompt.at_its_place:
-                answers[number] = "".join(self._streamed(prompt, max_new_tokens, temperature, seed, mode)).strip()
+                answers[number] = "".join(self._streamed(prompt, max_new_tokens, temperature, seed, how)).strip()
                 continue
             if padded_frames([*(each for _, each in waiting), prompt]) > batch_frames or len(waiting) == BATCH_ROWS:
                 answer_waiting()

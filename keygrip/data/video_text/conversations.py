@@ -22,7 +22,7 @@ from keygrip.data.bad_samples import HOSTILE, BadSample, guard, open_image, pars
 from keygrip.data.shards.index import Parts
 from keygrip.data.shards.reader import ShardSet, all_samples
 from keygrip.data.video import TIME_TOLERANCE_S, duration_s, frames_at
-from keygrip.data.video_text.foreign_text import caption_text, holds_text, own_text
+from keygrip.data.video_text.foreign_text import SHOWN, caption_text, holds_text, own_text
 
 ROLES = ("system", "user", "assistant")
 IMAGE = re.compile(r"^(?:(\d{1,6})\.)?(jpg|jpeg|png|webp)$", re.IGNORECASE)
@@ -242,6 +242,8 @@ def describe_video_text(parts: Parts) -> dict[str, int | float | str]:
 def _check_count(content: Mapping[str, Any], images: Sequence[str]) -> None:
     if content.get("frames", len(images)) != len(images):
         raise ValueError(f"it has {len(images)} images of {str(content['frames'])[:40]}")
+    if content.get(SHOWN) is True and not images:
+        raise ValueError("its text shows an image or a video (<image>, <video>), and it holds none")
 
 
 def fit_image(image: Any, size: int, fit: str) -> np.ndarray:

@@ -13,6 +13,7 @@ from typing import Any
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 PLACEHOLDER = re.compile(r"\s*<(image|video)>\s*")  # where the frames go is the model's affair
+SHOWN = "shown"  # of text in this project's form: whether it had a placeholder, so that frames belong to it
 CAPTIONS, TURNS = ("caption", "text"), ("conversations", "messages", "texts")
 
 
@@ -43,7 +44,9 @@ def own_text(content: Any, request: str) -> dict[str, Any]:
             raise ValueError(f"the {name} of its json are no list")
         if name == "conversations" and isinstance(turns[0], Mapping) and "turns" in turns[0]:
             return dict(content)
-        return _of_turns([turn for each in turns for turn in _turns(each)], "text", content)
+        said = [turn for each in turns for turn in _turns(each)]
+        shown = any(PLACEHOLDER.search(text) for _, text in said)
+        return _of_turns([(role, without_placeholders(text)) for role, text in said], "text", content) | {SHOWN: shown}
     name = next((name for name in CAPTIONS if isinstance(content.get(name), str) and content[name].strip()), None)
     if name is None:
         raise ValueError(f"its json holds no {', '.join((*TURNS, *CAPTIONS))}; it holds {_listed(content)}")
@@ -66,7 +69,7 @@ def _of_turns(turns: list[tuple[str, str]], kind: str, content: Mapping[str, Any
 
 
 def _turns(entry: Any) -> Iterator[tuple[str, str]]:
-    """(role, text) of an entry of any of the known forms. Raises ValueError: it has another."""
+    """(role, text with its placeholders) of an entry of any of the known forms. Raises ValueError: it has another."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"a turn is no object but {str(entry)[:60]!r}")
     if "user" in entry and "assistant" in entry:
@@ -79,7 +82,7 @@ def _turns(entry: Any) -> Iterator[tuple[str, str]]:
             raise ValueError(f"a turn has no role or no text; it has {_listed(entry)}")
         if role not in ROLES:
             raise ValueError(f"a turn is from {role[:40]!r}; known are {', '.join(ROLES)}")
-        yield ROLES[role], without_placeholders(text)
+        yield ROLES[role], text
 
 
 def without_placeholders(text: str) -> str:
@@ -88,13 +91,15 @@ def without_placeholders(text: str) -> str:
 
 
 def _joined(items: list[Any]) -> str:
-    """The words of a turn that is a list of items. Raises ValueError: an item is none of the known."""
+    """The text of a turn that is a list of items. Raises ValueError: an item is none of the known."""
     words = []
     for item in items:
         kind = item.get("type") if isinstance(item, Mapping) else None
-        if kind == "text" and isinstance(item["text"], str):
+        if kind == "text" and isinstance(item.get("text"), str):
             words.append(item["text"])
-        elif kind not in ("image", "video"):
+        elif kind in ("image", "video"):
+            words.append(f"<{kind}>")
+        else:
             raise ValueError(f"an item of a turn is {str(item)[:60]!r}; known are text, image and video")
     return "\n".join(words)
 

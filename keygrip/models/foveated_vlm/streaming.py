@@ -71,21 +71,30 @@ class StreamingSession:
             raise ValueError(f"mode={mode}: a stream is seen in {' or '.join(STREAMED_MODES)}")
         self.network, self.tokenizer, self.mode = network, tokenizer, mode
         self.frames = 0
+        self._answering = False
         self._row = _Reader(network)
         # Chosen queries come from the row itself, or from a second one of coarse tokens.
         self._driving = _Reader(network) if mode == "autoregressive" and network.query_source == "coarse" else self._row
 
     @torch.inference_mode()
     def read(self, ids: Sequence[int]) -> None:
-        """Text, as token ids."""
+        """Text, as token ids. Raises ValueError: it does not fit into the context, or an answer is under way."""
+        self._check_free()
+        self._append(ids)
+
+    def _append(self, ids: Sequence[int]) -> None:
         if not ids:
             return
         device = self.network.static_query.device
-        self.read_embedded(self.network.language.embed(torch.tensor([list(ids)], dtype=torch.int64, device=device)))
+        self._append_embedded(self.network.language.embed(torch.tensor([list(ids)], dtype=torch.int64, device=device)))
 
     @torch.inference_mode()
     def read_embedded(self, embedded: Tensor) -> None:
-        """What stands in the row, as the language model's input [1, T, C]."""
+        """What stands in the row, as the language model's input [1, T, C]. Raises ValueError: as `read`."""
+        self._check_free()
+        self._append_embedded(embedded)
+
+    def _append_embedded(self, embedded: Tensor) -> None:
         for reader in self._readers():
             reader.read(embedded)
 
@@ -97,8 +106,10 @@ class StreamingSession:
             second: when it was taken, for a clock that counts seconds; None: a frame per second.
 
         Raises:
-            ValueError: the row does not fit into the language model's context, or the network numbers fewer frames.
+            ValueError: the row does not fit into the language model's context, the network numbers fewer frames, or an
+                answer is under way.
         """
+        self._check_free()
         network = self.network
         now = torch.tensor([[float(self.frames if second is None else second)]], device=frame.device)
         kv = network.encode(frame[None])
@@ -135,15 +146,20 @@ class StreamingSession:
         Args:
             temperature: 0 takes the most probable token; above, tokens are drawn with `seed`.
             keep: text and answer stay in the row (a conversation goes on); otherwise the row is as before.
+
+        Raises:
+            ValueError: they do not fit into the language model's context, or another answer is under way.
         """
-        mark = self.mark()
+        self._check_free()
+        mark, self._answering = self.mark(), True
         try:
-            self.read(ids)
+            self._append(ids)
             said = yield from self._continue(max_new_tokens, temperature, seed)
             if keep:  # in every row: while the answer was made, only its own row had read it
                 self.back(mark)
-                self.read([*ids, *said, self.tokenizer.end_of_turn])
+                self._append([*ids, *said, self.tokenizer.end_of_turn])
         finally:
+            self._answering = False
             if not keep:
                 self.back(mark)
 
@@ -167,6 +183,11 @@ class StreamingSession:
             state = self._row.state
             assert state is not None
         return said
+
+    def _check_free(self) -> None:
+        """An answer stands in the row until it ends: what came behind it would be forgotten with it."""
+        if self._answering:
+            raise ValueError("an answer is under way: take its pieces to the end, or close it, before more is read")
 
     def _readers(self) -> list[_Reader]:
         return [self._row] if self._driving is self._row else [self._row, self._driving]

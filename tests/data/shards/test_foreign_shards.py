@@ -96,7 +96,19 @@ LAYOUTS: dict[str, tuple[Members, dict[str, int]]] = {
     "upper case video": ([("a.MP4", small_video()), ("a.json", CAPTION)], {"a": 2}),
     "16 bits": ([("a.png", deep_grey()), ("a.json", CAPTION)], {"a": 1}),
     "masks beside": ([*pair("a"), ("a.seg.bin", b"1")], {"a": 1}),
-    "text alone": ([("a.json", text(conversations=TALK))], {"a": 0}),
+    "text alone": ([("a.json", text(conversations=[{"user": "?", "assistant": "!"}]))], {"a": 0}),
+    "an image that is not there": ([("a.json", text(conversations=TALK))], {}),
+    "an item that is not there": (
+        [
+            (
+                "a.json",
+                text(
+                    messages=[{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "!"}]
+                ),
+            )
+        ],
+        {},
+    ),
     "byte order mark": (pair("a", content=b"\xef\xbb\xbf" + text(caption="c")), {"a": 1}),
     "a frame is missing": ([("a.00.jpg", jpeg()), ("a.02.jpg", jpeg()), ("a.json", CAPTION)], {}),
     "fewer frames than said": ([("a.00.jpg", jpeg()), ("a.json", OWN.replace(b'"frames":0', b'"frames":4'))], {}),

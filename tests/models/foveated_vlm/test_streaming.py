@@ -92,6 +92,44 @@ def test_more_frames_than_a_table_holds(tmp_path: Path) -> None:
         limited.push(frames[2])
 
 
+def test_what_does_not_fit_leaves_the_stream_as_it_was(tmp_path: Path) -> None:
+    """The language model holds 128 positions: a question that is too long is refused, a shorter one answered."""
+    module = small_module(tmp_path, [QUESTION] * 3, query_source="coarse")
+    frame = module.as_input(video(1))[0, 0]
+    tried, other = (StreamingSession(module.network, module.tokenizer) for _ in range(2))
+    for session in (tried, other):
+        session.read([5, 9, 7] * 40)
+        session.push(frame)
+    for refused in (lambda: list(tried.tokens([5] * 8, 1)), lambda: tried.read([5] * 8)):
+        with pytest.raises(ValueError, match="a row has 129 positions"):
+            refused()
+    assert list(tried.tokens([5, 9], 3)) == list(other.tokens([5, 9], 3))
+    tried.push(frame)
+    other.push(frame)
+    assert tried.mark().readers[0][0] == other.mark().readers[0][0] == 122
+    assert torch.equal(tried._row.state, other._row.state)
+
+
+def test_frames_wait_for_the_end_of_an_answer(tmp_path: Path) -> None:
+    """They would stand behind half an answer, and be forgotten with it."""
+    module = small_module(tmp_path, [QUESTION] * 3, query_source="coarse")
+    stream, other = module.stream(QUESTION), module.stream(QUESTION)
+    frames = video(2)
+    stream.push(frames[0])
+    other.push(frames[0])
+    answer = stream.session.tokens([5, 9], 8)
+    next(answer)
+    with pytest.raises(ValueError, match="an answer is under way"):
+        stream.push(frames[1])
+    with pytest.raises(ValueError, match="an answer is under way"):
+        stream.answer()
+    answer.close()
+    for each in (stream, other):
+        each.push(frames[1])
+    assert stream.frames == other.frames == 2
+    assert stream.answer(8) == other.answer(8)
+
+
 def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
     module = small_module(tmp_path, [QUESTION] * 3)
     with pytest.raises(ValueError, match="mode=coarse_fine: a stream is seen in autoregressive or coarse_only"):
