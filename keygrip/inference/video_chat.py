@@ -100,7 +100,7 @@ class VideoChat:
         content = read_checkpoint(self.source)
         weights, which = weights_of(content, True)
         files, facts = self.module.export_files()
-        card = model_card(Path(folder).name, content, weights, which, {})
+        card = model_card(Path(folder).name, content, weights, which, {}, self.module.usage)
         return write_export(folder, content, weights, card, files=files, facts=facts)
 
     # ------------------------------------------------------------------ processor

@@ -76,6 +76,11 @@ class FoveatedVLMModule(System):
         *("data.sources.tours_1=null", "data.sources.tours_2=null", "data.sources.tours_3=null"),
         *("data.curriculum=null", "data.sources.texts.make.options={train: 8, val: 2, test: 2}", "data.batch_size=2"),
     )
+    usage = """from keygrip.inference.video_chat import VideoChat
+
+chat = VideoChat.from_pretrained("{name}")
+video, question = {"type": "video", "video": "clip.mp4"}, {"type": "text", "text": "What happens?"}
+chat.generate([{"role": "user", "content": [video, question]}])"""
 
     def __init__(
         self,
