@@ -185,8 +185,8 @@ def _batches(
         waiting.append(video)
     if len(failed) == len(paths):
         raise failed[0]
-    for error in failed:
-        log.warning("left out: %s", error)
+    for reason in failed:
+        log.warning("left out: %s", reason)
     if waiting:
         yield waiting
 
