@@ -33,23 +33,28 @@ def evaluate_choices(
     M-Avg).
 
     Each video (or clip of one) is decoded and encoded once, for all its questions and modes. Questions whose video
-    cannot be decoded are counted (`unreadable`) and left out of the accuracy; generated answers that name no option
-    count as wrong, and are counted (`share_without_option`).
+    cannot be decoded (`unreadable`) and those that do not fit into the language model's context with their frames
+    (`too_long`) are counted and left out of the accuracy; generated answers that name no option count as wrong, and are
+    counted (`share_without_option`).
 
     Raises:
-        ValueError: no video can be decoded.
+        ValueError: no question is left.
     """
     module.eval()
     right: dict[str, dict[str, list[float]]] = {mode: defaultdict(list) for mode in modes}
-    unreadable = 0
+    unreadable = too_long = 0
     with Progress(total=len(questions), desc="multiple choice", unit="question") as bar:
-        for group in _by_video(questions):
-            bar.update(len(group))
+        for asked in _by_video(questions):
+            bar.update(len(asked))
             try:
-                frames, seconds = _frames(module, group[0])
+                frames, seconds = _frames(module, asked[0])
             except (ValueError, OSError) as error:
-                unreadable += len(group)
-                log.warning("%d questions left out: %s", len(group), error)
+                unreadable += len(asked)
+                log.warning("%d questions left out: %s", len(asked), error)
+                continue
+            group = _fitting(module, asked, seconds, max_new_tokens)
+            too_long += len(asked) - len(group)
+            if not group:
                 continue
             inputs, counts = module.as_input(frames), [len(frames)]
             kv = encoded(module.network, inputs, counts)
@@ -65,8 +70,11 @@ def evaluate_choices(
                         for part in (question.task, *question.groups):
                             right[mode][f"accuracy_{name}/{part}"].append(float(hit))
                     right[mode]["share_without_option"].append(float(named is None))
-    if unreadable == len(questions):
-        raise ValueError(f"none of the videos of {unreadable} questions can be decoded")
+    left = len(questions) - unreadable - too_long
+    if not left:
+        raise ValueError(
+            f"no question is left: the videos of {unreadable} cannot be decoded, and {too_long} are too long"
+        )
     tasks = {question.task for question in questions}
     for found in right.values():
         for name in ("accuracy_likelihood", "accuracy_generation"):
@@ -75,7 +83,26 @@ def evaluate_choices(
         mode: {name: round(float(np.mean(values)), 5) for name, values in found.items()}
         for mode, found in right.items()
     }
-    return {"questions": len(questions) - unreadable, "unreadable": unreadable, **figures}
+    return {"questions": left, "unreadable": unreadable, "too_long": too_long, **figures}
+
+
+def _fitting(
+    module: FoveatedVLMModule, asked: Sequence[ChoiceQuestion], seconds: Sequence[float], max_new_tokens: int
+) -> list[ChoiceQuestion]:
+    """The questions about a video that fit into the language model's context with its frames and an answer."""
+    context = module.network.language.context
+    room = context - len(seconds) * module.network.tokens_per_frame - max_new_tokens
+    lengths = [len(module.collator.prompt((Turn("user", each.prompt),), seconds).ids) for each in asked]
+    if max(lengths) > room:
+        log.warning(
+            "%d questions about %s left out: with %d frames and an answer they do not fit into the %d positions of the "
+            "language model",
+            sum(length > room for length in lengths),
+            asked[0].video,
+            len(seconds),
+            context,
+        )
+    return [each for each, length in zip(asked, lengths, strict=True) if length <= room]
 
 
 def _by_video(questions: Sequence[ChoiceQuestion]) -> Iterator[list[ChoiceQuestion]]:

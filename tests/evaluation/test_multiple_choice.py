@@ -71,8 +71,16 @@ def test_a_video_is_decoded_and_encoded_once_for_all_questions_and_modes(module:
         "accuracy_generation_task_mean",
         "share_without_option",
     }
-    with pytest.raises(ValueError, match="none of the videos of 1 questions"):
+    with pytest.raises(ValueError, match="no question is left: the videos of 1 cannot be decoded, and 0 are too long"):
         evaluate_choices(module, [question("broken", 0)], ["coarse_fine"])
+
+
+def test_questions_that_do_not_fit_are_counted_and_end_nothing(
+    module: FoveatedVLMModule, caplog: pytest.LogCaptureFixture
+) -> None:
+    figures = evaluate_choices(module, [question("a", 0), question("a", 0, "? " * 200)], ["coarse_fine"], 4)
+    assert (figures["questions"], figures["unreadable"], figures["too_long"]) == (1, 0, 1)
+    assert "1 questions about a left out: with 3 frames" in caplog.text
 
 
 @torch.no_grad()
