@@ -26,7 +26,11 @@ ROWS = 32  # questions, or their lettered answers, at a time
 
 @torch.no_grad()
 def evaluate_choices(
-    module: FoveatedVLMModule, questions: Sequence[ChoiceQuestion], modes: Sequence[str], max_new_tokens: int = 16
+    module: FoveatedVLMModule,
+    questions: Sequence[ChoiceQuestion],
+    modes: Sequence[str],
+    max_new_tokens: int = 16,
+    record: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Accuracy by mode: `likelihood`, the letter that is likeliest as the answer, and `generation`, the option that a
     generated answer names; over all, by task and further group, and as the mean over tasks (`..._task_mean`: MLVU's
@@ -36,6 +40,9 @@ def evaluate_choices(
     cannot be decoded (`unreadable`) and those that do not fit into the language model's context with their frames
     (`too_long`) are counted and left out of the accuracy; generated answers that name no option count as wrong, and are
     counted (`share_without_option`).
+
+    Args:
+        record: each answer is added to it, plain values.
 
     Raises:
         ValueError: no question is left.
@@ -70,6 +77,8 @@ def evaluate_choices(
                         for part in (question.task, *question.groups):
                             right[mode][f"accuracy_{name}/{part}"].append(float(hit))
                     right[mode]["share_without_option"].append(float(named is None))
+                    if record is not None:
+                        record.append(_recorded(question, mode, letter, named, text))
     left = len(questions) - unreadable - too_long
     if not left:
         raise ValueError(
@@ -84,6 +93,22 @@ def evaluate_choices(
         for mode, found in right.items()
     }
     return {"questions": left, "unreadable": unreadable, "too_long": too_long, **figures}
+
+
+def _recorded(question: ChoiceQuestion, mode: str, likeliest: int, named: int | None, text: str) -> dict[str, Any]:
+    letters = question.letters
+    return {
+        "task": question.task,
+        "video": str(question.video),
+        "clip": question.clip,
+        "question": question.question,
+        "options": list(question.options),
+        "answer": letters[question.answer],
+        "mode": mode,
+        "likeliest": letters[likeliest],
+        "generated": text,
+        "named": None if named is None else letters[named],
+    }
 
 
 def _fitting(

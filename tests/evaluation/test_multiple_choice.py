@@ -167,6 +167,7 @@ def test_mini_sets_are_scored_from_their_folders(tmp_path: Path, monkeypatch: py
             "mode": "coarse_fine",
             "split": "none",
             "max_new_tokens": 4,
+            "vqa_answers": str(tmp_path / "answers.jsonl"),
             "vqa_benchmarks": {name: str(tmp_path / folder) for name, folder in folders.items()},
         }
     )
@@ -177,3 +178,16 @@ def test_mini_sets_are_scored_from_their_folders(tmp_path: Path, monkeypatch: py
     assert right == {"mvbench": 1.0, "mlvu": 1.0, "video_mme": 0.0}
     assert result["video_mme"]["coarse_fine"]["accuracy_generation/domain/Knowledge"] == 0.0
     assert result["mvbench"]["coarse_fine"]["accuracy_likelihood"] in (0.0, 0.5, 1.0)
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [(a["benchmark"], a["clip"], a["generated"], a["named"], a["answer"]) for a in answers] == [
+        ("mvbench", [1.0, 2.0], "The answer is (B).", "B", "B"),
+        ("mvbench", [0.0, 1.0], "The answer is (A).", "A", "A"),
+        ("mlvu", None, "The answer is (A).", "A", "A"),
+        ("video_mme", None, "The answer is (A).", "A", "B"),
+    ]
+    for changed, words in (
+        ({"vqa_benchmarks": {}, "split": "val"}, "name one"),
+        ({"vqa_benchmarks": {}, "vqa_answers": None}, "nothing"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            evaluate_answers(SimpleNamespace(module=made), OmegaConf.create({**cfg, **changed}))  # type: ignore[arg-type]
