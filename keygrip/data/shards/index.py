@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import unicodedata
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -191,7 +192,7 @@ def _index_tar(path: Path, describe: Describe) -> ShardIndex:
                 raise ShardError(f"{path} is cut off in {member.name}")
             if member.isdir():
                 continue
-            key, part = split_name(member.name)
+            key, part = split_name(unicodedata.normalize("NFC", member.name))  # macOS takes letters and accents apart
             if not key.rpartition("/")[2]:
                 continue  # a hidden file, such as a file system's notes about others
             if not _is_text(member.name):

@@ -180,7 +180,9 @@ def parse_text(parts: Parts) -> dict[str, Any]:
         return caption_text(parts["txt"].decode("utf-8-sig"), CAPTION_REQUEST)
     if "json" in parts:
         return own_text(content, CAPTION_REQUEST)
-    raise ValueError(f"it has no json or txt part, only {', '.join(sorted(parts)) or 'nothing'}")
+    dotted = any(name.rpartition(".")[2] in TEXT for name in parts)
+    hint = ": a key ends at the first dot of a name; write another character for the others" if dotted else ""
+    raise ValueError(f"it has no json or txt part, only {', '.join(sorted(parts)) or 'nothing'}{hint}")
 
 
 def parse_conversations(content: Mapping[str, Any]) -> tuple[Conversation, ...]:
@@ -243,7 +245,7 @@ def _check_count(content: Mapping[str, Any], images: Sequence[str]) -> None:
     if content.get("frames", len(images)) != len(images):
         raise ValueError(f"it has {len(images)} images of {str(content['frames'])[:40]}")
     if content.get(SHOWN) is True and not images:
-        raise ValueError("its text shows an image or a video (<image>, <video>), and it holds none")
+        raise ValueError("its text is about an image or a video, and it holds none")
 
 
 def fit_image(image: Any, size: int, fit: str) -> np.ndarray:

@@ -13,7 +13,8 @@ from typing import Any
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 PLACEHOLDER = re.compile(r"\s*<(image|video)>\s*")  # where the frames go is the model's affair
-SHOWN = "shown"  # of text in this project's form: whether it had a placeholder, so that frames belong to it
+SHOWN = "shown"  # of text in this project's form: whether it is about an image or a video, so that frames belong to it
+MEDIA = ("image", "images", "video", "videos")  # keys of a json that name files
 CAPTIONS, TURNS = ("caption", "text"), ("conversations", "messages", "texts")
 
 
@@ -45,7 +46,7 @@ def own_text(content: Any, request: str) -> dict[str, Any]:
         if name == "conversations" and isinstance(turns[0], Mapping) and "turns" in turns[0]:
             return dict(content)
         said = [turn for each in turns for turn in _turns(each)]
-        shown = any(PLACEHOLDER.search(text) for _, text in said)
+        shown = any(PLACEHOLDER.search(text) for _, text in said) or any(content.get(name) for name in MEDIA)
         return _of_turns([(role, without_placeholders(text)) for role, text in said], "text", content) | {SHOWN: shown}
     name = next((name for name in CAPTIONS if isinstance(content.get(name), str) and content[name].strip()), None)
     if name is None:
@@ -57,7 +58,7 @@ def caption_text(text: str, request: str, content: Mapping[str, Any] | None = No
     """A caption in this project's own form. Raises ValueError: it is empty."""
     if not text.strip():
         raise ValueError("its caption is empty")
-    return _of_turns([("user", request), ("assistant", text.strip())], "caption", content or {})
+    return _of_turns([("user", request), ("assistant", text.strip())], "caption", content or {}) | {SHOWN: True}
 
 
 def _of_turns(turns: list[tuple[str, str]], kind: str, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,9 +81,9 @@ def _turns(entry: Any) -> Iterator[tuple[str, str]]:
         text = _joined(said) if isinstance(said, list) else said
         if not isinstance(role, str) or not isinstance(text, str):
             raise ValueError(f"a turn has no role or no text; it has {_listed(entry)}")
-        if role not in ROLES:
+        if role.lower() not in ROLES:
             raise ValueError(f"a turn is from {role[:40]!r}; known are {', '.join(ROLES)}")
-        yield ROLES[role], text
+        yield ROLES[role.lower()], text
 
 
 def without_placeholders(text: str) -> str:

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import tarfile
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,15 @@ LAYOUTS: dict[str, tuple[Members, dict[str, int]]] = {
     "16 bits": ([("a.png", deep_grey()), ("a.json", CAPTION)], {"a": 1}),
     "masks beside": ([*pair("a"), ("a.seg.bin", b"1")], {"a": 1}),
     "text alone": ([("a.json", text(conversations=[{"user": "?", "assistant": "!"}]))], {"a": 0}),
+    "accents taken apart": ([("e\u0301.jpg", jpeg()), ("\u00e9.json", CAPTION)], {"\u00e9": 1}),
+    "roles in capitals": (
+        pair("a", content=text(conversations=[{"from": "Human", "value": "?"}, {"from": "GPT", "value": "!"}])),
+        {"a": 1},
+    ),
+    "a caption of nothing": ([("a.json", CAPTION)], {}),
+    "frames in a folder": ([("a/0.jpg", jpeg()), ("a/1.jpg", jpeg()), ("a.json", CAPTION)], {}),
+    "a named image that is not there": ([("a.json", text(image="x.jpg", texts=[{"user": "?", "assistant": "!"}]))], {}),
+    "keys with dots": ([("v1.a.jpg", jpeg()), ("v1.a.json", CAPTION)], {}),
     "an image that is not there": ([("a.json", text(conversations=TALK))], {}),
     "an item that is not there": (
         [
@@ -172,7 +182,9 @@ def test_every_sample_is_delivered_or_named(name: str, tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [*members, *GOOD])
     frames, named = delivered_and_named(tmp_path)
     assert frames == wanted | {"good": 1}
-    keys = {split_name(file)[0] for file, _ in members} - {""}  # hidden files belong to no sample
+    keys = {split_name(unicodedata.normalize("NFC", file))[0] for file, _ in members} - {
+        ""
+    }  # hidden files belong to no sample
     assert set(frames) | set(named) == keys | {"good"}
     assert all(named.values())
 
@@ -224,6 +236,8 @@ def test_hostile_images_leave_their_shard_whole(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [*members, *GOOD])
     frames, named = delivered_and_named(tmp_path)
     assert (frames, len(named)) == ({"good": 1}, len(images))
+    report = make_manifests(tmp_path, max_broken_share=1.0)
+    assert report["bad_samples"] + len(ShardSet(tmp_path)) == len(images) + 1
 
 
 def link(tar: tarfile.TarFile) -> None:
