@@ -116,14 +116,27 @@ def _continued(module: FoveatedVLMModule, talks: Sequence[list[Any]], mode: str,
             chat.check(talk)
         except ValueError as error:
             raise ValueError(f"conversation {number} of {cfg.conversations}: {error}") from error
+    how = (cfg.max_new_tokens, cfg.temperature, cfg.seed, mode)
+    left_out: dict[int, str] = {}
     if cfg.stream:
         texts = []
-        for number, talk in enumerate(talks, 1):
-            pieces = chat.stream(talk, cfg.max_new_tokens, cfg.temperature, cfg.seed, mode)
-            texts.append(_shown(f"[{number}]", pieces))
+        for number, talk in enumerate(talks):
+            try:
+                texts.append(_shown(f"[{number + 1}]", chat.stream(talk, *how)))
+            except (ValueError, OSError) as error:
+                texts.append("")
+                left_out[number] = str(error)
     else:
-        texts = chat.generate(talks, cfg.max_new_tokens, cfg.temperature, cfg.seed, mode, cfg.batch_frames)
-    return {"answers": [{"conversation": number, "answer": text} for number, text in enumerate(texts, 1)]}
+        texts = chat.generate(talks, *how, cfg.batch_frames, left_out)
+    if len(left_out) == len(talks):
+        raise ValueError(f"{cfg.conversations}: no conversation can be read; the first: {left_out[0]}")
+    for number, reason in left_out.items():
+        log.warning("conversation %d is left out: %s", number + 1, reason)
+    answered = [
+        {"conversation": number + 1, "answer": text} for number, text in enumerate(texts) if number not in left_out
+    ]
+    unreadable = {str(number + 1): reason for number, reason in left_out.items()}
+    return {"answers": answered} | ({"unreadable": unreadable} if unreadable else {})
 
 
 # ---- questions about videos ------------------------------------------------------------------------------------------

@@ -164,6 +164,7 @@ class VideoChat:
         seed: int = 0,
         mode: str | None = None,
         batch_frames: int = BATCH_FRAMES,
+        left_out: dict[int, str] | None = None,
     ) -> Any:
         """The answer to a conversation, or answers to several, which are computed together.
 
@@ -173,6 +174,8 @@ class VideoChat:
         Args:
             mode: how videos are looked at; None: as at inference.
             batch_frames: conversations are decoded and answered so many frames at a time (of one that has more, all).
+            left_out: conversations that cannot be decoded or do not fit go here, by number with the reason, and have
+                the answer ""; None: the first of them ends all.
 
         Raises:
             ValueError: as `read`, or a baseline's conversation with images in several places.
@@ -193,9 +196,16 @@ class VideoChat:
             waiting.clear()
 
         for number, messages in enumerate(wanted):
-            prompt = self.read(messages)
-            if not prompt.at_its_place:
-                answers[number] = "".join(self._streamed(prompt, max_new_tokens, temperature, seed, how)).strip()
+            try:
+                prompt = self.read(messages)
+                self._check_room(prompt, max_new_tokens)
+                if not prompt.at_its_place:
+                    answers[number] = "".join(self._streamed(prompt, max_new_tokens, temperature, seed, how)).strip()
+                    continue
+            except (ValueError, OSError) as error:
+                if left_out is None:
+                    raise
+                left_out[number] = str(error)
                 continue
             if padded_frames([*(each for _, each in waiting), prompt]) > batch_frames or len(waiting) == BATCH_ROWS:
                 answer_waiting()
@@ -214,6 +224,16 @@ class VideoChat:
         """Pieces of the answer to a conversation as they come; arguments and errors as in `generate`."""
         prompt = self.read(messages)
         return self._streamed(prompt, max_new_tokens, temperature, seed, mode or self.module.network.modes[-1])
+
+    def _check_room(self, prompt: Prompt, max_new_tokens: int) -> None:
+        network = self.module.network
+        text = sum(len(part) for part in self._parts(prompt) if isinstance(part, list))
+        taken = text + network.tokens_per_frame * sum(map(len, prompt.visuals))
+        if taken + max_new_tokens > network.language.context:
+            raise ValueError(
+                f"the conversation takes {taken} positions and the answer up to {max_new_tokens}; the language model "
+                f"holds {network.language.context}: lower max_new_tokens, or give fewer frames or less text"
+            )
 
     def _together(
         self, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float, seed: int, mode: str

@@ -124,6 +124,26 @@ def test_conversations_of_a_file(
     assert "[2] " in capsys.readouterr().err
 
 
+def test_conversations_that_cannot_be_read_are_named_and_the_others_answered(run: Run, videos: list[Path]) -> None:
+    broken = videos[0].parent / "broken.mp4"
+    broken.write_bytes(b"no video")
+    talks = [
+        [{"role": "user", "content": [{"type": "video", "video": str(broken)}, {"type": "text", "text": "Sure?"}]}],
+        [{"role": "user", "content": "Sure?"}],
+        [{"role": "user", "content": "Sure? " * 100}],
+    ]
+    file = videos[0].parent / "talks.jsonl"
+    file.write_text("\n".join(map(json.dumps, talks)))
+    found = run(f"conversations={file}")
+    assert [each["conversation"] for each in found["answers"]] == [2]
+    assert "broken.mp4" in found["unreadable"]["1"]
+    assert "the language model holds 128" in found["unreadable"]["3"]
+    assert run(f"conversations={file}", "stream=true")["answers"] == found["answers"]
+    file.write_text(json.dumps(talks[0]))
+    with pytest.raises(ValueError, match="no conversation can be read"):
+        run(f"conversations={file}")
+
+
 def test_what_cannot_be_asked_is_said_before_the_model_is_loaded(
     run: Run, videos: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
