@@ -1,5 +1,6 @@
 """Answers questions about videos: ``python -m keygrip.generate checkpoint=RUN video=FILE question="..."``.
 
+Or whole conversations with images and videos in several turns, from a JSON Lines file (``conversations=FILE``).
 Prints one line of JSON last on standard output: the answers, and where the figure of the queries' attention lies.
 """
 
@@ -24,6 +25,8 @@ class GenerateSchema(EntrySchema):
     trust: Any = ()
     video: Any = MISSING
     question: Any = MISSING
+    conversations: str | None = None
+    batch_frames: int = 256
     mode: str | None = None
     max_frames: int | None = None
     max_new_tokens: int = 64

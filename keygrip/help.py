@@ -22,8 +22,8 @@ EXAMPLES = {
     "sample": ("checkpoint=RUN prompt='a red cube'", "checkpoint=RUN image=FILE", "checkpoint=RUN image=FILE steps=50"),
     "generate": (
         "checkpoint=RUN video=FILE question='Which cube is red?'",
-        "checkpoint=RUN video=FOLDER_OF_FRAMES question='What is shown?'",
-        'checkpoint=RUN video=FILE question=\'["Which?","How many?"]\'',
+        "checkpoint=RUN video='[a.mp4,b.mp4]' question='[\"Which?\",\"How many?\"]'",
+        "checkpoint=RUN conversations=talks.jsonl",
     ),
     "serve": ("checkpoint=RUN", "checkpoint=RUN port=0", "checkpoint=RUN host=192.168.1.5 device=cuda"),
     "run": (

@@ -20,6 +20,7 @@ from keygrip.models.foveated_vlm.loss import token_cross_entropy
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.foveated_vlm.rows import TextRows
+from keygrip.models.foveated_vlm.streaming import StreamingSession
 from keygrip.models.language.cache import LanguageCache
 from keygrip.training.memory import GIB
 from keygrip.training.parts import build_stored
@@ -127,6 +128,59 @@ class VLMDecode(Timed):
         figures = {name: milliseconds(values) for name, values in seconds.items()}
         ratio = np.median(seconds["ms_per_frame_64"] / seconds["ms_per_frame_8"])
         return figures | {"frame_64_over_frame_8_time": round(float(ratio), 3)}
+
+
+@dataclass(frozen=True)
+class VLMStream(Timed):
+    """A frame that a streaming session is given, the encoder with it: time and memory by how many were pushed before.
+
+    Both stay as they are but for the language model's cache, which the past is in. The frames before are random visual
+    tokens. Weights are random.
+
+    Args:
+        overrides: of ``keygrip.train``, which say what network. prompt_tokens: read before the frames.
+        frames: numbers of the frames that are measured, the first to compare with. threads: of the processor.
+    """
+
+    overrides: Sequence[str]
+    prompt_tokens: int
+    frames: Sequence[int]
+    threads: int
+
+    def run(self, quick: bool) -> dict[str, float]:
+        """`push_ms_<F>` and `push_extra_mb_<F>` (most that is alive during it, beyond what was before), and
+        `frame_<F>_over_<first>_time` of the last."""
+        network, device = _network(self.overrides)
+        network.eval()
+        repetitions, limit_s = self.effort(quick)
+        figures: dict[str, float] = {}
+        with threads(self.threads), torch.inference_mode():
+            works: dict[str, Work] = {
+                f"push_ms_{count}": _Push(network, self.prompt_tokens, count, device) for count in self.frames
+            }
+            seconds = interleaved_seconds(works, repetitions, device, limit_s, warm_up=1)
+            figures |= {name: milliseconds(values) for name, values in seconds.items()}
+            for count, work in zip(self.frames, works.values(), strict=True):
+                figures[f"push_extra_mb_{count}"] = round(peak_extra_bytes(work, device) / 2**20, 1)
+        first, last = self.frames[0], self.frames[-1]
+        ratio = np.median(seconds[f"push_ms_{last}"] / seconds[f"push_ms_{first}"])
+        return figures | {f"frame_{last}_over_{first}_time": round(float(ratio), 3)}
+
+
+class _Push:
+    """A frame pushed as number `count` of a stream, which is then as it was."""
+
+    def __init__(self, network: FoveatedVLM, prompt_tokens: int, count: int, device: torch.device) -> None:
+        self.session = StreamingSession(network, None)  # type: ignore[arg-type]  # it says nothing
+        size = network.backbone.image_size
+        self.frame = torch.randn(3, size, size, device=device)
+        self.session.read_embedded(torch.randn(1, prompt_tokens + count - 1, network.language.width, device=device))
+        self.session.frames = count - 1
+        self.mark = self.session.mark()
+
+    def __call__(self) -> None:
+        self.session.push(self.frame)
+        self.session.back(self.mark)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from keygrip.data.bad_samples import MAX_PIXELS, guard, regular_file
 
 LOCAL = {"protocol_whitelist": "file"}  # a playlist in place of a video must not reach the network
 TIME_TOLERANCE_S = 2e-3  # containers round time stamps to milliseconds, twice
+QUARTER_TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 Converted = TypeVar("Converted")
 
 # ---- frames by index -------------------------------------------------------------------------------------------------
@@ -237,7 +238,8 @@ def frames_at(
     times: Callable[[float], Sequence[float] | np.ndarray],
     convert: Callable[[Image.Image], Converted],
 ) -> list[Converted]:
-    """Frames of a video at some times: each the one that is shown at that time, the last that began before it.
+    """Frames of a video at some times: each the one that is shown at that time, the last that began before it; upright,
+    where the file says how its frames lie (those of phones).
 
     Args:
         source: the file, or its content as bytes.
@@ -260,17 +262,24 @@ def frames_at(
             while (
                 shown is not None and len(found) < len(wanted) and now - start > wanted[len(found)] + TIME_TOLERANCE_S
             ):
-                found.append(convert(shown.to_image()))
+                found.append(convert(_upright(shown)))
             if len(found) == len(wanted):
                 break
             gap = max(gap, now - start - begin)
             shown, begin = frame, now - start
             end = begin + max(gap, float((frame.duration or 0) * frame.time_base))
         while shown is not None and len(found) < len(wanted) and wanted[len(found)] < end + TIME_TOLERANCE_S:
-            found.append(convert(shown.to_image()))
+            found.append(convert(_upright(shown)))
     if len(found) < len(wanted):
         raise ValueError(f"the video says it lasts {duration:.1f} s, but only {end:.1f} s of it can be decoded")
     return found
+
+
+def _upright(frame: Any) -> Image.Image:
+    """A decoded frame as players show it: turned by the quarter turns that its display matrix says."""
+    image: Image.Image = frame.to_image()
+    turned = QUARTER_TURNS.get(round(frame.rotation) % 360)
+    return image if turned is None else image.transpose(turned)
 
 
 @contextlib.contextmanager

@@ -63,6 +63,7 @@ class VideoTextSchema(EvaluateSchema):
     limit_batches: int | None = MISSING
     max_new_tokens: int = MISSING
     vqa_benchmarks: dict[str, Any] = field(default_factory=dict)
+    vqa_answers: str | None = MISSING
 
 
 @dataclass

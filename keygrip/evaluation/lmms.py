@@ -17,7 +17,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 
 from keygrip.data.batches import Turn
 from keygrip.data.video_text.conversations import fit_image
-from keygrip.data.video_text.foreign_text import PLACEHOLDER
+from keygrip.data.video_text.foreign_text import without_placeholders
 from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.models.foveated_vlm.generation import answer_likelihoods, encoded, generate
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
@@ -25,6 +25,7 @@ from keygrip.progress import Progress
 from keygrip.training.checkpoints import load_module
 
 MAX_NEW_TOKENS = 64  # where a task does not say
+Seen = tuple[torch.Tensor, list[int], list[tuple[float, ...] | None], Any]  # a video, and its keys and values
 Timed = tuple[np.ndarray, tuple[float, ...] | None]  # frames and when each was taken
 
 
@@ -61,13 +62,14 @@ class KeygripModel(lmms):
                 f"mode={self.mode}: {type(self.module.network).__name__} has {', '.join(self.module.network.modes)}"
             )
         self.max_frames = int(max_frames or self.module.pictures["max_frames"])
+        self._last: tuple[tuple[str, ...] | None, Seen] | None = None
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Answers, each cut off before the first of the task's `until`."""
         answers = []
         for request in self._shown(requests):
             text, settings, see, number, task, split = request.args
-            inputs, counts, seconds = self._video(see, task, split, number)
+            inputs, counts, seconds, kv = self._seen(see, task, split, number)
             said = generate(
                 self.module.network,
                 self.module.tokenizer,
@@ -78,6 +80,7 @@ class KeygripModel(lmms):
                 self.mode,
                 int(settings.get("max_new_tokens") or MAX_NEW_TOKENS),
                 float(settings.get("temperature") or 0.0),
+                kv=kv,
                 seconds=seconds,
             )
             answers.append(_until(said.texts[0], settings))
@@ -90,10 +93,9 @@ class KeygripModel(lmms):
             text, target, see, number, task, split = request.args
             document = self.task_dict[task][split][number]
             words = target(document) if callable(target) else target
-            inputs, counts, seconds = self._video(see, task, split, number)
+            inputs, counts, seconds, kv = self._seen(see, task, split, number)
             turns = (Turn("user", _question(text)), Turn("assistant", str(words).strip()))
             row = self.module.collator.prompt(turns, seconds[0])
-            kv = encoded(self.module.network, inputs, counts)
             likelihoods = answer_likelihoods(
                 self.module.network, inputs, counts, [row], [0], self.mode, kv, with_end=False, seconds=seconds
             )
@@ -106,6 +108,16 @@ class KeygripModel(lmms):
 
     def _shown(self, requests: Sequence[Any]) -> Any:
         return Progress(requests, desc="keygrip", unit="request", shown=self.rank == 0)
+
+    def _seen(self, see: Callable[[Any], Any], task: str, split: str, number: int) -> Seen:
+        """A document's video with its keys and values. Those of the last video are kept: documents about one video
+        follow each other, and likelihoods ask once for each option."""
+        visuals = see(self.task_dict[task][split][number]) or []
+        name = tuple(map(str, visuals)) if all(isinstance(each, str | Path) for each in visuals) else None
+        if name is None or self._last is None or self._last[0] != name:
+            inputs, counts, seconds = self._video(lambda _: visuals, task, split, number)
+            self._last = name, (inputs, counts, seconds, encoded(self.module.network, inputs, counts))
+        return self._last[1]
 
     def _video(
         self, see: Callable[[Any], Any], task: str, split: str, number: int
@@ -142,7 +154,7 @@ def _joined(parts: Sequence[Timed]) -> Timed:
 
 def _question(text: str) -> str:
     """Without the marks of where images go: the model has its own place for them."""
-    return PLACEHOLDER.sub("", text).strip()
+    return without_placeholders(text).strip()
 
 
 def _until(text: str, settings: Mapping[str, Any]) -> str:

@@ -26,29 +26,42 @@ ROWS = 32  # questions, or their lettered answers, at a time
 
 @torch.no_grad()
 def evaluate_choices(
-    module: FoveatedVLMModule, questions: Sequence[ChoiceQuestion], modes: Sequence[str], max_new_tokens: int = 16
+    module: FoveatedVLMModule,
+    questions: Sequence[ChoiceQuestion],
+    modes: Sequence[str],
+    max_new_tokens: int = 16,
+    record: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Accuracy by mode: `likelihood`, the letter that is likeliest as the answer, and `generation`, the option that a
-    generated answer names; over all and by task.
+    generated answer names; over all, by task and further group, and as the mean over tasks (`..._task_mean`: MLVU's
+    M-Avg).
 
     Each video (or clip of one) is decoded and encoded once, for all its questions and modes. Questions whose video
-    cannot be decoded are counted (`unreadable`) and left out of the accuracy; generated answers that name no option
-    count as wrong, and are counted (`share_without_option`).
+    cannot be decoded (`unreadable`) and those that do not fit into the language model's context with their frames
+    (`too_long`) are counted and left out of the accuracy; generated answers that name no option count as wrong, and are
+    counted (`share_without_option`).
+
+    Args:
+        record: each answer is added to it, plain values.
 
     Raises:
-        ValueError: no video can be decoded.
+        ValueError: no question is left.
     """
     module.eval()
     right: dict[str, dict[str, list[float]]] = {mode: defaultdict(list) for mode in modes}
-    unreadable = 0
+    unreadable = too_long = 0
     with Progress(total=len(questions), desc="multiple choice", unit="question") as bar:
-        for group in _by_video(questions):
-            bar.update(len(group))
+        for asked in _by_video(questions):
+            bar.update(len(asked))
             try:
-                frames, seconds = _frames(module, group[0])
+                frames, seconds = _frames(module, asked[0])
             except (ValueError, OSError) as error:
-                unreadable += len(group)
-                log.warning("%d questions left out: %s", len(group), error)
+                unreadable += len(asked)
+                log.warning("%d questions left out: %s", len(asked), error)
+                continue
+            group = _fitting(module, asked, seconds, max_new_tokens)
+            too_long += len(asked) - len(group)
+            if not group:
                 continue
             inputs, counts = module.as_input(frames), [len(frames)]
             kv = encoded(module.network, inputs, counts)
@@ -61,15 +74,60 @@ def evaluate_choices(
                     hits = {"likelihood": letter == question.answer, "generation": named == question.answer}
                     for name, hit in hits.items():
                         right[mode][f"accuracy_{name}"].append(float(hit))
-                        right[mode][f"accuracy_{name}/{question.task}"].append(float(hit))
+                        for part in (question.task, *question.groups):
+                            right[mode][f"accuracy_{name}/{part}"].append(float(hit))
                     right[mode]["share_without_option"].append(float(named is None))
-    if unreadable == len(questions):
-        raise ValueError(f"none of the videos of {unreadable} questions can be decoded")
+                    if record is not None:
+                        record.append(_recorded(question, mode, letter, named, text))
+    left = len(questions) - unreadable - too_long
+    if not left:
+        raise ValueError(
+            f"no question is left: the videos of {unreadable} cannot be decoded, and {too_long} are too long"
+        )
+    tasks = {question.task for question in questions}
+    for found in right.values():
+        for name in ("accuracy_likelihood", "accuracy_generation"):
+            found[f"{name}_task_mean"] = [float(np.mean(found[f"{name}/{t}"])) for t in tasks if f"{name}/{t}" in found]
     figures = {
         mode: {name: round(float(np.mean(values)), 5) for name, values in found.items()}
         for mode, found in right.items()
     }
-    return {"questions": len(questions) - unreadable, "unreadable": unreadable, **figures}
+    return {"questions": left, "unreadable": unreadable, "too_long": too_long, **figures}
+
+
+def _recorded(question: ChoiceQuestion, mode: str, likeliest: int, named: int | None, text: str) -> dict[str, Any]:
+    letters = question.letters
+    return {
+        "task": question.task,
+        "video": str(question.video),
+        "clip": question.clip,
+        "question": question.question,
+        "options": list(question.options),
+        "answer": letters[question.answer],
+        "mode": mode,
+        "likeliest": letters[likeliest],
+        "generated": text,
+        "named": None if named is None else letters[named],
+    }
+
+
+def _fitting(
+    module: FoveatedVLMModule, asked: Sequence[ChoiceQuestion], seconds: Sequence[float], max_new_tokens: int
+) -> list[ChoiceQuestion]:
+    """The questions about a video that fit into the language model's context with its frames and an answer."""
+    context = module.network.language.context
+    room = context - len(seconds) * module.network.tokens_per_frame - max_new_tokens
+    lengths = [len(module.collator.prompt((Turn("user", each.prompt),), seconds).ids) for each in asked]
+    if max(lengths) > room:
+        log.warning(
+            "%d questions about %s left out: with %d frames and an answer they do not fit into the %d positions of the "
+            "language model",
+            sum(length > room for length in lengths),
+            asked[0].video,
+            len(seconds),
+            context,
+        )
+    return [each for each, length in zip(asked, lengths, strict=True) if length <= room]
 
 
 def _by_video(questions: Sequence[ChoiceQuestion]) -> Iterator[list[ChoiceQuestion]]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import DictConfig
 
+from keygrip.artifacts import write_text
 from keygrip.data.batches import VideoTextBatch
 from keygrip.evaluation.kinds import Evaluated, plain
 from keygrip.evaluation.multiple_choice import evaluate_choices
@@ -158,7 +161,8 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     """Figures of a video-language model, by mode, on a split of its run's data and on local VQA benchmarks.
 
     Raises:
-        ValueError: a mode that the model does not have, or a split without samples.
+        ValueError: a mode that the model does not have, a split without samples, a benchmark of another form, or
+            nothing to evaluate. FileNotFoundError: a benchmark that is not there.
     """
     module: Any = evaluated.module
     chosen = module.network.modes if cfg.mode is None else cfg.mode
@@ -167,6 +171,12 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     result: dict[str, Any] = {}
     if cfg.split not in ("val", "test", "none"):
         raise ValueError(f"split={cfg.split}: choose val, test or none")
+    # before anything that takes hours
+    benchmarks = {name: read_benchmark(name, root) for name, root in (plain(cfg.vqa_benchmarks) or {}).items()}
+    if cfg.split == "none" and not benchmarks:
+        raise ValueError("split=none and no vqa_benchmarks: there is nothing to evaluate")
+    if cfg.vqa_answers is not None and not benchmarks:
+        raise ValueError(f"vqa_answers={cfg.vqa_answers} holds the answers to vqa_benchmarks: name one")
     if cfg.split != "none":
         datamodule = evaluated.stored_data()
         datamodule.collator = module.collator  # with the tokenizer of the checkpoint
@@ -175,6 +185,12 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
         loader = datamodule.test_dataloader() if cfg.split == "test" else datamodule.val_dataloader()
         batches = itertools.islice(iter(loader), cfg.limit_batches)
         result[cfg.split] = evaluate_modes(module, batches, modes, cfg.max_new_tokens)
-    for name, root in (plain(cfg.vqa_benchmarks) or {}).items():
-        result[name] = evaluate_choices(module, read_benchmark(name, root), modes)
+    answers: list[dict[str, Any]] = []
+    for name, benchmark in benchmarks.items():
+        record: list[dict[str, Any]] = []
+        figures = evaluate_choices(module, benchmark.questions, modes, record=record)
+        result[name] = figures | {"without_video": benchmark.without_video}
+        answers += [{"benchmark": name, **entry} for entry in record]
+    if cfg.vqa_answers is not None:
+        write_text(Path(cfg.vqa_answers), "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in answers))
     return result

@@ -5,12 +5,17 @@ Each takes the folder as downloaded from the Hugging Face hub, with the videos u
 
 from __future__ import annotations
 
-import json
+import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from keygrip.data.bad_samples import guard, read_json
+
+log = logging.getLogger(__name__)
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif")
 # Where MVBench's videos lie, by its question file: the same name occurs in several of its sources.
@@ -36,6 +41,7 @@ MVBENCH_FOLDERS = {
     "egocentric_navigation": "vlnqa",
     "episodic_reasoning": "tvqa/frames_fps3_hq",
 }
+VIDEO_MME_GROUPS = ("domain", "sub_category", "task_type")
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,9 @@ class ChoiceQuestion:
 
     Attributes:
         video: file or folder of frames. question, options: without letters. answer: index of the right option.
-        task: the set's own category; figures are kept apart by it.
+        task: the set's own category; figures are kept apart by it, and averaged over it.
         clip: seconds of the video that the question is about; None: all of it.
+        groups: further categories that the set's own script reports ("domain/Knowledge").
     """
 
     video: Path
@@ -54,6 +61,7 @@ class ChoiceQuestion:
     answer: int
     task: str
     clip: tuple[float, float] | None = None
+    groups: tuple[str, ...] = ()
 
     @property
     def letters(self) -> list[str]:
@@ -67,8 +75,20 @@ class ChoiceQuestion:
         return "\n".join([self.question, *lettered, "Answer with the option's letter."])
 
 
-def read_benchmark(name: str, root: str | Path) -> list[ChoiceQuestion]:
-    """The questions of a benchmark whose video is there.
+@dataclass(frozen=True)
+class Benchmark:
+    """A local copy of a benchmark.
+
+    Attributes:
+        questions: those whose video is there. without_video: how many others it has.
+    """
+
+    questions: list[ChoiceQuestion]
+    without_video: int
+
+
+def read_benchmark(name: str, root: str | Path) -> Benchmark:
+    """The questions of a benchmark; those whose video is not there are counted and named in the log.
 
     Raises:
         FileNotFoundError: no question files, or none of the videos. ValueError: an unknown benchmark, or entries of
@@ -79,14 +99,26 @@ def read_benchmark(name: str, root: str | Path) -> list[ChoiceQuestion]:
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder: give the local copy of {name}")
-    questions = list(READERS[name](root))
+    found = list(READERS[name](root))
+    questions = [question for question in found if isinstance(question, ChoiceQuestion)]
+    missing = [video for video in found if isinstance(video, str)]
     if not questions:
         raise FileNotFoundError(f"none of the videos of {name} lies below {root}: unpack them there")
-    return questions
+    if missing:
+        log.warning(
+            "%s: %d of %d questions are left out, whose videos are not below %s; the first: %s",
+            name,
+            len(missing),
+            len(found),
+            root,
+            missing[0],
+        )
+    return Benchmark(questions, len(missing))
 
 
-def _video_mme(root: Path) -> Iterator[ChoiceQuestion]:
-    """Parquet with `videoID`, `question`, `options` (["A. ...", ...]), `answer` ("A"), `duration`, `task_type`."""
+def _video_mme(root: Path) -> Iterator[ChoiceQuestion | str]:
+    """Parquet with `videoID`, `question`, `options` (["A. ...", ...]), `answer` ("A"), `duration`, and perhaps
+    `domain`, `sub_category`, `task_type`."""
     import pyarrow.parquet
 
     files = sorted(root.rglob("*.parquet"))
@@ -94,23 +126,29 @@ def _video_mme(root: Path) -> Iterator[ChoiceQuestion]:
         raise FileNotFoundError(f"{root} holds no parquet file with the questions of Video-MME")
     videos = Videos(root)
     for file in files:
-        for entry in pyarrow.parquet.read_table(file).to_pylist():
+        with guard(file):
+            entries = pyarrow.parquet.read_table(file).to_pylist()
+        for entry in entries:
             with _named(file, entry):
                 options = tuple(re.sub(r"^\s*[A-Z][.)]\s*", "", option).strip() for option in entry["options"])
                 video = videos.find(entry["videoID"], "data")
-                if video is not None:
-                    answer = ord(entry["answer"].strip()[0].upper()) - ord("A")
-                    yield _question(video, entry["question"], options, answer, entry["duration"])
+                if video is None:
+                    yield str(entry["videoID"])
+                    continue
+                answer = ord(entry["answer"].strip()[0].upper()) - ord("A")
+                groups = tuple(f"{name}/{entry[name]}" for name in VIDEO_MME_GROUPS if entry.get(name))
+                yield _question(video, entry["question"], options, answer, entry["duration"], groups=groups)
 
 
-def _candidates(root: Path) -> Iterator[ChoiceQuestion]:
-    """JSON lists, a task a file, of `video`, `question`, `candidates` and `answer` (the words of one candidate)."""
+def _candidates(root: Path) -> Iterator[ChoiceQuestion | str]:
+    """JSON lists, a task a file, of `video`, `question`, `candidates` and `answer` (the words of one candidate), and
+    perhaps `start` and `end`."""
     files = [file for file in sorted(root.rglob("*.json")) if not file.name.startswith(".")]
     if not files:
         raise FileNotFoundError(f"{root} holds no .json files with questions")
     videos = Videos(root)
     for file in files:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         if not isinstance(content, list):
             continue
         for entry in content:
@@ -118,14 +156,24 @@ def _candidates(root: Path) -> Iterator[ChoiceQuestion]:
                 continue  # MLVU's open questions
             with _named(file, entry):
                 options = tuple(str(option) for option in entry["candidates"])
-                video = videos.find(str(entry["video"]), MVBENCH_FOLDERS.get(file.stem, file.stem))
-                if video is not None:
-                    task = str(entry.get("question_type") or file.stem)
-                    answer = options.index(str(entry["answer"]))
-                    yield _question(video, entry["question"], options, answer, task, _clip(entry))
+                name, clip = str(entry["video"]), _clip(entry)
+                folder = MVBENCH_FOLDERS.get(file.stem, file.stem)
+                video = videos.find(name, folder)
+                if video is None and clip is not None:  # only what was cut out of it is there
+                    stem = name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in VIDEOS else name
+                    video = videos.find(f"{stem}_{entry['start']}_{entry['end']}.mp4", folder)
+                if video is None:
+                    yield name
+                    continue
+                if clip is not None and _is_cut(video, clip):
+                    clip = None
+                task = str(entry.get("question_type") or file.stem)
+                answer = options.index(str(entry["answer"]))
+                yield _question(video, entry["question"], options, answer, task, clip)
 
 
-READERS: dict[str, Callable[[Path], Iterator[ChoiceQuestion]]] = {
+# What an entry of either form gives: a question, or the name of its video, which is not there.
+READERS: dict[str, Callable[[Path], Iterator[ChoiceQuestion | str]]] = {
     "video_mme": _video_mme,
     "mlvu": _candidates,
     "mvbench": _candidates,
@@ -133,13 +181,24 @@ READERS: dict[str, Callable[[Path], Iterator[ChoiceQuestion]]] = {
 
 
 def _clip(entry: Mapping[str, Any]) -> tuple[float, float] | None:
-    """`start` and `end` of an entry, seconds. Raises ValueError: only one of them, or the wrong way round."""
+    """`start` and `end` of an entry, seconds; some of MVBench's come the wrong way round or are one moment, for which
+    its script shows what lies between them. Raises ValueError: only one of them, or no numbers."""
     start, end = entry.get("start"), entry.get("end")
     if start is None and end is None:
         return None
-    if start is None or end is None or not 0 <= float(start) < float(end):
+    if start is None or end is None or not (math.isfinite(float(start)) and math.isfinite(float(end))):
         raise ValueError(f"its clip from {start} to {end} is none")
-    return float(start), float(end)
+    first, last = sorted((max(float(start), 0.0), max(float(end), 0.0)))
+    return first, last
+
+
+def _is_cut(video: Path, clip: tuple[float, float]) -> bool:
+    """Whether a file holds the clip alone: MVBench's copies for lmms-eval are called NAME_START_END.mp4."""
+    try:
+        start, end = (float(part) for part in video.stem.rsplit("_", 2)[-2:])
+    except ValueError:
+        return False
+    return math.isclose(start, clip[0], abs_tol=1e-6) and math.isclose(end, clip[1], abs_tol=1e-6)
 
 
 def _question(
@@ -149,10 +208,11 @@ def _question(
     answer: int,
     task: str,
     clip: tuple[float, float] | None = None,
+    groups: tuple[str, ...] = (),
 ) -> ChoiceQuestion:
     if not 0 <= answer < len(options) or len(options) < 2:
         raise ValueError(f"answer {answer} of {len(options)} options")
-    return ChoiceQuestion(video, question.strip(), options, answer, task, clip)
+    return ChoiceQuestion(video, question.strip(), options, answer, task, clip, groups)
 
 
 class _named:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ TENSOR = "__tensor__"  # {"__tensor__": name in processor.safetensors} stands fo
 TUPLE = "__tuple__"
 LARGEST_CONFIG_BYTES = 256 << 20  # a tokenizer of a large vocabulary is some tens of megabytes
 DEEPEST = 64
+USAGE = 'import keygrip\n\nmodel = keygrip.load("{name}")'
 # What Lightning and the callbacks store for training alone.
 TRAINING_ONLY = frozenset(
     {"epoch", "loops", "callbacks", "optimizer_states", "lr_schedulers", "hparams_name", "hyper_parameters"}
@@ -68,14 +70,10 @@ def write_export(
     rest.pop("ema", None)  # its parameters are the weights that are written
     stored = _plain({key: value for key, value in rest.items() if key != "state_dict"}, "", tensors)
     with atomic_folder(folder) as target:
-        save_file(
-            {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}, target / WEIGHTS
-        )
+        save_tensors(weights, target / WEIGHTS)
         hashes = {WEIGHTS: sha256_file(target / WEIGHTS)}
         if tensors:
-            save_file(
-                {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, target / PROCESSOR
-            )
+            save_tensors(tensors, target / PROCESSOR)
             hashes[PROCESSOR] = sha256_file(target / PROCESSOR)
         own = {"schema": SCHEMA, "sha256": hashes, "checkpoint": stored}
         write_json(target / CONFIG, {**(facts or {}), **own})
@@ -87,6 +85,14 @@ def write_export(
         write_text(target / CARD, card)
         also(target)
     return Path(folder)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file with the permissions of any new file; safetensors itself makes it its owner's alone."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, path, metadata)
+    path.chmod(mode)
 
 
 def read_export(folder: str | Path) -> dict[str, Any]:
@@ -124,14 +130,19 @@ def read_export(folder: str | Path) -> dict[str, Any]:
 
 
 def model_card(
-    name: str, content: Mapping[str, Any], weights: Mapping[str, Tensor], which: str, result: Mapping[str, Any]
+    name: str,
+    content: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    which: str,
+    result: Mapping[str, Any],
+    usage: str = USAGE,
 ) -> str:
     """A short model card in Markdown.
 
     Args:
         name: of the exported folder. content: of the checkpoint. weights: those that were exported.
         which: EMA or last step, in words.
-        result: `result.json` of the run, or empty.
+        result: `result.json` of the run, or empty. usage: lines of Python, with {name} for the folder's.
     """
     header = content["keygrip"]
     target = str(header["config"]["model"].get("_target_", "")).rpartition(".")[2]
@@ -143,9 +154,7 @@ def model_card(
         f"{parameters / 1e6:.2f} M numbers in `{WEIGHTS}`, {which}.",
         "",
         "```python",
-        "import keygrip",
-        "",
-        f'model = keygrip.load("{name}")',
+        usage.replace("{name}", name),
         "```",
         "",
     ]

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from keygrip.data.bad_samples import BadSample, read_json
+from keygrip.exporting.folder import save_tensors
 from keygrip.models.nn.lora import BASE, NAME, Adapter, adapted_layers, is_difference, peft_config
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -38,7 +39,7 @@ def write_lora(adapter: Adapter, folder: Path) -> None:
             tensors[f"{PREFIX}{adapter.prefix}{name}.{part}.weight"] = value
     if not tensors:
         raise ValueError("this network has no LoRA: there is no adapter to write")
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
     names = "|".join(map(re.escape, lora.targets))
     inside = rf"{re.escape(adapter.prefix)}(.*\.)?({names})"
     config = peft_config(lora, inside if adapter.prefix else list(lora.targets))

@@ -1,20 +1,25 @@
-"""Answers questions about videos with a trained video-language model."""
+"""Answers questions about videos, or continues conversations, with a trained video-language model."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from keygrip.artifacts import atomic_write
+from keygrip.data.bad_samples import guard, parse_json, read_text
 from keygrip.data.batches import Turn
 from keygrip.data.video_text.video_files import read_timed_frames
+from keygrip.inference.video_chat import VideoChat
 from keygrip.models.foveated_vlm.attention_maps import patch_maps
 from keygrip.models.foveated_vlm.figures import draw_looks
 from keygrip.models.foveated_vlm.generation import Answers, generate
@@ -22,95 +27,242 @@ from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.network import FoveatedVLM, VLMOutput
 from keygrip.training.checkpoints import find_checkpoint, load_module
 
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Video:
+    """A decoded video. path: None for text alone. frames: uint8 [F, S, S, 3]. seconds: F, when each was taken."""
+
+    path: str | None
+    frames: np.ndarray
+    seconds: tuple[float, ...]
+
 
 def answer(cfg: DictConfig) -> dict[str, Any]:
-    """Answers one question or a list of them about one video or a list of them; returns what is printed.
+    """Answers one question or a list of them about one video or a list of them, or the conversations of a file;
+    returns what is printed.
+
+    Of several videos, those that cannot be read are named in the log and in the result (`unreadable`).
 
     Raises:
-        FileNotFoundError, ValueError: no such checkpoint or video, or a mode that the model does not have.
+        FileNotFoundError, ValueError: no such checkpoint, no video that can be read, a mode that the model does not
+            have, or settings that do not go together.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name in ("max_frames", "max_new_tokens", "batch_frames"):
+        if cfg[name] is not None and cfg[name] < 1:
+            raise ValueError(f"{name}={cfg[name]}: it must be at least 1")
+    given = [name for name in ("video", "question") if not OmegaConf.is_missing(cfg, name)]
+    if cfg.conversations is not None and (given or cfg.figure is not None):
+        raise ValueError("conversations=FILE stands in place of video and question, and has no figure: leave them out")
+    if cfg.figure is not None and cfg.stream:
+        raise ValueError("figure=... shows where queries attended, which stream=true does not keep: leave one out")
+    talks = None if cfg.conversations is None else read_conversations(cfg.conversations)
+    paths: list[Any] = [] if talks is not None else _listed(cfg.video)
+    questions = [] if talks is not None else [str(each) for each in _listed(cfg.question)]
+    if talks is None and not (paths and questions):
+        raise ValueError("video and question: give at least one of each (video=null: text alone)")
     module = load_module(
         find_checkpoint(cfg.checkpoint, cfg.checkpoint_step),
-        map_location=device,
+        map_location="cuda" if torch.cuda.is_available() else "cpu",
         expected=FoveatedVLMModule,
         trust=tuple(cfg.trust),
     )
     assert isinstance(module, FoveatedVLMModule)
-    network = module.network
-    mode = cfg.mode or network.modes[-1]
-    if mode not in network.modes:
-        raise ValueError(f"mode={mode}: {type(network).__name__} has {', '.join(network.modes)}")
-    images = module.pictures
-    paths = [cfg.video] if isinstance(cfg.video, str) else [str(path) for path in cfg.video]
-    questions = [cfg.question] if isinstance(cfg.question, str) else [str(question) for question in cfg.question]
-    if not paths or not questions:
-        raise ValueError("video and question: give at least one of each")
-    most = cfg.max_frames or images["max_frames"]
-    timed = [read_timed_frames(path, images["image_size"], images["fit"], most) for path in paths]
-    videos, seconds = [frames for frames, _ in timed], [times for _, times in timed]
-    asked = [(video, question) for video in range(len(paths)) for question in questions]
+    mode = cfg.mode or module.network.modes[-1]
+    if mode not in module.network.modes:
+        raise ValueError(f"mode={mode}: {type(module.network).__name__} has {', '.join(module.network.modes)}")
+    if cfg.max_frames is not None:
+        module.pictures["max_frames"] = cfg.max_frames
     started = time.perf_counter()
-    answers: Answers | None = None
+    found = _continued(module, talks, mode, cfg) if talks is not None else _asked(module, paths, questions, mode, cfg)
+    return found | {"mode": mode, "wall_s": round(time.perf_counter() - started, 3)}
+
+
+def _listed(given: Any) -> list[Any]:
+    return [given] if given is None or isinstance(given, str | int | float) else list(given)
+
+
+# ---- conversations ---------------------------------------------------------------------------------------------------
+
+
+def read_conversations(path: str | Path) -> list[list[Any]]:
+    """The conversations of a JSON Lines file: each line a list of messages, or an object with `messages`.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: a line has another form, or there is none.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"conversations={path}: there is no such file")
+    talks: list[list[Any]] = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        with guard(f"{path}, line {number}"):
+            content = parse_json(line, "it")
+            talk = content.get("messages") if isinstance(content, dict) else content
+            if not isinstance(talk, list) or not talk:
+                raise ValueError("it is no list of messages, nor an object with messages")
+            talks.append(talk)
+    if not talks:
+        raise ValueError(f"conversations={path}: it holds no conversation")
+    return talks
+
+
+def _continued(module: FoveatedVLMModule, talks: Sequence[list[Any]], mode: str, cfg: DictConfig) -> dict[str, Any]:
+    chat = VideoChat(module)
+    for number, talk in enumerate(talks, 1):
+        try:
+            chat.check(talk)
+        except ValueError as error:
+            raise ValueError(f"conversation {number} of {cfg.conversations}: {error}") from error
+    how = (cfg.max_new_tokens, cfg.temperature, cfg.seed, mode)
+    left_out: dict[int, str] = {}
     if cfg.stream:
-        texts = [_streamed(module, timed[video], question, mode, cfg) for video, question in asked]
+        texts = []
+        for number, talk in enumerate(talks):
+            try:
+                texts.append(_shown(f"[{number + 1}]", chat.stream(talk, *how)))
+            except (ValueError, OSError) as error:
+                texts.append("")
+                left_out[number] = str(error)
     else:
-        counts = [len(frames) for frames in videos]
-        padded = np.zeros((len(videos), max(counts), *videos[0].shape[1:]), np.uint8)
-        for row, frames in enumerate(videos):
-            padded[row, : len(frames)] = frames
-        answers = generate(
-            network,
-            module.tokenizer,
-            module.as_input(padded.reshape(-1, *padded.shape[2:]))[0].unflatten(0, padded.shape[:2]),
-            counts,
-            [module.collator.prompt((Turn("user", question),), seconds[video]) for video, question in asked],
-            [video for video, _ in asked],
-            mode,
-            cfg.max_new_tokens,
-            cfg.temperature,
-            cfg.seed,
-            seconds=seconds,
-        )
-        texts = answers.texts
-    result: dict[str, Any] = {
-        "answers": [
-            {"video": paths[video], "question": question, "answer": text}
-            for (video, question), text in zip(asked, texts, strict=True)
-        ],
-        "mode": mode,
-        "frames": sum(len(frames) for frames in videos),
-        "wall_s": round(time.perf_counter() - started, 3),
-    }
-    if cfg.figure is not None:
-        if not isinstance(network, FoveatedVLM) or answers is None or answers.looks is None:
-            raise ValueError(
-                "figure=... shows where queries attended, which this model (or stream=true) does not give: leave it out"
-            )
-        none = torch.zeros(0, device=device)
-        output = VLMOutput(none, answers.rows.layout(), none, answers.looks)
-        maps = patch_maps(network, output, answers.rows).cpu().numpy()
-        streams = answers.rows.streams.of_row.tolist()
-        strips = [
-            (f"{question}   {text}", videos[video], maps[streams[row]][: len(videos[video])])
-            for row, ((video, question), text) in enumerate(zip(asked, texts, strict=True))
+        texts = chat.generate(talks, *how, cfg.batch_frames, left_out)
+    if len(left_out) == len(talks):
+        raise ValueError(f"{cfg.conversations}: no conversation can be read; the first: {left_out[0]}")
+    for number, reason in left_out.items():
+        log.warning("conversation %d is left out: %s", number + 1, reason)
+    answered = [
+        {"conversation": number + 1, "answer": text} for number, text in enumerate(texts) if number not in left_out
+    ]
+    unreadable = {str(number + 1): reason for number, reason in left_out.items()}
+    return {"answers": answered} | ({"unreadable": unreadable} if unreadable else {})
+
+
+# ---- questions about videos ------------------------------------------------------------------------------------------
+
+
+def _asked(
+    module: FoveatedVLMModule, paths: Sequence[Any], questions: Sequence[str], mode: str, cfg: DictConfig
+) -> dict[str, Any]:
+    answers: list[dict[str, Any]] = []
+    strips: list[tuple[str, np.ndarray, np.ndarray]] = []
+    unreadable: dict[str, str] = {}
+    frames = 0
+    for videos in _batches(module, paths, cfg.batch_frames, unreadable):
+        pairs = [(video, question) for video in range(len(videos)) for question in questions]
+        frames += sum(len(video.frames) for video in videos)
+        if cfg.stream:
+            texts = [_streamed(module, videos[video], question, mode, cfg) for video, question in pairs]
+        else:
+            found = _together(module, videos, pairs, mode, cfg)
+            texts = found.texts
+        answers += [
+            {"video": videos[video].path, "question": question, "answer": text}
+            for (video, question), text in zip(pairs, texts, strict=True)
         ]
+        if cfg.figure is not None:
+            strips += _looks(module, videos, pairs, found)
+    result: dict[str, Any] = {"answers": answers, "frames": frames}
+    if unreadable:
+        result["unreadable"] = unreadable
+    if cfg.figure is not None:
         with atomic_write(cfg.figure) as file:
             Image.fromarray(draw_looks(strips)).save(file, "PNG")
         result["figure"] = str(cfg.figure)
     return result
 
 
-def _streamed(
-    module: FoveatedVLMModule, timed: tuple[np.ndarray, Sequence[float]], question: str, mode: str, cfg: DictConfig
-) -> str:
+def _batches(
+    module: FoveatedVLMModule, paths: Sequence[Any], batch_frames: int, unreadable: dict[str, str]
+) -> Iterator[list[Video]]:
+    """Decoded videos, so many that they have at most `batch_frames` frames, padding counted; those that cannot be read
+    go to `unreadable`. Raises what the first raised where none can be read."""
+    images = module.pictures
+    size = images["image_size"]
+    waiting: list[Video] = []
+    failed: list[Exception] = []
+    for path in paths:
+        video = Video(None, np.zeros((0, size, size, 3), np.uint8), ())
+        if path is not None:
+            try:
+                video = Video(str(path), *read_timed_frames(str(path), size, images["fit"], images["max_frames"]))
+            except (ValueError, OSError) as error:
+                failed.append(error)
+                unreadable[str(path)] = str(error)
+                continue
+        longest = max(len(each.frames) for each in (*waiting, video))
+        if waiting and longest * (len(waiting) + 1) > batch_frames:
+            yield waiting
+            waiting = []
+        waiting.append(video)
+    if len(failed) == len(paths):
+        raise failed[0]
+    for reason in failed:
+        log.warning("left out: %s", reason)
+    if waiting:
+        yield waiting
+
+
+def _together(
+    module: FoveatedVLMModule,
+    videos: Sequence[Video],
+    pairs: Sequence[tuple[int, str]],
+    mode: str,
+    cfg: DictConfig,
+) -> Answers:
+    counts = [len(video.frames) for video in videos]
+    padded = np.zeros((len(videos), max(counts), *videos[0].frames.shape[1:]), np.uint8)
+    for row, video in enumerate(videos):
+        padded[row, : len(video.frames)] = video.frames
+    return generate(
+        module.network,
+        module.tokenizer,
+        module.as_input(padded.reshape(-1, *padded.shape[2:]))[0].unflatten(0, padded.shape[:2]),
+        counts,
+        [module.collator.prompt((Turn("user", question),), videos[video].seconds) for video, question in pairs],
+        [video for video, _ in pairs],
+        mode,
+        cfg.max_new_tokens,
+        cfg.temperature,
+        cfg.seed,
+        seconds=[video.seconds for video in videos],
+    )
+
+
+def _looks(
+    module: FoveatedVLMModule, videos: Sequence[Video], pairs: Sequence[tuple[int, str]], answers: Answers
+) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Title, frames and attention of the queries for each pair. Raises ValueError: there is none."""
+    network = module.network
+    if not isinstance(network, FoveatedVLM) or answers.looks is None:
+        raise ValueError(
+            "figure=... shows where queries attended, which this model (or text alone) does not give: leave it out"
+        )
+    none = torch.zeros(0, device=answers.rows.input_ids.device)
+    output = VLMOutput(none, answers.rows.layout(), none, answers.looks)
+    maps = patch_maps(network, output, answers.rows).cpu().numpy()
+    streams = answers.rows.streams.of_row.tolist()
+    return [
+        (f"{question}   {text}", videos[video].frames, maps[streams[row]][: len(videos[video].frames)])
+        for row, ((video, question), text) in enumerate(zip(pairs, answers.texts, strict=True))
+        if len(videos[video].frames)
+    ]
+
+
+def _streamed(module: FoveatedVLMModule, video: Video, question: str, mode: str, cfg: DictConfig) -> str:
     """An answer, written to standard error as it comes."""
-    stream = module.stream(question, mode)
-    for frame, second in zip(*timed, strict=True):
+    stream = module.stream(question, mode, video.seconds)
+    for frame, second in zip(video.frames, video.seconds, strict=True):
         stream.push(frame, second)
-    sys.stderr.write(f"{question} ")
+    return _shown(question, stream.stream(cfg.max_new_tokens, cfg.temperature, cfg.seed))
+
+
+def _shown(title: str, pieces: Iterator[str]) -> str:
+    """An answer in pieces, written to standard error as they come."""
+    sys.stderr.write(f"{title} ")
     said = ""
-    for piece in stream.stream(cfg.max_new_tokens, cfg.temperature, cfg.seed):
+    for piece in pieces:
         sys.stderr.write(piece)
         sys.stderr.flush()
         said += piece

@@ -33,6 +33,8 @@ from keygrip.training.checkpoints import load_module, read_checkpoint, weights_o
 
 ROLES = ("system", "user", "assistant")
 MARK = "\ue000"  # in place of an image or video, in text that a template renders; no text holds it
+BATCH_ROWS = 64  # conversations that are answered together at most
+BATCH_FRAMES = 256  # answered together: their keys and values take 9 MB per frame in DINOv2 small, float32
 Message = Mapping[str, Any]
 
 
@@ -98,42 +100,41 @@ class VideoChat:
         content = read_checkpoint(self.source)
         weights, which = weights_of(content, True)
         files, facts = self.module.export_files()
-        card = model_card(Path(folder).name, content, weights, which, {})
+        card = model_card(Path(folder).name, content, weights, which, {}, self.module.usage)
         return write_export(folder, content, weights, card, files=files, facts=facts)
 
     # ------------------------------------------------------------------ processor
+
+    def check(self, messages: Sequence[Message]) -> None:
+        """Looks at a conversation without decoding anything.
+
+        Raises:
+            ValueError: an unknown role or item, or it does not end with a user's turn. FileNotFoundError: an image or
+                a video is not there.
+        """
+        for _, items in _turns(messages):
+            for kind, content in items:
+                if kind != "text" and isinstance(content, str | Path) and not Path(content).exists():
+                    raise FileNotFoundError(f"there is no video, image or folder at {content}")
 
     def read(self, messages: Sequence[Message]) -> Prompt:
         """A conversation with its images and videos decoded.
 
         Raises:
-            ValueError: an unknown role or item, no user turn, or it does not end with a user's turn.
-            FileNotFoundError: an image or a video is not there.
+            ValueError: as `check`, or an image or a video that cannot be decoded. FileNotFoundError: as `check`.
         """
         turns, visuals, times = [], [], []
-        for message in messages:
-            role, content = message.get("role"), message.get("content")
-            if role not in ROLES:
-                raise ValueError(f"a message is from {role!r}; known are {', '.join(ROLES)}")
-            items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for role, items in _turns(messages):
             words = []
-            for item in items or []:
-                kind = item.get("type") if isinstance(item, Mapping) else None
-                if kind == "text" and isinstance(item.get("text"), str):
-                    words.append(item["text"].replace(MARK, ""))
-                elif kind in ("image", "video") and role == "user":
-                    frames, seconds = self._frames(item.get(kind, item.get("path")), kind)
-                    visuals.append(frames)
-                    times.append(seconds)
-                    words.append(MARK)
-                else:
-                    raise ValueError(
-                        f"an item of a {role}'s message is {str(item)[:80]!r}; known are text, and of users image and "
-                        "video"
-                    )
+            for kind, content in items:
+                if kind == "text":
+                    words.append(content.replace(MARK, ""))
+                    continue
+                frames, seconds = self._frames(content, kind)
+                visuals.append(frames)
+                times.append(seconds)
+                words.append(MARK)
             turns.append(Turn(role, "".join(words)))
-        if not turns or turns[-1].role != "user":
-            raise ValueError("a conversation to answer ends with a user's message")
         return Prompt(tuple(turns), tuple(visuals), tuple(times))
 
     def _frames(self, given: Any, kind: str) -> tuple[np.ndarray, tuple[float, ...]]:
@@ -162,6 +163,8 @@ class VideoChat:
         temperature: float = 0.0,
         seed: int = 0,
         mode: str | None = None,
+        batch_frames: int = BATCH_FRAMES,
+        left_out: dict[int, str] | None = None,
     ) -> Any:
         """The answer to a conversation, or answers to several, which are computed together.
 
@@ -170,22 +173,44 @@ class VideoChat:
 
         Args:
             mode: how videos are looked at; None: as at inference.
+            batch_frames: conversations are decoded and answered so many frames at a time (of one that has more, all).
+            left_out: conversations that cannot be decoded or do not fit go here, by number with the reason, and have
+                the answer ""; None: the first of them ends all.
 
         Raises:
             ValueError: as `read`, or a baseline's conversation with images in several places.
         """
         several = bool(conversations) and not isinstance(conversations[0], Mapping)
         wanted: Any = conversations if several else [conversations]
-        prompts = [self.read(each) for each in wanted]
-        mode = mode or self.module.network.modes[-1]
-        answers: list[str] = [""] * len(prompts)
-        together = [n for n, prompt in enumerate(prompts) if prompt.at_its_place]
-        if together:
-            said = self._together([prompts[n] for n in together], max_new_tokens, temperature, seed, mode)
-            for number, text in zip(together, said, strict=True):
+        for each in wanted:
+            self.check(each)
+        how = mode or self.module.network.modes[-1]
+        answers: list[str] = [""] * len(wanted)
+        waiting: list[tuple[int, Prompt]] = []
+
+        def answer_waiting() -> None:
+            prompts = [prompt for _, prompt in waiting]
+            said = self._together(prompts, max_new_tokens, temperature, seed, how) if prompts else []
+            for (number, _), text in zip(waiting, said, strict=True):
                 answers[number] = text
-        for number in set(range(len(prompts))) - set(together):
-            answers[number] = "".join(self._streamed(prompts[number], max_new_tokens, temperature, seed, mode)).strip()
+            waiting.clear()
+
+        for number, messages in enumerate(wanted):
+            try:
+                prompt = self.read(messages)
+                self._check_room(prompt, max_new_tokens)
+                if not prompt.at_its_place:
+                    answers[number] = "".join(self._streamed(prompt, max_new_tokens, temperature, seed, how)).strip()
+                    continue
+            except (ValueError, OSError) as error:
+                if left_out is None:
+                    raise
+                left_out[number] = str(error)
+                continue
+            if padded_frames([*(each for _, each in waiting), prompt]) > batch_frames or len(waiting) == BATCH_ROWS:
+                answer_waiting()
+            waiting.append((number, prompt))
+        answer_waiting()
         return answers if several else answers[0]
 
     def stream(
@@ -199,6 +224,16 @@ class VideoChat:
         """Pieces of the answer to a conversation as they come; arguments and errors as in `generate`."""
         prompt = self.read(messages)
         return self._streamed(prompt, max_new_tokens, temperature, seed, mode or self.module.network.modes[-1])
+
+    def _check_room(self, prompt: Prompt, max_new_tokens: int) -> None:
+        network = self.module.network
+        text = sum(len(part) for part in self._parts(prompt) if isinstance(part, list))
+        taken = text + network.tokens_per_frame * sum(map(len, prompt.visuals))
+        if taken + max_new_tokens > network.language.context:
+            raise ValueError(
+                f"the conversation takes {taken} positions and the answer up to {max_new_tokens}; the language model "
+                f"holds {network.language.context}: lower max_new_tokens, or give fewer frames or less text"
+            )
 
     def _together(
         self, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float, seed: int, mode: str
@@ -257,6 +292,38 @@ class VideoChat:
         for visual, ids in zip(prompt.visuals, texts[1:], strict=True):
             parts += [visual, ids]
         return parts
+
+
+def _turns(messages: Sequence[Message]) -> list[tuple[str, list[tuple[str, Any]]]]:
+    """(role, items) of a conversation, each item (kind, text or image or video). Raises ValueError: it has another form
+    or does not end with a user's message."""
+    turns = []
+    for message in messages:
+        if not isinstance(message, Mapping):
+            raise ValueError(f"a message is no object but {str(message)[:80]!r}")
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise ValueError(f"a message is from {role!r}; known are {', '.join(ROLES)}")
+        items: list[tuple[str, Any]] = []
+        for item in [{"type": "text", "text": content}] if isinstance(content, str) else content or []:
+            kind = item.get("type") if isinstance(item, Mapping) else None
+            if kind == "text" and isinstance(item.get("text"), str):
+                items.append((kind, item["text"]))
+            elif kind in ("image", "video") and role == "user":
+                items.append((kind, item.get(kind, item.get("path"))))
+            else:
+                raise ValueError(
+                    f"an item of a {role}'s message is {str(item)[:80]!r}; known are text, and of users image and video"
+                )
+        turns.append((role, items))
+    if not turns or turns[-1][0] != "user":
+        raise ValueError("a conversation to answer ends with a user's message")
+    return turns
+
+
+def padded_frames(prompts: Sequence[Prompt]) -> int:
+    """Frames of a batch of conversations, the padding of shorter videos with them."""
+    return len(prompts) * max((sum(map(len, prompt.visuals)) for prompt in prompts), default=0)
 
 
 def _without_marks(turns: Sequence[Turn]) -> tuple[Turn, ...]:

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from keygrip.exporting.folder import USAGE
 from keygrip.training import loggers
 from keygrip.training.checkpoints import load_module
 from keygrip.training.memory import StepMemory, count_step, measure_step
@@ -36,6 +37,7 @@ class System(LightningModule):
         headline_metrics: names of the metrics that runs are compared by; None: all.
         toy_overrides: of `keygrip.train`, a data set among them, that make the model small enough to train a step of in
             a second; the contract suite of the tests trains every model so.
+        usage: lines of Python for the model card of an export, with {name} for its folder.
 
     Args:
         optimizer: the recipe of optimiser and schedule.
@@ -45,6 +47,7 @@ class System(LightningModule):
     evaluation_kind: ClassVar[str | None] = None
     headline_metrics: ClassVar[tuple[str, ...] | None] = None
     toy_overrides: ClassVar[tuple[str, ...]] = ()
+    usage: ClassVar[str] = USAGE
     network: Any
 
     def __init__(self, optimizer: AdamW) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -67,6 +68,22 @@ def test_sparse_frames_are_those_on_show(tmp_path: Path) -> None:
     path = write(tmp_path / "a.mkv", [0.0, 2.5, 5.0, 5.5], 2)
     shown = frames_at(str(path), lambda _: [0, 1, 2, 2.4, 2.6, 4.9, 5.0, 5.6], lambda image: np.asarray(image))
     assert numbers(np.stack(shown)) == [0, 0, 0, 0, 1, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("matrix", "turns"), [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
+def test_videos_of_phones_are_upright(tmp_path: Path, matrix: tuple[int, ...], turns: int) -> None:
+    """Whose frames lie on their side, with a display matrix in the track's header that players turn them by."""
+    image = np.zeros((16, 32, 3), np.uint8)
+    image[:, :8] = 255
+    write_video(tmp_path / "a.mp4", np.stack([image] * 4), 4)
+    content = bytearray((tmp_path / "a.mp4").read_bytes())
+    place = content.index(b"tkhd") + 4 + 24 + 16  # of the matrix, behind version, times, layer and volume
+    a, b, c, d = (value << 16 for value in matrix)
+    content[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    (shown,) = frames_at(bytes(content), lambda _: [0], lambda frame: np.asarray(frame))
+    wanted = np.rot90(image, turns)
+    assert shown.shape == wanted.shape
+    assert ((shown > 128) == (wanted > 128)).mean() > 0.95
 
 
 def test_a_video_that_ends_early_is_refused(tmp_path: Path) -> None:

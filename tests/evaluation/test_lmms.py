@@ -95,6 +95,17 @@ def test_likelihoods_are_those_of_the_target_behind_the_prompt(model: KeygripMod
     assert found[0][0] == pytest.approx(expected, abs=1e-3)
 
 
+def test_a_video_is_encoded_once_for_requests_that_follow_each_other(
+    model: KeygripModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = instances(model, "generate_until", {"max_new_tokens": 3})
+    wanted = model.generate_until(asked)
+    encode, encodes = model.module.network.encode, []
+    monkeypatch.setattr(model.module.network, "encode", lambda frames: (encodes.append(1), encode(frames))[1])
+    assert model.generate_until([asked[0], asked[0], asked[1], asked[0]]) == [wanted[n] for n in (0, 0, 1, 0)]
+    assert len(encodes) == 3
+
+
 def test_a_small_task_of_its_own_format_is_scored(model: KeygripModel, tmp_path: Path) -> None:
     """lmms-eval's evaluator, from a task's YAML to its figure; the figure is what the answers say."""
     from lmms_eval.evaluator import simple_evaluate

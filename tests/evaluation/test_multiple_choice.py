@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as arrow
+import pyarrow.parquet as parquet
 import pytest
 import torch
+from omegaconf import OmegaConf
+from shard_sets import small_video
 from vlm_parts import small_module
 
 from keygrip.data.batches import Turn
 from keygrip.evaluation import multiple_choice
 from keygrip.evaluation.multiple_choice import evaluate_choices
+from keygrip.evaluation.video_text import evaluate_answers
 from keygrip.evaluation.vqa_benchmarks import ChoiceQuestion
 from keygrip.models.foveated_vlm.generation import Answers, answer_scores
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
@@ -57,12 +65,22 @@ def test_a_video_is_decoded_and_encoded_once_for_all_questions_and_modes(module:
     assert set(figures["coarse_fine"]) == {
         "accuracy_likelihood",
         "accuracy_likelihood/colour",
+        "accuracy_likelihood_task_mean",
         "accuracy_generation",
         "accuracy_generation/colour",
+        "accuracy_generation_task_mean",
         "share_without_option",
     }
-    with pytest.raises(ValueError, match="none of the videos of 1 questions"):
+    with pytest.raises(ValueError, match="no question is left: the videos of 1 cannot be decoded, and 0 are too long"):
         evaluate_choices(module, [question("broken", 0)], ["coarse_fine"])
+
+
+def test_questions_that_do_not_fit_are_counted_and_end_nothing(
+    module: FoveatedVLMModule, caplog: pytest.LogCaptureFixture
+) -> None:
+    figures = evaluate_choices(module, [question("a", 0), question("a", 0, "? " * 200)], ["coarse_fine"], 4)
+    assert (figures["questions"], figures["unreadable"], figures["too_long"]) == (1, 0, 1)
+    assert "1 questions about a left out: with 3 frames" in caplog.text
 
 
 @torch.no_grad()
@@ -95,3 +113,81 @@ def test_generated_answers_are_read_as_options(module: FoveatedVLMModule, monkey
     figures = evaluate_choices(module, asked, ["coarse_fine"])["coarse_fine"]
     assert figures["accuracy_generation"] == pytest.approx(2 / 3, abs=1e-5)
     assert figures["share_without_option"] == pytest.approx(1 / 3, abs=1e-5)
+    asked[2] = replace(asked[2], task="place", groups=("domain/indoors",))
+    figures = evaluate_choices(module, asked, ["coarse_fine"])["coarse_fine"]
+    assert (figures["accuracy_generation/colour"], figures["accuracy_generation/place"]) == (0.5, 1.0)
+    assert figures["accuracy_generation/domain/indoors"] == 1.0
+    assert figures["accuracy_generation_task_mean"] == 0.75
+
+
+def test_mini_sets_are_scored_from_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MVBench with start and end, MLVU and Video-MME, as they come from the hub; answers say what second is shown."""
+    made = small_module(tmp_path, TEXTS)
+    mean, std = (
+        torch.tensor(values)[:, None, None] for values in (made.network.backbone.mean, made.network.backbone.std)
+    )
+
+    def says_the_second(
+        network: object,
+        tokenizer: object,
+        frames: torch.Tensor,
+        counts: object,
+        prompts: list,
+        *_: object,
+        **__: object,
+    ) -> Answers:
+        shade = 255 * float((frames[0, 0] * std + mean).mean())  # 0 at second 0, 120 at second 1
+        return Answers([f"The answer is ({'AB'[round(shade / 120)]})."] * len(prompts), [], None, None)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(multiple_choice, "generate", says_the_second)
+    content, asked = small_video(), {"question": "Which second?", "candidates": ["zero", "one"]}
+    for place in ("mvbench/star/Charades_v1_480", "mlvu/video/1_plotQA", "mme/data"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "a.mp4").write_bytes(content)
+    clips = [
+        {**asked, "video": "a.mp4", "start": 1.0, "end": 2.0, "answer": "one"},
+        {**asked, "video": "a.mp4", "start": 0.0, "end": 1.0, "answer": "zero"},
+        {**asked, "video": "gone.mp4", "start": 0.0, "end": 1.0, "answer": "zero"},
+    ]
+    for place, entries in (
+        ("mvbench/json/action_sequence.json", clips),
+        ("mlvu/json/1_plotQA.json", [{**asked, "video": "a.mp4", "question_type": "plotQA", "answer": "zero"}]),
+    ):
+        (tmp_path / place).parent.mkdir(parents=True)
+        (tmp_path / place).write_text(json.dumps(entries))
+    row = {"videoID": "a", "duration": "short", "domain": "Knowledge", "question": "Which second?", "answer": "B"}
+    (tmp_path / "mme" / "videomme").mkdir()
+    parquet.write_table(
+        arrow.Table.from_pylist([{**row, "options": ["A. zero", "B. one"]}]),
+        tmp_path / "mme" / "videomme" / "t.parquet",
+    )
+    folders = {"mvbench": "mvbench", "mlvu": "mlvu", "video_mme": "mme"}
+    cfg = OmegaConf.create(
+        {
+            "mode": "coarse_fine",
+            "split": "none",
+            "max_new_tokens": 4,
+            "vqa_answers": str(tmp_path / "answers.jsonl"),
+            "vqa_benchmarks": {name: str(tmp_path / folder) for name, folder in folders.items()},
+        }
+    )
+    result = evaluate_answers(SimpleNamespace(module=made), cfg)  # type: ignore[arg-type]
+    found = {name: (result[name]["questions"], result[name]["without_video"]) for name in folders}
+    assert found == {"mvbench": (2, 1), "mlvu": (1, 0), "video_mme": (1, 0)}
+    right = {name: result[name]["coarse_fine"]["accuracy_generation"] for name in folders}
+    assert right == {"mvbench": 1.0, "mlvu": 1.0, "video_mme": 0.0}
+    assert result["video_mme"]["coarse_fine"]["accuracy_generation/domain/Knowledge"] == 0.0
+    assert result["mvbench"]["coarse_fine"]["accuracy_likelihood"] in (0.0, 0.5, 1.0)
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [(a["benchmark"], a["clip"], a["generated"], a["named"], a["answer"]) for a in answers] == [
+        ("mvbench", [1.0, 2.0], "The answer is (B).", "B", "B"),
+        ("mvbench", [0.0, 1.0], "The answer is (A).", "A", "A"),
+        ("mlvu", None, "The answer is (A).", "A", "A"),
+        ("video_mme", None, "The answer is (A).", "A", "B"),
+    ]
+    for changed, words in (
+        ({"vqa_benchmarks": {}, "split": "val"}, "name one"),
+        ({"vqa_benchmarks": {}, "vqa_answers": None}, "nothing"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            evaluate_answers(SimpleNamespace(module=made), OmegaConf.create({**cfg, **changed}))  # type: ignore[arg-type]

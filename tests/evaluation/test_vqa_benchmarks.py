@@ -35,7 +35,7 @@ def write(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content))
 
 
-def test_video_mme(tmp_path: Path) -> None:
+def test_video_mme(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -47,15 +47,21 @@ def test_video_mme(tmp_path: Path) -> None:
             "question": "How many?",
             "options": ["A. One.", "B. Two.", "C. Three.", "D. Four."],
             "answer": "C",
+            "domain": "Knowledge",
         }
         for name in ("here", "missing")
     ]
     (tmp_path / "videomme").mkdir()
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "videomme" / "test.parquet")
     video(tmp_path / "data" / "here.mp4")
-    (question,) = read_benchmark("video_mme", tmp_path)
+    benchmark = read_benchmark("video_mme", tmp_path)
+    (question,) = benchmark.questions
+    assert benchmark.without_video == 1
+    assert "video_mme: 1 of 2 questions are left out" in caplog.text
+    assert "the first: missing" in caplog.text
     assert question.options == ("One.", "Two.", "Three.", "Four.")
     assert (question.answer, question.task) == (2, "short")
+    assert question.groups == ("domain/Knowledge", "task_type/Counting")
     assert question.prompt == "How many?\nA. One.\nB. Two.\nC. Three.\nD. Four.\nAnswer with the option's letter."
 
 
@@ -75,7 +81,7 @@ def test_sets_of_candidates(name: str, tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / "video" / "b").mkdir(exist_ok=True)
         Image.new("RGB", (8, 8), (number * 80, 0, 0)).save(tmp_path / "video" / "b" / f"{number:03d}.png")
-    first, second = read_benchmark(name, tmp_path)
+    first, second = read_benchmark(name, tmp_path).questions
     assert (first.answer, first.task) == (1, "1_colour")
     assert (second.answer, second.task) == (0, "place")
     assert len(read_frames(first.video, 28, "stretch", 64)) == 3
@@ -130,17 +136,54 @@ def test_start_and_end_choose_the_seconds(tmp_path: Path) -> None:
     (tmp_path / "tvqa" / "b").mkdir(parents=True)
     for number in range(15):
         Image.new("RGB", (8, 8), (number * 10, 0, 0)).save(tmp_path / "tvqa" / "b" / f"{number:05d}.jpg", quality=95)
-    clipped, frames = read_benchmark("mvbench", tmp_path)
+    clipped, frames = read_benchmark("mvbench", tmp_path).questions
     assert (clipped.clip, frames.clip) == ((1.0, 3.0), (2.0, 4.0))
     assert shades(read_frames(clipped.video, 16, "stretch", 8, clipped.clip)) == [1, 2]
     assert shades(read_frames(clipped.video, 16, "stretch", 1, clipped.clip)) == [2]  # the middle
+    # of 5 frames per second, get_index of its script takes 5 and 14 for 2 segments
+    assert shades(read_frames(clipped.video, 16, "stretch", 2, (0.2, 3.9))) == [1, 2]
     reds = read_frames(frames.video, 8, "stretch", 8, frames.clip, folder_fps=3.0)[:, 0, 0, 0]
     assert np.round(reds / 10).tolist() == [6, 9]
     with pytest.raises(ValueError, match=r"lasts 4\.0 s and the clip begins at 9 s"):
         read_frames(clipped.video, 16, "stretch", 8, (9.0, 10.0))
-    write(tmp_path / "json" / "action_sequence.json", [{**entry, "end": 0.5}])
-    with pytest.raises(ValueError, match=r"clip from 1\.0 to 0\.5"):
+    write(tmp_path / "json" / "action_sequence.json", [{**entry, "end": None}])
+    with pytest.raises(ValueError, match=r"clip from 1\.0 to None"):
         read_benchmark("mvbench", tmp_path)
+
+
+def test_clips_of_mvbench_that_are_turned_round_or_a_moment(tmp_path: Path) -> None:
+    """Its script shows what lies between start and end, whichever comes first."""
+    entry = {"video": "a.mp4", "question": "What?", "candidates": ["x", "y"], "answer": "y"}
+    spans = [(3.0, 1.0), (2.0, 2.0), (-1.0, 1.0)]
+    clips = [{**entry, "start": start, "end": end} for start, end in spans]
+    write(tmp_path / "json" / "action_sequence.json", clips)
+    video(tmp_path / "star" / "a.mp4", seconds=4)
+    questions = read_benchmark("mvbench", tmp_path).questions
+    assert [shades(read_frames(q.video, 16, "stretch", 8, q.clip)) for q in questions] == [[1, 2], [2], [0]]
+
+
+def test_copies_of_mvbench_that_hold_clips_alone_are_not_cut_again(tmp_path: Path) -> None:
+    """As lmms-eval's copies: named by the clip in the questions, or only on the disk."""
+    entry = {"question": "What?", "candidates": ["x", "y"], "answer": "y", "start": 1.25, "end": 15.4}
+    write(tmp_path / "json" / "action_sequence.json", [{**entry, "video": "USNP1_1.25_15.4.mp4"}])
+    write(tmp_path / "json" / "object_interaction.json", [{**entry, "video": "USNP1.mp4"}])
+    cut = video(tmp_path / "star" / "Charades_segment" / "USNP1_1.25_15.4.mp4")
+    questions = read_benchmark("mvbench", tmp_path).questions
+    assert [(question.video, question.clip) for question in questions] == [(cut, None)] * 2
+    video(tmp_path / "star" / "Charades_v1_480" / "USNP1.mp4")
+    first, second = read_benchmark("mvbench", tmp_path).questions
+    assert (first.clip, second.clip) == (None, (1.25, 15.4))
+    assert second.video.name == "USNP1.mp4"
+
+
+def test_question_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    video(tmp_path / "a.mp4", seconds=1)
+    (tmp_path / "x.json").write_text('[{"video": ')
+    with pytest.raises(ValueError, match=r"x\.json"):
+        read_benchmark("mvbench", tmp_path)
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"x\.parquet"):
+        read_benchmark("video_mme", tmp_path)
 
 
 def test_videos_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -151,7 +194,7 @@ def test_videos_of_one_name_are_told_apart(tmp_path: Path) -> None:
     write(tmp_path / "moving_count.json", [{**entry, "video": "v.1.mp4"}])
     write(tmp_path / "action_count.json", [{**entry, "video": "v.1.mp4"}])
     write(tmp_path / "x.json", [{**entry, "video": "7_other/v.1.mp4"}])
-    found = {question.task: question.video.parent.name for question in read_benchmark("mvbench", tmp_path)}
+    found = {question.task: question.video.parent.name for question in read_benchmark("mvbench", tmp_path).questions}
     assert found == {"moving_count": "video_validation", "action_count": "videos", "x": "7_other"}
     write(tmp_path / "y.json", [{**entry, "video": "v.1.mp4"}])
     with pytest.raises(ValueError, match=r"y\.json: the entry 'What\?'.*may be .*v\.1\.mp4 or .*v\.1\.mp4"):

@@ -41,6 +41,13 @@ def test_a_round_trip_keeps_weights_statistics_and_nothing_of_training(tmp_path:
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [CARD, CONFIG, WEIGHTS, PROCESSOR]
 
 
+def test_weights_are_as_readable_as_the_other_files(tmp_path: Path) -> None:
+    write(tmp_path / "model", extra=torch.rand(4))
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "model").iterdir()}
+    assert len(modes) == 4
+    assert set(modes.values()) == {modes[CONFIG]}
+
+
 @pytest.mark.parametrize("name", [WEIGHTS, PROCESSOR])
 def test_a_changed_byte_is_found(name: str, tmp_path: Path) -> None:
     write(tmp_path / "model", extra=torch.rand(4))

@@ -27,7 +27,7 @@ class Budget:
 
     Args:
         frames: of all its videos. positions: samples times the language model's positions of the longest one, frames
-            and text together; text is counted from its characters.
+            and text of all its rows together; text is counted from its characters.
 
     Raises:
         ValueError: nothing fits.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import unicodedata
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -185,12 +186,13 @@ def _index_tar(path: Path, describe: Describe) -> ShardIndex:
         for member in tar:
             if member.size < 0 or member.offset_data < end:  # tarfile itself would go round in circles
                 raise ShardError(f"{path} is not a whole tar file: the size of {member.name} is wrong")
-            end = member.offset_data + (member.size + 511) // 512 * 512
+            # a sparse file says its size with the holes, which are not in the tar
+            end = tar.offset if member.issparse() else member.offset_data + (member.size + 511) // 512 * 512
             if end > size:
                 raise ShardError(f"{path} is cut off in {member.name}")
             if member.isdir():
                 continue
-            key, part = split_name(member.name)
+            key, part = split_name(unicodedata.normalize("NFC", member.name))  # macOS takes letters and accents apart
             if not key.rpartition("/")[2]:
                 continue  # a hidden file, such as a file system's notes about others
             if not _is_text(member.name):
@@ -198,6 +200,8 @@ def _index_tar(path: Path, describe: Describe) -> ShardIndex:
                 bad[key] = "its name is not UTF-8"
             elif not member.isfile():
                 bad[key] = f"its part {part!r} is a link or a device, not a file"
+            elif member.issparse():
+                bad[key] = f"its part {part!r} is stored as a sparse file: pack it without --sparse"
             parts = samples.setdefault(key, [])
             if key in bad:
                 continue
@@ -208,6 +212,12 @@ def _index_tar(path: Path, describe: Describe) -> ShardIndex:
         closing = raw.read(END_OF_TAR)
         if len(closing) < END_OF_TAR or any(closing):
             raise ShardError(f"{path} is cut off: the end mark after its {len(samples)} samples is missing")
+        while more := raw.read(1 << 20):
+            if any(more):
+                raise ShardError(
+                    f"{path} goes on after the end mark behind its {len(samples)} samples: tar files joined by cat are "
+                    "read to the first mark alone; unpack it with `tar -xif` and pack it again"
+                )
         rows: dict[str, Row] = {}
         for key, parts in samples.items():
             if key in bad:

@@ -32,6 +32,7 @@ class Component:
         length: [N] float, within a bucket batches are made of samples of like length.
         shard: [N] int32, where samples lie; only for shuffling in windows of shards.
         share: of all samples, in (0, 1); None: a lead source, every sample once an epoch.
+        rows: of text that a sample gives at most; a budget's positions are those of all of them.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Component:
     length: np.ndarray
     shard: np.ndarray
     share: float | None = None
+    rows: int = 1
 
     def __len__(self) -> int:
         return len(self.bucket)
@@ -120,6 +122,7 @@ class Mixture:
         self.starts = np.cumsum([0, *(len(part) for part in self.components)])
         self.bucket = np.concatenate([part.bucket for part in self.components])
         self.length = np.concatenate([part.length for part in self.components])
+        self.rows = np.repeat([part.rows for part in self.components], [len(part) for part in self.components])
         leading = sum(len(self.components[n]) for n in self.lead)
         self.batches = math.floor(leading / (1 - shares) / batch_size)
         if self.batches < 1:
@@ -259,7 +262,7 @@ class Mixture:
     @property
     def sizes(self) -> Sizes:
         """Of all samples, for the budget."""
-        return Sizes(self.bucket, self.bucket + self.length / CHARACTERS_A_TOKEN)
+        return Sizes(self.bucket, self.rows * (self.bucket + self.length / CHARACTERS_A_TOKEN))
 
     def _filled(self, epoch: int) -> list[np.ndarray]:
         """The epoch's batches as the budget fills them."""
@@ -366,7 +369,7 @@ class BucketedSampler(BatchListSampler):
 
     Args:
         bucket, length: [N], as in :class:`Component`. limit: only the first so many of a fixed permutation.
-        budget: of a batch; None: `batch_size` samples.
+        budget: of a batch; None: `batch_size` samples. rows: of text that each sample gives at most, for the budget.
     """
 
     def __init__(
@@ -378,11 +381,12 @@ class BucketedSampler(BatchListSampler):
         ranks: int = 1,
         limit: int | None = None,
         budget: Budget | None = None,
+        rows: int = 1,
     ) -> None:
         samples = len(bucket) if limit is None else min(limit, len(bucket))
         divided = batch_size if budget is None else ranks  # a budget's batches differ in size anyway
         super().__init__(samples, divided, rank, ranks, seed=0, shuffle=False, drop_last=False)
-        self.bucket, self.length, self.budget, self.most = bucket, length, budget, batch_size
+        self.bucket, self.length, self.budget, self.most, self.rows = bucket, length, budget, batch_size, rows
         self.count = len(self.batches_of(0)) if budget is not None else super().__len__()
 
     def __len__(self) -> int:
@@ -399,7 +403,7 @@ class BucketedSampler(BatchListSampler):
             return [self.global_batch(order, step) for step in range(self.count)]
         rng = np.random.default_rng(0)
         chosen = rng.permutation(len(self.bucket))[: self.samples]
-        sizes = Sizes(self.bucket, self.bucket + self.length / CHARACTERS_A_TOKEN)
+        sizes = Sizes(self.bucket, self.rows * (self.bucket + self.length / CHARACTERS_A_TOKEN))
         return budgeted(chosen, sizes, self.budget, self.most, rng)
 
 

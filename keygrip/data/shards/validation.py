@@ -97,7 +97,7 @@ def make_manifests(root: Path | str, again: bool = False, max_broken_share: floa
     Args:
         root: folder of shards. again: index all anew. max_broken_share: more broken shards than this are an error.
     """
-    report: dict[str, Any] = {"root": str(root), "shards": 0, "samples": 0, "broken": 0}
+    report: dict[str, Any] = {"root": str(root), "shards": 0, "samples": 0, "broken": 0, "bad_samples": 0}
     folders = split_folders(root)
     elsewhere = [path for path in tar_files_below(root) if str(path.parent) not in folders]
     if elsewhere:
@@ -113,6 +113,7 @@ def make_manifests(root: Path | str, again: bool = False, max_broken_share: floa
         report["shards"] += len(manifest["shards"])
         report["samples"] += manifest["samples"]
         report["broken"] += len(manifest["broken"])
+        report["bad_samples"] += sum(len(left) for left in manifest["bad_samples"].values())
     if any(Path(folder).name.startswith("bucket_") for folder in folders):
         info = Path(root) / INFO
         known = read_info(str(root))["encoders"] if info.is_file() else None

@@ -163,6 +163,8 @@ def write_manifest(
     reasons = [f"{key} of {root}/{name}: {reason}" for name, left in bad.items() for key, reason in left.items()]
     for reason in reasons[:NAMED_AT_MOST]:
         log.warning("left out: %s", reason)
+    if len(reasons) > NAMED_AT_MOST:
+        log.warning("and %d more samples, all named in %s", len(reasons) - NAMED_AT_MOST, root / MANIFEST)
     if len(reasons) > max_broken_share * (samples + len(reasons)):
         raise ValueError(
             f"{len(reasons)} of {samples + len(reasons)} samples in {root} are bad, more than max_broken_share="

@@ -52,3 +52,11 @@ def choose(conversations: Sequence[Conversation], questions: Questions, rng: np.
             left[kind] = left.get(kind, len(order)) - 1
             chosen.append(number)
     return [conversations[n] for n in sorted(chosen)]
+
+
+def rows_of(questions: Questions) -> int:
+    """Rows of text that a video gives at most, for a budget. Of all conversations (None) one is counted, and of kinds
+    that are not named none: how many there are no manifest says."""
+    if questions is None:
+        return 1
+    return max(1, questions if isinstance(questions, int) else sum(questions.values()))

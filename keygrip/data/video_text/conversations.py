@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
-from keygrip.data.bad_samples import BadSample, guard, open_image, parse_json
+from keygrip.data.bad_samples import HOSTILE, BadSample, guard, open_image, parse_json
 from keygrip.data.shards.index import Parts
 from keygrip.data.shards.reader import ShardSet, all_samples
 from keygrip.data.video import TIME_TOLERANCE_S, duration_s, frames_at
-from keygrip.data.video_text.foreign_text import caption_text, holds_text, own_text
+from keygrip.data.video_text.foreign_text import SHOWN, caption_text, holds_text, own_text
 
 ROLES = ("system", "user", "assistant")
 IMAGE = re.compile(r"^(?:(\d{1,6})\.)?(jpg|jpeg|png|webp)$", re.IGNORECASE)
@@ -180,7 +180,9 @@ def parse_text(parts: Parts) -> dict[str, Any]:
         return caption_text(parts["txt"].decode("utf-8-sig"), CAPTION_REQUEST)
     if "json" in parts:
         return own_text(content, CAPTION_REQUEST)
-    raise ValueError(f"it has no json or txt part, only {', '.join(sorted(parts)) or 'nothing'}")
+    dotted = any(name.rpartition(".")[2] in TEXT for name in parts)
+    hint = ": a key ends at the first dot of a name; write another character for the others" if dotted else ""
+    raise ValueError(f"it has no json or txt part, only {', '.join(sorted(parts)) or 'nothing'}{hint}")
 
 
 def parse_conversations(content: Mapping[str, Any]) -> tuple[Conversation, ...]:
@@ -242,6 +244,8 @@ def describe_video_text(parts: Parts) -> dict[str, int | float | str]:
 def _check_count(content: Mapping[str, Any], images: Sequence[str]) -> None:
     if content.get("frames", len(images)) != len(images):
         raise ValueError(f"it has {len(images)} images of {str(content['frames'])[:40]}")
+    if content.get(SHOWN) is True and not images:
+        raise ValueError("its text is about an image or a video, and it holds none")
 
 
 def fit_image(image: Any, size: int, fit: str) -> np.ndarray:
@@ -261,7 +265,16 @@ def decode_image(content: bytes, size: int, fit: str) -> np.ndarray:
     with open_image(content) as opened:
         if fit == "stretch":
             opened.draft("RGB", (size, size))
-        return fit_image(_rgb(opened), size, fit)
+        return fit_image(_rgb(_upright(opened)), size, fit)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """An image as viewers show it: turned as its EXIF says. Notes that are damaged do not make the image a bad one."""
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except HOSTILE:
+        turned = 1
+    return ImageOps.exif_transpose(image) if turned in range(2, 9) else image
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -34,7 +34,7 @@ from keygrip.data.shards.remote import is_remote
 from keygrip.data.shards.resuming import ResumableData
 from keygrip.data.shards.sampling import GlobalBatchSampler, SampleKey, sample_generator
 from keygrip.data.shards.substitution import SUBSTITUTES, Collate, CountingLoader, SubstitutingSamples
-from keygrip.data.video_text.batching import CheckingCollator, Collator, PreparedCollator, Questions, choose
+from keygrip.data.video_text.batching import CheckingCollator, Collator, PreparedCollator, Questions, choose, rows_of
 from keygrip.data.video_text.clips import SubClips, clipped
 from keygrip.data.video_text.conversations import (
     FITS,
@@ -154,18 +154,15 @@ class Part:
     def column(self, name: str) -> np.ndarray:
         return self.shards.columns[name][self.chosen]
 
-    def component(self, max_frames: int, max_tokens: int | None = None) -> Component:
-        """For the mixture: buckets by number of frames, batches of like text length.
-
-        Args:
-            max_tokens: where longer texts are cut; only where lengths count for a budget.
-        """
+    def component(self, max_frames: int, max_tokens: int | None = None, rows: int = 1) -> Component:
+        """For the mixture: buckets by number of frames, batches of like text length. max_tokens (where longer texts are
+        cut) and rows are given where they count for a budget."""
         frames = np.minimum(self.column("frames"), max_frames).astype(np.int64)
         share, shard = self.source.share, self.shards.shard[self.chosen]
         length = self.column("text_length").astype(float)
         if max_tokens is not None:
             length = np.minimum(length, max_tokens * CHARACTERS_A_TOKEN)
-        return Component(self.name, frames, length, shard, share)
+        return Component(self.name, frames, length, shard, share, rows)
 
 
 class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
@@ -266,8 +263,8 @@ class VideoTexts(ResumableData):
         prefetch_batches: batches that each worker keeps ready.
         memory_gb: each process that reads keeps so much of the decoded training samples; 0: decode every time.
         curriculum: see :class:`keygrip.data.shards.mixing.Mixture`; of the lead sources, by name.
-        budget: of frames and positions a batch, over all ranks; `batch_size` is then the most videos of a batch. None:
-            always `batch_size` videos.
+        budget: of frames and positions a batch, over all ranks; `batch_size` is then the most videos. None: always so
+            many. Of `questions=null` a row per video is counted.
         clips: cut out of longer training videos; batches and a budget count whole ones. None: they stay whole.
     """
 
@@ -361,12 +358,12 @@ class VideoTexts(ResumableData):
         return parts
 
     def _mixture(self, parts: Sequence[Part]) -> Mixture:
-        components = self._components(parts)
+        components = self._components(parts, self.questions)
         return Mixture(components, self.batch_size, self.seed, self.window_shards, self.curriculum, self.budget)
 
-    def _components(self, parts: Sequence[Part]) -> list[Component]:
-        cut = getattr(self.collator, "max_tokens", None) if self.budget is not None else None
-        return [part.component(self.max_frames, cut) for part in parts]
+    def _components(self, parts: Sequence[Part], questions: Questions) -> list[Component]:
+        cut, rows = (getattr(self.collator, "max_tokens", None), rows_of(questions)) if self.budget else (None, 1)
+        return [part.component(self.max_frames, cut, rows) for part in parts]
 
     def _report(self) -> None:
         assert self.mixture is not None
@@ -427,7 +424,8 @@ class VideoTexts(ResumableData):
         if self.curriculum:
             digest.update(repr([(sorted(stage.weights.items()), stage.steps) for stage in self.curriculum]).encode())
         if self.budget is not None:
-            digest.update(repr(self.budget).encode())
+            rows = rows_of(self.questions)
+            digest.update(f"{self.budget!r}{f' {rows} rows' if rows > 1 else ''}".encode())
         return digest.hexdigest()[:16]
 
     # ---------------------------------------------------------------------------------------------------------- loading
@@ -477,6 +475,10 @@ class VideoTexts(ResumableData):
         """The lead sources' samples of a split, and as many of the others as their share asks for; always the same."""
         parts = list(self.parts[split])
         lead = sum(len(part) for part in parts if part.source.share is None)
+        if not lead:
+            if parts:
+                log.warning("no %s samples but those that are mixed in: nothing is evaluated on them alone", split)
+            return []
         shares = sum(part.source.share or 0.0 for part in parts)
         total = lead / (1 - shares)
         if self.max_val_samples is not None:
@@ -486,11 +488,9 @@ class VideoTexts(ResumableData):
             wanted = round(total * (share if share is not None else (1 - shares) * len(part) / lead))
             fixed = np.random.default_rng(0).permutation(len(part))[: max(1, wanted)]
             parts[number] = replace(part, chosen=part.chosen[np.sort(fixed)])
-        if not parts:
-            return []
-        components = self._components(parts)
+        components = self._components(parts, self.val_questions)
         bucket, length = (np.concatenate([getattr(c, name) for c in components]) for name in ("bucket", "length"))
-        sampler = BucketedSampler(bucket, length, self.batch_size, *self.ranks, budget=self.budget)
+        sampler = BucketedSampler(bucket, length, self.batch_size, *self.ranks, None, self.budget, components[0].rows)
         return self._loader(parts, sampler, self.val_questions)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:

@@ -1,7 +1,8 @@
 """Text of shards that other programs wrote, brought into the form of this project's own `json` member.
 
 Read are: a caption in `txt`, or under `caption` or `text` of `json`; and turns under `conversations`, `messages` or
-`texts`, each {"from", "value"}, {"role", "content"} or {"user", "assistant"}. Anything else is refused by what it has.
+`texts`, each {"from", "value"}, {"role", "content"} or {"user", "assistant"}; content is text or a list of
+{"type": "text" | "image" | "video"} items. Anything else is refused by what it has.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 PLACEHOLDER = re.compile(r"\s*<(image|video)>\s*")  # where the frames go is the model's affair
+SHOWN = "shown"  # of text in this project's form: whether it is about an image or a video, so that frames belong to it
+MEDIA = ("image", "images", "video", "videos")  # keys of a json that name files
 CAPTIONS, TURNS = ("caption", "text"), ("conversations", "messages", "texts")
 
 
@@ -42,7 +45,9 @@ def own_text(content: Any, request: str) -> dict[str, Any]:
             raise ValueError(f"the {name} of its json are no list")
         if name == "conversations" and isinstance(turns[0], Mapping) and "turns" in turns[0]:
             return dict(content)
-        return _of_turns([turn for each in turns for turn in _turns(each)], "text", content)
+        said = [turn for each in turns for turn in _turns(each)]
+        shown = any(PLACEHOLDER.search(text) for _, text in said) or any(content.get(name) for name in MEDIA)
+        return _of_turns([(role, without_placeholders(text)) for role, text in said], "text", content) | {SHOWN: shown}
     name = next((name for name in CAPTIONS if isinstance(content.get(name), str) and content[name].strip()), None)
     if name is None:
         raise ValueError(f"its json holds no {', '.join((*TURNS, *CAPTIONS))}; it holds {_listed(content)}")
@@ -53,7 +58,7 @@ def caption_text(text: str, request: str, content: Mapping[str, Any] | None = No
     """A caption in this project's own form. Raises ValueError: it is empty."""
     if not text.strip():
         raise ValueError("its caption is empty")
-    return _of_turns([("user", request), ("assistant", text.strip())], "caption", content or {})
+    return _of_turns([("user", request), ("assistant", text.strip())], "caption", content or {}) | {SHOWN: True}
 
 
 def _of_turns(turns: list[tuple[str, str]], kind: str, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,19 +70,39 @@ def _of_turns(turns: list[tuple[str, str]], kind: str, content: Mapping[str, Any
 
 
 def _turns(entry: Any) -> Iterator[tuple[str, str]]:
-    """(role, text) of an entry of any of the known forms. Raises ValueError: it has another."""
+    """(role, text with its placeholders) of an entry of any of the known forms. Raises ValueError: it has another."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"a turn is no object but {str(entry)[:60]!r}")
     if "user" in entry and "assistant" in entry:
         found = [("user", entry["user"]), ("assistant", entry["assistant"])]
     else:
         found = [(entry.get("from", entry.get("role")), entry.get("value", entry.get("content")))]
-    for role, text in found:
+    for role, said in found:
+        text = _joined(said) if isinstance(said, list) else said
         if not isinstance(role, str) or not isinstance(text, str):
             raise ValueError(f"a turn has no role or no text; it has {_listed(entry)}")
-        if role not in ROLES:
+        if role.lower() not in ROLES:
             raise ValueError(f"a turn is from {role[:40]!r}; known are {', '.join(ROLES)}")
-        yield ROLES[role], PLACEHOLDER.sub("", text)
+        yield ROLES[role.lower()], text
+
+
+def without_placeholders(text: str) -> str:
+    """A text without the marks of where images go; words on both sides of one stay apart."""
+    return PLACEHOLDER.sub(" ", text).strip() if PLACEHOLDER.search(text) else text
+
+
+def _joined(items: list[Any]) -> str:
+    """The text of a turn that is a list of items. Raises ValueError: an item is none of the known."""
+    words = []
+    for item in items:
+        kind = item.get("type") if isinstance(item, Mapping) else None
+        if kind == "text" and isinstance(item.get("text"), str):
+            words.append(item["text"])
+        elif kind in ("image", "video"):
+            words.append(f"<{kind}>")
+        else:
+            raise ValueError(f"an item of a turn is {str(item)[:60]!r}; known are text, image and video")
+    return "\n".join(words)
 
 
 def _listed(content: Mapping[str, Any]) -> str:

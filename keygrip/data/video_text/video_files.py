@@ -86,9 +86,10 @@ def _from_first(times: np.ndarray) -> tuple[float, ...]:
 
 
 def clip_times(duration: float, clip: tuple[float, float], max_frames: int, path: Path) -> np.ndarray:
-    """Seconds at which frames of a clip are taken. Raises ValueError: the video ends before it begins."""
+    """Seconds at which frames of a clip are taken; one of a clip that is a moment. Raises ValueError: the video ends
+    before it begins."""
     start, end = clip[0], min(clip[1], duration)
-    if start >= end:
+    if start >= duration:
         raise ValueError(f"{path} lasts {duration:.1f} s and the clip begins at {start:g} s")
     count = max(1, int(np.floor(end - start + TIME_TOLERANCE_S)))
     if count <= max_frames:

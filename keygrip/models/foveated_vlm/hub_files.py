@@ -5,20 +5,34 @@ from __future__ import annotations
 from typing import Any
 
 MODEL_TYPE = "keygrip_video_language"
+# Before the language model's own template, which knows text alone: of a message that is a list of items, the words.
+# Images and videos have no tokens; where they go is the model's affair.
+ITEMS = (
+    "{%- set said = namespace(messages=[]) -%}"
+    "{%- for message in messages -%}"
+    "{%- set words = namespace(text='') -%}"
+    "{%- if message['content'] is string -%}{%- set words.text = message['content'] -%}"
+    "{%- else -%}{%- for item in message['content'] -%}"
+    "{%- if item['type'] == 'text' -%}{%- set words.text = words.text + item['text'] -%}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "{%- set said.messages = said.messages + [{'role': message['role'], 'content': words.text}] -%}"
+    "{%- endfor -%}"
+    "{%- set messages = said.messages -%}"
+)
 
 
 def hub_files(module: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Files by name, and facts for config.json. `module` is a `FoveatedVLMModule`.
 
-    tokenizer.json, tokenizer_config.json and chat_template.jinja are what transformers' AutoTokenizer reads;
-    preprocessor_config.json says how images become inputs, generation_config.json how answers end, and
-    processor_config.json where images and videos stand in a conversation.
+    tokenizer.json, tokenizer_config.json and chat_template.jinja are what transformers' AutoTokenizer reads, for
+    messages of text and of items; preprocessor_config.json says how images become inputs, generation_config.json how
+    answers end, and processor_config.json where images and videos stand in a conversation.
     """
     tokenizer, network, images = module.tokenizer, module.network, module.pictures
     state = tokenizer.state()
     files: dict[str, Any] = {
         "tokenizer.json": state["tokenizer"],
-        "chat_template.jinja": state["chat_template"],
+        "chat_template.jinja": ITEMS + state["chat_template"],
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": state["end"],

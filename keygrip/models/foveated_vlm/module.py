@@ -76,6 +76,11 @@ class FoveatedVLMModule(System):
         *("data.sources.tours_1=null", "data.sources.tours_2=null", "data.sources.tours_3=null"),
         *("data.curriculum=null", "data.sources.texts.make.options={train: 8, val: 2, test: 2}", "data.batch_size=2"),
     )
+    usage = """from keygrip.inference.video_chat import VideoChat
+
+chat = VideoChat.from_pretrained("{name}")
+video, question = {"type": "video", "video": "clip.mp4"}, {"type": "text", "text": "What happens?"}
+chat.generate([{"role": "user", "content": [video, question]}])"""
 
     def __init__(
         self,
@@ -212,15 +217,20 @@ class FoveatedVLMModule(System):
         pixels = torch.from_numpy(np.require(frames, requirements=["C", "W"])).to(self.device).permute(0, 3, 1, 2)
         return normalised(pixels, self.network.backbone.mean, self.network.backbone.std)[None]
 
-    def stream(self, question: str, mode: str = "autoregressive") -> VideoStream:
+    def stream(
+        self, question: str, mode: str = "autoregressive", seconds: Sequence[float] | None = None
+    ) -> VideoStream:
         """A question about a video that is still coming: `push(frame)`, and `answer()` at any time.
 
+        Args:
+            seconds: when its frames were taken, where that is known before (see `VideoStream`).
+
         Raises:
-            ValueError: a baseline, or a mode in which a frame depends on later ones.
+            ValueError: a baseline, a mode in which a frame depends on later ones, or seconds that are needed.
         """
         if not isinstance(self.network, FoveatedVLM):
             raise ValueError(f"{type(self.network).__name__} has no stream: the foveated model has")
-        return VideoStream(self.eval(), question, mode)
+        return VideoStream(self.eval(), question, mode, seconds)
 
     def forward(self, batch: VideoTextBatch, mode: str, refinement: int = 0) -> VLMOutput:
         frames, rows = self.inputs(batch)

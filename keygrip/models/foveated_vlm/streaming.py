@@ -7,13 +7,16 @@ cache. The same as the autoregressive mode (or coarse_only) of a whole video, bi
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from keygrip.data.batches import Turn
+from keygrip.data.video_text.conversations import fit_image
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.language.cache import LanguageCache
 from keygrip.models.language.tokenizers import ChatTokenizer
@@ -42,6 +45,14 @@ class _Reader:
         self.cache.cut(length)
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A place in a stream: frames pushed so far, and where each of its readers stands."""
+
+    frames: int
+    readers: tuple[tuple[int, Tensor | None], ...]
+
+
 class StreamingSession:
     """One row of text and frames that grows.
 
@@ -60,17 +71,30 @@ class StreamingSession:
             raise ValueError(f"mode={mode}: a stream is seen in {' or '.join(STREAMED_MODES)}")
         self.network, self.tokenizer, self.mode = network, tokenizer, mode
         self.frames = 0
+        self._answering = False
         self._row = _Reader(network)
         # Chosen queries come from the row itself, or from a second one of coarse tokens.
         self._driving = _Reader(network) if mode == "autoregressive" and network.query_source == "coarse" else self._row
 
     @torch.inference_mode()
     def read(self, ids: Sequence[int]) -> None:
-        """Text, as token ids."""
+        """Text, as token ids. Raises ValueError: it does not fit into the context, or an answer is under way."""
+        self._check_free()
+        self._append(ids)
+
+    def _append(self, ids: Sequence[int]) -> None:
         if not ids:
             return
         device = self.network.static_query.device
-        embedded = self.network.language.embed(torch.tensor([list(ids)], dtype=torch.int64, device=device))
+        self._append_embedded(self.network.language.embed(torch.tensor([list(ids)], dtype=torch.int64, device=device)))
+
+    @torch.inference_mode()
+    def read_embedded(self, embedded: Tensor) -> None:
+        """What stands in the row, as the language model's input [1, T, C]. Raises ValueError: as `read`."""
+        self._check_free()
+        self._append_embedded(embedded)
+
+    def _append_embedded(self, embedded: Tensor) -> None:
         for reader in self._readers():
             reader.read(embedded)
 
@@ -82,8 +106,10 @@ class StreamingSession:
             second: when it was taken, for a clock that counts seconds; None: a frame per second.
 
         Raises:
-            ValueError: the row does not fit into the language model's context, or the network numbers fewer frames.
+            ValueError: the row does not fit into the language model's context, the network numbers fewer frames, or an
+                answer is under way.
         """
+        self._check_free()
         network = self.network
         now = torch.tensor([[float(self.frames if second is None else second)]], device=frame.device)
         kv = network.encode(frame[None])
@@ -101,6 +127,16 @@ class StreamingSession:
                 self._driving.read(network.numbered(coarse, self.frames, now))
         self.frames += 1
 
+    def mark(self) -> Mark:
+        """Where the row stands, for `back`."""
+        return Mark(self.frames, tuple(reader.mark() for reader in self._readers()))
+
+    def back(self, mark: Mark) -> None:
+        """Forgets everything after a mark."""
+        self.frames = mark.frames
+        for reader, place in zip(self._readers(), mark.readers, strict=True):
+            reader.back(place)
+
     @torch.inference_mode()
     def tokens(
         self, ids: Sequence[int], max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0, keep: bool = False
@@ -110,23 +146,22 @@ class StreamingSession:
         Args:
             temperature: 0 takes the most probable token; above, tokens are drawn with `seed`.
             keep: text and answer stay in the row (a conversation goes on); otherwise the row is as before.
-        """
-        marks = [(reader, reader.mark()) for reader in self._readers()]
-        try:
-            self.read(ids)
-            said = yield from self._continue(max_new_tokens, temperature, seed)
-            if keep:
-                self._keep(said, marks, ids)
-        finally:
-            if not keep:
-                for reader, mark in marks:
-                    reader.back(mark)
 
-    def _keep(self, said: Sequence[int], marks: Sequence[tuple[_Reader, Any]], ids: Sequence[int]) -> None:
-        """The whole answer with its end in every row: while it was made, only the row of the answer had read it."""
-        for reader, mark in marks:
-            reader.back(mark)
-        self.read([*ids, *said, self.tokenizer.end_of_turn])
+        Raises:
+            ValueError: they do not fit into the language model's context, or another answer is under way.
+        """
+        self._check_free()
+        mark, self._answering = self.mark(), True
+        try:
+            self._append(ids)
+            said = yield from self._continue(max_new_tokens, temperature, seed)
+            if keep:  # in every row: while the answer was made, only its own row had read it
+                self.back(mark)
+                self._append([*ids, *said, self.tokenizer.end_of_turn])
+        finally:
+            self._answering = False
+            if not keep:
+                self.back(mark)
 
     def _continue(self, max_new_tokens: int, temperature: float, seed: int) -> Generator[int, None, list[int]]:
         language, state = self.network.language, self._row.state
@@ -149,6 +184,11 @@ class StreamingSession:
             assert state is not None
         return said
 
+    def _check_free(self) -> None:
+        """An answer stands in the row until it ends: what came behind it would be forgotten with it."""
+        if self._answering:
+            raise ValueError("an answer is under way: take its pieces to the end, or close it, before more is read")
+
     def _readers(self) -> list[_Reader]:
         return [self._row] if self._driving is self._row else [self._row, self._driving]
 
@@ -158,11 +198,17 @@ class VideoStream:
 
     Args:
         module: a trained foveated model. question: what is asked. mode: see `StreamingSession`.
+        seconds: when the frames to come were taken, where a model that is told so (`collator.timestamps`) needs it.
+
+    Raises:
+        ValueError: a mode in which a frame depends on later ones, or seconds that are needed and not known.
     """
 
-    def __init__(self, module: Any, question: str, mode: str = "autoregressive") -> None:
+    def __init__(
+        self, module: Any, question: str, mode: str = "autoregressive", seconds: Sequence[float] | None = None
+    ) -> None:
         self.module = module
-        text = module.collator.prompt((Turn("user", question),))
+        text = module.collator.prompt((Turn("user", question),), seconds)
         self.session = StreamingSession(module.network, module.tokenizer, mode)
         self.session.read(text.ids[: text.visual_at])
         self._rest = text.ids[text.visual_at :]
@@ -173,18 +219,19 @@ class VideoStream:
         return self.session.frames
 
     def push(self, frame: np.ndarray, second: float | None = None) -> None:
-        """A frame, uint8 [S, S, 3] RGB of the model's image size.
+        """A frame, uint8 [H, W, 3] RGB, which is brought to the model's image size as in training.
 
         Args:
             second: when it was taken; None: a frame per second.
 
         Raises:
-            ValueError: another size, or no room for it.
+            ValueError: another shape or type, or no room for it.
         """
-        size = self.module.pictures["image_size"]
-        if frame.shape != (size, size, 3) or frame.dtype != np.uint8:
-            raise ValueError(f"a frame is uint8 [{size}, {size}, 3], not {frame.dtype} {list(frame.shape)}")
-        self.session.push(self.module.as_input(frame[None])[0, 0], second)
+        if frame.ndim != 3 or frame.shape[2] != 3 or not frame.size or frame.dtype != np.uint8:
+            raise ValueError(f"a frame is uint8 [H, W, 3], not {frame.dtype} {list(frame.shape)}")
+        images = self.module.pictures
+        fitted = fit_image(Image.fromarray(frame), images["image_size"], images["fit"])
+        self.session.push(self.module.as_input(fitted[None])[0, 0], second)
 
     def stream(self, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
         """Pieces of the answer to what was seen so far, as they come; together they are `answer()`."""

@@ -123,8 +123,8 @@ class LanguageModel(nn.Module):
             cache: extended in place.
             valid: bool [B, t], False for padding, which leaves a hole: nothing real sees it and it takes no position.
         """
+        self._check_length(cache.length + embeddings.shape[1])  # before the cache counts them
         mask, positions = cache.advance(embeddings.shape[0], embeddings.shape[1], valid, embeddings.device)
-        self._check_length(cache.length)
         return self._run(embeddings, positions, mask, cache.layers)
 
     def _run(self, embeddings: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Tensor:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from keygrip.data.shards.budget import Budget, Sizes, budgeted, cost, costliest, exactly
-from keygrip.data.shards.mixing import BucketedSampler, BudgetedBatchSampler, Component, Mixture, Stage, padding_of
+from keygrip.data.shards.mixing import (
+    CHARACTERS_A_TOKEN,
+    BucketedSampler,
+    BudgetedBatchSampler,
+    Component,
+    Mixture,
+    Stage,
+    padding_of,
+)
+from keygrip.data.video_text.batching import rows_of
 
 BUDGET = Budget(frames=256, positions=4096)
 
@@ -75,6 +85,18 @@ def test_the_costliest_batch_is_the_largest_one(mixture: Mixture) -> None:
     frames, positions = cost(costliest(batches, sizes, BUDGET), sizes)
     shares = [f / 256 + p / 4096 for f, p in (cost(batch, sizes) for batch in batches)]
     assert frames / 256 + positions / 4096 == max(shares)
+
+
+def test_rows_of_a_video_count() -> None:
+    """Eight questions about each video take eight times its positions."""
+    part = replace(component("videos", 2000), rows=8)
+    asked = Mixture([part], 64, budget=BUDGET)
+    positions = part.bucket + part.length / CHARACTERS_A_TOKEN
+    for batch in asked.batches_of(0):
+        assert len(batch) == 1 or 8 * len(batch) * positions[batch].max() <= 4096
+    batches = [[k.sample for k in b] for b in BucketedSampler(part.bucket, part.length, 64, budget=BUDGET, rows=8)]
+    assert all(len(batch) == 1 or 8 * len(batch) * positions[batch].max() <= 4096 for batch in batches)
+    assert [rows_of(questions) for questions in (None, 3, {"mark": 4, "cue": 3, "caption": 0})] == [1, 3, 7]
 
 
 def test_a_sample_larger_than_the_budget_is_alone() -> None:

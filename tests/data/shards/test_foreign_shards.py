@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import tarfile
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,13 +75,50 @@ LAYOUTS: dict[str, tuple[Members, dict[str, int]]] = {
         pair("a", content=text(messages=[{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])),
         {"a": 1},
     ),
+    "messages of items": (
+        pair(
+            "a",
+            content=text(
+                messages=[
+                    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]},
+                    {"role": "assistant", "content": [{"type": "text", "text": "!"}]},
+                ]
+            ),
+        ),
+        {"a": 1},
+    ),
+    "items of sound": (
+        pair("a", content=text(messages=[{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}])),
+        {},
+    ),
     "texts of pairs": (pair("a", content=text(texts=[{"user": "?", "assistant": "!"}])), {"a": 1}),
     "a list of turns": (pair("a", content=json.dumps(TALK).encode()), {"a": 1}),
     "frames from 1": ([("a.001.jpg", jpeg()), ("a.002.jpg", jpeg()), ("a.json", CAPTION)], {"a": 2}),
     "upper case video": ([("a.MP4", small_video()), ("a.json", CAPTION)], {"a": 2}),
     "16 bits": ([("a.png", deep_grey()), ("a.json", CAPTION)], {"a": 1}),
     "masks beside": ([*pair("a"), ("a.seg.bin", b"1")], {"a": 1}),
-    "text alone": ([("a.json", text(conversations=TALK))], {"a": 0}),
+    "text alone": ([("a.json", text(conversations=[{"user": "?", "assistant": "!"}]))], {"a": 0}),
+    "accents taken apart": ([("e\u0301.jpg", jpeg()), ("\u00e9.json", CAPTION)], {"\u00e9": 1}),
+    "roles in capitals": (
+        pair("a", content=text(conversations=[{"from": "Human", "value": "?"}, {"from": "GPT", "value": "!"}])),
+        {"a": 1},
+    ),
+    "a caption of nothing": ([("a.json", CAPTION)], {}),
+    "frames in a folder": ([("a/0.jpg", jpeg()), ("a/1.jpg", jpeg()), ("a.json", CAPTION)], {}),
+    "a named image that is not there": ([("a.json", text(image="x.jpg", texts=[{"user": "?", "assistant": "!"}]))], {}),
+    "keys with dots": ([("v1.a.jpg", jpeg()), ("v1.a.json", CAPTION)], {}),
+    "an image that is not there": ([("a.json", text(conversations=TALK))], {}),
+    "an item that is not there": (
+        [
+            (
+                "a.json",
+                text(
+                    messages=[{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "!"}]
+                ),
+            )
+        ],
+        {},
+    ),
     "byte order mark": (pair("a", content=b"\xef\xbb\xbf" + text(caption="c")), {"a": 1}),
     "a frame is missing": ([("a.00.jpg", jpeg()), ("a.02.jpg", jpeg()), ("a.json", CAPTION)], {}),
     "fewer frames than said": ([("a.00.jpg", jpeg()), ("a.json", OWN.replace(b'"frames":0', b'"frames":4'))], {}),
@@ -144,7 +182,9 @@ def test_every_sample_is_delivered_or_named(name: str, tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [*members, *GOOD])
     frames, named = delivered_and_named(tmp_path)
     assert frames == wanted | {"good": 1}
-    keys = {split_name(file)[0] for file, _ in members} - {""}  # hidden files belong to no sample
+    keys = {split_name(unicodedata.normalize("NFC", file))[0] for file, _ in members} - {
+        ""
+    }  # hidden files belong to no sample
     assert set(frames) | set(named) == keys | {"good"}
     assert all(named.values())
 
@@ -162,12 +202,42 @@ def test_placeholders_are_no_words_of_the_question(tmp_path: Path) -> None:
     assert [(turn.role, turn.text) for turn in conversation.turns] == [("user", "What?"), ("assistant", "This.")]
 
 
+def test_words_on_both_sides_of_a_placeholder_stay_apart(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "In <image> what\n<image>\nis <b>this</b>?"}, TALK[1]]
+    write_tar(tmp_path / "a.tar", pair("a", content=text(conversations=turns)))
+    make_manifests(tmp_path)
+    (conversation,) = read_sample(ShardSet(tmp_path), 0, 8).conversations
+    assert conversation.turns[0].text == "In what is <b>this</b>?"
+
+
+def test_images_are_upright(tmp_path: Path) -> None:
+    """As their EXIF says; notes that are damaged leave an image as it lies."""
+    image = np.zeros((16, 16, 3), np.uint8)
+    image[:8] = 255
+    exif = Image.Exif()
+    exif[0x112] = 6  # to be turned clockwise by a quarter
+    members: Members = []
+    for key, noted in (("a", exif.tobytes()), ("b", b"Exif\0\0" + b"\xff" * 30), ("c", b"")):
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "JPEG", quality=95, exif=noted)
+        members += [(f"{key}.jpg", buffer.getvalue()), (f"{key}.json", CAPTION)]
+    write_tar(tmp_path / "a.tar", members)
+    make_manifests(tmp_path)
+    shards = ShardSet(tmp_path)
+    turned, damaged, plain = (read_sample(shards, number, 16).frames[0] > 128 for number in range(3))
+    assert (turned == np.rot90(image, -1).astype(bool)).mean() > 0.95
+    assert (damaged == image.astype(bool)).mean() > 0.95
+    assert (plain == image.astype(bool)).mean() > 0.95
+
+
 def test_hostile_images_leave_their_shard_whole(tmp_path: Path) -> None:
     images = [*hostile_images()]
     members = [m for n, content in enumerate(images) for m in ((f"h{n}.png", content), (f"h{n}.json", CAPTION))]
     write_tar(tmp_path / "a.tar", [*members, *GOOD])
     frames, named = delivered_and_named(tmp_path)
     assert (frames, len(named)) == ({"good": 1}, len(images))
+    report = make_manifests(tmp_path, max_broken_share=1.0)
+    assert report["bad_samples"] + len(ShardSet(tmp_path)) == len(images) + 1
 
 
 def link(tar: tarfile.TarFile) -> None:
@@ -180,6 +250,31 @@ def not_utf8(tar: tarfile.TarFile) -> None:
     info = tarfile.TarInfo("caf\udce9.json")
     info.size = len(CAPTION)
     tar.addfile(info, io.BytesIO(CAPTION))
+
+
+def sparse(tar: tarfile.TarFile) -> None:
+    """As `tar --sparse` writes a file of 4 MB that is all hole but its last block; and a sample behind it."""
+    info = tarfile.TarInfo("holes.jpg")
+    info.type, info.size = tarfile.GNUTYPE_SPARSE, 512
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b"00017777000\0" + b"00000001000\0"  # one piece: where it lies, its bytes
+    header[482:483] = b"\0"  # no further pieces
+    header[483:495] = b"00020000000\0"  # with the holes
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    tar.fileobj.write(bytes(header) + b"\xff" * 512)  # type: ignore[union-attr]
+    tar.offset += 1024
+    for name, content in pair("behind"):
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+
+
+def test_a_sparse_member_is_named_and_what_lies_behind_it_read(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("holes.json", CAPTION), *GOOD], sparse)
+    frames, named = delivered_and_named(tmp_path)
+    assert frames == {"good": 1, "behind": 1}
+    assert "sparse" in named["holes"]
 
 
 @pytest.mark.parametrize(
@@ -196,20 +291,22 @@ def test_members_that_are_no_files_of_text_names(
 
 
 def test_shards_that_are_not_read_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Compressed, cut off, no tar at all, in upper case, in other folders."""
+    """Compressed, cut off, no tar at all, in upper case, in other folders, two joined into one."""
     write_tar(tmp_path / "a.TAR", pair("upper"))
     write_tar(tmp_path / "b.tar", GOOD)
     (tmp_path / "c.tar.gz").write_bytes(gzip.compress((tmp_path / "b.tar").read_bytes()))
     (tmp_path / "d.tar").write_bytes(gzip.compress((tmp_path / "b.tar").read_bytes()))
     (tmp_path / "e.tar").write_bytes((tmp_path / "b.tar").read_bytes()[:1100])
     (tmp_path / "f.tar").write_bytes(b"")
+    (tmp_path / "g.tar").write_bytes((tmp_path / "b.tar").read_bytes() * 2)
     write_set(tmp_path / "00001", [1])
     frames, _ = delivered_and_named(tmp_path)
     assert frames == {"upper": 1, "good": 1}
     report = make_manifests(tmp_path, max_broken_share=1.0)
-    assert report["broken"] == 4
+    assert report["broken"] == 5
     said = "\n".join(record.getMessage() for record in caplog.records)
-    assert all(f"{name}.tar" in said for name in "cdef")
+    assert all(f"{name}.tar" in said for name in "cdefg")
+    assert "joined by cat" in said
     assert "00001" in said
     alone = tmp_path / "alone"
     alone.mkdir()

@@ -147,6 +147,14 @@ def test_validation_is_frozen_and_holds_all_its_sources(root: Path) -> None:
     assert data.test_dataloader() == []
 
 
+def test_mixed_in_samples_alone_are_no_validation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_set(tmp_path / "videos" / "train", [1] * 24)
+    write_set(tmp_path / "texts" / "train", [0] * 12, prefix="t", kinds=("text",))
+    write_set(tmp_path / "texts" / "val", [0] * 10, prefix="u", kinds=("text",))
+    assert module(tmp_path, share=0.14).val_dataloader() == []
+    assert "no val samples but those that are mixed in" in caplog.text
+
+
 def damaged(root: Path, tmp_path: Path, samples: list[int]) -> Path:
     """A copy of the set in which the images of some samples are overwritten."""
     shutil.copytree(root, tmp_path / "damaged")
@@ -385,6 +393,11 @@ def test_a_data_module_with_a_budget(tmp_path: Path) -> None:
     assert int(worst.frame_mask.sum()) == 16
     assert sum(len(batch) for batch in data.val_dataloader()) == 12
     assert data.fingerprint != module(tmp_path, batch_size=12).fingerprint
+    asked = module(
+        tmp_path, budget=Budget(16, 400), batch_size=12, questions=40
+    )  # as 40 rows each, of which there is 1
+    assert max(len(batch) for batch in asked.train_dataloader()) < max(len(batch) for batch in batches)
+    assert asked.fingerprint != data.fingerprint
 
 
 def test_a_source_can_be_cut_by_length(root: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from vlm_parts import frames_of, small_module
 
 from keygrip.data.batches import Turn
+from keygrip.data.video_text.conversations import fit_image
 from keygrip.models.foveated_vlm.generation import generate
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.network import FoveatedVLM
@@ -91,12 +92,79 @@ def test_more_frames_than_a_table_holds(tmp_path: Path) -> None:
         limited.push(frames[2])
 
 
+def test_what_does_not_fit_leaves_the_stream_as_it_was(tmp_path: Path) -> None:
+    """The language model holds 128 positions: a question that is too long is refused, a shorter one answered."""
+    module = small_module(tmp_path, [QUESTION] * 3, query_source="coarse")
+    frame = module.as_input(video(1))[0, 0]
+    tried, other = (StreamingSession(module.network, module.tokenizer) for _ in range(2))
+    for session in (tried, other):
+        session.read([5, 9, 7] * 40)
+        session.push(frame)
+    for refused in (lambda: list(tried.tokens([5] * 8, 1)), lambda: tried.read([5] * 8)):
+        with pytest.raises(ValueError, match="a row has 129 positions"):
+            refused()
+    assert list(tried.tokens([5, 9], 3)) == list(other.tokens([5, 9], 3))
+    tried.push(frame)
+    other.push(frame)
+    assert tried.mark().readers[0][0] == other.mark().readers[0][0] == 122
+    assert torch.equal(tried._row.state, other._row.state)
+
+
+def test_frames_wait_for_the_end_of_an_answer(tmp_path: Path) -> None:
+    """They would stand behind half an answer, and be forgotten with it."""
+    module = small_module(tmp_path, [QUESTION] * 3, query_source="coarse")
+    stream, other = module.stream(QUESTION), module.stream(QUESTION)
+    frames = video(2)
+    stream.push(frames[0])
+    other.push(frames[0])
+    answer = stream.session.tokens([5, 9], 8)
+    next(answer)
+    with pytest.raises(ValueError, match="an answer is under way"):
+        stream.push(frames[1])
+    with pytest.raises(ValueError, match="an answer is under way"):
+        stream.answer()
+    answer.close()
+    for each in (stream, other):
+        each.push(frames[1])
+    assert stream.frames == other.frames == 2
+    assert stream.answer(8) == other.answer(8)
+
+
 def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
     module = small_module(tmp_path, [QUESTION] * 3)
     with pytest.raises(ValueError, match="mode=coarse_fine: a stream is seen in autoregressive or coarse_only"):
         module.stream("?", "coarse_fine")
-    with pytest.raises(ValueError, match=r"a frame is uint8 \[28, 28, 3\], not uint8 \[14, 14, 3\]"):
-        module.stream("?").push(np.zeros((14, 14, 3), np.uint8))
+    for frame, said in ((np.zeros((28, 28, 3)), "float64"), (np.zeros((28, 28), np.uint8), r"uint8 \[28, 28\]")):
+        with pytest.raises(ValueError, match=rf"a frame is uint8 \[H, W, 3\], not {said}"):
+            module.stream("?").push(frame)
+
+
+def test_frames_of_a_camera_are_brought_to_the_models_size(tmp_path: Path) -> None:
+    from PIL import Image
+
+    module = small_module(tmp_path, [QUESTION] * 3)
+    module.pictures["fit"] = "pad"
+    frame = np.random.default_rng(0).integers(0, 255, (30, 40, 3)).astype(np.uint8)
+    sized, given = module.stream("?"), module.stream("?")
+    given.push(frame)
+    sized.push(fit_image(Image.fromarray(frame), 28, "pad"))
+    assert sized.session._row.state is not None
+    assert torch.equal(given.session._row.state, sized.session._row.state)
+
+
+def test_a_model_that_is_told_the_times_needs_them_before_the_frames(tmp_path: Path) -> None:
+    module = small_module(tmp_path, [QUESTION] * 3)
+    module.collator.timestamps = True
+    frames = video(3)
+    with pytest.raises(ValueError, match="when the frames of a video were taken is not known"):
+        module.stream(QUESTION)
+    stream = module.stream(QUESTION, seconds=(0.0, 1.0, 2.0))
+    for frame in frames:
+        stream.push(frame)
+    prompt = module.collator.prompt((Turn("user", QUESTION),), (0.0, 1.0, 2.0))
+    inputs = module.as_input(frames)
+    wanted = generate(module.network, module.tokenizer, inputs, [3], [prompt], [0], "autoregressive", 12).texts[0]
+    assert stream.answer(12) == wanted
 
 
 def test_pieces_are_whole_characters() -> None:

@@ -128,6 +128,7 @@ def test_a_checkpoint_alone_evaluates_and_answers(
     assert together["answers"][0]["answer"] == answered["answers"][0]["answer"]
 
     folder = VideoChat.from_pretrained(run).save_pretrained(tmp_path / "hub")
+    assert 'VideoChat.from_pretrained("hub")' in (folder / "README.md").read_text()
     chat = VideoChat.from_pretrained(folder)
     talk = [
         {"role": "user", "content": [{"type": "video", "video": str(pictures)}, {"type": "text", "text": "Which?"}]}

@@ -63,6 +63,24 @@ def test_conversations_together_give_what_each_gives_alone(chat: VideoChat) -> N
     assert together == [chat.generate(messages, 6) for messages in several]
 
 
+def test_many_conversations_are_decoded_and_answered_in_batches(
+    chat: VideoChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talks = [[user(video(pixels(count, count)), "Which digit?")] for count in (3, 1, 2, 4)]
+    whole = chat.generate(talks, 6)
+    batches: list[int] = []
+    together = chat._together
+    monkeypatch.setattr(
+        chat, "_together", lambda prompts, *rest: (batches.append(len(prompts)), together(prompts, *rest))[1]
+    )
+    assert chat.generate(talks, 6, batch_frames=4) == whole
+    assert batches == [1, 2, 1]
+    batches.clear()
+    with pytest.raises(FileNotFoundError, match=r"nothing\.mp4"):
+        chat.generate([*talks, [user({"type": "video", "video": "nothing.mp4"}, "x")]], batch_frames=4)
+    assert batches == []  # seen before anything is answered
+
+
 def test_images_between_words_stand_where_they_are_said(chat: VideoChat) -> None:
     """Read one after the other: text, video, text, image, text."""
     frames, image = pixels(2), pixels(1, 5)
@@ -139,6 +157,14 @@ def test_the_hubs_layout_and_back(chat: VideoChat, tmp_path: Path, monkeypatch: 
     rendered = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
     assert rendered == chat.module.tokenizer.render([("user", "Which digit?")], answering=True)
     assert tokenizer(rendered, add_special_tokens=False)["input_ids"] == chat.module.tokenizer.encode(rendered)
+    several = [
+        user({"type": "video", "path": "a.mp4"}, "Which ", "digit?"),
+        {"role": "assistant", "content": [{"type": "text", "text": "7."}]},
+        user("Sure?"),
+    ]
+    rendered = tokenizer.apply_chat_template(several, tokenize=False, add_generation_prompt=True)
+    said = [("user", "Which digit?"), ("assistant", "7."), ("user", "Sure?")]
+    assert rendered == chat.module.tokenizer.render(said, answering=True)
     config = json.loads((folder / "config.json").read_text())
     assert (config["model_type"], config["vocab_size"]) == ("keygrip_video_language", 320)
     assert json.loads((folder / "preprocessor_config.json").read_text())["size"] == {"height": 28, "width": 28}

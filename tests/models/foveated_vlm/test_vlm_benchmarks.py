@@ -7,7 +7,7 @@ import torch
 from vlm_parts import small_backbone, small_language
 
 from keygrip.benchmarks import foveated_vlm
-from keygrip.benchmarks.foveated_vlm import VLMDecode, VLMMemory, VLMStep, VLMTokens, _Frame
+from keygrip.benchmarks.foveated_vlm import VLMDecode, VLMMemory, VLMStep, VLMStream, VLMTokens, _Frame, _Push
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 
 LIMITS = {"threads": 1, "repetitions": 3, "quick_repetitions": 1, "limit_s": 5.0, "quick_limit_s": 1.0}
@@ -72,6 +72,29 @@ def test_a_measured_frame_is_one_more_and_leaves_its_cache_as_it_was(network: Fo
         frame()
     assert lengths == [6, 6]
     assert frame.cache.length == frame.cache.layers.get_seq_length() == 5
+
+
+def test_a_measured_push_is_one_frame_more_and_leaves_the_stream_as_it_was(network: FoveatedVLM) -> None:
+    network.eval()
+    push = _Push(network, 4, 8, torch.device("cpu"))
+    seen: list[int] = []
+    extend = network.language.extend
+    network.language.extend = lambda *a: (extend(*a), seen.append(push.session.mark().readers[0][0]))[0]  # type: ignore[method-assign]
+    before = push.session.mark()
+    push()
+    push()
+    assert seen == [12, 12]
+    assert push.session.mark().frames == before.frames == 7
+    assert push.session.mark().readers[0][0] == 11
+    figures = VLMStream([], prompt_tokens=4, frames=[8, 64], **LIMITS).run(quick=True)
+    assert figures.keys() == {
+        "push_ms_8",
+        "push_ms_64",
+        "push_extra_mb_8",
+        "push_extra_mb_64",
+        "frame_64_over_8_time",
+    }
+    assert all(value > 0 for value in figures.values())
 
 
 @pytest.mark.slow

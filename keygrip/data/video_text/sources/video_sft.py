@@ -1,8 +1,10 @@
 """Instructions about videos and images in the format that most such collections ship: JSON or JSON lines with `id`,
-`video` (or `image`) and `conversations` [{"from": "human" | "gpt", "value"}], beside the files that they name."""
+`video` or `image` (or `videos`, `images`) and `conversations` [{"from": "human" | "gpt", "value"}] or `messages`
+[{"role", "content"}], beside the files that they name."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +22,13 @@ from keygrip.data.video_text.conversations import (
     encode_jpeg,
     video_text_parts,
 )
-from keygrip.data.video_text.foreign_text import PLACEHOLDER, ROLES
+from keygrip.data.video_text.foreign_text import PLACEHOLDER, ROLES, without_placeholders
 from keygrip.data.video_text.sources.writing import Broken, MadeSample, write_shards
 
+log = logging.getLogger(__name__)
+
 MAX_LIST_BYTES = 1 << 33
+TURNS, MEDIA = ("conversations", "messages"), ("video", "videos", "image", "images")
 
 
 @dataclass(frozen=True)
@@ -61,13 +66,15 @@ class VideoSFTMaker:
                 regular_file(path)
                 images.append(decode_video(str(path), self.image_size, self.fit))
         together = np.concatenate(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
+        if not len(together) and any(PLACEHOLDER.search(text) for _, text in entry.turns):
+            raise ValueError(f"its text shows an image or a video, and none of {', '.join(MEDIA)} names one")
         if len(together) > MAX_FRAMES:
             raise ValueError(f"{len(together)} frames are more than the {MAX_FRAMES} that a sample may have")
         turns = []
         for role, text in entry.turns:
             if role not in ROLES:
                 raise ValueError(f"a turn is from {role!r}; known are {', '.join(ROLES)}")
-            turns.append(Turn(ROLES[role], PLACEHOLDER.sub("", text)))
+            turns.append(Turn(ROLES[role], without_placeholders(text)))
         evidence: dict[str, Any] = {"collection": entry.collection}
         if entry.answers:
             evidence["answers"] = list(entry.answers)
@@ -89,19 +96,28 @@ def entries(source: Path) -> list[Entry]:
     for path in lists:
         content = _read_list(path)
         name = str(path.relative_to(source).with_suffix("")).replace("/", "-").replace(".", "-")[-60:]
+        if content and not any(isinstance(each, BadSample) or _has_turns(each) for each in content):
+            log.warning("%s is not read: none of its %d entries has %s", path, len(content), " or ".join(TURNS))
+            continue
         for number, entry in enumerate(content):
             key = f"{name}-{number:08d}"
             if isinstance(entry, BadSample):
                 found.append(Entry(key, (), (), name, str(entry)))
-            elif isinstance(entry, Mapping) and "conversations" in entry:
+            elif not _has_turns(entry):
+                found.append(Entry(key, (), (), name, f"entry {number} of {path} has no {' or '.join(TURNS)}"))
+            else:
                 try:
                     with guard(f"entry {number} of {path}"):
                         found.append(_entry(key, name, source, path.parent, entry))
                 except BadSample as error:
                     found.append(Entry(key, (), (), name, str(error)))
     if not any(not entry.problem for entry in found):
-        raise ValueError(f"the lists below {source} hold no entries with `conversations`")
+        raise ValueError(f"the lists below {source} hold no entries with {' or '.join(TURNS)}")
     return found
+
+
+def _has_turns(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and any(name in entry for name in TURNS)
 
 
 def _read_list(path: Path) -> list[Any]:
@@ -130,14 +146,16 @@ def _line(line: str, where: str) -> Any:
 
 
 def _entry(key: str, collection: str, source: Path, beside: Path, entry: Mapping[str, Any]) -> Entry:
-    named = entry.get("video") or entry.get("image") or []
+    names = [name for name in MEDIA if entry.get(name)]
+    if len(names) > 1:
+        raise ValueError(f"it has {' and '.join(names)}: their order is not known")
+    named = entry[names[0]] if names else []
     media = []
     for name in [named] if isinstance(named, str) else named:
         # relative to the list or to the whole folder: both are usual
         media.append(next((folder / name for folder in (beside, source) if (folder / name).is_file()), beside / name))
-    turns = tuple(
-        (turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in entry["conversations"]
-    )
+    said = next(entry[name] for name in TURNS if name in entry)
+    turns = tuple((turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in said)
     if not all(isinstance(role, str) and isinstance(text, str) for role, text in turns):
         raise ValueError("a turn has no role or no text")
     answers = entry.get("answers") or ()

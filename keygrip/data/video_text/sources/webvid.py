@@ -1,13 +1,15 @@
 """WebVid: videos with a caption each. Reads the two layouts in which people have it:
 
 - the list of the data set (CSV with `videoid`, `page_dir`, `name`) beside `videos/<page_dir>/<videoid>.mp4`, or
-- tar files with `<key>.mp4` and `<key>.txt` (or `caption` in `<key>.json`), as video downloaders write them.
+- tar files with `<key>.mp4` (webm, mkv, ...) and `<key>.txt` (or `caption` in `<key>.json`), as video downloaders
+  write them.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import logging
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,8 +27,17 @@ from keygrip.data.bad_samples import (
     regular_file,
 )
 from keygrip.data.shards.index import Parts, split_name
-from keygrip.data.video_text.conversations import caption, decode_video, encode_jpeg, video_text_parts
+from keygrip.data.video_text.conversations import (
+    VIDEO,
+    caption,
+    decode_video,
+    encode_jpeg,
+    lower_case,
+    video_text_parts,
+)
 from keygrip.data.video_text.sources.writing import Broken, MadeSample, write_shards
+
+log = logging.getLogger(__name__)
 
 REQUEST = "What would be the WebVid caption for this video?"  # as the published model was asked
 MAX_LIST_BYTES = 1 << 33
@@ -67,7 +78,11 @@ class WebVidMaker:
                 name = f"{item.stem}-{key}".replace(".", "-").replace("/", "-")[-90:]
                 try:
                     with guard(f"{key} of {item}"):
-                        sample = self._sample(name, parts["mp4"], _caption_in(parts))
+                        parts = lower_case(parts)
+                        video = next((name for name in VIDEO if name in parts), None)
+                        if video is None:
+                            raise ValueError(f"it holds no video, only {', '.join(sorted(parts))}")
+                        sample = self._sample(name, parts[video], _caption_in(parts))
                 except BadSample as error:
                     yield Broken(str(error))
                 else:
@@ -114,8 +129,15 @@ def tar_samples(path: Path) -> Iterator[tuple[str, Parts]]:
             parts[part] = content.read()
             if len(parts[part]) != member.size:
                 raise tarfile.ReadError(f"{member.name} ends early")
-    if key is not None:
-        yield key, parts
+        if key is not None:
+            yield key, parts
+        file: Any = tar.fileobj
+        file.seek(tar.offset)
+        while more := file.read(1 << 20):
+            if any(more):
+                raise tarfile.ReadError(
+                    "it goes on after its end mark (several joined by cat?): unpack it by `tar -xif`"
+                )
 
 
 def webvid_rows(source: Path) -> list[WebVidRow]:
@@ -165,6 +187,11 @@ def webvid(
             f"no list (*.csv beside videos/) and no tar files in {source}: download WebVid there, with its own script "
             "or a video downloader that writes tar files"
         )
+    if rows and tars:
+        listed = (source / "videos").is_dir()
+        left = f"{len(tars)} tar files" if listed else "the lists (*.csv), beside which there is no videos/,"
+        log.warning("%s: %s are not read", source, left)
+        rows = rows if listed else []
     settings = {"data": "webvid", "image_size": image_size, "fit": fit}
     maker = WebVidMaker(image_size, fit)
     items, each = (rows, videos_per_shard) if rows else (tars, 1)

@@ -203,6 +203,33 @@ def test_webvid_tar_files_also_when_cut_off(tmp_path: Path) -> None:
     assert shades(found["00001-11"].frames) == [0, 1]
 
 
+def test_webvid_tar_files_of_other_forms(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Upper case, two joined into one, a sample without a video; with the list that they were downloaded by."""
+    source = tmp_path / "download"
+    source.mkdir()
+    (source / "results.csv").write_text("videoid,page_dir,name\n1,a,x\n")
+    video = write_video(tmp_path / "v.mp4", 2).read_bytes()
+
+    def packed(**members: bytes) -> bytes:
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as tar:
+            for name, content in members.items():
+                member = tarfile.TarInfo(name.replace("_", "."))
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        return buffer.getvalue()
+
+    (source / "0.tar").write_bytes(
+        packed(a_MP4=video, a_TXT=b"Upper.", b_txt=b"Failed.") + packed(c_mp4=video, c_txt=b"C")
+    )
+    report = webvid(source, tmp_path / "set", SIZE, workers=1, max_failed_share=0.9)
+    assert (report["samples"], report["failed"]) == (1, 2)
+    assert set(samples(tmp_path / "set")) == {"0-a"}
+    assert "it holds no video, only txt" in caplog.text
+    assert "goes on after its end mark" in caplog.text
+    assert "the lists (*.csv), beside which there is no videos/, are not read" in caplog.text
+
+
 def test_webvid_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no list \(\*\.csv beside videos/\) and no tar files in"):
         webvid(tmp_path, tmp_path / "out")
@@ -214,7 +241,7 @@ def test_webvid_says_what_is_missing(tmp_path: Path) -> None:
 # ---- video instructions ----------------------------------------------------------------------------------------------
 
 
-def test_video_instructions(tmp_path: Path) -> None:
+def test_video_instructions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = tmp_path / "download"
     write_video(source / "videos" / "a.mp4", 4)
     Image.fromarray(np.full((20, 30, 3), 110, np.uint8)).save(source / "videos" / "b.jpg")
@@ -222,15 +249,34 @@ def test_video_instructions(tmp_path: Path) -> None:
     entries = [
         {"id": 1, "video": "videos/a.mp4", "conversations": said * 2},
         {"id": 2, "image": ["videos/b.jpg", "videos/b.jpg"], "conversations": said},
-        {"id": 3, "conversations": said, "answers": ["a test", "test"]},
+        {"id": 3, "conversations": [{**said[0], "value": "What?"}, said[1]], "answers": ["a test", "test"]},
         {"id": 4, "video": "videos/gone.mp4", "conversations": said},
         {"id": 5, "video": "videos/a.mp4", "conversations": [{"from": "bird", "value": "x"}]},
+        {"id": 6, "conversations": said},
+        {"id": 7, "video": "videos/a.mp4", "image": "videos/b.jpg", "conversations": said},
+        {"id": 8, "video": "videos/a.mp4", "QA": [{"q": "x", "a": "y"}]},
+        {
+            "id": 9,
+            "videos": ["videos/a.mp4"],
+            "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}],
+        },
     ]
+    (source / "scenes.json").write_text(json.dumps([{"scene": 1}]))
     (source / "list.json").write_text(json.dumps(entries))
     (source / "more.jsonl").write_text("\n".join(json.dumps(entry) for entry in entries[:1]))
     report = video_sft(source, tmp_path / "set", SIZE, workers=1)
-    assert (report["samples"], report["failed"]) == (4, 2)
+    assert (report["samples"], report["failed"]) == (5, 5)
+    reasons = "\n".join(json.loads((tmp_path / "set" / "sft-000000.failed.json").read_text()))
+    for why in (
+        "and none of video, videos, image, images names one",
+        "it has video and image",
+        "entry 7 of",
+        "gone.mp4",
+    ):
+        assert why in reasons
+    assert "scenes.json is not read: none of its 1 entries has conversations or messages" in caplog.text
     found = samples(tmp_path / "set")
+    assert shades(found["list-00000008"].frames) == [0, 1, 2, 3]
     assert shades(found["list-00000000"].frames) == [0, 1, 2, 3]
     assert [turn.text for turn in found["list-00000000"].conversations[0].turns] == ["What is this?", "A test."] * 2
     assert len(found["list-00000001"].frames) == 2

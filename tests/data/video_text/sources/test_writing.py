@@ -159,7 +159,7 @@ def test_manifests_are_made_for_shards_from_elsewhere(tmp_path: Path) -> None:
         if path.suffix != ".tar":
             path.unlink()
     report = make_manifests(tmp_path)
-    assert report == {"root": str(tmp_path), "shards": 5, "samples": 16, "broken": 0}
+    assert report == {"root": str(tmp_path), "shards": 5, "samples": 16, "broken": 0, "bad_samples": 0}
     after = files(tmp_path / "train")
     assert {name: after[name] for name in after} == {name: before[name] for name in after}
     with pytest.raises(FileNotFoundError, match="no shards"):
