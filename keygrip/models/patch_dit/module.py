@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from keygrip.data.batches import ImageTextBatch, ImageTextStatistics
-from keygrip.models.nn.flow_matching import TimestepSampler, interpolate
+from keygrip.models.nn.flow_matching import TimestepSampler, interpolate, resolution_shift, shifted
 from keygrip.models.nn.lora import Adapter, LoRA, add_lora
 from keygrip.models.patch_dit.alignment import FeatureAlignment
 from keygrip.models.patch_dit.context import ConditionDropout, Conditions
@@ -54,6 +54,8 @@ class PatchDiTModule(System):
         init_from_min_share: of the network's numbers that must come from there. init_from_renames: regular expressions
             and their replacements, for names of other implementations.
         few_steps: distils the network of `init_from` into one that is drawn in few steps; None: plain training.
+        shift_tokens: images of more latent tokens than this are trained and drawn at noise levels nearer to noise, by
+            sqrt(tokens / shift_tokens), see `resolution_shift`; None: all at the same levels.
         lora: low-rank differences are trained, and the network stays as `init_from` has it; None: all is trained.
         monitor_every_n_steps: steps between looks at norms and attention; 0: none. monitor_from_step: warnings begin.
         log_images_every_n_steps: validations at least so many steps apart draw samples; 0: none. shown: per row.
@@ -89,8 +91,14 @@ class PatchDiTModule(System):
         init_from_renames: Mapping[str, str] | None = None,
         lora: LoRA | None = None,
         few_steps: FewSteps | None = None,
+        shift_tokens: int | None = None,
     ) -> None:
         super().__init__(optimizer)
+        if shift_tokens is not None and (shift_tokens < 1 or few_steps is not None):
+            raise ValueError(
+                "model.shift_tokens counts latent tokens, from 1, and model.few_steps has noise levels of its own: null"
+            )
+        self.shift_tokens = shift_tokens
         if min(monitor_every_n_steps, log_images_every_n_steps) < 0 or shown < 1:
             raise ValueError(
                 "model: monitor_every_n_steps and log_images_every_n_steps must not be negative, shown above 0"
@@ -232,6 +240,19 @@ class PatchDiTModule(System):
         """As of the base, and the tokens of a latent."""
         return {"latent_tokens": int(np.prod(self.network.grid(batch.latents)))} | super().dry_run(batch)
 
+    def shift_of(self, latents: Tensor) -> float:
+        """How far the noise levels of latents ``[B, C, h, w]`` are shifted for their resolution; 1: not at all."""
+        if self.shift_tokens is None:
+            return 1.0
+        rows, columns = self.network.grid(latents)
+        return resolution_shift(rows * columns, self.shift_tokens)
+
+    def sampling_at(self, size: tuple[int, int], sampling: Sampling | None = None) -> Sampling:
+        """How latents of (h, w) are drawn: the module's own sampling or another, shifted for the resolution."""
+        usual = sampling or self.sampling
+        shift = self.shift_of(torch.empty(0, self.network.latent_channels, *size))
+        return replace(usual, timestep_shift=usual.timestep_shift * shift)
+
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
         data = self.statistics.normalised("latent", batch.latents)
         conditions, aspect, count = self.statistics.conditions(batch), aspect_of(data), len(data)
@@ -240,6 +261,7 @@ class PatchDiTModule(System):
             self.log("train/loss", loss.detach(), prog_bar=True, batch_size=count)
             return loss
         level, category = self.timesteps(count, self.device), self.dropout.draw(count, self.device)
+        level = shifted(level, self.shift_of(data))
         keep_text, keep_cls, keep_patches = self.dropout.kept(category)
         context = self.network.context_builder(conditions, keep_text, keep_cls, aspect, keep_patches)
         output, losses = self.noised(data, torch.randn_like(data), level, context)
@@ -340,7 +362,7 @@ class PatchDiTModule(System):
             conditions: normalised, of len(seeds) samples; see `keygrip.models.patch_dit.feature_statistics`.
             size: (h, w) of the latents. sampling: None: the module's own. on_step, edit: see `sample`.
         """
-        latents = sample(self.network, conditions, size, sampling or self.sampling, seeds, on_step, edit=edit)
+        latents = sample(self.network, conditions, size, self.sampling_at(size, sampling), seeds, on_step, edit=edit)
         return self.encoders.to(self.device).decode_latents(self.statistics.restored(latents))
 
     @torch.no_grad()
