@@ -186,7 +186,9 @@ def has_evidence(records: Iterable[dict[str, Any]]) -> bool:
 
 
 def real_images(encoders: Encoders, batch: ImageTextBatch) -> Tensor:
-    """uint8 [B, 3, H, W]: what the latents of a batch decode to."""
+    """uint8 [B, 3, H, W]: the images of a batch; where the shards do not keep them, what its latents decode to."""
+    if batch.images is not None:
+        return batch.images.cpu()
     return (encoders.decode_latents(batch.latents) * 255).round().to(torch.uint8).cpu()
 
 
@@ -261,7 +263,7 @@ def _load(data: ImageShards, encoders: Encoders, split: str, colours: list[str])
     """All images of a split with their truth, by size. Fills `colours` with the names found, in order."""
     images: dict[tuple[int, int], list[Tensor]] = {}
     records: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for batch in data.held_out(split):
+    for batch in data.held_out(split, with_images=True):
         if not has_evidence(batch.records):
             raise ValueError(f"some images of {data.place} have ground truth (evidence) and some have none")
         shown = real_images(encoders, batch)

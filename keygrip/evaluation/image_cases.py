@@ -36,7 +36,7 @@ CURVES = ("scales", "steps")  # evaluated on fewer images, for each of several s
 CASES = ("reconstruction", "dino_swap", "text_only", "changed_words", "shuffled_patches", *CURVES)
 STEPPED = ("reconstruction", "text_only")  # what is drawn in the case `steps`
 SIDE_MARGIN = 0.05  # of the width: nearer than this, left and right are not asked about
-UNRELATED, REAL = "another_picture", "real"
+UNRELATED, REAL, DECODED = "another_picture", "real", "autoencoder"
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,10 @@ class Suite:
     def batches(self, limit: int) -> Iterator[tuple[ImageTextBatch, Tensor, range]]:
         """Held-out batches on the model's device, their real images, and the numbers of their images."""
         number = 0
-        for batch in self.data.held_out(self.options.split, limit):
+        for batch in self.data.held_out(self.options.split, limit, with_images=True):
             batch = batch.to(self.module.device)
-            yield batch, self.encoders.decode_latents(batch.latents), range(number, number + len(batch))
+            real = self.encoders.decode_latents(batch.latents) if batch.images is None else batch.images / 255
+            yield batch, real, range(number, number + len(batch))
             number += len(batch)
         if not number:
             raise ValueError(f"{self.data.place} has no {self.options.split} images: choose another split")
@@ -289,7 +290,7 @@ class Suite:
                     if name == REAL:  # an image's distance to itself says nothing
                         found = {figure: value for figure, value in found.items() if figure not in self.distances.names}
                     self._add(values[name], found)
-                    if name == REAL:
+                    if name in (REAL, DECODED):
                         sets[name].append(self.features.features(drawn).float().cpu())
                 for case in wanted:
                     if case in CURVES:
@@ -318,12 +319,15 @@ class Suite:
         return torch.cat([self.features.features(batch.to(device).float() / 255).float().cpu() for batch in batches])
 
     def _references(self, batch: ImageTextBatch, real: Tensor, numbers: range) -> Iterator[tuple[str, Asked, Tensor]]:
-        """Real images in the place of drawn ones: another one of the set, and each itself: the classifier's own error,
-        and what sets of real images are from each other."""
+        """Real images in the place of drawn ones: another one of the set, each as an autoencoder brings it back (than
+        which no drawn one can be better), and each itself: the classifier's own error, and what sets of real images are
+        from each other."""
         own = self.ask("reconstruction", batch, real, numbers)
         assert own is not None
         if len(batch) > 1:
             yield UNRELATED, own, real.roll(-1, dims=0)
+        if batch.images is not None and not self.encoders.exact:
+            yield DECODED, own, self.encoders.decode_latents(batch.latents)
         yield REAL, own, real
 
     @staticmethod

@@ -145,7 +145,7 @@ def _trained(data: ImageShards, encoders: Encoders, options: FeatureOptions) -> 
 def training_images(data: ImageShards, encoders: Encoders, limit: int | None = None) -> list[Tensor]:
     """uint8 [N, 3, H, W] of each size: training images, or so many of them, spread evenly over the buckets."""
     found: dict[tuple[int, ...], list[Tensor]] = {}
-    for batch in data.held_out("train", limit):
+    for batch in data.held_out("train", limit, with_images=True):
         shown = real_images(encoders, batch)
         found.setdefault(tuple(shown.shape[2:]), []).append(shown)
     return [torch.cat(found[size]) for size in sorted(found)]

@@ -26,6 +26,7 @@ EXPLAINED = {
     "text_only": "own text, no features",
     "changed_words": "a word of the caption changed, own features",
     "shuffled_patches": "own text, own patches in random order",
+    "autoencoder": "the real images as the autoencoder brings them back: no drawn image can be better",
     "another_picture": "a real image, another one than asked for",
     "real": "the real images themselves: the classifier's own error, and the distance of real sets from each other",
 }
@@ -127,6 +128,8 @@ def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
             "same real training images.",
             "",
         ]
+    if figures.get("real_note"):
+        lines += [figures["real_note"], ""]
     classifier = figures["classifier"]
     if classifier is not None:
         lines += [

@@ -15,7 +15,8 @@ Each figure stands beside two anchors: `real`, the held-out images themselves ag
 `another_picture`, an unrelated real image in the place of the one that was asked for. Sets of images are compared in
 the features of a frozen encoder that no model was trained with (`features`).
 
-Single images are compared with what the shards' own latents decode to. LPIPS needs weights that are not part of any
+Single images are compared with the real ones that the shards keep, and where they keep none with what their latents
+decode to, which the report says. LPIPS needs weights that are not part of any
 package; where they are not at hand this is said, and two distances that are no LPIPS stand in for it under their own
 names.
 """
@@ -30,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from keygrip.evaluation.attribute_classifier import classifier_for
-from keygrip.evaluation.image_cases import REAL, UNRELATED, ImageSuite, Suite
+from keygrip.evaluation.image_cases import DECODED, REAL, UNRELATED, ImageSuite, Suite
 from keygrip.evaluation.image_features import FeatureOptions
 from keygrip.evaluation.image_report import write_report
 from keygrip.evaluation.kinds import KINDS, Evaluated, plain, refuse_unknown
@@ -40,6 +41,11 @@ if TYPE_CHECKING:
     from keygrip.models.patch_dit.module import PatchDiTModule
 
 log = logging.getLogger(__name__)
+
+DECODED_NOTE = (
+    "The shards keep no images: `real` stands for what the autoencoder makes of them, and its own blur and grain are "
+    "in no figure (`keygrip prepare step=images keep_images=true` keeps them)."
+)
 
 
 def run_suite(
@@ -82,6 +88,7 @@ def run_suite(
         "classifier": None if classifier is None else vars(classifier.error) | {"fingerprint": classifier.fingerprint},
         "features": {"name": suite.features.name, "sha256": suite.features.sha256},
         "lpips_note": suite.distances.note,
+        "real_note": "" if suite.encoders.exact or DECODED in cases else DECODED_NOTE,
         "sampling": {name: getattr(suite.sampling, name) for name in ("text_scale", "dino_scale", "steps", "solver")},
     }
     return figures, write_report(output, figures, suite.rows, scale_rows)

@@ -130,7 +130,7 @@ class PatchDiTModule(System):
         )
         self.health = RangeChecks(RANGES, monitor_from_step)
         self.losses = LossTable()
-        self._view_state: dict[str, Tensor] | None = None
+        self._encoder_weights: dict[str, Any] = {"view": None, "autoencoder": None}
         self._encoders_ready = False
         self._drawn_at = -1
 
@@ -161,9 +161,16 @@ class PatchDiTModule(System):
                     f"Latents of {latent[0]} x {latent[1]} do not divide by model.network.patch_size="
                     f"{self.network.patch_size}."
                 )
-        self._view_state = self.encoders.view.state()
+        self._encoder_weights = dict(self.encoders.weights())
         if self.init_from is not None:
-            warm_start(self.network, self.init_from, self.init_from_renames, self.init_from_min_share)
+            report = warm_start(self.network, self.init_from, self.init_from_renames, self.init_from_min_share)
+            new = any(name.startswith("context_builder.dino_patch_proj") for name in report.missing)
+            if new and not self.network.separate_patches:
+                log.warning(
+                    "model.init_from=%s has no patches: in the joint context the new tokens change its output at once; "
+                    "with model.network.patch_attention=separate it is the same at step 0",
+                    self.init_from,
+                )
         elif self.lora is not None or self.few_steps is not None:
             raise ValueError("model.lora and model.few_steps want a trained network: name it with model.init_from=RUN")
         if self.few_steps is not None:
@@ -175,16 +182,16 @@ class PatchDiTModule(System):
         return None if self.lora is None else Adapter(self.network, self.lora)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[STATE] = {"statistics": self.statistics.plain(), "view": self._view_state}
+        checkpoint[STATE] = {"statistics": self.statistics.plain(), **self._encoder_weights}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if STATE not in checkpoint:
             raise ValueError("the checkpoint has no statistics of image shards: it was not written by this model")
         self.statistics.take_plain(checkpoint[STATE]["statistics"])
-        self._view_state = checkpoint[STATE]["view"]
+        self._encoder_weights = {name: checkpoint[STATE].get(name) for name in ("view", "autoencoder")}
 
     def ready_encoders(self) -> Encoders:
-        """The encoders on this module's device, with the stored weights of a small DINO.
+        """The encoders on this module's device, with the stored weights of their small parts.
 
         Raises:
             ValueError: they are not those that the training shards were made with: features would mean other things.
@@ -193,9 +200,9 @@ class PatchDiTModule(System):
             made_with = self.statistics.encoders
             if made_with == UNKNOWN:
                 log.warning("the training shards do not say with which encoders they were made: these are not checked")
-                self.encoders.view.load_state(self._view_state)
+                self.encoders.load_weights(self._encoder_weights)
             else:
-                self.encoders.load_state({"view": self._view_state, "fingerprint": made_with})
+                self.encoders.load_state({**self._encoder_weights, "fingerprint": made_with})
             self._encoders_ready = True
         return self.encoders.to(self.device)
 

@@ -121,6 +121,7 @@ def images(
     max_enlargement: float = 1.0,
     max_failed_share: float = 0.1,
     trim_text: bool = True,
+    keep_images: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Writes the shards of a folder of images; shards that are complete are kept, images added later get their own.
@@ -139,6 +140,8 @@ def images(
         max_enlargement: images that would have to be enlarged more are left out.
         max_failed_share: more broken images than this are an error.
         trim_text: do not store text states of padding: 512 x 4096 numbers are 4 MB per image.
+        keep_images: store the images too, as PNG: evaluation then compares with them, and not with what the autoencoder
+            makes of them.
 
     Returns:
         the fields of :class:`Prepared`.
@@ -170,6 +173,7 @@ def images(
         "max_enlargement": max_enlargement,
         "trim_text": trim_text,
         "decoding": DECODING,
+        **({"keep_images": True} if keep_images else {}),  # sets that were begun without it go on
     }
     check_settings(root, settings)
     items = frozen_items(root, source, buckets, max_enlargement, progress and rank.rank == 0)
@@ -190,9 +194,8 @@ def images(
     with Progress(total=open_items, desc=f"encode {source}", unit="image", shown=progress and rank.rank == 0) as bar:
         while any(not job.done for job in jobs):
             claims = Claims(jobs, batch_size, rank.rank * len(jobs) // rank.ranks)
-            taken = _encode(
-                claims, SourceImages(jobs, source, sizes), encoders, workers, trim_text, clock, bar, started
-            )
+            thread = ShardThread(claims, trim_text, keep_images)
+            taken = _encode(claims, SourceImages(jobs, source, sizes), encoders, workers, thread, clock, bar, started)
             result.items += taken
             if not taken:  # all that is left is another process's
                 if rank.rank > 0:
@@ -220,7 +223,7 @@ def _encode(
     images: SourceImages,
     encoders: ImageEncoders,
     workers: int,
-    trim_text: bool,
+    thread: ShardThread,
     clock: Clock,
     bar: Progress,
     started: float,
@@ -235,7 +238,6 @@ def _encode(
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
     )
-    thread = ShardThread(claims, trim_text)
     taken, begun = 0, time.perf_counter()
     try:
         batches: Iterator[ReadyBatch] = iter(loader)
