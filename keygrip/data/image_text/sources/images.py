@@ -36,7 +36,7 @@ from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
 
-DECODING = 2  # of images and captions: shards of another number hold other pixels of odd images
+DECODING = 3  # of images and captions: shards of another number hold other pixels of odd images
 FAILED_FILE = "failed.jsonl"
 NAMED_AT_MOST = 10
 LOOK_AGAIN_S = 2.0

@@ -24,7 +24,27 @@ from keygrip.progress import Progress
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".ppm", ".pgm")
-OTHER_SUFFIXES = (".heic", ".heif", ".jp2", ".jxl", ".svg", ".tga", ".psd", ".ico", ".dng", ".cr2", ".nef", ".exr")
+# Images of types that are not decoded: named one by one. Files of any other ending are images where their content is.
+OTHER_SUFFIXES = (
+    *(
+        ".heic",
+        ".heif",
+        ".hif",
+        ".jp2",
+        ".j2k",
+        ".jpx",
+        ".jxl",
+        ".jxr",
+        ".svg",
+        ".tga",
+        ".psd",
+        ".xcf",
+        ".ico",
+        ".icns",
+    ),
+    *(".exr", ".hdr", ".dds", ".pcx", ".pam", ".qoi", ".eps", ".wmf", ".emf", ".fits"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw"),
+)
 BESIDE = (".txt", ".caption", ".json", ".jsonl", ".csv", ".md")  # captions and notes: no images
 CAPTION_FILES = ("metadata.jsonl", "captions.jsonl", "metadata.csv", "captions.csv")
 FILE_NAMES, CAPTION_NAMES = ("file_name", "file", "image"), ("caption", "text", "captions")
