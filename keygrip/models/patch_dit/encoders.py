@@ -83,6 +83,11 @@ class Encoders:
             states, mask = self.text.encode(captions)
         return states.to(self.device), mask.to(self.device)
 
+    @property
+    def captions_cut(self) -> int:
+        """How many captions so far were longer than the text encoder takes, and were cut off."""
+        return self.text.cut
+
     def encode_view(self, views: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 [B, 3, vh, vw], of `view_size` -> cls float32 [B, D] and patches float32 [B, gh * gw, D], raw."""
         if views.dtype != torch.uint8 or views.ndim != 4:

@@ -54,6 +54,7 @@ class Prepared:
         items: images that this call took on. data_wait_share: of the time from the first batch on, how much this
             process waited for images; the encoders are saturated where it is near 0. encode_share: spent in encoders.
         start_s: until the first batch was there: reading the list, loading the encoders, starting the loaders.
+        captions_cut: of this call's, longer than the text encoder takes.
         failed: of the whole set, listed in failed.jsonl. duplicates: files with the content of another one, listed too.
     """
 
@@ -61,6 +62,7 @@ class Prepared:
     shards: int = 0
     samples: int = 0
     items: int = 0
+    captions_cut: int = 0
     failed: int = 0
     duplicates: int = 0
     buckets: dict[str, int] = field(default_factory=dict)
@@ -190,7 +192,7 @@ def images(
     if workers is None:
         workers = min((os.cpu_count() or 1) - 1, 16)
     sizes = ViewSizes.of(encoders, buckets)
-    clock = Clock()
+    clock, cut_before = Clock(), encoders.captions_cut
     with Progress(total=open_items, desc=f"encode {source}", unit="image", shown=progress and rank.rank == 0) as bar:
         while any(not job.done for job in jobs):
             claims = Claims(jobs, batch_size, rank.rank * len(jobs) // rank.ranks)
@@ -201,6 +203,9 @@ def images(
                 if rank.rank > 0:
                     break
                 time.sleep(LOOK_AGAIN_S)  # it may die, and its shards be free again
+    result.captions_cut = encoders.captions_cut - cut_before
+    if result.captions_cut:
+        log.warning("%d captions are longer than the text encoder takes, and were cut off", result.captions_cut)
     spent = max(clock.spent, 1e-9)
     result.items_per_s, result.start_s = round(result.items / spent, 3), round(clock.start or 0.0, 2)
     result.data_wait_share, result.encode_share = round(clock.wait / spent, 4), round(clock.busy / spent, 4)
