@@ -135,6 +135,12 @@ def test_the_report_says_first_what_is_wrong() -> None:
     ]
 
 
+def test_too_little_grain_is_wrong_too() -> None:
+    real = {"frechet": 1.0, "grain": 2.0}
+    found = shortcomings({"reconstruction": {"frechet": 0.1, "grain": 1.5}, "real": real})
+    assert found == ["The grain of reconstructions is 1.5, 0.75 times that of real images (2)."]
+
+
 def test_pareto_rows() -> None:
     rows = [{"a": 1.0, "b": 0.0}, {"a": 0.5, "b": 0.5}, {"a": 0.4, "b": 0.5}, {"a": 0.0, "b": 1.0}]
     assert pareto(rows, ("a", "b")) == [0, 1, 3]

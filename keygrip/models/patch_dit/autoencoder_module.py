@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from keygrip.data.batches import ImageTextBatch, ImageTextStatistics
 from keygrip.models.patch_dit.autoencoders import PixelPacking
 from keygrip.models.patch_dit.figures import image_grid
-from keygrip.models.patch_dit.trained_autoencoder import ConvAutoencoder
+from keygrip.models.patch_dit.trained_autoencoder import ConvAutoencoder, ResidualBlock
 from keygrip.training.distributed import global_mean
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
@@ -58,6 +60,10 @@ class AutoencoderModule(System):
             )
         self.network, self.packing = network, packing
         self.difference_weight, self.kl_weight, self.shown = difference_weight, kl_weight, shown
+
+    def sharded_parts(self) -> list[Any]:
+        """Residual blocks, which are used through their `forward` alone."""
+        return [part for part in self.network.modules() if isinstance(part, ResidualBlock)]
 
     def set_statistics(self, statistics: ImageTextStatistics) -> None:
         """Raises ValueError: the shards hold something else than packed pixels, or of sizes that do not divide."""
