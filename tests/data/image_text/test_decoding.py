@@ -146,6 +146,26 @@ def test_images_added_later_get_shards_of_their_own(tmp_path: Path) -> None:
     assert validate(root)["errors"] == 0
 
 
+def test_images_are_kept_where_asked(tmp_path: Path) -> None:
+    """With their pixels; read for evaluation alone; a broken one is found by validation and by who reads it."""
+    source, root = tmp_path / "source", tmp_path / "root"
+    listed(source, ("a.png", "one"), ("b.png", "two"))
+    images(source, root, small_encoders(), keep_images=True, **OPTIONS)
+    assert validate(root)["errors"] == 0
+    shards = ShardSet(root / "bucket_32x32")
+    assert read_image_text(shards, 0).image is None
+    kept = read_image_text(shards, 0, with_image=True).image
+    assert kept is not None
+    np.testing.assert_array_equal(kept, np.asarray(Image.open(source / "a.png").convert("RGB")))
+    with pytest.raises(ValueError, match="made with other settings"):
+        images(source, root, small_encoders(), **OPTIONS)
+    tar = next(root.rglob("*.tar"))
+    tar.write_bytes(tar.read_bytes().replace(b"IHDR", b"IHDX"))
+    assert read_image_text(shards, 0).image is None
+    with pytest.raises(BadSample):
+        read_image_text(shards, 0, with_image=True)
+
+
 def test_files_of_one_content_are_one_sample_with_all_captions(tmp_path: Path) -> None:
     source, root = tmp_path / "source", tmp_path / "root"
     source.mkdir()
