@@ -101,6 +101,9 @@ class TrainedAutoencoder:
     Args:
         init_from: the run, its checkpoint or a file of weights. channels, stride, width, blocks: as of the run's
             network.
+
+    Raises:
+        ValueError: it names no run, or sizes out of range.
     """
 
     exact = False  # images do not come back as they were
@@ -108,6 +111,11 @@ class TrainedAutoencoder:
     def __init__(
         self, init_from: str | None = None, channels: int = 16, stride: int = 4, width: int = 32, blocks: int = 1
     ) -> None:
+        if not isinstance(init_from, str | None):  # a stage that keygrip.train would have completed
+            raise ValueError(
+                "encoders.autoencoder.init_from is no run: train one on such images with `keygrip train "
+                "experiment=image_autoencoder` and name its folder"
+            )
         self.init_from, self.channels, self.stride = init_from, channels, stride
         self._network = ConvAutoencoder(channels, stride, width, blocks).eval().requires_grad_(False)
         self._ready = False

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from dit_parts import SMALL
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from image_sets import SQUARE, drawn, small_encoders, write_images
 from torch import Tensor
 
@@ -107,6 +109,8 @@ def test_a_run_becomes_an_encoder_whose_weights_travel(run: Path, tmp_path: Path
         encoders_of(None).encode_images(shown)
     with pytest.raises(ValueError, match="does not hold an autoencoder of channels=5"):
         _ = TrainedAutoencoder(str(run), 5, 4, 8).network
+    with pytest.raises(InstantiationException, match="train one on such images"):
+        instantiate(compose("prepare", ["step=images", "encoders=own_autoencoder", "source=x", "root=x"]).encoders)
     changed = encoders.state()
     changed["autoencoder"] = {name: value + 1 for name, value in changed["autoencoder"].items()}
     with pytest.raises(ValueError, match="use the same encoders="):
