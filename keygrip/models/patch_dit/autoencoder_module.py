@@ -9,6 +9,7 @@ from torch import Tensor
 
 from keygrip.data.batches import ImageTextBatch, ImageTextStatistics
 from keygrip.models.patch_dit.autoencoders import PixelPacking
+from keygrip.models.patch_dit.encoders import Encoders
 from keygrip.models.patch_dit.figures import image_grid
 from keygrip.models.patch_dit.trained_autoencoder import ConvAutoencoder, ResidualBlock
 from keygrip.training.distributed import global_mean
@@ -25,12 +26,12 @@ class AutoencoderModule(System):
     The error of differences is what sees grain and blurred edges: both leave the error of pixels small.
 
     Args:
-        network: the autoencoder. packing: how the shards hold pixels. optimizer: the recipe.
+        network: the autoencoder. encoders: of the shards, which hold pixels exactly. optimizer: the recipe.
         difference_weight: of the error of differences. kl_weight: of the mean divergence per number of a latent.
         shown: images that validation shows.
 
     Raises:
-        ValueError: negative weights.
+        ValueError: negative weights, or encoders whose latents are not pixels.
     """
 
     batch_type = ImageTextBatch
@@ -44,7 +45,7 @@ class AutoencoderModule(System):
     def __init__(
         self,
         network: ConvAutoencoder,
-        packing: PixelPacking,
+        encoders: Encoders,
         optimizer: AdamW,
         difference_weight: float = 1.0,
         kl_weight: float = 1e-4,
@@ -53,6 +54,7 @@ class AutoencoderModule(System):
         super().__init__(optimizer)
         if min(difference_weight, kl_weight) < 0 or shown < 1:
             raise ValueError("model: difference_weight and kl_weight must not be negative, shown above 0")
+        packing = encoders.autoencoder
         if not isinstance(packing, PixelPacking):
             raise ValueError(
                 f"an autoencoder is trained on shards that hold pixels exactly (encoders=tiny), not on latents of "
