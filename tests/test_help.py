@@ -13,7 +13,7 @@ from keygrip.help import EXAMPLES, help_text
 DATA = {
     **dict.fromkeys(("foveated_vlm", "pooled_vlm"), "robot_videos"),
     **dict.fromkeys(("vlm_encoder_self_supervised", "vlm_encoder_pretraining"), "robot_tours"),
-    **dict.fromkeys(("patch_dit", "patch_dit_base"), "robot_images"),
+    **dict.fromkeys(("patch_dit", "patch_dit_base", "image_autoencoder"), "robot_images"),
     "depth_reader": "yam_stills",
     **dict.fromkeys(("geometry_vla", "geometry_vla_no_injection"), "yam_language"),
 }
@@ -29,6 +29,7 @@ OWN = [
     ["model=geometry_vla", "data=yam_language", "vlm=qwen2_5_vl", "geometry=mapanything"],
     ["model=geometry_vla", "data=yam_language", "geometry=dino_multiview_pretrained"],
     ["model=patch_dit", "data=robot_images", "encoders=flux_t5_dinov3"],
+    ["model=patch_dit", "data=robot_images", "encoders=own_autoencoder"],
     ["rotation=kmeans", "optimizer=muon", "logger=wandb", "compile=inductor", "closed_loop=yam"],
 ]
 CASES = [(command, []) for command in EXAMPLES]

@@ -29,6 +29,7 @@ DATA_OF = {
     "depth_reader": "yam_stills",
     "geometry_vla": "yam_language",
     "geometry_vla_no_injection": "yam_depth",
+    "image_autoencoder": "robot_images",
     "patch_dit": "robot_images",
     "patch_dit_base": "image_shards",
 }

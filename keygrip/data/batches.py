@@ -270,6 +270,7 @@ class ImageTextBatch(Movable):
         captions, keys: B strings.
         records: B dicts, what else the shards say of an image: "caption", "size" and "crop" (of the source image,
             pixels), and perhaps "evidence".
+        images: uint8 [B, 3, H, W], the images themselves, where they were asked for and the shards keep them.
     """
 
     latents: Tensor
@@ -281,6 +282,7 @@ class ImageTextBatch(Movable):
     captions: list[str]
     keys: list[str]
     records: list[dict[str, Any]]
+    images: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.latents)

@@ -1,5 +1,6 @@
-"""A classifier of images of the simulated table: a small network that says where cube and block are and which colour
-the cube has. Trained on real images alone; its own error on held-out ones is stated beside every figure that it gives.
+"""A classifier of images of the simulated table: a small network that says where cube and block are, which colour the
+cube has, and which objects there are at all. Trained on real images alone; its own error on held-out ones is stated
+beside every figure that it gives.
 
 Its features also give a distance between images, a named substitute where the weights of LPIPS are not at hand.
 """
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # of the network and its training: another one is another classifier
+VERSION = 3  # of the network and its training: another one is another classifier
 THINGS = ("cube", "block")
 NEAR_PX = 4.0  # at 64 pixels, of the shorter side
 REFERENCE_EDGE = 64
@@ -62,16 +63,19 @@ class Verdict:
         colours: [B, K] logits.
         features: [B, F, h, w] of its layers, one behind the other.
         heat: [B, 2, h, w] logits of the maps.
+        objects: [B, K + 1, h, w] logits that the centre of a cube of each colour, or of a block (the last), is here.
     """
 
     places: Tensor
     colours: Tensor
     features: Tensor
     heat: Tensor
+    objects: Tensor
 
 
 class AttributeClassifier(nn.Module):
-    """Convolutions at half the image's resolution; a map for each thing, whose centre of mass is its place.
+    """Convolutions at half the image's resolution; a map for each thing, whose centre of mass is its place, and maps of
+    centres, which may show none of a kind or several (Zhou et al., "Objects as Points", 2019).
 
     Args:
         colours: names. width: of the layers.
@@ -84,6 +88,8 @@ class AttributeClassifier(nn.Module):
         self.layers = nn.ModuleList(nn.Conv2d(width, width, 3, padding=d, dilation=d) for d in (1, 2, 4, 1))
         self.norms = nn.ModuleList(nn.GroupNorm(4, width) for _ in range(4))
         self.maps = nn.Conv2d(width, len(THINGS), 1)
+        self.centres = nn.Conv2d(width, len(self.colours) + 1, 1)
+        nn.init.constant_(self.centres.bias, -4.0)  # type: ignore[arg-type]  # nearly everywhere there is none
         self.colour = nn.Sequential(nn.Linear(width + 3, 64), nn.GELU(), nn.Linear(64, len(self.colours)))
 
     def forward(self, images: Tensor) -> Verdict:
@@ -100,7 +106,34 @@ class AttributeClassifier(nn.Module):
         small = functional.adaptive_avg_pool2d(images, heat.shape[2:])
         seen = torch.cat([x, small], dim=1)
         pooled = torch.einsum("bhw,bfhw->bf", shares[:, 0], seen)  # what lies where the cube is
-        return Verdict(places, self.colour(pooled), torch.cat(features, dim=1), heat)
+        return Verdict(places, self.colour(pooled), torch.cat(features, dim=1), heat, self.centres(x))
+
+
+def count_objects(objects: Tensor) -> tuple[Tensor, Tensor]:
+    """How many cubes of each colour [B, K] and how many blocks [B] images show.
+
+    An object is a place where its probability is above one half and the highest within 4 pixels (at 64) of there.
+
+    Args:
+        objects: logits [B, K + 1, h, w], of a `Verdict`.
+    """
+    radius = max(1, round(NEAR_PX / REFERENCE_EDGE * min(objects.shape[2:])))
+
+    def peaks(shares: Tensor) -> Tensor:
+        highest = functional.max_pool2d(shares[:, None], 2 * radius + 1, stride=1, padding=radius)[:, 0]
+        return (shares == highest) & (shares > 0.5)
+
+    shares = objects.sigmoid()
+    cube, colour = shares[:, :-1].max(dim=1)  # one place has one cube, whatever its colour
+    kinds = functional.one_hot(colour, objects.shape[1] - 1) * peaks(cube)[..., None]  # [B, h, w, K]
+    return kinds.sum(dim=(1, 2)), peaks(shares[:, -1]).sum(dim=(1, 2))
+
+
+def objects_as_named(objects: Tensor, colours: Tensor) -> Tensor:
+    """Whether images show one cube, of the colour [B], and one block, and nothing else of the kind: bool [B]."""
+    cubes, blocks = count_objects(objects)
+    named = cubes.gather(1, colours.to(cubes.device)[:, None])[:, 0]
+    return (named == 1) & (cubes.sum(dim=1) == 1) & (blocks == 1)
 
 
 @dataclass(frozen=True)
@@ -109,7 +142,7 @@ class ClassifierError:
 
     Args:
         images: how many. cube_px, block_px: mean distance, at 64 pixels. near: share of cubes found within 4 px.
-        colour: share named rightly.
+        colour: share named rightly. objects: share in which exactly the cube and the block that are there were found.
     """
 
     images: int
@@ -117,6 +150,7 @@ class ClassifierError:
     block_px: float
     near: float
     colour: float
+    objects: float
 
 
 @dataclass(frozen=True)
@@ -152,7 +186,9 @@ def has_evidence(records: Iterable[dict[str, Any]]) -> bool:
 
 
 def real_images(encoders: Encoders, batch: ImageTextBatch) -> Tensor:
-    """uint8 [B, 3, H, W]: what the latents of a batch decode to."""
+    """uint8 [B, 3, H, W]: the images of a batch; where the shards do not keep them, what its latents decode to."""
+    if batch.images is not None:
+        return batch.images.cpu()
     return (encoders.decode_latents(batch.latents) * 255).round().to(torch.uint8).cpu()
 
 
@@ -227,7 +263,7 @@ def _load(data: ImageShards, encoders: Encoders, split: str, colours: list[str])
     """All images of a split with their truth, by size. Fills `colours` with the names found, in order."""
     images: dict[tuple[int, int], list[Tensor]] = {}
     records: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for batch in data.held_out(split):
+    for batch in data.held_out(split, with_images=True):
         if not has_evidence(batch.records):
             raise ValueError(f"some images of {data.place} have ground truth (evidence) and some have none")
         shown = real_images(encoders, batch)
@@ -273,16 +309,18 @@ def train_classifier(
     classifier.eval()
     error = measure_classifier(classifier, [(bucket.images, bucket.truth) for bucket in held_out])
     log.info(
-        "classifier: on %d held-out images it misses cubes by %.2f px and names %.1f %% of the colours rightly",
+        "classifier: on %d held-out images it misses cubes by %.2f px, names %.1f %% of the colours rightly and finds "
+        "exactly the objects in %.1f %%",
         error.images,
         error.cube_px,
         100 * error.colour,
+        100 * error.objects,
     )
     return TrainedClassifier(classifier, error, fingerprint)
 
 
 def _loss(classifier: AttributeClassifier, images: Tensor, truth: Truth) -> Tensor:
-    """The right cell of each map, the place to a fraction of a cell, and the colour."""
+    """The right cell of each map, the place to a fraction of a cell, the colour, and the maps of centres."""
     verdict = classifier(images)
     heat = verdict.heat
     height, width = heat.shape[2:]
@@ -291,13 +329,31 @@ def _loss(classifier: AttributeClassifier, images: Tensor, truth: Truth) -> Tens
     number = cell[..., 1] * width + cell[..., 0]
     where = functional.cross_entropy(heat.flatten(0, 1).flatten(1), number.flatten())
     exact = distance_px(verdict.places, truth.places, (height, width)).clamp(max=16).mean()
-    return where + 0.3 * exact + functional.cross_entropy(verdict.colours, truth.colours)
+    colour = functional.cross_entropy(verdict.colours, truth.colours)
+    return where + 0.3 * exact + colour + _centres_loss(verdict.objects, truth)
+
+
+def _centres_loss(objects: Tensor, truth: Truth) -> Tensor:
+    """Focal loss of the maps of centres: beside a centre a wrong peak costs less (Zhou et al., 2019, equation 1)."""
+    count, kinds, height, width = objects.shape
+    y, x = (torch.arange(n) + 0.5 for n in (height, width))
+    columns, rows = truth.places[..., 0, None] * width, truth.places[..., 1, None] * height  # [B, 2, 1]
+    spread = 2 * (1.5 / REFERENCE_EDGE * min(height, width)) ** 2
+    near = (-((rows - y) ** 2)[..., None] / spread - ((columns - x) ** 2)[..., None, :] / spread).exp()  # [B, 2, h, w]
+    near = near / near.amax(dim=(2, 3), keepdim=True).clamp(min=1e-6)
+    target = torch.zeros_like(objects)
+    each = torch.arange(count)
+    target[each, truth.colours], target[each, kinds - 1] = near[:, 0], near[:, 1]
+    sure, unsure = functional.logsigmoid(objects), functional.logsigmoid(-objects)
+    share = objects.sigmoid()
+    at = torch.where(target >= 1, (1 - share) ** 2 * sure, (1 - target) ** 4 * share**2 * unsure)
+    return -at.sum() / (2 * count)
 
 
 @torch.no_grad()
 def measure_classifier(classifier: AttributeClassifier, buckets: Sequence[tuple[Tensor, Truth]]) -> ClassifierError:
     """The error on real images uint8 [N, 3, H, W], bucket by bucket."""
-    distances, right = [], []
+    distances, right, found = [], [], []
     for images, truth in buckets:
         for start in range(0, len(images), 64):
             part = slice(start, start + 64)
@@ -305,6 +361,7 @@ def measure_classifier(classifier: AttributeClassifier, buckets: Sequence[tuple[
             size = (images.shape[2], images.shape[3])
             distances.append(distance_px(verdict.places, truth.places[part], size))
             right.append(verdict.colours.argmax(dim=1) == truth.colours[part])
+            found.append(objects_as_named(verdict.objects, truth.colours[part]))
     distance, named = torch.cat(distances), torch.cat(right)
     return ClassifierError(
         images=len(distance),
@@ -312,6 +369,7 @@ def measure_classifier(classifier: AttributeClassifier, buckets: Sequence[tuple[
         block_px=float(distance[:, 1].mean()),
         near=float((distance[:, 0] < NEAR_PX).float().mean()),
         colour=float(named.float().mean()),
+        objects=float(torch.cat(found).float().mean()),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from keygrip.evaluation.attribute_classifier import (
     TrainedClassifier,
     Verdict,
     distance_px,
+    objects_as_named,
 )
 from keygrip.evaluation.image_distances import Distances
 from keygrip.evaluation.image_features import FeatureEncoder, FeatureOptions, feature_encoder, training_images
@@ -30,9 +32,11 @@ if TYPE_CHECKING:
     from keygrip.data.image_text.datamodule import ImageShards
     from keygrip.models.patch_dit.module import PatchDiTModule
 
-CASES = ("reconstruction", "dino_swap", "text_only", "changed_words", "shuffled_patches", "scales")
+CURVES = ("scales", "steps")  # evaluated on fewer images, for each of several settings
+CASES = ("reconstruction", "dino_swap", "text_only", "changed_words", "shuffled_patches", *CURVES)
+STEPPED = ("reconstruction", "text_only")  # what is drawn in the case `steps`
 SIDE_MARGIN = 0.05  # of the width: nearer than this, left and right are not asked about
-UNRELATED, REAL = "another_picture", "real"
+UNRELATED, REAL, DECODED = "another_picture", "real", "autoencoder"
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ class ImageSuite:
     Args:
         cases: of `CASES`; None: all that the model and the data allow.
         split: of the run's data. images: so many of it, spread evenly over its buckets.
-        text_scales, dino_scales: of the case `scales`. grid_images: images for each pair of them.
+        text_scales, dino_scales: of the case `scales`. step_counts: of the case `steps`. grid_images: images for each
+            pair of scales and each number of steps.
         sampling: changes to the model's own sampling, by name: {"steps": 50}; None leaves a part as it is.
         lpips: "auto" where its weights are at hand; "none".
         replace_words: for `changed_words` on captions of any kind: {word: other word}. Without it the cube's colour is
@@ -60,6 +65,7 @@ class ImageSuite:
     images: int = 128
     text_scales: Sequence[float] = (1.0, 2.0, 4.0, 8.0)
     dino_scales: Sequence[float] = (0.0, 1.0, 2.0, 4.0)
+    step_counts: Sequence[int] = (4, 8, 16, 32)
     grid_images: int = 32
     sampling: Mapping[str, Any] = field(default_factory=dict)
     lpips: str = "auto"
@@ -72,8 +78,8 @@ class ImageSuite:
         unknown = [case for case in self.cases or () if case not in CASES]
         if unknown:
             raise ValueError(f"cases={unknown}: choose of {', '.join(CASES)}")
-        if min(self.images, self.grid_images, self.shown) < 1:
-            raise ValueError("images, grid_images and shown must be at least 1")
+        if min(self.images, self.grid_images, self.shown, *self.step_counts) < 1:
+            raise ValueError("images, grid_images, shown and step_counts must be at least 1")
         if self.lpips not in ("auto", "none"):
             raise ValueError(f"lpips={self.lpips!r}: choose auto or none")
         if self.split not in ("train", "val", "test"):
@@ -142,6 +148,7 @@ class Suite:
         self.sampling = changed_sampling(module.sampling, options.sampling)
         self.distances = Distances(self.encoders, classifier, options.lpips)
         self.colours = [] if classifier is None else classifier.network.colours
+        self._grids: dict[str, list[tuple[Asked, tuple[int, int], int]]] = {}
         self.rows: list[tuple[str, Tensor]] = []  # titles and images of one batch, by case
 
     @cached_property
@@ -159,8 +166,11 @@ class Suite:
         if not self.module.network.use_dino_patches:
             cannot["shuffled_patches"] = "the network has no patches"
         if not self.options.replace_words and self.classifier is None:
-            reason = "the captions' words to change are not known: give replace_words={word: other word}"
-            cannot |= {"changed_words": reason, "scales": reason}
+            cannot["changed_words"] = (
+                "the captions' words to change are not known: give replace_words={word: other word}"
+            )
+        if self.sampling.guidance == "none":
+            cannot["scales"] = "the model is drawn without guidance (sampling.guidance=none), and scales have no effect"
         if self.options.cases is None:
             return [case for case in CASES if case not in cannot]
         for case in self.options.cases:
@@ -171,9 +181,10 @@ class Suite:
     def batches(self, limit: int) -> Iterator[tuple[ImageTextBatch, Tensor, range]]:
         """Held-out batches on the model's device, their real images, and the numbers of their images."""
         number = 0
-        for batch in self.data.held_out(self.options.split, limit):
+        for batch in self.data.held_out(self.options.split, limit, with_images=True):
             batch = batch.to(self.module.device)
-            yield batch, self.encoders.decode_latents(batch.latents), range(number, number + len(batch))
+            real = self.encoders.decode_latents(batch.latents) if batch.images is None else batch.images / 255
+            yield batch, real, range(number, number + len(batch))
             number += len(batch)
         if not number:
             raise ValueError(f"{self.data.place} has no {self.options.split} images: choose another split")
@@ -252,7 +263,9 @@ class Suite:
             "colour_of_reference": named == torch.tensor([self.colours.index(e["colour"]) for e in told]),
         }
         if asked.colours is not None:
-            found["colour_as_asked"] = named == torch.tensor([self.colours.index(colour) for colour in asked.colours])
+            asked_for = torch.tensor([self.colours.index(colour) for colour in asked.colours])
+            found["objects_as_named"] = objects_as_named(verdict.objects, asked_for)
+            found["colour_as_asked"] = named == asked_for
         apart = (truth[:, 0, 0] - truth[:, 1, 0]).cpu()
         clear = apart.abs() > SIDE_MARGIN
         side = (verdict.places[:, 0, 0] - verdict.places[:, 1, 0]).cpu()
@@ -277,10 +290,10 @@ class Suite:
                     if name == REAL:  # an image's distance to itself says nothing
                         found = {figure: value for figure, value in found.items() if figure not in self.distances.names}
                     self._add(values[name], found)
-                    if name == REAL:
+                    if name in (REAL, DECODED):
                         sets[name].append(self.features.features(drawn).float().cpu())
                 for case in wanted:
-                    if case == "scales":
+                    if case in CURVES:
                         continue
                     asked_of = self.ask(case, batch, real, numbers)
                     if asked_of is None:
@@ -291,12 +304,12 @@ class Suite:
                     if shown:
                         self.rows.append((self._title(case, asked_of), drawn[:count].cpu()))
                 bar.update(len(batch))
-        reference = self.reference()
         return {
-            case: summarise(found) | (set_figures(torch.cat(sets[case]), reference) if case in sets else {})
+            case: summarise(found) | (set_figures(torch.cat(sets[case]), self.reference) if case in sets else {})
             for case, found in values.items()
         }
 
+    @cached_property
     @torch.no_grad()
     def reference(self) -> Tensor:
         """Features [N, F] of real training images, with which sets are compared; real held-out ones too."""
@@ -306,12 +319,15 @@ class Suite:
         return torch.cat([self.features.features(batch.to(device).float() / 255).float().cpu() for batch in batches])
 
     def _references(self, batch: ImageTextBatch, real: Tensor, numbers: range) -> Iterator[tuple[str, Asked, Tensor]]:
-        """Real images in the place of drawn ones: another one of the set, and each itself: the classifier's own error,
-        and what sets of real images are from each other."""
+        """Real images in the place of drawn ones: another one of the set, each as an autoencoder brings it back (than
+        which no drawn one can be better), and each itself: the classifier's own error, and what sets of real images are
+        from each other."""
         own = self.ask("reconstruction", batch, real, numbers)
         assert own is not None
         if len(batch) > 1:
             yield UNRELATED, own, real.roll(-1, dims=0)
+        if batch.images is not None and not self.encoders.exact:
+            yield DECODED, own, self.encoders.decode_latents(batch.latents)
         yield REAL, own, real
 
     @staticmethod
@@ -327,30 +343,77 @@ class Suite:
             return f"{title}: {', '.join(asked.colours[: self.options.shown])}"
         return title
 
-    # ----------------------------------------------------------------------------------------------------------- scales
+    # ----------------------------------------------------------------------------------------------------------- curves
+
+    @property
+    def scaled_case(self) -> str:
+        """The case that is drawn for each pair of scales: where no word can be changed, reconstructions."""
+        return "changed_words" if self.options.replace_words or self.classifier is not None else "reconstruction"
 
     def scales(self) -> tuple[list[dict[str, Any]], list[tuple[str, Tensor]]]:
-        """Figures of `changed_words` for each pair of scales, and a row of images for each text scale."""
-        pairs = [(t, d) for t in self.options.text_scales for d in self.options.dino_scales]
-        values: dict[tuple[float, float], dict[str, list[Tensor]]] = {p: defaultdict(list) for p in pairs}
+        """Figures of `scaled_case` for each pair of scales, and a row of images for each text scale."""
+        pairs = [(float(t), float(d)) for t in self.options.text_scales for d in self.options.dino_scales]
         images: dict[float, list[Tensor]] = defaultdict(list)
         each = max(1, self.options.shown // 4)
-        for batch, real, numbers in self.batches(self.options.grid_images):
-            asked = self.ask("changed_words", batch, real, numbers)
-            if asked is None:
-                continue
-            first = not images
-            size = (batch.latents.shape[2], batch.latents.shape[3])
-            for text, dino in Progress(pairs, desc="scales", unit="pair", leave=False):
-                sampling = replace(self.sampling, text_scale=float(text), dino_scale=float(dino))
-                drawn = self.draw(asked, size, numbers.start, sampling)
-                self._add(values[text, dino], self.measure(drawn, asked))
-                if first:
-                    images[text].append(drawn[:each].cpu())
-        table = [{"text_scale": t, "dino_scale": d, **summarise(values[t, d])} for t, d in pairs if values[t, d]]
+        table = []
+        for text, dino in Progress(pairs, desc="scales", unit="pair", leave=False):
+            sampling = replace(self.sampling, text_scale=text, dino_scale=dino)
+            found, first = self._drawn_so(self.scaled_case, sampling)
+            if found:
+                table.append({"text_scale": text, "dino_scale": dino, **found})
+                images[text].append(first[:each])
         named = ", ".join(f"{scale:g}" for scale in self.options.dino_scales)
         rows = [(f"text scale {t:g}; DINO scale {named}, {each} each", torch.cat(p)) for t, p in images.items()]
         return table, rows
+
+    def steps(self) -> list[dict[str, Any]]:
+        """Figures of reconstructions and of images from words alone for each number of steps, with what an image
+        costs."""
+        table = []
+        pairs = [(case, steps) for case in STEPPED for steps in self.options.step_counts]
+        for case, steps in Progress(pairs, desc="steps", unit="curve point", leave=False):
+            found, _ = self._drawn_so(case, replace(self.sampling, steps=int(steps)))
+            if found:
+                table.append({"case": case, "steps": int(steps), **found})
+        return table
+
+    def real_grid(self) -> dict[str, float]:
+        """The anchor of the curves: as many held-out real images against the same training images."""
+        with torch.no_grad():
+            parts = [
+                self.features.features(real).float().cpu() for _, real, _ in self.batches(self.options.grid_images)
+            ]
+        return set_figures(torch.cat(parts), self.reference)
+
+    def _grid(self, case: str) -> list[tuple[Asked, tuple[int, int], int]]:
+        """What a case asks of the images of the curves: with the latents' size and the first seed of each batch."""
+        if case not in self._grids:
+            self._grids[case] = [
+                (asked, (batch.latents.shape[2], batch.latents.shape[3]), numbers.start)
+                for batch, real, numbers in self.batches(self.options.grid_images)
+                if (asked := self.ask(case, batch, real, numbers)) is not None
+            ]
+        return self._grids[case]
+
+    @torch.no_grad()
+    def _drawn_so(self, case: str, sampling: Sampling) -> tuple[dict[str, Any], Tensor]:
+        """Figures of a case drawn in one way, and the first batch's images; empty where nothing is asked."""
+        values: dict[str, list[Tensor]] = defaultdict(list)
+        parts, first, spent, evaluations = [], torch.zeros(0), 0.0, 0
+        for asked, size, first_seed in self._grid(case):
+            started = time.perf_counter()
+            drawn = self.draw(asked, size, first_seed, sampling).cpu()
+            spent += time.perf_counter() - started
+            drawn = drawn.to(self.module.device)
+            self._add(values, self.measure(drawn, asked))
+            evaluations = self.module.sampling_at(size, sampling).evaluations(asked.conditions)
+            parts.append(self.features.features(drawn).float().cpu())
+            first = first if len(first) else drawn.cpu()
+        if not parts:
+            return {}, first
+        features = torch.cat(parts)
+        cost = {"evaluations": evaluations, "s_per_image": round(spent / len(features), 4)}
+        return summarise(values) | set_figures(features, self.reference) | cost, first
 
 
 def _rows(values: Tensor | None, index: Tensor) -> Tensor | None:

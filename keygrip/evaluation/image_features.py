@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from keygrip.artifacts import atomic_write, make_once, sha256_file
 from keygrip.evaluation.attribute_classifier import real_images
-from keygrip.models.patch_dit.dino_view import DinoView
+from keygrip.evaluation.known_features import known_encoder
 from keygrip.models.patch_dit.encoders import Encoders
 from keygrip.progress import Progress
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 VERSION = 1  # of the network and its training: another one is another encoder
-KINDS = ("trained", "dinov3", "inception")
+KINDS = ("trained", "dinov3", "clip", "inception")
 TEMPERATURE = 0.2
 
 
@@ -39,10 +39,11 @@ class FeatureOptions:
     """In which features sets of images are compared.
 
     Args:
-        kind: "trained", without labels on the training images of the shards and kept beside them; "dinov3", the CLS
-            vector of a backbone from `weights`; "inception", the pooled features of FID from `weights`.
-        weights: a local file; None for "trained". variant: of the backbone. reference_images: real training images that
-            sets are compared with.
+        kind: "trained", without labels on the training images of the shards and kept beside them; from `weights`
+            "dinov3", the CLS vector of a backbone; "clip", the embedding on which CMMD is defined; "inception", the
+            pooled features of the FID.
+        weights: a local file, of "clip" a folder; None for "trained". variant: of the backbone. reference_images: real
+            training images that sets are compared with.
         width, steps, batch_size, lr: of the encoder that is trained here.
 
     Raises:
@@ -115,40 +116,8 @@ def feature_encoder(data: ImageShards, encoders: Encoders, options: FeatureOptio
     """
     if options.kind == "trained":
         return _trained(data, encoders, options)
-    file = Path(str(options.weights))
-    if not file.is_file():
-        raise FileNotFoundError(f"features.weights={file}: there is no such file")
-    network = _dinov3(file, options.variant) if options.kind == "dinov3" else _inception(file)
-    return FeatureEncoder(network, f"{options.kind} {file.name}", sha256_file(file))
-
-
-def _dinov3(file: Path, variant: str) -> Callable[[Tensor], Tensor]:
-    view = DinoView(variant, 224, "pretrained", weights_path=str(file))
-
-    def features(images: Tensor) -> Tensor:
-        resized = functional.interpolate(images, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
-        return view.to(images.device).encode(resized)[0]
-
-    return features
-
-
-def _inception(file: Path) -> Callable[[Tensor], Tensor]:
-    from torchvision.models import inception_v3
-
-    network = inception_v3(weights=None, init_weights=False, aux_logits=True)
-    try:
-        network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(f"features.weights={file} are not torchvision's of inception_v3: {error}") from error
-    network.fc = nn.Identity()
-    network.eval().requires_grad_(False)
-
-    def features(images: Tensor) -> Tensor:
-        resized = functional.interpolate(images, (299, 299), mode="bicubic", antialias=True).clamp(0, 1)
-        found: Tensor = network.to(images.device)(resized * 2 - 1)
-        return found
-
-    return features
+    network, name, sha256 = known_encoder(options.kind, Path(str(options.weights)), options.variant)
+    return FeatureEncoder(network, name, sha256)
 
 
 # ---- the encoder that is trained here --------------------------------------------------------------------------------
@@ -176,7 +145,7 @@ def _trained(data: ImageShards, encoders: Encoders, options: FeatureOptions) -> 
 def training_images(data: ImageShards, encoders: Encoders, limit: int | None = None) -> list[Tensor]:
     """uint8 [N, 3, H, W] of each size: training images, or so many of them, spread evenly over the buckets."""
     found: dict[tuple[int, ...], list[Tensor]] = {}
-    for batch in data.held_out("train", limit):
+    for batch in data.held_out("train", limit, with_images=True):
         shown = real_images(encoders, batch)
         found.setdefault(tuple(shown.shape[2:]), []).append(shown)
     return [torch.cat(found[size]) for size in sorted(found)]

@@ -19,25 +19,33 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REPORT, SAMPLES, SCALES, SCALE_MAP = "report.md", "samples.png", "scales.png", "scale_map.png"
+CURVES = "curves.png"
 EXPLAINED = {
     "reconstruction": "own text, own DINO features",
     "dino_swap": "own text, features of another image; compared with that one",
     "text_only": "own text, no features",
     "changed_words": "a word of the caption changed, own features",
     "shuffled_patches": "own text, own patches in random order",
+    "autoencoder": "the real images as the autoencoder brings them back: no drawn image can be better",
     "another_picture": "a real image, another one than asked for",
     "real": "the real images themselves: the classifier's own error, and the distance of real sets from each other",
 }
-# Figures of the anchors: of real images against others of their kind, and how far a good model may be from them.
-PARETO = ("colour_as_asked", "cube_within_4px")
+# What is weighed against each other over the scales: the first pair that was measured; a minus: less is better.
+PARETO = (("colour_as_asked", "cube_within_4px"), ("-frechet", "-dino_distance"))
+STEPS_PARETO = ("-frechet", "-evaluations")
+AXES = {"colour_as_asked": "colour as asked in words", "cube_within_4px": "cube within 4 px"}
+AXES |= {"frechet": "Frechet distance", "dino_distance": "distance in DINO features"}
+# Figures of the anchors, of real images against others of their kind, and how far a good model may be from them: the
+# least and the most of its figure over theirs. Too little grain is blur.
 LIMITS = (
-    ("reconstruction", "frechet", "real", 1.5, "Frechet distance of reconstructions", "of real images"),
-    ("text_only", "frechet", "real", 3.0, "Frechet distance of images from words alone", "of real images"),
-    ("reconstruction", "grain", "real", 1.2, "grain of reconstructions", "of real images"),
-    ("text_only", "grain", "real", 1.2, "grain of images from words alone", "of real images"),
+    ("reconstruction", "frechet", "real", 0.0, 1.5, "Frechet distance of reconstructions", "of real images"),
+    ("text_only", "frechet", "real", 0.0, 3.0, "Frechet distance of images from words alone", "of real images"),
+    ("reconstruction", "grain", "real", 0.8, 1.2, "grain of reconstructions", "of real images"),
+    ("text_only", "grain", "real", 0.8, 1.2, "grain of images from words alone", "of real images"),
 )
 SHARES = (
     ("reconstruction", "ssim", 0.80, "SSIM of reconstructions"),
+    ("text_only", "objects_as_named", 0.95, "share of images from words alone with exactly the named objects"),
     ("reconstruction", "cube_within_4px", 0.95, "share of reconstructions with the cube within 4 px"),
     ("reconstruction", "colour_as_asked", 0.98, "share of reconstructions with the right colour"),
     ("changed_words", "colour_as_asked", 0.95, "share of changed words whose colour is drawn"),
@@ -48,9 +56,9 @@ SHARES = (
 def shortcomings(cases: Mapping[str, Mapping[str, float]]) -> list[str]:
     """What is wrong with the images, a sentence each; empty where nothing that is measured is."""
     found = []
-    for case, name, anchor, factor, what, whose in LIMITS:
+    for case, name, anchor, least, most, what, whose in LIMITS:
         value, own = cases.get(case, {}).get(name), cases.get(anchor, {}).get(name)
-        if value is not None and own is not None and value > factor * own:
+        if value is not None and own is not None and not least * own <= value <= most * own:
             found.append(f"The {what} is {value:.3g}, {value / max(own, 1e-9):.3g} times that {whose} ({own:.3g}).")
     for case, name, least, what in SHARES:
         value, other = cases.get(case, {}).get(name), cases.get("another_picture", {}).get(name)
@@ -61,8 +69,9 @@ def shortcomings(cases: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def pareto(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> list[int]:
-    """Numbers of the rows than which no other one is better in all of the named figures (larger is better)."""
-    points = [[row[name] for name in names] for row in rows]
+    """Numbers of the rows than which no other one is better in all of the named figures: larger is better, and less
+    where a minus stands before the name."""
+    points = [[-row[name[1:]] if name.startswith("-") else row[name] for name in names] for row in rows]
 
     def beaten(own: Sequence[float]) -> bool:
         return any(
@@ -70,6 +79,11 @@ def pareto(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> list[in
         )
 
     return [number for number, point in enumerate(points) if not beaten(point)]
+
+
+def weighed(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str] | None:
+    """The pair of `PARETO` that all rows have figures of."""
+    return next((pair for pair in PARETO if rows and all(n.lstrip("-") in row for row in rows for n in pair)), None)
 
 
 def write_report(
@@ -93,6 +107,9 @@ def write_report(
     if figures["scales"] and "colour_as_asked" in figures["scales"][0]:
         write_bytes(output / SCALE_MAP, scale_map(figures["scales"]))
         images.append(output / SCALE_MAP)
+    if weighed(figures["scales"]) is not None or figures["steps"]:
+        write_bytes(output / CURVES, curves(figures["scales"], figures["steps"], figures["real_grid"]))
+        images.append(output / CURVES)
     write_text(output / REPORT, markdown(figures, [path.name for path in images]))
     return images
 
@@ -112,6 +129,8 @@ def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
             "same real training images.",
             "",
         ]
+    if figures.get("real_note"):
+        lines += [figures["real_note"], ""]
     classifier = figures["classifier"]
     if classifier is not None:
         lines += [
@@ -129,17 +148,27 @@ def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
     lines += ["## Figures", "", *table(figures["cases"]), ""]
     lines += [f"- `{case}`: {EXPLAINED[case]}" for case in figures["cases"]]
     if figures["scales"]:
-        lines += ["", "## Words against features", "", "`changed_words` over the two guidance scales.", ""]
+        lines += ["", "## Words against features", "", "The same images over the two guidance scales.", ""]
         lines += [f"![{name}]({name})" for name in (SCALE_MAP, SCALES) if name in images]
         named = {f"text {row['text_scale']:g}, DINO {row['dino_scale']:g}": row for row in figures["scales"]}
         rows = {
             name: {k: v for k, v in row.items() if k not in ("text_scale", "dino_scale")} for name, row in named.items()
         }
-        lines += ["", *table(rows)]
-        if "colour_as_asked" in figures["scales"][0]:
-            best = pareto(figures["scales"], PARETO)
-            chosen = [list(named)[number] for number in best]
-            lines += ["", f"No pair of scales is better in both {' and '.join(PARETO)} than: {'; '.join(chosen)}."]
+        lines += ["", *table({"real images, as many": figures["real_grid"], **rows})]
+        pair = weighed(figures["scales"])
+        if pair is not None:
+            best = [list(named)[number] for number in pareto(figures["scales"], pair)]
+            names = " and ".join(name.lstrip("-") for name in pair)
+            lines += ["", f"No pair of scales is better in both {names} than: {'; '.join(best)}."]
+    if figures["steps"]:
+        lines += ["", "## Quality against steps", "", "Evaluations of the network and seconds are per image.", ""]
+        rows = {
+            f"{row['case']}, {row['steps']} steps": {k: v for k, v in row.items() if k not in ("case", "steps")}
+            for row in figures["steps"]
+        }
+        lines += table({"real images, as many": figures["real_grid"], **rows})
+    if CURVES in images:
+        lines += ["", f"![{CURVES}]({CURVES})"]
     return "\n".join(lines) + "\n"
 
 
@@ -186,6 +215,48 @@ def scale_map(rows: Sequence[Mapping[str, float]]) -> bytes:
         axis.set_xticks(range(len(dinos)), [f"{scale:g}" for scale in dinos])
         axis.set_yticks(range(len(texts)), [f"{scale:g}" for scale in texts])
         axis.set(title=title, xlabel="DINO scale", ylabel="text scale")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def curves(scales: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]], real: Mapping[str, float]) -> bytes:
+    """Two plots: what is weighed against each other over the guidance scales, with its Pareto front; and the Frechet
+    distance against the evaluations that an image costs, by case, beside that of as many real images."""
+    import io
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    pair = weighed(scales)
+    if pair is not None:
+        x, y = (name.lstrip("-") for name in pair)
+        left.scatter([row[x] for row in scales], [row[y] for row in scales], s=18, color="tab:grey")
+        front = sorted((scales[number] for number in pareto(scales, pair)), key=lambda row: float(row[x]))
+        left.plot([row[x] for row in front], [row[y] for row in front], "o-", color="tab:blue", label="Pareto front")
+        for row in scales:
+            left.annotate(f"{row['text_scale']:g}, {row['dino_scale']:g}", (row[x], row[y]), fontsize=7)
+        left.set(xlabel=AXES[x], ylabel=AXES[y], title="guidance scales (text, DINO)")
+        left.legend()
+    drawn = [row for row in steps if "frechet" in row]
+    for case in dict.fromkeys(row["case"] for row in drawn):
+        rows = sorted((row for row in drawn if row["case"] == case), key=lambda row: float(row["evaluations"]))
+        (line,) = right.plot([r["evaluations"] for r in rows], [r["frechet"] for r in rows], "o--", alpha=0.5)
+        front = [rows[number] for number in pareto(rows, STEPS_PARETO)]
+        label = case.replace("_", " ")
+        right.plot(
+            [r["evaluations"] for r in front], [r["frechet"] for r in front], "o-", color=line.get_color(), label=label
+        )
+        for row in rows:
+            right.annotate(f"{row['steps']}", (row["evaluations"], row["frechet"]), fontsize=7)
+    if drawn:
+        if "frechet" in real:
+            right.axhline(real["frechet"], color="black", linestyle=":", label="real images, as many")
+        right.set(xlabel="evaluations per image", ylabel=AXES["frechet"], xscale="log", yscale="log", title="steps")
+        right.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

@@ -7,13 +7,16 @@ Cases, each on the same held-out images and seeds:
 - `text_only`: no features.
 - `changed_words`: its own features, and a caption in which a word was changed (the cube's colour).
 - `shuffled_patches`: as `reconstruction`, with the patches in random order.
-- `scales`: `changed_words` over a grid of guidance scales: where words and features each have their say.
+- `scales`: `changed_words` over a grid of guidance scales: where words and features each have their say; without words
+  to change, `reconstruction`.
+- `steps`: `reconstruction` and `text_only` over numbers of steps, with the evaluations and seconds that an image costs.
 
 Each figure stands beside two anchors: `real`, the held-out images themselves against other real ones, and
 `another_picture`, an unrelated real image in the place of the one that was asked for. Sets of images are compared in
 the features of a frozen encoder that no model was trained with (`features`).
 
-Single images are compared with what the shards' own latents decode to. LPIPS needs weights that are not part of any
+Single images are compared with the real ones that the shards keep, and where they keep none with what their latents
+decode to, which the report says. LPIPS needs weights that are not part of any
 package; where they are not at hand this is said, and two distances that are no LPIPS stand in for it under their own
 names.
 """
@@ -28,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from keygrip.evaluation.attribute_classifier import classifier_for
-from keygrip.evaluation.image_cases import REAL, UNRELATED, ImageSuite, Suite
+from keygrip.evaluation.image_cases import DECODED, REAL, UNRELATED, ImageSuite, Suite
 from keygrip.evaluation.image_features import FeatureOptions
 from keygrip.evaluation.image_report import write_report
 from keygrip.evaluation.kinds import KINDS, Evaluated, plain, refuse_unknown
@@ -38,6 +41,11 @@ if TYPE_CHECKING:
     from keygrip.models.patch_dit.module import PatchDiTModule
 
 log = logging.getLogger(__name__)
+
+DECODED_NOTE = (
+    "The shards keep no images: `real` stands for what the autoencoder makes of them, and its own blur and grain are "
+    "in no figure (`keygrip prepare step=images keep_images=true` keeps them)."
+)
 
 
 def run_suite(
@@ -49,7 +57,8 @@ def run_suite(
         module: with trained weights, on its device. data: its shards, made where they are missing.
 
     Returns:
-        the figures: `cases`, `scales`, `classifier` (its own error), `lpips_note`, `sampling`; and the image files.
+        the figures: `cases`, `scales`, `steps`, `real_grid` (the anchor of both), `classifier` (its own error),
+            `lpips_note`, `sampling`; and the image files.
 
     Raises:
         FileNotFoundError: no shards. ValueError: no such split, or a case that cannot be evaluated.
@@ -69,13 +78,17 @@ def run_suite(
     wanted = suite.cases()
     cases = suite.evaluate()
     table, scale_rows = suite.scales() if "scales" in wanted else ([], [])
+    steps = suite.steps() if "steps" in wanted else []
     figures: dict[str, Any] = {
         "split": options.split,
         "cases": cases,
         "scales": table,
+        "steps": steps,
+        "real_grid": suite.real_grid() if table or steps else {},
         "classifier": None if classifier is None else vars(classifier.error) | {"fingerprint": classifier.fingerprint},
         "features": {"name": suite.features.name, "sha256": suite.features.sha256},
         "lpips_note": suite.distances.note,
+        "real_note": "" if suite.encoders.exact or DECODED in cases else DECODED_NOTE,
         "sampling": {name: getattr(suite.sampling, name) for name in ("text_scale", "dino_scale", "steps", "solver")},
     }
     return figures, write_report(output, figures, suite.rows, scale_rows)
@@ -86,14 +99,17 @@ def headline(figures: Mapping[str, Any]) -> dict[str, float]:
     wanted = {
         "reconstruction": (
             *("psnr_db", "ssim", "lpips", "judge_distance", "dino_distance", "cube_within_4px"),
-            *("frechet", "cmmd", "precision", "recall", "grain", "colour_as_asked"),
+            *("frechet", "cmmd", "precision", "recall", "grain", "colour_as_asked", "objects_as_named"),
         ),
-        REAL: ("frechet", "cmmd", "precision", "recall", "grain"),
+        REAL: ("frechet", "cmmd", "precision", "recall", "grain", "objects_as_named"),
         UNRELATED: ("ssim", "psnr_db"),
         "shuffled_patches": ("psnr_db", "cube_within_4px"),
         "dino_swap": ("cube_within_4px",),
         "changed_words": ("colour_as_asked", "cube_within_4px"),
-        "text_only": ("colour_as_asked", "side_as_asked", "frechet", "cmmd", "precision", "recall", "grain"),
+        "text_only": (
+            *("objects_as_named", "colour_as_asked", "side_as_asked", "frechet", "cmmd", "precision", "recall"),
+            *("grain", "ssim"),
+        ),
     }
     found = {
         f"{case}/{name}": figures["cases"][case][name]

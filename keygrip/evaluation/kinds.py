@@ -75,6 +75,7 @@ class ImageTextSchema(EvaluateSchema):
     images: int = MISSING
     text_scales: Any = MISSING
     dino_scales: Any = MISSING
+    step_counts: Any = MISSING
     grid_images: int = MISSING
     sampling: Any = MISSING
     lpips: str = MISSING

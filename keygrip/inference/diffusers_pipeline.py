@@ -30,6 +30,7 @@ from keygrip.artifacts import write_json
 from keygrip.data.image_text.crops import Bucket, cut_out, nearest_bucket, shared_crop
 from keygrip.data.image_text.decoding import rgb
 from keygrip.exporting.folder import model_card, read_export, write_export
+from keygrip.models.nn.flow_matching import noise_levels
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.figures import as_bytes
 from keygrip.models.patch_dit.module import PatchDiTModule
@@ -126,8 +127,9 @@ class PatchDiTPipeline(DiffusionPipeline):
         x = randn_tensor(shape, generator=generator, device=device) if latents is None else latents.to(device)
         if tuple(x.shape) != shape:
             raise ValueError(f"latents of {list(x.shape)} where {list(shape)} are drawn")
-        steps = np.linspace(1.0, 1.0 / sampling.steps, sampling.steps)
-        self.scheduler.set_timesteps(sigmas=steps.tolist(), device=device)
+        # Two shifts are one by their product: the scheduler has that of its own configuration, these the resolution's.
+        levels = noise_levels(sampling.steps, module.shift_of(x))[:-1]
+        self.scheduler.set_timesteps(sigmas=levels, device=device)
         module.eval()
         velocities = Velocities(module.network, conditions, total, bucket.width / bucket.height)
         sigmas, own = self.scheduler.sigmas.tolist(), cast(Any, self)

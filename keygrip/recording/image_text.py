@@ -54,7 +54,8 @@ class PictureMaker:
             Image.fromarray(picture.pixels), picture.caption, bucket, encoders, f"picture-{seed:07d}", more
         )
         encoded = encode_images(encoders, as_tensor([ready.pixels]), as_tensor([ready.view]), [ready.caption])
-        yield MadeSample(ready.key, *encoded.sample(0, ready.record, trim_text=False))
+        kept = None if encoders.exact else ready.pixels
+        yield MadeSample(ready.key, *encoded.sample(0, ready.record, trim_text=False, image=kept))
 
     def close(self) -> None:
         """Frees the GL contexts of this process."""

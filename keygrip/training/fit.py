@@ -64,7 +64,8 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     # Filling what is overwritten anyway costs a sixth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
-    datamodule = instantiate(cfg.data, _convert_="all")
+    built = OmegaConf.create(resolved)  # with run folders in the places of pretraining stages
+    datamodule = instantiate(built.data, _convert_="all")
     module = build_module(resolved)
     started_in = _write_start(folder, cfg, origin, resumed=resume is not None)
     if hasattr(module, "set_statistics"):
@@ -85,7 +86,7 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         compilation.apply(module)  # before DDP or FSDP wraps anything
     loggers = build_loggers(cfg.logger, folder, resumed_step)
     log_settings(loggers, resolved)
-    callbacks: list[Callback] = [RandomnessByStep(cfg.seed), Header(resolved, origin), *_parts(cfg.callbacks)]
+    callbacks: list[Callback] = [RandomnessByStep(cfg.seed), Header(resolved, origin), *_parts(built.callbacks)]
     if cfg.max_minutes is not None:
         callbacks.append(ScheduleByTime())
     if not loggers:  # it refuses to run without one

@@ -17,10 +17,12 @@ from keygrip.evaluation.attribute_classifier import (
     ClassifierOptions,
     Truth,
     classifier_for,
+    count_objects,
     distance_px,
     feature_distance,
     has_evidence,
     measure_classifier,
+    objects_as_named,
     real_images,
 )
 
@@ -48,6 +50,7 @@ def test_a_trained_classifier_finds_cubes_and_names_their_colours(root: Path, ca
     assert trained.error.images == 160
     assert trained.error.cube_px < 4
     assert trained.error.colour > 0.9
+    assert trained.error.objects > 0.6
     assert "it misses cubes by" in caplog.text
     # its error is what is measured on the validation images afresh
     batches = list(data.held_out("val"))
@@ -113,6 +116,30 @@ def test_places_lie_in_the_picture_and_follow_what_it_shows() -> None:
     turned = classifier(shown.flip(-1))
     assert not torch.allclose(turned.places[..., 0], verdict.places[..., 0])
     assert classifier(torch.rand(2, 3, 24, 40)).features.shape == (2, 32, 12, 20)
+
+
+def test_objects_are_counted_and_not_only_placed() -> None:
+    """An image without a cube, with two, of two colours, without a block, or as named."""
+    logits = torch.full((6, 3, 32, 32), -5.0)  # red, teal, block
+
+    def put(image: int, kind: int, y: int, x: int) -> None:
+        logits[image, kind, y, x] = 4.0
+        logits[image, kind, y, x + 1] = 3.0  # a slope belongs to its peak
+
+    for image in range(1, 5):
+        put(image, 0, 8, 8)
+    put(2, 0, 20, 20)
+    put(3, 1, 20, 20)
+    for image in (0, 1, 2, 3):
+        put(image, 2, 9, 9)  # a block may lie beside a cube
+    put(5, 1, 8, 8)
+    put(5, 2, 20, 8)
+    cubes, blocks = count_objects(logits)
+    assert cubes.tolist() == [[0, 0], [1, 0], [2, 0], [1, 1], [1, 0], [0, 1]]
+    assert blocks.tolist() == [1, 1, 1, 1, 0, 1]
+    red, teal = torch.zeros(6, dtype=torch.int64), torch.ones(6, dtype=torch.int64)
+    assert objects_as_named(logits, red).tolist() == [False, True, False, False, False, False]
+    assert objects_as_named(logits, teal).tolist() == [False] * 5 + [True]
 
 
 def test_feature_distance_is_nought_for_the_same_and_grows() -> None:

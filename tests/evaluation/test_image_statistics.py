@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
 
 from keygrip.evaluation.image_features import FeatureOptions, train_encoder
-from keygrip.evaluation.image_report import pareto, shortcomings
+from keygrip.evaluation.image_report import curves, pareto, shortcomings, weighed
 from keygrip.evaluation.image_statistics import cmmd, frechet_distance, grain, precision_recall, set_figures
+from keygrip.evaluation.known_features import fid_inception, known_encoder
 
 
 def normal(count: int, seed: int, shift: float = 0.0, spread: float = 1.0, width: int = 4) -> torch.Tensor:
@@ -38,8 +42,25 @@ def test_frechet_distance_equals_the_formula_with_a_matrix_root() -> None:
 def test_cmmd_is_zero_for_one_distribution_and_grows() -> None:
     left = normal(300, 0, 1.0)
     values = [cmmd(left, normal(300, 1, shift)) for shift in (1.0, 0.5, -1.0)]
-    assert abs(values[0]) < 0.5
+    assert abs(values[0]) < 0.1
     assert values[0] < values[1] < values[2]
+    assert cmmd(left, 7 * left) == pytest.approx(cmmd(left, left), abs=1e-9)  # directions count, lengths do not
+
+
+def test_cmmd_is_the_sum_of_its_definition() -> None:
+    """Embeddings of length 1, bandwidth 10, times 1000, pairs of an image with itself left out."""
+    left, right = normal(5, 0), normal(7, 1, 0.5)
+
+    def kernel(a: torch.Tensor, b: torch.Tensor) -> float:
+        return math.exp(-float((a / a.norm() - b / b.norm()).double().pow(2).sum()) / (2 * 10**2))
+
+    def mean(first: torch.Tensor, second: torch.Tensor, same: bool) -> float:
+        pairs = [(i, j) for i in range(len(first)) for j in range(len(second)) if not (same and i == j)]
+        return sum(kernel(first[i], second[j]) for i, j in pairs) / len(pairs)
+
+    expected = 1000 * (mean(left, left, True) + mean(right, right, True) - 2 * mean(left, right, False))
+    assert cmmd(left, right) == pytest.approx(expected, abs=1e-4)
+    assert abs(expected) > 0.5
 
 
 def test_precision_and_recall_tell_quality_from_variety() -> None:
@@ -90,7 +111,7 @@ def test_an_encoder_without_labels_is_always_trained_to_the_same_weights() -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "clip"}, "choose trained"),
+        ({"kind": "vgg"}, "choose trained"),
         ({"kind": "inception"}, "name its file"),
         ({"weights": "a.pt"}, "leave weights out"),
         ({"steps": 0}, "at least 1"),
@@ -114,6 +135,75 @@ def test_the_report_says_first_what_is_wrong() -> None:
     ]
 
 
+def test_too_little_grain_is_wrong_too() -> None:
+    real = {"frechet": 1.0, "grain": 2.0}
+    found = shortcomings({"reconstruction": {"frechet": 0.1, "grain": 1.5}, "real": real})
+    assert found == ["The grain of reconstructions is 1.5, 0.75 times that of real images (2)."]
+
+
 def test_pareto_rows() -> None:
     rows = [{"a": 1.0, "b": 0.0}, {"a": 0.5, "b": 0.5}, {"a": 0.4, "b": 0.5}, {"a": 0.0, "b": 1.0}]
     assert pareto(rows, ("a", "b")) == [0, 1, 3]
+    assert pareto([{"a": 1.0, "b": 3.0}, {"a": 2.0, "b": 2.0}, {"a": 2.0, "b": 4.0}], ("-a", "-b")) == [0, 1]
+
+
+def test_curves_weigh_what_was_measured() -> None:
+    """Colour against place where a classifier says both; else distance of the sets against likeness."""
+    scales = [{"text_scale": t, "dino_scale": 1.0, "frechet": 2.0 + t, "dino_distance": 0.3 / t} for t in (1.0, 2.0)]
+    assert weighed(scales) == ("-frechet", "-dino_distance")
+    judged = [{**row, "colour_as_asked": 0.5, "cube_within_4px": 1.0} for row in scales]
+    assert weighed(judged) == ("colour_as_asked", "cube_within_4px")
+    assert weighed([{"text_scale": 1.0}]) is None
+    assert weighed([]) is None
+    steps = [{"case": "text_only", "steps": n, "evaluations": 2 * n, "frechet": 8 / n} for n in (4, 8)]
+    for given in ((scales, steps), ([], steps), (judged, [])):
+        assert curves(*given, {"frechet": 0.5}).startswith(b"\x89PNG")
+
+
+# ---- known encoders --------------------------------------------------------------------------------------------------
+
+
+def test_inception_is_that_of_the_fid_where_its_weights_are() -> None:
+    """Averages beside a border leave the padding out, and the last block pools by the maximum: an image of one colour
+    stays of one colour behind every such branch."""
+    torch.manual_seed(0)
+    network = fid_inception().eval()
+    names = set(network.state_dict())
+    assert "Mixed_7c.branch_pool.conv.weight" in names
+    assert not any(name.startswith("AuxLogits") for name in names)
+    assert network.fc.weight.shape == (1008, 2048)
+    for name, channels in (("Mixed_5b", 192), ("Mixed_6b", 768), ("Mixed_7b", 1280), ("Mixed_7c", 2048)):
+        block = getattr(network, name)
+        with torch.no_grad():
+            found = block(torch.ones(1, channels, 5, 5))
+            branch = block.branch_pool(torch.ones(1, channels, 5, 5))
+            assert torch.allclose(found[:, -branch.shape[1] :], branch, atol=1e-6)
+            edge = torch.zeros(1, channels, 5, 5)
+            edge[..., 0, 0] = 1.0
+            told = block.branch_pool(edge[..., :1, :1] * (1.0 if name == "Mixed_7c" else 0.25))
+            assert torch.allclose(block(edge)[:, -branch.shape[1] :, :1, :1], told, atol=1e-5)
+
+
+def test_clip_gives_its_projected_embedding(tmp_path: Path) -> None:
+    """A tiny one with random weights: whole images of any size, and the hash of its weights."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+        projection_dim=6,
+    )
+    transformers.CLIPVisionModelWithProjection(config).save_pretrained(tmp_path)
+    features, name, sha256 = known_encoder("clip", tmp_path, "")
+    found = features(torch.rand(2, 3, 20, 30))
+    assert found.shape == (2, 6)
+    assert name == f"clip {tmp_path.name}"
+    assert len(sha256) == 64
+    with pytest.raises(FileNotFoundError, match=r"of clip a folder with config\.json"):
+        known_encoder("clip", tmp_path / "none", "")
+    (tmp_path / "x.pth").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="neither the FID's"):
+        known_encoder("inception", tmp_path / "x.pth", "")

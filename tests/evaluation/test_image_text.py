@@ -29,7 +29,7 @@ from keygrip.training.checkpoints import build_module
 QUICK = ClassifierOptions(width=8, steps=2, batch_size=4)
 FAST = FeatureOptions(width=8, steps=2, batch_size=4)
 SETTINGS: dict[str, Any] = {"images": 6, "grid_images": 2, "shown": 4, "classifier": QUICK, "features": FAST}
-SETTINGS |= {"text_scales": (1.0, 3.0), "dino_scales": (0.0, 2.0)}
+SETTINGS |= {"text_scales": (1.0, 3.0), "dino_scales": (0.0, 2.0), "step_counts": (1, 2)}
 # the encoders of image_sets, as overrides
 ENCODERS = ["encoders.text.length=8", "encoders.text.width=8"]
 
@@ -75,10 +75,20 @@ class Seer(torch.nn.Module):
 
         places = torch.stack([centre(cube), centre(maps["block"])], dim=1)
         colours = torch.stack([maps[name].sum(dim=(1, 2)) for name in self.colours], dim=1)
-        return Verdict(places, colours, pictures, pictures[:, :2])
+        centres = [maps[name] for name in (*self.colours, "block")]
+        return Verdict(places, colours, pictures, pictures[:, :2], torch.stack([_centre(m) for m in centres], dim=1))
 
 
-SEEN = TrainedClassifier(Seer(), ClassifierError(4, 0.1, 0.1, 1.0, 1.0), "seer")  # type: ignore[arg-type]
+def _centre(weight: torch.Tensor) -> torch.Tensor:
+    """Logits of a map's centre of mass, where it shows more than a few pixels."""
+    y, x = (torch.arange(n).float() for n in weight.shape[1:])
+    total = weight.sum(dim=(1, 2), keepdim=True)
+    row, column = ((weight * a).sum(dim=(1, 2), keepdim=True) / total for a in (y[:, None], x))
+    slope = 1e-3 * (x + 2 * y[:, None])  # half-way between pixels there would be several highest ones
+    return torch.where(total > 4, 5.0, -5.0) - ((y[:, None] - row) ** 2 + (x - column) ** 2) + slope
+
+
+SEEN = TrainedClassifier(Seer(), ClassifierError(4, 0.1, 0.1, 1.0, 1.0, 1.0), "seer")  # type: ignore[arg-type]
 
 
 def suite_of(root: Path, classifier: TrainedClassifier | None = SEEN, **options: Any) -> Suite:
@@ -148,6 +158,10 @@ def test_what_is_drawn_is_compared_with_what_was_asked_for(root: Path) -> None:
     assert right["cube_px"] < 0.5
     assert (right["cube_within_4px"], right["block_within_4px"], right["colour_as_asked"]) == (1, 1, 1)
     assert right["side_as_asked"] == 1
+    assert right["objects_as_named"] == 1
+    without = real.clone()
+    without[:] = real[..., :1, :1]  # the table alone
+    assert suite.measure(without, own)["objects_as_named"].tolist() == [0, 0, 0, 0]
     other = {name: float(values.mean()) for name, values in suite.measure(real.roll(-1, 0), own).items()}
     assert other["psnr_db"] < 30
     assert other["dino_distance"] > 0.001
@@ -157,7 +171,7 @@ def test_what_is_drawn_is_compared_with_what_was_asked_for(root: Path) -> None:
     assert followed["cube_within_4px"] == 1
     changed, _, _ = asked_of(suite, "changed_words")
     kept = {name: float(values.mean()) for name, values in suite.measure(real, changed).items()}
-    assert (kept["colour_as_asked"], kept["colour_of_reference"]) == (0, 1)
+    assert (kept["colour_as_asked"], kept["colour_of_reference"], kept["objects_as_named"]) == (0, 1, 0)
 
 
 def test_the_case_of_scales_follows_the_scales(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +213,11 @@ def test_cases_that_a_model_or_its_data_cannot_answer(root: Path, tmp_path: Path
     with pytest.raises(ValueError, match="the network has no patches"):
         Suite(without, data, SEEN, ImageSuite(**SETTINGS, cases=["shuffled_patches"])).cases()
     blind = suite_of(root, None)
-    assert blind.cases() == ["reconstruction", "dino_swap", "text_only", "shuffled_patches"]
+    assert blind.cases() == ["reconstruction", "dino_swap", "text_only", "shuffled_patches", "scales", "steps"]
+    assert (blind.scaled_case, suite_of(root).scaled_case) == ("reconstruction", "changed_words")
+    assert "scales" not in suite_of(root, sampling={"guidance": "none"}).cases()
+    with pytest.raises(ValueError, match="drawn without guidance"):
+        suite_of(root, cases=["scales"], sampling={"guidance": "none"}).cases()
     with pytest.raises(ValueError, match="give replace_words"):
         suite_of(root, None, cases=["changed_words"]).cases()
     told = suite_of(root, None, replace_words={"cube": "ball"})
@@ -213,6 +231,7 @@ def test_cases_that_a_model_or_its_data_cannot_answer(root: Path, tmp_path: Path
     [
         ({"cases": ["reconstructoin"]}, "choose of reconstruction"),
         ({"images": 0}, "at least 1"),
+        ({"step_counts": [4, 0]}, "at least 1"),
         ({"lpips": "vgg"}, "choose auto or none"),
         ({"split": "tset"}, "choose val or test"),
     ],
@@ -276,7 +295,11 @@ def test_means_are_over_pictures_and_not_over_batches() -> None:
 def test_the_suite_writes_a_report_with_pictures(root: Path, tmp_path: Path) -> None:
     data = shards(root)
     figures, pictures = run_suite(module_for(data), data, ImageSuite(**SETTINGS), tmp_path / "out")
-    assert set(figures["cases"]) == {*CASES, "another_picture", "real"} - {"scales"}
+    assert set(figures["cases"]) == {*CASES, "another_picture", "real"} - {"scales", "steps"}
+    curve = [(row["case"], row["steps"], row["evaluations"]) for row in figures["steps"]]  # three and two branches
+    assert curve == [("reconstruction", 1, 3), ("reconstruction", 2, 6), ("text_only", 1, 2), ("text_only", 2, 4)]
+    assert all({"frechet", "ssim", "s_per_image"} <= set(row) for row in [*figures["steps"], *figures["scales"]])
+    assert set(figures["real_grid"]) == {"frechet", "cmmd"}  # of two images no neighbours
     assert figures["cases"]["reconstruction"]["images"] == 6
     assert figures["classifier"]["images"] == 12  # of the validation split
     assert "psnr_db" not in figures["cases"]["real"]
@@ -285,7 +308,9 @@ def test_the_suite_writes_a_report_with_pictures(root: Path, tmp_path: Path) -> 
     assert figures["features"]["name"].startswith("trained")
     assert figures["cases"]["real"]["cube_px"] == headline(figures)["classifier/cube_px"]
     text = (tmp_path / "out" / "report.md").read_text()
-    assert [path.name for path in pictures] == ["samples.png", "scales.png", "scale_map.png"]
+    assert [path.name for path in pictures] == ["samples.png", "scales.png", "scale_map.png", "curves.png"]
+    assert "No pair of scales is better in both colour_as_asked and cube_within_4px than: text" in text
+    assert "| reconstruction, 2 steps |" in text
     assert all(f"({path.name})" in text and Image.open(path).size[0] > 100 for path in pictures)
     assert "its mean error is" in text
     assert "LPIPS was not computed" in text or "lpips" in figures["cases"]["reconstruction"]

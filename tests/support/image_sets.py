@@ -52,12 +52,13 @@ def write_images(
     evidence: bool = True,
     per_shard: int = 100,
     said: bool = True,
+    keep_images: bool = False,
 ) -> Path:
     """Shards of drawn pictures: so many a bucket and split.
 
     Args:
         splits: number of the first image of each; {"": 0}: a set without splits. without_patches: numbers of the
-            images that lack theirs. said: write images.json.
+            images that lack theirs. said: write images.json. keep_images: pixels too.
     """
     for split, first in splits.items():
         for bucket, count in counts.items():
@@ -72,7 +73,8 @@ def write_images(
                         ready = prepare_image(picture, caption, bucket, encoders, key, more)
                         views = as_tensor([ready.view])
                         encoded = encode_images(encoders, as_tensor([ready.pixels]), views, [caption])
-                        parts, row = encoded.sample(0, ready.record, trim_text=False)
+                        kept = ready.pixels if keep_images else None
+                        parts, row = encoded.sample(0, ready.record, trim_text=False, image=kept)
                         if first + number in without_patches:
                             parts = {name: content for name, content in parts.items() if name != PATCHES}
                             row = describe_image_text(parts)

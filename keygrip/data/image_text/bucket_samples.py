@@ -91,10 +91,18 @@ class ImageTextSamples(SubstitutingSamples[ImageTextSample]):
 
     Args:
         vary_captions: an image with several captions has another one in each epoch, in turn; otherwise the first.
+        with_images: images' own pixels too, where the shards keep them.
     """
 
-    def __init__(self, parts: Sequence[BucketPart], sizes: dict[str, int], vary_captions: bool = False) -> None:
+    def __init__(
+        self,
+        parts: Sequence[BucketPart],
+        sizes: dict[str, int],
+        vary_captions: bool = False,
+        with_images: bool = False,
+    ) -> None:
         self.parts, self.sizes, self.vary_captions = list(parts), sizes, vary_captions
+        self.with_images = with_images
         self.starts = np.cumsum([0, *(len(part) for part in parts)])
 
     def __len__(self) -> int:
@@ -110,7 +118,8 @@ class ImageTextSamples(SubstitutingSamples[ImageTextSample]):
         number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
         part = self.parts[number]
         place = int(part.chosen[key.sample - int(self.starts[number])])
-        sample = read_image_text(part.shards, place, key.epoch + key.sample if self.vary_captions else 0)
+        caption = key.epoch + key.sample if self.vary_captions else 0
+        sample = read_image_text(part.shards, place, caption, self.with_images)
         expected = (part.first("latent_height"), part.first("latent_width"))
         grid = (part.first("grid_height"), part.first("grid_width"))
         if sample.latent.shape[1:] != expected or sample.patch_grid != grid:
@@ -124,6 +133,8 @@ class ImageTextSamples(SubstitutingSamples[ImageTextSample]):
             "text_dim": sample.text_states.shape[1],
             "text_length": len(sample.text_mask),
         }
+        if sample.image is not None and sample.image.shape[1::-1] != (part.bucket.width, part.bucket.height):
+            raise BadSample(f"{part.shards.where(place)}: its image is {sample.image.shape[:2]}, of {part.bucket.name}")
         for name, size in self.sizes.items():
             if found[name] != size:
                 raise BadSample(f"{part.shards.where(place)}: {name} is {found[name]}, elsewhere {size}")
@@ -149,6 +160,7 @@ def make_batch(samples: Sequence[ImageTextSample], trim_text: bool = False) -> I
         cut = slice(length if name.startswith("text") else None)
         return torch.from_numpy(np.stack([getattr(sample, name)[cut] for sample in samples]))
 
+    kept = [sample.image for sample in samples if sample.image is not None]
     return ImageTextBatch(
         latents=stacked("latent"),
         text_states=stacked("text_states"),
@@ -159,4 +171,5 @@ def make_batch(samples: Sequence[ImageTextSample], trim_text: bool = False) -> I
         captions=[str(sample.record.get("caption", "")) for sample in samples],
         keys=[sample.key for sample in samples],
         records=[sample.record for sample in samples],
+        images=torch.from_numpy(np.stack(kept)).permute(0, 3, 1, 2) if len(kept) == len(samples) else None,
     )

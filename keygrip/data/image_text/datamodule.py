@@ -240,7 +240,9 @@ class ImageShards(ResumableData):
 
     # ---------------------------------------------------------------------------------------------------------- loading
 
-    def samples(self, split: str, limit: int | None = None, vary_captions: bool = False) -> ImageTextSamples:
+    def samples(
+        self, split: str, limit: int | None = None, vary_captions: bool = False, with_images: bool = False
+    ) -> ImageTextSamples:
         """The samples of a split, or so many of them, spread evenly over each bucket."""
         parts = self.parts[split]
         total = sum(len(part) for part in parts)
@@ -252,7 +254,7 @@ class ImageShards(ResumableData):
                 for p, n in zip(parts, counts, strict=True)
                 if n
             ]
-        return ImageTextSamples(parts, self.sizes, vary_captions)
+        return ImageTextSamples(parts, self.sizes, vary_captions, with_images)
 
     def _loader(self, samples: ImageTextSamples, sampler: GlobalBatchSampler) -> DataLoader[Any]:
         loader = CountingLoader(
@@ -268,9 +270,13 @@ class ImageShards(ResumableData):
             sampler.follow(self.batches_done)
         return self._loader(samples, sampler)
 
-    def held_out(self, split: str, limit: int | None = None) -> DataLoader[Any] | list[Any]:
-        """A split's samples, each once and always in the same order; empty where there is no such split."""
-        samples = self.samples(split, limit)
+    def held_out(self, split: str, limit: int | None = None, with_images: bool = False) -> DataLoader[Any] | list[Any]:
+        """A split's samples, each once and always in the same order; empty where there is no such split.
+
+        Args:
+            with_images: images' own pixels too, where the shards keep them.
+        """
+        samples = self.samples(split, limit, with_images=with_images)
         if not len(samples):
             return []
         order = {"shuffle": False, "drop_last": False}

@@ -8,6 +8,7 @@
 | floating point | 0..1 is black to white; other ranges are refused |
 | 32-bit integers | within 0..65535 as 16-bit; others are refused |
 | CMYK, YCbCr, Lab, palettes, 1 bit, grey | converted; by its ICC profile where there is one |
+| PNG with a gamma (gAMA) and neither profile nor sRGB | brought to the gamma of a screen |
 | several frames or pages | refused, but for the second frames of a camera's multi-picture JPEG |
 """
 
@@ -24,6 +25,8 @@ from keygrip.data.bad_samples import open_image
 EXIF_ORIENTATION = 0x0112
 TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
 MATTE = (255, 255, 255)
+SCREEN_GAMMA = 2.2
+NEARLY = 0.05  # relative; the usual gAMA of 0.45455 is that of a screen
 # Colour spaces of ICC profiles by the modes of images that they can describe.
 PROFILED = {"RGB": "RGB", "RGBA": "RGB", "CMYK": "CMYK", "L": "GRAY"}
 
@@ -68,21 +71,45 @@ def rgb(image: Image.Image, white_is_zero: bool = False) -> Image.Image:
     Raises:
         ValueError: its numbers have no known white, or cannot be converted.
     """
+    exponent = _gamma_exponent(image)
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_grey_bytes(image, white_is_zero)).convert("RGB")
+        return Image.fromarray(_grey_bytes(image, white_is_zero, exponent)).convert("RGB")
     transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
     profile = image.info.get("icc_profile")
     if transparent or image.mode in ("P", "PA"):
         image = image.convert("RGBA" if transparent else "RGB")
     image = _without_profile(image, profile) if profile else image
+    if exponent != 1:
+        image = _with_exponent(image if image.mode == "RGBA" else image.convert("RGB"), exponent)
     if image.mode == "RGBA":
         below = Image.new("RGBA", image.size, (*MATTE, 255))
         return Image.alpha_composite(below, image).convert("RGB")
     return image.convert("RGB")
 
 
-def _grey_bytes(image: Image.Image, white_is_zero: bool) -> np.ndarray:
-    """uint8 [H, W] of an image whose pixels are 16-bit or 32-bit numbers."""
+def _gamma_exponent(image: Image.Image) -> float:
+    """What shares of white are raised to for a screen: 1 but for a PNG with a gamma and neither profile nor sRGB.
+
+    Raises:
+        ValueError: a gamma that no image has.
+    """
+    gamma = image.info.get("gamma")
+    if image.format not in ("PNG", None) or gamma is None or {"icc_profile", "srgb"} & set(image.info):
+        return 1.0
+    if not 0.1 <= gamma <= 10:
+        raise ValueError(f"its gamma (gAMA) is {gamma:g}: save it without")
+    exponent = 1 / (SCREEN_GAMMA * gamma)
+    return 1.0 if abs(exponent - 1) <= NEARLY else exponent
+
+
+def _with_exponent(image: Image.Image, exponent: float) -> Image.Image:
+    """RGB or RGBA with each colour as a share of white raised to a power; transparency stays."""
+    table = [round(255 * (value / 255) ** exponent) for value in range(256)]
+    return image.point(table * 3 + list(range(256)) * (image.mode == "RGBA"))
+
+
+def _grey_bytes(image: Image.Image, white_is_zero: bool, exponent: float = 1.0) -> np.ndarray:
+    """uint8 [H, W] of an image whose pixels are 16-bit or 32-bit numbers, as shares of white raised to the exponent."""
     values = np.asarray(image)
     if values.dtype.kind == "f":
         low, high = float(values.min()), float(values.max())
@@ -96,7 +123,7 @@ def _grey_bytes(image: Image.Image, white_is_zero: bool) -> np.ndarray:
         if low < 0 or high > 65535:
             raise ValueError(f"its integers lie in {low}..{high}, not in 0..65535: save it as 8 or 16 bit")
         shares = values.astype(np.float64) / 65535
-    shares = 1 - shares if white_is_zero else shares
+    shares = (1 - shares if white_is_zero else shares) ** exponent
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         shares = np.where(values == transparent, 1.0, shares)

@@ -5,7 +5,8 @@ Parts of a sample: "dinov3.npy" [D], "dinov3_patches.npy" [gh * gw, D], "vae.npy
 latent and view both show), `patch_grid` [gh, gw] and perhaps `evidence`. Half precision is enough for all of them. Text
 states may end with the last token (fewer than L rows); what is missing is padding. An image with several captions has
 them all as `captions` in its json, and the states and masks of the second and further ones as "t5h_1.npy", "t5m_1.npy",
-"t5h_2.npy" and so on.
+"t5h_2.npy" and so on. "image.png", where it is there, holds the image's own pixels, for evaluation: an autoencoder does
+not bring them back exactly.
 
 Columns: sizes of all parts, 0 where one is missing, so that what a set holds and lacks is known without opening it.
 """
@@ -21,8 +22,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from keygrip.data.bad_samples import BadSample, guard, npy_header, parse_json, parse_npy
+from keygrip.data.bad_samples import BadSample, guard, npy_header, open_image, parse_json, parse_npy
 from keygrip.data.shards.index import Parts, Row
 from keygrip.data.shards.reader import ShardSet
 
@@ -35,12 +37,14 @@ CLS, PATCHES, LATENT, TEXT, TEXT_MASK, RECORD = (
     "json",
 )
 NEEDED = (CLS, PATCHES, LATENT, TEXT, TEXT_MASK, RECORD)
+IMAGE = "image.png"
 MORE_TEXT = re.compile(r"^t5[hm]_[1-9]\d*\.npy$")
 
 
 @dataclass(frozen=True)
 class ImageTextSample:
-    """One image with its text; see :class:`keygrip.data.batches.ImageTextBatch` for the shapes without B."""
+    """One image with its text; see :class:`keygrip.data.batches.ImageTextBatch` for the shapes without B; `image` is
+    uint8 [H, W, 3], where it was asked for and is there."""
 
     latent: np.ndarray
     text_states: np.ndarray
@@ -50,6 +54,7 @@ class ImageTextSample:
     patch_grid: tuple[int, int]
     record: dict[str, Any]
     key: str
+    image: np.ndarray | None = None
 
 
 def text_names(number: int) -> tuple[str, str]:
@@ -74,13 +79,14 @@ def image_text_parts(
     record: Mapping[str, Any],
     trim_text: bool = False,
     more_text: Sequence[tuple[np.ndarray, np.ndarray]] = (),
+    image: np.ndarray | None = None,
 ) -> tuple[Parts, Row]:
     """Parts and columns of a sample.
 
     Args:
         record: what goes into "json"; needs `caption` and `patch_grid`, and `captions` where there are several.
         trim_text: leave out the text states of padding.
-        more_text: states and masks of the second and further captions.
+        more_text: states and masks of the second and further captions. image: uint8 [H, W, 3], to be kept too.
 
     Raises:
         ValueError: numbers that are not finite in half precision, or shapes that do not belong together.
@@ -102,6 +108,10 @@ def image_text_parts(
         parts[name] = npy_bytes(half)
     parts |= {name: npy_bytes(mask.astype(np.uint8)) for name, mask in masks.items()}
     parts[RECORD] = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+    if image is not None:
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "PNG")
+        parts[IMAGE] = buffer.getvalue()
     return parts, describe_image_text(parts)
 
 
@@ -181,18 +191,19 @@ def missing_parts(row: Mapping[str, Any]) -> list[str]:
     return [name for name, column in sizes.items() if not row[column]]
 
 
-def read_image_text(shards: ShardSet, sample: int, caption: int = 0) -> ImageTextSample:
+def read_image_text(shards: ShardSet, sample: int, caption: int = 0, with_image: bool = False) -> ImageTextSample:
     """A sample, in float32.
 
     Args:
         caption: which one, counted round where there are fewer; it is then `caption` in the record.
+        with_image: also the image's own pixels, where they were kept.
 
     Raises:
         BadSample: a part is missing, cannot be read, holds numbers that are not finite or has a shape that does not
             fit the others.
     """
     where = shards.where(sample)
-    parts = shards.read(sample, NEEDED)
+    parts = shards.read(sample, (*NEEDED, IMAGE) if with_image else NEEDED)
     missing = [name for name in NEEDED if name not in parts]
     if missing:
         raise BadSample(f"{where}: it has no {', '.join(missing)}")
@@ -228,6 +239,11 @@ def read_image_text(shards: ShardSet, sample: int, caption: int = 0) -> ImageTex
             raise ValueError(f"its parts do not belong together: {shapes}")
         if mask.ndim != 1 or not mask[:tokens].all() or not tokens <= len(states) <= len(mask):
             raise ValueError(f"{TEXT_MASK} {list(mask.shape)} with {tokens} tokens does not fit {list(states.shape)}")
+    image = None
+    if IMAGE in parts:
+        with open_image(parts[IMAGE], where) as opened:
+            image = np.asarray(opened.convert("RGB"))
     whole = np.zeros((len(mask), states.shape[1]), np.float32)
     whole[:tokens] = states[:tokens]  # zeros at padding, whatever the encoder left there
-    return ImageTextSample(values[LATENT], whole, mask, values[CLS], values[PATCHES], grid, record, shards.key(sample))
+    features = (values[LATENT], whole, mask, values[CLS], values[PATCHES])
+    return ImageTextSample(*features, grid, record, shards.key(sample), image)

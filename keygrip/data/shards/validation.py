@@ -17,6 +17,7 @@ from keygrip.artifacts import sha256_of
 from keygrip.data.bad_samples import BadSample, read_json
 from keygrip.data.image_text.bucket_folders import INFO, read_info, write_info
 from keygrip.data.image_text.samples import (
+    IMAGE,
     LATENT,
     MORE_TEXT,
     NEEDED,
@@ -187,13 +188,13 @@ def _examine_image(shards: ShardSet, sample: int, parts: Parts, report: ShardRep
     if not set(NEEDED) - set(parts):
         report.has["complete"] += 1
         try:
-            found = read_image_text(shards, sample)
+            found = read_image_text(shards, sample, with_image=True)
             if not found.record.get("caption"):
                 report.has["without_caption"] += 1
         except BadSample as error:
             report.problems.append(str(error))
             return
-    unknown = [name for name in parts if name not in NEEDED and not MORE_TEXT.match(name)]
+    unknown = [name for name in parts if name not in (*NEEDED, IMAGE) and not MORE_TEXT.match(name)]
     if unknown:
         report.problems.append(_unknown_member(shards.where(sample), unknown[0], ", ".join(NEEDED)))
     # The image alone: with another caption or in another file it must not stand on both sides of a split either.

@@ -78,14 +78,24 @@ class Attention(nn.Module):
             nn.init.zeros_(self.output.weight)
             nn.init.zeros_(self.output.bias)
 
-    def keys_values(self, context: Tensor) -> KeyValues:
-        """Keys and values of a context ``[B, M, Dc]``; a sampler computes those of a fixed context once."""
+    def keys_values(self, context: Tensor, angles: Tensor | None = None) -> KeyValues:
+        """Keys and values of a context ``[B, M, Dc]``; a sampler computes those of a fixed context once.
+
+        Args:
+            angles: see ``forward``.
+        """
         keys, values = (self._split(part) for part in self.key_value(context).chunk(2, dim=-1))
         if self.key_norm is not None:
             keys = _normed(self.key_norm, keys)
-        return KeyValues(keys, values)
+        return KeyValues(keys if angles is None else rotated(keys, angles), values)
 
-    def forward(self, x: Tensor, keys_values: KeyValues | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        keys_values: KeyValues | None = None,
+        mask: Tensor | None = None,
+        angles: Tensor | None = None,
+    ) -> Tensor:
         """``[B, N, D]``: what each query of ``x`` ``[B, N, D]`` reads.
 
         Args:
@@ -93,10 +103,14 @@ class Attention(nn.Module):
             mask: bool ``[B, M]``, ``[B, 1, M]`` or ``[B, N, M]``, True = attend. None attends to everything, which lets
                 the fastest kernels run; a mask over the context alone (the first two forms) is broadcast, never copied,
                 so that the memory-efficient kernels run. A query that may attend to nothing has no defined output.
+            angles: rotary positions of ``x``, ``[N, d / 2]`` or ``[B, N, d / 2]`` (see `rotated`); its queries and,
+                without another context, its keys are rotated by them.
         """
         if keys_values is None:
-            keys_values = self.keys_values(x)
-        read = _attend(self._queries(x, keys_values), keys_values, _broadcast(mask))
+            keys_values = self.keys_values(x, angles)
+        queries = self._queries(x, keys_values)
+        queries = queries if angles is None else rotated(queries, angles)
+        read = _attend(queries, keys_values, _broadcast(mask))
         return self.output(read.transpose(1, 2).flatten(2))
 
     @torch.no_grad()
@@ -143,6 +157,21 @@ def _attend(queries: Tensor, context: KeyValues, mask: Tensor | None) -> Tensor:
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf"))
     return logits.softmax(dim=-1, dtype=torch.float32).to(context.values.dtype) @ context.values
+
+
+def rotated(x: Tensor, angles: Tensor) -> Tensor:
+    """Queries or keys ``[B, H, N, d]`` with number i and number i + d / 2 of each head turned as a pair by the i-th
+    angle of its token: products of queries and keys then depend on the difference of their angles alone.
+
+    Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021).
+
+    Args:
+        angles: ``[N, d / 2]``, or ``[B, N, d / 2]`` where samples differ; radians.
+    """
+    angles = angles.float() if angles.ndim == 2 else angles.float()[:, None]
+    cos, sin = angles.cos(), angles.sin()
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 def _normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:

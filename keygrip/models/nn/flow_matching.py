@@ -113,6 +113,18 @@ class BetaTimesteps:
         return (first / (first + second) / self.top).clamp(max=1.0).to(device)
 
 
+def shifted(level: Tensor, shift: float) -> Tensor:
+    """Noise levels moved towards noise by a factor above 1 (towards data below 1): s' = shift s / (1 + (shift - 1) s).
+    Two shifts one after the other are one by their product."""
+    return shift * level / (1 + (shift - 1) * level)
+
+
+def resolution_shift(tokens: int, base: int) -> float:
+    """The shift under which images of so many latent tokens are as noised to the eye as ones of `base` tokens without
+    it: sqrt(tokens / base) (Esser et al., 2024, section 5.3.2)."""
+    return float((tokens / base) ** 0.5)
+
+
 # -- sampling ----------------------------------------------------------------------------------------------------------
 
 

@@ -20,10 +20,12 @@ log = logging.getLogger(__name__)
 
 
 class Autoencoder(Protocol):
-    """Pictures to latents and back. `stride` x `stride` pixels make a latent cell of `channels` numbers."""
+    """Images to latents and back. `stride` x `stride` pixels make a latent cell of `channels` numbers; `exact`: every
+    image comes back as it was."""
 
     channels: int
     stride: int
+    exact: bool
 
     def encode(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] -> float32 [B, C, H / stride, W / stride]."""
@@ -46,6 +48,8 @@ class PixelPacking:
 
     Channel c * edge^2 + i * edge + j is pixel (i, j) of colour c, in -1..1.
     """
+
+    exact = True
 
     def __init__(self, edge: int = 8) -> None:
         if edge < 1:
@@ -74,6 +78,8 @@ class FluxAutoencoder:
         subfolder: where a larger model keeps it; of no account where `source` is the part's own folder.
         dtype: of its weights. channels, stride: what it is expected to have.
     """
+
+    exact = False
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ from torch import Tensor
 from keygrip.models.patch_dit.autoencoders import Autoencoder, PixelPacking
 from keygrip.models.patch_dit.dino_view import COLOUR, GAMMA, GREY, DinoView, grey
 from keygrip.models.patch_dit.text_encoders import RandomWordVectors, TextEncoder
+from keygrip.models.patch_dit.trained_autoencoder import TrainedAutoencoder
 from keygrip.training.parts import model_part
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,11 @@ class Encoders:
             states, mask = self.text.encode(captions)
         return states.to(self.device), mask.to(self.device)
 
+    @property
+    def captions_cut(self) -> int:
+        """How many captions so far were longer than the text encoder takes, and were cut off."""
+        return self.text.cut
+
     def encode_view(self, views: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 [B, 3, vh, vw], of `view_size` -> cls float32 [B, D] and patches float32 [B, gh * gw, D], raw."""
         if views.dtype != torch.uint8 or views.ndim != 4:
@@ -118,12 +124,34 @@ class Encoders:
     @property
     def quick_fingerprint(self) -> str | None:
         """The fingerprint where it is known without loading large weights."""
-        small = isinstance(self.autoencoder, PixelPacking) and isinstance(self.text, RandomWordVectors)
+        small = isinstance(self.autoencoder, PixelPacking | TrainedAutoencoder)
+        small = small and isinstance(self.text, RandomWordVectors)
         return self.fingerprint if small and self.view.state() is not None else None
 
+    @property
+    def exact(self) -> bool:
+        """Whether latents hold every pixel."""
+        return self.autoencoder.exact
+
+    def weights(self) -> dict[str, dict[str, Tensor] | None]:
+        """Weights of the small parts, which travel with a model: of the DINO and of an autoencoder of our own; None of
+        parts that are known by name or have none."""
+        autoencoder = self.autoencoder
+        own = autoencoder.state() if isinstance(autoencoder, TrainedAutoencoder) else None
+        return {"view": self.view.state(), "autoencoder": own}
+
+    def load_weights(self, weights: dict[str, Any]) -> None:
+        """Takes back what :meth:`weights` gave. Raises ValueError: weights of another autoencoder."""
+        self.view.load_state(weights["view"])
+        if isinstance(self.autoencoder, TrainedAutoencoder):
+            own = weights.get("autoencoder")
+            if own is None:
+                raise ValueError("the checkpoint holds no weights of its autoencoder")
+            self.autoencoder.load_state(own)
+
     def state(self) -> dict[str, Any]:
-        """Tensors and plain values for a checkpoint: the fingerprint, and the weights of a small DINO."""
-        return {"fingerprint": self.fingerprint, "view": self.view.state()}
+        """Tensors and plain values for a checkpoint: the fingerprint, and the weights of small parts."""
+        return {"fingerprint": self.fingerprint, **self.weights()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes back what :meth:`state` gave.
@@ -131,7 +159,7 @@ class Encoders:
         Raises:
             ValueError: these are other encoders, and the result would be wrong images.
         """
-        self.view.load_state(state["view"])
+        self.load_weights(state)
         if self.fingerprint != state["fingerprint"]:
             raise ValueError(
                 f"these encoders have the fingerprint {self.fingerprint}, those of the checkpoint "

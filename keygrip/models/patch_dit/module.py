@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from keygrip.data.batches import ImageTextBatch, ImageTextStatistics
-from keygrip.models.nn.flow_matching import TimestepSampler, interpolate
+from keygrip.models.nn.flow_matching import TimestepSampler, interpolate, resolution_shift, shifted
 from keygrip.models.nn.lora import Adapter, LoRA, add_lora
 from keygrip.models.patch_dit.alignment import FeatureAlignment
 from keygrip.models.patch_dit.context import ConditionDropout, Conditions
@@ -54,6 +54,8 @@ class PatchDiTModule(System):
         init_from_min_share: of the network's numbers that must come from there. init_from_renames: regular expressions
             and their replacements, for names of other implementations.
         few_steps: distils the network of `init_from` into one that is drawn in few steps; None: plain training.
+        shift_tokens: images of more latent tokens than this are trained and drawn at noise levels nearer to noise, by
+            sqrt(tokens / shift_tokens), see `resolution_shift`; None: all at the same levels.
         lora: low-rank differences are trained, and the network stays as `init_from` has it; None: all is trained.
         monitor_every_n_steps: steps between looks at norms and attention; 0: none. monitor_from_step: warnings begin.
         log_images_every_n_steps: validations at least so many steps apart draw samples; 0: none. shown: per row.
@@ -89,8 +91,14 @@ class PatchDiTModule(System):
         init_from_renames: Mapping[str, str] | None = None,
         lora: LoRA | None = None,
         few_steps: FewSteps | None = None,
+        shift_tokens: int | None = None,
     ) -> None:
         super().__init__(optimizer)
+        if shift_tokens is not None and (shift_tokens < 1 or few_steps is not None):
+            raise ValueError(
+                "model.shift_tokens counts latent tokens, from 1, and model.few_steps has noise levels of its own: null"
+            )
+        self.shift_tokens = shift_tokens
         if min(monitor_every_n_steps, log_images_every_n_steps) < 0 or shown < 1:
             raise ValueError(
                 "model: monitor_every_n_steps and log_images_every_n_steps must not be negative, shown above 0"
@@ -122,7 +130,7 @@ class PatchDiTModule(System):
         )
         self.health = RangeChecks(RANGES, monitor_from_step)
         self.losses = LossTable()
-        self._view_state: dict[str, Tensor] | None = None
+        self._encoder_weights: dict[str, Any] = {"view": None, "autoencoder": None}
         self._encoders_ready = False
         self._drawn_at = -1
 
@@ -153,9 +161,16 @@ class PatchDiTModule(System):
                     f"Latents of {latent[0]} x {latent[1]} do not divide by model.network.patch_size="
                     f"{self.network.patch_size}."
                 )
-        self._view_state = self.encoders.view.state()
+        self._encoder_weights = dict(self.encoders.weights())
         if self.init_from is not None:
-            warm_start(self.network, self.init_from, self.init_from_renames, self.init_from_min_share)
+            report = warm_start(self.network, self.init_from, self.init_from_renames, self.init_from_min_share)
+            new = any(name.startswith("context_builder.dino_patch_proj") for name in report.missing)
+            if new and not self.network.separate_patches:
+                log.warning(
+                    "model.init_from=%s has no patches: in the joint context the new tokens change its output at once; "
+                    "with model.network.patch_attention=separate it is the same at step 0",
+                    self.init_from,
+                )
         elif self.lora is not None or self.few_steps is not None:
             raise ValueError("model.lora and model.few_steps want a trained network: name it with model.init_from=RUN")
         if self.few_steps is not None:
@@ -167,16 +182,16 @@ class PatchDiTModule(System):
         return None if self.lora is None else Adapter(self.network, self.lora)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[STATE] = {"statistics": self.statistics.plain(), "view": self._view_state}
+        checkpoint[STATE] = {"statistics": self.statistics.plain(), **self._encoder_weights}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if STATE not in checkpoint:
             raise ValueError("the checkpoint has no statistics of image shards: it was not written by this model")
         self.statistics.take_plain(checkpoint[STATE]["statistics"])
-        self._view_state = checkpoint[STATE]["view"]
+        self._encoder_weights = {name: checkpoint[STATE].get(name) for name in ("view", "autoencoder")}
 
     def ready_encoders(self) -> Encoders:
-        """The encoders on this module's device, with the stored weights of a small DINO.
+        """The encoders on this module's device, with the stored weights of their small parts.
 
         Raises:
             ValueError: they are not those that the training shards were made with: features would mean other things.
@@ -185,9 +200,9 @@ class PatchDiTModule(System):
             made_with = self.statistics.encoders
             if made_with == UNKNOWN:
                 log.warning("the training shards do not say with which encoders they were made: these are not checked")
-                self.encoders.view.load_state(self._view_state)
+                self.encoders.load_weights(self._encoder_weights)
             else:
-                self.encoders.load_state({"view": self._view_state, "fingerprint": made_with})
+                self.encoders.load_state({**self._encoder_weights, "fingerprint": made_with})
             self._encoders_ready = True
         return self.encoders.to(self.device)
 
@@ -232,6 +247,19 @@ class PatchDiTModule(System):
         """As of the base, and the tokens of a latent."""
         return {"latent_tokens": int(np.prod(self.network.grid(batch.latents)))} | super().dry_run(batch)
 
+    def shift_of(self, latents: Tensor) -> float:
+        """How far the noise levels of latents ``[B, C, h, w]`` are shifted for their resolution; 1: not at all."""
+        if self.shift_tokens is None:
+            return 1.0
+        rows, columns = self.network.grid(latents)
+        return resolution_shift(rows * columns, self.shift_tokens)
+
+    def sampling_at(self, size: tuple[int, int], sampling: Sampling | None = None) -> Sampling:
+        """How latents of (h, w) are drawn: the module's own sampling or another, shifted for the resolution."""
+        usual = sampling or self.sampling
+        shift = self.shift_of(torch.empty(0, self.network.latent_channels, *size))
+        return replace(usual, timestep_shift=usual.timestep_shift * shift)
+
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
         data = self.statistics.normalised("latent", batch.latents)
         conditions, aspect, count = self.statistics.conditions(batch), aspect_of(data), len(data)
@@ -240,6 +268,7 @@ class PatchDiTModule(System):
             self.log("train/loss", loss.detach(), prog_bar=True, batch_size=count)
             return loss
         level, category = self.timesteps(count, self.device), self.dropout.draw(count, self.device)
+        level = shifted(level, self.shift_of(data))
         keep_text, keep_cls, keep_patches = self.dropout.kept(category)
         context = self.network.context_builder(conditions, keep_text, keep_cls, aspect, keep_patches)
         output, losses = self.noised(data, torch.randn_like(data), level, context)
@@ -340,7 +369,7 @@ class PatchDiTModule(System):
             conditions: normalised, of len(seeds) samples; see `keygrip.models.patch_dit.feature_statistics`.
             size: (h, w) of the latents. sampling: None: the module's own. on_step, edit: see `sample`.
         """
-        latents = sample(self.network, conditions, size, sampling or self.sampling, seeds, on_step, edit=edit)
+        latents = sample(self.network, conditions, size, self.sampling_at(size, sampling), seeds, on_step, edit=edit)
         return self.encoders.to(self.device).decode_latents(self.statistics.restored(latents))
 
     @torch.no_grad()

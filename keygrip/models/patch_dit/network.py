@@ -24,7 +24,7 @@ from keygrip.models.nn.attention import Attention, KeyValues
 from keygrip.models.nn.flow_matching import velocity, velocity_from_data
 from keygrip.models.nn.sinusoids import LevelEmbedding
 from keygrip.models.patch_dit.context import Context, ContextBuilder
-from keygrip.models.patch_dit.positions import grid_positions, position_features
+from keygrip.models.patch_dit.positions import grid_positions, position_features, rotary_angles
 from keygrip.models.patch_dit.routing import TokenRouting
 from keygrip.training.parts import model_part
 
@@ -107,6 +107,7 @@ class DiTBlock(nn.Module):
         watched: list[Tensor] | None = None,
         groups: tuple[int, ...] = (),
         patches: Tensor | None = None,
+        angles: Tensor | None = None,
     ) -> Tensor:
         """``[B, N, D]``.
 
@@ -116,6 +117,7 @@ class DiTBlock(nn.Module):
             cache: filled or read at ``number``; its CLS token stands at ``cls_place``.
             watched: takes the attention shares ``[B, len(groups)]`` of this block's cross-attention.
             patches: ``[B, P, D]``, for the attention of their own, where there is one.
+            angles: rotary positions of x, ``[N, d / 2]`` or ``[B, N, d / 2]``, for the self-attention.
         """
         parts = [part[:, None] for part in self.modulation(condition)]
         shifts, scales, gates = parts[:3], parts[3:6], parts[6:]
@@ -126,7 +128,7 @@ class DiTBlock(nn.Module):
         def gated(branch: int, value: Tensor) -> Tensor:
             return gates[branch] * value if self.gated else value
 
-        x = x + gated(0, self.self_attention(inner(0)))
+        x = x + gated(0, self.self_attention(inner(0), angles=angles))
         context = self._context(tokens, cache, number, cls_place)
         asking = inner(1)
         if watched is not None:
@@ -176,6 +178,8 @@ class PatchDiT(nn.Module):
             cross-attention for them, see `DiTBlock`.
         final_modulation: the last norm is shifted and scaled by the condition and the noise level, as in DiT; starts
             as nothing.
+        rotary: the self-attention also has rotary positions in two dimensions, beside the sinusoids that latent tokens
+            and patches share.
         qk_norm: normalise queries and keys.
         routing: in training, a share of the tokens passes by the middle blocks; None: all go through all.
         gradient_checkpointing: recompute activations in the backward pass; about a third more time, far less memory.
@@ -205,8 +209,13 @@ class PatchDiT(nn.Module):
         gradient_checkpointing: bool = False,
         patch_attention: PatchAttention = "joint",
         final_modulation: bool = False,
+        rotary: bool = False,
     ) -> None:
         super().__init__()
+        if rotary and (width % heads or width // heads % 4):
+            raise ValueError(
+                f"model.network.rotary=true needs heads whose width divides by 4, not {width} / {heads} numbers."
+            )
         if patch_attention not in ("joint", "separate"):
             raise ValueError(f"model.network.patch_attention is joint or separate, not {patch_attention!r}.")
         if patch_attention == "separate" and not use_dino_patches:
@@ -235,6 +244,7 @@ class PatchDiT(nn.Module):
         self.timestep_floor = 0.05 if timestep_floor is None else timestep_floor
         self.use_dino_patches, self.position_cells = use_dino_patches, position_cells
         self.routing, self.gradient_checkpointing = routing, gradient_checkpointing
+        self.rotary, self.d_head = rotary, width // heads
         self.context_builder = ContextBuilder(
             width, text_dim, dino_dim, use_dino_patches, patch_positions, position_cells
         )
@@ -281,6 +291,8 @@ class PatchDiT(nn.Module):
         hidden = self.latent_in(self._to_tokens(x))
         where = grid_positions((rows, columns), columns / rows, x.device)
         hidden = hidden + position_features(where, self.width, self.position_cells).to(hidden.dtype)
+        angles = rotary_angles(where, self.d_head, self.position_cells) if self.rotary else None
+        turned = angles  # of the tokens that go through the block
         tapped: Tapped | None = None
         whole, index = hidden, None
         for number, block in enumerate(self.blocks):
@@ -288,15 +300,17 @@ class PatchDiT(nn.Module):
                 if number == self.routed[0]:
                     whole, index = hidden, self.routing.choose(hidden.shape[0], hidden.shape[1], hidden.device)
                     hidden = self.routing.take(whole, index)
+                    turned = None if angles is None else angles[index]  # [B, K, d / 2]
                 elif number == self.routed[1] and index is not None:
-                    hidden, index = self.routing.put_back(whole, hidden, index), None
+                    hidden, index, turned = self.routing.put_back(whole, hidden, index), None, angles
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 hidden = checkpoint(
-                    block, hidden, condition, tokens, mask, None, 0, 0, None, (), patches, use_reentrant=False
+                    block, hidden, condition, tokens, mask, None, 0, 0, None, (), patches, turned, use_reentrant=False
                 )
             else:
                 hidden = block(
-                    hidden, condition, tokens, mask, cache, number, cls_place, watched, context.groups, patches
+                    *(hidden, condition, tokens, mask, cache, number, cls_place, watched, context.groups, patches),
+                    turned,
                 )
             if tap is not None and number + 1 == tap:
                 tapped = Tapped(hidden, index)

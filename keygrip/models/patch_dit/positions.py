@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+ROTARY_BASE = 100.0  # ratio of the fastest to the slowest rotation; images have tens of cells, not thousands of words
+
 
 def grid_positions(grid: tuple[int, int], aspect: float, device: torch.device | str | None = None) -> Tensor:
     """Centres (y, x) of the cells of a grid over an image, row after row, ``[rows * columns, 2]`` float32.
@@ -38,3 +40,22 @@ def position_features(positions: Tensor, width: int, cells: int) -> Tensor:
     rates = math.pi * torch.logspace(math.log10(0.5), math.log10(cells), width // 4, device=positions.device)
     angles = positions[:, :, None] * rates  # [N, 2, width / 4]
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
+
+
+def rotary_angles(positions: Tensor, head: int, cells: int) -> Tensor:
+    """Angles of rotary positions in two dimensions, ``[N, head / 2]`` float32 radians: half of them of y, half of x.
+
+    Args:
+        positions: ``[N, 2]``, from `grid_positions`.
+        head: width of an attention head, a multiple of 4.
+        cells: of the finest grid, along a side: the fastest angle turns by one radian per cell of it, the slowest by
+            nearly a hundredth of that (`ROTARY_BASE`), so that the whole image lies on one slope.
+
+    Raises:
+        ValueError: a width that does not divide by 4.
+    """
+    if head % 4:
+        raise ValueError(f"Rotary positions in two dimensions need heads whose width divides by 4, got {head}.")
+    count = head // 4
+    rates = cells * ROTARY_BASE ** (-torch.arange(count, device=positions.device, dtype=torch.float32) / count)
+    return (positions[:, :, None] * rates).flatten(1)

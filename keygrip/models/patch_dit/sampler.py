@@ -150,6 +150,12 @@ class Sampling:
         rescaled = any(self._rescale(term.name) for term in self.terms(conditions))
         return tuple(name for name, weight in weights.items() if rescaled or abs(weight) > NEGLIGIBLE)
 
+    def evaluations(self, conditions: Conditions) -> int:
+        """How often the network is evaluated for one sample."""
+        levels = noise_levels(self.steps, self.timestep_shift)
+        visited = levels[:-1] + (levels[1:-1] if self.solver == "heun" else [])
+        return sum(len(self.branches(conditions, level)) for level in visited)
+
     def combine(self, velocities: dict[str, Tensor], x: Tensor, level: float, conditions: Conditions) -> Tensor:
         """The velocity to follow, from those of `branches`."""
         if len(velocities) == 1:

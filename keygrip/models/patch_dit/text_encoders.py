@@ -24,10 +24,11 @@ log = logging.getLogger(__name__)
 
 
 class TextEncoder(Protocol):
-    """Captions to states of `length` tokens and `width` numbers each."""
+    """Captions to states of `length` tokens and `width` numbers each. `cut`: captions so far that were longer."""
 
     length: int
     width: int
+    cut: int
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """float32 [B, L, Dt] with zeros at padding, and bool [B, L], True for tokens, which come first."""
@@ -54,15 +55,15 @@ class RandomWordVectors:
     def __init__(self, length: int = 16, width: int = 64) -> None:
         if length < 1 or width < 1:
             raise ValueError(f"encoders.text: length {length} and width {width} must be at least 1")
-        self.length, self.width = length, width
-        self._said = False
+        self.length, self.width, self.cut = length, width, 0
 
     def tokens(self, caption: str) -> list[str]:
         """The words of a caption, as many as fit."""
         words = re.findall(r"[^\W\d_]+|\d+|[^\w\s]|_", caption.lower())
-        if len(words) > self.length and not self._said:
-            self._said = True
-            log.warning("captions of more than %d words are cut off, the first: %s", self.length, caption[:100])
+        if len(words) > self.length:
+            if not self.cut:
+                log.warning("captions of more than %d words are cut off, the first: %s", self.length, caption[:100])
+            self.cut += 1
         return words[: self.length]
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -116,6 +117,7 @@ class T5Text:
     ) -> None:
         self.source, self.length, self.width, self.dtype = source, length, width, named_dtype(dtype)
         self.subfolder, self.tokenizer_subfolder = subfolder, tokenizer_subfolder
+        self.cut = 0
         self.device: torch.device | str = "cpu"
         self._parts: tuple[Any, Any] | None = None
 
@@ -153,6 +155,11 @@ class T5Text:
         found = tokenizer(
             list(captions), max_length=self.length, truncation=True, padding="longest", return_tensors="pt"
         )
+        whole = tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]
+        longer = [caption for caption, tokens in zip(captions, whole, strict=True) if len(tokens) > self.length]
+        if longer and not self.cut:
+            log.warning("captions of more than %d tokens are cut off, the first: %s", self.length, longer[0][:100])
+        self.cut += len(longer)
         ids, mask = (found[name].to(self.device) for name in ("input_ids", "attention_mask"))
         states = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
         mask = mask.bool()

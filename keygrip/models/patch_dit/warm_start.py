@@ -1,7 +1,15 @@
 """Warm start: what of another checkpoint fits is taken, what does not is listed, and too little is an error.
 
-Names of other implementations are translated: by the usual ones below, and by rules of one's own. Fused layers are
-split (``qkv`` into query and key_value), and parameters that differ by axes of length 1 are taken.
+Names of other implementations are translated: by the usual ones below, and by rules of one's own. What lies otherwise
+there is brought into our order, for a layer of the right name and shape with its rows in another order would be taken
+without a word:
+
+- ``qkv`` is split into query and key_value;
+- ``adaLN_modulation.1`` gives shift and scale (and gate) of one branch after the other, ours all shifts, then all
+  scales;
+- ``final_proj`` and ``final_layer.linear`` give a token's numbers by (row, column, channel), ours by channel first;
+- null embeddings in the features' own space, before the projection, are projected;
+- a layer that has no bias there gets one of zeros here, and parameters that differ by axes of length 1 are taken.
 """
 
 from __future__ import annotations
@@ -9,7 +17,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -37,10 +45,17 @@ USUAL = {
     r"\.mlp\.fc2\.": ".mlp.2.",
     r"\.(ff\.net\.0\.proj)\.": ".mlp.0.",
     r"\.(ff\.net\.2)\.": ".mlp.2.",
+    r"^final_layer\.(adaLN_modulation\.1|adaln_modulation\.1|modulation\.1)\.": "final_modulation.linear.",
     r"\.(adaLN_modulation\.1|adaln_modulation\.1|modulation\.1)\.": ".modulation.linear.",
     r"^(x_embedder|patch_embed)\.(proj\.)?": "latent_in.",
+    r"^(t_embedder|time_embed|timestep_embedder)\.mlp\.": "level_embedding.mlp.",
+    r"^(final_proj|final_layer\.linear|proj_out)\.": "latent_out.",
+    r"^null_dino_patch_token$": "null_dino_patches",
     r"^(context_builder\.)?((text|dino|dino_patch)_proj\.|null_(text|dino|dino_patches)$)": r"context_builder.\2",
 }
+BUILDER = "context_builder."
+PROJECTED = {"null_text": "text_proj", "null_dino": "dino_proj", "null_dino_patches": "dino_patch_proj"}
+PARTS = (6, 9)  # of a block's modulation: shift and scale of three branches, perhaps with their gates
 
 
 @dataclass(frozen=True)
@@ -49,19 +64,22 @@ class WarmStart:
 
     Args:
         loaded: taken over. unexpected: in the file and not of the network. missing: of the network and not in the file.
-            reshaped: in both, with other shapes, as "name (file -> network)". The last two stay as initialised.
+            reshaped: in both, with other shapes, as "name (file -> network)". zeroed: biases of layers that have none
+            in the file, among the missing too. What else is missing or reshaped stays as initialised.
     """
 
     loaded: list[str]
     missing: list[str]
     unexpected: list[str]
     reshaped: list[str]
+    zeroed: list[str] = field(default_factory=list)
 
     def describe(self) -> list[str]:
         """One line for each list, long ones cut."""
         lines = [f"{len(self.loaded)} parameters taken over"]
         for title, names in (
-            ("new, initialised afresh", self.missing),
+            ("new, initialised afresh", [name for name in self.missing if name not in self.zeroed]),
+            ("biases set to zero, the file has none", self.zeroed),
             ("not of this network, left out", self.unexpected),
             ("of another shape, initialised afresh", self.reshaped),
         ):
@@ -103,7 +121,7 @@ def take(
 ) -> WarmStart:
     """As `warm_start`, from weights by name."""
     own = {plain_name(name): parameter for name, parameter in network.named_parameters()}
-    found = translated(weights, own, renames or {})
+    found = translated(weights, own, renames or {}, int(getattr(network, "patch_size", 1)))
     for name, value in found.items():  # such as a null embedding of shape [1, 1, D]
         if name in own and value.shape != own[name].shape and _squeezed(value) == _squeezed(own[name]):
             found[name] = value.reshape(own[name].shape)
@@ -131,13 +149,23 @@ def take(
         )
     for name in loaded:
         own[name].copy_(found[name])
-    return WarmStart(loaded, missing, sorted(name for name in found if name not in own), reshaped)
+    layers = {f"{name}.bias" for name, layer in network.named_modules() if isinstance(layer, nn.Linear)}
+    layers = {plain_name(name) for name in layers}
+    zeroed = [name for name in missing if name in layers and f"{name.removesuffix('bias')}weight" in loaded]
+    for name in zeroed:
+        own[name].zero_()
+    unexpected = sorted(name for name in found if name not in own)
+    return WarmStart(loaded, missing, unexpected, reshaped, zeroed)
 
 
 def translated(
-    weights: Mapping[str, Tensor], own: Mapping[str, Tensor], renames: Mapping[str, str]
+    weights: Mapping[str, Tensor], own: Mapping[str, Tensor], renames: Mapping[str, str], patch_size: int = 1
 ) -> dict[str, Tensor]:
-    """Weights under the network's names where rules lead to one; others under their own, without a wrapper's prefix.
+    """Weights under the network's names and in its order where rules lead to one; others under their own, without a
+    wrapper's prefix.
+
+    Args:
+        patch_size: of the network, by which the output layer's rows are put in order.
 
     Raises:
         ValueError: a rule is no regular expression.
@@ -150,13 +178,40 @@ def translated(
     found: dict[str, Tensor] = {}
     for name, value in weights.items():
         plain = _own_name(name, own)
+        for pattern, replacement in renames.items():
+            plain = plain if plain in own else re.sub(pattern, replacement, plain)
         if plain not in own:
-            for rules in (renames, USUAL):
-                for pattern, replacement in rules.items():
-                    plain = plain if plain in own else re.sub(pattern, replacement, plain)
+            for pattern, replacement in USUAL.items():
+                plain = plain if plain in own else re.sub(pattern, replacement, plain)
+            value = _in_our_order(plain, value, own, patch_size) if plain in own else value
         parts = _split(plain, value)
         fits = plain in own or any(part in own for part in parts)
         found |= parts if fits else {_own_name(name, own): value}
+    return _projected(found, own)
+
+
+def _in_our_order(name: str, value: Tensor, own: Mapping[str, Tensor], patch_size: int) -> Tensor:
+    """A parameter of another implementation, by our name for it, with its rows as they stand here."""
+    cells = patch_size**2
+    if name.startswith("latent_out.") and not value.shape[0] % cells:
+        return value.unflatten(0, (cells, -1)).transpose(0, 1).flatten(0, 1)
+    if name.startswith("blocks.") and ".modulation.linear." in name:
+        count, rest = divmod(value.shape[0], own[f"{name.rpartition('.')[0]}.weight"].shape[1])
+        if count in PARTS and not rest:
+            return value.unflatten(0, (3, count // 3, -1)).transpose(0, 1).flatten(0, 2)
+    return value
+
+
+def _projected(found: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With null embeddings that lie in the features' space brought through their projection, as features are."""
+    for null, projection in PROJECTED.items():
+        weight = found.get(f"{BUILDER}{projection}.weight")
+        value, bias = found.get(BUILDER + null), found.get(f"{BUILDER}{projection}.bias")
+        if value is None or weight is None or BUILDER + null not in own or weight.ndim != 2:
+            continue
+        if value.numel() == weight.shape[1] and value.numel() != own[BUILDER + null].numel():
+            seen = weight.float() @ value.float().flatten()
+            found[BUILDER + null] = (seen if bias is None else seen + bias.float()).to(value)
     return found
 
 

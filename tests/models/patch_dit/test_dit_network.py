@@ -11,9 +11,11 @@ from dit_parts import CHANNELS, conditions_of, flags, small_dit
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from keygrip.models.nn.attention import rotated
 from keygrip.models.nn.flow_matching import interpolate, velocity_from_data
 from keygrip.models.patch_dit.context import Conditions, Context
-from keygrip.models.patch_dit.network import PatchDiT
+from keygrip.models.patch_dit.network import ContextCache, PatchDiT
+from keygrip.models.patch_dit.positions import grid_positions, rotary_angles
 from keygrip.models.patch_dit.routing import TokenRouting
 
 BOTH = flags(True, True)
@@ -264,3 +266,56 @@ def test_errors_name_the_setting() -> None:
             small_dit(**changes)
     with pytest.raises(ValueError, match="sides divide by 2"):
         velocity(small_dit(), conditions_of(), latents(5, 8))
+
+
+# ---- rotary positions ------------------------------------------------------------------------------------------------
+
+
+def test_products_under_rotation_depend_on_the_distance_alone() -> None:
+    """Queries and keys of two pairs of places that lie alike to each other, in a square and a wide grid."""
+    for grid, aspect in (((4, 4), 1.0), ((3, 6), 2.0)):
+        angles = rotary_angles(grid_positions(grid, aspect), 16, 8)
+        query, key = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0))
+
+        def product(asked: int, told: int, angles: Tensor = angles, q: Tensor = query, k: Tensor = key) -> float:
+            return float((rotated(q, angles[asked : asked + 1]) * rotated(k, angles[told : told + 1])).sum())
+
+        columns = grid[1]
+        for step in (1, columns, columns + 1):  # right, down, both
+            assert product(0, step) == pytest.approx(product(1, step + 1), abs=1e-5)
+        assert product(0, 1) != pytest.approx(product(0, columns), abs=1e-3)
+        assert product(0, 1) != pytest.approx(product(1, 0), abs=1e-3)
+        torch.testing.assert_close(rotated(query, angles).norm(dim=-1), query.norm(dim=-1).expand(1, 1, len(angles)))
+
+
+def test_rotary_positions_enter_the_self_attention_alone() -> None:
+    """They change the output and add no parameter; a cached context and checkpointed gradients stay the same."""
+    plain, turned = small_dit(depth=2), small_dit(depth=2, rotary=True)
+    turned.load_state_dict(plain.state_dict())
+    conditions = conditions_of()
+    assert difference(velocity(plain, conditions), velocity(turned, conditions)) > 0.01
+    x, level, told = latents(), torch.tensor([0.3, 0.8]), context(turned, conditions)
+    cache = ContextCache()
+    with torch.no_grad():
+        turned(x, torch.tensor([0.9, 0.9]), told, cache=cache)
+        torch.testing.assert_close(turned(x, level, told, cache=cache).velocity, velocity(turned, conditions))
+    with pytest.raises(ValueError, match=r"model\.network\.rotary=true needs heads whose width divides by 4"):
+        small_dit(width=36, heads=6, rotary=True)
+
+
+def test_routed_tokens_keep_their_places() -> None:
+    """A block with the angles of the tokens that were routed to it gives what it gives them among tokens that it may
+    not look at: here its self-attention on the same tokens with angles picked by hand."""
+    network = small_dit(rotary=True, depth=4, routing=TokenRouting(0.5, 1, -1)).train()
+    seen: list[Tensor] = []
+    for block in network.blocks:
+        block.self_attention.register_forward_pre_hook(  # type: ignore[union-attr]
+            lambda module, args, kwargs: seen.append(kwargs["angles"]), with_kwargs=True
+        )
+    network(latents(), torch.tensor([0.3, 0.8]), context(network, conditions_of()))
+    whole = seen[0]
+    assert [angles.shape[-2] for angles in seen] == [16, 8, 8, 16]
+    assert torch.equal(seen[3], whole)
+    for sample in seen[1]:  # rows of the whole table, in order
+        places = [int((whole == row).all(1).nonzero()[0]) for row in sample]
+        assert places == sorted(set(places))

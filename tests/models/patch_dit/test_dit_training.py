@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from dit_parts import SMALL, write_images
+from omegaconf import OmegaConf
 
 from keygrip import train
 from keygrip.config import compose
+from keygrip.data.batches import ImageTextBatch
+from keygrip.models.nn.flow_matching import noise_levels, shifted
 from keygrip.models.patch_dit.module import PatchDiTModule
-from keygrip.training.checkpoints import load_module, read_checkpoint
+from keygrip.training.checkpoints import build_module, load_module, read_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -189,12 +194,46 @@ def test_warm_start_from_the_baseline(
     with caplog.at_level(logging.INFO):
         train.run(compose("train", overrides("warm", *frozen, f"model.init_from={tmp_path / 'cls'}")))
     assert "3 new, initialised afresh" in caplog.text
+    assert "with model.network.patch_attention=separate it is the same at step 0" in caplog.text
     assert "context_builder.null_dino_patches" in caplog.text
     average = read_checkpoint(tmp_path / "cls")["ema"]["parameters"]
     now = read_checkpoint(tmp_path / "warm")["state_dict"]
     for name, value in average.items():
         torch.testing.assert_close(now[name], value, atol=1e-6, rtol=0, msg=name)
     assert now["network.context_builder.null_dino_patches"].abs().max() < 1e-9
+
+
+def test_noise_levels_are_shifted_by_the_resolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training and sampling alike: 16 tokens where 4 are unshifted are twice as far towards noise."""
+    config = OmegaConf.to_container(compose("train", [*SMALL, "model.shift_tokens=4"]), resolve=True)
+    module = build_module(config)  # type: ignore[arg-type]
+    assert isinstance(module, PatchDiTModule)
+    assert module.sampling_at((2, 2)).timestep_shift == 1
+    assert module.sampling_at((4, 4)).timestep_shift == 2
+    assert module.sampling_at((4, 4), replace(module.sampling, timestep_shift=3.0)).timestep_shift == 6
+    twice = [shifted(torch.tensor(level), 3.0) for level in noise_levels(4, 2.0)]
+    torch.testing.assert_close(torch.stack(twice), torch.tensor(noise_levels(4, 6.0)))
+
+    module.statistics.known.fill_(True)
+    module._trainer = SimpleNamespace(global_step=0, log_every_n_steps=10**9)  # type: ignore[assignment]
+    module.monitor_every_n_steps = 0
+    levels: list[torch.Tensor] = []
+    plain = module.noised
+
+    def noised(data: torch.Tensor, noise: torch.Tensor, level: torch.Tensor, context: Any) -> Any:
+        levels.append(level)
+        return plain(data, noise, level, context)
+
+    monkeypatch.setattr(module, "noised", noised)
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    monkeypatch.setattr(module, "timesteps", lambda count, device: torch.full((count,), 0.5))
+    features = (torch.rand(2, 6, 8), torch.ones(2, 6, dtype=torch.bool), torch.rand(2, 16), torch.rand(2, 9, 16))
+    for edge, level in ((2, 0.5), (4, 2 / 3)):
+        batch = ImageTextBatch(torch.rand(2, 48, edge, edge), *features, (3, 3), [""] * 2, ["a", "b"], [{}, {}])
+        module.training_step(batch, 0)
+        torch.testing.assert_close(levels.pop(), torch.full((2,), level))
+    with pytest.raises(ValueError, match=r"model\.shift_tokens counts latent tokens"):
+        build_module(OmegaConf.to_container(compose("train", [*SMALL, "model.shift_tokens=0"]), resolve=True))  # type: ignore[arg-type]
 
 
 def test_headline_recipes() -> None:

@@ -28,6 +28,8 @@ class ImageEncoders(ViewShapes, Protocol):
     latent_stride: int
 
     @property
+    def captions_cut(self) -> int: ...
+    @property
     def fingerprint(self) -> str: ...
     @property
     def description(self) -> dict[str, Any]: ...
@@ -89,12 +91,19 @@ class Encoded:
     patches: np.ndarray
     more_text: Mapping[int, list[tuple[np.ndarray, np.ndarray]]] = field(default_factory=dict)
 
-    def sample(self, number: int, record: Mapping[str, Any], trim_text: bool) -> tuple[Parts, Row]:
-        """Parts and columns of one of them. Raises ValueError: numbers that cannot be stored."""
+    def sample(
+        self, number: int, record: Mapping[str, Any], trim_text: bool, image: np.ndarray | None = None
+    ) -> tuple[Parts, Row]:
+        """Parts and columns of one of them, with its own pixels uint8 [H, W, 3] where they are given.
+
+        Raises:
+            ValueError: numbers that cannot be stored.
+        """
         n = number
         return image_text_parts(
             *(self.latents[n], self.states[n], self.mask[n], self.cls[n], self.patches[n], record, trim_text),
             self.more_text.get(n, ()),
+            image,
         )
 
 

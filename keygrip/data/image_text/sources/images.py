@@ -36,7 +36,7 @@ from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
 
-DECODING = 2  # of images and captions: shards of another number hold other pixels of odd images
+DECODING = 3  # of images and captions: shards of another number hold other pixels of odd images
 FAILED_FILE = "failed.jsonl"
 NAMED_AT_MOST = 10
 LOOK_AGAIN_S = 2.0
@@ -54,6 +54,7 @@ class Prepared:
         items: images that this call took on. data_wait_share: of the time from the first batch on, how much this
             process waited for images; the encoders are saturated where it is near 0. encode_share: spent in encoders.
         start_s: until the first batch was there: reading the list, loading the encoders, starting the loaders.
+        captions_cut: of this call's, longer than the text encoder takes.
         failed: of the whole set, listed in failed.jsonl. duplicates: files with the content of another one, listed too.
     """
 
@@ -61,6 +62,7 @@ class Prepared:
     shards: int = 0
     samples: int = 0
     items: int = 0
+    captions_cut: int = 0
     failed: int = 0
     duplicates: int = 0
     buckets: dict[str, int] = field(default_factory=dict)
@@ -121,6 +123,7 @@ def images(
     max_enlargement: float = 1.0,
     max_failed_share: float = 0.1,
     trim_text: bool = True,
+    keep_images: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Writes the shards of a folder of images; shards that are complete are kept, images added later get their own.
@@ -139,6 +142,8 @@ def images(
         max_enlargement: images that would have to be enlarged more are left out.
         max_failed_share: more broken images than this are an error.
         trim_text: do not store text states of padding: 512 x 4096 numbers are 4 MB per image.
+        keep_images: store the images too, as PNG: evaluation then compares with them, and not with what the autoencoder
+            makes of them.
 
     Returns:
         the fields of :class:`Prepared`.
@@ -170,6 +175,7 @@ def images(
         "max_enlargement": max_enlargement,
         "trim_text": trim_text,
         "decoding": DECODING,
+        **({"keep_images": True} if keep_images else {}),  # sets that were begun without it go on
     }
     check_settings(root, settings)
     items = frozen_items(root, source, buckets, max_enlargement, progress and rank.rank == 0)
@@ -186,18 +192,20 @@ def images(
     if workers is None:
         workers = min((os.cpu_count() or 1) - 1, 16)
     sizes = ViewSizes.of(encoders, buckets)
-    clock = Clock()
+    clock, cut_before = Clock(), encoders.captions_cut
     with Progress(total=open_items, desc=f"encode {source}", unit="image", shown=progress and rank.rank == 0) as bar:
         while any(not job.done for job in jobs):
             claims = Claims(jobs, batch_size, rank.rank * len(jobs) // rank.ranks)
-            taken = _encode(
-                claims, SourceImages(jobs, source, sizes), encoders, workers, trim_text, clock, bar, started
-            )
+            thread = ShardThread(claims, trim_text, keep_images)
+            taken = _encode(claims, SourceImages(jobs, source, sizes), encoders, workers, thread, clock, bar, started)
             result.items += taken
             if not taken:  # all that is left is another process's
                 if rank.rank > 0:
                     break
                 time.sleep(LOOK_AGAIN_S)  # it may die, and its shards be free again
+    result.captions_cut = encoders.captions_cut - cut_before
+    if result.captions_cut:
+        log.warning("%d captions are longer than the text encoder takes, and were cut off", result.captions_cut)
     spent = max(clock.spent, 1e-9)
     result.items_per_s, result.start_s = round(result.items / spent, 3), round(clock.start or 0.0, 2)
     result.data_wait_share, result.encode_share = round(clock.wait / spent, 4), round(clock.busy / spent, 4)
@@ -220,7 +228,7 @@ def _encode(
     images: SourceImages,
     encoders: ImageEncoders,
     workers: int,
-    trim_text: bool,
+    thread: ShardThread,
     clock: Clock,
     bar: Progress,
     started: float,
@@ -235,7 +243,6 @@ def _encode(
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
     )
-    thread = ShardThread(claims, trim_text)
     taken, begun = 0, time.perf_counter()
     try:
         batches: Iterator[ReadyBatch] = iter(loader)

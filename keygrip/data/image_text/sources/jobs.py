@@ -187,8 +187,8 @@ class ViewSizes:
 class ShardThread:
     """Writes shards in the order of batches, in a thread of its own; at most a few batches wait."""
 
-    def __init__(self, claims: Claims, trim_text: bool) -> None:
-        self.claims, self.trim_text = claims, trim_text
+    def __init__(self, claims: Claims, trim_text: bool, keep_images: bool = False) -> None:
+        self.claims, self.trim_text, self.keep_images = claims, trim_text, keep_images
         self._pool = ThreadPoolExecutor(1, "shards")
         self._pending: list[Future[None]] = []
         self._writer: ShardWriter | None = None
@@ -218,8 +218,10 @@ class ShardThread:
         self._failed += batch.failed
         for number, key in enumerate(batch.keys):
             assert encoded is not None
+            assert batch.pixels is not None
+            image = batch.pixels[number].permute(1, 2, 0).numpy() if self.keep_images else None
             try:
-                self._writer.add(key, *encoded.sample(number, batch.records[number], self.trim_text))
+                self._writer.add(key, *encoded.sample(number, batch.records[number], self.trim_text, image))
             except ValueError as error:
                 self._failed.append(f"{batch.records[number]['source']}: {error}")
         if batch.last:

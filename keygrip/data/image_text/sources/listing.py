@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import logging
+import posixpath
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,27 @@ from keygrip.progress import Progress
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".ppm", ".pgm")
-OTHER_SUFFIXES = (".heic", ".heif", ".jp2", ".jxl", ".svg", ".tga", ".psd", ".ico", ".dng", ".cr2", ".nef", ".exr")
+# Images of types that are not decoded: named one by one. Files of any other ending are images where their content is.
+OTHER_SUFFIXES = (
+    *(
+        ".heic",
+        ".heif",
+        ".hif",
+        ".jp2",
+        ".j2k",
+        ".jpx",
+        ".jxl",
+        ".jxr",
+        ".svg",
+        ".tga",
+        ".psd",
+        ".xcf",
+        ".ico",
+        ".icns",
+    ),
+    *(".exr", ".hdr", ".dds", ".pcx", ".pam", ".qoi", ".eps", ".wmf", ".emf", ".fits"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw"),
+)
 BESIDE = (".txt", ".caption", ".json", ".jsonl", ".csv", ".md")  # captions and notes: no images
 CAPTION_FILES = ("metadata.jsonl", "captions.jsonl", "metadata.csv", "captions.csv")
 FILE_NAMES, CAPTION_NAMES = ("file_name", "file", "image"), ("caption", "text", "captions")
@@ -63,9 +84,12 @@ def find_captions(source: Path) -> dict[str, tuple[str, ...]]:
     Raises:
         ValueError: a list that cannot be read, or without the columns of file and caption.
     """
-    path = next((source / name for name in CAPTION_FILES if (source / name).exists()), None)
-    if path is None:
+    paths = [source / name for name in CAPTION_FILES if (source / name).exists()]
+    if not paths:
         return {}
+    path = paths[0]
+    if len(paths) > 1:
+        log.warning("%s has several lists of captions: %s is read, and not %s", source, path.name, paths[1].name)
     try:
         text = read_text(path, MAX_LIST_BYTES)
         with guard(path):
@@ -100,7 +124,8 @@ def texts_of(value: Any) -> tuple[str, ...] | None:
 
 
 def captions_beside(path: Path) -> tuple[str, ...]:
-    """The captions of an image from `<name>.txt`, `<name>.caption` (one) or `<name>.json` ("caption" or "captions").
+    """The captions of an image from `<name>.txt`, `<name>.caption` (one) or `<name>.json` ("caption", "text" and
+    "captions", all of them).
 
     Raises:
         BadSample: they cannot be read, or are not text.
@@ -111,10 +136,10 @@ def captions_beside(path: Path) -> tuple[str, ...]:
     if path.with_suffix(".json").exists():
         content = read_json(path.with_suffix(".json"))
         told = content if isinstance(content, dict) else {}
-        found = texts_of(told.get("captions", told.get("caption")))
-        if found is None:
+        found = [texts_of(told.get(name)) for name in CAPTION_NAMES]
+        if None in found:
             raise BadSample(path.with_suffix(".json"), "its caption is not text")
-        return found
+        return tuple(dict.fromkeys(text for texts in found for text in texts or ()))
     return ()
 
 
@@ -162,7 +187,7 @@ def list_items(
     if all(path.suffix.lower() in OTHER_SUFFIXES for path in paths):
         other = f", only {len(paths)} of other types ({paths[0].name})" if paths else ""
         raise FileNotFoundError(f"no images ({', '.join(SUFFIXES)}) in {source}{other}")
-    listed, taken = find_captions(source), set[str]()
+    listed, taken = _of_these(source, paths), set[str]()
 
     def examine(path: Path) -> tuple[tuple[str, ...], Bucket | None, str]:
         name = path.relative_to(source).as_posix()
@@ -173,7 +198,7 @@ def list_items(
             if not is_utf8(name):
                 raise BadSample(name, "its name is not UTF-8: rename it")
             regular_file(path)
-            told = listed.get(name, ()) if listed else captions_beside(path)
+            told = listed[name] if name in listed else captions_beside(path)
             captions = tuple(caption for caption in told if caption.strip())
             if not captions:
                 raise BadSample(name, "its caption is empty" if told else "it has no caption")
@@ -197,6 +222,25 @@ def list_items(
             items.append(Item(key_of(name, taken), name, captions, bucket.name if bucket else None, reason))
             bar.update()
     return merge_duplicates(source, items, known)
+
+
+def _of_these(source: Path, paths: Sequence[Path]) -> dict[str, tuple[str, ...]]:
+    """Captions of a list by the names of these files; names that mean none of them are said in the log.
+
+    A list may write `./a.png` or `b\\a.png` for `a.png` and `b/a.png`.
+    """
+    names = {path.relative_to(source).as_posix() for path in paths}
+    found: dict[str, tuple[str, ...]] = {}
+    missing = []
+    for name, captions in find_captions(source).items():
+        own = name if name in names else posixpath.normpath(name.replace("\\", "/"))
+        if own in names:
+            found[own] = tuple(dict.fromkeys((*found.get(own, ()), *captions)))
+        else:
+            missing.append(name)
+    if missing:
+        log.warning("the list of captions names %d files that are not in %s (%s)", len(missing), source, missing[0])
+    return found
 
 
 def is_image(path: Path) -> bool:

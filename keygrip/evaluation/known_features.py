@@ -1,0 +1,137 @@
+"""Known image encoders from their weights, as features of images [B, 3, H, W] in 0..1: DINOv3, CLIP, Inception.
+
+Whole images are resized to what each takes, without a crop. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from keygrip.artifacts import sha256_file, sha256_of
+from keygrip.models.patch_dit.dino_view import DinoView
+
+Features = Callable[[Tensor], Tensor]
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+FID_CLASSES = 1008  # of the Inception whose features the FID is defined on; torchvision's has 1000
+
+
+def known_encoder(kind: str, place: Path, variant: str) -> tuple[Features, str, str]:
+    """Features of images, a name for reports and the SHA-256 of the weights.
+
+    Args:
+        kind: "dinov3", the CLS vector; "clip", the projected embedding of CMMD; "inception", the pooled 2048 numbers.
+        place: a file of weights; of "clip" a folder. variant: of DINOv3.
+
+    Raises:
+        FileNotFoundError, ValueError: no such weights, or of another network.
+    """
+    if kind == "clip":
+        if not (place / "config.json").is_file():
+            raise FileNotFoundError(
+                f"features.weights={place}: of clip a folder with config.json and model.safetensors (of "
+                "openai/clip-vit-large-patch14-336: that of CMMD)"
+            )
+        files = sorted(place.glob("*.safetensors"))
+        return _clip(place), f"clip {place.name}", sha256_of(sha256_file(file).encode() for file in files)
+    if not place.is_file():
+        raise FileNotFoundError(f"features.weights={place}: there is no such file")
+    if kind == "dinov3":
+        return _dinov3(place, variant), f"dinov3 {place.name}", sha256_file(place)
+    features, name = _inception(place)
+    return features, f"{name} {place.name}", sha256_file(place)
+
+
+def _dinov3(file: Path, variant: str) -> Features:
+    view = DinoView(variant, 224, "pretrained", weights_path=str(file))
+
+    def features(images: Tensor) -> Tensor:
+        resized = functional.interpolate(images, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
+        return view.to(images.device).encode(resized)[0]
+
+    return features
+
+
+def _clip(folder: Path) -> Features:
+    """As CMMD is defined: the whole image bicubically resized to the model's size, the projected embedding."""
+    from transformers import CLIPVisionModelWithProjection
+
+    try:
+        network: Any = CLIPVisionModelWithProjection.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"features.weights={folder} is no CLIP of transformers: {str(error).splitlines()[0]}"
+        ) from error
+    network.eval().requires_grad_(False)
+    edge = network.config.image_size
+
+    def features(images: Tensor) -> Tensor:
+        resized = functional.interpolate(images, (edge, edge), mode="bicubic", antialias=True).clamp(0, 1)
+        mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+        found: Tensor = network.to(images.device)(pixel_values=(resized - mean) / std).image_embeds
+        return found
+
+    return features
+
+
+# ---- Inception -------------------------------------------------------------------------------------------------------
+
+
+def _inception(file: Path) -> tuple[Features, str]:
+    """With the weights of the FID (pt_inception-2015-12-05-6726825d.pth) the features are those that it is defined on,
+    resized as its port to PyTorch does; torchvision's are of another training."""
+    try:
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+        ours = weights["fc.weight"].shape[0] == FID_CLASSES
+        network = fid_inception() if ours else _torchvision_inception()
+        network.load_state_dict(weights)
+    except Exception as error:
+        raise ValueError(
+            f"features.weights={file} are neither the FID's (pt_inception-2015-12-05-6726825d.pth) nor torchvision's "
+            f"of inception_v3: {str(error).splitlines()[0]}"
+        ) from error
+    network.fc = nn.Identity()
+    network.eval().requires_grad_(False)
+
+    def features(images: Tensor) -> Tensor:
+        if ours:
+            resized = functional.interpolate(images, (299, 299), mode="bilinear", align_corners=False)
+        else:
+            resized = functional.interpolate(images, (299, 299), mode="bicubic", antialias=True).clamp(0, 1)
+        found: Tensor = network.to(images.device)(resized * 2 - 1)
+        return found
+
+    return features, "inception of the FID" if ours else "inception of torchvision (no FID)"
+
+
+def _torchvision_inception() -> Any:
+    from torchvision.models import inception_v3
+
+    return inception_v3(weights=None, init_weights=False, aux_logits=True)
+
+
+def fid_inception() -> Any:
+    """Inception of December 2015, whose pooled features the FID is defined on (Heusel et al., 2017), from torchvision's
+    parts: averages leave padding out, and the last block pools by the maximum."""
+    from torchvision.models import inception_v3
+
+    network = inception_v3(weights=None, init_weights=False, aux_logits=False, num_classes=FID_CLASSES)
+    for name, block in network.named_children():
+        if name.startswith("Mixed_") and hasattr(block, "branch_pool"):
+            pool = nn.MaxPool2d(3, 1, 1) if name == "Mixed_7c" else nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+            block.register_forward_hook(partial(_pooled_otherwise, pool))
+    return network
+
+
+def _pooled_otherwise(pool: nn.Module, block: Any, given: tuple[Tensor], found: Tensor) -> Tensor:
+    """A block's output with the last of its branches computed anew behind another pooling."""
+    branch: Tensor = block.branch_pool(pool(given[0]))
+    return torch.cat([found[:, : -branch.shape[1]], branch], dim=1)

@@ -1,0 +1,128 @@
+"""Training of an autoencoder of our own, on the images that shards with exact pixels hold (`encoders=tiny`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keygrip.data.batches import ImageTextBatch, ImageTextStatistics
+from keygrip.models.patch_dit.autoencoders import PixelPacking
+from keygrip.models.patch_dit.encoders import Encoders
+from keygrip.models.patch_dit.figures import image_grid
+from keygrip.models.patch_dit.trained_autoencoder import ConvAutoencoder, ResidualBlock
+from keygrip.training.distributed import global_mean
+from keygrip.training.optimizers import AdamW
+from keygrip.training.parts import model_part
+from keygrip.training.system import System
+
+
+@model_part
+class AutoencoderModule(System):
+    """Mean absolute error of pixels and of their differences to neighbours, and a little pull of the posterior towards
+    a standard normal distribution.
+
+    The error of differences is what sees grain and blurred edges: both leave the error of pixels small.
+
+    Args:
+        network: the autoencoder. encoders: of the shards, which hold pixels exactly. optimizer: the recipe.
+        difference_weight: of the error of differences. kl_weight: of the mean divergence per number of a latent.
+        shown: images that validation shows.
+
+    Raises:
+        ValueError: negative weights, or encoders whose latents are not pixels.
+    """
+
+    batch_type = ImageTextBatch
+    toy_overrides = (
+        *("data=robot_images", "encoders=tiny", "data.make.options.train=32", "data.make.options.val=8"),
+        *("data.make.options.test=8", "data.make.options.processes=1", "data.batch_size=2"),
+        *("model.network.width=8", "model.network.channels=4"),
+    )
+    headline_metrics = ("train/loss", "val/loss", "val/psnr_db", "val/differences")
+
+    def __init__(
+        self,
+        network: ConvAutoencoder,
+        encoders: Encoders,
+        optimizer: AdamW,
+        difference_weight: float = 1.0,
+        kl_weight: float = 1e-4,
+        shown: int = 6,
+    ) -> None:
+        super().__init__(optimizer)
+        if min(difference_weight, kl_weight) < 0 or shown < 1:
+            raise ValueError("model: difference_weight and kl_weight must not be negative, shown above 0")
+        packing = encoders.autoencoder
+        if not isinstance(packing, PixelPacking):
+            raise ValueError(
+                f"an autoencoder is trained on shards that hold pixels exactly (encoders=tiny), not on latents of "
+                f"{type(packing).__name__}"
+            )
+        self.network, self.packing = network, packing
+        self.difference_weight, self.kl_weight, self.shown = difference_weight, kl_weight, shown
+
+    def sharded_parts(self) -> list[Any]:
+        """Residual blocks, which are used through their `forward` alone."""
+        return [part for part in self.network.modules() if isinstance(part, ResidualBlock)]
+
+    def set_statistics(self, statistics: ImageTextStatistics) -> None:
+        """Raises ValueError: the shards hold something else than packed pixels, or of sizes that do not divide."""
+        if len(statistics.latent_mean) != self.packing.channels:
+            raise ValueError(
+                f"the shards' latents have {len(statistics.latent_mean)} channels, packed pixels "
+                f"{self.packing.channels}: choose shards and encoders of exact pixel packing (encoders=tiny)"
+            )
+        for rows, columns in statistics.latent_sizes:
+            if rows * self.packing.stride % self.network.stride or columns * self.packing.stride % self.network.stride:
+                raise ValueError(
+                    f"images of {columns * self.packing.stride} x {rows * self.packing.stride} pixels do not divide by "
+                    f"model.network.stride={self.network.stride}"
+                )
+
+    def pixels(self, batch: ImageTextBatch) -> Tensor:
+        """Images [B, 3, H, W] in -1..1."""
+        return self.packing.decode(batch.latents) * 2 - 1
+
+    def losses(self, pixels: Tensor, sampled: bool) -> dict[str, Tensor]:
+        """Of each image, [B] each: `pixels`, `differences`, `kl` and their weighted sum `total`.
+
+        Args:
+            sampled: latents are drawn from the posterior; otherwise its mean.
+        """
+        mean, log_variance = self.network.posterior(pixels)
+        latents = mean + (0.5 * log_variance).exp() * torch.randn_like(mean) if sampled else mean
+        error = self.network.decode(latents).float() - pixels
+        found = {
+            "pixels": error.abs().mean(dim=(1, 2, 3)),
+            "differences": sum(
+                (error.diff(dim=axis).abs().mean(dim=(1, 2, 3)) for axis in (2, 3)),
+                start=torch.zeros((), device=error.device),
+            ),
+            "kl": 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).float().mean(dim=(1, 2, 3)),
+        }
+        weights = {"pixels": 1.0, "differences": self.difference_weight, "kl": self.kl_weight}
+        total = sum((weights[name] * value for name, value in found.items()), start=torch.zeros_like(found["pixels"]))
+        return {**found, "total": total}
+
+    def loss(self, batch: ImageTextBatch) -> Tensor:
+        """The mean loss of a batch."""
+        return self.losses(self.pixels(batch), sampled=True)["total"].mean()
+
+    def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
+        found = self.losses(self.pixels(batch), sampled=True)
+        loss = global_mean(found["total"].sum(), len(batch))
+        self.log_values("train", {name: value.mean() for name, value in found.items()}, len(batch))
+        return loss
+
+    @torch.no_grad()
+    def validation_step(self, batch: ImageTextBatch, batch_idx: int) -> None:
+        pixels = self.pixels(batch)
+        values = {name: value.mean() for name, value in self.losses(pixels, sampled=False).items()}
+        shown = ((self.network(pixels).float() + 1) / 2).clamp(0, 1)
+        error = (shown - (pixels + 1) / 2).pow(2).mean(dim=(1, 2, 3)).clamp(min=1e-10)
+        self.log_values("val", {**values, "psnr_db": (-10 * error.log10()).mean()}, len(batch))
+        if batch_idx == 0 and self.shows_images and not self.trainer.sanity_checking:
+            rows = [("images", (pixels[: self.shown] + 1) / 2), ("as they come back", shown[: self.shown])]
+            self.show_image("val/images", image_grid(rows))

@@ -1,0 +1,158 @@
+"""An autoencoder of our own: sizes, what it learns, its place among the encoders, and how it travels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from dit_parts import SMALL
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from image_sets import SQUARE, drawn, small_encoders, write_images
+from torch import Tensor
+
+from keygrip import train
+from keygrip.config import compose
+from keygrip.data.image_text.datamodule import ImageShards
+from keygrip.data.image_text.sources.encoding import as_tensor
+from keygrip.models.patch_dit.autoencoder_module import AutoencoderModule
+from keygrip.models.patch_dit.encoders import Encoders
+from keygrip.models.patch_dit.module import PatchDiTModule
+from keygrip.models.patch_dit.trained_autoencoder import ConvAutoencoder, TrainedAutoencoder
+from keygrip.training.checkpoints import load_module
+from keygrip.training.optimizers import AdamW
+
+SIZES = {"channels": 4, "stride": 4, "width": 8}
+
+
+def images(count: int = 8) -> Tensor:
+    return as_tensor([drawn(number, SQUARE, 1)[0] for number in range(count)]) / 127.5 - 1
+
+
+@pytest.mark.parametrize("stride", [2, 4, 8])
+def test_latents_are_smaller_by_the_stride_and_come_back_in_size(stride: int) -> None:
+    network = ConvAutoencoder(5, stride, 8)
+    pixels = torch.rand(2, 3, 16, 24)
+    mean, log_variance = network.posterior(pixels)
+    assert mean.shape == log_variance.shape == (2, 5, 16 // stride, 24 // stride)
+    assert network(pixels).shape == pixels.shape
+
+
+@pytest.mark.parametrize("options", [{"stride": 6}, {"stride": 1}, {"width": 10}, {"channels": 0}])
+def test_sizes_out_of_range(options: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="autoencoder's"):
+        ConvAutoencoder(**options)
+
+
+def test_it_learns_and_its_losses_are_what_they_are_named() -> None:
+    torch.manual_seed(0)
+    module = AutoencoderModule(ConvAutoencoder(**SIZES), small_encoders(), AdamW(1e-3), 2.0, 0.0)
+    pixels = images()
+    found = module.losses(pixels, sampled=False)
+    error = module.network(pixels) - pixels
+    across = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+    assert float(found["pixels"].mean()) == pytest.approx(float(error.abs().mean()), rel=1e-4)
+    assert float(found["differences"].mean()) == pytest.approx(float(across), rel=1e-4)
+    torch.testing.assert_close(found["total"], found["pixels"] + 2 * found["differences"])
+    optimizer = torch.optim.Adam(module.parameters(), 3e-3)
+    before = float(found["total"].mean())
+    for _ in range(40):
+        loss = module.losses(pixels, sampled=True)["total"].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float(module.losses(pixels, sampled=False)["total"].mean()) < 0.5 * before
+
+
+def encoders_of(run: Path | str | None) -> Encoders:
+    plain = small_encoders()
+    return Encoders(TrainedAutoencoder(None if run is None else str(run), **SIZES), plain.text, plain.view, "grey")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the command on small images of exact pixels."""
+    folder = tmp_path_factory.mktemp("autoencoder")
+    write_images(folder / "images", {SQUARE: 8}, small_encoders())
+    small = [o for o in SMALL if not o.startswith("model")]
+    sizes = [f"model.network.{name}={value}" for name, value in SIZES.items()]
+    train.run(
+        compose(
+            "train",
+            [
+                *("model=image_autoencoder", *small, *sizes, f"data.root={folder / 'images'}"),
+                *(f"run_dir={folder / 'run'}", "max_steps=2", "val_every_n_steps=2"),
+            ],
+        )
+    )
+    return folder / "run"
+
+
+def test_a_run_becomes_an_encoder_whose_weights_travel(run: Path, tmp_path: Path) -> None:
+    """Shards by it, which keep the images; a model on them, loaded with the run gone; another autoencoder refused."""
+    encoders = encoders_of(run)
+    assert not encoders.exact
+    shown = (images(2) * 127.5 + 127.5).to(torch.uint8)
+    latents = encoders.encode_images(shown)
+    assert latents.shape == (2, 4, 8, 8)
+    trained = load_module(run)
+    assert isinstance(trained, AutoencoderModule)
+    assert torch.equal(latents, trained.network.posterior(shown.float() / 127.5 - 1)[0])
+    assert encoders.quick_fingerprint == encoders.fingerprint != small_encoders().fingerprint
+
+    other = encoders_of(None)
+    other.load_state(encoders.state())
+    assert torch.equal(other.encode_images(shown), latents)
+    with pytest.raises(ValueError, match="name its run with"):
+        encoders_of(None).encode_images(shown)
+    with pytest.raises(ValueError, match="does not hold an autoencoder of channels=5"):
+        _ = TrainedAutoencoder(str(run), 5, 4, 8).network
+    with pytest.raises(InstantiationException, match="train one on such images"):
+        instantiate(compose("prepare", ["step=images", "encoders=own_autoencoder", "source=x", "root=x"]).encoders)
+    changed = encoders.state()
+    changed["autoencoder"] = {name: value + 1 for name, value in changed["autoencoder"].items()}
+    with pytest.raises(ValueError, match="use the same encoders="):
+        encoders_of(None).load_state(changed)
+
+
+def test_a_model_on_its_latents_needs_neither_run_nor_shards(run: Path, tmp_path: Path) -> None:
+    encoders = encoders_of(run)
+    root = write_images(tmp_path / "images", {SQUARE: 6}, encoders, keep_images=True)
+    data = ImageShards(batch_size=2, root=root, num_workers=0)
+    data.setup()
+    batch = next(iter(data.held_out("val", with_images=True)))
+    assert batch.images is not None
+    assert batch.images.dtype == torch.uint8
+    assert not torch.equal(encoders.decode_latents(batch.latents), batch.images / 255)
+    assert next(iter(data.held_out("val"))).images is None  # training does not read them
+
+    moved = tmp_path / "run"
+    run.rename(moved)
+    try:
+        options = [o for o in SMALL if not o.startswith("encoders.autoencoder")]
+        given = [f"encoders.autoencoder.{name}={value}" for name, value in SIZES.items()]
+        given += ["encoders=own_autoencoder", f"encoders.autoencoder.init_from={moved}", "model.network.patch_size=2"]
+        text = ["encoders.text.length=8"]
+        train.run(
+            compose(
+                "train", [*options, *given, *text, f"data.root={root}", f"run_dir={tmp_path / 'dit'}", "max_steps=1"]
+            )
+        )
+    finally:
+        moved.rename(run)
+    module = load_module(tmp_path / "dit")
+    assert isinstance(module, PatchDiTModule)
+    ready = module.ready_encoders()
+    assert torch.equal(ready.decode_latents(batch.latents), encoders.decode_latents(batch.latents))
+
+
+def test_shards_of_something_else_than_pixels_are_refused(run: Path, tmp_path: Path) -> None:
+    root = write_images(tmp_path, {SQUARE: 4}, encoders_of(run))
+    data = ImageShards(batch_size=2, root=root, num_workers=0)
+    data.setup()
+    module = AutoencoderModule(ConvAutoencoder(**SIZES), small_encoders(), AdamW(1e-3))
+    with pytest.raises(ValueError, match="latents have 4 channels, packed pixels 48"):
+        module.set_statistics(data.statistics)
+    with pytest.raises(ValueError, match="hold pixels exactly"):
+        AutoencoderModule(ConvAutoencoder(**SIZES), encoders_of(run), AdamW(1e-3))
