@@ -39,7 +39,7 @@ def step_and_validation(module: GeometryVLAModule) -> tuple[dict[str, Tensor], d
     """Parameters after a step, and what is logged of it and of a validation."""
     logged: dict[str, float] = {}
     module.log_values = lambda split, values, *_: logged.update(  # type: ignore[method-assign]
-        {f"{split}/{name}": float(value) for name, value in values.items()}
+        {f"{split}/{name}": float(value.detach()) for name, value in values.items()}
     )
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     torch.manual_seed(0)
