@@ -44,6 +44,7 @@ GIVEN = {
     "experiment=yam_dinov3": ["data.root=folder"],
     "experiment=vlm_encoder_probe": ["backbone.init_from=null"],
     "experiment=metaworld": ["data.root=folder"],
+    "experiment=metaworld_vla": ["data.root=folder"],
     **{f"experiment=vla_qwen_mapanything{kind}": ["data.root=folder"] for kind in ("", "_lora", "_frozen")},
     "geometry=mapanything": ["data.image_size=224"],
     "geometry=mapanything_cached": ["data.image_size=224"],
@@ -193,7 +194,7 @@ def test_every_job_of_a_sweep(sweep: str) -> None:
         optimizer, sizes[name] = assert_configures(cfg)
         optimizers[name] = optimizer.__name__
     if sweep == "geometry_comparison":
-        assert len(sizes) == 15
+        assert len(sizes) == 20
         middle = sizes["arm_both"]
         assert all(abs(size / middle - 1) <= 0.05 for size in sizes.values()), sizes
     if sweep == "vla_comparison":

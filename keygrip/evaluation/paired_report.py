@@ -31,36 +31,40 @@ NOTE = (
 # Success by condition and number of the episode, of each training seed of each arm.
 Episodes = dict[tuple[str, int], bool]
 Arms = dict[str, dict[str, Episodes]]
+# Arms that all others are compared with, or with each of them the arms that are compared with it.
+References = Sequence[str] | Mapping[str, Sequence[str]]
 
 
 class PairedReport(Callback):
     """Hydra callback: makes the report when the sweep has ended.
 
     Args:
-        references: values of `by` that the others are compared with. by: the override that tells arms apart.
+        references: values of `by` that all others are compared with, or with each of them those that are compared with
+            it. by: the override that tells arms apart.
     """
 
-    def __init__(self, references: Sequence[str], by: str = "ablation") -> None:
-        self.references, self.by = list(references), by
+    def __init__(self, references: References, by: str = "ablation") -> None:
+        self.references: References = dict(references) if isinstance(references, Mapping) else list(references)
+        self.by = by
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         make_report(Path(config.hydra.sweep.dir), self.references, self.by)
 
 
-def make_report(folder: str | Path, references: Sequence[str], by: str = "ablation") -> dict[str, Any]:
+def make_report(folder: str | Path, references: References, by: str = "ablation") -> dict[str, Any]:
     """Writes ``paired.md`` and ``paired.json`` into a sweep's folder, prints the table, returns what the latter holds.
 
-    Arms without a reference's seeds and episodes are named and left out.
+    Arms without a reference's seeds and episodes are named and left out, as are references without a finished job.
 
     Raises:
-        FileNotFoundError: no finished job with a closed-loop evaluation. ValueError: a reference is not among them.
+        FileNotFoundError: no finished job with a closed-loop evaluation. ValueError: no reference is among them.
     """
     folder = Path(folder)
     arms = read_arms(folder, by)
     if not arms:
         raise FileNotFoundError(f"{folder} holds no finished job with episodes ({CLOSED_LOOP}/{RESULT}) and {by}=...")
-    if missing := [name for name in references if name not in arms]:
-        raise ValueError(f"no finished job of the reference {', '.join(missing)}; there are {', '.join(arms)}")
+    if not any(name in arms for name in references):
+        raise ValueError(f"no finished job of the reference {', '.join(references)}; there are {', '.join(arms)}")
     found = compare(arms, references)
     write_json(folder / f"{NAME}.json", found)
     text = markdown(*table(found))
@@ -94,25 +98,34 @@ def read_arms(folder: Path, by: str) -> Arms:
     return arms
 
 
-def compare(arms: Mapping[str, Mapping[str, Episodes]], references: Sequence[str]) -> dict[str, Any]:
-    """Success of all arms, and of each against each reference on the training seeds and episodes that both have."""
-    rows = []
+def pairs_of(arms: Mapping[str, Any], references: References) -> list[tuple[str, str]]:
+    """Arm and reference of each comparison among finished arms; two arms are compared once."""
+    pairs: list[tuple[str, str]] = []
     for reference in references:
-        for name, seeds in arms.items():
-            if name == reference or (name in references and references.index(name) < references.index(reference)):
-                continue  # two references are compared once
-            shared = [seed for seed in seeds if seed in arms[reference]]
-            sets = [set(each[seed]) for seed in shared for each in (seeds, arms[reference])]
-            keys = set.intersection(*sets) if sets else set()
-            if not keys:
-                log.warning("%s and %s share no training seed and episode: not compared", name, reference)
-                continue
-            order = sorted(keys)
-            first, second = (
-                [[each[seed][key] for key in order] for seed in shared] for each in (seeds, arms[reference])
-            )
-            found = paired_difference(first, second)
-            rows.append({"arm": name, "reference": reference, "training_seeds": shared, **vars(found)})
+        named = references[reference] if isinstance(references, Mapping) else None
+        if unfinished := [name for name in (reference, *(named or ())) if name not in arms]:
+            log.warning("no finished job of %s: not compared", ", ".join(unfinished))
+        if reference in arms:
+            chosen = [name for name in (arms if named is None else named) if name in arms]
+            pairs += [(name, reference) for name in chosen if name != reference and (reference, name) not in pairs]
+    return pairs
+
+
+def compare(arms: Mapping[str, Mapping[str, Episodes]], references: References) -> dict[str, Any]:
+    """Success of all arms, and of each against its references on the training seeds and episodes that both have."""
+    rows = []
+    for name, reference in pairs_of(arms, references):
+        seeds = arms[name]
+        shared = [seed for seed in seeds if seed in arms[reference]]
+        sets = [set(each[seed]) for seed in shared for each in (seeds, arms[reference])]
+        keys = set.intersection(*sets) if sets else set()
+        if not keys:
+            log.warning("%s and %s share no training seed and episode: not compared", name, reference)
+            continue
+        order = sorted(keys)
+        first, second = ([[each[seed][key] for key in order] for seed in shared] for each in (seeds, arms[reference]))
+        found = paired_difference(first, second)
+        rows.append({"arm": name, "reference": reference, "training_seeds": shared, **vars(found)})
     for row, adjusted in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
         row["p_holm"] = adjusted
     rates = {}

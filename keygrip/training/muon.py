@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from keygrip.training.optimizers import AdamW, Schedule
 from keygrip.training.parts import model_part
+from keygrip.training.strategies import computes_in_bf16
+
+log = logging.getLogger(__name__)
 
 MATRICES, REST = "matrices", "rest"
 
@@ -29,7 +33,7 @@ class MuonAndAdamW(AdamW):
         matrices_of: prefixes of the parts whose matrices are Muon's: hidden layers, not embeddings and outputs.
         momentum: of Muon. matrix_lr_multiplier: of ``lr``, for Muon's parameters.
         iteration: type that the orthogonalisation computes in: "bfloat16", which is torch's, or "float32", ten times as
-            fast on a processor that has no bfloat16.
+            fast on a processor that has no bfloat16; "auto": bfloat16 where the parameters' device computes in it.
 
     Papers: Jordan et al., "Muon: An Optimizer for Hidden Layers in Neural Networks" (2024); Liu et al., "Muon is
     Scalable for LLM Training" (2025) for the scale.
@@ -38,12 +42,12 @@ class MuonAndAdamW(AdamW):
     matrices_of: tuple[str, ...] = ("blocks",)
     momentum: float = 0.95
     matrix_lr_multiplier: float = 1.0
-    iteration: str = "bfloat16"
+    iteration: str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.iteration not in ("bfloat16", "float32"):
-            raise ValueError(f"optimizer.iteration={self.iteration!r}: must be bfloat16 or float32")
+        if self.iteration not in ("auto", "bfloat16", "float32"):
+            raise ValueError(f"optimizer.iteration={self.iteration!r}: must be auto, bfloat16 or float32")
 
     def configure(self, module: nn.Module, total_steps: int | float) -> dict[str, Any]:
         """As `AdamW.configure`.
@@ -61,9 +65,18 @@ class MuonAndAdamW(AdamW):
                 f"optimizer.matrices_of={list(self.matrices_of)}: no trainable matrix belongs to these parts."
             )
         betas = (self.betas[0], self.betas[1])
-        optimizer = MuonWithAdamW(groups, self.lr, self.momentum, betas, float32=self.iteration == "float32")
+        optimizer = MuonWithAdamW(groups, self.lr, self.momentum, betas, float32=self._in_float32(groups))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule(self, total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _in_float32(self, groups: list[dict[str, Any]]) -> bool:
+        if self.iteration != "auto":
+            return self.iteration == "float32"
+        devices = {p.device.type for group in groups if group["kind"] == MATRICES for p in group["params"]}
+        emulated = not all(computes_in_bf16(device) for device in devices)
+        if emulated:
+            log.info("Muon's iteration in float32: this %s has no bfloat16", "/".join(sorted(devices)))
+        return emulated
 
     def _hidden(self, module: nn.Module) -> set[int]:
         """Identities of Muon's parameters."""

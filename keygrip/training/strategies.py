@@ -141,11 +141,16 @@ class Strategy:
 
 def automatic_precision(on_gpu: bool) -> str:
     """bf16 autocast where the hardware computes in bf16, float32 where it would be emulated."""
-    if on_gpu:
+    return "bf16-mixed" if computes_in_bf16("cuda" if on_gpu else "cpu") else "32-true"
+
+
+def computes_in_bf16(device: str) -> bool:
+    """Whether a type of device of this machine has bf16 instructions; types beside "cuda" and "cpu" count as such."""
+    if device == "cuda":
         import torch
 
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    return "bf16-mixed" if cpu_has_bf16() else "32-true"
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device != "cpu" or cpu_has_bf16()
 
 
 def named_precision(accelerator: str | None, precision: str) -> str:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from scipy.stats import binom
 
+from keygrip.config import config_folder
 from keygrip.evaluation.paired_report import NAME, PairedReport, make_report
 from keygrip.evaluation.statistics import holm, paired_difference
 from keygrip.training.sweeps import write_result
@@ -88,6 +92,58 @@ def test_a_sweep_is_compared_by_episode(tmp_path: Path, capsys: pytest.CaptureFi
     assert "| vla/with | 68 of 100 | vla/without | +26.0" in (tmp_path / f"{NAME}.md").read_text()
     assert "vla/with" in capsys.readouterr().err
     assert PairedReport(["vla/without"]).by == "ablation"
+
+
+def test_each_reference_may_have_arms_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = outcomes(20, 14, 1, 15)
+    for arm, won in {"none": second, "mean": second, "pool": first}.items():
+        job(tmp_path, arm, 0, won)
+    wanted = {"none": ["mean", "pool", "qformer"], "mean": ["pool", "none"], "lost": ["pool"]}
+    report = PairedReport(OmegaConf.create(wanted))
+    report.on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
+    found = json.loads((tmp_path / f"{NAME}.json").read_text())
+    pairs = [(row["arm"], row["reference"]) for row in found["comparisons"]]
+    assert pairs == [("mean", "none"), ("pool", "none"), ("pool", "mean")], "none and mean are compared once"
+    assert found["number_of_comparisons"] == 3
+    assert found["comparisons"][1]["p_holm"] == pytest.approx(3 * found["comparisons"][1]["p_value"])
+    assert "no finished job of qformer" in caplog.text
+    assert "no finished job of lost" in caplog.text
+
+
+def test_two_compared_arms_of_the_sweep_differ_in_one_thing() -> None:
+    """Of the geometry comparison; wider MLPs make up for the parameters of an encoder that is not there."""
+    conf = config_folder()
+    arms = OmegaConf.load(conf / "ablation" / "geometry_vla" / "options.yaml")
+    sweep = OmegaConf.load(conf / "sweep" / "geometry_comparison.yaml").hydra
+    default = flat(OmegaConf.load(conf / "model" / "geometry_vla.yaml"))
+    geometry = ("geom_inject_to_dit", "geom_inject_to_vlm", "geom_dit_tokens", "geom_compression_type")
+    thing = {f"model.network.{name}": "geometry" for name in geometry} | {"model.network.expansion": "encoder"}
+    planned = {name.strip() for name in sweep.sweeper.params.ablation.split(",")}
+    compared = set()
+    for reference, several in sweep.callbacks.paired_report.references.items():
+        for arm in several:
+            first, second = (flat(arms[name.partition("/")[2]]) for name in (arm, reference))
+            keys = [
+                key
+                for key in {**first, **second}
+                if first.get(key, default.get(key)) != second.get(key, default.get(key))
+            ]
+            assert len({thing.get(key, key) for key in keys} - {"encoder"}) == 1, (arm, reference, keys)
+            injected = [
+                each.get("model.network.geom_inject_to_dit", True) or each.get("model.network.geom_inject_to_vlm")
+                for each in (first, second)
+            ]
+            assert ("model.network.expansion" in keys) == (injected[0] != injected[1])
+            compared |= {arm, reference}
+    assert compared == planned
+
+
+def flat(node: Any, path: str = "") -> dict[str, Any]:
+    """Values by dotted path."""
+    if not isinstance(node, Mapping):
+        return {path: node}
+    parts = [flat(value, f"{path}.{key}" if path else str(key)) for key, value in node.items_ex(resolve=False)]  # type: ignore[attr-defined]
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:

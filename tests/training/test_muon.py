@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from keygrip.training import strategies
 from keygrip.training.muon import Float32Muon, MuonAndAdamW, MuonWithAdamW
 
 
@@ -104,6 +105,19 @@ def test_the_schedule_reaches_both() -> None:
 def test_nothing_for_muon_is_an_error() -> None:
     with pytest.raises(ValueError, match="no trainable matrix"):
         optimizer_of(network(), matrices_of=("layers",))
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_the_iteration_is_in_float32_where_bfloat16_would_be_emulated(
+    bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strategies, "cpu_has_bf16", lambda: bf16)
+    assert isinstance(optimizer_of(network())._parts["matrices"], Float32Muon) != bf16
+    for iteration, float32 in (("float32", True), ("bfloat16", False)):
+        chosen = optimizer_of(network(), iteration=iteration)
+        assert isinstance(chosen._parts["matrices"], Float32Muon) == float32
+    with pytest.raises(ValueError, match="must be auto, bfloat16 or float32"):
+        MuonAndAdamW(lr=1e-3, iteration="float16")
 
 
 def test_the_iteration_in_float32_is_torchs_within_bfloat16() -> None:

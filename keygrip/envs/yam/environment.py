@@ -183,6 +183,10 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
             turn = (pose.azimuth_deg, pose.elevation_deg) if pose is not None else (0.0, 0.0)
             camera = model.camera(name).id
             model.cam_pos[camera], model.cam_quat[camera] = scene.camera_pose(name, *turn)
+            if name == layout.hidden_from:
+                screen, eye = model.body_mocapid[model.body("screen").id], model.cam_pos[camera]
+                data.mocap_pos[screen] = eye + scene.SCREEN_SHARE * (layout.object.position - eye)
+                data.mocap_quat[screen] = model.cam_quat[camera]
         table, floor = model.geom("table").id, model.geom("floor").id
         model.geom_rgba[table], model.geom_rgba[floor] = [*look.table_rgb, 1.0], [*look.floor_rgb, 1.0]
         model.geom_matid[table] = model.material(f"table{look.table}").id if look.table else -1

@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import numpy as np
 from scipy.spatial.transform import Rotation, Slerp
 
+from keygrip.envs.yam.colours import COLOURS
 from keygrip.envs.yam.expert import CLOSED, CLOSING_S, LOWEST_TOOL, OPEN, OPENING_S
-from keygrip.envs.yam.tasks import COLOURS, HOME, stream
+from keygrip.envs.yam.tasks import HOME, stream
 from keygrip.robots.inverse_kinematics import pointing_down, solve
 from keygrip.robots.kinematics import forward_kinematics, matrix_from_quaternion, quaternion_from_matrix
 from keygrip.training.parts import data_part

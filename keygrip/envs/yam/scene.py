@@ -64,6 +64,8 @@ ROBOT_COLOURS = {
 MESH_CELL = 0.003  # m: vertices closer than this are merged, which draws three times faster
 OBJECT_MASS = 0.05
 PEDESTAL_RIM = 0.004  # m that a pedestal is wider than what stands on it, each way; the open fingers pass beside it
+# A screen that hides an object from a camera: its half edge, and where it stands on the way from the camera.
+SCREEN_HALF, SCREEN_SHARE = 0.03, 0.4
 HIDDEN_GROUP = 3  # MuJoCo draws groups 0 to 2
 
 # Nominal views: the point looked at, and from where (azimuth from +x, elevation, distance), field of view.
@@ -336,6 +338,13 @@ def _add_goal(spec: mujoco.MjSpec, options: TaskOptions) -> None:
         post.add_geom(name="post", type=mujoco.mjtGeom.mjGEOM_CYLINDER, size=[0.003, 0.1, 0], **ghost)
 
 
+def _add_screen(spec: mujoco.MjSpec) -> None:
+    """Seen, never touched; out of sight until an episode places it."""
+    body = spec.worldbody.add_body(name="screen", mocap=True, pos=[0, 0, -2])
+    size, grey = [SCREEN_HALF, SCREEN_HALF, 0.001], [0.3, 0.3, 0.32, 1.0]
+    body.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, size=size, rgba=grey, contype=0, conaffinity=0)
+
+
 def _add_cameras(spec: mujoco.MjSpec) -> None:
     for name in CAMERA_ORBITS:
         position, quaternion = camera_pose(name)
@@ -367,6 +376,8 @@ def build_spec(options: TaskOptions, arm: str = "yam", gripper: str = "linear_43
         for i in range(options.distractors):
             _add_pedestal(spec, f"distractor{i}", np.full(3, options.object_size_m / 2), options.pedestal_m)
     _add_goal(spec, options)
+    if options.hidden_share:
+        _add_screen(spec)
     _add_cameras(spec)
     return spec
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from keygrip.envs.yam.colours import COLOURS, EQUAL_LUMINANCE
 from keygrip.robots.inverse_kinematics import pointing_down, solve
 from keygrip.training.parts import data_part
 
@@ -49,40 +50,6 @@ TABLE_MATERIALS = 4  # plain, wood, checks, speckle: see scene.py
 PEDESTAL_LEAST = 0.003  # m: what is lower stands on the table
 TOOL_CLEARANCE = 0.115  # m between centres: an open gripper (12 cm across) beside the next object
 
-COLOURS: dict[str, tuple[float, float, float]] = {
-    "red": (0.82, 0.10, 0.10),
-    "blue": (0.10, 0.25, 0.82),
-    "green": (0.10, 0.58, 0.20),
-    "yellow": (0.92, 0.78, 0.10),
-    "purple": (0.50, 0.16, 0.65),
-    "orange": (0.95, 0.48, 0.08),
-    "white": (0.93, 0.93, 0.93),
-}
-
-
-def _equal_luminance(luminance: float = 0.25) -> dict[str, tuple[float, float, float]]:
-    """Hues brought to one luminance (Rec. 709, linear light): bright ones are dimmed, dark ones mixed with white."""
-    weights = np.array([0.2126, 0.7152, 0.0722])
-    hues = {
-        "red": (1.0, 0.05, 0.05),
-        "yellow": (1.0, 0.8, 0.0),
-        "green": (0.05, 1.0, 0.05),
-        "cyan": (0.0, 0.9, 1.0),
-        "blue": (0.10, 0.18, 1.0),
-        "purple": (0.75, 0.08, 1.0),
-    }
-    colours = {}
-    for name, hue in hues.items():
-        own = float(weights @ np.array(hue))
-        white = max(0.0, (luminance - own) / (1 - own))
-        linear = np.array(hue) * min(1.0, luminance / own) if own > luminance else np.array(hue) * (1 - white) + white
-        r, g, b = (float(v) for v in linear ** (1 / 2.2))
-        colours[name] = (r, g, b)
-    return colours
-
-
-EQUAL_LUMINANCE = _equal_luminance()  # only hue tells these apart
-
 
 @data_part
 @dataclass(frozen=True)
@@ -115,6 +82,7 @@ class TaskOptions:
     pedestal_m: float = 0.0  # each object stands on a pedestal of random height up to this
     phrasings: int = 1  # named_place: an instruction is worded in one of so many ways
     jitter_every_camera: bool = False  # camera_jitter_deg moves each outer camera by itself, not only the task's own
+    hidden_share: float = 0.0  # of episodes: a screen stands between one of the outer cameras and the object's place
     steady_grip: bool = False  # the expert always takes the equivalent grip nearest to its bearing, not one by habit
 
     def __post_init__(self) -> None:
@@ -129,6 +97,7 @@ class TaskOptions:
             "camera_jitter_deg": (0, 40),
             "camera_views": (0, 4096),
             "pedestal_m": (0.0, 0.06),
+            "hidden_share": (0.0, 1.0),
             "phrasings": (1, len(PHRASES)),
         }
         for key in ("distractors", "camera_views", "phrasings"):
@@ -255,6 +224,7 @@ class EpisodeLayout:
     appearance: Appearance
     instruction: str
     other_cameras: dict[str, CameraPose] = field(default_factory=dict)  # turns of outer cameras beside the task's own
+    hidden_from: str | None = None  # the outer camera that sees a screen in place of the object
 
     @property
     def placed(self) -> tuple[Placed, ...]:
@@ -355,6 +325,9 @@ def sample_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
     """
     layout = _named_layout(options, seed) if options.name == "named_place" else _plain_layout(options, seed)
     layout = _on_pedestals(layout, options, seed)
+    rng = stream(seed, "screen")
+    if rng.uniform() < options.hidden_share:
+        layout = replace(layout, hidden_from=str(rng.choice(OUTER_CAMERAS)))
     if not options.jitter_every_camera:
         return layout
     others = {name: _camera(options, seed, name) for name in OUTER_CAMERAS if name != options.camera}

@@ -54,14 +54,18 @@ class BlockContext:
 
 @dataclass
 class AttentionRecord:
-    """Collects the share of each block's attention that goes to groups of its context, for monitoring.
+    """Collects what each block's cross-attention does with groups of its context, for monitoring.
 
     Attributes:
-        groups: sizes of consecutive groups of context tokens. shares: a tensor ``[B, groups]`` a cross-attention block.
+        groups: sizes of consecutive groups of context tokens.
+        shares: of the attention, a tensor ``[B, groups]`` per block. reads: of what it adds, likewise, where asked for.
+        sizes: whether `reads` are asked for.
     """
 
     groups: Sequence[int]
+    sizes: bool = False
     shares: list[Tensor] = field(default_factory=list)
+    reads: list[Tensor] = field(default_factory=list)
 
 
 class HeadBlock(nn.Module):
@@ -90,7 +94,10 @@ class HeadBlock(nn.Module):
             keys_values = context.keys_values(self.attention)
             read = self.attention(queries, keys_values, context.mask).reshape(x.shape)
             if record is not None:
-                record.shares.append(self.attention.shares(queries, record.groups, keys_values, context.mask))
+                given = (queries, record.groups, keys_values, context.mask)
+                record.shares.append(self.attention.shares(*given))
+                if record.sizes:
+                    record.reads.append(self.attention.reads(*given))
         x = x + read
         return x + self.mlp(self.mlp_norm(x))
 

@@ -180,10 +180,13 @@ class PoseActions(nn.Module):
         """
         self._check()
         if not isinstance(self.space, PoseSpace):
-            raise ValueError(
-                f"a plan of poses cannot be continued by actions of kind {self.kind}: use absolute or delta"
-            )
+            raise ValueError(f"actions of kind {self.kind} are not made of poses: use absolute or delta")
         numbers = self.space.from_poses(position, quaternion, gripper, start_position, start_quaternion)
+        return self.encode_numbers(numbers, embodiment)
+
+    def encode_numbers(self, numbers: Tensor, embodiment: Tensor | None = None) -> Tensor:
+        """Actions in their own units ``[B, A, T, C]`` as normalised ones ``[B, T, C A]``, the inverse of `numbers`."""
+        self._check()
         return self._normalised(numbers.transpose(1, 2).flatten(-2), embodiment)
 
     def _normalised(self, raw: Tensor, embodiment: Tensor | None) -> Tensor:

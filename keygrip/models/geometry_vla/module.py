@@ -13,6 +13,7 @@ from keygrip.data.batches import CLOSED, MultiViewPolicyBatch
 from keygrip.models.geometry.rotations import geodesic_angle
 from keygrip.models.geometry_vla.action_head import AttentionRecord
 from keygrip.models.geometry_vla.actions import PoseActions
+from keygrip.models.geometry_vla.diagnostics import context_figures, exchanged_geometry
 from keygrip.models.geometry_vla.figures import scene_picture
 from keygrip.models.geometry_vla.network import ActionSampling, GeometryVLA, Scene
 from keygrip.models.geometry_vla.pointing import pointing_losses
@@ -22,7 +23,7 @@ from keygrip.models.nn.flow_matching import TimestepSampler, interpolate, seeded
 from keygrip.models.nn.lora import Adapter
 from keygrip.models.nn.short_attention import short_attention
 from keygrip.models.policy_statistics import PolicyStatistics
-from keygrip.training.distributed import global_mean
+from keygrip.training.distributed import global_mean, global_sum
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
 from keygrip.training.system import System, parameters_m
@@ -46,7 +47,12 @@ HEADLINE = (
     "depth_cm",
     "geometry_share",
     "pointed_share",
+    "geometry_read",
+    "geometry_slot",
+    "geometry_moves_cm",
+    "geometry_worth_cm",
 )
+DIAGNOSED = 4  # batches of a validation whose use of geometry is looked into
 SEED_STRIDE = 1_000_003  # more frames than any demonstration has
 
 
@@ -255,6 +261,17 @@ class GeometryVLAModule(System):
         return found
 
     @torch.no_grad()
+    def diagnostics(self, scene: Scene, batch: MultiViewPolicyBatch, sampled: Tensor) -> dict[str, Tensor]:
+        """What the head makes of geometry and of pointed tokens (see `keygrip.models.geometry_vla.diagnostics`)."""
+        found = exchanged_geometry(self, scene, batch, sampled)
+        if not any(scene.groups[1:]):
+            return found
+        record = AttentionRecord(scene.groups, sizes=True)
+        level = torch.full((len(sampled),), 0.5, device=self.device)
+        self.network.velocity(scene, sampled, level, self.state(batch), record)
+        return context_figures(scene, record) | found
+
+    @torch.no_grad()
     def grip_errors(self, batch: MultiViewPolicyBatch, sampled: Tensor) -> dict[str, Tensor]:
         """Position errors at the step where a gripper closes, ``[G]`` of the G such steps in the batch: to the side
         and in height, cm. A grasp succeeds by these; the mean over all steps is of approaches in free air."""
@@ -304,7 +321,10 @@ class GeometryVLAModule(System):
     def validation_step(self, batch: MultiViewPolicyBatch, batch_idx: int) -> None:
         scene = self(batch)
         sampled = self.sample(scene, batch)
-        self.log_values("val", self.losses(scene, batch) | self.metrics(scene, batch, sampled), len(batch), BAR)
+        values = self.losses(scene, batch) | self.metrics(scene, batch, sampled)
+        if batch_idx < DIAGNOSED:
+            values |= self.diagnostics(scene, batch, sampled)
+        self.log_values("val", values, len(batch), BAR)
         for name, errors in self.grip_errors(batch, sampled).items():
             self._grips[name].append(errors)
         if batch_idx == 0 and self.log_images:
@@ -315,5 +335,7 @@ class GeometryVLAModule(System):
 
     def on_validation_epoch_end(self) -> None:
         for name, errors in self._grips.items():
-            # Not a number where no gripper closes in what was validated on.
-            self.log(f"val/{name}", torch.cat(errors).mean(), sync_dist=True)
+            # Over all processes, of which one may have seen none; not a number where no gripper closes at all.
+            found = torch.cat(errors)
+            mean = global_sum(found.sum()) / global_sum(found.new_tensor(float(len(found))))
+            self.log(f"val/{name}", mean, sync_dist=True)

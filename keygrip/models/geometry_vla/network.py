@@ -124,6 +124,8 @@ class GeometryVLA(nn.Module):
             `PointedTokens`).
         action_kind: `model.actions.kind`, which says how many numbers an action has.
         geom_places: add to each geometry token, before compression, where in which image it lies.
+        geom_blank: the compressed tokens hold nothing of the scene: zeros take the place of the geometry tokens. A
+            control for further tokens and parameters.
         geom_inject_to_vlm: K compressed tokens stand in the language model's prompt, before the images, and reach the
             head through it.
 
@@ -154,6 +156,7 @@ class GeometryVLA(nn.Module):
         action_kind: str = "absolute",
         geom_places: bool = False,
         geom_inject_to_vlm: bool = False,
+        geom_blank: bool = False,
     ) -> None:
         super().__init__()
         _check_geometry(
@@ -163,7 +166,7 @@ class GeometryVLA(nn.Module):
             geom_dit_tokens,
             geom_compression_type,
             pointed_tokens,
-            geom_places,
+            {"geom_places": geom_places, "geom_blank": geom_blank},
         )
         if blocks > vlm.layers:
             raise ValueError(
@@ -171,7 +174,7 @@ class GeometryVLA(nn.Module):
                 "reads one of them."
             )
         self.vlm = vlm
-        self.context_norm = context_norm
+        self.context_norm, self.blank = context_norm, geom_blank
         self.places = PlaceEmbedding(vlm.width) if context_places else None
         maps = horizon + pointing_keyframe
         self.pointing = Pointing(vlm.width, len(arms), maps, pointing_cells) if pointing_cells else None
@@ -218,18 +221,27 @@ class GeometryVLA(nn.Module):
             self.geometry_places = PlaceEmbedding(self.geometry.dim)
         self.vlm_gain = nn.LayerNorm(vlm.width) if self.vlm_compressor is not None else None
 
-    def encode(self, images: Tensor, instructions: Sequence[str], intrinsics: Tensor, world_to_camera: Tensor) -> Scene:
+    def encode(
+        self,
+        images: Tensor,
+        instructions: Sequence[str],
+        intrinsics: Tensor,
+        world_to_camera: Tensor,
+        geometry: GeometryFeatures | None = None,
+    ) -> Scene:
         """One pass of the encoders.
 
         Args:
             images: uint8 ``[B, V, 3, S, S]``. instructions: B sentences.
             intrinsics: ``[B, V, 3, 3]``. world_to_camera: ``[B, V, 4, 4]``.
+            geometry: features in place of those of the geometry encoder.
         """
         blocks, views = len(self.head.blocks), images.shape[1]
-        features, few, pointing = None, None, None
-        if self.vlm_compressor is not None and self.vlm_gain is not None:
-            assert self.geometry is not None
+        features, few, pointing = geometry, None, None
+        if self.geometry is not None and features is None:
             features = self.geometry(images, intrinsics, world_to_camera)
+        if self.vlm_compressor is not None and self.vlm_gain is not None:
+            assert features is not None
             with torch.autocast(images.device.type, enabled=False):
                 (prefix,) = self.vlm_compressor(self._placed(features.tokens, views))
                 prefix = self.vlm_gain(prefix)
@@ -238,8 +250,6 @@ class GeometryVLA(nn.Module):
             semantics = self.vlm(images, instructions, blocks)
         if self.pointing is not None:
             pointing = self.pointing(semantics.layers[-1].float(), semantics.places, views)
-        if self.geometry is not None and features is None:
-            features = self.geometry(images, intrinsics, world_to_camera)
         # From here on in float32: what the head reads and the head itself.
         with torch.autocast(images.device.type, enabled=False):
             if features is not None and self.compressor is not None:
@@ -261,12 +271,14 @@ class GeometryVLA(nn.Module):
         return Scene(contexts, groups, features, pointing)
 
     def _placed(self, tokens: Tensor, views: int) -> Tensor:
-        """Geometry tokens ``[B, G, D]`` float32, with `geom_places` each with where it lies.
+        """Geometry tokens ``[B, G, D]`` float32 as they are compressed: with `geom_places` each with where it lies.
 
         Raises:
             ValueError: they do not lie on a square grid in each view.
         """
         tokens = tokens.float()
+        if self.blank:
+            tokens = 0 * tokens  # the encoder's parameters stay in the graph, which DDP asks for
         if self.geometry_places is None:
             return tokens
         side = round((tokens.shape[1] / views) ** 0.5)
@@ -311,6 +323,9 @@ class GeometryVLA(nn.Module):
         chosen = sampling or ActionSampling()
         # with few steps the paper's bound of 5 would correct an error more than once
         strongest = min(5.0, float(chosen.steps))
+        with torch.autocast(noise.device.type, enabled=False):  # as the head computes
+            for block, context in zip(self.head.blocks, scene.contexts, strict=True):
+                context.keys_values(block.attention)  # kept from here on: guidance records gradients, and keeps none
         call = guided_velocity(partial(self._at, scene, state), known, weight, strongest)
         return integrate(call, chosen.temperature * noise, noise_levels(chosen.steps), chosen.solver)
 
@@ -330,7 +345,7 @@ def _check_geometry(
     tokens: int,
     kind: str,
     pointed: bool,
-    places: bool,
+    changes: dict[str, bool],
 ) -> None:
     """Raises ValueError where geometry is asked for and would reach nobody, or there is none."""
     if geometry is None and (to_head or to_vlm):
@@ -353,5 +368,6 @@ def _check_geometry(
             "model.network.geom_compression_type=per_layer gives each block of the head its own tokens, and the "
             "language model's prompt has one set: use pool or qformer with geom_inject_to_vlm=true."
         )
-    if places and not (to_vlm or (to_head and tokens)):
-        raise ValueError("model.network.geom_places=true places compressed geometry tokens, and there are none.")
+    for name, wanted in changes.items():
+        if wanted and not (to_vlm or (to_head and tokens)):
+            raise ValueError(f"model.network.{name}=true is of compressed geometry tokens, and there are none.")

@@ -138,6 +138,9 @@ class GeometryVLAPolicy:
     def plan_continuing(self, observation: Observation, executing: Plan, delay_s: float) -> Plan:
         """A plan that continues the one under way (real-time chunking, see :mod:`keygrip.models.nn.inpainting`).
 
+        Joints and a controller's inputs are continued as such. Where the plan under way holds none, since its poses
+        were moved into the training box, the new one begins anew, as behind its end.
+
         Args:
             observation: with `time_s`. executing: a plan with its `time_s`, of the same clock.
             delay_s: until the new plan arrives; so long the one under way is executed in any case.
@@ -153,26 +156,41 @@ class GeometryVLAPolicy:
         places = (float(observation["time_s"]) - executing.time_s + dt * np.arange(1, horizon + 1)) / dt - 1
         steps = executing.gripper.shape[1]
         known = int((places <= steps - 1 + 1e-6).sum())
-        if known == 0:
+        actions = self._under_way(executing, np.clip(places, 0, steps - 1), seen) if known else None
+        if actions is None:
             return self._planned(module.network.sample(seen.scene, seen.noise, seen.state, self._sampling), seen)[0]
-        rows = np.clip(places, 0, steps - 1)
-        low = np.floor(rows).astype(int)
-        high, share = np.minimum(low + 1, steps - 1), (rows - low)[None, :, None]
-
-        def between(values: np.ndarray) -> torch.Tensor:
-            mixed = values[:, low] * (1 - share) + values[:, high] * share
-            return torch.as_tensor(mixed, dtype=torch.float32, device=module.device)[None]
-
-        nearest = np.where(share[0, :, 0] < 0.5, low, high)
-        turned = torch.as_tensor(executing.quaternion[:, nearest], dtype=torch.float32, device=module.device)[None]
-        actions = module.actions.encode_poses(
-            *(between(executing.position), turned, between(executing.gripper[..., None])[..., 0]),
-            *(seen.position, seen.turn, self._robots(1)),
-        )
         fixed = min(math.ceil(max(delay_s, 0.0) / dt - 1e-6), known)
         weight = soft_mask(horizon, fixed, known, module.device)
         sampled = module.network.sample_continuing(seen.scene, seen.noise, seen.state, actions, weight, self._sampling)
         return self._planned(sampled, seen)[0]
+
+    def _under_way(self, executing: Plan, rows: np.ndarray, seen: _Seen) -> torch.Tensor | None:
+        """A plan as normalised actions ``[1, T, Da]`` at places in it, in its steps ``[T]`` from 0; None where it is
+        not known in terms of the actions."""
+        actions, device = self.module.actions, self.module.device
+        low = np.floor(rows).astype(int)
+        high, share = np.minimum(low + 1, executing.gripper.shape[1] - 1), (rows - low)[None, :, None]
+
+        def between(values: np.ndarray) -> torch.Tensor:
+            # Of a controller's inputs too: each holds for a step, so a step that lies across two takes of both.
+            mixed = values[:, low] * (1 - share) + values[:, high] * share
+            return torch.as_tensor(mixed, dtype=torch.float32, device=device)[None]
+
+        opening = between(executing.gripper[..., None])
+        if actions.reads:
+            (name,) = actions.reads
+            own = getattr(executing, name)
+            if own is None:
+                return None
+            numbers = between(own)
+            if actions.kind == "joint":
+                numbers = torch.cat([numbers, opening], dim=-1)
+            return actions.encode_numbers(numbers, self._robots(1))
+        nearest = np.where(share[0, :, 0] < 0.5, low, high)
+        turned = torch.as_tensor(executing.quaternion[:, nearest], dtype=torch.float32, device=device)[None]
+        return actions.encode_poses(
+            *(between(executing.position), turned, opening[..., 0]), *(seen.position, seen.turn, self._robots(1))
+        )
 
     def _seen(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> _Seen:
         """The encoders' pass, the present poses and the noise of several plans."""

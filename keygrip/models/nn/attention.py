@@ -126,6 +126,30 @@ class Attention(nn.Module):
             groups: G sizes of consecutive groups of context tokens; their sum is M.
             x, keys_values, mask: as in ``forward``.
         """
+        weights, _ = self._weights(x, groups, keys_values, mask)
+        mass = weights.mean(dim=(1, 2))  # [B, M]
+        return torch.stack([part.sum(dim=-1) for part in mass.split(list(groups), dim=-1)], dim=-1)
+
+    @torch.no_grad()
+    def reads(
+        self, x: Tensor, groups: Sequence[int], keys_values: KeyValues | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """The share, by root mean square over queries and width, of each group of context tokens in what this layer
+        gives, ``[B, G]`` float32; the rows add up to 1. Much attention on small values is little.
+
+        For monitoring, as `shares`, which see for the arguments.
+        """
+        weights, context = self._weights(x, groups, keys_values, mask)
+        parts = zip(weights.split(list(groups), -1), context.values.float().split(list(groups), 2), strict=True)
+        read = [(part @ values).transpose(1, 2).flatten(2) for part, values in parts]  # of [B, N, D]
+        sizes = torch.stack([F.linear(part, self.output.weight.float()).square().mean(dim=(1, 2)) for part in read], -1)
+        sizes = sizes.sqrt()
+        return sizes / sizes.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(sizes.dtype).tiny)
+
+    def _weights(
+        self, x: Tensor, groups: Sequence[int], keys_values: KeyValues | None, mask: Tensor | None
+    ) -> tuple[Tensor, KeyValues]:
+        """The attention matrix ``[B, H, N, M]`` float32, and what it is over."""
         if keys_values is None:
             keys_values = self.keys_values(x)
         if sum(groups) != len(keys_values):
@@ -135,8 +159,7 @@ class Attention(nn.Module):
         broadcast = _broadcast(mask)
         if broadcast is not None:
             logits = logits.masked_fill(~broadcast, float("-inf"))
-        mass = logits.softmax(dim=-1).mean(dim=(1, 2))  # [B, M]
-        return torch.stack([part.sum(dim=-1) for part in mass.split(list(groups), dim=-1)], dim=-1)
+        return logits.softmax(dim=-1), keys_values
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, self.d_head)).transpose(1, 2)  # [B, H, N, d]

@@ -229,3 +229,18 @@ def test_wild_commands_move_fast_but_not_at_once() -> None:
     before = cell.commanded_joints.copy()
     cell.step(np.array([-0.3, 0.0, 0.3, 0, 1, 0, 0, 1.0]))
     assert 0.1 < np.abs(cell.commanded_joints - before).max() <= 0.4 + 1e-9
+
+
+def test_a_screen_hides_the_object_from_one_camera_alone() -> None:
+    cell = YamCell(TaskOptions(name="pick", hidden_share=1.0), image_size=96, cameras=("over", "front"))
+    found = set()
+    for seed in range(6):
+        cell.reset(seed=seed)
+        assert cell.layout is not None
+        hidden = cell.layout.hidden_from
+        pixels = {name: np.isin(cell.segmentation(name), cell.model.geom("object").id).sum() for name in cell.cameras}
+        assert pixels.pop(hidden) == 0
+        assert next(iter(pixels.values())) > 10
+        found.add(hidden)
+    assert found == {"over", "front"}
+    cell.close()

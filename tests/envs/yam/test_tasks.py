@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from keygrip.envs.yam import tasks
+from keygrip.envs.yam.colours import COLOURS, EQUAL_LUMINANCE
 from keygrip.envs.yam.tasks import (
     BOWL_RADIUS,
-    COLOURS,
-    EQUAL_LUMINANCE,
     REGIONS,
     TASKS,
     TaskOptions,
@@ -121,6 +120,18 @@ def test_camera_jitter_stays_in_its_cone_and_views_repeat() -> None:
     assert len(views) == 4
     more = {sample_layout(TaskOptions(camera_jitter_deg=25.0, camera_views=8), s).camera for s in range(80)}
     assert views < more
+
+
+def test_a_share_of_the_episodes_hides_the_object_from_either_camera() -> None:
+    plain, half = TaskOptions(), TaskOptions(hidden_share=0.5)
+    hidden = [sample_layout(half, seed).hidden_from for seed in range(60)]
+    assert {name: 10 <= hidden.count(name) <= 40 for name in (None, "over", "front")} == dict.fromkeys(
+        (None, "over", "front"), True
+    )
+    assert all(sample_layout(plain, seed).hidden_from is None for seed in range(10))
+    assert sample_layout(half, 3).object.position.tolist() == sample_layout(plain, 3).object.position.tolist()
+    with pytest.raises(ValueError, match=r"hidden_share=1\.5 is outside"):
+        TaskOptions(hidden_share=1.5)
 
 
 def test_negative_seeds_are_refused() -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from keygrip.envs.yam.tasks import COLOURS
+from keygrip.envs.yam.colours import COLOURS
 from keygrip.envs.yam.tours import Tour, TourCell, TourOptions, describe
 
 SIZE = 96

@@ -127,6 +127,18 @@ def test_such_actions_train_plan_and_travel(tmp_path: Path, kind: str) -> None:
         np.testing.assert_allclose(plan.position[0], TURN.apply(position) + BASE, atol=1e-4)
     received = decode_plan(encode_plan(plan))
     np.testing.assert_array_equal(getattr(received, name), numbers)
+    policy, timed = GeometryVLAPolicy(module, seed=1), {**observation, "time_s": 10.0}
+    policy.reset(0)
+    shifted = replace(plan, time_s=10.0, **{name: getattr(policy.plan(observation), name) + 0.1})
+    policy.reset(0)
+    led = policy.plan_continuing(timed, shifted, delay_s=2 * plan.step_seconds)
+    off = np.abs(getattr(led, name) - getattr(shifted, name))[:, :2].mean()
+    assert off < 0.5 * 0.1, "without guidance it would be all of the shift"
+    policy.reset(0)
+    free = policy.plan(observation)
+    policy.reset(0)
+    anew = policy.plan_continuing(timed, replace(shifted, **{name: None}), delay_s=0.1)
+    np.testing.assert_array_equal(anew.position, free.position)
     module.statistics._position_range.copy_(torch.zeros(2, 3))
     assert getattr(GeometryVLAPolicy(module).plan(observation), name) is None  # its poses were moved: not as planned
 

@@ -77,6 +77,23 @@ def test_geometry_tokens_carry_their_places(kind: str, tmp_path: Path) -> None:
         module.network._placed(torch.ones(1, 17, module.network.geometry.dim), 1)  # type: ignore[union-attr]
 
 
+def test_blank_tokens_hold_nothing_of_the_scene(tmp_path: Path) -> None:
+    """As many tokens and parameters, the encoder trained by depth alone."""
+    module, plain = ready_module(tmp_path, geom_blank=True), ready_module(tmp_path)
+    assert {name: p.shape for name, p in module.named_parameters()} == {n: p.shape for n, p in plain.named_parameters()}
+    batch = small_batch()
+    assert module(batch).groups == plain(batch).groups
+    losses = module.losses(module(batch), batch)
+    geometry = module.network.geometry
+    assert geometry is not None
+    parameters = list(geometry.blocks.parameters())  # type: ignore[union-attr]
+    gradients = torch.autograd.grad(losses["action"], parameters, retain_graph=True)
+    assert all(not gradient.any() for gradient in gradients)
+    assert any(bool(gradient.any()) for gradient in torch.autograd.grad(losses["depth"], parameters))
+    assert not changed_by_geometry(module)
+    assert changed_by_geometry(plain)
+
+
 def test_one_mean_pooled_vector_knows_no_layout(tmp_path: Path) -> None:
     module = ready_module(tmp_path, geom_dit_tokens=1)
     assert module.network.compressor is not None
@@ -86,8 +103,9 @@ def test_one_mean_pooled_vector_knows_no_layout(tmp_path: Path) -> None:
 
 
 def test_geometry_that_would_reach_nobody_is_refused() -> None:
-    with pytest.raises(ValueError, match="geom_places=true places compressed geometry tokens, and there are none"):
-        small_module(geom_inject_to_dit=False, geom_places=True)
+    for name in ("geom_places", "geom_blank"):
+        with pytest.raises(ValueError, match=f"{name}=true is of compressed geometry tokens, and there are none"):
+            small_module(geom_inject_to_dit=False, **{name: True})
     with pytest.raises(ValueError, match="at least 1 with geom_inject_to_vlm"):
         small_module(geom_inject_to_dit=False, geom_inject_to_vlm=True, geom_dit_tokens=0)
     with pytest.raises(ValueError, match="at least 0"):

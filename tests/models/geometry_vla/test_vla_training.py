@@ -131,6 +131,16 @@ def test_errors_at_the_grip_are_of_the_steps_that_close(tmp_path: Path) -> None:
     assert len(module.grip_errors(batch, sampled)["grip_side_cm"]) == 1
 
 
+def test_errors_at_the_grip_are_means_over_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, logged = ready_module(tmp_path), {}
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: float(value)}))
+    others = iter([8.0, 1.0, 8.0, 1.0])  # the sum of the other process's errors, and how many there are
+    monkeypatch.setattr("keygrip.models.geometry_vla.module.global_sum", lambda value: value + next(others))
+    module._grips = {"grip_side_cm": [torch.tensor([1.0, 3.0]), torch.zeros(0)], "grip_height_cm": [torch.zeros(0)]}
+    module.on_validation_epoch_end()
+    assert logged == {"val/grip_side_cm": 4.0, "val/grip_height_cm": 8.0}
+
+
 def test_it_learns_actions_and_depth(tmp_path: Path) -> None:
     module = ready_module(tmp_path, draws=4)
     batch = small_batch()

@@ -1,0 +1,121 @@
+"""How much the action head makes of geometry: figures of validation that say why its tokens help, or why not.
+
+Shape legend: B samples, M tokens of a context, K tokens of a group of them, H width, A arms, T steps, Da numbers of an
+action step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from keygrip.models.geometry_vla.action_head import AttentionRecord
+
+if TYPE_CHECKING:
+    from keygrip.data.batches import MultiViewPolicyBatch
+    from keygrip.models.geometry_vla.geometry import GeometryFeatures
+    from keygrip.models.geometry_vla.module import GeometryVLAModule
+    from keygrip.models.geometry_vla.network import Scene
+
+GROUPS = ("prompt", "geometry", "pointed")
+
+
+@torch.no_grad()
+def context_figures(scene: Scene, record: AttentionRecord) -> dict[str, Tensor]:
+    """What the head's cross-attention does with each group of a context's tokens, means over blocks and samples.
+
+    ``<group>_share`` of the attention; ``<group>_even``, what even attention would give it; ``<group>_read``, its share
+    by size of what attention adds to the head's tokens; ``<group>_rms`` of its tokens as the head reads them (with
+    `context_norm` 1 before positions are added). Of geometry tokens also ``geometry_alike``, the mean cosine between
+    tokens of a sample: 1 where they all say the same, as one mean would; and ``geometry_slot``, the share of their
+    variance that lies between the K tokens and is the same in all samples: where a token lies, not what is there.
+
+    Args:
+        record: of a pass of the head with the scene's groups. Nothing is said of groups without tokens.
+    """
+    shares = torch.stack([share.mean(dim=0) for share in record.shares]).mean(dim=0)
+    reads = torch.stack([read.mean(dim=0) for read in record.reads]).mean(dim=0)
+    mask = scene.contexts[0].mask
+    tokens = torch.stack([context.tokens for context in scene.contexts])  # [blocks, B, M, H]
+    counted = torch.ones_like(tokens[0, ..., 0]) if mask is None else mask.to(tokens.dtype)  # [B, M]
+    found: dict[str, Tensor] = {}
+    parts = tokens.split(list(scene.groups), dim=2)
+    for number, (name, part, valid) in enumerate(
+        zip(GROUPS, parts, counted.split(list(scene.groups), dim=1), strict=True)
+    ):
+        if not part.shape[2]:
+            continue
+        found[f"{name}_share"], found[f"{name}_read"] = shares[number], reads[number]
+        found[f"{name}_even"] = (valid.sum(dim=1) / counted.sum(dim=1)).mean()
+        squares = part.square().mean(dim=-1) * valid  # [blocks, B, K]
+        found[f"{name}_rms"] = (squares.sum(dim=(1, 2)) / valid.sum()).sqrt().mean()
+    geometry = parts[GROUPS.index("geometry")]
+    if geometry.shape[2] > 1:
+        found["geometry_alike"] = torch.stack([alike(part) for part in geometry]).mean()
+        found["geometry_slot"] = torch.stack([slot_share(part) for part in geometry]).mean()
+    return found
+
+
+def alike(tokens: Tensor) -> Tensor:
+    """The mean cosine between two different tokens of a sample, of ``[B, K, H]`` with K > 1."""
+    count, unit = tokens.shape[1], F.normalize(tokens, dim=-1)
+    pairs = unit.sum(dim=1).square().sum(dim=-1) - unit.square().sum(dim=(1, 2))  # [B]
+    return (pairs / (count * (count - 1))).mean()
+
+
+def slot_share(tokens: Tensor) -> Tensor:
+    """The share of the variance of tokens ``[B, K, H]`` that tells which of the K it is, whatever the sample: variance
+    components of a one-way analysis. Not a number of one sample."""
+    if len(tokens) < 2:
+        return tokens.new_tensor(torch.nan)
+    within = tokens.var(dim=0).mean()  # around each slot's mean over the samples
+    # Means of B samples differ by chance too.
+    between = (tokens.mean(dim=0).var(dim=0).mean() - within / len(tokens)).clamp(min=0)
+    return between / (between + within).clamp(min=torch.finfo(tokens.dtype).tiny)
+
+
+@torch.no_grad()
+def exchanged_geometry(
+    module: GeometryVLAModule, scene: Scene, batch: MultiViewPolicyBatch, sampled: Tensor
+) -> dict[str, Tensor]:
+    """What plans owe to geometry: the same plans with what the geometry encoder made of another demonstration.
+
+    ``geometry_moves_cm``: how far planned positions move; 0 where nothing that acts reads geometry.
+    ``geometry_worth_cm``: how much larger their error is then; about 0 where plans move and are none the worse.
+
+    Args:
+        sampled: actions ``[B, T, Da]`` of the batch, from the noise that `module.sample` draws for it.
+
+    Returns:
+        Both, nothing without geometry. In a batch of one demonstration another frame of it takes the place of another.
+    """
+    if scene.geometry is None:
+        return {}
+    valid = ~batch.action_is_pad
+    others = (batch.demo_index != batch.demo_index.roll(1))[:, None, None] & valid
+    # Decided by tensors, not by branches: where parameters are sharded every process must encode.
+    other = torch.where(others.any(), others, valid).float()  # [B, A, T]
+    network = module.network
+    changed = network.encode(
+        batch.images,
+        batch.instruction,
+        batch.view_intrinsics,
+        batch.view_world_to_camera,
+        geometry=_of_the_one_before(scene.geometry),
+    )
+    own, _, _ = module.decode(sampled, batch)
+    moved, _, _ = module.decode(module.sample(changed, batch), batch)
+    worse = (moved - batch.position).norm(dim=-1) - (own - batch.position).norm(dim=-1)
+    away = (moved - own).norm(dim=-1)
+    figures = {"geometry_moves_cm": away, "geometry_worth_cm": worse}
+    return {name: 100 * (values * other).sum() / other.sum().clamp(min=1) for name, values in figures.items()}
+
+
+def _of_the_one_before(features: GeometryFeatures) -> GeometryFeatures:
+    """Each sample's features replaced by those of the one before it, the first's by the last's."""
+    parts = {field.name: getattr(features, field.name) for field in fields(features)}
+    return replace(features, **{name: part.roll(1, dims=0) for name, part in parts.items() if part is not None})
