@@ -98,10 +98,13 @@ def video_text_parts(
     frames: Sequence[bytes],
     conversations: Sequence[Conversation],
     source: str,
-    fps: float = 1.0,
+    fps: float | None = 1.0,
     extension: str = "jpg",
 ) -> tuple[Parts, dict[str, int | float | str]]:
     """Parts and columns of a sample, from encoded images.
+
+    Args:
+        fps: of the frames; None: they have no common time.
 
     Raises:
         ValueError: no conversation, an empty one, or more than 4096 frames.
@@ -310,6 +313,11 @@ def decode_timed(content: bytes | str, size: int, fit: str, most: int) -> tuple[
 
     frames = frames_at(content, chosen, lambda image: fit_image(image, size, fit))
     return np.stack(frames), times
+
+
+def rate_of(times: np.ndarray) -> float:
+    """Frames per second of evenly spaced times; 1 of a single one."""
+    return 1.0 if len(times) < 2 else float((len(times) - 1) / (times[-1] - times[0]))
 
 
 def read_sample(
