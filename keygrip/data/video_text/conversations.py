@@ -268,7 +268,12 @@ def decode_image(content: bytes, size: int, fit: str) -> np.ndarray:
     with open_image(content) as opened:
         if fit == "stretch":
             opened.draft("RGB", (size, size))
-        return fit_image(_rgb(_upright(opened)), size, fit)
+        return shown_image(opened, size, fit)
+
+
+def shown_image(image: Image.Image, size: int, fit: str) -> np.ndarray:
+    """uint8 [S, S, 3] RGB of a PIL image of any mode, as viewers show it."""
+    return fit_image(_rgb(_upright(image)), size, fit)
 
 
 def _upright(image: Image.Image) -> Image.Image:
