@@ -3,7 +3,7 @@
 Members of a sample: "json" with `source`, `fps`, `frames` and `conversations` ([{"kind", "turns": [{"role", "text"}],
 "evidence"}]), and the images, either "00.jpg", "01.jpg", ... (from 0 or 1; PNG and WebP too), one "jpg", or one "mp4",
 from which one frame per second is taken. Text in other forms: see `foreign_text`. Upper case counts as lower.
-Columns: `frames`, `text_length` (characters of the longest conversation), `kinds` ("cue mark").
+Columns: `frames`, `text_length` (characters of the longest conversation; see there), `kinds` ("cue mark").
 """
 
 from __future__ import annotations
@@ -136,8 +136,14 @@ def video_text_parts(
 
 
 def text_length(conversations: Sequence[Conversation]) -> int:
-    """Characters of the longest conversation."""
-    return max((sum(len(turn.text) for turn in c.turns) for c in conversations), default=0)
+    """Characters of the longest conversation, by which batches are made: a token is taken for four of them. Those beyond
+    ASCII (Chinese, Greek, ...) are a token each, or more, and count for four."""
+    return max((sum(_length(turn.text) for turn in c.turns) for c in conversations), default=0)
+
+
+def _length(text: str) -> int:
+    plain = len(text.encode("ascii", "ignore"))
+    return plain + 4 * (len(text) - plain)
 
 
 def _text_columns(conversations: Sequence[Conversation]) -> dict[str, int | float | str]:
