@@ -136,8 +136,8 @@ def video_text_parts(
 
 
 def text_length(conversations: Sequence[Conversation]) -> int:
-    """Characters of the longest conversation, by which batches are made: a token is taken for four of them. Those beyond
-    ASCII (Chinese, Greek, ...) are a token each, or more, and count for four."""
+    """Characters of the longest conversation, by which batches are made: a token is taken for four of them. Those
+    beyond ASCII (Chinese, Greek, ...) are a token each, or more, and count for four."""
     return max((sum(_length(turn.text) for turn in c.turns) for c in conversations), default=0)
 
 
