@@ -29,6 +29,8 @@ from keygrip.training.checkpoints import find_checkpoint, load_module
 
 log = logging.getLogger(__name__)
 
+MOST_STRIPS = 64  # of a figure: each is two inches high
+
 
 @dataclass(frozen=True)
 class Video:
@@ -62,6 +64,10 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
     questions = [] if talks is not None else [str(each) for each in _listed(cfg.question)]
     if talks is None and not (paths and questions):
         raise ValueError("video and question: give at least one of each (video=null: text alone)")
+    if cfg.figure is not None and len(paths) * len(questions) > MOST_STRIPS:
+        raise ValueError(
+            f"figure=... holds {MOST_STRIPS} answers at most, not {len(paths) * len(questions)}: leave it out"
+        )
     module = load_module(
         find_checkpoint(cfg.checkpoint, cfg.checkpoint_step),
         map_location="cuda" if torch.cuda.is_available() else "cpu",
