@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import tarfile
+import unicodedata
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -64,6 +65,7 @@ class ShardWriter:
         Raises:
             ValueError: a key with a dot or with characters that tar files cannot hold, or other columns.
         """
+        key = unicodedata.normalize("NFC", key)  # as a reader of the tar file has it
         if "." in key.rpartition("/")[2] or not key or len(key.encode()) > 90:
             raise ValueError(f"the key {key!r} cannot name a sample: 1 to 90 bytes without a dot")
         if self._rows and set(row) != set(self._rows[0]):

@@ -86,6 +86,15 @@ def test_an_exception_while_writing_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_keys_with_accents_are_those_that_a_reader_of_the_tar_has(tmp_path: Path) -> None:
+    """macOS writes letters and accents apart."""
+    with ShardWriter(tmp_path / "a.tar") as writer:
+        writer.add("cafe\u0301", *video_text_parts([], conversations("x"), "s"))
+    write_manifest(tmp_path, describe_video_text, progress=False)
+    assert ShardSet(tmp_path).key(0) == "caf\u00e9"
+    assert index_shard(tmp_path / "a.tar", describe_video_text).keys.tolist() == ["caf\u00e9"]
+
+
 def test_keys_that_webdataset_would_split_are_refused(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "a.tar") as writer:
         with pytest.raises(ValueError, match=r"'a\.b' cannot name a sample"):
