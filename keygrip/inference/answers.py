@@ -64,6 +64,8 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
     questions = [] if talks is not None else [str(each) for each in _listed(cfg.question)]
     if talks is None and not (paths and questions):
         raise ValueError("video and question: give at least one of each (video=null: text alone)")
+    if paths and not any(path is None or Path(str(path)).exists() for path in paths):
+        raise FileNotFoundError(f"there is no video, image or folder at {paths[0]}")
     if cfg.figure is not None and len(paths) * len(questions) > MOST_STRIPS:
         raise ValueError(
             f"figure=... holds {MOST_STRIPS} answers at most, not {len(paths) * len(questions)}: leave it out"
@@ -105,7 +107,7 @@ def read_conversations(path: str | Path) -> list[list[Any]]:
         if not line.strip():
             continue
         with guard(f"{path}, line {number}"):
-            content = parse_json(line, "it")
+            content = parse_json(line, "JSON")
             talk = content.get("messages") if isinstance(content, dict) else content
             if not isinstance(talk, list) or not talk:
                 raise ValueError("it is no list of messages, nor an object with messages")

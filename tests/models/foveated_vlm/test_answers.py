@@ -160,6 +160,8 @@ def test_what_cannot_be_asked_is_said_before_the_model_is_loaded(
         run(listed(videos), "question=Sure?", "max_frames=0")
     with pytest.raises(ValueError, match="leave one out"):
         run(listed(videos), "question=Sure?", "stream=true", "figure=x.png")
+    with pytest.raises(FileNotFoundError, match=r"no video, image or folder at none\.mp4"):
+        run("video=[none.mp4,nothing.mp4]", "question=Sure?")
     with pytest.raises(ValueError, match="holds 64 answers at most, not 66"):
         run(listed(videos), f"question=[{','.join('Sure?' for _ in range(22))}]", "figure=x.png")
     with pytest.raises(ValueError, match="at least one of each"):
