@@ -61,7 +61,7 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
         raise ValueError("figure=... shows where queries attended, which stream=true does not keep: leave one out")
     talks = None if cfg.conversations is None else read_conversations(cfg.conversations)
     paths: list[Any] = [] if talks is not None else _listed(cfg.video)
-    questions = [] if talks is not None else [str(each) for each in _listed(cfg.question)]
+    questions = [] if talks is not None else [str(each) for each in _listed(cfg.question) if each is not None]
     if talks is None and not (paths and questions):
         raise ValueError("video and question: give at least one of each (video=null: text alone)")
     if paths and not any(path is None or Path(str(path)).exists() for path in paths):
@@ -103,7 +103,7 @@ def read_conversations(path: str | Path) -> list[list[Any]]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"conversations={path}: there is no such file")
     talks: list[list[Any]] = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # text may hold other ends of lines
         if not line.strip():
             continue
         with guard(f"{path}, line {number}"):
