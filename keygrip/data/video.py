@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import io
+import itertools
 import math
 import os
 from collections import OrderedDict
@@ -25,6 +26,8 @@ from PIL import Image
 from keygrip.data.bad_samples import MAX_PIXELS, guard, regular_file
 
 LOCAL = {"protocol_whitelist": "file"}  # a playlist in place of a video must not reach the network
+SEEK_S = 8.0  # to a wanted frame further ahead; as long as key frames are usually apart
+FURTHEST_BACK_S = 60.0  # a key frame may lie before what was decoded already, but not so far
 TIME_TOLERANCE_S = 2e-3  # containers round time stamps to milliseconds, twice
 QUARTER_TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 Converted = TypeVar("Converted")
@@ -241,6 +244,8 @@ def frames_at(
     """Frames of a video at some times: each the one that is shown at that time, the last that began before it; upright,
     where the file says how its frames lie (those of phones).
 
+    What lies between times that are far apart is skipped from key frame to key frame, where the file allows it.
+
     Args:
         source: the file, or its content as bytes.
         times: from the video's length in seconds to the wanted times, rising, seconds from the first frame.
@@ -249,6 +254,22 @@ def frames_at(
     Raises:
         ValueError: it cannot be decoded, or ends before the last time.
     """
+    try:
+        return _frames_at(source, times, convert, seek=True)
+    except _CannotSeek:
+        return _frames_at(source, times, convert, seek=False)
+
+
+class _CannotSeek(Exception):
+    """The file has no index of its key frames, or a wrong one."""
+
+
+def _frames_at(
+    source: bytes | str | Path,
+    times: Callable[[float], Sequence[float] | np.ndarray],
+    convert: Callable[[Image.Image], Converted],
+    seek: bool,
+) -> list[Converted]:
     found: list[Converted] = []
     with guard("the video cannot be decoded"), _opened(source) as (container, stream):
         duration = _length(source, stream)
@@ -256,7 +277,9 @@ def frames_at(
         start: float | None = None
         shown: Any = None
         begin = end = gap = 0.0  # when `shown` begins and ends; the longest time that a frame was shown so far
-        for frame in container.decode(stream):
+        sought, worth_it = -1, SEEK_S
+        frames = container.decode(stream)
+        while (frame := next(frames, None)) is not None:
             now = float(frame.time or 0.0)
             start = now if start is None else start
             while (
@@ -265,14 +288,37 @@ def frames_at(
                 found.append(convert(_upright(shown)))
             if len(found) == len(wanted):
                 break
-            gap = max(gap, now - start - begin)
+            gap = max(gap, now - start - begin) if shown is not None else gap
             shown, begin = frame, now - start
             end = begin + max(gap, float((frame.duration or 0) * frame.time_base))
+            if seek and sought < len(found) and wanted[len(found)] - begin > worth_it:
+                sought = len(found)  # once: the key frame before it may lie behind
+                frames, landed = _from_key_frame(container, stream, start + float(wanted[len(found)]), now)
+                worth_it *= 2 if landed <= now else 1  # key frames are further apart than that
+                shown = None
         while shown is not None and len(found) < len(wanted) and wanted[len(found)] < end + TIME_TOLERANCE_S:
             found.append(convert(_upright(shown)))
     if len(found) < len(wanted):
         raise ValueError(f"the video says it lasts {duration:.1f} s, but only {end:.1f} s of it can be decoded")
     return found
+
+
+def _from_key_frame(container: Any, stream: Any, time: float, now: float) -> tuple[Iterator[Any], float]:
+    """The frames from the last key frame at or before a time on, and its time; `now` is that of the last frame that was
+    decoded.
+
+    Raises:
+        _CannotSeek: they begin after that time, or far before `now`.
+    """
+    try:
+        container.seek(int(time / stream.time_base), stream=stream)
+        frames = container.decode(stream)
+        first = next(frames, None)
+    except (av.FFmpegError, OverflowError) as error:
+        raise _CannotSeek from error
+    if first is None or first.time is None or not now - FURTHEST_BACK_S < first.time <= time + TIME_TOLERANCE_S:
+        raise _CannotSeek
+    return itertools.chain([first], frames), float(first.time)
 
 
 def _upright(frame: Any) -> Image.Image:

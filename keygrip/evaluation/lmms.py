@@ -16,7 +16,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
 from keygrip.data.batches import Turn
-from keygrip.data.video_text.conversations import fit_image
+from keygrip.data.video_text.conversations import shown_image
 from keygrip.data.video_text.foreign_text import without_placeholders
 from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.models.foveated_vlm.generation import answer_likelihoods, encoded, generate
@@ -143,7 +143,7 @@ class KeygripModel(lmms):
         if isinstance(item, Sequence):
             return _joined([self._frames(part, size, fit) for part in item])
         if hasattr(item, "convert"):  # a PIL image
-            return np.asarray(fit_image(item.convert("RGB"), size, fit))[None], (0.0,)
+            return shown_image(item, size, fit)[None], (0.0,)
         raise ValueError(f"a visual is a {type(item).__name__}; paths and images are known")
 
 

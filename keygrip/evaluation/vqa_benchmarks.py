@@ -5,6 +5,7 @@ Each takes the folder as downloaded from the Hugging Face hub, with the videos u
 
 from __future__ import annotations
 
+import filecmp
 import logging
 import math
 import re
@@ -230,8 +231,14 @@ class _named:
             raise ValueError(f"{self.file}: the entry {asked!r} is not of the known form ({error})") from error
 
 
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths are one file, or files of the same content."""
+    return one == other or (one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False))
+
+
 class Videos:
-    """Video files and folders of frames below a folder, found by what a question calls them."""
+    """Video files and folders of frames below a folder, found by what a question calls them; copies of one file count
+    as one (MVBench's archives hold some twice)."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -262,7 +269,7 @@ class Videos:
             [path for path in found if f"/{folder}/" in f"/{path.relative_to(self.root).as_posix()}"],
             found,
         ):
-            if len(set(kept)) == 1:
+            if kept and all(_same(kept[0], other) for other in kept[1:]):
                 return kept[0]
         if not found:
             return None

@@ -29,6 +29,8 @@ from keygrip.training.checkpoints import find_checkpoint, load_module
 
 log = logging.getLogger(__name__)
 
+MOST_STRIPS = 64  # of a figure: each is two inches high
+
 
 @dataclass(frozen=True)
 class Video:
@@ -59,9 +61,15 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
         raise ValueError("figure=... shows where queries attended, which stream=true does not keep: leave one out")
     talks = None if cfg.conversations is None else read_conversations(cfg.conversations)
     paths: list[Any] = [] if talks is not None else _listed(cfg.video)
-    questions = [] if talks is not None else [str(each) for each in _listed(cfg.question)]
+    questions = [] if talks is not None else [str(each) for each in _listed(cfg.question) if each is not None]
     if talks is None and not (paths and questions):
         raise ValueError("video and question: give at least one of each (video=null: text alone)")
+    if paths and not any(path is None or Path(str(path)).exists() for path in paths):
+        raise FileNotFoundError(f"there is no video, image or folder at {paths[0]}")
+    if cfg.figure is not None and len(paths) * len(questions) > MOST_STRIPS:
+        raise ValueError(
+            f"figure=... holds {MOST_STRIPS} answers at most, not {len(paths) * len(questions)}: leave it out"
+        )
     module = load_module(
         find_checkpoint(cfg.checkpoint, cfg.checkpoint_step),
         map_location="cuda" if torch.cuda.is_available() else "cpu",
@@ -95,11 +103,11 @@ def read_conversations(path: str | Path) -> list[list[Any]]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"conversations={path}: there is no such file")
     talks: list[list[Any]] = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # text may hold other ends of lines
         if not line.strip():
             continue
         with guard(f"{path}, line {number}"):
-            content = parse_json(line, "it")
+            content = parse_json(line, "JSON")
             talk = content.get("messages") if isinstance(content, dict) else content
             if not isinstance(talk, list) or not talk:
                 raise ValueError("it is no list of messages, nor an object with messages")

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from keygrip.data.batches import Turn
-from keygrip.data.video_text.conversations import fit_image
+from keygrip.data.video_text.conversations import fit_image, shown_image
 from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.exporting.folder import model_card, write_export
 from keygrip.models.foveated_vlm.generation import generate
@@ -143,7 +143,7 @@ class VideoChat:
         if isinstance(given, str | Path):
             return read_timed_frames(given, size, fit, 1 if kind == "image" else images["max_frames"])
         if isinstance(given, Image.Image):
-            return np.asarray(fit_image(given.convert("RGB"), size, fit))[None], (0.0,)
+            return shown_image(given, size, fit)[None], (0.0,)
         array = np.asarray(given)
         if array.dtype != np.uint8 or array.shape[-1:] != (3,) or array.ndim not in (3, 4):
             raise ValueError(

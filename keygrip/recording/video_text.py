@@ -22,6 +22,7 @@ from keygrip.data.video_text.conversations import (
     caption,
     encode_jpeg,
     fit_image,
+    rate_of,
     video_text_parts,
 )
 from keygrip.data.video_text.sources.writing import MadeSample, write_shards
@@ -114,8 +115,10 @@ class DemoMaker:
         if camera not in demo.cameras:
             raise ValueError(f"it has no camera {camera!r}; it has {', '.join(demo.cameras)}")
         wanted = np.arange(0, len(demo), max(demo.fps, 1e-6)).round().astype(int)
+        fps = 1.0
         if len(wanted) > MAX_FRAMES:
             wanted = np.linspace(0, len(demo) - 1, MAX_FRAMES).round().astype(int)
+            fps = rate_of(wanted / demo.fps)
         source = demo.cameras[camera].frames
         frames = [
             encode_jpeg(fit_image(Image.fromarray(source.read(int(n))), self.image_size, self.fit), TOUR_QUALITY)
@@ -126,7 +129,7 @@ class DemoMaker:
         if not any(c.kind == "caption" for c in conversations) and demo.instruction:
             sentence = demo.instruction[0].upper() + demo.instruction[1:].rstrip(".") + "."
             conversations.insert(0, caption(sentence, request="What is the robot told to do?"))
-        yield MadeSample(_key(demo.name), *video_text_parts(frames, conversations, DEMOS))
+        yield MadeSample(_key(demo.name), *video_text_parts(frames, conversations, DEMOS, fps))
 
 
 def _key(name: str) -> str:

@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pytest
 
+from keygrip.data import video
 from keygrip.data.video import VideoWriter, duration_s, frames_at, read_video, write_video
 from keygrip.data.video_text.conversations import decode_video, describe_video_text
 
@@ -68,6 +69,40 @@ def test_sparse_frames_are_those_on_show(tmp_path: Path) -> None:
     path = write(tmp_path / "a.mkv", [0.0, 2.5, 5.0, 5.5], 2)
     shown = frames_at(str(path), lambda _: [0, 1, 2, 2.4, 2.6, 4.9, 5.0, 5.6], lambda image: np.asarray(image))
     assert numbers(np.stack(shown)) == [0, 0, 0, 0, 1, 1, 2, 3]
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "ts", "avi"])
+@pytest.mark.parametrize("group", [7, 250])
+def test_long_videos_are_skipped_through_to_the_same_frames(
+    tmp_path: Path, ending: str, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100 s of 5 frames per second, whose shades tell them apart, with B-frames; of the file and of its bytes."""
+    path = tmp_path / f"a.{ending}"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        stream.options = {"g": str(group), "bf": "2", "sc_threshold": "0"}
+        for number in range(500):
+            image = np.full((32, 32, 3), 20 + number % 200, np.uint8)
+            image[:16] = 20 + 40 * (number // 200)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        file.mux(stream.encode(None))
+    sought: list[float] = []
+    seek = video._from_key_frame
+    monkeypatch.setattr(video, "_from_key_frame", lambda *a: (sought.append(a[2]), seek(*a))[1])
+
+    def times(length: float) -> np.ndarray:
+        return np.concatenate([np.linspace(0, length - 1, 9), [length - 0.15]])
+
+    for source in (str(path), path.read_bytes()):
+        frames = frames_at(source, times, np.asarray)
+        assert len(sought) >= (7 if group == 7 and ending != "ts" else 1)  # which has no index: read from end to end
+        monkeypatch.setattr(video, "SEEK_S", 1e9)
+        for one, other in zip(frames, frames_at(source, times, np.asarray), strict=True):
+            assert np.array_equal(one, other)
+        monkeypatch.setattr(video, "SEEK_S", 8.0)
+    with pytest.raises(ValueError, match=r"lasts 100\.\d s, but only"):
+        frames_at(str(path), lambda length: [0, 50, length + 5], np.asarray)
 
 
 @pytest.mark.parametrize(("matrix", "turns"), [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])

@@ -196,6 +196,15 @@ def test_videos_of_one_name_are_told_apart(tmp_path: Path) -> None:
     write(tmp_path / "x.json", [{**entry, "video": "7_other/v.1.mp4"}])
     found = {question.task: question.video.parent.name for question in read_benchmark("mvbench", tmp_path).questions}
     assert found == {"moving_count": "video_validation", "action_count": "videos", "x": "7_other"}
+    copy = tmp_path / "data0613" / "clevrer" / "video_validation" / "v.1.mp4"
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes((tmp_path / "clevrer/video_validation/v.1.mp4").read_bytes())
+    assert len(read_benchmark("mvbench", tmp_path).questions) == 3
+    for folder in ("perception/videos", "7_other", "data0613/clevrer/video_validation"):  # other videos, of other bytes
+        video(tmp_path / folder / "v.1.mp4", seconds=2)
+    with pytest.raises(ValueError, match=r"moving_count\.json: the entry 'What\?'.*may be"):
+        read_benchmark("mvbench", tmp_path)
+    copy.unlink()
     write(tmp_path / "y.json", [{**entry, "video": "v.1.mp4"}])
     with pytest.raises(ValueError, match=r"y\.json: the entry 'What\?'.*may be .*v\.1\.mp4 or .*v\.1\.mp4"):
         read_benchmark("mvbench", tmp_path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,7 +16,15 @@ from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.validation import validate
 from keygrip.data.video_text.conversations import parse_conversations, read_sample
 from keygrip.prepare import run
-from keygrip.recording.video_text import conversations_of, make_demos, make_texts, make_tours, robot_videos, story
+from keygrip.recording.video_text import (
+    DemoMaker,
+    conversations_of,
+    make_demos,
+    make_texts,
+    make_tours,
+    robot_videos,
+    story,
+)
 
 
 def test_tours_become_shards_with_kinds_and_seeds_apart(tmp_path: Path) -> None:
@@ -38,6 +48,29 @@ def test_tours_become_shards_with_kinds_and_seeds_apart(tmp_path: Path) -> None:
     mark = next(c for c in sample.conversations if c.kind == "mark")
     assert mark.turns[0].text.startswith("At second")
     assert set(mark.evidence) == {"frame", "colour", "pixel", "pixels_seen"}
+
+
+class LongDemo:
+    """70 seconds at 10 Hz, without text of its own."""
+
+    fps, instruction, name = 10.0, "lift the cube", "pick_0"
+    cameras: ClassVar[dict[str, Any]] = {
+        "front": SimpleNamespace(frames=SimpleNamespace(read=lambda n: np.full((8, 8, 3), n % 256, np.uint8)))
+    }
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __len__(self) -> int:
+        return 700
+
+
+def test_frames_of_long_demonstrations_keep_their_seconds(tmp_path: Path) -> None:
+    reference = SimpleNamespace(read=lambda: LongDemo(tmp_path))
+    (sample,) = DemoMaker("front", 8, "stretch")(reference)
+    content = json.loads(sample.parts["json"])
+    assert content["frames"] == 64
+    assert content["fps"] == pytest.approx(63 / 69.9)
 
 
 def test_demonstrations_become_shards_with_their_text(tmp_path: Path) -> None:

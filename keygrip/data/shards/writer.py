@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import tarfile
+import unicodedata
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -41,6 +42,7 @@ class ShardWriter:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self._keys: list[str] = []
+        self._known: set[str] = set()
         self._parts: list[list[tuple[str, int, int]]] = []
         self._rows: list[Row] = []
 
@@ -62,10 +64,14 @@ class ShardWriter:
             row: its columns; every sample of a set has the same.
 
         Raises:
-            ValueError: a key with a dot or with characters that tar files cannot hold, or other columns.
+            ValueError: a key with a dot or with characters that tar files cannot hold, or that was there before, or
+                other columns.
         """
+        key = unicodedata.normalize("NFC", key)  # as a reader of the tar file has it
         if "." in key.rpartition("/")[2] or not key or len(key.encode()) > 90:
             raise ValueError(f"the key {key!r} cannot name a sample: 1 to 90 bytes without a dot")
+        if key in self._known:
+            raise ValueError(f"the key {key!r} comes twice: in the tar file both would be one sample")
         if self._rows and set(row) != set(self._rows[0]):
             raise ValueError(f"sample {key} has the columns {sorted(row)}, those before it {sorted(self._rows[0])}")
         placed = []
@@ -75,6 +81,7 @@ class ShardWriter:
             offset = self._tar.offset + 512  # one header block
             self._tar.addfile(member, io.BytesIO(content))
             placed.append((name, offset, len(content)))
+        self._known.add(key)
         self._keys.append(key)
         self._parts.append(placed)
         self._rows.append(row)

@@ -3,7 +3,7 @@
 Members of a sample: "json" with `source`, `fps`, `frames` and `conversations` ([{"kind", "turns": [{"role", "text"}],
 "evidence"}]), and the images, either "00.jpg", "01.jpg", ... (from 0 or 1; PNG and WebP too), one "jpg", or one "mp4",
 from which one frame per second is taken. Text in other forms: see `foreign_text`. Upper case counts as lower.
-Columns: `frames`, `text_length` (characters of the longest conversation), `kinds` ("cue mark").
+Columns: `frames`, `text_length` (characters of the longest conversation; see there), `kinds` ("cue mark").
 """
 
 from __future__ import annotations
@@ -98,10 +98,13 @@ def video_text_parts(
     frames: Sequence[bytes],
     conversations: Sequence[Conversation],
     source: str,
-    fps: float = 1.0,
+    fps: float | None = 1.0,
     extension: str = "jpg",
 ) -> tuple[Parts, dict[str, int | float | str]]:
     """Parts and columns of a sample, from encoded images.
+
+    Args:
+        fps: of the frames; None: they have no common time.
 
     Raises:
         ValueError: no conversation, an empty one, or more than 4096 frames.
@@ -133,8 +136,14 @@ def video_text_parts(
 
 
 def text_length(conversations: Sequence[Conversation]) -> int:
-    """Characters of the longest conversation."""
-    return max((sum(len(turn.text) for turn in c.turns) for c in conversations), default=0)
+    """Characters of the longest conversation, by which batches are made: a token is taken for four of them. Those
+    beyond ASCII (Chinese, Greek, ...) are a token each, or more, and count for four."""
+    return max((sum(_length(turn.text) for turn in c.turns) for c in conversations), default=0)
+
+
+def _length(text: str) -> int:
+    plain = len(text.encode("ascii", "ignore"))
+    return plain + 4 * (len(text) - plain)
 
 
 def _text_columns(conversations: Sequence[Conversation]) -> dict[str, int | float | str]:
@@ -265,7 +274,12 @@ def decode_image(content: bytes, size: int, fit: str) -> np.ndarray:
     with open_image(content) as opened:
         if fit == "stretch":
             opened.draft("RGB", (size, size))
-        return fit_image(_rgb(_upright(opened)), size, fit)
+        return shown_image(opened, size, fit)
+
+
+def shown_image(image: Image.Image, size: int, fit: str) -> np.ndarray:
+    """uint8 [S, S, 3] RGB of a PIL image of any mode, as viewers show it."""
+    return fit_image(_rgb(_upright(image)), size, fit)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -310,6 +324,11 @@ def decode_timed(content: bytes | str, size: int, fit: str, most: int) -> tuple[
 
     frames = frames_at(content, chosen, lambda image: fit_image(image, size, fit))
     return np.stack(frames), times
+
+
+def rate_of(times: np.ndarray) -> float:
+    """Frames per second of evenly spaced times; 1 of a single one."""
+    return 1.0 if len(times) < 2 else float((len(times) - 1) / (times[-1] - times[0]))
 
 
 def read_sample(

@@ -488,9 +488,9 @@ class VideoTexts(ResumableData):
             wanted = round(total * (share if share is not None else (1 - shares) * len(part) / lead))
             fixed = np.random.default_rng(0).permutation(len(part))[: max(1, wanted)]
             parts[number] = replace(part, chosen=part.chosen[np.sort(fixed)])
-        components = self._components(parts, self.val_questions)
+        components, rows = self._components(parts, self.val_questions), rows_of(self.val_questions)
         bucket, length = (np.concatenate([getattr(c, name) for c in components]) for name in ("bucket", "length"))
-        sampler = BucketedSampler(bucket, length, self.batch_size, *self.ranks, None, self.budget, components[0].rows)
+        sampler = BucketedSampler(bucket, length, self.batch_size, *self.ranks, budget=self.budget, rows=rows)
         return self._loader(parts, sampler, self.val_questions)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:

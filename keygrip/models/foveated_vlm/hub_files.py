@@ -54,6 +54,7 @@ def hub_files(module: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             "processor_class": "KeygripProcessor",
             "prompt_order": module.collator.prompt_order,
             "system": module.collator.system,
+            "timestamps": module.collator.timestamps,
             "tokens_per_frame": network.tokens_per_frame,
         },
     }

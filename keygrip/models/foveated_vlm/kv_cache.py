@@ -5,14 +5,30 @@ Legend: V videos, M their real frames, H heads, R + N tokens, E head width.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from keygrip.data.batches import VideoTextBatch
 from keygrip.models.backbone import BlockKV
 
 Encode = Callable[[Tensor], Sequence[BlockKV]]
+
+
+def video_names(batch: VideoTextBatch) -> list[str]:
+    """A name of each video that stands for its frames alone: source, key and a checksum of the frames, since keys begin
+    anew in every shard and split of some programs."""
+    rows = {video: row for row, video in reversed(list(enumerate(batch.video_index.tolist())))}
+    pixels, counts = batch.frames.cpu().numpy(), batch.frame_mask.sum(1).tolist()
+    names = []
+    for video, count in enumerate(counts):
+        row = rows.get(video)  # None: all its conversations were left out
+        name = "" if row is None else f"{batch.source[row]}/{batch.key[row]}"
+        names.append(f"{name}/{zlib.crc32(np.ascontiguousarray(pixels[video, :count])):08x}")
+    return names
 
 
 class KeyValueCache:

@@ -18,7 +18,7 @@ from keygrip.models.foveated_vlm.conversations import ConversationCollator
 from keygrip.models.foveated_vlm.dry_run import report_on, step_memory
 from keygrip.models.foveated_vlm.figures import show_answers
 from keygrip.models.foveated_vlm.hub_files import hub_files
-from keygrip.models.foveated_vlm.kv_cache import KeyValueCache
+from keygrip.models.foveated_vlm.kv_cache import KeyValueCache, video_names
 from keygrip.models.foveated_vlm.loss import KERNELS, Kernel, check_liger
 from keygrip.models.foveated_vlm.monitor import Health, relative_entropy
 from keygrip.models.foveated_vlm.network import FoveatedVLM, VideoLanguageNetwork, VLMOutput
@@ -252,9 +252,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         if self.kv_cache is None or not any(rows.frame_counts):
             return None
         assert isinstance(self.network, FoveatedVLM)
-        first = {video: row for row, video in reversed(list(enumerate(rows.videos)))}
-        names = [f"{batch.source[first[v]]}/{batch.key[first[v]]}" for v in range(len(rows.frame_counts))]
-        return self.kv_cache.get(names, frames, rows.frame_counts, self.network.encode)
+        return self.kv_cache.get(video_names(batch), frames, rows.frame_counts, self.network.encode)
 
     def training_step(self, batch: VideoTextBatch, batch_idx: int) -> Tensor:
         frames, rows = self.inputs(batch)

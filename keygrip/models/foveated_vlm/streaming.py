@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from keygrip.data.batches import Turn
-from keygrip.data.video_text.conversations import fit_image
+from keygrip.data.video_text.conversations import shown_image
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.language.cache import LanguageCache
 from keygrip.models.language.tokenizers import ChatTokenizer
@@ -218,8 +218,8 @@ class VideoStream:
         """Pushed so far."""
         return self.session.frames
 
-    def push(self, frame: np.ndarray, second: float | None = None) -> None:
-        """A frame, uint8 [H, W, 3] RGB, which is brought to the model's image size as in training.
+    def push(self, frame: np.ndarray | Image.Image, second: float | None = None) -> None:
+        """A frame, uint8 [H, W, 3] RGB or a PIL image, which is brought to the model's image size as in training.
 
         Args:
             second: when it was taken; None: a frame per second.
@@ -227,10 +227,12 @@ class VideoStream:
         Raises:
             ValueError: another shape or type, or no room for it.
         """
-        if frame.ndim != 3 or frame.shape[2] != 3 or not frame.size or frame.dtype != np.uint8:
-            raise ValueError(f"a frame is uint8 [H, W, 3], not {frame.dtype} {list(frame.shape)}")
         images = self.module.pictures
-        fitted = fit_image(Image.fromarray(frame), images["image_size"], images["fit"])
+        if not isinstance(frame, Image.Image):
+            if frame.ndim != 3 or frame.shape[2] != 3 or not frame.size or frame.dtype != np.uint8:
+                raise ValueError(f"a frame is uint8 [H, W, 3], not {frame.dtype} {list(frame.shape)}")
+            frame = Image.fromarray(frame)
+        fitted = shown_image(frame, images["image_size"], images["fit"])
         self.session.push(self.module.as_input(fitted[None])[0, 0], second)
 
     def stream(self, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:

@@ -210,6 +210,17 @@ def test_words_on_both_sides_of_a_placeholder_stay_apart(tmp_path: Path) -> None
     assert conversation.turns[0].text == "In what is <b>this</b>?"
 
 
+def test_characters_beyond_ascii_count_as_a_token_each(tmp_path: Path) -> None:
+    """Batches are made by four characters a token: text in Chinese would be taken for a quarter of what it is."""
+    members = [
+        m for key, said in (("a", "x" * 40), ("b", "\u6c49" * 40)) for m in pair(key, content=text(caption=said))
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    make_manifests(tmp_path)
+    plain, chinese = ShardSet(tmp_path).columns["text_length"].tolist()
+    assert chinese - plain == 3 * 40
+
+
 def test_images_are_upright(tmp_path: Path) -> None:
     """As their EXIF says; notes that are damaged leave an image as it lies."""
     image = np.zeros((16, 16, 3), np.uint8)

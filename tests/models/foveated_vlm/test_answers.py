@@ -112,10 +112,10 @@ def test_conversations_of_a_file(
             {"role": "assistant", "content": "7."},
             {"role": "user", "content": "Sure?"},
         ],
-        [{"role": "user", "content": "Sure?"}],
+        [{"role": "user", "content": "Sure?\u2028And?"}],
     ]
     file = videos[0].parent / "talks.jsonl"
-    lines = [json.dumps(talks[0]), "", json.dumps({"messages": talks[1]}), json.dumps(talks[2])]
+    lines = [json.dumps(talks[0]), "", json.dumps({"messages": talks[1]}), json.dumps(talks[2], ensure_ascii=False)]
     file.write_text("\n".join(lines))
     wanted = VideoChat(module).generate(talks, 6)
     found = run(f"conversations={file}")
@@ -160,8 +160,13 @@ def test_what_cannot_be_asked_is_said_before_the_model_is_loaded(
         run(listed(videos), "question=Sure?", "max_frames=0")
     with pytest.raises(ValueError, match="leave one out"):
         run(listed(videos), "question=Sure?", "stream=true", "figure=x.png")
-    with pytest.raises(ValueError, match="at least one of each"):
-        run("video=[]", "question=Sure?")
+    with pytest.raises(FileNotFoundError, match=r"no video, image or folder at none\.mp4"):
+        run("video=[none.mp4,nothing.mp4]", "question=Sure?")
+    with pytest.raises(ValueError, match="holds 64 answers at most, not 66"):
+        run(listed(videos), f"question=[{','.join('Sure?' for _ in range(22))}]", "figure=x.png")
+    for asked in (["video=[]", "question=Sure?"], [listed(videos), "question=null"]):
+        with pytest.raises(ValueError, match="at least one of each"):
+            run(*asked)
 
 
 def test_a_conversation_with_another_form_is_named_by_its_number(run: Run, videos: list[Path]) -> None:

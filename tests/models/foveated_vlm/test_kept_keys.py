@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from vlm_parts import frames_of, rows_of, small_backbone, small_language
+from vlm_parts import frames_of, rows_of, small_backbone, small_language, small_module
 
+from keygrip.data.batches import Conversation, Turn, VideoTextSample
 from keygrip.models.backbone import DinoBackbone
-from keygrip.models.foveated_vlm.kv_cache import KeyValueCache
+from keygrip.models.foveated_vlm.kv_cache import KeyValueCache, video_names
 from keygrip.models.foveated_vlm.network import MODES, FoveatedVLM
 
 COUNTS = [3, 0, 1]
@@ -44,6 +48,23 @@ def test_kept_keys_give_what_fresh_ones_do() -> None:
             kept = network(frames, rows, "coarse_fine", kv=kv)
             torch.testing.assert_close(kept.hidden, fresh.hidden, atol=2e-5, rtol=1e-4)
     assert calls == 2  # the two videos with frames, once
+
+
+def test_videos_of_one_key_are_told_apart_by_their_frames(tmp_path: Path) -> None:
+    """Keys that begin anew in every shard, and in validation; a video of which no conversation is a row has a name."""
+    collator = small_module(tmp_path, ["Which digit?"] * 3).collator
+
+    def sample(
+        shade: int, frames: int = 2, turns: tuple[Turn, ...] = (Turn("user", "?"), Turn("assistant", "x"))
+    ) -> Any:
+        said = (Conversation(turns, "mark", {}),)
+        return VideoTextSample(np.full((frames, 28, 28, 3), shade, np.uint8), said, "set", "0000")
+
+    names = video_names(collator([sample(1), sample(2), sample(1, 1), sample(1)]))
+    assert names[0] == names[3]
+    assert len(set(names)) == 3
+    assert video_names(collator([sample(2, 1), sample(1), sample(1, 4)]))[1] == names[0]  # whatever the padding
+    assert video_names(collator([sample(1), sample(2, turns=(Turn("assistant", "x"),))]))[1].startswith("/")
 
 
 def test_what_is_kept_does_not_depend_on_the_batch() -> None:

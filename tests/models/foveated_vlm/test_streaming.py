@@ -145,11 +145,13 @@ def test_frames_of_a_camera_are_brought_to_the_models_size(tmp_path: Path) -> No
     module = small_module(tmp_path, [QUESTION] * 3)
     module.pictures["fit"] = "pad"
     frame = np.random.default_rng(0).integers(0, 255, (30, 40, 3)).astype(np.uint8)
-    sized, given = module.stream("?"), module.stream("?")
+    sized, given, opened = module.stream("?"), module.stream("?"), module.stream("?")
     given.push(frame)
+    opened.push(Image.fromarray(frame))
     sized.push(fit_image(Image.fromarray(frame), 28, "pad"))
     assert sized.session._row.state is not None
     assert torch.equal(given.session._row.state, sized.session._row.state)
+    assert torch.equal(opened.session._row.state, sized.session._row.state)
 
 
 def test_a_model_that_is_told_the_times_needs_them_before_the_frames(tmp_path: Path) -> None:

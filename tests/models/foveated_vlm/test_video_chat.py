@@ -63,6 +63,18 @@ def test_conversations_together_give_what_each_gives_alone(chat: VideoChat) -> N
     assert together == [chat.generate(messages, 6) for messages in several]
 
 
+def test_images_of_phones_are_upright(chat: VideoChat, tmp_path: Path) -> None:
+    """From a file and as an opened image."""
+    exif = Image.Exif()
+    exif[0x112] = 3  # upside down
+    lying = np.zeros((28, 28, 3), np.uint8)
+    lying[:10] = 255
+    Image.fromarray(lying).save(tmp_path / "a.jpg", exif=exif)
+    for given in (tmp_path / "a.jpg", Image.open(tmp_path / "a.jpg")):
+        (frames,) = chat.read([user({"type": "image", "image": given}, "Which?")]).visuals
+        assert ((frames[0] > 128) == (lying[::-1] > 128)).all()
+
+
 def test_many_conversations_are_decoded_and_answered_in_batches(
     chat: VideoChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,12 +18,13 @@ from keygrip.data.video_text.conversations import (
     Conversation,
     Turn,
     decode_image,
-    decode_video,
+    decode_timed,
     encode_jpeg,
+    rate_of,
     video_text_parts,
 )
 from keygrip.data.video_text.foreign_text import PLACEHOLDER, ROLES, without_placeholders
-from keygrip.data.video_text.sources.writing import Broken, MadeSample, write_shards
+from keygrip.data.video_text.sources.writing import Broken, MadeSample, frame_limit, write_shards
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +53,13 @@ class VideoSFTMaker:
 
     image_size: int
     fit: str
+    max_frames: int = MAX_FRAMES
 
     def __call__(self, entry: Entry) -> Iterable[MadeSample | Broken]:
         if entry.problem:
             raise ValueError(entry.problem)
-        images = []
+        images: list[np.ndarray] = []
+        fps: float | None = 1.0
         for path in entry.media:
             if not path.exists():
                 raise FileNotFoundError(f"{path} is not there")
@@ -64,12 +67,14 @@ class VideoSFTMaker:
                 images.append(decode_image(read_bytes(path), self.image_size, self.fit)[None])
             else:
                 regular_file(path)
-                images.append(decode_video(str(path), self.image_size, self.fit))
+                frames, times = decode_timed(str(path), self.image_size, self.fit, self.max_frames)
+                images.append(frames)
+                fps = rate_of(times) if len(entry.media) == 1 else None  # several have no common time
         together = np.concatenate(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
         if not len(together) and any(PLACEHOLDER.search(text) for _, text in entry.turns):
             raise ValueError(f"its text shows an image or a video, and none of {', '.join(MEDIA)} names one")
-        if len(together) > MAX_FRAMES:
-            raise ValueError(f"{len(together)} frames are more than the {MAX_FRAMES} that a sample may have")
+        if len(together) > self.max_frames:
+            raise ValueError(f"{len(together)} frames are more than max_frames={self.max_frames}")
         turns = []
         for role, text in entry.turns:
             if role not in ROLES:
@@ -79,8 +84,8 @@ class VideoSFTMaker:
         if entry.answers:
             evidence["answers"] = list(entry.answers)
         conversation = Conversation(tuple(turns), "video_instruction", evidence)
-        frames = [encode_jpeg(frame) for frame in together]
-        yield MadeSample(entry.key, *video_text_parts(frames, [conversation], "video_sft"))
+        files = [encode_jpeg(frame) for frame in together]
+        yield MadeSample(entry.key, *video_text_parts(files, [conversation], "video_sft", fps))
 
 
 def entries(source: Path) -> list[Entry]:
@@ -172,14 +177,16 @@ def video_sft(
     entries_per_shard: int = 500,
     workers: int | None = None,
     max_failed_share: float = 0.5,
+    max_frames: int = MAX_FRAMES,
 ) -> dict[str, Any]:
     """Writes a collection of video (and image) instructions as shards.
 
     Args:
         source: folder with lists and media. root: of the set. image_size, fit: of the frames.
         workers: processes; None: one for each core. max_failed_share: more broken entries than this are an error.
+        max_frames: of videos of more seconds, so many evenly spaced ones.
     """
-    settings = {"data": "video_sft", "image_size": image_size, "fit": fit}
-    maker = VideoSFTMaker(image_size, fit)
+    settings = {"data": "video_sft", "image_size": image_size, "fit": fit, **frame_limit(max_frames)}
+    maker = VideoSFTMaker(image_size, fit, max_frames)
     found = entries(Path(source))
     return write_shards(root, found, maker, settings, entries_per_shard, "sft", workers, max_failed_share).report()

@@ -28,14 +28,16 @@ from keygrip.data.bad_samples import (
 )
 from keygrip.data.shards.index import Parts, split_name
 from keygrip.data.video_text.conversations import (
+    MAX_FRAMES,
     VIDEO,
     caption,
-    decode_video,
+    decode_timed,
     encode_jpeg,
     lower_case,
+    rate_of,
     video_text_parts,
 )
-from keygrip.data.video_text.sources.writing import Broken, MadeSample, write_shards
+from keygrip.data.video_text.sources.writing import Broken, MadeSample, frame_limit, write_shards
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +62,11 @@ class WebVidRow:
 
 @dataclass(frozen=True)
 class WebVidMaker:
-    """Makes samples of a line, or of all videos of a tar file: one frame per second, at most 64."""
+    """Makes samples of a line, or of all videos of a tar file: one frame per second, of longer ones `max_frames`."""
 
     image_size: int
     fit: str
+    max_frames: int = MAX_FRAMES
 
     def __call__(self, item: WebVidRow | Path) -> Iterable[MadeSample | Broken]:
         if isinstance(item, WebVidRow):
@@ -95,8 +98,9 @@ class WebVidMaker:
     def _sample(self, key: str, video: bytes | str, text: str) -> MadeSample:
         if not text.strip():
             raise ValueError(f"{key} has no caption")
-        frames = [encode_jpeg(frame) for frame in decode_video(video, self.image_size, self.fit)]
-        return MadeSample(key, *video_text_parts(frames, [caption(text.strip(), request=REQUEST)], "webvid"))
+        frames, times = decode_timed(video, self.image_size, self.fit, self.max_frames)
+        said = [caption(text.strip(), request=REQUEST)]
+        return MadeSample(key, *video_text_parts([encode_jpeg(f) for f in frames], said, "webvid", rate_of(times)))
 
 
 def _caption_in(parts: Parts) -> str:
@@ -168,6 +172,7 @@ def webvid(
     videos_per_shard: int = 500,
     workers: int | None = None,
     max_failed_share: float = 0.5,
+    max_frames: int = MAX_FRAMES,
 ) -> dict[str, Any]:
     """Writes WebVid as shards of frames with captions.
 
@@ -175,9 +180,10 @@ def webvid(
         source: see the module. root: of the set. image_size, fit: of the frames.
         videos_per_shard: of lists; a tar file becomes a shard. workers: processes; None: one for each core.
         max_failed_share: more missing or broken videos than this are an error.
+        max_frames: of videos of more seconds, so many evenly spaced ones.
 
     Raises:
-        FileNotFoundError: neither a list nor tar files.
+        FileNotFoundError: neither a list nor tar files. ValueError: max_frames out of range.
     """
     source = Path(source)
     rows: list[Any] = webvid_rows(source)
@@ -192,7 +198,7 @@ def webvid(
         left = f"{len(tars)} tar files" if listed else "the lists (*.csv), beside which there is no videos/,"
         log.warning("%s: %s are not read", source, left)
         rows = rows if listed else []
-    settings = {"data": "webvid", "image_size": image_size, "fit": fit}
-    maker = WebVidMaker(image_size, fit)
+    settings = {"data": "webvid", "image_size": image_size, "fit": fit, **frame_limit(max_frames)}
+    maker = WebVidMaker(image_size, fit, max_frames)
     items, each = (rows, videos_per_shard) if rows else (tars, 1)
     return write_shards(root, items, maker, settings, each, "webvid", workers, max_failed_share).report()

@@ -21,7 +21,7 @@ from keygrip.artifacts import write_json
 from keygrip.data.bad_samples import BadSample, guard, read_json
 from keygrip.data.shards.index import MANIFEST, Describe, Parts, Row, index_path
 from keygrip.data.shards.writer import ShardWriter, write_manifest
-from keygrip.data.video_text.conversations import describe_video_text
+from keygrip.data.video_text.conversations import MAX_FRAMES, MOST_FRAMES, describe_video_text
 from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -135,6 +135,13 @@ def write_shards(
         raise ValueError(f"{root} would hold {result.samples} samples, and {result.failed} things are broken{first}")
     result.wall_s = time.monotonic() - started
     return result
+
+
+def frame_limit(max_frames: int) -> dict[str, int]:
+    """`max_frames` as a setting of a set; none where it is the usual one. Raises ValueError: out of range."""
+    if not 1 <= max_frames <= MOST_FRAMES:
+        raise ValueError(f"max_frames={max_frames}: a sample has 1 to {MOST_FRAMES}")
+    return {} if max_frames == MAX_FRAMES else {"max_frames": max_frames}
 
 
 def failures_path(shard: Path) -> Path:

@@ -174,6 +174,29 @@ def test_webvid_lists_with_videos(tmp_path: Path) -> None:
     assert validate(tmp_path / "set")["errors"] == 0
 
 
+def test_frames_of_long_videos_keep_their_seconds(tmp_path: Path) -> None:
+    """Of more seconds than frames are wanted: evenly spaced ones, which say when they were taken."""
+    source = tmp_path / "download"
+    write_video(source / "videos" / "a" / "11.mp4", 7)
+    (source / "list.csv").write_text("videoid,page_dir,name\n11,a,x\n")
+    said = [{"from": "human", "value": "<video>What?"}, {"from": "gpt", "value": "This."}]
+    names = ("videos/a/11.mp4", ["videos/a/11.mp4"] * 2)
+    (source / "list.json").write_text(json.dumps([{"video": name, "conversations": said} for name in names]))
+    webvid(source, tmp_path / "webvid", SIZE, workers=1, max_frames=3)
+    (sample,) = samples(tmp_path / "webvid").values()
+    assert (shades(sample.frames), sample.seconds) == ([0, 3, 6], (0.0, 3.0, 6.0))
+    webvid(source, tmp_path / "whole", SIZE, workers=1)
+    assert samples(tmp_path / "whole")["11"].seconds == tuple(float(n) for n in range(7))
+    video_sft(source, tmp_path / "sft", SIZE, workers=1, max_frames=6, max_failed_share=0.9)
+    found = samples(tmp_path / "sft")
+    assert found["list-00000000"].seconds == pytest.approx([0, 1.2, 2.4, 3.6, 4.8, 6], abs=1e-6)
+    assert "list-00000001" not in found  # 12 frames
+    video_sft(source, tmp_path / "both", SIZE, workers=1, max_frames=20)
+    assert samples(tmp_path / "both")["list-00000001"].seconds is None  # of two videos
+    with pytest.raises(ValueError, match="max_frames=0: a sample has 1 to 4096"):
+        webvid(source, tmp_path / "none", SIZE, max_frames=0)
+
+
 def test_webvid_tar_files_also_when_cut_off(tmp_path: Path) -> None:
     source = tmp_path / "download"
     video = write_video(tmp_path / "v.mp4", 2).read_bytes()
