@@ -52,6 +52,6 @@ def _cell(frames: np.ndarray, name: str, success: bool) -> np.ndarray:
     cells = []
     for frame in frames:
         image = Image.fromarray(frame).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-        image = Image.fromarray(captioned(np.asarray(image), name))
+        image = Image.fromarray(captioned(np.asarray(image), name, top=True))  # an instruction stands at the foot
         cells.append(np.asarray(ImageOps.expand(image, BORDER, GREEN if success else RED)))
     return np.stack(cells)

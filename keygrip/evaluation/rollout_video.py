@@ -75,14 +75,16 @@ def draw_plan(observation: Observation, plan: Plan | None) -> np.ndarray:
     return np.asarray(image)
 
 
-def captioned(frame: np.ndarray, caption: str) -> np.ndarray:
-    """The frame with words at its foot, on a dark ground."""
+def captioned(frame: np.ndarray, caption: str, *, top: bool = False) -> np.ndarray:
+    """The frame with words at its foot, or at its top, on a dark ground."""
     image = Image.fromarray(frame)
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(size=max(10, image.height // 28))
-    box = draw.textbbox((image.width / 2, image.height - 4), caption, font=font, anchor="mb")
-    draw.rectangle((box[0] - 5, box[1] - 3, box[2] + 5, image.height), fill=(20, 20, 24))
-    draw.text((image.width / 2, image.height - 4), caption, font=font, anchor="mb", fill=(255, 255, 255))
+    place, anchor = ((image.width / 2, 4.0), "mt") if top else ((image.width / 2, image.height - 4.0), "mb")
+    box = draw.textbbox(place, caption, font=font, anchor=anchor)
+    ground = (box[0] - 5, 0, box[2] + 5, box[3] + 3) if top else (box[0] - 5, box[1] - 3, box[2] + 5, image.height)
+    draw.rectangle(ground, fill=(20, 20, 24))
+    draw.text(place, caption, font=font, anchor=anchor, fill=(255, 255, 255))
     return np.asarray(image)
 
 
