@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from dit_parts import SMALL, write_images
+from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 
 from keygrip import train
@@ -232,7 +233,7 @@ def test_noise_levels_are_shifted_by_the_resolution(monkeypatch: pytest.MonkeyPa
         batch = ImageTextBatch(torch.rand(2, 48, edge, edge), *features, (3, 3), [""] * 2, ["a", "b"], [{}, {}])
         module.training_step(batch, 0)
         torch.testing.assert_close(levels.pop(), torch.full((2,), level))
-    with pytest.raises(ValueError, match=r"model\.shift_tokens counts latent tokens"):
+    with pytest.raises(InstantiationException, match=r"model\.shift_tokens counts latent tokens"):
         build_module(OmegaConf.to_container(compose("train", [*SMALL, "model.shift_tokens=0"]), resolve=True))  # type: ignore[arg-type]
 
 
