@@ -159,6 +159,19 @@ def headline() -> str:
     one, two, best = (run["result"]["all"]["successes"] for run in read("metaworld_mt10")["runs"][:3])
     words = "Meta-World MT10, one policy told by a sentence, 50 demonstrations of each task, one training seed"
     rows.append((words, f"two cameras {two}, one camera {one} of 200; the script that it imitates: {best}"))
+    equal = {
+        run["demos"]: run["result"]["all"]
+        for run in read("metaworld_equal_time")["runs"]
+        if "LeRobot" not in run["name"]
+    }
+    few = equal[min(equal)]
+    words = f"the same from one camera, {min(equal)} demonstrations of each task, 20 minutes of training on one core"
+    rows.append((words, f"{few['successes']} of {few['episodes']}"))
+    mt50 = read("metaworld_mt50")["runs"][0]["result"]["all"]
+    words = (
+        "Meta-World MT50, one policy for all fifty tasks, one camera, 20 demonstrations of each, 65 minutes on one core"
+    )
+    rows.append((words, f"{mt50['successes']} of {mt50['episodes']}"))
     return markdown(["task (simulator, 100 demonstrations if not said, held-out seeds)", "success"], rows)
 
 

@@ -40,7 +40,7 @@ TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=t
         (["vlm.width=999"], 2, r"no setting 'vlm.width' .*: vlm is a group of model=geometry_vla.* the nearest is '"),
         (["language.model.layers=77"], 2, r"language is a group of model=foveated_vlm, model=pooled_vlm; "),
         (["geometry.dim=3"], 2, r"geometry is a group of model=depth_reader, model=geometry_vla"),
-        (["encoders.text.length=1"], 2, r"encoders is a group of model=patch_dit"),
+        (["encoders.text.length=1"], 2, r"encoders is a group of model=image_autoencoder, model=patch_dit"),
         (["model=coordinate_regression", "rotation.classes=5"], 2, r"rotation is a group of model=volume_query"),
         (["model=coordinate_regression", "rotation=kmeans"], 2, r"rotation is a group of model=volume_query"),
         (["language=smollm2_135m"], 2, r"language is a group of model=foveated_vlm"),

@@ -215,6 +215,7 @@ def test_every_target_that_conf_names_is_declared(toy_overrides: Callable[..., l
     data |= {
         "vlm_encoder_pretraining": "robot_tours",
         "depth_reader": "yam_stills",
+        "image_autoencoder": "robot_images",
         "geometry_vla_no_injection": "yam_language",
     }
     checked = 0

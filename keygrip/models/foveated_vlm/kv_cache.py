@@ -8,7 +8,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +26,7 @@ def video_names(batch: VideoTextBatch) -> list[str]:
     for video, count in enumerate(counts):
         row = rows.get(video)  # None: all its conversations were left out
         name = "" if row is None else f"{batch.source[row]}/{batch.key[row]}"
-        names.append(f"{name}/{zlib.crc32(np.ascontiguousarray(pixels[video, :count])):08x}")
+        names.append(f"{name}/{zlib.crc32(pixels[video, :count].tobytes()):08x}")
     return names
 
 

@@ -17,12 +17,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from keygrip.models.geometry_vla.action_head import ActionHead, AttentionRecord, BlockContext
+from keygrip.models.geometry_vla.action_head import ActionHead, AttentionRecord, BlockContext, HeadBlock
 from keygrip.models.geometry_vla.action_spaces import COLUMNS
 from keygrip.models.geometry_vla.actions import SIZE
 from keygrip.models.geometry_vla.compression import GeometryCompressor, build_geom_compressor
@@ -325,7 +326,8 @@ class GeometryVLA(nn.Module):
         strongest = min(5.0, float(chosen.steps))
         with torch.autocast(noise.device.type, enabled=False):  # as the head computes
             for block, context in zip(self.head.blocks, scene.contexts, strict=True):
-                context.keys_values(block.attention)  # kept from here on: guidance records gradients, and keeps none
+                # kept from here on: guidance records gradients, and keeps none
+                context.keys_values(cast(HeadBlock, block).attention)
         call = guided_velocity(partial(self._at, scene, state), known, weight, strongest)
         return integrate(call, chosen.temperature * noise, noise_levels(chosen.steps), chosen.solver)
 
