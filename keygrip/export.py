@@ -75,7 +75,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     weights, which = checkpoints.weights_of(content, cfg.ema)
     content, weights = get_method(MERGED)(content, weights)
     run_folder = file.parent.parent if file.is_file() else file
-    usage = getattr(module, "usage", folder.USAGE)
+    usage = getattr(module, "usage", None)
     card = folder.model_card(target.name, content, weights, which, read_result(run_folder), usage)
     if cfg.format in WRITERS:
         try:

@@ -135,14 +135,15 @@ def model_card(
     weights: Mapping[str, Tensor],
     which: str,
     result: Mapping[str, Any],
-    usage: str = USAGE,
+    usage: str | None = None,
 ) -> str:
     """A short model card in Markdown.
 
     Args:
         name: of the exported folder. content: of the checkpoint. weights: those that were exported.
         which: EMA or last step, in words.
-        result: `result.json` of the run, or empty. usage: lines of Python, with {name} for the folder's.
+        result: `result.json` of the run, or empty.
+        usage: lines of Python, with {name} for the folder's; None: those of `keygrip.load`.
     """
     header = content["keygrip"]
     target = str(header["config"]["model"].get("_target_", "")).rpartition(".")[2]
@@ -154,7 +155,7 @@ def model_card(
         f"{parameters / 1e6:.2f} M numbers in `{WEIGHTS}`, {which}.",
         "",
         "```python",
-        usage.replace("{name}", name),
+        (usage or USAGE).replace("{name}", name),
         "```",
         "",
     ]

@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from keygrip.exporting.folder import USAGE
 from keygrip.training import loggers
 from keygrip.training.checkpoints import load_module
 from keygrip.training.memory import StepMemory, count_step, measure_step
@@ -37,7 +36,7 @@ class System(LightningModule):
         headline_metrics: names of the metrics that runs are compared by; None: all.
         toy_overrides: of `keygrip.train`, a data set among them, that make the model small enough to train a step of in
             a second; the contract suite of the tests trains every model so.
-        usage: lines of Python for the model card of an export, with {name} for its folder.
+        usage: lines of Python for the model card of an export, with {name} for its folder; None: `keygrip.load`.
 
     Args:
         optimizer: the recipe of optimiser and schedule.
@@ -47,7 +46,7 @@ class System(LightningModule):
     evaluation_kind: ClassVar[str | None] = None
     headline_metrics: ClassVar[tuple[str, ...] | None] = None
     toy_overrides: ClassVar[tuple[str, ...]] = ()
-    usage: ClassVar[str] = USAGE
+    usage: ClassVar[str | None] = None
     network: Any
 
     def __init__(self, optimizer: AdamW) -> None:
