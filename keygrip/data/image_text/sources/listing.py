@@ -27,22 +27,8 @@ log = logging.getLogger(__name__)
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".ppm", ".pgm")
 # Images of types that are not decoded: named one by one. Files of any other ending are images where their content is.
 OTHER_SUFFIXES = (
-    *(
-        ".heic",
-        ".heif",
-        ".hif",
-        ".jp2",
-        ".j2k",
-        ".jpx",
-        ".jxl",
-        ".jxr",
-        ".svg",
-        ".tga",
-        ".psd",
-        ".xcf",
-        ".ico",
-        ".icns",
-    ),
+    *(".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpx", ".jxl", ".jxr"),
+    *(".svg", ".tga", ".psd", ".xcf", ".ico", ".icns"),
     *(".exr", ".hdr", ".dds", ".pcx", ".pam", ".qoi", ".eps", ".wmf", ".emf", ".fits"),
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw"),
 )
