@@ -19,7 +19,7 @@ from keygrip.evaluation.closed_loop import ConditionResult
 from keygrip.evaluation.rollout_grid import grid_of_rollouts
 from keygrip.evaluation.rollouts import EpisodeResult
 
-CELLS, WIDTH, EVERY, FPS = 20, 700, 4, 3.0
+CELLS, WIDTH, EVERY, FPS = 12, 560, 5, 2.5
 
 
 def main(evaluation: Path) -> None:

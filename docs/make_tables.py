@@ -434,12 +434,18 @@ def vlm_label_free() -> str:
 def metaworld_tasks() -> str:
     """Success on MT10 by task: each policy of the record, and what it was trained and judged on."""
     runs = read("metaworld_mt10")["runs"]
-    rows = []
-    for task in runs[0]["result"]["tasks"]:
-        found = [run["result"]["tasks"][task] for run in runs]
-        rows.append((task.removesuffix("-v3"), *(f"{each['successes']} of {each['episodes']}" for each in found)))
+    rows = _by_task(runs, runs[0]["result"]["tasks"])
     rows.append(("mean", *(rate(run["result"]["all"]) for run in runs)))
     return markdown(["task", *(run["name"] for run in runs)], rows)
+
+
+def _by_task(runs: Sequence[dict[str, Any]], tasks: Iterable[str]) -> list[tuple[str, ...]]:
+    """A row for each task: its name, and the successes of each run."""
+    found = [(task, [run["result"]["tasks"][task] for run in runs]) for task in tasks]
+    return [
+        (task.removesuffix("-v3"), *(f"{each['successes']} of {each['episodes']}" for each in results))
+        for task, results in found
+    ]
 
 
 def metaworld_groups() -> str:
@@ -474,10 +480,7 @@ def metaworld_mt50_tasks() -> str:
     failed = sorted(
         (name for name in first if first[name]["success_rate"] < 1), key=lambda name: first[name]["success_rate"]
     )
-    rows = [
-        (name.removesuffix("-v3"), *(_of_episodes(run["result"]["tasks"].get(name)) for run in runs)) for name in failed
-    ]
-    return markdown(["task", *(run["name"] for run in runs)], rows)
+    return markdown(["task", *(run["name"] for run in runs)], _by_task(runs, failed))
 
 
 def metaworld_equal_time() -> str:
@@ -492,15 +495,8 @@ def metaworld_equal_time() -> str:
 def metaworld_equal_time_tasks() -> str:
     """The same by task."""
     runs = read("metaworld_equal_time")["runs"]
-    rows = [
-        (task.removesuffix("-v3"), *(_of_episodes(run["result"]["tasks"].get(task)) for run in runs))
-        for task in runs[0]["result"]["tasks"]
-    ]
-    return markdown(["task", *(f"{run['name']}, {run['demos']}" for run in runs)], rows)
-
-
-def _of_episodes(result: dict[str, Any] | None) -> str:
-    return "not run" if result is None else f"{result['successes']} of {result['episodes']}"
+    header = ["task", *(f"{run['name']}, {run['demos']}" for run in runs)]
+    return markdown(header, _by_task(runs, runs[0]["result"]["tasks"]))
 
 
 TABLES: dict[str, Callable[[], str]] = {
