@@ -3,6 +3,10 @@
 ``python benchmarks/metaworld/script.py --tasks mt50 --episodes 10 --python .venv-metaworld/bin/python``. Seeds, step
 limit and success are those of `keygrip evaluate`; the scripts run as in recordings, without disturbances, from where
 the benchmark starts the arm. Prints one line of JSON.
+
+``--period 0.1`` is a narrower best: each episode that the script solves is started again, and what the script commanded
+is followed from its positions every 0.1 s, straight from one to the next, as a policy's plan is. What is lost there no
+policy of such plans can win.
 """
 
 from __future__ import annotations
@@ -17,9 +21,11 @@ from typing import Any
 STEP_LIMIT = 500
 
 
-def episodes_of(task: str, seeds: range) -> list[dict[str, Any]]:
-    """Runs the script on each seed; needs `metaworld`."""
-    from keygrip.envs.metaworld.environment import MetaWorldEnvironment
+def episodes_of(task: str, seeds: range, period: float) -> list[dict[str, Any]]:
+    """Runs the script on each seed, and follows its positions again where `period` is above 0; needs `metaworld`."""
+    import numpy as np
+
+    from keygrip.envs.metaworld.environment import DOWN, MetaWorldEnvironment
     from keygrip.envs.metaworld.expert import Expert
     from keygrip.envs.metaworld.tasks import HZ, MetaWorldTask
 
@@ -28,10 +34,28 @@ def episodes_of(task: str, seeds: range) -> list[dict[str, Any]]:
     for seed in seeds:
         environment.reset(seed=seed)
         expert = Expert(environment, seed, step_limit=STEP_LIMIT)
+        commands = []
         for _ in expert:
-            if expert.succeeded:
+            commands.append([*environment.commanded_position, *DOWN, expert.opening])
+            if expert.succeeded and not period:
                 break
-        found.append({"seed": seed, "success": expert.succeeded, "seconds": environment.elapsed / HZ})
+        success = expert.succeeded
+        if period and success:
+            commands.append([*environment.commanded_position, *DOWN, expert.opening])
+            steps = round(period * HZ)
+            kept = np.array(commands[::steps])
+            environment.reset(seed=seed)
+            success = False
+            for step in range(1, STEP_LIMIT + 1):
+                before, share = divmod(step, steps)
+                ends = kept[min(before, len(kept) - 1)], kept[min(before + 1, len(kept) - 1)]
+                action = ends[0] + (ends[1] - ends[0]) * share / steps
+                action[7] = ends[share > 0][7]  # the gripper's next state, as plans are followed
+                environment.advance(action)
+                success = environment.outcome()[0]
+                if success:
+                    break
+        found.append({"seed": seed, "success": success, "seconds": environment.elapsed / HZ})
     environment.close()
     return found
 
@@ -45,11 +69,14 @@ def main() -> None:
     )
     parser.add_argument("--python", default=".venv-metaworld/bin/python", help="interpreter with metaworld")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument(
+        "--period", type=float, default=0.0, help="seconds between the positions that are followed again; 0: none are"
+    )
     parser.add_argument("--worker", action="store_true", help="run one task here and print its episodes")
     arguments = parser.parse_args()
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.episodes)
     if arguments.worker:
-        print(json.dumps(episodes_of(arguments.tasks, seeds)))
+        print(json.dumps(episodes_of(arguments.tasks, seeds, arguments.period)))
         return
     from keygrip.envs.metaworld.tasks import task_names
     from keygrip.evaluation.closed_loop import ConditionResult
@@ -59,6 +86,7 @@ def main() -> None:
     def run(task: str) -> ConditionResult:
         command = [arguments.python, __file__, "--worker", "--tasks", task]
         command += ["--episodes", str(arguments.episodes), "--first-seed", str(arguments.first_seed)]
+        command += ["--period", str(arguments.period)]
         finished = subprocess.run(command, capture_output=True, text=True, check=False)
         if finished.returncode:
             raise SystemExit(f"{task}: {finished.stderr.strip().splitlines()[-1]}")
