@@ -225,6 +225,65 @@ def _of(jobs: Sequence[dict[str, Any]], ablation: str) -> list[dict[str, Any]]:
     return [job["suite"]["cases"] for job in jobs if job["overrides"].get("ablation") == ablation]
 
 
+def dit_images() -> str:
+    """The small recipe's images beside real ones and an unrelated real one."""
+    cases = read("dit_images")["run"]["cases"]
+    columns = {
+        "real": "real images",
+        "another_picture": "an unrelated real image",
+        "reconstruction": "words and features",
+        "text_only": "words alone",
+        "changed_words": "features, changed words",
+        "dino_swap": "another image's features",
+        "shuffled_patches": "shuffled patches",
+    }
+    lines = (
+        ("Frechet distance to real training images", "frechet", 2),
+        ("CMMD", "cmmd", 3),
+        ("precision", "precision", 2),
+        ("recall", "recall", 2),
+        ("grain, 1/255", "grain", 2),
+        ("SSIM", "ssim", 2),
+        ("PSNR, dB", "psnr_db", 1),
+        ("distance in DINO features", "dino_distance", 3),
+        ("cube within 4 of 64 px", "cube_within_4px", 2),
+        ("block within 4 of 64 px", "block_within_4px", 2),
+        ("colour as asked", "colour_as_asked", 2),
+        ("side as asked", "side_as_asked", 2),
+        ("exactly the named objects", "objects_as_named", 2),
+    )
+    rows = [
+        (title, *(f"{cases[case][name]:.{digits}f}" if name in cases[case] else "" for case in columns))
+        for title, name, digits in lines
+    ]
+    return markdown(["", *columns.values()], rows)
+
+
+def dit_recipes() -> str:
+    """What led to the small recipe: a few settings in equal or more steps."""
+    rows = []
+    for run in read("dit_images")["explored"]:
+        cases = run["cases"]
+        whole, words, changed = cases["reconstruction"], cases["text_only"], cases["changed_words"]
+        rows.append(
+            (
+                *(run["name"], run["steps"], f"{whole['ssim']:.2f}", f"{whole['grain']:.2f}"),
+                *(f"{whole['frechet']:.2f}", f"{words['frechet']:.2f}", f"{words['objects_as_named']:.2f}"),
+                *(f"{changed['colour_as_asked']:.2f}", f"{changed['cube_within_4px']:.2f}"),
+            )
+        )
+    real, other = (read("dit_images")["explored"][0]["cases"][name] for name in ("real", "another_picture"))
+    anchor = ("an unrelated real image", "", f"{other['ssim']:.2f}", f"{other['grain']:.2f}")
+    rows.append((*anchor, "", "", f"{other['objects_as_named']:.2f}", "", ""))
+    frechet = f"{real['frechet']:.2f}"
+    rows.append(
+        ("real images", "", "1", f"{real['grain']:.2f}", frechet, frechet, f"{real['objects_as_named']:.2f}", "", "")
+    )
+    header = ["settings", "steps", "SSIM", "grain", "Frechet distance", "the same, words alone"]
+    header += ["words alone: exactly the named objects", "changed words: colour", "changed words: cube within 4 px"]
+    return markdown(header, rows)
+
+
 def vla_injection() -> str:
     """The same policy with and without geometry, by training seed."""
     runs = read("vla_injection")["runs"]
@@ -504,7 +563,7 @@ TABLES: dict[str, Callable[[], str]] = {
     for table in (
         *(seeds, errors, shifts, options, speed, headline, metaworld_tasks, metaworld_groups),
         *(metaworld_mt50, metaworld_mt50_tasks, metaworld_equal_time, metaworld_equal_time_tasks),
-        *(dit_claims, vlm_seeds, vlm_others, vlm_ablations, vlm_label_free),
+        *(dit_claims, dit_images, dit_recipes, vlm_seeds, vlm_others, vlm_ablations, vlm_label_free),
         *(vla_injection, vla_ablations, vla_comparison, vla_compression, vla_recipe),
     )
 }
