@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import webdataset
 from shard_sets import conversations, picture, write_set
 
 from keygrip.data.bad_samples import BadSample
-from keygrip.data.shards.index import MANIFEST, ShardError, index_path, index_shard, split_name
+from keygrip.data.shards.index import MANIFEST, ShardError, ShardIndex, index_path, index_shard, split_name
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.remote import ShardCache
 from keygrip.data.shards.writer import ShardWriter, write_manifest
@@ -182,6 +183,30 @@ def test_a_broken_picture_is_named_with_its_shard(tmp_path: Path) -> None:
     with pytest.raises(BadSample, match=r"s1 of .*s-000\.tar: .*"):
         read_sample(shards, 1, 8)
     assert read_sample(shards, 2, 8).frames.shape == (2, 8, 8, 3)
+
+
+def test_one_flipped_bit_of_a_shard_is_found(tmp_path: Path) -> None:
+    root = write_set(tmp_path, [2] * 3)
+    shards, whole = ShardSet(root), (root / "s-000.tar").read_bytes()
+    index = shards.index(0)
+    for part in range(int(index.first_part[1]), int(index.first_part[2])):
+        offset = int(index.part_offsets[part] + index.part_sizes[part] // 2)
+        overwrite(root / "s-000.tar", offset, bytes([whole[offset] ^ 1]))
+        with pytest.raises(BadSample, match=rf"s1 of .*s-000\.tar: the bytes of {index.part_names[part]} are not those"):
+            shards.read(1)
+        assert shards.read(0)
+        overwrite(root / "s-000.tar", offset, whole[offset : offset + 1])
+    assert shards.read(1)
+
+
+def test_an_index_of_an_earlier_version_has_no_checksums(tmp_path: Path) -> None:
+    index = ShardSet(write_set(tmp_path, [2] * 3)).index(0)
+    earlier = ShardIndex.from_bytes(replace(index, part_crcs=None).to_bytes(), "earlier")
+    assert earlier.part_crcs is None
+    assert earlier.part_sizes.tolist() == index.part_sizes.tolist()
+    assert index.without(["s1"]).part_crcs is not None
+    with pytest.raises(ShardError, match="do not belong together"):
+        ShardIndex.from_bytes(replace(index, part_crcs=np.zeros(1, np.int64)).to_bytes(), "other")
 
 
 def test_a_sample_without_one_of_its_images_is_left_out_by_name(tmp_path: Path) -> None:
