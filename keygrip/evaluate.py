@@ -38,6 +38,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     from keygrip.training.checkpoints import external_files, find_checkpoint, load_module, read_checkpoint
     from keygrip.training.metadata import machine
+    from keygrip.training.run_folder import hold
 
     file = find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)
     config = OmegaConf.create(read_checkpoint(file)["keygrip"]["config"])
@@ -50,9 +51,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     output = evaluation_output(file, cfg.run_dir)
     started = time.perf_counter()
     result: dict[str, Any] = {"checkpoint": str(file), "model": type(module).__name__}
-    result |= get_method(KINDS[name].run)(Evaluated(module, config, file, output, trust), cfg)
-    result |= {"wall_s": round(time.perf_counter() - started, 1), "machine": machine()}
-    write_json(output / "result.json", result)
+    with hold(output):  # two evaluations of one run would mix their figures and videos
+        result |= get_method(KINDS[name].run)(Evaluated(module, config, file, output, trust), cfg)
+        result |= {"wall_s": round(time.perf_counter() - started, 1), "machine": machine()}
+        write_json(output / "result.json", result)
     log.info("written to %s", output)
     return result
 

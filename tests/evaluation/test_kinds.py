@@ -12,6 +12,7 @@ from keygrip.command import entry_point
 from keygrip.config import SettingError, compose
 from keygrip.evaluation.kinds import KIND, KINDS
 from keygrip.training import checkpoints
+from keygrip.training.run_folder import hold
 
 COMMON = {"checkpoint_step", "seed", "debug", "run_dir", "checkpoint", "trust", "external"}
 
@@ -66,3 +67,21 @@ def test_the_command_composes_by_the_checkpoint_and_names_the_nearest_setting(
         entry_point("evaluate", evaluate.print_result)
     assert stop.value.code == 2
     assert "the nearest is 'images'" in capsys.readouterr().err
+
+
+def test_two_evaluations_do_not_write_into_one_folder(
+    holding: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Model:
+        evaluation_kind = "policy"
+
+    holding({"run": "policy"})
+    monkeypatch.setattr(checkpoints, "find_checkpoint", lambda path, step=None: Path(path))
+    monkeypatch.setattr(checkpoints, "load_module", lambda path, **options: Model())
+    monkeypatch.setattr("keygrip.evaluation.policy.evaluate_policy", lambda evaluated, cfg: {"figure": 1.0})
+    cfg = compose("evaluate", ["checkpoint=run", f"run_dir={tmp_path}"])
+    with hold(tmp_path), pytest.raises(ValueError, match="still going on: wait until it ends, or give another run_dir"):
+        evaluate.run(cfg)
+    assert not (tmp_path / "result.json").exists()
+    assert evaluate.run(cfg)["figure"] == 1.0
+    assert (tmp_path / "result.json").is_file()
