@@ -63,7 +63,10 @@ def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: as the command; keygrip.config.SettingError for a setting that does not exist.
     """
+    from keygrip.training.idle_settings import refuse_idle
+
     cfg = compose("train", listed(overrides))
+    refuse_idle(cfg, listed(overrides))  # `run` knows the command line's overrides alone
     cfg.run_dir = str(run_folder_of(cfg))
     run(cfg)
     return read_result(Path(cfg.run_dir))

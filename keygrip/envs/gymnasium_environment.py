@@ -20,7 +20,7 @@ NEEDED = ("image", "intrinsics", "world_to_camera", "position", "quaternion", "g
 
 @dataclass(frozen=True)
 class GymnasiumTask:
-    """A registered gymnasium environment. No checkpoint may name one (it is no `data_part`): `id` can import any module.
+    """A registered gymnasium environment. It is no `data_part`: `id` may import any module, so no checkpoint names it.
 
     Args:
         id: as for `gymnasium.make`; "my_lab.envs:Lift-v0" imports the module that registers it.

@@ -61,6 +61,31 @@ class Part:
     external: tuple[str, ...] = ()
 
 
+class ReadWhere:
+    """Where a setting of a part is read, because of others: see `keygrip.training.idle_settings`.
+
+    Args:
+        setting: the other one, beside it or below ("network.pointing_cells"); several, separated by blanks: any of
+            them. values: that it must have; none: any but null, false and 0.
+    """
+
+    def __init__(self, setting: str, *values: Any) -> None:
+        self.settings, self.values = setting.split(), values
+
+    def holds(self, options: Any) -> bool:
+        """Whether it is read. Settings that ``options`` lack have a value that is not known here: it counts as read."""
+        from omegaconf import OmegaConf
+
+        missing = object()
+        found = [OmegaConf.select(options, name, default=missing) for name in self.settings]
+        return any(value is missing or (value in self.values if self.values else bool(value)) for value in found)
+
+    def __str__(self) -> str:
+        names = " or ".join(self.settings)
+        values = " or ".join("null" if value is None else str(value) for value in self.values)
+        return f"{names} is {values}" if values else f"{names} is set"
+
+
 @overload
 def model_part(cls: Class) -> Class: ...
 @overload

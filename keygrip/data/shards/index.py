@@ -42,8 +42,8 @@ class ShardIndex:
 
     Args:
         keys: [N] str. first_part: [N + 1] int64, sample i owns the parts first_part[i] to first_part[i + 1].
-        part_names: [M] str. part_offsets, part_sizes: [M] int64 bytes. part_crcs: [M] int64, CRC-32 of their bytes; None
-            in indices of earlier versions, whose parts are not checked.
+        part_names: [M] str. part_offsets, part_sizes: [M] int64 bytes.
+        part_crcs: [M] int64, CRC-32 of their bytes; None in indices of earlier versions, whose parts are not checked.
         columns: by name, [N] int64, float64 or str.
         size: of the tar, bytes. bad: samples of the tar that are left out, by key with the reason.
     """

@@ -17,7 +17,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ from keygrip.models.language.qwen_vl import QwenVL
 from keygrip.models.nn.flow_matching import SOLVERS, Solver, integrate, noise_levels
 from keygrip.models.nn.inpainting import guided_velocity
 from keygrip.models.nn.sinusoids import level_features
-from keygrip.training.parts import model_part
+from keygrip.training.parts import ReadWhere, model_part
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +133,12 @@ class GeometryVLA(nn.Module):
     Raises:
         ValueError: sizes that do not fit, or injection without a geometry encoder.
     """
+
+    read_where: ClassVar = {
+        "geom_dit_tokens": ReadWhere("geom_inject_to_dit geom_inject_to_vlm"),
+        "geom_compression_type": ReadWhere("geom_inject_to_dit geom_inject_to_vlm"),
+        "geom_qformer_heads": ReadWhere("geom_compression_type", "qformer"),
+    }
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from keygrip.models.volume_query.language import InstructionConditioning, Instru
 from keygrip.models.volume_query.second_look import SecondLook, SharpImage
 from keygrip.models.volume_query.volume import VolumeLogits, argmax_voxel, soft_argmax
 from keygrip.models.volume_query.world import VoxelProjection, WorldScores
-from keygrip.training.parts import model_part
+from keygrip.training.parts import ReadWhere, model_part
 
 # What the query may be told of the arm, and how many numbers each is: height in the bins' range, gripper opening, and
 # two
@@ -252,6 +252,8 @@ class VolumeQueryNetwork(nn.Module):
             which begins as the image's where `init_from` names a run without it.
     """
 
+    read_where: ClassVar = {"coupling_rank": ReadWhere("coupling", "bilinear")}
+    read_where |= dict.fromkeys(("look_size", "look_backbone"), ReadWhere("second_look"))
     sin_z: Tensor
     sin_t: Tensor
 

@@ -192,7 +192,9 @@ def test_one_flipped_bit_of_a_shard_is_found(tmp_path: Path) -> None:
     for part in range(int(index.first_part[1]), int(index.first_part[2])):
         offset = int(index.part_offsets[part] + index.part_sizes[part] // 2)
         overwrite(root / "s-000.tar", offset, bytes([whole[offset] ^ 1]))
-        with pytest.raises(BadSample, match=rf"s1 of .*s-000\.tar: the bytes of {index.part_names[part]} are not those"):
+        with pytest.raises(
+            BadSample, match=rf"s1 of .*s-000\.tar: the bytes of {index.part_names[part]} are not those"
+        ):
             shards.read(1)
         assert shards.read(0)
         overwrite(root / "s-000.tar", offset, whole[offset : offset + 1])
