@@ -104,7 +104,7 @@ def hold(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: another process trains into it.
     """
-    if any(int(os.environ.get(name) or 0) > 0 for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID")):
+    if not is_first_process():
         yield
         return
     with contextlib.ExitStack() as stack:
@@ -115,6 +115,11 @@ def hold(folder: Path) -> Iterator[None]:
                 f"{folder} belongs to a run that is still going on: wait until it ends, or give another run_dir"
             ) from error
         yield
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process of its run, or the first of those that torchrun, SLURM or Lightning started."""
+    return not any(int(os.environ.get(name) or 0) > 0 for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
 
 
 def newest(group: Path) -> Path:
