@@ -54,13 +54,14 @@ def _conditions(cfg: DictConfig, path: Path) -> Iterator[tuple[Path, str, ReadWh
 
 
 def _is_named(cfg: DictConfig, key: str, idle: Path) -> bool:
-    """Whether a setting outside of the idle one takes its value, or a part of it, from the key."""
+    """Whether a setting outside of the idle one takes its value, or a part of it, from the key. A reference to the whole
+    part (``model.optimizer: ${optimizer}``) is no reading of it: the same condition holds there."""
     path = tuple(key.split("."))
     for place, value in leaves_of(OmegaConf.to_container(cfg, resolve=False), ()):
         if place[: len(idle)] == idle:
             continue
         for target in references_in(place, value):
             common = min(len(target), len(path))
-            if target[:common] == path[:common]:
+            if target[: len(idle)] == idle and target[:common] == path[:common]:
                 return True
     return False
