@@ -54,8 +54,10 @@ def _conditions(cfg: DictConfig, path: Path) -> Iterator[tuple[Path, str, ReadWh
 
 
 def _is_named(cfg: DictConfig, key: str, idle: Path) -> bool:
-    """Whether a setting outside of the idle one takes its value, or a part of it, from the key. A reference to the whole
-    part (``model.optimizer: ${optimizer}``) is no reading of it: the same condition holds there."""
+    """Whether a setting outside of the idle one takes its value, or a part of it, from the key.
+
+    A reference to the whole part (``model.optimizer: ${optimizer}``) does not read it: the same condition holds there.
+    """
     path = tuple(key.split("."))
     for place, value in leaves_of(OmegaConf.to_container(cfg, resolve=False), ()):
         if place[: len(idle)] == idle:
