@@ -55,7 +55,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     """The objects of a file with one JSON object a line."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; the data set is incomplete")
-    lines = [line for line in read_text(path, MAX_LISTING_BYTES).splitlines() if line.strip()]
+    # not `splitlines`: a task's words may hold other characters that end a line
+    lines = [line for line in read_text(path, MAX_LISTING_BYTES).split("\n") if line.strip()]
     rows = [parse_json(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):

@@ -133,7 +133,9 @@ class NpzDepth:
 
 
 def _episodes(folder: Path, depth: int = 3) -> list[Path]:
-    if (folder / "lowdim").is_dir() and (folder / "rgb").is_dir():
+    """Folders of episodes; one that was cut off has one of its two parts, and is named when it is read."""
+    native = (folder / "trajectory.npz").is_file()
+    if (folder / "lowdim").is_dir() or ((folder / "rgb").is_dir() and not native):
         return [folder]
     if depth == 0 or not folder.is_dir():
         return []
@@ -238,6 +240,8 @@ def _metadata(episode: Path, name: str) -> dict[str, Any]:
 
 def _lowdim(episode: Path, name: str) -> list[dict[str, Any]]:
     held = sorted((episode / "lowdim").glob("*.pkl"))
+    if not (episode / "rgb").is_dir():
+        raise DemoError(name, "it has no images (rgb/): the conversion was cut off; run `rd convert` again")
     for number, path in enumerate(held):
         if path.name != f"{number:010d}.pkl":
             raise DemoError(name, f"lowdim file {number:010d}.pkl is missing")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +209,18 @@ def test_broken_episodes_are_named(tmp_path, scene, damage, message):
     with pytest.raises(DemoError, match=message) as caught:
         find_demos(tmp_path)[0].read()
     assert caught.value.name == "pick/0000"
+
+
+@pytest.mark.parametrize(("part", "message"), [("rgb", "no images"), ("lowdim", "no lowdim files")])
+def test_episodes_that_lack_a_whole_part_are_named(tmp_path, scene, part, message):
+    for number in range(2):
+        write_episode(tmp_path / "pick" / f"{number:04d}", scene, arms=1)
+    shutil.rmtree(tmp_path / "pick" / "0001" / part)
+    whole, cut = find_demos(tmp_path)
+    whole.read()
+    assert cut.name == "pick/0001"
+    with pytest.raises(DemoError, match=message):
+        cut.read()
 
 
 def edit(folder: Path, change, every: bool = False) -> None:
