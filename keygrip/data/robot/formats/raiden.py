@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from keygrip.data.bad_samples import BadSample, guard, open_image, read_bytes, read_json, read_npy, read_npz
-from keygrip.data.robot.calibration import read_mapping
+from keygrip.data.robot.calibration import read_mapping, setting
 from keygrip.data.robot.formats.poses import increasing, invert, opening, quaternions, rigid, rotations, transform
 from keygrip.data.robot.frames import JpegFrames
 from keygrip.data.robot.reference import DemoReference
@@ -307,9 +307,8 @@ def _left_from_right(
             raise DemoError(
                 name,
                 "two arms, but no calibration_results.json with bimanual_transform.right_base_to_left_base beside or "
-                "above the "
-                "episode: calibrate both wrist cameras together (`rd calibrate`) or name the file with "
-                "data.calibration=PATH",
+                "above the episode: calibrate both wrist cameras together (`rd calibrate`) or name the file with "
+                f"{setting('calibration')}",
             )
         candidate = invert(rigid(np.asarray(matrix), f"{path}: right_base_to_left_base"))
     stated, swapped = _wrist_spread(rows, values, candidate), _wrist_spread(rows, values, invert(candidate))
