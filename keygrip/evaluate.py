@@ -21,6 +21,7 @@ from keygrip.artifacts import write_json
 from keygrip.command import entry_point
 from keygrip.config import compose, listed, quoted, register_completion
 from keygrip.evaluation.kinds import KIND, KINDS, Evaluated, checked_kind, choose_kind
+from keygrip.training.run_folder import hold
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     from keygrip.training.checkpoints import external_files, find_checkpoint, load_module, read_checkpoint
     from keygrip.training.metadata import machine
-    from keygrip.training.run_folder import hold
 
     file = find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)
     config = OmegaConf.create(read_checkpoint(file)["keygrip"]["config"])
