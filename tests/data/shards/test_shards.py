@@ -20,6 +20,7 @@ from keygrip.data.bad_samples import BadSample
 from keygrip.data.shards.index import MANIFEST, ShardError, ShardIndex, index_path, index_shard, split_name
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.remote import ShardCache
+from keygrip.data.shards.validation import ShardReport, report_shared
 from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.video_text.conversations import describe_video_text, read_sample, video_text_parts
 
@@ -321,6 +322,20 @@ def test_other_layouts_are_read_or_refused_by_name(tmp_path: Path, names: list[s
         write_manifest(tmp_path, describe_video_text, again=True, progress=False)
         found = read_sample(ShardSet(tmp_path), 0, 8).frames
         assert found[:, 0, 0, 0].tolist() == list(range(frames))
+
+
+def test_images_with_other_text_in_another_split_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    train, val = ShardReport("set/train/a.tar", media=["x", "y", "y"]), ShardReport("set/val/a.tar", media=["z", "x"])
+    report_shared([train, val])
+    assert (
+        "1 images or videos stand in several splits, with other text (the first in set/train, set/val)" in caplog.text
+    )
+    assert "divided by keys" not in caplog.text
+    caplog.clear()
+    report_shared([train, ShardReport("set/val/a.tar", media=["z"])])
+    assert not caplog.records
+    report_shared([train])
+    assert "1 samples have the images or the video of another one" in caplog.text
 
 
 def test_compressed_shards_are_named(tmp_path: Path) -> None:
