@@ -135,9 +135,7 @@ def _from_hub(variant: Variant) -> State:
     name = f"timm/{variant.timm_name}.{variant.timm_tag}"
     try:
         return dict(load_state_dict_from_hf(name, weights_only=True))
-    except (
-        Exception
-    ) as error:  # the hub client raises what its HTTP library raises; all of it means: not available here
+    except Exception as error:  # the hub client raises what its HTTP library raises; all means: not available here
         raise FileNotFoundError(
             f"cannot get the weights of {variant.name} from the hub ({name}: {_first_line(error)}). Download "
             f"{variant.official_file} "

@@ -139,7 +139,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
 
     @property
     def headline_metrics(self) -> tuple[str, ...]:  # type: ignore[override]
-        """By these runs are compared."""
+        """Metrics used to compare runs."""
         kinds = ("", "_mark", "_cue", "_glance", "_caption")
         modes = [f"val/{mode}/accuracy{kind}" for mode in (*self.val_modes, REFINED) for kind in kinds]
         losses = [f"val/{mode}/loss" for mode in (*self.val_modes, REFINED)]

@@ -118,7 +118,7 @@ class GeometryVLA(nn.Module):
         context_places: add to each token of an image in the contexts where it lies. A large language model's hidden
             states tell; those of a small one, which knows positions as rotations inside its attention alone, do not.
         pointing_cells: cells along a side of an image token in which the vision-language model says where the gripper
-            will be (see `Pointing`); 0: it is not asked.
+            will be (see `Pointing`); 0 disables the maps and their loss.
         pointing_keyframe: one map more, of where the gripper closes or opens next: through the whole of an approach the
             model so learns what it is being sent to.
         pointed_tokens: give the head what those maps say, and what the geometry encoder makes of the places (see

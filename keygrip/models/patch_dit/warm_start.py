@@ -60,7 +60,7 @@ PARTS = (6, 9)  # of a block's modulation: shift and scale of three branches, pe
 
 @dataclass(frozen=True)
 class WarmStart:
-    """What became of each name.
+    """Result of a partial state-dict load.
 
     Args:
         loaded: taken over. unexpected: in the file and not of the network. missing: of the network and not in the file.

@@ -38,7 +38,7 @@ from keygrip.training.task_metrics import MeansByTask
 log = logging.getLogger(__name__)
 
 STATE = "volume_query"  # of a checkpoint: what is not in the weights
-# By these runs are compared; the validation loss of a multimodal policy is noise.
+# Metrics used to compare runs; the validation loss of a multimodal policy is noise.
 HEADLINE = (
     "pix_argmax",
     "pix_floor",
