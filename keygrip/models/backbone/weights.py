@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from keygrip.models.backbone.architectures import VARIANTS, Variant
 from keygrip.training.checkpoints import refuse_other_format
 from keygrip.training.ema import EMA_STATE
+from keygrip.training.integrity import ChangedFileError, load_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +165,9 @@ def read_file(path: Path) -> State:
                 f"{path} cannot be read as safetensors ({_first_line(error)}); download it again"
             ) from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_tensors(path)
+    except ChangedFileError:
+        raise
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is not a plain weights file, or holds objects that are not loaded for safety "
