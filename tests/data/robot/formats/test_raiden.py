@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -14,9 +15,10 @@ from PIL import Image
 from robot_mutations import ROUNDS, assert_damage_is_found
 from scipy.spatial.transform import Rotation
 
+from keygrip.artifacts import locked
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.formats import raiden
-from keygrip.data.robot.importing import import_demos
+from keygrip.data.robot.importing import LOCK_FILE, import_demos
 from keygrip.data.robot.schema import DemoError
 
 LEFT_FROM_RIGHT = np.eye(4)
@@ -283,6 +285,21 @@ def test_import_counts_broken_demos_and_stops_at_too_many(tmp_path, scene):
         import_demos(tmp_path / "raw", tmp_path / "native", progress=False)
     with pytest.raises(ValueError, match="lies in the source"):
         import_demos(tmp_path / "raw", tmp_path / "raw" / "native", progress=False)
+
+
+def test_a_full_disk_breaks_no_recording_and_imports_wait_for_each_other(tmp_path, scene, monkeypatch):
+    write_episode(tmp_path / "raw" / "0000", scene, arms=1)
+
+    def full(*arguments):
+        with pytest.raises(BlockingIOError), locked(tmp_path / "native" / LOCK_FILE, wait=False):
+            pass
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("keygrip.data.robot.importing.write_demo", full)
+    with pytest.raises(OSError, match="No space left"):
+        import_demos(tmp_path / "raw", tmp_path / "native", progress=False)
+    with locked(tmp_path / "native" / LOCK_FILE, wait=False):
+        pass
 
 
 @ROUNDS
