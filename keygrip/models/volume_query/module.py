@@ -150,6 +150,8 @@ class VolumeQueryModule(System):
             self.take_weights(self.init_from, "a volume-query policy")
         self.by_task = MeansByTask(statistics.instructions)
         self.views = statistics.cameras
+        if len(self.views) < 2 and self.network.world_views:
+            log.warning("model.network.world_views=true has no effect with one camera: name several in data.cameras")
         if len(self.views) > 1 and not self.network.world_views:
             log.warning(
                 "the data hold %d cameras, and this policy sees %s alone (all of them: model.network.world_views=true)",
