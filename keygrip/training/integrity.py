@@ -91,7 +91,7 @@ def refuse_damaged(file: Path) -> None:
             # torch compresses nothing; what somebody else compressed may be of any size
             plain = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
             broken = archive.testzip() if plain else None
-    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, ValueError, EOFError, RuntimeError) as error:  # encrypted ones are RuntimeErrors
         raise ChangedFileError(f"{file} is damaged ({error}): take another copy of it") from error
     if broken is not None:
         raise ChangedFileError(f"{file} is damaged (the checksum of {broken} differs): take another copy of it")
