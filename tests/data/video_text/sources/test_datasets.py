@@ -23,7 +23,7 @@ from keygrip.data.video_text.conversations import read_sample
 from keygrip.data.video_text.sources.cauldron import cauldron
 from keygrip.data.video_text.sources.smoltalk import smoltalk
 from keygrip.data.video_text.sources.video_sft import video_sft
-from keygrip.data.video_text.sources.webvid import REQUEST, webvid
+from keygrip.data.video_text.sources.webvid import REQUEST, tar_samples, webvid, webvid_rows
 
 SIZE = 32
 
@@ -251,6 +251,19 @@ def test_webvid_tar_files_of_other_forms(tmp_path: Path, caplog: pytest.LogCaptu
     assert "it holds no video, only txt" in caplog.text
     assert "goes on after its end mark" in caplog.text
     assert "the lists (*.csv), beside which there is no videos/, are not read" in caplog.text
+
+
+def test_webvid_loses_no_sample_or_caption_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in (("a.mp4", b"1"), ("a.txt", b"one"), ("a.mp4", b"2"), ("a.txt", b"two"), ("b.mp4", b"3")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    first, second = {"mp4": b"1", "txt": b"one"}, {"mp4": b"2", "txt": b"two"}
+    assert list(tar_samples(tmp_path / "a.tar")) == [("a", first), ("a", second), ("b", {"mp4": b"3"})]
+    (tmp_path / "list.csv").write_text("videoid,page_dir,name\n1,p,one\n1,p,one\n2,p,two\n1,p,other\n")
+    assert [row.text for row in webvid_rows(tmp_path)] == ["one", "two"]
+    assert "1 rows give a video another caption; the first is kept (1, ...)" in caplog.text
 
 
 def test_webvid_says_what_is_missing(tmp_path: Path) -> None:
