@@ -20,7 +20,7 @@ from shard_sets import picture
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.validation import validate
 from keygrip.data.video_text.conversations import read_sample
-from keygrip.data.video_text.sources.cauldron import cauldron
+from keygrip.data.video_text.sources.cauldron import CauldronMaker, cauldron
 from keygrip.data.video_text.sources.smoltalk import smoltalk
 from keygrip.data.video_text.sources.video_sft import video_sft
 from keygrip.data.video_text.sources.webvid import REQUEST, tar_samples, webvid, webvid_rows
@@ -150,6 +150,20 @@ def test_cauldron_images_are_frames_and_pairs_are_turns(tmp_path: Path) -> None:
 
 
 # ---- WebVid ----------------------------------------------------------------------------------------------------------
+
+
+def test_cauldron_images_are_as_viewers_show_them() -> None:
+    maker = CauldronMaker(16, "stretch")
+    hidden, upright = io.BytesIO(), io.BytesIO()
+    Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(hidden, "PNG")
+    half = np.zeros((16, 16, 3), np.uint8)
+    half[:8] = 255
+    exif = Image.Exif()
+    exif[0x112] = 6  # to be turned clockwise by a quarter
+    Image.fromarray(half).save(upright, "JPEG", quality=95, exif=exif.tobytes())
+    assert (np.asarray(Image.open(io.BytesIO(maker._image(hidden.getvalue())))) > 250).all()
+    turned = np.asarray(Image.open(io.BytesIO(maker._image(upright.getvalue())))) > 128
+    assert (turned == np.rot90(half, -1).astype(bool)).mean() > 0.95
 
 
 def test_webvid_lists_with_videos(tmp_path: Path) -> None:
