@@ -335,6 +335,12 @@ def test_turned_pictures(tmp_path: Path) -> None:
         JpegFrames(tmp_path, "%d.png", 1, rotate=45)
 
 
+def test_images_of_more_than_8_bits_do_not_become_white(tmp_path: Path) -> None:
+    Image.fromarray(np.full((2, 3), 700, np.uint16)).save(tmp_path / "0.png")  # depth in millimetres
+    with pytest.raises(ValueError, match=r"0\.png: it has more than 8 bits a pixel \(mode I;16\)"):
+        JpegFrames(tmp_path, "%d.png", 1).read(0)
+
+
 VIDEOS: dict[str, tuple[str, str, int, dict[str, str]]] = {
     "B-frames": ("mp4", "libx264", 12, {"bf": "3"}),
     "open groups": ("mp4", "libx264", 8, {"x264-params": "open-gop=1:bframes=3:b-adapt=0"}),
