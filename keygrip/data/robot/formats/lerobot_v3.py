@@ -54,7 +54,7 @@ from keygrip.data.robot.formats.frames import ParquetFrames
 from keygrip.data.robot.formats.poses import increasing, opening, quaternions, rotations, transform
 from keygrip.data.robot.frames import VideoFrames
 from keygrip.data.robot.reference import DemoReference
-from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource
+from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource, words
 from keygrip.robots.kinematics import forward_kinematics
 
 IMAGES = "observation.images."
@@ -223,6 +223,10 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
             poses = known.poses(gripper_poses, frames)
         cameras[camera] = CameraTrack(width, height, intrinsics, poses, source)
     tasks = episode.get("tasks") or [_tasks(root).get(int(table["task_index"][0]), "")]
+    instruction = tasks if isinstance(tasks, str) else words(tasks[0])
+    notes = []
+    if not isinstance(tasks, str) and len(set(tasks)) > 1:
+        notes = ["episodes with several tasks count as their first one"]
     task = episode.get("keygrip/task")
     times = np.asarray(table["timestamp"], dtype=np.float64).reshape(-1)
     if "time" in calibration.lerobot:
@@ -231,8 +235,8 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
         name=name,
         path=root,
         robot=str(info.get("robot_type") or "unknown"),
-        task=task if task and isinstance(task, str) else str(tasks[0]).replace(" ", "_").lower() or root.name,
-        instruction=str(tasks[0]),
+        task=task if task and isinstance(task, str) else instruction.replace(" ", "_").lower() or root.name,
+        instruction=instruction,
         fps=rate,
         timestamps=increasing((times * 1e9).round().astype(np.int64), round(1e9 / rate)),
         arms=arms,
@@ -241,6 +245,7 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
             "format": "lerobot_v3" if PLACE not in episode else "lerobot_v2",
             "episode": number,
             "calibration": str(calibration.path),
+            **({"notes": notes} if notes else {}),
         },
     )
 

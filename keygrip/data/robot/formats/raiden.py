@@ -35,7 +35,7 @@ from keygrip.data.robot.calibration import read_mapping, setting
 from keygrip.data.robot.formats.poses import increasing, invert, opening, quaternions, rigid, rotations, transform
 from keygrip.data.robot.frames import JpegFrames
 from keygrip.data.robot.reference import DemoReference
-from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource
+from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource, words
 
 MAX_PICKLE_BYTES = 1 << 26  # of one frame's numbers
 RIGID_WRIST_SPREAD_M = 0.02  # a hand-mounted camera seen through the wrong transform wanders by decimetres
@@ -206,9 +206,10 @@ def read(episode: Path, name: str, calibration: Path | None = None) -> Demo:
         raise DemoError(name, "the lowdim files name no camera")
     rate = float(metadata.get("framerate") or 30)
     language = metadata.get("language") or {}
-    prompt = str(
-        rows[0].get("language_prompt") or next(iter(language.get("prompt") or []), "") or language.get("task") or ""
-    )
+    prompts = language.get("prompt") or ""
+    prompt = prompts if isinstance(prompts, str) else words(prompts[0])
+    spoken = np.asarray(rows[0].get("language_prompt"), dtype=object).tolist()  # an array of one text
+    prompt = words(spoken) or prompt or words(language.get("task"))
     return Demo(
         name=name,
         path=episode,

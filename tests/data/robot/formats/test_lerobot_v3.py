@@ -310,6 +310,21 @@ def test_episodes_that_are_counted_and_not_listed_are_broken_demos(tmp_path, wri
     assert len(find_demos(tmp_path)) == 3
 
 
+@pytest.mark.parametrize(("tasks", "said"), [([None], ""), (["Pick", "Place"], "Pick"), ([7], None)])
+def test_tasks_are_text(tmp_path, write_dataset, tasks, said):
+    write_dataset(tmp_path, pictures_in_parquet=True)
+    to_version_2(tmp_path)
+    file = tmp_path / "meta/episodes.jsonl"
+    lines = [json.loads(line) | {"tasks": tasks} for line in file.read_text().split("\n") if line]
+    file.write_text("\n".join(json.dumps(line) for line in lines))
+    if said is None:  # a number that tasks.jsonl does not hold
+        assert find_demos(tmp_path)[0].read().instruction == ""
+        return
+    demo = find_demos(tmp_path)[0].read()
+    assert demo.instruction == said
+    assert ("notes" in demo.source) == (len(tasks) > 1)
+
+
 def test_a_line_of_version_2_ends_with_a_line_feed_alone(tmp_path, write_dataset):
     write_dataset(tmp_path, pictures_in_parquet=True)
     to_version_2(tmp_path)

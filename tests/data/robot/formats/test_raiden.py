@@ -225,6 +225,24 @@ def test_episodes_that_lack_a_whole_part_are_named(tmp_path, scene, part, messag
         cut.read()
 
 
+@pytest.mark.parametrize(
+    ("row", "language", "said"),
+    [
+        ("stack", {"prompt": ["other"]}, "stack"),
+        (None, {"prompt": ["put it down", "or so"]}, "put it down"),
+        (None, {"prompt": "put it down"}, "put it down"),
+        (None, {"prompt": None, "task": "pick"}, "pick"),
+        (None, {}, ""),
+    ],
+)
+def test_instructions_are_whole_sentences(tmp_path, scene, row, language, said):
+    write_episode(tmp_path / "pick" / "0000", scene, arms=1)
+    edit(tmp_path / "pick" / "0000", lambda each: each.update(language_prompt=np.array(row, dtype=object)), every=True)
+    file = tmp_path / "pick" / "0000" / "metadata.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"language": language}))
+    assert find_demos(tmp_path)[0].read().instruction == said
+
+
 def edit(folder: Path, change, every: bool = False) -> None:
     for path in sorted((folder / "lowdim").glob("*.pkl"))[1 : None if every else 2]:
         row = pickle.loads(path.read_bytes())
