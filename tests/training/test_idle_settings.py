@@ -14,7 +14,6 @@ from keygrip.config import SettingError, compose, config_folder
 from keygrip.training.idle_settings import ATTRIBUTE, refuse_idle
 
 VLM = ("model=foveated_vlm", "data=robot_tours")
-POOLED = ("model=pooled_vlm", "data=robot_tours")
 DIT = ("model=patch_dit", "data=robot_images")
 VLA = ("model=geometry_vla", "data=yam_language")
 
@@ -33,7 +32,7 @@ VLA = ("model=geometry_vla", "data=yam_language")
         (("data.root=here",), "data.record.demos=5", "data.root=null"),
         (("closed_loop=yam",), "callbacks.closed_loop.closed_loop.control.ensemble_decay=1", ""),
         ((*VLM, "model.refinement=0"), "model.refinement_from=0.5", "model.refinement=1"),
-        (POOLED, "model.monitor_from_step=5", "model.monitor_every_n_steps=10"),
+        ((*VLM, "model.monitor_every_n_steps=0"), "model.monitor_from_step=5", "model.monitor_every_n_steps=10"),
         (
             (*VLM, "data.sources.tours.root=here"),
             "data.sources.tours.make.options.test=5",
