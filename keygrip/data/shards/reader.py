@@ -44,7 +44,7 @@ class ShardSet:
             digest = hashlib.sha256(self.root.encode()).hexdigest()[:16]
             folder = Path(cache_dir or Path.home() / ".cache" / "keygrip" / "shards") / digest
             self._cache = ShardCache(self.root, folder, int(cache_gb * 1e9))
-        manifest_path = self._local(MANIFEST)
+        manifest_path = self._local(MANIFEST, fresh=True)
         if not manifest_path.is_file():
             raise FileNotFoundError(
                 f"no {MANIFEST} in {root}: make it with `python -m keygrip.prepare step=manifest root={root}`"
@@ -79,14 +79,17 @@ class ShardSet:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": OrderedDict()}
 
-    def _local(self, name: str, size: int | None = None) -> Path:
-        return Path(self.root) / name if self._cache is None else self._cache.fetch(name, size)
+    def _local(self, name: str, size: int | None = None, fresh: bool = False) -> Path:
+        return Path(self.root) / name if self._cache is None else self._cache.fetch(name, size, fresh)
 
     def _read_index(self, shard: Mapping[str, Any]) -> ShardIndex:
         path = self._local(shard["name"] + INDEX_SUFFIX)
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: make it with step=manifest root={self.root}")
         content = path.read_bytes()
+        if self._cache is not None and hashlib.sha256(content).hexdigest() != shard["index_sha256"]:
+            self._cache.drop(shard["name"])  # the shard has changed since it was copied
+            content = self._local(path.name, fresh=True).read_bytes()
         if hashlib.sha256(content).hexdigest() != shard["index_sha256"]:
             raise ShardError(f"{path} does not belong to the manifest beside it: make both with step=manifest")
         return ShardIndex.from_bytes(content, str(path))

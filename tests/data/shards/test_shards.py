@@ -255,6 +255,22 @@ def test_remote_shards_are_copied_once_and_within_the_limit(tmp_path: Path) -> N
         read_sample(shards, 3, 8)
 
 
+def test_a_remote_set_that_has_changed_is_not_read_as_it_was(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    url = f"file://{write_set(tmp_path / 'far', [1] * 3)}"
+    before = ShardSet(url, tmp_path / "near")
+    assert len(read_sample(before, 0, 8).frames) == 1
+    shutil.rmtree(tmp_path / "far")
+    write_set(tmp_path / "far", [2] * 3)  # files of the same names
+    after = ShardSet(url, tmp_path / "near")
+    assert [len(read_sample(after, sample, 8).frames) for sample in range(3)] == [2, 2, 2]
+    assert after.fingerprint != before.fingerprint
+    assert "as it was" not in caplog.text
+    shutil.rmtree(tmp_path / "far")  # no connection
+    again = ShardSet(url, tmp_path / "near")
+    assert len(read_sample(again, 0, 8).frames) == 2
+    assert "is read as it was when it was copied" in caplog.text
+
+
 def test_a_remote_shard_of_another_size_is_refused(tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     (tmp_path / "far" / "a.tar").write_bytes(b"x" * 100)
