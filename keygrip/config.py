@@ -247,12 +247,12 @@ def refuse_unread(cfg: DictConfig, schema: type) -> None:
         SettingError: names the first of them.
     """
     read = {setting.name for setting in fields(schema)}
-    leaves = list(_leaves(OmegaConf.to_container(cfg, resolve=False), ()))
+    leaves = list(leaves_of(OmegaConf.to_container(cfg, resolve=False), ()))
     wanted: set[tuple[str, ...]] = {(name,) for name in read}
     left = leaves
     while True:
         live = [path for path, _ in left if any(path[: len(each)] == each for each in wanted)]
-        found = {target for path, value in left if path in set(live) for target in _references(path, value)}
+        found = {target for path, value in left if path in set(live) for target in references_in(path, value)}
         left = [leaf for leaf in left if leaf[0] not in set(live)]
         if not found - wanted:
             break
@@ -265,15 +265,16 @@ def refuse_unread(cfg: DictConfig, schema: type) -> None:
         )
 
 
-def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+def leaves_of(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Paths and values of the settings below a node, which lies at ``path``."""
     if isinstance(node, dict) and node:
         for name, child in node.items():
-            yield from _leaves(child, (*path, str(name)))
+            yield from leaves_of(child, (*path, str(name)))
     elif node is not None or len(path) > 1:
         yield path, node
 
 
-def _references(path: tuple[str, ...], value: Any) -> Iterator[tuple[str, ...]]:
+def references_in(path: tuple[str, ...], value: Any) -> Iterator[tuple[str, ...]]:
     """Paths that the interpolations in a value name."""
     for reference in re.findall(r"\$\{([^${}:]+)\}", str(value)):
         dots = len(reference) - len(reference.lstrip("."))

@@ -27,6 +27,7 @@ from keygrip.runtime.client import RemotePolicy
 from keygrip.runtime.control_loop import ControlLoop
 from keygrip.runtime.dry_run import dry_run
 from keygrip.runtime.planners import ThreadPlanner
+from keygrip.runtime.plausibility import PlausiblePolicy
 from keygrip.runtime.takeover import CorrectionRecorder
 from keygrip.runtime.watchdog import State, Watchdog
 from keygrip.training.checkpoints import external_files, find_checkpoint, load_module
@@ -55,6 +56,7 @@ class RunSchema(EntrySchema):
     limits: Any = None
     execution: Any = MISSING
     watchdog: Any = MISSING
+    bounds: Any = MISSING
     takeover: Any = None
     record: str | None = None
     seconds: float = 60.0
@@ -80,9 +82,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         limits = instantiate(cfg.limits, _convert_="all")
         if limits is None:
             log.warning("motion_limits=null: nothing but the robot's own limits bounds what the policy asks for")
+        # a server has bounds of its own
+        planning: Policy = policy if cfg.checkpoint is None else PlausiblePolicy(policy, instantiate(cfg.bounds))
         if cfg.dry_run is not None:
-            return dry_run(policy, robot, limits, Path(cfg.dry_run))
-        execution = instantiate(cfg.execution)(planner=ThreadPlanner(policy), control_hz=robot.control_hz)
+            return dry_run(planning, robot, limits, Path(cfg.dry_run))
+        execution = instantiate(cfg.execution)(planner=ThreadPlanner(planning), control_hz=robot.control_hz)
         _refuse_no_continuing(execution, policy)
         takeover = instantiate(cfg.takeover)
         with contextlib.ExitStack() as stack:

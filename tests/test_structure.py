@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,13 @@ def test_there_are_no_import_circles() -> None:
 def test_few_imports_hide_in_functions() -> None:
     lazy = [f"{name} -> {other}" for name, others in GRAPH.items() for other, inside in others.items() if inside]
     assert len(lazy) <= MOST_LAZY_IMPORTS, "\n".join(lazy)
+
+
+def test_no_line_is_broken_for_the_comment_behind_it() -> None:
+    """A formatter puts brackets around a number, a name or an exception whose comment does not fit into the line."""
+    broken = re.compile(r"\(\n +[\w.-]+(?:  # [^\n]+)?\n *\)")
+    found = {name: broken.findall(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+    assert {name: lines for name, lines in found.items() if lines} == {}
 
 
 def test_modules_are_imported_by_name_in_few_places() -> None:

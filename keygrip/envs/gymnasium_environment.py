@@ -15,15 +15,12 @@ from typing import Any, ClassVar
 import gymnasium
 import numpy as np
 
-from keygrip.training.parts import data_part
-
 NEEDED = ("image", "intrinsics", "world_to_camera", "position", "quaternion", "gripper")
 
 
-@data_part
 @dataclass(frozen=True)
 class GymnasiumTask:
-    """A registered gymnasium environment.
+    """A registered gymnasium environment. It is no `data_part`: `id` may import any module, so no checkpoint names it.
 
     Args:
         id: as for `gymnasium.make`; "my_lab.envs:Lift-v0" imports the module that registers it.

@@ -25,6 +25,7 @@ from keygrip.artifacts import atomic_write, make_once
 from keygrip.data.batches import ImageTextBatch
 from keygrip.models.patch_dit.encoders import Encoders
 from keygrip.progress import Progress
+from keygrip.training.integrity import load_tensors
 
 if TYPE_CHECKING:
     from keygrip.data.image_text.datamodule import ImageShards
@@ -243,7 +244,7 @@ def _save(trained: TrainedClassifier, options: ClassifierOptions, file: Path) ->
 
 def load_classifier(file: Path, fingerprint: str) -> TrainedClassifier:
     """A classifier from its file. Raises ValueError: it is another one."""
-    content = torch.load(file, map_location="cpu", weights_only=True)
+    content = load_tensors(file)
     if content["fingerprint"] != fingerprint:
         raise ValueError(
             f"{file} is the classifier {content['fingerprint']}, not {fingerprint}: remove it, and it is trained again"

@@ -94,6 +94,9 @@ def _leading(text: str, last: str, plain: Sequence[str]) -> int | None:
             return number
         arrived = re.findall(rf"(?i:\banswer\s*(?:is|:)\s*(?:option\s*)?[(\[]?\s*)([A-{last}])\b(?!\s+[a-z])", rest)
         return _number(arrived[-1]) if arrived else number
+    reasoned = re.match(rf"([A-{last}])\s+(?:because|since)\b", text)
+    if reasoned:
+        return _number(reasoned.group(1))
     match = re.match(rf"[(\[]?([A-{last}])\s+(.*)", text)
     if match and normalised_answer(match.group(2)).startswith(plain[_number(match.group(1))] or "\0"):
         return _number(match.group(1))

@@ -15,7 +15,7 @@ from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.evaluation.closed_loop import ConditionResult
 from keygrip.evaluation.kinds import Evaluated, changed, plain
 from keygrip.evaluation.statistics import wilson_interval
-from keygrip.training.parts import build_stored
+from keygrip.training.parts import UntrustedPartError, build_stored
 
 RECORDING_FILE = "recording.json"
 LARGEST_RECORDING_FILE = 10_000_000  # bytes
@@ -51,9 +51,15 @@ def environment_settings(evaluated: Evaluated, env: Mapping[str, Any]) -> Enviro
         given = [key for key in ("tasks", "image_size", "hz", "cameras", "python") if env[key] is not None]
         if given:
             raise ValueError(f"env.{given[0]} is as recorded: give env=yam, metaworld or gymnasium to choose it")
+        if env["control"] or env["task"]:
+            name = "control" if env["control"] else "task"
+            raise ValueError(f"env.{name} has no effect with env=recorded: give {name}.OPTION=... in place of it")
         record = data.get("record")
         if record is not None and data.get("root") is None:
-            task = build_stored(plain(record.task), "data.record.task", evaluated.trust)
+            try:
+                task = build_stored(plain(record.task), "data.record.task", evaluated.trust)
+            except UntrustedPartError as error:
+                raise UntrustedPartError(f"{error}; say where to judge it: env=yam, metaworld or gymnasium") from error
             return EnvironmentSettings(task, record.image_size, record.hz, trained_with)
         if not isinstance(data.root, str):
             raise ValueError(

@@ -23,6 +23,7 @@ from keygrip.evaluation.attribute_classifier import real_images
 from keygrip.evaluation.known_features import known_encoder
 from keygrip.models.patch_dit.encoders import Encoders
 from keygrip.progress import Progress
+from keygrip.training.integrity import load_tensors
 
 if TYPE_CHECKING:
     from keygrip.data.image_text.datamodule import ImageShards
@@ -135,7 +136,7 @@ def _trained(data: ImageShards, encoders: Encoders, options: FeatureOptions) -> 
             torch.save({"width": options.width, "weights": network.state_dict()}, stream)
 
     make_once(file, Path.is_file, make)
-    content = torch.load(file, map_location="cpu", weights_only=True)
+    content = load_tensors(file)
     network = SmallEncoder(content["width"])
     network.load_state_dict(content["weights"])
     network.eval().requires_grad_(False)

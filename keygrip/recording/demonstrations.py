@@ -357,9 +357,8 @@ class _Workers:
             ) from error
 
 
-_worker: tuple[YamCell | HandoverCell, RecordSettings, Path] | None = (
-    None  # one cell a process, used for all its episodes
-)
+# One cell a process, used for all its episodes.
+_worker: tuple[YamCell | HandoverCell, RecordSettings, Path] | None = None
 
 
 def _build_cell(settings: RecordSettings) -> YamCell | HandoverCell:

@@ -18,7 +18,7 @@ import numpy as np
 from keygrip.models.policy import Needs, Observation, Plan, Policy
 from keygrip.runtime.metrics import Metrics
 from keygrip.runtime.planning import Planner, UnavailableError
-from keygrip.runtime.plausibility import Bounds, ImplausibleError
+from keygrip.runtime.plausibility import Bounds, ImplausibleError, masks_views
 from keygrip.runtime.sessions import Sessions, seeded, stochastic
 from keygrip.runtime.wire import WireError, entries_of
 
@@ -101,6 +101,7 @@ class PolicyService:
         self.needs, self.about, self.limits, self.bounds = needs, about, limits, bounds
         self.stochastic = stochastic(policy)
         self.workspace: np.ndarray | None = getattr(policy, "workspace", None)
+        self.masks = masks_views(policy)
         self.metrics, self.sessions = Metrics(), Sessions(limits.sessions, limits.session_s)
         self.conversations = 0  # open websocket connections
         self.ending = asyncio.Event()  # they close once they have answered
@@ -164,6 +165,7 @@ class PolicyService:
         try:
             async with asyncio.timeout(self.limits.plan_s):
                 self.bounds.refuse_start(observation, self.workspace)
+                self.bounds.refuse_images(observation, self.needs, self.masks)
                 plan = await self.planner.plan(policy, observation)
                 self.bounds.refuse_plan(plan, observation, self.workspace)
                 return plan

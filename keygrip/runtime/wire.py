@@ -106,7 +106,7 @@ def _view_parts(needs: Needs) -> tuple[str, ...]:
 
 
 def decode_observation(body: bytes, needs: Needs) -> dict[str, Any]:
-    """The inverse of `encode_observation`, for a server that believes nothing.
+    """The inverse of `encode_observation`, for input that is not trusted.
 
     Raises:
         WireError: not in the format; an array is missing, unknown, of another type or shape, or makes no sense.

@@ -24,6 +24,7 @@ from keygrip.training import run_folder
 from keygrip.training.checkpoints import Header, build_module
 from keygrip.training.compatibility import refuse_unfit
 from keygrip.training.compute import Compute
+from keygrip.training.idle_settings import refuse_idle
 from keygrip.training.loggers import build_loggers, finish, log_settings
 from keygrip.training.metadata import run_metadata
 from keygrip.training.monitors import RandomnessByStep
@@ -50,6 +51,7 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     _quiet(warnings_too=not cfg.debug)
     refuse_unfit(cfg)
     refuse_unread(cfg, TrainSchema)
+    refuse_idle(cfg, _overrides())
     _refuse_callbacks_without_class(cfg.callbacks)
     resolved: dict[str, Any] = complete_stages(OmegaConf.to_container(cfg, resolve=True))
     strategy = instantiate(cfg.strategy)

@@ -18,6 +18,7 @@ from keygrip.artifacts import locked
 RUNS = Path("runs")
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 LOCK = ".lock"
+SWEEP = "sweep.json"
 
 
 def register_resolvers() -> None:
@@ -68,10 +69,10 @@ def choose_for_sweep(resume: bool | str | None, model: str, data: str) -> str:
     if isinstance(resume, str) and resume.lower() not in {"true", "false"}:
         raise ValueError("a sweep resumes as a whole: give resume=true, and hydra.sweep.dir=<folder> for an older one")
     if resume is True or str(resume).lower() == "true":
-        found = sorted(group.glob("*/sweep.json"), key=lambda path: path.stat().st_mtime)
+        found = [path.parent for path in group.glob(f"*/{SWEEP}")]
         if not found:
             raise FileNotFoundError(f"nothing to resume: no sweep in {group}/; leave out resume=true")
-        return str(found[-1].parent)
+        return str(max(found, key=lambda folder: (_recorded(folder / SWEEP, "started"), folder.name)))
     return str(_claimed(group))
 
 
@@ -81,6 +82,11 @@ def _claimed(group: Path) -> Path:
     name = stamp()
     if name.startswith("job-") or "TORCHELASTIC_RUN_ID" in os.environ:
         return group / name  # its processes share it; `hold` keeps others out
+    return new_folder(group, name)
+
+
+def new_folder(group: Path, name: str) -> Path:
+    """A folder in ``group`` that this call has made: with a number behind its name where another process has that."""
     for number in itertools.count(1):
         folder = group / (name if number == 1 else f"{name}-{number}")
         try:
@@ -98,7 +104,7 @@ def hold(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: another process trains into it.
     """
-    if any(int(os.environ.get(name) or 0) > 0 for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID")):
+    if not is_first_process():
         yield
         return
     with contextlib.ExitStack() as stack:
@@ -109,6 +115,11 @@ def hold(folder: Path) -> Iterator[None]:
                 f"{folder} belongs to a run that is still going on: wait until it ends, or give another run_dir"
             ) from error
         yield
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process of its run, or the first of those that torchrun, SLURM or Lightning started."""
+    return not any(int(os.environ.get(name) or 0) > 0 for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
 
 
 def newest(group: Path) -> Path:
@@ -123,13 +134,13 @@ def newest(group: Path) -> Path:
             f"nothing to resume: no run with a checkpoint in {group}/; leave out resume=true, or give "
             "resume=<run folder>"
         )
-    return max(found, key=lambda folder: (_started_at(folder), folder.name))
+    return max(found, key=lambda folder: (_recorded(folder / "result.json", "started_at"), folder.name))
 
 
-def _started_at(folder: Path) -> float:
-    """When a run began, seconds since the epoch, as it recorded itself; 0 where it did not."""
+def _recorded(file: Path, key: str) -> float:
+    """When a run or a sweep began, seconds since the epoch, as it recorded itself; 0 where it did not."""
     try:
-        value = json.loads((folder / "result.json").read_bytes()).get("started_at")
+        value = json.loads(file.read_bytes()).get(key)
     except (OSError, ValueError, AttributeError):
         return 0.0
     return float(value) if isinstance(value, int | float) else 0.0

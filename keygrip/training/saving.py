@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from keygrip.artifacts import atomic_write, write_json
 from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.integrity import sign
+from keygrip.training.parts import ReadWhere
 from keygrip.training.sharding import local
 from keygrip.training.signals import Interrupted
 
@@ -62,6 +63,8 @@ class SaveLatest(Checkpoint):
         mode: ``min`` or ``max``, which is better.
         keep: how many checkpoints by step stay; 0: ``last.ckpt`` alone.
     """
+
+    read_where: ClassVar = {"mode": ReadWhere("monitor")}
 
     def __init__(
         self,

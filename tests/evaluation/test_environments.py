@@ -25,6 +25,7 @@ from keygrip.evaluation.kinds import Evaluated
 from keygrip.evaluation.rollout_grid import grid_of_rollouts
 from keygrip.evaluation.rollouts import EpisodeResult
 from keygrip.models.policy import Needs, Plan
+from keygrip.training.parts import UntrustedPartError
 
 POINT = GymnasiumTask("gym_lab:CalibratedPointMass-v0", instruction="go there", time_limit_s=3.0)
 SUPPORT = str(Path(__file__).parents[1] / "support")
@@ -133,6 +134,23 @@ def test_a_recorded_folder_says_where_its_policy_is_evaluated(tmp_path: Path) ->
         file.write_text(broken)
         with pytest.raises(ValueError, match="does not describe a recording"):
             environment_settings(trained_on(tmp_path), RECORDED)
+
+
+def test_settings_of_an_environment_that_nothing_reads_are_refused(tmp_path: Path) -> None:
+    for name in ("control", "task"):
+        with pytest.raises(ValueError, match=rf"env\.{name} has no effect with env=recorded: give {name}\.OPTION"):
+            environment_settings(trained_on(tmp_path), RECORDED | {name: {"execute_seconds": 0.6}})
+
+
+def test_a_checkpoint_names_no_module_through_its_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    canary = tmp_path / "canary_was_here"
+    (tmp_path / "stored_canary.py").write_text(f"open({str(canary)!r}, 'w')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    task = {"_target_": "keygrip.envs.gymnasium_environment.GymnasiumTask", "id": "stored_canary:Lift-v0"}
+    config = OmegaConf.create({"data": {"root": None, "record": {"task": task, "image_size": 32, "hz": 10.0}}})
+    with pytest.raises(UntrustedPartError, match="say where to judge it: env=yam, metaworld or gymnasium"):
+        environment_settings(replace(trained_on(tmp_path), config=config), RECORDED)
+    assert not canary.exists()
 
 
 def test_figures_over_tasks_are_means_of_tasks_with_pooled_intervals() -> None:

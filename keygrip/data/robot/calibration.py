@@ -147,8 +147,13 @@ def find_calibration(root: Path, given: Path | None, format_name: str) -> Path:
     raise FileNotFoundError(
         f"{root}: {format_name} recordings lack cameras in the world; write {root / NAMES[0]} (intrinsics and "
         "world_to_camera of each camera, see keygrip/data/robot/calibration.py) or name one with "
-        "data.calibration=PATH"
+        f"{setting('calibration')}"
     )
+
+
+def setting(name: str, value: str = "PATH") -> str:
+    """How a setting of the data is given, for messages that training and `keygrip prepare` share."""
+    return f"data.{name}={value} (of keygrip prepare: {name}={value})"
 
 
 def read_calibration(path: Path) -> Calibration:

@@ -15,17 +15,15 @@ from keygrip.data.bad_samples import HOSTILE, is_of_the_machine, reason_of
 from keygrip.data.robot.frames import VideoFrames
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError
 
-QUATERNION_TOLERANCE = (
-    1e-2  # |norm - 1| above this is a wrong order, a wrong unit or a broken sensor, not float32 rounding
-)
+# |norm - 1| above this is a wrong order, a wrong unit or a broken sensor, not float32 rounding
+QUATERNION_TOLERANCE = 1e-2
 LARGEST_POSITION_M = 10.0  # farther is another unit or a broken reading: it would stretch the height bins over all
 OUTLIER_M, OUTLIER_QUARTILES = 0.1, 10.0
 RATES_HZ = (0.01, 10_000.0)  # of recordings; others are another unit
 NAME = re.compile(r"\w[\w .:+-]{0,99}")  # of arms and cameras: they become names of files
 ROTATION_TOLERANCE = 1e-3  # largest entry of R R^T - I that rounding and hand-eye calibration files produce
-GRIPPER_TOLERANCE = (
-    1e-3  # opening may overshoot [0, 1] by this much (encoder noise); more means another unit or polarity
-)
+# The opening may overshoot [0, 1] by this much (encoder noise); more means another unit or polarity.
+GRIPPER_TOLERANCE = 1e-3
 
 
 def _check_poses(name: str, arm: str, what: str, poses: ArmTrajectory, frames: int) -> None:

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch.utils.data import DataLoader
@@ -37,7 +37,7 @@ from keygrip.data.robot.workspace_view import fit_to_workspace
 from keygrip.data.shards.resuming import ResumableData
 from keygrip.data.shards.sampling import GlobalBatchSampler
 from keygrip.data.shards.substitution import Collate, CountingLoader
-from keygrip.training.parts import data_part
+from keygrip.training.parts import ReadWhere, data_part
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +108,7 @@ class RobotDemos(ResumableData):
         allow_changed: a run may be resumed on demonstrations that have changed since.
     """
 
+    read_where: ClassVar = {"record": ReadWhere("root", None)}
     order_depends_on = ("batch_size", "seed", "balance", "intervention_weight", "weights")
 
     @staticmethod

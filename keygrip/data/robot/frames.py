@@ -7,9 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from keygrip.data.bad_samples import open_image, read_bytes
 from keygrip.data.video import count_frames, file_identity, read_frame
+
+
+def rgb_pixels(image: Image.Image) -> np.ndarray:
+    """uint8 [H, W, 3] of a camera's image.
+
+    Raises:
+        ValueError: its numbers have more than 8 bits, of which a conversion would make white.
+    """
+    if image.mode.startswith("I") or image.mode == "F":
+        raise ValueError(f"it has more than 8 bits a pixel (mode {image.mode}), as depth has: save images with 8")
+    return np.asarray(image.convert("RGB"))
 
 
 def _rotated(image: np.ndarray, rotate: int) -> np.ndarray:
@@ -58,7 +70,7 @@ class JpegFrames:
 
     def read(self, index: int) -> np.ndarray:
         with open_image(self.path(index)) as image:
-            return _rotated(np.asarray(image.convert("RGB")), self.rotate)
+            return _rotated(rgb_pixels(image), self.rotate)
 
     def encoded(self, index: int) -> bytes | None:
         """The file's bytes when they can be copied as they are (JPEG, not turned), else None."""

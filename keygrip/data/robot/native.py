@@ -26,6 +26,7 @@ from keygrip.data.robot.schema import (
     Demo,
     DemoError,
     FrameSource,
+    words,
 )
 
 POSES = ("position_m", "quaternion_wxyz", "gripper_opening")
@@ -244,7 +245,7 @@ def read_native(folder: Path | str, name: str | None = None) -> Demo:
         path=folder,
         robot=str(metadata["robot"]),
         task=str(metadata["task"]),
-        instruction=str(metadata["instruction"]),
+        instruction=words(metadata["instruction"]),
         fps=float(metadata["fps"]),
         timestamps=timestamps.astype(np.int64),
         arms={arm: _read_arm(name, trajectory, arm) for arm in arms},

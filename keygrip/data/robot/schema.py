@@ -40,6 +40,21 @@ class DemoError(BadSample):
         return f"demo {self.name!r}: {self.reason}"
 
 
+def words(value: Any) -> str:
+    """A sentence as files hold it: text, a list of its words, or null for none.
+
+    Raises:
+        ValueError: something else.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, list) and all(isinstance(word, str) for word in value):
+        return " ".join(value)
+    if not isinstance(value, str):
+        raise ValueError(f"where an instruction should be it says {str(value)[:60]!r}")
+    return value
+
+
 @runtime_checkable
 class FrameSource(Protocol):
     """Pictures of one camera by frame index. Must be picklable (it travels to loader workers) and hold no open file."""

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from keygrip.data.bad_samples import HOSTILE, BadSample, guard, open_image, parse_json
+from keygrip.data.image_text.decoding import rgb
 from keygrip.data.shards.index import Parts
 from keygrip.data.shards.reader import ShardSet, all_samples
 from keygrip.data.video import TIME_TOLERANCE_S, duration_s, frames_at
@@ -292,9 +293,16 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """In RGB; the upper 8 bits of an image of 16, which Pillow would clip to white."""
+    """In RGB: the upper 8 bits of an image of 16, which Pillow would clip to white, and transparency laid over white,
+    where Pillow shows what it hides (mostly black).
+
+    Raises:
+        ValueError: floating-point numbers without a known white.
+    """
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8)).convert("RGB")
+    if image.mode == "F" or image.has_transparency_data:
+        return rgb(image)
     return image.convert("RGB")
 
 

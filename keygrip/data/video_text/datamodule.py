@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch.utils.data import DataLoader
@@ -45,7 +45,7 @@ from keygrip.data.video_text.conversations import (
     iterate_texts,
     read_sample,
 )
-from keygrip.training.parts import data_part
+from keygrip.training.parts import ReadWhere, data_part
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ class ShardSource:
         frames: only samples of so many frames, [fewest, most], for a curriculum over lengths; None: all.
     """
 
+    read_where: ClassVar = {"make": ReadWhere("root", None)}
     root: str | Path | None = None
     make: MadeShards | None = None
     share: float | None = None
@@ -368,8 +369,7 @@ class VideoTexts(ResumableData):
     def _report(self) -> None:
         assert self.mixture is not None
         for split, parts in self.parts.items():
-            held = ", ".join(f"{part.name} {len(part)}" for part in parts)
-            log.info("%s: %s", split, held or "none")
+            log.info("%s: %s", split, ", ".join(f"{part.name} {len(part)}" for part in parts) or "none")
         shares = {p.name: p.share for p in self.mixture.components if p.share is not None}
         log.info(
             "an epoch: %d batches of %s; padding about %.1f %%%s",

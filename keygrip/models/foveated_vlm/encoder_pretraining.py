@@ -215,9 +215,8 @@ class EncoderPretrainingModule(System):
         ValueError: weights that do not name every loss, another number of colours, or two sources of the start.
     """
 
-    batch_type = (
-        VideoTextBatch  # of the data module, whose samples this model's own collator makes into EncoderPretrainingBatch
-    )
+    # of the data module, whose samples this model's own collator makes into EncoderPretrainingBatch
+    batch_type = VideoTextBatch
     toy_overrides = (
         *("data=robot_tours", "backbone.image_size=64", "backbone.width=32", "backbone.depth=2", "backbone.heads=2"),
         *("data.sources.tours.make.options.train=6", "data.sources.tours.make.options.val=2"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from keygrip.models.nn.short_attention import short_attention
 from keygrip.training.distributed import global_mean, world_size
 from keygrip.training.memory import StepMemory
 from keygrip.training.optimizers import AdamW
-from keygrip.training.parts import model_part
+from keygrip.training.parts import ReadWhere, model_part
 from keygrip.training.system import System
 
 log = logging.getLogger(__name__)
@@ -67,6 +67,10 @@ class FoveatedVLMModule(System):
             change kept, or two sources of the encoder's weights.
     """
 
+    read_where: ClassVar = {
+        "refinement_from": ReadWhere("refinement"),
+        "monitor_from_step": ReadWhere("monitor_every_n_steps"),
+    }
     batch_type = VideoTextBatch
     evaluation_kind = "video_text"
     toy_overrides = (
@@ -135,7 +139,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
 
     @property
     def headline_metrics(self) -> tuple[str, ...]:  # type: ignore[override]
-        """By these runs are compared."""
+        """Metrics used to compare runs."""
         kinds = ("", "_mark", "_cue", "_glance", "_caption")
         modes = [f"val/{mode}/accuracy{kind}" for mode in (*self.val_modes, REFINED) for kind in kinds]
         losses = [f"val/{mode}/loss" for mode in (*self.val_modes, REFINED)]

@@ -9,7 +9,7 @@ Shape legend: B samples, A arms, T steps, C numbers of an arm's action, J joints
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,25 +30,6 @@ from keygrip.robots.kinematics import ARM_JOINTS, arm_chain
 ActionKind = Literal["absolute", "delta", "joint", "osc"]
 COLUMNS: dict[str, int] = {"absolute": 10, "delta": 10, "joint": ARM_JOINTS + 1, "osc": 7}  # C of each kind
 LARGEST_RESIDUAL_M = 0.02  # between recorded positions and those of the recorded joints
-
-
-class ActionSpace(Protocol):
-    """Numbers of actions and poses, there and back.
-
-    Attributes:
-        reads: which part of the targets it is made of beside the poses: "joints", "controller" or nothing.
-    """
-
-    reads: str | None
-
-    def numbers(self, targets: PolicyTargets) -> Tensor:
-        """``[B, A, T, C]``."""
-        ...
-
-    def poses(self, numbers: Tensor, position: Tensor, quaternion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Position ``[B, A, T, 3]``, quaternion ``[B, A, T, 4]`` and opening ``[B, A, T]`` of ``[B, A, T, C]``, from
-        the present pose ``[B, A, 3]`` and ``[B, A, 4]``."""
-        ...
 
 
 def pose_numbers(position: Tensor, quaternion: Tensor, gripper: Tensor) -> Tensor:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from keygrip.artifacts import locked, write_bytes, write_text
@@ -24,6 +26,7 @@ log = logging.getLogger(__name__)
 
 KEPT_SHARE = 0.9  # of the limit, after files were removed: not at every new one
 LARGEST_HALF = 6e4  # beyond it a float16 is infinite
+CHECKSUM = "crc32"  # of a feature's bytes, in its file's metadata
 SURPRISING = 20_000  # images of which not one came again
 
 
@@ -99,10 +102,13 @@ class FeatureCache:
     def _read(self, key: str) -> Tensor | None:
         path = self._path(key)
         try:
-            feature = load_file(path)["feature"]
+            content = path.read_bytes()
+            feature = load(content)["feature"]
+            if _told(content).get(CHECKSUM, _checksum(feature)) != _checksum(feature):
+                raise ValueError("its checksum differs")
         except FileNotFoundError:
             return None
-        except (SafetensorError, OSError, KeyError) as error:
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
             log.warning("%s cannot be read (%s): computed again", path, error)
             return None
         with contextlib.suppress(FileNotFoundError):
@@ -114,7 +120,7 @@ class FeatureCache:
         try:
             with locked(self.folder / ".lock"):
                 before = path.stat().st_size if path.exists() else 0
-                write_bytes(path, save({"feature": feature.contiguous()}))
+                write_bytes(path, save({"feature": feature.contiguous()}, {CHECKSUM: _checksum(feature)}))
                 size = self.size() + path.stat().st_size - before
                 write_text(self.folder / ".size", str(self._shrunk() if size > self.limit else size))
         except OSError as error:
@@ -137,6 +143,16 @@ class FeatureCache:
             path.unlink(missing_ok=True)
             size -= each
         return size
+
+
+def _checksum(feature: Tensor) -> str:
+    return str(zlib.crc32(feature.contiguous().numpy().tobytes()))
+
+
+def _told(content: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file; files of earlier versions have none."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return dict(header.get("__metadata__") or {})
 
 
 def _key(row: Sequence[Tensor], maker: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from keygrip.models.nn.short_attention import short_attention
 from keygrip.models.policy_statistics import PolicyStatistics
 from keygrip.training.distributed import global_mean, global_sum
 from keygrip.training.optimizers import AdamW
-from keygrip.training.parts import model_part
+from keygrip.training.parts import ReadWhere, model_part
 from keygrip.training.system import System, parameters_m
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class GeometryVLAModule(System):
             actions are normalised by the new data. None: the network as it was built.
     """
 
+    read_where: ClassVar = {"pointing_weight": ReadWhere("network.pointing_cells")}
     batch_type = MultiViewPolicyBatch
     evaluation_kind = "policy"
     toy_overrides = (

@@ -60,8 +60,8 @@ class PointedTokens(nn.Module):
     """What the maps of `Pointing` say, as context tokens of the action head: one for every view, arm and map.
 
     Each holds the mean of its map and, with a geometry encoder, what that encoder makes of the place: its tokens and,
-    where it predicts them, its world points, averaged with the map as weights. The language model so says where to
-    look, and geometry says where in the world that is. The maps learn from where the gripper went alone: the actions'
+    where it predicts them, its world points, averaged with the map as weights. Language selects the image location;
+    geometry supplies its 3D position. The maps learn from where the gripper went alone: the actions'
     gradient through them made them worse at it.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from keygrip.training.distributed import global_mean
 from keygrip.training.loggers import takes_images
 from keygrip.training.monitors import RangeChecks
 from keygrip.training.optimizers import AdamW
-from keygrip.training.parts import model_part
+from keygrip.training.parts import ReadWhere, model_part
 from keygrip.training.system import System
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,12 @@ class PatchDiTModule(System):
         log_images_every_n_steps: validations at least so many steps apart draw samples; 0: none. shown: per row.
     """
 
+    read_where: ClassVar = {
+        "init_from_min_share": ReadWhere("init_from"),
+        "init_from_renames": ReadWhere("init_from"),
+        "monitor_from_step": ReadWhere("monitor_every_n_steps"),
+        "shown": ReadWhere("log_images_every_n_steps"),
+    }
     batch_type = ImageTextBatch
     evaluation_kind = "image_text"
     toy_overrides = (

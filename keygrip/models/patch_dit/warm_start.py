@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from keygrip.models.nn.lora import is_difference, plain_name
 from keygrip.training.checkpoints import find_checkpoint, refuse_other_format
 from keygrip.training.ema import EMA_STATE
+from keygrip.training.integrity import load_tensors
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ PARTS = (6, 9)  # of a block's modulation: shift and scale of three branches, pe
 
 @dataclass(frozen=True)
 class WarmStart:
-    """What became of each name.
+    """Result of a partial state-dict load.
 
     Args:
         loaded: taken over. unexpected: in the file and not of the network. missing: of the network and not in the file.
@@ -242,7 +243,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
         return load_file(file)
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        content = load_tensors(file)
     except Exception as error:
         raise ValueError(f"init_from={file} cannot be read as weights: {str(error).splitlines()[0]}") from error
     if not isinstance(content, Mapping):

@@ -38,7 +38,7 @@ from keygrip.training.task_metrics import MeansByTask
 log = logging.getLogger(__name__)
 
 STATE = "volume_query"  # of a checkpoint: what is not in the weights
-# By these runs are compared; the validation loss of a multimodal policy is noise.
+# Metrics used to compare runs; the validation loss of a multimodal policy is noise.
 HEADLINE = (
     "pix_argmax",
     "pix_floor",
@@ -150,6 +150,8 @@ class VolumeQueryModule(System):
             self.take_weights(self.init_from, "a volume-query policy")
         self.by_task = MeansByTask(statistics.instructions)
         self.views = statistics.cameras
+        if len(self.views) < 2 and self.network.world_views:
+            log.warning("model.network.world_views=true has no effect with one camera: name several in data.cameras")
         if len(self.views) > 1 and not self.network.world_views:
             log.warning(
                 "the data hold %d cameras, and this policy sees %s alone (all of them: model.network.world_views=true)",

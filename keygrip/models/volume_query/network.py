@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +29,11 @@ from keygrip.models.volume_query.language import InstructionConditioning, Instru
 from keygrip.models.volume_query.second_look import SecondLook, SharpImage
 from keygrip.models.volume_query.volume import VolumeLogits, argmax_voxel, soft_argmax
 from keygrip.models.volume_query.world import VoxelProjection, WorldScores
-from keygrip.training.parts import model_part
+from keygrip.training.parts import ReadWhere, model_part
 
 # What the query may be told of the arm, and how many numbers each is: height in the bins' range, gripper opening, and
-# two
-# columns of the rotation matrix (a continuous representation of rotations: Zhou et al., "On the Continuity of Rotation
-# Representations in Neural Networks", 2019).
+# two columns of the rotation matrix (a continuous representation of rotations: Zhou et al., "On the Continuity of
+# Rotation Representations in Neural Networks", 2019).
 STATE_PARTS = {"height": 1, "gripper": 1, "rotation": 6}
 
 Told = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # query and condition, changed
@@ -99,9 +98,8 @@ class FeatureRefiner(nn.Module):
 def sample_features(feature_map: Tensor, pixels: Tensor, image_size: int) -> Tensor:
     """Bilinear features ``[B, *, C]`` of the map ``[B, C, P, P]`` at pixels ``[B, *, 2]``; the border repeats
     outside."""
-    grid = (pixels / image_size * 2 - 1).nan_to_num(
-        0.0
-    )  # grid_sample with align_corners=False has the corner convention
+    # grid_sample with align_corners=False has the corner convention
+    grid = (pixels / image_size * 2 - 1).nan_to_num(0.0)
     flat = grid.flatten(1, -2)[:, :, None].to(feature_map.dtype)  # [B, N, 1, 2]
     sampled = F.grid_sample(feature_map, flat, mode="bilinear", padding_mode="border", align_corners=False)
     return sampled[..., 0].transpose(1, 2).unflatten(1, pixels.shape[1:-1])
@@ -252,6 +250,8 @@ class VolumeQueryNetwork(nn.Module):
             which begins as the image's where `init_from` names a run without it.
     """
 
+    read_where: ClassVar = {"coupling_rank": ReadWhere("coupling", "bilinear")}
+    read_where |= dict.fromkeys(("look_size", "look_backbone"), ReadWhere("second_look"))
     sin_z: Tensor
     sin_t: Tensor
 

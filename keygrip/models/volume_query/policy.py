@@ -64,6 +64,11 @@ class VolumeQueryPolicy:
             instruction=network.instruction_encoder is not None,
         )
 
+    @property
+    def masks_views(self) -> bool:
+        """Whether cameras whose images show nothing are left out."""
+        return self.module.network.world_views and len(self.module.views) > 1
+
     def chosen_decoder(self) -> Decoder:
         """The decoder that plans are made with."""
         if isinstance(self.decoder, str):

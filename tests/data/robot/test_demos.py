@@ -191,7 +191,7 @@ def test_what_is_not_there_is_said_in_one_line(tmp_path: Path, native_demo: Any)
     with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path / 'none'} does not exist; name a folder")):
         find_demos(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="is empty"):
+    with pytest.raises(FileNotFoundError, match=r"is empty.*data\.root=PATH \(of keygrip prepare: root=PATH\)"):
         find_demos(tmp_path / "empty")
     (tmp_path / "file").touch()
     with pytest.raises(FileNotFoundError, match="is a file"):
@@ -333,6 +333,12 @@ def test_turned_pictures(tmp_path: Path) -> None:
         assert turned.sum() == 600
     with pytest.raises(ValueError, match="rotate must be"):
         JpegFrames(tmp_path, "%d.png", 1, rotate=45)
+
+
+def test_images_of_more_than_8_bits_do_not_become_white(tmp_path: Path) -> None:
+    Image.fromarray(np.full((2, 3), 700, np.uint16)).save(tmp_path / "0.png")  # depth in millimetres
+    with pytest.raises(ValueError, match=r"0\.png: it has more than 8 bits a pixel \(mode I;16\)"):
+        JpegFrames(tmp_path, "%d.png", 1).read(0)
 
 
 VIDEOS: dict[str, tuple[str, str, int, dict[str, str]]] = {

@@ -10,7 +10,12 @@ import torch
 from torch import nn
 from vla_parts import CAMERAS, INSTRUCTIONS, S, ready_module
 
-from keygrip.models.nn.low_precision import Int8Linear, lower_precision, weight_bytes
+from keygrip.models.nn.low_precision import Int8Linear, lower_precision
+
+
+def weight_bytes(network: nn.Module) -> int:
+    """Bytes of parameters and buffers."""
+    return sum(part.numel() * part.element_size() for part in [*network.parameters(), *network.buffers()])
 
 
 def test_int8_weights_are_within_half_a_step() -> None:

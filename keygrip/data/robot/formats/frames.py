@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from keygrip.data.bad_samples import MAX_ARRAY_BYTES, MAX_PIXELS, inside, open_image, regular_file
+from keygrip.data.robot.frames import rgb_pixels
 from keygrip.data.robot.schema import FrameSource
 
 
@@ -138,7 +139,7 @@ class ParquetFrames:
         content = value["bytes"] if isinstance(value, dict) else value
         source = content if content else inside(self.root, value["path"])
         with open_image(source, f"{self.path}: row {self.rows[index]}") as image:
-            return np.asarray(image.convert("RGB"))
+            return rgb_pixels(image)
 
     def identity(self) -> str:
         stat = self.path.stat()

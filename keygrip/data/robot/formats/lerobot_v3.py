@@ -38,7 +38,9 @@ lerobot:
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,11 +54,12 @@ from keygrip.data.robot.formats.frames import ParquetFrames
 from keygrip.data.robot.formats.poses import increasing, opening, quaternions, rotations, transform
 from keygrip.data.robot.frames import VideoFrames
 from keygrip.data.robot.reference import DemoReference
-from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource
+from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource, words
 from keygrip.robots.kinematics import forward_kinematics
 
 IMAGES = "observation.images."
 PLACE = "keygrip/place"  # of an episode's files: what the templates of version 2 are filled in with
+MOST_MISSING = 1_000_000  # episodes that info.json counts and nothing lists
 _ROTATIONS = {"quaternion_wxyz": 4, "quaternion_xyzw": 4, "rotation_vector": 3, "matrix": 9, "euler_xyz": 3}
 
 
@@ -100,7 +103,8 @@ def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
 def references(
     root: Path, info: dict[str, Any], episodes: list[dict[str, Any]], calibration: Path | None, format: str
 ) -> list[DemoReference]:
-    """The demos of a data set's episodes.
+    """The demos of a data set's episodes. Those that `total_episodes` of info.json counts and nothing lists, and those
+    that are listed twice, are broken demos, so that none is missed without a word.
 
     Raises:
         FileNotFoundError, ValueError: the calibration file is missing, or does not say whose poses there are.
@@ -110,10 +114,35 @@ def references(
         raise ValueError(
             f"{cameras.path} has no lerobot.arms: which numbers are the gripper's pose (see lerobot_v3.py)"
         )
+    found: dict[str, Callable[[], Demo]] = {}
+    for row in episodes:
+        name = f"episode_{int(row['episode_index']):06d}"
+        if name in found:
+            found[name] = partial(_broken, name, "the episode is listed twice in meta: which one is meant is not known")
+        else:
+            found[name] = partial(read, root, info, row, cameras)
+    reason = "info.json counts it and meta does not list it: the data set is incomplete, copy it again"
+    found |= {name: partial(_broken, name, reason) for name in _unlisted(info.get("total_episodes"), found, root)}
     return [
-        DemoReference(f"episode_{int(row['episode_index']):06d}", root, format, partial(read, root, info, row, cameras))
-        for row in episodes
+        DemoReference(name, root, format, found[name]) for name in sorted(found, key=lambda name: (len(name), name))
     ]
+
+
+def _unlisted(total: Any, found: Collection[str], root: Path) -> list[str]:
+    """Names for the episodes that a data set has beside those found: the first free numbers.
+
+    Raises:
+        ValueError: more than any data set has.
+    """
+    missing = total - len(found) if type(total) is int else 0
+    if missing > MOST_MISSING:
+        raise ValueError(f"{root}/meta/info.json counts {total} episodes, and {len(found)} are listed")
+    names = (f"episode_{number:06d}" for number in itertools.count())
+    return list(itertools.islice((name for name in names if name not in found), max(0, missing)))
+
+
+def _broken(name: str, reason: str) -> Demo:
+    raise DemoError(name, reason)
 
 
 def _episodes(root: Path) -> list[dict[str, Any]]:
@@ -194,6 +223,10 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
             poses = known.poses(gripper_poses, frames)
         cameras[camera] = CameraTrack(width, height, intrinsics, poses, source)
     tasks = episode.get("tasks") or [_tasks(root).get(int(table["task_index"][0]), "")]
+    instruction = tasks if isinstance(tasks, str) else words(tasks[0])
+    notes = []
+    if not isinstance(tasks, str) and len(set(tasks)) > 1:
+        notes = ["episodes with several tasks count as their first one"]
     task = episode.get("keygrip/task")
     times = np.asarray(table["timestamp"], dtype=np.float64).reshape(-1)
     if "time" in calibration.lerobot:
@@ -202,8 +235,8 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
         name=name,
         path=root,
         robot=str(info.get("robot_type") or "unknown"),
-        task=task if task and isinstance(task, str) else str(tasks[0]).replace(" ", "_").lower() or root.name,
-        instruction=str(tasks[0]),
+        task=task if task and isinstance(task, str) else instruction.replace(" ", "_").lower() or root.name,
+        instruction=instruction,
         fps=rate,
         timestamps=increasing((times * 1e9).round().astype(np.int64), round(1e9 / rate)),
         arms=arms,
@@ -212,6 +245,7 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
             "format": "lerobot_v3" if PLACE not in episode else "lerobot_v2",
             "episode": number,
             "calibration": str(calibration.path),
+            **({"notes": notes} if notes else {}),
         },
     )
 

@@ -33,7 +33,7 @@ from keygrip.data.robot.calibration import NAMES, Calibration, read_calibration
 from keygrip.data.robot.formats.frames import HDF5Frames, open_hdf5, own_array
 from keygrip.data.robot.formats.poses import invert, opening, quaternions, transform
 from keygrip.data.robot.reference import DemoReference
-from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError
+from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, words
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ def _task(data: Any, path: Path) -> tuple[str, float, str]:
     instruction, rate = task.replace("_", " "), CONTROL_HZ
     if "problem_info" in data.attrs:
         told = _object(data.attrs["problem_info"], f"{path.name}: problem_info").get("language_instruction")
-        instruction = " ".join(map(str, told)) if isinstance(told, list) else str(told or instruction)
+        instruction = words(told) or instruction
     if "env_args" in data.attrs:
         settings = _object(data.attrs["env_args"], f"{path.name}: env_args").get("env_kwargs") or {}
         rate = float(settings.get("control_freq") or rate)

@@ -31,11 +31,11 @@ from typing import Any
 import numpy as np
 
 from keygrip.data.bad_samples import BadSample, guard, open_image, read_bytes, read_json, read_npy, read_npz
-from keygrip.data.robot.calibration import read_mapping
+from keygrip.data.robot.calibration import read_mapping, setting
 from keygrip.data.robot.formats.poses import increasing, invert, opening, quaternions, rigid, rotations, transform
 from keygrip.data.robot.frames import JpegFrames
 from keygrip.data.robot.reference import DemoReference
-from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource
+from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource, words
 
 MAX_PICKLE_BYTES = 1 << 26  # of one frame's numbers
 RIGID_WRIST_SPREAD_M = 0.02  # a hand-mounted camera seen through the wrong transform wanders by decimetres
@@ -133,7 +133,9 @@ class NpzDepth:
 
 
 def _episodes(folder: Path, depth: int = 3) -> list[Path]:
-    if (folder / "lowdim").is_dir() and (folder / "rgb").is_dir():
+    """Folders of episodes; one that was cut off has one of its two parts, and is named when it is read."""
+    native = (folder / "trajectory.npz").is_file()
+    if (folder / "lowdim").is_dir() or ((folder / "rgb").is_dir() and not native):
         return [folder]
     if depth == 0 or not folder.is_dir():
         return []
@@ -204,9 +206,10 @@ def read(episode: Path, name: str, calibration: Path | None = None) -> Demo:
         raise DemoError(name, "the lowdim files name no camera")
     rate = float(metadata.get("framerate") or 30)
     language = metadata.get("language") or {}
-    prompt = str(
-        rows[0].get("language_prompt") or next(iter(language.get("prompt") or []), "") or language.get("task") or ""
-    )
+    prompts = language.get("prompt") or ""
+    prompt = prompts if isinstance(prompts, str) else words(prompts[0])
+    spoken = np.asarray(rows[0].get("language_prompt"), dtype=object).tolist()  # an array of one text
+    prompt = words(spoken) or prompt or words(language.get("task"))
     return Demo(
         name=name,
         path=episode,
@@ -238,6 +241,8 @@ def _metadata(episode: Path, name: str) -> dict[str, Any]:
 
 def _lowdim(episode: Path, name: str) -> list[dict[str, Any]]:
     held = sorted((episode / "lowdim").glob("*.pkl"))
+    if not (episode / "rgb").is_dir():
+        raise DemoError(name, "it has no images (rgb/): the conversion was cut off; run `rd convert` again")
     for number, path in enumerate(held):
         if path.name != f"{number:010d}.pkl":
             raise DemoError(name, f"lowdim file {number:010d}.pkl is missing")
@@ -303,9 +308,8 @@ def _left_from_right(
             raise DemoError(
                 name,
                 "two arms, but no calibration_results.json with bimanual_transform.right_base_to_left_base beside or "
-                "above the "
-                "episode: calibrate both wrist cameras together (`rd calibrate`) or name the file with "
-                "data.calibration=PATH",
+                "above the episode: calibrate both wrist cameras together (`rd calibrate`) or name the file with "
+                f"{setting('calibration')}",
             )
         candidate = invert(rigid(np.asarray(matrix), f"{path}: right_base_to_left_base"))
     stated, swapped = _wrist_spread(rows, values, candidate), _wrist_spread(rows, values, invert(candidate))

@@ -24,7 +24,7 @@ from keygrip.data.video_text.conversations import (
     video_text_parts,
 )
 from keygrip.data.video_text.foreign_text import PLACEHOLDER, ROLES, without_placeholders
-from keygrip.data.video_text.sources.writing import Broken, MadeSample, frame_limit, write_shards
+from keygrip.data.video_text.sources.writing import DECODING, Broken, MadeSample, frame_limit, write_shards
 
 log = logging.getLogger(__name__)
 
@@ -187,6 +187,7 @@ def video_sft(
         max_frames: of videos of more seconds, so many evenly spaced ones.
     """
     settings = {"data": "video_sft", "image_size": image_size, "fit": fit, **frame_limit(max_frames)}
+    settings["decoding"] = DECODING
     maker = VideoSFTMaker(image_size, fit, max_frames)
     found = entries(Path(source))
     return write_shards(root, found, maker, settings, entries_per_shard, "sft", workers, max_failed_share).report()

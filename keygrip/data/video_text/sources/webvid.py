@@ -124,7 +124,7 @@ def tar_samples(path: Path) -> Iterator[tuple[str, Parts]]:
             if not member.isfile():
                 continue
             name, part = split_name(member.name)
-            if key is not None and name != key:
+            if key is not None and (name != key or part in parts):  # a part that comes twice begins another sample
                 yield key, parts
                 parts = {}
             key = name
@@ -145,8 +145,9 @@ def tar_samples(path: Path) -> Iterator[tuple[str, Parts]]:
 
 
 def webvid_rows(source: Path) -> list[WebVidRow]:
-    """All lines of the lists in a folder, each video once."""
+    """All lines of the lists in a folder, each video once, with its first caption; further ones are said in the log."""
     rows: dict[str, WebVidRow] = {}
+    again: list[str] = []
     for path in sorted(source.glob("*.csv")):
         with guard(path):
             reader = csv.DictReader(io.StringIO(read_text(path, MAX_LIST_BYTES), newline=""))
@@ -160,7 +161,11 @@ def webvid_rows(source: Path) -> list[WebVidRow]:
                     continue
                 key = line["videoid"].strip()
                 video = source / "videos" / line["page_dir"].strip() / f"{key}.mp4"
-                rows.setdefault(key, WebVidRow(key, video, line["name"] or ""))
+                row = rows.setdefault(key, WebVidRow(key, video, line["name"] or ""))
+                if row.text != (line["name"] or ""):
+                    again.append(key)
+    if again:
+        log.warning("%d rows give a video another caption; the first is kept (%s, ...)", len(again), again[0])
     return list(rows.values())
 
 

@@ -137,6 +137,10 @@ def write_shards(
     return result
 
 
+# Of images: shards of another number hold other pixels of transparent, turned and deep ones. A setting of a set.
+DECODING = 2
+
+
 def frame_limit(max_frames: int) -> dict[str, int]:
     """`max_frames` as a setting of a set; none where it is the usual one. Raises ValueError: out of range."""
     if not 1 <= max_frames <= MOST_FRAMES:
