@@ -394,6 +394,12 @@ def test_a_module_of_several_views(tmp_path: Path, caplog: pytest.LogCaptureFixt
         assert float(alone.pixel.abs().max()) == 0
         assert alone.world is not None
         assert float(alone.world.slice(0).abs().max()) > 0
+        two.images[:, 1] = torch.tensor([0, 135, 0], dtype=torch.uint8)[
+            :, None, None
+        ]  # a decoder's green, or tinted grey
+        green = world(two, targets, teacher=True).volume
+        assert green.world is not None
+        assert float(green.world.slice(0).abs().max()) == 0
 
     checkpoint: dict[str, object] = {}
     world.on_save_checkpoint(checkpoint)
