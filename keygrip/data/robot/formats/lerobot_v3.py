@@ -59,6 +59,7 @@ from keygrip.robots.kinematics import forward_kinematics
 
 IMAGES = "observation.images."
 PLACE = "keygrip/place"  # of an episode's files: what the templates of version 2 are filled in with
+DEPTH_MARKS = ("video.is_depth_map", "is_depth_map")
 ROUNDED = 0.01  # of a rate, at most
 _ROTATIONS = {"quaternion_wxyz": 4, "quaternion_xyzw": 4, "rotation_vector": 3, "matrix": 9, "euler_xyz": 3}
 
@@ -172,7 +173,7 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
     cameras: dict[str, CameraTrack] = {}
     for key, feature in info["features"].items():
         camera = key.removeprefix(IMAGES)
-        if feature["dtype"] not in ("video", "image") or camera in calibration.left_out:
+        if feature["dtype"] not in ("video", "image") or camera in calibration.left_out or _is_depth(feature):
             continue
         height, width = _size(feature)
         known = calibration.cameras.get(camera) if camera not in recorded else None
@@ -230,6 +231,12 @@ def _exact_rate(episode: dict[str, Any], rate: float) -> float:
     """The rate at which the frames were taken: LeRobot rounds it to a whole number."""
     exact = episode.get("keygrip/fps")
     return float(exact) if isinstance(exact, float) and abs(exact - rate) <= ROUNDED * exact else rate
+
+
+def _is_depth(feature: dict[str, Any]) -> bool:
+    """Whether LeRobot marks a video as a depth map, which is no camera's image."""
+    described = feature.get("info")
+    return isinstance(described, dict) and any(described.get(key) is True for key in DEPTH_MARKS)
 
 
 def _recorded(
