@@ -38,6 +38,9 @@ class GymnasiumTask:
     time_limit_s: float = 20.0
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "options", dict(self.options))  # plain, for other processes
+
 
 class GymnasiumEnvironment:
     """See the module.
