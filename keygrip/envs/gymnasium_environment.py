@@ -57,7 +57,7 @@ class GymnasiumEnvironment:
         self.task, self.image_size, self.hz, self.cameras = task, image_size, float(hz), cameras
         try:
             self.env = gymnasium.make(task.id, disable_env_checker=True, **dict(task.options))
-        except (gymnasium.error.Error, ImportError) as error:
+        except (gymnasium.error.Error, ImportError, TypeError) as error:  # TypeError: options that it does not take
             raise ValueError(f"gymnasium cannot make {task.id!r}: {error}") from error
         self._elapsed = 0
 

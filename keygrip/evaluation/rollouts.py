@@ -13,7 +13,7 @@ import numpy as np
 
 from keygrip.envs.environment import Environment
 from keygrip.evaluation.rollout_video import Film
-from keygrip.models.policy import Needs, arm_axis, views_of
+from keygrip.models.policy import Needs, arm_axis, views_there
 from keygrip.runtime.chunk_execution import RecedingHorizon
 
 FILM_HZ = 10.0  # at most: drawing takes most of an episode's time
@@ -110,7 +110,7 @@ def run_episode(
 
 
 def _check(observation: Any, needs: Needs) -> None:
-    views_of(observation, needs.cameras)
+    views_there(observation, needs.cameras)
     if needs.instruction and not str(observation.get("instruction") or "").strip():
         raise ValueError(
             "the environment gives no instruction, which tells this policy what to do: its info needs `instruction` "
