@@ -39,6 +39,8 @@ class GymnasiumTask:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.id:
+            raise ValueError("env.task.id is missing: the environment as gymnasium.make takes it, my_lab.envs:Lift-v0")
         object.__setattr__(self, "options", dict(self.options))  # plain, for other processes
 
 

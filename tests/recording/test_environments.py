@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
     [
         (["env=metaworld", "env.cameras=[corner2,topview]"], "env.cameras is for evaluations"),
         (["env.hz=20"], "env.hz is for evaluations"),
-        (["env=gymnasium"], r"env\.task\.id"),
+        (["env=gymnasium"], r"env\.task\.id is missing"),
         (
             ["env=gymnasium", "env.task.id=A-v0", "task.name=pick"],
             "task is no setting of the recordings of env=gymnasium",
