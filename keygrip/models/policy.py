@@ -42,14 +42,13 @@ def views_there(observation: Observation, cameras: Sequence[str]) -> list[Mappin
     Raises:
         ValueError: a camera is not named.
     """
-    seen = observation.get("cameras")
-    if seen is None and len(cameras) == 1:
+    seen = observation.get("cameras") or {}
+    if not seen and len(cameras) == 1:
         return [observation]
-    absent = [name for name in cameras if name not in (seen or {})]
+    absent = [name for name in cameras if name not in seen]
     if absent:
         there = f"it has {', '.join(seen)}" if seen else "it has one unnamed picture"
         raise ValueError(f"the observation lacks camera {absent[0]!r}, which the policy was trained with; {there}")
-    assert seen is not None
     return [seen[name] for name in cameras]
 
 
