@@ -120,10 +120,9 @@ def register(name: str, schema: type, open_root: bool = False) -> None:
 
 
 # Groups that a run can do without: Hydra takes `null` for them in files alone.
-_WITHOUT: dict[str, tuple[str, ...]] = {
-    f"{group}=null": (f"~{group}",)
-    for group in ("ablation", "closed_loop", "compile", "experiment", "shift", "sweep", "takeover", "window")
-} | {"instruction=null": ("~instruction", "model.network.instruction=null")}
+_LEFT_OUT = ("ablation", "closed_loop", "compile", "experiment", "shift", "sweep", "takeover", "window")
+_WITHOUT: dict[str, tuple[str, ...]] = {f"{group}=null": (f"~{group}",) for group in _LEFT_OUT}
+_WITHOUT["instruction=null"] = ("~instruction", "model.network.instruction=null")
 
 _COMPLETIONS: dict[str, Callable[[Sequence[str]], list[str]]] = {}
 
