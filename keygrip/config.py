@@ -119,6 +119,11 @@ def register(name: str, schema: type, open_root: bool = False) -> None:
     ConfigStore.instance().store(name=name, node=node)
 
 
+# Groups that a run can do without: Hydra takes `null` for them in files alone.
+_LEFT_OUT = ("ablation", "closed_loop", "compile", "experiment", "shift", "sweep", "takeover", "window")
+_WITHOUT: dict[str, tuple[str, ...]] = {f"{group}=null": (f"~{group}",) for group in _LEFT_OUT}
+_WITHOUT["instruction=null"] = ("~instruction", "model.network.instruction=null")
+
 _COMPLETIONS: dict[str, Callable[[Sequence[str]], list[str]]] = {}
 
 
@@ -132,7 +137,8 @@ def register_completion(config_name: str, complete: Callable[[Sequence[str]], li
 
 
 def completed(config_name: str, overrides: Sequence[str]) -> list[str]:
-    """The overrides and those that `register_completion`'s function adds to them."""
+    """The overrides as Hydra takes them, and those that `register_completion`'s function adds to them."""
+    overrides = [part for each in overrides for part in _WITHOUT.get(each, (each,))]
     if config_name in READ_CHECKPOINTS:
         overrides = [f"checkpoint_{each}" if each.startswith("step=") else each for each in overrides]
     complete = _COMPLETIONS.get(config_name)

@@ -7,7 +7,7 @@ import yaml
 from configs import assert_fits, composed, nodes
 from omegaconf import OmegaConf, open_dict
 
-from keygrip.config import SettingError, TrainSchema, config_folder, known_keys, nearest, refuse_unread
+from keygrip.config import SettingError, TrainSchema, compose, config_folder, known_keys, nearest, refuse_unread
 
 CONF = config_folder()
 ROOTS = sorted(path.stem for path in CONF.glob("*.yaml"))
@@ -39,6 +39,15 @@ def test_a_value_below_a_partly_read_group_is_refused() -> None:
     cfg["part"]["two"] = 2
     with pytest.raises(SettingError, match=r"'part.two'"):
         refuse_unread(cfg, TrainSchema)
+
+
+def test_a_group_that_a_run_can_do_without_is_left_out_by_null() -> None:
+    run = ["data=yam", "model=volume_query_language", "closed_loop=yam", "window=libero"]
+    assert compose("train", run).model.network.instruction is not None
+    without = compose("train", [*run, "instruction=null", "closed_loop=null", "shift=null", "window=null"])
+    assert without.model.network.instruction is None
+    assert "closed_loop" not in without.callbacks
+    assert without.data.horizon == compose("train", ["data=yam"]).data.horizon
 
 
 def test_there_are_few_files() -> None:

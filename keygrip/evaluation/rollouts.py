@@ -13,6 +13,7 @@ import numpy as np
 
 from keygrip.envs.environment import Environment
 from keygrip.evaluation.rollout_video import Film
+from keygrip.models.policy import Needs, arm_axis, views_there
 from keygrip.runtime.chunk_execution import RecedingHorizon
 
 FILM_HZ = 10.0  # at most: drawing takes most of an episode's time
@@ -56,12 +57,17 @@ def run_episode(
     Args:
         environment: is reset here. policy: plans; reset with the seed where it can be.
         control: the controller, still without policy and rate. video: where to rollout video the episode, or None.
+
+    Raises:
+        ValueError: the environment does not give what the policy reads; that is no failed episode.
     """
     timed = _TimedPolicy(policy)
     controller = control(policy=timed, control_hz=environment.hz)
     if hasattr(policy, "reset"):
         policy.reset(seed)
     observation, info = environment.reset(seed=seed)
+    if (needs := getattr(policy, "needs", None)) is not None:
+        _check(observation, needs)
     film, film_every = None, max(1, round(environment.hz / FILM_HZ))
     if video is not None:
         film = Film(video, environment.hz / film_every, info["instruction"])
@@ -99,6 +105,20 @@ def run_episode(
         colour=info.get("object_colour", ""),
         height_cm=round(100 * info.get("object_height_m", 0.0), 2),
     )
+
+
+def _check(observation: Any, needs: Needs) -> None:
+    views_there(observation, needs.cameras)
+    if needs.instruction and not str(observation.get("instruction") or "").strip():
+        raise ValueError(
+            "the environment gives no instruction, which tells this policy what to do: its info needs `instruction` "
+            "(of env=gymnasium, env.task.instruction=... gives one)"
+        )
+    arms = len(arm_axis(observation["position"], 1))
+    if arms != len(needs.arms):
+        raise ValueError(
+            f"the environment has {arms} arms, the policy moves {len(needs.arms)}: {', '.join(needs.arms)}"
+        )
 
 
 class _TimedPolicy:

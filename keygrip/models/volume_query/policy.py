@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 
 from keygrip.data.batches import CLOSED, normalised
+from keygrip.data.robot.augmentation import View
 from keygrip.models.geometry.cameras import project
-from keygrip.models.policy import Needs, Observation, Plan, arm_axis, views_of
+from keygrip.models.policy import Needs, Observation, Plan, arm_axis, views_of, views_there
 from keygrip.models.volume_query.decoding import Decoder, DecoderName
 from keygrip.models.volume_query.network import FurtherViews
 from keygrip.models.volume_query.second_look import SharpImage
@@ -123,6 +124,20 @@ class VolumeQueryPolicy:
             return [session.plan(seen) for session, seen in zip(sessions, observations, strict=True)]
         return self._plans(observations)
 
+    def _views(self, observation: Observation) -> list[Mapping[str, Any] | None]:
+        views = views_there(observation, self.module.views)
+        if views[0] is None:
+            raise ValueError(
+                f"camera {self.module.views[0]!r} is None: the volume is that of the first camera, whose calibration "
+                "is always needed (give it with a black image)"
+            )
+        return views
+
+    def _nothing(self) -> View:
+        """What a camera sees that gives nothing: an image of one colour is masked."""
+        size = self._geometry.image_size
+        return View(np.zeros((size, size, 3), dtype=np.uint8), np.eye(3), np.eye(4), None)
+
     def _all_views(
         self, observations: Sequence[Observation]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, FurtherViews]:
@@ -133,7 +148,9 @@ class VolumeQueryPolicy:
                 self._geometry.view(
                     np.asarray(view["image"]), np.asarray(view["intrinsics"]), np.asarray(view["world_to_camera"])
                 )
-                for view in views_of(observation, module.views)
+                if view is not None
+                else self._nothing()
+                for view in self._views(observation)
             ]
             for observation in observations
         ]

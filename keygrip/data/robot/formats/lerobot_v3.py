@@ -17,6 +17,7 @@ lerobot:
       # or, for a YAM: joints: {feature: observation.state, index: [0, 1, 2, 3, 4, 5]} instead of position and rotation
       gripper: {feature: observation.state, index: 7, closed: 0.0, open: 1.0}
       commanded: {position: ..., rotation: ..., gripper: ...}                   # or joints; may be left out
+      controller: {feature: controller.right, index: [0, 1, 2, 3, 4, 5, 6]}     # its own inputs; may be left out
 ```
 
 `as`: quaternion_wxyz, quaternion_xyzw, rotation_vector, matrix (9 numbers, row-major) or euler_xyz (extrinsic, rad). An
@@ -24,7 +25,7 @@ entry may name its numbers (`names: [x, y, z]`) in place of `index`.
 
 Where the data set itself holds the cameras frame by frame (as `keygrip.data.robot.lerobot_export` writes them),
 `lerobot.cameras` names them, in the conventions of the file, and `cameras` needs no entry; `lerobot.time` names seconds
-that are more exact than `timestamp`:
+that are more exact than `timestamp`, `lerobot.intervention` a number that is not 0 where a person corrected a policy:
 
 ```yaml
 lerobot:
@@ -33,6 +34,7 @@ lerobot:
       intrinsics: {feature: calibration.top.intrinsics, index: [0, 1, 2, 3, 4, 5, 6, 7, 8]}    # 3 x 3, row-major
       world_to_camera: {feature: calibration.top.world_to_camera, index: [0, ..., 15]}         # 4 x 4, row-major
   time: {feature: time_s, index: 0}
+  intervention: {feature: intervention, index: 0}
 ```
 """
 
@@ -60,6 +62,8 @@ from keygrip.robots.kinematics import forward_kinematics
 IMAGES = "observation.images."
 PLACE = "keygrip/place"  # of an episode's files: what the templates of version 2 are filled in with
 MOST_MISSING = 1_000_000  # episodes that info.json counts and nothing lists
+DEPTH_MARKS = ("video.is_depth_map", "is_depth_map")
+ROUNDED = 0.01  # of a rate, at most
 _ROTATIONS = {"quaternion_wxyz": 4, "quaternion_xyzw": 4, "rotation_vector": 3, "matrix": 9, "euler_xyz": 3}
 
 
@@ -198,7 +202,7 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
     cameras: dict[str, CameraTrack] = {}
     for key, feature in info["features"].items():
         camera = key.removeprefix(IMAGES)
-        if feature["dtype"] not in ("video", "image") or camera in calibration.left_out:
+        if feature["dtype"] not in ("video", "image") or camera in calibration.left_out or _is_depth(feature):
             continue
         height, width = _size(feature)
         known = calibration.cameras.get(camera) if camera not in recorded else None
@@ -228,6 +232,13 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
     if not isinstance(tasks, str) and len(set(tasks)) > 1:
         notes = ["episodes with several tasks count as their first one"]
     task = episode.get("keygrip/task")
+    named_task = task if task and isinstance(task, str) else instruction.replace(" ", "_").lower() or root.name
+    if episode.get("keygrip/instruction") == "" and instruction == task:
+        instruction = ""  # there was none: LeRobot's sentence is the task's name
+    corrected = None
+    if "intervention" in calibration.lerobot:
+        where = calibration.lerobot["intervention"]
+        corrected = _numbers(table, info, "lerobot.intervention", where, calibration.path)[:, 0] != 0
     times = np.asarray(table["timestamp"], dtype=np.float64).reshape(-1)
     if "time" in calibration.lerobot:
         times = _numbers(table, info, "lerobot.time", calibration.lerobot["time"], calibration.path)[:, 0]
@@ -235,9 +246,9 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
         name=name,
         path=root,
         robot=str(info.get("robot_type") or "unknown"),
-        task=task if task and isinstance(task, str) else instruction.replace(" ", "_").lower() or root.name,
+        task=named_task,
         instruction=instruction,
-        fps=rate,
+        fps=_exact_rate(episode, rate),
         timestamps=increasing((times * 1e9).round().astype(np.int64), round(1e9 / rate)),
         arms=arms,
         cameras=cameras,
@@ -247,7 +258,20 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
             "calibration": str(calibration.path),
             **({"notes": notes} if notes else {}),
         },
+        intervention=corrected if corrected is not None and corrected.any() else None,
     )
+
+
+def _exact_rate(episode: dict[str, Any], rate: float) -> float:
+    """The rate at which the frames were taken: LeRobot rounds it to a whole number."""
+    exact = episode.get("keygrip/fps")
+    return float(exact) if isinstance(exact, float) and abs(exact - rate) <= ROUNDED * exact else rate
+
+
+def _is_depth(feature: dict[str, Any]) -> bool:
+    """Whether LeRobot marks a video as a depth map, which is no camera's image."""
+    described = feature.get("info")
+    return isinstance(described, dict) and any(described.get(key) is True for key in DEPTH_MARKS)
 
 
 def _recorded(
@@ -331,7 +355,7 @@ def _arm(
     table: dict[str, Any], info: dict[str, Any], arm: str, entry: dict[str, Any], base: ArmCalibration, path: Path
 ) -> tuple[np.ndarray, ArmTrajectory]:
     where = f"lerobot.arms.{arm}"
-    known = {"position", "rotation", "joints", "gripper", "commanded"}
+    known = {"position", "rotation", "joints", "gripper", "commanded", "controller"}
     unknown = set(entry) - known
     if unknown or "gripper" not in entry:
         raise ValueError(
@@ -345,7 +369,9 @@ def _arm(
         if "gripper" not in entry["commanded"]:
             raise ValueError(f"{path}: {below} needs gripper")
         commanded = _trajectory(targets, _opening(table, info, below, entry["commanded"], path))
-    return poses, _trajectory(poses, _opening(table, info, where, entry, path), joints, commanded)
+    told = entry.get("controller")
+    controller = None if told is None else _numbers(table, info, f"{where}.controller", told, path)
+    return poses, _trajectory(poses, _opening(table, info, where, entry, path), joints, commanded, controller)
 
 
 def _trajectory(
@@ -353,8 +379,9 @@ def _trajectory(
     gripper: np.ndarray,
     joints: np.ndarray | None = None,
     commanded: ArmTrajectory | None = None,
+    controller: np.ndarray | None = None,
 ) -> ArmTrajectory:
-    return ArmTrajectory(poses[:, :3, 3], quaternions(poses[:, :3, :3]), gripper, joints, commanded)
+    return ArmTrajectory(poses[:, :3, 3], quaternions(poses[:, :3, :3]), gripper, joints, commanded, controller)
 
 
 def _opening(table: dict[str, Any], info: dict[str, Any], where: str, entry: dict[str, Any], path: Path) -> np.ndarray:

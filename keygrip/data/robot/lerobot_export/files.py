@@ -76,7 +76,8 @@ class VideoFiles:
         Raises:
             DemoError: a frame cannot be read, or has another size.
         """
-        full = self._path is not None and self._path.stat().st_size > VIDEO_FILE_MB * 2**20
+        begun = self._path is not None and self._path.is_file()  # the encoder writes after its first ten frames or so
+        full = begun and self._path is not None and self._path.stat().st_size > VIDEO_FILE_MB * 2**20
         if self._writer is not None and (full or (self._frames + len(demo)) / self.fps > VIDEO_FILE_S):
             self.close()
             self.number += 1
