@@ -243,7 +243,7 @@ def _is_full_disk(error: OSError | RuntimeError) -> bool:
     if isinstance(error, DiskFullError):
         return False
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: `ulimit -f`
     # torch's zip writer reports every failed write as an assertion of its own, without the system's reason
     text = str(error)
     return "inline_container" in text or "PytorchStreamWriter" in text or "unexpected pos" in text

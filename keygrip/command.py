@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import re
 import signal
@@ -19,18 +20,21 @@ from keygrip.config import (
     check_overrides,
     completed,
     config_folder,
-    describe_config_error,
     new_name,
-    one_line,
     register_options,
-    root_cause,
 )
+from keygrip.config_errors import describe_config_error, one_line, root_cause
 from keygrip.help import help_text
 from keygrip.training import run_folder, sweeps
 from keygrip.training.signals import Interrupted, SweepInterrupted
 
 CONFIG_ERROR = 2
 USER_ERROR = 1
+# Hydra's options of the command line, and those that a value follows.
+FLAGS = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m", "--info", "-i")
+FLAGS += ("--shell-completion", "-sc")
+WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
+WITH_VALUE += ("--experimental-rerun",)
 
 
 def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
@@ -75,6 +79,7 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
             if {"--help", "-h"} & set(sys.argv[1:]):
                 sys.stdout.write(f"{help_text(config_name, sys.argv[1:])}\n")
                 return
+            sys.argv[1:] = overrides_first(sys.argv[1:])
             check_overrides(config_name, sys.argv[1:])
             sys.argv[1:] = completed(config_name, sys.argv[1:])
             folder = str(config_folder())
@@ -100,6 +105,38 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
     if code:
         sys.stderr.flush()
         sys.exit(code)
+
+
+def overrides_first(arguments: Sequence[str]) -> list[str]:
+    """The same arguments, settings first and options such as ``--cfg job`` and ``-m`` behind them: Hydra's parser takes
+    settings in one piece alone.
+
+    Raises:
+        SettingError: an option that does not exist; it names the nearest one.
+    """
+    settings, options = [], []
+    waiting = list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        name = argument.partition("=")[0]
+        if not argument.startswith("-"):
+            settings.append(argument)
+            continue
+        if name not in (*FLAGS, *WITH_VALUE):
+            close = difflib.get_close_matches(name, (*FLAGS, *WITH_VALUE), n=1, cutoff=0.5)
+            hint = f"the nearest is {close[0]}; " if close and "=" not in argument else ""
+            setting = argument.lstrip("-") if "=" in argument else "name=value"
+            raise SettingError(f"there is no option {name}: {hint}settings are given without dashes, {setting}")
+        options.append(argument)
+        if name in WITH_VALUE and "=" not in argument:
+            if not waiting:
+                raise SettingError(f"{name} needs a value behind it")
+            options.append(waiting.pop(0))
+        elif name in ("--info", "-i") and waiting and "=" not in waiting[0]:
+            options.append(waiting.pop(0))
+        if name in ("--cfg", "-c") and (value := options[-1].rpartition("=")[2]) not in ("job", "hydra", "all"):
+            raise SettingError(f"--cfg {value}: it is one of job, hydra, all")
+    return [*settings, *options]
 
 
 def allow_many_files() -> None:

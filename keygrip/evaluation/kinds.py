@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from keygrip.config import EntrySchema, SettingError, nearest, register
+from keygrip.config import EntrySchema, SettingError, nearest, register, values_of
 from keygrip.training.parts import build_stored
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def checked_kind(name: str | None, what: str) -> str:
     """
     if name is None:
         raise ValueError(f"{what}, which has no evaluation")
-    if name not in KINDS:
+    if not isinstance(name, str) or name not in KINDS:
         raise ValueError(f"{what} of the kind {name!r}: kinds are {', '.join(KINDS)}")
     return name
 
@@ -162,13 +162,13 @@ def choose_kind(overrides: Sequence[str]) -> list[str]:
         SettingError: a setting of another kind.
     """
     given = {key.lstrip("+~"): value for key, _, value in (override.partition("=") for override in overrides)}
-    checkpoint = given.get("checkpoint", "").strip("'\"")
-    if not checkpoint or checkpoint == "???" or "evaluate" in given:
+    paths = values_of("checkpoint", given.get("checkpoint", ""))
+    if not paths or "evaluate" in given:
         return []
     from keygrip.training.checkpoints import HEADER, find_checkpoint, read_checkpoint
 
     found: dict[str, str] = {}
-    for path in checkpoint.split(","):
+    for path in paths:
         file = find_checkpoint(path)
         header = read_checkpoint(file)[HEADER]
         what = f"{file} holds a {str(header['config']['model'].get('_target_')).rpartition('.')[2]}"

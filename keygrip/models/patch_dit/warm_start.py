@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from keygrip.models.nn.lora import is_difference, plain_name
 from keygrip.training.checkpoints import find_checkpoint, refuse_other_format
 from keygrip.training.ema import EMA_STATE
+from keygrip.training.torch_files import read_torch_file
 
 log = logging.getLogger(__name__)
 
@@ -242,8 +243,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
         return load_file(file)
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
+        content = read_torch_file(file)
+    except ValueError as error:
         raise ValueError(f"init_from={file} cannot be read as weights: {str(error).splitlines()[0]}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"init_from={file} holds a {type(content).__name__}, not weights by name")
