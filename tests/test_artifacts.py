@@ -66,6 +66,7 @@ def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path: Path) -> None:
     [
         OSError(errno.ENOSPC, "No space left on device"),
         OSError(errno.EDQUOT, "Disk quota exceeded"),
+        OSError(errno.EFBIG, "File too large"),
         RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 64 vs 0"),
     ],
 )

@@ -76,7 +76,9 @@ def test_a_step_of_a_run_is_asked_for_by_step() -> None:
     assert compose("prepare", ["step=record", "root=x"]).call.root == "x"
 
 
-@pytest.mark.parametrize("text", ["plain", "lr=0.1", "a, b", "it's, [not] there", "a\\b", "end\\", "\\'", "ü (1) {2}: #3", ""])
+@pytest.mark.parametrize(
+    "text", ["plain", "lr=0.1", "a, b", "it's, [not] there", "a\\b", "end\\", "\\'", "ü (1) {2}: #3", ""]
+)
 def test_a_quoted_text_is_the_text_whatever_it_holds(text: str) -> None:
     assert composed("evaluate", ["evaluate=policy", f"checkpoint={quoted(text)}"]).checkpoint == text
     assert values_of("checkpoint", quoted(text)) == ([text] if text else [])
