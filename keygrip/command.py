@@ -181,6 +181,9 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
     expected = (ValueError, OSError, ImportError, NotImplementedError)
     if isinstance(root, expected) or type(root).__name__ == "MisconfigurationException":
         return f"{where}{one_line(root)}", USER_ERROR
+    if isinstance(error, InstantiationException):
+        what = f"{type(root).__name__}: {one_line(root)}"
+        return f"{where}cannot be built with these settings ({what}; debug=true shows where)", CONFIG_ERROR
     return f"unexpected {type(root).__name__}: {one_line(root)} (debug=true shows where)", USER_ERROR
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from keygrip.command import entry_point
 from keygrip.config import EntrySchema, register
@@ -29,6 +29,7 @@ from keygrip.runtime.dry_run import dry_run
 from keygrip.runtime.planners import ThreadPlanner
 from keygrip.runtime.takeover import CorrectionRecorder
 from keygrip.runtime.watchdog import State, Watchdog
+from keygrip.setting_types import refuse_ill_typed
 from keygrip.training.checkpoints import external_files, find_checkpoint, load_module
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         FileNotFoundError, ValueError: no such checkpoint, a policy that needs other arms or cameras than the robot has,
             or a setting that cannot be. ConnectionError: robot or server do not answer.
     """
+    refuse_ill_typed(OmegaConf.to_container(cfg, resolve=True))
+    if not cfg.seconds > 0:
+        raise ValueError(f"seconds={cfg.seconds}: must be above 0")
     policy = _policy(cfg)
     robot = instantiate(cfg.robot)
     try:

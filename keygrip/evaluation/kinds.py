@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from keygrip.config import EntrySchema, SettingError, nearest, register, values_of
+from keygrip.setting_types import hints_of, wanted
 from keygrip.training.parts import build_stored
 
 if TYPE_CHECKING:
@@ -201,6 +202,11 @@ def changed(options: Options, overrides: Mapping[str, Any]) -> Options:
     if not overrides:
         return options
     refuse_unknown(overrides, type(options))
+    hints = hints_of(type(options))
+    for name, value in overrides.items():
+        problem = wanted(value, hints.get(name, Any))
+        if problem is not None:
+            raise ValueError(f"{type(options).__name__}.{name}={value!r}: must be {problem}")
     return replace(options, **overrides)
 
 

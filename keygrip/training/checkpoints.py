@@ -105,12 +105,15 @@ def refuse_other_format(content: Mapping[Any, Any], file: Path) -> None:
     """Raises ValueError where ``content`` is a keygrip checkpoint of another format; other content passes."""
     header = content.get(HEADER)
     if isinstance(header, Mapping) and header.get("format") != FORMAT:
-        packages = header.get("packages")
-        version = packages.get("keygrip", "unknown") if isinstance(packages, Mapping) else "unknown"
         raise ValueError(
             f"{file} has format {header.get('format')} and this keygrip reads {FORMAT}: use the version that made it, "
-            f"{version}"
+            f"{_version_of(header)}"
         )
+
+
+def _version_of(header: Mapping[str, Any]) -> str:
+    packages = header.get("packages")
+    return str(packages.get("keygrip", "unknown"))[:40] if isinstance(packages, Mapping) else "unknown"
 
 
 def _checked_header(content: Any, file: Path) -> dict[str, Any]:
@@ -179,6 +182,8 @@ def load_module(
         module = build_stored(_model_config(checkpoint, file), "model", trust, external)
     except UntrustedPartError as error:
         raise UntrustedPartError(f"{file}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: {error} (it was made by keygrip {_version_of(checkpoint[HEADER])})") from error
     if not isinstance(module, LightningModule):
         raise ValueError(f"{file} does not hold a model: its configuration builds a {type(module).__name__}")
     if expected is not None and not isinstance(module, expected):

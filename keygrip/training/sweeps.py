@@ -31,6 +31,7 @@ SHOWN = 6  # metrics in the printed table; summary.csv has them all
 LOSSES = "loss_against_compute.png"
 # What may stand in result.json. "running" stays where a process was killed; the table then says "killed".
 FINISHED, FAILED, INTERRUPTED, RUNNING = "finished", "failed", "interrupted", "running"
+DRY_RUN = "dry run"
 
 _open_sweeps: list[Path] = []
 _failures: list[str] = []

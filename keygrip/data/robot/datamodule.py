@@ -179,6 +179,13 @@ class RobotDemos(ResumableData):
             )
         if not (np.isfinite(intervention_weight) and intervention_weight >= 0):
             raise ValueError(f"data.intervention_weight must be finite and at least 0, not {intervention_weight}")
+        shares = {"max_broken_share": max_broken_share, "max_off_screen_share": max_off_screen_share}
+        for name, share in shares.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"data.{name}={share}: it is a share, 0 to 1")
+        for name, least in (("cache_gb", cache_gb), ("drop_idle_s", drop_idle_s)):
+            if least is not None and not (np.isfinite(least) and least >= 0):
+                raise ValueError(f"data.{name}={least}: must be finite and at least 0")
         if max_demos is not None and max_demos < 1:
             raise ValueError(f"max_demos must be at least 1, not {max_demos}")
         self.roots = data_roots(root if root is not None else record.root, calibration)  # type: ignore[union-attr]
@@ -237,6 +244,8 @@ class RobotDemos(ResumableData):
                 "recording starts processes, which import the script that asked for it: put its work under "
                 "if __name__ == '__main__'"
             )
+        if self.record.held() >= self.record.demos:
+            return  # without the lock: they may lie where nothing can be written
         # several processes of one run may get here; one records, the others wait
         with locked(self.root.parent / f".{self.root.name}.lock"):
             self.record.complete()
