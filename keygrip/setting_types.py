@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import MISSING
+
 from keygrip.config import SettingError, nearest, new_name
 
 # What is built of these is other people's: its annotations are not always what it takes.
@@ -97,6 +99,8 @@ def _check(node: Mapping[str, Any], place: str, passed_on: Mapping[str, str]) ->
     if str(getattr(target, "__module__", "")).partition(".")[0] in FOREIGN:
         return
     for key, value in given.items():
+        if value == MISSING:
+            continue  # said when it is built
         hint = hints.get(key, Any)
         problem = None if typing.get_origin(hint) is typing.Literal else wanted(value, hint)  # choices are named there
         if problem is not None:

@@ -184,8 +184,9 @@ class ClosedLoop:
                     progress.update(results)
             except BrokenProcessPool as error:
                 raise ValueError(
-                    "A process of the closed-loop evaluation died (out of memory, or no working GL library?): run with "
-                    "closed_loop.processes=1 to see why."
+                    "A process of the closed-loop evaluation died (out of memory, no working GL library, or a script "
+                    "without an `if __name__ == '__main__'` guard?): run with processes=1 (in training "
+                    "closed_loop.processes=1) to see why."
                 ) from error
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,6 +36,7 @@ from keygrip.data.robot.workspace_view import fit_to_workspace
 from keygrip.data.shards.resuming import ResumableData
 from keygrip.data.shards.sampling import GlobalBatchSampler
 from keygrip.data.shards.substitution import Collate, CountingLoader
+from keygrip.training.main_guard import refuse_unguarded_script
 from keygrip.training.parts import data_part
 
 log = logging.getLogger(__name__)
@@ -238,12 +238,7 @@ class RobotDemos(ResumableData):
             part.download()
         if self.record is None:
             return
-        if getattr(multiprocessing.current_process(), "_inheriting", False):
-            # a recorder's worker that runs the caller's script again would wait here for the lock of its own parent
-            raise RuntimeError(
-                "recording starts processes, which import the script that asked for it: put its work under "
-                "if __name__ == '__main__'"
-            )
+        refuse_unguarded_script()  # a recorder's worker would wait here for the lock of its own parent
         if self.record.held() >= self.record.demos:
             return  # without the lock: they may lie where nothing can be written
         # several processes of one run may get here; one records, the others wait
