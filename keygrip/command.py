@@ -204,6 +204,8 @@ def _record_failure(error: BaseException, config_name: str) -> None:
     """Leaves in the run folder what became of the run, and the trace: both are wanted when the terminal is gone."""
     from hydra.core.hydra_config import HydraConfig
 
+    if isinstance(root_cause(error), run_folder.RunFolderError):
+        return  # the folder is another run's
     with contextlib.suppress(Exception):
         hydra_cfg = HydraConfig.get()
         folder = Path(hydra_cfg.runtime.output_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from keygrip.training import run_folder
 
 TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=toy", "data=toy", "strategy=cpu"]
 
@@ -164,6 +167,13 @@ def test_a_refused_run_leaves_an_earlier_one_as_it_was(cli: Callable[..., Any]) 
     assert outcome.code == 1
     assert "run already holds a run: continue it with resume=true" in outcome.err
     assert Path("run/result.json").read_bytes() == before
+    for said in ("already holds a run", "belongs to a run that is still going on"):
+        Path("run/result.json").write_text('{"status": "running"}')
+        with run_folder.hold(Path("run")) if "still" in said else contextlib.nullcontext():
+            outcome = cli(*toy)
+        assert said in outcome.err
+        assert json.loads(Path("run/result.json").read_text()) == {"status": "running"}
+        assert not Path("run/error.txt").exists()
 
 
 def test_a_truncated_checkpoint_is_not_resumed(cli: Callable[..., Any]) -> None:

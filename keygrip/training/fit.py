@@ -171,6 +171,7 @@ def _write_start(folder: Path, cfg: DictConfig, origin: dict[str, Any], resumed:
     metadata = folder / f"metadata{suffix}.json"
     write_json(metadata, origin)
     began = read_result(folder).get("started_at", time.time()) if resumed else time.time()
+    (folder / "error.txt").unlink(missing_ok=True)  # of an earlier start
     start = {"status": "running", "overrides": _overrides(), "metrics": {}, "run_dir": str(folder)}
     write_result(folder, start | {"started_at": began})
     return metadata
