@@ -33,7 +33,8 @@ def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
     """The checkpoint that a run goes on from; None: it starts anew.
 
     Raises:
-        RunFolderError: the folder holds a run, and it is not to be resumed. FileNotFoundError: there is nothing to resume.
+        RunFolderError: the folder holds a run, and it is not to be resumed. FileNotFoundError: there is nothing to
+            resume.
     """
     latest = folder / run_folder.CHECKPOINT
     if cfg.resume:
