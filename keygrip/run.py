@@ -23,7 +23,7 @@ from keygrip.evaluation.closed_loop import changed
 from keygrip.evaluation.kinds import plain
 from keygrip.models.policy import Policy
 from keygrip.runtime.asynchronous import ChunkExecution
-from keygrip.runtime.client import RemotePolicy
+from keygrip.runtime.client import RemotePolicy, ServerError
 from keygrip.runtime.control_loop import ControlLoop
 from keygrip.runtime.dry_run import dry_run
 from keygrip.runtime.planners import ThreadPlanner
@@ -113,7 +113,10 @@ def _policy(cfg: DictConfig) -> Policy:
     if (cfg.checkpoint is None) == (cfg.server is None):
         raise ValueError("give one of checkpoint=RUN and server=http://HOST:PORT")
     if cfg.server is not None:
-        remote: Policy = RemotePolicy(cfg.server, token=cfg.token, ca=cfg.ca)
+        try:
+            remote: Policy = RemotePolicy(cfg.server, token=cfg.token, ca=cfg.ca)
+        except ServerError as error:  # a wrong token, or a policy that is stuck: no fault of this program
+            raise ConnectionError(f"server={cfg.server}: {error}") from error
         return remote
     for name in ("token", "ca"):
         if cfg[name] is not None:
