@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import os
 import re
 import signal
@@ -30,6 +31,7 @@ from keygrip.training.signals import Interrupted, SweepInterrupted
 
 CONFIG_ERROR = 2
 USER_ERROR = 1
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Hydra's options of the command line, and those that a value follows.
 FLAGS = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m", "--info", "-i")
 FLAGS += ("--shell-completion", "-sc")
@@ -178,6 +180,11 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
         return f"{where}the package {root.name!r} is not installed: pip install {root.name}", USER_ERROR
     if type(root).__name__ == "OutOfMemoryError":
         return "out of GPU memory: lower data.batch_size, or shard the model with strategy=fsdp", USER_ERROR
+    if isinstance(root, OSError) and root.errno in FULL and root.filename is None and type(root) is OSError:
+        reason = (
+            f"{os.strerror(root.errno or 0)}: the disk of the run folder, of the data's cache or of temporary files"
+        )
+        return f"{where}{reason} is full, or `ulimit -f` is reached; free some, and go on with resume=true", USER_ERROR
     expected = (ValueError, OSError, ImportError, NotImplementedError)
     if isinstance(root, expected) or type(root).__name__ == "MisconfigurationException":
         return f"{where}{one_line(root)}", USER_ERROR

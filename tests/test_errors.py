@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import re
 import sys
@@ -131,6 +132,17 @@ def test_wandb_that_is_not_installed(cli: Callable[..., Any], monkeypatch: pytes
     assert outcome.err.splitlines()[-1] == (
         "keygrip: logger=wandb needs the package wandb: pip install 'keygrip[wandb]', or choose logger=tensorboard"
     )
+
+
+def test_a_full_disk_says_what_to_do(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")  # as a logger's writer raises it, without a name
+
+    monkeypatch.setattr("keygrip.training.fit.log_settings", full)
+    outcome = cli(*TOY, "logger=none", "run_dir=run")
+    assert outcome.code == 1
+    assert outcome.err.splitlines()[-1].startswith("keygrip: No space left on device: the disk of the run folder,")
+    assert "Traceback" not in outcome.err
 
 
 def test_debug_shows_the_trace(cli: Callable[..., Any]) -> None:

@@ -58,7 +58,9 @@ def choose(run_dir: str | None, resume: bool | str | None, model: str, data: str
                 )
             refuse_held(Path(run_dir))
             return run_dir
-        return str(newest(group))
+        found = newest(group)
+        refuse_held(found)
+        return str(found)
     if run_dir is not None:
         refuse_held(Path(run_dir))
         return run_dir
