@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,11 @@ from omegaconf import MISSING
 
 from keygrip.config import SettingError, nearest, new_name
 
+# Names of sizes and counts of which there is at least one; 0 and less would build an empty part, or none.
+SIZE = re.compile(
+    r"(?:^|_)(?:width|depth|heads|layers|blocks|dim|bins|classes|size|horizon|stride|channels)$|"
+    r"^d_(?:feat|sin_z|sin_t|cond)$"
+)
 # What is built of these is other people's: its annotations are not always what it takes.
 FOREIGN = ("lightning", "torch", "torchvision", "transformers", "timm", "hydra", "submitit")
 
@@ -103,6 +109,8 @@ def _check(node: Mapping[str, Any], place: str, passed_on: Mapping[str, str]) ->
             continue  # said when it is built
         hint = hints.get(key, Any)
         problem = None if typing.get_origin(hint) is typing.Literal else wanted(value, hint)  # choices are named there
+        if problem is None and SIZE.search(key) and type(value) is int and value < 1:
+            problem = "at least 1"
         if problem is not None:
             shown = "null" if value is None else repr(value)
             full = _below(place, key)

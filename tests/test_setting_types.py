@@ -68,6 +68,10 @@ def plain() -> dict[str, Any]:
         ("data.batchsize", 3, "there is no setting 'data.batchsize': the nearest is 'data.batch_size'"),
         ("optimizer.learning_rate", 3, "there is no setting 'optimizer.learning_rate': the nearest is 'optimizer.lr'"),
         ("model.pictures", True, "the setting 'model.pictures' is now 'model.log_images'"),
+        ("model.network.blocks", -1, "model.network.blocks=-1: must be at least 1"),
+        ("model.network.height_bins", 0, "model.network.height_bins=0: must be at least 1"),
+        ("backbone.width", 0, "backbone.width=0: must be at least 1"),
+        ("data.batch_size", 0, "data.batch_size=0: must be at least 1"),
         ("strategy.devices", "both", "strategy.devices='both': must be a whole number or one of auto"),
     ],
 )
