@@ -77,7 +77,7 @@ def test_settings_that_do_not_exist(
     ("arguments", "code", "said"),
     [
         (["data.fail=the folder x is empty"], 1, "keygrip: the folder x is empty"),
-        (["+model.depth=3"], 2, "no setting 'model.depth': there are model.optimizer, model.width, model.dropout"),
+        (["+model.depth=3"], 2, "no setting 'model.depth': the nearest is 'model.width'"),
         (["optimizer.lr=fast"], 2, "optimizer.lr='fast': must be a finite number"),
         (["model.width=[8]"], 2, "model.width=[8]: must be a whole number"),
         (["max_steps=-7"], 1, "max_steps=-7: must be at least 1, or -1 for no limit"),

@@ -33,6 +33,9 @@ def open_loop(evaluated: Evaluated) -> dict[str, float]:
     """Errors on the run's validation demonstrations, as in training's validation."""
     from lightning.pytorch import Trainer
 
+    from keygrip.training.fit import quiet_lightning
+
+    quiet_lightning(warnings_too=True)
     datamodule = evaluated.stored_data()
     if hasattr(datamodule, "asked_by"):
         datamodule.asked_by(evaluated.module)

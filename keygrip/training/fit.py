@@ -48,7 +48,7 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """
     started = time.monotonic()
     resume = checkpoint_to_resume(cfg, folder)
-    _quiet(warnings_too=not cfg.debug)
+    quiet_lightning(warnings_too=not cfg.debug)
     refuse_unfit(cfg)
     refuse_unread(cfg, TrainSchema)
     _refuse_callbacks_without_class(cfg.callbacks)
@@ -244,7 +244,7 @@ def _overrides() -> list[str]:
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
-def _quiet(warnings_too: bool) -> None:
+def quiet_lightning(warnings_too: bool) -> None:
     """Leaves out what Lightning and torch say about themselves; warnings about a run stay."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).handlers.clear()  # its own handler would say everything twice
