@@ -31,6 +31,7 @@ from keygrip.training.signals import Interrupted, SweepInterrupted
 
 CONFIG_ERROR = 2
 USER_ERROR = 1
+STEP_CALL = "call"  # the node of a step of `keygrip prepare`: no setting of anybody's
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Hydra's options of the command line, and those that a value follows.
 FLAGS = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m", "--info", "-i")
@@ -162,7 +163,7 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
     where = ""
     if isinstance(error, InstantiationException):
         key = re.search(r"full_key: (\S+)", str(error))
-        where = f"{key.group(1)}: " if key else ""
+        where = f"{key.group(1)}: " if key and key.group(1) != STEP_CALL else ""
         if isinstance(root, TypeError):
             unexpected = re.search(r"unexpected keyword argument '([^']+)'", str(root))
             old = f"{where.removesuffix(': ')}.{unexpected.group(1)}" if unexpected else ""

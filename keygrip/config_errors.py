@@ -27,6 +27,10 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
         if group == "hydra/launcher":
             hint += "joblib and slurm need their plugins: pip install 'keygrip[slurm]'; "
         return f"no option {name!r} in group {group!r}: {hint}options are {', '.join(options) or 'none'}"
+    unchosen = re.search(r"You must specify '([\w/]+)'", text)
+    if unchosen:
+        group = unchosen.group(1)
+        return f"nothing is chosen of the group {group!r}: give {group}=NAME, one of {', '.join(group_options(group))}"
     causes = " ".join([text] + [one_line(each) for each in chain(error)])
     interpolated = re.search(r"Interpolation key '([^']+)' not found", causes)
     if interpolated:

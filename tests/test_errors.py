@@ -171,6 +171,29 @@ def test_a_failed_command_without_a_run_folder_leaves_nothing(tmp_path: Path, mo
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["root=x"], r"^keygrip: nothing is chosen of the group 'step': give step=NAME, one of calibrate, .*, webvid$"),
+        (
+            ["step=doctor", "root=no_such_folder"],
+            r"^keygrip: data folder no_such_folder does not exist; .* root=PATH or",
+        ),
+        (["step=doctor", "root=.", "frames_per_demo=few"], r"^keygrip: frames_per_demo='few': must be a whole number$"),
+    ],
+)
+def test_mistakes_of_a_step(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from keygrip import command, prepare
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["prepare", *arguments])
+    with pytest.raises(SystemExit):
+        command.entry_point("prepare", prepare.print_report)
+    assert re.search(said, capsys.readouterr().err.splitlines()[-1])
+
+
 def test_a_refused_run_leaves_an_earlier_one_as_it_was(cli: Callable[..., Any]) -> None:
     toy = [*TOY, "logger=none", "run_dir=run", "max_steps=3", "val_every_n_steps=null"]
     assert cli(*toy).code == 0

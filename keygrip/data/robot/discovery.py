@@ -24,6 +24,7 @@ FOREIGN_FORMATS: dict[str, ModuleType] = {
     "libero": libero,
 }  # each module has detect(root) and find(root, calibration)
 FORMATS = ("native", *FOREIGN_FORMATS)
+ADVICE = "name a folder of demos (data.root=PATH in training; a step's own setting is root=PATH or source=PATH)"
 
 
 def find_demos(root: Path | str, format: str = "auto", calibration: Path | str | None = None) -> list[DemoReference]:
@@ -41,9 +42,9 @@ def find_demos(root: Path | str, format: str = "auto", calibration: Path | str |
     """
     root = Path(root)
     if not root.exists():
-        raise FileNotFoundError(f"data folder {root} does not exist; name a folder of demos with data.root=PATH")
+        raise FileNotFoundError(f"data folder {root} does not exist; {ADVICE}")
     if not root.is_dir():
-        raise FileNotFoundError(f"data folder {root} is a file; name a folder of demos with data.root=PATH")
+        raise FileNotFoundError(f"data folder {root} is a file; {ADVICE}")
     if not any(root.iterdir()):
         raise FileNotFoundError(
             f"data folder {root} is empty; record demos into it or name another with data.root=PATH"
