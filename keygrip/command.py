@@ -34,10 +34,14 @@ USER_ERROR = 1
 STEP_CALL = "call"  # the node of a step of `keygrip prepare`: no setting of anybody's
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Hydra's options of the command line, and those that a value follows.
-FLAGS = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m", "--info", "-i")
-FLAGS += ("--shell-completion", "-sc")
-WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
-WITH_VALUE += ("--experimental-rerun",)
+FLAGS: tuple[str, ...] = (
+    *("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m", "--info", "-i"),
+    *("--shell-completion", "-sc"),
+)
+WITH_VALUE: tuple[str, ...] = (
+    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
+    "--experimental-rerun",
+)
 
 
 def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
