@@ -149,7 +149,8 @@ def test_every_option(group: str, option: str, tmp_path: Path, monkeypatch: pyte
     if root != "train":
         for path, node in nodes(OmegaConf.to_container(cfg, resolve=False)):
             assert_fits(path, node)
-        refuse_ill_typed(OmegaConf.to_container(cfg, resolve=True))
+        if root != "prepare":  # whose steps pass on what the user must give
+            refuse_ill_typed(OmegaConf.to_container(cfg, resolve=True))
         return
     assert_sound(cfg)
     if group == "data":  # builds without touching the disk
