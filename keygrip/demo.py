@@ -29,6 +29,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from keygrip.training.sweeps import write_result
 
     started = time.perf_counter()
+    _refuse_without_report(cfg)
     cfg = _continued(cfg)
     folder = Path(cfg.run_dir)
     metrics = train(cfg)
@@ -49,6 +50,21 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     }
     write_result(folder, {**trained, **result})
     return result
+
+
+def _refuse_without_report(cfg: DictConfig) -> None:
+    """Raises ValueError: at the end there would be nothing to report."""
+    if cfg.dry_run:
+        raise ValueError("the demo trains and reports: for a dry run use `keygrip train experiment=demo dry_run=true`")
+    if (cfg.callbacks or {}).get("closed_loop") is None:
+        raise ValueError(
+            "the demo reports episodes in the simulator, and callbacks.closed_loop=null leaves them out: for training "
+            "alone use `keygrip train experiment=demo callbacks.closed_loop=null`"
+        )
+    if cfg.data.get("root") is not None:
+        raise ValueError(
+            "the demo records its own demonstrations: for others use `keygrip train experiment=demo data.root=FOLDER`"
+        )
 
 
 def _continued(cfg: DictConfig) -> DictConfig:

@@ -21,6 +21,7 @@ from keygrip.artifacts import write_json
 from keygrip.command import entry_point
 from keygrip.config import compose, listed, quoted, register_completion
 from keygrip.evaluation.kinds import KIND, KINDS, Evaluated, checked_kind, choose_kind
+from keygrip.training.main_guard import refuse_unguarded_script
 from keygrip.training.run_folder import hold
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict[str,
     Raises:
         ValueError, FileNotFoundError: as the command.
     """
+    refuse_unguarded_script()
     return run(compose("evaluate", [f"checkpoint={quoted(str(checkpoint))}", *listed(overrides)]))
 
 

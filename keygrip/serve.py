@@ -17,10 +17,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from keygrip.command import entry_point
 from keygrip.config import EntrySchema, register
+from keygrip.setting_types import refuse_ill_typed
 
 if TYPE_CHECKING:
     from keygrip.runtime.server import PolicyServer
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 
 SHORTEST_TOKEN = 16  # characters
+LAST_PORT = 65535
 GPU_BATCH = 8  # of limits.batch=null; on a CPU 1: a batch gains little there, and rounds differently
 
 
@@ -70,6 +72,9 @@ def run(cfg: DictConfig, ready: Callable[[dict[str, Any]], None] = lambda about:
             others reach without a token. OSError: the address cannot be had. RuntimeError: the policy was stuck more
             often than `limits.replacements`.
     """
+    refuse_ill_typed(OmegaConf.to_container(cfg, resolve=True))
+    if not 0 <= cfg.port <= LAST_PORT:
+        raise ValueError(f"port={cfg.port}: must lie in 0 to {LAST_PORT}; 0 takes a free one")
     _refuse_openness(cfg)
     tls = tls_context(cfg.tls.cert, cfg.tls.key)
     from keygrip.evaluation.kinds import changed, plain

@@ -7,7 +7,17 @@ import yaml
 from configs import assert_fits, composed, nodes
 from omegaconf import OmegaConf, open_dict
 
-from keygrip.config import SettingError, TrainSchema, compose, config_folder, known_keys, nearest, refuse_unread
+from keygrip.config import (
+    SettingError,
+    TrainSchema,
+    compose,
+    config_folder,
+    known_keys,
+    nearest,
+    quoted,
+    refuse_unread,
+    values_of,
+)
 
 CONF = config_folder()
 ROOTS = sorted(path.stem for path in CONF.glob("*.yaml"))
@@ -74,3 +84,16 @@ def test_a_step_of_a_run_is_asked_for_by_step() -> None:
         more = {"generate": ["video=x", "question=y"], "export": ["to=x"]}.get(command, [])
         assert compose(command, ["checkpoint=x", "step=500", *more]).checkpoint_step == 500
     assert compose("prepare", ["step=record", "root=x"]).call.root == "x"
+
+
+@pytest.mark.parametrize(
+    "text", ["plain", "lr=0.1", "a, b", "it's, [not] there", "a\\b", "end\\", "\\'", "ü (1) {2}: #3", ""]
+)
+def test_a_quoted_text_is_the_text_whatever_it_holds(text: str) -> None:
+    assert composed("evaluate", ["evaluate=policy", f"checkpoint={quoted(text)}"]).checkpoint == text
+    assert values_of("checkpoint", quoted(text)) == ([text] if text else [])
+
+
+def test_values_of_an_override() -> None:
+    assert values_of("checkpoint", "runs/a,'runs/b, c'") == ["runs/a", "runs/b, c"]
+    assert values_of("checkpoint", "???") == values_of("checkpoint", "lr=1") == values_of("checkpoint", "null") == []

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from keygrip.config import EntrySchema, SettingError, nearest, register
+from keygrip.config import EntrySchema, SettingError, nearest, register, values_of
+from keygrip.setting_types import hints_of, wanted
 from keygrip.training.parts import build_stored
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def checked_kind(name: str | None, what: str) -> str:
     """
     if name is None:
         raise ValueError(f"{what}, which has no evaluation")
-    if name not in KINDS:
+    if not isinstance(name, str) or name not in KINDS:
         raise ValueError(f"{what} of the kind {name!r}: kinds are {', '.join(KINDS)}")
     return name
 
@@ -172,13 +173,13 @@ def choose_kind(overrides: Sequence[str]) -> list[str]:
         SettingError: a setting of another kind.
     """
     given = {key.lstrip("+~"): value for key, _, value in (override.partition("=") for override in overrides)}
-    checkpoint = given.get("checkpoint", "").strip("'\"")
-    if not checkpoint or checkpoint == "???" or "evaluate" in given:
+    paths = values_of("checkpoint", given.get("checkpoint", ""))
+    if not paths or "evaluate" in given:
         return []
     from keygrip.training.checkpoints import HEADER, find_checkpoint, read_checkpoint
 
     found: dict[str, str] = {}
-    for path in checkpoint.split(","):
+    for path in paths:
         file = find_checkpoint(path)
         header = read_checkpoint(file)[HEADER]
         what = f"{file} holds a {str(header['config']['model'].get('_target_')).rpartition('.')[2]}"
@@ -215,6 +216,11 @@ def changed(options: Options, overrides: Mapping[str, Any]) -> Options:
     if not overrides:
         return options
     refuse_unknown(overrides, type(options))
+    hints = hints_of(type(options))
+    for name, value in overrides.items():
+        problem = wanted(value, hints.get(name, Any))
+        if problem is not None:
+            raise ValueError(f"{type(options).__name__}.{name}={value!r}: must be {problem}")
     return replace(options, **overrides)
 
 

@@ -145,7 +145,7 @@ def record_step(
         seed=seed,
         image_size=image_size,
         hz=hz,
-        processes=processes or os.cpu_count() or 1,
+        processes=(os.cpu_count() or 1) if processes is None else processes,
         cameras=None if cameras is None else tuple(cameras),
         depth=depth,
         video=video,

@@ -64,7 +64,7 @@ def record_step(
     if environment in ("yam", "yam_handover"):
         given = {"tasks": tasks, "recoveries": recoveries, "env.python": python}
         _refuse([name for name, value in given.items() if value is not None], environment)
-        rate = hz or YAM_HZ
+        rate = YAM_HZ if hz is None else hz
         return demonstrations.record_step(
             task, root, demos, seed, image_size, rate, processes, cameras, depth=depth, video=video
         )
@@ -81,7 +81,7 @@ def record_step(
         demos,
         seed=seed,
         image_size=image_size,
-        hz=hz or METAWORLD_HZ,
+        hz=METAWORLD_HZ if hz is None else hz,
         cameras=cameras or ("corner2",),
         recoveries=METAWORLD_RECOVERIES if recoveries is None else recoveries,
         video=video,

@@ -20,9 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from keygrip.artifacts import write_json, write_text
 from keygrip.config import SettingError, TrainSchema, refuse_unread
+from keygrip.setting_types import refuse_ill_typed
 from keygrip.training import run_folder
 from keygrip.training.checkpoints import Header, build_module
-from keygrip.training.compatibility import refuse_unfit
+from keygrip.training.compatibility import refuse_odd_numbers, refuse_unfit
 from keygrip.training.compute import Compute
 from keygrip.training.idle_settings import refuse_idle
 from keygrip.training.loggers import build_loggers, finish, log_settings
@@ -32,7 +33,7 @@ from keygrip.training.pretraining import complete_stages
 from keygrip.training.progress import Throughput
 from keygrip.training.resuming import check_resumed, checkpoint_to_resume
 from keygrip.training.saving import AtomicCheckpointIO
-from keygrip.training.sweeps import read_result, write_result
+from keygrip.training.sweeps import DRY_RUN, read_result, write_result
 from keygrip.training.system import System
 from keygrip.training.time_limit import ScheduleByTime
 
@@ -48,12 +49,15 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """
     started = time.monotonic()
     resume = checkpoint_to_resume(cfg, folder)
-    _quiet(warnings_too=not cfg.debug)
+    quiet_lightning(warnings_too=not cfg.debug)
     refuse_unfit(cfg)
     refuse_unread(cfg, TrainSchema)
     refuse_idle(cfg, _overrides())
     _refuse_callbacks_without_class(cfg.callbacks)
-    resolved: dict[str, Any] = complete_stages(OmegaConf.to_container(cfg, resolve=True))
+    refuse_odd_numbers(cfg)
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    refuse_ill_typed(plain)
+    resolved: dict[str, Any] = complete_stages(plain)
     strategy = instantiate(cfg.strategy)
     arguments = strategy.trainer_arguments()  # before anything slow: a missing GPU is said at once
     compilation = None if cfg.compile is None else instantiate(cfg.compile)
@@ -79,11 +83,14 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             origin["data"] = datamodule.origin
             if started_in is not None:
                 write_json(started_in, origin)
-        report = module.set_statistics(datamodule.statistics)  # type: ignore[operator]
-        for name, value in (report or {}).items():
+        found = module.set_statistics(datamodule.statistics)  # type: ignore[operator]
+        for name, value in (found or {}).items():
             log.info("  %-28s %.4g", name, value)
     if cfg.dry_run:
-        return _dry_run(datamodule, module, cfg)
+        report = _dry_run(datamodule, module, cfg)
+        if started_in is not None:
+            write_result(folder, read_result(folder) | {"status": DRY_RUN, "dry_run": report})
+        return report
     if compilation is not None:
         compilation.apply(module)  # before DDP or FSDP wraps anything
     loggers = build_loggers(cfg.logger, folder, resumed_step)
@@ -166,6 +173,7 @@ def _write_start(folder: Path, cfg: DictConfig, origin: dict[str, Any], resumed:
     metadata = folder / f"metadata{suffix}.json"
     write_json(metadata, origin)
     began = read_result(folder).get("started_at", time.time()) if resumed else time.time()
+    (folder / "error.txt").unlink(missing_ok=True)  # of an earlier start
     start = {"status": "running", "overrides": _overrides(), "metrics": {}, "run_dir": str(folder)}
     write_result(folder, start | {"started_at": began})
     return metadata
@@ -238,7 +246,7 @@ def _overrides() -> list[str]:
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
-def _quiet(warnings_too: bool) -> None:
+def quiet_lightning(warnings_too: bool) -> None:
     """Leaves out what Lightning and torch say about themselves; warnings about a run stay."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).handlers.clear()  # its own handler would say everything twice

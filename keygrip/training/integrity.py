@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from keygrip.artifacts import blocks_of, sha256_of
+from keygrip.training.torch_files import read_torch_file
 
 PREFIX = b"keygrip-sha256:"
 COMMENT_BYTES = len(PREFIX) + 64
@@ -101,10 +102,10 @@ def load_tensors(file: Path) -> Any:
     """What torch.save wrote, tensors and plain values alone, on the CPU; checked by `refuse_damaged`.
 
     Raises:
-        ChangedFileError: a byte differs from what was written. Also whatever torch.load raises.
+        ChangedFileError: a byte differs from what was written. OSError, TorchFileError: see `read_torch_file`.
     """
     refuse_damaged(file)
-    return torch.load(file, map_location="cpu", weights_only=True)
+    return read_torch_file(file)
 
 
 def refuse_unfit_weights(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:

@@ -33,7 +33,8 @@ def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
     """The checkpoint that a run goes on from; None: it starts anew.
 
     Raises:
-        ValueError: the folder holds a run, and it is not to be resumed. FileNotFoundError: there is nothing to resume.
+        RunFolderError: the folder holds a run, and it is not to be resumed. FileNotFoundError: there is nothing to
+            resume.
     """
     latest = folder / run_folder.CHECKPOINT
     if cfg.resume:
@@ -43,7 +44,9 @@ def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
     if run_folder.restarted_by_scheduler():
         log.warning("started again by the scheduler: resuming %s", latest)
         return latest
-    raise ValueError(f"{folder} already holds a run: continue it with resume=true, or give another run_dir")
+    raise run_folder.RunFolderError(
+        f"{folder} already holds a run: continue it with resume=true, or give another run_dir"
+    )
 
 
 def check_resumed(checkpoint: Path, resolved: dict[str, Any]) -> int:

@@ -21,6 +21,10 @@ LOCK = ".lock"
 SWEEP = "sweep.json"
 
 
+class RunFolderError(ValueError):
+    """The run folder is another run's, which the refusal must leave as it is."""
+
+
 def register_resolvers() -> None:
     """Registers the resolvers that ``conf/train.yaml`` uses: ``run_folder``, ``sweep_folder``."""
     OmegaConf.register_new_resolver("run_folder", choose, replace=True)
@@ -38,22 +42,28 @@ def choose(run_dir: str | None, resume: bool | str | None, model: str, data: str
 
     Raises:
         FileNotFoundError: nothing to resume.
-        ValueError: the processes of this run could not agree on a folder, or the folder holds another run.
+        RunFolderError: another process trains into it. ValueError: the processes of this run could not agree on one.
     """
     group = RUNS / f"{model}_{data}"
     if isinstance(resume, str) and resume.lower() in {"true", "false"}:
         resume = resume.lower() == "true"
     if isinstance(resume, str):
-        return str(_folder_of(Path(resume)))
+        folder = _folder_of(Path(resume))
+        refuse_held(folder)
+        return str(folder)
     if resume:
         if run_dir is not None:
             if not (Path(run_dir) / CHECKPOINT).is_file():
                 raise FileNotFoundError(
                     f"nothing to resume: {Path(run_dir) / CHECKPOINT} does not exist; leave out resume=true"
                 )
+            refuse_held(Path(run_dir))
             return run_dir
-        return str(newest(group))
+        found = newest(group)
+        refuse_held(found)
+        return str(found)
     if run_dir is not None:
+        refuse_held(Path(run_dir))
         return run_dir
     return str(_claimed(group))
 
@@ -102,7 +112,7 @@ def hold(folder: Path) -> Iterator[None]:
     """Keeps a run folder for this process while the block runs; helper processes of the same run pass.
 
     Raises:
-        ValueError: another process trains into it.
+        RunFolderError: another process trains into it.
     """
     if not is_first_process():
         yield
@@ -111,15 +121,37 @@ def hold(folder: Path) -> Iterator[None]:
         try:
             stack.enter_context(locked(folder / LOCK, wait=False))
         except BlockingIOError as error:
-            raise ValueError(
-                f"{folder} belongs to a run that is still going on: wait until it ends, or give another run_dir"
-            ) from error
+            raise RunFolderError(_still_going_on(folder)) from error
+        _held.add(folder.resolve())
+        stack.callback(_held.discard, folder.resolve())
         yield
+
+
+_held: set[Path] = set()  # by this process
+
+
+def refuse_held(folder: Path) -> None:
+    """Refuses a folder into which another process trains, before Hydra writes its own files there.
+
+    Raises:
+        RunFolderError: it is held.
+    """
+    if folder.resolve() in _held or not is_first_process() or not (folder / LOCK).is_file():
+        return
+    try:
+        with locked(folder / LOCK, wait=False):
+            pass
+    except BlockingIOError as error:
+        raise RunFolderError(_still_going_on(folder)) from error
 
 
 def is_first_process() -> bool:
     """Whether this is the only process of its run, or the first of those that torchrun, SLURM or Lightning started."""
     return not any(int(os.environ.get(name) or 0) > 0 for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
+
+
+def _still_going_on(folder: Path) -> str:
+    return f"{folder} belongs to a run that is still going on: wait until it ends, or give another run_dir"
 
 
 def newest(group: Path) -> Path:

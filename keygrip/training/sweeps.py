@@ -19,6 +19,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 
 from keygrip.artifacts import atomic_write, write_json, write_text
+from keygrip.config import quoted
 from keygrip.training.run_folder import CHECKPOINT
 from keygrip.training.signals import Interrupted, SweepInterrupted
 
@@ -30,6 +31,7 @@ SHOWN = 6  # metrics in the printed table; summary.csv has them all
 LOSSES = "loss_against_compute.png"
 # What may stand in result.json. "running" stays where a process was killed; the table then says "killed".
 FINISHED, FAILED, INTERRUPTED, RUNNING = "finished", "failed", "interrupted", "running"
+DRY_RUN = "dry run"
 
 _open_sweeps: list[Path] = []
 _failures: list[str] = []
@@ -118,7 +120,7 @@ class SweepSummary(Callback):
         # Jobs in other processes compose the config again, and would give the folder a time stamp of their own.
         with read_write(config), open_dict(config):
             config.hydra.sweep.dir = str(folder)
-            config.hydra.overrides.hydra.append(f'hydra.sweep.dir="{folder}"')
+            config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(str(folder))}")
         plan = {"command": _command(config), "jobs": planned_jobs(config), "started": time.time()}
         write_json(folder / PLAN, plan)
         _open_sweeps.append(folder)

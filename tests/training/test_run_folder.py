@@ -140,10 +140,16 @@ def test_a_folder_is_held_by_one_process(monkeypatch: pytest.MonkeyPatch) -> Non
         other.stdout.readline()
         with pytest.raises(ValueError, match="belongs to a run that is still going on"), run_folder.hold(Path("run")):
             pass
+        for resume in (False, "run"):
+            Path("run/checkpoints").mkdir(exist_ok=True)
+            Path("run/checkpoints/last.ckpt").touch()
+            with pytest.raises(run_folder.RunFolderError, match="still going on"):  # before Hydra writes into it
+                run_folder.choose("run", resume, "m", "d")
         monkeypatch.setenv("LOCAL_RANK", "1")
         with run_folder.hold(Path("run")):  # a helper of the same run
             pass
+        assert run_folder.choose("run", False, "m", "d") == "run"
         other.stdin.close()
     monkeypatch.delenv("LOCAL_RANK")
     with run_folder.hold(Path("run")):
-        pass
+        assert run_folder.choose("run", False, "m", "d") == "run"  # asked again by the run itself

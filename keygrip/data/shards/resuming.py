@@ -54,8 +54,13 @@ class ResumableData(LightningDataModule):
         """What all loaders are built with, beside what makes a batch of samples.
 
         Raises:
-            OSError: the process may not open enough files for so many workers.
+            OSError: the process may not open enough files for so many workers. ValueError: numbers that cannot be.
         """
+        if self.num_workers < 0 or self.prefetch_batches < 1:
+            raise ValueError(
+                f"data.num_workers={self.num_workers} must be at least 0 and data.prefetch_batches="
+                f"{self.prefetch_batches} at least 1"
+            )
         refuse_too_few_files(self.num_workers)
         return {
             "dataset": samples,

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from keygrip.models.backbone.architectures import VARIANTS, Variant
 from keygrip.training.checkpoints import refuse_other_format
 from keygrip.training.ema import EMA_STATE
-from keygrip.training.integrity import ChangedFileError, load_tensors
+from keygrip.training.integrity import load_tensors
+from keygrip.training.torch_files import TorchFileError
 
 logger = logging.getLogger(__name__)
 
@@ -166,15 +167,13 @@ def read_file(path: Path) -> State:
             ) from error
     try:
         content = load_tensors(path)
-    except ChangedFileError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is not a plain weights file, or holds objects that are not loaded for safety "
-            f"({_first_line(error)})"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({_first_line(error)}); it is cut off or no weights file") from error
+    except TorchFileError as error:
+        if isinstance(error.__cause__, pickle.UnpicklingError):
+            raise ValueError(
+                f"{path} is not a plain weights file, or holds objects that are not loaded for safety "
+                f"({_first_line(error.__cause__)})"
+            ) from error
+        raise ValueError(f"{path} cannot be read ({error}); it is cut off or no weights file") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
     if isinstance(content.get("state_dict"), dict):  # a Lightning checkpoint

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from keygrip.models.nn.lora import is_difference, plain_name
 from keygrip.training.checkpoints import find_checkpoint, refuse_other_format
 from keygrip.training.ema import EMA_STATE
-from keygrip.training.integrity import load_tensors
 
 log = logging.getLogger(__name__)
 
@@ -244,7 +243,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         return load_file(file)
     try:
         content = load_tensors(file)
-    except Exception as error:
+    except ValueError as error:
         raise ValueError(f"init_from={file} cannot be read as weights: {str(error).splitlines()[0]}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"init_from={file} holds a {type(content).__name__}, not weights by name")
