@@ -13,12 +13,13 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from keygrip.envs.rendering import CameraViews, Lens, substeps_of
 from keygrip.envs.yam import scene, tasks
-from keygrip.envs.yam.rendering import CameraViews, Lens, mujoco, substeps_of
 from keygrip.envs.yam.tasks import EpisodeLayout, Placed, TaskOptions, sample_layout
 from keygrip.envs.yam.text import Sight
 from keygrip.robots.inverse_kinematics import solve, yaw_of
 from keygrip.robots.kinematics import forward_kinematics, matrix_from_quaternion, quaternion_from_matrix
+from keygrip.robots.mujoco_backend import mujoco
 
 LIFTED = 0.03  # m above its rest at which the object counts as lifted
 PICK_HEIGHT = 0.07  # m above its rest at which `pick` is done

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from keygrip.envs.rendering import Lens
 from keygrip.envs.yam import tasks
-from keygrip.envs.yam.rendering import Lens, mujoco
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.robots.kinematics import arm_file, gripper_file
+from keygrip.robots.mujoco_backend import mujoco
 
 
 @dataclass(frozen=True)

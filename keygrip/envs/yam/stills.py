@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from keygrip.envs.rendering import CameraRenderer, Lens
 from keygrip.envs.yam import tasks
 from keygrip.envs.yam.colours import EQUAL_LUMINANCE
 from keygrip.envs.yam.environment import YamCell
-from keygrip.envs.yam.rendering import CameraRenderer, Lens
 from keygrip.envs.yam.tasks import Appearance, EpisodeLayout, TaskOptions, stream
 
 CUBE_COLOURS = {"red": "red", "gold": "yellow", "teal": "cyan", "purple": "purple"}  # as seen: as the palette has them

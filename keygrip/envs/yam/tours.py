@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from keygrip.envs.rendering import Lens
 from keygrip.envs.yam import scene, tasks
 from keygrip.envs.yam.environment import YamCell
-from keygrip.envs.yam.rendering import Lens, mujoco
 from keygrip.envs.yam.tasks import EpisodeLayout, TaskOptions, stream
 from keygrip.robots.inverse_kinematics import pointing_down, solve
+from keygrip.robots.mujoco_backend import mujoco
 
 CUBE = 0.05  # m
 HOVER = 0.035  # m from a cube's top to the finger tips

@@ -13,7 +13,8 @@ from PIL import Image
 from keygrip.data.robot.doctor.examination import matrices, spread
 from keygrip.data.robot.schema import Demo
 from keygrip.robots.inverse_kinematics import solve
-from keygrip.robots.surface import RobotSurface, gripper_blob, yam_surface
+from keygrip.robots.model_file import yam_surface
+from keygrip.robots.surface import RobotSurface, gripper_blob
 
 SIDE = 160  # pixels of the longer side on which images and poses are compared
 STATIC_M, STATIC_DEG = 2e-3, 0.1  # a camera that moves less within a demo stands
