@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keygrip.data.video_text.video_files import read_frames
+from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.evaluation.vqa_benchmarks import read_benchmark
+
+
+def read_frames(*arguments: Any, **settings: Any) -> np.ndarray:
+    return read_timed_frames(*arguments, **settings)[0]
 
 
 def video(path: Path, seconds: int = 3, fps: int = 5) -> Path:

@@ -13,18 +13,6 @@ from keygrip.data.video_text.conversations import MAX_FRAMES, decode_image, deco
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
-def read_frames(
-    path: str | Path,
-    size: int,
-    fit: str,
-    max_frames: int,
-    clip: tuple[float, float] | None = None,
-    folder_fps: float = 1.0,
-) -> np.ndarray:
-    """The frames of `read_timed_frames` alone."""
-    return read_timed_frames(path, size, fit, max_frames, clip, folder_fps)[0]
-
-
 def read_timed_frames(
     path: str | Path,
     size: int,

@@ -67,8 +67,3 @@ def lower_precision(network: nn.Module, precision: Precision) -> None:
     for parameter in network.parameters():
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(torch.bfloat16)
-
-
-def weight_bytes(network: nn.Module) -> int:
-    """Bytes of parameters and buffers."""
-    return sum(part.numel() * part.element_size() for part in [*network.parameters(), *network.buffers()])
