@@ -357,6 +357,11 @@ def known_keys(config_name: str, overrides: Sequence[str] = ()) -> list[str]:
 
 
 def describe_config_error(error: BaseException, config_name: str, overrides: Sequence[str]) -> str:
+    """What is wrong with the overrides of a command, in one line, with the nearest name that exists.
+
+    Args:
+        error: what Hydra or OmegaConf raised. config_name: root config. overrides: of the command line.
+    """
     text = one_line(error)
     cause = error.__cause__
     missing = re.search(r"Could not find '([^']+)/([^'/]+)'", text)
@@ -420,6 +425,7 @@ def group_options(group: str) -> list[str]:
 
 
 def chain(error: BaseException) -> list[BaseException]:
+    """The causes of an error (`__cause__`), the direct one first."""
     chain: list[BaseException] = []
     cause = error.__cause__
     while cause is not None and cause not in chain:
@@ -445,6 +451,7 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 def one_line(error: BaseException) -> str:
+    """An error's message as one line, without the lines that OmegaConf adds; its type where it has no message."""
     text = str(error).strip() or type(error).__name__
     if isinstance(error, KeyError) and error.args:
         text = f"missing key {error.args[0]!r}"

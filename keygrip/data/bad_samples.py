@@ -154,6 +154,7 @@ class BadSamples:
 
     @property
     def count(self) -> int:
+        """Number of samples left out so far."""
         return sum(self.reasons.values())
 
     def add(self, seen: int, reasons: Sequence[str] = ()) -> None:

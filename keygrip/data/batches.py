@@ -44,6 +44,7 @@ class Movable:
         return self.map(move)
 
     def pin_memory(self) -> Self:
+        """In page-locked memory, from which copies to a GPU run beside the computation."""
         return self.map(Tensor.pin_memory)
 
 
@@ -153,14 +154,17 @@ class MultiViewPolicyBatch(PolicyTargets):
 
     @property
     def image(self) -> Tensor:
+        """float32 [B, 3, S, S] of the first camera, normalised."""
         return normalised(self.images[:, 0], self.mean, self.std)
 
     @property
     def intrinsics(self) -> Tensor:
+        """[B, 3, 3] of the first camera, pixels."""
         return self.view_intrinsics[:, 0]
 
     @property
     def world_to_camera(self) -> Tensor:
+        """[B, 4, 4] of the first camera, metres."""
         return self.view_world_to_camera[:, 0]
 
 

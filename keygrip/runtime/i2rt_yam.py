@@ -36,11 +36,14 @@ START_SLACK_RAD = 0.15  # the driver's own allowance beyond the joints' ranges
 class Driver(Protocol):
     """What is used of i2rt's robot."""
 
-    def num_dofs(self) -> int: ...
+    def num_dofs(self) -> int:
+        """Joints and gripper together: 7."""
 
-    def get_joint_pos(self) -> np.ndarray: ...
+    def get_joint_pos(self) -> np.ndarray:
+        """[7] joint angles in rad and the gripper's opening, 0 to 1."""
 
-    def command_joint_pos(self, joint_pos: np.ndarray) -> None: ...
+    def command_joint_pos(self, joint_pos: np.ndarray) -> None:
+        """Commands [7] joint angles in rad and an opening; returns at once."""
 
     def close(self) -> None: ...
 

@@ -45,6 +45,7 @@ class StepMemory:
 
     @property
     def total(self) -> int:
+        """Bytes of all parts together."""
         return self.weights + self.optimizer + self.ema + self.step
 
     def report(self) -> dict[str, Any]:

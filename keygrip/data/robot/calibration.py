@@ -122,6 +122,7 @@ class Calibration:
         raise ValueError(f"{self.path} has no arms.{name}.world_from_base: where that arm's base stands in the world")
 
     def camera(self, name: str) -> CameraCalibration:
+        """The entry of a camera. Raises ValueError: there is none."""
         if name not in self.cameras:
             raise ValueError(
                 f"{self.path} has no camera {name!r}; it has {', '.join(self.cameras) or 'none'}. Add it, or leave "

@@ -309,6 +309,7 @@ class RobotDemos(ResumableData):
 
     @property
     def train_demos(self) -> list[Demo]:
+        """Demonstrations of the training split; needs `setup`."""
         return [self.demos[index] for index in self.train_indices]
 
     @property
@@ -382,6 +383,7 @@ class RobotDemos(ResumableData):
 
     @property
     def train_samples(self) -> DemoSamples:
+        """Augmented samples of the training split; needs `setup`."""
         if self._train is None:
             self._train = self._samples(self.train_indices, self.augmentation, training=True)
             if self._train.dropped:
@@ -390,6 +392,7 @@ class RobotDemos(ResumableData):
 
     @property
     def val_samples(self) -> DemoSamples:
+        """Unaugmented samples of the validation split; needs `setup`."""
         if self._val is None:
             self._val = self._samples(self.val_indices, None, training=False)
         return self._val

@@ -54,6 +54,7 @@ class JpegFrames:
         return self.frames
 
     def path(self, index: int) -> Path:
+        """The file of a frame. Raises IndexError."""
         return self.folder / (self.pattern % (self.start + _checked_index(index, self.frames, self.folder)))
 
     def read(self, index: int) -> np.ndarray:
@@ -124,6 +125,7 @@ class VideoFrames:
         return self.frames if self.frames is not None else self.frames_in_file() - self.start
 
     def frames_in_file(self) -> int:
+        """Frames in the whole file, counted from its packets. Raises OSError."""
         return count_frames(self.path)
 
     def verify(self) -> None:

@@ -60,6 +60,7 @@ def _demo_folders(root: Path, depth: int = SEARCH_DEPTH) -> list[Path]:
 
 
 def find(root: Path) -> list[DemoReference]:
+    """References to the native demos under `root`, unread."""
     references = []
     for folder in _demo_folders(root):
         name = folder.name if folder == root else folder.relative_to(root).as_posix()
@@ -68,6 +69,7 @@ def find(root: Path) -> list[DemoReference]:
 
 
 def detect(root: Path) -> bool:
+    """Whether a folder holds native demos."""
     return any(_looks_native(folder) for folder in _demo_folders(root))
 
 

@@ -254,4 +254,5 @@ def _checked(row: Row) -> Row:
 
 
 def index_path(shard: Path) -> Path:
+    """The index file of a shard, beside it."""
     return shard.with_name(shard.name + INDEX_SUFFIX)

@@ -152,6 +152,7 @@ class Part:
         return len(self.chosen)
 
     def column(self, name: str) -> np.ndarray:
+        """A column of the index for the samples of this part, [N]."""
         return self.shards.columns[name][self.chosen]
 
     def component(self, max_frames: int, max_tokens: int | None = None, rows: int = 1) -> Component:

@@ -28,18 +28,22 @@ class RobotNames:
 
     @property
     def joints(self) -> tuple[str, ...]:
+        """The six joints, from the base."""
         return tuple(f"{self.prefix}joint{i}" for i in range(1, 7))
 
     @property
     def finger_joints(self) -> tuple[str, str]:
+        """The slides of both fingers."""
         return f"{self.prefix}grip_joint7", f"{self.prefix}grip_joint8"
 
     @property
     def tool(self) -> str:
+        """The site between the finger tips."""
         return f"{self.prefix}grip_grasp_site"
 
     @property
     def fingers(self) -> tuple[str, str]:
+        """The bodies of both fingers."""
         return f"{self.prefix}grip_tip_left", f"{self.prefix}grip_tip_right"
 
 

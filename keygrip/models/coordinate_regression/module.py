@@ -102,6 +102,7 @@ class CoordinateRegressionModule(System):
         return (position - low) / (high - low).clamp_min(1e-6) * 2 - 1
 
     def denormalise(self, position: Tensor) -> Tensor:
+        """Metres ``[..., 3]`` from -1 .. 1 over the training range; the inverse of `normalise`."""
         low, high = self.statistics.position_range
         return low + (position + 1) / 2 * (high - low)
 

@@ -237,6 +237,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         return self.network(frames, rows, mode, refinement)
 
     def score(self, output: VLMOutput, batch: VideoTextBatch) -> BatchScores:
+        """Loss and exactness of a network's output for a batch, by kind of question."""
         return score(output, batch, self.network.language.head_weight, self.loss_chunk, self.loss_kernel)
 
     def refinement_now(self) -> int:

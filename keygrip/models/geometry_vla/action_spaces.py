@@ -70,6 +70,12 @@ class PoseSpace(nn.Module):
     def from_poses(
         self, position: Tensor, quaternion: Tensor, gripper: Tensor, start_position: Tensor, start_quaternion: Tensor
     ) -> Tensor:
+        """Numbers ``[B, A, T, 10]`` of poses; the inverse of `poses`.
+
+        Args:
+            position: ``[B, A, T, 3]`` m. quaternion: ``[B, A, T, 4]``. gripper: ``[B, A, T]``.
+            start_position, start_quaternion: ``[B, A, 3]`` and ``[B, A, 4]``, the present pose.
+        """
         if self.delta:
             position = position - start_position[:, :, None]
             inverse = quaternion_conjugate(start_quaternion)[:, :, None].expand_as(quaternion)

@@ -64,6 +64,7 @@ class GeometryEncoder(nn.Module, ABC):
 
     @property
     def learns_depth(self) -> bool:
+        """Whether it has losses on depth."""
         return False
 
     @property

@@ -223,6 +223,7 @@ class QwenVL(nn.Module):
 
     @property
     def tokens_per_view(self) -> int:
+        """Visual tokens of one image."""
         return (self.image_size // (self.vision.patch_size * MERGE)) ** 2
 
     def prepare(self, folder: Path, instructions: Sequence[str]) -> None:

@@ -52,10 +52,12 @@ class Conditions:
 
     @property
     def has_text(self) -> bool:
+        """Whether there are text states."""
         return self.text is not None
 
     @property
     def has_dino(self) -> bool:
+        """Whether there is a CLS vector (patches never come without one)."""
         return self.cls is not None
 
     def repeated(self, times: int) -> Conditions:

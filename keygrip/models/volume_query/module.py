@@ -189,6 +189,7 @@ class VolumeQueryModule(System):
     # -- forward and loss ---------------------------------------------------------------------------------------------
 
     def targets(self, batch: PolicyBatch) -> StepTargets:
+        """Pixels, height bins and gripper bins of a batch's steps, and which steps carry loss."""
         return step_targets(
             batch,
             image_size=self.network.image_size,

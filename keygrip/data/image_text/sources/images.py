@@ -84,6 +84,7 @@ class Rank:
 
     @classmethod
     def here(cls) -> Rank:
+        """From the environment variables of torchrun or SLURM; a single process without them."""
         env = os.environ
         if "RANK" in env and "WORLD_SIZE" in env:
             return cls(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))

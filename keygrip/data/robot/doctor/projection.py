@@ -17,6 +17,7 @@ GRAZING_SLOPE = 0.1  # sine of the angle between a viewing ray and the horizonta
 
 
 def check_projection(exam: Examination) -> None:
+    """Whether the gripper projects into each image, and how well a point on the table can be localised there."""
     for camera in exam.cameras:
         demos = exam.with_camera(camera)
         carrier = _mounted_on(demos, camera)

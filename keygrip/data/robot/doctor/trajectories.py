@@ -20,6 +20,7 @@ ORDER_MARGIN = 0.5  # difference in the mean cosine of the approach against stra
 
 
 def check_heights(exam: Examination) -> None:
+    """Range of the heights: too small, too large, or stretched by a few frames; the size of a height bin."""
     for arm in exam.arms:
         demos = exam.with_arm(arm)
         heights = np.concatenate([demo.arms[arm].position[:, 2] for demo in demos])
@@ -71,6 +72,7 @@ def check_heights(exam: Examination) -> None:
 
 
 def check_jumps(exam: Examination) -> None:
+    """Speeds between neighbouring frames that no arm reaches."""
     for arm in exam.arms:
         jumping = []
         fastest = 0.0
@@ -95,6 +97,7 @@ def check_jumps(exam: Examination) -> None:
 
 
 def check_quaternions(exam: Examination) -> None:
+    """Sign flips of the quaternions, and quaternions in another order than wxyz."""
     for arm in exam.arms:
         demos = exam.with_arm(arm)
         flips = {
@@ -149,6 +152,7 @@ def _attitude(trajectories: list[ArmTrajectory], reading: Callable[[np.ndarray],
 
 
 def check_gripper(exam: Examination) -> None:
+    """Grippers that hardly move between open and closed, and openings that are inverted."""
     for arm in exam.arms:
         demos = exam.with_arm(arm)
         ranges = [float(np.ptp(demo.arms[arm].gripper)) for demo in demos]
@@ -195,6 +199,7 @@ def _first_change(opening: np.ndarray) -> int:
 
 
 def check_times(exam: Examination) -> None:
+    """Gaps in the time stamps, and rates that differ from the stated one or between demos."""
     gaps: dict[str, float] = {}
     rates: dict[str, float] = {}
     stated = {demo.name: demo.fps for demo in exam.demos}

@@ -90,6 +90,7 @@ class RestrictedUnpickler(pickle.Unpickler):
     """Loads numpy arrays and builtin containers; any other name in the pickle raises `pickle.UnpicklingError`."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """The allowed object of a name. Raises pickle.UnpicklingError: it is not allowed."""
         if (module, name) not in _SAFE:
             raise pickle.UnpicklingError(
                 f"the pickle asks for {module}.{name}; only numpy arrays and builtin containers are loaded"
