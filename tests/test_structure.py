@@ -188,7 +188,7 @@ def test_networks_and_modules_touch_no_files_and_start_no_processes() -> None:
 
 
 def test_public_names_say_what_they_are() -> None:
-    """A method may leave it to the one of the same name that says it: of its protocol, base class or PyTorch Lightning."""
+    """A method may leave it to the method of the same name in its protocol, base class or PyTorch Lightning."""
     described, silent = set(LIGHTNING_HOOKS), []
 
     def visit(body: list[ast.stmt], place: str, owner: str) -> None:
