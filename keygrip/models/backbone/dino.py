@@ -319,8 +319,7 @@ class DinoBackbone(nn.Module):
                 near = f"{below} or {above}" if below else f"{above}"
                 raise ValueError(
                     f"{what} {height} x {width}: {side} does not divide by the patch size {patch} of "
-                    f"{self.variant.name}; "
-                    f"the nearest sizes are {near}"
+                    f"{self.variant.name}; the nearest sizes are {near}"
                 )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DinoBackbone:

@@ -174,8 +174,7 @@ class PCARotation(RotationCodec):
         if explained < self.min_explained:
             warnings.warn(
                 f"The first principal component explains only {explained:.0%} of the rotations (below "
-                f"{self.min_explained:.0%}): "
-                "rotation=pca_1d will lose the rest; use rotation=kmeans.",
+                f"{self.min_explained:.0%}): rotation=pca_1d will lose the rest; use rotation=kmeans.",
                 stacklevel=3,
             )
 

@@ -104,9 +104,8 @@ class VolumeQueryModule(System):
             raise ValueError(f"model.target is hard or bilinear, not {target!r}.")
         if rotation.classes != network.rotation_classes:
             raise ValueError(
-                f"The rotation codec has {rotation.classes} classes and the network's head "
-                f"{network.rotation_classes}: set "
-                "rotation.classes, which both read."
+                f"The rotation codec has {rotation.classes} classes and the network's head {network.rotation_classes}: "
+                "set rotation.classes, which both read."
             )
         if not 1 <= rotation_symmetry <= 8:
             raise ValueError(f"model.rotation_symmetry is 1 (none) to 8 equal turns, not {rotation_symmetry}.")

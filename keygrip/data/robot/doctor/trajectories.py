@@ -113,8 +113,7 @@ def check_quaternions(exam: Examination) -> None:
                 f"arm {arm}, {listed(flipping)}",
                 f"the quaternion changes its sign from one frame to the next {sum(flips.values())} times",
                 "Give each quaternion the sign that is nearer to the one before: q and -q are one rotation, but "
-                "anything "
-                "that interpolates or averages them goes astray",
+                "anything that interpolates or averages them goes astray",
             )
         stated = _attitude([demo.arms[arm] for demo in demos], lambda quaternion: quaternion)
         rolled = _attitude([demo.arms[arm] for demo in demos], lambda quaternion: np.roll(quaternion, 1, axis=1))
@@ -128,9 +127,8 @@ def check_quaternions(exam: Examination) -> None:
                 "quaternion_order",
                 "error" if upside else "warning",
                 f"arm {arm}",
-                f"as the file is read, the gripper points down by {stated[0]:.2f} when it is low (1 is straight "
-                "down) and "
-                f"{stated[1]:.0%} of its turning is about the vertical; were its quaternions x, y, z, w, by "
+                f"as the file is read, the gripper points down by {stated[0]:.2f} when it is low (1 is straight down) "
+                f"and {stated[1]:.0%} of its turning is about the vertical; were its quaternions x, y, z, w, by "
                 f"{rolled[0]:.2f} and {rolled[1]:.0%}, as on a table",
                 "Store quaternions as w, x, y, z; the axes on the contact sheet show which reading is right",
             )
@@ -186,8 +184,7 @@ def check_gripper(exam: Examination) -> None:
                 f"in {opening} of {opening + closing} demos the gripper first opens, as the file is read; a grasp "
                 "begins with closing",
                 "Store 0 for closed and 1 for open (the other way round is likely); ignore this for tasks that begin "
-                "with an "
-                "object in the gripper",
+                "with an object in the gripper",
             )
 
 

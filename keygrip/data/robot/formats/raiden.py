@@ -304,8 +304,7 @@ def _left_from_right(
             raise DemoError(
                 name,
                 "two arms, but no calibration_results.json with bimanual_transform.right_base_to_left_base beside or "
-                "above the "
-                "episode: calibrate both wrist cameras together (`rd calibrate`) or name the file with "
+                "above the episode: calibrate both wrist cameras together (`rd calibrate`) or name the file with "
                 "data.calibration=PATH",
             )
         candidate = invert(rigid(np.asarray(matrix), f"{path}: right_base_to_left_base"))
@@ -313,8 +312,7 @@ def _left_from_right(
     if stated is not None and swapped is not None and swapped < RIGID_WRIST_SPREAD_M < stated:
         notes.append(
             "the transform between the arms' bases is used the other way round: only so is the right wrist camera "
-            "rigid on its "
-            f"gripper ({swapped * 1e3:.0f} mm against {stated * 1e3:.0f} mm)"
+            f"rigid on its gripper ({swapped * 1e3:.0f} mm against {stated * 1e3:.0f} mm)"
         )
         return invert(candidate)
     return candidate
