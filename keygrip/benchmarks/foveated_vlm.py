@@ -25,7 +25,7 @@ from keygrip.models.language.cache import LanguageCache
 from keygrip.training.memory import GIB
 from keygrip.training.parts import build_stored
 
-PROMPT_SHARE = 0.75  # of the text tokens stand before the answer, where the question is first
+PROMPT_SHARE = 0.75  # share of the text tokens before the answer, where the question comes first
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class VLMStep(Timed):
                 frames, rows = self._batch(network, "visual_first", count, device)
                 work = _Step(network, frames, rows, "coarse_fine")
                 if count != self.frames:
-                    work()  # what is allocated for good the first time is not its own
+                    work()  # the first call also makes allocations that stay
                 figures[f"peak_{count}_frames_mb"] = round(peak_extra_bytes(work, device) / 2**20, 1)
         figures["step_ms"] = figures["visual_first_step_ms"]
         figures["fine_over_coarse_time"] = figures["visual_first_fine_over_coarse_time"]

@@ -15,7 +15,7 @@ import torch
 
 Work = Callable[[], object]
 
-MIN_REPETITIONS = 3  # fewer have no median worth the name
+MIN_REPETITIONS = 3  # fewer give no usable median
 
 
 def synchronise(device: torch.device) -> None:
@@ -83,7 +83,7 @@ def peak_extra_bytes(work: Work, device: torch.device) -> int:
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    gc.collect()  # garbage of before, freed in between, would be taken off
+    gc.collect()  # garbage from before that is freed meanwhile would be subtracted
     gc.disable()
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

@@ -33,7 +33,7 @@ from keygrip.progress import Progress
 from keygrip.training.checkpoints import load_module
 from keygrip.training.memory import count_step
 
-STEPS = 50  # over which what is computed once a sample is spread
+STEPS = 50  # sampling steps that share what is computed once per sample
 FOUR = ("none", "text", "dino", "full")
 THREE = FOUR[:3]
 TOLERANCE = 1e-3  # relative: rounding in float32 over 18 blocks is a hundredth of it

@@ -22,7 +22,7 @@ from keygrip.data.video_text.conversations import Conversation as Conversation
 from keygrip.data.video_text.conversations import Turn as Turn
 from keygrip.data.video_text.conversations import VideoTextSample as VideoTextSample
 
-CLOSED = 0.5  # of a gripper's opening: less is closed
+CLOSED = 0.5  # a gripper whose opening is less is closed
 
 
 class Movable:

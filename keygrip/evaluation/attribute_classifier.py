@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # of the network and its training: another one is another classifier
+VERSION = 3  # version of the network and its training; a file of another version is trained again
 THINGS = ("cube", "block")
-NEAR_PX = 4.0  # at 64 pixels, of the shorter side
+NEAR_PX = 4.0  # distance in an image whose shorter side has 64 pixels
 REFERENCE_EDGE = 64
 
 

@@ -29,7 +29,7 @@ from keygrip.training.checkpoints import load_module
 
 # Seeds from here on are never used for recording, training or choosing settings (those start at 500000).
 HELD_OUT_SEED = 1_000_000
-HEIGHT_STEP_CM = 2  # of the breakdown by height
+HEIGHT_STEP_CM = 2  # height step of the breakdown by height
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 CURVES = ("scales", "steps")  # evaluated on fewer images, for each of several settings
 CASES = ("reconstruction", "dino_swap", "text_only", "changed_words", "shuffled_patches", *CURVES)
 STEPPED = ("reconstruction", "text_only")  # what is drawn in the case `steps`
-SIDE_MARGIN = 0.05  # of the width: nearer than this, left and right are not asked about
+SIDE_MARGIN = 0.05  # share of the width; for nearer objects left and right are not asked about
 UNRELATED, REAL, DECODED = "another_picture", "real", "autoencoder"
 
 

@@ -24,7 +24,7 @@ from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.progress import Progress
 from keygrip.training.checkpoints import load_module
 
-MAX_NEW_TOKENS = 64  # where a task does not say
+MAX_NEW_TOKENS = 64  # default where a task gives none
 Seen = tuple[torch.Tensor, list[int], list[tuple[float, ...] | None], Any]  # a video, and its keys and values
 Timed = tuple[np.ndarray, tuple[float, ...] | None]  # frames and when each was taken
 

@@ -20,7 +20,7 @@ from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
 
-FOLDER_FPS = 3.0  # of folders of frames: MVBench's
+FOLDER_FPS = 3.0  # frame rate of MVBench's folders of frames
 ROWS = 32  # questions, or their lettered answers, at a time
 
 

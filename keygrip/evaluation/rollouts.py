@@ -69,9 +69,7 @@ def run_episode(
     while not over:
         try:
             action = controller.act(observation)
-        except (
-            ValueError
-        ) as error:  # no 3D point for a prediction: the policy has lost the plot, the evaluation has not
+        except ValueError as error:  # no valid 3D point: the episode counts as policy_error and the evaluation goes on
             failure, detail = "policy_error", str(error)
             break
         if film is not None and steps % film_every == 0:

@@ -29,7 +29,7 @@ from keygrip.training.checkpoints import find_checkpoint, load_module
 
 log = logging.getLogger(__name__)
 
-MOST_STRIPS = 64  # of a figure: each is two inches high
+MOST_STRIPS = 64  # most rows of a figure: each is two inches high
 
 
 @dataclass(frozen=True)

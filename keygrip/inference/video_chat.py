@@ -32,7 +32,7 @@ from keygrip.models.foveated_vlm.streaming import StreamingSession, pieces
 from keygrip.training.checkpoints import load_module, read_checkpoint, weights_of
 
 ROLES = ("system", "user", "assistant")
-MARK = "\ue000"  # in place of an image or video, in text that a template renders; no text holds it
+MARK = "\ue000"  # stands for an image or video in text that a template renders; user text never holds it
 BATCH_ROWS = 64  # conversations that are answered together at most
 BATCH_FRAMES = 256  # answered together: their keys and values take 9 MB per frame in DINOv2 small, float32
 Message = Mapping[str, Any]

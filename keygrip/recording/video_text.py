@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FIRST_SEEDS = {"train": 0, "val": 500_000, "test": 1_000_000}
-TOUR_QUALITY = 95  # small digits suffer first
+TOUR_QUALITY = 95  # JPEG quality; lower ones blur small digits
 TOURS, DEMOS = "tours", "demos"
 
 

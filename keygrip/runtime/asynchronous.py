@@ -21,7 +21,7 @@ from keygrip.models.policy import Observation, Plan, arm_axis
 from keygrip.runtime.planners import Planner, PlanOutcome, PlanRequest
 
 ROUNDING_S = 1e-6
-LATENCIES_KEPT = 8  # the longest of so many is expected of the next plan
+LATENCIES_KEPT = 8  # the next plan is expected to take as long as the slowest of this many
 
 
 class Trajectory:

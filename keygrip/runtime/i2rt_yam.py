@@ -30,7 +30,7 @@ from keygrip.runtime.robot import RobotLostError
 log = logging.getLogger(__name__)
 
 JOINTS = 6
-START_SLACK_RAD = 0.15  # the driver's own allowance beyond the joints' ranges
+START_SLACK_RAD = 0.15  # the driver itself accepts this much beyond the joints' ranges
 
 
 class Driver(Protocol):

@@ -24,7 +24,7 @@ from scipy.spatial.transform import Rotation
 
 from keygrip.models.policy import Plan
 
-QUATERNION_TOLERANCE = 0.05  # of the norm: more is not rounding but another quantity
+QUATERNION_TOLERANCE = 0.05  # deviation of the norm from 1; more is not rounding but another quantity
 ROUNDING_M = 1e-9
 
 

@@ -18,8 +18,8 @@ import numpy as np
 
 from keygrip.models.policy import Observation, Plan, arm_axis
 
-QUATERNION_SLACK = 1e-3  # of the norm of a planned quaternion
-GRIPPER_SLACK = 0.05  # beyond 0 and 1
+QUATERNION_SLACK = 1e-3  # deviation of a planned quaternion's norm from 1
+GRIPPER_SLACK = 0.05  # how far an opening may lie beyond 0 and 1
 
 
 class ImplausibleError(ValueError):

@@ -24,7 +24,7 @@ from keygrip.runtime.wire import WireError, entries_of
 
 log = logging.getLogger(__name__)
 
-DECODERS = 2  # threads
+DECODERS = 2  # decoding threads
 Decoded = TypeVar("Decoded")
 
 

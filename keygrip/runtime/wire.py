@@ -31,7 +31,7 @@ FARTHEST_CAMERA_M = 100.0  # from the world's origin
 FOCAL_LENGTHS = (1.0, 1e6)  # pixels
 OF_SOME = ("uncertainty", "joints", "controller")  # parts of a plan that some policies give
 VIEW = ("image", "intrinsics", "world_to_camera")
-SLACK = 0.02  # of unit quaternions and rotation matrices that went through float32 and somebody's JSON
+SLACK = 0.02  # tolerance for unit quaternions and rotation matrices after float32 and JSON
 
 
 class WireError(ValueError):

@@ -25,7 +25,7 @@ Step = Callable[
     [Callable[[Tensor], Tensor]], Tensor
 ]  # from what brings a batch's tensors to where it runs, to the loss
 ADAM_STATES = 2  # float32 numbers that AdamW keeps of each trained one
-SMALL = 2**20  # numbers of a tensor that is computed where it depends on no parameter
+SMALL = 2**20  # size up to which tensors that depend on no parameter are computed for real
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-MOST_TASKS = 200  # more would flood a logger: then none are kept
+MOST_TASKS = 200  # with more tasks none are logged by task, which would flood a logger
 
 
 class MeansByTask:

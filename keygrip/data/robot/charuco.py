@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 LEAST_FRAMES, LEAST_CORNERS = 8, 6
 LARGEST_ERROR_PX = 2.0
-SMALLEST_TURN_DEG = 15.0  # between the gripper's rotations: hand-eye calibration needs turns about two axes
+SMALLEST_TURN_DEG = 15.0  # between two of the gripper's rotations; hand-eye calibration needs turns about two axes
 
 
 @dataclass(frozen=True)

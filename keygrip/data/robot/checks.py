@@ -20,8 +20,8 @@ QUATERNION_TOLERANCE = (
 )
 LARGEST_POSITION_M = 10.0  # farther is another unit or a broken reading: it would stretch the height bins over all
 OUTLIER_M, OUTLIER_QUARTILES = 0.1, 10.0
-RATES_HZ = (0.01, 10_000.0)  # of recordings; others are another unit
-NAME = re.compile(r"\w[\w .:+-]{0,99}")  # of arms and cameras: they become names of files
+RATES_HZ = (0.01, 10_000.0)  # frame rates of recordings; others are another unit
+NAME = re.compile(r"\w[\w .:+-]{0,99}")  # names of arms and cameras; they become names of files
 ROTATION_TOLERANCE = 1e-3  # largest entry of R R^T - I that rounding and hand-eye calibration files produce
 GRIPPER_TOLERANCE = (
     1e-3  # opening may overshoot [0, 1] by this much (encoder noise); more means another unit or polarity

@@ -232,7 +232,7 @@ class RobotDemos(ResumableData):
         if self.record is None:
             return
         if getattr(multiprocessing.current_process(), "_inheriting", False):
-            # a recorder's worker that runs the caller's script again would wait here for the lock of its own parent
+            # a recorder's worker process that imports the caller's script would wait here for its own parent's lock
             raise RuntimeError(
                 "recording starts processes, which import the script that asked for it: put its work under "
                 "if __name__ == '__main__'"

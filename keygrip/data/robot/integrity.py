@@ -46,8 +46,8 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = "keygrip.manifest/1"
 VERIFIED = "verified.json"
-THREADS = 8  # more wait for the disk
-KEPT_ENTRIES = 200_000  # of the file of checked recordings
+THREADS = 8  # more threads only wait for the disk
+KEPT_ENTRIES = 200_000  # entries kept in the file of checked recordings
 AGAIN = "restore the file, or, where it was changed on purpose, run prepare step=manifest again=true"
 
 

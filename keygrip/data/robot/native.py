@@ -30,7 +30,7 @@ from keygrip.data.robot.schema import (
 
 POSES = ("position_m", "quaternion_wxyz", "gripper_opening")
 ARM_ARRAYS = (*POSES, *(f"commanded_{part}" for part in POSES), "joint_positions_rad", "controller_action")
-PATTERN = re.compile(r"[^%]*%(0\d{1,2})?d[^%]*")  # of file names; a wider number could fill the memory
+PATTERN = re.compile(r"[^%]*%(0\d{1,2})?d[^%]*")  # one frame number in a file name; a wider one could fill memory
 SEARCH_DEPTH = 3  # folders below `root` that are searched: root/demo, root/task/demo, root/robot/task/demo
 
 

@@ -21,9 +21,9 @@ from keygrip.data.shards.sampling import SampleKey, sample_generator
 from keygrip.data.shards.substitution import SubstitutingSamples
 
 TARGETS = ("commanded", "reached")
-EXTRA_TARGETS = ("joints", "controller")  # of an arm, where a model's actions are no poses
+EXTRA_TARGETS = ("joints", "controller")  # what else of an arm is read, where a model's actions are not poses
 SUBSTITUTES = 8  # frames to each side that may stand in for one that cannot be read
-IDLE_SPEED_MPS = 0.005  # slower than this is standing still: five times the tracking noise of a good arm at 10 Hz
+IDLE_SPEED_MPS = 0.005  # slower counts as standing still: five times the tracking noise of a good arm at 10 Hz
 IDLE_TURN_RPS = 0.05  # and turns slower than 3 degrees per second
 IDLE_GRIPPER_PER_S = 0.05  # and a gripper that would need 20 s to close
 

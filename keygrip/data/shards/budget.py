@@ -14,7 +14,7 @@ import numpy as np
 from keygrip.training.parts import data_part
 
 POOL = 128  # batches among which a bucket's samples are sorted by length
-BLUR = 0.03  # of each length, at random: who shares a batch changes from epoch to epoch in small buckets too
+BLUR = 0.03  # random change of each length (share), so that batches of small buckets differ from epoch to epoch too
 SLACK = (
     100  # one batch in so many is kept free: epochs differ a little in how many they fill, and all have equally many
 )

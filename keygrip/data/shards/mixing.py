@@ -19,7 +19,7 @@ from keygrip.data.shards.budget import BLUR, POOL, SLACK, Budget, Sizes, budgete
 from keygrip.data.shards.sampling import GlobalBatchSampler, SampleKey
 from keygrip.training.parts import data_part
 
-CHARACTERS_A_TOKEN = 4.0  # roughly, of English: lengths are known in characters
+CHARACTERS_A_TOKEN = 4.0  # for English, roughly; lengths are known in characters
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from keygrip.data.bad_samples import BadSample, BadSamples
 from keygrip.data.shards.sampling import ResumableLoader, SampleKey
 
-SUBSTITUTES = 8  # tried in place of an unreadable sample
+SUBSTITUTES = 8  # samples tried in place of an unreadable one
 Sample = TypeVar("Sample", covariant=True)
 
 

@@ -46,7 +46,7 @@ from keygrip.progress import Progress
 log = logging.getLogger(__name__)
 
 NAMED_AT_MOST = 20
-PROBE_SIZE = 32  # images are decoded whole and then made small: what they show is not looked at
+PROBE_SIZE = 32  # images are decoded whole and made small, since only whether they decode matters
 
 
 @dataclass

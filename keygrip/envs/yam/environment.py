@@ -28,7 +28,7 @@ STEADY_S = 0.3  # a success must last this long
 STILL_SPEED = 0.05  # m/s
 OUT_OF_REACH = 0.01  # m left by the inverse kinematics, a centimetre or more for half a second
 OUT_OF_REACH_S = 0.5
-FASTEST_JOINT = 4.0  # rad/s: a wild command turns into a fast motion, not into a blow
+FASTEST_JOINT = 4.0  # rad/s: a wild command becomes a fast motion, not a jump
 SETTLE_STEPS = 100
 SUNK = 0.002  # m below the table's surface at which a pedestal that is not needed ends
 

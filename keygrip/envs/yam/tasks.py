@@ -428,7 +428,7 @@ def _plain_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
             if free is None:
                 break
             spots.append((free, float(rng.uniform(-np.pi, np.pi))))
-            taken.append((free, -0.035))  # two distractors never have a gripper between them
+            taken.append((free, -0.035))  # distractors keep less distance: no gripper goes between them
         if len(spots) == options.distractors:
             break
     else:

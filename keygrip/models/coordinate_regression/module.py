@@ -31,7 +31,7 @@ from keygrip.training.system import System
 HEADLINE = ("pix_argmax", "gripper_acc", "height_m", "position_cm", "rotation_deg")
 
 
-BAR = ("total", "position_cm")  # in the progress line
+BAR = ("total", "position_cm")  # metrics in the progress line
 
 
 @model_part(from_checkpoint={"init_from": None})
@@ -49,7 +49,7 @@ class CoordinateRegressionModule(System):
     """
 
     batch_type = PolicyBatch
-    reads_calibration = False  # only its metrics in pixels do
+    reads_calibration = False  # only its metrics in pixels read calibration
     evaluation_kind = "policy"
     toy_overrides = (
         *("data=yam", "data.record.task.name=reach", "data.record.demos=4", "data.record.image_size=72"),

@@ -69,7 +69,7 @@ def step_memory(module: Any, batch: VideoTextBatch, bf16: bool, ema: bool) -> St
     def step(of_batch: Callable[[Tensor], Tensor]) -> Tensor:
         frames = normalised(of_batch(batch.frames), network.backbone.mean, network.backbone.std)
         output = network(frames, replace(rows, input_ids=of_batch(batch.input_ids)), module.mode, **refinement)
-        # which states predict is the batch's affair; how many, and so the memory, is not
+        # which states predict depends on the batch; how many do, and so the memory, does not
         states = output.hidden.flatten(0, 1)
         picked = of_batch(torch.arange(predicted) % states.shape[0])
         targets = of_batch(torch.zeros(predicted, dtype=torch.int64))

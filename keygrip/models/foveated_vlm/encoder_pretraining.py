@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from keygrip.data.batches import VideoTextStatistics
 
 DIGITS = 10
-IGNORED = -100  # cross_entropy's own
+IGNORED = -100  # the default ignore_index of torch's cross_entropy
 COVERED = 0.35  # share of a patch that a cube must cover to be what the patch shows
 
 
@@ -154,7 +154,7 @@ def patch_labels(batch: EncoderPretrainingBatch, grid: tuple[int, int]) -> dict[
     pointed = torch.full_like(colour, IGNORED)
     cube, patch = (cover > 0.02).nonzero(as_tuple=True)
     colour[batch.frame[cube], patch] = IGNORED
-    for level in (COVERED, 0.999):  # the cube under whose centre a patch lies has the last word
+    for level in (COVERED, 0.999):  # the cube whose centre lies in the patch decides
         cube, patch = (cover >= level).nonzero(as_tuple=True)
         at = (batch.frame[cube], patch)
         colour[at], digit[at], pointed[at] = batch.colour[cube] + 1, batch.digit[cube], batch.pointed[cube]

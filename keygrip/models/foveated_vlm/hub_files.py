@@ -6,7 +6,7 @@ from typing import Any
 
 MODEL_TYPE = "keygrip_video_language"
 # Before the language model's own template, which knows text alone: of a message that is a list of items, the words.
-# Images and videos have no tokens; where they go is the model's affair.
+# Images and videos have no tokens; the model places them.
 ITEMS = (
     "{%- set said = namespace(messages=[]) -%}"
     "{%- for message in messages -%}"

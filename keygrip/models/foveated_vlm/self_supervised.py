@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 
 LOSSES = ("pixels", "asked", "frame", "agreement")
 FLAT = 0.1  # standard deviation of a patch, in units of the whole image's, below which its detail is noise
-CHANGED = 0.2  # deviation of a pixel from its video's mean, in the same units, that counts half; noise is far below
-MARK = 16  # changed pixels from which on a patch counts wholly
-THUMBNAIL = 16  # pixels of the side of the frame that CLS says
+CHANGED = 0.2  # deviation of a pixel from its video's mean, in the same units, that gets weight 0.5; noise is far below
+MARK = 16  # changed pixels from which on a patch has full weight
+THUMBNAIL = 16  # side in pixels of the frame that CLS predicts
 
 
 @dataclass

@@ -22,7 +22,7 @@ from keygrip.models.language.cache import LanguageCache
 from keygrip.models.language.tokenizers import ChatTokenizer
 
 STREAMED_MODES = ("autoregressive", "coarse_only")
-UNFINISHED = "\ufffd"  # what the bytes of half a character decode to
+UNFINISHED = "\ufffd"  # an incomplete character decodes to this
 
 
 class _Reader:

@@ -36,8 +36,8 @@ from keygrip.training.parts import model_part
 
 log = logging.getLogger(__name__)
 
-COVERED_RAD = math.radians(15.0)  # from a prototype: farther away none was seen in training
-WARNING_DEG = 45.0  # a largest decode error that no manipulation task forgives
+COVERED_RAD = math.radians(15.0)  # rotations farther from every prototype count as not seen in training
+WARNING_DEG = 45.0  # largest decode error above which a warning is logged: no manipulation task tolerates it
 
 
 class RotationCodec(nn.Module):

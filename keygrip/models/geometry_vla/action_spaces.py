@@ -29,7 +29,7 @@ from keygrip.robots.kinematics import ARM_JOINTS, arm_chain
 
 ActionKind = Literal["absolute", "delta", "joint", "osc"]
 COLUMNS: dict[str, int] = {"absolute": 10, "delta": 10, "joint": ARM_JOINTS + 1, "osc": 7}  # C of each kind
-LARGEST_RESIDUAL_M = 0.02  # between recorded positions and those of the recorded joints
+LARGEST_RESIDUAL_M = 0.02  # largest distance between recorded positions and those of the recorded joints
 
 
 class ActionSpace(Protocol):
@@ -117,7 +117,7 @@ class JointSpace(nn.Module):
         chain = arm_chain(arm, gripper)
         for name in ("offsets", "rotations", "axes", "tool_offset", "tool_rotation"):
             values = torch.from_numpy(np.asarray(getattr(chain, name), dtype=np.float32))
-            self.register_buffer(name, values, persistent=False)  # of the robot's model, not of the training
+            self.register_buffer(name, values, persistent=False)  # depends on the robot's model, not on training
         self.register_buffer("base_position", torch.zeros(len(arms), 3))
         self.register_buffer("base_rotation", torch.eye(3).repeat(len(arms), 1, 1))
         self.arms = tuple(arms)

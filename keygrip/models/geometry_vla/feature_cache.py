@@ -22,9 +22,9 @@ from keygrip.artifacts import locked, write_bytes, write_text
 
 log = logging.getLogger(__name__)
 
-KEPT_SHARE = 0.9  # of the limit, after files were removed: not at every new one
+KEPT_SHARE = 0.9  # share of the limit that is kept when files are removed, so that not every new file removes one
 LARGEST_HALF = 6e4  # beyond it a float16 is infinite
-SURPRISING = 20_000  # images of which not one came again
+SURPRISING = 20_000  # after this many images without a hit, a warning
 
 
 class FeatureCache:

@@ -26,7 +26,7 @@ from keygrip.training.parts import model_part
 if TYPE_CHECKING:
     from keygrip.models.backbone import DinoBackbone
 
-DECIMETRES = 10  # to a metre
+DECIMETRES = 10  # per metre
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ class MapAnythingGeometry(GeometryEncoder):
         found: list[Any] = []
         hook = model.info_sharing.register_forward_hook(lambda _, __, output: _stop(found, output))
         devices = [images.device] if images.device.type == "cuda" else []
-        # Its own precision, whatever that around it: bf16 on a GPU, as its authors run it.
+        # In its own precision, independent of the caller's: bf16 on a GPU, as its authors run it.
         with (
             torch.random.fork_rng(devices),
             _optional_inputs(model, ALL_CAMERAS if cameras else NO_CAMERAS),

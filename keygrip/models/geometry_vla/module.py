@@ -52,11 +52,11 @@ HEADLINE = (
     "geometry_moves_cm",
     "geometry_worth_cm",
 )
-DIAGNOSED = 4  # batches of a validation whose use of geometry is looked into
+DIAGNOSED = 4  # validation batches for which the use of geometry is measured
 SEED_STRIDE = 1_000_003  # more frames than any demonstration has
 
 
-BAR = ("total", "position_cm")  # in the progress line
+BAR = ("total", "position_cm")  # metrics in the progress line
 
 
 @model_part(from_checkpoint={"init_from": None})
@@ -222,7 +222,7 @@ class GeometryVLAModule(System):
             losses |= extra
         elif scene.geometry is not None and scene.geometry.points is not None and batch.depth is not None:
             assert geometry is not None
-            with torch.no_grad():  # frozen: its errors are worth knowing all the same
+            with torch.no_grad():  # a frozen encoder's errors are still logged
                 extra = geometry.losses(scene.geometry, batch.depth, batch.view_intrinsics, batch.view_world_to_camera)
             losses |= {name: value for name, value in extra.items() if name.endswith("_cm")}
         if scene.pointing is not None:

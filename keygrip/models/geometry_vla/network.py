@@ -37,7 +37,7 @@ from keygrip.training.parts import model_part
 
 log = logging.getLogger(__name__)
 
-MOST_VIEWS = 16  # that are told apart by their number
+MOST_VIEWS = 16  # views that have an embedding of their number
 
 
 @model_part

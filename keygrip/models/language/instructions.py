@@ -23,7 +23,7 @@ from keygrip.models.nn.attention import Attention
 from keygrip.models.nn.sinusoids import sinusoidal_features
 from keygrip.training.parts import model_part
 
-PADDING, WHOLE = 0, 1  # rows of the table: no word; the token of the whole sentence, which comes first
+PADDING, WHOLE = 0, 1  # rows of the embedding table: padding, and the token of the whole sentence, which comes first
 FIRST_WORD = 2
 WORD = re.compile(r"[^\W\d_]+|\d+|[^\w\s]|_")
 

@@ -29,13 +29,13 @@ from keygrip.training.parts import model_part
 
 log = logging.getLogger(__name__)
 
-# With which its vision tower was trained (CLIP's).
+# Mean and standard deviation of its vision tower's training images (CLIP's).
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 MERGE = 2  # patches along a side that become one token
 TEMPORAL = 2  # frames that a patch spans: an image is shown twice
 KEPT_PROMPTS = 4096  # instructions whose tokens are remembered
-IMAGES, WORDS = "<images>", "<words>"  # stand for both while a prompt is rendered
+IMAGES, WORDS = "<images>", "<words>"  # placeholders while a prompt is rendered
 EXTRA = -1  # id of a token whose embedding is given
 
 Trainable = Literal["all", "language", "frozen"]
@@ -346,7 +346,7 @@ class QwenVL(nn.Module):
             )
         prompts = self.tokens(instructions, images.shape[1], 0 if extra is None else extra.shape[1])
         ids, positions, mask, places = (part.to(images.device) for part in prompts)
-        # What comes before a frozen model gets its gradient through it.
+        # Inputs of a frozen model still get gradients through it.
         frozen = self.trainable == "frozen" and (extra is None or not extra.requires_grad)
         with torch.no_grad() if frozen else contextlib.nullcontext():
             pixels, grid = self.patches(images)

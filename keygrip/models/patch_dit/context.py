@@ -161,7 +161,7 @@ class ContextBuilder(nn.Module):
         self.null_text = nn.Parameter(torch.randn(width) * 0.02)
         self.null_dino = nn.Parameter(torch.randn(width) * 0.02)
         self.dino_patch_proj = nn.Linear(dino_dim, width) if use_dino_patches else None
-        # At zero nothing is said in place of patches but where they would be; every patch count has the same one.
+        # Zero at first: null patches then carry their positions alone; one vector for every patch count.
         self.null_dino_patches = nn.Parameter(torch.zeros(width)) if use_dino_patches else None
 
     def forward(

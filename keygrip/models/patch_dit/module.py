@@ -34,9 +34,9 @@ from keygrip.training.system import System
 log = logging.getLogger(__name__)
 
 STATE = "patch_dit"
-UNKNOWN = "unknown"  # of shards that do not say with what they were made
-ATTENDED = 4  # samples whose attention is looked at
-# Validation: what the same images and noise cost under each of these.
+UNKNOWN = "unknown"  # fingerprint of shards that do not name their encoders
+ATTENDED = 4  # samples whose attention is monitored
+# Conditions under which validation computes the loss of the same images and noise.
 VALIDATED = {"both": (True, True), "text": (True, False), "dino": (False, True), "none": (False, False)}
 
 

@@ -33,7 +33,7 @@ from keygrip.models.patch_dit.context import Conditions, Context
 from keygrip.models.patch_dit.network import ContextCache, PatchDiT
 from keygrip.training.parts import model_part
 
-# What each branch is told: text, CLS vector, patches.
+# What each branch is conditioned on: text, CLS vector, patches.
 BRANCHES = {
     "none": (False, False, False),
     "text": (True, False, False),
@@ -44,8 +44,8 @@ BRANCHES = {
 }
 Guidance = Literal["independent", "dino_then_text", "text_then_dino", "none"]
 GUIDANCE: tuple[Guidance, ...] = ("independent", "dino_then_text", "text_then_dino", "none")
-CPU_BATCH = 2**18  # numbers in the tokens of one branch up to which a CPU is faster with all branches as one batch
-NEGLIGIBLE = 1e-9  # weights that differ from zero by rounding
+CPU_BATCH = 2**18  # numbers in one branch's tokens up to which a CPU is faster with all branches in one batch
+NEGLIGIBLE = 1e-9  # guidance weights that differ from zero by rounding only
 FLOOR = 1e-3  # with x-prediction: below the last level of any reasonable number of steps, so that nothing is cut off
 
 

@@ -55,7 +55,7 @@ USUAL = {
 }
 BUILDER = "context_builder."
 PROJECTED = {"null_text": "text_proj", "null_dino": "dino_proj", "null_dino_patches": "dino_patch_proj"}
-PARTS = (6, 9)  # of a block's modulation: shift and scale of three branches, perhaps with their gates
+PARTS = (6, 9)  # vectors of a block's modulation: shift and scale of three branches, with or without gates
 
 
 @dataclass(frozen=True)

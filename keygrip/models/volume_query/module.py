@@ -37,8 +37,8 @@ from keygrip.training.task_metrics import MeansByTask
 
 log = logging.getLogger(__name__)
 
-STATE = "volume_query"  # of a checkpoint: what is not in the weights
-# By these runs are compared; the validation loss of a multimodal policy is noise.
+STATE = "volume_query"  # key in a checkpoint of what is not in the weights
+# Metrics used to compare runs; the validation loss of a multimodal policy is noise.
 HEADLINE = (
     "pix_argmax",
     "pix_floor",
@@ -53,7 +53,7 @@ HEADLINE = (
 )
 
 BY_TASK = ("pix_argmax", "position_cm", "gripper_acc", "rotation_deg")  # validated for every instruction too
-BAR = ("total", "pix_argmax")  # in the progress line
+BAR = ("total", "pix_argmax")  # metrics in the progress line
 
 
 @model_part(from_checkpoint={"init_from": None})

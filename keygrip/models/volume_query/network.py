@@ -31,13 +31,12 @@ from keygrip.models.volume_query.volume import VolumeLogits, argmax_voxel, soft_
 from keygrip.models.volume_query.world import VoxelProjection, WorldScores
 from keygrip.training.parts import model_part
 
-# What the query may be told of the arm, and how many numbers each is: height in the bins' range, gripper opening, and
-# two
-# columns of the rotation matrix (a continuous representation of rotations: Zhou et al., "On the Continuity of Rotation
+# Inputs of the arm's state and how many numbers each has: height in the bins' range, gripper opening, and two columns
+# of the rotation matrix (a continuous representation of rotations: Zhou et al., "On the Continuity of Rotation
 # Representations in Neural Networks", 2019).
 STATE_PARTS = {"height": 1, "gripper": 1, "rotation": 6}
 
-Told = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # query and condition, changed
+Told = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (query, condition) -> modulated (query, condition)
 
 
 @dataclass(frozen=True)

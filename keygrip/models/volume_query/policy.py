@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SENTENCES_KEPT = 1000  # a client may send any number of them; one that is forgotten is warned of again
+SENTENCES_KEPT = 1000  # sentences remembered, of any number that clients send; a forgotten one is warned about again
 
 
 @dataclass
@@ -51,7 +51,7 @@ class VolumeQueryPolicy:
         self.module.eval()
         self.chosen_decoder()  # refuses a name that does not exist
         self._geometry = self.module.statistics.geometry
-        self._read: set[str] = set()  # sentences whose words were looked at
+        self._read: set[str] = set()  # sentences whose words were checked
         self._generator = torch.Generator(device=self.module.device).manual_seed(self.seed)
 
     @property

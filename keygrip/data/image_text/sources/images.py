@@ -36,7 +36,7 @@ from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
 
-DECODING = 3  # of images and captions: shards of another number hold other pixels of odd images
+DECODING = 3  # version of decoding: shards of another version hold other pixels of unusual images
 FAILED_FILE = "failed.jsonl"
 NAMED_AT_MOST = 10
 LOOK_AGAIN_S = 2.0
@@ -200,10 +200,10 @@ def images(
             thread = ShardThread(claims, trim_text, keep_images)
             taken = _encode(claims, SourceImages(jobs, source, sizes), encoders, workers, thread, clock, bar, started)
             result.items += taken
-            if not taken:  # all that is left is another process's
+            if not taken:  # other processes hold all remaining shards
                 if rank.rank > 0:
                     break
-                time.sleep(LOOK_AGAIN_S)  # it may die, and its shards be free again
+                time.sleep(LOOK_AGAIN_S)  # a process that dies frees its shards
     result.captions_cut = encoders.captions_cut - cut_before
     if result.captions_cut:
         log.warning("%d captions are longer than the text encoder takes, and were cut off", result.captions_cut)
@@ -311,7 +311,7 @@ def _finish(
     result.failed, result.duplicates = len(failed), len(duplicates)
     if len(failed) > max_failed_share * len(items) or not result.samples:
         with contextlib.suppress(FileNotFoundError):
-            (root / INFO).unlink()  # nobody shall train on it
+            (root / INFO).unlink()  # an incomplete set must not be trained on
         first = f"{failed[0]['source']}: {failed[0]['reason']}"
         raise ValueError(
             f"{len(failed)} of {len(items)} images are left out of {root}, more than max_failed_share="

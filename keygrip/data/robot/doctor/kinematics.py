@@ -8,8 +8,8 @@ from scipy.spatial.transform import Rotation
 from keygrip.data.robot.doctor.examination import Examination, matrices, spread
 from keygrip.robots.kinematics import forward_kinematics
 
-SITE_OFFSET_M = 0.01  # between the recorded position and the grasp site
-KINEMATICS_SPREAD_M = 0.01  # of what is left between recorded poses and forward kinematics
+SITE_OFFSET_M = 0.01  # distance from the recorded position to the grasp site
+KINEMATICS_SPREAD_M = 0.01  # spread of the difference between recorded poses and forward kinematics
 
 
 def check_kinematics(exam: Examination) -> None:

@@ -11,11 +11,11 @@ from keygrip.data.robot.doctor.examination import GAP, MOVED_M, Examination, lis
 from keygrip.data.robot.schema import ArmTrajectory
 
 LARGEST_BIN_MM = 20.0  # a height bin worth more cannot tell a grasp from a miss
-SMALLEST_RANGE_M = 0.02  # of heights: a task without up and down gives the height bins nothing to say
-LARGEST_RANGE_M = 1.5  # of heights: an arm on a table does not reach that
+SMALLEST_RANGE_M = 0.02  # range of heights; with less, the height bins carry no information
+LARGEST_RANGE_M = 1.5  # range of heights that an arm on a table does not reach
 OUTLIER_RATIO = 1.5  # full height range over that of all but 2 % of the frames
-RATE_TOLERANCE = 0.1  # between the stated rate and that of the time stamps
-JUMP_SPEED_M_S = 5.0  # faster than the arm can be
+RATE_TOLERANCE = 0.1  # relative difference between the stated rate and that of the time stamps
+JUMP_SPEED_M_S = 5.0  # speed that no arm reaches
 ORDER_MARGIN = 0.5  # difference in the mean cosine of the approach against straight down that another order must make
 
 
@@ -78,7 +78,7 @@ def check_jumps(exam: Examination) -> None:
         fastest = 0.0
         for demo in exam.with_arm(arm):
             seconds = np.maximum(np.diff(demo.timestamps) * 1e-9, 1e-6)
-            # a long gap may hide a long way: only neighbouring frames count
+            # an arm may move far during a gap: only neighbouring frames count
             near = seconds <= GAP * np.median(seconds)
             way = np.linalg.norm(np.diff(demo.arms[arm].position, axis=0), axis=1)
             speed = float((way / seconds)[near].max(initial=0.0))

@@ -17,7 +17,7 @@ from keygrip.robots.model_file import yam_surface
 from keygrip.robots.surface import RobotSurface, gripper_blob
 
 SIDE = 160  # pixels of the longer side on which images and poses are compared
-STATIC_M, STATIC_DEG = 2e-3, 0.1  # a camera that moves less within a demo stands
+STATIC_M, STATIC_DEG = 2e-3, 0.1  # a camera that moves less than this within a demo is static
 IK_MISS_M, IK_MISS_RAD = 0.01, 0.1
 
 

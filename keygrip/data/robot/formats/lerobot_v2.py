@@ -14,7 +14,7 @@ from keygrip.data.bad_samples import BadSample, guard, parse_json, read_json, re
 from keygrip.data.robot.formats import lerobot_v3
 from keygrip.data.robot.reference import DemoReference
 
-MAX_LISTING_BYTES = 1 << 28  # of meta/episodes.jsonl: a million episodes
+MAX_LISTING_BYTES = 1 << 28  # limit for meta/episodes.jsonl: about a million episodes
 CHUNK = 1000  # episodes a folder, where info.json does not say
 
 

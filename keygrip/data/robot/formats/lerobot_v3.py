@@ -56,7 +56,7 @@ from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoErro
 from keygrip.robots.kinematics import forward_kinematics
 
 IMAGES = "observation.images."
-PLACE = "keygrip/place"  # of an episode's files: what the templates of version 2 are filled in with
+PLACE = "keygrip/place"  # where an episode's files lie: what fills in the path templates of version 2
 _ROTATIONS = {"quaternion_wxyz": 4, "quaternion_xyzw": 4, "rotation_vector": 3, "matrix": 9, "euler_xyz": 3}
 
 

@@ -37,7 +37,7 @@ from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoErro
 
 logger = logging.getLogger(__name__)
 
-FINGER_STROKE_M = 0.04  # of each of the Panda's two fingers
+FINGER_STROKE_M = 0.04  # stroke of each of the Panda's two fingers
 CONTROL_HZ = 20.0  # LIBERO's control_freq; used where the file does not say
 CAMERAS = {"agentview": "agentview_rgb", "eye_in_hand": "eye_in_hand_rgb"}
 OPENCV_FROM_OPENGL = np.diag([1.0, -1.0, -1.0])  # MuJoCo's cameras look along -z with y up

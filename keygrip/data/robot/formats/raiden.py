@@ -37,8 +37,8 @@ from keygrip.data.robot.frames import JpegFrames
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource
 
-MAX_PICKLE_BYTES = 1 << 26  # of one frame's numbers
-RIGID_WRIST_SPREAD_M = 0.02  # a hand-mounted camera seen through the wrong transform wanders by decimetres
+MAX_PICKLE_BYTES = 1 << 26  # limit for one frame's numbers
+RIGID_WRIST_SPREAD_M = 0.02  # with the wrong transform a hand-mounted camera moves by decimetres on its gripper
 
 
 class _Array:

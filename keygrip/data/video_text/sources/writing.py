@@ -130,7 +130,7 @@ def write_shards(
     manifest = write_manifest(root, describe, progress=progress)
     result.shards, result.samples = len(manifest["shards"]), manifest["samples"]
     if result.failed > max_failed_share * (result.samples + result.failed) or not result.samples:
-        (root / MANIFEST).unlink()  # nobody shall train on it
+        (root / MANIFEST).unlink()  # an incomplete set must not be trained on
         first = f"; the first: {result.reasons[0]}" if result.reasons else ""
         raise ValueError(f"{root} would hold {result.samples} samples, and {result.failed} things are broken{first}")
     result.wall_s = time.monotonic() - started
