@@ -98,7 +98,7 @@ class VLMStep(Timed):
 
 @dataclass(frozen=True)
 class VLMDecode(Timed):
-    """Autoregressive looking with all caches: milliseconds a frame at the eighth and the sixty-fourth frame.
+    """Autoregressive passes with all caches: milliseconds per frame at the 8th and the 64th frame.
 
     A frame is a query through the encoder's cached keys and values, and a step of the language model; encoding the
     frame is not in it. The two are measured on a state of 7 and of 63 frames before, in turns.

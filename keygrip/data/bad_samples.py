@@ -1,4 +1,4 @@
-"""Bad samples: what broken or hostile frames, videos, images and texts can raise, and what becomes of it.
+"""Bad samples: what broken or hostile frames, videos, images and texts can raise, and how it is handled.
 
 Readers of frames, videos, images and texts open files with the functions below, which check sizes before they allocate
 or decode, and run under :func:`guard`, so that whatever a broken file raises becomes one :class:`BadSample` that says

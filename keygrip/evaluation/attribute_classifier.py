@@ -56,7 +56,7 @@ class ClassifierOptions:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the classifier sees in B images.
+    """Predictions of the classifier for B images.
 
     Args:
         places: [B, 2, 2] cube and block, (x, y) in fractions of the image.
@@ -181,7 +181,7 @@ class Truth:
 
 
 def has_evidence(records: Iterable[dict[str, Any]]) -> bool:
-    """Whether all records say where cube and block are and which colour the cube has."""
+    """Whether all records hold ground truth: places of cube and block, and the cube's colour."""
     return all({*THINGS, "colour"} <= set(record.get("evidence") or {}) for record in records)
 
 

@@ -66,7 +66,7 @@ def write_result(path: Path, figures: dict[str, Any], results: list[ConditionRes
 
 
 def show_in_loggers(trainer: Trainer, figures: dict[str, Any], results: list[ConditionResult], output: Path) -> None:
-    """Success rates as scalars and the filmed episodes as videos."""
+    """Success rates as scalars and the recorded episodes as videos."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
     step, scalars = trainer.global_step, {}

@@ -250,7 +250,7 @@ def loaded_policy(checkpoint: Path, settings: ClosedLoop) -> Any:
 
 
 class _Worker:
-    """One loaded policy and the environment that it has needed last."""
+    """One loaded policy and the environment of its last episode."""
 
     def __init__(self, checkpoint: Path, settings: ClosedLoop) -> None:
         self.policy = loaded_policy(checkpoint, settings)

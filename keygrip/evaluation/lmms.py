@@ -87,7 +87,7 @@ class KeygripModel(lmms):
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Of the words of each target, without what ends the turn; and whether they are the likeliest."""
+        """Log-likelihood of each target's words without the turn's end, and whether greedy decoding gives them."""
         found = []
         for request in self._shown(requests):
             text, target, see, number, task, split = request.args

@@ -73,7 +73,7 @@ class Cell:
 
     @property
     def status(self) -> str:
-        """``finished``, or what became of the runs that did not."""
+        """``finished``, or the status of the runs that did not finish."""
         counts = Counter(self.unfinished)
         return ", ".join(f"{number} {status}" for status, number in counts.items()) or FINISHED
 
@@ -121,7 +121,7 @@ def make_report(sweep_dir: str | Path) -> list[Cell]:
 
 
 def read_cells(folder: Path) -> list[Cell]:
-    """What the jobs of a sweep came to, in the order of the jobs and of their conditions."""
+    """Results of a sweep's jobs, in the order of the jobs and of their conditions."""
     rows = collect(folder)
     folders = {_identity(overrides): path for path, overrides in _job_folders(folder)}
     columns = _columns([row["overrides"] for row in rows])

@@ -108,7 +108,7 @@ def normalised_answer(answer: str) -> str:
 
 
 def vqa_accuracy(answer: str, annotated: Sequence[str]) -> float:
-    """Agreement with the annotators: of each choice of all but one of them, min(1, those who agree / 3), averaged.
+    """VQA accuracy: the mean of min(1, agreeing annotators / 3) over all choices of all annotators but one.
 
     With the usual ten annotators, an answer that three or more gave counts (nearly) whole. Of fewer than four
     annotators one who agrees is enough.

@@ -22,7 +22,7 @@ taken, seconds on the robot's clock."""
 
 
 def views_of(observation: Observation, cameras: Sequence[str]) -> list[Mapping[str, Any]]:
-    """What the named cameras see, in this order: each with `image`, `intrinsics` and `world_to_camera`.
+    """Views of the named cameras, in this order: each with `image`, `intrinsics` and `world_to_camera`.
 
     Raises:
         ValueError: a camera is missing.

@@ -1,4 +1,4 @@
-"""What a policy must know about its training data to run: kept in buffers, so that it lies in every checkpoint."""
+"""Statistics of the training data that a policy needs to run, in buffers, so that every checkpoint holds them."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def build_encoders(config: Mapping[str, Any]) -> Any:
 
 
 def evidence(picture: Picture, bucket: Bucket) -> dict[str, Any]:
-    """Ground truth of a picture: places as (x, y) in fractions of the crop, the cube's colour, the seed."""
+    """Ground truth of an image: places as (x, y) in fractions of the crop, the cube's colour, the seed."""
     height, width = picture.pixels.shape[:2]
     left, top, right, bottom = shared_crop(width, height, bucket)
 

@@ -1,4 +1,4 @@
-"""Points on a robot's surface, moved by its joints: what a silhouette is drawn from without a renderer.
+"""Points on a robot's surface, moved by its joints, for silhouettes without a renderer.
 
 Frames: the arm's base, metres, rad. Shape legend: P points, L links, N poses, J joints.
 """
@@ -74,7 +74,7 @@ def sample_triangles(triangles: np.ndarray, density: float = POINTS_PER_M2, seed
 
 
 def gripper_blob(length: float = 0.16, radius: float = 0.035, density: float = POINTS_PER_M2) -> RobotSurface:
-    """What any gripper looks like from afar: a capsule from the finger tips back along the approach.
+    """A stand-in for any gripper's surface: a capsule from the finger tips back along the approach.
 
     `link_poses` takes joints [N, 12], the tool's pose as the first three rows of a matrix, row by row.
     """

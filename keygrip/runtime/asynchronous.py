@@ -1,4 +1,4 @@
-"""Chunk execution in time: plans carry the time of their observation, and the arm moves while the next one is computed.
+"""Asynchronous chunk execution: plans carry their observation's time; the arm moves while the next one is computed.
 
 A plan says where the arm shall be k steps after its observation. It arrives later than that: its first steps have
 passed. Executed by the clock, what is left of it is right; executed from its start, the arm would lag behind by the

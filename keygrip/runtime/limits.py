@@ -34,7 +34,7 @@ class UnsafePlanError(ValueError):
 
 @dataclass(frozen=True)
 class MotionLimits:
-    """What a commanded arm may do.
+    """Motion limits of one arm.
 
     Args:
         speed_m_s: of the tool, along any direction.

@@ -1,4 +1,4 @@
-"""What a policy may be asked and may answer: bounds from its training data, checked at the server's door.
+"""Bounds from the training data on observations and plans, checked by the server.
 
 A network extrapolates without a word: a start pose in millimetres gives a plan that looks right, one of 1e20 gives
 NaN. :meth:`Bounds.refuse_start` and :meth:`Bounds.refuse_plan` refuse both with a sentence. The limits of the robot

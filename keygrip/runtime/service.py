@@ -1,4 +1,4 @@
-"""What both protocols of the policy server share: a plan or a refusal for an observation that is still bytes.
+"""What both protocols of the policy server share: from an encoded observation to a plan or a refusal.
 
 Decoding runs in threads of its own, so that the event loop answers `/health` meanwhile; the policy runs in another
 (`planning`); what goes in and what comes out is held to the training data (`plausibility`).
@@ -30,7 +30,7 @@ Decoded = TypeVar("Decoded")
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server puts up with.
+    """Limits of a server: sizes, counts, times.
 
     Args:
         request_mb: size of a request's body. requests: in progress at once, those still arriving included.

@@ -29,7 +29,7 @@ from keygrip.models.policy import arm_axis
 
 @dataclass(frozen=True)
 class Correction:
-    """What a person asks for in one control period.
+    """A person's correction in one control period.
 
     Attributes:
         velocity: [3] m/s of the tool, world axes. turn: [3] rad/s about world axes.

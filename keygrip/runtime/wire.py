@@ -1,4 +1,4 @@
-"""What travels between a robot and the policy server: named arrays in the safetensors format, nothing else.
+"""The messages between a robot and the policy server: named arrays in the safetensors format.
 
 The format is a JSON header with names, types and shapes, then the raw bytes: reading it runs no code, and its lengths
 are checked before anything is allocated. A sentence travels as its UTF-8 bytes. Every array of an observation is
@@ -106,7 +106,7 @@ def _view_parts(needs: Needs) -> tuple[str, ...]:
 
 
 def decode_observation(body: bytes, needs: Needs) -> dict[str, Any]:
-    """The inverse of `encode_observation`, for a server that believes nothing.
+    """The inverse of `encode_observation`, for untrusted input.
 
     Raises:
         WireError: not in the format; an array is missing, unknown, of another type or shape, or makes no sense.

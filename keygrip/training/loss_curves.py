@@ -110,7 +110,7 @@ def _from_csv(file: Path, wanted: set[str]) -> Curves | None:
 
 @dataclass(frozen=True)
 class Job:
-    """A job of a sweep in the picture: the overrides that differ between jobs, its curves, its wall time."""
+    """A job of a sweep in the figure: the overrides that differ between jobs, its curves, its wall time."""
 
     overrides: Mapping[str, str]
     curves: Curves

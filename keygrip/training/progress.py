@@ -1,4 +1,4 @@
-"""What a person sees of a run: progress on standard error, samples per second, time spent on data, samples skipped."""
+"""Progress of a run on standard error, samples per second, time spent waiting for data, skipped samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it may: settings that change what is computed must agree."""
+"""Resuming: which checkpoint a run continues from; settings that change what is computed must agree."""
 
 from __future__ import annotations
 

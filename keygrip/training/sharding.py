@@ -67,7 +67,7 @@ def shard(module: nn.Module, mesh: Any, reshard_after_forward: bool = True) -> N
 
 
 def reshard(module: nn.Module) -> None:
-    """Lets go of what a step or a validation left gathered: only then are the parameters those that are trained."""
+    """Frees parameters that a step or a validation left gathered; the sharded ones are those that are trained."""
     from torch.distributed.fsdp import FSDPModule
 
     for part in module.modules():

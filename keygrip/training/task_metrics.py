@@ -1,4 +1,4 @@
-"""Validation metrics for every task by itself: an average hides the task that is not learned."""
+"""Validation metrics by task: an average hides a task that is not learned."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Correction:
 
 @dataclass(frozen=True)
 class OffsetFrames:
-    """`count` pictures of a source from number `start` on."""
+    """`count` images of a source from number `start` on."""
 
     source: FrameSource
     start: int
@@ -89,7 +89,7 @@ def read_corrections(path: Path, content: Any) -> dict[str, Correction]:
 
 
 def corrected(demo: Demo, corrections: Mapping[str, Correction], path: Path) -> Demo:
-    """A demo with corrected cameras; frames for which a late or early camera has no picture are left out.
+    """A demo with corrected cameras; frames for which a late or early camera has no image are left out.
 
     Raises:
         DemoError: a camera is not in the demo, or lags leave fewer than two frames.

@@ -420,7 +420,7 @@ class RobotDemos(ResumableData):
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What the run folder says of the data: their version, how many demos there are, and which were left out."""
+        """What the run folder records of the data: version, number of demos, and which were left out."""
         return {
             "root": [str(part.folder) for part in self.roots] if len(self.roots) > 1 else str(self.root),
             "version": data_version(self.contents) if self.contents else None,

@@ -1,4 +1,4 @@
-"""Whether recordings are what was recorded: manifests of hashes, one check of every frame, the version of a data set.
+"""Integrity of recordings: manifests of hashes, one check of every frame, the version of a data set.
 
 A native recording holds `manifest.json`, written with it: size and SHA-256 of each of its files. When a data set is
 first used, every file is compared with its manifest and every frame is decoded; what was found is kept beside the set

@@ -42,7 +42,7 @@ class DemoError(BadSample):
 
 @runtime_checkable
 class FrameSource(Protocol):
-    """Pictures of one camera by frame index. Must be picklable (it travels to loader workers) and hold no open file."""
+    """Images of one camera by frame index. Must be picklable (it travels to loader workers) and hold no open file."""
 
     def __len__(self) -> int: ...
 

@@ -1,4 +1,4 @@
-"""Checks of a set of demonstrations against what is asked of it: what is missing, off the path or off the image."""
+"""Checks of a set of demonstrations against the settings: what is missing, off the path or off the image."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Component:
 @data_part
 @dataclass(frozen=True)
 class Stage:
-    """A part of the run in which the lead sources are mixed in another proportion: easy ones first.
+    """A part of the run in which the lead sources have their own proportions (a curriculum: easy ones first).
 
     Args:
         weights: by name of the lead source; one that is not named takes no part.
@@ -294,7 +294,7 @@ class Mixture:
 def bucketed(
     samples: np.ndarray, bucket: np.ndarray, length: np.ndarray, batch_size: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Samples arranged into batches of like ones, the batches in random order; an incomplete batch comes last.
+    """Samples in batches of similar size, the batches in random order; an incomplete batch comes last.
 
     Args:
         samples: [n], in random order. bucket, length: [n].

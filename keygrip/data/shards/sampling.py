@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 
 
 class SampleKey(NamedTuple):
-    """Which sample, and in which epoch: all that a sample's random augmentation depends on, beside the seed."""
+    """A sample and an epoch: beside the seed, all that a sample's random augmentation depends on."""
 
     sample: int
     epoch: int

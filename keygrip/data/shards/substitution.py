@@ -21,7 +21,7 @@ class SubstitutingSamples(Dataset[Sample], ABC):
 
     @abstractmethod
     def candidates(self, key: SampleKey) -> Iterator[SampleKey]:
-        """The sample itself, then those that may stand in for it: like ones, so that batches keep their size and the
+        """The sample itself, then similar ones that may replace it, so that batches keep their size and the
         order stays a function of (seed, epoch, step)."""
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> list[tuple[Sample, list[str]]] | list[BadSample]:

@@ -1,4 +1,4 @@
-"""Validation of shards: everything that could go wrong in training is looked for before it."""
+"""Validation of shards: decodes and checks every sample before training."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ PROBE_SIZE = 32  # images are decoded whole and made small, since only whether t
 
 @dataclass
 class ShardReport:
-    """What is known of a shard after looking at everything in it."""
+    """Result of examining a shard."""
 
     name: str
     problems: list[str] = field(default_factory=list)

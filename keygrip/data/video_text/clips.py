@@ -1,4 +1,4 @@
-"""Sub-clips of longer videos for training: their time begins at 0 again, in frames, evidence and words."""
+"""Sub-clips of longer videos for training: their time begins at 0 again, in frames, metadata and words."""
 
 from __future__ import annotations
 

@@ -395,7 +395,7 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
 
     @property
     def failure_reason(self) -> str | None:
-        """Why the episode, were it over now, has failed; None on success."""
+        """Why the episode would count as failed if it ended now; None on success."""
         progress = self.progress
         if progress.success:
             return None

@@ -1,4 +1,4 @@
-"""Pictures of a coloured cube and a blue block on the table, with captions: layout and colour are told apart here.
+"""Images of a coloured cube and a blue block on the table, with captions that name colour and layout.
 
 An image is a function of (options, seed). Only hue tells the cubes' colours apart: all have one luminance, so that a
 grey view of the image shows where the cube is and not which. The block is long and flat, so that it is known from the
@@ -91,7 +91,7 @@ class PictureOptions:
 
 @dataclass(frozen=True)
 class Picture:
-    """A image and what it shows.
+    """An image and its ground truth.
 
     Args:
         pixels: uint8 [H, W, 3]. caption: in words.

@@ -1,4 +1,4 @@
-"""What can happen at the table: the options of a task and the layout that a seed gives.
+"""Tasks of the YAM cell: their options, and the layout that a seed gives.
 
 Every part of an episode (objects, camera, appearance, the expert's habits) draws from a random stream of its own, so
 that moving the camera or recolouring the table leaves the objects of a seed where they were.

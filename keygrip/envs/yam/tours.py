@@ -1,4 +1,4 @@
-"""Videos in which looking matters: a gripper points at one cube per second, and the cubes' digits change every second.
+"""Videos for foveation: a gripper points at one cube per second, and the cubes' digits change every second.
 
 An episode is a function of (options, seed). An image is taken whenever the gripper has come to rest above a cube.
 Kinds of questions, apart in every report:

@@ -1,4 +1,4 @@
-"""What a run will do, before it starts: shapes and parameter counts of one batch, and the memory of the largest.
+"""Dry run of a training: shapes and parameter counts of one batch, and the memory of the largest.
 
 `module` is a `FoveatedVLMModule`.
 """

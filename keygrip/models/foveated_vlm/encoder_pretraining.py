@@ -1,4 +1,4 @@
-"""An encoder that can read: dense pretraining on the simulator's tours, where every cube's place and digit is known.
+"""Encoder pretraining with dense labels on the simulator's tours, where every cube's place and digit is known.
 
 The language model's answers alone teach a random encoder nothing within minutes: what a query finds is noise until the
 encoder reads, and the encoder gets no useful gradient until queries look at the right place. So the encoder is first
@@ -66,7 +66,7 @@ class EncoderPretrainingBatch(Movable):
 
 @model_part
 class EncoderPretrainingCollator:
-    """Makes reading batches of tours: where which cube is follows from the evidence of their questions.
+    """Makes encoder-pretraining batches of tours; where which cube is follows from the metadata of their questions.
 
     Args:
         colours: names, in the order of their numbers.

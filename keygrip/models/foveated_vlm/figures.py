@@ -1,4 +1,4 @@
-"""Answers beside the frames that they are about, with where each query looked as a heatmap over every frame."""
+"""Answers beside the frames that they are about, with each query's attention as a heatmap over every frame."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
 
     @property
     def headline_metrics(self) -> tuple[str, ...]:  # type: ignore[override]
-        """By these runs are compared."""
+        """Metrics used to compare runs."""
         kinds = ("", "_mark", "_cue", "_glance", "_caption")
         modes = [f"val/{mode}/accuracy{kind}" for mode in (*self.val_modes, REFINED) for kind in kinds]
         losses = [f"val/{mode}/loss" for mode in (*self.val_modes, REFINED)]
@@ -409,7 +409,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
 
 
 def comparisons(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """What one mode's loss says about another's: `gap`, `gap_refined`, `fine_over_coarse`."""
+    """Ratios of the losses of two modes: `gap`, `gap_refined`, `fine_over_coarse`."""
     loss = {mode: values["loss"] for mode, values in figures.items() if "loss" in values}
     found = {}
     if {"coarse_fine", "coarse_only"} <= loss.keys():

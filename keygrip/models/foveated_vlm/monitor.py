@@ -1,4 +1,4 @@
-"""Signs that the foveation works or not, each with the range in which it is healthy and one warning outside of it."""
+"""Health metrics of the foveation, each with its healthy range and one warning outside of it."""
 
 from __future__ import annotations
 

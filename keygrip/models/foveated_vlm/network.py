@@ -33,7 +33,7 @@ MODES = ("coarse_only", "coarse_fine", "autoregressive")
 
 @dataclass(frozen=True)
 class Looks:
-    """What was seen of the videos.
+    """Results of the passes over the videos.
 
     Attributes:
         visual: [S, F, C], the visual tokens that the answer is made from, zero behind a stream's end.
@@ -161,7 +161,7 @@ class VideoLanguageNetwork(nn.Module):
         return self.numbered(visual, 0, rows.seconds_of(rows.videos, frames) if self.counts_seconds else None)
 
     def clocked(self, first: int, count: int, seconds: Tensor | None) -> Tensor:
-        """What the clock says of frames `first` to `first + count`, [count, C], or of their seconds [B, count].
+        """Embeddings of the clock for frames `first` to `first + count`, [count, C], or for their seconds [B, count].
 
         Raises:
             ValueError: it counts seconds, and they are not known.

@@ -1,4 +1,4 @@
-"""An encoder that no label taught: pretraining on frames alone, whose questions and answers are never read.
+"""Self-supervised encoder pretraining: on frames alone; questions and answers are never read.
 
 Four losses, each from pixels:
 
@@ -187,7 +187,7 @@ class SelfSupervisedModule(System):
         self._sums: dict[str, list[float]] = {}
 
     def losses(self, batch: FramesBatch, seed: int) -> dict[str, Tensor]:
-        """Losses by name; what is hidden, moved and asked follows from the seed."""
+        """Losses by name; the seed decides what is hidden, shifted and queried."""
         network, backbone = self.network, self.network.backbone
         random = torch.Generator().manual_seed(seed)
         images = normalised(batch.frames, backbone.mean, backbone.std)

@@ -26,7 +26,7 @@ UNFINISHED = "\ufffd"  # an incomplete character decodes to this
 
 
 class _Reader:
-    """A language model that reads a row bit by bit."""
+    """A language model that reads a row in parts, with its cache."""
 
     def __init__(self, network: FoveatedVLM) -> None:
         self.language = network.language

@@ -1,4 +1,4 @@
-"""A geometry encoder that knows depth before any policy uses it: pretraining on images of many scenes and cameras.
+"""Depth pretraining of the geometry encoder, on images of many scenes and cameras.
 
 MapAnything brings what it learned from very many scenes. A small encoder that starts from nothing beside the actions
 sees the demonstrations alone, a camera pose for each of them; so it may first be trained on stills of the simulator,
@@ -61,7 +61,7 @@ class DepthReaderModule(System):
         self.network.take_start()
 
     def forward(self, batch: MultiViewPolicyBatch) -> GeometryFeatures:
-        """What the encoder makes of a batch's images."""
+        """The encoder's features of a batch's images."""
         return self.network(batch.images, batch.view_intrinsics, batch.view_world_to_camera)
 
     def losses(self, features: GeometryFeatures, batch: MultiViewPolicyBatch) -> dict[str, Tensor]:

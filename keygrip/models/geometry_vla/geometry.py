@@ -31,7 +31,7 @@ DECIMETRES = 10  # per metre
 
 @dataclass(frozen=True)
 class GeometryFeatures:
-    """What a geometry encoder makes of views.
+    """Output of a geometry encoder.
 
     Attributes:
         tokens: ``[B, G, D]``, view after view.
@@ -286,7 +286,7 @@ class DinoMultiView(GeometryEncoder):
 def depth_targets(
     depth: Tensor, intrinsics: Tensor, world_to_camera: Tensor, cells: int, limit: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What is seen at the centres of a grid of cells.
+    """Depths and world points at the centres of a grid of cells.
 
     Args:
         depth: ``[B, V, S, S]`` metres along the optical axis, 0 unknown. intrinsics: ``[B, V, 3, 3]``.

@@ -262,7 +262,7 @@ class GeometryVLAModule(System):
 
     @torch.no_grad()
     def diagnostics(self, scene: Scene, batch: MultiViewPolicyBatch, sampled: Tensor) -> dict[str, Tensor]:
-        """What the head makes of geometry and of pointed tokens (see `keygrip.models.geometry_vla.diagnostics`)."""
+        """How the head uses geometry and pointed tokens (see `keygrip.models.geometry_vla.diagnostics`)."""
         found = exchanged_geometry(self, scene, batch, sampled)
         if not any(scene.groups[1:]):
             return found

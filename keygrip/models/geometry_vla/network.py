@@ -70,7 +70,7 @@ class ActionSampling:
 
 @dataclass(frozen=True)
 class Scene:
-    """What the encoders made of a batch: computed once for all draws of noise and all steps of a sampler.
+    """The encoders' output for a batch: computed once for all draws of noise and all steps of a sampler.
 
     Attributes:
         contexts: of the head's blocks. groups: tokens of the prompt, of geometry, and pointed ones, in each of them.

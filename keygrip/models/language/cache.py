@@ -1,4 +1,4 @@
-"""Keys and values of rows that a language model reads bit by bit.
+"""Key-value cache of rows that a language model reads in parts.
 
 Shapes: B rows, t further positions, K positions in the cache.
 """

@@ -44,7 +44,7 @@ PromptOrder = Literal["images_first", "instruction_first"]
 
 @dataclass(frozen=True)
 class Semantics:
-    """What a vision-language model makes of images and instructions.
+    """Output of a vision-language model for images and instructions.
 
     Attributes:
         layers: hidden states ``[B, L, H]`` of the last layers, in the order of depth.
@@ -368,7 +368,7 @@ class QwenVL(nn.Module):
         return known.masked_scatter((ids == EXTRA)[..., None], extra.to(known.dtype))
 
     def patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures as the vision tower reads them: patches ``[N, 3 * 2 * P * P]``, those of a token together, and the
+        """Images as the vision tower reads them: patches ``[N, 3 * 2 * P * P]``, those of a token together, and the
         grids ``[B V, 3]`` (frames, rows, columns of patches)."""
         pictures = normalised(images.flatten(0, 1), MEAN, STD)
         size, patch = self.image_size, self.vision.patch_size

@@ -20,7 +20,7 @@ from keygrip.training.parts import model_part
 
 @dataclass(frozen=True)
 class Conditions:
-    """What images are to show: features as the network takes them (normalised). Either half may be missing.
+    """Conditions of images: normalised features. Text or DINO features may be missing.
 
     Args:
         text: ``[B, L, Dt]``, or None. text_mask: bool ``[B, L]``, True for real tokens; a row without any counts as no
@@ -219,8 +219,8 @@ CATEGORIES = ("none", "text", "dino", "both")
 @model_part
 @dataclass(frozen=True)
 class ConditionDropout:
-    """What a training sample is told: one category each, as shares that add up to 1 (Ho and Salimans, "Classifier-Free
-    Diffusion Guidance", 2022, with two conditions).
+    """Dropout of conditions: one category per training sample, with shares that add up to 1 (Ho and Salimans,
+    "Classifier-Free Diffusion Guidance", 2022, with two conditions).
 
     Args:
         none, text, dino, both: shares of the categories.

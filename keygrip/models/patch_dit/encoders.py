@@ -107,7 +107,7 @@ class Encoders:
 
     @property
     def description(self) -> dict[str, Any]:
-        """Plain values that tell these encoders from others. Loads what must be looked at for that."""
+        """Plain values that identify these encoders. Loads the weights that it needs for that."""
         seen = {"dino_view": self.dino_view} | ({"gamma": GAMMA} if self.dino_view == GREY else {})
         return {
             **seen,

@@ -363,7 +363,7 @@ class PatchDiTModule(System):
         on_step: Callable[[int, Tensor], None] | None = None,
         edit: Edit | None = None,
     ) -> Tensor:
-        """Pictures ``[B, 3, H, W]`` float32 in 0..1.
+        """Images ``[B, 3, H, W]`` float32 in 0..1.
 
         Args:
             conditions: normalised, of len(seeds) samples; see `keygrip.models.patch_dit.feature_statistics`.

@@ -1,4 +1,4 @@
-"""What training shows beside its loss: shares of the dropout categories, losses by noise level and by category, norms,
+"""Monitored values beside the loss: shares of the dropout categories, losses by timestep and by category, norms,
 where the cross-attention looks; each with the range in which it is healthy."""
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ class Sampling:
 
 
 def everything_given(conditions: Conditions) -> str:
-    """The branch that is told all there is."""
+    """The branch with all conditions."""
     if conditions.has_text and conditions.has_dino:
         return "full"
     return "text" if conditions.has_text else "dino" if conditions.has_dino else "none"
@@ -198,7 +198,7 @@ def _rescaled(guided: Tensor, plain: Tensor, x: Tensor, level: float, share: flo
 
 
 class Velocities:
-    """The branches' velocities for one batch of conditions: one pass per step, with what can be kept kept.
+    """The branches' velocities for one batch of conditions: one pass per step, with cached keys and values.
 
     Args:
         network: in eval mode. conditions: normalised. batch: number of samples. aspect: width over height.
@@ -250,7 +250,7 @@ class Velocities:
 
 @dataclass(frozen=True)
 class Edit:
-    """Normalised latents ``[B, C, h, w]`` of images that are drawn anew, in part or from a part of the way.
+    """Normalised latents ``[B, C, h, w]`` of images to edit: inpainting by a mask, or sampling from partial noise.
 
     Args:
         strength: in (0, 1]: noise level from which they are drawn; 1: nothing of them is left but what `mask` keeps.

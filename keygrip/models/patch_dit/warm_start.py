@@ -1,4 +1,4 @@
-"""Warm start: what of another checkpoint fits is taken, what does not is listed, and too little is an error.
+"""Warm start: a partial load of another checkpoint; what does not fit is listed, and too little that fits is an error.
 
 Names of other implementations are translated: by the usual ones below, and by rules of one's own. What lies otherwise
 there is brought into our order, for a layer of the right name and shape with its rows in another order would be taken
@@ -60,7 +60,7 @@ PARTS = (6, 9)  # vectors of a block's modulation: shift and scale of three bran
 
 @dataclass(frozen=True)
 class WarmStart:
-    """What became of each name.
+    """Result of a partial state-dict load.
 
     Args:
         loaded: taken over. unexpected: in the file and not of the network. missing: of the network and not in the file.

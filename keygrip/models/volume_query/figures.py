@@ -1,4 +1,4 @@
-"""What the policy sees and means, as one picture: heatmap, trajectories, height profile, gripper and rotation
+"""Figure of a prediction: heatmap, trajectories, height profile, gripper and rotation
 strips."""
 
 from __future__ import annotations

@@ -221,7 +221,7 @@ class VolumeQueryModule(System):
         )
 
     def further_views(self, batch: PolicyBatch) -> FurtherViews | None:
-        """What the cameras beside the first see, where the network reads them.
+        """Views of the cameras beside the first, where the network reads them.
 
         An image of one colour is a camera that gives none: it is masked.
         """

@@ -59,7 +59,7 @@ class VolumeQueryOutput:
 
 @dataclass(frozen=True)
 class FurtherViews:
-    """What cameras beside the first see.
+    """Views of cameras beside the first.
 
     Attributes:
         images: ``[B, V, 3, S, S]``, normalised as the first's. where: of the first camera's voxels in them.

@@ -1,4 +1,4 @@
-"""From what a fit has to change to what is wrong: the simplest explanation that does nearly as well as all together."""
+"""Causes of a camera's fitted change: the simplest explanation that does nearly as well as the whole change."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ READINGS = {
 
 
 class Compared(Protocol):
-    """What is compared: one camera and arm."""
+    """One camera and arm that are compared."""
 
     camera: str
     arm: str

@@ -1,4 +1,4 @@
-"""What the checks of the doctor look at and what they leave behind."""
+"""The input and the output of the doctor's checks: demonstrations, findings, measures."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Finding:
 
 @dataclass
 class Examination:
-    """What the checks look at and what they leave behind."""
+    """Input and output of the checks."""
 
     demos: list[Demo]
     frames_per_demo: int

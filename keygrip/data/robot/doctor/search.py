@@ -1,4 +1,4 @@
-"""Where to begin a fit when a camera is far off: silhouettes are tried at every place, size and turn in small images.
+"""Initial values of a fit for a camera that is far off: silhouettes tried at every place, size and turn.
 
 Shape legend: F frames, P points, h and w of the small images.
 """

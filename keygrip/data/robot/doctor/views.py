@@ -1,4 +1,4 @@
-"""What images and poses are compared on: small images of a demo's camera, what moves in them, the robot's places.
+"""Small images of a demo's camera, their foreground, and the robot's poses: what images and poses are compared on.
 
 Shape legend: F frames that are compared, N frames of the demo, P points, h and w of the small images.
 """
@@ -70,7 +70,7 @@ def foreground(images: np.ndarray, background: np.ndarray | None = None) -> np.n
 
 
 def stands(demo: Demo, camera: str) -> bool:
-    """Whether a calibrated camera keeps its place through a demo."""
+    """Whether a calibrated camera is static through a demo."""
     if demo.cameras[camera].uncalibrated:
         return False
     pose = np.asarray(demo.cameras[camera].world_to_camera)
