@@ -54,7 +54,7 @@ def prediction(data: object, module: VolumeQueryModule) -> None:
     with torch.no_grad():
         targets = module.targets(batch)
         output = module(batch, targets, teacher=False)
-    figure = module.picture(output, batch, targets, sample=0, arm=0)
+    figure = module.figure(output, batch, targets, sample=0, arm=0)
     Image.fromarray(figure).save(IMAGES / "prediction.png", optimize=True)
 
 

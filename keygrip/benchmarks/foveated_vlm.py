@@ -89,11 +89,11 @@ class VLMStep(Timed):
 
         size, rows = network.backbone.image_size, self.videos * self.questions
         generator = torch.Generator().manual_seed(0)
-        pictures = torch.randn(self.videos, frames, 3, size, size, generator=generator).to(device)
+        images = torch.randn(self.videos, frames, 3, size, size, generator=generator).to(device)
         ids = torch.randint(3, 300, (rows, self.text_tokens), generator=generator).to(device)
         at = 0 if order == "visual_first" else int(PROMPT_SHARE * self.text_tokens)
         videos = [row // self.questions for row in range(rows)]
-        return pictures, TextRows(ids, [self.text_tokens] * rows, [at] * rows, videos, [frames] * self.videos)
+        return images, TextRows(ids, [self.text_tokens] * rows, [at] * rows, videos, [frames] * self.videos)
 
 
 @dataclass(frozen=True)

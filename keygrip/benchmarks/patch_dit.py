@@ -195,7 +195,7 @@ class DiTCurve:
     def _trained(self, count: int, train_steps: int) -> tuple[PatchDiT, Conditions, tuple[int, int], Sampling]:
         usual = Sampling(text_scale=3.0, dino_scale=2.0)
         if self.checkpoint is None:
-            toy = ToyPictures()
+            toy = ToyImages()
             return toy.trained(train_steps), toy.batch(count, 10**6)[1], toy.size, usual
 
         module = load_module(self.checkpoint, expected=PatchDiTModule)
@@ -233,7 +233,7 @@ def timed(
     return drawn, float(np.median(seconds)), sum(rows) // len(seeds)
 
 
-class ToyPictures:
+class ToyImages:
     """8 x 8 latents of 3 channels: a bump where the patches say, in the colour that the words say."""
 
     size = (8, 8)

@@ -261,7 +261,7 @@ class VideoTextBatch(Movable):
 class ImageTextBatch(Movable):
     """B images of one aspect bucket with their text, as a frozen set of encoders left them: nothing is normalised here.
 
-    The rectangle that the latent shows and the one that the DINO view shows are the same crop of the same picture:
+    The rectangle that the latent shows and the one that the DINO view shows are the same crop of the same image:
     in coordinates that run from 0 to 1 over that crop, latent cell (i, j) has its centre at ((i + 0.5) / h,
     (j + 0.5) / w) and patch (i, j) at ((i + 0.5) / gh, (j + 0.5) / gw), whatever the bucket.
 

@@ -99,6 +99,6 @@ def add_animation(writer: SummaryWriter, tag: str, frames: np.ndarray, step: int
     first, *rest = [Image.fromarray(frame).quantize(128) for frame in frames]
     first.save(buffer, format="GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
     height, width = frames.shape[1:3]
-    picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=buffer.getvalue())
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=buffer.getvalue())
     file_writer: Any = writer.file_writer
-    file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=picture)]), step)
+    file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)

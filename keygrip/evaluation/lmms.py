@@ -61,7 +61,7 @@ class KeygripModel(lmms):
             raise ValueError(
                 f"mode={self.mode}: {type(self.module.network).__name__} has {', '.join(self.module.network.modes)}"
             )
-        self.max_frames = int(max_frames or self.module.pictures["max_frames"])
+        self.max_frames = int(max_frames or self.module.image_options["max_frames"])
         self._last: tuple[tuple[str, ...] | None, Seen] | None = None
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
@@ -124,7 +124,7 @@ class KeygripModel(lmms):
     ) -> tuple[torch.Tensor, list[int], list[tuple[float, ...] | None]]:
         """A document's images and videos as one video, [1, F, 3, S, S], its number of frames, and their seconds (None
         where several have no common time)."""
-        images = self.module.pictures
+        images = self.module.image_options
         found = [
             self._frames(item, images["image_size"], images["fit"])
             for item in see(self.task_dict[task][split][number]) or []

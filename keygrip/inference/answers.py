@@ -81,7 +81,7 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
     if mode not in module.network.modes:
         raise ValueError(f"mode={mode}: {type(module.network).__name__} has {', '.join(module.network.modes)}")
     if cfg.max_frames is not None:
-        module.pictures["max_frames"] = cfg.max_frames
+        module.image_options["max_frames"] = cfg.max_frames
     started = time.perf_counter()
     found = _continued(module, talks, mode, cfg) if talks is not None else _asked(module, paths, questions, mode, cfg)
     return found | {"mode": mode, "wall_s": round(time.perf_counter() - started, 3)}
@@ -186,7 +186,7 @@ def _batches(
 ) -> Iterator[list[Video]]:
     """Decoded videos, so many that they have at most `batch_frames` frames, padding counted; those that cannot be read
     go to `unreadable`. Raises what the first raised where none can be read."""
-    images = module.pictures
+    images = module.image_options
     size = images["image_size"]
     waiting: list[Video] = []
     failed: list[Exception] = []

@@ -138,7 +138,7 @@ class VideoChat:
         return Prompt(tuple(turns), tuple(visuals), tuple(times))
 
     def _frames(self, given: Any, kind: str) -> tuple[np.ndarray, tuple[float, ...]]:
-        images = self.module.pictures
+        images = self.module.image_options
         size, fit = images["image_size"], images["fit"]
         if isinstance(given, str | Path):
             return read_timed_frames(given, size, fit, 1 if kind == "image" else images["max_frames"])
@@ -239,7 +239,7 @@ class VideoChat:
         self, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float, seed: int, mode: str
     ) -> list[str]:
         module = self.module
-        size = module.pictures["image_size"]
+        size = module.image_options["image_size"]
         videos = [np.concatenate([np.zeros((0, size, size, 3), np.uint8), *prompt.visuals]) for prompt in prompts]
         counts = [len(video) for video in videos]
         padded = np.zeros((len(videos), max(counts), size, size, 3), np.uint8)

@@ -32,7 +32,7 @@ def views_of(observation: Observation, cameras: Sequence[str]) -> list[Mapping[s
         return [observation]
     absent = [name for name in cameras if name not in (seen or {})]
     if absent:
-        there = f"it has {', '.join(seen)}" if seen else "it has one unnamed picture"
+        there = f"it has {', '.join(seen)}" if seen else "it has one unnamed image"
         raise ValueError(f"the observation lacks camera {absent[0]!r}, which the policy was trained with; {there}")
     assert seen is not None
     return [seen[name] for name in cameras]

@@ -181,7 +181,7 @@ def _advise(cfg: DictConfig) -> None:
     ):
         log.warning(
             "backbone=tiny starts from random weights at %d px: enough for the simulator, poor on a real robot's "
-            "pictures; the recipe for those is experiment=yam_dinov3 (DINOv3 ViT-S/16+, 448 px, pretrained)",
+            "images; the recipe for those is experiment=yam_dinov3 (DINOv3 ViT-S/16+, 448 px, pretrained)",
             backbone.image_size,
         )
 

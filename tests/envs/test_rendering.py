@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from keygrip.envs.rendering import CameraRenderer, Lens, world_to_camera
-from keygrip.envs.yam.scene import build_spec, digit_picture, lens_of
+from keygrip.envs.yam.scene import build_spec, digit_image, lens_of
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.robots import mujoco_backend
 from keygrip.robots.mujoco_backend import RenderingUnavailableError, mujoco
@@ -81,7 +81,7 @@ def test_printed_digits_can_be_read_on_every_face(side: tuple[int, int, int]) ->
     renderer = CameraRenderer(model, 64, 64)
     seen = renderer.image(data, "close", Lens.from_field_of_view(64, 64, 53.13)).mean(axis=2).ravel()
     renderer.close()
-    printed = digit_picture(4)[..., 0]
+    printed = digit_image(4)[..., 0]
     turned = [np.rot90(printed, k) for k in range(4)]
     likeness = [float(np.corrcoef(seen, p.ravel())[0, 1]) for p in [*turned, *(t.T for t in turned)]]  # .T mirrors
     assert likeness[0] > 0.8

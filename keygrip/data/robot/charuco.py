@@ -131,7 +131,7 @@ def calibrate_camera(
         turns, shifts = [turn for turn, _ in solved], [shift for _, shift in solved]
         error = _reprojection(cv2, objects, pixels, turns, shifts, matrix, distortion)
     if error > LARGEST_ERROR_PX:
-        raise ValueError(f"the board's corners lie {error:.1f} px off on average: check the board and the pictures")
+        raise ValueError(f"the board's corners lie {error:.1f} px off on average: check the board and the images")
     board_in_camera = transform(
         np.stack([np.ravel(shift) for shift in shifts]), np.stack([cv2.Rodrigues(turn)[0] for turn in turns])
     )

@@ -128,7 +128,7 @@ def _count_files(name: str, folder: Path, pattern: str, frames: int, camera: str
     missing = [index for index in range(frames) if pattern % index not in held]
     if missing:
         raise DemoError(
-            name, f"camera {camera!r}: {len(missing)} of {frames} pictures are missing, first {pattern % missing[0]}"
+            name, f"camera {camera!r}: {len(missing)} of {frames} images are missing, first {pattern % missing[0]}"
         )
 
 

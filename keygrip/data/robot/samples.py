@@ -295,7 +295,7 @@ class MultiViewSamples(DemoSamples):
                 views.append(options.augmentation.view(generator, options.geometry, *seen))
         depth = [view.depth for view in views if view.depth is not None]
         return MultiViewPolicyBatch(
-            images=torch.from_numpy(np.stack([view.picture.transpose(2, 0, 1) for view in views])),
+            images=torch.from_numpy(np.stack([view.image.transpose(2, 0, 1) for view in views])),
             view_intrinsics=_float(np.stack([view.intrinsics for view in views])),
             view_world_to_camera=_float(np.stack([view.world_to_camera for view in views])),
             depth=torch.from_numpy(np.stack(depth)) if depth else None,

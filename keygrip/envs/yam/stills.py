@@ -29,7 +29,7 @@ TABLE_TINT, FLOOR_TINT = (1.0, 0.93, 0.82), (0.9, 0.95, 1.0)
 
 
 @dataclass(frozen=True)
-class PictureOptions:
+class StillOptions:
     """What varies between images.
 
     Args:
@@ -90,7 +90,7 @@ class PictureOptions:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Still:
     """An image and its ground truth.
 
     Args:
@@ -106,16 +106,16 @@ class Picture:
     seed: int
 
 
-class PictureCell(YamCell):
+class StillCell(YamCell):
     """The cell in which images are taken; built once, used for many seeds."""
 
-    def __init__(self, options: PictureOptions) -> None:
+    def __init__(self, options: StillOptions) -> None:
         super().__init__(options.task, image_size=64, render_images=False)
         self.options = options
         self._renderers: dict[tuple[int, int], CameraRenderer] = {}
 
     def lens_of_size(self, width: int, height: int) -> Lens:
-        """Of a picture: the field of view spans its shorter side."""
+        """Of an image: the field of view spans its shorter side."""
         square = Lens.from_field_of_view(min(width, height), min(width, height), self.options.fovy_deg)
         intrinsics = square.intrinsics.copy()
         intrinsics[:2, 2] = width / 2, height * 0.46  # the work area lies a little below the axis
@@ -149,7 +149,7 @@ class PictureCell(YamCell):
             look = replace(look, ambient=float(rng.uniform(0.25, 0.4)), diffuse=float(rng.uniform(0.15, 0.3)))
         return look
 
-    def picture(self, seed: int) -> Picture:
+    def still(self, seed: int) -> Still:
         """The image of a seed: cube and block are inside it and mostly seen.
 
         Raises:
@@ -166,7 +166,7 @@ class PictureCell(YamCell):
                 if seen >= SEEN_SHARE:
                     colour = _name(self.layout.distractors[0].colour)
                     caption = describe(colour, centres[CUBE][0] / size[0], centres[BLOCK][0] / size[0], seed)
-                    return Picture(pixels, caption, colour, centres[CUBE], centres[BLOCK], self.seed)
+                    return Still(pixels, caption, colour, centres[CUBE], centres[BLOCK], self.seed)
         raise ValueError(
             f"seed {seed}: no arrangement shows both objects; is fovy_deg={self.options.fovy_deg} too small?"
         )

@@ -61,9 +61,9 @@ def show_answers(module: FoveatedVLMModule, batch: VideoTextBatch, rows: int) ->
     streams = answers.rows.streams.of_row.tolist()
     strips = []
     for n in seen:
-        pictures = batch.frames[videos[n], : counts[videos[n]]].permute(0, 2, 3, 1).cpu().numpy()
+        images = batch.frames[videos[n], : counts[videos[n]]].permute(0, 2, 3, 1).cpu().numpy()
         title = f"{batch.kind[chosen[n]]}: {asked[n][0]}   true: {asked[n][1]}   said: {answers.texts[n]}"
-        strips.append((title, pictures, maps[streams[n], : len(pictures)]))
+        strips.append((title, images, maps[streams[n], : len(images)]))
     return draw_looks(strips), text
 
 

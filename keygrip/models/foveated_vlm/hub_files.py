@@ -28,7 +28,7 @@ def hub_files(module: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     messages of text and of items; preprocessor_config.json says how images become inputs, generation_config.json how
     answers end, and processor_config.json where images and videos stand in a conversation.
     """
-    tokenizer, network, images = module.tokenizer, module.network, module.pictures
+    tokenizer, network, images = module.tokenizer, module.network, module.image_options
     state = tokenizer.state()
     files: dict[str, Any] = {
         "tokenizer.json": state["tokenizer"],

@@ -129,7 +129,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         self.loss_kernel: Kernel = loss_kernel
         self.monitor_every_n_steps, self.log_images_every_n_steps = monitor_every_n_steps, log_images_every_n_steps
         self.health = Health(from_step=monitor_from_step)
-        self.pictures: dict[str, Any] = {}  # how frames were prepared: image_size, fit, max_frames
+        self.image_options: dict[str, Any] = {}  # how frames were prepared: image_size, fit, max_frames
         self._scores: dict[str, Scores] = {}
         self._landing: dict[str, list[float]] = {}
 
@@ -153,7 +153,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         self._check_tokenizer()
         if self.init_from is not None:
             self._start_from(self.init_from)
-        self.pictures = {
+        self.image_options = {
             "image_size": statistics.image_size,
             "fit": statistics.fit,
             "max_frames": statistics.max_frames,
@@ -183,13 +183,13 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[TOKENIZER_STATE] = {"tokenizer": self.tokenizer.state(), "pictures": self.pictures}
+        checkpoint[TOKENIZER_STATE] = {"tokenizer": self.tokenizer.state(), "pictures": self.image_options}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if TOKENIZER_STATE not in checkpoint:
             raise ValueError("the checkpoint has no tokenizer: it was not written by this model")
         self.collator.tokenizer = ChatTokenizer.from_state(checkpoint[TOKENIZER_STATE]["tokenizer"])
-        self.pictures = dict(checkpoint[TOKENIZER_STATE]["pictures"])
+        self.image_options = dict(checkpoint[TOKENIZER_STATE]["pictures"])
         self._check_tokenizer()
 
     def on_fit_start(self) -> None:
@@ -381,10 +381,10 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             return
         was_training = self.training
         self.eval()
-        picture, text = show_answers(self, batch, SHOWN_ROWS)
+        image, text = show_answers(self, batch, SHOWN_ROWS)
         self.train(was_training)
-        if picture is not None:
-            self.show_image(f"{split}/query_attention", picture)
+        if image is not None:
+            self.show_image(f"{split}/query_attention", image)
         self.show_text(f"{split}/answers", text)
 
     # ------------------------------------------------------------------ dry run

@@ -227,7 +227,7 @@ class VideoStream:
         Raises:
             ValueError: another shape or type, or no room for it.
         """
-        images = self.module.pictures
+        images = self.module.image_options
         if not isinstance(frame, Image.Image):
             if frame.ndim != 3 or frame.shape[2] != 3 or not frame.size or frame.dtype != np.uint8:
                 raise ValueError(f"a frame is uint8 [H, W, 3], not {frame.dtype} {list(frame.shape)}")

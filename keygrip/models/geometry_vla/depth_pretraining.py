@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from keygrip.data.batches import MultiViewPolicyBatch
-from keygrip.models.geometry_vla.figures import scene_picture
+from keygrip.models.geometry_vla.figures import scene_figure
 from keygrip.models.geometry_vla.geometry import DinoMultiView, GeometryFeatures
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
@@ -87,13 +87,13 @@ class DepthReaderModule(System):
             self._show(features, batch)
 
     @torch.no_grad()
-    def picture(self, features: GeometryFeatures, batch: MultiViewPolicyBatch, sample: int = 0) -> np.ndarray:
+    def figure(self, features: GeometryFeatures, batch: MultiViewPolicyBatch, sample: int = 0) -> np.ndarray:
         """One sample's views with recorded and predicted depth, ``[H, W, 3]`` uint8."""
-        return scene_picture(batch, None, features, sample)
+        return scene_figure(batch, None, features, sample)
 
     def _show(self, features: GeometryFeatures, batch: MultiViewPolicyBatch) -> None:
         if self.shows_images:
-            self.show_image("val/depth", self.picture(features, batch))
+            self.show_image("val/depth", self.figure(features, batch))
 
     def _log(self, split: str, values: dict[str, Tensor], batch_size: int) -> None:
         for name, value in values.items():

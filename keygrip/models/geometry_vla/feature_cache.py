@@ -59,7 +59,7 @@ class FeatureCache:
         """
         if images.dtype != torch.uint8:
             raise ValueError(
-                f"Features are kept by the bytes of their pictures, which must be uint8, not {images.dtype}."
+                f"Features are kept by the bytes of their images, which must be uint8, not {images.dtype}."
             )
         keys = [_key(row, maker) for row in zip(*(part.cpu() for part in (images, *conditions)), strict=True)]
         found = [self._read(key) for key in keys]
@@ -80,8 +80,8 @@ class FeatureCache:
         self._asked, self._found = before + asked, self._found + found
         if before < SURPRISING <= self._asked and not self._found:
             log.warning(
-                "of %d pictures none came twice: the cache of geometry features only costs time; random crops and "
-                "colours make every picture new (data.augmentation=null), or set geometry.cache=null",
+                "of %d images none came twice: the cache of geometry features only costs time; random crops and "
+                "colours make every image new (data.augmentation=null), or set geometry.cache=null",
                 self._asked,
             )
 

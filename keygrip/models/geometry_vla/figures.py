@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SHOWN_SHARES = torch.tensor([0.0, 0.75])  # quantiles of the known depths at the ends of the colour scale
 
 
-def scene_picture(
+def scene_figure(
     batch: MultiViewPolicyBatch,
     planned: Tensor | None,
     geometry: GeometryFeatures | None,

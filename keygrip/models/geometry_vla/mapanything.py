@@ -132,12 +132,12 @@ class MapAnythingGeometry(GeometryEncoder):
             ValueError: `scale_token` with a MapAnything that has none.
         """
         model = self._model[0].to(images.device)
-        pictures = normalised(images, self.mean, self.std)
-        if pictures.shape[-1] != self.image_size:
+        seen = normalised(images, self.mean, self.std)
+        if seen.shape[-1] != self.image_size:
             shape = (self.image_size, self.image_size)
-            resized = F.interpolate(pictures.flatten(0, 1), shape, mode="bicubic", antialias=True, align_corners=False)
-            pictures = resized.unflatten(0, images.shape[:2])
-        views = [{"img": view, "data_norm_type": [self.norm_type]} for view in pictures.unbind(1)]
+            resized = F.interpolate(seen.flatten(0, 1), shape, mode="bicubic", antialias=True, align_corners=False)
+            seen = resized.unflatten(0, images.shape[:2])
+        views = [{"img": view, "data_norm_type": [self.norm_type]} for view in seen.unbind(1)]
         if cameras:
             with torch.autocast(images.device.type, enabled=False):  # half precision would move rays by pixels
                 for number, view in enumerate(views):

@@ -14,7 +14,7 @@ from keygrip.models.geometry.rotations import geodesic_angle
 from keygrip.models.geometry_vla.action_head import AttentionRecord
 from keygrip.models.geometry_vla.actions import PoseActions
 from keygrip.models.geometry_vla.diagnostics import context_figures, exchanged_geometry
-from keygrip.models.geometry_vla.figures import scene_picture
+from keygrip.models.geometry_vla.figures import scene_figure
 from keygrip.models.geometry_vla.network import ActionSampling, GeometryVLA, Scene
 from keygrip.models.geometry_vla.pointing import pointing_losses
 from keygrip.models.geometry_vla.policy import GeometryVLAPolicy
@@ -282,11 +282,11 @@ class GeometryVLAModule(System):
         return {"grip_side_cm": off[:, :2].norm(dim=-1), "grip_height_cm": off[:, 2].abs()}
 
     @torch.no_grad()
-    def picture(self, scene: Scene, batch: MultiViewPolicyBatch, sample: int = 0) -> np.ndarray:
+    def figure(self, scene: Scene, batch: MultiViewPolicyBatch, sample: int = 0) -> np.ndarray:
         """One sample's plan and depth beside what was recorded, ``[H, W, 3]`` uint8."""
         actions = self.sample(scene, batch)
         planned, _, _ = self.decode(actions, batch)
-        return scene_picture(batch, planned, scene.geometry, sample, scene.pointing)
+        return scene_figure(batch, planned, scene.geometry, sample, scene.pointing)
 
     def loss(self, batch: MultiViewPolicyBatch) -> Tensor:
         return self.losses(self(batch), batch)["total"]
@@ -309,7 +309,7 @@ class GeometryVLAModule(System):
     def _show(self, scene: Scene, batch: MultiViewPolicyBatch) -> None:
         if not self.loggers:
             return
-        image = self.picture(scene, batch)  # on every process: where parameters are sharded, all must take part
+        image = self.figure(scene, batch)  # on every process: where parameters are sharded, all must take part
         self.show_image("val/scene", image)
 
     def training_step(self, batch: MultiViewPolicyBatch, batch_idx: int) -> Tensor:

@@ -243,7 +243,7 @@ class QwenVL(nn.Module):
         if taken or tokenizer.size > self.vocabulary:
             raise ValueError(
                 f"The tokenizer has {tokenizer.size} tokens, the vision-language model {self.vocabulary}, of which "
-                f"{sorted(names.values())} stand for pictures: vlm and vlm.tokenizer must belong together."
+                f"{sorted(names.values())} stand for images: vlm and vlm.tokenizer must belong together."
             )
         self.tokenizer = tokenizer
         self._prompts.clear()
@@ -370,17 +370,17 @@ class QwenVL(nn.Module):
     def patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images as the vision tower reads them: patches ``[N, 3 * 2 * P * P]``, those of a token together, and the
         grids ``[B V, 3]`` (frames, rows, columns of patches)."""
-        pictures = normalised(images.flatten(0, 1), MEAN, STD)
+        pixels = normalised(images.flatten(0, 1), MEAN, STD)
         size, patch = self.image_size, self.vision.patch_size
-        if pictures.shape[-2:] != (size, size):
-            pictures = F.interpolate(pictures, (size, size), mode="bicubic", antialias=True, align_corners=False)
+        if pixels.shape[-2:] != (size, size):
+            pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True, align_corners=False)
         side = size // patch
-        blocks = pictures.unflatten(3, (side // MERGE, MERGE, patch)).unflatten(2, (side // MERGE, MERGE, patch))
+        blocks = pixels.unflatten(3, (side // MERGE, MERGE, patch)).unflatten(2, (side // MERGE, MERGE, patch))
         # [B V, 3, rows, MERGE, P, columns, MERGE, P] -> [B V, rows, columns, MERGE, MERGE, 3, P, P]
         blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)
         shown = blocks[:, :, :, :, :, :, None].expand(-1, -1, -1, -1, -1, -1, TEMPORAL, -1, -1)
-        grid = torch.tensor([[1, side, side]], device=images.device).expand(len(pictures), -1)
-        return shown.reshape(len(pictures) * side**2, -1), grid
+        grid = torch.tensor([[1, side, side]], device=images.device).expand(len(pixels), -1)
+        return shown.reshape(len(pixels) * side**2, -1), grid
 
     def sharded_parts(self) -> list[nn.Module]:
         """Blocks that are used through their `forward` alone."""

@@ -43,7 +43,7 @@ class Conditions:
         if (self.text is None) != (self.text_mask is None):
             raise ValueError("Text states and their mask belong together: give both or neither.")
         if self.patches is not None and self.cls is None:
-            raise ValueError("DINO patches come with the CLS vector of the same picture: give both or neither.")
+            raise ValueError("DINO patches come with the CLS vector of the same image: give both or neither.")
         if self.patches is not None and self.patches.shape[1] != self.patch_grid[0] * self.patch_grid[1]:
             raise ValueError(
                 f"A grid of {self.patch_grid[0]} x {self.patch_grid[1]} has "

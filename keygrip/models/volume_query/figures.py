@@ -44,14 +44,14 @@ def prediction_figure(
     true = targets.pixels[sample, arm].float().cpu()
     valid = targets.valid[sample, arm].cpu()
     start = targets.start_pixels[sample, arm].float().cpu()
-    picture = image.permute(1, 2, 0).float().cpu().numpy()
+    pixels = image.permute(1, 2, 0).float().cpu().numpy()
 
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     axes = figure.subplot_mosaic(
         [["heat", "paths", "height"], ["heat", "paths", "grip"], ["heat", "paths", "turn"]], width_ratios=[1, 1, 0.9]
     )
     heat = axes["heat"]
-    heat.imshow(picture, extent=(0, side, side, 0))
+    heat.imshow(pixels, extent=(0, side, side, 0))
     # The strongest step counts at each pixel: a sum over steps would hide the sharp ones behind the broad ones.
     strength = (heatmaps / heatmaps.amax((1, 2), keepdim=True)).amax(0).numpy()
     heat.imshow(
@@ -61,7 +61,7 @@ def prediction_figure(
     heat.set_title("heatmap (+ gripper now)")
 
     paths = axes["paths"]
-    paths.imshow(picture, extent=(0, side, side, 0))
+    paths.imshow(pixels, extent=(0, side, side, 0))
     times = np.arange(1, steps + 1)
     paths.plot(true[valid, 0], true[valid, 1], color="white", linewidth=0.8, alpha=0.7)
     paths.plot(predicted[:, 0], predicted[:, 1], color="black", linewidth=0.8, alpha=0.7)

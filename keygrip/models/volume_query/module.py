@@ -398,7 +398,7 @@ class VolumeQueryModule(System):
     # -- images -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def picture(
+    def figure(
         self, output: VolumeQueryOutput, batch: PolicyBatch, targets: StepTargets, *, sample: int, arm: int
     ) -> np.ndarray:
         """One sample's prediction beside its target, ``[H, W, 3]`` uint8."""
@@ -422,7 +422,7 @@ class VolumeQueryModule(System):
         if not self.shows_images:
             return
         for arm, name in enumerate(self.network.arms):
-            image = self.picture(output, batch, targets, sample=0, arm=arm)
+            image = self.figure(output, batch, targets, sample=0, arm=arm)
             self.show_image(f"{split}/prediction_{name}", image)
 
 

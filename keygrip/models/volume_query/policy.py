@@ -132,8 +132,8 @@ class VolumeQueryPolicy:
             ]
             for observation in observations
         ]
-        pictures = np.stack([np.stack([view.picture.transpose(2, 0, 1) for view in views]) for views in seen])
-        images = torch.from_numpy(pictures).to(device)
+        stacked = np.stack([np.stack([view.image.transpose(2, 0, 1) for view in views]) for views in seen])
+        images = torch.from_numpy(stacked).to(device)
         k, camera = (
             torch.as_tensor(np.stack([[getattr(view, name) for view in views] for views in seen])).float().to(device)
             for name in ("intrinsics", "world_to_camera")
@@ -146,8 +146,8 @@ class VolumeQueryPolicy:
         look = self.module.network.second_look
         if look is None:
             return None
-        pictures = [self._geometry.detail(np.asarray(seen["image"]), look.sharp_size) for seen in observations]
-        return SharpImage(torch.stack(pictures).to(self.module.device), self._geometry.mean, self._geometry.std)
+        images = [self._geometry.detail(np.asarray(seen["image"]), look.sharp_size) for seen in observations]
+        return SharpImage(torch.stack(images).to(self.module.device), self._geometry.mean, self._geometry.std)
 
     def _turns(self, planned: torch.Tensor, start: torch.Tensor, gripper: torch.Tensor) -> torch.Tensor:
         """Rotations ``[B, A, T, 4]`` of plans that begin at ``[B, A, 4]`` with the opening ``[B, A]``."""
@@ -176,7 +176,7 @@ class VolumeQueryPolicy:
         else:
             first = [views_of(seen, module.views)[0] if network.world_views else seen for seen in observations]
             cut = [self._geometry.apply(np.asarray(one["image"]), np.asarray(one["intrinsics"])) for one in first]
-            image = torch.stack([picture.to(device) for picture, _ in cut])
+            image = torch.stack([one.to(device) for one, _ in cut])
             k = torch.stack([torch.as_tensor(matrix, dtype=torch.float32, device=device) for _, matrix in cut])
             camera, further = stacked(np.asarray(one["world_to_camera"]) for one in first), None
         position, quaternion, gripper = (

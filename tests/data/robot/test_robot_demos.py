@@ -387,7 +387,7 @@ def test_steps_outside_the_picture_are_counted_and_named(
     shares = module.off_screen_shares()
     assert shares["demo_05"] == pytest.approx(6 / 11)
     assert sum(share > 0 for share in shares.values()) == 1
-    assert "1 of 10 demos have more than 25 % of their steps outside camera over's picture" in caplog.text
+    assert "1 of 10 demos have more than 25 % of their steps outside camera over's image" in caplog.text
     assert "demo_05 (55 %)" in caplog.text
 
 

@@ -45,7 +45,7 @@ def test_pictures_that_do_not_divide_are_refused(size: tuple[int, int]) -> None:
 
 
 def test_pictures_in_floats_are_refused() -> None:
-    with pytest.raises(ValueError, match="pictures are uint8"):
+    with pytest.raises(ValueError, match="images are uint8"):
         small_encoders().encode_images(torch.rand(1, 3, 16, 16))
     with pytest.raises(ValueError, match="views are uint8"):
         small_encoders().encode_view(torch.rand(1, 3, 48, 48))

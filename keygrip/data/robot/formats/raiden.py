@@ -334,15 +334,15 @@ def _camera(episode: Path, name: str, camera: str, rows: list[dict[str, Any]]) -
     folder = episode / "rgb" / camera
     suffixes = [suffix for suffix in (".jpg", ".png", ".jpeg") if (folder / f"{0:010d}{suffix}").is_file()]
     if not suffixes:
-        raise DemoError(name, f"camera {camera!r} has no pictures in rgb/{camera}")
+        raise DemoError(name, f"camera {camera!r} has no images in rgb/{camera}")
     held = {path.name for path in folder.iterdir()}
     missing = [index for index in range(len(rows)) if f"{index:010d}{suffixes[0]}" not in held]
     if missing:
         raise DemoError(
-            name, f"camera {camera!r}: {len(missing)} of {len(rows)} pictures are missing, first number {missing[0]}"
+            name, f"camera {camera!r}: {len(missing)} of {len(rows)} images are missing, first number {missing[0]}"
         )
-    with open_image(folder / f"{0:010d}{suffixes[0]}") as picture:
-        width, height = picture.size
+    with open_image(folder / f"{0:010d}{suffixes[0]}") as image:
+        width, height = image.size
     try:
         intrinsics = np.stack([np.asarray(row["intrinsics"][camera], dtype=np.float64) for row in rows])
         extrinsics = rigid(np.stack([row["extrinsics"][camera] for row in rows]), f"extrinsics of camera {camera!r}")
