@@ -305,7 +305,7 @@ class ImageTextStatistics:
         text_length, text_dim: L and Dt of the text states.
         latent_sizes: (h, w) of each bucket, the fullest first. patch_grids: (gh, gw) of each.
         fingerprint: of the shards. encoders: fingerprint of what made them; sampling refuses encoders with another.
-        folder: where something derived from the shards (a judge) may be kept.
+        folder: where something derived from the shards (an attribute classifier) may be kept.
     """
 
     latent_mean: Tensor

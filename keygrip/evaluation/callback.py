@@ -74,11 +74,13 @@ def show_in_loggers(trainer: Trainer, figures: dict[str, Any], results: list[Con
         scalars[f"closed_loop/{name}/success_rate"] = summary["success_rate"]
         for kind, rates in (summary.get("by_colour", {}) | summary.get("by_height", {})).items():
             scalars[f"closed_loop/{name}/success_rate_by_kind/{kind.replace(' ', '_')}"] = rates["success_rate"]
-    filmed = [(result.name, episode) for result in results for episode in result.episodes if episode.video is not None]
+    recorded = [
+        (result.name, episode) for result in results for episode in result.episodes if episode.video is not None
+    ]
     for logger in trainer.loggers:
         logger.log_metrics(scalars, step=step)
         writer = getattr(logger, "experiment", None)
-        for name, episode in filmed:
+        for name, episode in recorded:
             tag = f"closed_loop/{name}_{episode.seed}_{'success' if episode.success else episode.failure}"
             video = output / "videos" / str(episode.video)
             if isinstance(writer, SummaryWriter):

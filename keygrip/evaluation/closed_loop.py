@@ -95,7 +95,7 @@ class ClosedLoop:
         cameras: what the policy sees, the main one first; None: the task's own camera.
         control: the controller with its settings, still without policy and rate (a partial call in the configs).
         processes: None takes one for each core.
-        videos: episodes filmed for each condition.
+        videos: episodes recorded as videos, for each condition.
         policy: changes to the model's own policy, by the names of its fields.
         trust: packages beside keygrip whose parts the checkpoint may name.
         python: interpreter of another Python environment that has the simulator: episodes run there, the policy here.

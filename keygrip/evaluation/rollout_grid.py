@@ -25,7 +25,7 @@ def grid_of_rollouts(results: Sequence[ConditionResult], folder: Path, output: P
         results: whose episodes name their videos in `folder`. output: the file to write. fps: of the videos.
 
     Returns:
-        `output`, or None where no episode was filmed.
+        `output`, or None where no episode has a video.
     """
     clips: list[np.ndarray] = []
     for result in results:
