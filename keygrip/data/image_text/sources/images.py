@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from keygrip.artifacts import write_text
 from keygrip.data.bad_samples import read_json
 from keygrip.data.image_text.bucket_folders import INFO, write_info
-from keygrip.data.image_text.crops import aspect_buckets
+from keygrip.data.image_text.crops import Bucket, aspect_buckets
 from keygrip.data.image_text.samples import describe_image_text
 from keygrip.data.image_text.sources.encoding import ImageEncoders, encode_images
 from keygrip.data.image_text.sources.jobs import Claims, Job, ReadyBatch, ShardThread, SourceImages, ViewSizes, jobs_of
@@ -72,6 +72,13 @@ class Prepared:
     start_s: float = 0.0
     wall_s: float = 0.0
     rank: int = 0
+
+    def take_times(self, clock: Clock, wall_s: float) -> None:
+        """Fills in rates and shares from the times of a clock; seconds."""
+        spent = max(clock.spent, 1e-9)
+        self.items_per_s, self.start_s = round(self.items / spent, 3), round(clock.start or 0.0, 2)
+        self.data_wait_share, self.encode_share = round(clock.wait / spent, 4), round(clock.busy / spent, 4)
+        self.wall_s = round(wall_s, 2)
 
 
 @dataclass(frozen=True)
@@ -155,11 +162,7 @@ def images(
     started = time.perf_counter()
     rank, root, source = Rank.here(), Path(root), Path(source)
     buckets = aspect_buckets(size, bucket_step, max_aspect)
-    for bucket in buckets:
-        if bucket.width % encoders.latent_stride or bucket.height % encoders.latent_stride:
-            raise ValueError(
-                f"{bucket.name} does not divide by the latent's stride {encoders.latent_stride}; raise bucket_step"
-            )
+    _check_stride(buckets, encoders.latent_stride)
     if images_per_shard < 1 or batch_size < 1:
         raise ValueError(f"images_per_shard={images_per_shard} and batch_size={batch_size} must be at least 1")
     if not source.is_dir():
@@ -207,10 +210,7 @@ def images(
     result.captions_cut = encoders.captions_cut - cut_before
     if result.captions_cut:
         log.warning("%d captions are longer than the text encoder takes, and were cut off", result.captions_cut)
-    spent = max(clock.spent, 1e-9)
-    result.items_per_s, result.start_s = round(result.items / spent, 3), round(clock.start or 0.0, 2)
-    result.data_wait_share, result.encode_share = round(clock.wait / spent, 4), round(clock.busy / spent, 4)
-    result.wall_s = round(time.perf_counter() - started, 2)
+    result.take_times(clock, time.perf_counter() - started)
     if rank.rank == 0:
         _finish(root, jobs, items, identity, max_failed_share, progress, result)
     log.info(
@@ -222,6 +222,12 @@ def images(
         100 * result.encode_share,
     )
     return asdict(result)
+
+
+def _check_stride(buckets: Sequence[Bucket], stride: int) -> None:
+    for bucket in buckets:
+        if bucket.width % stride or bucket.height % stride:
+            raise ValueError(f"{bucket.name} does not divide by the latent's stride {stride}; raise bucket_step")
 
 
 def _encode(
