@@ -16,7 +16,7 @@ from keygrip.data.image_text.bucket_folders import write_info
 from keygrip.data.image_text.crops import Bucket, nearest_bucket, shared_crop
 from keygrip.data.image_text.samples import describe_image_text
 from keygrip.data.image_text.sources.encoding import as_tensor, encode_images, prepare_image
-from keygrip.data.video_text.sources.writing import MadeSample, write_shards
+from keygrip.data.shards.set_writer import MadeSample, write_shards
 from keygrip.envs.yam.stills import Still, StillCell, StillOptions
 
 log = logging.getLogger(__name__)

@@ -30,8 +30,8 @@ from keygrip.data.image_text.sources.jobs import Claims, Job, ReadyBatch, ShardT
 from keygrip.data.image_text.sources.listing import Item, frozen_items
 from keygrip.data.shards.index import MANIFEST
 from keygrip.data.shards.sampling import start_worker
+from keygrip.data.shards.set_writer import check_settings, failures_path, remove_stale
 from keygrip.data.shards.writer import write_manifest
-from keygrip.data.video_text.sources.writing import check_settings, failures_path, remove_stale
 from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)

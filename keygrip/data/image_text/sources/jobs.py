@@ -20,8 +20,8 @@ from keygrip.data.image_text.decoding import decode_image
 from keygrip.data.image_text.sources.encoding import Encoded, ImageEncoders, PreparedImage, as_tensor, prepare_image
 from keygrip.data.image_text.sources.listing import Item
 from keygrip.data.shards.index import index_path
+from keygrip.data.shards.set_writer import failures_path
 from keygrip.data.shards.writer import ShardWriter
-from keygrip.data.video_text.sources.writing import failures_path
 
 PENDING_WRITES = 8
 
