@@ -32,7 +32,7 @@ PROMPT_SHARE = 0.75  # share of the text tokens before the answer, where the que
 class VLMStep(Timed):
     """A training step (forward, loss, backward) in `coarse_fine` beside one in `coarse_only`, and its peak memory.
 
-    The headline is the published order, visual tokens first; the other one is measured too, but not in a hurry. Weights
+    The headline is the published order, visual tokens first; the other one is measured too, without `quick`. Weights
     are random.
 
     Args:
@@ -40,7 +40,7 @@ class VLMStep(Timed):
         frames, text_tokens, videos, questions: of the batch: so many videos of so many frames with so many rows each.
         memory_frames: numbers of frames at which the peak memory of a step is reported.
         threads: of the processor.
-        quick_image_size, quick_layers: side of the frames in pixels and layers of the language model in a hurry: at
+        quick_image_size, quick_layers: side of the frames in pixels and layers of the language model with `quick`: at
             full size a step takes 5 s on a core without bf16. Quick figures are therefore not those of the full size;
             `image_size` and `layers` stand beside them.
     """
@@ -277,7 +277,7 @@ class VLMMemory:
 
     Args:
         recipes: overrides of ``keygrip.train`` by name. frames: lengths of the videos of each batch; 0: text alone.
-        quick_frames: in a hurry. ema: averaged weights are kept.
+        quick_frames: with `quick`. ema: whether an EMA is kept.
     """
 
     recipes: Mapping[str, Sequence[str]]

@@ -29,7 +29,7 @@ class Timed:
     """A case that repeats what it measures.
 
     Args:
-        repetitions, quick_repetitions: of every side, after the warm-up; the latter in a hurry.
+        repetitions, quick_repetitions: of every side, after the warm-up; the latter with `quick`.
         limit_s, quick_limit_s: seconds after which fewer are done.
     """
 

@@ -44,7 +44,7 @@ class DiTWork(Timed):
     """A case that times the network on random images, captions and patches.
 
     Args (beside those of `Timed`):
-        overrides: of ``keygrip.train``, which say what network. quick_depth: blocks in a hurry; all blocks are alike,
+        overrides: of ``keygrip.train``, which say what network. quick_depth: blocks with `quick`; all blocks are alike,
             so that the ratios are nearly those of the whole network, and ``step_ms`` is not.
         latent: side of the square latents. text_tokens: of the caption, out of the encoders' length. patch_grid: side.
         batch: images. threads: of the processor.

@@ -194,7 +194,7 @@ class VideoTextBatch(Movable):
         truncated: rows whose last turns were left out, since they do not fit.
         kind, source, key: B strings. texts: the B conversations, for tables and images.
         left_out: conversations of the samples that are no row: none of their answers fits, or carries loss.
-        seconds: V, when each frame of a video was taken, None where that is not known; [] where nobody asked.
+        seconds: V, when each frame of a video was taken, None where that is not known; [] where they were not read.
     """
 
     frames: Tensor

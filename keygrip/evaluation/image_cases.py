@@ -83,7 +83,7 @@ class ImageSuite:
         if self.lpips not in ("auto", "none"):
             raise ValueError(f"lpips={self.lpips!r}: choose auto or none")
         if self.split not in ("train", "val", "test"):
-            raise ValueError(f"split={self.split!r}: choose val or test (or train, to see what was learnt by heart)")
+            raise ValueError(f"split={self.split!r}: choose val or test (or train, to see what was memorised)")
 
 
 def changed_sampling(sampling: Sampling, changes: Mapping[str, Any]) -> Sampling:

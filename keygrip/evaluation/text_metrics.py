@@ -12,7 +12,7 @@ from collections.abc import Sequence
 log = logging.getLogger(__name__)
 
 METEOR_S = 120.0
-NOTHING_SAID = "xxnothingxx"  # the Java program waits for ever where a caption is empty
+NOTHING_SAID = "xxnothingxx"  # the Java program waits forever where a caption is empty
 ARTICLES = {"a", "an", "the"}
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBER_WORDS = {word: str(value) for value, word in enumerate(NUMBERS)} | {"none": "0"}
@@ -114,7 +114,7 @@ def vqa_accuracy(answer: str, annotated: Sequence[str]) -> float:
     annotators one who agrees is enough.
 
     Raises:
-        ValueError: nobody has annotated.
+        ValueError: there is no annotated answer.
     """
     if not annotated:
         raise ValueError("the VQA rule needs at least one annotated answer")

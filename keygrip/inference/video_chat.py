@@ -1,4 +1,4 @@
-"""A video-language model as people use it: conversations with images and videos in, answers out.
+"""Chat with a video-language model: conversations with images and videos in, answers out.
 
     chat = VideoChat.from_pretrained("runs/foveated_vlm_webvid/...")      # or an export, or what save_pretrained wrote
     chat.generate([{"role": "user", "content": [{"type": "video", "video": "a.mp4"},

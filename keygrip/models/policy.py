@@ -49,8 +49,8 @@ class Plan:
         uncertainty: ``[A, T]`` 0 certain .. 1, or None where the policy has none.
         joints: ``[A, T, J]`` radians. controller: ``[A, T, D]`` inputs of the robot's controller. The same motion in
             the terms in which the policy plans it, for robots that take them; None where it plans poses.
-        time_s: when the observation was taken that it is made from, seconds on the robot's clock; None where nobody
-            said. Step k is due at time_s + k step_seconds, k from 1.
+        time_s: when the observation was taken that it is made from, seconds on the robot's clock; None where it is
+            not known. Step k is due at time_s + k step_seconds, k from 1.
     """
 
     position: np.ndarray

@@ -377,7 +377,7 @@ def _start_worker(settings: RecordSettings, root: Path) -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """Ends this process when its parent has been killed; the pool would leave it waiting for work for ever."""
+    """Ends this process when its parent has been killed; the pool would leave it waiting for work forever."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)

@@ -34,7 +34,7 @@ def record_step(
     """Records demonstrations; see `demonstrations.record` (yam) and `metaworld.record_step`. Returns their report.
 
     Args:
-        unread: settings of the group env that only an evaluation reads, with their values: None where nobody set them.
+        unread: settings of the group env that only an evaluation reads, with their values: None where they are not set.
 
     Raises:
         ValueError: an environment without scripted expert, or a setting that it does not have.
@@ -43,7 +43,7 @@ def record_step(
         if value is not None:
             raise ValueError(f"env.{name} is for evaluations: for a recording set {name} ({name}=...)")
     if environment == "yam_handover":
-        if task == TaskOptions(name="pick_place"):  # what the settings say where nobody chose a task
+        if task == TaskOptions(name="pick_place"):  # the default task of the settings
             task = HandoverTask()
         if not isinstance(task, HandoverTask):
             _refuse(["task"], environment)

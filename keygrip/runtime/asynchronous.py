@@ -115,11 +115,11 @@ class ChunkExecution:
         self.drop()
 
     def reset_gripper(self, opening: np.ndarray) -> None:
-        """The gripper's command [A] was changed by somebody else."""
+        """Sets the gripper's command [A] after another controller has changed it."""
         self._gripper = np.where(opening < 0.5, 0.0, 1.0)
 
     def drop(self) -> None:
-        """Forget the running plan, and the one being computed: the arm was held or moved by somebody else."""
+        """Forget the running plan, and the one being computed: the arm was held, or moved by another controller."""
         self._current: Trajectory | None = None
         self._previous: Trajectory | None = None
         self._blend_from = self._due = 0.0

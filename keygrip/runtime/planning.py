@@ -206,7 +206,7 @@ def _settle(job: _Job, plan: Plan | None = None, error: BaseException | None = N
         job.answer.cancel()
     else:
         job.answer.set_exception(error)
-        job.answer.exception()  # nobody may still wait for it
+        job.answer.exception()  # no request may be waiting for it any more
 
 
 async def _in_daemon_thread(call: Callable[[], Any]) -> Any:

@@ -4,7 +4,7 @@
 ``DELETE /session`` closes it; ``GET /health``, ``/healthz`` and ``/metrics`` say how things are. A websocket at ``/``
 speaks openpi's protocol (`openpi_socket`).
 
-Whoever connects is believed nothing: sizes are limited before bytes are read, reading has a time limit, bodies are
+All client input is untrusted: sizes are limited before bytes are read, reading has a time limit, bodies are
 arrays and never objects (see `wire` and `messagepack`), and without the token nothing is answered.
 """
 

@@ -116,7 +116,7 @@ class Sessions:
 
 
 def checked_seed(value: object) -> int:
-    """The seed that somebody sent. Raises SessionError where it is none."""
+    """The seed of a request. Raises SessionError where it is none."""
     if type(value) is not int or not 0 <= value < LARGEST_SEED:
         raise SessionError(400, f"a seed is a whole number from 0 to {LARGEST_SEED - 1}, not {str(value)[:40]!r}")
     return value

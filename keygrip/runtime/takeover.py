@@ -1,6 +1,6 @@
 """Corrections by a person while a policy drives: read from a device, limited like plans, and recorded.
 
-What a person did lies in native demonstrations in which those frames are marked (`intervention` in trajectory.npz);
+Corrections are recorded as native demonstrations in which those frames are marked (`intervention` in trajectory.npz);
 training weighs them by `data.intervention_weight` (Ross et al., "A Reduction of Imitation Learning and Structured
 Prediction to No-Regret Online Learning", 2011; Kelly et al., "HG-DAgger", 2019).
 

@@ -116,7 +116,7 @@ def decode_observation(body: bytes, needs: Needs) -> dict[str, Any]:
 
 
 def checked_observation(arrays: Mapping[str, np.ndarray], needs: Needs) -> dict[str, Any]:
-    """The observation of named arrays that somebody sent, whatever the format.
+    """The observation of named arrays from a client, in any format.
 
     Raises:
         WireError: an array is missing, unknown, of another type or shape, or makes no sense.

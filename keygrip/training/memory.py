@@ -169,7 +169,7 @@ def _shape_of(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _swapped(module: nn.Module, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor]) -> Any:
-    """The module with other parameters and buffers, whoever shares them."""
+    """The module with other parameters and buffers, shared ones replaced everywhere."""
     stand_ins: dict[int, Tensor] = {id(p): parameters[name] for name, p in module.named_parameters()}
     stand_ins |= {id(b): buffers[name] for name, b in module.named_buffers()}
     owners = [

@@ -183,7 +183,7 @@ def close_sweeps() -> list[str]:
 
 
 def _command(config: DictConfig) -> str:
-    """What makes the sweep again; without the folder, which is nobody else's."""
+    """The command that runs the sweep again, without its folder."""
     overrides = [*config.hydra.overrides.hydra, *config.hydra.overrides.task]
     kept = [o for o in overrides if not o.startswith(("hydra.sweep.dir=", "hydra.mode="))]
     return shlex.join(["python", "-m", f"keygrip.{config.hydra.job.name}", "-m", *kept])

@@ -248,7 +248,7 @@ def _wait() -> None:
 
 
 def _free(module: LightningModule | None = None) -> None:
-    """Gives back the memory of gradients and of what nobody holds any more."""
+    """Frees the memory of gradients and of unreferenced tensors."""
     if module is not None:
         module.zero_grad(set_to_none=True)
         module.trainer = None

@@ -1,6 +1,6 @@
 """Image files of any kind as 8-bit RGB pixels: one way for the preparation of shards and for sampling.
 
-| what a file holds | what becomes of it |
+| what a file holds | how it is decoded |
 | --- | --- |
 | EXIF orientation | turned |
 | transparency (alpha, a palette's or a single transparent value) | laid over white |

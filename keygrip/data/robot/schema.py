@@ -93,7 +93,7 @@ class CameraTrack:
         world_to_camera: [N, 4, 4] rigid.
         frames: the images.
         depth: uint16 millimetres, or None.
-        uncalibrated: why nobody knows where this camera is; its matrices then stand for nothing. Empty: it is
+        uncalibrated: why this camera's pose is not known; its matrices then have no meaning. Empty: it is
             calibrated.
     """
 

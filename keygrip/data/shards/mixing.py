@@ -331,7 +331,7 @@ class BatchListSampler(GlobalBatchSampler, ABC):
     def __iter__(self) -> Iterator[list[SampleKey]]:
         epoch, first = (self.epoch, 0) if self.position is None else divmod(self.position(), max(1, len(self)))
         for batch in self.batches_of(epoch)[first:]:
-            whole = np.resize(batch, max(len(batch), self.ranks))  # no rank waits for ever
+            whole = np.resize(batch, max(len(batch), self.ranks))  # no rank waits forever
             yield [SampleKey(int(index), epoch) for index in np.array_split(whole, self.ranks)[self.rank]]
 
 

@@ -289,7 +289,7 @@ def add_loose(spec: mujoco.MjSpec, name: str, shapes: tuple[str, ...], half: np.
     body.add_freejoint(name=f"{name}_free")
     for shape in shapes:
         kind, size = kinds[shape]
-        # A ball rolls for ever without rolling friction, hence condim 6 and the third number for it.
+        # A ball rolls forever without rolling friction, hence condim 6 and the third number for it.
         friction, condim = ([1.0, 0.02, 0.02], 6) if shape == "ball" else ([1.0, 0.02, 0.001], 4)
         label, mass = name if len(shapes) == 1 else f"{name}_{shape}", OBJECT_MASS / len(shapes)
         body.add_geom(name=label, type=kind, size=size, mass=mass, friction=friction, condim=condim)

@@ -3,7 +3,7 @@
 An episode is a function of (options, seed). An image is taken whenever the gripper has come to rest above a cube.
 Kinds of questions, apart in every report:
 
-- "mark": the digit on the cube of some colour at some second. Whoever knows the question can look there.
+- "mark": the digit on the cube of some colour at some second. The question names the cube.
 - "cue": the digit on the cube at which the gripper pointed a second earlier: the video itself says where to look next.
 - "glance": at which cube the gripper points; a coarse pass is enough.
 

@@ -1,4 +1,4 @@
-"""MapAnything as geometry encoder: frozen, loaded from somebody else's package and weights.
+"""MapAnything as geometry encoder: frozen, loaded from its own package and weights.
 
 Shape legend: B samples, V views, S side of an image, P side at which MapAnything looks at it, N patches of a view,
 G = V N tokens, D their width.
@@ -186,7 +186,7 @@ class MapAnythingGeometry(GeometryEncoder):
 
 
 class _FoundError(Exception):
-    """Ends MapAnything's forward pass where its tokens are known: the heads behind them are of no use here."""
+    """Ends MapAnything's forward pass where its tokens are known: the heads after them are not needed."""
 
 
 def _stop(found: list[Any], output: Any) -> None:

@@ -75,7 +75,7 @@ class Scene:
     Attributes:
         contexts: of the head's blocks. groups: tokens of the prompt, of geometry, and pointed ones, in each of them.
         geometry: what the geometry encoder gave, None without injection.
-        pointing: logits of where the gripper will be in the images (see `Pointing`), None where nobody asks.
+        pointing: logits of where the gripper will be in the images (see `Pointing`), None where they are not asked for.
     """
 
     contexts: list[BlockContext]
@@ -349,7 +349,7 @@ def _check_geometry(
     pointed: bool,
     changes: dict[str, bool],
 ) -> None:
-    """Raises ValueError where geometry is asked for and would reach nobody, or there is none."""
+    """Raises ValueError where geometry is asked for and nothing would read it, or there is none."""
     if geometry is None and (to_head or to_vlm):
         name = "geom_inject_to_dit" if to_head else "geom_inject_to_vlm"
         raise ValueError(

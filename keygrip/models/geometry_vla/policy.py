@@ -146,7 +146,7 @@ class GeometryVLAPolicy:
             delay_s: until the new plan arrives; so long the one under way is executed in any case.
 
         Raises:
-            ValueError: a camera or the instruction is missing, or nobody said when observation or plan were.
+            ValueError: a camera or the instruction is missing, or the time of the observation or the plan is missing.
         """
         if executing.time_s is None or "time_s" not in observation:
             raise ValueError("a plan is continued by its time: the observation and the plan need time_s")

@@ -29,7 +29,7 @@ class FewSteps:
 
     Args:
         windows: of noise levels. teacher_steps: of the teacher's sampler in each. teacher: how the teacher is sampled,
-            with guidance; its steps are of no account.
+            with guidance; its steps are not used.
         timestep_shift: of the windows, see `noise_levels`; that of the student's sampling.
 
     Raises:

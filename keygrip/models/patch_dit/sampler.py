@@ -70,7 +70,7 @@ class Sampling:
             Noise Schedules and Sample Steps are Flawed", 2024; here on the predicted clean latent).
         interval: lowest and highest noise level at which there is guidance; outside one evaluation on everything given.
         steps, solver, timestep_shift: see `keygrip.models.nn.flow_matching.integrate` and `noise_levels`.
-        guidance: how text and DINO are guided together, see the module's description; of no account with one of them.
+        guidance: how text and DINO are guided together, see the module's description; unused where only one is given.
             "none": each step is one evaluation on everything given, whatever the scales, for distilled models.
         cls_scale: of the CLS vector; dino_scale is then that of the patches. None: both together by dino_scale. Wants
             a model that was trained with the CLS vector alone too (model.dropout.cls_alone above 0).

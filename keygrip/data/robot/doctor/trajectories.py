@@ -113,7 +113,7 @@ def check_quaternions(exam: Examination) -> None:
                 f"arm {arm}, {listed(flipping)}",
                 f"the quaternion changes its sign from one frame to the next {sum(flips.values())} times",
                 "Give each quaternion the sign that is nearer to the one before: q and -q are one rotation, but "
-                "anything that interpolates or averages them goes astray",
+                "interpolation and averages treat them as different ones",
             )
         stated = _attitude([demo.arms[arm] for demo in demos], lambda quaternion: quaternion)
         rolled = _attitude([demo.arms[arm] for demo in demos], lambda quaternion: np.roll(quaternion, 1, axis=1))

@@ -1,4 +1,4 @@
-"""WebVid: videos with a caption each. Reads the two layouts in which people have it:
+"""WebVid: videos with a caption each. Reads the two usual layouts:
 
 - the list of the data set (CSV with `videoid`, `page_dir`, `name`) beside `videos/<page_dir>/<videoid>.mp4`, or
 - tar files with `<key>.mp4` (webm, mkv, ...) and `<key>.txt` (or `caption` in `<key>.json`), as video downloaders
