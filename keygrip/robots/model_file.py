@@ -180,7 +180,7 @@ def _for_poses(spec: mujoco.MjSpec) -> mujoco.MjSpec:
 
 
 def _urdf_for_mujoco(path: Path, root: ElementTree.Element) -> str:
-    """The URDF with what MuJoCo must be told: visual shapes are kept, meshes lie where the file says."""
+    """The URDF with settings for MuJoCo: visual shapes are kept, mesh paths are relative to the file."""
     for link in root.iter("link"):
         if link.find("visual") is not None:
             for collision in link.findall("collision"):

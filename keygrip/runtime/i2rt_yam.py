@@ -180,7 +180,7 @@ class YamArms:
             try:
                 self._send(driver, self._state(index))
             except RobotLostError as error:
-                log.error("arm %s could not be told to hold: %s", self.arms[index], error)
+                log.error("arm %s could not be commanded to hold: %s", self.arms[index], error)
 
     def close(self) -> None:
         """Gives the motors back. A real arm loses its torque then and sinks: support it first."""

@@ -99,7 +99,7 @@ class Range:
 
 
 class RangeChecks:
-    """Says once for each figure that it has left its healthy range, again only after it has come back.
+    """Warns once for each figure that leaves its healthy range, again only after it has come back.
 
     Args:
         ranges: by the figure's name.

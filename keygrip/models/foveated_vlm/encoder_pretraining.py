@@ -1,12 +1,12 @@
 """Encoder pretraining with dense labels on the simulator's tours, where every cube's place and digit is known.
 
-The language model's answers alone teach a random encoder nothing within minutes: what a query finds is noise until the
-encoder reads, and the encoder gets no useful gradient until queries look at the right place. So the encoder is first
-trained for some minutes to say, patch by patch, which cube is there, which digit is on it and whether the gripper
-points at it; its CLS token says the colour and the digit of the cube pointed at; and deep queries, a learned one for
-each colour, bring back the digit of the cube of their colour. That last is what the language model will do with queries
-of its own: from then on there is something to be found by asking. A run of it is a source of backbone
-weights like any other (`backbone.init_from=runs/...`); `PretrainingStage` makes one where it is missing.
+With the language model's loss alone a random encoder learns nothing within minutes: queries retrieve noise until its
+features hold the digits, and it gets no useful gradient until queries attend to the right place. So the encoder is
+first trained for some minutes to predict, for each patch, which cube is there, which digit is on it and whether the
+gripper points at it. Its CLS token predicts the colour and the digit of the cube pointed at, and deep queries, a
+learned one for each colour, retrieve the digit of the cube of their colour, as the language model's queries will do. A
+run of it is a source of backbone weights like any other (`backbone.init_from=runs/...`); `PretrainingStage` makes one
+where it is missing.
 
 Legend: M frames, N = h * w patches, K cubes of all frames, D backbone width, C colours.
 """

@@ -48,10 +48,10 @@ class FoveatedVLMModule(System):
         network: the plain network, foveated or baseline.
         collator: how conversations become tokens; the data module uses the same one.
         optimizer: the recipe.
-        mode: in which training looks at videos; of the network's modes.
+        mode: of the passes in training; one of the network's modes.
         val_modes: in which validation does; None: all of the network's.
-        refinement: in training, queries are chosen again from what they have shown up to so many times, a number drawn
-            for each step from 0 to this: the queries then meet embeddings that chosen queries gave, as at inference.
+        refinement: in training, queries are chosen again from their own tokens up to so many times, a number drawn for
+            each step from 0 to this: queries are then computed from tokens of chosen queries, as at inference.
         refinement_from: share of the run before refinement begins.
         loss_chunk: tokens whose logits exist at the same time.
         loss_kernel: in training; `chunked`, or `liger`, a fused Triton kernel for GPUs that has chunks of its own.

@@ -1,4 +1,4 @@
-"""The foveated video-language network: one visual token per frame, looked up by a query that the language model picks.
+"""The foveated video-language network: one visual token per frame, from a query that the language model chooses.
 
 Legend: V videos, F frames of the longest, M real frames of all videos, S streams (`rows.Streams`: videos, or questions
 about videos), Q streams of a video, B rows of text, L text tokens, T positions, D backbone width, C language width.

@@ -173,7 +173,7 @@ class JointSpace(nn.Module):
 
 
 class ControllerSpace(nn.Module):
-    """What an operational-space controller is told at every step (robosuite's OSC_POSE, LIBERO's actions): a way and a
+    """Inputs of an operational-space controller at every step (robosuite's OSC_POSE, LIBERO's actions): a way and a
     turn (rotation vector, both in the world's axes) in shares of the largest ones, and the gripper, -1 open to 1
     closed. Poses are those that the controller is led to: each step's way and turn from the step before.
 

@@ -86,7 +86,7 @@ class QwenVL(nn.Module):
     Args:
         layers, width, heads, kv_heads, mlp_width, vocabulary: of the language model. vision: of the vision tower.
         image_token, vision_start, vision_end: ids around and in place of an image; not the tokenizer's own words.
-        image_size: side in pixels at which it looks at images; others are resized.
+        image_size: side in pixels to which images are resized.
         tokenizer: where the tokenizer comes from.
         rope_sections: pairs of a head's numbers that turn with time, height and width; their sum is half a head's.
         prompt_order: images first, as it was trained, or the instruction first: then what an image's tokens hold

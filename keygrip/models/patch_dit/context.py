@@ -224,8 +224,8 @@ class ConditionDropout:
 
     Args:
         none, text, dino, both: shares of the categories.
-        cls_alone, patches_alone: of the samples that are told of their DINO features, shares that are told the CLS
-            vector without patches and patches without the CLS vector. Guidance with a scale for each
+        cls_alone, patches_alone: of the samples that keep DINO features, shares that keep the CLS vector without
+            patches and patches without the CLS vector. Guidance with a scale for each
             (`Sampling.cls_scale`) needs cls_alone above 0.
     """
 

@@ -57,7 +57,7 @@ class PatchDiTModule(System):
         shift_tokens: images of more latent tokens than this are trained and drawn at noise levels nearer to noise, by
             sqrt(tokens / shift_tokens), see `resolution_shift`; None: all at the same levels.
         lora: low-rank differences are trained, and the network stays as `init_from` has it; None: all is trained.
-        monitor_every_n_steps: steps between looks at norms and attention; 0: none. monitor_from_step: warnings begin.
+        monitor_every_n_steps: steps between checks of norms and attention; 0: none. monitor_from_step: warnings begin.
         log_images_every_n_steps: validations at least so many steps apart draw samples; 0: none. shown: per row.
     """
 

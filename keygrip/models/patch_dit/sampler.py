@@ -2,19 +2,19 @@
 
     v = v_none + text_scale (v_text - v_none) + dino_scale (v_dino - v_none) + full_scale (v_full - v_none)
 
-or one after the other, so that the branch that is told of both, which is trained most, takes part in every step
+or one after the other, so that the branch with both conditions, which is trained most, takes part in every step
 (``guidance="dino_then_text"``; the other order likewise)::
 
     v = v_none + dino_scale (v_dino - v_none) + text_scale (v_full - v_dino)
 
 and with ``cls_scale`` in two steps for the DINO features: the CLS vector alone, then its patches.
 
-Every branch has the null embeddings of what it is not told. A branch whose weight is zero is not computed, so that the
-usual pair of scales costs three evaluations per step. What is saved without changing the result: the branches of a step
-run together, keys and values of text and patches are computed once a sample (only the CLS token depends on the noise
-level), and text padding is cut off instead of masked. On a CPU large images run a branch at a time: three of them as
-one batch fall out of its caches and must share one mask, which costs more than it saves. What is saved at a price is
-chosen: an interval of noise levels outside of which one evaluation on everything given takes the place of the branches
+Every branch has null embeddings in place of the conditions that it lacks. A branch whose weight is zero is not
+computed, so that the usual pair of scales costs three evaluations per step. Without any change of the result, branches
+of a step run as one batch, keys and values of text and patches are computed once per sample (only the CLS token depends
+on the noise level), and text padding is cut off instead of masked. On a CPU large images run a branch at a time: three
+of them as one batch exceed its caches and must share one mask, which costs more than it saves. Approximations are
+optional: an interval of noise levels outside of which one evaluation with all conditions replaces the branches
 (Kynkäänniemi et al., "Applying Guidance in a Limited Interval", 2024), and solvers of second order, which need fewer
 steps.
 """

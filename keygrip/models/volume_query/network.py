@@ -231,9 +231,9 @@ class VolumeQueryNetwork(nn.Module):
         d_feat, d_sin_z, d_sin_t: widths of the three parts of a step's query. d_cond: width of the time condition.
         blocks: AdaLN-Zero blocks in the trunk.
         trunk_width: width of the trunk; None is the query's own width (the source design).
-        state: what the query is told of the arm beside its pixel: any of height, gripper, rotation. With the rotation
-            the network tends to repeat it (the arm is aligned already in most frames just before a grip) where it
-            should look.
+        state: inputs of the query beside the gripper's pixel: any of height, gripper, rotation. With the rotation
+            the network tends to repeat it (the arm is aligned already in most frames just before a grip)
+            instead of reading the image.
         logit_scale: "none" (the source design) or a learned temperature for pixel and for height logits.
         height_head: "sinusoidal" (the source design), or plus a linear term from the trunk.
         step_features: gripper and rotation heads also see F at the step's own pixel (the target's in training, the
@@ -393,9 +393,7 @@ class VolumeQueryNetwork(nn.Module):
                 f"{image.shape[-2]}: set data.image_size={self.image_size}, or train with the other size."
             )
         if self.state_parts and state is None:
-            raise ValueError(
-                f"The network was built to be told the arm's {', '.join(self.state_parts)}: give its state."
-            )
+            raise ValueError(f"The network was built to read the arm's {', '.join(self.state_parts)}: give its state.")
         if (self.instruction is None) != (instruction is None):
             raise ValueError(
                 "The network was built to read an instruction: give its tokens."
