@@ -106,7 +106,7 @@ class VideoChat:
     # ------------------------------------------------------------------ processor
 
     def check(self, messages: Sequence[Message]) -> None:
-        """Looks at a conversation without decoding anything.
+        """Checks a conversation without decoding anything.
 
         Raises:
             ValueError: an unknown role or item, or it does not end with a user's turn. FileNotFoundError: an image or

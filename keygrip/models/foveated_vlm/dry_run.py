@@ -51,8 +51,8 @@ def report_on(module: Any, batch: VideoTextBatch) -> dict[str, Any]:
         }
         if on_gpu:
             figures["peak_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
-        if output.looks is not None:
-            cache = sum(block.key.nbytes + block.value.nbytes for block in output.looks.kv)
+        if output.passes is not None:
+            cache = sum(block.key.nbytes + block.value.nbytes for block in output.passes.kv)
             figures["kv_cache_mb"] = round(cache / 2**20, 2)
         report["modes"][mode] = figures
     return report

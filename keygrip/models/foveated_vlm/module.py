@@ -288,8 +288,8 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         for mode, (of_network, refinement) in self._validated().items():
             output = self.network(frames, rows, of_network, refinement, kv)
             self._scores[mode].add(self.score(output, batch), batch.kind)
-            if output.looks is not None:
-                kv = output.looks.kv  # computed once for all modes
+            if output.passes is not None:
+                kv = output.passes.kv  # computed once for all modes
                 if mode == self._attended():
                     for kind, where in attention_on_targets(self.network, output, rows, batch):
                         self._landing[kind].append(where)
@@ -336,18 +336,18 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         figures: dict[str, Any] = {}
         if not network.starts_as_cls:  # a CLS token has the encoder's scale, whatever that is
             figures["static_query_std"] = network.static_query.float().std()
-        looks, streams = output.looks, rows.streams
-        if looks is not None:
-            attention = network.attention_by_frame(looks, streams, HEALTH_FRAMES).flatten(0, 1)
-            used = streams.slots if looks.queries is not None else torch.arange(len(attention), device=loss.device)
+        passes, streams = output.passes, rows.streams
+        if passes is not None:
+            attention = network.attention_by_frame(passes, streams, HEALTH_FRAMES).flatten(0, 1)
+            used = streams.slots if passes.queries is not None else torch.arange(len(attention), device=loss.device)
             figures["attention_entropy"] = relative_entropy(attention[used[used < len(attention)]])
-            visual = looks.visual.flatten(0, 1)[streams.places]
+            visual = passes.visual.flatten(0, 1)[streams.places]
             figures["visual_over_text_std"] = visual.float().std() / network.language.embedding_std
-            if looks.fine is not None:
-                coarse = streams.to_streams(looks.coarse)
-                difference = (looks.fine - coarse).flatten(0, 1)[streams.places].float().abs().mean()
+            if passes.fine is not None:
+                coarse = streams.to_streams(passes.coarse)
+                difference = (passes.fine - coarse).flatten(0, 1)[streams.places].float().abs().mean()
                 figures["query_effect"] = difference
-                kv = [type(block)(block.key.detach(), block.value.detach()) for block in looks.kv]
+                kv = [type(block)(block.key.detach(), block.value.detach()) for block in passes.kv]
                 other = self.score(network(frames, rows, "coarse_only", kv=kv), batch)
                 figures["loss_fine_over_coarse"] = loss / global_mean(other.loss, other.tokens).clamp_min(1e-9)
         self._report_health(figures)
