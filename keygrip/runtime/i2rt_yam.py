@@ -36,9 +36,6 @@ START_SLACK_RAD = 0.15  # the driver itself accepts this much beyond the joints'
 class Driver(Protocol):
     """What is used of i2rt's robot."""
 
-    def num_dofs(self) -> int:
-        """Joints and gripper together: 7."""
-
     def get_joint_pos(self) -> np.ndarray:
         """[7] joint angles in rad and the gripper's opening, 0 to 1."""
 
