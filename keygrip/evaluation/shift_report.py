@@ -226,11 +226,16 @@ def _identity(overrides: dict[str, str]) -> frozenset[tuple[str, str]]:
 
 
 def _conditions(job: Path | None) -> dict[str, Any]:
-    """``{condition: figures}`` of a job's closed-loop evaluation; empty where there was none."""
+    """``{condition: figures}`` of a job's closed-loop evaluation; empty where there was none.
+
+    Raises:
+        ValueError: the stored conditions are no object.
+    """
     if job is None:
         return {}
     conditions = read_result(job / CLOSED_LOOP).get("conditions", {})
-    assert isinstance(conditions, dict)
+    if not isinstance(conditions, dict):
+        raise ValueError(f"the result in {job / CLOSED_LOOP} holds no conditions by name: evaluate the job again")
     return conditions
 
 
