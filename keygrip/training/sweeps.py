@@ -302,7 +302,7 @@ def _draw_losses(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
         return  # nothing was trained, or nothing logged
     from torch.utils.tensorboard.writer import SummaryWriter
 
-    from keygrip.training.images import figure_to_image
+    from keygrip.training.figures import figure_to_image
 
     with atomic_write(folder / LOSSES) as file:
         figure.savefig(file, format="png")

@@ -12,7 +12,7 @@ from keygrip.data.batches import VideoTextBatch
 from keygrip.models.foveated_vlm.attention_maps import patch_maps
 from keygrip.models.foveated_vlm.generation import generate
 from keygrip.models.foveated_vlm.network import FoveatedVLM, VLMOutput
-from keygrip.training.images import drawable, figure_to_image, printable
+from keygrip.training.figures import drawable, figure_to_image, printable
 
 if TYPE_CHECKING:
     from keygrip.models.foveated_vlm.module import FoveatedVLMModule

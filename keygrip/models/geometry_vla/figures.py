@@ -12,7 +12,7 @@ from keygrip.data.batches import MultiViewPolicyBatch
 from keygrip.models.geometry.cameras import project
 from keygrip.models.geometry_vla.geometry import GeometryFeatures
 from keygrip.models.geometry_vla.pointing import map_means, probabilities
-from keygrip.training.images import drawable, figure_to_image
+from keygrip.training.figures import drawable, figure_to_image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -29,7 +29,7 @@ from keygrip.models.volume_query.symmetry import equivalent_classes, nearest_ang
 from keygrip.models.volume_query.targets import StepTargets, arm_state, height_centres, step_targets, views_of_images
 from keygrip.models.volume_query.volume import argmax_voxel, volume_cross_entropy
 from keygrip.training.distributed import global_mean
-from keygrip.training.images import figure_to_image
+from keygrip.training.figures import figure_to_image
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
 from keygrip.training.system import System

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 
 from keygrip.models.foveated_vlm.figures import draw_looks
-from keygrip.training.images import drawable, figure_to_image, printable
+from keygrip.training.figures import drawable, figure_to_image, printable
 
 
 def test_what_cannot_be_printed_or_drawn_is_escaped() -> None:
