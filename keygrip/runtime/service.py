@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from keygrip.models.policy import Needs, Observation, Plan, Policy
+from keygrip.runtime.batch_planner import BatchPlanner, UnavailableError
 from keygrip.runtime.metrics import Metrics
-from keygrip.runtime.planning import Planner, UnavailableError
 from keygrip.runtime.plausibility import Bounds, ImplausibleError
 from keygrip.runtime.sessions import Sessions, seeded, stochastic
 from keygrip.runtime.wire import WireError, entries_of
@@ -107,7 +107,7 @@ class PolicyService:
         self._decoding = 0
         self._decoders = ThreadPoolExecutor(DECODERS, "decode")
         self._make = make
-        self.planner = Planner(
+        self.planner = BatchPlanner(
             policy,
             None if make is None else self._remake,
             batch=limits.batch or 1,

@@ -44,7 +44,7 @@ class _Worker:
     abandoned: bool = False
 
 
-class Planner:
+class BatchPlanner:
     """The policy's thread, used from the event loop.
 
     Args:
