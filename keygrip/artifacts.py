@@ -192,7 +192,7 @@ def blocks_of(path: str | Path, size: int | None = None) -> Iterator[bytes]:
 
 
 def temporary_beside(target: Path) -> Path:
-    """A name for the temporary file of ``target``, hidden and in the same folder, that nobody else uses."""
+    """A name for the temporary file of ``target``, hidden, in the same folder, and unique."""
     if (os.getpid(), target.parent) not in _looked:  # once per process and folder, which may hold thousands of files
         _looked.add((os.getpid(), target.parent))
         _remove_stale(target.parent)

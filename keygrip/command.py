@@ -213,7 +213,7 @@ def _say(line: str) -> None:
 
 
 def _record_failure(error: BaseException, config_name: str) -> None:
-    """Leaves in the run folder what became of the run, and the trace: both are wanted when the terminal is gone."""
+    """Writes the run's outcome and the trace into the run folder, for when the terminal is gone."""
     from hydra.core.hydra_config import HydraConfig
 
     if isinstance(root_cause(error), run_folder.RunFolderError):

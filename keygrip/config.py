@@ -200,7 +200,7 @@ def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def check_overrides(config_name: str, overrides: Sequence[str]) -> None:
-    """Refuses what Hydra would take: renamed settings, and additions at the root that nobody reads (``+max_stepz=3``).
+    """Refuses what Hydra would take: renamed settings, and unread additions at the root (``+max_stepz=3``).
 
     Raises:
         SettingError: with the new name, or the nearest one.

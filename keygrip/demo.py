@@ -1,4 +1,4 @@
-"""``make demo``: from nothing to a robot policy that works, with figures and videos at the end.
+"""``make demo``: records demonstrations, trains a robot policy and evaluates it, with figures and videos at the end.
 
 Records demonstrations of the simulated arm, trains the volume-query policy on them, drives the arm over held-out
 seeds, and says what came out. An interrupted demo goes on where it was. Overrides are those of ``keygrip.train``, e.g.
@@ -87,7 +87,7 @@ def _continued(cfg: DictConfig) -> DictConfig:
 
 
 def report(result: dict[str, Any], folder: Path) -> str:
-    """What a person wants to know at the end."""
+    """The report that is printed at the end."""
 
     def against_floor(label: str, name: str, unit: str, scale: float = 1.0) -> str:
         value, floor = result.get(f"val_{name}"), result.get(f"val_{name}_floor", result.get("val_pix_floor"))

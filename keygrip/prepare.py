@@ -1,5 +1,4 @@
-"""Prepares data: ``python -m keygrip.prepare step=record|import|doctor|rotation ...``; prints its counts as one line
-of JSON."""
+"""Prepares data: ``python -m keygrip.prepare step=record|import|doctor|...``; prints its counts as one line of JSON."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def _no_password() -> str:
 
 
 def _refuse_openness(cfg: DictConfig) -> None:
-    """Raise ValueError where anybody could use the policy, unless that is wanted."""
+    """Raise ValueError where other machines could use the policy without a token, unless that is wanted."""
     if cfg.token is not None and (len(cfg.token) < SHORTEST_TOKEN or not cfg.token.isascii() or " " in cfg.token):
         raise ValueError(
             f"token must have at least {SHORTEST_TOKEN} ASCII characters and no spaces; one is printed by "

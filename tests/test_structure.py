@@ -46,6 +46,21 @@ OUTSIDE |= {
     "save_file",
 }
 
+# Methods that PyTorch, Lightning and Hydra describe, beside all of the name on_...
+LIGHTNING_HOOKS = {
+    "close",
+    "configure_gradient_clipping",
+    "configure_optimizers",
+    "forward",
+    "load_state_dict",
+    "state_dict",
+    "test_dataloader",
+    "train_dataloader",
+    "training_step",
+    "val_dataloader",
+    "validation_step",
+}
+
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
@@ -178,6 +193,30 @@ def test_networks_and_modules_touch_no_files_and_start_no_processes() -> None:
                 names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
                 found += [f"{file.relative_to(ROOT)}:{node.lineno} {name}" for name in names if name == "subprocess"]
     assert found == []
+
+
+def test_public_names_say_what_they_are() -> None:
+    """A method may leave it to the method of the same name in its protocol, base class or PyTorch Lightning."""
+    described, silent = set(LIGHTNING_HOOKS), []
+
+    def visit(body: list[ast.stmt], place: str, owner: str) -> None:
+        for node in body:
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name.startswith(
+                ("_", "on_")
+            ):
+                continue
+            decorators = {ast.unparse(each).rpartition(".")[2] for each in node.decorator_list}
+            if ast.get_docstring(node):
+                described.update({node.name} if owner else ())
+            elif not decorators & {"overload", "setter"}:
+                silent.append((f"{place}:{node.lineno}", owner, node.name))
+            if isinstance(node, ast.ClassDef):
+                visit(node.body, place, node.name)
+
+    for name, path in MODULES.items():
+        visit(ast.parse(path.read_text(encoding="utf-8")).body, name, "")
+    left = [entry for entry in silent if not entry[1] or entry[2] not in described]
+    assert not left, left
 
 
 def test_the_layers_hold() -> None:

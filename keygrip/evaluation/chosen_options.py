@@ -114,8 +114,8 @@ def _said(text: str, last: str, plain: Sequence[str]) -> int | None:
         if found is not None:
             return found
     right = r"\s+(?:is|seems|looks|would be)\s+(?:the\s+)?(?:correct|right|best)"
-    judged = re.search(rf"(?:^|\s)[(\[]?([A-{last}])[)\]]?{right}", text)
-    return _number(judged.group(1)) if judged else None
+    stated = re.search(rf"(?:^|\s)[(\[]?([A-{last}])[)\]]?{right}", text)
+    return _number(stated.group(1)) if stated else None
 
 
 def _anywhere(text: str, last: str, plain: Sequence[str]) -> int | None:

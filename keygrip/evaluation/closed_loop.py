@@ -30,7 +30,7 @@ from keygrip.training.checkpoints import load_module
 
 # Seeds from here on are never used for recording, training or choosing settings (those start at 500000).
 HELD_OUT_SEED = 1_000_000
-HEIGHT_STEP_CM = 2  # of the breakdown by height
+HEIGHT_STEP_CM = 2  # height step of the breakdown by height
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class ClosedLoop:
         cameras: what the policy sees, the main one first; None: the task's own camera.
         control: the controller with its settings, still without policy and rate (a partial call in the configs).
         processes: None takes one for each core.
-        videos: episodes filmed for each condition.
+        videos: episodes recorded as videos, for each condition.
         policy: changes to the model's own policy, by the names of its fields.
         trust: packages beside keygrip whose parts the checkpoint may name.
         python: interpreter of another Python environment that has the simulator: episodes run there, the policy here.
@@ -259,7 +259,7 @@ def loaded_policy(checkpoint: Path, settings: ClosedLoop) -> Any:
 
 
 class _Worker:
-    """One loaded policy and the environment that it has needed last."""
+    """One loaded policy and the environment of its last episode."""
 
     def __init__(self, checkpoint: Path, settings: ClosedLoop) -> None:
         self.policy = loaded_policy(checkpoint, settings)

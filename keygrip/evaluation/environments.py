@@ -64,8 +64,8 @@ def environment_settings(evaluated: Evaluated, env: Mapping[str, Any]) -> Enviro
             return EnvironmentSettings(task, record.image_size, record.hz, trained_with)
         if not isinstance(data.root, str):
             raise ValueError(
-                "the run was trained on several data sets: say where to judge it with env=yam, metaworld or gymnasium, "
-                "or give simulate=false"
+                "the run was trained on several data sets: say where to evaluate it with env=yam, metaworld or "
+                "gymnasium, or give simulate=false"
             )
         found = _of_folder(Path(data.root), trained_with)
         return found if trained_with else replace(found, cameras=_trained_camera(data, found.task))

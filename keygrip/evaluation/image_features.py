@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of the network and its training: another one is another encoder
+VERSION = 1  # version of the network and its training; a file of another version is trained again
 KINDS = ("trained", "dinov3", "clip", "inception")
 TEMPERATURE = 0.2
 

@@ -129,7 +129,7 @@ class Evaluated:
 
     Args:
         module: with the weights of the checkpoint. config: of the run that trained it. checkpoint: its file.
-        output: a folder, made by whoever writes into it. trust: packages beside keygrip whose parts may be built.
+        output: a folder, made by what writes into it. trust: packages beside keygrip whose parts may be built.
     """
 
     module: LightningModule

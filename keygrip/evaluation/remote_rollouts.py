@@ -42,7 +42,7 @@ class RemoteSettings:
         """Plain values.
 
         Raises:
-            ValueError: a controller that another process cannot be told of.
+            ValueError: a controller that cannot be sent to another process.
         """
         options: dict[str, Any] = {}
         if isinstance(self.control, partial) and self.control.func is RecedingHorizon and not self.control.args:

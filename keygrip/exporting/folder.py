@@ -1,4 +1,4 @@
-"""The folder that people exchange: weights as safetensors, everything else as JSON.
+"""An exported model: a folder with weights as safetensors and everything else as JSON.
 
     model.safetensors      the weights that are meant to be used (EMA where the run kept one), buffers included
     processor.safetensors  tensors that the module stores beside its weights; only where it has any

@@ -1,4 +1,4 @@
-"""What `keygrip sample` is asked to draw: prompts and images of the command line, or the rows of a file."""
+"""Sample requests of `keygrip sample`: prompts and images of the command line, or the rows of a file."""
 
 from __future__ import annotations
 

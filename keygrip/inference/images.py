@@ -39,7 +39,7 @@ from keygrip.training.strategies import automatic_precision
 
 log = logging.getLogger(__name__)
 
-GRID_ROWS = 24  # of one file
+GRID_ROWS = 24  # rows of one grid file
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ add ``time_s``: when it was taken, seconds on the robot's clock."""
 
 
 def views_of(observation: Observation, cameras: Sequence[str]) -> list[Mapping[str, Any]]:
-    """What the named cameras see, in this order: each with `image`, `intrinsics` and `world_to_camera`.
+    """Views of the named cameras, in this order: each with `image`, `intrinsics` and `world_to_camera`.
 
     Raises:
         ValueError: a camera is missing, or gives nothing.
@@ -47,7 +47,7 @@ def views_there(observation: Observation, cameras: Sequence[str]) -> list[Mappin
         return [observation]
     absent = [name for name in cameras if name not in seen]
     if absent:
-        there = f"it has {', '.join(seen)}" if seen else "it has one unnamed picture"
+        there = f"it has {', '.join(seen)}" if seen else "it has one unnamed image"
         raise ValueError(f"the observation lacks camera {absent[0]!r}, which the policy was trained with; {there}")
     return [seen[name] for name in cameras]
 
@@ -63,8 +63,8 @@ class Plan:
         uncertainty: ``[A, T]`` 0 certain .. 1, or None where the policy has none.
         joints: ``[A, T, J]`` radians. controller: ``[A, T, D]`` inputs of the robot's controller. The same motion in
             the terms in which the policy plans it, for robots that take them; None where it plans poses.
-        time_s: when the observation was taken that it is made from, seconds on the robot's clock; None where nobody
-            said. Step k is due at time_s + k step_seconds, k from 1.
+        time_s: when the observation was taken that it is made from, seconds on the robot's clock; None where it is
+            not known. Step k is due at time_s + k step_seconds, k from 1.
     """
 
     position: np.ndarray

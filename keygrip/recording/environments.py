@@ -38,7 +38,7 @@ def record_step(
 
     Args:
         env_task: of the group env: the environment of env=gymnasium; of others it belongs to evaluations.
-        unread: settings of the group env that only an evaluation reads, with their values: None where nobody set them.
+        unread: settings of the group env that only an evaluation reads, with their values: None where they are not set.
 
     Raises:
         ValueError: an environment without scripted expert, or a setting that it does not have.
@@ -57,7 +57,7 @@ def record_step(
     if env_task is not None and env_task != type(env_task)():
         raise ValueError("env.task is for evaluations: for a recording set task (task=...)")
     if environment == "yam_handover":
-        if task == TaskOptions(name="pick_place"):  # what the settings say where nobody chose a task
+        if task == TaskOptions(name="pick_place"):  # the default task of the settings
             task = HandoverTask()
         if not isinstance(task, HandoverTask):
             _refuse(["task"], environment)

@@ -1,4 +1,4 @@
-"""A policy that lives on another machine, used like one that lives here.
+"""A policy on another machine, with the interface of a local one.
 
 ::
 
@@ -128,7 +128,7 @@ class RemotePolicy:
             raise ServerError(status, "the answer to /reset names no session") from error
 
     def health(self) -> dict[str, Any]:
-        """What the server says of itself: state, model, expected observation, limits, counts."""
+        """The server's `/health`: state, model, expected observation, limits, counts."""
         status, body = self._ask("GET", "/health")
         said: dict[str, Any] = {}
         with contextlib.suppress(*NO_JSON):

@@ -1,4 +1,4 @@
-"""What a policy may be asked and may answer: bounds from its training data, checked at the server's door.
+"""Bounds from the training data on observations and plans, checked by the server.
 
 A network extrapolates without a word: a start pose in millimetres gives a plan that looks right, one of 1e20 gives
 NaN, and so do a covered lens and the intrinsics of another resolution. :meth:`Bounds.refuse_start`,
@@ -20,9 +20,9 @@ import numpy as np
 
 from keygrip.models.policy import Needs, Observation, Plan, Policy, arm_axis, views_of
 
-QUATERNION_SLACK = 1e-3  # of the norm of a planned quaternion
-GRIPPER_SLACK = 0.05  # beyond 0 and 1
 LOOKED_AT = 64  # pixels along an image's shorter side, which tell whether it shows anything
+QUATERNION_SLACK = 1e-3  # deviation of a planned quaternion's norm from 1
+GRIPPER_SLACK = 0.05  # how far an opening may lie beyond 0 and 1
 
 
 class ImplausibleError(ValueError):

@@ -34,7 +34,7 @@ from keygrip.runtime.wire import CONTENT_TYPE, SESSION_HEADER, decode_observatio
 log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-LINGER_S = 1.0  # how long a refused body may still flow, so that the sender reads why
+LINGER_S = 1.0  # a refused body is still read for this long, so that the sender gets the answer
 LONGEST_RESET = 1000  # bytes of the body of POST /reset
 PLACES = "there is POST /plan, POST /reset, DELETE /session, GET /health, /healthz and /metrics, and a websocket at /"
 

@@ -1,4 +1,4 @@
-"""Checkpoints that carry everything needed to run: weights, resolved config, statistics, versions.
+"""Checkpoints with everything that a model needs to run: weights, resolved config, statistics, versions.
 
 A keygrip checkpoint is Lightning's, plus ``keygrip`` (format, resolved config, git revision, package versions) and,
 where an EMA of the weights is kept, ``ema``. What a model needs besides (statistics, a rotation basis, class names)

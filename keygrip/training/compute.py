@@ -1,4 +1,4 @@
-"""What a training step costs in floating-point operations, counted now and then."""
+"""Floating-point operations of training steps, counted every few steps."""
 
 from __future__ import annotations
 

@@ -75,17 +75,7 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     module = build_module(resolved)
     started_in = _write_start(folder, cfg, origin, resumed=resume is not None)
     if hasattr(module, "set_statistics"):
-        if hasattr(datamodule, "asked_by"):
-            datamodule.asked_by(module)
-        datamodule.prepare_data()
-        datamodule.setup("fit")
-        if hasattr(datamodule, "origin"):
-            origin["data"] = datamodule.origin
-            if started_in is not None:
-                write_json(started_in, origin)
-        found = module.set_statistics(datamodule.statistics)  # type: ignore[operator]
-        for name, value in (found or {}).items():
-            log.info("  %-28s %.4g", name, value)
+        _set_statistics(module, datamodule, origin, started_in)
     if cfg.dry_run:
         report = _dry_run(datamodule, module, cfg)
         if started_in is not None:
@@ -100,25 +90,7 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         callbacks.append(ScheduleByTime())
     if not loggers:  # it refuses to run without one
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
-    trainer = lightning.Trainer(
-        **arguments,
-        max_steps=cfg.max_steps,
-        max_epochs=cfg.max_epochs,
-        max_time=None if cfg.max_minutes is None else {"seconds": int(60 * cfg.max_minutes)},
-        val_check_interval=cfg.val_every_n_steps and cfg.val_every_n_steps * cfg.accumulate_grad_batches,
-        check_val_every_n_epoch=None if cfg.val_every_n_steps else 1,
-        limit_val_batches=cfg.limit_val_batches,
-        num_sanity_val_steps=0 if resume else 1,
-        log_every_n_steps=cfg.log_every_n_steps,
-        accumulate_grad_batches=cfg.accumulate_grad_batches,
-        gradient_clip_val=cfg.optimizer.get("clip_norm") if cfg.optimizer else None,
-        callbacks=callbacks,
-        logger=loggers or False,
-        plugins=[AtomicCheckpointIO()],
-        default_root_dir=str(folder),
-        enable_model_summary=False,
-        enable_checkpointing=True,
-    )
+    trainer = _trainer(cfg, folder, arguments, callbacks, loggers, resumed=resume is not None)
     _advise(cfg)
     _announce(cfg, module, resume, resumed_step)
     try:
@@ -130,6 +102,51 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     if trainer.is_global_zero:
         _finish(folder, trainer, metrics, time.monotonic() - started)
     return metrics
+
+
+def _set_statistics(module: Any, datamodule: Any, origin: dict[str, Any], started_in: Path | None) -> None:
+    """Sets up the data and hands its statistics to the module; adds the data to `origin` and to its file."""
+    if hasattr(datamodule, "asked_by"):
+        datamodule.asked_by(module)
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    if hasattr(datamodule, "origin"):
+        origin["data"] = datamodule.origin
+        if started_in is not None:
+            write_json(started_in, origin)
+    report = module.set_statistics(datamodule.statistics)
+    for name, value in (report or {}).items():
+        log.info("  %-28s %.4g", name, value)
+
+
+def _trainer(
+    cfg: DictConfig,
+    folder: Path,
+    arguments: dict[str, Any],
+    callbacks: list[Callback],
+    loggers: list[Any],
+    resumed: bool,
+) -> Trainer:
+    """Lightning's trainer as `cfg` says; `arguments` are the strategy's."""
+    return lightning.Trainer(
+        **arguments,
+        max_steps=cfg.max_steps,
+        max_epochs=cfg.max_epochs,
+        max_time=None if cfg.max_minutes is None else {"seconds": int(60 * cfg.max_minutes)},
+        val_check_interval=cfg.val_every_n_steps and cfg.val_every_n_steps * cfg.accumulate_grad_batches,
+        check_val_every_n_epoch=None if cfg.val_every_n_steps else 1,
+        limit_val_batches=cfg.limit_val_batches,
+        num_sanity_val_steps=0 if resumed else 1,
+        log_every_n_steps=cfg.log_every_n_steps,
+        accumulate_grad_batches=cfg.accumulate_grad_batches,
+        gradient_clip_val=cfg.optimizer.get("clip_norm") if cfg.optimizer else None,
+        callbacks=callbacks,
+        logger=loggers or False,
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=str(folder),
+        enable_model_summary=False,
+        enable_checkpointing=True,
+    )
 
 
 def _dry_run(datamodule: Any, module: LightningModule, cfg: DictConfig) -> dict[str, Any]:
@@ -190,9 +207,8 @@ def _advise(cfg: DictConfig) -> None:
         and cfg.model.get("rotation") is not None
     ):
         log.warning(
-            "backbone=tiny starts from random weights at %d px: enough for the simulator, poor on a real "
-            "robot's pictures; the recipe for those "
-            "is experiment=yam_dinov3 (DINOv3 ViT-S/16+, 448 px, pretrained)",
+            "backbone=tiny starts from random weights at %d px: enough for the simulator, poor on a real robot's "
+            "images; the recipe for those is experiment=yam_dinov3 (DINOv3 ViT-S/16+, 448 px, pretrained)",
             backbone.image_size,
         )
 

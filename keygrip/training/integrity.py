@@ -1,4 +1,4 @@
-"""Checkpoint files that know their own hash, and weights that are what a model expects.
+"""Checkpoint files with a hash at their end, and checks that weights fit a model.
 
 A checkpoint is a zip archive. Its SHA-256 stands in the archive's comment, the last bytes of the file, so that any
 changed byte is found: zip's own checksums cover neither names nor headers nor padding. The hash is of the file as it

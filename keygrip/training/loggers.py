@@ -81,7 +81,7 @@ def flattened(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def takes_images(loggers: Iterable[Any]) -> bool:
-    """Whether any logger shows images: drawing them for none would be work for nothing."""
+    """Whether any logger shows images; without one none need be drawn."""
     return any(hasattr(logger, "log_image") or hasattr(_writer(logger), "add_image") for logger in loggers)
 
 

@@ -1,6 +1,6 @@
 """What a stored configuration may build: the trust boundary of checkpoints, run folders and exports.
 
-A checkpoint is data that somebody else may have made. Its configuration names classes (``_target_``), and a name can
+A checkpoint is data that may come from others. Its configuration names classes (``_target_``), and a name can
 be anything: ``os.system``, ``torch.load``, a recorder that starts processes. So a class is built from a checkpoint only
 where its author has declared it::
 
@@ -12,7 +12,7 @@ and only where it lies in keygrip's own rooms or in a package that the caller na
 
 ``from_checkpoint`` gives settings that are replaced when the part is built from a checkpoint, because the checkpoint
 brings what they would load: weights from a file, a run to start from. ``external`` names settings that point to
-files which the checkpoint does not bring (weights of a frozen encoder of somebody else); the caller must name those
+files which the checkpoint does not bring (weights of another project's frozen encoder); the caller must name those
 files, the checkpoint may not.
 """
 

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it may: settings that change what is computed must agree."""
+"""Resuming: which checkpoint a run continues from; settings that change what is computed must agree."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAY_DIFFER = (
     # what else has changed in the data is compared by hashes
     *("data.verify", "data.allow_changed"),
 )
-MUST_AGREE = ("callbacks.ema",)  # the other callbacks watch and save
+MUST_AGREE = ("callbacks.ema",)  # all other callbacks only watch and save
 
 
 def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:

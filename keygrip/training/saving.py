@@ -34,15 +34,18 @@ class AtomicCheckpointIO(CheckpointIO):
     """Writes whole files with their hash: a kill at any moment leaves the previous one, a changed byte is found."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Writes the checkpoint with its hash, whole or not at all."""
         with atomic_write(path) as file:
             torch.save(checkpoint, file)
             file.flush()
             sign(Path(file.name))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """As `read_checkpoint`: nothing stored is executed."""
         return read_checkpoint(path, map_location or "cpu")
 
     def remove_checkpoint(self, path: Any) -> None:
+        """Removes the file if it is there."""
         Path(path).unlink(missing_ok=True)
 
 

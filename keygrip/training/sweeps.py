@@ -185,7 +185,7 @@ def close_sweeps() -> list[str]:
 
 
 def _command(config: DictConfig) -> str:
-    """What makes the sweep again; without the folder, which is nobody else's."""
+    """The command that runs the sweep again, without its folder."""
     overrides = [*config.hydra.overrides.hydra, *config.hydra.overrides.task]
     kept = [o for o in overrides if not o.startswith(("hydra.sweep.dir=", "hydra.mode="))]
     return shlex.join(["python", "-m", f"keygrip.{config.hydra.job.name}", "-m", *kept])
@@ -304,7 +304,7 @@ def _draw_losses(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
         return  # nothing was trained, or nothing logged
     from torch.utils.tensorboard.writer import SummaryWriter
 
-    from keygrip.training.images import figure_to_image
+    from keygrip.training.figures import figure_to_image
 
     with atomic_write(folder / LOSSES) as file:
         figure.savefig(file, format="png")

@@ -14,9 +14,8 @@ from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.evaluation.vqa_benchmarks import read_benchmark
 
 
-def read_frames(*arguments: Any, **options: Any) -> np.ndarray:
-    """The frames without their times."""
-    return read_timed_frames(*arguments, **options)[0]
+def read_frames(*arguments: Any, **settings: Any) -> np.ndarray:
+    return read_timed_frames(*arguments, **settings)[0]
 
 
 def video(path: Path, seconds: int = 3, fps: int = 5) -> Path:

@@ -314,6 +314,7 @@ class RobotDemos(ResumableData):
 
     @property
     def train_demos(self) -> list[Demo]:
+        """Demonstrations of the training split; needs `setup`."""
         return [self.demos[index] for index in self.train_indices]
 
     @property
@@ -387,6 +388,7 @@ class RobotDemos(ResumableData):
 
     @property
     def train_samples(self) -> DemoSamples:
+        """Augmented samples of the training split; needs `setup`."""
         if self._train is None:
             self._train = self._samples(self.train_indices, self.augmentation, training=True)
             if self._train.dropped:
@@ -395,6 +397,7 @@ class RobotDemos(ResumableData):
 
     @property
     def val_samples(self) -> DemoSamples:
+        """Unaugmented samples of the validation split; needs `setup`."""
         if self._val is None:
             self._val = self._samples(self.val_indices, None, training=False)
         return self._val
@@ -422,7 +425,7 @@ class RobotDemos(ResumableData):
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What the run folder says of the data: their version, how many demos there are, and which were left out."""
+        """What the run folder records of the data: version, number of demos, and which were left out."""
         return {
             "root": [str(part.folder) for part in self.roots] if len(self.roots) > 1 else str(self.root),
             "version": data_version(self.contents) if self.contents else None,

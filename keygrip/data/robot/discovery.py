@@ -78,10 +78,8 @@ def _find(root: Path, format: str, calibration: Path | str | None) -> list[DemoR
         if not recognised:
             raise FileNotFoundError(
                 f"{root} holds no demos in a known format; looked for native (a folder a demo with metadata.json of "
-                f"schema {SCHEMA!r} and "
-                "trajectory.npz), raiden (<task>/0000/lowdim), yam_abc (<slug>/<stamp>_<id>/*-joint_pos.npy), "
-                "lerobot_v2 and lerobot_v3 (meta/info.json) and "
-                "libero (*.hdf5)"
+                f"schema {SCHEMA!r} and trajectory.npz), raiden (<task>/0000/lowdim), yam_abc "
+                "(<slug>/<stamp>_<id>/*-joint_pos.npy), lerobot_v2 and lerobot_v3 (meta/info.json) and libero (*.hdf5)"
             )
         format = recognised[0]
     given = None if calibration is None else Path(calibration)

@@ -41,9 +41,8 @@ def _checked_index(index: int, length: int, what: object) -> int:
 
 
 @dataclass(frozen=True)
-class JpegFrames:
-    """One image file per frame (JPEG or PNG). `pattern` holds one integer field for the frame number, such as
-    `%06d.jpg`.
+class NumberedFiles:
+    """One file per frame. `pattern` holds one integer field for the frame number, such as `%06d.jpg`.
 
     Args:
         folder: where the files are.
@@ -66,7 +65,18 @@ class JpegFrames:
         return self.frames
 
     def path(self, index: int) -> Path:
+        """The file of a frame. Raises IndexError."""
         return self.folder / (self.pattern % (self.start + _checked_index(index, self.frames, self.folder)))
+
+    def identity(self) -> str:
+        with os.scandir(self.folder) as entries:
+            lines = sorted(f"{e.name}:{e.stat().st_size}:{e.stat().st_mtime_ns}" for e in entries if e.is_file())
+        return "\n".join([f"{self.folder.absolute()}:{self.pattern}:{self.start}:{self.frames}:{self.rotate}", *lines])
+
+
+@dataclass(frozen=True)
+class JpegFrames(NumberedFiles):
+    """One image file per frame (JPEG or PNG)."""
 
     def read(self, index: int) -> np.ndarray:
         with open_image(self.path(index)) as image:
@@ -77,38 +87,18 @@ class JpegFrames:
         path = self.path(index)
         return read_bytes(path) if not self.rotate and path.suffix.lower() in (".jpg", ".jpeg") else None
 
-    def identity(self) -> str:
-        with os.scandir(self.folder) as entries:
-            lines = sorted(f"{e.name}:{e.stat().st_size}:{e.stat().st_mtime_ns}" for e in entries if e.is_file())
-        return "\n".join([f"{self.folder.absolute()}:{self.pattern}:{self.start}:{self.frames}:{self.rotate}", *lines])
-
 
 @dataclass(frozen=True)
-class DepthFrames:
-    """16-bit PNG depth, millimetres, one file per frame; 0 means no reading."""
-
-    folder: Path
-    pattern: str
-    frames: int
-    start: int = 0
-    rotate: int = 0
-
-    def __post_init__(self) -> None:
-        _checked_rotation(self.rotate)
-
-    def __len__(self) -> int:
-        return self.frames
+class DepthFrames(NumberedFiles):
+    """One 16-bit PNG file of depth per frame, millimetres; 0 means no reading."""
 
     def read(self, index: int) -> np.ndarray:
-        path = self.folder / (self.pattern % (self.start + _checked_index(index, self.frames, self.folder)))
+        path = self.path(index)
         with open_image(path) as image:
             depth = np.asarray(image)
         if depth.ndim != 2:
             raise ValueError(f"{path}: depth must have one channel, it has shape {depth.shape}")
         return _rotated(depth.astype(np.uint16), self.rotate)
-
-    def identity(self) -> str:
-        return JpegFrames(self.folder, self.pattern, self.frames, self.start, self.rotate).identity()
 
 
 @dataclass(frozen=True)
@@ -136,6 +126,7 @@ class VideoFrames:
         return self.frames if self.frames is not None else self.frames_in_file() - self.start
 
     def frames_in_file(self) -> int:
+        """Frames in the whole file, counted from its packets. Raises OSError."""
         return count_frames(self.path)
 
     def verify(self) -> None:

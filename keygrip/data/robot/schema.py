@@ -57,7 +57,7 @@ def words(value: Any) -> str:
 
 @runtime_checkable
 class FrameSource(Protocol):
-    """Pictures of one camera by frame index. Must be picklable (it travels to loader workers) and hold no open file."""
+    """Images of one camera by frame index. Must be picklable (it travels to loader workers) and hold no open file."""
 
     def __len__(self) -> int: ...
 
@@ -108,7 +108,7 @@ class CameraTrack:
         world_to_camera: [N, 4, 4] rigid.
         frames: the images.
         depth: uint16 millimetres, or None.
-        uncalibrated: why nobody knows where this camera is; its matrices then stand for nothing. Empty: it is
+        uncalibrated: why this camera's pose is not known; its matrices then have no meaning. Empty: it is
             calibrated.
     """
 

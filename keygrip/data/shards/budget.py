@@ -51,7 +51,7 @@ class Sizes:
 def budgeted(
     samples: np.ndarray, sizes: Sizes, budget: Budget, most: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Samples cut into batches of like ones, each within the budget and of at most `most`; in random order.
+    """Samples in batches of similar size, each within the budget and of at most `most`; in random order.
 
     A sample that is larger than the budget is a batch of its own.
 

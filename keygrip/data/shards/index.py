@@ -194,7 +194,7 @@ def _index_tar(path: Path, describe: Describe) -> ShardIndex:
     with tarfile.open(path, "r:") as tar, path.open("rb") as raw:
         end = 0
         for member in tar:
-            if member.size < 0 or member.offset_data < end:  # tarfile itself would go round in circles
+            if member.size < 0 or member.offset_data < end:  # tarfile itself would loop forever
                 raise ShardError(f"{path} is not a whole tar file: the size of {member.name} is wrong")
             # a sparse file says its size with the holes, which are not in the tar
             end = tar.offset if member.issparse() else member.offset_data + (member.size + 511) // 512 * 512
@@ -202,7 +202,7 @@ def _index_tar(path: Path, describe: Describe) -> ShardIndex:
                 raise ShardError(f"{path} is cut off in {member.name}")
             if member.isdir():
                 continue
-            key, part = split_name(unicodedata.normalize("NFC", member.name))  # macOS takes letters and accents apart
+            key, part = split_name(unicodedata.normalize("NFC", member.name))  # macOS stores letters and accents apart
             if not key.rpartition("/")[2]:
                 continue  # a hidden file, such as a file system's notes about others
             if not _is_text(member.name):
@@ -267,4 +267,5 @@ def _checked(row: Row) -> Row:
 
 
 def index_path(shard: Path) -> Path:
+    """The index file of a shard, beside it."""
     return shard.with_name(shard.name + INDEX_SUFFIX)

@@ -124,6 +124,7 @@ class ShardSet:
         return int(self._starts[shard])
 
     def key(self, sample: int) -> str:
+        """The key of a sample."""
         shard, row = self.locate(sample)
         return str(self._indices[shard].keys[row])
 

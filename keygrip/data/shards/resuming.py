@@ -16,7 +16,7 @@ FILES_OF_A_RUN = 60
 
 
 def refuse_too_few_files(workers: int) -> None:
-    """Raises where loader workers would wait for ever for file descriptors that the process may not have.
+    """Raises where loader workers would wait forever for file descriptors that the process may not have.
 
     Raises:
         OSError: with the limit and the number needed.

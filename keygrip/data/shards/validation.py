@@ -1,4 +1,4 @@
-"""Validation of shards: everything that could go wrong in training is looked for before it."""
+"""Validation of shards: decodes and checks every sample before training."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ from keygrip.progress import Progress
 log = logging.getLogger(__name__)
 
 NAMED_AT_MOST = 20
-PROBE_SIZE = 32  # images are decoded whole and then made small: what they show is not looked at
+PROBE_SIZE = 32  # images are decoded whole and made small, since only whether they decode matters
 
 
 @dataclass
 class ShardReport:
-    """What is known of a shard after looking at everything in it."""
+    """Result of examining a shard."""
 
     name: str
     problems: list[str] = field(default_factory=list)

@@ -40,6 +40,17 @@ FITS = ("stretch", "crop", "pad")
 CAPTION_REQUEST = "Describe what happens in the video."
 
 
+# Of images: shards of another number hold other pixels of transparent, turned and deep ones. A setting of a set.
+DECODING = 2
+
+
+def frame_limit(max_frames: int) -> dict[str, int]:
+    """`max_frames` as a setting of a set; none where it is the usual one. Raises ValueError: out of range."""
+    if not 1 <= max_frames <= MOST_FRAMES:
+        raise ValueError(f"max_frames={max_frames}: a sample has 1 to {MOST_FRAMES}")
+    return {} if max_frames == MAX_FRAMES else {"max_frames": max_frames}
+
+
 @dataclass(frozen=True)
 class Turn:
     """One turn of a conversation. role: "system", "user" or "assistant"."""

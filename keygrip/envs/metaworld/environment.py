@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from keygrip.envs.metaworld.tasks import CAMERAS, HZ, MetaWorldTask
-from keygrip.envs.yam.rendering import INSTALL_ADVICE, RenderingUnavailableError, mujoco, world_to_camera
+from keygrip.envs.rendering import world_to_camera
+from keygrip.robots.mujoco_backend import INSTALL_ADVICE, RenderingUnavailableError, mujoco
 
 try:
     import metaworld

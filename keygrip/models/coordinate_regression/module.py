@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 HEADLINE = ("pix_argmax", "gripper_acc", "height_m", "position_cm", "rotation_deg")
 
 
-BAR = ("total", "position_cm")  # in the progress line
+BAR = ("total", "position_cm")  # metrics in the progress line
 
 
 @model_part(from_checkpoint={"init_from": None})
@@ -53,7 +53,7 @@ class CoordinateRegressionModule(System):
     """
 
     batch_type = PolicyBatch
-    reads_calibration = False  # only its metrics in pixels do
+    reads_calibration = False  # only its metrics in pixels read calibration
     evaluation_kind = "policy"
     toy_overrides = (
         *("data=yam", "data.record.task.name=reach", "data.record.demos=4", "data.record.image_size=72"),
@@ -114,6 +114,7 @@ class CoordinateRegressionModule(System):
         return (position - low) / (high - low).clamp_min(1e-6) * 2 - 1
 
     def denormalise(self, position: Tensor) -> Tensor:
+        """Metres ``[..., 3]`` from -1 .. 1 over the training range; the inverse of `normalise`."""
         low, high = self.statistics.position_range
         return low + (position + 1) / 2 * (high - low)
 

@@ -37,8 +37,8 @@ from keygrip.training.parts import model_part
 
 log = logging.getLogger(__name__)
 
-COVERED_RAD = math.radians(15.0)  # from a prototype: farther away none was seen in training
-WARNING_DEG = 45.0  # a largest decode error that no manipulation task forgives
+COVERED_RAD = math.radians(15.0)  # rotations farther from every prototype count as not seen in training
+WARNING_DEG = 45.0  # largest decode error above which a warning is logged: no manipulation task tolerates it
 
 
 class RotationCodec(nn.Module):
@@ -175,8 +175,7 @@ class PCARotation(RotationCodec):
         if explained < self.min_explained:
             warnings.warn(
                 f"The first principal component explains only {explained:.0%} of the rotations (below "
-                f"{self.min_explained:.0%}): "
-                "rotation=pca_1d will lose the rest; use rotation=kmeans.",
+                f"{self.min_explained:.0%}): rotation=pca_1d will lose the rest; use rotation=kmeans.",
                 stacklevel=3,
             )
 

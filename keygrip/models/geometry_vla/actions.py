@@ -23,8 +23,8 @@ from keygrip.models.geometry_vla.action_spaces import (
 )
 from keygrip.training.parts import ReadWhere, model_part
 
-SIZE = 10  # of an arm's pose: position 3, rotation columns 6, opening 1
-LEAST_RANGE = 0.01  # metres, or what a rotation matrix holds: less than this is standing still, not a scale
+SIZE = 10  # numbers of an arm's pose: position 3, rotation columns 6, opening 1
+LEAST_RANGE = 0.01  # smallest range used as a scale (metres, or entries of a rotation matrix): less is standing still
 
 
 @model_part

@@ -24,10 +24,10 @@ from keygrip.artifacts import locked, write_bytes, write_text
 
 log = logging.getLogger(__name__)
 
-KEPT_SHARE = 0.9  # of the limit, after files were removed: not at every new one
+KEPT_SHARE = 0.9  # share of the limit that is kept when files are removed, so that not every new file removes one
 LARGEST_HALF = 6e4  # beyond it a float16 is infinite
 CHECKSUM = "crc32"  # of a feature's bytes, in its file's metadata
-SURPRISING = 20_000  # images of which not one came again
+SURPRISING = 20_000  # after this many images without a hit, a warning
 
 
 class FeatureCache:
@@ -62,7 +62,7 @@ class FeatureCache:
         """
         if images.dtype != torch.uint8:
             raise ValueError(
-                f"Features are kept by the bytes of their pictures, which must be uint8, not {images.dtype}."
+                f"Features are kept by the bytes of their images, which must be uint8, not {images.dtype}."
             )
         keys = [_key(row, maker) for row in zip(*(part.cpu() for part in (images, *conditions)), strict=True)]
         found = [self._read(key) for key in keys]
@@ -83,8 +83,8 @@ class FeatureCache:
         self._asked, self._found = before + asked, self._found + found
         if before < SURPRISING <= self._asked and not self._found:
             log.warning(
-                "of %d pictures none came twice: the cache of geometry features only costs time; random crops and "
-                "colours make every picture new (data.augmentation=null), or set geometry.cache=null",
+                "of %d images none came twice: the cache of geometry features only costs time; random crops and "
+                "colours make every image new (data.augmentation=null), or set geometry.cache=null",
                 self._asked,
             )
 

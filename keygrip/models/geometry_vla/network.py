@@ -37,7 +37,7 @@ from keygrip.training.parts import ReadWhere, model_part
 
 log = logging.getLogger(__name__)
 
-MOST_VIEWS = 16  # that are told apart by their number
+MOST_VIEWS = 16  # views that have an embedding of their number
 
 
 @model_part
@@ -70,12 +70,12 @@ class ActionSampling:
 
 @dataclass(frozen=True)
 class Scene:
-    """What the encoders made of a batch: computed once for all draws of noise and all steps of a sampler.
+    """The encoders' output for a batch: computed once for all draws of noise and all steps of a sampler.
 
     Attributes:
         contexts: of the head's blocks. groups: tokens of the prompt, of geometry, and pointed ones, in each of them.
         geometry: what the geometry encoder gave, None without injection.
-        pointing: logits of where the gripper will be in the images (see `Pointing`), None where nobody asks.
+        pointing: logits of where the gripper will be in the images (see `Pointing`), None where they are not asked for.
     """
 
     contexts: list[BlockContext]
@@ -355,7 +355,7 @@ def _check_geometry(
     pointed: bool,
     changes: dict[str, bool],
 ) -> None:
-    """Raises ValueError where geometry is asked for and would reach nobody, or there is none."""
+    """Raises ValueError where geometry is asked for and nothing would read it, or there is none."""
     if geometry is None and (to_head or to_vlm):
         name = "geom_inject_to_dit" if to_head else "geom_inject_to_vlm"
         raise ValueError(

@@ -15,7 +15,7 @@ from keygrip.models.nn.lora import merge
 
 Precision = Literal["float32", "bfloat16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "int8")
-LARGEST = 127  # of an int8, both ways
+LARGEST = 127  # largest absolute int8 value used
 
 
 class Int8Linear(nn.Module):

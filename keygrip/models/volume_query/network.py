@@ -31,12 +31,12 @@ from keygrip.models.volume_query.volume import VolumeLogits, argmax_voxel, soft_
 from keygrip.models.volume_query.world import VoxelProjection, WorldScores
 from keygrip.training.parts import ReadWhere, model_part
 
-# What the query may be told of the arm, and how many numbers each is: height in the bins' range, gripper opening, and
-# two columns of the rotation matrix (a continuous representation of rotations: Zhou et al., "On the Continuity of
-# Rotation Representations in Neural Networks", 2019).
+# Inputs of the arm's state and how many numbers each has: height in the bins' range, gripper opening, and two columns
+# of the rotation matrix (a continuous representation of rotations: Zhou et al., "On the Continuity of Rotation
+# Representations in Neural Networks", 2019).
 STATE_PARTS = {"height": 1, "gripper": 1, "rotation": 6}
 
-Told = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # query and condition, changed
+Told = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (query, condition) -> modulated (query, condition)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class VolumeQueryOutput:
 
 @dataclass(frozen=True)
 class FurtherViews:
-    """What cameras beside the first see.
+    """Views of cameras beside the first.
 
     Attributes:
         images: ``[B, V, 3, S, S]``, normalised as the first's. where: of the first camera's voxels in them.
@@ -230,9 +230,9 @@ class VolumeQueryNetwork(nn.Module):
         d_feat, d_sin_z, d_sin_t: widths of the three parts of a step's query. d_cond: width of the time condition.
         blocks: AdaLN-Zero blocks in the trunk.
         trunk_width: width of the trunk; None is the query's own width (the source design).
-        state: what the query is told of the arm beside its pixel: any of height, gripper, rotation. With the rotation
-            the network tends to repeat it (the arm is aligned already in most frames just before a grip) where it
-            should look.
+        state: inputs of the query beside the gripper's pixel: any of height, gripper, rotation. With the rotation
+            the network tends to repeat it (the arm is aligned already in most frames just before a grip)
+            instead of reading the image.
         logit_scale: "none" (the source design) or a learned temperature for pixel and for height logits.
         height_head: "sinusoidal" (the source design), or plus a linear term from the trunk.
         step_features: gripper and rotation heads also see F at the step's own pixel (the target's in training, the
@@ -394,9 +394,7 @@ class VolumeQueryNetwork(nn.Module):
                 f"{image.shape[-2]}: set data.image_size={self.image_size}, or train with the other size."
             )
         if self.state_parts and state is None:
-            raise ValueError(
-                f"The network was built to be told the arm's {', '.join(self.state_parts)}: give its state."
-            )
+            raise ValueError(f"The network was built to read the arm's {', '.join(self.state_parts)}: give its state.")
         if (self.instruction is None) != (instruction is None):
             raise ValueError(
                 "The network was built to read an instruction: give its tokens."

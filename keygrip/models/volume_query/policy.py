@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SENTENCES_KEPT = 1000  # a client may send any number of them; one that is forgotten is warned of again
+SENTENCES_KEPT = 1000  # sentences remembered, of any number that clients send; a forgotten one is warned about again
 
 
 @dataclass
@@ -52,7 +52,7 @@ class VolumeQueryPolicy:
         self.module.eval()
         self.chosen_decoder()  # refuses a name that does not exist
         self._geometry = self.module.statistics.geometry
-        self._read: set[str] = set()  # sentences whose words were looked at
+        self._read: set[str] = set()  # sentences whose words were checked
         self._generator = torch.Generator(device=self.module.device).manual_seed(self.seed)
 
     @property
@@ -154,8 +154,8 @@ class VolumeQueryPolicy:
             ]
             for observation in observations
         ]
-        pictures = np.stack([np.stack([view.picture.transpose(2, 0, 1) for view in views]) for views in seen])
-        images = torch.from_numpy(pictures).to(device)
+        stacked = np.stack([np.stack([view.image.transpose(2, 0, 1) for view in views]) for views in seen])
+        images = torch.from_numpy(stacked).to(device)
         k, camera = (
             torch.as_tensor(np.stack([[getattr(view, name) for view in views] for views in seen])).float().to(device)
             for name in ("intrinsics", "world_to_camera")
@@ -168,8 +168,8 @@ class VolumeQueryPolicy:
         look = self.module.network.second_look
         if look is None:
             return None
-        pictures = [self._geometry.detail(np.asarray(seen["image"]), look.sharp_size) for seen in observations]
-        return SharpImage(torch.stack(pictures).to(self.module.device), self._geometry.mean, self._geometry.std)
+        images = [self._geometry.detail(np.asarray(seen["image"]), look.sharp_size) for seen in observations]
+        return SharpImage(torch.stack(images).to(self.module.device), self._geometry.mean, self._geometry.std)
 
     def _turns(self, planned: torch.Tensor, start: torch.Tensor, gripper: torch.Tensor) -> torch.Tensor:
         """Rotations ``[B, A, T, 4]`` of plans that begin at ``[B, A, 4]`` with the opening ``[B, A]``."""
@@ -198,7 +198,7 @@ class VolumeQueryPolicy:
         else:
             first = [views_of(seen, module.views)[0] if network.world_views else seen for seen in observations]
             cut = [self._geometry.apply(np.asarray(one["image"]), np.asarray(one["intrinsics"])) for one in first]
-            image = torch.stack([picture.to(device) for picture, _ in cut])
+            image = torch.stack([one.to(device) for one, _ in cut])
             k = torch.stack([torch.as_tensor(matrix, dtype=torch.float32, device=device) for _, matrix in cut])
             camera, further = stacked(np.asarray(one["world_to_camera"]) for one in first), None
         position, quaternion, gripper = (

@@ -95,7 +95,7 @@ def height_centres(height_range: Tensor, height_bins: int) -> Tensor:
 def arm_state(
     parts: Sequence[str], position: Tensor, quaternion: Tensor, gripper: Tensor, height_range: Tensor
 ) -> Tensor | None:
-    """The parts of the arm's state that a network is told, ``[..., state_size]``; None where it is told nothing.
+    """The parts of the arm's state that a network reads, ``[..., state_size]``; None where it reads none.
 
     height and gripper are scaled to -1 .. 1; rotation is two columns of the matrix.
     """

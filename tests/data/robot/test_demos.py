@@ -121,7 +121,7 @@ BREAKAGES: dict[str, tuple[Callable[[Path, Any, Any], object], str]] = {
     ),
     "focal length in metres": (
         lambda f, m, a: a(f / "cameras.npz", over__intrinsics=np.array([[0.004, 0, 24], [0, 0.004, 20], [0, 0, 1]])),
-        "do not fit a picture of 48 x 40",
+        "do not fit an image of 48 x 40",
     ),
     "intrinsics transposed": (
         lambda f, m, a: a(f / "cameras.npz", over__intrinsics=np.array([[40.0, 0, 0], [0, 40.0, 0], [24, 20, 1]])),
@@ -135,7 +135,7 @@ BREAKAGES: dict[str, tuple[Callable[[Path, Any, Any], object], str]] = {
     "camera folder": (lambda f, m, a: shutil.rmtree(f / "rgb" / "over"), "folder over is missing"),
     "a picture is missing": (
         lambda f, m, a: (f / "rgb" / "over" / "000004.jpg").unlink(),
-        "1 of 12 pictures are missing, first 000004.jpg",
+        "1 of 12 images are missing, first 000004.jpg",
     ),
     "last picture cut": (
         lambda f, m, a: (f / "rgb" / "over" / "000011.jpg").write_bytes(

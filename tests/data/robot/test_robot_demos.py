@@ -253,7 +253,7 @@ def test_a_frame_that_breaks_is_replaced_by_its_neighbour_and_named(
     assert module.skipped.count <= 3  # frame 6 tries frame 5 first
     settings = {"num_workers": workers, "cameras": cameras, "max_broken_share": 0.001, "verify": False}
     module = ready(robot_demos(native_root, **settings))
-    module.skipped.judged_after = 8
+    module.skipped.checked_after = 8
     with pytest.raises(ValueError, match=r"more than data.max_broken_share=0.001 allows; the first: demo"):
         for _ in range(2):
             epoch_of(module.train_dataloader(), 0)
@@ -387,7 +387,7 @@ def test_steps_outside_the_picture_are_counted_and_named(
     shares = module.off_screen_shares()
     assert shares["demo_05"] == pytest.approx(6 / 11)
     assert sum(share > 0 for share in shares.values()) == 1
-    assert "1 of 10 demos have more than 25 % of their steps outside camera over's picture" in caplog.text
+    assert "1 of 10 demos have more than 25 % of their steps outside camera over's image" in caplog.text
     assert "demo_05 (55 %)" in caplog.text
 
 

@@ -25,7 +25,7 @@ from keygrip.models.volume_query.network import VolumeQueryNetwork
 from keygrip.models.volume_query.policy import SENTENCES_KEPT
 from keygrip.models.volume_query.targets import height_centres
 from keygrip.models.volume_query.volume import argmax_voxel, volume_cross_entropy
-from keygrip.training.images import figure_to_image
+from keygrip.training.figures import figure_to_image
 from keygrip.training.optimizers import AdamW
 from keygrip.training.task_metrics import MeansByTask
 

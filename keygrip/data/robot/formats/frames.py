@@ -77,7 +77,7 @@ def own_array(group: Any, name: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class HDF5Frames:
-    """Pictures in an HDF5 data set [N, H, W, 3] uint8.
+    """Images in an HDF5 data set [N, H, W, 3] uint8.
 
     Args:
         path: the file. dataset: its name inside, such as `data/demo_0/obs/agentview_rgb`. frames: how many.
@@ -106,7 +106,7 @@ class HDF5Frames:
 
 @dataclass(frozen=True)
 class ParquetFrames:
-    """Pictures stored as encoded bytes in a column of a Parquet file (LeRobot's `image` features).
+    """Images stored as encoded bytes in a column of a Parquet file (LeRobot's `image` features).
 
     Args:
         path: the file. column: its column of {bytes, path}. rows: row of the file of each frame. root: where relative

@@ -15,7 +15,7 @@ from keygrip.data.robot.formats import lerobot_v3
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import words
 
-MAX_LISTING_BYTES = 1 << 28  # of meta/episodes.jsonl: a million episodes
+MAX_LISTING_BYTES = 1 << 28  # limit for meta/episodes.jsonl: about a million episodes
 CHUNK = 1000  # episodes a folder, where info.json does not say
 
 

@@ -311,8 +311,8 @@ def _rows(file: Path, number: int, name: str) -> tuple[dict[str, Any], list[int]
     if not file.is_file():
         raise DemoError(name, f"{file} is missing")
     schema = parquet.read_schema(file)
-    pictures = {field.name for field in schema if str(field.type).startswith("struct")}
-    table = parquet.read_table(file, columns=[field for field in schema.names if field not in pictures])
+    images = {field.name for field in schema if str(field.type).startswith("struct")}
+    table = parquet.read_table(file, columns=[field for field in schema.names if field not in images])
     own = np.flatnonzero(compute.equal(table["episode_index"], number).to_numpy())
     part = table.take(own)
     order = np.argsort(part["frame_index"].to_numpy(), kind="stable")
@@ -446,7 +446,7 @@ def _frames(
 ) -> FrameSource:
     if feature["dtype"] == "image":
         if rotate:
-            raise DemoError(name, f"{key} is stored as pictures; rotate is for videos only")
+            raise DemoError(name, f"{key} is stored as images; rotate is for videos only")
         return ParquetFrames(file, key, tuple(rows), root)
     if PLACE in episode:
         path = _path(root, info["video_path"], {"video_key": key, **episode[PLACE]})

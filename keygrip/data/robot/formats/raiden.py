@@ -37,8 +37,8 @@ from keygrip.data.robot.frames import JpegFrames
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource, words
 
-MAX_PICKLE_BYTES = 1 << 26  # of one frame's numbers
-RIGID_WRIST_SPREAD_M = 0.02  # a hand-mounted camera seen through the wrong transform wanders by decimetres
+MAX_PICKLE_BYTES = 1 << 26  # limit for one frame's numbers
+RIGID_WRIST_SPREAD_M = 0.02  # with the wrong transform a hand-mounted camera moves by decimetres on its gripper
 
 
 class _Array:
@@ -90,6 +90,7 @@ class RestrictedUnpickler(pickle.Unpickler):
     """Loads numpy arrays and builtin containers; any other name in the pickle raises `pickle.UnpicklingError`."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """The allowed object of a name. Raises pickle.UnpicklingError: it is not allowed."""
         if (module, name) not in _SAFE:
             raise pickle.UnpicklingError(
                 f"the pickle asks for {module}.{name}; only numpy arrays and builtin containers are loaded"
@@ -316,8 +317,7 @@ def _left_from_right(
     if stated is not None and swapped is not None and swapped < RIGID_WRIST_SPREAD_M < stated:
         notes.append(
             "the transform between the arms' bases is used the other way round: only so is the right wrist camera "
-            "rigid on its "
-            f"gripper ({swapped * 1e3:.0f} mm against {stated * 1e3:.0f} mm)"
+            f"rigid on its gripper ({swapped * 1e3:.0f} mm against {stated * 1e3:.0f} mm)"
         )
         return invert(candidate)
     return candidate
@@ -339,15 +339,15 @@ def _camera(episode: Path, name: str, camera: str, rows: list[dict[str, Any]]) -
     folder = episode / "rgb" / camera
     suffixes = [suffix for suffix in (".jpg", ".png", ".jpeg") if (folder / f"{0:010d}{suffix}").is_file()]
     if not suffixes:
-        raise DemoError(name, f"camera {camera!r} has no pictures in rgb/{camera}")
+        raise DemoError(name, f"camera {camera!r} has no images in rgb/{camera}")
     held = {path.name for path in folder.iterdir()}
     missing = [index for index in range(len(rows)) if f"{index:010d}{suffixes[0]}" not in held]
     if missing:
         raise DemoError(
-            name, f"camera {camera!r}: {len(missing)} of {len(rows)} pictures are missing, first number {missing[0]}"
+            name, f"camera {camera!r}: {len(missing)} of {len(rows)} images are missing, first number {missing[0]}"
         )
-    with open_image(folder / f"{0:010d}{suffixes[0]}") as picture:
-        width, height = picture.size
+    with open_image(folder / f"{0:010d}{suffixes[0]}") as image:
+        width, height = image.size
     try:
         intrinsics = np.stack([np.asarray(row["intrinsics"][camera], dtype=np.float64) for row in rows])
         extrinsics = rigid(np.stack([row["extrinsics"][camera] for row in rows]), f"extrinsics of camera {camera!r}")

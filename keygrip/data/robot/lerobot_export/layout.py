@@ -26,7 +26,7 @@ from keygrip.data.robot.schema import ArmTrajectory, Demo
 
 IMAGES = "observation.images."
 POSE = ("x", "y", "z", "qw", "qx", "qy", "qz", "gripper")
-RATE_TOLERANCE = 0.01  # of a camera's rate, which LeRobot writes as a whole number
+RATE_TOLERANCE = 0.01  # frames per second; LeRobot stores whole rates
 
 
 @dataclass(frozen=True)

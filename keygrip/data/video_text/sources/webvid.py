@@ -1,4 +1,4 @@
-"""WebVid: videos with a caption each. Reads the two layouts in which people have it:
+"""WebVid: videos with a caption each. Reads the two usual layouts:
 
 - the list of the data set (CSV with `videoid`, `page_dir`, `name`) beside `videos/<page_dir>/<videoid>.mp4`, or
 - tar files with `<key>.mp4` (webm, mkv, ...) and `<key>.txt` (or `caption` in `<key>.json`), as video downloaders
@@ -27,17 +27,19 @@ from keygrip.data.bad_samples import (
     regular_file,
 )
 from keygrip.data.shards.index import Parts, split_name
+from keygrip.data.shards.set_writer import Broken, MadeSample, write_shards
 from keygrip.data.video_text.conversations import (
     MAX_FRAMES,
     VIDEO,
     caption,
     decode_timed,
+    describe_video_text,
     encode_jpeg,
+    frame_limit,
     lower_case,
     rate_of,
     video_text_parts,
 )
-from keygrip.data.video_text.sources.writing import Broken, MadeSample, frame_limit, write_shards
 
 log = logging.getLogger(__name__)
 
@@ -206,4 +208,6 @@ def webvid(
     settings = {"data": "webvid", "image_size": image_size, "fit": fit, **frame_limit(max_frames)}
     maker = WebVidMaker(image_size, fit, max_frames)
     items, each = (rows, videos_per_shard) if rows else (tars, 1)
-    return write_shards(root, items, maker, settings, each, "webvid", workers, max_failed_share).report()
+    return write_shards(
+        root, items, maker, settings, each, "webvid", workers, max_failed_share, describe=describe_video_text
+    ).report()

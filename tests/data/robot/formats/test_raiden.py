@@ -193,7 +193,7 @@ def test_a_malicious_pickle_does_nothing_but_fail(tmp_path, scene):
         (lambda folder: (folder / "metadata.json").unlink(), "conversion was cut off"),
         (
             lambda folder: (folder / "rgb/scene_camera/0000000003.jpg").unlink(),
-            "1 of 6 pictures are missing, first number 3",
+            "1 of 6 images are missing, first number 3",
         ),
         (lambda folder: (folder / "lowdim/0000000002.pkl").unlink(), r"lowdim file 0000000002\.pkl is missing"),
         (lambda folder: (folder / "lowdim/0000000002.pkl").write_bytes(b"\x80\x04"), r"0000000002\.pkl"),
