@@ -50,7 +50,7 @@ RECORDINGS = {
 CALIBRATIONS = {"pick": range(10), "stack": range(10, 15)}
 
 
-def judged(findings: list[Finding], says: str) -> tuple[bool, bool]:
+def graded(findings: list[Finding], says: str) -> tuple[bool, bool]:
     """Whether anything was found, and whether the first or an error among them names the cause."""
     said = [f"{finding.check} {finding.cause} {finding.what} {finding.advice}" for finding in findings]
     return bool(findings), any(re.search(says, words) for words in said[:3])
@@ -65,7 +65,7 @@ def run_faults(clean: Path, work: Path, only: str | None) -> Iterator[dict[str, 
         start = time.process_time()
         findings = doctor(work / "data", work / "out", compare_images=fault.seen, progress=False)
         seconds = time.process_time() - start
-        found, right = judged(findings, fault.says)
+        found, right = graded(findings, fault.says)
         row = {
             "fault": fault.name,
             "kind": fault.kind,

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-DEMOS = 5  # of the recording into which faults are planted
+DEMOS = 5  # demonstrations in the recording into which faults are planted
 Arrays = dict[str, np.ndarray]
 
 
@@ -342,7 +342,7 @@ def plant(clean: Path, folder: Path, fault: Fault, demos: int | None = DEMOS) ->
     for number, demo in enumerate(sources):
         target = folder / demo.name
         shutil.copytree(demo, target)
-        (target / "manifest.json").unlink(missing_ok=True)  # a fault is not damage: no hash shall find it
+        (target / "manifest.json").unlink(missing_ok=True)  # must be found by its content, not by a hash
         hit = not fault.one or number == 2
         trajectory = dict(np.load(target / "trajectory.npz"))
         if not fault.joints:

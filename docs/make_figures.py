@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from PIL import Image
 
 from keygrip.data.batches import PolicyBatch
@@ -21,21 +20,22 @@ from keygrip.data.video import read_video
 from keygrip.evaluation.closed_loop import HELD_OUT_SEED, ClosedLoop
 from keygrip.models.volume_query.module import VolumeQueryModule
 from keygrip.training.checkpoints import load_module, read_checkpoint
+from keygrip.training.parts import build_stored
 
 IMAGES = Path(__file__).parent / "images"
 
 
 def main(run: Path) -> None:
-    config = OmegaConf.create(read_checkpoint(run)["keygrip"]["config"])
+    config = read_checkpoint(run)["keygrip"]["config"]
     module = load_module(run, expected=VolumeQueryModule)
     assert isinstance(module, VolumeQueryModule)
-    data = instantiate(config.data, _convert_="all")
+    data = build_stored(config["data"], "data")
     data.prepare_data()
     data.setup("validate")
     IMAGES.mkdir(exist_ok=True)
     demonstrations(data)
     prediction(data, module)
-    episode(config, run)
+    episode(config["data"]["record"], run)
 
 
 def demonstrations(data: object) -> None:
@@ -54,26 +54,25 @@ def prediction(data: object, module: VolumeQueryModule) -> None:
     with torch.no_grad():
         targets = module.targets(batch)
         output = module(batch, targets, teacher=False)
-    picture = module.picture(output, batch, targets, sample=0, arm=0)
-    Image.fromarray(picture).save(IMAGES / "prediction.png", optimize=True)
+    figure = module.figure(output, batch, targets, sample=0, arm=0)
+    Image.fromarray(figure).save(IMAGES / "prediction.png", optimize=True)
 
 
-def episode(config: object, run: Path) -> None:
-    """One held-out episode as an animation."""
-    record = config.data.record  # type: ignore[attr-defined]
+def episode(record: dict[str, Any], run: Path) -> None:
+    """One held-out episode as an animation; `record` is the run's setting `data.record`."""
     loop = ClosedLoop(
-        instantiate(record.task),
+        build_stored(record["task"], "data.record.task"),
         {"episode": [{}]},
         episodes=1,
         first_seed=HELD_OUT_SEED + 3,
-        image_size=record.image_size,
+        image_size=record["image_size"],
         processes=1,
         videos=1,
     )
-    (result,) = loop.run(run, run / "pictures")
+    (result,) = loop.run(run, run / "figures")
     name = result.episodes[0].video
     assert name is not None
-    frames = [Image.fromarray(frame) for frame in read_video(run / "pictures" / "videos" / name)]
+    frames = [Image.fromarray(frame) for frame in read_video(run / "figures" / "videos" / name)]
     small = [frame.resize((320, 320), Image.Resampling.LANCZOS).quantize(64) for frame in frames]
     small[0].save(IMAGES / "episode.gif", save_all=True, append_images=small[1:], duration=100, loop=0, optimize=True)
 

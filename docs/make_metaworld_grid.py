@@ -1,7 +1,7 @@
 """Makes docs/images/metaworld_rollouts.gif from an evaluation with videos of every task.
 
 ``python -m keygrip.evaluate checkpoint=RUN env=metaworld env.tasks=mt50 open_loop=false episodes=10 videos=1``, then
-``python docs/make_metaworld_grid.py RUN/evaluation``: the first filmed episode of tasks that
+``python docs/make_metaworld_grid.py RUN/evaluation``: the first recorded episode of tasks that
 failed in it, and of as many that succeeded.
 """
 
@@ -24,8 +24,8 @@ CELLS, WIDTH, EVERY, FPS = 12, 560, 5, 2.5
 
 def main(evaluation: Path) -> None:
     episodes = json.loads((evaluation / "closed_loop.json").read_text(encoding="utf-8"))["episodes"]
-    filmed = {name: [EpisodeResult(**each) for each in found if each["video"]] for name, found in episodes.items()}
-    results = [ConditionResult(name, {}, found[:1]) for name, found in filmed.items() if found]
+    recorded = {name: [EpisodeResult(**each) for each in found if each["video"]] for name, found in episodes.items()}
+    results = [ConditionResult(name, {}, found[:1]) for name, found in recorded.items() if found]
     failed = [result for result in results if not result.episodes[0].success][: CELLS // 2]
     won = [result for result in results if result.episodes[0].success]
     shown = failed + won[:: max(1, len(won) // (CELLS - len(failed)))][: CELLS - len(failed)]

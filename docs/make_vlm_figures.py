@@ -10,13 +10,12 @@ import sys
 from pathlib import Path
 
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from PIL import Image
 
 from keygrip.models.foveated_vlm.figures import show_answers
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.training.checkpoints import load_module, read_checkpoint
+from keygrip.training.parts import build_stored
 
 IMAGES = Path(__file__).parent / "images"
 ROWS = 6
@@ -24,18 +23,17 @@ ROWS = 6
 
 @torch.no_grad()
 def main(run: Path) -> None:
-    config = OmegaConf.create(read_checkpoint(run)["keygrip"]["config"])
     module = load_module(run, expected=FoveatedVLMModule)
     assert isinstance(module, FoveatedVLMModule)
-    data = instantiate(config.data, _convert_="all")
+    data = build_stored(read_checkpoint(run)["keygrip"]["config"]["data"], "data")
     data.collator = module.collator
     data.prepare_data()
     data.setup("validate")
     batch = next(batch for batch in data.test_dataloader() if batch.frame_mask.any())
-    picture, _ = show_answers(module, batch, ROWS)
-    assert picture is not None
+    figure, _ = show_answers(module, batch, ROWS)
+    assert figure is not None
     IMAGES.mkdir(exist_ok=True)
-    Image.fromarray(picture).quantize(192).save(IMAGES / "where_it_looked.png", optimize=True)
+    Image.fromarray(figure).quantize(192).save(IMAGES / "where_it_looked.png", optimize=True)
 
 
 if __name__ == "__main__":

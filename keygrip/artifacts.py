@@ -139,7 +139,8 @@ def locked(path: str | Path, wait: bool = True) -> Iterator[None]:
 
 
 def make_once(path: str | Path, complete: Callable[[Path], bool], make: Callable[[Path], None]) -> bool:
-    """Makes what is missing, in one process at a time; the others wait and find it made.
+    """Makes what is missing, in one process at a time; the others wait and find it made. What is complete is not
+    locked: it may lie where nothing can be written.
 
     Args:
         path: of the artefact. complete: whether it is there and whole. make: makes it; it writes atomically itself.
@@ -151,6 +152,8 @@ def make_once(path: str | Path, complete: Callable[[Path], bool], make: Callable
         RuntimeError: it is still incomplete after ``make``.
     """
     target = Path(path)
+    if complete(target):
+        return False
     with locked(target.with_name(f".{target.name}.lock")):
         if complete(target):
             return False
@@ -189,7 +192,7 @@ def blocks_of(path: str | Path, size: int | None = None) -> Iterator[bytes]:
 
 
 def temporary_beside(target: Path) -> Path:
-    """A name for the temporary file of ``target``, hidden and in the same folder, that nobody else uses."""
+    """A name for the temporary file of ``target``, hidden, in the same folder, and unique."""
     if (os.getpid(), target.parent) not in _looked:  # once per process and folder, which may hold thousands of files
         _looked.add((os.getpid(), target.parent))
         _remove_stale(target.parent)
@@ -243,7 +246,7 @@ def _is_full_disk(error: OSError | RuntimeError) -> bool:
     if isinstance(error, DiskFullError):
         return False
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: `ulimit -f`
     # torch's zip writer reports every failed write as an assertion of its own, without the system's reason
     text = str(error)
     return "inline_container" in text or "PytorchStreamWriter" in text or "unexpected pos" in text

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import errno
 import os
 import re
 import signal
@@ -19,18 +21,27 @@ from keygrip.config import (
     check_overrides,
     completed,
     config_folder,
-    describe_config_error,
     new_name,
-    one_line,
     register_options,
-    root_cause,
 )
+from keygrip.config_errors import describe_config_error, one_line, root_cause
 from keygrip.help import help_text
 from keygrip.training import run_folder, sweeps
 from keygrip.training.signals import Interrupted, SweepInterrupted
 
 CONFIG_ERROR = 2
 USER_ERROR = 1
+STEP_CALL = "call"  # the node of a step of `keygrip prepare`: no setting of anybody's
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Hydra's options of the command line, and those that a value follows.
+FLAGS: tuple[str, ...] = (
+    *("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m", "--info", "-i"),
+    *("--shell-completion", "-sc"),
+)
+WITH_VALUE: tuple[str, ...] = (
+    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
+    "--experimental-rerun",
+)
 
 
 def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
@@ -75,6 +86,7 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
             if {"--help", "-h"} & set(sys.argv[1:]):
                 sys.stdout.write(f"{help_text(config_name, sys.argv[1:])}\n")
                 return
+            sys.argv[1:] = overrides_first(sys.argv[1:])
             check_overrides(config_name, sys.argv[1:])
             sys.argv[1:] = completed(config_name, sys.argv[1:])
             folder = str(config_folder())
@@ -102,6 +114,38 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
         sys.exit(code)
 
 
+def overrides_first(arguments: Sequence[str]) -> list[str]:
+    """The same arguments, settings first and options such as ``--cfg job`` and ``-m`` behind them: Hydra's parser takes
+    settings in one piece alone.
+
+    Raises:
+        SettingError: an option that does not exist; it names the nearest one.
+    """
+    settings, options = [], []
+    waiting = list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        name = argument.partition("=")[0]
+        if not argument.startswith("-"):
+            settings.append(argument)
+            continue
+        if name not in (*FLAGS, *WITH_VALUE):
+            close = difflib.get_close_matches(name, (*FLAGS, *WITH_VALUE), n=1, cutoff=0.5)
+            hint = f"the nearest is {close[0]}; " if close and "=" not in argument else ""
+            setting = argument.lstrip("-") if "=" in argument else "name=value"
+            raise SettingError(f"there is no option {name}: {hint}settings are given without dashes, {setting}")
+        options.append(argument)
+        if name in WITH_VALUE and "=" not in argument:
+            if not waiting:
+                raise SettingError(f"{name} needs a value behind it")
+            options.append(waiting.pop(0))
+        elif name in ("--info", "-i") and waiting and "=" not in waiting[0]:
+            options.append(waiting.pop(0))
+        if name in ("--cfg", "-c") and (value := options[-1].rpartition("=")[2]) not in ("job", "hydra", "all"):
+            raise SettingError(f"--cfg {value}: it is one of job, hydra, all")
+    return [*settings, *options]
+
+
 def allow_many_files() -> None:
     """Raises the soft limit of open files to the hard one: workers and shards need more than the usual 1024."""
     import resource
@@ -123,7 +167,7 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
     where = ""
     if isinstance(error, InstantiationException):
         key = re.search(r"full_key: (\S+)", str(error))
-        where = f"{key.group(1)}: " if key else ""
+        where = f"{key.group(1)}: " if key and key.group(1) != STEP_CALL else ""
         if isinstance(root, TypeError):
             unexpected = re.search(r"unexpected keyword argument '([^']+)'", str(root))
             old = f"{where.removesuffix(': ')}.{unexpected.group(1)}" if unexpected else ""
@@ -141,9 +185,17 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
         return f"{where}the package {root.name!r} is not installed: pip install {root.name}", USER_ERROR
     if type(root).__name__ == "OutOfMemoryError":
         return "out of GPU memory: lower data.batch_size, or shard the model with strategy=fsdp", USER_ERROR
+    if isinstance(root, OSError) and root.errno in FULL and root.filename is None and type(root) is OSError:
+        reason = (
+            f"{os.strerror(root.errno or 0)}: the disk of the run folder, of the data's cache or of temporary files"
+        )
+        return f"{where}{reason} is full, or `ulimit -f` is reached; free some, and go on with resume=true", USER_ERROR
     expected = (ValueError, OSError, ImportError, NotImplementedError)
     if isinstance(root, expected) or type(root).__name__ == "MisconfigurationException":
         return f"{where}{one_line(root)}", USER_ERROR
+    if isinstance(error, InstantiationException):
+        what = f"{type(root).__name__}: {one_line(root)}"
+        return f"{where}cannot be built with these settings ({what}; debug=true shows where)", CONFIG_ERROR
     return f"unexpected {type(root).__name__}: {one_line(root)} (debug=true shows where)", USER_ERROR
 
 
@@ -161,9 +213,11 @@ def _say(line: str) -> None:
 
 
 def _record_failure(error: BaseException, config_name: str) -> None:
-    """Leaves in the run folder what became of the run, and the trace: both are wanted when the terminal is gone."""
+    """Writes the run's outcome and the trace into the run folder, for when the terminal is gone."""
     from hydra.core.hydra_config import HydraConfig
 
+    if isinstance(root_cause(error), run_folder.RunFolderError):
+        return  # the folder is another run's
     with contextlib.suppress(Exception):
         hydra_cfg = HydraConfig.get()
         folder = Path(hydra_cfg.runtime.output_dir)

@@ -119,6 +119,11 @@ def register(name: str, schema: type, open_root: bool = False) -> None:
     ConfigStore.instance().store(name=name, node=node)
 
 
+# Groups that a run can do without: Hydra takes `null` for them in files alone.
+_LEFT_OUT = ("ablation", "closed_loop", "compile", "experiment", "shift", "sweep", "takeover", "window")
+_WITHOUT: dict[str, tuple[str, ...]] = {f"{group}=null": (f"~{group}",) for group in _LEFT_OUT}
+_WITHOUT["instruction=null"] = ("~instruction", "model.network.instruction=null")
+
 _COMPLETIONS: dict[str, Callable[[Sequence[str]], list[str]]] = {}
 
 
@@ -132,7 +137,8 @@ def register_completion(config_name: str, complete: Callable[[Sequence[str]], li
 
 
 def completed(config_name: str, overrides: Sequence[str]) -> list[str]:
-    """The overrides and those that `register_completion`'s function adds to them."""
+    """The overrides as Hydra takes them, and those that `register_completion`'s function adds to them."""
+    overrides = [part for each in overrides for part in _WITHOUT.get(each, (each,))]
     if config_name in READ_CHECKPOINTS:
         overrides = [f"checkpoint_{each}" if each.startswith("step=") else each for each in overrides]
     complete = _COMPLETIONS.get(config_name)
@@ -194,7 +200,7 @@ def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def check_overrides(config_name: str, overrides: Sequence[str]) -> None:
-    """Refuses what Hydra would take: renamed settings, and additions at the root that nobody reads (``+max_stepz=3``).
+    """Refuses what Hydra would take: renamed settings, and unread additions at the root (``+max_stepz=3``).
 
     Raises:
         SettingError: with the new name, or the nearest one.
@@ -247,12 +253,12 @@ def refuse_unread(cfg: DictConfig, schema: type) -> None:
         SettingError: names the first of them.
     """
     read = {setting.name for setting in fields(schema)}
-    leaves = list(_leaves(OmegaConf.to_container(cfg, resolve=False), ()))
+    leaves = list(leaves_of(OmegaConf.to_container(cfg, resolve=False), ()))
     wanted: set[tuple[str, ...]] = {(name,) for name in read}
     left = leaves
     while True:
         live = [path for path, _ in left if any(path[: len(each)] == each for each in wanted)]
-        found = {target for path, value in left if path in set(live) for target in _references(path, value)}
+        found = {target for path, value in left if path in set(live) for target in references_in(path, value)}
         left = [leaf for leaf in left if leaf[0] not in set(live)]
         if not found - wanted:
             break
@@ -261,19 +267,20 @@ def refuse_unread(cfg: DictConfig, schema: type) -> None:
         key = ".".join(left[0][0])
         raise SettingError(
             f"nothing in this run reads {key!r}: leave it out, or choose a model that has it"
-            + (f" ({_with_group(left[0][0][0])})" if models_with(left[0][0][0]) else "")
+            + (f" ({with_group(left[0][0][0])})" if models_with(left[0][0][0]) else "")
         )
 
 
-def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+def leaves_of(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Paths and values of the settings below a node, which lies at ``path``."""
     if isinstance(node, dict) and node:
         for name, child in node.items():
-            yield from _leaves(child, (*path, str(name)))
+            yield from leaves_of(child, (*path, str(name)))
     elif node is not None or len(path) > 1:
         yield path, node
 
 
-def _references(path: tuple[str, ...], value: Any) -> Iterator[tuple[str, ...]]:
+def references_in(path: tuple[str, ...], value: Any) -> Iterator[tuple[str, ...]]:
     """Paths that the interpolations in a value name."""
     for reference in re.findall(r"\$\{([^${}:]+)\}", str(value)):
         dots = len(reference) - len(reference.lstrip("."))
@@ -308,7 +315,8 @@ def _brought(path: Path) -> frozenset[str]:
     return frozenset(found)
 
 
-def _with_group(group: str) -> str:
+def with_group(group: str) -> str:
+    """Which models have a group or root setting, in words."""
     kind = "group" if (config_folder() / group).is_dir() else "setting"
     return f"{group} is a {kind} of {', '.join(f'model={name}' for name in models_with(group))}"
 
@@ -356,51 +364,6 @@ def known_keys(config_name: str, overrides: Sequence[str] = ()) -> list[str]:
     return keys
 
 
-def describe_config_error(error: BaseException, config_name: str, overrides: Sequence[str]) -> str:
-    text = one_line(error)
-    cause = error.__cause__
-    missing = re.search(r"Could not find '([^']+)/([^'/]+)'", text)
-    if missing:
-        group, name = missing.groups()
-        for override in overrides:  # the option may name a folder: ablation=volume_query/no_state
-            key, _, value = override.partition("=")
-            if f"{key}/{value}" == f"{group}/{name}":
-                group, name = key, value
-        options = group_options(group)
-        close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-        hint = f"nearest is {group}={close[0]}; " if close else ""
-        if group == "hydra/launcher":
-            hint += "joblib and slurm need their plugins: pip install 'keygrip[slurm]'; "
-        return f"no option {name!r} in group {group!r}: {hint}options are {', '.join(options) or 'none'}"
-    causes = " ".join([text] + [one_line(each) for each in chain(error)])
-    interpolated = re.search(r"Interpolation key '([^']+)' not found", causes)
-    if interpolated:
-        place = re.search(r"full_key: (\S+)", " ".join(str(each) for each in (error, *chain(error))))
-        key = place.group(1) if place else "a setting"
-        return f"{key} takes its value from {interpolated.group(1)}, which this run does not have: give {key}=..."
-    unknown = re.search(r"Could not override '([^']+)'", causes) or re.search(r"Key '([^']+)' (?:is )?not in", causes)
-    if unknown:
-        key = unknown.group(1)
-        full = next(
-            (o.lstrip("+~").split("=")[0] for o in overrides if o.lstrip("+~").split("=")[0].endswith(key)), key
-        )
-        others = [o for o in overrides if not o.startswith("-") and o.lstrip("+~").split("=")[0] != full and "=" in o]
-        close_key = nearest(full, known_keys(config_name, others))
-        hint = f"the nearest is {close_key!r}" if close_key else "see all with `--cfg job`"
-        group = full.partition(".")[0].partition("@")[0]
-        if models_with(group) and group not in known_keys(config_name, others):
-            hint = f"{_with_group(group)}; {hint}"
-        return f"there is no setting {full!r} in {config_name}.yaml: {hint}"
-    mandatory = re.search(r"Missing mandatory value: (\S+)", causes)
-    if mandatory:
-        return f"the setting {mandatory.group(1)} has no value: give {mandatory.group(1)}=..."
-    if cause is not None and one_line(cause) not in text:
-        text = f"{text.rstrip('.')}: {one_line(cause)}"
-    if type(error).__name__ == "OverrideParseException":
-        text = f"cannot read {getattr(error, 'override', 'the override')}: {text}"
-    return text
-
-
 def group_options(group: str) -> list[str]:
     """All options of a group, those in groups inside it (``volume_query/no_state``) included."""
     folder = config_folder() / group
@@ -419,43 +382,6 @@ def group_options(group: str) -> list[str]:
     return sorted(options | set(stored("")))
 
 
-def chain(error: BaseException) -> list[BaseException]:
-    chain: list[BaseException] = []
-    cause = error.__cause__
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__
-    return chain
-
-
-def root_cause(error: BaseException) -> BaseException:
-    """What a resolver or constructor raised, without what Hydra and OmegaConf wrapped around it."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
-
-    current = error
-    while isinstance(current, HydraException | OmegaConfBaseException):
-        inner = current.__cause__
-        if isinstance(current, InterpolationResolutionError):
-            inner = inner or current.__context__  # what a resolver raised is not named as the cause
-        if inner is None:
-            break
-        current = inner
-    return current
-
-
-def one_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    if isinstance(error, KeyError) and error.args:
-        text = f"missing key {error.args[0]!r}"
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        text = f"{error.strerror}: {error.filename}"
-    lines = [
-        line.strip() for line in text.splitlines() if line.strip() and not re.match(r"\s*(full_key|object_type)", line)
-    ]
-    return " ".join(lines)
-
-
 def listed(overrides: Sequence[str]) -> list[str]:
     """Overrides as a list; a single string is refused, since its letters would each be one."""
     if isinstance(overrides, str):
@@ -463,9 +389,24 @@ def listed(overrides: Sequence[str]) -> list[str]:
     return list(overrides)
 
 
+def values_of(key: str, value: str) -> list[str]:
+    """What an override's value names: one text, the several of a sweep, or none where it cannot be read (Hydra will say
+    why) or is missing (``???``)."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        override = OverridesParser.create().parse_override(f"{key}={value}")
+        found = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
+    except HydraException:
+        return []
+    texts = [str(each.text if hasattr(each, "text") else each) for each in found if each is not None]
+    return [text.strip("'\"") if override.is_sweep_override() else text for text in texts if text not in ("", "???")]
+
+
 def quoted(text: str) -> str:
-    """A text as the value of an override, whatever signs it holds."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    """A text as the value of an override, whatever signs it holds. Backslashes count double before a quote alone."""
+    escaped = re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
     return f"'{escaped}'"
 
 

@@ -1,4 +1,4 @@
-"""``make demo``: from nothing to a robot policy that works, with figures and videos at the end.
+"""``make demo``: records demonstrations, trains a robot policy and evaluates it, with figures and videos at the end.
 
 Records demonstrations of the simulated arm, trains the volume-query policy on them, drives the arm over held-out
 seeds, and says what came out. An interrupted demo goes on where it was. Overrides are those of ``keygrip.train``, e.g.
@@ -29,6 +29,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from keygrip.training.sweeps import write_result
 
     started = time.perf_counter()
+    _refuse_without_report(cfg)
     cfg = _continued(cfg)
     folder = Path(cfg.run_dir)
     metrics = train(cfg)
@@ -51,6 +52,21 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     return result
 
 
+def _refuse_without_report(cfg: DictConfig) -> None:
+    """Raises ValueError: at the end there would be nothing to report."""
+    if cfg.dry_run:
+        raise ValueError("the demo trains and reports: for a dry run use `keygrip train experiment=demo dry_run=true`")
+    if (cfg.callbacks or {}).get("closed_loop") is None:
+        raise ValueError(
+            "the demo reports episodes in the simulator, and callbacks.closed_loop=null leaves them out: for training "
+            "alone use `keygrip train experiment=demo callbacks.closed_loop=null`"
+        )
+    if cfg.data.get("root") is not None:
+        raise ValueError(
+            "the demo records its own demonstrations: for others use `keygrip train experiment=demo data.root=FOLDER`"
+        )
+
+
 def _continued(cfg: DictConfig) -> DictConfig:
     """Goes on with an interrupted demo; puts a finished one aside, so that ``runs/demo`` is always the newest."""
     folder = Path(cfg.run_dir)
@@ -71,7 +87,7 @@ def _continued(cfg: DictConfig) -> DictConfig:
 
 
 def report(result: dict[str, Any], folder: Path) -> str:
-    """What a person wants to know at the end."""
+    """The report that is printed at the end."""
 
     def against_floor(label: str, name: str, unit: str, scale: float = 1.0) -> str:
         value, floor = result.get(f"val_{name}"), result.get(f"val_{name}_floor", result.get("val_pix_floor"))

@@ -21,6 +21,8 @@ from keygrip.artifacts import write_json
 from keygrip.command import entry_point
 from keygrip.config import compose, listed, quoted, register_completion
 from keygrip.evaluation.kinds import KIND, KINDS, Evaluated, checked_kind, choose_kind
+from keygrip.training.main_guard import refuse_unguarded_script
+from keygrip.training.run_folder import hold
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +52,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     output = evaluation_output(file, cfg.run_dir)
     started = time.perf_counter()
     result: dict[str, Any] = {"checkpoint": str(file), "model": type(module).__name__}
-    result |= get_method(KINDS[name].run)(Evaluated(module, config, file, output, trust), cfg)
-    result |= {"wall_s": round(time.perf_counter() - started, 1), "machine": machine()}
-    write_json(output / "result.json", result)
+    with hold(output):  # two evaluations of one run would mix their figures and videos
+        result |= get_method(KINDS[name].run)(Evaluated(module, config, file, output, trust), cfg)
+        result |= {"wall_s": round(time.perf_counter() - started, 1), "machine": machine()}
+        write_json(output / "result.json", result)
     log.info("written to %s", output)
     return result
 
@@ -85,6 +88,7 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict[str,
     Raises:
         ValueError, FileNotFoundError: as the command.
     """
+    refuse_unguarded_script()
     return run(compose("evaluate", [f"checkpoint={quoted(str(checkpoint))}", *listed(overrides)]))
 
 

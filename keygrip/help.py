@@ -44,7 +44,7 @@ COMMON = {
     "debug": "true: full stack traces",
     "compile": "null: PyTorch's eager mode",
     "logger": "none: the progress line and result.json alone",
-    "takeover": "null: nobody corrects the policy",
+    "takeover": "null: no corrections",
 }
 UNLISTED = ("seed", "run_dir")
 WIDTH = 120

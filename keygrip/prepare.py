@@ -1,21 +1,27 @@
-"""Prepares data: ``python -m keygrip.prepare step=record|import|doctor|rotation ...``; prints its counts as one line
-of JSON."""
+"""Prepares data: ``python -m keygrip.prepare step=record|import|doctor|...``; prints its counts as one line of JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from keygrip.command import entry_point
+from keygrip.setting_types import refuse_ill_typed
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Runs the chosen step and returns its report."""
     from hydra.utils import instantiate
 
+    given: Any = OmegaConf.to_container(cfg.call, resolve=False)
+    passed_on = {
+        f"call.{key}": value[2:-1] for key, value in given.items() if re.fullmatch(r"\$\{[\w.]+\}", str(value))
+    }
+    refuse_ill_typed(OmegaConf.to_container(cfg.call, resolve=True), "call", passed_on)
     report = instantiate(cfg.call, _convert_="all")
     return dataclasses.asdict(report) if dataclasses.is_dataclass(report) and not isinstance(report, type) else report
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from keygrip.command import entry_point
 from keygrip.config import EntrySchema, register
@@ -23,12 +23,14 @@ from keygrip.evaluation.closed_loop import changed
 from keygrip.evaluation.kinds import plain
 from keygrip.models.policy import Policy
 from keygrip.runtime.asynchronous import ChunkExecution
-from keygrip.runtime.client import RemotePolicy
+from keygrip.runtime.client import RemotePolicy, ServerError
 from keygrip.runtime.control_loop import ControlLoop
 from keygrip.runtime.dry_run import dry_run
 from keygrip.runtime.planners import ThreadPlanner
+from keygrip.runtime.plausibility import PlausiblePolicy
 from keygrip.runtime.takeover import CorrectionRecorder
 from keygrip.runtime.watchdog import State, Watchdog
+from keygrip.setting_types import refuse_ill_typed
 from keygrip.training.checkpoints import external_files, find_checkpoint, load_module
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ class RunSchema(EntrySchema):
     limits: Any = None
     execution: Any = MISSING
     watchdog: Any = MISSING
+    bounds: Any = MISSING
     takeover: Any = None
     record: str | None = None
     seconds: float = 60.0
@@ -71,6 +74,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         FileNotFoundError, ValueError: no such checkpoint, a policy that needs other arms or cameras than the robot has,
             or a setting that cannot be. ConnectionError: robot or server do not answer.
     """
+    refuse_ill_typed(OmegaConf.to_container(cfg, resolve=True))
+    if not cfg.seconds > 0:
+        raise ValueError(f"seconds={cfg.seconds}: must be above 0")
     policy = _policy(cfg)
     robot = instantiate(cfg.robot)
     try:
@@ -80,9 +86,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         limits = instantiate(cfg.limits, _convert_="all")
         if limits is None:
             log.warning("motion_limits=null: nothing but the robot's own limits bounds what the policy asks for")
+        # a server has bounds of its own
+        planning: Policy = policy if cfg.checkpoint is None else PlausiblePolicy(policy, instantiate(cfg.bounds))
         if cfg.dry_run is not None:
-            return dry_run(policy, robot, limits, Path(cfg.dry_run))
-        execution = instantiate(cfg.execution)(planner=ThreadPlanner(policy), control_hz=robot.control_hz)
+            return dry_run(planning, robot, limits, Path(cfg.dry_run))
+        execution = instantiate(cfg.execution)(planner=ThreadPlanner(planning), control_hz=robot.control_hz)
         _refuse_no_continuing(execution, policy)
         takeover = instantiate(cfg.takeover)
         with contextlib.ExitStack() as stack:
@@ -109,7 +117,10 @@ def _policy(cfg: DictConfig) -> Policy:
     if (cfg.checkpoint is None) == (cfg.server is None):
         raise ValueError("give one of checkpoint=RUN and server=http://HOST:PORT")
     if cfg.server is not None:
-        remote: Policy = RemotePolicy(cfg.server, token=cfg.token, ca=cfg.ca)
+        try:
+            remote: Policy = RemotePolicy(cfg.server, token=cfg.token, ca=cfg.ca)
+        except ServerError as error:  # a wrong token, or a policy that is stuck: no fault of this program
+            raise ConnectionError(f"server={cfg.server}: {error}") from error
         return remote
     for name in ("token", "ca"):
         if cfg[name] is not None:

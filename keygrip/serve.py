@@ -17,10 +17,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from keygrip.command import entry_point
 from keygrip.config import EntrySchema, register
+from keygrip.setting_types import refuse_ill_typed
 
 if TYPE_CHECKING:
     from keygrip.runtime.server import PolicyServer
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 
 SHORTEST_TOKEN = 16  # characters
+LAST_PORT = 65535
 GPU_BATCH = 8  # of limits.batch=null; on a CPU 1: a batch gains little there, and rounds differently
 
 
@@ -70,6 +72,9 @@ def run(cfg: DictConfig, ready: Callable[[dict[str, Any]], None] = lambda about:
             others reach without a token. OSError: the address cannot be had. RuntimeError: the policy was stuck more
             often than `limits.replacements`.
     """
+    refuse_ill_typed(OmegaConf.to_container(cfg, resolve=True))
+    if not 0 <= cfg.port <= LAST_PORT:
+        raise ValueError(f"port={cfg.port}: must lie in 0 to {LAST_PORT}; 0 takes a free one")
     _refuse_openness(cfg)
     tls = tls_context(cfg.tls.cert, cfg.tls.key)
     from keygrip.evaluation.kinds import changed, plain
@@ -132,7 +137,7 @@ def _no_password() -> str:
 
 
 def _refuse_openness(cfg: DictConfig) -> None:
-    """Raise ValueError where anybody could use the policy, unless that is wanted."""
+    """Raise ValueError where other machines could use the policy without a token, unless that is wanted."""
     if cfg.token is not None and (len(cfg.token) < SHORTEST_TOKEN or not cfg.token.isascii() or " " in cfg.token):
         raise ValueError(
             f"token must have at least {SHORTEST_TOKEN} ASCII characters and no spaces; one is printed by "

@@ -13,6 +13,8 @@ from omegaconf import DictConfig, open_dict
 from keygrip.command import entry_point
 from keygrip.config import compose, listed
 from keygrip.training import run_folder
+from keygrip.training.idle_settings import refuse_idle
+from keygrip.training.main_guard import refuse_unguarded_script
 from keygrip.training.sweeps import read_result
 
 
@@ -63,7 +65,9 @@ def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: as the command; keygrip.config.SettingError for a setting that does not exist.
     """
+    refuse_unguarded_script()
     cfg = compose("train", listed(overrides))
+    refuse_idle(cfg, listed(overrides))  # `run` knows the command line's overrides alone
     cfg.run_dir = str(run_folder_of(cfg))
     run(cfg)
     return read_result(Path(cfg.run_dir))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import multiprocessing
 import subprocess
 import sys
 from collections.abc import Callable
@@ -61,6 +62,17 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
         keygrip.evaluate(tmp_path / "it's, [not] there")
     with pytest.raises(ValueError, match="overrides are a list"):
         keygrip.train("model=volume_query")
+
+
+def test_a_process_that_imports_its_parents_script_trains_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    for work in (lambda: keygrip.train(["experiment=demo"]), lambda: keygrip.evaluate("run")):
+        with pytest.raises(RuntimeError, match="put its work under if __name__ == '__main__'"):
+            work()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_modules_of_commands_stay_modules() -> None:

@@ -66,6 +66,7 @@ def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path: Path) -> None:
     [
         OSError(errno.ENOSPC, "No space left on device"),
         OSError(errno.EDQUOT, "Disk quota exceeded"),
+        OSError(errno.EFBIG, "File too large"),
         RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 64 vs 0"),
     ],
 )
@@ -148,3 +149,9 @@ def test_hashes_are_sha256(tmp_path: Path) -> None:
     assert artifacts.sha256_file(tmp_path / "file") == artifacts.sha256_bytes(content)
     assert artifacts.sha256_of(artifacts.blocks_of(tmp_path / "file", 7)) == artifacts.sha256_bytes(content[:7])
     assert artifacts.sha256_bytes(b"") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def test_what_is_complete_is_not_locked(tmp_path: Path) -> None:
+    made = artifacts.make_once(tmp_path / "no" / "folder", lambda path: True, lambda path: pytest.fail("made again"))
+    assert not made
+    assert names(tmp_path) == []

@@ -33,6 +33,26 @@ def test_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert {len(examples) for examples in EXAMPLES.values()} == {3}
 
 
+def test_options_and_settings_go_in_any_order() -> None:
+    from keygrip.command import overrides_first
+    from keygrip.config import SettingError
+
+    given = ["seed=1", "--cfg", "job", "max_steps=3", "-m", "~sweep", "--config-dir=a=b", "-cd", "c=d"]
+    assert overrides_first(given) == [
+        *("seed=1", "max_steps=3", "~sweep"),
+        *("--cfg", "job", "-m", "--config-dir=a=b", "-cd", "c=d"),
+    ]
+    assert overrides_first(["--info", "defaults", "seed=1"]) == ["seed=1", "--info", "defaults"]
+    for wrong, said in (
+        ("--max_steps=3", "no option --max_steps: settings are given without dashes, max_steps=3"),
+        ("--confg", "no option --confg: the nearest is --cfg; settings are given without dashes, name=value"),
+        ("--cfg=banana", "--cfg banana: it is one of job, hydra, all"),
+        ("--cfg", "--cfg needs a value behind it"),
+    ):
+        with pytest.raises(SettingError, match=said):
+            overrides_first(["seed=1", wrong])
+
+
 def test_python_m_keygrip(command: Callable[..., Any]) -> None:
     done = command("keygrip", "prepare", "step=validate", "rot=x")
     assert done.returncode == 2

@@ -7,7 +7,17 @@ import yaml
 from configs import assert_fits, composed, nodes
 from omegaconf import OmegaConf, open_dict
 
-from keygrip.config import SettingError, TrainSchema, config_folder, known_keys, nearest, refuse_unread
+from keygrip.config import (
+    SettingError,
+    TrainSchema,
+    compose,
+    config_folder,
+    known_keys,
+    nearest,
+    quoted,
+    refuse_unread,
+    values_of,
+)
 
 CONF = config_folder()
 ROOTS = sorted(path.stem for path in CONF.glob("*.yaml"))
@@ -41,6 +51,15 @@ def test_a_value_below_a_partly_read_group_is_refused() -> None:
         refuse_unread(cfg, TrainSchema)
 
 
+def test_a_group_that_a_run_can_do_without_is_left_out_by_null() -> None:
+    run = ["data=yam", "model=volume_query_language", "closed_loop=yam", "window=libero"]
+    assert compose("train", run).model.network.instruction is not None
+    without = compose("train", [*run, "instruction=null", "closed_loop=null", "shift=null", "window=null"])
+    assert without.model.network.instruction is None
+    assert "closed_loop" not in without.callbacks
+    assert without.data.horizon == compose("train", ["data=yam"]).data.horizon
+
+
 def test_there_are_few_files() -> None:
     assert len(list(CONF.rglob("*.yaml"))) <= 110
 
@@ -65,3 +84,16 @@ def test_a_step_of_a_run_is_asked_for_by_step() -> None:
         more = {"generate": ["video=x", "question=y"], "export": ["to=x"]}.get(command, [])
         assert compose(command, ["checkpoint=x", "step=500", *more]).checkpoint_step == 500
     assert compose("prepare", ["step=record", "root=x"]).call.root == "x"
+
+
+@pytest.mark.parametrize(
+    "text", ["plain", "lr=0.1", "a, b", "it's, [not] there", "a\\b", "end\\", "\\'", "ü (1) {2}: #3", ""]
+)
+def test_a_quoted_text_is_the_text_whatever_it_holds(text: str) -> None:
+    assert composed("evaluate", ["evaluate=policy", f"checkpoint={quoted(text)}"]).checkpoint == text
+    assert values_of("checkpoint", quoted(text)) == ([text] if text else [])
+
+
+def test_values_of_an_override() -> None:
+    assert values_of("checkpoint", "runs/a,'runs/b, c'") == ["runs/a", "runs/b, c"]
+    assert values_of("checkpoint", "???") == values_of("checkpoint", "lr=1") == values_of("checkpoint", "null") == []

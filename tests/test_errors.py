@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import re
 import sys
@@ -11,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from keygrip.training import run_folder
 
 TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=toy", "data=toy", "strategy=cpu"]
 
@@ -47,6 +51,11 @@ TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=t
         (["model=foveated_vlm", "data=robot_videos", "closed_loop=yam"], 2, r"closed_loop is a group of model=coord"),
         (["seed=abc"], 2, r"seed.*abc.*Integer"),
         (["max_steps=["], 2, r"cannot read max_steps=\[: no viable alternative"),
+        (["run_dir=lr=0.1"], 2, r"cannot read run_dir=lr=0.1: .*in quotes, inside .* \"run_dir='lr=0.1'\"$"),
+        (["run_dir=it's"], 2, r"inside the shell's own: \"run_dir='it\\'s'\"$"),
+        (["data.root=a,b"], 2, r"holds a comma: as a list write 'data.root=\[a,b\]', as one text \"data.root='a,b'\""),
+        (["bananas"], 2, r"cannot read bananas: settings are given as name=value$"),
+        (["--max_steps=3"], 2, r"no option --max_steps: settings are given without dashes, max_steps=3"),
         (["resume=true"], 1, r"nothing to resume: no run with a checkpoint in runs/\S+; leave out resume=true"),
         (["resume=no/such/folder"], 1, r"nothing to resume: no/such/folder does not exist"),
         (["run_dir=here", "resume=true"], 1, r"here/checkpoints/last.ckpt does not exist; leave out resume=true"),
@@ -68,7 +77,13 @@ def test_settings_that_do_not_exist(
     ("arguments", "code", "said"),
     [
         (["data.fail=the folder x is empty"], 1, "keygrip: the folder x is empty"),
-        (["+model.depth=3"], 2, "unexpected keyword argument 'depth'"),
+        (["+model.depth=3"], 2, "no setting 'model.depth': the nearest is 'model.width'"),
+        (["optimizer.lr=fast"], 2, "optimizer.lr='fast': must be a finite number"),
+        (["model.width=[8]"], 2, "model.width=[8]: must be a whole number"),
+        (["max_steps=-7"], 1, "max_steps=-7: must be at least 1, or -1 for no limit"),
+        (["max_minutes=nan"], 1, "max_minutes=nan: must be finite and above 0"),
+        (["accumulate_grad_batches=0"], 1, "accumulate_grad_batches=0: must be at least 1"),
+        (["seed=-1"], 1, "seed=-1: must lie in 0 to 4294967295"),
         (["optimizer.lr=-1"], 1, "optimizer.lr=-1: must be above 0"),
         (["optimizer.schedule=linear"], 1, "optimizer.schedule='linear': must be cosine or constant"),
         (["strategy.kind=tpu"], 1, "strategy.kind='tpu': must be one of single, ddp, fsdp"),
@@ -119,6 +134,17 @@ def test_wandb_that_is_not_installed(cli: Callable[..., Any], monkeypatch: pytes
     )
 
 
+def test_a_full_disk_says_what_to_do(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")  # as a logger's writer raises it, without a name
+
+    monkeypatch.setattr("keygrip.training.fit.log_settings", full)
+    outcome = cli(*TOY, "logger=none", "run_dir=run")
+    assert outcome.code == 1
+    assert outcome.err.splitlines()[-1].startswith("keygrip: No space left on device: the disk of the run folder,")
+    assert "Traceback" not in outcome.err
+
+
 def test_debug_shows_the_trace(cli: Callable[..., Any]) -> None:
     outcome = cli(*TOY, "logger=none", "run_dir=run", "data.fail=empty", "debug=true")
     assert outcome.code == 1
@@ -145,6 +171,29 @@ def test_a_failed_command_without_a_run_folder_leaves_nothing(tmp_path: Path, mo
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["root=x"], r"^keygrip: nothing is chosen of the group 'step': give step=NAME, one of calibrate, .*, webvid$"),
+        (
+            ["step=doctor", "root=no_such_folder"],
+            r"^keygrip: data folder no_such_folder does not exist; .* root=PATH or",
+        ),
+        (["step=doctor", "root=.", "frames_per_demo=few"], r"^keygrip: frames_per_demo='few': must be a whole number$"),
+    ],
+)
+def test_mistakes_of_a_step(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from keygrip import command, prepare
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["prepare", *arguments])
+    with pytest.raises(SystemExit):
+        command.entry_point("prepare", prepare.print_report)
+    assert re.search(said, capsys.readouterr().err.splitlines()[-1])
+
+
 def test_a_refused_run_leaves_an_earlier_one_as_it_was(cli: Callable[..., Any]) -> None:
     toy = [*TOY, "logger=none", "run_dir=run", "max_steps=3", "val_every_n_steps=null"]
     assert cli(*toy).code == 0
@@ -153,6 +202,13 @@ def test_a_refused_run_leaves_an_earlier_one_as_it_was(cli: Callable[..., Any]) 
     assert outcome.code == 1
     assert "run already holds a run: continue it with resume=true" in outcome.err
     assert Path("run/result.json").read_bytes() == before
+    for said in ("already holds a run", "belongs to a run that is still going on"):
+        Path("run/result.json").write_text('{"status": "running"}')
+        with run_folder.hold(Path("run")) if "still" in said else contextlib.nullcontext():
+            outcome = cli(*toy)
+        assert said in outcome.err
+        assert json.loads(Path("run/result.json").read_text()) == {"status": "running"}
+        assert not Path("run/error.txt").exists()
 
 
 def test_a_truncated_checkpoint_is_not_resumed(cli: Callable[..., Any]) -> None:

@@ -206,3 +206,20 @@ def test_preparation_steps_record_examine_and_fit(tmp_path: Path, caplog: pytest
     assert (tmp_path / "doctor" / "contact_sheet_over.png").is_file()
     imported = prepare.run(compose("prepare", ["step=import", f"source={root}", f"root={tmp_path / 'copy'}"]))
     assert imported["written"] == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("dry_run=true", "for a dry run use `keygrip train experiment=demo dry_run=true`"),
+        (
+            "callbacks.closed_loop=null",
+            "for training alone use `keygrip train experiment=demo callbacks.closed_loop=nul",
+        ),
+        ("data.root=demos", "for others use `keygrip train experiment=demo data.root=FOLDER`"),
+    ],
+)
+def test_a_demo_that_could_not_report_is_refused_before_it_trains(override: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        demo.run(compose("demo", [f"run_dir={tmp_path / 'run'}", override]))
+    assert not (tmp_path / "run").exists()

@@ -29,7 +29,7 @@ PRIVATE = {
     "_subclasses": "training/memory.py",  # tests/training/test_memory.py counts with both
     "_python_dispatch": "training/memory.py",
     "_freeze_rand_vec": "envs/metaworld/environment.py",  # tests/envs/metaworld draws positions by seed through it
-    "_inheriting": "data/robot/datamodule.py",
+    "_inheriting": "training/main_guard.py",
 }
 # methods and attributes of other packages' classes that a class of keygrip replaces -> the one file that does
 REPLACED = {

@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from keygrip.config import TrainSchema, config_folder, group_options, models_with, refuse_unread
+from keygrip.setting_types import refuse_ill_typed
 from keygrip.training.checkpoints import build_module
 from keygrip.training.compatibility import refuse_unfit
 from keygrip.training.sweeps import planned_jobs
@@ -116,6 +117,7 @@ def assert_sound(cfg: DictConfig) -> None:
         assert_fits(path, node)
     refuse_unfit(cfg)
     refuse_unread(cfg, TrainSchema)
+    refuse_ill_typed(OmegaConf.to_container(cfg, resolve=True))
 
 
 def assert_configures(cfg: DictConfig) -> tuple[type, int]:
@@ -147,6 +149,8 @@ def test_every_option(group: str, option: str, tmp_path: Path, monkeypatch: pyte
     if root != "train":
         for path, node in nodes(OmegaConf.to_container(cfg, resolve=False)):
             assert_fits(path, node)
+        if root != "prepare":  # whose steps pass on what the user must give
+            refuse_ill_typed(OmegaConf.to_container(cfg, resolve=True))
         return
     assert_sound(cfg)
     if group == "data":  # builds without touching the disk

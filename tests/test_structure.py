@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,21 @@ OUTSIDE |= {
     "check_output",
     "savez",
     "save_file",
+}
+
+# Methods that PyTorch, Lightning and Hydra describe, beside all of the name on_...
+LIGHTNING_HOOKS = {
+    "close",
+    "configure_gradient_clipping",
+    "configure_optimizers",
+    "forward",
+    "load_state_dict",
+    "state_dict",
+    "test_dataloader",
+    "train_dataloader",
+    "training_step",
+    "val_dataloader",
+    "validation_step",
 }
 
 MODULES = {
@@ -122,6 +138,13 @@ def test_few_imports_hide_in_functions() -> None:
     assert len(lazy) <= MOST_LAZY_IMPORTS, "\n".join(lazy)
 
 
+def test_no_line_is_broken_for_the_comment_behind_it() -> None:
+    """A formatter puts brackets around a number, a name or an exception whose comment does not fit into the line."""
+    broken = re.compile(r"\(\n +[\w.-]+(?:  # [^\n]+)?\n *\)")
+    found = {name: broken.findall(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
 def test_modules_are_imported_by_name_in_few_places() -> None:
     named = {
         name
@@ -170,6 +193,30 @@ def test_networks_and_modules_touch_no_files_and_start_no_processes() -> None:
                 names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
                 found += [f"{file.relative_to(ROOT)}:{node.lineno} {name}" for name in names if name == "subprocess"]
     assert found == []
+
+
+def test_public_names_say_what_they_are() -> None:
+    """A method may leave it to the method of the same name in its protocol, base class or PyTorch Lightning."""
+    described, silent = set(LIGHTNING_HOOKS), []
+
+    def visit(body: list[ast.stmt], place: str, owner: str) -> None:
+        for node in body:
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name.startswith(
+                ("_", "on_")
+            ):
+                continue
+            decorators = {ast.unparse(each).rpartition(".")[2] for each in node.decorator_list}
+            if ast.get_docstring(node):
+                described.update({node.name} if owner else ())
+            elif not decorators & {"overload", "setter"}:
+                silent.append((f"{place}:{node.lineno}", owner, node.name))
+            if isinstance(node, ast.ClassDef):
+                visit(node.body, place, node.name)
+
+    for name, path in MODULES.items():
+        visit(ast.parse(path.read_text(encoding="utf-8")).body, name, "")
+    left = [entry for entry in silent if not entry[1] or entry[2] not in described]
+    assert not left, left
 
 
 def test_the_layers_hold() -> None:

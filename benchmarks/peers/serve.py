@@ -1,4 +1,4 @@
-"""Serves a trained LeRobot policy by keygrip's protocol, so that one evaluator judges both.
+"""Serves a trained LeRobot policy by keygrip's protocol, so that the same evaluation covers both.
 
 Runs in LeRobot's environment: ``.venv-lerobot/bin/python benchmarks/peers/serve.py --checkpoint
 runs/act/checkpoints/last/pretrained_model --hz 10``. Each plan is the one action that LeRobot's `select_action` gives,

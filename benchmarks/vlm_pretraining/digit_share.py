@@ -14,21 +14,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
 from keygrip.data.batches import normalised
 from keygrip.models.backbone.architectures import IMAGENET_MEAN, IMAGENET_STD
 from keygrip.models.foveated_vlm.encoder_pretraining import cubes_of
 from keygrip.models.foveated_vlm.self_supervised import patches_of, targets_of
 from keygrip.training.checkpoints import read_checkpoint
+from keygrip.training.parts import build_stored
 
 VIDEOS, PATCH = 60, 16
 STILL = 0.25  # change of a patch's mean colour, in standard deviations of images, above which the gripper moved there
 
 
 def main(run: Path) -> None:
-    data = instantiate(OmegaConf.create(read_checkpoint(run)["keygrip"]["config"]).data, _convert_="all")
+    data = build_stored(read_checkpoint(run)["keygrip"]["config"]["data"], "data")
     data.collator = list
     data.prepare_data()
     data.setup("validate")

@@ -119,7 +119,7 @@ class ProcessLauncher(Launcher):
         if code:
             what = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             log.error("job %d ended with %s: see %s", job.number, what, job.folder / "output.log")
-        # What became of the job stands in its result.json; for Hydra every job is done, so that none stops the others.
+        # A job's outcome is in its result.json; Hydra is told that every job succeeded, so that none stops the others.
         return JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, working_dir=str(job.folder))
 
 

@@ -26,7 +26,7 @@ def repeated_demos(config: DictConfig, folder: Path, demos: int, samples: int) -
     """
     from hydra.utils import instantiate
 
-    # Recorded in processes of their own: a graphics library leaves threads behind that measurements can feel.
+    # Recorded in processes of their own: a graphics library leaves threads behind that disturb measurements.
     recording = replace(instantiate(config.data.record), folder=folder / "recorded", demos=max(demos, 2), processes=2)
     recording.complete()
     references = find_demos(recording.root, "native")

@@ -25,14 +25,14 @@ from keygrip.models.language.cache import LanguageCache
 from keygrip.training.memory import GIB
 from keygrip.training.parts import build_stored
 
-PROMPT_SHARE = 0.75  # of the text tokens stand before the answer, where the question is first
+PROMPT_SHARE = 0.75  # share of the text tokens before the answer, where the question comes first
 
 
 @dataclass(frozen=True)
 class VLMStep(Timed):
     """A training step (forward, loss, backward) in `coarse_fine` beside one in `coarse_only`, and its peak memory.
 
-    The headline is the published order, visual tokens first; the other one is measured too, but not in a hurry. Weights
+    The headline is the published order, visual tokens first; the other one is measured too, without `quick`. Weights
     are random.
 
     Args:
@@ -40,7 +40,7 @@ class VLMStep(Timed):
         frames, text_tokens, videos, questions: of the batch: so many videos of so many frames with so many rows each.
         memory_frames: numbers of frames at which the peak memory of a step is reported.
         threads: of the processor.
-        quick_image_size, quick_layers: side of the frames in pixels and layers of the language model in a hurry: at
+        quick_image_size, quick_layers: side of the frames in pixels and layers of the language model with `quick`: at
             full size a step takes 5 s on a core without bf16. Quick figures are therefore not those of the full size;
             `image_size` and `layers` stand beside them.
     """
@@ -78,7 +78,7 @@ class VLMStep(Timed):
                 frames, rows = self._batch(network, "visual_first", count, device)
                 work = _Step(network, frames, rows, "coarse_fine")
                 if count != self.frames:
-                    work()  # what is allocated for good the first time is not its own
+                    work()  # the first call also makes allocations that stay
                 figures[f"peak_{count}_frames_mb"] = round(peak_extra_bytes(work, device) / 2**20, 1)
         figures["step_ms"] = figures["visual_first_step_ms"]
         figures["fine_over_coarse_time"] = figures["visual_first_fine_over_coarse_time"]
@@ -89,16 +89,16 @@ class VLMStep(Timed):
 
         size, rows = network.backbone.image_size, self.videos * self.questions
         generator = torch.Generator().manual_seed(0)
-        pictures = torch.randn(self.videos, frames, 3, size, size, generator=generator).to(device)
+        images = torch.randn(self.videos, frames, 3, size, size, generator=generator).to(device)
         ids = torch.randint(3, 300, (rows, self.text_tokens), generator=generator).to(device)
         at = 0 if order == "visual_first" else int(PROMPT_SHARE * self.text_tokens)
         videos = [row // self.questions for row in range(rows)]
-        return pictures, TextRows(ids, [self.text_tokens] * rows, [at] * rows, videos, [frames] * self.videos)
+        return images, TextRows(ids, [self.text_tokens] * rows, [at] * rows, videos, [frames] * self.videos)
 
 
 @dataclass(frozen=True)
 class VLMDecode(Timed):
-    """Autoregressive looking with all caches: milliseconds a frame at the eighth and the sixty-fourth frame.
+    """Autoregressive passes with all caches: milliseconds per frame at the 8th and the 64th frame.
 
     A frame is a query through the encoder's cached keys and values, and a step of the language model; encoding the
     frame is not in it. The two are measured on a state of 7 and of 63 frames before, in turns.
@@ -277,7 +277,7 @@ class VLMMemory:
 
     Args:
         recipes: overrides of ``keygrip.train`` by name. frames: lengths of the videos of each batch; 0: text alone.
-        quick_frames: in a hurry. ema: averaged weights are kept.
+        quick_frames: with `quick`. ema: whether an EMA is kept.
     """
 
     recipes: Mapping[str, Sequence[str]]

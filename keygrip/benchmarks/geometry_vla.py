@@ -283,6 +283,7 @@ def _take_statistics(module: GeometryVLAModule, config: DictConfig) -> None:
 
 
 def observation(module: GeometryVLAModule, size: int) -> dict[str, Any]:
+    """An observation for an untrained policy: every camera of the module looks down, the arms hold still."""
     arms = len(module.actions.arms)
     camera = looking_down(size)
     return {

@@ -15,7 +15,7 @@ import torch
 
 Work = Callable[[], object]
 
-MIN_REPETITIONS = 3  # fewer have no median worth the name
+MIN_REPETITIONS = 3  # fewer give no usable median
 
 
 def synchronise(device: torch.device) -> None:
@@ -29,7 +29,7 @@ class Timed:
     """A case that repeats what it measures.
 
     Args:
-        repetitions, quick_repetitions: of every side, after the warm-up; the latter in a hurry.
+        repetitions, quick_repetitions: of every side, after the warm-up; the latter with `quick`.
         limit_s, quick_limit_s: seconds after which fewer are done.
     """
 
@@ -83,7 +83,7 @@ def peak_extra_bytes(work: Work, device: torch.device) -> int:
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    gc.collect()  # garbage of before, freed in between, would be taken off
+    gc.collect()  # garbage from before that is freed meanwhile would be subtracted
     gc.disable()
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

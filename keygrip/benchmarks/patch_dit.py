@@ -33,7 +33,7 @@ from keygrip.progress import Progress
 from keygrip.training.checkpoints import load_module
 from keygrip.training.memory import count_step
 
-STEPS = 50  # over which what is computed once a sample is spread
+STEPS = 50  # sampling steps that share what is computed once per sample
 FOUR = ("none", "text", "dino", "full")
 THREE = FOUR[:3]
 TOLERANCE = 1e-3  # relative: rounding in float32 over 18 blocks is a hundredth of it
@@ -44,7 +44,7 @@ class DiTWork(Timed):
     """A case that times the network on random images, captions and patches.
 
     Args (beside those of `Timed`):
-        overrides: of ``keygrip.train``, which say what network. quick_depth: blocks in a hurry; all blocks are alike,
+        overrides: of ``keygrip.train``, which say what network. quick_depth: blocks with `quick`; all blocks are alike,
             so that the ratios are nearly those of the whole network, and ``step_ms`` is not.
         latent: side of the square latents. text_tokens: of the caption, out of the encoders' length. patch_grid: side.
         batch: images. threads: of the processor.
@@ -195,7 +195,7 @@ class DiTCurve:
     def _trained(self, count: int, train_steps: int) -> tuple[PatchDiT, Conditions, tuple[int, int], Sampling]:
         usual = Sampling(text_scale=3.0, dino_scale=2.0)
         if self.checkpoint is None:
-            toy = ToyPictures()
+            toy = ToyImages()
             return toy.trained(train_steps), toy.batch(count, 10**6)[1], toy.size, usual
 
         module = load_module(self.checkpoint, expected=PatchDiTModule)
@@ -233,7 +233,7 @@ def timed(
     return drawn, float(np.median(seconds)), sum(rows) // len(seeds)
 
 
-class ToyPictures:
+class ToyImages:
     """8 x 8 latents of 3 channels: a bump where the patches say, in the colour that the words say."""
 
     size = (8, 8)

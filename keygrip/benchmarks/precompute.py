@@ -65,7 +65,7 @@ class Precompute:
         return {**{name: report[name] for name in names}, "items": count, "mb_per_item": stored / count / 2**20}
 
     def write(self, folder: Path, count: int) -> int:
-        """Pictures about as hard to decode as photographs, with captions, wide and upright ones; how many."""
+        """Writes captioned JPEG files about as hard to decode as photographs, wide and upright; their number."""
 
         rng = np.random.default_rng(0)
         folder.mkdir(parents=True)

@@ -21,7 +21,7 @@ from keygrip.runtime.client import RemotePolicy
 from keygrip.runtime.server import PolicyServer
 from keygrip.runtime.service import Limits
 
-START_S = 300.0  # for the server's process, on a machine that is busy
+START_S = 300.0  # limit for the server's start on a busy machine
 
 
 @dataclass(frozen=True)

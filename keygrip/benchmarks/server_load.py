@@ -25,7 +25,7 @@ from keygrip.runtime.sessions import seeded
 
 log = logging.getLogger(__name__)
 
-START_S = 300.0  # for a process, on a machine that is busy
+START_S = 300.0  # limit for a process's start on a busy machine
 DONE_S = 3600.0
 
 

@@ -111,12 +111,12 @@ class Shards:
         """A shard set of noise that is about as hard to decode as images are."""
         rng = np.random.default_rng(0)
         coarse = rng.integers(0, 256, (self.frames, self.image_size // 8, self.image_size // 8, 3), dtype=np.uint8)
-        pictures = [encode_jpeg(np.kron(frame, np.ones((8, 8, 1), np.uint8)), 90) for frame in coarse]
+        images = [encode_jpeg(np.kron(frame, np.ones((8, 8, 1), np.uint8)), 90) for frame in coarse]
         for start in range(0, videos, 100):
             with ShardWriter(root / f"noise-{start // 100:03d}.tar") as writer:
                 for number in range(start, min(start + 100, videos)):
                     said = answer("What is it?", "noise " * (1 + number % 20), "caption")
-                    writer.add(f"v{number}", *video_text_parts(pictures, [said], "noise"))
+                    writer.add(f"v{number}", *video_text_parts(images, [said], "noise"))
         write_manifest(root, describe_video_text, progress=False)
         return root
 

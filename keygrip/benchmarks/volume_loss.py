@@ -21,7 +21,7 @@ from keygrip.models.volume_query.volume import VolumeLogits, hard_target, volume
 from keygrip.models.volume_query.world import VoxelProjection, WorldScores, project_voxels
 from keygrip.progress import Progress
 
-IMAGE_SIZE = 448  # of the two cameras, pixels
+IMAGE_SIZE = 448  # side of both cameras' images, pixels
 
 
 @dataclass(frozen=True)

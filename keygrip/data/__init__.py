@@ -1,1 +1,1 @@
-"""Demonstrations from disk to typed batches."""
+"""From files to typed batches: robot demonstrations, and shards of videos and images with text."""

@@ -1,4 +1,4 @@
-"""Bad samples: what broken or hostile frames, videos, images and texts can raise, and what becomes of it.
+"""Bad samples: what broken or hostile frames, videos, images and texts can raise, and how it is handled.
 
 Readers of frames, videos, images and texts open files with the functions below, which check sizes before they allocate
 or decode, and run under :func:`guard`, so that whatever a broken file raises becomes one :class:`BadSample` that says
@@ -141,19 +141,20 @@ class BadSamples:
     Args:
         max_share: more than this share of the samples seen is an error.
         setting: name of the setting that holds `max_share`, for the message.
-        judged_after: samples seen before the share is judged.
+        checked_after: samples seen before the share is checked.
         named: so many are logged by name; all are counted and kept in `reasons`.
     """
 
     def __init__(
-        self, max_share: float, setting: str = "data.max_skipped_share", judged_after: int = 200, named: int = 10
+        self, max_share: float, setting: str = "data.max_skipped_share", checked_after: int = 200, named: int = 10
     ) -> None:
-        self.max_share, self.setting, self.judged_after, self.named = max_share, setting, judged_after, named
+        self.max_share, self.setting, self.checked_after, self.named = max_share, setting, checked_after, named
         self.seen = 0
         self.reasons: dict[str, int] = {}  # how often each was met
 
     @property
     def count(self) -> int:
+        """Number of samples left out so far."""
         return sum(self.reasons.values())
 
     def add(self, seen: int, reasons: Sequence[str] = ()) -> None:
@@ -167,10 +168,10 @@ class BadSamples:
             if reason not in self.reasons and len(self.reasons) < self.named:
                 log.warning("skipped: %s", reason)
             self.reasons[reason] = self.reasons.get(reason, 0) + 1
-        if self.seen >= self.judged_after:
-            self.judge()
+        if self.seen >= self.checked_after:
+            self.check()
 
-    def judge(self) -> None:
+    def check(self) -> None:
         """Raises ValueError: too many of the samples seen so far are bad."""
         if self.count > self.max_share * self.seen:
             raise ValueError(

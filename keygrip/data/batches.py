@@ -22,7 +22,7 @@ from keygrip.data.video_text.conversations import Conversation as Conversation
 from keygrip.data.video_text.conversations import Turn as Turn
 from keygrip.data.video_text.conversations import VideoTextSample as VideoTextSample
 
-CLOSED = 0.5  # of a gripper's opening: less is closed
+CLOSED = 0.5  # a gripper whose opening is less is closed
 
 
 class Movable:
@@ -44,6 +44,7 @@ class Movable:
         return self.map(move)
 
     def pin_memory(self) -> Self:
+        """In page-locked memory, from which copies to a GPU run beside the computation."""
         return self.map(Tensor.pin_memory)
 
 
@@ -153,14 +154,17 @@ class MultiViewPolicyBatch(PolicyTargets):
 
     @property
     def image(self) -> Tensor:
+        """float32 [B, 3, S, S] of the first camera, normalised."""
         return normalised(self.images[:, 0], self.mean, self.std)
 
     @property
     def intrinsics(self) -> Tensor:
+        """[B, 3, 3] of the first camera, pixels."""
         return self.view_intrinsics[:, 0]
 
     @property
     def world_to_camera(self) -> Tensor:
+        """[B, 4, 4] of the first camera, metres."""
         return self.view_world_to_camera[:, 0]
 
 
@@ -190,7 +194,7 @@ class VideoTextBatch(Movable):
         truncated: rows whose last turns were left out, since they do not fit.
         kind, source, key: B strings. texts: the B conversations, for tables and images.
         left_out: conversations of the samples that are no row: none of their answers fits, or carries loss.
-        seconds: V, when each frame of a video was taken, None where that is not known; [] where nobody asked.
+        seconds: V, when each frame of a video was taken, None where that is not known; [] where they were not read.
     """
 
     frames: Tensor
@@ -257,7 +261,7 @@ class VideoTextBatch(Movable):
 class ImageTextBatch(Movable):
     """B images of one aspect bucket with their text, as a frozen set of encoders left them: nothing is normalised here.
 
-    The rectangle that the latent shows and the one that the DINO view shows are the same crop of the same picture:
+    The rectangle that the latent shows and the one that the DINO view shows are the same crop of the same image:
     in coordinates that run from 0 to 1 over that crop, latent cell (i, j) has its centre at ((i + 0.5) / h,
     (j + 0.5) / w) and patch (i, j) at ((i + 0.5) / gh, (j + 0.5) / gw), whatever the bucket.
 
@@ -301,7 +305,7 @@ class ImageTextStatistics:
         text_length, text_dim: L and Dt of the text states.
         latent_sizes: (h, w) of each bucket, the fullest first. patch_grids: (gh, gw) of each.
         fingerprint: of the shards. encoders: fingerprint of what made them; sampling refuses encoders with another.
-        folder: where something derived from the shards (a judge) may be kept.
+        folder: where something derived from the shards (an attribute classifier) may be kept.
     """
 
     latent_mean: Tensor

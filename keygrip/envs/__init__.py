@@ -1,1 +1,1 @@
-"""Environments that a policy can be judged in."""
+"""Environments in which policies are evaluated."""

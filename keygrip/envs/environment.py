@@ -13,7 +13,8 @@ two classes: the environment, and the dataclass of its task, which names the env
         def __init__(self, task, image_size, hz, cameras=None): ...
         def reset(self, *, seed): ...                     # and the other methods of `Environment`
 
-A gymnasium environment whose observations and actions are those below needs neither: `env=gymnasium env.task.id=...`.
+A gymnasium environment whose observations and actions are those below needs neither: `env=gymnasium env.task.id=...`;
+with a method `expert_action()` it is recorded too.
 
 Frames: world z up, metres; camera OpenCV (x right, y down, z forward); quaternions wxyz; gripper 0 closed .. 1 open.
 """

@@ -1,9 +1,11 @@
 """Any gymnasium environment with calibrated cameras and pose commands as an `Environment`.
 
 Its observation is a dictionary with `image` [H, W, 3] uint8, `intrinsics` [3, 3], `world_to_camera` [4, 4], `position`
-[3], `quaternion` [4] wxyz and `gripper` []; its action is a gripper pose [8]; its `info` holds `success` (or
-`is_success`) and may hold `instruction`. An environment with other observations or actions gets one
-`gymnasium.Wrapper` that converts them: see ``docs/environments.md``.
+[3], `quaternion` [4] wxyz and `gripper` []; several cameras lie in `cameras`, by name, each with the first three. Its
+action is a gripper pose [8]; its `info` holds `success` (or `is_success`) and may hold `instruction`. To be recorded
+it, or a wrapper of it, has `expert_action()`, which gives the next pose [8] of a demonstration, or None where it gives
+up. An environment with other observations or actions gets one `gymnasium.Wrapper` that converts them: see
+``docs/environments.md``.
 """
 
 from __future__ import annotations
@@ -15,15 +17,13 @@ from typing import Any, ClassVar
 import gymnasium
 import numpy as np
 
-from keygrip.training.parts import data_part
+CAMERA = ("image", "intrinsics", "world_to_camera")
+NEEDED = (*CAMERA, "position", "quaternion", "gripper")
 
-NEEDED = ("image", "intrinsics", "world_to_camera", "position", "quaternion", "gripper")
 
-
-@data_part
 @dataclass(frozen=True)
 class GymnasiumTask:
-    """A registered gymnasium environment.
+    """A registered gymnasium environment. No stored configuration may build one: its `id` imports a module.
 
     Args:
         id: as for `gymnasium.make`; "my_lab.envs:Lift-v0" imports the module that registers it.
@@ -38,13 +38,18 @@ class GymnasiumTask:
     time_limit_s: float = 20.0
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not self.id:
+            raise ValueError("env.task.id is missing: the environment as gymnasium.make takes it, my_lab.envs:Lift-v0")
+        object.__setattr__(self, "options", dict(self.options))  # plain, for other processes
+
 
 class GymnasiumEnvironment:
     """See the module.
 
     Args:
         task: which one. image_size: edge of the images, which the environment must give. hz: its control rate.
-        cameras: must be in the observation's `cameras`, where several are asked for.
+        cameras: must be in the observation's `cameras`, where that has any; the first is then what `image` shows.
 
     Raises:
         ValueError: there is no such environment.
@@ -54,7 +59,7 @@ class GymnasiumEnvironment:
         self.task, self.image_size, self.hz, self.cameras = task, image_size, float(hz), cameras
         try:
             self.env = gymnasium.make(task.id, disable_env_checker=True, **dict(task.options))
-        except (gymnasium.error.Error, ImportError) as error:
+        except (gymnasium.error.Error, ImportError, TypeError) as error:  # TypeError: options that it does not take
             raise ValueError(f"gymnasium cannot make {task.id!r}: {error}") from error
         self._elapsed = 0
 
@@ -65,6 +70,7 @@ class GymnasiumEnvironment:
             ValueError: the observation is not what a policy reads.
         """
         self._seen, self._info = self.env.reset(seed=seed)
+        self._instruction = str(self._info.get("instruction", self.task.instruction))
         self._over, self._elapsed = False, 0
         self._check()
         return self.observation(), self.outcome()[2]
@@ -76,13 +82,39 @@ class GymnasiumEnvironment:
             raise ValueError(
                 f"the observation of {self.task.id} lacks {', '.join(absent)}: wrap it as docs/environments.md shows"
             )
-        shape = np.asarray(seen["image"]).shape
-        if shape != (self.image_size, self.image_size, 3):
-            raise ValueError(f"images of {self.task.id} are {shape}: give env.image_size={shape[0]}, or render squares")
+        views = seen.get("cameras") or {}
+        if views or len(self.cameras or ()) > 1:
+            missing = [name for name in self.cameras or () if name not in views]
+            if missing:
+                raise ValueError(
+                    f"the observation of {self.task.id} has no camera {missing[0]!r} in `cameras`, which has "
+                    f"{', '.join(views) or 'none'}: give env.cameras=[...], or add it there"
+                )
+        for name, view in {"": seen, **{name: views[name] for name in self.cameras or views if name in views}}.items():
+            self._check_view(
+                f"camera {name!r} of {self.task.id}" if name else f"the observation of {self.task.id}", view
+            )
+
+    def _check_view(self, where: str, view: Mapping[str, Any]) -> None:
+        absent = [part for part in CAMERA if part not in view]
+        if absent:
+            raise ValueError(f"{where} lacks {', '.join(absent)}: wrap it as docs/environments.md shows")
+        image = np.asarray(view["image"])
+        if image.shape != (self.image_size, self.image_size, 3):
+            raise ValueError(
+                f"images of {where} are {image.shape}: give env.image_size={image.shape[0]}, or render squares"
+            )
+        if image.dtype != np.uint8:
+            raise ValueError(f"images of {where} are {image.dtype}: give uint8 RGB")
+        for part, shape in (("intrinsics", (3, 3)), ("world_to_camera", (4, 4))):
+            found = np.asarray(view[part]).shape
+            if found != shape:
+                raise ValueError(f"{part} of {where} has shape {found}: it is {shape[0]} x {shape[1]}")
 
     def advance(self, action: np.ndarray) -> None:
         """One step of the environment."""
         self._seen, _, terminated, truncated, self._info = self.env.step(action)
+        self._instruction = str(self._info.get("instruction", self._instruction))  # many say it at the start alone
         self._elapsed += 1
         self._over = bool(terminated or truncated)
 
@@ -92,11 +124,29 @@ class GymnasiumEnvironment:
         over = not success and (self._over or self._elapsed / self.hz >= self.task.time_limit_s)
         reason = self._info.get("failure_reason") or "timeout"
         info = {**self._info, "success": success, "failure_reason": reason if over else None}
-        return success, over, {**info, "instruction": self._info.get("instruction", self.task.instruction)}
+        return success, over, info | {"instruction": self._instruction}
 
     def observation(self) -> dict[str, Any]:
-        """The last observation, with the instruction."""
-        return {"instruction": self._info.get("instruction", self.task.instruction), **self._seen}
+        """The last observation, with the instruction; of the named cameras the first is the main one."""
+        views = self._seen.get("cameras") or {}
+        main = {part: views[self.cameras[0]][part] for part in CAMERA} if self.cameras and views else {}
+        return {"instruction": self._instruction, **self._seen, **main}
+
+    def expert_action(self) -> np.ndarray | None:
+        """The next pose [8] of a demonstration; None: the expert gives up.
+
+        Raises:
+            ValueError: the environment has no expert.
+        """
+        try:
+            expert = self.env.get_wrapper_attr("expert_action")
+        except AttributeError as error:
+            raise ValueError(
+                f"{self.task.id} has no method expert_action(), the scripted expert that is recorded: see "
+                "docs/environments.md"
+            ) from error
+        action = expert()
+        return None if action is None else np.asarray(action, dtype=np.float64)
 
     def close(self) -> None:
         """Closes it."""

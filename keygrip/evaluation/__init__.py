@@ -1,1 +1,1 @@
-"""How well a trained policy does: errors on recorded demonstrations, success in the simulator."""
+"""Evaluation of trained models: rollouts of policies, answers to questions about videos, generated images."""

@@ -25,15 +25,16 @@ from keygrip.artifacts import atomic_write, make_once
 from keygrip.data.batches import ImageTextBatch
 from keygrip.models.patch_dit.encoders import Encoders
 from keygrip.progress import Progress
+from keygrip.training.integrity import load_tensors
 
 if TYPE_CHECKING:
     from keygrip.data.image_text.datamodule import ImageShards
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # of the network and its training: another one is another classifier
+VERSION = 3  # version of the network and its training; a file of another version is trained again
 THINGS = ("cube", "block")
-NEAR_PX = 4.0  # at 64 pixels, of the shorter side
+NEAR_PX = 4.0  # distance in an image whose shorter side has 64 pixels
 REFERENCE_EDGE = 64
 
 
@@ -56,7 +57,7 @@ class ClassifierOptions:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the classifier sees in B images.
+    """Predictions of the classifier for B images.
 
     Args:
         places: [B, 2, 2] cube and block, (x, y) in fractions of the image.
@@ -181,7 +182,7 @@ class Truth:
 
 
 def has_evidence(records: Iterable[dict[str, Any]]) -> bool:
-    """Whether all records say where cube and block are and which colour the cube has."""
+    """Whether all records hold ground truth: places of cube and block, and the cube's colour."""
     return all({*THINGS, "colour"} <= set(record.get("evidence") or {}) for record in records)
 
 
@@ -243,7 +244,7 @@ def _save(trained: TrainedClassifier, options: ClassifierOptions, file: Path) ->
 
 def load_classifier(file: Path, fingerprint: str) -> TrainedClassifier:
     """A classifier from its file. Raises ValueError: it is another one."""
-    content = torch.load(file, map_location="cpu", weights_only=True)
+    content = load_tensors(file)
     if content["fingerprint"] != fingerprint:
         raise ValueError(
             f"{file} is the classifier {content['fingerprint']}, not {fingerprint}: remove it, and it is trained again"

@@ -66,7 +66,7 @@ def write_result(path: Path, figures: dict[str, Any], results: list[ConditionRes
 
 
 def show_in_loggers(trainer: Trainer, figures: dict[str, Any], results: list[ConditionResult], output: Path) -> None:
-    """Success rates as scalars and the filmed episodes as videos."""
+    """Success rates as scalars and the recorded episodes as videos."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
     step, scalars = trainer.global_step, {}
@@ -74,11 +74,13 @@ def show_in_loggers(trainer: Trainer, figures: dict[str, Any], results: list[Con
         scalars[f"closed_loop/{name}/success_rate"] = summary["success_rate"]
         for kind, rates in (summary.get("by_colour", {}) | summary.get("by_height", {})).items():
             scalars[f"closed_loop/{name}/success_rate_by_kind/{kind.replace(' ', '_')}"] = rates["success_rate"]
-    filmed = [(result.name, episode) for result in results for episode in result.episodes if episode.video is not None]
+    recorded = [
+        (result.name, episode) for result in results for episode in result.episodes if episode.video is not None
+    ]
     for logger in trainer.loggers:
         logger.log_metrics(scalars, step=step)
         writer = getattr(logger, "experiment", None)
-        for name, episode in filmed:
+        for name, episode in recorded:
             tag = f"closed_loop/{name}_{episode.seed}_{'success' if episode.success else episode.failure}"
             video = output / "videos" / str(episode.video)
             if isinstance(writer, SummaryWriter):
@@ -99,6 +101,6 @@ def add_animation(writer: SummaryWriter, tag: str, frames: np.ndarray, step: int
     first, *rest = [Image.fromarray(frame).quantize(128) for frame in frames]
     first.save(buffer, format="GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
     height, width = frames.shape[1:3]
-    picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=buffer.getvalue())
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=buffer.getvalue())
     file_writer: Any = writer.file_writer
-    file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=picture)]), step)
+    file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)

@@ -94,6 +94,9 @@ def _leading(text: str, last: str, plain: Sequence[str]) -> int | None:
             return number
         arrived = re.findall(rf"(?i:\banswer\s*(?:is|:)\s*(?:option\s*)?[(\[]?\s*)([A-{last}])\b(?!\s+[a-z])", rest)
         return _number(arrived[-1]) if arrived else number
+    reasoned = re.match(rf"([A-{last}])\s+(?:because|since)\b", text)
+    if reasoned:
+        return _number(reasoned.group(1))
     match = re.match(rf"[(\[]?([A-{last}])\s+(.*)", text)
     if match and normalised_answer(match.group(2)).startswith(plain[_number(match.group(1))] or "\0"):
         return _number(match.group(1))
@@ -111,8 +114,8 @@ def _said(text: str, last: str, plain: Sequence[str]) -> int | None:
         if found is not None:
             return found
     right = r"\s+(?:is|seems|looks|would be)\s+(?:the\s+)?(?:correct|right|best)"
-    judged = re.search(rf"(?:^|\s)[(\[]?([A-{last}])[)\]]?{right}", text)
-    return _number(judged.group(1)) if judged else None
+    stated = re.search(rf"(?:^|\s)[(\[]?([A-{last}])[)\]]?{right}", text)
+    return _number(stated.group(1)) if stated else None
 
 
 def _anywhere(text: str, last: str, plain: Sequence[str]) -> int | None:

@@ -6,6 +6,7 @@ seed, control) alone, so the number of processes does not change the result.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 from collections import Counter
@@ -29,7 +30,7 @@ from keygrip.training.checkpoints import load_module
 
 # Seeds from here on are never used for recording, training or choosing settings (those start at 500000).
 HELD_OUT_SEED = 1_000_000
-HEIGHT_STEP_CM = 2  # of the breakdown by height
+HEIGHT_STEP_CM = 2  # height step of the breakdown by height
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class ClosedLoop:
         cameras: what the policy sees, the main one first; None: the task's own camera.
         control: the controller with its settings, still without policy and rate (a partial call in the configs).
         processes: None takes one for each core.
-        videos: episodes filmed for each condition.
+        videos: episodes recorded as videos, for each condition.
         policy: changes to the model's own policy, by the names of its fields.
         trust: packages beside keygrip whose parts the checkpoint may name.
         python: interpreter of another Python environment that has the simulator: episodes run there, the policy here.
@@ -119,6 +120,13 @@ class ClosedLoop:
     def __post_init__(self) -> None:
         if self.episodes < 1:
             raise ValueError(f"closed_loop.episodes is at least 1, got {self.episodes}.")
+        if self.processes is not None and self.processes < 1:
+            raise ValueError(f"closed_loop.processes is at least 1 (null: one for each core), got {self.processes}.")
+        if self.videos < 0 or self.image_size < 1 or not 0 < self.hz < math.inf:
+            raise ValueError(
+                f"closed_loop.videos is at least 0, image_size at least 1 and hz above 0, got {self.videos}, "
+                f"{self.image_size} and {self.hz}."
+            )
         self.control(policy=None, control_hz=self.hz)  # what it cannot do is refused now, not in a worker
         if not self.grids:
             raise ValueError("closed_loop.conditions is empty: name at least one, e.g. {in_distribution: [{}]}.")
@@ -176,8 +184,9 @@ class ClosedLoop:
                     progress.update(results)
             except BrokenProcessPool as error:
                 raise ValueError(
-                    "A process of the closed-loop evaluation died (out of memory, or no working GL library?): run with "
-                    "closed_loop.processes=1 to see why."
+                    "A process of the closed-loop evaluation died (out of memory, no working GL library, or a script "
+                    "without an `if __name__ == '__main__'` guard?): run with processes=1 (in training "
+                    "closed_loop.processes=1) to see why."
                 ) from error
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -250,7 +259,7 @@ def loaded_policy(checkpoint: Path, settings: ClosedLoop) -> Any:
 
 
 class _Worker:
-    """One loaded policy and the environment that it has needed last."""
+    """One loaded policy and the environment of its last episode."""
 
     def __init__(self, checkpoint: Path, settings: ClosedLoop) -> None:
         self.policy = loaded_policy(checkpoint, settings)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from keygrip.config import SettingError
+from keygrip.envs.gymnasium_environment import GymnasiumTask
 from keygrip.envs.metaworld.tasks import DIFFICULTY, task_names
 from keygrip.envs.yam.handover import HandoverTask
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.evaluation.closed_loop import ConditionResult
 from keygrip.evaluation.kinds import Evaluated, changed, plain
 from keygrip.evaluation.statistics import wilson_interval
-from keygrip.training.parts import build_stored
+from keygrip.training.parts import UntrustedPartError, build_stored
 
 RECORDING_FILE = "recording.json"
 LARGEST_RECORDING_FILE = 10_000_000  # bytes
@@ -51,22 +52,43 @@ def environment_settings(evaluated: Evaluated, env: Mapping[str, Any]) -> Enviro
         given = [key for key in ("tasks", "image_size", "hz", "cameras", "python") if env[key] is not None]
         if given:
             raise ValueError(f"env.{given[0]} is as recorded: give env=yam, metaworld or gymnasium to choose it")
+        if env["control"] or env["task"]:
+            name = "control" if env["control"] else "task"
+            raise ValueError(f"env.{name} has no effect with env=recorded: give {name}.OPTION=... in place of it")
         record = data.get("record")
         if record is not None and data.get("root") is None:
-            task = build_stored(plain(record.task), "data.record.task", evaluated.trust)
+            try:
+                task = build_stored(plain(record.task), "data.record.task", evaluated.trust)
+            except UntrustedPartError as error:
+                raise UntrustedPartError(f"{error}; say where to judge it: env=yam, metaworld or gymnasium") from error
             return EnvironmentSettings(task, record.image_size, record.hz, trained_with)
         if not isinstance(data.root, str):
             raise ValueError(
-                "the run was trained on several data sets: say where to judge it with env=yam, metaworld or gymnasium, "
-                "or give simulate=false"
+                "the run was trained on several data sets: say where to evaluate it with env=yam, metaworld or "
+                "gymnasium, or give simulate=false"
             )
-        return _of_folder(Path(data.root), trained_with)
+        found = _of_folder(Path(data.root), trained_with)
+        return found if trained_with else replace(found, cameras=_trained_camera(data, found.task))
     from hydra.utils import instantiate
 
     task = instantiate(dict(env["task"]), _convert_="all")
     tasks = task_names(env["tasks"]) if env["tasks"] is not None else ()
-    cameras = env["cameras"] if env["cameras"] is not None else trained_with
+    cameras = env["cameras"] if env["cameras"] is not None else trained_with or _trained_camera(data, task)
     return EnvironmentSettings(task, env["image_size"], env["hz"], cameras, tasks, env["control"], env["python"])
+
+
+def _trained_camera(data: Mapping[str, Any], task: Any) -> list[str] | None:
+    """The one camera that a run was trained on, where it is not the task's own; None: the task's own."""
+    name = data.get("camera")
+    if name is None or name == getattr(task, "camera", None):
+        return None
+    if isinstance(task, GymnasiumTask):
+        return [name] if data.get("root") is not None else None  # simulated recordings name the YAM cell's cameras
+    try:
+        replace(task, camera=name)
+    except (TypeError, ValueError):  # another robot's camera: the environment has its own
+        return None
+    return [name]
 
 
 def _of_folder(root: Path, cameras: Sequence[str] | None) -> EnvironmentSettings:
@@ -78,8 +100,11 @@ def _of_folder(root: Path, cameras: Sequence[str] | None) -> EnvironmentSettings
         if file.stat().st_size > LARGEST_RECORDING_FILE:
             raise ValueError("it is too large")
         settings = json.loads(file.read_text())["settings"]
-        if settings.get("environment") == "metaworld":
+        recorded_in = settings.get("environment")
+        if recorded_in == "metaworld":
             raise SettingError(f"{root} was recorded in Meta-World: give env=metaworld env.tasks=...")
+        if recorded_in == "gymnasium":  # a file of data does not say which package is imported
+            raise SettingError(f"{root} was recorded in a gymnasium environment: give env=gymnasium env.task.id=...")
         stored = dict(settings["task"])
         task = changed(HandoverTask() if stored.get("name") == "handover" else TaskOptions(), stored)
         return EnvironmentSettings(task, int(settings["image_size"]), float(settings["hz"]), cameras)

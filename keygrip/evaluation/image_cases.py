@@ -1,4 +1,4 @@
-"""The cases of the image suite: what is asked of a model, what it generates, and how well that was followed."""
+"""The cases of the image suite: conditions, generated images, and how well these fit the conditions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 CURVES = ("scales", "steps")  # evaluated on fewer images, for each of several settings
 CASES = ("reconstruction", "dino_swap", "text_only", "changed_words", "shuffled_patches", *CURVES)
 STEPPED = ("reconstruction", "text_only")  # what is drawn in the case `steps`
-SIDE_MARGIN = 0.05  # of the width: nearer than this, left and right are not asked about
+SIDE_MARGIN = 0.05  # share of the width; for nearer objects left and right are not asked about
 UNRELATED, REAL, DECODED = "another_picture", "real", "autoencoder"
 
 
@@ -83,7 +83,7 @@ class ImageSuite:
         if self.lpips not in ("auto", "none"):
             raise ValueError(f"lpips={self.lpips!r}: choose auto or none")
         if self.split not in ("train", "val", "test"):
-            raise ValueError(f"split={self.split!r}: choose val or test (or train, to see what was learnt by heart)")
+            raise ValueError(f"split={self.split!r}: choose val or test (or train, to see what was memorised)")
 
 
 def changed_sampling(sampling: Sampling, changes: Mapping[str, Any]) -> Sampling:
@@ -99,7 +99,7 @@ def changed_sampling(sampling: Sampling, changes: Mapping[str, Any]) -> Sampling
 
 @dataclass(frozen=True)
 class Asked:
-    """What some images were asked to be.
+    """Conditions that some images were generated from.
 
     Args:
         conditions: normalised. target: [B, 3, H, W] the real images to compare with.
@@ -153,7 +153,7 @@ class Suite:
 
     @cached_property
     def features(self) -> FeatureEncoder:
-        """In whose features sets of images are compared; trained when it is first asked for, where it is missing."""
+        """The encoder in whose features sets of images are compared; trained at first access where it is missing."""
         return feature_encoder(self.data, self.encoders, self.options.features)
 
     def cases(self) -> list[str]:
@@ -192,7 +192,7 @@ class Suite:
     # ------------------------------------------------------------------------------------------------------------ cases
 
     def ask(self, case: str, batch: ImageTextBatch, real: Tensor, numbers: range) -> Asked | None:
-        """What a case asks of a batch; None where it asks nothing of any of its images."""
+        """Conditions of a case for a batch; None where it applies to none of its images."""
         own = self.module.statistics.conditions(batch)
         colours = [r["evidence"]["colour"] for r in batch.records] if self.classifier is not None else None
         asked = Asked(own, real, batch.records, colours, list(batch.captions))

@@ -23,13 +23,14 @@ from keygrip.evaluation.attribute_classifier import real_images
 from keygrip.evaluation.known_features import known_encoder
 from keygrip.models.patch_dit.encoders import Encoders
 from keygrip.progress import Progress
+from keygrip.training.integrity import load_tensors
 
 if TYPE_CHECKING:
     from keygrip.data.image_text.datamodule import ImageShards
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of the network and its training: another one is another encoder
+VERSION = 1  # version of the network and its training; a file of another version is trained again
 KINDS = ("trained", "dinov3", "clip", "inception")
 TEMPERATURE = 0.2
 
@@ -135,7 +136,7 @@ def _trained(data: ImageShards, encoders: Encoders, options: FeatureOptions) -> 
             torch.save({"width": options.width, "weights": network.state_dict()}, stream)
 
     make_once(file, Path.is_file, make)
-    content = torch.load(file, map_location="cpu", weights_only=True)
+    content = load_tensors(file)
     network = SmallEncoder(content["width"])
     network.load_state_dict(content["weights"])
     network.eval().requires_grad_(False)

@@ -54,7 +54,7 @@ SHARES = (
 
 
 def shortcomings(cases: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """What is wrong with the images, a sentence each; empty where nothing that is measured is."""
+    """Measured faults of the images, a sentence each; empty where there are none."""
     found = []
     for case, name, anchor, least, most, what, whose in LIMITS:
         value, own = cases.get(case, {}).get(name), cases.get(anchor, {}).get(name)

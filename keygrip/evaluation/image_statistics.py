@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-NEIGHBOURS = 3  # of precision and recall
-BANDWIDTH = 10.0  # of the CMMD kernel
+NEIGHBOURS = 3  # k of precision and recall
+BANDWIDTH = 10.0  # bandwidth of the CMMD kernel
 
 
 def frechet_distance(left: Tensor, right: Tensor) -> float:
@@ -67,7 +67,7 @@ def precision_recall(drawn: Tensor, real: Tensor, neighbours: int = NEIGHBOURS) 
         raise ValueError(f"Precision and recall need more than {neighbours} images on each side.")
 
     def share(points: Tensor, others: Tensor) -> float:
-        radius = torch.cdist(others, others).kthvalue(neighbours + 1, dim=1).values  # the first is itself
+        radius = torch.cdist(others, others).kthvalue(neighbours + 1, dim=1).values  # the nearest is the image itself
         return float((torch.cdist(points, others) <= radius).any(dim=1).double().mean())
 
     a, b = drawn.double(), real.double()

@@ -95,7 +95,7 @@ def run_suite(
 
 
 def headline(figures: Mapping[str, Any]) -> dict[str, float]:
-    """The figures by which models are compared, under one name each."""
+    """The metrics used to compare models, under one name each."""
     wanted = {
         "reconstruction": (
             *("psnr_db", "ssim", "lpips", "judge_distance", "dino_distance", "cube_within_4px"),

@@ -15,13 +15,24 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from keygrip.config import EntrySchema, SettingError, nearest, register
+from keygrip.config import EntrySchema, SettingError, nearest, register, values_of
+from keygrip.setting_types import hints_of, wanted
 from keygrip.training.parts import build_stored
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
 
+# Settings that a kind reads only where another one has not a certain value: (kind, other, value, settings).
+IDLE = (
+    (
+        "policy",
+        "simulate",
+        "false",
+        ("episodes", "suites", "conditions", "first_seed", "processes", "videos", "env", "task", "control", "policy"),
+    ),
+    ("video_text", "split", "none", ("limit_batches", "max_new_tokens")),
+)
 Options = TypeVar("Options", bound=Any)  # a dataclass
 KIND = "evaluation_kind"  # attribute of a module's class, and its name in a checkpoint's header
 
@@ -118,7 +129,7 @@ class Evaluated:
 
     Args:
         module: with the weights of the checkpoint. config: of the run that trained it. checkpoint: its file.
-        output: a folder, made by whoever writes into it. trust: packages beside keygrip whose parts may be built.
+        output: a folder, made by what writes into it. trust: packages beside keygrip whose parts may be built.
     """
 
     module: LightningModule
@@ -147,7 +158,7 @@ def checked_kind(name: str | None, what: str) -> str:
     """
     if name is None:
         raise ValueError(f"{what}, which has no evaluation")
-    if name not in KINDS:
+    if not isinstance(name, str) or name not in KINDS:
         raise ValueError(f"{what} of the kind {name!r}: kinds are {', '.join(KINDS)}")
     return name
 
@@ -162,13 +173,13 @@ def choose_kind(overrides: Sequence[str]) -> list[str]:
         SettingError: a setting of another kind.
     """
     given = {key.lstrip("+~"): value for key, _, value in (override.partition("=") for override in overrides)}
-    checkpoint = given.get("checkpoint", "").strip("'\"")
-    if not checkpoint or checkpoint == "???" or "evaluate" in given:
+    paths = values_of("checkpoint", given.get("checkpoint", ""))
+    if not paths or "evaluate" in given:
         return []
     from keygrip.training.checkpoints import HEADER, find_checkpoint, read_checkpoint
 
     found: dict[str, str] = {}
-    for path in checkpoint.split(","):
+    for path in paths:
         file = find_checkpoint(path)
         header = read_checkpoint(file)[HEADER]
         what = f"{file} holds a {str(header['config']['model'].get('_target_')).rpartition('.')[2]}"
@@ -184,6 +195,10 @@ def choose_kind(overrides: Sequence[str]) -> list[str]:
             close = nearest(key, own)
             hint = f"the nearest is {close!r}" if close else f"settings are {', '.join(own)}"
             raise SettingError(f"{what}, and {key!r} is a setting of evaluate={other}; in evaluate={name} {hint}")
+    for kind, other, value, settings in IDLE:
+        idle = [key for key in given if key.partition(".")[0] in settings]
+        if kind == name and given.get(other, "").lower() == value and idle:
+            raise SettingError(f"nothing reads {idle[0]!r} with {other}={value}: leave one of them out")
     return [f"evaluate={name}"]
 
 
@@ -201,6 +216,11 @@ def changed(options: Options, overrides: Mapping[str, Any]) -> Options:
     if not overrides:
         return options
     refuse_unknown(overrides, type(options))
+    hints = hints_of(type(options))
+    for name, value in overrides.items():
+        problem = wanted(value, hints.get(name, Any))
+        if problem is not None:
+            raise ValueError(f"{type(options).__name__}.{name}={value!r}: must be {problem}")
     return replace(options, **overrides)
 
 

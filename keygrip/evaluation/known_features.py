@@ -19,7 +19,7 @@ from keygrip.models.patch_dit.dino_view import DinoView
 
 Features = Callable[[Tensor], Tensor]
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-FID_CLASSES = 1008  # of the Inception whose features the FID is defined on; torchvision's has 1000
+FID_CLASSES = 1008  # classes of the Inception network on whose features the FID is defined; torchvision's has 1000
 
 
 def known_encoder(kind: str, place: Path, variant: str) -> tuple[Features, str, str]:

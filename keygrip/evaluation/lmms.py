@@ -24,7 +24,7 @@ from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.progress import Progress
 from keygrip.training.checkpoints import load_module
 
-MAX_NEW_TOKENS = 64  # where a task does not say
+MAX_NEW_TOKENS = 64  # default where a task gives none
 Seen = tuple[torch.Tensor, list[int], list[tuple[float, ...] | None], Any]  # a video, and its keys and values
 Timed = tuple[np.ndarray, tuple[float, ...] | None]  # frames and when each was taken
 
@@ -61,7 +61,7 @@ class KeygripModel(lmms):
             raise ValueError(
                 f"mode={self.mode}: {type(self.module.network).__name__} has {', '.join(self.module.network.modes)}"
             )
-        self.max_frames = int(max_frames or self.module.pictures["max_frames"])
+        self.max_frames = int(max_frames or self.module.image_options["max_frames"])
         self._last: tuple[tuple[str, ...] | None, Seen] | None = None
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
@@ -87,7 +87,7 @@ class KeygripModel(lmms):
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Of the words of each target, without what ends the turn; and whether they are the likeliest."""
+        """Log-likelihood of each target's words without the turn's end, and whether greedy decoding gives them."""
         found = []
         for request in self._shown(requests):
             text, target, see, number, task, split = request.args
@@ -124,7 +124,7 @@ class KeygripModel(lmms):
     ) -> tuple[torch.Tensor, list[int], list[tuple[float, ...] | None]]:
         """A document's images and videos as one video, [1, F, 3, S, S], its number of frames, and their seconds (None
         where several have no common time)."""
-        images = self.module.pictures
+        images = self.module.image_options
         found = [
             self._frames(item, images["image_size"], images["fit"])
             for item in see(self.task_dict[task][split][number]) or []

@@ -20,7 +20,7 @@ from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
 
-FOLDER_FPS = 3.0  # of folders of frames: MVBench's
+FOLDER_FPS = 3.0  # frame rate of MVBench's folders of frames
 ROWS = 32  # questions, or their lettered answers, at a time
 
 
@@ -139,7 +139,7 @@ def _by_video(questions: Sequence[ChoiceQuestion]) -> Iterator[list[ChoiceQuesti
 
 
 def _frames(module: FoveatedVLMModule, question: ChoiceQuestion) -> tuple[np.ndarray, tuple[float, ...]]:
-    images = module.pictures
+    images = module.image_options
     return read_timed_frames(
         question.video, images["image_size"], images["fit"], images["max_frames"], question.clip, FOLDER_FPS
     )

@@ -15,6 +15,7 @@ from keygrip.evaluation.environments import environment_settings, over_tasks, ta
 from keygrip.evaluation.kinds import Evaluated, changed, plain, refuse_unknown
 from keygrip.evaluation.rollout_grid import grid_of_rollouts
 from keygrip.runtime.chunk_execution import RecedingHorizon
+from keygrip.training.fit import quiet_lightning
 
 DEFAULT_SUITES = ["in_distribution", "position", "viewpoint"]  # as in conf/evaluate/policy.yaml
 
@@ -33,6 +34,7 @@ def open_loop(evaluated: Evaluated) -> dict[str, float]:
     """Errors on the run's validation demonstrations, as in training's validation."""
     from lightning.pytorch import Trainer
 
+    quiet_lightning(warnings_too=True)
     datamodule = evaluated.stored_data()
     if hasattr(datamodule, "asked_by"):
         datamodule.asked_by(evaluated.module)

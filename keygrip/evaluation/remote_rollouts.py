@@ -18,7 +18,7 @@ from keygrip.runtime.plausibility import Bounds
 
 WORKER = "keygrip.evaluation.rollout_worker"
 # A simulator takes what a robot must not be sent: refusals would make failures other than those of local rollouts.
-EVERYTHING = Bounds(start_m=1e9, plan_m=1e9, speed_m_s=1e9)
+EVERYTHING = Bounds(start_m=1e9, plan_m=1e9, speed_m_s=1e9, image_levels=0, centre_share=1e9)
 ADVICE = "`make metaworld-install` makes Meta-World's; or give env.python=PATH of an environment with the simulator."
 
 
@@ -42,7 +42,7 @@ class RemoteSettings:
         """Plain values.
 
         Raises:
-            ValueError: a controller that another process cannot be told of.
+            ValueError: a controller that cannot be sent to another process.
         """
         options: dict[str, Any] = {}
         if isinstance(self.control, partial) and self.control.func is RecedingHorizon and not self.control.args:

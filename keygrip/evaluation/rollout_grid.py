@@ -19,13 +19,13 @@ GREEN, RED = (40, 160, 70), (200, 50, 50)
 
 
 def grid_of_rollouts(results: Sequence[ConditionResult], folder: Path, output: Path, fps: float = 10.0) -> Path | None:
-    """Joins the filmed episodes of several conditions into one video.
+    """Joins the recorded episodes of several conditions into one video.
 
     Args:
         results: whose episodes name their videos in `folder`. output: the file to write. fps: of the videos.
 
     Returns:
-        `output`, or None where no episode was filmed.
+        `output`, or None where no episode has a video.
     """
     clips: list[np.ndarray] = []
     for result in results:

@@ -11,11 +11,11 @@ from keygrip.artifacts import atomic_path
 from keygrip.data.video import write_video
 from keygrip.models.policy import Observation, Plan, arm_axis
 
-SCALE = 2  # images of 224 px are small for the eye
+SCALE = 2  # images of 224 px are enlarged for viewing
 PALETTE = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis, near to far in time
 
 
-class Film:
+class RolloutVideo:
     """Writes an H.264 video (or, for a path that ends in .gif, an animation); nothing is left behind if it is not
     closed.
 

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from keygrip.envs.environment import Environment
-from keygrip.evaluation.rollout_video import Film
+from keygrip.evaluation.rollout_video import RolloutVideo
+from keygrip.models.policy import Needs, arm_axis, views_there
 from keygrip.runtime.chunk_execution import RecedingHorizon
 
-FILM_HZ = 10.0  # at most: drawing takes most of an episode's time
+VIDEO_HZ = 10.0  # most frames per second of a video: drawing takes most of an episode's time
 
 
 @dataclass(frozen=True)
@@ -55,37 +56,40 @@ def run_episode(
 
     Args:
         environment: is reset here. policy: plans; reset with the seed where it can be.
-        control: the controller, still without policy and rate. video: where to rollout video the episode, or None.
+        control: the controller, still without policy and rate. video: the file for the episode's video, or None.
+
+    Raises:
+        ValueError: the environment does not give what the policy reads; that is no failed episode.
     """
     timed = _TimedPolicy(policy)
     controller = control(policy=timed, control_hz=environment.hz)
     if hasattr(policy, "reset"):
         policy.reset(seed)
     observation, info = environment.reset(seed=seed)
-    film, film_every = None, max(1, round(environment.hz / FILM_HZ))
+    if (needs := getattr(policy, "needs", None)) is not None:
+        _check(observation, needs)
+    recording, draw_every = None, max(1, round(environment.hz / VIDEO_HZ))
     if video is not None:
-        film = Film(video, environment.hz / film_every, info["instruction"])
+        recording = RolloutVideo(video, environment.hz / draw_every, info["instruction"])
     steps, over, failure, detail = 0, False, None, None
     while not over:
         try:
             action = controller.act(observation)
-        except (
-            ValueError
-        ) as error:  # no 3D point for a prediction: the policy has lost the plot, the evaluation has not
+        except ValueError as error:  # no valid 3D point: the episode counts as policy_error and the evaluation goes on
             failure, detail = "policy_error", str(error)
             break
-        if film is not None and steps % film_every == 0:
-            film.add(observation, controller.last_plan)
+        if recording is not None and steps % draw_every == 0:
+            recording.add(observation, controller.last_plan)
         environment.advance(action[0] if len(action) == 1 else action)
         success, truncated, info = environment.outcome()
         steps += 1
         over = success or truncated
-        filmed = film is not None and (over or steps % film_every == 0)
-        if filmed or (controller.wants_observation and not over):
+        drawn = recording is not None and (over or steps % draw_every == 0)
+        if drawn or (controller.wants_observation and not over):
             observation = environment.observation()  # only now: drawing takes most of an episode's time
-    if film is not None:
-        film.add(observation, controller.last_plan)
-        film.close()
+    if recording is not None:
+        recording.add(observation, controller.last_plan)
+        recording.close()
     yaw = info.get("yaw_error_rad")
     return EpisodeResult(
         seed=seed,
@@ -101,6 +105,20 @@ def run_episode(
         colour=info.get("object_colour", ""),
         height_cm=round(100 * info.get("object_height_m", 0.0), 2),
     )
+
+
+def _check(observation: Any, needs: Needs) -> None:
+    views_there(observation, needs.cameras)
+    if needs.instruction and not str(observation.get("instruction") or "").strip():
+        raise ValueError(
+            "the environment gives no instruction, which tells this policy what to do: its info needs `instruction` "
+            "(of env=gymnasium, env.task.instruction=... gives one)"
+        )
+    arms = len(arm_axis(observation["position"], 1))
+    if arms != len(needs.arms):
+        raise ValueError(
+            f"the environment has {arms} arms, the policy moves {len(needs.arms)}: {', '.join(needs.arms)}"
+        )
 
 
 class _TimedPolicy:

@@ -45,7 +45,7 @@ class Cell:
     Attributes:
         shift: what the runs were trained on. condition: what they were tested on. model: a column's name.
         successes, episodes: of each finished run. failures: how its failed episodes ended.
-        unfinished: what became of the others: failed, missing, killed, interrupted, not evaluated.
+        unfinished: the status of the others: failed, missing, killed, interrupted, not evaluated.
     """
 
     shift: str
@@ -73,12 +73,12 @@ class Cell:
 
     @property
     def status(self) -> str:
-        """``finished``, or what became of the runs that did not."""
+        """``finished``, or the status of the runs that did not finish."""
         counts = Counter(self.unfinished)
         return ", ".join(f"{number} {status}" for status, number in counts.items()) or FINISHED
 
     def text(self) -> str:
-        """For a table that is read by people."""
+        """For the Markdown table."""
         if self.rate is None:
             return self.status
         low, high = self.interval
@@ -98,7 +98,7 @@ class ShiftReport(Callback):
 def make_report(sweep_dir: str | Path) -> list[Cell]:
     """Writes ``shifts.csv``, ``.md`` and ``.png`` into a sweep's folder, prints the table, returns its cells.
 
-    Jobs that did not finish stand in the table under what became of them.
+    Jobs that did not finish stand in the table with their status.
 
     Raises:
         FileNotFoundError: the folder holds no sweep. ValueError: a sweep without jobs.
@@ -121,7 +121,7 @@ def make_report(sweep_dir: str | Path) -> list[Cell]:
 
 
 def read_cells(folder: Path) -> list[Cell]:
-    """What the jobs of a sweep came to, in the order of the jobs and of their conditions."""
+    """Results of a sweep's jobs, in the order of the jobs and of their conditions."""
     rows = collect(folder)
     folders = {_identity(overrides): path for path, overrides in _job_folders(folder)}
     columns = _columns([row["overrides"] for row in rows])
@@ -164,7 +164,7 @@ def long_table(cells: Sequence[Cell]) -> tuple[list[str], list[list[Any]]]:
 
 
 def wide_table(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
-    """A line a condition and a column a model, for people."""
+    """One line per condition and one column per model, in Markdown."""
     models = _models(cells)
     by_place = {(cell.shift, cell.condition, cell.model): cell.text() for cell in cells}
     lines = [
@@ -226,11 +226,16 @@ def _identity(overrides: dict[str, str]) -> frozenset[tuple[str, str]]:
 
 
 def _conditions(job: Path | None) -> dict[str, Any]:
-    """``{condition: figures}`` of a job's closed-loop evaluation; empty where there was none."""
+    """``{condition: figures}`` of a job's closed-loop evaluation; empty where there was none.
+
+    Raises:
+        ValueError: the stored conditions are no object.
+    """
     if job is None:
         return {}
     conditions = read_result(job / CLOSED_LOOP).get("conditions", {})
-    assert isinstance(conditions, dict)
+    if not isinstance(conditions, dict):
+        raise ValueError(f"the result in {job / CLOSED_LOOP} holds no conditions by name: evaluate the job again")
     return conditions
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 FLIPS = 20_000  # random signs of a permutation test: a standard error of 0.0016 at p = 0.05
-RESAMPLES = 10_000  # of episodes, for an interval
+RESAMPLES = 10_000  # bootstrap resamples of episodes, for an interval
 
 
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 log = logging.getLogger(__name__)
 
 METEOR_S = 120.0
-NOTHING_SAID = "xxnothingxx"  # the Java program waits for ever where a caption is empty
+NOTHING_SAID = "xxnothingxx"  # the Java program waits forever where a caption is empty
 ARTICLES = {"a", "an", "the"}
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBER_WORDS = {word: str(value) for value, word in enumerate(NUMBERS)} | {"none": "0"}
@@ -108,13 +108,13 @@ def normalised_answer(answer: str) -> str:
 
 
 def vqa_accuracy(answer: str, annotated: Sequence[str]) -> float:
-    """Agreement with the annotators: of each choice of all but one of them, min(1, those who agree / 3), averaged.
+    """VQA accuracy: the mean of min(1, agreeing annotators / 3) over all choices of all annotators but one.
 
     With the usual ten annotators, an answer that three or more gave counts (nearly) whole. Of fewer than four
     annotators one who agrees is enough.
 
     Raises:
-        ValueError: nobody has annotated.
+        ValueError: there is no annotated answer.
     """
     if not annotated:
         raise ValueError("the VQA rule needs at least one annotated answer")

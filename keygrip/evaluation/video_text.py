@@ -75,7 +75,7 @@ def evaluate_modes(
             scores[mode].add(scored, batch.kind)
             by_length[mode].add(scored, _kinds_and_lengths(batch))
             seconds[mode] += time.perf_counter() - started
-            if output.looks is not None:
+            if output.passes is not None:
                 for kind, where in attention_on_targets(module.network, output, rows, batch):
                     looked[mode][kind].append(where)
                 for kind, where in attention_on_targets(module.network, output, rows, batch, "all"):

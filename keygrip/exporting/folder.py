@@ -1,9 +1,9 @@
-"""The folder that people exchange: weights as safetensors, everything else as JSON.
+"""An exported model: a folder with weights as safetensors and everything else as JSON.
 
     model.safetensors      the weights that are meant to be used (EMA where the run kept one), buffers included
     processor.safetensors  tensors that the module stores beside its weights; only where it has any
     config.json            format, model configuration, step, metadata, what the module stores (tokenizer, statistics),
-                           and the SHA-256 of each safetensors file
+                           and the SHA-256 of each safetensors file and of these values themselves
     README.md              the model card
 
 Nothing in it is code. A folder is read back as the content of a checkpoint, and the model is built from it under the
@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from keygrip.artifacts import atomic_folder, sha256_file, write_json, write_text
+from keygrip.artifacts import atomic_folder, sha256_bytes, sha256_file, write_json, write_text
 
 WEIGHTS, PROCESSOR, CONFIG, CARD = "model.safetensors", "processor.safetensors", "config.json", "README.md"
 SCHEMA = "keygrip.export/1"
@@ -75,7 +75,7 @@ def write_export(
         if tensors:
             save_tensors(tensors, target / PROCESSOR)
             hashes[PROCESSOR] = sha256_file(target / PROCESSOR)
-        own = {"schema": SCHEMA, "sha256": hashes, "checkpoint": stored}
+        own = {"schema": SCHEMA, "sha256": hashes | {CONFIG: _digest(stored)}, "checkpoint": stored}
         write_json(target / CONFIG, {**(facts or {}), **own})
         for name, value in (files or {}).items():
             if isinstance(value, str):
@@ -113,9 +113,10 @@ def read_export(folder: str | Path) -> dict[str, Any]:
         found = config.get("schema") if isinstance(config, dict) else None
         raise ValueError(f"{file} is not a keygrip export of schema {SCHEMA!r} (it says {found!r})")
     hashes = config.get("sha256")
-    if not isinstance(hashes, dict) or WEIGHTS not in hashes or set(hashes) - {WEIGHTS, PROCESSOR}:
+    if not isinstance(hashes, dict) or WEIGHTS not in hashes or set(hashes) - {WEIGHTS, PROCESSOR, CONFIG}:
         raise ValueError(f"{file} does not name the hashes of its weights: the export is incomplete")
     parts: dict[str, dict[str, Tensor]] = {PROCESSOR: {}}
+    told = hashes.pop(CONFIG, None)  # exports of earlier versions have none
     for name, digest in hashes.items():
         if sha256_file(root / name) != digest:
             raise ValueError(f"{root / name} is not the file that was exported (its SHA-256 differs): copy it again")
@@ -126,6 +127,8 @@ def read_export(folder: str | Path) -> dict[str, Any]:
     content = _restored(config.get("checkpoint"), parts[PROCESSOR], 0)
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no checkpoint")
+    if told is not None and told != _digest(config["checkpoint"]):
+        raise ValueError(f"{file} is not the file that was exported (the SHA-256 of its values differs): copy it again")
     return content | {"state_dict": parts[WEIGHTS]}
 
 
@@ -169,6 +172,11 @@ def model_card(
         lines += ["Trained by", "", "```", f"python -m keygrip.train {' '.join(map(str, overrides))}", "```", ""]
     lines += ["The figures are the run's own; no claim is made about other data, cameras or robots.", ""]
     return "\n".join(lines)
+
+
+def _digest(stored: Any) -> str:
+    """Of what JSON holds, however it is laid out in the file."""
+    return sha256_bytes(json.dumps(stored, sort_keys=True).encode())
 
 
 def _plain(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

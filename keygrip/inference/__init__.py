@@ -1,1 +1,1 @@
-"""What trained models make of inputs from outside: images drawn, questions answered."""
+"""Trained models on users' inputs: generated images, answered questions."""

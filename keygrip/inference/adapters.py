@@ -20,7 +20,7 @@ from keygrip.exporting.folder import save_tensors
 from keygrip.models.nn.lora import BASE, NAME, Adapter, adapted_layers, is_difference, peft_config
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = "base_model.model."  # of peft, before a network's own names
+PREFIX = "base_model.model."  # peft's prefix before a network's own names
 # Settings of peft that change what an adapter means; only these values are known here.
 PLAIN: dict[str, Any] = {"use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "bias": "none"}
 PLAIN |= {"alpha_pattern": {}, "rank_pattern": {}, "modules_to_save": None, "lora_bias": False}

@@ -21,7 +21,7 @@ from keygrip.data.batches import Turn
 from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.inference.video_chat import VideoChat
 from keygrip.models.foveated_vlm.attention_maps import patch_maps
-from keygrip.models.foveated_vlm.figures import draw_looks
+from keygrip.models.foveated_vlm.figures import draw_attention
 from keygrip.models.foveated_vlm.generation import Answers, generate
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.network import FoveatedVLM, VLMOutput
@@ -29,7 +29,7 @@ from keygrip.training.checkpoints import find_checkpoint, load_module
 
 log = logging.getLogger(__name__)
 
-MOST_STRIPS = 64  # of a figure: each is two inches high
+MOST_STRIPS = 64  # most rows of a figure: each is two inches high
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
     if mode not in module.network.modes:
         raise ValueError(f"mode={mode}: {type(module.network).__name__} has {', '.join(module.network.modes)}")
     if cfg.max_frames is not None:
-        module.pictures["max_frames"] = cfg.max_frames
+        module.image_options["max_frames"] = cfg.max_frames
     started = time.perf_counter()
     found = _continued(module, talks, mode, cfg) if talks is not None else _asked(module, paths, questions, mode, cfg)
     return found | {"mode": mode, "wall_s": round(time.perf_counter() - started, 3)}
@@ -170,13 +170,13 @@ def _asked(
             for (video, question), text in zip(pairs, texts, strict=True)
         ]
         if cfg.figure is not None:
-            strips += _looks(module, videos, pairs, found)
+            strips += _attention_strips(module, videos, pairs, found)
     result: dict[str, Any] = {"answers": answers, "frames": frames}
     if unreadable:
         result["unreadable"] = unreadable
     if cfg.figure is not None:
         with atomic_write(cfg.figure) as file:
-            Image.fromarray(draw_looks(strips)).save(file, "PNG")
+            Image.fromarray(draw_attention(strips)).save(file, "PNG")
         result["figure"] = str(cfg.figure)
     return result
 
@@ -186,7 +186,7 @@ def _batches(
 ) -> Iterator[list[Video]]:
     """Decoded videos, so many that they have at most `batch_frames` frames, padding counted; those that cannot be read
     go to `unreadable`. Raises what the first raised where none can be read."""
-    images = module.pictures
+    images = module.image_options
     size = images["image_size"]
     waiting: list[Video] = []
     failed: list[Exception] = []
@@ -238,17 +238,17 @@ def _together(
     )
 
 
-def _looks(
+def _attention_strips(
     module: FoveatedVLMModule, videos: Sequence[Video], pairs: Sequence[tuple[int, str]], answers: Answers
 ) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """Title, frames and attention of the queries for each pair. Raises ValueError: there is none."""
     network = module.network
-    if not isinstance(network, FoveatedVLM) or answers.looks is None:
+    if not isinstance(network, FoveatedVLM) or answers.passes is None:
         raise ValueError(
             "figure=... shows where queries attended, which this model (or text alone) does not give: leave it out"
         )
     none = torch.zeros(0, device=answers.rows.input_ids.device)
-    output = VLMOutput(none, answers.rows.layout(), none, answers.looks)
+    output = VLMOutput(none, answers.rows.layout(), none, answers.passes)
     maps = patch_maps(network, output, answers.rows).cpu().numpy()
     streams = answers.rows.streams.of_row.tolist()
     return [

@@ -1,4 +1,4 @@
-"""What `keygrip sample` is asked to draw: prompts and images of the command line, or the rows of a file."""
+"""Sample requests of `keygrip sample`: prompts and images of the command line, or the rows of a file."""
 
 from __future__ import annotations
 
@@ -106,10 +106,10 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
         text = read_text(path)
         with guard(path):
             if path.suffix == ".txt":
-                rows: list[Any] = [(n, {"prompt": line.strip()}) for n, line in enumerate(text.splitlines(), 1)]
+                rows: list[Any] = [(n, {"prompt": line.strip()}) for n, line in enumerate(text.split("\n"), 1)]
                 rows = [(n, row) for n, row in rows if row["prompt"]]
             elif path.suffix == ".jsonl":
-                lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+                lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
                 rows = [(n, parse_json(line, f"line {n}")) for n, line in lines]
             elif path.suffix == ".csv":
                 rows = list(enumerate(csv.DictReader(io.StringIO(text, newline="")), 2))

@@ -34,11 +34,12 @@ from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.sampler import Edit, Sampling
 from keygrip.progress import Progress
 from keygrip.training.checkpoints import external_files, find_checkpoint, load_module
+from keygrip.training.run_folder import new_folder
 from keygrip.training.strategies import automatic_precision
 
 log = logging.getLogger(__name__)
 
-GRID_ROWS = 24  # of one file
+GRID_ROWS = 24  # rows of one grid file
 
 
 @dataclass(frozen=True)
@@ -297,4 +298,4 @@ def write(
 def _folder_beside(checkpoint: Path) -> Path:
     """A new folder for these samples in the run's own."""
     run_folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-    return run_folder / "samples" / time.strftime("%Y-%m-%d_%H-%M-%S")
+    return new_folder(run_folder / "samples", time.strftime("%Y-%m-%d_%H-%M-%S"))

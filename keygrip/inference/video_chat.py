@@ -1,4 +1,4 @@
-"""A video-language model as people use it: conversations with images and videos in, answers out.
+"""Chat with a video-language model: conversations with images and videos in, answers out.
 
     chat = VideoChat.from_pretrained("runs/foveated_vlm_webvid/...")      # or an export, or what save_pretrained wrote
     chat.generate([{"role": "user", "content": [{"type": "video", "video": "a.mp4"},
@@ -32,7 +32,7 @@ from keygrip.models.foveated_vlm.streaming import StreamingSession, pieces
 from keygrip.training.checkpoints import load_module, read_checkpoint, weights_of
 
 ROLES = ("system", "user", "assistant")
-MARK = "\ue000"  # in place of an image or video, in text that a template renders; no text holds it
+MARK = "\ue000"  # stands for an image or video in text that a template renders; user text never holds it
 BATCH_ROWS = 64  # conversations that are answered together at most
 BATCH_FRAMES = 256  # answered together: their keys and values take 9 MB per frame in DINOv2 small, float32
 Message = Mapping[str, Any]
@@ -106,7 +106,7 @@ class VideoChat:
     # ------------------------------------------------------------------ processor
 
     def check(self, messages: Sequence[Message]) -> None:
-        """Looks at a conversation without decoding anything.
+        """Checks a conversation without decoding anything.
 
         Raises:
             ValueError: an unknown role or item, or it does not end with a user's turn. FileNotFoundError: an image or
@@ -138,7 +138,7 @@ class VideoChat:
         return Prompt(tuple(turns), tuple(visuals), tuple(times))
 
     def _frames(self, given: Any, kind: str) -> tuple[np.ndarray, tuple[float, ...]]:
-        images = self.module.pictures
+        images = self.module.image_options
         size, fit = images["image_size"], images["fit"]
         if isinstance(given, str | Path):
             return read_timed_frames(given, size, fit, 1 if kind == "image" else images["max_frames"])
@@ -239,7 +239,7 @@ class VideoChat:
         self, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float, seed: int, mode: str
     ) -> list[str]:
         module = self.module
-        size = module.pictures["image_size"]
+        size = module.image_options["image_size"]
         videos = [np.concatenate([np.zeros((0, size, size, 3), np.uint8), *prompt.visuals]) for prompt in prompts]
         counts = [len(video) for video in videos]
         padded = np.zeros((len(videos), max(counts), size, size, 3), np.uint8)

@@ -17,24 +17,38 @@ Observation = Mapping[str, Any]
 """What the environment (or a robot's driver) gives: ``image`` [H, W, 3] uint8, ``intrinsics`` [3, 3],
 ``world_to_camera`` [4, 4], ``position`` [A, 3] metres, ``quaternion`` [A, 4] wxyz, ``gripper`` [A] 0 closed .. 1 open;
 with one arm the A axis may be left out. For policies that read them, ``instruction`` is a sentence, and ``cameras``
-holds ``image``, ``intrinsics`` and ``world_to_camera`` of several cameras by name. Robots add ``time_s``: when it was
-taken, seconds on the robot's clock."""
+holds ``image``, ``intrinsics`` and ``world_to_camera`` of several cameras by name (None: it gives nothing now). Robots
+add ``time_s``: when it was taken, seconds on the robot's clock."""
 
 
 def views_of(observation: Observation, cameras: Sequence[str]) -> list[Mapping[str, Any]]:
-    """What the named cameras see, in this order: each with `image`, `intrinsics` and `world_to_camera`.
+    """Views of the named cameras, in this order: each with `image`, `intrinsics` and `world_to_camera`.
 
     Raises:
-        ValueError: a camera is missing.
+        ValueError: a camera is missing, or gives nothing.
     """
-    seen = observation.get("cameras")
-    if seen is None and len(cameras) == 1:
+    found = views_there(observation, cameras)
+    blind = [name for name, view in zip(cameras, found, strict=True) if view is None]
+    if blind:
+        raise ValueError(
+            f"camera {blind[0]!r} of the observation is None: this policy needs all of {', '.join(cameras)}"
+        )
+    return [view for view in found if view is not None]
+
+
+def views_there(observation: Observation, cameras: Sequence[str]) -> list[Mapping[str, Any] | None]:
+    """As `views_of`, with None for a camera that the observation names and that gives nothing now.
+
+    Raises:
+        ValueError: a camera is not named.
+    """
+    seen = observation.get("cameras") or {}
+    if not seen and len(cameras) == 1:
         return [observation]
-    absent = [name for name in cameras if name not in (seen or {})]
+    absent = [name for name in cameras if name not in seen]
     if absent:
-        there = f"it has {', '.join(seen)}" if seen else "it has one unnamed picture"
+        there = f"it has {', '.join(seen)}" if seen else "it has one unnamed image"
         raise ValueError(f"the observation lacks camera {absent[0]!r}, which the policy was trained with; {there}")
-    assert seen is not None
     return [seen[name] for name in cameras]
 
 
@@ -49,8 +63,8 @@ class Plan:
         uncertainty: ``[A, T]`` 0 certain .. 1, or None where the policy has none.
         joints: ``[A, T, J]`` radians. controller: ``[A, T, D]`` inputs of the robot's controller. The same motion in
             the terms in which the policy plans it, for robots that take them; None where it plans poses.
-        time_s: when the observation was taken that it is made from, seconds on the robot's clock; None where nobody
-            said. Step k is due at time_s + k step_seconds, k from 1.
+        time_s: when the observation was taken that it is made from, seconds on the robot's clock; None where it is
+            not known. Step k is due at time_s + k step_seconds, k from 1.
     """
 
     position: np.ndarray

@@ -1,4 +1,4 @@
-"""What a policy must know about its training data to run: kept in buffers, so that it lies in every checkpoint."""
+"""Statistics of the training data that a policy needs to run, in buffers, so that every checkpoint holds them."""
 
 from __future__ import annotations
 
@@ -81,18 +81,22 @@ class PolicyStatistics(nn.Module):
 
     @property
     def height_range(self) -> Tensor:
+        """[2] lowest and highest target height of the training split, metres."""
         return self._read("_height_range")
 
     @property
     def position_range(self) -> Tensor:
+        """[2, 3] lowest and highest target position of the training split, metres."""
         return self._read("_position_range")
 
     @property
     def step_seconds(self) -> float:
+        """Seconds between two predicted steps."""
         return float(self._read("_step_seconds"))
 
     @property
     def geometry(self) -> ImageGeometry:
+        """How images are cut, resized and normalised."""
         mean, std = self._read("_image_mean").tolist(), self._read("_image_std").tolist()
         return ImageGeometry(
             image_size=int(self._read("_image_size")),

@@ -145,7 +145,7 @@ def record_step(
         seed=seed,
         image_size=image_size,
         hz=hz,
-        processes=processes or os.cpu_count() or 1,
+        processes=(os.cpu_count() or 1) if processes is None else processes,
         cameras=None if cameras is None else tuple(cameras),
         depth=depth,
         video=video,
@@ -267,7 +267,7 @@ def record_episode(cell: YamCell | HandoverCell, settings: RecordSettings, root:
             if i == len(actions) - 1:
                 trace.last = cell.sight(settings.cameras[0])
             trace.add(cell.object_position, cell.tool_pose[0], cell.progress.held)
-            pictures = {c: cell.frame(c) for c in settings.cameras}
+            images = {c: cell.frame(c) for c in settings.cameras}
             views = {c: CameraPose(cell.lenses[c].intrinsics, cell.world_to_camera(c)) for c in settings.cameras}
             depth = {c: _millimetres(cell.depth(c)) for c in settings.cameras} if settings.depth else None
             position, quaternion = cell.tool_pose
@@ -276,7 +276,7 @@ def record_episode(cell: YamCell | HandoverCell, settings: RecordSettings, root:
             position, quaternion = cell.commanded_pose
             commanded = _arm_pose(position, commanded_sign(quaternion), cell.commanded_gripper, None)
             stamp = round(i * 1e9 / settings.hz)
-            writer.add(stamp, pictures, views, {ARM: reached}, {ARM: commanded}, depth)
+            writer.add(stamp, images, views, {ARM: reached}, {ARM: commanded}, depth)
         success = trace.success = cell.progress.success
         if not success:
             writer.discard()
@@ -357,9 +357,8 @@ class _Workers:
             ) from error
 
 
-_worker: tuple[YamCell | HandoverCell, RecordSettings, Path] | None = (
-    None  # one cell a process, used for all its episodes
-)
+# One cell a process, used for all its episodes.
+_worker: tuple[YamCell | HandoverCell, RecordSettings, Path] | None = None
 
 
 def _build_cell(settings: RecordSettings) -> YamCell | HandoverCell:
@@ -377,7 +376,7 @@ def _start_worker(settings: RecordSettings, root: Path) -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """Ends this process when its parent has been killed; the pool would leave it waiting for work for ever."""
+    """Ends this process when its parent has been killed; the pool would leave it waiting for work forever."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from keygrip.envs.gymnasium_environment import GymnasiumTask
 from keygrip.envs.yam.handover import HandoverTask
 from keygrip.envs.yam.tasks import TaskOptions
-from keygrip.recording import demonstrations, metaworld
+from keygrip.recording import demonstrations, gymnasium, metaworld
 
-YAM_HZ, METAWORLD_HZ = 10.0, 20.0  # stored frames per second
+YAM_HZ, METAWORLD_HZ = 10.0, 20.0  # stored frames per second; of a gymnasium environment its control rate, 10
 METAWORLD_RECOVERIES = 0.2
 
 
@@ -29,12 +30,15 @@ def record_step(
     video: bool,
     recoveries: float | None,
     python: str | None,
+    env_task: Any = None,
     unread: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Records demonstrations; see `demonstrations.record` (yam) and `metaworld.record_step`. Returns their report.
+    """Records demonstrations; see `demonstrations.record` (yam), `metaworld.record_step` and `gymnasium.record_step`.
+    Returns their report.
 
     Args:
-        unread: settings of the group env that only an evaluation reads, with their values: None where nobody set them.
+        env_task: of the group env: the environment of env=gymnasium; of others it belongs to evaluations.
+        unread: settings of the group env that only an evaluation reads, with their values: None where they are not set.
 
     Raises:
         ValueError: an environment without scripted expert, or a setting that it does not have.
@@ -42,39 +46,53 @@ def record_step(
     for name, value in (unread or {}).items():
         if value is not None:
             raise ValueError(f"env.{name} is for evaluations: for a recording set {name} ({name}=...)")
+    if isinstance(env_task, GymnasiumTask):
+        given: dict[str, Any] = {"tasks": tasks, "recoveries": recoveries, "depth": depth or None}
+        _refuse([name for name, value in given.items() if value is not None], environment)
+        _refuse_task(task, environment, "env.task.id")
+        rate = hz or YAM_HZ
+        return gymnasium.record_step(
+            env_task, root, demos, seed, image_size, rate, processes, cameras, video=video, python=python
+        )
+    if env_task is not None and env_task != type(env_task)():
+        raise ValueError("env.task is for evaluations: for a recording set task (task=...)")
     if environment == "yam_handover":
-        if task == TaskOptions(name="pick_place"):  # what the settings say where nobody chose a task
+        if task == TaskOptions(name="pick_place"):  # the default task of the settings
             task = HandoverTask()
         if not isinstance(task, HandoverTask):
             _refuse(["task"], environment)
     if environment in ("yam", "yam_handover"):
         given = {"tasks": tasks, "recoveries": recoveries, "env.python": python}
         _refuse([name for name, value in given.items() if value is not None], environment)
-        rate = hz or YAM_HZ
+        rate = YAM_HZ if hz is None else hz
         return demonstrations.record_step(
             task, root, demos, seed, image_size, rate, processes, cameras, depth=depth, video=video
         )
     if environment != "metaworld":
         raise ValueError(
-            f"env={environment} has no scripted expert to record: choose env=yam, env=yam_handover or env=metaworld"
+            f"env={environment} has no scripted expert to record: choose env=yam, yam_handover, metaworld or gymnasium"
         )
     if depth:
         _refuse(["depth"], environment)
-    if not isinstance(task, TaskOptions) or task != TaskOptions(name=task.name) or task.name != "pick_place":
-        _refuse(["task"], environment)
+    _refuse_task(task, environment, "tasks")
     return metaworld.record_step(
         tasks or "mt10",
         root,
         demos,
         seed=seed,
         image_size=image_size,
-        hz=hz or METAWORLD_HZ,
+        hz=METAWORLD_HZ if hz is None else hz,
         cameras=cameras or ("corner2",),
         recoveries=METAWORLD_RECOVERIES if recoveries is None else recoveries,
         video=video,
         processes=processes,
         python=python,
     )
+
+
+def _refuse_task(task: TaskOptions | HandoverTask, environment: str, instead: str) -> None:
+    if task != TaskOptions(name="pick_place"):  # what the settings say where nobody chose a task
+        raise ValueError(f"task is no setting of the recordings of env={environment}: give {instead}")
 
 
 def _refuse(names: list[str], environment: str) -> None:

@@ -56,12 +56,12 @@ def record_handover(
             }
 
         for i, action in enumerate(handover_actions(layout, seed, cell.hz)):
-            pictures = {name: cell.frame(name) for name in cameras}
+            images = {name: cell.frame(name) for name in cameras}
             views = {name: CameraPose(cell.lenses[name].intrinsics, cell.world_to_camera(name)) for name in cameras}
             reached = poses("reached", *cell.tool_poses, cell.gripper_openings, cell.joints)
             cell.advance(action)
             commanded = poses("commanded", *cell.commanded_poses, cell.commanded_gripper, None)
-            writer.add(round(i * 1e9 / cell.hz), pictures, views, reached, commanded)
+            writer.add(round(i * 1e9 / cell.hz), images, views, reached, commanded)
         success = cell.progress.success
         if not success:
             writer.discard()

@@ -16,8 +16,8 @@ from keygrip.data.image_text.bucket_folders import write_info
 from keygrip.data.image_text.crops import Bucket, nearest_bucket, shared_crop
 from keygrip.data.image_text.samples import describe_image_text
 from keygrip.data.image_text.sources.encoding import as_tensor, encode_images, prepare_image
-from keygrip.data.video_text.sources.writing import MadeSample, write_shards
-from keygrip.envs.yam.stills import Picture, PictureCell, PictureOptions
+from keygrip.data.shards.set_writer import MadeSample, write_shards
+from keygrip.envs.yam.stills import Still, StillCell, StillOptions
 
 log = logging.getLogger(__name__)
 
@@ -25,17 +25,17 @@ FIRST_SEEDS = {"train": 0, "val": 500_000, "test": 1_000_000}
 
 
 @dataclass
-class PictureMaker:
+class ImageMaker:
     """Makes the sample of an image's seed. The simulator and the encoders are built in the process that uses them.
 
     Args:
         buckets: of which the image's shape chooses one. encoders: config of the encoders.
     """
 
-    options: PictureOptions
+    options: StillOptions
     buckets: Sequence[Bucket]
     encoders: Mapping[str, Any]
-    _built: tuple[PictureCell, Any] | None = field(default=None, repr=False)
+    _built: tuple[StillCell, Any] | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_built": None}
@@ -46,12 +46,12 @@ class PictureMaker:
 
     def __call__(self, seed: int) -> Iterable[MadeSample]:
         if self._built is None:
-            self._built = (PictureCell(self.options), build_encoders(self.encoders))
+            self._built = (StillCell(self.options), build_encoders(self.encoders))
         cell, encoders = self._built
-        picture, bucket = cell.picture(seed), self.bucket_of(seed)
-        more = {"evidence": evidence(picture, bucket)}
+        still, bucket = cell.still(seed), self.bucket_of(seed)
+        more = {"evidence": evidence(still, bucket)}
         ready = prepare_image(
-            Image.fromarray(picture.pixels), picture.caption, bucket, encoders, f"picture-{seed:07d}", more
+            Image.fromarray(still.pixels), still.caption, bucket, encoders, f"picture-{seed:07d}", more
         )
         encoded = encode_images(encoders, as_tensor([ready.pixels]), as_tensor([ready.view]), [ready.caption])
         kept = None if encoders.exact else ready.pixels
@@ -69,15 +69,15 @@ def build_encoders(config: Mapping[str, Any]) -> Any:
     return instantiate(dict(config), _convert_="all")
 
 
-def evidence(picture: Picture, bucket: Bucket) -> dict[str, Any]:
-    """Ground truth of a picture: places as (x, y) in fractions of the crop, the cube's colour, the seed."""
-    height, width = picture.pixels.shape[:2]
+def evidence(still: Still, bucket: Bucket) -> dict[str, Any]:
+    """Ground truth of an image: places as (x, y) in fractions of the crop, the cube's colour, the seed."""
+    height, width = still.pixels.shape[:2]
     left, top, right, bottom = shared_crop(width, height, bucket)
 
     def place(pixel: tuple[float, float]) -> list[float]:
         return [round((pixel[0] - left) / (right - left), 5), round((pixel[1] - top) / (bottom - top), 5)]
 
-    return {"cube": place(picture.cube), "block": place(picture.block), "colour": picture.colour, "seed": picture.seed}
+    return {"cube": place(still.cube), "block": place(still.block), "colour": still.colour, "seed": still.seed}
 
 
 def make_images(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,19 +86,19 @@ def make_images(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         root: folder of the splits.
         options: `train`, `val`, `test` (how many), `images_per_shard`, `processes` (None: one for each core), `buckets`
-            ([[width, height], ...]), `encoders` (their config), and `picture`: the fields of
-            :class:`keygrip.envs.yam.stills.PictureOptions`.
+            ([[width, height], ...]), `encoders` (their config), and `image`: the fields of
+            :class:`keygrip.envs.yam.stills.StillOptions`.
 
     Returns:
         samples by split and seconds.
     """
     started = time.monotonic()
-    drawn = PictureOptions(**(options.get("picture") or {}))
+    drawn = StillOptions(**(options.get("picture") or {}))
     buckets = [Bucket(int(width), int(height)) for width, height in options["buckets"]]
     encoders = build_encoders(options["encoders"])
     identity = {"fingerprint": encoders.fingerprint, "description": encoders.description}
     per_shard, report = int(options.get("images_per_shard", 250)), dict[str, Any](root=str(root))
-    maker = PictureMaker(drawn, buckets, options["encoders"])
+    maker = ImageMaker(drawn, buckets, options["encoders"])
     for split, first in FIRST_SEEDS.items():
         by_bucket: dict[Bucket, list[int]] = {}
         for seed in range(first, first + int(options[split])):

@@ -67,12 +67,10 @@ def record_step(
             successes.
     """
     names = task_names(tasks)
-    every = round(HZ / hz)
+    every = _control_steps(hz)
     unknown = [camera for camera in cameras if camera not in CAMERAS]
     if unknown or not cameras:
         raise ValueError(f"Meta-World has no camera {unknown[0] if unknown else ''!r}; it has {', '.join(CAMERAS)}")
-    if every < 1 or abs(every * hz - HZ) > 1e-9:
-        raise ValueError(f"hz={hz}: stored frames must be whole control periods of 1/{HZ:g} s; use 10, 20 or 40")
     if demos < 1 or not 0 <= recoveries <= 1 or not 92 <= jpeg_quality <= 100 or not 16 <= image_size <= 1280:
         raise ValueError(
             "demos is at least 1, recoveries within 0 .. 1, jpeg_quality within 92 .. 100, image_size within 16 .. 1280"
@@ -111,11 +109,7 @@ def record_step(
                 if not episode["success"]:
                     failed[name] = sorted({*failed.get(name, []), episode["seed"]})
                     write_json(root / SETTINGS_FILE, {"settings": settings, "failed_seeds": failed})
-                tried = kept[name] + len(failed.get(name, []))
-                if tried >= 20 and kept[name] < 0.1 * tried:
-                    raise ValueError(
-                        f"the scripted policy failed in {tried - kept[name]} of {tried} episodes of {name}"
-                    )
+                _refuse_failing(name, kept[name], len(failed.get(name, [])))
     return {
         "root": str(root),
         "tasks": len(names),
@@ -125,6 +119,21 @@ def record_step(
         "held_out_from": TUNING_SEED,
         "wall_s": round(time.monotonic() - started, 1),
     }
+
+
+def _control_steps(hz: float) -> int:
+    """Control periods per stored frame. Raises ValueError: not a whole number."""
+    every = round(HZ / hz)
+    if every < 1 or abs(every * hz - HZ) > 1e-9:
+        raise ValueError(f"hz={hz}: stored frames must be whole control periods of 1/{HZ:g} s; use 10, 20 or 40")
+    return every
+
+
+def _refuse_failing(task: str, kept: int, failed: int) -> None:
+    """Raises ValueError: of 20 episodes or more fewer than a tenth succeeded."""
+    tried = kept + failed
+    if tried >= 20 and kept < 0.1 * tried:
+        raise ValueError(f"the scripted policy failed in {failed} of {tried} episodes of {task}")
 
 
 def _checked_settings(root: Path, settings: dict[str, Any]) -> dict[str, list[int]]:

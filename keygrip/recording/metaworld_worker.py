@@ -69,9 +69,9 @@ def record_episode(environment: MetaWorldEnvironment, settings: dict[str, Any], 
         def write(row: tuple[Any, ...]) -> None:
             stamp, views, reached, opening = row
             commanded = ArmPose(environment.commanded_position.copy(), DOWN, opening)
-            pictures = {name: view["image"] for name, view in views.items()}
+            images = {name: view["image"] for name, view in views.items()}
             cameras = {name: CameraPose(view["intrinsics"], view["world_to_camera"]) for name, view in views.items()}
-            writer.add(stamp, pictures, cameras, {ARM: reached}, {ARM: commanded})
+            writer.add(stamp, images, cameras, {ARM: reached}, {ARM: commanded})
 
         waiting: tuple[Any, ...] | None = None
         for step in expert:

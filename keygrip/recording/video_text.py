@@ -15,17 +15,18 @@ from PIL import Image
 
 from keygrip.data.robot.datamodule import split_demos
 from keygrip.data.robot.discovery import find_demos
+from keygrip.data.shards.set_writer import MadeSample, write_shards
 from keygrip.data.video_text.conversations import (
     MAX_FRAMES,
     Conversation,
     answer,
     caption,
+    describe_video_text,
     encode_jpeg,
     fit_image,
     rate_of,
     video_text_parts,
 )
-from keygrip.data.video_text.sources.writing import MadeSample, write_shards
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.envs.yam.tours import TourCell, TourOptions, describe
 from keygrip.recording.demonstrations import record
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FIRST_SEEDS = {"train": 0, "val": 500_000, "test": 1_000_000}
-TOUR_QUALITY = 95  # small digits suffer first
+TOUR_QUALITY = 95  # JPEG quality; lower ones blur small digits
 TOURS, DEMOS = "tours", "demos"
 
 
@@ -92,6 +93,7 @@ def make_tours(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
             int(options.get("videos_per_shard", 100)),
             TOURS,
             options.get("processes"),
+            describe=describe_video_text,
         )
         report |= {split: written.samples}
         report["wall_s"] = round(report["wall_s"] + written.wall_s, 1)
@@ -172,7 +174,9 @@ def robot_videos(
             continue
         items = [references[n] for n in chosen]
         place = Path(root) / split
-        written = write_shards(place, items, maker, settings, videos_per_shard, DEMOS, processes)
+        written = write_shards(
+            place, items, maker, settings, videos_per_shard, DEMOS, processes, describe=describe_video_text
+        )
         report |= {split: written.samples, "failed": report["failed"] + written.failed}
         report["wall_s"] = round(report["wall_s"] + written.wall_s, 1)
     return report
@@ -205,7 +209,9 @@ def make_demos(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
         settings = {"task": task.as_dict(), "image_size": size, "first_seed": first}
         maker = DemoMaker(task.camera, size, "stretch")
         per_shard = int(options.get("videos_per_shard", 100))
-        written = write_shards(Path(root) / split, references, maker, settings, per_shard, DEMOS, processes)
+        written = write_shards(
+            Path(root) / split, references, maker, settings, per_shard, DEMOS, processes, describe=describe_video_text
+        )
         report |= {split: written.samples}
         report["wall_s"] = round(report["wall_s"] + written.wall_s + recorded.seconds, 1)
     return report
@@ -258,6 +264,15 @@ def make_texts(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
         count = int(options[split])
         if count:
             seeds = list(range(first, first + count))
-            written = write_shards(Path(root) / split, seeds, TextMaker(), {"first_seed": first}, 1000, "texts", 1)
+            written = write_shards(
+                Path(root) / split,
+                seeds,
+                TextMaker(),
+                {"first_seed": first},
+                1000,
+                "texts",
+                1,
+                describe=describe_video_text,
+            )
             report |= {split: written.samples}
     return report

@@ -1,1 +1,1 @@
-"""Robot models: kinematics."""
+"""Robot models: kinematics, joint motion, self-collision, surfaces."""

@@ -50,7 +50,7 @@ def solve(
         error = np.concatenate([position - tool, Rotation.from_matrix(rotation @ turned.T).as_rotvec()])
         distance, angle = float(np.linalg.norm(error[:3])), float(np.linalg.norm(error[3:]))
         stalled += 1
-        if distance + 0.1 * angle < best.position_error + 0.1 * best.angle_error:  # 0.1 m/rad weighs angle as length
+        if distance + 0.1 * angle < best.position_error + 0.1 * best.angle_error:  # 0.1 m/rad turns angles into lengths
             best, stalled = Solution(joints, distance, angle), 0
         if stalled == patience or (distance < position_tolerance and angle < angle_tolerance):
             break

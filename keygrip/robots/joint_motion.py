@@ -20,7 +20,7 @@ class JointMotionError(ValueError):
 
 @dataclass(frozen=True)
 class JointLimits:
-    """What the joints may do.
+    """Limits of the joints.
 
     Args:
         speed_rad_s: of every joint; a faster command is slowed, all joints alike, so that the path stays the same.

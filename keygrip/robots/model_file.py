@@ -1,4 +1,4 @@
-"""The surface of any arm from its MJCF or URDF file, read by MuJoCo: what is drawn, and where its joints put it.
+"""The surface of an arm from its MJCF or URDF file, read by MuJoCo: what is drawn, and where its joints put it.
 
 Hinges and slides are read, ball and free joints refused. What MJCF puts into the world itself is left out: it does not
 move. Frames: the base is the file's world (MJCF) or root link (URDF). Metres, rad.
@@ -7,12 +7,15 @@ move. Frames: the base is the file's world (MJCF) or root link (URDF). Metres, r
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-import mujoco
 import numpy as np
 
+from keygrip.robots.kinematics import arm_file, gripper_file
+from keygrip.robots.mujoco_backend import mujoco
 from keygrip.robots.surface import POINTS_PER_M2, RobotSurface, sample_triangles
 
 LARGEST_FILE_BYTES = 8 << 20
@@ -46,7 +49,7 @@ def surface_from_file(
         raise FileNotFoundError(f"robot_model.path={path}: there is no such file")
     model = _compiled(path)
     fingers = dict(fingers or {})
-    names = [model.joint(number).name or f"joint {number}" for number in range(model.njnt)]
+    names = _joint_names(model)
     read = {int(mujoco.mjtJoint.mjJNT_HINGE), int(mujoco.mjtJoint.mjJNT_SLIDE)}
     if odd := [name for name, kind in zip(names, model.jnt_type.tolist(), strict=True) if kind not in read]:
         raise ValueError(f"{path}: joint {odd[0]!r} is a ball or floats free: only hinges and slides are read")
@@ -54,17 +57,40 @@ def surface_from_file(
         raise ValueError(f"{path} has no joint {unknown[0]!r}; it has {', '.join(names) or 'none'}")
     if wrong := [name for name, ends in fingers.items() if len(ends) != 2]:
         raise ValueError(f"finger {wrong[0]!r} needs two numbers: where it is closed and where it is open")
-    arm = [number for number, name in enumerate(names) if name not in fingers]
-    if not arm:
+    if not set(names) - set(fingers):
         raise ValueError(f"{path} has no joint that moves the arm")
-    bodies = [model.body(number).name for number in range(model.nbody)]
-    sites = [model.site(number).name for number in range(model.nsite)]
-    if tool is not None and tool not in bodies[1:] + sites:
-        known = ", ".join(sorted(filter(None, bodies[1:] + sites)))
-        raise ValueError(f"{path} has no body, link or site {tool!r}; it has {known}")
-    points, links = _drawn(model, density)
-    if not len(points):
+    known = sorted(filter(None, [*_names(model.body, model.nbody)[1:], *_names(model.site, model.nsite)]))
+    if tool is not None and tool not in known:
+        raise ValueError(f"{path} has no body, link or site {tool!r}; it has {', '.join(known)}")
+    surface = _surface(path.name, model, tool, fingers, density)
+    if not len(surface.points):
         raise ValueError(f"{path} has nothing to draw: give it shapes or meshes")
+    return surface
+
+
+@lru_cache(maxsize=4)
+def yam_surface(arm: str = "yam", gripper: str = "linear_4310", density: float = POINTS_PER_M2) -> RobotSurface:
+    """The surface of a YAM arm with its gripper, from the models of dreamscale-i2rt; the tool is the `grasp_site`.
+
+    Raises:
+        ValueError, FileNotFoundError: as `arm_file`.
+    """
+    spec, mounted = (_for_poses(mujoco.MjSpec.from_file(str(file))) for file in (arm_file(arm), gripper_file(gripper)))
+    spec.body("gripper").add_frame().attach_body(mounted.body("gripper"), "grip_", "")
+    model = spec.compile()
+    slides = [joint for joint in map(model.joint, range(model.njnt)) if joint.name.startswith("grip_")]
+    fingers = {joint.name: (0.0, float(joint.range[1])) for joint in slides}
+    return _surface(f"{arm} with {gripper}", model, "grip_grasp_site", fingers, density)
+
+
+def _surface(
+    name: str, model: mujoco.MjModel, tool: str | None, fingers: Mapping[str, Sequence[float]], density: float
+) -> RobotSurface:
+    """The surface of a compiled model that has the tool and the fingers; its links are the model's bodies."""
+    points, links = _drawn(model, density)
+    joint_names = _joint_names(model)
+    arm = [number for number, each in enumerate(joint_names) if each not in fingers]
+    sites = _names(model.site, model.nsite)
 
     # With hinges and slides alone, joint i is qpos[i].
     def placed(joints: np.ndarray, opening: np.ndarray, site: int | None = None) -> np.ndarray:
@@ -74,8 +100,8 @@ def surface_from_file(
         poses[..., 3, 3] = 1
         for number, (arm_joints, opened) in enumerate(zip(joints, opening, strict=True)):
             data.qpos[arm] = arm_joints
-            for name, (closed, wide) in fingers.items():
-                data.qpos[names.index(name)] = closed + opened * (wide - closed)
+            for finger, (closed, wide) in fingers.items():
+                data.qpos[joint_names.index(finger)] = closed + opened * (wide - closed)
             mujoco.mj_kinematics(model, data)
             turns = data.xmat if site is None else data.site_xmat[[site]]
             positions = data.xpos if site is None else data.site_xpos[[site]]
@@ -87,9 +113,17 @@ def surface_from_file(
         joints, opening = np.asarray(joints, float), np.ones(len(joints))
         if tool in sites:
             return placed(joints, opening, sites.index(tool))[:, 0]
-        return placed(joints, opening)[:, bodies.index(tool)]
+        return placed(joints, opening)[:, _names(model.body, model.nbody).index(str(tool))]
 
-    return RobotSurface(path.name, points, links, placed, None if tool is None else tool_poses, len(arm))
+    return RobotSurface(name, points, links, placed, None if tool is None else tool_poses, len(arm))
+
+
+def _names(of: Callable[[int], Any], count: int) -> list[str]:
+    return [of(number).name for number in range(count)]
+
+
+def _joint_names(model: mujoco.MjModel) -> list[str]:
+    return [name or f"joint {number}" for number, name in enumerate(_names(model.joint, model.njnt))]
 
 
 def arm_model(
@@ -125,14 +159,10 @@ def _compiled(path: Path) -> mujoco.MjModel:
             spec = mujoco.MjSpec.from_string(_urdf_for_mujoco(path, root))
         elif path.suffix.lower() == ".xml":
             spec = mujoco.MjSpec.from_file(str(path))
-        else:  # which MuJoCo opens by no other name
+        else:  # MuJoCo opens MJCF by no other ending
             spec = mujoco.MjSpec.from_string(text.decode())
             spec.modelfiledir = str(path.resolve().parent)
-        spec.compiler.fusestatic = False
-        spec.compiler.boundmass, spec.compiler.boundinertia = 1e-3, 1e-6  # poses need no masses: many files give none
-        for mesh in spec.meshes:
-            mesh.inertia = mujoco.mjtMeshInertia.mjMESH_INERTIA_SHELL  # nor closed meshes
-        model = spec.compile()
+        model = _for_poses(spec).compile()
     except ValueError as error:  # MuJoCo's own messages name the element and its line
         raise ValueError(f"{path} is not read by MuJoCo: {' '.join(str(error).split())}") from error
     if model.nbody > MOST_BODIES:
@@ -140,8 +170,17 @@ def _compiled(path: Path) -> mujoco.MjModel:
     return model
 
 
+def _for_poses(spec: mujoco.MjSpec) -> mujoco.MjSpec:
+    """The specification, compiled without masses and closed meshes, which many files lack and no pose needs."""
+    spec.compiler.fusestatic = False
+    spec.compiler.boundmass, spec.compiler.boundinertia = 1e-3, 1e-6
+    for mesh in spec.meshes:
+        mesh.inertia = mujoco.mjtMeshInertia.mjMESH_INERTIA_SHELL
+    return spec
+
+
 def _urdf_for_mujoco(path: Path, root: ElementTree.Element) -> str:
-    """The URDF with what MuJoCo must be told: visual shapes are kept, meshes lie where the file says."""
+    """The URDF with settings for MuJoCo: visual shapes are kept, mesh paths are relative to the file."""
     for link in root.iter("link"):
         if link.find("visual") is not None:
             for collision in link.findall("collision"):

@@ -1,1 +1,1 @@
-"""A policy behind HTTP, for robots whose computer is not the one with the model."""
+"""Policies on robots: the control loop with its limits and watchdog, and the policy server with its clients."""

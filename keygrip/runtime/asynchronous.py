@@ -1,4 +1,4 @@
-"""Chunk execution in time: plans carry the time of their observation, and the arm moves while the next one is computed.
+"""Asynchronous chunk execution: plans carry their observation's time; the arm moves while the next one is computed.
 
 A plan says where the arm shall be k steps after its observation. It arrives later than that: its first steps have
 passed. Executed by the clock, what is left of it is right; executed from its start, the arm would lag behind by the
@@ -21,7 +21,7 @@ from keygrip.models.policy import Observation, Plan, arm_axis
 from keygrip.runtime.planners import Planner, PlanOutcome, PlanRequest
 
 ROUNDING_S = 1e-6
-LATENCIES_KEPT = 8  # the longest of so many is expected of the next plan
+LATENCIES_KEPT = 8  # the next plan is expected to take as long as the slowest of this many
 
 
 class Trajectory:
@@ -115,11 +115,11 @@ class ChunkExecution:
         self.drop()
 
     def reset_gripper(self, opening: np.ndarray) -> None:
-        """The gripper's command [A] was changed by somebody else."""
+        """Sets the gripper's command [A] after another controller has changed it."""
         self._gripper = np.where(opening < 0.5, 0.0, 1.0)
 
     def drop(self) -> None:
-        """Forget the running plan, and the one being computed: the arm was held or moved by somebody else."""
+        """Forget the running plan, and the one being computed: the arm was held, or moved by another controller."""
         self._current: Trajectory | None = None
         self._previous: Trajectory | None = None
         self._blend_from = self._due = 0.0

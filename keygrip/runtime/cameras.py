@@ -61,11 +61,11 @@ class VideoCamera:
         self._thread.start()
         if not self._there.wait(wait_seconds) or self._newest is None:
             self.close()
-            raise RobotLostError(f"the camera {source} gave no picture: {self._error or f'{wait_seconds:g} s passed'}")
+            raise RobotLostError(f"the camera {source} gave no image: {self._error or f'{wait_seconds:g} s passed'}")
 
     def read(self) -> tuple[np.ndarray, float]:
         if self._newest is None:
-            raise RobotLostError(f"the camera {self.source} has no picture")
+            raise RobotLostError(f"the camera {self.source} has no image")
         return self._newest
 
     def close(self) -> None:

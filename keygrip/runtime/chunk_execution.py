@@ -7,11 +7,13 @@ second apart. A controller decides when to plan again and turns the plan into on
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 from scipy.spatial.transform import Rotation, Slerp
 
 from keygrip.models.policy import Observation, Plan, Policy, arm_axis
+from keygrip.training.parts import ReadWhere
 
 
 @dataclass
@@ -34,6 +36,7 @@ class RecedingHorizon:
                 is.
     """
 
+    read_where: ClassVar = {"ensemble_decay": ReadWhere("ensemble")}
     policy: Policy
     control_hz: float
     execute_seconds: float = 1.2

@@ -1,4 +1,4 @@
-"""A policy that lives on another machine, used like one that lives here.
+"""A policy on another machine, with the interface of a local one.
 
 ::
 
@@ -20,6 +20,9 @@ from urllib.parse import urlsplit
 
 from keygrip.models.policy import Needs, Observation, Plan
 from keygrip.runtime.wire import CONTENT_TYPE, SESSION_HEADER, decode_plan, encode_observation
+
+LARGEST_ANSWER = 1 << 26  # bytes; a plan has some thousands
+NO_JSON = (ValueError, TypeError, KeyError, RecursionError)  # what text that is not the expected JSON raises
 
 
 class ServerError(RuntimeError):
@@ -77,13 +80,17 @@ class RemotePolicy:
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._session: str | None = None
         health = self.health()
-        self._stochastic = bool(health["stochastic"])
-        self.needs = Needs(
-            arms=tuple(health["needs"]["arms"]),
-            cameras=tuple(health["needs"]["cameras"]),
-            instruction=bool(health["needs"]["instruction"]),
-            calibration=bool(health["needs"].get("calibration", True)),
-        )
+        try:
+            self._stochastic = bool(health["stochastic"])
+            self.needs = Needs(
+                arms=tuple(map(str, health["needs"]["arms"])),
+                cameras=tuple(map(str, health["needs"]["cameras"])),
+                instruction=bool(health["needs"]["instruction"]),
+                calibration=bool(health["needs"].get("calibration", True)),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            self._connection.close()
+            raise ServerError(200, f"what answers at {self.url} is no policy server of keygrip's version") from error
 
     def __enter__(self) -> Self:
         return self
@@ -115,13 +122,16 @@ class RemotePolicy:
             status, answer = self._ask("POST", "/reset", body, None, "application/json")
         if status != 200:
             raise ServerError(status, _sentence(answer))
-        self._session = str(json.loads(answer)["session"])
+        try:
+            self._session = str(json.loads(answer)["session"])
+        except NO_JSON as error:
+            raise ServerError(status, "the answer to /reset names no session") from error
 
     def health(self) -> dict[str, Any]:
-        """What the server says of itself: state, model, expected observation, limits, counts."""
+        """The server's `/health`: state, model, expected observation, limits, counts."""
         status, body = self._ask("GET", "/health")
         said: dict[str, Any] = {}
-        with contextlib.suppress(ValueError, TypeError):
+        with contextlib.suppress(*NO_JSON):
             said = dict(json.loads(body))
         if status not in (200, 503) or "needs" not in said:  # 503 with the usual answer: the policy is stuck
             raise ServerError(status, _sentence(body))
@@ -161,7 +171,10 @@ class RemotePolicy:
             try:
                 self._connection.request(method, path, body, headers)
                 answer = self._connection.getresponse()
-                return answer.status, answer.read()
+                content = answer.read(LARGEST_ANSWER + 1)
+                if len(content) > LARGEST_ANSWER:
+                    raise http.client.HTTPException(f"its answer is larger than {LARGEST_ANSWER} bytes")
+                return answer.status, content
             except (http.client.HTTPException, OSError) as error:
                 self._connection.close()
                 # A kept connection may have been closed by the server meanwhile: a plan asked for again is the same.
@@ -175,6 +188,6 @@ class RemotePolicy:
 
 def _sentence(body: bytes) -> str:
     """The server's explanation, or whatever a proxy between says."""
-    with contextlib.suppress(ValueError, TypeError, KeyError):
+    with contextlib.suppress(*NO_JSON):
         return str(json.loads(body)["error"])
     return body[:200].decode(errors="replace")

@@ -125,7 +125,7 @@ class ControlLoop:
                 ticks += 1
                 if self.watchdog.state is State.STOPPED:
                     break
-                # a period that began late is not made up for: the arm would be faster than its limits
+                # lost time is not made up: the arm would exceed its limits
                 due = max(due, now) + period
                 robot.wait_until(due)
                 now = robot.now()

@@ -1,4 +1,4 @@
-"""A run without motion: one plan from the robot's cameras, what the limits make of it, and how long it took.
+"""A dry run: one plan from the robot's cameras, the motion within limits that follows from it, and its latency.
 
 Writes a figure (.png, any format that matplotlib writes) or a recording for the rerun viewer (.rrd, extra `rerun`).
 """
@@ -26,7 +26,7 @@ TIMED_PLANS = 5  # the first one is slower: memory is allocated, kernels are cho
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a plan would do.
+    """Result of a dry run.
 
     Attributes:
         observation, plan: as they are. refused: why the plan would be refused, None: it would not.
@@ -59,7 +59,7 @@ class Rehearsal:
 
 
 def rehearse(policy: Policy, robot: Robot, limits: MotionLimits | None) -> Rehearsal:
-    """Plans from what the robot sees; no command is sent."""
+    """Plans from the robot's observation; no command is sent."""
     milliseconds, plan, observation = [], None, {}
     for _ in range(TIMED_PLANS):
         observation = robot.observe()

@@ -30,17 +30,17 @@ from keygrip.runtime.robot import RobotLostError
 log = logging.getLogger(__name__)
 
 JOINTS = 6
-START_SLACK_RAD = 0.15  # the driver's own allowance beyond the joints' ranges
+START_SLACK_RAD = 0.15  # the driver itself accepts this much beyond the joints' ranges
 
 
 class Driver(Protocol):
     """What is used of i2rt's robot."""
 
-    def num_dofs(self) -> int: ...
+    def get_joint_pos(self) -> np.ndarray:
+        """[7] joint angles in rad and the gripper's opening, 0 to 1."""
 
-    def get_joint_pos(self) -> np.ndarray: ...
-
-    def command_joint_pos(self, joint_pos: np.ndarray) -> None: ...
+    def command_joint_pos(self, joint_pos: np.ndarray) -> None:
+        """Commands [7] joint angles in rad and an opening; returns at once."""
 
     def close(self) -> None: ...
 
@@ -177,7 +177,7 @@ class YamArms:
             try:
                 self._send(driver, self._state(index))
             except RobotLostError as error:
-                log.error("arm %s could not be told to hold: %s", self.arms[index], error)
+                log.error("arm %s could not be commanded to hold: %s", self.arms[index], error)
 
     def close(self) -> None:
         """Gives the motors back. A real arm loses its torque then and sinks: support it first."""

@@ -24,7 +24,7 @@ from scipy.spatial.transform import Rotation
 
 from keygrip.models.policy import Plan
 
-QUATERNION_TOLERANCE = 0.05  # of the norm: more is not rounding but another quantity
+QUATERNION_TOLERANCE = 0.05  # deviation of the norm from 1; more is not rounding but another quantity
 ROUNDING_M = 1e-9
 
 
@@ -34,7 +34,7 @@ class UnsafePlanError(ValueError):
 
 @dataclass(frozen=True)
 class MotionLimits:
-    """What a commanded arm may do.
+    """Motion limits of one arm.
 
     Args:
         speed_m_s: of the tool, along any direction.

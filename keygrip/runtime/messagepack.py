@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-MOST_VALUES = 512  # of a message: an observation of eight cameras has about 170
+MOST_VALUES = 512  # values per message; an observation of eight cameras has about 170
 DEEPEST = 8  # maps and lists within each other
 LONGEST_TEXT = 4096  # bytes of a string; a key has at most LONGEST_KEY
 LONGEST_KEY = 128

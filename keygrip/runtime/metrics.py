@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-PLANS_REMEMBERED = 1000  # for the quantiles
+PLANS_REMEMBERED = 1000  # plan times kept for the quantiles
 
 
 class Metrics:

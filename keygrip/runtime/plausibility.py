@@ -1,7 +1,8 @@
-"""What a policy may be asked and may answer: bounds from its training data, checked at the server's door.
+"""Bounds from the training data on observations and plans, checked by the server.
 
 A network extrapolates without a word: a start pose in millimetres gives a plan that looks right, one of 1e20 gives
-NaN. :meth:`Bounds.refuse_start` and :meth:`Bounds.refuse_plan` refuse both with a sentence. The limits of the robot
+NaN, and so do a covered lens and the intrinsics of another resolution. :meth:`Bounds.refuse_start`,
+:meth:`Bounds.refuse_images` and :meth:`Bounds.refuse_plan` refuse them with a sentence. The limits of the robot
 itself (speed, workspace, table) are those of `keygrip.runtime.limits`, at the robot; these are wider, and stop what no
 robot should ever receive.
 
@@ -13,13 +14,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
-from keygrip.models.policy import Observation, Plan, arm_axis
+from keygrip.models.policy import Needs, Observation, Plan, Policy, arm_axis, views_of
 
-QUATERNION_SLACK = 1e-3  # of the norm of a planned quaternion
-GRIPPER_SLACK = 0.05  # beyond 0 and 1
+LOOKED_AT = 64  # pixels along an image's shorter side, which tell whether it shows anything
+QUATERNION_SLACK = 1e-3  # deviation of a planned quaternion's norm from 1
+GRIPPER_SLACK = 0.05  # how far an opening may lie beyond 0 and 1
 
 
 class ImplausibleError(ValueError):
@@ -33,17 +36,45 @@ class Bounds:
     Args:
         start_m: of the arm's position. plan_m: of a planned position.
         speed_m_s: between planned positions, the arm's own first.
+        image_levels: an image whose brightness varies by less, of 255, shows nothing; 0: every image is taken.
+        centre_share: of an image's side, by which the centre in the intrinsics may lie beside the middle.
     """
 
     start_m: float = 0.2
     plan_m: float = 0.1
     speed_m_s: float = 3.0
+    image_levels: float = 4.0
+    centre_share: float = 0.2
 
     def __post_init__(self) -> None:
         for bound in fields(self):
             value = getattr(self, bound.name)
-            if not (math.isfinite(value) and value > 0):
+            if not (math.isfinite(value) and (value > 0 or (value == 0 and bound.name == "image_levels"))):
                 raise ValueError(f"bounds.{bound.name} must be finite and above 0, not {value}")
+
+    def refuse_images(self, observation: Observation, needs: Needs, masks: bool = False) -> None:
+        """Raise ImplausibleError where a camera shows nothing, or its intrinsics are of another resolution.
+
+        Args:
+            needs: what the policy reads. masks: it leaves out cameras that show nothing, unless all do.
+        """
+        views = views_of(observation, needs.cameras) if needs.cameras else [observation]
+        names = needs.cameras or ("",)
+        dark = [name for name, view in zip(names, views, strict=True) if _spread(view["image"]) < self.image_levels]
+        if dark and (not masks or len(dark) == len(views)):
+            raise ImplausibleError(
+                f"{_image(dark[0])} shows nothing: its brightness varies by less than bounds.image_levels="
+                f"{self.image_levels:g} of 255; is the lens covered, the light off, or the camera not running?"
+            )
+        for name, view in zip(names, views, strict=True) if needs.calibration else ():
+            height, width = np.shape(view["image"])[:2]
+            centre = np.asarray(view["intrinsics"], float)[:2, 2]
+            if np.abs(centre / (width, height) - 0.5).max() > self.centre_share:
+                raise ImplausibleError(
+                    f"{_image(name)} has {width} x {height} pixels and its intrinsics put the centre at "
+                    f"({centre[0]:.4g}, {centre[1]:.4g}), farther from the middle than bounds.centre_share="
+                    f"{self.centre_share:g} of a side: are they of another resolution?"
+                )
 
     def refuse_start(self, observation: Observation, workspace: np.ndarray | None) -> None:
         """Raise ImplausibleError where an arm is far from every position seen in training.
@@ -104,6 +135,51 @@ class Bounds:
             raise ImplausibleError(
                 f"the policy's plan moves at {speed:.3g} m/s, above bounds.speed_m_s={self.speed_m_s:g}; it is not sent"
             )
+
+
+@dataclass
+class PlausiblePolicy:
+    """A policy that refuses what a server would refuse: observations far from the training data.
+
+    Args:
+        policy: plans. bounds: see there; plans themselves are held to the robot's limits.
+    """
+
+    policy: Any
+    bounds: Bounds
+
+    def plan(self, observation: Observation) -> Plan:
+        """The policy's plan. Raises ImplausibleError: the observation is not one to plan from."""
+        self._refuse(observation)
+        plan: Plan = self.policy.plan(observation)
+        return plan
+
+    def plan_continuing(self, observation: Observation, executing: Plan, delay_s: float) -> Plan:
+        """As `plan`, of a policy that continues the plan under way."""
+        self._refuse(observation)
+        plan: Plan = self.policy.plan_continuing(observation, executing, delay_s)
+        return plan
+
+    def _refuse(self, observation: Observation) -> None:
+        self.bounds.refuse_start(observation, getattr(self.policy, "workspace", None))
+        self.bounds.refuse_images(observation, self.policy.needs, masks_views(self.policy))
+
+
+def masks_views(policy: Policy) -> bool:
+    """Whether a policy leaves out cameras that show nothing."""
+    return bool(getattr(policy, "masks_views", False))
+
+
+def _spread(image: Any) -> float:
+    """Levels between the darkest and the brightest hundredth of an image [H, W, 3] uint8."""
+    pixels = np.asarray(image)
+    step = max(1, min(pixels.shape[:2]) // LOOKED_AT)
+    low, high = np.percentile(pixels[::step, ::step].mean(axis=-1), (1, 99))
+    return float(high - low)
+
+
+def _image(camera: str) -> str:
+    return f"the image of camera {camera!r}" if camera else "'image'"
 
 
 def _outside(positions: np.ndarray, workspace: np.ndarray) -> tuple[float, int]:

@@ -4,7 +4,7 @@
 ``DELETE /session`` closes it; ``GET /health``, ``/healthz`` and ``/metrics`` say how things are. A websocket at ``/``
 speaks openpi's protocol (`openpi_socket`).
 
-Whoever connects is believed nothing: sizes are limited before bytes are read, reading has a time limit, bodies are
+All client input is untrusted: sizes are limited before bytes are read, reading has a time limit, bodies are
 arrays and never objects (see `wire` and `messagepack`), and without the token nothing is answered.
 """
 
@@ -34,7 +34,7 @@ from keygrip.runtime.wire import CONTENT_TYPE, SESSION_HEADER, decode_observatio
 log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-LINGER_S = 1.0  # how long a refused body may still flow, so that the sender reads why
+LINGER_S = 1.0  # a refused body is still read for this long, so that the sender gets the answer
 LONGEST_RESET = 1000  # bytes of the body of POST /reset
 PLACES = "there is POST /plan, POST /reset, DELETE /session, GET /health, /healthz and /metrics, and a websocket at /"
 

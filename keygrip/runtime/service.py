@@ -1,4 +1,4 @@
-"""What both protocols of the policy server share: a plan or a refusal for an observation that is still bytes.
+"""What both protocols of the policy server share: from an encoded observation to a plan or a refusal.
 
 Decoding runs in threads of its own, so that the event loop answers `/health` meanwhile; the policy runs in another
 (`planning`); what goes in and what comes out is held to the training data (`plausibility`).
@@ -16,21 +16,21 @@ from typing import Any, TypeVar
 import numpy as np
 
 from keygrip.models.policy import Needs, Observation, Plan, Policy
+from keygrip.runtime.batch_planner import BatchPlanner, UnavailableError
 from keygrip.runtime.metrics import Metrics
-from keygrip.runtime.planning import Planner, UnavailableError
-from keygrip.runtime.plausibility import Bounds, ImplausibleError
+from keygrip.runtime.plausibility import Bounds, ImplausibleError, masks_views
 from keygrip.runtime.sessions import Sessions, seeded, stochastic
 from keygrip.runtime.wire import WireError, entries_of
 
 log = logging.getLogger(__name__)
 
-DECODERS = 2  # threads
+DECODERS = 2  # decoding threads
 Decoded = TypeVar("Decoded")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server puts up with.
+    """Limits of a server: sizes, counts, times.
 
     Args:
         request_mb: size of a request's body. requests: in progress at once, those still arriving included.
@@ -101,13 +101,14 @@ class PolicyService:
         self.needs, self.about, self.limits, self.bounds = needs, about, limits, bounds
         self.stochastic = stochastic(policy)
         self.workspace: np.ndarray | None = getattr(policy, "workspace", None)
+        self.masks = masks_views(policy)
         self.metrics, self.sessions = Metrics(), Sessions(limits.sessions, limits.session_s)
         self.conversations = 0  # open websocket connections
         self.ending = asyncio.Event()  # they close once they have answered
         self._decoding = 0
         self._decoders = ThreadPoolExecutor(DECODERS, "decode")
         self._make = make
-        self.planner = Planner(
+        self.planner = BatchPlanner(
             policy,
             None if make is None else self._remake,
             batch=limits.batch or 1,
@@ -164,6 +165,7 @@ class PolicyService:
         try:
             async with asyncio.timeout(self.limits.plan_s):
                 self.bounds.refuse_start(observation, self.workspace)
+                self.bounds.refuse_images(observation, self.needs, self.masks)
                 plan = await self.planner.plan(policy, observation)
                 self.bounds.refuse_plan(plan, observation, self.workspace)
                 return plan

@@ -1,4 +1,4 @@
-"""Sessions of a policy server: what a client's policy draws by chance depends on its own seed and on nobody else.
+"""Sessions of a policy server: each client's policy has a random generator of its own.
 
 A policy that draws by chance has `reset(seed)` and `session()`: another one on the same network with a generator of
 its own. Policies without chance need no session; theirs is the policy itself.
@@ -49,7 +49,7 @@ def stochastic(policy: Policy) -> bool:
 
 
 def seeded(policy: Policy, seed: int) -> Policy:
-    """A policy on the same network that draws by its own generator from `seed`; the policy itself if it draws not."""
+    """A policy on the same network with its own generator from `seed`; the policy itself if it is deterministic."""
     if not stochastic(policy):
         return policy
     source: Any = policy
@@ -116,7 +116,7 @@ class Sessions:
 
 
 def checked_seed(value: object) -> int:
-    """The seed that somebody sent. Raises SessionError where it is none."""
+    """The seed of a request. Raises SessionError where it is none."""
     if type(value) is not int or not 0 <= value < LARGEST_SEED:
         raise SessionError(400, f"a seed is a whole number from 0 to {LARGEST_SEED - 1}, not {str(value)[:40]!r}")
     return value

@@ -1,6 +1,6 @@
 """Corrections by a person while a policy drives: read from a device, limited like plans, and recorded.
 
-What a person did lies in native demonstrations in which those frames are marked (`intervention` in trajectory.npz);
+Corrections are recorded as native demonstrations in which those frames are marked (`intervention` in trajectory.npz);
 training weighs them by `data.intervention_weight` (Ross et al., "A Reduction of Imitation Learning and Structured
 Prediction to No-Regret Online Learning", 2011; Kelly et al., "HG-DAgger", 2019).
 
@@ -29,7 +29,7 @@ from keygrip.models.policy import arm_axis
 
 @dataclass(frozen=True)
 class Correction:
-    """What a person asks for in one control period.
+    """A person's correction in one control period.
 
     Attributes:
         velocity: [3] m/s of the tool, world axes. turn: [3] rad/s about world axes.

@@ -1,4 +1,4 @@
-"""What travels between a robot and the policy server: named arrays in the safetensors format, nothing else.
+"""The messages between a robot and the policy server: named arrays in the safetensors format.
 
 The format is a JSON header with names, types and shapes, then the raw bytes: reading it runs no code, and its lengths
 are checked before anything is allocated. A sentence travels as its UTF-8 bytes. Every array of an observation is
@@ -31,7 +31,7 @@ FARTHEST_CAMERA_M = 100.0  # from the world's origin
 FOCAL_LENGTHS = (1.0, 1e6)  # pixels
 OF_SOME = ("uncertainty", "joints", "controller")  # parts of a plan that some policies give
 VIEW = ("image", "intrinsics", "world_to_camera")
-SLACK = 0.02  # of unit quaternions and rotation matrices that went through float32 and somebody's JSON
+SLACK = 0.02  # tolerance for unit quaternions and rotation matrices after float32 and JSON
 
 
 class WireError(ValueError):
@@ -106,7 +106,7 @@ def _view_parts(needs: Needs) -> tuple[str, ...]:
 
 
 def decode_observation(body: bytes, needs: Needs) -> dict[str, Any]:
-    """The inverse of `encode_observation`, for a server that believes nothing.
+    """The inverse of `encode_observation`, for untrusted input.
 
     Raises:
         WireError: not in the format; an array is missing, unknown, of another type or shape, or makes no sense.
@@ -116,7 +116,7 @@ def decode_observation(body: bytes, needs: Needs) -> dict[str, Any]:
 
 
 def checked_observation(arrays: Mapping[str, np.ndarray], needs: Needs) -> dict[str, Any]:
-    """The observation of named arrays that somebody sent, whatever the format.
+    """The observation of named arrays from a client, in any format.
 
     Raises:
         WireError: an array is missing, unknown, of another type or shape, or makes no sense.

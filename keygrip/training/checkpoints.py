@@ -1,4 +1,4 @@
-"""Checkpoints that carry everything needed to run: weights, resolved config, statistics, versions.
+"""Checkpoints with everything that a model needs to run: weights, resolved config, statistics, versions.
 
 A keygrip checkpoint is Lightning's, plus ``keygrip`` (format, resolved config, git revision, package versions) and,
 where an EMA of the weights is kept, ``ema``. What a model needs besides (statistics, a rotation basis, class names)
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import pickle
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from keygrip.training.ema import EMA_STATE
 from keygrip.training.integrity import ChangedFileError, is_signed, refuse_unfit_weights, verify
 from keygrip.training.parts import UntrustedPartError, build_stored, check_plain
 from keygrip.training.run_folder import CHECKPOINT
+from keygrip.training.torch_files import BROKEN, TorchFileError, read_torch_file, refuse_missing_device
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +67,7 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
 
 def _of_step(path: Path, step: int) -> Path:
     folder = path / CHECKPOINT.parent
-    kept = {int(file.stem.removeprefix("step-")): file for file in sorted(folder.glob("step-*.ckpt"))}
+    kept = {int(file.stem[5:]): file for file in sorted(folder.glob("step-*.ckpt")) if file.stem[5:].isdecimal()}
     if step not in kept:
         there = f"it has {', '.join(map(str, kept))}" if kept else "it has none by step (callbacks.checkpoint.keep)"
         raise FileNotFoundError(f"{path} keeps no checkpoint of step {step}: {there}")
@@ -89,12 +88,10 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     if signed:
         verify(file)
     try:
-        content = torch.load(file, map_location=map_location, weights_only=True)
-    except (RuntimeError, EOFError, zipfile.BadZipFile, OSError, pickle.UnpicklingError) as error:
-        if zipfile.is_zipfile(file):
-            raise ValueError(
-                f"{file} is not a keygrip checkpoint: it holds more than tensors and plain values"
-            ) from error
+        content = read_torch_file(file, map_location)
+    except TorchFileError as error:
+        if error.is_archive:
+            raise ValueError(f"not a keygrip checkpoint: {error}") from error
         raise ValueError(
             f"{file} is truncated or not a checkpoint ({file.stat().st_size} bytes): take another one"
         ) from error
@@ -108,12 +105,15 @@ def refuse_other_format(content: Mapping[Any, Any], file: Path) -> None:
     """Raises ValueError where ``content`` is a keygrip checkpoint of another format; other content passes."""
     header = content.get(HEADER)
     if isinstance(header, Mapping) and header.get("format") != FORMAT:
-        packages = header.get("packages")
-        version = packages.get("keygrip", "unknown") if isinstance(packages, Mapping) else "unknown"
         raise ValueError(
             f"{file} has format {header.get('format')} and this keygrip reads {FORMAT}: use the version that made it, "
-            f"{version}"
+            f"{_version_of(header)}"
         )
+
+
+def _version_of(header: Mapping[str, Any]) -> str:
+    packages = header.get("packages")
+    return str(packages.get("keygrip", "unknown"))[:40] if isinstance(packages, Mapping) else "unknown"
 
 
 def _checked_header(content: Any, file: Path) -> dict[str, Any]:
@@ -127,7 +127,25 @@ def _checked_header(content: Any, file: Path) -> dict[str, Any]:
         check_plain(content[HEADER].get("config"), "config")
     except UntrustedPartError as error:
         raise UntrustedPartError(f"{file}: {error}") from error
+    _model_config(content, file)
+    if type(content.get("global_step", 0)) is not int:
+        raise ValueError(f"{file} is not a keygrip checkpoint: its step is no number")
+    _check_ema(content, file)
     return content
+
+
+def _check_ema(content: Mapping[str, Any], file: Path) -> None:
+    """Raises ValueError: what is stored as the EMA is none of the stored weights'."""
+    ema, state = content.get(EMA_STATE), content["state_dict"]
+    if ema is None:
+        return
+    parts = ema.get("parameters") if isinstance(ema, Mapping) else None
+    if not isinstance(parts, Mapping) or type(ema.get("updates")) is not int:
+        raise ValueError(f"{file} is not a keygrip checkpoint: its EMA is none")
+    for name, value in parts.items():
+        weight = state.get(name)
+        if not isinstance(value, torch.Tensor) or not isinstance(weight, torch.Tensor) or value.shape != weight.shape:
+            raise ValueError(f"{file} is not a keygrip checkpoint: the EMA of {name!r} does not fit its weights")
 
 
 def load_module(
@@ -154,21 +172,25 @@ def load_module(
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: truncated, not keygrip's, of another model, or its weights do not fit the code.
+        ValueError: truncated, not keygrip's, of another model, its weights do not fit the code, or this machine lacks
+            the device.
     """
     file = find_checkpoint(path)
+    refuse_missing_device(map_location)
     checkpoint = read_checkpoint(file, map_location)
     try:
         module = build_stored(_model_config(checkpoint, file), "model", trust, external)
     except UntrustedPartError as error:
         raise UntrustedPartError(f"{file}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: {error} (it was made by keygrip {_version_of(checkpoint[HEADER])})") from error
     if not isinstance(module, LightningModule):
         raise ValueError(f"{file} does not hold a model: its configuration builds a {type(module).__name__}")
     if expected is not None and not isinstance(module, expected):
         raise ValueError(
             f"{file} holds a {type(module).__name__}, not a {expected.__name__}: give a checkpoint of that model"
         )
-    module.on_load_checkpoint(checkpoint)
+    _give_back(module, checkpoint, file)
     state, which = weights_of(checkpoint, use_ema)
     refuse_unfit_weights(state, module.state_dict(), str(file))
     try:
@@ -179,6 +201,19 @@ def load_module(
         "loaded %s from %s, weights %s (step %d)", type(module).__name__, file, which, checkpoint.get("global_step", 0)
     )
     return module.to(map_location).eval()
+
+
+def _give_back(module: LightningModule, checkpoint: dict[str, Any], file: Path) -> None:
+    """Lets a module take back what it stored beside its weights, which somebody else may have written.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        module.on_load_checkpoint(checkpoint)
+    except BROKEN as error:
+        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file}: what the model stored beside its weights cannot be used: {reason}") from error
 
 
 def weights_of(checkpoint: dict[str, Any], use_ema: bool = True) -> tuple[dict[str, torch.Tensor], str]:

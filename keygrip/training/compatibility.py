@@ -1,7 +1,8 @@
-"""Checks that model and data fit together before either is built."""
+"""Checks that model and data fit together, and a run's numbers, before anything is built."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from hydra.utils import get_class
 from omegaconf import DictConfig
 
 from keygrip.config import config_folder
+
+LARGEST_SEED = 1 << 32  # numpy's own generator takes no more
 
 
 def refuse_unfit(cfg: DictConfig) -> None:
@@ -29,6 +32,26 @@ def refuse_unfit(cfg: DictConfig) -> None:
             f"{_class_name(cfg.model)} learns from {wanted.__name__} and {_class_name(cfg.data)} gives "
             f"{given.__name__}: choose {fitting}"
         )
+
+
+def refuse_odd_numbers(cfg: DictConfig) -> None:
+    """Refuses numbers at the root of ``conf/train.yaml`` with which nothing would be trained, or for ever.
+
+    Raises:
+        ValueError: names the setting and what it may be.
+    """
+    for name in ("max_steps", "max_epochs"):
+        if cfg[name] != -1 and cfg[name] < 1:
+            raise ValueError(f"{name}={cfg[name]}: must be at least 1, or -1 for no limit")
+    if cfg.max_minutes is not None and not (math.isfinite(cfg.max_minutes) and cfg.max_minutes > 0):
+        raise ValueError(f"max_minutes={cfg.max_minutes}: must be finite and above 0, or null for no limit")
+    for name in ("val_every_n_steps", "log_every_n_steps", "accumulate_grad_batches"):
+        if cfg[name] is not None and cfg[name] < 1:
+            raise ValueError(f"{name}={cfg[name]}: must be at least 1")
+    if cfg.limit_val_batches is not None and cfg.limit_val_batches < 0:
+        raise ValueError(f"limit_val_batches={cfg.limit_val_batches}: must be 0 or more, or null for all")
+    if not 0 <= cfg.seed < LARGEST_SEED:
+        raise ValueError(f"seed={cfg.seed}: must lie in 0 to {LARGEST_SEED - 1}")
 
 
 def batch_type(node: Mapping[str, Any] | None) -> type | None:

@@ -1,4 +1,4 @@
-"""What a training step costs in floating-point operations, counted now and then."""
+"""Floating-point operations of training steps, counted every few steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from keygrip.training.sharding import is_sharded
 log = logging.getLogger(__name__)
 
 TERA = 1e12
-FIRST = 1  # the batch that is counted first: in the one before, images are drawn and memories filled
+FIRST = 1  # first batch whose FLOPs are counted; batch 0 also logs images and fills caches
 
 
 class _NoModules:

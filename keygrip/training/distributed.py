@@ -1,4 +1,4 @@
-"""Means over the global batch: several processes then compute the gradient that one process would."""
+"""Sums and means over the global batch: several processes compute the gradient that one process would."""
 
 from __future__ import annotations
 

@@ -20,10 +20,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from keygrip.artifacts import write_json, write_text
 from keygrip.config import SettingError, TrainSchema, refuse_unread
+from keygrip.setting_types import refuse_ill_typed
 from keygrip.training import run_folder
 from keygrip.training.checkpoints import Header, build_module
-from keygrip.training.compatibility import refuse_unfit
+from keygrip.training.compatibility import refuse_odd_numbers, refuse_unfit
 from keygrip.training.compute import Compute
+from keygrip.training.idle_settings import refuse_idle
 from keygrip.training.loggers import build_loggers, finish, log_settings
 from keygrip.training.metadata import run_metadata
 from keygrip.training.monitors import RandomnessByStep
@@ -31,7 +33,7 @@ from keygrip.training.pretraining import complete_stages
 from keygrip.training.progress import Throughput
 from keygrip.training.resuming import check_resumed, checkpoint_to_resume
 from keygrip.training.saving import AtomicCheckpointIO
-from keygrip.training.sweeps import read_result, write_result
+from keygrip.training.sweeps import DRY_RUN, read_result, write_result
 from keygrip.training.system import System
 from keygrip.training.time_limit import ScheduleByTime
 
@@ -47,11 +49,15 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """
     started = time.monotonic()
     resume = checkpoint_to_resume(cfg, folder)
-    _quiet(warnings_too=not cfg.debug)
+    quiet_lightning(warnings_too=not cfg.debug)
     refuse_unfit(cfg)
     refuse_unread(cfg, TrainSchema)
+    refuse_idle(cfg, _overrides())
     _refuse_callbacks_without_class(cfg.callbacks)
-    resolved: dict[str, Any] = complete_stages(OmegaConf.to_container(cfg, resolve=True))
+    refuse_odd_numbers(cfg)
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    refuse_ill_typed(plain)
+    resolved: dict[str, Any] = complete_stages(plain)
     strategy = instantiate(cfg.strategy)
     arguments = strategy.trainer_arguments()  # before anything slow: a missing GPU is said at once
     compilation = None if cfg.compile is None else instantiate(cfg.compile)
@@ -69,19 +75,12 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     module = build_module(resolved)
     started_in = _write_start(folder, cfg, origin, resumed=resume is not None)
     if hasattr(module, "set_statistics"):
-        if hasattr(datamodule, "asked_by"):
-            datamodule.asked_by(module)
-        datamodule.prepare_data()
-        datamodule.setup("fit")
-        if hasattr(datamodule, "origin"):
-            origin["data"] = datamodule.origin
-            if started_in is not None:
-                write_json(started_in, origin)
-        report = module.set_statistics(datamodule.statistics)  # type: ignore[operator]
-        for name, value in (report or {}).items():
-            log.info("  %-28s %.4g", name, value)
+        _set_statistics(module, datamodule, origin, started_in)
     if cfg.dry_run:
-        return _dry_run(datamodule, module, cfg)
+        report = _dry_run(datamodule, module, cfg)
+        if started_in is not None:
+            write_result(folder, read_result(folder) | {"status": DRY_RUN, "dry_run": report})
+        return report
     if compilation is not None:
         compilation.apply(module)  # before DDP or FSDP wraps anything
     loggers = build_loggers(cfg.logger, folder, resumed_step)
@@ -91,25 +90,7 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         callbacks.append(ScheduleByTime())
     if not loggers:  # it refuses to run without one
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
-    trainer = lightning.Trainer(
-        **arguments,
-        max_steps=cfg.max_steps,
-        max_epochs=cfg.max_epochs,
-        max_time=None if cfg.max_minutes is None else {"seconds": int(60 * cfg.max_minutes)},
-        val_check_interval=cfg.val_every_n_steps and cfg.val_every_n_steps * cfg.accumulate_grad_batches,
-        check_val_every_n_epoch=None if cfg.val_every_n_steps else 1,
-        limit_val_batches=cfg.limit_val_batches,
-        num_sanity_val_steps=0 if resume else 1,
-        log_every_n_steps=cfg.log_every_n_steps,
-        accumulate_grad_batches=cfg.accumulate_grad_batches,
-        gradient_clip_val=cfg.optimizer.get("clip_norm") if cfg.optimizer else None,
-        callbacks=callbacks,
-        logger=loggers or False,
-        plugins=[AtomicCheckpointIO()],
-        default_root_dir=str(folder),
-        enable_model_summary=False,
-        enable_checkpointing=True,
-    )
+    trainer = _trainer(cfg, folder, arguments, callbacks, loggers, resumed=resume is not None)
     _advise(cfg)
     _announce(cfg, module, resume, resumed_step)
     try:
@@ -121,6 +102,51 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     if trainer.is_global_zero:
         _finish(folder, trainer, metrics, time.monotonic() - started)
     return metrics
+
+
+def _set_statistics(module: Any, datamodule: Any, origin: dict[str, Any], started_in: Path | None) -> None:
+    """Sets up the data and hands its statistics to the module; adds the data to `origin` and to its file."""
+    if hasattr(datamodule, "asked_by"):
+        datamodule.asked_by(module)
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    if hasattr(datamodule, "origin"):
+        origin["data"] = datamodule.origin
+        if started_in is not None:
+            write_json(started_in, origin)
+    report = module.set_statistics(datamodule.statistics)
+    for name, value in (report or {}).items():
+        log.info("  %-28s %.4g", name, value)
+
+
+def _trainer(
+    cfg: DictConfig,
+    folder: Path,
+    arguments: dict[str, Any],
+    callbacks: list[Callback],
+    loggers: list[Any],
+    resumed: bool,
+) -> Trainer:
+    """Lightning's trainer as `cfg` says; `arguments` are the strategy's."""
+    return lightning.Trainer(
+        **arguments,
+        max_steps=cfg.max_steps,
+        max_epochs=cfg.max_epochs,
+        max_time=None if cfg.max_minutes is None else {"seconds": int(60 * cfg.max_minutes)},
+        val_check_interval=cfg.val_every_n_steps and cfg.val_every_n_steps * cfg.accumulate_grad_batches,
+        check_val_every_n_epoch=None if cfg.val_every_n_steps else 1,
+        limit_val_batches=cfg.limit_val_batches,
+        num_sanity_val_steps=0 if resumed else 1,
+        log_every_n_steps=cfg.log_every_n_steps,
+        accumulate_grad_batches=cfg.accumulate_grad_batches,
+        gradient_clip_val=cfg.optimizer.get("clip_norm") if cfg.optimizer else None,
+        callbacks=callbacks,
+        logger=loggers or False,
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=str(folder),
+        enable_model_summary=False,
+        enable_checkpointing=True,
+    )
 
 
 def _dry_run(datamodule: Any, module: LightningModule, cfg: DictConfig) -> dict[str, Any]:
@@ -164,6 +190,7 @@ def _write_start(folder: Path, cfg: DictConfig, origin: dict[str, Any], resumed:
     metadata = folder / f"metadata{suffix}.json"
     write_json(metadata, origin)
     began = read_result(folder).get("started_at", time.time()) if resumed else time.time()
+    (folder / "error.txt").unlink(missing_ok=True)  # of an earlier start
     start = {"status": "running", "overrides": _overrides(), "metrics": {}, "run_dir": str(folder)}
     write_result(folder, start | {"started_at": began})
     return metadata
@@ -180,9 +207,8 @@ def _advise(cfg: DictConfig) -> None:
         and cfg.model.get("rotation") is not None
     ):
         log.warning(
-            "backbone=tiny starts from random weights at %d px: enough for the simulator, poor on a real "
-            "robot's pictures; the recipe for those "
-            "is experiment=yam_dinov3 (DINOv3 ViT-S/16+, 448 px, pretrained)",
+            "backbone=tiny starts from random weights at %d px: enough for the simulator, poor on a real robot's "
+            "images; the recipe for those is experiment=yam_dinov3 (DINOv3 ViT-S/16+, 448 px, pretrained)",
             backbone.image_size,
         )
 
@@ -236,7 +262,7 @@ def _overrides() -> list[str]:
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
-def _quiet(warnings_too: bool) -> None:
+def quiet_lightning(warnings_too: bool) -> None:
     """Leaves out what Lightning and torch say about themselves; warnings about a run stay."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).handlers.clear()  # its own handler would say everything twice

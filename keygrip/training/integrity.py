@@ -1,4 +1,4 @@
-"""Checkpoint files that know their own hash, and weights that are what a model expects.
+"""Checkpoint files with a hash at their end, and checks that weights fit a model.
 
 A checkpoint is a zip archive. Its SHA-256 stands in the archive's comment, the last bytes of the file, so that any
 changed byte is found: zip's own checksums cover neither names nor headers nor padding. The hash is of the file as it
@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import itertools
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from keygrip.artifacts import blocks_of, sha256_of
+from keygrip.training.torch_files import read_torch_file
 
 PREFIX = b"keygrip-sha256:"
 COMMENT_BYTES = len(PREFIX) + 64
@@ -70,6 +73,39 @@ def verify(file: Path) -> None:
     known = COMMENT.fullmatch(comment) is not None and length == COMMENT_BYTES.to_bytes(2, "little")
     if not known or _digest(file, size - COMMENT_BYTES).encode() != comment.removeprefix(PREFIX):
         raise ChangedFileError(f"{file} is damaged: a byte differs from what was written; take another copy of it")
+
+
+def refuse_damaged(file: Path) -> None:
+    """Checks a file of tensors by what it says of itself: a checkpoint by its hash, another file of torch.save by the
+    checksums of its zip archive, which torch.load does not look at. Older files of torch.save have none.
+
+    Raises:
+        ChangedFileError: a byte differs from what was written.
+    """
+    if is_signed(file):
+        verify(file)
+        return
+    if not zipfile.is_zipfile(file):
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            # torch compresses nothing; what somebody else compressed may be of any size
+            plain = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+            broken = archive.testzip() if plain else None
+    except (zipfile.BadZipFile, ValueError, EOFError, RuntimeError) as error:  # encrypted ones are RuntimeErrors
+        raise ChangedFileError(f"{file} is damaged ({error}): take another copy of it") from error
+    if broken is not None:
+        raise ChangedFileError(f"{file} is damaged (the checksum of {broken} differs): take another copy of it")
+
+
+def load_tensors(file: Path) -> Any:
+    """What torch.save wrote, tensors and plain values alone, on the CPU; checked by `refuse_damaged`.
+
+    Raises:
+        ChangedFileError: a byte differs from what was written. OSError, TorchFileError: see `read_torch_file`.
+    """
+    refuse_damaged(file)
+    return read_torch_file(file)
 
 
 def refuse_unfit_weights(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from keygrip.artifacts import write_text
+from keygrip.training.run_folder import is_first_process
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,12 +50,16 @@ def build_loggers(group: DictConfig | None, folder: Path, resumed_step: int) -> 
 
 
 def wandb_id(folder: Path) -> str:
-    """The id of the run's W&B run: made once and kept in the run folder, so that a resumed run goes on in it."""
+    """The id of the run's W&B run: made once and kept in the run folder, so that a resumed run goes on in it.
+
+    Only the first process of a run logs, so that the others' is of no account; they write none over its own.
+    """
     file = folder / WANDB_ID
     if file.is_file():
         return file.read_text(encoding="utf-8").strip()
     made = secrets.token_hex(8)
-    write_text(file, made + "\n")
+    if is_first_process():
+        write_text(file, made + "\n")
     return made
 
 
@@ -76,7 +81,7 @@ def flattened(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def takes_images(loggers: Iterable[Any]) -> bool:
-    """Whether any logger shows images: drawing them for none would be work for nothing."""
+    """Whether any logger shows images; without one none need be drawn."""
     return any(hasattr(logger, "log_image") or hasattr(_writer(logger), "add_image") for logger in loggers)
 
 

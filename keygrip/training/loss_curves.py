@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 
 STEP_TFLOP = "compute/step_tflop"  # logged by keygrip.training.compute
 LOSSES = {"train/loss": "training loss", "val/loss": "validation loss"}
-SMOOTHED = 0.2  # of the way run so far, before and behind a point, over which the training loss is averaged
+SMOOTHED = 0.2  # half width of the averaging window, as a share of the points so far
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")
-LEAST = 2  # points on each side, where there are so many before
-SHOWN_NOISE = 6  # of more jobs the averages alone are drawn
+LEAST = 2  # points added to the half width
+SHOWN_NOISE = 6  # most jobs whose single losses are drawn beside the averages
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -110,7 +110,7 @@ def _from_csv(file: Path, wanted: set[str]) -> Curves | None:
 
 @dataclass(frozen=True)
 class Job:
-    """A job of a sweep in the picture: the overrides that differ between jobs, its curves, its wall time."""
+    """A job of a sweep in the figure: the overrides that differ between jobs, its curves, its wall time."""
 
     overrides: Mapping[str, str]
     curves: Curves
@@ -208,8 +208,7 @@ def _curve(axis: Axes, x: np.ndarray, y: np.ndarray, style: Mapping[str, str], n
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """A running mean over a window that grows with the way run: equally wide everywhere on a logarithmic axis. As long
-    as what it is given."""
+    """Running mean of values [N], [N]. The window grows with the points so far: equally wide on a logarithmic axis."""
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     place = np.arange(len(values))
     reach = np.minimum((place * SMOOTHED).astype(int) + LEAST, place)

@@ -25,7 +25,7 @@ Step = Callable[
     [Callable[[Tensor], Tensor]], Tensor
 ]  # from what brings a batch's tensors to where it runs, to the loss
 ADAM_STATES = 2  # float32 numbers that AdamW keeps of each trained one
-SMALL = 2**20  # numbers of a tensor that is computed where it depends on no parameter
+SMALL = 2**20  # size up to which tensors that depend on no parameter are computed for real
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class StepMemory:
 
     @property
     def total(self) -> int:
+        """Bytes of all parts together."""
         return self.weights + self.optimizer + self.ema + self.step
 
     def report(self) -> dict[str, Any]:
@@ -168,7 +169,7 @@ def _shape_of(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _swapped(module: nn.Module, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor]) -> Any:
-    """The module with other parameters and buffers, whoever shares them."""
+    """The module with other parameters and buffers, shared ones replaced everywhere."""
     stand_ins: dict[int, Tensor] = {id(p): parameters[name] for name, p in module.named_parameters()}
     stand_ins |= {id(b): buffers[name] for name, b in module.named_buffers()}
     owners = [

@@ -1,4 +1,4 @@
-"""Checks while training: what has gone wrong is said at once, not found out after a night."""
+"""Checks during training: non-finite losses, gradient norms, metrics outside of their healthy range."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class RandomnessByStep(Callback):
 
 @dataclass(frozen=True)
 class Range:
-    """Where a figure is healthy, and what it means when it is not."""
+    """The healthy range of a metric, and what leaving it means."""
 
     low: float
     high: float
@@ -99,7 +99,7 @@ class Range:
 
 
 class RangeChecks:
-    """Says once for each figure that it has left its healthy range, again only after it has come back.
+    """Warns once for each figure that leaves its healthy range, again only after it has come back.
 
     Args:
         ranges: by the figure's name.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from keygrip.training.parts import model_part
+from keygrip.training.parts import ReadWhere, model_part
 
 
 @model_part
@@ -32,6 +32,7 @@ class AdamW:
     Paper: Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019).
     """
 
+    read_where: ClassVar = {"final_lr_share": ReadWhere("schedule", "cosine")}
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0

@@ -1,6 +1,6 @@
 """What a stored configuration may build: the trust boundary of checkpoints, run folders and exports.
 
-A checkpoint is data that somebody else may have made. Its configuration names classes (``_target_``), and a name can
+A checkpoint is data that may come from others. Its configuration names classes (``_target_``), and a name can
 be anything: ``os.system``, ``torch.load``, a recorder that starts processes. So a class is built from a checkpoint only
 where its author has declared it::
 
@@ -12,7 +12,7 @@ and only where it lies in keygrip's own rooms or in a package that the caller na
 
 ``from_checkpoint`` gives settings that are replaced when the part is built from a checkpoint, because the checkpoint
 brings what they would load: weights from a file, a run to start from. ``external`` names settings that point to
-files which the checkpoint does not bring (weights of a frozen encoder of somebody else); the caller must name those
+files which the checkpoint does not bring (weights of another project's frozen encoder); the caller must name those
 files, the checkpoint may not.
 """
 
@@ -28,6 +28,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, overload
+
+from omegaconf import OmegaConf
 
 MARK = "__keygrip_part__"
 MODEL, DATA = "model_part", "data_part"  # names of the decorators; the check looks for them in source files
@@ -59,6 +61,29 @@ class Part:
     owner: type
     from_checkpoint: Mapping[str, Any] = field(default_factory=dict)
     external: tuple[str, ...] = ()
+
+
+class ReadWhere:
+    """Where a setting of a part is read, because of others: see `keygrip.training.idle_settings`.
+
+    Args:
+        setting: the other one, beside it or below ("network.pointing_cells"); several, separated by blanks: any of
+            them. values: that it must have; none: any but null, false and 0.
+    """
+
+    def __init__(self, setting: str, *values: Any) -> None:
+        self.settings, self.values = setting.split(), values
+
+    def holds(self, options: Any) -> bool:
+        """Whether it is read. Settings that ``options`` lack have a value that is not known here: it counts as read."""
+        missing = object()
+        found = [OmegaConf.select(options, name, default=missing) for name in self.settings]
+        return any(value is missing or (value in self.values if self.values else bool(value)) for value in found)
+
+    def __str__(self) -> str:
+        names = " or ".join(self.settings)
+        values = " or ".join("null" if value is None else str(value) for value in self.values)
+        return f"{names} is {values}" if values else f"{names} is set"
 
 
 @overload
@@ -118,7 +143,6 @@ def build_stored(config: Any, where: str, trust: Sequence[str] = (), external: M
     """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
-    from omegaconf import OmegaConf
 
     _check_names(trust)
     for place, node in _nodes(config, where):

@@ -52,6 +52,9 @@ class PretrainingStage:
             ValueError: it is missing, and this is one of several processes.
         """
         run = self.run_dir
+        if self._finished(run):  # not locked: it may lie where nothing can be written
+            log.info("%s: %s", self.name, run)
+            return run
         with locked(run.parent / f".{run.name}.lock"):
             if self._finished(run):
                 log.info("%s: %s", self.name, run)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: progress on standard error, samples per second, time spent on data, samples skipped."""
+"""Progress of a run on standard error, samples per second, time spent waiting for data, skipped samples."""
 
 from __future__ import annotations
 
@@ -36,12 +36,15 @@ class Progress(ProgressBar):
         self._first_step = 0
 
     def disable(self) -> None:
+        """As `ProgressBar.disable`."""
         self._enabled = False
 
     def enable(self) -> None:
+        """As `ProgressBar.enable`."""
         self._enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
+        """Prints above the bar, on standard error."""
         tqdm.write(" ".join(map(str, args)), file=sys.stderr)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it may: settings that change what is computed must agree."""
+"""Resuming: which checkpoint a run continues from; settings that change what is computed must agree."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ MAY_DIFFER = (
     # what else has changed in the data is compared by hashes
     *("data.verify", "data.allow_changed"),
 )
-MUST_AGREE = ("callbacks.ema",)  # the other callbacks watch and save
+MUST_AGREE = ("callbacks.ema",)  # all other callbacks only watch and save
 
 
 def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
     """The checkpoint that a run goes on from; None: it starts anew.
 
     Raises:
-        ValueError: the folder holds a run, and it is not to be resumed. FileNotFoundError: there is nothing to resume.
+        RunFolderError: the folder holds a run, and it is not to be resumed. FileNotFoundError: there is nothing to
+            resume.
     """
     latest = folder / run_folder.CHECKPOINT
     if cfg.resume:
@@ -43,7 +44,9 @@ def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
     if run_folder.restarted_by_scheduler():
         log.warning("started again by the scheduler: resuming %s", latest)
         return latest
-    raise ValueError(f"{folder} already holds a run: continue it with resume=true, or give another run_dir")
+    raise run_folder.RunFolderError(
+        f"{folder} already holds a run: continue it with resume=true, or give another run_dir"
+    )
 
 
 def check_resumed(checkpoint: Path, resolved: dict[str, Any]) -> int:

@@ -18,6 +18,11 @@ from keygrip.artifacts import locked
 RUNS = Path("runs")
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 LOCK = ".lock"
+SWEEP = "sweep.json"
+
+
+class RunFolderError(ValueError):
+    """The run folder is another run's, which the refusal must leave as it is."""
 
 
 def register_resolvers() -> None:
@@ -37,22 +42,28 @@ def choose(run_dir: str | None, resume: bool | str | None, model: str, data: str
 
     Raises:
         FileNotFoundError: nothing to resume.
-        ValueError: the processes of this run could not agree on a folder, or the folder holds another run.
+        RunFolderError: another process trains into it. ValueError: the processes of this run could not agree on one.
     """
     group = RUNS / f"{model}_{data}"
     if isinstance(resume, str) and resume.lower() in {"true", "false"}:
         resume = resume.lower() == "true"
     if isinstance(resume, str):
-        return str(_folder_of(Path(resume)))
+        folder = _folder_of(Path(resume))
+        refuse_held(folder)
+        return str(folder)
     if resume:
         if run_dir is not None:
             if not (Path(run_dir) / CHECKPOINT).is_file():
                 raise FileNotFoundError(
                     f"nothing to resume: {Path(run_dir) / CHECKPOINT} does not exist; leave out resume=true"
                 )
+            refuse_held(Path(run_dir))
             return run_dir
-        return str(newest(group))
+        found = newest(group)
+        refuse_held(found)
+        return str(found)
     if run_dir is not None:
+        refuse_held(Path(run_dir))
         return run_dir
     return str(_claimed(group))
 
@@ -68,10 +79,10 @@ def choose_for_sweep(resume: bool | str | None, model: str, data: str) -> str:
     if isinstance(resume, str) and resume.lower() not in {"true", "false"}:
         raise ValueError("a sweep resumes as a whole: give resume=true, and hydra.sweep.dir=<folder> for an older one")
     if resume is True or str(resume).lower() == "true":
-        found = sorted(group.glob("*/sweep.json"), key=lambda path: path.stat().st_mtime)
+        found = [path.parent for path in group.glob(f"*/{SWEEP}")]
         if not found:
             raise FileNotFoundError(f"nothing to resume: no sweep in {group}/; leave out resume=true")
-        return str(found[-1].parent)
+        return str(max(found, key=lambda folder: (_recorded(folder / SWEEP, "started"), folder.name)))
     return str(_claimed(group))
 
 
@@ -81,6 +92,11 @@ def _claimed(group: Path) -> Path:
     name = stamp()
     if name.startswith("job-") or "TORCHELASTIC_RUN_ID" in os.environ:
         return group / name  # its processes share it; `hold` keeps others out
+    return new_folder(group, name)
+
+
+def new_folder(group: Path, name: str) -> Path:
+    """A folder in ``group`` that this call has made: with a number behind its name where another process has that."""
     for number in itertools.count(1):
         folder = group / (name if number == 1 else f"{name}-{number}")
         try:
@@ -96,19 +112,46 @@ def hold(folder: Path) -> Iterator[None]:
     """Keeps a run folder for this process while the block runs; helper processes of the same run pass.
 
     Raises:
-        ValueError: another process trains into it.
+        RunFolderError: another process trains into it.
     """
-    if any(int(os.environ.get(name) or 0) > 0 for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID")):
+    if not is_first_process():
         yield
         return
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(folder / LOCK, wait=False))
         except BlockingIOError as error:
-            raise ValueError(
-                f"{folder} belongs to a run that is still going on: wait until it ends, or give another run_dir"
-            ) from error
+            raise RunFolderError(_still_going_on(folder)) from error
+        _held.add(folder.resolve())
+        stack.callback(_held.discard, folder.resolve())
         yield
+
+
+_held: set[Path] = set()  # by this process
+
+
+def refuse_held(folder: Path) -> None:
+    """Refuses a folder into which another process trains, before Hydra writes its own files there.
+
+    Raises:
+        RunFolderError: it is held.
+    """
+    if folder.resolve() in _held or not is_first_process() or not (folder / LOCK).is_file():
+        return
+    try:
+        with locked(folder / LOCK, wait=False):
+            pass
+    except BlockingIOError as error:
+        raise RunFolderError(_still_going_on(folder)) from error
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process of its run, or the first of those that torchrun, SLURM or Lightning started."""
+    return not any(int(os.environ.get(name) or 0) > 0 for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
+
+
+def _still_going_on(folder: Path) -> str:
+    return f"{folder} belongs to a run that is still going on: wait until it ends, or give another run_dir"
 
 
 def newest(group: Path) -> Path:
@@ -123,13 +166,13 @@ def newest(group: Path) -> Path:
             f"nothing to resume: no run with a checkpoint in {group}/; leave out resume=true, or give "
             "resume=<run folder>"
         )
-    return max(found, key=lambda folder: (_started_at(folder), folder.name))
+    return max(found, key=lambda folder: (_recorded(folder / "result.json", "started_at"), folder.name))
 
 
-def _started_at(folder: Path) -> float:
-    """When a run began, seconds since the epoch, as it recorded itself; 0 where it did not."""
+def _recorded(file: Path, key: str) -> float:
+    """When a run or a sweep began, seconds since the epoch, as it recorded itself; 0 where it did not."""
     try:
-        value = json.loads((folder / "result.json").read_bytes()).get("started_at")
+        value = json.loads(file.read_bytes()).get(key)
     except (OSError, ValueError, AttributeError):
         return 0.0
     return float(value) if isinstance(value, int | float) else 0.0

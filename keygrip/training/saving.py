@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from keygrip.artifacts import atomic_write, write_json
 from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.integrity import sign
+from keygrip.training.parts import ReadWhere
 from keygrip.training.sharding import local
 from keygrip.training.signals import Interrupted
 
@@ -33,15 +34,18 @@ class AtomicCheckpointIO(CheckpointIO):
     """Writes whole files with their hash: a kill at any moment leaves the previous one, a changed byte is found."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Writes the checkpoint with its hash, whole or not at all."""
         with atomic_write(path) as file:
             torch.save(checkpoint, file)
             file.flush()
             sign(Path(file.name))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """As `read_checkpoint`: nothing stored is executed."""
         return read_checkpoint(path, map_location or "cpu")
 
     def remove_checkpoint(self, path: Any) -> None:
+        """Removes the file if it is there."""
         Path(path).unlink(missing_ok=True)
 
 
@@ -62,6 +66,8 @@ class SaveLatest(Checkpoint):
         mode: ``min`` or ``max``, which is better.
         keep: how many checkpoints by step stay; 0: ``last.ckpt`` alone.
     """
+
+    read_where: ClassVar = {"mode": ReadWhere("monitor")}
 
     def __init__(
         self,

@@ -30,10 +30,12 @@ class ShardedStrategy(ModelParallelStrategy):
         self.reshard_after_forward = reshard_after_forward
 
     def setup_environment(self) -> None:
+        """As the parent's, with one data-parallel group of all processes."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:
+        """As the parent's, with `shard` in place of a module's own `configure_model`."""
         assert self.accelerator is not None
         assert self.model is not None
         self.accelerator.setup(trainer)
@@ -65,7 +67,7 @@ def shard(module: nn.Module, mesh: Any, reshard_after_forward: bool = True) -> N
 
 
 def reshard(module: nn.Module) -> None:
-    """Lets go of what a step or a validation left gathered: only then are the parameters those that are trained."""
+    """Frees parameters that a step or a validation left gathered; the sharded ones are those that are trained."""
     from torch.distributed.fsdp import FSDPModule
 
     for part in module.modules():

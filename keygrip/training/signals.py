@@ -1,4 +1,4 @@
-"""How a signal travels through a run."""
+"""Exceptions of runs and sweeps that a signal ended."""
 
 from __future__ import annotations
 

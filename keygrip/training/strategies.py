@@ -1,4 +1,4 @@
-"""On what a run computes: one device, several processes (DDP), sharded (FSDP); checked before anything is loaded."""
+"""Devices and processes of a run: one device, DDP or FSDP; checked before anything is loaded."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 
 from keygrip.artifacts import atomic_write, write_json, write_text
+from keygrip.config import quoted
 from keygrip.training.run_folder import CHECKPOINT
 from keygrip.training.signals import Interrupted, SweepInterrupted
 
@@ -30,6 +31,7 @@ SHOWN = 6  # metrics in the printed table; summary.csv has them all
 LOSSES = "loss_against_compute.png"
 # What may stand in result.json. "running" stays where a process was killed; the table then says "killed".
 FINISHED, FAILED, INTERRUPTED, RUNNING = "finished", "failed", "interrupted", "running"
+DRY_RUN = "dry run"
 
 _open_sweeps: list[Path] = []
 _failures: list[str] = []
@@ -118,7 +120,7 @@ class SweepSummary(Callback):
         # Jobs in other processes compose the config again, and would give the folder a time stamp of their own.
         with read_write(config), open_dict(config):
             config.hydra.sweep.dir = str(folder)
-            config.hydra.overrides.hydra.append(f'hydra.sweep.dir="{folder}"')
+            config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(str(folder))}")
         plan = {"command": _command(config), "jobs": planned_jobs(config), "started": time.time()}
         write_json(folder / PLAN, plan)
         _open_sweeps.append(folder)
@@ -183,7 +185,7 @@ def close_sweeps() -> list[str]:
 
 
 def _command(config: DictConfig) -> str:
-    """What makes the sweep again; without the folder, which is nobody else's."""
+    """The command that runs the sweep again, without its folder."""
     overrides = [*config.hydra.overrides.hydra, *config.hydra.overrides.task]
     kept = [o for o in overrides if not o.startswith(("hydra.sweep.dir=", "hydra.mode="))]
     return shlex.join(["python", "-m", f"keygrip.{config.hydra.job.name}", "-m", *kept])
@@ -302,7 +304,7 @@ def _draw_losses(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
         return  # nothing was trained, or nothing logged
     from torch.utils.tensorboard.writer import SummaryWriter
 
-    from keygrip.training.images import figure_to_image
+    from keygrip.training.figures import figure_to_image
 
     with atomic_write(folder / LOSSES) as file:
         figure.savefig(file, format="png")

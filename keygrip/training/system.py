@@ -110,7 +110,7 @@ class System(LightningModule):
         return before
 
     def started_from(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What this network starts with of the weights of another run's; override it where parts are new."""
+        """The weights of another run's network that this network starts from; override it where parts are new."""
         return weights
 
     # -- logging ------------------------------------------------------------------------------------------------------

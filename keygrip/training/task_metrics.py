@@ -1,4 +1,4 @@
-"""Validation metrics for every task by itself: an average hides the task that is not learned."""
+"""Validation metrics by task: an average hides a task that is not learned."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-MOST_TASKS = 200  # more would flood a logger: then none are kept
+MOST_TASKS = 200  # with more tasks none are logged by task, which would flood a logger
 
 
 class MeansByTask:

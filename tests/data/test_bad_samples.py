@@ -56,7 +56,7 @@ def test_every_hostile_exception_becomes_one_error_with_its_place() -> None:
 
 
 def test_bad_samples_are_counted_and_judged() -> None:
-    bad = BadSamples(0.1, judged_after=20)
+    bad = BadSamples(0.1, checked_after=20)
     assert bad.summary == ""
     bad.add(10, ["a: broken", "a: broken", "b: broken"])
     assert (bad.count, bad.seen, bad.reasons) == (3, 10, {"a: broken": 2, "b: broken": 1})

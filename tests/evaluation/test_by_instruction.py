@@ -135,7 +135,7 @@ def test_a_view_that_the_policy_was_trained_with_must_be_there() -> None:
     plain = {"image": 1, "intrinsics": 2, "world_to_camera": 3}
     assert views_of(plain, ("over",)) == [plain]
     assert views_of({"cameras": {"a": plain, "b": plain | {"image": 4}}}, ("b", "a")) == [plain | {"image": 4}, plain]
-    with pytest.raises(ValueError, match=r"lacks camera 'over'.*it has one unnamed picture"):
+    with pytest.raises(ValueError, match=r"lacks camera 'over'.*it has one unnamed image"):
         views_of(plain, ("over", "front"))
     with pytest.raises(ValueError, match=r"lacks camera 'wrist'.*it has over, front"):
         views_of({"cameras": {"over": plain, "front": plain}}, ("over", "wrist"))

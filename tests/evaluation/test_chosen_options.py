@@ -39,6 +39,7 @@ FORMS = [
     *(("ans: b", 1), ("<B>", 1), ("A: incorrect. B: correct. The answer is B.", 1), ("B. red\nThe answer is C", 1)),
     *(("While A is plausible, B is correct.", 1), ("The answer is not (A); it is (B).", 1), ("red (B)", 1)),
     *(("I think the answer is A.", 0), ("The answer is A person jumps", 3), ("Not A, but B", 1)),
+    *(("B because it is red", 1), ("A since the cube is blue", 0)),
 ]
 NONE = ["E", "none", "", "red or blue", "A cube lies there", "I cannot tell", "A or B", "Because", "Cubes are shown."]
 NONE += ["A, B", "A/B", "A; B and C", "<think>The answer is A", "A. blue\nB. red\nC. dark green\nD. a person jumps"]

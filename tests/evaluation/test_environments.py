@@ -25,6 +25,7 @@ from keygrip.evaluation.kinds import Evaluated
 from keygrip.evaluation.rollout_grid import grid_of_rollouts
 from keygrip.evaluation.rollouts import EpisodeResult
 from keygrip.models.policy import Needs, Plan
+from keygrip.training.parts import UntrustedPartError
 
 POINT = GymnasiumTask("gym_lab:CalibratedPointMass-v0", instruction="go there", time_limit_s=3.0)
 SUPPORT = str(Path(__file__).parents[1] / "support")
@@ -104,14 +105,46 @@ def test_environments_that_do_not_fit_are_named() -> None:
         open_environment(object(), 64, 10.0)
 
 
+TWO = GymnasiumTask("gym_lab:TwoCameraPointMass-v0")
+
+
+def test_the_first_named_camera_is_the_main_one() -> None:
+    seen = open_environment(TWO, 32, 10.0, ("side", "over")).reset(seed=0)[0]
+    assert seen["image"].max() == 45
+    assert seen["world_to_camera"][0, 3] == pytest.approx(0.1)
+    cell = open_environment(TWO, 32, 10.0)
+    assert cell.reset(seed=0)[0]["image"].max() == 90
+    cell.advance(np.array([0.0, 0, 0, 1, 0, 0, 0, 1]))
+    assert cell.observation()["instruction"] == cell.outcome()[2]["instruction"] == "go to the goal"
+    with pytest.raises(ValueError, match=r"no camera 'wrist' .* over, side: give env\.cameras"):
+        open_environment(TWO, 32, 10.0, ("over", "wrist")).reset(seed=0)
+
+
+@pytest.mark.parametrize(
+    ("needs", "said"),
+    [
+        (Needs(arms=("right",), instruction=True), "gives no instruction"),
+        (Needs(arms=("right",), cameras=("over", "side")), "lacks camera 'over'"),
+        (Needs(arms=("left", "right")), "has 1 arms, the policy moves 2"),
+    ],
+)
+def test_what_the_environment_does_not_give_is_no_failed_episode(
+    needs: Needs, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ToGoal, "needs", needs)
+    monkeypatch.setattr(sys.modules[__name__], "POINT", replace(POINT, instruction=""))
+    with pytest.raises(ValueError, match=said):
+        drive(None)
+
+
 RECORDED = dict.fromkeys(("task", "tasks", "image_size", "hz", "cameras", "python")) | {
     "name": "recorded",
     "control": {},
 }
 
 
-def trained_on(root: Path) -> Evaluated:
-    config = OmegaConf.create({"data": {"root": str(root), "record": {}, "cameras": None}})
+def trained_on(root: Path | None, **data: Any) -> Evaluated:
+    config = OmegaConf.create({"data": {"root": root and str(root), "record": {}, "cameras": None} | data})
     return Evaluated(Module(), config, Path("checkpoint"), root)  # type: ignore[arg-type]
 
 
@@ -126,6 +159,9 @@ def test_a_recorded_folder_says_where_its_policy_is_evaluated(tmp_path: Path) ->
     file.write_text(json.dumps({"settings": {"environment": "metaworld"}}))
     with pytest.raises(ValueError, match="env=metaworld"):
         environment_settings(trained_on(tmp_path), RECORDED)
+    file.write_text(json.dumps({"settings": {"environment": "gymnasium", "task": {"id": "os:Lift-v0"}}}))
+    with pytest.raises(ValueError, match=r"env=gymnasium env\.task\.id"):  # it does not say what is imported
+        environment_settings(trained_on(tmp_path), RECORDED)
     several = OmegaConf.create({"data": {"root": ["a", "b"], "record": {}, "cameras": None}})
     with pytest.raises(ValueError, match="trained on several data sets"):
         environment_settings(replace(trained_on(tmp_path), config=several), RECORDED)
@@ -133,6 +169,36 @@ def test_a_recorded_folder_says_where_its_policy_is_evaluated(tmp_path: Path) ->
         file.write_text(broken)
         with pytest.raises(ValueError, match="does not describe a recording"):
             environment_settings(trained_on(tmp_path), RECORDED)
+
+
+def test_settings_of_an_environment_that_nothing_reads_are_refused(tmp_path: Path) -> None:
+    for name in ("control", "task"):
+        with pytest.raises(ValueError, match=rf"env\.{name} has no effect with env=recorded: give {name}\.OPTION"):
+            environment_settings(trained_on(tmp_path), RECORDED | {name: {"execute_seconds": 0.6}})
+
+
+def test_a_checkpoint_names_no_module_through_its_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    canary = tmp_path / "canary_was_here"
+    (tmp_path / "stored_canary.py").write_text(f"open({str(canary)!r}, 'w')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    task = {"_target_": "keygrip.envs.gymnasium_environment.GymnasiumTask", "id": "stored_canary:Lift-v0"}
+    config = OmegaConf.create({"data": {"root": None, "record": {"task": task, "image_size": 32, "hz": 10.0}}})
+    with pytest.raises(UntrustedPartError, match="say where to judge it: env=yam, metaworld or gymnasium"):
+        environment_settings(replace(trained_on(tmp_path), config=config), RECORDED)
+    assert not canary.exists()
+
+
+def test_a_policy_is_evaluated_with_the_camera_that_it_was_trained_on(tmp_path: Path) -> None:
+    settings = {"task": {"name": "pick"}, "image_size": 96, "hz": 5.0}
+    (tmp_path / "recording.json").write_text(json.dumps({"settings": settings}))
+    for camera, expected in (("over", None), ("front", ["front"]), ("somewhere", None)):
+        assert environment_settings(trained_on(tmp_path, camera=camera), RECORDED).cameras == expected
+    both = trained_on(tmp_path, camera="front", cameras=["front", "over"])
+    assert environment_settings(both, RECORDED).cameras == ["front", "over"]
+    task = {"_target_": "keygrip.envs.gymnasium_environment.GymnasiumTask", "id": "Lift-v0"}
+    env = RECORDED | {"name": "gymnasium", "task": task, "image_size": 32, "hz": 10.0}
+    assert environment_settings(trained_on(tmp_path, camera="side"), env).cameras == ["side"]
+    assert environment_settings(trained_on(tmp_path, camera="side"), env | {"cameras": ["over"]}).cameras == ["over"]
 
 
 def test_figures_over_tasks_are_means_of_tasks_with_pooled_intervals() -> None:

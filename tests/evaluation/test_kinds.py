@@ -12,6 +12,7 @@ from keygrip.command import entry_point
 from keygrip.config import SettingError, compose
 from keygrip.evaluation.kinds import KIND, KINDS
 from keygrip.training import checkpoints
+from keygrip.training.run_folder import hold
 
 COMMON = {"checkpoint_step", "seed", "debug", "run_dir", "checkpoint", "trust", "external"}
 
@@ -53,6 +54,22 @@ def test_a_setting_of_another_kind_is_refused_with_the_nearest_of_this_one(holdi
         compose("evaluate", ["checkpoint=run,other"])
 
 
+@pytest.mark.parametrize(
+    ("kind", "overrides", "idle"),
+    [
+        ("policy", ["simulate=false", "episodes=5"], "episodes"),
+        ("policy", ["control.execute_seconds=1", "simulate=False"], "control.execute_seconds"),
+        ("policy", ["simulate=false", "env=yam"], "env"),
+        ("video_text", ["split=none", "limit_batches=3"], "limit_batches"),
+    ],
+)
+def test_settings_of_what_is_left_out_are_refused(kind: str, overrides: list[str], idle: str, holding: Any) -> None:
+    holding({"run": kind})
+    with pytest.raises(SettingError, match=rf"nothing reads '{idle}' with (simulate=false|split=none)"):
+        compose("evaluate", ["checkpoint=run", *overrides])
+    compose("evaluate", ["checkpoint=run", *(each for each in overrides if not each.startswith(idle))])
+
+
 def test_the_command_composes_by_the_checkpoint_and_names_the_nearest_setting(
     holding: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -66,3 +83,21 @@ def test_the_command_composes_by_the_checkpoint_and_names_the_nearest_setting(
         entry_point("evaluate", evaluate.print_result)
     assert stop.value.code == 2
     assert "the nearest is 'images'" in capsys.readouterr().err
+
+
+def test_two_evaluations_do_not_write_into_one_folder(
+    holding: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Model:
+        evaluation_kind = "policy"
+
+    holding({"run": "policy"})
+    monkeypatch.setattr(checkpoints, "find_checkpoint", lambda path, step=None: Path(path))
+    monkeypatch.setattr(checkpoints, "load_module", lambda path, **options: Model())
+    monkeypatch.setattr("keygrip.evaluation.policy.evaluate_policy", lambda evaluated, cfg: {"figure": 1.0})
+    cfg = compose("evaluate", ["checkpoint=run", f"run_dir={tmp_path}"])
+    with hold(tmp_path), pytest.raises(ValueError, match="still going on: wait until it ends, or give another run_dir"):
+        evaluate.run(cfg)
+    assert not (tmp_path / "result.json").exists()
+    assert evaluate.run(cfg)["figure"] == 1.0
+    assert (tmp_path / "result.json").is_file()

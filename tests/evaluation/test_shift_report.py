@@ -59,6 +59,12 @@ def test_seeds_are_pooled_and_their_spread_is_given(sweep: Path) -> None:
     assert cells["left_to_right", "numbers"].rate == pytest.approx(0.01)
 
 
+def test_a_result_of_another_form_is_refused_by_its_folder(sweep: Path) -> None:
+    write_result(sweep / "0" / "closed_loop", {"conditions": ["left"]})
+    with pytest.raises(ValueError, match=r"0/closed_loop holds no conditions by name"):
+        read_cells(sweep)
+
+
 def test_jobs_that_did_not_finish_stand_in_the_table(sweep: Path) -> None:
     cells = {(cell.condition, cell.model): cell for cell in read_cells(sweep)}
     # The other jobs of the shift tell under which conditions the failed one would have been tested.

@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keygrip.data.video_text.video_files import read_frames
+from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.evaluation.vqa_benchmarks import read_benchmark
+
+
+def read_frames(*arguments: Any, **settings: Any) -> np.ndarray:
+    return read_timed_frames(*arguments, **settings)[0]
 
 
 def video(path: Path, seconds: int = 3, fps: int = 5) -> Path:
@@ -111,6 +115,10 @@ def test_frames_of_a_video_a_folder_and_a_picture(tmp_path: Path) -> None:
     assert read_frames(tmp_path / "v.mp4", 28, "stretch", 2).shape[0] == 2
     Image.new("RGB", (40, 20), (9, 9, 9)).save(tmp_path / "p.png")
     assert read_frames(tmp_path / "p.png", 28, "pad", 64).shape == (1, 28, 28, 3)
+    (tmp_path / "numbered").mkdir()
+    for number in (1, 2, 10, 11):
+        Image.new("RGB", (28, 28), (number, 0, 0)).save(tmp_path / f"numbered/frame{number}.png")
+    assert read_frames(tmp_path / "numbered", 28, "stretch", 64)[:, 0, 0, 0].tolist() == [1, 2, 10, 11]
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no images"):
         read_frames(tmp_path / "empty", 28, "pad", 64)

@@ -92,6 +92,17 @@ def test_hostile_configurations_are_refused_in_a_sentence(change: Any, sentence:
         read_export(tmp_path / "model")
 
 
+def test_a_changed_value_of_the_configuration_is_found(tmp_path: Path) -> None:
+    write(tmp_path / "model", heights=[0.25, 1.5])
+    file = tmp_path / "model" / CONFIG
+    text = file.read_text()
+    file.write_text(json.dumps(json.loads(text)))  # another layout of the same values
+    assert read_export(tmp_path / "model")["heights"] == [0.25, 1.5]
+    file.write_text(text.replace("0.25", "0.35"))
+    with pytest.raises(ValueError, match=r"config\.json is not the file that was exported"):
+        read_export(tmp_path / "model")
+
+
 @pytest.mark.parametrize("raw", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
 def test_files_that_are_no_json_are_refused(raw: bytes, tmp_path: Path) -> None:
     write(tmp_path / "model")

@@ -1,11 +1,21 @@
-"""`prepare step=record`: what belongs to evaluations, and environments without an expert, are refused by name."""
+"""`prepare step=record`: what belongs to evaluations, and environments without an expert, are refused by name; the
+expert of any gymnasium environment is recorded."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 
 from keygrip.config import compose
+from keygrip.data.robot.discovery import find_demos
+from keygrip.envs.environment import open_environment
+from keygrip.envs.gymnasium_environment import GymnasiumTask
 from keygrip.prepare import run
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -13,7 +23,13 @@ from keygrip.prepare import run
     [
         (["env=metaworld", "env.cameras=[corner2,topview]"], "env.cameras is for evaluations"),
         (["env.hz=20"], "env.hz is for evaluations"),
-        (["env=gymnasium"], "env=gymnasium has no scripted expert"),
+        (["env=gymnasium"], r"env\.task\.id is missing"),
+        (
+            ["env=gymnasium", "env.task.id=A-v0", "task.name=pick"],
+            "task is no setting of the recordings of env=gymnasium",
+        ),
+        (["env=gymnasium", "env.task.id=A-v0", "recoveries=0.1"], "recoveries is no setting"),
+        (["env=yam", "+env.task.name=pick"], r"env\.task is for evaluations"),
         (["env=recorded"], "env=recorded has no scripted expert"),
         (["env=metaworld", "depth=true"], "depth is no setting of the recordings of env=metaworld"),
     ],
@@ -22,3 +38,41 @@ def test_settings_without_effect_are_refused(tmp_path: object, overrides: list[s
     with pytest.raises(Exception, match=said):
         run(compose("prepare", ["step=record", f"root={tmp_path}/new", "demos=1", *overrides]))
     assert not list(tmp_path.iterdir())  # type: ignore[attr-defined]
+
+
+def record(root: Path, *overrides: str) -> dict[str, Any]:
+    settings = ["step=record", "env=gymnasium", f"root={root}", "image_size=32", "processes=1", *overrides]
+    return run(compose("prepare", settings))
+
+
+def test_the_expert_of_a_gymnasium_environment_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests/support'}")
+    there, name = tmp_path / "new", "env.task.id=gym_lab:TwoCameraPointMass-v0"
+    assert record(there, name, "demos=1")["recorded"] == 1
+    report = record(there, name, "demos=2", "processes=2")
+    assert (report["demos"], report["recorded"], report["failed_episodes"]) == (2, 1, 0)  # the first is kept
+    demos = {reference.name: reference.read() for reference in find_demos(there, format="native")}
+    assert list(demos) == ["task_0000000", "task_0000001"]
+    demo = demos["task_0000001"]
+    arm = demo.arms["right"]
+    assert arm.commanded is not None
+    assert (demo.instruction, demo.fps, list(demo.cameras)) == ("go to the goal", 10.0, ["over", "side"])
+    np.testing.assert_allclose(
+        arm.position[1:], arm.commanded.position[:-1], atol=1e-12
+    )  # this one is where it is told
+    side = demo.cameras["side"]
+    assert abs(int(side.frames.read(0).mean()) - 45) <= 1
+    assert side.world_to_camera[0, 0, 3] == pytest.approx(0.1)
+
+    cell = open_environment(GymnasiumTask("gym_lab:TwoCameraPointMass-v0"), 32, 10.0)
+    cell.reset(seed=1)
+    for position, opening in zip(arm.commanded.position, arm.commanded.gripper, strict=True):
+        assert not cell.outcome()[0]
+        cell.advance(np.concatenate([position, [1.0, 0, 0, 0], [opening]]))
+    assert cell.outcome()[0]  # the commands replay the episode
+
+    with pytest.raises(Exception, match=r"other settings \(cameras: None there, \['side'\] now\)"):
+        record(there, name, "demos=2", "cameras=[side]")
+    with pytest.raises(Exception, match="has no method expert_action"):
+        record(tmp_path / "none", "env.task.id=gym_lab:Inexpert-v0", "demos=1")
+    assert [path.name for path in (tmp_path / "none").iterdir() if path.is_dir()] == []

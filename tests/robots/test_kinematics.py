@@ -3,11 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from keygrip.envs.yam.rendering import mujoco
 from keygrip.envs.yam.scene import ARM_JOINT_NAMES, TOOL_SITE, build_spec
 from keygrip.envs.yam.tasks import HOME, TaskOptions
 from keygrip.robots.inverse_kinematics import pointing_down, solve, yaw_of
 from keygrip.robots.kinematics import arm_chain, forward_kinematics, matrix_from_quaternion, quaternion_from_matrix
+from keygrip.robots.mujoco_backend import mujoco
 
 
 def random_joints(count: int, seed: int = 0) -> np.ndarray:

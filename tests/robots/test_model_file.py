@@ -13,9 +13,9 @@ from keygrip.data.robot.doctor import doctor
 from keygrip.data.robot.doctor.calibrate import calibrate
 from keygrip.data.robot.doctor.silhouettes import moved, seen, splat
 from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
-from keygrip.robots.kinematics import arm_file
-from keygrip.robots.model_file import arm_model, box, round_shape, surface_from_file
-from keygrip.robots.surface import RobotSurface, yam_surface
+from keygrip.robots.kinematics import arm_file, forward_kinematics, matrix_from_quaternion
+from keygrip.robots.model_file import arm_model, box, round_shape, surface_from_file, yam_surface
+from keygrip.robots.surface import RobotSurface
 
 # An upper arm of 30 cm that turns about the vertical and a forearm of 20 cm that turns about y, with a sliding finger.
 MJCF = """<mujoco>
@@ -181,14 +181,20 @@ def test_doctor_compares_an_arm_of_a_file_with_its_images(tmp_path, mirrored):
     assert [finding.cause for finding in seen_by_images] == (["images mirrored left-right"] if mirrored else [])
 
 
-def test_the_yam_arm_read_from_its_file_moves_as_our_own_chain():
-    robot = surface_from_file(arm_file("yam"))
-    own = yam_surface()
-    joints = np.random.default_rng(0).uniform(-1, 1, (5, robot.joints))
-    poses = robot.link_poses(joints, np.zeros(5))
-    expected = own.link_poses(joints, np.zeros(5))
-    # The file's world is its body 0; then come the base and what each joint turns.
-    assert poses[:, 1 : robot.joints + 2] == pytest.approx(expected[:, : robot.joints + 1], abs=1e-6)
+def test_the_yams_tool_and_links_are_where_its_kinematics_put_them():
+    yam, arm_alone = yam_surface(), surface_from_file(arm_file("yam"))
+    joints, opening = np.random.default_rng(0).uniform(-1, 1, (5, 6)), np.linspace(0, 1, 5)
+    assert (yam.joints, arm_alone.joints) == (6, 6)
+    position, quaternion = forward_kinematics(joints)
+    tool = yam.tool(joints)
+    assert tool[:, :3, 3] == pytest.approx(position, abs=1e-12)
+    assert tool[:, :3, :3] == pytest.approx(matrix_from_quaternion(quaternion), abs=1e-12)
+    poses, expected = yam.link_poses(joints, opening), arm_alone.link_poses(joints, opening)
+    assert poses[:, : expected.shape[1]] == pytest.approx(expected, abs=1e-12)
+    # In the tool's frame the fingers slide apart by twice the stroke, along the closing axis y.
+    fingers = (np.linalg.inv(tool)[:, None] @ poses[:, -2:])[..., :3, 3]
+    apart = fingers[:, 0] - fingers[:, 1]
+    assert apart - apart[0] == pytest.approx(2 * 0.0475 * opening[:, None] * [[0, 1, 0]], abs=1e-6)
 
 
 def _tetrahedron(path: Path) -> None:

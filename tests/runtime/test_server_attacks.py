@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from keygrip.models.policy import Plan
+from keygrip.models.policy import Needs, Plan
 from keygrip.runtime.client import RemotePolicy, ServerError
-from keygrip.runtime.plausibility import Bounds, ImplausibleError
+from keygrip.runtime.plausibility import Bounds, ImplausibleError, PlausiblePolicy
 from keygrip.runtime.wire import CONTENT_TYPE, encode_observation
 from keygrip.serve import tls_context
 
@@ -83,6 +83,59 @@ def test_nothing_far_from_the_training_data_gets_a_plan(running: Start, dice: An
         health = policy.health()
     assert health["answers"]["422"] == 4
     assert health["bounds"]["training_box_m"] == BOX.tolist()
+
+
+def covered(seen: Any, camera: str) -> Any:
+    """The observation with a lens covered: sensor noise of two levels."""
+    image = np.random.default_rng(0).integers(0, 3, seen["cameras"][camera]["image"].shape, dtype=np.uint8)
+    return {**seen, "cameras": {**seen["cameras"], camera: {**seen["cameras"][camera], "image": image}}}
+
+
+def enlarged(seen: Any, camera: str) -> Any:
+    """The observation with an image of twice the size and the intrinsics of before."""
+    image = seen["cameras"][camera]["image"].repeat(2, axis=0).repeat(2, axis=1)
+    return {**seen, "cameras": {**seen["cameras"], camera: {**seen["cameras"][camera], "image": image}}}
+
+
+def test_nothing_is_planned_from_a_covered_lens_or_another_resolution(
+    running: Start, toy: Any, observation: Observe
+) -> None:
+    with RemotePolicy(running(toy()).url) as policy:
+        for camera in ("over", "front"):
+            with pytest.raises(ValueError, match=rf"image of camera '{camera}' shows nothing.*bounds\.image_levels=4"):
+                policy.plan(covered(observation(), camera))
+            with pytest.raises(ValueError, match=rf"image of camera '{camera}' has 128 x 96 pixels.*resolution"):
+                policy.plan(enlarged(observation(), camera))
+        assert policy.health()["answers"]["422"] == 4
+        policy.plan(observation())
+
+
+def test_what_is_seen_is_judged_as_the_policy_reads_it(observation: Observe) -> None:
+    seen, bounds = observation(), Bounds()
+    both, one = Needs(("right",), ("over", "front")), Needs(("right",))
+    bounds.refuse_images(covered(seen, "front"), both, masks=True)  # it is left out
+    with pytest.raises(ImplausibleError, match="camera 'over' shows nothing"):
+        bounds.refuse_images(covered(covered(seen, "front"), "over"), both, masks=True)
+    bounds.refuse_images(covered(seen, "front"), one)  # which it does not read
+    with pytest.raises(ImplausibleError, match="'image' shows nothing"):
+        bounds.refuse_images({**seen, "image": np.full((48, 64, 3), 7, np.uint8)}, one)
+    bounds.refuse_images(enlarged(seen, "over"), replace(both, calibration=False))
+    replace(bounds, centre_share=0.3).refuse_images(enlarged(seen, "over"), both)
+    replace(bounds, image_levels=0).refuse_images(covered(seen, "over"), both)
+
+
+def test_a_robot_with_a_policy_of_its_own_is_held_to_the_same(toy: Any, dice: Any, observation: Observe) -> None:
+    seen = observation()
+    policy = PlausiblePolicy(dice(workspace=BOX), Bounds())
+    policy.policy.needs = Needs(("right",), ("over", "front"))
+    assert policy.plan(seen).position.shape[-1] == 3
+    for bad, message in (
+        (observation(position=np.array([500.0, 0, 100.0])), "outside the box of the training data"),
+        (covered(seen, "front"), "shows nothing"),
+        (enlarged(seen, "over"), "another resolution"),
+    ):
+        with pytest.raises(ImplausibleError, match=message):
+            policy.plan(bad)
 
 
 def test_a_plan_that_is_not_finite_never_leaves(running: Start, toy: Any, observation: Observe) -> None:

@@ -32,7 +32,7 @@ class PointMass(gymnasium.Env[np.ndarray, np.ndarray]):
 
 
 class Calibrated(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Observations with camera and gripper pose; actions from commanded poses."""
+    """Observations with camera and gripper pose; actions from commanded poses. The expert goes straight to the goal."""
 
     def _seen(self, point: np.ndarray) -> dict[str, Any]:
         intrinsics = np.array([[40.0, 0, 16], [0, 40.0, 16], [0, 0, 1]])
@@ -49,6 +49,41 @@ class Calibrated(gymnasium.Wrapper[Any, Any, Any, Any]):
         self.point, *rest = self.env.step((action[:3] - self.point) / 0.05)
         return (self._seen(self.point), *rest)  # type: ignore[return-value]
 
+    def expert_action(self) -> np.ndarray:
+        step = GOAL - self.point
+        there = self.point + step * min(1.0, 0.04 / max(float(np.linalg.norm(step)), 1e-9))
+        return np.concatenate([there, [1.0, 0, 0, 0], [1.0]])
+
+
+class Inexpert(gymnasium.ObservationWrapper[Any, Any, Any]):
+    """The calibrated observation without an expert."""
+
+    def observation(self, observation: np.ndarray) -> dict[str, Any]:
+        return Calibrated._seen(self, observation)  # type: ignore[arg-type]
+
+
+class TwoCameras(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """A second camera, 10 cm beside the first and darker; says what to do at the start alone."""
+
+    def _seen(self, seen: dict[str, Any]) -> dict[str, Any]:
+        beside = seen["world_to_camera"].copy()
+        beside[0, 3] += 0.1
+        over = {part: seen[part] for part in ("image", "intrinsics", "world_to_camera")}
+        return {
+            **seen,
+            "cameras": {"over": over, "side": {**over, "image": over["image"] // 2, "world_to_camera": beside}},
+        }
+
+    def reset(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        seen, info = self.env.reset(**options)
+        return self._seen(seen), {**info, "instruction": "go to the goal"}
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, Any], Any, bool, bool, dict[str, Any]]:
+        seen, *rest = self.env.step(action)
+        return (self._seen(seen), *rest)  # type: ignore[return-value]
+
 
 gymnasium.register("PointMass-v0", PointMass, max_episode_steps=40)
 gymnasium.register("CalibratedPointMass-v0", lambda: Calibrated(gymnasium.make("PointMass-v0")))
+gymnasium.register("TwoCameraPointMass-v0", lambda: TwoCameras(gymnasium.make("CalibratedPointMass-v0")))
+gymnasium.register("Inexpert-v0", lambda: Inexpert(gymnasium.make("PointMass-v0")))

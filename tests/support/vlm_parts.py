@@ -72,5 +72,5 @@ def small_module(
     collator = ConversationCollator(TrainedTokenizer(320), order, "answers")
     collator.prepare(folder, lambda: iter(texts))
     module = FoveatedVLMModule(FoveatedVLM(small_backbone(), small_language(), **network), collator, AdamW(1e-3))
-    module.pictures = {"image_size": 28, "fit": "stretch", "max_frames": 8}
+    module.image_options = {"image_size": 28, "fit": "stretch", "max_frames": 8}
     return module.eval()

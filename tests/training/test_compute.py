@@ -16,7 +16,7 @@ from keygrip import train
 from keygrip.config import compose
 from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.compute import STEP_TFLOP, Compute
-from keygrip.training.images import figure_to_image
+from keygrip.training.figures import figure_to_image
 from keygrip.training.loss_curves import Curves, Job, draw, read_curves, smoothed
 
 # The toy's step: 8 samples through Linear(4, 8) and Linear(8, 1). Forwards; and backwards the gradients of both weights

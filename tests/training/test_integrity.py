@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from keygrip.models.backbone.weights import read_file
+from keygrip.models.patch_dit.warm_start import read_weights
 from keygrip.training.checkpoints import read_checkpoint
-from keygrip.training.integrity import ChangedFileError, is_signed, refuse_unfit_weights, sign, verify
+from keygrip.training.integrity import ChangedFileError, is_signed, load_tensors, refuse_unfit_weights, sign, verify
 from keygrip.training.saving import AtomicCheckpointIO
 
 CONTENT = {
@@ -51,6 +53,31 @@ def test_other_changes_are_found_too(file: Path) -> None:
     assert not is_signed(file)
     with pytest.raises(ChangedFileError, match="has no hash at its end"):
         read_checkpoint(file)
+
+
+def flipped(file: Path, tensor: torch.Tensor) -> Path:
+    """The file with one bit of a tensor's numbers changed, which torch.load takes without a word."""
+    content = bytearray(file.read_bytes())
+    content[content.index(tensor.numpy().tobytes()) + 5] ^= 4
+    file.write_bytes(content)
+    return file
+
+
+def test_weights_to_start_from_are_checked_too(file: Path, tmp_path: Path) -> None:
+    tensor = CONTENT["state_dict"]["a"]
+    plain = tmp_path / "plain.pth"
+    torch.save({"a": tensor, "b": 3}, plain)
+    assert torch.equal(load_tensors(plain)["a"], tensor)
+    assert torch.equal(read_weights(file)["a"], tensor)
+    assert torch.equal(read_file(file)["a"], tensor)
+    for damaged in (flipped(file, tensor), flipped(plain, tensor)):
+        torch.load(damaged, weights_only=True)
+        with pytest.raises(ChangedFileError, match="is damaged"):
+            load_tensors(damaged)
+        with pytest.raises(ValueError, match="is damaged"):
+            read_weights(damaged)
+        with pytest.raises(ValueError, match="is damaged"):
+            read_file(damaged)
 
 
 def test_only_a_plain_zip_is_signed(file: Path, tmp_path: Path) -> None:

@@ -54,6 +54,17 @@ def test_a_run_folder_keeps_its_wandb_run(tmp_path: Path) -> None:
     assert loggers.wandb_id(tmp_path / "b") != first  # the next job of a sweep
 
 
+def test_another_process_of_a_run_does_not_change_its_wandb_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert loggers.wandb_id(tmp_path)  # it came first, and writes nothing
+    monkeypatch.setenv("RANK", "0")
+    first = loggers.wandb_id(tmp_path)
+    monkeypatch.setenv("RANK", "1")
+    assert loggers.wandb_id(tmp_path) == first
+
+
 def test_wandb_that_is_not_installed_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loggers, "_installed", lambda package: False)
     group = OmegaConf.create({"wandb": {"_target_": "lightning.pytorch.loggers.WandbLogger"}})

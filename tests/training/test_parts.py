@@ -59,6 +59,7 @@ ATTACKS: list[dict[str, Any]] = [
     {"_target_": ["os.system"]},
     {"_target_": "keygrip"},
     {"_target_": "toy_parts.os.mkdir", "path": "{file}"},
+    {"_target_": "keygrip.envs.gymnasium_environment.GymnasiumTask", "id": "canary:Anything-v0"},
     # what is not a target at all
     {"_args_": ["{file}"]},
     {"_partial_": "yes"},

@@ -103,11 +103,11 @@ def test_sweep_folder_resumes_the_newest_as_a_whole() -> None:
     assert Path(run_folder.choose_for_sweep(False, "m", "d")).parent == Path("runs/sweeps/m_d")
     with pytest.raises(FileNotFoundError, match="no sweep in"):
         run_folder.choose_for_sweep(True, "m", "d")
-    for name in ("old", "new"):
+    for name, started, modified in (("old", 100.0, 2e9), ("new", 200.0, 1e9)):  # file times say the opposite
         plan = Path("runs/sweeps/m_d") / name / "sweep.json"
         plan.parent.mkdir(parents=True)
-        plan.touch()
-        os.utime(plan, (1e9 if name == "old" else 2e9,) * 2)
+        plan.write_text(json.dumps({"jobs": [], "started": started}))
+        os.utime(plan, (modified, modified))
     assert run_folder.choose_for_sweep(True, "m", "d") == "runs/sweeps/m_d/new"
     with pytest.raises(ValueError, match="resumes as a whole"):
         run_folder.choose_for_sweep("runs/x", "m", "d")
@@ -123,6 +123,11 @@ def test_two_starts_in_one_second_get_two_folders(monkeypatch: pytest.MonkeyPatc
     assert [Path(path).name for path in (first, second)] == ["2026-01-01_00-00-00", "2026-01-01_00-00-00-2"]
 
 
+def test_a_new_folder_is_nobody_elses() -> None:
+    found = [run_folder.new_folder(Path("samples"), "2026-01-01_00-00-00") for _ in range(3)]
+    assert [folder.name.removeprefix("2026-01-01_00-00-00") for folder in found] == ["", "-2", "-3"]
+
+
 def test_a_folder_is_held_by_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("run").mkdir()
     script = (
@@ -135,10 +140,16 @@ def test_a_folder_is_held_by_one_process(monkeypatch: pytest.MonkeyPatch) -> Non
         other.stdout.readline()
         with pytest.raises(ValueError, match="belongs to a run that is still going on"), run_folder.hold(Path("run")):
             pass
+        for resume in (False, "run"):
+            Path("run/checkpoints").mkdir(exist_ok=True)
+            Path("run/checkpoints/last.ckpt").touch()
+            with pytest.raises(run_folder.RunFolderError, match="still going on"):  # before Hydra writes into it
+                run_folder.choose("run", resume, "m", "d")
         monkeypatch.setenv("LOCAL_RANK", "1")
         with run_folder.hold(Path("run")):  # a helper of the same run
             pass
+        assert run_folder.choose("run", False, "m", "d") == "run"
         other.stdin.close()
     monkeypatch.delenv("LOCAL_RANK")
     with run_folder.hold(Path("run")):
-        pass
+        assert run_folder.choose("run", False, "m", "d") == "run"  # asked again by the run itself

@@ -29,8 +29,8 @@ from keygrip.models.geometry.rotations import rotation_exp
 from keygrip.training.parts import build_stored
 
 INSTRUCTION = "put the red cube into the bowl"
-PROMPT_SHARE = 0.75  # of the text tokens stand before the answer
-CAPTION_TOKENS = 40  # of a usual caption
+PROMPT_SHARE = 0.75  # share of the text tokens before the answer
+CAPTION_TOKENS = 40  # tokens of a usual caption
 
 MakeBatch = Callable[[int], Any]
 

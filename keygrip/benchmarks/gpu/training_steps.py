@@ -222,7 +222,7 @@ class StepTimes(Callback):
     """Seconds from the end of a step to the end of the next, after the first `warm_up` ones."""
 
     def __init__(self, warm_up: int) -> None:
-        self.warm_up = max(warm_up, 1)  # the first step has no beginning
+        self.warm_up = max(warm_up, 1)  # the start of the first step is not known
         self.seconds: list[float] = []
         self._before = 0.0
 
@@ -248,7 +248,7 @@ def _wait() -> None:
 
 
 def _free(module: LightningModule | None = None) -> None:
-    """Gives back the memory of gradients and of what nobody holds any more."""
+    """Frees the memory of gradients and of unreferenced tensors."""
     if module is not None:
         module.zero_grad(set_to_none=True)
         module.trainer = None

@@ -54,7 +54,7 @@ def read_info(root: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
     if is_remote(root):
         digest = hashlib.sha256(root.encode()).hexdigest()[:16]
         folder = Path(cache_dir or Path.home() / ".cache" / "keygrip" / "shards") / digest
-        content = read_json(ShardCache(root, folder, 1 << 30).fetch(INFO))
+        content = read_json(ShardCache(root, folder, 1 << 30).fetch(INFO, fresh=True))
     elif (Path(root) / INFO).is_file():
         content = read_json(Path(root) / INFO)
     else:

@@ -82,7 +82,7 @@ class BucketBatchSampler(GlobalBatchSampler):
         epoch, first = (self.epoch, 0) if self.position is None else divmod(self.position(), max(1, len(self)))
         for batch in self.batches(epoch)[first:]:
             if len(batch) < self.ranks:
-                batch = np.resize(batch, self.ranks)  # so that no rank waits for ever
+                batch = np.resize(batch, self.ranks)  # so that no rank waits forever
             yield [SampleKey(int(index), epoch) for index in np.array_split(batch, self.ranks)[self.rank]]
 
 

@@ -30,7 +30,7 @@ class Bucket:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of its folder."""
         return f"bucket_{self.width}x{self.height}"
 
     @classmethod
@@ -63,7 +63,7 @@ def aspect_buckets(size: int, step: int, max_aspect: float) -> list[Bucket]:
 
 
 def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
-    """The bucket of the likest shape."""
+    """The bucket whose aspect ratio is nearest."""
     return min(buckets, key=lambda b: (abs(math.log(width / height) - math.log(b.width / b.height)), b))
 
 

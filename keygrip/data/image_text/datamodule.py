@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from keygrip.data.shards.remote import is_remote
 from keygrip.data.shards.resuming import ResumableData
 from keygrip.data.shards.sampling import GlobalBatchSampler
 from keygrip.data.shards.substitution import Collate, CountingLoader
-from keygrip.training.parts import data_part
+from keygrip.training.parts import ReadWhere, data_part
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ class ImageShards(ResumableData):
         trim_text: batches end with their longest caption; False: every batch has the encoder's whole length.
     """
 
+    read_where: ClassVar = {"make": ReadWhere("root", None)}
     batch_type = ImageTextBatch
     order_depends_on = ("batch_size", "seed", "fingerprint")
 

@@ -1,6 +1,6 @@
 """Image files of any kind as 8-bit RGB pixels: one way for the preparation of shards and for sampling.
 
-| what a file holds | what becomes of it |
+| what a file holds | how it is decoded |
 | --- | --- |
 | EXIF orientation | turned |
 | transparency (alpha, a palette's or a single transparent value) | laid over white |
@@ -26,7 +26,7 @@ EXIF_ORIENTATION = 0x0112
 TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
 MATTE = (255, 255, 255)
 SCREEN_GAMMA = 2.2
-NEARLY = 0.05  # relative; the usual gAMA of 0.45455 is that of a screen
+NEARLY = 0.05  # relative tolerance of gamma; the usual gAMA of 0.45455 is that of a screen
 # Colour spaces of ICC profiles by the modes of images that they can describe.
 PROFILED = {"RGB": "RGB", "RGBA": "RGB", "CMYK": "CMYK", "L": "GRAY"}
 
@@ -58,7 +58,7 @@ def decode_image(path: Path | str) -> Image.Image:
 def refuse_frames(image: Image.Image) -> None:
     """Raises ValueError: the image has several frames or pages, and which one is meant is not known."""
     frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":  # a camera's JPEG with previews or a second eye: the first is the photo
+    if frames > 1 and image.format != "MPO":  # a camera's JPEG with previews or a stereo pair: the first is the photo
         raise ValueError(f"it has {frames} frames or pages: save the one that is meant as a file of its own")
 
 

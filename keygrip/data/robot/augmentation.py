@@ -36,7 +36,7 @@ class Box:
     bottom: float
     angle: float = 0.0
 
-    def to_picture(self, size: int) -> np.ndarray:
+    def to_image(self, size: int) -> np.ndarray:
         """The 3x3 map from source pixels to the pixels of the S x S image that is cut from this box."""
         width, height = self.right - self.left, self.bottom - self.top
         centre_x, centre_y = (self.left + self.right) / 2, (self.top + self.bottom) / 2
@@ -47,27 +47,27 @@ class Box:
         return scale @ turn @ centre
 
 
-def cut(picture: np.ndarray, box: Box, size: int) -> np.ndarray:
+def cut(image: np.ndarray, box: Box, size: int) -> np.ndarray:
     """The box of an H x W x 3 uint8 image, resampled (with anti-aliasing) to S x S x 3 uint8.
 
     What a turned box shows beyond the image's edge is black.
     """
-    image = Image.fromarray(picture)
+    whole = Image.fromarray(image)
     if box.angle == 0.0:
         corners = (box.left, box.top, box.right, box.bottom)
-        return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=corners))
+        return np.asarray(whole.resize((size, size), Image.Resampling.BILINEAR, box=corners))
     # Pillow's affine transform does not anti-alias, so the image is first brought near its final scale.
     ratio_x, ratio_y = size / (box.right - box.left), size / (box.bottom - box.top)
-    width = max(1, round(image.width * ratio_x)) if ratio_x < 1 else image.width
-    height = max(1, round(image.height * ratio_y)) if ratio_y < 1 else image.height
-    if (width, height) != image.size:
-        scaled = np.diag([width / image.width, height / image.height, 1.0])
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    width = max(1, round(whole.width * ratio_x)) if ratio_x < 1 else whole.width
+    height = max(1, round(whole.height * ratio_y)) if ratio_y < 1 else whole.height
+    if (width, height) != whole.size:
+        scaled = np.diag([width / whole.width, height / whole.height, 1.0])
+        whole = whole.resize((width, height), Image.Resampling.BILINEAR)
     else:
         scaled = np.eye(3)
-    backward = scaled @ np.linalg.inv(box.to_picture(size))
+    backward = scaled @ np.linalg.inv(box.to_image(size))
     coefficients = tuple(backward[:2].reshape(-1))
-    return np.asarray(image.transform((size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR))
+    return np.asarray(whole.transform((size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR))
 
 
 def cut_depth(depth: np.ndarray, box: Box, size: int) -> np.ndarray:
@@ -75,7 +75,7 @@ def cut_depth(depth: np.ndarray, box: Box, size: int) -> np.ndarray:
 
     Each value is that of the nearest pixel: a mean over an edge is a distance at which nothing is.
     """
-    backward = np.linalg.inv(box.to_picture(size))
+    backward = np.linalg.inv(box.to_image(size))
     centres = np.arange(size) + 0.5
     # One row of columns and one column of rows, which a turned box makes a whole grid of.
     turned = box.angle != 0.0
@@ -89,21 +89,21 @@ def cut_depth(depth: np.ndarray, box: Box, size: int) -> np.ndarray:
 
 
 def follow_pixels(
-    to_picture: np.ndarray, intrinsics: np.ndarray, world_to_camera: np.ndarray
+    to_image: np.ndarray, intrinsics: np.ndarray, world_to_camera: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Intrinsics and camera pose of an image whose pixels were mapped by the affine `to_picture`.
+    """Intrinsics and camera pose of an image whose pixels were mapped by the affine `to_image`.
 
     ``A K`` alone would carry an in-plane turn inside K; it is split into an upper triangular K' and a roll of the
     camera about its optical axis, ``A K = K' R``, so that K' stays what every reader of intrinsics expects. Without a
     turn, R is the identity.
 
     Args:
-        to_picture: 3x3. intrinsics: 3x3. world_to_camera: 4x4.
+        to_image: 3x3. intrinsics: 3x3. world_to_camera: 4x4.
 
     Returns:
         K' 3x3 and the new world_to_camera 4x4.
     """
-    moved = to_picture @ intrinsics
+    moved = to_image @ intrinsics
     if moved[1, 0] == 0.0:
         return moved, world_to_camera
     length = math.hypot(moved[1, 0], moved[1, 1])
@@ -126,32 +126,30 @@ class Colours:
     offset: np.ndarray
 
 
-def normalise(
-    picture: np.ndarray, mean: Sequence[float], std: Sequence[float], colours: Colours | None = None
-) -> Tensor:
+def normalise(image: np.ndarray, mean: Sequence[float], std: Sequence[float], colours: Colours | None = None) -> Tensor:
     """S x S x 3 uint8 -> float32 [3, S, S], ``(value / 255 - mean) / std`` a channel, of the image in other colours
     if given."""
     scale = (1 / (255 * np.asarray(std))).astype(np.float32)[:, None]
     offset = (-np.asarray(mean) / np.asarray(std)).astype(np.float32)[:, None]
-    size = picture.shape[:2]
+    size = image.shape[:2]
     if colours is None:
-        flat = np.ascontiguousarray(picture.reshape(-1, 3).T, dtype=np.float32)
+        flat = np.ascontiguousarray(image.reshape(-1, 3).T, dtype=np.float32)
         flat *= scale
         flat += offset
     else:
         # one product for colours and scale; clipping at black and white moves behind it, to where these end up
         matrix = (scale * colours.matrix).astype(np.float32)
-        flat = matrix @ picture.reshape(-1, 3).astype(np.float32).T
+        flat = matrix @ image.reshape(-1, 3).astype(np.float32).T
         flat += scale * colours.offset.astype(np.float32)[:, None] + offset
         np.clip(flat, offset, scale * 255 + offset, out=flat)
     return torch.from_numpy(flat.reshape(3, *size))
 
 
-def recolour(picture: np.ndarray, colours: Colours) -> np.ndarray:
+def recolour(image: np.ndarray, colours: Colours) -> np.ndarray:
     """The image (H x W x 3 uint8) in other colours, uint8."""
-    changed = picture.reshape(-1, 3).astype(np.float32) @ colours.matrix.T.astype(np.float32)
+    changed = image.reshape(-1, 3).astype(np.float32) @ colours.matrix.T.astype(np.float32)
     changed += colours.offset.astype(np.float32)
-    return np.clip(np.rint(changed), 0, 255).astype(np.uint8).reshape(picture.shape)
+    return np.clip(np.rint(changed), 0, 255).astype(np.uint8).reshape(image.shape)
 
 
 @dataclass(frozen=True)
@@ -159,11 +157,11 @@ class View:
     """One camera's image as the network takes it, before it is normalised.
 
     Args:
-        picture: S x S x 3 uint8 RGB. intrinsics: 3x3 and world_to_camera: 4x4 of that image.
+        image: S x S x 3 uint8 RGB. intrinsics: 3x3 and world_to_camera: 4x4 of that image.
         depth: S x S float32 metres along the optical axis, 0 where unknown; None where there was none.
     """
 
-    picture: np.ndarray
+    image: np.ndarray
     intrinsics: np.ndarray
     world_to_camera: np.ndarray
     depth: np.ndarray | None
@@ -196,7 +194,7 @@ class ImageGeometry:
         if self.image_size < 1:
             raise ValueError(f"image_size must be positive, not {self.image_size}")
         if not 0 < self.field <= 1:
-            raise ValueError(f"field must be above 0 and at most 1 (the whole picture), not {self.field}")
+            raise ValueError(f"field must be above 0 and at most 1 (the whole image), not {self.field}")
         if self.fit not in FITS:
             raise ValueError(f"fit must be one of {', '.join(FITS)}, not {self.fit!r}")
 
@@ -216,22 +214,22 @@ class ImageGeometry:
         Returns:
             float32 [3, S, S], normalised, and float32 [3, 3], the intrinsics of the result.
         """
-        _check_picture(image)
+        _check_image(image)
         box = self.box(image.shape[1], image.shape[0])
-        moved = box.to_picture(self.image_size) @ np.asarray(intrinsics, dtype=np.float64)
-        picture = normalise(cut(image, box, self.image_size), self.mean, self.std)
-        return picture, torch.from_numpy(moved.astype(np.float32))
+        moved = box.to_image(self.image_size) @ np.asarray(intrinsics, dtype=np.float64)
+        seen = normalise(cut(image, box, self.image_size), self.mean, self.std)
+        return seen, torch.from_numpy(moved.astype(np.float32))
 
     def detail(self, image: np.ndarray, size: int) -> Tensor:
         """The same cut of a camera image (H x W x 3 uint8 RGB) at another resolution, uint8 [3, size, size]."""
-        _check_picture(image)
+        _check_image(image)
         return _channels_first(cut(image, self.box(image.shape[1], image.shape[0]), size))
 
     def view(
         self, image: np.ndarray, intrinsics: np.ndarray, world_to_camera: np.ndarray, depth: np.ndarray | None = None
     ) -> View:
         """One of several cameras' images, still in bytes; `depth` H x W uint16 millimetres. As `apply` otherwise."""
-        _check_picture(image)
+        _check_image(image)
         return _cut_view(
             self.box(image.shape[1], image.shape[0]), self.image_size, image, intrinsics, world_to_camera, depth
         )
@@ -283,7 +281,7 @@ class Augmentation:
         centre_y = _inside(height / 2 + shift_y * side_y, (sin * crop_x + cos * crop_y) / 2, height)
         return Box(centre_x - crop_x / 2, centre_y - crop_y / 2, centre_x + crop_x / 2, centre_y + crop_y / 2, angle)
 
-    def colours(self, generator: np.random.Generator, picture: np.ndarray) -> Colours:
+    def colours(self, generator: np.random.Generator, image: np.ndarray) -> Colours:
         """A random change of the colours of an image (S x S x 3 uint8): its mean grey is what contrast is relative
         to."""
         brightness = 1 + generator.uniform(-self.brightness, self.brightness)
@@ -291,7 +289,7 @@ class Augmentation:
         saturation = 1 + generator.uniform(-self.saturation, self.saturation)
         gain = 1 + generator.uniform(-self.channel_gain, self.channel_gain, size=3)
         matrix = saturation * np.eye(3) + (1 - saturation) * np.tile(GREY, (3, 1))
-        level = float(picture[::4, ::4].reshape(-1, 3).mean(axis=0) @ GREY)  # from a sixteenth of the pixels
+        level = float(image[::4, ::4].reshape(-1, 3).mean(axis=0) @ GREY)  # from a sixteenth of the pixels
         return Colours(
             matrix=brightness * contrast * gain[:, None] * matrix, offset=brightness * (1 - contrast) * gain * level
         )
@@ -329,12 +327,12 @@ class Augmentation:
         """As `apply`, and the same view at `detail_size`: uint8 [3, Q, Q], not normalised; None without a size."""
         box = self.box(generator, geometry, image.shape[1], image.shape[0])
         size = geometry.image_size
-        new_intrinsics, new_pose = follow_pixels(box.to_picture(size), intrinsics, world_to_camera)
-        picture = cut(image, box, size)
-        colours = self.colours(generator, picture)
+        new_intrinsics, new_pose = follow_pixels(box.to_image(size), intrinsics, world_to_camera)
+        seen = cut(image, box, size)
+        colours = self.colours(generator, seen)
         detail = None if detail_size is None else _channels_first(recolour(cut(image, box, detail_size), colours))
         return (
-            normalise(picture, geometry.mean, geometry.std, colours),
+            normalise(seen, geometry.mean, geometry.std, colours),
             torch.from_numpy(new_intrinsics.astype(np.float32)),
             torch.from_numpy(np.asarray(new_pose, dtype=np.float32)),
             detail,
@@ -353,16 +351,16 @@ class Augmentation:
         `apply` otherwise."""
         box = self.box(generator, geometry, image.shape[1], image.shape[0])
         cut_out = _cut_view(box, geometry.image_size, image, intrinsics, world_to_camera, depth)
-        return replace(cut_out, picture=recolour(cut_out.picture, self.colours(generator, cut_out.picture)))
+        return replace(cut_out, image=recolour(cut_out.image, self.colours(generator, cut_out.image)))
 
 
-def _channels_first(picture: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))
+def _channels_first(image: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
-def _check_picture(image: np.ndarray) -> None:
+def _check_image(image: np.ndarray) -> None:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(f"a picture must be H x W x 3 uint8, not {image.shape} {image.dtype}")
+        raise ValueError(f"an image must be H x W x 3 uint8, not {image.shape} {image.dtype}")
 
 
 def _cut_view(
@@ -373,11 +371,11 @@ def _cut_view(
     world_to_camera: np.ndarray,
     depth: np.ndarray | None,
 ) -> View:
-    new_intrinsics, new_pose = follow_pixels(box.to_picture(size), np.asarray(intrinsics, np.float64), world_to_camera)
+    new_intrinsics, new_pose = follow_pixels(box.to_image(size), np.asarray(intrinsics, np.float64), world_to_camera)
     metres = None
     if depth is not None:
         if depth.shape != image.shape[:2]:
-            raise ValueError(f"the depth map is {depth.shape}, its picture {image.shape[:2]}: they must be aligned")
+            raise ValueError(f"the depth map is {depth.shape}, its image {image.shape[:2]}: they must be aligned")
         metres = cut_depth(depth, box, size).astype(np.float32) / 1000
     return View(cut(image, box, size), new_intrinsics, new_pose, metres)
 

@@ -72,8 +72,7 @@ class CameraCalibration:
         if abs(across / down - 1) > 0.01:
             raise ValueError(
                 f"camera {self.name!r} is calibrated at {self.width} x {self.height}, its frames are {width} x "
-                f"{height}: "
-                "another shape is a crop, whose intrinsics must be given for it"
+                f"{height}: another shape is a crop, whose intrinsics must be given for it"
             )
         return np.diag([across, down, 1.0]) @ self.intrinsics
 
@@ -122,11 +121,11 @@ class Calibration:
         raise ValueError(f"{self.path} has no arms.{name}.world_from_base: where that arm's base stands in the world")
 
     def camera(self, name: str) -> CameraCalibration:
+        """The entry of a camera. Raises ValueError: there is none."""
         if name not in self.cameras:
             raise ValueError(
-                f"{self.path} has no camera {name!r}; it has {', '.join(self.cameras) or 'none'}. Add it, or leave "
-                "it out "
-                "by giving null"
+                f"{self.path} has no camera {name!r}; it has {', '.join(self.cameras) or 'none'}. Add it, or leave it "
+                "out by giving null"
             )
         return self.cameras[name]
 
@@ -147,8 +146,13 @@ def find_calibration(root: Path, given: Path | None, format_name: str) -> Path:
     raise FileNotFoundError(
         f"{root}: {format_name} recordings lack cameras in the world; write {root / NAMES[0]} (intrinsics and "
         "world_to_camera of each camera, see keygrip/data/robot/calibration.py) or name one with "
-        "data.calibration=PATH"
+        f"{setting('calibration')}"
     )
+
+
+def setting(name: str, value: str = "PATH") -> str:
+    """How a setting of the data is given, for messages that training and `keygrip prepare` share."""
+    return f"data.{name}={value} (of keygrip prepare: {name}={value})"
 
 
 def read_calibration(path: Path) -> Calibration:
@@ -174,8 +178,7 @@ def _checked(path: Path, content: dict[str, Any]) -> Calibration:
     if pixel not in ("centre", "corner"):
         raise ValueError(
             f"{path}: conventions.pixel must be centre (OpenCV and camera drivers: the first pixel's centre is 0, 0) "
-            "or "
-            f"corner (its centre is 0.5, 0.5), not {pixel!r}"
+            f"or corner (its centre is 0.5, 0.5), not {pixel!r}"
         )
     shift = 0.5 if pixel == "centre" else 0.0
     cameras = {
@@ -259,9 +262,8 @@ def _camera(path: Path, name: str, entry: dict[str, Any], shift: float) -> Camer
     given = [key for key in ("world_to_camera", "camera_to_world", "camera_to_gripper") if key in entry]
     if len(given) != 1 or ("camera_to_gripper" in entry) != ("mounted_on" in entry):
         raise ValueError(
-            f"{path}: {where} needs one of world_to_camera, camera_to_world, or mounted_on with camera_to_gripper; "
-            "it has "
-            f"{', '.join(given) or 'none'}"
+            f"{path}: {where} needs one of world_to_camera, camera_to_world, or mounted_on with camera_to_gripper; it "
+            f"has {', '.join(given) or 'none'}"
         )
     pose = rigid(_matrix(path, f"{where}.{given[0]}", entry[given[0]], (4, 4)), f"{path}: {where}.{given[0]}")
     rotate = entry.get("rotate", 0)

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 LEAST_FRAMES, LEAST_CORNERS = 8, 6
 LARGEST_ERROR_PX = 2.0
-SMALLEST_TURN_DEG = 15.0  # between the gripper's rotations: hand-eye calibration needs turns about two axes
+SMALLEST_TURN_DEG = 15.0  # between two of the gripper's rotations; hand-eye calibration needs turns about two axes
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def calibrate_camera(
         turns, shifts = [turn for turn, _ in solved], [shift for _, shift in solved]
         error = _reprojection(cv2, objects, pixels, turns, shifts, matrix, distortion)
     if error > LARGEST_ERROR_PX:
-        raise ValueError(f"the board's corners lie {error:.1f} px off on average: check the board and the pictures")
+        raise ValueError(f"the board's corners lie {error:.1f} px off on average: check the board and the images")
     board_in_camera = transform(
         np.stack([np.ravel(shift) for shift in shifts]), np.stack([cv2.Rodrigues(turn)[0] for turn in turns])
     )

@@ -15,17 +15,15 @@ from keygrip.data.bad_samples import HOSTILE, is_of_the_machine, reason_of
 from keygrip.data.robot.frames import VideoFrames
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError
 
-QUATERNION_TOLERANCE = (
-    1e-2  # |norm - 1| above this is a wrong order, a wrong unit or a broken sensor, not float32 rounding
-)
+# |norm - 1| above this is a wrong order, a wrong unit or a broken sensor, not float32 rounding
+QUATERNION_TOLERANCE = 1e-2
 LARGEST_POSITION_M = 10.0  # farther is another unit or a broken reading: it would stretch the height bins over all
 OUTLIER_M, OUTLIER_QUARTILES = 0.1, 10.0
-RATES_HZ = (0.01, 10_000.0)  # of recordings; others are another unit
-NAME = re.compile(r"\w[\w .:+-]{0,99}")  # of arms and cameras: they become names of files
+RATES_HZ = (0.01, 10_000.0)  # frame rates of recordings; others are another unit
+NAME = re.compile(r"\w[\w .:+-]{0,99}")  # names of arms and cameras; they become names of files
 ROTATION_TOLERANCE = 1e-3  # largest entry of R R^T - I that rounding and hand-eye calibration files produce
-GRIPPER_TOLERANCE = (
-    1e-3  # opening may overshoot [0, 1] by this much (encoder noise); more means another unit or polarity
-)
+# The opening may overshoot [0, 1] by this much (encoder noise); more means another unit or polarity.
+GRIPPER_TOLERANCE = 1e-3
 
 
 def _check_poses(name: str, arm: str, what: str, poses: ArmTrajectory, frames: int) -> None:
@@ -116,7 +114,7 @@ def _check_camera(name: str, camera: str, track: CameraTrack, frames: int) -> No
         raise DemoError(
             name,
             f"{where}: focal length {focal[0].round(2).tolist()} and centre {centre[0].round(2).tolist()} do not fit "
-            "a picture of "
+            "an image of "
             f"{track.width} x {track.height} pixels; were they made for another resolution or in other units?",
         )
     rotation = pose[:, :3, :3]
@@ -135,7 +133,7 @@ def _check_camera(name: str, camera: str, track: CameraTrack, frames: int) -> No
             "needed",
         )
     if len(track.frames) != frames:
-        raise DemoError(name, f"{where}: {len(track.frames)} pictures for {frames} time stamps")
+        raise DemoError(name, f"{where}: {len(track.frames)} images for {frames} time stamps")
 
 
 def _check_images(name: str, camera: str, track: CameraTrack, frames: int) -> None:
@@ -143,11 +141,11 @@ def _check_images(name: str, camera: str, track: CameraTrack, frames: int) -> No
         if isinstance(track.frames, VideoFrames):
             track.frames.verify()
         for index in {0, frames - 1}:
-            picture = track.frames.read(index)
-            if picture.shape != (track.height, track.width, 3) or picture.dtype != np.uint8:
+            image = track.frames.read(index)
+            if image.shape != (track.height, track.width, 3) or image.dtype != np.uint8:
                 raise DemoError(
                     name,
-                    f"camera {camera!r}: frame {index} is {picture.shape} {picture.dtype}, the demo says "
+                    f"camera {camera!r}: frame {index} is {image.shape} {image.dtype}, the demo says "
                     f"{track.height} x {track.width} x 3 uint8",
                 )
     except DemoError:
@@ -174,12 +172,12 @@ def pose_outliers(poses: ArmTrajectory) -> np.ndarray:
     return np.flatnonzero((off > max(OUTLIER_M, OUTLIER_QUARTILES * float(np.quantile(off, 0.25)))) & returns) + 1
 
 
-def check_demo(demo: Demo, pictures: bool = True, cameras: Iterable[str] | None = None) -> None:
+def check_demo(demo: Demo, images: bool = True, cameras: Iterable[str] | None = None) -> None:
     """Raises DemoError where the demo breaks a convention; every format's reader passes through here.
 
     Args:
         demo: what was read.
-        pictures: also decode the first and last frame of each camera and count the frames of a video.
+        images: also decode the first and last frame of each camera and count the frames of a video.
         cameras: cameras whose images are decoded; None: all.
     """
     name, frames = demo.name, len(demo.timestamps)
@@ -208,7 +206,7 @@ def check_demo(demo: Demo, pictures: bool = True, cameras: Iterable[str] | None 
     wanted = None if cameras is None else set(cameras)
     for camera, track in demo.cameras.items():
         _check_camera(name, camera, track, frames)
-        if pictures and (wanted is None or camera in wanted):
+        if images and (wanted is None or camera in wanted):
             _check_images(name, camera, track, frames)
 
 

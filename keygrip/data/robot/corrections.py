@@ -7,7 +7,7 @@ corrections:
   over:
     camera_change: [[...4], [...4], [...4], [...4]]   # left of every recorded world_to_camera, in the camera's axes
     focal_factor: 1.02                                # of the recorded focal lengths
-    lag_frames: 2                                     # pictures are so many frames late (negative: early)
+    lag_frames: 2                                     # images are so many frames late (negative: early)
     uncertainty: {turn_deg: 0.1, shift_mm: 3, focal_percent: 0.5, lag_frames: 0.05}   # one standard deviation
     corrected: {intrinsics: [...], world_to_camera: [...]}                           # of the first demo, to look at
 ```
@@ -32,7 +32,7 @@ LARGEST_LAG = 1000
 
 @dataclass(frozen=True)
 class Correction:
-    """Of one camera: change [4, 4] left of world_to_camera, factor of the focal lengths, frames by which pictures are
+    """Of one camera: change [4, 4] left of world_to_camera, factor of the focal lengths, frames by which images are
     late."""
 
     change: np.ndarray
@@ -42,7 +42,7 @@ class Correction:
 
 @dataclass(frozen=True)
 class OffsetFrames:
-    """`count` pictures of a source from number `start` on."""
+    """`count` images of a source from number `start` on."""
 
     source: FrameSource
     start: int
@@ -89,7 +89,7 @@ def read_corrections(path: Path, content: Any) -> dict[str, Correction]:
 
 
 def corrected(demo: Demo, corrections: Mapping[str, Correction], path: Path) -> Demo:
-    """A demo with corrected cameras; frames for which a late or early camera has no picture are left out.
+    """A demo with corrected cameras; frames for which a late or early camera has no image are left out.
 
     Raises:
         DemoError: a camera is not in the demo, or lags leave fewer than two frames.
@@ -102,7 +102,7 @@ def corrected(demo: Demo, corrections: Mapping[str, Correction], path: Path) -> 
     lags = {camera: corrections[camera].lag if camera in corrections else 0 for camera in demo.cameras}
     first, last = max(0, *(-lag for lag in lags.values())), len(demo) - max(0, *lags.values())
     if last - first < 2:
-        raise DemoError(demo.name, f"{path} shifts pictures by more frames than the demo has")
+        raise DemoError(demo.name, f"{path} shifts images by more frames than the demo has")
     kept = slice(first, last)
     cameras = {}
     for camera, track in demo.cameras.items():

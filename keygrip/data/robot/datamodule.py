@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch.utils.data import DataLoader
@@ -37,7 +36,8 @@ from keygrip.data.robot.workspace_view import fit_to_workspace
 from keygrip.data.shards.resuming import ResumableData
 from keygrip.data.shards.sampling import GlobalBatchSampler
 from keygrip.data.shards.substitution import Collate, CountingLoader
-from keygrip.training.parts import data_part
+from keygrip.training.main_guard import refuse_unguarded_script
+from keygrip.training.parts import ReadWhere, data_part
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +108,7 @@ class RobotDemos(ResumableData):
         allow_changed: a run may be resumed on demonstrations that have changed since.
     """
 
+    read_where: ClassVar = {"record": ReadWhere("root", None)}
     order_depends_on = ("batch_size", "seed", "balance", "intervention_weight", "weights")
 
     @staticmethod
@@ -179,6 +180,13 @@ class RobotDemos(ResumableData):
             )
         if not (np.isfinite(intervention_weight) and intervention_weight >= 0):
             raise ValueError(f"data.intervention_weight must be finite and at least 0, not {intervention_weight}")
+        shares = {"max_broken_share": max_broken_share, "max_off_screen_share": max_off_screen_share}
+        for name, share in shares.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"data.{name}={share}: it is a share, 0 to 1")
+        for name, least in (("cache_gb", cache_gb), ("drop_idle_s", drop_idle_s)):
+            if least is not None and not (np.isfinite(least) and least >= 0):
+                raise ValueError(f"data.{name}={least}: must be finite and at least 0")
         if max_demos is not None and max_demos < 1:
             raise ValueError(f"max_demos must be at least 1, not {max_demos}")
         self.roots = data_roots(root if root is not None else record.root, calibration)  # type: ignore[union-attr]
@@ -231,12 +239,9 @@ class RobotDemos(ResumableData):
             part.download()
         if self.record is None:
             return
-        if getattr(multiprocessing.current_process(), "_inheriting", False):
-            # a recorder's worker that runs the caller's script again would wait here for the lock of its own parent
-            raise RuntimeError(
-                "recording starts processes, which import the script that asked for it: put its work under "
-                "if __name__ == '__main__'"
-            )
+        refuse_unguarded_script()  # a recorder's worker would wait here for the lock of its own parent
+        if self.record.held() >= self.record.demos:
+            return  # without the lock: they may lie where nothing can be written
         # several processes of one run may get here; one records, the others wait
         with locked(self.root.parent / f".{self.root.name}.lock"):
             self.record.complete()
@@ -309,6 +314,7 @@ class RobotDemos(ResumableData):
 
     @property
     def train_demos(self) -> list[Demo]:
+        """Demonstrations of the training split; needs `setup`."""
         return [self.demos[index] for index in self.train_indices]
 
     @property
@@ -382,6 +388,7 @@ class RobotDemos(ResumableData):
 
     @property
     def train_samples(self) -> DemoSamples:
+        """Augmented samples of the training split; needs `setup`."""
         if self._train is None:
             self._train = self._samples(self.train_indices, self.augmentation, training=True)
             if self._train.dropped:
@@ -390,6 +397,7 @@ class RobotDemos(ResumableData):
 
     @property
     def val_samples(self) -> DemoSamples:
+        """Unaugmented samples of the validation split; needs `setup`."""
         if self._val is None:
             self._val = self._samples(self.val_indices, None, training=False)
         return self._val
@@ -417,7 +425,7 @@ class RobotDemos(ResumableData):
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What the run folder says of the data: their version, how many demos there are, and which were left out."""
+        """What the run folder records of the data: version, number of demos, and which were left out."""
         return {
             "root": [str(part.folder) for part in self.roots] if len(self.roots) > 1 else str(self.root),
             "version": data_version(self.contents) if self.contents else None,

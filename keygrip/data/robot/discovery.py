@@ -10,7 +10,7 @@ from types import ModuleType
 
 from keygrip.data.bad_samples import HOSTILE, BadSample, is_of_the_machine, reason_of
 from keygrip.data.robot import native
-from keygrip.data.robot.calibration import read_mapping
+from keygrip.data.robot.calibration import read_mapping, setting
 from keygrip.data.robot.corrections import read_corrections, with_corrections
 from keygrip.data.robot.formats import lerobot_v2, lerobot_v3, libero, raiden, yam_abc
 from keygrip.data.robot.reference import DemoReference
@@ -41,12 +41,12 @@ def find_demos(root: Path | str, format: str = "auto", calibration: Path | str |
     """
     root = Path(root)
     if not root.exists():
-        raise FileNotFoundError(f"data folder {root} does not exist; name a folder of demos with data.root=PATH")
+        raise FileNotFoundError(f"data folder {root} does not exist; name a folder of demos with {setting('root')}")
     if not root.is_dir():
-        raise FileNotFoundError(f"data folder {root} is a file; name a folder of demos with data.root=PATH")
+        raise FileNotFoundError(f"data folder {root} is a file; name a folder of demos with {setting('root')}")
     if not any(root.iterdir()):
         raise FileNotFoundError(
-            f"data folder {root} is empty; record demos into it or name another with data.root=PATH"
+            f"data folder {root} is empty; record demos into it or name another with {setting('root')}"
         )
     if format not in ("auto", *FORMATS):
         raise ValueError(f"unknown data format {format!r}; known are {', '.join(FORMATS)} and auto")
@@ -73,14 +73,13 @@ def _find(root: Path, format: str, calibration: Path | str | None) -> list[DemoR
     if format == "auto":
         recognised = [name for name in FOREIGN_FORMATS if FOREIGN_FORMATS[name].detect(root)]
         if len(recognised) > 1:
-            raise ValueError(f"{root} looks like {' and '.join(recognised)}; say which with data.format=NAME")
+            like = " and ".join(recognised)
+            raise ValueError(f"{root} looks like {like}; say which with {setting('format', 'NAME')}")
         if not recognised:
             raise FileNotFoundError(
                 f"{root} holds no demos in a known format; looked for native (a folder a demo with metadata.json of "
-                f"schema {SCHEMA!r} and "
-                "trajectory.npz), raiden (<task>/0000/lowdim), yam_abc (<slug>/<stamp>_<id>/*-joint_pos.npy), "
-                "lerobot_v2 and lerobot_v3 (meta/info.json) and "
-                "libero (*.hdf5)"
+                f"schema {SCHEMA!r} and trajectory.npz), raiden (<task>/0000/lowdim), yam_abc "
+                "(<slug>/<stamp>_<id>/*-joint_pos.npy), lerobot_v2 and lerobot_v3 (meta/info.json) and libero (*.hdf5)"
             )
         format = recognised[0]
     given = None if calibration is None else Path(calibration)
@@ -89,8 +88,8 @@ def _find(root: Path, format: str, calibration: Path | str | None) -> list[DemoR
     if format == "native":
         if given is not None and not corrections:
             raise ValueError(
-                f"calibration={calibration} has no effect: native demos carry their cameras; leave data.calibration "
-                "out, or name a file with corrections (prepare step=calibrate)"
+                f"calibration={calibration} has no effect: native demos carry their cameras; leave it out, "
+                "or name a file with corrections (prepare step=calibrate)"
             )
         references = native.find(root)
     else:

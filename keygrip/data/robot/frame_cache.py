@@ -178,16 +178,16 @@ class FrameCache:
             if self._compared[slot] or _mark(pixels) == mark:
                 self._compared[slot] = True
                 return np.asarray(pixels).reshape(shape.height, shape.width, 3)
-        picture = np.ascontiguousarray(self.sources[demo].read(frame))
-        if picture.shape != (shape.height, shape.width, 3):
-            raise ValueError(f"frame {frame} has shape {picture.shape}, {(shape.height, shape.width, 3)} was promised")
+        image = np.ascontiguousarray(self.sources[demo].read(frame))
+        if image.shape != (shape.height, shape.width, 3):
+            raise ValueError(f"frame {frame} has shape {image.shape}, {(shape.height, shape.width, 3)} was promised")
         try:
-            _write(self._pixels_file, picture.reshape(-1).data, first)
-            _write(self._marks_file, _mark(picture.reshape(-1)).to_bytes(4, "little"), 4 * slot)
+            _write(self._pixels_file, image.reshape(-1).data, first)
+            _write(self._marks_file, _mark(image.reshape(-1)).to_bytes(4, "little"), 4 * slot)
         except OSError as error:
             log.warning("the frame cache stops growing (%s); frames are decoded every time", error)
             self.limit_bytes = 0
-        return picture
+        return image
 
 
 def _mark(pixels: np.ndarray) -> int:

@@ -7,9 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from keygrip.data.bad_samples import open_image, read_bytes
 from keygrip.data.video import count_frames, file_identity, read_frame
+
+
+def rgb_pixels(image: Image.Image) -> np.ndarray:
+    """uint8 [H, W, 3] of a camera's image.
+
+    Raises:
+        ValueError: its numbers have more than 8 bits, of which a conversion would make white.
+    """
+    if image.mode.startswith("I") or image.mode == "F":
+        raise ValueError(f"it has more than 8 bits a pixel (mode {image.mode}), as depth has: save images with 8")
+    return np.asarray(image.convert("RGB"))
 
 
 def _rotated(image: np.ndarray, rotate: int) -> np.ndarray:
@@ -29,9 +41,8 @@ def _checked_index(index: int, length: int, what: object) -> int:
 
 
 @dataclass(frozen=True)
-class JpegFrames:
-    """One image file per frame (JPEG or PNG). `pattern` holds one integer field for the frame number, such as
-    `%06d.jpg`.
+class NumberedFiles:
+    """One file per frame. `pattern` holds one integer field for the frame number, such as `%06d.jpg`.
 
     Args:
         folder: where the files are.
@@ -54,16 +65,8 @@ class JpegFrames:
         return self.frames
 
     def path(self, index: int) -> Path:
+        """The file of a frame. Raises IndexError."""
         return self.folder / (self.pattern % (self.start + _checked_index(index, self.frames, self.folder)))
-
-    def read(self, index: int) -> np.ndarray:
-        with open_image(self.path(index)) as image:
-            return _rotated(np.asarray(image.convert("RGB")), self.rotate)
-
-    def encoded(self, index: int) -> bytes | None:
-        """The file's bytes when they can be copied as they are (JPEG, not turned), else None."""
-        path = self.path(index)
-        return read_bytes(path) if not self.rotate and path.suffix.lower() in (".jpg", ".jpeg") else None
 
     def identity(self) -> str:
         with os.scandir(self.folder) as entries:
@@ -72,31 +75,30 @@ class JpegFrames:
 
 
 @dataclass(frozen=True)
-class DepthFrames:
-    """16-bit PNG depth, millimetres, one file per frame; 0 means no reading."""
-
-    folder: Path
-    pattern: str
-    frames: int
-    start: int = 0
-    rotate: int = 0
-
-    def __post_init__(self) -> None:
-        _checked_rotation(self.rotate)
-
-    def __len__(self) -> int:
-        return self.frames
+class JpegFrames(NumberedFiles):
+    """One image file per frame (JPEG or PNG)."""
 
     def read(self, index: int) -> np.ndarray:
-        path = self.folder / (self.pattern % (self.start + _checked_index(index, self.frames, self.folder)))
+        with open_image(self.path(index)) as image:
+            return _rotated(rgb_pixels(image), self.rotate)
+
+    def encoded(self, index: int) -> bytes | None:
+        """The file's bytes when they can be copied as they are (JPEG, not turned), else None."""
+        path = self.path(index)
+        return read_bytes(path) if not self.rotate and path.suffix.lower() in (".jpg", ".jpeg") else None
+
+
+@dataclass(frozen=True)
+class DepthFrames(NumberedFiles):
+    """One 16-bit PNG file of depth per frame, millimetres; 0 means no reading."""
+
+    def read(self, index: int) -> np.ndarray:
+        path = self.path(index)
         with open_image(path) as image:
             depth = np.asarray(image)
         if depth.ndim != 2:
             raise ValueError(f"{path}: depth must have one channel, it has shape {depth.shape}")
         return _rotated(depth.astype(np.uint16), self.rotate)
-
-    def identity(self) -> str:
-        return JpegFrames(self.folder, self.pattern, self.frames, self.start, self.rotate).identity()
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class VideoFrames:
         return self.frames if self.frames is not None else self.frames_in_file() - self.start
 
     def frames_in_file(self) -> int:
+        """Frames in the whole file, counted from its packets. Raises OSError."""
         return count_frames(self.path)
 
     def verify(self) -> None:

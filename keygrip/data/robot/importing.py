@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from keygrip.data.bad_samples import first_of
+from keygrip.artifacts import locked
+from keygrip.data.bad_samples import first_of, is_of_the_machine
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.native_writer import write_demo
 from keygrip.data.robot.reference import DemoReference
@@ -16,6 +17,8 @@ from keygrip.data.robot.schema import DemoError
 from keygrip.progress import Progress
 
 logger = logging.getLogger(__name__)
+
+LOCK_FILE = ".importing.lock"
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def import_demos(
     """Writes every demo under `source` as a native folder of the same name under `destination`.
 
     A demo is written under a hidden name and renamed when it is whole; demos that are there are left alone, so a second
-    call continues where the first was stopped.
+    call continues where the first was stopped. One at a time: a second import into a folder waits for the first.
 
     Args:
         source: folder of recordings. destination: folder of native demos; made where it is missing.
@@ -70,17 +73,18 @@ def import_demos(
     written, skipped = 0, 0
     broken: list[tuple[str, str]] = []
     notes: dict[str, None] = {}
-    for reference in Progress(references, desc=f"importing {references[0].format}", unit="demo", shown=progress):
-        folder = destination / reference.name
-        if (folder / "metadata.json").is_file():
-            skipped += 1
-            continue
-        try:
-            notes.update(dict.fromkeys(_import(reference, folder, cameras, video, jpeg_quality)))
-        except DemoError as error:
-            broken.append((error.name, error.reason))
-            continue
-        written += 1
+    with locked(destination / LOCK_FILE):  # another import would remove what this one is writing
+        for reference in Progress(references, desc=f"importing {references[0].format}", unit="demo", shown=progress):
+            folder = destination / reference.name
+            if (folder / "metadata.json").is_file():
+                skipped += 1
+                continue
+            try:
+                notes.update(dict.fromkeys(_import(reference, folder, cameras, video, jpeg_quality)))
+            except DemoError as error:
+                broken.append((error.name, error.reason))
+                continue
+            written += 1
     for note in notes:
         logger.info("%s", note)
     share = len(broken) / len(references)
@@ -101,7 +105,7 @@ def _import(
     try:
         write_demo(demo, folder, cameras, video, jpeg_quality)
     except (OSError, ValueError) as error:
-        if isinstance(error, DemoError):
+        if isinstance(error, DemoError) or is_of_the_machine(error):  # a full disk breaks no recording
             raise
         raise DemoError(reference.name, f"{error}") from error
     return [str(note) for note in demo.source.get("notes", [])]

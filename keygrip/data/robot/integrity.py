@@ -1,4 +1,4 @@
-"""Whether recordings are what was recorded: manifests of hashes, one check of every frame, the version of a data set.
+"""Integrity of recordings: manifests of hashes, one check of every frame, the version of a data set.
 
 A native recording holds `manifest.json`, written with it: size and SHA-256 of each of its files. When a data set is
 first used, every file is compared with its manifest and every frame is decoded; what was found is kept beside the set
@@ -46,8 +46,8 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = "keygrip.manifest/1"
 VERIFIED = "verified.json"
-THREADS = 8  # more wait for the disk
-KEPT_ENTRIES = 200_000  # of the file of checked recordings
+THREADS = 8  # more threads only wait for the disk
+KEPT_ENTRIES = 200_000  # entries kept in the file of checked recordings
 AGAIN = "restore the file, or, where it was changed on purpose, run prepare step=manifest again=true"
 
 

@@ -26,11 +26,12 @@ from keygrip.data.robot.schema import (
     Demo,
     DemoError,
     FrameSource,
+    words,
 )
 
 POSES = ("position_m", "quaternion_wxyz", "gripper_opening")
 ARM_ARRAYS = (*POSES, *(f"commanded_{part}" for part in POSES), "joint_positions_rad", "controller_action")
-PATTERN = re.compile(r"[^%]*%(0\d{1,2})?d[^%]*")  # of file names; a wider number could fill the memory
+PATTERN = re.compile(r"[^%]*%(0\d{1,2})?d[^%]*")  # one frame number in a file name; a wider one could fill memory
 SEARCH_DEPTH = 3  # folders below `root` that are searched: root/demo, root/task/demo, root/robot/task/demo
 
 
@@ -60,6 +61,7 @@ def _demo_folders(root: Path, depth: int = SEARCH_DEPTH) -> list[Path]:
 
 
 def find(root: Path) -> list[DemoReference]:
+    """References to the native demos under `root`, unread."""
     references = []
     for folder in _demo_folders(root):
         name = folder.name if folder == root else folder.relative_to(root).as_posix()
@@ -68,6 +70,7 @@ def find(root: Path) -> list[DemoReference]:
 
 
 def detect(root: Path) -> bool:
+    """Whether a folder holds native demos."""
     return any(_looks_native(folder) for folder in _demo_folders(root))
 
 
@@ -126,7 +129,7 @@ def _count_files(name: str, folder: Path, pattern: str, frames: int, camera: str
     missing = [index for index in range(frames) if pattern % index not in held]
     if missing:
         raise DemoError(
-            name, f"camera {camera!r}: {len(missing)} of {frames} pictures are missing, first {pattern % missing[0]}"
+            name, f"camera {camera!r}: {len(missing)} of {frames} images are missing, first {pattern % missing[0]}"
         )
 
 
@@ -244,7 +247,7 @@ def read_native(folder: Path | str, name: str | None = None) -> Demo:
         path=folder,
         robot=str(metadata["robot"]),
         task=str(metadata["task"]),
-        instruction=str(metadata["instruction"]),
+        instruction=words(metadata["instruction"]),
         fps=float(metadata["fps"]),
         timestamps=timestamps.astype(np.int64),
         arms={arm: _read_arm(name, trajectory, arm) for arm in arms},

@@ -120,7 +120,7 @@ class DemoWriter:
     def add(
         self,
         timestamp_ns: int,
-        pictures: Mapping[str, np.ndarray | bytes],
+        images: Mapping[str, np.ndarray | bytes],
         cameras: Mapping[str, CameraPose],
         reached: Mapping[str, ArmPose],
         commanded: Mapping[str, ArmPose] | None = None,
@@ -131,7 +131,7 @@ class DemoWriter:
 
         Args:
             timestamp_ns: increasing.
-            pictures: by camera, H x W x 3 uint8 RGB, or the bytes of a JPEG that are stored as they are.
+            images: by camera, H x W x 3 uint8 RGB, or the bytes of a JPEG that are stored as they are.
             cameras: pose and intrinsics by camera; where they never change one matrix is stored.
             reached: measured pose by arm.
             commanded: the command given at this frame by arm (where the arm is told to be at the next frame); in all
@@ -147,12 +147,12 @@ class DemoWriter:
         if index == 0:
             self._reached = {arm: [] for arm in reached}
             self._commanded = {arm: [] for arm in commanded}
-            self._cameras = {camera: [] for camera in pictures}
+            self._cameras = {camera: [] for camera in images}
             self._depth = set(depth)
         for what, given, needed in (
             ("arms", reached, self._reached),
             ("commanded arms", commanded, self._commanded),
-            ("pictures", pictures, self._cameras),
+            ("images", images, self._cameras),
             ("camera poses", cameras, self._cameras),
             ("depth", depth, self._depth),
         ):
@@ -162,10 +162,10 @@ class DemoWriter:
                 )
         if not set(self._commanded) <= set(self._reached) or not self._depth <= set(self._cameras):
             raise ValueError(
-                f"{self.folder.name}: commands or depth given for an arm or camera that has no pose or picture"
+                f"{self.folder.name}: commands or depth given for an arm or camera that has no pose or image"
             )
-        for camera, picture in pictures.items():
-            self._add_picture(camera, index, picture)
+        for camera, image in images.items():
+            self._add_image(camera, index, image)
         for camera, values in depth.items():
             folder = self._temporary / "depth" / camera
             folder.mkdir(parents=True, exist_ok=True)
@@ -180,35 +180,35 @@ class DemoWriter:
         for camera, camera_pose in cameras.items():
             self._cameras[camera].append(camera_pose)
 
-    def _add_picture(self, camera: str, index: int, picture: np.ndarray | bytes) -> None:
-        if isinstance(picture, bytes):
-            with Image.open(io.BytesIO(picture)) as opened:
+    def _add_image(self, camera: str, index: int, image: np.ndarray | bytes) -> None:
+        if isinstance(image, bytes):
+            with Image.open(io.BytesIO(image)) as opened:
                 size, kind = opened.size, opened.format
             if self.video or kind != "JPEG":
-                picture = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
-        if isinstance(picture, np.ndarray):
-            if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+                image = np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))
+        if isinstance(image, np.ndarray):
+            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
                 raise ValueError(
-                    f"camera {camera!r}: a picture must be H x W x 3 uint8, not {picture.shape} {picture.dtype}"
+                    f"camera {camera!r}: an image must be H x W x 3 uint8, not {image.shape} {image.dtype}"
                 )
-            size = (picture.shape[1], picture.shape[0])
+            size = (image.shape[1], image.shape[0])
         if self._sizes.setdefault(camera, size) != size:
             raise ValueError(f"camera {camera!r}: frame {index} is {size}, the first one was {self._sizes[camera]}")
         folder = self._temporary / "rgb"
-        if isinstance(picture, np.ndarray) and self.video:
+        if isinstance(image, np.ndarray) and self.video:
             folder.mkdir(parents=True, exist_ok=True)
             if camera not in self._videos:
                 self._videos[camera] = VideoWriter(folder / f"{camera}.mp4", *size, self.fps)
-            self._videos[camera].write(np.ascontiguousarray(picture))
+            self._videos[camera].write(np.ascontiguousarray(image))
             return
         folder = folder / camera
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{index:06d}.jpg"
-        if isinstance(picture, bytes):
-            path.write_bytes(picture)
+        if isinstance(image, bytes):
+            path.write_bytes(image)
         else:
             # 4:4:4: chroma at full resolution, since thin coloured edges are what the policy localises
-            Image.fromarray(picture).save(path, quality=self.jpeg_quality, subsampling=0)
+            Image.fromarray(image).save(path, quality=self.jpeg_quality, subsampling=0)
 
     def _finish(self) -> None:
         if len(self._timestamps) < 2:
@@ -298,13 +298,13 @@ def write_demo(
     words = (demo.robot, demo.task, demo.instruction, demo.fps, source, demo.text)
     with DemoWriter(folder, *words, video, jpeg_quality, uncalibrated) as writer:
         for index in range(len(demo)):
-            pictures: dict[str, np.ndarray | bytes] = {}
+            images: dict[str, np.ndarray | bytes] = {}
             for name, track in tracks.items():
                 encoded = track.frames.encoded(index) if isinstance(track.frames, JpegFrames) and not video else None
-                pictures[name] = track.frames.read(index) if encoded is None else encoded
+                images[name] = track.frames.read(index) if encoded is None else encoded
             writer.add(
                 int(demo.timestamps[index]),
-                pictures,
+                images,
                 {
                     name: CameraPose(track.intrinsics[index], track.world_to_camera[index])
                     for name, track in tracks.items()

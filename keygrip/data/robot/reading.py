@@ -15,7 +15,7 @@ from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
 
-NOTES_AT_MOST = 10  # of what readers did on their own account, each once
+NOTES_AT_MOST = 10  # readers' notes in the log, each once
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ class Recording:
             seed=self.seed,
             image_size=self.image_size,
             hz=self.hz,
-            processes=self.processes or os.cpu_count() or 1,
+            processes=(os.cpu_count() or 1) if self.processes is None else self.processes,
             depth=self.depth,
             video=self.video,
             cameras=None if self.cameras is None else tuple(self.cameras),

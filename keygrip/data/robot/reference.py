@@ -28,11 +28,11 @@ class DemoReference:
     format: str
     reader: Callable[[], Demo]
 
-    def read(self, pictures: bool = True, cameras: Iterable[str] | None = None, uncalibrated: bool = False) -> Demo:
+    def read(self, images: bool = True, cameras: Iterable[str] | None = None, uncalibrated: bool = False) -> Demo:
         """The demo, checked (see `check_demo`), with unit quaternions.
 
         Args:
-            pictures, cameras: as for `check_demo`. uncalibrated: keep cameras whose pose is not known; they are left
+            images, cameras: as for `check_demo`. uncalibrated: keep cameras whose pose is not known; they are left
                 out otherwise, with a note in the demo's `source`.
 
         Raises:
@@ -42,7 +42,7 @@ class DemoReference:
             demo = self.reader()
             if not uncalibrated:
                 demo = _calibrated(demo)
-            check_demo(demo, pictures=pictures, cameras=cameras)
+            check_demo(demo, images=images, cameras=cameras)
         except DemoError as error:
             if error.name == self.name:
                 raise

@@ -1,4 +1,4 @@
-"""One data set or several: their folders, and demonstrations of all of them."""
+"""One or several data sets: their folders and their demonstrations."""
 
 from __future__ import annotations
 

@@ -21,9 +21,9 @@ from keygrip.data.shards.sampling import SampleKey, sample_generator
 from keygrip.data.shards.substitution import SubstitutingSamples
 
 TARGETS = ("commanded", "reached")
-EXTRA_TARGETS = ("joints", "controller")  # of an arm, where a model's actions are no poses
+EXTRA_TARGETS = ("joints", "controller")  # what else of an arm is read, where a model's actions are not poses
 SUBSTITUTES = 8  # frames to each side that may stand in for one that cannot be read
-IDLE_SPEED_MPS = 0.005  # slower than this is standing still: five times the tracking noise of a good arm at 10 Hz
+IDLE_SPEED_MPS = 0.005  # slower counts as standing still: five times the tracking noise of a good arm at 10 Hz
 IDLE_TURN_RPS = 0.05  # and turns slower than 3 degrees per second
 IDLE_GRIPPER_PER_S = 0.05  # and a gripper that would need 20 s to close
 
@@ -295,7 +295,7 @@ class MultiViewSamples(DemoSamples):
                 views.append(options.augmentation.view(generator, options.geometry, *seen))
         depth = [view.depth for view in views if view.depth is not None]
         return MultiViewPolicyBatch(
-            images=torch.from_numpy(np.stack([view.picture.transpose(2, 0, 1) for view in views])),
+            images=torch.from_numpy(np.stack([view.image.transpose(2, 0, 1) for view in views])),
             view_intrinsics=_float(np.stack([view.intrinsics for view in views])),
             view_world_to_camera=_float(np.stack([view.world_to_camera for view in views])),
             depth=torch.from_numpy(np.stack(depth)) if depth else None,

@@ -40,9 +40,24 @@ class DemoError(BadSample):
         return f"demo {self.name!r}: {self.reason}"
 
 
+def words(value: Any) -> str:
+    """A sentence as files hold it: text, a list of its words, or null for none.
+
+    Raises:
+        ValueError: something else.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, list) and all(isinstance(word, str) for word in value):
+        return " ".join(value)
+    if not isinstance(value, str):
+        raise ValueError(f"where an instruction should be it says {str(value)[:60]!r}")
+    return value
+
+
 @runtime_checkable
 class FrameSource(Protocol):
-    """Pictures of one camera by frame index. Must be picklable (it travels to loader workers) and hold no open file."""
+    """Images of one camera by frame index. Must be picklable (it travels to loader workers) and hold no open file."""
 
     def __len__(self) -> int: ...
 
@@ -93,7 +108,7 @@ class CameraTrack:
         world_to_camera: [N, 4, 4] rigid.
         frames: the images.
         depth: uint16 millimetres, or None.
-        uncalibrated: why nobody knows where this camera is; its matrices then stand for nothing. Empty: it is
+        uncalibrated: why this camera's pose is not known; its matrices then have no meaning. Empty: it is
             calibrated.
     """
 

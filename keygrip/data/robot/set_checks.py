@@ -1,4 +1,4 @@
-"""Checks of a set of demonstrations against what is asked of it: what is missing, off the path or off the image."""
+"""Checks of a set of demonstrations against the settings: what is missing, off the path or off the image."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def off_screen_shares(
         track = demo.cameras[camera]
         if track.uncalibrated:
             continue
-        box = geometry.box(track.width, track.height).to_picture(geometry.image_size)
+        box = geometry.box(track.width, track.height).to_image(geometry.image_size)
         intrinsics = torch.from_numpy(box @ track.intrinsics)[:, None]
         pose = torch.from_numpy(np.ascontiguousarray(track.world_to_camera))[:, None]
         inside = []
@@ -134,7 +134,7 @@ def report_off_screen(shares: Mapping[str, float], limit: float, camera: str, co
             "data.camera names the wrong one"
         )
     log.warning(
-        "%d of %d demos have more than %.0f %% of their steps outside camera %s's picture as the network sees "
+        "%d of %d demos have more than %.0f %% of their steps outside camera %s's image as the network sees "
         "it, where they are masked "
         "out of the loss (check the calibration with the geometry doctor, or set data.fit=stretch): %s%s",
         len(outside),

@@ -19,7 +19,7 @@ from keygrip.data.robot.augmentation import ImageGeometry
 from keygrip.data.robot.samples import SampleOptions, kept_frames, poses_of
 from keygrip.data.robot.schema import Demo
 
-CHUNKS_AT_MOST = 20_000  # of the statistics: means and quantiles to half a percent, and 10 MB
+CHUNKS_AT_MOST = 20_000  # action chunks for the statistics: means and quantiles to half a percent, 10 MB
 
 
 @dataclass(frozen=True)

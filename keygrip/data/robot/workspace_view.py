@@ -15,10 +15,10 @@ from keygrip.models.geometry.cameras import project
 
 log = logging.getLogger(__name__)
 
-KEPT_SHARE = 0.95  # of the workspace that a camera sees
+KEPT_SHARE = 0.95  # share of the visible workspace that must stay in the image
 GRID = 9  # points along each side of the workspace's box
 DEMOS_AT_MOST = 30  # evenly chosen: hand-eye rigs and wrist cameras move from one demo to the next
-FRAMES_AT_MOST = 8  # of each, for cameras that move
+FRAMES_AT_MOST = 8  # frames of each demo, for cameras that move
 
 
 def workspace_points(demos: Sequence[Demo], arms: Sequence[str]) -> np.ndarray:

@@ -15,9 +15,8 @@ from keygrip.training.parts import data_part
 
 POOL = 128  # batches among which a bucket's samples are sorted by length
 BLUR = 0.03  # of each length, at random: who shares a batch changes from epoch to epoch in small buckets too
-SLACK = (
-    100  # one batch in so many is kept free: epochs differ a little in how many they fill, and all have equally many
-)
+# One batch in so many is kept free: epochs differ a little in how many they fill, and all have equally many.
+SLACK = 100
 
 
 @data_part
@@ -52,7 +51,7 @@ class Sizes:
 def budgeted(
     samples: np.ndarray, sizes: Sizes, budget: Budget, most: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Samples cut into batches of like ones, each within the budget and of at most `most`; in random order.
+    """Samples in batches of similar size, each within the budget and of at most `most`; in random order.
 
     A sample that is larger than the budget is a batch of its own.
 

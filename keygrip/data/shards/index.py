@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import tarfile
 import unicodedata
+import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,6 +43,7 @@ class ShardIndex:
     Args:
         keys: [N] str. first_part: [N + 1] int64, sample i owns the parts first_part[i] to first_part[i + 1].
         part_names: [M] str. part_offsets, part_sizes: [M] int64 bytes.
+        part_crcs: [M] int64, CRC-32 of their bytes; None in indices of earlier versions, whose parts are not checked.
         columns: by name, [N] int64, float64 or str.
         size: of the tar, bytes. bad: samples of the tar that are left out, by key with the reason.
     """
@@ -54,6 +56,7 @@ class ShardIndex:
     columns: dict[str, np.ndarray]
     size: int
     bad: dict[str, str] = field(default_factory=dict)
+    part_crcs: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -69,6 +72,8 @@ class ShardIndex:
             "size": np.int64(self.size),
             **{f"column/{name}": values for name, values in self.columns.items()},
         }
+        if self.part_crcs is not None:
+            arrays["part_crcs"] = self.part_crcs
         if self.bad:
             arrays |= {"bad_keys": np.array([*self.bad]), "bad_reasons": np.array([*self.bad.values()])}
         buffer = io.BytesIO()
@@ -84,7 +89,8 @@ class ShardIndex:
                 columns = {k.removeprefix("column/"): v for k, v in arrays.items() if k.startswith("column/")}
                 own = {key: arrays[key] for key in ("keys", "first_part", "part_names", "part_offsets", "part_sizes")}
                 reasons = (arrays[key].tolist() for key in ("bad_keys", "bad_reasons") if key in arrays)
-                index = cls(**own, columns=columns, size=int(arrays["size"]), bad=dict(zip(*reasons, strict=True)))
+                bad, crcs = dict(zip(*reasons, strict=True)), arrays.get("part_crcs")
+                index = cls(**own, columns=columns, size=int(arrays["size"]), bad=bad, part_crcs=crcs)
                 index._check()
                 return index
         except BadSample as error:
@@ -93,7 +99,8 @@ class ShardIndex:
     def _check(self) -> None:
         """Raises ValueError: its arrays do not belong together, or point outside of the tar."""
         samples, members = len(self.keys), len(self.part_names)
-        numbers = (self.first_part, self.part_offsets, self.part_sizes)
+        crcs = np.zeros(members, dtype=np.int64) if self.part_crcs is None else self.part_crcs
+        numbers = (self.first_part, self.part_offsets, self.part_sizes, crcs)
         if any(values.ndim != 1 for values in (self.keys, self.part_names, *numbers, *self.columns.values())):
             raise ValueError("an array has more than one dimension")
         if any(values.dtype.kind != "i" for values in numbers) or {
@@ -109,6 +116,7 @@ class ShardIndex:
             or (np.diff(self.first_part) < 0).any()
             or len(self.part_offsets) != members
             or len(self.part_sizes) != members
+            or len(crcs) != members
             or any(len(values) != samples for values in self.columns.values())
             or (members and (self.part_offsets.min() < 0 or self.part_sizes.min() < 0 or ends.max() > self.size))
         ):
@@ -126,20 +134,21 @@ class ShardIndex:
             part_names=self.part_names[members],
             part_offsets=self.part_offsets[members],
             part_sizes=self.part_sizes[members],
+            part_crcs=None if self.part_crcs is None else self.part_crcs[members],
             columns={name: values[keep] for name, values in self.columns.items()},
         )
 
 
 def make_index(
     keys: Sequence[str],
-    parts: Sequence[Sequence[tuple[str, int, int]]],
+    parts: Sequence[Sequence[tuple[str, int, int, int]]],
     rows: Sequence[Row],
     size: int,
     bad: Mapping[str, str] | None = None,
 ) -> ShardIndex:
-    """The index of samples whose parts are (name, offset, bytes)."""
+    """The index of samples whose parts are (name, offset, bytes, CRC-32)."""
     flat = [part for sample in parts for part in sample]
-    names, offsets, sizes = zip(*flat, strict=True) if flat else ((), (), ())
+    names, offsets, sizes, crcs = zip(*flat, strict=True) if flat else ((), (), (), ())
     columns = {name: np.array([row[name] for row in rows]) for name in (rows[0] if rows else ())}
     return ShardIndex(
         keys=np.array(keys, dtype=np.str_),
@@ -147,6 +156,7 @@ def make_index(
         part_names=np.array(names, dtype=np.str_),
         part_offsets=np.array(offsets, dtype=np.int64),
         part_sizes=np.array(sizes, dtype=np.int64),
+        part_crcs=np.array(crcs, dtype=np.int64),
         columns=columns,
         size=size,
         bad=dict(bad or {}),
@@ -184,7 +194,7 @@ def _index_tar(path: Path, describe: Describe) -> ShardIndex:
     with tarfile.open(path, "r:") as tar, path.open("rb") as raw:
         end = 0
         for member in tar:
-            if member.size < 0 or member.offset_data < end:  # tarfile itself would go round in circles
+            if member.size < 0 or member.offset_data < end:  # tarfile itself would loop forever
                 raise ShardError(f"{path} is not a whole tar file: the size of {member.name} is wrong")
             # a sparse file says its size with the holes, which are not in the tar
             end = tar.offset if member.issparse() else member.offset_data + (member.size + 511) // 512 * 512
@@ -192,7 +202,7 @@ def _index_tar(path: Path, describe: Describe) -> ShardIndex:
                 raise ShardError(f"{path} is cut off in {member.name}")
             if member.isdir():
                 continue
-            key, part = split_name(unicodedata.normalize("NFC", member.name))  # macOS takes letters and accents apart
+            key, part = split_name(unicodedata.normalize("NFC", member.name))  # macOS stores letters and accents apart
             if not key.rpartition("/")[2]:
                 continue  # a hidden file, such as a file system's notes about others
             if not _is_text(member.name):
@@ -219,6 +229,7 @@ def _index_tar(path: Path, describe: Describe) -> ShardIndex:
                     "read to the first mark alone; unpack it with `tar -xif` and pack it again"
                 )
         rows: dict[str, Row] = {}
+        crcs: dict[str, list[int]] = {}
         for key, parts in samples.items():
             if key in bad:
                 continue
@@ -229,11 +240,13 @@ def _index_tar(path: Path, describe: Describe) -> ShardIndex:
                 for name, offset, length in parts:
                     raw.seek(offset)
                     content[name] = raw.read(length)
+                crcs[key] = [zlib.crc32(part) for part in content.values()]
                 with guard(key):
                     rows[key] = _checked(describe(content))
             except BadSample as error:
                 bad[key] = error.what
-    return make_index([*rows], [samples[key] for key in rows], [*rows.values()], size, bad)
+    whole = [[(*part, crc) for part, crc in zip(samples[key], crcs[key], strict=True)] for key in rows]
+    return make_index([*rows], whole, [*rows.values()], size, bad)
 
 
 def _is_text(name: str) -> bool:
@@ -254,4 +267,5 @@ def _checked(row: Row) -> Row:
 
 
 def index_path(shard: Path) -> Path:
+    """The index file of a shard, beside it."""
     return shard.with_name(shard.name + INDEX_SUFFIX)

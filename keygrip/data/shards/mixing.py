@@ -19,7 +19,7 @@ from keygrip.data.shards.budget import BLUR, POOL, SLACK, Budget, Sizes, budgete
 from keygrip.data.shards.sampling import GlobalBatchSampler, SampleKey
 from keygrip.training.parts import data_part
 
-CHARACTERS_A_TOKEN = 4.0  # roughly, of English: lengths are known in characters
+CHARACTERS_A_TOKEN = 4.0  # for English, roughly; lengths are known in characters
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Component:
 @data_part
 @dataclass(frozen=True)
 class Stage:
-    """A part of the run in which the lead sources are mixed in another proportion: easy ones first.
+    """A part of the run in which the lead sources have their own proportions (a curriculum: easy ones first).
 
     Args:
         weights: by name of the lead source; one that is not named takes no part.
@@ -294,7 +294,7 @@ class Mixture:
 def bucketed(
     samples: np.ndarray, bucket: np.ndarray, length: np.ndarray, batch_size: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Samples arranged into batches of like ones, the batches in random order; an incomplete batch comes last.
+    """Samples in batches of similar size, the batches in random order; an incomplete batch comes last.
 
     Args:
         samples: [n], in random order. bucket, length: [n].
@@ -331,7 +331,7 @@ class BatchListSampler(GlobalBatchSampler, ABC):
     def __iter__(self) -> Iterator[list[SampleKey]]:
         epoch, first = (self.epoch, 0) if self.position is None else divmod(self.position(), max(1, len(self)))
         for batch in self.batches_of(epoch)[first:]:
-            whole = np.resize(batch, max(len(batch), self.ranks))  # no rank waits for ever
+            whole = np.resize(batch, max(len(batch), self.ranks))  # no rank waits forever
             yield [SampleKey(int(index), epoch) for index in np.array_split(whole, self.ranks)[self.rank]]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import zlib
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -43,7 +44,7 @@ class ShardSet:
             digest = hashlib.sha256(self.root.encode()).hexdigest()[:16]
             folder = Path(cache_dir or Path.home() / ".cache" / "keygrip" / "shards") / digest
             self._cache = ShardCache(self.root, folder, int(cache_gb * 1e9))
-        manifest_path = self._local(MANIFEST)
+        manifest_path = self._local(MANIFEST, fresh=True)
         if not manifest_path.is_file():
             raise FileNotFoundError(
                 f"no {MANIFEST} in {root}: make it with `python -m keygrip.prepare step=manifest root={root}`"
@@ -78,14 +79,17 @@ class ShardSet:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": OrderedDict()}
 
-    def _local(self, name: str, size: int | None = None) -> Path:
-        return Path(self.root) / name if self._cache is None else self._cache.fetch(name, size)
+    def _local(self, name: str, size: int | None = None, fresh: bool = False) -> Path:
+        return Path(self.root) / name if self._cache is None else self._cache.fetch(name, size, fresh)
 
     def _read_index(self, shard: Mapping[str, Any]) -> ShardIndex:
         path = self._local(shard["name"] + INDEX_SUFFIX)
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: make it with step=manifest root={self.root}")
         content = path.read_bytes()
+        if self._cache is not None and hashlib.sha256(content).hexdigest() != shard["index_sha256"]:
+            self._cache.drop(shard["name"])  # the shard has changed since it was copied
+            content = self._local(path.name, fresh=True).read_bytes()
         if hashlib.sha256(content).hexdigest() != shard["index_sha256"]:
             raise ShardError(f"{path} does not belong to the manifest beside it: make both with step=manifest")
         return ShardIndex.from_bytes(content, str(path))
@@ -120,6 +124,7 @@ class ShardSet:
         return int(self._starts[shard])
 
     def key(self, sample: int) -> str:
+        """The key of a sample."""
         shard, row = self.locate(sample)
         return str(self._indices[shard].keys[row])
 
@@ -145,6 +150,11 @@ class ShardSet:
                 content = os.pread(file, size, int(index.part_offsets[part]))
                 if len(content) != size:
                     raise ValueError(f"the file ends within {index.part_names[part]}")
+                if index.part_crcs is not None and zlib.crc32(content) != index.part_crcs[part]:
+                    raise ValueError(
+                        f"the bytes of {index.part_names[part]} are not those that were indexed: bring the shard back, "
+                        "or index it anew (step=manifest again=true) if it was changed on purpose"
+                    )
                 parts[str(index.part_names[part])] = content
         return parts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
@@ -9,6 +10,8 @@ from pathlib import Path
 
 from keygrip.artifacts import DiskFullError, full_disk_is_named, locked, temporary_beside
 from keygrip.data.shards.index import ShardError
+
+log = logging.getLogger(__name__)
 
 
 def is_remote(root: str | Path) -> bool:
@@ -28,19 +31,33 @@ class ShardCache:
     def __init__(self, url: str, folder: Path, limit: int) -> None:
         self.url, self.folder, self.limit = url.rstrip("/"), folder, limit
 
-    def fetch(self, name: str, size: int | None = None) -> Path:
-        """The local copy of a file, copied now if it is not there.
+    def fetch(self, name: str, size: int | None = None, fresh: bool = False) -> Path:
+        """The local copy of a file, copied now if it is not there, or of another size.
+
+        Args:
+            size: that it must have; None: any. fresh: copied again, so that a set that has changed there is not read as
+                it was; where it cannot be had now the copy is used, which is said in the log.
 
         Raises:
             FileNotFoundError: there is no such file, or no connection. ShardError: it has another size than `size`.
         """
         target = self.folder / name
         with locked(self.folder / f".{name}.lock"):  # one process copies, the others wait for it
-            if not target.is_file():
+            if not target.is_file() or (size is not None and target.stat().st_size != size):
                 self._copy(name, target, size)
+            elif fresh:
+                try:
+                    self._copy(name, target, size)
+                except FileNotFoundError as error:
+                    log.warning("%s is read as it was when it was copied: %s", self.url, error)
             os.utime(target)
         self._evict(keep=target)
         return target
+
+    def drop(self, name: str) -> None:
+        """Removes the copy of a file that has changed."""
+        with locked(self.folder / f".{name}.lock"):
+            (self.folder / name).unlink(missing_ok=True)
 
     def _copy(self, name: str, target: Path, size: int | None) -> None:
         import fsspec

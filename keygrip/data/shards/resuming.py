@@ -16,7 +16,7 @@ FILES_OF_A_RUN = 60
 
 
 def refuse_too_few_files(workers: int) -> None:
-    """Raises where loader workers would wait for ever for file descriptors that the process may not have.
+    """Raises where loader workers would wait forever for file descriptors that the process may not have.
 
     Raises:
         OSError: with the limit and the number needed.
@@ -54,8 +54,13 @@ class ResumableData(LightningDataModule):
         """What all loaders are built with, beside what makes a batch of samples.
 
         Raises:
-            OSError: the process may not open enough files for so many workers.
+            OSError: the process may not open enough files for so many workers. ValueError: numbers that cannot be.
         """
+        if self.num_workers < 0 or self.prefetch_batches < 1:
+            raise ValueError(
+                f"data.num_workers={self.num_workers} must be at least 0 and data.prefetch_batches="
+                f"{self.prefetch_batches} at least 1"
+            )
         refuse_too_few_files(self.num_workers)
         return {
             "dataset": samples,

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 
 
 class SampleKey(NamedTuple):
-    """Which sample, and in which epoch: all that a sample's random augmentation depends on, beside the seed."""
+    """A sample and an epoch: beside the seed, all that a sample's random augmentation depends on."""
 
     sample: int
     epoch: int
@@ -34,7 +34,7 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
     With `drop_last` (training) the incomplete batch at the end of an epoch is left out: every step then averages over
     the same number of samples on every rank, and shuffling leaves out others each epoch. Without it (validation) the
     last batch is divided as evenly as it goes; only where it holds fewer samples than there are ranks does it repeat
-    the epoch's first ones, so that no rank waits for ever.
+    the epoch's first ones, so that no rank waits forever.
 
     Args:
         samples: how many the data set holds.
@@ -96,7 +96,7 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         return whole if self.drop_last or not rest else whole + 1
 
     def set_epoch(self, epoch: int) -> None:
-        """The next iteration starts this epoch, where nobody follows a `position`."""
+        """The next iteration starts this epoch, unless a `position` is followed."""
         self.epoch = epoch
 
     def follow(self, position: Callable[[], int]) -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from keygrip.data.bad_samples import BadSample, BadSamples
 from keygrip.data.shards.sampling import ResumableLoader, SampleKey
 
-SUBSTITUTES = 8  # tried in place of an unreadable sample
+SUBSTITUTES = 8  # samples tried in place of an unreadable one
 Sample = TypeVar("Sample", covariant=True)
 
 
@@ -21,7 +21,7 @@ class SubstitutingSamples(Dataset[Sample], ABC):
 
     @abstractmethod
     def candidates(self, key: SampleKey) -> Iterator[SampleKey]:
-        """The sample itself, then those that may stand in for it: like ones, so that batches keep their size and the
+        """The sample itself, then similar ones that may replace it, so that batches keep their size and the
         order stays a function of (seed, epoch, step)."""
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> list[tuple[Sample, list[str]]] | list[BadSample]:

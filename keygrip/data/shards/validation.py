@@ -1,4 +1,4 @@
-"""Validation of shards: everything that could go wrong in training is looked for before it."""
+"""Validation of shards: decodes and checks every sample before training."""
 
 from __future__ import annotations
 
@@ -41,22 +41,24 @@ from keygrip.data.video_text.conversations import (
     read_sample,
     unknown_members,
 )
+from keygrip.data.video_text.conversations import TEXT as TEXT_MEMBERS
 from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
 
 NAMED_AT_MOST = 20
-PROBE_SIZE = 32  # images are decoded whole and then made small: what they show is not looked at
+PROBE_SIZE = 32  # images are decoded whole and made small, since only whether they decode matters
 
 
 @dataclass
 class ShardReport:
-    """What is known of a shard after looking at everything in it."""
+    """Result of examining a shard."""
 
     name: str
     problems: list[str] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)  # of images and text
+    media: list[str] = field(default_factory=list)  # of images and videos alone, of samples with text
     kinds: Counter[str] = field(default_factory=Counter)
     frames: Counter[int] = field(default_factory=Counter)
     has: Counter[str] = field(default_factory=Counter)  # of images with text: how many samples have what
@@ -167,6 +169,8 @@ def examine_shard(place: str, number: int) -> ShardReport:
                 report.problems.append(f"{shards.where(sample)}: {fault}")
         report.frames[int(shards.columns["frames"][sample])] += 1
         report.digests.append(_digest(parts))
+        if shown := {name: part for name, part in parts.items() if name.lower() not in TEXT_MEMBERS}:
+            report.media.append(_digest(shown))
     return report
 
 
@@ -231,6 +235,7 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
                     name = f"the key {value}" if what == "keys" else "the same content"
                     problems.append(f"{name} occurs twice: in {seen[value]} and in {report.name} (sample {number})")
                 seen[value] = report.name
+    report_shared(reports)
     for place in split_folders(root):
         manifest = read_json(Path(place) / MANIFEST)
         problems += list(manifest["broken"].values())
@@ -253,6 +258,30 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
         "kinds": dict(sorted(kinds.items())),
         "frames": {str(count): number for count, number in sorted(frames.items())},
     } | ({"images": sum((Counter(c) for c in buckets.values()), Counter()), "buckets": buckets} if buckets else {})
+
+
+def report_shared(reports: Sequence[ShardReport]) -> None:
+    """Warns of images and videos that are asked about in several splits: what was trained on is no held-out question's.
+    Of a set without splits each sample is held out by its key, so that copies can come to lie on both sides."""
+    splits: dict[str, set[str]] = {}
+    counts: Counter[str] = Counter()
+    for report in reports:
+        for digest in report.media:
+            splits.setdefault(digest, set()).add(str(Path(report.name).parent))
+            counts[digest] += 1
+    several = [digest for digest, places in splits.items() if len(places) > 1]
+    if several:
+        first = ", ".join(sorted(splits[several[0]]))
+        log.warning(
+            "%d images or videos stand in several splits, with other text (the first in %s)", len(several), first
+        )
+    copies = sum(count - 1 for count in counts.values())
+    if copies and len(set().union(*splits.values())) == 1:
+        log.warning(
+            "%d samples have the images or the video of another one: a set without val/ is divided by keys, and copies "
+            "may be trained on and held out; write val/ by video",
+            copies,
+        )
 
 
 def _image_counts(root: Path | str, reports: Sequence[ShardReport]) -> dict[str, dict[str, int]]:

@@ -6,6 +6,7 @@ import io
 import logging
 import tarfile
 import unicodedata
+import zlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -43,7 +44,7 @@ class ShardWriter:
         self.path = Path(path)
         self._keys: list[str] = []
         self._known: set[str] = set()
-        self._parts: list[list[tuple[str, int, int]]] = []
+        self._parts: list[list[tuple[str, int, int, int]]] = []
         self._rows: list[Row] = []
 
     def __enter__(self) -> Self:
@@ -80,7 +81,7 @@ class ShardWriter:
             member.size, member.mode, member.mtime = len(content), 0o644, 0
             offset = self._tar.offset + 512  # one header block
             self._tar.addfile(member, io.BytesIO(content))
-            placed.append((name, offset, len(content)))
+            placed.append((name, offset, len(content), zlib.crc32(content)))
         self._known.add(key)
         self._keys.append(key)
         self._parts.append(placed)

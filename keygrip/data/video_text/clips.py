@@ -1,4 +1,4 @@
-"""Sub-clips of longer videos for training: their time begins at 0 again, in frames, evidence and words."""
+"""Sub-clips of longer videos for training: their time begins at 0 again, in frames, metadata and words."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class SubClips:
         return self.cut(sample, start, start + length) or sample
 
     def cut(self, sample: VideoTextSample, start: int, stop: int) -> VideoTextSample | None:
-        """Frames `start` to `stop` (exclusive) with what is asked about them; None where nothing is."""
+        """Frames `start` to `stop` (exclusive) with the questions about them; None where there are none."""
         kept = [self._rebased(each, start, stop) for each in sample.conversations]
         conversations = tuple(each for each in kept if each is not None)
         if not conversations:

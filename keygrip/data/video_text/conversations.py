@@ -19,6 +19,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from keygrip.data.bad_samples import HOSTILE, BadSample, guard, open_image, parse_json
+from keygrip.data.image_text.decoding import rgb
 from keygrip.data.shards.index import Parts
 from keygrip.data.shards.reader import ShardSet, all_samples
 from keygrip.data.video import TIME_TOLERANCE_S, duration_s, frames_at
@@ -37,6 +38,17 @@ MAX_FRAMES = 64  # of a sample as preparations write it, and in training where n
 MOST_FRAMES = 4096  # of any sample; memory decides before that
 FITS = ("stretch", "crop", "pad")
 CAPTION_REQUEST = "Describe what happens in the video."
+
+
+# Of images: shards of another number hold other pixels of transparent, turned and deep ones. A setting of a set.
+DECODING = 2
+
+
+def frame_limit(max_frames: int) -> dict[str, int]:
+    """`max_frames` as a setting of a set; none where it is the usual one. Raises ValueError: out of range."""
+    if not 1 <= max_frames <= MOST_FRAMES:
+        raise ValueError(f"max_frames={max_frames}: a sample has 1 to {MOST_FRAMES}")
+    return {} if max_frames == MAX_FRAMES else {"max_frames": max_frames}
 
 
 @dataclass(frozen=True)
@@ -292,9 +304,16 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """In RGB; the upper 8 bits of an image of 16, which Pillow would clip to white."""
+    """In RGB: the upper 8 bits of an image of 16, which Pillow would clip to white, and transparency laid over white,
+    where Pillow shows what it hides (mostly black).
+
+    Raises:
+        ValueError: floating-point numbers without a known white.
+    """
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8)).convert("RGB")
+    if image.mode == "F" or image.has_transparency_data:
+        return rgb(image)
     return image.convert("RGB")
 
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch.utils.data import DataLoader
@@ -32,25 +32,22 @@ from keygrip.data.shards.mixing import (
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.remote import is_remote
 from keygrip.data.shards.resuming import ResumableData
-from keygrip.data.shards.sampling import GlobalBatchSampler, SampleKey, sample_generator
-from keygrip.data.shards.substitution import SUBSTITUTES, Collate, CountingLoader, SubstitutingSamples
-from keygrip.data.video_text.batching import CheckingCollator, Collator, PreparedCollator, Questions, choose, rows_of
-from keygrip.data.video_text.clips import SubClips, clipped
+from keygrip.data.shards.sampling import GlobalBatchSampler, SampleKey
+from keygrip.data.shards.substitution import Collate, CountingLoader
+from keygrip.data.video_text.batching import Collator, PreparedCollator, Questions, rows_of
+from keygrip.data.video_text.clips import SubClips
 from keygrip.data.video_text.conversations import (
     FITS,
     MAX_FRAMES,
     MOST_FRAMES,
-    Conversation,
-    VideoTextSample,
     iterate_texts,
-    read_sample,
 )
-from keygrip.training.parts import data_part
+from keygrip.data.video_text.samples import Part, VideoTextSamples
+from keygrip.training.parts import ReadWhere, data_part
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
-TEXT_BYTES = 2048  # roughly, of a conversation and its evidence as Python objects
 
 
 @data_part
@@ -68,6 +65,7 @@ class ShardSource:
         frames: only samples of so many frames, [fewest, most], for a curriculum over lengths; None: all.
     """
 
+    read_where: ClassVar = {"make": ReadWhere("root", None)}
     root: str | Path | None = None
     make: MadeShards | None = None
     share: float | None = None
@@ -137,108 +135,6 @@ class ShardSource:
 
         filesystem, path = fsspec.core.url_to_fs(url)
         return bool(filesystem.exists(path))
-
-
-@dataclass(frozen=True)
-class Part:
-    """A source's samples of one split."""
-
-    name: str
-    source: ShardSource
-    shards: ShardSet
-    chosen: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def column(self, name: str) -> np.ndarray:
-        return self.shards.columns[name][self.chosen]
-
-    def component(self, max_frames: int, max_tokens: int | None = None, rows: int = 1) -> Component:
-        """For the mixture: buckets by number of frames, batches of like text length. max_tokens (where longer texts are
-        cut) and rows are given where they count for a budget."""
-        frames = np.minimum(self.column("frames"), max_frames).astype(np.int64)
-        share, shard = self.source.share, self.shards.shard[self.chosen]
-        length = self.column("text_length").astype(float)
-        if max_tokens is not None:
-            length = np.minimum(length, max_tokens * CHARACTERS_A_TOKEN)
-        return Component(self.name, frames, length, shard, share, rows)
-
-
-class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
-    """Samples of several parts, numbered one behind the other; indexed by `SampleKey`.
-
-    Args:
-        parts: where samples come from. image_size, fit, max_frames, clips: see `VideoTexts`.
-        questions: how many conversations per video; None: all. seed: of that choice.
-        memory_gb: decoded frames and text of so much are kept, in each process that reads.
-        collator: says which conversations can be used, where it can.
-    """
-
-    def __init__(
-        self,
-        parts: Sequence[Part],
-        image_size: int,
-        fit: str,
-        max_frames: int,
-        questions: Questions,
-        seed: int,
-        memory_gb: float = 0.0,
-        collator: Collator | None = None,
-        clips: SubClips | None = None,
-    ) -> None:
-        self.collator, self.clips = (collator if isinstance(collator, CheckingCollator) else None), clips
-        self.parts, self.questions, self.seed = list(parts), questions, seed
-        self._kept: dict[int, VideoTextSample] = {}
-        self._room = memory_gb * 2**30
-        self.image_size, self.fit, self.max_frames = image_size, fit, max_frames
-        self.starts = np.cumsum([0, *(len(part) for part in parts)])
-        self._alike: list[np.ndarray | None] = [None] * len(self.parts)
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def __getitem__(self, key: SampleKey) -> VideoTextSample:
-        """Raises BadSample: it cannot be read."""
-        number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
-        part = self.parts[number]
-        position = key.sample - int(self.starts[number])
-        sample = clipped(self._read(part, key.sample, position), self.clips, self.max_frames, self.seed, key)
-        conversations: Sequence[Conversation] = sample.conversations
-        if part.source.kinds is not None:
-            conversations = [c for c in conversations if c.kind in part.source.kinds]
-        conversations = choose(conversations, self.questions, sample_generator(self.seed, key))
-        if not conversations:
-            raise BadSample(f"{part.shards.where(int(part.chosen[position]))}: no conversation of the kinds asked for")
-        problems = [self.collator.problem(c) for c in conversations] if self.collator is not None else [None]
-        if None not in problems:
-            raise BadSample(part.shards.where(int(part.chosen[position])), str(problems[0]))
-        return replace(sample, conversations=tuple(conversations), source=part.name)
-
-    def _read(self, part: Part, number: int, position: int) -> VideoTextSample:
-        """A sample with all its text, from memory where it is kept."""
-        found = self._kept.get(number)
-        if found is None:
-            most = self.max_frames if self.clips is None else MOST_FRAMES  # clips are cut out of the whole video
-            found = read_sample(part.shards, int(part.chosen[position]), self.image_size, self.fit, most)
-            size = found.frames.nbytes + TEXT_BYTES * len(found.conversations)
-            if size <= self._room:
-                self._room -= size
-                self._kept[number] = found
-        return found
-
-    def candidates(self, key: SampleKey) -> Iterator[SampleKey]:
-        """The ones most like it: of its source, in length."""
-        yield key
-        number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
-        if self._alike[number] is None:  # only where something is broken
-            component = self.parts[number].component(self.max_frames)
-            self._alike[number] = np.lexsort((component.length, component.bucket))
-        alike = self._alike[number]
-        assert alike is not None
-        place = int(np.flatnonzero(alike == key.sample - self.starts[number])[0])
-        for step in range(1, min(SUBSTITUTES, len(alike) - 1) + 1):
-            yield SampleKey(int(self.starts[number] + alike[(place + step) % len(alike)]), key.epoch)
 
 
 @data_part
@@ -352,7 +248,7 @@ class VideoTexts(ResumableData):
         for name, source in self.sources.items():
             found = source.open(split, self.cache_dir, self.cache_gb)
             if found is not None and len(found[1]):
-                parts.append(Part(name, source, *found))
+                parts.append(Part(name, *found, source.share, source.kinds))
             elif split == "train":
                 raise ValueError(f"the source {name!r} at {source.place} holds no training samples")
         return parts
@@ -368,8 +264,7 @@ class VideoTexts(ResumableData):
     def _report(self) -> None:
         assert self.mixture is not None
         for split, parts in self.parts.items():
-            held = ", ".join(f"{part.name} {len(part)}" for part in parts)
-            log.info("%s: %s", split, held or "none")
+            log.info("%s: %s", split, ", ".join(f"{part.name} {len(part)}" for part in parts) or "none")
         shares = {p.name: p.share for p in self.mixture.components if p.share is not None}
         log.info(
             "an epoch: %d batches of %s; padding about %.1f %%%s",
@@ -419,7 +314,7 @@ class VideoTexts(ResumableData):
         """Of everything that the order of training samples depends on."""
         digest = hashlib.sha256()
         for part in self.parts["train"]:
-            digest.update(f"{part.name}:{part.shards.fingerprint}:{part.source.share}:".encode())
+            digest.update(f"{part.name}:{part.shards.fingerprint}:{part.share}:".encode())
             digest.update(np.ascontiguousarray(part.chosen).tobytes())
         if self.curriculum:
             digest.update(repr([(sorted(stage.weights.items()), stage.steps) for stage in self.curriculum]).encode())
@@ -474,17 +369,17 @@ class VideoTexts(ResumableData):
     def _held_out_loader(self, split: str) -> DataLoader[Any] | list[Any]:
         """The lead sources' samples of a split, and as many of the others as their share asks for; always the same."""
         parts = list(self.parts[split])
-        lead = sum(len(part) for part in parts if part.source.share is None)
+        lead = sum(len(part) for part in parts if part.share is None)
         if not lead:
             if parts:
                 log.warning("no %s samples but those that are mixed in: nothing is evaluated on them alone", split)
             return []
-        shares = sum(part.source.share or 0.0 for part in parts)
+        shares = sum(part.share or 0.0 for part in parts)
         total = lead / (1 - shares)
         if self.max_val_samples is not None:
             total = min(total, self.max_val_samples)
         for number, part in enumerate(parts):
-            share = part.source.share
+            share = part.share
             wanted = round(total * (share if share is not None else (1 - shares) * len(part) / lead))
             fixed = np.random.default_rng(0).permutation(len(part))[: max(1, wanted)]
             parts[number] = replace(part, chosen=part.chosen[np.sort(fixed)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +14,6 @@ from keygrip.data.video_text.conversations import MAX_FRAMES, decode_image, deco
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
-def read_frames(
-    path: str | Path,
-    size: int,
-    fit: str,
-    max_frames: int,
-    clip: tuple[float, float] | None = None,
-    folder_fps: float = 1.0,
-) -> np.ndarray:
-    """The frames of `read_timed_frames` alone."""
-    return read_timed_frames(path, size, fit, max_frames, clip, folder_fps)[0]
-
-
 def read_timed_frames(
     path: str | Path,
     size: int,
@@ -33,8 +22,8 @@ def read_timed_frames(
     clip: tuple[float, float] | None = None,
     folder_fps: float = 1.0,
 ) -> tuple[np.ndarray, tuple[float, ...]]:
-    """uint8 [F, S, S, 3]: one frame per second of a video, every image of a folder in the order of its names; and the
-    second of each, counted from the first (of the clip).
+    """uint8 [F, S, S, 3]: one frame per second of a video, every image of a folder in the order of its names (2.jpg
+    before 10.jpg); and the second of each, counted from the first (of the clip).
 
     Of more than `max_frames`, so many evenly spaced ones are kept.
 
@@ -49,7 +38,7 @@ def read_timed_frames(
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        files = sorted((file for file in path.iterdir() if file.suffix.lower() in SUFFIXES), key=_by_number)
         if not files:
             raise FileNotFoundError(f"{path} holds no images ({', '.join(SUFFIXES)})")
         if clip is not None:
@@ -102,6 +91,12 @@ def _image(file: Path, size: int, fit: str) -> np.ndarray:
         return decode_image(read_bytes(file), size, fit)
     except BadSample as error:
         raise ValueError(f"{file} cannot be decoded: {error.what}") from error
+
+
+def _by_number(file: Path) -> list[tuple[int, str]]:
+    """A key that sorts names by the numbers in them."""
+    parts = re.split(r"([0-9]+)", file.name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def _evenly(count: int, limit: int) -> list[int]:

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.envs.metaworld.tasks import HZ, MetaWorldTask
-from keygrip.envs.yam.rendering import INSTALL_ADVICE, RenderingUnavailableError, mujoco, world_to_camera
+from keygrip.envs.metaworld.tasks import CAMERAS, HZ, MetaWorldTask
+from keygrip.envs.rendering import world_to_camera
+from keygrip.robots.mujoco_backend import INSTALL_ADVICE, RenderingUnavailableError, mujoco
 
 try:
     import metaworld
@@ -41,7 +42,7 @@ class MetaWorldEnvironment:
         render_images: False: physics alone.
 
     Raises:
-        ValueError: another rate.
+        ValueError: another rate, or a camera that the scene does not have.
     """
 
     def __init__(
@@ -55,7 +56,9 @@ class MetaWorldEnvironment:
         if hz != HZ:
             raise ValueError(f"Meta-World is controlled at {HZ} Hz, not at {hz}")
         self.task, self.image_size, self.hz, self.render_images = task, image_size, HZ, render_images
-        self.cameras = cameras or (task.camera,)
+        self.cameras = tuple(cameras or (task.camera,))
+        if unknown := [name for name in self.cameras if name not in CAMERAS]:
+            raise ValueError(f"Meta-World has no camera {unknown[0]!r}; it has {', '.join(CAMERAS)}")
         suite = metaworld.MT1(task.name, seed=42)  # the seed of 50 listed positions, which are not used
         self.env: Any = suite.train_classes[task.name]()
         self.env.set_task(suite.train_tasks[0])

@@ -1,6 +1,6 @@
 """Meta-World's scripted policies as experts for demonstrations, with the corrections that these need.
 
-Demonstrations differ from the benchmark's own rollouts in six ways: the arm starts up to 6 cm away from its usual
+Demonstrations differ from the benchmark's own rollouts: the arm starts up to 6 cm away from its usual
 place; the goals of reaching and placing tasks are raised for the expert, which brings the hand, not the fingertips, to
 them; the gripper closes where the arm stands still; the mocap body does not run further ahead of the hand than it must;
 some episodes are recoveries, which start in the middle, after a disturbance; and an episode goes on after success until

@@ -13,12 +13,13 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from keygrip.envs.rendering import CameraViews, Lens, substeps_of
 from keygrip.envs.yam import scene, tasks
-from keygrip.envs.yam.rendering import CameraViews, Lens, mujoco, substeps_of
 from keygrip.envs.yam.tasks import EpisodeLayout, Placed, TaskOptions, sample_layout
 from keygrip.envs.yam.text import Sight
 from keygrip.robots.inverse_kinematics import solve, yaw_of
 from keygrip.robots.kinematics import forward_kinematics, matrix_from_quaternion, quaternion_from_matrix
+from keygrip.robots.mujoco_backend import mujoco
 
 LIFTED = 0.03  # m above its rest at which the object counts as lifted
 PICK_HEIGHT = 0.07  # m above its rest at which `pick` is done
@@ -27,7 +28,7 @@ STEADY_S = 0.3  # a success must last this long
 STILL_SPEED = 0.05  # m/s
 OUT_OF_REACH = 0.01  # m left by the inverse kinematics, a centimetre or more for half a second
 OUT_OF_REACH_S = 0.5
-FASTEST_JOINT = 4.0  # rad/s: a wild command turns into a fast motion, not into a blow
+FASTEST_JOINT = 4.0  # rad/s: a wild command becomes a fast motion, not a jump
 SETTLE_STEPS = 100
 SUNK = 0.002  # m below the table's surface at which a pedestal that is not needed ends
 
@@ -394,7 +395,7 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
 
     @property
     def failure_reason(self) -> str | None:
-        """Why the episode, were it over now, has failed; None on success."""
+        """Why the episode would count as failed if it ended now; None on success."""
         progress = self.progress
         if progress.success:
             return None

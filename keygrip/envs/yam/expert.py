@@ -1,4 +1,4 @@
-"""The scripted expert: it knows the layout and moves like a practised person who never does it twice alike.
+"""The scripted expert: plans from the known layout, with random variation in path, speed and grip.
 
 Motions are straight lines with smooth starts and stops; what varies from episode to episode is the speed, the approach
 (often off-centre and then corrected), heights, the bow of a carry, and small errors of position and yaw.
@@ -126,7 +126,7 @@ def _carry(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Generator
 
 
 def waypoints(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Generator) -> list[Waypoint]:
-    """The expert's plan for a layout; `rng` is his habits."""
+    """The expert's plan for a layout; `rng` draws the variation."""
     pace = float(rng.uniform(0.85, 1.2))
     if options.name == "reach":
         ball = (float(layout.goal[0]), float(layout.goal[1]), float(layout.goal[2]))

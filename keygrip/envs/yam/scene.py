@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from keygrip.envs.rendering import Lens
 from keygrip.envs.yam import tasks
-from keygrip.envs.yam.rendering import Lens, mujoco
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.robots.kinematics import arm_file, gripper_file
+from keygrip.robots.mujoco_backend import mujoco
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,22 @@ class RobotNames:
 
     @property
     def joints(self) -> tuple[str, ...]:
+        """The six joints, from the base."""
         return tuple(f"{self.prefix}joint{i}" for i in range(1, 7))
 
     @property
     def finger_joints(self) -> tuple[str, str]:
+        """The slides of both fingers."""
         return f"{self.prefix}grip_joint7", f"{self.prefix}grip_joint8"
 
     @property
     def tool(self) -> str:
+        """The site between the finger tips."""
         return f"{self.prefix}grip_grasp_site"
 
     @property
     def fingers(self) -> tuple[str, str]:
+        """The bodies of both fingers."""
         return f"{self.prefix}grip_tip_left", f"{self.prefix}grip_tip_right"
 
 
@@ -247,28 +252,28 @@ def _add_texture(spec: mujoco.MjSpec, name: str, pixels: np.ndarray, repeat: tup
 
 def _add_digit(spec: mujoco.MjSpec, digit: int) -> None:
     """A material that prints a digit on the six faces of a cube, upright on the sides and never mirrored."""
-    picture = np.round(digit_picture(digit) * 255).astype(np.uint8)
+    image = np.round(digit_image(digit) * 255).astype(np.uint8)
     # Order +x, -x, +y, -y, +z, -z; each face of MuJoCo's cube texture has its own idea of up.
-    faces = np.concatenate([np.rot90(picture, turns) for turns in (1, 3, 2, 0, 0, 0)])
-    size, name = picture.shape[0], f"digit{digit}"
+    faces = np.concatenate([np.rot90(image, turns) for turns in (1, 3, 2, 0, 0, 0)])
+    size, name = image.shape[0], f"digit{digit}"
     kind = mujoco.mjtTexture.mjTEXTURE_CUBE
     texture = spec.add_texture(name=name, type=kind, width=size, height=6 * size, nchannel=3)
     texture.data = faces.tobytes()
     spec.add_material(name=name).textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = name
 
 
-def digit_picture(digit: int, size: int = 64) -> np.ndarray:
+def digit_image(digit: int, size: int = 64) -> np.ndarray:
     """[size, size, 3] in 0..1: a dark digit on white, multiplied with the cube's colour when drawn."""
     from PIL import Image, ImageDraw, ImageFont
 
-    picture = Image.new("L", (size, size), 255)
+    image = Image.new("L", (size, size), 255)
     font = ImageFont.load_default(size=int(size * 0.84))
-    draw = ImageDraw.Draw(picture)
+    draw = ImageDraw.Draw(image)
     # bold: on a cube of 16 pixels a thin stroke is lost between the pixels
     draw.text((size / 2, size / 2), str(digit), fill=0, font=font, anchor="mm", stroke_width=size // 64)
     if digit in (6, 9):  # on a turned cube they are told apart by the line under them
         draw.rectangle((size * 0.3, size * 0.88, size * 0.7, size * 0.93), fill=0)
-    return np.repeat(np.asarray(picture, float)[..., None] / 255, 3, axis=2)
+    return np.repeat(np.asarray(image, float)[..., None] / 255, 3, axis=2)
 
 
 def add_loose(spec: mujoco.MjSpec, name: str, shapes: tuple[str, ...], half: np.ndarray) -> None:
@@ -284,7 +289,7 @@ def add_loose(spec: mujoco.MjSpec, name: str, shapes: tuple[str, ...], half: np.
     body.add_freejoint(name=f"{name}_free")
     for shape in shapes:
         kind, size = kinds[shape]
-        # A ball rolls for ever without rolling friction, hence condim 6 and the third number for it.
+        # A ball rolls forever without rolling friction, hence condim 6 and the third number for it.
         friction, condim = ([1.0, 0.02, 0.02], 6) if shape == "ball" else ([1.0, 0.02, 0.001], 4)
         label, mass = name if len(shapes) == 1 else f"{name}_{shape}", OBJECT_MASS / len(shapes)
         body.add_geom(name=label, type=kind, size=size, mass=mass, friction=friction, condim=condim)

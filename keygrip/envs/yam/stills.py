@@ -1,4 +1,4 @@
-"""Pictures of a coloured cube and a blue block on the table, with captions: layout and colour are told apart here.
+"""Images of a coloured cube and a blue block on the table, with captions that name colour and layout.
 
 An image is a function of (options, seed). Only hue tells the cubes' colours apart: all have one luminance, so that a
 grey view of the image shows where the cube is and not which. The block is long and flat, so that it is known from the
@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from keygrip.envs.rendering import CameraRenderer, Lens
 from keygrip.envs.yam import tasks
 from keygrip.envs.yam.colours import EQUAL_LUMINANCE
 from keygrip.envs.yam.environment import YamCell
-from keygrip.envs.yam.rendering import CameraRenderer, Lens
 from keygrip.envs.yam.tasks import Appearance, EpisodeLayout, TaskOptions, stream
 
 CUBE_COLOURS = {"red": "red", "gold": "yellow", "teal": "cyan", "purple": "purple"}  # as seen: as the palette has them
@@ -29,7 +29,7 @@ TABLE_TINT, FLOOR_TINT = (1.0, 0.93, 0.82), (0.9, 0.95, 1.0)
 
 
 @dataclass(frozen=True)
-class PictureOptions:
+class StillOptions:
     """What varies between images.
 
     Args:
@@ -90,8 +90,8 @@ class PictureOptions:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A image and what it shows.
+class Still:
+    """An image and its ground truth.
 
     Args:
         pixels: uint8 [H, W, 3]. caption: in words.
@@ -106,16 +106,16 @@ class Picture:
     seed: int
 
 
-class PictureCell(YamCell):
+class StillCell(YamCell):
     """The cell in which images are taken; built once, used for many seeds."""
 
-    def __init__(self, options: PictureOptions) -> None:
+    def __init__(self, options: StillOptions) -> None:
         super().__init__(options.task, image_size=64, render_images=False)
         self.options = options
         self._renderers: dict[tuple[int, int], CameraRenderer] = {}
 
     def lens_of_size(self, width: int, height: int) -> Lens:
-        """Of a picture: the field of view spans its shorter side."""
+        """Of an image: the field of view spans its shorter side."""
         square = Lens.from_field_of_view(min(width, height), min(width, height), self.options.fovy_deg)
         intrinsics = square.intrinsics.copy()
         intrinsics[:2, 2] = width / 2, height * 0.46  # the work area lies a little below the axis
@@ -149,7 +149,7 @@ class PictureCell(YamCell):
             look = replace(look, ambient=float(rng.uniform(0.25, 0.4)), diffuse=float(rng.uniform(0.15, 0.3)))
         return look
 
-    def picture(self, seed: int) -> Picture:
+    def still(self, seed: int) -> Still:
         """The image of a seed: cube and block are inside it and mostly seen.
 
         Raises:
@@ -166,7 +166,7 @@ class PictureCell(YamCell):
                 if seen >= SEEN_SHARE:
                     colour = _name(self.layout.distractors[0].colour)
                     caption = describe(colour, centres[CUBE][0] / size[0], centres[BLOCK][0] / size[0], seed)
-                    return Picture(pixels, caption, colour, centres[CUBE], centres[BLOCK], self.seed)
+                    return Still(pixels, caption, colour, centres[CUBE], centres[BLOCK], self.seed)
         raise ValueError(
             f"seed {seed}: no arrangement shows both objects; is fovy_deg={self.options.fovy_deg} too small?"
         )

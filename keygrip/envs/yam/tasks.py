@@ -1,4 +1,4 @@
-"""What can happen at the table: the options of a task and the layout that a seed gives.
+"""Tasks of the YAM cell: their options, and the layout that a seed gives.
 
 Every part of an episode (objects, camera, appearance, the expert's habits) draws from a random stream of its own, so
 that moving the camera or recolouring the table leaves the objects of a seed where they were.
@@ -428,7 +428,7 @@ def _plain_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
             if free is None:
                 break
             spots.append((free, float(rng.uniform(-np.pi, np.pi))))
-            taken.append((free, -0.035))  # two distractors never have a gripper between them
+            taken.append((free, -0.035))  # distractors keep less distance: no gripper goes between them
         if len(spots) == options.distractors:
             break
     else:

@@ -108,9 +108,8 @@ def _thing(trace: EpisodeTrace) -> str:
 
 
 def _goal_word(trace: EpisodeTrace) -> str | None:
-    return {"pick_place": "bowl", "named_place": "bowl", "stack": "block", "peg": "slot", "reach": "ball"}.get(
-        trace.task.name
-    )
+    words = {"pick_place": "bowl", "named_place": "bowl", "stack": "block", "peg": "slot", "reach": "ball"}
+    return words.get(trace.task.name)
 
 
 def _goal(trace: EpisodeTrace) -> str:

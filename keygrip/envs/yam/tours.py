@@ -1,9 +1,9 @@
-"""Videos in which looking matters: a gripper points at one cube per second, and the cubes' digits change every second.
+"""Videos for foveation: a gripper points at one cube per second, and the cubes' digits change every second.
 
 An episode is a function of (options, seed). An image is taken whenever the gripper has come to rest above a cube.
 Kinds of questions, apart in every report:
 
-- "mark": the digit on the cube of some colour at some second. Whoever knows the question can look there.
+- "mark": the digit on the cube of some colour at some second. The question names the cube.
 - "cue": the digit on the cube at which the gripper pointed a second earlier: the video itself says where to look next.
 - "glance": at which cube the gripper points; a coarse pass is enough.
 
@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from keygrip.envs.rendering import Lens
 from keygrip.envs.yam import scene, tasks
 from keygrip.envs.yam.environment import YamCell
-from keygrip.envs.yam.rendering import Lens, mujoco
 from keygrip.envs.yam.tasks import EpisodeLayout, TaskOptions, stream
 from keygrip.robots.inverse_kinematics import pointing_down, solve
+from keygrip.robots.mujoco_backend import mujoco
 
 CUBE = 0.05  # m
 HOVER = 0.035  # m from a cube's top to the finger tips

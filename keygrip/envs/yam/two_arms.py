@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from keygrip.envs.rendering import CameraViews, Lens, substeps_of
 from keygrip.envs.yam import handover, scene
 from keygrip.envs.yam.environment import (
     FASTEST_JOINT,
@@ -20,9 +21,9 @@ from keygrip.envs.yam.environment import (
     STEADY_S,
 )
 from keygrip.envs.yam.handover import ARMS, BASES, HandoverLayout, HandoverTask, sample_handover
-from keygrip.envs.yam.rendering import CameraViews, Lens, mujoco, substeps_of
 from keygrip.robots.inverse_kinematics import solve
 from keygrip.robots.kinematics import forward_kinematics, matrix_from_quaternion, quaternion_from_matrix
+from keygrip.robots.mujoco_backend import mujoco
 
 NAMES = {"left": scene.RobotNames("left_yam_", "left_"), "right": scene.YAM}
 HANDED_HEIGHT = 0.06  # m above the table at which the bar must be when the left arm holds it
@@ -199,7 +200,7 @@ class HandoverCell(CameraViews):
 
     @property
     def failure_reason(self) -> str | None:
-        """Why the episode, were it over now, has failed; None on success."""
+        """Why the episode would count as failed if it ended now; None on success."""
         progress = self.progress
         if progress.success:
             return None

@@ -224,11 +224,11 @@ def resample_positions(table: Tensor, grid: tuple[int, int], *, offset: float, a
     height, width = grid
     if (height, width) == (side, side):
         return table
-    picture = table.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    image = table.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
     if offset:
         scale = ((height + offset) / side, (width + offset) / side)
-        picture = nn.functional.interpolate(picture, scale_factor=scale, mode="bicubic", antialias=antialias)
+        image = nn.functional.interpolate(image, scale_factor=scale, mode="bicubic", antialias=antialias)
     else:
-        picture = nn.functional.interpolate(picture, size=grid, mode="bicubic", antialias=antialias)
-    assert picture.shape[-2:] == grid
-    return picture.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
+        image = nn.functional.interpolate(image, size=grid, mode="bicubic", antialias=antialias)
+    assert image.shape[-2:] == grid
+    return image.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)

@@ -284,7 +284,7 @@ class DinoBackbone(nn.Module):
         return DinoFeatures(cls=prefix[:, 0], prefix=prefix, patches=patches, grid=grid)
 
     def _gradients(self, index: int) -> contextlib.AbstractContextManager[Any]:
-        """No autograd through frozen parts on the image's way, whoever switched requires_grad on behind our back."""
+        """No autograd through frozen parts on the image's way, even where other code has set requires_grad."""
         if index < self._first_trained:
             return torch.no_grad()
         return contextlib.nullcontext()
@@ -319,8 +319,7 @@ class DinoBackbone(nn.Module):
                 near = f"{below} or {above}" if below else f"{above}"
                 raise ValueError(
                     f"{what} {height} x {width}: {side} does not divide by the patch size {patch} of "
-                    f"{self.variant.name}; "
-                    f"the nearest sizes are {near}"
+                    f"{self.variant.name}; the nearest sizes are {near}"
                 )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DinoBackbone:

@@ -1,4 +1,4 @@
-"""What the DINO backbone hands out: typed features, and keys and values by block.
+"""Outputs of the DINO backbone: typed features, and keys and values by block.
 
 Shapes: B images, N patches on an h x w grid, R prefix tokens (CLS first, then registers), D width, H heads, E width
 of a head.

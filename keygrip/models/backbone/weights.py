@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from keygrip.models.backbone.architectures import VARIANTS, Variant
 from keygrip.training.checkpoints import refuse_other_format
 from keygrip.training.ema import EMA_STATE
+from keygrip.training.integrity import load_tensors
+from keygrip.training.torch_files import TorchFileError
 
 logger = logging.getLogger(__name__)
 
@@ -135,9 +137,7 @@ def _from_hub(variant: Variant) -> State:
     name = f"timm/{variant.timm_name}.{variant.timm_tag}"
     try:
         return dict(load_state_dict_from_hf(name, weights_only=True))
-    except (
-        Exception
-    ) as error:  # the hub client raises what its HTTP library raises; all of it means: not available here
+    except Exception as error:  # the hub client raises what its HTTP library raises; all means: not available here
         raise FileNotFoundError(
             f"cannot get the weights of {variant.name} from the hub ({name}: {_first_line(error)}). Download "
             f"{variant.official_file} "
@@ -166,14 +166,14 @@ def read_file(path: Path) -> State:
                 f"{path} cannot be read as safetensors ({_first_line(error)}); download it again"
             ) from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is not a plain weights file, or holds objects that are not loaded for safety "
-            f"({_first_line(error)})"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({_first_line(error)}); it is cut off or no weights file") from error
+        content = load_tensors(path)
+    except TorchFileError as error:
+        if isinstance(error.__cause__, pickle.UnpicklingError):
+            raise ValueError(
+                f"{path} is not a plain weights file, or holds objects that are not loaded for safety "
+                f"({_first_line(error.__cause__)})"
+            ) from error
+        raise ValueError(f"{path} cannot be read ({error}); it is cut off or no weights file") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
     if isinstance(content.get("state_dict"), dict):  # a Lightning checkpoint

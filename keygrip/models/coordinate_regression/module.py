@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -28,10 +29,12 @@ from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
 from keygrip.training.system import System
 
+log = logging.getLogger(__name__)
+
 HEADLINE = ("pix_argmax", "gripper_acc", "height_m", "position_cm", "rotation_deg")
 
 
-BAR = ("total", "position_cm")  # in the progress line
+BAR = ("total", "position_cm")  # metrics in the progress line
 
 
 @model_part(from_checkpoint={"init_from": None})
@@ -44,12 +47,13 @@ class CoordinateRegressionModule(System):
     Args:
         network: the plain network. optimizer: the recipe.
         position_weight, rotation_weight, gripper_weight: of the three losses.
+        mask_padded_steps: steps past the end of a demo, which repeat its last pose, carry no loss.
         init_from: run folder or checkpoint of such a policy whose weights are the start; positions are normalised over
             the range of the new data. None: the network as it was built.
     """
 
     batch_type = PolicyBatch
-    reads_calibration = False  # only its metrics in pixels do
+    reads_calibration = False  # only its metrics in pixels read calibration
     evaluation_kind = "policy"
     toy_overrides = (
         *("data=yam", "data.record.task.name=reach", "data.record.demos=4", "data.record.image_size=72"),
@@ -66,9 +70,11 @@ class CoordinateRegressionModule(System):
         rotation_weight: float = 0.5,
         gripper_weight: float = 0.5,
         init_from: str | None = None,
+        mask_padded_steps: bool = False,
     ) -> None:
         super().__init__(optimizer)
         self.network, self.init_from = network, init_from
+        self.mask_padded_steps = mask_padded_steps
         self.statistics = PolicyStatistics()
         self.weights = {"position": position_weight, "rotation": rotation_weight, "gripper": gripper_weight}
 
@@ -77,6 +83,12 @@ class CoordinateRegressionModule(System):
         self.statistics.take(statistics, self.network.horizon)
         if self.init_from is not None:
             self.take_weights(self.init_from, "a regression policy")
+        if len(statistics.cameras) > 1:
+            log.warning(
+                "the data hold %d cameras, and this policy sees %s alone",
+                len(statistics.cameras),
+                statistics.cameras[0],
+            )
         return {}
 
     def policy(self) -> CoordinateRegressionPolicy:
@@ -102,6 +114,7 @@ class CoordinateRegressionModule(System):
         return (position - low) / (high - low).clamp_min(1e-6) * 2 - 1
 
     def denormalise(self, position: Tensor) -> Tensor:
+        """Metres ``[..., 3]`` from -1 .. 1 over the training range; the inverse of `normalise`."""
         low, high = self.statistics.position_range
         return low + (position + 1) / 2 * (high - low)
 
@@ -120,7 +133,10 @@ class CoordinateRegressionModule(System):
             "rotation": (output.rotation - columns).abs().mean((-2, -1)),
             "gripper": F.binary_cross_entropy_with_logits(output.gripper, batch.gripper, reduction="none"),
         }
-        losses = {name: global_mean(value.sum(), value.numel()) for name, value in per_step.items()}
+        counted = ~batch.action_is_pad if self.mask_padded_steps else torch.ones_like(batch.action_is_pad)
+        losses = {
+            name: global_mean(value.masked_fill(~counted, 0.0).sum(), counted.sum()) for name, value in per_step.items()
+        }
         total = sum(
             (self.weights[name] * value for name, value in losses.items()), start=torch.zeros((), device=self.device)
         )

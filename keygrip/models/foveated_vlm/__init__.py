@@ -1,1 +1,1 @@
-"""System 2: a video-language model that spends one visual token per frame and chooses where to look next."""
+"""System 2: a video-language model with one visual token per frame, whose query the language model chooses."""

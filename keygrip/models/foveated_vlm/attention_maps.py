@@ -25,8 +25,8 @@ def patch_maps(network: FoveatedVLM, output: VLMOutput, rows: TextRows, blocks: 
     Args:
         blocks: `last`, from which the embedding comes; or `all` but the first, where queries know only the question.
     """
-    assert output.looks is not None
-    attention = network.attention(output.looks, rows.streams)  # [S, F, blocks, H, R + N]
+    assert output.passes is not None
+    attention = network.attention(output.passes, rows.streams)  # [S, F, blocks, H, R + N]
     if blocks == "last" or attention.shape[2] == 1:
         attention = attention[:, :, -1:]
     else:

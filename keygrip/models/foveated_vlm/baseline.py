@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from keygrip.models.backbone import BlockKV, DinoBackbone
-from keygrip.models.foveated_vlm.network import Looks, VideoLanguageNetwork, real_frames
+from keygrip.models.foveated_vlm.network import Passes, VideoLanguageNetwork, real_frames
 from keygrip.models.foveated_vlm.rows import TextRows
 from keygrip.models.language.decoder import LanguageModel
 from keygrip.training.parts import model_part
@@ -60,7 +60,7 @@ class PooledVLM(VideoLanguageNetwork):
         mode: str,
         refinement: int = 0,
         kv: Sequence[BlockKV] | None = None,
-    ) -> tuple[Tensor, Looks | None, Tensor]:
+    ) -> tuple[Tensor, Passes | None, Tensor]:
         """See `VideoLanguageNetwork.see`; there is one mode, and nothing to refine."""
         if mode not in self.modes or refinement or kv is not None:
             raise ValueError(f"the pooled baseline has mode=many_tokens only, without refinement; got mode={mode!r}")

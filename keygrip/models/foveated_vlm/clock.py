@@ -1,4 +1,4 @@
-"""What tells visual tokens and queries the time, for videos of any length.
+"""Embeddings of frame numbers or seconds for visual tokens and queries, for videos of any length.
 
 Legend: C language width.
 """
@@ -12,7 +12,7 @@ from keygrip.models.language.decoder import LanguageModel
 
 
 class FrameClock(nn.Module):
-    """Vectors [C] that say which frame, or which second, it is, for any number: a learned map of sinusoids."""
+    """Embeddings [C] of any frame number or second: a learned map of sinusoids."""
 
     def __init__(self, language: LanguageModel, waves: int = 32) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a run will do, before it starts: shapes and parameter counts of one batch, and the memory of the largest.
+"""Dry run of a training: shapes and parameter counts of one batch, and the memory of the largest.
 
 `module` is a `FoveatedVLMModule`.
 """
@@ -51,8 +51,8 @@ def report_on(module: Any, batch: VideoTextBatch) -> dict[str, Any]:
         }
         if on_gpu:
             figures["peak_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
-        if output.looks is not None:
-            cache = sum(block.key.nbytes + block.value.nbytes for block in output.looks.kv)
+        if output.passes is not None:
+            cache = sum(block.key.nbytes + block.value.nbytes for block in output.passes.kv)
             figures["kv_cache_mb"] = round(cache / 2**20, 2)
         report["modes"][mode] = figures
     return report
@@ -69,7 +69,7 @@ def step_memory(module: Any, batch: VideoTextBatch, bf16: bool, ema: bool) -> St
     def step(of_batch: Callable[[Tensor], Tensor]) -> Tensor:
         frames = normalised(of_batch(batch.frames), network.backbone.mean, network.backbone.std)
         output = network(frames, replace(rows, input_ids=of_batch(batch.input_ids)), module.mode, **refinement)
-        # which states predict is the batch's affair; how many, and so the memory, is not
+        # which states predict depends on the batch; how many do, and so the memory, does not
         states = output.hidden.flatten(0, 1)
         picked = of_batch(torch.arange(predicted) % states.shape[0])
         targets = of_batch(torch.zeros(predicted, dtype=torch.int64))

@@ -1,12 +1,12 @@
-"""An encoder that can read: dense pretraining on the simulator's tours, where every cube's place and digit is known.
+"""Encoder pretraining with dense labels on the simulator's tours, where every cube's place and digit is known.
 
-The language model's answers alone teach a random encoder nothing within minutes: what a query finds is noise until the
-encoder reads, and the encoder gets no useful gradient until queries look at the right place. So the encoder is first
-trained for some minutes to say, patch by patch, which cube is there, which digit is on it and whether the gripper
-points at it; its CLS token says the colour and the digit of the cube pointed at; and deep queries, a learned one for
-each colour, bring back the digit of the cube of their colour. That last is what the language model will do with queries
-of its own: from then on there is something to be found by asking. A run of it is a source of backbone
-weights like any other (`backbone.init_from=runs/...`); `PretrainingStage` makes one where it is missing.
+With the language model's loss alone a random encoder learns nothing within minutes: queries retrieve noise until its
+features hold the digits, and it gets no useful gradient until queries attend to the right place. So the encoder is
+first trained for some minutes to predict, for each patch, which cube is there, which digit is on it and whether the
+gripper points at it. Its CLS token predicts the colour and the digit of the cube pointed at, and deep queries, a
+learned one for each colour, retrieve the digit of the cube of their colour, as the language model's queries will do. A
+run of it is a source of backbone weights like any other (`backbone.init_from=runs/...`); `PretrainingStage` makes one
+where it is missing.
 
 Legend: M frames, N = h * w patches, K cubes of all frames, D backbone width, C colours.
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from keygrip.data.batches import VideoTextStatistics
 
 DIGITS = 10
-IGNORED = -100  # cross_entropy's own
+IGNORED = -100  # the default ignore_index of torch's cross_entropy
 COVERED = 0.35  # share of a patch that a cube must cover to be what the patch shows
 
 
@@ -66,7 +66,7 @@ class EncoderPretrainingBatch(Movable):
 
 @model_part
 class EncoderPretrainingCollator:
-    """Makes reading batches of tours: where which cube is follows from the evidence of their questions.
+    """Makes encoder-pretraining batches of tours; where which cube is follows from the metadata of their questions.
 
     Args:
         colours: names, in the order of their numbers.
@@ -154,7 +154,7 @@ def patch_labels(batch: EncoderPretrainingBatch, grid: tuple[int, int]) -> dict[
     pointed = torch.full_like(colour, IGNORED)
     cube, patch = (cover > 0.02).nonzero(as_tuple=True)
     colour[batch.frame[cube], patch] = IGNORED
-    for level in (COVERED, 0.999):  # the cube under whose centre a patch lies has the last word
+    for level in (COVERED, 0.999):  # the cube whose centre lies in the patch decides
         cube, patch = (cover >= level).nonzero(as_tuple=True)
         at = (batch.frame[cube], patch)
         colour[at], digit[at], pointed[at] = batch.colour[cube] + 1, batch.digit[cube], batch.pointed[cube]
@@ -215,9 +215,8 @@ class EncoderPretrainingModule(System):
         ValueError: weights that do not name every loss, another number of colours, or two sources of the start.
     """
 
-    batch_type = (
-        VideoTextBatch  # of the data module, whose samples this model's own collator makes into EncoderPretrainingBatch
-    )
+    # of the data module, whose samples this model's own collator makes into EncoderPretrainingBatch
+    batch_type = VideoTextBatch
     toy_overrides = (
         *("data=robot_tours", "backbone.image_size=64", "backbone.width=32", "backbone.depth=2", "backbone.heads=2"),
         *("data.sources.tours.make.options.train=6", "data.sources.tours.make.options.val=2"),

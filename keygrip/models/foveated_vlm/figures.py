@@ -1,4 +1,4 @@
-"""Answers beside the frames that they are about, with where each query looked as a heatmap over every frame."""
+"""Answers beside the frames that they are about, with each query's attention as a heatmap over every frame."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from keygrip.data.batches import VideoTextBatch
 from keygrip.models.foveated_vlm.attention_maps import patch_maps
 from keygrip.models.foveated_vlm.generation import generate
 from keygrip.models.foveated_vlm.network import FoveatedVLM, VLMOutput
-from keygrip.training.images import drawable, figure_to_image, printable
+from keygrip.training.figures import drawable, figure_to_image, printable
 
 if TYPE_CHECKING:
     from keygrip.models.foveated_vlm.module import FoveatedVLMModule
@@ -53,18 +53,18 @@ def show_answers(module: FoveatedVLMModule, batch: VideoTextBatch, rows: int) ->
         table.append("| " + " | ".join(printable(cell.replace("|", "/").replace("\n", " ")) for cell in cells) + " |")
     text = "\n".join(table)
     seen = [n for n, video in enumerate(videos) if counts[video]]
-    if not seen or answers.looks is None or not isinstance(network, FoveatedVLM):
+    if not seen or answers.passes is None or not isinstance(network, FoveatedVLM):
         return None, text
     hidden = torch.zeros(0, device=frames.device)
-    output = VLMOutput(hidden, answers.rows.layout(), hidden, answers.looks)
+    output = VLMOutput(hidden, answers.rows.layout(), hidden, answers.passes)
     maps = patch_maps(network, output, answers.rows).float().cpu().numpy()
     streams = answers.rows.streams.of_row.tolist()
     strips = []
     for n in seen:
-        pictures = batch.frames[videos[n], : counts[videos[n]]].permute(0, 2, 3, 1).cpu().numpy()
+        images = batch.frames[videos[n], : counts[videos[n]]].permute(0, 2, 3, 1).cpu().numpy()
         title = f"{batch.kind[chosen[n]]}: {asked[n][0]}   true: {asked[n][1]}   said: {answers.texts[n]}"
-        strips.append((title, pictures, maps[streams[n], : len(pictures)]))
-    return draw_looks(strips), text
+        strips.append((title, images, maps[streams[n], : len(images)]))
+    return draw_attention(strips), text
 
 
 def one_of_each(kinds: Sequence[str], count: int) -> list[int]:
@@ -75,7 +75,7 @@ def one_of_each(kinds: Sequence[str], count: int) -> list[int]:
     return chosen[:count]
 
 
-def draw_looks(strips: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> np.ndarray:
+def draw_attention(strips: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> np.ndarray:
     """A row of images for each (title, frames [F, S, S, 3] uint8, attention [F, h, w]); [H, W, 3] uint8.
 
     Each heatmap has its own scale: what matters is where a query looked, not how sure it was. Of long videos,

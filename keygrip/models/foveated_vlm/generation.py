@@ -11,7 +11,7 @@ from torch import Tensor
 from keygrip.models.backbone import BlockKV
 from keygrip.models.foveated_vlm.conversations import EncodedText, text_columns
 from keygrip.models.foveated_vlm.loss import token_cross_entropy
-from keygrip.models.foveated_vlm.network import FoveatedVLM, Looks, VideoLanguageNetwork, real_frames
+from keygrip.models.foveated_vlm.network import FoveatedVLM, Passes, VideoLanguageNetwork, real_frames
 from keygrip.models.foveated_vlm.rows import TextRows, take
 from keygrip.models.language.cache import LanguageCache
 from keygrip.models.language.tokenizers import ChatTokenizer
@@ -24,13 +24,13 @@ class Answers:
     """What was generated for B prompts.
 
     Attributes:
-        texts: B answers. ids: B lists, without the end token. looks: what was seen (None for text alone).
+        texts: B answers. ids: B lists, without the end token. passes: what was seen (None for text alone).
         rows: the prompts.
     """
 
     texts: list[str]
     ids: list[list[int]]
-    looks: Looks | None
+    passes: Passes | None
     rows: TextRows
 
 
@@ -85,7 +85,7 @@ def generate(
     """
     device = frames.device
     rows = rows_of(prompts, videos, frame_counts, device, seconds)
-    visual, looks, _ = network.see(frames, rows, mode, kv=kv)
+    visual, passes, _ = network.see(frames, rows, mode, kv=kv)
     layout = rows.layout(network.tokens_per_frame)
     language = network.language
     if layout.source.shape[1] + max_new_tokens > language.context:
@@ -120,7 +120,7 @@ def generate(
             break
         valid = None if bool(going.all()) else going[:, None]
         state = language.extend(language.embed(token[:, None]), cache, valid)[:, 0]
-    return Answers([tokenizer.decode(row).strip() for row in ids], ids, looks, rows)
+    return Answers([tokenizer.decode(row).strip() for row in ids], ids, passes, rows)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 MODEL_TYPE = "keygrip_video_language"
 # Before the language model's own template, which knows text alone: of a message that is a list of items, the words.
-# Images and videos have no tokens; where they go is the model's affair.
+# Images and videos have no tokens; the model places them.
 ITEMS = (
     "{%- set said = namespace(messages=[]) -%}"
     "{%- for message in messages -%}"
@@ -28,7 +28,7 @@ def hub_files(module: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     messages of text and of items; preprocessor_config.json says how images become inputs, generation_config.json how
     answers end, and processor_config.json where images and videos stand in a conversation.
     """
-    tokenizer, network, images = module.tokenizer, module.network, module.pictures
+    tokenizer, network, images = module.tokenizer, module.network, module.image_options
     state = tokenizer.state()
     files: dict[str, Any] = {
         "tokenizer.json": state["tokenizer"],

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 Kernel = Literal["chunked", "liger"]
 KERNELS: tuple[str, ...] = get_args(Kernel)
-OLDEST_LIGER = (0, 8, 2)  # before, the output layer's gradient was wrong where tokens weigh differently
+OLDEST_LIGER = (0, 8, 2)  # in older versions the output layer's gradient is wrong where tokens have different weights
 
 
 def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 4096) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from keygrip.models.nn.short_attention import short_attention
 from keygrip.training.distributed import global_mean, world_size
 from keygrip.training.memory import StepMemory
 from keygrip.training.optimizers import AdamW
-from keygrip.training.parts import model_part
+from keygrip.training.parts import ReadWhere, model_part
 from keygrip.training.system import System
 
 log = logging.getLogger(__name__)
@@ -48,10 +48,10 @@ class FoveatedVLMModule(System):
         network: the plain network, foveated or baseline.
         collator: how conversations become tokens; the data module uses the same one.
         optimizer: the recipe.
-        mode: in which training looks at videos; of the network's modes.
+        mode: of the passes in training; one of the network's modes.
         val_modes: in which validation does; None: all of the network's.
-        refinement: in training, queries are chosen again from what they have shown up to so many times, a number drawn
-            for each step from 0 to this: the queries then meet embeddings that chosen queries gave, as at inference.
+        refinement: in training, queries are chosen again from their own tokens up to so many times, a number drawn for
+            each step from 0 to this: queries are then computed from tokens of chosen queries, as at inference.
         refinement_from: share of the run before refinement begins.
         loss_chunk: tokens whose logits exist at the same time.
         loss_kernel: in training; `chunked`, or `liger`, a fused Triton kernel for GPUs that has chunks of its own.
@@ -67,6 +67,10 @@ class FoveatedVLMModule(System):
             change kept, or two sources of the encoder's weights.
     """
 
+    read_where: ClassVar = {
+        "refinement_from": ReadWhere("refinement"),
+        "monitor_from_step": ReadWhere("monitor_every_n_steps"),
+    }
     batch_type = VideoTextBatch
     evaluation_kind = "video_text"
     toy_overrides = (
@@ -129,13 +133,13 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         self.loss_kernel: Kernel = loss_kernel
         self.monitor_every_n_steps, self.log_images_every_n_steps = monitor_every_n_steps, log_images_every_n_steps
         self.health = Health(from_step=monitor_from_step)
-        self.pictures: dict[str, Any] = {}  # how frames were prepared: image_size, fit, max_frames
+        self.image_options: dict[str, Any] = {}  # how frames were prepared: image_size, fit, max_frames
         self._scores: dict[str, Scores] = {}
         self._landing: dict[str, list[float]] = {}
 
     @property
     def headline_metrics(self) -> tuple[str, ...]:  # type: ignore[override]
-        """By these runs are compared."""
+        """Metrics used to compare runs."""
         kinds = ("", "_mark", "_cue", "_glance", "_caption")
         modes = [f"val/{mode}/accuracy{kind}" for mode in (*self.val_modes, REFINED) for kind in kinds]
         losses = [f"val/{mode}/loss" for mode in (*self.val_modes, REFINED)]
@@ -153,7 +157,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         self._check_tokenizer()
         if self.init_from is not None:
             self._start_from(self.init_from)
-        self.pictures = {
+        self.image_options = {
             "image_size": statistics.image_size,
             "fit": statistics.fit,
             "max_frames": statistics.max_frames,
@@ -183,13 +187,13 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[TOKENIZER_STATE] = {"tokenizer": self.tokenizer.state(), "pictures": self.pictures}
+        checkpoint[TOKENIZER_STATE] = {"tokenizer": self.tokenizer.state(), "pictures": self.image_options}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if TOKENIZER_STATE not in checkpoint:
             raise ValueError("the checkpoint has no tokenizer: it was not written by this model")
         self.collator.tokenizer = ChatTokenizer.from_state(checkpoint[TOKENIZER_STATE]["tokenizer"])
-        self.pictures = dict(checkpoint[TOKENIZER_STATE]["pictures"])
+        self.image_options = dict(checkpoint[TOKENIZER_STATE]["pictures"])
         self._check_tokenizer()
 
     def on_fit_start(self) -> None:
@@ -237,6 +241,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         return self.network(frames, rows, mode, refinement)
 
     def score(self, output: VLMOutput, batch: VideoTextBatch) -> BatchScores:
+        """Loss and exactness of a network's output for a batch, by kind of question."""
         return score(output, batch, self.network.language.head_weight, self.loss_chunk, self.loss_kernel)
 
     def refinement_now(self) -> int:
@@ -287,8 +292,8 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         for mode, (of_network, refinement) in self._validated().items():
             output = self.network(frames, rows, of_network, refinement, kv)
             self._scores[mode].add(self.score(output, batch), batch.kind)
-            if output.looks is not None:
-                kv = output.looks.kv  # computed once for all modes
+            if output.passes is not None:
+                kv = output.passes.kv  # computed once for all modes
                 if mode == self._attended():
                     for kind, where in attention_on_targets(self.network, output, rows, batch):
                         self._landing[kind].append(where)
@@ -335,18 +340,18 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         figures: dict[str, Any] = {}
         if not network.starts_as_cls:  # a CLS token has the encoder's scale, whatever that is
             figures["static_query_std"] = network.static_query.float().std()
-        looks, streams = output.looks, rows.streams
-        if looks is not None:
-            attention = network.attention_by_frame(looks, streams, HEALTH_FRAMES).flatten(0, 1)
-            used = streams.slots if looks.queries is not None else torch.arange(len(attention), device=loss.device)
+        passes, streams = output.passes, rows.streams
+        if passes is not None:
+            attention = network.attention_by_frame(passes, streams, HEALTH_FRAMES).flatten(0, 1)
+            used = streams.slots if passes.queries is not None else torch.arange(len(attention), device=loss.device)
             figures["attention_entropy"] = relative_entropy(attention[used[used < len(attention)]])
-            visual = looks.visual.flatten(0, 1)[streams.places]
+            visual = passes.visual.flatten(0, 1)[streams.places]
             figures["visual_over_text_std"] = visual.float().std() / network.language.embedding_std
-            if looks.fine is not None:
-                coarse = streams.to_streams(looks.coarse)
-                difference = (looks.fine - coarse).flatten(0, 1)[streams.places].float().abs().mean()
+            if passes.fine is not None:
+                coarse = streams.to_streams(passes.coarse)
+                difference = (passes.fine - coarse).flatten(0, 1)[streams.places].float().abs().mean()
                 figures["query_effect"] = difference
-                kv = [type(block)(block.key.detach(), block.value.detach()) for block in looks.kv]
+                kv = [type(block)(block.key.detach(), block.value.detach()) for block in passes.kv]
                 other = self.score(network(frames, rows, "coarse_only", kv=kv), batch)
                 figures["loss_fine_over_coarse"] = loss / global_mean(other.loss, other.tokens).clamp_min(1e-9)
         self._report_health(figures)
@@ -380,10 +385,10 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             return
         was_training = self.training
         self.eval()
-        picture, text = show_answers(self, batch, SHOWN_ROWS)
+        image, text = show_answers(self, batch, SHOWN_ROWS)
         self.train(was_training)
-        if picture is not None:
-            self.show_image(f"{split}/query_attention", picture)
+        if image is not None:
+            self.show_image(f"{split}/query_attention", image)
         self.show_text(f"{split}/answers", text)
 
     # ------------------------------------------------------------------ dry run
@@ -408,7 +413,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
 
 
 def comparisons(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """What one mode's loss says about another's: `gap`, `gap_refined`, `fine_over_coarse`."""
+    """Ratios of the losses of two modes: `gap`, `gap_refined`, `fine_over_coarse`."""
     loss = {mode: values["loss"] for mode, values in figures.items() if "loss" in values}
     found = {}
     if {"coarse_fine", "coarse_only"} <= loss.keys():

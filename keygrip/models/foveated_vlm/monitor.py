@@ -1,4 +1,4 @@
-"""Signs that the foveation works or not, each with the range in which it is healthy and one warning outside of it."""
+"""Health metrics of the foveation, each with its healthy range and one warning outside of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RANGES = {
     "attention_entropy": Range(
         0.0,
         0.95,
-        "the queries look at everything alike: raise model.network.query_std, keep query_bias=false, deep_query=true",
+        "the queries attend nearly uniformly: raise model.network.query_std, keep query_bias=false, deep_query=true",
     ),
     "static_query_std": Range(
         0.5, 2.0, "the learned query has left the scale at which attention is neither uniform nor a single point"
@@ -25,9 +25,9 @@ RANGES = {
         "embeddings are nearly the same under different queries (mean absolute difference; the queries do nothing)",
     ),
     "fine_over_coarse": Range(
-        0.0, 0.99, "choosing where to look does not lower the loss: is there anything in the data that needs it?"
+        0.0, 0.99, "chosen queries do not lower the loss: do any questions in the data need them?"
     ),
-    "grad_norm_clipped": Range(1e-6, math.inf, "no gradient arrives"),
+    "grad_norm_clipped": Range(1e-6, math.inf, "the gradients are zero"),
     "visual_over_text_std": Range(
         0.2, 5.0, "visual tokens are not on the scale of the token embeddings: see model.network.visual_scale"
     ),

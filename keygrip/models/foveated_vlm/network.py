@@ -1,4 +1,4 @@
-"""The foveated video-language network: one visual token per frame, looked up by a query that the language model picks.
+"""The foveated video-language network: one visual token per frame, from a query that the language model chooses.
 
 Legend: V videos, F frames of the longest, M real frames of all videos, S streams (`rows.Streams`: videos, or questions
 about videos), Q streams of a video, B rows of text, L text tokens, T positions, D backbone width, C language width.
@@ -32,8 +32,8 @@ MODES = ("coarse_only", "coarse_fine", "autoregressive")
 
 
 @dataclass(frozen=True)
-class Looks:
-    """What was seen of the videos.
+class Passes:
+    """Results of the passes over the videos.
 
     Attributes:
         visual: [S, F, C], the visual tokens that the answer is made from, zero behind a stream's end.
@@ -56,13 +56,13 @@ class VLMOutput:
 
     Attributes:
         hidden: [B, T, C] after the language model's last norm. layout: where what lies in them.
-        visual: [B, N, C], the visual tokens of the rows. looks: None where no row has frames, and for the baseline.
+        visual: [B, N, C], the visual tokens of the rows. passes: None where no row has frames, and for the baseline.
     """
 
     hidden: Tensor
     layout: RowLayout
     visual: Tensor
-    looks: Looks | None
+    passes: Passes | None
 
     def predicting(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states [n, C] that predict the text tokens under a mask [B, L], and which: bool [B, L], n True.
@@ -161,7 +161,7 @@ class VideoLanguageNetwork(nn.Module):
         return self.numbered(visual, 0, rows.seconds_of(rows.videos, frames) if self.counts_seconds else None)
 
     def clocked(self, first: int, count: int, seconds: Tensor | None) -> Tensor:
-        """What the clock says of frames `first` to `first + count`, [count, C], or of their seconds [B, count].
+        """Embeddings of the clock for frames `first` to `first + count`, [count, C], or for their seconds [B, count].
 
         Raises:
             ValueError: it counts seconds, and they are not known.
@@ -201,14 +201,14 @@ class VideoLanguageNetwork(nn.Module):
     @abstractmethod
     def see(
         self, frames: Tensor, rows: TextRows, mode: str, refinement: int = 0, kv: Sequence[BlockKV] | None = None
-    ) -> tuple[Tensor, Looks | None, Tensor]:
+    ) -> tuple[Tensor, Passes | None, Tensor]:
         """Visual tokens [B, N, C] of the rows, what was seen, and `unused`.
 
         Args:
             frames: [V, F, 3, H, W], normalised as the backbone wants them; F may be 0.
             rows: the text. mode: how the videos are looked at.
             refinement: coarse_fine only; how often queries are chosen again from what they have just shown.
-            kv: keys and values of the real frames where they are known already (another mode's `Looks.kv`).
+            kv: keys and values of the real frames where they are known already (another mode's `Passes.kv`).
 
         Raises:
             ValueError: an unknown mode, or refinement outside of coarse_fine.
@@ -218,9 +218,9 @@ class VideoLanguageNetwork(nn.Module):
         self, frames: Tensor, rows: TextRows, mode: str, refinement: int = 0, kv: Sequence[BlockKV] | None = None
     ) -> VLMOutput:
         """Hidden states of rows of text about videos; arguments and errors as in `see`."""
-        visual, looks, idle = self.see(frames, rows, mode, refinement, kv)
+        visual, passes, idle = self.see(frames, rows, mode, refinement, kv)
         hidden, layout = self.read(visual, rows)
-        return VLMOutput(hidden + idle, layout, visual, looks)
+        return VLMOutput(hidden + idle, layout, visual, passes)
 
     def unused(self, *parts: nn.Module | nn.Parameter) -> Tensor:
         """Zero that depends on parameters which this batch does not use: every process then has a gradient for all."""
@@ -348,7 +348,7 @@ class FoveatedVLM(VideoLanguageNetwork):
             return hidden
         return hidden + self.clocked(first, hidden.shape[1], seconds)
 
-    def look(self, kv: Sequence[BlockKV], streams: Streams, mode: str, refinement: int = 0) -> Looks:
+    def run_passes(self, kv: Sequence[BlockKV], streams: Streams, mode: str, refinement: int = 0) -> Passes:
         """Visual tokens of all streams from the keys and values of the M real frames, in one of the three modes.
 
         Args:
@@ -357,14 +357,14 @@ class FoveatedVLM(VideoLanguageNetwork):
         coarse = self.ask(self.static_query.expand(len(kv[0].key), -1, -1), kv)
         driving = streams.to_streams(self.connector(coarse))  # [S, F, C]
         if mode == "coarse_only":
-            return Looks(driving, coarse, None, None, kv)
+            return Passes(driving, coarse, None, None, kv)
         if mode == "autoregressive":
-            queries, fine = self._look_in_order(kv, streams, driving)
-            return Looks(self.connector(fine), coarse, fine, queries, kv)
-        queries, fine = self._look_at_once(kv, streams, driving)
+            queries, fine = self._autoregressive_pass(kv, streams, driving)
+            return Passes(self.connector(fine), coarse, fine, queries, kv)
+        queries, fine = self._fine_pass(kv, streams, driving)
         for _ in range(refinement):
-            queries, fine = self._look_at_once(kv, streams, self.connector(fine))
-        return Looks(self.connector(fine), coarse, fine, queries, kv)
+            queries, fine = self._fine_pass(kv, streams, self.connector(fine))
+        return Passes(self.connector(fine), coarse, fine, queries, kv)
 
     def see(
         self,
@@ -373,7 +373,7 @@ class FoveatedVLM(VideoLanguageNetwork):
         mode: str,
         refinement: int = 0,
         kv: Sequence[BlockKV] | None = None,
-    ) -> tuple[Tensor, Looks | None, Tensor]:
+    ) -> tuple[Tensor, Passes | None, Tensor]:
         """See `VideoLanguageNetwork.see`."""
         if mode not in MODES:
             raise ValueError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
@@ -388,28 +388,28 @@ class FoveatedVLM(VideoLanguageNetwork):
             return visual, None, self.unused(self.backbone, self.connector, *queries, *numbers, *own)
         if kv is None:
             kv = self.encode(real_frames(frames, rows.frame_counts))
-        looks = self.look(kv, streams, mode, refinement)
+        passes = self.run_passes(kv, streams, mode, refinement)
         idle = self.unused(self.first_query, self.query_projection) if mode == "coarse_only" else self.unused()
-        return looks.visual[streams.of_row], looks, idle
+        return passes.visual[streams.of_row], passes, idle
 
     @torch.no_grad()
-    def attention(self, looks: Looks, streams: Streams) -> Tensor:
+    def attention(self, passes: Passes, streams: Streams) -> Tensor:
         """Where the queries looked, [S, F, blocks, H, R + N]: rows sum to 1, and are zero behind a stream's end."""
-        table = self.attention_by_frame(looks, streams)
+        table = self.attention_by_frame(passes, streams)
         return streams.to_streams(table.flatten(2)).unflatten(-1, table.shape[2:])
 
     @torch.no_grad()
-    def attention_by_frame(self, looks: Looks, streams: Streams, limit: int | None = None) -> Tensor:
+    def attention_by_frame(self, passes: Passes, streams: Streams, limit: int | None = None) -> Tensor:
         """Attention [M, Q, blocks, H, R + N] of the chosen queries (the learned one, Q = 1, in coarse_only).
 
         Args:
             limit: only the first so many frames.
         """
-        if looks.queries is None:
-            queries = self.static_query.expand(len(looks.coarse), -1, -1)
+        if passes.queries is None:
+            queries = self.static_query.expand(len(passes.coarse), -1, -1)
         else:
-            queries = streams.to_frames(looks.queries)
-        kv = [BlockKV(block.key[:limit], block.value[:limit]) for block in looks.kv]
+            queries = streams.to_frames(passes.queries)
+        kv = [BlockKV(block.key[:limit], block.value[:limit]) for block in passes.kv]
         _, weights = self._asked.query_with_attention(queries[:limit], kv, self.first_block)
         return torch.stack([block.float() for block in weights], dim=2).permute(0, 3, 2, 1, 4)
 
@@ -434,12 +434,12 @@ class FoveatedVLM(VideoLanguageNetwork):
             return self.first_query
         return self.query_projection(self.before(state, frame, seconds)).to(self.first_query.dtype)
 
-    def _look_at_once(self, kv: Sequence[BlockKV], streams: Streams, visual: Tensor) -> tuple[Tensor, Tensor]:
+    def _fine_pass(self, kv: Sequence[BlockKV], streams: Streams, visual: Tensor) -> tuple[Tensor, Tensor]:
         """Queries [S, F, D] chosen from given visual tokens, and what they show [S, F, D]."""
         queries = self.choose_queries(visual, streams)
         return queries, streams.to_streams(self.ask(streams.to_frames(queries), kv))
 
-    def _look_in_order(self, kv: Sequence[BlockKV], streams: Streams, coarse: Tensor) -> tuple[Tensor, Tensor]:
+    def _autoregressive_pass(self, kv: Sequence[BlockKV], streams: Streams, coarse: Tensor) -> tuple[Tensor, Tensor]:
         """As at inference: frame by frame, each query from the cached past."""
         cache = LanguageCache()
         state = coarse.new_zeros(len(streams), 1, self.language.width)

@@ -72,7 +72,7 @@ class TextRows:
 
     @cached_property
     def streams(self) -> Streams:
-        """The distinct ways in which the videos are looked at."""
+        """The distinct streams: a video with the text before its visual tokens."""
         return Streams.of(self)
 
 
@@ -176,7 +176,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class Streams:
-    """S ways of looking: a video, and the text that stands before its visual tokens.
+    """S streams: each a video with the text that stands before its visual tokens.
 
     In the published order (visual tokens first) nothing stands before them: a stream a video, which all its rows share.
     With the question first, a stream a row.

@@ -1,18 +1,18 @@
-"""An encoder that no label taught: pretraining on frames alone, whose questions and answers are never read.
+"""Self-supervised encoder pretraining: on frames alone; questions and answers are never read.
 
 Four losses, each from pixels:
 
 - **masked prediction** (He et al. 2022, arXiv:2111.06377; with the hidden patches as part of the input, Xie et al.
-  2022, arXiv:2111.09886): a share of the patches is hidden, and every patch's token says its pixels. Patches that are
-  seen count too: a token that can be turned back into its patch has kept small marks, which a prediction from the
+  2022, arXiv:2111.09886): a share of the patches is hidden, and every patch token predicts its pixels. Visible patches
+  count too: a token from which its patch can be reconstructed has kept small marks, which a prediction from the
   surroundings alone may drop.
-- **asked prediction**: a deep query that is made of a patch's mean colour brings back that patch's pixels through the
-  keys and values of all blocks. It is what the language model will do with queries of its own.
+- **asked prediction**: a deep query made from a patch's mean colour retrieves that patch's pixels through the keys and
+  values of all blocks, as the language model's queries will do.
 - **agreement** (InfoNCE; van den Oord et al. 2018, arXiv:1807.03748, patch by patch as Wang et al. 2021,
-  arXiv:2011.09157): two views of a frame, moved against each other, coloured differently and with other patches hidden,
-  say of the same place the same. Patches of other frames are what it must be told from, so that what tells the frames
-  of a video apart is kept, wherever in its patch it lies.
-- **frame**: CLS says the whole frame at a low resolution.
+  arXiv:2011.09157): the features of one place in two views of a frame (shifted, recoloured, with other patches hidden)
+  are positives. Patches of other frames are negatives, so that features keep what differs between the frames of a
+  video, wherever in its patch it lies.
+- **frame**: CLS predicts the whole frame at a low resolution.
 
 A run of it is a source of backbone weights like any other (`backbone.init_from=runs/...`).
 
@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 
 LOSSES = ("pixels", "asked", "frame", "agreement")
 FLAT = 0.1  # standard deviation of a patch, in units of the whole image's, below which its detail is noise
-CHANGED = 0.2  # deviation of a pixel from its video's mean, in the same units, that counts half; noise is far below
-MARK = 16  # changed pixels from which on a patch counts wholly
-THUMBNAIL = 16  # pixels of the side of the frame that CLS says
+CHANGED = 0.2  # deviation of a pixel from its video's mean, in the same units, that gets weight 0.5; noise is far below
+MARK = 16  # changed pixels from which on a patch has full weight
+THUMBNAIL = 16  # side in pixels of the frame that CLS predicts
 
 
 @dataclass
@@ -187,7 +187,7 @@ class SelfSupervisedModule(System):
         self._sums: dict[str, list[float]] = {}
 
     def losses(self, batch: FramesBatch, seed: int) -> dict[str, Tensor]:
-        """Losses by name; what is hidden, moved and asked follows from the seed."""
+        """Losses by name; the seed decides what is hidden, shifted and queried."""
         network, backbone = self.network, self.network.backbone
         random = torch.Generator().manual_seed(seed)
         images = normalised(batch.frames, backbone.mean, backbone.std)

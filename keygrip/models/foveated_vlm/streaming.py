@@ -22,11 +22,11 @@ from keygrip.models.language.cache import LanguageCache
 from keygrip.models.language.tokenizers import ChatTokenizer
 
 STREAMED_MODES = ("autoregressive", "coarse_only")
-UNFINISHED = "\ufffd"  # what the bytes of half a character decode to
+UNFINISHED = "\ufffd"  # an incomplete character decodes to this
 
 
 class _Reader:
-    """A language model that reads a row bit by bit."""
+    """A language model that reads a row in parts, with its cache."""
 
     def __init__(self, network: FoveatedVLM) -> None:
         self.language = network.language
@@ -227,7 +227,7 @@ class VideoStream:
         Raises:
             ValueError: another shape or type, or no room for it.
         """
-        images = self.module.pictures
+        images = self.module.image_options
         if not isinstance(frame, Image.Image):
             if frame.ndim != 3 or frame.shape[2] != 3 or not frame.size or frame.dtype != np.uint8:
                 raise ValueError(f"a frame is uint8 [H, W, 3], not {frame.dtype} {list(frame.shape)}")

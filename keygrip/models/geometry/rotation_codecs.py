@@ -32,12 +32,13 @@ from keygrip.models.geometry.rotations import (
     rotation_exp,
     rotation_log,
 )
+from keygrip.training.integrity import ChangedFileError, load_tensors
 from keygrip.training.parts import model_part
 
 log = logging.getLogger(__name__)
 
-COVERED_RAD = math.radians(15.0)  # from a prototype: farther away none was seen in training
-WARNING_DEG = 45.0  # a largest decode error that no manipulation task forgives
+COVERED_RAD = math.radians(15.0)  # rotations farther from every prototype count as not seen in training
+WARNING_DEG = 45.0  # largest decode error above which a warning is logged: no manipulation task tolerates it
 
 
 class RotationCodec(nn.Module):
@@ -174,8 +175,7 @@ class PCARotation(RotationCodec):
         if explained < self.min_explained:
             warnings.warn(
                 f"The first principal component explains only {explained:.0%} of the rotations (below "
-                f"{self.min_explained:.0%}): "
-                "rotation=pca_1d will lose the rest; use rotation=kmeans.",
+                f"{self.min_explained:.0%}): rotation=pca_1d will lose the rest; use rotation=kmeans.",
                 stacklevel=3,
             )
 
@@ -291,8 +291,9 @@ def fit_or_load(codec: RotationCodec, quaternions: Tensor, cache_dir: Path, fing
     settings = f"{type(codec).__name__} {codec.settings()} {fingerprint}".encode()
     digest = hashlib.sha256(settings + contents).hexdigest()[:16]
     path = cache_dir / f"rotation-{type(codec).__name__}-{digest}.pt"
-    if path.is_file():
-        codec.load_state_dict(torch.load(path, weights_only=True))
+    stored = _stored(path)
+    if stored is not None:
+        codec.load_state_dict(stored)
         report = codec.summary() | codec.quantisation(normalise(quaternions.double()))
         _warn_of_floor(report)
         return report
@@ -301,6 +302,16 @@ def fit_or_load(codec: RotationCodec, quaternions: Tensor, cache_dir: Path, fing
     with atomic_write(path) as file:
         torch.save(codec.state_dict(), file)
     return report
+
+
+def _stored(path: Path) -> dict[str, Tensor] | None:
+    """A basis that was kept; None where there is none, or it is damaged and must be fitted again."""
+    try:
+        found: dict[str, Tensor] | None = load_tensors(path) if path.is_file() else None
+        return found
+    except ChangedFileError as error:
+        log.warning("%s; it is fitted again", error)
+        return None
 
 
 def _warn_of_floor(report: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""The layer-wise flow-matching transformer that writes an action chunk.
+"""The layer-wise flow-matching transformer that predicts an action chunk.
 
     [state | future tokens | noisy actions] -> block 0 .. N - 1 -> velocity of the actions
 
@@ -54,7 +54,7 @@ class BlockContext:
 
 @dataclass
 class AttentionRecord:
-    """Collects what each block's cross-attention does with groups of its context, for monitoring.
+    """Collects each block's cross-attention to groups of its context, for monitoring.
 
     Attributes:
         groups: sizes of consecutive groups of context tokens.

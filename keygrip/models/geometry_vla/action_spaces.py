@@ -9,7 +9,7 @@ Shape legend: B samples, A arms, T steps, C numbers of an arm's action, J joints
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,26 +29,7 @@ from keygrip.robots.kinematics import ARM_JOINTS, arm_chain
 
 ActionKind = Literal["absolute", "delta", "joint", "osc"]
 COLUMNS: dict[str, int] = {"absolute": 10, "delta": 10, "joint": ARM_JOINTS + 1, "osc": 7}  # C of each kind
-LARGEST_RESIDUAL_M = 0.02  # between recorded positions and those of the recorded joints
-
-
-class ActionSpace(Protocol):
-    """Numbers of actions and poses, there and back.
-
-    Attributes:
-        reads: which part of the targets it is made of beside the poses: "joints", "controller" or nothing.
-    """
-
-    reads: str | None
-
-    def numbers(self, targets: PolicyTargets) -> Tensor:
-        """``[B, A, T, C]``."""
-        ...
-
-    def poses(self, numbers: Tensor, position: Tensor, quaternion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Position ``[B, A, T, 3]``, quaternion ``[B, A, T, 4]`` and opening ``[B, A, T]`` of ``[B, A, T, C]``, from
-        the present pose ``[B, A, 3]`` and ``[B, A, 4]``."""
-        ...
+LARGEST_RESIDUAL_M = 0.02  # largest distance between recorded positions and those of the recorded joints
 
 
 def pose_numbers(position: Tensor, quaternion: Tensor, gripper: Tensor) -> Tensor:
@@ -70,6 +51,12 @@ class PoseSpace(nn.Module):
     def from_poses(
         self, position: Tensor, quaternion: Tensor, gripper: Tensor, start_position: Tensor, start_quaternion: Tensor
     ) -> Tensor:
+        """Numbers ``[B, A, T, 10]`` of poses; the inverse of `poses`.
+
+        Args:
+            position: ``[B, A, T, 3]`` m. quaternion: ``[B, A, T, 4]``. gripper: ``[B, A, T]``.
+            start_position, start_quaternion: ``[B, A, 3]`` and ``[B, A, 4]``, the present pose.
+        """
         if self.delta:
             position = position - start_position[:, :, None]
             inverse = quaternion_conjugate(start_quaternion)[:, :, None].expand_as(quaternion)
@@ -111,7 +98,7 @@ class JointSpace(nn.Module):
         chain = arm_chain(arm, gripper)
         for name in ("offsets", "rotations", "axes", "tool_offset", "tool_rotation"):
             values = torch.from_numpy(np.asarray(getattr(chain, name), dtype=np.float32))
-            self.register_buffer(name, values, persistent=False)  # of the robot's model, not of the training
+            self.register_buffer(name, values, persistent=False)  # depends on the robot's model, not on training
         self.register_buffer("base_position", torch.zeros(len(arms), 3))
         self.register_buffer("base_rotation", torch.eye(3).repeat(len(arms), 1, 1))
         self.arms = tuple(arms)
@@ -167,7 +154,7 @@ class JointSpace(nn.Module):
 
 
 class ControllerSpace(nn.Module):
-    """What an operational-space controller is told at every step (robosuite's OSC_POSE, LIBERO's actions): a way and a
+    """Inputs of an operational-space controller at every step (robosuite's OSC_POSE, LIBERO's actions): a way and a
     turn (rotation vector, both in the world's axes) in shares of the largest ones, and the gripper, -1 open to 1
     closed. Poses are those that the controller is led to: each step's way and turn from the step before.
 

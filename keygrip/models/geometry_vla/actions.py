@@ -7,7 +7,7 @@ Shape legend: B samples, A arms, T steps, C numbers of an arm's action.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,10 @@ from keygrip.models.geometry_vla.action_spaces import (
     action_space,
     pose_numbers,
 )
-from keygrip.training.parts import model_part
+from keygrip.training.parts import ReadWhere, model_part
 
-SIZE = 10  # of an arm's pose: position 3, rotation columns 6, opening 1
-LEAST_RANGE = 0.01  # metres, or what a rotation matrix holds: less than this is standing still, not a scale
+SIZE = 10  # numbers of an arm's pose: position 3, rotation columns 6, opening 1
+LEAST_RANGE = 0.01  # smallest range used as a scale (metres, or entries of a rotation matrix): less is standing still
 
 
 @model_part
@@ -48,6 +48,12 @@ class PoseActions(nn.Module):
         embodiments: names of robots (of the demonstrations) that have statistics of their own; none: one for all.
     """
 
+    read_where: ClassVar = {
+        "arm": ReadWhere("kind", "joint"),
+        "gripper": ReadWhere("kind", "joint"),
+        "osc_position_m": ReadWhere("kind", "osc"),
+        "osc_rotation_rad": ReadWhere("kind", "osc"),
+    }
     known: Tensor
     low: Tensor
     high: Tensor

@@ -45,7 +45,7 @@ class GeometryCompressor(nn.Module, ABC):
             raise ValueError(
                 f"{geometry.shape[1]} geometry tokens cannot be compressed to {self.tokens}: set "
                 f"model.network.geom_dit_tokens to {geometry.shape[1]} or less, or give the geometry model larger "
-                "pictures."
+                "images."
             )
         return self._compress(geometry)
 

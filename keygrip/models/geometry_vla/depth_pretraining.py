@@ -1,4 +1,4 @@
-"""A geometry encoder that knows depth before any policy uses it: pretraining on images of many scenes and cameras.
+"""Depth pretraining of the geometry encoder, on images of many scenes and cameras.
 
 MapAnything brings what it learned from very many scenes. A small encoder that starts from nothing beside the actions
 sees the demonstrations alone, a camera pose for each of them; so it may first be trained on stills of the simulator,
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from keygrip.data.batches import MultiViewPolicyBatch
-from keygrip.models.geometry_vla.figures import scene_picture
+from keygrip.models.geometry_vla.figures import scene_figure
 from keygrip.models.geometry_vla.geometry import DinoMultiView, GeometryFeatures
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
@@ -61,7 +61,7 @@ class DepthReaderModule(System):
         self.network.take_start()
 
     def forward(self, batch: MultiViewPolicyBatch) -> GeometryFeatures:
-        """What the encoder makes of a batch's images."""
+        """The encoder's features of a batch's images."""
         return self.network(batch.images, batch.view_intrinsics, batch.view_world_to_camera)
 
     def losses(self, features: GeometryFeatures, batch: MultiViewPolicyBatch) -> dict[str, Tensor]:
@@ -87,13 +87,13 @@ class DepthReaderModule(System):
             self._show(features, batch)
 
     @torch.no_grad()
-    def picture(self, features: GeometryFeatures, batch: MultiViewPolicyBatch, sample: int = 0) -> np.ndarray:
+    def figure(self, features: GeometryFeatures, batch: MultiViewPolicyBatch, sample: int = 0) -> np.ndarray:
         """One sample's views with recorded and predicted depth, ``[H, W, 3]`` uint8."""
-        return scene_picture(batch, None, features, sample)
+        return scene_figure(batch, None, features, sample)
 
     def _show(self, features: GeometryFeatures, batch: MultiViewPolicyBatch) -> None:
         if self.shows_images:
-            self.show_image("val/depth", self.picture(features, batch))
+            self.show_image("val/depth", self.figure(features, batch))
 
     def _log(self, split: str, values: dict[str, Tensor], batch_size: int) -> None:
         for name, value in values.items():

@@ -1,4 +1,4 @@
-"""How much the action head makes of geometry: figures of validation that say why its tokens help, or why not.
+"""Validation metrics of how the action head uses geometry tokens.
 
 Shape legend: B samples, M tokens of a context, K tokens of a group of them, H width, A arms, T steps, Da numbers of an
 action step.
@@ -82,7 +82,7 @@ def slot_share(tokens: Tensor) -> Tensor:
 def exchanged_geometry(
     module: GeometryVLAModule, scene: Scene, batch: MultiViewPolicyBatch, sampled: Tensor
 ) -> dict[str, Tensor]:
-    """What plans owe to geometry: the same plans with what the geometry encoder made of another demonstration.
+    """Effect of geometry on plans: the same plans with the geometry features of another demonstration.
 
     ``geometry_moves_cm``: how far planned positions move; 0 where nothing that acts reads geometry.
     ``geometry_worth_cm``: how much larger their error is then; about 0 where plans move and are none the worse.

@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from keygrip.artifacts import locked, write_bytes, write_text
 
 log = logging.getLogger(__name__)
 
-KEPT_SHARE = 0.9  # of the limit, after files were removed: not at every new one
+KEPT_SHARE = 0.9  # share of the limit that is kept when files are removed, so that not every new file removes one
 LARGEST_HALF = 6e4  # beyond it a float16 is infinite
-SURPRISING = 20_000  # images of which not one came again
+CHECKSUM = "crc32"  # of a feature's bytes, in its file's metadata
+SURPRISING = 20_000  # after this many images without a hit, a warning
 
 
 class FeatureCache:
@@ -59,7 +62,7 @@ class FeatureCache:
         """
         if images.dtype != torch.uint8:
             raise ValueError(
-                f"Features are kept by the bytes of their pictures, which must be uint8, not {images.dtype}."
+                f"Features are kept by the bytes of their images, which must be uint8, not {images.dtype}."
             )
         keys = [_key(row, maker) for row in zip(*(part.cpu() for part in (images, *conditions)), strict=True)]
         found = [self._read(key) for key in keys]
@@ -80,8 +83,8 @@ class FeatureCache:
         self._asked, self._found = before + asked, self._found + found
         if before < SURPRISING <= self._asked and not self._found:
             log.warning(
-                "of %d pictures none came twice: the cache of geometry features only costs time; random crops and "
-                "colours make every picture new (data.augmentation=null), or set geometry.cache=null",
+                "of %d images none came twice: the cache of geometry features only costs time; random crops and "
+                "colours make every image new (data.augmentation=null), or set geometry.cache=null",
                 self._asked,
             )
 
@@ -99,10 +102,13 @@ class FeatureCache:
     def _read(self, key: str) -> Tensor | None:
         path = self._path(key)
         try:
-            feature = load_file(path)["feature"]
+            content = path.read_bytes()
+            feature = load(content)["feature"]
+            if _told(content).get(CHECKSUM, _checksum(feature)) != _checksum(feature):
+                raise ValueError("its checksum differs")
         except FileNotFoundError:
             return None
-        except (SafetensorError, OSError, KeyError) as error:
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
             log.warning("%s cannot be read (%s): computed again", path, error)
             return None
         with contextlib.suppress(FileNotFoundError):
@@ -114,7 +120,7 @@ class FeatureCache:
         try:
             with locked(self.folder / ".lock"):
                 before = path.stat().st_size if path.exists() else 0
-                write_bytes(path, save({"feature": feature.contiguous()}))
+                write_bytes(path, save({"feature": feature.contiguous()}, {CHECKSUM: _checksum(feature)}))
                 size = self.size() + path.stat().st_size - before
                 write_text(self.folder / ".size", str(self._shrunk() if size > self.limit else size))
         except OSError as error:
@@ -137,6 +143,16 @@ class FeatureCache:
             path.unlink(missing_ok=True)
             size -= each
         return size
+
+
+def _checksum(feature: Tensor) -> str:
+    return str(zlib.crc32(feature.contiguous().numpy().tobytes()))
+
+
+def _told(content: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file; files of earlier versions have none."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return dict(header.get("__metadata__") or {})
 
 
 def _key(row: Sequence[Tensor], maker: str) -> str:

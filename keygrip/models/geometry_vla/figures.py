@@ -12,15 +12,15 @@ from keygrip.data.batches import MultiViewPolicyBatch
 from keygrip.models.geometry.cameras import project
 from keygrip.models.geometry_vla.geometry import GeometryFeatures
 from keygrip.models.geometry_vla.pointing import map_means, probabilities
-from keygrip.training.images import drawable, figure_to_image
+from keygrip.training.figures import drawable, figure_to_image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SHOWN_SHARES = torch.tensor([0.0, 0.75])  # of the depths that are known: the ends of the colour scale
+SHOWN_SHARES = torch.tensor([0.0, 0.75])  # quantiles of the known depths at the ends of the colour scale
 
 
-def scene_picture(
+def scene_figure(
     batch: MultiViewPolicyBatch,
     planned: Tensor | None,
     geometry: GeometryFeatures | None,
@@ -69,7 +69,7 @@ def scene_picture(
             top.imshow(pointed.amax(dim=0).numpy(), extent=(0, size, size, 0), cmap="inferno", alpha=0.35)
         top.set(title=batch.cameras[view], xlim=(0, size), ylim=(size, 0))
         for row, (title, depth) in enumerate(shown, start=1):
-            # Not up to the walls, before which the table would be of one colour.
+            # The scale ends before the walls; with them the table would have one colour.
             low, high = (None, None) if known is None or not len(known) else known.quantile(SHOWN_SHARES).tolist()
             drawn = axes[row, view].imshow(depth[view].numpy(), cmap="turbo", vmin=low, vmax=high)
             axes[row, view].set_title(title, fontsize=8)

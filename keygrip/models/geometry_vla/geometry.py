@@ -26,12 +26,12 @@ from keygrip.training.parts import model_part
 if TYPE_CHECKING:
     from keygrip.models.backbone import DinoBackbone
 
-DECIMETRES = 10  # to a metre
+DECIMETRES = 10  # per metre
 
 
 @dataclass(frozen=True)
 class GeometryFeatures:
-    """What a geometry encoder makes of views.
+    """Output of a geometry encoder.
 
     Attributes:
         tokens: ``[B, G, D]``, view after view.
@@ -64,6 +64,7 @@ class GeometryEncoder(nn.Module, ABC):
 
     @property
     def learns_depth(self) -> bool:
+        """Whether it has losses on depth."""
         return False
 
     @property
@@ -285,7 +286,7 @@ class DinoMultiView(GeometryEncoder):
 def depth_targets(
     depth: Tensor, intrinsics: Tensor, world_to_camera: Tensor, cells: int, limit: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What is seen at the centres of a grid of cells.
+    """Depths and world points at the centres of a grid of cells.
 
     Args:
         depth: ``[B, V, S, S]`` metres along the optical axis, 0 unknown. intrinsics: ``[B, V, 3, 3]``.

@@ -1,4 +1,4 @@
-"""MapAnything as geometry encoder: frozen, loaded from somebody else's package and weights.
+"""MapAnything as geometry encoder: frozen, loaded from its own package and weights.
 
 Shape legend: B samples, V views, S side of an image, P side at which MapAnything looks at it, N patches of a view,
 G = V N tokens, D their width.
@@ -132,12 +132,12 @@ class MapAnythingGeometry(GeometryEncoder):
             ValueError: `scale_token` with a MapAnything that has none.
         """
         model = self._model[0].to(images.device)
-        pictures = normalised(images, self.mean, self.std)
-        if pictures.shape[-1] != self.image_size:
+        seen = normalised(images, self.mean, self.std)
+        if seen.shape[-1] != self.image_size:
             shape = (self.image_size, self.image_size)
-            resized = F.interpolate(pictures.flatten(0, 1), shape, mode="bicubic", antialias=True, align_corners=False)
-            pictures = resized.unflatten(0, images.shape[:2])
-        views = [{"img": view, "data_norm_type": [self.norm_type]} for view in pictures.unbind(1)]
+            resized = F.interpolate(seen.flatten(0, 1), shape, mode="bicubic", antialias=True, align_corners=False)
+            seen = resized.unflatten(0, images.shape[:2])
+        views = [{"img": view, "data_norm_type": [self.norm_type]} for view in seen.unbind(1)]
         if cameras:
             with torch.autocast(images.device.type, enabled=False):  # half precision would move rays by pixels
                 for number, view in enumerate(views):
@@ -146,7 +146,7 @@ class MapAnythingGeometry(GeometryEncoder):
         found: list[Any] = []
         hook = model.info_sharing.register_forward_hook(lambda _, __, output: _stop(found, output))
         devices = [images.device] if images.device.type == "cuda" else []
-        # Its own precision, whatever that around it: bf16 on a GPU, as its authors run it.
+        # In its own precision, independent of the caller's: bf16 on a GPU, as its authors run it.
         with (
             torch.random.fork_rng(devices),
             _optional_inputs(model, ALL_CAMERAS if cameras else NO_CAMERAS),
@@ -186,7 +186,7 @@ class MapAnythingGeometry(GeometryEncoder):
 
 
 class _FoundError(Exception):
-    """Ends MapAnything's forward pass where its tokens are known: the heads behind them are of no use here."""
+    """Ends MapAnything's forward pass where its tokens are known: the heads after them are not needed."""
 
 
 def _stop(found: list[Any], output: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from keygrip.models.geometry.rotations import geodesic_angle
 from keygrip.models.geometry_vla.action_head import AttentionRecord
 from keygrip.models.geometry_vla.actions import PoseActions
 from keygrip.models.geometry_vla.diagnostics import context_figures, exchanged_geometry
-from keygrip.models.geometry_vla.figures import scene_picture
+from keygrip.models.geometry_vla.figures import scene_figure
 from keygrip.models.geometry_vla.network import ActionSampling, GeometryVLA, Scene
 from keygrip.models.geometry_vla.pointing import pointing_losses
 from keygrip.models.geometry_vla.policy import GeometryVLAPolicy
@@ -25,7 +25,7 @@ from keygrip.models.nn.short_attention import short_attention
 from keygrip.models.policy_statistics import PolicyStatistics
 from keygrip.training.distributed import global_mean, global_sum
 from keygrip.training.optimizers import AdamW
-from keygrip.training.parts import model_part
+from keygrip.training.parts import ReadWhere, model_part
 from keygrip.training.system import System, parameters_m
 
 if TYPE_CHECKING:
@@ -52,11 +52,11 @@ HEADLINE = (
     "geometry_moves_cm",
     "geometry_worth_cm",
 )
-DIAGNOSED = 4  # batches of a validation whose use of geometry is looked into
+DIAGNOSED = 4  # validation batches for which the use of geometry is measured
 SEED_STRIDE = 1_000_003  # more frames than any demonstration has
 
 
-BAR = ("total", "position_cm")  # in the progress line
+BAR = ("total", "position_cm")  # metrics in the progress line
 
 
 @model_part(from_checkpoint={"init_from": None})
@@ -74,6 +74,7 @@ class GeometryVLAModule(System):
             actions are normalised by the new data. None: the network as it was built.
     """
 
+    read_where: ClassVar = {"pointing_weight": ReadWhere("network.pointing_cells")}
     batch_type = MultiViewPolicyBatch
     evaluation_kind = "policy"
     toy_overrides = (
@@ -222,7 +223,7 @@ class GeometryVLAModule(System):
             losses |= extra
         elif scene.geometry is not None and scene.geometry.points is not None and batch.depth is not None:
             assert geometry is not None
-            with torch.no_grad():  # frozen: its errors are worth knowing all the same
+            with torch.no_grad():  # a frozen encoder's errors are still logged
                 extra = geometry.losses(scene.geometry, batch.depth, batch.view_intrinsics, batch.view_world_to_camera)
             losses |= {name: value for name, value in extra.items() if name.endswith("_cm")}
         if scene.pointing is not None:
@@ -262,7 +263,7 @@ class GeometryVLAModule(System):
 
     @torch.no_grad()
     def diagnostics(self, scene: Scene, batch: MultiViewPolicyBatch, sampled: Tensor) -> dict[str, Tensor]:
-        """What the head makes of geometry and of pointed tokens (see `keygrip.models.geometry_vla.diagnostics`)."""
+        """How the head uses geometry and pointed tokens (see `keygrip.models.geometry_vla.diagnostics`)."""
         found = exchanged_geometry(self, scene, batch, sampled)
         if not any(scene.groups[1:]):
             return found
@@ -282,11 +283,11 @@ class GeometryVLAModule(System):
         return {"grip_side_cm": off[:, :2].norm(dim=-1), "grip_height_cm": off[:, 2].abs()}
 
     @torch.no_grad()
-    def picture(self, scene: Scene, batch: MultiViewPolicyBatch, sample: int = 0) -> np.ndarray:
+    def figure(self, scene: Scene, batch: MultiViewPolicyBatch, sample: int = 0) -> np.ndarray:
         """One sample's plan and depth beside what was recorded, ``[H, W, 3]`` uint8."""
         actions = self.sample(scene, batch)
         planned, _, _ = self.decode(actions, batch)
-        return scene_picture(batch, planned, scene.geometry, sample, scene.pointing)
+        return scene_figure(batch, planned, scene.geometry, sample, scene.pointing)
 
     def loss(self, batch: MultiViewPolicyBatch) -> Tensor:
         return self.losses(self(batch), batch)["total"]
@@ -309,7 +310,7 @@ class GeometryVLAModule(System):
     def _show(self, scene: Scene, batch: MultiViewPolicyBatch) -> None:
         if not self.loggers:
             return
-        image = self.picture(scene, batch)  # on every process: where parameters are sharded, all must take part
+        image = self.figure(scene, batch)  # on every process: where parameters are sharded, all must take part
         self.show_image("val/scene", image)
 
     def training_step(self, batch: MultiViewPolicyBatch, batch_idx: int) -> Tensor:

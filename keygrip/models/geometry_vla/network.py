@@ -17,7 +17,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,11 +33,11 @@ from keygrip.models.language.qwen_vl import QwenVL
 from keygrip.models.nn.flow_matching import SOLVERS, Solver, integrate, noise_levels
 from keygrip.models.nn.inpainting import guided_velocity
 from keygrip.models.nn.sinusoids import level_features
-from keygrip.training.parts import model_part
+from keygrip.training.parts import ReadWhere, model_part
 
 log = logging.getLogger(__name__)
 
-MOST_VIEWS = 16  # that are told apart by their number
+MOST_VIEWS = 16  # views that have an embedding of their number
 
 
 @model_part
@@ -70,12 +70,12 @@ class ActionSampling:
 
 @dataclass(frozen=True)
 class Scene:
-    """What the encoders made of a batch: computed once for all draws of noise and all steps of a sampler.
+    """The encoders' output for a batch: computed once for all draws of noise and all steps of a sampler.
 
     Attributes:
         contexts: of the head's blocks. groups: tokens of the prompt, of geometry, and pointed ones, in each of them.
         geometry: what the geometry encoder gave, None without injection.
-        pointing: logits of where the gripper will be in the images (see `Pointing`), None where nobody asks.
+        pointing: logits of where the gripper will be in the images (see `Pointing`), None where they are not asked for.
     """
 
     contexts: list[BlockContext]
@@ -118,7 +118,7 @@ class GeometryVLA(nn.Module):
         context_places: add to each token of an image in the contexts where it lies. A large language model's hidden
             states tell; those of a small one, which knows positions as rotations inside its attention alone, do not.
         pointing_cells: cells along a side of an image token in which the vision-language model says where the gripper
-            will be (see `Pointing`); 0: it is not asked.
+            will be (see `Pointing`); 0 disables the maps and their loss.
         pointing_keyframe: one map more, of where the gripper closes or opens next: through the whole of an approach the
             model so learns what it is being sent to.
         pointed_tokens: give the head what those maps say, and what the geometry encoder makes of the places (see
@@ -133,6 +133,12 @@ class GeometryVLA(nn.Module):
     Raises:
         ValueError: sizes that do not fit, or injection without a geometry encoder.
     """
+
+    read_where: ClassVar = {
+        "geom_dit_tokens": ReadWhere("geom_inject_to_dit geom_inject_to_vlm"),
+        "geom_compression_type": ReadWhere("geom_inject_to_dit geom_inject_to_vlm"),
+        "geom_qformer_heads": ReadWhere("geom_compression_type", "qformer"),
+    }
 
     def __init__(
         self,
@@ -349,7 +355,7 @@ def _check_geometry(
     pointed: bool,
     changes: dict[str, bool],
 ) -> None:
-    """Raises ValueError where geometry is asked for and would reach nobody, or there is none."""
+    """Raises ValueError where geometry is asked for and nothing would read it, or there is none."""
     if geometry is None and (to_head or to_vlm):
         name = "geom_inject_to_dit" if to_head else "geom_inject_to_vlm"
         raise ValueError(

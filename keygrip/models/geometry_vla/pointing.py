@@ -49,10 +49,10 @@ class Pointing(nn.Module):
         Args:
             places: ``[B, L, 3]`` (see `keygrip.models.language.qwen_vl.Semantics`): which tokens are whose.
         """
-        pictures = hidden[places[..., 0] > 0].unflatten(0, (len(hidden), views, -1))  # [B, V, P P, H]
-        side = round(pictures.shape[2] ** 0.5)
+        images = hidden[places[..., 0] > 0].unflatten(0, (len(hidden), views, -1))  # [B, V, P P, H]
+        side = round(images.shape[2] ** 0.5)
         cells = (self.arms, self.maps, self.cells, self.cells)
-        logits = self.read(pictures).unflatten(-1, cells).unflatten(2, (side, side))  # [B, V, P, P, A, M, c, c]
+        logits = self.read(images).unflatten(-1, cells).unflatten(2, (side, side))  # [B, V, P, P, A, M, c, c]
         return logits.permute(0, 1, 4, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5)
 
 
@@ -60,8 +60,8 @@ class PointedTokens(nn.Module):
     """What the maps of `Pointing` say, as context tokens of the action head: one for every view, arm and map.
 
     Each holds the mean of its map and, with a geometry encoder, what that encoder makes of the place: its tokens and,
-    where it predicts them, its world points, averaged with the map as weights. The language model so says where to
-    look, and geometry says where in the world that is. The maps learn from where the gripper went alone: the actions'
+    where it predicts them, its world points, averaged with the map as weights. Language selects the image location;
+    geometry supplies its 3D position. The maps learn from where the gripper went alone: the actions'
     gradient through them made them worse at it.
 
     Args:

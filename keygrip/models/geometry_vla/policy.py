@@ -146,7 +146,7 @@ class GeometryVLAPolicy:
             delay_s: until the new plan arrives; so long the one under way is executed in any case.
 
         Raises:
-            ValueError: a camera or the instruction is missing, or nobody said when observation or plan were.
+            ValueError: a camera or the instruction is missing, or the time of the observation or the plan is missing.
         """
         if executing.time_s is None or "time_s" not in observation:
             raise ValueError("a plan is continued by its time: the observation and the plan need time_s")
@@ -197,8 +197,8 @@ class GeometryVLAPolicy:
         module, device = self.module, self.module.device
         instructions = [_instruction(seen) for seen in observations]
         views = [[self._view(view) for view in views_of(seen, module.views)] for seen in observations]
-        pictures = torch.from_numpy(
-            np.stack([np.stack([view.picture.transpose(2, 0, 1) for view in seen]) for seen in views])
+        images = torch.from_numpy(
+            np.stack([np.stack([view.image.transpose(2, 0, 1) for view in seen]) for seen in views])
         ).to(device)
         intrinsics, world_to_camera = (
             torch.as_tensor(
@@ -214,7 +214,7 @@ class GeometryVLAPolicy:
             )
             for name, trailing in (("position", 1), ("quaternion", 1), ("gripper", 0))
         )
-        scene = module.network.encode(pictures, instructions, intrinsics, world_to_camera)
+        scene = module.network.encode(images, instructions, intrinsics, world_to_camera)
         shape = (1, module.network.head.horizon, module.actions.size)
         noise = torch.cat([torch.randn(shape, generator=session._generator) for session in sessions]).to(device)
         state = module.actions.state(position, quaternion, gripper, self._robots(len(position)))

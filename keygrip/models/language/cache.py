@@ -1,4 +1,4 @@
-"""Keys and values of rows that a language model reads bit by bit.
+"""Key-value cache of rows that a language model reads in parts.
 
 Shapes: B rows, t further positions, K positions in the cache.
 """
@@ -42,7 +42,7 @@ class LanguageCache:
         positions = (self._next[:, None] + valid.cumsum(1) - 1).clamp_min(0)
         self._next = self._next + valid.sum(1)
         self._valid = torch.cat([self._valid, valid], dim=1)
-        # padding sees itself: a position without anything to look at would be NaN, and spread
+        # padding attends to itself: a position without any key would give NaN, which spreads
         mask = (self._valid[:, None] & (slot <= query)) | (slot == query)
         return mask[:, None], positions
 

@@ -23,14 +23,14 @@ from keygrip.models.nn.attention import Attention
 from keygrip.models.nn.sinusoids import sinusoidal_features
 from keygrip.training.parts import model_part
 
-PADDING, WHOLE = 0, 1  # rows of the table: no word; the token of the whole sentence, which comes first
+PADDING, WHOLE = 0, 1  # rows of the embedding table: padding, and the token of the whole sentence, which comes first
 FIRST_WORD = 2
 WORD = re.compile(r"[^\W\d_]+|\d+|[^\w\s]|_")
 
 
 @dataclass(frozen=True)
 class InstructionStates:
-    """What an encoder says of B sentences.
+    """An encoder's output for B sentences.
 
     Attributes:
         words: ``[B, L, E]``. mask: bool ``[B, L]``, True for tokens, which come first; at least one a sentence.
@@ -98,7 +98,7 @@ class WordTransformer(nn.Module):
         self.register_buffer("trained", torch.zeros(FIRST_WORD + rows, dtype=torch.bool))
 
     def prepare(self, sentences: Iterable[str]) -> None:
-        """Takes note of the sentences that will be trained on."""
+        """Records the words of the sentences that will be trained on."""
         for sentence in set(sentences):
             for word in words_of(sentence):
                 self.trained[list(_rows(word, self.rows))] = True

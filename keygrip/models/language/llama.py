@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from keygrip.models.language.decoder import LanguageModel
+from keygrip.models.language.decoder import LanguageModel, llama_config
 from keygrip.training.parts import model_part
 
 
@@ -40,27 +40,18 @@ class Llama(LanguageModel):
     ) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-        if width % heads or heads % kv_heads:
-            raise ValueError(
-                f"language: heads={heads} must divide width={width}, and kv_heads={kv_heads} must divide heads"
-            )
-        config = LlamaConfig(
-            hidden_size=width,
-            intermediate_size=mlp_width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            vocab_size=vocabulary,
-            max_position_embeddings=context,
-            rope_parameters={"rope_type": "default", "rope_theta": float(rope_theta)},
-            rms_norm_eps=norm_eps,
-            tie_word_embeddings=tie_embeddings,
-            pad_token_id=None,
-            bos_token_id=None,
-            eos_token_id=None,
+        config = llama_config(
+            LlamaConfig,
+            layers=layers,
+            width=width,
+            heads=heads,
+            kv_heads=kv_heads,
+            mlp_width=mlp_width,
+            vocabulary=vocabulary,
+            context=context,
+            rope_theta=rope_theta,
+            tie_embeddings=tie_embeddings,
+            norm_eps=norm_eps,
             attention_bias=False,
-            use_cache=False,
-            # transformers' 0.02 is for widths of thousands: at 128 attention would start uniform and stay so for long
-            initializer_range=width**-0.5,
         )
         super().__init__(config, LlamaModel, LlamaForCausalLM, weights, embedding_std, gradient_checkpointing)

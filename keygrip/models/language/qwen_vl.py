@@ -29,13 +29,13 @@ from keygrip.training.parts import model_part
 
 log = logging.getLogger(__name__)
 
-# With which its vision tower was trained (CLIP's).
+# Mean and standard deviation of its vision tower's training images (CLIP's).
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 MERGE = 2  # patches along a side that become one token
 TEMPORAL = 2  # frames that a patch spans: an image is shown twice
 KEPT_PROMPTS = 4096  # instructions whose tokens are remembered
-IMAGES, WORDS = "<images>", "<words>"  # stand for both while a prompt is rendered
+IMAGES, WORDS = "<images>", "<words>"  # placeholders while a prompt is rendered
 EXTRA = -1  # id of a token whose embedding is given
 
 Trainable = Literal["all", "language", "frozen"]
@@ -44,7 +44,7 @@ PromptOrder = Literal["images_first", "instruction_first"]
 
 @dataclass(frozen=True)
 class Semantics:
-    """What a vision-language model makes of images and instructions.
+    """Output of a vision-language model for images and instructions.
 
     Attributes:
         layers: hidden states ``[B, L, H]`` of the last layers, in the order of depth.
@@ -86,7 +86,7 @@ class QwenVL(nn.Module):
     Args:
         layers, width, heads, kv_heads, mlp_width, vocabulary: of the language model. vision: of the vision tower.
         image_token, vision_start, vision_end: ids around and in place of an image; not the tokenizer's own words.
-        image_size: side in pixels at which it looks at images; others are resized.
+        image_size: side in pixels to which images are resized.
         tokenizer: where the tokenizer comes from.
         rope_sections: pairs of a head's numbers that turn with time, height and width; their sum is half a head's.
         prompt_order: images first, as it was trained, or the instruction first: then what an image's tokens hold
@@ -223,6 +223,7 @@ class QwenVL(nn.Module):
 
     @property
     def tokens_per_view(self) -> int:
+        """Visual tokens of one image."""
         return (self.image_size // (self.vision.patch_size * MERGE)) ** 2
 
     def prepare(self, folder: Path, instructions: Sequence[str]) -> None:
@@ -242,7 +243,7 @@ class QwenVL(nn.Module):
         if taken or tokenizer.size > self.vocabulary:
             raise ValueError(
                 f"The tokenizer has {tokenizer.size} tokens, the vision-language model {self.vocabulary}, of which "
-                f"{sorted(names.values())} stand for pictures: vlm and vlm.tokenizer must belong together."
+                f"{sorted(names.values())} stand for images: vlm and vlm.tokenizer must belong together."
             )
         self.tokenizer = tokenizer
         self._prompts.clear()
@@ -345,7 +346,7 @@ class QwenVL(nn.Module):
             )
         prompts = self.tokens(instructions, images.shape[1], 0 if extra is None else extra.shape[1])
         ids, positions, mask, places = (part.to(images.device) for part in prompts)
-        # What comes before a frozen model gets its gradient through it.
+        # Inputs of a frozen model still get gradients through it.
         frozen = self.trainable == "frozen" and (extra is None or not extra.requires_grad)
         with torch.no_grad() if frozen else contextlib.nullcontext():
             pixels, grid = self.patches(images)
@@ -367,19 +368,19 @@ class QwenVL(nn.Module):
         return known.masked_scatter((ids == EXTRA)[..., None], extra.to(known.dtype))
 
     def patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures as the vision tower reads them: patches ``[N, 3 * 2 * P * P]``, those of a token together, and the
+        """Images as the vision tower reads them: patches ``[N, 3 * 2 * P * P]``, those of a token together, and the
         grids ``[B V, 3]`` (frames, rows, columns of patches)."""
-        pictures = normalised(images.flatten(0, 1), MEAN, STD)
+        pixels = normalised(images.flatten(0, 1), MEAN, STD)
         size, patch = self.image_size, self.vision.patch_size
-        if pictures.shape[-2:] != (size, size):
-            pictures = F.interpolate(pictures, (size, size), mode="bicubic", antialias=True, align_corners=False)
+        if pixels.shape[-2:] != (size, size):
+            pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True, align_corners=False)
         side = size // patch
-        blocks = pictures.unflatten(3, (side // MERGE, MERGE, patch)).unflatten(2, (side // MERGE, MERGE, patch))
+        blocks = pixels.unflatten(3, (side // MERGE, MERGE, patch)).unflatten(2, (side // MERGE, MERGE, patch))
         # [B V, 3, rows, MERGE, P, columns, MERGE, P] -> [B V, rows, columns, MERGE, MERGE, 3, P, P]
         blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)
         shown = blocks[:, :, :, :, :, :, None].expand(-1, -1, -1, -1, -1, -1, TEMPORAL, -1, -1)
-        grid = torch.tensor([[1, side, side]], device=images.device).expand(len(pictures), -1)
-        return shown.reshape(len(pictures) * side**2, -1), grid
+        grid = torch.tensor([[1, side, side]], device=images.device).expand(len(pixels), -1)
+        return shown.reshape(len(pixels) * side**2, -1), grid
 
     def sharded_parts(self) -> list[nn.Module]:
         """Blocks that are used through their `forward` alone."""

@@ -75,7 +75,7 @@ class PretrainedTextTower(nn.Module):
         self.tokens(sorted(set(sentences)))
 
     def unknown_words(self, sentence: str) -> list[str]:
-        """None: the tower was trained on more words than any robot's data set holds."""
+        """Empty: the tower was trained on more words than any robot's data set holds."""
         return []
 
     def tokens(self, sentences: Sequence[str]) -> Tensor:

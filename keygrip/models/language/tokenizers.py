@@ -99,6 +99,7 @@ class ChatTokenizer:
 
     @classmethod
     def from_state(cls, state: dict[str, str]) -> ChatTokenizer:
+        """The tokenizer of a stored state (see `state`); reads no file."""
         from tokenizers import Tokenizer
         from transformers import PreTrainedTokenizerFast
 

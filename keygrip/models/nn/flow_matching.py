@@ -120,7 +120,7 @@ def shifted(level: Tensor, shift: float) -> Tensor:
 
 
 def resolution_shift(tokens: int, base: int) -> float:
-    """The shift under which images of so many latent tokens are as noised to the eye as ones of `base` tokens without
+    """The shift under which images of so many latent tokens look as noisy as ones of `base` tokens without
     it: sqrt(tokens / base) (Esser et al., 2024, section 5.3.2)."""
     return float((tokens / base) ** 0.5)
 

@@ -1,4 +1,4 @@
-"""Sampling that continues what is fixed already: guidance of a flow-matching sampler towards a partly known sample.
+"""Inpainting: guidance of a flow-matching sampler towards a partly known sample.
 
 Source: Black et al., "Real-Time Execution of Action Chunking Flow Policies" (arXiv:2506.07339): pseudo-inverse guidance
 with a soft mask. Levels here run from 1 (noise) to 0 (data), velocity = noise - data (see `flow_matching`); the paper's

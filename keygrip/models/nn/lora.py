@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from keygrip.training.parts import model_part
 
 INSTALL = "LoRA needs peft: pip install 'keygrip[lora]'"
-NAME = "default"  # of the one adapter
+NAME = "default"  # name of the only adapter
 BASE, LOW, HIGH = "base_layer", f"lora_A.{NAME}", f"lora_B.{NAME}"
 
 

@@ -15,7 +15,7 @@ from keygrip.models.nn.lora import merge
 
 Precision = Literal["float32", "bfloat16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "int8")
-LARGEST = 127  # of an int8, both ways
+LARGEST = 127  # largest absolute int8 value used
 
 
 class Int8Linear(nn.Module):
@@ -67,8 +67,3 @@ def lower_precision(network: nn.Module, precision: Precision) -> None:
     for parameter in network.parameters():
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(torch.bfloat16)
-
-
-def weight_bytes(network: nn.Module) -> int:
-    """Bytes of parameters and buffers."""
-    return sum(part.numel() * part.element_size() for part in [*network.parameters(), *network.buffers()])

@@ -75,7 +75,7 @@ class FluxAutoencoder:
 
     Args:
         source: a local folder with its config.json, or a name on the Hugging Face hub.
-        subfolder: where a larger model keeps it; of no account where `source` is the part's own folder.
+        subfolder: where a larger model keeps it; unused where `source` is the part's own folder.
         dtype: of its weights. channels, stride: what it is expected to have.
     """
 

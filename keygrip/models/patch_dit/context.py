@@ -20,7 +20,7 @@ from keygrip.training.parts import model_part
 
 @dataclass(frozen=True)
 class Conditions:
-    """What images are to show: features as the network takes them (normalised). Either half may be missing.
+    """Conditions of images: normalised features. Text or DINO features may be missing.
 
     Args:
         text: ``[B, L, Dt]``, or None. text_mask: bool ``[B, L]``, True for real tokens; a row without any counts as no
@@ -43,7 +43,7 @@ class Conditions:
         if (self.text is None) != (self.text_mask is None):
             raise ValueError("Text states and their mask belong together: give both or neither.")
         if self.patches is not None and self.cls is None:
-            raise ValueError("DINO patches come with the CLS vector of the same picture: give both or neither.")
+            raise ValueError("DINO patches come with the CLS vector of the same image: give both or neither.")
         if self.patches is not None and self.patches.shape[1] != self.patch_grid[0] * self.patch_grid[1]:
             raise ValueError(
                 f"A grid of {self.patch_grid[0]} x {self.patch_grid[1]} has "
@@ -52,10 +52,12 @@ class Conditions:
 
     @property
     def has_text(self) -> bool:
+        """Whether there are text states."""
         return self.text is not None
 
     @property
     def has_dino(self) -> bool:
+        """Whether there is a CLS vector (patches never come without one)."""
         return self.cls is not None
 
     def repeated(self, times: int) -> Conditions:
@@ -159,7 +161,7 @@ class ContextBuilder(nn.Module):
         self.null_text = nn.Parameter(torch.randn(width) * 0.02)
         self.null_dino = nn.Parameter(torch.randn(width) * 0.02)
         self.dino_patch_proj = nn.Linear(dino_dim, width) if use_dino_patches else None
-        # At zero nothing is said in place of patches but where they would be; every patch count has the same one.
+        # Zero at first: null patches then carry their positions alone; one vector for every patch count.
         self.null_dino_patches = nn.Parameter(torch.zeros(width)) if use_dino_patches else None
 
     def forward(
@@ -217,13 +219,13 @@ CATEGORIES = ("none", "text", "dino", "both")
 @model_part
 @dataclass(frozen=True)
 class ConditionDropout:
-    """What a training sample is told: one category each, as shares that add up to 1 (Ho and Salimans, "Classifier-Free
-    Diffusion Guidance", 2022, with two conditions).
+    """Dropout of conditions: one category per training sample, with shares that add up to 1 (Ho and Salimans,
+    "Classifier-Free Diffusion Guidance", 2022, with two conditions).
 
     Args:
         none, text, dino, both: shares of the categories.
-        cls_alone, patches_alone: of the samples that are told of their DINO features, shares that are told the CLS
-            vector without patches and patches without the CLS vector. Guidance with a scale for each
+        cls_alone, patches_alone: of the samples that keep DINO features, shares that keep the CLS vector without
+            patches and patches without the CLS vector. Guidance with a scale for each
             (`Sampling.cls_scale`) needs cls_alone above 0.
     """
 

@@ -135,7 +135,7 @@ class DinoView:
 
 
 def grey(pixels: Tensor) -> Tensor:
-    """Luminance of linear light, shown as a grey picture: [B, 3, H, W] in 0..1 -> the same shape.
+    """Luminance of linear light as a grey image: [B, 3, H, W] in 0..1 -> the same shape.
 
     Colours of one luminance under one light become one grey; the usual grey of encoded values would tell them apart.
     """

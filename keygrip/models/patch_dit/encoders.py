@@ -63,10 +63,10 @@ class Encoders:
         """
         stride = self.latent_stride
         if images.dtype != torch.uint8 or images.ndim != 4:
-            raise ValueError(f"pictures are uint8 [B, 3, H, W], got {images.dtype} {list(images.shape)}")
+            raise ValueError(f"images are uint8 [B, 3, H, W], got {images.dtype} {list(images.shape)}")
         if images.shape[2] % stride or images.shape[3] % stride:
             raise ValueError(
-                f"a picture of {images.shape[3]} x {images.shape[2]} pixels does not divide by the latent's stride of "
+                f"an image of {images.shape[3]} x {images.shape[2]} pixels does not divide by the latent's stride of "
                 f"{stride}"
             )
         with torch.no_grad():
@@ -107,7 +107,7 @@ class Encoders:
 
     @property
     def description(self) -> dict[str, Any]:
-        """Plain values that tell these encoders from others. Loads what must be looked at for that."""
+        """Plain values that identify these encoders. Loads the weights that it needs for that."""
         seen = {"dino_view": self.dino_view} | ({"gamma": GAMMA} if self.dino_view == GREY else {})
         return {
             **seen,

@@ -29,7 +29,7 @@ class FewSteps:
 
     Args:
         windows: of noise levels. teacher_steps: of the teacher's sampler in each. teacher: how the teacher is sampled,
-            with guidance; its steps are of no account.
+            with guidance; its steps are not used.
         timestep_shift: of the windows, see `noise_levels`; that of the student's sampling.
 
     Raises:
@@ -61,8 +61,8 @@ class FewSteps:
         """Mean squared error of the velocity along the teacher's chord through one window, drawn anew for each batch.
 
         Args:
-            data: normalised latents ``[B, C, h, w]``. conditions: of these. dropout: shares of what a batch is told;
-                `none` counts as both, for a student without guidance has no use for it.
+            data: normalised latents ``[B, C, h, w]``. conditions: of these. dropout: shares of the conditions that a
+                batch keeps; `none` counts as both, since a student without guidance does not need it.
         """
         count, device, aspect = len(data), data.device, data.shape[3] / data.shape[2]
         category = CATEGORIES[int(dropout.draw(1))]

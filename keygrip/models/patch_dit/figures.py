@@ -17,8 +17,8 @@ def image_grid(rows: Sequence[tuple[str, Tensor]]) -> np.ndarray:
     from PIL import Image, ImageDraw
 
     strips = []
-    for title, pictures in rows:
-        frames = as_bytes(pictures)
+    for title, images in rows:
+        frames = as_bytes(images)
         scale = max(1, -(-SMALLEST // min(frames.shape[1:3])))
         frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
         framed = np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
@@ -31,7 +31,7 @@ def image_grid(rows: Sequence[tuple[str, Tensor]]) -> np.ndarray:
     return np.concatenate(padded, axis=0)
 
 
-def as_bytes(pictures: Tensor) -> np.ndarray:
+def as_bytes(images: Tensor) -> np.ndarray:
     """``[N, H, W, 3]`` uint8 of images ``[N, 3, H, W]`` in 0..1."""
-    scaled = (pictures.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    scaled = (images.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
     return scaled.permute(0, 2, 3, 1).numpy()

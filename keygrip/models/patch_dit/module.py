@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,15 +28,15 @@ from keygrip.training.distributed import global_mean
 from keygrip.training.loggers import takes_images
 from keygrip.training.monitors import RangeChecks
 from keygrip.training.optimizers import AdamW
-from keygrip.training.parts import model_part
+from keygrip.training.parts import ReadWhere, model_part
 from keygrip.training.system import System
 
 log = logging.getLogger(__name__)
 
 STATE = "patch_dit"
-UNKNOWN = "unknown"  # of shards that do not say with what they were made
-ATTENDED = 4  # samples whose attention is looked at
-# Validation: what the same images and noise cost under each of these.
+UNKNOWN = "unknown"  # fingerprint of shards that do not name their encoders
+ATTENDED = 4  # samples whose attention is monitored
+# Conditions under which validation computes the loss of the same images and noise.
 VALIDATED = {"both": (True, True), "text": (True, False), "dino": (False, True), "none": (False, False)}
 
 
@@ -57,10 +57,16 @@ class PatchDiTModule(System):
         shift_tokens: images of more latent tokens than this are trained and drawn at noise levels nearer to noise, by
             sqrt(tokens / shift_tokens), see `resolution_shift`; None: all at the same levels.
         lora: low-rank differences are trained, and the network stays as `init_from` has it; None: all is trained.
-        monitor_every_n_steps: steps between looks at norms and attention; 0: none. monitor_from_step: warnings begin.
+        monitor_every_n_steps: steps between checks of norms and attention; 0: none. monitor_from_step: warnings begin.
         log_images_every_n_steps: validations at least so many steps apart draw samples; 0: none. shown: per row.
     """
 
+    read_where: ClassVar = {
+        "init_from_min_share": ReadWhere("init_from"),
+        "init_from_renames": ReadWhere("init_from"),
+        "monitor_from_step": ReadWhere("monitor_every_n_steps"),
+        "shown": ReadWhere("log_images_every_n_steps"),
+    }
     batch_type = ImageTextBatch
     evaluation_kind = "image_text"
     toy_overrides = (
@@ -363,7 +369,7 @@ class PatchDiTModule(System):
         on_step: Callable[[int, Tensor], None] | None = None,
         edit: Edit | None = None,
     ) -> Tensor:
-        """Pictures ``[B, 3, H, W]`` float32 in 0..1.
+        """Images ``[B, 3, H, W]`` float32 in 0..1.
 
         Args:
             conditions: normalised, of len(seeds) samples; see `keygrip.models.patch_dit.feature_statistics`.

@@ -1,4 +1,4 @@
-"""What training shows beside its loss: shares of the dropout categories, losses by noise level and by category, norms,
+"""Monitored values beside the loss: shares of the dropout categories, losses by timestep and by category, norms,
 where the cross-attention looks; each with the range in which it is healthy."""
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ RANGES = {
     ),
     "grad_norm": Range(0.0, 5.0, "gradients before clipping are large: lower optimizer.lr, or raise its warmup_steps"),
     "patch_gradient": Range(
-        1e-7, math.inf, "no gradient reaches dino_patch_proj: the patches are not learned from (are they all alike?)"
+        1e-7, math.inf, "no gradient reaches dino_patch_proj: the patches are not used (are they all equal?)"
     ),
-    "attention_text": Range(0.005, 1.0, "the cross-attention does not look at the words: they have no say"),
-    "attention_patches": Range(0.05, 1.0, "the cross-attention does not look at the patches: no layout will come"),
+    "attention_text": Range(0.005, 1.0, "almost no cross-attention goes to the text: it has no effect"),
+    "attention_patches": Range(0.05, 1.0, "little cross-attention goes to the patches: the layout will not be learned"),
     "shuffled_over_both": Range(
         1.0, math.inf, "the loss is no higher with shuffled patches: their places are not used"
     ),

@@ -1,4 +1,4 @@
-"""The patch-conditioned diffusion transformer: noisy latents in, velocities out, steered by one context of tokens.
+"""The patch-conditioned diffusion transformer: noisy latents in, velocities out, conditioned on one context of tokens.
 
     latent -> patches -> + 2D position -> 18 x [self-attention, cross-attention over the context, MLP] -> velocity
     context = [text, CLS + noise level, DINO patches at their places]; CLS + noise level also drives every adaLN

@@ -1,4 +1,4 @@
-"""Where things are in a picture: one frame for the cells of a latent and for the patches of the reference image."""
+"""Positions in an image: one coordinate frame for the cells of a latent and the patches of the reference image."""
 
 from __future__ import annotations
 

@@ -2,19 +2,19 @@
 
     v = v_none + text_scale (v_text - v_none) + dino_scale (v_dino - v_none) + full_scale (v_full - v_none)
 
-or one after the other, so that the branch that is told of both, which is trained most, takes part in every step
+or one after the other, so that the branch with both conditions, which is trained most, takes part in every step
 (``guidance="dino_then_text"``; the other order likewise)::
 
     v = v_none + dino_scale (v_dino - v_none) + text_scale (v_full - v_dino)
 
 and with ``cls_scale`` in two steps for the DINO features: the CLS vector alone, then its patches.
 
-Every branch has the null embeddings of what it is not told. A branch whose weight is zero is not computed, so that the
-usual pair of scales costs three evaluations per step. What is saved without changing the result: the branches of a step
-run together, keys and values of text and patches are computed once a sample (only the CLS token depends on the noise
-level), and text padding is cut off instead of masked. On a CPU large images run a branch at a time: three of them as
-one batch fall out of its caches and must share one mask, which costs more than it saves. What is saved at a price is
-chosen: an interval of noise levels outside of which one evaluation on everything given takes the place of the branches
+Every branch has null embeddings in place of the conditions that it lacks. A branch whose weight is zero is not
+computed, so that the usual pair of scales costs three evaluations per step. Without any change of the result, branches
+of a step run as one batch, keys and values of text and patches are computed once per sample (only the CLS token depends
+on the noise level), and text padding is cut off instead of masked. On a CPU large images run a branch at a time: three
+of them as one batch exceed its caches and must share one mask, which costs more than it saves. Approximations are
+optional: an interval of noise levels outside of which one evaluation with all conditions replaces the branches
 (Kynkäänniemi et al., "Applying Guidance in a Limited Interval", 2024), and solvers of second order, which need fewer
 steps.
 """
@@ -33,7 +33,7 @@ from keygrip.models.patch_dit.context import Conditions, Context
 from keygrip.models.patch_dit.network import ContextCache, PatchDiT
 from keygrip.training.parts import model_part
 
-# What each branch is told: text, CLS vector, patches.
+# What each branch is conditioned on: text, CLS vector, patches.
 BRANCHES = {
     "none": (False, False, False),
     "text": (True, False, False),
@@ -44,8 +44,8 @@ BRANCHES = {
 }
 Guidance = Literal["independent", "dino_then_text", "text_then_dino", "none"]
 GUIDANCE: tuple[Guidance, ...] = ("independent", "dino_then_text", "text_then_dino", "none")
-CPU_BATCH = 2**18  # numbers in the tokens of one branch up to which a CPU is faster with all branches as one batch
-NEGLIGIBLE = 1e-9  # weights that differ from zero by rounding
+CPU_BATCH = 2**18  # numbers in one branch's tokens up to which a CPU is faster with all branches in one batch
+NEGLIGIBLE = 1e-9  # guidance weights that differ from zero by rounding only
 FLOOR = 1e-3  # with x-prediction: below the last level of any reasonable number of steps, so that nothing is cut off
 
 
@@ -70,7 +70,7 @@ class Sampling:
             Noise Schedules and Sample Steps are Flawed", 2024; here on the predicted clean latent).
         interval: lowest and highest noise level at which there is guidance; outside one evaluation on everything given.
         steps, solver, timestep_shift: see `keygrip.models.nn.flow_matching.integrate` and `noise_levels`.
-        guidance: how text and DINO are guided together, see the module's description; of no account with one of them.
+        guidance: how text and DINO are guided together, see the module's description; unused where only one is given.
             "none": each step is one evaluation on everything given, whatever the scales, for distilled models.
         cls_scale: of the CLS vector; dino_scale is then that of the patches. None: both together by dino_scale. Wants
             a model that was trained with the CLS vector alone too (model.dropout.cls_alone above 0).
@@ -180,7 +180,7 @@ class Sampling:
 
 
 def everything_given(conditions: Conditions) -> str:
-    """The branch that is told all there is."""
+    """The branch with all conditions."""
     if conditions.has_text and conditions.has_dino:
         return "full"
     return "text" if conditions.has_text else "dino" if conditions.has_dino else "none"
@@ -198,7 +198,7 @@ def _rescaled(guided: Tensor, plain: Tensor, x: Tensor, level: float, share: flo
 
 
 class Velocities:
-    """The branches' velocities for one batch of conditions: one pass per step, with what can be kept kept.
+    """The branches' velocities for one batch of conditions: one pass per step, with cached keys and values.
 
     Args:
         network: in eval mode. conditions: normalised. batch: number of samples. aspect: width over height.
@@ -250,7 +250,7 @@ class Velocities:
 
 @dataclass(frozen=True)
 class Edit:
-    """Normalised latents ``[B, C, h, w]`` of images that are drawn anew, in part or from a part of the way.
+    """Normalised latents ``[B, C, h, w]`` of images to edit: inpainting by a mask, or sampling from partial noise.
 
     Args:
         strength: in (0, 1]: noise level from which they are drawn; 1: nothing of them is left but what `mask` keeps.

@@ -41,7 +41,7 @@ class TextEncoder(Protocol):
 
 @model_part
 class RandomWordVectors:
-    """A frozen text encoder without training: every word has one random vector for ever, every place another.
+    """A frozen text encoder without training: every word has a fixed random vector, and so has every position.
 
     A word's vector is drawn from a generator seeded by the word itself, so that there is no vocabulary and no unknown
     word. State i is word vector + 0.5 * place vector i. Words are runs of letters or digits, in lower case; other signs

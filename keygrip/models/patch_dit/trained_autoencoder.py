@@ -19,7 +19,7 @@ from keygrip.models.patch_dit.dino_view import weights_digest
 from keygrip.models.patch_dit.warm_start import read_weights
 from keygrip.training.parts import model_part
 
-WIDEST = 4  # times the width, from the second halving on
+WIDEST = 4  # largest multiple of the width, from the second halving on
 LOG_VARIANCE = (-20.0, 4.0)
 
 
@@ -106,7 +106,7 @@ class TrainedAutoencoder:
         ValueError: it names no run, or sizes out of range.
     """
 
-    exact = False  # images do not come back as they were
+    exact = False  # lossy: decoded images differ from the encoded ones
 
     def __init__(
         self, init_from: str | None = None, channels: int = 16, stride: int = 4, width: int = 32, blocks: int = 1

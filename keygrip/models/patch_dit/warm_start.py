@@ -1,4 +1,4 @@
-"""Warm start: what of another checkpoint fits is taken, what does not is listed, and too little is an error.
+"""Warm start: a partial load of another checkpoint; what does not fit is listed, and too little that fits is an error.
 
 Names of other implementations are translated: by the usual ones below, and by rules of one's own. What lies otherwise
 there is brought into our order, for a layer of the right name and shape with its rows in another order would be taken
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from keygrip.models.nn.lora import is_difference, plain_name
 from keygrip.training.checkpoints import find_checkpoint, refuse_other_format
 from keygrip.training.ema import EMA_STATE
+from keygrip.training.integrity import load_tensors
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +56,12 @@ USUAL = {
 }
 BUILDER = "context_builder."
 PROJECTED = {"null_text": "text_proj", "null_dino": "dino_proj", "null_dino_patches": "dino_patch_proj"}
-PARTS = (6, 9)  # of a block's modulation: shift and scale of three branches, perhaps with their gates
+PARTS = (6, 9)  # vectors of a block's modulation: shift and scale of three branches, with or without gates
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """What became of each name.
+    """Result of a partial state-dict load.
 
     Args:
         loaded: taken over. unexpected: in the file and not of the network. missing: of the network and not in the file.
@@ -242,8 +243,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
         return load_file(file)
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
+        content = load_tensors(file)
+    except ValueError as error:
         raise ValueError(f"init_from={file} cannot be read as weights: {str(error).splitlines()[0]}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"init_from={file} holds a {type(content).__name__}, not weights by name")

@@ -16,7 +16,7 @@ from keygrip.models.nn.attention import Attention
 
 
 class CoupledArms(nn.Module):
-    """What arms tell each other, twice: before the trunk where they are and what they hold, after it what they plan.
+    """Exchange between arms: of their states before the trunk, of their plans after it.
 
     Args:
         arms: names, two or more. trunk: W. d_model: D. heads: of the attention to the others' steps; divides D.
@@ -33,14 +33,14 @@ class CoupledArms(nn.Module):
         self.read = nn.ModuleDict({arm: Attention(d_model, heads, zero_output=True) for arm in arms})
 
     def queries(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every arm's query ``[B, W]``, told of the mean of the others'. A query holds the arm's state."""
+        """Every arm's query ``[B, W]``, with the mean of the others' added. A query holds the arm's state."""
         return {
             arm: query + self.heard[arm](torch.stack([own[other] for other in own if other != arm]).mean(0))
             for arm, query in own.items()
         }
 
     def steps(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every arm's steps ``[B, T, D]``, having read all steps of the others."""
+        """Every arm's steps ``[B, T, D]`` after cross-attention to all steps of the others."""
         normed = {arm: self.norm(steps) for arm, steps in own.items()}
         found = {}
         for arm, steps in own.items():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from keygrip.models.geometry.cameras import ParallelRayError, recover_3d
 from keygrip.models.geometry.rotation_codecs import RotationCodec
 from keygrip.models.volume_query.network import VolumeQueryOutput
 from keygrip.models.volume_query.volume import VolumeLogits, argmax_voxel, pixel_entropy, sample_voxel, soft_argmax
-from keygrip.training.parts import model_part
+from keygrip.training.parts import ReadWhere, model_part
 
 DecoderName = Literal["argmax", "soft_argmax", "sample", "viterbi"]
 
@@ -52,6 +52,11 @@ class Decoder:
         motion_std_m: spread of the distance between consecutive steps in viterbi's prior, metres.
     """
 
+    read_where: ClassVar = {
+        "window": ReadWhere("name", "soft_argmax", "viterbi"),
+        "candidates": ReadWhere("name", "viterbi"),
+        "motion_std_m": ReadWhere("name", "viterbi"),
+    }
     name: DecoderName = "soft_argmax"
     window: int = 3
     candidates: int = 24

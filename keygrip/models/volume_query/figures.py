@@ -1,4 +1,4 @@
-"""What the policy sees and means, as one picture: heatmap, trajectories, height profile, gripper and rotation
+"""Figure of a prediction: heatmap, trajectories, height profile, gripper and rotation
 strips."""
 
 from __future__ import annotations
@@ -39,39 +39,21 @@ def prediction_figure(
     side = image.shape[-1]
     cells, _bins = argmax_voxel(volume)
     heatmaps = volume.pixel_marginal()[sample, arm].flatten(1).softmax(-1).view(volume.pixel.shape[2:]).float().cpu()
-    steps = len(heatmaps)
     predicted = (cells[sample, arm].flip(-1).float().cpu() + 0.5) * side / heatmaps.shape[-1]
     true = targets.pixels[sample, arm].float().cpu()
     valid = targets.valid[sample, arm].cpu()
     start = targets.start_pixels[sample, arm].float().cpu()
-    picture = image.permute(1, 2, 0).float().cpu().numpy()
+    pixels = image.permute(1, 2, 0).float().cpu().numpy()
 
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     axes = figure.subplot_mosaic(
         [["heat", "paths", "height"], ["heat", "paths", "grip"], ["heat", "paths", "turn"]], width_ratios=[1, 1, 0.9]
     )
-    heat = axes["heat"]
-    heat.imshow(picture, extent=(0, side, side, 0))
-    # The strongest step counts at each pixel: a sum over steps would hide the sharp ones behind the broad ones.
-    strength = (heatmaps / heatmaps.amax((1, 2), keepdim=True)).amax(0).numpy()
-    heat.imshow(
-        strength, cmap="inferno", alpha=0.9 * np.sqrt(strength), extent=(0, side, side, 0), interpolation="bilinear"
-    )
-    heat.plot(*start.tolist(), marker="+", color="white", markersize=12)
-    heat.set_title("heatmap (+ gripper now)")
-
-    paths = axes["paths"]
-    paths.imshow(picture, extent=(0, side, side, 0))
-    times = np.arange(1, steps + 1)
-    paths.plot(true[valid, 0], true[valid, 1], color="white", linewidth=0.8, alpha=0.7)
-    paths.plot(predicted[:, 0], predicted[:, 1], color="black", linewidth=0.8, alpha=0.7)
-    paths.scatter(
-        true[valid, 0], true[valid, 1], c=times[valid.numpy()], cmap="viridis", marker="o", s=48, edgecolors="white"
-    )
-    scatter = paths.scatter(
-        predicted[:, 0], predicted[:, 1], c=times, cmap="viridis", marker="X", s=60, edgecolors="black"
-    )
-    paths.set_title("predicted (x) and true (o)")
+    heat, paths = axes["heat"], axes["paths"]
+    for axis in (heat, paths):
+        axis.imshow(pixels, extent=(0, side, side, 0))
+    _heatmap(heat, heatmaps, start, side)
+    scatter = _paths(paths, predicted, true, valid)
     figure.colorbar(scatter, ax=[heat, paths], label="step", location="bottom", shrink=0.5, aspect=40)
     for axis in (heat, paths):
         axis.set(xlim=(0, side), ylim=(side, 0), xticks=[], yticks=[])
@@ -96,6 +78,30 @@ def prediction_figure(
     )
     axes["turn"].set_xlabel("step (circles: target)")
     return figure
+
+
+def _heatmap(axis, heatmaps: Tensor, start: Tensor, side: int) -> None:  # type: ignore[no-untyped-def]
+    """Probabilities of pixels by step, ``[T, P, P]``, over the image, and the start pixel ``[2]``."""
+    # The strongest step counts at each pixel: a sum over steps would hide the sharp ones behind the broad ones.
+    strength = (heatmaps / heatmaps.amax((1, 2), keepdim=True)).amax(0).numpy()
+    axis.imshow(
+        strength, cmap="inferno", alpha=0.9 * np.sqrt(strength), extent=(0, side, side, 0), interpolation="bilinear"
+    )
+    axis.plot(*start.tolist(), marker="+", color="white", markersize=12)
+    axis.set_title("heatmap (+ gripper now)")
+
+
+def _paths(axis, predicted: Tensor, true: Tensor, valid: Tensor):  # type: ignore[no-untyped-def]
+    """Predicted and true pixels ``[T, 2]``, of the true ones those that are ``valid`` ``[T]``; returns the points by
+    step, for a colour bar."""
+    times = np.arange(1, len(predicted) + 1)
+    axis.plot(true[valid, 0], true[valid, 1], color="white", linewidth=0.8, alpha=0.7)
+    axis.plot(predicted[:, 0], predicted[:, 1], color="black", linewidth=0.8, alpha=0.7)
+    axis.scatter(
+        true[valid, 0], true[valid, 1], c=times[valid.numpy()], cmap="viridis", marker="o", s=48, edgecolors="white"
+    )
+    axis.set_title("predicted (x) and true (o)")
+    return axis.scatter(predicted[:, 0], predicted[:, 1], c=times, cmap="viridis", marker="X", s=60, edgecolors="black")
 
 
 def _strip(axis, probability: Tensor, target: Tensor, label: str, values: Tensor) -> None:  # type: ignore[no-untyped-def]

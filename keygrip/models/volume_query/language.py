@@ -25,11 +25,11 @@ class InstructionEncoder(Protocol):
     width: int
 
     def prepare(self, sentences: Sequence[str]) -> None:
-        """Takes note of the training split's sentences."""
+        """Records the words of the training split's sentences."""
         ...
 
     def unknown_words(self, sentence: str) -> list[str]:
-        """Words that it cannot know the meaning of."""
+        """Words that training never held."""
         ...
 
     def tokens(self, sentences: Sequence[str]) -> Tensor:
@@ -54,7 +54,7 @@ class FeatureModulation(nn.Module):
 
 
 class QueryInstruction(nn.Module):
-    """One arm's query and time condition, told what to do.
+    """Adds an instruction to one arm's query and time condition.
 
     The query gets the whole sentence and reads single words by attention; every trunk block is modulated by the
     sentence beside the time.

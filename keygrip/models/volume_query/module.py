@@ -29,7 +29,7 @@ from keygrip.models.volume_query.symmetry import equivalent_classes, nearest_ang
 from keygrip.models.volume_query.targets import StepTargets, arm_state, height_centres, step_targets, views_of_images
 from keygrip.models.volume_query.volume import argmax_voxel, volume_cross_entropy
 from keygrip.training.distributed import global_mean
-from keygrip.training.images import figure_to_image
+from keygrip.training.figures import figure_to_image
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
 from keygrip.training.system import System
@@ -37,8 +37,8 @@ from keygrip.training.task_metrics import MeansByTask
 
 log = logging.getLogger(__name__)
 
-STATE = "volume_query"  # of a checkpoint: what is not in the weights
-# By these runs are compared; the validation loss of a multimodal policy is noise.
+STATE = "volume_query"  # key in a checkpoint of what is not in the weights
+# Metrics used to compare runs; the validation loss of a multimodal policy is noise.
 HEADLINE = (
     "pix_argmax",
     "pix_floor",
@@ -53,7 +53,7 @@ HEADLINE = (
 )
 
 BY_TASK = ("pix_argmax", "position_cm", "gripper_acc", "rotation_deg")  # validated for every instruction too
-BAR = ("total", "pix_argmax")  # in the progress line
+BAR = ("total", "pix_argmax")  # metrics in the progress line
 
 
 @model_part(from_checkpoint={"init_from": None})
@@ -104,9 +104,8 @@ class VolumeQueryModule(System):
             raise ValueError(f"model.target is hard or bilinear, not {target!r}.")
         if rotation.classes != network.rotation_classes:
             raise ValueError(
-                f"The rotation codec has {rotation.classes} classes and the network's head "
-                f"{network.rotation_classes}: set "
-                "rotation.classes, which both read."
+                f"The rotation codec has {rotation.classes} classes and the network's head {network.rotation_classes}: "
+                "set rotation.classes, which both read."
             )
         if not 1 <= rotation_symmetry <= 8:
             raise ValueError(f"model.rotation_symmetry is 1 (none) to 8 equal turns, not {rotation_symmetry}.")
@@ -150,6 +149,8 @@ class VolumeQueryModule(System):
             self.take_weights(self.init_from, "a volume-query policy")
         self.by_task = MeansByTask(statistics.instructions)
         self.views = statistics.cameras
+        if len(self.views) < 2 and self.network.world_views:
+            log.warning("model.network.world_views=true has no effect with one camera: name several in data.cameras")
         if len(self.views) > 1 and not self.network.world_views:
             log.warning(
                 "the data hold %d cameras, and this policy sees %s alone (all of them: model.network.world_views=true)",
@@ -189,6 +190,7 @@ class VolumeQueryModule(System):
     # -- forward and loss ---------------------------------------------------------------------------------------------
 
     def targets(self, batch: PolicyBatch) -> StepTargets:
+        """Pixels, height bins and gripper bins of a batch's steps, and which steps carry loss."""
         return step_targets(
             batch,
             image_size=self.network.image_size,
@@ -221,7 +223,7 @@ class VolumeQueryModule(System):
         )
 
     def further_views(self, batch: PolicyBatch) -> FurtherViews | None:
-        """What the cameras beside the first see, where the network reads them.
+        """Views of the cameras beside the first, where the network reads them.
 
         An image of one colour is a camera that gives none: it is masked.
         """
@@ -398,7 +400,7 @@ class VolumeQueryModule(System):
     # -- images -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def picture(
+    def figure(
         self, output: VolumeQueryOutput, batch: PolicyBatch, targets: StepTargets, *, sample: int, arm: int
     ) -> np.ndarray:
         """One sample's prediction beside its target, ``[H, W, 3]`` uint8."""
@@ -422,7 +424,7 @@ class VolumeQueryModule(System):
         if not self.shows_images:
             return
         for arm, name in enumerate(self.network.arms):
-            image = self.picture(output, batch, targets, sample=0, arm=arm)
+            image = self.figure(output, batch, targets, sample=0, arm=arm)
             self.show_image(f"{split}/prediction_{name}", image)
 
 

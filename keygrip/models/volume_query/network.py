@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,15 +29,14 @@ from keygrip.models.volume_query.language import InstructionConditioning, Instru
 from keygrip.models.volume_query.second_look import SecondLook, SharpImage
 from keygrip.models.volume_query.volume import VolumeLogits, argmax_voxel, soft_argmax
 from keygrip.models.volume_query.world import VoxelProjection, WorldScores
-from keygrip.training.parts import model_part
+from keygrip.training.parts import ReadWhere, model_part
 
-# What the query may be told of the arm, and how many numbers each is: height in the bins' range, gripper opening, and
-# two
-# columns of the rotation matrix (a continuous representation of rotations: Zhou et al., "On the Continuity of Rotation
+# Inputs of the arm's state and how many numbers each has: height in the bins' range, gripper opening, and two columns
+# of the rotation matrix (a continuous representation of rotations: Zhou et al., "On the Continuity of Rotation
 # Representations in Neural Networks", 2019).
 STATE_PARTS = {"height": 1, "gripper": 1, "rotation": 6}
 
-Told = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # query and condition, changed
+Told = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (query, condition) -> modulated (query, condition)
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class VolumeQueryOutput:
 
 @dataclass(frozen=True)
 class FurtherViews:
-    """What cameras beside the first see.
+    """Views of cameras beside the first.
 
     Attributes:
         images: ``[B, V, 3, S, S]``, normalised as the first's. where: of the first camera's voxels in them.
@@ -99,9 +98,8 @@ class FeatureRefiner(nn.Module):
 def sample_features(feature_map: Tensor, pixels: Tensor, image_size: int) -> Tensor:
     """Bilinear features ``[B, *, C]`` of the map ``[B, C, P, P]`` at pixels ``[B, *, 2]``; the border repeats
     outside."""
-    grid = (pixels / image_size * 2 - 1).nan_to_num(
-        0.0
-    )  # grid_sample with align_corners=False has the corner convention
+    # grid_sample with align_corners=False has the corner convention
+    grid = (pixels / image_size * 2 - 1).nan_to_num(0.0)
     flat = grid.flatten(1, -2)[:, :, None].to(feature_map.dtype)  # [B, N, 1, 2]
     sampled = F.grid_sample(feature_map, flat, mode="bilinear", padding_mode="border", align_corners=False)
     return sampled[..., 0].transpose(1, 2).unflatten(1, pixels.shape[1:-1])
@@ -232,9 +230,9 @@ class VolumeQueryNetwork(nn.Module):
         d_feat, d_sin_z, d_sin_t: widths of the three parts of a step's query. d_cond: width of the time condition.
         blocks: AdaLN-Zero blocks in the trunk.
         trunk_width: width of the trunk; None is the query's own width (the source design).
-        state: what the query is told of the arm beside its pixel: any of height, gripper, rotation. With the rotation
-            the network tends to repeat it (the arm is aligned already in most frames just before a grip) where it
-            should look.
+        state: inputs of the query beside the gripper's pixel: any of height, gripper, rotation. With the rotation
+            the network tends to repeat it (the arm is aligned already in most frames just before a grip)
+            instead of reading the image.
         logit_scale: "none" (the source design) or a learned temperature for pixel and for height logits.
         height_head: "sinusoidal" (the source design), or plus a linear term from the trunk.
         step_features: gripper and rotation heads also see F at the step's own pixel (the target's in training, the
@@ -252,6 +250,8 @@ class VolumeQueryNetwork(nn.Module):
             which begins as the image's where `init_from` names a run without it.
     """
 
+    read_where: ClassVar = {"coupling_rank": ReadWhere("coupling", "bilinear")}
+    read_where |= dict.fromkeys(("look_size", "look_backbone"), ReadWhere("second_look"))
     sin_z: Tensor
     sin_t: Tensor
 
@@ -394,9 +394,7 @@ class VolumeQueryNetwork(nn.Module):
                 f"{image.shape[-2]}: set data.image_size={self.image_size}, or train with the other size."
             )
         if self.state_parts and state is None:
-            raise ValueError(
-                f"The network was built to be told the arm's {', '.join(self.state_parts)}: give its state."
-            )
+            raise ValueError(f"The network was built to read the arm's {', '.join(self.state_parts)}: give its state.")
         if (self.instruction is None) != (instruction is None):
             raise ValueError(
                 "The network was built to read an instruction: give its tokens."

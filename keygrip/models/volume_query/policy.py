@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 
 from keygrip.data.batches import CLOSED, normalised
+from keygrip.data.robot.augmentation import View
 from keygrip.models.geometry.cameras import project
-from keygrip.models.policy import Needs, Observation, Plan, arm_axis, views_of
+from keygrip.models.policy import Needs, Observation, Plan, arm_axis, views_of, views_there
 from keygrip.models.volume_query.decoding import Decoder, DecoderName
 from keygrip.models.volume_query.network import FurtherViews
 from keygrip.models.volume_query.second_look import SharpImage
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SENTENCES_KEPT = 1000  # a client may send any number of them; one that is forgotten is warned of again
+SENTENCES_KEPT = 1000  # sentences remembered, of any number that clients send; a forgotten one is warned about again
 
 
 @dataclass
@@ -51,7 +52,7 @@ class VolumeQueryPolicy:
         self.module.eval()
         self.chosen_decoder()  # refuses a name that does not exist
         self._geometry = self.module.statistics.geometry
-        self._read: set[str] = set()  # sentences whose words were looked at
+        self._read: set[str] = set()  # sentences whose words were checked
         self._generator = torch.Generator(device=self.module.device).manual_seed(self.seed)
 
     @property
@@ -63,6 +64,11 @@ class VolumeQueryPolicy:
             cameras=self.module.views if network.world_views else (),
             instruction=network.instruction_encoder is not None,
         )
+
+    @property
+    def masks_views(self) -> bool:
+        """Whether cameras whose images show nothing are left out."""
+        return self.module.network.world_views and len(self.module.views) > 1
 
     def chosen_decoder(self) -> Decoder:
         """The decoder that plans are made with."""
@@ -118,6 +124,20 @@ class VolumeQueryPolicy:
             return [session.plan(seen) for session, seen in zip(sessions, observations, strict=True)]
         return self._plans(observations)
 
+    def _views(self, observation: Observation) -> list[Mapping[str, Any] | None]:
+        views = views_there(observation, self.module.views)
+        if views[0] is None:
+            raise ValueError(
+                f"camera {self.module.views[0]!r} is None: the volume is that of the first camera, whose calibration "
+                "is always needed (give it with a black image)"
+            )
+        return views
+
+    def _nothing(self) -> View:
+        """What a camera sees that gives nothing: an image of one colour is masked."""
+        size = self._geometry.image_size
+        return View(np.zeros((size, size, 3), dtype=np.uint8), np.eye(3), np.eye(4), None)
+
     def _all_views(
         self, observations: Sequence[Observation]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, FurtherViews]:
@@ -128,12 +148,14 @@ class VolumeQueryPolicy:
                 self._geometry.view(
                     np.asarray(view["image"]), np.asarray(view["intrinsics"]), np.asarray(view["world_to_camera"])
                 )
-                for view in views_of(observation, module.views)
+                if view is not None
+                else self._nothing()
+                for view in self._views(observation)
             ]
             for observation in observations
         ]
-        pictures = np.stack([np.stack([view.picture.transpose(2, 0, 1) for view in views]) for views in seen])
-        images = torch.from_numpy(pictures).to(device)
+        stacked = np.stack([np.stack([view.image.transpose(2, 0, 1) for view in views]) for views in seen])
+        images = torch.from_numpy(stacked).to(device)
         k, camera = (
             torch.as_tensor(np.stack([[getattr(view, name) for view in views] for views in seen])).float().to(device)
             for name in ("intrinsics", "world_to_camera")
@@ -146,8 +168,8 @@ class VolumeQueryPolicy:
         look = self.module.network.second_look
         if look is None:
             return None
-        pictures = [self._geometry.detail(np.asarray(seen["image"]), look.sharp_size) for seen in observations]
-        return SharpImage(torch.stack(pictures).to(self.module.device), self._geometry.mean, self._geometry.std)
+        images = [self._geometry.detail(np.asarray(seen["image"]), look.sharp_size) for seen in observations]
+        return SharpImage(torch.stack(images).to(self.module.device), self._geometry.mean, self._geometry.std)
 
     def _turns(self, planned: torch.Tensor, start: torch.Tensor, gripper: torch.Tensor) -> torch.Tensor:
         """Rotations ``[B, A, T, 4]`` of plans that begin at ``[B, A, 4]`` with the opening ``[B, A]``."""
@@ -176,7 +198,7 @@ class VolumeQueryPolicy:
         else:
             first = [views_of(seen, module.views)[0] if network.world_views else seen for seen in observations]
             cut = [self._geometry.apply(np.asarray(one["image"]), np.asarray(one["intrinsics"])) for one in first]
-            image = torch.stack([picture.to(device) for picture, _ in cut])
+            image = torch.stack([one.to(device) for one, _ in cut])
             k = torch.stack([torch.as_tensor(matrix, dtype=torch.float32, device=device) for _, matrix in cut])
             camera, further = stacked(np.asarray(one["world_to_camera"]) for one in first), None
         position, quaternion, gripper = (

@@ -24,7 +24,7 @@ from keygrip.data.batches import normalised
 from keygrip.models.backbone import DinoBackbone
 
 REDUCED = 32  # channels of a window's patches before they are flattened
-FREQUENCIES = 3  # of the code of a window's place
+FREQUENCIES = 3  # frequencies of the encoding of a window's position
 
 
 @dataclass(frozen=True)

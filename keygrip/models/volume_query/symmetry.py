@@ -1,4 +1,4 @@
-"""Grips that are as good as the demonstrated one: turns of the gripper about the vertical that leave the object alike.
+"""Equivalent grips: turns of the gripper about the vertical under which the object is symmetric.
 
 A cube is gripped as well after a quarter turn, a bar after a half turn. Which of these grips a demonstration shows is
 then no error of the policy's: their classes share the probability that the loss asks for, and errors count to the

@@ -95,7 +95,7 @@ def height_centres(height_range: Tensor, height_bins: int) -> Tensor:
 def arm_state(
     parts: Sequence[str], position: Tensor, quaternion: Tensor, gripper: Tensor, height_range: Tensor
 ) -> Tensor | None:
-    """The parts of the arm's state that a network is told, ``[..., state_size]``; None where it is told nothing.
+    """The parts of the arm's state that a network reads, ``[..., state_size]``; None where it reads none.
 
     height and gripper are scaled to -1 .. 1; rotation is two columns of the matrix.
     """
@@ -122,7 +122,8 @@ def views_of_images(
     Args:
         images: uint8 ``[B, 1 + V, 3, S, S]``. intrinsics: ``[B, 1 + V, 3, 3]``. world_to_camera: ``[B, 1 + V, 4, 4]``.
     """
-    shown = images.flatten(2).amax(-1) > images.flatten(2).amin(-1)  # [B, 1 + V]
+    values = images.flatten(3)  # [B, 1 + V, 3, SS]: of one colour is an image whose every channel is constant
+    shown = (values.amax(-1) > values.amin(-1)).any(-1)  # [B, 1 + V]
     known = torch.isfinite(intrinsics).flatten(2).all(-1) & torch.isfinite(world_to_camera).flatten(2).all(-1)
     centres = height_centres(statistics.height_range, network.height_bins)
     where = project_voxels(

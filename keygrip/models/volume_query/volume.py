@@ -1,4 +1,4 @@
-"""A categorical distribution over pixel x height voxels that is never written out.
+"""A categorical distribution over pixel x height voxels, computed without materialising the volume.
 
 The logit of voxel (z, y, x) is a sum: a term in (y, x), a term in z and a term that is constant over the volume. The
 joint softmax over Z * H * W voxels then factorises exactly into a softmax over pixels and one over heights, so that

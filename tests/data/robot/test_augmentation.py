@@ -110,15 +110,15 @@ def test_a_turn_becomes_a_roll_of_the_camera() -> None:
     augmentation = Augmentation(rotate_degrees=40)
     points = torch.from_numpy(rng.uniform(-0.2, 0.2, (50, 3)))
     for draw in range(20):
-        to_picture = augmentation.box(np.random.default_rng(draw), geometry, WIDTH, HEIGHT).to_picture(64)
-        intrinsics, pose = follow_pixels(to_picture, INTRINSICS, looking_down())
+        to_image = augmentation.box(np.random.default_rng(draw), geometry, WIDTH, HEIGHT).to_image(64)
+        intrinsics, pose = follow_pixels(to_image, INTRINSICS, looking_down())
         assert intrinsics[1, 0] == 0
         assert intrinsics[0, 0] > 0
         assert intrinsics[1, 1] > 0
         np.testing.assert_allclose(pose[:3, :3] @ pose[:3, :3].T, np.eye(3), atol=1e-12)
         before, _ = project(points, torch.from_numpy(INTRINSICS), torch.from_numpy(looking_down()))
         after, _ = project(points, torch.from_numpy(intrinsics), torch.from_numpy(pose))
-        moved = before.numpy() @ to_picture[:2, :2].T + to_picture[:2, 2]
+        moved = before.numpy() @ to_image[:2, :2].T + to_image[:2, 2]
         np.testing.assert_allclose(after.numpy(), moved, atol=1e-9)
 
 

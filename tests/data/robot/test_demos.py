@@ -121,7 +121,7 @@ BREAKAGES: dict[str, tuple[Callable[[Path, Any, Any], object], str]] = {
     ),
     "focal length in metres": (
         lambda f, m, a: a(f / "cameras.npz", over__intrinsics=np.array([[0.004, 0, 24], [0, 0.004, 20], [0, 0, 1]])),
-        "do not fit a picture of 48 x 40",
+        "do not fit an image of 48 x 40",
     ),
     "intrinsics transposed": (
         lambda f, m, a: a(f / "cameras.npz", over__intrinsics=np.array([[40.0, 0, 0], [0, 40.0, 0], [24, 20, 1]])),
@@ -135,7 +135,7 @@ BREAKAGES: dict[str, tuple[Callable[[Path, Any, Any], object], str]] = {
     "camera folder": (lambda f, m, a: shutil.rmtree(f / "rgb" / "over"), "folder over is missing"),
     "a picture is missing": (
         lambda f, m, a: (f / "rgb" / "over" / "000004.jpg").unlink(),
-        "1 of 12 pictures are missing, first 000004.jpg",
+        "1 of 12 images are missing, first 000004.jpg",
     ),
     "last picture cut": (
         lambda f, m, a: (f / "rgb" / "over" / "000011.jpg").write_bytes(
@@ -191,7 +191,7 @@ def test_what_is_not_there_is_said_in_one_line(tmp_path: Path, native_demo: Any)
     with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path / 'none'} does not exist; name a folder")):
         find_demos(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="is empty"):
+    with pytest.raises(FileNotFoundError, match=r"is empty.*data\.root=PATH \(of keygrip prepare: root=PATH\)"):
         find_demos(tmp_path / "empty")
     (tmp_path / "file").touch()
     with pytest.raises(FileNotFoundError, match="is a file"):
@@ -333,6 +333,12 @@ def test_turned_pictures(tmp_path: Path) -> None:
         assert turned.sum() == 600
     with pytest.raises(ValueError, match="rotate must be"):
         JpegFrames(tmp_path, "%d.png", 1, rotate=45)
+
+
+def test_images_of_more_than_8_bits_do_not_become_white(tmp_path: Path) -> None:
+    Image.fromarray(np.full((2, 3), 700, np.uint16)).save(tmp_path / "0.png")  # depth in millimetres
+    with pytest.raises(ValueError, match=r"0\.png: it has more than 8 bits a pixel \(mode I;16\)"):
+        JpegFrames(tmp_path, "%d.png", 1).read(0)
 
 
 VIDEOS: dict[str, tuple[str, str, int, dict[str, str]]] = {

@@ -27,7 +27,7 @@ from keygrip.data.robot.doctor.views import make_view, place
 from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
 from keygrip.robots.inverse_kinematics import pointing_down, solve
 from keygrip.robots.kinematics import forward_kinematics
-from keygrip.robots.surface import yam_surface
+from keygrip.robots.model_file import yam_surface
 
 SIDE, FRAMES, DEMOS = 128, 24, 3
 INTRINSICS = np.array([[248.0, 0, 64.0], [0, 248.0, 64.0], [0, 0, 1]])

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from keygrip.data.robot.discovery import find_demos
-from keygrip.data.robot.lerobot_export import statistics
+from keygrip.data.robot.lerobot_export import files, statistics
 from keygrip.data.robot.lerobot_export.export import export_lerobot
 from keygrip.data.robot.lerobot_export.layout import Layout
+from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
 
 
 @pytest.fixture
@@ -85,6 +86,53 @@ def test_actions_are_commands_and_signs_are_continuous(demos: Path, tmp_path: Pa
     assert (state[:, 3] > 0).all()
     assert ((state[:, 3:7] * action[:, 3:7]).sum(axis=1) > 0).all()
     np.testing.assert_allclose(table["timestamp"].to_numpy(), np.arange(12) / 10, atol=1e-6)
+
+
+def test_what_lerobot_has_no_word_for_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "VIDEO_FILE_S", 0.5)  # several files
+    rng, matrix, rate = np.random.default_rng(0), np.diag([60.0, 60.0, 1.0]), 29.97
+    words = ["", "把红色方块放进碗里 ☕", "go"]
+    for number, sentence in enumerate(words):
+        lost = {"lost": "nobody measured it"}
+        with DemoWriter(tmp_path / f"demos/{number}", "duo", "lift it", sentence, rate, uncalibrated=lost) as writer:
+            for index in range(10 + number):
+                arms = {
+                    name: ArmPose(rng.normal(size=3), np.eye(4)[0], 0.5, rng.normal(size=6), rng.normal(size=2))
+                    for name in ("left", "right")
+                }
+                image = np.full((16, 32, 3), 10 * number + index, np.uint8)
+                writer.add(
+                    round(index * 1e9 / rate) + 10**18,
+                    {"over": image, "lost": image},
+                    dict.fromkeys(("over", "lost"), CameraPose(matrix, np.eye(4))),
+                    arms,
+                    depth={"over": np.full((16, 32), 40_000, np.uint16)},
+                    intervention=number == 1 and index > 4,
+                )
+    summary = export_lerobot(tmp_path / "demos", tmp_path / "set", progress=False)
+    assert (summary.episodes, summary.left_out) == (3, ["depth of over"])
+    assert len(list((tmp_path / "set").rglob("file-*.mp4"))) == 2 * 3
+    tasks = pq.read_table(tmp_path / "set/meta/tasks.parquet").to_pydict()["task"]
+    assert tasks == ["lift it", *words[1:]]  # LeRobot's policies are told the task's name where nobody said a sentence
+    for reference, back, sentence in zip(
+        find_demos(tmp_path / "demos"), find_demos(tmp_path / "set"), words, strict=True
+    ):
+        ours, theirs = reference.read(uncalibrated=True), back.read(uncalibrated=True)
+        assert (theirs.instruction, theirs.task, theirs.fps) == (sentence, "lift it", rate)
+        np.testing.assert_array_equal(theirs.timestamps, ours.timestamps - ours.timestamps[0])
+        for name, arm in ours.arms.items():
+            assert arm.controller is not None
+            np.testing.assert_array_equal(theirs.arms[name].controller, arm.controller)
+            assert theirs.arms[name].commanded is None
+        np.testing.assert_array_equal(
+            np.zeros(len(ours), bool) if theirs.intervention is None else theirs.intervention,
+            (np.arange(len(ours)) > 4) & (sentence == words[1]),
+        )
+        assert bool(theirs.cameras["lost"].uncalibrated)
+        assert not theirs.cameras["over"].uncalibrated
+        assert (
+            abs(int(theirs.cameras["over"].frames.read(9).mean()) - int(ours.cameras["over"].frames.read(9).mean())) < 3
+        )
 
 
 def test_a_broken_demo_is_left_out_and_the_others_stay_in_place(demos: Path, tmp_path: Path) -> None:

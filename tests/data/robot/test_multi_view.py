@@ -175,8 +175,8 @@ def test_the_nominal_view_is_the_crop_of_inference() -> None:
     k = np.array([[50.0, 0, 30], [0, 50, 20], [0, 0, 1]])
     view = geometry.view(picture, k, np.eye(4))
     image, intrinsics = geometry.apply(picture, k)
-    np.testing.assert_array_equal(view.picture, cut(picture, geometry.box(60, 40), 16))
-    torch.testing.assert_close(torch.tensor(view.picture).permute(2, 0, 1) / 255, image / 2 + 0.5)
+    np.testing.assert_array_equal(view.image, cut(picture, geometry.box(60, 40), 16))
+    torch.testing.assert_close(torch.tensor(view.image).permute(2, 0, 1) / 255, image / 2 + 0.5)
     np.testing.assert_allclose(view.intrinsics, intrinsics.numpy(), atol=1e-5)
     assert view.depth is None
 

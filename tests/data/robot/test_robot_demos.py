@@ -253,7 +253,7 @@ def test_a_frame_that_breaks_is_replaced_by_its_neighbour_and_named(
     assert module.skipped.count <= 3  # frame 6 tries frame 5 first
     settings = {"num_workers": workers, "cameras": cameras, "max_broken_share": 0.001, "verify": False}
     module = ready(robot_demos(native_root, **settings))
-    module.skipped.judged_after = 8
+    module.skipped.checked_after = 8
     with pytest.raises(ValueError, match=r"more than data.max_broken_share=0.001 allows; the first: demo"):
         for _ in range(2):
             epoch_of(module.train_dataloader(), 0)
@@ -387,7 +387,7 @@ def test_steps_outside_the_picture_are_counted_and_named(
     shares = module.off_screen_shares()
     assert shares["demo_05"] == pytest.approx(6 / 11)
     assert sum(share > 0 for share in shares.values()) == 1
-    assert "1 of 10 demos have more than 25 % of their steps outside camera over's picture" in caplog.text
+    assert "1 of 10 demos have more than 25 % of their steps outside camera over's image" in caplog.text
     assert "demo_05 (55 %)" in caplog.text
 
 
@@ -514,6 +514,36 @@ def test_missing_demonstrations_are_recorded_once_and_said(
     module = robot_demos(None, record=recording(tmp_path / "data", demos=2))
     module.prepare_data()
     assert len(ready(module).demos) == 2  # the first two of five
+
+
+def test_a_recording_that_is_there_needs_nothing_written(
+    tmp_path: Path, robot_demos: Make, recorder: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    robot_demos(None, record=recording(tmp_path / "data")).prepare_data()
+    monkeypatch.setattr("keygrip.data.robot.datamodule.locked", lambda path: pytest.fail("a read-only folder"))
+    robot_demos(None, record=recording(tmp_path / "data")).prepare_data()
+    assert len(recorder) == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"cache_gb": -1.0}, "data.cache_gb=-1.0: must be finite and at least 0"),
+        ({"drop_idle_s": float("nan")}, "data.drop_idle_s=nan: must be finite"),
+        ({"max_broken_share": 2.0}, "data.max_broken_share=2.0: it is a share, 0 to 1"),
+    ],
+)
+def test_numbers_that_cannot_be_are_named(
+    setting: dict[str, Any], said: str, native_root: Path, robot_demos: Make
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        robot_demos(native_root, **setting)
+
+
+@pytest.mark.parametrize("setting", [{"num_workers": -1}, {"prefetch_batches": 0}])
+def test_workers_that_cannot_be_are_named(setting: dict[str, int], native_root: Path, robot_demos: Make) -> None:
+    with pytest.raises(ValueError, match=rf"data\.{next(iter(setting))}={next(iter(setting.values()))} "):
+        ready(robot_demos(native_root, **setting)).train_dataloader()
 
 
 def test_a_recorders_worker_does_not_wait_for_its_own_parent(

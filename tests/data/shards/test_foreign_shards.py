@@ -195,6 +195,24 @@ def test_deep_images_keep_their_brightness(tmp_path: Path) -> None:
     assert (read_sample(ShardSet(tmp_path), 0, 8).frames == 128).all()
 
 
+def test_what_transparency_hides_is_not_shown(tmp_path: Path) -> None:
+    members: Members = []
+    drawn = Image.new("RGBA", (8, 8), (0, 0, 0, 0))  # black, and hidden
+    drawn.putpixel((0, 0), (255, 0, 0, 255))
+    for key, image in (("a", drawn), ("b", drawn.getchannel("R").convert("LA")), ("c", drawn.quantize(4))):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        members += [(f"{key}.png", buffer.getvalue()), (f"{key}.json", CAPTION)]
+    write_tar(tmp_path / "a.tar", members)
+    make_manifests(tmp_path)
+    shards = ShardSet(tmp_path)
+    for sample in (0, 2):
+        frame = read_sample(shards, sample, 8).frames[0]
+        assert frame[0, 0].tolist() == [255, 0, 0]
+        assert (frame[1:] == 255).all()
+    assert (read_sample(shards, 1, 8).frames[0, 1:] == 0).all()  # opaque, whatever it could be
+
+
 def test_placeholders_are_no_words_of_the_question(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", GOOD)
     make_manifests(tmp_path)

@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ import webdataset
 from shard_sets import conversations, picture, write_set
 
 from keygrip.data.bad_samples import BadSample
-from keygrip.data.shards.index import MANIFEST, ShardError, index_path, index_shard, split_name
+from keygrip.data.shards.index import MANIFEST, ShardError, ShardIndex, index_path, index_shard, split_name
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.remote import ShardCache
+from keygrip.data.shards.validation import ShardReport, report_shared
 from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.video_text.conversations import describe_video_text, read_sample, video_text_parts
 
@@ -184,6 +186,32 @@ def test_a_broken_picture_is_named_with_its_shard(tmp_path: Path) -> None:
     assert read_sample(shards, 2, 8).frames.shape == (2, 8, 8, 3)
 
 
+def test_one_flipped_bit_of_a_shard_is_found(tmp_path: Path) -> None:
+    root = write_set(tmp_path, [2] * 3)
+    shards, whole = ShardSet(root), (root / "s-000.tar").read_bytes()
+    index = shards.index(0)
+    for part in range(int(index.first_part[1]), int(index.first_part[2])):
+        offset = int(index.part_offsets[part] + index.part_sizes[part] // 2)
+        overwrite(root / "s-000.tar", offset, bytes([whole[offset] ^ 1]))
+        with pytest.raises(
+            BadSample, match=rf"s1 of .*s-000\.tar: the bytes of {index.part_names[part]} are not those"
+        ):
+            shards.read(1)
+        assert shards.read(0)
+        overwrite(root / "s-000.tar", offset, whole[offset : offset + 1])
+    assert shards.read(1)
+
+
+def test_an_index_of_an_earlier_version_has_no_checksums(tmp_path: Path) -> None:
+    index = ShardSet(write_set(tmp_path, [2] * 3)).index(0)
+    earlier = ShardIndex.from_bytes(replace(index, part_crcs=None).to_bytes(), "earlier")
+    assert earlier.part_crcs is None
+    assert earlier.part_sizes.tolist() == index.part_sizes.tolist()
+    assert index.without(["s1"]).part_crcs is not None
+    with pytest.raises(ShardError, match="do not belong together"):
+        ShardIndex.from_bytes(replace(index, part_crcs=np.zeros(1, np.int64)).to_bytes(), "other")
+
+
 def test_a_sample_without_one_of_its_images_is_left_out_by_name(tmp_path: Path) -> None:
     parts, row = video_text_parts([picture(n) for n in range(3)], conversations("n0"), "x", extension="png")
     for gone, reason in (("01.png", r"numbered \[0, 2\]"), ("02.png", "2 images of 3"), ("00.png", "2 images of 3")):
@@ -225,6 +253,22 @@ def test_remote_shards_are_copied_once_and_within_the_limit(tmp_path: Path) -> N
     with pytest.raises(BadSample, match=r"s3 of file.*s-001\.tar"):
         (root / "s-001.tar").unlink()
         read_sample(shards, 3, 8)
+
+
+def test_a_remote_set_that_has_changed_is_not_read_as_it_was(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    url = f"file://{write_set(tmp_path / 'far', [1] * 3)}"
+    before = ShardSet(url, tmp_path / "near")
+    assert len(read_sample(before, 0, 8).frames) == 1
+    shutil.rmtree(tmp_path / "far")
+    write_set(tmp_path / "far", [2] * 3)  # files of the same names
+    after = ShardSet(url, tmp_path / "near")
+    assert [len(read_sample(after, sample, 8).frames) for sample in range(3)] == [2, 2, 2]
+    assert after.fingerprint != before.fingerprint
+    assert "as it was" not in caplog.text
+    shutil.rmtree(tmp_path / "far")  # no connection
+    again = ShardSet(url, tmp_path / "near")
+    assert len(read_sample(again, 0, 8).frames) == 2
+    assert "is read as it was when it was copied" in caplog.text
 
 
 def test_a_remote_shard_of_another_size_is_refused(tmp_path: Path) -> None:
@@ -294,6 +338,20 @@ def test_other_layouts_are_read_or_refused_by_name(tmp_path: Path, names: list[s
         write_manifest(tmp_path, describe_video_text, again=True, progress=False)
         found = read_sample(ShardSet(tmp_path), 0, 8).frames
         assert found[:, 0, 0, 0].tolist() == list(range(frames))
+
+
+def test_images_with_other_text_in_another_split_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    train, val = ShardReport("set/train/a.tar", media=["x", "y", "y"]), ShardReport("set/val/a.tar", media=["z", "x"])
+    report_shared([train, val])
+    assert (
+        "1 images or videos stand in several splits, with other text (the first in set/train, set/val)" in caplog.text
+    )
+    assert "divided by keys" not in caplog.text
+    caplog.clear()
+    report_shared([train, ShardReport("set/val/a.tar", media=["z"])])
+    assert not caplog.records
+    report_shared([train])
+    assert "1 samples have the images or the video of another one" in caplog.text
 
 
 def test_compressed_shards_are_named(tmp_path: Path) -> None:

@@ -67,6 +67,9 @@ def test_scripted_demonstrations_are_recorded_and_their_commands_succeed(tmp_pat
     assert (tmp_path / "a.mp4").is_file()
     ((_, still),) = run_remote(_Still(), settings, [(MetaWorldTask("push", step_limit=40), HELD_OUT_SEED, None)], 1)
     assert (still.success, still.failure, still.seconds) == (False, "timeout", 0.5)
+    elsewhere = RemoteSettings(python, "keygrip.envs.metaworld.tasks.MetaWorldTask", 64, 80.0, ["nowhere"], control)
+    with pytest.raises(ValueError, match="has no camera 'nowhere'; it has corner2"):
+        list(run_remote(_Still(), elsewhere, [(task, HELD_OUT_SEED, None)], 1))
 
 
 class _Still:

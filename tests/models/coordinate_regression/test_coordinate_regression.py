@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,27 +23,30 @@ S, T = 32, 2
 
 
 @pytest.fixture
-def module(tmp_path: Path) -> CoordinateRegressionModule:
+def statistics(tmp_path: Path) -> DemoStatistics:
+    return DemoStatistics(
+        height_range=(0.0, 0.2),
+        position_range=((0.1, -0.3, 0.0), (0.5, 0.3, 0.2)),
+        quaternions={"right": np.array([[1.0, 0, 0, 0]])},
+        arms=("right",),
+        targets="reached",
+        horizon=T,
+        step_seconds=0.3,
+        geometry=ImageGeometry(S, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+        demos=1,
+        frames=1,
+        fingerprint="test",
+        cache_dir=tmp_path,
+    )
+
+
+@pytest.fixture
+def module(statistics: DemoStatistics) -> CoordinateRegressionModule:
     torch.manual_seed(0)
     backbone = DinoBackbone(variant="tiny", image_size=S, weights="random", width=32, depth=1, heads=2)
     network = CoordinateRegressionNetwork(backbone, S, horizon=T, width=64)
     built = CoordinateRegressionModule(network, AdamW(lr=1e-3, schedule="constant"))
-    built.set_statistics(
-        DemoStatistics(
-            height_range=(0.0, 0.2),
-            position_range=((0.1, -0.3, 0.0), (0.5, 0.3, 0.2)),
-            quaternions={"right": np.array([[1.0, 0, 0, 0]])},
-            arms=("right",),
-            targets="reached",
-            horizon=T,
-            step_seconds=0.3,
-            geometry=ImageGeometry(S, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
-            demos=1,
-            frames=1,
-            fingerprint="test",
-            cache_dir=tmp_path,
-        )
-    )
+    built.set_statistics(statistics)
     return built
 
 
@@ -84,6 +88,28 @@ def test_loss_is_written_out(module: CoordinateRegressionModule) -> None:
     rotation = (output.rotation - quaternion_to_columns(data.quaternion)).abs().mean()
     gripper = F.binary_cross_entropy_with_logits(output.gripper, data.gripper)
     torch.testing.assert_close(losses["total"], position + 0.5 * rotation + 0.5 * gripper)
+
+
+def test_steps_past_a_demos_end_carry_no_loss_where_they_are_masked(module: CoordinateRegressionModule) -> None:
+    data = batch()
+    data.action_is_pad[0, 0, 1:] = True
+    whole, module.mask_padded_steps = module.losses(module(data), data), True
+    masked = module.losses(module(data), data)
+    counted = ~data.action_is_pad
+    expected = F.binary_cross_entropy_with_logits(module(data).gripper[counted], data.gripper[counted])
+    torch.testing.assert_close(masked["gripper"], expected)
+    assert not torch.isclose(masked["total"], whole["total"])
+    data.position[0, 0, 1:] += 1.0
+    torch.testing.assert_close(module.losses(module(data), data), masked)
+
+
+def test_a_second_camera_is_not_ignored_without_a_word(
+    module: CoordinateRegressionModule, statistics: DemoStatistics, caplog: pytest.LogCaptureFixture
+) -> None:
+    module.set_statistics(statistics)
+    assert "cameras" not in caplog.text
+    module.set_statistics(replace(statistics, cameras=("over", "front")))
+    assert "the data hold 2 cameras, and this policy sees over alone" in caplog.text
 
 
 def test_metrics_are_zero_for_the_truth(module: CoordinateRegressionModule) -> None:

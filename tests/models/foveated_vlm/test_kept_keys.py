@@ -123,11 +123,11 @@ def test_numbered_frames_are_the_same_alone_in_a_batch_and_in_order(mode: str) -
         alone = network(frames[:1, :3], type(rows)(rows.input_ids[:1], [9], [4], [0], [3]), mode)
     torch.testing.assert_close(together.hidden[0, :12], alone.hidden[0, :12], atol=2e-5, rtol=1e-4)
     if mode == "autoregressive":
-        looks = together.looks
-        assert looks is not None
+        passes = together.passes
+        assert passes is not None
         with torch.no_grad():
-            chosen = network.choose_queries(looks.visual, rows.streams)
-        torch.testing.assert_close(chosen[0, :3], looks.queries[0, :3], atol=2e-5, rtol=1e-4)  # type: ignore[index]
+            chosen = network.choose_queries(passes.visual, rows.streams)
+        torch.testing.assert_close(chosen[0, :3], passes.queries[0, :3], atol=2e-5, rtol=1e-4)  # type: ignore[index]
 
 
 def test_more_frames_than_numbers_is_an_error(build: Callable[..., FoveatedVLM]) -> None:

@@ -127,7 +127,7 @@ def test_an_answer_is_exact_only_with_all_its_tokens_and_its_end(parts: Callable
         for row in range(len(batch)):
             for place in batch.answer_mask[row].nonzero()[:, 0].tolist():
                 hidden[row, output.layout.text_at[row, place] - 1, batch.input_ids[row, place]] = 9.0
-        perfect = type(output)(hidden, output.layout, output.visual, output.looks)
+        perfect = type(output)(hidden, output.layout, output.visual, output.passes)
         from keygrip.models.foveated_vlm.scores import score
 
         assert score(perfect, batch, weight, 4096).exact.all()
@@ -155,7 +155,7 @@ def test_keys_and_values_computed_once_serve_all_modes(parts: Callable[..., tupl
     module.network.backbone.keys_and_values = lambda images: (calls.append("kv"), original(images))[1]
     with torch.no_grad():
         first = module.network(frames, rows, "coarse_only")
-        again = [module.network(frames, rows, mode, kv=first.looks.kv) for mode in MODES]
+        again = [module.network(frames, rows, mode, kv=first.passes.kv) for mode in MODES]
     assert calls == ["kv"]
     torch.testing.assert_close(again[0].hidden, first.hidden)
 

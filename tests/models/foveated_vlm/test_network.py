@@ -164,7 +164,7 @@ def test_the_question_reaches_the_queries_only_when_it_stands_before_the_frames(
     frames = frames_of([3])
     for at, same in ((0, True), (4, False)):
         queries = [
-            network(frames, rows_of([(0, 6, at)], [3], seed=seed), "coarse_fine").looks.queries for seed in (2, 3)
+            network(frames, rows_of([(0, 6, at)], [3], seed=seed), "coarse_fine").passes.queries for seed in (2, 3)
         ]
         assert torch.equal(queries[0], queries[1]) == same
 
@@ -203,14 +203,14 @@ def test_attention_of_the_chosen_queries_belongs_to_their_streams(build: Build) 
     frames, rows = frames_of(counts, 32), rows_of(texts, counts)
     with torch.no_grad():
         output = network(frames, rows, "coarse_fine")
-    maps = network.attention(output.looks, rows.streams)
+    maps = network.attention(output.passes, rows.streams)
     assert maps.shape == (3, 3, 3, 2, 5 + 4)  # streams, frames, blocks, heads, prefix and patches
     torch.testing.assert_close(maps.sum(-1)[0], torch.ones(3, 3, 2))
     assert not maps[1, 2].any()  # the second stream's video has two frames
     single = TextRows(rows.input_ids[2:, :4], [4], [1], [0], [3])
     with torch.no_grad():
         alone = network(frames[1:], single, "coarse_fine")
-    torch.testing.assert_close(network.attention(alone.looks, single.streams)[0], maps[2], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(network.attention(alone.passes, single.streams)[0], maps[2], atol=1e-5, rtol=1e-4)
 
 
 def test_unknown_modes_and_sources_are_refused(build: Build) -> None:

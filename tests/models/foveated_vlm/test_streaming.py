@@ -143,7 +143,7 @@ def test_frames_of_a_camera_are_brought_to_the_models_size(tmp_path: Path) -> No
     from PIL import Image
 
     module = small_module(tmp_path, [QUESTION] * 3)
-    module.pictures["fit"] = "pad"
+    module.image_options["fit"] = "pad"
     frame = np.random.default_rng(0).integers(0, 255, (30, 40, 3)).astype(np.uint8)
     sized, given, opened = module.stream("?"), module.stream("?"), module.stream("?")
     given.push(frame)

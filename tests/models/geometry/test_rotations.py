@@ -142,6 +142,18 @@ def test_basis_beside_the_dataset_is_reused_only_for_the_same_rotations(tmp_path
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_a_damaged_basis_is_fitted_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    quaternions, first, second = yaw_data(), KMeansRotation(), KMeansRotation()
+    fit_or_load(first, quaternions, tmp_path, "v1")
+    (file,) = tmp_path.iterdir()
+    content, prototypes = bytearray(file.read_bytes()), first.state_dict()["prototypes"]
+    content[content.index(prototypes.numpy().tobytes()) + 3] ^= 8
+    file.write_bytes(content)
+    fit_or_load(second, quaternions, tmp_path, "v1")
+    assert torch.equal(second.state_dict()["prototypes"], prototypes)
+    assert "it is fitted again" in caplog.text
+
+
 def test_outliers_do_not_widen_the_bins(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     axis = torch.tensor([0.0, 0.0, 1.0])
     turns = torch.cat([torch.linspace(-0.7, 0.7, 995), torch.full((5,), 3.0)])  # 0.5 % wrong readings

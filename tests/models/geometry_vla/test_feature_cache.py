@@ -86,11 +86,13 @@ def test_a_broken_file_is_computed_again(tmp_path: Path) -> None:
     cache, compute, images = FeatureCache(tmp_path, 1.0), Counting(), pictures(1)
     first = cache.features(images, "a", compute)
     (path,) = tmp_path.glob("*/*.safetensors")
-    path.write_bytes(path.read_bytes()[:20])
-    assert torch.equal(cache.features(images, "a", compute), first)
-    assert compute.computed == 2
-    assert torch.equal(cache.features(images, "a", compute), first)
-    assert compute.computed == 2
+    whole = path.read_bytes()
+    for computed, broken in ((2, whole[:20]), (3, whole[:-1] + bytes([whole[-1] ^ 1]))):  # cut off; one bit changed
+        path.write_bytes(broken)
+        assert torch.equal(cache.features(images, "a", compute), first)
+        assert compute.computed == computed
+        assert torch.equal(cache.features(images, "a", compute), first)
+        assert compute.computed == computed
 
 
 def work(folder: str, limit_gb: float, seed: int) -> None:

@@ -94,8 +94,8 @@ def test_pictures_show_where_it_points_for_the_keyframe(tmp_path: Path) -> None:
     with torch.no_grad():
         scene = module(batch)
         assert scene.pointing is not None
-        shown, plain = module.picture(scene, batch), module.picture(replace(scene, pointing=None), batch)
-        steps_alone = module.picture(replace(scene, pointing=scene.pointing[:, :, :, :T]), batch)
+        shown, plain = module.figure(scene, batch), module.figure(replace(scene, pointing=None), batch)
+        steps_alone = module.figure(replace(scene, pointing=scene.pointing[:, :, :, :T]), batch)
     assert shown.shape[1] == plain.shape[1]
     assert np.array_equal(steps_alone, plain)
     assert not np.array_equal(shown, plain)

@@ -218,10 +218,10 @@ def test_the_baseline_has_no_geometry() -> None:
 
 def test_pictures_show_depth_where_there_is_any(module: GeometryVLAModule, tmp_path: Path) -> None:
     batch = small_batch()
-    whole = module.picture(module(batch), batch)
+    whole = module.figure(module(batch), batch)
     batch.depth = None
     baseline = ready_module(tmp_path, geom_inject_to_dit=False)
-    alone = baseline.picture(baseline(batch), batch, sample=1)
+    alone = baseline.figure(baseline(batch), batch, sample=1)
     assert whole.dtype == np.uint8
     assert whole.shape[1] == alone.shape[1]
     assert whole.shape[0] == pytest.approx(3 * alone.shape[0], abs=3)

@@ -50,9 +50,8 @@ def test_states_are_transformers_own(folder: Path) -> None:
     assert states.words.shape == (2, 8, 16)
     assert states.mask.sum(-1).tolist() == [5, 6]
     kind = transformers.AutoConfig.from_pretrained(folder).model_type
-    theirs = (transformers.CLIPTextModel if kind.startswith("clip") else transformers.SiglipTextModel).from_pretrained(
-        folder
-    )
+    model = transformers.CLIPTextModel if kind.startswith("clip") else transformers.SiglipTextModel
+    theirs = model.from_pretrained(folder)
     padded = tokenizer()(sentences, padding="max_length", max_length=8, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         expected = theirs.eval()(input_ids=padded)

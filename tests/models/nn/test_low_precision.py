@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from vla_parts import CAMERAS, INSTRUCTIONS, S, ready_module
 
-from keygrip.models.nn.low_precision import Int8Linear, lower_precision, weight_bytes
+from keygrip.models.nn.low_precision import Int8Linear, lower_precision
 
 
 def test_int8_weights_are_within_half_a_step() -> None:
@@ -28,6 +28,11 @@ def test_int8_weights_are_within_half_a_step() -> None:
     assert ((small(x) - layer(x)).abs() <= bound + 1e-4).all()
     assert small(x.bfloat16()).dtype == torch.bfloat16
     assert torch.equal(small(x)[:, 5], layer.bias[5].expand(7))
+
+
+def weight_bytes(network: nn.Module) -> int:
+    """Bytes of parameters and buffers."""
+    return sum(part.numel() * part.element_size() for part in [*network.parameters(), *network.buffers()])
 
 
 def observation() -> dict[str, object]:

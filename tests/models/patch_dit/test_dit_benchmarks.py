@@ -16,7 +16,7 @@ from keygrip.benchmarks.patch_dit import (
     DiTSampler,
     DiTStep,
     SamplingStep,
-    ToyPictures,
+    ToyImages,
     random_conditions,
     random_network,
 )
@@ -84,7 +84,7 @@ def test_the_curve_falls_with_the_steps() -> None:
 
 
 def test_toy_pictures_are_learned() -> None:
-    toy = ToyPictures()
+    toy = ToyImages()
     first, again, other = toy.batch(4, 1), toy.batch(4, 1), toy.batch(4, 2)
     assert torch.equal(first[0], again[0])
     assert not torch.equal(first[0], other[0])

@@ -246,9 +246,8 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     gradients = []
     for option in (False, True):
         network = small_dit(gradient_checkpointing=option).train()
-        network(latents(), torch.tensor([0.3, 0.8]), context(network, conditions_of())).velocity.pow(
-            2
-        ).mean().backward()
+        output = network(latents(), torch.tensor([0.3, 0.8]), context(network, conditions_of()))
+        output.velocity.pow(2).mean().backward()
         gradients.append([p.grad for p in network.parameters()])
     torch.testing.assert_close(*gradients)
 

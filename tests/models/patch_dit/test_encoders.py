@@ -45,7 +45,7 @@ def test_pictures_that_do_not_divide_are_refused(size: tuple[int, int]) -> None:
 
 
 def test_pictures_in_floats_are_refused() -> None:
-    with pytest.raises(ValueError, match="pictures are uint8"):
+    with pytest.raises(ValueError, match="images are uint8"):
         small_encoders().encode_images(torch.rand(1, 3, 16, 16))
     with pytest.raises(ValueError, match="views are uint8"):
         small_encoders().encode_view(torch.rand(1, 3, 48, 48))
@@ -263,7 +263,8 @@ def test_t5_of_another_width_is_refused(flux: Path) -> None:
 def test_the_real_encoders_joined(flux: Path) -> None:
     view = DinoView("dinov3_vitl16", 32, "random", width=16, depth=1, heads=2)
     encoders = Encoders(FluxAutoencoder(str(flux), dtype="float32"), text_of(flux), view, "colour")
-    assert encoders.fingerprint == encoders.fingerprint
+    again = Encoders(FluxAutoencoder(str(flux), dtype="float32"), text_of(flux), view, "colour")
+    assert again.fingerprint == encoders.fingerprint
     cls, patches = encoders.encode_view(pictures(1, 32, 32))
     assert (cls.shape, patches.shape) == ((1, 16), (1, 4, 16))
     other = Encoders(encoders.autoencoder, text_of(flux, 13), view, "colour")

@@ -25,7 +25,7 @@ from keygrip.models.volume_query.network import VolumeQueryNetwork
 from keygrip.models.volume_query.policy import SENTENCES_KEPT
 from keygrip.models.volume_query.targets import height_centres
 from keygrip.models.volume_query.volume import argmax_voxel, volume_cross_entropy
-from keygrip.training.images import figure_to_image
+from keygrip.training.figures import figure_to_image
 from keygrip.training.optimizers import AdamW
 from keygrip.training.task_metrics import MeansByTask
 
@@ -394,6 +394,12 @@ def test_a_module_of_several_views(tmp_path: Path, caplog: pytest.LogCaptureFixt
         assert float(alone.pixel.abs().max()) == 0
         assert alone.world is not None
         assert float(alone.world.slice(0).abs().max()) > 0
+        two.images[:, 1] = torch.tensor([0, 135, 0], dtype=torch.uint8)[
+            :, None, None
+        ]  # a decoder's green, or tinted grey
+        green = world(two, targets, teacher=True).volume
+        assert green.world is not None
+        assert float(green.world.slice(0).abs().max()) == 0
 
     checkpoint: dict[str, object] = {}
     world.on_save_checkpoint(checkpoint)
@@ -425,5 +431,13 @@ def test_a_module_of_several_views(tmp_path: Path, caplog: pytest.LogCaptureFixt
     low, high = np.array([-0.3, -0.3, 0.0]) - 0.01, np.array([0.3, 0.3, 0.2]) + 0.01
     planned = policy.plan(observation).position
     np.testing.assert_allclose(planned[0], np.clip(decoded.position[0, 0].numpy(), low, high), atol=1e-4)
+    black = {**view[1], "image": np.zeros_like(view[1]["image"])}
+    blind = policy.plan(observation | {"cameras": {"over": view[0], "front": None}}).position
+    np.testing.assert_array_equal(
+        blind, policy.plan(observation | {"cameras": {"over": view[0], "front": black}}).position
+    )
+    assert np.abs(blind - planned).max() > 1e-6
+    with pytest.raises(ValueError, match="camera 'over' is None: the volume is that of the first"):
+        policy.plan(observation | {"cameras": {"over": None, "front": view[1]}})
     with pytest.raises(ValueError, match="lacks camera 'front'"):
         policy.plan(observation | {"cameras": {"over": view[0]}})

@@ -23,20 +23,20 @@ from torch.utils.data import DataLoader
 from keygrip.artifacts import write_text
 from keygrip.data.bad_samples import read_json
 from keygrip.data.image_text.bucket_folders import INFO, write_info
-from keygrip.data.image_text.crops import aspect_buckets
+from keygrip.data.image_text.crops import Bucket, aspect_buckets
 from keygrip.data.image_text.samples import describe_image_text
 from keygrip.data.image_text.sources.encoding import ImageEncoders, encode_images
 from keygrip.data.image_text.sources.jobs import Claims, Job, ReadyBatch, ShardThread, SourceImages, ViewSizes, jobs_of
 from keygrip.data.image_text.sources.listing import Item, frozen_items
 from keygrip.data.shards.index import MANIFEST
 from keygrip.data.shards.sampling import start_worker
+from keygrip.data.shards.set_writer import check_settings, failures_path, remove_stale
 from keygrip.data.shards.writer import write_manifest
-from keygrip.data.video_text.sources.writing import check_settings, failures_path, remove_stale
 from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
 
-DECODING = 3  # of images and captions: shards of another number hold other pixels of odd images
+DECODING = 3  # version of decoding: shards of another version hold other pixels of unusual images
 FAILED_FILE = "failed.jsonl"
 NAMED_AT_MOST = 10
 LOOK_AGAIN_S = 2.0
@@ -73,6 +73,13 @@ class Prepared:
     wall_s: float = 0.0
     rank: int = 0
 
+    def take_times(self, clock: Clock, wall_s: float) -> None:
+        """Fills in rates and shares from the times of a clock; seconds."""
+        spent = max(clock.spent, 1e-9)
+        self.items_per_s, self.start_s = round(self.items / spent, 3), round(clock.start or 0.0, 2)
+        self.data_wait_share, self.encode_share = round(clock.wait / spent, 4), round(clock.busy / spent, 4)
+        self.wall_s = round(wall_s, 2)
+
 
 @dataclass(frozen=True)
 class Rank:
@@ -84,6 +91,7 @@ class Rank:
 
     @classmethod
     def here(cls) -> Rank:
+        """From the environment variables of torchrun or SLURM; a single process without them."""
         env = os.environ
         if "RANK" in env and "WORLD_SIZE" in env:
             return cls(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
@@ -154,11 +162,7 @@ def images(
     started = time.perf_counter()
     rank, root, source = Rank.here(), Path(root), Path(source)
     buckets = aspect_buckets(size, bucket_step, max_aspect)
-    for bucket in buckets:
-        if bucket.width % encoders.latent_stride or bucket.height % encoders.latent_stride:
-            raise ValueError(
-                f"{bucket.name} does not divide by the latent's stride {encoders.latent_stride}; raise bucket_step"
-            )
+    _check_stride(buckets, encoders.latent_stride)
     if images_per_shard < 1 or batch_size < 1:
         raise ValueError(f"images_per_shard={images_per_shard} and batch_size={batch_size} must be at least 1")
     if not source.is_dir():
@@ -199,17 +203,14 @@ def images(
             thread = ShardThread(claims, trim_text, keep_images)
             taken = _encode(claims, SourceImages(jobs, source, sizes), encoders, workers, thread, clock, bar, started)
             result.items += taken
-            if not taken:  # all that is left is another process's
+            if not taken:  # other processes hold all remaining shards
                 if rank.rank > 0:
                     break
-                time.sleep(LOOK_AGAIN_S)  # it may die, and its shards be free again
+                time.sleep(LOOK_AGAIN_S)  # a process that dies frees its shards
     result.captions_cut = encoders.captions_cut - cut_before
     if result.captions_cut:
         log.warning("%d captions are longer than the text encoder takes, and were cut off", result.captions_cut)
-    spent = max(clock.spent, 1e-9)
-    result.items_per_s, result.start_s = round(result.items / spent, 3), round(clock.start or 0.0, 2)
-    result.data_wait_share, result.encode_share = round(clock.wait / spent, 4), round(clock.busy / spent, 4)
-    result.wall_s = round(time.perf_counter() - started, 2)
+    result.take_times(clock, time.perf_counter() - started)
     if rank.rank == 0:
         _finish(root, jobs, items, identity, max_failed_share, progress, result)
     log.info(
@@ -221,6 +222,12 @@ def images(
         100 * result.encode_share,
     )
     return asdict(result)
+
+
+def _check_stride(buckets: Sequence[Bucket], stride: int) -> None:
+    for bucket in buckets:
+        if bucket.width % stride or bucket.height % stride:
+            raise ValueError(f"{bucket.name} does not divide by the latent's stride {stride}; raise bucket_step")
 
 
 def _encode(
@@ -310,7 +317,7 @@ def _finish(
     result.failed, result.duplicates = len(failed), len(duplicates)
     if len(failed) > max_failed_share * len(items) or not result.samples:
         with contextlib.suppress(FileNotFoundError):
-            (root / INFO).unlink()  # nobody shall train on it
+            (root / INFO).unlink()  # an incomplete set must not be trained on
         first = f"{failed[0]['source']}: {failed[0]['reason']}"
         raise ValueError(
             f"{len(failed)} of {len(items)} images are left out of {root}, more than max_failed_share="

@@ -20,8 +20,8 @@ from keygrip.data.image_text.decoding import decode_image
 from keygrip.data.image_text.sources.encoding import Encoded, ImageEncoders, PreparedImage, as_tensor, prepare_image
 from keygrip.data.image_text.sources.listing import Item
 from keygrip.data.shards.index import index_path
+from keygrip.data.shards.set_writer import failures_path
 from keygrip.data.shards.writer import ShardWriter
-from keygrip.data.video_text.sources.writing import failures_path
 
 PENDING_WRITES = 8
 
@@ -36,10 +36,12 @@ class Job:
 
     @property
     def done(self) -> bool:
+        """Whether the shard, its index and its list of failures are all written."""
         return self.path.is_file() and index_path(self.path).is_file() and failures_path(self.path).is_file()
 
     @property
     def lock_path(self) -> Path:
+        """The file whose lock a process holds while it writes the shard."""
         return self.path.with_name(f".{self.path.stem}.lock")
 
 
@@ -109,6 +111,7 @@ class Claims(Sampler[list[tuple[int, int]]]):
         self.held.pop(number).close()
 
     def release_all(self) -> None:
+        """Gives back every job that is held."""
         for number in list(self.held):
             self.release(number)
 

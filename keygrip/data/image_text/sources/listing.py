@@ -266,6 +266,7 @@ def merge_duplicates(source: Path, items: Sequence[Item], known: Collection[str]
 
 
 def is_utf8(name: str) -> bool:
+    """Whether a file name can be written as UTF-8 (names on disk may hold any bytes)."""
     try:
         name.encode()
     except UnicodeEncodeError:

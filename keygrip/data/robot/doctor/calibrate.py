@@ -30,7 +30,7 @@ from keygrip.robots.surface import RobotSurface
 log = logging.getLogger(__name__)
 
 FINE_REACHES = (5, 4, 3, 3, 3, 3, 3, 3)
-LEAST_AGREEMENT = 0.3  # after the fit: below, the images do not show this robot at these poses
+LEAST_AGREEMENT = 0.3  # agreement after the fit; below it the images do not show this robot at these poses
 LAST_PRIOR = np.array([1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 20.0])  # once the place is found, images alone decide
 
 

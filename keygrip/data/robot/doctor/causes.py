@@ -1,4 +1,4 @@
-"""From what a fit has to change to what is wrong: the simplest explanation that does nearly as well as all together."""
+"""Causes of a camera's fitted change: the simplest explanation that does nearly as well as the whole change."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ FAMILIES: dict[str, tuple[int, ...]] = {
     "extrinsics": (*ROTATION_SET, *SHIFT_SET),
 }
 SIMPLEST_FIRST = (("lag",), ("focal",), ("rotation", "shift", "crop"), ("extrinsics",))
-AS_GOOD, COST_RATIO = 0.015, 1.12  # of agreement, and of the outlines' cost
+# An explanation does as well as the full fit if it loses less agreement and raises the cost by a smaller factor.
+AS_GOOD, COST_RATIO = 0.015, 1.12
 LONG = np.array([0.3, 0.3, 0.3, 0.2, 0.2, 0.2, 0.4, 8.0])
 SCALES = (0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2)
 BETTER = 0.03
-OTHER_SIZE, SAME_SHARE = 0.06, 0.01  # lenses are off the centre by less, and not by the same share both ways
+# Relative distance of the principal point from the centre, above any lens's; largest difference of it across and down.
+OTHER_SIZE, SAME_SHARE = 0.06, 0.01
 
 
 READINGS = {
@@ -37,7 +39,7 @@ READINGS = {
 
 
 class Compared(Protocol):
-    """What is compared: one camera and arm."""
+    """One camera and arm that are compared."""
 
     camera: str
     arm: str

@@ -1,4 +1,4 @@
-"""What the checks of the doctor look at and what they leave behind."""
+"""The input and the output of the doctor's checks: demonstrations, findings, measures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 from keygrip.data.robot.schema import Demo
 
 MOVED_M = 0.02  # a gripper that moves this far must change the image
-GAP = 2.5  # a step between frames longer than this many median steps
+GAP = 2.5  # median steps; a longer time between two frames is a gap
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Finding:
 
 @dataclass
 class Examination:
-    """What the checks look at and what they leave behind."""
+    """Input and output of the checks."""
 
     demos: list[Demo]
     frames_per_demo: int
@@ -78,16 +78,20 @@ class Examination:
 
     @property
     def arms(self) -> list[str]:
+        """Names of the arms of all demos."""
         return sorted({arm for demo in self.demos for arm in demo.arms})
 
     @property
     def cameras(self) -> list[str]:
+        """Names of the cameras of all demos."""
         return sorted({camera for demo in self.demos for camera in demo.cameras})
 
     def with_arm(self, arm: str) -> list[Demo]:
+        """Demos that have the arm."""
         return [demo for demo in self.demos if arm in demo.arms]
 
     def with_camera(self, camera: str) -> list[Demo]:
+        """Demos that have the camera."""
         return [demo for demo in self.demos if camera in demo.cameras]
 
 
@@ -97,13 +101,16 @@ def spread(count: int, wanted: int) -> list[int]:
 
 
 def listed(names: Iterable[str]) -> str:
+    """The first five names, and how many more there are."""
     listed = list(names)
     return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
 
 
 def tensor(values: np.ndarray) -> torch.Tensor:
+    """A float64 copy."""
     return torch.from_numpy(np.array(values, dtype=np.float64))
 
 
 def matrices(quaternion: np.ndarray) -> np.ndarray:
+    """Rotation matrices [..., 3, 3] of quaternions wxyz [..., 4]."""
     return Rotation.from_quat(quaternion, scalar_first=True).as_matrix()

@@ -14,16 +14,18 @@ from keygrip.models.geometry.cameras import project
 
 DARK, BRIGHT = 8.0, 247.0  # mean grey level of an image
 CHANGED_PIXEL, CHANGED_SHARE = 8, 1e-4  # an image differs where this share of pixels changes by this many levels
-MOST_FRAMES = 400  # read of a demo; of longer ones every second, third, ...
-BESIDE = 0.15  # of the image's size that a gripper may be outside of it
-SPAN_PIXELS = 2.5  # of the small images that the gripper moves meanwhile
+MOST_FRAMES = 400  # frames read of a demo; of longer demos every second, third, ...
+BESIDE = 0.15  # share of the image's size by which a gripper may lie outside of it
+SPAN_PIXELS = 2.5  # pixels of the small images by which the gripper must move meanwhile
 SPAN = 3  # frames in a row that stand still while the gripper moves: a stream that hung, not a repeated frame
-OUTLIER_LEVELS, OUTLIER_RATIO = 6.0, 3.0  # of one image against its neighbours, and against what they differ by
-EXCHANGED_LEVELS, EXCHANGED_RATIO = 6.0, 0.4  # of a demo's image against the others', and with red and blue exchanged
+# Grey levels by which an image differs from both neighbours, and their ratio to the neighbours' own difference.
+OUTLIER_LEVELS, OUTLIER_RATIO = 6.0, 3.0
+# Grey levels by which a demo's images differ from the others', and the share left with red and blue exchanged.
+EXCHANGED_LEVELS, EXCHANGED_RATIO = 6.0, 0.4
 # Hues (degrees) of colour words that change when red and blue are exchanged.
 HUES = {"red": 0, "orange": 30, "gold": 48, "yellow": 50, "teal": 182, "cyan": 185, "blue": 230}
 HUE_WIDTH = 25.0
-PATCH_M = 0.035  # around the place where something is gripped
+PATCH_M = 0.035  # half edge of the patch around the gripped object
 
 
 @dataclass(frozen=True)

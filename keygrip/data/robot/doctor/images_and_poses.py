@@ -33,14 +33,14 @@ from keygrip.robots.surface import RobotSurface
 FITTED, FRAMES = 5, 8  # demos of a joint fit, and images of each
 LEAST_SIDE = 96  # pixels of an image's longer side: smaller ones are not compared
 LEAST_MOTION = 25.0  # pixels (of the small images) that change, on average: with less nothing can be compared
-POOR, FLIP_MARGIN = 0.3, 0.12  # of agreement: below and above which something else is tried
+POOR, FLIP_MARGIN = 0.3, 0.12  # agreement below which other readings are tried, and the gain that one of them needs
 # What clean recordings of the simulator stay below, times two and more: degrees, metres, factor, frames.
 TURN_DEG, SHIFT_M, FOCAL_SHARE, LAG_FRAMES = 1.3, 0.02, 0.05, 0.5
-CLEAR_GAIN = 0.04  # of agreement, which no sound set shows
-GAIN = 0.015  # of agreement, without which no fault is named
-DEMO_TURN_DEG, DEMO_SHIFT_M, DEMO_LAG = 1.6, 0.02, 0.4  # likewise of one demo against the others
+CLEAR_GAIN = 0.04  # gain in agreement that no clean data set shows
+GAIN = 0.015  # least gain in agreement for which a fault is named
+DEMO_TURN_DEG, DEMO_SHIFT_M, DEMO_LAG = 1.6, 0.02, 0.4  # the same limits for one demo against the others
 DEMO_GAIN = 0.02
-LAGS = (-6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6)  # frames that a demo's images may be late or early, tried first
+LAGS = (-6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6)  # lags in frames that are tried before a fit
 # A turn up and down, left and right, about the axis (rad), and frames, that are tried before a demo is fitted.
 STEPS, STEP_GAIN = ((0, 0.015), (1, 0.015), (2, 0.03), (LAG, 0.7)), 0.005
 
@@ -83,7 +83,7 @@ def check_images_and_poses(
         small_images: small images that were read already, by (demo, camera) and frame.
     """
     if exam.found("pose_direction"):
-        return  # where the poses put the arm's base says nothing: whatever the images show now comes from that
+        return  # poses in the wrong direction explain any disagreement with the images
     for camera in exam.cameras:
         standing = [demo for demo in exam.with_camera(camera) if stands(demo, camera) and len(demo) >= 6]
         exam.measures[f"camera/{camera}/standing_demos"] = len(standing)
@@ -99,7 +99,7 @@ def check_images_and_poses(
                 view = make_view(demo, camera, FRAMES, (small_images or {}).get((demo.name, camera)))
                 if float((view.foreground > 0.5).sum(axis=(1, 2)).mean()) >= LEAST_MOTION:
                     robot = place(demo, arm, model)
-                    # an inverted opening has been reported: it shall not pass for a camera that was moved
+                    # an inverted opening has been reported: it must not be taken for a moved camera
                     found[demo.name] = (view, replace(robot, opening=1 - robot.opening) if inverted else robot)
             exam.measures[f"camera/{camera}/arm/{arm}/compared_demos"] = len(found)
             if found:
@@ -173,7 +173,7 @@ def _check_flips(exam: Examination, seen: Seen) -> set[str]:
     flipped: set[str] = set()
     for flip, demos in sorted(names.items(), key=lambda entry: -len(entry[1])):
         if len(demos) < max(1, round(0.25 * len(seen.pairs))) and usual < POOR:
-            continue  # a few by chance, where all are poor
+            continue  # where all agree poorly, a few do so by chance
         flipped |= set(demos)
         exam.add(
             "flipped_images",
@@ -219,7 +219,7 @@ def _fit_camera(exam: Examination, seen: Seen) -> Fit | None:
         )
         return None
     gain = found.after - found.before
-    # what turn, shift and zoom trade among each other is not sure of each, but a clear gain is sure of all
+    # turn, shift and zoom can replace each other: the single numbers are uncertain, a clear gain of all is not
     sigma = found.sigma * (3 if gain < CLEAR_GAIN else 0)
     turned = found.degrees > max(TURN_DEG, np.degrees(float(np.linalg.norm(sigma[:3]))))
     shifted = found.metres > max(SHIFT_M, float(np.linalg.norm(sigma[3:6])))

@@ -8,8 +8,8 @@ from scipy.spatial.transform import Rotation
 from keygrip.data.robot.doctor.examination import Examination, matrices, spread
 from keygrip.robots.kinematics import forward_kinematics
 
-SITE_OFFSET_M = 0.01  # between the recorded position and the grasp site
-KINEMATICS_SPREAD_M = 0.01  # of what is left between recorded poses and forward kinematics
+SITE_OFFSET_M = 0.01  # distance from the recorded position to the grasp site
+KINEMATICS_SPREAD_M = 0.01  # spread of the difference between recorded poses and forward kinematics
 
 
 def check_kinematics(exam: Examination) -> None:
@@ -41,9 +41,8 @@ def check_kinematics(exam: Examination) -> None:
                 "quaternion_order",
                 "error",
                 f"arm {arm}",
-                f"the recorded rotations differ from the forward kinematics by {scatter:.0f} degrees as the file "
-                "is read and by "
-                f"{swapped_scatter:.0f} if its quaternions are x, y, z, w",
+                f"the recorded rotations differ from the forward kinematics by {scatter:.0f} degrees as the file is "
+                f"read and by {swapped_scatter:.0f} if its quaternions are x, y, z, w",
                 "Store quaternions as w, x, y, z",
             )
             continue
@@ -75,8 +74,7 @@ def check_kinematics(exam: Examination) -> None:
                 "warning",
                 f"arm {arm}",
                 "recorded poses and the forward kinematics of the recorded joints do not go together "
-                f"({in_tool * 1e3:.0f} mm, "
-                f"{scatter:.0f} degrees of spread)",
+                f"({in_tool * 1e3:.0f} mm, {scatter:.0f} degrees of spread)",
                 "Check the joints' zero positions and order, the arm's model, and whether poses and joints have the "
                 "same clock",
             )
@@ -90,11 +88,9 @@ def check_kinematics(exam: Examination) -> None:
                 "error",
                 f"arm {arm}",
                 "the recorded position is not the grasp site between the finger tips but "
-                f"{np.linalg.norm(offset) * 1e3:.0f} mm "
-                f"off ({millimetres} mm along the tool's x, y, z)",
+                f"{np.linalg.norm(offset) * 1e3:.0f} mm off ({millimetres} mm along the tool's x, y, z)",
                 "Record the grasp site's position (a flange or wrist frame is likely), or add the offset on import; "
-                "look at "
-                "the contact sheet for the point that is marked",
+                "look at the contact sheet for the point that is marked",
             )
 
 

@@ -13,7 +13,7 @@ from keygrip.data.robot.doctor.silhouettes import boundary
 from keygrip.data.robot.doctor.views import Placement, View
 
 RECORDED, FITTED = (235, 40, 40), (40, 210, 80)
-SHOWN, SIZE = 3, 360  # demos, and pixels of an image's longer side
+SHOWN, SIZE = 3, 360  # demos that are shown; pixels of an image's longer side
 LAGS = range(-5, 6)
 
 

@@ -11,12 +11,13 @@ from keygrip.data.robot.doctor.examination import MOVED_M, Examination, listed, 
 from keygrip.data.robot.schema import CameraTrack, Demo
 from keygrip.models.geometry.cameras import camera_centre, inside_image, pixel_rays, project, recover_3d
 
-ON_SCREEN_SHARE = 0.9  # of frames; below it the training loses targets, and below half the geometry is wrong
-LARGEST_CELL_MM = 25.0  # likewise a cell of the prediction grid on the table
+ON_SCREEN_SHARE = 0.9  # share of frames; below it training loses targets, below half of it the calibration is wrong
+LARGEST_CELL_MM = 25.0  # edge of a cell of the prediction grid on the table
 GRAZING_SLOPE = 0.1  # sine of the angle between a viewing ray and the horizontal: 6 degrees
 
 
 def check_projection(exam: Examination) -> None:
+    """Whether the gripper projects into each image, and how well a point on the table can be localised there."""
     for camera in exam.cameras:
         demos = exam.with_camera(camera)
         carrier = _mounted_on(demos, camera)
@@ -32,9 +33,9 @@ def check_projection(exam: Examination) -> None:
                 f"{track.height}",
                 "The intrinsics are for another resolution or crop: scale them with the image",
             )
-            continue  # whatever the projection shows now comes from this
+            continue  # this explains whatever the projection shows
         if carrier is not None:
-            continue  # a camera on the hand sees its gripper at one place or not at all: nothing to learn from that
+            continue  # a camera on the hand sees its gripper at one place or not at all, which says nothing
         for arm in sorted({arm for demo in demos for arm in demo.arms}):
             _check_view(exam, camera, arm, [demo for demo in demos if arm in demo.arms])
 

@@ -18,14 +18,15 @@ from keygrip.data.robot.doctor.views import Placement, View, foreground
 
 ROTATION, SHIFT, FOCAL, LAG = slice(0, 3), slice(3, 6), 6, 7
 NUMBERS = 8
-PRIOR = np.array([0.14, 0.14, 0.14, 0.05, 0.05, 0.05, 0.12, 3.0])  # what is likely, one sigma: 8 degrees, 5 cm, 12 %
-REACHES = (12, 9, 6, 5, 4, 3)  # pixels that an outline is looked for, fit by fit
+# Prior standard deviations: 8 degrees about each axis, 5 cm along each axis, 12 % of focal length, 3 frames.
+PRIOR = np.array([0.14, 0.14, 0.14, 0.05, 0.05, 0.05, 0.12, 3.0])
+REACHES = (12, 9, 6, 5, 4, 3)  # search distance around the outline in pixels, one for each fit
 OUTLINE = 160  # points on the outline of a frame
-LEAST_POINTS = 60  # on all frames: with fewer nothing can be said
-EVERY = 3  # of the surface's points, where finding the place is enough: outlines of few points lie too far inside
-PIXEL_SIGMA = 1.0  # of an outline's place
-LEAST_CONTRAST = 20.0  # of 255, of an edge that is measured at half its contrast
-CORRELATED = 12.0  # neighbouring points of an outline err together: so many count as one
+LEAST_POINTS = 60  # outline points on all frames together; fewer give no fit
+EVERY = 3  # every n-th surface point for coarse fits; outlines of few points lie too far inside
+PIXEL_SIGMA = 1.0  # standard deviation of an outline's position
+LEAST_CONTRAST = 20.0  # grey levels (of 255); weaker edges are not measured at half contrast
+CORRELATED = 12.0  # neighbouring outline points have correlated errors: this many count as one
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def fit(
     centre = np.zeros(NUMBERS) if centre is None else centre
     rng = np.random.default_rng(0)
     before = agreement_of(pairs)
-    numbers = [*free, NUMBERS]  # one more for how much wider images show everything than points do
+    numbers = [*free, NUMBERS]  # one more number: by how much images show everything wider than the points do
     inverse_prior = np.concatenate([1 / prior**2, [1.0]])[numbers]
     information, residual, count, cost = np.diag(inverse_prior), 0.0, 0, 1.0
     wider = 0.0
@@ -247,7 +248,7 @@ def fit(
         if count < LEAST_POINTS:
             break
         spread = 1.5 + float(np.median(np.abs(distance[used])))
-        weight = weight / (1 + (distance / spread) ** 2)  # Cauchy: an outline of something else has no say
+        weight = weight / (1 + (distance / spread) ** 2)  # Cauchy weights: outlines of other things hardly count
         weight = weight / CORRELATED / PIXEL_SIGMA**2
         information = matrix.T @ (matrix * weight[:, None]) + np.diag(inverse_prior)
         away = np.concatenate([change - centre, [wider]])[numbers]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from keygrip.data.robot.doctor.trajectories import (
     check_quaternions,
     check_times,
 )
+from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import Demo, DemoError
 from keygrip.progress import Progress
 from keygrip.robots.surface import RobotSurface
@@ -76,6 +77,36 @@ def examine(
     return {"root": str(root), "output": str(folder), "errors": errors, "warnings": len(findings) - errors}
 
 
+def _read(references: Sequence[DemoReference], progress: bool) -> tuple[list[Demo], list[DemoError]]:
+    """The demos, and the errors of those that cannot be read."""
+    demos: list[Demo] = []
+    broken: list[DemoError] = []
+    for reference in Progress(references, desc="reading demos", unit="demo", shown=progress):
+        try:
+            demos.append(reference.read())
+        except DemoError as error:
+            broken.append(error)
+    return demos, broken
+
+
+# Of poses, times and cameras, in the order of the report; those of images follow.
+CHECKS: tuple[Callable[[Examination], None], ...] = (
+    check_times,
+    check_heights,
+    check_jumps,
+    check_outlier_poses,
+    check_joint_unit,
+    check_kinematics,
+    check_joint_tracks,
+    check_quaternions,
+    check_gripper,
+    check_opening_unit,
+    check_commands,
+    check_instructions,
+    check_projection,
+)
+
+
 def doctor(
     root: Path | str,
     output: Path | str,
@@ -107,13 +138,7 @@ def doctor(
     output = Path(output)
     references = find_demos(root, format, calibration)
     chosen = spread(len(references), max_demos or len(references))
-    demos: list[Demo] = []
-    broken: list[DemoError] = []
-    for index in Progress(chosen, desc="reading demos", unit="demo", shown=progress):
-        try:
-            demos.append(references[index].read())
-        except DemoError as error:
-            broken.append(error)
+    demos, broken = _read([references[index] for index in chosen], progress)
     examination = Examination(demos, frames_per_demo, height_bins, pred_size)
     examination.measures |= {"root": str(root), "format": references[0].format, "demos": len(references)}
     examination.measures |= {"examined": len(chosen), "readable": len(demos)}
@@ -127,22 +152,7 @@ def doctor(
         )
     output.mkdir(parents=True, exist_ok=True)
     if demos:
-        checks: list[Callable[[Examination], None]] = [
-            check_times,
-            check_heights,
-            check_jumps,
-            check_outlier_poses,
-            check_joint_unit,
-            check_kinematics,
-            check_joint_tracks,
-            check_quaternions,
-            check_gripper,
-            check_opening_unit,
-            check_commands,
-            check_instructions,
-            check_projection,
-        ]
-        for check in checks:
+        for check in CHECKS:
             check(examination)
         small_images: dict[tuple[str, str], dict[int, np.ndarray]] = {}
         for camera in Progress(examination.cameras, desc="looking at images", unit="camera", shown=progress):

@@ -1,4 +1,4 @@
-"""Where to begin a fit when a camera is far off: silhouettes are tried at every place, size and turn in small images.
+"""Initial values of a fit for a camera that is far off: silhouettes tried at every place, size and turn.
 
 Shape legend: F frames, P points, h and w of the small images.
 """
@@ -17,8 +17,8 @@ from keygrip.data.robot.doctor.views import Placement, View
 SCALES = (0.85, 0.92, 1.0, 1.08, 1.17)
 ROLLS_DEG = (-8.0, -4.0, 0.0, 4.0, 8.0)
 LAGS = (0, -3, 3, -6, 6)
-SHRINK = 4  # the search's pixels, in pixels of the view
-EVERY = 12  # of the surface's points
+SHRINK = 4  # pixels of the view per pixel of the search
+EVERY = 12  # every n-th surface point is used
 LONG_PRIOR = np.array([0.3, 0.3, 0.3, 0.1, 0.1, 0.1, 0.2, 6.0])
 
 

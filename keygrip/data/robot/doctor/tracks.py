@@ -13,12 +13,13 @@ from keygrip.data.robot.schema import ArmTrajectory
 
 # Row i of the commanded track is where the arm is told to be at frame i + 1; a controller needs a little longer.
 EARLIEST_FRAMES, SLOWEST_S = 0.4, 0.2
-ODD_FRAMES = 0.9  # a demo whose delay differs by more from that of the others
+ODD_FRAMES = 0.9  # frames; a demo whose delay differs by more from the others' is reported
 OFFSET_M, ODD_SCALE, TURN_DEG = 0.012, 0.06, 8.0
-SCALE_SHARE, SCALE_GAIN = 0.03, 0.8  # a scale about the world's origin, and what it must leave of an offset's residual
-READ_TURN_DEG, READ_GAIN = 2.5, 0.4  # rotations that differ by so much less if they are read otherwise
-INVERTED_M, INVERTED_GAIN = 0.015, 0.35  # poses so far from the reached ones, and what their inverses leave of it
-FAST_M = 0.003  # a frame in which the arm moves at least so far says when it was told to
+SCALE_SHARE, SCALE_GAIN = 0.03, 0.8  # smallest scale error, and the share of an offset's residual that it may leave
+READ_TURN_DEG, READ_GAIN = 2.5, 0.4  # least rotation difference, and the share of it that another reading may leave
+# Least distance from the reached poses, and the share of it that inverse poses may leave.
+INVERTED_M, INVERTED_GAIN = 0.015, 0.35
+FAST_M = 0.003  # motion per frame from which a frame is used to measure the delay
 UNITS = {1000.0: "millimetres", 100.0: "centimetres", 39.37: "inches", 3.2808: "feet"}
 NO_INSTRUCTION = {"", "none", "null", "todo", "tbd", "n/a", "na", "nan", "unknown", "task", "instruction", "test"}
 
@@ -39,7 +40,7 @@ def best_delay(first: np.ndarray, second: np.ndarray, most: int) -> float:
     for delay in delays.tolist():
         own = np.arange(max(0, -delay), min(len(first), len(first) - delay))
         apart = first[own] - second[own + delay]
-        costs.append(float(np.abs(apart - np.median(apart, axis=0)).mean()))  # but for an offset, which may be a fault
+        costs.append(float(np.abs(apart - np.median(apart, axis=0)).mean()))  # without an offset, which may be a fault
     best = int(np.argmin(costs))
     if best in (0, len(delays) - 1):
         return float(delays[best])

@@ -11,15 +11,16 @@ from keygrip.data.robot.doctor.examination import GAP, MOVED_M, Examination, lis
 from keygrip.data.robot.schema import ArmTrajectory
 
 LARGEST_BIN_MM = 20.0  # a height bin worth more cannot tell a grasp from a miss
-SMALLEST_RANGE_M = 0.02  # of heights: a task without up and down gives the height bins nothing to say
-LARGEST_RANGE_M = 1.5  # of heights: an arm on a table does not reach that
+SMALLEST_RANGE_M = 0.02  # range of heights; with less, the height bins carry no information
+LARGEST_RANGE_M = 1.5  # range of heights that an arm on a table does not reach
 OUTLIER_RATIO = 1.5  # full height range over that of all but 2 % of the frames
-RATE_TOLERANCE = 0.1  # between the stated rate and that of the time stamps
-JUMP_SPEED_M_S = 5.0  # faster than the arm can be
+RATE_TOLERANCE = 0.1  # relative difference between the stated rate and that of the time stamps
+JUMP_SPEED_M_S = 5.0  # speed that no arm reaches
 ORDER_MARGIN = 0.5  # difference in the mean cosine of the approach against straight down that another order must make
 
 
 def check_heights(exam: Examination) -> None:
+    """Range of the heights: too small, too large, or stretched by a few frames; the size of a height bin."""
     for arm in exam.arms:
         demos = exam.with_arm(arm)
         heights = np.concatenate([demo.arms[arm].position[:, 2] for demo in demos])
@@ -71,12 +72,13 @@ def check_heights(exam: Examination) -> None:
 
 
 def check_jumps(exam: Examination) -> None:
+    """Speeds between neighbouring frames that no arm reaches."""
     for arm in exam.arms:
         jumping = []
         fastest = 0.0
         for demo in exam.with_arm(arm):
             seconds = np.maximum(np.diff(demo.timestamps) * 1e-9, 1e-6)
-            # a long gap may hide a long way: only neighbouring frames count
+            # an arm may move far during a gap: only neighbouring frames count
             near = seconds <= GAP * np.median(seconds)
             way = np.linalg.norm(np.diff(demo.arms[arm].position, axis=0), axis=1)
             speed = float((way / seconds)[near].max(initial=0.0))
@@ -95,6 +97,7 @@ def check_jumps(exam: Examination) -> None:
 
 
 def check_quaternions(exam: Examination) -> None:
+    """Sign flips of the quaternions, and quaternions in another order than wxyz."""
     for arm in exam.arms:
         demos = exam.with_arm(arm)
         flips = {
@@ -110,8 +113,7 @@ def check_quaternions(exam: Examination) -> None:
                 f"arm {arm}, {listed(flipping)}",
                 f"the quaternion changes its sign from one frame to the next {sum(flips.values())} times",
                 "Give each quaternion the sign that is nearer to the one before: q and -q are one rotation, but "
-                "anything "
-                "that interpolates or averages them goes astray",
+                "interpolation and averages treat them as different ones",
             )
         stated = _attitude([demo.arms[arm] for demo in demos], lambda quaternion: quaternion)
         rolled = _attitude([demo.arms[arm] for demo in demos], lambda quaternion: np.roll(quaternion, 1, axis=1))
@@ -125,9 +127,8 @@ def check_quaternions(exam: Examination) -> None:
                 "quaternion_order",
                 "error" if upside else "warning",
                 f"arm {arm}",
-                f"as the file is read, the gripper points down by {stated[0]:.2f} when it is low (1 is straight "
-                "down) and "
-                f"{stated[1]:.0%} of its turning is about the vertical; were its quaternions x, y, z, w, by "
+                f"as the file is read, the gripper points down by {stated[0]:.2f} when it is low (1 is straight down) "
+                f"and {stated[1]:.0%} of its turning is about the vertical; were its quaternions x, y, z, w, by "
                 f"{rolled[0]:.2f} and {rolled[1]:.0%}, as on a table",
                 "Store quaternions as w, x, y, z; the axes on the contact sheet show which reading is right",
             )
@@ -149,6 +150,7 @@ def _attitude(trajectories: list[ArmTrajectory], reading: Callable[[np.ndarray],
 
 
 def check_gripper(exam: Examination) -> None:
+    """Grippers that hardly move between open and closed, and openings that are inverted."""
     for arm in exam.arms:
         demos = exam.with_arm(arm)
         ranges = [float(np.ptp(demo.arms[arm].gripper)) for demo in demos]
@@ -182,8 +184,7 @@ def check_gripper(exam: Examination) -> None:
                 f"in {opening} of {opening + closing} demos the gripper first opens, as the file is read; a grasp "
                 "begins with closing",
                 "Store 0 for closed and 1 for open (the other way round is likely); ignore this for tasks that begin "
-                "with an "
-                "object in the gripper",
+                "with an object in the gripper",
             )
 
 
@@ -195,6 +196,7 @@ def _first_change(opening: np.ndarray) -> int:
 
 
 def check_times(exam: Examination) -> None:
+    """Gaps in the time stamps, and rates that differ from the stated one or between demos."""
     gaps: dict[str, float] = {}
     rates: dict[str, float] = {}
     stated = {demo.name: demo.fps for demo in exam.demos}

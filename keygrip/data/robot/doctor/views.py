@@ -1,4 +1,4 @@
-"""What images and poses are compared on: small images of a demo's camera, what moves in them, the robot's places.
+"""Small images of a demo's camera, their foreground, and the robot's poses: what images and poses are compared on.
 
 Shape legend: F frames that are compared, N frames of the demo, P points, h and w of the small images.
 """
@@ -13,10 +13,11 @@ from PIL import Image
 from keygrip.data.robot.doctor.examination import matrices, spread
 from keygrip.data.robot.schema import Demo
 from keygrip.robots.inverse_kinematics import solve
-from keygrip.robots.surface import RobotSurface, gripper_blob, yam_surface
+from keygrip.robots.model_file import yam_surface
+from keygrip.robots.surface import RobotSurface, gripper_blob
 
 SIDE = 160  # pixels of the longer side on which images and poses are compared
-STATIC_M, STATIC_DEG = 2e-3, 0.1  # a camera that moves less within a demo stands
+STATIC_M, STATIC_DEG = 2e-3, 0.1  # a camera that moves less than this within a demo is static
 IK_MISS_M, IK_MISS_RAD = 0.01, 0.1
 
 
@@ -69,7 +70,7 @@ def foreground(images: np.ndarray, background: np.ndarray | None = None) -> np.n
 
 
 def stands(demo: Demo, camera: str) -> bool:
-    """Whether a calibrated camera keeps its place through a demo."""
+    """Whether a calibrated camera is static through a demo."""
     if demo.cameras[camera].uncalibrated:
         return False
     pose = np.asarray(demo.cameras[camera].world_to_camera)

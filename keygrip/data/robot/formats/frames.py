@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from keygrip.data.bad_samples import MAX_ARRAY_BYTES, MAX_PIXELS, inside, open_image, regular_file
+from keygrip.data.robot.frames import rgb_pixels
 from keygrip.data.robot.schema import FrameSource
 
 
@@ -76,7 +77,7 @@ def own_array(group: Any, name: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class HDF5Frames:
-    """Pictures in an HDF5 data set [N, H, W, 3] uint8.
+    """Images in an HDF5 data set [N, H, W, 3] uint8.
 
     Args:
         path: the file. dataset: its name inside, such as `data/demo_0/obs/agentview_rgb`. frames: how many.
@@ -105,7 +106,7 @@ class HDF5Frames:
 
 @dataclass(frozen=True)
 class ParquetFrames:
-    """Pictures stored as encoded bytes in a column of a Parquet file (LeRobot's `image` features).
+    """Images stored as encoded bytes in a column of a Parquet file (LeRobot's `image` features).
 
     Args:
         path: the file. column: its column of {bytes, path}. rows: row of the file of each frame. root: where relative
@@ -138,7 +139,7 @@ class ParquetFrames:
         content = value["bytes"] if isinstance(value, dict) else value
         source = content if content else inside(self.root, value["path"])
         with open_image(source, f"{self.path}: row {self.rows[index]}") as image:
-            return np.asarray(image.convert("RGB"))
+            return rgb_pixels(image)
 
     def identity(self) -> str:
         stat = self.path.stat()

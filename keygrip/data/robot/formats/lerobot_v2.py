@@ -13,8 +13,9 @@ from typing import Any
 from keygrip.data.bad_samples import BadSample, guard, parse_json, read_json, read_text
 from keygrip.data.robot.formats import lerobot_v3
 from keygrip.data.robot.reference import DemoReference
+from keygrip.data.robot.schema import words
 
-MAX_LISTING_BYTES = 1 << 28  # of meta/episodes.jsonl: a million episodes
+MAX_LISTING_BYTES = 1 << 28  # limit for meta/episodes.jsonl: about a million episodes
 CHUNK = 1000  # episodes a folder, where info.json does not say
 
 
@@ -36,13 +37,13 @@ def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
     info = read_json(root / "meta" / "info.json")
     with guard(root / "meta" / "info.json"):
         chunk = int(info.get("chunks_size") or CHUNK)
-        tasks = {int(row["task_index"]): str(row["task"]) for row in _rows(root / "meta" / "tasks.jsonl")}
+        tasks = {int(row["task_index"]): words(row["task"]) for row in _rows(root / "meta" / "tasks.jsonl")}
     episodes: list[dict[str, Any]] = []
     for row in _rows(root / "meta" / "episodes.jsonl"):
         with guard(root / "meta" / "episodes.jsonl"):
             number = int(row["episode_index"])
             named = row.get("tasks") or []
-            text = [tasks.get(task, "") if isinstance(task, int) else str(task) for task in named]
+            text = [tasks.get(task, "") if isinstance(task, int) else words(task) for task in named]
             place = {"episode_index": number, "episode_chunk": number // max(1, chunk)}
             episodes.append({**place, "length": int(row["length"]), "tasks": text, lerobot_v3.PLACE: place})
     if not episodes:
@@ -55,7 +56,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     """The objects of a file with one JSON object a line."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; the data set is incomplete")
-    lines = [line for line in read_text(path, MAX_LISTING_BYTES).splitlines() if line.strip()]
+    # not `splitlines`: a task's words may hold other characters that end a line
+    lines = [line for line in read_text(path, MAX_LISTING_BYTES).split("\n") if line.strip()]
     rows = [parse_json(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):

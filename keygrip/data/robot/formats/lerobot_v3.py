@@ -17,6 +17,7 @@ lerobot:
       # or, for a YAM: joints: {feature: observation.state, index: [0, 1, 2, 3, 4, 5]} instead of position and rotation
       gripper: {feature: observation.state, index: 7, closed: 0.0, open: 1.0}
       commanded: {position: ..., rotation: ..., gripper: ...}                   # or joints; may be left out
+      controller: {feature: controller.right, index: [0, 1, 2, 3, 4, 5, 6]}     # its own inputs; may be left out
 ```
 
 `as`: quaternion_wxyz, quaternion_xyzw, rotation_vector, matrix (9 numbers, row-major) or euler_xyz (extrinsic, rad). An
@@ -24,7 +25,7 @@ entry may name its numbers (`names: [x, y, z]`) in place of `index`.
 
 Where the data set itself holds the cameras frame by frame (as `keygrip.data.robot.lerobot_export` writes them),
 `lerobot.cameras` names them, in the conventions of the file, and `cameras` needs no entry; `lerobot.time` names seconds
-that are more exact than `timestamp`:
+that are more exact than `timestamp`, `lerobot.intervention` a number that is not 0 where a person corrected a policy:
 
 ```yaml
 lerobot:
@@ -33,12 +34,15 @@ lerobot:
       intrinsics: {feature: calibration.top.intrinsics, index: [0, 1, 2, 3, 4, 5, 6, 7, 8]}    # 3 x 3, row-major
       world_to_camera: {feature: calibration.top.world_to_camera, index: [0, ..., 15]}         # 4 x 4, row-major
   time: {feature: time_s, index: 0}
+  intervention: {feature: intervention, index: 0}
 ```
 """
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,11 +56,14 @@ from keygrip.data.robot.formats.frames import ParquetFrames
 from keygrip.data.robot.formats.poses import increasing, opening, quaternions, rotations, transform
 from keygrip.data.robot.frames import VideoFrames
 from keygrip.data.robot.reference import DemoReference
-from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource
+from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource, words
 from keygrip.robots.kinematics import forward_kinematics
 
 IMAGES = "observation.images."
 PLACE = "keygrip/place"  # of an episode's files: what the templates of version 2 are filled in with
+MOST_MISSING = 1_000_000  # episodes that info.json counts and nothing lists
+DEPTH_MARKS = ("video.is_depth_map", "is_depth_map")
+ROUNDED = 0.01  # of a rate, at most
 _ROTATIONS = {"quaternion_wxyz": 4, "quaternion_xyzw": 4, "rotation_vector": 3, "matrix": 9, "euler_xyz": 3}
 
 
@@ -100,7 +107,8 @@ def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
 def references(
     root: Path, info: dict[str, Any], episodes: list[dict[str, Any]], calibration: Path | None, format: str
 ) -> list[DemoReference]:
-    """The demos of a data set's episodes.
+    """The demos of a data set's episodes. Those that `total_episodes` of info.json counts and nothing lists, and those
+    that are listed twice, are broken demos, so that none is missed without a word.
 
     Raises:
         FileNotFoundError, ValueError: the calibration file is missing, or does not say whose poses there are.
@@ -110,10 +118,35 @@ def references(
         raise ValueError(
             f"{cameras.path} has no lerobot.arms: which numbers are the gripper's pose (see lerobot_v3.py)"
         )
+    found: dict[str, Callable[[], Demo]] = {}
+    for row in episodes:
+        name = f"episode_{int(row['episode_index']):06d}"
+        if name in found:
+            found[name] = partial(_broken, name, "the episode is listed twice in meta: which one is meant is not known")
+        else:
+            found[name] = partial(read, root, info, row, cameras)
+    reason = "info.json counts it and meta does not list it: the data set is incomplete, copy it again"
+    found |= {name: partial(_broken, name, reason) for name in _unlisted(info.get("total_episodes"), found, root)}
     return [
-        DemoReference(f"episode_{int(row['episode_index']):06d}", root, format, partial(read, root, info, row, cameras))
-        for row in episodes
+        DemoReference(name, root, format, found[name]) for name in sorted(found, key=lambda name: (len(name), name))
     ]
+
+
+def _unlisted(total: Any, found: Collection[str], root: Path) -> list[str]:
+    """Names for the episodes that a data set has beside those found: the first free numbers.
+
+    Raises:
+        ValueError: more than any data set has.
+    """
+    missing = total - len(found) if type(total) is int else 0
+    if missing > MOST_MISSING:
+        raise ValueError(f"{root}/meta/info.json counts {total} episodes, and {len(found)} are listed")
+    names = (f"episode_{number:06d}" for number in itertools.count())
+    return list(itertools.islice((name for name in names if name not in found), max(0, missing)))
+
+
+def _broken(name: str, reason: str) -> Demo:
+    raise DemoError(name, reason)
 
 
 def _episodes(root: Path) -> list[dict[str, Any]]:
@@ -169,7 +202,7 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
     cameras: dict[str, CameraTrack] = {}
     for key, feature in info["features"].items():
         camera = key.removeprefix(IMAGES)
-        if feature["dtype"] not in ("video", "image") or camera in calibration.left_out:
+        if feature["dtype"] not in ("video", "image") or camera in calibration.left_out or _is_depth(feature):
             continue
         height, width = _size(feature)
         known = calibration.cameras.get(camera) if camera not in recorded else None
@@ -194,7 +227,18 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
             poses = known.poses(gripper_poses, frames)
         cameras[camera] = CameraTrack(width, height, intrinsics, poses, source)
     tasks = episode.get("tasks") or [_tasks(root).get(int(table["task_index"][0]), "")]
+    instruction = tasks if isinstance(tasks, str) else words(tasks[0])
+    notes = []
+    if not isinstance(tasks, str) and len(set(tasks)) > 1:
+        notes = ["episodes with several tasks count as their first one"]
     task = episode.get("keygrip/task")
+    named_task = task if task and isinstance(task, str) else instruction.replace(" ", "_").lower() or root.name
+    if episode.get("keygrip/instruction") == "" and instruction == task:
+        instruction = ""  # there was none: LeRobot's sentence is the task's name
+    corrected = None
+    if "intervention" in calibration.lerobot:
+        where = calibration.lerobot["intervention"]
+        corrected = _numbers(table, info, "lerobot.intervention", where, calibration.path)[:, 0] != 0
     times = np.asarray(table["timestamp"], dtype=np.float64).reshape(-1)
     if "time" in calibration.lerobot:
         times = _numbers(table, info, "lerobot.time", calibration.lerobot["time"], calibration.path)[:, 0]
@@ -202,9 +246,9 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
         name=name,
         path=root,
         robot=str(info.get("robot_type") or "unknown"),
-        task=task if task and isinstance(task, str) else str(tasks[0]).replace(" ", "_").lower() or root.name,
-        instruction=str(tasks[0]),
-        fps=rate,
+        task=named_task,
+        instruction=instruction,
+        fps=_exact_rate(episode, rate),
         timestamps=increasing((times * 1e9).round().astype(np.int64), round(1e9 / rate)),
         arms=arms,
         cameras=cameras,
@@ -212,8 +256,22 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
             "format": "lerobot_v3" if PLACE not in episode else "lerobot_v2",
             "episode": number,
             "calibration": str(calibration.path),
+            **({"notes": notes} if notes else {}),
         },
+        intervention=corrected if corrected is not None and corrected.any() else None,
     )
+
+
+def _exact_rate(episode: dict[str, Any], rate: float) -> float:
+    """The rate at which the frames were taken: LeRobot rounds it to a whole number."""
+    exact = episode.get("keygrip/fps")
+    return float(exact) if isinstance(exact, float) and abs(exact - rate) <= ROUNDED * exact else rate
+
+
+def _is_depth(feature: dict[str, Any]) -> bool:
+    """Whether LeRobot marks a video as a depth map, which is no camera's image."""
+    described = feature.get("info")
+    return isinstance(described, dict) and any(described.get(key) is True for key in DEPTH_MARKS)
 
 
 def _recorded(
@@ -253,8 +311,8 @@ def _rows(file: Path, number: int, name: str) -> tuple[dict[str, Any], list[int]
     if not file.is_file():
         raise DemoError(name, f"{file} is missing")
     schema = parquet.read_schema(file)
-    pictures = {field.name for field in schema if str(field.type).startswith("struct")}
-    table = parquet.read_table(file, columns=[field for field in schema.names if field not in pictures])
+    images = {field.name for field in schema if str(field.type).startswith("struct")}
+    table = parquet.read_table(file, columns=[field for field in schema.names if field not in images])
     own = np.flatnonzero(compute.equal(table["episode_index"], number).to_numpy())
     part = table.take(own)
     order = np.argsort(part["frame_index"].to_numpy(), kind="stable")
@@ -297,7 +355,7 @@ def _arm(
     table: dict[str, Any], info: dict[str, Any], arm: str, entry: dict[str, Any], base: ArmCalibration, path: Path
 ) -> tuple[np.ndarray, ArmTrajectory]:
     where = f"lerobot.arms.{arm}"
-    known = {"position", "rotation", "joints", "gripper", "commanded"}
+    known = {"position", "rotation", "joints", "gripper", "commanded", "controller"}
     unknown = set(entry) - known
     if unknown or "gripper" not in entry:
         raise ValueError(
@@ -311,7 +369,9 @@ def _arm(
         if "gripper" not in entry["commanded"]:
             raise ValueError(f"{path}: {below} needs gripper")
         commanded = _trajectory(targets, _opening(table, info, below, entry["commanded"], path))
-    return poses, _trajectory(poses, _opening(table, info, where, entry, path), joints, commanded)
+    told = entry.get("controller")
+    controller = None if told is None else _numbers(table, info, f"{where}.controller", told, path)
+    return poses, _trajectory(poses, _opening(table, info, where, entry, path), joints, commanded, controller)
 
 
 def _trajectory(
@@ -319,8 +379,9 @@ def _trajectory(
     gripper: np.ndarray,
     joints: np.ndarray | None = None,
     commanded: ArmTrajectory | None = None,
+    controller: np.ndarray | None = None,
 ) -> ArmTrajectory:
-    return ArmTrajectory(poses[:, :3, 3], quaternions(poses[:, :3, :3]), gripper, joints, commanded)
+    return ArmTrajectory(poses[:, :3, 3], quaternions(poses[:, :3, :3]), gripper, joints, commanded, controller)
 
 
 def _opening(table: dict[str, Any], info: dict[str, Any], where: str, entry: dict[str, Any], path: Path) -> np.ndarray:
@@ -385,7 +446,7 @@ def _frames(
 ) -> FrameSource:
     if feature["dtype"] == "image":
         if rotate:
-            raise DemoError(name, f"{key} is stored as pictures; rotate is for videos only")
+            raise DemoError(name, f"{key} is stored as images; rotate is for videos only")
         return ParquetFrames(file, key, tuple(rows), root)
     if PLACE in episode:
         path = _path(root, info["video_path"], {"video_key": key, **episode[PLACE]})

@@ -33,11 +33,11 @@ from keygrip.data.robot.calibration import NAMES, Calibration, read_calibration
 from keygrip.data.robot.formats.frames import HDF5Frames, open_hdf5, own_array
 from keygrip.data.robot.formats.poses import invert, opening, quaternions, transform
 from keygrip.data.robot.reference import DemoReference
-from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError
+from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, words
 
 logger = logging.getLogger(__name__)
 
-FINGER_STROKE_M = 0.04  # of each of the Panda's two fingers
+FINGER_STROKE_M = 0.04  # stroke of each of the Panda's two fingers
 CONTROL_HZ = 20.0  # LIBERO's control_freq; used where the file does not say
 CAMERAS = {"agentview": "agentview_rgb", "eye_in_hand": "eye_in_hand_rgb"}
 OPENCV_FROM_OPENGL = np.diag([1.0, -1.0, -1.0])  # MuJoCo's cameras look along -z with y up
@@ -123,18 +123,16 @@ def read(path: Path, key: str, name: str, calibration: Calibration | None) -> De
             camera, width, height, frames, model, calibration, {"right": transform(position, matrices)}, name
         )
         if held != frames:
-            raise DemoError(name, f"{CAMERAS[camera]} holds {held} pictures, the demo {frames} poses")
-        pictures = HDF5Frames(path, f"data/{key}/obs/{CAMERAS[camera]}", frames, upside_down)
+            raise DemoError(name, f"{CAMERAS[camera]} holds {held} images, the demo {frames} poses")
+        images = HDF5Frames(path, f"data/{key}/obs/{CAMERAS[camera]}", frames, upside_down)
         if known is None:
             where = "on the hand is not in the file" if camera == "eye_in_hand" else "is not in the stored model"
             reason = f"its pose {where}; a calibration file ({NAMES[0]}) adds it"
-            cameras[camera] = CameraTrack.without_calibration(width, height, pictures, frames, reason)
+            cameras[camera] = CameraTrack.without_calibration(width, height, images, frames, reason)
         else:
-            cameras[camera] = CameraTrack(width, height, *known, pictures)
+            cameras[camera] = CameraTrack(width, height, *known, images)
     notes = (
-        ["pictures are stored bottom row first (robosuite's opengl convention) and turned upright"]
-        if upside_down
-        else []
+        ["images are stored bottom row first (robosuite's opengl convention) and turned upright"] if upside_down else []
     )
     for note in notes:
         logger.debug("%s: %s", name, note)
@@ -169,7 +167,7 @@ def _task(data: Any, path: Path) -> tuple[str, float, str]:
     instruction, rate = task.replace("_", " "), CONTROL_HZ
     if "problem_info" in data.attrs:
         told = _object(data.attrs["problem_info"], f"{path.name}: problem_info").get("language_instruction")
-        instruction = " ".join(map(str, told)) if isinstance(told, list) else str(told or instruction)
+        instruction = words(told) or instruction
     if "env_args" in data.attrs:
         settings = _object(data.attrs["env_args"], f"{path.name}: env_args").get("env_kwargs") or {}
         rate = float(settings.get("control_freq") or rate)
@@ -192,7 +190,7 @@ def _camera(
         entry = calibration.cameras[camera]
         if entry.rotate:
             raise DemoError(
-                name, f"{calibration.path}: rotate of {camera} is not used; LIBERO's pictures are turned upright here"
+                name, f"{calibration.path}: rotate of {camera} is not used; LIBERO's images are turned upright here"
             )
         intrinsics = entry.intrinsics_for(width, height)
         return CameraTrack.broadcast(intrinsics, frames), entry.poses(gripper_poses, frames)

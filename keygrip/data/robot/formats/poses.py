@@ -87,8 +87,7 @@ def opening(values: np.ndarray, what: str, closed: float = 0.0, opened: float = 
     if low < -OPENING_OVERSHOOT or high > 1 + OPENING_OVERSHOOT:
         raise ValueError(
             f"{what} runs from {values.min():.4g} to {values.max():.4g}, but closed is {closed:g} and open is "
-            f"{opened:g}; "
-            "other units?"
+            f"{opened:g}; other units?"
         )
     return np.clip(scaled, 0.0, 1.0)
 

@@ -31,14 +31,14 @@ from typing import Any
 import numpy as np
 
 from keygrip.data.bad_samples import BadSample, guard, open_image, read_bytes, read_json, read_npy, read_npz
-from keygrip.data.robot.calibration import read_mapping
+from keygrip.data.robot.calibration import read_mapping, setting
 from keygrip.data.robot.formats.poses import increasing, invert, opening, quaternions, rigid, rotations, transform
 from keygrip.data.robot.frames import JpegFrames
 from keygrip.data.robot.reference import DemoReference
-from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource
+from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource, words
 
-MAX_PICKLE_BYTES = 1 << 26  # of one frame's numbers
-RIGID_WRIST_SPREAD_M = 0.02  # a hand-mounted camera seen through the wrong transform wanders by decimetres
+MAX_PICKLE_BYTES = 1 << 26  # limit for one frame's numbers
+RIGID_WRIST_SPREAD_M = 0.02  # with the wrong transform a hand-mounted camera moves by decimetres on its gripper
 
 
 class _Array:
@@ -90,6 +90,7 @@ class RestrictedUnpickler(pickle.Unpickler):
     """Loads numpy arrays and builtin containers; any other name in the pickle raises `pickle.UnpicklingError`."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """The allowed object of a name. Raises pickle.UnpicklingError: it is not allowed."""
         if (module, name) not in _SAFE:
             raise pickle.UnpicklingError(
                 f"the pickle asks for {module}.{name}; only numpy arrays and builtin containers are loaded"
@@ -133,7 +134,9 @@ class NpzDepth:
 
 
 def _episodes(folder: Path, depth: int = 3) -> list[Path]:
-    if (folder / "lowdim").is_dir() and (folder / "rgb").is_dir():
+    """Folders of episodes; one that was cut off has one of its two parts, and is named when it is read."""
+    native = (folder / "trajectory.npz").is_file()
+    if (folder / "lowdim").is_dir() or ((folder / "rgb").is_dir() and not native):
         return [folder]
     if depth == 0 or not folder.is_dir():
         return []
@@ -204,9 +207,10 @@ def read(episode: Path, name: str, calibration: Path | None = None) -> Demo:
         raise DemoError(name, "the lowdim files name no camera")
     rate = float(metadata.get("framerate") or 30)
     language = metadata.get("language") or {}
-    prompt = str(
-        rows[0].get("language_prompt") or next(iter(language.get("prompt") or []), "") or language.get("task") or ""
-    )
+    prompts = language.get("prompt") or ""
+    prompt = prompts if isinstance(prompts, str) else words(prompts[0])
+    spoken = np.asarray(rows[0].get("language_prompt"), dtype=object).tolist()  # an array of one text
+    prompt = words(spoken) or prompt or words(language.get("task"))
     return Demo(
         name=name,
         path=episode,
@@ -238,6 +242,8 @@ def _metadata(episode: Path, name: str) -> dict[str, Any]:
 
 def _lowdim(episode: Path, name: str) -> list[dict[str, Any]]:
     held = sorted((episode / "lowdim").glob("*.pkl"))
+    if not (episode / "rgb").is_dir():
+        raise DemoError(name, "it has no images (rgb/): the conversion was cut off; run `rd convert` again")
     for number, path in enumerate(held):
         if path.name != f"{number:010d}.pkl":
             raise DemoError(name, f"lowdim file {number:010d}.pkl is missing")
@@ -303,17 +309,15 @@ def _left_from_right(
             raise DemoError(
                 name,
                 "two arms, but no calibration_results.json with bimanual_transform.right_base_to_left_base beside or "
-                "above the "
-                "episode: calibrate both wrist cameras together (`rd calibrate`) or name the file with "
-                "data.calibration=PATH",
+                "above the episode: calibrate both wrist cameras together (`rd calibrate`) or name the file with "
+                f"{setting('calibration')}",
             )
         candidate = invert(rigid(np.asarray(matrix), f"{path}: right_base_to_left_base"))
     stated, swapped = _wrist_spread(rows, values, candidate), _wrist_spread(rows, values, invert(candidate))
     if stated is not None and swapped is not None and swapped < RIGID_WRIST_SPREAD_M < stated:
         notes.append(
             "the transform between the arms' bases is used the other way round: only so is the right wrist camera "
-            "rigid on its "
-            f"gripper ({swapped * 1e3:.0f} mm against {stated * 1e3:.0f} mm)"
+            f"rigid on its gripper ({swapped * 1e3:.0f} mm against {stated * 1e3:.0f} mm)"
         )
         return invert(candidate)
     return candidate
@@ -335,15 +339,15 @@ def _camera(episode: Path, name: str, camera: str, rows: list[dict[str, Any]]) -
     folder = episode / "rgb" / camera
     suffixes = [suffix for suffix in (".jpg", ".png", ".jpeg") if (folder / f"{0:010d}{suffix}").is_file()]
     if not suffixes:
-        raise DemoError(name, f"camera {camera!r} has no pictures in rgb/{camera}")
+        raise DemoError(name, f"camera {camera!r} has no images in rgb/{camera}")
     held = {path.name for path in folder.iterdir()}
     missing = [index for index in range(len(rows)) if f"{index:010d}{suffixes[0]}" not in held]
     if missing:
         raise DemoError(
-            name, f"camera {camera!r}: {len(missing)} of {len(rows)} pictures are missing, first number {missing[0]}"
+            name, f"camera {camera!r}: {len(missing)} of {len(rows)} images are missing, first number {missing[0]}"
         )
-    with open_image(folder / f"{0:010d}{suffixes[0]}") as picture:
-        width, height = picture.size
+    with open_image(folder / f"{0:010d}{suffixes[0]}") as image:
+        width, height = image.size
     try:
         intrinsics = np.stack([np.asarray(row["intrinsics"][camera], dtype=np.float64) for row in rows])
         extrinsics = rigid(np.stack([row["extrinsics"][camera] for row in rows]), f"extrinsics of camera {camera!r}")

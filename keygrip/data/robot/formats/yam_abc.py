@@ -102,7 +102,7 @@ def read(episode: Path, name: str, calibration: Calibration) -> Demo:
                 try:
                     source, width, height = _track(video, entry, stamps, times)
                 except OSError:
-                    continue  # of a camera that nobody has named
+                    continue  # of a camera that is not listed
                 cameras[camera] = CameraTrack.without_calibration(width, height, source, len(times), reason)
                 continue
             video = VideoFrames(episode / f"{role}-images-{key}.mp4", rotate=calibration.cameras[camera].rotate)

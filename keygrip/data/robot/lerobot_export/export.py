@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def export_lerobot(
         try:
             for reference in bar:
                 try:
-                    demo = reference.read(cameras=cameras)
+                    demo = reference.read(cameras=cameras, uncalibrated=True)
                     layout = Layout.of(demo, cameras)
                     writer = writer or DatasetWriter(folder, layout)
                     writer.add(demo, layout)
@@ -130,7 +130,7 @@ class DatasetWriter:
             ValueError: it differs from the first one. DemoError: a frame cannot be read; the episode is not there then.
         """
         if layout != self.layout:
-            for name in ("fps", "robot", "joints", "commanded", "sizes"):
+            for name in (each.name for each in fields(Layout)):
                 first, this = getattr(self.layout, name), getattr(layout, name)
                 if first != this:
                     raise ValueError(
@@ -158,6 +158,8 @@ class DatasetWriter:
                 "tasks": [task],
                 "length": len(demo),
                 "keygrip/task": demo.task,
+                "keygrip/instruction": demo.instruction,  # "" where the task's name stands in for it
+                "keygrip/fps": float(demo.fps),
                 "keygrip/name": demo.name,
                 "data/chunk_index": chunk,
                 "data/file_index": file,

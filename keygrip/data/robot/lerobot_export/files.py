@@ -18,7 +18,7 @@ from keygrip.data.video import VideoWriter
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 FILES_PER_CHUNK = 1000
-DATA_FILE_MB, VIDEO_FILE_MB = 100, 200  # LeRobot's own
+DATA_FILE_MB, VIDEO_FILE_MB = 100, 200  # LeRobot's defaults
 VIDEO_FILE_S = 1000.0  # LeRobot looks frames up by float32 seconds to 1e-4 s, which a longer file would miss
 
 
@@ -76,7 +76,8 @@ class VideoFiles:
         Raises:
             DemoError: a frame cannot be read, or has another size.
         """
-        full = self._path is not None and self._path.stat().st_size > VIDEO_FILE_MB * 2**20
+        begun = self._path is not None and self._path.is_file()  # the encoder writes after its first ten frames or so
+        full = begun and self._path is not None and self._path.stat().st_size > VIDEO_FILE_MB * 2**20
         if self._writer is not None and (full or (self._frames + len(demo)) / self.fps > VIDEO_FILE_S):
             self.close()
             self.number += 1

@@ -6,10 +6,11 @@ command given there or, where a demo has none, the pose reached at frame i + 1.
 
 Beside them stand, under names that LeRobot gives to no policy, the exact numbers: `pose.<arm>`, `commanded.<arm>`,
 `joints.<arm>`, `calibration.<camera>.intrinsics` (3 x 3, row-major), `calibration.<camera>.world_to_camera` (4 x 4,
-row-major) and `time_s`, float64, frame by frame, so that cameras may move. A `calibration.yaml` tells our reader which
-is which: the data set is read back as it is. Depth, captions and questions are left out.
+row-major), `controller.<arm>` (what the robot's own controller was told) and `time_s` from the demo's start, float64,
+frame by frame, so that cameras may move, and `intervention`, 1 where a person corrected a policy. A `calibration.yaml`
+tells our reader which is which: the data set is read back as it is. Depth, captions and questions are left out.
 
-Legend of shapes: N frames, J joints, H and W the height and width of an image.
+Legend of shapes: N frames, J joints, D inputs of a controller, H and W the height and width of an image.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from keygrip.data.robot.schema import ArmTrajectory, Demo
 
 IMAGES = "observation.images."
 POSE = ("x", "y", "z", "qw", "qx", "qy", "qz", "gripper")
-RATE_TOLERANCE = 0.01  # of a camera's rate, which LeRobot writes as a whole number
+RATE_TOLERANCE = 0.01  # frames per second; LeRobot stores whole rates
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,18 @@ class Layout:
     """What all demos of a data set have in common.
 
     Attributes:
-        fps: whole. robot: its name. joints: J by arm, 0 where there are none. commanded: whether commands were
-            recorded. sizes: (H, W) by camera.
+        fps: whole. robot: its name. joints: J by arm, 0 where there are none. controllers: D by arm, likewise.
+            commanded: whether commands were recorded. sizes: (H, W) by camera. uncalibrated: cameras whose pose is not
+            known.
     """
 
     fps: int
     robot: str
     joints: dict[str, int]
+    controllers: dict[str, int]
     commanded: bool
     sizes: dict[str, tuple[int, int]]
+    uncalibrated: tuple[str, ...]
 
     @classmethod
     def of(cls, demo: Demo, cameras: Sequence[str] | None) -> Layout:
@@ -54,13 +58,24 @@ class Layout:
         for name, (height, width) in sizes.items():
             if height % 2 or width % 2:
                 raise ValueError(f"camera {name!r} is {width} x {height}; H.264 takes even sizes: leave it out")
+        commanded = {name: arm.commanded is not None for name, arm in demo.arms.items()}
+        if any(commanded.values()) and not all(commanded.values()):
+            known = ", ".join(name for name, there in commanded.items() if there)
+            raise ValueError(f"demo {demo.name!r} holds commands of {known} alone: an action is of all arms or of none")
         return cls(
             fps,
             demo.robot,
             {name: 0 if arm.joints is None else arm.joints.shape[1] for name, arm in demo.arms.items()},
-            all(arm.commanded is not None for arm in demo.arms.values()),
+            {name: 0 if arm.controller is None else arm.controller.shape[1] for name, arm in demo.arms.items()},
+            all(commanded.values()),
             sizes,
+            tuple(name for name in sizes if demo.cameras[name].uncalibrated),
         )
+
+    @property
+    def calibrated(self) -> list[str]:
+        """Cameras whose pose is known."""
+        return [name for name in self.sizes if name not in self.uncalibrated]
 
     def features(self) -> dict[str, dict[str, Any]]:
         """The numbers and videos of a frame, as `meta/info.json` describes them."""
@@ -76,12 +91,16 @@ class Layout:
                 found[f"commanded.{arm}"] = _feature("float64", list(POSE))
             if count:
                 found[f"joints.{arm}"] = _feature("float64", [f"joint_{number}" for number in range(1, count + 1)])
-        for camera in self.sizes:
+            if self.controllers[arm]:
+                inputs = [f"input_{number}" for number in range(1, self.controllers[arm] + 1)]
+                found[f"controller.{arm}"] = _feature("float64", inputs)
+        for camera in self.calibrated:
             found[f"calibration.{camera}.intrinsics"] = _feature("float64", _entries("k", 3))
             found[f"calibration.{camera}.world_to_camera"] = _feature("float64", _entries("t", 4))
         found["time_s"] = _feature("float64", None)
         found["timestamp"] = _feature("float32", None)
-        return found | {key: _feature("int64", None) for key in ("frame_index", "episode_index", "index", "task_index")}
+        whole = ("intervention", "frame_index", "episode_index", "index", "task_index")
+        return found | {key: _feature("int64", None) for key in whole}
 
     def sidecar(self) -> dict[str, Any]:
         """`calibration.yaml`: which features our reader takes what from."""
@@ -98,6 +117,9 @@ class Layout:
             arms[arm] = pose(f"pose.{arm}")
             if count:
                 arms[arm]["joints"] = {"feature": f"joints.{arm}", "index": list(range(count))}
+            if self.controllers[arm]:
+                numbers = list(range(self.controllers[arm]))
+                arms[arm]["controller"] = {"feature": f"controller.{arm}", "index": numbers}
             if self.commanded:
                 arms[arm]["commanded"] = pose(f"commanded.{arm}")
         tracks = {
@@ -105,14 +127,19 @@ class Layout:
                 part: {"feature": f"calibration.{camera}.{part}", "index": list(range(size))}
                 for part, size in (("intrinsics", 9), ("world_to_camera", 16))
             }
-            for camera in self.sizes
+            for camera in self.calibrated
         }
         base = {"world_from_base": np.eye(4).tolist()}  # the poses are in the world already
         return {
             "schema": SCHEMA,
             "conventions": {"camera": "opencv", "pixel": "corner", "length": "m"},
             "arms": dict.fromkeys(self.joints, base),
-            "lerobot": {"arms": arms, "cameras": tracks, "time": {"feature": "time_s", "index": 0}},
+            "lerobot": {
+                "arms": arms,
+                "cameras": tracks,
+                "time": {"feature": "time_s", "index": 0},
+                "intervention": {"feature": "intervention", "index": 0},
+            },
         }
 
 
@@ -137,6 +164,8 @@ def numbers_of(demo: Demo, layout: Layout) -> dict[str, np.ndarray]:
             found[f"commanded.{name}"] = _poses(arm.commanded)
         if arm.joints is not None:
             found[f"joints.{name}"] = np.asarray(arm.joints, dtype=np.float64)
+        if arm.controller is not None:
+            found[f"controller.{name}"] = np.asarray(arm.controller, dtype=np.float64)
         state = _continuous(reached)
         target = found[f"commanded.{name}"] if layout.commanded else np.concatenate([reached[1:], reached[-1:]])
         # the sign of each target's quaternion is that of the state beside it
@@ -145,7 +174,7 @@ def numbers_of(demo: Demo, layout: Layout) -> dict[str, np.ndarray]:
         states.append(state)
     found["observation.state"] = np.concatenate(states, axis=1).astype(np.float32)
     found["action"] = np.concatenate(actions, axis=1).astype(np.float32)
-    for camera in layout.sizes:
+    for camera in layout.calibrated:
         track = demo.cameras[camera]
         found[f"calibration.{camera}.intrinsics"] = np.asarray(track.intrinsics, np.float64).reshape(frames, 9)
         found[f"calibration.{camera}.world_to_camera"] = np.asarray(track.world_to_camera, np.float64).reshape(
@@ -154,6 +183,8 @@ def numbers_of(demo: Demo, layout: Layout) -> dict[str, np.ndarray]:
     found["time_s"] = (demo.timestamps - demo.timestamps[0]) / 1e9
     found["timestamp"] = (np.arange(frames) / layout.fps).astype(np.float32)
     found["frame_index"] = np.arange(frames)
+    corrected = np.zeros(frames, dtype=bool) if demo.intervention is None else demo.intervention
+    found["intervention"] = corrected.astype(np.int64)
     return found
 
 

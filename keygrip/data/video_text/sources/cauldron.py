@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from keygrip.data.bad_samples import BadSample, guard, open_image
+from keygrip.data.shards.set_writer import Broken, MadeSample, write_shards
 from keygrip.data.video_text.conversations import (
+    DECODING,
     MAX_FRAMES,
     Conversation,
     Turn,
+    describe_video_text,
     encode_jpeg,
-    fit_image,
+    shown_image,
     video_text_parts,
 )
 from keygrip.data.video_text.sources.tables import RowGroup, row_groups
-from keygrip.data.video_text.sources.writing import Broken, MadeSample, write_shards
 
 # Collections of short answers in words, which the VQA rule can score; those of lettered options are not among them.
 VQA = frozenset(
@@ -64,7 +66,7 @@ class CauldronMaker:
         if not content:
             raise ValueError("an image is empty")
         with open_image(content) as image:
-            return encode_jpeg(fit_image(image.convert("RGB"), self.image_size, self.fit))
+            return encode_jpeg(shown_image(image, self.image_size, self.fit))
 
 
 def cauldron(
@@ -95,5 +97,8 @@ def cauldron(
                 raise FileNotFoundError(f"no collection {name!r} in {source}; there are {', '.join(there)}")
         groups = [group for group in groups if group.path.relative_to(source).parts[0] in collections]
     settings = {"data": "cauldron", "collections": collections, "image_size": image_size, "fit": fit}
+    settings["decoding"] = DECODING
     maker = CauldronMaker(image_size, fit)
-    return write_shards(root, groups, maker, settings, groups_per_shard, "cauldron", processes).report()
+    return write_shards(
+        root, groups, maker, settings, groups_per_shard, "cauldron", processes, describe=describe_video_text
+    ).report()

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from keygrip.data.bad_samples import BadSample, guard
-from keygrip.data.video_text.conversations import Conversation, Turn, video_text_parts
+from keygrip.data.shards.set_writer import Broken, MadeSample, write_shards
+from keygrip.data.video_text.conversations import Conversation, Turn, describe_video_text, video_text_parts
 from keygrip.data.video_text.sources.tables import RowGroup, row_groups
-from keygrip.data.video_text.sources.writing import Broken, MadeSample, write_shards
 
 STAGES = 3
 
@@ -74,4 +74,13 @@ def smoltalk(
     groups = row_groups(source, "train-*.parquet", ["messages"], "SmolTalk (HuggingFaceTB/smoltalk)")
     settings = {"data": "smoltalk", "stage": stage, "max_characters": max_characters}
     maker = SmolTalkMaker(stage, max_characters)
-    return write_shards(root, groups, maker, settings, groups_per_shard, f"smoltalk-stage{stage}", processes).report()
+    return write_shards(
+        root,
+        groups,
+        maker,
+        settings,
+        groups_per_shard,
+        f"smoltalk-stage{stage}",
+        processes,
+        describe=describe_video_text,
+    ).report()

@@ -13,18 +13,21 @@ from typing import Any
 import numpy as np
 
 from keygrip.data.bad_samples import BadSample, guard, parse_json, read_bytes, read_text, regular_file
+from keygrip.data.shards.set_writer import Broken, MadeSample, write_shards
 from keygrip.data.video_text.conversations import (
+    DECODING,
     MAX_FRAMES,
     Conversation,
     Turn,
     decode_image,
     decode_timed,
+    describe_video_text,
     encode_jpeg,
+    frame_limit,
     rate_of,
     video_text_parts,
 )
 from keygrip.data.video_text.foreign_text import PLACEHOLDER, ROLES, without_placeholders
-from keygrip.data.video_text.sources.writing import Broken, MadeSample, frame_limit, write_shards
 
 log = logging.getLogger(__name__)
 
@@ -187,6 +190,9 @@ def video_sft(
         max_frames: of videos of more seconds, so many evenly spaced ones.
     """
     settings = {"data": "video_sft", "image_size": image_size, "fit": fit, **frame_limit(max_frames)}
+    settings["decoding"] = DECODING
     maker = VideoSFTMaker(image_size, fit, max_frames)
     found = entries(Path(source))
-    return write_shards(root, found, maker, settings, entries_per_shard, "sft", workers, max_failed_share).report()
+    return write_shards(
+        root, found, maker, settings, entries_per_shard, "sft", workers, max_failed_share, describe=describe_video_text
+    ).report()

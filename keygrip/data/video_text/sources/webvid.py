@@ -1,4 +1,4 @@
-"""WebVid: videos with a caption each. Reads the two layouts in which people have it:
+"""WebVid: videos with a caption each. Reads the two usual layouts:
 
 - the list of the data set (CSV with `videoid`, `page_dir`, `name`) beside `videos/<page_dir>/<videoid>.mp4`, or
 - tar files with `<key>.mp4` (webm, mkv, ...) and `<key>.txt` (or `caption` in `<key>.json`), as video downloaders
@@ -27,17 +27,19 @@ from keygrip.data.bad_samples import (
     regular_file,
 )
 from keygrip.data.shards.index import Parts, split_name
+from keygrip.data.shards.set_writer import Broken, MadeSample, write_shards
 from keygrip.data.video_text.conversations import (
     MAX_FRAMES,
     VIDEO,
     caption,
     decode_timed,
+    describe_video_text,
     encode_jpeg,
+    frame_limit,
     lower_case,
     rate_of,
     video_text_parts,
 )
-from keygrip.data.video_text.sources.writing import Broken, MadeSample, frame_limit, write_shards
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +126,7 @@ def tar_samples(path: Path) -> Iterator[tuple[str, Parts]]:
             if not member.isfile():
                 continue
             name, part = split_name(member.name)
-            if key is not None and name != key:
+            if key is not None and (name != key or part in parts):  # a part that comes twice begins another sample
                 yield key, parts
                 parts = {}
             key = name
@@ -145,8 +147,9 @@ def tar_samples(path: Path) -> Iterator[tuple[str, Parts]]:
 
 
 def webvid_rows(source: Path) -> list[WebVidRow]:
-    """All lines of the lists in a folder, each video once."""
+    """All lines of the lists in a folder, each video once, with its first caption; further ones are said in the log."""
     rows: dict[str, WebVidRow] = {}
+    again: list[str] = []
     for path in sorted(source.glob("*.csv")):
         with guard(path):
             reader = csv.DictReader(io.StringIO(read_text(path, MAX_LIST_BYTES), newline=""))
@@ -160,7 +163,11 @@ def webvid_rows(source: Path) -> list[WebVidRow]:
                     continue
                 key = line["videoid"].strip()
                 video = source / "videos" / line["page_dir"].strip() / f"{key}.mp4"
-                rows.setdefault(key, WebVidRow(key, video, line["name"] or ""))
+                row = rows.setdefault(key, WebVidRow(key, video, line["name"] or ""))
+                if row.text != (line["name"] or ""):
+                    again.append(key)
+    if again:
+        log.warning("%d rows give a video another caption; the first is kept (%s, ...)", len(again), again[0])
     return list(rows.values())
 
 
@@ -201,4 +208,6 @@ def webvid(
     settings = {"data": "webvid", "image_size": image_size, "fit": fit, **frame_limit(max_frames)}
     maker = WebVidMaker(image_size, fit, max_frames)
     items, each = (rows, videos_per_shard) if rows else (tars, 1)
-    return write_shards(root, items, maker, settings, each, "webvid", workers, max_failed_share).report()
+    return write_shards(
+        root, items, maker, settings, each, "webvid", workers, max_failed_share, describe=describe_video_text
+    ).report()

@@ -288,6 +288,53 @@ def test_an_old_version_and_missing_parts_are_refused(tmp_path, write_dataset):
         find_demos(tmp_path)
 
 
+def test_episodes_that_are_counted_and_not_listed_are_broken_demos(tmp_path, write_dataset):
+    write_dataset(tmp_path)
+    file = tmp_path / "meta/episodes/chunk-000/file-000.parquet"
+    rows = pq.read_table(file).to_pylist()
+    for listed, broken, reason in (
+        ([rows[0], rows[2]], "episode_000001", "info.json counts it and meta does not list it"),
+        ([*rows, rows[1]], "episode_000001", "listed twice"),
+    ):
+        pq.write_table(pa.Table.from_pylist(listed), file)
+        found = {reference.name: reference for reference in find_demos(tmp_path)}
+        assert list(found) == [f"episode_{number:06d}" for number in range(3)]
+        found["episode_000000"].read()
+        with pytest.raises(DemoError, match=reason):
+            found[broken].read()
+    info = json.loads((tmp_path / "meta/info.json").read_text())
+    (tmp_path / "meta/info.json").write_text(json.dumps({**info, "total_episodes": 10**12}))
+    with pytest.raises(ValueError, match="counts 1000000000000 episodes, and 3 are listed"):
+        find_demos(tmp_path)
+    (tmp_path / "meta/info.json").write_text(json.dumps({**info, "total_episodes": 2}))  # some were removed by hand
+    assert len(find_demos(tmp_path)) == 3
+
+
+@pytest.mark.parametrize(("tasks", "said"), [([None], ""), (["Pick", "Place"], "Pick"), ([7], None)])
+def test_tasks_are_text(tmp_path, write_dataset, tasks, said):
+    write_dataset(tmp_path, pictures_in_parquet=True)
+    to_version_2(tmp_path)
+    file = tmp_path / "meta/episodes.jsonl"
+    lines = [json.loads(line) | {"tasks": tasks} for line in file.read_text().split("\n") if line]
+    file.write_text("\n".join(json.dumps(line) for line in lines))
+    if said is None:  # a number that tasks.jsonl does not hold
+        assert find_demos(tmp_path)[0].read().instruction == ""
+        return
+    demo = find_demos(tmp_path)[0].read()
+    assert demo.instruction == said
+    assert ("notes" in demo.source) == (len(tasks) > 1)
+
+
+def test_a_line_of_version_2_ends_with_a_line_feed_alone(tmp_path, write_dataset):
+    write_dataset(tmp_path, pictures_in_parquet=True)
+    to_version_2(tmp_path)
+    file = tmp_path / "meta/episodes.jsonl"
+    lines = [json.loads(line) for line in file.read_text().split("\n") if line]
+    lines[0]["tasks"] = ["Pick\u2028up\x85it"]
+    file.write_text("\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
+    assert find_demos(tmp_path)[0].read().instruction == "Pick\u2028up\x85it"
+
+
 def test_a_video_that_is_too_short_for_its_episodes_is_refused(tmp_path, scene, write_dataset, write_video):
     write_dataset(tmp_path)
     write_video(tmp_path / "videos" / KEY / "chunk-000/file-000.mp4", scene.pictures(), FPS)

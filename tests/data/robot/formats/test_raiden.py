@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,10 @@ from PIL import Image
 from robot_mutations import ROUNDS, assert_damage_is_found
 from scipy.spatial.transform import Rotation
 
+from keygrip.artifacts import locked
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.formats import raiden
-from keygrip.data.robot.importing import import_demos
+from keygrip.data.robot.importing import LOCK_FILE, import_demos
 from keygrip.data.robot.schema import DemoError
 
 LEFT_FROM_RIGHT = np.eye(4)
@@ -190,7 +193,7 @@ def test_a_malicious_pickle_does_nothing_but_fail(tmp_path, scene):
         (lambda folder: (folder / "metadata.json").unlink(), "conversion was cut off"),
         (
             lambda folder: (folder / "rgb/scene_camera/0000000003.jpg").unlink(),
-            "1 of 6 pictures are missing, first number 3",
+            "1 of 6 images are missing, first number 3",
         ),
         (lambda folder: (folder / "lowdim/0000000002.pkl").unlink(), r"lowdim file 0000000002\.pkl is missing"),
         (lambda folder: (folder / "lowdim/0000000002.pkl").write_bytes(b"\x80\x04"), r"0000000002\.pkl"),
@@ -208,6 +211,36 @@ def test_broken_episodes_are_named(tmp_path, scene, damage, message):
     with pytest.raises(DemoError, match=message) as caught:
         find_demos(tmp_path)[0].read()
     assert caught.value.name == "pick/0000"
+
+
+@pytest.mark.parametrize(("part", "message"), [("rgb", "no images"), ("lowdim", "no lowdim files")])
+def test_episodes_that_lack_a_whole_part_are_named(tmp_path, scene, part, message):
+    for number in range(2):
+        write_episode(tmp_path / "pick" / f"{number:04d}", scene, arms=1)
+    shutil.rmtree(tmp_path / "pick" / "0001" / part)
+    whole, cut = find_demos(tmp_path)
+    whole.read()
+    assert cut.name == "pick/0001"
+    with pytest.raises(DemoError, match=message):
+        cut.read()
+
+
+@pytest.mark.parametrize(
+    ("row", "language", "said"),
+    [
+        ("stack", {"prompt": ["other"]}, "stack"),
+        (None, {"prompt": ["put it down", "or so"]}, "put it down"),
+        (None, {"prompt": "put it down"}, "put it down"),
+        (None, {"prompt": None, "task": "pick"}, "pick"),
+        (None, {}, ""),
+    ],
+)
+def test_instructions_are_whole_sentences(tmp_path, scene, row, language, said):
+    write_episode(tmp_path / "pick" / "0000", scene, arms=1)
+    edit(tmp_path / "pick" / "0000", lambda each: each.update(language_prompt=np.array(row, dtype=object)), every=True)
+    file = tmp_path / "pick" / "0000" / "metadata.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"language": language}))
+    assert find_demos(tmp_path)[0].read().instruction == said
 
 
 def edit(folder: Path, change, every: bool = False) -> None:
@@ -270,6 +303,21 @@ def test_import_counts_broken_demos_and_stops_at_too_many(tmp_path, scene):
         import_demos(tmp_path / "raw", tmp_path / "native", progress=False)
     with pytest.raises(ValueError, match="lies in the source"):
         import_demos(tmp_path / "raw", tmp_path / "raw" / "native", progress=False)
+
+
+def test_a_full_disk_breaks_no_recording_and_imports_wait_for_each_other(tmp_path, scene, monkeypatch):
+    write_episode(tmp_path / "raw" / "0000", scene, arms=1)
+
+    def full(*arguments):
+        with pytest.raises(BlockingIOError), locked(tmp_path / "native" / LOCK_FILE, wait=False):
+            pass
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("keygrip.data.robot.importing.write_demo", full)
+    with pytest.raises(OSError, match="No space left"):
+        import_demos(tmp_path / "raw", tmp_path / "native", progress=False)
+    with locked(tmp_path / "native" / LOCK_FILE, wait=False):
+        pass
 
 
 @ROUNDS

@@ -20,10 +20,10 @@ from shard_sets import picture
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.validation import validate
 from keygrip.data.video_text.conversations import read_sample
-from keygrip.data.video_text.sources.cauldron import cauldron
+from keygrip.data.video_text.sources.cauldron import CauldronMaker, cauldron
 from keygrip.data.video_text.sources.smoltalk import smoltalk
 from keygrip.data.video_text.sources.video_sft import video_sft
-from keygrip.data.video_text.sources.webvid import REQUEST, webvid
+from keygrip.data.video_text.sources.webvid import REQUEST, tar_samples, webvid, webvid_rows
 
 SIZE = 32
 
@@ -152,6 +152,20 @@ def test_cauldron_images_are_frames_and_pairs_are_turns(tmp_path: Path) -> None:
 # ---- WebVid ----------------------------------------------------------------------------------------------------------
 
 
+def test_cauldron_images_are_as_viewers_show_them() -> None:
+    maker = CauldronMaker(16, "stretch")
+    hidden, upright = io.BytesIO(), io.BytesIO()
+    Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(hidden, "PNG")
+    half = np.zeros((16, 16, 3), np.uint8)
+    half[:8] = 255
+    exif = Image.Exif()
+    exif[0x112] = 6  # to be turned clockwise by a quarter
+    Image.fromarray(half).save(upright, "JPEG", quality=95, exif=exif.tobytes())
+    assert (np.asarray(Image.open(io.BytesIO(maker._image(hidden.getvalue())))) > 250).all()
+    turned = np.asarray(Image.open(io.BytesIO(maker._image(upright.getvalue())))) > 128
+    assert (turned == np.rot90(half, -1).astype(bool)).mean() > 0.95
+
+
 def test_webvid_lists_with_videos(tmp_path: Path) -> None:
     source = tmp_path / "download"
     lines = [("11", "a", "A dog runs."), ("12", "a", "A cat sleeps."), ("13", "b", "Gone."), ("14", "b", " ")]
@@ -251,6 +265,19 @@ def test_webvid_tar_files_of_other_forms(tmp_path: Path, caplog: pytest.LogCaptu
     assert "it holds no video, only txt" in caplog.text
     assert "goes on after its end mark" in caplog.text
     assert "the lists (*.csv), beside which there is no videos/, are not read" in caplog.text
+
+
+def test_webvid_loses_no_sample_or_caption_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in (("a.mp4", b"1"), ("a.txt", b"one"), ("a.mp4", b"2"), ("a.txt", b"two"), ("b.mp4", b"3")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    first, second = {"mp4": b"1", "txt": b"one"}, {"mp4": b"2", "txt": b"two"}
+    assert list(tar_samples(tmp_path / "a.tar")) == [("a", first), ("a", second), ("b", {"mp4": b"3"})]
+    (tmp_path / "list.csv").write_text("videoid,page_dir,name\n1,p,one\n1,p,one\n2,p,two\n1,p,other\n")
+    assert [row.text for row in webvid_rows(tmp_path)] == ["one", "two"]
+    assert "1 rows give a video another caption; the first is kept (1, ...)" in caplog.text
 
 
 def test_webvid_says_what_is_missing(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from keygrip.envs.yam import rendering
-from keygrip.envs.yam.rendering import CameraRenderer, Lens, RenderingUnavailableError, mujoco, world_to_camera
-from keygrip.envs.yam.scene import build_spec, digit_picture, lens_of
+from keygrip.envs.rendering import CameraRenderer, Lens, world_to_camera
+from keygrip.envs.yam.scene import build_spec, digit_image, lens_of
 from keygrip.envs.yam.tasks import TaskOptions
+from keygrip.robots import mujoco_backend
+from keygrip.robots.mujoco_backend import RenderingUnavailableError, mujoco
 
 BALL = np.array([0.36, 0.07, 0.15])
 
@@ -80,7 +81,7 @@ def test_printed_digits_can_be_read_on_every_face(side: tuple[int, int, int]) ->
     renderer = CameraRenderer(model, 64, 64)
     seen = renderer.image(data, "close", Lens.from_field_of_view(64, 64, 53.13)).mean(axis=2).ravel()
     renderer.close()
-    printed = digit_picture(4)[..., 0]
+    printed = digit_image(4)[..., 0]
     turned = [np.rot90(printed, k) for k in range(4)]
     likeness = [float(np.corrcoef(seen, p.ravel())[0, 1]) for p in [*turned, *(t.T for t in turned)]]  # .T mirrors
     assert likeness[0] > 0.8
@@ -88,14 +89,14 @@ def test_printed_digits_can_be_read_on_every_face(side: tuple[int, int, int]) ->
 
 
 def choose(monkeypatch: pytest.MonkeyPatch, asked: str | None, egl: bool, osmesa: bool) -> str:
-    monkeypatch.setattr(rendering, "egl_works", lambda: egl)
-    monkeypatch.setattr(rendering, "osmesa_works", lambda: osmesa)
+    monkeypatch.setattr(mujoco_backend, "egl_works", lambda: egl)
+    monkeypatch.setattr(mujoco_backend, "osmesa_works", lambda: osmesa)
     monkeypatch.setattr(sys, "platform", "linux")
     if asked is None:
         monkeypatch.delenv("MUJOCO_GL", raising=False)
     else:
         monkeypatch.setenv("MUJOCO_GL", asked)
-    return rendering.choose_backend()
+    return mujoco_backend.choose_backend()
 
 
 def test_backend_order_is_egl_then_osmesa(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +139,18 @@ def test_importing_the_package_does_not_load_mujoco() -> None:
     assert done.stdout.strip() == "False"
 
 
+def test_reading_a_robots_model_first_leaves_a_backend_that_draws() -> None:
+    """MuJoCo reads `MUJOCO_GL` once, at its first import in a process, whichever module that is."""
+    script = (
+        "import keygrip.robots.model_file\n"
+        "from keygrip.envs.yam.environment import YamCell; from keygrip.envs.yam.tasks import TaskOptions\n"
+        "print(YamCell(TaskOptions(name='reach'), 32).reset(seed=0)[0]['image'].shape)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "MUJOCO_GL"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "(32, 32, 3)", done.stderr
+
+
 @pytest.mark.slow
 def test_drawing_before_torchs_compiler_is_loaded_does_not_kill_the_process() -> None:
     """Mesa and triton each bring an LLVM; loaded in the wrong order the second one crashes."""
@@ -146,6 +159,6 @@ def test_drawing_before_torchs_compiler_is_loaded_does_not_kill_the_process() ->
         "YamCell(TaskOptions(name='reach'), 32).reset(seed=0)\n"
         "import lightning"
     )
-    root = Path(__file__).parents[3]
+    root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ from PIL import Image
 from keygrip.data.image_text.crops import Bucket
 from keygrip.data.image_text.datamodule import ImageShards
 from keygrip.data.image_text.sources.encoding import as_tensor
-from keygrip.envs.yam.stills import CUBE_COLOURS, Picture, PictureCell, PictureOptions, describe, palette
+from keygrip.envs.yam.stills import CUBE_COLOURS, Still, StillCell, StillOptions, describe, palette
 from keygrip.models.patch_dit.dino_view import grey
 from keygrip.recording.image_text import evidence, make_images
 
@@ -21,36 +21,36 @@ SIZES = ((104, 96, 2), (160, 100, 1), (100, 160, 1))
 
 
 @pytest.fixture(scope="module")
-def cell() -> Iterator[PictureCell]:
-    cell = PictureCell(PictureOptions(SIZES))
+def cell() -> Iterator[StillCell]:
+    cell = StillCell(StillOptions(SIZES))
     yield cell
     cell.close()
 
 
 @pytest.fixture(scope="module")
-def pictures(cell: PictureCell) -> list[Picture]:
-    return [cell.picture(seed) for seed in range(16)]
+def pictures(cell: StillCell) -> list[Still]:
+    return [cell.still(seed) for seed in range(16)]
 
 
-def cut(picture: Picture, place: tuple[float, float], half: int) -> np.ndarray:
+def cut(picture: Still, place: tuple[float, float], half: int) -> np.ndarray:
     """float [n, 3], the pixels around a place."""
     x, y = (round(v) for v in place)
     return picture.pixels[max(0, y - half) : y + half, max(0, x - half) : x + half].reshape(-1, 3).astype(float)
 
 
-def test_a_picture_is_a_function_of_its_seed(cell: PictureCell, pictures: list[Picture]) -> None:
-    again = cell.picture(5)
+def test_a_picture_is_a_function_of_its_seed(cell: StillCell, pictures: list[Still]) -> None:
+    again = cell.still(5)
     assert np.array_equal(again.pixels, pictures[5].pixels)
     assert (again.caption, again.cube, again.colour) == (pictures[5].caption, pictures[5].cube, pictures[5].colour)
     assert len({picture.pixels.tobytes() for picture in pictures}) == len(pictures)
 
 
-def test_pictures_come_in_all_sizes_and_colours(pictures: list[Picture]) -> None:
+def test_pictures_come_in_all_sizes_and_colours(pictures: list[Still]) -> None:
     assert {picture.pixels.shape[:2] for picture in pictures} == {(96, 104), (100, 160), (160, 100)}
     assert {picture.colour for picture in pictures} == set(CUBE_COLOURS)
 
 
-def test_where_the_cube_is_said_to_be_its_colour_is_seen(pictures: list[Picture]) -> None:
+def test_where_the_cube_is_said_to_be_its_colour_is_seen(pictures: list[Still]) -> None:
     for picture in pictures:
         hue = np.array(palette()[picture.colour])
         seen = cut(picture, picture.cube, 2).mean(axis=0) / 255
@@ -60,14 +60,14 @@ def test_where_the_cube_is_said_to_be_its_colour_is_seen(pictures: list[Picture]
         assert float(seen @ hue) > 0.1
 
 
-def test_where_the_block_is_said_to_be_it_is_blue(pictures: list[Picture]) -> None:
+def test_where_the_block_is_said_to_be_it_is_blue(pictures: list[Still]) -> None:
     for picture in pictures:
         red, green, blue = cut(picture, picture.block, 2).mean(axis=0)
         assert blue > 1.3 * red
         assert blue > 1.3 * green
 
 
-def test_a_grey_view_shows_the_cube_and_hides_its_colour(cell: PictureCell) -> None:
+def test_a_grey_view_shows_the_cube_and_hides_its_colour(cell: StillCell) -> None:
     """The same scene with cubes of all colours: the grey images are alike where the coloured ones differ."""
     from dataclasses import replace
 
@@ -87,7 +87,7 @@ def test_a_grey_view_shows_the_cube_and_hides_its_colour(cell: PictureCell) -> N
     assert float((grey(pixels)[0, 0] - table).abs().amax()) > 0.1  # the cube is seen in grey
 
 
-def test_captions_say_what_is_seen(pictures: list[Picture]) -> None:
+def test_captions_say_what_is_seen(pictures: list[Still]) -> None:
     for picture in pictures:
         words = picture.caption.split()
         assert picture.colour in words
@@ -103,7 +103,7 @@ def test_captions_say_what_is_seen(pictures: list[Picture]) -> None:
     assert len({describe("red", 0.2, 0.8, seed) for seed in range(40)}) >= 4
 
 
-def test_no_face_is_overexposed(pictures: list[Picture]) -> None:
+def test_no_face_is_overexposed(pictures: list[Still]) -> None:
     assert max(int(picture.pixels.max()) for picture in pictures) < 250
 
 
@@ -118,11 +118,11 @@ def test_no_face_is_overexposed(pictures: list[Picture]) -> None:
 )
 def test_options_out_of_range_are_refused(options: dict, said: str) -> None:  # type: ignore[type-arg]
     with pytest.raises(ValueError, match=said):
-        PictureOptions(**options)
+        StillOptions(**options)
 
 
 def test_evidence_is_in_fractions_of_the_crop() -> None:
-    picture = Picture(np.zeros((100, 200, 3), np.uint8), "", "red", (100.0, 50.0), (60.0, 25.0), 7)
+    picture = Still(np.zeros((100, 200, 3), np.uint8), "", "red", (100.0, 50.0), (60.0, 25.0), 7)
     found = evidence(picture, Bucket(64, 64))  # the middle 100 x 100
     assert found == {"cube": [0.5, 0.5], "block": [0.1, 0.25], "colour": "red", "seed": 7}
 
@@ -147,7 +147,7 @@ def options(tmp_path: Path) -> dict:  # type: ignore[type-arg]
     }
 
 
-def test_pictures_become_shards_in_buckets_with_their_truth(tmp_path: Path, cell: PictureCell) -> None:
+def test_pictures_become_shards_in_buckets_with_their_truth(tmp_path: Path, cell: StillCell) -> None:
     report = make_images(tmp_path, options(tmp_path))
     assert (report["train"], report["val"], report["test"]) == (9, 3, 0)
     data = ImageShards(batch_size=1, root=tmp_path, num_workers=0)
@@ -158,7 +158,7 @@ def test_pictures_become_shards_in_buckets_with_their_truth(tmp_path: Path, cell
         seen |= {record["evidence"]["seed"]: (batch, record) for record in batch.records}
     assert set(seen) == set(range(9))
     for seed, (batch, record) in seen.items():
-        picture = cell.picture(seed)
+        picture = cell.still(seed)
         assert batch.captions == [picture.caption]
         assert batch.latents.shape[2:] == (record["bucket"][1] // 4, record["bucket"][0] // 4)
         left, top, right, bottom = record["crop"]

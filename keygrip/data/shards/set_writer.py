@@ -1,4 +1,4 @@
-"""Writing a shard set in parallel and resumably: what every source of shards shares."""
+"""Writing a shard set in parallel and resumably, for every source of shards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from keygrip.artifacts import write_json
 from keygrip.data.bad_samples import BadSample, guard, read_json
 from keygrip.data.shards.index import MANIFEST, Describe, Parts, Row, index_path
 from keygrip.data.shards.writer import ShardWriter, write_manifest
-from keygrip.data.video_text.conversations import MAX_FRAMES, MOST_FRAMES, describe_video_text
 from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -83,8 +82,9 @@ def write_shards(
     name: str,
     processes: int | None = None,
     max_failed_share: float = 0.5,
-    describe: Describe = describe_video_text,
     progress: bool = True,
+    *,
+    describe: Describe,
 ) -> Written:
     """Writes a shard set, a shard for every `items_per_shard` items; shards that are complete are kept.
 
@@ -95,7 +95,8 @@ def write_shards(
         settings: what the set is made with; another set in the folder is refused.
         items_per_shard: see above. name: beginning of the files' names.
         processes: None: one for each core; 1: here.
-        max_failed_share: more broken things than this share are an error.
+        max_failed_share: more broken items than this share are an error.
+        describe: the columns of a sample, as for `write_manifest`.
 
     Raises:
         ValueError: nothing to write, the folder holds a set with other settings, or too many items are broken.
@@ -126,22 +127,15 @@ def write_shards(
     for reason in result.reasons[:NAMED_AT_MOST]:
         log.warning("left out: %s", reason)
     if result.failed:
-        log.warning("%d things are broken and left out of %s", result.failed, root)
+        log.warning("%d items are broken and left out of %s", result.failed, root)
     manifest = write_manifest(root, describe, progress=progress)
     result.shards, result.samples = len(manifest["shards"]), manifest["samples"]
     if result.failed > max_failed_share * (result.samples + result.failed) or not result.samples:
-        (root / MANIFEST).unlink()  # nobody shall train on it
+        (root / MANIFEST).unlink()  # an incomplete set must not be trained on
         first = f"; the first: {result.reasons[0]}" if result.reasons else ""
-        raise ValueError(f"{root} would hold {result.samples} samples, and {result.failed} things are broken{first}")
+        raise ValueError(f"{root} would hold {result.samples} samples, and {result.failed} items are broken{first}")
     result.wall_s = time.monotonic() - started
     return result
-
-
-def frame_limit(max_frames: int) -> dict[str, int]:
-    """`max_frames` as a setting of a set; none where it is the usual one. Raises ValueError: out of range."""
-    if not 1 <= max_frames <= MOST_FRAMES:
-        raise ValueError(f"max_frames={max_frames}: a sample has 1 to {MOST_FRAMES}")
-    return {} if max_frames == MAX_FRAMES else {"max_frames": max_frames}
 
 
 def failures_path(shard: Path) -> Path:

@@ -6,8 +6,8 @@ import warnings
 
 import numpy as np
 
-from keygrip.models.foveated_vlm.figures import draw_looks
-from keygrip.training.images import drawable, figure_to_image, printable
+from keygrip.models.foveated_vlm.figures import draw_attention
+from keygrip.training.figures import drawable, figure_to_image, printable
 
 
 def test_what_cannot_be_printed_or_drawn_is_escaped() -> None:
@@ -21,7 +21,7 @@ def test_any_answer_gets_into_a_title() -> None:
     frames, attention = np.zeros((2, 8, 8, 3), np.uint8), np.ones((2, 2, 2), np.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        picture = draw_looks([("said: \x1c 漢 $\\frac{$\n", frames, attention)])
+        picture = draw_attention([("said: \x1c 漢 $\\frac{$\n", frames, attention)])
     assert picture.dtype == np.uint8
     assert picture.shape[2] == 3
 

@@ -14,9 +14,9 @@ from shard_sets import conversations, picture
 
 from keygrip.data.shards.index import MANIFEST
 from keygrip.data.shards.reader import ShardSet
+from keygrip.data.shards.set_writer import Broken, MadeSample, Written, write_shards
 from keygrip.data.shards.validation import make_manifests, validate
-from keygrip.data.video_text.conversations import video_text_parts
-from keygrip.data.video_text.sources.writing import Broken, MadeSample, Written, write_shards
+from keygrip.data.video_text.conversations import describe_video_text, video_text_parts
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ def written(root: Path, processes: int = 1, numbers: int = 20, log: Path | None 
         "n",
         processes,
         progress=False,
+        describe=describe_video_text,
         **options,  # type: ignore[arg-type]
     )
 
@@ -62,7 +63,7 @@ def test_broken_items_are_counted_and_left_out(tmp_path: Path, caplog: pytest.Lo
     assert (result.samples, result.written, result.failed, result.shards) == (16, 16, 5, 5)
     assert "0: 0 is a multiple of five" in result.reasons
     assert "its other half is missing" in result.reasons
-    assert "5 things are broken" in caplog.text
+    assert "5 items are broken" in caplog.text
     shards = ShardSet(tmp_path)
     assert [shards.key(n) for n in range(16)] == [f"n{n}" for n in range(20) if n % 5]
 
@@ -99,7 +100,7 @@ def test_sets_with_other_settings_are_not_mixed(tmp_path: Path) -> None:
 
 
 def test_too_much_that_is_broken_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"would hold 16 samples, and 5 things are broken; the first: 0: 0 is"):
+    with pytest.raises(ValueError, match=r"would hold 16 samples, and 5 items are broken; the first: 0: 0 is"):
         written(tmp_path, max_failed_share=0.1)
     assert not (tmp_path / MANIFEST).exists()
     with pytest.raises(ValueError, match=r"would hold 0 samples"):
@@ -127,7 +128,9 @@ def damage(root: Path, shard: str, what: bytes, by: bytes) -> None:
 def test_validation_names_every_kind_of_fault(tmp_path: Path, processes: int) -> None:
     for split, first in (("train", 0), ("val", 2)):
         numbers = [n for n in range(first, first + 12) if n % 5]
-        write_shards(tmp_path / split, numbers, NumberMaker(), {}, 4, "n", 1, progress=False)
+        write_shards(
+            tmp_path / split, numbers, NumberMaker(), {}, 4, "n", 1, progress=False, describe=describe_video_text
+        )
     train = tmp_path / "train"
     damage(train, "n-000000.tar", b"\x89PNG", b"\0\0\0\0")  # an image that does not decode
     damage(train, "n-000001.tar", b'"text":"n6"', b'"text":"  "')  # an answer that is empty
@@ -146,7 +149,9 @@ def test_validation_names_every_kind_of_fault(tmp_path: Path, processes: int) ->
 def test_validation_finds_an_index_of_another_tar(tmp_path: Path) -> None:
     written(tmp_path / "a")
     items = list(range(20))
-    write_shards(tmp_path / "b", items, NumberMaker(prefix="m"), {}, 4, "n", 1, progress=False)
+    write_shards(
+        tmp_path / "b", items, NumberMaker(prefix="m"), {}, 4, "n", 1, progress=False, describe=describe_video_text
+    )
     shutil.copy(tmp_path / "b" / "n-000002.tar", tmp_path / "a" / "n-000002.tar")  # of the same size
     report = validate(tmp_path / "a")
     assert any("its index is not of this tar (keys differ)" in problem for problem in report["problems"])

@@ -1,4 +1,4 @@
-"""One thread that computes plans for everybody: waiting requests go into one batch, and a stuck policy is replaced.
+"""One thread that computes the plans of all sessions: waiting requests form one batch, and a stuck policy is replaced.
 
 A request that waits is computed with those beside it (`batch` of them at most); nothing waits for a batch to fill. A
 computation that outlives `stuck_s` is abandoned in its thread, which Python cannot end, and the policy is made anew in
@@ -44,8 +44,8 @@ class _Worker:
     abandoned: bool = False
 
 
-class Planner:
-    """The policy's thread, seen from the event loop.
+class BatchPlanner:
+    """The policy's thread, used from the event loop.
 
     Args:
         policy: plans. make: another one like it, for when it is stuck; None: the server then ends.
@@ -206,7 +206,7 @@ def _settle(job: _Job, plan: Plan | None = None, error: BaseException | None = N
         job.answer.cancel()
     else:
         job.answer.set_exception(error)
-        job.answer.exception()  # nobody may still wait for it
+        job.answer.exception()  # no request may be waiting for it any more
 
 
 async def _in_daemon_thread(call: Callable[[], Any]) -> Any:

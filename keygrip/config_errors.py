@@ -1,0 +1,124 @@
+"""Errors of composition as one line: what is wrong, the nearest setting or option, and how a value is quoted."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from collections.abc import Sequence
+
+from keygrip.config import group_options, known_keys, models_with, nearest, quoted, with_group
+
+
+def describe_config_error(error: BaseException, config_name: str, overrides: Sequence[str]) -> str:
+    """What composing or parsing refused, in one line, for the overrides that were given."""
+    text = one_line(error)
+    cause = error.__cause__
+    missing = re.search(r"Could not find '([^']+)/([^'/]+)'", text)
+    if missing:
+        group, name = missing.groups()
+        for override in overrides:  # the option may name a folder: ablation=volume_query/no_state
+            key, _, value = override.partition("=")
+            if f"{key}/{value}" == f"{group}/{name}":
+                group, name = key, value
+        options = group_options(group)
+        close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+        hint = f"nearest is {group}={close[0]}; " if close else ""
+        if group == "hydra/launcher":
+            hint += "joblib and slurm need their plugins: pip install 'keygrip[slurm]'; "
+        return f"no option {name!r} in group {group!r}: {hint}options are {', '.join(options) or 'none'}"
+    unchosen = re.search(r"You must specify '([\w/]+)'", text)
+    if unchosen:
+        group = unchosen.group(1)
+        return f"nothing is chosen of the group {group!r}: give {group}=NAME, one of {', '.join(group_options(group))}"
+    causes = " ".join([text] + [one_line(each) for each in chain(error)])
+    interpolated = re.search(r"Interpolation key '([^']+)' not found", causes)
+    if interpolated:
+        place = re.search(r"full_key: (\S+)", " ".join(str(each) for each in (error, *chain(error))))
+        key = place.group(1) if place else "a setting"
+        return f"{key} takes its value from {interpolated.group(1)}, which this run does not have: give {key}=..."
+    unknown = re.search(r"Could not override '([^']+)'", causes) or re.search(r"Key '([^']+)' (?:is )?not in", causes)
+    if unknown:
+        key = unknown.group(1)
+        full = next(
+            (o.lstrip("+~").split("=")[0] for o in overrides if o.lstrip("+~").split("=")[0].endswith(key)), key
+        )
+        others = [o for o in overrides if not o.startswith("-") and o.lstrip("+~").split("=")[0] != full and "=" in o]
+        close_key = nearest(full, known_keys(config_name, others))
+        hint = f"the nearest is {close_key!r}" if close_key else "see all with `--cfg job`"
+        group = full.partition(".")[0].partition("@")[0]
+        if models_with(group) and group not in known_keys(config_name, others):
+            hint = f"{with_group(group)}; {hint}"
+        return f"there is no setting {full!r} in {config_name}.yaml: {hint}"
+    mandatory = re.search(r"Missing mandatory value: (\S+)", causes)
+    if mandatory:
+        return f"the setting {mandatory.group(1)} has no value: give {mandatory.group(1)}=..."
+    if cause is not None and one_line(cause) not in text:
+        text = f"{text.rstrip('.')}: {one_line(cause)}"
+    if type(error).__name__ == "OverrideParseException":
+        return _unreadable(str(getattr(error, "override", "the override")), text)
+    ambiguous = re.search(r"Ambiguous value for argument '(.*?)' ?1\. ", text)
+    if ambiguous:
+        key, _, value = ambiguous.group(1).partition("=")
+        return (
+            f"{key}={value} holds a comma: as a list write {shlex.quote(f'{key}=[{value}]')}, as one text "
+            f"{_in_quotes(key, value)}, for a sweep add -m"
+        )
+    return text
+
+
+def _unreadable(override: str, reason: str) -> str:
+    """Why Hydra cannot read an override, and how it would."""
+    key, equals, value = override.partition("=")
+    reason = re.sub(r" ?See https\S+ for details", "", reason)
+    if not equals:
+        return f"cannot read {override}: settings are given as name=value"
+    text = f"cannot read {override}: {reason}"
+    if re.search(r"[=(){}\[\]:,'\"\\ ]", value) and not re.match(r"\s*[\[{'\"]", value):
+        text += f"; a value with such signs stands in quotes, inside the shell's own: {_in_quotes(key, value)}"
+    return text
+
+
+def _in_quotes(key: str, value: str) -> str:
+    """An override as it is typed in a shell, its value one text."""
+    override = f"{key}={quoted(value)}"
+    return shlex.quote(override) if re.search(r'["$`!\\]', value) else f'"{override}"'
+
+
+def chain(error: BaseException) -> list[BaseException]:
+    """The causes of an error, the nearest first."""
+    chain: list[BaseException] = []
+    cause = error.__cause__
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__
+    return chain
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """What a resolver or constructor raised, without what Hydra and OmegaConf wrapped around it."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+
+    current = error
+    while isinstance(current, HydraException | OmegaConfBaseException):
+        inner = current.__cause__
+        if isinstance(current, InterpolationResolutionError):
+            inner = inner or current.__context__  # what a resolver raised is not named as the cause
+        if inner is None:
+            break
+        current = inner
+    return current
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks and Hydra's additions."""
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, KeyError) and error.args:
+        text = f"missing key {error.args[0]!r}"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"{error.strerror}: {error.filename}"
+    lines = [
+        line.strip() for line in text.splitlines() if line.strip() and not re.match(r"\s*(full_key|object_type)", line)
+    ]
+    return " ".join(lines)

@@ -1,0 +1,128 @@
+"""Samples of videos with text, from the shards of several sources."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from keygrip.data.bad_samples import BadSample
+from keygrip.data.shards.mixing import CHARACTERS_A_TOKEN, Component
+from keygrip.data.shards.reader import ShardSet
+from keygrip.data.shards.sampling import SampleKey, sample_generator
+from keygrip.data.shards.substitution import SUBSTITUTES, SubstitutingSamples
+from keygrip.data.video_text.batching import CheckingCollator, Collator, Questions, choose
+from keygrip.data.video_text.clips import SubClips, clipped
+from keygrip.data.video_text.conversations import MOST_FRAMES, Conversation, VideoTextSample, read_sample
+
+TEXT_BYTES = 2048  # of a conversation and its metadata as Python objects, roughly
+
+
+@dataclass(frozen=True)
+class Part:
+    """A source's samples of one split.
+
+    Args:
+        name: of the source. shards: where the samples lie. chosen: int64 [N], their numbers in `shards`.
+        share, kinds: see `keygrip.data.video_text.datamodule.ShardSource`.
+    """
+
+    name: str
+    shards: ShardSet
+    chosen: np.ndarray
+    share: float | None = None
+    kinds: Sequence[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of the index for the samples of this part, [N]."""
+        return self.shards.columns[name][self.chosen]
+
+    def component(self, max_frames: int, max_tokens: int | None = None, rows: int = 1) -> Component:
+        """For the mixture: buckets by number of frames, batches of like text length. max_tokens (where longer texts are
+        cut) and rows are given where they count for a budget."""
+        frames = np.minimum(self.column("frames"), max_frames).astype(np.int64)
+        shard = self.shards.shard[self.chosen]
+        length = self.column("text_length").astype(float)
+        if max_tokens is not None:
+            length = np.minimum(length, max_tokens * CHARACTERS_A_TOKEN)
+        return Component(self.name, frames, length, shard, self.share, rows)
+
+
+class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
+    """Samples of several parts, numbered one behind the other; indexed by `SampleKey`.
+
+    Args:
+        parts: where samples come from. image_size, fit, max_frames, clips: see `VideoTexts`.
+        questions: how many conversations per video; None: all. seed: of that choice.
+        memory_gb: decoded frames and text of so much are kept, in each process that reads.
+        collator: says which conversations can be used, where it can.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        image_size: int,
+        fit: str,
+        max_frames: int,
+        questions: Questions,
+        seed: int,
+        memory_gb: float = 0.0,
+        collator: Collator | None = None,
+        clips: SubClips | None = None,
+    ) -> None:
+        self.collator, self.clips = (collator if isinstance(collator, CheckingCollator) else None), clips
+        self.parts, self.questions, self.seed = list(parts), questions, seed
+        self._kept: dict[int, VideoTextSample] = {}
+        self._room = memory_gb * 2**30
+        self.image_size, self.fit, self.max_frames = image_size, fit, max_frames
+        self.starts = np.cumsum([0, *(len(part) for part in parts)])
+        self._alike: list[np.ndarray | None] = [None] * len(self.parts)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, key: SampleKey) -> VideoTextSample:
+        """Raises BadSample: it cannot be read."""
+        number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
+        part = self.parts[number]
+        position = key.sample - int(self.starts[number])
+        sample = clipped(self._read(part, key.sample, position), self.clips, self.max_frames, self.seed, key)
+        conversations: Sequence[Conversation] = sample.conversations
+        if part.kinds is not None:
+            conversations = [c for c in conversations if c.kind in part.kinds]
+        conversations = choose(conversations, self.questions, sample_generator(self.seed, key))
+        if not conversations:
+            raise BadSample(f"{part.shards.where(int(part.chosen[position]))}: no conversation of the kinds asked for")
+        problems = [self.collator.problem(c) for c in conversations] if self.collator is not None else [None]
+        if None not in problems:
+            raise BadSample(part.shards.where(int(part.chosen[position])), str(problems[0]))
+        return replace(sample, conversations=tuple(conversations), source=part.name)
+
+    def _read(self, part: Part, number: int, position: int) -> VideoTextSample:
+        """A sample with all its text, from memory where it is kept."""
+        found = self._kept.get(number)
+        if found is None:
+            most = self.max_frames if self.clips is None else MOST_FRAMES  # clips are cut out of the whole video
+            found = read_sample(part.shards, int(part.chosen[position]), self.image_size, self.fit, most)
+            size = found.frames.nbytes + TEXT_BYTES * len(found.conversations)
+            if size <= self._room:
+                self._room -= size
+                self._kept[number] = found
+        return found
+
+    def candidates(self, key: SampleKey) -> Iterator[SampleKey]:
+        """The ones most like it: of its source, in length."""
+        yield key
+        number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
+        if self._alike[number] is None:  # only where something is broken
+            component = self.parts[number].component(self.max_frames)
+            self._alike[number] = np.lexsort((component.length, component.bucket))
+        alike = self._alike[number]
+        assert alike is not None
+        place = int(np.flatnonzero(alike == key.sample - self.starts[number])[0])
+        for step in range(1, min(SUBSTITUTES, len(alike) - 1) + 1):
+            yield SampleKey(int(self.starts[number] + alike[(place + step) % len(alike)]), key.epoch)

@@ -1,0 +1,123 @@
+"""Records the scripted expert of any gymnasium environment into native folders, in several processes and resumably.
+
+The environment is one that `env=gymnasium` evaluates (`keygrip.envs.gymnasium_environment`), with a method
+`expert_action()`. A folder is named after its episode's seed and is a function of (task, seed, settings).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from keygrip.artifacts import locked, write_json
+from keygrip.envs.gymnasium_environment import GymnasiumTask
+from keygrip.envs.workers import run_jobs
+from keygrip.progress import Progress
+
+WORKER = "keygrip.recording.gymnasium_worker"
+SETTINGS_FILE = "recording.json"
+LOCK_FILE = ".recording.lock"
+ADVICE = "Give env.python=PATH of an environment that has the simulator and keygrip."
+FAILURES = 10  # before an expert that fails more often than it succeeds ends the recording
+
+
+def demo_name(task: str, seed: int) -> str:
+    """Folder name of an episode."""
+    return f"{task}_{seed:07d}"
+
+
+def record_step(
+    task: GymnasiumTask,
+    root: str | Path,
+    demos: int,
+    seed: int,
+    image_size: int,
+    hz: float,
+    processes: int | None,
+    cameras: Sequence[str] | None,
+    video: bool,
+    python: str | None,
+) -> dict[str, Any]:
+    """Records the first `demos` episodes from `seed` on in which the expert succeeds; those already there are kept.
+
+    Args:
+        task: which environment. root: folder of the demo folders; made if missing.
+        demos: how many shall be there in the end. seed: of the first episode; seeds from 500000 on are kept for tuning
+            and evaluation.
+        image_size: edge of the images, which the environment must give. hz: its control rate; every step is a frame.
+        cameras: names among the observation's `cameras`; where it has none, one name for its `image`. None: all of
+            them, or "camera".
+        video: one H.264 file per camera in place of JPEG files.
+        processes: workers; None: one for each core. python: interpreter with the environment; None: this one.
+
+    Returns:
+        Counts and seconds.
+
+    Raises:
+        ValueError: a setting out of range, another recording in `root`, an environment that does not fit or has no
+            expert, or more failures than successes.
+    """
+    if demos < 1 or hz <= 0 or not 16 <= image_size <= 4096:
+        raise ValueError("demos is at least 1, hz above 0, image_size within 16 .. 4096")
+    root = Path(root).resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "environment": "gymnasium",
+        "task": json.loads(json.dumps(asdict(task))),
+        "image_size": image_size,
+        "hz": float(hz),
+        "cameras": None if cameras is None else list(cameras),
+        "video": video,
+    }
+    started, done, recorded, next_seed = time.monotonic(), 0, 0, seed
+    with locked(root / LOCK_FILE):
+        failed = _failed_seeds(root, settings)
+        with Progress(total=demos, desc=f"record {task.name}", unit="demo") as bar:
+            while done < demos:
+                # As many further seeds as demos are missing: the same seeds whatever the number of processes.
+                batch = range(next_seed, next_seed + demos - done)
+                next_seed = batch.stop
+                there = [s for s in batch if (root / demo_name(task.name, s) / "metadata.json").is_file()]
+                done += len(there)
+                bar.update(len(there))
+                jobs = [{"seed": s} for s in batch if s not in failed and s not in there]
+                setup = settings | {"root": str(root)}
+                workers = min(processes or os.cpu_count() or 1, max(1, len(jobs)))
+                for _, episode in run_jobs(python or sys.executable, WORKER, setup, jobs, workers, ADVICE):
+                    if episode["success"]:
+                        done, recorded = done + 1, recorded + 1
+                        bar.update(1)
+                        continue
+                    failed.add(episode["seed"])
+                    write_json(root / SETTINGS_FILE, {"settings": settings, "failed_seeds": sorted(failed)})
+                failures = len([s for s in failed if seed <= s < next_seed])
+                if failures > FAILURES and failures > (next_seed - seed) / 2:
+                    raise ValueError(f"the expert of {task.id} failed in {failures} of {next_seed - seed} episodes")
+    return {
+        "root": str(root),
+        "demos": done,
+        "recorded": recorded,
+        "failed_episodes": len([s for s in failed if seed <= s < next_seed]),
+        "wall_s": round(time.monotonic() - started, 1),
+    }
+
+
+def _failed_seeds(root: Path, settings: dict[str, Any]) -> set[int]:
+    """Failed seeds of the recording in `root`; refuses to mix two recordings, notes a new one's settings."""
+    path = root / SETTINGS_FILE
+    if not path.is_file():
+        write_json(path, {"settings": settings, "failed_seeds": []})
+        return set()
+    stored = json.loads(path.read_text())
+    there = stored.get("settings", {})
+    if there != settings:
+        keys = [key for key in {**there, **settings} if there.get(key) != settings.get(key)]
+        difference = ", ".join(f"{key}: {there.get(key)!r} there, {settings.get(key)!r} now" for key in keys)
+        raise ValueError(f"{root} holds a recording with other settings ({difference}); use another folder")
+    return {int(each) for each in stored["failed_seeds"]}

@@ -1,0 +1,81 @@
+"""Records a gymnasium environment's scripted expert; run by `keygrip.recording.gymnasium`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
+from keygrip.envs.gymnasium_environment import GymnasiumEnvironment, GymnasiumTask
+from keygrip.envs.workers import serve_jobs
+from keygrip.recording.gymnasium import demo_name
+
+ARM = "right"
+CAMERA = "camera"  # the name of an unnamed one
+
+
+def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], Iterator[dict[str, Any]]]:
+    """The function that records the episode of a seed."""
+    task = GymnasiumTask(**settings["task"])
+    cameras = None if settings["cameras"] is None else tuple(settings["cameras"])
+    environment = GymnasiumEnvironment(task, settings["image_size"], settings["hz"], cameras)
+
+    def work(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        folder = Path(settings["root"]) / demo_name(task.name, job["seed"])
+        yield {"seed": job["seed"], "success": record_episode(environment, folder, job["seed"], settings["video"])}
+
+    return work
+
+
+def record_episode(environment: GymnasiumEnvironment, folder: Path, seed: int, video: bool) -> bool:
+    """Records the episode of a seed; returns whether the expert succeeded (a failure leaves no folder).
+
+    Row i is what was seen before the expert's i-th pose, which is row i's command.
+    """
+    observation, info = environment.reset(seed=seed)
+    task = environment.task
+    source = {"simulator": task.id, "seed": seed, "success": True}
+    success = over = False
+    with DemoWriter(folder, task.id, task.name, info["instruction"], environment.hz, source, video=video) as writer:
+        while not success and not over:
+            action = environment.expert_action()
+            if action is None:
+                break
+            if action.shape != (8,):
+                raise ValueError(f"expert_action() of {task.id} gave shape {action.shape}: a pose is 8 numbers")
+            views = _views(observation, environment.cameras)
+            writer.add(
+                round(len(writer) * 1e9 / environment.hz),
+                {name: np.asarray(view["image"]) for name, view in views.items()},
+                {name: CameraPose(view["intrinsics"], view["world_to_camera"]) for name, view in views.items()},
+                {ARM: _pose(observation["position"], observation["quaternion"], observation["gripper"])},
+                {ARM: _pose(action[:3], action[3:7], action[7])},
+            )
+            environment.advance(action)
+            success, over, _ = environment.outcome()
+            observation = environment.observation()
+        if not success or len(writer) < 2:
+            writer.discard()
+            success = False
+    return success
+
+
+def _views(observation: Mapping[str, Any], cameras: tuple[str, ...] | None) -> dict[str, Mapping[str, Any]]:
+    """The cameras that are recorded, by name."""
+    views = observation.get("cameras")
+    if not views:
+        return {cameras[0] if cameras else CAMERA: observation}
+    return {name: views[name] for name in cameras or views}
+
+
+def _pose(position: Any, quaternion: Any, gripper: Any) -> ArmPose:
+    turn = np.asarray(quaternion, dtype=np.float64).reshape(4)
+    opening = float(np.clip(np.asarray(gripper, dtype=np.float64).reshape(()), 0.0, 1.0))
+    return ArmPose(np.array(position, dtype=np.float64).reshape(3), turn / np.linalg.norm(turn), opening)
+
+
+if __name__ == "__main__":
+    serve_jobs(start)

@@ -1,0 +1,162 @@
+"""Settings against what they are given to: names that it does not have, and values of another kind than it takes.
+
+Groups of the configuration are untyped (a model's settings are its constructor's), so that a word where a number is
+wanted would otherwise surface somewhere inside, as an error that names neither the setting nor what it takes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from keygrip.config import SettingError, nearest, new_name
+
+# Names of sizes and counts of which there is at least one; 0 and less would build an empty part, or none.
+SIZE = re.compile(
+    r"(?:^|_)(?:width|depth|heads|layers|blocks|dim|bins|classes|size|horizon|stride|channels)$|"
+    r"^d_(?:feat|sin_z|sin_t|cond)$"
+)
+# What is built of these is other people's: its annotations are not always what it takes.
+FOREIGN = ("lightning", "torch", "torchvision", "transformers", "timm", "hydra", "submitit")
+
+
+def refuse_ill_typed(config: Any, place: str = "", passed_on: Mapping[str, str] | None = None) -> None:
+    """Checks the settings of everything that a configuration builds (``_target_``); builds nothing.
+
+    Args:
+        config: resolved, of dictionaries, lists and scalars. place: its dotted key.
+        passed_on: dotted keys that take their value from other settings, which messages name in their place.
+
+    Raises:
+        SettingError: names the first setting that is unknown or of the wrong kind, and what would do.
+    """
+    if isinstance(config, list | tuple):
+        for number, child in enumerate(config):
+            refuse_ill_typed(child, f"{place}[{number}]", passed_on)
+    if not isinstance(config, Mapping):
+        return
+    place = (passed_on or {}).get(place, place)
+    if isinstance(config.get("_target_"), str):
+        _check(config, place, passed_on or {})
+    for name, child in config.items():
+        refuse_ill_typed(child, _below(place, str(name)), passed_on)
+
+
+def wanted(value: Any, hint: Any) -> str | None:
+    """What a value of this type would be, in words; None where the value is one, or the type says nothing.
+
+    Numbers must be finite. A number may stand for a text, as Hydra reads ``name=3``.
+    """
+    if isinstance(value, Mapping) and "_target_" in value:
+        return None  # it stands for what is built of it
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        found = [wanted(value, each) for each in inner]
+        return None if None in found else " or ".join(dict.fromkeys(each for each in found if each))
+    for check in (_wanted_scalar, _wanted_container):
+        known, problem = check(value, hint, origin, inner)
+        if known:
+            return problem
+    return None
+
+
+def hints_of(target: Callable[..., Any]) -> dict[str, Any]:
+    """The types of a callable's parameters by name, as far as they can be found out."""
+    function: Any = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+    names = getattr(function, "__globals__", {})
+    hints: dict[str, Any] = {}
+    for name, parameter in inspect.signature(target).parameters.items():
+        try:  # one by one: some name classes that are imported for type checkers alone
+            alone = types.SimpleNamespace(__annotations__={name: parameter.annotation})
+            hints[name] = typing.get_type_hints(alone, names)[name]
+        except Exception:
+            hints[name] = Any
+        if parameter.annotation is inspect.Parameter.empty:
+            hints[name] = Any
+    return hints
+
+
+def _below(place: str, name: str) -> str:
+    return f"{place}.{name}" if place else name
+
+
+def _check(node: Mapping[str, Any], place: str, passed_on: Mapping[str, str]) -> None:
+    from hydra.utils import get_object
+
+    try:
+        target = get_object(str(node["_target_"]))
+        parameters = inspect.signature(target).parameters
+        hints = hints_of(target)
+    except Exception:  # what cannot be imported or has no signature is named when it is built
+        return
+    given = {str(key): value for key, value in node.items() if not (str(key).startswith("_") and str(key)[-1] == "_")}
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        for key in given:
+            if key not in parameters:
+                raise SettingError(_unknown(_below(place, key), [_below(place, name) for name in parameters]))
+    if str(getattr(target, "__module__", "")).partition(".")[0] in FOREIGN:
+        return
+    for key, value in given.items():
+        if value == MISSING:
+            continue  # said when it is built
+        hint = hints.get(key, Any)
+        problem = None if typing.get_origin(hint) is typing.Literal else wanted(value, hint)  # choices are named there
+        if problem is None and SIZE.search(key) and type(value) is int and value < 1:
+            problem = "at least 1"
+        if problem is not None:
+            shown = "null" if value is None else repr(value)
+            full = _below(place, key)
+            raise SettingError(f"{passed_on.get(full, full)}={shown[:80]}: must be {problem}")
+
+
+def _unknown(key: str, known: Sequence[str]) -> str:
+    new = new_name(key)
+    if new is not None:
+        return f"the setting {key!r} is now {new!r}"
+    close = nearest(key, known)
+    hint = f"the nearest is {close!r}" if close else f"there are {', '.join(known) or 'none'}"
+    return f"there is no setting {key!r}: {hint}"
+
+
+def _wanted_scalar(value: Any, hint: Any, origin: Any, inner: tuple[Any, ...]) -> tuple[bool, str | None]:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is None or hint is type(None):
+        return True, None if value is None else "null"
+    if hint is bool:
+        return True, None if isinstance(value, bool) else "true or false"
+    if hint is int:
+        return True, None if number and isinstance(value, int) else "a whole number"
+    if hint is float:
+        return True, None if number and math.isfinite(value) else "a finite number"
+    if hint is str or (isinstance(hint, type) and issubclass(hint, Path)):
+        return True, None if isinstance(value, str | int | float | Path) else "text"
+    if origin is typing.Literal:
+        return True, None if value in inner else f"one of {', '.join(map(str, inner))}"
+    return False, None
+
+
+def _wanted_container(value: Any, hint: Any, origin: Any, inner: tuple[Any, ...]) -> tuple[bool, str | None]:
+    kind = origin or hint
+    if not isinstance(kind, type) or kind in (object, type):
+        return False, None
+    if issubclass(kind, tuple | Sequence):
+        if not isinstance(value, list | tuple):
+            return True, "a list"
+        fixed = issubclass(kind, tuple) and inner and inner[-1] is not Ellipsis
+        if fixed and len(value) != len(inner):
+            return True, f"a list of {len(inner)}"
+        types_of = inner if fixed else inner[:1] * len(value)
+        problems = [wanted(each, one) for each, one in zip(value, types_of, strict=False)]
+        problem = next((each for each in problems if each), None)
+        return True, None if problem is None else f"a list, each of it {problem}"
+    if issubclass(kind, Mapping):
+        return True, None if isinstance(value, Mapping) else "settings by name"
+    return False, None

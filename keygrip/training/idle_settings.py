@@ -1,0 +1,69 @@
+"""Settings that a run does not read because of others: refused where the command line gives them.
+
+A class that is built from a configuration says which of its settings are read only where others have certain values::
+
+    class Network(nn.Module):
+        read_where = {"coupling_rank": ReadWhere("coupling", "bilinear"), "look_size": ReadWhere("second_look")}
+
+Files of the configuration may hold such settings, ready for the day when the others change; who gives one on the
+command line expects an effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+from keygrip.config import SettingError, leaves_of, references_in
+from keygrip.training.parts import ReadWhere
+
+Path = tuple[str, ...]
+ATTRIBUTE = "read_where"
+
+
+def refuse_idle(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuses settings of the command line that nothing in the run reads.
+
+    Args:
+        cfg: composed and unresolved. overrides: as given, e.g. ``["model.network.look_size=32"]``.
+
+    Raises:
+        SettingError: names the first of them, and where it would be read.
+    """
+    for override in overrides:
+        key = override.lstrip("+").partition("=")[0]
+        if "=" not in override or override.startswith("~") or "/" in key or "@" in key:
+            continue
+        for owner, name, where in _conditions(cfg, tuple(key.split("."))):
+            if not where.holds(OmegaConf.select(cfg, ".".join(owner))) and not _is_named(cfg, key, (*owner, name)):
+                raise SettingError(
+                    f"nothing in this run reads {key!r}: {'.'.join((*owner, name))} is read where {where}; leave it out"
+                )
+
+
+def _conditions(cfg: DictConfig, path: Path) -> Iterator[tuple[Path, str, ReadWhere]]:
+    """The conditions under which a setting is read: of its own, and of what it is a part of, the owner's path first."""
+    for depth in range(1, len(path)):
+        node = OmegaConf.select(cfg, ".".join(path[:depth]))
+        target = node.get("_target_") if isinstance(node, DictConfig) else None
+        conditions: Mapping[str, ReadWhere] = getattr(get_object(target), ATTRIBUTE, {}) if target else {}
+        if path[depth] in conditions:
+            yield path[:depth], path[depth], conditions[path[depth]]
+
+
+def _is_named(cfg: DictConfig, key: str, idle: Path) -> bool:
+    """Whether a setting outside of the idle one takes its value, or a part of it, from the key.
+
+    A reference to the whole part (``model.optimizer: ${optimizer}``) does not read it: the same condition holds there.
+    """
+    path = tuple(key.split("."))
+    for place, value in leaves_of(OmegaConf.to_container(cfg, resolve=False), ()):
+        if place[: len(idle)] == idle:
+            continue
+        for target in references_in(place, value):
+            common = min(len(target), len(path))
+            if target[: len(idle)] == idle and target[:common] == path[:common]:
+                return True
+    return False

@@ -1,0 +1,106 @@
+"""A setting that is unknown, or of another kind than what it is given to takes, is named before anything is built."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from configs import composed
+from omegaconf import OmegaConf
+
+from keygrip import prepare
+from keygrip.config import SettingError
+from keygrip.evaluation.kinds import changed
+from keygrip.runtime.watchdog import WatchdogSettings
+from keygrip.setting_types import refuse_ill_typed, wanted
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("hint", "good", "bad"),
+    [
+        (int, [3, -1], [True, 2.0, "3", None, [3]]),
+        (float, [3, 0.5, -1e9], [NAN, INF, "0.5", False, None, {}]),
+        (bool, [True, False], [0, 1, "true", None]),
+        (str, ["a", 3, 0.5], [None, ["a"], {"a": 1}]),
+        (float | None, [None, 1], ["none", NAN]),
+        (int | Literal["auto"], [2, "auto"], ["atuo", 2.5]),
+        (str | Path | Sequence[str | Path] | None, [None, "a", ["a", "b"]], [{"a": 1}, [["a"]]]),
+        (tuple[float, float], [[0.9, 0.99], (1, 2)], [0.9, [0.9], [0.9, 0.9, 0.9], ["a", "b"], "ab"]),
+        (Sequence[int], [[], [1, 2]], ["12", 12, [1, 2.5], {"a": 1}]),
+        (Mapping[str, float], [{}, {"a": 1}], [[], "a", 3]),
+        (Any, [None, 3, "a", {}], []),
+        (Path | WatchdogSettings, ["a", {"_target_": "x.Y"}], []),
+    ],
+)
+def test_kinds(hint: Any, good: list[Any], bad: list[Any]) -> None:
+    assert [wanted(value, hint) for value in good] == [None] * len(good)
+    assert all(wanted(value, hint) for value in bad)
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, Any]:
+    found: Any = OmegaConf.to_container(composed("train", []), resolve=True)
+    found["data"]["root"] = "demos"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("optimizer.lr", "abc", "optimizer.lr='abc': must be a finite number"),
+        ("optimizer.lr", NAN, "optimizer.lr=nan: must be a finite number"),
+        ("optimizer.lr", None, "optimizer.lr=null: must be a finite number"),
+        ("optimizer.betas", [0.9], "optimizer.betas=[0.9]: must be a list of 2"),
+        ("optimizer.clip_norm", INF, "optimizer.clip_norm=inf: must be a finite number or null"),
+        ("callbacks.ema.decay", [1], "callbacks.ema.decay=[1]: must be a finite number"),
+        ("callbacks.checkpoint.keep", 2.5, "callbacks.checkpoint.keep=2.5: must be a whole number"),
+        ("data.batch_size", "many", "data.batch_size='many': must be a whole number"),
+        ("data.batch_size", True, "data.batch_size=True: must be a whole number"),
+        ("data.arms", "right", "data.arms='right': must be a list"),
+        ("data.verify", 3, "data.verify=3: must be true or false"),
+        ("data.camera", ["over"], "data.camera=['over']: must be text"),
+        ("data.augmentation.shift", "far", "data.augmentation.shift='far': must be a finite number"),
+        ("data.batchsize", 3, "there is no setting 'data.batchsize': the nearest is 'data.batch_size'"),
+        ("optimizer.learning_rate", 3, "there is no setting 'optimizer.learning_rate': the nearest is 'optimizer.lr'"),
+        ("model.pictures", True, "the setting 'model.pictures' is now 'model.log_images'"),
+        ("model.network.blocks", -1, "model.network.blocks=-1: must be at least 1"),
+        ("model.network.height_bins", 0, "model.network.height_bins=0: must be at least 1"),
+        ("backbone.width", 0, "backbone.width=0: must be at least 1"),
+        ("data.batch_size", 0, "data.batch_size=0: must be at least 1"),
+        ("strategy.devices", "both", "strategy.devices='both': must be a whole number or one of auto"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(plain: dict[str, Any], key: str, value: Any, said: str) -> None:
+    refuse_ill_typed({name: plain[name] for name in ("optimizer", "strategy", "callbacks")})
+    given = copy.deepcopy(plain)
+    *path, last = key.split(".")
+    node = given
+    for name in path:
+        node = node[name]
+    node[last] = value
+    with pytest.raises(SettingError) as refused:
+        refuse_ill_typed({path[0]: given[path[0]]})
+    assert str(refused.value) == said
+
+
+def test_a_step_names_the_setting_that_was_given() -> None:
+    for override, said in (
+        ("first_seed=abc", "first_seed='abc': must be a whole number"),
+        ("+task.random_start=3", "task.random_start=3: must be true or false"),
+        ("demos=2.5", "demos=2.5: must be a whole number"),
+    ):
+        with pytest.raises(SettingError) as refused:
+            prepare.run(composed("prepare", ["step=record", "root=nowhere", override]))
+        assert str(refused.value) == said
+
+
+def test_changes_of_options_are_checked_too() -> None:
+    with pytest.raises(ValueError, match=r"WatchdogSettings.most_holds='few': must be a whole number"):
+        changed(WatchdogSettings(), {"most_holds": "few"})
+    with pytest.raises(ValueError, match=r"WatchdogSettings.stale_seconds=nan: must be a finite number"):
+        changed(WatchdogSettings(), {"stale_seconds": NAN})

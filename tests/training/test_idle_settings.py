@@ -1,0 +1,106 @@
+"""Settings that others make idle are refused where the command line gives them."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+import keygrip
+from keygrip.config import SettingError, compose, config_folder
+from keygrip.training.idle_settings import ATTRIBUTE, refuse_idle
+
+VLM = ("model=foveated_vlm", "data=robot_tours")
+DIT = ("model=patch_dit", "data=robot_images")
+VLA = ("model=geometry_vla", "data=yam_language")
+
+
+@pytest.mark.parametrize(
+    ("choices", "idle", "reader"),
+    [
+        ((), "model.network.look_size=32", "model.network.second_look=192"),
+        ((), "model.network.look_backbone=own", "model.network.second_look=192"),
+        ((), "model.network.coupling_rank=2", "model.network.coupling=bilinear"),
+        ((), "model.decoder.candidates=9", "model.decoder.name=viterbi"),
+        (("model.decoder.name=argmax",), "model.decoder.window=2", "model.decoder.name=viterbi"),
+        (("optimizer.schedule=constant",), "optimizer.final_lr_share=0.1", "optimizer.schedule=cosine"),
+        ((), "callbacks.checkpoint.mode=max", "callbacks.checkpoint.monitor=val/loss"),
+        (("data.root=here", "data.camera=front"), "data.record.task.camera=wrist", "data.root=null"),
+        (("data.root=here",), "data.record.demos=5", "data.root=null"),
+        (("closed_loop=yam",), "callbacks.closed_loop.closed_loop.control.ensemble_decay=1", ""),
+        ((*VLM, "model.refinement=0"), "model.refinement_from=0.5", "model.refinement=1"),
+        ((*VLM, "model.monitor_every_n_steps=0"), "model.monitor_from_step=5", "model.monitor_every_n_steps=10"),
+        (
+            (*VLM, "data.sources.tours.root=here"),
+            "data.sources.tours.make.options.test=5",
+            "data.sources.tours.root=null",
+        ),
+        (DIT, "model.init_from_min_share=0.9", "model.init_from=run"),
+        (DIT, "+model.init_from_renames.a=b", "model.init_from=run"),
+        ((*DIT, "data.root=here"), "data.make.options.train=5", "data.root=null"),
+        (VLA, "model.network.geom_qformer_heads=4", "model.network.geom_compression_type=qformer"),
+        ((*VLA, "model.network.geom_inject_to_dit=false"), "model.network.geom_dit_tokens=4", ""),
+        (VLA, "model.actions.osc_position_m=0.1", "model.actions.kind=osc"),
+        (VLA, "model.actions.gripper=other", "model.actions.kind=joint"),
+        ((*VLA, "model.network.pointing_cells=0"), "model.pointing_weight=1", "model.network.pointing_cells=2"),
+    ],
+)
+def test_an_idle_setting_is_refused_with_what_would_read_it(choices: tuple[str, ...], idle: str, reader: str) -> None:
+    refuse_idle(compose("train", [*choices]), choices)
+    refused = [*choices, idle]
+    with pytest.raises(
+        SettingError, match=rf"nothing in this run reads '{idle.lstrip('+').partition('=')[0]}'.* where"
+    ):
+        refuse_idle(compose("train", refused), refused)
+    if reader:
+        refuse_idle(compose("train", [*refused, reader]), [*refused, reader])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("data.root=here", "data.record.task.camera=wrist"),  # data.camera takes its value from there
+        ("data.root=here", "closed_loop=yam", "data.record.task.object=bar"),  # and so does the task of the episodes
+        ("experiment=demo", "data.root=here"),  # the experiment's data.record is nobody's wish
+        (
+            *VLA,
+            "model.network.geom_inject_to_dit=false",
+            "model.network.geom_inject_to_vlm=true",
+            "model.network.geom_dit_tokens=4",
+        ),
+        ("~model.decoder.window",),
+    ],
+)
+def test_what_is_read_elsewhere_or_not_asked_for_passes(overrides: tuple[str, ...]) -> None:
+    refuse_idle(compose("train", [*overrides]), overrides)
+
+
+def test_the_python_call_refuses_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingError, match="read where second_look is set"):
+        keygrip.train(["model.network.look_size=32"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_conditions_name_settings_that_there_are() -> None:
+    found = set()
+
+    def walk(node: object) -> None:
+        if isinstance(node, DictConfig):
+            target = node.get("_target_")
+            built = get_object(target) if isinstance(target, str) else None
+            known = set(inspect.signature(built).parameters) if built is not None else set()
+            for name, where in getattr(built, ATTRIBUTE, {}).items():
+                found.add(f"{target}.{name}")
+                assert {name, *(each.partition(".")[0] for each in where.settings)} <= known, (target, name)
+            for key in node:
+                walk(node._get_node(key))
+
+    for file in (config_folder() / "model").glob("*.yaml"):
+        walk(OmegaConf.load(file))
+    for choices in ((), ("closed_loop=yam",), VLM, DIT, VLA):
+        walk(compose("train", [*choices]))
+    assert len(found) >= 25

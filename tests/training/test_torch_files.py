@@ -1,0 +1,125 @@
+"""Files of torch from strangers: nothing is run, unpacked or expanded, and every refusal is one sentence."""
+
+from __future__ import annotations
+
+import io
+import random
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from keygrip.training.checkpoints import load_module, read_checkpoint
+from keygrip.training.saving import AtomicCheckpointIO
+from keygrip.training.torch_files import TorchFileError, read_torch_file, refuse_missing_device
+
+CONTENT: dict[str, Any] = {
+    "keygrip": {"format": 3, "config": {"model": {"a": 1}}},
+    "state_dict": {"a": torch.zeros(4)},
+    "global_step": 3,
+}
+
+
+def repacked(content: Any, file: Path, method: int = zipfile.ZIP_STORED, **changed: bytes) -> Path:
+    """A file of torch whose archive was written by another program, with some members changed."""
+    whole = io.BytesIO()
+    torch.save(content, whole)
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(file, "w", method) as target:
+        for member in source.infolist():
+            name = member.filename.partition("/")[2]
+            target.writestr(member.filename, changed.get(name, source.read(member.filename)))
+    return file
+
+
+def test_a_compressed_archive_is_not_unpacked(tmp_path: Path) -> None:
+    bomb = repacked({"a": torch.zeros(1 << 20)}, tmp_path / "bomb.pth", zipfile.ZIP_DEFLATED)
+    assert bomb.stat().st_size < 1 << 14
+    with pytest.raises(TorchFileError, match=r"bomb\.pth holds compressed records \('.*, which torch does not write"):
+        read_torch_file(bomb)
+    assert read_torch_file(repacked({"a": torch.ones(3)}, tmp_path / "plain.pth"))["a"].sum() == 3
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        (torch.zeros(1).expand(1 << 40), r"a tensor of \d+ bytes in 4 of storage"),
+        (torch.sparse_coo_tensor([[0]], [1.0], (1 << 40,)), "a sparse, nested or quantised tensor"),
+        (torch.empty(1 << 40, device="meta"), "a tensor without numbers"),
+    ],
+)
+def test_tensors_larger_than_their_file_are_refused(tensor: torch.Tensor, said: str, tmp_path: Path) -> None:
+    torch.save([{"inside": (tensor,)}], tmp_path / "x.pth")
+    with pytest.raises(TorchFileError, match=rf"x\.pth holds {said}"):
+        read_torch_file(tmp_path / "x.pth")
+
+
+def test_containers_within_themselves_end(tmp_path: Path) -> None:
+    loop: list[Any] = [torch.zeros(2)]
+    loop.append(loop)
+    for _ in range(60):  # 2^60 ways to the tensor
+        loop = [loop, loop]
+    torch.save(loop, tmp_path / "loop.pth")
+    assert isinstance(read_torch_file(tmp_path / "loop.pth"), list)
+
+
+def test_whatever_is_wrong_inside_is_one_sentence(tmp_path: Path) -> None:
+    whole = io.BytesIO()
+    torch.save(CONTENT, whole)
+    with zipfile.ZipFile(whole) as archive:
+        content = next(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
+    generator = random.Random(0)
+    said: list[str] = []
+    for _ in range(150):
+        changed = bytearray(content)
+        for _ in range(generator.randint(1, 4)):
+            changed[generator.randrange(len(changed))] = generator.randrange(256)
+        file = repacked(CONTENT, tmp_path / "x.pth", **{"data.pkl": bytes(changed)})
+        try:
+            read_torch_file(file)
+        except TorchFileError as error:
+            said.append(str(error))
+    assert len(said) > 50
+    assert all(text.startswith(str(tmp_path / "x.pth")) and "\n" not in text for text in said)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"ema": [1]}, "its EMA is none"),
+        ({"ema": {"updates": "3", "parameters": {}}}, "its EMA is none"),
+        ({"ema": {"updates": 3, "parameters": {"b": torch.zeros(1)}}}, "the EMA of 'b' does not fit its weights"),
+        ({"ema": {"updates": 3, "parameters": {"a": torch.zeros(5)}}}, "the EMA of 'a' does not fit its weights"),
+        ({"global_step": "many"}, "its step is no number"),
+        ({"keygrip": {"format": 3, "config": {}}}, "has no model configuration"),
+        ({"keygrip": {"format": 3, "config": None}}, "has no model configuration"),
+    ],
+)
+def test_signed_checkpoints_of_odd_content_are_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    file = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint(CONTENT | changes, file)
+    with pytest.raises(ValueError, match=rf"last\.ckpt .*{said}"):
+        read_checkpoint(file)
+
+
+def test_state_that_a_module_cannot_take_back_is_named(tmp_path: Path) -> None:
+    config = {"format": 3, "config": {"model": {"_target_": "toy_parts.ToyModule"}}}
+    config["config"]["model"]["optimizer"] = {"_target_": "keygrip.training.optimizers.AdamW", "lr": 1.0}  # type: ignore
+    AtomicCheckpointIO().save_checkpoint(CONTENT | {"keygrip": config}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"last\.ckpt: what the model stored .* the checkpoint has no scale"):
+        load_module(tmp_path / "last.ckpt", trust=["toy_parts"])
+
+
+def test_a_device_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    AtomicCheckpointIO().save_checkpoint(CONTENT, tmp_path / "last.ckpt")
+    for device, said in (("cuda", "this machine has none"), ("cuda:3", "this machine has none"), ("gpu", "knows no")):
+        with pytest.raises(ValueError, match=rf"device={device}: .*{said}"):
+            load_module(tmp_path / "last.ckpt", map_location=device)
+    refuse_missing_device("cpu")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    refuse_missing_device(torch.device("cuda", 1))
+    with pytest.raises(ValueError, match="device=cuda:2: this machine has 2, numbered from 0"):
+        refuse_missing_device("cuda:2")
