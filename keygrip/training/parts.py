@@ -29,8 +29,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
-from omegaconf import OmegaConf
-
 MARK = "__keygrip_part__"
 MODEL, DATA = "model_part", "data_part"  # names of the decorators; the check looks for them in source files
 # Rooms of keygrip whose declared classes a stored configuration may name.
@@ -76,6 +74,8 @@ class ReadWhere:
 
     def holds(self, options: Any) -> bool:
         """Whether it is read. Settings that ``options`` lack have a value that is not known here: it counts as read."""
+        from omegaconf import OmegaConf  # environments with a simulator's own pins declare tasks without it
+
         missing = object()
         found = [OmegaConf.select(options, name, default=missing) for name in self.settings]
         return any(value is missing or (value in self.values if self.values else bool(value)) for value in found)
@@ -143,6 +143,7 @@ def build_stored(config: Any, where: str, trust: Sequence[str] = (), external: M
     """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
+    from omegaconf import OmegaConf
 
     _check_names(trust)
     for place, node in _nodes(config, where):
