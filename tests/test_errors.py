@@ -177,7 +177,7 @@ def test_a_failed_command_without_a_run_folder_leaves_nothing(tmp_path: Path, mo
         (["root=x"], r"^keygrip: nothing is chosen of the group 'step': give step=NAME, one of calibrate, .*, webvid$"),
         (
             ["step=doctor", "root=no_such_folder"],
-            r"^keygrip: data folder no_such_folder does not exist; .* root=PATH or",
+            r"^keygrip: data folder no_such_folder does not exist; .*root=PATH\)$",
         ),
         (["step=doctor", "root=.", "frames_per_demo=few"], r"^keygrip: frames_per_demo='few': must be a whole number$"),
     ],

@@ -117,6 +117,8 @@ def assert_sound(cfg: DictConfig) -> None:
         assert_fits(path, node)
     refuse_unfit(cfg)
     refuse_unread(cfg, TrainSchema)
+    with open_dict(cfg):
+        cfg.run_dir = cfg.run_dir or "run"  # chosen before settings are checked
     refuse_ill_typed(OmegaConf.to_container(cfg, resolve=True))
 
 
