@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.artifacts import locked, write_json
+from keygrip.artifacts import locked
 from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
 from keygrip.envs.yam.environment import YamCell
 from keygrip.envs.yam.expert import expert_actions
@@ -33,12 +33,17 @@ from keygrip.envs.yam.text import EpisodeTrace, describe
 from keygrip.envs.yam.two_arms import HandoverCell
 from keygrip.progress import Progress
 from keygrip.recording.handover import record_handover
+from keygrip.recording.recorded_folder import (
+    LOCK_FILE,
+    SETTINGS_FILE,
+    demo_name,
+    refuse_other_settings,
+    store,
+)
 from keygrip.recording.signs import SignKeeper
 
 ROBOT = "yam"
 ARM = "right"
-SETTINGS_FILE = "recording.json"
-LOCK_FILE = ".recording.lock"
 STALE_AFTER_S = 600.0
 
 
@@ -70,11 +75,6 @@ class RecordSummary:
     recorded: int  # of these, made by this call
     failed: int  # episodes in which the expert failed; their seeds were passed over
     seconds: float
-
-
-def demo_name(task: str, seed: int) -> str:
-    """Folder name of an episode."""
-    return f"{task}_{seed:07d}"
 
 
 def record(
@@ -204,8 +204,7 @@ def _read_settings(root: Path) -> dict[str, Any]:
 
 
 def _write_settings(root: Path, settings: RecordSettings, failed: Iterable[int]) -> None:
-    content = {"settings": settings.as_dict(), "failed_seeds": sorted(failed)}
-    write_json(root / SETTINGS_FILE, content)
+    store(root, settings.as_dict(), sorted(failed))
 
 
 def _check_settings(root: Path, settings: RecordSettings) -> None:
@@ -217,12 +216,8 @@ def _check_settings(root: Path, settings: RecordSettings) -> None:
         return
     # an older recording lacks options that came later: it was made as if they stood at their defaults
     stored["task"] = {option.name: option.default for option in fields(settings.task)} | stored["task"]
-    if stored == now:
-        return
-    flat_old, flat_new = {**stored, **stored["task"]}, {**now, **now["task"]}
-    keys = [k for k in {**flat_old, **flat_new} if k != "task" and flat_old.get(k) != flat_new.get(k)]
-    difference = ", ".join(f"{k}: {flat_old.get(k)!r} there, {flat_new.get(k)!r} now" for k in keys)
-    raise ValueError(f"{root} holds a recording with other settings ({difference}); use another folder or remove it")
+    there, asked = ({**each, **each["task"]} for each in (stored, now))
+    refuse_other_settings(root, *({k: v for k, v in each.items() if k != "task"} for each in (there, asked)))
 
 
 def _remove_stale(root: Path) -> None:

@@ -15,21 +15,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from keygrip.artifacts import locked, write_json
+from keygrip.artifacts import locked
 from keygrip.envs.gymnasium_environment import GymnasiumTask
 from keygrip.envs.workers import run_jobs
 from keygrip.progress import Progress
+from keygrip.recording.recorded_folder import LOCK_FILE, demo_name, failed_seeds, store
 
 WORKER = "keygrip.recording.gymnasium_worker"
-SETTINGS_FILE = "recording.json"
-LOCK_FILE = ".recording.lock"
 ADVICE = "Give env.python=PATH of an environment that has the simulator and keygrip."
 FAILURES = 10  # before an expert that fails more often than it succeeds ends the recording
-
-
-def demo_name(task: str, seed: int) -> str:
-    """Folder name of an episode."""
-    return f"{task}_{seed:07d}"
 
 
 def record_step(
@@ -77,7 +71,7 @@ def record_step(
     }
     started, done, recorded, next_seed = time.monotonic(), 0, 0, seed
     with locked(root / LOCK_FILE):
-        failed = _failed_seeds(root, settings)
+        failed = set(failed_seeds(root, settings, []))
         with Progress(total=demos, desc=f"record {task.name}", unit="demo") as bar:
             while done < demos:
                 # As many further seeds as demos are missing: the same seeds whatever the number of processes.
@@ -95,7 +89,7 @@ def record_step(
                         bar.update(1)
                         continue
                     failed.add(episode["seed"])
-                    write_json(root / SETTINGS_FILE, {"settings": settings, "failed_seeds": sorted(failed)})
+                    store(root, settings, sorted(failed))
                 failures = len([s for s in failed if seed <= s < next_seed])
                 if failures > FAILURES and failures > (next_seed - seed) / 2:
                     raise ValueError(f"the expert of {task.id} failed in {failures} of {next_seed - seed} episodes")
@@ -106,18 +100,3 @@ def record_step(
         "failed_episodes": len([s for s in failed if seed <= s < next_seed]),
         "wall_s": round(time.monotonic() - started, 1),
     }
-
-
-def _failed_seeds(root: Path, settings: dict[str, Any]) -> set[int]:
-    """Failed seeds of the recording in `root`; refuses to mix two recordings, notes a new one's settings."""
-    path = root / SETTINGS_FILE
-    if not path.is_file():
-        write_json(path, {"settings": settings, "failed_seeds": []})
-        return set()
-    stored = json.loads(path.read_text())
-    there = stored.get("settings", {})
-    if there != settings:
-        keys = [key for key in {**there, **settings} if there.get(key) != settings.get(key)]
-        difference = ", ".join(f"{key}: {there.get(key)!r} there, {settings.get(key)!r} now" for key in keys)
-        raise ValueError(f"{root} holds a recording with other settings ({difference}); use another folder")
-    return {int(each) for each in stored["failed_seeds"]}

@@ -11,7 +11,7 @@ import numpy as np
 from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
 from keygrip.envs.gymnasium_environment import GymnasiumEnvironment, GymnasiumTask
 from keygrip.envs.workers import serve_jobs
-from keygrip.recording.gymnasium import demo_name
+from keygrip.recording.recorded_folder import demo_name
 
 ARM = "right"
 CAMERA = "camera"  # the name of an unnamed one

@@ -6,7 +6,6 @@ settings); tasks share one root and their folders are named ``<task>_<seed>``.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -14,22 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from keygrip.artifacts import locked, write_json
+from keygrip.artifacts import locked
 from keygrip.envs.metaworld.tasks import CAMERAS, HZ, TRAINING_SEED, TUNING_SEED, task_names
 from keygrip.envs.workers import run_jobs
 from keygrip.progress import Progress
+from keygrip.recording.recorded_folder import LOCK_FILE, failed_seeds, store
 
 ROBOT = "sawyer"
 ARM = "right"
 WORKER = "keygrip.recording.metaworld_worker"
-SETTINGS_FILE = "recording.json"
-LOCK_FILE = ".recording.lock"
 INSTALL = "`make metaworld-install` makes one; or give python=PATH of an environment that has metaworld and keygrip."
-
-
-def demo_name(task: str, seed: int) -> str:
-    """Folder name of an episode."""
-    return f"{task}_{seed:07d}"
 
 
 def record_step(
@@ -89,7 +82,7 @@ def record_step(
     }
     started, recorded = time.monotonic(), 0
     with locked(root / LOCK_FILE):
-        failed = _checked_settings(root, settings)
+        failed: dict[str, list[int]] = failed_seeds(root, settings, {})
         jobs = [{"task": name, "demos": demos, "seed": seed, "failed": failed.get(name, [])} for name in names]
         kept = dict.fromkeys(names, 0)
         bar = Progress(total=demos * len(names), desc="record metaworld", unit="demo")
@@ -108,7 +101,7 @@ def record_step(
                 bar.update(int(episode["success"]))
                 if not episode["success"]:
                     failed[name] = sorted({*failed.get(name, []), episode["seed"]})
-                    write_json(root / SETTINGS_FILE, {"settings": settings, "failed_seeds": failed})
+                    store(root, settings, failed)
                 _refuse_failing(name, kept[name], len(failed.get(name, [])))
     return {
         "root": str(root),
@@ -134,18 +127,3 @@ def _refuse_failing(task: str, kept: int, failed: int) -> None:
     tried = kept + failed
     if tried >= 20 and kept < 0.1 * tried:
         raise ValueError(f"the scripted policy failed in {failed} of {tried} episodes of {task}")
-
-
-def _checked_settings(root: Path, settings: dict[str, Any]) -> dict[str, list[int]]:
-    """Failed seeds by task of the recording in `root`; refuses to mix two recordings, notes a new one's settings."""
-    path = root / SETTINGS_FILE
-    if not path.is_file():
-        write_json(path, {"settings": settings, "failed_seeds": {}})
-        return {}
-    stored = json.loads(path.read_text())
-    there = stored.get("settings", {})
-    if there != settings:
-        keys = [key for key in {**there, **settings} if there.get(key) != settings.get(key)]
-        difference = ", ".join(f"{key}: {there.get(key)!r} there, {settings.get(key)!r} now" for key in keys)
-        raise ValueError(f"{root} holds a recording with other settings ({difference}); use another folder")
-    return {name: list(seeds) for name, seeds in stored["failed_seeds"].items()}

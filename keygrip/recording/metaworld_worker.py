@@ -12,7 +12,8 @@ from keygrip.envs.metaworld.environment import DOWN, MetaWorldEnvironment
 from keygrip.envs.metaworld.expert import Expert
 from keygrip.envs.metaworld.tasks import HZ, MetaWorldTask
 from keygrip.envs.workers import serve_jobs
-from keygrip.recording.metaworld import ARM, ROBOT, demo_name
+from keygrip.recording.metaworld import ARM, ROBOT
+from keygrip.recording.recorded_folder import demo_name
 
 
 def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], Iterator[dict[str, Any]]]:

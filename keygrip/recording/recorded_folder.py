@@ -1,0 +1,51 @@
+"""What recorders keep in their folder beside the demonstrations: its lock, its settings and the seeds that failed.
+
+Imports no simulator: workers in a simulator's own environment use it too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from keygrip.artifacts import write_json
+
+SETTINGS_FILE = "recording.json"
+LOCK_FILE = ".recording.lock"
+
+
+def demo_name(task: str, seed: int) -> str:
+    """Folder name of an episode."""
+    return f"{task}_{seed:07d}"
+
+
+def failed_seeds(root: Path, settings: dict[str, Any], none: Any) -> Any:
+    """What a recording in `root` stored of failed seeds. A new one notes its settings, and `none` for the seeds.
+
+    Raises:
+        ValueError: `root` holds a recording with other settings; two are never mixed.
+    """
+    path = root / SETTINGS_FILE
+    if not path.is_file():
+        store(root, settings, none)
+        return none
+    stored = json.loads(path.read_text())
+    refuse_other_settings(root, stored.get("settings", {}), settings)
+    return stored["failed_seeds"]
+
+
+def store(root: Path, settings: dict[str, Any], failed: Any) -> None:
+    """Writes settings and failed seeds, whole or not at all."""
+    write_json(root / SETTINGS_FILE, {"settings": settings, "failed_seeds": failed})
+
+
+def refuse_other_settings(root: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises ValueError, with the settings that differ, where those of a recording are not those asked for."""
+    keys = [key for key in {**there, **now} if there.get(key) != now.get(key)]
+    if keys:
+        difference = ", ".join(f"{key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in keys)
+        raise ValueError(
+            f"{root} holds a recording with other settings ({difference}); use another folder or remove it"
+        )
