@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from keygrip.artifacts import sha256_file, sha256_of
 from keygrip.models.patch_dit.dino_view import DinoView
+from keygrip.training.integrity import load_tensors
 
 Features = Callable[[Tensor], Tensor]
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -89,7 +90,7 @@ def _inception(file: Path) -> tuple[Features, str]:
     """With the weights of the FID (pt_inception-2015-12-05-6726825d.pth) the features are those that it is defined on,
     resized as its port to PyTorch does; torchvision's are of another training."""
     try:
-        weights = torch.load(file, map_location="cpu", weights_only=True)
+        weights = load_tensors(file)
         ours = weights["fc.weight"].shape[0] == FID_CLASSES
         network = fid_inception() if ours else _torchvision_inception()
         network.load_state_dict(weights)
