@@ -4,9 +4,9 @@
 limit and success are those of `keygrip evaluate`; the scripts run as in recordings, without disturbances, from where
 the benchmark starts the arm. Prints one line of JSON.
 
-``--period 0.1`` is a narrower best: each episode that the script solves is started again, and what the script commanded
-is followed from its positions every 0.1 s, straight from one to the next, as a policy's plan is. What is lost there no
-policy of such plans can win.
+``--period 0.1`` is what imitation of such plans can reach: each episode that the script solves is started again, and
+what the script commanded is followed from its positions every 0.1 s, straight from one to the next, as a policy's plan
+is.
 """
 
 from __future__ import annotations
@@ -42,22 +42,25 @@ def episodes_of(task: str, seeds: range, period: float) -> list[dict[str, Any]]:
         success = expert.succeeded
         if period and success:
             commands.append([*environment.commanded_position, *DOWN, expert.opening])
-            steps = round(period * HZ)
-            kept = np.array(commands[::steps])
             environment.reset(seed=seed)
-            success = False
-            for step in range(1, STEP_LIMIT + 1):
-                before, share = divmod(step, steps)
-                ends = kept[min(before, len(kept) - 1)], kept[min(before + 1, len(kept) - 1)]
-                action = ends[0] + (ends[1] - ends[0]) * share / steps
-                action[7] = ends[share > 0][7]  # the gripper's next state, as plans are followed
-                environment.advance(action)
-                success = environment.outcome()[0]
-                if success:
-                    break
+            success = followed(environment, np.array(commands), round(period * HZ))
         found.append({"seed": seed, "success": success, "seconds": environment.elapsed / HZ})
     environment.close()
     return found
+
+
+def followed(environment: Any, commands: Any, steps: int) -> bool:
+    """Whether every `steps`-th of the commands ``[N, 8]``, straight from one to the next, ends in success."""
+    kept = commands[::steps]
+    for step in range(1, STEP_LIMIT + 1):
+        before, share = divmod(step, steps)
+        ends = kept[min(before, len(kept) - 1)], kept[min(before + 1, len(kept) - 1)]
+        action = ends[0] + (ends[1] - ends[0]) * share / steps
+        action[7] = ends[share > 0][7]  # the gripper's next state, as plans are followed
+        environment.advance(action)
+        if environment.outcome()[0]:
+            return True
+    return False
 
 
 def main() -> None:
