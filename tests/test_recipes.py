@@ -45,6 +45,7 @@ GIVEN = {
     "experiment=yam_dinov3": ["data.root=folder"],
     "experiment=vlm_encoder_probe": ["backbone.init_from=null"],
     "experiment=metaworld": ["data.root=folder"],
+    "experiment=metaworld_two_cameras": ["data.root=folder"],
     "experiment=metaworld_vla": ["data.root=folder"],
     **{f"experiment=vla_qwen_mapanything{kind}": ["data.root=folder"] for kind in ("", "_lora", "_frozen")},
     "geometry=mapanything": ["data.image_size=224"],

@@ -2,9 +2,9 @@
 
 Demonstrations differ from the benchmark's own rollouts: the arm starts up to 6 cm away from its usual
 place; the goals of reaching and placing tasks are raised for the expert, which brings the hand, not the fingertips, to
-them; the gripper closes where the arm stands still; the mocap body does not run further ahead of the hand than it must;
-some episodes are recoveries, which start in the middle, after a disturbance; and an episode goes on after success until
-the arm stands still.
+them; the gripper closes where the arm stands still; some tasks are done more slowly; the mocap body does not run
+further ahead of the hand than it must; some episodes are recoveries, which start in the middle, after a disturbance;
+and an episode goes on after success until the arm stands still.
 """
 
 from __future__ import annotations
@@ -32,6 +32,22 @@ STILL_M = 0.003  # moved by the mocap body within 0.1 s
 ARRIVED = 0.2  # of the largest step of the mocap body: a slower approach is over
 APPROACH_STEPS = 60  # at most, from where the script would close
 STOP_STEPS, HOLD_STEPS = 10, 28
+# Scripts that swing at 2 to 3 Hz, or pass their object at full speed, fail where they are followed from positions every
+# 0.1 s. For these tasks: the share of the script's own gain, and of the largest step of the mocap body; chosen on
+# tuning seeds.
+EASED = {
+    "box-close-v3": (0.4, 0.6),
+    "coffee-pull-v3": (0.4, 1.0),
+    "dial-turn-v3": (0.4, 1.0),
+    "handle-pull-side-v3": (0.4, 0.5),
+    "lever-pull-v3": (0.4, 1.0),
+    "peg-unplug-side-v3": (0.4, 1.0),
+    "push-back-v3": (0.4, 1.0),
+    "soccer-v3": (0.4, 0.5),
+    "stick-pull-v3": (0.4, 1.0),
+    "sweep-into-v3": (0.4, 0.5),
+}
+HALF_OPEN = {"box-close-v3": 0.6}  # the script's efforts below are meant to hold the fingers half open: open, here
 # Where a wall blocks the hand the scripts push the mocap body up to 35 cm past it: no image shows that place.
 LEAD_M = 0.12
 
@@ -81,10 +97,14 @@ class Expert:
 
     def _wanted(self) -> np.ndarray:
         """[4] what the script wants now: a step in units of 1 cm, and the gripper's effort."""
-        sensed = self.environment.sensed.copy()
-        if self.environment.task.name in RAISED_GOALS:
+        task, sensed = self.environment.task.name, self.environment.sensed.copy()
+        if task in RAISED_GOALS:
             sensed[-1] += GOAL_RAISED_M
-        return np.clip(self._policy.get_action(sensed), -1, 1)
+        wanted = np.array(self._policy.get_action(sensed), float)
+        gain, fastest = EASED.get(task, (1.0, 1.0))
+        wanted[:3] = fastest * np.clip(gain * wanted[:3], -1, 1)
+        wanted[3] = np.clip(wanted[3] - HALF_OPEN.get(task, 0.0), -1, 1)
+        return wanted
 
     def _act(self) -> None:
         change, self.opening = self._grasp.step(self._wanted())

@@ -27,7 +27,9 @@ def transform(matrix: Tensor, vectors: Tensor) -> Tensor:
     Written as products and sums, which autocast leaves in the precision that they have: a matrix product in bfloat16
     would move a pixel by half a pixel and a point by millimetres, without a word.
     """
-    return (matrix * vectors[..., None, :]).sum(dim=-1)
+    x, y, z = vectors.unbind(dim=-1)
+    rows = matrix.unbind(dim=-2)  # row by row: the nine products of many vectors are never held at once
+    return torch.stack([row[..., 0] * x + row[..., 1] * y + row[..., 2] * z for row in rows], dim=-1)
 
 
 def project(points: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> tuple[Tensor, Tensor]:

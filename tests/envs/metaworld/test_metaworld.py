@@ -31,17 +31,18 @@ def interpreter() -> str:
 
 
 class Replay:
-    """Commands what a demonstration commanded, from its first frame on."""
+    """Commands what a demonstration commanded, from its first frame on: every `stride`-th frame, 10 in a plan."""
 
     needs = Needs(arms=("right",))
 
-    def __init__(self, demo: Any) -> None:
-        self.arm, self.at = demo.arms["right"].commanded, 0
+    def __init__(self, demo: Any, stride: int = 1) -> None:
+        self.arm, self.at, self.stride = demo.arms["right"].commanded, 0, stride
 
     def plan(self, observation: Any) -> Plan:
-        rows = np.minimum(np.arange(self.at, self.at + 10), len(self.arm) - 1)
+        rows = np.minimum(self.at + self.stride * np.arange(10), len(self.arm) - 1)
         self.at += 10
-        return Plan(self.arm.position[rows][None], self.arm.quaternion[rows][None], self.arm.gripper[rows][None], 0.05)
+        parts = (self.arm.position[rows], self.arm.quaternion[rows], self.arm.gripper[rows])
+        return Plan(*(part[None] for part in parts), 0.05 * self.stride)
 
 
 def test_scripted_demonstrations_are_recorded_and_their_commands_succeed(tmp_path: Path) -> None:
@@ -70,6 +71,28 @@ def test_scripted_demonstrations_are_recorded_and_their_commands_succeed(tmp_pat
     elsewhere = RemoteSettings(python, "keygrip.envs.metaworld.tasks.MetaWorldTask", 64, 80.0, ["nowhere"], control)
     with pytest.raises(ValueError, match="has no camera 'nowhere'; it has corner2"):
         list(run_remote(_Still(), elsewhere, [(task, HELD_OUT_SEED, None)], 1))
+
+
+@pytest.mark.parametrize("task", ["box-close-v3", "handle-pull-side-v3"])
+def test_scripts_that_swing_are_eased_and_succeed_from_positions_every_tenth_of_a_second(
+    task: str, tmp_path: Path
+) -> None:
+    python = interpreter()
+    record_step([task], tmp_path, 1, image_size=32, recoveries=0.0, processes=1, python=python)
+    settings = RemoteSettings(
+        python,
+        "keygrip.envs.metaworld.tasks.MetaWorldTask",
+        32,
+        80.0,
+        None,
+        partial(RecedingHorizon, execute_seconds=0.5),
+    )
+    for demo in (reference.read() for reference in find_demos(tmp_path)):
+        moved = np.abs(np.diff(demo.arms["right"].commanded.position, axis=0)).max()
+        assert moved < 0.026  # m in a frame of four steps; the script itself moves 0.04
+        job = (MetaWorldTask(task), demo.source["seed"], None)
+        ((_, result),) = run_remote(Replay(demo, stride=2), settings, [job], 1)
+        assert result.success
 
 
 class _Still:
