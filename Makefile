@@ -13,8 +13,8 @@ HERE := not lerobot and not openpi and not metaworld and not lmms and not opencv
 .DEFAULT_GOAL := help
 METAWORLD := .venv-metaworld
 # Demonstrations of each task, training steps and episodes of `make metaworld`.
-DEMOS ?= 50
-STEPS ?= 1800
+DEMOS ?= 10
+STEPS ?= 900
 EPISODES ?= 20
 
 .PHONY: help install gl metaworld metaworld-install metaworld-test demo test test-all openpi charuco lint bench notebooks doctor lerobot clean
@@ -89,8 +89,8 @@ metaworld-test: metaworld-install ## tests of Meta-World's environment, recorder
 	METAWORLD_PYTHON=$(CURDIR)/$(METAWORLD)/bin/python $(PYTEST) -m metaworld tests/envs/metaworld
 
 metaworld: metaworld-test ## record MT10, train one policy, evaluate it on held-out positions
-	$(PYTHON) -m keygrip.prepare step=record env=metaworld tasks=mt10 demos=$(DEMOS) root=data/metaworld-mt10
-	$(PYTHON) -m keygrip.train experiment=metaworld data.root=data/metaworld-mt10 max_steps=$(STEPS) run_dir=runs/metaworld-mt10
+	$(PYTHON) -m keygrip.prepare step=record env=metaworld tasks=mt10 demos=$(DEMOS) 'cameras=[corner2,topview]' root=data/metaworld-mt10
+	$(PYTHON) -m keygrip.train experiment=metaworld_two_cameras data.root=data/metaworld-mt10 max_steps=$(STEPS) run_dir=runs/metaworld-mt10
 	$(PYTHON) -m keygrip.evaluate checkpoint=runs/metaworld-mt10 env=metaworld open_loop=false episodes=$(EPISODES)
 
 doctor: install ## check a folder of robot demonstrations before training: make doctor DATA=path/to/folder

@@ -16,6 +16,7 @@ import numpy as np
 from metaworld.policies import ENV_POLICY_MAP
 
 from keygrip.envs.metaworld.environment import DOWN, MetaWorldEnvironment
+from keygrip.envs.metaworld.handle_pull import HandlePull
 from keygrip.envs.metaworld.tasks import MT50
 
 # The scripted hand ends 4 to 4.5 cm below the goal's height at the fingertips: near the success radius of 5 to 7 cm.
@@ -47,6 +48,7 @@ EASED = {
     "stick-pull-v3": (0.4, 1.0),
     "sweep-into-v3": (0.4, 0.5),
 }
+OWN_SCRIPTS = {"handle-pull-v3": HandlePull}
 HALF_OPEN = {"box-close-v3": 0.6}  # the script's efforts below are meant to hold the fingers half open: open, here
 # Where a wall blocks the hand the scripts push the mocap body up to 35 cm past it: no image shows that place.
 LEAD_M = 0.12
@@ -70,7 +72,7 @@ class Expert:
 
     def __post_init__(self) -> None:
         task = self.environment.task.name
-        self._policy = ENV_POLICY_MAP[task]()
+        self._policy = OWN_SCRIPTS.get(task, ENV_POLICY_MAP[task])()
         self._rng = np.random.default_rng((self.seed, MT50.index(task)))
         self.recovery = bool(self._rng.random() < self.recoveries)
         self.succeeded = False

@@ -73,7 +73,7 @@ def test_scripted_demonstrations_are_recorded_and_their_commands_succeed(tmp_pat
         list(run_remote(_Still(), elsewhere, [(task, HELD_OUT_SEED, None)], 1))
 
 
-@pytest.mark.parametrize("task", ["box-close-v3", "handle-pull-side-v3"])
+@pytest.mark.parametrize("task", ["box-close-v3", "handle-pull-v3", "handle-pull-side-v3"])
 def test_scripts_that_swing_are_eased_and_succeed_from_positions_every_tenth_of_a_second(
     task: str, tmp_path: Path
 ) -> None:

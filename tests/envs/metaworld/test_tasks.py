@@ -1,12 +1,14 @@
-"""Meta-World's table of tasks; needs no simulator."""
+"""Meta-World's table of tasks and our own script; needs no simulator."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from keygrip.envs.metaworld.handle_pull import HandlePull
 from keygrip.envs.metaworld.tasks import DIFFICULTY, INSTRUCTIONS, MT10, MT50, MetaWorldTask, task_names
 
 
@@ -51,3 +53,23 @@ import keygrip.evaluation.rollout_worker
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("hand", "step"),
+    [
+        pytest.param([0.0, 0.0, 0.14], [0, -1, 0], id="above the bar: to the front of it first"),
+        pytest.param([0.05, -0.08, 0.1], [-1, 0, 0], id="in front, but aside"),
+        pytest.param([0.0, -0.08, 0.1], [0, 0, -1], id="in front: down"),
+        pytest.param([0.0, -0.075, -0.02], [0, 1, 0], id="below: against the bar"),
+        pytest.param([0.0, -0.035, 0.0], [0, 0, 1], id="at the bar: up"),
+        pytest.param([0.0, -0.03, 0.06], [0, -1, 0], id="slipped off: back to the front"),
+    ],
+)
+def test_the_handle_is_pulled_up_from_the_front_with_shut_fingers(hand: list[float], step: list[int]) -> None:
+    handle = np.array([0.1, 0.6, 0.06])
+    action = HandlePull().get_action(np.concatenate([handle + hand, [1.0], handle, np.zeros(32)]))
+    largest = np.abs(action[:3]).argmax()
+    assert np.sign(action[largest]) == step[largest]
+    assert np.abs(action[:3]).max() <= 0.5
+    assert action[3] == 1.0
