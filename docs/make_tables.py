@@ -170,7 +170,7 @@ def headline() -> str:
     words = f"from one camera, {min(equal)} demonstrations of each task, 20 minutes of training on one core"
     rows.append((words, f"{few['successes']} of {few['episodes']}"))
     mt50 = {run["name"]: run["result"]["all"]["successes"] for run in read("metaworld_mt50")["runs"]}
-    words = "Meta-World MT50, one policy for all fifty tasks, at most 20 demonstrations of each, three hours of one core"
+    words = "Meta-World MT50, one policy for all fifty, at most 20 demonstrations of each, three hours of one core"
     last = mt50["two cameras, eased scripts, from the one before"]
     first = mt50["volume query with language, 20 demonstrations"]
     rows.append((words, f"two cameras {last} of 500; after the first 65 minutes, one camera: {first}"))
