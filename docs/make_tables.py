@@ -227,9 +227,9 @@ def _of(jobs: Sequence[dict[str, Any]], ablation: str) -> list[dict[str, Any]]:
     return [job["suite"]["cases"] for job in jobs if job["overrides"].get("ablation") == ablation]
 
 
-def dit_images() -> str:
+def dit_images(run: str = "run", pixels: int = 64) -> str:
     """The small recipe's images beside real ones and an unrelated real one."""
-    cases = read("dit_images")["run"]["cases"]
+    cases = read("dit_images")[run]["cases"]
     columns = {
         "real": "real images",
         "another_picture": "an unrelated real image",
@@ -248,17 +248,25 @@ def dit_images() -> str:
         ("SSIM", "ssim", 2),
         ("PSNR, dB", "psnr_db", 1),
         ("distance in DINO features", "dino_distance", 3),
-        ("cube within 4 of 64 px", "cube_within_4px", 2),
-        ("block within 4 of 64 px", "block_within_4px", 2),
+        (f"cube within {pixels // 16} of {pixels} px", "cube_within_4px", 2),
+        (f"block within {pixels // 16} of {pixels} px", "block_within_4px", 2),
         ("colour as asked", "colour_as_asked", 2),
         ("side as asked", "side_as_asked", 2),
         ("exactly the named objects", "objects_as_named", 2),
     )
     rows = [
-        (title, *(f"{cases[case][name]:.{digits}f}" if name in cases[case] else "" for case in columns))
+        (
+            title,
+            *(f"{cases[case][name]:.{digits}f}" if name in cases[case] else "" for case in columns if case in cases),
+        )
         for title, name, digits in lines
     ]
-    return markdown(["", *columns.values()], rows)
+    return markdown(["", *(words for case, words in columns.items() if case in cases)], rows)
+
+
+def dit_images_128px() -> str:
+    """The same at 128 px."""
+    return dit_images("run_128px", 128)
 
 
 def dit_recipes() -> str:
@@ -564,7 +572,7 @@ TABLES: dict[str, Callable[[], str]] = {
     for table in (
         *(seeds, errors, shifts, options, speed, headline, metaworld_tasks, metaworld_groups),
         *(metaworld_mt50, metaworld_mt50_tasks, metaworld_equal_time, metaworld_equal_time_tasks),
-        *(dit_claims, dit_images, dit_recipes, vlm_seeds, vlm_others, vlm_ablations, vlm_label_free),
+        *(dit_claims, dit_images, dit_images_128px, dit_recipes, vlm_seeds, vlm_others, vlm_ablations, vlm_label_free),
         *(vla_injection, vla_ablations, vla_comparison, vla_compression, vla_recipe),
     )
 }
