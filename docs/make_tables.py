@@ -483,6 +483,9 @@ def vlm_label_free() -> str:
         "untrained": "random weights",
         "label_free": "no label, cut short",
         "changes": "and continued with `model.changes=0.9`",
+        "moments": "with *moments*, whole frames, 15 minutes",
+        "moments_mosaic": "*moments* in mosaics, 13 minutes",
+        "moments_mosaic_alone": "*moments* in mosaics, nearly alone, 8 minutes",
     }
     rows = [
         (titles[probe["encoder"]], *(f"{probe['metrics'][f'val/{kind}']:.3f}" for kind in kinds))

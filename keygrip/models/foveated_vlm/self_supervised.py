@@ -1,6 +1,6 @@
 """Self-supervised encoder pretraining: on frames alone; questions and answers are never read.
 
-Four losses, each from pixels:
+Five losses, each from pixels:
 
 - **masked prediction** (He et al. 2022, arXiv:2111.06377; with the hidden patches as part of the input, Xie et al.
   2022, arXiv:2111.09886): a share of the patches is hidden, and every patch token predicts its pixels. Visible patches
@@ -12,11 +12,15 @@ Four losses, each from pixels:
   arXiv:2011.09157): the features of one place in two views of a frame (shifted, recoloured, with other patches hidden)
   are positives. Patches of other frames are negatives, so that features keep what differs between the frames of a
   video, wherever in its patch it lies.
+- **moments** (InfoNCE over time): of a place that changes over a video, the two views of each moment are positives, the
+  same place at the video's other moments are the only negatives. What stays there (the object, its colour, the table)
+  cannot tell them apart: features must keep what changes.
 - **frame**: CLS predicts the whole frame at a low resolution.
 
 A run of it is a source of backbone weights like any other (`backbone.init_from=runs/...`).
 
-Legend: M frames, N = h * w patches, P pixels of a patch's side, D backbone width, K chosen patches of a frame.
+Legend: M frames, N = h * w patches, P pixels of a patch's side, D backbone width, K chosen patches of a frame (places
+of a video), V videos, T frames of the longest.
 """
 
 from __future__ import annotations
@@ -40,10 +44,12 @@ from keygrip.training.system import System
 if TYPE_CHECKING:
     from keygrip.data.batches import VideoTextStatistics
 
-LOSSES = ("pixels", "asked", "frame", "agreement")
+LOSSES = ("pixels", "asked", "frame", "agreement", "moments")
 FLAT = 0.1  # standard deviation of a patch, in units of the whole image's, below which its detail is noise
+PLAIN = (0, 1)  # brightness and contrast that change nothing
 CHANGED = 0.2  # deviation of a pixel from its video's mean, in the same units, that gets weight 0.5; noise is far below
 MARK = 16  # changed pixels from which on a patch has full weight
+STILL = 0.1  # share of a patch's weight, over a video, up to which it does not change
 THUMBNAIL = 16  # side in pixels of the frame that CLS predicts
 
 
@@ -89,13 +95,30 @@ def targets_of(patches: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([detail.flatten(-2) / (variance + FLAT**2).sqrt()[..., None], mean], dim=-1), variance.sqrt()
 
 
-def view_of(images: Tensor, moved: tuple[int, int], colour: tuple[Tensor, Tensor]) -> Tensor:
+def view_of(images: Tensor, moved: tuple[int, int], colour: tuple[Tensor | int, Tensor | int]) -> Tensor:
     """Images moved by (down, right) pixels, their edges drawn out, in another brightness and contrast [M, 1, 1, 1]."""
-    down, right = moved
-    padded = F.pad(images, (max(right, 0), max(-right, 0), max(down, 0), max(-down, 0)), mode="replicate")
-    size = images.shape[-1]
-    top, left = max(-down, 0), max(-right, 0)
-    return padded[:, :, top : top + size, left : left + size] * colour[1] + colour[0]
+    places = torch.arange(images.shape[-1], device=images.device)
+    rows, columns = ((places - by).clamp(0, len(places) - 1) for by in moved)
+    return images[:, :, rows][..., columns] * colour[1] + colour[0]
+
+
+def mosaic_of(video: Tensor, size: int, tile: int, random: torch.Generator) -> Tensor:
+    """Which frame each pixel is taken from, int64 [M, 1, S, S]: in every tile of `tile` pixels, whose grid begins
+    anywhere, the frames of each video change places. `video` [M] ascends. 0: no tiles, every pixel from its own."""
+    if not tile:
+        return torch.arange(len(video))[:, None, None, None].expand(-1, 1, size, size)
+    count = size // tile + 2
+    keys = video + 0.999 * torch.rand(count * count, len(video), generator=random, dtype=torch.float64)
+    order = keys.argsort(1).T.view(len(video), 1, count, count)  # sorted by video, then at random
+    start = torch.randint(tile, (2,), generator=random)
+    rows, columns = ((torch.arange(size) + by) // tile for by in start)
+    return order[:, :, rows][..., columns]
+
+
+def centres_of(pixels: Tensor, patch_size: int) -> Tensor:
+    """[M, N] the values of [M, 1, S, S] at the centres of patches, row after row."""
+    half = patch_size // 2
+    return pixels[:, 0, half::patch_size, half::patch_size].flatten(1)
 
 
 def changes_of(images: Tensor, video: Tensor) -> Tensor:
@@ -127,7 +150,8 @@ class SelfSupervisedEncoder(nn.Module):
             return nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, out))
 
         self.patch_head, self.asked_head = head(pixels), head(pixels)
-        self.frame_head, self.agreement_head = head(3 * THUMBNAIL**2), head(width // 2)
+        self.frame_head = head(3 * THUMBNAIL**2)
+        self.agreement_head, self.moments_head = head(width // 2), head(width // 2)
         self.cue = nn.Sequential(nn.Linear(3, width), nn.GELU(), nn.Linear(width, dim))
 
     def hide(self, images: Tensor, hidden: Tensor) -> Tensor:
@@ -137,17 +161,55 @@ class SelfSupervisedEncoder(nn.Module):
         return images * (1 - F.interpolate(cover, images.shape[-2:], mode="nearest"))
 
 
+@dataclass(frozen=True)
+class _TwoViews:
+    """Two views of the same frames.
+
+    Attributes:
+        patches: features [2M, N, D], those of the first view before those of the second. grid: (h, w).
+        hidden: bool [M, N] of each view. moves: pixels (down, right) by which each view is moved.
+        shown: int64 [M, N] of each view, the frame that each patch shows: in a patch over all M, every frame once.
+        patch_size: P.
+    """
+
+    patches: Tensor
+    grid: tuple[int, int]
+    hidden: list[Tensor]
+    moves: list[tuple[int, int]]
+    shown: list[Tensor]
+    patch_size: int
+
+    def features(self, head: nn.Module) -> tuple[Tensor, Tensor]:
+        """Of both views after a head, of length 1, [M, N, E] each."""
+        first, second = (F.normalize(head(v).float(), dim=-1) for v in self.patches.split(len(self.hidden[0])))
+        return first, second
+
+    def in_second(self, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, column and whether they are inside the second view, of the nearest to the places `at` of the first."""
+        (h, w), moves = self.grid, self.moves
+        row = (at // w + (moves[1][0] - moves[0][0]) / self.patch_size).round().long()
+        column = (at % w + (moves[1][1] - moves[0][1]) / self.patch_size).round().long()
+        inside = (row >= 0) & (row < h) & (column >= 0) & (column < w)
+        return row.clamp(0, h - 1), column.clamp(0, w - 1), inside
+
+    def partner(self, at: Tensor, match: Tensor) -> Tensor:
+        """Which image of the second view shows at its patch `match` the frame that the first shows `at`, all [M, K]."""
+        return self.shown[1].argsort(0)[self.shown[0].gather(1, at), match]
+
+
 @model_part
 class SelfSupervisedModule(System):
     """Trains a `SelfSupervisedEncoder`; `val/pixels` and so on are the losses on held-out frames.
 
     Args:
         network: the plain network. collator: for the data module. optimizer: the recipe.
-        weights: of the losses: pixels, asked, frame and agreement.
-        asked_patches: K, of each frame, drawn by how detailed they are.
-        temperature: of the agreement. shift: views are moved against each other by up to so many pixels.
+        weights: of the losses: pixels, asked, frame, agreement and moments.
+        asked_patches: K, of each frame, drawn by how detailed they are; of each video, by how much they change.
+        temperature: of agreement and moments. shift: views are moved against each other by up to so many pixels.
         changes: share of the two predictions' weight that lies on pixels which change over the video, in every patch
             alike; patches are then drawn by whether they change. 0: all pixels count the same.
+        mosaic: pixels of a tile; in each the frames of a video change places, so that no other place tells the moment.
+            0: whole frames.
 
     Raises:
         ValueError: weights that do not name every loss, or a number out of its range.
@@ -173,15 +235,18 @@ class SelfSupervisedModule(System):
         temperature: float = 0.2,
         shift: int = 24,
         changes: float = 0.0,
+        mosaic: int = 0,
     ) -> None:
         super().__init__(optimizer)
         if set(weights) != set(LOSSES):
             raise ValueError(f"model.weights must name exactly {', '.join(LOSSES)}; it names {sorted(weights)}")
         if asked_patches < 1 or temperature <= 0 or shift < 0:
             raise ValueError("model: asked_patches must be at least 1, temperature above 0, shift not below 0")
+        if mosaic < 0:
+            raise ValueError(f"model.mosaic={mosaic}: pixels of a tile, or 0")
         if not 0 <= changes <= 1:
             raise ValueError(f"model.changes={changes}: a share from 0 to 1")
-        self.network, self.collator, self.changes = network, collator, changes
+        self.network, self.collator, self.changes, self.mosaic = network, collator, changes, mosaic
         self.weights, self.asked_patches = dict(weights), asked_patches
         self.temperature, self.shift = temperature, shift
         self._sums: dict[str, list[float]] = {}
@@ -192,10 +257,15 @@ class SelfSupervisedModule(System):
         random = torch.Generator().manual_seed(seed)
         images = normalised(batch.frames, backbone.mean, backbone.std)
         moves = [self._move(images.shape[-1], random) for _ in range(2)]
-        views, hidden = [], []
+        changes = changes_of(images, batch.video)
+        views, hidden, changed_pixels, shown = [], [], [], []
         for move in moves:
+            frame_of = mosaic_of(batch.video.cpu(), images.shape[-1], self.mosaic, random).to(images.device)
             colour = torch.rand(2, len(images), 1, 1, 1, generator=random).to(images.device)
-            views.append(view_of(images, move, (0.4 * colour[0] - 0.2, 0.8 + 0.4 * colour[1])))
+            mixed = images.gather(0, frame_of.expand_as(images))
+            views.append(view_of(mixed, move, (0.4 * colour[0] - 0.2, 0.8 + 0.4 * colour[1])))
+            changed_pixels.append(view_of(changes.gather(0, frame_of), move, PLAIN))
+            shown.append(centres_of(view_of(frame_of, move, PLAIN), backbone.patch_size))
             count = (images.shape[-1] // backbone.patch_size) ** 2
             covered = torch.rand(len(images), count, generator=random) < network.hidden_share
             hidden.append(covered.to(images.device))
@@ -203,25 +273,26 @@ class SelfSupervisedModule(System):
         with short_attention(images.device, hidden[0].shape[1]):
             features, kv = backbone.forward_with_kv(network.hide(both, torch.cat(hidden)))
             wanted, detail = targets_of(patches_of(both, backbone.patch_size))
-            weight = None
+            weight, changed = self._weights(torch.cat(changed_pixels))
             if self.changes:
-                weight, detail = self._weights(changes_of(images, batch.video), moves)
+                detail = changed
             asked = self._drawn(detail.masked_fill(torch.cat(hidden), 0.0), random)  # [2M, K]
             target = wanted.gather(1, asked[..., None].expand(-1, -1, wanted.shape[-1]))
             said = network.asked_head(backbone.query(network.cue(target[..., -3:]), kv))
         small = F.adaptive_avg_pool2d(both, THUMBNAIL).flatten(1)
-        of_asked = None if weight is None else weight.gather(1, asked[..., None].expand(-1, -1, weight.shape[-1]))
+        of_asked = weight.gather(1, asked[..., None].expand(-1, -1, weight.shape[-1]))
+        views_of = _TwoViews(features.patches, features.grid, hidden, moves, shown, backbone.patch_size)
         return {
             "pixels": self._error(network.patch_head(features.patches).float(), wanted, weight),
             "asked": self._error(said.float(), target, of_asked),
             "frame": F.mse_loss(network.frame_head(features.cls).float(), small),
-            "agreement": self._agreement(features.patches, features.grid, detail, hidden, moves, random),
+            "agreement": self._agreement(views_of, detail, random),
+            "moments": self._moments(views_of, changed, batch.video, random),
         }
 
-    def _weights(self, changes: Tensor, moves: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Of what is predicted of each patch of both views, [2M, N, 3PP + 3], and how much of each changes [2M, N]."""
-        plain = (changes.new_zeros(1), changes.new_ones(1))
-        seen = torch.cat([view_of(changes, move, plain) for move in moves])
+    def _weights(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Of what is predicted of each patch of both views, [2M, N, 3PP + 3], and how much of each changes [2M, N],
+        from how much each pixel [2M, 1, S, S] does."""
         size = self.network.backbone.patch_size
         pixels = F.unfold(seen, size, stride=size).transpose(1, 2)  # [2M, N, PP]
         mass = pixels.sum(-1, keepdim=True)
@@ -230,9 +301,7 @@ class SelfSupervisedModule(System):
         return torch.cat([*[of_pixels] * 3, torch.ones_like(of_pixels[..., :3])], dim=-1), counts[..., 0].sqrt()
 
     @staticmethod
-    def _error(said: Tensor, wanted: Tensor, weight: Tensor | None) -> Tensor:
-        if weight is None:
-            return F.mse_loss(said, wanted)
+    def _error(said: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
         return (weight * (said - wanted).square()).mean()
 
     def _move(self, size: int, random: torch.Generator) -> tuple[int, int]:
@@ -246,39 +315,52 @@ class SelfSupervisedModule(System):
         keys = detail.clamp_min(1e-4).log() * 2 - (-noise.log()).log()  # Gumbel: in proportion to the variance
         return keys.topk(min(self.asked_patches, detail.shape[1]), dim=1).indices
 
-    def _agreement(
-        self,
-        patches: Tensor,
-        grid: tuple[int, int],
-        detail: Tensor,
-        hidden: list[Tensor],
-        moves: list[tuple[int, int]],
-        random: torch.Generator,
-    ) -> Tensor:
+    def _agreement(self, views: _TwoViews, detail: Tensor, random: torch.Generator) -> Tensor:
         """How well drawn patches of the first view find their places in the second one among all that were drawn."""
-        frames, size = len(hidden[0]), self.network.backbone.patch_size
-        at = self._drawn(detail[:frames].masked_fill(hidden[0], 0.0), random)  # [M, K]
-        rows, columns = at // grid[1], at % grid[1]
-        row = (rows + (moves[1][0] - moves[0][0]) / size).round().long()  # the nearest patch in the second view
-        column = (columns + (moves[1][1] - moves[0][1]) / size).round().long()
-        inside = (row >= 0) & (row < grid[0]) & (column >= 0) & (column < grid[1])
-        match = row.clamp(0, grid[0] - 1) * grid[1] + column.clamp(0, grid[1] - 1)
-        inside &= ~hidden[1].gather(1, match)
-        first, second = (
-            F.normalize(self.network.agreement_head(view).float(), dim=-1) for view in patches.split(frames)
+        frames = len(views.hidden[0])
+        at = self._drawn(detail[:frames].masked_fill(views.hidden[0], 0.0), random)  # [M, K]
+        row, column, inside = views.in_second(at)
+        match = row * views.grid[1] + column
+        image = views.partner(at, match)
+        inside &= ~views.hidden[1][image, match]
+        first, second = views.features(self.network.agreement_head)
+        own, others = (
+            first.gather(1, at[..., None].expand(-1, -1, first.shape[-1]))[inside],
+            second[image, match][inside],
         )
-        width = first.shape[-1]
-        own = first.gather(1, at[..., None].expand(-1, -1, width))[inside]  # [n, E]
-        others = second.gather(1, match[..., None].expand(-1, -1, width))[inside]
         if len(own) < 2:
             return own.sum() * 0.0
         logits = own @ others.T / self.temperature
         # neighbours in a frame show the same thing: only patches elsewhere in it and in other frames are different
-        frame = torch.arange(frames, device=at.device)[:, None].expand_as(at)[inside]
-        row, column = row[inside], column[inside]
+        frame, row, column = views.shown[0].gather(1, at)[inside], row[inside], column[inside]
         near = (row[:, None] - row).abs().maximum((column[:, None] - column).abs()) <= 1
         near &= (frame[:, None] == frame) & ~torch.eye(len(own), dtype=torch.bool, device=at.device)
         return F.cross_entropy(logits.masked_fill(near, -torch.inf), torch.arange(len(own), device=at.device))
+
+    def _moments(self, views: _TwoViews, changed: Tensor, video: Tensor, random: torch.Generator) -> Tensor:
+        """How well places that change, in the first view, find their moment in the second one among those of their
+        video. `changed` [2M, N]: how much each patch changes, of both views."""
+        lengths = torch.bincount(video)
+        total = changed.new_zeros(len(lengths), changed.shape[1]).index_add_(0, video, changed[: len(video)])
+        often = total / lengths.clamp_min(1)[:, None]  # [V, N]
+        places = self._drawn(often, random)  # [V, K]
+        at = places[video]  # [M, K]
+        row, column, inside = views.in_second(at)
+        match = row * views.grid[1] + column
+        first, second = views.features(self.network.moments_head)
+        own, others = (
+            view.gather(1, where[..., None].expand(-1, -1, view.shape[-1]))
+            for view, where in ((first, at), (second, match))
+        )  # [M, K, E]
+        logits = torch.einsum("mke,nke->mkn", own, others) / self.temperature
+        seen = inside & ~views.hidden[1].gather(1, match)
+        candidates = (video[:, None] == video)[:, None] & seen.T  # [M, K, M]
+        image = views.partner(at, match)
+        anchors = ~views.hidden[0].gather(1, at) & candidates.gather(2, image[..., None])[..., 0]
+        anchors &= (candidates.sum(-1) > 1) & (often.gather(1, places) > STILL)[video]
+        if not anchors.any():
+            return logits.sum() * 0.0
+        return F.cross_entropy(logits.masked_fill(~candidates, -torch.inf)[anchors], image[anchors])
 
     def _total(self, losses: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()

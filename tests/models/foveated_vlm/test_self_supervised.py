@@ -22,7 +22,10 @@ from keygrip.models.foveated_vlm.self_supervised import (
     FramesCollator,
     SelfSupervisedEncoder,
     SelfSupervisedModule,
+    _TwoViews,
+    centres_of,
     changes_of,
+    mosaic_of,
     patches_of,
     targets_of,
     view_of,
@@ -42,6 +45,10 @@ def module(**changes: float) -> SelfSupervisedModule:
 def video(frames: int, key: str, said: str = "7") -> VideoTextSample:
     pixels = np.random.default_rng(len(key)).integers(0, 255, (frames, 64, 64, 3), dtype=np.uint8)
     return VideoTextSample(pixels, (answer("?", said, "mark", {"pixel": [4, 4]}),), "tours", key)
+
+
+def whole_frames(count: int) -> list[torch.Tensor]:
+    return [torch.arange(count)[:, None].expand(-1, 16)] * 2
 
 
 def test_targets_are_detail_and_mean_of_each_patch() -> None:
@@ -87,9 +94,62 @@ def test_places_that_agree_are_those_that_show_the_same() -> None:
 
     def loss(move: tuple[int, int]) -> float:
         random = torch.Generator().manual_seed(1)
-        return float(trained._agreement(features, (4, 4), detail, nothing, [(0, 0), move], random))
+        views = _TwoViews(features, (4, 4), nothing, [(0, 0), move], whole_frames(2), 16)
+        return float(trained._agreement(views, detail, random))
 
     assert loss((16, -16)) < 1e-3 < 5 < loss((0, 0))
+
+
+def test_moments_are_told_apart_by_what_changes_at_a_place_and_by_nothing_else() -> None:
+    trained = module(shift=0, temperature=0.01, asked_patches=4)
+    trained.network.moments_head = torch.nn.Identity()
+    generator = torch.Generator().manual_seed(0)
+    video = torch.tensor([0, 0, 0, 1, 1, 2])  # three moments, two, and a video of one, which has nothing to tell apart
+    moments, places = torch.randn(6, 1, 32, generator=generator), torch.randn(6, 16, 32, generator=generator)
+    nothing = [torch.zeros(6, 16, dtype=torch.bool)] * 2
+
+    def loss(features: torch.Tensor, changed: torch.Tensor, hidden: list[torch.Tensor] = nothing) -> float:
+        views = _TwoViews(torch.cat([features, features]), (4, 4), hidden, [(0, 0), (0, 0)], whole_frames(6), 16)
+        return float(trained._moments(views, changed, video, torch.Generator().manual_seed(1)))
+
+    everywhere = torch.ones(12, 16)
+    assert loss(moments.expand(-1, 16, -1), everywhere) < 1e-3
+    same = places[torch.tensor([0, 0, 0, 3, 3, 5])]  # a place looks the same at all moments of its video
+    expected = (3 * np.log(3) + 2 * np.log(2)) / 5
+    np.testing.assert_allclose(loss(same, everywhere), expected, rtol=1e-5)
+    assert loss(same, torch.zeros(12, 16)) == 0.0  # nothing changes
+    gone = torch.zeros(6, 16, dtype=torch.bool)
+    gone[2] = True  # in the second view: the third moment is no candidate
+    np.testing.assert_allclose(loss(same, everywhere, [nothing[0], gone]), np.log(2), rtol=1e-5)
+
+
+def test_in_a_mosaic_the_frames_of_a_video_change_places_tile_by_tile() -> None:
+    video = torch.tensor([0, 0, 0, 1, 1])
+    mosaic = mosaic_of(video, 64, 24, torch.Generator().manual_seed(0))
+    assert mosaic.shape == (5, 1, 64, 64)
+    own = torch.arange(5)[:, None, None, None].expand_as(mosaic)
+    assert torch.equal(mosaic.sort(0).values, own)  # at every pixel, every frame once
+    assert torch.equal(video[mosaic], video[own])  # in images of its own video
+    assert 0 < float((mosaic == own).float().mean()) < 1
+    edges = (mosaic.diff(dim=-1) != 0).any(0).any(0).any(0).nonzero()[:, 0]
+    assert set(edges.diff().tolist()) <= {24}
+    assert torch.equal(mosaic_of(video, 64, 0, torch.Generator()), own)
+
+
+def test_views_find_their_moments_in_other_mosaics() -> None:
+    """With features that name the frame which a patch shows, every place finds its moment, whatever shows it."""
+    trained = module(shift=0, temperature=0.01, asked_patches=4)
+    trained.network.moments_head = trained.network.agreement_head = torch.nn.Identity()
+    video = torch.tensor([0, 0, 0, 1, 1])
+    random = torch.Generator().manual_seed(0)
+    names = torch.randn(5, 16, 32, generator=random)
+    shown = [centres_of(mosaic_of(video, 64, 16, random), 16) for _ in range(2)]
+    assert not torch.equal(*shown)
+    features = torch.cat([names[frames, torch.arange(16)] for frames in shown])
+    hidden = [torch.zeros(5, 16, dtype=torch.bool)] * 2
+    views = _TwoViews(features, (4, 4), hidden, [(0, 0), (0, 0)], shown, 16)
+    assert trained._moments(views, torch.ones(10, 16), video, random) < 1e-3
+    assert trained._agreement(views, torch.ones(10, 16), random) < 1e-3
 
 
 def test_every_loss_falls_on_the_frames_it_learns() -> None:
@@ -122,7 +182,7 @@ def test_what_changes_over_a_video_is_what_counts() -> None:
     changed = changes_of(images, torch.tensor([0, 0, 1]))
     assert changed[2].max() == 0  # the other video stands still
     assert (changed[:2] > 0.9).flatten(1).sum(1).tolist() == [16, 16]
-    weight, counts = trained._weights(changed, [(0, 0), (0, 0)])
+    weight, counts = trained._weights(torch.cat([changed, changed]))
     assert weight.shape == (6, 16, 3 * 256 + 3)
     assert counts.nonzero().tolist() == [[view, 6] for view in (0, 1, 3, 4)]
     said, wanted = torch.zeros(6, 16, 771), torch.zeros(6, 16, 771)
