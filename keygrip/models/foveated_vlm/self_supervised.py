@@ -20,7 +20,7 @@ Five losses, each from pixels:
 A run of it is a source of backbone weights like any other (`backbone.init_from=runs/...`).
 
 Legend: M frames, N = h * w patches, P pixels of a patch's side, D backbone width, K chosen patches of a frame (places
-of a video), V videos, T frames of the longest.
+of a video), V videos.
 """
 
 from __future__ import annotations
@@ -281,13 +281,13 @@ class SelfSupervisedModule(System):
             said = network.asked_head(backbone.query(network.cue(target[..., -3:]), kv))
         small = F.adaptive_avg_pool2d(both, THUMBNAIL).flatten(1)
         of_asked = weight.gather(1, asked[..., None].expand(-1, -1, weight.shape[-1]))
-        views_of = _TwoViews(features.patches, features.grid, hidden, moves, shown, backbone.patch_size)
+        two = _TwoViews(features.patches, features.grid, hidden, moves, shown, backbone.patch_size)
         return {
             "pixels": self._error(network.patch_head(features.patches).float(), wanted, weight),
             "asked": self._error(said.float(), target, of_asked),
             "frame": F.mse_loss(network.frame_head(features.cls).float(), small),
-            "agreement": self._agreement(views_of, detail, random),
-            "moments": self._moments(views_of, changed, batch.video, random),
+            "agreement": self._agreement(two, detail, random),
+            "moments": self._moments(two, changed, batch.video, random),
         }
 
     def _weights(self, seen: Tensor) -> tuple[Tensor, Tensor]:
