@@ -115,6 +115,11 @@ def mosaic_of(video: Tensor, size: int, tile: int, random: torch.Generator) -> T
     return order[:, :, rows][..., columns]
 
 
+def at_places(values: Tensor, places: Tensor) -> Tensor:
+    """[M, K, F] the values [M, N, F] of the patches `places` [M, K]."""
+    return values.gather(1, places[..., None].expand(-1, -1, values.shape[-1]))
+
+
 def centres_of(pixels: Tensor, patch_size: int) -> Tensor:
     """[M, N] the values of [M, 1, S, S] at the centres of patches, row after row."""
     half = patch_size // 2
@@ -184,13 +189,13 @@ class _TwoViews:
         first, second = (F.normalize(head(v).float(), dim=-1) for v in self.patches.split(len(self.hidden[0])))
         return first, second
 
-    def in_second(self, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Row, column and whether they are inside the second view, of the nearest to the places `at` of the first."""
+    def in_second(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        """The patch of the second view that is nearest to the place of `at` in the first, and whether it is inside."""
         (h, w), moves = self.grid, self.moves
         row = (at // w + (moves[1][0] - moves[0][0]) / self.patch_size).round().long()
         column = (at % w + (moves[1][1] - moves[0][1]) / self.patch_size).round().long()
         inside = (row >= 0) & (row < h) & (column >= 0) & (column < w)
-        return row.clamp(0, h - 1), column.clamp(0, w - 1), inside
+        return row.clamp(0, h - 1) * w + column.clamp(0, w - 1), inside
 
     def partner(self, at: Tensor, match: Tensor) -> Tensor:
         """Which image of the second view shows at its patch `match` the frame that the first shows `at`, all [M, K]."""
@@ -277,14 +282,13 @@ class SelfSupervisedModule(System):
             if self.changes:
                 detail = changed
             asked = self._drawn(detail.masked_fill(torch.cat(hidden), 0.0), random)  # [2M, K]
-            target = wanted.gather(1, asked[..., None].expand(-1, -1, wanted.shape[-1]))
+            target = at_places(wanted, asked)
             said = network.asked_head(backbone.query(network.cue(target[..., -3:]), kv))
         small = F.adaptive_avg_pool2d(both, THUMBNAIL).flatten(1)
-        of_asked = weight.gather(1, asked[..., None].expand(-1, -1, weight.shape[-1]))
         two = _TwoViews(features.patches, features.grid, hidden, moves, shown, backbone.patch_size)
         return {
             "pixels": self._error(network.patch_head(features.patches).float(), wanted, weight),
-            "asked": self._error(said.float(), target, of_asked),
+            "asked": self._error(said.float(), target, at_places(weight, asked)),
             "frame": F.mse_loss(network.frame_head(features.cls).float(), small),
             "agreement": self._agreement(two, detail, random),
             "moments": self._moments(two, changed, batch.video, random),
@@ -319,20 +323,17 @@ class SelfSupervisedModule(System):
         """How well drawn patches of the first view find their places in the second one among all that were drawn."""
         frames = len(views.hidden[0])
         at = self._drawn(detail[:frames].masked_fill(views.hidden[0], 0.0), random)  # [M, K]
-        row, column, inside = views.in_second(at)
-        match = row * views.grid[1] + column
+        match, inside = views.in_second(at)
         image = views.partner(at, match)
         inside &= ~views.hidden[1][image, match]
         first, second = views.features(self.network.agreement_head)
-        own, others = (
-            first.gather(1, at[..., None].expand(-1, -1, first.shape[-1]))[inside],
-            second[image, match][inside],
-        )
+        own, others = at_places(first, at)[inside], second[image, match][inside]  # [n, E]
         if len(own) < 2:
             return own.sum() * 0.0
         logits = own @ others.T / self.temperature
         # neighbours in a frame show the same thing: only patches elsewhere in it and in other frames are different
-        frame, row, column = views.shown[0].gather(1, at)[inside], row[inside], column[inside]
+        frame = views.shown[0].gather(1, at)[inside]
+        row, column = match[inside] // views.grid[1], match[inside] % views.grid[1]
         near = (row[:, None] - row).abs().maximum((column[:, None] - column).abs()) <= 1
         near &= (frame[:, None] == frame) & ~torch.eye(len(own), dtype=torch.bool, device=at.device)
         return F.cross_entropy(logits.masked_fill(near, -torch.inf), torch.arange(len(own), device=at.device))
@@ -345,14 +346,9 @@ class SelfSupervisedModule(System):
         often = total / lengths.clamp_min(1)[:, None]  # [V, N]
         places = self._drawn(often, random)  # [V, K]
         at = places[video]  # [M, K]
-        row, column, inside = views.in_second(at)
-        match = row * views.grid[1] + column
+        match, inside = views.in_second(at)
         first, second = views.features(self.network.moments_head)
-        own, others = (
-            view.gather(1, where[..., None].expand(-1, -1, view.shape[-1]))
-            for view, where in ((first, at), (second, match))
-        )  # [M, K, E]
-        logits = torch.einsum("mke,nke->mkn", own, others) / self.temperature
+        logits = torch.einsum("mke,nke->mkn", at_places(first, at), at_places(second, match)) / self.temperature
         seen = inside & ~views.hidden[1].gather(1, match)
         candidates = (video[:, None] == video)[:, None] & seen.T  # [M, K, M]
         image = views.partner(at, match)
