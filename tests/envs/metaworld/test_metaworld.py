@@ -30,6 +30,11 @@ def interpreter() -> str:
     return python
 
 
+def remote(python: str, cameras: list[str] | None = None) -> RemoteSettings:
+    control = partial(RecedingHorizon, execute_seconds=0.5)
+    return RemoteSettings(python, "keygrip.envs.metaworld.tasks.MetaWorldTask", 64, 80.0, cameras, control)
+
+
 class Replay:
     """Commands what a demonstration commanded, from its first frame on: every `stride`-th frame, 10 in a plan."""
 
@@ -60,15 +65,14 @@ def test_scripted_demonstrations_are_recorded_and_their_commands_succeed(tmp_pat
     assert camera.frames.read(0).std() > 10
     again = record_step(["drawer-close-v3"], tmp_path, 2, image_size=64, recoveries=0.0, processes=1, python=python)
     assert again["recorded"] == 0
-    control = partial(RecedingHorizon, execute_seconds=0.5)
-    settings = RemoteSettings(python, "keygrip.envs.metaworld.tasks.MetaWorldTask", 64, 80.0, None, control)
+    settings = remote(python)
     task = MetaWorldTask("drawer-close")
     ((_, result),) = run_remote(Replay(demos[0]), settings, [(task, demos[0].source["seed"], tmp_path / "a.mp4")], 1)
     assert result.success
     assert (tmp_path / "a.mp4").is_file()
     ((_, still),) = run_remote(_Still(), settings, [(MetaWorldTask("push", step_limit=40), HELD_OUT_SEED, None)], 1)
     assert (still.success, still.failure, still.seconds) == (False, "timeout", 0.5)
-    elsewhere = RemoteSettings(python, "keygrip.envs.metaworld.tasks.MetaWorldTask", 64, 80.0, ["nowhere"], control)
+    elsewhere = remote(python, ["nowhere"])
     with pytest.raises(ValueError, match="has no camera 'nowhere'; it has corner2"):
         list(run_remote(_Still(), elsewhere, [(task, HELD_OUT_SEED, None)], 1))
 
@@ -79,20 +83,13 @@ def test_scripts_that_swing_are_eased_and_succeed_from_positions_every_tenth_of_
 ) -> None:
     python = interpreter()
     record_step([task], tmp_path, 1, image_size=32, recoveries=0.0, processes=1, python=python)
-    settings = RemoteSettings(
-        python,
-        "keygrip.envs.metaworld.tasks.MetaWorldTask",
-        32,
-        80.0,
-        None,
-        partial(RecedingHorizon, execute_seconds=0.5),
-    )
-    for demo in (reference.read() for reference in find_demos(tmp_path)):
-        moved = np.abs(np.diff(demo.arms["right"].commanded.position, axis=0)).max()
-        assert moved < 0.026  # m in a frame of four steps; the script itself moves 0.04
-        job = (MetaWorldTask(task), demo.source["seed"], None)
-        ((_, result),) = run_remote(Replay(demo, stride=2), settings, [job], 1)
-        assert result.success
+    (reference,) = find_demos(tmp_path)
+    demo = reference.read()
+    moved = np.abs(np.diff(demo.arms["right"].commanded.position, axis=0)).max()
+    assert moved < 0.026  # m in a frame of four steps; the script itself moves 0.04
+    job = (MetaWorldTask(task), demo.source["seed"], None)
+    ((_, result),) = run_remote(Replay(demo, stride=2), remote(python), [job], 1)
+    assert result.success
 
 
 class _Still:
