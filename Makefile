@@ -13,8 +13,8 @@ HERE := not lerobot and not openpi and not metaworld and not lmms and not opencv
 .DEFAULT_GOAL := help
 METAWORLD := .venv-metaworld
 # Demonstrations of each task, training steps and episodes of `make metaworld`.
-DEMOS ?= 10
-STEPS ?= 900
+DEMOS ?= 20
+STEPS ?= 1500
 EPISODES ?= 20
 
 .PHONY: help install gl metaworld metaworld-install metaworld-test demo test test-all openpi charuco lint bench notebooks doctor lerobot clean
