@@ -33,6 +33,7 @@ from keygrip.models.language.qwen_vl import QwenVL
 from keygrip.models.nn.flow_matching import SOLVERS, Solver, integrate, noise_levels
 from keygrip.models.nn.inpainting import guided_velocity
 from keygrip.models.nn.sinusoids import level_features
+from keygrip.models.nn.standardise import RunningStandardisation
 from keygrip.training.parts import ReadWhere, model_part
 
 log = logging.getLogger(__name__)
@@ -127,6 +128,8 @@ class GeometryVLA(nn.Module):
         geom_places: add to each geometry token, before compression, where in which image it lies.
         geom_blank: the compressed tokens hold nothing of the scene: zeros take the place of the geometry tokens. A
             control for further tokens and parameters.
+        geom_standardised: each number of each of the K tokens is standardised over the samples seen in training, in the
+            place of `context_norm`. Pooled tokens differ mostly by which of the K they are, and little by the scene.
         geom_inject_to_vlm: K compressed tokens stand in the language model's prompt, before the images, and reach the
             head through it.
 
@@ -164,6 +167,7 @@ class GeometryVLA(nn.Module):
         geom_places: bool = False,
         geom_inject_to_vlm: bool = False,
         geom_blank: bool = False,
+        geom_standardised: bool = False,
     ) -> None:
         super().__init__()
         _check_geometry(
@@ -175,6 +179,10 @@ class GeometryVLA(nn.Module):
             pointed_tokens,
             {"geom_places": geom_places, "geom_blank": geom_blank},
         )
+        if geom_standardised and not (geom_inject_to_dit and geom_dit_tokens):
+            raise ValueError(
+                "model.network.geom_standardised=true is of compressed geometry tokens in the head, and there are none."
+            )
         if blocks > vlm.layers:
             raise ValueError(
                 f"model.network.blocks={blocks}, but the vision-language model has {vlm.layers} layers: each block "
@@ -226,6 +234,10 @@ class GeometryVLA(nn.Module):
             self.scale = nn.Linear(self.geometry.dim, vlm.width)
         if self.geometry is not None and geom_places:
             self.geometry_places = PlaceEmbedding(self.geometry.dim)
+        self.standardised: nn.ModuleList | None = None
+        if geom_standardised:
+            shape = (geom_dit_tokens, vlm.width)
+            self.standardised = nn.ModuleList(RunningStandardisation(*shape) for _ in range(blocks))
         self.vlm_gain = nn.LayerNorm(vlm.width) if self.vlm_compressor is not None else None
 
     def encode(
@@ -260,7 +272,9 @@ class GeometryVLA(nn.Module):
         # From here on in float32: what the head reads and the head itself.
         with torch.autocast(images.device.type, enabled=False):
             if features is not None and self.compressor is not None:
-                few = [self._normed(tokens) for tokens in self.compressor(self._placed(features.tokens, views))]
+                few = self.compressor(self._placed(features.tokens, views))
+                norms = self.standardised or [self._normed] * len(few)
+                few = [norm(tokens) for norm, tokens in zip(norms, few, strict=True)]
                 if self.scale is not None:
                     assert features.scale is not None
                     scale = self._normed(self.scale(features.scale.float()))[:, None]

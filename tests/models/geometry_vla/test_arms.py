@@ -94,6 +94,25 @@ def test_blank_tokens_hold_nothing_of_the_scene(tmp_path: Path) -> None:
     assert changed_by_geometry(plain)
 
 
+def test_standardised_tokens_differ_between_scenes_alone(tmp_path: Path) -> None:
+    """What the K tokens have in common in all samples is gone, and the statistics are those of training."""
+    module, plain = (ready_module(tmp_path, geom_standardised=value, geom_dit_tokens=2) for value in (True, False))
+    batch = small_batch()
+    start = module(batch).groups[0]
+    module.train()
+    seen = module(batch).contexts[1].tokens[:, start:]
+    torch.testing.assert_close(seen.mean(dim=0), torch.zeros_like(seen[0]), atol=1e-4, rtol=0)
+    module.eval()
+    assert module.network.standardised is not None
+    held = {name: value.clone() for name, value in module.network.standardised.state_dict().items()}
+    alone = module(small_batch()).contexts[1].tokens[:, start:]
+    torch.testing.assert_close(alone, seen, msg="the same batch under the same statistics")
+    assert all(torch.equal(value, held[name]) for name, value in module.network.standardised.state_dict().items())
+    common = plain.eval()(batch).contexts[1].tokens[:, plain(batch).groups[0] :].mean(dim=0)
+    assert common.abs().max() > 0.5
+    assert changed_by_geometry(module)
+
+
 def test_one_mean_pooled_vector_knows_no_layout(tmp_path: Path) -> None:
     module = ready_module(tmp_path, geom_dit_tokens=1)
     assert module.network.compressor is not None
@@ -106,6 +125,8 @@ def test_geometry_that_would_reach_nobody_is_refused() -> None:
     for name in ("geom_places", "geom_blank"):
         with pytest.raises(ValueError, match=f"{name}=true is of compressed geometry tokens, and there are none"):
             small_module(geom_inject_to_dit=False, **{name: True})
+    with pytest.raises(ValueError, match="geom_standardised=true is of compressed geometry tokens"):
+        small_module(small_geometry(), geom_dit_tokens=0, geom_standardised=True, pointing_cells=2, pointed_tokens=True)
     with pytest.raises(ValueError, match="at least 1 with geom_inject_to_vlm"):
         small_module(geom_inject_to_dit=False, geom_inject_to_vlm=True, geom_dit_tokens=0)
     with pytest.raises(ValueError, match="at least 0"):
