@@ -417,6 +417,44 @@ def vla_compression() -> str:
     return markdown([*header, "training samples/s (shared cores)"], rows)
 
 
+def vla_arms() -> str:
+    """Arms of the controlled comparison: how geometry reaches the head, and what the head makes of it."""
+    rows = []
+    for job in read("vla_geometry_comparison")["jobs"]:
+        metrics, result = job["metrics"], job["closed_loop"]
+        low = result["by_height"]["0-2 cm"]
+        figures = (("val/position_cm", " cm"), ("val/geometry_share", ""), ("val/geometry_even", ""))
+        figures = (*figures, ("val/geometry_slot", ""), ("val/geometry_moves_cm", " cm"))
+        cells = ["" if metrics.get(name) is None else f"{metrics[name]:.2f}{unit}" for name, unit in figures]
+        name = job["overrides"]["ablation"].removeprefix("geometry_vla/arm_").replace("_", " ")
+        own = [name, job["overrides"]["seed"], rate(result), f"{low['successes']} of {low['episodes']}"]
+        rows.append([*own, *cells, f"{metrics['parameters/all_m']:.2f} M"])
+    header = [
+        "arm",
+        "training seed",
+        "success",
+        "with the cube at 0-2 cm",
+        "position error (val)",
+        "attention on geometry",
+    ]
+    header += ["if it were even", "explained by the slot", "plans move with another scene's geometry", "parameters"]
+    return markdown(header, rows)
+
+
+def vla_arms_compared() -> str:
+    """The same, paired by episode."""
+    rows = [
+        [
+            *(row[side].removeprefix("geometry_vla/arm_").replace("_", " ") for side in ("arm", "reference")),
+            f"{100 * row['difference']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})",
+            f"{row['p_value']:.4f}",
+            f"{row['p_holm']:.4f}",
+        ]
+        for row in read("vla_geometry_comparison")["paired"]["comparisons"]
+    ]
+    return markdown(["arm", "against", "difference, points", "p", "adjusted"], rows)
+
+
 def vlm_seeds() -> str:
     """The foveated model's figures by training seed."""
     runs = [run for run in read("foveated_vlm")["runs"] if run["run"].startswith("final_")]
@@ -580,7 +618,7 @@ TABLES: dict[str, Callable[[], str]] = {
         *(seeds, errors, shifts, options, speed, headline, metaworld_tasks, metaworld_groups),
         *(metaworld_mt50, metaworld_mt50_tasks, metaworld_equal_time, metaworld_equal_time_tasks),
         *(dit_claims, dit_images, dit_images_128px, dit_recipes, vlm_seeds, vlm_others, vlm_ablations, vlm_label_free),
-        *(vla_injection, vla_ablations, vla_comparison, vla_compression, vla_recipe),
+        *(vla_injection, vla_ablations, vla_comparison, vla_compression, vla_recipe, vla_arms, vla_arms_compared),
     )
 }
 
