@@ -117,6 +117,7 @@ def test_two_compared_arms_of_the_sweep_differ_in_one_thing() -> None:
     sweep = OmegaConf.load(conf / "sweep" / "geometry_comparison.yaml").hydra
     default = flat(OmegaConf.load(conf / "model" / "geometry_vla.yaml"))
     geometry = ("geom_inject_to_dit", "geom_inject_to_vlm", "geom_dit_tokens", "geom_compression_type")
+    geometry = (*geometry, "geom_standardised")
     thing = {f"model.network.{name}": "geometry" for name in geometry} | {"model.network.expansion": "encoder"}
     planned = {name.strip() for name in sweep.sweeper.params.ablation.split(",")}
     compared = set()
