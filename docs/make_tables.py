@@ -417,38 +417,53 @@ def vla_compression() -> str:
     return markdown([*header, "training samples/s (shared cores)"], rows)
 
 
+ARMS = {
+    "neither": "no pointing, no geometry",
+    "none": "pointed places",
+    "pointed": "pointed places, geometry at them",
+    "both": "the same, 16 pooled tokens",
+    "both_standardised": "the same, standardised",
+    "mean": "one mean-pooled vector",
+    "pool_16": "16 pooled tokens",
+    "pool_16_standardised": "16 pooled tokens, standardised",
+}
+
+
+def _arm(name: str) -> str:
+    own = name.removeprefix("geometry_vla/arm_")
+    return f"`{own}`: {ARMS[own]}"
+
+
 def vla_arms() -> str:
     """Arms of the controlled comparison: how geometry reaches the head, and what the head makes of it."""
     rows = []
-    for job in read("vla_geometry_comparison")["jobs"]:
+    for job in sorted(read("vla_geometry_comparison")["jobs"], key=lambda job: job["closed_loop"]["successes"]):
         metrics, result = job["metrics"], job["closed_loop"]
         low = result["by_height"]["0-2 cm"]
-        figures = (("val/position_cm", " cm"), ("val/geometry_share", ""), ("val/geometry_even", ""))
-        figures = (*figures, ("val/geometry_slot", ""), ("val/geometry_moves_cm", " cm"))
-        cells = ["" if metrics.get(name) is None else f"{metrics[name]:.2f}{unit}" for name, unit in figures]
-        name = job["overrides"]["ablation"].removeprefix("geometry_vla/arm_").replace("_", " ")
-        own = [name, job["overrides"]["seed"], rate(result), f"{low['successes']} of {low['episodes']}"]
+        figures = (("position_cm", " cm"), ("geometry_share", ""), ("geometry_slot", ""), ("geometry_moves_cm", " cm"))
+        cells = [
+            "" if metrics.get(f"val/{name}") is None else f"{metrics[f'val/{name}']:.2f}{unit}"
+            for name, unit in figures
+        ]
+        own = [_arm(job["overrides"]["ablation"]), rate(result), f"{low['successes']} of {low['episodes']}"]
         rows.append([*own, *cells, f"{metrics['parameters/all_m']:.2f} M"])
-    header = [
-        "arm",
-        "training seed",
-        "success",
-        "with the cube at 0-2 cm",
-        "position error (val)",
-        "attention on geometry",
-    ]
-    header += ["if it were even", "explained by the slot", "plans move with another scene's geometry", "parameters"]
+    header = ["arm", "success", "with the cube at 0-2 cm", "position error (val)", "attention on the tokens"]
+    header += ["explained by the slot", "plans move with another scene's geometry", "parameters"]
     return markdown(header, rows)
 
 
 def vla_arms_compared() -> str:
     """The same, paired by episode."""
+
+    def p(value: float) -> str:
+        return "< 0.0001" if value < 1e-4 else f"{value:.4f}"
+
     rows = [
         [
-            *(row[side].removeprefix("geometry_vla/arm_").replace("_", " ") for side in ("arm", "reference")),
+            *(f"`{row[side].removeprefix('geometry_vla/arm_')}`" for side in ("arm", "reference")),
             f"{100 * row['difference']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})",
-            f"{row['p_value']:.4f}",
-            f"{row['p_holm']:.4f}",
+            p(row["p_value"]),
+            p(row["p_holm"]),
         ]
         for row in read("vla_geometry_comparison")["paired"]["comparisons"]
     ]

@@ -273,8 +273,10 @@ class GeometryVLA(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             if features is not None and self.compressor is not None:
                 few = self.compressor(self._placed(features.tokens, views))
-                norms = self.standardised or [self._normed] * len(few)
-                few = [norm(tokens) for norm, tokens in zip(norms, few, strict=True)]
+                if self.standardised is None:
+                    few = [self._normed(tokens) for tokens in few]
+                else:
+                    few = [norm(tokens) for norm, tokens in zip(self.standardised, few, strict=True)]
                 if self.scale is not None:
                     assert features.scale is not None
                     scale = self._normed(self.scale(features.scale.float()))[:, None]

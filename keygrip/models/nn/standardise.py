@@ -13,8 +13,8 @@ SMALLEST = 1e-3  # a number that hardly changes is not blown up
 class RunningStandardisation(nn.Module):
     """Every number of a sample less its mean over the samples seen in training, over their spread.
 
-    Unlike batch normalisation a sample's output does not depend on those beside it, in training either, and no gradient
-    goes through the statistics; those of several processes are common.
+    Unlike in batch normalisation the statistics are those of many batches in training too, and no gradient goes through
+    them. Several processes have common ones.
 
     Args:
         shape: of a sample. memory: batches that the statistics remember.
