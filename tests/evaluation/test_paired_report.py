@@ -116,9 +116,8 @@ def test_two_compared_arms_of_the_sweep_differ_in_one_thing() -> None:
     arms = OmegaConf.load(conf / "ablation" / "geometry_vla" / "options.yaml")
     sweep = OmegaConf.load(conf / "sweep" / "geometry_comparison.yaml").hydra
     default = flat(OmegaConf.load(conf / "model" / "geometry_vla.yaml"))
-    geometry = ("geom_inject_to_dit", "geom_inject_to_vlm", "geom_dit_tokens", "geom_compression_type")
-    geometry = (*geometry, "geom_standardised")
-    thing = {f"model.network.{name}": "geometry" for name in geometry} | {"model.network.expansion": "encoder"}
+    geometry = ("inject_to_dit", "inject_to_vlm", "dit_tokens", "compression_type", "standardised")
+    thing = {f"model.network.geom_{name}": "geometry" for name in geometry} | {"model.network.expansion": "encoder"}
     planned = {name.strip() for name in sweep.sweeper.params.ablation.split(",")}
     compared = set()
     for reference, several in sweep.callbacks.paired_report.references.items():

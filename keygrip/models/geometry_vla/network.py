@@ -178,11 +178,8 @@ class GeometryVLA(nn.Module):
             geom_compression_type,
             pointed_tokens,
             {"geom_places": geom_places, "geom_blank": geom_blank},
+            geom_standardised,
         )
-        if geom_standardised and not (geom_inject_to_dit and geom_dit_tokens):
-            raise ValueError(
-                "model.network.geom_standardised=true is of compressed geometry tokens in the head, and there are none."
-            )
         if blocks > vlm.layers:
             raise ValueError(
                 f"model.network.blocks={blocks}, but the vision-language model has {vlm.layers} layers: each block "
@@ -234,10 +231,8 @@ class GeometryVLA(nn.Module):
             self.scale = nn.Linear(self.geometry.dim, vlm.width)
         if self.geometry is not None and geom_places:
             self.geometry_places = PlaceEmbedding(self.geometry.dim)
-        self.standardised: nn.ModuleList | None = None
-        if geom_standardised:
-            shape = (geom_dit_tokens, vlm.width)
-            self.standardised = nn.ModuleList(RunningStandardisation(*shape) for _ in range(blocks))
+        shape = (blocks, geom_dit_tokens, vlm.width)
+        self.standardised = RunningStandardisation(*shape) if geom_standardised else None
         self.vlm_gain = nn.LayerNorm(vlm.width) if self.vlm_compressor is not None else None
 
     def encode(
@@ -276,7 +271,7 @@ class GeometryVLA(nn.Module):
                 if self.standardised is None:
                     few = [self._normed(tokens) for tokens in few]
                 else:
-                    few = [norm(tokens) for norm, tokens in zip(self.standardised, few, strict=True)]
+                    few = list(self.standardised(torch.stack(few, dim=1)).unbind(dim=1))
                 if self.scale is not None:
                     assert features.scale is not None
                     scale = self._normed(self.scale(features.scale.float()))[:, None]
@@ -370,6 +365,7 @@ def _check_geometry(
     kind: str,
     pointed: bool,
     changes: dict[str, bool],
+    standardised: bool,
 ) -> None:
     """Raises ValueError where geometry is asked for and nothing would read it, or there is none."""
     if geometry is None and (to_head or to_vlm):
@@ -395,3 +391,7 @@ def _check_geometry(
     for name, wanted in changes.items():
         if wanted and not (to_vlm or (to_head and tokens)):
             raise ValueError(f"model.network.{name}=true is of compressed geometry tokens, and there are none.")
+    if standardised and not (to_head and tokens):
+        raise ValueError(
+            "model.network.geom_standardised=true is of compressed geometry tokens in the head, and there are none."
+        )
