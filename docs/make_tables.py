@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from keygrip.evaluation.paired_report import table as paired_table
+
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 FIRST, FRESH = "first_seed_1000000", "first_seed_2000000"
@@ -429,23 +431,18 @@ ARMS = {
 }
 
 
-def _arm(name: str) -> str:
-    own = name.removeprefix("geometry_vla/arm_")
-    return f"`{own}`: {ARMS[own]}"
-
-
 def vla_arms() -> str:
     """Arms of the controlled comparison: how geometry reaches the head, and what the head makes of it."""
+    figures = (("position_cm", " cm"), ("geometry_share", ""), ("geometry_slot", ""), ("geometry_moves_cm", " cm"))
     rows = []
     for job in sorted(read("vla_geometry_comparison")["jobs"], key=lambda job: job["closed_loop"]["successes"]):
         metrics, result = job["metrics"], job["closed_loop"]
-        low = result["by_height"]["0-2 cm"]
-        figures = (("position_cm", " cm"), ("geometry_share", ""), ("geometry_slot", ""), ("geometry_moves_cm", " cm"))
+        name, low = job["overrides"]["ablation"].removeprefix("geometry_vla/arm_"), result["by_height"]["0-2 cm"]
         cells = [
-            "" if metrics.get(f"val/{name}") is None else f"{metrics[f'val/{name}']:.2f}{unit}"
-            for name, unit in figures
+            "" if metrics.get(f"val/{figure}") is None else f"{metrics[f'val/{figure}']:.2f}{unit}"
+            for figure, unit in figures
         ]
-        own = [_arm(job["overrides"]["ablation"]), rate(result), f"{low['successes']} of {low['episodes']}"]
+        own = [f"`{name}`: {ARMS[name]}", rate(result), f"{low['successes']} of {low['episodes']}"]
         rows.append([*own, *cells, f"{metrics['parameters/all_m']:.2f} M"])
     header = ["arm", "success", "with the cube at 0-2 cm", "position error (val)", "attention on the tokens"]
     header += ["explained by the slot", "plans move with another scene's geometry", "parameters"]
@@ -453,21 +450,8 @@ def vla_arms() -> str:
 
 
 def vla_arms_compared() -> str:
-    """The same, paired by episode."""
-
-    def p(value: float) -> str:
-        return "< 0.0001" if value < 1e-4 else f"{value:.4f}"
-
-    rows = [
-        [
-            *(f"`{row[side].removeprefix('geometry_vla/arm_')}`" for side in ("arm", "reference")),
-            f"{100 * row['difference']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})",
-            p(row["p_value"]),
-            p(row["p_holm"]),
-        ]
-        for row in read("vla_geometry_comparison")["paired"]["comparisons"]
-    ]
-    return markdown(["arm", "against", "difference, points", "p", "adjusted"], rows)
+    """The same, paired by episode: the report that the sweep writes."""
+    return markdown(*paired_table(read("vla_geometry_comparison")["paired"]))
 
 
 def vlm_seeds() -> str:

@@ -149,8 +149,7 @@ def table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
                 row["reference"],
                 f"{100 * row['difference']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})",
                 f"{row['only_first']}, {row['only_second']}",
-                f"{row['p_value']:.4f}",
-                f"{row['p_holm']:.4f}",
+                *("< 0.0001" if row[p] < 1e-4 else f"{row[p]:.4f}" for p in ("p_value", "p_holm")),
                 ", ".join(f"{100 * value:+.0f}" for value in row["by_seed"]),
             ]
         )
