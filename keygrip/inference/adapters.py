@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from keygrip.exporting.folder import save_tensors
 from keygrip.models.nn.lora import BASE, NAME, Adapter, adapted_layers, is_difference, peft_config
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+INPUTS = "keygrip.inputs"  # in the weights' metadata: how the network's inputs were normalised
 PREFIX = "base_model.model."  # peft's prefix before a network's own names
 # Settings of peft that change what an adapter means; only these values are known here.
 PLAIN: dict[str, Any] = {"use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "bias": "none"}
@@ -39,7 +40,8 @@ def write_lora(adapter: Adapter, folder: Path) -> None:
             tensors[f"{PREFIX}{adapter.prefix}{name}.{part}.weight"] = value
     if not tensors:
         raise ValueError("this network has no LoRA: there is no adapter to write")
-    save_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
+    inputs = {} if adapter.inputs is None else {INPUTS: adapter.inputs}
+    save_tensors(tensors, folder / WEIGHTS, {"format": "pt"} | inputs)
     names = "|".join(map(re.escape, lora.targets))
     inside = rf"{re.escape(adapter.prefix)}(.*\.)?({names})"
     config = peft_config(lora, inside if adapter.prefix else list(lora.targets))
@@ -56,8 +58,11 @@ def write_adapter(folder: Path, module: Any, *_: object) -> None:
 
 
 @torch.no_grad()
-def load_lora(network: nn.Module, folder: Path) -> list[str]:
+def load_lora(network: nn.Module, folder: Path, inputs: str | None = None) -> list[str]:
     """Adds an adapter's differences to the weights of a network; the layers' names.
+
+    Args:
+        inputs: how the network's inputs are normalised, see `Adapter`; adapters of others do not say it.
 
     Raises:
         FileNotFoundError: no adapter there. ValueError: of another kind or another network; nothing is changed then.
@@ -68,6 +73,12 @@ def load_lora(network: nn.Module, folder: Path) -> list[str]:
                 f"lora={folder}: there is no {name}; give a folder as `keygrip export format=lora` makes"
             )
     config = _config(folder / CONFIG)
+    trained_on = _metadata(folder / WEIGHTS).get(INPUTS)
+    if None not in (inputs, trained_on) and inputs != trained_on:
+        raise ValueError(
+            f"lora={folder} was trained on features that were normalised otherwise than this checkpoint's "
+            f"({trained_on}, not {inputs}): train it with model.init_from_statistics=source, or draw from its own run"
+        )
     pairs = _pairs(folder / WEIGHTS)
     scale = config["lora_alpha"] / config["r"]
     changes = []
@@ -109,6 +120,14 @@ def _config(file: Path) -> dict[str, Any]:
         if not isinstance(number, int | float) or isinstance(number, bool) or not 0 < number < 1e6:
             raise ValueError(f"{file}: {name}={number!r} is not a positive number")
     return config
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    try:
+        with safe_open(file, "pt") as opened:
+            return opened.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a safetensors file: {error}") from error
 
 
 def _pairs(file: Path) -> dict[str, dict[str, Tensor]]:

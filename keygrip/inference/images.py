@@ -73,7 +73,7 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
     )
     assert isinstance(module, PatchDiTModule)
     if cfg.lora is not None:
-        load_lora(module.network, Path(cfg.lora))
+        load_lora(module.network, Path(cfg.lora), module.statistics.normalisation)
     sampling = sampling_of(cfg, module.sampling)
     _refuse_idle(cfg, module, requests)
     buckets = buckets_of(cfg.size, module, requests, steering)

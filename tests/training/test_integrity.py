@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from keygrip.models.backbone.weights import read_file
-from keygrip.models.patch_dit.warm_start import read_weights
+from keygrip.models.patch_dit.init_source import read_source
 from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.integrity import ChangedFileError, is_signed, load_tensors, refuse_unfit_weights, sign, verify
 from keygrip.training.saving import AtomicCheckpointIO
@@ -68,14 +68,14 @@ def test_weights_to_start_from_are_checked_too(file: Path, tmp_path: Path) -> No
     plain = tmp_path / "plain.pth"
     torch.save({"a": tensor, "b": 3}, plain)
     assert torch.equal(load_tensors(plain)["a"], tensor)
-    assert torch.equal(read_weights(file)["a"], tensor)
+    assert torch.equal(read_source(file).weights["a"], tensor)
     assert torch.equal(read_file(file)["a"], tensor)
     for damaged in (flipped(file, tensor), flipped(plain, tensor)):
         torch.load(damaged, weights_only=True)
         with pytest.raises(ChangedFileError, match="is damaged"):
             load_tensors(damaged)
         with pytest.raises(ValueError, match="is damaged"):
-            read_weights(damaged)
+            read_source(damaged)
         with pytest.raises(ValueError, match="is damaged"):
             read_file(damaged)
 

@@ -50,12 +50,14 @@ class Adapter:
 
     Args:
         network: that `add_lora` changed. lora: as it was told. prefix: of the network's names within the model that
-            others know it as, with its dot.
+            others know it as, with its dot. inputs: fingerprint of how the network's inputs are normalised, where that
+            is no part of its weights: the differences fit no other normalisation.
     """
 
     network: nn.Module
     lora: LoRA
     prefix: str = ""
+    inputs: str | None = None
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from keygrip.artifacts import sha256_of
 from keygrip.data.batches import ImageTextBatch, ImageTextStatistics
 from keygrip.models.patch_dit.context import Conditions
 
+STATE = "patch_dit"  # where a checkpoint keeps what is no tensor, among what the module stores beside its weights
 NORMALISED = ("latent", "cls", "patch")
 
 
@@ -58,6 +61,41 @@ class FeatureStatistics(nn.Module):
         self.patch_grids = [(int(h), int(w)) for h, w in statistics.patch_grids]
         self.fingerprint, self.encoders = statistics.fingerprint, statistics.encoders
         self.known.fill_(True)
+
+    def take_normalisation(self, buffers: Mapping[str, Tensor], where: str) -> list[str]:
+        """Takes means and standard deviations of another model's buffers, for the kinds of features that have the same
+        width there; returns the other kinds.
+
+        Args:
+            buffers: such as ``latent_mean``, by name. where: they come from, for messages.
+
+        Raises:
+            ValueError: they are missing, or no means and standard deviations.
+        """
+        other = []
+        for kind in NORMALISED:
+            values = {part: buffers.get(f"{kind}_{part}") for part in ("mean", "std")}
+            mean, std = values["mean"], values["std"]
+            if mean is None or std is None or not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+                raise ValueError(f"{where} holds no normalisation of {kind} features")
+            if mean.shape != getattr(self, f"{kind}_mean").shape or std.shape != mean.shape:
+                other.append(kind)
+                continue
+            for part, value in (("mean", mean), ("std", std)):
+                getattr(self, f"{kind}_{part}").copy_(value)
+        return other
+
+    def leave_as_they_are(self) -> None:
+        """Features are neither shifted nor scaled."""
+        for kind in NORMALISED:
+            getattr(self, f"{kind}_mean").zero_()
+            getattr(self, f"{kind}_std").fill_(1.0)
+
+    @property
+    def normalisation(self) -> str:
+        """Fingerprint of the means and standard deviations."""
+        buffers = (getattr(self, f"{kind}_{part}") for kind in NORMALISED for part in ("mean", "std"))
+        return sha256_of(buffer.float().cpu().numpy().tobytes() for buffer in buffers)[:16]
 
     def plain(self) -> dict[str, Any]:
         """What is no tensor, for a checkpoint."""

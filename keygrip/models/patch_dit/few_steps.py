@@ -64,17 +64,41 @@ class FewSteps:
             data: normalised latents ``[B, C, h, w]``. conditions: of these. dropout: shares of the conditions that a
                 batch keeps; `none` counts as both, since a student without guidance does not need it.
         """
-        count, device, aspect = len(data), data.device, data.shape[3] / data.shape[2]
+        count = len(data)
         category = CATEGORIES[int(dropout.draw(1))]
         if category == "text":
             conditions = conditions.without_dino()
         elif category == "dino":
             conditions = replace(conditions, text=None, text_mask=None)
         window = int(torch.randint(self.windows, ()))
+        noise, share = torch.randn_like(data), torch.rand(count, device=data.device)
+        return self.chord_loss(student, data, conditions, window, noise, share)
+
+    @torch.no_grad()
+    def validation_loss(
+        self, student: PatchDiT, data: Tensor, conditions: Conditions, generator: torch.Generator
+    ) -> Tensor:
+        """The mean of `chord_loss` over all windows, with everything given. generator: of the CPU, for the noise."""
+        losses = []
+        for window in range(self.windows):
+            noise = torch.randn(data.shape, generator=generator).to(data)
+            share = torch.rand(len(data), generator=generator).to(data.device)
+            losses.append(self.chord_loss(student, data, conditions, window, noise, share))
+        return torch.stack(losses).mean()
+
+    def chord_loss(
+        self, student: PatchDiT, data: Tensor, conditions: Conditions, window: int, noise: Tensor, share: Tensor
+    ) -> Tensor:
+        """Mean squared error of the velocity along the teacher's chord through one window.
+
+        Args:
+            data, noise: ``[B, C, h, w]``. conditions: all that are given are used. share: ``[B]`` in 0..1, how far up
+                the chord the student is asked.
+        """
+        count, device, aspect = len(data), data.device, data.shape[3] / data.shape[2]
         high, low = self.levels[window], self.levels[window + 1]
-        start = interpolate(data, torch.randn_like(data), torch.full((count,), high, device=device))
+        start = interpolate(data, noise, torch.full((count,), high, device=device))
         end = self.led(start, conditions, high, low)
-        share = torch.rand(count, device=device)
         keep = [torch.full((count,), has, device=device) for has in (conditions.has_text, conditions.has_dino)]
         context = student.context_builder(conditions, keep[0], keep[1], aspect)
         x, level = interpolate(end, start, share), low + (high - low) * share

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ from keygrip.models.nn.lora import Adapter, LoRA, add_lora
 from keygrip.models.patch_dit.alignment import FeatureAlignment
 from keygrip.models.patch_dit.context import ConditionDropout, Conditions
 from keygrip.models.patch_dit.encoders import Encoders
-from keygrip.models.patch_dit.feature_statistics import FeatureStatistics
+from keygrip.models.patch_dit.feature_statistics import STATE, FeatureStatistics
 from keygrip.models.patch_dit.few_steps import FewSteps
 from keygrip.models.patch_dit.figures import image_grid
+from keygrip.models.patch_dit.init_source import InitSource, read_source
 from keygrip.models.patch_dit.monitor import RANGES, LossTable, attention_figures, gradient_norm, velocity_norm
 from keygrip.models.patch_dit.network import DiTOutput, PatchDiT
 from keygrip.models.patch_dit.sampler import Edit, Sampling, sample
@@ -33,8 +34,8 @@ from keygrip.training.system import System
 
 log = logging.getLogger(__name__)
 
-STATE = "patch_dit"
 UNKNOWN = "unknown"  # fingerprint of shards that do not name their encoders
+StatisticsOf = Literal["auto", "source", "data", "identity"]
 ATTENDED = 4  # samples whose attention is monitored
 # Conditions under which validation computes the loss of the same images and noise.
 VALIDATED = {"both": (True, True), "text": (True, False), "dino": (False, True), "none": (False, False)}
@@ -52,7 +53,9 @@ class PatchDiTModule(System):
         alignment: makes the alignment of a block with the DINO features, from width and dino_dim; None: there is none.
         init_from: a run folder, checkpoint or file of weights to start from; read when training is set up.
         init_from_min_share: of the network's numbers that must come from there. init_from_renames: regular expressions
-            and their replacements, for names of other implementations.
+            and their replacements, for names of other implementations. init_from_statistics: how features are
+            normalised: "source", as in that run; "data", by the training shards; "identity", not at all; "auto": source
+            of a keygrip run, data of other files.
         few_steps: distils the network of `init_from` into one that is drawn in few steps; None: plain training.
         shift_tokens: images of more latent tokens than this are trained and drawn at noise levels nearer to noise, by
             sqrt(tokens / shift_tokens), see `resolution_shift`; None: all at the same levels.
@@ -64,6 +67,7 @@ class PatchDiTModule(System):
     read_where: ClassVar = {
         "init_from_min_share": ReadWhere("init_from"),
         "init_from_renames": ReadWhere("init_from"),
+        "init_from_statistics": ReadWhere("init_from"),
         "monitor_from_step": ReadWhere("monitor_every_n_steps"),
         "shown": ReadWhere("log_images_every_n_steps"),
     }
@@ -98,6 +102,7 @@ class PatchDiTModule(System):
         lora: LoRA | None = None,
         few_steps: FewSteps | None = None,
         shift_tokens: int | None = None,
+        init_from_statistics: StatisticsOf = "auto",
     ) -> None:
         super().__init__(optimizer)
         if shift_tokens is not None and (shift_tokens < 1 or few_steps is not None):
@@ -122,6 +127,10 @@ class PatchDiTModule(System):
         self.timesteps, self.dropout, self.sampling = timesteps, dropout, sampling
         self.init_from, self.init_from_min_share = init_from, init_from_min_share
         self.init_from_renames = dict(init_from_renames or {})
+        if init_from_statistics not in get_args(StatisticsOf):
+            choices = ", ".join(get_args(StatisticsOf))
+            raise ValueError(f"model.init_from_statistics={init_from_statistics} is not one of {choices}")
+        self.init_from_statistics = init_from_statistics
         self.lora, self.few_steps = lora, few_steps
         if few_steps is not None:
             few_steps.check(sampling)
@@ -169,7 +178,9 @@ class PatchDiTModule(System):
                 )
         self._encoder_weights = dict(self.encoders.weights())
         if self.init_from is not None:
-            report = warm_start(self.network, self.init_from, self.init_from_renames, self.init_from_min_share)
+            source = read_source(self.init_from)
+            report = warm_start(self.network, source, self.init_from_renames, self.init_from_min_share)
+            self._normalise_as(source)
             new = any(name.startswith("context_builder.dino_patch_proj") for name in report.missing)
             if new and not self.network.separate_patches:
                 log.warning(
@@ -182,10 +193,40 @@ class PatchDiTModule(System):
         if self.few_steps is not None:
             self.few_steps.take_teacher(self.network)
 
+    def _normalise_as(self, source: InitSource) -> None:
+        """Weights mean what they meant only on features that are normalised as they were there."""
+        known, asked = bool(source.statistics), self.init_from_statistics
+        if asked == "source" and not known:
+            raise ValueError(
+                f"model.init_from_statistics=source: {source.path} says nothing of how features were normalised; give "
+                "data or identity"
+            )
+        if asked == "identity":
+            self.statistics.leave_as_they_are()
+        elif known and asked != "data":
+            other = self.statistics.take_normalisation(source.statistics, source.path)
+            log.info("features are normalised as in %s", source.path)
+            if other:
+                log.warning(
+                    "features of %s have other widths in %s: normalised by these shards", ", ".join(other), source.path
+                )
+            theirs, ours = source.encoders, self.statistics.encoders
+            if UNKNOWN not in (theirs, ours) and theirs not in ("", ours):
+                log.warning(
+                    "%s was trained with the encoders %s and these shards were made with %s: features mean other things",
+                    *(source.path, theirs, ours),
+                )
+        elif asked == "auto":
+            log.warning(
+                "%s says nothing of how features were normalised: they are, by these shards; if it was trained on "
+                "features as they are, give model.init_from_statistics=identity",
+                source.path,
+            )
+
     @property
     def adapter(self) -> Adapter | None:
         """What LoRA trains; None without it."""
-        return None if self.lora is None else Adapter(self.network, self.lora)
+        return None if self.lora is None else Adapter(self.network, self.lora, inputs=self.statistics.normalisation)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[STATE] = {"statistics": self.statistics.plain(), **self._encoder_weights}
@@ -292,10 +333,17 @@ class PatchDiTModule(System):
 
     @torch.no_grad()
     def validation_step(self, batch: ImageTextBatch, batch_idx: int) -> None:
-        """The loss on fixed noise and levels, under each combination of conditions and with shuffled patches."""
+        """The loss on fixed noise and levels, under each combination of conditions and with shuffled patches; of a
+        student that of its windows."""
         data = self.statistics.normalised("latent", batch.latents)
         conditions, aspect, count = self.statistics.conditions(batch), aspect_of(data), len(data)
         generator = torch.Generator().manual_seed(batch_idx * 1009 + self.global_rank)
+        if self.few_steps is not None:  # a student does not learn plain flow matching
+            loss = self.few_steps.validation_loss(self.network, data, conditions, generator)
+            self.log("val/loss", loss, prog_bar=True, batch_size=count, sync_dist=True)
+            if batch_idx == 0:
+                self._show(batch)
+            return
         noise = torch.randn(data.shape, generator=generator).to(data)
         level = torch.rand(count, generator=generator).to(self.device)
         found: dict[str, Tensor] = {}

@@ -184,6 +184,9 @@ class PatchDiT(nn.Module):
         routing: in training, a share of the tokens passes by the middle blocks; None: all go through all.
         gradient_checkpointing: recompute activations in the backward pass; about a third more time, far less memory.
 
+    Attributes:
+        meaning: the settings that change what the same weights compute and that no name or shape of a weight shows.
+
     Raises:
         ValueError: sizes that do not divide, or an unknown option.
     """
@@ -245,6 +248,14 @@ class PatchDiT(nn.Module):
         self.use_dino_patches, self.position_cells = use_dino_patches, position_cells
         self.routing, self.gradient_checkpointing = routing, gradient_checkpointing
         self.rotary, self.d_head = rotary, width // heads
+        self.meaning = {
+            "prediction": prediction,
+            "heads": heads,
+            "patch_size": patch_size,
+            "rotary": rotary,
+            "position_cells": position_cells,
+            "patch_positions": patch_positions,
+        }
         self.context_builder = ContextBuilder(
             width, text_dim, dino_dim, use_dino_patches, patch_positions, position_cells
         )

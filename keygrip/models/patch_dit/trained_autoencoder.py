@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from keygrip.models.patch_dit.dino_view import weights_digest
-from keygrip.models.patch_dit.warm_start import read_weights
+from keygrip.models.patch_dit.init_source import read_source
 from keygrip.training.parts import model_part
 
 WIDEST = 4  # largest multiple of the width, from the second halving on
@@ -132,7 +132,7 @@ class TrainedAutoencoder:
                 raise ValueError(
                     "encoders.autoencoder has no weights: name its run with encoders.autoencoder.init_from"
                 )
-            self._load(read_weights(self.init_from), f"encoders.autoencoder.init_from={self.init_from}")
+            self._load(read_source(self.init_from).weights, f"encoders.autoencoder.init_from={self.init_from}")
         return self._network
 
     def _load(self, weights: dict[str, Tensor], source: str) -> None:

@@ -18,15 +18,13 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from keygrip.models.nn.lora import is_difference, plain_name
-from keygrip.training.checkpoints import find_checkpoint, refuse_other_format
-from keygrip.training.ema import EMA_STATE
-from keygrip.training.integrity import load_tensors
+from keygrip.models.patch_dit.init_source import InitSource
+from keygrip.models.patch_dit.network import PatchDiT
 
 log = logging.getLogger(__name__)
 
@@ -90,25 +88,23 @@ class WarmStart:
         return lines
 
 
-@torch.no_grad()
 def warm_start(
-    network: nn.Module, path: str | Path, renames: Mapping[str, str] | None = None, min_share: float = 0.0
+    network: PatchDiT, source: InitSource, renames: Mapping[str, str] | None = None, min_share: float = 0.0
 ) -> WarmStart:
     """Copies what fits into the network and logs what does not.
 
     Args:
-        path: a keygrip run folder or checkpoint (its EMA weights, where it has them), a file of torch.save, or a
-            .safetensors file.
         renames: regular expressions and their replacements, for names that are not the network's; before the usual
             ones. min_share: of the network's numbers that must be taken over.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: nothing in it fits or too little, it cannot be read, or a
-            rule is no regular expression.
+        ValueError: the source's weights mean something else, nothing fits or too little, or a rule is no regular
+            expression.
     """
-    report = take(network, read_weights(path), str(path), renames, min_share)
+    source.refuse_other_meaning(network)
+    report = take(network, source.weights, source.path, renames, min_share)
     for line in report.describe():
-        log.info("warm start from %s: %s", path, line)
+        log.info("warm start from %s: %s", source.path, line)
     return report
 
 
@@ -229,37 +225,6 @@ def _squeezed(value: Tensor) -> list[int]:
     """The lengths of its axes but for those of 1; of kernels over patches [D, C, p, p] the last three as one."""
     shape = [size for size in value.shape if size != 1]
     return [shape[0], shape[1] * shape[2] * shape[3]] if len(shape) == 4 else shape
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Tensors by name of a checkpoint of any of the known kinds, on the CPU.
-
-    Raises:
-        FileNotFoundError: there is no such file. ValueError: it cannot be read as weights.
-    """
-    file = find_checkpoint(path)
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(file)
-    try:
-        content = load_tensors(file)
-    except ValueError as error:
-        raise ValueError(f"init_from={file} cannot be read as weights: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"init_from={file} holds a {type(content).__name__}, not weights by name")
-    refuse_other_format(content, file)
-    weights = content
-    for key in ("state_dict", "model", "ema"):
-        if isinstance(content.get(key), Mapping):
-            weights = content[key]
-            break
-    ema = content.get(EMA_STATE)
-    if isinstance(ema, Mapping) and ema.get("updates", 0) > 0:
-        weights = {**weights, **ema["parameters"]}
-    # A module's statistics and parts beside its network are no weights of the network.
-    inside = {name: value for name, value in weights.items() if name.startswith("network.")}
-    return {name: value for name, value in (inside or weights).items() if isinstance(value, Tensor)}
 
 
 def _own_name(name: str, own: Mapping[str, Tensor]) -> str:

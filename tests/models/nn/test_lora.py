@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from vla_parts import INSTRUCTIONS, small_batch, small_vlm
 
-from keygrip.inference.adapters import CONFIG, PREFIX, WEIGHTS, load_lora, write_adapter, write_lora
+from keygrip.inference.adapters import CONFIG, INPUTS, PREFIX, WEIGHTS, load_lora, write_adapter, write_lora
 from keygrip.models.nn.lora import Adapter, LoRA, add_lora, merge, merged_weights, without_lora
 from keygrip.models.nn.low_precision import lower_precision
 
@@ -73,6 +73,21 @@ def test_differences_are_added_to_the_weights(tmp_path: Path) -> None:
         if f"{layer}.lora_A.weight" in tensors:
             change = 1.5 * tensors[f"{layer}.lora_B.weight"] @ tensors[f"{layer}.lora_A.weight"]
         torch.testing.assert_close(value, before[name] + change)
+
+
+def test_an_adapter_is_merged_only_where_inputs_are_normalised_as_it_learned(tmp_path: Path) -> None:
+    """Its metadata says how they were; adapters of others say nothing and are taken."""
+    files(tmp_path)
+    for said, known, fits in ((None, "b", True), ("b", "b", True), ("b", None, True), ("a", "b", False)):
+        tensors = load_file(tmp_path / WEIGHTS)
+        save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"} | ({} if said is None else {INPUTS: said}))
+        network, before = plain(), plain().state_dict()
+        if fits:
+            load_lora(network, tmp_path, known)
+        else:
+            with pytest.raises(ValueError, match=r"normalised otherwise than this checkpoint's \(a, not b\)"):
+                load_lora(network, tmp_path, known)
+        assert torch.equal(network.state_dict()["0.query.weight"], before["0.query.weight"]) != fits
 
 
 def _of_another_size(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -174,7 +189,7 @@ def test_a_difference_starts_at_nothing_and_merged_it_computes_the_same() -> Non
 def test_peft_reads_what_is_written_and_its_own_is_read(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     network, x = adapted(), torch.randn(4, 6)
-    write_lora(Adapter(network, LORA), tmp_path)
+    write_lora(Adapter(network, LORA, inputs="a"), tmp_path)
     theirs = peft.PeftModel.from_pretrained(plain(), str(tmp_path))
     torch.testing.assert_close(theirs(x), network(x), atol=1e-5, rtol=1e-5)
     config = peft.LoraConfig(r=4, lora_alpha=2, target_modules=["key", "output"], init_lora_weights=False)

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from keygrip.models.patch_dit.alignment import FeatureAlignment
 from keygrip.models.patch_dit.figures import TITLE, image_grid
+from keygrip.models.patch_dit.init_source import read_source
 from keygrip.models.patch_dit.monitor import RANGES, LossTable, attention_figures, gradient_norm, velocity_norm
 from keygrip.models.patch_dit.network import Tapped
-from keygrip.models.patch_dit.warm_start import read_weights, take, warm_start
+from keygrip.models.patch_dit.warm_start import take, warm_start
 from keygrip.training.monitors import RangeChecks
 
 # ---- alignment -------------------------------------------------------------------------------------------------------
@@ -101,12 +102,12 @@ def test_everything_that_fits_is_taken_and_the_rest_is_listed() -> None:
 def test_nothing_that_fits_is_an_error(tmp_path: Path) -> None:
     torch.save({"other.weight": torch.zeros(3)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="none of its 1 tensors fits"):
-        warm_start(small_dit(), tmp_path / "other.pt")
+        warm_start(small_dit(), read_source(tmp_path / "other.pt"))
     (tmp_path / "broken.pt").write_bytes(b"no weights")
     with pytest.raises(ValueError, match="cannot be read as weights"):
-        read_weights(tmp_path / "broken.pt")
+        read_source(tmp_path / "broken.pt")
     with pytest.raises(FileNotFoundError):
-        read_weights(tmp_path / "nowhere.pt")
+        read_source(tmp_path / "nowhere.pt")
 
 
 def test_kinds_of_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -117,7 +118,7 @@ def test_kinds_of_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
     for name in ("weights.safetensors", "weights.pt"):
         target = small_dit(seed=2)
         with caplog.at_level(logging.INFO):
-            report = warm_start(target, tmp_path / name)
+            report = warm_start(target, read_source(tmp_path / name))
         assert not report.missing
         assert not report.reshaped
         for key, value in target.state_dict().items():

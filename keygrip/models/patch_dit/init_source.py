@@ -1,0 +1,117 @@
+"""Weights to start from: read from a file of any known kind, with what a keygrip checkpoint says of their meaning.
+
+A file of weights alone fits by names and shapes. What else they mean stands in a keygrip checkpoint: whether the output
+is a velocity or an image, where positions are, how features were normalised.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keygrip.models.nn.lora import merged_checkpoint
+from keygrip.models.patch_dit.feature_statistics import STATE
+from keygrip.models.patch_dit.network import PatchDiT
+from keygrip.training.checkpoints import HEADER, find_checkpoint, read_checkpoint, refuse_other_format, weights_of
+from keygrip.training.integrity import is_signed, load_tensors
+
+STATISTICS = "statistics."  # a module's normalisation of features, in its state dictionary
+
+
+@dataclass(frozen=True)
+class InitSource:
+    """What a file to start from holds.
+
+    Args:
+        path: as the setting gives it. weights: of the network, by name; the EMA where there is one, with differences of
+            LoRA added.
+        network: stored settings of the network; None: the file is no keygrip checkpoint of such a model.
+        statistics: buffers of its `FeatureStatistics` by name; empty: the file has none.
+        encoders: fingerprint of what its training images were encoded by; "": not known.
+    """
+
+    path: str
+    weights: dict[str, Tensor]
+    network: Mapping[str, Any] | None = None
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    encoders: str = ""
+
+    def refuse_other_meaning(self, network: PatchDiT) -> None:
+        """Refuses weights that fit by name and shape and would compute something else in this network.
+
+        Raises:
+            ValueError: settings that no weight shows differ; with their values in the source.
+        """
+        if self.network is None:
+            return
+        usual = inspect.signature(PatchDiT).parameters
+        theirs = {name: self.network.get(name, usual[name].default) for name in network.meaning}
+        if not (self.network.get("use_dino_patches", True) and network.use_dino_patches):
+            theirs["patch_positions"] = network.meaning["patch_positions"]  # one of the two has none to place
+        other = {name: value for name, value in theirs.items() if value != network.meaning[name]}
+        if other:
+            ours = ", ".join(f"{name}={_plain(network.meaning[name])}" for name in other)
+            settings = " ".join(f"model.network.{name}={_plain(value)}" for name, value in other.items())
+            raise ValueError(
+                f"model.init_from={self.path} was trained with other settings than this network's ({ours}), by which "
+                f"the same weights compute something else. Give {settings}"
+            )
+
+
+def read_source(path: str | Path) -> InitSource:
+    """A checkpoint, run folder or export of keygrip, a file of torch.save or a .safetensors file, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it cannot be read as weights.
+    """
+    file = find_checkpoint(path)
+    if file.is_dir() or is_signed(file):
+        return _keygrip_source(str(path), read_checkpoint(file))
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return InitSource(str(path), load_file(file))
+    try:
+        content = load_tensors(file)
+    except ValueError as error:
+        raise ValueError(f"init_from={file} cannot be read as weights: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"init_from={file} holds a {type(content).__name__}, not weights by name")
+    refuse_other_format(content, file)
+    if isinstance(content.get(HEADER), Mapping):
+        return _keygrip_source(str(path), read_checkpoint(file))  # refuses it: it has lost its hash
+    nested = (content[key] for key in ("state_dict", "model", "ema") if isinstance(content.get(key), Mapping))
+    return InitSource(str(path), _of_network(next(nested, content)))
+
+
+def _keygrip_source(path: str, content: Mapping[str, Any]) -> InitSource:
+    content, weights = merged_checkpoint(content, weights_of(dict(content))[0])
+    model = content[HEADER]["config"]["model"]
+    network = model.get("network")
+    ours = isinstance(network, Mapping) and network.get("_target_") == f"{PatchDiT.__module__}.{PatchDiT.__qualname__}"
+    if not ours:
+        return InitSource(path, _of_network(weights))
+    statistics = {n.removeprefix(STATISTICS): value for n, value in weights.items() if n.startswith(STATISTICS)}
+    if not bool(statistics.get("known", torch.tensor(False)).all()):
+        statistics = {}
+    stored = content.get(STATE)
+    plain = stored.get("statistics") if isinstance(stored, Mapping) else None
+    encoders = plain.get("encoders") if isinstance(plain, Mapping) else None
+    return InitSource(path, _of_network(weights), network, statistics, encoders if isinstance(encoders, str) else "")
+
+
+def _of_network(weights: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Without a module's statistics and parts beside its network, which are no weights of the network."""
+    inside = {name: value for name, value in weights.items() if name.startswith("network.")}
+    return {name: value for name, value in (inside or weights).items() if isinstance(value, torch.Tensor)}
+
+
+def _plain(value: Any) -> str:
+    """A setting as the command line takes it; a stored one may be of any length."""
+    return (str(value).lower() if isinstance(value, bool) else str(value))[:40]

@@ -1,0 +1,144 @@
+"""Runs that start from another run: its weights keep their meaning, and a student of few steps learns from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from dit_parts import SMALL, write_images
+
+from keygrip import export, train
+from keygrip.config import compose
+from keygrip.models.patch_dit.context import Conditions
+from keygrip.models.patch_dit.feature_statistics import NORMALISED, FeatureStatistics
+from keygrip.models.patch_dit.init_source import InitSource, read_source
+from keygrip.models.patch_dit.module import PatchDiTModule
+from keygrip.models.patch_dit.sampler import sample
+from keygrip.training.checkpoints import load_module
+
+SETTLED = ["optimizer.lr=1e-12", "max_steps=1"]  # weights stay as they begin
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two sets of shards of different images, and runs on the first: of velocities and of images."""
+    root = tmp_path_factory.mktemp("runs")
+    write_images(root / "images")
+    write_images(root / "other_images", train=6)
+    for name, options in (("base", []), ("teacher", ["experiment=dit_robot_images", "callbacks.pictures=null"])):
+        options = [*options, *SMALL, f"data.root={root / 'images'}", f"run_dir={root / name}", "max_steps=2"]
+        train.run(compose("train", options))
+    return root
+
+
+@pytest.fixture
+def started(runs: Path, tmp_path: Path) -> Callable[..., PatchDiTModule]:
+    def start(name: str, *options: str) -> PatchDiTModule:
+        given = [*SMALL, f"data.root={runs / 'other_images'}", f"run_dir={tmp_path / name}", *SETTLED]
+        train.run(compose("train", [*given, *options]))
+        module = load_module(tmp_path / name)
+        assert isinstance(module, PatchDiTModule)
+        return module
+
+    return start
+
+
+def buffers(statistics: FeatureStatistics) -> list[torch.Tensor]:
+    return [getattr(statistics, f"{kind}_{part}") for part in ("mean", "std") for kind in NORMALISED]
+
+
+def test_features_are_normalised_as_in_the_run_that_gives_the_weights(
+    runs: Path, tmp_path: Path, started: Callable[..., PatchDiTModule], caplog: pytest.LogCaptureFixture
+) -> None:
+    base = load_module(runs / "base")
+    assert isinstance(base, PatchDiTModule)
+    fresh = started("fresh").statistics
+    assert fresh.normalisation != base.statistics.normalisation
+    source = f"model.init_from={runs / 'base'}"
+    kept = started("kept", source).statistics
+    assert kept.normalisation == base.statistics.normalisation
+    assert all(torch.equal(a, b) for a, b in zip(buffers(kept), buffers(base.statistics), strict=True))
+    assert kept.fingerprint == fresh.fingerprint  # of the shards
+    assert started("data", source, "model.init_from_statistics=data").statistics.normalisation == fresh.normalisation
+    plain = buffers(started("plain", source, "model.init_from_statistics=identity").statistics)
+    assert all(not mean.any() for mean in plain[:3])
+    assert all(bool((std == 1).all()) for std in plain[3:])
+
+    torch.save(dict(base.network.state_dict()), tmp_path / "weights.pt")
+    foreign = f"model.init_from={tmp_path / 'weights.pt'}"
+    assert started("foreign", foreign).statistics.normalisation == fresh.normalisation
+    assert "says nothing of how features were normalised" in caplog.text
+    with pytest.raises(ValueError, match=r"init_from_statistics=source: .*weights\.pt says nothing"):
+        started("refused", foreign, "model.init_from_statistics=source")
+
+
+def test_an_export_is_a_start_as_its_run_is(runs: Path, tmp_path: Path) -> None:
+    export.run(compose("export", [f"checkpoint={runs / 'base'}", f"to={tmp_path / 'export'}"]))
+    run, exported = read_source(runs / "base"), read_source(tmp_path / "export")
+    assert run.weights.keys() == exported.weights.keys()
+    assert all(torch.equal(value, exported.weights[name]) for name, value in run.weights.items())
+    assert run.network == exported.network
+    assert torch.equal(run.statistics["cls_std"], exported.statistics["cls_std"])
+    assert run.encoders == exported.encoders != ""
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ("model.network.prediction=x", r"\(prediction=x\).*Give model\.network\.prediction=v"),
+        ("model.network.rotary=true", r"Give model\.network\.rotary=false"),
+        ("model.network.position_cells=32", r"\(position_cells=32\).*Give model\.network\.position_cells=16"),
+        ("model.network.heads=4", r"Give model\.network\.heads=2"),
+    ],
+)
+def test_weights_that_would_compute_something_else_are_refused(
+    option: str, named: str, runs: Path, started: Callable[..., PatchDiTModule]
+) -> None:
+    """Names and shapes fit; nothing but the stored settings tells."""
+    with pytest.raises(ValueError, match=named):
+        started("other", option, f"model.init_from={runs / 'base'}")
+
+
+def test_normalisation_of_another_width_or_none_is_said() -> None:
+    statistics = FeatureStatistics(3, 4)
+    given = {f"{kind}_{part}": torch.full((5,), 2.0) for kind in NORMALISED for part in ("mean", "std")}
+    given |= {"latent_mean": torch.ones(3), "latent_std": torch.ones(3)}
+    assert statistics.take_normalisation(given, "there") == ["cls", "patch"]
+    assert torch.equal(statistics.latent_mean, torch.ones(3))
+    for broken in ({}, given | {"cls_std": torch.zeros(5)}, given | {"cls_mean": torch.tensor([float("nan")] * 5)}):
+        with pytest.raises(ValueError, match="there holds no normalisation"):
+            statistics.take_normalisation(broken, "there")
+    assert InitSource("weights.pt", {}).statistics == {}
+
+
+def test_a_student_is_trained_validated_and_drawn(
+    runs: Path, tmp_path: Path, started: Callable[..., PatchDiTModule]
+) -> None:
+    """From the experiment's own settings: it starts as its teacher, is validated by what it learns, and a teacher that
+    predicts something else is refused."""
+    options = ["experiment=dit_few_steps", "callbacks.pictures=null", "model.sampling.steps=4"]
+    student = started("student", *options, f"model.init_from={runs / 'teacher'}")
+    teacher = load_module(runs / "teacher")
+    assert isinstance(teacher, PatchDiTModule)
+    for name, value in teacher.network.state_dict().items():
+        torch.testing.assert_close(student.network.state_dict()[name], value, atol=1e-6, rtol=0)
+    assert student.statistics.normalisation == teacher.statistics.normalisation
+    assert student.few_steps is not None
+
+    student.few_steps.take_teacher(teacher.network)
+    generator = torch.Generator().manual_seed(1)
+    data = torch.randn(2, 48, 4, 4, generator=generator)
+    states, mask = student.encoders.encode_text(["a red thing", "a green thing"])
+    conditions = Conditions(states, mask, torch.randn(2, 16), torch.randn(2, 9, 16), (3, 3))
+    losses = [
+        float(student.few_steps.validation_loss(student.network, data, conditions, torch.Generator().manual_seed(seed)))
+        for seed in (3, 3, 4)
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+    images = sample(student.network, conditions, (4, 4), student.sampling_at((4, 4)), seeds=[1, 2])
+    assert images.isfinite().all()
+    with pytest.raises(ValueError, match=r"Give model\.network\.prediction=v model\.network\.rotary=false"):
+        started("wrong", *options, "model.network.final_modulation=false", f"model.init_from={runs / 'base'}")
