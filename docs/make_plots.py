@@ -66,7 +66,7 @@ def sampler_curve() -> None:
             curves.setdefault(label, []).append((recorded[f"{setting}_ms"], recorded[name]))
     for label, points in curves.items():
         axes.plot(*zip(*sorted(points), strict=True), "o-" if len(points) > 1 else "s", label=label)
-    axes.set(xscale="log", yscale="log", xlabel="milliseconds for a batch", ylabel="distance from 400 Euler steps")
+    axes.set(xscale="log", yscale="log", xlabel="milliseconds per image", ylabel="distance from 400 Heun steps")
     axes.grid(which="both", alpha=0.3)
     axes.legend(fontsize=7)
     figure.savefig(IMAGES / "sampler_curve.png", dpi=110)

@@ -24,14 +24,16 @@ from keygrip.benchmarks.measuring import (
     synchronise,
 )
 from keygrip.config import compose
+from keygrip.data.batches import ImageTextBatch
 from keygrip.models.nn.flow_matching import LogitNormalTimesteps, interpolate, seeded_noise, velocity
 from keygrip.models.patch_dit.context import ConditionDropout, Conditions, kept
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.network import PatchDiT
 from keygrip.models.patch_dit.sampler import Sampling, Velocities, sample
 from keygrip.progress import Progress
-from keygrip.training.checkpoints import load_module
+from keygrip.training.checkpoints import HEADER, load_module, read_checkpoint
 from keygrip.training.memory import count_step
+from keygrip.training.parts import build_stored
 
 STEPS = 50  # sampling steps that share what is computed once per sample
 FOUR = ("none", "text", "dino", "full")
@@ -150,7 +152,8 @@ class DiTCurve:
     """What a sample costs and how far it is from the exact solution, by solver, steps and guidance interval.
 
     Distance is the root mean square over latents of unit variance, to many small steps of Heun's method with guidance
-    everywhere. The network is a checkpoint's, or a small one that learns for a moment to draw a blurred copy of its
+    everywhere. The network is a checkpoint's, drawn by its own scales and shift from features and captions of its val
+    images, or a small one that learns for a moment to draw a blurred copy of its
     patches in a colour that the words name: such a one has a smooth velocity, as a trained network has.
 
     Args:
@@ -193,20 +196,32 @@ class DiTCurve:
         return figures
 
     def _trained(self, count: int, train_steps: int) -> tuple[PatchDiT, Conditions, tuple[int, int], Sampling]:
-        usual = Sampling(text_scale=3.0, dino_scale=2.0)
         if self.checkpoint is None:
-            toy = ToyImages()
+            toy, usual = ToyImages(), Sampling(text_scale=3.0, dino_scale=2.0)
             return toy.trained(train_steps), toy.batch(count, 10**6)[1], toy.size, usual
 
         module = load_module(self.checkpoint, expected=PatchDiTModule)
         assert isinstance(module, PatchDiTModule)
-        size, grid = module.statistics.latent_sizes[0], module.statistics.patch_grids[0]
-        states, mask = module.encoders.encode_text(["a red cube left of the blue block"] * count)
-        width = module.encoders.dino_dim
-        generator = torch.Generator().manual_seed(0)
-        cls = torch.randn(count, width, generator=generator)
-        patches = torch.randn(count, grid[0] * grid[1], width, generator=generator)
-        return module.network, Conditions(states, mask, cls, patches, grid), size, usual
+        batch = held_out_batch(self.checkpoint, count)
+        size = batch.latents.shape[2], batch.latents.shape[3]
+        return module.network, module.statistics.conditions(batch), size, module.sampling_at(size)
+
+
+def held_out_batch(checkpoint: str, count: int) -> ImageTextBatch:
+    """So many validation images of one size, of the data that a run was trained on.
+
+    Raises:
+        FileNotFoundError: its shards are not there. ValueError: they hold fewer of each size.
+    """
+    data = build_stored(read_checkpoint(checkpoint)[HEADER]["config"]["data"], "data")
+    data.batch_size, data.num_workers = count, 0
+    data.prepare_data()
+    data.setup()
+    for batch in data.held_out("val"):
+        if len(batch) == count:
+            found: ImageTextBatch = batch
+            return found
+    raise ValueError(f"{data.place} has fewer than {count} val images of one size: give fewer samples")
 
 
 def timed(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from dit_parts import SMALL
+from dit_parts import SMALL, write_images
 
+from keygrip import train
 from keygrip.benchmarks import patch_dit
 from keygrip.benchmarks.patch_dit import (
     FOUR,
@@ -17,9 +19,11 @@ from keygrip.benchmarks.patch_dit import (
     DiTStep,
     SamplingStep,
     ToyImages,
+    held_out_batch,
     random_conditions,
     random_network,
 )
+from keygrip.config import compose
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {
@@ -81,6 +85,25 @@ def test_the_curve_falls_with_the_steps() -> None:
     assert figures["adams_bashforth_16_distance"] < figures["euler_16_distance"]
     assert figures["euler_4_evaluations"] == 12
     assert figures["euler_4_interval_0.3_0.8_evaluations"] == 1 + 3 + 3 + 1
+
+
+@pytest.mark.slow
+def test_the_curve_of_a_run_is_drawn_as_that_run_is(tmp_path: Path) -> None:
+    """From the captions and features of its val images, and with its own scales and shift."""
+    root = write_images(tmp_path / "images")
+    options = ["model.sampling.timestep_shift=3", "model.sampling.guidance=dino_then_text", "max_steps=1"]
+    train.run(compose("train", [*SMALL, *options, f"data.root={root}", f"run_dir={tmp_path / 'run'}"]))
+    curve = DiTCurve(str(tmp_path / "run"), 1, 1, 4, 4, 8, 8, settings=[["euler", 4, 0, 1]], threads=1)
+    network, conditions, size, sampling = curve._trained(4, 1)
+    assert (sampling.timestep_shift, sampling.guidance) == (3, "dino_then_text")
+    batch = held_out_batch(str(tmp_path / "run"), 4)
+    assert size == tuple(batch.latents.shape[2:])
+    assert torch.equal(conditions.text, batch.text_states)  # type: ignore[arg-type]
+    assert conditions.patches.std() == pytest.approx(1, abs=0.2)  # type: ignore[union-attr]
+    assert not torch.equal(conditions.text[0], conditions.text[1])  # type: ignore[index]
+    assert {"euler_4_distance", "euler_4_ms"} <= curve.run(quick=True).keys()
+    with pytest.raises(ValueError, match="fewer than 99 val images of one size"):
+        held_out_batch(str(tmp_path / "run"), 99)
 
 
 def test_toy_pictures_are_learned() -> None:
