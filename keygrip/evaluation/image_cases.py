@@ -21,6 +21,7 @@ from keygrip.evaluation.attribute_classifier import (
     distance_px,
     objects_as_named,
 )
+from keygrip.evaluation.image_captions import WORD, ClipSimilarity, change_caption
 from keygrip.evaluation.image_distances import Distances
 from keygrip.evaluation.image_features import FeatureEncoder, FeatureOptions, feature_encoder, training_images
 from keygrip.evaluation.image_statistics import grain, set_figures
@@ -55,9 +56,11 @@ class ImageSuite:
         shown: images in each row of the report.
         classifier: how a classifier is trained where there is none yet.
         features: in which sets of images are compared with real ones.
+        clip: a folder of CLIP, by which images are compared with their captions; None: that of `features`, where its
+            kind is clip, and otherwise they are not.
 
     Raises:
-        ValueError: an unknown case, or a number below 1.
+        ValueError: an unknown case, a number below 1, or a word to replace that is none.
     """
 
     cases: Sequence[str] | None = None
@@ -73,6 +76,7 @@ class ImageSuite:
     shown: int = 8
     classifier: ClassifierOptions = field(default_factory=ClassifierOptions)
     features: FeatureOptions = field(default_factory=FeatureOptions)
+    clip: str | None = None
 
     def __post_init__(self) -> None:
         unknown = [case for case in self.cases or () if case not in CASES]
@@ -84,6 +88,9 @@ class ImageSuite:
             raise ValueError(f"lpips={self.lpips!r}: choose auto or none")
         if self.split not in ("train", "val", "test"):
             raise ValueError(f"split={self.split!r}: choose val or test (or train, to see what was memorised)")
+        for word in self.replace_words:
+            if not WORD.fullmatch(str(word)):
+                raise ValueError(f"replace_words: {word!r} is not a single word")
 
 
 def changed_sampling(sampling: Sampling, changes: Mapping[str, Any]) -> Sampling:
@@ -113,26 +120,6 @@ class Asked:
     captions: list[str]
 
 
-def change_caption(
-    caption: str, record: Mapping[str, Any], number: int, colours: Sequence[str], words: Mapping[str, str]
-) -> tuple[str, str | None] | None:
-    """A caption with a word changed, and the colour asked for then; None where no word of it can be changed.
-
-    Args:
-        number: of the image; it chooses among the other colours. colours: all that there are.
-    """
-    told = caption.split()
-    if words:
-        changed = [words.get(word, word) for word in told]
-        return (" ".join(changed), None) if changed != told else None
-    own = (record.get("evidence") or {}).get("colour")
-    others = [colour for colour in colours if colour != own]
-    if own not in told or not others:
-        return None
-    asked = others[number % len(others)]
-    return " ".join(asked if word == own else word for word in told), asked
-
-
 class Suite:
     """Evaluates one model on one set of shards.
 
@@ -147,6 +134,8 @@ class Suite:
         self.encoders = module.ready_encoders()
         self.sampling = changed_sampling(module.sampling, options.sampling)
         self.distances = Distances(self.encoders, classifier, options.lpips)
+        folder = options.clip or (options.features.weights if options.features.kind == "clip" else None)
+        self.clip = None if folder is None else ClipSimilarity(folder)
         self.colours = [] if classifier is None else classifier.network.colours
         self._grids: dict[str, list[tuple[Asked, tuple[int, int], int]]] = {}
         self.rows: list[tuple[str, Tensor]] = []  # titles and images of one batch, by case
@@ -246,6 +235,8 @@ class Suite:
     def measure(self, drawn: Tensor, asked: Asked) -> dict[str, Tensor]:
         """Of each image, by name, [B] each (fewer where something was not asked of all)."""
         found = self.distances(drawn, asked.target) | {"grain": grain(drawn)}
+        if self.clip is not None:
+            found["clip_similarity"] = self.clip(drawn, asked.captions)
         if self.classifier is not None:
             found |= self._classified(self.classifier.network.to(drawn.device)(drawn), asked, drawn)
         return {name: values.float().cpu() for name, values in found.items()}
@@ -360,11 +351,24 @@ class Suite:
             sampling = replace(self.sampling, text_scale=text, dino_scale=dino)
             found, first = self._drawn_so(self.scaled_case, sampling)
             if found:
-                table.append({"text_scale": text, "dino_scale": dino, **found})
+                table.append({"text_scale": text, "dino_scale": dino, **self._with_grain_off(found)})
                 images[text].append(first[:each])
         named = ", ".join(f"{scale:g}" for scale in self.options.dino_scales)
         rows = [(f"text scale {t:g}; DINO scale {named}, {each} each", torch.cat(p)) for t, p in images.items()]
         return table, rows
+
+    def word_scales(self) -> list[dict[str, Any]]:
+        """Figures of images from words alone for each text scale."""
+        table = []
+        for text in Progress(self.options.text_scales, desc="text scales", unit="scale", leave=False):
+            found, _ = self._drawn_so("text_only", replace(self.sampling, text_scale=float(text)))
+            if found:
+                table.append({"text_scale": float(text), **self._with_grain_off(found)})
+        return table
+
+    def _with_grain_off(self, found: dict[str, Any]) -> dict[str, Any]:
+        """With how far the grain is from that of as many real images: more is noise, less is blur."""
+        return {**found, "grain_off": round(abs(found["grain"] - self.real_grid["grain"]), 5)}
 
     def steps(self) -> list[dict[str, Any]]:
         """Figures of reconstructions and of images from words alone for each number of steps, with what an image
@@ -377,13 +381,14 @@ class Suite:
                 table.append({"case": case, "steps": int(steps), **found})
         return table
 
+    @cached_property
+    @torch.no_grad()
     def real_grid(self) -> dict[str, float]:
         """The anchor of the curves: as many held-out real images against the same training images."""
-        with torch.no_grad():
-            parts = [
-                self.features.features(real).float().cpu() for _, real, _ in self.batches(self.options.grid_images)
-            ]
-        return set_figures(torch.cat(parts), self.reference)
+        real = [images for _, images, _ in self.batches(self.options.grid_images)]
+        features = torch.cat([self.features.features(images).float().cpu() for images in real])
+        grains = torch.cat([grain(images).float().cpu() for images in real])
+        return {"grain": round(float(grains.mean()), 5), **set_figures(features, self.reference)}
 
     def _grid(self, case: str) -> list[tuple[Asked, tuple[int, int], int]]:
         """What a case asks of the images of the curves: with the latents' size and the first seed of each batch."""

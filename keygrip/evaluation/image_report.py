@@ -30,11 +30,17 @@ EXPLAINED = {
     "another_picture": "a real image, another one than asked for",
     "real": "the real images themselves: the classifier's own error, and the distance of real sets from each other",
 }
-# What is weighed against each other over the scales: the first pair that was measured; a minus: less is better.
-PARETO = (("colour_as_asked", "cube_within_4px"), ("-frechet", "-dino_distance"))
+# What is weighed against each other over the scales; a minus: less is better. The first pair of figures that were
+# measured; where several pairs of scales have the very same best shares, these are weighed by `QUALITY`.
+SHARES_PARETO = ("colour_as_asked", "cube_within_4px")
+SCALES_PARETO = (SHARES_PARETO, ("clip_similarity", "-dino_distance"), ("-frechet", "-dino_distance"))
+QUALITY = ("-frechet", "-grain_off")
+WORDS_PARETO = (("objects_as_named", "-frechet"), ("clip_similarity", "-frechet"), QUALITY)
 STEPS_PARETO = ("-frechet", "-evaluations")
 AXES = {"colour_as_asked": "colour as asked in words", "cube_within_4px": "cube within 4 px"}
 AXES |= {"frechet": "Frechet distance", "dino_distance": "distance in DINO features"}
+AXES |= {"grain_off": "grain off that of real images, 1/255", "clip_similarity": "similarity to the words (CLIP)"}
+AXES |= {"objects_as_named": "exactly the named objects"}
 # Figures of the anchors, of real images against others of their kind, and how far a good model may be from them: the
 # least and the most of its figure over theirs. Too little grain is blur.
 LIMITS = (
@@ -81,9 +87,27 @@ def pareto(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> list[in
     return [number for number, point in enumerate(points) if not beaten(point)]
 
 
-def weighed(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str] | None:
-    """The pair of `PARETO` that all rows have figures of."""
-    return next((pair for pair in PARETO if rows and all(n.lstrip("-") in row for row in rows for n in pair)), None)
+def weighed(
+    rows: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[str, str]]
+) -> tuple[tuple[str, str], list[int]] | None:
+    """The first of the pairs that all rows have figures of, and the numbers of the rows on its front; None: none.
+
+    Shares end at 1: rows that reach the same best ones are weighed by `QUALITY` among themselves.
+    """
+    pair = next((pair for pair in pairs if has_figures(rows, pair)), None)
+    if pair is None:
+        return None
+    front = pareto(rows, pair)
+    best = [rows[number] for number in front]
+    saturated = len(best) > 1 and len({tuple(row[name.lstrip("-")] for name in pair) for row in best}) == 1
+    if pair == SHARES_PARETO and saturated and has_figures(best, QUALITY):
+        return QUALITY, [front[number] for number in pareto(best, QUALITY)]
+    return pair, front
+
+
+def has_figures(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> bool:
+    """Whether there are rows and all have the named figures."""
+    return bool(rows) and all(name.lstrip("-") in row for row in rows for name in names)
 
 
 def write_report(
@@ -107,8 +131,8 @@ def write_report(
     if figures["scales"] and "colour_as_asked" in figures["scales"][0]:
         write_bytes(output / SCALE_MAP, scale_map(figures["scales"]))
         images.append(output / SCALE_MAP)
-    if weighed(figures["scales"]) is not None or figures["steps"]:
-        write_bytes(output / CURVES, curves(figures["scales"], figures["steps"], figures["real_grid"]))
+    if any(figures[name] for name in ("scales", "word_scales", "steps")):
+        write_bytes(output / CURVES, curves(figures))
         images.append(output / CURVES)
     write_text(output / REPORT, markdown(figures, [path.name for path in images]))
     return images
@@ -155,11 +179,23 @@ def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
             name: {k: v for k, v in row.items() if k not in ("text_scale", "dino_scale")} for name, row in named.items()
         }
         lines += ["", *table({"real images, as many": figures["real_grid"], **rows})]
-        pair = weighed(figures["scales"])
-        if pair is not None:
-            best = [list(named)[number] for number in pareto(figures["scales"], pair)]
+        found = weighed(figures["scales"], SCALES_PARETO)
+        if found is not None:
+            pair, front = found
             names = " and ".join(name.lstrip("-") for name in pair)
-            lines += ["", f"No pair of scales is better in both {names} than: {'; '.join(best)}."]
+            of_best = f" of those with the best {' and '.join(SHARES_PARETO)}" if pair == QUALITY else ""
+            best = "; ".join(list(named)[number] for number in front)
+            lines += ["", f"No pair of scales{of_best} is better in both {names} than: {best}."]
+    if figures["word_scales"]:
+        lines += ["", "## Words alone over the text scale", ""]
+        named = {f"text {row['text_scale']:g}": row for row in figures["word_scales"]}
+        rows = {name: {k: v for k, v in row.items() if k != "text_scale"} for name, row in named.items()}
+        lines += table({"real images, as many": figures["real_grid"], **rows})
+        found = weighed(figures["word_scales"], WORDS_PARETO)
+        if found is not None:
+            names = " and ".join(name.lstrip("-") for name in found[0])
+            best = "; ".join(list(named)[number] for number in found[1])
+            lines += ["", f"No text scale is better in both {names} than: {best}."]
     if figures["steps"]:
         lines += ["", "## Quality against steps", "", "Evaluations of the network and seconds are per image.", ""]
         rows = {
@@ -220,27 +256,35 @@ def scale_map(rows: Sequence[Mapping[str, float]]) -> bytes:
     return buffer.getvalue()
 
 
-def curves(scales: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]], real: Mapping[str, float]) -> bytes:
-    """Two plots: what is weighed against each other over the guidance scales, with its Pareto front; and the Frechet
-    distance against the evaluations that an image costs, by case, beside that of as many real images."""
+def curves(figures: Mapping[str, Any]) -> bytes:
+    """Three plots: what is weighed against each other over the guidance scales, with its Pareto front; the same of
+    images from words alone; and the Frechet distance against the evaluations that an image costs, by case, beside that
+    of as many real images."""
     import io
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    pair = weighed(scales)
-    if pair is not None:
-        x, y = (name.lstrip("-") for name in pair)
-        left.scatter([row[x] for row in scales], [row[y] for row in scales], s=18, color="tab:grey")
-        front = sorted((scales[number] for number in pareto(scales, pair)), key=lambda row: float(row[x]))
-        left.plot([row[x] for row in front], [row[y] for row in front], "o-", color="tab:blue", label="Pareto front")
-        for row in scales:
-            left.annotate(f"{row['text_scale']:g}, {row['dino_scale']:g}", (row[x], row[y]), fontsize=7)
-        left.set(xlabel=AXES[x], ylabel=AXES[y], title="guidance scales (text, DINO)")
-        left.legend()
+    left, middle, right = figure.subplots(1, 3)
+    steps, real = figures["steps"], figures["real_grid"]
+    for axes, rows, pairs, scales, title in (
+        (left, figures["scales"], SCALES_PARETO, ("text_scale", "dino_scale"), "guidance scales (text, DINO)"),
+        (middle, figures["word_scales"], WORDS_PARETO, ("text_scale",), "words alone, text scales"),
+    ):
+        found = weighed(rows, pairs)
+        if found is None:
+            axes.set_axis_off()
+            continue
+        x, y = (name.lstrip("-") for name in found[0])
+        axes.scatter([row[x] for row in rows], [row[y] for row in rows], s=18, color="tab:grey")
+        front = sorted((rows[number] for number in found[1]), key=lambda row: float(row[x]))
+        axes.plot([row[x] for row in front], [row[y] for row in front], "o-", color="tab:blue", label="Pareto front")
+        for row in rows:
+            axes.annotate(", ".join(f"{row[scale]:g}" for scale in scales), (row[x], row[y]), fontsize=7)
+        axes.set(xlabel=AXES[x], ylabel=AXES[y], title=title)
+        axes.legend()
     drawn = [row for row in steps if "frechet" in row]
     for case in dict.fromkeys(row["case"] for row in drawn):
         rows = sorted((row for row in drawn if row["case"] == case), key=lambda row: float(row["evaluations"]))
@@ -257,6 +301,8 @@ def curves(scales: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any
             right.axhline(real["frechet"], color="black", linestyle=":", label="real images, as many")
         right.set(xlabel="evaluations per image", ylabel=AXES["frechet"], xscale="log", yscale="log", title="steps")
         right.legend()
+    else:
+        right.set_axis_off()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

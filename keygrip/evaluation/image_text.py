@@ -8,12 +8,15 @@ Cases, each on the same held-out images and seeds:
 - `changed_words`: its own features, and a caption in which a word was changed (the cube's colour).
 - `shuffled_patches`: as `reconstruction`, with the patches in random order.
 - `scales`: `changed_words` over a grid of guidance scales: where words and features each have their say; without words
-  to change, `reconstruction`.
+  to change, `reconstruction`. And `text_only` over the text scales.
 - `steps`: `reconstruction` and `text_only` over numbers of steps, with the evaluations and seconds that an image costs.
 
 Each figure stands beside two anchors: `real`, the held-out images themselves against other real ones, and
 `another_picture`, an unrelated real image in the place of the one that was asked for. Sets of images are compared in
 the features of a frozen encoder that no model was trained with (`features`).
+
+With a CLIP at hand (`clip`, or `features.kind=clip`) the images of every case are compared with the words that they
+were asked by; `real` says what the own caption has of a real image, `another_picture` what one of another image has.
 
 Single images are compared with the real ones that the shards keep, and where they keep none with what their latents
 decode to, which the report says. LPIPS needs weights that are not part of any
@@ -25,6 +28,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +61,8 @@ def run_suite(
         module: with trained weights, on its device. data: its shards, made where they are missing.
 
     Returns:
-        the figures: `cases`, `scales`, `steps`, `real_grid` (the anchor of both), `classifier` (its own error),
-            `lpips_note`, `sampling`; and the image files.
+        the figures: `cases`, `scales`, `word_scales`, `steps`, `real_grid` (the anchor of these three), `classifier`
+            (its own error), `clip`, `lpips_note`, `sampling`; and the image files.
 
     Raises:
         FileNotFoundError: no shards. ValueError: no such split, or a case that cannot be evaluated.
@@ -83,13 +87,15 @@ def run_suite(
         "split": options.split,
         "cases": cases,
         "scales": table,
+        "word_scales": suite.word_scales() if "scales" in wanted else [],
         "steps": steps,
-        "real_grid": suite.real_grid() if table or steps else {},
+        "real_grid": suite.real_grid if table or steps else {},
         "classifier": None if classifier is None else vars(classifier.error) | {"fingerprint": classifier.fingerprint},
         "features": {"name": suite.features.name, "sha256": suite.features.sha256},
         "lpips_note": suite.distances.note,
         "real_note": "" if suite.encoders.exact or DECODED in cases else DECODED_NOTE,
-        "sampling": {name: getattr(suite.sampling, name) for name in ("text_scale", "dino_scale", "steps", "solver")},
+        "sampling": asdict(suite.sampling) | {"interval": list(suite.sampling.interval)},
+        "clip": None if suite.clip is None else {"name": suite.clip.name, "sha256": suite.clip.sha256},
     }
     return figures, write_report(output, figures, suite.rows, scale_rows)
 
@@ -100,15 +106,16 @@ def headline(figures: Mapping[str, Any]) -> dict[str, float]:
         "reconstruction": (
             *("psnr_db", "ssim", "lpips", "judge_distance", "dino_distance", "cube_within_4px"),
             *("frechet", "cmmd", "precision", "recall", "grain", "colour_as_asked", "objects_as_named"),
+            "clip_similarity",
         ),
-        REAL: ("frechet", "cmmd", "precision", "recall", "grain", "objects_as_named"),
-        UNRELATED: ("ssim", "psnr_db"),
+        REAL: ("frechet", "cmmd", "precision", "recall", "grain", "objects_as_named", "clip_similarity"),
+        UNRELATED: ("ssim", "psnr_db", "clip_similarity"),
         "shuffled_patches": ("psnr_db", "cube_within_4px"),
         "dino_swap": ("cube_within_4px",),
-        "changed_words": ("colour_as_asked", "cube_within_4px"),
+        "changed_words": ("colour_as_asked", "cube_within_4px", "clip_similarity"),
         "text_only": (
             *("objects_as_named", "colour_as_asked", "side_as_asked", "frechet", "cmmd", "precision", "recall"),
-            *("grain", "ssim"),
+            *("grain", "ssim", "clip_similarity"),
         ),
     }
     found = {

@@ -92,6 +92,7 @@ class ImageTextSchema(EvaluateSchema):
     lpips: str = MISSING
     replace_words: dict[str, Any] = field(default_factory=dict)
     shown: int = MISSING
+    clip: str | None = MISSING
     features: dict[str, Any] = field(default_factory=dict)
 
 

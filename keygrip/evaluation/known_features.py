@@ -34,13 +34,9 @@ def known_encoder(kind: str, place: Path, variant: str) -> tuple[Features, str, 
         FileNotFoundError, ValueError: no such weights, or of another network.
     """
     if kind == "clip":
-        if not (place / "config.json").is_file():
-            raise FileNotFoundError(
-                f"features.weights={place}: of clip a folder with config.json and model.safetensors (of "
-                "openai/clip-vit-large-patch14-336: that of CMMD)"
-            )
+        features = _clip(place)
         files = sorted(place.glob("*.safetensors"))
-        return _clip(place), f"clip {place.name}", sha256_of(sha256_file(file).encode() for file in files)
+        return features, f"clip {place.name}", sha256_of(sha256_file(file).encode() for file in files)
     if not place.is_file():
         raise FileNotFoundError(f"features.weights={place}: there is no such file")
     if kind == "dinov3":
@@ -63,24 +59,46 @@ def _clip(folder: Path) -> Features:
     """As CMMD is defined: the whole image bicubically resized to the model's size, the projected embedding."""
     from transformers import CLIPVisionModelWithProjection
 
-    try:
-        network: Any = CLIPVisionModelWithProjection.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"features.weights={folder} is no CLIP of transformers: {str(error).splitlines()[0]}"
-        ) from error
-    network.eval().requires_grad_(False)
-    edge = network.config.image_size
+    network = clip_part(CLIPVisionModelWithProjection, folder)
 
     def features(images: Tensor) -> Tensor:
-        resized = functional.interpolate(images, (edge, edge), mode="bicubic", antialias=True).clamp(0, 1)
-        mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-        found: Tensor = network.to(images.device)(pixel_values=(resized - mean) / std).image_embeds
+        pixels = clip_pixels(images, network.config.image_size)
+        found: Tensor = network.to(images.device)(pixel_values=pixels).image_embeds
         return found
 
     return features
+
+
+def clip_part(kind: Any, folder: Path) -> Any:
+    """A tower or the tokenizer of a CLIP of transformers, by its class.
+
+    Raises:
+        FileNotFoundError: no such folder. ValueError: it does not hold that part.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder}: of clip a folder with config.json and model.safetensors (of "
+            "openai/clip-vit-large-patch14-336: that of CMMD)"
+        )
+    is_tower = hasattr(kind, "config_class")
+    told: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True} if is_tower else {}
+    try:
+        part = kind.from_pretrained(folder, local_files_only=True, **told)
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{folder} is no CLIP of transformers: {str(error).splitlines()[0]}") from error
+    if not is_tower:
+        return part
+    network, report = part
+    if report["missing_keys"]:  # they would be random
+        raise ValueError(f"{folder} holds no {kind.__name__}: {sorted(report['missing_keys'])[0]} is missing")
+    return network.eval().requires_grad_(False)
+
+
+def clip_pixels(images: Tensor, edge: int) -> Tensor:
+    """Images ``[B, 3, H, W]`` in 0..1 as CLIP takes them, ``[B, 3, edge, edge]``."""
+    resized = functional.interpolate(images, (edge, edge), mode="bicubic", antialias=True).clamp(0, 1)
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    return (resized - mean) / std
 
 
 # ---- Inception -------------------------------------------------------------------------------------------------------

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from image_sets import write_tiny_clip
 
+from keygrip.evaluation.image_captions import ClipSimilarity
 from keygrip.evaluation.image_features import FeatureOptions, train_encoder
-from keygrip.evaluation.image_report import curves, pareto, shortcomings, weighed
+from keygrip.evaluation.image_report import QUALITY, SCALES_PARETO, SHARES_PARETO, curves, pareto, shortcomings, weighed
 from keygrip.evaluation.image_statistics import cmmd, frechet_distance, grain, precision_recall, set_figures
-from keygrip.evaluation.known_features import fid_inception, known_encoder
+from keygrip.evaluation.known_features import clip_pixels, fid_inception, known_encoder
 
 
 def normal(count: int, seed: int, shift: float = 0.0, spread: float = 1.0, width: int = 4) -> torch.Tensor:
@@ -148,16 +150,35 @@ def test_pareto_rows() -> None:
 
 
 def test_curves_weigh_what_was_measured() -> None:
-    """Colour against place where a classifier says both; else distance of the sets against likeness."""
+    """Colour against place where a classifier says both; else similarity to the words, or the distance of the sets,
+    against likeness."""
     scales = [{"text_scale": t, "dino_scale": 1.0, "frechet": 2.0 + t, "dino_distance": 0.3 / t} for t in (1.0, 2.0)]
-    assert weighed(scales) == ("-frechet", "-dino_distance")
-    judged = [{**row, "colour_as_asked": 0.5, "cube_within_4px": 1.0} for row in scales]
-    assert weighed(judged) == ("colour_as_asked", "cube_within_4px")
-    assert weighed([{"text_scale": 1.0}]) is None
-    assert weighed([]) is None
+    assert weighed(scales, SCALES_PARETO) == (("-frechet", "-dino_distance"), [0, 1])
+    read = [{**row, "clip_similarity": 0.2} for row in scales]
+    assert weighed(read, SCALES_PARETO) == (("clip_similarity", "-dino_distance"), [1])
+    judged = [{**row, "colour_as_asked": row["text_scale"] / 2, "cube_within_4px": 1.0} for row in scales]
+    assert weighed(judged, SCALES_PARETO) == (SHARES_PARETO, [1])
+    assert weighed([{"text_scale": 1.0}], SCALES_PARETO) is None
+    assert weighed([], SCALES_PARETO) is None
     steps = [{"case": "text_only", "steps": n, "evaluations": 2 * n, "frechet": 8 / n} for n in (4, 8)]
-    for given in ((scales, steps), ([], steps), (judged, [])):
-        assert curves(*given, {"frechet": 0.5}).startswith(b"\x89PNG")
+    words = [{"text_scale": t, "frechet": 2.0 - t / 4, "grain_off": t} for t in (1.0, 2.0)]
+    for given in ((scales, [], steps), ([], words, steps), (judged, words, [])):
+        figures = dict(zip(("scales", "word_scales", "steps"), given, strict=True)) | {"real_grid": {"frechet": 0.5}}
+        assert curves(figures).startswith(b"\x89PNG")
+
+
+def test_where_all_shares_are_one_quality_decides() -> None:
+    """Three pairs draw every colour in its place, one does not: of the three the nearest to real images are named."""
+    best = {"colour_as_asked": 1.0, "cube_within_4px": 1.0}
+    rows = [
+        {**best, "frechet": 2.0, "grain_off": 0.1},
+        {**best, "frechet": 1.0, "grain_off": 0.5},
+        {"colour_as_asked": 0.9, "cube_within_4px": 1.0, "frechet": 0.1, "grain_off": 0.0},
+        {**best, "frechet": 3.0, "grain_off": 0.4},
+    ]
+    assert weighed(rows, SCALES_PARETO) == (QUALITY, [0, 1])
+    assert weighed(rows[1:3], SCALES_PARETO) == (SHARES_PARETO, [0])
+    assert weighed([{name: row[name] for name in best} for row in rows], SCALES_PARETO) == (SHARES_PARETO, [0, 1, 3])
 
 
 # ---- known encoders --------------------------------------------------------------------------------------------------
@@ -204,6 +225,21 @@ def test_clip_gives_its_projected_embedding(tmp_path: Path) -> None:
     assert len(sha256) == 64
     with pytest.raises(FileNotFoundError, match=r"of clip a folder with config\.json"):
         known_encoder("clip", tmp_path / "none", "")
+    with pytest.raises(ValueError, match="holds no CLIPModel"):
+        ClipSimilarity(tmp_path)
     (tmp_path / "x.pth").write_bytes(b"no weights")
     with pytest.raises(ValueError, match="neither the FID's"):
         known_encoder("inception", tmp_path / "x.pth", "")
+
+
+def test_images_are_compared_with_their_captions_as_clip_itself_does(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    clip, tokenizer = write_tiny_clip(tmp_path)
+    images, captions = torch.rand(3, 3, 20, 30), ["a red cube", " ", "Blue, " + "a b " * 60]
+    found = ClipSimilarity(tmp_path)(images, captions)
+    assert found.shape == (2,)  # a blank caption asks for nothing
+    words = tokenizer([captions[0], captions[2]], padding=True, truncation=True, max_length=77, return_tensors="pt")
+    logits = clip(**words, pixel_values=clip_pixels(images[[0, 2]], 28)).logits_per_image
+    torch.testing.assert_close(found, (logits.diag() / clip.logit_scale.exp()).detach())
+    assert known_encoder("clip", tmp_path, "")[0](images).shape == (3, 6)
+    assert ClipSimilarity(tmp_path)(images, ["", "", ""]).shape == (0,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from dit_parts import SMALL, stir
-from image_sets import COLOURS, SQUARE, WIDE, small_encoders, write_images
+from image_sets import COLOURS, SQUARE, WIDE, small_encoders, write_images, write_tiny_clip
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -18,12 +19,14 @@ from keygrip.config import compose
 from keygrip.data.image_text.datamodule import ImageShards
 from keygrip.evaluation import image_text as validation
 from keygrip.evaluation.attribute_classifier import ClassifierError, ClassifierOptions, TrainedClassifier, Verdict
-from keygrip.evaluation.image_cases import CASES, Asked, ImageSuite, Suite, change_caption, summarise
+from keygrip.evaluation.image_captions import change_caption
+from keygrip.evaluation.image_cases import CASES, Asked, ImageSuite, Suite, summarise
 from keygrip.evaluation.image_distances import LPIPS_FILE, Distances
 from keygrip.evaluation.image_features import FeatureOptions
-from keygrip.evaluation.image_report import scale_map, table
+from keygrip.evaluation.image_report import SCALES_PARETO, scale_map, table, weighed
 from keygrip.evaluation.image_text import headline, run_suite
 from keygrip.models.patch_dit.module import PatchDiTModule
+from keygrip.models.patch_dit.sampler import Sampling
 from keygrip.training.checkpoints import build_module
 
 QUICK = ClassifierOptions(width=8, steps=2, batch_size=4)
@@ -107,6 +110,9 @@ def test_words_are_changed_to_another_colour_or_as_told() -> None:
     assert change_caption("a red cube", {}, 0, ["gold", "red"], {}) is None
     assert change_caption("a dog runs", {}, 0, [], {"dog": "cat"}) == ("a cat runs", None)
     assert change_caption("a cow runs", {}, 0, [], {"dog": "cat"}) is None
+    told = "A DOG,  the dog's hot-dog; Dog."
+    assert change_caption(told, {}, 0, [], {"Dog": "cat"}) == ("A CAT,  the cat's hot-dog; Cat.", None)
+    assert change_caption("Red: a cube", record, 0, ["gold", "red"], {}) == ("Gold: a cube", "gold")
 
 
 def asked_of(suite: Suite, case: str) -> tuple[Asked, Any, torch.Tensor]:
@@ -234,6 +240,7 @@ def test_cases_that_a_model_or_its_data_cannot_answer(root: Path, tmp_path: Path
         ({"step_counts": [4, 0]}, "at least 1"),
         ({"lpips": "vgg"}, "choose auto or none"),
         ({"split": "tset"}, "choose val or test"),
+        ({"replace_words": {"hot dog": "cat"}}, "'hot dog' is not a single word"),
     ],
 )
 def test_settings_out_of_range_are_refused(options: dict[str, Any], said: str) -> None:
@@ -299,7 +306,14 @@ def test_the_suite_writes_a_report_with_pictures(root: Path, tmp_path: Path) -> 
     curve = [(row["case"], row["steps"], row["evaluations"]) for row in figures["steps"]]  # three and two branches
     assert curve == [("reconstruction", 1, 3), ("reconstruction", 2, 6), ("text_only", 1, 2), ("text_only", 2, 4)]
     assert all({"frechet", "ssim", "s_per_image"} <= set(row) for row in [*figures["steps"], *figures["scales"]])
-    assert set(figures["real_grid"]) == {"frechet", "cmmd"}  # of two images no neighbours
+    assert set(figures["real_grid"]) == {"grain", "frechet", "cmmd"}  # of two images no neighbours
+    assert [row["text_scale"] for row in figures["word_scales"]] == [1.0, 3.0]  # words alone: other images by scale
+    assert figures["word_scales"][0]["ssim"] != figures["word_scales"][1]["ssim"]
+    for row in [*figures["word_scales"], *figures["scales"]]:
+        assert row["grain_off"] == pytest.approx(abs(row["grain"] - figures["real_grid"]["grain"]), abs=2e-5)
+    assert set(figures["sampling"]) == set(Sampling.__dataclass_fields__)
+    assert figures["sampling"]["guidance"] == "independent"
+    assert figures["clip"] is None
     assert figures["cases"]["reconstruction"]["images"] == 6
     assert figures["classifier"]["images"] == 12  # of the validation split
     assert "psnr_db" not in figures["cases"]["real"]
@@ -309,7 +323,10 @@ def test_the_suite_writes_a_report_with_pictures(root: Path, tmp_path: Path) -> 
     assert figures["cases"]["real"]["cube_px"] == headline(figures)["classifier/cube_px"]
     text = (tmp_path / "out" / "report.md").read_text()
     assert [path.name for path in pictures] == ["samples.png", "scales.png", "scale_map.png", "curves.png"]
-    assert "No pair of scales is better in both colour_as_asked and cube_within_4px than: text" in text
+    assert re.search(
+        "No pair of scales (of those with .*)?is better in both [a-z0-9_]* and [a-z0-9_]* than: text", text
+    )
+    assert "No text scale is better in both objects_as_named and frechet than: text" in text
     assert "| reconstruction, 2 steps |" in text
     assert all(f"({path.name})" in text and Image.open(path).size[0] > 100 for path in pictures)
     assert "its mean error is" in text
@@ -318,6 +335,25 @@ def test_the_suite_writes_a_report_with_pictures(root: Path, tmp_path: Path) -> 
     names = headline(figures)
     assert names["shuffled_patches/psnr_db"] == figures["cases"]["shuffled_patches"]["psnr_db"]
     assert {"changed_words/colour_as_asked", "reconstruction/cube_within_4px", "text_only/side_as_asked"} <= set(names)
+
+
+def test_images_of_every_case_are_compared_with_their_words(root: Path, tmp_path: Path) -> None:
+    """A real image with its own caption and with another image's are the anchors; the classifier has no part in it."""
+    pytest.importorskip("transformers")
+    write_tiny_clip(tmp_path)
+    cases = ["reconstruction", "text_only", "changed_words", "scales"]
+    told = {**SETTINGS, "cases": cases, "clip": str(tmp_path), "replace_words": {"cube": "ball"}, "text_scales": (2.0,)}
+    suite = Suite(module_for(shards(root)), shards(root), None, ImageSuite(**told))
+    found = suite.evaluate()
+    assert {"clip_similarity"} <= set.intersection(*(set(figures) for figures in found.values()))
+    assert found["real"]["clip_similarity"] != found["another_picture"]["clip_similarity"]
+    own = [suite.clip(real, list(batch.captions)) for batch, real, _ in suite.batches(6)]  # type: ignore[misc]
+    assert found["real"]["clip_similarity"] == pytest.approx(float(torch.cat(own).mean()), abs=1e-4)
+    assert found["changed_words"]["clip_similarity"] != found["reconstruction"]["clip_similarity"]
+    table, _ = suite.scales()
+    assert weighed(table, SCALES_PARETO)[0] == ("clip_similarity", "-dino_distance")  # type: ignore[index]
+    features = FeatureOptions(kind="clip", weights=str(tmp_path))
+    assert Suite(suite.module, suite.data, None, ImageSuite(features=features)).clip is not None
 
 
 def test_the_same_model_gives_the_same_figures(root: Path, tmp_path: Path) -> None:

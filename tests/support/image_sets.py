@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,3 +84,25 @@ def write_images(
     if said:
         write_info(root, {"fingerprint": encoders.fingerprint, "description": encoders.description})
     return root
+
+
+def write_tiny_clip(folder: Path) -> tuple[Any, Any]:
+    """A CLIP of random weights whose words are letters, in the hub's layout; and its tokenizer."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
+
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1, "pad_token_id": len(words) - 1}
+    config = CLIPConfig(
+        text_config={**size, **ends, "vocab_size": len(words)},
+        vision_config={**size, "image_size": 28, "patch_size": 14},
+        projection_dim=6,
+    )
+    clip = CLIPModel(config).eval()
+    clip.save_pretrained(folder)
+    tokenizer = CLIPTokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    tokenizer.save_pretrained(folder)
+    return clip, tokenizer

@@ -1,0 +1,89 @@
+"""Captions in the evaluation of images: a word of them changed, and how well images show what they say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keygrip.artifacts import sha256_file, sha256_of
+from keygrip.evaluation.known_features import clip_part, clip_pixels
+
+WORD = re.compile(r"\w+(?:-\w+)*")
+
+
+def change_caption(
+    caption: str, record: Mapping[str, Any], number: int, colours: Sequence[str], words: Mapping[str, str]
+) -> tuple[str, str | None] | None:
+    """A caption with a word changed, and the colour asked for then; None where no word of it can be changed.
+
+    Args:
+        number: of the image; it chooses among the other colours. colours: all that there are. words: word -> other
+            word; empty: the colour of the record's evidence is changed.
+    """
+    if words:
+        changed = with_other_words(caption, words)
+        return (changed, None) if changed != caption else None
+    own = (record.get("evidence") or {}).get("colour")
+    others = [colour for colour in colours if colour != own]
+    if own is None or not others:
+        return None
+    asked = others[number % len(others)]
+    changed = with_other_words(caption, {own: asked})
+    return (changed, asked) if changed != caption else None
+
+
+def with_other_words(caption: str, words: Mapping[str, str]) -> str:
+    """Whole words replaced whatever their case, which the new word takes over; punctuation stays."""
+    lower = {word.lower(): other for word, other in words.items()}
+
+    def other(match: re.Match[str]) -> str:
+        told = match[0]
+        new = lower.get(told.lower(), told)
+        if new == told or told == told.lower():
+            return new
+        return new.upper() if told == told.upper() and len(told) > 1 else new[:1].upper() + new[1:]
+
+    return WORD.sub(other, caption)
+
+
+class ClipSimilarity:
+    """Cosine of CLIP's embeddings of images and of their captions (Hessel et al., "CLIPScore", 2021, without its
+    factor).
+
+    Args:
+        folder: a CLIP of transformers with both towers and its tokenizer, e.g. openai/clip-vit-large-patch14.
+
+    Raises:
+        FileNotFoundError: no such folder. ValueError: it lacks the text tower or the tokenizer.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        from transformers import CLIPModel, CLIPTokenizerFast
+
+        place = Path(folder)
+        self.network, self.tokenizer = clip_part(CLIPModel, place), clip_part(CLIPTokenizerFast, place)
+        self.name = place.name
+        self.sha256 = sha256_of(sha256_file(file).encode() for file in sorted(place.glob("*.safetensors")))
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        """Images ``[B, 3, H, W]`` in 0..1 and their captions -> ``[N]`` float32 of the N images whose caption is not
+        blank. Captions are cut at CLIP's 77 tokens."""
+        told = [number for number, caption in enumerate(captions) if caption.strip()]
+        if not told:
+            return torch.zeros(0)
+        words = self.tokenizer(
+            [captions[number] for number in told],
+            padding=True,
+            truncation=True,
+            max_length=self.network.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        )
+        pixels = clip_pixels(images[told], self.network.config.vision_config.image_size)
+        found = self.network.to(images.device)(**words.to(images.device), pixel_values=pixels)
+        return torch.cosine_similarity(found.image_embeds.float(), found.text_embeds.float()).cpu()
