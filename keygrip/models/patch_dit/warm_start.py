@@ -1,8 +1,10 @@
 """Warm start: a partial load of another checkpoint; what does not fit is listed, and too little that fits is an error.
 
-Names of other implementations are translated: by the usual ones below, and by rules of one's own. What lies otherwise
+Names of other implementations are translated: by rules of one's own, then by the usual ones below. What lies otherwise
 there is brought into our order, for a layer of the right name and shape with its rows in another order would be taken
-without a word:
+without a word. A rule of one's own that leads to a usual name (``^head\\.`` to ``final_proj.``) says that rows stand as
+usual there, and they are brought into our order; one that leads to our name (``latent_out.``) says that they stand as
+here, and they are taken as they are:
 
 - ``qkv`` is split into query and key_value;
 - ``adaLN_modulation.1`` gives shift and scale (and gate) of one branch after the other, ours all shifts, then all

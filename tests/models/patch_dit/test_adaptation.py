@@ -134,6 +134,19 @@ def test_own_rules_come_first_and_too_little_is_an_error() -> None:
         take(network, weights, "there", {"(": ""})
 
 
+def test_own_rules_say_in_which_order_rows_stand() -> None:
+    """To a usual name: as usual, by cell; to our name: as here, by channel."""
+    source = small_dit(seed=3)
+    weights = {name: value for name, value in source.state_dict().items() if not name.startswith("latent_out")}
+    for part in ("weight", "bias"):
+        weights[f"head.{part}"] = by_cell(source.state_dict()[f"latent_out.{part}"])
+    for name, equal in (("final_proj.", True), ("latent_out.", False)):
+        network = small_dit(seed=4)
+        take(network, weights, "there", {r"^head\.": name}, min_share=1.0)
+        assert torch.equal(network.latent_out.weight, source.latent_out.weight) == equal
+        assert torch.equal(network.latent_out.weight, weights["head.weight"]) != equal
+
+
 def test_new_patches_with_their_own_attention_change_nothing_at_first() -> None:
     """From a CLS-only network; in a joint context the same patches change the output."""
     source, conditions = small_dit(use_dino_patches=False), conditions_of()
