@@ -139,6 +139,8 @@ def _refuse_idle(cfg: DictConfig, module: PatchDiTModule, requests: Sequence[Sam
         log.warning("this model was trained without patches: of the image only its overall look counts")
     if cfg.cls_scale is not None and not module.dropout.cls_alone:
         log.warning("cls_scale: this model never saw a CLS vector without patches (model.dropout.cls_alone is 0)")
+    if cfg.image_mask is not None and not module.dropout.masked_patches:
+        log.warning("image_mask: this model never saw a part of an image's patches (model.dropout.masked_patches is 0)")
 
 
 def buckets_of(

@@ -227,6 +227,8 @@ class ConditionDropout:
         cls_alone, patches_alone: of the samples that keep DINO features, shares that keep the CLS vector without
             patches and patches without the CLS vector. Guidance with a scale for each
             (`Sampling.cls_scale`) needs cls_alone above 0.
+        masked_patches: share of all samples of whose patches only those inside or only those outside of a random
+            rectangle count, as the masks of `keygrip sample image_mask=` have it.
     """
 
     none: float = 0.10
@@ -235,6 +237,7 @@ class ConditionDropout:
     both: float = 0.55
     cls_alone: float = 0.0
     patches_alone: float = 0.0
+    masked_patches: float = 0.0
 
     def __post_init__(self) -> None:
         if min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
@@ -244,6 +247,8 @@ class ConditionDropout:
             )
         if min(self.cls_alone, self.patches_alone) < 0 or self.cls_alone + self.patches_alone > 1:
             raise ValueError("model.dropout: cls_alone and patches_alone are shares that add up to 1 at most.")
+        if not 0 <= self.masked_patches <= 1:
+            raise ValueError(f"model.dropout.masked_patches={self.masked_patches}: a share, from 0 to 1.")
 
     @property
     def shares(self) -> Sequence[float]:
@@ -264,6 +269,24 @@ class ConditionDropout:
         without_patches = draw < self.cls_alone
         without_cls = ~without_patches & (draw < self.cls_alone + self.patches_alone)
         return text, dino & ~without_cls, dino & ~without_patches
+
+    def masked(self, conditions: Conditions) -> Conditions:
+        """Conditions whose patches count in a part of some images alone, from torch's global generator; as they are
+        where `masked_patches` is 0."""
+        if not self.masked_patches or conditions.patches is None:
+            return conditions
+        count, device = len(conditions.patches), conditions.patches.device
+        inside = torch.ones(count, 1, 1, dtype=torch.bool, device=device)
+        for axis, cells in enumerate(conditions.patch_grid, start=1):
+            length = torch.randint(1, cells + 1, (count, 1), device=device)
+            start = (torch.rand(count, 1, device=device) * (cells - length + 1)).long()
+            place = torch.arange(cells, device=device)
+            inside = inside & ((place >= start) & (place < start + length)).unsqueeze(3 - axis)
+        inside = inside.flatten(1)  # [B, P]
+        outside, whole = torch.rand(count, 1, device=device) < 0.5, torch.rand(count, 1, device=device)
+        mask = torch.where(outside, ~inside, inside) | (whole >= self.masked_patches)
+        given = conditions.patch_mask
+        return replace(conditions, patch_mask=mask if given is None else mask & given)
 
 
 def kept(category: Tensor) -> tuple[Tensor, Tensor]:

@@ -137,6 +137,39 @@ def test_dropout_categories_are_exclusive_and_have_their_shares() -> None:
         ConditionDropout(0.5, 0.5, 0.5, 0.5)
 
 
+def test_patches_count_in_or_around_a_rectangle() -> None:
+    """In the share that is asked for; off, nothing is drawn and nothing changes."""
+    count, grid = 2000, (4, 6)
+    whole = Conditions(None, None, torch.zeros(count, 2), torch.zeros(count, 24, 2), grid)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert ConditionDropout().masked(whole) is whole
+    assert torch.equal(torch.get_rng_state(), before)
+    text = whole.without_dino()
+    assert ConditionDropout(masked_patches=1.0).masked(text) is text
+    mask = ConditionDropout(masked_patches=0.4).masked(whole).patch_mask
+    assert mask is not None
+    partly = mask[~mask.all(dim=1)].unflatten(1, grid)
+    assert len(partly) / count == pytest.approx(0.4, abs=0.05)
+    shares = partly.float().mean(dim=(1, 2))
+    assert shares.std() > 0.2
+    assert float(partly[:, 0, 0].float().mean()) > 0.3
+    assert float(partly[:, 2, 3].float().mean()) > 0.3
+    for one in partly[:200]:
+        boxes = []
+        for side in (one, ~one):
+            rows, columns = side.any(dim=1).nonzero().flatten(), side.any(dim=0).nonzero().flatten()
+            box = torch.zeros_like(side)
+            if len(rows):
+                box[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = True
+            boxes.append(torch.equal(box, side))
+        assert any(boxes)
+    given = replace(whole, patch_mask=torch.zeros(count, 24, dtype=torch.bool))
+    assert not ConditionDropout(masked_patches=1.0).masked(given).patch_mask.any()  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="masked_patches=2"):
+        ConditionDropout(masked_patches=2.0)
+
+
 def test_halves_belong_together() -> None:
     whole = conditions_of()
     with pytest.raises(ValueError, match="both or neither"):
