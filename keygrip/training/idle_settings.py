@@ -12,11 +12,15 @@ command line expects an effect.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+from hydra import compose as hydra_compose
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from keygrip.config import SettingError, leaves_of, references_in
+from keygrip.config import SettingError, compose, leaves_of, references_in, register_options
 from keygrip.training.parts import ReadWhere
 
 Path = tuple[str, ...]
@@ -41,6 +45,39 @@ def refuse_idle(cfg: DictConfig, overrides: Sequence[str]) -> None:
                 raise SettingError(
                     f"nothing in this run reads {key!r}: {'.'.join((*owner, name))} is read where {where}; leave it out"
                 )
+
+
+def refuse_idle_ablation(overrides: Sequence[str]) -> None:
+    """Refuses an ablation that leaves the run as it would be without it; one that is empty says so by itself.
+
+    Args:
+        overrides: of ``keygrip.train``, as given.
+
+    Raises:
+        SettingError: the model has everything already that the ablation sets.
+    """
+    for ablation in overrides:
+        group, _, name = ablation.partition("=")
+        if group != "ablation" or not _sets_something(name):
+            continue
+        with_it, without = (_composed(some) for some in (overrides, [each for each in overrides if each != ablation]))
+        if with_it == without:
+            raise SettingError(f"{ablation} changes nothing here: what it sets is so already; leave it out")
+
+
+def _sets_something(ablation: str) -> bool:
+    register_options()
+    try:
+        return bool(ConfigStore.instance().load(f"ablation/{ablation}.yaml").node)
+    except OSError:
+        return True  # an option of somebody else's configuration
+
+
+def _composed(overrides: Sequence[str]) -> Any:
+    """The configuration of a run, by the Hydra that runs, which knows further folders, or by one of our own."""
+    running = GlobalHydra.instance().is_initialized()
+    cfg = hydra_compose("train", list(overrides)) if running else compose("train", overrides)
+    return OmegaConf.to_container(cfg, resolve=False)
 
 
 def _conditions(cfg: DictConfig, path: Path) -> Iterator[tuple[Path, str, ReadWhere]]:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import keygrip
 from keygrip.config import SettingError, compose, config_folder
-from keygrip.training.idle_settings import ATTRIBUTE, refuse_idle
+from keygrip.training.idle_settings import ATTRIBUTE, refuse_idle, refuse_idle_ablation
 
 VLM = ("model=foveated_vlm", "data=robot_tours")
 DIT = ("model=patch_dit", "data=robot_images")
@@ -104,3 +104,24 @@ def test_conditions_name_settings_that_there_are() -> None:
     for choices in ((), ("closed_loop=yam",), VLM, DIT, VLA):
         walk(compose("train", [*choices]))
     assert len(found) >= 25
+
+
+@pytest.mark.parametrize(
+    ("choices", "ablation", "idle"),
+    [
+        (("model=patch_dit_base", "data=image_shards"), "patch_dit/v_prediction", True),
+        (("model=patch_dit_base", "data=image_shards"), "patch_dit/no_rotary", True),
+        (DIT, "patch_dit/v_prediction", False),
+        (DIT, "patch_dit/no_final_modulation", False),
+        ((*DIT, "optimizer=adamw"), "patch_dit/no_rotary", False),
+        (DIT, "patch_dit/none", False),  # it says so
+        ((*DIT, "model.network.qk_norm=false"), "patch_dit/no_qk_norm", True),
+    ],
+)
+def test_an_ablation_that_changes_nothing_is_refused(choices: tuple[str, ...], ablation: str, idle: bool) -> None:
+    overrides = [*choices, f"ablation={ablation}"]
+    if not idle:
+        refuse_idle_ablation(overrides)
+        return
+    with pytest.raises(SettingError, match=f"ablation={ablation} changes nothing here"):
+        refuse_idle_ablation(overrides)

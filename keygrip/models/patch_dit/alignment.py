@@ -18,8 +18,9 @@ class FeatureAlignment(nn.Module):
     """1 - cosine between projected tokens of a block and the DINO features at their places.
 
     Args:
-        width: of the network. dino_dim: of the features.
-        block: number of blocks after which tokens are compared. hidden: width of the projector.
+        width, depth: of the network. dino_dim: of the features.
+        block: number of blocks after which tokens are compared; None: half of them. hidden: width of the projector;
+            None: twice the network's.
         weight: of the loss at the start. decay_share: share of the run at which the weight has fallen to zero, in a
             straight line; None: it stays. Late in training the alignment holds back detail.
     """
@@ -28,14 +29,17 @@ class FeatureAlignment(nn.Module):
         self,
         width: int,
         dino_dim: int,
-        block: int,
-        hidden: int = 2048,
+        depth: int,
+        block: int | None = None,
+        hidden: int | None = None,
         weight: float = 0.5,
         decay_share: float | None = 0.5,
     ) -> None:
         super().__init__()
-        if block < 1:
-            raise ValueError(f"model.alignment.block={block}: counts blocks, from 1.")
+        block = max(1, depth // 2) if block is None else block
+        hidden = 2 * width if hidden is None else hidden
+        if not 1 <= block <= depth:
+            raise ValueError(f"model.alignment.block={block}: counts blocks from 1, the network has {depth} blocks.")
         if weight <= 0 or (decay_share is not None and not 0 < decay_share <= 1):
             raise ValueError("model.alignment: weight must be above 0, and decay_share in (0, 1] or null.")
         self.block, self.weight, self.decay_share = block, weight, decay_share

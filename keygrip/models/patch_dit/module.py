@@ -50,7 +50,8 @@ class PatchDiTModule(System):
         encoders: frozen; what shards were made with. They are not trained and their large weights not stored.
         optimizer: the recipe. timesteps: draws those of training. dropout: shares of the categories.
         sampling: how images are drawn in training, and the default of `keygrip.sample`.
-        alignment: makes the alignment of a block with the DINO features, from width and dino_dim; None: there is none.
+        alignment: makes the alignment of a block with the DINO features, from width, dino_dim and depth; None: there is
+            none.
         init_from: a run folder, checkpoint or file of weights to start from; read when training is set up.
         init_from_min_share: of the network's numbers that must come from there. init_from_renames: regular expressions
             and their replacements, for names of other implementations. init_from_statistics: how features are
@@ -118,11 +119,10 @@ class PatchDiTModule(System):
         self.network = network(
             latent_channels=encoders.latent_channels, text_dim=encoders.text_dim, dino_dim=encoders.dino_dim
         )
-        self.alignment = None if alignment is None else alignment(self.network.width, encoders.dino_dim)
-        if self.alignment is not None and self.alignment.block > self.network.depth:
-            raise ValueError(
-                f"model.alignment.block={self.alignment.block}: the network has {self.network.depth} blocks."
-            )
+        if dropout.masked_patches and not self.network.use_dino_patches:
+            raise ValueError("model.dropout.masked_patches has no effect without patches (use_dino_patches=false): 0")
+        sizes = self.network.width, encoders.dino_dim, self.network.depth
+        self.alignment = None if alignment is None else alignment(*sizes)
         self.statistics = FeatureStatistics(encoders.latent_channels, encoders.dino_dim)
         self.timesteps, self.dropout, self.sampling = timesteps, dropout, sampling
         self.init_from, self.init_from_min_share = init_from, init_from_min_share
@@ -213,7 +213,7 @@ class PatchDiTModule(System):
             theirs, ours = source.encoders, self.statistics.encoders
             if UNKNOWN not in (theirs, ours) and theirs not in ("", ours):
                 log.warning(
-                    "%s was trained with the encoders %s and these shards were made with %s: features mean other things",
+                    "%s was trained with the encoders %s, these shards were made with %s: features mean other things",
                     *(source.path, theirs, ours),
                 )
         elif asked == "auto":
@@ -310,6 +310,7 @@ class PatchDiTModule(System):
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
         data = self.statistics.normalised("latent", batch.latents)
         conditions, aspect, count = self.statistics.conditions(batch), aspect_of(data), len(data)
+        conditions = self.dropout.masked(conditions)
         if self.few_steps is not None:
             loss = self.few_steps.loss(self.network, data, conditions, self.dropout)
             self.log("train/loss", loss.detach(), prog_bar=True, batch_size=count)

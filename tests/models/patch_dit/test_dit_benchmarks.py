@@ -94,7 +94,7 @@ def test_the_curve_of_a_run_is_drawn_as_that_run_is(tmp_path: Path) -> None:
     options = ["model.sampling.timestep_shift=3", "model.sampling.guidance=dino_then_text", "max_steps=1"]
     train.run(compose("train", [*SMALL, *options, f"data.root={root}", f"run_dir={tmp_path / 'run'}"]))
     curve = DiTCurve(str(tmp_path / "run"), 1, 1, 4, 4, 8, 8, settings=[["euler", 4, 0, 1]], threads=1)
-    network, conditions, size, sampling = curve._trained(4, 1)
+    _, conditions, size, sampling = curve._trained(4, 1)
     assert (sampling.timestep_shift, sampling.guidance) == (3, "dino_then_text")
     batch = held_out_batch(str(tmp_path / "run"), 4)
     assert size == tuple(batch.latents.shape[2:])

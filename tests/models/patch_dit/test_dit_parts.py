@@ -32,7 +32,7 @@ class Through(torch.nn.Module):
 
 @pytest.fixture
 def alignment() -> FeatureAlignment:
-    made = FeatureAlignment(width=4, dino_dim=4, block=1, hidden=8)
+    made = FeatureAlignment(width=4, dino_dim=4, depth=2, block=1, hidden=8)
     made.projector = Through()  # type: ignore[assignment]
     return made
 
@@ -66,13 +66,13 @@ def test_alignment_of_routed_tokens(alignment: FeatureAlignment) -> None:
 
 
 def test_alignment_weight_decays() -> None:
-    made = FeatureAlignment(4, 4, block=1, hidden=8, weight=0.5, decay_share=0.5)
+    made = FeatureAlignment(4, 4, 2, block=1, hidden=8, weight=0.5, decay_share=0.5)
     assert [made.weight_at(progress) for progress in (0.0, 0.25, 0.5, 0.9)] == [0.5, 0.25, 0.0, 0.0]
-    assert FeatureAlignment(4, 4, block=1, hidden=8, decay_share=None).weight_at(1.0) == 0.5
+    assert FeatureAlignment(4, 4, 2, block=1, hidden=8, decay_share=None).weight_at(1.0) == 0.5
     with pytest.raises(ValueError, match="counts blocks"):
-        FeatureAlignment(4, 4, block=0)
+        FeatureAlignment(4, 4, 2, block=3)
     with pytest.raises(ValueError, match="decay_share"):
-        FeatureAlignment(4, 4, block=1, decay_share=0.0)
+        FeatureAlignment(4, 4, 2, block=1, decay_share=0.0)
 
 
 # ---- warm start ------------------------------------------------------------------------------------------------------

@@ -206,7 +206,9 @@ def test_warm_start_from_the_baseline(
 
 def test_noise_levels_are_shifted_by_the_resolution(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training and sampling alike: 16 tokens where 4 are unshifted are twice as far towards noise."""
-    config = OmegaConf.to_container(compose("train", [*SMALL, "model.shift_tokens=4"]), resolve=True)
+    config = OmegaConf.to_container(
+        compose("train", [*SMALL, "model.shift_tokens=4", "model.sampling.timestep_shift=1"]), resolve=True
+    )
     module = build_module(config)  # type: ignore[arg-type]
     assert isinstance(module, PatchDiTModule)
     assert module.sampling_at((2, 2)).timestep_shift == 1
@@ -235,6 +237,33 @@ def test_noise_levels_are_shifted_by_the_resolution(monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(levels.pop(), torch.full((2,), level))
     with pytest.raises(InstantiationException, match=r"model\.shift_tokens counts latent tokens"):
         build_module(OmegaConf.to_container(compose("train", [*SMALL, "model.shift_tokens=0"]), resolve=True))  # type: ignore[arg-type]
+
+
+def test_masks_of_patches_reach_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = OmegaConf.to_container(compose("train", [*SMALL, "ablation=patch_dit/masked_patches"]), resolve=True)
+    module = build_module(config)  # type: ignore[arg-type]
+    assert isinstance(module, PatchDiTModule)
+    assert module.dropout.masked_patches == 0.3
+    seen: list[torch.Tensor | None] = []
+    builder = module.network.context_builder.forward
+
+    def built(conditions: Any, *rest: Any) -> Any:
+        seen.append(conditions.patch_mask)
+        return builder(conditions, *rest)
+
+    monkeypatch.setattr(module.network.context_builder, "forward", built)
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    module.statistics.known.fill_(True)
+    module._trainer = SimpleNamespace(global_step=0, log_every_n_steps=10**9)  # type: ignore[assignment]
+    module.monitor_every_n_steps = 0
+    features = (torch.rand(64, 6, 8), torch.ones(64, 6, dtype=torch.bool), torch.rand(64, 16), torch.rand(64, 9, 16))
+    batch = ImageTextBatch(torch.rand(64, 48, 2, 2), *features, (3, 3), ["a"] * 64, ["a"] * 64, [{}] * 64)
+    module.training_step(batch, 0)
+    assert seen[0] is not None
+    assert 5 < int((~seen[0].all(dim=1)).sum()) < 40
+    with pytest.raises(InstantiationException, match="masked_patches has no effect without patches"):
+        options = ["ablation=patch_dit/masked_patches", "model.network.use_dino_patches=false"]
+        build_module(OmegaConf.to_container(compose("train", [*SMALL, *options]), resolve=True))  # type: ignore[arg-type]
 
 
 def test_headline_recipes() -> None:
