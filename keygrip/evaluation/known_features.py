@@ -85,12 +85,12 @@ def clip_part(kind: Any, folder: Path) -> Any:
     try:
         part = kind.from_pretrained(folder, local_files_only=True, **told)
     except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{folder} is no CLIP of transformers: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{folder} holds no {kind.__name__} of transformers: {str(error).splitlines()[0]}") from error
     if not is_tower:
         return part
     network, report = part
     if report["missing_keys"]:  # they would be random
-        raise ValueError(f"{folder} holds no {kind.__name__}: {sorted(report['missing_keys'])[0]} is missing")
+        raise ValueError(f"{folder} holds no {kind.__name__} of transformers: {sorted(report['missing_keys'])[0]} is missing")
     return network.eval().requires_grad_(False)
 
 

@@ -312,7 +312,7 @@ def test_the_suite_writes_a_report_with_pictures(root: Path, tmp_path: Path) -> 
     for row in [*figures["word_scales"], *figures["scales"]]:
         assert row["grain_off"] == pytest.approx(abs(row["grain"] - figures["real_grid"]["grain"]), abs=2e-5)
     assert set(figures["sampling"]) == set(Sampling.__dataclass_fields__)
-    assert figures["sampling"]["guidance"] == "independent"
+    assert figures["sampling"]["guidance"] == "dino_then_text"
     assert figures["clip"] is None
     assert figures["cases"]["reconstruction"]["images"] == 6
     assert figures["classifier"]["images"] == 12  # of the validation split

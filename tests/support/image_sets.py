@@ -95,6 +95,7 @@ def write_tiny_clip(folder: Path) -> tuple[Any, Any]:
     (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size["projection_dim"] = 6
     ends = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1, "pad_token_id": len(words) - 1}
     config = CLIPConfig(
         text_config={**size, **ends, "vocab_size": len(words)},
