@@ -9,7 +9,7 @@ import json
 import logging
 import posixpath
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -274,16 +274,26 @@ def is_utf8(name: str) -> bool:
     return True
 
 
-def frozen_items(root: Path, source: Path, buckets: Sequence[Bucket], enlargement: float, progress: bool) -> list[Item]:
+def frozen_items(
+    root: Path,
+    source: Path,
+    buckets: Sequence[Bucket],
+    enlargement: float,
+    progress: bool,
+    settled: Callable[[Sequence[Item]], bool],
+) -> list[Item]:
     """The list of items of a root, made by the first process that asks and kept while shards are open.
 
-    When all shards are done (images.json is there), images that came to the source since are appended, and images.json
-    is removed until their shards are done too.
+    When none is open, whether the set is complete or too much of it was left out, the source is listed again: images
+    that came to it since, or can be used now, are appended, and images.json is removed until their shards are done too.
+
+    Args:
+        settled: of a list of items, whether all its shards are written.
     """
     file, info = root / ITEMS_FILE, root / INFO
     with locked(root / f"{ITEMS_FILE}.lock"):
         items = [read_item(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-        if items and not info.is_file():
+        if items and not settled(items):
             return items
         used = {item.path for item in items if item.bucket is not None}
         found = extended(items, list_items(source, buckets, enlargement, progress, used))

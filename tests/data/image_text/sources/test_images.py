@@ -241,6 +241,28 @@ def test_too_many_broken_pictures_leave_a_set_that_nobody_trains_on(source: Path
     assert not (tmp_path / "root" / "images.json").exists()
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5], ids=["too many left out", "none can be used"])
+def test_a_list_that_failed_is_repaired_by_the_same_command(share: float, tmp_path: Path) -> None:
+    """Captions that come after a refused run count in the next one; finished shards stay."""
+    source, root, told = tmp_path / "source", tmp_path / "root", 7 if share == 0.1 else 0
+    for number in range(10):
+        picture(source / f"{number}.png", shade=number)
+    for number in range(told):
+        (source / f"{number}.txt").write_text(f"number {number}")
+    refused = r"3 of 10 images are left out .*failed\.jsonl: repair" if told else r"none of the 10 images .*\. Repair them"
+    with pytest.raises(ValueError, match=refused):
+        prepared(source, root, max_failed_share=share)
+    before = contents(root)
+    for number in range(told, 10):
+        (source / f"{number}.txt").write_text(f"number {number}")
+    report = prepared(source, root, max_failed_share=share)
+    assert (report["items"], report["samples"], report["failed"]) == (10 - told, 10, 0)
+    assert before.items() <= contents(root).items()
+    assert (root / "images.json").is_file()
+    again = prepared(source, root, max_failed_share=share)
+    assert (again["items"], again["samples"]) == (0, 10)
+
+
 def test_buckets_must_fit_the_latents(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not divide by the latent's stride"):
         prepared(source, tmp_path / "root", small_encoders(edge=32))
