@@ -218,7 +218,7 @@ class PatchDiTModule(System):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        if self._monitored():
+        if self.due(self.monitor_every_n_steps):
             builder = self.network.context_builder
             figures = {"grad_norm": gradient_norm(list(self.network.parameters()))}
             if builder.dino_patch_proj is not None and self.lora is None:
@@ -281,14 +281,16 @@ class PatchDiTModule(System):
         loss = global_mean(losses.sum(), count)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=count)
         self.losses.add(losses.detach(), level, category)
-        # Lightning writes what is logged in the last batch of every log_every_n_steps, and drops the rest.
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if self.due(self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
             for name, value in self.losses.report().items():
                 self.log(f"train/{name}", value, batch_size=count)
-        if self._monitored():
+        if self.due(self.monitor_every_n_steps):
             self._report({"velocity_norm": velocity_norm(output.velocity)})
             self._report(self._attention(data, conditions, aspect))
         return loss + self._alignment_loss("train", output, data, conditions)
+
+    def on_validation_epoch_start(self) -> None:
+        self._to_show = []
 
     @torch.no_grad()
     def validation_step(self, batch: ImageTextBatch, batch_idx: int) -> None:
@@ -335,10 +337,6 @@ class PatchDiTModule(System):
         return loss * self.alignment.weight_at(self.global_step / max(1, self.trainer.estimated_stepping_batches))
 
     # -- monitoring ---------------------------------------------------------------------------------------------------
-
-    def _monitored(self) -> bool:
-        every = self.monitor_every_n_steps
-        return bool(every) and (self.global_step + 1) % every == 0
 
     @torch.no_grad()
     def _attention(self, data: Tensor, conditions: Conditions, aspect: float) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from keygrip.config import compose
 from keygrip.data.batches import ImageTextBatch
 from keygrip.models.nn.flow_matching import noise_levels, shifted
 from keygrip.models.patch_dit.module import PatchDiTModule
+from keygrip.models.patch_dit.monitor import LossTable
 from keygrip.training.checkpoints import build_module, load_module, read_checkpoint
 
 
@@ -134,6 +135,36 @@ def test_sparse_figures_reach_the_event_files(overrides: Callable[..., list[str]
     written = EventAccumulator(str(events)).Reload()
     assert [event.step for event in written.Scalars("train/share_both")] == [2, 5]
     assert [event.step for event in written.Scalars("health/grad_norm")] == [1, 3, 5]
+
+
+def test_monitors_see_every_batch_of_accumulated_steps_once(
+    overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Four images of a step come one at a time: shares and losses are of all of them, norms are looked at once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    counted: list[int] = []
+    looked: list[str] = []
+    report, told = LossTable.report, PatchDiTModule._report
+
+    def counting(self: LossTable) -> dict[str, float]:
+        assert self._sums is not None
+        counted.append(int(self._sums[1, self.bins :].sum()))
+        return report(self)
+
+    def looking(self: PatchDiTModule, figures: dict[str, torch.Tensor]) -> None:
+        looked.append(next(iter(figures)))
+        told(self, figures)
+
+    monkeypatch.setattr(LossTable, "report", counting)
+    monkeypatch.setattr(PatchDiTModule, "_report", looking)
+    options = ["data.batch_size=1", "accumulate_grad_batches=4", "max_steps=4", "model.monitor_every_n_steps=2"]
+    train.run(compose("train", overrides("run", *options, "log_every_n_steps=2", "logger=tensorboard")))
+    assert counted == [8, 8]
+    assert looked == ["velocity_norm", "attention_text", "grad_norm"] * 2
+    (events,) = (tmp_path / "run").rglob("events*")
+    written = EventAccumulator(str(events)).Reload()
+    assert [event.step for event in written.Scalars("train/share_both")] == [1, 3]
 
 
 def test_the_checkpoint_draws_alone_and_refuses_other_encoders(
