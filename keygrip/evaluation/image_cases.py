@@ -86,17 +86,6 @@ class ImageSuite:
             raise ValueError(f"split={self.split!r}: choose val or test (or train, to see what was memorised)")
 
 
-def changed_sampling(sampling: Sampling, changes: Mapping[str, Any]) -> Sampling:
-    """A model's own sampling with some parts changed. Raises ValueError: there is no such part."""
-    unknown = sorted(set(changes) - set(Sampling.__dataclass_fields__))
-    if unknown:
-        raise ValueError(f"sampling has no {', '.join(unknown)}; it has {', '.join(Sampling.__dataclass_fields__)}")
-    given = {name: value for name, value in changes.items() if value is not None}
-    if "interval" in given:
-        given["interval"] = tuple(given["interval"])
-    return replace(sampling, **given)
-
-
 @dataclass(frozen=True)
 class Asked:
     """Conditions that some images were generated from.
@@ -145,7 +134,7 @@ class Suite:
     ) -> None:
         self.module, self.data, self.classifier, self.options = module, data, classifier, options
         self.encoders = module.ready_encoders()
-        self.sampling = changed_sampling(module.sampling, options.sampling)
+        self.sampling = module.sampling_with(options.sampling)
         self.distances = Distances(self.encoders, classifier, options.lpips)
         self.colours = [] if classifier is None else classifier.network.colours
         self._grids: dict[str, list[tuple[Asked, tuple[int, int], int]]] = {}
@@ -171,6 +160,8 @@ class Suite:
             )
         if self.sampling.guidance == "none":
             cannot["scales"] = "the model is drawn without guidance (sampling.guidance=none), and scales have no effect"
+        if self.module.few_steps is not None:
+            cannot["steps"] = f"the model is a student that is drawn in {self.sampling.steps} steps alone"
         if self.options.cases is None:
             return [case for case in CASES if case not in cannot]
         for case in self.options.cases:

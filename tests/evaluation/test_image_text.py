@@ -23,13 +23,14 @@ from keygrip.evaluation.image_distances import LPIPS_FILE, Distances
 from keygrip.evaluation.image_features import FeatureOptions
 from keygrip.evaluation.image_report import scale_map, table
 from keygrip.evaluation.image_text import headline, run_suite
+from keygrip.models.patch_dit.few_steps import FewSteps
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.training.checkpoints import build_module
 
 QUICK = ClassifierOptions(width=8, steps=2, batch_size=4)
 FAST = FeatureOptions(width=8, steps=2, batch_size=4)
 SETTINGS: dict[str, Any] = {"images": 6, "grid_images": 2, "shown": 4, "classifier": QUICK, "features": FAST}
-SETTINGS |= {"text_scales": (1.0, 3.0), "dino_scales": (0.0, 2.0), "step_counts": (1, 2)}
+SETTINGS |= {"batch_size": 4, "text_scales": (1.0, 3.0), "dino_scales": (0.0, 2.0), "step_counts": (1, 2)}
 # the encoders of image_sets, as overrides
 ENCODERS = ["encoders.text.length=8", "encoders.text.width=8"]
 
@@ -218,6 +219,15 @@ def test_cases_that_a_model_or_its_data_cannot_answer(root: Path, tmp_path: Path
     assert "scales" not in suite_of(root, sampling={"guidance": "none"}).cases()
     with pytest.raises(ValueError, match="drawn without guidance"):
         suite_of(root, cases=["scales"], sampling={"guidance": "none"}).cases()
+    with pytest.raises(ValueError, match=r"text_scale=6: no effect with guidance=none"):
+        suite_of(root, sampling={"guidance": "none", "text_scale": 6})
+    drawn = module_for(data, "model.sampling.guidance=none")
+    drawn.few_steps = FewSteps(drawn.sampling.steps, 1, drawn.sampling)
+    assert not {"steps", "scales"} & set(Suite(drawn, data, SEEN, ImageSuite(**SETTINGS)).cases())
+    with pytest.raises(ValueError, match="steps cannot be evaluated: the model is a student"):
+        Suite(drawn, data, SEEN, ImageSuite(**SETTINGS, cases=["steps"])).cases()
+    with pytest.raises(ValueError, match="a student of 2 windows is drawn with"):
+        Suite(drawn, data, SEEN, ImageSuite(**SETTINGS, sampling={"steps": 4}))
     with pytest.raises(ValueError, match="give replace_words"):
         suite_of(root, None, cases=["changed_words"]).cases()
     told = suite_of(root, None, replace_words={"cube": "ball"})

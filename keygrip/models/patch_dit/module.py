@@ -260,6 +260,17 @@ class PatchDiTModule(System):
         rows, columns = self.network.grid(latents)
         return resolution_shift(rows * columns, self.shift_tokens)
 
+    def sampling_with(self, changes: Mapping[str, Any]) -> Sampling:
+        """The module's own sampling with some parts changed, see `Sampling.changed`.
+
+        Raises:
+            ValueError: also where a student of few steps would be drawn in another way than it is trained for.
+        """
+        found = self.sampling.changed(changes)
+        if self.few_steps is not None:
+            self.few_steps.check(found)
+        return found
+
     def sampling_at(self, size: tuple[int, int], sampling: Sampling | None = None) -> Sampling:
         """How latents of (h, w) are drawn: the module's own sampling or another, shifted for the resolution."""
         usual = sampling or self.sampling
