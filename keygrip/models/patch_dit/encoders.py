@@ -1,7 +1,7 @@
 """The frozen encoders of the patch-conditioned DiT, joined: autoencoder, text encoder and DINO view.
 
-`Encoders` is the only thing that the rest of the package sees. Parts load their weights when they are first used: a
-training run on finished shards never opens them.
+`Encoders` is the only thing that the rest of the package sees. Parts load their weights when they are first used: of a
+training run on finished shards only the samples in validation need one, the autoencoder.
 
 Images are uint8 [B, 3, H, W] RGB in 0..255 on the way in and float32 [B, 3, H, W] in 0..1 on the way out.
 """
