@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,10 +33,20 @@ if TYPE_CHECKING:
     from keygrip.data.image_text.datamodule import ImageShards
     from keygrip.models.patch_dit.module import PatchDiTModule
 
+log = logging.getLogger(__name__)
+
 CURVES = ("scales", "steps")  # evaluated on fewer images, for each of several settings
 CASES = ("reconstruction", "dino_swap", "text_only", "changed_words", "shuffled_patches", *CURVES)
 STEPPED = ("reconstruction", "text_only")  # what is drawn in the case `steps`
+PAIRED = 8  # images of a batch at least: runs that are trained on one image at a time are evaluated on pairs too
 SIDE_MARGIN = 0.05  # share of the width; for nearer objects left and right are not asked about
+CHANGED_NONE = "no caption holds a word to change (replace_words, or the colour in the image's evidence)"
+# Why a case may apply to no image.
+UNASKED = {
+    "dino_swap": "no batch holds two of one bucket: raise images or batch_size",
+    "changed_words": CHANGED_NONE,
+    "scales": CHANGED_NONE,
+}
 UNRELATED, REAL, DECODED = "another_picture", "real", "autoencoder"
 
 
@@ -46,6 +57,8 @@ class ImageSuite:
     Args:
         cases: of `CASES`; None: all that the model and the data allow.
         split: of the run's data. images: so many of it, spread evenly over its buckets.
+        batch_size: images drawn at once, of one bucket; `dino_swap` and the anchor `another_picture` pair the images of
+            a batch. None: that of the run's training, but 8 at least.
         text_scales, dino_scales: of the case `scales`. step_counts: of the case `steps`. grid_images: images for each
             pair of scales and each number of steps.
         sampling: changes to the model's own sampling, by name: {"steps": 50}; None leaves a part as it is.
@@ -63,6 +76,7 @@ class ImageSuite:
     cases: Sequence[str] | None = None
     split: str = "test"
     images: int = 128
+    batch_size: int | None = None
     text_scales: Sequence[float] = (1.0, 2.0, 4.0, 8.0)
     dino_scales: Sequence[float] = (0.0, 1.0, 2.0, 4.0)
     step_counts: Sequence[int] = (4, 8, 16, 32)
@@ -78,6 +92,8 @@ class ImageSuite:
         unknown = [case for case in self.cases or () if case not in CASES]
         if unknown:
             raise ValueError(f"cases={unknown}: choose of {', '.join(CASES)}")
+        if self.batch_size is not None and self.batch_size < 2:
+            raise ValueError(f"batch_size={self.batch_size}: at least 2, since images of a batch are paired")
         if min(self.images, self.grid_images, self.shown, *self.step_counts) < 1:
             raise ValueError("images, grid_images, shown and step_counts must be at least 1")
         if self.lpips not in ("auto", "none"):
@@ -171,8 +187,8 @@ class Suite:
 
     def batches(self, limit: int) -> Iterator[tuple[ImageTextBatch, Tensor, range]]:
         """Held-out batches on the model's device, their real images, and the numbers of their images."""
-        number = 0
-        for batch in self.data.held_out(self.options.split, limit, with_images=True):
+        number, size = 0, self.options.batch_size or max(self.data.batch_size, PAIRED)
+        for batch in self.data.held_out(self.options.split, limit, with_images=True, batch_size=size):
             batch = batch.to(self.module.device)
             real = self.encoders.decode_latents(batch.latents) if batch.images is None else batch.images / 255
             yield batch, real, range(number, number + len(batch))
@@ -295,10 +311,20 @@ class Suite:
                     if shown:
                         self.rows.append((self._title(case, asked_of), drawn[:count].cpu()))
                 bar.update(len(batch))
+        for case in wanted:
+            if case not in values and case not in CURVES:
+                self.without_images(case)
         return {
             case: summarise(found) | (set_figures(torch.cat(sets[case]), self.reference) if case in sets else {})
             for case, found in values.items()
         }
+
+    def without_images(self, case: str) -> None:
+        """Says that a case applies to none of the images. Raises ValueError: it was asked for by name."""
+        reason = f"the case {case} applies to none of the images: {UNASKED.get(case, 'they lack what it asks for')}"
+        if self.options.cases is not None:
+            raise ValueError(reason)
+        log.warning(reason)
 
     @cached_property
     @torch.no_grad()

@@ -251,6 +251,33 @@ def test_settings_out_of_range_are_refused(options: dict[str, Any], said: str) -
         ImageSuite(**options)
 
 
+def test_a_run_trained_on_one_image_at_a_time_is_evaluated_on_pairs(root: Path, tmp_path: Path) -> None:
+    data = ImageShards(batch_size=1, root=root, num_workers=0)
+    data.setup()
+    options = {**SETTINGS, "batch_size": None, "cases": ["dino_swap"]}
+    cases = run_suite(module_for(data), data, ImageSuite(**options), tmp_path)[0]["cases"]
+    assert cases["dino_swap"]["images"] == cases["another_picture"]["images"] == 6
+    with pytest.raises(ValueError, match="batch_size=1: at least 2"):
+        ImageSuite(batch_size=1)
+
+
+def test_a_case_that_was_asked_for_and_has_no_image_is_an_error(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone: dict[str, Any] = {"images": 1, "grid_images": 1}
+    with pytest.raises(ValueError, match="dino_swap applies to none of the images: no batch holds two of one bucket"):
+        suite_of(root, **alone, cases=["dino_swap"]).evaluate()
+    words = {**alone, "replace_words": {"zebra": "horse"}}
+    with pytest.raises(ValueError, match="changed_words applies to none of the images: no caption holds a word"):
+        suite_of(root, **words, cases=["changed_words"]).evaluate()
+    data = shards(root)
+    with pytest.raises(ValueError, match="scales applies to none"):
+        run_suite(module_for(data), data, ImageSuite(**{**SETTINGS, **words, "cases": ["scales"]}), tmp_path)
+    with caplog.at_level("WARNING"):
+        suite_of(root, **alone).evaluate()
+    assert "dino_swap applies to none of the images" in caplog.text
+
+
 def test_a_split_that_is_not_there_is_said(tmp_path: Path) -> None:
     write_images(tmp_path, {SQUARE: 6}, small_encoders(), {"train": 0, "val": 50})
     data = shards(tmp_path)
