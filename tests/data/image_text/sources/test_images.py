@@ -119,6 +119,40 @@ def test_captions_of_a_list_beside_the_pictures(tmp_path: Path) -> None:
         list_items(tmp_path, [Bucket(32, 32)], 1.0, False)
 
 
+def test_captions_of_all_lists_columns_and_files_beside_an_image_are_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png", shade=1)
+    row = {"caption": "x", "captions": ["x", "y"]}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", **row}) + '\n{"file_name": "b.png"}\n')
+    (tmp_path / "captions.csv").write_text("file,text,caption\na.png,z,y\nb.png,,one\n")
+    (tmp_path / "a.txt").write_text("a line\nand its end\n")
+    (tmp_path / "a.caption").write_text("w")
+    (tmp_path / "a.json").write_text(json.dumps({"text": "v", "captions": ["x"]}))
+    with caplog.at_level("WARNING"):
+        items = list_items(tmp_path, [Bucket(32, 32)], 1.0, False)
+    assert [item.captions for item in items] == [("x", "y", "z", "a line and its end", "w", "v"), ("one",)]
+    assert "1 caption files have several lines, which are read as one caption (a.txt" in caplog.text
+
+
+def test_captions_of_a_copy_that_came_too_late_are_said_to_be_missing(tmp_path: Path) -> None:
+    """The finished sample keeps the captions that it was encoded with."""
+    source, root = tmp_path / "source", tmp_path / "root"
+    picture(source / "b.png")
+    (source / "b.txt").write_text("one")
+    prepared(source, root)
+    for name, caption in (("a", "two"), ("c", "one")):
+        shutil.copy(source / "b.png", source / f"{name}.png")
+        (source / f"{name}.txt").write_text(caption)
+    for _ in range(2):
+        assert prepared(source, root)["duplicates"] == 2
+        left = {row["source"]: row["reason"] for row in map(json.loads, (root / "failed.jsonl").open())}
+        assert left["a.png"].startswith("the same file as b.png, which was encoded without its captions")
+        assert left["c.png"] == "the same file as b.png, which has its captions"
+    assert read_image_text(ShardSet(root / "bucket_32x32"), 0).record["caption"] == "one"
+
+
 def test_keys_have_no_dots_and_never_meet() -> None:
     taken: set[str] = set()
     names = ["a.b/c.d.png", "x.png", "x.jpg", "x-jpg.png", "long" * 40 + ".png", "ü.png"]
