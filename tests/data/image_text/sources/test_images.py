@@ -18,6 +18,7 @@ from torch import Tensor
 from keygrip.data.image_text.crops import Bucket
 from keygrip.data.image_text.datamodule import ImageShards
 from keygrip.data.image_text.decoding import decode_image, size_of
+from keygrip.data.image_text.near_copies import near_copies
 from keygrip.data.image_text.samples import read_image_text
 from keygrip.data.image_text.sources import images as step
 from keygrip.data.image_text.sources.encoding import prepare_image
@@ -283,7 +284,7 @@ def test_a_list_that_failed_is_repaired_by_the_same_command(share: float, tmp_pa
         picture(source / f"{number}.png", shade=number)
     for number in range(told):
         (source / f"{number}.txt").write_text(f"number {number}")
-    refused = r"3 of 10 images are left out .*failed\.jsonl: repair" if told else r"none of the 10 images .*\. Repair them"
+    refused = r"3 of 10 images are left out .*failed\.jsonl: repair" if told else r"none of the 10 .*\. Repair them"
     with pytest.raises(ValueError, match=refused):
         prepared(source, root, max_failed_share=share)
     before = contents(root)
@@ -300,6 +301,61 @@ def test_a_list_that_failed_is_repaired_by_the_same_command(share: float, tmp_pa
 def test_buckets_must_fit_the_latents(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not divide by the latent's stride"):
         prepared(source, tmp_path / "root", small_encoders(edge=32))
+
+
+# ---- near copies -----------------------------------------------------------------------------------------------------
+
+
+def scene(number: int) -> Image.Image:
+    rng = np.random.default_rng(number)
+    fields = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    return fields.resize((160, 160), Image.Resampling.BICUBIC)
+
+
+def test_images_that_were_saved_or_scaled_anew_are_counted_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, root = tmp_path / "source", tmp_path / "root"
+    source.mkdir()
+    for number in range(5):
+        scene(number).save(source / f"own{number}.png")
+    scene(0).save(source / "saved.jpg", quality=80)
+    scene(1).resize((96, 96)).save(source / "scaled.png")
+    for path in list(source.iterdir()):
+        path.with_suffix(".txt").write_text(path.stem)
+    prepared(source, root)
+    with caplog.at_level("WARNING"):
+        report = validate(root)
+    assert (report["errors"], report["near_copies"]) == (0, 4)  # each of two pairs
+    assert "4 images are near copies of another one" in caplog.text
+    assert "own0.png (own0 of" in caplog.text
+    assert "saved.jpg" in caplog.text
+    assert "own2.png" not in caplog.text
+
+
+def test_held_out_images_are_compared_with_those_of_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for split, names in (("train", "abc"), ("val", "de")):
+        source = tmp_path / f"source_{split}"
+        source.mkdir()
+        for name in names:
+            scene(ord(name)).save(source / f"{name}.png")
+            (source / f"{name}.txt").write_text(name)
+        if split == "val":
+            scene(ord("b")).save(source / "b2.jpg", quality=80)
+            (source / "b2.txt").write_text("b")
+        prepared(source, tmp_path / "root" / split)
+    with caplog.at_level("WARNING"):
+        assert validate(tmp_path / "root")["near_copies"] == 1
+    assert "1 images of val/ are near copies of images of train/: b2.jpg" in caplog.text
+
+
+def test_near_copies_of_several_equal_thumbnails() -> None:
+    rng = np.random.default_rng(0)
+    one, two = (rng.integers(50, 200, 192, dtype=np.uint8) for _ in range(2))
+    same = [one.tobytes()] * 3
+    assert [number for number, other in near_copies([*same, two.tobytes()]) if number != other] == [0, 1, 2]
+    assert near_copies([(one + 5).tobytes(), (one + 6).tobytes()], same[:1]) == [(0, 0)]
+    assert near_copies([one.tobytes()]) == near_copies([]) == []
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------
