@@ -21,7 +21,7 @@ PRIVATE = {
     "_call_impl": "training/compilation.py",
     "_compiled_call_impl": "training/compilation.py",
     "_foreach_lerp_": "training/ema.py",
-    "_should_accumulate": "training/saving.py",
+    "_should_accumulate": "training/accumulation.py",
     "_dynamo": "training/compilation.py",
     "_inductor": "training/compilation.py",
     "_triton": "training/compilation.py",

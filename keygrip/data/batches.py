@@ -16,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import default_collate
 
 from keygrip.data.video_text.conversations import Conversation as Conversation
@@ -290,6 +291,24 @@ class ImageTextBatch(Movable):
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    @classmethod
+    def joined(cls, batches: Sequence[ImageTextBatch]) -> ImageTextBatch:
+        """Batches of one bucket as one, without images' own pixels; shorter texts are padded to the longest."""
+        length = max(batch.text_mask.shape[1] for batch in batches)
+        missing = [length - batch.text_mask.shape[1] for batch in batches]
+        pairs = list(zip(batches, missing, strict=True))
+        return cls(
+            latents=torch.cat([batch.latents for batch in batches]),
+            text_states=torch.cat([functional.pad(batch.text_states, (0, 0, 0, more)) for batch, more in pairs]),
+            text_mask=torch.cat([functional.pad(batch.text_mask, (0, more)) for batch, more in pairs]),
+            dino_cls=torch.cat([batch.dino_cls for batch in batches]),
+            dino_patches=torch.cat([batch.dino_patches for batch in batches]),
+            patch_grid=batches[0].patch_grid,
+            captions=[caption for batch in batches for caption in batch.captions],
+            keys=[key for batch in batches for key in batch.keys],
+            records=[record for batch in batches for record in batch.records],
+        )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,10 +34,20 @@ if TYPE_CHECKING:
     from keygrip.data.image_text.datamodule import ImageShards
     from keygrip.models.patch_dit.module import PatchDiTModule
 
+log = logging.getLogger(__name__)
+
 CURVES = ("scales", "steps")  # evaluated on fewer images, for each of several settings
 CASES = ("reconstruction", "dino_swap", "text_only", "changed_words", "shuffled_patches", *CURVES)
 STEPPED = ("reconstruction", "text_only")  # what is drawn in the case `steps`
+PAIRED = 8  # images of a batch at least: runs that are trained on one image at a time are evaluated on pairs too
 SIDE_MARGIN = 0.05  # share of the width; for nearer objects left and right are not asked about
+CHANGED_NONE = "no caption holds a word to change (replace_words, or the colour in the image's evidence)"
+# Why a case may apply to no image.
+UNASKED = {
+    "dino_swap": "no batch holds two of one bucket: raise images or batch_size",
+    "changed_words": CHANGED_NONE,
+    "scales": CHANGED_NONE,
+}
 UNRELATED, REAL, DECODED = "another_picture", "real", "autoencoder"
 
 
@@ -47,6 +58,8 @@ class ImageSuite:
     Args:
         cases: of `CASES`; None: all that the model and the data allow.
         split: of the run's data. images: so many of it, spread evenly over its buckets.
+        batch_size: images drawn at once, of one bucket; `dino_swap` and the anchor `another_picture` pair the images of
+            a batch. None: that of the run's training, but 8 at least.
         text_scales, dino_scales: of the case `scales`. step_counts: of the case `steps`. grid_images: images for each
             pair of scales and each number of steps.
         sampling: changes to the model's own sampling, by name: {"steps": 50}; None leaves a part as it is.
@@ -66,6 +79,7 @@ class ImageSuite:
     cases: Sequence[str] | None = None
     split: str = "test"
     images: int = 128
+    batch_size: int | None = None
     text_scales: Sequence[float] = (1.0, 2.0, 4.0, 8.0)
     dino_scales: Sequence[float] = (0.0, 1.0, 2.0, 4.0)
     step_counts: Sequence[int] = (4, 8, 16, 32)
@@ -82,6 +96,8 @@ class ImageSuite:
         unknown = [case for case in self.cases or () if case not in CASES]
         if unknown:
             raise ValueError(f"cases={unknown}: choose of {', '.join(CASES)}")
+        if self.batch_size is not None and self.batch_size < 2:
+            raise ValueError(f"batch_size={self.batch_size}: at least 2, since images of a batch are paired")
         if min(self.images, self.grid_images, self.shown, *self.step_counts) < 1:
             raise ValueError("images, grid_images, shown and step_counts must be at least 1")
         if self.lpips not in ("auto", "none"):
@@ -91,17 +107,6 @@ class ImageSuite:
         for word in self.replace_words:
             if not WORD.fullmatch(str(word)):
                 raise ValueError(f"replace_words: {word!r} is not a single word")
-
-
-def changed_sampling(sampling: Sampling, changes: Mapping[str, Any]) -> Sampling:
-    """A model's own sampling with some parts changed. Raises ValueError: there is no such part."""
-    unknown = sorted(set(changes) - set(Sampling.__dataclass_fields__))
-    if unknown:
-        raise ValueError(f"sampling has no {', '.join(unknown)}; it has {', '.join(Sampling.__dataclass_fields__)}")
-    given = {name: value for name, value in changes.items() if value is not None}
-    if "interval" in given:
-        given["interval"] = tuple(given["interval"])
-    return replace(sampling, **given)
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,7 @@ class Suite:
     ) -> None:
         self.module, self.data, self.classifier, self.options = module, data, classifier, options
         self.encoders = module.ready_encoders()
-        self.sampling = changed_sampling(module.sampling, options.sampling)
+        self.sampling = module.sampling_with(options.sampling)
         self.distances = Distances(self.encoders, classifier, options.lpips)
         folder = options.clip or (options.features.weights if options.features.kind == "clip" else None)
         self.clip = None if folder is None else ClipSimilarity(folder)
@@ -160,6 +165,8 @@ class Suite:
             )
         if self.sampling.guidance == "none":
             cannot["scales"] = "the model is drawn without guidance (sampling.guidance=none), and scales have no effect"
+        if self.module.few_steps is not None:
+            cannot["steps"] = f"the model is a student that is drawn in {self.sampling.steps} steps alone"
         if self.options.cases is None:
             return [case for case in CASES if case not in cannot]
         for case in self.options.cases:
@@ -169,8 +176,8 @@ class Suite:
 
     def batches(self, limit: int) -> Iterator[tuple[ImageTextBatch, Tensor, range]]:
         """Held-out batches on the model's device, their real images, and the numbers of their images."""
-        number = 0
-        for batch in self.data.held_out(self.options.split, limit, with_images=True):
+        number, size = 0, self.options.batch_size or max(self.data.batch_size, PAIRED)
+        for batch in self.data.held_out(self.options.split, limit, with_images=True, batch_size=size):
             batch = batch.to(self.module.device)
             real = self.encoders.decode_latents(batch.latents) if batch.images is None else batch.images / 255
             yield batch, real, range(number, number + len(batch))
@@ -295,10 +302,20 @@ class Suite:
                     if shown:
                         self.rows.append((self._title(case, asked_of), drawn[:count].cpu()))
                 bar.update(len(batch))
+        for case in wanted:
+            if case not in values and case not in CURVES:
+                self.without_images(case)
         return {
             case: summarise(found) | (set_figures(torch.cat(sets[case]), self.reference) if case in sets else {})
             for case, found in values.items()
         }
+
+    def without_images(self, case: str) -> None:
+        """Says that a case applies to none of the images. Raises ValueError: it was asked for by name."""
+        reason = f"the case {case} applies to none of the images: {UNASKED.get(case, 'they lack what it asks for')}"
+        if self.options.cases is not None:
+            raise ValueError(reason)
+        log.warning(reason)
 
     @cached_property
     @torch.no_grad()

@@ -45,7 +45,8 @@ class FeatureOptions:
             pooled features of the FID.
         weights: a local file, of "clip" a folder; None for "trained". variant: of the backbone. reference_images: real
             training images that sets are compared with.
-        width, steps, batch_size, lr: of the encoder that is trained here.
+        width, steps, batch_size, lr: of the encoder that is trained here. training_images: most that it is trained on,
+            spread evenly over the set; they are held in memory, 786 kB each at 512 px.
 
     Raises:
         ValueError: an unknown kind, or weights that it does not take or lacks.
@@ -59,6 +60,7 @@ class FeatureOptions:
     steps: int = 400
     batch_size: int = 48
     lr: float = 2e-3
+    training_images: int = 4096
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -68,8 +70,10 @@ class FeatureOptions:
                 f"features.kind={self.kind}: "
                 + ("leave weights out" if self.weights else "name its file with weights=")
             )
-        if min(self.reference_images, self.width, self.steps, self.batch_size) < 1:
-            raise ValueError("features: reference_images, width, steps and batch_size must be at least 1")
+        if min(self.reference_images, self.training_images, self.width, self.steps, self.batch_size) < 1:
+            raise ValueError(
+                "features: reference_images, training_images, width, steps and batch_size must be at least 1"
+            )
         if self.width % 4:
             raise ValueError(f"features.width={self.width} must divide by 4")
 
@@ -126,12 +130,15 @@ def feature_encoder(data: ImageShards, encoders: Encoders, options: FeatureOptio
 
 def _trained(data: ImageShards, encoders: Encoders, options: FeatureOptions) -> FeatureEncoder:
     told = {"version": VERSION, "data": data.fingerprint, "autoencoder": encoders.autoencoder.description()}
-    chosen = {name: asdict(options)[name] for name in ("width", "steps", "batch_size", "lr")}
+    names = ["width", "steps", "batch_size", "lr"]
+    if len(data.samples("train")) > options.training_images:
+        names.append("training_images")
+    chosen = {name: asdict(options)[name] for name in names}
     fingerprint = hashlib.sha256(json.dumps({**told, **chosen}, sort_keys=True).encode()).hexdigest()[:16]
     file = data.folder / f"image_encoder-{fingerprint}.pt"
 
     def make(path: Path) -> None:
-        network = train_encoder(training_images(data, encoders), options)
+        network = train_encoder(training_images(data, encoders, options.training_images), options)
         with atomic_write(path) as stream:
             torch.save({"width": options.width, "weights": network.state_dict()}, stream)
 
@@ -143,8 +150,8 @@ def _trained(data: ImageShards, encoders: Encoders, options: FeatureOptions) -> 
     return FeatureEncoder(lambda images: network.to(images.device)(images), f"trained {fingerprint}", sha256_file(file))
 
 
-def training_images(data: ImageShards, encoders: Encoders, limit: int | None = None) -> list[Tensor]:
-    """uint8 [N, 3, H, W] of each size: training images, or so many of them, spread evenly over the buckets."""
+def training_images(data: ImageShards, encoders: Encoders, limit: int) -> list[Tensor]:
+    """uint8 [N, 3, H, W] of each size: so many training images at most, spread evenly over the buckets."""
     found: dict[tuple[int, ...], list[Tensor]] = {}
     for batch in data.held_out("train", limit, with_images=True):
         shown = real_images(encoders, batch)

@@ -84,6 +84,7 @@ class ImageTextSchema(EvaluateSchema):
     cases: Any = MISSING
     split: str = MISSING
     images: int = MISSING
+    batch_size: int | None = MISSING
     text_scales: Any = MISSING
     dino_scales: Any = MISSING
     step_counts: Any = MISSING

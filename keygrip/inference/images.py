@@ -39,6 +39,7 @@ from keygrip.training.strategies import automatic_precision
 
 log = logging.getLogger(__name__)
 
+CHAINED = ("dino_then_text", "text_then_dino")
 GRID_ROWS = 24  # rows of one grid file
 
 
@@ -74,7 +75,7 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
     assert isinstance(module, PatchDiTModule)
     if cfg.lora is not None:
         load_lora(module.network, Path(cfg.lora), module.statistics.normalisation)
-    sampling = sampling_of(cfg, module.sampling)
+    sampling = module.sampling_with({field.name: cfg.get(field.name) for field in fields(Sampling)})
     _refuse_idle(cfg, module, requests)
     buckets = buckets_of(cfg.size, module, requests, steering)
     started = time.perf_counter()
@@ -115,26 +116,19 @@ def steering_of(cfg: DictConfig, requests: Sequence[SampleRequest]) -> Steering:
     return Steering(masks, cfg.start_image, strength, cfg.redraw)
 
 
-def sampling_of(cfg: DictConfig, usual: Sampling) -> Sampling:
-    """The checkpoint's own way of sampling with what was asked for changed."""
-    given = {field.name: cfg.get(field.name) for field in fields(usual)}
-    changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if "interval" in changed:
-        low, high = changed["interval"]
-        changed["interval"] = (float(low), float(high))
-    return replace(usual, **changed)
-
-
 def _refuse_idle(cfg: DictConfig, module: PatchDiTModule, requests: Sequence[SampleRequest]) -> None:
-    """A scale for what is not given would have no effect."""
-    words, images = any(r.prompt is not None for r in requests), any(r.images for r in requests)
+    """A scale for what is not given, or for what the network does not have, would have no effect."""
+    words, images = any((r.prompt or "").strip() for r in requests), any(r.images for r in requests)
     names = {"prompt": ("text_scale", "text_rescale"), "image": ("dino_scale", "dino_rescale", "cls_scale")}
     for condition, given in (("prompt", words), ("image", images)):
         for name in names[condition]:
             if not given and cfg[name] is not None:
                 raise ValueError(f"{name}={cfg[name]} has no effect without {condition}=...: leave it out")
-    if not (words and images) and (cfg.full_scale or cfg.full_rescale or cfg.guidance not in (None, "independent")):
+    if not (words and images) and (cfg.full_scale or cfg.full_rescale or cfg.guidance in CHAINED):
         raise ValueError("full_scale, full_rescale and guidance are for prompt and image together: leave them out")
+    patchless = [name for name in ("image_mask", "cls_scale") if cfg[name] is not None]
+    if patchless and not module.network.use_dino_patches:
+        raise ValueError(f"{patchless[0]} has no effect: this model was trained without patches, leave it out")
     if images and not module.network.use_dino_patches:
         log.warning("this model was trained without patches: of the image only its overall look counts")
     if cfg.cls_scale is not None and not module.dropout.cls_alone:

@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from keygrip.artifacts import atomic_write, write_json
+from keygrip.training.accumulation import completes_step
 from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.integrity import sign
 from keygrip.training.parts import ReadWhere
@@ -133,7 +134,7 @@ class SaveLatest(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         # Everything is saved here and not in the hooks of an epoch's end: from here Lightning resumes exactly, also
         # on the last batch of an epoch, whereas what is saved between epochs is resumed with an epoch cut short.
-        if not _stepped(trainer):
+        if not completes_step(trainer):
             return  # in the middle of accumulating gradients: they would be lost
         step, epoch = trainer.global_step, trainer.current_epoch + 1
         last_batch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
@@ -208,7 +209,7 @@ class SaveOnInterrupt(Callback):
                 self._previous[number] = signal.signal(number, self._note)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if _stepped(trainer):
+        if completes_step(trainer):
             self._stop_if_asked(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -247,11 +248,6 @@ def _refuse_non_finite(trainer: Trainer) -> None:
             f"weights became NaN or infinite before step {trainer.global_step} ({', '.join(broken[:3])}; "
             f"{len(broken)} in all): the last checkpoint is kept as it is; lower optimizer.lr or optimizer.clip_norm"
         )
-
-
-def _stepped(trainer: Trainer) -> bool:
-    """Whether the batch that just ended completed an optimiser step."""
-    return not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 def _any_process(trainer: Trainer, decision: bool) -> bool:

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from keygrip.training import loggers
+from keygrip.training.accumulation import completes_step
 from keygrip.training.checkpoints import load_module
 from keygrip.training.memory import StepMemory, count_step, measure_step
 from keygrip.training.optimizers import AdamW
@@ -114,6 +115,12 @@ class System(LightningModule):
         return weights
 
     # -- logging ------------------------------------------------------------------------------------------------------
+
+    def due(self, every: int) -> bool:
+        """Whether the training batch at hand completes an optimiser step whose number, from 1, `every` divides; 0:
+        never. Of the batches that a step accumulates only the last one is it, and Lightning writes what that one logs.
+        """
+        return bool(every) and (self.global_step + 1) % every == 0 and completes_step(self.trainer)
 
     def log_values(
         self, split: str, values: Mapping[str, Tensor], batch_size: int, bar: Collection[str] = ("total",)

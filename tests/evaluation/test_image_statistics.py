@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from image_sets import write_tiny_clip
+from image_sets import SQUARE, WIDE, small_encoders, write_images, write_tiny_clip
 
+from keygrip.data.image_text.datamodule import ImageShards
+from keygrip.evaluation import image_features
 from keygrip.evaluation.image_captions import ClipSimilarity
 from keygrip.evaluation.image_features import FeatureOptions, train_encoder
 from keygrip.evaluation.image_report import QUALITY, SCALES_PARETO, SHARES_PARETO, curves, pareto, shortcomings, weighed
@@ -110,9 +112,32 @@ def test_an_encoder_without_labels_is_always_trained_to_the_same_weights() -> No
     assert features.std(dim=0).mean() > 1e-3  # images differ in them
 
 
+def test_the_encoder_is_trained_on_so_many_images_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evenly from all buckets; the bound is part of its fingerprint where it leaves images out."""
+    data = ImageShards(batch_size=3, root=write_images(tmp_path, {SQUARE: 8, WIDE: 4}, small_encoders()), num_workers=0)
+    data.setup()
+    seen: list[list[int]] = []
+    train = image_features.train_encoder
+
+    def noted(images: list[torch.Tensor], options: FeatureOptions) -> image_features.SmallEncoder:
+        seen.append([len(part) for part in images])
+        return train(images, options)
+
+    monkeypatch.setattr(image_features, "train_encoder", noted)
+    names = [
+        image_features.feature_encoder(
+            data, small_encoders(), FeatureOptions(width=8, steps=1, batch_size=4, training_images=most)
+        ).name
+        for most in (6, 12, 100, 6)
+    ]
+    assert seen == [[4, 2], [8, 4]]  # the third and the fourth are kept ones
+    assert names[0] == names[3] != names[1] == names[2]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"training_images": 0}, "at least 1"),
         ({"kind": "vgg"}, "choose trained"),
         ({"kind": "inception"}, "name its file"),
         ({"weights": "a.pt"}, "leave weights out"),

@@ -25,6 +25,7 @@ from keygrip.evaluation.image_distances import LPIPS_FILE, Distances
 from keygrip.evaluation.image_features import FeatureOptions
 from keygrip.evaluation.image_report import SCALES_PARETO, scale_map, table, weighed
 from keygrip.evaluation.image_text import headline, run_suite
+from keygrip.models.patch_dit.few_steps import FewSteps
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.sampler import Sampling
 from keygrip.training.checkpoints import build_module
@@ -32,7 +33,7 @@ from keygrip.training.checkpoints import build_module
 QUICK = ClassifierOptions(width=8, steps=2, batch_size=4)
 FAST = FeatureOptions(width=8, steps=2, batch_size=4)
 SETTINGS: dict[str, Any] = {"images": 6, "grid_images": 2, "shown": 4, "classifier": QUICK, "features": FAST}
-SETTINGS |= {"text_scales": (1.0, 3.0), "dino_scales": (0.0, 2.0), "step_counts": (1, 2)}
+SETTINGS |= {"batch_size": 4, "text_scales": (1.0, 3.0), "dino_scales": (0.0, 2.0), "step_counts": (1, 2)}
 # the encoders of image_sets, as overrides
 ENCODERS = ["encoders.text.length=8", "encoders.text.width=8"]
 
@@ -224,6 +225,15 @@ def test_cases_that_a_model_or_its_data_cannot_answer(root: Path, tmp_path: Path
     assert "scales" not in suite_of(root, sampling={"guidance": "none"}).cases()
     with pytest.raises(ValueError, match="drawn without guidance"):
         suite_of(root, cases=["scales"], sampling={"guidance": "none"}).cases()
+    with pytest.raises(ValueError, match=r"text_scale=6: no effect with guidance=none"):
+        suite_of(root, sampling={"guidance": "none", "text_scale": 6})
+    drawn = module_for(data, "model.sampling.guidance=none")
+    drawn.few_steps = FewSteps(drawn.sampling.steps, 1, drawn.sampling)
+    assert not {"steps", "scales"} & set(Suite(drawn, data, SEEN, ImageSuite(**SETTINGS)).cases())
+    with pytest.raises(ValueError, match="steps cannot be evaluated: the model is a student"):
+        Suite(drawn, data, SEEN, ImageSuite(**SETTINGS, cases=["steps"])).cases()
+    with pytest.raises(ValueError, match="a student of 2 windows is drawn with"):
+        Suite(drawn, data, SEEN, ImageSuite(**SETTINGS, sampling={"steps": 4}))
     with pytest.raises(ValueError, match="give replace_words"):
         suite_of(root, None, cases=["changed_words"]).cases()
     told = suite_of(root, None, replace_words={"cube": "ball"})
@@ -246,6 +256,33 @@ def test_cases_that_a_model_or_its_data_cannot_answer(root: Path, tmp_path: Path
 def test_settings_out_of_range_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         ImageSuite(**options)
+
+
+def test_a_run_trained_on_one_image_at_a_time_is_evaluated_on_pairs(root: Path, tmp_path: Path) -> None:
+    data = ImageShards(batch_size=1, root=root, num_workers=0)
+    data.setup()
+    options = {**SETTINGS, "batch_size": None, "cases": ["dino_swap"]}
+    cases = run_suite(module_for(data), data, ImageSuite(**options), tmp_path)[0]["cases"]
+    assert cases["dino_swap"]["images"] == cases["another_picture"]["images"] == 6
+    with pytest.raises(ValueError, match="batch_size=1: at least 2"):
+        ImageSuite(batch_size=1)
+
+
+def test_a_case_that_was_asked_for_and_has_no_image_is_an_error(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone: dict[str, Any] = {"images": 1, "grid_images": 1}
+    with pytest.raises(ValueError, match="dino_swap applies to none of the images: no batch holds two of one bucket"):
+        suite_of(root, **alone, cases=["dino_swap"]).evaluate()
+    words = {**alone, "replace_words": {"zebra": "horse"}}
+    with pytest.raises(ValueError, match="changed_words applies to none of the images: no caption holds a word"):
+        suite_of(root, **words, cases=["changed_words"]).evaluate()
+    data = shards(root)
+    with pytest.raises(ValueError, match="scales applies to none"):
+        run_suite(module_for(data), data, ImageSuite(**{**SETTINGS, **words, "cases": ["scales"]}), tmp_path)
+    with caplog.at_level("WARNING"):
+        suite_of(root, **alone).evaluate()
+    assert "dino_swap applies to none of the images" in caplog.text
 
 
 def test_a_split_that_is_not_there_is_said(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from keygrip import export, sample, train
 from keygrip.config import compose
 from keygrip.models.nn.flow_matching import seeded_noise
+from keygrip.models.patch_dit.context import Conditions
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +87,73 @@ def test_a_pipeline_of_diffusers_draws_the_same_images(trained: Path, tmp_path: 
     assert two.shape[0] == 2
     with pytest.raises(ValueError, match="nothing to draw"):
         pipeline()
+
+
+@pytest.fixture(scope="module")
+def piped(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained model as a pipeline; its solver is one of second order."""
+    folder = tmp_path_factory.mktemp("piped")
+    run = ["max_steps=20", f"data.root={trained / 'images'}", f"run_dir={folder / 'run'}", "model.sampling.steps=4"]
+    train.run(compose("train", [*SMALL, *run, "model.sampling.solver=heun", "optimizer.lr=0.01"]))
+    export.run(compose("export", [f"checkpoint={folder / 'run'}", f"to={folder / 'pipe'}", "format=diffusers"]))
+    return folder
+
+
+@pytest.mark.slow
+def test_a_pipeline_draws_by_the_model_s_own_solver(piped: Path) -> None:
+    from diffusers import FlowMatchHeunDiscreteScheduler
+
+    from keygrip.inference.diffusers_pipeline import PatchDiTPipeline
+
+    pipeline = PatchDiTPipeline.from_pretrained(str(piped / "pipe"))
+    pipeline.set_progress_bar_config(disable=True)
+    module = pipeline.transformer.module
+    noise = seeded_noise([3], (module.network.latent_channels, 4, 4))
+    words = Conditions(*module.ready_encoders().encode_text(["a red thing"]), None, None, (3, 3))
+    drawn = {}
+    for solver in ("heun", "adams_bashforth", "euler"):
+        expected = module.draw(words, (4, 4), [3], replace(module.sampling, solver=solver))
+        given = {} if solver == "heun" else {"solver": solver}
+        drawn[solver] = pipeline("a red thing", latents=noise, output_type="pt", **given).images
+        torch.testing.assert_close(drawn[solver], expected, atol=1e-5, rtol=0, msg=solver)
+    assert (drawn["heun"] - drawn["euler"]).abs().max() > 1e-4
+    assert (drawn["adams_bashforth"] - drawn["euler"]).abs().max() > 1e-4
+    pipeline.scheduler = FlowMatchHeunDiscreteScheduler()
+    with pytest.raises(ValueError, match="solver=heun takes steps of its own, and none of FlowMatchHeun"):
+        pipeline("a red thing", latents=noise)
+
+
+@pytest.mark.slow
+def test_a_pipeline_turns_photos_as_their_camera_says(piped: Path) -> None:
+    from keygrip.inference.diffusers_pipeline import PatchDiTPipeline
+
+    pipeline = PatchDiTPipeline.from_pretrained(str(piped / "pipe"))
+    pipeline.set_progress_bar_config(disable=True)
+    wide = Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 48, 3), dtype=np.uint8))
+    turned = wide.transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6  # to be turned back to the right
+    noise = seeded_noise([3], (pipeline.transformer.module.network.latent_channels, 4, 6))
+    straight, same = (np.asarray(pipeline(image=image, latents=noise).images[0]) for image in (wide, turned))
+    assert straight.shape == (16, 24, 3)
+    assert np.array_equal(straight, same)
+
+
+@pytest.mark.slow
+def test_a_pipeline_in_half_precision_draws_nearly_the_same(piped: Path) -> None:
+    """Loaded so or brought there: the network computes in bfloat16, the statistics of features stay float32."""
+    from keygrip.inference.diffusers_pipeline import PatchDiTPipeline
+
+    def drawn(pipeline: PatchDiTPipeline) -> np.ndarray:
+        pipeline.set_progress_bar_config(disable=True)
+        noise = seeded_noise([3], (pipeline.transformer.module.network.latent_channels, 4, 4))
+        return np.asarray(pipeline("a red thing", latents=noise, output_type="pt").images)
+
+    plain = PatchDiTPipeline.from_pretrained(str(piped / "pipe"))
+    expected = drawn(plain)
+    loaded = PatchDiTPipeline.from_pretrained(str(piped / "pipe"), dtype=torch.bfloat16)
+    module = loaded.transformer.module
+    assert {p.dtype for p in module.network.parameters()} == {torch.bfloat16}
+    assert torch.equal(module.statistics.latent_mean, plain.transformer.module.statistics.latent_mean)
+    half = drawn(loaded)
+    assert 0 < np.abs(half - expected).max() < 0.1
+    assert np.array_equal(drawn(plain.to(torch.bfloat16)), half)

@@ -271,17 +271,20 @@ class ImageShards(ResumableData):
             sampler.follow(self.batches_done)
         return self._loader(samples, sampler)
 
-    def held_out(self, split: str, limit: int | None = None, with_images: bool = False) -> DataLoader[Any] | list[Any]:
+    def held_out(
+        self, split: str, limit: int | None = None, with_images: bool = False, batch_size: int | None = None
+    ) -> DataLoader[Any] | list[Any]:
         """A split's samples, each once and always in the same order; empty where there is no such split.
 
         Args:
-            with_images: images' own pixels too, where the shards keep them.
+            with_images: images' own pixels too, where the shards keep them. batch_size: None: that of training.
         """
         samples = self.samples(split, limit, with_images=with_images)
         if not len(samples):
             return []
         order = {"shuffle": False, "drop_last": False}
-        return self._loader(samples, BucketBatchSampler(samples.bucket, self.batch_size, *self.ranks, **order))
+        size = batch_size or self.batch_size
+        return self._loader(samples, BucketBatchSampler(samples.bucket, size, *self.ranks, **order))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         return self.held_out("val", self.max_val_samples)

@@ -51,8 +51,17 @@ def decode_image(path: Path | str) -> Image.Image:
     """
     with open_image(path) as image:
         refuse_frames(image)
-        white_is_zero = (getattr(image, "tag_v2", None) or {}).get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO
-        return rgb(ImageOps.exif_transpose(image), white_is_zero)
+        return upright(image)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """8-bit RGB of an opened image of any mode, turned as its EXIF says; see the table above.
+
+    Raises:
+        ValueError: its numbers have no known white, or cannot be converted.
+    """
+    white_is_zero = (getattr(image, "tag_v2", None) or {}).get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO
+    return rgb(ImageOps.exif_transpose(image), white_is_zero)
 
 
 def refuse_frames(image: Image.Image) -> None:

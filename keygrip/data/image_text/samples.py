@@ -243,6 +243,8 @@ def read_image_text(shards: ShardSet, sample: int, caption: int = 0, with_image:
     if IMAGE in parts:
         with open_image(parts[IMAGE], where) as opened:
             image = np.asarray(opened.convert("RGB"))
+    if not record.get("caption", "unknown").strip():  # a blank caption is none, though its encoder ends it with a token
+        mask, tokens = np.zeros_like(mask), 0
     whole = np.zeros((len(mask), states.shape[1]), np.float32)
     whole[:tokens] = states[:tokens]  # zeros at padding, whatever the encoder left there
     features = (values[LATENT], whole, mask, values[CLS], values[PATCHES])

@@ -15,7 +15,8 @@ import numpy as np
 
 from keygrip.artifacts import sha256_of
 from keygrip.data.bad_samples import BadSample, read_json
-from keygrip.data.image_text.bucket_folders import INFO, read_info, write_info
+from keygrip.data.image_text.bucket_folders import INFO, SPLITS, read_info, write_info
+from keygrip.data.image_text.near_copies import near_copies, thumbnail_in
 from keygrip.data.image_text.samples import (
     IMAGE,
     LATENT,
@@ -62,6 +63,7 @@ class ShardReport:
     kinds: Counter[str] = field(default_factory=Counter)
     frames: Counter[int] = field(default_factory=Counter)
     has: Counter[str] = field(default_factory=Counter)  # of images with text: how many samples have what
+    thumbnails: dict[str, bytes] = field(default_factory=dict)  # of images with text that have one, by name
 
 
 def describe(parts: Parts) -> Row:
@@ -195,6 +197,9 @@ def _examine_image(shards: ShardSet, sample: int, parts: Parts, report: ShardRep
             found = read_image_text(shards, sample, with_image=True)
             if not found.record.get("caption"):
                 report.has["without_caption"] += 1
+            if (thumbnail := thumbnail_in(found.record)) is not None:
+                name = f"{found.record.get('source', found.key)} ({shards.where(sample)})"
+                report.thumbnails[name] = thumbnail
         except BadSample as error:
             report.problems.append(str(error))
             return
@@ -215,9 +220,13 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
     Of images with text: how many have latents, patches and text, in every bucket. Samples without patches are skipped
     in training; a bucket in which all lack something is an error.
 
+    Held-out images that are near copies of trained ones, or of a set without splits any near copies, are no errors:
+    they are counted and the first ones named in the log.
+
     Returns:
         `errors` (how many), `problems` (the first ones), `shards`, `samples`, `kinds` and `frames` (how many of each);
-        of images with text `images`, and `buckets` with the counts of each.
+        of images with text `images`, `near_copies` (how many images have one; None where they were not compared), and
+        `buckets` with the counts of each.
     """
     jobs = [(place, number) for place in split_folders(root) for number in range(len(ShardSet(place).shards))]
     if processes == 1 or len(jobs) == 1:
@@ -257,7 +266,15 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
         "samples": sum(len(report.keys) for report in reports),
         "kinds": dict(sorted(kinds.items())),
         "frames": {str(count): number for count, number in sorted(frames.items())},
-    } | ({"images": sum((Counter(c) for c in buckets.values()), Counter()), "buckets": buckets} if buckets else {})
+    } | (
+        {
+            "images": sum((Counter(c) for c in buckets.values()), Counter()),
+            "near_copies": report_near_copies(root, reports),
+            "buckets": buckets,
+        }
+        if buckets
+        else {}
+    )
 
 
 def report_shared(reports: Sequence[ShardReport]) -> None:
@@ -282,6 +299,40 @@ def report_shared(reports: Sequence[ShardReport]) -> None:
             "may be trained on and held out; write val/ by video",
             copies,
         )
+
+
+def report_near_copies(root: Path | str, reports: Sequence[ShardReport]) -> int | None:
+    """Warns of images that look as good as the same: held-out ones beside those of train/, or any of a set without
+    splits, which is divided by keys. How many there are; None where fewer than two images have a thumbnail."""
+    thumbnails: dict[str, dict[str, bytes]] = {}
+    for report in reports:
+        place = Path(report.name).relative_to(root).parts[0]
+        split = place if place in SPLITS else ""
+        thumbnails.setdefault(split, {}).update(report.thumbnails)
+    images, compared = sum(report.has["complete"] for report in reports), sum(map(len, thumbnails.values()))
+    if compared < 2:
+        return None
+    if compared < images:
+        log.warning("%d of %d images have no thumbnail, and no near copies were looked for", images - compared, images)
+    pool = thumbnails.get("train") or thumbnails.get("") or {}
+    names, count = list(pool), 0
+    for split, held in thumbnails.items():
+        if split == "train":
+            continue
+        pairs = near_copies(list(held.values()), None if held is pool else list(pool.values()))
+        count += len(pairs)
+        own = list(held)
+        told = [f"{own[number]} and {names[other]}" for number, other in pairs[:NAMED_AT_MOST]]
+        if pairs and split:
+            log.warning("%d images of %s/ are near copies of images of train/: %s", len(pairs), split, "; ".join(told))
+        elif pairs:
+            log.warning(
+                "%d images are near copies of another one; a set without val/ is divided by keys, and copies may be "
+                "trained on and held out: %s",
+                len(pairs),
+                "; ".join(told),
+            )
+    return count
 
 
 def _image_counts(root: Path | str, reports: Sequence[ShardReport]) -> dict[str, dict[str, int]]:

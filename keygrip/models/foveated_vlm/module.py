@@ -270,8 +270,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         size = len(batch)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
         self.log("train/accuracy", scores.exact.sum() / scores.answered.sum(), prog_bar=True, batch_size=size)
-        # Lightning writes what is logged in the last batch of every log_every_n_steps, and drops the rest.
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if self.due(self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
             self.log("train/padding_share", batch.padding_share, batch_size=size)
             self.log("train/text_only_share", batch.text_only_share, batch_size=size)
             self.log("train/truncated_rows", float(batch.truncated), batch_size=size)
@@ -330,8 +329,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
     # ------------------------------------------------------------------ health
 
     def _health_now(self) -> bool:
-        every = self.monitor_every_n_steps
-        return bool(every) and isinstance(self.network, FoveatedVLM) and (self.global_step + 1) % every == 0
+        return isinstance(self.network, FoveatedVLM) and self.due(self.monitor_every_n_steps)
 
     @torch.no_grad()
     def _examine(self, output: VLMOutput, rows: TextRows, batch: VideoTextBatch, frames: Tensor, loss: Tensor) -> None:

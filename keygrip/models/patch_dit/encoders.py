@@ -1,7 +1,7 @@
 """The frozen encoders of the patch-conditioned DiT, joined: autoencoder, text encoder and DINO view.
 
-`Encoders` is the only thing that the rest of the package sees. Parts load their weights when they are first used: a
-training run on finished shards never opens them.
+`Encoders` is the only thing that the rest of the package sees. Parts load their weights when they are first used: of a
+training run on finished shards only the samples in validation need one, the autoencoder.
 
 Images are uint8 [B, 3, H, W] RGB in 0..255 on the way in and float32 [B, 3, H, W] in 0..1 on the way out.
 """
@@ -78,9 +78,14 @@ class Encoders:
             return self.autoencoder.decode(latents.to(self.device).float()).float().clamp(0, 1)
 
     def encode_text(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """States float32 [B, L, Dt], zeros at padding, and mask bool [B, L]."""
+        """States float32 [B, L, Dt], zeros at padding, and mask bool [B, L].
+
+        A blank caption is none: its row has no token, also where the text encoder ends every text with one.
+        """
         with torch.no_grad():
             states, mask = self.text.encode(captions)
+        told = torch.tensor([bool(caption.strip()) for caption in captions], device=mask.device)
+        states, mask = states * told[:, None, None], mask & told[:, None]
         return states.to(self.device), mask.to(self.device)
 
     @property

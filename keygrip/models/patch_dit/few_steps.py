@@ -50,7 +50,8 @@ class FewSteps:
         if asked != (self.windows, "none", "euler", self.timestep_shift):
             raise ValueError(
                 f"model.few_steps: a student of {self.windows} windows is drawn with model.sampling.steps="
-                f"{self.windows}, guidance=none, solver=euler and timestep_shift={self.timestep_shift:g}"
+                f"{self.windows}, guidance=none, solver=euler and timestep_shift={self.timestep_shift:g}, not with "
+                f"steps={asked[0]}, guidance={asked[1]}, solver={asked[2]} and timestep_shift={asked[3]:g}"
             )
 
     def take_teacher(self, network: PatchDiT) -> None:

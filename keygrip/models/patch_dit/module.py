@@ -148,6 +148,8 @@ class PatchDiTModule(System):
         self._encoder_weights: dict[str, Any] = {"view": None, "autoencoder": None}
         self._encoders_ready = False
         self._drawn_at = -1
+        self._to_show: list[ImageTextBatch] = []  # the first validation batches, as many as fill a row of samples
+        self._can_decode = True
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
@@ -259,7 +261,7 @@ class PatchDiTModule(System):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        if self._monitored():
+        if self.due(self.monitor_every_n_steps):
             builder = self.network.context_builder
             figures = {"grad_norm": gradient_norm(list(self.network.parameters()))}
             if builder.dino_patch_proj is not None and self.lora is None:
@@ -301,6 +303,17 @@ class PatchDiTModule(System):
         rows, columns = self.network.grid(latents)
         return resolution_shift(rows * columns, self.shift_tokens)
 
+    def sampling_with(self, changes: Mapping[str, Any]) -> Sampling:
+        """The module's own sampling with some parts changed, see `Sampling.changed`.
+
+        Raises:
+            ValueError: also where a student of few steps would be drawn in another way than it is trained for.
+        """
+        found = self.sampling.changed(changes)
+        if self.few_steps is not None:
+            self.few_steps.check(found)
+        return found
+
     def sampling_at(self, size: tuple[int, int], sampling: Sampling | None = None) -> Sampling:
         """How latents of (h, w) are drawn: the module's own sampling or another, shifted for the resolution."""
         usual = sampling or self.sampling
@@ -323,14 +336,16 @@ class PatchDiTModule(System):
         loss = global_mean(losses.sum(), count)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=count)
         self.losses.add(losses.detach(), level, category)
-        # Lightning writes what is logged in the last batch of every log_every_n_steps, and drops the rest.
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if self.due(self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
             for name, value in self.losses.report().items():
                 self.log(f"train/{name}", value, batch_size=count)
-        if self._monitored():
+        if self.due(self.monitor_every_n_steps):
             self._report({"velocity_norm": velocity_norm(output.velocity)})
             self._report(self._attention(data, conditions, aspect))
         return loss + self._alignment_loss("train", output, data, conditions)
+
+    def on_validation_epoch_start(self) -> None:
+        self._to_show = []
 
     @torch.no_grad()
     def validation_step(self, batch: ImageTextBatch, batch_idx: int) -> None:
@@ -363,10 +378,13 @@ class PatchDiTModule(System):
         self.log("val/loss", found.pop("both"), prog_bar=True, batch_size=count, sync_dist=True)
         for name, value in found.items():
             self.log(f"val/loss_{name}", value, batch_size=count, sync_dist=True)
-        if batch_idx == 0:
-            self._show(batch)
+        held = self._to_show
+        if not held or (sum(map(len, held)) < self.shown and batch.latents.shape[1:] == held[0].latents.shape[1:]):
+            held.append(batch)
 
     def on_validation_epoch_end(self) -> None:
+        if self._to_show:
+            self._show(ImageTextBatch.joined(self._to_show))
         logged = self.trainer.callback_metrics
         if "val/loss_shuffled" in logged:
             ratio = logged["val/loss_shuffled"] / logged["val/loss"]
@@ -384,10 +402,6 @@ class PatchDiTModule(System):
         return loss * self.alignment.weight_at(self.global_step / max(1, self.trainer.estimated_stepping_batches))
 
     # -- monitoring ---------------------------------------------------------------------------------------------------
-
-    def _monitored(self) -> bool:
-        every = self.monitor_every_n_steps
-        return bool(every) and (self.global_step + 1) % every == 0
 
     @torch.no_grad()
     def _attention(self, data: Tensor, conditions: Conditions, aspect: float) -> dict[str, Tensor]:
@@ -429,31 +443,45 @@ class PatchDiTModule(System):
 
     @torch.no_grad()
     def _show(self, batch: ImageTextBatch) -> None:
-        """Samples of the first validation batch, always of the same images and seeds."""
+        """Samples of the first validation images, always the same ones and of the same seeds; of nothing but whether
+        the autoencoder is at hand in the check before the first step."""
         due = self._drawn_at < 0 or self.global_step - self._drawn_at >= self.log_images_every_n_steps
-        if (
-            not self.log_images_every_n_steps
-            or self.trainer.sanity_checking
-            or not due
-            or not takes_images(self.loggers)
-        ):
+        if not self.log_images_every_n_steps or not due or not takes_images(self.loggers):
+            return
+        count = min(self.shown, len(batch))
+        real = self._decoded(batch.latents[:count])
+        if real is None or self.trainer.sanity_checking:
             return
         self._drawn_at = self.global_step
-        count = min(self.shown, len(batch))
         whole = self.statistics.conditions(batch).first(count)
         size, seeds = (batch.latents.shape[2], batch.latents.shape[3]), list(range(count))
         ways = {
             "text and DINO": whole,
             "text alone": whole.without_dino(),
             "DINO alone": replace(whole, text=None, text_mask=None),
-            "its own text, DINO of the next": whole.with_dino_of(torch.arange(count).roll(-1)),
         }
-        rows = [("pictures", self.encoders.to(self.device).decode_latents(batch.latents[:count]))]
+        if count > 1:
+            ways["its own text, DINO of the next"] = whole.with_dino_of(torch.arange(count).roll(-1))
+        rows = [("pictures", real)]
         rows += [(title, self.draw(conditions, size, seeds)) for title, conditions in ways.items()]
         if self.trainer.is_global_zero:
             self.show_image("val/samples", image_grid(rows))
             captions = "\n".join(f"{number}. {text}" for number, text in enumerate(batch.captions[:count], start=1))
             self.show_text("val/captions", captions)
+
+    def _decoded(self, latents: Tensor) -> Tensor | None:
+        """Images of latents ``[B, C, h, w]``; None where the autoencoder is not at hand, which is said once: training
+        does not need it, since its shards hold latents."""
+        if not self._can_decode:
+            return None
+        try:
+            return self.encoders.to(self.device).decode_latents(latents)
+        except (FileNotFoundError, ImportError) as error:
+            self._can_decode = False
+            log.warning(
+                "no samples are drawn in training (model.log_images_every_n_steps=0 leaves them out): %s", error
+            )
+            return None
 
 
 def aspect_of(latents: Tensor) -> float:

@@ -21,9 +21,9 @@ steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,11 @@ Guidance = Literal["independent", "dino_then_text", "text_then_dino", "none"]
 GUIDANCE: tuple[Guidance, ...] = ("independent", "dino_then_text", "text_then_dino", "none")
 CPU_BATCH = 2**18  # numbers in one branch's tokens up to which a CPU is faster with all branches in one batch
 NEGLIGIBLE = 1e-9  # guidance weights that differ from zero by rounding only
+# What guidance=none leaves without effect.
+GUIDED = (
+    *("text_scale", "dino_scale", "full_scale", "cls_scale", "interval"),
+    *("text_rescale", "dino_rescale", "full_rescale"),
+)
 FLOOR = 1e-3  # with x-prediction: below the last level of any reasonable number of steps, so that nothing is cut off
 
 
@@ -107,6 +112,27 @@ class Sampling:
         if self.solver not in SOLVERS:
             raise ValueError(f"solver={self.solver!r}: must be one of {', '.join(SOLVERS)}.")
         noise_levels(self.steps, self.timestep_shift)  # refuses what it cannot divide
+
+    def changed(self, changes: Mapping[str, Any]) -> Sampling:
+        """This way of drawing with some parts changed, by name; None leaves a part as it is.
+
+        Raises:
+            ValueError: there is no such part, its value is impossible, or it has no effect.
+        """
+        unknown = sorted(set(changes) - set(Sampling.__dataclass_fields__))
+        if unknown:
+            raise ValueError(f"sampling has no {', '.join(unknown)}; it has {', '.join(Sampling.__dataclass_fields__)}")
+        given = {name: value for name, value in changes.items() if value is not None}
+        if "interval" in given:
+            low, high = given["interval"]
+            given["interval"] = (float(low), float(high))
+        found = replace(self, **given)
+        idle = [f"{name}={given[name]}" for name in GUIDED if name in given]
+        if found.guidance == "none" and idle:
+            raise ValueError(
+                f"{', '.join(idle)}: no effect with guidance=none, where each step is one evaluation: leave it out"
+            )
+        return found
 
     def terms(self, conditions: Conditions) -> list[Term]:
         """The steps of guidance that these conditions allow, without those of scale zero."""

@@ -101,7 +101,7 @@ def test_trimmed_text_is_read_as_if_it_were_whole(tmp_path: Path) -> None:
     arrays[1][2:] = 0
     sizes, found = [], []
     for trim in (False, True):
-        parts, row = image_text_parts(arrays[0], arrays[1], mask, *arrays[2:], {"caption": ""}, trim_text=trim)
+        parts, row = image_text_parts(arrays[0], arrays[1], mask, *arrays[2:], {"caption": "two words"}, trim_text=trim)
         sizes.append(len(parts[TEXT]))
         with ShardWriter(tmp_path / str(trim) / "a.tar") as writer:
             writer.add("k", parts, row)
@@ -110,6 +110,19 @@ def test_trimmed_text_is_read_as_if_it_were_whole(tmp_path: Path) -> None:
     assert sizes[1] < sizes[0]
     np.testing.assert_array_equal(found[0].text_states, found[1].text_states)
     np.testing.assert_array_equal(found[0].text_mask, found[1].text_mask)
+
+
+def test_a_blank_caption_of_a_foreign_set_is_read_as_none(tmp_path: Path) -> None:
+    """Its encoder ended the empty text with a token; a sample that does not name its caption keeps its text."""
+    arrays = (np.zeros((3, 2, 2)), np.ones((5, 6)), np.array([True, *[False] * 4]), np.zeros(7), np.zeros((4, 7)))
+    with ShardWriter(tmp_path / "a.tar") as writer:
+        for key, record in (("blank", {"caption": " "}), ("unnamed", {}), ("told", {"caption": "word"})):
+            writer.add(key, *image_text_parts(*arrays, record))
+    write_manifest(tmp_path, describe_image_text, progress=False)
+    shards = ShardSet(tmp_path)
+    found = {shards.key(number): read_image_text(shards, number) for number in range(3)}
+    assert {key: int(sample.text_mask.sum()) for key, sample in found.items()} == {"blank": 0, "unnamed": 1, "told": 1}
+    assert not found["blank"].text_states.any()
 
 
 def test_numbers_that_half_precision_cannot_hold_are_refused() -> None:

@@ -226,6 +226,8 @@ def test_what_is_no_image_to_encode_is_named(tmp_path: Path) -> None:
 
 def test_captions_that_are_null_are_no_captions(tmp_path: Path) -> None:
     source = image_folder(tmp_path / "source")
+    for beside in (source / "i0.txt", source / "i1.caption", source / "i2.json"):
+        beside.unlink()
     rows = [{"file_name": "i0.png", "text": None}, {"file_name": "i1.jpg", "text": "one"}, {"file_name": "i2.webp"}]
     (source / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     items = list_items(source, aspect_buckets(32, 16, 2.0), 1.0, progress=False)

@@ -209,6 +209,7 @@ def test_several_references_and_their_regions(
         (["image=one.png", "image_mask=[a.png,b.png]"], "2 masks .* for the 1 images"),
         (["prompt=thing", "image_mask=a.png"], "1 masks .* for the 0 images"),
         (["prompt=thing", "cls_scale=2"], "no effect without image"),
+        (["prompt=", "image=one.png", "text_scale=2"], "no effect without prompt"),
         (["prompt=thing", "guidance=dino_then_text"], "prompt and image together"),
         (["prompt=thing", "prompts=a.txt"], "give one of them"),
     ],
@@ -216,6 +217,44 @@ def test_several_references_and_their_regions(
 def test_settings_without_effect(overrides: list[str], message: str, drawn: Callable[..., dict[str, Any]]) -> None:
     with pytest.raises(ValueError, match=message):
         drawn(*overrides)
+
+
+def test_scales_without_guidance_are_refused(drawn: Callable[..., dict[str, Any]]) -> None:
+    assert drawn("prompt=thing", "guidance=none")["sampling"]["guidance"] == "none"
+    for scale in ("text_scale=6", "interval=[0.1,0.9]"):
+        with pytest.raises(ValueError, match=r"(text_scale=6(\.0)?|interval=.*0\.9.*): no effect with guidance=none"):
+            drawn("prompt=thing", "guidance=none", scale)
+
+
+def test_a_student_is_drawn_as_it_was_trained_and_in_no_other_way(trained: Path, tmp_path: Path) -> None:
+    few = "{_target_: keygrip.models.patch_dit.few_steps.FewSteps, windows: 2, teacher_steps: 1,"
+    few += " teacher: {_target_: keygrip.models.patch_dit.sampler.Sampling}}"
+    given = [f"model.few_steps={few}", f"model.init_from={trained / 'run'}", "model.sampling.guidance=none"]
+    given += [f"data.root={trained / 'images'}", f"run_dir={tmp_path / 'student'}", "max_steps=1"]
+    train.run(compose("train", [*SMALL, *given]))
+
+    def run(*overrides: str) -> dict[str, Any]:
+        own = [f"checkpoint={tmp_path / 'student'}", f"run_dir={tmp_path / 'out'}", "prompt=a red thing"]
+        return sample.run(compose("sample", [*own, *overrides]))
+
+    assert run()["sampling"]["steps"] == 2
+    for override, said in (
+        ("text_scale=6", r"text_scale=6(\.0)?: no effect with guidance=none"),
+        ("steps=8", "a student of 2 windows is drawn with .* not with steps=8"),
+        ("guidance=independent", "not with steps=2, guidance=independent"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run(override)
+
+
+def test_masks_and_scales_of_patches_are_refused_where_the_model_has_none(trained: Path, tmp_path: Path) -> None:
+    run = ["model.network.use_dino_patches=false", f"data.root={trained / 'images'}", f"run_dir={tmp_path / 'cls'}"]
+    train.run(compose("train", [*SMALL, *run, "max_steps=1"]))
+    Image.new("L", (60, 40), 255).save(tmp_path / "mask.png")
+    own = [f"checkpoint={tmp_path / 'cls'}", f"image={trained / 'one.png'}", f"run_dir={tmp_path / 'out'}"]
+    for override in (f"image_mask={tmp_path / 'mask.png'}", "cls_scale=2"):
+        with pytest.raises(ValueError, match=f"{override.split('=')[0]} has no effect: this model was trained without"):
+            sample.run(compose("sample", [*own, override]))
 
 
 def test_an_image_is_turned_as_its_camera_says(

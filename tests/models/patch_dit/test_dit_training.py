@@ -21,6 +21,7 @@ from keygrip.config import compose
 from keygrip.data.batches import ImageTextBatch
 from keygrip.models.nn.flow_matching import noise_levels, shifted
 from keygrip.models.patch_dit.module import PatchDiTModule
+from keygrip.models.patch_dit.monitor import LossTable
 from keygrip.training.checkpoints import build_module, load_module, read_checkpoint
 
 
@@ -124,6 +125,65 @@ def test_what_a_run_logs_and_shows(overrides: Callable[..., list[str]], monkeypa
     assert not np.array_equal(recorded.images["val/samples@3"], recorded.images["val/samples@6"])
 
 
+def recorded_run(monkeypatch: pytest.MonkeyPatch, overrides: list[str]) -> Recorded:
+    """A run that draws samples, with a logger that keeps them."""
+    recorded = Recorded()
+    monkeypatch.setattr(PatchDiTModule, "logger", recorded)
+    monkeypatch.setattr(PatchDiTModule, "loggers", [recorded])
+    options = ["model.log_images_every_n_steps=2", "val_every_n_steps=2", "callbacks.learning_rate=null"]
+    train.run(compose("train", [*overrides, *options]))
+    return recorded
+
+
+def test_samples_of_batches_of_one_image_fill_a_row(
+    overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row of swapped features needs two images; captions of other lengths are padded."""
+    options = ["data.batch_size=1", "max_steps=2", "limit_val_batches=8", "model.shown=3", "data.trim_text=true"]
+    recorded = recorded_run(monkeypatch, overrides("run", *options))
+    one, more = "val/samples@2", recorded.images["val/samples@2"]
+    assert recorded.texts["val/captions"].count("thing") == 3
+    alone = recorded_run(monkeypatch, overrides("alone", *options, "limit_val_batches=1")).images[one]
+    assert more.shape[1] > 2 * alone.shape[1]
+    assert more.shape[0] * 4 == alone.shape[0] * 5  # a row more
+
+
+def test_joined_batches_are_one(shards: Path) -> None:
+    from hydra.utils import instantiate
+
+    data = instantiate(compose("train", [*SMALL, f"data.root={shards}"]).data)
+    data.setup("fit")
+    batches = {size: list(data.held_out("val", batch_size=size)) for size in (1, 4)}
+    whole = batches[4][0]
+    parts = {part.keys[0]: part for part in batches[1]}
+    joined = ImageTextBatch.joined([parts[key] for key in whole.keys])
+    for name, value in vars(whole).items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(getattr(joined, name), value), name
+        else:
+            assert getattr(joined, name) == value, name
+    cut = replace(parts[whole.keys[0]], text_states=whole.text_states[:1, :4], text_mask=whole.text_mask[:1, :4])
+    padded = ImageTextBatch.joined([cut, parts[whole.keys[1]]])
+    assert padded.text_states.shape == whole.text_states[:2].shape
+    assert not padded.text_mask[0, 4:].any()
+
+
+def test_without_the_autoencoder_training_goes_on_without_samples(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """FLUX's autoencoder is not on the training machine; shards hold its latents, here those of a packing as large."""
+    flux = "keygrip.models.patch_dit.autoencoders.FluxAutoencoder"
+    missing = f"+encoders.autoencoder={{_target_: {flux}, source: {tmp_path / 'no_flux'}, channels: 48, stride: 4}}"
+    small = [override for override in SMALL if override != "encoders.autoencoder.edge=4"]
+    given = [f"data.root={shards}", f"run_dir={tmp_path / 'run'}", "max_steps=4", "~encoders.autoencoder", missing]
+    with caplog.at_level(logging.WARNING):
+        recorded = recorded_run(monkeypatch, [*small, *given])
+    assert not recorded.images
+    assert caplog.text.count("no samples are drawn in training") == 1
+    assert "no_flux" in caplog.text
+    assert read_checkpoint(tmp_path / "run")["global_step"] == 4
+
+
 def test_sparse_figures_reach_the_event_files(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
     """What is computed every so many steps is written at these very steps."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -134,6 +194,36 @@ def test_sparse_figures_reach_the_event_files(overrides: Callable[..., list[str]
     written = EventAccumulator(str(events)).Reload()
     assert [event.step for event in written.Scalars("train/share_both")] == [2, 5]
     assert [event.step for event in written.Scalars("health/grad_norm")] == [1, 3, 5]
+
+
+def test_monitors_see_every_batch_of_accumulated_steps_once(
+    overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Four images of a step come one at a time: shares and losses are of all of them, norms are looked at once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    counted: list[int] = []
+    looked: list[str] = []
+    report, told = LossTable.report, PatchDiTModule._report
+
+    def counting(self: LossTable) -> dict[str, float]:
+        assert self._sums is not None
+        counted.append(int(self._sums[1, self.bins :].sum()))
+        return report(self)
+
+    def looking(self: PatchDiTModule, figures: dict[str, torch.Tensor]) -> None:
+        looked.append(next(iter(figures)))
+        told(self, figures)
+
+    monkeypatch.setattr(LossTable, "report", counting)
+    monkeypatch.setattr(PatchDiTModule, "_report", looking)
+    options = ["data.batch_size=1", "accumulate_grad_batches=4", "max_steps=4", "model.monitor_every_n_steps=2"]
+    train.run(compose("train", overrides("run", *options, "log_every_n_steps=2", "logger=tensorboard")))
+    assert counted == [8, 8]
+    assert looked == ["velocity_norm", "attention_text", "grad_norm"] * 2
+    (events,) = (tmp_path / "run").rglob("events*")
+    written = EventAccumulator(str(events)).Reload()
+    assert [event.step for event in written.Scalars("train/share_both")] == [1, 3]
 
 
 def test_the_checkpoint_draws_alone_and_refuses_other_encoders(

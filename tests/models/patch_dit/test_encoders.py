@@ -14,8 +14,10 @@ from keygrip.config import compose
 from keygrip.envs.yam.stills import palette
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.patch_dit.autoencoders import FluxAutoencoder, PixelPacking
+from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.dino_view import DinoView, grey
 from keygrip.models.patch_dit.encoders import Encoders
+from keygrip.models.patch_dit.network import PatchDiT
 from keygrip.models.patch_dit.text_encoders import RandomWordVectors, T5Text
 
 
@@ -253,6 +255,24 @@ def test_t5_states_do_not_depend_on_the_padding(flux: Path) -> None:
     alone, alone_mask = text.encode(captions[:1])
     assert torch.equal(alone_mask, mask[:1])
     torch.testing.assert_close(alone, states[:1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_blank_caption_is_none_though_t5_ends_it_with_a_token(flux: Path) -> None:
+    """The network then draws what it draws without words, and not what `</s>` alone would mean."""
+    small = small_encoders()
+    encoders = Encoders(small.autoencoder, text_of(flux), small.view)
+    assert encoders.text.encode([""])[1].sum() == 1
+    states, mask = encoders.encode_text(["", "a red cube", " \n"])
+    assert mask.sum(dim=1).tolist() == [0, 4, 0]
+    assert not states[[0, 2]].any()
+    builder = PatchDiT(3, 24, 16, width=32, depth=1, heads=2, patch_size=2).context_builder
+    keep = torch.ones(3, dtype=torch.bool)
+    told, untold = (
+        builder(Conditions(*text, None, None, (3, 3)), keep, keep, 1.0) for text in ((states, mask), (None, None))
+    )
+    assert told.text_mask is not None
+    for row, same in enumerate((True, False, True)):
+        assert torch.equal(told.text[row][told.text_mask[row]], untold.text[row]) == same
 
 
 def test_t5_of_another_width_is_refused(flux: Path) -> None:

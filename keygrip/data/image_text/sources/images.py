@@ -139,7 +139,7 @@ def images(
     Args:
         source: folder, looked through with all below it. Captions stand in metadata.jsonl or captions.csv (columns
             file_name and caption or text), or beside each image as <name>.txt, .caption or .json. All captions of an
-            image are kept, and training takes them in turn.
+            image, wherever they stand, are kept, and training takes them in turn.
         root: receives bucket_<width>x<height>/shard-<number>.tar, failed.jsonl and, when all is there, images.json.
         encoders: see :class:`ImageEncoders`.
         size, bucket_step, max_aspect: of the buckets, see :func:`keygrip.data.image_text.crops.aspect_buckets`.
@@ -182,11 +182,18 @@ def images(
         **({"keep_images": True} if keep_images else {}),  # sets that were begun without it go on
     }
     check_settings(root, settings)
-    items = frozen_items(root, source, buckets, max_enlargement, progress and rank.rank == 0)
+
+    def settled(items: Sequence[Item]) -> bool:
+        return all(job.done for job in jobs_of(root, items, images_per_shard))
+
+    items = frozen_items(root, source, buckets, max_enlargement, progress and rank.rank == 0, settled)
     jobs = jobs_of(root, items, images_per_shard)
     if not jobs:
         reasons = "; ".join(f"{item.path}: {item.reason}" for item in items[:3])
-        raise ValueError(f"none of the {len(items)} images in {source} can be used: {reasons}")
+        raise ValueError(
+            f"none of the {len(items)} images in {source} can be used: {reasons}. Repair them and run the same command "
+            "again"
+        )
     for name in {job.path.parent for job in jobs}:
         if name.is_dir():
             remove_stale(name)
@@ -321,6 +328,7 @@ def _finish(
         first = f"{failed[0]['source']}: {failed[0]['reason']}"
         raise ValueError(
             f"{len(failed)} of {len(items)} images are left out of {root}, more than max_failed_share="
-            f"{max_failed_share:g} allows; the first: {first}"
+            f"{max_failed_share:g} allows; the first: {first}. All are listed in {root / FAILED_FILE}: repair them or "
+            "raise max_failed_share, and run the same command again; images that could not be decoded want a new root"
         )
     write_info(root, identity)

@@ -17,6 +17,7 @@ from keygrip.artifacts import write_json
 from keygrip.data.bad_samples import BadSample, guard
 from keygrip.data.image_text.crops import Bucket
 from keygrip.data.image_text.decoding import decode_image
+from keygrip.data.image_text.near_copies import THUMBNAIL, thumbnail_of
 from keygrip.data.image_text.sources.encoding import Encoded, ImageEncoders, PreparedImage, as_tensor, prepare_image
 from keygrip.data.image_text.sources.listing import Item
 from keygrip.data.shards.index import index_path
@@ -141,7 +142,9 @@ class SourceImages(Dataset[PreparedImage]):
         item = job.items[key[1]]
         image = decode_image(self.source / item.path)
         more = {"source": item.path} | ({"captions": list(item.captions)} if len(item.captions) > 1 else {})
-        return prepare_image(image, item.captions[0], job.bucket, self.sizes, item.key, more)
+        found = prepare_image(image, item.captions[0], job.bucket, self.sizes, item.key, more)
+        found.record[THUMBNAIL] = thumbnail_of(found.pixels)
+        return found
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[ReadyBatch]:
         found: list[PreparedImage] = []

@@ -9,7 +9,7 @@ import json
 import logging
 import posixpath
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -60,9 +60,9 @@ class Item:
 
 
 def find_captions(source: Path) -> dict[str, tuple[str, ...]]:
-    """Captions by file name from a list beside the images (metadata.jsonl, captions.csv, ...); empty without one.
+    """Captions by file name from the lists beside the images (metadata.jsonl, captions.csv, ...); empty without one.
 
-    A file that the list names several times has several captions; so has one whose caption is a list of texts.
+    A file has all captions that any list, row and column has for it; a caption may be a list of texts.
 
     Returns:
         an empty tuple for a file whose caption is missing or is not text.
@@ -70,12 +70,15 @@ def find_captions(source: Path) -> dict[str, tuple[str, ...]]:
     Raises:
         ValueError: a list that cannot be read, or without the columns of file and caption.
     """
-    paths = [source / name for name in CAPTION_FILES if (source / name).exists()]
-    if not paths:
-        return {}
-    path = paths[0]
-    if len(paths) > 1:
-        log.warning("%s has several lists of captions: %s is read, and not %s", source, path.name, paths[1].name)
+    found: dict[str, tuple[str, ...]] = {}
+    for path in (source / name for name in CAPTION_FILES if (source / name).exists()):
+        for name, captions in _rows_of(path):
+            found[name] = tuple(dict.fromkeys((*found.get(name, ()), *captions)))
+    return found
+
+
+def _rows_of(path: Path) -> list[tuple[str, tuple[str, ...]]]:
+    """File name and captions of each row of a list. Raises ValueError as `find_captions`."""
     try:
         text = read_text(path, MAX_LIST_BYTES)
         with guard(path):
@@ -85,14 +88,12 @@ def find_captions(source: Path) -> dict[str, tuple[str, ...]]:
                 numbered = enumerate(text.split("\n"), 1)
                 rows = [parse_json(line, f"line {number}") for number, line in numbered if line.strip()]
             names = next(name for name in FILE_NAMES if name in rows[0])
-            texts = next(name for name in CAPTION_NAMES if name in rows[0])
-            found: dict[str, tuple[str, ...]] = {}
+            next(name for row in rows for name in CAPTION_NAMES if name in row)
             for row in rows:
                 if not isinstance(row[names], str):
                     raise ValueError(f"{str(row[names])[:80]!r} does not name a file")
-                told = found.get(row[names], ())
-                found[row[names]] = (*told, *(text for text in texts_of(row.get(texts)) or () if text not in told))
-            return found
+            told = ((row[names], [texts_of(row.get(name)) or () for name in CAPTION_NAMES]) for row in rows)
+            return [(name, tuple(text for texts in columns for text in texts)) for name, columns in told]
     except (BadSample, StopIteration) as error:
         reason = error.what if isinstance(error, BadSample) else "a column is missing"
         raise ValueError(
@@ -109,24 +110,31 @@ def texts_of(value: Any) -> tuple[str, ...] | None:
     return tuple(dict.fromkeys(text for text in listed if text is not None))
 
 
-def captions_beside(path: Path) -> tuple[str, ...]:
-    """The captions of an image from `<name>.txt`, `<name>.caption` (one) or `<name>.json` ("caption", "text" and
-    "captions", all of them).
+def captions_beside(path: Path, wrapped: list[str]) -> tuple[str, ...]:
+    """The captions of an image from `<name>.txt` and `<name>.caption` (one each) and `<name>.json` ("caption", "text"
+    and "captions", all of them).
+
+    Args:
+        wrapped: takes the names of text files of several lines, which are one caption.
 
     Raises:
         BadSample: they cannot be read, or are not text.
     """
-    for suffix in (".txt", ".caption"):
-        if path.with_suffix(suffix).exists():
-            return (" ".join(read_text(path.with_suffix(suffix)).split()),)
+    found: list[str] = []
+    for file in (path.with_suffix(suffix) for suffix in (".txt", ".caption")):
+        if file.exists():
+            lines = [line for line in read_text(file).splitlines() if line.strip()]
+            found.append(" ".join(" ".join(lines).split()))
+            if len(lines) > 1:
+                wrapped.append(file.name)
     if path.with_suffix(".json").exists():
         content = read_json(path.with_suffix(".json"))
         told = content if isinstance(content, dict) else {}
-        found = [texts_of(told.get(name)) for name in CAPTION_NAMES]
-        if None in found:
+        columns = [texts_of(told.get(name)) for name in CAPTION_NAMES]
+        if None in columns:
             raise BadSample(path.with_suffix(".json"), "its caption is not text")
-        return tuple(dict.fromkeys(text for texts in found for text in texts or ()))
-    return ()
+        found += (text for texts in columns for text in texts or ())
+    return tuple(dict.fromkeys(found))
 
 
 def key_of(name: str, taken: set[str]) -> str:
@@ -143,16 +151,21 @@ def key_of(name: str, taken: set[str]) -> str:
 
 
 def list_items(
-    source: Path, buckets: Sequence[Bucket], max_enlargement: float, progress: bool, known: Collection[str] = ()
+    source: Path,
+    buckets: Sequence[Bucket],
+    max_enlargement: float,
+    progress: bool,
+    known: Mapping[str, tuple[str, ...]] | None = None,
 ) -> list[Item]:
     """Every image below a folder with its bucket, in the order of names; those that cannot be used with a reason.
 
     Images of other types, links to nothing and named pipes are listed too, so that nothing is missed without a word.
-    A file of any other name is an image where its content is; those that are none are counted in the log. Of files
-    with the same content the first is used, with the captions of all.
+    A file of any other name is an image where its content is; those that are none are counted in the log. An image has
+    the captions of the lists and of the files beside it. Of files with the same content the first is used, with the
+    captions of all.
 
     Args:
-        known: paths that are preferred among files of one content.
+        known: captions that were encoded, by path; among files of one content these are preferred.
 
     Raises:
         FileNotFoundError: no folder, or no images in it.
@@ -174,6 +187,7 @@ def list_items(
         other = f", only {len(paths)} of other types ({paths[0].name})" if paths else ""
         raise FileNotFoundError(f"no images ({', '.join(SUFFIXES)}) in {source}{other}")
     listed, taken = _of_these(source, paths), set[str]()
+    wrapped: list[str] = []
 
     def examine(path: Path) -> tuple[tuple[str, ...], Bucket | None, str]:
         name = path.relative_to(source).as_posix()
@@ -184,8 +198,8 @@ def list_items(
             if not is_utf8(name):
                 raise BadSample(name, "its name is not UTF-8: rename it")
             regular_file(path)
-            told = listed[name] if name in listed else captions_beside(path)
-            captions = tuple(caption for caption in told if caption.strip())
+            told = (*listed.get(name, ()), *captions_beside(path, wrapped))
+            captions = tuple(dict.fromkeys(caption for caption in told if caption.strip()))
             if not captions:
                 raise BadSample(name, "its caption is empty" if told else "it has no caption")
             width, height = size_of(path)
@@ -207,7 +221,14 @@ def list_items(
             name = path.relative_to(source).as_posix().encode(errors="backslashreplace").decode()
             items.append(Item(key_of(name, taken), name, captions, bucket.name if bucket else None, reason))
             bar.update()
-    return merge_duplicates(source, items, known)
+    if wrapped:
+        log.warning(
+            "%d caption files have several lines, which are read as one caption (%s, ...); several captions stand in "
+            '"captions" of a .json',
+            len(wrapped),
+            min(wrapped),
+        )
+    return merge_duplicates(source, items, known or {})
 
 
 def _of_these(source: Path, paths: Sequence[Path]) -> dict[str, tuple[str, ...]]:
@@ -238,10 +259,13 @@ def is_image(path: Path) -> bool:
         return False
 
 
-def merge_duplicates(source: Path, items: Sequence[Item], known: Collection[str]) -> list[Item]:
+def merge_duplicates(source: Path, items: Sequence[Item], known: Mapping[str, tuple[str, ...]]) -> list[Item]:
     """The items without files of the same content: one of them keeps the captions of all.
 
     Two copies of one image would be two samples, of which one may be held out and the other trained on.
+
+    Args:
+        known: captions that were encoded, by path; their samples stay as they are.
     """
     by_size: dict[int, list[int]] = defaultdict(list)
     for number, item in enumerate(items):
@@ -260,7 +284,9 @@ def merge_duplicates(source: Path, items: Sequence[Item], known: Collection[str]
         more = tuple(caption for caption in captions if caption not in own.captions)
         found[first] = replace(own, captions=(*own.captions, *more))
         for number in rest:
-            reason = f"the same file as {own.path}, which has its captions"
+            lost = set(items[number].captions) - set(known.get(own.path, captions))
+            what = "was encoded without its captions: a new root has them" if lost else "has its captions"
+            reason = f"the same file as {own.path}, which {what}"
             found[number] = replace(items[number], bucket=None, reason=reason, duplicate=True)
     return found
 
@@ -274,18 +300,28 @@ def is_utf8(name: str) -> bool:
     return True
 
 
-def frozen_items(root: Path, source: Path, buckets: Sequence[Bucket], enlargement: float, progress: bool) -> list[Item]:
+def frozen_items(
+    root: Path,
+    source: Path,
+    buckets: Sequence[Bucket],
+    enlargement: float,
+    progress: bool,
+    settled: Callable[[Sequence[Item]], bool],
+) -> list[Item]:
     """The list of items of a root, made by the first process that asks and kept while shards are open.
 
-    When all shards are done (images.json is there), images that came to the source since are appended, and images.json
-    is removed until their shards are done too.
+    When none is open, whether the set is complete or too much of it was left out, the source is listed again: images
+    that came to it since, or can be used now, are appended, and images.json is removed until their shards are done too.
+
+    Args:
+        settled: of a list of items, whether all its shards are written.
     """
     file, info = root / ITEMS_FILE, root / INFO
     with locked(root / f"{ITEMS_FILE}.lock"):
         items = [read_item(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-        if items and not info.is_file():
+        if items and not settled(items):
             return items
-        used = {item.path for item in items if item.bucket is not None}
+        used = {item.path: item.captions for item in items if item.bucket is not None}
         found = extended(items, list_items(source, buckets, enlargement, progress, used))
         if found != items:
             info.unlink(missing_ok=True)

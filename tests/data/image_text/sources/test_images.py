@@ -18,6 +18,7 @@ from torch import Tensor
 from keygrip.data.image_text.crops import Bucket
 from keygrip.data.image_text.datamodule import ImageShards
 from keygrip.data.image_text.decoding import decode_image, size_of
+from keygrip.data.image_text.near_copies import near_copies
 from keygrip.data.image_text.samples import read_image_text
 from keygrip.data.image_text.sources import images as step
 from keygrip.data.image_text.sources.encoding import prepare_image
@@ -117,6 +118,40 @@ def test_captions_of_a_list_beside_the_pictures(tmp_path: Path) -> None:
     (tmp_path / "captions.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="not a list of captions"):
         list_items(tmp_path, [Bucket(32, 32)], 1.0, False)
+
+
+def test_captions_of_all_lists_columns_and_files_beside_an_image_are_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png", shade=1)
+    row = {"caption": "x", "captions": ["x", "y"]}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", **row}) + '\n{"file_name": "b.png"}\n')
+    (tmp_path / "captions.csv").write_text("file,text,caption\na.png,z,y\nb.png,,one\n")
+    (tmp_path / "a.txt").write_text("a line\nand its end\n")
+    (tmp_path / "a.caption").write_text("w")
+    (tmp_path / "a.json").write_text(json.dumps({"text": "v", "captions": ["x"]}))
+    with caplog.at_level("WARNING"):
+        items = list_items(tmp_path, [Bucket(32, 32)], 1.0, False)
+    assert [item.captions for item in items] == [("x", "y", "z", "a line and its end", "w", "v"), ("one",)]
+    assert "1 caption files have several lines, which are read as one caption (a.txt" in caplog.text
+
+
+def test_captions_of_a_copy_that_came_too_late_are_said_to_be_missing(tmp_path: Path) -> None:
+    """The finished sample keeps the captions that it was encoded with."""
+    source, root = tmp_path / "source", tmp_path / "root"
+    picture(source / "b.png")
+    (source / "b.txt").write_text("one")
+    prepared(source, root)
+    for name, caption in (("a", "two"), ("c", "one")):
+        shutil.copy(source / "b.png", source / f"{name}.png")
+        (source / f"{name}.txt").write_text(caption)
+    for _ in range(2):
+        assert prepared(source, root)["duplicates"] == 2
+        left = {row["source"]: row["reason"] for row in map(json.loads, (root / "failed.jsonl").open())}
+        assert left["a.png"].startswith("the same file as b.png, which was encoded without its captions")
+        assert left["c.png"] == "the same file as b.png, which has its captions"
+    assert read_image_text(ShardSet(root / "bucket_32x32"), 0).record["caption"] == "one"
 
 
 def test_keys_have_no_dots_and_never_meet() -> None:
@@ -241,9 +276,86 @@ def test_too_many_broken_pictures_leave_a_set_that_nobody_trains_on(source: Path
     assert not (tmp_path / "root" / "images.json").exists()
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5], ids=["too many left out", "none can be used"])
+def test_a_list_that_failed_is_repaired_by_the_same_command(share: float, tmp_path: Path) -> None:
+    """Captions that come after a refused run count in the next one; finished shards stay."""
+    source, root, told = tmp_path / "source", tmp_path / "root", 7 if share == 0.1 else 0
+    for number in range(10):
+        picture(source / f"{number}.png", shade=number)
+    for number in range(told):
+        (source / f"{number}.txt").write_text(f"number {number}")
+    refused = r"3 of 10 images are left out .*failed\.jsonl: repair" if told else r"none of the 10 .*\. Repair them"
+    with pytest.raises(ValueError, match=refused):
+        prepared(source, root, max_failed_share=share)
+    before = contents(root)
+    for number in range(told, 10):
+        (source / f"{number}.txt").write_text(f"number {number}")
+    report = prepared(source, root, max_failed_share=share)
+    assert (report["items"], report["samples"], report["failed"]) == (10 - told, 10, 0)
+    assert before.items() <= contents(root).items()
+    assert (root / "images.json").is_file()
+    again = prepared(source, root, max_failed_share=share)
+    assert (again["items"], again["samples"]) == (0, 10)
+
+
 def test_buckets_must_fit_the_latents(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not divide by the latent's stride"):
         prepared(source, tmp_path / "root", small_encoders(edge=32))
+
+
+# ---- near copies -----------------------------------------------------------------------------------------------------
+
+
+def scene(number: int) -> Image.Image:
+    rng = np.random.default_rng(number)
+    fields = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    return fields.resize((160, 160), Image.Resampling.BICUBIC)
+
+
+def test_images_that_were_saved_or_scaled_anew_are_counted_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, root = tmp_path / "source", tmp_path / "root"
+    source.mkdir()
+    for number in range(5):
+        scene(number).save(source / f"own{number}.png")
+    scene(0).save(source / "saved.jpg", quality=80)
+    scene(1).resize((96, 96)).save(source / "scaled.png")
+    for path in list(source.iterdir()):
+        path.with_suffix(".txt").write_text(path.stem)
+    prepared(source, root)
+    with caplog.at_level("WARNING"):
+        report = validate(root)
+    assert (report["errors"], report["near_copies"]) == (0, 4)  # each of two pairs
+    assert "4 images are near copies of another one" in caplog.text
+    assert "own0.png (own0 of" in caplog.text
+    assert "saved.jpg" in caplog.text
+    assert "own2.png" not in caplog.text
+
+
+def test_held_out_images_are_compared_with_those_of_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for split, names in (("train", "abc"), ("val", "de")):
+        source = tmp_path / f"source_{split}"
+        source.mkdir()
+        for name in names:
+            scene(ord(name)).save(source / f"{name}.png")
+            (source / f"{name}.txt").write_text(name)
+        if split == "val":
+            scene(ord("b")).save(source / "b2.jpg", quality=80)
+            (source / "b2.txt").write_text("b")
+        prepared(source, tmp_path / "root" / split)
+    with caplog.at_level("WARNING"):
+        assert validate(tmp_path / "root")["near_copies"] == 1
+    assert "1 images of val/ are near copies of images of train/: b2.jpg" in caplog.text
+
+
+def test_near_copies_of_several_equal_thumbnails() -> None:
+    rng = np.random.default_rng(0)
+    one, two = (rng.integers(50, 200, 192, dtype=np.uint8) for _ in range(2))
+    same = [one.tobytes()] * 3
+    assert [number for number, other in near_copies([*same, two.tobytes()]) if number != other] == [0, 1, 2]
+    assert near_copies([(one + 5).tobytes(), (one + 6).tobytes()], same[:1]) == [(0, 0)]
+    assert near_copies([one.tobytes()]) == near_copies([]) == []
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------
