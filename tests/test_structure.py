@@ -6,6 +6,8 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -225,3 +227,15 @@ def test_the_layers_hold() -> None:
     done = subprocess.run([str(program), "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 broken" in done.stdout
+
+
+def test_the_source_distribution_holds_what_the_makefile_and_the_tests_read() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    included = [entry.strip("/") for entry in project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]]
+    read = set(re.findall(r"constraints[\w-]*\.txt|plugins|tests", (ROOT / "Makefile").read_text()))
+    for path in ROOT.glob("tests/**/*.py"):
+        named = re.findall(r'(?:ROOT|parents\[\d\]) / "([\w.-]+)|ROOT\.glob\("([\w*.-]+)', path.read_text())
+        read |= {first or second for first, second in named}
+    top = {found.name for name in read for found in ROOT.glob(name)} - {"pyproject.toml"}
+    assert {"constraints-metaworld.txt", "benchmarks", "notebooks"} <= top
+    assert sorted(name for name in top if not any(fnmatch(name, entry) for entry in included)) == []

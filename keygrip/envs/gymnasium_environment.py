@@ -2,10 +2,10 @@
 
 Its observation is a dictionary with `image` [H, W, 3] uint8, `intrinsics` [3, 3], `world_to_camera` [4, 4], `position`
 [3], `quaternion` [4] wxyz and `gripper` []; several cameras lie in `cameras`, by name, each with the first three. Its
-action is a gripper pose [8]; its `info` holds `success` (or `is_success`) and may hold `instruction`. To be recorded
-it, or a wrapper of it, has `expert_action()`, which gives the next pose [8] of a demonstration, or None where it gives
-up. An environment with other observations or actions gets one `gymnasium.Wrapper` that converts them: see
-``docs/environments.md``.
+action is a gripper pose [8]. With two arms, left before right, these have one axis more at the front. Its `info` holds
+`success` (or `is_success`) and may hold `instruction`. To be recorded it, or a wrapper of it, has `expert_action()`,
+which gives the next action of a demonstration, or None where it gives up. An environment with other observations or
+actions gets one `gymnasium.Wrapper` that converts them: see ``docs/environments.md``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class GymnasiumEnvironment:
     """See the module.
 
     Args:
-        task: which one. image_size: edge of the images, which the environment must give. hz: its control rate.
+        task: which one. image_size: shorter edge of the images, which the environment must give. hz: its control rate.
         cameras: must be in the observation's `cameras`, where that has any; the first is then what `image` shows.
 
     Raises:
@@ -100,9 +100,12 @@ class GymnasiumEnvironment:
         if absent:
             raise ValueError(f"{where} lacks {', '.join(absent)}: wrap it as docs/environments.md shows")
         image = np.asarray(view["image"])
-        if image.shape != (self.image_size, self.image_size, 3):
+        if image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"images of {where} have shape {image.shape}: give H x W x 3")
+        if (shorter := min(image.shape[:2])) != self.image_size:
             raise ValueError(
-                f"images of {where} are {image.shape}: give env.image_size={image.shape[0]}, or render squares"
+                f"images of {where} are {image.shape[0]} x {image.shape[1]}: give env.image_size={shorter}, their "
+                "shorter edge (image_size where they are recorded), or render other images"
             )
         if image.dtype != np.uint8:
             raise ValueError(f"images of {where} are {image.dtype}: give uint8 RGB")
@@ -133,7 +136,7 @@ class GymnasiumEnvironment:
         return {"instruction": self._instruction, **self._seen, **main}
 
     def expert_action(self) -> np.ndarray | None:
-        """The next pose [8] of a demonstration; None: the expert gives up.
+        """The next action of a demonstration, [8] or [A, 8]; None: the expert gives up.
 
         Raises:
             ValueError: the environment has no expert.

@@ -29,6 +29,7 @@ def record_step(
     depth: bool,
     video: bool,
     recoveries: float | None,
+    shadows: bool | None,
     python: str | None,
     env_task: Any = None,
     unread: Mapping[str, Any] | None = None,
@@ -47,7 +48,7 @@ def record_step(
         if value is not None:
             raise ValueError(f"env.{name} is for evaluations: for a recording set {name} ({name}=...)")
     if isinstance(env_task, GymnasiumTask):
-        given: dict[str, Any] = {"tasks": tasks, "recoveries": recoveries, "depth": depth or None}
+        given: dict[str, Any] = {"tasks": tasks, "recoveries": recoveries, "shadows": shadows, "depth": depth or None}
         _refuse([name for name, value in given.items() if value is not None], environment)
         _refuse_task(task, environment, "env.task.id")
         rate = hz or YAM_HZ
@@ -55,14 +56,15 @@ def record_step(
             env_task, root, demos, seed, image_size, rate, processes, cameras, video=video, python=python
         )
     if env_task is not None and env_task != type(env_task)():
-        raise ValueError("env.task is for evaluations: for a recording set task (task=...)")
+        settings = "tasks, cameras and shadows" if environment == "metaworld" else "task (task=...)"
+        raise ValueError(f"env.task is for evaluations: for a recording set {settings}")
     if environment == "yam_handover":
         if task == TaskOptions(name="pick_place"):  # the default task of the settings
             task = HandoverTask()
         if not isinstance(task, HandoverTask):
             _refuse(["task"], environment)
     if environment in ("yam", "yam_handover"):
-        given = {"tasks": tasks, "recoveries": recoveries, "env.python": python}
+        given = {"tasks": tasks, "recoveries": recoveries, "shadows": shadows, "env.python": python}
         _refuse([name for name, value in given.items() if value is not None], environment)
         rate = YAM_HZ if hz is None else hz
         return demonstrations.record_step(
@@ -84,6 +86,7 @@ def record_step(
         hz=METAWORLD_HZ if hz is None else hz,
         cameras=cameras or ("corner2",),
         recoveries=METAWORLD_RECOVERIES if recoveries is None else recoveries,
+        shadows=bool(shadows),
         video=video,
         processes=processes,
         python=python,

@@ -44,7 +44,8 @@ def record_step(
         task: which environment. root: folder of the demo folders; made if missing.
         demos: how many shall be there in the end. seed: of the first episode; seeds from 500000 on are kept for tuning
             and evaluation.
-        image_size: edge of the images, which the environment must give. hz: its control rate; every step is a frame.
+        image_size: shorter edge of the images, which the environment must give. hz: its control rate; every step is a
+            frame.
         cameras: names among the observation's `cameras`; where it has none, one name for its `image`. None: all of
             them, or "camera".
         video: one H.264 file per camera in place of JPEG files.

@@ -11,9 +11,10 @@ import numpy as np
 from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
 from keygrip.envs.gymnasium_environment import GymnasiumEnvironment, GymnasiumTask
 from keygrip.envs.workers import serve_jobs
+from keygrip.models.policy import arm_axis
 from keygrip.recording.recorded_folder import demo_name
 
-ARM = "right"
+ARMS = {1: ("right",), 2: ("left", "right")}  # names by number, in the order of the axis of arms
 CAMERA = "camera"  # the name of an unnamed one
 
 
@@ -34,6 +35,9 @@ def record_episode(environment: GymnasiumEnvironment, folder: Path, seed: int, v
     """Records the episode of a seed; returns whether the expert succeeded (a failure leaves no folder).
 
     Row i is what was seen before the expert's i-th pose, which is row i's command.
+
+    Raises:
+        ValueError: the expert's poses are not those of one arm or two, or the observation has another number of arms.
     """
     observation, info = environment.reset(seed=seed)
     task = environment.task
@@ -44,15 +48,20 @@ def record_episode(environment: GymnasiumEnvironment, folder: Path, seed: int, v
             action = environment.expert_action()
             if action is None:
                 break
-            if action.shape != (8,):
-                raise ValueError(f"expert_action() of {task.id} gave shape {action.shape}: a pose is 8 numbers")
+            poses = arm_axis(action, 1)  # [A, 8]
+            if poses.shape[1:] != (8,) or len(poses) not in ARMS:
+                raise ValueError(
+                    f"expert_action() of {task.id} gave shape {action.shape}: a pose is 8 numbers, those of two arms "
+                    "(left, right) are 2 x 8"
+                )
+            arms = ARMS[len(poses)]
             views = _views(observation, environment.cameras)
             writer.add(
                 round(len(writer) * 1e9 / environment.hz),
                 {name: np.asarray(view["image"]) for name, view in views.items()},
                 {name: CameraPose(view["intrinsics"], view["world_to_camera"]) for name, view in views.items()},
-                {ARM: _pose(observation["position"], observation["quaternion"], observation["gripper"])},
-                {ARM: _pose(action[:3], action[3:7], action[7])},
+                _poses(arms, observation["position"], observation["quaternion"], observation["gripper"]),
+                _poses(arms, poses[:, :3], poses[:, 3:7], poses[:, 7]),
             )
             environment.advance(action)
             success, over, _ = environment.outcome()
@@ -71,10 +80,16 @@ def _views(observation: Mapping[str, Any], cameras: tuple[str, ...] | None) -> d
     return {name: views[name] for name in cameras or views}
 
 
-def _pose(position: Any, quaternion: Any, gripper: Any) -> ArmPose:
-    turn = np.asarray(quaternion, dtype=np.float64).reshape(4)
-    opening = float(np.clip(np.asarray(gripper, dtype=np.float64).reshape(()), 0.0, 1.0))
-    return ArmPose(np.array(position, dtype=np.float64).reshape(3), turn / np.linalg.norm(turn), opening)
+def _poses(arms: tuple[str, ...], position: Any, quaternion: Any, gripper: Any) -> dict[str, ArmPose]:
+    """By arm, from [A, 3], [A, 4] and [A]; with one arm the A axis may be left out."""
+    count = len(arms)
+    if np.size(gripper) != count:
+        raise ValueError(f"the observation has {np.size(gripper)} arms, and expert_action() moves {count}")
+    places = np.array(position, dtype=np.float64).reshape(count, 3)
+    turns = np.asarray(quaternion, dtype=np.float64).reshape(count, 4)
+    turns = turns / np.linalg.norm(turns, axis=1, keepdims=True)
+    openings = np.clip(np.asarray(gripper, dtype=np.float64).reshape(count), 0.0, 1.0)
+    return {arm: ArmPose(places[i], turns[i], float(openings[i])) for i, arm in enumerate(arms)}
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ class RemotePolicy:
         else:
             self._connection = http.client.HTTPConnection(parts.hostname, parts.port or 80, timeout=timeout_s)
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._options = (timeout_s, patience_s, token, ca)
         self._session: str | None = None
         health = self.health()
         try:
@@ -126,6 +127,11 @@ class RemotePolicy:
             self._session = str(json.loads(answer)["session"])
         except NO_JSON as error:
             raise ServerError(status, "the answer to /reset names no session") from error
+
+    def session(self) -> RemotePolicy:
+        """Another client of the same server: a connection and, where the policy draws by chance, a generator of its
+        own. Raises as the constructor does."""
+        return RemotePolicy(self.url, *self._options)
 
     def health(self) -> dict[str, Any]:
         """The server's `/health`: state, model, expected observation, limits, counts."""

@@ -68,26 +68,50 @@ def test_lerobots_factory_finds_it_and_it_acts_as_at_home(made: Any, saved: Path
     assert policy.predict_action_chunk(before(dataset[0])).shape[::2] == (1, 8)
 
 
+def seen(made: Any, *numbers: int) -> dict[str, Any]:
+    """LeRobot's batch of an environment each, which shows this frame of the first demonstration."""
+    demo = find_demos(made.demos)[0].read()
+    arm, frames = demo.arms["right"], demo.cameras["over"].frames
+    poses = np.concatenate([arm.position, arm.quaternion, arm.gripper[:, None]], axis=1)
+    images = np.stack([frames.read(number) for number in numbers])
+    return {
+        "observation.state": torch.tensor(poses[list(numbers)], dtype=torch.float32),
+        "observation.images.over": torch.tensor(images).permute(0, 3, 1, 2).float() / 255,
+    }
+
+
 def test_each_environment_of_a_batch_has_its_own_plan(made: Any, saved: Path) -> None:
     from lerobot_policy_keygrip import KeygripPolicy
 
     policy = KeygripPolicy.from_pretrained(saved)
-    demo = find_demos(made.demos)[0].read()
-    arm, frames = demo.arms["right"], demo.cameras["over"].frames
-    poses = np.concatenate([arm.position, arm.quaternion, arm.gripper[:, None]], axis=1)
-
-    def batch(*numbers: int) -> dict[str, Any]:
-        images = np.stack([frames.read(number) for number in numbers])
-        return {
-            "observation.state": torch.tensor(poses[list(numbers)], dtype=torch.float32),
-            "observation.images.over": torch.tensor(images).permute(0, 3, 1, 2).float() / 255,
-        }
-
-    both = policy.select_action(batch(0, 9))
+    both = policy.select_action(seen(made, 0, 9))
     policy.reset()
-    one = policy.select_action(batch(9))
+    one = policy.select_action(seen(made, 9))
     torch.testing.assert_close(both[1:], one)
     assert not torch.allclose(both[0], both[1])
+
+
+def test_what_is_drawn_by_chance_follows_from_the_number_of_the_episode(made: Any, saved: Path) -> None:
+    from lerobot_policy_keygrip import KeygripPolicy
+
+    def episodes(environments: int, count: int) -> list[torch.Tensor]:
+        """[8] the first and a later action of each episode, all from one frame."""
+        policy = KeygripPolicy.from_pretrained(saved)
+        policy.policy.decoder = "sample"
+        found: list[torch.Tensor] = []
+        for _ in range(count // environments):
+            policy.reset()
+            chunks = policy.predict_action_chunk(seen(made, *[0] * environments))  # draws as well
+            for controller in policy.controllers:
+                controller.reset()
+            again = [policy.select_action(seen(made, *[0] * environments)) for _ in range(20)][-1]
+            found += [torch.cat([chunk.flatten(), action]) for chunk, action in zip(chunks, again, strict=True)]
+        return found
+
+    alone, together = episodes(1, 4), episodes(2, 4)
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, other)
+    assert len({tuple(one.tolist()) for one in alone}) == 4
 
 
 def test_a_configuration_that_does_not_fit_is_refused(made: Any) -> None:
@@ -105,7 +129,8 @@ def test_a_configuration_that_does_not_fit_is_refused(made: Any) -> None:
         KeygripConfig(action="joints", device="cpu")
 
 
-def test_a_step_of_the_hand_points_to_the_plan(made: Any) -> None:
+@pytest.mark.parametrize(("latch", "effort"), [(1.0, 0.6), (0.0, -1.0)])  # always closed, always open
+def test_a_step_of_the_hand_goes_to_the_plan(made: Any, latch: float, effort: float) -> None:
     from lerobot_policy_keygrip import ArmLayout, CameraCalibration, KeygripConfig, KeygripPolicy
 
     demo = find_demos(made.demos)[0].read()
@@ -113,14 +138,17 @@ def test_a_step_of_the_hand_points_to_the_plan(made: Any) -> None:
     camera = CameraCalibration(track.intrinsics[0].tolist(), track.world_to_camera[0].tolist(), name="over")
     config = KeygripConfig(
         checkpoint=str(made.run), device="cpu", cameras={"observation.image": camera}, action="position_step",
-        arms=[ArmLayout([0, 1, 2], 3, fixed_quaternion=arm.quaternion[0].tolist())], step_gain=10.0,
+        arms=[ArmLayout([0, 1, 2], 3, fixed_quaternion=arm.quaternion[0].tolist(), offset=[0.0, 0.0, -0.045])],
+        step_gain=3.0, control={"grip_below": latch, "release_above": latch},
     )  # fmt: skip
     policy = KeygripPolicy(config)
-    state = np.concatenate([arm.position[0], arm.gripper[:1]])
+    state = np.concatenate([arm.position[0] + [0.0, 0.0, 0.045], arm.gripper[:1]])
     image = torch.tensor(track.frames.read(0)).permute(2, 0, 1)[None].float() / 255
-    action = policy.select_action({"observation.state": torch.tensor(state)[None].float(), "observation.image": image})
-    target = policy.controllers[0].last_plan.position[0, 0] - arm.position[0]
-    assert action.shape == (1, 4)
-    assert (np.sign(action[0, :3].numpy()) == np.sign(target)).all()
-    assert (action.abs() <= 1).all()
-    assert abs(action[0, 3].item()) == pytest.approx(0.6)
+    observation = {"observation.state": torch.tensor(state)[None].float(), "observation.image": image}
+    actions = torch.cat([policy.select_action(observation) for _ in range(8)]).numpy()  # [8, 4], of one plan
+    plan = policy.controllers[0].last_plan
+    ticks = round(plan.step_seconds * 10.0)
+    reached = np.clip(3.0 * (plan.position[0, 0] - arm.position[0]), -1, 1)
+    np.testing.assert_allclose(actions[ticks - 1, :3], reached, atol=1e-5)
+    assert np.abs(reached).max() > 0.02
+    np.testing.assert_allclose(actions[:, 3], effort, atol=1e-6)

@@ -3,6 +3,7 @@ expert of any gymnasium environment is recorded."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ import pytest
 
 from keygrip.config import compose
 from keygrip.data.robot.discovery import find_demos
+from keygrip.data.video import read_video
 from keygrip.envs.environment import open_environment
 from keygrip.envs.gymnasium_environment import GymnasiumTask
+from keygrip.evaluation.rollouts import run_episode
+from keygrip.models.policy import Needs, Plan
 from keygrip.prepare import run
+from keygrip.runtime.chunk_execution import RecedingHorizon
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +34,9 @@ ROOT = Path(__file__).parents[2]
             "task is no setting of the recordings of env=gymnasium",
         ),
         (["env=gymnasium", "env.task.id=A-v0", "recoveries=0.1"], "recoveries is no setting"),
-        (["env=yam", "+env.task.name=pick"], r"env\.task is for evaluations"),
+        (["env=yam", "+env.task.name=pick"], r"env\.task is for evaluations: for a recording set task"),
+        (["env=metaworld", "+env.task.shadows=true"], r"for a recording set tasks, cameras and shadows"),
+        (["env=yam", "shadows=true"], "shadows is no setting of the recordings of env=yam"),
         (["env=recorded"], "env=recorded has no scripted expert"),
         (["env=metaworld", "depth=true"], "depth is no setting of the recordings of env=metaworld"),
     ],
@@ -76,3 +83,47 @@ def test_the_expert_of_a_gymnasium_environment_is_recorded(tmp_path: Path, monke
     with pytest.raises(Exception, match="has no method expert_action"):
         record(tmp_path / "none", "env.task.id=gym_lab:Inexpert-v0", "demos=1")
     assert [path.name for path in (tmp_path / "none").iterdir() if path.is_dir()] == []
+
+
+def test_the_expert_of_two_arms_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests/support'}")
+    assert record(tmp_path, "env.task.id=gym_lab:TwoArmPointMass-v0", "demos=1")["recorded"] == 1
+    (reference,) = find_demos(tmp_path, format="native")
+    left, right = (reference.read().arms[name] for name in ("left", "right"))
+    np.testing.assert_allclose(right.position, left.position * [1, -1, 1], atol=1e-12)
+    np.testing.assert_allclose(left.position[1:], left.commanded.position[:-1], atol=1e-12)
+    np.testing.assert_allclose(right.commanded.position, left.commanded.position * [1, -1, 1], atol=1e-12)
+    assert (left.commanded.gripper.min(), right.commanded.gripper.max()) == (1.0, 0.0)
+
+
+class Watching:
+    """Plans what is commanded; remembers the images that it saw."""
+
+    needs = Needs(arms=("right",))
+
+    def __init__(self, commands: np.ndarray) -> None:
+        self.commands, self.seen = commands, []  # type: ignore[var-annotated]
+
+    def plan(self, observation: Any) -> Plan:
+        self.seen.append(observation["image"].shape)
+        turn = np.tile([1.0, 0, 0, 0], (1, len(self.commands), 1))
+        return Plan(self.commands[None], turn, np.ones((1, len(self.commands))), step_seconds=0.1)
+
+
+def test_images_that_are_not_square_are_recorded_and_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests/support'}")
+    assert record(tmp_path, "env.task.id=gym_lab:WidePointMass-v0", "demos=1", "video=true")["recorded"] == 1
+    (reference,) = find_demos(tmp_path, format="native")
+    demo = reference.read()
+    track, commanded = demo.cameras["camera"], demo.arms["right"].commanded
+    assert track.frames.read(0).shape == (32, 48, 3)
+    assert (track.width, track.height) == (48, 32)
+    cell = open_environment(GymnasiumTask("gym_lab:WidePointMass-v0"), 32, 10.0)
+    policy = Watching(commanded.position)
+    control = partial(RecedingHorizon, execute_seconds=9.0)
+    result = run_episode(cell, policy, control, demo.source["seed"], tmp_path / "rollout.mp4")
+    assert result.success
+    assert set(policy.seen) == {(32, 48, 3)}
+    assert read_video(tmp_path / "rollout.mp4").shape[1:] == (64, 96, 3)
+    with pytest.raises(ValueError, match=r"are 32 x 48: give env\.image_size=32, their shorter edge"):
+        open_environment(GymnasiumTask("gym_lab:WidePointMass-v0"), 48, 10.0).reset(seed=0)

@@ -52,6 +52,11 @@ def test_each_client_draws_by_its_own_seed(running: Start, dice: Any, observatio
         np.testing.assert_array_equal(policy.plan(observation()).position, drawn[0][0])
         assert len(server.server.service.sessions) == 1
     assert len(server.server.service.sessions) == 0
+    with RemotePolicy(server.url) as policy, policy.session() as other:  # each draws by its own seed, in any order
+        other.reset(1)
+        for step in range(2):
+            np.testing.assert_array_equal(policy.plan(observation(step)).position, drawn[0][step])
+            np.testing.assert_array_equal(other.plan(observation(step)).position, drawn[1][step])
 
 
 def test_sessions_are_few_expire_and_cannot_be_guessed(

@@ -55,6 +55,39 @@ class Calibrated(gymnasium.Wrapper[Any, Any, Any, Any]):
         return np.concatenate([there, [1.0, 0, 0, 0], [1.0]])
 
 
+class Wide(gymnasium.ObservationWrapper[Any, Any, Any]):
+    """The calibrated observation, with 16 columns more at the right."""
+
+    def observation(self, observation: dict[str, Any]) -> dict[str, Any]:
+        return {**observation, "image": np.pad(observation["image"], ((0, 0), (0, 16), (0, 0)))}
+
+
+class TwoArms(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """The point is the left arm; the right one is its mirror image, and its expert says so too."""
+
+    mirror = np.array([1.0, -1.0, 1.0])
+
+    def _seen(self, seen: dict[str, Any]) -> dict[str, Any]:
+        both = {name: np.stack([seen[name]] * 2) for name in ("position", "quaternion", "gripper")}
+        both["position"][1] *= self.mirror
+        return {**seen, **both}
+
+    def reset(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        seen, info = self.env.reset(**options)
+        return self._seen(seen), info
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, Any], Any, bool, bool, dict[str, Any]]:
+        seen, *rest = self.env.step(action[0])
+        return (self._seen(seen), *rest)  # type: ignore[return-value]
+
+    def expert_action(self) -> np.ndarray:
+        left = self.env.get_wrapper_attr("expert_action")()
+        right = left.copy()
+        right[:3] *= self.mirror
+        right[7] = 0.0
+        return np.stack([left, right])
+
+
 class Inexpert(gymnasium.ObservationWrapper[Any, Any, Any]):
     """The calibrated observation without an expert."""
 
@@ -85,5 +118,7 @@ class TwoCameras(gymnasium.Wrapper[Any, Any, Any, Any]):
 
 gymnasium.register("PointMass-v0", PointMass, max_episode_steps=40)
 gymnasium.register("CalibratedPointMass-v0", lambda: Calibrated(gymnasium.make("PointMass-v0")))
+gymnasium.register("WidePointMass-v0", lambda: Wide(gymnasium.make("CalibratedPointMass-v0")))
+gymnasium.register("TwoArmPointMass-v0", lambda: TwoArms(gymnasium.make("CalibratedPointMass-v0")))
 gymnasium.register("TwoCameraPointMass-v0", lambda: TwoCameras(gymnasium.make("CalibratedPointMass-v0")))
 gymnasium.register("Inexpert-v0", lambda: Inexpert(gymnasium.make("PointMass-v0")))

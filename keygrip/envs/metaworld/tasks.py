@@ -123,7 +123,10 @@ def checked_name(name: str) -> str:
     if full not in DIFFICULTY:
         near = difflib.get_close_matches(full, MT50, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"sets are {', '.join(SETS)}; tasks are {', '.join(MT50)}"
-        raise ValueError(f"Meta-World has no task {name!r}: {hint}")
+        raise ValueError(
+            f"Meta-World has no task {name!r}: {hint} (lists of tasks are Meta-World's; an environment such as env=yam "
+            "has one task: env.task.name=... where it is evaluated, task.name=... where it is recorded)"
+        )
     return full
 
 

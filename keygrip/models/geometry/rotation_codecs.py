@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 COVERED_RAD = math.radians(15.0)  # rotations farther from every prototype count as not seen in training
 WARNING_DEG = 45.0  # largest decode error above which a warning is logged: no manipulation task tolerates it
+# Bins this much wider than 98 % of the rotations need are warned about, unless they are this narrow all the same.
+WIDENED, NARROW_BIN_DEG = 2.0, 2.0
 
 
 class RotationCodec(nn.Module):
@@ -71,11 +73,11 @@ class RotationCodec(nn.Module):
         unit = normalise(quaternions.double())
         self._fit(unit)
         self.fitted.fill_(True)
-        return self.summary() | self.quantisation(unit)
+        return self.report(unit)
 
-    def summary(self) -> dict[str, float]:
-        """What the fit itself has to report, apart from its errors."""
-        return {}
+    def report(self, quaternions: Tensor) -> dict[str, float]:
+        """What a fit on unit quaternions ``[N, 4]`` has to report: its errors, and what the subclass knows."""
+        return self.quantisation(quaternions)
 
     def settings(self) -> dict[str, float]:
         """Constructor settings on which the basis depends."""
@@ -179,8 +181,12 @@ class PCARotation(RotationCodec):
                 stacklevel=3,
             )
 
-    def summary(self) -> dict[str, float]:
-        return {"pc1_explained": float(self.explained)}
+    def report(self, quaternions: Tensor) -> dict[str, float]:
+        """Also the share of PC1, the range of the bins, and that of 98 % of the rotations, degrees."""
+        inner = np.quantile(self.scores(quaternions).numpy(), [0.01, 0.99])
+        ranges = np.rad2deg([float(self.score_range.diff()), float(np.diff(inner)[0])]).tolist()
+        found = {"pc1_explained": float(self.explained), "range_deg": ranges[0], "inner_range_deg": ranges[1]}
+        return found | super().report(quaternions)
 
     def settings(self) -> dict[str, float]:
         return super().settings() | ({"outlier_share": self.outlier_share} if self.outlier_share else {})
@@ -258,8 +264,9 @@ class KMeansRotation(RotationCodec):
         padded = torch.cat([prototypes, prototypes[-1:].expand(self.classes - clusters, 4)])
         self.prototypes.copy_(normalise(padded))
 
-    def summary(self) -> dict[str, float]:
-        return {"prototypes_used": float(len(torch.unique(self.prototypes, dim=0)))}
+    def report(self, quaternions: Tensor) -> dict[str, float]:
+        """Also how many prototypes differ."""
+        return {"prototypes_used": float(len(torch.unique(self.prototypes, dim=0)))} | super().report(quaternions)
 
     def settings(self) -> dict[str, float]:
         return super().settings() | {"seed": self.seed}
@@ -294,11 +301,11 @@ def fit_or_load(codec: RotationCodec, quaternions: Tensor, cache_dir: Path, fing
     stored = _stored(path)
     if stored is not None:
         codec.load_state_dict(stored)
-        report = codec.summary() | codec.quantisation(normalise(quaternions.double()))
-        _warn_of_floor(report)
+        report = codec.report(normalise(quaternions.double()))
+        _warn(codec, report)
         return report
     report = codec.fit(quaternions)
-    _warn_of_floor(report)
+    _warn(codec, report)
     with atomic_write(path) as file:
         torch.save(codec.state_dict(), file)
     return report
@@ -314,7 +321,18 @@ def _stored(path: Path) -> dict[str, Tensor] | None:
         return None
 
 
-def _warn_of_floor(report: dict[str, float]) -> None:
+def _warn(codec: RotationCodec, report: dict[str, float]) -> None:
+    full, inner = report.get("range_deg", 0.0), report.get("inner_range_deg", 0.0)
+    if full > WIDENED * inner and full > NARROW_BIN_DEG * codec.classes:
+        log.warning(
+            "the rotation bins span %.0f degrees, and 98 %% of the training rotations lie within %.0f: a bin is %.1f "
+            "degrees wide in place of %.1f. The others are wrong readings (step=doctor) or rare turns; "
+            "rotation.outlier_share=0.02 leaves them outside of the bins",
+            full,
+            inner,
+            full / codec.classes,
+            inner / codec.classes,
+        )
     if report["decode_error_max_deg"] > WARNING_DEG:
         log.warning(
             "a training rotation comes back from its class %.0f degrees off (%.1f on average): a wrong reading "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +25,12 @@ from keygrip.models.volume_query.figures import prediction_figure
 from keygrip.models.volume_query.network import FurtherViews, VolumeQueryNetwork, VolumeQueryOutput
 from keygrip.models.volume_query.policy import VolumeQueryPolicy
 from keygrip.models.volume_query.second_look import SharpImage, begin_as_shared
-from keygrip.models.volume_query.symmetry import equivalent_classes, nearest_angle, shared_cross_entropy
+from keygrip.models.volume_query.symmetry import (
+    GripSymmetry,
+    equivalent_classes,
+    nearest_angle,
+    shared_cross_entropy,
+)
 from keygrip.models.volume_query.targets import StepTargets, arm_state, height_centres, step_targets, views_of_images
 from keygrip.models.volume_query.volume import argmax_voxel, volume_cross_entropy
 from keygrip.training.distributed import global_mean
@@ -69,7 +74,8 @@ class VolumeQueryModule(System):
         mask_padded_steps: steps past the end of a demo, which repeat its last pose, carry no loss. Without the mask
             they teach the arm to rest there.
         rotation_symmetry: so many equal turns of the open gripper about the vertical are the same grip (4 for a cube, 2
-            for a bar): see `keygrip.models.volume_query.symmetry`. 1: none.
+            for a bar), for all plans or by a word of the instruction: see `keygrip.models.volume_query.symmetry`. 1:
+            none.
         log_images_every_n_steps: training steps between images in TensorBoard; 0 switches them off.
         init_from: run folder or checkpoint of such a policy whose weights are the start; heights, gripper and rotation
             classes are those of the new data. None: the network as it was built.
@@ -96,7 +102,7 @@ class VolumeQueryModule(System):
         target: Literal["hard", "bilinear"] = "hard",
         log_images_every_n_steps: int = 500,
         mask_padded_steps: bool = False,
-        rotation_symmetry: int = 1,
+        rotation_symmetry: int | Mapping[str, int] = 1,
         init_from: str | None = None,
     ) -> None:
         super().__init__(optimizer)
@@ -107,8 +113,6 @@ class VolumeQueryModule(System):
                 f"The rotation codec has {rotation.classes} classes and the network's head {network.rotation_classes}: "
                 "set rotation.classes, which both read."
             )
-        if not 1 <= rotation_symmetry <= 8:
-            raise ValueError(f"model.rotation_symmetry is 1 (none) to 8 equal turns, not {rotation_symmetry}.")
         if log_images_every_n_steps < 0:
             raise ValueError(f"model.log_images_every_n_steps is 0 (off) or positive, got {log_images_every_n_steps}.")
         self.network = network
@@ -117,7 +121,7 @@ class VolumeQueryModule(System):
         self.decoder = decoder
         self.weights = {"volume": volume_weight, "gripper": gripper_weight, "rotation": rotation_weight}
         self.target: Literal["hard", "bilinear"] = target
-        self.mask_padded_steps, self.rotation_symmetry = mask_padded_steps, rotation_symmetry
+        self.mask_padded_steps, self.symmetry = mask_padded_steps, GripSymmetry(rotation_symmetry)
         self.log_images_every_n_steps, self.init_from = log_images_every_n_steps, init_from
         self.by_task = MeansByTask(())
         self.views: tuple[str, ...] = ()  # names of the cameras, of which a network without world_views sees the first
@@ -131,6 +135,7 @@ class VolumeQueryModule(System):
             raise ValueError(
                 f"The demonstrations have no arm {missing}; they have {sorted(statistics.quaternions)}: set data.arms."
             )
+        self.symmetry.refuse_unfit(statistics.instructions)
         self.statistics.take(statistics, self.network.horizon)
         report: dict[str, float] = {}
         for arm in self.network.arms:
@@ -257,7 +262,7 @@ class VolumeQueryModule(System):
         """The three losses and their weighted ``total``, each a scalar averaged over the valid steps of the global
         batch."""
         network = self.network
-        if self.rotation_symmetry == 1:
+        if not self.symmetry.several:
             codes = [self.codec(arm).encode(batch.quaternion[:, i]) for i, arm in enumerate(network.arms)]
             rotation = _classification(output.rotation, torch.stack(codes, dim=1))
         else:
@@ -278,24 +283,32 @@ class VolumeQueryModule(System):
         )
         return losses | {"total": total}
 
-    def _free(self, batch: PolicyBatch) -> Tensor:
-        """Bool ``[B, A, T]``: the plan begins with an open gripper, which may still choose among equivalent grips."""
-        return (batch.start_gripper >= CLOSED)[..., None].expand(batch.gripper.shape)
+    def _choices(self, batch: PolicyBatch) -> list[tuple[int, Tensor]]:
+        """Numbers of equivalent grips, and bool ``[B, A, T]`` where there is that choice: the plan begins with an open
+        gripper."""
+        free = (batch.start_gripper >= CLOSED)[..., None].expand(batch.gripper.shape)
+        return self.symmetry.choices(batch.instruction, free)
 
     def _equivalent_classes(self, batch: PolicyBatch) -> Tensor:
         """Bool ``[B, A, T, R]``."""
-        free, order = self._free(batch), self.rotation_symmetry
         classes = [
-            equivalent_classes(self.codec(arm), batch.quaternion[:, i], free[:, i], order)
-            for i, arm in enumerate(self.network.arms)
+            torch.stack(
+                [
+                    equivalent_classes(self.codec(arm), batch.quaternion[:, i], free[:, i], order)
+                    for i, arm in enumerate(self.network.arms)
+                ],
+                dim=1,
+            )
+            for order, free in self._choices(batch)
         ]
-        return torch.stack(classes, dim=1)
+        return torch.stack(classes).any(dim=0)
 
     def _rotation_error(self, found: Tensor, batch: PolicyBatch) -> Tensor:
         """Radians ``[B, A, T]`` between rotations and the targets, or the nearest of their equivalents."""
-        if self.rotation_symmetry == 1:
+        if not self.symmetry.several:
             return geodesic_angle(found, batch.quaternion)
-        return nearest_angle(found, batch.quaternion, self._free(batch), self.rotation_symmetry)
+        angles = [nearest_angle(found, batch.quaternion, free, order) for order, free in self._choices(batch)]
+        return torch.stack(angles).amin(dim=0)
 
     def loss(self, batch: PolicyBatch) -> Tensor:
         targets = self.targets(batch)
@@ -361,7 +374,7 @@ class VolumeQueryModule(System):
             rotation_floor.append(torch.rad2deg(geodesic_angle(codec.decode(code), true)))
             rotation_hits.append((best == code).float())
         hits = torch.stack(rotation_hits, dim=1)
-        if self.rotation_symmetry > 1:
+        if self.symmetry.several:
             best = output.rotation.argmax(-1, keepdim=True)
             hits = self._equivalent_classes(batch).gather(-1, best)[..., 0].float()
         return {

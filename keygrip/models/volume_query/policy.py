@@ -62,8 +62,12 @@ class VolumeQueryPolicy:
         return Needs(
             arms=tuple(network.arms),
             cameras=self.module.views if network.world_views else (),
-            instruction=network.instruction_encoder is not None,
+            instruction=network.instruction_encoder is not None or self._turns_by_word,
         )
+
+    @property
+    def _turns_by_word(self) -> bool:
+        return self.steady_turns and self.module.symmetry.by_word
 
     @property
     def masks_views(self) -> bool:
@@ -93,11 +97,8 @@ class VolumeQueryPolicy:
         encoder = self.module.network.instruction_encoder
         if encoder is None:
             return None
-        sentences = []
-        for seen in observations:
-            sentence = seen.get("instruction")
-            if not isinstance(sentence, str) or not sentence.strip():
-                raise ValueError("the observation lacks an instruction, which tells this policy what to do")
+        sentences = _instructions(observations)
+        for sentence in sentences:
             if sentence not in self._read:
                 if len(self._read) == SENTENCES_KEPT:
                     self._read.clear()
@@ -106,7 +107,6 @@ class VolumeQueryPolicy:
                     log.warning(
                         "the instruction %r has words that no demonstration held: %s", sentence, ", ".join(words)
                     )
-            sentences.append(sentence)
         return self.module.instruction_tokens(sentences)
 
     def plan(self, observation: Observation) -> Plan:
@@ -171,19 +171,23 @@ class VolumeQueryPolicy:
         images = [self._geometry.detail(np.asarray(seen["image"]), look.sharp_size) for seen in observations]
         return SharpImage(torch.stack(images).to(self.module.device), self._geometry.mean, self._geometry.std)
 
-    def _turns(self, planned: torch.Tensor, start: torch.Tensor, gripper: torch.Tensor) -> torch.Tensor:
+    def _turns(
+        self, planned: torch.Tensor, start: torch.Tensor, gripper: torch.Tensor, observations: Sequence[Observation]
+    ) -> torch.Tensor:
         """Rotations ``[B, A, T, 4]`` of plans that begin at ``[B, A, 4]`` with the opening ``[B, A]``."""
         module = self.module
-        if module.rotation_symmetry == 1 or not self.steady_turns:
+        if not module.symmetry.several or not self.steady_turns:
             return planned
-        arms, free = module.network.arms, gripper >= CLOSED
-        return torch.stack(
-            [
-                steady_turns(planned[:, i], start[:, i], free[:, i], module.codec(arm), module.rotation_symmetry)
-                for i, arm in enumerate(arms)
-            ],
-            dim=1,
-        )
+        sentences = _instructions(observations) if self._turns_by_word else ()
+        for order, free in module.symmetry.choices(sentences, gripper >= CLOSED):
+            planned = torch.stack(
+                [
+                    steady_turns(planned[:, i], start[:, i], free[:, i], module.codec(arm), order)
+                    for i, arm in enumerate(module.network.arms)
+                ],
+                dim=1,
+            )
+        return planned
 
     @torch.inference_mode()
     def _plans(self, observations: Sequence[Observation]) -> list[Plan]:
@@ -224,7 +228,7 @@ class VolumeQueryPolicy:
             image_size=network.image_size,
             generator=self._generator,
         )
-        turns = self._turns(decoded.quaternion, quaternion, gripper)
+        turns = self._turns(decoded.quaternion, quaternion, gripper, observations)
         low, high = statistics.position_range
         kept = decoded.position.clamp(low - self.margin_m, high + self.margin_m)
         return [
@@ -237,3 +241,11 @@ class VolumeQueryPolicy:
             )
             for row in range(len(observations))
         ]
+
+
+def _instructions(observations: Sequence[Observation]) -> list[str]:
+    """The sentence of each. Raises ValueError where one has none."""
+    sentences = [seen.get("instruction") for seen in observations]
+    if not all(isinstance(sentence, str) and sentence.strip() for sentence in sentences):
+        raise ValueError("the observation lacks an instruction, which tells this policy what to do")
+    return [str(sentence) for sentence in sentences]

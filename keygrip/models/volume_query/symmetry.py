@@ -1,6 +1,7 @@
 """Equivalent grips: turns of the gripper about the vertical under which the object is symmetric.
 
-A cube is gripped as well after a quarter turn, a bar after a half turn. Which of these grips a demonstration shows is
+A cube is gripped as well after a quarter turn, a bar after a half turn; a policy that moves both tells them apart by a
+word of the instruction. Which of these grips a demonstration shows is
 then no error of the policy's: their classes share the probability that the loss asks for, and errors count to the
 nearest of them. Once the object is held there is nothing to choose, so only plans that begin with an open gripper are
 treated so. Two steps of a plan may mean two of these grips, since each is decoded by itself: every step is therefore
@@ -12,12 +13,90 @@ Shape legend: ``*`` leading shape, T steps, R rotation classes, N the order of t
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from keygrip.models.geometry.rotation_codecs import RotationCodec
 from keygrip.models.geometry.rotations import geodesic_angle, quaternion_multiply
+
+MOST_TURNS = 8
+
+
+@dataclass(frozen=True)
+class GripSymmetry:
+    """How many equal turns are the same grip.
+
+    Args:
+        orders: one number for every plan, 1 (none) to 8; or numbers from 2 to 8 by a word of the instruction, e.g.
+            {"cube": 4, "bar": 2}: plans whose instruction has no such word have one grip.
+
+    Raises:
+        ValueError: a number out of range, or no words.
+    """
+
+    orders: int | Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.orders, Mapping):
+            object.__setattr__(self, "orders", {str(word).lower(): int(n) for word, n in self.orders.items()})
+        least = 2 if self.by_word else 1
+        if not self._numbers or not all(least <= number <= MOST_TURNS for number in self._numbers):
+            raise ValueError(
+                f"model.rotation_symmetry is 1 (none) to {MOST_TURNS} equal turns, or 2 to {MOST_TURNS} by a word of "
+                f"the instruction ({{cube: 4, bar: 2}}), not {self.orders}"
+            )
+
+    @property
+    def by_word(self) -> bool:
+        """Whether it depends on the instruction."""
+        return isinstance(self.orders, Mapping)
+
+    @property
+    def _numbers(self) -> list[int]:
+        return sorted(set(self.orders.values())) if isinstance(self.orders, Mapping) else [self.orders]
+
+    @property
+    def several(self) -> bool:
+        """Whether any plan has several equivalent grips."""
+        return self.orders != 1
+
+    def order_of(self, instruction: str) -> int:
+        """The number of equal turns for an instruction.
+
+        Raises:
+            ValueError: it has words with different numbers.
+        """
+        if not isinstance(self.orders, Mapping):
+            return self.orders
+        words = [word for word in dict.fromkeys(re.findall(r"\w+", instruction.lower())) if word in self.orders]
+        if len({self.orders[word] for word in words}) > 1:
+            raise ValueError(
+                f"model.rotation_symmetry has different numbers for {' and '.join(words)}, which the instruction "
+                f"{instruction!r} names both: leave out the word that is not of the object to grip"
+            )
+        return self.orders[words[0]] if words else 1
+
+    def refuse_unfit(self, instructions: Sequence[str]) -> None:
+        """Raises ValueError: a word that no instruction of the training data has, or an instruction with several."""
+        said = {word for sentence in instructions for word in re.findall(r"\w+", sentence.lower())}
+        unknown = sorted(set(self.orders) - said) if isinstance(self.orders, Mapping) else []
+        if unknown:
+            raise ValueError(
+                f"model.rotation_symmetry names {unknown[0]!r}, a word that no instruction of the demonstrations has"
+            )
+        for sentence in instructions:
+            self.order_of(sentence)
+
+    def choices(self, instructions: Sequence[str], free: Tensor) -> list[tuple[int, Tensor]]:
+        """Each number of turns, and which plans have so many: bool, of ``free`` ``[B, *]`` those of the instruction."""
+        if not self.by_word:
+            return [(self._numbers[0], free)]
+        orders = torch.tensor([self.order_of(sentence) for sentence in instructions], device=free.device)
+        return [(number, free & (orders == number).view(-1, *[1] * (free.ndim - 1))) for number in self._numbers]
 
 
 def equivalent_turns(quaternion: Tensor, order: int) -> Tensor:

@@ -6,7 +6,9 @@ fail.
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from keygrip.config import compose
 from keygrip.data.robot.discovery import find_demos
 from keygrip.envs.metaworld.tasks import HELD_OUT_SEED, MetaWorldTask
 from keygrip.evaluation.remote_rollouts import RemoteSettings, run_remote
 from keygrip.models.policy import Needs, Plan
+from keygrip.prepare import run
 from keygrip.recording.metaworld import record_step
 from keygrip.runtime.chunk_execution import RecedingHorizon
 
 pytestmark = pytest.mark.metaworld
+ROOT = Path(__file__).parents[3]
+CAMERAS = ["corner2", "topview", "corner", "corner3", "corner4", "behindGripper"]
 
 
 def interpreter() -> str:
@@ -90,6 +96,75 @@ def test_scripts_that_swing_are_eased_and_succeed_from_positions_every_tenth_of_
     job = (MetaWorldTask(task), demo.source["seed"], None)
     ((_, result),) = run_remote(Replay(demo, stride=2), remote(python), [job], 1)
     assert result.success
+
+
+def projected(camera: dict[str, Any], point: Any) -> np.ndarray:
+    """[2] pixel of a point [3] in the world."""
+    seen = np.array(camera["intrinsics"]) @ (np.array(camera["world_to_camera"]) @ np.append(point, 1))[:3]
+    return seen[:2] / seen[2]
+
+
+def test_what_moves_is_seen_where_the_cameras_say_and_a_seed_decides_the_start() -> None:
+    """An image that is not turned upright, or extrinsics that are mirrored, would be tens of pixels off."""
+    command = [interpreter(), "-W", "ignore", str(ROOT / "tests/support/metaworld_views.py"), *CAMERAS]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout)
+    for camera, goals in found["goals"].items():
+        visible = [goal for goal in goals if len(goal["pixels"]) > 30]
+        assert len(visible) >= 3, camera
+        for goal in visible:
+            offset = np.mean(goal["pixels"], axis=0) - projected(goal, goal["point"])
+            assert np.abs(offset).max() < 0.3, (camera, goal["point"])
+    hand = found["fingers"]
+    pixels, middle = np.median(hand["pixels"], axis=0), np.add(hand["point"], [0, 0, 0.045])  # fingers are 9 cm long
+    np.testing.assert_allclose(pixels, projected(hand, middle), atol=5)
+    first, other, again = (np.array(start) for start in found["starts"])
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 0.02
+
+
+def recorded(root: Path, demos: int, *overrides: str) -> list[Any]:
+    """Demonstrations of reaching."""
+    settings = ["step=record", "env=metaworld", f"env.python={interpreter()}", f"root={root}", "tasks=[reach-v3]"]
+    run(compose("prepare", [*settings, f"demos={demos}", "image_size=64", "processes=1", *overrides]))
+    return [reference.read() for reference in find_demos(root)]
+
+
+def test_two_cameras_record_the_hand_where_it_is_with_shadows_where_asked(tmp_path: Path) -> None:
+    shaded, plain = (
+        recorded(tmp_path / str(shadows), 1, "cameras=[corner2,topview]", f"shadows={shadows}", "recoveries=0")[0]
+        for shadows in (True, False)
+    )
+    for demo, shadows in ((shaded, True), (plain, False)):
+        assert list(demo.cameras) == ["corner2", "topview"]
+        assert demo.source["task"]["shadows"] is shadows
+    positions = plain.arms["right"].position
+    np.testing.assert_array_equal(shaded.arms["right"].position, positions)
+    last = len(positions) - 1
+    assert np.linalg.norm(positions[last] - positions[0]) > 0.1
+    for name, track in plain.cameras.items():
+        first, end = (track.frames.read(row).astype(int) for row in (0, last))
+        changed = np.argwhere(np.abs(end - first).max(-1) > 40)[:, ::-1] + 0.5
+        for row in (0, last):
+            at = projected(
+                {"intrinsics": track.intrinsics[row], "world_to_camera": track.world_to_camera[row]}, positions[row]
+            )
+            assert np.linalg.norm(changed - at, axis=1).min() < 3, (name, row)
+            dark = shaded.cameras[name].frames.read(row).astype(int) < track.frames.read(row).astype(int) - 20
+            assert dark.mean() > 0.002, name
+
+
+def test_a_recovery_starts_elsewhere_and_ends_at_the_same_goal(tmp_path: Path) -> None:
+    undisturbed, disturbed = (recorded(tmp_path / str(share), 3, f"recoveries={share}") for share in (0.0, 1.0))
+    for whole, recovery in zip(undisturbed, disturbed, strict=True):
+        assert (whole.source["recovery"], recovery.source["recovery"]) == (False, True)
+        assert whole.source["seed"] == recovery.source["seed"]
+        ways = [demo.arms["right"].position for demo in (whole, recovery)]
+        assert np.linalg.norm(ways[0][0] - ways[1][0]) > 0.02  # m
+        assert np.linalg.norm(ways[0][-1] - ways[1][-1]) < 0.03
+    some = recorded(tmp_path / "some", 6, "recoveries=0.2")
+    assert {demo.source["recovery"] for demo in some} == {False, True}
 
 
 class _Still:

@@ -25,6 +25,8 @@ def test_sets_and_groups_have_the_benchmarks_sizes() -> None:
 def test_names_and_options_that_do_not_exist_are_refused_with_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"did you mean 'door-open-v3'"):
         task_names("dor-open")
+    with pytest.raises(ValueError, match=r"no task 'pick': .*env=yam has one task: env\.task\.name="):
+        task_names(["pick"])
     with pytest.raises(ValueError, match="twice"):
         task_names(["mt10", "reach-v3"])
     with pytest.raises(ValueError, match="corner2"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -221,6 +222,21 @@ def test_a_bar_needs_its_yaw_and_the_error_is_reported() -> None:
             # The human touch is 2.3 degrees (one sigma); fingers that land on the bar may turn it before they close.
             assert abs(np.rad2deg(info["yaw_error_rad"]) - degrees) < (9 if degrees == 0 else 30)
     assert lifted == {0.0: 4, 60.0: 0}
+
+
+def test_a_peg_that_is_turned_too_far_stays_out_of_the_slot() -> None:
+    """Rigid, it fits to 25 degrees; further off, the walls may still turn it in the fingers."""
+    cell = blind(TaskOptions(name="peg"))
+    placed = {25.0: 0, 60.0: 0}
+    for degrees in placed:
+        for seed in range(3):
+            start(cell, seed)
+            assert cell.layout is not None
+            believed = replace(cell.layout, goal_yaw=cell.layout.goal_yaw + np.deg2rad(degrees))
+            terminated, _, info = play(cell, expert_actions(believed, cell.task, seed, cell.hz))
+            placed[degrees] += terminated
+            assert info["failure_reason"] == (None if terminated else "wrong_place")
+    assert placed == {25.0: 3, 60.0: 0}
 
 
 def test_wild_commands_move_fast_but_not_at_once() -> None:

@@ -15,13 +15,14 @@ from keygrip.models.geometry.rotations import geodesic_angle, rotation_exp
 from keygrip.models.policy import Observation
 from keygrip.models.volume_query.policy import VolumeQueryPolicy
 from keygrip.models.volume_query.symmetry import (
+    GripSymmetry,
     equivalent_classes,
     equivalent_turns,
     nearest_angle,
     shared_cross_entropy,
     steady_turns,
 )
-from tests.models.volume_query.test_module import S, T, batch, build
+from tests.models.volume_query.test_module import S, T, batch, build, statistics
 
 UP = torch.tensor([0.0, 0.0, 1.0])
 
@@ -105,6 +106,74 @@ def test_module_shares_the_loss_and_keeps_it_where_the_gripper_holds(tmp_path: P
     assert targets.valid.shape[-1] == T
     with pytest.raises(ValueError, match="rotation_symmetry"):
         build(rotation_symmetry=0)
+
+
+CUBE, BAR, BALL = "pick up the Cube", "pick up the bar.", "pick up the ball"
+
+
+def test_the_number_of_grips_follows_from_a_word_of_the_instruction(tmp_path: Path) -> None:
+    """Of one batch each sample is treated as by a policy for its object alone."""
+    words = {"cube": 4, "bar": 2}
+    mixed = build(rotation_symmetry=words)
+    mixed.set_statistics(statistics(("right",), tmp_path, instructions=(CUBE, BAR, BALL)))
+    cube, bar, plain = (build(tmp=tmp_path, rotation_symmetry=order) for order in (4, 2, 1))
+    modules = (mixed, cube, bar, plain)
+    for module in modules:
+        module.codec("right").fit(about_vertical(torch.linspace(-175, 175, 201)))
+    data = batch(size=3)
+    data.instruction[:] = [CUBE, BAR, BALL]
+    targets = plain.targets(data)
+    output = plain(data, targets, teacher=True)
+    half = equivalent_turns(data.quaternion, 2)[..., 1, :]
+    quarter = equivalent_turns(data.quaternion, 4)[..., 1, :]
+    for turned, wrong in ((quarter, [False, True, True]), (half, [False, False, True])):
+        errors = [module._rotation_error(turned, data) for module in modules]
+        expected = torch.stack([errors[1][0], errors[2][1], errors[3][2]])
+        torch.testing.assert_close(errors[0], expected)
+        assert (errors[0] > 1).flatten(1).all(1).tolist() == wrong
+    classes = [module._equivalent_classes(data) for module in modules]
+    assert torch.equal(classes[0], torch.stack([classes[1][0], classes[2][1], classes[3][2]]))
+    assert float(mixed.losses(output, data, targets)["rotation"]) < float(
+        plain.losses(output, data, targets)["rotation"]
+    )
+
+
+def test_words_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    said = statistics(("right",), tmp_path, instructions=(CUBE, BALL))
+    with pytest.raises(ValueError, match="names 'bar', a word that no instruction of the demonstrations has"):
+        build(rotation_symmetry={"cube": 4, "bar": 2}).set_statistics(said)
+    with pytest.raises(ValueError, match="different numbers for cube and ball, which the instruction"):
+        GripSymmetry({"cube": 4, "ball": 8}).order_of("put the cube on the ball")
+    for wrong in ({}, {"cube": 1}, {"cube": 9}, 9):
+        with pytest.raises(ValueError, match=r"1 \(none\) to 8 equal turns"):
+            GripSymmetry(wrong)
+    assert GripSymmetry({"cube": 4}).order_of("pick up the cubes") == 1  # whole words
+
+
+def test_a_policy_of_several_objects_needs_the_instruction(tmp_path: Path) -> None:
+    module = build(rotation_symmetry={"cube": 4})
+    module.set_statistics(statistics(("right",), tmp_path, instructions=(CUBE, BALL)))
+    module.codec("right").fit(about_vertical(torch.linspace(-130, 130, 201)))
+    single = build(tmp=tmp_path, rotation_symmetry=4)
+    single.load_state_dict(module.state_dict())
+    assert module.policy().needs.instruction
+    assert not replace(module.policy(), steady_turns=False).needs.instruction
+    data = batch(size=1)
+    start = equivalent_turns(data.start_quaternion[0, 0], 4)[1]
+    seen: Observation = {
+        "image": np.zeros((S, S, 3), np.uint8),
+        "intrinsics": data.intrinsics[0].numpy(),
+        "world_to_camera": data.world_to_camera[0].numpy(),
+        "position": data.start_position[0, 0].numpy(),
+        "quaternion": start.numpy(),
+        "gripper": np.float32(1.0),
+    }
+    with pytest.raises(ValueError, match="lacks an instruction"):
+        module.policy().plan(seen)
+    turned, as_decoded = (module.policy().plan({**seen, "instruction": words}).quaternion for words in (CUBE, BALL))
+    np.testing.assert_array_equal(turned, single.policy().plan(seen).quaternion)
+    np.testing.assert_array_equal(as_decoded, replace(single.policy(), steady_turns=False).plan(seen).quaternion)
+    assert np.abs(turned - as_decoded).max() > 0.1
 
 
 def test_policy_plans_the_grip_that_is_nearest_to_its_gripper(tmp_path: Path) -> None:

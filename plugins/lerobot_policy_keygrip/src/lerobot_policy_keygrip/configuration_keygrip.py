@@ -61,8 +61,11 @@ class KeygripConfig(PreTrainedConfig):
         cameras: calibration by image feature.
         arms: one entry an arm, in the policy's order; empty: 8 numbers an arm, x, y, z, qw, qx, qy, qz, gripper.
         action: "pose": 8 numbers an arm, the commanded pose. "position_step": one arm's step towards the commanded
-            position, `step_gain` a metre within -1 .. 1, and the gripper's effort, positive when it closes.
-        step_gain, gripper_effort: of "position_step" (10 a metre suits Meta-World, whose hand is a mocap body).
+            position, `step_gain` a metre within -1 .. 1, and the gripper's effort.
+        step_gain: of "position_step". 10 a metre suits Meta-World: 1 is a step of 1 cm of the mocap body that the hand
+            follows, 3 to 7 cm behind it.
+        closed_effort, open_effort: of "position_step", where the commanded opening is below 0.5 and elsewhere; those of
+            keygrip's Meta-World environment (which closes with 0.1 in pick-out-of-hole-v3).
     """
 
     checkpoint: str | None = None
@@ -74,7 +77,8 @@ class KeygripConfig(PreTrainedConfig):
     arms: list[ArmLayout] = field(default_factory=list)
     action: str = "pose"
     step_gain: float = 10.0
-    gripper_effort: float = 0.6
+    closed_effort: float = 0.6
+    open_effort: float = -1.0
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: dict.fromkeys(("VISUAL", "STATE", "ACTION"), NormalizationMode.IDENTITY)
     )

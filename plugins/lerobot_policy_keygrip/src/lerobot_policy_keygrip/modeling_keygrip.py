@@ -18,9 +18,10 @@ import keygrip
 from keygrip import export
 from keygrip.artifacts import atomic_folder
 from keygrip.exporting.folder import is_export
-from keygrip.models.policy import Needs
+from keygrip.models.policy import Needs, Policy
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.runtime.client import RemotePolicy
+from keygrip.runtime.sessions import stochastic
 from lerobot_policy_keygrip.configuration_keygrip import ArmLayout, CameraCalibration, KeygripConfig
 from lerobot_policy_keygrip.processor_keygrip import make_keygrip_pre_post_processors
 
@@ -29,6 +30,9 @@ WEIGHTS = "keygrip"  # the checkpoint's folder beside config.json
 
 class KeygripPolicy(PreTrainedPolicy):
     """Gives one action a call from keygrip's plans, for each environment of the batch on its own.
+
+    What a policy draws by chance follows from the number of the episode: that of environment b in the n-th batch of B
+    episodes is n B + b.
 
     Args:
         config: see there. dataset_stats, dataset_meta: what LeRobot's factory passes; keygrip normalises by itself.
@@ -60,7 +64,9 @@ class KeygripPolicy(PreTrainedPolicy):
         absent = [name for name in self.needs.cameras if name not in names]
         if absent and len(self.needs.cameras) > 1:
             raise ValueError(f"the policy reads camera {absent[0]!r}; cameras calibrates {', '.join(names)}")
-        self.controllers: list[RecedingHorizon] = []
+        self.controllers: list[RecedingHorizon] = []  # one an environment, of the episodes that run
+        self._policies: list[Any] = []  # one an environment, kept over episodes
+        self._episodes = 0  # begun so far
 
     @classmethod
     def from_pretrained(
@@ -77,8 +83,6 @@ class KeygripPolicy(PreTrainedPolicy):
     def reset(self) -> None:
         """Forgets the running plans: called at the start of an episode."""
         self.controllers = []
-        if hasattr(self.policy, "reset"):
-            self.policy.reset(0)
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], **options: Any) -> Tensor:
@@ -89,10 +93,8 @@ class KeygripPolicy(PreTrainedPolicy):
                 reads an instruction.
         """
         observations = self._observations(batch)
-        if len(self.controllers) != len(observations):
-            self.controllers = [self._controller() for _ in observations]
         actions = []
-        for controller, observation in zip(self.controllers, observations, strict=True):
+        for controller, observation in zip(self._running(len(observations)), observations, strict=True):
             command = controller.act(observation)
             actions.append(self._action(command, observation))
         return torch.as_tensor(np.stack(actions), dtype=torch.float32, device=batch["observation.state"].device)
@@ -108,9 +110,10 @@ class KeygripPolicy(PreTrainedPolicy):
             raise ValueError(
                 f"predict_action_chunk gives poses, and action is {self.config.action!r}: use select_action"
             )
+        observations = self._observations(batch)
         chunks = []
-        for observation in self._observations(batch):
-            plan = self.policy.plan(observation)
+        for controller, observation in zip(self._running(len(observations)), observations, strict=True):
+            plan = controller.policy.plan(observation)
             poses = np.concatenate([plan.position, plan.quaternion, plan.gripper[..., None]], axis=-1)  # [A, T, 8]
             chunks.append(poses.transpose(1, 0, 2).reshape(poses.shape[1], -1))
         return torch.as_tensor(np.stack(chunks), dtype=torch.float32, device=batch["observation.state"].device)
@@ -141,13 +144,25 @@ class KeygripPolicy(PreTrainedPolicy):
 
     # ---- parts -----------------------------------------------------------------------------------------------------
 
-    def _controller(self) -> RecedingHorizon:
+    def _running(self, environments: int) -> list[RecedingHorizon]:
+        """The controllers of the episodes that run, one an environment; begins new ones after `reset`."""
+        if len(self.controllers) != environments:
+            draws = stochastic(self.policy)
+            while len(self._policies) < environments:
+                self._policies.append(self.policy.session() if draws else self.policy)
+            for number, policy in enumerate(self._policies[:environments] if draws else ()):
+                policy.reset(self._episodes + number)
+            self._episodes += environments
+            self.controllers = [self._controller(policy) for policy in self._policies[:environments]]
+        return self.controllers
+
+    def _controller(self, policy: Policy) -> RecedingHorizon:
         known = {each.name: each for each in dataclasses.fields(RecedingHorizon) if each.init}
         unknown = sorted(set(self.config.control) - set(known) | {"policy", "control_hz"} & set(self.config.control))
         if unknown:
             raise ValueError(f"control has no setting {unknown[0]!r}; it has {', '.join(list(known)[2:])}")
         changes = {key: type(known[key].default)(value) for key, value in self.config.control.items()}
-        return RecedingHorizon(self.policy, self.config.control_hz, **changes)
+        return RecedingHorizon(policy, self.config.control_hz, **changes)
 
     def _observations(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """keygrip's observation of each environment."""
@@ -178,7 +193,7 @@ class KeygripPolicy(PreTrainedPolicy):
         if self.config.action == "pose":
             return command.reshape(-1)
         step = np.clip((command[0, :3] - observation["position"][0]) * self.config.step_gain, -1, 1)
-        effort = self.config.gripper_effort * (1 - 2 * np.clip(command[0, 7], 0, 1))
+        effort = self.config.closed_effort if command[0, 7] < 0.5 else self.config.open_effort
         return np.concatenate([step, [effort]])
 
 
