@@ -14,8 +14,8 @@ import pytest
 from keygrip.data.video import read_video
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.evaluation import closed_loop
-from keygrip.evaluation.callback import write_result
 from keygrip.evaluation.closed_loop import ClosedLoop, ConditionResult, EpisodeResult, summarise
+from keygrip.evaluation.rollout_report import write_report
 from keygrip.evaluation.statistics import wilson_interval
 from keygrip.models.policy import Plan
 from keygrip.runtime.chunk_execution import RecedingHorizon
@@ -86,7 +86,7 @@ def test_a_policy_that_knows_succeeds_and_is_filmed(monkeypatch: pytest.MonkeyPa
     steps = round(results[0].episodes[0].seconds * 10)
     assert frames.shape == (steps + 1, 128, 128, 3)
     assert frames.std() > 10
-    write_result(tmp_path / "result.json", figures, results)
+    assert write_report(results, tmp_path / "result.json", tasks=False) == {"conditions": figures}
     stored = json.loads((tmp_path / "result.json").read_text())
     assert stored["episodes"]["as_trained"][0]["video"] == film.name
 
