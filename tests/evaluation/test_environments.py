@@ -85,6 +85,16 @@ def test_episodes_in_another_process_are_those_of_this_one(tmp_path: Path, monke
     assert len(list((tmp_path / "elsewhere" / "videos").iterdir())) == 1
 
 
+def test_an_environment_is_checked_where_its_episodes_will_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", ":".join([str(Path(__file__).parents[2]), SUPPORT]))
+    there = ClosedLoop(POINT, {"point": [{}]}, image_size=32, python=sys.executable)
+    there.check(Needs(arms=("right",), instruction=True))
+    with pytest.raises(ValueError, match="has 1 arms, the policy moves 2: left, right"):
+        there.check(Needs(arms=("left", "right")))
+    with pytest.raises(ValueError, match=r"give env\.image_size=32"):
+        replace(there, image_size=64).check(None)
+
+
 def test_a_missing_interpreter_and_a_failing_worker_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"no Python interpreter at nowhere/python.*env\.python"):
         drive(None, python="nowhere/python")
