@@ -124,7 +124,7 @@ def environment_settings(
         _refuse_changes(env)
         recorded = recorded_in(data, trust)
         if recorded.environment == "gymnasium":  # a file of data does not say which package is imported
-            raise SettingError("recorded in a gymnasium environment: give env=gymnasium env.task.id=...")
+            raise SettingError(f"{data['root']} was recorded in gymnasium: give env=gymnasium env.task.id=...")
         if recorded.environment is None:
             cameras = _trained_cameras(data, recorded.task)
             return EnvironmentSettings(recorded.task, recorded.image_size, recorded.hz, cameras)
