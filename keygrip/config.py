@@ -26,6 +26,10 @@ RENAMED: dict[str, str] = {
     "callbacks.closed_loop.closed_loop.control.execute_steps": (
         "callbacks.closed_loop.closed_loop.control.execute_seconds"
     ),
+    **{
+        f"callbacks.closed_loop.closed_loop.{name}": f"callbacks.closed_loop.env.{name}"
+        for name in ("task", "image_size", "hz", "cameras", "python")
+    },
     "level_shift": "timestep_shift",
     "sampling.level_shift": "sampling.timestep_shift",
     "model.sampling.level_shift": "model.sampling.timestep_shift",
@@ -175,6 +179,14 @@ def register_options() -> None:
                 package=package.group(1) if package else None,
                 provider="keygrip",
             )
+
+
+def option_of(group: str, name: str) -> dict[str, Any]:
+    """A section of ``conf/<group>/options.yaml`` as plain settings."""
+    register_options()
+    found = OmegaConf.to_container(ConfigStore.instance().load(f"{group}/{name}.yaml").node, resolve=True)
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
 
 
 def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:

@@ -44,7 +44,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     file = find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)
     config = OmegaConf.create(read_checkpoint(file)["keygrip"]["config"])
     trust = tuple(cfg.trust)
-    module = load_module(file, trust=trust, external=external_files(cfg))
+    external = external_files(cfg)
+    module = load_module(file, trust=trust, external=external)
     what = f"{file} holds a {type(module).__name__}"
     name = checked_kind(getattr(module, KIND, None), what)
     if set(KINDS[name].settings()) - set(cfg):
@@ -53,7 +54,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     started = time.perf_counter()
     result: dict[str, Any] = {"checkpoint": str(file), "model": type(module).__name__}
     with hold(output):  # two evaluations of one run would mix their figures and videos
-        result |= get_method(KINDS[name].run)(Evaluated(module, config, file, output, trust), cfg)
+        result |= get_method(KINDS[name].run)(Evaluated(module, config, file, output, trust, external), cfg)
         result |= {"wall_s": round(time.perf_counter() - started, 1), "machine": machine()}
         write_json(output / "result.json", result)
     log.info("written to %s", output)

@@ -107,7 +107,7 @@ def _composed(command: str, overrides: Sequence[str]) -> tuple[dict[str, Any], d
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
         cfg = compose(command, overrides=completed(command, overrides), return_hydra_config=True)
-    choices = {str(group).partition("@")[0]: option for group, option in cfg.hydra.runtime.choices.items()}
+    choices = {str(group): option for group, option in cfg.hydra.runtime.choices.items()}
     content = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(content, dict)
     content.pop("hydra", None)
@@ -115,7 +115,7 @@ def _composed(command: str, overrides: Sequence[str]) -> tuple[dict[str, Any], d
 
 
 def _options(group: str, choices: dict[str, str | None]) -> str:
-    options = group_options(group)
+    options = group_options(group.partition("@")[0])
     if group == "ablation":  # those of other models have no effect here
         model = choices.get("model") or ""
         options = [name for name in options if model.startswith(name.partition("/")[0])]
@@ -172,7 +172,12 @@ def _named(command: str, key: str) -> bool:
 
 
 def _comments_of(group: str, option: str) -> dict[tuple[str, ...], str]:
-    """Comments of an option of a group and of the options that it starts from, by the place in the composed config."""
+    """Comments of an option of a group and of the options that it starts from, by the place in the composed config.
+
+    Args:
+        group: name, with the place where the option is put if that is another one: ``env@callbacks.closed_loop.env``.
+    """
+    group, _, put = group.partition("@")
     folder = config_folder() / group if group else config_folder()
     file, section = folder / f"{option}.yaml", ""
     if not file.is_file():
@@ -181,7 +186,7 @@ def _comments_of(group: str, option: str) -> dict[tuple[str, ...], str]:
     if not file.is_file():
         return {}
     package = re.match(r"# @package (\S+)", file.read_text(encoding="utf-8"))
-    place = (group or "_global_") if package is None else package.group(1)
+    place = put or ((group or "_global_") if package is None else package.group(1))
     prefix = () if place == "_global_" else tuple(place.replace("/", ".").split("."))
     content: Any = OmegaConf.load(file)
     defaults = (content.get(section) or {}).get("defaults", []) if section else content.get("defaults", [])

@@ -17,6 +17,7 @@ from keygrip import demo, evaluate, prepare, train
 from keygrip.config import compose
 from keygrip.models.volume_query.module import VolumeQueryModule
 from keygrip.training.checkpoints import load_module, read_checkpoint
+from keygrip.training.parts import UntrustedPartError
 
 SMALL = [
     "backbone.image_size=64", "backbone.width=32", "backbone.depth=1", "backbone.heads=2", "model.network.pred_size=16",
@@ -163,6 +164,39 @@ def test_evaluate_reports_open_and_closed_loop(trained: Path, tmp_path: Path) ->
         evaluate.run(compose("evaluate", [f"checkpoint={trained}", "suites=[moon]", "open_loop=false"]))
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         evaluate.run(compose("evaluate", ["checkpoint=/nowhere"]))
+
+
+def test_a_policy_on_a_frozen_text_tower_is_judged_where_its_folder_was_recorded(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from tiny_text_tower import write_text_tower
+
+    root, tower = tmp_path / "demos", write_text_tower(tmp_path / "tower")
+    recording = ["step=record", f"root={root}", "demos=3", "task.name=reach", "image_size=72", "processes=1"]
+    prepare.run(compose("prepare", recording))
+    small = [override for override in SMALL if not override.startswith("data.record")]
+    language = [
+        "instruction=pretrained",
+        f"instruction.source={tower}",
+        "instruction.width=16",
+        "instruction.length=12",
+    ]
+    loop = "callbacks.closed_loop.closed_loop"
+    common = [*small, "model=volume_query_language", *language, f"data.root={root}", "max_steps=1", "logger=none"]
+    judged = ["closed_loop=yam", f"{loop}.episodes=1", f"{loop}.processes=1", f"{loop}.videos=0"]
+    train.run(compose("train", [*common, *judged, f"run_dir={tmp_path / 'run'}"]))
+    stored = json.loads((tmp_path / "run" / "closed_loop" / "result.json").read_text())
+    (episode,) = stored["episodes"]["in_distribution"]
+    assert "ball" in episode["instruction"]  # of reach, not of data.record.task
+    assert json.loads((tmp_path / "run" / "closed_loop" / "episodes.jsonl").read_text())["seed"] == episode["seed"]
+
+    options = ["open_loop=false", "suites=[in_distribution]", "episodes=1", "processes=1", "videos=0"]
+    again = [f"checkpoint={tmp_path / 'run'}", *options]
+    with pytest.raises(UntrustedPartError, match=r"name them yourself: external=\{network\.instruction\.source: PATH"):
+        evaluate.run(compose("evaluate", again))
+    found = evaluate.run(compose("evaluate", [*again, f"external.network.instruction.source={tower}"]))
+    assert found["closed_loop"]["in_distribution"]["episodes"] == 1
+
+    train.run(compose("train", [*common, f"model.init_from={tmp_path / 'run'}", f"run_dir={tmp_path / 'next'}"]))
 
 
 def test_demo_leaves_its_result_and_puts_the_last_one_aside(

@@ -83,7 +83,7 @@ def main() -> None:
         return
     from keygrip.envs.metaworld.tasks import task_names
     from keygrip.evaluation.closed_loop import ConditionResult
-    from keygrip.evaluation.environments import over_tasks
+    from keygrip.evaluation.rollout_report import over_tasks
     from keygrip.evaluation.rollouts import EpisodeResult
 
     def run(task: str) -> ConditionResult:

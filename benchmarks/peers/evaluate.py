@@ -21,8 +21,8 @@ from keygrip.envs.metaworld.tasks import HZ, MetaWorldTask, task_names
 from keygrip.envs.workers import run_jobs
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.evaluation.closed_loop import HELD_OUT_SEED, ConditionResult
-from keygrip.evaluation.environments import over_tasks
 from keygrip.evaluation.remote_rollouts import ADVICE, WORKER, RemoteSettings
+from keygrip.evaluation.rollout_report import over_tasks
 from keygrip.evaluation.rollouts import EpisodeResult, run_episode
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.runtime.client import RemotePolicy

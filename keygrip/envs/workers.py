@@ -8,6 +8,7 @@ output; what libraries print goes to standard error. The other environment needs
 from __future__ import annotations
 
 import json
+import logging
 import os
 import queue
 import subprocess
@@ -17,6 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+log = logging.getLogger(__name__)
+
 Report = dict[str, Any]
 
 
@@ -25,12 +28,14 @@ def run_jobs(
 ) -> Iterator[tuple[int, Report]]:
     """Spreads jobs over workers; yields (number of the job, report) as they come, several for a job if it sends them.
 
+    A worker that dies before it has reported anything of its job is started again, and the job repeated once.
+
     Args:
         python: interpreter of the other environment. module: started with ``python -m``. setup: sent to each worker
             first. jobs: one line each. processes: workers. advice: what to do where the interpreter is missing.
 
     Raises:
-        ValueError: no such interpreter, a worker died, or a worker refused its setup or a job.
+        ValueError: no such interpreter, a worker refused its setup or a job, or died at a job twice or in its middle.
     """
     file = Path(python)
     if not file.is_file() or not os.access(file, os.X_OK):
@@ -39,10 +44,8 @@ def run_jobs(
     for number in range(len(jobs)):
         waiting.put(number)
     reports: queue.SimpleQueue[tuple[int, Report]] = queue.SimpleQueue()
-    workers = [_start(file, module) for _ in range(min(processes, len(jobs)))]
-    threads = [
-        threading.Thread(target=_feed, args=(worker, setup, jobs, waiting, reports), daemon=True) for worker in workers
-    ]
+    workers = [_Worker(file, module, setup) for _ in range(min(processes, len(jobs)))]
+    threads = [threading.Thread(target=worker.serve, args=(jobs, waiting, reports), daemon=True) for worker in workers]
     try:
         for thread in threads:
             thread.start()
@@ -57,50 +60,109 @@ def run_jobs(
                 yield number, report
     finally:
         for worker in workers:
-            worker.terminate()
-        for worker in workers:
-            worker.wait()
+            worker.close()
 
 
-def _start(python: Path, module: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LP_NUM_THREADS": "1"}  # as many workers as cores
-    command = [str(python), "-W", "ignore", "-m", module]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+class _DeadError(Exception):
+    """A worker process ended, or said that it cannot go on; the message says how."""
 
 
-def _feed(
-    worker: subprocess.Popen[str],
-    setup: Report,
-    jobs: Sequence[Report],
-    waiting: queue.SimpleQueue[int],
-    reports: queue.SimpleQueue[tuple[int, Report]],
-) -> None:
-    """One worker's conversation; its end is always a report."""
-    number = -1
-    try:
-        _send(worker, setup)
-        while True:
+class _Worker:
+    """A process of the other environment and the conversation with it, which one thread holds."""
+
+    def __init__(self, python: Path, module: str, setup: Report) -> None:
+        self._command = [str(python), "-W", "ignore", "-m", module]
+        self._setup = setup
+        self._lock = threading.Lock()  # between a restart and the end of all
+        self._closed = False
+        self._process: subprocess.Popen[str] | None = None
+
+    def serve(
+        self,
+        jobs: Sequence[Report],
+        waiting: queue.SimpleQueue[int],
+        reports: queue.SimpleQueue[tuple[int, Report]],
+    ) -> None:
+        """Takes jobs from `waiting` until there are none; puts what the process says into `reports`. The last report
+        of a job is ``done`` or ``error``."""
+        while not self._closed:
             try:
                 number = waiting.get_nowait()
             except queue.Empty:
                 return
-            _send(worker, jobs[number])
+            died = ""
+            for _ in range(2):
+                heard = 0
+                try:
+                    for report in self._reports(jobs[number]):
+                        heard += 1
+                        reports.put((number, report))
+                    break
+                except _DeadError as error:
+                    died = f"{error}, {'twice ' if died else ''}at the job {json.dumps(jobs[number])[:300]}"
+                    self._stop()
+                    if heard or self._closed:
+                        reports.put((number, {"error": died}))
+                        return
+                    log.warning("%s", died)
+            else:  # a second time
+                reports.put((number, {"error": died}))
+                return
+
+    def close(self) -> None:
+        """Ends the process; none is started any more."""
+        with self._lock:
+            self._closed = True
+        self._stop()
+
+    def _reports(self, job: Report) -> Iterator[Report]:
+        """What the process says to a job, up to its end.
+
+        Raises:
+            _DeadError: the process has ended, or ends because of something that may not happen again.
+        """
+        process = None
+        try:
+            process = self._running()
+            _send(process, job)
             while True:
-                assert worker.stdout is not None
-                line = worker.stdout.readline()
+                assert process.stdout is not None
+                line = process.stdout.readline()
                 if not line:
                     raise BrokenPipeError
                 report = json.loads(line)
-                finished = "error" in report or report.get("done", False)
-                reports.put((number, report))
-                if finished:
-                    break
-    except OSError:
-        code = worker.wait()
-        text = f"a worker process ended with exit code {code}: what it said stands above"
-        reports.put((number, {"error": text}))
-    except ValueError as error:
-        reports.put((number, {"error": f"a worker sent what is no report: {error}"}))
+                if report.get("ends"):
+                    raise _DeadError(f"a worker process ended: {report['ends']}")
+                yield report
+                if "error" in report or report.get("done", False):
+                    return
+        except OSError as error:
+            process = process or self._process
+            code = None if process is None else process.wait()
+            text = f"a worker process ended with exit code {code} (what it said stands above)"
+            raise _DeadError(text) from error
+        except ValueError as error:
+            yield {"error": f"a worker sent what is no report: {error}"}
+
+    def _running(self) -> subprocess.Popen[str]:
+        """The process, started and set up where there is none."""
+        with self._lock:
+            if self._closed:
+                raise BrokenPipeError
+            if self._process is not None:
+                return self._process
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "LP_NUM_THREADS": "1"}  # as many workers as cores
+            pipe = subprocess.PIPE
+            self._process = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, text=True, env=environment)
+        _send(self._process, self._setup)
+        return self._process
+
+    def _stop(self) -> None:
+        with self._lock:
+            process, self._process = self._process, None
+        if process is not None:
+            process.terminate()
+            process.wait()
 
 
 def _send(worker: subprocess.Popen[str], content: Report) -> None:
@@ -112,7 +174,8 @@ def _send(worker: subprocess.Popen[str], content: Report) -> None:
 def serve_jobs(start: Callable[[Report], Callable[[Report], Iterator[Report]]]) -> None:
     """The worker's side: ``start(setup)`` gives the function that yields the reports of a job. Ends with its input.
 
-    A ValueError or another error that names its cause becomes a report, and the worker ends.
+    A ValueError or another error that names its cause becomes a report, and the worker ends: refusals as ``error``,
+    what may not happen again (a simulator or a connection that failed) as ``ends``.
     """
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries print
@@ -127,6 +190,7 @@ def serve_jobs(start: Callable[[Report], Callable[[Report], Iterator[Report]]]) 
                 answers.write(f"{json.dumps(report)}\n")
             answers.write('{"done": true}\n')
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        answers.write(f"{json.dumps({'error': str(error) or type(error).__name__})}\n")
+        kind = "error" if isinstance(error, ValueError | ImportError) else "ends"
+        answers.write(f"{json.dumps({kind: str(error) or type(error).__name__})}\n")
     except KeyboardInterrupt:
         return

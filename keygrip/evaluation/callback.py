@@ -4,47 +4,85 @@ from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 
-from keygrip.artifacts import write_json
 from keygrip.data.video import read_video
-from keygrip.evaluation.closed_loop import ClosedLoop, ConditionResult, summarise
+from keygrip.evaluation.closed_loop import ClosedLoop, ConditionResult
+from keygrip.evaluation.environments import environment_settings
+from keygrip.evaluation.kinds import refuse_unknown
+from keygrip.evaluation.rollout_report import write_report
+from keygrip.models.policy import Needs
+from keygrip.training.checkpoints import run_config
+from keygrip.training.parts import external_settings, named_packages
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger(__name__)
 
+BREAKDOWNS = ("by_colour", "by_height", "by_difficulty")  # of a condition's figures, by kind of episode
+
 
 class EvaluateClosedLoop(Callback):
-    """Drives the simulated arm with the run's latest checkpoint once training has ended.
+    """Drives the robot of an environment with the run's latest checkpoint once training has ended.
 
-    Writes ``closed_loop/result.json`` and videos into the run folder, logs ``closed_loop/<condition>/success_rate``
+    The environment is that of ``keygrip evaluate env=NAME`` on the run. Before training it is opened once, so that a
+    missing interpreter, camera or arm is said then. Writes ``closed_loop/result.json`` and videos into the run folder,
+    logs ``closed_loop/<condition>/success_rate`` (of several tasks also their mean, ``closed_loop/all/success_rate``)
     and shows the videos in TensorBoard.
 
     Args:
-        closed_loop: what to evaluate. run_dir: the run folder, whose latest checkpoint is used.
+        closed_loop: settings of a partial call of `ClosedLoop`: what to evaluate, beside the environment.
+        env: settings of the environment, an option of the group env.
+        run_dir: the run folder, whose latest checkpoint is used.
     """
 
-    def __init__(self, closed_loop: ClosedLoop, run_dir: str) -> None:
-        self.closed_loop, self.run_dir = closed_loop, Path(run_dir)
+    def __init__(self, closed_loop: Mapping[str, Any], env: Mapping[str, Any], run_dir: str) -> None:
+        if env["control"]:
+            raise ValueError(
+                "nothing reads callbacks.closed_loop.env.control: give callbacks.closed_loop.closed_loop.control"
+            )
+        self.settings: dict[str, Any] = instantiate(dict(closed_loop), _convert_="all").keywords
+        self.env, self.run_dir = env, Path(run_dir)
+        self.closed_loop: ClosedLoop | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Builds the evaluation and refuses what the environment or the policy cannot do.
+
+        Raises:
+            ValueError: the model drives no robot, or the environment does not give what it reads.
+        """
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        config = run_config(trainer)
+        # What the user's own configuration names was named by the user: its checkpoint is opened with that.
+        trust, external = named_packages([config["model"], config["data"]]), external_settings(config["model"])
+        env = environment_settings(config["data"], self.env, trust)
+        make = partial(ClosedLoop, **{"trust": trust, "external": external, **self.settings})
+        self.closed_loop = env.closed_loop(make)
+        self.closed_loop.check(_needs(pl_module, self.closed_loop.policy))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
+        assert self.closed_loop is not None
         output = self.run_dir / "closed_loop"
         results = self.closed_loop.run(self.run_dir, output)
-        figures = summarise(results)
-        write_result(output / "result.json", figures, results)
+        report = write_report(results, output / "result.json", self.closed_loop.of_tasks)
+        figures = report["conditions"] | ({"all": report["all"]} if "all" in report else {})
         for name, summary in figures.items():
             for figure in ("success_rate", "plan_ms_median"):
-                trainer.callback_metrics[f"closed_loop/{name}/{figure}"] = torch.tensor(summary[figure])
+                if figure in summary:
+                    trainer.callback_metrics[f"closed_loop/{name}/{figure}"] = torch.tensor(summary[figure])
             log.info(
                 "closed loop, %s: %d of %d succeeded (95 %% interval %.0f .. %.0f %%)",
                 name,
@@ -53,16 +91,30 @@ class EvaluateClosedLoop(Callback):
                 100 * summary["success_low"],
                 100 * summary["success_high"],
             )
-            for kinds in (summary.get("by_colour", {}), summary.get("by_height", {})):
+            for kinds in (summary.get(kind, {}) for kind in BREAKDOWNS):
                 for kind, rates in kinds.items():
                     log.info("  %s: %d of %d", kind, rates["successes"], rates["episodes"])
         show_in_loggers(trainer, figures, results, output)
 
 
-def write_result(path: Path, figures: dict[str, Any], results: list[ConditionResult]) -> None:
-    """Write the figures and every episode as JSON, whole or not at all."""
-    episodes = {result.name: [vars(episode) for episode in result.episodes] for result in results}
-    write_json(path, {"conditions": figures, "episodes": episodes})
+def _needs(module: Any, changes: Mapping[str, Any]) -> Needs | None:
+    """What the module's policy reads. The module stays as it is, in its modes of training: changes to how the policy
+    plans are looked at by name alone, since some convert weights in place.
+
+    Raises:
+        ValueError: it drives no robot, or has no such setting.
+    """
+    if not hasattr(module, "policy"):
+        raise ValueError(f"closed_loop=...: a {type(module).__name__} is no robot policy: leave it out")
+    modes = {part: part.training for part in module.modules()}
+    try:
+        policy = module.policy()
+        if changes:
+            refuse_unknown(changes, type(policy))
+        return getattr(policy, "needs", None)
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 def show_in_loggers(trainer: Trainer, figures: dict[str, Any], results: list[ConditionResult], output: Path) -> None:
@@ -72,8 +124,9 @@ def show_in_loggers(trainer: Trainer, figures: dict[str, Any], results: list[Con
     step, scalars = trainer.global_step, {}
     for name, summary in figures.items():
         scalars[f"closed_loop/{name}/success_rate"] = summary["success_rate"]
-        for kind, rates in (summary.get("by_colour", {}) | summary.get("by_height", {})).items():
-            scalars[f"closed_loop/{name}/success_rate_by_kind/{kind.replace(' ', '_')}"] = rates["success_rate"]
+        for kinds in (summary.get(kind, {}) for kind in BREAKDOWNS):
+            for kind, rates in kinds.items():
+                scalars[f"closed_loop/{name}/success_rate_by_kind/{kind.replace(' ', '_')}"] = rates["success_rate"]
     recorded = [
         (result.name, episode) for result in results for episode in result.episodes if episode.video is not None
     ]

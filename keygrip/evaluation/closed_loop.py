@@ -6,11 +6,13 @@ seed, control) alone, so the number of processes does not change the result.
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -19,18 +21,26 @@ from typing import Any
 
 import numpy as np
 
+from keygrip.artifacts import write_text
 from keygrip.envs.environment import Environment, Task, open_environment
 from keygrip.evaluation.kinds import changed
-from keygrip.evaluation.remote_rollouts import RemoteSettings, run_remote
-from keygrip.evaluation.rollouts import EpisodeResult, run_episode
+from keygrip.evaluation.remote_rollouts import RemoteSettings, check_remote, run_remote
+from keygrip.evaluation.rollouts import EpisodeResult, check_environment, run_episode
 from keygrip.evaluation.statistics import wilson_interval
+from keygrip.models.policy import Needs
 from keygrip.progress import Progress
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.training.checkpoints import load_module
 
+log = logging.getLogger(__name__)
+
+EPISODES_FILE = "episodes.jsonl"
 # Seeds from here on are never used for recording, training or choosing settings (those start at 500000).
 HELD_OUT_SEED = 1_000_000
 HEIGHT_STEP_CM = 2  # height step of the breakdown by height
+DIED = (  # what may have happened to a process
+    "died (out of memory, no working GL library, or a script without an `if __name__ == '__main__'` guard?)"
+)
 
 
 @dataclass(frozen=True)
@@ -99,8 +109,10 @@ class ClosedLoop:
         videos: episodes recorded as videos, for each condition.
         policy: changes to the model's own policy, by the names of its fields.
         trust: packages beside keygrip whose parts the checkpoint may name.
+        external: files that the model needs and the checkpoint does not hold, by dotted setting.
         python: interpreter of another Python environment that has the simulator: episodes run there, the policy here.
             None: both run in this one.
+        of_tasks: the conditions are the tasks of a benchmark, whose mean is a figure too.
     """
 
     task: Task
@@ -115,7 +127,9 @@ class ClosedLoop:
     cameras: Sequence[str] | None = None
     policy: Mapping[str, Any] = field(default_factory=dict)
     trust: Sequence[str] = ()
+    external: Mapping[str, Any] = field(default_factory=dict)
     python: str | None = None
+    of_tasks: bool = False
 
     def __post_init__(self) -> None:
         if self.episodes < 1:
@@ -141,78 +155,91 @@ class ClosedLoop:
         """The conditions that are not switched off."""
         return {name: grid for name, grid in self.conditions.items() if grid is not None}
 
-    def run(self, checkpoint: Path, output: Path | None = None) -> list[ConditionResult]:
-        """Drive every episode with the policy in ``checkpoint``; videos go to ``output`` / videos.
+    def check(self, needs: Needs | None) -> None:
+        """Opens the environment of the first episode and looks at what it gives, in a process of its own: drawing
+        would leave a GL context here, which the processes of data loaders must not inherit.
+
+        Args:
+            needs: what the policy reads; None: it does not say.
 
         Raises:
-            FileNotFoundError, ValueError: the checkpoint cannot be loaded, or a worker process died.
+            ValueError: the environment cannot be opened, or does not give what the policy reads.
+        """
+        job = self._jobs(None)[0]
+        task = changed(self.task, job.overrides)
+        if self.python is not None:
+            check_remote(self._remote_settings(), task, job.seed, needs)
+            return
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            cameras = None if self.cameras is None else tuple(self.cameras)
+            looked = pool.submit(check_environment, task, self.image_size, self.hz, cameras, job.seed, needs)
+            try:
+                looked.result()
+            except BrokenProcessPool as error:
+                raise ValueError(f"the process that opens {type(task).__name__} {DIED}") from error
+
+    def run(self, checkpoint: Path, output: Path | None = None) -> list[ConditionResult]:
+        """Drive every episode with the policy in ``checkpoint``; videos go to ``output`` / videos, and each episode's
+        result to ``output`` / episodes.jsonl as soon as it has ended. A process that dies is started again once.
+
+        Raises:
+            FileNotFoundError, ValueError: the checkpoint cannot be loaded, or a worker process died twice.
         """
         jobs = self._jobs(output)
         processes = min(self.processes or os.cpu_count() or 1, len(jobs))
-        results: dict[str, list[EpisodeResult]] = {name: [] for name in self.grids}
-        with _Progress(len(jobs)) as progress:
+        with _Results(self.grids, len(jobs), None if output is None else output / EPISODES_FILE) as results:
             if self.python is not None:
-                self._run_elsewhere(checkpoint, jobs, processes, results, progress)
+                self._run_elsewhere(checkpoint, jobs, processes, results)
             elif processes == 1:
                 worker = _Worker(checkpoint, self)
                 for job in jobs:
-                    results[job.condition].append(worker.episode(job))
-                    progress.update(results)
+                    results.add(job, worker.episode(job))
             else:
-                self._run_parallel(checkpoint, jobs, processes, results, progress)
-        ordered = {name: sorted(episodes, key=lambda episode: episode.seed) for name, episodes in results.items()}
+                self._run_parallel(checkpoint, jobs, processes, results)
+        ordered = {name: sorted(found, key=lambda episode: episode.seed) for name, found in results.episodes.items()}
         return [
             ConditionResult(name, {"grid": [dict(entry) for entry in self.grids[name]]}, episodes)
             for name, episodes in ordered.items()
         ]
 
-    def _run_parallel(
-        self,
-        checkpoint: Path,
-        jobs: list[_Job],
-        processes: int,
-        results: dict[str, list[EpisodeResult]],
-        progress: _Progress,
-    ) -> None:
+    def _run_parallel(self, checkpoint: Path, jobs: list[_Job], processes: int, results: _Results) -> None:
+        try:
+            self._run_in_pool(checkpoint, jobs, processes, results)
+        except BrokenProcessPool:
+            left = [job for job in jobs if job not in results.done]
+            log.warning(
+                "a process of the closed-loop evaluation %s; the %d episodes left are run again", DIED, len(left)
+            )
+            try:
+                self._run_in_pool(checkpoint, left, processes, results)
+            except BrokenProcessPool as error:
+                raise ValueError(
+                    f"a process of the closed-loop evaluation {DIED}, twice: run with processes=1 (in training "
+                    "callbacks.closed_loop.closed_loop.processes=1) to see why"
+                ) from error
+
+    def _run_in_pool(self, checkpoint: Path, jobs: list[_Job], processes: int, results: _Results) -> None:
         # Spawned, not forked: a GL context and torch's threads do not survive a fork.
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(processes, context, _start_worker, (checkpoint, self)) as pool:
             waiting: dict[Future[EpisodeResult], _Job] = {pool.submit(_work, job): job for job in jobs}
             try:
                 for future in as_completed(waiting):
-                    results[waiting[future].condition].append(future.result())
-                    progress.update(results)
-            except BrokenProcessPool as error:
-                raise ValueError(
-                    "A process of the closed-loop evaluation died (out of memory, no working GL library, or a script "
-                    "without an `if __name__ == '__main__'` guard?): run with processes=1 (in training "
-                    "closed_loop.processes=1) to see why."
-                ) from error
+                    results.add(waiting[future], future.result())
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _run_elsewhere(
-        self,
-        checkpoint: Path,
-        jobs: list[_Job],
-        processes: int,
-        results: dict[str, list[EpisodeResult]],
-        progress: _Progress,
-    ) -> None:
-        kind = type(self.task)
-        settings = RemoteSettings(
-            str(self.python),
-            f"{kind.__module__}.{kind.__qualname__}",
-            self.image_size,
-            self.hz,
-            self.cameras,
-            self.control,
-        )
+    def _run_elsewhere(self, checkpoint: Path, jobs: list[_Job], processes: int, results: _Results) -> None:
+        settings = self._remote_settings()
         episodes = [(changed(self.task, job.overrides), job.seed, job.video) for job in jobs]
         for number, result in run_remote(loaded_policy(checkpoint, self), settings, episodes, processes):
-            results[jobs[number].condition].append(result)
-            progress.update(results)
+            results.add(jobs[number], result)
+
+    def _remote_settings(self) -> RemoteSettings:
+        kind = type(self.task)
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        return RemoteSettings(str(self.python), name, self.image_size, self.hz, self.cameras, self.control)
 
     def _jobs(self, output: Path | None) -> list[_Job]:
         jobs = []
@@ -250,7 +277,7 @@ def loaded_policy(checkpoint: Path, settings: ClosedLoop) -> Any:
     Raises:
         ValueError: the model drives no robot.
     """
-    module: Any = load_module(checkpoint, trust=settings.trust)
+    module: Any = load_module(checkpoint, trust=settings.trust, external=settings.external)
     if not hasattr(module, "policy"):
         raise ValueError(
             f"{checkpoint} holds a {type(module).__name__}, which is no robot policy: it cannot drive the arm."
@@ -297,20 +324,33 @@ def _work(job: _Job) -> EpisodeResult:
     return _worker.episode(job)
 
 
-class _Progress:
-    """A bar on standard error with the running success rate."""
+class _Results:
+    """Episodes by condition. Each is written to a file when it has ended, so that an evaluation that fails loses none;
+    a bar on standard error shows the running success rate."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, conditions: Iterable[str], total: int, file: Path | None) -> None:
+        self.episodes: dict[str, list[EpisodeResult]] = {name: [] for name in conditions}
+        self.done: list[_Job] = []
+        self._total, self._file = total, file
+        if file is not None:
+            write_text(file, "")  # of an earlier evaluation
         self._bar = Progress(total=total, desc="closed loop", unit="episode")
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> _Results:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._bar.close()
+        if kind is not None and self._file is not None and self.done:
+            log.warning("%d of %d episodes had ended: %s", len(self.done), self._total, self._file)
 
-    def update(self, results: Mapping[str, list[EpisodeResult]]) -> None:
-        episodes = [episode for done in results.values() for episode in done]
-        won = sum(episode.success for episode in episodes)
-        self._bar.set_postfix_str(f"{won} of {len(episodes)} succeeded", refresh=False)
+    def add(self, job: _Job, episode: EpisodeResult) -> None:
+        """Takes the result of a job."""
+        self.episodes[job.condition].append(episode)
+        self.done.append(job)
+        if self._file is not None:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(f"{json.dumps({'condition': job.condition, **vars(episode)})}\n")
+        won = sum(each.success for found in self.episodes.values() for each in found)
+        self._bar.set_postfix_str(f"{won} of {len(self.done)} succeeded", refresh=False)
         self._bar.update()

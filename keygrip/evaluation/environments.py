@@ -1,25 +1,49 @@
-"""Which environment a policy is evaluated in: as its demonstrations were recorded, or as `env=...` says."""
+"""Which environment a policy is evaluated in, for `keygrip evaluate` and for the evaluation at the end of training.
+
+``env=NAME`` (an option of the group ``env``) names it; what its settings leave open (null) is as in the recording of
+the demonstrations, where they were recorded there, and a default elsewhere. ``env=recorded`` names the environment of
+the recording.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from keygrip.config import SettingError
+from hydra.utils import get_class, instantiate
+
+from keygrip.config import SettingError, option_of
 from keygrip.envs.gymnasium_environment import GymnasiumTask
-from keygrip.envs.metaworld.tasks import DIFFICULTY, task_names
+from keygrip.envs.metaworld.tasks import HZ, MT10, MT50, MetaWorldTask, task_names
 from keygrip.envs.yam.handover import HandoverTask
 from keygrip.envs.yam.tasks import TaskOptions
-from keygrip.evaluation.closed_loop import ConditionResult
-from keygrip.evaluation.kinds import Evaluated, changed, plain
-from keygrip.evaluation.statistics import wilson_interval
+from keygrip.evaluation.closed_loop import ClosedLoop
+from keygrip.evaluation.kinds import changed, plain, refuse_unknown
+from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.training.parts import UntrustedPartError, build_stored
+
+log = logging.getLogger(__name__)
 
 RECORDING_FILE = "recording.json"
 LARGEST_RECORDING_FILE = 10_000_000  # bytes
+# Options of the group env by the tasks of their recordings.
+ENVIRONMENTS: dict[type, str] = {
+    TaskOptions: "yam",
+    HandoverTask: "yam_handover",
+    MetaWorldTask: "metaworld",
+    GymnasiumTask: "gymnasium",
+}
+CHOICE = "env=yam, yam_handover, metaworld or gymnasium"
+# Where neither the settings nor a recording say it.
+DEFAULT_IMAGE_SIZE = 224
+DEFAULT_HZ = {"metaworld": HZ}
+OTHER_HZ = 10.0
+DEFAULT_TASKS = {"metaworld": MT10}
 
 
 @dataclass(frozen=True)
@@ -34,51 +58,213 @@ class EnvironmentSettings:
     control: Mapping[str, Any] | None = None
     python: str | None = None
 
+    def closed_loop(self, make: partial[ClosedLoop], changes: Mapping[str, Any] | None = None) -> ClosedLoop:
+        """The evaluation in this environment.
+
+        Args:
+            make: `ClosedLoop` with all else: conditions (none where there are several tasks), episodes, control, ...
+            changes: to the task.
+
+        Raises:
+            ValueError: conditions beside several tasks, or settings that do not exist.
+        """
+        conditions = {name: grid for name, grid in make.keywords.get("conditions", {}).items() if grid is not None}
+        if self.tasks and conditions:
+            raise ValueError(f"conditions are for one task, and {len(self.tasks)} tasks are conditions themselves")
+        refuse_unknown(self.control or {}, RecedingHorizon)
+        control = make.keywords.get("control", partial(RecedingHorizon))
+        return make(
+            task=changed(self.task, changes or {}),
+            conditions=task_conditions(self.tasks) if self.tasks else conditions,
+            image_size=self.image_size,
+            hz=self.hz,
+            cameras=self.cameras,
+            control=partial(control.func, **{**(self.control or {}), **control.keywords}),
+            python=self.python,
+            of_tasks=bool(self.tasks),
+        )
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Where demonstrations were recorded.
+
+    Attributes:
+        environment: option of the group env; None: an environment that has none. task: None: a file of data does not
+            say it. hz: control periods per second. tasks: of which there are demonstrations, where that is asked for.
+    """
+
+    environment: str | None
+    task: Any
+    image_size: int
+    hz: float
+    tasks: tuple[str, ...] = ()
+
 
 def task_conditions(tasks: str | Sequence[str]) -> dict[str, list[dict[str, str]]]:
     """A condition for each of several Meta-World tasks."""
     return {name: [{"name": name}] for name in task_names(tasks)}
 
 
-def environment_settings(evaluated: Evaluated, env: Mapping[str, Any]) -> EnvironmentSettings:
-    """The environment that `env` (of the composed settings) names, for a run.
+def environment_settings(
+    data: Mapping[str, Any], env: Mapping[str, Any], trust: Sequence[str] = ()
+) -> EnvironmentSettings:
+    """The environment that `env` names, for a policy that was trained on `data`.
+
+    Args:
+        data: the run's data settings. env: an option of the group env, with changes. trust: packages beside keygrip
+            whose tasks `data` may name.
 
     Raises:
-        ValueError: the run's demonstrations do not say where they were recorded, or the settings do not fit.
+        ValueError: with env=recorded, the run's demonstrations do not say where they were recorded; or the settings do
+            not fit.
     """
-    data = evaluated.config.data
-    trained_with = plain(data.get("cameras"))
+    data = plain(data)
     if env["name"] == "recorded":
-        given = [key for key in ("tasks", "image_size", "hz", "cameras", "python") if env[key] is not None]
-        if given:
-            raise ValueError(f"env.{given[0]} is as recorded: give env=yam, metaworld or gymnasium to choose it")
-        if env["control"] or env["task"]:
-            name = "control" if env["control"] else "task"
-            raise ValueError(f"env.{name} has no effect with env=recorded: give {name}.OPTION=... in place of it")
-        record = data.get("record")
-        if record is not None and data.get("root") is None:
-            try:
-                task = build_stored(plain(record.task), "data.record.task", evaluated.trust)
-            except UntrustedPartError as error:
-                raise UntrustedPartError(f"{error}; say where to judge it: env=yam, metaworld or gymnasium") from error
-            return EnvironmentSettings(task, record.image_size, record.hz, trained_with)
-        if not isinstance(data.root, str):
-            raise ValueError(
-                "the run was trained on several data sets: say where to evaluate it with env=yam, metaworld or "
-                "gymnasium, or give simulate=false"
+        _refuse_changes(env)
+        recorded = recorded_in(data, trust)
+        if recorded.environment == "gymnasium":  # a file of data does not say which package is imported
+            raise SettingError(f"{data['root']} was recorded in gymnasium: give env=gymnasium env.task.id=...")
+        if recorded.environment is None:
+            cameras = _trained_cameras(data, recorded.task)
+            return EnvironmentSettings(recorded.task, recorded.image_size, recorded.hz, cameras)
+        env = option_of("env", recorded.environment)
+        return _settings(data, env, recorded.task, recorded)
+    kind: Any = get_class(env["task"]["_target_"])
+    recorded_there = _recorded_there(data, trust, env["name"], kind)
+    options = {name: value for name, value in env["task"].items() if name != "_target_"}
+    if recorded_there is None or recorded_there.task is None:
+        return _settings(data, env, instantiate(dict(env["task"]), _convert_="all"), recorded_there)
+    return _settings(data, env, changed(recorded_there.task, options), recorded_there)
+
+
+def _settings(
+    data: Mapping[str, Any], env: Mapping[str, Any], task: Any, recorded: Recorded | None
+) -> EnvironmentSettings:
+    """As `env` says, else as recorded, else the default."""
+    name = env["name"]
+    _warn_of_others(env, recorded)
+    image_size, hz, tasks = env["image_size"], env["hz"], env["tasks"]
+    if image_size is None:
+        image_size = DEFAULT_IMAGE_SIZE if recorded is None else recorded.image_size
+    if hz is None:
+        hz = DEFAULT_HZ.get(name, OTHER_HZ) if recorded is None else recorded.hz
+    if tasks is None:
+        tasks = DEFAULT_TASKS.get(name) if recorded is None else recorded.tasks or None
+    cameras = env["cameras"] if env["cameras"] is not None else _trained_cameras(data, task)
+    return EnvironmentSettings(
+        task, image_size, hz, cameras, () if tasks is None else task_names(tasks), env["control"], env["python"]
+    )
+
+
+def _refuse_changes(env: Mapping[str, Any]) -> None:
+    """Raises ValueError: settings of an environment that is as recorded."""
+    given = [key for key in ("tasks", "image_size", "hz", "cameras", "python") if env[key] is not None]
+    if given:
+        raise ValueError(f"env.{given[0]} is as recorded: give {CHOICE} to choose it")
+    if env["control"] or env["task"]:
+        name = "control" if env["control"] else "task"
+        raise ValueError(f"env.{name} has no effect with env=recorded: give {name}.OPTION=... in place of it")
+
+
+def _warn_of_others(env: Mapping[str, Any], recorded: Recorded | None) -> None:
+    """Says which settings differ from the recording of the same environment."""
+    if recorded is None:
+        return
+    for name, there in (("image_size", recorded.image_size), ("hz", recorded.hz)):
+        if env[name] is not None and env[name] != there:
+            log.warning("env.%s=%s, and the demonstrations were recorded with %s", name, env[name], there)
+    if env["tasks"] is not None and recorded.tasks:
+        other = [name for name in task_names(env["tasks"]) if name not in recorded.tasks]
+        if other:
+            log.warning("env.tasks names %s, of which there are no demonstrations", ", ".join(other))
+
+
+def _recorded_there(data: Mapping[str, Any], trust: Sequence[str], name: str, kind: type) -> Recorded | None:
+    """How the demonstrations were recorded, if that was in the environment of these tasks; says why not."""
+    try:
+        recorded = recorded_in(data, trust)
+    except ValueError as error:
+        log.info("env=%s with its own defaults: %s", name, error)
+        return None
+    if recorded.environment != ENVIRONMENTS.get(kind) or (
+        recorded.task is not None and type(recorded.task) is not kind
+    ):
+        there = recorded.environment or type(recorded.task).__name__
+        log.warning(
+            "the demonstrations were recorded in %s; the policy is judged in %s (%s)", there, name, kind.__name__
+        )
+        return None
+    return recorded
+
+
+# -- where demonstrations were recorded ------------------------------------------------------------------------------
+
+
+def recorded_in(data: Mapping[str, Any], trust: Sequence[str] = ()) -> Recorded:
+    """Where and how the demonstrations of a run were recorded.
+
+    Args:
+        data: the run's data settings, plain. trust: packages beside keygrip whose tasks they may name.
+
+    Raises:
+        ValueError: nothing says it; UntrustedPartError: a task of another package.
+    """
+    record = data.get("record")
+    if record is not None and data.get("root") is None:
+        try:
+            task = build_stored(record["task"], "data.record.task", trust)
+        except UntrustedPartError as error:
+            raise UntrustedPartError(f"{error}; say where to judge it: {CHOICE}") from error
+        return Recorded(ENVIRONMENTS.get(type(task)), task, record["image_size"], record["hz"])
+    if not isinstance(data.get("root"), str):
+        raise ValueError(
+            f"the run was trained on several data sets: say where to evaluate it with {CHOICE}, or give simulate=false"
+        )
+    return _of_folder(Path(data["root"]))
+
+
+def _of_folder(root: Path) -> Recorded:
+    """What a recorded folder says of itself; its settings are data that is checked."""
+    file, advice = root / RECORDING_FILE, f"give {CHOICE}, or simulate=false"
+    if not file.is_file():
+        raise ValueError(f"{root} does not say in which environment it was recorded (no {RECORDING_FILE}): {advice}")
+    try:
+        if file.stat().st_size > LARGEST_RECORDING_FILE:
+            raise ValueError("it is too large")
+        settings = json.loads(file.read_text())["settings"]
+        recorded_in, image_size = settings.get("environment"), int(settings["image_size"])
+        if recorded_in == "gymnasium":
+            return Recorded("gymnasium", None, image_size, float(settings["hz"]))
+        if recorded_in == "metaworld":
+            task = changed(
+                MetaWorldTask(), {"camera": settings["cameras"][0], "shadows": settings.get("shadows", False)}
             )
-        found = _of_folder(Path(data.root), trained_with)
-        return found if trained_with else replace(found, cameras=_trained_camera(data, found.task))
-    from hydra.utils import instantiate
-
-    task = instantiate(dict(env["task"]), _convert_="all")
-    tasks = task_names(env["tasks"]) if env["tasks"] is not None else ()
-    cameras = env["cameras"] if env["cameras"] is not None else trained_with or _trained_camera(data, task)
-    return EnvironmentSettings(task, env["image_size"], env["hz"], cameras, tasks, env["control"], env["python"])
+            return Recorded("metaworld", task, image_size, HZ, _tasks_there(root))
+        stored = dict(settings["task"])
+        cell = changed(HandoverTask() if stored.get("name") == "handover" else TaskOptions(), stored)
+        return Recorded(ENVIRONMENTS[type(cell)], cell, image_size, float(settings["hz"]))
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise ValueError(f"{file} does not describe a recording ({type(error).__name__}: {error}): {advice}") from error
 
 
-def _trained_camera(data: Mapping[str, Any], task: Any) -> list[str] | None:
-    """The one camera that a run was trained on, where it is not the task's own; None: the task's own."""
+def _tasks_there(root: Path) -> tuple[str, ...]:
+    """The Meta-World tasks of which a folder holds demonstrations, in the benchmark's order.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    names = {file.parent.name.rpartition("_")[0] for file in root.glob("[!.]*/metadata.json")}
+    found = tuple(name for name in dict.fromkeys((*MT10, *MT50)) if name in names)
+    if not found:
+        raise ValueError("the folder holds no demonstrations")
+    return found
+
+
+def _trained_cameras(data: Mapping[str, Any], task: Any) -> list[str] | None:
+    """The cameras that a run was trained on, where they are not the task's own one; None: the task's own."""
+    if data.get("cameras"):
+        return list(data["cameras"])
     name = data.get("camera")
     if name is None or name == getattr(task, "camera", None):
         return None
@@ -89,48 +275,3 @@ def _trained_camera(data: Mapping[str, Any], task: Any) -> list[str] | None:
     except (TypeError, ValueError):  # another robot's camera: the environment has its own
         return None
     return [name]
-
-
-def _of_folder(root: Path, cameras: Sequence[str] | None) -> EnvironmentSettings:
-    """What a folder recorded in the YAM cell says of itself; its settings are data that is checked."""
-    file, advice = root / RECORDING_FILE, "give env=yam, metaworld or gymnasium, or simulate=false"
-    if not file.is_file():
-        raise ValueError(f"{root} does not say in which environment it was recorded (no {RECORDING_FILE}): {advice}")
-    try:
-        if file.stat().st_size > LARGEST_RECORDING_FILE:
-            raise ValueError("it is too large")
-        settings = json.loads(file.read_text())["settings"]
-        recorded_in = settings.get("environment")
-        if recorded_in == "metaworld":
-            raise SettingError(f"{root} was recorded in Meta-World: give env=metaworld env.tasks=...")
-        if recorded_in == "gymnasium":  # a file of data does not say which package is imported
-            raise SettingError(f"{root} was recorded in a gymnasium environment: give env=gymnasium env.task.id=...")
-        stored = dict(settings["task"])
-        task = changed(HandoverTask() if stored.get("name") == "handover" else TaskOptions(), stored)
-        return EnvironmentSettings(task, int(settings["image_size"]), float(settings["hz"]), cameras)
-    except SettingError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{file} does not describe a recording ({type(error).__name__}: {error}): {advice}") from error
-
-
-def over_tasks(results: Sequence[ConditionResult]) -> dict[str, Any]:
-    """Figures over several tasks, each a condition: the mean of their success rates, and by difficulty group.
-
-    `success_low` and `success_high` are the 95 % Wilson interval of the pooled episodes.
-    """
-
-    def pooled(chosen: Sequence[ConditionResult]) -> dict[str, Any]:
-        episodes = [episode for result in chosen for episode in result.episodes]
-        won = sum(episode.success for episode in episodes)
-        low, high = wilson_interval(won, len(episodes))
-        rates = [sum(episode.success for episode in each.episodes) / len(each.episodes) for each in chosen]
-        mean = sum(rates) / len(rates)
-        counts = {"tasks": len(chosen), "episodes": len(episodes), "successes": won}
-        return {"success_rate": mean, "success_low": low, "success_high": high, **counts}
-
-    groups: dict[str, list[ConditionResult]] = {}
-    for result in results:
-        groups.setdefault(DIFFICULTY.get(result.name, "other"), []).append(result)
-    order = [group for group in ("easy", "medium", "hard", "very_hard", "other") if group in groups]
-    return pooled(results) | {"by_difficulty": {group: pooled(groups[group]) for group in order}}

@@ -132,6 +132,7 @@ class Evaluated:
     Args:
         module: with the weights of the checkpoint. config: of the run that trained it. checkpoint: its file.
         output: a folder, made by what writes into it. trust: packages beside keygrip whose parts may be built.
+        external: files that the model needs and the checkpoint does not hold, by dotted setting.
     """
 
     module: LightningModule
@@ -139,6 +140,7 @@ class Evaluated:
     checkpoint: Path
     output: Path
     trust: tuple[str, ...] = ()
+    external: Mapping[str, Any] = field(default_factory=dict)
 
     def stored_data(self) -> Any:
         """The data module of the run, built from the stored configuration; it makes nothing that is missing.

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from omegaconf import DictConfig
 
-from keygrip.evaluation.callback import write_result
-from keygrip.evaluation.closed_loop import ClosedLoop, summarise
-from keygrip.evaluation.environments import environment_settings, over_tasks, task_conditions
+from keygrip.evaluation.closed_loop import ClosedLoop
+from keygrip.evaluation.environments import environment_settings
 from keygrip.evaluation.kinds import Evaluated, changed, plain, refuse_unknown
-from keygrip.evaluation.rollout_grid import grid_of_rollouts
+from keygrip.evaluation.rollout_report import write_report
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.training.fit import quiet_lightning
 
@@ -65,11 +63,11 @@ def closed_loop(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     checkpoint, output = evaluated.checkpoint, evaluated.output
     if not hasattr(module, "policy"):
         raise ValueError(f"{checkpoint} holds a {type(module).__name__}, which drives no robot: give simulate=false.")
-    env = environment_settings(evaluated, plain(cfg.env))
+    env = environment_settings(evaluated.config.data, plain(cfg.env), evaluated.trust)
+    conditions: dict[str, Any] = {}
     if env.tasks:
         if plain(cfg.suites) != DEFAULT_SUITES:
             raise ValueError(f"suites are for one task: the tasks of env={cfg.env.name} are its conditions")
-        conditions: dict[str, Any] = task_conditions(env.tasks)
     else:
         unknown = [suite for suite in cfg.suites if suite not in cfg.conditions]
         if unknown:
@@ -77,31 +75,25 @@ def closed_loop(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
         conditions = {name: grid for suite in cfg.suites for name, grid in plain(cfg.conditions[suite]).items()}
     policy = plain(cfg.policy) or {}
     changed(module.policy(), policy)  # what it cannot do is refused now, not in a worker
-    settings = ClosedLoop(
-        task=changed(env.task, plain(cfg.task) or {}),
+    make = partial(
+        ClosedLoop,
         conditions=conditions,
         episodes=cfg.episodes,
         first_seed=cfg.first_seed,
-        image_size=env.image_size,
-        hz=env.hz,
-        cameras=env.cameras,
-        control=_control({**(env.control or {}), **(plain(cfg.control) or {})}),
+        control=_control(plain(cfg.control) or {}),
         processes=cfg.processes,
         videos=cfg.videos,
         policy=policy,
         trust=evaluated.trust,
-        python=env.python,
+        external=evaluated.external,
     )
-    results = settings.run(checkpoint, output)
-    figures = summarise(results)
-    write_result(output / "closed_loop.json", figures, results)
-    if env.tasks:
-        grid_of_rollouts(results, output / "videos", output / "rollouts.mp4")
-        return {"tasks": figures, "all": over_tasks(results)}
-    return figures
+    settings = env.closed_loop(make, plain(cfg.task) or {})
+    report = write_report(settings.run(checkpoint, output), output / "closed_loop.json", settings.of_tasks)
+    figures: dict[str, Any] = report["conditions"]
+    return {"tasks": figures, "all": report["all"]} if settings.of_tasks else figures
 
 
-def _control(options: dict[str, Any]) -> Callable[..., Any]:
+def _control(options: dict[str, Any]) -> partial[RecedingHorizon]:
     """The controller with some settings changed."""
     refuse_unknown(options, RecedingHorizon)
     return partial(RecedingHorizon, **options)

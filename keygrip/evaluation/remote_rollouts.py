@@ -13,6 +13,7 @@ from typing import Any
 
 from keygrip.envs.workers import run_jobs
 from keygrip.evaluation.rollouts import EpisodeResult
+from keygrip.models.policy import Needs
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.runtime.plausibility import Bounds
 
@@ -71,6 +72,17 @@ def run_remote(
     with _served(policy, processes) as url:
         for number, report in run_jobs(settings.python, WORKER, plain | {"url": url}, jobs, processes, ADVICE):
             yield number, EpisodeResult(**report)
+
+
+def check_remote(settings: RemoteSettings, task: Any, seed: int, needs: Needs | None) -> None:
+    """As `keygrip.evaluation.rollouts.check_environment`, in the other environment.
+
+    Raises:
+        ValueError: also where the interpreter is missing.
+    """
+    job = {"task": asdict(task), "seed": seed, "needs": None if needs is None else asdict(needs)}
+    for _ in run_jobs(settings.python, WORKER, settings.as_dict() | {"url": None}, [job], 1, ADVICE):
+        pass
 
 
 @contextlib.contextmanager

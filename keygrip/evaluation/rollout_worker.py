@@ -14,7 +14,8 @@ from typing import Any
 
 from keygrip.envs.environment import Environment, open_environment
 from keygrip.envs.workers import serve_jobs
-from keygrip.evaluation.rollouts import run_episode
+from keygrip.evaluation.rollouts import check_environment, run_episode
+from keygrip.models.policy import Needs
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.runtime.client import RemotePolicy
 
@@ -22,11 +23,14 @@ PLAN_TIMEOUT_S = 300.0  # a large model on a few cores, with other workers waiti
 
 
 def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], Iterator[dict[str, Any]]]:
-    """The function that runs one episode; neighbouring jobs of one task share its environment."""
+    """The function that runs one episode; neighbouring jobs of one task share its environment. Without an address
+    of a server: the function that checks an environment."""
+    if settings["url"] is None:
+        return partial(_check, settings)
     policy = RemotePolicy(settings["url"], timeout_s=PLAN_TIMEOUT_S, patience_s=PLAN_TIMEOUT_S)
     control = partial(RecedingHorizon, **settings["control"])
     kind: Any = pkgutil.resolve_name(settings["task_class"])
-    cameras = None if settings["cameras"] is None else tuple(settings["cameras"])
+    cameras = _cameras(settings)
     opened: dict[str, Environment] = {}
 
     def work(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -41,6 +45,18 @@ def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], Iterator[dict[
         yield asdict(run_episode(opened[key], policy, control, job["seed"], video))
 
     return work
+
+
+def _check(settings: dict[str, Any], job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Refuses an environment that does not give what the policy needs; reports nothing else."""
+    task = pkgutil.resolve_name(settings["task_class"])(**job["task"])
+    needs = None if job["needs"] is None else Needs(**job["needs"])
+    check_environment(task, settings["image_size"], settings["hz"], _cameras(settings), job["seed"], needs)
+    yield from ()
+
+
+def _cameras(settings: dict[str, Any]) -> tuple[str, ...] | None:
+    return None if settings["cameras"] is None else tuple(settings["cameras"])
 
 
 if __name__ == "__main__":

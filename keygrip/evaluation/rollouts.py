@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.envs.environment import Environment
+from keygrip.envs.environment import Environment, open_environment
 from keygrip.evaluation.rollout_video import RolloutVideo
 from keygrip.models.policy import Needs, arm_axis, views_there
 from keygrip.runtime.chunk_execution import RecedingHorizon
@@ -67,7 +67,7 @@ def run_episode(
         policy.reset(seed)
     observation, info = environment.reset(seed=seed)
     if (needs := getattr(policy, "needs", None)) is not None:
-        _check(observation, needs)
+        _refuse_unfit(observation, needs)
     recording, draw_every = None, max(1, round(environment.hz / VIDEO_HZ))
     if video is not None:
         recording = RolloutVideo(video, environment.hz / draw_every, info["instruction"])
@@ -107,7 +107,27 @@ def run_episode(
     )
 
 
-def _check(observation: Any, needs: Needs) -> None:
+def check_environment(
+    task: Any, image_size: int, hz: float, cameras: tuple[str, ...] | None, seed: int, needs: Needs | None
+) -> None:
+    """Opens an environment and looks at what it gives at the start of an episode.
+
+    Args:
+        task, image_size, hz, cameras: as for `open_environment`. needs: of the policy; None: it does not say.
+
+    Raises:
+        ValueError: it refuses its settings, or does not give what the policy reads.
+    """
+    environment = open_environment(task, image_size, hz, cameras)
+    try:
+        observation, _ = environment.reset(seed=seed)
+        if needs is not None:
+            _refuse_unfit(observation, needs)
+    finally:
+        environment.close()
+
+
+def _refuse_unfit(observation: Any, needs: Needs) -> None:
     views_there(observation, needs.cameras)
     if needs.instruction and not str(observation.get("instruction") or "").strip():
         raise ValueError(

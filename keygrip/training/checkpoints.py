@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from keygrip.exporting.folder import is_export, read_export
 from keygrip.training.ema import EMA_STATE
 from keygrip.training.integrity import ChangedFileError, is_signed, refuse_unfit_weights, verify
-from keygrip.training.parts import UntrustedPartError, build_stored, check_plain
+from keygrip.training.parts import UntrustedPartError, build_stored, check_plain, external_settings
 from keygrip.training.run_folder import CHECKPOINT
 from keygrip.training.torch_files import BROKEN, TorchFileError, read_torch_file, refuse_missing_device
 
@@ -44,6 +44,19 @@ class Header(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         kind = getattr(pl_module, "evaluation_kind", None)  # what `keygrip evaluate` measures; None: nothing
         checkpoint[HEADER] = {**self.header, "evaluation_kind": kind}
+
+
+def run_config(trainer: Trainer) -> dict[str, Any]:
+    """The resolved configuration of the run that is going on, as its checkpoints hold it.
+
+    Raises:
+        ValueError: the run writes no keygrip checkpoints.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Header):
+            config: dict[str, Any] = callback.header["config"]
+            return config
+    raise ValueError("the trainer has no callback keygrip.training.checkpoints.Header, which holds the configuration")
 
 
 def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
@@ -155,6 +168,7 @@ def load_module(
     use_ema: bool = True,
     trust: Sequence[str] = (),
     external: Mapping[str, Any] | None = None,
+    offered: Mapping[str, Any] | None = None,
 ) -> LightningModule:
     """Rebuilds a trained module from its checkpoint alone: no config, dataset or network access.
 
@@ -169,6 +183,7 @@ def load_module(
         use_ema: prefer the EMA weights where the checkpoint has them (which is logged).
         trust: packages beside keygrip whose declared parts may be built.
         external: files that the model needs and the checkpoint does not hold, by their setting's dotted key.
+        offered: as `external`, for those that the checkpoint has; others are left aside.
 
     Raises:
         FileNotFoundError: no checkpoint there.
@@ -179,7 +194,7 @@ def load_module(
     refuse_missing_device(map_location)
     checkpoint = read_checkpoint(file, map_location)
     try:
-        module = build_stored(_model_config(checkpoint, file), "model", trust, external)
+        module = build_stored(_model_config(checkpoint, file), "model", trust, external, offered)
     except UntrustedPartError as error:
         raise UntrustedPartError(f"{file}: {error}") from error
     except ValueError as error:
@@ -228,10 +243,15 @@ def weights_of(checkpoint: dict[str, Any], use_ema: bool = True) -> tuple[dict[s
 
 
 def build_module(config: dict[str, Any]) -> LightningModule:
-    """Instantiates ``config["model"]`` of a resolved configuration that the user has composed, not of a checkpoint."""
+    """Instantiates ``config["model"]`` of a resolved configuration that the user has composed, not of a checkpoint.
+
+    The module's `own_files` are those that the configuration names (`keygrip.training.system.System`)."""
     from hydra.utils import instantiate
 
-    return instantiate(OmegaConf.create(copy.deepcopy(config["model"])), _convert_="all")
+    module = instantiate(OmegaConf.create(copy.deepcopy(config["model"])), _convert_="all")
+    if hasattr(module, "own_files"):
+        module.own_files = external_settings(config["model"])
+    return module
 
 
 def external_files(cfg: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ and only where it lies in keygrip's own rooms or in a package that the caller na
 ``from_checkpoint`` gives settings that are replaced when the part is built from a checkpoint, because the checkpoint
 brings what they would load: weights from a file, a run to start from. ``external`` names settings that point to
 files which the checkpoint does not bring (weights of another project's frozen encoder); the caller must name those
-files, the checkpoint may not.
+files, the checkpoint may not. A run that is going on has named them: `external_settings` of its own configuration.
 """
 
 from __future__ import annotations
@@ -127,7 +127,13 @@ def _mark(kind: str, cls: Class, *, from_checkpoint: Mapping[str, Any], external
     return cls
 
 
-def build_stored(config: Any, where: str, trust: Sequence[str] = (), external: Mapping[str, Any] | None = None) -> Any:
+def build_stored(
+    config: Any,
+    where: str,
+    trust: Sequence[str] = (),
+    external: Mapping[str, Any] | None = None,
+    offered: Mapping[str, Any] | None = None,
+) -> Any:
     """Builds what a stored configuration says, if every part of it is declared.
 
     Args:
@@ -135,6 +141,7 @@ def build_stored(config: Any, where: str, trust: Sequence[str] = (), external: M
         where: its place in the checkpoint, for messages ("model").
         trust: packages beside keygrip whose declared parts may be built; importing them runs their code.
         external: values of settings that name files outside the checkpoint, by dotted key, "network.geometry.weights".
+        offered: as `external`, for those that the checkpoint has; others are left aside.
 
     Raises:
         UntrustedPartError: a name that is not a declared part, a directive of Hydra that calls something, an
@@ -152,7 +159,7 @@ def build_stored(config: Any, where: str, trust: Sequence[str] = (), external: M
     given = dict(external or {})
     for place, node in list(_nodes(ready, where)):
         if "_target_" in node:
-            _prepare(node, place, place.removeprefix(where).lstrip("."), given)
+            _prepare(node, place, _key(place, where), given, offered or {})
     if given:
         raise ValueError(f"external: {', '.join(sorted(given))} is no setting of this checkpoint that names a file")
     if not isinstance(ready, dict | list):
@@ -164,6 +171,35 @@ def build_stored(config: Any, where: str, trust: Sequence[str] = (), external: M
         raise ValueError(
             f"{where}: the stored settings do not fit this keygrip: {str(cause).splitlines()[0]}"
         ) from error
+
+
+def external_settings(config: Any) -> dict[str, Any]:
+    """The settings of a model's own configuration that name files which no checkpoint will hold, by dotted key.
+
+    Args:
+        config: resolved, and composed by the user in this process: its classes are imported. What a checkpoint says of
+            its files is no permission to read them.
+    """
+    from hydra.utils import get_object
+
+    found: dict[str, Any] = {}
+    for place, node in _nodes(config, ""):
+        part = getattr(get_object(node["_target_"]), MARK, None) if "_target_" in node else None
+        for setting in part.external if isinstance(part, Part) else ():
+            if node.get(setting) is not None:
+                found[_key(f"{place}.{setting}", "")] = node[setting]
+    return found
+
+
+def named_packages(config: Any) -> tuple[str, ...]:
+    """The packages beside keygrip whose classes a user's own configuration names."""
+    targets = [str(node["_target_"]) for _, node in _nodes(config, "") if "_target_" in node]
+    return tuple(sorted({target.partition(".")[0] for target in targets} - {"keygrip"}))
+
+
+def _key(place: str, where: str) -> str:
+    """A place as a dotted key below `where`."""
+    return place.removeprefix(where).lstrip(".")
 
 
 def check_plain(config: Any, where: str) -> None:
@@ -285,7 +321,7 @@ def _decorator(node: ast.expr) -> str:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
-def _prepare(node: dict[str, Any], place: str, key: str, given: dict[str, Any]) -> None:
+def _prepare(node: dict[str, Any], place: str, key: str, given: dict[str, Any], offered: Mapping[str, Any]) -> None:
     """Imports a declared class and puts in what is not taken from the checkpoint's word."""
     module, _, name = node["_target_"].rpartition(".")
     cls = getattr(importlib.import_module(module), name, None)
@@ -298,6 +334,8 @@ def _prepare(node: dict[str, Any], place: str, key: str, given: dict[str, Any]) 
         dotted = f"{key}.{setting}".lstrip(".")
         if dotted in given:
             node[setting] = given.pop(dotted)
+        elif dotted in offered:
+            node[setting] = offered[dotted]
         elif node.get(setting) is not None:
             raise UntrustedPartError(
                 f"{place}.{setting}: the checkpoint names files outside itself ({str(node[setting])[:80]!r}), which "

@@ -38,6 +38,8 @@ class System(LightningModule):
         toy_overrides: of `keygrip.train`, a data set among them, that make the model small enough to train a step of in
             a second; the contract suite of the tests trains every model so.
         usage: lines of Python for the model card of an export, with {name} for its folder; None: `keygrip.load`.
+        own_files: files that the run's settings name and no checkpoint holds, by dotted key; set where a run builds its
+            module. A run that this one starts from may need the same.
 
     Args:
         optimizer: the recipe of optimiser and schedule.
@@ -53,6 +55,7 @@ class System(LightningModule):
     def __init__(self, optimizer: AdamW) -> None:
         super().__init__()
         self.optimizer_recipe = optimizer
+        self.own_files: Mapping[str, Any] = {}
 
     def trained_part(self) -> nn.Module:
         """The module whose parameters the optimiser gets."""
@@ -95,11 +98,12 @@ class System(LightningModule):
 
         Args:
             path: run folder or checkpoint; its EMA weights, where it has them. kind: what this is, for messages.
+            Files that it needs and does not hold are those of this run's own settings (`own_files`).
 
         Raises:
             FileNotFoundError, ValueError: it is missing, of another model, or does not fit.
         """
-        before = load_module(path)
+        before = load_module(path, offered=self.own_files)
         if not isinstance(before, type(self)):
             raise ValueError(f"model.init_from={path} holds a {type(before).__name__}, not {kind}")
         try:

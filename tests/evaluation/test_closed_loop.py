@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,8 @@ import pytest
 from keygrip.data.video import read_video
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.evaluation import closed_loop
-from keygrip.evaluation.callback import write_result
 from keygrip.evaluation.closed_loop import ClosedLoop, ConditionResult, EpisodeResult, summarise
+from keygrip.evaluation.rollout_report import write_report
 from keygrip.evaluation.statistics import wilson_interval
 from keygrip.models.policy import Plan
 from keygrip.runtime.chunk_execution import RecedingHorizon
@@ -86,7 +87,7 @@ def test_a_policy_that_knows_succeeds_and_is_filmed(monkeypatch: pytest.MonkeyPa
     steps = round(results[0].episodes[0].seconds * 10)
     assert frames.shape == (steps + 1, 128, 128, 3)
     assert frames.std() > 10
-    write_result(tmp_path / "result.json", figures, results)
+    assert write_report(results, tmp_path / "result.json", tasks=False) == {"conditions": figures}
     stored = json.loads((tmp_path / "result.json").read_text())
     assert stored["episodes"]["as_trained"][0]["video"] == film.name
 
@@ -128,6 +129,49 @@ def test_the_policys_own_failure_is_counted_not_raised(monkeypatch: pytest.Monke
     (result,) = run(monkeypatch, None)
     assert result.summary()["failures"] == {"policy_error": 3}
     assert result.episodes[0].detail == "no ray meets its plane"
+
+
+def test_an_evaluation_that_fails_keeps_the_episodes_that_had_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    original, seeds = closed_loop.run_episode, []
+
+    def third_fails(environment: Any, policy: Any, control: Any, seed: int, video: Any) -> EpisodeResult:
+        seeds.append(seed)
+        if len(seeds) == 3:
+            raise RuntimeError("the simulator became unstable")
+        return original(environment, policy, control, seed, video)
+
+    monkeypatch.setattr(closed_loop, "run_episode", third_fails)
+    with pytest.raises(RuntimeError, match="unstable"):
+        run(monkeypatch, tmp_path, videos=0)
+    kept = [json.loads(line) for line in (tmp_path / "episodes.jsonl").read_text().splitlines()]
+    assert [(each["condition"], each["seed"], each["success"]) for each in kept] == [
+        ("as_trained", 1_000_000, True),
+        ("as_trained", 1_000_001, True),
+    ]
+    assert f"2 of 3 episodes had ended: {tmp_path / 'episodes.jsonl'}" in caplog.text
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_episodes_of_a_process_that_died_are_run_again_once(deaths: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[int]] = []
+
+    def one_at_a_time(self: ClosedLoop, checkpoint: Path, jobs: Any, processes: int, results: Any) -> None:
+        asked.append([job.seed for job in jobs])
+        for job in jobs:
+            results.add(job, EpisodeResult(job.seed, True, None, 1.0, 1, 1.0, None, None))
+            if len(asked) <= deaths:
+                raise BrokenProcessPool
+
+    monkeypatch.setattr(ClosedLoop, "_run_in_pool", one_at_a_time)
+    if deaths == 2:
+        with pytest.raises(ValueError, match=r"closed-loop evaluation died .*, twice"):
+            run(monkeypatch, None, processes=2)
+    else:
+        (result,) = run(monkeypatch, None, processes=2)
+        assert [episode.seed for episode in result.episodes] == [1_000_000, 1_000_001, 1_000_002]
+    assert asked == [[1_000_000, 1_000_001, 1_000_002], [1_000_001, 1_000_002]]
 
 
 def test_unknown_options_and_empty_conditions_are_named() -> None:

@@ -5,24 +5,27 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from gym_lab import GOAL
-from omegaconf import OmegaConf
 
+from keygrip.config import option_of
 from keygrip.data.video import read_video
 from keygrip.envs.environment import Environment, open_environment
 from keygrip.envs.gymnasium_environment import GymnasiumTask
+from keygrip.envs.metaworld.tasks import MT10, MetaWorldTask
 from keygrip.envs.workers import run_jobs
 from keygrip.envs.yam.environment import YamCell
+from keygrip.envs.yam.handover import HandoverTask
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.evaluation.closed_loop import ClosedLoop, ConditionResult
-from keygrip.evaluation.environments import environment_settings, over_tasks, task_conditions
-from keygrip.evaluation.kinds import Evaluated
+from keygrip.evaluation.environments import EnvironmentSettings, environment_settings, task_conditions
 from keygrip.evaluation.rollout_grid import grid_of_rollouts
+from keygrip.evaluation.rollout_report import over_tasks
 from keygrip.evaluation.rollouts import EpisodeResult
 from keygrip.models.policy import Needs, Plan
 from keygrip.training.parts import UntrustedPartError
@@ -82,6 +85,16 @@ def test_episodes_in_another_process_are_those_of_this_one(tmp_path: Path, monke
     assert len(list((tmp_path / "elsewhere" / "videos").iterdir())) == 1
 
 
+def test_an_environment_is_checked_where_its_episodes_will_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", ":".join([str(Path(__file__).parents[2]), SUPPORT]))
+    there = ClosedLoop(POINT, {"point": [{}]}, image_size=32, python=sys.executable)
+    there.check(Needs(arms=("right",), instruction=True))
+    with pytest.raises(ValueError, match="has 1 arms, the policy moves 2: left, right"):
+        there.check(Needs(arms=("left", "right")))
+    with pytest.raises(ValueError, match=r"give env\.image_size=32"):
+        replace(there, image_size=64).check(None)
+
+
 def test_a_missing_interpreter_and_a_failing_worker_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"no Python interpreter at nowhere/python.*env\.python"):
         drive(None, python="nowhere/python")
@@ -137,44 +150,105 @@ def test_what_the_environment_does_not_give_is_no_failed_episode(
         drive(None)
 
 
-RECORDED = dict.fromkeys(("task", "tasks", "image_size", "hz", "cameras", "python")) | {
-    "name": "recorded",
-    "control": {},
-}
+RECORDED = option_of("env", "recorded")
 
 
-def trained_on(root: Path | None, **data: Any) -> Evaluated:
-    config = OmegaConf.create({"data": {"root": root and str(root), "record": {}, "cameras": None} | data})
-    return Evaluated(Module(), config, Path("checkpoint"), root)  # type: ignore[arg-type]
+def trained_on(root: Path | None, **data: Any) -> dict[str, Any]:
+    return {"root": root and str(root), "record": {}, "cameras": None} | data
+
+
+def write_recording(root: Path, *demos: str, **settings: Any) -> None:
+    for name in demos:
+        (root / name).mkdir(parents=True)
+        (root / name / "metadata.json").write_text("{}")
+    (root / "recording.json").write_text(json.dumps({"settings": settings}))
+
+
+def chosen(data: dict[str, Any], name: str, **changes: Any) -> EnvironmentSettings:
+    return environment_settings(data, option_of("env", name) | changes)
 
 
 def test_a_recorded_folder_says_where_its_policy_is_evaluated(tmp_path: Path) -> None:
     file = tmp_path / "recording.json"
     with pytest.raises(ValueError, match="does not say in which environment"):
         environment_settings(trained_on(tmp_path), RECORDED)
-    settings = {"task": {"name": "pick", "object_size_m": 0.03}, "image_size": 96, "hz": 5.0}
-    file.write_text(json.dumps({"settings": settings}))
-    found = environment_settings(trained_on(tmp_path), RECORDED)
-    assert (found.task, found.image_size, found.hz) == (TaskOptions(name="pick", object_size_m=0.03), 96, 5.0)
-    file.write_text(json.dumps({"settings": {"environment": "metaworld"}}))
-    with pytest.raises(ValueError, match="env=metaworld"):
-        environment_settings(trained_on(tmp_path), RECORDED)
-    file.write_text(json.dumps({"settings": {"environment": "gymnasium", "task": {"id": "os:Lift-v0"}}}))
+    write_recording(tmp_path, task={"name": "pick", "object_size_m": 0.03}, image_size=96, hz=5.0)
+    for name in ("recorded", "yam"):
+        found = chosen(trained_on(tmp_path), name)
+        assert (found.task, found.image_size, found.hz) == (TaskOptions(name="pick", object_size_m=0.03), 96, 5.0)
+    write_recording(tmp_path, environment="gymnasium", task={"id": "os:Lift-v0"}, image_size=96, hz=5.0)
     with pytest.raises(ValueError, match=r"env=gymnasium env\.task\.id"):  # it does not say what is imported
         environment_settings(trained_on(tmp_path), RECORDED)
-    several = OmegaConf.create({"data": {"root": ["a", "b"], "record": {}, "cameras": None}})
     with pytest.raises(ValueError, match="trained on several data sets"):
-        environment_settings(replace(trained_on(tmp_path), config=several), RECORDED)
+        environment_settings({"root": ["a", "b"], "record": {}, "cameras": None}, RECORDED)
     for broken in ("[]", "{", '{"settings": 3}', '{"settings": {"task": {"nmae": "pick"}}}', '{"settings": {}}'):
         file.write_text(broken)
         with pytest.raises(ValueError, match="does not describe a recording"):
             environment_settings(trained_on(tmp_path), RECORDED)
 
 
+def test_what_a_chosen_environment_leaves_open_is_as_recorded_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_recording(tmp_path, task={"name": "pick", "object_size_m": 0.03}, image_size=96, hz=5.0)
+    kind = {"_target_": "keygrip.envs.yam.tasks.TaskOptions"}
+    found = chosen(trained_on(tmp_path), "yam", task=kind | {"object_size_m": 0.05}, image_size=128)
+    assert found.task == TaskOptions(name="pick", object_size_m=0.05)
+    assert (found.image_size, found.hz) == (128, 5.0)
+    assert "env.image_size=128, and the demonstrations were recorded with 96" in caplog.text
+    caplog.clear()
+    elsewhere = chosen(trained_on(tmp_path), "yam_handover")
+    assert (elsewhere.task, elsewhere.image_size, elsewhere.hz) == (HandoverTask(), 224, 10.0)
+    assert "recorded in yam; the policy is judged in yam_handover" in caplog.text
+    handover = tmp_path / "handover"
+    handover.mkdir()
+    write_recording(handover, task={"name": "handover", "camera": "front"}, image_size=96, hz=5.0)
+    for name in ("recorded", "yam_handover"):
+        found = chosen(trained_on(handover, camera="over"), name)
+        assert (found.task, found.image_size, found.cameras) == (HandoverTask(camera="front"), 96, ["over"])
+    simulated = {"task": kind | {"name": "reach"}, "image_size": 72, "hz": 5.0}
+    found = chosen(trained_on(None, record=simulated, camera="over"), "yam")
+    assert (found.task, found.image_size, found.hz, found.cameras) == (TaskOptions(name="reach"), 72, 5.0, None)
+    unknown = chosen(trained_on(tmp_path / "a_real_robot", camera="table"), "yam")
+    assert (unknown.task, unknown.image_size, unknown.cameras) == (TaskOptions(), 224, None)
+
+
+def test_a_recording_of_meta_world_says_tasks_size_and_cameras(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    demos = ("push-v3_0000000", "push-v3_0000004", "assembly-v3_0000001", ".reach-v3_0000000.12-ab.partial")
+    recording = {"environment": "metaworld", "every": 4, "image_size": 448, "cameras": ["corner3", "topview"]}
+    write_recording(tmp_path, *demos, **recording, shadows=True)
+    data = trained_on(tmp_path, camera="corner3", cameras=["corner3", "topview"])
+    for name in ("recorded", "metaworld"):
+        found = chosen(data, name)
+        assert found.task == MetaWorldTask(camera="corner3", shadows=True)
+        assert found.tasks == ("push-v3", "assembly-v3")
+        assert (found.image_size, found.hz, found.cameras) == (448, 80.0, ["corner3", "topview"])
+        assert found.python == ".venv-metaworld/bin/python"
+        assert found.control == {"execute_seconds": 0.6}
+    assert chosen(trained_on(tmp_path, camera="topview"), "metaworld").cameras == ["topview"]
+    assert not caplog.records
+    given = chosen(data, "metaworld", tasks=["reach", "push"], image_size=224)
+    assert (given.tasks, given.image_size) == (("reach-v3", "push-v3"), 224)
+    assert "recorded with 448" in caplog.text
+    assert "env.tasks names reach-v3, of which there are no demonstrations" in caplog.text
+    anywhere = chosen(trained_on(tmp_path / "elsewhere"), "metaworld")
+    assert (anywhere.tasks, anywhere.image_size) == (MT10, 224)
+    write_recording(tmp_path / "empty", "other_0000000", **recording)
+    with pytest.raises(ValueError, match="holds no demonstrations"):
+        chosen(trained_on(tmp_path / "empty"), "recorded")
+
+
 def test_settings_of_an_environment_that_nothing_reads_are_refused(tmp_path: Path) -> None:
     for name in ("control", "task"):
         with pytest.raises(ValueError, match=rf"env\.{name} has no effect with env=recorded: give {name}\.OPTION"):
             environment_settings(trained_on(tmp_path), RECORDED | {name: {"execute_seconds": 0.6}})
+    with pytest.raises(ValueError, match=r"env\.image_size is as recorded: give env=yam, yam_handover, metaworld or"):
+        environment_settings(trained_on(tmp_path), RECORDED | {"image_size": 96})
+    several = chosen(trained_on(tmp_path), "metaworld", tasks=["reach"])
+    with pytest.raises(ValueError, match="conditions are for one task"):
+        several.closed_loop(partial(ClosedLoop, conditions={"as_recorded": [{}]}))
 
 
 def test_a_checkpoint_names_no_module_through_its_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,23 +256,24 @@ def test_a_checkpoint_names_no_module_through_its_task(tmp_path: Path, monkeypat
     (tmp_path / "stored_canary.py").write_text(f"open({str(canary)!r}, 'w')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     task = {"_target_": "keygrip.envs.gymnasium_environment.GymnasiumTask", "id": "stored_canary:Lift-v0"}
-    config = OmegaConf.create({"data": {"root": None, "record": {"task": task, "image_size": 32, "hz": 10.0}}})
-    with pytest.raises(UntrustedPartError, match="say where to judge it: env=yam, metaworld or gymnasium"):
-        environment_settings(replace(trained_on(tmp_path), config=config), RECORDED)
+    data = {"root": None, "record": {"task": task, "image_size": 32, "hz": 10.0}}
+    with pytest.raises(UntrustedPartError, match="say where to judge it: env=yam, yam_handover, metaworld or gym"):
+        environment_settings(data, RECORDED)
+    assert chosen(data, "yam").task == TaskOptions()
     assert not canary.exists()
 
 
 def test_a_policy_is_evaluated_with_the_camera_that_it_was_trained_on(tmp_path: Path) -> None:
-    settings = {"task": {"name": "pick"}, "image_size": 96, "hz": 5.0}
-    (tmp_path / "recording.json").write_text(json.dumps({"settings": settings}))
+    write_recording(tmp_path, task={"name": "pick"}, image_size=96, hz=5.0)
     for camera, expected in (("over", None), ("front", ["front"]), ("somewhere", None)):
         assert environment_settings(trained_on(tmp_path, camera=camera), RECORDED).cameras == expected
     both = trained_on(tmp_path, camera="front", cameras=["front", "over"])
     assert environment_settings(both, RECORDED).cameras == ["front", "over"]
     task = {"_target_": "keygrip.envs.gymnasium_environment.GymnasiumTask", "id": "Lift-v0"}
-    env = RECORDED | {"name": "gymnasium", "task": task, "image_size": 32, "hz": 10.0}
-    assert environment_settings(trained_on(tmp_path, camera="side"), env).cameras == ["side"]
-    assert environment_settings(trained_on(tmp_path, camera="side"), env | {"cameras": ["over"]}).cameras == ["over"]
+    write_recording(tmp_path, environment="gymnasium", task={"id": "Lift-v0"}, image_size=32, hz=20.0)
+    side = chosen(trained_on(tmp_path, camera="side"), "gymnasium", task=task)
+    assert (side.cameras, side.image_size, side.hz) == (["side"], 32, 20.0)
+    assert chosen(trained_on(tmp_path, camera="side"), "gymnasium", task=task, cameras=["over"]).cameras == ["over"]
 
 
 def test_figures_over_tasks_are_means_of_tasks_with_pooled_intervals() -> None:

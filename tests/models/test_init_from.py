@@ -36,9 +36,19 @@ def test_a_policy_starts_from_another_run(tmp_path: Path, monkeypatch: pytest.Mo
         keygrip.train(other)
 
 
+def test_new_words_come_beside_those_of_the_other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    common = ["model=volume_query_language", *VolumeQueryModule.toy_overrides, *QUICK, "max_steps=1"]
+    keygrip.train([*common, "run_dir=first"])
+    keygrip.train([*common, "data.record.task.name=pick", "model.init_from=first", "run_dir=second"])
+    reach, pick = (keygrip.load(name).network.instruction_encoder for name in ("first", "second"))
+    assert reach.unknown_words("touch the ball and pick up the cube") == ["and", "pick", "up", "cube"]
+    assert pick.unknown_words("touch the ball and pick up the cube") == ["and"]
+
+
 def test_a_vla_starts_with_the_words_of_the_other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = ready_module(tmp_path / "before")
-    monkeypatch.setattr("keygrip.training.system.load_module", lambda path: before)
+    monkeypatch.setattr("keygrip.training.system.load_module", lambda path, **options: before)
     after = small_module()
     with torch.no_grad():
         for value in after.network.parameters():

@@ -30,6 +30,7 @@ VLA = ("model=geometry_vla", "data=yam_language")
         ((), "callbacks.checkpoint.mode=max", "callbacks.checkpoint.monitor=val/loss"),
         (("data.root=here", "data.camera=front"), "data.record.task.camera=wrist", "data.root=null"),
         (("data.root=here",), "data.record.demos=5", "data.root=null"),
+        (("data.root=here", "closed_loop=yam"), "data.record.task.object=bar", "data.root=null"),
         (("closed_loop=yam",), "callbacks.closed_loop.closed_loop.control.ensemble_decay=1", ""),
         ((*VLM, "model.refinement=0"), "model.refinement_from=0.5", "model.refinement=1"),
         ((*VLM, "model.monitor_every_n_steps=0"), "model.monitor_from_step=5", "model.monitor_every_n_steps=10"),
@@ -63,7 +64,6 @@ def test_an_idle_setting_is_refused_with_what_would_read_it(choices: tuple[str, 
     "overrides",
     [
         ("data.root=here", "data.record.task.camera=wrist"),  # data.camera takes its value from there
-        ("data.root=here", "closed_loop=yam", "data.record.task.object=bar"),  # and so does the task of the episodes
         ("experiment=demo", "data.root=here"),  # the experiment's data.record is nobody's wish
         (
             *VLA,

@@ -146,12 +146,12 @@ class VolumeQueryModule(System):
                 statistics.fingerprint,
             )
             report |= {f"rotation/{arm}/{name}": value for name, value in fitted.items()}
-        encoder = self.network.instruction_encoder
-        if encoder is not None:
-            encoder.prepare(statistics.instructions)
-            report["instructions"] = len(statistics.instructions)
         if self.init_from is not None:
             self.take_weights(self.init_from, "a volume-query policy")
+        encoder = self.network.instruction_encoder
+        if encoder is not None:  # after the weights: with them came the words of the run before, and these come beside
+            encoder.prepare(statistics.instructions)
+            report["instructions"] = len(statistics.instructions)
         self.by_task = MeansByTask(statistics.instructions)
         self.views = statistics.cameras
         if len(self.views) < 2 and self.network.world_views:

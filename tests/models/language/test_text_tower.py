@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,36 +10,13 @@ import torch
 from keygrip.models.language.text_tower import PretrainedTextTower
 
 transformers = pytest.importorskip("transformers")
-WORDS = ["<pad>", "<start>", "<end>", "<unk>", "open", "the", "drawer", "push", "cube", "red"]
-SIZES: dict[str, Any] = {
-    "vocab_size": len(WORDS), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "max_position_embeddings": 12, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
 
-
-def tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    made = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.post_processor = processors.TemplateProcessing(
-        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 2)]
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<start>", eos_token="<end>", unk_token="<unk>"
-    )
+from tiny_text_tower import tokenizer, write_text_tower  # noqa: E402
 
 
 @pytest.fixture(params=["clip", "siglip"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    if request.param == "clip":
-        model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**SIZES))
-    else:
-        model = transformers.SiglipTextModel(transformers.SiglipTextConfig(**SIZES, projection_size=16))
-    model.save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
-    return tmp_path
+    return write_text_tower(tmp_path, request.param)
 
 
 def test_states_are_transformers_own(folder: Path) -> None:

@@ -1,0 +1,54 @@
+"""What an evaluation in closed loop leaves: figures of each condition, every episode, and a grid of the videos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from keygrip.artifacts import write_json
+from keygrip.envs.metaworld.tasks import DIFFICULTY
+from keygrip.evaluation.closed_loop import ConditionResult, summarise
+from keygrip.evaluation.rollout_grid import grid_of_rollouts
+from keygrip.evaluation.statistics import wilson_interval
+
+
+def write_report(results: list[ConditionResult], file: Path, tasks: bool) -> dict[str, Any]:
+    """Writes figures and episodes as JSON, and beside it, for several tasks, a grid of their videos.
+
+    Args:
+        file: in the folder that holds `videos`. tasks: whether the conditions are tasks.
+
+    Returns:
+        `conditions`: the figures by name; of several tasks also `all`: see `over_tasks`.
+    """
+    report: dict[str, Any] = {"conditions": summarise(results)}
+    if tasks:
+        report["all"] = over_tasks(results)
+    episodes = {result.name: [vars(episode) for episode in result.episodes] for result in results}
+    write_json(file, {**report, "episodes": episodes})
+    if tasks:
+        grid_of_rollouts(results, file.parent / "videos", file.parent / "rollouts.mp4")
+    return report
+
+
+def over_tasks(results: Sequence[ConditionResult]) -> dict[str, Any]:
+    """Figures over several tasks, each a condition: the mean of their success rates, and by difficulty group.
+
+    `success_low` and `success_high` are the 95 % Wilson interval of the pooled episodes.
+    """
+
+    def pooled(chosen: Sequence[ConditionResult]) -> dict[str, Any]:
+        episodes = [episode for result in chosen for episode in result.episodes]
+        won = sum(episode.success for episode in episodes)
+        low, high = wilson_interval(won, len(episodes))
+        rates = [sum(episode.success for episode in each.episodes) / len(each.episodes) for each in chosen]
+        mean = sum(rates) / len(rates)
+        counts = {"tasks": len(chosen), "episodes": len(episodes), "successes": won}
+        return {"success_rate": mean, "success_low": low, "success_high": high, **counts}
+
+    groups: dict[str, list[ConditionResult]] = {}
+    for result in results:
+        groups.setdefault(DIFFICULTY.get(result.name, "other"), []).append(result)
+    order = [group for group in ("easy", "medium", "hard", "very_hard", "other") if group in groups]
+    return pooled(results) | {"by_difficulty": {group: pooled(groups[group]) for group in order}}
