@@ -225,7 +225,7 @@ class VolumeQueryModule(System):
     def further_views(self, batch: PolicyBatch) -> FurtherViews | None:
         """Views of the cameras beside the first, where the network reads them.
 
-        An image of one colour is a camera that gives none: it is masked.
+        A camera whose image shows nothing is masked.
         """
         if not self.network.world_views or not isinstance(batch, MultiViewPolicyBatch) or batch.images.shape[1] < 2:
             return None

@@ -12,6 +12,7 @@ import torch
 
 from keygrip.data.batches import CLOSED, normalised
 from keygrip.data.robot.augmentation import View
+from keygrip.models.dark_images import image_shows_nothing
 from keygrip.models.geometry.cameras import project
 from keygrip.models.policy import Needs, Observation, Plan, arm_axis, views_of, views_there
 from keygrip.models.volume_query.decoding import Decoder, DecoderName
@@ -133,27 +134,25 @@ class VolumeQueryPolicy:
             )
         return views
 
-    def _nothing(self) -> View:
-        """What a camera sees that gives nothing: an image of one colour is masked."""
+    def _view(self, view: Mapping[str, Any] | None) -> View:
+        """One camera's image as the network takes it; black, which is masked, where it shows nothing.
+
+        The whole image decides, as at the server: what it lets through is left out whatever the cut shows of it.
+        """
         size = self._geometry.image_size
-        return View(np.zeros((size, size, 3), dtype=np.uint8), np.eye(3), np.eye(4), None)
+        if view is None:
+            return View(np.zeros((size, size, 3), dtype=np.uint8), np.eye(3), np.eye(4), None)
+        image = np.asarray(view["image"])
+        if image_shows_nothing(image):
+            image = np.zeros_like(image)
+        return self._geometry.view(image, np.asarray(view["intrinsics"]), np.asarray(view["world_to_camera"]))
 
     def _all_views(
         self, observations: Sequence[Observation]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, FurtherViews]:
         """The first camera's image, intrinsics and pose, and what the others see."""
         module, device = self.module, self.module.device
-        seen = [
-            [
-                self._geometry.view(
-                    np.asarray(view["image"]), np.asarray(view["intrinsics"]), np.asarray(view["world_to_camera"])
-                )
-                if view is not None
-                else self._nothing()
-                for view in self._views(observation)
-            ]
-            for observation in observations
-        ]
+        seen = [[self._view(view) for view in self._views(observation)] for observation in observations]
         stacked = np.stack([np.stack([view.image.transpose(2, 0, 1) for view in views]) for views in seen])
         images = torch.from_numpy(stacked).to(device)
         k, camera = (

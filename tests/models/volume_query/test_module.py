@@ -14,6 +14,7 @@ from keygrip.data.batches import MultiViewPolicyBatch, PolicyBatch
 from keygrip.data.robot.augmentation import ImageGeometry
 from keygrip.data.robot.statistics import DemoStatistics
 from keygrip.models.backbone import DinoBackbone
+from keygrip.models.dark_images import image_shows_nothing
 from keygrip.models.geometry.rotation_codecs import PCARotation
 from keygrip.models.geometry.rotations import rotation_exp
 from keygrip.models.language.instructions import WordTransformer
@@ -401,6 +402,16 @@ def test_a_module_of_several_views(tmp_path: Path, caplog: pytest.LogCaptureFixt
         assert green.world is not None
         assert float(green.world.slice(0).abs().max()) == 0
 
+        noise = torch.randint(0, 3, two.images[:, 1].shape, dtype=torch.uint8)
+        two.images[:, 1] = noise  # a covered lens: the server lets it through, since it is left out
+        covered = world(two, targets, teacher=True).volume
+        assert covered.world is not None
+        assert float(covered.world.slice(0).abs().max()) == 0
+        two.images[:, 1] = noise * 5
+        faint = world(two, targets, teacher=True).volume
+        assert faint.world is not None
+        assert float(faint.world.slice(0).abs().max()) > 0
+
     checkpoint: dict[str, object] = {}
     world.on_save_checkpoint(checkpoint)
     again: VolumeQueryModule = build(("right",), network={"world_views": True})
@@ -437,6 +448,21 @@ def test_a_module_of_several_views(tmp_path: Path, caplog: pytest.LogCaptureFixt
         blind, policy.plan(observation | {"cameras": {"over": view[0], "front": black}}).position
     )
     assert np.abs(blind - planned).max() > 1e-6
+    covered_lens = {**view[1], "image": np.random.default_rng(0).integers(0, 3, (64, 64, 3), dtype=np.uint8)}
+    np.testing.assert_array_equal(
+        blind, policy.plan(observation | {"cameras": {"over": view[0], "front": covered_lens}}).position
+    )
+    # a hundredth of the whole image is bright and a larger share of the cut: what the server sees decides
+    again.statistics._image_field.fill_(0.5)
+    corner = np.zeros((64, 64, 3), dtype=np.uint8)
+    corner[30:36, 30:36] = 200
+    assert image_shows_nothing(corner)
+    assert not image_shows_nothing(corner[16:48, 16:48])
+    with_corner, without = (
+        again.policy().plan(observation | {"cameras": {"over": view[0], "front": other}}).position
+        for other in ({**view[1], "image": corner}, None)
+    )
+    np.testing.assert_array_equal(with_corner, without)
     with pytest.raises(ValueError, match="camera 'over' is None: the volume is that of the first"):
         policy.plan(observation | {"cameras": {"over": None, "front": view[1]}})
     with pytest.raises(ValueError, match="lacks camera 'front'"):
