@@ -138,6 +138,7 @@ class MultiViewPolicyBatch(PolicyTargets):
         depth: float32 [B, V, S, S] metres along the optical axis, 0 where unknown; None where none was asked for.
         cameras: V names, in the order of the views.
         mean, std: the backbone's, for `image`.
+        detail: uint8 [B, 3, Q, Q], the first camera's, as in a `PolicyBatch`; None where none was asked for.
     """
 
     images: Tensor
@@ -147,6 +148,7 @@ class MultiViewPolicyBatch(PolicyTargets):
     cameras: tuple[str, ...]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    detail: Tensor | None = None
 
     def normalised(self, mean: Sequence[float], std: Sequence[float]) -> Tensor:
         """float32 [B, V, 3, S, S] as an encoder with this mean and std wants them."""

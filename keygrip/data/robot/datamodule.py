@@ -85,7 +85,8 @@ class RobotDemos(ResumableData):
         cameras: several cameras, `camera` first: batches are then `MultiViewPolicyBatch`es with these views. None: one
             camera, `PolicyBatch`es. depth: whether those views come with depth.
         image_size, mean, std: the backbone's.
-        detail_size: side in pixels of a sharper cut of the same image that batches hold too; None: they hold none.
+        detail_size: side in pixels of a sharper cut of the first camera's image that batches hold too; None: they hold
+            none.
         field, fit: see `ImageGeometry`. fit "auto": crop or stretch, chosen so that the workspace of the training
             demos stays in view (see :mod:`keygrip.data.robot.workspace_view`).
         augmentation: random views of training images; None: the nominal crop always.
@@ -173,11 +174,8 @@ class RobotDemos(ResumableData):
             )
         if depth and cameras is None:
             raise ValueError("data.depth=true needs data.cameras: only batches of several views hold depth")
-        if detail_size is not None and (cameras is not None or detail_size < image_size):
-            raise ValueError(
-                f"data.detail_size={detail_size} needs one camera (data.cameras=null) and at least the "
-                f"{image_size} pixels of data.image_size"
-            )
+        if detail_size is not None and detail_size < image_size:
+            raise ValueError(f"data.detail_size={detail_size} must be at least data.image_size={image_size}")
         if not (np.isfinite(intervention_weight) and intervention_weight >= 0):
             raise ValueError(f"data.intervention_weight must be finite and at least 0, not {intervention_weight}")
         shares = {"max_broken_share": max_broken_share, "max_off_screen_share": max_off_screen_share}
@@ -303,7 +301,16 @@ class RobotDemos(ResumableData):
             )
 
     def asked_by(self, module: Any) -> None:
-        """Takes over what a model reads of the demonstrations beside images and poses; before `setup`."""
+        """Takes over what a model reads of the demonstrations beside images and poses; before `setup`.
+
+        Raises:
+            ValueError: a setting that this model does not read.
+        """
+        if self.detail_size is not None and not getattr(module, "reads_detail", False):
+            raise ValueError(
+                f"data.detail_size={self.detail_size}: this model has no second look that reads it; leave it out, or "
+                "set model.network.second_look"
+            )
         self.reads_calibration = bool(getattr(module, "reads_calibration", True))
         self.extra_targets = tuple(getattr(module, "extra_targets", ()))
         self.embodiments = tuple(getattr(module, "embodiments", ()))

@@ -150,7 +150,7 @@ class SampleOptions:
         seed: of the augmentation.
         drop_idle_s: see `moving_frames`; None keeps all.
         intervention_weight: how often an epoch holds each frame in which a person corrected a policy.
-        detail_size: side of a sharper cut of the image, pixels; None: none.
+        detail_size: side of a sharper cut of the first camera's image, pixels; None: none.
         extra: of `EXTRA_TARGETS`, what the model reads beside poses. embodiments: robots that it keeps apart.
     """
 
@@ -285,17 +285,12 @@ class MultiViewSamples(DemoSamples):
     def _seen(self, number: int, frame: int, key: SampleKey, common: dict[str, Any]) -> PolicyTargets:
         options = self.options
         generator = sample_generator(options.seed, key)
-        views: list[View] = []
-        for name in self.cameras:
-            camera, pixels = self.demos[number].cameras[name], self._image(number, name, frame)
-            seen = (pixels, camera.intrinsics[frame], camera.world_to_camera[frame], self._depth(number, name, frame))
-            if options.augmentation is None:
-                views.append(options.geometry.view(*seen))
-            else:
-                views.append(options.augmentation.view(generator, options.geometry, *seen))
+        views = [self._view(number, name, frame, generator) for name in self.cameras]
         depth = [view.depth for view in views if view.depth is not None]
+        detail = views[0].detail
         return MultiViewPolicyBatch(
             images=torch.from_numpy(np.stack([view.image.transpose(2, 0, 1) for view in views])),
+            detail=None if detail is None else torch.from_numpy(np.ascontiguousarray(detail.transpose(2, 0, 1))),
             view_intrinsics=_float(np.stack([view.intrinsics for view in views])),
             view_world_to_camera=_float(np.stack([view.world_to_camera for view in views])),
             depth=torch.from_numpy(np.stack(depth)) if depth else None,
@@ -304,6 +299,17 @@ class MultiViewSamples(DemoSamples):
             std=options.geometry.std,
             **common,
         )
+
+    def _view(self, number: int, name: str, frame: int, generator: np.random.Generator) -> View:
+        """One camera's view, augmented where the samples are."""
+        options = self.options
+        camera, pixels = self.demos[number].cameras[name], self._image(number, name, frame)
+        detail_size = options.detail_size if name == options.camera else None
+        depth = self._depth(number, name, frame)
+        seen = (pixels, camera.intrinsics[frame], camera.world_to_camera[frame], depth, detail_size)
+        if options.augmentation is None:
+            return options.geometry.view(*seen)
+        return options.augmentation.view(generator, options.geometry, *seen)
 
     def _depth(self, number: int, camera: str, frame: int) -> np.ndarray | None:
         """H x W uint16 millimetres, where depth is wanted; unknown everywhere (0) where it was not recorded."""

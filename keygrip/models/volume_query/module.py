@@ -173,6 +173,11 @@ class VolumeQueryModule(System):
                 raise ValueError("the checkpoint does not name its cameras: it was not written by this model")
             self.views = tuple(str(name) for name in checkpoint[STATE]["views"])
 
+    @property
+    def reads_detail(self) -> bool:
+        """Whether it reads the sharper image of batches."""
+        return self.network.second_look is not None
+
     def codec(self, arm: str) -> RotationCodec:
         """The rotation codec of one arm."""
         codec = self.codecs[arm]
@@ -241,12 +246,11 @@ class VolumeQueryModule(System):
         """What the second look reads; None where the network has none."""
         if self.network.second_look is None:
             return None
-        detail = getattr(batch, "detail", None)  # batches of several views hold none
-        if detail is None:
+        if batch.detail is None:
             size = self.network.second_look.sharp_size
             raise ValueError(f"model.network.second_look needs the sharper image: set data.detail_size={size}.")
         geometry = self.statistics.geometry
-        return SharpImage(detail, geometry.mean, geometry.std)
+        return SharpImage(batch.detail, geometry.mean, geometry.std)
 
     def instruction_tokens(self, sentences: Sequence[str]) -> Tensor | None:
         """What the network reads of B sentences; None where it reads none."""

@@ -139,8 +139,8 @@ class VolumeQueryPolicy:
 
         The whole image decides, as at the server: what it lets through is left out whatever the cut shows of it.
         """
-        size = self._geometry.image_size
         if view is None:
+            size = self._geometry.image_size
             return View(np.zeros((size, size, 3), dtype=np.uint8), np.eye(3), np.eye(4), None)
         image = np.asarray(view["image"])
         if image_shows_nothing(image):
@@ -163,12 +163,17 @@ class VolumeQueryPolicy:
         mean, std = self._geometry.mean, self._geometry.std
         return normalised(images[:, 0], mean, std), k[:, 0], camera[:, 0], further
 
+    def _first_view(self, observation: Observation) -> Mapping[str, Any]:
+        """What the first camera sees: of a network of one camera, the observation's own image."""
+        return views_of(observation, self.module.views[:1])[0] if self.module.network.world_views else observation
+
     def _sharp_image(self, observations: Sequence[Observation]) -> SharpImage | None:
         look = self.module.network.second_look
         if look is None:
             return None
-        images = [self._geometry.detail(np.asarray(seen["image"]), look.sharp_size) for seen in observations]
-        return SharpImage(torch.stack(images).to(self.module.device), self._geometry.mean, self._geometry.std)
+        images = [np.asarray(self._first_view(seen)["image"]) for seen in observations]
+        details = [self._geometry.detail(image, look.sharp_size) for image in images]
+        return SharpImage(torch.stack(details).to(self.module.device), self._geometry.mean, self._geometry.std)
 
     def _turns(self, planned: torch.Tensor, start: torch.Tensor, gripper: torch.Tensor) -> torch.Tensor:
         """Rotations ``[B, A, T, 4]`` of plans that begin at ``[B, A, 4]`` with the opening ``[B, A]``."""
@@ -195,7 +200,7 @@ class VolumeQueryPolicy:
         if network.world_views and len(module.views) > 1:
             image, k, camera, further = self._all_views(observations)
         else:
-            first = [views_of(seen, module.views)[0] if network.world_views else seen for seen in observations]
+            first = [self._first_view(seen) for seen in observations]
             cut = [self._geometry.apply(np.asarray(one["image"]), np.asarray(one["intrinsics"])) for one in first]
             image = torch.stack([one.to(device) for one, _ in cut])
             k = torch.stack([torch.as_tensor(matrix, dtype=torch.float32, device=device) for _, matrix in cut])

@@ -152,6 +152,33 @@ def test_views_are_cropped_and_coloured_each_by_itself_and_alike_each_time(root:
     assert not torch.equal(first.view_intrinsics[0], first.view_intrinsics[1])
 
 
+def test_the_sharper_cut_is_the_first_views(root: Path, robot_demos: Make) -> None:
+    one, many = (ready(robot_demos(root, **extra, detail_size=64)) for extra in ({}, TWO))
+    ours, theirs = next(iter(many.val_dataloader())), next(iter(one.val_dataloader()))
+    assert (ours.detail.shape, ours.detail.dtype) == ((8, 3, 64, 64), torch.uint8)
+    assert torch.equal(ours.detail, theirs.detail)
+    augmented = {"augmentation": Augmentation(rotate_degrees=5.0), **TWO}
+    plain, sharp = (ready(robot_demos(root, **augmented, **extra)) for extra in ({}, {"detail_size": 64}))
+    for index in range(0, len(sharp.train_samples), 9):
+        without, sample = (module.train_samples[SampleKey(index, 1)] for module in (plain, sharp))
+        assert without.detail is None
+        assert torch.equal(sample.images, without.images)  # to the bit: nothing more is drawn
+        small = torch.nn.functional.avg_pool2d(sample.detail[None].float(), 2)[0]
+        assert float((small - sample.images[0].float()).abs().mean()) < 6
+        assert float((small - sample.images[1].float()).abs().mean()) > 12
+
+
+def test_a_sharper_cut_that_nothing_reads_is_refused(root: Path, robot_demos: Make) -> None:
+    class Looking:
+        reads_detail = True
+
+    robot_demos(root, detail_size=64).asked_by(Looking())
+    with pytest.raises(ValueError, match=r"data\.detail_size=64.*no second look"):
+        robot_demos(root, detail_size=64).asked_by(object())
+    with pytest.raises(ValueError, match=r"at least data\.image_size=32"):
+        robot_demos(root, detail_size=16)
+
+
 def test_new_colours_in_bytes_are_those_of_the_normalised_picture() -> None:
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 255, (12, 12, 3), dtype=np.uint8)
