@@ -227,6 +227,12 @@ class ImageGeometry:
         _check_image(image)
         return _channels_first(cut(image, self.box(image.shape[1], image.shape[0]), size))
 
+    def absent_view(self, depth: bool = False) -> View:
+        """What stands for a camera that is not there, to be masked: black, at the origin; `depth`: unknown."""
+        size = self.image_size
+        metres = np.zeros((size, size), dtype=np.float32) if depth else None
+        return View(np.zeros((size, size, 3), dtype=np.uint8), np.eye(3), np.eye(4), metres)
+
     def view(
         self,
         image: np.ndarray,

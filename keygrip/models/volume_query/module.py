@@ -174,6 +174,11 @@ class VolumeQueryModule(System):
             self.views = tuple(str(name) for name in checkpoint[STATE]["views"])
 
     @property
+    def masks_views(self) -> bool:
+        """Whether cameras beside the first may be missing."""
+        return self.network.world_views
+
+    @property
     def reads_detail(self) -> bool:
         """Whether it reads the sharper image of batches."""
         return self.network.second_look is not None
@@ -240,6 +245,7 @@ class VolumeQueryModule(System):
             batch.view_world_to_camera,
             network=self.network,
             statistics=self.statistics,
+            there=batch.view_mask,
         )
 
     def sharp_image(self, batch: PolicyBatch) -> SharpImage | None:

@@ -140,8 +140,7 @@ class VolumeQueryPolicy:
         The whole image decides, as at the server: what it lets through is left out whatever the cut shows of it.
         """
         if view is None:
-            size = self._geometry.image_size
-            return View(np.zeros((size, size, 3), dtype=np.uint8), np.eye(3), np.eye(4), None)
+            return self._geometry.absent_view()
         image = np.asarray(view["image"])
         if image_shows_nothing(image):
             image = np.zeros_like(image)

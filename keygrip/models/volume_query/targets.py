@@ -115,6 +115,7 @@ def views_of_images(
     world_to_camera: Tensor,
     network: VolumeQueryNetwork,
     statistics: PolicyStatistics,
+    there: Tensor | None = None,
 ) -> FurtherViews:
     """The views beside the first, and where its voxels lie in them.
 
@@ -123,8 +124,11 @@ def views_of_images(
 
     Args:
         images: uint8 ``[B, 1 + V, 3, S, S]``. intrinsics: ``[B, 1 + V, 3, 3]``. world_to_camera: ``[B, 1 + V, 4, 4]``.
+        there: bool ``[B, 1 + V]``, False for views that are masked whatever they show; None: none is.
     """
     shown = ~shows_nothing(images)  # [B, 1 + V]
+    if there is not None:
+        shown = shown & there
     known = torch.isfinite(intrinsics).flatten(2).all(-1) & torch.isfinite(world_to_camera).flatten(2).all(-1)
     centres = height_centres(statistics.height_range, network.height_bins)
     where = project_voxels(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -413,6 +414,8 @@ def test_a_module_of_several_views(tmp_path: Path, caplog: pytest.LogCaptureFixt
         assert float(faint.world.slice(0).abs().max()) > 0
 
     checkpoint: dict[str, object] = {}
+    assert world.masks_views
+    assert not plain.masks_views
     world.on_save_checkpoint(checkpoint)
     again: VolumeQueryModule = build(("right",), network={"world_views": True})
     again.load_state_dict(world.state_dict())
@@ -467,3 +470,46 @@ def test_a_module_of_several_views(tmp_path: Path, caplog: pytest.LogCaptureFixt
         policy.plan(observation | {"cameras": {"over": None, "front": view[1]}})
     with pytest.raises(ValueError, match="lacks camera 'front'"):
         policy.plan(observation | {"cameras": {"over": view[0]}})
+
+
+def test_a_masked_view_trains_as_a_batch_without_it(tmp_path: Path) -> None:
+    """Whatever a masked view holds, loss and gradient are those of the batch that lacks it."""
+    world = build(("right",), network={"world_views": True, "step_features": True, "state": ["height"]})
+    world.set_statistics(statistics(("right",), tmp_path, cameras=("over", "front", "side")))
+
+    def trained(data: MultiViewPolicyBatch, count: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss summed over the steps of the first ``count`` samples, and its gradient."""
+        targets = world.targets(data)
+        assert bool(targets.valid.all())
+        loss = world.losses(world(data, targets, teacher=True), data, targets)["total"] * count
+        world.zero_grad()
+        loss.backward()
+        named = world.network.named_parameters()
+        return loss.detach(), {name: weight.grad.clone() for name, weight in named if weight.grad is not None}
+
+    def only(data: MultiViewPolicyBatch, rows: slice, views: list[int]) -> MultiViewPolicyBatch:
+        parts = ("images", "view_intrinsics", "view_world_to_camera")
+        kept = replace(data.map(lambda part: part[rows]), instruction=data.instruction[rows], view_mask=None)
+        return replace(kept, **{name: getattr(kept, name)[:, views] for name in parts})
+
+    def assert_same(one: Any, other: Any) -> None:
+        torch.testing.assert_close(one[0], other[0], rtol=1e-5, atol=1e-5)
+        assert one[1].keys() == other[1].keys()
+        for name, gradient in one[1].items():
+            torch.testing.assert_close(gradient, other[1][name], rtol=1e-3, atol=2e-5, msg=name)
+
+    data = several(batch(size=4), 3)
+    data.view_world_to_camera[:, 2, 0, 3] += 0.1
+    everything = trained(data, 4)
+    data.view_mask = torch.tensor([[True, False, True]] * 4)
+    masked = trained(data, 4)
+    assert float((masked[0] - everything[0]).abs()) > 1e-3
+    assert_same(masked, trained(only(data, slice(4), [0, 2]), 4))
+    # masked from sample to sample: the sum over the samples, each without the views that it lacks
+    data.view_mask = torch.tensor([[True, False, True], [True, True, False], [True, False, False], [True, True, True]])
+    parts = [
+        trained(only(data, slice(row, row + 1), [view for view in range(3) if data.view_mask[row, view]]), 1)
+        for row in range(4)
+    ]
+    summed = {name: sum((part[1][name] for part in parts), torch.zeros(())) for name in parts[0][1]}
+    assert_same(trained(data, 4), (sum((part[0] for part in parts), torch.zeros(())), summed))
