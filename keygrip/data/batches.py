@@ -139,6 +139,9 @@ class MultiViewPolicyBatch(PolicyTargets):
         depth: float32 [B, V, S, S] metres along the optical axis, 0 where unknown; None where none was asked for.
         cameras: V names, in the order of the views.
         mean, std: the backbone's, for `image`.
+        detail: uint8 [B, 3, Q, Q], the first camera's, as in a `PolicyBatch`; None where none was asked for.
+        view_mask: bool [B, V], True for views that are there, False for black ones in the place of cameras that a demo
+            lacks or that were left out at random; None: all are there.
     """
 
     images: Tensor
@@ -148,6 +151,8 @@ class MultiViewPolicyBatch(PolicyTargets):
     cameras: tuple[str, ...]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    detail: Tensor | None = None
+    view_mask: Tensor | None = None
 
     def normalised(self, mean: Sequence[float], std: Sequence[float]) -> Tensor:
         """float32 [B, V, 3, S, S] as an encoder with this mean and std wants them."""

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.models.policy import Needs, Observation, Plan, Policy, arm_axis, views_of
+from keygrip.models.dark_images import DARK_LEVELS, spread_of_image
+from keygrip.models.policy import Needs, Observation, Plan, Policy, arm_axis, views_of, views_there
 
-LOOKED_AT = 64  # pixels along an image's shorter side, which tell whether it shows anything
 QUATERNION_SLACK = 1e-3  # deviation of a planned quaternion's norm from 1
 GRIPPER_SLACK = 0.05  # how far an opening may lie beyond 0 and 1
 
@@ -43,7 +43,7 @@ class Bounds:
     start_m: float = 0.2
     plan_m: float = 0.1
     speed_m_s: float = 3.0
-    image_levels: float = 4.0
+    image_levels: float = DARK_LEVELS
     centre_share: float = 0.2
 
     def __post_init__(self) -> None:
@@ -56,17 +56,28 @@ class Bounds:
         """Raise ImplausibleError where a camera shows nothing, or its intrinsics are of another resolution.
 
         Args:
-            needs: what the policy reads. masks: it leaves out cameras that show nothing, unless all do.
+            needs: what the policy reads. masks: it leaves out images that show nothing by its own criterion
+                (`keygrip.models.dark_images`); they are let through, unless all are such.
         """
-        views = views_of(observation, needs.cameras) if needs.cameras else [observation]
-        names = needs.cameras or ("",)
-        dark = [name for name, view in zip(names, views, strict=True) if _spread(view["image"]) < self.image_levels]
-        if dark and (not masks or len(dark) == len(views)):
+        names, views = needs.cameras or ("",), [observation]
+        if needs.cameras:
+            views = (views_there if masks else views_of)(observation, needs.cameras)
+        levels = [0.0 if view is None else spread_of_image(view["image"]) for view in views]
+        masked = [masks and spread < DARK_LEVELS for spread in levels]
+        dark = [spread < self.image_levels for spread in levels]
+        refused = [
+            name
+            for name, is_dark, is_masked in zip(names, dark, masked, strict=True)
+            if is_dark and (all(masked) or not is_masked)
+        ]
+        if refused:
             raise ImplausibleError(
-                f"{_image(dark[0])} shows nothing: its brightness varies by less than bounds.image_levels="
+                f"{_image(refused[0])} shows nothing: its brightness varies by less than bounds.image_levels="
                 f"{self.image_levels:g} of 255; is the lens covered, the light off, or the camera not running?"
             )
         for name, view in zip(names, views, strict=True) if needs.calibration else ():
+            if view is None:
+                continue
             height, width = np.shape(view["image"])[:2]
             centre = np.asarray(view["intrinsics"], float)[:2, 2]
             if np.abs(centre / (width, height) - 0.5).max() > self.centre_share:
@@ -168,14 +179,6 @@ class PlausiblePolicy:
 def masks_views(policy: Policy) -> bool:
     """Whether a policy leaves out cameras that show nothing."""
     return bool(getattr(policy, "masks_views", False))
-
-
-def _spread(image: Any) -> float:
-    """Levels between the darkest and the brightest hundredth of an image [H, W, 3] uint8."""
-    pixels = np.asarray(image)
-    step = max(1, min(pixels.shape[:2]) // LOOKED_AT)
-    low, high = np.percentile(pixels[::step, ::step].mean(axis=-1), (1, 99))
-    return float(high - low)
 
 
 def _image(camera: str) -> str:

@@ -31,6 +31,13 @@ VARIANTS = (
     "volume_query_language",
     "volume_query_tuned",
 )  # of modules that are here anyway
+# Options that change what a model is given.
+OPTIONS = {
+    "volume_query_of_two_views": (
+        *("model=volume_query", "model.network.world_views=true", "data.cameras=[over,front]"),
+        *("+data.record.cameras=[over,front]", "model.network.second_look=64", "model.network.look_size=32"),
+    )
+}
 QUICK = [
     *("strategy=cpu", "strategy.precision=32-true", "data.num_workers=0", "max_steps=1", "val_every_n_steps=1"),
     *("limit_val_batches=1", "log_every_n_steps=1", "logger=none", "callbacks.compute=null"),
@@ -94,22 +101,27 @@ EVALUATE = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else []) for name in MODELS]
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in (*VARIANTS, *OPTIONS) else [])
+        for name in (*MODELS, *OPTIONS)
+    ],
 )
 def test_a_model_keeps_its_promises(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # the evaluator of images learns 400 steps: what it finds is tested elsewhere
     monkeypatch.setattr(ClassifierOptions.__init__, "__defaults__", (8, 2, 4, 3e-3, 0.08))
-    node = compose("train", [f"model={name}", "run_dir=x"]).model
+    chosen = OPTIONS.get(name, (f"model={name}",))
+    node = compose("train", [*chosen, "run_dir=x"]).model
     kind: Any = get_class(node._target_)
     assert issubclass(kind, System)
     assert MARK in vars(kind), "declare it with @model_part: else its checkpoints cannot be loaded"
     run = home / "runs" / name
-    result = keygrip.train([f"model={name}", *QUICK, *kind.toy_overrides, f"run_dir={run}"])
+    result = keygrip.train([*chosen, *QUICK, *kind.toy_overrides, f"run_dir={run}"])
     assert result["status"] == "finished"
     assert all(np.isfinite(value) for key, value in result["metrics"].items() if key == "train/loss")
 
     report = keygrip.train.run(  # type: ignore[attr-defined]
-        compose("train", [f"model={name}", *QUICK, *kind.toy_overrides, f"run_dir={run}-dry", "dry_run=true"])
+        compose("train", [*chosen, *QUICK, *kind.toy_overrides, f"run_dir={run}-dry", "dry_run=true"])
     )
     assert report.get("memory", report.get("worst_bucket"))["how"] in ("counted", "measured on the GPU")
 

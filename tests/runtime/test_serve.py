@@ -31,6 +31,10 @@ SMALL = [
 ]  # fmt: skip
 MODELS = {
     "volume_query": ["model=volume_query", "model.network.pred_size=12", "model.log_images_every_n_steps=0"],
+    "volume_query_of_two_views": [
+        "model=volume_query", "model.network.pred_size=12", "model.log_images_every_n_steps=0",
+        "model.network.world_views=true", "model.network.second_look=64", "model.network.look_size=32",
+    ],
     "coordinate_regression": ["model=coordinate_regression", "model.network.width=32"],
     "geometry_vla": [
         "model=geometry_vla", "model.network.blocks=1", "model.network.future_tokens=2", "vlm.vision.patch_size=8",
@@ -74,7 +78,8 @@ def test_the_plan_over_the_wire_is_the_plan_at_home(
     server = running(served, served.needs)
     with RemotePolicy(server.url) as policy:
         assert policy.needs.arms == ("right",)
-        assert policy.needs.cameras == (("over", "front") if name == "geometry_vla" else ())
+        several = name in ("geometry_vla", "volume_query_of_two_views")
+        assert policy.needs.cameras == (("over", "front") if several else ())
         assert policy.needs.instruction == (name == "geometry_vla")
         for _ in range(2):
             ours, theirs = policy.plan(seen), local.plan(seen)

@@ -119,6 +119,15 @@ def test_what_is_seen_is_judged_as_the_policy_reads_it(observation: Observe) -> 
     bounds.refuse_images(covered(seen, "front"), one)  # which it does not read
     with pytest.raises(ImplausibleError, match="'image' shows nothing"):
         bounds.refuse_images({**seen, "image": np.full((48, 64, 3), 7, np.uint8)}, one)
+    absent = {**seen, "cameras": {**seen["cameras"], "front": None}}
+    bounds.refuse_images(absent, both, masks=True)
+    with pytest.raises(ImplausibleError, match="camera 'over' shows nothing"):
+        bounds.refuse_images(covered(absent, "over"), both, masks=True)
+    faint = covered(seen, "front")
+    faint["cameras"]["front"]["image"] = faint["cameras"]["front"]["image"] * 5  # ten levels: the policy reads it
+    bounds.refuse_images(faint, both, masks=True)
+    with pytest.raises(ImplausibleError, match=r"camera 'front' shows nothing.*image_levels=20"):
+        replace(bounds, image_levels=20).refuse_images(faint, both, masks=True)
     bounds.refuse_images(enlarged(seen, "over"), replace(both, calibration=False))
     replace(bounds, centre_share=0.3).refuse_images(enlarged(seen, "over"), both)
     replace(bounds, image_levels=0).refuse_images(covered(seen, "over"), both)

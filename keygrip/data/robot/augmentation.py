@@ -159,12 +159,14 @@ class View:
     Args:
         image: S x S x 3 uint8 RGB. intrinsics: 3x3 and world_to_camera: 4x4 of that image.
         depth: S x S float32 metres along the optical axis, 0 where unknown; None where there was none.
+        detail: Q x Q x 3 uint8 RGB, the same view at a higher resolution; None where none was asked for.
     """
 
     image: np.ndarray
     intrinsics: np.ndarray
     world_to_camera: np.ndarray
     depth: np.ndarray | None
+    detail: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -225,14 +227,25 @@ class ImageGeometry:
         _check_image(image)
         return _channels_first(cut(image, self.box(image.shape[1], image.shape[0]), size))
 
+    def absent_view(self, depth: bool = False) -> View:
+        """What stands for a camera that is not there, to be masked: black, at the origin; `depth`: unknown."""
+        size = self.image_size
+        metres = np.zeros((size, size), dtype=np.float32) if depth else None
+        return View(np.zeros((size, size, 3), dtype=np.uint8), np.eye(3), np.eye(4), metres)
+
     def view(
-        self, image: np.ndarray, intrinsics: np.ndarray, world_to_camera: np.ndarray, depth: np.ndarray | None = None
+        self,
+        image: np.ndarray,
+        intrinsics: np.ndarray,
+        world_to_camera: np.ndarray,
+        depth: np.ndarray | None = None,
+        detail_size: int | None = None,
     ) -> View:
-        """One of several cameras' images, still in bytes; `depth` H x W uint16 millimetres. As `apply` otherwise."""
+        """One of several cameras' images, still in bytes; `depth` H x W uint16 millimetres; `detail_size`: side of a
+        sharper cut that the view holds too. As `apply` otherwise."""
         _check_image(image)
-        return _cut_view(
-            self.box(image.shape[1], image.shape[0]), self.image_size, image, intrinsics, world_to_camera, depth
-        )
+        box = self.box(image.shape[1], image.shape[0])
+        return _cut_view(box, self.image_size, image, intrinsics, world_to_camera, depth, detail_size)
 
 
 @data_part
@@ -346,12 +359,15 @@ class Augmentation:
         intrinsics: np.ndarray,
         world_to_camera: np.ndarray,
         depth: np.ndarray | None = None,
+        detail_size: int | None = None,
     ) -> View:
-        """A random view of one of several cameras' images, still in bytes; `depth` H x W uint16 millimetres. As
-        `apply` otherwise."""
+        """A random view of one of several cameras' images, still in bytes: the other arguments are those of
+        `ImageGeometry.view`. As `apply` otherwise."""
         box = self.box(generator, geometry, image.shape[1], image.shape[0])
-        cut_out = _cut_view(box, geometry.image_size, image, intrinsics, world_to_camera, depth)
-        return replace(cut_out, image=recolour(cut_out.image, self.colours(generator, cut_out.image)))
+        seen = _cut_view(box, geometry.image_size, image, intrinsics, world_to_camera, depth, detail_size)
+        colours = self.colours(generator, seen.image)
+        detail = None if seen.detail is None else recolour(seen.detail, colours)
+        return replace(seen, image=recolour(seen.image, colours), detail=detail)
 
 
 def _channels_first(image: np.ndarray) -> Tensor:
@@ -370,6 +386,7 @@ def _cut_view(
     intrinsics: np.ndarray,
     world_to_camera: np.ndarray,
     depth: np.ndarray | None,
+    detail_size: int | None,
 ) -> View:
     new_intrinsics, new_pose = follow_pixels(box.to_image(size), np.asarray(intrinsics, np.float64), world_to_camera)
     metres = None
@@ -377,7 +394,8 @@ def _cut_view(
         if depth.shape != image.shape[:2]:
             raise ValueError(f"the depth map is {depth.shape}, its image {image.shape[:2]}: they must be aligned")
         metres = cut_depth(depth, box, size).astype(np.float32) / 1000
-    return View(cut(image, box, size), new_intrinsics, new_pose, metres)
+    detail = None if detail_size is None else cut(image, box, detail_size)
+    return View(cut(image, box, size), new_intrinsics, new_pose, metres, detail)
 
 
 def _inside(centre: float, half: float, length: float) -> float:

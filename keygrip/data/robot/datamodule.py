@@ -18,6 +18,7 @@ from keygrip.data.batches import MultiViewPolicyBatch, PolicyBatch, PolicyTarget
 from keygrip.data.robot.augmentation import Augmentation, ImageGeometry
 from keygrip.data.robot.fingerprint import fingerprints, refuse_changed
 from keygrip.data.robot.frame_cache import FrameCache, FrameShape
+from keygrip.data.robot.frames import NoFrames
 from keygrip.data.robot.integrity import data_version
 from keygrip.data.robot.reading import ReadingOptions
 from keygrip.data.robot.recordings import Recording
@@ -28,6 +29,7 @@ from keygrip.data.robot.set_checks import (
     off_screen_shares,
     refuse_flat,
     refuse_missing,
+    report_absent_views,
     report_off_screen,
     report_outliers,
 )
@@ -83,9 +85,12 @@ class RobotDemos(ResumableData):
         calibration: calibration file for foreign formats that need one; with several roots one of each, or one of all.
         camera: which camera the policy sees. arms: which arms it moves, in the order of the batch's arm dimension.
         cameras: several cameras, `camera` first: batches are then `MultiViewPolicyBatch`es with these views. None: one
-            camera, `PolicyBatch`es. depth: whether those views come with depth.
+            camera, `PolicyBatch`es. Of a model that masks views, demos may lack all but the first. depth: whether those
+            views come with depth.
+        view_dropout: probability that a camera beside the first is masked in a training sample; 0: never.
         image_size, mean, std: the backbone's.
-        detail_size: side in pixels of a sharper cut of the same image that batches hold too; None: they hold none.
+        detail_size: side in pixels of a sharper cut of the first camera's image that batches hold too; None: they hold
+            none.
         field, fit: see `ImageGeometry`. fit "auto": crop or stretch, chosen so that the workspace of the training
             demos stays in view (see :mod:`keygrip.data.robot.workspace_view`).
         augmentation: random views of training images; None: the nominal crop always.
@@ -108,7 +113,7 @@ class RobotDemos(ResumableData):
         allow_changed: a run may be resumed on demonstrations that have changed since.
     """
 
-    read_where: ClassVar = {"record": ReadWhere("root", None)}
+    read_where: ClassVar = {"record": ReadWhere("root", None), "view_dropout": ReadWhere("cameras")}
     order_depends_on = ("batch_size", "seed", "balance", "intervention_weight", "weights")
 
     @staticmethod
@@ -153,6 +158,7 @@ class RobotDemos(ResumableData):
         verify: bool = True,
         allow_changed: bool = False,
         weights: Sequence[float] | None = None,
+        view_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if balance not in (None, *BALANCES):
@@ -173,11 +179,12 @@ class RobotDemos(ResumableData):
             )
         if depth and cameras is None:
             raise ValueError("data.depth=true needs data.cameras: only batches of several views hold depth")
-        if detail_size is not None and (cameras is not None or detail_size < image_size):
+        if not 0 <= view_dropout < 1 or (view_dropout and (cameras is None or len(cameras) < 2)):
             raise ValueError(
-                f"data.detail_size={detail_size} needs one camera (data.cameras=null) and at least the "
-                f"{image_size} pixels of data.image_size"
+                f"data.view_dropout={view_dropout} must be at least 0 and below 1, and needs several data.cameras"
             )
+        if detail_size is not None and detail_size < image_size:
+            raise ValueError(f"data.detail_size={detail_size} must be at least data.image_size={image_size}")
         if not (np.isfinite(intervention_weight) and intervention_weight >= 0):
             raise ValueError(f"data.intervention_weight must be finite and at least 0, not {intervention_weight}")
         shares = {"max_broken_share": max_broken_share, "max_off_screen_share": max_off_screen_share}
@@ -196,7 +203,7 @@ class RobotDemos(ResumableData):
         self.format = format
         self.camera, self.arms = camera, tuple(arms)
         self.several, self.cameras = cameras is not None, tuple(cameras or (camera,))
-        self.depth, self.balance, self.detail_size = depth, balance, detail_size
+        self.depth, self.balance, self.detail_size, self.view_dropout = depth, balance, detail_size, view_dropout
         self.fit_to_workspace = fit == "auto"
         chosen = "stretch" if fit == "auto" else fit  # until `setup` knows the workspace
         self.geometry = ImageGeometry(image_size, tuple(mean), tuple(std), field, chosen)  # type: ignore[arg-type]
@@ -215,6 +222,7 @@ class RobotDemos(ResumableData):
         self.prefetch_batches = prefetch_batches
         self.verify, self.allow_changed = verify, allow_changed
         self.reads_calibration = True  # of the model; where it is False, cameras need no calibration
+        self.masks_views = False  # of the model; where it is True, demos may lack the cameras beside the first
         self.extra_targets: tuple[str, ...] = ()  # of the model: what its actions are made of beside poses
         self.embodiments: tuple[str, ...] = ()  # of the model: robots that it keeps apart
         # the folder lies where every node sees it; one process of all records or not at all
@@ -262,7 +270,7 @@ class RobotDemos(ResumableData):
             self.cache_dir = Path.home() / ".cache" / "keygrip" / digest
             log.info("%s cannot be written; what is derived from it goes to %s", self.root, self.cache_dir)
         settings = (self.cameras, self.arms, self.depth, self.max_demos, self.max_broken_share, self.verify)
-        options = ReadingOptions(*settings, calibrated=self.reads_calibration)
+        options = ReadingOptions(*settings, calibrated=self.reads_calibration, masks_views=self.masks_views)
         read = read_roots(self.roots, self.format, options, self.cache_dir)
         demos, self.broken, self.contents, self.root_of = read.demos, read.broken, read.contents, read.root_of
         common_rate(demos)
@@ -271,6 +279,7 @@ class RobotDemos(ResumableData):
             raise ValueError(
                 f"model.actions.embodiments names {', '.join(self.embodiments)}, and there are demos of {other[0]!r}"
             )
+        report_absent_views(demos, self.cameras[1:])
         if self.depth:
             refuse_flat(demos, self.cameras)
         self.demos = demos
@@ -303,7 +312,22 @@ class RobotDemos(ResumableData):
             )
 
     def asked_by(self, module: Any) -> None:
-        """Takes over what a model reads of the demonstrations beside images and poses; before `setup`."""
+        """Takes over what a model reads of the demonstrations beside images and poses; before `setup`.
+
+        Raises:
+            ValueError: a setting that this model does not read.
+        """
+        if self.detail_size is not None and not getattr(module, "reads_detail", False):
+            raise ValueError(
+                f"data.detail_size={self.detail_size}: this model has no second look that reads it; leave it out, or "
+                "set model.network.second_look"
+            )
+        self.masks_views = bool(getattr(module, "masks_views", False))
+        if self.view_dropout and not self.masks_views:
+            raise ValueError(
+                f"data.view_dropout={self.view_dropout:g}: this model masks no views; leave it out, or set "
+                "model.network.world_views=true of a volume-query policy"
+            )
         self.reads_calibration = bool(getattr(module, "reads_calibration", True))
         self.extra_targets = tuple(getattr(module, "extra_targets", ()))
         self.embodiments = tuple(getattr(module, "embodiments", ()))
@@ -349,10 +373,15 @@ class RobotDemos(ResumableData):
             self._frames = {}
             left = int(self.cache_gb * 1e9)
             for camera in self.cameras:
-                tracks = [demo.cameras[camera] for demo in self.demos]
+                tracks = [demo.cameras.get(camera) for demo in self.demos]
                 cache = FrameCache(
-                    [track.frames for track in tracks],
-                    [FrameShape(len(track.frames), track.height, track.width) for track in tracks],
+                    [NoFrames() if track is None else track.frames for track in tracks],
+                    [
+                        FrameShape(0, 0, 0)
+                        if track is None
+                        else FrameShape(len(track.frames), track.height, track.width)
+                        for track in tracks
+                    ],
                     self.cache_dir,
                     camera,
                     left,
@@ -362,7 +391,7 @@ class RobotDemos(ResumableData):
         return self._frames
 
     def _sample_options(
-        self, augmentation: Augmentation | None, drop_idle: bool, weighted: bool = False
+        self, augmentation: Augmentation | None, drop_idle: bool, training: bool = False
     ) -> SampleOptions:
         return SampleOptions(
             self.camera,
@@ -373,15 +402,16 @@ class RobotDemos(ResumableData):
             augmentation,
             self.seed,
             self.drop_idle_s if drop_idle else None,
-            self.intervention_weight if weighted else 1.0,
+            self.intervention_weight if training else 1.0,
             self.detail_size,
             self.extra_targets,
             self.embodiments,
+            self.view_dropout if training else 0.0,
         )
 
     def _samples(self, indices: Sequence[int], augmentation: Augmentation | None, training: bool) -> DemoSamples:
         demos = [self.demos[index] for index in indices]
-        options = self._sample_options(augmentation, drop_idle=training, weighted=training)
+        options = self._sample_options(augmentation, drop_idle=training, training=training)
         if self.several:
             return MultiViewSamples(demos, indices, self.frames, options, self.cameras, self.depth)
         return DemoSamples(demos, indices, self.frames, options)

@@ -41,6 +41,20 @@ def _checked_index(index: int, length: int, what: object) -> int:
 
 
 @dataclass(frozen=True)
+class NoFrames:
+    """The frames of a camera that a demo lacks."""
+
+    def __len__(self) -> int:
+        return 0
+
+    def read(self, index: int) -> np.ndarray:
+        raise IndexError(f"frame {index} asked for of a camera that is not there")
+
+    def identity(self) -> str:
+        return "none"
+
+
+@dataclass(frozen=True)
 class NumberedFiles:
     """One file per frame. `pattern` holds one integer field for the frame number, such as `%06d.jpg`.
 

@@ -25,6 +25,7 @@ class ReadingOptions:
     Args:
         cameras, arms: names that it must have. depth: whether its depth is read. max_demos: the first so many that can
             be read; None: all.
+        masks_views: the model masks views, so that the first camera alone must be there and calibrated.
         max_broken_share: more broken ones than this are an error. verify: check every file and frame once.
         calibrated: cameras whose pose is not known are left out; False for models that read no calibration.
     """
@@ -36,6 +37,7 @@ class ReadingOptions:
     max_broken_share: float = 0.1
     verify: bool = True
     calibrated: bool = True
+    masks_views: bool = False
 
 
 @dataclass
@@ -94,7 +96,8 @@ def read_demos(root: Path, references: Sequence[DemoReference], options: Reading
 
 def _read(reference: DemoReference, options: ReadingOptions) -> Demo:
     demo = reference.read(cameras=options.cameras, uncalibrated=not options.calibrated)
-    missing = [camera for camera in options.cameras if camera not in demo.cameras]
+    needed = options.cameras[:1] if options.masks_views else options.cameras
+    missing = [camera for camera in needed if camera not in demo.cameras]
     if missing and (reason := demo.source.get("uncalibrated", {}).get(missing[0])):
         raise DemoError(demo.name, f"camera {missing[0]!r} is not calibrated, which this model needs: {reason}")
     if missing:

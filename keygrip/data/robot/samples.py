@@ -150,8 +150,9 @@ class SampleOptions:
         seed: of the augmentation.
         drop_idle_s: see `moving_frames`; None keeps all.
         intervention_weight: how often an epoch holds each frame in which a person corrected a policy.
-        detail_size: side of a sharper cut of the image, pixels; None: none.
+        detail_size: side of a sharper cut of the first camera's image, pixels; None: none.
         extra: of `EXTRA_TARGETS`, what the model reads beside poses. embodiments: robots that it keeps apart.
+        view_dropout: probability that a camera beside the first is masked in a sample.
     """
 
     camera: str
@@ -166,6 +167,7 @@ class SampleOptions:
     detail_size: int | None = None
     extra: tuple[str, ...] = ()
     embodiments: tuple[str, ...] = ()
+    view_dropout: float = 0.0
 
 
 class DemoSamples(SubstitutingSamples[PolicyTargets]):
@@ -263,7 +265,7 @@ class MultiViewSamples(DemoSamples):
     """`DemoSamples` of several cameras: samples are unbatched `MultiViewPolicyBatch`es.
 
     Each view is cropped and coloured by itself, as cameras are mounted and balanced one by one; depth follows its
-    image.
+    image. A camera beside the first that the demo lacks is black and masked.
 
     Args (beside those of `DemoSamples`):
         cameras: their names, in the order of the views; the first is `options.camera`.
@@ -285,25 +287,44 @@ class MultiViewSamples(DemoSamples):
     def _seen(self, number: int, frame: int, key: SampleKey, common: dict[str, Any]) -> PolicyTargets:
         options = self.options
         generator = sample_generator(options.seed, key)
-        views: list[View] = []
-        for name in self.cameras:
-            camera, pixels = self.demos[number].cameras[name], self._image(number, name, frame)
-            seen = (pixels, camera.intrinsics[frame], camera.world_to_camera[frame], self._depth(number, name, frame))
-            if options.augmentation is None:
-                views.append(options.geometry.view(*seen))
-            else:
-                views.append(options.augmentation.view(generator, options.geometry, *seen))
+        there = self._there(number, generator)
+        views = [
+            self._view(number, name, frame, generator) if shown else options.geometry.absent_view(self.depth)
+            for name, shown in zip(self.cameras, there, strict=True)
+        ]
         depth = [view.depth for view in views if view.depth is not None]
+        detail = views[0].detail
         return MultiViewPolicyBatch(
             images=torch.from_numpy(np.stack([view.image.transpose(2, 0, 1) for view in views])),
+            detail=None if detail is None else torch.from_numpy(np.ascontiguousarray(detail.transpose(2, 0, 1))),
             view_intrinsics=_float(np.stack([view.intrinsics for view in views])),
             view_world_to_camera=_float(np.stack([view.world_to_camera for view in views])),
             depth=torch.from_numpy(np.stack(depth)) if depth else None,
+            view_mask=torch.tensor(there),
             cameras=self.cameras,
             mean=options.geometry.mean,
             std=options.geometry.std,
             **common,
         )
+
+    def _there(self, number: int, generator: np.random.Generator) -> list[bool]:
+        """Which views a sample shows: of the cameras that the demo has, the first and those that are not dropped."""
+        there = [name in self.demos[number].cameras for name in self.cameras]
+        if self.options.view_dropout:  # without it nothing is drawn: samples are those of a run that has no such option
+            kept = generator.random(len(there) - 1) >= self.options.view_dropout
+            there[1:] = [has and bool(keeps) for has, keeps in zip(there[1:], kept, strict=True)]
+        return there
+
+    def _view(self, number: int, name: str, frame: int, generator: np.random.Generator) -> View:
+        """One camera's view, augmented where the samples are."""
+        options = self.options
+        camera, pixels = self.demos[number].cameras[name], self._image(number, name, frame)
+        detail_size = options.detail_size if name == options.camera else None
+        depth = self._depth(number, name, frame)
+        seen = (pixels, camera.intrinsics[frame], camera.world_to_camera[frame], depth, detail_size)
+        if options.augmentation is None:
+            return options.geometry.view(*seen)
+        return options.augmentation.view(generator, options.geometry, *seen)
 
     def _depth(self, number: int, camera: str, frame: int) -> np.ndarray | None:
         """H x W uint16 millimetres, where depth is wanted; unknown everywhere (0) where it was not recorded."""

@@ -49,9 +49,30 @@ def refuse_missing(
         )
 
 
+def report_absent_views(demos: Sequence[Demo], cameras: Sequence[str]) -> None:
+    """Warns of demos that lack a camera, or its calibration: it is masked in them.
+
+    Raises:
+        ValueError: no demo has it.
+    """
+    for camera in cameras:
+        without = [demo for demo in demos if camera not in demo.cameras]
+        if not without:
+            continue
+        reason = without[0].source.get("uncalibrated", {}).get(camera, "it has no such camera")
+        first = f"first: {without[0].name}: {reason}"
+        if len(without) == len(demos):
+            raise ValueError(f"no demo has a calibrated camera {camera!r}, which data.cameras names ({first})")
+        log.warning("camera %s is masked in %d of %d demos (%s)", camera, len(without), len(demos), first)
+
+
 def refuse_flat(demos: Sequence[Demo], cameras: Sequence[str]) -> None:
     """Raises ValueError: no demo holds depth. Some that hold none are said: theirs counts as unknown."""
-    flat = [demo.name for demo in demos if any(demo.cameras[camera].depth is None for camera in cameras)]
+    flat = [
+        demo.name
+        for demo in demos
+        if any(demo.cameras[camera].depth is None for camera in cameras if camera in demo.cameras)
+    ]
     if len(flat) == len(demos):
         raise ValueError(
             f"data.depth=true, but no demo holds depth for all of {', '.join(cameras)} (first: {flat[0]}); use "

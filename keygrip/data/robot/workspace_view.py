@@ -98,6 +98,7 @@ def fit_to_workspace(
 
 
 def chosen_tracks(demos: Sequence[Demo], camera: str) -> list[CameraTrack]:
-    """A camera in an even choice of the demos; those without calibration are left out."""
+    """A camera in an even choice of the demos; those without it, or its calibration, are left out."""
     every = max(1, len(demos) // DEMOS_AT_MOST)
-    return [track for demo in demos[::every] if not (track := demo.cameras[camera]).uncalibrated]
+    tracks = [demo.cameras[camera] for demo in demos[::every] if camera in demo.cameras]
+    return [track for track in tracks if not track.uncalibrated]

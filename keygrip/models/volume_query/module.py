@@ -178,6 +178,16 @@ class VolumeQueryModule(System):
                 raise ValueError("the checkpoint does not name its cameras: it was not written by this model")
             self.views = tuple(str(name) for name in checkpoint[STATE]["views"])
 
+    @property
+    def masks_views(self) -> bool:
+        """Whether cameras beside the first may be missing."""
+        return self.network.world_views
+
+    @property
+    def reads_detail(self) -> bool:
+        """Whether it reads the sharper image of batches."""
+        return self.network.second_look is not None
+
     def codec(self, arm: str) -> RotationCodec:
         """The rotation codec of one arm."""
         codec = self.codecs[arm]
@@ -230,7 +240,7 @@ class VolumeQueryModule(System):
     def further_views(self, batch: PolicyBatch) -> FurtherViews | None:
         """Views of the cameras beside the first, where the network reads them.
 
-        An image of one colour is a camera that gives none: it is masked.
+        A camera whose image shows nothing is masked.
         """
         if not self.network.world_views or not isinstance(batch, MultiViewPolicyBatch) or batch.images.shape[1] < 2:
             return None
@@ -240,18 +250,18 @@ class VolumeQueryModule(System):
             batch.view_world_to_camera,
             network=self.network,
             statistics=self.statistics,
+            there=batch.view_mask,
         )
 
     def sharp_image(self, batch: PolicyBatch) -> SharpImage | None:
         """What the second look reads; None where the network has none."""
         if self.network.second_look is None:
             return None
-        detail = getattr(batch, "detail", None)  # batches of several views hold none
-        if detail is None:
+        if batch.detail is None:
             size = self.network.second_look.sharp_size
             raise ValueError(f"model.network.second_look needs the sharper image: set data.detail_size={size}.")
         geometry = self.statistics.geometry
-        return SharpImage(detail, geometry.mean, geometry.std)
+        return SharpImage(batch.detail, geometry.mean, geometry.std)
 
     def instruction_tokens(self, sentences: Sequence[str]) -> Tensor | None:
         """What the network reads of B sentences; None where it reads none."""

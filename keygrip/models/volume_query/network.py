@@ -243,8 +243,9 @@ class VolumeQueryNetwork(nn.Module):
         world_views: further calibrated cameras score the voxels too, with the same weights, any number of them. Off:
             the first camera alone.
         couple_arms: every arm sees the others' state and planned steps (`keygrip.models.volume_query.arms`).
-        second_look: side in pixels of a sharper cut of the same image, of which a window around each step's pixel (as
-            `step_features`) corrects gripper and rotation (`keygrip.models.volume_query.second_look`); None: none.
+        second_look: side in pixels of a sharper cut of the first camera's image, of which a window around each step's
+            pixel (as `step_features`) corrects gripper and rotation (`keygrip.models.volume_query.second_look`); None:
+            none.
         look_size: side of that window, in pixels of the sharper image.
         look_backbone: "shared": windows go through the image's backbone; "own": through a copy with weights of its own,
             which begins as the image's where `init_from` names a run without it.
@@ -289,8 +290,6 @@ class VolumeQueryNetwork(nn.Module):
             raise ValueError("model.network.couple_arms=true needs two arms: set data.arms=[left,right].")
         if world_views and coupling != "additive":
             raise ValueError("model.network.world_views=true needs model.network.coupling=additive.")
-        if world_views and second_look is not None:
-            raise ValueError("model.network.second_look looks into one camera: set model.network.world_views=false.")
         if coupling not in ("additive", "bilinear"):
             raise ValueError(f"model.network.coupling is additive or bilinear, not {coupling!r}.")
         if logit_scale not in ("none", "learned"):
@@ -416,7 +415,7 @@ class VolumeQueryNetwork(nn.Module):
             count = 1 if views is None else 1 + views.images.shape[1]
             change = partial(self.instruction.features, states=states, views=count)
             told = {arm: partial(query, states=states) for arm, query in self.instruction.queries.items()}
-        others = None
+        others = usable = None
         if views is None:
             features = self.backbone(image)
             feature_map, cls = self.refiner(features.grid_map(), change), features.cls  # [B, C, P, P], [B, D]
@@ -454,6 +453,9 @@ class VolumeQueryNetwork(nn.Module):
             gripper, rotation = stream.gripper(seen), stream.rotation(seen)
             if self.second_look is not None and sharp is not None:
                 more_gripper, more_rotation = self.second_look(arm, self.backbone, sharp, pixels, trunk)
+                if usable is not None:  # a first image that shows nothing corrects nothing
+                    more_gripper = more_gripper * usable[:, None, None]
+                    more_rotation = more_rotation * usable[:, None, None]
                 gripper, rotation = gripper + more_gripper, rotation + more_rotation
             outputs.append((volume, gripper, rotation))
         volumes, grippers, rotations = zip(*outputs, strict=True)

@@ -12,6 +12,7 @@ import torch
 
 from keygrip.data.batches import CLOSED, normalised
 from keygrip.data.robot.augmentation import View
+from keygrip.models.dark_images import image_shows_nothing
 from keygrip.models.geometry.cameras import project
 from keygrip.models.policy import Needs, Observation, Plan, arm_axis, views_of, views_there
 from keygrip.models.volume_query.decoding import Decoder, DecoderName
@@ -133,27 +134,24 @@ class VolumeQueryPolicy:
             )
         return views
 
-    def _nothing(self) -> View:
-        """What a camera sees that gives nothing: an image of one colour is masked."""
-        size = self._geometry.image_size
-        return View(np.zeros((size, size, 3), dtype=np.uint8), np.eye(3), np.eye(4), None)
+    def _view(self, view: Mapping[str, Any] | None) -> View:
+        """One camera's image as the network takes it; black, which is masked, where it shows nothing.
+
+        The whole image decides, as at the server: what it lets through is left out whatever the cut shows of it.
+        """
+        if view is None:
+            return self._geometry.absent_view()
+        image = np.asarray(view["image"])
+        if image_shows_nothing(image):
+            image = np.zeros_like(image)
+        return self._geometry.view(image, np.asarray(view["intrinsics"]), np.asarray(view["world_to_camera"]))
 
     def _all_views(
         self, observations: Sequence[Observation]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, FurtherViews]:
         """The first camera's image, intrinsics and pose, and what the others see."""
         module, device = self.module, self.module.device
-        seen = [
-            [
-                self._geometry.view(
-                    np.asarray(view["image"]), np.asarray(view["intrinsics"]), np.asarray(view["world_to_camera"])
-                )
-                if view is not None
-                else self._nothing()
-                for view in self._views(observation)
-            ]
-            for observation in observations
-        ]
+        seen = [[self._view(view) for view in self._views(observation)] for observation in observations]
         stacked = np.stack([np.stack([view.image.transpose(2, 0, 1) for view in views]) for views in seen])
         images = torch.from_numpy(stacked).to(device)
         k, camera = (
@@ -164,12 +162,17 @@ class VolumeQueryPolicy:
         mean, std = self._geometry.mean, self._geometry.std
         return normalised(images[:, 0], mean, std), k[:, 0], camera[:, 0], further
 
+    def _first_view(self, observation: Observation) -> Mapping[str, Any]:
+        """What the first camera sees: of a network of one camera, the observation's own image."""
+        return views_of(observation, self.module.views[:1])[0] if self.module.network.world_views else observation
+
     def _sharp_image(self, observations: Sequence[Observation]) -> SharpImage | None:
         look = self.module.network.second_look
         if look is None:
             return None
-        images = [self._geometry.detail(np.asarray(seen["image"]), look.sharp_size) for seen in observations]
-        return SharpImage(torch.stack(images).to(self.module.device), self._geometry.mean, self._geometry.std)
+        images = [np.asarray(self._first_view(seen)["image"]) for seen in observations]
+        details = [self._geometry.detail(image, look.sharp_size) for image in images]
+        return SharpImage(torch.stack(details).to(self.module.device), self._geometry.mean, self._geometry.std)
 
     def _turns(
         self, planned: torch.Tensor, start: torch.Tensor, gripper: torch.Tensor, observations: Sequence[Observation]
@@ -200,7 +203,7 @@ class VolumeQueryPolicy:
         if network.world_views and len(module.views) > 1:
             image, k, camera, further = self._all_views(observations)
         else:
-            first = [views_of(seen, module.views)[0] if network.world_views else seen for seen in observations]
+            first = [self._first_view(seen) for seen in observations]
             cut = [self._geometry.apply(np.asarray(one["image"]), np.asarray(one["intrinsics"])) for one in first]
             image = torch.stack([one.to(device) for one, _ in cut])
             k = torch.stack([torch.as_tensor(matrix, dtype=torch.float32, device=device) for _, matrix in cut])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from keygrip.data.batches import PolicyBatch, normalised
+from keygrip.models.dark_images import shows_nothing
 from keygrip.models.geometry.cameras import inside_image, project
 from keygrip.models.geometry.rotations import quaternion_to_matrix
 from keygrip.models.policy_statistics import PolicyStatistics
@@ -114,16 +115,20 @@ def views_of_images(
     world_to_camera: Tensor,
     network: VolumeQueryNetwork,
     statistics: PolicyStatistics,
+    there: Tensor | None = None,
 ) -> FurtherViews:
     """The views beside the first, and where its voxels lie in them.
 
-    An image of one colour counts as missing, and so does a calibration that is not finite.
+    An image that shows nothing (`keygrip.models.dark_images`) counts as missing, and so does a calibration that is not
+    finite.
 
     Args:
         images: uint8 ``[B, 1 + V, 3, S, S]``. intrinsics: ``[B, 1 + V, 3, 3]``. world_to_camera: ``[B, 1 + V, 4, 4]``.
+        there: bool ``[B, 1 + V]``, False for views that are masked whatever they show; None: none is.
     """
-    values = images.flatten(3)  # [B, 1 + V, 3, SS]: of one colour is an image whose every channel is constant
-    shown = (values.amax(-1) > values.amin(-1)).any(-1)  # [B, 1 + V]
+    shown = ~shows_nothing(images)  # [B, 1 + V]
+    if there is not None:
+        shown = shown & there
     known = torch.isfinite(intrinsics).flatten(2).all(-1) & torch.isfinite(world_to_camera).flatten(2).all(-1)
     centres = height_centres(statistics.height_range, network.height_bins)
     where = project_voxels(

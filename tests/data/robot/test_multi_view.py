@@ -69,6 +69,7 @@ def test_a_batch_has_the_promised_shapes_and_types(root: Path, robot_demos: Make
         "start_position": ((8, 1, 3), torch.float32),
         "position": ((8, 1, 3, 3), torch.float32),
         "action_is_pad": ((8, 1, 3), torch.bool),
+        "view_mask": ((8, 2), torch.bool),
     }
     for name, (shape, kind) in expected.items():
         assert getattr(batch, name).shape == shape, name
@@ -150,6 +151,33 @@ def test_views_are_cropped_and_coloured_each_by_itself_and_alike_each_time(root:
     assert torch.equal(first.depth, again.depth)
     assert not torch.equal(first.view_intrinsics, later.view_intrinsics)
     assert not torch.equal(first.view_intrinsics[0], first.view_intrinsics[1])
+
+
+def test_the_sharper_cut_is_the_first_views(root: Path, robot_demos: Make) -> None:
+    one, many = (ready(robot_demos(root, **extra, detail_size=64)) for extra in ({}, TWO))
+    ours, theirs = next(iter(many.val_dataloader())), next(iter(one.val_dataloader()))
+    assert (ours.detail.shape, ours.detail.dtype) == ((8, 3, 64, 64), torch.uint8)
+    assert torch.equal(ours.detail, theirs.detail)
+    augmented = {"augmentation": Augmentation(rotate_degrees=5.0), **TWO}
+    plain, sharp = (ready(robot_demos(root, **augmented, **extra)) for extra in ({}, {"detail_size": 64}))
+    for index in range(0, len(sharp.train_samples), 9):
+        without, sample = (module.train_samples[SampleKey(index, 1)] for module in (plain, sharp))
+        assert without.detail is None
+        assert torch.equal(sample.images, without.images)  # to the bit: nothing more is drawn
+        small = torch.nn.functional.avg_pool2d(sample.detail[None].float(), 2)[0]
+        assert float((small - sample.images[0].float()).abs().mean()) < 6
+        assert float((small - sample.images[1].float()).abs().mean()) > 12
+
+
+def test_a_sharper_cut_that_nothing_reads_is_refused(root: Path, robot_demos: Make) -> None:
+    class Looking:
+        reads_detail = True
+
+    robot_demos(root, detail_size=64).asked_by(Looking())
+    with pytest.raises(ValueError, match=r"data\.detail_size=64.*no second look"):
+        robot_demos(root, detail_size=64).asked_by(object())
+    with pytest.raises(ValueError, match=r"at least data\.image_size=32"):
+        robot_demos(root, detail_size=16)
 
 
 def test_new_colours_in_bytes_are_those_of_the_normalised_picture() -> None:
@@ -245,9 +273,83 @@ def test_a_demo_that_lacks_a_camera_is_broken(root: Path, robot_demos: Make) -> 
         robot_demos(root, cameras=("over", "wrist")).setup("fit")
 
 
+class MasksViews:
+    masks_views = True
+
+
+def asked(module: RobotDemos) -> RobotDemos:
+    module.asked_by(MasksViews())
+    return ready(module)
+
+
+def test_of_a_model_that_masks_views_a_demo_may_lack_all_but_the_first(
+    root: Path, robot_demos: Make, native_demo: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    native_demo(root / "half", cameras=("over",), seed=8)
+    lost = native_demo(root / "lost", cameras=CAMERAS, seed=9)
+    metadata = json.loads((lost / "metadata.json").read_text())
+    metadata["cameras"]["front"]["uncalibrated"] = "its board was not seen"
+    (lost / "metadata.json").write_text(json.dumps(metadata))
+    native_demo(root / "blind", cameras=("front",), seed=10)
+    settings = {**TWO, "val_fraction": 0.0, "augmentation": Augmentation(), "fit": "auto", "max_broken_share": 0.4}
+    caplog.set_level(logging.WARNING, logger="keygrip")
+    module = asked(robot_demos(root, **settings, cache_gb=0.1))
+    assert "camera front is masked in 2 of 8 demos (first: half: it has no such camera)" in caplog.text
+    assert [error.name for error in module.broken] == ["blind"]  # the first camera stays needed
+    assert module.statistics.cameras == CAMERAS
+    lacking = {index for index, demo in enumerate(module.demos) if demo.name in ("half", "lost")}
+    seen = set()
+    for sample in (module.train_samples[SampleKey(row, 0)] for row in range(0, len(module.train_samples), 5)):
+        absent = int(sample.demo_index) in lacking
+        seen.add(absent)
+        assert sample.view_mask.tolist() == [True, not absent]
+        assert bool(sample.images[0].any())
+        assert bool(sample.images[1].any()) != absent
+        if absent:
+            assert torch.equal(sample.view_world_to_camera[1], torch.eye(4))
+            assert not sample.depth[1].any()
+    assert seen == {True, False}
+    whole = ready(robot_demos(root, **settings))  # of any other model they are broken
+    assert sorted(error.name for error in whole.broken) == ["blind", "half", "lost"]
+    row = module.train_samples.sample_demo.tolist().index(0)
+    one, other = (each.train_samples[SampleKey(row, 0)] for each in (module, whole))
+    for name in ("images", "view_intrinsics", "depth", "view_mask"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    with pytest.raises(ValueError, match=r"no demo has a calibrated camera 'wrist', which data\.cameras names"):
+        asked(robot_demos(root, cameras=("over", "wrist"), max_broken_share=0.4))
+
+
+def test_views_are_dropped_at_random_in_training_alone(root: Path, robot_demos: Make) -> None:
+    settings = {"cameras": CAMERAS, "augmentation": Augmentation()}
+    module, again = (asked(robot_demos(root, **settings, view_dropout=0.3)) for _ in range(2))
+    masks = []
+    for epoch in range(6):
+        for row in range(len(module.train_samples)):
+            sample = module.train_samples[SampleKey(row, epoch)]
+            masks.append(sample.view_mask)
+            assert bool(sample.images[1].any()) == bool(sample.view_mask[1])
+            if row % 17 == 0:  # a function of the sample and the epoch, so that a resumed run draws the same
+                same = again.train_samples[SampleKey(row, epoch)]
+                assert torch.equal(sample.images, same.images)
+                assert torch.equal(sample.view_mask, same.view_mask)
+    shown = torch.stack(masks).float()
+    assert bool((shown[:, 0] == 1).all())
+    assert abs(float(shown[:, 1].mean()) - 0.7) < 4 * (0.21 / len(shown)) ** 0.5
+    assert bool(next(iter(module.val_dataloader())).view_mask.all())
+    assert not torch.equal(
+        shown[: len(module.train_samples)], shown[len(module.train_samples) :][: len(module.train_samples)]
+    )
+    plain, none = asked(robot_demos(root, **settings)), ready(robot_demos(root, **settings, view_dropout=0.0))
+    assert torch.equal(plain.train_samples[SampleKey(3, 1)].images, none.train_samples[SampleKey(3, 1)].images)
+    with pytest.raises(ValueError, match=r"data\.view_dropout=0\.3: this model masks no views"):
+        robot_demos(root, **settings, view_dropout=0.3).asked_by(object())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"view_dropout": 0.2}, r"view_dropout=0\.2.*several data\.cameras"),
+        ({"cameras": CAMERAS, "view_dropout": 1.0}, r"view_dropout=1\.0 must be at least 0 and below 1"),
         ({"cameras": ("front", "over")}, "data.camera=over first"),
         ({"cameras": ("over", "over")}, "each camera once"),
         ({"cameras": ()}, "each camera once"),

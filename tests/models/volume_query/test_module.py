@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from keygrip.data.batches import MultiViewPolicyBatch, PolicyBatch
 from keygrip.data.robot.augmentation import ImageGeometry
 from keygrip.data.robot.statistics import DemoStatistics
 from keygrip.models.backbone import DinoBackbone
+from keygrip.models.dark_images import image_shows_nothing
 from keygrip.models.geometry.rotation_codecs import PCARotation
 from keygrip.models.geometry.rotations import rotation_exp
 from keygrip.models.language.instructions import WordTransformer
@@ -401,7 +403,19 @@ def test_a_module_of_several_views(tmp_path: Path, caplog: pytest.LogCaptureFixt
         assert green.world is not None
         assert float(green.world.slice(0).abs().max()) == 0
 
+        noise = torch.randint(0, 3, two.images[:, 1].shape, dtype=torch.uint8)
+        two.images[:, 1] = noise  # a covered lens: the server lets it through, since it is left out
+        covered = world(two, targets, teacher=True).volume
+        assert covered.world is not None
+        assert float(covered.world.slice(0).abs().max()) == 0
+        two.images[:, 1] = noise * 5
+        faint = world(two, targets, teacher=True).volume
+        assert faint.world is not None
+        assert float(faint.world.slice(0).abs().max()) > 0
+
     checkpoint: dict[str, object] = {}
+    assert world.masks_views
+    assert not plain.masks_views
     world.on_save_checkpoint(checkpoint)
     again: VolumeQueryModule = build(("right",), network={"world_views": True})
     again.load_state_dict(world.state_dict())
@@ -437,7 +451,65 @@ def test_a_module_of_several_views(tmp_path: Path, caplog: pytest.LogCaptureFixt
         blind, policy.plan(observation | {"cameras": {"over": view[0], "front": black}}).position
     )
     assert np.abs(blind - planned).max() > 1e-6
+    covered_lens = {**view[1], "image": np.random.default_rng(0).integers(0, 3, (64, 64, 3), dtype=np.uint8)}
+    np.testing.assert_array_equal(
+        blind, policy.plan(observation | {"cameras": {"over": view[0], "front": covered_lens}}).position
+    )
+    # a hundredth of the whole image is bright and a larger share of the cut: what the server sees decides
+    again.statistics._image_field.fill_(0.5)
+    corner = np.zeros((64, 64, 3), dtype=np.uint8)
+    corner[30:36, 30:36] = 200
+    assert image_shows_nothing(corner)
+    assert not image_shows_nothing(corner[16:48, 16:48])
+    with_corner, without = (
+        again.policy().plan(observation | {"cameras": {"over": view[0], "front": other}}).position
+        for other in ({**view[1], "image": corner}, None)
+    )
+    np.testing.assert_array_equal(with_corner, without)
     with pytest.raises(ValueError, match="camera 'over' is None: the volume is that of the first"):
         policy.plan(observation | {"cameras": {"over": None, "front": view[1]}})
     with pytest.raises(ValueError, match="lacks camera 'front'"):
         policy.plan(observation | {"cameras": {"over": view[0]}})
+
+
+def test_a_masked_view_trains_as_a_batch_without_it(tmp_path: Path) -> None:
+    """Whatever a masked view holds, loss and gradient are those of the batch that lacks it."""
+    world = build(("right",), network={"world_views": True, "step_features": True, "state": ["height"]})
+    world.set_statistics(statistics(("right",), tmp_path, cameras=("over", "front", "side")))
+
+    def trained(data: MultiViewPolicyBatch, count: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss summed over the steps of the first ``count`` samples, and its gradient."""
+        targets = world.targets(data)
+        assert bool(targets.valid.all())
+        loss = world.losses(world(data, targets, teacher=True), data, targets)["total"] * count
+        world.zero_grad()
+        loss.backward()
+        named = world.network.named_parameters()
+        return loss.detach(), {name: weight.grad.clone() for name, weight in named if weight.grad is not None}
+
+    def only(data: MultiViewPolicyBatch, rows: slice, views: list[int]) -> MultiViewPolicyBatch:
+        parts = ("images", "view_intrinsics", "view_world_to_camera")
+        kept = replace(data.map(lambda part: part[rows]), instruction=data.instruction[rows], view_mask=None)
+        return replace(kept, **{name: getattr(kept, name)[:, views] for name in parts})
+
+    def assert_same(one: Any, other: Any) -> None:
+        torch.testing.assert_close(one[0], other[0], rtol=1e-5, atol=1e-5)
+        assert one[1].keys() == other[1].keys()
+        for name, gradient in one[1].items():
+            torch.testing.assert_close(gradient, other[1][name], rtol=1e-3, atol=2e-5, msg=name)
+
+    data = several(batch(size=4), 3)
+    data.view_world_to_camera[:, 2, 0, 3] += 0.1
+    everything = trained(data, 4)
+    data.view_mask = torch.tensor([[True, False, True]] * 4)
+    masked = trained(data, 4)
+    assert float((masked[0] - everything[0]).abs()) > 1e-3
+    assert_same(masked, trained(only(data, slice(4), [0, 2]), 4))
+    # masked from sample to sample: the sum over the samples, each without the views that it lacks
+    data.view_mask = torch.tensor([[True, False, True], [True, True, False], [True, False, False], [True, True, True]])
+    parts = [
+        trained(only(data, slice(row, row + 1), [view for view in range(3) if data.view_mask[row, view]]), 1)
+        for row in range(4)
+    ]
+    summed = {name: sum((part[1][name] for part in parts), torch.zeros(())) for name in parts[0][1]}
+    assert_same(trained(data, 4), (sum((part[0] for part in parts), torch.zeros(())), summed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from keygrip.data.batches import normalised
 from keygrip.data.robot.augmentation import Augmentation, ImageGeometry
 from keygrip.models.volume_query.module import VolumeQueryModule
 from keygrip.models.volume_query.second_look import SharpImage, place_code, windows
-from tests.models.volume_query.test_module import S, T, batch, build
+from tests.models.volume_query.test_module import S, T, batch, build, several, statistics
 from tests.models.volume_query.test_network import build as build_network
 
 Q, L = 128, 32
@@ -154,6 +155,70 @@ def test_policy_looks_as_validation_does(tmp_path: Path) -> None:
     np.testing.assert_allclose(plan.gripper, decoded.gripper[0].numpy(), atol=1e-5)
 
 
+def test_with_several_cameras_it_looks_into_the_first(tmp_path: Path) -> None:
+    known = statistics(("right",), tmp_path, cameras=("over", "front"))
+    plain, module = build(network={"world_views": True}), build(network=LOOK | {"world_views": True})
+    plain.set_statistics(known)
+    module.set_statistics(known)
+    data = several(batch(size=1), 2)
+    pictures = np.random.default_rng(0).integers(0, 256, (2, Q, Q, 3), dtype=np.uint8)
+    geometry = module.statistics.geometry
+    views = []
+    for number, picture in enumerate(pictures):
+        intrinsics = np.diag([2.0, 2.0, 1.0]) @ data.view_intrinsics[0, number].numpy()
+        pose = data.view_world_to_camera[0, number].numpy()
+        data.images[0, number] = torch.tensor(geometry.view(picture, intrinsics, pose).image).permute(2, 0, 1)
+        views.append({"image": picture, "intrinsics": intrinsics, "world_to_camera": pose})
+    with pytest.raises(ValueError, match=r"data\.detail_size=128"):
+        module(data, module.targets(data), teacher=True)
+    data.detail = geometry.detail(pictures[0], Q)[None]
+    for teacher in (True, False):  # at first it changes nothing
+        one, other = (each(data, each.targets(data), teacher=teacher) for each in (plain, module))
+        assert torch.equal(one.rotation, other.rotation)
+        assert torch.equal(one.gripper, other.gripper)
+        assert other.volume.world is not None
+        assert torch.equal(one.volume.world.maps, other.volume.world.maps)
+
+    head = module.network.second_look.heads["right"][-1]  # type: ignore[union-attr,index]
+    torch.nn.init.normal_(head.weight)  # type: ignore[arg-type]
+    targets = module.targets(data)
+    looked = module(data, targets, teacher=True)
+    assert float((looked.rotation - one.rotation).detach().abs().max()) > 0.1
+    module.losses(looked, data, targets)["total"].backward()
+    assert bool(head.weight.grad.any())  # type: ignore[union-attr]
+    module.eval()
+    observation = {
+        "cameras": {"over": views[0], "front": views[1]},
+        "position": data.start_position[0, 0].numpy(),
+        "quaternion": data.start_quaternion[0, 0].numpy(),
+        "gripper": data.start_gripper[0].numpy(),
+    }
+    plan = module.policy().plan(observation)
+    with torch.no_grad():
+        output = module(data, targets, teacher=False)
+        decoded = module.decoder.decode(
+            output, [module.codec("right")], intrinsics=data.intrinsics, world_to_camera=data.world_to_camera,
+            height_range=module.statistics.height_range, image_size=S,
+        )  # fmt: skip
+        np.testing.assert_allclose(plan.quaternion, decoded.quaternion[0].numpy(), atol=1e-5)
+        np.testing.assert_allclose(plan.gripper, decoded.gripper[0].numpy(), atol=1e-5)
+        # the windows lie where the volume of both cameras is decoded, not that of the first alone
+        pixels = module.network._decoded_pixels(output.volume)
+        alone = module.network._decoded_pixels(replace(output.volume, world=None))
+        assert float((pixels - alone).abs().max()) > 0.5
+        again = module.network(
+            data.image, targets.start_pixels, step_pixels=pixels, views=module.further_views(data),
+            sharp=module.sharp_image(data),
+        )  # fmt: skip
+        torch.testing.assert_close(again.rotation, output.rotation, atol=1e-4, rtol=1e-4)
+        # a covered first camera corrects nothing
+        data.images[:, 0] = 0
+        data.detail.zero_()
+        covered, without = (each(data, targets, teacher=True) for each in (module, plain))
+        assert torch.equal(covered.rotation, without.rotation)
+        assert torch.equal(covered.gripper, without.gripper)
+
+
 def test_the_sharp_image_is_the_same_view_in_the_same_colours() -> None:
     generator = np.random.default_rng(0)
     coarse = generator.integers(0, 256, (10, 10, 3), dtype=np.uint8)
@@ -176,7 +241,6 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     for options, words in (
         ({"second_look": Q, "look_size": 20}, "look_size=20"),
         ({"second_look": 16, "look_size": 32}, "second_look=16"),
-        ({"second_look": Q, "look_size": 32, "world_views": True}, "world_views=false"),
     ):
         with pytest.raises(ValueError, match=words):
             build_network(**options)
