@@ -31,7 +31,7 @@ IDLE = (
         "false",
         ("episodes", "suites", "conditions", "first_seed", "processes", "videos", "env", "task", "control", "policy"),
     ),
-    ("video_text", "split", "none", ("limit_batches", "max_new_tokens")),
+    ("video_text", "split", "none", ("limit_batches",)),
 )
 Options = TypeVar("Options", bound=Any)  # a dataclass
 KIND = "evaluation_kind"  # attribute of a module's class, and its name in a checkpoint's header

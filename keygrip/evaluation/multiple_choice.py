@@ -29,7 +29,7 @@ def evaluate_choices(
     module: FoveatedVLMModule,
     questions: Sequence[ChoiceQuestion],
     modes: Sequence[str],
-    max_new_tokens: int = 16,
+    max_new_tokens: int = 64,
     record: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Accuracy by mode: `likelihood`, the letter that is likeliest as the answer, and `generation`, the option that a
@@ -42,6 +42,7 @@ def evaluate_choices(
     counted (`share_without_option`).
 
     Args:
+        max_new_tokens: of a generated answer; what a model thinks before it answers counts.
         record: each answer is added to it, plain values.
 
     Raises:

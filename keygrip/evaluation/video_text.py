@@ -188,7 +188,7 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     answers: list[dict[str, Any]] = []
     for name, benchmark in benchmarks.items():
         record: list[dict[str, Any]] = []
-        figures = evaluate_choices(module, benchmark.questions, modes, record=record)
+        figures = evaluate_choices(module, benchmark.questions, modes, cfg.max_new_tokens, record)
         result[name] = figures | {"without_video": benchmark.without_video}
         answers += [{"benchmark": name, **entry} for entry in record]
     if cfg.vqa_answers is not None:
