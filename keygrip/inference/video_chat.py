@@ -286,8 +286,9 @@ class VideoChat:
             text = module.collator.prompt(_without_marks(prompt.turns), prompt.seconds)
             return [text.ids[: text.visual_at], *prompt.visuals, text.ids[text.visual_at :]]
         turns = module.collator.with_system(prompt.turns)
-        rendered = module.tokenizer.render([(turn.role, turn.text) for turn in turns], answering=True)
-        texts = [module.tokenizer.encode(piece) if piece else [] for piece in rendered.split(MARK)]
+        said = [(turn.role, module.tokenizer.as_words(turn.text)) for turn in turns]
+        rendered = module.tokenizer.render(said, answering=True)
+        texts = [module.tokenizer.encode(piece) for piece in rendered.split(MARK)]
         parts: list[list[int] | np.ndarray] = [texts[0]]
         for visual, ids in zip(prompt.visuals, texts[1:], strict=True):
             parts += [visual, ids]
