@@ -484,7 +484,10 @@ def vlm_others() -> str:
     """Models that were trained otherwise."""
     titles = {
         "coarse_only_0": ("`ablation=foveated_vlm/coarse_only`: the coarse pass alone", "coarse_only"),
-        "visual_first_0": ("`ablation=foveated_vlm/visual_first`: frames first, otherwise the recipe", "autoregressive"),
+        "visual_first_0": (
+            "`ablation=foveated_vlm/visual_first`: frames first, otherwise the recipe",
+            "autoregressive",
+        ),
         "pooled_0": ("`experiment=vlm_pooled_videos`: 16 pooled tokens per frame", "many_tokens"),
         "full_0": ("`query_source=fine`, refinement up to 2, 1600 steps", "autoregressive"),
     }
