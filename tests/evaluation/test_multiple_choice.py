@@ -62,7 +62,8 @@ def test_a_video_is_decoded_and_encoded_once_for_all_questions_and_modes(module:
     figures = evaluate_choices(module, [*asked, question("broken", 0)], ["coarse_fine", "autoregressive"], 4)
     assert module.decoded == [("a", None), ("bb", None), ("a", (0.0, 2.0))]
     assert module.encodes == [3, 3, 3]
-    assert (figures["questions"], figures["unreadable"]) == (4, 1)
+    assert (figures["questions"], figures["unreadable"], figures["tokens_per_frame"]) == (4, 1, 1)
+    assert figures["coarse_fine"]["ms_per_frame"] > 0
     assert set(figures["coarse_fine"]) == {
         "accuracy_likelihood",
         "accuracy_likelihood/colour",
@@ -71,6 +72,7 @@ def test_a_video_is_decoded_and_encoded_once_for_all_questions_and_modes(module:
         "accuracy_generation/colour",
         "accuracy_generation_task_mean",
         "share_without_option",
+        "ms_per_frame",
     }
     with pytest.raises(ValueError, match="no question is left: the videos of 1 cannot be decoded, and 0 are too long"):
         evaluate_choices(module, [question("broken", 0)], ["coarse_fine"])
