@@ -15,8 +15,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoProcessor, BatchFeature, PretrainedConfig, PreTrainedTokenizerFast
-from transformers.processing_utils import ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    BatchFeature,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+)
 
 from keygrip.data.batches import normalised
 from keygrip.inference.prompts import Message, PromptReader, check
