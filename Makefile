@@ -17,7 +17,7 @@ DEMOS ?= 20
 STEPS ?= 1500
 EPISODES ?= 20
 
-.PHONY: help install gl metaworld metaworld-install metaworld-test demo test test-all openpi charuco lint bench notebooks doctor lerobot clean
+.PHONY: help install gl metaworld metaworld-install metaworld-test demo test test-all openpi lmms charuco lint bench notebooks doctor lerobot clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -57,6 +57,12 @@ openpi: install ## the policy server against the real openpi-client, installed i
 	test -x .venv-openpi/bin/python || $(PYTHON3) -m venv .venv-openpi
 	.venv-openpi/bin/python -m pip install --disable-pip-version-check -q 'openpi-client==0.1.2' typing_extensions  # which it imports and does not name
 	OPENPI_PYTHON=.venv-openpi/bin/python $(PYTEST) -m openpi tests/runtime/test_openpi.py
+
+# In an environment of its own: lmms-eval pins packages of ours to other versions.
+lmms: ## the adapter against the real lmms-eval, installed in .venv-lmms
+	test -x .venv-lmms/bin/python || $(PYTHON3) -m venv .venv-lmms
+	.venv-lmms/bin/python -m pip install --disable-pip-version-check -q 'lmms-eval==0.7.3' -e '.[lmms]' pytest
+	OMP_NUM_THREADS=1 .venv-lmms/bin/python -m pytest -m lmms tests/evaluation/test_lmms.py
 
 # In an environment of its own: OpenCV is needed by `prepare step=charuco` alone.
 charuco: install ## the calibration with a ChArUco board, with OpenCV installed in .venv-opencv
@@ -113,5 +119,5 @@ lerobot: $(LEROBOT)/.installed gl ## LeRobot in .venv-lerobot, and the tests of 
 	OMP_NUM_THREADS=1 $(LEROBOT)/bin/python -m pytest -m lerobot tests/lerobot
 
 clean: ## remove the virtual environment and caches; data/ and runs/ stay
-	rm -rf $(VENV) .venv-openpi .venv-opencv $(METAWORLD) $(LEROBOT) .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) .venv-openpi .venv-lmms .venv-opencv $(METAWORLD) $(LEROBOT) .pytest_cache .mypy_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -484,7 +484,10 @@ def vlm_others() -> str:
     """Models that were trained otherwise."""
     titles = {
         "coarse_only_0": ("`ablation=foveated_vlm/coarse_only`: the coarse pass alone", "coarse_only"),
-        "visual_first_0": ("`ablation=foveated_vlm/visual_first`: the published order", "autoregressive"),
+        "visual_first_0": (
+            "`ablation=foveated_vlm/visual_first`: frames first, otherwise the recipe",
+            "autoregressive",
+        ),
         "pooled_0": ("`experiment=vlm_pooled_videos`: 16 pooled tokens per frame", "many_tokens"),
         "full_0": ("`query_source=fine`, refinement up to 2, 1600 steps", "autoregressive"),
     }
@@ -497,6 +500,22 @@ def vlm_others() -> str:
             gap = f"{100 * run['gap']:.1f} %" if mode == "autoregressive" else ""
             rows.append((title, *cells, gap))
     return markdown(["model (seed 0)", "*mark*", "*cue*", "*glance*", "gap"], rows)
+
+
+def vlm_refinement() -> str:
+    """Runs with refinement, where chosen queries choose the next ones at inference."""
+    record = read("foveated_vlm")
+    found = {run["run"]: run for run in [*record["earlier"]["runs"], *record["runs"]] if "settings" in run}
+    starts = {"seed_0": "random", "seed_1_1200": "random", "seed_1": "random", "seed_2": "random", "full_0": "CLS"}
+    rows = []
+    for name, start in starts.items():
+        run = found[name]
+        seed = run.get("seed", run["settings"].rpartition("seed=")[2])
+        figures = [f"{run[mode]['accuracy_cue']:.3f}" for mode in ("coarse_fine", "autoregressive")]
+        mark = f"{run['autoregressive']['accuracy_mark']:.3f}"
+        rows.append((f"{seed}, {run['steps']} steps, {start}", mark, *figures, f"{100 * run['gap']:.1f} %"))
+    header = ["seed, steps, start of the coarse query", "*mark*", "*cue*, coarse_fine", "*cue*, autoregressive", "gap"]
+    return markdown(header, rows)
 
 
 def vlm_ablations() -> str:
@@ -612,6 +631,7 @@ TABLES: dict[str, Callable[[], str]] = {
         *(seeds, errors, shifts, options, speed, headline, metaworld_tasks, metaworld_groups),
         *(metaworld_mt50, metaworld_mt50_tasks, metaworld_equal_time, metaworld_equal_time_tasks),
         *(dit_claims, dit_images, dit_images_128px, dit_recipes, vlm_seeds, vlm_others, vlm_ablations, vlm_label_free),
+        vlm_refinement,
         *(vla_injection, vla_ablations, vla_comparison, vla_compression, vla_recipe, vla_arms, vla_arms_compared),
     )
 }

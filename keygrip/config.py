@@ -46,6 +46,7 @@ RENAMED: dict[str, str] = {
     "model=mark_reader": "model=vlm_encoder_pretraining",
     "experiment=mark_reader": "experiment=vlm_encoder_pretraining",
     "experiment=mark_asker": "experiment=vlm_query_pretraining",
+    "ablation=foveated_vlm/frozen_encoder": "ablation=foveated_vlm/shared_query_path",
     "ablation=patch_dit/uniform_levels": "ablation=patch_dit/uniform_timesteps",
     "model.collator": "collator",
     "picture": "figure",
@@ -239,7 +240,8 @@ def _refuse_renamed(override: str) -> None:
         new = RENAMED.get(f"{key}={option}")
         system, _, name = option.partition("_")
         if key == "ablation" and "/" not in option and system in _ABLATED:
-            new = f"ablation={_ABLATED[system]}/{name}"
+            moved = f"ablation={_ABLATED[system]}/{name}"
+            new = RENAMED.get(moved, moved)
         if new is not None:
             raise SettingError(f"{key}={option} is now {new}")
     new = new_name(key)

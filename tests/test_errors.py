@@ -43,6 +43,7 @@ TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=t
             2,
             r"no_rotary changes nothing",
         ),
+        (["ablation=foveated_vlm/frozen_encoder"], 2, r"is now ablation=foveated_vlm/shared_query_path"),
         (["optimizer=vla_from_scratch"], 2, r"optimizer=vla_from_scratch is now optimizer=muon"),
         (["model=foveated_vlm", "model.collator.max_tokens=9"], 2, r"'model.collator.max_tokens' is now 'collator.max"),
         # Settings of other models.

@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from keygrip.config import TrainSchema, config_folder, group_options, models_with, refuse_unread
+from keygrip.config import TrainSchema, config_folder, group_options, leaves_of, models_with, refuse_unread
 from keygrip.setting_types import refuse_ill_typed
 from keygrip.training.checkpoints import build_module
 from keygrip.training.compatibility import refuse_unfit
@@ -173,6 +173,21 @@ def test_every_option(group: str, option: str, tmp_path: Path, monkeypatch: pyte
                 cfg.geometry = composed("train", pair("geometry_vla")).geometry
                 cfg.backbone = composed("train", []).backbone
         assert_configures(cfg)
+
+
+def test_a_coarse_token_in_the_published_order_differs_from_chosen_ones_in_being_coarse_alone() -> None:
+    """What a claim compares must have no other difference: prompt order, query source and start are the same."""
+
+    def of(job: str) -> dict[str, Any]:
+        cfg = composed("train", ["experiment=vlm_robot_videos", f"ablation=vlm_claims/{job}"])
+        return dict(leaves_of(OmegaConf.to_container(cfg, resolve=False), ()))
+
+    chosen, coarse = of("published_order"), of("coarse_only_published")
+    different = {".".join(path) for path in chosen.keys() | coarse.keys() if chosen.get(path) != coarse.get(path)}
+    assert different == {"model.mode", "model.val_modes"}
+    network = ("model", "network")
+    order = coarse[("collator", "prompt_order")], coarse[(*network, "query_source")], coarse[(*network, "query_start")]
+    assert order == ("visual_first", "fine", "random")
 
 
 MANY_JOBS = (  # 5 s or more

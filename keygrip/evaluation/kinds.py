@@ -31,7 +31,7 @@ IDLE = (
         "false",
         ("episodes", "suites", "conditions", "first_seed", "processes", "videos", "env", "task", "control", "policy"),
     ),
-    ("video_text", "split", "none", ("limit_batches", "max_new_tokens")),
+    ("video_text", "split", "none", ("limit_batches", "data")),
 )
 Options = TypeVar("Options", bound=Any)  # a dataclass
 KIND = "evaluation_kind"  # attribute of a module's class, and its name in a checkpoint's header
@@ -71,7 +71,9 @@ class VideoTextSchema(EvaluateSchema):
 
     mode: Any = MISSING
     split: str = MISSING
+    data: dict[str, Any] = field(default_factory=dict)
     limit_batches: int | None = MISSING
+    max_frames: int | None = MISSING
     max_new_tokens: int = MISSING
     vqa_benchmarks: dict[str, Any] = field(default_factory=dict)
     vqa_answers: str | None = MISSING
@@ -142,13 +144,18 @@ class Evaluated:
     trust: tuple[str, ...] = ()
     external: Mapping[str, Any] = field(default_factory=dict)
 
-    def stored_data(self) -> Any:
+    def stored_data(self, changes: Mapping[str, Any] | None = None) -> Any:
         """The data module of the run, built from the stored configuration; it makes nothing that is missing.
 
+        Args:
+            changes: settings that take the place of stored ones, nested as these are.
+
         Raises:
-            UntrustedPartError: the configuration names what may not be built.
+            UntrustedPartError: the configuration names what may not be built. ValueError: the data have no such
+                setting.
         """
-        return build_stored(plain(self.config.data), "data", self.trust)
+        stored = OmegaConf.create(plain(self.config.data))
+        return build_stored(plain(OmegaConf.merge(stored, dict(changes or {}))), "data", self.trust)
 
 
 def checked_kind(name: str | None, what: str) -> str:

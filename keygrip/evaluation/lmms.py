@@ -1,20 +1,24 @@
 """keygrip's video-language models as a model of lmms-eval: ``lmms-eval --model keygrip --model_args checkpoint=RUN``.
 
+With ``accelerate launch --num_processes N -m lmms_eval ...`` lmms-eval gives each process its share of the documents.
 lmms-eval (`pip install 'keygrip[lmms]'`) finds it by the entry point `lmms_eval.models`; nothing else imports this
 module. Its requests are (text, settings, function from a document to its images and videos, number, task, split).
 """
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
+from keygrip.data.bad_samples import HOSTILE, BadSamples
 from keygrip.data.batches import Turn
 from keygrip.data.video_text.conversations import shown_image
 from keygrip.data.video_text.foreign_text import without_placeholders
@@ -24,7 +28,13 @@ from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.progress import Progress
 from keygrip.training.checkpoints import load_module
 
+log = logging.getLogger(__name__)
+
 MAX_NEW_TOKENS = 64  # default where a task gives none
+FAILS = (*HOSTILE, SystemExit)  # Video-MME's task leaves Python where a video is not there
+FAILED = "-"  # an answer that names nothing: MVBench's task leaves empty answers out, which would count in our favour
+NO_LIKELIHOOD = (-float("inf"), False)
+Given = TypeVar("Given")
 Seen = tuple[torch.Tensor, list[int], list[tuple[float, ...] | None], Any]  # a video, and its keys and values
 Timed = tuple[np.ndarray, tuple[float, ...] | None]  # frames and when each was taken
 
@@ -36,7 +46,10 @@ class KeygripModel(lmms):
         checkpoint: a run folder, a checkpoint file, or an export.
         mode: how videos are looked at; None: as at inference.
         max_frames: of longer videos so many evenly spaced ones; None: as in training.
-        device: None: a GPU where there is one. batch_size, max_batch_size: lmms-eval gives them; requests go one by
+        device: None or "cuda": this process's GPU where there is one.
+        max_failed_share: requests that fail (a video that is not there or cannot be decoded, a row that does not fit)
+            are named in the log and counted as wrong; of 200 and more, more than this share ends the evaluation.
+        batch_size, max_batch_size: lmms-eval gives them; requests go one by
             one, since each has a video of its own.
 
     Raises:
@@ -49,12 +62,17 @@ class KeygripModel(lmms):
         mode: str | None = None,
         max_frames: int | None = None,
         device: str | None = None,
+        max_failed_share: float = 0.05,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        module: Any = load_module(checkpoint, map_location=place, expected=FoveatedVLMModule)
+        self._rank, self._world_size = (
+            int(os.environ.get(name, one)) for name, one in (("RANK", 0), ("WORLD_SIZE", 1))
+        )
+        own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(own if device in (None, "cuda") else device)  # where lmms-eval gathers counts
+        module: Any = load_module(checkpoint, map_location=str(self.device), expected=FoveatedVLMModule)
         self.module: FoveatedVLMModule = module.eval()
         self.mode = mode or self.module.network.modes[-1]
         if self.mode not in self.module.network.modes:
@@ -62,52 +80,79 @@ class KeygripModel(lmms):
                 f"mode={self.mode}: {type(self.module.network).__name__} has {', '.join(self.module.network.modes)}"
             )
         self.max_frames = int(max_frames or self.module.image_options["max_frames"])
+        self.max_failed_share = float(max_failed_share)
         self._last: tuple[tuple[str, ...] | None, Seen] | None = None
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Answers, each cut off before the first of the task's `until`."""
-        answers = []
-        for request in self._shown(requests):
-            text, settings, see, number, task, split = request.args
-            inputs, counts, seconds, kv = self._seen(see, task, split, number)
-            said = generate(
-                self.module.network,
-                self.module.tokenizer,
-                inputs,
-                counts,
-                [self.module.collator.prompt((Turn("user", _question(text)),), seconds[0])],
-                [0],
-                self.mode,
-                int(settings.get("max_new_tokens") or MAX_NEW_TOKENS),
-                float(settings.get("temperature") or 0.0),
-                kv=kv,
-                seconds=seconds,
-            )
-            answers.append(_until(said.texts[0], settings))
-        return answers
+        """Answers, each cut off before the first of the task's `until`; `FAILED` where a request fails.
+
+        Raises:
+            ValueError: too many requests fail, or all.
+        """
+        return self._each(requests, self._answer, FAILED)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Log-likelihood of each target's words without the turn's end, and whether greedy decoding gives them."""
-        found = []
-        for request in self._shown(requests):
-            text, target, see, number, task, split = request.args
-            document = self.task_dict[task][split][number]
-            words = target(document) if callable(target) else target
-            inputs, counts, seconds, kv = self._seen(see, task, split, number)
-            turns = (Turn("user", _question(text)), Turn("assistant", str(words).strip()))
-            row = self.module.collator.prompt(turns, seconds[0])
-            likelihoods = answer_likelihoods(
-                self.module.network, inputs, counts, [row], [0], self.mode, kv, with_end=False, seconds=seconds
-            )
-            found.append((float(likelihoods.total[0]), bool(likelihoods.greedy[0])))
+        """Log-likelihood of each target's words without the turn's end, and whether greedy decoding gives them; minus
+        infinity where a request fails (where all options of a question do, lmms-eval takes the first).
+
+        Raises:
+            ValueError: too many requests fail, or all.
+        """
+        return self._each(requests, self._likelihood, NO_LIKELIHOOD)
+
+    def _each(self, requests: Sequence[Any], answer: Callable[[Any], Given], failed: Given) -> list[Given]:
+        """The answer to each request, or what stands for one that failed."""
+        found: list[Given] = []
+        bad = BadSamples(self.max_failed_share, "max_failed_share")
+        for request in Progress(requests, desc="keygrip", unit="request", shown=self.rank == 0):
+            try:
+                found.append(answer(request))
+            except FAILS as error:
+                _, _, _, number, task, split = request.args
+                found.append(failed)
+                self._last = None
+                bad.add(1, [f"document {number} of {task}, {split}: {error}"])
+            else:
+                bad.add(1)
+        if bad.count:
+            log.warning("counted as wrong: %s", bad.summary)
+        if bad.count and bad.count == bad.seen:
+            raise ValueError(f"all of {bad.seen} requests failed; the first: {next(iter(bad.reasons))}")
         return found
+
+    def _answer(self, request: Any) -> str:
+        text, settings, see, number, task, split = request.args
+        inputs, counts, seconds, kv = self._seen(see, task, split, number)
+        said = generate(
+            self.module.network,
+            self.module.tokenizer,
+            inputs,
+            counts,
+            [self.module.collator.prompt((Turn("user", _question(text)),), seconds[0])],
+            [0],
+            self.mode,
+            int(settings.get("max_new_tokens") or MAX_NEW_TOKENS),
+            float(settings.get("temperature") or 0.0),
+            kv=kv,
+            seconds=seconds,
+        )
+        return _until(said.texts[0], settings)
+
+    def _likelihood(self, request: Any) -> tuple[float, bool]:
+        text, target, see, number, task, split = request.args
+        document = self.task_dict[task][split][number]
+        words = target(document) if callable(target) else target
+        inputs, counts, seconds, kv = self._seen(see, task, split, number)
+        turns = (Turn("user", _question(text)), Turn("assistant", str(words).strip()))
+        row = self.module.collator.prompt(turns, seconds[0])
+        likelihoods = answer_likelihoods(
+            self.module.network, inputs, counts, [row], [0], self.mode, kv, with_end=False, seconds=seconds
+        )
+        return float(likelihoods.total[0]), bool(likelihoods.greedy[0])
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Raises NotImplementedError: the tasks' rounds depend on answers in forms of their own."""
         raise NotImplementedError("keygrip answers tasks of one round: choose a task of type generate_until")
-
-    def _shown(self, requests: Sequence[Any]) -> Any:
-        return Progress(requests, desc="keygrip", unit="request", shown=self.rank == 0)
 
     def _seen(self, see: Callable[[Any], Any], task: str, split: str, number: int) -> Seen:
         """A document's video with its keys and values. Those of the last video are kept: documents about one video

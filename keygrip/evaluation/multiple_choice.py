@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,7 @@ def evaluate_choices(
     module: FoveatedVLMModule,
     questions: Sequence[ChoiceQuestion],
     modes: Sequence[str],
-    max_new_tokens: int = 16,
+    max_new_tokens: int = 64,
     record: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Accuracy by mode: `likelihood`, the letter that is likeliest as the answer, and `generation`, the option that a
@@ -41,7 +43,11 @@ def evaluate_choices(
     (`too_long`) are counted and left out of the accuracy; generated answers that name no option count as wrong, and are
     counted (`share_without_option`).
 
+    Beside the accuracy stand `tokens_per_frame` and, by mode, `ms_per_frame`: the encoder, and queries and language
+    model for a question with one of its letters; no decoding of files and no generation.
+
     Args:
+        max_new_tokens: of a generated answer; what a model thinks before it answers counts.
         record: each answer is added to it, plain values.
 
     Raises:
@@ -49,7 +55,8 @@ def evaluate_choices(
     """
     module.eval()
     right: dict[str, dict[str, list[float]]] = {mode: defaultdict(list) for mode in modes}
-    unreadable = too_long = 0
+    seconds_of: dict[str, float] = defaultdict(float)  # of the encoder, and of the likelihoods by mode
+    unreadable = too_long = frames_seen = row_frames = 0
     with Progress(total=len(questions), desc="multiple choice", unit="question") as bar:
         for asked in _by_video(questions):
             bar.update(len(asked))
@@ -64,10 +71,14 @@ def evaluate_choices(
             if not group:
                 continue
             inputs, counts = module.as_input(frames), [len(frames)]
-            kv = encoded(module.network, inputs, counts)
+            with _timed(seconds_of, "encoder", inputs.device):
+                kv = encoded(module.network, inputs, counts)
             video = (inputs, counts, kv, [seconds])
+            frames_seen += len(frames)
+            row_frames += len(frames) * sum(len(question.letters) for question in group)
             for mode in modes:
-                likeliest = _likeliest(module, group, video, mode)
+                with _timed(seconds_of, mode, inputs.device):
+                    likeliest = _likeliest(module, group, video, mode)
                 said = _said(module, group, video, mode, max_new_tokens)
                 for question, letter, text in zip(group, likeliest, said, strict=True):
                     named = chosen_option(text, question.options)
@@ -92,7 +103,23 @@ def evaluate_choices(
         mode: {name: round(float(np.mean(values)), 5) for name, values in found.items()}
         for mode, found in right.items()
     }
-    return {"questions": left, "unreadable": unreadable, "too_long": too_long, **figures}
+    for mode in modes:
+        each = seconds_of["encoder"] / frames_seen + seconds_of[mode] / row_frames
+        figures[mode]["ms_per_frame"] = round(1000 * each, 5)
+    counted = {"questions": left, "unreadable": unreadable, "too_long": too_long}
+    return {**counted, "tokens_per_frame": module.network.tokens_per_frame, **figures}
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str, device: torch.device) -> Iterator[None]:
+    """Adds what passes inside to `seconds`; a GPU has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    yield
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds[name] += time.perf_counter() - started
 
 
 def _recorded(question: ChoiceQuestion, mode: str, likeliest: int, named: int | None, text: str) -> dict[str, Any]:

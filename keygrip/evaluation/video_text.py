@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,8 @@ def evaluate_modes(
 
     For each mode: loss, perplexity and exactness of answers, over all and by kind; for generated answers, `bleu_*`,
     `cider`, `meteor` (kind caption), `vqa_accuracy` (where the evidence has `answers`, ten annotators),
-    `accuracy_<kind>_of_<n>` (videos of up to n frames, n a power of two, where they differ in length),
+    `accuracy_<kind>_of_<n>` (videos of up to n frames, n a power of two, where they differ in length), the number of
+    questions of each (`questions_<kind>`, `questions_<kind>_of_<n>`; of videos: `videos_of_<n>` beside the modes),
     `attention_<kind>` (on the thing asked about, relative to uniform, where the evidence says where it is; in the last
     block, and as `..._all_blocks` over all but the first), and `ms_per_frame` (encoder, queries and language model, at
     the batches' size).
@@ -63,10 +64,12 @@ def evaluate_modes(
     if module.refinement and "coarse_fine" in modes:
         evaluated[REFINED] = ("coarse_fine", module.refinement)
     looked: dict[str, dict[str, list[float]]] = {mode: defaultdict(list) for mode in evaluated}
+    videos: Counter[str] = Counter()
     frames_seen = 0
     for batch in Progress(batches, desc="evaluate", unit="batch"):
         batch = batch.to(module.device)
         frames_seen += int(batch.frame_mask.sum())
+        videos.update(f"videos_of_{length}" for length in _octaves(batch))
         for mode, (of_network, refinement) in evaluated.items():
             started = time.perf_counter()
             frames, rows = module.inputs(batch)
@@ -86,26 +89,32 @@ def evaluate_modes(
         raise ValueError("nothing to evaluate: the data have no samples")
     figures: dict[str, dict[str, Any]] = {}
     for mode in evaluated:
-        figures[mode] = dict(scores[mode].figures())
+        figures[mode] = scores[mode].figures() | scores[mode].questions()
         if len({label.rpartition("_of_")[2] for label in by_length[mode].sums}) > 1:
             parts = by_length[mode].figures()
             figures[mode] |= {name: value for name, value in parts.items() if name.startswith("accuracy_")}
+            figures[mode] |= by_length[mode].questions()
         if frames_seen:
             figures[mode]["ms_per_frame"] = 1000 * seconds[mode] / frames_seen
         figures[mode] |= _of_answers(said[mode])
         figures[mode] |= {f"attention_{kind}": float(np.mean(where)) for kind, where in looked[mode].items()}
     return {
         "tokens_per_frame": module.network.tokens_per_frame,
+        **dict(sorted(videos.items())),
         **{mode: _rounded(values) for mode, values in figures.items()},
         **_rounded(comparisons(figures)),
     }
 
 
+def _octaves(batch: VideoTextBatch) -> list[int]:
+    """The number of frames of each video, rounded up to a power of two; 0 of text alone."""
+    return [1 << (count - 1).bit_length() if count else 0 for count in batch.frame_mask.sum(1).tolist()]
+
+
 def _kinds_and_lengths(batch: VideoTextBatch) -> list[str]:
-    """The kind of each row and the number of its video's frames, rounded up to a power of two, as one label."""
-    frames = batch.frame_mask.sum(1)[batch.video_index].tolist()
-    classes = [1 << (count - 1).bit_length() if count else 0 for count in frames]
-    return [f"{kind}_of_{length}" for kind, length in zip(batch.kind, classes, strict=True)]
+    """The kind of each row and the octave of its video, as one label."""
+    lengths = _octaves(batch)
+    return [f"{kind}_of_{lengths[at]}" for kind, at in zip(batch.kind, batch.video_index.tolist(), strict=True)]
 
 
 def _generated(
@@ -171,6 +180,10 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     result: dict[str, Any] = {}
     if cfg.split not in ("val", "test", "none"):
         raise ValueError(f"split={cfg.split}: choose val, test or none")
+    if cfg.max_frames is not None:
+        if cfg.max_frames < 1:
+            raise ValueError(f"max_frames={cfg.max_frames}: it must be at least 1")
+        module.image_options = {**module.image_options, "max_frames": cfg.max_frames}
     # before anything that takes hours
     benchmarks = {name: read_benchmark(name, root) for name, root in (plain(cfg.vqa_benchmarks) or {}).items()}
     if cfg.split == "none" and not benchmarks:
@@ -178,7 +191,8 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     if cfg.vqa_answers is not None and not benchmarks:
         raise ValueError(f"vqa_answers={cfg.vqa_answers} holds the answers to vqa_benchmarks: name one")
     if cfg.split != "none":
-        datamodule = evaluated.stored_data()
+        frames = {} if cfg.max_frames is None else {"max_frames": cfg.max_frames}
+        datamodule = evaluated.stored_data((plain(cfg.data) or {}) | frames)
         datamodule.collator = module.collator  # with the tokenizer of the checkpoint
         datamodule.prepare_data()
         datamodule.setup("validate")
@@ -188,7 +202,7 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     answers: list[dict[str, Any]] = []
     for name, benchmark in benchmarks.items():
         record: list[dict[str, Any]] = []
-        figures = evaluate_choices(module, benchmark.questions, modes, record=record)
+        figures = evaluate_choices(module, benchmark.questions, modes, cfg.max_new_tokens, record)
         result[name] = figures | {"without_video": benchmark.without_video}
         answers += [{"benchmark": name, **entry} for entry in record]
     if cfg.vqa_answers is not None:

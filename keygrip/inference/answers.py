@@ -121,7 +121,7 @@ def _continued(module: FoveatedVLMModule, talks: Sequence[list[Any]], mode: str,
     chat = VideoChat(module)
     for number, talk in enumerate(talks, 1):
         try:
-            chat.check(talk)
+            chat.check(talk, mode, cfg.stream)
         except ValueError as error:
             raise ValueError(f"conversation {number} of {cfg.conversations}: {error}") from error
     how = (cfg.max_new_tokens, cfg.temperature, cfg.seed, mode)

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,18 +73,25 @@ def make_tours(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         root: folder of the splits.
-        options: `train`, `val`, `test` (how many), `videos_per_shard`, `processes` (None: one for each core), and
-            `tour`: the fields of :class:`keygrip.envs.yam.tours.TourOptions`.
+        options: `train`, `val`, `test` (how many), `videos_per_shard`, `processes` (None: one for each core), `tour`:
+            the fields of :class:`keygrip.envs.yam.tours.TourOptions`, and `even_lengths`: the splits that have as many
+            short tours as long ones, as `TourOptions.even_lengths` says.
+
+    Raises:
+        ValueError: `even_lengths` names no split.
 
     Returns:
         samples by split and seconds.
     """
-    tour = TourOptions(**(options.get("tour") or {}))
+    every, even = TourOptions(**(options.get("tour") or {})), list(options.get("even_lengths") or [])
+    if set(even) - set(FIRST_SEEDS):
+        raise ValueError(f"even_lengths={even} names splits; these are {', '.join(FIRST_SEEDS)}")
     report: dict[str, Any] = {"root": str(root), "wall_s": 0.0}
     for split, first in FIRST_SEEDS.items():
         count = int(options[split])
         if not count:
             continue
+        tour = replace(every, even_lengths=True) if split in even else every
         written = write_shards(
             Path(root) / split,
             list(range(first, first + count)),

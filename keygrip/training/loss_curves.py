@@ -1,4 +1,4 @@
-"""The loss of a sweep's jobs against what they cost: curves from what the runs logged, and one image of them."""
+"""Losses and accuracy of a sweep's jobs against what they cost: curves of what the runs logged, in one image."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 STEP_TFLOP = "compute/step_tflop"  # logged by keygrip.training.compute
 LOSSES = {"train/loss": "training loss", "val/loss": "validation loss"}
+ACCURACY = "val/accuracy"  # share of right answers, where a run has it
+PANELS = LOSSES | {ACCURACY: "validation accuracy"}
 SMOOTHED = 0.2  # half width of the averaging window, as a share of the points so far
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")
 LEAST = 2  # points added to the half width
@@ -69,8 +71,8 @@ class Curves:
 
 
 def read_curves(folder: Path) -> Curves | None:
-    """The losses and the compute that a run logged to TensorBoard, or else to CSV; None where it logged no loss."""
-    wanted = {*LOSSES, STEP_TFLOP}
+    """What of `PANELS` and which compute a run logged to TensorBoard, or else to CSV; None where it logged no loss."""
+    wanted = {*PANELS, STEP_TFLOP}
     found = _from_tensorboard(folder / "tensorboard", wanted) or _from_csv(folder / "csv" / "metrics.csv", wanted)
     return found if found is not None and any(name in found.values for name in LOSSES) else None
 
@@ -124,11 +126,12 @@ class Job:
 
 
 def draw(jobs: Sequence[Job]) -> Figure | None:
-    """Training and validation loss against compute, a curve a job; None where no job has a curve.
+    """Training and validation loss, and accuracy where there is one, against compute, a curve a job; None where no job
+    has a curve.
 
     The axis is wall time where any job did not count its compute: the others could not be compared with it.
     """
-    names = [name for name in LOSSES if any(len(job.curves.values.get(name, ())) for job in jobs)]
+    names = [name for name in PANELS if any(len(job.curves.values.get(name, ())) for job in jobs)]
     if not names:
         return None
     from matplotlib.figure import Figure
@@ -146,10 +149,12 @@ def draw(jobs: Sequence[Job]) -> Figure | None:
             x = job.curves.tflop(name) if counted else job.curves.minutes(name, job.wall_s)
             if x is not None:
                 _curve(axis, x, job.curves.values[name], style, name.startswith("train"), len(jobs) <= SHOWN_NOISE)
-        axis.set_title(LOSSES[name], fontsize=10)
+        axis.set_title(PANELS[name], fontsize=10)
         axis.set_xlabel("training compute (TFLOP)" if counted else "wall time (minutes)")
         axis.set_xscale("log")
-        if all(values.min() > 0 for values in (job.curves.values.get(name, np.ones(1)) for job in jobs)):
+        if name == ACCURACY:
+            axis.set_ylim(0, 1.02)
+        elif all(values.min() > 0 for values in (job.curves.values.get(name, np.ones(1)) for job in jobs)):
             axis.set_yscale("log")
         axis.grid(which="major", color="0.85", linewidth=0.8)
         axis.grid(which="minor", color="0.93", linewidth=0.5)

@@ -153,7 +153,7 @@ def finish_sweep(folder: Path) -> list[dict[str, Any]]:
 
     ``summary.csv`` and ``summary.md`` are the table, ``summary.json`` the same with command, date and machine, to be
     kept as a record; TensorBoard gets hparams. ``loss_against_compute.png`` (in TensorBoard too) has a curve for each
-    job that logged its loss.
+    job that logged its loss, and of its accuracy where it logged one.
     """
     if folder in _open_sweeps:
         _open_sweeps.remove(folder)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from shard_sets import small_video
 from vlm_parts import small_module
 
 if TYPE_CHECKING:
@@ -104,6 +107,102 @@ def test_a_video_is_encoded_once_for_requests_that_follow_each_other(
     monkeypatch.setattr(model.module.network, "encode", lambda frames: (encodes.append(1), encode(frames))[1])
     assert model.generate_until([asked[0], asked[0], asked[1], asked[0]]) == [wanted[n] for n in (0, 0, 1, 0)]
     assert len(encodes) == 3
+
+
+def test_requests_that_fail_are_named_and_the_others_answered(
+    model: KeygripModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A video that is not there, one whose task leaves Python, one that cannot be decoded."""
+    from lmms_eval.api.instance import Instance
+
+    def leave(document: dict[str, Any]) -> list[str]:
+        raise SystemExit("video path does not exist")
+
+    (model.root / "broken.mp4").write_bytes(b"no video")
+    asked = instances(model, "generate_until", {"max_new_tokens": 4})
+    wanted = model.generate_until(asked)
+    sees = (lambda _: [str(model.root / "gone.mp4")], leave, lambda _: [str(model.root / "broken.mp4")])
+    bad = [
+        Instance(
+            request_type="generate_until",
+            arguments=("What is it?", {"max_new_tokens": 4}, see, 0, "mini", "test"),
+            idx=0,
+            metadata={"task": "mini", "doc_id": 0, "repeats": 1},
+        )
+        for see in sees
+    ]
+    assert model.generate_until([asked[0], *bad, asked[1]]) == [wanted[0], "-", "-", "-", wanted[1]]
+    for words in ("document 0 of mini, test", "gone.mp4", "video path does not exist", "broken.mp4", "3 of 5"):
+        assert words in caplog.text
+    with pytest.raises(ValueError, match="all of 3 requests failed"):
+        model.generate_until(bad)
+    with pytest.raises(ValueError, match=r"more than max_failed_share=0\.05 allows"):
+        model.generate_until([*asked * 5, *bad * 64])
+    options = instances(model, "loglikelihood", lambda document: document["answer"])
+    assert model.loglikelihood([options[0]])[0][0] > -float("inf")
+
+
+def test_each_process_of_several_knows_its_place(
+    model: KeygripModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lmms-eval gives each its documents by these, and gathers counts on the model's device."""
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    second = type(model)("run", device="cpu")
+    assert (second.rank, second.world_size, second.device.type) == (1, 2, "cpu")
+
+
+@pytest.mark.parametrize("task", ["mvbench", "videomme"])
+def test_documents_of_the_real_tasks_are_answered_and_scored_by_their_own_functions(
+    task: str, model: KeygripModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two documents in the forms of MVBench and Video-MME, with lmms-eval's own prompts, places and scores; the video
+    of one is not there, and it counts as wrong."""
+    from lmms_eval.api.instance import Instance
+
+    utils = importlib.import_module(f"lmms_eval.tasks.{task}.utils")
+    monkeypatch.setattr(utils, "base_cache_dir", str(tmp_path))
+    place = {"mvbench": "mvbench_video/ssv2_video_mp4", "videomme": "videomme/data"}[task]
+    (tmp_path / place).mkdir(parents=True)
+    (tmp_path / place / "a.mp4").write_bytes(small_video())
+    settings = {"sub_task": "action_antonym", "post_prompt": "Only give the best option.\n"}
+    if task == "mvbench":
+        own = {"video": "a.mp4", "question": "Which?", "candidates": ["red", "blue"], "answer": "blue"}
+        documents = [own, own | {"video": "gone.mp4"}]
+        see, ask = partial(utils.mvbench_doc_to_visual, lmms_eval_specific_kwargs=settings), utils.mvbench_doc_to_text
+        score, total = utils.mvbench_process_results, utils.mvbench_aggregate_results
+        figure = "mvbench_accuracy"
+    else:
+        own = {
+            "videoID": "a",
+            "question_id": "1",
+            "question": "Which?",
+            "options": ["A. red", "B. blue"],
+            "answer": "B",
+        }
+        own |= {"duration": "short", "domain": "Knowledge", "sub_category": "Law", "task_type": "Counting Problem"}
+        documents = [own, own | {"videoID": "gone"}]
+        see, ask = utils.videomme_doc_to_visual, utils.videomme_doc_to_text
+        score, total = utils.videomme_process_results, utils.videomme_aggregate_results
+        figure = "videomme_perception_score"
+    model.task_dict = {task: {"test": documents}}
+    asked = [
+        Instance(
+            request_type="generate_until",
+            arguments=(ask(document, settings), {"max_new_tokens": 16, "temperature": 0}, see, number, task, "test"),
+            idx=0,
+            metadata={"task": task, "doc_id": number, "repeats": 1},
+        )
+        for number, document in enumerate(documents)
+    ]
+    said: list[str] = []
+    monkeypatch.setattr(model, "_answer", lambda request: (said.append(answer(request)), "B")[1])
+    answer = type(model)._answer.__get__(model)
+    answers = model.generate_until(asked)
+    assert answers == ["B", "-"]
+    assert len(said) == 1
+    results = [score(document, [text])[figure] for document, text in zip(documents, answers, strict=True)]
+    assert total(results) == 50.0
 
 
 def test_a_small_task_of_its_own_format_is_scored(model: KeygripModel, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as arrow
@@ -17,7 +18,7 @@ from shard_sets import small_video
 from vlm_parts import small_module
 
 from keygrip.data.batches import Turn
-from keygrip.evaluation import multiple_choice
+from keygrip.evaluation import multiple_choice, video_text
 from keygrip.evaluation.multiple_choice import evaluate_choices
 from keygrip.evaluation.video_text import evaluate_answers
 from keygrip.evaluation.vqa_benchmarks import ChoiceQuestion
@@ -61,7 +62,8 @@ def test_a_video_is_decoded_and_encoded_once_for_all_questions_and_modes(module:
     figures = evaluate_choices(module, [*asked, question("broken", 0)], ["coarse_fine", "autoregressive"], 4)
     assert module.decoded == [("a", None), ("bb", None), ("a", (0.0, 2.0))]
     assert module.encodes == [3, 3, 3]
-    assert (figures["questions"], figures["unreadable"]) == (4, 1)
+    assert (figures["questions"], figures["unreadable"], figures["tokens_per_frame"]) == (4, 1, 1)
+    assert figures["coarse_fine"]["ms_per_frame"] > 0
     assert set(figures["coarse_fine"]) == {
         "accuracy_likelihood",
         "accuracy_likelihood/colour",
@@ -70,6 +72,7 @@ def test_a_video_is_decoded_and_encoded_once_for_all_questions_and_modes(module:
         "accuracy_generation/colour",
         "accuracy_generation_task_mean",
         "share_without_option",
+        "ms_per_frame",
     }
     with pytest.raises(ValueError, match="no question is left: the videos of 1 cannot be decoded, and 0 are too long"):
         evaluate_choices(module, [question("broken", 0)], ["coarse_fine"])
@@ -118,6 +121,29 @@ def test_generated_answers_are_read_as_options(module: FoveatedVLMModule, monkey
     assert (figures["accuracy_generation/colour"], figures["accuracy_generation/place"]) == (0.5, 1.0)
     assert figures["accuracy_generation/domain/indoors"] == 1.0
     assert figures["accuracy_generation_task_mean"] == 0.75
+
+
+@pytest.mark.parametrize("most", [3, 20])
+def test_generated_answers_are_as_long_as_the_setting_allows(
+    most: int, module: FoveatedVLMModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an untrained model, whose answers have no end, through the command's function."""
+    lengths: list[int] = []
+    generate = multiple_choice.generate
+
+    def counted(*given: Any, **named: Any) -> Answers:
+        answers = generate(*given, **named)
+        lengths.extend(map(len, answers.ids))
+        return answers
+
+    module.tokenizer.end_of_turn = -1
+    monkeypatch.setattr(multiple_choice, "generate", counted)
+    monkeypatch.setattr(
+        video_text, "read_benchmark", lambda *_: SimpleNamespace(questions=[question("a", 1)], without_video=0)
+    )
+    settings = {"mode": "coarse_fine", "split": "none", "vqa_answers": None, "vqa_benchmarks": {"mvbench": "x"}}
+    evaluate_answers(SimpleNamespace(module=module), OmegaConf.create({**settings, "max_new_tokens": most}))  # type: ignore[arg-type]
+    assert lengths == [most]
 
 
 def test_mini_sets_are_scored_from_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

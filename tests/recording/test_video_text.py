@@ -50,6 +50,15 @@ def test_tours_become_shards_with_kinds_and_seeds_apart(tmp_path: Path) -> None:
     assert set(mark.evidence) == {"frame", "colour", "pixel", "pixels_seen"}
 
 
+def test_tests_have_as_many_short_tours_as_long_ones(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"train": 1, "val": 0, "test": 6, "processes": 1, "even_lengths": ["val", "test"]}
+    make_tours(tmp_path, options | {"tour": {"image_size": 32, "min_frames": 1, "max_frames": 4}})
+    frames = ShardSet(tmp_path / "test").columns["frames"].tolist()
+    assert Counter(1 << (count - 1).bit_length() for count in frames) == {1: 2, 2: 2, 4: 2}
+    with pytest.raises(ValueError, match="names splits"):
+        make_tours(tmp_path, options | {"even_lengths": ["tests"]})
+
+
 class LongDemo:
     """70 seconds at 10 Hz, without text of its own."""
 

@@ -117,6 +117,20 @@ def test_one_job_that_counted_nothing_puts_all_on_wall_time() -> None:
     assert figure_to_image(negative).std() > 0
 
 
+def test_accuracy_has_a_panel_where_a_run_logged_one() -> None:
+    """On a scale from 0 to 1, against the same compute."""
+    found = curves([0, 9, 19], [4, 3, 2], {1: 2.0})
+    steps, values = dict(found.steps), dict(found.values)
+    steps["val/accuracy"], values["val/accuracy"] = np.array([10, 20]), np.array([0.25, 0.75])
+    figure = draw([Job({"a": "1"}, Curves(steps, values, None)), Job({"a": "2"}, found)])
+    assert figure is not None
+    losses, accuracy = figure.axes
+    assert (losses.get_title(), accuracy.get_title()) == ("training loss", "validation accuracy")
+    assert (accuracy.get_yscale(), accuracy.get_ylim()) == ("linear", (0, 1.02))
+    np.testing.assert_allclose(accuracy.lines[0].get_data(), [[20, 40], [0.25, 0.75]])
+    assert len(accuracy.lines) == 2  # the first job's curve and its points
+
+
 @pytest.mark.parametrize("logger", ["tensorboard", "csv"])
 def test_a_sweep_leaves_a_picture_of_losses_against_compute(cli: Callable[..., Any], logger: str) -> None:
     """A job that failed has no curve, and does not stop the others'."""

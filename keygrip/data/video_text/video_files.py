@@ -45,7 +45,7 @@ def read_timed_frames(
             times = clip_times(len(files) / folder_fps, clip, max_frames, path)
             images = [_image(files[min(int(time * folder_fps), len(files) - 1)], size, fit) for time in times]
             return np.stack(images), _from_first(times)
-        keep = _evenly(len(files), max_frames)
+        keep = evenly(len(files), max_frames)
         return np.stack([_image(files[number], size, fit) for number in keep]), tuple(map(float, keep))
     if not path.is_file():
         raise FileNotFoundError(f"there is no video, image or folder at {path}")
@@ -66,7 +66,7 @@ def read_timed_frames(
         frames, times = decode_timed(str(path), size, fit, max(MAX_FRAMES, max_frames))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    keep = _evenly(len(frames), max_frames)
+    keep = evenly(len(frames), max_frames)
     return frames[keep], tuple(float(times[number]) for number in keep)
 
 
@@ -99,5 +99,6 @@ def _by_number(file: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
-def _evenly(count: int, limit: int) -> list[int]:
+def evenly(count: int, limit: int) -> list[int]:
+    """Which of so many frames are kept: all, or `limit` evenly spaced ones with the first and the last."""
     return np.linspace(0, count - 1, min(count, limit)).round().astype(int).tolist()

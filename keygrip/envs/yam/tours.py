@@ -46,6 +46,7 @@ class TourOptions:
     image_size: int = 128  # a cube is 17 pixels wide, and its digit is printed on its top and on its side
     fovy_deg: float = 23.0  # the work area fills the image
     yaw_deg: float = 20.0  # cubes are turned by up to this from facing the camera: their digits stay readable
+    even_lengths: bool = False  # as many tours of 1, 2, 3-4, 5-8, ... frames; false: every number of frames alike
     changing: bool = True  # new digits every second; false: the same through the whole video
     shadows: bool = False  # 3 times slower to draw
     randomise_light: bool = False
@@ -79,8 +80,26 @@ class TourOptions:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+        """Plain values; without `even_lengths` where it is false, as sets say that were made before there was one."""
+        return {name: value for name, value in asdict(self).items() if name != "even_lengths" or value}
+
+    def length(self, seed: int, rng: np.random.Generator) -> int:
+        """How many frames the tour of a seed has; with `even_lengths` seeds go through the octaves in turn."""
+        if not self.even_lengths:
+            return int(rng.integers(self.min_frames, self.max_frames + 1))
+        every = octaves(self.min_frames, self.max_frames)
+        fewest, most = every[seed % len(every)]
+        return int(rng.integers(fewest, most + 1))
+
+
+def octaves(fewest: int, most: int) -> list[tuple[int, int]]:
+    """Ranges of numbers of frames that end with a power of two, as `keygrip evaluate` reports accuracy by length."""
+    found = []
+    while fewest <= most:
+        end = min(most, 1 << (fewest - 1).bit_length())
+        found.append((fewest, end))
+        fewest = end + 1
+    return found
 
 
 @dataclass(frozen=True)
@@ -131,7 +150,7 @@ class TourCell(YamCell):
         self.seed, self.layout = int(seed), self.layout_of(seed)
         self._arrange(self.layout)
         self.commanded_joints = self.layout.start_joints.copy()
-        placed, count = self.layout.placed, int(rng.integers(options.min_frames, options.max_frames + 1))
+        placed, count = self.layout.placed, options.length(self.seed, rng)
         pointed = _walk(rng, len(placed), count)
         digits = rng.integers(0, options.digits, (count, len(placed)))
         if not options.changing:

@@ -2,7 +2,8 @@
 
 A conversation is rendered by the language model's own template and cut where something begins or ends: the visual
 tokens, each answer, the end of each answer's turn. The pieces are encoded one by one, so that a prompt has the same
-ids in training, where the answer follows it, and in generation, where it does not.
+ids in training, where the answer follows it, and in generation, where it does not. What a turn says is words: control
+tokens come from the template alone.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def encode_conversation(
     Raises:
         ValueError: no user turn before the first answer, or a chat template that does not keep the words.
     """
-    said = [(turn.role, turn.text) for turn in turns]
+    said = [(turn.role, tokenizer.as_words(turn.text)) for turn in turns]
     if not said:
         raise ValueError("a conversation needs at least one turn")
     generating = said[-1][0] != "assistant"

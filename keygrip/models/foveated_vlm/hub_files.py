@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 MODEL_TYPE = "keygrip_video_language"
-# Before the language model's own template, which knows text alone: of a message that is a list of items, the words.
-# Images and videos have no tokens; the model places them.
+# Before the language model's own template, which knows text alone: of a message that is a list of items, the words, and
+# <image> or <video> where one is said. These have no tokens: KeygripProcessor takes them out and the model places them.
 ITEMS = (
     "{%- set said = namespace(messages=[]) -%}"
     "{%- for message in messages -%}"
     "{%- set words = namespace(text='') -%}"
     "{%- if message['content'] is string -%}{%- set words.text = message['content'] -%}"
     "{%- else -%}{%- for item in message['content'] -%}"
-    "{%- if item['type'] == 'text' -%}{%- set words.text = words.text + item['text'] -%}{%- endif -%}"
+    "{%- if item['type'] == 'text' -%}{%- set words.text = words.text + item['text'] -%}"
+    "{%- else -%}{%- set words.text = words.text + '<' + item['type'] + '>' -%}{%- endif -%}"
     "{%- endfor -%}{%- endif -%}"
     "{%- set said.messages = said.messages + [{'role': message['role'], 'content': words.text}] -%}"
     "{%- endfor -%}"
@@ -25,8 +26,9 @@ def hub_files(module: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Files by name, and facts for config.json. `module` is a `FoveatedVLMModule`.
 
     tokenizer.json, tokenizer_config.json and chat_template.jinja are what transformers' AutoTokenizer reads, for
-    messages of text and of items; preprocessor_config.json says how images become inputs, generation_config.json how
-    answers end, and processor_config.json where images and videos stand in a conversation.
+    messages of text and of items; processor_config.json is what its AutoProcessor reads
+    (`keygrip.inference.processor`): how images become inputs and where they stand in a conversation;
+    generation_config.json says how answers end.
     """
     tokenizer, network, images = module.tokenizer, module.network, module.image_options
     state = tokenizer.state()
@@ -40,22 +42,16 @@ def hub_files(module: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             "clean_up_tokenization_spaces": False,
         },
         "generation_config.json": {"eos_token_id": tokenizer.end_of_turn, "do_sample": False, "max_new_tokens": 64},
-        "preprocessor_config.json": {
-            "image_processor_type": "KeygripFrames",
-            "size": {"height": images["image_size"], "width": images["image_size"]},
+        "processor_config.json": {  # arguments of `keygrip.inference.processor.KeygripProcessor`
+            "processor_class": "KeygripProcessor",
+            "image_size": images["image_size"],
             "fit": images["fit"],
             "max_frames": images["max_frames"],
-            "frames_per_second": 1,
             "image_mean": list(network.backbone.mean),
             "image_std": list(network.backbone.std),
-            "rescale_factor": 1 / 255,
-        },
-        "processor_config.json": {
-            "processor_class": "KeygripProcessor",
             "prompt_order": module.collator.prompt_order,
             "system": module.collator.system,
             "timestamps": module.collator.timestamps,
-            "tokens_per_frame": network.tokens_per_frame,
         },
     }
     facts = {

@@ -99,6 +99,10 @@ class Scores:
                 figures[f"accuracy_{kind}"] = held[3] / held[2]
         return figures
 
+    def questions(self) -> dict[str, int]:
+        """`questions_<kind>`: rows with an answer, of which `accuracy_<kind>` is the share; over all processes."""
+        return {f"questions_{kind}": int(held[2]) for kind, held in sorted(self._everywhere().items()) if held[2]}
+
     def _everywhere(self) -> dict[str, list[float]]:
         if world_size() == 1:
             return dict(self.sums)

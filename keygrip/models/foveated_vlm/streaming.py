@@ -198,7 +198,8 @@ class VideoStream:
 
     Args:
         module: a trained foveated model. question: what is asked. mode: see `StreamingSession`.
-        seconds: when the frames to come were taken, where a model that is told so (`collator.timestamps`) needs it.
+        seconds: when the frames to come were taken, all of them; a model that is told so (`collator.timestamps`) needs
+            it, and so cannot follow a camera. One with `frame_clock="seconds"` can: see `push`.
 
     Raises:
         ValueError: a mode in which a frame depends on later ones, or seconds that are needed and not known.

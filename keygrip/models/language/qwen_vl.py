@@ -35,7 +35,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 MERGE = 2  # patches along a side that become one token
 TEMPORAL = 2  # frames that a patch spans: an image is shown twice
 KEPT_PROMPTS = 4096  # instructions whose tokens are remembered
-IMAGES, WORDS = "<images>", "<words>"  # placeholders while a prompt is rendered
+IMAGES = "<images>"  # a placeholder while a prompt is rendered
 EXTRA = -1  # id of a token whose embedding is given
 
 Trainable = Literal["all", "language", "frozen"]
@@ -252,25 +252,13 @@ class QwenVL(nn.Module):
         """Token ids of a prompt before and behind its images. Whatever the instruction holds is text."""
         if self.tokenizer is None:
             raise ValueError("The model has no tokenizer: train it, or load a checkpoint written by keygrip.train.")
-        encode, order = self.tokenizer.encode, "{0}{1}" if self.prompt_order == "images_first" else "{1}\n{0}"
-        if not self.tokenizer.has_special(instruction):
-            images = IMAGES
-            while images in instruction:
-                images = f"<{images}>"
-            rendered = self.tokenizer.render([("user", order.format(images, instruction))], answering=True)
-            before, after = rendered.split(images)
-            return encode(before), encode(after)
-        # The spelling of a special token is text too: the instruction is encoded apart from the template.
-        rendered = self.tokenizer.render([("user", order.format(IMAGES, WORDS))], answering=True)
-        spelt = encode(instruction, special=False)
-        found: list[list[int]] = []
-        for side in rendered.split(IMAGES):
-            first, *others = side.split(WORDS)
-            ids = encode(first)
-            for part in others:
-                ids += spelt + encode(part)
-            found.append(ids)
-        return found[0], found[1]
+        order = "{0}{1}" if self.prompt_order == "images_first" else "{1}\n{0}"
+        images, words = IMAGES, self.tokenizer.as_words(instruction)
+        while images in words:
+            images = f"<{images}>"
+        rendered = self.tokenizer.render([("user", order.format(images, words))], answering=True)
+        before, after = rendered.split(images)
+        return self.tokenizer.encode(before), self.tokenizer.encode(after)
 
     def prompt(self, instruction: str, views: int, extra: int = 0) -> tuple[list[int], Tensor, Tensor]:
         """Token ids of one sample's images and instruction, their positions ``[3, L]`` (time, height, width) and

@@ -7,6 +7,7 @@ checkpoint, so that a checkpoint needs neither the hub nor the training data.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_STATE = "language"  # key of a video-language model's tokenizer in its checkpoint
+SPELT = "\ufdd0"  # stands before and behind what is spelt (see `as_words`); Unicode keeps it out of all text
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # ChatML, as SmolLM2 has it but without a system turn of its own.
 TINY_TEMPLATE = (
@@ -65,15 +67,20 @@ class ChatTokenizer:
         end: Any = tokenizer.eos_token_id
         self.end_of_turn = int(end if turn_end in (None, tokenizer.unk_token_id) else turn_end)
         self.end_text = str(tokenizer.convert_ids_to_tokens(self.end_of_turn))
+        self._special = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())) or "(?!)")
 
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        """Ids of a text as it is, none added; special tokens in it are recognised, or with ``special=False`` spelt."""
-        options = {} if special else {"split_special_tokens": True}
-        return list(self._tokenizer(text, add_special_tokens=False, **options)["input_ids"])
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text as it is, none added; special tokens in it are recognised, except in `as_words`."""
+        ids: list[int] = []
+        for number, part in enumerate(text.split(SPELT)):
+            options = {"split_special_tokens": True} if number % 2 else {}
+            ids += self._tokenizer(part, add_special_tokens=False, **options)["input_ids"] if part else []
+        return ids
 
-    def has_special(self, text: str) -> bool:
-        """Whether a text holds the spelling of a special token."""
-        return any(token in text for token in self._tokenizer.get_added_vocab())
+    def as_words(self, text: str) -> str:
+        """Somebody's words for a chat template: where they spell a special token, `encode` spells it too. Words can
+        then neither end a turn nor begin one."""
+        return self._special.sub(lambda found: f"{SPELT}{found[0]}{SPELT}", text.replace(SPELT, ""))
 
     def decode(self, ids: Sequence[int] | Tensor, special: bool = False) -> str:
         """Text of ids, with special tokens where `special`."""

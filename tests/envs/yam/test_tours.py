@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from keygrip.envs.yam.colours import COLOURS
-from keygrip.envs.yam.tours import Tour, TourCell, TourOptions, describe
+from keygrip.envs.yam.tours import Tour, TourCell, TourOptions, describe, octaves
 
 SIZE = 96
 
@@ -40,6 +41,22 @@ def test_tours_vary_as_they_should(cell: TourCell) -> None:
     assert set(digits.tolist()) == set(range(8))
     share = np.mean([(tour.digits[1:] == tour.digits[:-1]).mean() for tour in tours])
     assert share == pytest.approx(1 / 8, abs=0.1)  # drawn anew, so equal by chance only
+
+
+def test_even_lengths_give_each_octave_as_many_tours() -> None:
+    """The ranges by which accuracy is reported; within one every length alike, and the same for a seed every time."""
+    assert octaves(1, 64) == [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32), (33, 64)]
+    assert octaves(65, 200) == [(65, 128), (129, 200)]
+    options = TourOptions(min_frames=1, max_frames=64, even_lengths=True)
+    lengths = [options.length(seed, np.random.default_rng(seed)) for seed in range(1_000_000, 1_000_210)]
+    assert Counter(1 << (count - 1).bit_length() for count in lengths) == {1 << n: 30 for n in range(7)}
+    assert len(set(lengths)) > 30
+    assert lengths[:5] == [options.length(seed, np.random.default_rng(seed)) for seed in range(1_000_000, 1_000_005)]
+    uniform = replace(options, even_lengths=False)
+    short = sum(uniform.length(seed, np.random.default_rng(seed)) <= 4 for seed in range(210))
+    assert short < 30
+    assert "even_lengths" not in uniform.as_dict()
+    assert options.as_dict()["even_lengths"] is True
 
 
 def test_cubes_are_where_the_evidence_says(cell: TourCell) -> None:

@@ -102,13 +102,24 @@ def test_a_checkpoint_alone_evaluates_and_answers(
         compose("evaluate", [f"checkpoint={run}", "max_new_tokens=3", "mode=[coarse_fine,coarse_only]"])
     )
     modes = {"coarse_fine", "coarse_only", "coarse_fine_refined"}
-    assert modes | {"fine_over_coarse", "tokens_per_frame"} == result["test"].keys()
+    videos = {"videos_of_2": 1, "videos_of_4": 1}
+    assert modes | {"fine_over_coarse", "tokens_per_frame"} | videos.keys() == result["test"].keys()
+    assert videos.items() <= result["test"].items()
     assert {"loss_mark", "accuracy_caption", "perplexity", "bleu_4", "ms_per_frame"} <= result["test"][
         "coarse_fine"
     ].keys()
     by_length = {name for name in result["test"]["coarse_fine"] if name.startswith("accuracy_mark_of_")}
     assert by_length == {"accuracy_mark_of_2", "accuracy_mark_of_4"}  # videos of 2 and of 3 frames
+    counts = {name: result["test"]["coarse_fine"][f"questions_mark{name}"] for name in ("", "_of_2", "_of_4")}
+    assert counts == {"": 2, "_of_2": 1, "_of_4": 1}
     json.dumps(result)
+    write_set(tmp_path / "longer" / "train", [5])
+    write_set(tmp_path / "longer" / "test", [5, 9], prefix="w", kinds=("mark",))
+    other = ["mode=coarse_only", f"data.sources.tours.root={tmp_path / 'longer'}", "data.batch_size=2", "max_frames=6"]
+    longer = evaluate.run(compose("evaluate", [f"checkpoint={run}", *other]))
+    assert (longer["test"]["videos_of_8"], longer["test"]["coarse_only"]["questions_mark"]) == (2, 2)  # 5 and 6 frames
+    with pytest.raises(ValueError, match="max_framez"):
+        evaluate.run(compose("evaluate", [f"checkpoint={run}", "data.max_framez=3"]))
 
     pictures = tmp_path / "frames"
     pictures.mkdir()

@@ -1,0 +1,138 @@
+"""The processor of an exported video-language model, as transformers' AutoProcessor reads it.
+
+    import keygrip.inference.processor  # registers the classes below; nothing in a folder is executed
+    processor = AutoProcessor.from_pretrained(FOLDER)  # of `keygrip export` or `VideoChat.save_pretrained`
+    inputs = processor([{"role": "user", "content": [{"type": "video", "video": "a.mp4"},
+                                                     {"type": "text", "text": "What happens?"}]}])
+
+Ids and frames are those that `VideoChat` gives its model. The model itself is keygrip's (`keygrip.load`): transformers
+has no class for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    BatchFeature,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+)
+
+from keygrip.data.batches import normalised
+from keygrip.inference.prompts import Message, PromptReader, check
+from keygrip.models.foveated_vlm.conversations import ConversationCollator, PromptOrder, text_columns
+from keygrip.models.foveated_vlm.hub_files import MODEL_TYPE
+from keygrip.models.language.tokenizers import ChatTokenizer, PretrainedTokenizer
+
+
+class KeygripConfig(PretrainedConfig):  # type: ignore[misc]
+    """Under which the processor is registered: `model_type` of an export's config.json."""
+
+    model_type = MODEL_TYPE
+
+
+class KeygripProcessor(ProcessorMixin):  # type: ignore[misc]
+    """Conversations with images and videos as inputs of a network.
+
+    Args:
+        tokenizer: with a chat template. image_size, fit, max_frames: see `PromptReader`.
+        image_mean, image_std: [3], of pixels in 0-1.
+        prompt_order, system, timestamps: see `ConversationCollator`.
+        chat_template: transformers hands over the tokenizer's own; kept for `save_pretrained`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        image_size: int,
+        fit: str,
+        max_frames: int,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+        prompt_order: PromptOrder,
+        system: str | None = None,
+        timestamps: bool = False,
+        chat_template: str | None = None,
+    ) -> None:
+        super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
+        self.image_size, self.fit, self.max_frames = image_size, fit, max_frames
+        self.image_mean, self.image_std = list(image_mean), list(image_std)
+        self.prompt_order, self.system, self.timestamps = prompt_order, system, timestamps
+
+    def __call__(self, conversations: Sequence[Message] | Sequence[Sequence[Message]]) -> BatchFeature:
+        """Inputs for the answers to a conversation, or to several.
+
+        Returns:
+            input_ids int64 [B, T] up to where the assistant begins to speak, attention_mask bool [B, T] (padded on the
+            right), visual_at [B] (tokens before the visual ones), pixel_values float32 [B, F, 3, S, S], frame_counts
+            [B], and seconds: for each conversation when its frames were taken, or None where that is not known.
+
+        Raises:
+            ValueError: as `PromptReader.read`, or images and videos elsewhere than before the first user's words.
+            FileNotFoundError: one is not there.
+        """
+        several = bool(conversations) and not isinstance(conversations[0], Mapping)
+        talks: Any = conversations if several else [conversations]
+        for talk in talks:
+            check(talk)
+        reader = PromptReader(self.image_size, self.fit, self.max_frames)
+        prompts = [reader.read(talk) for talk in talks]
+        if not all(prompt.at_its_place for prompt in prompts):
+            raise ValueError(
+                "images and videos of a row stand before the first user's words; elsewhere, and in several places, "
+                "they are read part by part: VideoChat.generate does so"
+            )
+        collator = ConversationCollator(
+            PretrainedTokenizer(self.tokenizer.name_or_path),
+            self.prompt_order,
+            "answers",
+            system=self.system,
+            timestamps=self.timestamps,
+        )
+        collator.tokenizer = ChatTokenizer(self.tokenizer)
+        columns = text_columns([collator.prompt(prompt.words, prompt.seconds) for prompt in prompts])
+        frames, counts = reader.together(prompts)
+        return BatchFeature(
+            {
+                "input_ids": columns["input_ids"],
+                "attention_mask": columns["attention_mask"],
+                "visual_at": torch.tensor(columns["visual_at"]),
+                "pixel_values": normalised(
+                    torch.from_numpy(frames).permute(0, 1, 4, 2, 3), self.image_mean, self.image_std
+                ),
+                "frame_counts": torch.tensor(counts),
+                "seconds": [prompt.seconds for prompt in prompts],
+            }
+        )
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Message] | Sequence[Sequence[Message]],
+        tokenize: bool = False,
+        add_generation_prompt: bool = True,
+        return_dict: bool = False,
+    ) -> Any:
+        """A conversation in the chat template with <image> and <video> where they are said; with `tokenize` what
+        `__call__` gives, without `return_dict` the ids alone.
+
+        Raises:
+            ValueError: as `__call__`, or ids are asked for without the beginning of an answer.
+        """
+        if not tokenize:
+            return self.tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        if not add_generation_prompt:
+            raise ValueError("ids end where the assistant begins to speak: add_generation_prompt=True")
+        inputs = self(conversation)
+        return inputs if return_dict else inputs["input_ids"]
+
+
+AutoConfig.register(MODEL_TYPE, KeygripConfig, exist_ok=True)
+AutoProcessor.register(KeygripConfig, KeygripProcessor, exist_ok=True)

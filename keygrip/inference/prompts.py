@@ -1,0 +1,166 @@
+"""Conversations as users give them, with their images and videos decoded: what `VideoChat` and `KeygripProcessor` read.
+
+They have the form that transformers' processors take: messages with a role and content, which is text or a list of
+{"type": "text" | "image" | "video"} items; an image or video is a path, a PIL image, or an array uint8 [H, W, 3] or
+[F, H, W, 3].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from keygrip.data.batches import Turn
+from keygrip.data.video_text.conversations import fit_image, shown_image
+from keygrip.data.video_text.video_files import evenly, read_timed_frames
+
+ROLES = ("system", "user", "assistant")
+MARK = "\ue000"  # stands for an image or video in text that a template renders; user text never holds it
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation in parts.
+
+    Attributes:
+        turns: with a `MARK` where an image or video stands among the words. visuals: their frames, uint8 [F, S, S, 3].
+        times: of each, when its frames were taken; of frames that come as arrays one per second.
+    """
+
+    turns: tuple[Turn, ...]
+    visuals: tuple[np.ndarray, ...]
+    times: tuple[tuple[float, ...], ...]
+
+    @property
+    def seconds(self) -> tuple[float, ...] | None:
+        """When all frames were taken; None where several visuals have no common time."""
+        if len(self.times) > 1:
+            return None
+        return self.times[0] if self.times else ()
+
+    @property
+    def at_its_place(self) -> bool:
+        """See `at_its_place`."""
+        return at_its_place(self.turns)
+
+    @property
+    def words(self) -> tuple[Turn, ...]:
+        """The turns without marks."""
+        return tuple(Turn(turn.role, turn.text.replace(MARK, "").strip()) for turn in self.turns)
+
+
+class PromptReader:
+    """Decodes what conversations show, as a model was trained.
+
+    Args:
+        image_size: S, of square frames. fit: see `fit_image`. max_frames: of a longer video, so many evenly spaced.
+    """
+
+    def __init__(self, image_size: int, fit: str, max_frames: int) -> None:
+        self.image_size, self.fit, self.max_frames = image_size, fit, max_frames
+
+    def read(self, messages: Sequence[Message]) -> Prompt:
+        """A conversation with its images and videos decoded.
+
+        Raises:
+            ValueError: as `check`, or an image or a video that cannot be decoded. FileNotFoundError: as `check`.
+        """
+        turns, shown = marked(messages)
+        found = [self._frames(content, kind) for kind, content in shown]
+        return Prompt(turns, tuple(frames for frames, _ in found), tuple(seconds for _, seconds in found))
+
+    def together(self, prompts: Sequence[Prompt]) -> tuple[np.ndarray, list[int]]:
+        """The frames of each prompt one behind the other, uint8 [B, F, S, S, 3] with black ones behind the shorter, and
+        how many each has."""
+        none = np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
+        videos = [np.concatenate([none, *prompt.visuals]) for prompt in prompts]
+        counts = [len(video) for video in videos]
+        padded = np.zeros((len(videos), max(counts), *none.shape[1:]), np.uint8)
+        for row, video in enumerate(videos):
+            padded[row, : len(video)] = video
+        return padded, counts
+
+    def _frames(self, given: Any, kind: str) -> tuple[np.ndarray, tuple[float, ...]]:
+        most = 1 if kind == "image" else self.max_frames
+        if isinstance(given, str | Path):
+            return read_timed_frames(given, self.image_size, self.fit, most)
+        if isinstance(given, Image.Image):
+            return shown_image(given, self.image_size, self.fit)[None], (0.0,)
+        array = np.asarray(given)
+        if array.dtype != np.uint8 or array.shape[-1:] != (3,) or array.ndim not in (3, 4) or not array.size:
+            raise ValueError(
+                f"an {kind} is a path, a PIL image, or uint8 [H, W, 3] or [F, H, W, 3]; not {array.dtype} "
+                f"{list(array.shape)}"
+            )
+        frames = array[None] if array.ndim == 3 else array
+        if kind == "image" and len(frames) > 1:
+            raise ValueError(f"an image of {len(frames)} frames: give them as a video")
+        kept = evenly(len(frames), most)
+        fitted = np.stack([fit_image(Image.fromarray(frames[n]), self.image_size, self.fit) for n in kept])
+        return fitted, tuple(map(float, kept))
+
+
+def check(messages: Sequence[Message]) -> tuple[Turn, ...]:
+    """Checks a conversation without decoding anything; its turns, with a `MARK` for each image and video.
+
+    Raises:
+        ValueError: an unknown role or item, or it does not end with a user's turn. FileNotFoundError: an image or a
+            video is not there.
+    """
+    turns, shown = marked(messages)
+    for _, content in shown:
+        if isinstance(content, str | Path) and not Path(content).exists():
+            raise FileNotFoundError(f"there is no video, image or folder at {content}")
+    return turns
+
+
+def marked(messages: Sequence[Message]) -> tuple[tuple[Turn, ...], list[tuple[str, Any]]]:
+    """Turns of a conversation with a `MARK` for each image and video, and these as (kind, content) in their order.
+
+    Raises:
+        ValueError: it has another form, or does not end with a user's message.
+    """
+    turns: list[Turn] = []
+    shown: list[tuple[str, Any]] = []
+    for message in messages:
+        if not isinstance(message, Mapping):
+            raise ValueError(f"a message is no object but {str(message)[:80]!r}")
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise ValueError(f"a message is from {role!r}; known are {', '.join(ROLES)}")
+        words = []
+        for item in [{"type": "text", "text": content}] if isinstance(content, str) else content or []:
+            kind = item.get("type") if isinstance(item, Mapping) else None
+            if kind == "text" and isinstance(item.get("text"), str):
+                words.append(item["text"].replace(MARK, ""))
+            elif kind in ("image", "video") and role == "user":
+                shown.append((kind, item.get(kind, item.get("path"))))
+                words.append(MARK)
+            else:
+                raise ValueError(
+                    f"an item of a {role}'s message is {str(item)[:80]!r}; known are text, and of users image and video"
+                )
+        turns.append(Turn(role, "".join(words)))
+    if not turns or turns[-1].role != "user":
+        raise ValueError("a conversation to answer ends with a user's message")
+    return tuple(turns), shown
+
+
+def at_its_place(turns: Sequence[Turn]) -> bool:
+    """Whether all images and videos are in the first user turn, before its words: the place of training's."""
+    marks = [turn.text.count(MARK) for turn in turns]
+    first = next((n for n, turn in enumerate(turns) if turn.role == "user"), 0)
+    if not any(marks):
+        return True
+    return sum(marks) == marks[first] and turns[first].text.lstrip(MARK).count(MARK) == 0
+
+
+def padded_frames(prompts: Sequence[Prompt]) -> int:
+    """Frames of a batch of conversations, the padding of shorter videos with them."""
+    return len(prompts) * max((sum(map(len, prompt.visuals)) for prompt in prompts), default=0)
