@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from keygrip.data.batches import VideoTextBatch, stack_frames
-from keygrip.data.shards.mixing import CHARACTERS_A_TOKEN, Component, Mixture, padded_share
+from keygrip.data.shards.mixing import Component, Mixture, padded_share
 from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.video_text.conversations import (
     VideoTextSample,
@@ -21,6 +21,7 @@ from keygrip.data.video_text.conversations import (
     video_text_parts,
 )
 from keygrip.data.video_text.datamodule import ShardSource, VideoTexts
+from keygrip.data.video_text.lengths import CHARACTERS_A_TOKEN
 from keygrip.progress import Progress
 
 MAX_FRAMES = 64
@@ -78,11 +79,10 @@ class Shards:
         started = time.perf_counter()
         order = mixture.order(1)
         order_s = time.perf_counter() - started
-        tokens = mixture.length / CHARACTERS_A_TOKEN
         unordered = np.random.default_rng(0).permutation(order)
         figures = {
-            "padding_share": padded_share(order, self.batch_size, mixture.bucket, tokens),
-            "unbucketed_padding_share": padded_share(unordered, self.batch_size, mixture.bucket, tokens),
+            "padding_share": padded_share(order, self.batch_size, mixture.bucket, mixture.length),
+            "unbucketed_padding_share": padded_share(unordered, self.batch_size, mixture.bucket, mixture.length),
             "text_only_share": float((mixture.bucket[order] == 0).mean()),
         }
         with tempfile.TemporaryDirectory(prefix="keygrip-bench-") as name:
@@ -101,8 +101,8 @@ class Shards:
         """An epoch as of a collection of web videos: most are short, captions and conversations vary widely."""
         rng = np.random.default_rng(0)
         frames = np.clip(np.exp(rng.normal(2.5, 0.8, self.epoch_samples)), 1, MAX_FRAMES).astype(np.int64)
-        videos = np.clip(np.exp(rng.normal(4.8, 0.7, self.epoch_samples)), 20, 4000)
-        texts = np.clip(np.exp(rng.normal(7.0, 0.8, self.epoch_samples // 4)), 50, 8000)
+        videos = np.clip(np.exp(rng.normal(4.8, 0.7, self.epoch_samples)), 20, 4000) / CHARACTERS_A_TOKEN
+        texts = np.clip(np.exp(rng.normal(7.0, 0.8, self.epoch_samples // 4)), 50, 8000) / CHARACTERS_A_TOKEN
         shard = np.zeros(self.epoch_samples, dtype=np.int32)
         text = Component("text", np.zeros(len(texts), dtype=np.int64), texts, shard[: len(texts)], 0.14)
         return Mixture([Component("videos", frames, videos, shard), text], self.batch_size)
