@@ -257,7 +257,7 @@ class VideoTexts(ResumableData):
         self._prepare_collator()  # on every rank: what was made once is loaded here
         self._measure(opened["train"])
         opened = {split: self._usable(split, parts) for split, parts in opened.items()}
-        if self.clips is not None:
+        if self.clips is not None and stage != "validate":
             self._check_clips(self.clips, opened["train"])
         self.mixture = self._mixture(opened["train"])
         self.parts = opened
