@@ -53,7 +53,7 @@ GIVEN = {
     **{
         f"experiment={name}": ["model.init_from=folder"]
         for name in (
-            *("vlm_stage2", "vlm_stage3", "vlm_stage2_published", "vlm_stage3_published"),
+            *(f"vlm_stage{number}{kind}" for number in (2, 3) for kind in ("", "_published", "_360m", "_1700m")),
             *("vlm_long_videos", "vlm_pooled_long_videos"),
         )
     },

@@ -25,6 +25,7 @@ from keygrip.models.language.cache import LanguageCache
 from keygrip.training.memory import GIB
 from keygrip.training.parts import build_stored
 
+SHORTEST_TEXT = 32  # tokens of a question and an answer
 PROMPT_SHARE = 0.75  # share of the text tokens before the answer, where the question comes first
 
 
@@ -272,11 +273,12 @@ class VLMMemory:
     """Memory of a training step of a stage's recipe on the largest batches that its budget allows, counted without
     computing (`keygrip.training.memory`), on a GPU measured.
 
-    The batches are those at the budget's corners: as many videos of some length as its frames, positions and
-    `batch_size` let in, each with a text as long as may be.
+    The batches are the fullest of videos of one length (`fullest`): where both limits of the budget are full, at all
+    lengths between 16 and 22 frames in the stages', memory is at its largest.
 
     Args:
         recipes: overrides of ``keygrip.train`` by name. frames: lengths of the videos of each batch; 0: text alone.
+            Those beyond a recipe's `data.max_frames` are left out.
         quick_frames: with `quick`. ema: whether an EMA is kept.
     """
 
@@ -289,11 +291,15 @@ class VLMMemory:
         """`worst_gib` of each recipe with where it is, and `weights_gib`: weights, optimizer and EMA."""
         figures: dict[str, float] = {}
         for name, overrides in [*self.recipes.items()][: 1 if quick else None]:
-            module, budget, most, text = _recipe(overrides)
+            module, data, text = _recipe(overrides)
+            budget = Budget(data["budget"]["frames"], data["budget"]["positions"])
             worst = 0.0
             for frames in self.quick_frames if quick else self.frames:
-                videos = min(most, budget.positions // (frames + text), budget.frames // max(frames, 1))
-                found = module.step_memory(_full_batch(module, videos, frames, text), True, self.ema)
+                if frames > data["max_frames"]:
+                    continue
+                visual = frames * module.network.tokens_per_frame
+                videos, tokens = fullest(budget, data["batch_size"], frames, visual, text)
+                found = module.step_memory(_full_batch(module, videos, frames, tokens), True, self.ema)
                 gib = round(found.total / GIB, 2)
                 figures[f"{name}_{frames}_frames_gib"] = gib
                 worst = max(worst, gib)
@@ -303,8 +309,24 @@ class VLMMemory:
         return figures
 
 
-def _recipe(overrides: Sequence[str]) -> tuple[FoveatedVLMModule, Budget, int, int]:
-    """The module with random weights, and its data's budget, most videos of a batch and tokens of a text."""
+def fullest(budget: Budget, most: int, frames: int, visual: int, text: int) -> tuple[int, int]:
+    """The largest batch of a budget with videos of so many frames: how many, and the tokens of each text.
+
+    As many videos as their frames allow, with the text that is then left: both limits are full where it is at most
+    `text` long. Where no text is left, as many as fit with the longest.
+
+    Args:
+        most: videos of a batch. visual: tokens of a video. text: tokens of a text at most.
+    """
+    many = min(most, budget.frames // frames) if frames else most
+    left = min(text, budget.positions // many - visual)
+    if left >= SHORTEST_TEXT:
+        return many, left
+    return min(many, budget.positions // (visual + text)), text
+
+
+def _recipe(overrides: Sequence[str]) -> tuple[FoveatedVLMModule, Mapping[str, Any], int]:
+    """The module with random weights, its data's settings and tokens of a text."""
     from omegaconf import OmegaConf
 
     config = compose("train", [*overrides, "language.model.weights=random", "backbone.weights=random"])
@@ -313,9 +335,7 @@ def _recipe(overrides: Sequence[str]) -> tuple[FoveatedVLMModule, Budget, int, i
     with torch.device("cuda" if on_gpu else "meta"):  # counting needs shapes alone
         module = build_stored(resolved["model"], "model")
     assert isinstance(module, FoveatedVLMModule)
-    data = resolved["data"]
-    budget = Budget(data["budget"]["frames"], data["budget"]["positions"])
-    return module.to("cuda") if on_gpu else module, budget, data["batch_size"], resolved["collator"]["max_tokens"]
+    return module.to("cuda") if on_gpu else module, resolved["data"], resolved["collator"]["max_tokens"]
 
 
 def _full_batch(module: FoveatedVLMModule, videos: int, frames: int, text: int) -> VideoTextBatch:

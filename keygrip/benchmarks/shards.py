@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 
+from keygrip.config import compose
 from keygrip.data.batches import VideoTextBatch, stack_frames
-from keygrip.data.shards.mixing import CHARACTERS_A_TOKEN, Component, Mixture, padded_share
+from keygrip.data.shards.budget import Budget
+from keygrip.data.shards.mixing import Component, Mixture, padded_share, padding_of
 from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.video_text.conversations import (
     VideoTextSample,
@@ -21,9 +27,12 @@ from keygrip.data.video_text.conversations import (
     video_text_parts,
 )
 from keygrip.data.video_text.datamodule import ShardSource, VideoTexts
+from keygrip.data.video_text.lengths import CHARACTERS_A_TOKEN, NEARLY_ALL
+from keygrip.models.foveated_vlm.rows import Packing
 from keygrip.progress import Progress
 
 MAX_FRAMES = 64
+BATCHES = 300  # of an epoch that are packed: the packing is the slow part
 
 
 class Bytes:
@@ -52,6 +61,18 @@ class Bytes:
         )
 
 
+def web_videos(samples: int) -> list[Component]:
+    """So many samples as of a collection of web videos: most are short, captions and conversations vary widely; and
+    texts, of which 14 % of an epoch are."""
+    rng = np.random.default_rng(0)
+    frames = np.clip(np.exp(rng.normal(2.5, 0.8, samples)), 1, MAX_FRAMES).astype(np.int64)
+    videos = np.clip(np.exp(rng.normal(4.8, 0.7, samples)), 20, 4000) / CHARACTERS_A_TOKEN
+    texts = np.clip(np.exp(rng.normal(7.0, 0.8, samples // 4)), 50, 8000) / CHARACTERS_A_TOKEN
+    shard = np.zeros(samples, dtype=np.int32)
+    text = Component("text", np.zeros(len(texts), dtype=np.int64), texts, shard[: len(texts)], 0.14)
+    return [Component("videos", frames, videos, shard), text]
+
+
 @dataclass(frozen=True)
 class Shards:
     """Three figures, and what is behind them.
@@ -78,11 +99,10 @@ class Shards:
         started = time.perf_counter()
         order = mixture.order(1)
         order_s = time.perf_counter() - started
-        tokens = mixture.length / CHARACTERS_A_TOKEN
         unordered = np.random.default_rng(0).permutation(order)
         figures = {
-            "padding_share": padded_share(order, self.batch_size, mixture.bucket, tokens),
-            "unbucketed_padding_share": padded_share(unordered, self.batch_size, mixture.bucket, tokens),
+            "padding_share": padded_share(order, self.batch_size, mixture.bucket, mixture.length),
+            "unbucketed_padding_share": padded_share(unordered, self.batch_size, mixture.bucket, mixture.length),
             "text_only_share": float((mixture.bucket[order] == 0).mean()),
         }
         with tempfile.TemporaryDirectory(prefix="keygrip-bench-") as name:
@@ -98,14 +118,8 @@ class Shards:
         return figures | {"order_s": order_s, "frames_a_sample": float(first.frame_mask.sum() / len(first))}
 
     def mixture(self) -> Mixture:
-        """An epoch as of a collection of web videos: most are short, captions and conversations vary widely."""
-        rng = np.random.default_rng(0)
-        frames = np.clip(np.exp(rng.normal(2.5, 0.8, self.epoch_samples)), 1, MAX_FRAMES).astype(np.int64)
-        videos = np.clip(np.exp(rng.normal(4.8, 0.7, self.epoch_samples)), 20, 4000)
-        texts = np.clip(np.exp(rng.normal(7.0, 0.8, self.epoch_samples // 4)), 50, 8000)
-        shard = np.zeros(self.epoch_samples, dtype=np.int32)
-        text = Component("text", np.zeros(len(texts), dtype=np.int64), texts, shard[: len(texts)], 0.14)
-        return Mixture([Component("videos", frames, videos, shard), text], self.batch_size)
+        """The epoch's samples, in batches of so many."""
+        return Mixture(web_videos(self.epoch_samples), self.batch_size)
 
     def write(self, root: Path, videos: int) -> Path:
         """A shard set of noise that is about as hard to decode as images are."""
@@ -126,3 +140,72 @@ class Shards:
         data = VideoTexts({"noise": source}, Bytes(), self.image_size, min(self.batch_size, 8), num_workers=0)
         data.setup("fit")
         return data
+
+
+@dataclass(frozen=True)
+class BudgetPadding:
+    """Padding of the batches that a stage's budget fills, counted from lengths; nothing is timed.
+
+    Training knows characters and how many tokens a character is in most texts; what a text really takes differs. Here
+    it differs by a factor that is log-normal with `spread`; batches are planned by the characters and kept within the
+    budget by the tokens, as in training.
+
+    Args:
+        recipe: overrides of ``keygrip.train``. epoch_samples: of the videos of `web_videos`. spread: of the logarithm
+            of the tokens per character, from text to text.
+    """
+
+    recipe: Sequence[str]
+    epoch_samples: int
+    quick_samples: int
+    spread: float
+
+    def run(self, quick: bool) -> dict[str, float]:
+        """`padding_share` of the positions; `packed_padding_share` with `model.network.pack_rows=true`; `filled_share`
+        of the budget's frames or positions, whichever is fuller; `left_out_share` of the samples. And
+        `known_padding_share`, if every character were the same share of a token."""
+        samples = self.quick_samples if quick else self.epoch_samples
+        return {
+            **self._figures(samples, self.spread),
+            "known_padding_share": self._figures(samples, 0)["padding_share"],
+        }
+
+    def _figures(self, samples: int, spread: float) -> dict[str, float]:
+        data: Any = OmegaConf.to_container(compose("train", list(self.recipe)), resolve=True)
+        budget = Budget(data["data"]["budget"]["frames"], data["data"]["budget"]["positions"])
+        most, cut = data["data"]["batch_size"], data["collator"]["max_tokens"]
+        components = [self._planned(part, cut, spread) for part in web_videos(samples)]
+        rng = np.random.default_rng(1)
+        real = [np.minimum(p.length * np.exp(spread * rng.standard_normal(len(p))), cut) for p in components]
+        taken = np.concatenate([p.bucket + tokens for p, tokens in zip(components, real, strict=True)]).round()
+        mixture = Mixture(components, most, budget=budget)
+        planned = mixture.batches_of(0)
+        batches = [self._kept(batch, taken, budget) for batch in planned]
+        filled = [
+            max(mixture.bucket[batch].sum() / budget.frames, len(batch) * taken[batch].max() / budget.positions)
+            for batch in batches
+        ]
+        tried = [batches[n] for n in rng.permutation(len(batches))[:BATCHES]]
+        bins = [len(Packing.of(taken[batch].astype(int).tolist(), int(taken[batch].max())).rows) for batch in tried]
+        places = sum(count * taken[batch].max() for count, batch in zip(bins, tried, strict=True))
+        return {
+            "padding_share": round(padding_of(batches, taken), 4),
+            "packed_padding_share": round(1 - float(sum(taken[batch].sum() for batch in tried) / places), 4),
+            "filled_share": round(float(np.mean(filled)), 4),
+            "left_out_share": round(1 - sum(map(len, batches)) / sum(map(len, planned)), 5),
+        }
+
+    def _planned(self, part: Component, cut: int, spread: float) -> Component:
+        """With the positions that nearly all samples stay below."""
+        nearly_all = np.exp(spread * NormalDist().inv_cdf(NEARLY_ALL))
+        return replace(
+            part,
+            length=np.minimum(part.length, cut),
+            positions=part.bucket + np.minimum(part.length * nearly_all, cut),
+        )
+
+    def _kept(self, batch: np.ndarray, taken: np.ndarray, budget: Budget) -> np.ndarray:
+        """As `keygrip.data.video_text.batching.WithinBudget`, of one row for each sample."""
+        order = batch[np.argsort(taken[batch], kind="stable")]
+        fits = np.arange(1, len(order) + 1) * taken[order] <= budget.positions
+        return order[: max(1, int(fits.sum()))]

@@ -200,7 +200,9 @@ class VideoTextBatch(Movable):
         truncated: rows whose last turns were left out, since they do not fit.
         kind, source, key: B strings. texts: the B conversations, for tables and images.
         left_out: conversations of the samples that are no row: none of their answers fits, or carries loss.
-        seconds: V, when each frame of a video was taken, None where that is not known; [] where they were not read.
+        seconds: V, when each frame of a video was taken, () of images that have no common time, None where it is not
+            known; [] where they were not read.
+        clips: how many of the videos are cut out of longer ones.
     """
 
     frames: Tensor
@@ -219,6 +221,7 @@ class VideoTextBatch(Movable):
     texts: list[Conversation]
     left_out: int = 0
     seconds: list[tuple[float, ...] | None] = field(default_factory=list)
+    clips: int = 0
 
     def sizes(self) -> dict[str, int]:
         """How large it is, for reports."""

@@ -201,9 +201,10 @@ class Throughput(Callback):
 
 
 class SkippedSamples(Callback):
-    """Logs ``data/skipped``: samples that could not be read so far, of training and validation, in all processes.
+    """Logs ``data/skipped``: samples that could not be read so far, of training and validation, in all processes; and
+    ``data/unusable``: those with which nothing was wrong and of which nothing could be used.
 
-    Since this process began; resuming counts anew. Data modules that skip nothing (without ``skipped``) log nothing.
+    Since this process began; resuming counts anew. Data modules that skip nothing (without these) log nothing.
 
     Args:
         every_n_steps: batches between figures.
@@ -217,12 +218,15 @@ class SkippedSamples(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        skipped = getattr(getattr(trainer, "datamodule", None), "skipped", None)
-        if skipped is None or (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % self.every_n_steps:
+        if (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % self.every_n_steps:
             return
-        everywhere = global_sum(torch.tensor(float(skipped.count), device=pl_module.device))
-        for logger in trainer.loggers:
-            logger.log_metrics({"data/skipped": float(everywhere)}, step=trainer.global_step)
+        for name in ("skipped", "unusable"):
+            counted = getattr(getattr(trainer, "datamodule", None), name, None)
+            if counted is None:
+                continue
+            everywhere = global_sum(torch.tensor(float(counted.count), device=pl_module.device))
+            for logger in trainer.loggers:
+                logger.log_metrics({f"data/{name}": float(everywhere)}, step=trainer.global_step)
 
 
 def _size(batch: Any) -> int:

@@ -25,8 +25,8 @@ class Budget:
     """What a batch may hold, over all processes together.
 
     Args:
-        frames: of all its videos. positions: samples times the language model's positions of the longest one, frames
-            and text of all its rows together; text is counted from its characters.
+        frames: of all its videos. positions: of the language model, of all its rows: their number times the longest,
+            visual and text tokens together.
 
     Raises:
         ValueError: nothing fits.
@@ -42,10 +42,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What samples take of a budget: frames and positions, [N] each."""
+    """What samples take of a budget, [N] each: frames, positions of the longest row, and rows."""
 
     frames: np.ndarray
     positions: np.ndarray
+    rows: np.ndarray
 
 
 def budgeted(
@@ -69,26 +70,27 @@ def budgeted(
             pool = group[start : start + POOL * most]
             order.append(pool[np.argsort(length[pool], kind="stable")])
     arranged = np.concatenate(order) if order else np.zeros(0, np.int64)
-    cuts = _cuts(frames[arranged], positions[arranged], budget, most)
+    cuts = _cuts(frames[arranged], positions[arranged], sizes.rows[samples][arranged], budget, most)
     batches = np.split(samples[arranged], cuts)
     return [batches[n] for n in rng.permutation(len(batches))]
 
 
-def _cuts(frames: np.ndarray, positions: np.ndarray, budget: Budget, most: int) -> list[int]:
+def _cuts(frames: np.ndarray, positions: np.ndarray, rows: np.ndarray, budget: Budget, most: int) -> list[int]:
     """Where batches end, when samples are taken in order for as long as the budget allows."""
-    cuts, count, held, longest = [], 0, 0, 0.0
-    for place, (more, long) in enumerate(zip(frames.tolist(), positions.tolist(), strict=True)):
+    cuts, count, held, taken, longest = [], 0, 0, 0, 0.0
+    for place, (more, long, own) in enumerate(zip(frames.tolist(), positions.tolist(), rows.tolist(), strict=True)):
         longest_now = max(longest, long)
-        full = count == most or held + more > budget.frames or (count + 1) * longest_now > budget.positions
+        full = count == most or held + more > budget.frames or (taken + own) * longest_now > budget.positions
         if count and full:
             cuts.append(place)
-            count, held, longest_now = 0, 0, long
-        count, held, longest = count + 1, held + more, longest_now
+            count, held, taken, longest_now = 0, 0, 0, long
+        count, held, taken, longest = count + 1, held + more, taken + own, longest_now
     return cuts
 
 
 def exactly(batches: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
-    """As many batches as wanted: the largest are halved, or the smallest left out.
+    """As many batches as wanted: the largest are halved, or the last left out. In random order these are any; the
+    smallest would always be those of the longest samples.
 
     Raises:
         ValueError: there are not enough samples.
@@ -100,22 +102,19 @@ def exactly(batches: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
         if len(batch) < 2:
             raise ValueError(f"{sum(map(len, batches))} samples do not make {count} batches")
         found[largest : largest + 1] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-    if len(found) > count:
-        kept = sorted(sorted(range(len(found)), key=lambda n: -len(found[n]))[:count])
-        found = [found[n] for n in kept]
-    return found
+    return found[:count]
 
 
 def cost(batch: np.ndarray, sizes: Sizes) -> tuple[float, float]:
-    """What a batch takes of a budget: frames, and samples times the longest one's positions."""
-    return float(sizes.frames[batch].sum()), float(len(batch) * sizes.positions[batch].max())
+    """What a batch takes of a budget: frames, and rows times the longest one's positions."""
+    return float(sizes.frames[batch].sum()), float(sizes.rows[batch].sum() * sizes.positions[batch].max())
 
 
-def costliest(batches: Sequence[np.ndarray], sizes: Sizes, budget: Budget) -> np.ndarray:
-    """The batch that takes the largest share of the budget's frames and positions together."""
+def costliest(batches: Sequence[np.ndarray], sizes: Sizes, budget: Budget, count: int) -> list[np.ndarray]:
+    """So many batches that take the largest shares of the budget's frames and positions together, the largest first."""
 
     def share(batch: np.ndarray) -> float:
         frames, positions = cost(batch, sizes)
         return frames / budget.frames + positions / budget.positions
 
-    return max(batches, key=share)
+    return sorted(batches, key=share, reverse=True)[:count]

@@ -12,14 +12,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
 from keygrip.data.shards.budget import BLUR, POOL, SLACK, Budget, Sizes, budgeted, exactly
 from keygrip.data.shards.sampling import GlobalBatchSampler, SampleKey
 from keygrip.training.parts import data_part
-
-CHARACTERS_A_TOKEN = 4.0  # for English, roughly; lengths are known in characters
 
 
 @dataclass(frozen=True)
@@ -29,10 +28,11 @@ class Component:
     Args:
         name: of the source.
         bucket: [N] int64, samples of one number are batched together.
-        length: [N] float, within a bucket batches are made of samples of like length.
+        length: [N] float, in tokens; within a bucket batches are made of samples of like length.
         shard: [N] int32, where samples lie; only for shuffling in windows of shards.
         share: of all samples, in (0, 1); None: a lead source, every sample once an epoch.
-        rows: of text that a sample gives at most; a budget's positions are those of all of them.
+        positions, rows: [N] float and int, of a sample's longest row in the language model, and how many rows it gives:
+            what it takes of a budget. None: a position for each frame (`bucket`) and token, and one row.
     """
 
     name: str
@@ -40,7 +40,8 @@ class Component:
     length: np.ndarray
     shard: np.ndarray
     share: float | None = None
-    rows: int = 1
+    positions: np.ndarray | None = None
+    rows: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.bucket)
@@ -80,12 +81,12 @@ class Mixture:
             which the disk holds only some at a time. None: over everything.
         curriculum: stages one after the other, the last without an end; each lead source is gone through again and
             again, and an epoch is as many batches as one pass through all of them would be. Empty: one pass through all
-            of them in each epoch.
+            of them in each epoch. With a budget a batch of a stage of short samples holds more of them.
         budget: of frames and positions a batch; None: `batch_size` samples, whatever they hold.
 
     Raises:
         ValueError: no lead source, shares of 1 or more together, an empty source, too few samples for a batch, or a
-            curriculum that ends, names other sources, or meets window_shards or a budget.
+            curriculum that ends, names other sources, or meets window_shards.
 
     With a budget the batches hold as many samples as it allows, `batch_size` at most; every epoch has equally many
     batches, and what does not fit into them is left out of that epoch.
@@ -102,7 +103,7 @@ class Mixture:
     ) -> None:
         self.budget = budget
         self.components, self.batch_size, self.seed = list(components), batch_size, seed
-        self.curriculum = list(curriculum)
+        self.curriculum: list[Stage] = []  # until it is known of how many batches an epoch is
         self.window_shards = window_shards
         for part in self.components:
             if not len(part):
@@ -118,11 +119,11 @@ class Mixture:
             )
         if window_shards is not None and window_shards < 1:
             raise ValueError(f"window_shards must be at least 1, not {window_shards}")
-        self._check_curriculum()
+        self._check_curriculum(curriculum)
         self.starts = np.cumsum([0, *(len(part) for part in self.components)])
         self.bucket = np.concatenate([part.bucket for part in self.components])
         self.length = np.concatenate([part.length for part in self.components])
-        self.rows = np.repeat([part.rows for part in self.components], [len(part) for part in self.components])
+        self.sizes = sizes_of(self.components)
         leading = sum(len(self.components[n]) for n in self.lead)
         self.batches = math.floor(leading / (1 - shares) / batch_size)
         if self.batches < 1:
@@ -130,74 +131,108 @@ class Mixture:
                 f"the training split holds {leading} samples beside the mixed-in ones, fewer than one batch of "
                 f"{batch_size}; lower data.batch_size"
             )
-        self.samples = self.batches * batch_size  # of an epoch
+        self.samples = self.batches * batch_size  # of an epoch; of one pass with a budget
+        self.per_batch: list[float] = []  # with a budget and a curriculum: samples of a batch, by stage
         if budget is not None:
             self.samples = math.floor(leading / (1 - shares))
-            filled = len(self._filled(0))
+            filled = sum(map(len, self._filled(0)))
             self.batches = min(self.samples, filled + 1 + filled // SLACK)
+            self.per_batch = [self._samples_per_batch(stage) for stage in curriculum]
+        self.curriculum = list(curriculum)
 
-    def _check_curriculum(self) -> None:
-        if not self.curriculum:
+    def _check_curriculum(self, curriculum: Sequence[Stage]) -> None:
+        if not curriculum:
             return
         names = {self.components[n].name for n in self.lead}
-        if other := sorted({name for stage in self.curriculum for name in stage.weights} - names):
+        if other := sorted({name for stage in curriculum for name in stage.weights} - names):
             raise ValueError(
                 f"the curriculum names {', '.join(other)}; sources without a share are {', '.join(sorted(names))}"
             )
-        ends = [stage.steps is not None for stage in self.curriculum]
+        ends = [stage.steps is not None for stage in curriculum]
         if ends != [True] * (len(ends) - 1) + [False]:
             raise ValueError("every stage of the curriculum but the last needs steps, and the last has none")
-        if self.window_shards is not None or self.budget is not None:
-            setting = "window_shards" if self.window_shards is not None else "budget"
+        if self.window_shards is not None:
             raise ValueError(
-                f"a curriculum and {setting} cannot be combined: its stages are counted in batches of batch_size "
-                "samples that are drawn at random"
+                "a curriculum and window_shards cannot be combined: its stages draw their samples from everywhere"
             )
 
     def counts(self, epoch: int) -> list[int]:
         """Samples of each component in an epoch: shares hold exactly in expectation over seeds, and within one sample
         over all epochs so far; the lead sources (counted together, in the first lead's place) fill what remains."""
-        total = self.samples
         counts = [0] * len(self.components)
         for number, part in enumerate(self.components):
             if part.share is not None:
-                first, last = (self._drawn(number, part.share * total, e) for e in (epoch, epoch + 1))
-                counts[number] = last - first
-        counts[self.lead[0]] = total - sum(counts)
+                counts[number] = self._drawn(number, part.share, epoch + 1) - self._drawn(number, part.share, epoch)
+        counts[self.lead[0]] = self._total(epoch) - sum(counts)
         return counts
 
-    def _drawn(self, number: int, rate: float, epoch: int) -> int:
-        """Samples drawn from a component before an epoch: their mean over all offsets is `rate * epoch`."""
+    def _total(self, epoch: int) -> int:
+        """Samples of an epoch: with a budget and a curriculum as many as its stages take."""
+        return sum(self._stage_totals(epoch)) if self.per_batch and self.curriculum else self.samples
+
+    def _drawn(self, number: int, share: float, epoch: int) -> int:
+        """Samples drawn from a component before an epoch: their mean over all offsets is its share of all samples."""
         offset = np.random.default_rng([self.seed, number, 1]).random()
-        return math.floor(rate * epoch + offset)
+        if self.per_batch and self.curriculum:
+            return math.floor(share * sum(self._total(past) for past in range(epoch)) + offset)
+        return math.floor(share * self.samples * epoch + offset)
+
+    def _samples_per_batch(self, stage: Stage) -> float:
+        """How many samples of a stage fill a batch of the budget on average; of a few samples fewer are alike."""
+        ratio = self._filling(stage, self.samples)
+        wanted = math.inf if stage.steps is None else stage.steps * ratio
+        return ratio if wanted >= self.samples else self._filling(stage, math.ceil(wanted))
+
+    def _filling(self, stage: Stage, samples: int) -> float:
+        """So many samples of a stage, those that are mixed in with them, over the batches that they fill."""
+        assert self.budget is not None
+        counts = [0 if part.share is None else round(part.share * samples) for part in self.components]
+        counts = np.add(counts, self._by_weight(stage, samples - sum(counts))).tolist()
+        parts = [self._endless(n, len(part), 0, counts[n]) for n, part in enumerate(self.components)]
+        pool = np.concatenate([start + part for start, part in zip(self.starts[:-1], parts, strict=True)])
+        rng = np.random.default_rng([self.seed, 4])
+        filled = len(budgeted(rng.permutation(pool), self.sizes, self.budget, self.batch_size, rng))
+        return len(pool) / (filled + 1 + filled // SLACK)
+
+    def _by_weight(self, stage: Stage, samples: int) -> list[int]:
+        """So many samples of a stage, by component."""
+        weights = np.array([stage.weights.get(part.name, 0.0) for part in self.components])
+        borders = np.concatenate([[0.0], np.cumsum(weights) / weights.sum()])
+        return np.diff(np.round(borders * samples).astype(int)).tolist()
 
     def _lead_samples(self, epoch: int, rng: np.random.Generator) -> np.ndarray:
         order = rng.permutation(np.concatenate([np.arange(*self.starts[n : n + 2]) for n in self.lead]))
         # with several mixed-in sources, rounding may ask for a lead sample more than there are: one comes again
         return np.resize(order, self.counts(epoch)[self.lead[0]])
 
-    def _stages_of(self, epoch: int) -> list[tuple[Stage, int]]:
-        """The stages that an epoch's batches belong to, each with how many of them."""
+    def _stages_of(self, epoch: int) -> list[tuple[int, int]]:
+        """The numbers of the stages that an epoch's batches belong to, each with how many of them."""
         found, start = [], 0
         first, last = epoch * self.batches, (epoch + 1) * self.batches
-        for stage in self.curriculum:
+        for number, stage in enumerate(self.curriculum):
             stop = last if stage.steps is None else start + stage.steps
             inside = min(stop, last) - max(start, first)
             if inside > 0:
-                found.append((stage, inside))
+                found.append((number, inside))
             start = stop
         return found
 
+    def _stage_totals(self, epoch: int) -> list[int]:
+        """Samples of each of the epoch's stages, mixed-in ones with them."""
+        if not self.per_batch:
+            return [self.batch_size * batches for _, batches in self._stages_of(epoch)]
+        # rounding takes a sample away here and there, and no batch may be empty
+        return [max(round(self.per_batch[n] * batches), batches + 2) for n, batches in self._stages_of(epoch)]
+
     def _staged_counts(self, epoch: int) -> list[list[int]]:
         """For each of the epoch's stages, samples of each component (zero for those that are mixed in)."""
-        total, before = self.counts(epoch)[self.lead[0]], 0
+        lead, before = self.counts(epoch)[self.lead[0]], 0
         rows: list[list[int]] = []
-        for stage, batches in self._stages_of(epoch):
-            before += batches
-            here = round(total * before / self.batches) - sum(sum(row) for row in rows)
-            weights = np.array([stage.weights.get(part.name, 0.0) for part in self.components])
-            borders = np.concatenate([[0.0], np.cumsum(weights) / weights.sum()])
-            rows.append(np.diff(np.round(borders * here).astype(int)).tolist())
+        totals = self._stage_totals(epoch)
+        for (number, _), total in zip(self._stages_of(epoch), totals, strict=True):
+            before += total
+            here = round(lead * before / sum(totals)) - sum(sum(row) for row in rows)
+            rows.append(self._by_weight(self.curriculum[number], here))
         return rows
 
     def _staged_samples(self, epoch: int, rng: np.random.Generator) -> list[np.ndarray]:
@@ -220,7 +255,7 @@ class Mixture:
         counts, parts = self.counts(epoch), [np.zeros(0, dtype=np.int64)]
         for number, part in enumerate(self.components):
             if part.share is not None:
-                first = self._drawn(number, part.share * self.samples, epoch)
+                first = self._drawn(number, part.share, epoch)
                 parts.append(self.starts[number] + self._endless(number, len(part), first, counts[number]))
         return np.concatenate(parts)
 
@@ -259,26 +294,25 @@ class Mixture:
         extra = np.split(rng.permutation(mixed_in), np.round(ends[:-1] / ends[-1] * len(mixed_in)).astype(int))
         return pools, extra, rng
 
-    @property
-    def sizes(self) -> Sizes:
-        """Of all samples, for the budget."""
-        return Sizes(self.bucket, self.rows * (self.bucket + self.length / CHARACTERS_A_TOKEN))
-
-    def _filled(self, epoch: int) -> list[np.ndarray]:
-        """The epoch's batches as the budget fills them."""
+    def _filled(self, epoch: int) -> list[list[np.ndarray]]:
+        """The epoch's batches as the budget fills them, by pool."""
         assert self.budget is not None
         pools, extra, rng = self._pools(epoch)
         found = []
         for part, more in zip(pools, extra, strict=True):
             pool = rng.permutation(np.concatenate([part, more]))
-            found += budgeted(pool, self.sizes, self.budget, self.batch_size, rng)
+            found.append(budgeted(pool, self.sizes, self.budget, self.batch_size, rng))
         return found
 
     def batches_of(self, epoch: int) -> list[np.ndarray]:
         """The samples of each of the epoch's batches; every epoch has `batches`."""
         if self.budget is None:
             return list(self.order(epoch).reshape(self.batches, self.batch_size))
-        return exactly(self._filled(epoch), self.batches)
+        found = self._filled(epoch)
+        if not self.curriculum:
+            return exactly(list(chain.from_iterable(found)), self.batches)
+        wanted = [batches for _, batches in self._stages_of(epoch)]
+        return list(chain.from_iterable(exactly(pool, count) for pool, count in zip(found, wanted, strict=True)))
 
     def _in_windows(self, order: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
         """The same samples, those of each window of shards together."""
@@ -289,6 +323,13 @@ class Mixture:
         window = (rng.permutation(names.shape[1]) // self.window_shards)[shard.ravel()]
         sorted_by_window = np.argsort(window, kind="stable")
         return np.split(order[sorted_by_window], np.flatnonzero(np.diff(window[sorted_by_window])) + 1)
+
+
+def sizes_of(components: Sequence[Component]) -> Sizes:
+    """What samples of components one behind the other take of a budget."""
+    longest = [part.bucket + part.length if part.positions is None else part.positions for part in components]
+    rows = [np.ones(len(part), np.int64) if part.rows is None else part.rows for part in components]
+    return Sizes(*(np.concatenate(each) for each in ([part.bucket for part in components], longest, rows)))
 
 
 def bucketed(
@@ -368,25 +409,25 @@ class BucketedSampler(BatchListSampler):
     """Every sample once, in bucketed batches of one fixed order (validation).
 
     Args:
-        bucket, length: [N], as in :class:`Component`. limit: only the first so many of a fixed permutation.
-        budget: of a batch; None: `batch_size` samples. rows: of text that each sample gives at most, for the budget.
+        components: one behind the other. limit: only the first so many of a fixed permutation.
+        budget: of a batch; None: `batch_size` samples.
     """
 
     def __init__(
         self,
-        bucket: np.ndarray,
-        length: np.ndarray,
+        components: Sequence[Component],
         batch_size: int,
         rank: int = 0,
         ranks: int = 1,
         limit: int | None = None,
         budget: Budget | None = None,
-        rows: int = 1,
     ) -> None:
-        samples = len(bucket) if limit is None else min(limit, len(bucket))
+        self.sizes = sizes_of(components)
+        self.bucket, self.length = self.sizes.frames, np.concatenate([part.length for part in components])
+        samples = len(self.bucket) if limit is None else min(limit, len(self.bucket))
         divided = batch_size if budget is None else ranks  # a budget's batches differ in size anyway
         super().__init__(samples, divided, rank, ranks, seed=0, shuffle=False, drop_last=False)
-        self.bucket, self.length, self.budget, self.most, self.rows = bucket, length, budget, batch_size, rows
+        self.budget, self.most = budget, batch_size
         self.count = len(self.batches_of(0)) if budget is not None else super().__len__()
 
     def __len__(self) -> int:
@@ -403,8 +444,7 @@ class BucketedSampler(BatchListSampler):
             return [self.global_batch(order, step) for step in range(self.count)]
         rng = np.random.default_rng(0)
         chosen = rng.permutation(len(self.bucket))[: self.samples]
-        sizes = Sizes(self.bucket, self.rows * (self.bucket + self.length / CHARACTERS_A_TOKEN))
-        return budgeted(chosen, sizes, self.budget, self.most, rng)
+        return budgeted(chosen, self.sizes, self.budget, self.most, rng)
 
 
 def padded_share(order: np.ndarray, batch_size: int, *sizes: np.ndarray) -> float:

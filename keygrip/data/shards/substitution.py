@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,31 +13,46 @@ from torch.utils.data import Dataset
 from keygrip.data.bad_samples import BadSample, BadSamples
 from keygrip.data.shards.sampling import ResumableLoader, SampleKey
 
-SUBSTITUTES = 8  # samples tried in place of an unreadable one
+SUBSTITUTES = 8  # samples tried in place of a bad one
 Sample = TypeVar("Sample", covariant=True)
 
 
+class UnusableSample(BadSample):
+    """A sample in which nothing is wrong and of which this run can use nothing, such as a text that is too long."""
+
+
 class SubstitutingSamples(Dataset[Sample], ABC):
-    """A data set that gives another sample for one that cannot be read; indexed by `SampleKey`."""
+    """A data set that gives another sample for one that cannot be read or used; indexed by `SampleKey`."""
 
     @abstractmethod
     def candidates(self, key: SampleKey) -> Iterator[SampleKey]:
         """The sample itself, then similar ones that may replace it, so that batches keep their size and the
         order stays a function of (seed, epoch, step)."""
 
-    def __getitems__(self, keys: Sequence[SampleKey]) -> list[tuple[Sample, list[str]]] | list[BadSample]:
-        """A batch's samples, each with what was skipped on the way to it; or the error where nothing could be read."""
+    def usable_candidates(self, key: SampleKey) -> Iterator[SampleKey]:
+        """What may replace a sample of which nothing can be used: other samples than `candidates`, where a similar one
+        is likely to be no better."""
+        return itertools.islice(self.candidates(key), 1, None)
+
+    def __getitems__(self, keys: Sequence[SampleKey]) -> list[tuple[Sample, list[BadSample]]] | list[BadSample]:
+        """A batch's samples, each with what was skipped on the way to it; or the error where nothing could be used."""
         found = []
         for key in keys:
-            skipped: list[str] = []
-            for candidate in self.candidates(key):
+            skipped: list[BadSample] = []
+            waiting = self.candidates(key)
+            while (candidate := next(waiting, None)) is not None:
                 try:
                     found.append((self[candidate], skipped))
                     break
+                except UnusableSample as error:
+                    if not any(isinstance(earlier, UnusableSample) for earlier in skipped):
+                        waiting = self.usable_candidates(candidate)
+                    skipped.append(error)
                 except BadSample as error:
-                    skipped.append(str(error))
+                    skipped.append(error)
             else:
-                return [BadSample(f"{len(skipped)} samples in a row cannot be read; the first: {skipped[0]}")]
+                verb = "used" if isinstance(skipped[0], UnusableSample) else "read"
+                return [BadSample(f"{len(skipped)} samples in a row cannot be {verb}; the first: {skipped[0]}")]
         return found
 
 
@@ -51,22 +67,25 @@ class Collate:
     collator: Callable[[list[Any]], Any]
 
     def __call__(
-        self, samples: list[tuple[Any, list[str]]] | list[BadSample]
-    ) -> tuple[Any, int, list[str]] | BadSample:
+        self, samples: list[tuple[Any, list[BadSample]]] | list[BadSample]
+    ) -> tuple[Any, int, list[BadSample]] | BadSample:
         first = samples[0]
         if isinstance(first, BadSample):
             return first
         batch = self.collator([sample for sample, _ in samples])  # type: ignore[misc]
-        return batch, len(samples), [reason for _, skipped in samples for reason in skipped]  # type: ignore[misc]
+        return batch, len(samples), [error for _, skipped in samples for error in skipped]  # type: ignore[misc]
 
 
 class CountingLoader(ResumableLoader):
-    """A loader that hands out the batches alone and counts the samples that were skipped for them."""
+    """A loader that hands out the batches alone and counts the samples that were skipped for them: those that could not
+    be read, and, apart from them, those that could not be used."""
 
     skipped: BadSamples | None = None
+    unusable: BadSamples | None = None
 
     def __iter__(self) -> Any:
-        for batch, samples, reasons in super().__iter__():
-            if self.skipped is not None:
-                self.skipped.add(samples, reasons)
+        for batch, samples, errors in super().__iter__():
+            for counted, sort in ((self.skipped, False), (self.unusable, True)):
+                if counted is not None:
+                    counted.add(samples, [str(e) for e in errors if isinstance(e, UnusableSample) == sort])
             yield batch

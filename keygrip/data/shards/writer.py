@@ -154,7 +154,10 @@ def write_manifest(
             continue
         found = {name: str(values.dtype.kind) for name, values in index.columns.items()}
         if columns and len(index) and set(found) != set(columns):
-            raise ValueError(f"{path} has the columns {sorted(found)}, the shards before it {sorted(columns)}")
+            raise ValueError(
+                f"{path} has the columns {sorted(found)}, the shards before it {sorted(columns)}: an earlier version "
+                "indexed some of them; index all anew (step=manifest again=true)"
+            )
         columns = columns or found
         if index.bad:
             bad[path.name] = index.bad

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,6 +12,7 @@ import numpy as np
 from keygrip.data.video_text.conversations import Conversation, VideoTextSample
 
 Questions = int | Mapping[str, int] | None
+MANY = 1 << 30  # conversations of a kind of which all are taken
 
 
 class Collator(Protocol):
@@ -38,6 +40,68 @@ class CheckingCollator(Protocol):
     def problem(self, conversation: Conversation) -> str | None: ...
 
 
+@runtime_checkable
+class MeasuringCollator(Protocol):
+    """A collator that knows what rows take of the language model.
+
+    Attributes:
+        tokens_per_frame: visual tokens of an image. max_tokens: where texts are cut; None: nowhere.
+    """
+
+    tokens_per_frame: int
+    max_tokens: int | None
+
+    def text_tokens(
+        self, conversation: Conversation, seconds: Sequence[float] | None = None, whole: bool = False
+    ) -> int:
+        """Tokens of a conversation's row without its frames; 0 where it cannot be one. whole: before it is cut.
+
+        Args:
+            seconds: when the frames were taken, for rows that tell it.
+        """
+        ...
+
+    def __call__(self, samples: list[VideoTextSample]) -> Any: ...
+
+
+@dataclass(frozen=True)
+class WithinBudget:
+    """A collator whose batches keep within a budget by the lengths that their rows really have.
+
+    Batches are planned from characters. In one that turns out too large the samples with the longest rows are left
+    out, at most all but one; their rows are counted in the batch's `left_out`.
+
+    Args:
+        positions: of a batch over all processes. ranks: how many these are: each has its part of the samples.
+    """
+
+    collator: MeasuringCollator
+    positions: int
+    ranks: int = 1
+
+    def __call__(self, samples: list[VideoTextSample]) -> Any:
+        rows = [self._rows(sample) for sample in samples]
+        longest = [max(lengths, default=0) for lengths in rows]
+        kept, taken = set(), 0
+        for number in sorted(range(len(samples)), key=longest.__getitem__):
+            more = taken + len(rows[number])
+            # samples do not always divide by the processes: one of them may then have one sample more
+            counted = more if self.ranks == 1 else taken
+            if kept and counted * longest[number] * self.ranks > self.positions:
+                break
+            kept.add(number)
+            taken = more
+        batch = self.collator([sample for number, sample in enumerate(samples) if number in kept])
+        dropped = sum(len(lengths) for number, lengths in enumerate(rows) if number not in kept)
+        return replace(batch, left_out=batch.left_out + dropped) if dropped else batch
+
+    def _rows(self, sample: VideoTextSample) -> list[int]:
+        """Positions of each of a sample's rows."""
+        frames = len(sample.frames)
+        found = (self.collator.text_tokens(c, sample.seconds if frames else ()) for c in sample.conversations)
+        return [frames * self.collator.tokens_per_frame + tokens for tokens in found if tokens]
+
+
 def choose(conversations: Sequence[Conversation], questions: Questions, rng: np.random.Generator) -> list[Conversation]:
     """Some of a video's conversations: all (None), so many at random, or so many of each named kind (of others all)."""
     if questions is None:
@@ -54,9 +118,15 @@ def choose(conversations: Sequence[Conversation], questions: Questions, rng: np.
     return [conversations[n] for n in sorted(chosen)]
 
 
-def rows_of(questions: Questions) -> int:
-    """Rows of text that a video gives at most, for a budget. Of all conversations (None) one is counted, and of kinds
-    that are not named none: how many there are no manifest says."""
+def rows_of(questions: Questions, conversations: np.ndarray, kinds: Sequence[str]) -> np.ndarray:
+    """Rows of text that samples give at most, [N] int.
+
+    Args:
+        questions: chosen of each. conversations: [N] int, how many each holds. kinds: N strings, which ("cue mark").
+    """
     if questions is None:
-        return 1
-    return max(1, questions if isinstance(questions, int) else sum(questions.values()))
+        return conversations
+    if isinstance(questions, int):
+        return np.minimum(conversations, questions)
+    asked = {each: sum(questions.get(kind, MANY) for kind in each.split()) for each in set(kinds)}
+    return np.maximum(1, np.minimum(conversations, [asked[each] for each in kinds]))

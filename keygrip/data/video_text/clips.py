@@ -23,7 +23,8 @@ class SubClips:
 
     A clip keeps the conversations whose evidence names a frame of it; those about the whole video (captions) tell of
     more than it shows and are left out. Seconds in words are known in the form "second 12". A video in which nothing
-    is asked about the clip, or whose frames are not a second apart, stays whole.
+    is asked about the clip, or whose frames are not a second apart, stays whole. Training refuses clips where no video
+    that was tried can be cut (`may_be_cut`).
 
     Args:
         frames: [fewest, most] of a clip; shorter videos stay whole.
@@ -43,6 +44,10 @@ class SubClips:
             raise ValueError(f"data.clips.frames={list(self.frames)}: [fewest, most] frames, at least 1")
         if not 0 <= self.share <= 1:
             raise ValueError(f"data.clips.share={self.share}: a share lies in 0..1")
+
+    def may_be_cut(self, conversations: Sequence[Conversation]) -> bool:
+        """Whether some conversation says of which frame it speaks."""
+        return any(isinstance(each.evidence.get("frame"), int) for each in conversations)
 
     def of(self, sample: VideoTextSample, seed: int, key: SampleKey) -> VideoTextSample:
         """The sample, or a clip of it: a pure function of the seed, the sample and the epoch."""
@@ -69,6 +74,7 @@ class SubClips:
             frames=sample.frames[start:stop],
             conversations=conversations,
             key=f"{sample.key}[{start}:{stop}]",  # other frames: a name of their own wherever something is kept by name
+            cut=True,
             seconds=tuple(float(n) for n in range(stop - start)),
         )
 

@@ -3,7 +3,9 @@
 Members of a sample: "json" with `source`, `fps`, `frames` and `conversations` ([{"kind", "turns": [{"role", "text"}],
 "evidence"}]), and the images, either "00.jpg", "01.jpg", ... (from 0 or 1; PNG and WebP too), one "jpg", or one "mp4",
 from which one frame per second is taken. Text in other forms: see `foreign_text`. Upper case counts as lower.
-Columns: `frames`, `text_length` (characters of the longest conversation; see there), `kinds` ("cue mark").
+Columns: `frames`, `text_length` (characters of the longest conversation; see there), `first_answer` (characters to the
+end of the first answer, of the conversation in which it ends soonest), `conversations` (how many) and `kinds` ("cue
+mark").
 """
 
 from __future__ import annotations
@@ -83,7 +85,8 @@ class VideoTextSample:
         conversations: one or more.
         source: the collection that it is from ("robot_videos", "smoltalk", ...).
         key: unique in its collection.
-        seconds: F, when each frame was taken; None where that is not known.
+        seconds: F, when each frame was taken; () of images that have no common time; None where it is not known.
+        cut: it is a clip of a longer one (`keygrip.data.video_text.clips`).
     """
 
     frames: np.ndarray
@@ -91,6 +94,7 @@ class VideoTextSample:
     source: str
     key: str
     seconds: tuple[float, ...] | None = None
+    cut: bool = False
 
 
 def caption(text: str, evidence: Mapping[str, Any] | None = None, request: str = CAPTION_REQUEST) -> Conversation:
@@ -150,7 +154,11 @@ def video_text_parts(
 def text_length(conversations: Sequence[Conversation]) -> int:
     """Characters of the longest conversation, by which batches are made: a token is taken for four of them. Those
     beyond ASCII (Chinese, Greek, ...) are a token each, or more, and count for four."""
-    return max((sum(_length(turn.text) for turn in c.turns) for c in conversations), default=0)
+    return max((_turns_length(c.turns) for c in conversations), default=0)
+
+
+def _turns_length(turns: Sequence[Turn]) -> int:
+    return sum(_length(turn.text) for turn in turns)
 
 
 def _length(text: str) -> int:
@@ -159,7 +167,13 @@ def _length(text: str) -> int:
 
 
 def _text_columns(conversations: Sequence[Conversation]) -> dict[str, int | float | str]:
-    return {"text_length": text_length(conversations), "kinds": " ".join(sorted({c.kind for c in conversations}))}
+    first = [next((n for n, turn in enumerate(c.turns) if turn.role == "assistant"), 0) + 1 for c in conversations]
+    return {
+        "text_length": text_length(conversations),
+        "first_answer": min((_turns_length(c.turns[:n]) for c, n in zip(conversations, first, strict=True)), default=0),
+        "conversations": len(conversations),
+        "kinds": " ".join(sorted({c.kind for c in conversations})),
+    }
 
 
 def conversation_problem(conversation: Conversation) -> str | None:
@@ -380,17 +394,27 @@ def read_sample(
     return VideoTextSample(frames, conversations, str(content.get("source", "")), shards.key(sample), seconds)
 
 
+def read_conversations(shards: ShardSet, sample: int) -> tuple[Conversation, ...]:
+    """The conversations of a sample; its images are not read. Raises BadSample: its text is broken."""
+    parts = shards.read(sample, TEXT)
+    with guard(shards.where(sample)):
+        return parse_conversations(parse_text(parts))
+
+
 def thinned(sample: VideoTextSample, max_frames: int) -> VideoTextSample:
     """The sample with at most so many of its frames, evenly spaced."""
     if len(sample.frames) <= max_frames:
         return sample
     taken = _evenly(len(sample.frames), max_frames)
-    seconds = None if sample.seconds is None else _of(sample.seconds, taken)
+    seconds = _of(sample.seconds, taken) if sample.seconds else sample.seconds
     return replace(sample, frames=sample.frames[taken], seconds=seconds)
 
 
 def _image_seconds(fps: Any, taken: Sequence[int]) -> tuple[float, ...] | None:
-    """When images were taken at `fps`; None where a shard does not say it in a number."""
+    """When images were taken at `fps`; () where they have no common time (null), None where a shard does not say it in
+    a number."""
+    if fps is None:
+        return ()
     if isinstance(fps, bool) or not isinstance(fps, int | float) or not 1e-6 < fps < 1e6:
         return None
     return tuple(number / fps for number in taken)
@@ -409,9 +433,7 @@ def iterate_texts(sets: Sequence[ShardSet]) -> Iterator[str]:
     """The text of every turn of some shard sets, in order (to train a tokenizer on); leaves out unreadable samples."""
     for shards, sample in all_samples(sets):
         try:
-            parts = shards.read(sample)
-            with guard(shards.where(sample)):
-                conversations = parse_conversations(parse_text(parts))
+            conversations = read_conversations(shards, sample)
         except BadSample:
             continue
         for conversation in conversations:

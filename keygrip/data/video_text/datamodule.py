@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +22,6 @@ from keygrip.data.shards.budget import Budget, costliest
 from keygrip.data.shards.index import MANIFEST
 from keygrip.data.shards.made_shards import MadeShards, held_out
 from keygrip.data.shards.mixing import (
-    CHARACTERS_A_TOKEN,
     BucketedSampler,
     BudgetedBatchSampler,
     Component,
@@ -34,20 +35,30 @@ from keygrip.data.shards.remote import is_remote
 from keygrip.data.shards.resuming import ResumableData
 from keygrip.data.shards.sampling import GlobalBatchSampler, SampleKey
 from keygrip.data.shards.substitution import Collate, CountingLoader
-from keygrip.data.video_text.batching import Collator, PreparedCollator, Questions, rows_of
+from keygrip.data.video_text.batching import (
+    Collator,
+    MeasuringCollator,
+    PreparedCollator,
+    Questions,
+    WithinBudget,
+)
 from keygrip.data.video_text.clips import SubClips
 from keygrip.data.video_text.conversations import (
     FITS,
     MAX_FRAMES,
     MOST_FRAMES,
     iterate_texts,
+    read_conversations,
 )
+from keygrip.data.video_text.lengths import TokenLengths, measured
 from keygrip.data.video_text.samples import Part, VideoTextSamples
 from keygrip.training.parts import ReadWhere, data_part
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
+TRIED = 64  # videos of a source, whether they can be cut
+COSTLY = 8  # batches, by estimate the largest, among which the largest one is sought by what it really holds
 
 
 @data_part
@@ -154,14 +165,17 @@ class VideoTexts(ResumableData):
         max_val_samples: the frozen validation set is cut to so many, always the same; None: all.
         window_shards: shuffle within windows of so many shards (remote shards); None: over everything.
         cache_dir, cache_gb: for remote shards.
-        max_skipped_share: more unreadable samples than this stop the run.
+        max_skipped_share: more unreadable samples than this stop the run. Those that the collator cannot use (too
+            long) are left out beforehand where the index tells, else replaced by shorter ones; they are counted apart.
         num_workers: loader processes; None: one for each core but one, 4 at most.
         prefetch_batches: batches that each worker keeps ready.
         memory_gb: each process that reads keeps so much of the decoded training samples; 0: decode every time.
         curriculum: see :class:`keygrip.data.shards.mixing.Mixture`; of the lead sources, by name.
         budget: of frames and positions a batch, over all ranks; `batch_size` is then the most videos. None: always so
-            many. Of `questions=null` a row per video is counted.
-        clips: cut out of longer training videos; batches and a budget count whole ones. None: they stay whole.
+            many. Batches are planned by the lengths that nearly all texts stay below (`lengths`), and kept within the
+            positions by the lengths that their rows have: what is too much is left out of the batch and counted.
+        clips: cut out of longer training videos; batches and a budget count whole ones. Refused where none can be
+            cut. None: they stay whole.
     """
 
     batch_type = VideoTextBatch
@@ -210,6 +224,8 @@ class VideoTexts(ResumableData):
         self.num_workers = min((os.cpu_count() or 1) - 1, 4) if num_workers is None else num_workers
         self.prefetch_batches = prefetch_batches
         self.skipped = BadSamples(max_skipped_share)
+        self.unusable = BadSamples(math.inf)  # nothing is wrong with them: they are counted and end no run
+        self.lengths: dict[str, TokenLengths] = {}  # of the sources whose texts were measured
         self.prepare_data_per_node = False  # shards lie where every node sees them
         self.parts: dict[str, list[Part]] = {}
         self.mixture: Mixture | None = None
@@ -238,10 +254,60 @@ class VideoTexts(ResumableData):
         if self.parts:
             return
         opened: dict[str, list[Part]] = {split: self._open(split) for split in SPLITS}
+        self._prepare_collator()  # on every rank: what was made once is loaded here
+        self._measure(opened["train"])
+        opened = {split: self._usable(split, parts) for split, parts in opened.items()}
+        if self.clips is not None and stage != "validate":
+            self._check_clips(self.clips, opened["train"])
         self.mixture = self._mixture(opened["train"])
         self.parts = opened
-        self._prepare_collator()  # on every rank: what was made once is loaded here
         self._report()
+
+    def _check_clips(self, clips: SubClips, parts: Sequence[Part]) -> None:
+        """Raises ValueError: of the longer training videos that are tried none can be cut."""
+        tried = cut = 0
+        for part in parts:
+            longer = part.chosen[part.column("frames") > clips.frames[0]]
+            for sample in longer[np.linspace(0, len(longer) - 1, min(len(longer), TRIED)).round().astype(int)].tolist():
+                with contextlib.suppress(BadSample):  # counted when they are read
+                    cut += clips.may_be_cut(read_conversations(part.shards, sample))
+                    tried += 1
+        if not cut:
+            raise ValueError(
+                f"data.clips: none of {tried} training videos of more than {clips.frames[0]} frames that were tried "
+                "has a conversation that says of which frame it speaks (evidence: frame), so that none can be cut: "
+                "leave data.clips out"
+            )
+        log.info("clips: %d of %d longer videos that were tried can be cut", cut, tried)
+
+    def _measure(self, parts: Sequence[Part]) -> None:
+        """Measures texts where a budget counts them, or some may be too long to be used."""
+        collator = self.collator
+        if not isinstance(collator, MeasuringCollator):
+            return
+        for part in parts:
+            if self.budget is not None or part.may_be_too_long(collator.max_tokens):
+                self.lengths[part.name] = measured(part.shards, part.chosen, collator, part.kinds)
+
+    def _usable(self, split: str, parts: Sequence[Part]) -> list[Part]:
+        """The parts without samples that are too long to be used. Raises ValueError: nothing is left to train on."""
+        found = []
+        for part in parts:
+            lengths = self.lengths.get(part.name)
+            kept = part if lengths is None else part.usable(lengths)
+            if lengths is not None and len(kept) < len(part):
+                log.info(
+                    "%s: %d of %d samples of %s are left out: their first answer ends beyond collator.max_tokens=%s",
+                    *(split, len(part) - len(kept), len(part), part.name, lengths.max_tokens),
+                )
+            if len(kept):
+                found.append(kept)
+            elif split == "train":
+                raise ValueError(
+                    f"no sample of the source {part.name!r} has an answer that ends within collator.max_tokens; "
+                    "raise it"
+                )
+        return found
 
     def _open(self, split: str) -> list[Part]:
         parts = []
@@ -258,8 +324,10 @@ class VideoTexts(ResumableData):
         return Mixture(components, self.batch_size, self.seed, self.window_shards, self.curriculum, self.budget)
 
     def _components(self, parts: Sequence[Part], questions: Questions) -> list[Component]:
-        cut, rows = (getattr(self.collator, "max_tokens", None), rows_of(questions)) if self.budget else (None, 1)
-        return [part.component(self.max_frames, cut, rows) for part in parts]
+        if self.budget is None:
+            return [part.component(self.max_frames) for part in parts]
+        lengths = [self.lengths.get(part.name, TokenLengths()) for part in parts]
+        return [p.component(self.max_frames, each, questions) for p, each in zip(parts, lengths, strict=True)]
 
     def _report(self) -> None:
         assert self.mixture is not None
@@ -279,8 +347,12 @@ class VideoTexts(ResumableData):
     def padding_share(self, epoch: int = 0) -> float:
         """Share of the language model's positions that are padding in an epoch, from the manifests; needs `setup`."""
         assert self.mixture is not None
-        frames, tokens = self.mixture.bucket, self.mixture.length / CHARACTERS_A_TOKEN
-        return padding_of(self.mixture.batches_of(epoch), frames, tokens)
+        frames = self._tokens_per_frame * self.mixture.bucket
+        return padding_of(self.mixture.batches_of(epoch), frames, self.mixture.length)
+
+    @property
+    def _tokens_per_frame(self) -> int:
+        return self.collator.tokens_per_frame if isinstance(self.collator, MeasuringCollator) else 1
 
     @property
     def folder(self) -> Path:
@@ -319,8 +391,7 @@ class VideoTexts(ResumableData):
         if self.curriculum:
             digest.update(repr([(sorted(stage.weights.items()), stage.steps) for stage in self.curriculum]).encode())
         if self.budget is not None:
-            rows = rows_of(self.questions)
-            digest.update(f"{self.budget!r}{f' {rows} rows' if rows > 1 else ''}".encode())
+            digest.update(repr((self.budget, self.questions, sorted(self.lengths.items()))).encode())
         return digest.hexdigest()[:16]
 
     # ---------------------------------------------------------------------------------------------------------- loading
@@ -338,11 +409,19 @@ class VideoTexts(ResumableData):
         questions: Questions,
         memory_gb: float = 0.0,
         clips: SubClips | None = None,
+        collator: Collator | None = None,
     ) -> DataLoader[Any]:
         samples = self._samples(parts, questions, memory_gb, clips)
-        loader = CountingLoader(collate_fn=Collate(self.collator), **self.loader_options(samples, sampler))
-        loader.skipped = self.skipped
+        collate = Collate(collator or self.collator)
+        loader = CountingLoader(collate_fn=collate, **self.loader_options(samples, sampler))
+        loader.skipped, loader.unusable = self.skipped, self.unusable
         return loader
+
+    @property
+    def _training_collator(self) -> Collator:
+        if self.budget is None or not isinstance(self.collator, MeasuringCollator):
+            return self.collator
+        return WithinBudget(self.collator, self.budget.positions, self.ranks[1])
 
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.mixture is not None
@@ -350,21 +429,30 @@ class VideoTexts(ResumableData):
         sampler = kind(self.mixture, *self.ranks)
         if self.trainer is not None:
             sampler.follow(self.batches_done)
-        return self._loader(self.parts["train"], sampler, self.questions, self.memory_gb, self.clips)
+        collator = self._training_collator
+        return self._loader(self.parts["train"], sampler, self.questions, self.memory_gb, self.clips, collator)
 
     def worst_batch(self) -> Any:
-        """This rank's part of the batch of the first epoch that takes most memory, by frames and positions; needs
-        `setup`. Without a budget: the most frames, and of these the longest texts."""
+        """This rank's part of the batch of the first epoch that takes most memory, by the frames and positions that it
+        really has; needs `setup`. Without a budget: the most frames, and of these the longest texts."""
         assert self.mixture is not None
         batches, sizes = self.mixture.batches_of(0), self.mixture.sizes
         budget = self.budget or Budget(int(sizes.frames.max()) + 1, int(sizes.positions.max()) + 1)
-        worst = costliest(batches, sizes, budget)
         rank, ranks = self.ranks
-        keys = [SampleKey(int(index), 0) for index in np.array_split(worst, ranks)[rank]]
-        batch = Collate(self.collator)(self._samples(self.parts["train"], self.questions).__getitems__(keys))
-        if isinstance(batch, BadSample):
-            raise batch
-        return batch[0]
+        samples, collate = self._samples(self.parts["train"], self.questions), Collate(self._training_collator)
+        found = []
+        for chosen in costliest(batches, sizes, budget, COSTLY):
+            keys = [SampleKey(int(index), 0) for index in np.array_split(chosen, ranks)[rank]]
+            batch = collate(samples.__getitems__(keys))
+            if isinstance(batch, BadSample):
+                raise batch
+            found.append(batch[0])
+        return max(found, key=lambda batch: self._share_of(batch, budget))
+
+    def _share_of(self, batch: Any, budget: Budget) -> float:
+        """Of a budget's frames and positions together."""
+        longest = batch.frame_mask.shape[1] * self._tokens_per_frame + batch.attention_mask.shape[1]
+        return float(batch.frame_mask.sum()) / budget.frames + len(batch) * longest / budget.positions
 
     def _held_out_loader(self, split: str) -> DataLoader[Any] | list[Any]:
         """The lead sources' samples of a split, and as many of the others as their share asks for; always the same."""
@@ -383,9 +471,8 @@ class VideoTexts(ResumableData):
             wanted = round(total * (share if share is not None else (1 - shares) * len(part) / lead))
             fixed = np.random.default_rng(0).permutation(len(part))[: max(1, wanted)]
             parts[number] = replace(part, chosen=part.chosen[np.sort(fixed)])
-        components, rows = self._components(parts, self.val_questions), rows_of(self.val_questions)
-        bucket, length = (np.concatenate([getattr(c, name) for c in components]) for name in ("bucket", "length"))
-        sampler = BucketedSampler(bucket, length, self.batch_size, *self.ranks, budget=self.budget, rows=rows)
+        components = self._components(parts, self.val_questions)
+        sampler = BucketedSampler(components, self.batch_size, *self.ranks, budget=self.budget)
         return self._loader(parts, sampler, self.val_questions)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:

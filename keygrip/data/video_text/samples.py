@@ -8,14 +8,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from keygrip.data.bad_samples import BadSample
-from keygrip.data.shards.mixing import CHARACTERS_A_TOKEN, Component
+from keygrip.data.shards.mixing import Component
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.sampling import SampleKey, sample_generator
-from keygrip.data.shards.substitution import SUBSTITUTES, SubstitutingSamples
-from keygrip.data.video_text.batching import CheckingCollator, Collator, Questions, choose
+from keygrip.data.shards.substitution import SUBSTITUTES, SubstitutingSamples, UnusableSample
+from keygrip.data.video_text.batching import CheckingCollator, Collator, Questions, choose, rows_of
 from keygrip.data.video_text.clips import SubClips, clipped
 from keygrip.data.video_text.conversations import MOST_FRAMES, Conversation, VideoTextSample, read_sample
+from keygrip.data.video_text.lengths import TokenLengths
 
+FIRST_ANSWER = "first_answer"  # column; see `keygrip.data.video_text.conversations`
+TEMPLATE = 128  # tokens that a conversation takes beside its words, at most
 TEXT_BYTES = 2048  # of a conversation and its metadata as Python objects, roughly
 
 
@@ -41,15 +44,42 @@ class Part:
         """A column of the index for the samples of this part, [N]."""
         return self.shards.columns[name][self.chosen]
 
-    def component(self, max_frames: int, max_tokens: int | None = None, rows: int = 1) -> Component:
-        """For the mixture: buckets by number of frames, batches of like text length. max_tokens (where longer texts are
-        cut) and rows are given where they count for a budget."""
+    def component(self, max_frames: int, lengths: TokenLengths | None = None, questions: Questions = None) -> Component:
+        """For the mixture: buckets by number of frames, batches of like text length.
+
+        Args:
+            lengths: measured, where a budget counts them; None: estimated. questions: chosen of each sample, for a
+                budget.
+
+        Raises:
+            ValueError: the index does not say how many conversations a sample holds, and a budget counts them.
+        """
         frames = np.minimum(self.column("frames"), max_frames).astype(np.int64)
-        shard = self.shards.shard[self.chosen]
-        length = self.column("text_length").astype(float)
-        if max_tokens is not None:
-            length = np.minimum(length, max_tokens * CHARACTERS_A_TOKEN)
-        return Component(self.name, frames, length, shard, self.share, rows)
+        shard, characters = self.shards.shard[self.chosen], self.column("text_length").astype(float)
+        if lengths is None:
+            return Component(self.name, frames, TokenLengths().tokens(characters), shard, self.share)
+        if "conversations" not in self.shards.columns:
+            raise ValueError(
+                f"data.budget counts the conversations of each sample, and the index of {self.shards.root} is of an "
+                f"earlier version: make it anew with `keygrip prepare step=manifest again=true root={self.shards.root}`"
+            )
+        rows = rows_of(questions, self.column("conversations"), self.column("kinds").tolist())
+        positions = lengths.tokens_per_frame * frames + lengths.tokens(characters, most=True)
+        return Component(self.name, frames, lengths.tokens(characters), shard, self.share, positions, rows)
+
+    def usable(self, lengths: TokenLengths) -> Part:
+        """The part without samples whose first answer ends beyond the tokens of a row, so that nothing could be learned
+        from them: by the typical length of a text, so that a few are found only when they are read."""
+        if lengths.max_tokens is None or FIRST_ANSWER not in self.shards.columns:
+            return self
+        uncut = replace(lengths, max_tokens=None).tokens(self.column(FIRST_ANSWER).astype(float))
+        return replace(self, chosen=self.chosen[uncut <= lengths.max_tokens])
+
+    def may_be_too_long(self, max_tokens: int | None) -> bool:
+        """Whether some first answer might end beyond so many tokens, if every character were one."""
+        if max_tokens is None or FIRST_ANSWER not in self.shards.columns:
+            return False
+        return bool((self.column(FIRST_ANSWER) > max_tokens - TEMPLATE).any())
 
 
 class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
@@ -99,7 +129,7 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
             raise BadSample(f"{part.shards.where(int(part.chosen[position]))}: no conversation of the kinds asked for")
         problems = [self.collator.problem(c) for c in conversations] if self.collator is not None else [None]
         if None not in problems:
-            raise BadSample(part.shards.where(int(part.chosen[position])), str(problems[0]))
+            raise UnusableSample(part.shards.where(int(part.chosen[position])), str(problems[0]))
         return replace(sample, conversations=tuple(conversations), source=part.name)
 
     def _read(self, part: Part, number: int, position: int) -> VideoTextSample:
@@ -117,12 +147,27 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
     def candidates(self, key: SampleKey) -> Iterator[SampleKey]:
         """The ones most like it: of its source, in length."""
         yield key
-        number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
-        if self._alike[number] is None:  # only where something is broken
-            component = self.parts[number].component(self.max_frames)
-            self._alike[number] = np.lexsort((component.length, component.bucket))
-        alike = self._alike[number]
-        assert alike is not None
-        place = int(np.flatnonzero(alike == key.sample - self.starts[number])[0])
+        start, alike, place = self._among_alike(key)
         for step in range(1, min(SUBSTITUTES, len(alike) - 1) + 1):
-            yield SampleKey(int(self.starts[number] + alike[(place + step) % len(alike)]), key.epoch)
+            yield SampleKey(int(start + alike[(place + step) % len(alike)]), key.epoch)
+
+    def usable_candidates(self, key: SampleKey) -> Iterator[SampleKey]:
+        """With shorter and shorter text and as many frames, down to the shortest; then with fewer frames."""
+        start, alike, place = self._among_alike(key)
+        part = self.parts[int(np.searchsorted(self.starts, key.sample, side="right")) - 1]
+        frames = np.minimum(part.column("frames"), self.max_frames)[alike]
+        first = int(np.searchsorted(frames, frames[place]))
+        shorter = np.linspace(place, first, SUBSTITUTES + 1)[1:].round().astype(int).tolist()
+        others = [(first - step) % len(alike) for step in range(1, SUBSTITUTES + 1)]
+        for each in dict.fromkeys([*shorter, *others]):
+            if each != place:
+                yield SampleKey(int(start + alike[each]), key.epoch)
+
+    def _among_alike(self, key: SampleKey) -> tuple[int, np.ndarray, int]:
+        """Where a sample's part begins, its samples by frames and length of text, and the sample's place in these."""
+        number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
+        start, alike = int(self.starts[number]), self._alike[number]
+        if alike is None:  # only where something is broken
+            component = self.parts[number].component(self.max_frames)
+            alike = self._alike[number] = np.lexsort((component.length, component.bucket))
+        return start, alike, int(np.flatnonzero(alike == key.sample - start)[0])

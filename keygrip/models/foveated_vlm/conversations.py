@@ -143,6 +143,7 @@ class ConversationCollator:
         prompt_order, supervise, max_tokens: see `encode_conversation`.
         system: the system turn of conversations that have none; None: as the chat template has it.
         timestamps: the first user turn begins with when the video's frames were taken (`frame_times`).
+        tokens_per_frame: visual tokens of the network, for the budget of batches.
     """
 
     def __init__(
@@ -153,6 +154,7 @@ class ConversationCollator:
         max_tokens: int | None = None,
         system: str | None = None,
         timestamps: bool = False,
+        tokens_per_frame: int = 1,
     ) -> None:
         if prompt_order not in ("visual_first", "question_first"):
             raise ValueError(f"prompt_order is visual_first or question_first, not {prompt_order!r}")
@@ -164,7 +166,7 @@ class ConversationCollator:
         self.prompt_order: PromptOrder = prompt_order
         self.supervise: Supervise = supervise
         self.max_tokens = max_tokens
-        self.system, self.timestamps = system, timestamps
+        self.system, self.timestamps, self.tokens_per_frame = system, timestamps, tokens_per_frame
         self.tokenizer: ChatTokenizer | None = None
         self._encoded: dict[tuple[Turn, ...], EncodedText] = {}
         self._recent: dict[tuple[Turn, ...], EncodedText] = {}  # of the batch that is being made
@@ -196,7 +198,8 @@ class ConversationCollator:
         return (Turn("system", self.system), *turns)
 
     def with_times(self, turns: Sequence[Turn], seconds: Sequence[float] | None) -> tuple[Turn, ...]:
-        """A conversation with the times of its video's frames, where they are told.
+        """A conversation with the times of its video's frames, where they are told; none of images without a common
+        time, whose `seconds` are empty.
 
         Raises:
             ValueError: they are to be told and are not known.
@@ -232,6 +235,24 @@ class ConversationCollator:
             return f"its first answer does not end within collator.max_tokens={self.max_tokens} tokens"
         return None if any(text.loss) else "no token of it carries loss"
 
+    def text_tokens(
+        self, conversation: Conversation, seconds: Sequence[float] | None = None, whole: bool = False
+    ) -> int:
+        """See `keygrip.data.video_text.batching.MeasuringCollator`."""
+        try:
+            if whole:
+                return len(self.prompt(conversation.turns, seconds).ids)
+            return len(self._row(conversation, seconds).ids)
+        except ValueError:
+            return 0
+
+    def _row(self, conversation: Conversation, seconds: Sequence[float] | None) -> EncodedText:
+        """Raises ValueError: the conversation cannot be a row."""
+        told = replace(conversation, turns=self.with_times(conversation.turns, seconds))
+        if problem := self.problem(told):
+            raise ValueError(problem)
+        return self._encode(told.turns)
+
     def __call__(self, samples: list[VideoTextSample]) -> VideoTextBatch:
         """A row for each conversation of each sample; those with a problem are left out and counted.
 
@@ -241,17 +262,11 @@ class ConversationCollator:
         rows, places, videos, problems = [], [], [], []
         for number, sample in enumerate(samples):
             for conversation in sample.conversations:
-                told, problem = conversation, None
                 try:
-                    times = sample.seconds if len(sample.frames) else ()
-                    told = replace(conversation, turns=self.with_times(conversation.turns, times))
+                    rows.append(self._row(conversation, sample.seconds if len(sample.frames) else ()))
                 except ValueError as error:
-                    problem = str(error)
-                problem = problem or self.problem(told)
-                if problem is not None:
-                    problems.append(f"{sample.key} of {sample.source}: {problem}")
+                    problems.append(f"{sample.key} of {sample.source}: {error}")
                     continue
-                rows.append(self._encode(told.turns))
                 places.append((sample, conversation))
                 videos.append(number)
         self._recent.clear()
@@ -269,6 +284,7 @@ class ConversationCollator:
             texts=[conversation for _, conversation in places],
             left_out=len(problems),
             seconds=[sample.seconds for sample in samples],
+            clips=sum(sample.cut for sample in samples),
         )
 
 

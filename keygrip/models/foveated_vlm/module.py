@@ -27,6 +27,7 @@ from keygrip.models.foveated_vlm.scores import BatchScores, Scores, score
 from keygrip.models.foveated_vlm.streaming import VideoStream
 from keygrip.models.language.tokenizers import TOKENIZER_STATE, ChatTokenizer
 from keygrip.models.nn.short_attention import short_attention
+from keygrip.training.accumulation import WindowMean
 from keygrip.training.distributed import global_mean, world_size
 from keygrip.training.memory import StepMemory
 from keygrip.training.optimizers import AdamW
@@ -134,6 +135,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         self.monitor_every_n_steps, self.log_images_every_n_steps = monitor_every_n_steps, log_images_every_n_steps
         self.health = Health(from_step=monitor_from_step)
         self.image_options: dict[str, Any] = {}  # how frames were prepared: image_size, fit, max_frames
+        self._window = WindowMean()
         self._scores: dict[str, Scores] = {}
         self._landing: dict[str, list[float]] = {}
 
@@ -151,8 +153,14 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         """Take over the tokenizer and how images are prepared; and the weights of the stage before, if there is one.
 
         Raises:
-            FileNotFoundError, ValueError: that checkpoint is missing, or of another model or tokenizer.
+            FileNotFoundError, ValueError: that checkpoint is missing, or of another model or tokenizer; or the collator
+                counts another number of tokens per frame.
         """
+        if self.collator.tokens_per_frame != self.network.tokens_per_frame:
+            raise ValueError(
+                f"collator.tokens_per_frame={self.collator.tokens_per_frame}: the network has "
+                f"{self.network.tokens_per_frame}, which data.budget must count"
+            )
         self.collator.prepare(statistics.folder, statistics.texts)
         self._check_tokenizer()
         if self.init_from is not None:
@@ -204,6 +212,8 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
+        if self.trainer.accumulate_grad_batches > 1:
+            self._window.finish(self.network.parameters(), self.trainer.accumulate_grad_batches)
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         if self._health_now():
             gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
@@ -275,11 +285,12 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             self.log("train/text_only_share", batch.text_only_share, batch_size=size)
             self.log("train/truncated_rows", float(batch.truncated), batch_size=size)
             self.log("train/left_out_rows", float(batch.left_out), batch_size=size)
+            self.log("train/clips", float(batch.clips), batch_size=size)
         if self._health_now():
             self._examine(output, rows, batch, frames, loss.detach())
         if self._shown(self.log_images_every_n_steps):
             self._show("train", batch)
-        return loss
+        return loss if self.trainer.accumulate_grad_batches == 1 else self._window.weighted(loss, scores.tokens)
 
     def on_validation_epoch_start(self) -> None:
         self._scores = defaultdict(Scores)

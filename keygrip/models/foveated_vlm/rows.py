@@ -29,7 +29,8 @@ class TextRows:
         lengths: B counts of real tokens.
         visual_at: B positions in the text before which the visual tokens stand (0: before all text).
         videos: B indices of videos. frame_counts: V counts of frames; a row about a video without frames is plain text.
-        seconds: V, when each frame was taken; None (all, or of one video) where that is not known.
+        seconds: V, when each frame was taken; () of images that have no common time; None (all, or of one video) where
+            it is not known.
     """
 
     input_ids: Tensor
@@ -53,12 +54,13 @@ class TextRows:
 
     def seconds_of(self, videos: Sequence[int], frames: int) -> Tensor | None:
         """When the frames of some videos were taken, float32 [len(videos), frames], 0 behind a video's end; None where
-        that is not known of all of them."""
+        that is not known of all of them. Images without a common time are numbered."""
         if self.seconds is None:
             return None
         table = torch.zeros(len(videos), frames)
         for number, video in enumerate(videos):
             known, count = self.seconds[video], self.frame_counts[video]
+            known = tuple(map(float, range(count))) if known is not None and not len(known) else known
             if count and (known is None or len(known) != count):
                 return None
             if known and count:

@@ -165,7 +165,7 @@ def test_leftovers_of_buckets_are_batched_with_their_neighbours() -> None:
 @pytest.mark.parametrize("limit", [None, 20, 500])
 def test_validation_is_one_fixed_order(ranks: int, limit: int | None) -> None:
     part = component("videos", 43)
-    samplers = [BucketedSampler(part.bucket, part.length, 6, rank, ranks, limit) for rank in range(ranks)]
+    samplers = [BucketedSampler([part], 6, rank, ranks, limit) for rank in range(ranks)]
     batches = [list(sampler) for sampler in samplers]
     assert len({len(some) for some in batches}) == 1
     seen = [key.sample for some in batches for batch in some for key in batch]

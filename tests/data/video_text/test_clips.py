@@ -20,6 +20,8 @@ from keygrip.data.video_text.conversations import (
     video_text_parts,
 )
 from keygrip.data.video_text.datamodule import ShardSource, VideoTexts
+from keygrip.models.foveated_vlm.conversations import ConversationCollator
+from keygrip.models.language.tokenizers import TrainedTokenizer
 
 
 def asked(frame: int, kind: str = "mark") -> Conversation:
@@ -126,3 +128,27 @@ def test_training_batches_hold_clips_and_by_default_none(tmp_path: Path) -> None
     assert {count for key, count, _ in cut if "[" not in key} == {8}
     assert 2 <= len({key for key, _, _ in cut if "[" in key}) <= 12
     assert batches(tmp_path, None) == batches(tmp_path, SubClips([3, 8], share=0.0))
+
+
+def test_clips_are_refused_where_no_video_can_be_cut(tmp_path: Path) -> None:
+    """Captions of web videos do not say of which frame they speak."""
+    with ShardWriter(tmp_path / "train" / "t-000.tar") as writer:
+        for number in range(8):
+            images = [picture(6 * n, 4) for n in range(9)]
+            writer.add(f"t{number}", *video_text_parts(images, [caption("all of it")], "web", extension="png"))
+    write_manifest(tmp_path / "train", describe_video_text, progress=False)
+    with pytest.raises(
+        ValueError, match=r"data\.clips: none of 8 training videos of more than 3 frames that were tried"
+    ):
+        batches(tmp_path, SubClips([3, 8]))
+    with pytest.raises(ValueError, match=r"data\.clips: none of 0 training videos of more than 9 frames"):
+        batches(tmp_path, SubClips([9, 20]))
+
+
+def test_clips_of_a_batch_are_counted(tmp_path: Path) -> None:
+    collator = ConversationCollator(TrainedTokenizer(400), "question_first", "answers")
+    whole = tour(8, *[asked(n) for n in range(8)])
+    collator.prepare(tmp_path, lambda: iter(turn.text for c in whole.conversations for turn in c.turns))
+    clip = SubClips([2, 4]).cut(whole, 3, 6)
+    assert clip is not None
+    assert collator([whole, clip, clip]).clips == 2

@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import lightning
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
 from vlm_parts import small_backbone, small_language
 
 from keygrip.data.batches import Conversation, Turn, VideoTextBatch, VideoTextSample
@@ -236,3 +238,48 @@ def test_the_first_videos_of_a_batch(parts: Callable[..., tuple]) -> None:
             torch.testing.assert_close(
                 own.hidden[row, at], of_all.hidden[row, of_all.layout.text_at[row, : count[row]]]
             )
+
+
+class Descent(FoveatedVLMModule):
+    """Plain gradient descent, whose step is the gradient."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.network.parameters(), lr=1.0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_batches_of_a_step_count_by_their_tokens(parts: Callable[..., tuple]) -> None:
+    """Three batches of very different numbers of tokens in two steps: each is that of all its tokens together."""
+    module, _ = parts(mode="coarse_only", refinement=0, monitor_every_n_steps=0, log_images_every_n_steps=0)
+    module.__class__ = Descent
+    words = " ".join(["digit"] * 8)
+    texts = ["3", words, "no"]
+    frames = np.random.default_rng(1).integers(0, 255, (2, 28, 28, 3)).astype(np.uint8)
+    batches = [module.collator([VideoTextSample(frames, (conversation("Which?", t, "mark"),), "s", t)]) for t in texts]
+    counts = [int(batch.loss_mask.sum()) for batch in batches]
+    assert max(counts) > 3 * min(counts)
+    start = {name: value.clone() for name, value in module.network.state_dict().items()}
+    for window in (batches[:2], batches[2:]):
+        module.zero_grad()
+        scores = [module.score(module(batch, "coarse_only"), batch) for batch in window]
+        (sum(each.loss for each in scores) / sum(each.tokens for each in scores)).backward()
+        with torch.no_grad():
+            for parameter in module.network.parameters():
+                if parameter.grad is not None:
+                    parameter -= parameter.grad
+    wanted = {name: value.clone() for name, value in module.network.state_dict().items()}
+    module.zero_grad()
+    module.network.load_state_dict(start)
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        accumulate_grad_batches=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    assert trainer.global_step == 2
+    for name, value in module.network.state_dict().items():
+        torch.testing.assert_close(value, wanted[name], atol=1e-5, rtol=1e-4)

@@ -16,7 +16,7 @@ from vlm_parts import frames_of, rows_of
 from keygrip.data.batches import Turn, VideoTextSample
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.writer import ShardWriter, write_manifest
-from keygrip.data.video_text.conversations import answer, describe_video_text, read_sample, video_text_parts
+from keygrip.data.video_text.conversations import answer, describe_video_text, read_sample, thinned, video_text_parts
 from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.models.foveated_vlm.conversations import ConversationCollator, frame_times
 from keygrip.models.foveated_vlm.network import MODES, FoveatedVLM
@@ -120,6 +120,20 @@ def test_times_that_are_not_known_are_no_row(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"collator\.timestamps=true: when the frames of a video were taken"):
         told.prompt((Turn("user", "?"),))
     assert collator(tmp_path).prompt((Turn("user", "?"),)).ids  # by default nobody asks
+
+
+def test_images_without_a_common_time_are_told_none_and_numbered(build: Build, tmp_path: Path) -> None:
+    told = collator(tmp_path, timestamps=True)
+    batch = told([sample(3, ()), sample(1, (0.0,))])
+    said = [told.tokenizer.decode(ids[mask]) for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
+    assert "frame" not in said[0]
+    assert "1 frame, at 0 s." in said[1]
+    assert thinned(sample(5, ()), 3).seconds == ()
+    rows, frames = rows_of(TEXTS, COUNTS), frames_of(COUNTS)
+    timed = [tuple(map(float, range(3))), THINNED[1]]
+    network = build(frame_clock="seconds")
+    hidden = [network(frames, replace(rows, seconds=each), "coarse_only").hidden for each in ([(), THINNED[1]], timed)]
+    torch.testing.assert_close(*hidden)
 
 
 def test_shards_and_folders_say_when_their_frames_were_taken(tmp_path: Path) -> None:

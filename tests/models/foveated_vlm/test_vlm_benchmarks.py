@@ -7,7 +7,17 @@ import torch
 from vlm_parts import small_backbone, small_language
 
 from keygrip.benchmarks import foveated_vlm
-from keygrip.benchmarks.foveated_vlm import VLMDecode, VLMMemory, VLMStep, VLMStream, VLMTokens, _Frame, _Push
+from keygrip.benchmarks.foveated_vlm import (
+    VLMDecode,
+    VLMMemory,
+    VLMStep,
+    VLMStream,
+    VLMTokens,
+    _Frame,
+    _Push,
+    fullest,
+)
+from keygrip.data.shards.budget import Budget
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 
 LIMITS = {"threads": 1, "repetitions": 3, "quick_repetitions": 1, "limit_s": 5.0, "quick_limit_s": 1.0}
@@ -95,6 +105,21 @@ def test_a_measured_push_is_one_frame_more_and_leaves_the_stream_as_it_was(netwo
         "frame_64_over_8_time",
     }
     assert all(value > 0 for value in figures.values())
+
+
+def test_the_fullest_batches_of_a_budget() -> None:
+    """Of the stages' budget both limits are full from 16 frames, with less text, to 22, with nearly the longest."""
+    budget = Budget(1024, 24576)
+    assert fullest(budget, 64, 0, 0, 512) == (64, 384)
+    assert fullest(budget, 64, 16, 16, 512) == (64, 368)
+    assert fullest(budget, 64, 22, 22, 512) == (46, 512)
+    assert fullest(budget, 64, 64, 64, 512) == (16, 512)
+    assert fullest(budget, 64, 16, 16 * 16, 512) == (64, 128)  # the baseline with 16 tokens per frame
+    assert fullest(budget, 64, 16, 64 * 16, 512) == (16, 512)  # and with 64
+    for frames in range(65):
+        videos, text = fullest(budget, 64, frames, frames, 512)
+        assert videos * frames <= 1024
+        assert videos * (frames + text) <= 24576
 
 
 @pytest.mark.slow

@@ -60,7 +60,8 @@ class CauldronMaker:
         if collection in VQA:
             evidence["answers"] = [turns[-1].text]  # what the VQA rule compares the last answer with
         conversation = Conversation(tuple(turns), "image_instruction", evidence)
-        return MadeSample(key, *video_text_parts(frames, [conversation], "cauldron"))
+        fps = None if len(frames) > 1 else 1.0  # several images have no common time
+        return MadeSample(key, *video_text_parts(frames, [conversation], "cauldron", fps))
 
     def _image(self, content: bytes | None) -> bytes:
         if not content:

@@ -62,7 +62,7 @@ class VideoSFTMaker:
         if entry.problem:
             raise ValueError(entry.problem)
         images: list[np.ndarray] = []
-        fps: float | None = 1.0
+        fps = None if len(entry.media) > 1 else 1.0  # several have no common time
         for path in entry.media:
             if not path.exists():
                 raise FileNotFoundError(f"{path} is not there")
@@ -72,7 +72,7 @@ class VideoSFTMaker:
                 regular_file(path)
                 frames, times = decode_timed(str(path), self.image_size, self.fit, self.max_frames)
                 images.append(frames)
-                fps = rate_of(times) if len(entry.media) == 1 else None  # several have no common time
+                fps = rate_of(times) if len(entry.media) == 1 else None
         together = np.concatenate(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
         if not len(together) and any(PLACEHOLDER.search(text) for _, text in entry.turns):
             raise ValueError(f"its text shows an image or a video, and none of {', '.join(MEDIA)} names one")

@@ -136,6 +136,8 @@ def test_cauldron_images_are_frames_and_pairs_are_turns(tmp_path: Path) -> None:
     assert sorted(len(sample.frames) for sample in found.values()) == [1, 1, 2]
     two = found["ai2d-train-00000-of-00001-abc-00000001"]
     assert np.abs(two.frames.mean(axis=(1, 2, 3)) - [60, 70]).max() < 2
+    assert two.seconds == ()  # images that have no common time
+    assert found["ai2d-train-00000-of-00001-abc-00000000"].seconds == (0.0,)
     assert [turn.text for turn in two.conversations[0].turns] == ["What 0?", "That 0.", "What 1?", "That 1."]
     assert two.conversations[0].evidence == {"collection": "ai2d"}
     short = found["vqav2-train-00000-of-00001-abc-00000001"]
@@ -206,7 +208,7 @@ def test_frames_of_long_videos_keep_their_seconds(tmp_path: Path) -> None:
     assert found["list-00000000"].seconds == pytest.approx([0, 1.2, 2.4, 3.6, 4.8, 6], abs=1e-6)
     assert "list-00000001" not in found  # 12 frames
     video_sft(source, tmp_path / "both", SIZE, workers=1, max_frames=20)
-    assert samples(tmp_path / "both")["list-00000001"].seconds is None  # of two videos
+    assert samples(tmp_path / "both")["list-00000001"].seconds == ()  # of two videos
     with pytest.raises(ValueError, match="max_frames=0: a sample has 1 to 4096"):
         webvid(source, tmp_path / "none", SIZE, max_frames=0)
 
