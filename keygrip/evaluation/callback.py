@@ -15,6 +15,7 @@ from PIL import Image
 from keygrip.artifacts import write_json
 from keygrip.data.video import read_video
 from keygrip.evaluation.closed_loop import ClosedLoop, ConditionResult, summarise
+from keygrip.models.policy import robot_number
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -34,6 +35,14 @@ class EvaluateClosedLoop(Callback):
 
     def __init__(self, closed_loop: ClosedLoop, run_dir: str) -> None:
         self.closed_loop, self.run_dir = closed_loop, Path(run_dir)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses before training what no episode could be driven with.
+
+        Raises:
+            ValueError: the model tells several robots apart, and the settings name none.
+        """
+        robot_number(getattr(pl_module, "embodiments", ()), self.closed_loop.policy.get("embodiment"))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:

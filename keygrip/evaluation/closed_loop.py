@@ -24,6 +24,7 @@ from keygrip.evaluation.kinds import changed
 from keygrip.evaluation.remote_rollouts import RemoteSettings, run_remote
 from keygrip.evaluation.rollouts import EpisodeResult, run_episode
 from keygrip.evaluation.statistics import wilson_interval
+from keygrip.evaluation.trained_policy import policy_of
 from keygrip.progress import Progress
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.training.checkpoints import load_module
@@ -248,14 +249,9 @@ def loaded_policy(checkpoint: Path, settings: ClosedLoop) -> Any:
     """The policy in a checkpoint, with the changes that the settings ask for.
 
     Raises:
-        ValueError: the model drives no robot.
+        ValueError: as `policy_of`.
     """
-    module: Any = load_module(checkpoint, trust=settings.trust)
-    if not hasattr(module, "policy"):
-        raise ValueError(
-            f"{checkpoint} holds a {type(module).__name__}, which is no robot policy: it cannot drive the arm."
-        )
-    return changed(module.policy(), settings.policy)
+    return policy_of(load_module(checkpoint, trust=settings.trust), checkpoint, settings.policy)
 
 
 class _Worker:

@@ -14,6 +14,7 @@ from keygrip.evaluation.closed_loop import ClosedLoop, summarise
 from keygrip.evaluation.environments import environment_settings, over_tasks, task_conditions
 from keygrip.evaluation.kinds import Evaluated, changed, plain, refuse_unknown
 from keygrip.evaluation.rollout_grid import grid_of_rollouts
+from keygrip.evaluation.trained_policy import policy_of
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.training.fit import quiet_lightning
 
@@ -76,7 +77,7 @@ def closed_loop(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
             raise ValueError(f"there is no suite {unknown[0]!r}: suites are {', '.join(cfg.conditions)}")
         conditions = {name: grid for suite in cfg.suites for name, grid in plain(cfg.conditions[suite]).items()}
     policy = plain(cfg.policy) or {}
-    changed(module.policy(), policy)  # what it cannot do is refused now, not in a worker
+    policy_of(module, checkpoint, policy)  # what it cannot do is refused now, not in a worker
     settings = ClosedLoop(
         task=changed(env.task, plain(cfg.task) or {}),
         conditions=conditions,

@@ -14,7 +14,7 @@ from keygrip.evaluation.kinds import KIND, KINDS
 from keygrip.training import checkpoints
 from keygrip.training.run_folder import hold
 
-COMMON = {"checkpoint_step", "seed", "debug", "run_dir", "checkpoint", "trust", "external"}
+COMMON = {"checkpoint_step", "seed", "debug", "run_dir", "checkpoint", "trust", "external", "tf32"}
 
 
 @pytest.fixture
