@@ -420,7 +420,9 @@ def vla_compression() -> str:
 
 
 ARMS = {
-    "neither": "no pointing, no geometry",
+    "neither": "no pointed places, no geometry (the maps are learned and not read)",
+    "no_pointing": "no maps, no geometry",
+    "pool_16_no_pointing": "no maps, 16 pooled tokens",
     "none": "pointed places",
     "pointed": "pointed places, geometry at them",
     "both": "pointed places, geometry at them, 16 pooled tokens",

@@ -65,11 +65,10 @@ def load_policy(
         A policy; its ``needs`` says which entries of an observation it reads (:mod:`keygrip.models.policy`).
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`load`, a model that drives no robot, or an unknown option.
+        FileNotFoundError, ValueError: as :func:`load`, a model that drives no robot, an unknown option, or one
+            that is missing (`embodiment` of a model of several robots).
     """
-    from keygrip.evaluation.kinds import changed
+    from keygrip.evaluation import trained_policy
 
-    module: Any = load(path, trust=trust, external=external, device=device)
-    if not hasattr(module, "policy"):
-        raise ValueError(f"{path} holds a {type(module).__name__}, which is no robot policy: use keygrip.load")
-    return changed(module.policy(), options)
+    policy: Policy = trained_policy.load_policy(path, options, device, trust, external)
+    return policy

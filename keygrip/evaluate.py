@@ -34,15 +34,18 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError, ValueError: no such checkpoint, one of a model that cannot be evaluated, or settings of
-            another kind.
+            another kind; TF32 without a GPU.
     """
+    import torch
     from hydra.utils import get_method
 
     from keygrip.training.checkpoints import external_files, find_checkpoint, load_module, read_checkpoint
     from keygrip.training.metadata import machine
+    from keygrip.training.strategies import use_tf32
 
+    use_tf32(cfg.tf32, torch.cuda.is_available())
     file = find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)
-    config = OmegaConf.create(read_checkpoint(file)["keygrip"]["config"])
+    config = OmegaConf.create(read_checkpoint(file, mapped=True)["keygrip"]["config"])
     trust = tuple(cfg.trust)
     external = external_files(cfg)
     module = load_module(file, trust=trust, external=external)

@@ -19,8 +19,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from keygrip.command import entry_point
 from keygrip.config import EntrySchema, register
-from keygrip.evaluation.closed_loop import changed
 from keygrip.evaluation.kinds import plain
+from keygrip.evaluation.trained_policy import load_policy
 from keygrip.models.policy import Policy
 from keygrip.runtime.asynchronous import ChunkExecution
 from keygrip.runtime.client import RemotePolicy, ServerError
@@ -31,7 +31,8 @@ from keygrip.runtime.plausibility import PlausiblePolicy
 from keygrip.runtime.takeover import CorrectionRecorder
 from keygrip.runtime.watchdog import State, Watchdog
 from keygrip.setting_types import refuse_ill_typed
-from keygrip.training.checkpoints import external_files, find_checkpoint, load_module
+from keygrip.training.checkpoints import external_files, find_checkpoint
+from keygrip.training.strategies import use_tf32
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class RunSchema(EntrySchema):
     trust: Any = ()
     external: dict[str, Any] = field(default_factory=dict)
     device: str | None = None
+    tf32: bool = False
     policy: dict[str, Any] = field(default_factory=dict)
     robot: Any = MISSING
     limits: Any = None
@@ -117,6 +119,9 @@ def _policy(cfg: DictConfig) -> Policy:
     if (cfg.checkpoint is None) == (cfg.server is None):
         raise ValueError("give one of checkpoint=RUN and server=http://HOST:PORT")
     if cfg.server is not None:
+        for name in ("device", "tf32", "policy"):
+            if cfg[name]:
+                raise ValueError(f"{name} has no effect with server=...: give it to keygrip serve")
         try:
             remote: Policy = RemotePolicy(cfg.server, token=cfg.token, ca=cfg.ca)
         except ServerError as error:  # a wrong token, or a policy that is stuck: no fault of this program
@@ -126,11 +131,9 @@ def _policy(cfg: DictConfig) -> Policy:
         if cfg[name] is not None:
             raise ValueError(f"{name} has no effect with checkpoint=...: it is for server=https://HOST:PORT")
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    use_tf32(cfg.tf32, device.startswith("cuda"))
     file = find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)
-    module: Any = load_module(file, map_location=device, trust=tuple(cfg.trust), external=external_files(cfg))
-    if not hasattr(module, "policy"):
-        raise ValueError(f"{file} holds a {type(module).__name__}, which drives no robot")
-    policy: Policy = changed(module.policy(), plain(cfg.policy) or {})
+    policy: Policy = load_policy(file, plain(cfg.policy) or {}, device, tuple(cfg.trust), external_files(cfg))
     return policy
 
 

@@ -56,6 +56,7 @@ class ServeSchema(EntrySchema):
     tls: TlsSchema = field(default_factory=TlsSchema)
     insecure: bool = False
     device: str | None = None
+    tf32: bool = False
     policy: dict[str, Any] = field(default_factory=dict)
     limits: Any = MISSING
     bounds: Any = MISSING
@@ -77,8 +78,10 @@ def run(cfg: DictConfig, ready: Callable[[dict[str, Any]], None] = lambda about:
         raise ValueError(f"port={cfg.port}: must lie in 0 to {LAST_PORT}; 0 takes a free one")
     _refuse_openness(cfg)
     tls = tls_context(cfg.tls.cert, cfg.tls.key)
-    from keygrip.evaluation.kinds import changed, plain
-    from keygrip.training.checkpoints import external_files, find_checkpoint, load_module
+    from keygrip.evaluation.kinds import plain
+    from keygrip.evaluation.trained_policy import load_policy
+    from keygrip.training.checkpoints import external_files, find_checkpoint
+    from keygrip.training.strategies import use_tf32
 
     try:
         from keygrip.runtime.server import PolicyServer
@@ -88,16 +91,14 @@ def run(cfg: DictConfig, ready: Callable[[dict[str, Any]], None] = lambda about:
     from hydra.utils import instantiate
 
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    use_tf32(cfg.tf32, device.startswith("cuda"))
     file = find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)
     limits, bounds = instantiate(cfg.limits), instantiate(cfg.bounds)
     if limits.batch is None:
         limits = replace(limits, batch=GPU_BATCH if device.startswith("cuda") else 1)
 
     def load() -> Any:
-        module: Any = load_module(file, map_location=device, trust=tuple(cfg.trust), external=external_files(cfg))
-        if not hasattr(module, "policy"):
-            raise ValueError(f"{file} holds a {type(module).__name__}, which drives no robot: nothing to serve")
-        return changed(module.policy(), plain(cfg.policy) or {})
+        return load_policy(file, plain(cfg.policy) or {}, device, tuple(cfg.trust), external_files(cfg))
 
     policy = load()
     model = type(policy.module).__name__ if hasattr(policy, "module") else type(policy).__name__

@@ -51,7 +51,7 @@ def test_a_model_is_trained_loaded_and_exported_from_python(
         assert torch.equal(again.state_dict()[name], value)
     assert again.scale == module.scale  # type: ignore[attr-defined]
     assert "val/loss" in (tmp_path / "toy" / "README.md").read_text()
-    with pytest.raises(ValueError, match="which is no robot policy"):
+    with pytest.raises(ValueError, match="which drives no robot"):
         keygrip.load_policy(tmp_path / "toy", trust=["toy_parts"])
 
 

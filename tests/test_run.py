@@ -67,6 +67,12 @@ def test_a_server_is_given_the_token_and_the_certificate_to_trust(monkeypatch: p
     local = [setting for setting in SMALL if not setting.startswith("checkpoint")]
     run(compose("run", [*local, "server=https://gpu:8421", "token=correct-horse-battery", "ca=cert.pem"]))
     assert asked == [("https://gpu:8421", {"token": "correct-horse-battery", "ca": "cert.pem"})]
+    for setting in ("tf32=true", "device=cpu", "policy.seed=1"):
+        name = setting.partition("=")[0].partition(".")[0]
+        with pytest.raises(ValueError, match=f"{name} has no effect with server=.*keygrip serve"):
+            run(compose("run", [*local, "server=https://gpu:8421", setting]))
+    with pytest.raises(ValueError, match="tf32=true is for GPUs"):
+        run(compose("run", [*SMALL, "tf32=true", "device=cpu"]))
     with pytest.raises(ValueError, match="token has no effect with checkpoint"):
         run(compose("run", [*SMALL, "token=correct-horse-battery"]))
 

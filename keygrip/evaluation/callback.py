@@ -20,7 +20,7 @@ from keygrip.evaluation.closed_loop import ClosedLoop, ConditionResult
 from keygrip.evaluation.environments import environment_settings
 from keygrip.evaluation.kinds import refuse_unknown
 from keygrip.evaluation.rollout_report import write_report
-from keygrip.models.policy import Needs
+from keygrip.models.policy import Needs, robot_number
 from keygrip.training.checkpoints import run_config
 from keygrip.training.parts import external_settings, named_packages
 
@@ -102,7 +102,7 @@ def _needs(module: Any, changes: Mapping[str, Any]) -> Needs | None:
     plans are looked at by name alone, since some convert weights in place.
 
     Raises:
-        ValueError: it drives no robot, or has no such setting.
+        ValueError: it drives no robot, has no such setting, or the model tells several robots apart and none is named.
     """
     if not hasattr(module, "policy"):
         raise ValueError(f"closed_loop=...: a {type(module).__name__} is no robot policy: leave it out")
@@ -111,6 +111,7 @@ def _needs(module: Any, changes: Mapping[str, Any]) -> Needs | None:
         policy = module.policy()
         if changes:
             refuse_unknown(changes, type(policy))
+        robot_number(getattr(module, "embodiments", ()), changes.get("embodiment"))
         return getattr(policy, "needs", None)
     finally:
         for part, training in modes.items():

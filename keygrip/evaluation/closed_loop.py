@@ -27,10 +27,10 @@ from keygrip.evaluation.kinds import changed
 from keygrip.evaluation.remote_rollouts import RemoteSettings, check_remote, run_remote
 from keygrip.evaluation.rollouts import EpisodeResult, check_environment, run_episode
 from keygrip.evaluation.statistics import wilson_interval
+from keygrip.evaluation.trained_policy import load_policy
 from keygrip.models.policy import Needs
 from keygrip.progress import Progress
 from keygrip.runtime.chunk_execution import RecedingHorizon
-from keygrip.training.checkpoints import load_module
 
 log = logging.getLogger(__name__)
 
@@ -233,13 +233,17 @@ class ClosedLoop:
     def _run_elsewhere(self, checkpoint: Path, jobs: list[_Job], processes: int, results: _Results) -> None:
         settings = self._remote_settings()
         episodes = [(changed(self.task, job.overrides), job.seed, job.video) for job in jobs]
-        for number, result in run_remote(loaded_policy(checkpoint, self), settings, episodes, processes):
+        for number, result in run_remote(self.policy_in(checkpoint), settings, episodes, processes):
             results.add(jobs[number], result)
 
     def _remote_settings(self) -> RemoteSettings:
         kind = type(self.task)
         name = f"{kind.__module__}.{kind.__qualname__}"
         return RemoteSettings(str(self.python), name, self.image_size, self.hz, self.cameras, self.control)
+
+    def policy_in(self, checkpoint: Path) -> Any:
+        """The policy in a checkpoint, with the changes that the settings ask for; errors as `load_policy`."""
+        return load_policy(checkpoint, self.policy, trust=self.trust, external=self.external)
 
     def _jobs(self, output: Path | None) -> list[_Job]:
         jobs = []
@@ -271,25 +275,11 @@ class _Job:
     video: Path | None
 
 
-def loaded_policy(checkpoint: Path, settings: ClosedLoop) -> Any:
-    """The policy in a checkpoint, with the changes that the settings ask for.
-
-    Raises:
-        ValueError: the model drives no robot.
-    """
-    module: Any = load_module(checkpoint, trust=settings.trust, external=settings.external)
-    if not hasattr(module, "policy"):
-        raise ValueError(
-            f"{checkpoint} holds a {type(module).__name__}, which is no robot policy: it cannot drive the arm."
-        )
-    return changed(module.policy(), settings.policy)
-
-
 class _Worker:
     """One loaded policy and the environment of its last episode."""
 
     def __init__(self, checkpoint: Path, settings: ClosedLoop) -> None:
-        self.policy = loaded_policy(checkpoint, settings)
+        self.policy = settings.policy_in(checkpoint)
         self.settings = settings
         self._environment: tuple[tuple[tuple[str, Any], ...], Environment] | None = None
 

@@ -45,6 +45,7 @@ class EvaluateSchema(EntrySchema):
     checkpoint_step: int | None = MISSING
     trust: Any = MISSING
     external: dict[str, Any] = field(default_factory=dict)
+    tf32: bool = MISSING
 
 
 @dataclass
@@ -192,7 +193,7 @@ def choose_kind(overrides: Sequence[str]) -> list[str]:
     found: dict[str, str] = {}
     for path in paths:
         file = find_checkpoint(path)
-        header = read_checkpoint(file)[HEADER]
+        header = read_checkpoint(file, mapped=True)[HEADER]
         what = f"{file} holds a {str(header['config']['model'].get('_target_')).rpartition('.')[2]}"
         found[checked_kind(header.get(KIND), what)] = what
     if len(found) > 1:

@@ -1,6 +1,8 @@
 """Policies of a sweep compared with a reference on the same episodes: `paired.md` and `paired.json` in its folder.
 
-The jobs of an arm differ in the training seed alone. All comparisons of the report count in Holm's correction.
+The jobs of an arm differ in the training seed alone. Those that differ in anything else (`shift=flat`, `max_steps=...`)
+are another setting: their tasks may be others under the same names and seeds of episodes, and are never paired with
+these. All comparisons of the report count in Holm's correction.
 """
 
 from __future__ import annotations
@@ -28,6 +30,11 @@ NOTE = (
     "comparisons of this table. Neither knows of the spread between training seeds, which stands beside."
 )
 
+# Overrides that say where or how a job runs, and change no episode.
+WITHOUT_EFFECT = frozenset(
+    ("run_dir", "resume", "logger", "debug", "callbacks.closed_loop.closed_loop.processes")
+    + ("callbacks.closed_loop.closed_loop.videos",)
+)
 # Success by condition and number of the episode, of each training seed of each arm.
 Episodes = dict[tuple[str, int], bool]
 Arms = dict[str, dict[str, Episodes]]
@@ -60,12 +67,19 @@ def make_report(folder: str | Path, references: References, by: str = "ablation"
         FileNotFoundError: no finished job with a closed-loop evaluation. ValueError: no reference is among them.
     """
     folder = Path(folder)
-    arms = read_arms(folder, by)
-    if not arms:
+    settings = read_arms(folder, by)
+    if not settings:
         raise FileNotFoundError(f"{folder} holds no finished job with episodes ({CLOSED_LOOP}/{RESULT}) and {by}=...")
-    if not any(name in arms for name in references):
-        raise ValueError(f"no finished job of the reference {', '.join(references)}; there are {', '.join(arms)}")
-    found = compare(arms, references)
+    there = {name: None for arms in settings.values() for name in arms}
+    if not any(name in there for name in references):
+        raise ValueError(f"no finished job of the reference {', '.join(references)}; there are {', '.join(there)}")
+    every: Arms = {}
+    pairs: list[tuple[str, str]] = []
+    for setting, arms in settings.items():
+        names = {name: name if len(settings) == 1 else f"{name} ({setting or 'nothing else set'})" for name in arms}
+        every |= {names[name]: seeds for name, seeds in arms.items()}
+        pairs += [(names[arm], names[reference]) for arm, reference in pairs_of(arms, references)]
+    found = compare(every, pairs)
     write_json(folder / f"{NAME}.json", found)
     text = markdown(*table(found))
     write_text(folder / f"{NAME}.md", f"{text}\n\n{NOTE}\n")
@@ -73,9 +87,14 @@ def make_report(folder: str | Path, references: References, by: str = "ablation"
     return found
 
 
-def read_arms(folder: Path, by: str) -> Arms:
-    """Episodes of the finished jobs below a folder, by arm and training seed."""
-    arms: Arms = {}
+def read_arms(folder: Path, by: str) -> dict[str, Arms]:
+    """Episodes of the finished jobs below a folder, by setting (the overrides beside arm and training seed), arm and
+    training seed.
+
+    Raises:
+        ValueError: two jobs of one arm have the same training seed.
+    """
+    settings: dict[str, Arms] = {}
     for path in sorted(folder.glob(f"**/{RESULT}")):
         result = read_result(path.parent)
         if result.get("status") != FINISHED:
@@ -84,7 +103,9 @@ def read_arms(folder: Path, by: str) -> Arms:
         episodes = read_result(path.parent / CLOSED_LOOP).get("episodes")
         if by not in chosen or not episodes:
             continue
-        seeds = arms.setdefault(chosen[by], {})
+        others = sorted(set(chosen) - {by, "seed"} - WITHOUT_EFFECT)
+        setting = " ".join(f"{name}={chosen[name]}" for name in others)
+        seeds = settings.setdefault(setting, {}).setdefault(chosen[by], {})
         if (seed := chosen.get("seed", "0")) in seeds:
             raise ValueError(
                 f"{folder} holds two finished jobs of {by}={chosen[by]} and training seed {seed}: which one counts is "
@@ -95,7 +116,7 @@ def read_arms(folder: Path, by: str) -> Arms:
             for condition, several in episodes.items()
             for episode in several
         }
-    return arms
+    return settings
 
 
 def pairs_of(arms: Mapping[str, Any], references: References) -> list[tuple[str, str]]:
@@ -111,10 +132,10 @@ def pairs_of(arms: Mapping[str, Any], references: References) -> list[tuple[str,
     return pairs
 
 
-def compare(arms: Mapping[str, Mapping[str, Episodes]], references: References) -> dict[str, Any]:
-    """Success of all arms, and of each against its references on the training seeds and episodes that both have."""
+def compare(arms: Mapping[str, Mapping[str, Episodes]], pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Success of all arms, and of each arm against its reference on the training seeds and episodes that both have."""
     rows = []
-    for name, reference in pairs_of(arms, references):
+    for name, reference in pairs:
         seeds = arms[name]
         shared = [seed for seed in seeds if seed in arms[reference]]
         sets = [set(each[seed]) for seed in shared for each in (seeds, arms[reference])]

@@ -10,8 +10,9 @@ from omegaconf import DictConfig
 
 from keygrip.evaluation.closed_loop import ClosedLoop
 from keygrip.evaluation.environments import environment_settings
-from keygrip.evaluation.kinds import Evaluated, changed, plain, refuse_unknown
+from keygrip.evaluation.kinds import Evaluated, plain, refuse_unknown
 from keygrip.evaluation.rollout_report import write_report
+from keygrip.evaluation.trained_policy import policy_of
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.training.fit import quiet_lightning
 
@@ -74,7 +75,7 @@ def closed_loop(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
             raise ValueError(f"there is no suite {unknown[0]!r}: suites are {', '.join(cfg.conditions)}")
         conditions = {name: grid for suite in cfg.suites for name, grid in plain(cfg.conditions[suite]).items()}
     policy = plain(cfg.policy) or {}
-    changed(module.policy(), policy)  # what it cannot do is refused now, not in a worker
+    policy_of(module, checkpoint, policy)  # what it cannot do is refused now, not in a worker
     make = partial(
         ClosedLoop,
         conditions=conditions,

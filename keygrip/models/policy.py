@@ -108,6 +108,25 @@ class Policy(Protocol):
     def plan(self, observation: Observation) -> Plan: ...
 
 
+def robot_number(known: Sequence[str], name: str | None) -> int:
+    """Which of the robots that a model tells apart a policy drives.
+
+    Args:
+        known: the model's `embodiments`; none: it tells none apart. name: the policy's `embodiment`.
+
+    Raises:
+        ValueError: the model does not know the robot, or knows several and none is named.
+    """
+    if name is not None and name not in known:
+        raise ValueError(f"policy.embodiment={name}: the model knows {', '.join(known) or 'one robot only'}")
+    if name is None and len(known) > 1:
+        raise ValueError(
+            f"the model knows {', '.join(known)}: say which it drives with policy.embodiment=NAME (in training "
+            "callbacks.closed_loop.closed_loop.policy.embodiment=NAME)"
+        )
+    return known.index(name) if name is not None else 0
+
+
 def arm_axis(value: Any, trailing: int) -> np.ndarray:
     """An observation's entry with its arm axis: ``[A, ...]`` from ``[A, ...]`` or, with one arm, ``[...]``."""
     array = np.asarray(value, dtype=np.float64)

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 HEADER = "keygrip"
 FORMAT = 3
+LARGE = ("state_dict", EMA_STATE, "optimizer_states")  # parts of a checkpoint of the weights' size
 
 
 class Header(Callback):
@@ -87,8 +88,11 @@ def _of_step(path: Path, step: int) -> Path:
     return kept[step]
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+def read_checkpoint(path: str | Path, map_location: Any = "cpu", mapped: bool = False) -> dict[str, Any]:
     """The content of a keygrip checkpoint (file or run folder), read without running any code in it.
+
+    Args:
+        mapped: see `read_torch_file`.
 
     Raises:
         FileNotFoundError: there is none.
@@ -101,7 +105,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     if signed:
         verify(file)
     try:
-        content = read_torch_file(file, map_location)
+        content = read_torch_file(file, map_location, mapped)
     except TorchFileError as error:
         if error.is_archive:
             raise ValueError(f"not a keygrip checkpoint: {error}") from error
@@ -178,7 +182,8 @@ def load_module(
 
     Args:
         path: checkpoint file or run folder.
-        map_location: device for the weights and the module.
+        map_location: device of the module, to which it goes when it has its weights. What the file holds beside them
+            (an optimizer's moments take twice as much) is brought into no memory.
         expected: class that the module must be.
         use_ema: prefer the EMA weights where the checkpoint has them (which is logged).
         trust: packages beside keygrip whose declared parts may be built.
@@ -192,7 +197,7 @@ def load_module(
     """
     file = find_checkpoint(path)
     refuse_missing_device(map_location)
-    checkpoint = read_checkpoint(file, map_location)
+    checkpoint = read_checkpoint(file, mapped=True)
     try:
         module = build_stored(_model_config(checkpoint, file), "model", trust, external, offered)
     except UntrustedPartError as error:
@@ -225,7 +230,10 @@ def _give_back(module: LightningModule, checkpoint: dict[str, Any], file: Path) 
         ValueError: it cannot.
     """
     try:
-        module.on_load_checkpoint(checkpoint)
+        # Copies, for it may keep them: reading a tensor that still lies in the file ends the process if somebody has
+        # cut that file short.
+        beside = copy.deepcopy({name: part for name, part in checkpoint.items() if name not in LARGE})
+        module.on_load_checkpoint(checkpoint | beside)
     except BROKEN as error:
         reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         raise ValueError(f"{file}: what the model stored beside its weights cannot be used: {reason}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 import warnings
 from pathlib import Path
@@ -33,6 +34,7 @@ from keygrip.training.pretraining import complete_stages
 from keygrip.training.progress import Throughput
 from keygrip.training.resuming import check_resumed, checkpoint_to_resume
 from keygrip.training.saving import AtomicCheckpointIO
+from keygrip.training.strategies import Strategy
 from keygrip.training.sweeps import DRY_RUN, read_result, write_result
 from keygrip.training.system import System
 from keygrip.training.time_limit import ScheduleByTime
@@ -60,7 +62,8 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     refuse_ill_typed(plain)
     resolved: dict[str, Any] = complete_stages(plain)
     strategy = instantiate(cfg.strategy)
-    arguments = strategy.trainer_arguments()  # before anything slow: a missing GPU is said at once
+    # Before anything slow: a missing GPU is said at once. A dry run counts for machines that are not here.
+    arguments = {} if cfg.dry_run else strategy.trainer_arguments()
     compilation = None if cfg.compile is None else instantiate(cfg.compile)
     if compilation is not None:
         compilation.check(strategy.on_gpu)
@@ -78,7 +81,7 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     if hasattr(module, "set_statistics"):
         _set_statistics(module, datamodule, origin, started_in)
     if cfg.dry_run:
-        report = _dry_run(datamodule, module, cfg)
+        report = _dry_run(datamodule, module, cfg, strategy)
         if started_in is not None:
             write_result(folder, read_result(folder) | {"status": DRY_RUN, "dry_run": report})
         return report
@@ -150,22 +153,50 @@ def _trainer(
     )
 
 
-def _dry_run(datamodule: Any, module: LightningModule, cfg: DictConfig) -> dict[str, Any]:
-    """One batch through a module (`System.dry_run`), and the memory of a training step on it, or where the data module
-    knows it on the batch that takes most; no training."""
+def _dry_run(datamodule: Any, module: LightningModule, cfg: DictConfig, strategy: Strategy) -> dict[str, Any]:
+    """One process's batch through a module (`System.dry_run`), and the memory of a training step on it, or where the
+    data module knows it on the batch that takes most; no training.
+
+    Memory is measured on a GPU where there is one, except where parameters are divided over processes: there it is
+    counted, since one device need not hold them all.
+
+    Raises:
+        ValueError: a module or data without a dry run, several processes that each would do all of it, or a batch that
+            the GPU does not hold.
+    """
     if not isinstance(module, System):
         raise ValueError(f"dry_run=true: a {type(module).__name__} has no dry run; train it with max_steps=1 instead")
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise ValueError(
+            "dry_run=true computes one process's share in one process: start it without torchrun, with "
+            "strategy.devices=GPUS_OF_A_MACHINE strategy.num_nodes=MACHINES"
+        )
+    processes, sharded = strategy.processes, strategy.kind == "fsdp"
+    if processes > 1:
+        if not hasattr(datamodule, "processes"):
+            raise ValueError(
+                f"dry_run=true: a {type(datamodule).__name__} divides no batch over {processes} processes without a "
+                "trainer; choose strategy=auto"
+            )
+        datamodule.processes = processes
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    batch = next(iter(datamodule.train_dataloader())).to(device)
-    report = module.to(device).dry_run(batch)
     bf16 = str(cfg.strategy.precision) in ("auto", "bf16-mixed")
     ema = (cfg.callbacks or {}).get("ema") is not None
-    if hasattr(datamodule, "worst_batch"):
-        worst = datamodule.worst_batch()
-        found = module.step_memory(worst.to(device), bf16, ema)
-        report["worst_bucket"] = worst.sizes() | found.report()
-    else:
-        report["memory"] = module.step_memory(batch, bf16, ema).report()
+    try:
+        batch = next(iter(datamodule.train_dataloader())).to(device)
+        report = {"processes": processes} | module.to(device).dry_run(batch)
+        if sharded:
+            device, batch, module = "cpu", batch.to("cpu"), module.to("cpu")
+        worst = datamodule.worst_batch() if hasattr(datamodule, "worst_batch") else None
+        found = module.step_memory(batch if worst is None else worst.to(device), bf16, ema)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"dry_run=true: the GPU does not hold a step of one process's batch (data.batch_size="
+            f"{cfg.data.get('batch_size')} over {processes}): lower data.batch_size, or divide it over more "
+            "(strategy.devices); without a GPU (CUDA_VISIBLE_DEVICES=) the same command counts how much it takes"
+        ) from error
+    memory = (found.divided(processes) if sharded else found).report()
+    report |= {"memory": memory} if worst is None else {"worst_bucket": worst.sizes() | memory}
     for name, value in report.items():
         log.info("  %-20s %s", name, json.dumps(value))
     return report

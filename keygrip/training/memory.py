@@ -9,9 +9,10 @@ space and what an allocator loses between blocks are not counted.
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +48,12 @@ class StepMemory:
     def total(self) -> int:
         """Bytes of all parts together."""
         return self.weights + self.optimizer + self.ema + self.step
+
+    def divided(self, processes: int) -> StepMemory:
+        """Of one of several processes that weights, moments and EMA are divided over (FSDP). Gradients are counted
+        whole, which is too much."""
+        parts = {name: math.ceil(getattr(self, name) / processes) for name in ("weights", "optimizer", "ema")}
+        return replace(self, **parts)
 
     def report(self) -> dict[str, Any]:
         """In GiB, to a hundredth."""
@@ -145,6 +152,24 @@ def count_step(module: nn.Module, step: Step, bf16: bool, ema: bool) -> StepMemo
             function that turns a real tensor of the batch, if it is not small, into one of its shape alone.
         bf16: under autocast. ema: averaged weights are kept.
     """
+    with _counted(module) as (live, change):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = step(change)
+        loss.backward()
+    return StepMemory(step=live.peak, measured=False, **held(module, ema))
+
+
+def count_forward(module: nn.Module, forward: Step) -> StepMemory:
+    """As `count_step`, without gradients: `forward` gives any tensor, and of a step there are activations alone."""
+    with _counted(module) as (live, change), torch.no_grad():
+        forward(change)
+    return StepMemory(held(module, False)["weights"], optimizer=0, ema=0, step=live.peak, measured=False)
+
+
+@contextlib.contextmanager
+def _counted(module: nn.Module) -> Iterator[tuple[LiveBytes, Callable[[Tensor], Tensor]]]:
+    """What runs inside computes nothing, with a module of which only the shapes are left; the count, and what turns a
+    real tensor, if it is not small, into one of its shape alone."""
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         stand_ins = {
             name: nn.Parameter(_shape_of(p), requires_grad=p.requires_grad) for name, p in module.named_parameters()
@@ -152,10 +177,7 @@ def count_step(module: nn.Module, step: Step, bf16: bool, ema: bool) -> StepMemo
         buffers = {name: b if _is_small(b) else _shape_of(b) for name, b in module.named_buffers()}
         with _swapped(module, stand_ins, buffers), torch.random.fork_rng([]), SmallIsComputed(), LiveBytes() as live:
             live.skip([*stand_ins.values(), *buffers.values()])
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                loss = step(lambda tensor: tensor.detach() if _is_small(tensor) else fake.from_tensor(tensor.detach()))
-            loss.backward()
-    return StepMemory(step=live.peak, measured=False, **held(module, ema))
+            yield live, lambda tensor: tensor.detach() if _is_small(tensor) else fake.from_tensor(tensor.detach())
 
 
 def _is_small(tensor: Tensor) -> bool:

@@ -58,7 +58,7 @@ def check_resumed(checkpoint: Path, resolved: dict[str, Any]) -> int:
     Raises:
         ValueError: settings that change what is computed differ; they are named.
     """
-    content = read_checkpoint(checkpoint)
+    content = read_checkpoint(checkpoint, mapped=True)
     before, now = _flat(content[HEADER]["config"]), _flat(resolved)
     for settings in (before, now):
         if "strategy.precision" in settings:

@@ -85,9 +85,7 @@ class Strategy:
             raise ValueError(
                 f"strategy.devices={devices} but this machine has {torch.cuda.device_count()} GPUs: lower it"
             )
-        if self.tf32 and not on_gpu:
-            raise ValueError("strategy.tf32=true is for GPUs, and this machine has none that torch can use")
-        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+        use_tf32(self.tf32, on_gpu, "strategy.tf32")
         precision = self.precision if self.precision != "auto" else automatic_precision(on_gpu)
         log.info(
             "computing on %s, %d process%s, precision %s",
@@ -137,6 +135,22 @@ class Strategy:
         if int(os.environ.get("SLURM_NTASKS") or 1) > 1:
             return int(os.environ.get("SLURM_JOB_NUM_NODES") or os.environ.get("SLURM_NNODES") or 1)
         return 1
+
+
+def use_tf32(wanted: bool, on_gpu: bool, setting: str = "tf32") -> None:
+    """Computes float32 products of this process in TF32, or in full.
+
+    Args:
+        wanted: in TF32. on_gpu: whether it computes on a GPU. setting: its name, for messages.
+
+    Raises:
+        ValueError: TF32 without a GPU.
+    """
+    import torch
+
+    if wanted and not on_gpu:
+        raise ValueError(f"{setting}=true is for GPUs, and this process computes on the CPU: leave it out")
+    torch.set_float32_matmul_precision("high" if wanted else "highest")
 
 
 def automatic_precision(on_gpu: bool) -> str:

@@ -35,8 +35,12 @@ class TorchFileError(ValueError):
         self.is_archive = is_archive
 
 
-def read_torch_file(file: str | Path, map_location: Any = "cpu") -> Any:
+def read_torch_file(file: str | Path, map_location: Any = "cpu", mapped: bool = False) -> Any:
     """The content of a file that `torch.save` wrote: tensors and plain values. Runs no code of it.
+
+    Args:
+        map_location: device of the tensors. mapped: on the CPU they stay in the file until they are read (archives
+            alone; the file must not be overwritten so long, only replaced).
 
     Raises:
         OSError: there is no such file, or it may not be read.
@@ -50,7 +54,7 @@ def read_torch_file(file: str | Path, map_location: Any = "cpu") -> Any:
     if is_archive:
         _refuse_compressed(path)
     try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
+        content = torch.load(path, map_location=map_location, weights_only=True, mmap=mapped and is_archive)
     except BROKEN as error:
         raise TorchFileError(f"{path} {_what_is_wrong(error, is_archive, path)}", is_archive) from error
     for tensor in _tensors(content):

@@ -11,10 +11,13 @@ from keygrip import evaluate
 from keygrip.command import entry_point
 from keygrip.config import SettingError, compose
 from keygrip.evaluation.kinds import KIND, KINDS
-from keygrip.training import checkpoints
+from keygrip.training import (
+    checkpoints,
+    fit,  # noqa: F401  (what a command imports while `holding` is in force would keep its reader)
+)
 from keygrip.training.run_folder import hold
 
-COMMON = {"checkpoint_step", "seed", "debug", "run_dir", "checkpoint", "trust", "external"}
+COMMON = {"checkpoint_step", "seed", "debug", "run_dir", "checkpoint", "trust", "external", "tf32"}
 
 
 @pytest.fixture
@@ -22,7 +25,7 @@ def holding(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes every checkpoint one of a model of some kind."""
 
     def hold(kinds: dict[str, str | None]) -> None:
-        def header(path: Any) -> dict[str, Any]:
+        def header(path: Any, mapped: bool) -> dict[str, Any]:
             config = {"model": {"_target_": f"somewhere.{Path(path).name.title()}"}}
             return {checkpoints.HEADER: {"config": config, KIND: kinds[Path(path).name]}}
 

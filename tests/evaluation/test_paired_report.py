@@ -65,9 +65,11 @@ def test_holm_adjusts_in_the_given_order() -> None:
     assert holm([]) == []
 
 
-def job(folder: Path, arm: str, seed: int, won: list[bool], status: str = "finished", first: int = 1000) -> None:
+def job(
+    folder: Path, arm: str, seed: int, won: list[bool], *more: str, status: str = "finished", first: int = 1000
+) -> None:
     path = folder / f"{arm.replace('/', '_')}_{seed}"
-    write_result(path, {"status": status, "overrides": [f"ablation={arm}", f"seed={seed}"], "metrics": {}})
+    write_result(path, {"status": status, "overrides": [f"ablation={arm}", f"seed={seed}", *more], "metrics": {}})
     episodes = [{"seed": first + number, "success": success} for number, success in enumerate(won)]
     write_result(path / "closed_loop", {"conditions": {}, "episodes": {"in_distribution": episodes}})
 
@@ -110,6 +112,25 @@ def test_each_reference_may_have_arms_of_its_own(tmp_path: Path, caplog: pytest.
     assert "no finished job of lost" in caplog.text
 
 
+def test_jobs_that_differ_in_more_than_the_seed_are_not_paired(tmp_path: Path) -> None:
+    first, second = outcomes(20, 14, 1, 15)
+    pedestals, flat_table = tmp_path / "pedestals", tmp_path / "flat"
+    for arm, won in {"none": second, "pool": first}.items():
+        job(pedestals, arm, 0, won, "sweep=geometry", f"run_dir=runs/{arm}", "+logger=csv")
+    job(flat_table, "none", 0, first, "sweep=geometry", "shift=flat")
+    job(flat_table, "pool", 0, first, "sweep=geometry", "shift=flat", "resume=true")
+    job(tmp_path / "long", "pool", 0, first, "sweep=geometry", "max_steps=2400")
+    found = make_report(tmp_path, ["none"])
+    assert [(row["arm"], row["reference"], row["difference"]) for row in found["comparisons"]] == [
+        ("pool (shift=flat sweep=geometry)", "none (shift=flat sweep=geometry)", 0.0),
+        ("pool (sweep=geometry)", "none (sweep=geometry)", pytest.approx(0.26)),
+    ]
+    assert found["arms"]["pool (max_steps=2400 sweep=geometry)"]["seeds"] == 1
+    assert found["comparisons"][1]["p_holm"] == pytest.approx(2 * found["comparisons"][1]["p_value"])
+    (alone,) = make_report(pedestals, ["none"])["comparisons"]
+    assert (alone["arm"], alone["reference"]) == ("pool", "none")
+
+
 def test_two_compared_arms_of_the_sweep_differ_in_one_thing() -> None:
     """Of the geometry comparison; wider MLPs make up for the parameters of an encoder that is not there."""
     conf = config_folder()
@@ -118,6 +139,7 @@ def test_two_compared_arms_of_the_sweep_differ_in_one_thing() -> None:
     default = flat(OmegaConf.load(conf / "model" / "geometry_vla.yaml"))
     geometry = ("inject_to_dit", "inject_to_vlm", "dit_tokens", "compression_type", "standardised")
     thing = {f"model.network.geom_{name}": "geometry" for name in geometry} | {"model.network.expansion": "encoder"}
+    thing |= dict.fromkeys(("model.network.pointing_cells", "model.network.pointing_keyframe"), "maps")
     planned = {name.strip() for name in sweep.sweeper.params.ablation.split(",")}
     compared = set()
     for reference, several in sweep.callbacks.paired_report.references.items():

@@ -143,7 +143,7 @@ def test_the_command_serves_until_it_is_told_to_stop(trained: Callable[[str], Pa
 
 def test_a_model_that_drives_no_robot_is_refused(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
     train.run(compose("train", toy_overrides("run", "max_steps=1")))
-    with pytest.raises(ValueError, match="holds a ToyModule, which drives no robot: nothing to serve"):
+    with pytest.raises(ValueError, match="holds a ToyModule, which drives no robot: give a run"):
         serve.run(compose("serve", [f"checkpoint={tmp_path / 'run'}", "trust=[toy_parts]"]))
 
 
@@ -158,12 +158,13 @@ def test_settings_are_checked(trained: Callable[[str], Path]) -> None:
         serve.run(compose("serve", [f"checkpoint={run}", "host=192.0.2.1", "port=0", "insecure=true"]))
     for override, message in (
         ("host=0.0.0.0", "can be reached from other machines.*token=.*insecure=true"),
+        ("tf32=true device=cpu", "tf32=true is for GPUs, and this process computes on the CPU"),
         ("token=short", "token must have at least 16 ASCII characters"),
         ("tls.cert=cert.pem", "tls.cert and tls.key are given together"),
         ("bounds.start_m=-1", "bounds.start_m must be finite and above 0"),
     ):
         with pytest.raises(Exception, match=message):
-            serve.run(compose("serve", [f"checkpoint={run}", override]))
+            serve.run(compose("serve", [f"checkpoint={run}", *override.split()]))
 
 
 def test_addresses_of_this_machine_alone_are_told_from_others() -> None:

@@ -42,6 +42,16 @@ def test_a_module_comes_back_from_its_checkpoint_alone(run_folder: Path, tmp_pat
     assert header["packages"]["torch"] == torch.__version__.split("+")[0]
 
 
+def test_a_loaded_module_keeps_nothing_in_its_file(run_folder: Path) -> None:
+    file = run_folder / "checkpoints" / "last.ckpt"
+    module = load_module(file, trust=TRUST)
+    kept = {name: value.clone() for name, value in module.state_dict().items()}
+    with file.open("r+b") as handle:  # in place, as `cp` over it does
+        handle.write(bytes(file.stat().st_size))
+    assert all(torch.equal(module.state_dict()[name], value) for name, value in kept.items())
+    assert any(value.any() for value in kept.values())
+
+
 def test_run_folder_holds_config_origin_and_result(run_folder: Path) -> None:
     import json
 

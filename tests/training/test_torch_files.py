@@ -41,6 +41,27 @@ def test_a_compressed_archive_is_not_unpacked(tmp_path: Path) -> None:
     assert read_torch_file(repacked({"a": torch.ones(3)}, tmp_path / "plain.pth"))["a"].sum() == 3
 
 
+def own_memory() -> int:
+    """Bytes of this process that lie in no file."""
+    found = Path("/proc/self/status")
+    if not found.is_file():
+        pytest.skip("this system does not say what memory a process has of its own")
+    return 1024 * next(int(line.split()[1]) for line in found.read_text().splitlines() if line.startswith("RssAnon"))
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_what_is_not_read_stays_in_a_mapped_file(mapped: bool, tmp_path: Path) -> None:
+    content = {"few": torch.arange(5.0), "many": torch.zeros(1 << 23)}
+    torch.save(content, tmp_path / "x.pth")
+    torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    before = own_memory()
+    found = read_torch_file(tmp_path / "x.pth", mapped=mapped)
+    assert (own_memory() - before < 1 << 24) == mapped
+    assert torch.equal(found["few"], content["few"])
+    assert torch.equal(found["many"], content["many"])
+    assert torch.equal(read_torch_file(tmp_path / "old.pth", mapped=mapped)["few"], content["few"])
+
+
 @pytest.mark.parametrize(
     ("tensor", "said"),
     [
@@ -51,8 +72,9 @@ def test_a_compressed_archive_is_not_unpacked(tmp_path: Path) -> None:
 )
 def test_tensors_larger_than_their_file_are_refused(tensor: torch.Tensor, said: str, tmp_path: Path) -> None:
     torch.save([{"inside": (tensor,)}], tmp_path / "x.pth")
-    with pytest.raises(TorchFileError, match=rf"x\.pth holds {said}"):
-        read_torch_file(tmp_path / "x.pth")
+    for mapped in (False, True):
+        with pytest.raises(TorchFileError, match=rf"x\.pth holds {said}"):
+            read_torch_file(tmp_path / "x.pth", mapped=mapped)
 
 
 def test_containers_within_themselves_end(tmp_path: Path) -> None:
@@ -76,11 +98,12 @@ def test_whatever_is_wrong_inside_is_one_sentence(tmp_path: Path) -> None:
         for _ in range(generator.randint(1, 4)):
             changed[generator.randrange(len(changed))] = generator.randrange(256)
         file = repacked(CONTENT, tmp_path / "x.pth", **{"data.pkl": bytes(changed)})
-        try:
-            read_torch_file(file)
-        except TorchFileError as error:
-            said.append(str(error))
-    assert len(said) > 50
+        for mapped in (False, True):
+            try:
+                read_torch_file(file, mapped=mapped)
+            except TorchFileError as error:
+                said.append(str(error))
+    assert len(said) > 100
     assert all(text.startswith(str(tmp_path / "x.pth")) and "\n" not in text for text in said)
 
 

@@ -35,6 +35,9 @@ class ResumableData(LightningDataModule):
 
     A subclass has the attributes named in ``order_depends_on`` (a checkpoint made with others cannot be continued),
     ``num_workers`` and ``prefetch_batches``.
+
+    Attributes:
+        processes: over which batches are divided where no trainer says it (a dry run).
     """
 
     order_depends_on: ClassVar[tuple[str, ...]] = ("batch_size", "seed")
@@ -44,11 +47,12 @@ class ResumableData(LightningDataModule):
     def __init__(self) -> None:
         super().__init__()
         self._batches_done = 0
+        self.processes = 1
 
     @property
     def ranks(self) -> tuple[int, int]:
         """This process's rank, and how many there are."""
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        return (0, self.processes) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def loader_options(self, samples: Dataset[Any], sampler: GlobalBatchSampler) -> dict[str, Any]:
         """What all loaders are built with, beside what makes a batch of samples.

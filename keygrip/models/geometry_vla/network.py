@@ -126,15 +126,16 @@ class GeometryVLA(nn.Module):
             `PointedTokens`).
         action_kind: `model.actions.kind`, which says how many numbers an action has.
         geom_places: add to each geometry token, before compression, where in which image it lies.
-        geom_blank: the compressed tokens hold nothing of the scene: zeros take the place of the geometry tokens. A
-            control for further tokens and parameters.
+        geom_blank: the compressed tokens hold nothing of the scene: zeros take the place of the geometry tokens, and of
+            the token of the scale. A control for further tokens and parameters.
         geom_standardised: each number of each of the K tokens is standardised over the samples seen in training, in the
             place of `context_norm`. Pooled tokens differ mostly by which of the K they are, and little by the scene.
         geom_inject_to_vlm: K compressed tokens stand in the language model's prompt, before the images, and reach the
             head through it.
 
     Raises:
-        ValueError: sizes that do not fit, or injection without a geometry encoder.
+        ValueError: sizes that do not fit, injection without a geometry encoder, or a token of the metric scale
+            (`GeometryEncoder.gives_scale`) that would reach nobody.
     """
 
     read_where: ClassVar = {
@@ -227,7 +228,12 @@ class GeometryVLA(nn.Module):
         )
         self.scale: nn.Linear | None = None
         self.geometry_places: PlaceEmbedding | None = None
-        if self.geometry is not None and self.compressor is not None and self.geometry.gives_scale:
+        if self.geometry is not None and self.geometry.gives_scale:
+            if self.compressor is None:
+                raise ValueError(
+                    "geometry.scale_token=true: its token stands beside compressed tokens in the head, and there are "
+                    "none (geom_inject_to_dit=false or geom_dit_tokens=0): set geometry.scale_token=false."
+                )
             self.scale = nn.Linear(self.geometry.dim, vlm.width)
         if self.geometry is not None and geom_places:
             self.geometry_places = PlaceEmbedding(self.geometry.dim)
@@ -274,7 +280,7 @@ class GeometryVLA(nn.Module):
                     few = list(self.standardised(torch.stack(few, dim=1)).unbind(dim=1))
                 if self.scale is not None:
                     assert features.scale is not None
-                    scale = self._normed(self.scale(features.scale.float()))[:, None]
+                    scale = self._normed(self.scale(self._blanked(features.scale.float())))[:, None]
                     few = [torch.cat([tokens, scale], dim=1) for tokens in few]
             pointed = []
             if self.pointed is not None and pointing is not None:
@@ -294,9 +300,7 @@ class GeometryVLA(nn.Module):
         Raises:
             ValueError: they do not lie on a square grid in each view.
         """
-        tokens = tokens.float()
-        if self.blank:
-            tokens = 0 * tokens  # the encoder's parameters stay in the graph, which DDP asks for
+        tokens = self._blanked(tokens.float())
         if self.geometry_places is None:
             return tokens
         side = round((tokens.shape[1] / views) ** 0.5)
@@ -309,6 +313,10 @@ class GeometryVLA(nn.Module):
         numbers = torch.arange(views, device=tokens.device) + 1.0
         places = torch.stack(torch.meshgrid(numbers, shares, shares, indexing="ij"), dim=-1).flatten(0, 2)  # [G, 3]
         return tokens + self.geometry_places(places[None])
+
+    def _blanked(self, tokens: Tensor) -> Tensor:
+        """With `geom_blank` zeros; the encoder's parameters stay in the graph, which DDP asks for."""
+        return 0 * tokens if self.blank else tokens
 
     def _normed(self, tokens: Tensor) -> Tensor:
         return F.layer_norm(tokens, tokens.shape[-1:]) if self.context_norm else tokens

@@ -15,7 +15,7 @@ from keygrip.models.geometry_vla.network import Scene
 from keygrip.models.nn.flow_matching import Solver
 from keygrip.models.nn.inpainting import soft_mask
 from keygrip.models.nn.low_precision import Precision
-from keygrip.models.policy import Needs, Observation, Plan, arm_axis, views_of
+from keygrip.models.policy import Needs, Observation, Plan, arm_axis, robot_number, views_of
 
 if TYPE_CHECKING:
     from keygrip.models.geometry_vla.module import GeometryVLAModule
@@ -61,11 +61,8 @@ class GeometryVLAPolicy:
     vlm_precision: Precision = "float32"
 
     def __post_init__(self) -> None:
-        known = self.module.embodiments
-        if self.embodiment is not None and self.embodiment not in known:
-            raise ValueError(
-                f"policy.embodiment={self.embodiment}: the model knows {', '.join(known) or 'one robot only'}"
-            )
+        if self.embodiment is not None:  # one that is missing may be given later, by `replace`
+            robot_number(self.module.embodiments, self.embodiment)
         if not self.module.views:
             raise ValueError("The policy does not know its cameras: train it, or load a checkpoint of keygrip.train.")
         self.module.eval()
@@ -110,10 +107,7 @@ class GeometryVLAPolicy:
     @property
     def _number(self) -> int:
         """Of its robot among the model's."""
-        known = self.module.embodiments
-        if self.embodiment is None and len(known) > 1:
-            raise ValueError(f"the model knows {', '.join(known)}: say which it drives with policy.embodiment=NAME")
-        return known.index(self.embodiment) if self.embodiment is not None else 0
+        return robot_number(self.module.embodiments, self.embodiment)
 
     def _robots(self, count: int) -> torch.Tensor | None:
         if not self.module.embodiments:

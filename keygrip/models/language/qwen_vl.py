@@ -189,6 +189,9 @@ class QwenVL(nn.Module):
             model = self.model
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False, "context_fn": recompute_contexts})
+            # It makes the output of every embedding need a gradient, which reentrant checkpointing alone asks for. A
+            # vision tower that is not trained, and so not checkpointed either, would keep all its activations for it.
+            model.disable_input_require_grads()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(trainable == "all" or (trainable == "language" and not name.startswith("visual")))
         self.lora = lora

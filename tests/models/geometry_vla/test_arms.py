@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from vla_parts import T, V, ready_module, small_batch, small_geometry, small_module
+from vla_parts import S, T, V, ready_module, small_batch, small_geometry, small_module, small_vlm
 
 from keygrip.models.geometry_vla.module import GeometryVLAModule
+from keygrip.models.language.qwen_vl import Vision
 
 POINTED = {"pointing_cells": 2, "pointed_tokens": True}
 
@@ -145,8 +146,6 @@ def test_a_dry_run_says_what_there_is(module: GeometryVLAModule) -> None:
 
 def test_recomputed_activations_train_on_a_processor(tmp_path: Path) -> None:
     """The whole step with the kernel that short rows take there, whose backward pass runs outside of it."""
-    from vla_parts import small_vlm
-
     batch, found = small_batch(), []
     for recompute in (False, True):
         module = ready_module(tmp_path, vlm=small_vlm(gradient_checkpointing=recompute)).train()
@@ -157,3 +156,30 @@ def test_recomputed_activations_train_on_a_processor(tmp_path: Path) -> None:
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
         assert torch.equal(gradient, found[1][name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("trainable", ["all", "language"])
+def test_recomputed_activations_train_on_a_gpu(trainable: str, tmp_path: Path) -> None:
+    """A whole step under bf16 autocast: the same loss and gradients in less memory."""
+    deep = Vision(layers=8, width=16, heads=2, mlp_width=256, patch_size=8, window=S, full_attention=[7])
+    batch, found, peaks = small_batch().to("cuda"), [], []
+    for recompute in (False, True):
+        vlm = small_vlm(layers=12, mlp_width=512, vision=deep, trainable=trainable, gradient_checkpointing=recompute)
+        module = ready_module(tmp_path, vlm=vlm, pointing_cells=2, pointed_tokens=True).to("cuda").train()
+        module.log_values = lambda *args: None  # type: ignore[method-assign]
+        torch.manual_seed(0)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = module.training_step(batch, 0)
+        loss.backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        assert torch.isfinite(loss)
+        found.append({name: p.grad for name, p in module.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        scale = max(float(gradient.abs().max()), 1e-6)
+        assert float((found[1][name] - gradient).abs().max()) < 0.02 * scale, name
+    assert peaks[1] < peaks[0]

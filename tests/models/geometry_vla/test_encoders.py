@@ -10,6 +10,7 @@ from vla_parts import INSTRUCTIONS, V, small_batch, small_vlm
 
 from keygrip.models.language.qwen_vl import MEAN, STD, QwenVL
 from keygrip.models.language.tokenizers import ChatTokenizer, PretrainedTokenizer, TrainedTokenizer
+from keygrip.models.nn.lora import LoRA
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,24 @@ def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
     assert len(found[0]) == len(found[1])
     for plain, recomputed in zip(*found, strict=True):
         torch.testing.assert_close(recomputed, plain)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_vision_tower_that_is_not_trained_keeps_nothing_for_a_backward_pass(lora: bool, tmp_path: Path) -> None:
+    if lora:
+        pytest.importorskip("peft")
+    adapted = LoRA(2, 4.0, ["q_proj", "v_proj"]) if lora else None
+    vlm = small_vlm(trainable="language", gradient_checkpointing=True, lora=adapted).train()
+    vlm.prepare(tmp_path, INSTRUCTIONS)
+    needed = []
+    for part in (vlm.model.visual.patch_embed, vlm.model.visual.merger):
+        part.register_forward_hook(lambda module, given, found: needed.append(found.requires_grad))
+    batch = small_batch()
+    found = vlm(batch.images, batch.instruction, 3).layers
+    assert needed == [False, False]
+    sum(layer.square().mean() for layer in found).backward()  # type: ignore[union-attr]
+    trained = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None for parameter in trained)
 
 
 def test_weights_of_a_folder_as_the_hub_ships_it(tmp_path: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from vla_parts import S, V, ready_module, small_batch, small_geometry, small_module
 
+from keygrip.data.batches import MultiViewPolicyBatch
 from keygrip.models.geometry.cameras import project
 from keygrip.models.geometry.rotations import quaternion_to_matrix, rotation_exp
 from keygrip.models.geometry_vla.feature_cache import FeatureCache
@@ -234,6 +237,30 @@ def test_mapanythings_scale_token_reaches_the_actions(mapanything: Path, tmp_pat
     with torch.no_grad():
         module.network.scale.weight.normal_()
     assert not torch.allclose(module.sample(module(batch), batch), before, atol=1e-5)
+
+
+def test_the_scale_token_tells_a_blank_control_nothing_and_is_not_dropped(mapanything: Path, tmp_path: Path) -> None:
+    def encoder() -> MapAnythingGeometry:
+        return MapAnythingGeometry(str(mapanything), image_size=S, scale_token=True)
+
+    batch = small_batch()
+    other = replace(batch, images=255 - batch.images)
+    for blank in (True, False):
+        network = ready_module(tmp_path, geometry=encoder(), geom_blank=blank).eval().network
+        tokens = [network.encode(*arguments(each)).contexts[0].tokens[:, -5:] for each in (batch, other)]
+        assert torch.equal(*tokens) == blank
+    pointed = {"pointing_cells": 2, "pointed_tokens": True}
+    for ways in (
+        {"geom_dit_tokens": 0, **pointed},
+        {"geom_inject_to_dit": False, "geom_inject_to_vlm": True},
+    ):
+        with pytest.raises(ValueError, match=r"scale_token=true.* there are none .*set geometry.scale_token=false"):
+            small_module(encoder(), **ways)  # type: ignore[arg-type]
+    assert small_module(encoder(), geom_inject_to_dit=False).network.geometry is None
+
+
+def arguments(batch: MultiViewPolicyBatch) -> tuple[Any, ...]:
+    return batch.images, batch.instruction, batch.view_intrinsics, batch.view_world_to_camera
 
 
 def test_cached_features_are_kept_by_their_cameras_too(mapanything: Path, tmp_path: Path) -> None:

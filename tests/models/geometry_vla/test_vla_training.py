@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,6 +102,31 @@ def test_train_resume_load_and_plan(overrides: Callable[..., list[str]], tmp_pat
     assert plan.position.shape == (1, 4, 3)
     assert np.isfinite(plan.position).all()
     assert loaded.evaluation_kind == "policy"
+
+
+def test_a_dry_run_is_of_one_process_of_several(
+    overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("keygrip.training.memory.GIB", 1)  # memory in bytes: the model is small
+
+    def dry(name: str, *more: str) -> dict[str, Any]:
+        return train.run(compose("train", overrides(name, "dry_run=true", *more)))
+
+    several = ("strategy.accelerator=gpu", "strategy.devices=2")  # counted, where there are none
+    whole, copied = dry("one"), dry("ddp", *several, "strategy.kind=ddp")
+    divided = dry("fsdp", *several, "strategy.kind=fsdp")
+    assert [(each["processes"], each["images"][0]) for each in (whole, copied, divided)] == [(1, 4), (2, 2), (2, 2)]
+    assert copied["memory"]["weights_gib"] == whole["memory"]["weights_gib"]
+    assert divided["memory"]["how"] == "counted"
+    for part in ("weights", "optimizer"):
+        assert divided["memory"][f"{part}_gib"] == pytest.approx(whole["memory"][f"{part}_gib"] / 2, abs=1)
+    if not torch.cuda.is_available():
+        assert divided["memory"]["step_gib"] == copied["memory"]["step_gib"] < whole["memory"]["step_gib"]
+    with pytest.raises(ValueError, match="batch_size=4 is the global batch and must divide by the 3 processes"):
+        dry("three", "strategy.kind=fsdp", "strategy.devices=3")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="without torchrun"):
+        dry("torchrun")
 
 
 def test_one_camera_is_refused_with_the_data_that_fit(tmp_path: Path) -> None:

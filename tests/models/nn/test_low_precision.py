@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from vla_parts import CAMERAS, INSTRUCTIONS, S, ready_module
+from vla_parts import CAMERAS, INSTRUCTIONS, S, ready_module, small_vlm
 
+from keygrip.evaluation import trained_policy
 from keygrip.models.nn.low_precision import Int8Linear, lower_precision
 
 
@@ -65,6 +66,33 @@ def test_a_policy_plans_nearly_the_same(precision: str, share: float, tmp_path: 
     np.testing.assert_allclose(found.position, expected.position, atol=0.01)
     with pytest.raises(ValueError, match=f"are {precision} already"):
         type(plain)(module, vlm_precision="int8" if precision == "bfloat16" else "bfloat16")
+
+
+def test_a_policy_is_rounded_before_it_goes_to_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ready_module(tmp_path)
+    before, moved = weight_bytes(module.network.vlm.model), []
+    monkeypatch.setattr(trained_policy, "load_module", lambda path, **options: module)
+    monkeypatch.setattr(trained_policy, "refuse_missing_device", lambda device: None)
+    monkeypatch.setattr(module, "to", lambda place: moved.append((place, weight_bytes(module.network.vlm.model))))
+    policy = trained_policy.load_policy(tmp_path, {"vlm_precision": "int8", "seed": 7}, "cuda")
+    ((place, size),) = moved
+    assert place == "cuda"
+    assert size < 0.46 * before
+    assert (policy.seed, policy.vlm_precision) == (7, "int8")
+    assert policy.plan(observation()).position.shape[0] == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_never_holds_more_than_the_rounded_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ready_module(tmp_path, vlm=small_vlm(mlp_width=1 << 16))  # 19 M numbers, 75 MB
+    monkeypatch.setattr(trained_policy, "load_module", lambda path, **options: module)
+    expected = weight_bytes(module)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    policy = trained_policy.load_policy(tmp_path, {"vlm_precision": "int8"}, "cuda")
+    assert torch.cuda.max_memory_allocated() - before < 0.35 * expected
+    assert policy.plan(observation()).position.shape[0] == 1
 
 
 def test_an_unknown_precision_is_refused() -> None:
