@@ -38,11 +38,6 @@ TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=t
         (["backbone=dinov3_smal"], 2, r"nearest is backbone=dinov3_small.*; options are dinov2_base, .*tiny"),
         (["ablation=volume_query/no_stat"], 2, r"nearest is ablation=volume_query/no_state; options are"),
         (["ablation=vq_no_state"], 2, r"ablation=vq_no_state is now ablation=volume_query/no_state"),
-        (
-            ["model=patch_dit_base", "data=image_shards", "ablation=patch_dit/no_rotary"],
-            2,
-            r"no_rotary changes nothing",
-        ),
         (["ablation=foveated_vlm/frozen_encoder"], 2, r"is now ablation=foveated_vlm/shared_query_path"),
         (["optimizer=vla_from_scratch"], 2, r"optimizer=vla_from_scratch is now optimizer=muon"),
         (["model=foveated_vlm", "model.collator.max_tokens=9"], 2, r"'model.collator.max_tokens' is now 'collator.max"),

@@ -89,8 +89,9 @@ def clip_part(kind: Any, folder: Path) -> Any:
     if not is_tower:
         return part
     network, report = part
-    if report["missing_keys"]:  # they would be random
-        raise ValueError(f"{folder} holds no {kind.__name__} of transformers: {sorted(report['missing_keys'])[0]} is missing")
+    missing = sorted(report["missing_keys"])
+    if missing:  # it would be random
+        raise ValueError(f"{folder} holds no {kind.__name__} of transformers: {missing[0]} is missing")
     return network.eval().requires_grad_(False)
 
 

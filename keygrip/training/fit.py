@@ -26,7 +26,7 @@ from keygrip.training import run_folder
 from keygrip.training.checkpoints import Header, build_module
 from keygrip.training.compatibility import refuse_odd_numbers, refuse_unfit
 from keygrip.training.compute import Compute
-from keygrip.training.idle_settings import refuse_idle, refuse_idle_ablation
+from keygrip.training.idle_settings import refuse_idle
 from keygrip.training.loggers import build_loggers, finish, log_settings
 from keygrip.training.metadata import run_metadata
 from keygrip.training.monitors import RandomnessByStep
@@ -55,7 +55,6 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     refuse_unfit(cfg)
     refuse_unread(cfg, TrainSchema)
     refuse_idle(cfg, _overrides())
-    refuse_idle_ablation(_overrides())
     _refuse_callbacks_without_class(cfg.callbacks)
     refuse_odd_numbers(cfg)
     plain: Any = OmegaConf.to_container(cfg, resolve=True)

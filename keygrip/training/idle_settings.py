@@ -28,7 +28,7 @@ ATTRIBUTE = "read_where"
 
 
 def refuse_idle(cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Refuses settings of the command line that nothing in the run reads.
+    """Refuses settings of the command line that nothing in the run reads, and ablations without effect.
 
     Args:
         cfg: composed and unresolved. overrides: as given, e.g. ``["model.network.look_size=32"]``.
@@ -45,6 +45,7 @@ def refuse_idle(cfg: DictConfig, overrides: Sequence[str]) -> None:
                 raise SettingError(
                     f"nothing in this run reads {key!r}: {'.'.join((*owner, name))} is read where {where}; leave it out"
                 )
+    refuse_idle_ablation(overrides)
 
 
 def refuse_idle_ablation(overrides: Sequence[str]) -> None:

@@ -124,4 +124,4 @@ def test_an_ablation_that_changes_nothing_is_refused(choices: tuple[str, ...], a
         refuse_idle_ablation(overrides)
         return
     with pytest.raises(SettingError, match=f"ablation={ablation} changes nothing here"):
-        refuse_idle_ablation(overrides)
+        refuse_idle(compose("train", overrides), overrides)
