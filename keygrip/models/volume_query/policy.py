@@ -20,6 +20,7 @@ from keygrip.models.volume_query.network import FurtherViews
 from keygrip.models.volume_query.second_look import SharpImage
 from keygrip.models.volume_query.symmetry import steady_turns
 from keygrip.models.volume_query.targets import arm_state, views_of_images
+from keygrip.models.volume_query.world import KnownProjections
 
 if TYPE_CHECKING:
     from keygrip.models.volume_query.module import VolumeQueryModule
@@ -55,6 +56,7 @@ class VolumeQueryPolicy:
         self._geometry = self.module.statistics.geometry
         self._read: set[str] = set()  # sentences whose words were checked
         self._generator = torch.Generator(device=self.module.device).manual_seed(self.seed)
+        self._projections = KnownProjections()
 
     @property
     def needs(self) -> Needs:
@@ -87,7 +89,9 @@ class VolumeQueryPolicy:
 
     def session(self) -> Self:
         """Another policy on the same network, with a generator of its own."""
-        return replace(self)
+        session = replace(self)
+        session._projections = self._projections  # sessions mostly see the same cameras
+        return session
 
     @property
     def workspace(self) -> np.ndarray:
@@ -158,7 +162,14 @@ class VolumeQueryPolicy:
             torch.as_tensor(np.stack([[getattr(view, name) for view in views] for views in seen])).float().to(device)
             for name in ("intrinsics", "world_to_camera")
         )
-        further = views_of_images(images, k, camera, network=module.network, statistics=module.statistics)
+        further = views_of_images(
+            images,
+            k,
+            camera,
+            network=module.network,
+            statistics=module.statistics,
+            project_voxels=self._projections,
+        )
         mean, std = self._geometry.mean, self._geometry.std
         return normalised(images[:, 0], mean, std), k[:, 0], camera[:, 0], further
 

@@ -5,7 +5,7 @@ Shape legend: B batch, A arms, T steps, P grid side in cells, S image side in pi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +19,7 @@ from keygrip.models.geometry.rotations import quaternion_to_matrix
 from keygrip.models.policy_statistics import PolicyStatistics
 from keygrip.models.volume_query.network import FurtherViews, VolumeQueryNetwork
 from keygrip.models.volume_query.volume import VolumeTarget, bilinear_target, hard_target
-from keygrip.models.volume_query.world import project_voxels
+from keygrip.models.volume_query.world import VoxelProjection, project_voxels
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,7 @@ def views_of_images(
     network: VolumeQueryNetwork,
     statistics: PolicyStatistics,
     there: Tensor | None = None,
+    project_voxels: Callable[..., VoxelProjection] = project_voxels,
 ) -> FurtherViews:
     """The views beside the first, and where its voxels lie in them.
 
@@ -125,6 +126,7 @@ def views_of_images(
     Args:
         images: uint8 ``[B, 1 + V, 3, S, S]``. intrinsics: ``[B, 1 + V, 3, 3]``. world_to_camera: ``[B, 1 + V, 4, 4]``.
         there: bool ``[B, 1 + V]``, False for views that are masked whatever they show; None: none is.
+        project_voxels: the function of this name, or one that keeps what it made (`KnownProjections`).
     """
     shown = ~shows_nothing(images)  # [B, 1 + V]
     if there is not None:

@@ -13,7 +13,8 @@ S image side in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,12 @@ class VoxelProjection:
 
     grid: Tensor
     seen: Tensor
+
+    def of_usable(self, usable: Tensor) -> VoxelProjection:
+        """The same with nothing seen by views that are not usable, bool ``[B, V]``."""
+        shown = usable[:, :, None, None, None]
+        grid = self.grid.masked_fill(~shown[..., None], 0.0)
+        return VoxelProjection(grid, self.seen * shown.to(self.seen.dtype))
 
 
 @torch.no_grad()
@@ -57,10 +64,59 @@ def project_voxels(
     others = intrinsics[:, 1:, None, None, None], world_to_camera[:, 1:, None, None, None]
     pixels, _ = project(points[:, None], *others)  # [B, V, Z, P, P, 2], NaN behind a camera or without a point
     seen = inside_image(pixels, image_size, image_size)
-    if usable is not None:
-        seen = seen & usable[:, :, None, None, None]
     grid = (pixels / image_size * 2 - 1).masked_fill(~seen[..., None], 0.0)
-    return VoxelProjection(grid, seen.to(intrinsics.dtype))
+    where = VoxelProjection(grid, seen.to(intrinsics.dtype))
+    return where if usable is None else where.of_usable(usable)
+
+
+class KnownProjections:
+    """`project_voxels` that keeps what it made: cameras that stand still are projected once.
+
+    Kept is every pair of the first camera and a further one, so that a camera that moves leaves the others known.
+
+    Args:
+        keep: pairs of cameras, of which the one that was used longest ago makes room.
+    """
+
+    def __init__(self, keep: int = 16) -> None:
+        self.keep = keep
+        self._known: OrderedDict[tuple[Hashable, ...], VoxelProjection] = OrderedDict()
+
+    def __call__(
+        self,
+        intrinsics: Tensor,
+        world_to_camera: Tensor,
+        heights: Tensor,
+        pred_size: int,
+        image_size: int,
+        usable: Tensor | None = None,
+    ) -> VoxelProjection:
+        """As `project_voxels`."""
+        batch, cameras = intrinsics.shape[:2]
+        pairs = [
+            [
+                self._pair(intrinsics[row, [0, view]], world_to_camera[row, [0, view]], heights, pred_size, image_size)
+                for view in range(1, cameras)
+            ]
+            for row in range(batch)
+        ]
+        grid = torch.stack([torch.stack([pair.grid[0, 0] for pair in views]) for views in pairs])
+        seen = torch.stack([torch.stack([pair.seen[0, 0] for pair in views]) for views in pairs])
+        where = VoxelProjection(grid, seen)
+        return where if usable is None else where.of_usable(usable)
+
+    def _pair(
+        self, intrinsics: Tensor, world_to_camera: Tensor, heights: Tensor, pred_size: int, image_size: int
+    ) -> VoxelProjection:
+        numbers = (part.cpu().numpy().tobytes() for part in (intrinsics, world_to_camera, heights))
+        key = (*numbers, intrinsics.dtype, intrinsics.device, pred_size, image_size)
+        found = self._known.pop(key, None)
+        if found is None:
+            found = project_voxels(intrinsics[None], world_to_camera[None], heights, pred_size, image_size)
+        self._known[key] = found  # last: the newest
+        while len(self._known) > self.keep:
+            self._known.popitem(last=False)
+        return found
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
 from keygrip.models.geometry.cameras import project, recover_3d
+from keygrip.models.volume_query import world as world_module
 from keygrip.models.volume_query.volume import (
     VolumeLogits,
     argmax_voxel,
@@ -18,7 +21,7 @@ from keygrip.models.volume_query.volume import (
     soft_argmax,
     volume_cross_entropy,
 )
-from keygrip.models.volume_query.world import VoxelProjection, WorldScores, project_voxels
+from keygrip.models.volume_query.world import KnownProjections, VoxelProjection, WorldScores, project_voxels
 
 B, A, T, V, Z, P, S = 2, 2, 3, 2, 4, 6, 60
 
@@ -117,6 +120,43 @@ def test_loss_gradient_and_argmax_equal_the_dense_reference() -> None:
     )
     assert float(pixel_entropy(logits).max()) <= 1
     assert torch.isfinite(soft_argmax(logits, cells)[0]).all()
+
+
+def test_known_projections_are_those_that_would_be_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def counted(*arguments: Any) -> VoxelProjection:
+        made.append(arguments)
+        return project_voxels(*arguments)
+
+    monkeypatch.setattr(world_module, "project_voxels", counted)
+    known = KnownProjections(keep=5)
+    heights = torch.linspace(0, 0.2, Z, dtype=torch.float64)
+    k, poses = cameras(V)
+    usable = torch.tensor([[True, False], [True, True]])
+
+    def same(k: torch.Tensor, poses: torch.Tensor, usable: torch.Tensor | None) -> int:
+        """How many pairs of cameras were projected, where the result is that of all anew."""
+        made.clear()
+        ours, fresh = known(k, poses, heights, P, S, usable), project_voxels(k, poses, heights, P, S, usable)
+        assert torch.equal(ours.grid, fresh.grid)
+        assert torch.equal(ours.seen, fresh.seen)
+        return len(made)
+
+    assert same(k, poses, None) == 4
+    assert same(k, poses, usable) == 0  # a covered camera stands where it stood
+    assert same(k.flip(0), poses.flip(0), None) == 0
+    poses[1, 2, 0, 3] += 0.01  # one further camera moves: the others stay known
+    assert same(k, poses, None) == 1
+    poses[:, 0, 0, 3] += 0.01  # the first moves: its voxels are others
+    assert same(k, poses, None) == 4
+    assert same(k, poses, None) == 0
+    k[0, 1, 0, 0] = 90.0
+    assert same(k, poses, usable) == 1
+    assert len(known._known) == 5
+    made.clear()
+    known(k, poses, heights + 0.1, P, S)  # other heights, other voxels
+    assert len(made) == 4
 
 
 def test_a_view_that_sees_nothing_leaves_the_one_view_volume() -> None:
