@@ -25,6 +25,7 @@ from omegaconf import MISSING, DictConfig
 from keygrip.artifacts import write_json
 from keygrip.command import entry_point
 from keygrip.config import EntrySchema, register
+from keygrip.training.strategies import use_tf32
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from hydra.utils import instantiate
 
     from keygrip.training.metadata import machine
-    from keygrip.training.strategies import use_tf32
 
     use_tf32(cfg.tf32, torch.cuda.is_available())
 
