@@ -25,6 +25,7 @@ from omegaconf import MISSING, DictConfig
 from keygrip.artifacts import write_json
 from keygrip.command import entry_point
 from keygrip.config import EntrySchema, register
+from keygrip.training.strategies import use_tf32
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class BenchSchema(EntrySchema):
     suite: str | None = None
     part: str = ALL
     toy: bool = False
+    tf32: bool = False
     commit: str | None = None
     gpu: Any = MISSING
 
@@ -59,9 +61,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     if cfg.suite is not None:
         return _run_suite(cfg)
+    import torch
     from hydra.utils import instantiate
 
     from keygrip.training.metadata import machine
+
+    use_tf32(cfg.tf32, torch.cuda.is_available())
 
     os.environ.setdefault(
         "KINETO_LOG_LEVEL", "9"
@@ -74,7 +79,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         for figure, value in figures[name].items():
             log.info("  %-36s %.5g", figure, value)
     result = {"case": cfg.case, **(figures if cfg.case == ALL else figures[cfg.case])}
-    result |= {"quick": cfg.quick, "machine": machine()}
+    result |= {"quick": cfg.quick, "machine": machine()} | ({"tf32": True} if cfg.tf32 else {})
     if cfg.output or cfg.record:
         _write(Path(cfg.output or Path("benchmarks") / f"{cfg.case}.json"), result)
     return result
@@ -88,6 +93,8 @@ def _run_suite(cfg: DictConfig) -> dict[str, Any]:
     from keygrip.training.metadata import machine
 
     _known("suite", cfg.suite, ["gpu"])
+    if cfg.tf32:
+        raise ValueError("tf32=true is for a case: the parts of a suite measure TF32 beside float32 themselves")
     suites.refuse_without_gpu(cfg.toy)
     names = list(cfg.gpu) if cfg.part == ALL else [_known("part", cfg.part, list(cfg.gpu))]
     commit = cfg.commit or suites.commit_of(Path(__file__).parent)

@@ -23,6 +23,7 @@ from keygrip.config import compose, listed, quoted, register_completion
 from keygrip.evaluation.kinds import KIND, KINDS, Evaluated, checked_kind, choose_kind
 from keygrip.training.main_guard import refuse_unguarded_script
 from keygrip.training.run_folder import hold
+from keygrip.training.strategies import use_tf32
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     from keygrip.training.checkpoints import external_files, find_checkpoint, load_module, read_checkpoint
     from keygrip.training.metadata import machine
-    from keygrip.training.strategies import use_tf32
 
     use_tf32(cfg.tf32, torch.cuda.is_available())
     file = find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)

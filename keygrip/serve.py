@@ -21,7 +21,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from keygrip.command import entry_point
 from keygrip.config import EntrySchema, register
+from keygrip.evaluation.kinds import plain
 from keygrip.setting_types import refuse_ill_typed
+from keygrip.training.strategies import use_tf32
 
 if TYPE_CHECKING:
     from keygrip.runtime.server import PolicyServer
@@ -78,10 +80,8 @@ def run(cfg: DictConfig, ready: Callable[[dict[str, Any]], None] = lambda about:
         raise ValueError(f"port={cfg.port}: must lie in 0 to {LAST_PORT}; 0 takes a free one")
     _refuse_openness(cfg)
     tls = tls_context(cfg.tls.cert, cfg.tls.key)
-    from keygrip.evaluation.kinds import plain
     from keygrip.evaluation.trained_policy import load_policy
     from keygrip.training.checkpoints import external_files, find_checkpoint
-    from keygrip.training.strategies import use_tf32
 
     try:
         from keygrip.runtime.server import PolicyServer

@@ -41,6 +41,9 @@ class TestParts:
         times = [value for figure, value in figures.items() if "_ms" in figure or figure.startswith("ms_")]
         assert times
         assert min(times) > 0
+        if name.startswith("plan_"):
+            precisions = {figure.partition("_")[0] for figure in figures}
+            assert precisions == {"float32", "bf16"} | ({"tf32"} if torch.cuda.is_available() else set())
         if name.startswith("train_"):
             flop = [value for figure, value in figures.items() if figure.endswith("_step_tflop")]
             assert min(flop) > 0
@@ -55,6 +58,8 @@ class TestParts:
                 for variant, more in part.variants.items():
                     config = compose("train", [*part.overrides, *more])
                     assert config.model._target_
+                    assert ("lora" in variant) == bool(config.get("vlm", {}).get("lora"))
+                    assert ("tf32" in variant) == config.strategy.tf32
                     assert part.system != "foveated_vlm" or (part.frames or {})[variant] > 0
             elif hasattr(part, "overrides"):
                 compose("train", part.overrides)

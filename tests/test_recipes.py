@@ -47,7 +47,10 @@ GIVEN = {
     "experiment=metaworld": ["data.root=folder"],
     "experiment=metaworld_two_cameras": ["data.root=folder"],
     "experiment=metaworld_vla": ["data.root=folder"],
-    **{f"experiment=vla_qwen_mapanything{kind}": ["data.root=folder"] for kind in ("", "_lora", "_frozen")},
+    **{
+        f"experiment=vla_qwen_mapanything{kind}": ["data.root=folder", "data.cameras=[left,right]"]
+        for kind in ("", "_lora", "_frozen")
+    },
     "geometry=mapanything": ["data.image_size=224"],
     "geometry=mapanything_cached": ["data.image_size=224"],
     **{
@@ -216,7 +219,7 @@ def test_every_job_of_a_sweep(sweep: str) -> None:
         optimizer, sizes[name] = assert_configures(cfg)
         optimizers[name] = optimizer.__name__
     if sweep == "geometry_comparison":
-        assert len(sizes) == 22
+        assert len(sizes) == 24
         middle = sizes["arm_both"]
         assert all(abs(size / middle - 1) <= 0.05 for size in sizes.values()), sizes
     if sweep == "vla_comparison":

@@ -1,10 +1,10 @@
 """What the geometry-injected policy costs: the parts of an action chunk, the parameters of its compressors, and the
-memory of a training step at real size."""
+memory of a training step and of a plan at real size."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,8 +27,9 @@ from keygrip.models.geometry_vla.compression import TYPES, build_geom_compressor
 from keygrip.models.geometry_vla.geometry import GeometryEncoder, GeometryFeatures
 from keygrip.models.geometry_vla.module import GeometryVLAModule
 from keygrip.models.geometry_vla.network import Scene
+from keygrip.models.nn.low_precision import Precision
 from keygrip.models.policy_statistics import PolicyStatistics
-from keygrip.training.memory import GIB
+from keygrip.training.memory import GIB, count_forward
 from keygrip.training.parts import build_stored
 from keygrip.training.system import parameters_m
 
@@ -73,8 +74,8 @@ class VLAChunk(Timed):
     warm_up: int
 
     def run(self, quick: bool) -> dict[str, float]:
-        """`vlm_ms`, `geometry_ms` (with its compressor), `head_ms` (all steps of the sampler), `p50_ms` and `p95_ms` of
-        the whole, on the GPU where there is one."""
+        """`vlm_ms`, `geometry_ms` (with its compressors), `head_ms` (all steps of the sampler), `p50_ms` and `p95_ms`
+        of the whole, on the GPU where there is one."""
         config = compose("train", self.overrides)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         module = untrained(config).to(device)
@@ -142,28 +143,74 @@ class VLAMemory:
         figures: dict[str, float] = {}
         for name, overrides in [*self.recipes.items()][: 1 if quick else None]:
             config, shards = compose("train", overrides), self.gpus[name]
-            with open_dict(config):
-                config.vlm.weights = "random"
-                config.vlm.tokenizer = {"_target_": "keygrip.models.language.tokenizers.TrainedTokenizer"}
-                stand_in = f"{GeometryStandIn.__module__}.{GeometryStandIn.__qualname__}"
-                config.geometry = {"_target_": stand_in, "dim": self.geom_dim, "tokens": self.geom_tokens}
-            OmegaConf.resolve(config)
-            with torch.device("meta"):
-                module = instantiate(config.model, _convert_="all")
-            module.statistics, module.actions = PolicyStatistics(), instantiate(config.model.actions, _convert_="all")
-            _take_statistics(module, config)
+            module = _without_memory(config, self.geom_dim, self.geom_tokens)
             batch = config.data.batch_size // shards
             ema = (config.callbacks or {}).get("ema") is not None
-            found = module.step_memory(_shapes(module, config, batch), True, ema)
-            parts = {part: getattr(found, part) / shards / GIB for part in ("weights", "optimizer", "ema")}
-            parts["step"] = found.step / GIB
-            parts["total"] = sum(parts.values())
-            figures |= {f"{name}_{part}_gib": round(value, 2) for part, value in parts.items()}
-            figures[f"{name}_spare_gib"] = round(self.gpu_gib - parts["total"], 2)
+            found = module.step_memory(_shapes(module, config, batch), True, ema).divided(shards)
+            figures |= {f"{name}_{part}": value for part, value in found.report().items() if part != "how"}
+            figures[f"{name}_spare_gib"] = round(self.gpu_gib - found.total / GIB, 2)
             figures |= {f"{name}_batch": batch, f"{name}_gpus": shards}
             for kind, value in parameters_m(module.network)["all"].items():
                 figures[f"{name}_{'trained' if kind == 'trained' else 'parameters'}_m"] = value
         return figures
+
+
+@dataclass(frozen=True)
+class VLAPlanMemory:
+    """Memory of a plan at real size by the precision of the vision-language model's weights, counted as in `VLAMemory`:
+    without the geometry encoder, and without what an allocator loses.
+
+    Args:
+        overrides: of ``keygrip.train``. geom_dim, geom_tokens: see `VLAMemory`.
+        precisions: see `keygrip.models.nn.low_precision`; with `quick` the first alone.
+    """
+
+    overrides: Sequence[str]
+    geom_dim: int
+    geom_tokens: int
+    precisions: Sequence[Precision]
+
+    def run(self, quick: bool) -> dict[str, float]:
+        """Of each precision `weights_gib` (all parts of the policy), `plan_gib` (activations, and with int8 the layer
+        whose weights are turned back) and `total_gib`."""
+        figures: dict[str, float] = {}
+        for precision in self.precisions[: 1 if quick else None]:
+            config = compose("train", self.overrides)
+            module = _without_memory(config, self.geom_dim, self.geom_tokens).eval()
+            module.network.vlm.lower_precision(precision)
+            batch = _shapes(module, config, 1)
+            noise = torch.zeros(1, module.network.head.horizon, module.actions.size)
+
+            found = count_forward(module.network, partial(_plan, module, batch, noise))
+            figures |= {
+                f"{precision}_weights_gib": round(found.weights / GIB, 2),
+                f"{precision}_plan_gib": round(found.step / GIB, 2),
+                f"{precision}_total_gib": round(found.total / GIB, 2),
+            }
+        return figures
+
+
+def _plan(
+    module: GeometryVLAModule, batch: MultiViewPolicyBatch, noise: Tensor, change: Callable[[Tensor], Tensor]
+) -> Tensor:
+    seen = batch.map(change)
+    return module.network.sample(module(seen), noise, module.state(seen), module.sampling)
+
+
+def _without_memory(config: DictConfig, geom_dim: int, geom_tokens: int) -> GeometryVLAModule:
+    """The module of a training config, its parameters on torch's device `meta`, with a stand-in for the geometry
+    encoder, and with statistics."""
+    with open_dict(config):
+        config.vlm.weights = "random"
+        config.vlm.tokenizer = {"_target_": "keygrip.models.language.tokenizers.TrainedTokenizer"}
+        stand_in = f"{GeometryStandIn.__module__}.{GeometryStandIn.__qualname__}"
+        config.geometry = {"_target_": stand_in, "dim": geom_dim, "tokens": geom_tokens}
+    OmegaConf.resolve(config)
+    with torch.device("meta"):
+        module: GeometryVLAModule = instantiate(config.model, _convert_="all")
+    module.statistics, module.actions = PolicyStatistics(), instantiate(config.model.actions, _convert_="all")
+    _take_statistics(module, config)
+    return module
 
 
 def _shapes(module: GeometryVLAModule, config: DictConfig, batch: int) -> MultiViewPolicyBatch:
@@ -217,8 +264,10 @@ class _Parts:
     def geometry(self) -> None:
         network = self.module.network
         assert network.geometry is not None
-        assert network.compressor is not None
-        network.compressor(network.geometry(self.images, *self.cameras).tokens)
+        tokens = network.geometry(self.images, *self.cameras).tokens
+        for compressor in (network.compressor, network.vlm_compressor):
+            if compressor is not None:  # there is none where geometry is read at the pointed places alone
+                compressor(tokens)
 
     @torch.inference_mode()
     def head(self) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from keygrip.training.memory import Step, count_step
+from keygrip.training.memory import Step, StepMemory, count_forward, count_step
 
 
 def allocated(step: Step) -> int:
@@ -71,3 +71,25 @@ def test_shapes_may_depend_on_small_tensors() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert int(network.longest) == 40  # type: ignore[arg-type]
     assert counted.step == pytest.approx(allocated(step) + rows.nbytes, rel=0.04)
+
+
+def test_a_forward_pass_alone_keeps_no_activations() -> None:
+    network = nn.ModuleList(nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32)) for _ in range(4))
+    batch = torch.randn(256, 32)
+
+    def forward(change: object) -> Tensor:
+        hidden = change(batch)  # type: ignore[operator]
+        for block in network:
+            hidden = block(hidden)
+        return hidden
+
+    found = count_forward(network, forward)
+    # the batch, what a block is given, and what GELU reads and writes
+    assert found.step == pytest.approx(4 * 256 * (32 + 32 + 128 + 128), rel=0.05)
+    assert (found.optimizer, found.ema, found.weights) == (0, 0, sum(4 * p.numel() for p in network.parameters()))
+
+
+def test_weights_moments_and_ema_are_divided_over_processes_and_a_step_is_not() -> None:
+    whole = StepMemory(weights=10, optimizer=20, ema=9, step=7, measured=False)
+    assert whole.divided(4) == StepMemory(weights=3, optimizer=5, ema=3, step=7, measured=False)
+    assert whole.divided(1) == whole

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -13,10 +13,12 @@ from omegaconf import OmegaConf
 
 from keygrip.benchmarks import geometry_vla, inference
 from keygrip.benchmarks.gpu import Figures
-from keygrip.benchmarks.measuring import interleaved_seconds, milliseconds
+from keygrip.benchmarks.measuring import Work, interleaved_seconds, milliseconds
 from keygrip.benchmarks.patch_dit import random_conditions, random_network
 from keygrip.config import compose
+from keygrip.evaluation.trained_policy import policy_of
 from keygrip.models.patch_dit.sampler import Sampling, sample
+from keygrip.training.strategies import use_tf32
 
 
 @dataclass(frozen=True)
@@ -40,22 +42,25 @@ class MeasuredCase:
 
 @dataclass(frozen=True)
 class PlanLatency:
-    """From an observation to a plan on the GPU, batch 1, in float32 and under bf16 autocast.
+    """From an observation to a plan on the GPU, batch 1: in float32, in TF32 and under bf16 autocast.
 
     Args:
         system: which policy. overrides: of ``keygrip.train``. toy_overrides: in their place at toy size.
+        policy: changes to the policy, by the names of its fields.
         repetitions: plans of each precision. warm_up: before those. limit_s: fewer where they take longer.
     """
 
     system: Literal["volume_query", "geometry_vla"]
     overrides: Sequence[str]
     toy_overrides: Sequence[str]
+    policy: Mapping[str, Any] = field(default_factory=dict)
     repetitions: int = 200
     warm_up: int = 10
     limit_s: float = 200.0
 
     def run(self, toy: bool, figures: Figures) -> None:
-        """`float32_p50_ms`, `float32_p95_ms`, `bf16_p50_ms`, `bf16_p95_ms`, `peak_gb`."""
+        """`<precision>_p50_ms`, `<precision>_p95_ms`, `<precision>_peak_gb` of `float32`, `tf32` (on a GPU) and `bf16`;
+        the peak with the weights, which lie there throughout."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         plan = self._plan(self.toy_overrides if toy else self.overrides, device)
 
@@ -63,22 +68,35 @@ class PlanLatency:
             with torch.autocast(device.type, torch.bfloat16):
                 plan()
 
+        def tf32() -> None:
+            use_tf32(True, on_gpu=True)
+            try:
+                plan()
+            finally:
+                use_tf32(False, on_gpu=True)
+
+        sides: dict[str, Work] = {"float32": plan, "bf16": bf16} | ({"tf32": tf32} if device.type == "cuda" else {})
         count, warm_up = (1, 0) if toy else (self.repetitions, self.warm_up)
-        seconds = interleaved_seconds({"float32": plan, "bf16": bf16}, count, device, self.limit_s, warm_up)
+        seconds = interleaved_seconds(sides, count, device, self.limit_s, warm_up)
         for name, values in seconds.items():
             figures |= {f"{name}_p{percentile}_ms": milliseconds(values, percentile) for percentile in (50, 95)}
         if device.type == "cuda":
-            figures["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+            for name, work in sides.items():
+                torch.cuda.reset_peak_memory_stats()
+                work()
+                figures[f"{name}_peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
 
     def _plan(self, overrides: Sequence[str], device: torch.device) -> Callable[[], object]:
         config = compose("train", overrides)
         if self.system == "volume_query":
-            planner = inference.untrained(config).to(device).policy()
-            return partial(planner.plan, inference.looking_down(config.data.record.image_size))
-        tiny = compose("train", ["model=geometry_vla", "data=yam_language", "vlm=tiny"])
-        config.vlm.tokenizer = tiny.vlm.tokenizer  # the pretrained one would be a download
-        module = geometry_vla.untrained(config).to(device)
-        return partial(module.policy().plan, geometry_vla.observation(module, config.data.image_size))
+            module: Any = inference.untrained(config)
+            seen: Any = inference.looking_down(config.data.record.image_size)
+        else:
+            tiny = compose("train", ["model=geometry_vla", "data=yam_language", "vlm=tiny"])
+            config.vlm.tokenizer = tiny.vlm.tokenizer  # the pretrained one would be a download
+            module = geometry_vla.untrained(config)
+            seen = geometry_vla.observation(module, config.data.image_size)
+        return partial(policy_of(module, f"system={self.system}", self.policy, device.type).plan, seen)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from keygrip.benchmarks.gpu import Figures, synthetic
 from keygrip.config import compose
 from keygrip.training.compute import Compute
+from keygrip.training.strategies import use_tf32
 
 log = logging.getLogger(__name__)
 
@@ -183,6 +184,7 @@ class TrainingSteps:
             torch.cuda.reset_peak_memory_stats()
         before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
         torch.use_deterministic_algorithms(bool(config.deterministic), warn_only=True)
+        use_tf32(config.strategy.tf32, on_gpu, "strategy.tf32")
         try:
             trainer = Trainer(
                 accelerator="gpu" if on_gpu else "cpu",
@@ -202,6 +204,7 @@ class TrainingSteps:
             trainer.fit(module, DataLoader([batch] * (warm_up + count), batch_size=None))  # type: ignore[arg-type]
         finally:
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            use_tf32(False, on_gpu)
         tflop = compute.summary.get("tflop", math.nan) / (warm_up + count)
         peak = torch.cuda.max_memory_allocated() if on_gpu else 0
         return {"step_s": float(np.median(times.seconds)), "tflop": tflop, "peak_bytes": peak}

@@ -9,7 +9,7 @@ from vla_parts import ready_module
 
 from keygrip import bench
 from keygrip.benchmarks import geometry_vla
-from keygrip.benchmarks.geometry_vla import VLAChunk, VLAMemory
+from keygrip.benchmarks.geometry_vla import VLAChunk, VLAMemory, VLAPlanMemory
 from keygrip.config import compose
 
 
@@ -39,6 +39,17 @@ def test_parts_of_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "geometry_ms" not in case.run(quick=True)
 
 
+def test_parts_of_a_chunk_with_geometry_at_the_pointed_places_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pointed = ready_module(tmp_path, geom_dit_tokens=0, pointing_cells=2, pointed_tokens=True)
+    assert pointed.network.compressor is None
+    monkeypatch.setattr(geometry_vla, "untrained", lambda config: pointed)
+    limits = {"repetitions": 2, "quick_repetitions": 2, "warm_up": 1, "limit_s": 5.0, "quick_limit_s": 5.0}
+    case = VLAChunk(["model=geometry_vla", "data=yam_language", "backbone.image_size=32"], **limits)
+    assert case.run(quick=True)["geometry_ms"] > 0
+
+
 @pytest.mark.slow
 def test_memory_of_a_recipe_is_counted() -> None:
     """On the small model: the parts add up, sharding divides what lies there between steps, and a frozen
@@ -52,3 +63,19 @@ def test_memory_of_a_recipe_is_counted() -> None:
     assert found["sharded_total_gib"] < found["whole_total_gib"]
     assert found["whole_spare_gib"] == pytest.approx(1 - found["whole_total_gib"], abs=0.011)
     assert found["frozen_trained_m"] < found["frozen_parameters_m"] == found["whole_parameters_m"]
+
+
+def test_memory_of_a_plan_is_counted_by_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(geometry_vla, "GIB", 1)  # in bytes: the model is small
+    small = ["model=geometry_vla", "data=yam_language", "data.image_size=64"]
+    case = VLAPlanMemory(small, geom_dim=32, geom_tokens=16, precisions=["float32", "bfloat16", "int8"])
+    found = case.run(quick=False)
+    vlm = geometry_vla._without_memory(compose("train", small), 32, 16).network.vlm
+    count = sum(parameter.numel() for parameter in vlm.parameters())
+    assert found["float32_weights_gib"] - found["bfloat16_weights_gib"] == 2 * count
+    assert 2 * count < found["float32_weights_gib"] - found["int8_weights_gib"] < 3 * count
+    for precision in case.precisions:
+        assert found[f"{precision}_plan_gib"] > 0
+        total = found[f"{precision}_weights_gib"] + found[f"{precision}_plan_gib"]
+        assert found[f"{precision}_total_gib"] == pytest.approx(total)
+    assert set(case.run(quick=True)) == {"float32_weights_gib", "float32_plan_gib", "float32_total_gib"}
