@@ -102,7 +102,8 @@ class Watching:
     needs = Needs(arms=("right",))
 
     def __init__(self, commands: np.ndarray) -> None:
-        self.commands, self.seen = commands, []  # type: ignore[var-annotated]
+        self.commands = commands
+        self.seen: list[tuple[int, ...]] = []
 
     def plan(self, observation: Any) -> Plan:
         self.seen.append(observation["image"].shape)
