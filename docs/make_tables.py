@@ -427,8 +427,13 @@ ARMS = {
     "pointed": "pointed places, geometry at them",
     "both": "pointed places, geometry at them, 16 pooled tokens",
     "both_standardised": "pointed places, geometry at them, 16 standardised tokens",
+    "language": "16 pooled tokens in the language model's prompt, none for the head",
     "mean": "one mean-pooled vector",
+    "blank": "16 tokens without information about the scene",
     "pool_16": "16 pooled tokens",
+    "pool_64": "64 pooled tokens",
+    "per_layer_16": "16 tokens, a linear layer per block",
+    "qformer_16": "16 learned queries",
     "pool_16_standardised": "16 pooled tokens, standardised",
 }
 
