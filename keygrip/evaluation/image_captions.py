@@ -63,10 +63,10 @@ class ClipSimilarity:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        from transformers import CLIPModel, CLIPTokenizerFast
+        from transformers import CLIPModel, CLIPTokenizer
 
         place = Path(folder)
-        self.network, self.tokenizer = clip_part(CLIPModel, place), clip_part(CLIPTokenizerFast, place)
+        self.network, self.tokenizer = clip_part(CLIPModel, place), clip_part(CLIPTokenizer, place)
         self.name = place.name
         self.sha256 = sha256_of(sha256_file(file).encode() for file in sorted(place.glob("*.safetensors")))
 

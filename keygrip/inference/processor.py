@@ -31,13 +31,13 @@ from keygrip.models.foveated_vlm.hub_files import MODEL_TYPE
 from keygrip.models.language.tokenizers import ChatTokenizer, PretrainedTokenizer
 
 
-class KeygripConfig(PretrainedConfig):  # type: ignore[misc]
+class KeygripConfig(PretrainedConfig):
     """Under which the processor is registered: `model_type` of an export's config.json."""
 
     model_type = MODEL_TYPE
 
 
-class KeygripProcessor(ProcessorMixin):  # type: ignore[misc]
+class KeygripProcessor(ProcessorMixin):
     """Conversations with images and videos as inputs of a network.
 
     Args:
@@ -111,7 +111,7 @@ class KeygripProcessor(ProcessorMixin):  # type: ignore[misc]
             }
         )
 
-    def apply_chat_template(
+    def apply_chat_template(  # type: ignore[override]  # what has no meaning here is not taken
         self,
         conversation: Sequence[Message] | Sequence[Sequence[Message]],
         tokenize: bool = False,

@@ -13,6 +13,7 @@ Shape legend: A arms, T planned steps.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -59,9 +60,10 @@ class Bounds:
             needs: what the policy reads. masks: it leaves out images that show nothing by its own criterion
                 (`keygrip.models.dark_images`); they are let through, unless all are such.
         """
-        names, views = needs.cameras or ("",), [observation]
+        names = needs.cameras or ("",)
+        views: list[Mapping[str, Any] | None] = [observation]
         if needs.cameras:
-            views = (views_there if masks else views_of)(observation, needs.cameras)
+            views = [*(views_there if masks else views_of)(observation, needs.cameras)]
         levels = [0.0 if view is None else spread_of_image(view["image"]) for view in views]
         masked = [masks and spread < DARK_LEVELS for spread in levels]
         dark = [spread < self.image_levels for spread in levels]

@@ -41,7 +41,7 @@ def near_copies(thumbnails: Sequence[bytes], others: Sequence[bytes] | None = No
         return []
     tree = cKDTree(_numbers(pool))
     reach, places = tree.query(_numbers(thumbnails), k=[1, 2], p=np.inf, distance_upper_bound=TOLERANCE + 0.5)
-    found = []
+    found: list[tuple[int, int]] = []
     for number, place in np.argwhere(np.isfinite(reach)).tolist():
         other = int(places[number, place])
         if (others is not None or other != number) and (not found or found[-1][0] != number):

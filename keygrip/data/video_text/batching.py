@@ -82,7 +82,8 @@ class WithinBudget:
     def __call__(self, samples: list[VideoTextSample]) -> Any:
         rows = [self._rows(sample) for sample in samples]
         longest = [max(lengths, default=0) for lengths in rows]
-        kept, taken = set(), 0
+        kept: set[int] = set()
+        taken = 0
         for number in sorted(range(len(samples)), key=longest.__getitem__):
             more = taken + len(rows[number])
             # samples do not always divide by the processes: one of them may then have one sample more
