@@ -31,7 +31,8 @@ from keygrip.training.checkpoints import load_module
 log = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 64  # default where a task gives none
-FAILS: tuple[type[BaseException], ...] = (*HOSTILE, SystemExit)  # Video-MME's task leaves Python where a video is not there
+# SystemExit: the task of Video-MME leaves Python where a video is not there
+FAILS: tuple[type[BaseException], ...] = (*HOSTILE, SystemExit)
 FAILED = "-"  # an answer that names nothing: MVBench's task leaves empty answers out, which would count in our favour
 NO_LIKELIHOOD = (-float("inf"), False)
 Given = TypeVar("Given")
