@@ -29,6 +29,7 @@ BAR_TURN = np.deg2rad(35.0)  # the bar points at the left arm within this angle
 MEETING = np.array([0.30, 0.20])  # between the arms, in reach of both
 DRAWS = 5000  # of a layout: most lie out of one arm's reach, and of a hundred draws sometimes all
 MEETING_HEIGHT = (0.12, 0.15)
+SETTLE_S = 0.3  # both hands stand still for so long before they close
 CAMERAS = {"over": (0.0, 52.0, 1.12, 38.0), "front": (-30.0, 35.0, 1.12, 38.0)}  # azimuth, elevation, distance, fovy
 CAMERA_TARGET = (0.28, 0.18, 0.06)
 REACHED_M, REACHED_RAD = 1e-3, 1e-2  # what inverse kinematics may leave of a pose of the plan
@@ -159,6 +160,7 @@ def handover_phases(layout: HandoverLayout, rng: np.random.Generator) -> list[Ha
     then(1.4 * pace)
     right = np.array([*near, low])
     then(0.9 * pace)
+    then(SETTLE_S)  # a policy whose gripper closes a plan's step too early must not grip above the bar's middle
     grips["right"] = CLOSED
     then(CLOSING_S)
     right = np.array([*near, height])
@@ -169,7 +171,7 @@ def handover_phases(layout: HandoverLayout, rng: np.random.Generator) -> list[Ha
     then(0.7 * pace)
     left = np.array([*take, height])
     then(0.9 * pace)
-    then(0.3)
+    then(SETTLE_S)
     grips["left"] = CLOSED
     then(CLOSING_S)
     grips["right"] = OPEN

@@ -47,6 +47,16 @@ def test_the_expert_hands_the_bar_over(cell: HandoverCell) -> None:
         assert np.linalg.norm(tools[1] - bar) > 0.06
 
 
+def test_a_hand_stands_still_for_a_plans_step_before_it_closes() -> None:
+    """A plan's gripper may close up to a step early: the hand must be where it grips by then."""
+    for seed in range(3):
+        actions = handover_actions(sample_handover(HandoverTask(), seed), seed, hz=10.0)
+        for arm in range(2):
+            closes = int(np.flatnonzero(actions[:, arm, 7] < 0.5)[0])
+            before = actions[closes - 4 : closes, arm, :3]
+            assert np.abs(before - actions[closes, arm, :3]).max() < 1e-9
+
+
 def test_it_is_not_done_while_the_right_hand_holds_or_the_left_does_not(cell: HandoverCell) -> None:
     cell.reset(seed=0)
     assert cell.layout is not None
