@@ -79,7 +79,7 @@ def prefers_red(layout: Any, observation: Observation) -> Any:
 
 def drive(monkeypatch: pytest.MonkeyPatch, policy: Person, **settings: Any) -> ConditionResult:
     module = type("Module", (), {"policy": lambda self: policy})()
-    monkeypatch.setattr("keygrip.evaluation.closed_loop.load_module", lambda path, **options: module)
+    monkeypatch.setattr("keygrip.evaluation.trained_policy.load_module", lambda path, **options: module)
     original = closed_loop._Worker.__init__
 
     def remember(self: Any, *arguments: Any) -> None:

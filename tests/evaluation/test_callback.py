@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gym_lab import GOAL
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, Trainer
 from omegaconf import OmegaConf
@@ -106,7 +107,11 @@ def test_what_the_environment_lacks_is_said_before_training(tmp_path: Path, monk
         set_up(Module(), tmp_path, *gym, root, "data.camera=side", f"+{LOOP}.policy.temprature=1")
     with pytest.raises(ValueError, match="a LightningModule is no robot policy"):
         set_up(LightningModule(), tmp_path, *gym, root)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"nothing reads callbacks\.closed_loop\.env\.control"):
+    several = Module()
+    several.embodiments = ("yam", "panda")  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"the model knows yam, panda: say which .*policy.embodiment=NAME"):
+        set_up(several, tmp_path, *gym, root, "data.camera=side")
+    with pytest.raises(InstantiationException, match=r"nothing reads callbacks\.closed_loop\.env\.control"):
         set_up(Module(), tmp_path, *gym, root, f"{env}.control={{execute_seconds: 0.5}}")
 
 
@@ -119,7 +124,7 @@ def test_all_tasks_together_are_a_figure_of_the_run(tmp_path: Path, monkeypatch:
     assert callback.closed_loop is not None
     tasks = {"reach-v3": [{}], "push-v3": [{"time_limit_s": 0.1}]}
     callback.closed_loop = replace(callback.closed_loop, conditions=tasks, of_tasks=True)  # as Meta-World's are
-    monkeypatch.setattr("keygrip.evaluation.closed_loop.load_module", lambda path, **options: Module())
+    monkeypatch.setattr("keygrip.evaluation.trained_policy.load_module", lambda path, **options: Module())
     callback.on_fit_end(trainer, Module())
     assert trainer.callback_metrics["closed_loop/reach-v3/success_rate"] == 1.0
     assert trainer.callback_metrics["closed_loop/all/success_rate"] == 0.5

@@ -62,7 +62,7 @@ class FakeModule:
 def run(
     monkeypatch: pytest.MonkeyPatch, output: Path | None, lost: bool = False, **settings: Any
 ) -> list[ConditionResult]:
-    monkeypatch.setattr("keygrip.evaluation.closed_loop.load_module", lambda path, **options: FakeModule())
+    monkeypatch.setattr("keygrip.evaluation.trained_policy.load_module", lambda path, **options: FakeModule())
     monkeypatch.setattr(FakeModule, "lost", lost)
     original = closed_loop._Worker.__init__
 

@@ -53,7 +53,7 @@ class Module:
 
 @pytest.fixture(autouse=True)
 def _loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("keygrip.evaluation.closed_loop.load_module", lambda path, **options: Module())
+    monkeypatch.setattr("keygrip.evaluation.trained_policy.load_module", lambda path, **options: Module())
 
 
 def drive(output: Path | None, **settings: Any) -> list[ConditionResult]:

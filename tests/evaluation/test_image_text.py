@@ -227,7 +227,7 @@ def test_cases_that_a_model_or_its_data_cannot_answer(root: Path, tmp_path: Path
         suite_of(root, cases=["scales"], sampling={"guidance": "none"}).cases()
     with pytest.raises(ValueError, match=r"text_scale=6: no effect with guidance=none"):
         suite_of(root, sampling={"guidance": "none", "text_scale": 6})
-    drawn = module_for(data, "model.sampling.guidance=none")
+    drawn = module_for(data, "model.sampling.guidance=none", "model.sampling.timestep_shift=1")
     drawn.few_steps = FewSteps(drawn.sampling.steps, 1, drawn.sampling)
     assert not {"steps", "scales"} & set(Suite(drawn, data, SEEN, ImageSuite(**SETTINGS)).cases())
     with pytest.raises(ValueError, match="steps cannot be evaluated: the model is a student"):

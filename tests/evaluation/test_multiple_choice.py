@@ -142,7 +142,8 @@ def test_generated_answers_are_as_long_as_the_setting_allows(
         video_text, "read_benchmark", lambda *_: SimpleNamespace(questions=[question("a", 1)], without_video=0)
     )
     settings = {"mode": "coarse_fine", "split": "none", "vqa_answers": None, "vqa_benchmarks": {"mvbench": "x"}}
-    evaluate_answers(SimpleNamespace(module=module), OmegaConf.create({**settings, "max_new_tokens": most}))  # type: ignore[arg-type]
+    cfg = OmegaConf.create({**settings, "max_frames": None, "max_new_tokens": most})
+    evaluate_answers(SimpleNamespace(module=module), cfg)  # type: ignore[arg-type]
     assert lengths == [most]
 
 
@@ -192,6 +193,7 @@ def test_mini_sets_are_scored_from_their_folders(tmp_path: Path, monkeypatch: py
         {
             "mode": "coarse_fine",
             "split": "none",
+            "max_frames": None,
             "max_new_tokens": 4,
             "vqa_answers": str(tmp_path / "answers.jsonl"),
             "vqa_benchmarks": {name: str(tmp_path / folder) for name, folder in folders.items()},

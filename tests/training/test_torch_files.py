@@ -51,12 +51,12 @@ def own_memory() -> int:
 
 @pytest.mark.parametrize("mapped", [True, False])
 def test_what_is_not_read_stays_in_a_mapped_file(mapped: bool, tmp_path: Path) -> None:
-    content = {"few": torch.arange(5.0), "many": torch.zeros(1 << 23)}
+    content = {"few": torch.arange(5.0), "many": torch.zeros(1 << 25)}  # more than malloc takes from what was freed
     torch.save(content, tmp_path / "x.pth")
     torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     before = own_memory()
     found = read_torch_file(tmp_path / "x.pth", mapped=mapped)
-    assert (own_memory() - before < 1 << 24) == mapped
+    assert (own_memory() - before < 1 << 26) == mapped
     assert torch.equal(found["few"], content["few"])
     assert torch.equal(found["many"], content["many"])
     assert torch.equal(read_torch_file(tmp_path / "old.pth", mapped=mapped)["few"], content["few"])

@@ -450,7 +450,9 @@ class VideoTexts(ResumableData):
         return max(found, key=lambda batch: self._share_of(batch, budget))
 
     def _share_of(self, batch: Any, budget: Budget) -> float:
-        """Of a budget's frames and positions together."""
+        """Of a budget's frames and positions together; the frames of batches that an encoder alone is trained on."""
+        if not isinstance(batch, VideoTextBatch):
+            return float(len(batch.frames))
         longest = batch.frame_mask.shape[1] * self._tokens_per_frame + batch.attention_mask.shape[1]
         return float(batch.frame_mask.sum()) / budget.frames + len(batch) * longest / budget.positions
 

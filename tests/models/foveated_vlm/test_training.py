@@ -113,7 +113,7 @@ def test_a_checkpoint_alone_evaluates_and_answers(
     counts = {name: result["test"]["coarse_fine"][f"questions_mark{name}"] for name in ("", "_of_2", "_of_4")}
     assert counts == {"": 2, "_of_2": 1, "_of_4": 1}
     json.dumps(result)
-    write_set(tmp_path / "longer" / "train", [5])
+    write_set(tmp_path / "longer" / "train", [5, 5])
     write_set(tmp_path / "longer" / "test", [5, 9], prefix="w", kinds=("mark",))
     other = ["mode=coarse_only", f"data.sources.tours.root={tmp_path / 'longer'}", "data.batch_size=2", "max_frames=6"]
     longer = evaluate.run(compose("evaluate", [f"checkpoint={run}", *other]))

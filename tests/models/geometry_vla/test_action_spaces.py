@@ -8,13 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from scipy.spatial.transform import Rotation
 from vla_parts import T, poses, small_batch, small_module, small_statistics
 
 from keygrip.data.batches import PolicyTargets
 from keygrip.envs.yam.tasks import TaskOptions
-from keygrip.evaluation.callback import EvaluateClosedLoop
 from keygrip.evaluation.closed_loop import ClosedLoop
 from keygrip.evaluation.trained_policy import policy_of
 from keygrip.models.geometry.rotations import geodesic_angle
@@ -183,17 +181,14 @@ def test_each_robot_is_normalised_by_its_own_statistics(tmp_path: Path) -> None:
 def test_which_robot_it_drives_is_asked_before_an_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chunks = PolicyTargets(**poses(64, 1), instruction=["go"] * 64, embodiment=torch.arange(64) % 2)
     module = trained(tmp_path, "absolute", chunks, embodiments=["yam", "panda"])
-    monkeypatch.setattr("keygrip.evaluation.closed_loop.load_module", lambda path, **options: module)
+    monkeypatch.setattr("keygrip.evaluation.trained_policy.load_module", lambda path, **options: module)
     loop = ClosedLoop(TaskOptions(name="reach"), {"as_trained": [{}]}, episodes=1, processes=1)
     for use in (
         lambda: loop.run(tmp_path),  # and is no failed episode
-        lambda: EvaluateClosedLoop(loop, str(tmp_path)).setup(Trainer(logger=False), module, "fit"),
         lambda: policy_of(module, "run", {"seed": 1}),
     ):
         with pytest.raises(ValueError, match=r"the model knows yam, panda: say which .*policy.embodiment=NAME"):
             use()
-    told = replace(loop, policy={"embodiment": "panda"})
-    EvaluateClosedLoop(told, str(tmp_path)).setup(Trainer(logger=False), module, "fit")
     assert policy_of(module, "run", {"embodiment": "panda"}).embodiment == "panda"
     with pytest.raises(ValueError, match="the model knows yam, panda"):
-        EvaluateClosedLoop(replace(loop, policy={"embodiment": "ur5"}), "").setup(Trainer(logger=False), module, "fit")
+        policy_of(module, "run", {"embodiment": "ur5"})
