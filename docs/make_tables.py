@@ -156,9 +156,18 @@ def headline() -> str:
                 f"{theirs['successes']} of {theirs['episodes']}",
             )
         )
-    peg = next(run["held_out"] for run in read("volume_query_tasks")["runs"] if run["task"] == "peg")
-    words = "a flat peg into a slot, 200 demonstrations, with the second look, one training seed"
-    rows.append((words, f"{peg['successes']} of {peg['episodes']}"))
+    for record, task, words in (
+        ("rotation", "pick a bar, the windows' own backbone from the start", "pick a bar, 150 demonstrations"),
+        ("tasks", "peg", "a flat peg into a slot, 200 demonstrations"),
+        (
+            "tasks",
+            "handover of a bar between two arms, an expert that stands still before it grips",
+            "a bar handed from one arm to the other, 200 demonstrations",
+        ),
+    ):
+        result = next(run["held_out"] for run in read(f"volume_query_{record}")["runs"] if run["task"] == task)
+        words += ", with the second look, one training seed"
+        rows.append((words, f"{result['successes']} of {result['episodes']}"))
     mt10, mt50 = (
         {run["name"]: run["result"]["all"]["successes"] for run in read(record)["runs"]}
         for record in ("metaworld_mt10", "metaworld_mt50")
