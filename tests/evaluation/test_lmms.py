@@ -29,7 +29,8 @@ DOCUMENTS = [
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KeygripModel:
     from keygrip.evaluation import lmms
 
-    module = small_module(tmp_path, ["What is it? (A) red (B) blue Best option: ("] * 3)
+    # Video-MME's prompt is long
+    module = small_module(tmp_path, ["What is it? (A) red (B) blue Best option: ("] * 3, context=512)
     monkeypatch.setattr(lmms, "load_module", lambda *_, **__: module)
     for name in "ab":
         (tmp_path / name).mkdir()

@@ -65,12 +65,14 @@ def rows_of(
 
 
 def small_module(
-    folder: Path, texts: Sequence[str], order: PromptOrder = "question_first", **network: Any
+    folder: Path, texts: Sequence[str], order: PromptOrder = "question_first", context: int = 128, **network: Any
 ) -> FoveatedVLMModule:
     """A module with a tokenizer trained on some texts, as it would be after training on images of 28 pixels."""
     torch.manual_seed(0)
     collator = ConversationCollator(TrainedTokenizer(320), order, "answers")
     collator.prepare(folder, lambda: iter(texts))
-    module = FoveatedVLMModule(FoveatedVLM(small_backbone(), small_language(), **network), collator, AdamW(1e-3))
+    module = FoveatedVLMModule(
+        FoveatedVLM(small_backbone(), small_language(context=context), **network), collator, AdamW(1e-3)
+    )
     module.image_options = {"image_size": 28, "fit": "stretch", "max_frames": 8}
     return module.eval()
