@@ -63,7 +63,10 @@ def _calibrated(demo: Demo) -> Demo:
         return demo
     if len(without) == len(demo.cameras):
         told = "; ".join(f"{name}: {reason}" for name, reason in without.items())
-        raise DemoError(demo.name, f"no camera is calibrated ({told}), which only some models can do without")
+        raise DemoError(
+            demo.name,
+            f"no camera is calibrated ({told}), which only some models can do without (docs/data.md)",
+        )
     notes = [f"camera {name} is left out: {reason}" for name, reason in without.items()]
     return replace(
         demo,
