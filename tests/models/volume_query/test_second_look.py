@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,14 @@ from tests.models.volume_query.test_network import build as build_network
 
 Q, L = 128, 32
 LOOK = {"second_look": Q, "look_size": L}
+
+
+def decoded_as_validation_does(module: VolumeQueryModule, output: Any, data: Any) -> Any:
+    """Poses of a batch from what the network says of it, without a policy."""
+    return module.decoder.decode(
+        output, [module.codec("right")], intrinsics=data.intrinsics, world_to_camera=data.world_to_camera,
+        height_range=module.statistics.height_range, image_size=S,
+    )  # fmt: skip
 
 
 def test_windows_are_slices_and_black_beyond_the_edge() -> None:
@@ -147,10 +156,7 @@ def test_policy_looks_as_validation_does(tmp_path: Path) -> None:
     )
     with torch.no_grad():
         output = module(data, module.targets(data), teacher=False)
-        decoded = module.decoder.decode(
-            output, [module.codec("right")], intrinsics=data.intrinsics, world_to_camera=data.world_to_camera,
-            height_range=module.statistics.height_range, image_size=S,
-        )  # fmt: skip
+        decoded = decoded_as_validation_does(module, output, data)
     np.testing.assert_allclose(plan.quaternion, decoded.quaternion[0].numpy(), atol=1e-5)
     np.testing.assert_allclose(plan.gripper, decoded.gripper[0].numpy(), atol=1e-5)
 
@@ -196,10 +202,7 @@ def test_with_several_cameras_it_looks_into_the_first(tmp_path: Path) -> None:
     plan = module.policy().plan(observation)
     with torch.no_grad():
         output = module(data, targets, teacher=False)
-        decoded = module.decoder.decode(
-            output, [module.codec("right")], intrinsics=data.intrinsics, world_to_camera=data.world_to_camera,
-            height_range=module.statistics.height_range, image_size=S,
-        )  # fmt: skip
+        decoded = decoded_as_validation_does(module, output, data)
         np.testing.assert_allclose(plan.quaternion, decoded.quaternion[0].numpy(), atol=1e-5)
         np.testing.assert_allclose(plan.gripper, decoded.gripper[0].numpy(), atol=1e-5)
         # the windows lie where the volume of both cameras is decoded, not that of the first alone

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from keygrip.data.batches import PolicyBatch
 from keygrip.models.geometry.rotation_codecs import PCARotation
 from keygrip.models.geometry.rotations import geodesic_angle, rotation_exp
 from keygrip.models.policy import Observation
@@ -36,6 +37,18 @@ def codec() -> PCARotation:
     fitted = PCARotation(classes=32)
     fitted.fit(about_vertical(torch.linspace(-80, 80, 161)))
     return fitted
+
+
+def observed(data: PolicyBatch, quaternion: torch.Tensor, gripper: float) -> Observation:
+    """A black image through a batch's first camera, the gripper turned by [4] and open by 0 to 1."""
+    return {
+        "image": np.zeros((S, S, 3), np.uint8),
+        "intrinsics": data.intrinsics[0].numpy(),
+        "world_to_camera": data.world_to_camera[0].numpy(),
+        "position": data.start_position[0, 0].numpy(),
+        "quaternion": quaternion.numpy(),
+        "gripper": np.float32(gripper),
+    }
 
 
 def test_equivalents_are_equal_turns_about_the_vertical() -> None:
@@ -160,14 +173,7 @@ def test_a_policy_of_several_objects_needs_the_instruction(tmp_path: Path) -> No
     assert not replace(module.policy(), steady_turns=False).needs.instruction
     data = batch(size=1)
     start = equivalent_turns(data.start_quaternion[0, 0], 4)[1]
-    seen: Observation = {
-        "image": np.zeros((S, S, 3), np.uint8),
-        "intrinsics": data.intrinsics[0].numpy(),
-        "world_to_camera": data.world_to_camera[0].numpy(),
-        "position": data.start_position[0, 0].numpy(),
-        "quaternion": start.numpy(),
-        "gripper": np.float32(1.0),
-    }
+    seen = observed(data, start, 1.0)
     with pytest.raises(ValueError, match="lacks an instruction"):
         module.policy().plan(seen)
     turned, as_decoded = (module.policy().plan({**seen, "instruction": words}).quaternion for words in (CUBE, BALL))
@@ -182,15 +188,7 @@ def test_policy_plans_the_grip_that_is_nearest_to_its_gripper(tmp_path: Path) ->
     data = batch(size=1)
 
     def planned(policy: VolumeQueryPolicy, start: torch.Tensor, gripper: float) -> torch.Tensor:
-        seen: Observation = {
-            "image": np.zeros((S, S, 3), np.uint8),
-            "intrinsics": data.intrinsics[0].numpy(),
-            "world_to_camera": data.world_to_camera[0].numpy(),
-            "position": data.start_position[0, 0].numpy(),
-            "quaternion": start.numpy(),
-            "gripper": np.float32(gripper),
-        }
-        return torch.from_numpy(policy.plan(seen).quaternion[0]).float()
+        return torch.from_numpy(policy.plan(observed(data, start, gripper)).quaternion[0]).float()
 
     alone = replace(module.policy(), steady_turns=False)
     free = planned(alone, data.start_quaternion[0, 0], 1.0)
