@@ -25,7 +25,7 @@ LATENCIES_KEPT = 8  # the next plan is expected to take as long as the slowest o
 
 
 class Trajectory:
-    """Poses over time: smooth at every waypoint; the gripper takes a waypoint's opening on the way there.
+    """Poses over time: smooth at every waypoint; the gripper takes a waypoint's opening when it is reached.
 
     Args:
         times: [T + 1] seconds, rising. poses: [T + 1, A, 8], the first where the motion begins.
@@ -48,12 +48,12 @@ class Trajectory:
         when = times[index - 1] + eased * (times[index] - times[index - 1])
         for arm, turn in enumerate(self._turns):
             pose[arm, 3:7] = turn(np.clip(when, times[0], times[-1])).as_quat(scalar_first=True)
-        pose[:, 7] = poses[index, :, 7]
+        pose[:, 7] = poses[index if moment >= times[index] - ROUNDING_S else index - 1, :, 7]
         return np.asarray(pose)
 
 
 def blended(old: np.ndarray, new: np.ndarray, share: float) -> np.ndarray:
-    """Between two poses [A, 8], `share` of the new one; the gripper's opening is the new one's."""
+    """Between two poses [A, 8], `share` of the new one, at most 1; the gripper's opening is the new one's."""
     pose = old + share * (new - old)
     for arm in range(len(pose)):
         turns = Rotation.from_quat(np.stack([old[arm, 3:7], new[arm, 3:7]]), scalar_first=True)
@@ -204,7 +204,8 @@ class ChunkExecution:
         times = plan.time_s + plan.step_seconds * np.arange(steps + 1)
         waypoints = np.concatenate([plan.position, plan.quaternion, plan.gripper[..., None]], axis=2)  # [A, T, 8]
         poses = np.concatenate([anchor[None], waypoints.transpose(1, 0, 2)])
-        self._previous = self._current if self.asynchronous and self.blend_seconds > 0 else None
+        poses[0, :, 7] = self._target[:, 7]  # the gripper may have been commanded since the plan was asked for
+        self._previous = self._current if self.asynchronous else None
         self._current, self._blend_from = Trajectory(times, poses), now
         self._due = self._end_of_execution(times, poses, plan.step_seconds)
         self.plans, self.last_plan = self.plans + 1, plan
@@ -227,10 +228,14 @@ class ChunkExecution:
             moment = min(moment, self._due)  # holds there until the next plan has come
         pose = self._current.at(moment)
         if self._previous is not None:
-            share = (moment - self._blend_from) / self.blend_seconds
+            before = self._previous.at(moment)
+            reached = moment >= self._current.times[1] - ROUNDING_S
+            if not reached:
+                pose[:, 7] = before[:, 7]  # else plans that follow each other within a step would never move the gripper
+            share = (moment - self._blend_from) / self.blend_seconds if self.blend_seconds > 0 else 1.0
             if share < 1:
-                pose = blended(self._previous.at(moment), pose, share)
-            else:
+                pose = blended(before, pose, share)
+            elif reached:
                 self._previous = None
         if self.grip_below is not None and self.release_above is not None:
             gripper = pose[:, 7]

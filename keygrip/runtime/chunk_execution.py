@@ -96,7 +96,8 @@ class RecedingHorizon:
                 ],
                 axis=1,
             )
-            self._gripper = np.where(self._commanded[:, 7] < 0.5, 0.0, 1.0) if self.grip_below is not None else None
+            if self.grip_below is not None:
+                self._gripper = self._commanded[:, 7] = np.where(self._commanded[:, 7] < 0.5, 0.0, 1.0)
         ticks = max(1, round(plan.step_seconds * self.control_hz))
         moved, steps = 0.0, plan.gripper.shape[1]
         execute_steps = max(1, round(self.execute_seconds / plan.step_seconds))
@@ -151,9 +152,9 @@ class RecedingHorizon:
 
 
 def _interpolate(start: np.ndarray, end: np.ndarray, ticks: int) -> list[np.ndarray]:
-    """Commands ``[A, 8]`` on the way from one waypoint to the next, one a control period; smooth at both ends.
+    """Commands ``[A, 8]`` on the way from one waypoint to the next, one per control period; smooth at both ends.
 
-    The gripper's opening jumps at once: closing takes the fingers' own time anyway.
+    A waypoint's opening is sent when its pose is reached: sent earlier, fingers close above what they shall hold.
     """
     commands = []
     turns = [
@@ -165,5 +166,5 @@ def _interpolate(start: np.ndarray, end: np.ndarray, ticks: int) -> list[np.ndar
         eased = share * share * (3 - 2 * share)
         position = start[:, :3] + eased * (end[:, :3] - start[:, :3])
         quaternion = np.stack([turn(eased).as_quat(scalar_first=True) for turn in turns])
-        commands.append(np.concatenate([position, quaternion, end[:, 7:]], axis=1))
+        commands.append(np.concatenate([position, quaternion, (end if tick == ticks else start)[:, 7:]], axis=1))
     return commands
