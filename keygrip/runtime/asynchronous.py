@@ -116,7 +116,7 @@ class ChunkExecution:
 
     def reset_gripper(self, opening: np.ndarray) -> None:
         """Sets the gripper's command [A] after another controller has changed it."""
-        self._gripper = np.where(opening < 0.5, 0.0, 1.0)
+        self._gripper = np.array(opening) if self.grip_below is None else np.where(opening < 0.5, 0.0, 1.0)
 
     def drop(self) -> None:
         """Forget the running plan, and the one being computed: the arm was held, or moved by another controller."""
@@ -163,7 +163,7 @@ class ChunkExecution:
         elif self._target is None:
             self._target = _pose_of(observation)
         if self._gripper is None:
-            self._gripper = np.where(self._target[:, 7] < 0.5, 0.0, 1.0)
+            self.reset_gripper(self._target[:, 7])
         self._take(self.planner.poll(now), now)
         if may_ask and self.wants_plan(now):
             self._ask(observation, now)
@@ -199,12 +199,13 @@ class ChunkExecution:
         assert plan.time_s is not None
         assert self._asked_from is not None
         assert self._target is not None
+        assert self._gripper is not None
         anchor = self._asked_from if self.asynchronous else self._target
         steps = plan.gripper.shape[1]
         times = plan.time_s + plan.step_seconds * np.arange(steps + 1)
         waypoints = np.concatenate([plan.position, plan.quaternion, plan.gripper[..., None]], axis=2)  # [A, T, 8]
         poses = np.concatenate([anchor[None], waypoints.transpose(1, 0, 2)])
-        poses[0, :, 7] = self._target[:, 7]  # the gripper may have been commanded since the plan was asked for
+        poses[0, :, 7] = self._gripper  # the last opening asked for: the plan may be older, the command still on its way
         self._previous = self._current if self.asynchronous else None
         self._current, self._blend_from = Trajectory(times, poses), now
         self._due = self._end_of_execution(times, poses, plan.step_seconds)
@@ -243,6 +244,7 @@ class ChunkExecution:
                 gripper < self.grip_below, 0.0, np.where(gripper > self.release_above, 1.0, self._gripper)
             )
             pose[:, 7] = self._gripper
+        self._gripper = pose[:, 7].copy()
         return pose
 
 

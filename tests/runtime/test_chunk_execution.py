@@ -68,6 +68,16 @@ def test_gripper_keeps_its_state_between_the_thresholds() -> None:
     np.testing.assert_allclose(drive(raw, 6)[:, 7], openings[0])
 
 
+def test_opening_is_sent_when_its_pose_is_reached() -> None:
+    plan = line(0.0, 0.1)
+    plan.gripper[0, 1:] = 0.0  # closed at 0.2 m
+    controller = RecedingHorizon(Scripted(plan), control_hz=10, execute_seconds=1.2)
+    seen = {**observation(), "gripper": np.array([0.8])}  # the fingers' own opening; the command was: open
+    commands = np.stack([controller.act(seen)[0] for _ in range(9)])
+    np.testing.assert_array_equal(commands[:, 7], [1, 1, 1, 1, 1, 0, 0, 0, 0])
+    assert commands[5, 0] == pytest.approx(0.2)
+
+
 def test_ensembling_averages_poses_planned_for_the_same_moment() -> None:
     first, second = line(0.0, 0.1, steps=4), line(0.5, 0.1, steps=4)
     controller = RecedingHorizon(

@@ -154,6 +154,33 @@ def test_plans_are_followed_by_the_time_of_their_observation() -> None:
     assert still[False] > 20
 
 
+@pytest.mark.parametrize("latencies", [(0.0,), (0.1,), (0.1, 0.3, 0.2, 0.1), (0.2,) + 7 * (0.06,)])
+@pytest.mark.parametrize("execute_seconds", [0.3, 1.2])
+def test_the_gripper_closes_when_a_plan_says_so_and_never_before(
+    latencies: tuple[float, ...], execute_seconds: float
+) -> None:
+    """Also where every plan is replaced before its own first step is reached."""
+
+    class Grip(Clockwork):
+        def plan(self, observation: Observation) -> Plan:
+            plan = super().plan(observation)
+            plan.gripper[0] = np.where(observation["time_s"] + 0.3 * np.arange(1, 9) >= 2.0 - 1e-6, 0.0, 1.0)
+            return plan
+
+    for asynchronous in (True, False):
+        robot, draws = PointArm(), iter(latencies * 2000)
+        robot.control_hz = 50.0
+        planner = SimulatedPlanner(Grip(), lambda draws=draws: next(draws))  # type: ignore[misc]
+        execution = ChunkExecution(
+            planner, robot.control_hz, asynchronous, execute_seconds, still_distance_m=0.0, blend_seconds=0.2 * asynchronous
+        )
+        ControlLoop(robot, execution, LIMITS).run(3.2)
+        closed = np.array(robot.sent)[:, 7] < 0.5
+        first = int(closed.argmax())
+        assert closed[first:].all()
+        assert 2.0 - 1e-6 <= (first + 1) / 50 <= 2.3 + (0 if asynchronous else 2 * max(latencies)) + 1e-6
+
+
 def test_the_next_plan_is_asked_for_early_by_the_measured_latency() -> None:
     asked: list[float] = []
 
