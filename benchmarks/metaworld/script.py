@@ -6,7 +6,7 @@ the benchmark starts the arm. Prints one line of JSON.
 
 ``--period 0.1`` is what imitation of such plans can reach: each episode that the script solves is started again, and
 what the script commanded is followed from its positions every 0.1 s, straight from one to the next, as a policy's plan
-is.
+is. ``--shift -0.03 0 0`` adds so many metres to each position: a policy that is so far off.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 STEP_LIMIT = 500
 
 
-def episodes_of(task: str, seeds: range, period: float) -> list[dict[str, Any]]:
+def episodes_of(task: str, seeds: range, period: float, shift: list[float]) -> list[dict[str, Any]]:
     """Runs the script on each seed, and follows its positions again where `period` is above 0; needs `metaworld`."""
     import numpy as np
 
@@ -43,7 +43,7 @@ def episodes_of(task: str, seeds: range, period: float) -> list[dict[str, Any]]:
         if period and success:
             commands.append([*environment.commanded_position, *DOWN, expert.opening])
             environment.reset(seed=seed)
-            success = followed(environment, np.array(commands), round(period * HZ))
+            success = followed(environment, np.array(commands) + [*shift, *np.zeros(5)], round(period * HZ))
         found.append({"seed": seed, "success": success, "seconds": environment.elapsed / HZ})
     environment.close()
     return found
@@ -56,7 +56,7 @@ def followed(environment: Any, commands: Any, steps: int) -> bool:
         before, share = divmod(step, steps)
         ends = kept[min(before, len(kept) - 1)], kept[min(before + 1, len(kept) - 1)]
         action = ends[0] + (ends[1] - ends[0]) * share / steps
-        action[7] = ends[share > 0][7]  # the gripper's next state, as plans are followed
+        action[7] = ends[0][7]  # a position's opening is sent once it is reached, as plans are followed
         environment.advance(action)
         if environment.outcome()[0]:
             return True
@@ -75,11 +75,14 @@ def main() -> None:
     parser.add_argument(
         "--period", type=float, default=0.0, help="seconds between the positions that are followed again; 0: none are"
     )
+    parser.add_argument(
+        "--shift", type=float, nargs=3, default=[0.0, 0.0, 0.0], help="metres added to the positions that are followed"
+    )
     parser.add_argument("--worker", action="store_true", help="run one task here and print its episodes")
     arguments = parser.parse_args()
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.episodes)
     if arguments.worker:
-        print(json.dumps(episodes_of(arguments.tasks, seeds, arguments.period)))
+        print(json.dumps(episodes_of(arguments.tasks, seeds, arguments.period, arguments.shift)))
         return
     from keygrip.envs.metaworld.tasks import task_names
     from keygrip.evaluation.closed_loop import ConditionResult
@@ -89,7 +92,7 @@ def main() -> None:
     def run(task: str) -> ConditionResult:
         command = [arguments.python, __file__, "--worker", "--tasks", task]
         command += ["--episodes", str(arguments.episodes), "--first-seed", str(arguments.first_seed)]
-        command += ["--period", str(arguments.period)]
+        command += ["--period", str(arguments.period), "--shift", *map(str, arguments.shift)]
         finished = subprocess.run(command, capture_output=True, text=True, check=False)
         if finished.returncode:
             raise SystemExit(f"{task}: {finished.stderr.strip().splitlines()[-1]}")

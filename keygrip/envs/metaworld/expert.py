@@ -16,7 +16,7 @@ import numpy as np
 from metaworld.policies import ENV_POLICY_MAP
 
 from keygrip.envs.metaworld.environment import DOWN, MetaWorldEnvironment
-from keygrip.envs.metaworld.handle_pull import HandlePull
+from keygrip.envs.metaworld.own_scripts import DoorOpen, HandlePull, Script
 from keygrip.envs.metaworld.tasks import MT50
 
 # The scripted hand ends 4 to 4.5 cm below the goal's height at the fingertips: near the success radius of 5 to 7 cm.
@@ -48,7 +48,7 @@ EASED = {
     "stick-pull-v3": (0.4, 1.0),
     "sweep-into-v3": (0.4, 0.5),
 }
-OWN_SCRIPTS = {"handle-pull-v3": HandlePull}
+OWN_SCRIPTS: dict[str, type[Script]] = {"door-open-v3": DoorOpen, "handle-pull-v3": HandlePull}
 HALF_OPEN = {"box-close-v3": 0.6}  # the script's efforts below are meant to hold the fingers half open: open, here
 # Where a wall blocks the hand the scripts push the mocap body up to 35 cm past it: no image shows that place.
 LEAD_M = 0.12

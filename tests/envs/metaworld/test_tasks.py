@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from keygrip.envs.metaworld.handle_pull import HandlePull
+from keygrip.envs.metaworld.own_scripts import DoorOpen, HandlePull
 from keygrip.envs.metaworld.tasks import DIFFICULTY, INSTRUCTIONS, MT10, MT50, MetaWorldTask, task_names
 
 
@@ -74,4 +74,21 @@ def test_the_handle_is_pulled_up_from_the_front_with_shut_fingers(hand: list[flo
     largest = np.abs(action[:3]).argmax()
     assert np.sign(action[largest]) == step[largest]
     assert np.abs(action[:3]).max() <= 0.5
+    assert action[3] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("hand", "step"),
+    [
+        pytest.param([-0.2, 0.0, 0.0], [1, 1, 1], id="away from the handle, low: up and over"),
+        pytest.param([-0.08, 0.02, 0.12], [1, 0, 0], id="above the handle, not yet behind it: on"),
+        pytest.param([0.01, 0.02, 0.12], [0, 0, -1], id="above the far side: down"),
+        pytest.param([0.01, 0.02, 0.0], [-1, -1, 0], id="behind the handle: pull"),
+        pytest.param([-0.15, -0.1, 0.0], [1, 1, 1], id="slipped off: up again"),
+    ],
+)
+def test_the_hand_comes_down_behind_the_door_handle_and_pulls(hand: list[float], step: list[int]) -> None:
+    handle = np.array([0.25, 0.7, 0.15])
+    action = DoorOpen().get_action(np.concatenate([handle + hand, [1.0], handle, np.zeros(32)]))
+    np.testing.assert_array_equal(np.sign(np.round(action[:3], 9)), step)
     assert action[3] == 1.0
