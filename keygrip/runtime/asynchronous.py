@@ -205,7 +205,7 @@ class ChunkExecution:
         times = plan.time_s + plan.step_seconds * np.arange(steps + 1)
         waypoints = np.concatenate([plan.position, plan.quaternion, plan.gripper[..., None]], axis=2)  # [A, T, 8]
         poses = np.concatenate([anchor[None], waypoints.transpose(1, 0, 2)])
-        poses[0, :, 7] = self._gripper  # the last opening asked for: the plan may be older, the command still on its way
+        poses[0, :, 7] = self._gripper  # the last opening asked for: the command may be on its way, the plan be older
         self._previous = self._current if self.asynchronous else None
         self._current, self._blend_from = Trajectory(times, poses), now
         self._due = self._end_of_execution(times, poses, plan.step_seconds)
@@ -231,8 +231,8 @@ class ChunkExecution:
         if self._previous is not None:
             before = self._previous.at(moment)
             reached = moment >= self._current.times[1] - ROUNDING_S
-            if not reached:
-                pose[:, 7] = before[:, 7]  # else plans that follow each other within a step would never move the gripper
+            if not reached:  # plans that follow each other within a step would never move the gripper
+                pose[:, 7] = before[:, 7]
             share = (moment - self._blend_from) / self.blend_seconds if self.blend_seconds > 0 else 1.0
             if share < 1:
                 pose = blended(before, pose, share)

@@ -171,9 +171,8 @@ def test_the_gripper_closes_when_a_plan_says_so_and_never_before(
         robot, draws = PointArm(), iter(latencies * 2000)
         robot.control_hz = 50.0
         planner = SimulatedPlanner(Grip(), lambda draws=draws: next(draws))  # type: ignore[misc]
-        execution = ChunkExecution(
-            planner, robot.control_hz, asynchronous, execute_seconds, still_distance_m=0.0, blend_seconds=0.2 * asynchronous
-        )
+        blend = 0.2 * asynchronous
+        execution = ChunkExecution(planner, 50.0, asynchronous, execute_seconds, blend, still_distance_m=0.0)
         ControlLoop(robot, execution, LIMITS).run(3.2)
         closed = np.array(robot.sent)[:, 7] < 0.5
         first = int(closed.argmax())

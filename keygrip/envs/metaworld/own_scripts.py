@@ -23,8 +23,8 @@ class Script(Protocol):
         ...
 
 
-# Where the hand is to be at `handle-pull`, from the handle, metres; the bar runs along x, y points from the front to the
-# back, z up.
+# Metres from the handle; y points from the front to the back, z up.
+# Where the hand is to be at `handle-pull`, whose bar runs along x.
 IN_FRONT, PRESSED = -0.075, -0.03
 ABOVE, BELOW = 0.1, -0.02
 TOUCHES = -0.05  # the fingers are at the bar where y is above this
