@@ -176,7 +176,7 @@ def headline() -> str:
     best = mt10["the script itself (best possible)"]
     words = "Meta-World MT10, one policy told by a sentence, 50 demonstrations of each task, one training seed"
     rows.append((words, f"two cameras {two}, one camera {one} of 200; the script that it imitates: {best}"))
-    words = "the same from two cameras, 20 demonstrations of each task: `make metaworld`, 43 minutes in all"
+    words = "the same from two cameras, 20 demonstrations of each task: `make metaworld`, 50 minutes in all"
     rows.append((words, f"{mt10['make metaworld: two cameras from the start, 20 demonstrations']} of 200"))
     words = "10 demonstrations of each task, 32 minutes of training on one core"
     rows.append((words, f"{mt10['two cameras from the start, 10 demonstrations']} of 200"))
