@@ -260,6 +260,7 @@ def several(tmp_path: Path) -> ShardSet:
     return ShardSet(tmp_path / "train")
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("timestamps", [False, True])
 def test_what_is_counted_is_what_rows_have(several: ShardSet, tmp_path: Path, timestamps: bool) -> None:
     collator = collator_of(several, tmp_path, max_tokens=200, timestamps=timestamps)
