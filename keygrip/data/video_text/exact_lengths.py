@@ -146,7 +146,8 @@ def _loader(source: Counting, workers: int) -> DataLoader[np.ndarray]:
     refuse_too_few_files(workers)
     # a generator of its own: whether there is something to count must not change the run's random numbers
     options: dict[str, Any] = {"worker_init_fn": start_worker, "generator": torch.Generator()}
-    return DataLoader(source, batch_size=None, num_workers=workers, collate_fn=_unchanged, **options)
+    options["collate_fn"] = _unchanged  # torch knows only collators of lists
+    return DataLoader(source, batch_size=None, num_workers=workers, **options)
 
 
 def _unchanged(block: np.ndarray) -> np.ndarray:
