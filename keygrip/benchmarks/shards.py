@@ -146,9 +146,10 @@ class Shards:
 class BudgetPadding:
     """Padding of the batches that a stage's budget fills, counted from lengths; nothing is timed.
 
-    Training knows characters and how many tokens a character is in most texts; what a text really takes differs. Here
-    it differs by a factor that is log-normal with `spread`; batches are planned by the characters and kept within the
-    budget by the tokens, as in training.
+    An index knows characters; what a text takes in tokens differs from the usual share of them, here by a factor that
+    is log-normal with `spread`. Batches are planned by the tokens, as in training, and for comparison by the characters
+    (``data.budget.exact_lengths=false``: what nearly all texts stay below); both are kept within the budget by the
+    tokens.
 
     Args:
         recipe: overrides of ``keygrip.train``. epoch_samples: of the videos of `web_videos`. spread: of the logarithm
@@ -162,25 +163,37 @@ class BudgetPadding:
 
     def run(self, quick: bool) -> dict[str, float]:
         """`padding_share` of the positions; `packed_padding_share` with `model.network.pack_rows=true`; `filled_share`
-        of the budget's frames or positions, whichever is fuller; `left_out_share` of the samples. And
-        `known_padding_share`, if every character were the same share of a token."""
+        of the budget's frames or positions, whichever is fuller; `left_out_share` of the samples;
+        `same_neighbours_share` of the samples beside a sample in its batch that are beside it in the next epoch too.
+        `estimated_*`: the same of batches planned by characters, and `known_padding_share`, if every character were the
+        same share of a token."""
         samples = self.quick_samples if quick else self.epoch_samples
+        estimated = self._figures(samples, self.spread, exact=False)
         return {
-            **self._figures(samples, self.spread),
-            "known_padding_share": self._figures(samples, 0)["padding_share"],
+            **self._figures(samples, self.spread, exact=True),
+            **{f"estimated_{name}": value for name, value in estimated.items()},
+            "known_padding_share": self._figures(samples, 0, exact=False)["padding_share"],
         }
 
-    def _figures(self, samples: int, spread: float) -> dict[str, float]:
+    def _figures(self, samples: int, spread: float, exact: bool) -> dict[str, float]:
         data: Any = OmegaConf.to_container(compose("train", list(self.recipe)), resolve=True)
         budget = Budget(data["data"]["budget"]["frames"], data["data"]["budget"]["positions"])
         most, cut = data["data"]["batch_size"], data["collator"]["max_tokens"]
-        components = [self._planned(part, cut, spread) for part in web_videos(samples)]
+        components = web_videos(samples)
         rng = np.random.default_rng(1)
-        real = [np.minimum(p.length * np.exp(spread * rng.standard_normal(len(p))), cut) for p in components]
-        taken = np.concatenate([p.bucket + tokens for p, tokens in zip(components, real, strict=True)]).round()
-        mixture = Mixture(components, most, budget=budget)
-        planned = mixture.batches_of(0)
-        batches = [self._kept(batch, taken, budget) for batch in planned]
+        real = [
+            np.minimum(p.length * np.exp(spread * rng.standard_normal(len(p))), cut).round().clip(1) for p in components
+        ]
+        taken = np.concatenate([p.bucket + tokens for p, tokens in zip(components, real, strict=True)])
+        planned = [
+            replace(part, length=tokens, positions=part.bucket + tokens)
+            if exact
+            else self._estimated(part, cut, spread)
+            for part, tokens in zip(components, real, strict=True)
+        ]
+        mixture = Mixture(planned, most, budget=budget)
+        wanted = mixture.batches_of(0)
+        batches = [self._kept(batch, taken, budget) for batch in wanted]
         filled = [
             max(mixture.bucket[batch].sum() / budget.frames, len(batch) * taken[batch].max() / budget.positions)
             for batch in batches
@@ -192,10 +205,11 @@ class BudgetPadding:
             "padding_share": round(padding_of(batches, taken), 4),
             "packed_padding_share": round(1 - float(sum(taken[batch].sum() for batch in tried) / places), 4),
             "filled_share": round(float(np.mean(filled)), 4),
-            "left_out_share": round(1 - sum(map(len, batches)) / sum(map(len, planned)), 5),
+            "left_out_share": round(1 - sum(map(len, batches)) / sum(map(len, wanted)), 5),
+            "same_neighbours_share": round(same_neighbours(wanted, mixture.batches_of(1)), 4),
         }
 
-    def _planned(self, part: Component, cut: int, spread: float) -> Component:
+    def _estimated(self, part: Component, cut: int, spread: float) -> Component:
         """With the positions that nearly all samples stay below."""
         nearly_all = np.exp(spread * NormalDist().inv_cdf(NEARLY_ALL))
         return replace(
@@ -209,3 +223,16 @@ class BudgetPadding:
         order = batch[np.argsort(taken[batch], kind="stable")]
         fits = np.arange(1, len(order) + 1) * taken[order] <= budget.positions
         return order[: max(1, int(fits.sum()))]
+
+
+def same_neighbours(batches: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> float:
+    """Of the samples that share a batch with a sample in one epoch, the share that does in another; of the samples that
+    both epochs have, each counted once."""
+    place = {sample: number for number, batch in enumerate(others) for sample in batch.tolist()}
+    pairs = same = 0
+    for batch in batches:
+        there = np.array([place[sample] for sample in batch.tolist() if sample in place])
+        _, counts = np.unique(there, return_counts=True)
+        pairs += len(there) * (len(there) - 1)
+        same += int((counts * (counts - 1)).sum())
+    return same / pairs if pairs else 0.0

@@ -29,7 +29,7 @@ from keygrip.data.image_text.samples import missing_parts
 from keygrip.data.image_text.statistics import measure
 from keygrip.data.shards.made_shards import held_out
 from keygrip.data.shards.reader import ShardSet
-from keygrip.data.shards.remote import is_remote
+from keygrip.data.shards.remote import folder_beside
 from keygrip.data.shards.resuming import ResumableData
 from keygrip.data.shards.sampling import GlobalBatchSampler
 from keygrip.data.shards.substitution import Collate, CountingLoader
@@ -197,12 +197,8 @@ class ImageShards(ResumableData):
 
     @property
     def folder(self) -> Path:
-        """Where something derived from the data may be kept: beside it, or in the cache where it is remote or cannot be
-        written."""
-        place = self.place
-        if not is_remote(place) and Path(place).is_dir() and os.access(place, os.W_OK):
-            return Path(place) / ".keygrip"
-        return Path.home() / ".cache" / "keygrip" / hashlib.sha256(place.encode()).hexdigest()[:16]
+        """Where something derived from the data may be kept (`folder_beside`)."""
+        return folder_beside(self.place)
 
     @property
     def fingerprint(self) -> str:

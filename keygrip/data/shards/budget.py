@@ -7,7 +7,7 @@ the budget allows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -27,6 +27,9 @@ class Budget:
     Args:
         frames: of all its videos. positions: of the language model, of all its rows: their number times the longest,
             visual and text tokens together.
+        exact_lengths: every text is encoded once before training begins, so that batches are planned by the tokens
+            that rows really have. False: planned from characters at the rate of a few texts, with much more padding;
+            for remote shards that are too large to be read once beforehand.
 
     Raises:
         ValueError: nothing fits.
@@ -34,6 +37,8 @@ class Budget:
 
     frames: int
     positions: int
+    # not in the fingerprint of an order, which the lengths themselves are: false goes on with runs of earlier versions
+    exact_lengths: bool = field(default=True, repr=False)
 
     def __post_init__(self) -> None:
         if self.frames < 1 or self.positions < 1:

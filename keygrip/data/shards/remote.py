@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -17,6 +18,14 @@ log = logging.getLogger(__name__)
 def is_remote(root: str | Path) -> bool:
     """Whether a root is a URL."""
     return re.match(r"^[a-z0-9]+://", str(root)) is not None
+
+
+def folder_beside(place: str) -> Path:
+    """Where something derived from shards may be kept: beside them, or in the cache where they are remote or cannot be
+    written."""
+    if not is_remote(place) and Path(place).is_dir() and os.access(place, os.W_OK):
+        return Path(place) / ".keygrip"
+    return Path.home() / ".cache" / "keygrip" / hashlib.sha256(place.encode()).hexdigest()[:16]
 
 
 class ShardCache:

@@ -51,6 +51,10 @@ class MeasuringCollator(Protocol):
     tokens_per_frame: int
     max_tokens: int | None
 
+    def lengths_depend_on(self) -> str:
+        """A hash of everything that `text_tokens` depends on beside the text: tokenizer, template, settings."""
+        ...
+
     def text_tokens(
         self, conversation: Conversation, seconds: Sequence[float] | None = None, whole: bool = False
     ) -> int:
@@ -68,8 +72,9 @@ class MeasuringCollator(Protocol):
 class WithinBudget:
     """A collator whose batches keep within a budget by the lengths that their rows really have.
 
-    Batches are planned from characters. In one that turns out too large the samples with the longest rows are left
-    out, at most all but one; their rows are counted in the batch's `left_out`.
+    Batches are planned before their samples are read: from characters, or from counted tokens where another sample may
+    take the place of a broken one, or processes share the rows unevenly. In one that turns out too large the samples
+    with the longest rows are left out, at most all but one; their rows are counted in the batch's `left_out`.
 
     Args:
         positions: of a batch over all processes. ranks: how many these are: each has its part of the samples.

@@ -401,6 +401,28 @@ def read_conversations(shards: ShardSet, sample: int) -> tuple[Conversation, ...
         return parse_conversations(parse_text(parts))
 
 
+def read_timed_conversations(
+    shards: ShardSet, sample: int, max_frames: int
+) -> tuple[tuple[Conversation, ...], tuple[float, ...] | None]:
+    """As `read_conversations`, and the `seconds` that `read_sample` gives; of a video file of more seconds than frames
+    that are taken, less than a second off: its length is not read.
+
+    Raises:
+        BadSample: its text is broken.
+    """
+    number, row = shards.locate(sample)
+    index, count = shards.index(number), int(shards.columns["frames"][sample])
+    names = index.part_names[index.first_part[row] : index.first_part[row + 1]].tolist()
+    parts = shards.read(sample, TEXT)
+    with guard(shards.where(sample)):
+        content = parse_text(parts)
+        conversations = parse_conversations(content)
+        if any(name.lower() in VIDEO for name in names):
+            times = _seconds(count, max(MAX_FRAMES, max_frames))
+            return conversations, _of(times, _evenly(len(times), max_frames))
+        return conversations, _image_seconds(content.get("fps", 1.0), _evenly(count, max_frames))
+
+
 def thinned(sample: VideoTextSample, max_frames: int) -> VideoTextSample:
     """The sample with at most so many of its frames, evenly spaced."""
     if len(sample.frames) <= max_frames:

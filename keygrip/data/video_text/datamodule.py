@@ -31,7 +31,7 @@ from keygrip.data.shards.mixing import (
     padding_of,
 )
 from keygrip.data.shards.reader import ShardSet
-from keygrip.data.shards.remote import is_remote
+from keygrip.data.shards.remote import folder_beside, is_remote
 from keygrip.data.shards.resuming import ResumableData
 from keygrip.data.shards.sampling import GlobalBatchSampler, SampleKey
 from keygrip.data.shards.substitution import Collate, CountingLoader
@@ -50,7 +50,8 @@ from keygrip.data.video_text.conversations import (
     iterate_texts,
     read_conversations,
 )
-from keygrip.data.video_text.lengths import TokenLengths, measured
+from keygrip.data.video_text.exact_lengths import counted
+from keygrip.data.video_text.lengths import TextLengths, measured
 from keygrip.data.video_text.samples import Part, VideoTextSamples
 from keygrip.training.parts import ReadWhere, data_part
 
@@ -172,8 +173,9 @@ class VideoTexts(ResumableData):
         memory_gb: each process that reads keeps so much of the decoded training samples; 0: decode every time.
         curriculum: see :class:`keygrip.data.shards.mixing.Mixture`; of the lead sources, by name.
         budget: of frames and positions a batch, over all ranks; `batch_size` is then the most videos. None: always so
-            many. Batches are planned by the lengths that nearly all texts stay below (`lengths`), and kept within the
-            positions by the lengths that their rows have: what is too much is left out of the batch and counted.
+            many. Batches are planned by the tokens of all texts, which are counted once (`exact_lengths`), or by the
+            lengths that nearly all stay below (`lengths`), and kept within the positions by the lengths that their rows
+            have: what is too much is left out of the batch and counted.
         clips: cut out of longer training videos; batches and a budget count whole ones. Refused where none can be
             cut. None: they stay whole.
     """
@@ -225,7 +227,6 @@ class VideoTexts(ResumableData):
         self.prefetch_batches = prefetch_batches
         self.skipped = BadSamples(max_skipped_share)
         self.unusable = BadSamples(math.inf)  # nothing is wrong with them: they are counted and end no run
-        self.lengths: dict[str, TokenLengths] = {}  # of the sources whose texts were measured
         self.prepare_data_per_node = False  # shards lie where every node sees them
         self.parts: dict[str, list[Part]] = {}
         self.mixture: Mixture | None = None
@@ -246,20 +247,22 @@ class VideoTexts(ResumableData):
                 self.collator.prepare(folder, self.texts)
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens all splits and computes the mixture; once.
+        """Opens all splits and, but for stage "validate", computes the mixture; once.
 
         Raises:
             FileNotFoundError, ShardError: shards are missing or broken (named). ValueError: nothing to train on.
         """
-        if self.parts:
+        fitting = stage != "validate"
+        if self.parts and (self.mixture is not None or not fitting):
             return
         opened: dict[str, list[Part]] = {split: self._open(split) for split in SPLITS}
         self._prepare_collator()  # on every rank: what was made once is loaded here
-        self._measure(opened["train"])
+        opened = self._measured(opened, fitting)
         opened = {split: self._usable(split, parts) for split, parts in opened.items()}
-        if self.clips is not None and stage != "validate":
+        if self.clips is not None and fitting:
             self._check_clips(self.clips, opened["train"])
-        self.mixture = self._mixture(opened["train"])
+        if fitting:
+            self.mixture = self._mixture(opened["train"])
         self.parts = opened
         self._report()
 
@@ -280,25 +283,38 @@ class VideoTexts(ResumableData):
             )
         log.info("clips: %d of %d longer videos that were tried can be cut", cut, tried)
 
-    def _measure(self, parts: Sequence[Part]) -> None:
-        """Measures texts where a budget counts them, or some may be too long to be used."""
-        collator = self.collator
+    def _measured(self, opened: Mapping[str, Sequence[Part]], fitting: bool) -> dict[str, list[Part]]:
+        """The parts with the lengths of their texts, where a budget counts them or some may be too long to be used.
+        Those of training are counted only where it is going to begin. Raises ValueError: they cannot be counted."""
+        collator, exact = self.collator, self.budget is not None and self.budget.exact_lengths
         if not isinstance(collator, MeasuringCollator):
-            return
-        for part in parts:
-            if self.budget is not None or part.may_be_too_long(collator.max_tokens):
-                self.lengths[part.name] = measured(part.shards, part.chosen, collator, part.kinds)
+            if exact:
+                raise ValueError(
+                    f"data.budget.exact_lengths=true: {type(collator).__name__} does not tell the tokens of a text "
+                    "(text_tokens, lengths_depend_on); give false, and a token is taken for every four characters"
+                )
+            return {split: list(parts) for split, parts in opened.items()}
+        lengths: dict[tuple[str, str], TextLengths] = {}
+        for split, part in [(split, part) for split, parts in opened.items() for part in parts]:
+            if exact and (fitting or split != "train"):
+                folder = folder_beside(self.sources[part.name].place)
+                how = (folder, part.kinds, self.max_frames, self.num_workers)
+                lengths[split, part.name] = counted(part.shards, part.chosen, collator, *how)
+            wanted = self.budget is not None or part.may_be_too_long(collator.max_tokens)
+            if not exact and split == "train" and wanted:  # the rate of these counts for all splits
+                rate = measured(part.shards, part.chosen, collator, part.kinds)
+                lengths |= dict.fromkeys(((each, part.name) for each in SPLITS), rate)
+        return {s: [replace(p, lengths=lengths.get((s, p.name))) for p in parts] for s, parts in opened.items()}
 
     def _usable(self, split: str, parts: Sequence[Part]) -> list[Part]:
         """The parts without samples that are too long to be used. Raises ValueError: nothing is left to train on."""
         found = []
         for part in parts:
-            lengths = self.lengths.get(part.name)
-            kept = part if lengths is None else part.usable(lengths)
-            if lengths is not None and len(kept) < len(part):
+            kept = part.usable()
+            if part.lengths is not None and len(kept) < len(part):
                 log.info(
                     "%s: %d of %d samples of %s are left out: their first answer ends beyond collator.max_tokens=%s",
-                    *(split, len(part) - len(kept), len(part), part.name, lengths.max_tokens),
+                    *(split, len(part) - len(kept), len(part), part.name, part.lengths.max_tokens),
                 )
             if len(kept):
                 found.append(kept)
@@ -326,13 +342,13 @@ class VideoTexts(ResumableData):
     def _components(self, parts: Sequence[Part], questions: Questions) -> list[Component]:
         if self.budget is None:
             return [part.component(self.max_frames) for part in parts]
-        lengths = [self.lengths.get(part.name, TokenLengths()) for part in parts]
-        return [p.component(self.max_frames, each, questions) for p, each in zip(parts, lengths, strict=True)]
+        return [part.within_budget(self.max_frames, questions) for part in parts]
 
     def _report(self) -> None:
-        assert self.mixture is not None
         for split, parts in self.parts.items():
             log.info("%s: %s", split, ", ".join(f"{part.name} {len(part)}" for part in parts) or "none")
+        if self.mixture is None:
+            return
         shares = {p.name: p.share for p in self.mixture.components if p.share is not None}
         log.info(
             "an epoch: %d batches of %s; padding about %.1f %%%s",
@@ -356,12 +372,8 @@ class VideoTexts(ResumableData):
 
     @property
     def folder(self) -> Path:
-        """Where something derived from the data may be kept: beside the first source, or in the cache where it is
-        remote or cannot be written."""
-        place = next(iter(self.sources.values())).place
-        if not is_remote(place) and Path(place).is_dir() and os.access(place, os.W_OK):
-            return Path(place) / ".keygrip"
-        return Path.home() / ".cache" / "keygrip" / hashlib.sha256(place.encode()).hexdigest()[:16]
+        """Where something derived from all the data may be kept: beside the first source (`folder_beside`)."""
+        return folder_beside(next(iter(self.sources.values())).place)
 
     def texts(self) -> Iterator[str]:
         """The text of every training turn of all sources."""
@@ -391,7 +403,8 @@ class VideoTexts(ResumableData):
         if self.curriculum:
             digest.update(repr([(sorted(stage.weights.items()), stage.steps) for stage in self.curriculum]).encode())
         if self.budget is not None:
-            digest.update(repr((self.budget, self.questions, sorted(self.lengths.items()))).encode())
+            lengths = sorted((part.name, part.lengths) for part in self.parts["train"] if part.lengths is not None)
+            digest.update(repr((self.budget, self.questions, lengths)).encode())
         return digest.hexdigest()[:16]
 
     # ---------------------------------------------------------------------------------------------------------- loading

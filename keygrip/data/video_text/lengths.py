@@ -4,7 +4,8 @@ which the tokenizer makes tokens of some of them."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -17,11 +18,39 @@ CHARACTERS_A_TOKEN = 4.0  # for English, roughly: where nothing is measured
 MEASURED, MEASURED_SHARDS = 256, 8  # samples of a source, and of how many shards: remote ones are fetched whole
 NEARLY_ALL = 0.99  # of the measured texts have no more tokens per character than `most`
 SHORTEST = Conversation((Turn("user", "a"), Turn("assistant", "a")), "text", {})
+FIRST_ANSWER = "first_answer"  # column; see `keygrip.data.video_text.conversations`
+
+
+class TextLengths(Protocol):
+    """What the texts of a source take of the language model: estimated (`TokenLengths`), or counted
+    (`keygrip.data.video_text.exact_lengths.ExactLengths`). Samples are numbers in a shard set, `chosen` int64 [n].
+
+    Attributes:
+        tokens_per_frame: visual tokens of an image. max_tokens: where texts are cut; None: nowhere.
+    """
+
+    @property
+    def tokens_per_frame(self) -> int: ...
+
+    @property
+    def max_tokens(self) -> int | None: ...
+
+    def tokens(self, shards: ShardSet, chosen: np.ndarray, most: bool = False) -> np.ndarray:
+        """Tokens of each sample's longest row without its frames, float [n]; `most`: what nearly all stay below."""
+        ...
+
+    def rows(self, shards: ShardSet, chosen: np.ndarray) -> np.ndarray:
+        """Conversations of each sample that may be rows, int64 [n]. Raises ValueError: the index does not say."""
+        ...
+
+    def usable(self, shards: ShardSet, chosen: np.ndarray) -> np.ndarray:
+        """bool [n], False for samples of which no conversation can be a row, as far as that is known."""
+        ...
 
 
 @dataclass(frozen=True)
 class TokenLengths:
-    """What texts of a source take.
+    """What texts of a source take, estimated from characters.
 
     Args:
         template: tokens of a conversation beside its words. typical, most: tokens per character, of all measured texts
@@ -34,10 +63,30 @@ class TokenLengths:
     tokens_per_frame: int = 1
     max_tokens: int | None = None
 
-    def tokens(self, characters: np.ndarray, most: bool = False) -> np.ndarray:
-        """Tokens of texts of so many characters, [N] float: about, or at `most` in nearly all."""
+    def tokens(self, shards: ShardSet, chosen: np.ndarray, most: bool = False) -> np.ndarray:
+        """See `TextLengths`: about, or at `most` in nearly all."""
+        return self._of(shards.columns["text_length"][chosen].astype(float), most)
+
+    def _of(self, characters: np.ndarray, most: bool = False) -> np.ndarray:
         found = self.template + characters * (self.most if most else self.typical)
         return found if self.max_tokens is None else np.minimum(found, self.max_tokens)
+
+    def rows(self, shards: ShardSet, chosen: np.ndarray) -> np.ndarray:
+        """See `TextLengths`."""
+        if "conversations" not in shards.columns:
+            raise ValueError(
+                f"data.budget counts the conversations of each sample, and the index of {shards.root} is of an "
+                f"earlier version: make it anew with `keygrip prepare step=manifest again=true root={shards.root}`"
+            )
+        return np.asarray(shards.columns["conversations"][chosen])
+
+    def usable(self, shards: ShardSet, chosen: np.ndarray) -> np.ndarray:
+        """See `TextLengths`: by the typical length of a first answer, so that a few are found only when they are
+        read."""
+        if self.max_tokens is None or FIRST_ANSWER not in shards.columns:
+            return np.ones(len(chosen), bool)
+        uncut = replace(self, max_tokens=None)._of(shards.columns[FIRST_ANSWER][chosen].astype(float))
+        return np.asarray(uncut <= self.max_tokens)
 
 
 def measured(

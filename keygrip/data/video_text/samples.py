@@ -15,9 +15,8 @@ from keygrip.data.shards.substitution import SUBSTITUTES, SubstitutingSamples, U
 from keygrip.data.video_text.batching import CheckingCollator, Collator, Questions, choose, rows_of
 from keygrip.data.video_text.clips import SubClips, clipped
 from keygrip.data.video_text.conversations import MOST_FRAMES, Conversation, VideoTextSample, read_sample
-from keygrip.data.video_text.lengths import TokenLengths
+from keygrip.data.video_text.lengths import FIRST_ANSWER, TextLengths, TokenLengths
 
-FIRST_ANSWER = "first_answer"  # column; see `keygrip.data.video_text.conversations`
 TEMPLATE = 128  # tokens that a conversation takes beside its words, at most
 TEXT_BYTES = 2048  # of a conversation and its metadata as Python objects, roughly
 
@@ -29,6 +28,7 @@ class Part:
     Args:
         name: of the source. shards: where the samples lie. chosen: int64 [N], their numbers in `shards`.
         share, kinds: see `keygrip.data.video_text.datamodule.ShardSource`.
+        lengths: of the texts, in tokens; None: a token for every four characters.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Part:
     chosen: np.ndarray
     share: float | None = None
     kinds: Sequence[str] | None = None
+    lengths: TextLengths | None = None
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -44,36 +45,32 @@ class Part:
         """A column of the index for the samples of this part, [N]."""
         return self.shards.columns[name][self.chosen]
 
-    def component(self, max_frames: int, lengths: TokenLengths | None = None, questions: Questions = None) -> Component:
-        """For the mixture: buckets by number of frames, batches of like text length.
+    def component(self, max_frames: int) -> Component:
+        """For a mixture without a budget: buckets by number of frames, batches of like text length, estimated."""
+        frames = np.minimum(self.column("frames"), max_frames).astype(np.int64)
+        tokens = TokenLengths().tokens(self.shards, self.chosen)
+        return Component(self.name, frames, tokens, self.shards.shard[self.chosen], self.share)
+
+    def within_budget(self, max_frames: int, questions: Questions) -> Component:
+        """For a mixture with a budget: what samples take of it too.
 
         Args:
-            lengths: measured, where a budget counts them; None: estimated. questions: chosen of each sample, for a
-                budget.
+            questions: chosen of each sample.
 
         Raises:
-            ValueError: the index does not say how many conversations a sample holds, and a budget counts them.
+            ValueError: the index does not say how many conversations a sample holds.
         """
-        frames = np.minimum(self.column("frames"), max_frames).astype(np.int64)
-        shard, characters = self.shards.shard[self.chosen], self.column("text_length").astype(float)
-        if lengths is None:
-            return Component(self.name, frames, TokenLengths().tokens(characters), shard, self.share)
-        if "conversations" not in self.shards.columns:
-            raise ValueError(
-                f"data.budget counts the conversations of each sample, and the index of {self.shards.root} is of an "
-                f"earlier version: make it anew with `keygrip prepare step=manifest again=true root={self.shards.root}`"
-            )
-        rows = rows_of(questions, self.column("conversations"), self.column("kinds").tolist())
-        positions = lengths.tokens_per_frame * frames + lengths.tokens(characters, most=True)
-        return Component(self.name, frames, lengths.tokens(characters), shard, self.share, positions, rows)
+        part, lengths, which = self.component(max_frames), self.lengths or TokenLengths(), (self.shards, self.chosen)
+        rows = rows_of(questions, lengths.rows(*which), self.column("kinds").tolist())
+        positions = lengths.tokens_per_frame * part.bucket + lengths.tokens(*which, most=True)
+        return replace(part, length=lengths.tokens(*which), positions=positions, rows=rows)
 
-    def usable(self, lengths: TokenLengths) -> Part:
-        """The part without samples whose first answer ends beyond the tokens of a row, so that nothing could be learned
-        from them: by the typical length of a text, so that a few are found only when they are read."""
-        if lengths.max_tokens is None or FIRST_ANSWER not in self.shards.columns:
+    def usable(self) -> Part:
+        """The part without samples of which no conversation can be a row, so that nothing could be learned from them
+        (see `TextLengths`)."""
+        if self.lengths is None:
             return self
-        uncut = replace(lengths, max_tokens=None).tokens(self.column(FIRST_ANSWER).astype(float))
-        return replace(self, chosen=self.chosen[uncut <= lengths.max_tokens])
+        return replace(self, chosen=self.chosen[self.lengths.usable(self.shards, self.chosen)])
 
     def may_be_too_long(self, max_tokens: int | None) -> bool:
         """Whether some first answer might end beyond so many tokens, if every character were one."""

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from keygrip.artifacts import sha256_bytes
 from keygrip.data.batches import Conversation, Turn, VideoTextBatch, VideoTextSample, stack_frames
 from keygrip.models.language.tokenizers import ChatTokenizer, TokenizerSource
 from keygrip.training.parts import model_part
@@ -187,6 +188,8 @@ class ConversationCollator:
         if found is None:
             said = self.with_system(turns)
             found = encode_conversation(said, self.tokenizer, self.prompt_order, self.supervise, self.max_tokens)
+            if len(self._recent) >= KEPT_TEXTS:  # many texts that are measured, and no batch made of them
+                self._recent.clear()
             kept = self._encoded if len(self._encoded) < KEPT_TEXTS else self._recent
             kept[turns] = found
         return found
@@ -234,6 +237,13 @@ class ConversationCollator:
         if not text.whole:
             return f"its first answer does not end within collator.max_tokens={self.max_tokens} tokens"
         return None if any(text.loss) else "no token of it carries loss"
+
+    def lengths_depend_on(self) -> str:
+        """See `keygrip.data.video_text.batching.MeasuringCollator`; needs `prepare`."""
+        if self.tokenizer is None:
+            raise RuntimeError("the collator has no tokenizer yet: call prepare (the data module's prepare_data does)")
+        how = (self.prompt_order, self.supervise, self.max_tokens, self.system, self.timestamps)
+        return sha256_bytes(repr((sorted(self.tokenizer.state().items()), how)).encode())
 
     def text_tokens(
         self, conversation: Conversation, seconds: Sequence[float] | None = None, whole: bool = False

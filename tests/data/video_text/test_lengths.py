@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,18 @@ from keygrip.data.batches import Turn, VideoTextBatch
 from keygrip.data.shards.budget import Budget
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.writer import ShardWriter, write_manifest
-from keygrip.data.video_text.conversations import Conversation, answer, describe_video_text, video_text_parts
+from keygrip.data.video_text import exact_lengths
+from keygrip.data.video_text.conversations import (
+    Conversation,
+    answer,
+    describe_video_text,
+    iterate_texts,
+    read_sample,
+    video_text_parts,
+)
 from keygrip.data.video_text.datamodule import ShardSource, VideoTexts
+from keygrip.data.video_text.exact_lengths import NOT_COUNTED, UNREADABLE, Counting, counted
+from keygrip.data.video_text.lengths import TokenLengths
 from keygrip.data.video_text.samples import Part
 from keygrip.models.foveated_vlm.conversations import ConversationCollator
 from keygrip.models.language.tokenizers import TrainedTokenizer
@@ -87,7 +98,7 @@ def test_where_an_index_does_not_tell_them_shorter_ones_take_their_place(
     stage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nine neighbours in length that are all too long ended the run, and fewer of them counted as broken samples."""
-    monkeypatch.setattr(Part, "usable", lambda part, lengths: part)
+    monkeypatch.setattr(Part, "usable", lambda part: part)
     data = module(stage)
     batches = list(data.train_dataloader())
     assert {int(key[1:]) for key in keys(batches, "texts")} <= set(range(120, 141))
@@ -108,10 +119,11 @@ def digits(count: int) -> str:
     return "".join(str(n % 10) for n in range(count))
 
 
+@pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("tokens_per_frame", [1, 16])
 @pytest.mark.parametrize("questions", [None, 2])
 def test_batches_keep_within_the_budget_by_what_they_really_hold(
-    tmp_path: Path, tokens_per_frame: int, questions: int | None
+    tmp_path: Path, tokens_per_frame: int, questions: int | None, exact: bool
 ) -> None:
     rng = np.random.default_rng(0)
     samples = [
@@ -119,7 +131,7 @@ def test_batches_keep_within_the_budget_by_what_they_really_hold(
         for n, frames in enumerate(rng.integers(0, 9, 200))
     ]
     write(tmp_path / "videos", samples, "v")
-    budget = Budget(frames=64, positions=2048)
+    budget = Budget(64, 2048, exact)
     options: dict[str, Any] = {"questions": questions, "tokens_per_frame": tokens_per_frame}
     data = module(tmp_path, batch_size=64, budget=budget, **options)
     batches = list(data.train_dataloader())
@@ -130,30 +142,35 @@ def test_batches_keep_within_the_budget_by_what_they_really_hold(
         taken.append(len(batch) * int(longest))
     assert max(taken) <= 2048
     assert np.median(taken) > 1000  # and fill it
-    assert sum(batch.left_out for batch in batches) <= 0.02 * sum(map(len, batches))
+    assert sum(batch.left_out for batch in batches) <= (0 if exact else 0.02 * sum(map(len, batches)))
     worst = data.worst_batch()
     share = int(worst.frame_mask.sum()) / 64 + len(worst) * data._tokens_per_frame * worst.frame_mask.shape[1] / 2048
     assert share > 0.5
-    estimate = data.lengths["videos"]
-    assert estimate.typical > 0.5  # tokens per character: the usual 0.25 would be far off
-    assert estimate.tokens_per_frame == tokens_per_frame
+    lengths = data.parts["train"][0].lengths
+    assert lengths is not None
+    assert lengths.tokens_per_frame == tokens_per_frame
+    assert isinstance(lengths, TokenLengths) != exact
+    if isinstance(lengths, TokenLengths):
+        assert lengths.typical > 0.5  # tokens per character: the usual 0.25 would be far off
 
 
-def test_what_nobody_foresaw_is_left_out_of_a_batch_and_counted(tmp_path: Path) -> None:
-    """A few texts have many more tokens than nearly all others of their length."""
+@pytest.mark.parametrize("exact", [True, False])
+def test_what_nobody_foresaw_is_left_out_of_a_batch_and_counted(tmp_path: Path, exact: bool) -> None:
+    """A few texts have many more tokens than nearly all others of their length; counting foresees them."""
     samples = [(1, [answer("What?", digits(200) if n % 120 == 7 else words(200), "text")]) for n in range(240)]
-    data = module_of(tmp_path, samples)
+    data = module_of(tmp_path, samples, exact)
     batches = list(data.train_dataloader())
     assert max(len(b) * (1 + b.attention_mask.shape[1]) for b in batches) <= 1024
-    assert 1 <= sum(batch.left_out for batch in batches) <= 4
+    left_out = sum(batch.left_out for batch in batches)
+    assert left_out == 0 if exact else 1 <= left_out <= 4
 
 
-def module_of(root: Path, samples: Sequence[tuple[int, Sequence[Conversation]]]) -> VideoTexts:
+def module_of(root: Path, samples: Sequence[tuple[int, Sequence[Conversation]]], exact: bool = True) -> VideoTexts:
     write(root / "videos", samples, "v")
-    return module(root, batch_size=32, budget=Budget(frames=64, positions=1024))
+    return module(root, batch_size=32, budget=Budget(64, 1024, exact))
 
 
-def test_an_index_without_the_number_of_conversations_is_refused_with_a_budget(
+def test_an_index_without_the_number_of_conversations_is_refused_where_lengths_are_estimated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = ShardSet.__init__
@@ -166,4 +183,173 @@ def test_an_index_without_the_number_of_conversations_is_refused_with_a_budget(
     with pytest.raises(
         ValueError, match=r"earlier version: make it anew with `keygrip prepare step=manifest again=true"
     ):
-        module_of(tmp_path, [(1, [talk(50)])] * 40)
+        module_of(tmp_path, [(1, [talk(50)])] * 40, exact=False)
+    assert module(tmp_path, batch_size=8, budget=Budget(64, 1024)).mixture is not None  # rows are counted
+
+
+# ---- counted lengths -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1000 images and 200 texts, log-normal in length, between none and 30 % of each digits: up to twice the tokens."""
+    rng, root = np.random.default_rng(0), tmp_path_factory.mktemp("corpus")
+    for name, count, frames, mean in (("videos", 1000, 1, 4.8), ("texts", 200, 0, 5.5)):
+        samples = []
+        for characters in np.exp(rng.normal(mean, 0.7, count)).clip(20, 1200).astype(int).tolist():
+            spelt = int(rng.uniform(0, 0.3) * characters)
+            said = f"{words(characters - spelt)} {digits(spelt)}"
+            samples.append((frames, [answer("What is it?", said, "text")]))
+        write(root / name, samples, name)
+    return root
+
+
+def budgeted_module(corpus: Path, exact: bool = True, **options: Any) -> VideoTexts:
+    return module(corpus, max_tokens=512, batch_size=16, budget=Budget(64, 4096, exact), **options)
+
+
+def positions(batch: VideoTextBatch) -> np.ndarray:
+    """What each row takes."""
+    return (batch.frame_mask.sum(1)[batch.video_index] + batch.attention_mask.sum(1)).numpy()
+
+
+def test_less_than_a_tenth_of_the_positions_is_padding_when_tokens_are_counted(corpus: Path) -> None:
+    shares = []
+    for exact in (True, False):
+        batches = list(budgeted_module(corpus, exact).train_dataloader())
+        places = [len(batch) * int(positions(batch).max()) for batch in batches]
+        assert max(places) <= 4096
+        assert sum(map(len, batches)) >= 0.97 * 1000 / 0.86
+        shares.append(1 - sum(int(positions(batch).sum()) for batch in batches) / sum(places))
+        assert not exact or sum(batch.left_out for batch in batches) == 0
+    assert shares[0] < 0.1 < 0.13 < shares[1]
+
+
+def as_rank(data: VideoTexts, rank: int, ranks: int, done: int = 0) -> VideoTexts:
+    progress = SimpleNamespace(total=SimpleNamespace(processed=done))
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=ranks, fit_loop=loop)  # type: ignore[assignment]
+    return data
+
+
+def test_counted_batches_resume_in_mid_epoch_on_other_ranks_and_with_workers(corpus: Path) -> None:
+    whole = [batch.key for batch in budgeted_module(corpus).train_dataloader()]
+    state = as_rank(budgeted_module(corpus), 0, 1, done=7).state_dict()
+    parts = []
+    for rank in range(2):
+        data = as_rank(budgeted_module(corpus, num_workers=1), rank, 2)
+        data.load_state_dict(state)
+        parts.append([batch.key for batch in data.train_dataloader()])
+    assert [len(part) for part in parts] == [len(whole) - 7] * 2
+    assert [first + second for first, second in zip(*parts, strict=True)] == whole[7:]
+    with pytest.raises(ValueError, match=r"fingerprint=.*; the order of samples cannot be continued"):
+        budgeted_module(corpus, exact=False).load_state_dict(state)
+
+
+def collator_of(shards: ShardSet, folder: Path, **options: Any) -> ConversationCollator:
+    collator = ConversationCollator(TrainedTokenizer(500), "question_first", "answers", **options)
+    collator.prepare(folder, lambda: iterate_texts([shards]))
+    return collator
+
+
+@pytest.fixture
+def several(tmp_path: Path) -> ShardSet:
+    """40 samples of 0 to 4 images with 1 to 3 conversations, of which some are too long."""
+    said = [[talk(50 + 30 * n, "a" if n % 2 else "b") for _ in range(1 + n % 3)] for n in range(40)]
+    write(tmp_path, [(n % 5, each) for n, each in enumerate(said)])
+    return ShardSet(tmp_path / "train")
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("timestamps", [False, True])
+def test_what_is_counted_is_what_rows_have(several: ShardSet, tmp_path: Path, timestamps: bool) -> None:
+    collator = collator_of(several, tmp_path, max_tokens=200, timestamps=timestamps)
+    chosen, wanted, rows = np.arange(40), [], []
+    for number in range(40):
+        sample = read_sample(several, number, 8, max_frames=3)
+        try:
+            taken = collator([sample]).attention_mask.sum(1).tolist()
+        except ValueError:  # a batch without a row
+            taken = []
+        wanted.append(max(taken, default=0))
+        rows.append(max(1, len(taken)))
+    found = counted(several, chosen, collator, tmp_path / "counts", max_frames=3)
+    assert found.tokens(several, chosen).tolist() == wanted
+    assert found.rows(several, chosen).tolist() == rows
+    assert found.usable(several, chosen).tolist() == [tokens > 0 for tokens in wanted]
+    assert 0 < wanted.count(0) < 30
+    assert max(wanted) <= 200
+    parallel = counted(several, chosen, collator, tmp_path / "parallel", max_frames=3, workers=2)
+    assert parallel.fingerprint == found.fingerprint
+
+
+def test_counts_are_kept_and_only_what_is_missing_is_counted(
+    several: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    count = Counting._count
+
+    def noted(self: Counting, sample: int) -> tuple[int, int]:
+        asked.append(sample)
+        if sample == stop:
+            raise KeyboardInterrupt
+        return count(self, sample)
+
+    stop, folder = 21, tmp_path / "counts"
+    monkeypatch.setattr(Counting, "_count", noted)
+    monkeypatch.setattr(exact_lengths, "BLOCK", 5)
+    monkeypatch.setattr(exact_lengths, "KEPT_EVERY", 5)
+    collator = collator_of(several, tmp_path, max_tokens=200)
+    counted(several, np.arange(0, 40, 2), collator, folder)
+    assert asked == [*range(0, 40, 2)]
+    with pytest.raises(KeyboardInterrupt):
+        counted(several, np.arange(40), collator, folder)
+    stop = -1
+    asked.clear()
+    whole = counted(several, np.arange(40), collator, folder)
+    assert asked == [*range(21, 40, 2)]  # 1 to 19 were written before it was interrupted
+    assert counted(several, np.arange(40), collator, folder).fingerprint == whole.fingerprint
+    assert len(asked) == 10
+    (file,) = folder.glob("lengths-*.npz")
+    other: list[tuple[dict[str, Any], list[str] | None]] = [
+        ({"max_tokens": 100}, None),
+        ({"system": "Be brief."}, None),
+    ]
+    for options, kinds in (*other, ({"max_tokens": 200}, ["a"])):
+        counted(several, np.arange(40), collator_of(several, tmp_path, **options), folder, kinds)
+    assert len(list(folder.glob("lengths-*.npz"))) == 4  # others for other settings
+    file.write_bytes(file.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"lengths-.*npz is damaged .* remove it and the tokens are counted again"):
+        counted(several, np.arange(40), collator, folder)
+
+
+def test_a_sample_whose_text_cannot_be_read_is_counted_as_bad_when_it_is_its_turn(tmp_path: Path) -> None:
+    write(tmp_path / "videos", [(1, [talk(60 + n)]) for n in range(60)], "v")
+    shards = ShardSet(tmp_path / "videos" / "train")
+    index = shards.index(0)
+    with (tmp_path / "videos" / "train" / "v-000.tar").open("r+b") as file:
+        file.seek(int(index.part_offsets[index.first_part[7]]) + 3)
+        file.write(b"~")
+    data = module(tmp_path, budget=Budget(64, 1024))
+    (counts,) = data.folder.glob("lengths-*.npz")
+    assert np.flatnonzero(np.load(counts)["longest"] == UNREADABLE).tolist() == [7]
+    seen = keys(list(data.train_dataloader()), "videos")
+    assert "v7" not in seen
+    assert data.skipped.count == 1
+
+
+def test_evaluation_counts_no_training_texts(tmp_path: Path) -> None:
+    write(tmp_path, [(1, [talk(60 + n)]) for n in range(60)])
+    collator = ConversationCollator(TrainedTokenizer(500), "visual_first", "answers", 256)
+    source = ShardSource(tmp_path / "train", val_fraction=0.3)
+    data = VideoTexts({"videos": source}, collator, 8, 8, num_workers=0, budget=Budget(64, 1024))
+    data.prepare_data()
+    data.setup("validate")
+    (counts,) = data.folder.glob("lengths-*.npz")
+    held_out = data.parts["val"][0].chosen
+    assert 5 < len(held_out) < 40
+    assert np.flatnonzero(np.load(counts)["longest"] != NOT_COUNTED).tolist() == held_out.tolist()
+    assert sum(map(len, data.val_dataloader())) == len(held_out)
+    data.setup("fit")
+    assert (np.load(counts)["longest"] > 0).all()
+    assert sum(map(len, data.train_dataloader())) >= 0.9 * (60 - len(held_out))

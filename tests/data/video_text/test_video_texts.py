@@ -384,7 +384,8 @@ def test_a_data_module_with_a_budget(tmp_path: Path) -> None:
     frames = [1, 2, 3, 8] * 20
     write_set(tmp_path / "videos" / "train", frames, per_shard=40)
     write_set(tmp_path / "videos" / "val", [2] * 12, prefix="v")
-    data = module(tmp_path, budget=Budget(16, 400), batch_size=12)
+    budget = Budget(16, 400, exact_lengths=False)  # this collator tells no lengths
+    data = module(tmp_path, budget=budget, batch_size=12)
     batches = list(data.train_dataloader())
     assert len(batches) == data.mixture.batches  # type: ignore[union-attr]
     assert max(int(batch.frame_mask.sum()) for batch in batches) == 16
@@ -394,7 +395,9 @@ def test_a_data_module_with_a_budget(tmp_path: Path) -> None:
     assert int(worst.frame_mask.sum()) == 16
     assert sum(len(batch) for batch in data.val_dataloader()) == 12
     assert data.fingerprint != module(tmp_path, batch_size=12).fingerprint
-    assert module(tmp_path, budget=Budget(16, 400), batch_size=12, questions=1).fingerprint != data.fingerprint
+    assert module(tmp_path, budget=budget, batch_size=12, questions=1).fingerprint != data.fingerprint
+    with pytest.raises(ValueError, match=r"exact_lengths=true: CharacterCollator does not tell the tokens"):
+        module(tmp_path, budget=Budget(16, 400), batch_size=12)
 
 
 def test_a_source_can_be_cut_by_length(root: Path) -> None:
