@@ -21,7 +21,7 @@ from keygrip.command import entry_point
 from keygrip.config import EntrySchema, register
 from keygrip.evaluation.kinds import plain
 from keygrip.evaluation.trained_policy import load_policy
-from keygrip.models.policy import Policy
+from keygrip.models.policy import Policy, continues
 from keygrip.runtime.asynchronous import ChunkExecution
 from keygrip.runtime.client import RemotePolicy, ServerError
 from keygrip.runtime.control_loop import ControlLoop
@@ -149,10 +149,11 @@ def _refuse_mismatch(policy: Any, robot: Any) -> None:
 
 
 def _refuse_no_continuing(execution: ChunkExecution, policy: Any) -> None:
-    if execution.continue_chunks and not hasattr(policy, "plan_continuing"):
+    if execution.continue_chunks and not continues(policy):
+        which = f"that of {policy.url}" if isinstance(policy, RemotePolicy) else type(policy).__name__
         raise ValueError(
             "execution.continue_chunks=true needs a policy that continues a plan (geometry_vla); "
-            f"{type(policy).__name__} does not: leave it out"
+            f"{which} does not: leave it out"
         )
 
 

@@ -78,6 +78,19 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class UnderWay:
+    """A plan that is being executed, for policies that continue it (real-time chunking).
+
+    Attributes:
+        plan: with its `time_s`, of the same clock as the observation's.
+        delay_s: until the next plan arrives; so long this one is executed in any case.
+    """
+
+    plan: Plan
+    delay_s: float
+
+
+@dataclass(frozen=True)
 class Needs:
     """What a policy reads of an observation, beside the poses of its arms.
 
@@ -103,9 +116,17 @@ class Policy(Protocol):
 
     A policy may have `plan_batch(observations, sessions)`, the plans of several sessions in one pass, and `workspace`
     ``[2, 3]``, the lowest and highest position seen in training, metres. A server uses both.
+
+    A policy that continues the plan under way has `plan_continuing(observation, executing, delay_s)`; whether one does
+    is said by `continues`.
     """
 
     def plan(self, observation: Observation) -> Plan: ...
+
+
+def continues(policy: Policy) -> bool:
+    """Whether a policy can continue the plan under way; a policy on a server says so by an attribute of this name."""
+    return bool(getattr(policy, "continues", hasattr(policy, "plan_continuing")))
 
 
 def robot_number(known: Sequence[str], name: str | None) -> int:

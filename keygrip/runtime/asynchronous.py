@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from scipy.spatial.transform import Rotation, Slerp
 
-from keygrip.models.policy import Observation, Plan, arm_axis
+from keygrip.models.policy import Observation, Plan, UnderWay, arm_axis
 from keygrip.runtime.planners import Planner, PlanOutcome, PlanRequest
 
 ROUNDING_S = 1e-6
@@ -175,8 +175,9 @@ class ChunkExecution:
     def _ask(self, observation: Observation, now: float) -> None:
         assert self._target is not None
         executing = self.last_plan if self.continue_chunks and self._current is not None else None
+        under_way = None if executing is None else UnderWay(executing, self.expected_latency_s)
         self._asked_from, self._outdated = self._target.copy(), False
-        self.planner.request(PlanRequest(observation, now, executing, self.expected_latency_s))
+        self.planner.request(PlanRequest(observation, now, under_way))
 
     def _take(self, outcome: PlanOutcome | None, now: float) -> None:
         if outcome is None:

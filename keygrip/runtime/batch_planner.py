@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from keygrip.models.policy import Observation, Plan, Policy
+from keygrip.models.policy import Observation, Plan, Policy, UnderWay
+from keygrip.runtime.planners import planned
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class UnavailableError(RuntimeError):
 class _Job:
     policy: Policy  # of the session
     observation: Observation
+    under_way: UnderWay | None
     answer: asyncio.Future[Plan]
 
 
@@ -87,15 +89,19 @@ class BatchPlanner:
             return f"the policy has computed one plan for {time.monotonic() - since:.1f} s and may be stuck"
         return None
 
-    async def plan(self, policy: Policy, observation: Observation) -> Plan:
+    async def plan(self, policy: Policy, observation: Observation, under_way: UnderWay | None = None) -> Plan:
         """The plan of a session's policy, which `self.policy` or its `session()` made.
+
+        Args:
+            under_way: the plan that it continues, of a policy that can.
 
         Raises:
             UnavailableError: there is no policy, or it was replaced meanwhile. Whatever the policy raises.
         """
         if self.policy is None or self.failed.is_set():
             raise UnavailableError(self.trouble())
-        worker, job = self._worker, _Job(policy, observation, asyncio.get_running_loop().create_future())
+        answer: asyncio.Future[Plan] = asyncio.get_running_loop().create_future()
+        worker, job = self._worker, _Job(policy, observation, under_way, answer)
         self.pending += 1
         with worker.awake:
             worker.jobs.append(job)
@@ -177,23 +183,30 @@ class BatchPlanner:
                 jobs[0].answer.get_loop().call_soon_threadsafe(self._finish, worker, jobs, list(results.values()))
 
 
-def plans_of(jobs: Sequence[Any]) -> list[Plan | BaseException]:
-    """A plan or an exception for each job (`policy`, `observation`); one that fails does not take others with it."""
-    if len(jobs) > 1 and all(hasattr(job.policy, "plan_batch") for job in jobs):
+def plans_of(jobs: Sequence[_Job]) -> list[Plan | BaseException]:
+    """A plan or an exception for each job; one that fails does not take others with it.
+
+    Those that continue a plan are computed one by one: each is led along a plan of its own.
+    """
+    together = [job for job in jobs if job.under_way is None and hasattr(job.policy, "plan_batch")]
+    found: dict[_Job, Plan | BaseException] = {}
+    if len(together) > 1:
+        policy: Any = together[0].policy
         try:
-            sessions, observations = [job.policy for job in jobs], [job.observation for job in jobs]
-            return list(jobs[0].policy.plan_batch(observations, sessions))
+            plans = policy.plan_batch([job.observation for job in together], [job.policy for job in together])
+            found = dict(zip(together, plans, strict=True))
         except ValueError:
             pass  # one of them, and each says below whether it is the one
         except Exception:
-            log.exception("a batch of %d failed; planning one by one", len(jobs))
-    answers: list[Plan | BaseException] = []
+            log.exception("a batch of %d failed; planning one by one", len(together))
     for job in jobs:
+        if job in found:
+            continue
         try:
-            answers.append(job.policy.plan(job.observation))
+            found[job] = planned(job.policy, job.observation, job.under_way)
         except Exception as error:
-            answers.append(error)
-    return answers
+            found[job] = error
+    return [found[job] for job in jobs]
 
 
 def _settle(job: _Job, plan: Plan | None = None, error: BaseException | None = None) -> None:

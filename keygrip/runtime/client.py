@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-from keygrip.models.policy import Needs, Observation, Plan
+from keygrip.models.policy import Needs, Observation, Plan, UnderWay
 from keygrip.runtime.wire import CONTENT_TYPE, SESSION_HEADER, decode_plan, encode_observation
 
 LARGEST_ANSWER = 1 << 26  # bytes; a plan has some thousands
@@ -39,6 +39,7 @@ class RemotePolicy:
     Not for several threads at once: give each a client of its own.
 
     A policy that draws by chance draws for each client by a generator of its own, from seed 0 or that of `reset`.
+    `continues` says whether the server's policy can continue the plan under way.
 
     Args:
         url: as the server says when it starts, e.g. ``http://127.0.0.1:8421``.
@@ -83,6 +84,7 @@ class RemotePolicy:
         health = self.health()
         try:
             self._stochastic = bool(health["stochastic"])
+            self.continues = bool(health.get("continues", False))
             self.needs = Needs(
                 arms=tuple(map(str, health["needs"]["arms"])),
                 cameras=tuple(map(str, health["needs"]["cameras"])),
@@ -151,9 +153,23 @@ class RemotePolicy:
             ServerError: the server is too busy for longer than `patience_s`, or has failed.
             ConnectionError: it is gone.
         """
+        return self._plan(encode_observation(observation, self.needs))
+
+    def plan_continuing(self, observation: Observation, executing: Plan, delay_s: float) -> Plan:
+        """A plan that continues the one under way (real-time chunking), of a server whose policy `continues`.
+
+        Args:
+            observation: with `time_s`. executing: a plan with its `time_s`, of the same clock.
+            delay_s: until the new plan arrives; so long the one under way is executed in any case.
+
+        Raises:
+            As `plan`; ValueError also where the server's policy does not continue plans.
+        """
+        return self._plan(encode_observation(observation, self.needs, UnderWay(executing, delay_s)))
+
+    def _plan(self, body: bytes) -> Plan:
         if self._session is None:
             self.reset(0)
-        body = encode_observation(observation, self.needs)
         began = time.monotonic()
         while True:
             status, answer = self._ask("POST", "/plan", body, self._session)

@@ -21,7 +21,7 @@ import numpy as np
 
 from keygrip.models.policy import Needs, Plan
 from keygrip.runtime.messagepack import MessagePackError, pack, unpack
-from keygrip.runtime.wire import WireError, checked_observation, entries_of
+from keygrip.runtime.wire import WireError, checked_observation, entries_of, under_way_entries
 
 POSE = ("x", "y", "z", "qw", "qx", "qy", "qz", "gripper")
 
@@ -53,8 +53,10 @@ def decode_message(body: bytes, needs: Needs) -> dict[str, Any] | int:
             raise WireError("'reset' is a whole number, the seed of the episode")
         return seed
     entries = entries_of(needs)
-    arrays = {}
+    arrays, elsewhere = {}, under_way_entries(needs)
     for name, value in _flat(message, ""):
+        if name in elsewhere:
+            raise WireError(f"{name!r} is of a plan under way, which this protocol does not carry: use POST /plan")
         name = "instruction" if name == "prompt" else name
         if name in arrays:
             raise WireError(f"the observation has {name!r} twice")

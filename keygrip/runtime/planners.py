@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from keygrip.models.policy import Observation, Plan, Policy
+from keygrip.models.policy import Observation, Plan, Policy, UnderWay
 
 
 class ContinuingPolicy(Policy, Protocol):
@@ -25,13 +25,12 @@ class PlanRequest:
 
     Attributes:
         observation: with `time_s`. time_s: when it was asked for, on the robot's clock.
-        executing: the plan under way, for policies that continue it. delay_s: how long the answer is expected to take.
+        under_way: the plan that is executed meanwhile, for policies that continue it.
     """
 
     observation: Observation
     time_s: float
-    executing: Plan | None = None
-    delay_s: float = 0.0
+    under_way: UnderWay | None = None
 
 
 @dataclass(frozen=True)
@@ -124,14 +123,17 @@ class SimulatedPlanner:
         return outcome
 
 
+def planned(policy: Policy, observation: Observation, under_way: UnderWay | None) -> Plan:
+    """The policy's plan, which continues the one under way where there is one. Raises what the policy raises."""
+    if under_way is None:
+        return policy.plan(observation)
+    continuing: ContinuingPolicy = policy  # type: ignore[assignment]
+    return continuing.plan_continuing(observation, under_way.plan, under_way.delay_s)
+
+
 def answer(policy: Policy, request: PlanRequest) -> PlanOutcome:
     """The policy's answer to a request. Whatever it raises is an outcome too: the arm must be held then."""
     try:
-        if request.executing is None:
-            return PlanOutcome(request, plan=policy.plan(request.observation))
-        continuing: ContinuingPolicy = policy  # type: ignore[assignment]
-        return PlanOutcome(
-            request, plan=continuing.plan_continuing(request.observation, request.executing, request.delay_s)
-        )
+        return PlanOutcome(request, plan=planned(policy, request.observation, request.under_way))
     except Exception as error:
         return PlanOutcome(request, error=error)

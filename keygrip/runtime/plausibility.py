@@ -95,13 +95,24 @@ class Bounds:
         Args:
             workspace: [2, 3] lowest and highest training position; None: nothing is known, all is taken.
         """
+        self._refuse_far("'position'", arm_axis(observation["position"], 1), workspace)
+
+    def refuse_under_way(self, plan: Plan, workspace: np.ndarray | None) -> None:
+        """Raise ImplausibleError where a plan under way, as a client says it is, leads far from all positions seen in
+        training.
+
+        Args:
+            workspace: as of `refuse_start`.
+        """
+        self._refuse_far("'executing/position'", plan.position.reshape(-1, 3), workspace)
+
+    def _refuse_far(self, name: str, positions: np.ndarray, workspace: np.ndarray | None) -> None:
         if workspace is None:
             return
-        positions = arm_axis(observation["position"], 1)
         outside, where = _outside(positions, workspace)
         if outside > self.start_m:
             raise ImplausibleError(
-                f"'position' {_said(positions[where])} lies {outside:.3g} m outside the box of the training data, "
+                f"{name} {_said(positions[where])} lies {outside:.3g} m outside the box of the training data, "
                 f"{_said(workspace[0])} to {_said(workspace[1])} m, more than bounds.start_m={self.start_m:g}: is it "
                 "in metres, in the world frame of the training data?"
             )

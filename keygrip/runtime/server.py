@@ -29,7 +29,7 @@ from keygrip.runtime.openpi_socket import converse
 from keygrip.runtime.plausibility import Bounds
 from keygrip.runtime.service import Limits, PolicyService, Refusal
 from keygrip.runtime.sessions import SessionError, checked_seed
-from keygrip.runtime.wire import CONTENT_TYPE, SESSION_HEADER, decode_observation, encode_plan
+from keygrip.runtime.wire import CONTENT_TYPE, SESSION_HEADER, decode_request, encode_plan
 
 log = logging.getLogger(__name__)
 
@@ -214,9 +214,10 @@ class PolicyServer:
         name = request.headers.get(SESSION_HEADER)
         if name is not None:
             self.service.sessions.find(name)
-        observation = await self.service.read(partial(decode_observation, body, self.service.needs))
+        decode = partial(decode_request, body, self.service.needs, self.service.continues)
+        observation, under_way = await self.service.read(decode)
         policy = self.service.policy() if name is None else self.service.sessions.find(name).policy
-        plan = await self.service.plan(observation, policy)
+        plan = await self.service.plan(observation, policy, under_way)
         return web.Response(body=encode_plan(plan), content_type=CONTENT_TYPE)
 
     async def _reset(self, request: web.Request) -> web.StreamResponse:

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
 import numpy as np
 
-from keygrip.models.policy import Needs, Observation, Plan, Policy
+from keygrip.models.policy import Needs, Observation, Plan, Policy, UnderWay, continues
 from keygrip.runtime.batch_planner import BatchPlanner, UnavailableError
 from keygrip.runtime.metrics import Metrics
 from keygrip.runtime.plausibility import Bounds, ImplausibleError, masks_views
 from keygrip.runtime.sessions import Sessions, seeded, stochastic
-from keygrip.runtime.wire import WireError, entries_of
+from keygrip.runtime.wire import Entry, WireError, entries_of, under_way_entries
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class PolicyService:
         make: Callable[[], Policy] | None,
     ) -> None:
         self.needs, self.about, self.limits, self.bounds = needs, about, limits, bounds
-        self.stochastic = stochastic(policy)
+        self.stochastic, self.continues = stochastic(policy), continues(policy)
         self.workspace: np.ndarray | None = getattr(policy, "workspace", None)
         self.masks = masks_views(policy)
         self.metrics, self.sessions = Metrics(), Sessions(limits.sessions, limits.session_s)
@@ -156,8 +156,11 @@ class PolicyService:
         finally:
             self._decoding -= 1
 
-    async def plan(self, observation: Observation, policy: Policy) -> Plan:
+    async def plan(self, observation: Observation, policy: Policy, under_way: UnderWay | None = None) -> Plan:
         """The plan of a session's policy.
+
+        Args:
+            under_way: the plan that it continues, of a policy that can.
 
         Raises:
             Refusal: with the status that says whose fault it is.
@@ -166,7 +169,9 @@ class PolicyService:
             async with asyncio.timeout(self.limits.plan_s):
                 self.bounds.refuse_start(observation, self.workspace)
                 self.bounds.refuse_images(observation, self.needs, self.masks)
-                plan = await self.planner.plan(policy, observation)
+                if under_way is not None:
+                    self.bounds.refuse_under_way(under_way.plan, self.workspace)
+                plan = await self.planner.plan(policy, observation, under_way)
                 self.bounds.refuse_plan(plan, observation, self.workspace)
                 return plan
         except TimeoutError:
@@ -189,8 +194,10 @@ class PolicyService:
             **self.about,
             "state": "ready" if trouble is None else trouble,
             "needs": asdict(self.needs),
-            "observation": {name: entry.describe() for name, entry in entries_of(self.needs).items()},
+            "observation": _described(entries_of(self.needs)),
             "stochastic": self.stochastic,
+            "continues": self.continues,
+            **({"under_way": _described(under_way_entries(self.needs))} if self.continues else {}),
             "limits": asdict(self.limits),
             "bounds": {**asdict(self.bounds), "training_box_m": workspace},
             "answers": self.metrics.statuses(),
@@ -215,3 +222,7 @@ class PolicyService:
         policy = self._make()
         self.sessions.clear()  # their policies compute with the network that is stuck
         return policy
+
+
+def _described(entries: Mapping[str, Entry]) -> dict[str, Any]:
+    return {name: entry.describe() for name, entry in entries.items()}

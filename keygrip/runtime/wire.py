@@ -1,5 +1,7 @@
 """The messages between a robot and the policy server: named arrays in the safetensors format.
 
+A robot that executes a plan may send it along, for a policy that continues it (real-time chunking).
+
 The format is a JSON header with names, types and shapes, then the raw bytes: reading it runs no code, and its lengths
 are checked before anything is allocated. A sentence travels as its UTF-8 bytes. Every array of an observation is
 checked for type, shape and sense before a policy sees it.
@@ -19,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from keygrip.models.policy import Needs, Observation, Plan, views_of
+from keygrip.models.policy import Needs, Observation, Plan, UnderWay, views_of
 
 CONTENT_TYPE = "application/octet-stream"
 SESSION_HEADER = "Keygrip-Session"
@@ -29,6 +31,13 @@ LONGEST_HEADER = 16384  # bytes of names, types and shapes: sixty cameras
 LONGEST_NAME = 128  # characters of an array's name that a refusal repeats
 FARTHEST_CAMERA_M = 100.0  # from the world's origin
 FOCAL_LENGTHS = (1.0, 1e6)  # pixels
+LONGEST_PLAN = 1000  # steps of a plan under way
+WIDEST_STEP = 64  # joints, or inputs of a controller, of one step of it
+LARGEST_INPUT = 1e6  # of those
+OLDEST_PLAN_S = 600.0  # a plan under way whose observation is older is of another clock
+EARLIEST_S = 1.0  # by which an observation may precede it: cameras are older than the plan's arrival
+LONGEST_DELAY_S = 60.0
+UNDER_WAY = "executing/"  # what the arrays of a plan under way begin with
 OF_SOME = ("uncertainty", "joints", "controller")  # parts of a plan that some policies give
 VIEW = ("image", "intrinsics", "world_to_camera")
 SLACK = 0.02  # tolerance for unit quaternions and rotation matrices after float32 and JSON
@@ -76,11 +85,30 @@ def entries_of(needs: Needs) -> dict[str, Entry]:
     return entries
 
 
-def encode_observation(observation: Observation, needs: Needs) -> bytes:
+def under_way_entries(needs: Needs) -> dict[str, Entry]:
+    """The arrays that tell a policy which plan is under way: all of them, but for joints and a controller's inputs, or
+    none."""
+    arms, number = len(needs.arms), Entry("float", ())
+    arrays = {
+        "position": Entry("float", (arms, "T", 3)),
+        "quaternion": Entry("float", (arms, "T", 4)),
+        "gripper": Entry("float", (arms, "T")),
+        "joints": Entry("float", (arms, "T", "J"), optional=True),
+        "controller": Entry("float", (arms, "T", "D"), optional=True),
+        "step_seconds": number,
+        "time_s": number,
+    }
+    return {"time_s": number, "delay_s": number} | {f"{UNDER_WAY}{name}": entry for name, entry in arrays.items()}
+
+
+def encode_observation(observation: Observation, needs: Needs, under_way: UnderWay | None = None) -> bytes:
     """The parts of an observation that a policy reads, as the body of a request.
 
+    Args:
+        under_way: the plan to be continued; the observation then has its `time_s`.
+
     Raises:
-        ValueError: the observation lacks one of them.
+        ValueError: the observation lacks one of them, or the plan under way its time.
     """
     arrays: dict[str, np.ndarray] = {}
     if needs.cameras:
@@ -97,7 +125,19 @@ def encode_observation(observation: Observation, needs: Needs) -> bytes:
     arrays |= {name: np.asarray(observation[name]) for name in names}
     if needs.instruction:
         arrays["instruction"] = np.frombuffer(str(observation["instruction"]).encode(), np.uint8)
+    if under_way is not None:
+        arrays |= _arrays_under_way(observation, under_way)
     return _save(arrays)
+
+
+def _arrays_under_way(observation: Observation, under_way: UnderWay) -> dict[str, np.ndarray]:
+    plan = under_way.plan
+    if plan.time_s is None or "time_s" not in observation:
+        raise ValueError("a plan is continued by its time: the observation and the plan need time_s")
+    names = ("position", "quaternion", "gripper", "step_seconds", "time_s", "joints", "controller")
+    parts = {f"{UNDER_WAY}{name}": value for name in names if (value := getattr(plan, name)) is not None}
+    parts |= {"time_s": observation["time_s"], "delay_s": under_way.delay_s}
+    return {name: np.asarray(value, np.float64) for name, value in parts.items()}
 
 
 def _view_parts(needs: Needs) -> tuple[str, ...]:
@@ -105,14 +145,58 @@ def _view_parts(needs: Needs) -> tuple[str, ...]:
     return VIEW if needs.calibration else VIEW[:1]
 
 
-def decode_observation(body: bytes, needs: Needs) -> dict[str, Any]:
-    """The inverse of `encode_observation`, for untrusted input.
+def decode_request(body: bytes, needs: Needs, continues: bool = False) -> tuple[dict[str, Any], UnderWay | None]:
+    """The inverse of `encode_observation`, for untrusted input: an observation, and the plan under way if there is one.
+
+    Args:
+        continues: whether the policy can continue a plan.
 
     Raises:
-        WireError: not in the format; an array is missing, unknown, of another type or shape, or makes no sense.
+        WireError: not in the format; an array is missing, unknown, of another type or shape, or makes no sense; a plan
+            under way for a policy that does not continue it.
     """
-    _refuse_unknown(_names(body), entries_of(needs))
-    return checked_observation(_load(body), needs)
+    names, further = _names(body), under_way_entries(needs)
+    given = [name for name in names if name in further]
+    if given and not continues:
+        raise WireError(f"{given[0]!r} is of a plan under way, which this policy does not continue: leave it out")
+    _refuse_unknown(names, entries_of(needs) | (further if continues else {}))
+    arrays = _load(body)
+    observation = checked_observation({name: array for name, array in arrays.items() if name not in further}, needs)
+    if not given:
+        return observation, None
+    time_s, under_way = _checked_under_way(arrays, further)
+    return observation | {"time_s": time_s}, under_way
+
+
+def _checked_under_way(arrays: Mapping[str, np.ndarray], entries: Mapping[str, Entry]) -> tuple[float, UnderWay]:
+    """The observation's time, and the plan under way. Raises WireError as `decode_request`."""
+    absent = [name for name, entry in entries.items() if name not in arrays and not entry.optional]
+    if absent:
+        raise WireError(f"a plan under way lacks {absent[0]!r}: {entries[absent[0]].describe()}")
+    found = {name: _checked(name, arrays[name], entry) for name, entry in entries.items() if name in arrays}
+    part = {name.removeprefix(UNDER_WAY): value for name, value in found.items() if name.startswith(UNDER_WAY)}
+    steps = part["gripper"].shape[1]
+    if not 1 <= steps <= LONGEST_PLAN:
+        raise WireError(f"'{UNDER_WAY}gripper' has {steps} steps, outside 1 to {LONGEST_PLAN}")
+    for name, value in part.items():
+        if value.ndim > 1 and value.shape[1] != steps:
+            raise WireError(f"'{UNDER_WAY}{name}' has {value.shape[1]} steps, '{UNDER_WAY}gripper' {steps}")
+    time_s, planned_s = float(found["time_s"]), float(part["time_s"])
+    if not -EARLIEST_S <= time_s - planned_s <= OLDEST_PLAN_S:
+        raise WireError(
+            f"the observation was taken {time_s - planned_s:.4g} s after that of the plan under way, outside "
+            f"{-EARLIEST_S:g} to {OLDEST_PLAN_S:g}: 'time_s' and '{UNDER_WAY}time_s' are seconds of one clock"
+        )
+    plan = Plan(
+        position=part["position"],
+        quaternion=part["quaternion"],
+        gripper=part["gripper"],
+        step_seconds=float(part["step_seconds"]),
+        time_s=planned_s,
+        joints=part.get("joints"),
+        controller=part.get("controller"),
+    )
+    return time_s, UnderWay(plan, float(found["delay_s"]))
 
 
 def checked_observation(arrays: Mapping[str, np.ndarray], needs: Needs) -> dict[str, Any]:
@@ -237,7 +321,7 @@ def _checked(name: str, value: np.ndarray, entry: Entry) -> np.ndarray:
         isinstance(wanted, str) or wanted == given for wanted, given in zip(entry.shape, value.shape, strict=True)
     )
     if not fits:
-        wanted = " x ".join(str(size) for size in entry.shape)
+        wanted = " x ".join(map(str, entry.shape)) or "a single number"
         raise WireError(f"{name!r} must be {wanted}, not {' x '.join(map(str, given)) or 'a single number'}")
     if entry.kind == "float":
         value = value.astype(np.float64)
@@ -272,6 +356,15 @@ def _nonsense(kind: str, value: np.ndarray) -> str | None:
         return "is no unit quaternion (w x y z)"
     if kind == "gripper" and ((value < -0.1) | (value > 1.1)).any():
         return "must lie in 0 (closed) to 1 (open)"
+    if kind in ("joints", "controller"):
+        if not 1 <= value.shape[-1] <= WIDEST_STEP:
+            return f"has {value.shape[-1]} numbers a step, outside 1 to {WIDEST_STEP}"
+        if np.abs(value).max(initial=0) > LARGEST_INPUT:
+            return f"holds numbers above {LARGEST_INPUT:g}"
+    if kind == "step_seconds" and not value > 0:
+        return "must be above 0 seconds"
+    if kind == "delay_s" and not 0 <= value <= LONGEST_DELAY_S:
+        return f"must lie in 0 to {LONGEST_DELAY_S:g} seconds"
     if kind == "instruction" and not 1 <= len(value) <= LONGEST_INSTRUCTION:
         return f"must have 1 to {LONGEST_INSTRUCTION} bytes, not {len(value)}"
     return None

@@ -92,7 +92,7 @@ class Running:
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(host,))
         self._thread.start()
-        assert self._ready.wait(20)
+        assert self._ready.wait(120)
         if self._error is not None:
             self._thread.join()
             raise self._error
@@ -127,7 +127,7 @@ class Running:
         if not self._thread.is_alive():
             return
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(20)
+        self._thread.join(120)
         assert not self._thread.is_alive()
 
 

@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load, save
 
 from keygrip.models.policy import Needs, Plan
-from keygrip.runtime.wire import WireError, decode_observation, decode_plan, encode_observation, encode_plan
+from keygrip.runtime.wire import WireError, decode_plan, decode_request, encode_observation, encode_plan
 
 Observe = Callable[..., dict[str, Any]]
 
@@ -34,7 +34,8 @@ def changed(body: bytes, **changes: np.ndarray | None) -> bytes:
 
 def test_an_observation_arrives_as_it_was(observation: Observe, needs: Needs) -> None:
     sent = observation()
-    seen = decode_observation(encode_observation(sent, needs), needs)
+    seen, under_way = decode_request(encode_observation(sent, needs), needs)
+    assert under_way is None
     assert set(seen) == {"cameras", "position", "quaternion", "gripper", "instruction"}  # joints stay at home
     assert list(seen["cameras"]) == ["over", "front"]
     for camera, view in seen["cameras"].items():
@@ -48,14 +49,14 @@ def test_an_observation_arrives_as_it_was(observation: Observe, needs: Needs) ->
 def test_a_policy_of_one_camera_is_sent_one_picture(observation: Observe) -> None:
     needs = Needs(arms=("left", "right"))
     two = {"position": np.zeros((2, 3)), "quaternion": np.tile([1.0, 0, 0, 0], (2, 1)), "gripper": np.ones(2)}
-    seen = decode_observation(encode_observation(observation(**two), needs), needs)
+    seen, _ = decode_request(encode_observation(observation(**two), needs), needs)
     assert set(seen) == {"image", "intrinsics", "world_to_camera", "position", "quaternion", "gripper"}
     assert seen["position"].shape == (2, 3)
 
 
 def test_single_precision_is_taken(observation: Observe, needs: Needs) -> None:
     body = changed(encode_observation(observation(), needs), position=np.array([0.25, 0, 0.5], np.float32))
-    np.testing.assert_array_equal(decode_observation(body, needs)["position"], [[0.25, 0, 0.5]])
+    np.testing.assert_array_equal(decode_request(body, needs)[0]["position"], [[0.25, 0, 0.5]])
 
 
 def test_what_the_robot_lacks_is_said_before_anything_is_sent(observation: Observe, needs: Needs) -> None:
@@ -105,7 +106,7 @@ def test_what_makes_no_sense_is_named(
     observation: Observe, needs: Needs, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(WireError, match=message):
-        decode_observation(changed(encode_observation(observation(), needs), **changes), needs)
+        decode_request(changed(encode_observation(observation(), needs), **changes), needs)
 
 
 def with_header(header: dict[str, Any], data: bytes) -> bytes:
@@ -145,7 +146,7 @@ class Exploding:
 )  # fmt: skip
 def test_what_is_not_in_the_format_is_refused(body: bytes, needs: Needs) -> None:
     with pytest.raises(WireError):
-        decode_observation(body, needs)
+        decode_request(body, needs)
 
 
 @pytest.mark.parametrize("uncertainty", [None, np.full((2, 5), 0.25)])

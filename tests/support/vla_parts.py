@@ -147,19 +147,27 @@ def ready_module(folder: Path, **changes: object) -> GeometryVLAModule:
     return module
 
 
-def write_demos(root: Path, count: int = 3, frames: int = 6, size: int = 40) -> Path:
-    """Folders of two cameras with depth: the gripper moves along x."""
+def write_demos(
+    root: Path,
+    count: int = 3,
+    frames: int = 6,
+    size: int = 40,
+    robot: str = "yam",
+    begin: Sequence[float] = (0.2, 0.0, 0.1),
+    step_m: float = 0.01,
+) -> Path:
+    """Folders of two cameras with depth: the gripper moves along x and z from `begin`, by `step_m` a frame."""
     generator = np.random.default_rng(0)
     world_to_camera = np.diag([1.0, -1.0, -1.0, 1.0])
     world_to_camera[2, 3] = 1.0
     camera = CameraPose(np.array([[40.0, 0, size / 2], [0, 40.0, size / 2], [0, 0, 1]]), world_to_camera)
     for number in range(count):
         instruction = INSTRUCTIONS[number % len(INSTRUCTIONS)]
-        with DemoWriter(root / f"demo_{number}", "yam", "named_place", instruction, fps=10.0) as writer:
+        with DemoWriter(root / f"demo_{number}", robot, "named_place", instruction, fps=10.0) as writer:
             for frame in range(frames):
                 pose, following = (
                     ArmPose(
-                        np.array([0.2 + 0.01 * at, 0.05 * number, 0.1 + 0.01 * at]),
+                        np.array(begin) + step_m * np.array([at, 5 * number, at]),
                         np.array([0.0, 1.0, 0, 0]),
                         1 - at / 9,
                     )

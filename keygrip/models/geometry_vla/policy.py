@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 MOVED_M = 1e-6
+ROUNDING_S = 1e-6
 
 
 @dataclass(frozen=True)
@@ -140,12 +141,19 @@ class GeometryVLAPolicy:
             delay_s: until the new plan arrives; so long the one under way is executed in any case.
 
         Raises:
-            ValueError: a camera or the instruction is missing, or the time of the observation or the plan is missing.
+            ValueError: a camera or the instruction is missing, or the time of the observation or the plan is missing;
+                the plan is not one of this policy's: it has other steps, joints or inputs.
         """
         if executing.time_s is None or "time_s" not in observation:
             raise ValueError("a plan is continued by its time: the observation and the plan need time_s")
-        module, seen = self.module, self._seen([observation], [self])
+        module = self.module
         dt, horizon = module.statistics.step_seconds, module.network.head.horizon
+        if abs(executing.step_seconds - dt) > ROUNDING_S:
+            raise ValueError(
+                f"the plan under way has steps of {executing.step_seconds:g} s, those of this policy are {dt:g} s: it "
+                "continues its own plans"
+            )
+        seen = self._seen([observation], [self])
         # where the steps of the new plan lie in the one under way, in its steps, counted from 0
         places = (float(observation["time_s"]) - executing.time_s + dt * np.arange(1, horizon + 1)) / dt - 1
         steps = executing.gripper.shape[1]
@@ -176,6 +184,12 @@ class GeometryVLAPolicy:
             own = getattr(executing, name)
             if own is None:
                 return None
+            width = actions.columns - (actions.kind == "joint")  # the opening is no joint
+            if own.shape[-1] != width:
+                raise ValueError(
+                    f"the plan under way has {own.shape[-1]} {name} a step, those of this policy have {width}: it "
+                    "continues its own plans"
+                )
             numbers = between(own)
             if actions.kind == "joint":
                 numbers = torch.cat([numbers, opening], dim=-1)

@@ -14,7 +14,12 @@ from vla_parts import CAMERAS, INSTRUCTIONS, ready_module, small_batch, write_de
 from keygrip import train
 from keygrip.config import compose
 from keygrip.data.batches import MultiViewPolicyBatch
+from keygrip.data.robot.datamodule import split_demos
+from keygrip.data.robot.native import read_native
+from keygrip.models.geometry_vla.actions import LEAST_RANGE
 from keygrip.models.geometry_vla.module import GeometryVLAModule
+from keygrip.models.geometry_vla.network import ActionSampling, Scene
+from keygrip.models.geometry_vla.policy import GeometryVLAPolicy
 from keygrip.training.checkpoints import load_module, read_checkpoint
 
 SMALL = [
@@ -59,6 +64,22 @@ SMALL = [
 ]
 
 
+OBSERVATION: dict[str, Any] = {
+    "cameras": {
+        name: {
+            "image": np.full((40, 40, 3), 90, dtype=np.uint8),
+            "intrinsics": np.array([[40.0, 0, 20], [0, 40.0, 20], [0, 0, 1]]),
+            "world_to_camera": np.eye(4),
+        }
+        for name in CAMERAS
+    },
+    "instruction": INSTRUCTIONS[0],
+    "position": np.array([0.2, 0.0, 0.1]),
+    "quaternion": np.array([0.0, 1.0, 0.0, 0.0]),
+    "gripper": 1.0,
+}
+
+
 @pytest.fixture
 def overrides(tmp_path: Path) -> Callable[..., list[str]]:
     root = write_demos(tmp_path / "demos")
@@ -84,24 +105,82 @@ def test_train_resume_load_and_plan(overrides: Callable[..., list[str]], tmp_pat
     loaded = load_module(tmp_path / "whole", expected=GeometryVLAModule)
     assert isinstance(loaded, GeometryVLAModule)
     assert loaded.views == CAMERAS
-    seen = {
-        "cameras": {
-            name: {
-                "image": np.full((40, 40, 3), 90, dtype=np.uint8),
-                "intrinsics": np.array([[40.0, 0, 20], [0, 40.0, 20], [0, 0, 1]]),
-                "world_to_camera": np.eye(4),
-            }
-            for name in CAMERAS
-        },
-        "instruction": INSTRUCTIONS[0],
-        "position": np.array([0.2, 0.0, 0.1]),
-        "quaternion": np.array([0.0, 1.0, 0.0, 0.0]),
-        "gripper": 1.0,
-    }
-    plan = loaded.policy().plan(seen)
+    plan = loaded.policy().plan(OBSERVATION)
     assert plan.position.shape == (1, 4, 3)
     assert np.isfinite(plan.position).all()
     assert loaded.evaluation_kind == "policy"
+
+
+ROBOTS = {"yam": {"begin": (0.2, 0.0, 0.1), "step_m": 0.01}, "panda": {"begin": (0.7, -0.4, 0.5), "step_m": 0.06}}
+
+
+def own_ranges(folders: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+    """``[2, 3]`` each, of some recordings: the middle 98 % of the positions of all four-step targets that lie before
+    the end, and the box of everything reached and commanded."""
+    targets, everything = [], []
+    for folder in folders:
+        arm = read_native(folder).arms["right"]
+        assert arm.commanded is not None
+        last = len(arm) - 1
+        targets += [arm.commanded.position[frame : min(frame + 4, last)] for frame in range(last)]
+        everything += [arm.position, arm.commanded.position]
+    boxed = np.concatenate(everything)
+    middle = np.quantile(np.concatenate(targets), [0.01, 0.99], axis=0)
+    return middle, np.stack([boxed.min(axis=0), boxed.max(axis=0)])
+
+
+def test_a_mixture_of_robots_is_normalised_by_each_ones_own_recordings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roots = {name: write_demos(tmp_path / name, robot=name, **options) for name, options in ROBOTS.items()}  # type: ignore[arg-type]
+
+    def overrides(name: str, *more: str) -> list[str]:
+        mixture = f"data.root=[{','.join(map(str, roots.values()))}]"
+        robots = f"model.actions.embodiments=[{','.join(ROBOTS)}]"
+        return [*SMALL, mixture, robots, f"run_dir={tmp_path / name}", "optimizer.schedule=constant", *more]
+
+    metrics = train.run(compose("train", overrides("straight")))
+    assert np.isfinite(metrics["train/loss"])
+    train.run(compose("train", overrides("parts", "max_steps=2")))
+    train.run(compose("train", overrides("parts", "resume=true")))
+    resumed, straight = (read_checkpoint(tmp_path / name)["state_dict"] for name in ("parts", "straight"))
+    assert resumed.keys() == straight.keys()
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+    names = sorted(f"{name}/{folder.name}" for name, root in roots.items() for folder in root.glob("demo_*"))
+    chosen, _ = split_demos(names, 0.3, compose("train", overrides("straight")).data.split_seed)
+    module = load_module(tmp_path / "straight", expected=GeometryVLAModule)
+    assert isinstance(module, GeometryVLAModule)
+    sampled: list[tuple[np.ndarray, np.ndarray]] = []  # the head's actions and state, as it has them
+    whole = module.network.sample
+
+    def seen(scene: Scene, noise: torch.Tensor, state: torch.Tensor, sampling: ActionSampling) -> torch.Tensor:
+        actions = whole(scene, noise, state, sampling)
+        sampled.append((actions[0].numpy(), state[0].numpy()))
+        return actions
+
+    monkeypatch.setattr(module.network, "sample", seen)
+    plans = []
+    for number, (name, options) in enumerate(ROBOTS.items()):
+        bounds, box = own_ranges([tmp_path / names[index] for index in chosen if names[index].startswith(name)])
+        middle, half = bounds.mean(axis=0), np.maximum(np.ptp(bounds, axis=0) / 2, LEAST_RANGE)
+        policy = GeometryVLAPolicy(module, embodiment=name)
+        np.testing.assert_allclose(policy.workspace, box, atol=1e-6)
+        start = np.array(options["begin"])
+        plan = policy.plan(OBSERVATION | {"position": start})
+        actions, state = sampled[-1]
+        expected = middle + half * actions[:, :3]
+        np.testing.assert_allclose(
+            plan.position[0], expected.clip(box[0] - policy.margin_m, box[1] + policy.margin_m), atol=1e-5
+        )
+        assert (np.abs(plan.position[0] - expected) < 1e-5).any(), "else nothing but the box is compared"
+        low, high = module.actions.state_low, module.actions.state_high
+        np.testing.assert_allclose(
+            state[:3], 2 * (start - low[number, :3].numpy()) / (high - low)[number, :3].numpy() - 1, atol=1e-5
+        )
+        assert np.abs(state[:3]).max() < 1.5, "its own beginning lies in its own range"
+        plans.append(plan)
+    assert (plans[1].position.min(axis=1) > plans[0].position.max(axis=1))[..., [0, 2]].all()
 
 
 def test_a_dry_run_is_of_one_process_of_several(
