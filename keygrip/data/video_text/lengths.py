@@ -24,16 +24,17 @@ FIRST_ANSWER = "first_answer"  # column; see `keygrip.data.video_text.conversati
 class TextLengths(Protocol):
     """What the texts of a source take of the language model: estimated (`TokenLengths`), or counted
     (`keygrip.data.video_text.exact_lengths.ExactLengths`). Samples are numbers in a shard set, `chosen` int64 [n].
-
-    Attributes:
-        tokens_per_frame: visual tokens of an image. max_tokens: where texts are cut; None: nowhere.
     """
 
     @property
-    def tokens_per_frame(self) -> int: ...
+    def tokens_per_frame(self) -> int:
+        """Visual tokens of an image."""
+        ...
 
     @property
-    def max_tokens(self) -> int | None: ...
+    def max_tokens(self) -> int | None:
+        """Where texts are cut; None: nowhere."""
+        ...
 
     def tokens(self, shards: ShardSet, chosen: np.ndarray, most: bool = False) -> np.ndarray:
         """Tokens of each sample's longest row without its frames, float [n]; `most`: what nearly all stay below."""
