@@ -241,10 +241,9 @@ class ChunkExecution:
                 self._previous = None
         if self.grip_below is not None and self.release_above is not None:
             gripper = pose[:, 7]
-            self._gripper = np.where(
+            pose[:, 7] = np.where(
                 gripper < self.grip_below, 0.0, np.where(gripper > self.release_above, 1.0, self._gripper)
             )
-            pose[:, 7] = self._gripper
         self._gripper = pose[:, 7].copy()
         return pose
 
