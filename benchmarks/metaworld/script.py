@@ -80,6 +80,8 @@ def main() -> None:
     )
     parser.add_argument("--worker", action="store_true", help="run one task here and print its episodes")
     arguments = parser.parse_args()
+    if any(arguments.shift) and not arguments.period:
+        parser.error("--shift moves the positions that --period follows: give both")
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.episodes)
     if arguments.worker:
         print(json.dumps(episodes_of(arguments.tasks, seeds, arguments.period, arguments.shift)))
