@@ -160,7 +160,7 @@ def handover_phases(layout: HandoverLayout, rng: np.random.Generator) -> list[Ha
     then(1.4 * pace)
     right = np.array([*near, low])
     then(0.9 * pace)
-    then(SETTLE_S)  # a policy whose gripper closes a plan's step too early must not grip above the bar's middle
+    then(SETTLE_S)  # as the left hand below; policies trained without this pause succeed as often
     grips["right"] = CLOSED
     then(CLOSING_S)
     right = np.array([*near, height])
