@@ -66,33 +66,36 @@ class VLAParams:
 class VLAChunk(Timed):
     """Time from an observation to an action chunk, and of the three parts that it is made of. Weights are random.
 
-    Args (beside those of `Timed`, whose repetitions are chunks):
-        overrides: of ``keygrip.train``, which say what policy. warm_up: chunks before those.
+    Args (beside those of `Timed`, whose repetitions are chunks of each policy):
+        policies: overrides of ``keygrip.train`` by name, which say what policies; they are timed in turns.
+        warm_up: chunks before those.
     """
 
-    overrides: Sequence[str]
+    policies: Mapping[str, Sequence[str]]
     warm_up: int
 
     def run(self, quick: bool) -> dict[str, float]:
-        """`vlm_ms`, `geometry_ms` (with its compressors), `head_ms` (all steps of the sampler), `p50_ms` and `p95_ms`
-        of the whole, on the GPU where there is one."""
-        config = compose("train", self.overrides)
+        """Of each policy `vlm_ms`, `geometry_ms` (with its compressors), `head_ms` (all steps of the sampler), `p50_ms`
+        and `p95_ms` of the whole, and its images' side in pixels, on the GPU where there is one."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        module = untrained(config).to(device)
         repetitions, limit_s = self.effort(quick)
-        policy, seen = module.policy(), observation(module, config.data.image_size)
-        parts = _Parts(module, device, config.data.image_size)
-        sides: dict[str, Work] = {
-            "": partial(policy.plan, seen),
-            "vlm_": parts.vlm,
-            "geometry_": parts.geometry,
-            "head_": parts.head,
-        }
-        if module.network.geometry is None:
-            del sides["geometry_"]
+        sides: dict[str, Work] = {}
+        figures: dict[str, float] = {}
+        for name, overrides in self.policies.items():
+            config = compose("train", overrides)
+            module, size = untrained(config).to(device), config.data.image_size
+            parts = _Parts(module, device, size)
+            sides[name] = partial(module.policy().plan, observation(module, size))
+            sides |= {f"{name}_vlm": parts.vlm, f"{name}_head": parts.head}
+            if module.network.geometry is not None:
+                sides[f"{name}_geometry"] = parts.geometry
+            figures[f"{name}_px"] = size
         seconds = interleaved_seconds(sides, repetitions, device, limit_s, self.warm_up)
-        figures = {f"{name}ms": milliseconds(values) for name, values in seconds.items() if name}
-        figures |= {f"p{percentile}_ms": milliseconds(seconds[""], percentile) for percentile in (50, 95)}
+        for side, values in seconds.items():
+            if side in self.policies:
+                figures |= {f"{side}_p{percentile}_ms": milliseconds(values, percentile) for percentile in (50, 95)}
+            else:
+                figures[f"{side}_ms"] = milliseconds(values)
         return figures | {"threads": torch.get_num_threads()}
 
 

@@ -24,7 +24,9 @@ def test_parameters_are_the_published_ones() -> None:
 def test_parts_of_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = compose("bench").cases.vla_chunk
     limits = {"repetitions": 3, "quick_repetitions": 3, "warm_up": 1, "limit_s": 5.0, "quick_limit_s": 5.0}
-    assert set(config) == {"_target_", "overrides", *limits}
+    assert set(config) == {"_target_", "policies", *limits}
+    sizes = {name: compose("train", overrides).data.image_size for name, overrides in config.policies.items()}
+    assert sizes == {"recipe": 128, "large_images": 192}
     made = []
 
     def small(_: object) -> object:
@@ -32,11 +34,13 @@ def test_parts_of_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         return made[-1]
 
     monkeypatch.setattr(geometry_vla, "untrained", small)
-    case = VLAChunk([*config.overrides, "backbone.image_size=32"], **limits)
-    figures = case.run(quick=True)
-    assert figures.keys() == {"vlm_ms", "geometry_ms", "head_ms", "p50_ms", "p95_ms", "threads"}
-    assert 0 < figures["p50_ms"] <= figures["p95_ms"]
-    assert "geometry_ms" not in case.run(quick=True)
+    small_images = ["model=geometry_vla", "data=yam_language", "backbone.image_size=32"]
+    figures = VLAChunk({"injected": small_images, "without": small_images}, **limits).run(quick=True)
+    measured = {"px", "vlm_ms", "head_ms", "p50_ms", "p95_ms"}
+    expected = {f"{name}_{what}" for name in ("injected", "without") for what in measured}
+    assert figures.keys() == expected | {"injected_geometry_ms", "threads"}
+    assert figures["injected_px"] == 32
+    assert 0 < figures["injected_p50_ms"] <= figures["injected_p95_ms"]
 
 
 def test_parts_of_a_chunk_with_geometry_at_the_pointed_places_alone(
@@ -46,8 +50,8 @@ def test_parts_of_a_chunk_with_geometry_at_the_pointed_places_alone(
     assert pointed.network.compressor is None
     monkeypatch.setattr(geometry_vla, "untrained", lambda config: pointed)
     limits = {"repetitions": 2, "quick_repetitions": 2, "warm_up": 1, "limit_s": 5.0, "quick_limit_s": 5.0}
-    case = VLAChunk(["model=geometry_vla", "data=yam_language", "backbone.image_size=32"], **limits)
-    assert case.run(quick=True)["geometry_ms"] > 0
+    case = VLAChunk({"pointed": ["model=geometry_vla", "data=yam_language", "backbone.image_size=32"]}, **limits)
+    assert case.run(quick=True)["pointed_geometry_ms"] > 0
 
 
 @pytest.mark.slow
