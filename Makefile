@@ -112,7 +112,7 @@ $(LEROBOT)/.installed: constraints-lerobot.txt pyproject.toml plugins/lerobot_po
 	@test -x $(LEROBOT)/bin/python || $(PYTHON311) -m venv $(LEROBOT)
 	@echo "installing lerobot and its packages (7 GB with torch; minutes)"
 	$(LEROBOT)/bin/python -m pip install --disable-pip-version-check --progress-bar off -q -c constraints-lerobot.txt \
-		lerobot==0.4.4 pytest -e '.[serve]' -e plugins/lerobot_policy_keygrip
+		'lerobot[smolvla]==0.4.4' pytest -e '.[serve]' -e plugins/lerobot_policy_keygrip
 	@touch $@
 
 lerobot: $(LEROBOT)/.installed gl ## LeRobot in .venv-lerobot, and the tests of our data sets and policies inside it

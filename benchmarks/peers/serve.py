@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+from lerobot.processor import TokenizerProcessorStep
 
 from keygrip.data.robot.lerobot_export.layout import IMAGES
 from keygrip.models.policy import Needs, Observation, Plan, views_of
@@ -42,7 +43,8 @@ class PeerPolicy:
         )
         self.name, self.hz = config.type, hz
         cameras = tuple(key.removeprefix(IMAGES) for key in config.image_features)
-        self.needs = Needs(arms=arms, cameras=cameras)
+        reads = any(isinstance(step, TokenizerProcessorStep) for step in self.before.steps)
+        self.needs = Needs(arms=arms, cameras=cameras, instruction=reads, calibration=False)
         self.reset(0)
 
     def reset(self, seed: int) -> None:

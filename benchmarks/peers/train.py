@@ -3,6 +3,7 @@
 Runs in LeRobot's environment: ``.venv-lerobot/bin/python benchmarks/peers/train.py --dataset SET --policy act --minutes
 16 --output runs/act``; arguments that it does not know go to lerobot-train (``--policy.chunk_size=20``). A probe of a
 few steps measures the time of a step; the number of steps, which shapes the learning-rate schedule, follows from it.
+SmolVLA's configuration and tokenizer are written to ``OUTPUT-vlm`` first, where the checkpoint looks for them later.
 Prints one line of JSON last.
 """
 
@@ -18,10 +19,17 @@ import tempfile
 import time
 from pathlib import Path
 
+from smolvla import SIZES, instructions_of, write_vlm
+
 POLICIES = {
     "act": ["--policy.pretrained_backbone_weights=null"],  # random weights, as ours
     "diffusion": [],
-}
+    # random weights, as ours: all of them are trained
+    "smolvla": [
+        "--policy.load_vlm_weights=false", "--policy.train_expert_only=false", "--policy.freeze_vision_encoder=false",
+    ],
+}  # fmt: skip
+VLM = "--policy.vlm_model_name"
 TIMES = re.compile(r"updt_s:([\d.]+) data_s:([\d.]+)")
 
 
@@ -58,12 +66,22 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="LeRobot's default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--probe-steps", type=int, default=10)
+    parser.add_argument("--vlm-size", choices=sorted(SIZES), help="of smolvla; small where nothing else is said")
     arguments, more = parser.parse_known_args()
-    common = (arguments.batch_size, arguments.seed, more)
-    with tempfile.TemporaryDirectory() as folder:
+    makes_vlm = arguments.policy == "smolvla" and not any(each.split("=")[0] == VLM for each in more)
+    if arguments.vlm_size is not None and not makes_vlm:
+        parser.error(f"--vlm-size has an effect only with --policy smolvla and without {VLM}")
+    vlm_size = (arguments.vlm_size or "small") if makes_vlm else None
+    vlm = []
+    if vlm_size is not None:
+        folder = arguments.output.absolute().with_name(f"{arguments.output.name}-vlm")
+        write_vlm(folder, SIZES[vlm_size], instructions_of(arguments.dataset))
+        vlm, more = [f"{VLM}={folder}"], [*SIZES[vlm_size].arguments, *more]
+    common = (arguments.batch_size, arguments.seed, [*vlm, *more])
+    with tempfile.TemporaryDirectory() as temporary:
         half = max(1, arguments.probe_steps // 2)
         log = lerobot_train(
-            arguments.dataset, arguments.policy, Path(folder) / "probe", arguments.probe_steps, half, *common
+            arguments.dataset, arguments.policy, Path(temporary) / "probe", arguments.probe_steps, half, *common
         )
     update, data = map(float, TIMES.findall(log)[-1])
     step_s = max(update, 1e-3) + data
@@ -75,6 +93,7 @@ def main() -> None:
     losses = re.findall(r"loss:([\d.]+)", log)
     report = {
         "policy": arguments.policy,
+        "vlm_size": vlm_size,
         "steps": steps,
         "batch_size": arguments.batch_size,
         "seed": arguments.seed,

@@ -1,8 +1,12 @@
-"""LeRobot's own policies behind keygrip's protocol (benchmarks/peers/serve.py)."""
+"""LeRobot's own policies behind keygrip's protocol (benchmarks/peers)."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +15,15 @@ import pytest
 import torch
 
 from keygrip.data.robot.discovery import find_demos
+from keygrip.runtime.client import RemotePolicy
 
 pytestmark = pytest.mark.lerobot
-SERVE = Path(__file__).resolve().parents[2] / "benchmarks" / "peers" / "serve.py"
+PEERS = Path(__file__).resolve().parents[2] / "benchmarks" / "peers"
 
 
 @pytest.fixture(scope="module")
 def peers() -> Any:
-    spec = importlib.util.spec_from_file_location("peers_serve", SERVE)
+    spec = importlib.util.spec_from_file_location("peers_serve", PEERS / "serve.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -73,3 +78,102 @@ def test_a_served_peer_acts_as_lerobot_does(made: Any, peers: Any, tmp_path: Pat
         np.testing.assert_allclose(plan.position[0, 0], action[:3], atol=1e-4)
         np.testing.assert_allclose(plan.quaternion[0, 0], action[3:7] / np.linalg.norm(action[3:7]), atol=1e-4)
         np.testing.assert_allclose(plan.gripper[0, 0], np.clip(action[7], 0, 1), atol=1e-4)
+
+
+def test_the_published_size_has_the_published_number_of_parameters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoConfig, AutoProcessor, AutoTokenizer, SmolVLMForConditionalGeneration
+
+    monkeypatch.syspath_prepend(str(PEERS))
+    made = importlib.import_module("smolvla")
+    made.write_vlm(tmp_path / "vlm", made.SIZES["500m"], ["open the drawer", "push the puck"])
+    with torch.device("meta"):
+        vlm = SmolVLMForConditionalGeneration(AutoConfig.from_pretrained(tmp_path / "vlm"))
+    assert sum(value.numel() for value in vlm.parameters()) == 507_482_304
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "vlm")
+    assert tokenizer.decode(tokenizer("push the drawer\n")["input_ids"]) == "push the drawer\n"
+    assert len(tokenizer("push the puck")["input_ids"]) == 3  # trained on these words
+    processor = AutoProcessor.from_pretrained(tmp_path / "vlm")
+    assert processor.image_seq_len == 64
+    assert processor.tokenizer.fake_image_token_id != processor.tokenizer.global_image_token_id
+
+
+@pytest.fixture(scope="module")
+def smolvla(made: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps of the small SmolVLA, by train.py, with a checkpoint after each."""
+    run = tmp_path_factory.mktemp("smolvla") / "run"
+    finished = subprocess.run(
+        [
+            sys.executable, str(PEERS / "train.py"), "--dataset", str(made.dataset), "--policy", "smolvla", "--minutes",
+            "0.01", "--output", str(run), "--batch-size", "2", "--probe-steps", "1", "--policy.chunk_size=4",
+            "--policy.n_action_steps=1", "--steps=3", "--save_freq=1",
+        ],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    report = json.loads(finished.stdout.splitlines()[-1])
+    assert (report["policy"], report["vlm_size"]) == ("smolvla", "small")
+    return run
+
+
+def test_smolvla_starts_random_and_trains_all_of_its_parts(smolvla: Path) -> None:
+    from safetensors.torch import load_file
+
+    first, last = (
+        load_file(smolvla / "checkpoints" / name / "pretrained_model" / "model.safetensors")
+        for name in ("000001", "last")
+    )
+    config = json.loads((smolvla / "checkpoints" / "last" / "pretrained_model" / "config.json").read_text())
+    assert (config["load_vlm_weights"], config["attention_mode"], config["expert_width_multiplier"]) == (
+        False, "cross_attn", 0.75,
+    )  # fmt: skip
+    inside = "model.vlm_with_expert."
+    layers = [f"{inside}vlm.model.text_model.layers.{number}." for number in range(4)]
+    assert not any(name.startswith(f"{inside}vlm.model.text_model.layers.4.") for name in first)  # 4 of 8 are kept
+    trained = {
+        "vision encoder": f"{inside}vlm.model.vision_model.",
+        "connector": f"{inside}vlm.model.connector.",
+        **{f"language model, layer {number}": layer for number, layer in enumerate(layers[:3])},
+        "language model, last layer's keys": f"{layers[3]}self_attn.k_proj.",  # its output is read by nobody
+        "expert": f"{inside}lm_expert.",
+        "state": "model.state_proj.",
+    }
+    for part, prefix in trained.items():
+        weights = [name for name, value in first.items() if name.startswith(prefix) and value.ndim > 1]
+        assert weights, part
+        same = [name for name in weights if torch.equal(first[name], last[name])]
+        assert not same, (part, same)
+
+
+def test_the_instruction_reaches_smolvla_behind_the_server(made: Any, smolvla: Path) -> None:
+    demos = [reference.read() for reference in find_demos(made.dataset)]
+    instructions = [demo.instruction for demo in demos]
+    assert len(set(instructions)) == 2
+    arm = demos[0].arms["right"]
+    observation = {
+        "position": arm.position[0][None],
+        "quaternion": arm.quaternion[0][None],
+        "gripper": arm.gripper[0][None],
+        "cameras": {name: {"image": track.frames.read(0)} for name, track in demos[0].cameras.items()},
+    }
+    checkpoint = smolvla / "checkpoints" / "last" / "pretrained_model"
+    command = [sys.executable, str(PEERS / "serve.py"), "--checkpoint", str(checkpoint), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            lines = iter(server.stdout.readline, "")
+            url = next(json.loads(line)["url"] for line in lines if line.startswith("{"))
+            with RemotePolicy(url) as policy:
+                assert policy.needs.instruction
+                assert policy.needs.cameras == ("over", "front")
+
+                def planned(instruction: str) -> np.ndarray:
+                    policy.reset(3)
+                    return policy.plan(observation | {"instruction": instruction}).position
+
+                one, again, other = map(planned, (instructions[0], instructions[0], instructions[1]))
+        finally:
+            server.terminate()
+    np.testing.assert_array_equal(one, again)
+    assert not np.array_equal(one, other)
