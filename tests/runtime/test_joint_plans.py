@@ -25,6 +25,7 @@ from keygrip.envs.yam.two_arms import HandoverCell
 from keygrip.models.policy import Needs, Observation, Plan
 from keygrip.robots.joint_motion import JointLimits, JointMotion, JointMotionError
 from keygrip.robots.kinematics import arm_chain, forward_kinematics
+from keygrip.robots.self_collision import closest_links
 from keygrip.runtime.asynchronous import ChunkExecution
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.runtime.client import RemotePolicy
@@ -37,7 +38,7 @@ from keygrip.runtime.planners import SimulatedPlanner
 from keygrip.runtime.robot import JointRobot
 from keygrip.runtime.sim_yam import SimulatedYam
 from keygrip.runtime.takeover import Correction, CorrectionRecorder
-from keygrip.runtime.watchdog import State
+from keygrip.runtime.watchdog import State, Watchdog, WatchdogSettings
 
 HOME = np.array([0.0, 1.05, 1.0, 0.6, 0.0, 0.0])
 LIMITS = MotionLimits(workspace_low=(0.05, -0.55, 0.0), workspace_high=(0.7, 0.55, 0.65))
@@ -93,7 +94,7 @@ def driven(
 ) -> tuple[RunReport, np.ndarray]:
     """The report, and the joints [ticks, 6] that were commanded."""
     sent: list[np.ndarray] = []
-    more = {name: settings.pop(name) for name in ("takeover", "recorder") if name in settings}
+    more = {name: settings.pop(name) for name in ("takeover", "recorder", "watchdog") if name in settings}
     limits = settings.pop("limits", LIMITS)
     options = {"execute_seconds": EXECUTE_S, "blend_seconds": 0.0, "still_distance_m": 0.0} | settings
     execution = ChunkExecution(SimulatedPlanner(policy, lambda: latency), robot.control_hz, **options)
@@ -211,6 +212,38 @@ def test_planned_joints_are_held_to_speed_range_and_free_space() -> None:
     with pytest.raises(JointMotionError, match="above the table"):
         step(low)
     np.testing.assert_array_equal(motion.joints, before)
+
+
+def test_random_plans_of_joints_never_exceed_a_limit() -> None:
+    robot, draw = arm(), np.random.default_rng(0)
+    robot.outcome = lambda: (False, None)  # type: ignore[method-assign]
+
+    class Wild:
+        def plan(self, observation: Observation) -> Plan:
+            (ranges,) = robot.joint_ranges
+            steps = draw.normal(0, draw.choice([0.02, 0.1, 0.6]), (1, STEPS, 6)).cumsum(axis=1)
+            joints = np.clip(observation["joints"] + steps, ranges[:, 0], ranges[:, 1])
+            return Plan(*forward_kinematics(joints), draw.uniform(0, 1, (1, STEPS)), 0.3, joints=joints)
+
+    patient = Watchdog(WatchdogSettings(hold_seconds=1e9, most_holds=10**9))
+    before = robot.cell.commanded_joints.copy()
+    report, sent = driven(robot, Wild(), 30.0, latency=0.15, blend_seconds=0.2, watchdog=patient)
+    way = np.stack([before, *sent])
+    assert len(sent) == 300
+    assert np.ptp(way, axis=0).max() > 1.0  # it did move
+    assert report.joint_plans > 25
+    assert any("unsafe plan" in event for event in report.summary()["events"])
+    assert np.abs(np.diff(way, axis=0)).max() <= 0.3 + 1e-9
+    (ranges,) = robot.joint_ranges
+    assert (way >= np.minimum(ranges[:, 0], before) - 1e-12).all()
+    assert (way <= np.maximum(ranges[:, 1], before) + 1e-12).all()
+    tools = forward_kinematics(way)[0]
+    low, high = LIMITS.box()
+    assert (tools >= low - 1e-3).all()
+    assert (tools <= high + 1e-3).all()
+    assert np.linalg.norm(np.diff(tools, axis=0), axis=1).max() <= 0.1 * LIMITS.speed_m_s + 1e-3
+    assert min(closest_links(joints).distance for joints in sent) >= 0.005
+    robot.close()
 
 
 # the base turned by half a turn, the arm bent over backwards: the same pose of the tool
