@@ -26,8 +26,10 @@ from keygrip.runtime.asynchronous import ChunkExecution
 from keygrip.runtime.client import RemotePolicy, ServerError
 from keygrip.runtime.control_loop import ControlLoop
 from keygrip.runtime.dry_run import dry_run
+from keygrip.runtime.plan_terms import refuse_idle_follow
 from keygrip.runtime.planners import ThreadPlanner
 from keygrip.runtime.plausibility import PlausiblePolicy
+from keygrip.runtime.robot import JointRobot
 from keygrip.runtime.takeover import CorrectionRecorder
 from keygrip.runtime.watchdog import State, Watchdog
 from keygrip.setting_types import refuse_ill_typed
@@ -90,10 +92,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             log.warning("motion_limits=null: nothing but the robot's own limits bounds what the policy asks for")
         # a server has bounds of its own
         planning: Policy = policy if cfg.checkpoint is None else PlausiblePolicy(policy, instantiate(cfg.bounds))
-        if cfg.dry_run is not None:
-            return dry_run(planning, robot, limits, Path(cfg.dry_run))
         execution = instantiate(cfg.execution)(planner=ThreadPlanner(planning), control_hz=robot.control_hz)
         _refuse_no_continuing(execution, policy)
+        _refuse_idle_follow(execution, policy, robot)
+        if cfg.dry_run is not None:
+            return dry_run(planning, robot, limits, Path(cfg.dry_run), execution.follow)
         takeover = instantiate(cfg.takeover)
         with contextlib.ExitStack() as stack:
             recorder = None if cfg.record is None else stack.enter_context(_recorder(Path(cfg.record), robot))
@@ -155,6 +158,10 @@ def _refuse_no_continuing(execution: ChunkExecution, policy: Any) -> None:
             "execution.continue_chunks=true needs a policy that continues a plan (geometry_vla); "
             f"{which} does not: leave it out"
         )
+
+
+def _refuse_idle_follow(execution: ChunkExecution, policy: Any, robot: Any) -> None:
+    refuse_idle_follow(execution.follow, "execution.follow", policy.needs, isinstance(robot, JointRobot))
 
 
 def _recorder(folder: Path, robot: Any) -> CorrectionRecorder:

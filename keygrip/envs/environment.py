@@ -26,6 +26,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
+from keygrip.robots.joint_arms import JointArms
+
 INFO = ("success", "failure_reason", "instruction")
 
 
@@ -61,6 +63,21 @@ class Environment(Protocol):
 
     def close(self) -> None:
         """Frees what drawing needs."""
+        ...
+
+
+@runtime_checkable
+class JointEnvironment(Environment, JointArms, Protocol):
+    """An environment whose arms also follow the joints of a plan. Its observations hold `joints` [A, J] (one arm: [J]),
+    as reached."""
+
+    def advance(self, action: np.ndarray, joints: np.ndarray | None = None) -> None:
+        """As `Environment.advance`.
+
+        Args:
+            action: [8], or [A, 8] of several arms. joints: [J], or [A, J], rad that a plan has for these poses: they
+                are taken where they put the tools there, else those found from them that do.
+        """
         ...
 
 

@@ -54,7 +54,8 @@ class ConditionResult:
     def summary(self) -> dict[str, Any]:
         """Figures of the condition: success rate with its 95 % Wilson interval, failure counts, times.
 
-        Where the object's colour or height varies, `by_colour` and `by_height` hold the rates of its kinds.
+        Where the object's colour or height varies, `by_colour` and `by_height` hold the rates of its kinds. Where plans
+        were followed by their joints, `joint_plans` is the share of such plans.
         """
         yaw = [episode.yaw_error_deg for episode in self.episodes if episode.yaw_error_deg is not None]
         kinds: dict[str, Any] = {}
@@ -62,6 +63,8 @@ class ConditionResult:
             kinds["by_colour"] = _by_kind(self.episodes, lambda episode: episode.colour)
         if len({episode.height_cm for episode in self.episodes}) > 1:
             kinds["by_height"] = _by_kind(self.episodes, lambda episode: _height_range(episode.height_cm))
+        if joint_plans := sum(episode.joint_plans for episode in self.episodes):
+            kinds["joint_plans"] = joint_plans / sum(episode.plans for episode in self.episodes)
         return _rates(self.episodes) | {
             "failures": dict(Counter(episode.failure for episode in self.episodes if episode.failure)),
             "episode_s_median": float(np.median([episode.seconds for episode in self.episodes])),
@@ -172,7 +175,8 @@ class ClosedLoop:
             return
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             cameras = None if self.cameras is None else tuple(self.cameras)
-            looked = pool.submit(check_environment, task, self.image_size, self.hz, cameras, job.seed, needs)
+            follow = self.control(policy=None, control_hz=self.hz).follow
+            looked = pool.submit(check_environment, task, self.image_size, self.hz, cameras, job.seed, needs, follow)
             try:
                 looked.result()
             except BrokenProcessPool as error:

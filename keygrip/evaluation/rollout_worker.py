@@ -51,7 +51,8 @@ def _check(settings: dict[str, Any], job: dict[str, Any]) -> Iterator[dict[str, 
     """Refuses an environment that does not give what the policy needs; reports nothing else."""
     task = pkgutil.resolve_name(settings["task_class"])(**job["task"])
     needs = None if job["needs"] is None else Needs(**job["needs"])
-    check_environment(task, settings["image_size"], settings["hz"], _cameras(settings), job["seed"], needs)
+    follow = settings["control"].get("follow", "auto")
+    check_environment(task, settings["image_size"], settings["hz"], _cameras(settings), job["seed"], needs, follow)
     yield from ()
 
 

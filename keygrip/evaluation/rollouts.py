@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.envs.environment import Environment, open_environment
+from keygrip.envs.environment import Environment, JointEnvironment, open_environment
 from keygrip.evaluation.rollout_video import RolloutVideo
 from keygrip.models.policy import Needs, arm_axis, views_there
 from keygrip.runtime.chunk_execution import RecedingHorizon
+from keygrip.runtime.plan_terms import POSE, Follow, refuse_idle_follow
 
 VIDEO_HZ = 10.0  # most frames per second of a video: drawing takes most of an episode's time
 
@@ -26,7 +27,8 @@ class EpisodeResult:
     Attributes:
         failure: None on success, else missed, dropped, wrong_place, wrong_object, unreachable, timeout, or policy_error
             (the policy could not plan).
-        seconds: simulated time. plans: how often it planned. plan_ms: median time of a plan.
+        seconds: simulated time. plans: how often it planned. joint_plans: how many of them were followed by their
+            joints. plan_ms: median time of a plan.
         yaw_error_deg: of the first grip, where there was one. video: file name, where one was made.
         instruction: what was asked for. colour: of the object to move. height_cm: of what it stood on.
     """
@@ -43,6 +45,7 @@ class EpisodeResult:
     instruction: str = ""
     colour: str = ""
     height_cm: float = 0.0
+    joint_plans: int = 0
 
 
 def run_episode(
@@ -59,10 +62,14 @@ def run_episode(
         control: the controller, still without policy and rate. video: the file for the episode's video, or None.
 
     Raises:
-        ValueError: the environment does not give what the policy reads; that is no failed episode.
+        ValueError: the environment does not give what the policy reads, or cannot follow what the controller asks for;
+            that is no failed episode.
     """
     timed = _TimedPolicy(policy)
     controller = control(policy=timed, control_hz=environment.hz)
+    jointed = environment if isinstance(environment, JointEnvironment) else None
+    refuse_idle_follow(controller.follow, "control.follow", getattr(policy, "needs", None), jointed is not None)
+    controller.arms = jointed
     if hasattr(policy, "reset"):
         policy.reset(seed)
     observation, info = environment.reset(seed=seed)
@@ -80,7 +87,11 @@ def run_episode(
             break
         if recording is not None and steps % draw_every == 0:
             recording.add(observation, controller.last_plan)
-        environment.advance(action[0] if len(action) == 1 else action)
+        command = action[0] if len(action) == 1 else action
+        if jointed is None or command.shape[-1] == POSE:
+            environment.advance(command)
+        else:
+            jointed.advance(command[..., :POSE], command[..., POSE:])
         success, truncated, info = environment.outcome()
         steps += 1
         over = success or truncated
@@ -104,22 +115,31 @@ def run_episode(
         instruction=info["instruction"],
         colour=info.get("object_colour", ""),
         height_cm=round(100 * info.get("object_height_m", 0.0), 2),
+        joint_plans=controller.joint_plans,
     )
 
 
 def check_environment(
-    task: Any, image_size: int, hz: float, cameras: tuple[str, ...] | None, seed: int, needs: Needs | None
+    task: Any,
+    image_size: int,
+    hz: float,
+    cameras: tuple[str, ...] | None,
+    seed: int,
+    needs: Needs | None,
+    follow: Follow = "auto",
 ) -> None:
     """Opens an environment and looks at what it gives at the start of an episode.
 
     Args:
         task, image_size, hz, cameras: as for `open_environment`. needs: of the policy; None: it does not say.
+        follow: of the controller.
 
     Raises:
-        ValueError: it refuses its settings, or does not give what the policy reads.
+        ValueError: it refuses its settings, does not give what the policy reads, or cannot follow what is asked for.
     """
     environment = open_environment(task, image_size, hz, cameras)
     try:
+        refuse_idle_follow(follow, "control.follow", needs, isinstance(environment, JointEnvironment))
         observation, _ = environment.reset(seed=seed)
         if needs is not None:
             _refuse_unfit(observation, needs)

@@ -18,7 +18,8 @@ Observation = Mapping[str, Any]
 ``world_to_camera`` [4, 4], ``position`` [A, 3] metres, ``quaternion`` [A, 4] wxyz, ``gripper`` [A] 0 closed .. 1 open;
 with one arm the A axis may be left out. For policies that read them, ``instruction`` is a sentence, and ``cameras``
 holds ``image``, ``intrinsics`` and ``world_to_camera`` of several cameras by name (None: it gives nothing now). Robots
-add ``time_s``: when it was taken, seconds on the robot's clock."""
+add ``time_s``: when it was taken, seconds on the robot's clock; arms that take joints, ``joints`` [A, J] radians, as
+reached."""
 
 
 def views_of(observation: Observation, cameras: Sequence[str]) -> list[Mapping[str, Any]]:
@@ -92,19 +93,22 @@ class UnderWay:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a policy reads of an observation, beside the poses of its arms.
+    """What whoever runs a policy must know of it: what it reads of an observation, beside the poses of its arms, and
+    what its plans hold beside poses.
 
     Attributes:
         arms: names, in the order of the observation's A axis.
         cameras: names of the entries of `cameras`; none: the observation's own `image`, of one camera.
         instruction: whether it reads the instruction.
         calibration: whether it reads `intrinsics` and `world_to_camera`; they may be left out otherwise.
+        plans_joints: whether its plans hold joints (those whose poses it had to move may lack them).
     """
 
     arms: tuple[str, ...]
     cameras: tuple[str, ...] = ()
     instruction: bool = False
     calibration: bool = True
+    plans_joints: bool = False
 
 
 class Policy(Protocol):

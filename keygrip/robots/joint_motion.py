@@ -13,6 +13,8 @@ from keygrip.robots.inverse_kinematics import solve
 from keygrip.robots.kinematics import ArmChain, arm_chain, matrix_from_quaternion
 from keygrip.robots.self_collision import closest_links, lowest_link
 
+CURVED_M = 1e-3  # by which a short way of the joints may move the tool farther than a straight one
+
 
 class JointMotionError(ValueError):
     """A pose that may not be sent to the joints; the message says why and by how much."""
@@ -59,6 +61,8 @@ class JointMotion:
 
     def __init__(self, limits: JointLimits, joints: np.ndarray, chain: ArmChain | None = None) -> None:
         self.limits, self.chain = limits, chain or arm_chain()
+        ends = self.chain.limits
+        self.ranges = np.stack([ends[:, 0] + limits.margin_rad, ends[:, 1] - limits.margin_rad], axis=1)  # [J, 2]
         self.reset(joints)
 
     def reset(self, joints: np.ndarray) -> None:
@@ -73,39 +77,56 @@ class JointMotion:
         # a command that moves out of a collision is allowed, one that moves further in is not
         self._gap, self._height = closest_links(joints, self.chain).distance, lowest_link(joints, self.chain)[0]
 
-    def step(self, pose: np.ndarray, seconds: float) -> np.ndarray:
+    def step(self, pose: np.ndarray, seconds: float, joints: np.ndarray | None = None) -> np.ndarray:
         """The joints [J] for a tool pose at the end of a control period.
 
         Args:
             pose: [8] position, quaternion wxyz, opening (not used). seconds: length of the period.
+            joints: [J] that a plan has for it: they are taken where they put the tool there, else those found from
+                them. None: those found from where the arm is.
 
         Raises:
-            JointMotionError: out of reach, a collision of the arm with itself, or a link below the table. Nothing has
-                changed then.
+            JointMotionError: out of reach, a collision of the arm with itself, a link below the table, or joints so far
+                from the present ones that the tool would leave its way. Nothing has changed then.
         """
-        joints = self.check(pose)
-        change = joints - self.joints
+        wanted = self.check(pose, joints)
+        change = wanted - self.joints
         fastest = float(np.abs(change).max()) / seconds
         if fastest > self.limits.speed_rad_s:
             # a way to a free pose that is cut short may end in a collision
-            joints = self.joints + change * (self.limits.speed_rad_s / fastest)
-            self._refuse_collision(joints)
-        self._take(joints)
-        return joints.copy()
+            wanted = self.joints + change * (self.limits.speed_rad_s / fastest)
+            self._refuse_collision(wanted)
+            if joints is not None:
+                self._refuse_swing(wanted, pose)
+        self._take(wanted)
+        return wanted.copy()
 
-    def check(self, pose: np.ndarray) -> np.ndarray:
-        """The joints [J] of a tool pose [8], from where the arm is now. Raises JointMotionError as `step`."""
+    def check(self, pose: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
+        """The joints [J] of a tool pose [8], found from `start` [J]; None: from where the arm is now. Raises
+        JointMotionError as `step`."""
         limits = self.limits
-        found = solve(pose[:3], matrix_from_quaternion(pose[3:7]), self.joints, self.chain)
+        start = self.joints if start is None else start
+        found = solve(pose[:3], matrix_from_quaternion(pose[3:7]), start, self.chain)
         if found.position_error > limits.position_tolerance_m or found.angle_error > limits.angle_tolerance_rad:
             raise JointMotionError(
                 f"the arm cannot reach {np.round(pose[:3], 3).tolist()} m: it ends {100 * found.position_error:.1f} cm "
                 f"and {np.rad2deg(found.angle_error):.0f} degrees beside it"
             )
-        low, high = self.chain.limits[:, 0] + limits.margin_rad, self.chain.limits[:, 1] - limits.margin_rad
+        low, high = self.ranges.T
         joints = np.clip(found.joints, np.minimum(low, self.joints), np.maximum(high, self.joints))
         self._refuse_collision(joints)
         return joints
+
+    def _refuse_swing(self, joints: np.ndarray, pose: np.ndarray) -> None:
+        """Of joints on the way to those of a pose: the tool may move no farther than straight to that pose."""
+        before, after = (self.chain.frames(angles)[0] for angles in (self.joints, joints))
+        moved, straight = float(np.linalg.norm(after - before)), float(np.linalg.norm(pose[:3] - before))
+        if moved > straight + CURVED_M:
+            raise JointMotionError(
+                f"the planned joints are of another posture, too far to reach at joints.speed_rad_s="
+                f"{self.limits.speed_rad_s:g}: on the way the tool would move by {100 * moved:.1f} cm in place of "
+                f"{100 * straight:.1f} cm"
+            )
 
     def _refuse_collision(self, joints: np.ndarray) -> None:
         limits = self.limits

@@ -5,7 +5,8 @@ passed. Executed by the clock, what is left of it is right; executed from its st
 latency. So commands are read off the plan at their own time, and a new plan is blended with the one under way. The
 next plan is asked for early by the latency that was measured, so that it arrives when the executed part ends.
 
-Shape legend: A arms, T planned steps.
+Shape legend: A arms, T planned steps, W = 8 numbers of a pose with its opening, or more with the joints behind them
+where these are followed (:mod:`keygrip.runtime.plan_terms`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import numpy as np
 from scipy.spatial.transform import Rotation, Slerp
 
 from keygrip.models.policy import Observation, Plan, UnderWay, arm_axis
+from keygrip.robots.joint_arms import JointArms
+from keygrip.runtime.plan_terms import POSE, Follow, check_follow, followed, placed, waypoints_of
 from keygrip.runtime.planners import Planner, PlanOutcome, PlanRequest
 
 ROUNDING_S = 1e-6
@@ -28,17 +31,18 @@ class Trajectory:
     """Poses over time: smooth at every waypoint; the gripper takes a waypoint's opening when it is reached.
 
     Args:
-        times: [T + 1] seconds, rising. poses: [T + 1, A, 8], the first where the motion begins.
+        times: [T + 1] seconds, rising. poses: [T + 1, A, W], the first where the motion begins.
+        arms: where their joints put the tools; needed where there are joints.
     """
 
-    def __init__(self, times: np.ndarray, poses: np.ndarray) -> None:
-        self.times, self.poses = times, poses
+    def __init__(self, times: np.ndarray, poses: np.ndarray, arms: JointArms | None = None) -> None:
+        self.times, self.poses, self.arms = times, poses, arms
         self._turns = [
             Slerp(times, Rotation.from_quat(poses[:, arm, 3:7], scalar_first=True)) for arm in range(poses.shape[1])
         ]
 
     def at(self, moment: float) -> np.ndarray:
-        """[A, 8] at a moment; the first pose before the beginning, the last one after the end."""
+        """[A, W] at a moment; the first pose before the beginning, the last one after the end."""
         times, poses = self.times, self.poses
         moment = float(np.clip(moment, times[0], times[-1]))
         index = min(max(int(np.searchsorted(times, moment - ROUNDING_S)), 1), len(times) - 1)
@@ -49,11 +53,14 @@ class Trajectory:
         for arm, turn in enumerate(self._turns):
             pose[arm, 3:7] = turn(np.clip(when, times[0], times[-1])).as_quat(scalar_first=True)
         pose[:, 7] = poses[index if moment >= times[index] - ROUNDING_S else index - 1, :, 7]
-        return np.asarray(pose)
+        return placed(np.asarray(pose), self.arms)
 
 
 def blended(old: np.ndarray, new: np.ndarray, share: float) -> np.ndarray:
-    """Between two poses [A, 8], `share` of the new one, at most 1; the gripper's opening is the new one's."""
+    """Between two poses [A, W], `share` of the new one, at most 1; the gripper's opening is the new one's. The joints
+    are left out where one of the two has none."""
+    width = min(old.shape[1], new.shape[1])
+    old, new = old[:, :width], new[:, :width]
     pose = old + share * (new - old)
     for arm in range(len(pose)):
         turns = Rotation.from_quat(np.stack([old[arm, 3:7], new[arm, 3:7]]), scalar_first=True)
@@ -76,7 +83,12 @@ class ChunkExecution:
         grip_below, release_above: dead band of the gripper's command; None: the predicted opening is sent as it is.
         continue_chunks: real-time chunking: the policy is given the plan under way and continues it (flow-matching
             policies; others are refused).
-        accept: called with every plan and the present time before it is used; raises ValueError to refuse it.
+        follow: what of a plan that holds joints beside its poses: joints, poses, or auto, the joints where the arms
+            take them.
+        accept: called with every plan, in the terms in which it is followed, and the present time before it is used;
+            raises ValueError to refuse it.
+        arms: set by whoever sends the commands, where the arms take joints.
+        joint_plans: how many of `plans` were followed by their joints.
     """
 
     planner: Planner
@@ -88,11 +100,15 @@ class ChunkExecution:
     grip_below: float | None = 0.4
     release_above: float | None = 0.6
     continue_chunks: bool = False
+    follow: Follow = "auto"
     accept: Callable[[Plan, float], None] | None = None
+    arms: JointArms | None = field(default=None, init=False)
     plans: int = field(default=0, init=False)
+    joint_plans: int = field(default=0, init=False)
     last_plan: Plan | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        check_follow(self.follow, "execution.follow")
         for name, least in (("execute_seconds", 1e-3), ("blend_seconds", 0.0), ("still_distance_m", 0.0)):
             value = getattr(self, name)
             if not (np.isfinite(value) and value >= least):
@@ -111,7 +127,7 @@ class ChunkExecution:
         """Forget the running plan and the gripper's state: call it at the start of an episode."""
         self._gripper: np.ndarray | None = None
         self._target: np.ndarray | None = None
-        self.plans, self.last_plan = 0, None
+        self.plans, self.joint_plans, self.last_plan = 0, 0, None
         self.drop()
 
     def reset_gripper(self, opening: np.ndarray) -> None:
@@ -146,12 +162,12 @@ class ChunkExecution:
     def target(
         self, observation: Observation, now: float, commanded: np.ndarray | None = None, may_ask: bool = True
     ) -> np.ndarray:
-        """Where the arms [A, 8] shall be one control period from now; the present pose where there is no plan.
+        """Where the arms [A, W] shall be one control period from now; the present pose where there is no plan.
 
         Args:
             observation: of now; it needs images where `wants_plan`.
-            commanded: [A, 8] the command that the arm is under, where a plan begins; None: the last target, or the
-                observed pose.
+            commanded: [A, 8] the command that the arm is under, where a plan begins, with `arms` and their joints
+                [A, 8 + J]; None: the last target, or the observed pose, of arms that take no joints.
             may_ask: False: the observation has no images, and the next plan is asked for a period later.
 
         Raises:
@@ -168,8 +184,9 @@ class ChunkExecution:
         if may_ask and self.wants_plan(now):
             self._ask(observation, now)
             self._take(self.planner.poll(now), now)
-        if self._current is not None:
-            self._target = self._read(now + 1.0 / self.control_hz)
+        if self._current is None:
+            return self._target[:, :POSE].copy()
+        self._target = self._read(now + 1.0 / self.control_hz)
         return self._target.copy()
 
     def _ask(self, observation: Observation, now: float) -> None:
@@ -192,9 +209,12 @@ class ChunkExecution:
         self._latencies.append(now - observed)
         self.all_latencies.append(now - observed)
         plan = replace(outcome.plan, time_s=observed if self.asynchronous else now)
+        in_terms = followed(plan, self.follow, self.arms)
         if self.accept is not None:
-            self.accept(plan, now)
-        self._follow(plan, now)
+            self.accept(in_terms, now)
+        self._follow(in_terms, now)
+        self.plans, self.last_plan = self.plans + 1, plan
+        self.joint_plans += in_terms.joints is not None
 
     def _follow(self, plan: Plan, now: float) -> None:
         assert plan.time_s is not None
@@ -204,13 +224,12 @@ class ChunkExecution:
         anchor = self._asked_from if self.asynchronous else self._target
         steps = plan.gripper.shape[1]
         times = plan.time_s + plan.step_seconds * np.arange(steps + 1)
-        waypoints = np.concatenate([plan.position, plan.quaternion, plan.gripper[..., None]], axis=2)  # [A, T, 8]
-        poses = np.concatenate([anchor[None], waypoints.transpose(1, 0, 2)])
+        waypoints = waypoints_of(plan).transpose(1, 0, 2)  # [T, A, W]
+        poses = np.concatenate([anchor[None, :, : waypoints.shape[2]], waypoints])
         poses[0, :, 7] = self._gripper  # the last opening asked for: the command may be on its way, the plan be older
         self._previous = self._current if self.asynchronous else None
-        self._current, self._blend_from = Trajectory(times, poses), now
+        self._current, self._blend_from = Trajectory(times, poses, self.arms), now
         self._due = self._end_of_execution(times, poses, plan.step_seconds)
-        self.plans, self.last_plan = self.plans + 1, plan
 
     def _end_of_execution(self, times: np.ndarray, poses: np.ndarray, step_seconds: float) -> float:
         moved, steps, execute = 0.0, len(times) - 1, max(1, round(self.execute_seconds / step_seconds))
@@ -236,7 +255,7 @@ class ChunkExecution:
                 pose[:, 7] = before[:, 7]
             share = (moment - self._blend_from) / self.blend_seconds if self.blend_seconds > 0 else 1.0
             if share < 1:
-                pose = blended(before, pose, share)
+                pose = placed(blended(before, pose, share), self.arms)
             elif reached:
                 self._previous = None
         if self.grip_below is not None and self.release_above is not None:

@@ -2,6 +2,9 @@
 
 A policy looks at one observation and gives a :class:`~keygrip.models.policy.Plan`, a few future poses some tenths of a
 second apart. A controller decides when to plan again and turns the plan into one command for each control period.
+
+Shape legend: A arms, W = 8 numbers of a pose with its opening, or more with the joints behind them where these are
+followed (:mod:`keygrip.runtime.plan_terms`).
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import numpy as np
 from scipy.spatial.transform import Rotation, Slerp
 
 from keygrip.models.policy import Observation, Plan, Policy, arm_axis
+from keygrip.robots.joint_arms import JointArms
+from keygrip.runtime.plan_terms import POSE, Follow, check_follow, followed, placed, waypoints_of
 from keygrip.training.parts import ReadWhere
 
 
@@ -34,6 +39,11 @@ class RecedingHorizon:
         grip_below, release_above: the gripper is commanded shut below the one and open above the other, and keeps its
             state between: a half-open command does not hold an object. Equal None: the predicted opening is sent as it
                 is.
+        follow: what of a plan that holds joints beside its poses: joints, poses, or auto, the joints where the arms
+            take them.
+        arms: set by whoever sends the commands, where the arms take joints; observations then hold `joints`. Without
+            them commands hold poses alone.
+        joint_plans: how many of `plans` were followed by their joints.
     """
 
     read_where: ClassVar = {"ensemble_decay": ReadWhere("ensemble")}
@@ -45,10 +55,14 @@ class RecedingHorizon:
     ensemble_decay: float = 0.5
     grip_below: float | None = 0.4
     release_above: float | None = 0.6
+    follow: Follow = "auto"
+    arms: JointArms | None = field(default=None, init=False)
     plans: int = field(default=0, init=False)
+    joint_plans: int = field(default=0, init=False)
     last_plan: Plan | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        check_follow(self.follow, "control.follow")
         if not (np.isfinite(self.execute_seconds) and self.execute_seconds > 0):
             raise ValueError(f"control.execute_seconds is above 0, got {self.execute_seconds}.")
         if (self.grip_below is None) != (self.release_above is None):
@@ -60,11 +74,11 @@ class RecedingHorizon:
     def reset(self) -> None:
         """Forget the running plan: call it at the start of an episode."""
         self._queue: list[np.ndarray] = []
-        self._commanded: np.ndarray | None = None  # [A, 8] the last waypoint that was sent in full
+        self._commanded: np.ndarray | None = None  # [A, W] the last waypoint that was sent in full
         self._gripper: np.ndarray | None = None  # [A] commanded opening
         self._history: list[tuple[float, Plan]] = []  # start time in seconds and plan, newest last
         self._time = 0.0
-        self.plans = 0
+        self.plans = self.joint_plans = 0
         self.last_plan = None
 
     @property
@@ -73,7 +87,12 @@ class RecedingHorizon:
         return not self._queue
 
     def act(self, observation: Observation) -> np.ndarray:
-        """The command for the next control period: ``[A, 8]`` position, quaternion wxyz, gripper opening."""
+        """The command for the next control period: ``[A, 8]`` position, quaternion wxyz, gripper opening; where joints
+        are followed ``[A, 8 + J]``, the joints behind them.
+
+        Raises:
+            ValueError: the policy has no plan for the observation, or one that is refused.
+        """
         if not self._queue:
             self._replan(observation)
         self._time += 1.0 / self.control_hz
@@ -83,6 +102,8 @@ class RecedingHorizon:
         plan = self.policy.plan(observation)
         self.plans += 1
         self.last_plan = plan
+        plan = followed(plan, self.follow, self.arms)
+        self.joint_plans += plan.joints is not None
         self._history.append((self._time, plan))
         self._history = [
             (start, old) for start, old in self._history if start + old.gripper.shape[1] * old.step_seconds > self._time
@@ -98,6 +119,10 @@ class RecedingHorizon:
             )
             if self.grip_below is not None:
                 self._gripper = self._commanded[:, 7] = np.where(self._commanded[:, 7] < 0.5, 0.0, 1.0)
+        if plan.joints is None:
+            self._commanded = self._commanded[:, :POSE]
+        elif self._commanded.shape[1] == POSE:
+            self._commanded = np.concatenate([self._commanded, arm_axis(observation["joints"], 1)], axis=1)
         ticks = max(1, round(plan.step_seconds * self.control_hz))
         moved, steps = 0.0, plan.gripper.shape[1]
         execute_steps = max(1, round(self.execute_seconds / plan.step_seconds))
@@ -107,25 +132,28 @@ class RecedingHorizon:
                 break
             waypoint = self._waypoint(plan, step)
             moved += float(np.linalg.norm(waypoint[:, :3] - self._commanded[:, :3], axis=1).max())
-            self._queue.extend(_interpolate(self._commanded, waypoint, ticks))
+            self._queue.extend(placed(command, self.arms) for command in _interpolate(self._commanded, waypoint, ticks))
             self._commanded = waypoint
 
     def _waypoint(self, plan: Plan, step: int) -> np.ndarray:
-        """The pose ``[A, 8]`` of one step: ensembled if asked for, the gripper's command latched."""
-        position, quaternion, gripper = plan.position[:, step], plan.quaternion[:, step], plan.gripper[:, step]
+        """The waypoint ``[A, W]`` of one step: ensembled if asked for, the gripper's command latched."""
+        waypoint = waypoints_of(plan)[:, step]
         if self.ensemble and len(self._history) > 1:
-            position, quaternion, gripper = self._ensembled(plan, step)
+            waypoint = placed(self._ensembled(plan, step), self.arms)
+        gripper = waypoint[:, 7]
         if self._gripper is not None and self.grip_below is not None and self.release_above is not None:
             self._gripper = np.where(
                 gripper < self.grip_below, 0.0, np.where(gripper > self.release_above, 1.0, self._gripper)
             )
-            gripper = self._gripper
-        return np.concatenate([position, quaternion, gripper[:, None]], axis=1)
+            waypoint[:, 7] = self._gripper
+        return waypoint
 
-    def _ensembled(self, plan: Plan, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _ensembled(self, plan: Plan, step: int) -> np.ndarray:
         moment = self._time + (step + 1) * plan.step_seconds
         poses, weights = [], []
         for age, (start, old) in enumerate(reversed(self._history)):
+            if plan.joints is not None and old.joints is None:
+                continue  # it says nothing of joints
             index = (moment - start) / old.step_seconds - 1
             low = int(np.floor(index + 1e-9))
             if low < 0 or low > old.gripper.shape[1] - 1 or index > old.gripper.shape[1] - 1 + 1e-6:
@@ -148,11 +176,12 @@ class RecedingHorizon:
                 for arm in range(plan.position.shape[0])
             ]
         )
-        return mean("position"), quaternion, mean("gripper")
+        parts = [mean("position"), quaternion, mean("gripper")[:, None]]
+        return np.concatenate(parts if plan.joints is None else [*parts, mean("joints")], axis=1)
 
 
 def _interpolate(start: np.ndarray, end: np.ndarray, ticks: int) -> list[np.ndarray]:
-    """Commands ``[A, 8]`` on the way from one waypoint to the next, one per control period; smooth at both ends.
+    """Commands ``[A, W]`` on the way from one waypoint to the next, one per control period; smooth at both ends.
 
     A waypoint's opening is sent when its pose is reached: sent earlier, fingers close above what they shall hold.
     """
@@ -164,7 +193,8 @@ def _interpolate(start: np.ndarray, end: np.ndarray, ticks: int) -> list[np.ndar
     for tick in range(1, ticks + 1):
         share = tick / ticks
         eased = share * share * (3 - 2 * share)
-        position = start[:, :3] + eased * (end[:, :3] - start[:, :3])
-        quaternion = np.stack([turn(eased).as_quat(scalar_first=True) for turn in turns])
-        commands.append(np.concatenate([position, quaternion, (end if tick == ticks else start)[:, 7:]], axis=1))
+        command = start + eased * (end - start)
+        command[:, 3:7] = np.stack([turn(eased).as_quat(scalar_first=True) for turn in turns])
+        command[:, 7] = (end if tick == ticks else start)[:, 7]
+        commands.append(command)
     return commands

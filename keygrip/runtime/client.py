@@ -90,6 +90,7 @@ class RemotePolicy:
                 cameras=tuple(map(str, health["needs"]["cameras"])),
                 instruction=bool(health["needs"]["instruction"]),
                 calibration=bool(health["needs"].get("calibration", True)),
+                plans_joints=bool(health["needs"].get("plans_joints", False)),
             )
         except (KeyError, TypeError, AttributeError) as error:
             self._connection.close()

@@ -19,7 +19,8 @@ from keygrip.models.policy import Plan, arm_axis
 from keygrip.robots.joint_motion import JointMotionError
 from keygrip.runtime.asynchronous import ChunkExecution
 from keygrip.runtime.limits import LimitedMotion, MotionLimits, UnsafePlanError, refuse_unsafe
-from keygrip.runtime.robot import Robot, RobotLostError
+from keygrip.runtime.plan_terms import POSE
+from keygrip.runtime.robot import JointRobot, Robot, RobotLostError
 from keygrip.runtime.takeover import Correction, CorrectionRecorder, Takeover, moved_by
 from keygrip.runtime.watchdog import State, Watchdog
 
@@ -46,13 +47,15 @@ class Tick:
 
 @dataclass(frozen=True)
 class RunReport:
-    """How a run went. `reason`: why it was stopped, None where it ended by itself. `events`: what the watchdog did."""
+    """How a run went. `reason`: why it was stopped, None where it ended by itself. `joint_plans`: how many of `plans`
+    were followed by their joints. `events`: what the watchdog did."""
 
     state: State
     reason: str | None
     seconds: float
     ticks: int
     plans: int
+    joint_plans: int
     latencies_s: list[float]
     events: list[tuple[float, State, str]]
     late_ticks: int
@@ -68,6 +71,7 @@ class RunReport:
             "ticks": self.ticks,
             "late_ticks": self.late_ticks,
             "plans": self.plans,
+            "joint_plans": self.joint_plans,
             "plan_latency_p50_ms": round(float(np.median(latencies)), 1),
             "plan_latency_max_ms": round(float(latencies.max()), 1),
             "holds": sum(state is State.HOLDING for _, state, _ in self.events),
@@ -80,7 +84,8 @@ class ControlLoop:
     """Drives a robot with a policy.
 
     Args:
-        robot: see `Robot`. execution: turns plans into targets; its `accept` is set here.
+        robot: see `Robot`; plans are followed by their joints where it is a `JointRobot` and `execution.follow` says
+            so. execution: turns plans into targets; its `accept` and `arms` are set here.
         limits: None: none but the robot's own (the plan is sent as it is).
         watchdog: its faults and their ends. takeover: a person who may move the arm. recorder: keeps what they did.
         on_tick: called with every control period.
@@ -99,7 +104,8 @@ class ControlLoop:
         self.robot, self.execution, self.limits = robot, execution, limits
         self.watchdog = watchdog or Watchdog()
         self.takeover, self.recorder, self.on_tick = takeover, recorder, on_tick
-        self.execution.accept = self._accept
+        self._jointed = robot if isinstance(robot, JointRobot) else None
+        self.execution.accept, self.execution.arms = self._accept, self._jointed
         self._motions: list[LimitedMotion] = []
         self._command = np.zeros((0, 8))
         self._event: str | None = None  # a fault that lasts until the next plan is there
@@ -138,6 +144,7 @@ class ControlLoop:
             robot.now() - start,
             ticks,
             self.execution.plans,
+            self.execution.joint_plans,
             list(self.execution.all_latencies),
             [(moment - start, state, reason) for moment, state, reason in self.watchdog.events],
             late,
@@ -166,7 +173,8 @@ class ControlLoop:
         if self.recorder is not None and "image" in observation and state is State.RUNNING:
             self.recorder.add(observation, self._command, correction is not None)
         if self.on_tick is not None:
-            self.on_tick(Tick(now, target, self._command.copy(), state, correction is not None, late_s))
+            shown = None if target is None else target[:, :POSE]
+            self.on_tick(Tick(now, shown, self._command.copy(), state, correction is not None, late_s))
         if state is State.STOPPED:
             log.error("stopped: %s", self.watchdog.reason)
         return observation
@@ -192,8 +200,11 @@ class ControlLoop:
 
     def _follow(self, observation: dict[str, Any], now: float) -> tuple[np.ndarray | None, str | None]:
         """The plan's target for this period, or the fault."""
+        command = self._command
+        if self._jointed is not None:
+            command = np.concatenate([command, self._jointed.commanded_joints], axis=1)
         try:
-            target = self.execution.target(observation, now, self._command, may_ask=self._seen)
+            target = self.execution.target(observation, now, command, may_ask=self._seen)
         except ConnectionError as error:
             self._event = f"lost the policy: {error}"
         except UnsafePlanError as error:
@@ -222,8 +233,11 @@ class ControlLoop:
             self._motions = [LimitedMotion(self.limits, pose) for pose in self._command]
 
     def _send(self, target: np.ndarray | None) -> None:
-        """Sends the limited command towards a target; None: brakes and holds."""
-        period = 1.0 / self.robot.control_hz
+        """Sends the limited command towards a target [A, 8], or [A, 8 + J] with the joints for it; None: brakes and
+        holds."""
+        period, joints = 1.0 / self.robot.control_hz, None
+        if target is not None and target.shape[1] > POSE:
+            target, joints = target[:, :POSE], target[:, POSE:]
         if self.limits is None:
             command = self._command if target is None else target
         elif target is None:
@@ -231,12 +245,25 @@ class ControlLoop:
         else:
             command = np.stack([motion.step(pose, period) for motion, pose in zip(self._motions, target, strict=True)])
         try:
-            self.robot.command(command)
+            if joints is None:
+                self.robot.command(command)
+            else:
+                command = self._command_joints(command, joints)
             self._command = command
         except JointMotionError as error:
             self._refused(f"unsafe command: {error}")
         except RobotLostError as error:
             self._refused(f"lost the robot: {error}")
+
+    def _command_joints(self, command: np.ndarray, joints: np.ndarray) -> np.ndarray:
+        """Sends joints [A, J] with their poses [A, 8]; returns where the tools are led, behind that where the joints'
+        own speed held them back."""
+        assert self._jointed is not None
+        self._jointed.command(command, joints)
+        command = np.concatenate([self._jointed.poses_at(self._jointed.commanded_joints), command[:, 7:]], axis=1)
+        for motion, pose in zip(self._motions, command, strict=False):
+            motion.held_back_at(pose)
+        return command
 
     def _refused(self, fault: str) -> None:
         """The arm is still under the last command: the limited motion goes back there."""

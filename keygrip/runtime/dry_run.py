@@ -19,7 +19,8 @@ from keygrip.artifacts import atomic_path, atomic_write
 from keygrip.models.policy import Plan, Policy, arm_axis
 from keygrip.runtime.asynchronous import Trajectory
 from keygrip.runtime.limits import LimitedMotion, MotionLimits, UnsafePlanError, refuse_unsafe
-from keygrip.runtime.robot import Robot
+from keygrip.runtime.plan_terms import POSE, Follow, followed, waypoints_of
+from keygrip.runtime.robot import JointRobot, Robot
 
 TIMED_PLANS = 5  # the first one is slower: memory is allocated, kernels are chosen
 
@@ -29,7 +30,8 @@ class Rehearsal:
     """Result of a dry run.
 
     Attributes:
-        observation, plan: as they are. refused: why the plan would be refused, None: it would not.
+        observation: as it is. plan: in the terms in which it is followed. refused: why the plan would be refused, None:
+            it would not.
         times: [K] seconds from the observation. targets, commands: [K, A, 8] of the plan, and within the limits.
         plan_ms: of each timed plan.
     """
@@ -58,8 +60,8 @@ class Rehearsal:
         }
 
 
-def rehearse(policy: Policy, robot: Robot, limits: MotionLimits | None) -> Rehearsal:
-    """Plans from the robot's observation; no command is sent."""
+def rehearse(policy: Policy, robot: Robot, limits: MotionLimits | None, follow: Follow = "auto") -> Rehearsal:
+    """Plans from the robot's observation; no command is sent. `follow`: as of `ChunkExecution`."""
     milliseconds, plan, observation = [], None, {}
     for _ in range(TIMED_PLANS):
         observation = robot.observe()
@@ -68,6 +70,11 @@ def rehearse(policy: Policy, robot: Robot, limits: MotionLimits | None) -> Rehea
         milliseconds.append(1e3 * (time.perf_counter() - started))
     assert plan is not None
     plan = replace(plan, time_s=0.0)
+    arms, refused = robot if isinstance(robot, JointRobot) else None, None
+    try:
+        plan = followed(plan, follow, arms)
+    except UnsafePlanError as error:
+        plan, refused = replace(plan, joints=None), str(error)
     start = np.concatenate(
         [
             arm_axis(observation["position"], 1),
@@ -77,18 +84,21 @@ def rehearse(policy: Policy, robot: Robot, limits: MotionLimits | None) -> Rehea
         axis=1,
     )
     steps, period = plan.gripper.shape[1], 1.0 / robot.control_hz
-    waypoints = np.concatenate([plan.position, plan.quaternion, plan.gripper[..., None]], axis=2).transpose(1, 0, 2)
-    path = Trajectory(plan.step_seconds * np.arange(steps + 1), np.concatenate([start[None], waypoints]))
+    begin = start
+    if plan.joints is not None:
+        assert arms is not None
+        begin = np.concatenate([start, arms.commanded_joints], axis=1)
+    waypoints = np.concatenate([begin[None], waypoints_of(plan).transpose(1, 0, 2)])
+    path = Trajectory(plan.step_seconds * np.arange(steps + 1), waypoints, arms)
     times = np.arange(1, round(plan.step_seconds * steps / period) + 1) * period
-    targets = np.stack([path.at(float(moment)) for moment in times])
-    refused = None
+    targets = np.stack([path.at(float(moment))[:, :POSE] for moment in times])
     commands = targets
     if limits is not None:
         motions = [LimitedMotion(limits, pose) for pose in start]
         try:
             refuse_unsafe(plan, motions, robot.control_hz)
         except UnsafePlanError as error:
-            refused = str(error)
+            refused = refused or str(error)
         if np.isfinite(targets).all():
             commands = np.stack(
                 [
@@ -99,13 +109,15 @@ def rehearse(policy: Policy, robot: Robot, limits: MotionLimits | None) -> Rehea
     return Rehearsal(observation, plan, refused, times, targets, commands, milliseconds)
 
 
-def dry_run(policy: Policy, robot: Robot, limits: MotionLimits | None, path: Path) -> dict[str, Any]:
-    """Rehearses, writes the figure or the rerun recording, and returns the figures.
+def dry_run(
+    policy: Policy, robot: Robot, limits: MotionLimits | None, path: Path, follow: Follow = "auto"
+) -> dict[str, Any]:
+    """Rehearses, writes the figure or the rerun recording, and returns the figures. `follow`: as of `ChunkExecution`.
 
     Raises:
         ModuleNotFoundError: `path` is a .rrd file and rerun is not installed.
     """
-    found = rehearse(policy, robot, limits)
+    found = rehearse(policy, robot, limits, follow)
     if path.suffix == ".rrd":
         write_rerun(found, path)
     else:

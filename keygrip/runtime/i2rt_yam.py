@@ -23,7 +23,12 @@ from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.calibration import Calibration, read_calibration
 from keygrip.robots.joint_motion import JointLimits, JointMotion
-from keygrip.robots.kinematics import arm_chain, forward_kinematics
+from keygrip.robots.kinematics import (
+    arm_chain,
+    forward_kinematics,
+    matrix_from_quaternion,
+    quaternion_from_matrix,
+)
 from keygrip.runtime.cameras import Camera
 from keygrip.runtime.robot import RobotLostError
 
@@ -141,7 +146,7 @@ class YamArms:
         poses = [self._pose(index, state[:JOINTS]) for index, state in enumerate(states)]
         observation: dict[str, Any] = {
             "position": np.stack([pose[:3, 3] for pose in poses]),
-            "quaternion": np.stack([_quaternion(pose[:3, :3]) for pose in poses]),
+            "quaternion": np.stack([quaternion_from_matrix(pose[:3, :3]) for pose in poses]),
             "gripper": np.clip(states[:, JOINTS], 0.0, 1.0),
             "joints": states[:, :JOINTS],
             "instruction": self.instruction,
@@ -152,20 +157,38 @@ class YamArms:
             observation |= {**views[self.cameras[0]], "cameras": views, "time_s": min([taken, *times])}
         return observation
 
-    def command(self, poses: np.ndarray) -> None:
+    @property
+    def joint_ranges(self) -> np.ndarray:
+        return np.stack([motion.ranges for motion in self._motions])
+
+    @property
+    def commanded_joints(self) -> np.ndarray:
+        return np.stack([motion.joints for motion in self._motions])
+
+    def poses_at(self, joints: np.ndarray) -> np.ndarray:
+        poses = []
+        for base, model, angles in zip(self._world_from_base, self._models, np.asarray(joints, float), strict=True):
+            position, quaternion = forward_kinematics(angles, *model)
+            turned = base[:3, :3] @ matrix_from_quaternion(quaternion)
+            poses.append(np.concatenate([position @ base[:3, :3].T + base[:3, 3], quaternion_from_matrix(turned)], -1))
+        return np.stack(poses)
+
+    def command(self, poses: np.ndarray, joints: np.ndarray | None = None) -> None:
         if self.stopped:
             raise RobotLostError("the robot was stopped: it takes no command")
         poses = np.asarray(poses, float)
-        joints = []
+        planned = [None] * len(poses) if joints is None else list(np.asarray(joints, float))
+        allowed = []
         before = [motion.joints.copy() for motion in self._motions]
         try:
             for index, motion in enumerate(self._motions):
-                joints.append(motion.step(self._in_base(index, poses[index]), 1.0 / self.control_hz))
+                pose = self._in_base(index, poses[index])
+                allowed.append(motion.step(pose, 1.0 / self.control_hz, planned[index]))
         except ValueError:
             for motion, start in zip(self._motions, before, strict=True):  # all arms or none
                 motion.reset(start)
             raise
-        for driver, angles, pose in zip(self._drivers, joints, poses, strict=True):
+        for driver, angles, pose in zip(self._drivers, allowed, poses, strict=True):
             self._send(driver, np.append(angles, np.clip(pose[7], 0.0, 1.0)))
 
     def stop(self) -> None:
@@ -233,9 +256,3 @@ class YamArms:
             }
             times.append(taken)
         return views, times
-
-
-def _quaternion(rotation: np.ndarray) -> np.ndarray:
-    """On the half sphere of a gripper that points down, as in recordings."""
-    quaternion = Rotation.from_matrix(rotation).as_quat(scalar_first=True)
-    return np.asarray(-quaternion if quaternion[1] < 0 else quaternion)

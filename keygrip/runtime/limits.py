@@ -112,6 +112,11 @@ class LimitedMotion:
         self.rotation = Rotation.from_quat(pose[3:7], scalar_first=True)
         self.gripper = float(np.clip(pose[7], 0.0, 1.0))
 
+    def held_back_at(self, pose: np.ndarray) -> None:
+        """The arm was sent to a pose [8] short of the last command: the motion goes on from there."""
+        pose = _checked_pose(np.asarray(pose, dtype=np.float64))
+        self.position, self.rotation = pose[:3].copy(), Rotation.from_quat(pose[3:7], scalar_first=True)
+
     def copy(self) -> LimitedMotion:
         """An independent motion in the same state."""
         other = LimitedMotion(self.limits, self.command())

@@ -1,14 +1,16 @@
 """The interface between a control loop and an arm, simulated or real.
 
 Units: metres, radians, seconds on the robot's own clock; quaternions wxyz; gripper 0 closed .. 1 open.
-Shape legend: A arms.
+Shape legend: A arms, J joints of an arm.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+
+from keygrip.robots.joint_arms import JointArms
 
 
 class RobotLostError(ConnectionError):
@@ -61,4 +63,26 @@ class Robot(Protocol):
 
     def close(self) -> None:
         """Gives back devices; after `stop`."""
+        ...
+
+
+@runtime_checkable
+class JointRobot(Robot, JointArms, Protocol):
+    """A robot that also follows the joints of a plan, where a policy plans them; others follow its poses."""
+
+    @property
+    def commanded_joints(self) -> np.ndarray:
+        """[A, J] rad of the last command, however it was given; at the start, where the joints are."""
+        ...
+
+    def command(self, poses: np.ndarray, joints: np.ndarray | None = None) -> None:
+        """As `Robot.command`.
+
+        Args:
+            poses: [A, 8]. joints: [A, J] rad that a plan has for them: they are sent as they are where they put the
+                tools at the poses, else those found from them that do.
+
+        Raises:
+            As `Robot.command`; `JointMotionError` also for joints in a collision.
+        """
         ...

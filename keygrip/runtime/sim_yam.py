@@ -77,22 +77,34 @@ class SimulatedYam:
             "time_s": taken,
         }
 
-    def command(self, poses: np.ndarray) -> None:
+    @property
+    def joint_ranges(self) -> np.ndarray:
+        return self.cell.joint_ranges if self._motion is None else self._motion.ranges[None]
+
+    @property
+    def commanded_joints(self) -> np.ndarray:
+        return self.cell.commanded_joints[None].copy()
+
+    def poses_at(self, joints: np.ndarray) -> np.ndarray:
+        return self.cell.poses_at(joints)
+
+    def command(self, poses: np.ndarray, joints: np.ndarray | None = None) -> None:
         if self.stopped:
             raise RobotLostError("the robot was stopped: it takes no command")
-        pose = np.asarray(poses, float)[0]
+        pose, planned = np.asarray(poses, float)[0], None if joints is None else np.asarray(joints, float)[0]
         if self._motion is not None:
             try:
-                joints = self._motion.step(pose, 1.0 / self.control_hz)
+                allowed = self._motion.step(pose, 1.0 / self.control_hz, planned)
             except JointMotionError:
                 self._advance(np.append(np.concatenate(self.cell.commanded_pose), self.cell.commanded_gripper))
                 raise
-            position, quaternion = forward_kinematics(joints)
+            position, quaternion = forward_kinematics(allowed)
             pose = np.concatenate([position, quaternion, pose[7:]])
-        self._advance(pose)
+            planned = None if planned is None else allowed
+        self._advance(pose, planned)
 
-    def _advance(self, pose: np.ndarray) -> None:
-        self.cell.advance(pose)
+    def _advance(self, pose: np.ndarray, joints: np.ndarray | None = None) -> None:
+        self.cell.advance(pose, joints)
         self._ticks += not self.real_time
 
     def outcome(self) -> tuple[bool, str | None]:

@@ -18,7 +18,7 @@ from keygrip.envs.yam import scene, tasks
 from keygrip.envs.yam.tasks import EpisodeLayout, Placed, TaskOptions, sample_layout
 from keygrip.envs.yam.text import Sight
 from keygrip.robots.inverse_kinematics import solve, yaw_of
-from keygrip.robots.kinematics import forward_kinematics, matrix_from_quaternion, quaternion_from_matrix
+from keygrip.robots.kinematics import arm_chain, forward_kinematics, matrix_from_quaternion, quaternion_from_matrix
 from keygrip.robots.mujoco_backend import mujoco
 
 LIFTED = 0.03  # m above its rest at which the object counts as lifted
@@ -240,9 +240,17 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
         truncated = not progress.success and (progress.lost or self.elapsed / self.hz >= self.task.time_limit_s)
         return progress.success, truncated, self._info(truncated)
 
-    def advance(self, action: np.ndarray) -> None:
+    def advance(self, action: np.ndarray, joints: np.ndarray | None = None) -> None:
         """The physics of `step` without drawing (see `outcome` for the rest); may go on after success (the recorder
-        finishes the motion)."""
+        finishes the motion).
+
+        Args:
+            action: [8]. joints: [6] rad that a plan has for its pose: taken where they put the tool there, else the
+                start of the inverse kinematics. None: it starts from the joints commanded before.
+
+        Raises:
+            ValueError: as `step`; or the joints are not 6 finite angles.
+        """
         if self.layout is None:
             raise RuntimeError("YamCell: call reset(seed=...) before the first step")
         action = np.asarray(action, float)
@@ -250,7 +258,7 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
             raise ValueError(
                 f"an action is 8 finite numbers (position 3, quaternion wxyz 4, gripper 1), got {action.tolist()}"
             )
-        found = solve(action[:3], matrix_from_quaternion(action[3:7]), self.commanded_joints)
+        found = solve(action[:3], matrix_from_quaternion(action[3:7]), start_of(joints, self.commanded_joints))
         change = found.joints - self.commanded_joints
         change *= min(1.0, FASTEST_JOINT / self.hz / max(float(np.abs(change).max()), 1e-12))
         gripper = float(np.clip(action[7], 0.0, 1.0))
@@ -298,6 +306,15 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
     def joints(self) -> np.ndarray:
         """[6] reached joint angles, rad."""
         return self.data.qpos[self._arm_qpos].copy()
+
+    @property
+    def joint_ranges(self) -> np.ndarray:
+        """[1, 6, 2] of the joints."""
+        return arm_chain().limits[None]
+
+    def poses_at(self, joints: np.ndarray) -> np.ndarray:
+        """[1, ..., 7] where the tool is at joints [1, ..., 6]."""
+        return np.concatenate(forward_kinematics(joints), axis=-1)
 
     @property
     def gripper_opening(self) -> float:
@@ -424,3 +441,17 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
             "object_colour": self.layout.object.colour,
             "object_height_m": self.layout.object.pedestal,
         }
+
+
+def start_of(planned: np.ndarray | None, commanded: np.ndarray) -> np.ndarray:
+    """The joints from which inverse kinematics starts: those of a plan where there are any.
+
+    Raises:
+        ValueError: they are not as many finite angles as the commanded ones.
+    """
+    if planned is None:
+        return commanded
+    planned = np.asarray(planned, float)
+    if planned.shape != commanded.shape or not np.isfinite(planned).all():
+        raise ValueError(f"joints are {' x '.join(map(str, commanded.shape))} finite angles, got {planned.tolist()}")
+    return planned

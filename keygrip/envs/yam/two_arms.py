@@ -19,10 +19,11 @@ from keygrip.envs.yam.environment import (
     OUT_OF_REACH_S,
     SETTLE_STEPS,
     STEADY_S,
+    start_of,
 )
 from keygrip.envs.yam.handover import ARMS, BASES, HandoverLayout, HandoverTask, sample_handover
 from keygrip.robots.inverse_kinematics import solve
-from keygrip.robots.kinematics import forward_kinematics, matrix_from_quaternion, quaternion_from_matrix
+from keygrip.robots.kinematics import arm_chain, forward_kinematics, matrix_from_quaternion, quaternion_from_matrix
 from keygrip.robots.mujoco_backend import mujoco
 
 NAMES = {"left": scene.RobotNames("left_yam_", "left_"), "right": scene.YAM}
@@ -106,11 +107,15 @@ class HandoverCell(CameraViews):
         self._rest_height = float(data.xpos[self._bar][2])
         return self.observation(), self._info()
 
-    def advance(self, action: np.ndarray) -> None:
+    def advance(self, action: np.ndarray, joints: np.ndarray | None = None) -> None:
         """One control period towards the arms' poses [2, 8]; draws nothing.
 
+        Args:
+            joints: [2, 6] rad that a plan has for these poses, as of `YamCell`.
+
         Raises:
-            ValueError: the action is not twice 8 finite numbers with usable quaternions.
+            ValueError: the action is not twice 8 finite numbers with usable quaternions, or the joints are not twice 6
+                finite angles.
         """
         if self.layout is None:
             raise RuntimeError("HandoverCell: call reset(seed=...) before the first step")
@@ -118,20 +123,21 @@ class HandoverCell(CameraViews):
         usable = action.shape == (2, 8) and np.isfinite(action).all()
         if not usable or (np.linalg.norm(action[:, 3:7], axis=1) < 1e-6).any():
             raise ValueError(f"an action is 8 finite numbers for each of {', '.join(ARMS)}, got {action.tolist()}")
-        joints, left_over = self.commanded_joints.copy(), 0.0
+        starts = start_of(joints, self.commanded_joints)
+        wanted, left_over = self.commanded_joints.copy(), 0.0
         for arm, pose in enumerate(action):
-            found = solve(pose[:3] - BASES[arm], matrix_from_quaternion(pose[3:7]), self.commanded_joints[arm])
+            found = solve(pose[:3] - BASES[arm], matrix_from_quaternion(pose[3:7]), starts[arm])
             change = found.joints - self.commanded_joints[arm]
-            joints[arm] += change * min(1.0, FASTEST_JOINT / self.hz / max(float(np.abs(change).max()), 1e-12))
+            wanted[arm] += change * min(1.0, FASTEST_JOINT / self.hz / max(float(np.abs(change).max()), 1e-12))
             left_over = max(left_over, found.position_error)
         gripper = np.clip(action[:, 7], 0.0, 1.0)
         before = np.concatenate([self.commanded_joints, self.commanded_gripper[:, None] * self._finger_range], axis=1)
-        after = np.concatenate([joints, gripper[:, None] * self._finger_range], axis=1)
+        after = np.concatenate([wanted, gripper[:, None] * self._finger_range], axis=1)
         for i in range(self._substeps):
             self.data.ctrl[self._motors] = before + (after - before) * (i + 1) / self._substeps
             mujoco.mj_step(self.model, self.data)
         mujoco.mj_forward(self.model, self.data)
-        self.commanded_joints, self.commanded_gripper = joints, gripper
+        self.commanded_joints, self.commanded_gripper = wanted, gripper
         self.elapsed += 1
         self._judge(left_over)
 
@@ -163,13 +169,24 @@ class HandoverCell(CameraViews):
     @property
     def commanded_poses(self) -> tuple[np.ndarray, np.ndarray]:
         """Positions [2, 3] and quaternions [2, 4] that the commanded joints would give."""
-        poses = [forward_kinematics(joints) for joints in self.commanded_joints]
-        return np.stack([position for position, _ in poses]) + BASES, np.stack([turn for _, turn in poses])
+        poses = self.poses_at(self.commanded_joints)
+        return poses[:, :3], poses[:, 3:]
 
     @property
     def joints(self) -> np.ndarray:
         """[2, 6] reached joint angles, rad."""
         return self.data.qpos[self._arm_qpos].copy()
+
+    @property
+    def joint_ranges(self) -> np.ndarray:
+        """[2, 6, 2] of the joints."""
+        return np.stack([arm_chain().limits] * len(ARMS))
+
+    def poses_at(self, joints: np.ndarray) -> np.ndarray:
+        """[2, ..., 7] where the tools are at joints [2, ..., 6]."""
+        poses = np.concatenate(forward_kinematics(joints), axis=-1)
+        poses[..., :3] += BASES.reshape(len(ARMS), *[1] * (poses.ndim - 2), 3)
+        return poses
 
     @property
     def gripper_openings(self) -> np.ndarray:

@@ -83,6 +83,7 @@ class GeometryVLAPolicy:
             cameras=self.module.views,
             instruction=True,
             calibration=self.module.reads_calibration,
+            plans_joints=self.module.actions.kind == "joint",
         )
 
     def reset(self, seed: int) -> None:
