@@ -8,7 +8,7 @@ PYTHON3 ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest
 # Tests with other packages run in environments of their own: make lerobot, openpi, metaworld-test.
-HERE := not lerobot and not openpi and not metaworld and not lmms and not opencv
+HERE := not lerobot and not openpi and not metaworld and not lmms and not opencv and not mapanything
 
 .DEFAULT_GOAL := help
 METAWORLD := .venv-metaworld
@@ -17,7 +17,7 @@ DEMOS ?= 20
 STEPS ?= 1500
 EPISODES ?= 20
 
-.PHONY: help install gl metaworld metaworld-install metaworld-test demo test test-all openpi lmms charuco lint bench notebooks doctor lerobot clean
+.PHONY: help install gl metaworld metaworld-install metaworld-test demo test test-all openpi lmms charuco mapanything lint bench notebooks doctor lerobot clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -70,6 +70,15 @@ charuco: install ## the calibration with a ChArUco board, with OpenCV installed 
 	.venv-opencv/bin/python -m pip install --disable-pip-version-check -q --no-deps --target .venv-opencv/only opencv-python-headless
 	PYTHONPATH=.venv-opencv/only $(PYTEST) -m opencv tests/data/robot/test_charuco.py
 
+# In an environment of its own: beside our packages what its model imports. Its DINOv2 comes from torch.hub, code alone.
+# Offline: MAPANYTHING=FOLDER with its source, and TORCH_HOME.
+MAPANYTHING ?= mapanything @ git+https://github.com/facebookresearch/map-anything.git@f7ebafb4d8349776705aaa686cf928988d1bd7f4
+mapanything: install ## our geometry tokens against the real MapAnything, installed in .venv-mapanything
+	test -x .venv-mapanything/bin/python || $(PYTHON) -m venv --system-site-packages .venv-mapanything
+	.venv-mapanything/bin/python -m pip install --disable-pip-version-check -q --no-deps --target .venv-mapanything/only \
+		'$(MAPANYTHING)' uniception==0.1.7 einops jaxtyping wadler-lindig opencv-python-headless
+	PYTHONPATH=.venv-mapanything/only $(PYTEST) -m mapanything tests/models/geometry_vla/test_real_mapanything.py
+
 lint: install ## style, types and layers
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -119,5 +128,5 @@ lerobot: $(LEROBOT)/.installed gl ## LeRobot in .venv-lerobot, and the tests of 
 	OMP_NUM_THREADS=1 $(LEROBOT)/bin/python -m pytest -m lerobot tests/lerobot
 
 clean: ## remove the virtual environment and caches; data/ and runs/ stay
-	rm -rf $(VENV) .venv-openpi .venv-lmms .venv-opencv $(METAWORLD) $(LEROBOT) .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) .venv-openpi .venv-lmms .venv-opencv .venv-mapanything $(METAWORLD) $(LEROBOT) .pytest_cache .mypy_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -100,15 +100,20 @@ class Needs:
         arms: names, in the order of the observation's A axis.
         cameras: names of the entries of `cameras`; none: the observation's own `image`, of one camera.
         instruction: whether it reads the instruction.
-        calibration: whether it reads `intrinsics` and `world_to_camera`; they may be left out otherwise.
+        calibration: whether it reads `intrinsics` and `world_to_camera`, or the cameras of which it does; they may be
+            left out otherwise.
         plans_joints: whether its plans hold joints (those whose poses it had to move may lack them).
     """
 
     arms: tuple[str, ...]
     cameras: tuple[str, ...] = ()
     instruction: bool = False
-    calibration: bool = True
+    calibration: bool | tuple[str, ...] = True
     plans_joints: bool = False
+
+    def calibrated(self, camera: str) -> bool:
+        """Whether it reads the calibration of one of its `cameras`."""
+        return self.calibration if isinstance(self.calibration, bool) else camera in self.calibration
 
 
 class Policy(Protocol):

@@ -83,13 +83,14 @@ class RemotePolicy:
         self._session: str | None = None
         health = self.health()
         try:
+            calibration = health["needs"].get("calibration", True)
             self._stochastic = bool(health["stochastic"])
             self.continues = bool(health.get("continues", False))
             self.needs = Needs(
                 arms=tuple(map(str, health["needs"]["arms"])),
                 cameras=tuple(map(str, health["needs"]["cameras"])),
                 instruction=bool(health["needs"]["instruction"]),
-                calibration=bool(health["needs"].get("calibration", True)),
+                calibration=tuple(map(str, calibration)) if isinstance(calibration, list) else bool(calibration),
                 plans_joints=bool(health["needs"].get("plans_joints", False)),
             )
         except (KeyError, TypeError, AttributeError) as error:

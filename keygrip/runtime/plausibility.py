@@ -77,8 +77,8 @@ class Bounds:
                 f"{_image(refused[0])} shows nothing: its brightness varies by less than bounds.image_levels="
                 f"{self.image_levels:g} of 255; is the lens covered, the light off, or the camera not running?"
             )
-        for name, view in zip(names, views, strict=True) if needs.calibration else ():
-            if view is None:
+        for name, view in zip(names, views, strict=True):
+            if view is None or not needs.calibrated(name):
                 continue
             height, width = np.shape(view["image"])[:2]
             centre = np.asarray(view["intrinsics"], float)[:2, 2]

@@ -70,13 +70,12 @@ class Entry:
 
 def entries_of(needs: Needs) -> dict[str, Entry]:
     """The arrays that make up an observation for a policy."""
-    views = [f"cameras/{name}/" for name in needs.cameras] or [""]
-    view = {
-        "image": Entry("uint8", ("H", "W", 3)),
-        "intrinsics": Entry("float", (3, 3), optional=not needs.calibration),
-        "world_to_camera": Entry("float", (4, 4), optional=not needs.calibration),
-    }
-    entries = {f"{prefix}{name}": view[name] for prefix in views for name in VIEW}
+    entries = {}
+    for camera in needs.cameras or ("",):
+        prefix, unread = f"cameras/{camera}/" if camera else "", not needs.calibrated(camera)
+        entries[f"{prefix}image"] = Entry("uint8", ("H", "W", 3))
+        entries[f"{prefix}intrinsics"] = Entry("float", (3, 3), optional=unread)
+        entries[f"{prefix}world_to_camera"] = Entry("float", (4, 4), optional=unread)
     arms = len(needs.arms)
     for name, size in (("position", (3,)), ("quaternion", (4,)), ("gripper", ())):
         entries[name] = Entry("float", (arms, *size), arms)
@@ -113,7 +112,8 @@ def encode_observation(observation: Observation, needs: Needs, under_way: UnderW
     arrays: dict[str, np.ndarray] = {}
     if needs.cameras:
         for camera, view in zip(needs.cameras, views_of(observation, needs.cameras), strict=True):
-            arrays |= {f"cameras/{camera}/{name}": np.asarray(view[name]) for name in _view_parts(needs)}
+            parts = VIEW if needs.calibrated(camera) else VIEW[:1]
+            arrays |= {f"cameras/{camera}/{name}": np.asarray(view[name]) for name in parts}
     names = [
         name
         for name, entry in entries_of(needs).items()
@@ -138,11 +138,6 @@ def _arrays_under_way(observation: Observation, under_way: UnderWay) -> dict[str
     parts = {f"{UNDER_WAY}{name}": value for name in names if (value := getattr(plan, name)) is not None}
     parts |= {"time_s": observation["time_s"], "delay_s": under_way.delay_s}
     return {name: np.asarray(value, np.float64) for name, value in parts.items()}
-
-
-def _view_parts(needs: Needs) -> tuple[str, ...]:
-    """What of a camera a policy reads."""
-    return VIEW if needs.calibration else VIEW[:1]
 
 
 def decode_request(body: bytes, needs: Needs, continues: bool = False) -> tuple[dict[str, Any], UnderWay | None]:

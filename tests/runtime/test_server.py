@@ -61,6 +61,19 @@ def test_a_remote_policy_moves_the_robot_as_the_local_one(running: Start, toy: A
     far.policy.close()
 
 
+def test_a_robot_need_not_send_the_calibration_that_is_not_read(running: Start, toy: Any, observation: Observe) -> None:
+    policy, seen = toy(), observation()
+    needs = Needs(("right",), ("over", "front"), instruction=True, calibration=("over",))
+    front = {"image": seen["cameras"]["front"]["image"]}
+    with RemotePolicy(running(policy, needs).url) as far:
+        assert far.needs == needs
+        far.plan(seen | {"cameras": seen["cameras"] | {"front": front}})
+    assert [list(view) for view in policy.seen[0]["cameras"].values()] == [
+        ["image", "intrinsics", "world_to_camera"],
+        ["image"],
+    ]
+
+
 def test_health_says_what_is_served_and_what_is_wanted(running: Start, observation: Observe) -> None:
     server = running()
     with RemotePolicy(server.url) as policy:

@@ -129,6 +129,9 @@ def test_what_is_seen_is_judged_as_the_policy_reads_it(observation: Observe) -> 
     with pytest.raises(ImplausibleError, match=r"camera 'front' shows nothing.*image_levels=20"):
         replace(bounds, image_levels=20).refuse_images(faint, both, masks=True)
     bounds.refuse_images(enlarged(seen, "over"), replace(both, calibration=False))
+    bounds.refuse_images(enlarged(seen, "over"), replace(both, calibration=("front",)))
+    with pytest.raises(ImplausibleError, match="camera 'over' has"):
+        bounds.refuse_images(enlarged(seen, "over"), replace(both, calibration=("over",)))
     replace(bounds, centre_share=0.3).refuse_images(enlarged(seen, "over"), both)
     replace(bounds, image_levels=0).refuse_images(covered(seen, "over"), both)
 

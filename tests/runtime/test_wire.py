@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,14 @@ import pytest
 from safetensors.numpy import load, save
 
 from keygrip.models.policy import Needs, Plan
-from keygrip.runtime.wire import WireError, decode_plan, decode_request, encode_observation, encode_plan
+from keygrip.runtime.wire import (
+    WireError,
+    decode_plan,
+    decode_request,
+    encode_observation,
+    encode_plan,
+    entries_of,
+)
 
 Observe = Callable[..., dict[str, Any]]
 
@@ -52,6 +60,23 @@ def test_a_policy_of_one_camera_is_sent_one_picture(observation: Observe) -> Non
     seen, _ = decode_request(encode_observation(observation(**two), needs), needs)
     assert set(seen) == {"image", "intrinsics", "world_to_camera", "position", "quaternion", "gripper"}
     assert seen["position"].shape == (2, 3)
+
+
+def test_a_camera_whose_calibration_is_not_read_comes_without(observation: Observe, needs: Needs) -> None:
+    some, sent = replace(needs, calibration=("over",)), observation()
+    body = encode_observation(sent, some)
+    assert set(load(body)) == set(load(encode_observation(sent, needs))) - {
+        "cameras/front/intrinsics",
+        "cameras/front/world_to_camera",
+    }
+    seen, _ = decode_request(body, some)
+    assert list(seen["cameras"]["front"]) == ["image"]
+    np.testing.assert_array_equal(seen["cameras"]["over"]["intrinsics"], sent["cameras"]["over"]["intrinsics"])
+    decode_request(encode_observation(sent, needs), some)  # a client that sends them all is heard too
+    with pytest.raises(WireError, match="lacks 'cameras/over/intrinsics'"):
+        decode_request(changed(body, cameras__over__intrinsics=None), some)
+    optional = {name for name, entry in entries_of(some).items() if entry.optional}
+    assert optional == {"cameras/front/intrinsics", "cameras/front/world_to_camera"}
 
 
 def test_single_precision_is_taken(observation: Observe, needs: Needs) -> None:

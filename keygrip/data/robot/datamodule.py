@@ -221,7 +221,7 @@ class RobotDemos(ResumableData):
         self.num_workers = min((os.cpu_count() or 1) - 1, 4) if num_workers is None else num_workers
         self.prefetch_batches = prefetch_batches
         self.verify, self.allow_changed = verify, allow_changed
-        self.reads_calibration = True  # of the model; where it is False, cameras need no calibration
+        self.reads_calibration: bool | tuple[str, ...] = True  # of the model: which cameras must be calibrated
         self.masks_views = False  # of the model; where it is True, demos may lack the cameras beside the first
         self.extra_targets: tuple[str, ...] = ()  # of the model: what its actions are made of beside poses
         self.embodiments: tuple[str, ...] = ()  # of the model: robots that it keeps apart
@@ -328,7 +328,7 @@ class RobotDemos(ResumableData):
                 f"data.view_dropout={self.view_dropout:g}: this model masks no views; leave it out, or set "
                 "model.network.world_views=true of a volume-query policy"
             )
-        self.reads_calibration = bool(getattr(module, "reads_calibration", True))
+        self.reads_calibration = getattr(module, "reads_calibration", True)
         self.extra_targets = tuple(getattr(module, "extra_targets", ()))
         self.embodiments = tuple(getattr(module, "embodiments", ()))
 

@@ -27,7 +27,8 @@ class ReadingOptions:
             be read; None: all.
         masks_views: the model masks views, so that the first camera alone must be there and calibrated.
         max_broken_share: more broken ones than this are an error. verify: check every file and frame once.
-        calibrated: cameras whose pose is not known are left out; False for models that read no calibration.
+        calibrated: cameras whose pose is not known are left out; False for models that read no calibration, names of
+            cameras for those that read theirs alone.
     """
 
     cameras: tuple[str, ...]
@@ -36,8 +37,15 @@ class ReadingOptions:
     max_demos: int | None = None
     max_broken_share: float = 0.1
     verify: bool = True
-    calibrated: bool = True
+    calibrated: bool | tuple[str, ...] = True
     masks_views: bool = False
+
+    @property
+    def uncalibrated(self) -> bool | tuple[str, ...]:
+        """Which cameras may lack their pose, as `DemoReference.read` takes it."""
+        if isinstance(self.calibrated, bool):
+            return not self.calibrated
+        return tuple(name for name in self.cameras if name not in self.calibrated)
 
 
 @dataclass
@@ -95,7 +103,7 @@ def read_demos(root: Path, references: Sequence[DemoReference], options: Reading
 
 
 def _read(reference: DemoReference, options: ReadingOptions) -> Demo:
-    demo = reference.read(cameras=options.cameras, uncalibrated=not options.calibrated)
+    demo = reference.read(cameras=options.cameras, uncalibrated=options.uncalibrated)
     needed = options.cameras[:1] if options.masks_views else options.cameras
     missing = [camera for camera in needed if camera not in demo.cameras]
     if missing and (reason := demo.source.get("uncalibrated", {}).get(missing[0])):

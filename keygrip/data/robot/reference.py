@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,20 +28,25 @@ class DemoReference:
     format: str
     reader: Callable[[], Demo]
 
-    def read(self, images: bool = True, cameras: Iterable[str] | None = None, uncalibrated: bool = False) -> Demo:
+    def read(
+        self,
+        images: bool = True,
+        cameras: Iterable[str] | None = None,
+        uncalibrated: bool | Collection[str] = False,
+    ) -> Demo:
         """The demo, checked (see `check_demo`), with unit quaternions.
 
         Args:
-            images, cameras: as for `check_demo`. uncalibrated: keep cameras whose pose is not known; they are left
-                out otherwise, with a note in the demo's `source`.
+            images, cameras: as for `check_demo`. uncalibrated: keep cameras whose pose is not known, all or those of
+                these names; they are left out otherwise, with a note in the demo's `source`.
 
         Raises:
             DemoError: whatever is wrong with it. Errors of the machine (no file descriptors left) pass unchanged.
         """
         try:
             demo = self.reader()
-            if not uncalibrated:
-                demo = _calibrated(demo)
+            if uncalibrated is not True:
+                demo = _calibrated(demo, uncalibrated or ())
             check_demo(demo, images=images, cameras=cameras)
         except DemoError as error:
             if error.name == self.name:
@@ -56,9 +61,10 @@ class DemoReference:
         return replace(demo, arms={name: tidied(arm) for name, arm in demo.arms.items()})
 
 
-def _calibrated(demo: Demo) -> Demo:
-    """The demo without the cameras whose pose is not known. Raises DemoError: there are no others."""
-    without = {name: track.uncalibrated for name, track in demo.cameras.items() if track.uncalibrated}
+def _calibrated(demo: Demo, kept: Collection[str]) -> Demo:
+    """The demo without the cameras whose pose is not known, but for some. Raises DemoError: there are no others."""
+    unknown = {name: track.uncalibrated for name, track in demo.cameras.items() if track.uncalibrated}
+    without = {name: reason for name, reason in unknown.items() if name not in kept}
     if not without:
         return demo
     if len(without) == len(demo.cameras):

@@ -27,8 +27,8 @@ def scene_figure(
     sample: int = 0,
     pointing: Tensor | None = None,
 ) -> np.ndarray:
-    """One sample, a column a view: the image with both paths and keyframes, and below it depth maps where there are
-    any.
+    """One sample, a column a view: the image with both paths (where its camera is calibrated) and keyframes, and below
+    it depth maps where there are any.
 
     Args:
         batch: with the demonstrated targets.
@@ -54,7 +54,10 @@ def scene_figure(
         top: Axes = axes[0, view]
         top.imshow(batch.images[sample, view].permute(1, 2, 0).cpu().numpy())
         camera = batch.view_intrinsics[sample, view].float().cpu(), batch.view_world_to_camera[sample, view].float()
-        paths = [] if planned is None else [("shown", batch.position, "white"), ("planned", planned, "red")]
+        placed = not torch.equal(camera[1].cpu(), torch.eye(4))  # else not calibrated, see `CameraTrack`
+        paths = (
+            [] if planned is None or not placed else [("shown", batch.position, "white"), ("planned", planned, "red")]
+        )
         for label, path, colour in paths:
             pixels, _ = project(path[sample].float().cpu(), camera[0], camera[1].cpu())
             for arm, points in enumerate(pixels):
@@ -67,7 +70,7 @@ def scene_figure(
             for label, points, colour in shown_at:
                 top.plot(*points.T.numpy(), "+", color=colour, markersize=9, label=label)
             top.imshow(pointed.amax(dim=0).numpy(), extent=(0, size, size, 0), cmap="inferno", alpha=0.35)
-        top.set(title=batch.cameras[view], xlim=(0, size), ylim=(size, 0))
+        top.set(title=batch.cameras[view] + ("" if placed else " (not calibrated)"), xlim=(0, size), ylim=(size, 0))
         for row, (title, depth) in enumerate(shown, start=1):
             # The scale ends before the walls; with them the table would have one colour.
             low, high = (None, None) if known is None or not len(known) else known.quantile(SHOWN_SHARES).tolist()

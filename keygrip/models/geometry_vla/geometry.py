@@ -73,8 +73,8 @@ class GeometryEncoder(nn.Module, ABC):
         return False
 
     @property
-    def reads_cameras(self) -> bool:
-        """Whether its features depend on intrinsics and camera poses."""
+    def reads_cameras(self) -> bool | tuple[str, ...]:
+        """Whether its features depend on intrinsics and camera poses, or on those of which cameras alone."""
         return False
 
     @property

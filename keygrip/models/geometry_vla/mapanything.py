@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.hub
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,10 +30,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# What this file was compared with and `make mapanything` tests: tag v1.1.1, 23 March 2026.
+COMMIT = "f7ebafb4d8349776705aaa686cf928988d1bd7f4"
 INSTALL = (
-    "pip install 'mapanything @ git+https://github.com/facebookresearch/map-anything.git' (its weights: "
+    f"pip install 'mapanything @ git+https://github.com/facebookresearch/map-anything.git@{COMMIT}' (its weights: "
     "facebook/map-anything-apache)"
 )
+FILES = ("config.json", "model.safetensors")  # of a folder of weights
 
 # The probabilities with which its training gave it optional inputs, by its own names: here all or none of them.
 ALL_CAMERAS = {"overall_prob": 1.0, "dropout_prob": 0.0, "ray_dirs_prob": 1.0, "cam_prob": 1.0}
@@ -47,7 +52,8 @@ NO_DEPTH = {
 @model_part(from_checkpoint={"cache": None}, external=["weights"])
 class MapAnythingGeometry(GeometryEncoder):
     """MapAnything (Keetha et al., "MapAnything: Universal Feed-Forward Metric 3D Reconstruction", 2025), frozen: the
-    tokens of its multi-view transformer, of the images and, if wanted, of the cameras.
+    tokens of its multi-view transformer, of the images and, if wanted, of the cameras. Compared with its source at
+    `COMMIT`, with uniception 0.1.7: tokens are those of its own `infer` (`make mapanything` tests it).
 
     Its weights are not part of this module or of a checkpoint: they are loaded from where they were loaded in training,
     and must be the same ones. It draws random numbers in its forward pass; the run's generators stay as they were.
@@ -57,12 +63,15 @@ class MapAnythingGeometry(GeometryEncoder):
         image_size: P; a multiple of its patch size.
         cache: keeps features by image; useful where images come again, that is without random augmentation.
         calibration: give it the viewing rays of every pixel and the cameras' poses, in metres, as its optional inputs.
-            Its tokens then stand in the first camera's frame and at the true scale.
+            Its tokens then stand in the first camera's frame and at the true scale. Names of cameras: those of these
+            cameras alone, the first one among them, for views of which some are not calibrated.
         scale_token: hand on its token of the metric scale too.
+        cameras: names of the views in their order, to which `calibration` refers; None: not known.
 
     Raises:
         ModuleNotFoundError: the package is not there. FileNotFoundError: the weights are not there.
-        ValueError: a size that its patches do not divide.
+        ValueError: a size that its patches do not divide; `calibration` names a camera that there is not, or not the
+            first one.
     """
 
     _digest: Tensor
@@ -72,15 +81,17 @@ class MapAnythingGeometry(GeometryEncoder):
         weights: str,
         image_size: int,
         cache: FeatureCache | None = None,
-        calibration: bool = False,
+        calibration: bool | Sequence[str] = False,
         scale_token: bool = False,
+        cameras: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        calibrated = calibration if isinstance(calibration, bool) else _checked(tuple(calibration), cameras)
         model = _load_mapanything(weights)
         model.eval().requires_grad_(False)
         self._model = [model]  # in a list, it is no submodule
         self.weights, self.image_size, self.cache = weights, image_size, cache
-        self.calibration, self.scale_token = calibration, scale_token
+        self.calibration, self.scale_token, self.cameras = calibrated, scale_token, tuple(cameras or ())
         self.dim = int(model.info_sharing.dim)
         self.patch_size = int(model.encoder.patch_size)
         self.norm_type = str(model.encoder.data_norm_type)
@@ -96,8 +107,7 @@ class MapAnythingGeometry(GeometryEncoder):
         return self.scale_token
 
     @property
-    def reads_cameras(self) -> bool:
-        """Whether its features depend on intrinsics and camera poses."""
+    def reads_cameras(self) -> bool | tuple[str, ...]:
         return self.calibration
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -111,11 +121,13 @@ class MapAnythingGeometry(GeometryEncoder):
 
     @torch.no_grad()
     def forward(self, images: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> GeometryFeatures:
-        cameras = (intrinsics, world_to_camera) if self.calibration else ()
+        told = self._told(images.shape[1])
+        cameras = (intrinsics[:, told], world_to_camera[:, told]) if told else ()
         if self.cache is None:
             found = self.compute(images, *cameras)
         else:
-            kind = f"{'+scale' if self.scale_token else ''}{'+cameras' if self.calibration else ''}"
+            which = "".join(f"-{number}" for number in told) if len(told) < images.shape[1] else ""
+            kind = f"{'+scale' if self.scale_token else ''}{f'+cameras{which}' if told else ''}"
             maker = f"mapanything{kind}:{self.fingerprint}:{self.image_size}"
             found = self.cache.features(images, maker, self.compute, cameras)
         if not self.scale_token:
@@ -126,7 +138,8 @@ class MapAnythingGeometry(GeometryEncoder):
         """Tokens ``[B, G, D]`` float32 of uint8 ``[B, V, 3, S, S]`` images; with `scale_token` one more, the last.
 
         Args:
-            cameras: nothing, or intrinsics ``[B, V, 3, 3]`` and world_to_camera ``[B, V, 4, 4]``.
+            cameras: nothing, or intrinsics ``[B, C, 3, 3]`` and world_to_camera ``[B, C, 4, 4]`` of the C views of
+                which it is told the cameras.
 
         Raises:
             ValueError: `scale_token` with a MapAnything that has none.
@@ -140,9 +153,9 @@ class MapAnythingGeometry(GeometryEncoder):
         views = [{"img": view, "data_norm_type": [self.norm_type]} for view in seen.unbind(1)]
         if cameras:
             with torch.autocast(images.device.type, enabled=False):  # half precision would move rays by pixels
-                for number, view in enumerate(views):
-                    intrinsics, world_to_camera = (part[:, number].float() for part in cameras)
-                    view |= self._camera_inputs(intrinsics, world_to_camera, images.shape[-1])
+                for place, number in enumerate(self._told(len(views))):
+                    intrinsics, world_to_camera = (part[:, place].float() for part in cameras)
+                    views[number] |= self._camera_inputs(intrinsics, world_to_camera, images.shape[-1])
         found: list[Any] = []
         hook = model.info_sharing.register_forward_hook(lambda _, __, output: _stop(found, output))
         devices = [images.device] if images.device.type == "cuda" else []
@@ -166,6 +179,14 @@ class MapAnythingGeometry(GeometryEncoder):
                 raise ValueError(f"geometry.weights={self.weights} has no scale token: set geometry.scale_token=false.")
             tokens.append(scale.transpose(1, 2)[:, :1])
         return torch.cat(tokens, dim=1).float()
+
+    def _told(self, views: int) -> list[int]:
+        """Numbers of the views of which it is told the cameras; it masks its optional inputs view by view."""
+        if self.cameras and views != len(self.cameras):
+            raise ValueError(f"geometry.cameras names {len(self.cameras)} views, and the batch has {views}.")
+        if isinstance(self.calibration, bool):
+            return list(range(views)) if self.calibration else []
+        return [number for number, name in enumerate(self.cameras) if name in self.calibration]
 
     def _camera_inputs(self, intrinsics: Tensor, world_to_camera: Tensor, size: int) -> dict[str, Tensor]:
         """A view's optional inputs under MapAnything's names: unit rays ``[B, P, P, 3]`` in the camera's frame through
@@ -207,21 +228,55 @@ def _optional_inputs(model: Any, chances: dict[str, float]) -> Iterator[None]:
         settings.update(before)
 
 
+def _checked(named: tuple[str, ...], cameras: Sequence[str] | None) -> tuple[str, ...]:
+    """The cameras of `calibration`. Raises ValueError: one is no view, or the first view is not among them."""
+    views = list(cameras or ())
+    unknown = [name for name in named if name not in views]
+    if unknown:
+        raise ValueError(
+            f"geometry.calibration names {unknown[0]!r}, which is none of the views {', '.join(views) or '(no names)'}."
+        )
+    if not named:
+        raise ValueError("geometry.calibration=[] names no camera: set it to false.")
+    if views[0] not in named:
+        raise ValueError(
+            f"geometry.calibration=[{','.join(named)}] lacks the first view, {views[0]}, in whose frame MapAnything is "
+            "told the poses of all others: put a calibrated camera first in data.cameras, or set it to false."
+        )
+    return named
+
+
 def _load_mapanything(weights: str) -> Any:
+    precision = torch.get_float32_matmul_precision()
     try:
         from mapanything.models import MapAnything
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.partition(".")[0] not in ("mapanything", "uniception"):
             raise
         raise ModuleNotFoundError(f"geometry=mapanything needs the package mapanything: {INSTALL}") from error
-    if weights.startswith((".", "/", "~")) and not Path(weights).is_dir():
+    finally:
+        torch.set_float32_matmul_precision(precision)  # importing it turns TF32 on for the whole process
+    folder = Path(weights)
+    if weights.startswith((".", "/", "~")) and not folder.is_dir():
         raise FileNotFoundError(f"geometry.weights: there is no folder {weights}")
+    absent = [name for name in FILES if folder.is_dir() and not (folder / name).is_file()]
+    if absent:
+        raise FileNotFoundError(f"geometry.weights: {weights} holds no {absent[0]}, only part of MapAnything's weights")
     try:
         return MapAnything.from_pretrained(weights)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        if any(frame.filename == torch.hub.__file__ for frame in traceback.extract_tb(error.__traceback__)):
+            raise FileNotFoundError(
+                "MapAnything's image encoder comes from torch.hub, code and weights of facebookresearch/dinov2, which "
+                f"failed ({reason}): load it once where there is a network and copy the folder {torch.hub.get_dir()} "
+                "from there, or name its parent with TORCH_HOME"
+            ) from error
+        if isinstance(error, RuntimeError):
+            raise
         raise FileNotFoundError(
             f"MapAnything's weights {weights} are neither a folder nor to be had from the hub "
-            f"({str(error).splitlines()[0][:120]}): download config.json and model.safetensors from "
+            f"({reason}): download {' and '.join(FILES)} from "
             "https://huggingface.co/facebook/map-anything-apache into a folder and set geometry.weights to it"
         ) from error
 

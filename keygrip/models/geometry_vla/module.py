@@ -118,11 +118,12 @@ class GeometryVLAModule(System):
         self._grips: dict[str, list[Tensor]] = {}
 
     @property
-    def reads_calibration(self) -> bool:
-        """Whether intrinsics and camera poses change its weights or its plans."""
+    def reads_calibration(self) -> bool | tuple[str, ...]:
+        """Whether intrinsics and camera poses change its weights or its plans, or those of which cameras alone."""
         geometry = self.network.geometry
-        told = geometry is not None and (geometry.learns_depth or geometry.reads_cameras)
-        return told or self.network.pointing is not None
+        if self.network.pointing is not None or (geometry is not None and geometry.learns_depth):
+            return True  # targets in every view
+        return geometry is not None and geometry.reads_cameras
 
     @property
     def extra_targets(self) -> tuple[str, ...]:

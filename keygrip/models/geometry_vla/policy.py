@@ -205,7 +205,13 @@ class GeometryVLAPolicy:
         """The encoders' pass, the present poses and the noise of several plans."""
         module, device = self.module, self.module.device
         instructions = [_instruction(seen) for seen in observations]
-        views = [[self._view(view) for view in views_of(seen, module.views)] for seen in observations]
+        views = [
+            [
+                self._view(view, self.needs.calibrated(name))
+                for name, view in zip(module.views, views_of(seen, module.views), strict=True)
+            ]
+            for seen in observations
+        ]
         images = torch.from_numpy(
             np.stack([np.stack([view.image.transpose(2, 0, 1) for view in seen]) for seen in views])
         ).to(device)
@@ -260,9 +266,9 @@ class GeometryVLAPolicy:
         (name,) = actions.reads
         return [{} if outside else {name: row} for outside, row in zip(moved.tolist(), numbers, strict=True)]
 
-    def _view(self, view: Mapping[str, Any]) -> View:
+    def _view(self, view: Mapping[str, Any], calibrated: bool) -> View:
         image = np.asarray(view["image"])
-        if not self.module.reads_calibration:
+        if not calibrated:
             return self._geometry.view(image, np.eye(3), np.eye(4))
         return self._geometry.view(image, np.asarray(view["intrinsics"]), np.asarray(view["world_to_camera"]))
 

@@ -319,6 +319,40 @@ def test_of_a_model_that_masks_views_a_demo_may_lack_all_but_the_first(
         asked(robot_demos(root, cameras=("over", "wrist"), max_broken_share=0.4))
 
 
+class ReadsOver:
+    reads_calibration = ("over",)
+
+
+def test_of_a_model_that_reads_one_cameras_calibration_the_other_needs_none(root: Path, robot_demos: Make) -> None:
+    def lose(camera: str, *names: str) -> None:
+        for name in names:
+            path = root / name / "metadata.json"
+            metadata = json.loads(path.read_text())
+            metadata["cameras"][camera]["uncalibrated"] = "its board was not seen"
+            path.write_text(json.dumps(metadata))
+
+    whole = ready(robot_demos(root, **TWO, val_fraction=0.0))
+    lose("front", "demo_1", "demo_3")
+    lose("over", "demo_4")
+    module = robot_demos(root, **TWO, val_fraction=0.0, max_broken_share=0.2)
+    module.asked_by(ReadsOver())
+    ready(module)
+    assert [str(error) for error in module.broken] == [
+        "demo 'demo_4': camera 'over' is not calibrated, which this model needs: its board was not seen"
+    ]
+    names = [demo.name for demo in module.demos]
+    assert names == [f"demo_{number}" for number in (0, 1, 2, 3, 5)]
+    for index, name in enumerate(names):
+        one, other = (
+            each.train_samples[SampleKey(each.train_samples.sample_demo.tolist().index(at), 0)]
+            for each, at in ((module, index), (whole, int(name[-1])))
+        )
+        assert torch.equal(one.images, other.images)  # it is seen all the same
+        assert one.view_mask.all()
+        assert torch.equal(one.view_world_to_camera[0], other.view_world_to_camera[0])
+        assert torch.equal(one.view_world_to_camera[1], torch.eye(4)) == (name in ("demo_1", "demo_3"))
+
+
 def test_views_are_dropped_at_random_in_training_alone(root: Path, robot_demos: Make) -> None:
     settings = {"cameras": CAMERAS, "augmentation": Augmentation()}
     module, again = (asked(robot_demos(root, **settings, view_dropout=0.3)) for _ in range(2))

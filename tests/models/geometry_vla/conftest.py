@@ -23,6 +23,7 @@ def mapanything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "weights"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"width": 10, "dim": 24, "patch_size": 8}))
+    (folder / "model.safetensors").touch()
     return folder
 
 

@@ -17,7 +17,7 @@ from keygrip.models.geometry.cameras import project
 from keygrip.models.geometry.rotations import quaternion_to_matrix, rotation_exp
 from keygrip.models.geometry_vla.feature_cache import FeatureCache
 from keygrip.models.geometry_vla.geometry import depth_targets
-from keygrip.models.geometry_vla.mapanything import MapAnythingGeometry
+from keygrip.models.geometry_vla.mapanything import COMMIT, MapAnythingGeometry
 
 
 def test_depth_targets_are_the_points_that_project_to_their_pixels() -> None:
@@ -202,6 +202,86 @@ def test_mapanything_reads_calibration_in_its_own_terms(mapanything: Path) -> No
     assert (encoder.reads_cameras, alone.reads_cameras) == (True, False)
 
 
+def test_mapanything_is_told_the_cameras_that_are_calibrated(mapanything: Path, tmp_path: Path) -> None:
+    """As with the optional inputs of all views, less those of the views of which it is told none."""
+    batch = small_batch()
+    names = ("over", "front")
+    every, some, again = (
+        MapAnythingGeometry(str(mapanything), S, calibration=calibration, cameras=names)
+        for calibration in (True, ["over"], list(names))
+    )
+    cameras = batch.view_intrinsics, batch.view_world_to_camera
+    whole = every(batch.images, *cameras).tokens
+    found = some(batch.images, *cameras).tokens
+    views = some._model[0].seen
+    assert set(views[1]) == {"img", "data_norm_type"}
+    for name, value in views[0].items():
+        own = every._model[0].seen[0][name]
+        assert torch.equal(value, own) if isinstance(value, torch.Tensor) else value == own
+    model = every._model[0]
+    forward = model.forward
+
+    def masked(views: list[dict[str, Any]]) -> None:
+        forward([views[0], {name: views[1][name] for name in ("img", "data_norm_type")}])
+
+    model.forward = masked
+    assert torch.equal(every(batch.images, *cameras).tokens, found)
+    assert not torch.allclose(found, whole)
+    assert torch.equal(again(batch.images, *cameras).tokens, whole)
+    # what stands in place of the other's matrices says nothing, and features are not kept by it
+    unknown = tuple(part.clone() for part in cameras)
+    unknown[0][:, 1], unknown[1][:, 1] = torch.eye(3), torch.eye(4)
+    assert torch.equal(some(batch.images, *unknown).tokens, found)
+    kind = type(model)
+    cached, all_cached = (
+        MapAnythingGeometry(
+            str(mapanything), S, calibration=each, cameras=names, cache=FeatureCache(tmp_path / "cache", 0.1)
+        )
+        for each in (["over"], True)
+    )
+    for encoder, seen, expected, calls in (
+        (cached, cameras, found, 1),
+        (cached, unknown, found, 0),
+        (all_cached, cameras, whole, 1),
+    ):
+        kind.calls = 0
+        torch.testing.assert_close(encoder(batch.images, *seen).tokens, expected, atol=2e-3, rtol=2e-3)
+        assert kind.calls == calls
+    module = ready_module(tmp_path, geometry=some)
+    assert module.reads_calibration == ("over",)
+    assert (some.reads_cameras, again.reads_cameras, every.reads_cameras) == (("over",), names, True)
+    pointed = ready_module(tmp_path, geometry=some, pointing_cells=2)
+    assert pointed.reads_calibration is True  # its maps have targets in every view
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        ([], r"names no camera: set it to false"),
+        (["over", "wrist"], r"names 'wrist', which is none of the views over, front"),
+        (["front"], r"lacks the first view, over, .*put a calibrated camera first in data\.cameras"),
+    ],
+)
+def test_cameras_that_mapanything_cannot_be_told_are_refused(
+    mapanything: Path, calibration: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        MapAnythingGeometry(str(mapanything), S, calibration=calibration, cameras=("over", "front"))
+
+
+def test_views_are_those_that_geometry_cameras_names(mapanything: Path) -> None:
+    encoder, batch = MapAnythingGeometry(str(mapanything), S, calibration=["over"], cameras=("over",)), small_batch()
+    with pytest.raises(ValueError, match=r"geometry\.cameras names 1 views, and the batch has 2"):
+        encoder(batch.images, batch.view_intrinsics, batch.view_world_to_camera)
+
+
+def test_mapanything_leaves_float32_products_as_they_were(mapanything: Path) -> None:
+    before = torch.get_float32_matmul_precision()
+    MapAnythingGeometry(str(mapanything), S)
+    assert torch.get_float32_matmul_precision() == before == "highest"
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
 def test_mapanything_draws_nothing_from_the_runs_generators(mapanything: Path) -> None:
     batch = small_batch()
     for calibration in (False, True):
@@ -280,6 +360,12 @@ def test_cached_features_are_kept_by_their_cameras_too(mapanything: Path, tmp_pa
         torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.parametrize("file", ["Makefile", "conf/geometry/options.yaml"])
+def test_the_commit_that_is_installed_is_the_one_compared_with(file: str) -> None:
+    text = (Path(__file__).parents[3] / file).read_text()
+    assert f"mapanything @ git+https://github.com/facebookresearch/map-anything.git@{COMMIT}" in text
+
+
 def test_without_the_package_or_its_weights_it_is_said_what_to_do(
     mapanything: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,7 +373,35 @@ def test_without_the_package_or_its_weights_it_is_said_what_to_do(
         MapAnythingGeometry("./nowhere", image_size=S)
     with pytest.raises(FileNotFoundError, match=r"download config\.json and model\.safetensors"):
         MapAnythingGeometry("facebook/map-anything-apache", image_size=S)
+    (mapanything / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors"):
+        MapAnythingGeometry(str(mapanything), image_size=S)
     monkeypatch.setitem(sys.modules, "mapanything", None)
     monkeypatch.setitem(sys.modules, "mapanything.models", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'mapanything @ git\+https://github.com"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"pip install 'mapanything @ git\+https://github.com\S+@[0-9a-f]{40}'"
+    ):
+        MapAnythingGeometry(str(mapanything), image_size=S)
+
+
+def test_what_torch_hub_lacks_is_not_taken_for_missing_weights(
+    mapanything: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The image encoder's code and weights come from torch.hub when the model is built."""
+    encoder = MapAnythingGeometry(str(mapanything), image_size=S)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    kind = type(encoder._model[0])
+
+    def without_network(name: str) -> None:
+        torch.hub.load(str(tmp_path / "facebookresearch_dinov2_main"), "dinov2_vitg14", source="local")
+
+    monkeypatch.setattr(kind, "from_pretrained", without_network)
+    with pytest.raises(FileNotFoundError, match=r"comes from torch\.hub, .*TORCH_HOME"):
+        MapAnythingGeometry(str(mapanything), image_size=S)
+
+    def broken(name: str) -> None:
+        raise RuntimeError("size mismatch")
+
+    monkeypatch.setattr(kind, "from_pretrained", broken)
+    with pytest.raises(RuntimeError, match="size mismatch"):
         MapAnythingGeometry(str(mapanything), image_size=S)

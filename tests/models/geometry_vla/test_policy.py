@@ -14,6 +14,7 @@ from torch import Tensor
 from vla_parts import CAMERAS, INSTRUCTIONS, S, T, V, ready_module, small_batch, small_geometry, small_module, small_vlm
 
 from keygrip.data.batches import MultiViewPolicyBatch
+from keygrip.models.geometry_vla.figures import scene_figure
 from keygrip.models.geometry_vla.mapanything import MapAnythingGeometry
 from keygrip.models.geometry_vla.module import GeometryVLAModule
 from keygrip.models.geometry_vla.network import ActionSampling
@@ -226,6 +227,24 @@ def test_pictures_show_depth_where_there_is_any(module: GeometryVLAModule, tmp_p
     assert whole.shape[1] == alone.shape[1]
     assert whole.shape[0] == pytest.approx(3 * alone.shape[0], abs=3)
     assert whole.std() > 10
+
+
+def test_paths_are_drawn_where_the_camera_is_calibrated() -> None:
+    batch = small_batch(depth=False)
+    lost = replace(batch, view_world_to_camera=batch.view_world_to_camera.clone())
+    lost.view_world_to_camera[:, 1] = torch.eye(4)
+    paths = batch.position.clone()
+
+    def drawn(seen: Any, planned: Tensor) -> np.ndarray:
+        return scene_figure(seen, planned, None)
+
+    known, unknown = drawn(batch, paths), drawn(lost, paths)
+    left, right = (slice(None), slice(0, known.shape[1] // 2)), (slice(None), slice(known.shape[1] // 2, None))
+    above = slice(known.shape[0] // 5, known.shape[0] * 4 // 5)  # between the titles and the legend
+    np.testing.assert_array_equal(known[left][above], unknown[left][above])
+    moved = drawn(lost, paths + 0.03)
+    assert (moved[left] != unknown[left]).any()
+    np.testing.assert_array_equal(moved[right], unknown[right])
 
 
 # ---------------------------------------------------------------------- plans and checkpoints

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from vla_parts import CAMERAS, INSTRUCTIONS, ready_module, small_batch, write_demos
 
 from keygrip import train
@@ -109,6 +111,41 @@ def test_train_resume_load_and_plan(overrides: Callable[..., list[str]], tmp_pat
     assert plan.position.shape == (1, 4, 3)
     assert np.isfinite(plan.position).all()
     assert loaded.evaluation_kind == "policy"
+
+
+def test_mapanything_is_told_the_calibrated_camera_beside_another(
+    overrides: Callable[..., list[str]], mapanything: Path, tmp_path: Path
+) -> None:
+    for path in (tmp_path / "demos").glob("*/metadata.json"):
+        metadata = json.loads(path.read_text())
+        metadata["cameras"]["front"]["uncalibrated"] = "its board was not seen"
+        path.write_text(json.dumps(metadata))
+
+    def settings(name: str, *more: str) -> list[str]:
+        plain = [each for each in overrides(name) if not each.startswith(("backbone.", "geometry."))]
+        sizes = ("data.image_size=32", "geometry.image_size=32", "data.depth=false", "data.verify=false", "max_steps=2")
+        off = [f"model.network.{name}" for name in ("pointing_cells=0", "pointing_keyframe=false")]
+        return [*plain, "geometry=mapanything", f"geometry.weights={mapanything}", *sizes, *off, *more]
+
+    published = "model.network.pointed_tokens=false"
+    with pytest.raises(ValueError, match="camera 'front' is not calibrated, which this model needs: its board"):
+        train.run(compose("train", settings("all", published)))
+    with pytest.raises(InstantiationException, match=r"geometry\.calibration=\[front\] lacks the first view, over"):
+        train.run(compose("train", settings("front", published, "geometry.calibration=[front]")))
+    train.run(compose("train", settings("over", published, "geometry.calibration=[over]")))
+    files = {"network.geometry.weights": str(mapanything)}
+    policy = load_module(tmp_path / "over", expected=GeometryVLAModule, external=files).policy()
+    assert policy.needs.calibration == ("over",)
+    cameras = {name: dict(view) for name, view in OBSERVATION["cameras"].items()}
+    policy.reset(0)
+    expected = policy.plan(OBSERVATION).position
+    for name in ("intrinsics", "world_to_camera"):
+        del cameras["front"][name]
+    policy.reset(0)
+    np.testing.assert_array_equal(policy.plan(OBSERVATION | {"cameras": cameras}).position, expected)
+    tilted = cameras | {"over": cameras["over"] | {"intrinsics": np.diag([60.0, 20.0, 1.0])}}
+    policy.reset(0)
+    assert np.abs(policy.plan(OBSERVATION | {"cameras": tilted}).position - expected).max() > 0
 
 
 ROBOTS = {"yam": {"begin": (0.2, 0.0, 0.1), "step_m": 0.01}, "panda": {"begin": (0.7, -0.4, 0.5), "step_m": 0.06}}

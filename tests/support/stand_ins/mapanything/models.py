@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+torch.backends.cuda.matmul.allow_tf32 = True  # as the real one does
+
 CAMERAS = ("ray_directions_cam", "camera_pose_quats", "camera_pose_trans")
 
 
@@ -67,6 +69,7 @@ class MapAnything(nn.Module):
         MapAnything.calls += 1
         self.seen = views
         assert all(view["data_norm_type"] == [self.encoder.data_norm_type] for view in views)
+        assert "camera_pose_quats" in views[0] or not any("camera_pose_quats" in view for view in views)
         chances = self.geometric_input_config
         given = bool(torch.rand(1) < chances["overall_prob"] and torch.rand(1) >= chances["dropout_prob"])
         features = [self.encoder(view["img"]) for view in views]
