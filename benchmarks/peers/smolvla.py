@@ -57,8 +57,8 @@ SIZES = {
         scale=4,
     ),
     # The same proportions at a fifth of the width: three query heads for each key head, 2.67 of the width in the MLP,
-    # half of the layers kept. 64 patches and 16 tokens for an image: a step of batch 8 with two cameras is well under a
-    # second of one core. The authors' learning rate of 1e-4 is for weights that are trained already.
+    # half of the layers kept. 64 patches and 16 tokens for an image keep a step short on one core. The authors'
+    # learning rate of 1e-4 is for weights that are trained already.
     "small": Size(
         text={
             "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 6,
