@@ -94,7 +94,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         planning: Policy = policy if cfg.checkpoint is None else PlausiblePolicy(policy, instantiate(cfg.bounds))
         execution = instantiate(cfg.execution)(planner=ThreadPlanner(planning), control_hz=robot.control_hz)
         _refuse_no_continuing(execution, policy)
-        _refuse_idle_follow(execution, policy, robot)
+        needs = getattr(policy, "needs", None)
+        refuse_idle_follow(execution.follow, "execution.follow", needs, isinstance(robot, JointRobot))
         if cfg.dry_run is not None:
             return dry_run(planning, robot, limits, Path(cfg.dry_run), execution.follow)
         takeover = instantiate(cfg.takeover)
@@ -158,10 +159,6 @@ def _refuse_no_continuing(execution: ChunkExecution, policy: Any) -> None:
             "execution.continue_chunks=true needs a policy that continues a plan (geometry_vla); "
             f"{which} does not: leave it out"
         )
-
-
-def _refuse_idle_follow(execution: ChunkExecution, policy: Any, robot: Any) -> None:
-    refuse_idle_follow(execution.follow, "execution.follow", policy.needs, isinstance(robot, JointRobot))
 
 
 def _recorder(folder: Path, robot: Any) -> CorrectionRecorder:

@@ -203,12 +203,12 @@ class GeometryVLAPolicy:
 
     def _seen(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> _Seen:
         """The encoders' pass, the present poses and the noise of several plans."""
-        module, device = self.module, self.module.device
+        module, device, needs = self.module, self.module.device, self.needs
         instructions = [_instruction(seen) for seen in observations]
         views = [
             [
-                self._view(view, self.needs.calibrated(name))
-                for name, view in zip(module.views, views_of(seen, module.views), strict=True)
+                self._view(view, needs.calibrated(name))
+                for name, view in zip(needs.cameras, views_of(seen, needs.cameras), strict=True)
             ]
             for seen in observations
         ]
