@@ -17,6 +17,11 @@ from torch import Tensor
 MIN_VERTICAL_SLOPE = 0.01
 
 
+# Pull of the world's origin on the point that several rays meet in, where a ray's own is 1. It settles what rays leave
+# open, and moves a point a metre away by a millimetre where two rays are 8 degrees apart.
+ORIGIN_PULL = 1e-5
+
+
 class ParallelRayError(ValueError):
     """A viewing ray runs (nearly) parallel to the plane that it should meet, or meets it behind the camera."""
 
@@ -71,6 +76,27 @@ def pixel_rays(pixels: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> T
     camera = torch.linalg.solve(intrinsics, torch.cat([pixels, ones], dim=-1)[..., None])[..., 0]
     world = transform(world_to_camera[..., :3, :3].transpose(-1, -2), camera)
     return world / world.norm(dim=-1, keepdim=True)
+
+
+def nearest_to_rays(centres: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """The points nearest to V rays each, by least squares, and their root mean square distance from them.
+
+    What the rays leave open (of one ray, or of parallel ones, the place along them) is taken as near the world's
+    origin as it can be.
+
+    Args:
+        centres: ``[..., V, 3]`` metres, of the cameras. directions: ``[..., V, 3]``, of unit length.
+
+    Returns:
+        ``[..., 3]`` and ``[...]`` metres.
+    """
+    identity = torch.eye(3, dtype=directions.dtype, device=directions.device)
+    across = identity - directions[..., :, None] * directions[..., None, :]  # what of a vector is off the ray
+    held = transform(across, centres)
+    system = across.sum(dim=-3) + ORIGIN_PULL * identity
+    points = torch.linalg.solve(system, held.sum(dim=-2)[..., None])[..., 0]
+    off = transform(across, points[..., None, :]) - held
+    return points, off.square().sum(dim=-1).mean(dim=-1).sqrt()
 
 
 def _distance_to_plane(origin_z: Tensor, direction_z: Tensor, height: Tensor) -> tuple[Tensor, Tensor]:

@@ -124,6 +124,8 @@ class GeometryVLA(nn.Module):
             model so learns what it is being sent to.
         pointed_tokens: give the head what those maps say, and what the geometry encoder makes of the places (see
             `PointedTokens`).
+        pointed_triangulated: those tokens also hold where the views' rays through the places meet. That asks for
+            calibrated cameras, and says more the further these stand apart.
         action_kind: `model.actions.kind`, which says how many numbers an action has.
         geom_places: add to each geometry token, before compression, where in which image it lies.
         geom_blank: the compressed tokens hold nothing of the scene: zeros take the place of the geometry tokens, and of
@@ -164,6 +166,7 @@ class GeometryVLA(nn.Module):
         pointing_cells: int = 0,
         pointing_keyframe: bool = False,
         pointed_tokens: bool = False,
+        pointed_triangulated: bool = False,
         action_kind: str = "absolute",
         geom_places: bool = False,
         geom_inject_to_vlm: bool = False,
@@ -214,7 +217,9 @@ class GeometryVLA(nn.Module):
             told = self.geometry if geom_inject_to_dit else None
             seen = None if told is None else told.dim
             points = told is not None and told.predicts_points
-            self.pointed = PointedTokens(vlm.width, len(arms), maps, MOST_VIEWS, seen, points)
+            self.pointed = PointedTokens(vlm.width, len(arms), maps, MOST_VIEWS, seen, points, pointed_triangulated)
+        elif pointed_triangulated:
+            raise ValueError("model.network.pointed_triangulated=true is of pointed tokens: set pointed_tokens=true.")
         self.head = ActionHead(
             vlm.width,
             blocks,
@@ -284,7 +289,8 @@ class GeometryVLA(nn.Module):
                     few = [torch.cat([tokens, scale], dim=1) for tokens in few]
             pointed = []
             if self.pointed is not None and pointing is not None:
-                pointed = [self.pointed(pointing, features)]
+                shares = intrinsics / intrinsics.new_tensor([[images.shape[-1]], [images.shape[-1]], [1.0]])
+                pointed = [self.pointed(pointing, shares, world_to_camera, features)]
             groups = (semantics.mask.shape[1], 0 if few is None else few[0].shape[1], sum(p.shape[1] for p in pointed))
             mask, contexts = F.pad(semantics.mask, (0, groups[1] + groups[2]), value=True), []
             where = 0.0 if self.places is None else self.places(semantics.places)

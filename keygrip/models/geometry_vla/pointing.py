@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keygrip.data.batches import MultiViewPolicyBatch
-from keygrip.models.geometry.cameras import inside_image, project
+from keygrip.models.geometry.cameras import camera_centre, inside_image, nearest_to_rays, pixel_rays, project
 from keygrip.models.geometry_vla.geometry import DECIMETRES, GeometryFeatures
 from keygrip.models.nn.image_sampling import bilinear_cells, gather_pixels
 from keygrip.models.nn.sinusoids import level_features
 from keygrip.training.distributed import global_mean
 
 PLACE_FEATURES = 32  # sines and cosines of each coordinate
+PEAK_REACH = 3  # cells around a map's highest one that count as its peak: its target is spread over two
 
 
 class Pointing(nn.Module):
@@ -61,16 +62,25 @@ class PointedTokens(nn.Module):
 
     Each holds the mean of its map and, with a geometry encoder, what that encoder makes of the place: its tokens and,
     where it predicts them, its world points, averaged with the map as weights. Language selects the image location;
-    geometry supplies its 3D position. The maps learn from where the gripper went alone: the actions'
+    geometry supplies its 3D position. With `triangulated` each also holds where the views' rays through the peaks of
+    that map meet, and how far they miss each other. The maps learn from where the gripper went alone: the actions'
     gradient through them made them worse at it.
 
     Args:
         width: H. arms: A. maps: M. views: V at most.
         geom_dim: width of a geometry token; None: images' places alone. points: whether there are world points too.
+        triangulated: whether there are meeting points.
     """
 
     def __init__(
-        self, width: int, arms: int, maps: int, views: int, geom_dim: int | None = None, points: bool = True
+        self,
+        width: int,
+        arms: int,
+        maps: int,
+        views: int,
+        geom_dim: int | None = None,
+        points: bool = True,
+        triangulated: bool = False,
     ) -> None:
         super().__init__()
         self.places = nn.Linear(2 * PLACE_FEATURES, width)
@@ -78,9 +88,20 @@ class PointedTokens(nn.Module):
         self.views = nn.Parameter(0.02 * torch.randn(views, width))
         self.seen = None if geom_dim is None else nn.Linear(geom_dim, width)
         self.points = None if geom_dim is None or not points else nn.Linear(3, width)
+        self.meeting = nn.Linear(4, width) if triangulated else None
 
-    def forward(self, logits: Tensor, geometry: GeometryFeatures | None = None) -> Tensor:
+    def forward(
+        self,
+        logits: Tensor,
+        intrinsics: Tensor,
+        world_to_camera: Tensor,
+        geometry: GeometryFeatures | None = None,
+    ) -> Tensor:
         """``[B, V A M, H]`` float32 of logits ``[B, V, A, M, g, g]`` and what was made of the same images.
+
+        Args:
+            logits: of `Pointing`. intrinsics: ``[B, V, 3, 3]`` for pixels as shares of the image, 0 to 1.
+            world_to_camera: ``[B, V, 4, 4]``. geometry: of the images, None without an encoder.
 
         Raises:
             ValueError: geometry tokens that do not lie on a square grid.
@@ -102,6 +123,9 @@ class PointedTokens(nn.Module):
                 points = geometry.points.float()
                 weights = resampled(maps, points.shape[2]).flatten(-2)
                 tokens = tokens + self.points(weights @ points.flatten(2, 3) * DECIMETRES)
+        if self.meeting is not None:
+            where, apart = meeting_points(maps, intrinsics, world_to_camera)
+            tokens = tokens + self.meeting(torch.cat([where, apart[..., None]], dim=-1) * DECIMETRES)[:, None]
         return tokens.flatten(1, 2)
 
 
@@ -114,6 +138,33 @@ def map_means(maps: Tensor) -> Tensor:
     """x and y ``[..., 2]`` of maps ``[..., g, g]`` that each add up to 1, from 0 to 1 over the image."""
     centres = (torch.arange(maps.shape[-1], device=maps.device) + 0.5) / maps.shape[-1]
     return torch.stack([(maps.sum(-2) * centres).sum(-1), (maps.sum(-1) * centres).sum(-1)], dim=-1)
+
+
+def peak_means(maps: Tensor) -> Tensor:
+    """As `map_means`, over the cells around the highest one alone: a little weight far away does not move it."""
+    side = maps.shape[-1]
+    highest = maps.flatten(-2).argmax(dim=-1)
+    cells = torch.arange(side, device=maps.device)
+    rows = (cells - (highest // side)[..., None]).abs() <= PEAK_REACH
+    columns = (cells - (highest % side)[..., None]).abs() <= PEAK_REACH
+    peaks = maps * rows[..., :, None] * columns[..., None, :]
+    return map_means(peaks / peaks.sum(dim=(-2, -1), keepdim=True))
+
+
+def meeting_points(maps: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the views' rays through the peaks of maps ``[B, V, N, g, g]`` meet, and how far from them that is.
+
+    Args:
+        maps: which add up to 1 each. intrinsics: ``[B, V, 3, 3]`` for pixels as shares of the image, 0 to 1.
+        world_to_camera: ``[B, V, 4, 4]``.
+
+    Returns:
+        ``[B, N, 3]`` and ``[B, N]`` metres (see `nearest_to_rays`).
+    """
+    cameras = intrinsics[:, :, None], world_to_camera[:, :, None]
+    directions = pixel_rays(peak_means(maps), *cameras)  # [B, V, N, 3]
+    centres = camera_centre(cameras[1]).expand_as(directions)
+    return nearest_to_rays(centres.transpose(1, 2), directions.transpose(1, 2))
 
 
 def resampled(maps: Tensor, side: int) -> Tensor:

@@ -10,6 +10,7 @@ from keygrip.models.geometry.cameras import (
     camera_centre,
     cell_centres,
     inside_image,
+    nearest_to_rays,
     pixel_rays,
     project,
     recover_3d,
@@ -82,3 +83,27 @@ def test_reduced_precision_leaves_geometry_alone() -> None:
     for ours, theirs in zip(reduced, exact, strict=True):
         assert ours.dtype == torch.float32
         assert torch.equal(ours, theirs)
+
+
+def test_rays_meet_where_they_come_from() -> None:
+    torch.manual_seed(0)
+    points = torch.tensor([[0.1, -0.2, 0.05], [0.4, 0.0, 0.0]])
+    centres = torch.tensor([[1.0, 0.2, 0.8], [0.3, -0.9, 0.7], [-0.5, 0.4, 1.1]]).expand(2, 3, 3)
+    rays = torch.nn.functional.normalize(points[:, None] - centres, dim=-1)
+    found, apart = nearest_to_rays(centres, rays)
+    torch.testing.assert_close(found, points, atol=1e-4, rtol=0)
+    assert apart.max() < 1e-4
+    # two rays that pass each other at right angles, 2 cm apart: the middle, a centimetre from both
+    found, apart = nearest_to_rays(
+        torch.tensor([[1.0, 0.0, 0.31], [0.0, 1.0, 0.29]]), torch.tensor([[-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
+    )
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.0, 0.3]), atol=1e-4, rtol=0)
+    assert apart.item() == pytest.approx(0.01, abs=1e-4)
+
+
+def test_one_ray_leaves_the_point_nearest_to_the_origin() -> None:
+    centre = torch.tensor([1.0, 0.2, 0.8], dtype=torch.float64)
+    towards = torch.nn.functional.normalize(torch.tensor([-1.0, 0.0, -0.5], dtype=torch.float64), dim=-1)
+    found, apart = nearest_to_rays(centre[None], towards[None])
+    torch.testing.assert_close(found, centre - towards * (centre @ towards), atol=1e-4, rtol=0)
+    assert apart < 1e-4

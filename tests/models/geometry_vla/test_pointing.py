@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from looking import looking_at
 from vla_parts import V, ready_module, small_batch, small_geometry, small_module
 
 from keygrip.models.geometry.cameras import project
 from keygrip.models.geometry_vla.geometry import DECIMETRES, GeometryFeatures
-from keygrip.models.geometry_vla.pointing import PointedTokens, Pointing, pointing_losses, resampled
+from keygrip.models.geometry_vla.pointing import PointedTokens, Pointing, peak_means, pointing_losses, resampled
+from keygrip.models.nn.image_sampling import bilinear_cells
 
 A, T, P, C, H = 1, 4, 3, 2, 8
+UNUSED = (torch.eye(3).expand(2, V, 3, 3), torch.eye(4).expand(2, V, 4, 4))  # cameras where no rays are asked for
 
 
 def test_cells_lie_where_their_tokens_are() -> None:
@@ -148,15 +151,65 @@ def test_pointed_tokens_hold_the_geometry_of_the_place() -> None:
     geometry = GeometryFeatures(torch.randn(2, V * 16, dim), torch.randn(2, V, 8, 8, 3), torch.zeros(2, V, 8, 8))
     assert geometry.points is not None
     slot = A * T + 2  # of the second view, the third step
-    seen = only(PointedTokens(H, A, T, V, dim), "seen")(logits, geometry)
+    seen = only(PointedTokens(H, A, T, V, dim), "seen")(logits, *UNUSED, geometry)
     assert seen.shape == (2, V * A * T, H)
     torch.testing.assert_close(seen[1, slot, :dim], geometry.tokens[1, 16 + 2 * 4 + 1])
     torch.testing.assert_close(seen[0, 0, :dim], geometry.tokens[0, :16].mean(dim=0))  # a map that knows nothing
-    points = only(PointedTokens(H, A, T, V, dim), "points")(logits, geometry)
+    points = only(PointedTokens(H, A, T, V, dim), "points")(logits, *UNUSED, geometry)
     torch.testing.assert_close(points[1, slot, :3], DECIMETRES * geometry.points[1, 1, 5, 3])
     without = PointedTokens(H, A, T, V)
     moved = logits.roll(1, dims=-1)
-    assert not torch.allclose(without(logits)[1, slot], without(moved)[1, slot])
+    assert not torch.allclose(without(logits, *UNUSED)[1, slot], without(moved, *UNUSED)[1, slot])
+
+
+def test_a_peak_is_not_moved_by_what_lies_far_from_it() -> None:
+    maps = torch.zeros(2, 16, 16)
+    maps[:, 4, 6], maps[:, 5, 6] = 0.3, 0.6
+    maps[1, 14, 1] = 0.1
+    torch.testing.assert_close(peak_means(maps), torch.tensor([6.5, (0.3 * 4.5 + 0.6 * 5.5) / 0.9]).expand(2, 2) / 16)
+    maps[1, 5, 9] = 0.3  # within its reach
+    assert peak_means(maps)[1, 0] * 16 == pytest.approx((0.9 * 6.5 + 0.3 * 9.5) / 1.2)
+
+
+def test_triangulated_tokens_hold_the_place_that_the_views_point_at() -> None:
+    table = np.array([0.3, 0.0, 0.1])
+    eyes = [np.array([0.9, 0.1, 0.8]), np.array([0.6, -0.8, 0.7])]
+    poses = torch.from_numpy(np.stack([looking_at(eye, table) for eye in eyes])).float()
+    batch = replace(small_batch(), view_world_to_camera=poses.expand(2, V, 4, 4))
+    size, cells = batch.images.shape[-1], 16
+    cameras = batch.view_intrinsics[:, :, None, None], batch.view_world_to_camera[:, :, None, None]
+    pixels, _ = project(batch.position[:, None], *cameras)
+    around, weights = bilinear_cells(pixels * (cells / size), (cells, cells))
+    maps = torch.zeros(2, V, A, T, cells * cells).scatter_add(-1, around[..., 0] * cells + around[..., 1], weights)
+    logits = maps.clamp(min=1e-9).log().unflatten(-1, (cells, cells))
+    shares = batch.view_intrinsics / torch.tensor([[size], [size], [1.0]])
+    tokens = only(PointedTokens(H, A, T, V, triangulated=True), "meeting")
+    found = tokens(logits, shares, batch.view_world_to_camera).unflatten(1, (V, A, T))
+    expected = DECIMETRES * batch.position[:, None].expand(-1, V, -1, -1, -1)
+    torch.testing.assert_close(found[..., :3], expected, atol=2e-3, rtol=0)  # to a fifth of a millimetre
+    assert found[..., 3].abs().max() < 1e-3
+    elsewhere = tokens(logits.roll(1, dims=1), shares, batch.view_world_to_camera)  # each view points as the other
+    assert elsewhere.unflatten(1, (V, A, T))[..., 3].median() > 0.5  # rays that miss each other by 5 cm
+
+
+@pytest.mark.parametrize("geometry", [True, False])
+def test_triangulated_places_reach_the_actions(tmp_path: Path, geometry: bool) -> None:
+    options = {"pointing_cells": 2, "pointed_tokens": True, "pointed_triangulated": True}
+    module = ready_module(tmp_path, geom_inject_to_dit=geometry, **options)
+    batch = small_batch()
+    before = module.sample(module(batch), batch)
+    aside = torch.eye(4).expand_as(batch.view_world_to_camera).clone()
+    aside[..., 0, 3] = 0.1
+    moved = replace(batch, view_world_to_camera=batch.view_world_to_camera @ aside)
+    assert not torch.allclose(module.sample(module(moved), moved), before, atol=1e-5)
+    module.losses(module(batch), batch)["total"].backward()
+    assert module.network.pointed is not None
+    assert all(parameter.grad is not None for parameter in module.network.pointed.parameters())
+
+
+def test_triangulated_places_need_pointed_tokens() -> None:
+    with pytest.raises(ValueError, match=r"pointed_triangulated=true is of pointed tokens"):
+        small_module(pointed_triangulated=True)
 
 
 def test_pointed_tokens_reach_the_actions_and_so_does_geometry_through_them(tmp_path: Path) -> None:
@@ -194,7 +247,7 @@ def test_an_encoder_without_points_leaves_no_parameter_without_gradient(tmp_path
 def test_geometry_tokens_without_places_are_refused() -> None:
     tokens = PointedTokens(H, A, T, V, 6)
     with pytest.raises(ValueError, match=r"square grid, got 5 a view"):
-        tokens(torch.zeros(1, V, A, T, 4, 4), GeometryFeatures(torch.zeros(1, V * 5, 6)))
+        tokens(torch.zeros(1, V, A, T, 4, 4), *UNUSED, GeometryFeatures(torch.zeros(1, V * 5, 6)))
 
 
 def test_pointed_tokens_need_maps() -> None:
