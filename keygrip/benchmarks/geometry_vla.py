@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,31 +68,40 @@ class VLAChunk(Timed):
 
     Args (beside those of `Timed`, whose repetitions are chunks of each policy):
         policies: overrides of ``keygrip.train`` by name, which say what policies; they are timed in turns.
+        compiled: which of them are timed with `policy.compiled=true` too, but with `quick`.
         warm_up: chunks before those.
     """
 
     policies: Mapping[str, Sequence[str]]
+    compiled: Sequence[str]
     warm_up: int
 
     def run(self, quick: bool) -> dict[str, float]:
         """Of each policy `vlm_ms`, `geometry_ms` (with its compressors), `head_ms` (all steps of the sampler), `p50_ms`
-        and `p95_ms` of the whole, and its images' side in pixels, on the GPU where there is one."""
+        and `p95_ms` of the whole (`compiled_p50_ms` and `compiled_p95_ms` with the compiler), and its images' side in
+        pixels, on the GPU where there is one."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         repetitions, limit_s = self.effort(quick)
+        plans: dict[str, Work] = {}
         sides: dict[str, Work] = {}
         figures: dict[str, float] = {}
         for name, overrides in self.policies.items():
             config = compose("train", overrides)
             module, size = untrained(config).to(device), config.data.image_size
             parts = _Parts(module, device, size)
-            sides[name] = partial(module.policy().plan, observation(module, size))
+            plans[name] = partial(module.policy().plan, observation(module, size))
+            if name in self.compiled and not quick:
+                again = untrained(config).to(device)  # compiling is in place
+                fast = replace(again.policy(), compiled=True)
+                fast.make_ready()
+                plans[f"{name}_compiled"] = partial(fast.plan, observation(again, size))
             sides |= {f"{name}_vlm": parts.vlm, f"{name}_head": parts.head}
             if module.network.geometry is not None:
                 sides[f"{name}_geometry"] = parts.geometry
             figures[f"{name}_px"] = size
-        seconds = interleaved_seconds(sides, repetitions, device, limit_s, self.warm_up)
+        seconds = interleaved_seconds(plans | sides, repetitions, device, limit_s, self.warm_up)
         for side, values in seconds.items():
-            if side in self.policies:
+            if side in plans:
                 figures |= {f"{side}_p{percentile}_ms": milliseconds(values, percentile) for percentile in (50, 95)}
             else:
                 figures[f"{side}_ms"] = milliseconds(values)

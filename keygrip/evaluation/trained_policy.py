@@ -31,7 +31,10 @@ def load_policy(
         FileNotFoundError, ValueError: as `load_module` and `policy_of`.
     """
     refuse_missing_device(device)
-    return policy_of(load_module(path, trust=trust, external=external), path, changes, device)
+    policy = policy_of(load_module(path, trust=trust, external=external), path, changes, device)
+    if hasattr(policy, "make_ready"):
+        policy.make_ready()  # before a robot waits for the first plan
+    return policy
 
 
 def policy_of(module: Any, source: object, changes: Mapping[str, Any], device: str | None = None) -> Any:

@@ -47,9 +47,14 @@ class GeometryFeatures:
 
 
 class GeometryEncoder(nn.Module, ABC):
-    """What the action head needs of a geometry encoder: ``dim``, the width D of its tokens, and ``forward``."""
+    """What the action head needs of a geometry encoder: ``dim``, the width D of its tokens, and ``forward``.
+
+    Attributes:
+        one_graph: whether torch can compile its ``forward`` as a whole.
+    """
 
     dim: int
+    one_graph: bool = False
 
     @abstractmethod
     def forward(self, images: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> GeometryFeatures:
@@ -126,6 +131,8 @@ class DinoMultiView(GeometryEncoder):
         init_from: a run of `model=depth_reader` whose encoder this one begins with; made where it is missing.
         frozen: nothing trains it, as nothing trains MapAnything.
     """
+
+    one_graph = True
 
     def __init__(
         self,

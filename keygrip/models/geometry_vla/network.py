@@ -34,6 +34,7 @@ from keygrip.models.nn.flow_matching import SOLVERS, Solver, integrate, noise_le
 from keygrip.models.nn.inpainting import guided_velocity
 from keygrip.models.nn.sinusoids import level_features
 from keygrip.models.nn.standardise import RunningStandardisation
+from keygrip.training.compilation import Backend
 from keygrip.training.parts import ReadWhere, model_part
 
 log = logging.getLogger(__name__)
@@ -189,7 +190,7 @@ class GeometryVLA(nn.Module):
                 f"model.network.blocks={blocks}, but the vision-language model has {vlm.layers} layers: each block "
                 "reads one of them."
             )
-        self.vlm = vlm
+        self.vlm, self.compiled = vlm, False
         self.context_norm, self.blank = context_norm, geom_blank
         self.places = PlaceEmbedding(vlm.width) if context_places else None
         maps = horizon + pointing_keyframe
@@ -291,8 +292,14 @@ class GeometryVLA(nn.Module):
             if self.pointed is not None and pointing is not None:
                 shares = intrinsics / intrinsics.new_tensor([[images.shape[-1]], [images.shape[-1]], [1.0]])
                 pointed = [self.pointed(pointing, shares, world_to_camera, features)]
-            groups = (semantics.mask.shape[1], 0 if few is None else few[0].shape[1], sum(p.shape[1] for p in pointed))
-            mask, contexts = F.pad(semantics.mask, (0, groups[1] + groups[2]), value=True), []
+            groups = (
+                semantics.places.shape[1],
+                0 if few is None else few[0].shape[1],
+                sum(p.shape[1] for p in pointed),
+            )
+            mask, contexts = semantics.mask, []
+            if mask is not None:
+                mask = F.pad(mask, (0, groups[1] + groups[2]), value=True)
             where = 0.0 if self.places is None else self.places(semantics.places)
             for index, hidden in enumerate(semantics.layers):
                 words = self._normed(hidden.float()) + where
@@ -364,6 +371,14 @@ class GeometryVLA(nn.Module):
 
     def _at(self, scene: Scene, state: Tensor, x: Tensor, level: float) -> Tensor:
         return self.velocity(scene, x, torch.full((len(x),), level, device=x.device), state)
+
+    def compile_parts(self, backend: Backend = "inductor") -> None:
+        """Has torch compile the action head and a geometry encoder that is one graph, in place, when they are next
+        called. A large language model's own kernels gain nothing by it."""
+        self.head.compile(backend=backend)
+        if self.geometry is not None and self.geometry.one_graph:
+            self.geometry.compile(backend=backend)
+        self.compiled = True
 
     def sharded_parts(self) -> list[nn.Module]:
         """Blocks that are used through their `forward` alone."""

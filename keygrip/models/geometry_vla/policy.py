@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,10 +18,12 @@ from keygrip.models.nn.flow_matching import Solver
 from keygrip.models.nn.inpainting import soft_mask
 from keygrip.models.nn.low_precision import Precision
 from keygrip.models.policy import Needs, Observation, Plan, arm_axis, robot_number, views_of
+from keygrip.training.compilation import missing_compiler
 
 if TYPE_CHECKING:
     from keygrip.models.geometry_vla.module import GeometryVLAModule
 
+log = logging.getLogger(__name__)
 
 MOVED_M = 1e-6
 ROUNDING_S = 1e-6
@@ -50,6 +54,8 @@ class GeometryVLAPolicy:
         seed: of the noise. temperature, steps, solver: of the sampler; None takes the module's own.
         vlm_precision: of the vision-language model's weights: float32 as trained, bfloat16, or int8 (a quarter of the
             memory); in place, for all policies on this module.
+        compiled: torch compiles the action head and a small geometry encoder: about a minute before the first plan, and
+            shorter plans of one observation. Those of several at once run as without. In place, as above.
     """
 
     module: GeometryVLAModule
@@ -60,6 +66,7 @@ class GeometryVLAPolicy:
     solver: Solver | None = None
     embodiment: str | None = None
     vlm_precision: Precision = "float32"
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         if self.embodiment is not None:  # one that is missing may be given later, by `replace`
@@ -89,6 +96,35 @@ class GeometryVLAPolicy:
     def reset(self, seed: int) -> None:
         """Starts an episode: the noise is from here on a function of the seeds."""
         self._generator.manual_seed(self.seed + seed)
+
+    def make_ready(self) -> None:
+        """Compiles what `compiled` asks for, by planning from images of nothing; where that is done, nothing.
+
+        Raises:
+            ValueError: there is no compiler on this machine.
+        """
+        module = self.module
+        if not self.compiled or module.network.compiled:
+            return
+        if missing := missing_compiler(module.device.type == "cuda"):
+            raise ValueError(f"policy.compiled=true needs {missing}; or plan without, policy.compiled=false")
+        log.info("the policy's action head and geometry encoder are being compiled, for about a minute")
+        module.network.compile_parts()
+        # Instructions of two lengths: the second makes torch take the length as variable.
+        for words in ("go", "go to the other place"):
+            self.session()._plans([self._nothing(words)], [self])
+
+    def _nothing(self, instruction: str) -> Observation:
+        """An observation of black images, with the arms in the middle of their workspace."""
+        arms, size = len(self.module.actions.arms), self._geometry.image_size
+        view = {"image": np.zeros((size, size, 3), np.uint8), "intrinsics": np.eye(3), "world_to_camera": np.eye(4)}
+        return {
+            "cameras": dict.fromkeys(self.module.views, view),
+            "instruction": instruction,
+            "position": np.tile(self.workspace.mean(axis=0), (arms, 1)),
+            "quaternion": np.tile([1.0, 0.0, 0.0, 0.0], (arms, 1)),
+            "gripper": np.ones(arms),
+        }
 
     def session(self) -> Self:
         """Another policy on the same network, with a generator of its own."""
@@ -124,13 +160,22 @@ class GeometryVLAPolicy:
         """
         return self.plan_batch([observation], [self])[0]
 
-    @torch.inference_mode()
     def plan_batch(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> list[Plan]:
         """The plans of several sessions in one pass; the noise of each is drawn by its own generator. As `plan`."""
+        self.make_ready()
+        with self._compiled_alone():
+            return self._plans(observations, sessions)
+
+    def _compiled_alone(self) -> contextlib.AbstractContextManager[Any]:
+        """Nothing more is compiled within: what was not foreseen runs as without, and holds up no robot."""
+        ready = self.module.network.compiled
+        return torch.compiler.set_stance("eager_on_recompile") if ready else contextlib.nullcontext()
+
+    @torch.inference_mode()
+    def _plans(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> list[Plan]:
         seen = self._seen(observations, sessions)
         return self._planned(self.module.network.sample(seen.scene, seen.noise, seen.state, self._sampling), seen)
 
-    @torch.no_grad()
     def plan_continuing(self, observation: Observation, executing: Plan, delay_s: float) -> Plan:
         """A plan that continues the one under way (real-time chunking, see :mod:`keygrip.models.nn.inpainting`).
 
@@ -147,6 +192,12 @@ class GeometryVLAPolicy:
         """
         if executing.time_s is None or "time_s" not in observation:
             raise ValueError("a plan is continued by its time: the observation and the plan need time_s")
+        self.make_ready()
+        with self._compiled_alone():
+            return self._continued(observation, executing, executing.time_s, delay_s)
+
+    @torch.no_grad()
+    def _continued(self, observation: Observation, executing: Plan, began_s: float, delay_s: float) -> Plan:
         module = self.module
         dt, horizon = module.statistics.step_seconds, module.network.head.horizon
         if abs(executing.step_seconds - dt) > ROUNDING_S:
@@ -156,7 +207,7 @@ class GeometryVLAPolicy:
             )
         seen = self._seen([observation], [self])
         # where the steps of the new plan lie in the one under way, in its steps, counted from 0
-        places = (float(observation["time_s"]) - executing.time_s + dt * np.arange(1, horizon + 1)) / dt - 1
+        places = (float(observation["time_s"]) - began_s + dt * np.arange(1, horizon + 1)) / dt - 1
         steps = executing.gripper.shape[1]
         known = int((places <= steps - 1 + 1e-6).sum())
         actions = self._under_way(executing, np.clip(places, 0, steps - 1), seen) if known else None

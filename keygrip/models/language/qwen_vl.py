@@ -48,14 +48,37 @@ class Semantics:
 
     Attributes:
         layers: hidden states ``[B, L, H]`` of the last layers, in the order of depth.
-        mask: bool ``[B, L]``, False for padding.
+        mask: bool ``[B, L]``, False for padding; None: no padding.
         places: ``[B, L, 3]`` where a token of an image lies: its view, counted from 1, row and column as shares
             of the image; zeros for words.
     """
 
     layers: list[Tensor]
-    mask: Tensor
+    mask: Tensor | None
     places: Tensor
+
+
+class PatchProjection(nn.Conv3d):
+    """The vision tower's first layer, whose kernels do not overlap, as the product of matrices that it is: a fourth of
+    the time of a convolution on a processor."""
+
+    @classmethod
+    def of(cls, convolution: nn.Conv3d) -> PatchProjection:
+        """In the place of a convolution, with its very parameters."""
+        with torch.device("meta"):  # no second set of weights, and nothing drawn for it
+            found = cls(
+                convolution.in_channels,
+                convolution.out_channels,
+                convolution.kernel_size,  # type: ignore[arg-type]  # a tuple of any length, to its annotation
+                stride=convolution.stride,  # type: ignore[arg-type]
+                bias=convolution.bias is not None,
+            )
+        found.weight, found.bias = convolution.weight, convolution.bias
+        return found
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[N, H, 1, 1, 1]`` of patches ``[N, 3, frames, P, P]``."""
+        return F.linear(input.flatten(1), self.weight.flatten(1), self.bias)[..., None, None, None]
 
 
 @model_part
@@ -182,6 +205,7 @@ class QwenVL(nn.Module):
             },
         }
         self.model: Any = _random(sizes, own) if weights == "random" else _pretrained(weights, sizes, own)
+        self.model.visual.patch_embed.proj = PatchProjection.of(self.model.visual.patch_embed.proj)
         self.loaded_weights = weights
         self.precision: Precision = "float32"
         if gradient_checkpointing:
@@ -302,9 +326,11 @@ class QwenVL(nn.Module):
         found = self._prompts[instruction, views, extra] = ids + rest, torch.cat(positions, dim=1), torch.cat(places)
         return found
 
-    def tokens(self, instructions: Sequence[str], views: int, extra: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Ids ``[B, L]``, positions ``[3, B, L]``, mask ``[B, L]`` and places ``[B, L, 3]`` of a batch, padded on the
-        right."""
+    def tokens(
+        self, instructions: Sequence[str], views: int, extra: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Ids ``[B, L]``, positions ``[3, B, L]``, mask ``[B, L]`` (None where all are of one length, which attention
+        is faster without) and places ``[B, L, 3]`` of a batch, padded on the right."""
         prompts = [self.prompt(instruction, views, extra) for instruction in instructions]
         longest = max(len(ids) for ids, *_ in prompts)
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -316,7 +342,7 @@ class QwenVL(nn.Module):
             positions[:, row, : len(words)] = at
             mask[row, : len(words)] = True
             places[row, : len(words)] = where
-        return ids, positions, mask, places
+        return ids, positions, None if mask.all() else mask, places
 
     # ------------------------------------------------------------------ forward
 
@@ -335,8 +361,10 @@ class QwenVL(nn.Module):
                 f"The vision-language model has {self.layers} layers and {last} are asked for: lower "
                 "model.network.blocks."
             )
-        prompts = self.tokens(instructions, images.shape[1], 0 if extra is None else extra.shape[1])
-        ids, positions, mask, places = (part.to(images.device) for part in prompts)
+        further = 0 if extra is None else extra.shape[1]
+        ids, positions, mask, places = self.tokens(instructions, images.shape[1], further)
+        ids, positions, places = (part.to(images.device) for part in (ids, positions, places))
+        mask = None if mask is None else mask.to(images.device)
         # Inputs of a frozen model still get gradients through it.
         frozen = self.trainable == "frozen" and (extra is None or not extra.requires_grad)
         with torch.no_grad() if frozen else contextlib.nullcontext():
@@ -344,7 +372,7 @@ class QwenVL(nn.Module):
             output = self.model(
                 input_ids=ids if extra is None else ids.clamp(min=0),
                 inputs_embeds=None if extra is None else self._embedded(ids, extra),
-                attention_mask=mask.long(),
+                attention_mask=None if mask is None else mask.long(),
                 position_ids=positions,
                 pixel_values=pixels,
                 image_grid_thw=grid,

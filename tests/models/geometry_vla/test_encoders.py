@@ -8,7 +8,7 @@ import pytest
 import torch
 from vla_parts import INSTRUCTIONS, V, small_batch, small_vlm
 
-from keygrip.models.language.qwen_vl import MEAN, STD, QwenVL
+from keygrip.models.language.qwen_vl import MEAN, STD, PatchProjection, QwenVL
 from keygrip.models.language.tokenizers import ChatTokenizer, PretrainedTokenizer, TrainedTokenizer
 from keygrip.models.nn.lora import LoRA
 
@@ -39,6 +39,7 @@ def test_positions_are_those_of_transformers(order: str, tmp_path: Path) -> None
     vlm = small_vlm(prompt_order=order)
     vlm.prepare(tmp_path, INSTRUCTIONS)
     ids, positions, mask, places = vlm.tokens(INSTRUCTIONS, V)
+    assert mask is not None
     grid = vlm.patches(small_batch().images)[1]
     pictures = (ids == vlm.image_token).int()
     assert int(pictures.sum()) == len(INSTRUCTIONS) * V * vlm.tokens_per_view
@@ -57,11 +58,25 @@ def test_a_padded_row_gives_what_it_gives_alone(vlm: QwenVL) -> None:
     batch = small_batch()
     with torch.no_grad():
         together = vlm(batch.images, batch.instruction, 2)
+        assert together.mask is not None
         assert together.mask.sum(1).unique().numel() == 2, "one of the two is padded"
         for row in range(2):
             alone = vlm(batch.images[row : row + 1], batch.instruction[row : row + 1], 2)
+            assert alone.mask is None
             for one, other in zip(alone.layers, together.layers, strict=True):
                 torch.testing.assert_close(other[row][together.mask[row]], one[0], atol=1e-5, rtol=1e-4)
+
+
+def test_the_first_layer_is_the_convolution_that_it_stands_for() -> None:
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv3d(3, 10, (2, 4, 4), stride=(2, 4, 4), bias=True)
+    state = torch.get_rng_state()
+    product = PatchProjection.of(convolution)
+    assert torch.equal(torch.get_rng_state(), state), "nothing is drawn for it"
+    assert product.weight is convolution.weight
+    assert list(product.state_dict()) == list(convolution.state_dict())
+    patches = torch.randn(5, 3, 2, 4, 4)
+    torch.testing.assert_close(product(patches), convolution(patches), atol=1e-5, rtol=1e-5)
 
 
 def test_last_layers_come_in_order_and_pictures_and_words_reach_them(vlm: QwenVL) -> None:
@@ -171,6 +186,8 @@ def test_embeddings_that_are_given_stand_before_the_images(vlm: QwenVL) -> None:
     extra = torch.randn(2, 3, vlm.width, generator=torch.Generator().manual_seed(0))
     ids, positions, mask, places = vlm.tokens(batch.instruction, V, 3)
     plain = vlm.tokens(batch.instruction, V)
+    assert mask is not None
+    assert plain[2] is not None
     at = (ids[0] == -1).nonzero().flatten().tolist()
     assert at == list(range(at[0], at[0] + 3))
     assert ids[0, at[-1] + 1] == vlm.vision_start

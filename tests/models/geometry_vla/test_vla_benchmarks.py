@@ -11,6 +11,9 @@ from keygrip import bench
 from keygrip.benchmarks import geometry_vla
 from keygrip.benchmarks.geometry_vla import VLAChunk, VLAMemory, VLAPlanMemory
 from keygrip.config import compose
+from keygrip.models.geometry_vla.policy import GeometryVLAPolicy
+
+COMPILED = ("without_compiled_p50_ms", "without_compiled_p95_ms")
 
 
 def test_parameters_are_the_published_ones() -> None:
@@ -24,7 +27,8 @@ def test_parameters_are_the_published_ones() -> None:
 def test_parts_of_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = compose("bench").cases.vla_chunk
     limits = {"repetitions": 3, "quick_repetitions": 3, "warm_up": 1, "limit_s": 5.0, "quick_limit_s": 5.0}
-    assert set(config) == {"_target_", "policies", *limits}
+    assert set(config) == {"_target_", "policies", "compiled", *limits}
+    assert set(config.compiled) <= set(config.policies)
     sizes = {name: compose("train", overrides).data.image_size for name, overrides in config.policies.items()}
     assert sizes == {"recipe": 128, "large_images": 192}
     made = []
@@ -35,12 +39,19 @@ def test_parts_of_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(geometry_vla, "untrained", small)
     small_images = ["model=geometry_vla", "data=yam_language", "backbone.image_size=32"]
-    figures = VLAChunk({"injected": small_images, "without": small_images}, **limits).run(quick=True)
+    figures = VLAChunk({"injected": small_images, "without": small_images}, ["without"], **limits).run(quick=True)
     measured = {"px", "vlm_ms", "head_ms", "p50_ms", "p95_ms"}
     expected = {f"{name}_{what}" for name in ("injected", "without") for what in measured}
     assert figures.keys() == expected | {"injected_geometry_ms", "threads"}
     assert figures["injected_px"] == 32
     assert 0 < figures["injected_p50_ms"] <= figures["injected_p95_ms"]
+    ready: list[object] = []
+    monkeypatch.setattr(GeometryVLAPolicy, "make_ready", lambda policy: ready.append((policy.module, policy.compiled)))
+    made.clear()
+    figures = VLAChunk({"injected": small_images, "without": small_images}, ["without"], **limits).run(quick=False)
+    assert figures.keys() == expected | {"injected_geometry_ms", "threads", *COMPILED}
+    assert (made[2], True) in ready, "on a module of its own"
+    assert (made[1], True) not in ready
 
 
 def test_parts_of_a_chunk_with_geometry_at_the_pointed_places_alone(
@@ -50,7 +61,7 @@ def test_parts_of_a_chunk_with_geometry_at_the_pointed_places_alone(
     assert pointed.network.compressor is None
     monkeypatch.setattr(geometry_vla, "untrained", lambda config: pointed)
     limits = {"repetitions": 2, "quick_repetitions": 2, "warm_up": 1, "limit_s": 5.0, "quick_limit_s": 5.0}
-    case = VLAChunk({"pointed": ["model=geometry_vla", "data=yam_language", "backbone.image_size=32"]}, **limits)
+    case = VLAChunk({"pointed": ["model=geometry_vla", "data=yam_language", "backbone.image_size=32"]}, [], **limits)
     assert case.run(quick=True)["pointed_geometry_ms"] > 0
 
 
