@@ -76,7 +76,8 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     built = OmegaConf.create(resolved)  # with run folders in the places of pretraining stages
     datamodule = instantiate(built.data, _convert_="all")
     module = build_module(resolved)
-    started_in = _write_start(folder, cfg, origin, resumed=resume is not None)
+    trained = _trained_before(folder, resumed_step) if resume else {}
+    started_in = _write_start(folder, cfg, origin, trained, resumed=resume is not None)
     if hasattr(module, "set_statistics"):
         _set_statistics(module, datamodule, origin, started_in)
     if cfg.dry_run:
@@ -89,6 +90,7 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     loggers = build_loggers(cfg.logger, folder, resumed_step)
     log_settings(loggers, resolved)
     callbacks: list[Callback] = [RandomnessByStep(cfg.seed), Header(resolved, origin), *_parts(built.callbacks)]
+    callbacks.append(TrainedMetrics(folder))
     if cfg.max_minutes is not None:
         callbacks.append(ScheduleByTime())
     if not loggers:  # it refuses to run without one
@@ -101,7 +103,7 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     finally:
         finish(loggers)
 
-    metrics = _headline(trainer, module)
+    metrics = trained.get("metrics", {}) | _headline(trainer, module)
     if trainer.is_global_zero:
         _finish(folder, trainer, metrics, time.monotonic() - started)
     return metrics
@@ -212,8 +214,37 @@ def _refuse_callbacks_without_class(callbacks: DictConfig | None) -> None:
             raise SettingError(f"callbacks.{name!s} has settings and no _target_, so nothing reads them{hint}")
 
 
-def _write_start(folder: Path, cfg: DictConfig, origin: dict[str, Any], resumed: bool) -> Path | None:
-    """Writes settings, metadata and the result's beginning, on the first process; returns the metadata's path."""
+class TrainedMetrics(Callback):
+    """Records a run's metrics where its training ends, before anything is evaluated: a run that is cut off there and
+    resumed has no step left that would log them.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            found = {"steps": trainer.global_step, "metrics": _headline(trainer, pl_module)}
+            write_result(self.folder, read_result(self.folder) | found)
+
+
+def _trained_before(folder: Path, step: int) -> dict[str, Any]:
+    """What `TrainedMetrics` recorded of a training that ended at this step; empty where none did."""
+    before = read_result(folder)
+    return {name: before[name] for name in ("steps", "metrics")} if before.get("steps") == step else {}
+
+
+def _write_start(
+    folder: Path, cfg: DictConfig, origin: dict[str, Any], trained: dict[str, Any], resumed: bool
+) -> Path | None:
+    """Writes settings, metadata and the result's beginning, on the first process; returns the metadata's path.
+
+    Args:
+        trained: see `_trained_before`.
+    """
     if getattr(rank_zero_only, "rank", 0) != 0:
         return None
     suffix = time.strftime(".resumed_%Y-%m-%d_%H-%M-%S") if resumed else ""
@@ -223,7 +254,7 @@ def _write_start(folder: Path, cfg: DictConfig, origin: dict[str, Any], resumed:
     began = read_result(folder).get("started_at", time.time()) if resumed else time.time()
     (folder / "error.txt").unlink(missing_ok=True)  # of an earlier start
     start = {"status": "running", "overrides": _overrides(), "metrics": {}, "run_dir": str(folder)}
-    write_result(folder, start | {"started_at": began})
+    write_result(folder, start | {"started_at": began} | trained)
     return metadata
 
 

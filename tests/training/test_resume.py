@@ -115,6 +115,39 @@ def test_signal_saves_says_how_to_go_on_and_resumes_to_the_same_bits(
     assert_equal(state_of(folder), uninterrupted)
 
 
+def test_a_run_cut_off_after_its_training_keeps_the_metrics_of_it(
+    toy_overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import toy_parts
+
+    def power_cut(self: toy_parts.ToyModule) -> None:
+        raise RuntimeError("power cut")
+
+    whole = train.run(compose("train", toy_overrides("whole")))
+    overrides = toy_overrides("cut")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr(toy_parts.ToyModule, "on_fit_end", power_cut, raising=False)
+        train.run(compose("train", overrides))
+    cut = json.loads((tmp_path / "cut" / "result.json").read_text())
+    assert cut["metrics"]["train/loss"] == whole["train/loss"]
+    resumed = train.run(compose("train", [*overrides, "resume=true"]))
+    assert resumed.keys() == whole.keys()
+    losses = [name for name in whole if name.endswith("loss")]
+    assert losses
+    assert [resumed[name] for name in losses] == [whole[name] for name in losses]
+    result = json.loads((tmp_path / "cut" / "result.json").read_text())
+    assert result["status"] == "finished"
+    assert result["metrics"] == resumed
+
+
+def test_metrics_of_a_shorter_training_are_not_kept(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    train.run(compose("train", toy_overrides("run")))
+    path = tmp_path / "run" / "result.json"
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps(result | {"steps": 3, "metrics": {"stale": 1.0}}))
+    assert "stale" not in train.run(compose("train", [*toy_overrides("run"), "resume=true"]))
+
+
 def test_resuming_with_other_settings_names_them(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
     overrides = toy_overrides("run")
     train.run(compose("train", overrides))
