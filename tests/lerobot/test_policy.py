@@ -114,6 +114,24 @@ def test_what_is_drawn_by_chance_follows_from_the_number_of_the_episode(made: An
     assert len({tuple(one.tolist()) for one in alone}) == 4
 
 
+def test_how_it_plans_and_what_it_needs_beside_the_checkpoint_are_told_and_kept(made: Any, tmp_path: Path) -> None:
+    from lerobot_policy_keygrip import CameraCalibration, KeygripConfig, KeygripPolicy, save_policy
+
+    camera = {"observation.images.over": CameraCalibration(np.eye(3).tolist(), np.eye(4).tolist())}
+
+    def config(**changes: Any) -> KeygripConfig:
+        return KeygripConfig(**{"checkpoint": str(made.run), "device": "cpu", "cameras": camera} | changes)
+
+    save_policy(config(planning={"decoder": "viterbi"}), tmp_path / "saved")
+    assert KeygripPolicy.from_pretrained(tmp_path / "saved").policy.decoder == "viterbi"
+    with pytest.raises(ValueError, match="haste"):
+        KeygripPolicy(config(planning={"haste": 1.0}))
+    with pytest.raises(ValueError, match=r"network\.instruction\.source"):
+        KeygripPolicy(config(external={"network.instruction.source": "/somewhere"}))
+    with pytest.raises(ValueError, match="planning has no effect with server"):
+        config(checkpoint=None, server="http://127.0.0.1:8421", planning={"decoder": "viterbi"})
+
+
 def test_a_configuration_that_does_not_fit_is_refused(made: Any) -> None:
     from lerobot_policy_keygrip import ArmLayout, CameraCalibration, KeygripConfig, KeygripPolicy
 

@@ -56,6 +56,10 @@ class KeygripConfig(PreTrainedConfig):
         checkpoint: run folder, checkpoint file or exported folder; None: `keygrip/` beside this configuration.
         server: URL of `python -m keygrip.serve`, in place of a checkpoint.
         trust: packages beside keygrip whose model parts the checkpoint may name.
+        external: files that the model needs and the checkpoint does not hold, by dotted setting, e.g.
+            `network.instruction.source` (a frozen text tower).
+        planning: changes to how it plans, e.g. `{"compiled": True}` (geometry_vla) or `{"decoder": "viterbi"}`
+            (volume_query); of a checkpoint alone, a server has its own.
         control_hz: calls of `select_action` a second.
         control: changes to keygrip's controller, e.g. `execute_seconds`, `still_distance_m`.
         cameras: calibration by image feature.
@@ -71,6 +75,8 @@ class KeygripConfig(PreTrainedConfig):
     checkpoint: str | None = None
     server: str | None = None
     trust: list[str] = field(default_factory=list)
+    external: dict[str, str] = field(default_factory=dict)
+    planning: dict[str, Any] = field(default_factory=dict)
     control_hz: float = 10.0
     control: dict[str, float] = field(default_factory=dict)
     cameras: dict[str, CameraCalibration] = field(default_factory=dict)
@@ -89,6 +95,9 @@ class KeygripConfig(PreTrainedConfig):
             raise ValueError(f"action must be one of {', '.join(ACTIONS)}, not {self.action!r}")
         if self.checkpoint and self.server:
             raise ValueError("give checkpoint or server, not both")
+        for name in ("planning", "external", "trust"):
+            if self.server and getattr(self, name):
+                raise ValueError(f"{name} has no effect with server: give it to `python -m keygrip.serve`")
 
     def validate_features(self) -> None:
         """Raises ValueError: an image that no camera is calibrated for, or none at all."""

@@ -135,7 +135,10 @@ class KeygripPolicy(PreTrainedPolicy):
                 export.run(
                     OmegaConf.structured(
                         export.ExportSchema(
-                            checkpoint=config.checkpoint, to=str(folder / WEIGHTS), trust=list(config.trust)
+                            checkpoint=config.checkpoint,
+                            to=str(folder / WEIGHTS),
+                            trust=list(config.trust),
+                            external=dict(config.external),
                         )
                     )
                 )
@@ -219,7 +222,13 @@ def _load(config: KeygripConfig) -> Any:
         raise ValueError(
             "keygrip needs checkpoint (a run folder, checkpoint file or exported folder) or server (a URL)"
         )
-    return keygrip.load_policy(config.checkpoint, trust=config.trust, device=str(config.device))
+    return keygrip.load_policy(
+        config.checkpoint,
+        trust=config.trust,
+        external=config.external or None,
+        device=str(config.device),
+        **config.planning,
+    )
 
 
 def _turn(arm: int) -> list[int]:
