@@ -225,6 +225,7 @@ class ClosedLoop:
     def _run_in_pool(self, checkpoint: Path, jobs: list[_Job], processes: int, results: _Results) -> None:
         # Spawned, not forked: a GL context and torch's threads do not survive a fork.
         context = multiprocessing.get_context("spawn")
+        others = multiprocessing.active_children()
         with ProcessPoolExecutor(processes, context, _start_worker, (checkpoint, self)) as pool:
             waiting: dict[Future[EpisodeResult], _Job] = {pool.submit(_work, job): job for job in jobs}
             try:
@@ -232,6 +233,9 @@ class ClosedLoop:
                     results.add(waiting[future], future.result())
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():  # what they would still find out, nobody reads
+                    if process not in others:
+                        process.terminate()
                 raise
 
     def _run_elsewhere(self, checkpoint: Path, jobs: list[_Job], processes: int, results: _Results) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import signal
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import slow_episodes
 
 from keygrip.data.video import read_video
 from keygrip.envs.yam.tasks import TaskOptions
@@ -20,6 +23,7 @@ from keygrip.evaluation.rollout_report import write_report
 from keygrip.evaluation.statistics import wilson_interval
 from keygrip.models.policy import Plan
 from keygrip.runtime.chunk_execution import RecedingHorizon
+from keygrip.training.signals import Interrupted
 
 
 def test_wilson_interval_against_published_values() -> None:
@@ -172,6 +176,25 @@ def test_episodes_of_a_process_that_died_are_run_again_once(deaths: int, monkeyp
         (result,) = run(monkeypatch, None, processes=2)
         assert [episode.seed for episode in result.episodes] == [1_000_000, 1_000_001, 1_000_002]
     assert asked == [[1_000_000, 1_000_001, 1_000_002], [1_000_001, 1_000_002]]
+
+
+def test_an_interrupted_evaluation_ends_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    running: list[Any] = []
+
+    def interrupted(self: Any, job: Any, result: EpisodeResult) -> None:
+        running.extend(process for process in multiprocessing.active_children() if process not in others)
+        raise Interrupted("stopped by SIGTERM")
+
+    others = multiprocessing.active_children()
+    monkeypatch.setattr(closed_loop, "_start_worker", slow_episodes.start)
+    monkeypatch.setattr(closed_loop, "_work", slow_episodes.work)
+    monkeypatch.setattr(closed_loop._Results, "add", interrupted)
+    with pytest.raises(Interrupted):
+        run(monkeypatch, None, processes=2)
+    assert len(running) == 2
+    for process in running:
+        process.join(30)
+    assert -signal.SIGTERM in [process.exitcode for process in running], "the one whose episode was under way"
 
 
 def test_unknown_options_and_empty_conditions_are_named() -> None:
