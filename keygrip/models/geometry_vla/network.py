@@ -28,7 +28,7 @@ from keygrip.models.geometry_vla.action_spaces import COLUMNS
 from keygrip.models.geometry_vla.actions import SIZE
 from keygrip.models.geometry_vla.compression import GeometryCompressor, build_geom_compressor
 from keygrip.models.geometry_vla.geometry import GeometryEncoder, GeometryFeatures
-from keygrip.models.geometry_vla.pointing import PointedTokens, Pointing
+from keygrip.models.geometry_vla.pointing import PatchPointing, PointedTokens, Pointing
 from keygrip.models.language.qwen_vl import QwenVL
 from keygrip.models.nn.flow_matching import SOLVERS, Solver, integrate, noise_levels
 from keygrip.models.nn.inpainting import guided_velocity
@@ -123,6 +123,8 @@ class GeometryVLA(nn.Module):
             will be (see `Pointing`); 0 disables the maps and their loss.
         pointing_keyframe: one map more, of where the gripper closes or opens next: through the whole of an approach the
             model so learns what it is being sent to.
+        pointing_patch_cells: cells along a side of a geometry token's patch in which the maps are read from it too (see
+            `PatchPointing`); their grid must be that of the maps. 0: the language model's states alone.
         pointed_tokens: give the head what those maps say, and what the geometry encoder makes of the places (see
             `PointedTokens`).
         pointed_triangulated: those tokens also hold where the views' rays through the places meet. That asks for
@@ -166,6 +168,7 @@ class GeometryVLA(nn.Module):
         context_places: bool = False,
         pointing_cells: int = 0,
         pointing_keyframe: bool = False,
+        pointing_patch_cells: int = 0,
         pointed_tokens: bool = False,
         pointed_triangulated: bool = False,
         action_kind: str = "absolute",
@@ -243,6 +246,14 @@ class GeometryVLA(nn.Module):
             self.scale = nn.Linear(self.geometry.dim, vlm.width)
         if self.geometry is not None and geom_places:
             self.geometry_places = PlaceEmbedding(self.geometry.dim)
+        self.patch_pointing: PatchPointing | None = None
+        if pointing_patch_cells:
+            if self.geometry is None or not pointing_cells or pointing_patch_cells < 0:
+                raise ValueError(
+                    f"model.network.pointing_patch_cells={pointing_patch_cells}: a number of cells, for maps "
+                    "(pointing_cells above 0) that are also read from a geometry encoder's tokens."
+                )
+            self.patch_pointing = PatchPointing(vlm.width, self.geometry.dim, len(arms), maps, pointing_patch_cells)
         shape = (blocks, geom_dit_tokens, vlm.width)
         self.standardised = RunningStandardisation(*shape) if geom_standardised else None
         self.vlm_gain = nn.LayerNorm(vlm.width) if self.vlm_compressor is not None else None
@@ -275,7 +286,7 @@ class GeometryVLA(nn.Module):
         else:
             semantics = self.vlm(images, instructions, blocks)
         if self.pointing is not None:
-            pointing = self.pointing(semantics.layers[-1].float(), semantics.places, views)
+            pointing = self._maps(semantics.layers[-1].float(), semantics.places, views, features)
         # From here on in float32: what the head reads and the head itself.
         with torch.autocast(images.device.type, enabled=False):
             if features is not None and self.compressor is not None:
@@ -306,6 +317,21 @@ class GeometryVLA(nn.Module):
                 tokens = torch.cat([words, *([] if few is None else [few[index]]), *pointed], dim=1)
                 contexts.append(BlockContext(tokens, mask))
         return Scene(contexts, groups, features, pointing)
+
+    def _maps(self, hidden: Tensor, places: Tensor, views: int, features: GeometryFeatures | None) -> Tensor:
+        """Logits of where the gripper will be, from all that they are read from."""
+        assert self.pointing is not None
+        logits = self.pointing(hidden, places, views)
+        if self.patch_pointing is None:
+            return logits
+        assert features is not None
+        finer = self.patch_pointing(hidden, places, views, features.tokens.float())
+        if finer.shape != logits.shape:
+            raise ValueError(
+                f"model.network.pointing_patch_cells={self.patch_pointing.cells} gives maps of {finer.shape[-1]} cells "
+                f"a side, and pointing_cells={self.pointing.cells} of {logits.shape[-1]}: both must give the same."
+            )
+        return logits + finer
 
     def _placed(self, tokens: Tensor, views: int) -> Tensor:
         """Geometry tokens ``[B, G, D]`` float32 as they are compressed: with `geom_places` each with where it lies.

@@ -50,11 +50,64 @@ class Pointing(nn.Module):
         Args:
             places: ``[B, L, 3]`` (see `keygrip.models.language.qwen_vl.Semantics`): which tokens are whose.
         """
-        images = hidden[places[..., 0] > 0].unflatten(0, (len(hidden), views, -1))  # [B, V, P P, H]
-        side = round(images.shape[2] ** 0.5)
         cells = (self.arms, self.maps, self.cells, self.cells)
-        logits = self.read(images).unflatten(-1, cells).unflatten(2, (side, side))  # [B, V, P, P, A, M, c, c]
+        logits = self.read(image_tokens(hidden, places, views)).unflatten(-1, cells)  # [B, V, P, P, A, M, c, c]
         return logits.permute(0, 1, 4, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5)
+
+
+class PatchPointing(nn.Module):
+    """Logits of the same maps from the geometry encoder's patches, to be added to those of `Pointing`.
+
+    An image token of the language model asks, and the patches that it covers answer, cell by cell: language says what
+    is looked for, the encoder's backbone where in a patch it is. A vision tower that reads a patch through one matrix
+    learns the second slowly: with it alone, things smaller than a patch were missed by their own size. No difference
+    at first.
+
+    Args:
+        width: H. dim: D, of a geometry token. arms: A. maps: M. cells: along a side of a patch.
+        features: of a question.
+    """
+
+    def __init__(self, width: int, dim: int, arms: int, maps: int, cells: int, features: int = 16) -> None:
+        super().__init__()
+        self.arms, self.maps, self.cells, self.features = arms, maps, cells, features
+        self.ask = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, arms * maps * features))
+        nn.init.zeros_(self.ask[1].weight)  # type: ignore[arg-type]
+        nn.init.zeros_(self.ask[1].bias)  # type: ignore[arg-type]
+        self.answer = nn.Sequential(
+            nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, cells * cells * features)
+        )
+
+    def forward(self, hidden: Tensor, places: Tensor, views: int, patches: Tensor) -> Tensor:
+        """Logits ``[B, V, A, M, g, g]`` of a layer's hidden states ``[B, L, H]`` and geometry tokens ``[B, G, D]``.
+
+        Args:
+            places: as for `Pointing`.
+
+        Raises:
+            ValueError: patches that do not lie on a square grid, or not a whole number of them under a token.
+        """
+        questions = self.ask(image_tokens(hidden, places, views)).unflatten(-1, (self.arms, self.maps, self.features))
+        side, tokens = round((patches.shape[1] / views) ** 0.5), questions.shape[2]
+        if views * side * side != patches.shape[1] or side % tokens:
+            raise ValueError(
+                f"model.network.pointing_patch_cells={self.cells}: {patches.shape[1]} geometry tokens of {views} views "
+                f"do not lie on a square grid that {tokens} x {tokens} tokens of the language model divide: set it to "
+                "0 with this geometry encoder."
+            )
+        under = side // tokens
+        answers = self.answer(patches).unflatten(-1, (self.cells, self.cells, self.features))
+        answers = answers.unflatten(1, (views, tokens, under, tokens, under))
+        # token's row and column, patch's in it (i, j), cell's in that (c, d): to rows and columns of the whole image
+        logits = torch.einsum("bvpqamf,bvpiqjcdf->bvampicqjd", questions, answers) * self.features**-0.5
+        return logits.flatten(7, 9).flatten(4, 6)
+
+
+def image_tokens(hidden: Tensor, places: Tensor, views: int) -> Tensor:
+    """The states of images ``[B, V, P, P, H]`` among hidden states ``[B, L, H]``, by their places ``[B, L, 3]``."""
+    images = hidden[places[..., 0] > 0].unflatten(0, (len(hidden), views, -1))
+    side = round(images.shape[2] ** 0.5)
+    return images.unflatten(2, (side, side))
 
 
 class PointedTokens(nn.Module):
