@@ -13,7 +13,14 @@ from vla_parts import V, ready_module, small_batch, small_geometry, small_module
 
 from keygrip.models.geometry.cameras import project
 from keygrip.models.geometry_vla.geometry import DECIMETRES, GeometryFeatures
-from keygrip.models.geometry_vla.pointing import PointedTokens, Pointing, peak_means, pointing_losses, resampled
+from keygrip.models.geometry_vla.pointing import (
+    PatchPointing,
+    PointedTokens,
+    Pointing,
+    peak_means,
+    pointing_losses,
+    resampled,
+)
 from keygrip.models.nn.image_sampling import bilinear_cells
 
 A, T, P, C, H = 1, 4, 3, 2, 8
@@ -33,6 +40,64 @@ def test_cells_lie_where_their_tokens_are() -> None:
     changed = (pointing(hidden, places, V) != before).any(dim=(2, 3)).nonzero().tolist()
     assert all(sample == 1 and view == 1 for sample, view, _, _ in changed)
     assert {(r // C, c // C) for _, _, r, c in changed} == {(row, column)}
+
+
+def test_cells_of_patches_lie_where_the_patches_are() -> None:
+    torch.manual_seed(0)
+    side, dim, cells = 2 * P, 6, 2  # two patches along a token, so that there are 12 cells along an image
+    pointing = PatchPointing(H, dim, A, T, cells)
+    places = torch.zeros(2, 2 + V * P * P + 1, 3)
+    places[:, 2:-1, 0] = torch.arange(V).repeat_interleave(P * P) + 1.0
+    hidden, patches = torch.randn(2, places.shape[1], H), torch.randn(2, V * side * side, dim)
+    assert not pointing(hidden, places, V, patches).any(), "no difference at first"
+    torch.nn.init.normal_(pointing.ask[1].weight)  # type: ignore[arg-type]
+    before = pointing(hidden, places, V, patches)
+    assert before.shape == (2, V, A, T, side * cells, side * cells)
+    row, column = 3, 4
+    other = patches.clone()
+    other[1, side * side + row * side + column] *= torch.linspace(-1, 1, dim)  # of the second sample's second view
+    changed = (pointing(hidden, places, V, other) != before).any(dim=(2, 3)).nonzero().tolist()
+    assert all(sample == 1 and view == 1 for sample, view, _, _ in changed)
+    assert {(r // cells, c // cells) for _, _, r, c in changed} == {(row, column)}
+    asked = hidden.clone()
+    asked[0, 2 + (row // 2) * P + column // 2] *= torch.linspace(-1, 1, H)  # the token over that patch, first view
+    changed = (pointing(asked, places, V, patches) != before).any(dim=(2, 3)).nonzero().tolist()
+    assert {(sample, view, r // cells // 2, c // cells // 2) for sample, view, r, c in changed} == {
+        (0, 0, row // 2, column // 2)
+    }
+    with pytest.raises(ValueError, match=r"pointing_patch_cells=2: 50 geometry tokens of 2 views .* set it to 0"):
+        pointing(hidden, places, V, torch.randn(2, V * 25, dim))
+
+
+def test_maps_read_from_patches_train_the_geometry_encoder(tmp_path: Path) -> None:
+    geometry = small_geometry(point_weight=0.0, depth_weight=0.0)
+    module = ready_module(tmp_path, geometry=geometry, pointing_cells=2, pointing_patch_cells=2)
+    batch = small_batch()
+    plain = module(batch).pointing
+    finer = module.network.patch_pointing
+    assert finer is not None
+    torch.nn.init.normal_(finer.ask[1].weight)  # type: ignore[arg-type]
+    scene = module(batch)
+    assert scene.pointing is not None
+    assert plain is not None
+    assert scene.pointing.shape == plain.shape
+    assert (scene.pointing - plain).abs().max() > 1e-3
+    pointing_losses(scene.pointing, batch)["pointing"].backward()
+    assert all(parameter.grad is not None for parameter in finer.parameters())
+    stem = [parameter.grad for parameter in geometry.backbone.net.patch_embed.parameters()]
+    assert all(gradient is not None and gradient.any() for gradient in stem)
+
+
+def test_maps_read_from_patches_need_a_geometry_encoder_and_one_grid(tmp_path: Path) -> None:
+    for options in (
+        {"pointing_cells": 2, "geom_inject_to_dit": False},
+        {"pointing_cells": 0},
+    ):
+        with pytest.raises(ValueError, match=r"pointing_patch_cells=1: .* a geometry encoder's tokens"):
+            small_module(pointing_patch_cells=1, **options)
+    module = ready_module(tmp_path, pointing_cells=2, pointing_patch_cells=1)
+    with pytest.raises(ValueError, match=r"patch_cells=1 gives maps of 2 cells a side, and pointing_cells=2 of 4"):
+        module(small_batch())
 
 
 def test_the_loss_is_least_at_the_gripper_and_counts_what_is_seen() -> None:
