@@ -435,6 +435,8 @@ ARMS = {
     "none": "pointed places",
     "pointed": "pointed places, geometry at them",
     "both": "pointed places, geometry at them, 16 pooled tokens",
+    "triangulated": "pointed places, where their rays meet",
+    "both_triangulated": "pointed places, where their rays meet, geometry at them, 16 pooled tokens",
     "both_standardised": "pointed places, geometry at them, 16 standardised tokens",
     "language": "16 pooled tokens in the language model's prompt, none for the head",
     "mean": "one mean-pooled vector",

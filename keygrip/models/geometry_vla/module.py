@@ -145,6 +145,12 @@ class GeometryVLAModule(System):
                 "The data module's statistics hold no action chunks or cameras, which this model normalises by: use "
                 "keygrip.data.robot.datamodule.RobotDemos with data.cameras."
             )
+        pointed = self.network.pointed
+        if pointed is not None and pointed.meeting is not None and len(statistics.cameras) < 2:
+            raise ValueError(
+                f"model.network.pointed_triangulated=true: rays of one camera ({statistics.cameras[0]}) meet nowhere. "
+                "Give data.cameras two or more, or set it to false."
+            )
         self.statistics.take(statistics, self.network.head.horizon)
         self.actions.take(statistics.chunks)
         self.views = tuple(statistics.cameras)

@@ -250,8 +250,8 @@ class GeometryVLA(nn.Module):
         if pointing_patch_cells:
             if self.geometry is None or not pointing_cells or pointing_patch_cells < 0:
                 raise ValueError(
-                    f"model.network.pointing_patch_cells={pointing_patch_cells}: a number of cells, for maps "
-                    "(pointing_cells above 0) that are also read from a geometry encoder's tokens."
+                    f"model.network.pointing_patch_cells={pointing_patch_cells} is a number of cells, of maps "
+                    "(pointing_cells above 0) that are also read from a geometry encoder's tokens: set it to 0."
                 )
             self.patch_pointing = PatchPointing(vlm.width, self.geometry.dim, len(arms), maps, pointing_patch_cells)
         shape = (blocks, geom_dit_tokens, vlm.width)

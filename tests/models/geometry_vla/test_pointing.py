@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from looking import looking_at
-from vla_parts import V, ready_module, small_batch, small_geometry, small_module
+from vla_parts import V, ready_module, small_batch, small_geometry, small_module, small_statistics
 
 from keygrip.models.geometry.cameras import project
 from keygrip.models.geometry_vla.geometry import DECIMETRES, GeometryFeatures
@@ -270,6 +270,13 @@ def test_triangulated_places_reach_the_actions(tmp_path: Path, geometry: bool) -
     module.losses(module(batch), batch)["total"].backward()
     assert module.network.pointed is not None
     assert all(parameter.grad is not None for parameter in module.network.pointed.parameters())
+
+
+def test_rays_of_one_camera_are_refused(tmp_path: Path) -> None:
+    module = small_module(pointing_cells=2, pointed_tokens=True, pointed_triangulated=True)
+    one = replace(small_statistics(tmp_path), cameras=("over",))
+    with pytest.raises(ValueError, match=r"one camera \(over\) meet nowhere.* data.cameras two or more"):
+        module.set_statistics(one)
 
 
 def test_triangulated_places_need_pointed_tokens() -> None:
