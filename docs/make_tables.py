@@ -472,6 +472,23 @@ def vla_arms_compared() -> str:
     return markdown(*paired_table(read("vla_geometry_comparison")["paired"]))
 
 
+def vla_metaworld() -> str:
+    """MT10 by sentences: what each addition to the small recipe gave."""
+    hard = ("reach-v3", "peg-insert-side-v3", "push-v3", "pick-place-v3")
+    rows = []
+    for run in read("vla_metaworld")["runs"]:
+        tasks, metrics = run["held_out"]["tasks"], run["training"]["metrics"]
+        others = sum(found["successes"] for name, found in tasks.items() if name not in hard)
+        cells = [str(tasks[name]["successes"]) for name in hard]
+        rows.append(
+            [run["name"], rate(run["held_out"]["all"]), rate(run["tuning"]["all"]), f"{others} of 120", *cells]
+            + [f"{metrics['val/keyframe_px']:.1f} px", f"{metrics['val/position_cm']:.1f} cm"]
+        )
+    header = ["the head is told", "held out", "tuning positions", "six easier tasks"]
+    header += [f"`{name.removesuffix('-v3')}`, of 20" for name in hard]
+    return markdown([*header, "keyframe pointing (val)", "position error (val)"], rows)
+
+
 def vlm_seeds() -> str:
     """The foveated model's figures by training seed."""
     runs = [run for run in read("foveated_vlm")["runs"] if run["run"].startswith("final_")]
@@ -650,7 +667,7 @@ TABLES: dict[str, Callable[[], str]] = {
         *(metaworld_mt50, metaworld_mt50_tasks, metaworld_equal_time, metaworld_equal_time_tasks),
         *(dit_claims, dit_images, dit_images_128px, dit_recipes, vlm_seeds, vlm_others, vlm_ablations, vlm_label_free),
         vlm_refinement,
-        *(vla_injection, vla_ablations, vla_comparison, vla_compression, vla_recipe, vla_arms, vla_arms_compared),
+        *(vla_injection, vla_ablations, vla_comparison, vla_compression, vla_recipe, vla_arms, vla_arms_compared, vla_metaworld),
     )
 }
 
