@@ -124,7 +124,8 @@ class GeometryVLA(nn.Module):
         pointing_keyframe: one map more, of where the gripper closes or opens next: through the whole of an approach the
             model so learns what it is being sent to.
         pointing_patch_cells: cells along a side of a geometry token's patch in which the maps are read from it too (see
-            `PatchPointing`); their grid must be that of the maps. 0: the language model's states alone.
+            `PatchPointing`); their grid must be that of the maps. 0: the language model's states alone, as without an
+            encoder.
         pointed_tokens: give the head what those maps say, and what the geometry encoder makes of the places (see
             `PointedTokens`).
         pointed_triangulated: those tokens also hold where the views' rays through the places meet. That asks for
@@ -145,6 +146,7 @@ class GeometryVLA(nn.Module):
 
     read_where: ClassVar = {
         "geom_dit_tokens": ReadWhere("geom_inject_to_dit geom_inject_to_vlm"),
+        "pointing_patch_cells": ReadWhere("geom_inject_to_dit geom_inject_to_vlm"),
         "geom_compression_type": ReadWhere("geom_inject_to_dit geom_inject_to_vlm"),
         "geom_qformer_heads": ReadWhere("geom_compression_type", "qformer"),
     }
@@ -247,12 +249,12 @@ class GeometryVLA(nn.Module):
         if self.geometry is not None and geom_places:
             self.geometry_places = PlaceEmbedding(self.geometry.dim)
         self.patch_pointing: PatchPointing | None = None
-        if pointing_patch_cells:
-            if self.geometry is None or not pointing_cells or pointing_patch_cells < 0:
-                raise ValueError(
-                    f"model.network.pointing_patch_cells={pointing_patch_cells} is a number of cells, of maps "
-                    "(pointing_cells above 0) that are also read from a geometry encoder's tokens: set it to 0."
-                )
+        if pointing_patch_cells and (pointing_patch_cells < 0 or not pointing_cells):
+            raise ValueError(
+                f"model.network.pointing_patch_cells={pointing_patch_cells} is a number of cells, of maps "
+                "(pointing_cells above 0) that are also read from a geometry encoder's tokens: set it to 0."
+            )
+        if pointing_patch_cells and self.geometry is not None:
             self.patch_pointing = PatchPointing(vlm.width, self.geometry.dim, len(arms), maps, pointing_patch_cells)
         shape = (blocks, geom_dit_tokens, vlm.width)
         self.standardised = RunningStandardisation(*shape) if geom_standardised else None

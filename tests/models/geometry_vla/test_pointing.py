@@ -88,13 +88,11 @@ def test_maps_read_from_patches_train_the_geometry_encoder(tmp_path: Path) -> No
     assert all(gradient is not None and gradient.any() for gradient in stem)
 
 
-def test_maps_read_from_patches_need_a_geometry_encoder_and_one_grid(tmp_path: Path) -> None:
-    for options in (
-        {"pointing_cells": 2, "geom_inject_to_dit": False},
-        {"pointing_cells": 0},
-    ):
-        with pytest.raises(ValueError, match=r"pointing_patch_cells=1 is a number of cells.*: set it to 0"):
-            small_module(pointing_patch_cells=1, **options)
+def test_maps_read_from_patches_need_maps_and_one_grid(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"pointing_patch_cells=1 is a number of cells.*: set it to 0"):
+        small_module(pointing_patch_cells=1, pointing_cells=0)
+    without = small_module(pointing_patch_cells=1, pointing_cells=2, geom_inject_to_dit=False)
+    assert without.network.patch_pointing is None
     module = ready_module(tmp_path, pointing_cells=2, pointing_patch_cells=1)
     with pytest.raises(ValueError, match=r"patch_cells=1 gives maps of 2 cells a side, and pointing_cells=2 of 4"):
         module(small_batch())
