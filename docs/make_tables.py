@@ -667,7 +667,8 @@ TABLES: dict[str, Callable[[], str]] = {
         *(metaworld_mt50, metaworld_mt50_tasks, metaworld_equal_time, metaworld_equal_time_tasks),
         *(dit_claims, dit_images, dit_images_128px, dit_recipes, vlm_seeds, vlm_others, vlm_ablations, vlm_label_free),
         vlm_refinement,
-        *(vla_injection, vla_ablations, vla_comparison, vla_compression, vla_recipe, vla_arms, vla_arms_compared, vla_metaworld),
+        *(vla_injection, vla_ablations, vla_comparison, vla_compression, vla_recipe, vla_arms, vla_arms_compared),
+        vla_metaworld,
     )
 }
 
