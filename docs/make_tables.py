@@ -444,6 +444,8 @@ ARMS = {
     "pool_16": "16 pooled tokens",
     "pool_64": "64 pooled tokens",
     "per_layer_16": "16 tokens, a linear layer per block",
+    "per_layer_64": "64 tokens, a linear layer per block",
+    "qformer_4": "4 learned queries",
     "qformer_16": "16 learned queries",
     "pool_16_standardised": "16 pooled tokens, standardised",
 }
