@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,6 +119,27 @@ def small_batch(instructions: Sequence[str] = INSTRUCTIONS, seed: int = 3, depth
         instruction=list(instructions),
         **poses(count, seed),
     )
+
+
+def observation(seed: int = 0, instruction: str = INSTRUCTIONS[0]) -> dict[str, Any]:
+    """What a policy of such a module plans from: images of noise from both cameras."""
+    generator = np.random.default_rng(seed)
+    batch = small_batch()
+    views = {
+        name: {
+            "image": generator.integers(0, 256, (S, S, 3), dtype=np.uint8),
+            "intrinsics": batch.view_intrinsics[0, 0].numpy(),
+            "world_to_camera": batch.view_world_to_camera[0, 0].numpy(),
+        }
+        for name in CAMERAS
+    }
+    return {
+        "cameras": views,
+        "instruction": instruction,
+        "position": np.array([0.3, 0.0, 0.1]),
+        "quaternion": np.array([0.0, 1.0, 0.0, 0.0]),
+        "gripper": 0.7,
+    }
 
 
 def small_statistics(folder: Path, instructions: Sequence[str] = INSTRUCTIONS) -> DemoStatistics:

@@ -15,8 +15,6 @@ from torch import Tensor
 # A ray whose direction (unit length) changes height by less than this a metre meets the plane z = h so far away that a
 # pixel's width moves the point by metres: about 0.6 degrees from parallel.
 MIN_VERTICAL_SLOPE = 0.01
-
-
 # Pull of the world's origin on the point that several rays meet in, where a ray's own is 1. It settles what rays leave
 # open, and moves a point a metre away by a millimetre where two rays are 8 degrees apart.
 ORIGIN_PULL = 1e-5

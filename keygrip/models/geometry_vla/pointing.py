@@ -59,9 +59,8 @@ class PatchPointing(nn.Module):
     """Logits of the same maps from the geometry encoder's patches, to be added to those of `Pointing`.
 
     An image token of the language model asks, and the patches that it covers answer, cell by cell: language says what
-    is looked for, the encoder's backbone where in a patch it is. A vision tower that reads a patch through one matrix
-    learns the second slowly: with it alone, things smaller than a patch were missed by their own size. No difference
-    at first.
+    is looked for, the encoder's backbone where in a patch it is, which a vision tower that reads a patch through one
+    matrix learns slowly (`benchmarks/vla_metaworld.json`: 8.1 px without, 4.8 with it). No difference at first.
 
     Args:
         width: H. dim: D, of a geometry token. arms: A. maps: M. cells: along a side of a patch.

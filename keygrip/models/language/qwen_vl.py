@@ -59,8 +59,8 @@ class Semantics:
 
 
 class PatchProjection(nn.Conv3d):
-    """The vision tower's first layer, whose kernels do not overlap, as the product of matrices that it is: a fourth of
-    the time of a convolution on a processor."""
+    """The vision tower's first layer, whose kernels do not overlap, as the product of matrices that it is, which a
+    processor computes faster."""
 
     @classmethod
     def of(cls, convolution: nn.Conv3d) -> PatchProjection:

@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from vla_parts import CAMERAS, INSTRUCTIONS, S, ready_module, small_batch
+from vla_parts import INSTRUCTIONS, observation, ready_module
 
 from keygrip.evaluation import trained_policy
 from keygrip.models.geometry_vla import policy as policies
@@ -36,21 +35,6 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GeometryVLA, "compile_parts", partialmethod(GeometryVLA.compile_parts, backend="aot_eager"))
 
 
-def observation(instruction: str, seed: int = 0) -> dict[str, Any]:
-    generator, batch = np.random.default_rng(seed), small_batch()
-    view = {
-        "intrinsics": batch.view_intrinsics[0, 0].numpy(),
-        "world_to_camera": batch.view_world_to_camera[0, 0].numpy(),
-    }
-    return {
-        "cameras": {name: view | {"image": generator.integers(0, 256, (S, S, 3), dtype=np.uint8)} for name in CAMERAS},
-        "instruction": instruction,
-        "position": np.array([0.3, 0.0, 0.1]),
-        "quaternion": np.array([0.0, 1.0, 0.0, 0.0]),
-        "gripper": 0.7,
-    }
-
-
 def graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
@@ -68,13 +52,13 @@ def test_compiled_plans_are_those_without_and_nothing_is_compiled_after_the_firs
     expected = []
     for text in words:
         plain.reset(3)
-        expected.append(plain.plan(observation(text)))
-    two = [observation(words[0], seed=1), observation(words[2], seed=2)]
+        expected.append(plain.plan(observation(instruction=text)))
+    two = [observation(1, words[0]), observation(2, words[2])]
     plain.reset(4)
     of_two = plain.plan_batch(two, [plain, plain])
     plain.reset(5)
     shifted = replace(expected[0], position=expected[0].position + 0.02, time_s=9.9)
-    continued = plain.plan_continuing(observation(words[0]) | {"time_s": 10.0}, shifted, 0.3)
+    continued = plain.plan_continuing(observation() | {"time_s": 10.0}, shifted, 0.3)
     assert graphs() == 0
 
     policy = replace(plain, compiled=True)
@@ -84,12 +68,12 @@ def test_compiled_plans_are_those_without_and_nothing_is_compiled_after_the_firs
     policy.make_ready()
     for text, plan in zip(words, expected, strict=True):
         policy.reset(3)
-        assert_equal_plans(policy.plan(observation(text)), plan)
+        assert_equal_plans(policy.plan(observation(instruction=text)), plan)
     policy.reset(4)
     for found, plan in zip(policy.plan_batch(two, [policy, policy]), of_two, strict=True):
         assert_equal_plans(found, plan)
     policy.reset(5)
-    assert_equal_plans(policy.plan_continuing(observation(words[0]) | {"time_s": 10.0}, shifted, 0.3), continued)
+    assert_equal_plans(policy.plan_continuing(observation() | {"time_s": 10.0}, shifted, 0.3), continued)
     assert graphs() == traced, "lengths, several observations and continued plans compile nothing more"
 
 
@@ -102,7 +86,7 @@ def test_a_policy_that_is_loaded_compiles_before_its_first_plan(
     policy = trained_policy.load_policy(tmp_path, {"compiled": True})
     traced = graphs()
     assert traced > 0
-    policy.plan(observation(INSTRUCTIONS[0]))
+    policy.plan(observation())
     assert graphs() == traced
 
 
@@ -119,8 +103,8 @@ def test_a_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_real_compiler_gives_the_same_plans(tmp_path: Path) -> None:
     policy = ready_module(tmp_path, pointing_cells=2, pointed_tokens=True).policy()
     policy.reset(3)
-    expected = policy.plan(observation(INSTRUCTIONS[0]))
+    expected = policy.plan(observation())
     fast = replace(policy, compiled=True)
     fast.reset(3)
-    assert_equal_plans(fast.plan(observation(INSTRUCTIONS[0])), expected)
+    assert_equal_plans(fast.plan(observation()), expected)
     assert graphs() > 0

@@ -11,7 +11,19 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from vla_parts import CAMERAS, INSTRUCTIONS, S, T, V, ready_module, small_batch, small_geometry, small_module, small_vlm
+from vla_parts import (
+    CAMERAS,
+    INSTRUCTIONS,
+    S,
+    T,
+    V,
+    observation,
+    ready_module,
+    small_batch,
+    small_geometry,
+    small_module,
+    small_vlm,
+)
 
 from keygrip.data.batches import MultiViewPolicyBatch
 from keygrip.models.geometry_vla.figures import scene_figure
@@ -248,26 +260,6 @@ def test_paths_are_drawn_where_the_camera_is_calibrated() -> None:
 
 
 # ---------------------------------------------------------------------- plans and checkpoints
-
-
-def observation(seed: int = 0) -> dict[str, Any]:
-    generator = np.random.default_rng(seed)
-    batch = small_batch()
-    views = {
-        name: {
-            "image": generator.integers(0, 256, (S, S, 3), dtype=np.uint8),
-            "intrinsics": batch.view_intrinsics[0, 0].numpy(),
-            "world_to_camera": batch.view_world_to_camera[0, 0].numpy(),
-        }
-        for name in CAMERAS
-    }
-    return {
-        "cameras": views,
-        "instruction": INSTRUCTIONS[0],
-        "position": np.array([0.3, 0.0, 0.1]),
-        "quaternion": np.array([0.0, 1.0, 0.0, 0.0]),
-        "gripper": 0.7,
-    }
 
 
 def test_plans_are_what_the_network_says(module: GeometryVLAModule) -> None:
