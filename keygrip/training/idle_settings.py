@@ -48,6 +48,17 @@ def refuse_idle(cfg: DictConfig, overrides: Sequence[str]) -> None:
     refuse_idle_ablation(overrides)
 
 
+def unread(options: Mapping[str, Any]) -> set[str]:
+    """The settings of one part that nothing reads because of others beside them.
+
+    Args:
+        options: the part's resolved settings, with its ``_target_``; without one nothing is known to be unread.
+    """
+    target = options.get("_target_")
+    conditions: Mapping[str, ReadWhere] = getattr(get_object(target), ATTRIBUTE, {}) if target else {}
+    return {name for name, where in conditions.items() if not where.holds(OmegaConf.create(dict(options)))}
+
+
 def refuse_idle_ablation(overrides: Sequence[str]) -> None:
     """Refuses an ablation that leaves the run as it would be without it; one that is empty says so by itself.
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from keygrip.artifacts import locked
+from keygrip.training.idle_settings import unread
 from keygrip.training.run_folder import CHECKPOINT
 from keygrip.training.sweeps import FINISHED, read_result
 
@@ -77,19 +78,23 @@ class PretrainingStage:
         return read_result(run).get("status") == FINISHED and (run / CHECKPOINT).is_file()
 
 
-def complete_stages(node: Any) -> Any:
+def complete_stages(node: Any, read: bool = True) -> Any:
     """A resolved configuration with the run folder of each stage in its place; what is missing is trained first.
 
     Args:
         node: plain dictionaries, lists and scalars.
+        read: false: nothing in the run reads this part (`keygrip.training.idle_settings`), and its stages become None:
+            hours of training would go to an encoder that the network leaves out.
 
     Raises:
         RuntimeError, ValueError: as :meth:`PretrainingStage.complete`.
     """
     if isinstance(node, dict):
         if str(node.get("_target_", "")) == f"{PretrainingStage.__module__}.{PretrainingStage.__qualname__}":
-            return str(PretrainingStage(**{key: value for key, value in node.items() if key != "_target_"}).complete())
-        return {key: complete_stages(child) for key, child in node.items()}
+            stage = PretrainingStage(**{key: value for key, value in node.items() if key != "_target_"})
+            return str(stage.complete()) if read else None
+        idle = unread(node)
+        return {key: complete_stages(child, read and key not in idle) for key, child in node.items()}
     if isinstance(node, list):
-        return [complete_stages(child) for child in node]
+        return [complete_stages(child, read) for child in node]
     return node

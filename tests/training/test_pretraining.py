@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from keygrip.training.pretraining import PretrainingStage
+from keygrip.config import compose
+from keygrip.training.pretraining import PretrainingStage, complete_stages
 
 
 def made(overrides: Sequence[str], folder: str) -> PretrainingStage:
@@ -49,3 +51,14 @@ def test_a_run_is_made_by_one_process(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_failed_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"training vlm_encoder_pretraining failed: keygrip\.train model=nothing"):
         made(["model=nothing"], str(tmp_path)).complete()
+
+
+@pytest.mark.parametrize(("into", "trained"), [(None, False), ("dit", True), ("vlm", True)])
+def test_an_encoder_that_the_run_leaves_out_is_not_made(
+    into: str | None, trained: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PretrainingStage, "complete", lambda self: tmp_path / self.name)
+    ways = [f"model.network.geom_inject_to_{way}={str(way == into).lower()}" for way in ("dit", "vlm")]
+    plain = OmegaConf.to_container(compose("train", ["experiment=vla_yam_depth", *ways]), resolve=True)
+    network = complete_stages(plain)["model"]["network"]
+    assert network["geometry"]["init_from"] == (str(tmp_path / "depth_reader") if trained else None)
