@@ -12,7 +12,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from keygrip.training.run_folder import CHECKPOINT
 from keygrip.training.sweeps import FINISHED, read_result
 
 log = logging.getLogger(__name__)
+
+# Sections of a run's configuration that are built; the others are what these take their settings from.
+BUILT = ("model", "data", "callbacks")
 
 
 @dataclass(frozen=True)
@@ -78,23 +81,37 @@ class PretrainingStage:
         return read_result(run).get("status") == FINISHED and (run / CHECKPOINT).is_file()
 
 
-def complete_stages(node: Any, read: bool = True) -> Any:
-    """A resolved configuration with the run folder of each stage in its place; what is missing is trained first.
+def _completed(node: Any, made: dict[Path, str], read: bool) -> Any:
+    """One section of :func:`complete_stages`; ``made`` collects the folders of completed stages.
 
     Args:
-        node: plain dictionaries, lists and scalars.
-        read: false: nothing in the run reads this part (`keygrip.training.idle_settings`), and its stages become None:
-            hours of training would go to an encoder that the network leaves out.
-
-    Raises:
-        RuntimeError, ValueError: as :meth:`PretrainingStage.complete`.
+        read: whether a stage here is trained; where not, it is named if it is complete, and None otherwise.
     """
     if isinstance(node, dict):
         if str(node.get("_target_", "")) == f"{PretrainingStage.__module__}.{PretrainingStage.__qualname__}":
             stage = PretrainingStage(**{key: value for key, value in node.items() if key != "_target_"})
-            return str(stage.complete()) if read else None
+            if read and stage.run_dir not in made:
+                made[stage.run_dir] = str(stage.complete())
+            return made.get(stage.run_dir)
         idle = unread(node)
-        return {key: complete_stages(child, read and key not in idle) for key, child in node.items()}
+        return {key: _completed(child, made, read and key not in idle) for key, child in node.items()}
     if isinstance(node, list):
-        return [complete_stages(child, read) for child in node]
+        return [_completed(child, made, read) for child in node]
     return node
+
+
+def complete_stages(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved configuration with the run folder of each stage in its place; what is missing is trained first.
+
+    A stage that nothing reads (`keygrip.training.idle_settings`) becomes None and is not trained: hours would go to an
+    encoder that the network leaves out.
+
+    Args:
+        config: of a run, plain dictionaries, lists and scalars.
+
+    Raises:
+        RuntimeError, ValueError: as :meth:`PretrainingStage.complete`.
+    """
+    made: dict[Path, str] = {}
+    built = {name: _completed(config[name], made, True) for name in BUILT if name in config}
+    return {name: built[name] if name in built else _completed(child, made, False) for name, child in config.items()}

@@ -57,8 +57,16 @@ def test_a_failed_run_is_an_error(tmp_path: Path) -> None:
 def test_an_encoder_that_the_run_leaves_out_is_not_made(
     into: str | None, trained: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PretrainingStage, "complete", lambda self: tmp_path / self.name)
+    asked: list[Path] = []
+
+    def complete(stage: PretrainingStage) -> Path:
+        asked.append(tmp_path / stage.name)
+        return asked[-1]
+
+    monkeypatch.setattr(PretrainingStage, "complete", complete)
     ways = [f"model.network.geom_inject_to_{way}={str(way == into).lower()}" for way in ("dit", "vlm")]
     plain = OmegaConf.to_container(compose("train", ["experiment=vla_yam_depth", *ways]), resolve=True)
-    network = complete_stages(plain)["model"]["network"]
-    assert network["geometry"]["init_from"] == (str(tmp_path / "depth_reader") if trained else None)
+    ready = complete_stages(plain)
+    assert asked == [tmp_path / "depth_reader"] * trained
+    for encoder in (ready["geometry"], ready["model"]["network"]["geometry"]):
+        assert encoder["init_from"] == (str(asked[0]) if trained else None)

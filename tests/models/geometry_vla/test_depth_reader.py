@@ -114,9 +114,10 @@ def test_the_command_trains_one_and_another_run_begins_with_it(tmp_path: Path) -
     made = PretrainingStage(first, "depth_reader", str(tmp_path))
     (tmp_path / "first").rename(made.run_dir)
     node = {"_target_": "keygrip.training.pretraining.PretrainingStage", **vars(made)}
-    ready = complete_stages({"geometry": {"init_from": node, "views": [4]}})
-    assert ready == {"geometry": {"init_from": str(made.run_dir), "views": [4]}}
-    encoder = small_geometry(init_from=ready["geometry"]["init_from"], views=4, cells=4)
+    ready = complete_stages({"geometry": {"init_from": node}, "model": {"init_from": node, "views": [4]}})
+    assert ready["geometry"] == {"init_from": str(made.run_dir)}  # where the model takes it from
+    assert ready["model"] == {"init_from": str(made.run_dir), "views": [4]}
+    encoder = small_geometry(init_from=ready["model"]["init_from"], views=4, cells=4)
     encoder.take_start()
     for name, value in module.network.state_dict().items():
         assert torch.equal(encoder.state_dict()[name], value)
