@@ -82,6 +82,7 @@ def _from_tensorboard(folder: Path, wanted: set[str]) -> Curves | None:
         return None
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it says "No path found after" of every folder it reads
     board = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 1, "tensors": 1})
     board.Reload()
     events = {name: board.Scalars(name) for name in board.Tags()["scalars"] if name in wanted}
