@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -442,11 +442,18 @@ ARMS = {
     "mean": "one mean-pooled vector",
     "blank": "16 tokens without information about the scene",
     "pool_16": "16 pooled tokens",
+    "pool_4": "4 pooled tokens",
     "pool_64": "64 pooled tokens",
+    "per_layer_4": "4 tokens, a linear layer per block",
     "per_layer_16": "16 tokens, a linear layer per block",
     "per_layer_64": "64 tokens, a linear layer per block",
+    "per_layer_16_fast": "the same at 16, its compressor at ten times the rate",
+    "per_layer_16_places": "the same at 16, with view, row and column",
+    "per_layer_16_no_norm": "the same at 16, tokens not scaled to unit variance",
+    "per_layer_16_long": "the same at 16, four times the steps",
     "qformer_4": "4 learned queries",
     "qformer_16": "16 learned queries",
+    "qformer_64": "64 learned queries",
     "pool_16_standardised": "16 pooled tokens, standardised",
 }
 
@@ -454,19 +461,30 @@ ARMS = {
 def vla_arms() -> str:
     """Arms of the controlled comparison: how geometry reaches the head, and what the head makes of it."""
     figures = (("position_cm", " cm"), ("geometry_share", ""), ("geometry_slot", ""), ("geometry_moves_cm", " cm"))
+    arms: dict[str, dict[str, Any]] = {}
+    for job in read("vla_geometry_comparison")["jobs"]:
+        name = job["overrides"]["ablation"].removeprefix("geometry_vla/arm_")
+        arms.setdefault(name, {})[job["overrides"]["seed"]] = job
     rows = []
-    for job in sorted(read("vla_geometry_comparison")["jobs"], key=lambda job: job["closed_loop"]["successes"]):
-        metrics, result = job["metrics"], job["closed_loop"]
-        name, low = job["overrides"]["ablation"].removeprefix("geometry_vla/arm_"), result["by_height"]["0-2 cm"]
+    for name, jobs in sorted(arms.items(), key=lambda arm: mean_success(arm[1].values())):
+        metrics = jobs[min(jobs)]["metrics"]
         cells = [
             "" if metrics.get(f"val/{figure}") is None else f"{metrics[f'val/{figure}']:.2f}{unit}"
             for figure, unit in figures
         ]
-        own = [f"`{name}`: {ARMS[name]}", rate(result), f"{low['successes']} of {low['episodes']}"]
+        low = [job["closed_loop"]["by_height"]["0-2 cm"] for job in jobs.values()]
+        high = sum(each["successes"] for each in low), sum(each["episodes"] for each in low)
+        rates = [rate(jobs[seed]["closed_loop"]) if seed in jobs else "" for seed in ("0", "1")]
+        own = [f"`{name}`: {ARMS[name]}", *rates, f"{high[0]} of {high[1]}"]
         rows.append([*own, *cells, f"{metrics['parameters/all_m']:.2f} M"])
-    header = ["arm", "success", "with the cube at 0-2 cm", "position error (val)", "attention on the tokens"]
-    header += ["explained by the slot", "plans move with another scene's geometry", "parameters"]
-    return markdown(header, rows)
+    header = ["arm", "success, training seed 0", "training seed 1", "with the cube at 0-2 cm, all seeds"]
+    header += ["position error (val)", "attention on the tokens", "explained by the slot"]
+    return markdown([*header, "plans move with another scene's geometry", "parameters"], rows)
+
+
+def mean_success(jobs: Collection[Any]) -> float:
+    """Mean successes of an arm's trainings."""
+    return sum(job["closed_loop"]["successes"] for job in jobs) / len(jobs)
 
 
 def vla_arms_compared() -> str:
