@@ -6,13 +6,16 @@ seed, control) alone, so the number of processes does not change the result.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import multiprocessing
 import os
+import signal
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -227,7 +230,8 @@ class ClosedLoop:
         context = multiprocessing.get_context("spawn")
         others = multiprocessing.active_children()
         with ProcessPoolExecutor(processes, context, _start_worker, (checkpoint, self)) as pool:
-            waiting: dict[Future[EpisodeResult], _Job] = {pool.submit(_work, job): job for job in jobs}
+            with _deaf_to_ctrl_c():  # they are ended from here, without a trace of each
+                waiting: dict[Future[EpisodeResult], _Job] = {pool.submit(_work, job): job for job in jobs}
             try:
                 for future in as_completed(waiting):
                     results.add(waiting[future], future.result())
@@ -264,6 +268,19 @@ class ClosedLoop:
                 jobs.append(_Job(name, dict(grid[index % len(grid)]), seed, video))
         # Tasks that differ need their own scene: neighbours that share one save building it again.
         return sorted(jobs, key=lambda job: (job.video is None, job.condition, sorted(job.overrides.items()), job.seed))
+
+
+@contextlib.contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes that are started within take no notice of SIGINT, which a terminal sends to all of a group."""
+    if threading.current_thread() is not threading.main_thread():  # no other may say so
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def summarise(results: Sequence[ConditionResult]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from keygrip.training.idle_settings import refuse_idle
 from keygrip.training.loggers import build_loggers, finish, log_settings
 from keygrip.training.metadata import run_metadata
 from keygrip.training.monitors import RandomnessByStep
-from keygrip.training.pretraining import complete_stages
+from keygrip.training.pretraining import complete_stages, with_run_folders
 from keygrip.training.progress import Throughput
 from keygrip.training.resuming import check_resumed, checkpoint_to_resume
 from keygrip.training.saving import AtomicCheckpointIO
@@ -59,7 +59,7 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     refuse_odd_numbers(cfg)
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     refuse_ill_typed(plain)
-    resolved: dict[str, Any] = complete_stages(plain)
+    resolved = with_run_folders(plain)
     strategy = instantiate(cfg.strategy)
     # Before anything slow: a missing GPU is said at once. A dry run counts for machines that are not here.
     arguments = {} if cfg.dry_run else strategy.trainer_arguments()
@@ -67,6 +67,7 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     if compilation is not None:
         compilation.check(strategy.on_gpu)
     resumed_step = check_resumed(resume, resolved) if resume else 0
+    complete_stages(plain)
     origin = run_metadata()
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     torch.use_deterministic_algorithms(bool(cfg.deterministic), warn_only=True)
@@ -90,7 +91,8 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     loggers = build_loggers(cfg.logger, folder, resumed_step)
     log_settings(loggers, resolved)
     callbacks: list[Callback] = [RandomnessByStep(cfg.seed), Header(resolved, origin), *_parts(built.callbacks)]
-    callbacks.append(TrainedMetrics(folder))
+    kept = TrainedMetrics(folder, trained.get("metrics", {}))
+    callbacks.append(kept)
     if cfg.max_minutes is not None:
         callbacks.append(ScheduleByTime())
     if not loggers:  # it refuses to run without one
@@ -100,10 +102,14 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     _announce(cfg, module, resume, resumed_step)
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=None if resume is None else str(resume), weights_only=True)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # what Lightning makes of Ctrl-C
+            raise KeyboardInterrupt from stop
+        raise
     finally:
         finish(loggers)
 
-    metrics = trained.get("metrics", {}) | _headline(trainer, module)
+    metrics = kept.before | _headline(trainer, module)
     if trainer.is_global_zero:
         _finish(folder, trainer, metrics, time.monotonic() - started)
     return metrics
@@ -219,11 +225,17 @@ class TrainedMetrics(Callback):
     resumed has no step left that would log them.
 
     Args:
-        folder: of the run.
+        folder: of the run. before: what stands there of the training that is resumed; kept where no step is left.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, before: dict[str, Any] | None = None) -> None:
+        self.folder, self.before = folder, before or {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.before and trainer.is_global_zero:  # the run goes on: they are of fewer steps
+            result = read_result(self.folder) | {"metrics": {}}
+            write_result(self.folder, {name: value for name, value in result.items() if name != "steps"})
+        self.before = {}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:

@@ -41,21 +41,21 @@ def refuse_idle(cfg: DictConfig, overrides: Sequence[str]) -> None:
         if "=" not in override or override.startswith("~") or "/" in key or "@" in key:
             continue
         for owner, name, where in _conditions(cfg, tuple(key.split("."))):
-            if not where.holds(OmegaConf.select(cfg, ".".join(owner))) and not _is_named(cfg, key, (*owner, name)):
+            if not where.holds(OmegaConf.select(cfg, ".".join(owner))) and not _is_named(cfg, key, (*owner, *name)):
                 raise SettingError(
-                    f"nothing in this run reads {key!r}: {'.'.join((*owner, name))} is read where {where}; leave it out"
+                    f"nothing in this run reads {key!r}: {'.'.join((*owner, *name))} is read where {where}; leave it "
+                    "out"
                 )
     refuse_idle_ablation(overrides)
 
 
-def unread(options: Mapping[str, Any]) -> set[str]:
-    """The settings of one part that nothing reads because of others beside them.
+def unread(options: Mapping[str, Any]) -> set[Path]:
+    """Paths of the settings of one part that nothing reads because of others beside them.
 
     Args:
         options: the part's resolved settings, with its ``_target_``; without one nothing is known to be unread.
     """
-    target = options.get("_target_")
-    conditions: Mapping[str, ReadWhere] = getattr(get_object(target), ATTRIBUTE, {}) if target else {}
+    conditions = _conditions_of(options.get("_target_"))
     return {name for name, where in conditions.items() if not where.holds(OmegaConf.create(dict(options)))}
 
 
@@ -92,14 +92,20 @@ def _composed(overrides: Sequence[str]) -> Any:
     return OmegaConf.to_container(cfg, resolve=False)
 
 
-def _conditions(cfg: DictConfig, path: Path) -> Iterator[tuple[Path, str, ReadWhere]]:
+def _conditions(cfg: DictConfig, path: Path) -> Iterator[tuple[Path, Path, ReadWhere]]:
     """The conditions under which a setting is read: of its own, and of what it is a part of, the owner's path first."""
     for depth in range(1, len(path)):
         node = OmegaConf.select(cfg, ".".join(path[:depth]))
-        target = node.get("_target_") if isinstance(node, DictConfig) else None
-        conditions: Mapping[str, ReadWhere] = getattr(get_object(target), ATTRIBUTE, {}) if target else {}
-        if path[depth] in conditions:
-            yield path[:depth], path[depth], conditions[path[depth]]
+        conditions = _conditions_of(node.get("_target_") if isinstance(node, DictConfig) else None)
+        for name, where in conditions.items():
+            if path[depth : depth + len(name)] == name:
+                yield path[:depth], name, where
+
+
+def _conditions_of(target: str | None) -> dict[Path, ReadWhere]:
+    """What a class declares; "network.geometry.init_from" is a setting of a part of a part."""
+    declared: Mapping[str, ReadWhere] = getattr(get_object(target), ATTRIBUTE, {}) if target else {}
+    return {tuple(name.split(".")): where for name, where in declared.items()}
 
 
 def _is_named(cfg: DictConfig, key: str, idle: Path) -> bool:

@@ -6,6 +6,7 @@ models get a path and start no process.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 # Sections of a run's configuration that are built; the others are what these take their settings from.
 BUILT = ("model", "data", "callbacks")
+Place = tuple[str, ...]
+SAVING_S = 600.0  # what a stage that is stopped may take to finish its step and save
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,7 @@ class PretrainingStage:
             if (run / CHECKPOINT).is_file():
                 command.append("resume=true")
             log.info("%s: %s is not there, training it: keygrip.train %s", self.name, run, " ".join(self.overrides))
-            done = subprocess.run(command, check=False)
-            if done.returncode or not self._finished(run):
+            if _run(command) or not self._finished(run):
                 raise RuntimeError(f"training {self.name} failed: keygrip.train {' '.join(self.overrides)}")
         return run
 
@@ -81,37 +83,64 @@ class PretrainingStage:
         return read_result(run).get("status") == FINISHED and (run / CHECKPOINT).is_file()
 
 
-def _completed(node: Any, made: dict[Path, str], read: bool) -> Any:
-    """One section of :func:`complete_stages`; ``made`` collects the folders of completed stages.
-
-    Args:
-        read: whether a stage here is trained; where not, it is named if it is complete, and None otherwise.
-    """
-    if isinstance(node, dict):
-        if str(node.get("_target_", "")) == f"{PretrainingStage.__module__}.{PretrainingStage.__qualname__}":
-            stage = PretrainingStage(**{key: value for key, value in node.items() if key != "_target_"})
-            if read and stage.run_dir not in made:
-                made[stage.run_dir] = str(stage.complete())
-            return made.get(stage.run_dir)
-        idle = unread(node)
-        return {key: _completed(child, made, read and key not in idle) for key, child in node.items()}
-    if isinstance(node, list):
-        return [_completed(child, made, read) for child in node]
-    return node
+def _run(command: Sequence[str]) -> int:
+    """Exit code of a training in a process of its own, which saves before it ends where this one is stopped."""
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except BaseException as stop:
+        if not isinstance(stop, KeyboardInterrupt):  # Ctrl-C reaches both, and a second signal would end it at once
+            process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(SAVING_S)
+        raise
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 def complete_stages(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A resolved configuration with the run folder of each stage in its place; what is missing is trained first.
-
-    A stage that nothing reads (`keygrip.training.idle_settings`) becomes None and is not trained: hours would go to an
-    encoder that the network leaves out.
-
-    Args:
-        config: of a run, plain dictionaries, lists and scalars.
+    """As :func:`with_run_folders`; the stages that the run reads are trained first where they are missing.
 
     Raises:
         RuntimeError, ValueError: as :meth:`PretrainingStage.complete`.
     """
-    made: dict[Path, str] = {}
-    built = {name: _completed(config[name], made, True) for name in BUILT if name in config}
-    return {name: built[name] if name in built else _completed(child, made, False) for name, child in config.items()}
+    wanted: dict[Path, PretrainingStage] = {}
+    resolved = with_run_folders(config, wanted)
+    for stage in wanted.values():
+        stage.complete()
+    return resolved
+
+
+def with_run_folders(config: Mapping[str, Any], wanted: dict[Path, PretrainingStage] | None = None) -> dict[str, Any]:
+    """A run's resolved configuration with the run folder of each stage in its place, trained or not.
+
+    Args:
+        config: plain dictionaries, lists and scalars.
+        wanted: collects the stages that the run reads. Not those that others make idle
+            (`keygrip.training.idle_settings`): hours would go to an encoder that the network leaves out.
+    """
+    found: dict[Path, PretrainingStage] = {} if wanted is None else wanted
+    return {name: _named(node, found, () if name in BUILT else None, set()) for name, node in config.items()}
+
+
+def _named(node: Any, wanted: dict[Path, PretrainingStage], place: Place | None, idle: set[Place]) -> Any:
+    """One part of :func:`with_run_folders`.
+
+    Args:
+        place: in the section. None: nothing builds this part. idle: places in it that nothing reads.
+    """
+    if isinstance(node, dict):
+        if str(node.get("_target_", "")) == f"{PretrainingStage.__module__}.{PretrainingStage.__qualname__}":
+            stage = PretrainingStage(**{key: value for key, value in node.items() if key != "_target_"})
+            if place is not None and not any(place[: len(other)] == other for other in idle):
+                wanted[stage.run_dir] = stage
+            return str(stage.run_dir)
+        if place is None:
+            return {key: _named(child, wanted, None, idle) for key, child in node.items()}
+        idle = idle | {place + path for path in unread(node)}
+        return {key: _named(child, wanted, (*place, key), idle) for key, child in node.items()}
+    if isinstance(node, list):
+        return [_named(child, wanted, place, idle) for child in node]
+    return node

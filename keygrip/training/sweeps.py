@@ -90,6 +90,9 @@ def run_job(
     except Interrupted as stop:
         record_failure(folder, INTERRUPTED, str(stop), overrides, stop)
         raise SweepInterrupted(stop.signal_number, str(stop)) from stop
+    except KeyboardInterrupt as stop:
+        record_failure(folder, INTERRUPTED, "stopped by SIGINT", overrides, stop)
+        raise
     except Exception as error:
         line = describe(error, overrides)
         record_failure(folder, FAILED, line, overrides, error)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import signal
+import subprocess
+import sys
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
@@ -176,6 +178,15 @@ def test_episodes_of_a_process_that_died_are_run_again_once(deaths: int, monkeyp
         (result,) = run(monkeypatch, None, processes=2)
         assert [episode.seed for episode in result.episodes] == [1_000_000, 1_000_001, 1_000_002]
     assert asked == [[1_000_000, 1_000_001, 1_000_002], [1_000_001, 1_000_002]]
+
+
+def test_processes_of_an_evaluation_leave_ctrl_c_to_the_first_one() -> None:
+    shown = "import signal; print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"
+    before = signal.getsignal(signal.SIGINT)
+    with closed_loop._deaf_to_ctrl_c():
+        inside = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True)
+    assert inside.stdout.strip() == "True"
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_an_interrupted_evaluation_ends_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import keygrip
 from keygrip.config import SettingError, compose, config_folder
-from keygrip.training.idle_settings import ATTRIBUTE, refuse_idle, refuse_idle_ablation
+from keygrip.training.idle_settings import ATTRIBUTE, refuse_idle, refuse_idle_ablation, unread
 
 VLM = ("model=foveated_vlm", "data=robot_tours")
 DIT = ("model=patch_dit", "data=robot_images")
@@ -58,6 +58,13 @@ def test_an_idle_setting_is_refused_with_what_would_read_it(choices: tuple[str, 
         refuse_idle(compose("train", refused), refused)
     if reader:
         refuse_idle(compose("train", [*refused, reader]), [*refused, reader])
+
+
+def test_settings_of_a_part_of_a_part_are_told_too() -> None:
+    options = OmegaConf.to_container(compose("train", [*VLA, "model.init_from=runs/a"]).model, resolve=True)
+    assert ("network", "geometry", "init_from") in unread(options)
+    assert ("network", "geometry", "init_from") not in unread({**options, "init_from": None})
+    assert unread({"network": options["network"]}) == set(), "of no class"
 
 
 @pytest.mark.parametrize(

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
 from keygrip.config import compose
+from keygrip.training import pretraining
 from keygrip.training.pretraining import PretrainingStage, complete_stages
+from keygrip.training.signals import Interrupted
 
 
 def made(overrides: Sequence[str], folder: str) -> PretrainingStage:
     return PretrainingStage(overrides, "vlm_encoder_pretraining", folder)
+
+
+def resolved(*overrides: str) -> Any:
+    return OmegaConf.to_container(compose("train", list(overrides)), resolve=True)
 
 
 def finished(folder: Path) -> None:
@@ -26,15 +35,12 @@ def finished(folder: Path) -> None:
 def test_a_run_that_is_there_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[list[str]] = []
 
-    class Done:
-        returncode = 0
-
-    def run(command: list[str], check: bool) -> Done:
+    def run(command: list[str]) -> int:
         calls.append(command)
         finished(Path(command[-1].partition("=")[2]))
-        return Done()
+        return 0
 
-    monkeypatch.setattr("keygrip.training.pretraining.subprocess.run", run)
+    monkeypatch.setattr(pretraining, "_run", run)
     run = made(["experiment=vlm_encoder_pretraining", "seed=3"], str(tmp_path))
     assert run.complete() == run.complete() == run.run_dir
     assert len(calls) == 1
@@ -65,8 +71,50 @@ def test_an_encoder_that_the_run_leaves_out_is_not_made(
 
     monkeypatch.setattr(PretrainingStage, "complete", complete)
     ways = [f"model.network.geom_inject_to_{way}={str(way == into).lower()}" for way in ("dit", "vlm")]
-    plain = OmegaConf.to_container(compose("train", ["experiment=vla_yam_depth", *ways]), resolve=True)
-    ready = complete_stages(plain)
+    ready = complete_stages(resolved("experiment=vla_yam_depth", *ways))
     assert asked == [tmp_path / "depth_reader"] * trained
-    for encoder in (ready["geometry"], ready["model"]["network"]["geometry"]):
-        assert encoder["init_from"] == (str(asked[0]) if trained else None)
+    names = [encoder["init_from"] for encoder in (ready["geometry"], ready["model"]["network"]["geometry"])]
+    assert names[0] == names[1], "named where it is not made too: a run goes on with the same settings"
+    assert names[0].startswith("runs/depth_reader-")
+
+
+def test_an_encoder_whose_weights_the_run_brings_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def complete(stage: PretrainingStage) -> Path:
+        raise AssertionError(f"{stage.name} is trained")
+
+    monkeypatch.setattr(PretrainingStage, "complete", complete)
+    complete_stages(resolved("experiment=vla_yam_language", "model.init_from=runs/other"))
+    with pytest.raises(AssertionError, match="depth_reader is trained"):
+        complete_stages(resolved("experiment=vla_yam_language"))
+
+
+STAGE = """
+import signal, sys, time
+from pathlib import Path
+
+def stop(number, frame):
+    time.sleep(0.5)
+    Path(sys.argv[1], "saved").write_text("")
+    sys.exit(1)
+
+signal.signal(signal.SIGTERM, stop)
+Path(sys.argv[1], "began").write_text("")
+time.sleep(60)
+"""
+
+
+def test_a_stage_saves_before_the_run_that_waits_for_it_is_stopped(tmp_path: Path) -> None:
+    def stopped(number: int, frame: object) -> None:
+        if (tmp_path / "began").exists():
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise Interrupted("stopped by SIGTERM", signal.SIGTERM)
+
+    before = signal.signal(signal.SIGALRM, stopped)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+        with pytest.raises(Interrupted):
+            pretraining._run([sys.executable, "-c", STAGE, str(tmp_path)])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert (tmp_path / "saved").exists()

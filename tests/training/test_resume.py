@@ -7,6 +7,7 @@ import pickle
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,6 +147,43 @@ def test_metrics_of_a_shorter_training_are_not_kept(toy_overrides: Callable[...,
     result = json.loads(path.read_text())
     path.write_text(json.dumps(result | {"steps": 3, "metrics": {"stale": 1.0}}))
     assert "stale" not in train.run(compose("train", [*toy_overrides("run"), "resume=true"]))
+
+
+@pytest.mark.parametrize("sweep", [False, True])
+def test_ctrl_c_after_the_last_step_is_recorded(
+    sweep: bool, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no step left that would save, and Lightning makes an exit with code 1 of it."""
+
+    def stop(callback: object, trainer: object, module: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("keygrip.training.fit.TrainedMetrics.on_fit_end", stop, raising=False)
+    conf = str(Path(__file__).parents[1] / "support" / "conf")
+    toy = ["--config-dir", conf, "model=toy", "data=toy", "strategy=cpu", "logger=none", "max_steps=2"]
+    several = ["-m", "seed=0,1", "hydra.sweep.dir=run", "callbacks.checkpoint.every_n_steps=2"]
+    done = cli(*toy, *(several if sweep else ["run_dir=run"]))
+    assert done.code == 130
+    assert "stopped by SIGINT" in done.err
+    result = json.loads(Path("run/0/result.json" if sweep else "run/result.json").read_text())
+    assert (result["status"], result["error"]) == ("interrupted", "stopped by SIGINT")
+    if sweep:
+        rows = Path("run/summary.csv").read_text().splitlines()
+        assert "interrupted" in rows[1]
+        assert "missing" in rows[2]
+
+
+def test_metrics_of_a_finished_training_are_not_kept_where_it_goes_on(
+    toy_overrides: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    train.run(compose("train", toy_overrides("run")))
+    path = tmp_path / "run" / "result.json"
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps(result | {"metrics": result["metrics"] | {"closed_loop/all/success_rate": 0.9}}))
+    longer = train.run(compose("train", [*toy_overrides("run"), "resume=true", "max_steps=20"]))
+    assert "closed_loop/all/success_rate" not in longer
+    result = json.loads(path.read_text())
+    assert (result["steps"], result["metrics"]) == (20, longer)
 
 
 def test_resuming_with_other_settings_names_them(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:

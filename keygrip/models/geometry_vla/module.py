@@ -74,7 +74,10 @@ class GeometryVLAModule(System):
             actions are normalised by the new data. None: the network as it was built.
     """
 
-    read_where: ClassVar = {"pointing_weight": ReadWhere("network.pointing_cells")}
+    read_where: ClassVar = {
+        "pointing_weight": ReadWhere("network.pointing_cells"),
+        "network.geometry.init_from": ReadWhere("init_from", None),
+    }
     batch_type = MultiViewPolicyBatch
     evaluation_kind = "policy"
     toy_overrides = (

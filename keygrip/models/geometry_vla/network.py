@@ -330,9 +330,12 @@ class GeometryVLA(nn.Module):
         assert features is not None
         finer = self.patch_pointing(hidden, places, views, features.tokens.float())
         if finer.shape != logits.shape:
+            patches = finer.shape[-1] // self.patch_pointing.cells
+            fitting = logits.shape[-1] // patches if logits.shape[-1] % patches == 0 else 0
             raise ValueError(
                 f"model.network.pointing_patch_cells={self.patch_pointing.cells} gives maps of {finer.shape[-1]} cells "
-                f"a side, and pointing_cells={self.pointing.cells} of {logits.shape[-1]}: both must give the same."
+                f"a side, and pointing_cells={self.pointing.cells} of {logits.shape[-1]}: both must give the same; "
+                f"set pointing_patch_cells={fitting}."
             )
         return logits + finer
 
@@ -403,11 +406,10 @@ class GeometryVLA(nn.Module):
 
     def compile_parts(self, backend: Backend = "inductor") -> None:
         """Has torch compile the action head and a geometry encoder that is one graph, in place, when they are next
-        called. A large language model's own kernels gain nothing by it."""
+        called; who has called them sets `compiled`. A large language model's own kernels gain nothing by it."""
         self.head.compile(backend=backend)
         if self.geometry is not None and self.geometry.one_graph:
             self.geometry.compile(backend=backend)
-        self.compiled = True
 
     def sharded_parts(self) -> list[nn.Module]:
         """Blocks that are used through their `forward` alone."""

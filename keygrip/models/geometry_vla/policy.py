@@ -55,7 +55,8 @@ class GeometryVLAPolicy:
         vlm_precision: of the vision-language model's weights: float32 as trained, bfloat16, or int8 (a quarter of the
             memory); in place, for all policies on this module.
         compiled: torch compiles the action head and a small geometry encoder: about a minute before the first plan, and
-            shorter plans of one observation. Those of several at once run as without. In place, as above.
+            shorter plans of one observation. Those of several at once run as without, and so do all where torch's
+            settings (threads, determinism, precision of products) change after it. In place, as above.
     """
 
     module: GeometryVLAModule
@@ -112,7 +113,9 @@ class GeometryVLAPolicy:
         module.network.compile_parts()
         # Instructions of two lengths: the second makes torch take the length as variable.
         for words in ("go", "go to the other place"):
-            self.session()._plans([self._nothing(words)], [self])
+            own = self.session()  # with a generator of its own: the noise of this policy's plans stays as it is
+            own._plans([own._nothing(words)], [own])
+        module.network.compiled = True
 
     def _nothing(self, instruction: str) -> Observation:
         """An observation of black images, with the arms in the middle of their workspace."""

@@ -5,10 +5,11 @@ All but one trace without a compiler (`aot_eager`): the graphs are those that in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,6 +76,53 @@ def test_compiled_plans_are_those_without_and_nothing_is_compiled_after_the_firs
     policy.reset(5)
     assert_equal_plans(policy.plan_continuing(observation() | {"time_s": 10.0}, shifted, 0.3), continued)
     assert graphs() == traced, "lengths, several observations and continued plans compile nothing more"
+
+
+def test_compiled_graphs_are_used_for_instructions_of_every_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        def run(*given: Any) -> Any:
+            calls.append(len(given))
+            return graph(*given)
+
+        return run
+
+    monkeypatch.setattr(GeometryVLA, "compile_parts", partialmethod(GeometryVLA.compile_parts, backend=counting))
+    policy = replace(ready_module(tmp_path, pointing_cells=2, pointed_tokens=True).policy(), compiled=True)
+    policy.make_ready()
+    for text in (*INSTRUCTIONS, "put it where it was before all of this began"):
+        calls.clear()
+        policy.plan(observation(instruction=text))
+        assert len(calls) == 1 + policy.module.sampling.steps, "the encoder once, the head once a step"
+
+
+@pytest.mark.usefixtures("traced")
+def test_making_ready_leaves_the_noise_of_plans_as_it_is(tmp_path: Path) -> None:
+    plain = replace(ready_module(tmp_path).policy(), temperature=1.0)
+    plain.reset(3)
+    expected = plain.plan(observation())
+    policy = replace(plain, compiled=True)
+    policy.reset(3)
+    assert_equal_plans(policy.plan(observation()), expected)
+
+
+@pytest.mark.usefixtures("traced")
+def test_what_failed_to_compile_is_not_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = replace(ready_module(tmp_path).policy(), compiled=True)
+
+    def fails(*given: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(policies.GeometryVLAPolicy, "_plans", fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            policy.make_ready()
+    assert not policy.module.network.compiled
+    policy.make_ready()
+    assert graphs() > 0
 
 
 @pytest.mark.usefixtures("traced")
