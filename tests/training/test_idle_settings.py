@@ -102,7 +102,7 @@ def test_conditions_name_settings_that_there_are() -> None:
             known = set(inspect.signature(built).parameters) if built is not None else set()
             for name, where in getattr(built, ATTRIBUTE, {}).items():
                 found.add(f"{target}.{name}")
-                assert {name, *(each.partition(".")[0] for each in where.settings)} <= known, (target, name)
+                assert {each.partition(".")[0] for each in (name, *where.settings)} <= known, (target, name)
             for key in node:
                 walk(node._get_node(key))
 
