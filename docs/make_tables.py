@@ -473,9 +473,9 @@ def vla_arms() -> str:
             for figure, unit in figures
         ]
         low = [job["closed_loop"]["by_height"]["0-2 cm"] for job in jobs.values()]
-        high = sum(each["successes"] for each in low), sum(each["episodes"] for each in low)
+        won, tried = (sum(each[figure] for each in low) for figure in ("successes", "episodes"))
         rates = [rate(jobs[seed]["closed_loop"]) if seed in jobs else "" for seed in ("0", "1")]
-        own = [f"`{name}`: {ARMS[name]}", *rates, f"{high[0]} of {high[1]}"]
+        own = [f"`{name}`: {ARMS[name]}", *rates, f"{won} of {tried}"]
         rows.append([*own, *cells, f"{metrics['parameters/all_m']:.2f} M"])
     header = ["arm", "success, training seed 0", "training seed 1", "with the cube at 0-2 cm, all seeds"]
     header += ["position error (val)", "attention on the tokens", "explained by the slot"]
