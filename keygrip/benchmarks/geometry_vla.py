@@ -258,14 +258,14 @@ class _Parts:
         views = len(module.views)
         self.images = torch.randint(0, 256, (1, views, 3, size, size), dtype=torch.uint8, device=device)
         camera = looking_down(size)
-        self.cameras = tuple(
+        intrinsics, world_to_camera = (
             torch.as_tensor(camera[name], dtype=torch.float32, device=device).expand(1, views, -1, -1)
             for name in ("intrinsics", "world_to_camera")
         )
-        network = module.network
+        self.cameras = intrinsics, world_to_camera
         with torch.inference_mode():
-            self.scene: Scene = network.encode(self.images, [INSTRUCTION], *self.cameras)
-            self.noise = torch.randn(1, network.head.horizon, module.actions.size, device=device)
+            self.scene: Scene = module.scene(self.images, [INSTRUCTION], *self.cameras)
+            self.noise = torch.randn(1, module.network.head.horizon, module.actions.size, device=device)
             self.state = torch.zeros(1, module.actions.size, device=device)
 
     @torch.inference_mode()
@@ -284,8 +284,7 @@ class _Parts:
     @torch.inference_mode()
     def head(self) -> None:
         fresh = [type(context)(context.tokens, context.mask) for context in self.scene.contexts]  # nothing kept yet
-        scene = type(self.scene)(fresh, self.scene.groups, self.scene.geometry)
-        self.module.network.sample(scene, self.noise, self.state, self.module.sampling)
+        self.module.network.sample(replace(self.scene, contexts=fresh), self.noise, self.state, self.module.sampling)
 
 
 def untrained(config: DictConfig) -> GeometryVLAModule:

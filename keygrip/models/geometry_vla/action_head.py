@@ -179,6 +179,7 @@ class ActionHead(nn.Module):
         state: Tensor,
         contexts: Sequence[BlockContext],
         record: AttentionRecord | None = None,
+        told: Tensor | None = None,
     ) -> Tensor:
         """The velocity of noisy actions, ``[B R, T, Da]`` float32 (noise minus data, see `nn.flow_matching`).
 
@@ -186,6 +187,7 @@ class ActionHead(nn.Module):
             actions: ``[B R, T, Da]``, the R draws of a sample in a row. level: ``[B R]``, 0 data .. 1 noise.
             state: ``[B, Ds]``.
             contexts: one for each of the N blocks, of B samples.
+            told: ``[B, T, H]``, added to the actions' tokens; None: nothing.
         """
         assert len(contexts) == len(self.blocks), "a context for every block"
         with torch.autocast(actions.device.type, enabled=False):
@@ -193,7 +195,8 @@ class ActionHead(nn.Module):
             parts = [self.state(state.float()).repeat_interleave(draws, dim=0)[:, None]]
             if self.future_tokens is not None:
                 parts.append(self.future_tokens.expand(len(actions), -1, -1))
-            parts.append(self.actions(actions.float(), level))
+            tokens = self.actions(actions.float(), level)
+            parts.append(tokens if told is None else tokens + told.repeat_interleave(draws, dim=0))
             x = torch.cat(parts, dim=1)
             condition = self.condition(level)
             for index, (block, context) in enumerate(zip(self.blocks, contexts, strict=True)):

@@ -160,6 +160,13 @@ class PoseActions(nn.Module):
         numbers = pose_numbers(position, quaternion, gripper).flatten(-2)
         return _scaled(numbers, self._of("state_low", embodiment), self._of("state_high", embodiment))
 
+    def places(self, points: Tensor, embodiment: Tensor | None = None) -> Tensor:
+        """Points in the world ``[B, A, M, 3]``, metres, as the state's positions are normalised."""
+        self._check()
+        shape = (-1, len(self.arms), 1, SIZE)
+        low, high = (self._of(name, embodiment).reshape(shape)[..., :3] for name in ("state_low", "state_high"))
+        return _scaled(points, low, high)
+
     def encode(self, targets: PolicyTargets) -> Tensor:
         """The targets of a batch as normalised actions, ``[B, T, C A]``."""
         self._check()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -15,6 +17,7 @@ from keygrip.models.geometry_vla.action_head import AttentionRecord
 from keygrip.models.geometry_vla.actions import PoseActions
 from keygrip.models.geometry_vla.diagnostics import context_figures, exchanged_geometry
 from keygrip.models.geometry_vla.figures import scene_figure
+from keygrip.models.geometry_vla.geometry import GeometryFeatures
 from keygrip.models.geometry_vla.network import ActionSampling, GeometryVLA, Scene
 from keygrip.models.geometry_vla.pointing import pointing_losses
 from keygrip.models.geometry_vla.policy import GeometryVLAPolicy
@@ -148,10 +151,10 @@ class GeometryVLAModule(System):
                 "The data module's statistics hold no action chunks or cameras, which this model normalises by: use "
                 "keygrip.data.robot.datamodule.RobotDemos with data.cameras."
             )
-        pointed = self.network.pointed
-        if pointed is not None and pointed.meeting is not None and len(statistics.cameras) < 2:
+        if self.network.triangulates and len(statistics.cameras) < 2:
+            name = "pointed_triangulated" if self.network.pointed_actions is None else "pointed_actions"
             raise ValueError(
-                f"model.network.pointed_triangulated=true: rays of one camera ({statistics.cameras[0]}) meet nowhere. "
+                f"model.network.{name}=true: rays of one camera ({statistics.cameras[0]}) meet nowhere. "
                 "Give data.cameras two or more, or set it to false."
             )
         self.statistics.take(statistics, self.network.head.horizon)
@@ -200,7 +203,27 @@ class GeometryVLAModule(System):
 
     def forward(self, batch: MultiViewPolicyBatch) -> Scene:
         """One pass of the encoders over a batch."""
-        return self.network.encode(batch.images, batch.instruction, batch.view_intrinsics, batch.view_world_to_camera)
+        seen = (batch.images, batch.instruction, batch.view_intrinsics, batch.view_world_to_camera)
+        return self.scene(*seen, embodiment=batch.embodiment)
+
+    def scene(
+        self,
+        images: Tensor,
+        instructions: Sequence[str],
+        intrinsics: Tensor,
+        world_to_camera: Tensor,
+        geometry: GeometryFeatures | None = None,
+        embodiment: Tensor | None = None,
+    ) -> Scene:
+        """One pass of the encoders (see `GeometryVLA.encode`), with the points where rays meet as the head reads them.
+
+        Args:
+            embodiment: ``[B]``, of a model with several robots.
+        """
+        scene = self.network.encode(images, instructions, intrinsics, world_to_camera, geometry)
+        if scene.met is None:
+            return scene
+        return replace(scene, places=self.actions.places(scene.met, embodiment))
 
     def state(self, batch: MultiViewPolicyBatch) -> Tensor:
         poses = (batch.start_position, batch.start_quaternion, batch.start_gripper)

@@ -28,7 +28,7 @@ from keygrip.models.geometry_vla.action_spaces import COLUMNS
 from keygrip.models.geometry_vla.actions import SIZE
 from keygrip.models.geometry_vla.compression import GeometryCompressor, build_geom_compressor
 from keygrip.models.geometry_vla.geometry import GeometryEncoder, GeometryFeatures
-from keygrip.models.geometry_vla.pointing import PatchPointing, PointedTokens, Pointing
+from keygrip.models.geometry_vla.pointing import PatchPointing, PointedActions, PointedTokens, Pointing, meeting_points
 from keygrip.models.language.qwen_vl import QwenVL
 from keygrip.models.nn.flow_matching import SOLVERS, Solver, integrate, noise_levels
 from keygrip.models.nn.inpainting import guided_velocity
@@ -78,12 +78,16 @@ class Scene:
         contexts: of the head's blocks. groups: tokens of the prompt, of geometry, and pointed ones, in each of them.
         geometry: what the geometry encoder gave, None without injection.
         pointing: logits of where the gripper will be in the images (see `Pointing`), None where they are not asked for.
+        met: where the views' rays through the peaks of these maps meet, ``[B, A, M, 3]`` in metres; None where nothing
+            reads it. places: the same as the state's positions are normalised, which `GeometryVLAModule.scene` adds.
     """
 
     contexts: list[BlockContext]
     groups: tuple[int, int, int]
     geometry: GeometryFeatures | None
     pointing: Tensor | None = None
+    met: Tensor | None = None
+    places: Tensor | None = None
 
 
 class PlaceEmbedding(nn.Module):
@@ -130,6 +134,8 @@ class GeometryVLA(nn.Module):
             `PointedTokens`).
         pointed_triangulated: those tokens also hold where the views' rays through the places meet. That asks for
             calibrated cameras, and says more the further these stand apart.
+        pointed_actions: each action token of the head is told directly where the rays meet of its own step and of the
+            keyframe (see `PointedActions`). As `pointed_triangulated` it asks for calibrated cameras.
         action_kind: `model.actions.kind`, which says how many numbers an action has.
         geom_places: add to each geometry token, before compression, where in which image it lies.
         geom_blank: the compressed tokens hold nothing of the scene: zeros take the place of the geometry tokens, and of
@@ -174,6 +180,7 @@ class GeometryVLA(nn.Module):
         pointing_patch_cells: int = 0,
         pointed_tokens: bool = False,
         pointed_triangulated: bool = False,
+        pointed_actions: bool = False,
         action_kind: str = "absolute",
         geom_places: bool = False,
         geom_inject_to_vlm: bool = False,
@@ -216,7 +223,12 @@ class GeometryVLA(nn.Module):
                 )
         elif geometry is not None:
             log.info("geom_inject_to_dit=false: no geometry encoder; the actions depend on the vision-language model")
-        for name, wanted in (("pointed_tokens", pointed_tokens), ("pointing_keyframe", pointing_keyframe)):
+        read_from_maps = {
+            "pointed_tokens": pointed_tokens,
+            "pointing_keyframe": pointing_keyframe,
+            "pointed_actions": pointed_actions,
+        }
+        for name, wanted in read_from_maps.items():
             if wanted and not pointing_cells:
                 raise ValueError(f"model.network.{name}=true needs maps to point with: set pointing_cells above 0.")
         self.pointed: PointedTokens | None = None
@@ -227,6 +239,9 @@ class GeometryVLA(nn.Module):
             self.pointed = PointedTokens(vlm.width, len(arms), maps, MOST_VIEWS, seen, points, pointed_triangulated)
         elif pointed_triangulated:
             raise ValueError("model.network.pointed_triangulated=true is of pointed tokens: set pointed_tokens=true.")
+        self.pointed_actions: PointedActions | None = None
+        if pointed_actions:
+            self.pointed_actions = PointedActions(vlm.width, len(arms), horizon, pointing_keyframe)
         self.head = ActionHead(
             vlm.width,
             blocks,
@@ -261,6 +276,12 @@ class GeometryVLA(nn.Module):
         self.standardised = RunningStandardisation(*shape) if geom_standardised else None
         self.vlm_gain = nn.LayerNorm(vlm.width) if self.vlm_compressor is not None else None
 
+    @property
+    def triangulates(self) -> bool:
+        """Whether it reads where the views' rays through pointed places meet."""
+        pointed = self.pointed is not None and self.pointed.meeting is not None
+        return pointed or self.pointed_actions is not None
+
     def encode(
         self,
         images: Tensor,
@@ -277,7 +298,7 @@ class GeometryVLA(nn.Module):
             geometry: features in place of those of the geometry encoder.
         """
         blocks, views = len(self.head.blocks), images.shape[1]
-        features, few, pointing = geometry, None, None
+        features, few, pointing, met = geometry, None, None, None
         if self.geometry is not None and features is None:
             features = self.geometry(images, intrinsics, world_to_camera)
         if self.vlm_compressor is not None and self.vlm_gain is not None:
@@ -302,10 +323,13 @@ class GeometryVLA(nn.Module):
                     assert features.scale is not None
                     scale = self._normed(self.scale(self._blanked(features.scale.float())))[:, None]
                     few = [torch.cat([tokens, scale], dim=1) for tokens in few]
+            if self.triangulates:
+                assert pointing is not None
+                shares = intrinsics / intrinsics.new_tensor([[images.shape[-1]], [images.shape[-1]], [1.0]])
+                met = meeting_points(pointing, shares, world_to_camera)
             pointed = []
             if self.pointed is not None and pointing is not None:
-                shares = intrinsics / intrinsics.new_tensor([[images.shape[-1]], [images.shape[-1]], [1.0]])
-                pointed = [self.pointed(pointing, shares, world_to_camera, features)]
+                pointed = [self.pointed(pointing, features, met)]
             groups = (
                 semantics.places.shape[1],
                 0 if few is None else few[0].shape[1],
@@ -319,7 +343,7 @@ class GeometryVLA(nn.Module):
                 words = self._normed(hidden.float()) + where
                 tokens = torch.cat([words, *([] if few is None else [few[index]]), *pointed], dim=1)
                 contexts.append(BlockContext(tokens, mask))
-        return Scene(contexts, groups, features, pointing)
+        return Scene(contexts, groups, features, pointing, None if met is None else met[0])
 
     def _maps(self, hidden: Tensor, places: Tensor, views: int, features: GeometryFeatures | None) -> Tensor:
         """Logits of where the gripper will be, from all that they are read from."""
@@ -370,7 +394,13 @@ class GeometryVLA(nn.Module):
         self, scene: Scene, actions: Tensor, level: Tensor, state: Tensor, record: AttentionRecord | None = None
     ) -> Tensor:
         """The velocity ``[B R, T, Da]`` of noisy actions of that shape at noise levels ``[B R]``; state ``[B, Ds]``."""
-        return self.head(actions, level, state, scene.contexts, record)
+        told = None
+        if self.pointed_actions is not None:
+            assert scene.places is not None, "GeometryVLAModule.scene adds them"
+            with torch.autocast(actions.device.type, enabled=False):
+                present = state.float().unflatten(-1, (-1, SIZE))[..., :3]  # of each arm
+                told = self.pointed_actions(scene.places, present)
+        return self.head(actions, level, state, scene.contexts, record, told)
 
     @torch.no_grad()
     def sample(self, scene: Scene, noise: Tensor, state: Tensor, sampling: ActionSampling | None = None) -> Tensor:

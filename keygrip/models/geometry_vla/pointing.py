@@ -24,6 +24,9 @@ from keygrip.models.nn.sinusoids import level_features
 from keygrip.training.distributed import global_mean
 
 PLACE_FEATURES = 32  # sines and cosines of each coordinate
+OFFSET_FEATURES = 16  # likewise, of coordinates in shares of the workspace
+FINENESS = 30.0  # their highest frequency is 1000 / 30: a twentieth of the workspace's half turns it by 90 degrees
+FARTHEST = 3.0  # of a meeting point, in halves of the workspace from its middle
 PEAK_REACH = 3  # cells around a map's highest one that count as its peak: its target is spread over two
 
 
@@ -145,15 +148,14 @@ class PointedTokens(nn.Module):
     def forward(
         self,
         logits: Tensor,
-        intrinsics: Tensor,
-        world_to_camera: Tensor,
         geometry: GeometryFeatures | None = None,
+        met: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """``[B, V A M, H]`` float32 of logits ``[B, V, A, M, g, g]`` and what was made of the same images.
 
         Args:
-            logits: of `Pointing`. intrinsics: ``[B, V, 3, 3]`` for pixels as shares of the image, 0 to 1.
-            world_to_camera: ``[B, V, 4, 4]``. geometry: of the images, None without an encoder.
+            logits: of `Pointing`. geometry: of the images, None without an encoder.
+            met: `meeting_points` of the logits, with `triangulated`.
 
         Raises:
             ValueError: geometry tokens that do not lie on a square grid.
@@ -176,9 +178,42 @@ class PointedTokens(nn.Module):
                 weights = resampled(maps, points.shape[2]).flatten(-2)
                 tokens = tokens + self.points(weights @ points.flatten(2, 3) * DECIMETRES)
         if self.meeting is not None:
-            where, apart = meeting_points(maps, intrinsics, world_to_camera)
+            assert met is not None
+            where, apart = (part.flatten(1, 2) for part in met)
             tokens = tokens + self.meeting(torch.cat([where, apart[..., None]], dim=-1) * DECIMETRES)[:, None]
         return tokens.flatten(1, 2)
+
+
+class PointedActions(nn.Module):
+    """What each action token of the head is told of where the rays meet: of its own step's maps, and of the keyframe's,
+    from the world and from where the gripper is. Zeros at first.
+
+    Pointed tokens say the same, among a hundred others; a head that found its target there followed it in part only,
+    and drew its plans to the middle of the positions that it was trained on (`benchmarks/vla_metaworld.json`).
+
+    Args:
+        width: H. arms: A. steps: T. keyframe: whether there is a map for it.
+    """
+
+    def __init__(self, width: int, arms: int, steps: int, keyframe: bool) -> None:
+        super().__init__()
+        self.arms, self.steps, self.keyframe = arms, steps, keyframe
+        numbers = arms * 3 * (4 if keyframe else 2)
+        self.mlp = nn.Sequential(
+            nn.Linear(numbers * (1 + OFFSET_FEATURES), width), nn.SiLU(), nn.Linear(width, width, bias=False)
+        )
+        nn.init.zeros_(self.mlp[2].weight)  # type: ignore[arg-type]
+
+    def forward(self, met: Tensor, present: Tensor) -> Tensor:
+        """``[B, T, H]`` of meeting points ``[B, A, M, 3]`` and present positions ``[B, A, 3]``, normalised alike."""
+        met = met.clamp(-FARTHEST, FARTHEST)  # rays that are nearly parallel meet anywhere
+        points = [met[:, :, : self.steps]]
+        if self.keyframe:
+            points.append(met[:, :, self.steps :].expand_as(points[0]))
+        points += [point - present[:, :, None] for point in points]
+        numbers = torch.cat(points, dim=-1).transpose(1, 2).flatten(-2)  # [B, T, A x 12]
+        waves = level_features(numbers / FINENESS, OFFSET_FEATURES, longest=1 / FINENESS).flatten(-2)
+        return self.mlp(torch.cat([numbers, waves], dim=-1))
 
 
 def probabilities(logits: Tensor) -> Tensor:
@@ -203,20 +238,23 @@ def peak_means(maps: Tensor) -> Tensor:
     return map_means(peaks / peaks.sum(dim=(-2, -1), keepdim=True))
 
 
-def meeting_points(maps: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the views' rays through the peaks of maps ``[B, V, N, g, g]`` meet, and how far from them that is.
+def meeting_points(logits: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the views' rays through the peaks of maps meet, and how far from them that is. Without gradient.
 
     Args:
-        maps: which add up to 1 each. intrinsics: ``[B, V, 3, 3]`` for pixels as shares of the image, 0 to 1.
-        world_to_camera: ``[B, V, 4, 4]``.
+        logits: of the maps, ``[B, V, A, M, g, g]``.
+        intrinsics: ``[B, V, 3, 3]`` for pixels as shares of the image, 0 to 1. world_to_camera: ``[B, V, 4, 4]``.
 
     Returns:
-        ``[B, N, 3]`` and ``[B, N]`` metres (see `nearest_to_rays`).
+        ``[B, A, M, 3]`` and ``[B, A, M]`` metres (see `nearest_to_rays`).
     """
+    maps = probabilities(logits.detach()).flatten(2, 3)
     cameras = intrinsics[:, :, None], world_to_camera[:, :, None]
-    directions = pixel_rays(peak_means(maps), *cameras)  # [B, V, N, 3]
+    directions = pixel_rays(peak_means(maps), *cameras)  # [B, V, A M, 3]
     centres = camera_centre(cameras[1]).expand_as(directions)
-    return nearest_to_rays(centres.transpose(1, 2), directions.transpose(1, 2))
+    where, apart = nearest_to_rays(centres.transpose(1, 2), directions.transpose(1, 2))
+    arms = logits.shape[2:4]
+    return where.unflatten(1, arms), apart.unflatten(1, arms)
 
 
 def resampled(maps: Tensor, side: int) -> Tensor:

@@ -283,10 +283,11 @@ class GeometryVLAPolicy:
             )
             for name, trailing in (("position", 1), ("quaternion", 1), ("gripper", 0))
         )
-        scene = module.network.encode(images, instructions, intrinsics, world_to_camera)
+        robots = self._robots(len(position))
+        scene = module.scene(images, instructions, intrinsics, world_to_camera, embodiment=robots)
         shape = (1, module.network.head.horizon, module.actions.size)
         noise = torch.cat([torch.randn(shape, generator=session._generator) for session in sessions]).to(device)
-        state = module.actions.state(position, quaternion, gripper, self._robots(len(position)))
+        state = module.actions.state(position, quaternion, gripper, robots)
         return _Seen(scene, noise, state, position, quaternion)
 
     def _planned(self, sampled: torch.Tensor, seen: _Seen) -> list[Plan]:

@@ -161,6 +161,8 @@ def test_each_robot_is_normalised_by_its_own_statistics(tmp_path: Path) -> None:
         alone.take(PolicyTargets(**part, instruction=["go"] * 40))
         own = alone.encode(PolicyTargets(**part, instruction=["go"] * 40))
         torch.testing.assert_close(actions.encode(chunks)[rows], own)
+        points = actions.places(chunks.position, chunks.embodiment)
+        torch.testing.assert_close(points[rows], alone.places(part["position"]))
     decoded = actions.decode(actions.encode(chunks), chunks.start_position, chunks.start_quaternion, chunks.embodiment)
     torch.testing.assert_close(decoded[0], chunks.position, atol=1e-4, rtol=0)
     torch.testing.assert_close(actions.position_range[1, 0], second["position"].flatten(0, 2).amin(0), atol=1.0, rtol=0)

@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import torch
 from looking import looking_at
-from vla_parts import V, ready_module, small_batch, small_geometry, small_module, small_statistics
+from torch import Tensor
+from vla_parts import V, observation, ready_module, small_batch, small_geometry, small_module, small_statistics
 
 from keygrip.models.geometry.cameras import project
 from keygrip.models.geometry_vla.geometry import DECIMETRES, GeometryFeatures
 from keygrip.models.geometry_vla.pointing import (
     PatchPointing,
+    PointedActions,
     PointedTokens,
     Pointing,
+    meeting_points,
     peak_means,
     pointing_losses,
     resampled,
@@ -24,7 +27,6 @@ from keygrip.models.geometry_vla.pointing import (
 from keygrip.models.nn.image_sampling import bilinear_cells
 
 A, T, P, C, H = 1, 4, 3, 2, 8
-UNUSED = (torch.eye(3).expand(2, V, 3, 3), torch.eye(4).expand(2, V, 4, 4))  # cameras where no rays are asked for
 
 
 def test_cells_lie_where_their_tokens_are() -> None:
@@ -214,15 +216,15 @@ def test_pointed_tokens_hold_the_geometry_of_the_place() -> None:
     geometry = GeometryFeatures(torch.randn(2, V * 16, dim), torch.randn(2, V, 8, 8, 3), torch.zeros(2, V, 8, 8))
     assert geometry.points is not None
     slot = A * T + 2  # of the second view, the third step
-    seen = only(PointedTokens(H, A, T, V, dim), "seen")(logits, *UNUSED, geometry)
+    seen = only(PointedTokens(H, A, T, V, dim), "seen")(logits, geometry)
     assert seen.shape == (2, V * A * T, H)
     torch.testing.assert_close(seen[1, slot, :dim], geometry.tokens[1, 16 + 2 * 4 + 1])
     torch.testing.assert_close(seen[0, 0, :dim], geometry.tokens[0, :16].mean(dim=0))  # a map that knows nothing
-    points = only(PointedTokens(H, A, T, V, dim), "points")(logits, *UNUSED, geometry)
+    points = only(PointedTokens(H, A, T, V, dim), "points")(logits, geometry)
     torch.testing.assert_close(points[1, slot, :3], DECIMETRES * geometry.points[1, 1, 5, 3])
     without = PointedTokens(H, A, T, V)
     moved = logits.roll(1, dims=-1)
-    assert not torch.allclose(without(logits, *UNUSED)[1, slot], without(moved, *UNUSED)[1, slot])
+    assert not torch.allclose(without(logits)[1, slot], without(moved)[1, slot])
 
 
 def test_a_peak_is_not_moved_by_what_lies_far_from_it() -> None:
@@ -247,18 +249,95 @@ def test_triangulated_tokens_hold_the_place_that_the_views_point_at() -> None:
     logits = maps.clamp(min=1e-9).log().unflatten(-1, (cells, cells))
     shares = batch.view_intrinsics / torch.tensor([[size], [size], [1.0]])
     tokens = only(PointedTokens(H, A, T, V, triangulated=True), "meeting")
-    found = tokens(logits, shares, batch.view_world_to_camera).unflatten(1, (V, A, T))
+    where, _ = meeting_points(logits, shares, batch.view_world_to_camera)
+    torch.testing.assert_close(where, batch.position, atol=2e-4, rtol=0)  # to a fifth of a millimetre
+    found = tokens(logits, None, meeting_points(logits, shares, batch.view_world_to_camera)).unflatten(1, (V, A, T))
     expected = DECIMETRES * batch.position[:, None].expand(-1, V, -1, -1, -1)
-    torch.testing.assert_close(found[..., :3], expected, atol=2e-3, rtol=0)  # to a fifth of a millimetre
+    torch.testing.assert_close(found[..., :3], expected, atol=2e-3, rtol=0)
     assert found[..., 3].abs().max() < 1e-3
-    elsewhere = tokens(logits.roll(1, dims=1), shares, batch.view_world_to_camera)  # each view points as the other
-    assert elsewhere.unflatten(1, (V, A, T))[..., 3].median() > 0.5  # rays that miss each other by 5 cm
+    _, apart = meeting_points(logits.roll(1, dims=1), shares, batch.view_world_to_camera)  # each points as the other
+    assert apart.median() > 0.05  # rays that miss each other
+
+
+@pytest.mark.parametrize("keyframe", [True, False])
+def test_each_action_is_told_its_own_meeting_point_and_the_keyframes(keyframe: bool) -> None:
+    torch.manual_seed(0)
+    arms, maps = 2, T + keyframe
+    told = PointedActions(H, arms, T, keyframe)
+    met, present = torch.randn(3, arms, maps, 3), torch.randn(3, arms, 3)
+    assert not told(met, present).any(), "no difference at first"
+    torch.nn.init.normal_(told.mlp[2].weight)  # type: ignore[arg-type]
+    before = told(met, present)
+    assert before.shape == (3, T, H)
+
+    def changed(met: Tensor, present: Tensor = present) -> list[list[int]]:
+        return (told(met, present) != before).any(dim=-1).nonzero().tolist()
+
+    for arm in range(arms):
+        other = met.clone()
+        other[1, arm, 2] += 0.01  # of the third step
+        assert changed(other) == [[1, 2]]
+        if keyframe:
+            other = met.clone()
+            other[1, arm, T] += 0.01
+            assert changed(other) == [[1, step] for step in range(T)]
+        aside = present.clone()
+        aside[2, arm, 1] += 0.01  # where the gripper is
+        assert changed(met, aside) == [[2, step] for step in range(T)]
+    away = met.clone()
+    away[0, 0, 0, 0] = 1e6  # of rays that are nearly parallel
+    assert told(away, present)[0, 0].abs().max() < 100 * before.abs().max()
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_what_an_action_is_told_is_where_the_rays_meet_normalised_as_the_state(tmp_path: Path, draws: int) -> None:
+    module = ready_module(
+        tmp_path, draws=draws, pointing_cells=2, pointing_keyframe=True, pointed_actions=True, pointed_tokens=False
+    )
+    batch = small_batch()
+    scene = module(batch)
+    assert scene.met is not None
+    assert scene.places is not None
+    assert scene.met.shape == (2, A, T + 1, 3)
+    state = module.state(batch).unflatten(-1, (A, 10))[..., :3]
+    at_the_gripper = batch.start_position[:, :, None].expand_as(scene.met)
+    torch.testing.assert_close(module.actions.places(at_the_gripper), state[:, :, None].expand_as(scene.met))
+    torch.testing.assert_close(scene.places, module.actions.places(scene.met))
+    assert module.network.pointed_actions is not None
+    torch.nn.init.normal_(module.network.pointed_actions.mlp[2].weight, std=0.3)  # type: ignore[arg-type]
+    # the draws of a sample are told what it is told, alone or in a batch
+    level, noisy = torch.rand(2).repeat_interleave(draws), torch.randn(2 * draws, T, 10)
+    found = module.network.velocity(scene, noisy, level, module.state(batch))
+    for sample in range(2):
+        one = small_batch()
+        one = replace(
+            one,
+            **{
+                name: value[sample : sample + 1]
+                for name, value in vars(one).items()
+                if isinstance(value, Tensor | list) and name not in ("mean", "std")
+            },
+        )
+        rows = slice(sample * draws, (sample + 1) * draws)
+        alone = module.network.velocity(module(one), noisy[rows], level[rows], module.state(one))
+        torch.testing.assert_close(found[rows], alone, atol=1e-4, rtol=1e-4)
+    # plans are told too
+    policy = module.policy()
+    seen, aside = observation(), observation()
+    aside["cameras"]["over"]["world_to_camera"] = np.eye(4)
+    policy.reset(0)
+    plan = policy.plan(seen)
+    policy.reset(0)
+    assert not np.allclose(policy.plan(aside).position, plan.position, atol=1e-4)
 
 
 @pytest.mark.parametrize("geometry", [True, False])
-def test_triangulated_places_reach_the_actions(tmp_path: Path, geometry: bool) -> None:
-    options = {"pointing_cells": 2, "pointed_tokens": True, "pointed_triangulated": True}
+@pytest.mark.parametrize("where", ["pointed_triangulated", "pointed_actions"])
+def test_triangulated_places_reach_the_actions(tmp_path: Path, geometry: bool, where: str) -> None:
+    options = {"pointing_cells": 2, "pointed_tokens": True, where: True}
     module = ready_module(tmp_path, geom_inject_to_dit=geometry, **options)
+    if module.network.pointed_actions is not None:  # nothing at first
+        torch.nn.init.normal_(module.network.pointed_actions.mlp[2].weight, std=0.3)  # type: ignore[arg-type]
     batch = small_batch()
     before = module.sample(module(batch), batch)
     aside = torch.eye(4).expand_as(batch.view_world_to_camera).clone()
@@ -266,14 +345,17 @@ def test_triangulated_places_reach_the_actions(tmp_path: Path, geometry: bool) -
     moved = replace(batch, view_world_to_camera=batch.view_world_to_camera @ aside)
     assert not torch.allclose(module.sample(module(moved), moved), before, atol=1e-5)
     module.losses(module(batch), batch)["total"].backward()
-    assert module.network.pointed is not None
-    assert all(parameter.grad is not None for parameter in module.network.pointed.parameters())
+    reading = [part for part in (module.network.pointed, module.network.pointed_actions) if part is not None]
+    assert all(parameter.grad is not None for part in reading for parameter in part.parameters())
 
 
-def test_rays_of_one_camera_are_refused(tmp_path: Path) -> None:
-    module = small_module(pointing_cells=2, pointed_tokens=True, pointed_triangulated=True)
+@pytest.mark.parametrize("where", ["pointed_triangulated", "pointed_actions"])
+def test_rays_of_one_camera_are_refused(tmp_path: Path, where: str) -> None:
+    module = small_module(pointing_cells=2, pointed_tokens=True, **{where: True})
     one = replace(small_statistics(tmp_path), cameras=("over",))
-    with pytest.raises(ValueError, match=r"one camera \(over\) meet nowhere.* data.cameras two or more"):
+    with pytest.raises(
+        ValueError, match=rf"{where}=true: .*one camera \(over\) meet nowhere.* data.cameras two or more"
+    ):
         module.set_statistics(one)
 
 
@@ -317,10 +399,10 @@ def test_an_encoder_without_points_leaves_no_parameter_without_gradient(tmp_path
 def test_geometry_tokens_without_places_are_refused() -> None:
     tokens = PointedTokens(H, A, T, V, 6)
     with pytest.raises(ValueError, match=r"square grid, got 5 a view"):
-        tokens(torch.zeros(1, V, A, T, 4, 4), *UNUSED, GeometryFeatures(torch.zeros(1, V * 5, 6)))
+        tokens(torch.zeros(1, V, A, T, 4, 4), GeometryFeatures(torch.zeros(1, V * 5, 6)))
 
 
 def test_pointed_tokens_need_maps() -> None:
-    for option in ("pointed_tokens", "pointing_keyframe"):
+    for option in ("pointed_tokens", "pointing_keyframe", "pointed_actions"):
         with pytest.raises(ValueError, match=rf"{option}=true needs maps .* set pointing_cells above 0"):
             small_module(**{option: True})
