@@ -67,7 +67,7 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     if compilation is not None:
         compilation.check(strategy.on_gpu)
     resumed_step = check_resumed(resume, resolved) if resume else 0
-    complete_stages(plain)
+    complete_stages(plain, train=not cfg.dry_run)
     origin = run_metadata()
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     torch.use_deterministic_algorithms(bool(cfg.deterministic), warn_only=True)

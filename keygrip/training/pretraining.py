@@ -78,6 +78,15 @@ class PretrainingStage:
                 raise RuntimeError(f"training {self.name} failed: keygrip.train {' '.join(self.overrides)}")
         return run
 
+    def require(self) -> None:
+        """Raises ValueError where there is no finished run."""
+        if not self._finished(self.run_dir):
+            command = f"python -m keygrip.train {' '.join(self.overrides)} run_dir={self.run_dir}"
+            raise ValueError(
+                f"dry_run=true: {self.run_dir} is missing, which this run begins with, and a dry run trains nothing: "
+                f"run `{command}` first, or set the init_from that names it to null"
+            )
+
     @staticmethod
     def _finished(run: Path) -> bool:
         return read_result(run).get("status") == FINISHED and (run / CHECKPOINT).is_file()
@@ -100,16 +109,22 @@ def _run(command: Sequence[str]) -> int:
             process.wait()
 
 
-def complete_stages(config: Mapping[str, Any]) -> dict[str, Any]:
+def complete_stages(config: Mapping[str, Any], train: bool = True) -> dict[str, Any]:
     """As :func:`with_run_folders`; the stages that the run reads are trained first where they are missing.
 
+    Args:
+        train: false for dry runs, which refuse missing ones.
+
     Raises:
-        RuntimeError, ValueError: as :meth:`PretrainingStage.complete`.
+        RuntimeError, ValueError: as :meth:`PretrainingStage.complete` or :meth:`PretrainingStage.require`.
     """
     wanted: dict[Path, PretrainingStage] = {}
     resolved = with_run_folders(config, wanted)
     for stage in wanted.values():
-        stage.complete()
+        if train:
+            stage.complete()
+        else:
+            stage.require()
     return resolved
 
 

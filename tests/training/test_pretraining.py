@@ -88,6 +88,19 @@ def test_an_encoder_whose_weights_the_run_brings_is_not_made(tmp_path: Path, mon
         complete_stages(resolved("experiment=vla_yam_language"))
 
 
+def test_a_dry_run_refuses_a_missing_stage(tmp_path: Path) -> None:
+    stage = made(["experiment=vlm_encoder_pretraining", "seed=3"], str(tmp_path))
+    target = f"{PretrainingStage.__module__}.{PretrainingStage.__qualname__}"
+    node = {"_target_": target, "overrides": list(stage.overrides), "name": stage.name, "folder": stage.folder}
+    config = {"model": {"backbone": {"init_from": node}}}
+    with pytest.raises(ValueError, match="a dry run trains nothing") as refused:
+        complete_stages(config, train=False)
+    command = f"python -m keygrip.train experiment=vlm_encoder_pretraining seed=3 run_dir={stage.run_dir}"
+    assert f"run `{command}` first, or set the init_from that names it to null" in str(refused.value)
+    finished(stage.run_dir)
+    assert complete_stages(config, train=False) == {"model": {"backbone": {"init_from": str(stage.run_dir)}}}
+
+
 STAGE = """
 import signal, sys, time
 from pathlib import Path
