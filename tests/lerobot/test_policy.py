@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,18 @@ def test_what_is_drawn_by_chance_follows_from_the_number_of_the_episode(made: An
     for one, other in zip(alone, together, strict=True):
         torch.testing.assert_close(one, other)
     assert len({tuple(one.tolist()) for one in alone}) == 4
+
+
+def test_a_policy_saved_where_it_was_loaded_from_can_be_moved(saved: Path, tmp_path: Path) -> None:
+    from lerobot.configs.policies import PreTrainedConfig
+    from lerobot_policy_keygrip import KeygripPolicy
+
+    folder, moved = tmp_path / "saved", tmp_path / "moved"
+    shutil.copytree(saved, folder)
+    KeygripPolicy.from_pretrained(folder).save_pretrained(folder)
+    assert PreTrainedConfig.from_pretrained(folder).checkpoint is None
+    folder.rename(moved)
+    assert KeygripPolicy.from_pretrained(moved).needs.arms == ("right",)
 
 
 def test_how_it_plans_and_what_it_needs_beside_the_checkpoint_are_told_and_kept(made: Any, tmp_path: Path) -> None:

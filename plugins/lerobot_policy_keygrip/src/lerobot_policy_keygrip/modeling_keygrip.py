@@ -142,8 +142,8 @@ class KeygripPolicy(PreTrainedPolicy):
                         )
                     )
                 )
-            config = dataclasses.replace(config, checkpoint=None)
-        config._save_pretrained(folder)
+        # also of the folder that it was loaded from: a path would not outlive a move
+        dataclasses.replace(config, checkpoint=None)._save_pretrained(folder)
 
     # ---- parts -----------------------------------------------------------------------------------------------------
 
