@@ -258,13 +258,12 @@ class _Parts:
         views = len(module.views)
         self.images = torch.randint(0, 256, (1, views, 3, size, size), dtype=torch.uint8, device=device)
         camera = looking_down(size)
-        intrinsics, world_to_camera = (
+        self.cameras = tuple(
             torch.as_tensor(camera[name], dtype=torch.float32, device=device).expand(1, views, -1, -1)
             for name in ("intrinsics", "world_to_camera")
         )
-        self.cameras = intrinsics, world_to_camera
         with torch.inference_mode():
-            self.scene: Scene = module.scene(self.images, [INSTRUCTION], *self.cameras)
+            self.scene: Scene = module.with_places(module.network.encode(self.images, [INSTRUCTION], *self.cameras))
             self.noise = torch.randn(1, module.network.head.horizon, module.actions.size, device=device)
             self.state = torch.zeros(1, module.actions.size, device=device)
 

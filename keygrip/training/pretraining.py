@@ -84,7 +84,7 @@ class PretrainingStage:
             command = f"python -m keygrip.train {' '.join(self.overrides)} run_dir={self.run_dir}"
             raise ValueError(
                 f"dry_run=true: {self.run_dir} is missing, which this run begins with, and a dry run trains nothing: "
-                f"run `{command}` first, or set the init_from that names it to null"
+                f"run `{command}` first, or name other weights (null: random ones, of an encoder)"
             )
 
     @staticmethod

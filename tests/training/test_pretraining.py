@@ -96,7 +96,7 @@ def test_a_dry_run_refuses_a_missing_stage(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a dry run trains nothing") as refused:
         complete_stages(config, train=False)
     command = f"python -m keygrip.train experiment=vlm_encoder_pretraining seed=3 run_dir={stage.run_dir}"
-    assert f"run `{command}` first, or set the init_from that names it to null" in str(refused.value)
+    assert f"run `{command}` first, or name other weights (null: random ones, of an encoder)" in str(refused.value)
     finished(stage.run_dir)
     assert complete_stages(config, train=False) == {"model": {"backbone": {"init_from": str(stage.run_dir)}}}
 

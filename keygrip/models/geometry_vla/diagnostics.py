@@ -99,14 +99,14 @@ def exchanged_geometry(
     others = (batch.demo_index != batch.demo_index.roll(1))[:, None, None] & valid
     # Decided by tensors, not by branches: where parameters are sharded every process must encode.
     other = torch.where(others.any(), others, valid).float()  # [B, A, T]
-    changed = module.scene(
+    changed = module.network.encode(
         batch.images,
         batch.instruction,
         batch.view_intrinsics,
         batch.view_world_to_camera,
         geometry=_of_the_one_before(scene.geometry),
-        embodiment=batch.embodiment,
     )
+    changed = module.with_places(changed, batch.embodiment)
     own, _, _ = module.decode(sampled, batch)
     moved, _, _ = module.decode(module.sample(changed, batch), batch)
     worse = (moved - batch.position).norm(dim=-1) - (own - batch.position).norm(dim=-1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,7 +16,6 @@ from keygrip.models.geometry_vla.action_head import AttentionRecord
 from keygrip.models.geometry_vla.actions import PoseActions
 from keygrip.models.geometry_vla.diagnostics import context_figures, exchanged_geometry
 from keygrip.models.geometry_vla.figures import scene_figure
-from keygrip.models.geometry_vla.geometry import GeometryFeatures
 from keygrip.models.geometry_vla.network import ActionSampling, GeometryVLA, Scene
 from keygrip.models.geometry_vla.pointing import pointing_losses
 from keygrip.models.geometry_vla.policy import GeometryVLAPolicy
@@ -204,23 +202,10 @@ class GeometryVLAModule(System):
     def forward(self, batch: MultiViewPolicyBatch) -> Scene:
         """One pass of the encoders over a batch."""
         seen = (batch.images, batch.instruction, batch.view_intrinsics, batch.view_world_to_camera)
-        return self.scene(*seen, embodiment=batch.embodiment)
+        return self.with_places(self.network.encode(*seen), batch.embodiment)
 
-    def scene(
-        self,
-        images: Tensor,
-        instructions: Sequence[str],
-        intrinsics: Tensor,
-        world_to_camera: Tensor,
-        geometry: GeometryFeatures | None = None,
-        embodiment: Tensor | None = None,
-    ) -> Scene:
-        """One pass of the encoders (see `GeometryVLA.encode`), with the points where rays meet as the head reads them.
-
-        Args:
-            embodiment: ``[B]``, of a model with several robots.
-        """
-        scene = self.network.encode(images, instructions, intrinsics, world_to_camera, geometry)
+    def with_places(self, scene: Scene, embodiment: Tensor | None = None) -> Scene:
+        """A scene with the points where rays meet as the head reads them; ``embodiment`` ``[B]`` with several robots."""
         if scene.met is None:
             return scene
         return replace(scene, places=self.actions.places(scene.met, embodiment))

@@ -79,7 +79,7 @@ class Scene:
         geometry: what the geometry encoder gave, None without injection.
         pointing: logits of where the gripper will be in the images (see `Pointing`), None where they are not asked for.
         met: where the views' rays through the peaks of these maps meet, ``[B, A, M, 3]`` in metres; None where nothing
-            reads it. places: the same as the state's positions are normalised, which `GeometryVLAModule.scene` adds.
+            reads it. places: the same, normalised as the state's positions (`GeometryVLAModule.with_places`).
     """
 
     contexts: list[BlockContext]
@@ -396,7 +396,7 @@ class GeometryVLA(nn.Module):
         """The velocity ``[B R, T, Da]`` of noisy actions of that shape at noise levels ``[B R]``; state ``[B, Ds]``."""
         told = None
         if self.pointed_actions is not None:
-            assert scene.places is not None, "GeometryVLAModule.scene adds them"
+            assert scene.places is not None, "GeometryVLAModule.with_places adds them"
             with torch.autocast(actions.device.type, enabled=False):
                 present = state.float().unflatten(-1, (-1, SIZE))[..., :3]  # of each arm
                 told = self.pointed_actions(scene.places, present)

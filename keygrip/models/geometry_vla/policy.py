@@ -284,7 +284,7 @@ class GeometryVLAPolicy:
             for name, trailing in (("position", 1), ("quaternion", 1), ("gripper", 0))
         )
         robots = self._robots(len(position))
-        scene = module.scene(images, instructions, intrinsics, world_to_camera, embodiment=robots)
+        scene = module.with_places(module.network.encode(images, instructions, intrinsics, world_to_camera), robots)
         shape = (1, module.network.head.horizon, module.actions.size)
         noise = torch.cat([torch.randn(shape, generator=session._generator) for session in sessions]).to(device)
         state = module.actions.state(position, quaternion, gripper, robots)

@@ -249,9 +249,9 @@ def test_triangulated_tokens_hold_the_place_that_the_views_point_at() -> None:
     logits = maps.clamp(min=1e-9).log().unflatten(-1, (cells, cells))
     shares = batch.view_intrinsics / torch.tensor([[size], [size], [1.0]])
     tokens = only(PointedTokens(H, A, T, V, triangulated=True), "meeting")
-    where, _ = meeting_points(logits, shares, batch.view_world_to_camera)
+    where, off = meeting_points(logits, shares, batch.view_world_to_camera)
     torch.testing.assert_close(where, batch.position, atol=2e-4, rtol=0)  # to a fifth of a millimetre
-    found = tokens(logits, None, meeting_points(logits, shares, batch.view_world_to_camera)).unflatten(1, (V, A, T))
+    found = tokens(logits, None, (where, off)).unflatten(1, (V, A, T))
     expected = DECIMETRES * batch.position[:, None].expand(-1, V, -1, -1, -1)
     torch.testing.assert_close(found[..., :3], expected, atol=2e-3, rtol=0)
     assert found[..., 3].abs().max() < 1e-3
