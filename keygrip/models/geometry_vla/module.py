@@ -205,7 +205,7 @@ class GeometryVLAModule(System):
         return self.with_places(self.network.encode(*seen), batch.embodiment)
 
     def with_places(self, scene: Scene, embodiment: Tensor | None = None) -> Scene:
-        """A scene with the points where rays meet as the head reads them; ``embodiment`` ``[B]`` with several robots."""
+        """A scene with the points where rays meet, as the head reads them; ``embodiment`` ``[B]`` of several robots."""
         if scene.met is None:
             return scene
         return replace(scene, places=self.actions.places(scene.met, embodiment))
