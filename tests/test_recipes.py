@@ -193,6 +193,27 @@ def test_a_coarse_token_in_the_published_order_differs_from_chosen_ones_in_being
     assert order == ("visual_first", "fine", "random")
 
 
+def test_one_token_differs_from_many_in_how_a_frame_becomes_tokens_alone() -> None:
+    """Both train on the same frozen encoder: no trained copy of its blocks on one side, the same optimizer and data."""
+
+    def of(job: str) -> dict[str, Any]:
+        cfg = composed("train", [f"experiment={job}", "ablation=foveated_vlm/self_supervised_encoder"])
+        return dict(leaves_of(OmegaConf.to_container(cfg, resolve=False), ()))
+
+    one, many = of("vlm_tokens_1"), of("vlm_tokens_4")
+    different = {".".join(path) for path in one.keys() | many.keys() if one.get(path) != many.get(path)}
+    own = {f"optimizer.lr_multipliers.{name}" for name in ("first_query", "static_query", "query_path")}
+    logged = {"model.monitor_every_n_steps", "model.monitor_from_step"}
+    unused = {"model.refinement_from"}  # refinement is 0
+    different -= own | logged | unused | {"model.mode", "collator.tokens_per_frame"}
+    assert {path.rpartition(".")[0] for path in different} == {"model.network"}
+    assert one[("model", "network", "query_path")] == "shared"
+    for left, right in ((4, 16), (4, 64)):
+        few, more = of(f"vlm_tokens_{left}"), of(f"vlm_tokens_{right}")
+        changed = {path for path in few.keys() | more.keys() if few.get(path) != more.get(path)}
+        assert changed == {("model", "network", "tokens_per_frame")}
+
+
 MANY_JOBS = (  # 5 s or more
     *("geometry_comparison", "vlm_ablations", "vlm_claims", "vlm_token_counts", "vla_ablations", "shifts"),
     "volume_query_options",

@@ -12,6 +12,7 @@ et al., "PixArt-alpha" (2024).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -24,6 +25,7 @@ from keygrip.models.nn.attention import Attention, KeyValues
 from keygrip.models.nn.flow_matching import velocity, velocity_from_data
 from keygrip.models.nn.sinusoids import LevelEmbedding
 from keygrip.models.patch_dit.context import Context, ContextBuilder
+from keygrip.models.patch_dit.detail import DetailHead
 from keygrip.models.patch_dit.positions import grid_positions, position_features, rotary_angles
 from keygrip.models.patch_dit.routing import TokenRouting
 from keygrip.training.parts import model_part
@@ -181,6 +183,8 @@ class PatchDiT(nn.Module):
         rotary: the self-attention also has rotary positions in two dimensions, beside the sinusoids that latent tokens
             and patches share.
         qk_norm: normalise queries and keys.
+        detail: makes a `DetailHead` from latent_channels, token_width and patch_size: convolutions over the whole
+            image correct what the last layer drew token by token; None: none.
         routing: in training, a share of the tokens passes by the middle blocks; None: all go through all.
         gradient_checkpointing: recompute activations in the backward pass; about a third more time, far less memory.
 
@@ -213,6 +217,7 @@ class PatchDiT(nn.Module):
         patch_attention: PatchAttention = "joint",
         final_modulation: bool = False,
         rotary: bool = False,
+        detail: Callable[..., DetailHead] | None = None,
     ) -> None:
         super().__init__()
         if rotary and (width % heads or width // heads % 4):
@@ -270,6 +275,7 @@ class PatchDiT(nn.Module):
         nn.init.zeros_(self.latent_out.weight)
         nn.init.zeros_(self.latent_out.bias)
         self.final_modulation = AdaLNModulation(width, width, parts=2) if final_modulation else None
+        self.detail = detail and detail(latent_channels=latent_channels, token_width=width, patch_size=patch_size)
 
     def forward(
         self,
@@ -329,6 +335,11 @@ class PatchDiT(nn.Module):
         if self.final_modulation is not None:
             last = modulate(last, *(part[:, None] for part in self.final_modulation(condition)))
         raw = self._to_latent(self.latent_out(last), rows, columns)
+        if self.detail is not None:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                raw = checkpoint(self.detail, x, raw, last, condition, use_reentrant=False)
+            else:
+                raw = self.detail(x, raw, last, condition)
         raw = raw.to(x.dtype)
         if self.prediction == "x":
             raw = velocity_from_data(x, raw, level, self.timestep_floor if floor is None else floor)
