@@ -434,6 +434,7 @@ ARMS = {
     "pool_16_no_pointing": "no maps, 16 pooled tokens",
     "none": "pointed places",
     "pointed": "pointed places, geometry at them",
+    "pointed_blank": "pointed places, tokens at them without information about the geometry",
     "both": "pointed places, geometry at them, 16 pooled tokens",
     "triangulated": "pointed places, where their rays meet",
     "both_triangulated": "pointed places, where their rays meet, geometry at them, 16 pooled tokens",
@@ -467,7 +468,7 @@ def vla_arms() -> str:
         arms.setdefault(name, {})[job["overrides"]["seed"]] = job
     rows = []
     for name, jobs in sorted(arms.items(), key=lambda arm: mean_success(arm[1].values())):
-        metrics = jobs[min(jobs)]["metrics"]
+        metrics = {key: mean_metric(jobs.values(), key) for key in jobs[min(jobs)]["metrics"]}
         cells = [
             "" if metrics.get(f"val/{figure}") is None else f"{metrics[f'val/{figure}']:.2f}{unit}"
             for figure, unit in figures
@@ -478,8 +479,14 @@ def vla_arms() -> str:
         own = [f"`{name}`: {ARMS[name]}", *rates, f"{won} of {tried}"]
         rows.append([*own, *cells, f"{metrics['parameters/all_m']:.2f} M"])
     header = ["arm", "success, training seed 0", "training seed 1", "with the cube at 0-2 cm, all seeds"]
-    header += ["position error (val)", "attention on the tokens", "explained by the slot"]
+    header += ["mean of the seeds: position error (val)", "attention on the tokens", "explained by the slot"]
     return markdown([*header, "plans move with another scene's geometry", "parameters"], rows)
+
+
+def mean_metric(jobs: Collection[Any], key: str) -> float | None:
+    """Mean of a metric over an arm's trainings; None where one of them lacks it."""
+    values = [job["metrics"].get(key) for job in jobs]
+    return None if any(value is None for value in values) else sum(values) / len(values)
 
 
 def mean_success(jobs: Collection[Any]) -> float:

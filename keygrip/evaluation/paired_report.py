@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 NAME = "paired"
 CLOSED_LOOP = "closed_loop"
 NOTE = (
-    "Difference of success rates in points with its 95 % interval over episodes (bootstrap); p: McNemar's exact test "
-    "with one training seed, sign flips of each episode's mean difference with several; adjusted: Holm, for all "
+    "Difference of success rates in points with its 95 % interval over episodes (bootstrap); p: exact test by "
+    "sign flips of each episode's difference over all training seeds, McNemar's with one; adjusted: Holm, for all "
     "comparisons of this table. Neither knows of the spread between training seeds, which stands beside."
 )
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binomtest
 
-FLIPS = 20_000  # random signs of a permutation test: a standard error of 0.0016 at p = 0.05
 RESAMPLES = 10_000  # bootstrap resamples of episodes, for an interval
 
 
@@ -50,9 +49,9 @@ class PairedDifference:
 def paired_difference(first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]]) -> PairedDifference:
     """Compares two policies episode by episode.
 
-    With one training seed the p-value is McNemar's exact one (McNemar, 1947): the binomial test on the pairs in which
-    one alone succeeded. With several, an episode's unit is its mean difference over the seeds, because the same episode
-    is no independent draw for each of them, and its sign is flipped at random (a permutation test). The interval is a
+    The p-value is that of the sign-flip test, exact: an episode's unit is its difference over all training seeds,
+    because the same episode is no independent draw for each of them, and without a difference between the policies each
+    sign is as likely as the other. With one seed that is McNemar's exact test (McNemar, 1947). The interval is a
     bootstrap over episodes, seeded.
 
     Args:
@@ -71,25 +70,31 @@ def paired_difference(first: Sequence[Sequence[bool]], second: Sequence[Sequence
     by_episode = pairs.mean(axis=0)
     ahead, behind = int((pairs > 0).sum()), int((pairs < 0).sum())
     generator = np.random.default_rng(0)
-    if len(pairs) == 1:
-        p_value = float(binomtest(ahead, ahead + behind).pvalue) if ahead + behind else 1.0
-    else:
-        differing = by_episode[by_episode != 0]
-        signs = generator.integers(0, 2, (FLIPS, len(differing)), dtype=np.int8) * 2 - 1
-        extreme = int((np.abs(signs @ differing) >= abs(differing.sum()) - 1e-9).sum())
-        p_value = (extreme + 1) / (FLIPS + 1)
     drawn = generator.integers(0, len(by_episode), (RESAMPLES, len(by_episode)))
     low, high = np.quantile(by_episode[drawn].mean(axis=1), [0.025, 0.975])
     return PairedDifference(
         difference=float(by_episode.mean()),
         low=float(low),
         high=float(high),
-        p_value=p_value,
+        p_value=_sign_flip(pairs.sum(axis=0).astype(int)),
         only_first=ahead,
         only_second=behind,
         pairs=pairs.size,
         by_seed=tuple(float(value) for value in pairs.mean(axis=1)),
     )
+
+
+def _sign_flip(differences: np.ndarray) -> float:
+    """The two-sided p-value of whole differences whose signs are as likely as their opposites: the distribution of
+    their sum is built up one difference after the other."""
+    sizes = np.abs(differences)
+    reach = int(sizes.sum())
+    chances = np.zeros(2 * reach + 1)  # of each sum from -reach to reach
+    chances[reach] = 1.0
+    for size in sizes[sizes > 0]:
+        chances = (np.roll(chances, size) + np.roll(chances, -size)) / 2  # nothing is left at the ends to wrap around
+    sums = np.arange(-reach, reach + 1)
+    return min(1.0, float(chances[np.abs(sums) >= abs(int(differences.sum()))].sum()))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

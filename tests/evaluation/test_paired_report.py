@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def test_seeds_on_the_same_episodes_are_no_independent_draws() -> None:
     one = paired_difference([first], [second])
     copied = paired_difference([first] * 5, [second] * 5)
     assert copied.by_seed == pytest.approx([0.06] * 5)
-    assert copied.p_value == pytest.approx(one.p_value, abs=0.02), "five copies are no five times the evidence"
+    assert copied.p_value == pytest.approx(one.p_value), "five copies are no five times the evidence"
     assert (copied.low, copied.high) == pytest.approx((one.low, one.high), abs=0.02)
     generator = np.random.default_rng(0)
     rates = np.array([[0.5], [0.5]])
@@ -50,6 +51,19 @@ def test_seeds_on_the_same_episodes_are_no_independent_draws() -> None:
     assert paired_difference(alike[0].tolist(), alike[1].tolist()).p_value > 0.05
     better = generator.random((3, 200)) < 0.65
     assert paired_difference(better.tolist(), alike[1].tolist()).p_value < 0.01
+
+
+def test_several_seeds_are_tested_by_all_signs() -> None:
+    """Against every assignment of signs to the episodes' differences, counted one by one."""
+    generator = np.random.default_rng(3)
+    for seeds in (2, 3):
+        first, second = (generator.random((seeds, 9)) < rate for rate in (0.7, 0.4))
+        differences = (first.astype(int) - second.astype(int)).sum(axis=0)
+        sums = [int(np.dot(signs, differences)) for signs in product((-1, 1), repeat=9)]
+        expected = np.mean([abs(each) >= abs(differences.sum()) for each in sums])
+        assert paired_difference(first.tolist(), second.tolist()).p_value == pytest.approx(float(expected))
+    # far beyond what random draws of signs can tell
+    assert 0 < paired_difference([[True] * 200] * 2, [[False] * 200] * 2).p_value < 1e-50
 
 
 def test_comparisons_need_the_same_episodes() -> None:
@@ -137,8 +151,9 @@ def test_two_compared_arms_of_the_sweep_differ_in_one_thing() -> None:
     arms = OmegaConf.load(conf / "ablation" / "geometry_vla" / "options.yaml")
     sweep = OmegaConf.load(conf / "sweep" / "geometry_comparison.yaml").hydra
     default = flat(OmegaConf.load(conf / "model" / "geometry_vla.yaml"))
-    geometry = ("inject_to_dit", "inject_to_vlm", "dit_tokens", "compression_type", "standardised")
+    geometry = ("inject_to_dit", "inject_to_vlm", "dit_tokens", "compression_type", "standardised", "places")
     thing = {f"model.network.geom_{name}": "geometry" for name in geometry} | {"model.network.expansion": "encoder"}
+    thing["optimizer.lr_multipliers.compressor"] = "geometry"  # without it there is nothing of that name
     thing |= dict.fromkeys(("model.network.pointing_cells", "model.network.pointing_keyframe"), "maps")
     planned = {name.strip() for name in sweep.sweeper.params.ablation.split(",")}
     compared = set()

@@ -8,6 +8,7 @@ Shape legend: B samples, A arms, T steps, C numbers of an arm's action, J joints
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Literal
 
@@ -24,12 +25,18 @@ from keygrip.models.geometry.rotations import (
     quaternion_to_columns,
     quaternion_to_matrix,
     rotation_exp,
+    rotation_log,
 )
 from keygrip.robots.kinematics import ARM_JOINTS, arm_chain
 
 ActionKind = Literal["absolute", "delta", "joint", "osc"]
 COLUMNS: dict[str, int] = {"absolute": 10, "delta": 10, "joint": ARM_JOINTS + 1, "osc": 7}  # C of each kind
 LARGEST_RESIDUAL_M = 0.02  # largest distance between recorded positions and those of the recorded joints
+LEAST_INPUT = 1e-9  # sum of squares of what a controller is asked for, from which on a share of it can be fitted
+LARGEST_SHARE = 1.5  # of what a controller is asked for in a step; 1 is all of it
+LEAST_CORRELATION = 0.1  # between what is asked for and done, below which neither says anything about the other
+
+log = logging.getLogger(__name__)
 
 
 def pose_numbers(position: Tensor, quaternion: Tensor, gripper: Tensor) -> Tensor:
@@ -156,19 +163,28 @@ class JointSpace(nn.Module):
 class ControllerSpace(nn.Module):
     """Inputs of an operational-space controller at every step (robosuite's OSC_POSE, LIBERO's actions): a way and a
     turn (rotation vector, both in the world's axes) in shares of the largest ones, and the gripper, -1 open to 1
-    closed. Poses are those that the controller is led to: each step's way and turn from the step before.
+    closed.
+
+    Each input sets a goal from the pose that the arm has reached, not from the goal before, and the arm comes only part
+    of the way to it within a step. Poses are therefore an estimate: from step to step the arm moves by one share of
+    what the inputs ask for, and turns by another, both fitted to the recordings.
 
     Args:
         position_m, rotation_rad: the controller's largest way and turn a step (its `output_max`).
+
+    Attributes:
+        shares: of the way and of the turn that is asked for, what the arm does in a step; ``[2]``.
     """
 
     reads: str | None = "controller"
+    shares: Tensor
 
     def __init__(self, position_m: float = 0.05, rotation_rad: float = 0.5) -> None:
         super().__init__()
         if not (position_m > 0 and rotation_rad > 0):
             raise ValueError(f"the controller's largest way and turn are positive, not {position_m}, {rotation_rad}")
         self.position_m, self.rotation_rad = position_m, rotation_rad
+        self.register_buffer("shares", torch.ones(2))
 
     def numbers(self, targets: PolicyTargets) -> Tensor:
         controller = _present(targets.controller, "controller actions")
@@ -178,10 +194,43 @@ class ControllerSpace(nn.Module):
             )
         return controller
 
+    def take(self, targets: PolicyTargets) -> None:
+        """Fits the shares by least squares to what the arms did in each recorded step.
+
+        Raises:
+            ValueError: the arms do not move as the inputs say: other axes, or another row of the recording.
+        """
+        inputs, real = self.numbers(targets), ~targets.action_is_pad
+        before = torch.cat([targets.start_position[:, :, None], targets.position[:, :, :-1]], dim=2)
+        turned = torch.cat([targets.start_quaternion[:, :, None], targets.quaternion[:, :, :-1]], dim=2)
+        asked = (inputs[..., :3] * self.position_m, inputs[..., 3:6] * self.rotation_rad)
+        done = (
+            targets.position - before,
+            rotation_log(quaternion_multiply(targets.quaternion, quaternion_conjugate(turned))),
+        )
+        for index, (name, wish, did) in enumerate(zip(("positions", "rotations"), asked, done, strict=True)):
+            wish, did = wish[real].double(), did[real].double()
+            size = wish.square().sum()
+            if size < LEAST_INPUT:
+                continue  # never asked for: nothing will be either
+            share = float((wish * did).sum() / size)
+            together = float((wish * did).sum() / (size * did.square().sum()).sqrt().clamp_min(1e-12))
+            if abs(together) < LEAST_CORRELATION:
+                share = min(max(share, 0.0), 1.0)
+                log.warning("the recorded %s hardly follow the controller's inputs (correlation %.2f)", name, together)
+            elif not 0 < share <= LARGEST_SHARE:
+                raise ValueError(
+                    f"model.actions.kind=osc: the recorded {name} move by {share:.2f} times what the controller's "
+                    "inputs ask for, where a controller comes part of the way: its largest way and turn "
+                    "(model.actions.osc_position_m, osc_rotation_rad) or its axes are others; use absolute or delta"
+                )
+            self.shares[index] = share
+
     def poses(self, numbers: Tensor, position: Tensor, quaternion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        where = position[:, :, None] + torch.cumsum(numbers[..., :3] * self.position_m, dim=2)
+        way, turn = self.shares.unbind()
+        where = position[:, :, None] + torch.cumsum(numbers[..., :3] * self.position_m * way, dim=2)
         turned, steps = quaternion, []
-        for step in rotation_exp(numbers[..., 3:6] * self.rotation_rad).unbind(dim=2):
+        for step in rotation_exp(numbers[..., 3:6] * self.rotation_rad * turn).unbind(dim=2):
             turned = quaternion_multiply(step, turned)
             steps.append(turned)
         return where, torch.stack(steps, dim=2), (1 - numbers[..., 6]) / 2

@@ -16,6 +16,7 @@ from keygrip.data.batches import PolicyTargets
 from keygrip.models.geometry_vla.action_spaces import (
     COLUMNS,
     ActionKind,
+    ControllerSpace,
     JointSpace,
     PoseSpace,
     action_space,
@@ -104,7 +105,7 @@ class PoseActions(nn.Module):
             raise ValueError(
                 f"The data has {chunks.position.shape[1]} arms and the model {len(self.arms)}: set data.arms."
             )
-        if isinstance(self.space, JointSpace):
+        if isinstance(self.space, JointSpace | ControllerSpace):
             self.space.take(chunks)
         state = pose_numbers(chunks.start_position, chunks.start_quaternion, chunks.start_gripper).flatten(-2)
         actions, mask = self._raw(chunks), self.mask(chunks)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, cast
 
@@ -138,8 +138,8 @@ class GeometryVLA(nn.Module):
             keyframe (see `PointedActions`). As `pointed_triangulated` it asks for calibrated cameras.
         action_kind: `model.actions.kind`, which says how many numbers an action has.
         geom_places: add to each geometry token, before compression, where in which image it lies.
-        geom_blank: the compressed tokens hold nothing of the scene: zeros take the place of the geometry tokens, and of
-            the token of the scale. A control for further tokens and parameters.
+        geom_blank: of the geometry encoder nothing reaches the actions: zeros take the place of its tokens, of the
+            world points and of the token of the scale. A control for further tokens, parameters and a loss of depth.
         geom_standardised: each number of each of the K tokens is standardised over the samples seen in training, in the
             place of `context_norm`. Pooled tokens differ mostly by which of the K they are, and little by the scene.
         geom_inject_to_vlm: K compressed tokens stand in the language model's prompt, before the images, and reach the
@@ -195,7 +195,8 @@ class GeometryVLA(nn.Module):
             geom_dit_tokens,
             geom_compression_type,
             pointed_tokens,
-            {"geom_places": geom_places, "geom_blank": geom_blank},
+            geom_places,
+            geom_blank,
             geom_standardised,
         )
         if blocks > vlm.layers:
@@ -298,9 +299,11 @@ class GeometryVLA(nn.Module):
             geometry: features in place of those of the geometry encoder.
         """
         blocks, views = len(self.head.blocks), images.shape[1]
-        features, few, pointing, met = geometry, None, None, None
-        if self.geometry is not None and features is None:
-            features = self.geometry(images, intrinsics, world_to_camera)
+        few, pointing, met = None, None, None
+        found = geometry  # its depth is what the depth loss looks at, `features` what the actions are made of
+        if self.geometry is not None and found is None:
+            found = self.geometry(images, intrinsics, world_to_camera)
+        features = self._blanked(found) if self.blank and found is not None else found
         if self.vlm_compressor is not None and self.vlm_gain is not None:
             assert features is not None
             with torch.autocast(images.device.type, enabled=False):
@@ -321,7 +324,7 @@ class GeometryVLA(nn.Module):
                     few = list(self.standardised(torch.stack(few, dim=1)).unbind(dim=1))
                 if self.scale is not None:
                     assert features.scale is not None
-                    scale = self._normed(self.scale(self._blanked(features.scale.float())))[:, None]
+                    scale = self._normed(self.scale(features.scale.float()))[:, None]
                     few = [torch.cat([tokens, scale], dim=1) for tokens in few]
             if self.triangulates:
                 assert pointing is not None
@@ -343,7 +346,7 @@ class GeometryVLA(nn.Module):
                 words = self._normed(hidden.float()) + where
                 tokens = torch.cat([words, *([] if few is None else [few[index]]), *pointed], dim=1)
                 contexts.append(BlockContext(tokens, mask))
-        return Scene(contexts, groups, features, pointing, None if met is None else met[0])
+        return Scene(contexts, groups, found, pointing, None if met is None else met[0])
 
     def _maps(self, hidden: Tensor, places: Tensor, views: int, features: GeometryFeatures | None) -> Tensor:
         """Logits of where the gripper will be, from all that they are read from."""
@@ -369,7 +372,7 @@ class GeometryVLA(nn.Module):
         Raises:
             ValueError: they do not lie on a square grid in each view.
         """
-        tokens = self._blanked(tokens.float())
+        tokens = tokens.float()
         if self.geometry_places is None:
             return tokens
         side = round((tokens.shape[1] / views) ** 0.5)
@@ -383,9 +386,11 @@ class GeometryVLA(nn.Module):
         places = torch.stack(torch.meshgrid(numbers, shares, shares, indexing="ij"), dim=-1).flatten(0, 2)  # [G, 3]
         return tokens + self.geometry_places(places[None])
 
-    def _blanked(self, tokens: Tensor) -> Tensor:
-        """With `geom_blank` zeros; the encoder's parameters stay in the graph, which DDP asks for."""
-        return 0 * tokens if self.blank else tokens
+    @staticmethod
+    def _blanked(features: GeometryFeatures) -> GeometryFeatures:
+        """Zeros; the encoder's parameters stay in the graph, which DDP asks for."""
+        points, scale = (None if each is None else 0 * each for each in (features.points, features.scale))
+        return replace(features, tokens=0 * features.tokens, points=points, scale=scale)
 
     def _normed(self, tokens: Tensor) -> Tensor:
         return F.layer_norm(tokens, tokens.shape[-1:]) if self.context_norm else tokens
@@ -454,7 +459,8 @@ def _check_geometry(
     tokens: int,
     kind: str,
     pointed: bool,
-    changes: dict[str, bool],
+    places: bool,
+    blank: bool,
     standardised: bool,
 ) -> None:
     """Raises ValueError where geometry is asked for and nothing would read it, or there is none."""
@@ -478,9 +484,12 @@ def _check_geometry(
             "model.network.geom_compression_type=per_layer gives each block of the head its own tokens, and the "
             "language model's prompt has one set: use pool or qformer with geom_inject_to_vlm=true."
         )
-    for name, wanted in changes.items():
-        if wanted and not (to_vlm or (to_head and tokens)):
-            raise ValueError(f"model.network.{name}=true is of compressed geometry tokens, and there are none.")
+    if places and not (to_vlm or (to_head and tokens)):
+        raise ValueError("model.network.geom_places=true is of compressed geometry tokens, and there are none.")
+    if blank and not (to_vlm or to_head):
+        raise ValueError(
+            "model.network.geom_blank=true is of what actions are told of geometry, and they are told none."
+        )
     if standardised and not (to_head and tokens):
         raise ValueError(
             "model.network.geom_standardised=true is of compressed geometry tokens in the head, and there are none."

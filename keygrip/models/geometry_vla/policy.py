@@ -182,8 +182,8 @@ class GeometryVLAPolicy:
     def plan_continuing(self, observation: Observation, executing: Plan, delay_s: float) -> Plan:
         """A plan that continues the one under way (real-time chunking, see :mod:`keygrip.models.nn.inpainting`).
 
-        Joints and a controller's inputs are continued as such. Where the plan under way holds none, since its poses
-        were moved into the training box, the new one begins anew, as behind its end.
+        Joints and a controller's inputs are continued as such. Where the plan under way holds no joints, since its
+        poses were moved into the training box, the new one begins anew, as behind its end.
 
         Args:
             observation: with `time_s`. executing: a plan with its `time_s`, of the same clock.
@@ -296,7 +296,8 @@ class GeometryVLAPolicy:
         planned, turned, opening = module.actions.decode(sampled, seen.position, seen.turn, robots)
         low, high = self._position_range
         kept = planned.clamp(low - self.margin_m, high + self.margin_m)
-        terms = self._own_terms(sampled, moved=(kept - planned).abs().amax(dim=(1, 2, 3)) > MOVED_M)
+        moved = (kept - planned).abs().amax(dim=(1, 2, 3)) > MOVED_M
+        terms = self._own_terms(sampled, moved)
         return [
             Plan(
                 position=kept[row].double().cpu().numpy(),
@@ -310,16 +311,19 @@ class GeometryVLAPolicy:
         ]
 
     def _own_terms(self, sampled: torch.Tensor, moved: torch.Tensor) -> list[dict[str, np.ndarray]]:
-        """The plans as joints or inputs of a controller, where these are the actions. A plan whose poses were moved
-        into the workspace has none: what was planned is not what may be done."""
+        """The plans as joints or inputs of a controller, where these are the actions.
+
+        A plan whose poses were moved into the workspace has no joints: what was planned is not what may be done. Of
+        inputs the poses are an estimate alone, so these stay, within what the controller takes.
+        """
         actions = self.module.actions
         if not actions.reads:
             return [{}] * len(sampled)
         numbers = actions.numbers(sampled, self._robots(len(sampled))).double().cpu().numpy()
-        if actions.kind == "joint":
-            numbers = numbers[..., :-1]
         (name,) = actions.reads
-        return [{} if outside else {name: row} for outside, row in zip(moved.tolist(), numbers, strict=True)]
+        if actions.kind != "joint":
+            return [{name: row} for row in numbers.clip(-1, 1)]
+        return [{} if outside else {name: row[..., :-1]} for outside, row in zip(moved.tolist(), numbers, strict=True)]
 
     def _view(self, view: Mapping[str, Any], calibrated: bool) -> View:
         image = np.asarray(view["image"])

@@ -95,6 +95,27 @@ def test_blank_tokens_hold_nothing_of_the_scene(tmp_path: Path) -> None:
     assert changed_by_geometry(plain)
 
 
+def test_blank_pointed_places_hold_nothing_of_the_scenes_geometry(tmp_path: Path) -> None:
+    """The control of geometry at the pointed places: the same parameters, tokens and depth loss, zeros in the place of
+    tokens and world points; where the model points stays as it is."""
+    module, plain = (ready_module(tmp_path, geom_blank=value, geom_dit_tokens=0, **POINTED) for value in (True, False))
+    assert {name: p.shape for name, p in module.named_parameters()} == {n: p.shape for n, p in plain.named_parameters()}
+    batch = small_batch()
+    scene, other = module(batch), plain(batch)
+    assert scene.groups == other.groups
+    assert scene.groups[2] > 0
+    torch.testing.assert_close(scene.pointing, other.pointing)
+    torch.testing.assert_close(scene.geometry.points, other.geometry.points)
+    losses, geometry = module.losses(scene, batch), module.network.geometry
+    assert geometry is not None
+    parameters = list(geometry.blocks.parameters())  # type: ignore[union-attr]
+    gradients = torch.autograd.grad(losses["action"], parameters, retain_graph=True)
+    assert all(not gradient.any() for gradient in gradients)
+    assert any(bool(gradient.any()) for gradient in torch.autograd.grad(losses["depth"], parameters))
+    assert not changed_by_geometry(module)
+    assert changed_by_geometry(plain)
+
+
 def test_standardised_tokens_differ_between_scenes_alone(tmp_path: Path) -> None:
     """What the K tokens have in common in all samples is gone, and the statistics are those of training."""
     module, plain = (ready_module(tmp_path, geom_standardised=value, geom_dit_tokens=2) for value in (True, False))
@@ -123,9 +144,10 @@ def test_one_mean_pooled_vector_knows_no_layout(tmp_path: Path) -> None:
 
 
 def test_geometry_that_would_reach_nobody_is_refused() -> None:
-    for name in ("geom_places", "geom_blank"):
-        with pytest.raises(ValueError, match=f"{name}=true is of compressed geometry tokens, and there are none"):
-            small_module(geom_inject_to_dit=False, **{name: True})
+    with pytest.raises(ValueError, match="geom_places=true is of compressed geometry tokens, and there are none"):
+        small_module(geom_inject_to_dit=False, geom_places=True)
+    with pytest.raises(ValueError, match="geom_blank=true is of what actions are told of geometry"):
+        small_module(geom_inject_to_dit=False, geom_blank=True)
     with pytest.raises(ValueError, match="geom_standardised=true is of compressed geometry tokens"):
         small_module(small_geometry(), geom_dit_tokens=0, geom_standardised=True, pointing_cells=2, pointed_tokens=True)
     with pytest.raises(ValueError, match="at least 1 with geom_inject_to_vlm"):
