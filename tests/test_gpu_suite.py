@@ -38,6 +38,10 @@ class TestParts:
     def test_runs_at_toy_size(self, name: str) -> None:
         figures: Figures = {}
         instantiate(compose("bench").gpu[name], _convert_="all").run(True, figures)
+        if name == "vlm_memory":
+            assert figures["stage1_135m_1_frames_gib"] == figures["stage1_135m_worst_gib"] > 0
+            assert figures["stage1_135m_weights_gib"] > 0
+            return
         times = [value for figure, value in figures.items() if "_ms" in figure or figure.startswith("ms_")]
         assert times
         assert min(times) > 0
