@@ -23,6 +23,7 @@ from keygrip.models.language.tokenizers import ChatTokenizer, TokenizerSource
 from keygrip.training.parts import model_part
 
 KEPT_TEXTS = 4096  # encoded conversations that a collator remembers
+PLACE = "\ufdd1"  # stands behind words to find them in a rendered conversation; Unicode keeps it out of all text
 PromptOrder = Literal["visual_first", "question_first"]
 Supervise = Literal["all", "answers"]
 
@@ -59,7 +60,7 @@ def encode_conversation(
 
     Args:
         prompt_order: `visual_first` puts the visual tokens before all text, `question_first` behind the words of the
-            first user turn.
+            first user turn; in one without words where they would begin.
         supervise: `all` text tokens carry loss (captioning), or only `answers`: each assistant turn's words and the
             token that ends the turn.
         max_tokens: of longer texts the last answers are left out, so that what remains ends with the token that ends
@@ -75,7 +76,7 @@ def encode_conversation(
     whole = tokenizer.render(said, answering=generating)
     visual = 0
     if prompt_order == "question_first":
-        visual = _end_of_first_question(said, tokenizer, whole)
+        visual = _end_of_first_question(said, tokenizer, whole, generating)
     answers = [_answer_span(said, turn, tokenizer, whole) for turn, (role, _) in enumerate(said) if role == "assistant"]
     if generating:
         answers.append((len(whole), len(whole)))
@@ -108,22 +109,28 @@ def encode_conversation(
     )
 
 
-def _end_of_first_question(said: list[tuple[str, str]], tokenizer: ChatTokenizer, whole: str) -> int:
-    """Where the words of the first user turn end in the rendered conversation."""
+def _end_of_first_question(said: list[tuple[str, str]], tokenizer: ChatTokenizer, whole: str, generating: bool) -> int:
+    """Where the words of the first user turn end in the rendered conversation, and where they would begin if it has
+    none. The words may stand in other turns and in the template too, so the conversation is rendered again with a mark
+    behind them: the two differ first at the mark."""
     number = next((n for n, (role, _) in enumerate(said) if role == "user"), None)
     if number is None:
         raise ValueError("prompt_order=question_first needs a user turn in every conversation")
-    until = tokenizer.render(said[: number + 1])
-    words = said[number][1].strip()
-    at = until.rfind(words)
-    end = at + len(words)
-    if at < 0 or whole[:end] != until[:end]:
+    text = said[number][1]
+    words = text.rstrip()
+    there = [*said[:number], ("user", f"{words}{PLACE}{text[len(words) :]}"), *said[number + 1 :]]
+    rendered = tokenizer.render(there, answering=generating)
+    pairs = enumerate(zip(whole, rendered, strict=False))
+    end = next((place for place, (plain, told) in pairs if plain != told), len(whole))
+    if not rendered.startswith(PLACE, end) or not whole[:end].endswith(words.lstrip()):
         raise ValueError(f"the chat template does not keep the words of a user turn as they are: {words[:60]!r}")
     return end
 
 
 def _answer_span(said: list[tuple[str, str]], turn: int, tokenizer: ChatTokenizer, whole: str) -> tuple[int, int]:
     """Where an answer begins and where the token that ends its turn does end, in the rendered conversation."""
+    if not turn:
+        raise ValueError("a conversation begins with an answer: it needs a user turn before the first one")
     before = tokenizer.render(said[:turn], answering=True)
     words = said[turn][1].strip()
     at = whole.find(words, len(before))

@@ -21,6 +21,13 @@ SMOLLM_LIKE = (
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# Content is stripped, and a system turn stands in the first user's, as in Llama 2.
+STRIPPING = (
+    "{% set told = messages[0]['content'] | trim if messages[0]['role'] == 'system' else '' %}"
+    "{% for message in messages %}{% if message['role'] == 'user' %}[user] {{ told }}{% set told = '' %}"
+    "{{ '|' + message['content'] | trim }} [end]{% elif message['role'] == 'assistant' %}"
+    "{{ message['content'] | trim + '<|im_end|>' }}{% endif %}{% endfor %}"
+)
 TALK = (
     Turn("user", "Which digit is on the red cube?"),
     Turn("assistant", "7"),
@@ -83,6 +90,33 @@ def test_the_visual_tokens_stand_before_everything_or_behind_the_first_question(
     row = encode_conversation(talk, smollm, "question_first", "answers")
     assert smollm.decode(row.ids[: row.visual_at], special=True).endswith("<|im_start|>user\n7")
     assert marked(smollm, row.ids, row.loss).endswith("<|im_start|>assistant\n[7<|im_end|>]\n")
+
+
+@pytest.mark.parametrize("words", ["end", "i", "m", "d", "im", "|", "_", "user", "[end]", "a|b ", "", "  ", "\n"])
+@pytest.mark.parametrize("template", ["tiny", "smollm", "stripping"])
+def test_words_that_the_template_holds_too_and_no_words_have_the_visual_tokens_in_their_turn(
+    template: str, words: str, tiny: ChatTokenizer
+) -> None:
+    """Behind the words, in one turn and in several, whatever stands around them; in training and in generation."""
+    source = {"tiny": None, "smollm": SMOLLM_LIKE, "stripping": STRIPPING}[template]
+    tokenizer = ChatTokenizer.from_state(tiny.state() | ({"chat_template": source} if source else {}))
+    opening = (Turn("system", f"Say {words} or im_end|>"), Turn("assistant", f"{words} user"))
+    for before in ((), opening[:1], opening):
+        asked = (*before, Turn("user", words))
+        prompt = encode_conversation(asked, tokenizer, "question_first", "answers")
+        text = tokenizer.decode(prompt.ids[: prompt.visual_at], special=True)
+        behind = tokenizer.decode(prompt.ids[prompt.visual_at :], special=True)
+        assert text + behind == tokenizer.render([(turn.role, turn.text) for turn in asked], answering=True)
+        if template == "stripping":
+            told = f"Say {words} or im_end|>" if opening[0] in before else ""
+            assert text.endswith(f"[user] {told}|{words.strip()}")
+            assert behind == " [end]"
+        else:
+            assert text.endswith(f"<|im_start|>user\n{words.rstrip()}")
+            assert behind == f"{words[len(words.rstrip()) :]}<|im_end|>\n<|im_start|>assistant\n"
+        for after in ((Turn("assistant", words + "7"),), (*TALK[1:3], Turn("user", words), Turn("assistant", "end"))):
+            row = encode_conversation((*asked, *after), tokenizer, "question_first", "answers")
+            assert (row.visual_at, row.ids[: len(prompt.ids)]) == (prompt.visual_at, prompt.ids)
 
 
 @pytest.mark.parametrize("order", ["visual_first", "question_first"])
@@ -150,6 +184,9 @@ def test_conversations_without_a_whole_answer_are_no_rows_and_counted(tmp_path: 
 def test_conversations_and_templates_that_cannot_be_used_are_refused(tiny: ChatTokenizer) -> None:
     with pytest.raises(ValueError, match="user turn"):
         encode_conversation((Turn("assistant", "7"),), tiny, "question_first", "answers")
+    for order in ("visual_first", "question_first"):
+        with pytest.raises(ValueError, match="begins with an answer: it needs a user turn before"):
+            encode_conversation((Turn("assistant", "7"), *TALK[:1]), tiny, order, "answers")
     with pytest.raises(ValueError, match="at least one turn"):
         encode_conversation((), tiny, "visual_first", "answers")
     shouting = ChatTokenizer.from_state(
