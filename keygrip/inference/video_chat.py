@@ -81,7 +81,8 @@ class VideoChat:
         """The answer to a conversation, or answers to several, which are computed together.
 
         Images and videos that stand in the first user's message before its words are placed where training placed
-        them; elsewhere each stands where it is said, which no training has shown the model.
+        them; elsewhere each stands where it is said, which no training has shown the model. Several have no common
+        time: a clock of seconds (`frame_clock`) then counts their frames.
 
         Args:
             mode: how videos are looked at; None: as at inference. Images or videos in several places, or behind words,
@@ -183,7 +184,7 @@ class VideoChat:
         module = self.module
         padded, counts = self.reader.together(prompts)
         frames = module.as_input(padded.reshape(-1, *padded.shape[2:]))[0].unflatten(0, padded.shape[:2])
-        seconds = [prompt.seconds for prompt in prompts]
+        seconds = [() if prompt.seconds is None else prompt.seconds for prompt in prompts]  # (): numbered
         texts = [module.collator.prompt(prompt.words, prompt.seconds) for prompt in prompts]
         said = generate(
             module.network,
@@ -204,7 +205,8 @@ class VideoChat:
         module = self.module
         session = StreamingSession(module.network, module.tokenizer, mode)
         parts = self._parts(prompt)
-        times = iter(prompt.times)
+        # Several visuals have no common time: their frames are numbered, as training numbers such images.
+        times = iter(prompt.times if prompt.seconds is not None else [[None] * len(each) for each in prompt.times])
         for part in parts[:-1]:
             if isinstance(part, list):
                 session.read(part)

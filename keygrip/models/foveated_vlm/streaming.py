@@ -6,6 +6,7 @@ cache. The same as the autoregressive mode (or coarse_only) of a whole video, bi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,9 +48,10 @@ class _Reader:
 
 @dataclass(frozen=True)
 class Mark:
-    """A place in a stream: frames pushed so far, and where each of its readers stands."""
+    """A place in a stream: frames pushed so far, when the last one was taken, and where each of its readers stands."""
 
     frames: int
+    second: float | None
     readers: tuple[tuple[int, Tensor | None], ...]
 
 
@@ -71,6 +73,7 @@ class StreamingSession:
             raise ValueError(f"mode={mode}: a stream is seen in {' or '.join(STREAMED_MODES)}")
         self.network, self.tokenizer, self.mode = network, tokenizer, mode
         self.frames = 0
+        self._second: float | None = None  # when the last frame was taken
         self._answering = False
         self._row = _Reader(network)
         # Chosen queries come from the row itself, or from a second one of coarse tokens.
@@ -103,15 +106,17 @@ class StreamingSession:
         """A frame [3, H, W], normalised as the backbone wants it, on the network's device.
 
         Args:
-            second: when it was taken, for a clock that counts seconds; None: a frame per second.
+            second: when it was taken, for a clock that counts seconds; None: a second after the last frame, 0 for the
+                first.
 
         Raises:
-            ValueError: the row does not fit into the language model's context, the network numbers fewer frames, or an
-                answer is under way.
+            ValueError: the row does not fit into the language model's context, the network numbers fewer frames, an
+                answer is under way, or a second that is not finite or lies before that of the last frame. The stream
+                is then as it was.
         """
         self._check_free()
-        network = self.network
-        now = torch.tensor([[float(self.frames if second is None else second)]], device=frame.device)
+        network, taken = self.network, self._time_of(second)
+        now = torch.tensor([[taken]], device=frame.device)
         kv = network.encode(frame[None])
         coarse = None
         if self.mode == "coarse_only" or self._driving is not self._row:
@@ -126,14 +131,23 @@ class StreamingSession:
                 assert coarse is not None
                 self._driving.read(network.numbered(coarse, self.frames, now))
         self.frames += 1
+        self._second = taken
+
+    def _time_of(self, second: float | None) -> float:
+        last = self._second
+        taken = (0.0 if last is None else last + 1.0) if second is None else float(second)
+        if not math.isfinite(taken) or (last is not None and taken < last):
+            behind = "the first one" if last is None else f"behind one of second {last:g}"
+            raise ValueError(f"a frame of second {taken:g}, {behind}: seconds are finite and do not fall back")
+        return taken
 
     def mark(self) -> Mark:
         """Where the row stands, for `back`."""
-        return Mark(self.frames, tuple(reader.mark() for reader in self._readers()))
+        return Mark(self.frames, self._second, tuple(reader.mark() for reader in self._readers()))
 
     def back(self, mark: Mark) -> None:
         """Forgets everything after a mark."""
-        self.frames = mark.frames
+        self.frames, self._second = mark.frames, mark.second
         for reader, place in zip(self._readers(), mark.readers, strict=True):
             reader.back(place)
 
@@ -223,10 +237,11 @@ class VideoStream:
         """A frame, uint8 [H, W, 3] RGB or a PIL image, which is brought to the model's image size as in training.
 
         Args:
-            second: when it was taken; None: a frame per second.
+            second: when it was taken; None: a second after the last frame, 0 for the first.
 
         Raises:
-            ValueError: another shape or type, or no room for it.
+            ValueError: another shape or type, no room for it, or a second that is not finite or lies before that of
+                the last frame.
         """
         images = self.module.image_options
         if not isinstance(frame, Image.Image):

@@ -169,6 +169,55 @@ def test_a_model_that_is_told_the_times_needs_them_before_the_frames(tmp_path: P
     assert stream.answer(12) == wanted
 
 
+@pytest.mark.parametrize("source", ["fine", "coarse"])
+def test_seconds_that_are_none_or_fall_back_are_refused_and_leave_the_stream_as_it_was(
+    tmp_path: Path, source: str
+) -> None:
+    module = small_module(tmp_path, [QUESTION] * 3, query_source=source, frame_clock="seconds")
+    frames = video(4)
+    tried, other = module.stream(QUESTION), module.stream(QUESTION)
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=rf"a frame of second {bad}, the first one: seconds are finite"):
+            tried.push(frames[0], bad)
+    for stream in (tried, other):
+        stream.push(frames[0], 5.0)
+    for bad in (float("nan"), float("-inf"), 4.5, -1.0):
+        with pytest.raises(
+            ValueError, match=rf"a frame of second {bad:g}, behind one of second 5: .* do not fall back"
+        ):
+            tried.push(frames[1], bad)
+    for stream in (tried, other):
+        stream.push(frames[1], 5.0)  # several cameras, or a clock of whole seconds
+        stream.push(frames[2], 7.25)
+    assert tried.frames == 3
+    for mine, others in zip(tried.session._readers(), other.session._readers(), strict=True):
+        assert torch.equal(mine.state, others.state)
+    assert tried.answer(8) == other.answer(8)
+
+
+def test_a_frame_without_a_second_comes_a_second_after_the_last(tmp_path: Path) -> None:
+    """From 0 on where none has one, and again from a mark."""
+    module = small_module(tmp_path, [QUESTION] * 3, frame_clock="seconds")
+    frames = module.as_input(video(5))[0]
+
+    def state(*seconds: float | None) -> torch.Tensor:
+        session = StreamingSession(module.network, module.tokenizer)
+        for frame, second in zip(frames, seconds, strict=False):
+            session.push(frame, second)
+        return session._row.state
+
+    assert torch.equal(state(None, None, None), state(0.0, 1.0, 2.0))
+    assert torch.equal(state(5.0, None, 9.5, None), state(5.0, 6.0, 9.5, 10.5))
+    assert not torch.equal(state(5.0, None), state(5.0, 1e3))
+    session = StreamingSession(module.network, module.tokenizer)
+    session.push(frames[0], 5.0)
+    mark = session.mark()
+    session.push(frames[4], 90.0)
+    session.back(mark)
+    session.push(frames[1])
+    assert torch.equal(session._row.state, state(5.0, 6.0))
+
+
 def test_pieces_are_whole_characters() -> None:
     class Bytes:
         def decode(self, ids: list[int]) -> str:

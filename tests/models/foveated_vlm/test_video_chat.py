@@ -267,6 +267,18 @@ def test_times_are_told_wherever_the_video_stands(chat: VideoChat) -> None:
         chat.generate([user(video(pixels(3)), "Or ", video(pixels(3)), "?")])
 
 
+def test_frames_of_several_visuals_are_numbered_where_a_clock_counts_seconds(tmp_path: Path) -> None:
+    """They have no common time; together, as they come, and between words."""
+    image = {"type": "image", "image": pixels(1, 5)}
+    spaced = [user(video(pixels(20)), image, "Which digit?")]  # thinned to 8 frames, two or three seconds apart
+    between = [user("Which ", video(pixels(20)), "digit", image, "?")]
+    counting, clock = (
+        VideoChat(small_module(tmp_path, TEXTS, query_source="coarse", frame_clock=of)) for of in ("seconds", True)
+    )
+    for talk in (spaced, between):
+        assert counting.generate(talk, 6) == "".join(counting.stream(talk, 6)).strip() == clock.generate(talk, 6)
+
+
 def test_a_mode_that_cannot_read_a_conversation_is_refused_before_any_is_answered(
     chat: VideoChat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
