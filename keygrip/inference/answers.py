@@ -19,10 +19,12 @@ from keygrip.artifacts import atomic_write
 from keygrip.data.bad_samples import guard, parse_json, read_text
 from keygrip.data.batches import Turn
 from keygrip.data.video_text.video_files import read_timed_frames
-from keygrip.inference.video_chat import VideoChat
+from keygrip.inference.video_chat import BATCH_ROWS, VideoChat
+from keygrip.models.backbone import BlockKV
 from keygrip.models.foveated_vlm.attention_maps import patch_maps
+from keygrip.models.foveated_vlm.conversations import EncodedText
 from keygrip.models.foveated_vlm.figures import draw_attention
-from keygrip.models.foveated_vlm.generation import Answers, generate
+from keygrip.models.foveated_vlm.generation import Answers, check_room, check_temperature, encoded, generate
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.network import FoveatedVLM, VLMOutput
 from keygrip.training.checkpoints import find_checkpoint, load_module
@@ -30,6 +32,7 @@ from keygrip.training.checkpoints import find_checkpoint, load_module
 log = logging.getLogger(__name__)
 
 MOST_STRIPS = 64  # most rows of a figure: each is two inches high
+NO_STRIPS = "figure=... shows where queries attended, which this model (or text alone) does not give: leave it out"
 
 
 @dataclass(frozen=True)
@@ -41,16 +44,27 @@ class Video:
     seconds: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A question about a video, and the prompt that they make."""
+
+    video: Video
+    question: str
+    prompt: EncodedText
+
+
 def answer(cfg: DictConfig) -> dict[str, Any]:
     """Answers one question or a list of them about one video or a list of them, or the conversations of a file;
     returns what is printed.
 
-    Of several videos, those that cannot be read are named in the log and in the result (`unreadable`).
+    Of several videos or conversations, those that cannot be read are named in the log and in the result (`unreadable`),
+    and so are questions that do not fit into the language model's context with their video (`unanswered`).
 
     Raises:
-        FileNotFoundError, ValueError: no such checkpoint, no video that can be read, a mode that the model does not
-            have, or settings that do not go together.
+        FileNotFoundError, ValueError: no such checkpoint, nothing that can be read or answered, a mode that the model
+            does not have, or settings that do not go together.
     """
+    check_temperature(cfg.temperature)
     for name in ("max_frames", "max_new_tokens", "batch_frames"):
         if cfg[name] is not None and cfg[name] < 1:
             raise ValueError(f"{name}={cfg[name]}: it must be at least 1")
@@ -119,11 +133,6 @@ def read_conversations(path: str | Path) -> list[list[Any]]:
 
 def _continued(module: FoveatedVLMModule, talks: Sequence[list[Any]], mode: str, cfg: DictConfig) -> dict[str, Any]:
     chat = VideoChat(module)
-    for number, talk in enumerate(talks, 1):
-        try:
-            chat.check(talk, mode, cfg.stream)
-        except ValueError as error:
-            raise ValueError(f"conversation {number} of {cfg.conversations}: {error}") from error
     how = (cfg.max_new_tokens, cfg.temperature, cfg.seed, mode)
     left_out: dict[int, str] = {}
     if cfg.stream:
@@ -154,27 +163,37 @@ def _asked(
     module: FoveatedVLMModule, paths: Sequence[Any], questions: Sequence[str], mode: str, cfg: DictConfig
 ) -> dict[str, Any]:
     answers: list[dict[str, Any]] = []
+    unanswered: list[dict[str, Any]] = []
     strips: list[tuple[str, np.ndarray, np.ndarray]] = []
     unreadable: dict[str, str] = {}
     frames = 0
     for videos in _batches(module, paths, cfg.batch_frames, unreadable):
-        pairs = [(video, question) for video in range(len(videos)) for question in questions]
         frames += sum(len(video.frames) for video in videos)
+        asked = _fitting(module, videos, questions, cfg.max_new_tokens, unanswered)
+        texts: list[str] = []
         if cfg.stream:
-            texts = [_streamed(module, videos[video], question, mode, cfg) for video, question in pairs]
+            texts = [_streamed(module, each, mode, cfg) for each in asked]
         else:
-            found = _together(module, videos, pairs, mode, cfg)
-            texts = found.texts
+            for part, found in _together(module, asked, mode, cfg):
+                texts += found.texts
+                if cfg.figure is not None:
+                    strips += _attention_strips(module, part, found)
         answers += [
-            {"video": videos[video].path, "question": question, "answer": text}
-            for (video, question), text in zip(pairs, texts, strict=True)
+            {"video": each.video.path, "question": each.question, "answer": text}
+            for each, text in zip(asked, texts, strict=True)
         ]
-        if cfg.figure is not None:
-            strips += _attention_strips(module, videos, pairs, found)
+    for left in unanswered:
+        log.warning("left out: %r about %s: %s", left["question"], left["video"] or "no video", left["reason"])
+    if not answers:
+        raise ValueError(f"no question can be answered; the first: {unanswered[0]['reason']}")
     result: dict[str, Any] = {"answers": answers, "frames": frames}
     if unreadable:
         result["unreadable"] = unreadable
+    if unanswered:
+        result["unanswered"] = unanswered
     if cfg.figure is not None:
+        if not strips:
+            raise ValueError(NO_STRIPS)
         with atomic_write(cfg.figure) as file:
             Image.fromarray(draw_attention(strips)).save(file, "PNG")
         result["figure"] = str(cfg.figure)
@@ -212,67 +231,115 @@ def _batches(
         yield waiting
 
 
-def _together(
+def _fitting(
     module: FoveatedVLMModule,
     videos: Sequence[Video],
-    pairs: Sequence[tuple[int, str]],
-    mode: str,
-    cfg: DictConfig,
-) -> Answers:
+    questions: Sequence[str],
+    max_new_tokens: int,
+    unanswered: list[dict[str, Any]],
+) -> list[Asked]:
+    """Every question about each video; those that do not fit go to `unanswered` with the reason."""
+    asked: list[Asked] = []
+    for video in videos:
+        for question in questions:
+            try:
+                prompt = module.collator.prompt((Turn("user", question),), video.seconds)
+                check_room(module.network, len(prompt.ids), len(video.frames), max_new_tokens)
+            except ValueError as error:
+                unanswered.append({"video": video.path, "question": question, "reason": str(error)})
+                continue
+            asked.append(Asked(video, question, prompt))
+    return asked
+
+
+def _together(
+    module: FoveatedVLMModule, asked: Sequence[Asked], mode: str, cfg: DictConfig
+) -> Iterator[tuple[list[Asked], Answers]]:
+    """Answers to the questions of a batch of videos, which are encoded once."""
+    if not asked:
+        return
+    network = module.network
+    videos = list({id(each.video): each.video for each in asked}.values())
+    places = {id(video): place for place, video in enumerate(videos)}
     counts = [len(video.frames) for video in videos]
     padded = np.zeros((len(videos), max(counts), *videos[0].frames.shape[1:]), np.uint8)
     for row, video in enumerate(videos):
         padded[row, : len(video.frames)] = video.frames
-    return generate(
-        module.network,
-        module.tokenizer,
-        module.as_input(padded.reshape(-1, *padded.shape[2:]))[0].unflatten(0, padded.shape[:2]),
-        counts,
-        [module.collator.prompt((Turn("user", question),), videos[video].seconds) for video, question in pairs],
-        [video for video, _ in pairs],
-        mode,
-        cfg.max_new_tokens,
-        cfg.temperature,
-        cfg.seed,
-        seconds=[video.seconds for video in videos],
-    )
+    frames = module.as_input(padded.reshape(-1, *padded.shape[2:]))[0].unflatten(0, padded.shape[:2])
+    kv = encoded(network, frames, counts)
+    for part in _parts(asked, cfg.batch_frames):
+        rows = [places[id(each.video)] for each in part]
+        first, last = rows[0], rows[-1] + 1
+        start, stop = sum(counts[:first]), sum(counts[:last])
+        answers = generate(
+            network,
+            module.tokenizer,
+            frames[first:last],
+            counts[first:last],
+            [each.prompt for each in part],
+            [row - first for row in rows],
+            mode,
+            cfg.max_new_tokens,
+            cfg.temperature,
+            cfg.seed,
+            None if kv is None else [BlockKV(block.key[start:stop], block.value[start:stop]) for block in kv],
+            [video.seconds for video in videos[first:last]],
+        )
+        yield part, answers
+
+
+def _parts(asked: Sequence[Asked], batch_frames: int) -> Iterator[list[Asked]]:
+    """Rows that are answered together: at most `batch_frames` frames, padding counted, and `BATCH_ROWS` rows. Each row
+    has its video's tokens in the language model, so many questions about one video are bounded too."""
+    waiting: list[Asked] = []
+    for each in asked:
+        longest = max(len(other.video.frames) for other in (*waiting, each))
+        if waiting and (longest * (len(waiting) + 1) > batch_frames or len(waiting) == BATCH_ROWS):
+            yield waiting
+            waiting = []
+        waiting.append(each)
+    if waiting:
+        yield waiting
 
 
 def _attention_strips(
-    module: FoveatedVLMModule, videos: Sequence[Video], pairs: Sequence[tuple[int, str]], answers: Answers
+    module: FoveatedVLMModule, asked: Sequence[Asked], answers: Answers
 ) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Title, frames and attention of the queries for each pair. Raises ValueError: there is none."""
+    """Title, frames and attention of the queries for each question about frames. Raises ValueError: a model without
+    queries."""
     network = module.network
-    if not isinstance(network, FoveatedVLM) or answers.passes is None:
-        raise ValueError(
-            "figure=... shows where queries attended, which this model (or text alone) does not give: leave it out"
-        )
+    if not isinstance(network, FoveatedVLM):
+        raise ValueError(NO_STRIPS)
+    if answers.passes is None:
+        return []
     none = torch.zeros(0, device=answers.rows.input_ids.device)
     output = VLMOutput(none, answers.rows.layout(), none, answers.passes)
     maps = patch_maps(network, output, answers.rows).cpu().numpy()
     streams = answers.rows.streams.of_row.tolist()
     return [
-        (f"{question}   {text}", videos[video].frames, maps[streams[row]][: len(videos[video].frames)])
-        for row, ((video, question), text) in enumerate(zip(pairs, answers.texts, strict=True))
-        if len(videos[video].frames)
+        (f"{each.question}   {text}", each.video.frames, maps[streams[row]][: len(each.video.frames)])
+        for row, (each, text) in enumerate(zip(asked, answers.texts, strict=True))
+        if len(each.video.frames)
     ]
 
 
-def _streamed(module: FoveatedVLMModule, video: Video, question: str, mode: str, cfg: DictConfig) -> str:
+def _streamed(module: FoveatedVLMModule, asked: Asked, mode: str, cfg: DictConfig) -> str:
     """An answer, written to standard error as it comes."""
-    stream = module.stream(question, mode, video.seconds)
-    for frame, second in zip(video.frames, video.seconds, strict=True):
+    stream = module.stream(asked.question, mode, asked.video.seconds)
+    for frame, second in zip(asked.video.frames, asked.video.seconds, strict=True):
         stream.push(frame, second)
-    return _shown(question, stream.stream(cfg.max_new_tokens, cfg.temperature, cfg.seed))
+    return _shown(asked.question, stream.stream(cfg.max_new_tokens, cfg.temperature, cfg.seed))
 
 
 def _shown(title: str, pieces: Iterator[str]) -> str:
     """An answer in pieces, written to standard error as they come."""
     sys.stderr.write(f"{title} ")
     said = ""
-    for piece in pieces:
-        sys.stderr.write(piece)
-        sys.stderr.flush()
-        said += piece
-    sys.stderr.write("\n")
+    try:
+        for piece in pieces:
+            sys.stderr.write(piece)
+            sys.stderr.flush()
+            said += piece
+    finally:
+        sys.stderr.write("\n")
     return said.strip()

@@ -134,8 +134,12 @@ def marked(messages: Sequence[Message]) -> tuple[tuple[Turn, ...], list[tuple[st
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise ValueError(f"a message is from {role!r}; known are {', '.join(ROLES)}")
+        if not isinstance(content, str | list | tuple):
+            raise ValueError(
+                f"the content of a {role}'s message is {str(content)[:80]!r}: it is text or a list of items"
+            )
         words = []
-        for item in [{"type": "text", "text": content}] if isinstance(content, str) else content or []:
+        for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             kind = item.get("type") if isinstance(item, Mapping) else None
             if kind == "text" and isinstance(item.get("text"), str):
                 words.append(item["text"].replace(MARK, ""))

@@ -19,7 +19,7 @@ import torch
 
 from keygrip.exporting.folder import model_card, write_export
 from keygrip.inference.prompts import MARK, Message, Prompt, PromptReader, at_its_place, check, padded_frames
-from keygrip.models.foveated_vlm.generation import generate
+from keygrip.models.foveated_vlm.generation import check_room, check_temperature, generate
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.foveated_vlm.streaming import STREAMED_MODES, StreamingSession, pieces
@@ -88,17 +88,25 @@ class VideoChat:
             mode: how videos are looked at; None: as at inference. Images or videos in several places, or behind words,
                 are read one after the other: in `STREAMED_MODES` of the foveated model alone.
             batch_frames: conversations are decoded and answered so many frames at a time (of one that has more, all).
-            left_out: conversations that cannot be decoded or do not fit go here, by number with the reason, and have
-                the answer ""; None: the first of them ends all.
+            left_out: conversations that have another form, cannot be read or do not fit go here, by number with the
+                reason, and have the answer ""; None: the first of them ends all.
 
         Raises:
-            ValueError, FileNotFoundError: as `check`, before anything is decoded; as `PromptReader.read`.
+            ValueError, FileNotFoundError: as `check`, before anything is decoded; as `PromptReader.read`; a temperature
+                that is negative or not finite.
         """
+        check_temperature(temperature)
         several = bool(conversations) and not isinstance(conversations[0], Mapping)
         wanted: Any = conversations if several else [conversations]
         how = mode or self.module.network.modes[-1]
-        for each in wanted:
-            self.check(each, how)
+        unfit: dict[int, str] = {}
+        for number, messages in enumerate(wanted):
+            try:
+                self.check(messages, how)
+            except (ValueError, OSError) as error:
+                if left_out is None:
+                    raise
+                unfit[number] = str(error)
         answers: list[str] = [""] * len(wanted)
         waiting: list[tuple[int, Prompt]] = []
 
@@ -110,6 +118,8 @@ class VideoChat:
             waiting.clear()
 
         for number, messages in enumerate(wanted):
+            if number in unfit:
+                continue
             try:
                 prompt = self.reader.read(messages)
                 self._check_room(prompt, max_new_tokens)
@@ -119,12 +129,14 @@ class VideoChat:
             except (ValueError, OSError) as error:
                 if left_out is None:
                     raise
-                left_out[number] = str(error)
+                unfit[number] = str(error)
                 continue
             if padded_frames([*(each for _, each in waiting), prompt]) > batch_frames or len(waiting) == BATCH_ROWS:
                 answer_waiting()
             waiting.append((number, prompt))
         answer_waiting()
+        if left_out is not None:
+            left_out.update(sorted(unfit.items()))
         return answers if several else answers[0]
 
     def stream(
@@ -136,9 +148,12 @@ class VideoChat:
         mode: str | None = None,
     ) -> Iterator[str]:
         """Pieces of the answer to a conversation as they come; arguments and errors as in `generate`."""
+        check_temperature(temperature)
         how = mode or self.module.network.modes[-1]
         self.check(messages, how, streamed=True)
-        return self._streamed(self.reader.read(messages), max_new_tokens, temperature, seed, how)
+        prompt = self.reader.read(messages)
+        self._check_room(prompt, max_new_tokens)
+        return self._streamed(prompt, max_new_tokens, temperature, seed, how)
 
     def check(self, messages: Sequence[Message], mode: str, streamed: bool = False) -> None:
         """Checks a conversation without decoding anything.
@@ -169,14 +184,8 @@ class VideoChat:
             )
 
     def _check_room(self, prompt: Prompt, max_new_tokens: int) -> None:
-        network = self.module.network
         text = sum(len(part) for part in self._parts(prompt) if isinstance(part, list))
-        taken = text + network.tokens_per_frame * sum(map(len, prompt.visuals))
-        if taken + max_new_tokens > network.language.context:
-            raise ValueError(
-                f"the conversation takes {taken} positions and the answer up to {max_new_tokens}; the language model "
-                f"holds {network.language.context}: lower max_new_tokens, or give fewer frames or less text"
-            )
+        check_room(self.module.network, text, sum(map(len, prompt.visuals)), max_new_tokens)
 
     def _together(
         self, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float, seed: int, mode: str

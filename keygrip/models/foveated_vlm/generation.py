@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,6 +48,34 @@ def rows_of(
     return TextRows(ids.to(device), lengths, places, list(videos), list(frame_counts), seconds)
 
 
+def check_temperature(temperature: float) -> None:
+    """Raises ValueError: it is negative or not finite."""
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(
+            f"temperature={temperature}: give 0 (the most probable token) or a number above it (tokens are drawn)"
+        )
+
+
+def check_room(network: VideoLanguageNetwork, text: int, frames: int, max_new_tokens: int) -> None:
+    """Checks that a conversation of so many tokens of text and frames can be answered.
+
+    Raises:
+        ValueError: it does not fit into the language model's context with the answer, or the network numbers fewer
+            frames.
+    """
+    taken, context = text + network.tokens_per_frame * frames, network.language.context
+    if taken + max_new_tokens > context:
+        raise ValueError(
+            f"the conversation takes {taken} positions and the answer up to {max_new_tokens}; the language model "
+            f"holds {context}: lower max_new_tokens, or give fewer frames or less text"
+        )
+    if network.frame_tokens is not None and frames > len(network.frame_tokens):
+        raise ValueError(
+            f"the conversation has {frames} frames and the model numbers {len(network.frame_tokens)} "
+            "(model.network.frame_numbers): give fewer frames"
+        )
+
+
 @torch.inference_mode()
 def encoded(network: VideoLanguageNetwork, frames: Tensor, frame_counts: Sequence[int]) -> list[BlockKV] | None:
     """Keys and values of videos, for several questions and modes; None for a network that keeps none."""
@@ -81,8 +110,10 @@ def generate(
         seconds: V, when the frames were taken, for a clock that counts seconds.
 
     Raises:
-        ValueError: a prompt, the frames and the answer do not fit into the language model's context.
+        ValueError: a prompt, the frames and the answer do not fit into the language model's context, or a temperature
+            that is negative or not finite.
     """
+    check_temperature(temperature)
     device = frames.device
     rows = rows_of(prompts, videos, frame_counts, device, seconds)
     visual, passes, _ = network.see(frames, rows, mode, kv=kv)

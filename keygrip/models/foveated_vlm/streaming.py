@@ -18,6 +18,7 @@ from torch import Tensor
 
 from keygrip.data.batches import Turn
 from keygrip.data.video_text.conversations import shown_image
+from keygrip.models.foveated_vlm.generation import check_temperature
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.language.cache import LanguageCache
 from keygrip.models.language.tokenizers import ChatTokenizer
@@ -162,8 +163,10 @@ class StreamingSession:
             keep: text and answer stay in the row (a conversation goes on); otherwise the row is as before.
 
         Raises:
-            ValueError: they do not fit into the language model's context, or another answer is under way.
+            ValueError: they do not fit into the language model's context, another answer is under way, or a temperature
+                that is negative or not finite.
         """
+        check_temperature(temperature)
         self._check_free()
         mark, self._answering = self.mark(), True
         try:

@@ -14,6 +14,7 @@ from vlm_parts import small_module
 
 from keygrip import generate
 from keygrip.config import compose
+from keygrip.data.batches import Turn
 from keygrip.inference import answers
 from keygrip.inference.video_chat import VideoChat
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
@@ -53,18 +54,25 @@ def listed(paths: list[Path]) -> str:
 
 
 def test_batches_give_what_all_together_do(run: Run, videos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    batches: list[list[int]] = []
+    batches: list[tuple[list[int], list[int]]] = []
     whole = answers.generate
 
-    def counted(network: Any, tokenizer: Any, frames: Any, counts: list[int], *rest: Any, **named: Any) -> Any:
-        batches.append(counts)
-        return whole(network, tokenizer, frames, counts, *rest, **named)
+    def counted(
+        network: Any, tokenizer: Any, frames: Any, counts: list[int], prompts: Any, rows: list[int], *rest: Any
+    ) -> Any:
+        batches.append((counts, rows))
+        return whole(network, tokenizer, frames, counts, prompts, rows, *rest)
 
     monkeypatch.setattr(answers, "generate", counted)
     asked = [listed(videos), 'question=["Which digit?","Sure?"]']
     together = run(*asked)
     apart = run(*asked, "batch_frames=4")
-    assert batches == [[3, 1, 2], [3], [1, 2]]  # padding counts
+    # padding counts, and a row for each question
+    assert batches == [
+        ([3, 1, 2], [0, 0, 1, 1, 2, 2]),
+        *[([3], [0])] * 2,
+        *[([count], [0, 0]) for count in (1, 2)],
+    ]
     assert apart["answers"] == together["answers"]
     assert [(Path(each["video"]).name, each["question"]) for each in apart["answers"]] == [
         (name, question) for name in "abc" for question in ("Which digit?", "Sure?")
@@ -84,6 +92,72 @@ def test_videos_that_cannot_be_read_are_named_and_the_others_answered(run: Run, 
     assert set(found["unreadable"]) == {str(broken), str(missing)}
     with pytest.raises(ValueError, match=r"broken\.mp4"):
         run(listed([broken, broken]), "question=Sure?")
+
+
+def test_many_questions_about_a_video_are_answered_in_parts_and_it_is_encoded_once(
+    run: Run, module: FoveatedVLMModule, videos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts: list[int] = []
+    encoded: list[int] = []
+    whole, encode = answers.generate, module.network.encode
+    monkeypatch.setattr(answers, "generate", lambda *given: (parts.append(len(given[4])), whole(*given))[1])
+    monkeypatch.setattr(module.network, "encode", lambda frames: (encoded.append(len(frames)), encode(frames))[1])
+    questions = ["Which digit?", "Sure?", "And which on the blue one?"]
+    found = run(listed(videos[1:]), f"question={json.dumps(questions * 22)}", "batch_frames=1000")
+    assert (parts, encoded) == ([64, 64, 4], [3])
+    few = run(listed(videos[1:]), f"question={json.dumps(questions)}")["answers"]
+    assert found["answers"] == [each for n in (0, 3) for each in few[n : n + 3] * 22]
+
+
+def test_questions_that_do_not_fit_are_named_and_the_others_answered(
+    run: Run, module: FoveatedVLMModule, videos: list[Path]
+) -> None:
+    """Here 128 positions: the long question has no room, and one that fits a frame does not fit behind three."""
+    alone = run(listed(videos[:2]), "question=Sure?")
+    taken = len(module.collator.prompt((Turn("user", "Sure?"),)).ids)
+    close = "Sure?" + " 7" * (128 - 6 - taken - 1)  # with the answer and one frame it takes 128, if "7" takes one each
+    while len(module.collator.prompt((Turn("user", close),)).ids) > 128 - 6 - 1:
+        close = close[:-1]
+    for more in ([], ["stream=true"]):
+        found = run(listed(videos[:2]), f"question={json.dumps(['Sure? ' * 100, 'Sure?', close])}", *more)
+        asked = [(Path(each["video"]).name, each["question"]) for each in found["answers"]]
+        assert asked == [("a", "Sure?"), ("b", "Sure?"), ("b", close)]
+        assert found["answers"][:2] == alone["answers"]
+        left = [(Path(each["video"]).name, each["question"]) for each in found["unanswered"]]
+        assert left == [("a", "Sure? " * 100), ("a", close), ("b", "Sure? " * 100)]
+        assert all("the language model holds 128" in each["reason"] for each in found["unanswered"])
+    assert "unanswered" not in alone
+    with pytest.raises(ValueError, match=r"no question can be answered; the first: .* the language model holds 128"):
+        run(listed(videos[:2]), f"question={'Sure? ' * 100}")
+
+
+def test_a_video_of_more_frames_than_the_model_numbers_is_named_and_the_others_answered(
+    run: Run, videos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbered = small_module(tmp_path, TEXTS, frame_numbers=2)
+    monkeypatch.setattr(answers, "load_module", lambda path, **_: numbered)
+    found = run(listed(videos), "question=Sure?")
+    assert [Path(each["video"]).name for each in found["answers"]] == ["b", "c"]
+    (left,) = found["unanswered"]
+    assert "3 frames and the model numbers 2" in left["reason"]
+
+
+@pytest.mark.parametrize("temperature", ["-1", "nan", "inf", "-0.5"])
+def test_a_temperature_that_is_none_is_refused_before_the_model_is_loaded(
+    run: Run, videos: list[Path], temperature: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(answers, "load_module")
+    with pytest.raises(ValueError, match=rf"temperature={temperature}.*: give 0 .* or a number above it"):
+        run(listed(videos), "question=Sure?", f"temperature={temperature}")
+
+
+def test_a_figure_shows_the_videos_and_passes_over_text_alone(run: Run, videos: list[Path], tmp_path: Path) -> None:
+    paths = f"video=[null,{videos[0]},{videos[2]}]"
+    found = run(paths, "question=Sure?", "batch_frames=1", f"figure={tmp_path / 'a.png'}")
+    assert (len(found["answers"]), found["figure"]) == (3, str(tmp_path / "a.png"))
+    with pytest.raises(ValueError, match="or text alone"):
+        run("video=null", "question=Sure?", f"figure={tmp_path / 'b.png'}")
+    assert not (tmp_path / "b.png").exists()
 
 
 def test_text_alone(run: Run, module: FoveatedVLMModule) -> None:
@@ -131,14 +205,33 @@ def test_conversations_that_cannot_be_read_are_named_and_the_others_answered(run
         [{"role": "user", "content": [{"type": "video", "video": str(broken)}, {"type": "text", "text": "Sure?"}]}],
         [{"role": "user", "content": "Sure?"}],
         [{"role": "user", "content": "Sure? " * 100}],
+        [{"role": "user", "content": [{"type": "video", "video": "missing.mp4"}, {"type": "text", "text": "Sure?"}]}],
+        [{"role": "user", "content": 3}],
+        ["hello"],
+        [{"role": "assistant", "content": "7"}, {"role": "user", "content": "Sure?"}],
+        [{"role": "user", "content": "Which digit?"}],
     ]
     file = videos[0].parent / "talks.jsonl"
     file.write_text("\n".join(map(json.dumps, talks)))
     found = run(f"conversations={file}")
-    assert [each["conversation"] for each in found["answers"]] == [2]
-    assert "broken.mp4" in found["unreadable"]["1"]
-    assert "the language model holds 128" in found["unreadable"]["3"]
-    assert run(f"conversations={file}", "stream=true")["answers"] == found["answers"]
+    assert [each["conversation"] for each in found["answers"]] == [2, 8]
+    reasons = {
+        "1": "broken.mp4",
+        "3": "the language model holds 128",
+        "4": "there is no video, image or folder at missing.mp4",
+        "5": "the content of a user's message is '3': it is text or a list of items",
+        "6": "a message is no object but 'hello'",
+        "7": "begins with an answer",
+    }
+    assert found["unreadable"].keys() == reasons.keys()
+    assert all(reason in found["unreadable"][number] for number, reason in reasons.items())
+    streamed = run(f"conversations={file}", "stream=true")
+    assert (streamed["answers"], streamed["unreadable"]) == (found["answers"], found["unreadable"])
+    alone = videos[0].parent / "alone.jsonl"
+    alone.write_text("\n".join(json.dumps(talks[number]) for number in (1, 7)))
+    assert [each["answer"] for each in run(f"conversations={alone}")["answers"]] == [
+        each["answer"] for each in found["answers"]
+    ]
     file.write_text(json.dumps(talks[0]))
     with pytest.raises(ValueError, match="no conversation can be read"):
         run(f"conversations={file}")
@@ -167,10 +260,3 @@ def test_what_cannot_be_asked_is_said_before_the_model_is_loaded(
     for asked in (["video=[]", "question=Sure?"], [listed(videos), "question=null"]):
         with pytest.raises(ValueError, match="at least one of each"):
             run(*asked)
-
-
-def test_a_conversation_with_another_form_is_named_by_its_number(run: Run, videos: list[Path]) -> None:
-    file = videos[0].parent / "talks.jsonl"
-    file.write_text('[{"role": "user", "content": "?"}]\n["hello"]\n')
-    with pytest.raises(ValueError, match=r"conversation 2 of .*talks\.jsonl: a message is no object but 'hello'"):
-        run(f"conversations={file}")

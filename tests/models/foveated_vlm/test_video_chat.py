@@ -295,6 +295,8 @@ def test_a_mode_that_cannot_read_a_conversation_is_refused_before_any_is_answere
     [
         ([{"role": "robot", "content": "x"}], "a message is from 'robot'"),
         ([{"role": "user", "content": [{"type": "sound"}]}], "an item of a user's message"),
+        ([{"role": "user", "content": 3}], "the content of a user's message is '3': it is text or a list of items"),
+        ([{"role": "user"}], "the content of a user's message is 'None'"),
         ([{"role": "assistant", "content": [{"type": "image", "image": "x"}]}], "an item of a assistant's message"),
         ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "ends with a user's message"),
         ([], "ends with a user's message"),
@@ -306,3 +308,25 @@ def test_what_is_no_conversation_is_refused(chat: VideoChat, messages: list[Any]
         chat.generate(messages) if messages else chat.reader.read(messages)
     with pytest.raises(FileNotFoundError, match=r"nothing\.mp4"):
         chat.generate([user({"type": "video", "video": "nothing.mp4"}, "x")])
+
+
+def test_conversations_that_cannot_be_answered_are_left_out_where_that_is_asked_for(chat: VideoChat) -> None:
+    talks = [[user("Which?")], [user(3)], [user({"type": "video", "video": "nothing.mp4"}, "x")], [user("Sure?")]]
+    left_out: dict[int, str] = {}
+    found = chat.generate(talks, 6, left_out=left_out)
+    assert found == [chat.generate(talks[0], 6), "", "", chat.generate(talks[3], 6)]
+    assert list(left_out) == [1, 2]
+    assert "nothing.mp4" in left_out[2]
+
+
+@pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])
+def test_a_temperature_that_is_none_is_refused(chat: VideoChat, temperature: float) -> None:
+    talk = [user("Which?")]
+    stream = chat.module.stream("Which?")
+    for refused in (
+        lambda: chat.generate([talk], 4, temperature, left_out={}),
+        lambda: chat.stream(talk, 4, temperature),
+        lambda: stream.answer(4, temperature),
+    ):
+        with pytest.raises(ValueError, match=r"temperature=.*: give 0"):
+            refused()
