@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from keygrip.exporting.folder import model_card, write_export
 from keygrip.inference.prompts import MARK, Message, Prompt, PromptReader, at_its_place, check, padded_frames
@@ -23,7 +24,8 @@ from keygrip.models.foveated_vlm.generation import check_room, check_temperature
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.foveated_vlm.streaming import STREAMED_MODES, StreamingSession, pieces
-from keygrip.training.checkpoints import load_module, read_checkpoint, weights_of
+from keygrip.training.checkpoints import load_module, read_checkpoint, run_content, weights_of
+from keygrip.training.integrity import refuse_unfit_weights
 
 BATCH_ROWS = 64  # conversations that are answered together at most
 BATCH_FRAMES = 256  # answered together: their keys and values take 9 MB per frame in DINOv2 small, float32
@@ -33,7 +35,8 @@ class VideoChat:
     """A trained foveated model with its processor.
 
     Args:
-        module: the model. source: the run, checkpoint or export that it is from; `save_pretrained` needs it.
+        module: the model. source: the run, checkpoint or export that it is from; `save_pretrained` takes its
+            configuration from there, and without one from the run that is training the module.
     """
 
     def __init__(self, module: FoveatedVLMModule, source: str | Path | None = None) -> None:
@@ -53,18 +56,47 @@ class VideoChat:
         return cls(module, path)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes weights, config.json, tokenizer, chat template and processor in the hub's layout, as `keygrip export`.
+        """Writes config.json, tokenizer, chat template, processor and the weights that the model has now in the hub's
+        layout, as `keygrip export`.
 
         Raises:
-            FileExistsError: the folder holds something. ValueError: it is not known where the model is from.
+            FileExistsError: the folder holds something. ValueError: the model's configuration is not known, it is no
+                longer that of the weights, or these are not finite.
         """
-        if self.source is None:
-            raise ValueError("save_pretrained writes what a run or an export holds: load one with from_pretrained")
-        content = read_checkpoint(self.source)
-        weights, which = weights_of(content, True)
+        weights = self.module.state_dict()
+        content, which = self._described(weights)
         files, facts = self.module.export_files()
         card = model_card(Path(folder).name, content, weights, which, {}, self.module.usage)
         return write_export(folder, content, weights, card, files=files, facts=facts)
+
+    def _described(self, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], str]:
+        """What an export says beside the weights, and in words which weights they are."""
+        if self.source is None:
+            try:
+                trainer = self.module.trainer
+            except RuntimeError as error:  # what Lightning raises for a module that nothing trains
+                raise ValueError(
+                    "save_pretrained: this model's configuration is not known; load it with from_pretrained, or give "
+                    "VideoChat the source that it is from"
+                ) from error
+            refuse_unfit_weights(weights, weights, "the model")
+            return run_content(trainer, self.module), "of the last step"
+        content = read_checkpoint(self.source)
+        known = [weights_of(content, use_ema) for use_ema in (True, False)]
+        stored = known[0][0]
+        other = sorted(
+            name
+            for name in weights.keys() | stored.keys()
+            if name not in weights or name not in stored or weights[name].shape != stored[name].shape
+        )
+        if other:
+            raise ValueError(
+                f"save_pretrained: {', '.join(other[:3])} of this model and of {self.source} differ in name or shape: "
+                "the configuration there does not build this model"
+            )
+        refuse_unfit_weights(weights, stored, "the model")
+        self.module.on_save_checkpoint(content)
+        return content, next((which for state, which in known if _same(weights, state)), "changed after that step")
 
     # ------------------------------------------------------------------ answers
 
@@ -239,3 +271,9 @@ class VideoChat:
         for visual, ids in zip(prompt.visuals, texts[1:], strict=True):
             parts += [visual, ids]
         return parts
+
+
+def _same(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> bool:
+    return all(
+        value.dtype == stored[name].dtype and torch.equal(value.cpu(), stored[name]) for name, value in weights.items()
+    )

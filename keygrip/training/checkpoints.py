@@ -53,10 +53,26 @@ def run_config(trainer: Trainer) -> dict[str, Any]:
     Raises:
         ValueError: the run writes no keygrip checkpoints.
     """
+    config: dict[str, Any] = _header_of(trainer).header["config"]
+    return config
+
+
+def run_content(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+    """What a checkpoint of the run that is going on holds beside the weights and what only training needs.
+
+    Raises:
+        ValueError: as `run_config`.
+    """
+    content: dict[str, Any] = {"global_step": trainer.global_step}
+    _header_of(trainer).on_save_checkpoint(trainer, module, content)
+    module.on_save_checkpoint(content)
+    return content
+
+
+def _header_of(trainer: Trainer) -> Header:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Header):
-            config: dict[str, Any] = callback.header["config"]
-            return config
+            return callback
     raise ValueError("the trainer has no callback keygrip.training.checkpoints.Header, which holds the configuration")
 
 

@@ -9,14 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from omegaconf import OmegaConf
 from PIL import Image
 from vlm_parts import small_module
 
+from keygrip.config import compose
 from keygrip.data.batches import Turn
+from keygrip.exporting.folder import write_export
 from keygrip.inference import video_chat
 from keygrip.inference.video_chat import VideoChat
 from keygrip.models.foveated_vlm.generation import generate
+from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.rows import TextRows
+from keygrip.training.checkpoints import Header, build_module
 
 TEXTS = ["Which digit is on the red cube? And which on the blue one? 7. Sure?"] * 3
 
@@ -166,7 +172,7 @@ def test_the_hubs_layout_and_back(chat: VideoChat, tmp_path: Path, monkeypatch: 
     """transformers reads the tokenizer with its template; the files say how images are prepared."""
     from transformers import AutoTokenizer
 
-    from keygrip.exporting.folder import read_export, write_export
+    from keygrip.exporting.folder import read_export
 
     files, facts = chat.module.export_files()
     weights = chat.module.state_dict()
@@ -190,8 +196,81 @@ def test_the_hubs_layout_and_back(chat: VideoChat, tmp_path: Path, monkeypatch: 
     config = json.loads((folder / "config.json").read_text())
     assert (config["model_type"], config["vocab_size"]) == ("keygrip_video_language", 320)
     assert set(read_export(folder)["state_dict"]) == set(weights)
-    with pytest.raises(ValueError, match="load one with from_pretrained"):
-        chat.save_pretrained(tmp_path / "again")
+
+
+SETTINGS = [
+    *("model=foveated_vlm", "data=robot_videos", "backbone.image_size=32", "language.model.vocabulary=400"),
+    *("+backbone.width=32", "+backbone.depth=2", "+backbone.heads=2"),
+    *("language.model.width=32", "language.model.layers=1", "language.model.mlp_width=48"),
+]
+
+
+@pytest.fixture
+def configured(tmp_path: Path) -> tuple[FoveatedVLMModule, Header]:
+    """A small model, and what a run of it would write at the head of its checkpoints."""
+    config: Any = OmegaConf.to_container(compose("train", [*SETTINGS, f"run_dir={tmp_path / 'run'}"]), resolve=True)
+    module = build_module(config)
+    assert isinstance(module, FoveatedVLMModule)
+    module.collator.prepare(tmp_path / "words", lambda: iter(TEXTS))
+    module.image_options = {"image_size": 32, "fit": "stretch", "max_frames": 8}
+    return module.eval(), Header(config, {"packages": {"keygrip": "0"}})
+
+
+def test_save_pretrained_writes_the_weights_that_the_model_has(
+    configured: tuple[FoveatedVLMModule, Header], tmp_path: Path
+) -> None:
+    """Not those of its source: the model may have been trained on since it was loaded."""
+    module, header = configured
+    content: dict[str, Any] = {"keygrip": header.header, "global_step": 7}
+    module.on_save_checkpoint(content)
+    source = write_export(tmp_path / "source", content, module.state_dict(), "card")
+    chat = VideoChat.from_pretrained(source, "cpu")
+    same = chat.save_pretrained(tmp_path / "same")
+    assert "step 7: " in (same / "README.md").read_text()
+    assert "of the last step" in (same / "README.md").read_text()
+    talk = [user(video(pixels(2)), "Which digit?")]
+    before = chat.generate(talk, 8)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in chat.module.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    chat.module.image_options["max_frames"] = 2
+    assert (answer := chat.generate(talk, 8)) != before
+    saved = chat.save_pretrained(tmp_path / "trained_on")
+    assert "changed after that step" in (saved / "README.md").read_text()
+    again = VideoChat.from_pretrained(saved, "cpu")
+    for name, value in chat.module.state_dict().items():
+        assert torch.equal(again.module.state_dict()[name], value), name
+    assert again.generate(talk, 8) == answer
+    assert again.reader.max_frames == 2
+    assert VideoChat.from_pretrained(same, "cpu").generate(talk, 8) == before
+    with torch.no_grad():
+        chat.module.network.connector.linear.bias[0] = float("nan")
+    with pytest.raises(ValueError, match=r"network\.connector\.linear\.bias.* holds NaN"):
+        chat.save_pretrained(tmp_path / "broken")
+    chat.module.network.connector.linear = torch.nn.Linear(32, 32, bias=False)
+    with pytest.raises(ValueError, match=r"network\.connector\.linear\.bias of this model and of .*source differ"):
+        chat.save_pretrained(tmp_path / "broken")
+    assert not (tmp_path / "broken").exists()
+
+
+def test_a_model_without_a_source_is_saved_with_the_configuration_of_its_run_or_not_at_all(
+    configured: tuple[FoveatedVLMModule, Header], tmp_path: Path
+) -> None:
+    module, header = configured
+    chat = VideoChat(module)
+    with pytest.raises(ValueError, match=r"configuration is not known; load it with from_pretrained"):
+        chat.save_pretrained(tmp_path / "out")
+    module.trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    with pytest.raises(ValueError, match=r"no callback .*Header"):
+        chat.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    module.trainer = Trainer(callbacks=[header], logger=False, enable_checkpointing=False, accelerator="cpu")
+    again = VideoChat.from_pretrained(chat.save_pretrained(tmp_path / "out"), "cpu")
+    for name, value in module.state_dict().items():
+        assert torch.equal(again.module.state_dict()[name], value), name
+    talk = [user(video(pixels(3)), "Which digit?")]
+    assert again.generate(talk, 8) == chat.generate(talk, 8)
 
 
 @pytest.mark.parametrize("order", ["visual_first", "question_first"])
@@ -199,7 +278,6 @@ def test_transformers_reads_the_processor_and_it_gives_what_the_model_reads(orde
     """Through AutoProcessor, and again from what it saves itself; rows of other lengths, several turns, text alone."""
     from transformers import AutoProcessor
 
-    from keygrip.exporting.folder import write_export
     from keygrip.inference.processor import KeygripProcessor
 
     chat = VideoChat(small_module(tmp_path, TEXTS, order, query_source="coarse"))
