@@ -65,8 +65,20 @@ class KeygripProcessor(ProcessorMixin):
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.prompt_order, self.system, self.timestamps = prompt_order, system, timestamps
 
-    def __call__(self, conversations: Sequence[Message] | Sequence[Sequence[Message]]) -> BatchFeature:
+    def __call__(
+        self,
+        conversations: Sequence[Message] | Sequence[Sequence[Message]] | None = None,
+        *,
+        images: Any = None,
+        text: Any = None,
+        videos: Any = None,
+        return_tensors: str | None = "pt",
+    ) -> BatchFeature:
         """Inputs for the answers to a conversation, or to several.
+
+        Args:
+            images, text, videos: what transformers' processors also take; refused, for images and videos belong into
+                conversations here. return_tensors: "pt"; None gives the same.
 
         Returns:
             input_ids int64 [B, T] up to where the assistant begins to speak, attention_mask bool [B, T] (padded on the
@@ -74,9 +86,19 @@ class KeygripProcessor(ProcessorMixin):
             [B], and seconds: for each conversation when its frames were taken, or None where that is not known.
 
         Raises:
-            ValueError: as `PromptReader.read`, or images and videos elsewhere than before the first user's words.
-            FileNotFoundError: one is not there.
+            ValueError: as `PromptReader.read`, images and videos elsewhere than before the first user's words, or an
+                argument that is refused. FileNotFoundError: an image or a video is not there.
         """
+        if (
+            conversations is None
+            or isinstance(conversations, str)
+            or any(each is not None for each in (images, text, videos))
+        ):
+            raise ValueError(
+                "text=, images= and videos= are not taken: give conversations with both in them, processor([{'role': "
+                "'user', 'content': [{'type': 'video', 'video': 'a.mp4'}, {'type': 'text', 'text': 'What happens?'}]}])"
+            )
+        _check_tensors(return_tensors)
         several = bool(conversations) and not isinstance(conversations[0], Mapping)
         talks: Any = conversations if several else [conversations]
         for talk in talks:
@@ -117,21 +139,40 @@ class KeygripProcessor(ProcessorMixin):
         tokenize: bool = False,
         add_generation_prompt: bool = True,
         return_dict: bool = False,
+        return_tensors: str | None = "pt",
     ) -> Any:
-        """A conversation in the chat template with <image> and <video> where they are said; with `tokenize` what
-        `__call__` gives, without `return_dict` the ids alone.
+        """A conversation in the chat template with <image> and <video> where they are said, and with the system turn
+        that `__call__` gives it; with `tokenize` what `__call__` gives, without `return_dict` the ids alone.
+
+        The rendered text holds no times of frames (`timestamps`): they are known when a video is decoded.
 
         Raises:
             ValueError: as `__call__`, or ids are asked for without the beginning of an answer.
         """
+        _check_tensors(return_tensors)
         if not tokenize:
+            several = bool(conversation) and not isinstance(conversation[0], Mapping)
+            talks: Any = conversation if several else [conversation]
+            said = [self._with_system(talk) for talk in talks]
             return self.tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=add_generation_prompt
+                said if several else said[0], tokenize=False, add_generation_prompt=add_generation_prompt
             )
         if not add_generation_prompt:
             raise ValueError("ids end where the assistant begins to speak: add_generation_prompt=True")
         inputs = self(conversation)
         return inputs if return_dict else inputs["input_ids"]
+
+    def _with_system(self, talk: Sequence[Message]) -> Sequence[Message]:
+        """As `ConversationCollator.with_system`. The exported template does it too; one of an earlier export, or of
+        another system turn than this processor's, does not."""
+        if self.system is None or (talk and talk[0].get("role") == "system"):
+            return talk
+        return [{"role": "system", "content": self.system}, *talk]
+
+
+def _check_tensors(return_tensors: str | None) -> None:
+    if return_tensors not in ("pt", None):
+        raise ValueError(f"return_tensors={return_tensors!r}: inputs are PyTorch's tensors, give 'pt' or leave it out")
 
 
 AutoConfig.register(MODEL_TYPE, KeygripConfig, exist_ok=True)

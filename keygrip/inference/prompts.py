@@ -2,11 +2,12 @@
 
 They have the form that transformers' processors take: messages with a role and content, which is text or a list of
 {"type": "text" | "image" | "video"} items; an image or video is a path, a PIL image, or an array uint8 [H, W, 3] or
-[F, H, W, 3].
+[F, H, W, 3], under the item's type, `path` or `url`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from keygrip.data.video_text.conversations import fit_image, shown_image
 from keygrip.data.video_text.video_files import evenly, read_timed_frames
 
 ROLES = ("system", "user", "assistant")
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 MARK = "\ue000"  # stands for an image or video in text that a template renders; user text never holds it
 Message = Mapping[str, Any]
 
@@ -144,7 +146,7 @@ def marked(messages: Sequence[Message]) -> tuple[tuple[Turn, ...], list[tuple[st
             if kind == "text" and isinstance(item.get("text"), str):
                 words.append(item["text"].replace(MARK, ""))
             elif kind in ("image", "video") and role == "user":
-                shown.append((kind, item.get(kind, item.get("path"))))
+                shown.append((kind, _visual(item, kind)))
                 words.append(MARK)
             else:
                 raise ValueError(
@@ -154,6 +156,16 @@ def marked(messages: Sequence[Message]) -> tuple[tuple[Turn, ...], list[tuple[st
     if not turns or turns[-1].role != "user":
         raise ValueError("a conversation to answer ends with a user's message")
     return tuple(turns), shown
+
+
+def _visual(item: Mapping[str, Any], kind: str) -> Any:
+    """What an item shows: a path, a PIL image or an array. Raises ValueError: nothing, or what lies elsewhere."""
+    given = next((item[key] for key in (kind, "path", "url") if item.get(key) is not None), None)
+    if given is None:
+        raise ValueError(f"an item of type {kind} has none: give it under {kind}, path or url")
+    if isinstance(given, str) and ADDRESS.match(given):
+        raise ValueError(f"{given[:80]!r} is an address, and nothing is fetched: download it and give its local path")
+    return given
 
 
 def at_its_place(turns: Sequence[Turn]) -> bool:

@@ -22,6 +22,21 @@ ITEMS = (
 )
 
 
+def chat_template(own: str, system: str | None) -> str:
+    """The template of an export: for messages of text and of items, and with the system turn that the model was trained
+    with where a conversation has none.
+
+    Args:
+        own: the language model's template. system: the words of the system turn; None: as `own` has it.
+    """
+    if system is None:
+        return ITEMS + own
+    # What Python's repr spells, Jinja reads as the same string.
+    turn = f"{{'role': 'system', 'content': {system!r}}}"
+    told = f"{{%- set messages = [{turn}] + messages -%}}"
+    return f"{ITEMS}{{%- if not messages or messages[0]['role'] != 'system' -%}}{told}{{%- endif -%}}{own}"
+
+
 def hub_files(module: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Files by name, and facts for config.json. `module` is a `FoveatedVLMModule`.
 
@@ -34,7 +49,7 @@ def hub_files(module: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     state = tokenizer.state()
     files: dict[str, Any] = {
         "tokenizer.json": state["tokenizer"],
-        "chat_template.jinja": ITEMS + state["chat_template"],
+        "chat_template.jinja": chat_template(state["chat_template"], module.collator.system),
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": state["end"],

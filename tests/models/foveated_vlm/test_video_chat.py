@@ -22,6 +22,7 @@ from keygrip.inference.video_chat import VideoChat
 from keygrip.models.foveated_vlm.generation import generate
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.rows import TextRows
+from keygrip.models.language.tokenizers import ChatTokenizer
 from keygrip.training.checkpoints import Header, build_module
 
 TEXTS = ["Which digit is on the red cube? And which on the blue one? 7. Sure?"] * 3
@@ -323,6 +324,111 @@ def test_transformers_reads_the_processor_and_it_gives_what_the_model_reads(orde
         processor([user("First ", video(pixels(1)), "which?")])
     with pytest.raises(ValueError, match="add_generation_prompt=True"):
         processor.apply_chat_template(talks[0], tokenize=True, add_generation_prompt=False)
+
+
+# A system turn where the user gives none, as SmolLM2's template has it.
+OWN_SYSTEM = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ODD = 'It\'s "brief"\\n\n{{ no }} {% raw %} \u00e9 \U0001f600 #}.'
+
+
+@pytest.mark.parametrize("system", [None, "Be brief.", ODD, ""])
+@pytest.mark.parametrize("template", [None, OWN_SYSTEM], ids=["tiny", "own_system"])
+def test_the_chat_template_of_an_export_has_the_system_turn_of_training(
+    system: str | None, template: str | None, tmp_path: Path
+) -> None:
+    """The ids of what it renders are those of the processor; also where a conversation has a system turn of its own."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    from keygrip.inference.processor import KeygripProcessor
+
+    module = small_module(tmp_path, TEXTS)
+    module.collator.system = system
+    if template is not None:
+        state = module.tokenizer.state() | {"chat_template": template}
+        module.collator.tokenizer = ChatTokenizer.from_state(state)
+    files, facts = module.export_files()
+    folder = write_export(tmp_path / "out", {"keygrip": {}}, module.state_dict(), "card", files=files, facts=facts)
+    tokenizer, processor = AutoTokenizer.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    assert isinstance(processor, KeygripProcessor)
+    asked = [user("Which digit?"), {"role": "assistant", "content": "7."}, {"role": "user", "content": "Sure?"}]
+    talks = [asked[:1], asked, [{"role": "system", "content": "You see."}, *asked]]
+    for talk in talks:
+        (ids,) = processor([talk])["input_ids"].tolist()
+        rendered = processor.apply_chat_template(talk)
+        assert tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True) == rendered
+        assert tokenizer(rendered, add_special_tokens=False)["input_ids"] == ids
+        assert (f"system\n{system}<|im_end|>" in rendered) == (system is not None and talk is not talks[2])
+    assert processor.apply_chat_template(talks) == [processor.apply_chat_template(talk) for talk in talks]
+    processor.system = "Another."  # an older export's template knows none
+    (ids,) = processor([asked])["input_ids"].tolist()
+    assert tokenizer(processor.apply_chat_template(asked), add_special_tokens=False)["input_ids"] == ids
+    seen = [user(video(pixels(2)), "Which digit?")]
+    (ids,) = processor([seen])["input_ids"].tolist()
+    assert tokenizer(processor.apply_chat_template(seen).replace("<video>", ""))["input_ids"] == ids
+
+
+def test_the_processor_takes_what_transformers_processors_are_given_or_says_what_to_give(
+    chat: VideoChat, tmp_path: Path
+) -> None:
+    from transformers import AutoProcessor
+
+    from keygrip.inference import processor as registered
+
+    assert registered.KeygripProcessor
+    files, facts = chat.module.export_files()
+    weights = chat.module.state_dict()
+    folder = write_export(tmp_path / "out", {"keygrip": {}}, weights, "card", files=files, facts=facts)
+    processor = AutoProcessor.from_pretrained(folder)
+    talk = [user(video(pixels(2)), "Which digit?")]
+    wanted = processor(talk)
+    for given in (
+        processor(talk, return_tensors="pt"),
+        processor.apply_chat_template(
+            talk, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        ),
+    ):
+        assert given.keys() == wanted.keys()
+        assert all(torch.equal(given[name], wanted[name]) for name in ("input_ids", "pixel_values", "frame_counts"))
+    for refused in (
+        lambda: processor(text="Which digit?", videos=[pixels(2)]),
+        lambda: processor(text=["Which digit?"], images=[pixels(1)[0]], return_tensors="pt"),
+        lambda: processor("Which digit?"),
+        lambda: processor(),
+    ):
+        with pytest.raises(ValueError, match=r"text=, images= and videos= are not taken: give conversations"):
+            refused()
+    for refused in (
+        lambda: processor(talk, return_tensors="np"),
+        lambda: processor.apply_chat_template(talk, tokenize=True, return_tensors="tf"),
+    ):
+        with pytest.raises(ValueError, match=r"return_tensors='(np|tf)': inputs are PyTorch's tensors"):
+            refused()
+
+
+def test_images_and_videos_are_given_by_url_as_to_transformers_and_nothing_is_fetched(
+    chat: VideoChat, tmp_path: Path
+) -> None:
+    file = tmp_path / "a.png"
+    Image.fromarray(pixels(1)[0]).save(file)
+    wanted = chat.reader.read([user({"type": "image", "image": str(file)}, "Which?")])
+    for key in ("url", "path"):
+        found = chat.reader.read([user({"type": "image", key: str(file)}, "Which?")])
+        assert (found.visuals[0] == wanted.visuals[0]).all()
+    for kind in ("image", "video"):
+        for key in (kind, "path", "url"):
+            with pytest.raises(
+                ValueError, match=r"'https://example\.org/a\.png' is an address, and nothing is fetched"
+            ):
+                chat.check([user({"type": kind, key: "https://example.org/a.png"}, "Which?")], "autoregressive")
+        with pytest.raises(ValueError, match=rf"an item of type {kind} has none: give it under {kind}, path or url"):
+            chat.check([user({"type": kind}, "Which?")], "autoregressive")
+    with pytest.raises(FileNotFoundError, match=r"none\.png"):
+        chat.check([user({"type": "image", "url": "none.png"}, "Which?")], "autoregressive")
 
 
 def test_arrays_are_thinned_as_files_are_and_keep_their_times(chat: VideoChat) -> None:
