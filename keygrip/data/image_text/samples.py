@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from keygrip.data.bad_samples import BadSample, guard, npy_header, open_image, parse_json, parse_npy
-from keygrip.data.shards.index import Parts, Row
+from keygrip.data.shards.index import Parts, Row, lower_case
 from keygrip.data.shards.reader import ShardSet
 
 CLS, PATCHES, LATENT, TEXT, TEXT_MASK, RECORD = (
@@ -203,7 +203,8 @@ def read_image_text(shards: ShardSet, sample: int, caption: int = 0, with_image:
             fit the others.
     """
     where = shards.where(sample)
-    parts = shards.read(sample, (*NEEDED, IMAGE) if with_image else NEEDED)
+    with guard(where):
+        parts = lower_case(shards.read(sample, (*NEEDED, IMAGE) if with_image else NEEDED))
     missing = [name for name in NEEDED if name not in parts]
     if missing:
         raise BadSample(f"{where}: it has no {', '.join(missing)}")
@@ -212,7 +213,7 @@ def read_image_text(shards: ShardSet, sample: int, caption: int = 0, with_image:
         several = record.get("captions") or [record.get("caption", "")]
         if caption % len(several):
             names = text_names(caption % len(several))
-            other = shards.read(sample, names)
+            other = lower_case(shards.read(sample, names))
             if set(names) - set(other):
                 raise ValueError(f"it has no {', '.join(sorted(set(names) - set(other)))}")
             parts |= {TEXT: other[names[0]], TEXT_MASK: other[names[1]]}

@@ -170,6 +170,14 @@ def split_name(name: str) -> tuple[str, str]:
     return (f"{folder}/{stem}" if folder else stem), part
 
 
+def lower_case(parts: Mapping[str, bytes]) -> Parts:
+    """The parts with their names in lower case. Raises ValueError: two then have one name."""
+    lower = {name.lower(): content for name, content in parts.items()}
+    if len(lower) < len(parts):
+        raise ValueError(f"two of its members differ by upper and lower case alone: {', '.join(sorted(parts))}")
+    return lower
+
+
 def index_shard(path: Path, describe: Describe) -> ShardIndex:
     """Reads a whole shard's headers, and of its samples what `describe` needs. Samples that cannot be described are
     left out, with the reason in `bad`.

@@ -133,18 +133,20 @@ class ShardSet:
         return f"{self.key(sample)} of {self.root}/{self.shards[self.locate(sample)[0]]['name']}"
 
     def read(self, sample: int, names: Collection[str] | None = None) -> Parts:
-        """All parts of a sample, or those named that it has.
+        """All parts of a sample, or those named that it has, whether they are written in upper or lower case there; by
+        their names as they are written.
 
         Raises:
             BadSample: they cannot be read.
         """
         shard, row = self.locate(sample)
         index = self._indices[shard]
+        wanted = None if names is None else {name.lower() for name in names}
         parts = {}
         with guard(self.where(sample)):
             file = self._file(shard)
             for part in range(int(index.first_part[row]), int(index.first_part[row + 1])):
-                if names is not None and str(index.part_names[part]) not in names:
+                if wanted is not None and str(index.part_names[part]).lower() not in wanted:
                     continue
                 size = int(index.part_sizes[part])
                 content = os.pread(file, size, int(index.part_offsets[part]))

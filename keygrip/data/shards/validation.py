@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from keygrip.artifacts import sha256_of
-from keygrip.data.bad_samples import BadSample, read_json
+from keygrip.data.bad_samples import BadSample, guard, read_json
 from keygrip.data.image_text.bucket_folders import INFO, SPLITS, read_info, write_info
 from keygrip.data.image_text.near_copies import near_copies, thumbnail_in
 from keygrip.data.image_text.samples import (
@@ -29,7 +29,7 @@ from keygrip.data.image_text.samples import (
     is_image_text,
     read_image_text,
 )
-from keygrip.data.shards.index import MANIFEST, Parts, Row, ShardError, index_shard
+from keygrip.data.shards.index import MANIFEST, Parts, Row, ShardError, index_shard, lower_case
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.remote import is_remote
 from keygrip.data.shards.writer import compressed_shards, tar_files, write_manifest
@@ -68,6 +68,7 @@ class ShardReport:
 
 def describe(parts: Parts) -> Row:
     """Columns of a sample of either kind, known by its parts."""
+    parts = lower_case(parts)
     return describe_image_text(parts) if is_image_text(parts) else describe_video_text(parts)
 
 
@@ -152,7 +153,8 @@ def examine_shard(place: str, number: int) -> ShardReport:
     for sample in range(first, first + entry["samples"]):
         report.keys.append(shards.key(sample))
         try:
-            parts = shards.read(sample)
+            with guard(shards.where(sample)):
+                parts = lower_case(shards.read(sample))
             if is_image_text(parts):
                 _examine_image(shards, sample, parts, report)
                 continue
@@ -171,7 +173,7 @@ def examine_shard(place: str, number: int) -> ShardReport:
                 report.problems.append(f"{shards.where(sample)}: {fault}")
         report.frames[int(shards.columns["frames"][sample])] += 1
         report.digests.append(_digest(parts))
-        if shown := {name: part for name, part in parts.items() if name.lower() not in TEXT_MEMBERS}:
+        if shown := {name: part for name, part in parts.items() if name not in TEXT_MEMBERS}:
             report.media.append(_digest(shown))
     return report
 

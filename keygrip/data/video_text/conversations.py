@@ -22,7 +22,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from keygrip.data.bad_samples import HOSTILE, BadSample, guard, open_image, parse_json
 from keygrip.data.image_text.decoding import rgb
-from keygrip.data.shards.index import Parts
+from keygrip.data.shards.index import Parts, lower_case
 from keygrip.data.shards.reader import ShardSet, all_samples
 from keygrip.data.video import TIME_TOLERANCE_S, duration_s, frames_at
 from keygrip.data.video_text.foreign_text import SHOWN, caption_text, holds_text, own_text
@@ -197,14 +197,6 @@ def encode_jpeg(frame: np.ndarray, quality: int = 92) -> bytes:
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
-
-
-def lower_case(parts: Mapping[str, bytes]) -> Parts:
-    """The parts with their names in lower case. Raises ValueError: two then have one name."""
-    lower = {name.lower(): content for name, content in parts.items()}
-    if len(lower) < len(parts):
-        raise ValueError(f"two of its members differ by upper and lower case alone: {', '.join(sorted(parts))}")
-    return lower
 
 
 def parse_text(parts: Parts) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from keygrip.data.image_text.bucket_samples import BucketBatchSampler
 from keygrip.data.image_text.datamodule import ImageShards
 from keygrip.data.image_text.samples import (
     LATENT,
+    RECORD,
     TEXT,
     TEXT_MASK,
     describe_image_text,
@@ -110,6 +111,26 @@ def test_trimmed_text_is_read_as_if_it_were_whole(tmp_path: Path) -> None:
     assert sizes[1] < sizes[0]
     np.testing.assert_array_equal(found[0].text_states, found[1].text_states)
     np.testing.assert_array_equal(found[0].text_mask, found[1].text_mask)
+
+
+def test_parts_in_upper_case_are_read_as_in_lower_case(tmp_path: Path) -> None:
+    arrays = (np.zeros((3, 2, 2)), np.ones((5, 6)), np.array([True, *[False] * 4]), np.ones(7), np.zeros((4, 7)))
+    more = [(np.full((5, 6), 2.0), arrays[2])]
+    parts, row = image_text_parts(*arrays, {"caption": "a", "captions": ["a", "b"]}, more_text=more)
+    upper = {name.upper(): content for name, content in parts.items()}
+    some = {name.upper() if name == RECORD else name: content for name, content in parts.items()}
+    with ShardWriter(tmp_path / "a.tar") as writer:
+        for key, written in (("lower", parts), ("upper", upper), ("some", some)):
+            writer.add(key, written, row)
+    assert make_manifests(tmp_path, again=True)["bad_samples"] == 0  # described anew
+    shards = ShardSet(tmp_path)
+    for number in range(3):
+        assert {name: values[number].item() for name, values in shards.columns.items()} == row
+        assert read_image_text(shards, number).record["caption"] == "a"
+        assert read_image_text(shards, number, caption=1).text_states[0, 0] == 2
+    report = validate(tmp_path)
+    assert report["buckets"]["."]["complete"] == 3
+    assert all("the same content occurs twice" in problem for problem in report["problems"])
 
 
 def test_a_blank_caption_of_a_foreign_set_is_read_as_none(tmp_path: Path) -> None:

@@ -20,8 +20,18 @@ from shard_sets import conversations, picture, small_video, write_set
 from keygrip.data.bad_samples import BadSample
 from keygrip.data.shards.index import split_name
 from keygrip.data.shards.reader import ShardSet
-from keygrip.data.shards.validation import make_manifests
-from keygrip.data.video_text.conversations import read_sample, video_text_parts
+from keygrip.data.shards.validation import make_manifests, validate
+from keygrip.data.video_text.conversations import (
+    MAX_FRAMES,
+    iterate_texts,
+    read_conversations,
+    read_sample,
+    read_timed_conversations,
+    video_text_parts,
+)
+from keygrip.data.video_text.exact_lengths import counted
+from keygrip.models.foveated_vlm.conversations import ConversationCollator
+from keygrip.models.language.tokenizers import TrainedTokenizer
 
 Members = list[tuple[str, bytes]]
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
@@ -57,6 +67,11 @@ LAYOUTS: dict[str, tuple[Members, dict[str, int]]] = {
     "jpeg": (pair("a", "jpeg"), {"a": 1}),
     "upper case": ([("a.JPG", jpeg()), ("a.JSON", text(conversations=TALK))], {"a": 1}),
     "upper case png": (pair("a", "PNG"), {"a": 1}),
+    "upper case txt": ([("a.JPG", jpeg()), ("a.TXT", b"a cube")], {"a": 1}),
+    "upper case txt, metadata in json": (
+        [("a.MP4", small_video()), ("a.Txt", b"a cube"), ("a.Json", text(id=3))],
+        {"a": 2},
+    ),
     "webp and png mixed": ([("a.00.jpg", jpeg()), ("a.01.PNG", picture(3)), ("a.json", CAPTION)], {"a": 2}),
     "folders": (pair("x/y/a"), {"x/y/a": 1}),
     "text first": ([("a.json", text(conversations=TALK)), ("a.jpg", jpeg())], {"a": 1}),
@@ -163,14 +178,19 @@ def write_tar(path: Path, members: Members, change: Callable[[tarfile.TarFile], 
 
 
 def delivered_and_named(root: Path) -> tuple[dict[str, int], dict[str, str]]:
-    """Frames of every sample that is read, by key; and the reason of every other, by key."""
+    """Frames of every sample that is read, by key; and the reason of every other, by key. Readers of texts alone find
+    the same conversations and times."""
     make_manifests(root, max_broken_share=1.0)
     shards = ShardSet(root)
     named = {key: why for index in map(shards.index, range(len(shards.shards))) for key, why in index.bad.items()}
     frames = {}
     for number in range(len(shards)):
         try:
-            frames[shards.key(number)] = len(read_sample(shards, number, 8).frames)
+            sample = read_sample(shards, number, 8)
+            assert read_conversations(shards, number) == sample.conversations
+            timed = read_timed_conversations(shards, number, MAX_FRAMES)
+            assert timed == (sample.conversations, sample.seconds)
+            frames[shards.key(number)] = len(sample.frames)
         except BadSample as error:
             named[shards.key(number)] = str(error)
     return frames, named
@@ -187,6 +207,27 @@ def test_every_sample_is_delivered_or_named(name: str, tmp_path: Path) -> None:
     }  # hidden files belong to no sample
     assert set(frames) | set(named) == keys | {"good"}
     assert all(named.values())
+
+
+def test_texts_are_found_whatever_the_case_of_their_names(tmp_path: Path) -> None:
+    """By what counts tokens, trains a tokenizer and validates, as by what reads samples."""
+    talk = text(caption="a dog runs over the grass")
+    for case in (str.lower, str.upper):
+        members = [
+            (f"{n}.{case(part)}", content) for n in range(3) for part, content in (("jpg", picture(n)), ("json", talk))
+        ]
+        root = tmp_path / case("set")
+        root.mkdir()
+        write_tar(root / "a.tar", members)
+        make_manifests(root)
+    lower, upper = ShardSet(tmp_path / "set"), ShardSet(tmp_path / "SET")
+    assert list(iterate_texts([upper])) == list(iterate_texts([lower]))
+    collator = ConversationCollator(TrainedTokenizer(320), "question_first", "answers")
+    collator.prepare(tmp_path, lambda: iterate_texts([upper]))
+    counts = [counted(shards, np.arange(3), collator, tmp_path).longest.tolist() for shards in (lower, upper)]
+    assert counts[1] == counts[0]
+    assert min(counts[0]) > 0
+    assert [validate(tmp_path / name)["errors"] for name in ("set", "SET")] == [0, 0]
 
 
 def test_deep_images_keep_their_brightness(tmp_path: Path) -> None:

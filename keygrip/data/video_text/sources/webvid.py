@@ -26,7 +26,7 @@ from keygrip.data.bad_samples import (
     reason_of,
     regular_file,
 )
-from keygrip.data.shards.index import Parts, split_name
+from keygrip.data.shards.index import Parts, lower_case, split_name
 from keygrip.data.shards.set_writer import Broken, MadeSample, write_shards
 from keygrip.data.video_text.conversations import (
     MAX_FRAMES,
@@ -36,7 +36,6 @@ from keygrip.data.video_text.conversations import (
     describe_video_text,
     encode_jpeg,
     frame_limit,
-    lower_case,
     rate_of,
     video_text_parts,
 )
