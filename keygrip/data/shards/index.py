@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -26,6 +27,8 @@ SCHEMA = "keygrip.shards/1"
 MANIFEST = "manifest.json"
 INDEX_SUFFIX = ".index.npz"
 END_OF_TAR = 1024  # bytes of zeros
+COMPRESSED_BEGIN = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
+COMPRESSED = "and samples are read at random: unpack it to a plain .tar first"
 MAX_SAMPLE_BYTES = 1 << 31
 Parts = dict[str, bytes]
 Row = Mapping[str, int | float | str]
@@ -186,7 +189,6 @@ def index_shard(path: Path, describe: Describe) -> ShardIndex:
         ShardError: it is cut off (also between two files), is no tar, or is compressed.
     """
     try:
-        regular_file(path)
         with guard(path):
             return _index_tar(path, describe)
     except BadSample as error:
@@ -196,49 +198,14 @@ def index_shard(path: Path, describe: Describe) -> ShardIndex:
 
 
 def _index_tar(path: Path, describe: Describe) -> ShardIndex:
-    size = path.stat().st_size
-    samples: dict[str, list[tuple[str, int, int]]] = {}  # the parts of each key, wherever in the tar they lie
-    bad: dict[str, str] = {}
-    with tarfile.open(path, "r:") as tar, path.open("rb") as raw:
-        end = 0
-        for member in tar:
-            if member.size < 0 or member.offset_data < end:  # tarfile itself would loop forever
-                raise ShardError(f"{path} is not a whole tar file: the size of {member.name} is wrong")
-            # a sparse file says its size with the holes, which are not in the tar
-            end = tar.offset if member.issparse() else member.offset_data + (member.size + 511) // 512 * 512
-            if end > size:
-                raise ShardError(f"{path} is cut off in {member.name}")
-            if member.isdir():
-                continue
-            key, part = split_name(unicodedata.normalize("NFC", member.name))  # macOS stores letters and accents apart
-            if not key.rpartition("/")[2]:
-                continue  # a hidden file, such as a file system's notes about others
-            if not _is_text(member.name):
-                key = key.encode("utf-8", "backslashreplace").decode()
-                bad[key] = "its name is not UTF-8"
-            elif not member.isfile():
-                bad[key] = f"its part {part!r} is a link or a device, not a file"
-            elif member.issparse():
-                bad[key] = f"its part {part!r} is stored as a sparse file: pack it without --sparse"
-            parts = samples.setdefault(key, [])
-            if key in bad:
-                continue
-            if part in (name for name, _, _ in parts):
-                bad[key] = f"it has the part {part!r} twice: the key stands for two samples"
-            parts.append((part, member.offset_data, member.size))
-        raw.seek(end)
-        closing = raw.read(END_OF_TAR)
-        if len(closing) < END_OF_TAR or any(closing):
-            raise ShardError(f"{path} is cut off: the end mark after its {len(samples)} samples is missing")
-        while more := raw.read(1 << 20):
-            if any(more):
-                raise ShardError(
-                    f"{path} goes on after the end mark behind its {len(samples)} samples: tar files joined by cat are "
-                    "read to the first mark alone; unpack it with `tar -xif` and pack it again"
-                )
+    found = members_of(path)
+    if found.fault is not None:
+        raise found.fault
+    bad = dict(found.bad)
+    with path.open("rb") as raw:
         rows: dict[str, Row] = {}
         crcs: dict[str, list[int]] = {}
-        for key, parts in samples.items():
+        for key, parts in found.parts.items():
             if key in bad:
                 continue
             try:
@@ -253,8 +220,86 @@ def _index_tar(path: Path, describe: Describe) -> ShardIndex:
                     rows[key] = _checked(describe(content))
             except BadSample as error:
                 bad[key] = error.what
-    whole = [[(*part, crc) for part, crc in zip(samples[key], crcs[key], strict=True)] for key in rows]
-    return make_index([*rows], whole, [*rows.values()], size, bad)
+    whole = [[(*part, crc) for part, crc in zip(found.parts[key], crcs[key], strict=True)] for key in rows]
+    return make_index([*rows], whole, [*rows.values()], found.size, bad)
+
+
+@dataclass(frozen=True)
+class TarMembers:
+    """The files of a tar file by sample, as far as it is whole.
+
+    Args:
+        size: of the tar, bytes.
+        parts: by key, (name, offset, bytes) of its files, wherever in the tar they lie.
+        bad: keys that cannot be samples, with the reason; they stand in `parts` too.
+        fault: why the tar is not whole; None where it is. The sample within which it is cut off is left out.
+    """
+
+    size: int = 0
+    parts: dict[str, list[tuple[str, int, int]]] = field(default_factory=dict)
+    bad: dict[str, str] = field(default_factory=dict)
+    fault: ShardError | None = None
+
+
+def members_of(path: Path) -> TarMembers:
+    """Reads the headers of a tar file. Hidden files in it, such as a file system's notes about others, are no parts."""
+    found = TarMembers()
+    try:
+        found = replace(found, size=regular_file(path).st_size)
+        with guard(path), tarfile.open(path, "r:") as tar, path.open("rb") as raw:
+            _add_members(found, path, tar, raw)
+    except BadSample as error:
+        cause = error.__cause__
+        if isinstance(cause, ShardError):
+            return replace(found, fault=cause)
+        if isinstance(cause, tarfile.ReadError) and not found.parts and _is_compressed(path):
+            return replace(found, fault=ShardError(f"{path} is compressed, {COMPRESSED}"))
+        return replace(found, fault=ShardError(f"{path} is not a whole tar file: {error.what}"))
+    return found
+
+
+def _add_members(found: TarMembers, path: Path, tar: tarfile.TarFile, raw: IO[bytes]) -> None:
+    """Adds what the headers say to `found`. Raises ShardError: the tar is cut off, or goes on after its end."""
+    end = 0
+    for member in tar:
+        key, part = split_name(unicodedata.normalize("NFC", member.name))  # macOS stores letters and accents apart
+        if member.size < 0 or member.offset_data < end:  # tarfile itself would loop forever
+            raise ShardError(f"{path} is not a whole tar file: the size of {member.name} is wrong")
+        # a sparse file says its size with the holes, which are not in the tar
+        end = tar.offset if member.issparse() else member.offset_data + (member.size + 511) // 512 * 512
+        if end > found.size:
+            found.parts.pop(key, None)
+            raise ShardError(f"{path} is cut off in {member.name}")
+        if member.isdir() or not key.rpartition("/")[2]:
+            continue  # no file, or a hidden one
+        if not _is_text(member.name):
+            key = key.encode("utf-8", "backslashreplace").decode()
+            found.bad[key] = "its name is not UTF-8"
+        elif not member.isfile():
+            found.bad[key] = f"its part {part!r} is a link or a device, not a file"
+        elif member.issparse():
+            found.bad[key] = f"its part {part!r} is stored as a sparse file: pack it without --sparse"
+        parts = found.parts.setdefault(key, [])
+        if key in found.bad:
+            continue
+        if part in (name for name, _, _ in parts):
+            found.bad[key] = f"it has the part {part!r} twice: the key stands for two samples"
+        parts.append((part, member.offset_data, member.size))
+    raw.seek(end)
+    closing = raw.read(END_OF_TAR)
+    if len(closing) < END_OF_TAR or any(closing):
+        raise ShardError(f"{path} is cut off: the end mark after its {len(found.parts)} samples is missing")
+    while more := raw.read(1 << 20):
+        if any(more):
+            raise ShardError(
+                f"{path} goes on after the end mark behind its {len(found.parts)} samples: tar files joined by cat are "
+                "read to the first mark alone; unpack it with `tar -xif` and pack it again"
+            )
+
+
+def _is_compressed(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(8).startswith(COMPRESSED_BEGIN)
 
 
 def _is_text(name: str) -> bool:

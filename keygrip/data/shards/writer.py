@@ -16,6 +16,7 @@ from typing import IO, Any, Self
 from keygrip.artifacts import atomic_write, sha256_bytes, write_bytes, write_json
 from keygrip.data.bad_samples import first_of
 from keygrip.data.shards.index import (
+    COMPRESSED,
     MANIFEST,
     SCHEMA,
     Describe,
@@ -26,12 +27,12 @@ from keygrip.data.shards.index import (
     index_shard,
     make_index,
 )
+from keygrip.data.source_files import files_in
 from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
 
 NAMED_AT_MOST = 10
-COMPRESSED = "and samples are read at random: unpack it to a plain .tar first"
 
 
 class ShardWriter:
@@ -195,10 +196,10 @@ def write_manifest(
 
 def tar_files(root: Path) -> list[Path]:
     """Tar files of a folder; without hidden ones."""
-    return sorted(path for path in root.glob("*") if path.suffix.lower() == ".tar" and path.name[0] != ".")
+    return files_in(root, ".tar")
 
 
 def compressed_shards(root: Path) -> list[Path]:
-    """Compressed tar files of a folder."""
-    endings = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-    return sorted(path for path in root.glob("*") if path.name.lower().endswith(endings) and path.is_file())
+    """Compressed tar files of a folder; without hidden ones."""
+    endings = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+    return [path for path in files_in(root, *endings) if path.is_file()]

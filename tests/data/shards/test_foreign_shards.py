@@ -370,6 +370,8 @@ def test_shards_that_are_not_read_are_named(tmp_path: Path, caplog: pytest.LogCa
     (tmp_path / "f.tar").write_bytes(b"")
     (tmp_path / "g.tar").write_bytes((tmp_path / "b.tar").read_bytes() * 2)
     write_set(tmp_path / "00001", [1])
+    for name in ("._a.TAR", "._c.tar.gz"):
+        (tmp_path / name).write_bytes(b"\0\5\x16\7")  # macOS's notes
     frames, _ = delivered_and_named(tmp_path)
     assert frames == {"upper": 1, "good": 1}
     report = make_manifests(tmp_path, max_broken_share=1.0)
@@ -377,6 +379,8 @@ def test_shards_that_are_not_read_are_named(tmp_path: Path, caplog: pytest.LogCa
     said = "\n".join(record.getMessage() for record in caplog.records)
     assert all(f"{name}.tar" in said for name in "cdefg")
     assert "joined by cat" in said
+    assert all(f"{name} is compressed, and samples are read at random" in said for name in ("c.tar.gz", "d.tar"))
+    assert "._" not in said
     assert "00001" in said
     alone = tmp_path / "alone"
     alone.mkdir()

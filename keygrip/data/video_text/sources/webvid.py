@@ -2,7 +2,7 @@
 
 - the list of the data set (CSV with `videoid`, `page_dir`, `name`) beside `videos/<page_dir>/<videoid>.mp4`, or
 - tar files with `<key>.mp4` (webm, mkv, ...) and `<key>.txt` (or `caption` in `<key>.json`), as video downloaders
-  write them.
+  write them; the parts of a key may lie anywhere in their tar file.
 """
 
 from __future__ import annotations
@@ -10,32 +10,26 @@ from __future__ import annotations
 import csv
 import io
 import logging
-import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keygrip.data.bad_samples import (
-    HOSTILE,
-    BadSample,
-    guard,
-    is_of_the_machine,
-    parse_json,
-    read_text,
-    reason_of,
-    regular_file,
-)
-from keygrip.data.shards.index import Parts, lower_case, split_name
+from keygrip.data.bad_samples import BadSample, guard, parse_json, read_text
+from keygrip.data.shards.index import COMPRESSED, Parts, lower_case, members_of
 from keygrip.data.shards.set_writer import Broken, MadeSample, write_shards
+from keygrip.data.shards.writer import compressed_shards, tar_files
+from keygrip.data.source_files import files_in
 from keygrip.data.video_text.conversations import (
     MAX_FRAMES,
+    TEXT,
     VIDEO,
     caption,
     decode_timed,
     describe_video_text,
     encode_jpeg,
     frame_limit,
+    media_of,
     rate_of,
     video_text_parts,
 )
@@ -44,7 +38,7 @@ log = logging.getLogger(__name__)
 
 REQUEST = "What would be the WebVid caption for this video?"  # as the published model was asked
 MAX_LIST_BYTES = 1 << 33
-MAX_MEMBER_BYTES = 1 << 32
+MAX_VIDEO_BYTES = 1 << 32  # with its text
 COLUMNS = ("videoid", "page_dir", "name")
 
 
@@ -77,24 +71,20 @@ class WebVidMaker:
                 raise FileNotFoundError(f"{item.video} was not downloaded")
             yield self._sample(item.key, str(item.video), item.text)
             return
-        try:
-            for key, parts in tar_samples(item):
-                name = f"{item.stem}-{key}".replace(".", "-").replace("/", "-")[-90:]
-                try:
-                    with guard(f"{key} of {item}"):
-                        parts = lower_case(parts)
-                        video = next((name for name in VIDEO if name in parts), None)
-                        if video is None:
-                            raise ValueError(f"it holds no video, only {', '.join(sorted(parts))}")
-                        sample = self._sample(name, parts[video], _caption_in(parts))
-                except BadSample as error:
-                    yield Broken(str(error))
-                else:
-                    yield sample
-        except HOSTILE as error:
-            if is_of_the_machine(error):
-                raise
-            yield Broken(f"{item} is cut off or damaged: {reason_of(error)}; its videos up to there are kept")
+        for found in tar_samples(item):
+            if isinstance(found, Broken):
+                yield found
+                continue
+            key, parts = found
+            try:
+                with guard(f"{key} of {item}"):
+                    video, text = _video_in(parts), _caption_in(parts)
+                    name = f"{item.stem}-{key}".replace(".", "-").replace("/", "-")[-90:]
+                    sample = self._sample(name, parts[video], text)
+            except BadSample as error:
+                yield Broken(str(error))
+            else:
+                yield sample
 
     def _sample(self, key: str, video: bytes | str, text: str) -> MadeSample:
         if not text.strip():
@@ -104,52 +94,67 @@ class WebVidMaker:
         return MadeSample(key, *video_text_parts([encode_jpeg(f) for f in frames], said, "webvid", rate_of(times)))
 
 
+def _video_in(parts: Parts) -> str:
+    """Name of the only video. Raises ValueError: there are several."""
+    video, _ = media_of({name: content for name, content in parts.items() if name in VIDEO})
+    assert video is not None
+    return video
+
+
 def _caption_in(parts: Parts) -> str:
+    """Raises ValueError: there is none."""
     if "txt" in parts:
-        return parts["txt"].decode()
-    found = parse_json(parts["json"], "json")["caption"]
+        return parts["txt"].decode("utf-8-sig")
+    if "json" not in parts:
+        raise ValueError("it has no caption: neither txt nor json")
+    content = parse_json(parts["json"], "json")
+    found = content.get("caption") if isinstance(content, Mapping) else None
+    if found is None:
+        raise ValueError("it has no caption: no txt, and no `caption` in its json")
     if not isinstance(found, str):
         raise ValueError("its caption is not text")
     return found
 
 
-def tar_samples(path: Path) -> Iterator[tuple[str, Parts]]:
-    """Whole samples of a tar file. Raises tarfile.TarError: it is cut off; the sample at the cut is not handed out."""
-    key, parts, end = None, dict[str, bytes](), 0
-    regular_file(path)
-    with tarfile.open(path) as tar:
-        for member in tar:
-            if not 0 <= member.size <= MAX_MEMBER_BYTES or member.offset_data < end:
-                raise tarfile.ReadError(f"the size of {member.name} is wrong")
-            end = member.offset_data + member.size
-            if not member.isfile():
-                continue
-            name, part = split_name(member.name)
-            if key is not None and (name != key or part in parts):  # a part that comes twice begins another sample
-                yield key, parts
-                parts = {}
-            key = name
-            content = tar.extractfile(member)
-            assert content is not None
-            parts[part] = content.read()
-            if len(parts[part]) != member.size:
-                raise tarfile.ReadError(f"{member.name} ends early")
-        if key is not None:
+def tar_samples(path: Path) -> Iterator[tuple[str, Parts] | Broken]:
+    """Key, video and text of every sample of a tar file, the names in lower case, and the reasons of those that cannot
+    be used. Of a tar file that is cut off, those before the cut."""
+    found = members_of(path)
+    yield from (Broken(f"{key} of {path}: {reason}") for key, reason in found.bad.items())
+    for key, members in found.parts.items():
+        if key in found.bad:
+            continue
+        try:
+            with guard(f"{key} of {path}"):
+                parts = _read(path, members)
+        except BadSample as error:
+            yield Broken(str(error))
+        else:
             yield key, parts
-        file: Any = tar.fileobj
-        file.seek(tar.offset)
-        while more := file.read(1 << 20):
-            if any(more):
-                raise tarfile.ReadError(
-                    "it goes on after its end mark (several joined by cat?): unpack it by `tar -xif`"
-                )
+    if found.fault is not None:
+        yield Broken(f"{found.fault}; its videos up to there are kept")
+
+
+def _read(path: Path, members: Sequence[tuple[str, int, int]]) -> Parts:
+    """The video and the text of a sample. Raises ValueError: there is no video, or it is too large."""
+    wanted = [member for member in members if member[0].lower() in (*VIDEO, *TEXT)]
+    if not any(name.lower() in VIDEO for name, _, _ in wanted):
+        raise ValueError(f"it holds no video, only {', '.join(sorted(name for name, _, _ in members))}")
+    if sum(size for _, _, size in wanted) > MAX_VIDEO_BYTES:
+        raise ValueError(f"it has more than the {MAX_VIDEO_BYTES} bytes that a video may have")
+    parts = {}
+    with path.open("rb") as file:
+        for name, offset, size in wanted:
+            file.seek(offset)
+            parts[name] = file.read(size)
+    return lower_case(parts)
 
 
 def webvid_rows(source: Path) -> list[WebVidRow]:
     """All lines of the lists in a folder, each video once, with its first caption; further ones are said in the log."""
     rows: dict[str, WebVidRow] = {}
     again: list[str] = []
-    for path in sorted(source.glob("*.csv")):
+    for path in files_in(source, ".csv"):
         with guard(path):
             reader = csv.DictReader(io.StringIO(read_text(path, MAX_LIST_BYTES), newline=""))
             missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
@@ -185,28 +190,40 @@ def webvid(
     Args:
         source: see the module. root: of the set. image_size, fit: of the frames.
         videos_per_shard: of lists; a tar file becomes a shard. workers: processes; None: one for each core.
-        max_failed_share: more missing or broken videos than this are an error.
+        max_failed_share: more missing or broken videos, or compressed tar files, than this are an error.
         max_frames: of videos of more seconds, so many evenly spaced ones.
 
     Raises:
-        FileNotFoundError: neither a list nor tar files. ValueError: max_frames out of range.
+        FileNotFoundError: neither a list nor tar files. ValueError: max_frames out of range, or too many are broken.
     """
     source = Path(source)
-    rows: list[Any] = webvid_rows(source)
-    tars: list[Any] = sorted(path for path in source.glob("*.tar") if not path.name.startswith("."))
+    rows, tars, compressed = webvid_rows(source), tar_files(source), compressed_shards(source)
     if not rows and not tars:
+        named = f"; {compressed[0].name} is compressed, {COMPRESSED}" if compressed else ""
         raise FileNotFoundError(
             f"no list (*.csv beside videos/) and no tar files in {source}: download WebVid there, with its own script "
-            "or a video downloader that writes tar files"
+            f"or a video downloader that writes tar files{named}"
         )
-    if rows and tars:
-        listed = (source / "videos").is_dir()
-        left = f"{len(tars)} tar files" if listed else "the lists (*.csv), beside which there is no videos/,"
-        log.warning("%s: %s are not read", source, left)
-        rows = rows if listed else []
+    by_list = bool(rows) and (not tars or (source / "videos").is_dir())
+    if by_list and (tars or compressed):
+        log.warning("%s: %d tar files are not read", source, len(tars) + len(compressed))
+    if by_list:
+        compressed = []
+    elif rows:
+        log.warning("%s: the lists (*.csv), beside which there is no videos/, are not read", source)
+    for path in compressed:
+        log.warning("left out: %s is compressed, %s", path, COMPRESSED)
+    if len(compressed) > max_failed_share * (len(tars) + len(compressed)):
+        raise ValueError(
+            f"{len(compressed)} of {len(tars) + len(compressed)} tar files in {source} are compressed, more than "
+            f"max_failed_share={max_failed_share:g} allows; {compressed[0].name} is compressed, {COMPRESSED}"
+        )
     settings = {"data": "webvid", "image_size": image_size, "fit": fit, **frame_limit(max_frames)}
     maker = WebVidMaker(image_size, fit, max_frames)
-    items, each = (rows, videos_per_shard) if rows else (tars, 1)
-    return write_shards(
+    items: Sequence[WebVidRow] | Sequence[Path] = rows if by_list else tars
+    each = videos_per_shard if by_list else 1
+    written = write_shards(
         root, items, maker, settings, each, "webvid", workers, max_failed_share, describe=describe_video_text
-    ).report()
+    )
+    written.failed += len(compressed)
+    return written.report()

@@ -15,7 +15,7 @@ import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
-from shard_sets import picture
+from shard_sets import picture, small_video
 
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.validation import validate
@@ -265,19 +265,102 @@ def test_webvid_tar_files_of_other_forms(tmp_path: Path, caplog: pytest.LogCaptu
     assert (report["samples"], report["failed"]) == (1, 2)
     assert set(samples(tmp_path / "set")) == {"0-a"}
     assert "it holds no video, only txt" in caplog.text
-    assert "goes on after its end mark" in caplog.text
+    assert "goes on after the end mark" in caplog.text
     assert "the lists (*.csv), beside which there is no videos/, are not read" in caplog.text
 
 
-def test_webvid_loses_no_sample_or_caption_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name, content in (("a.mp4", b"1"), ("a.txt", b"one"), ("a.mp4", b"2"), ("a.txt", b"two"), ("b.mp4", b"3")):
+def write_tar(path: Path, members: list[tuple[str, bytes]], mode: Any = "w") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as tar:
+        for name, content in members:
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    first, second = {"mp4": b"1", "txt": b"one"}, {"mp4": b"2", "txt": b"two"}
-    assert list(tar_samples(tmp_path / "a.tar")) == [("a", first), ("a", second), ("b", {"mp4": b"3"})]
-    (tmp_path / "list.csv").write_text("videoid,page_dir,name\n1,p,one\n1,p,one\n2,p,two\n1,p,other\n")
+    return path
+
+
+def told(key: str) -> list[tuple[str, bytes]]:
+    return [(f"{key}.mp4", small_video()), (f"{key}.txt", f"caption {key}".encode())]
+
+
+A, B = told("a"), told("b")
+NOTE = b"\0\5\x16\7"  # how macOS's notes begin
+# name: members of a tar file, keys of the samples, what the log says of others
+TARS: dict[str, tuple[list[tuple[str, bytes]], set[str], list[str]]] = {
+    "one sample after the other": ([*A, *B], {"a", "b"}, []),
+    "all videos, then all texts": ([A[0], B[0], A[1], B[1]], {"a", "b"}, []),
+    "notes of macOS between parts": (
+        [("._a.mp4", NOTE), A[0], ("._a.txt", NOTE), A[1], ("__MACOSX/._b.mp4", NOTE), *B],
+        {"a", "b"},
+        [],
+    ),
+    "notes of macOS before a sample": ([("._a.mp4", NOTE), ("._a.txt", NOTE), *A], {"a"}, []),
+    "two videos": ([*A, ("a.webm", small_video()), *B], {"b"}, ["a of", "it holds mp4, webm: one video, or images"]),
+    "a key twice": ([*A, *B, *A], {"b"}, ["a of", "the key stands for two samples"]),
+    "no caption": ([A[0], *B], {"b"}, ["a of", "it has no caption: neither txt nor json"]),
+    "a json without a caption": ([A[0], ("a.json", b'{"id": 3}'), *B], {"b"}, ["no `caption` in its json"]),
+    "a json of a list": ([A[0], ("a.json", b'[{"caption": "c"}]'), *B], {"b"}, ["no `caption` in its json"]),
+    "a caption of a number": ([A[0], ("a.json", b'{"caption": 3}'), *B], {"b"}, ["its caption is not text"]),
+    "an image beside": ([*A, ("a.jpg", b"\xff\xd8"), *B], {"a", "b"}, []),  # a downloader's thumbnail
+    "a byte order mark": ([A[0], ("a.txt", b"\xef\xbb\xbfcaption a"), *B], {"a", "b"}, []),
+    "keys with dots": ([("v.a.mp4", A[0][1]), ("v.a.txt", b"c"), *B], {"b"}, ["it holds no video, only a.mp4, a.txt"]),
+}
+
+
+@pytest.mark.parametrize("name", TARS)
+def test_webvid_tar_members_become_samples_or_are_named(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    members, keys, said = TARS[name]
+    write_tar(tmp_path / "download" / "0.tar", members)
+    report = webvid(tmp_path / "download", tmp_path / "set", SIZE, workers=1)
+    found = samples(tmp_path / "set")
+    assert set(found) == {f"0-{key}" for key in keys}
+    assert all(found[f"0-{key}"].conversations[0].turns[1].text == f"caption {key}" for key in keys)
+    assert report["failed"] == bool(said)
+    assert all(what in caplog.text for what in said)
+
+
+def test_webvid_tar_files_that_are_not_read_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = tmp_path / "download"
+    write_tar(source / "a.tar", A)
+    write_tar(source / "B.TAR", B)
+    write_tar(source / "c.tar.gz", told("c"), "w:gz")
+    write_tar(source / "d.tar", told("d"), "w:gz")
+    (source / "._a.tar").write_bytes(NOTE)
+    (source / "._c.tar.gz").write_bytes(NOTE)
+    (source / "._list.csv").write_bytes(NOTE + b"\xff")
+    report = webvid(source, tmp_path / "set", SIZE, workers=1)
+    assert set(samples(tmp_path / "set")) == {"a-a", "B-b"}
+    assert report["failed"] == 2
+    for name in ("c.tar.gz", "d.tar"):
+        assert f"{name} is compressed, and samples are read at random: unpack it to a plain .tar first" in caplog.text
+    assert "._" not in caplog.text
+    with pytest.raises(
+        ValueError, match=r"1 of 4 tar files in .* are compressed, more than max_failed_share=0.1 allows"
+    ):
+        webvid(source, tmp_path / "strict", SIZE, workers=1, max_failed_share=0.1)
+    for name in ("a.tar", "B.TAR", "d.tar"):
+        (source / name).unlink()
+    with pytest.raises(FileNotFoundError, match=r"c\.tar\.gz is compressed"):
+        webvid(source, tmp_path / "none", SIZE)
+
+
+def test_webvid_keeps_what_lies_before_a_cut(tmp_path: Path) -> None:
+    """Within a member, between two, and before the end mark."""
+    whole = write_tar(tmp_path / "whole.tar", [*A, *B]).read_bytes()
+    second = 512 * 3 + -(-len(A[0][1]) // 512) * 512  # where b.mp4 begins
+    cuts = {"within": second + 600, "between": second, "end": len(whole.rstrip(b"\0")) // 512 * 512 + 512}
+    for name, cut in cuts.items():
+        (tmp_path / "cut.tar").write_bytes(whole[:cut])
+        *found, last = tar_samples(tmp_path / "cut.tar")
+        assert [sample[0] for sample in found] == (["a", "b"] if name == "end" else ["a"]), name
+        assert "cut.tar is cut off" in last.reason, name
+        assert last.reason.endswith("its videos up to there are kept"), name
+
+
+def test_webvid_says_which_of_two_captions_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "LIST.CSV").write_text("videoid,page_dir,name\n1,p,one\n1,p,one\n2,p,two\n1,p,other\n")
     assert [row.text for row in webvid_rows(tmp_path)] == ["one", "two"]
     assert "1 rows give a video another caption; the first is kept (1, ...)" in caplog.text
 
