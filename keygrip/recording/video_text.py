@@ -24,6 +24,7 @@ from keygrip.data.video_text.conversations import (
     describe_video_text,
     encode_jpeg,
     fit_image,
+    frame_limit,
     rate_of,
     video_text_parts,
 )
@@ -112,11 +113,13 @@ def make_tours(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class DemoMaker:
-    """Makes the sample of a demonstration: one frame per second, its instruction as caption where it has no text."""
+    """Makes the sample of a demonstration: one frame per second, of longer ones `max_frames`, and its instruction as
+    caption where it has no text."""
 
     camera: str | None
     image_size: int
     fit: str
+    max_frames: int = MAX_FRAMES
 
     def __call__(self, reference: Any) -> Iterable[MadeSample]:
         demo = reference.read()
@@ -125,8 +128,8 @@ class DemoMaker:
             raise ValueError(f"it has no camera {camera!r}; it has {', '.join(demo.cameras)}")
         wanted = np.arange(0, len(demo), max(demo.fps, 1e-6)).round().astype(int)
         fps = 1.0
-        if len(wanted) > MAX_FRAMES:
-            wanted = np.linspace(0, len(demo) - 1, MAX_FRAMES).round().astype(int)
+        if len(wanted) > self.max_frames:
+            wanted = np.linspace(0, len(demo) - 1, self.max_frames).round().astype(int)
             fps = rate_of(wanted / demo.fps)
         source = demo.cameras[camera].frames
         frames = [
@@ -157,6 +160,7 @@ def robot_videos(
     processes: int | None = None,
     calibration: str | Path | None = None,
     simulated: Mapping[str, Any] | None = None,
+    max_frames: int = MAX_FRAMES,
 ) -> dict[str, Any]:
     """Writes shards of recorded demonstrations, one frame per second, with the captions and questions that they carry.
 
@@ -165,17 +169,25 @@ def robot_videos(
             `simulated` (see :func:`make_tours`). root: receives `train/` and `val/`.
         camera: whose images; None: each demo's first. image_size, fit: of the images.
         val_fraction: whole demos, by the same rule as for training a policy.
+        max_frames: of demonstrations of more seconds, so many evenly spaced ones.
 
     Raises:
-        FileNotFoundError, ValueError: no demonstrations, or too many are broken.
+        FileNotFoundError, ValueError: no demonstrations, or too many are broken; max_frames out of range, or of tours.
     """
+    limit = frame_limit(max_frames)
+    if source is None and limit:
+        raise ValueError(
+            f"max_frames={max_frames} is of demonstrations, and no source of any is named: tours have from "
+            "simulated.tour.min_frames to simulated.tour.max_frames frames"
+        )
     if source is None:
         return make_tours(root, {**(simulated or {}), "videos_per_shard": videos_per_shard, "processes": processes})
     references = find_demos(source, format, calibration)
     train, val = split_demos([reference.name for reference in references], val_fraction, 0)
     report: dict[str, Any] = {"root": str(root), "wall_s": 0.0, "failed": 0}
-    maker = DemoMaker(camera, image_size, fit)
+    maker = DemoMaker(camera, image_size, fit, max_frames)
     settings = {"source": str(source), "format": format, "camera": camera, "image_size": image_size, "fit": fit}
+    settings |= limit
     for split, chosen in (("train", train), ("val", val)):
         if not chosen:
             continue

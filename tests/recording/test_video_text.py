@@ -10,12 +10,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from hydra.errors import InstantiationException
 
 from keygrip.config import compose
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.validation import validate
 from keygrip.data.video_text.conversations import parse_conversations, read_sample
 from keygrip.prepare import run
+from keygrip.recording import video_text
 from keygrip.recording.video_text import (
     DemoMaker,
     conversations_of,
@@ -80,6 +82,27 @@ def test_frames_of_long_demonstrations_keep_their_seconds(tmp_path: Path) -> Non
     content = json.loads(sample.parts["json"])
     assert content["frames"] == 64
     assert content["fps"] == pytest.approx(63 / 69.9)
+    (whole,) = DemoMaker("front", 8, "stretch", max_frames=70)(reference)
+    content = json.loads(whole.parts["json"])
+    assert (content["frames"], content["fps"], whole.row["frames"]) == (70, 1.0, 70)
+
+
+def test_more_frames_than_usual_are_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the step, and of the set that it writes: a set with another limit is not continued."""
+    reference = SimpleNamespace(name="pick_0", read=lambda: LongDemo(tmp_path))
+    monkeypatch.setattr(video_text, "find_demos", lambda *given: [reference])
+    step = ["step=robot_videos", f"source={tmp_path}", "camera=front", "image_size=8", "val_fraction=0", "processes=1"]
+    for limit, frames in ((70, 70), (65, 65)):
+        run(compose("prepare", [*step, f"root={tmp_path / str(limit)}", f"max_frames={limit}"]))
+        assert ShardSet(tmp_path / str(limit) / "train").columns["frames"].tolist() == [frames]
+    with pytest.raises(InstantiationException, match="max_frames: 70 there, None now"):
+        run(compose("prepare", [*step, f"root={tmp_path / '70'}"]))
+    with pytest.raises(InstantiationException, match="max_frames=5000: a sample has 1 to 4096"):
+        run(compose("prepare", [*step, f"root={tmp_path / 'more'}", "max_frames=5000"]))
+    with pytest.raises(
+        InstantiationException, match=r"max_frames=70 is of demonstrations.* simulated\.tour\.max_frames"
+    ):
+        run(compose("prepare", ["step=robot_videos", f"root={tmp_path / 'tours'}", "max_frames=70"]))
 
 
 def test_demonstrations_become_shards_with_their_text(tmp_path: Path) -> None:

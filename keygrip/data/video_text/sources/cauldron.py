@@ -16,6 +16,7 @@ from keygrip.data.video_text.conversations import (
     Turn,
     describe_video_text,
     encode_jpeg,
+    frame_limit,
     shown_image,
     video_text_parts,
 )
@@ -34,6 +35,7 @@ class CauldronMaker:
 
     image_size: int
     fit: str
+    max_frames: int = MAX_FRAMES
 
     def __call__(self, group: RowGroup) -> Iterable[MadeSample | Broken]:
         for number, row in group.rows(["images", "texts"]):
@@ -48,8 +50,10 @@ class CauldronMaker:
 
     def _sample(self, key: str, collection: str, row: dict[str, Any]) -> MadeSample:
         images = row["images"] or []
-        if not 1 <= len(images) <= MAX_FRAMES:
-            raise ValueError(f"it has {len(images)} images; 1 to {MAX_FRAMES} make a sample")
+        if not images:
+            raise ValueError("it has no images")
+        if len(images) > self.max_frames:
+            raise ValueError(f"{len(images)} images are more than max_frames={self.max_frames}")
         frames = [self._image(image["bytes"]) for image in images]
         turns = []
         for text in row["texts"]:
@@ -78,16 +82,17 @@ def cauldron(
     fit: str = "pad",
     groups_per_shard: int = 10,
     processes: int | None = None,
+    max_frames: int = MAX_FRAMES,
 ) -> dict[str, Any]:
     """Writes the Cauldron as shards of 1-frame samples (several images: several frames).
 
     Args:
         source: folder with a folder a collection, each with `train-*.parquet`. root: of the set.
         collections: names of folders; None: all that are there.
-        image_size, fit: of the images.
+        image_size, fit: of the images. max_frames: rows of more images are left out, by name.
 
     Raises:
-        FileNotFoundError: no tables, or none of a collection that is named.
+        FileNotFoundError: no tables, or none of a collection that is named. ValueError: max_frames out of range.
     """
     what = "the Cauldron (HuggingFaceM4/the_cauldron)"
     groups = row_groups(source, "train-*.parquet", ["images", "texts"], what)
@@ -98,8 +103,8 @@ def cauldron(
                 raise FileNotFoundError(f"no collection {name!r} in {source}; there are {', '.join(there)}")
         groups = [group for group in groups if group.path.relative_to(source).parts[0] in collections]
     settings = {"data": "cauldron", "collections": collections, "image_size": image_size, "fit": fit}
-    settings["decoding"] = DECODING
-    maker = CauldronMaker(image_size, fit)
+    settings |= {"decoding": DECODING, **frame_limit(max_frames)}
+    maker = CauldronMaker(image_size, fit, max_frames)
     return write_shards(
         root, groups, maker, settings, groups_per_shard, "cauldron", processes, describe=describe_video_text
     ).report()

@@ -151,6 +151,23 @@ def test_cauldron_images_are_frames_and_pairs_are_turns(tmp_path: Path) -> None:
         cauldron(tmp_path / "download", tmp_path / "none", ["docvqa"])
 
 
+def test_cauldron_rows_of_many_images(tmp_path: Path) -> None:
+    texts = [{"user": "What?", "assistant": "That.", "source": "x"}]
+    rows = [{"images": [{"bytes": picture(9, 4), "path": None}] * count, "texts": texts} for count in (3, 64, 65, 70)]
+    (tmp_path / "download" / "ai2d").mkdir(parents=True)
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "download" / "ai2d" / "train-0.parquet")
+    for limit, frames in ((None, [3, 64]), (65, [3, 64, 65]), (4096, [3, 64, 65, 70])):
+        root = tmp_path / str(limit)
+        options = {} if limit is None else {"max_frames": limit}
+        report = cauldron(tmp_path / "download", root, None, SIZE, processes=1, **options)
+        assert ShardSet(root).columns["frames"].tolist() == frames
+        reasons = json.loads((root / "cauldron-000000.failed.json").read_text())
+        assert (report["failed"], len(reasons)) == (4 - len(frames), 4 - len(frames))
+        assert all(f"more than max_frames={limit or 64}" in reason for reason in reasons)
+    with pytest.raises(ValueError, match="max_frames=0: a sample has 1 to 4096"):
+        cauldron(tmp_path / "download", tmp_path / "none", max_frames=0)
+
+
 # ---- WebVid ----------------------------------------------------------------------------------------------------------
 
 
