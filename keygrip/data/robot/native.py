@@ -28,6 +28,7 @@ from keygrip.data.robot.schema import (
     FrameSource,
     words,
 )
+from keygrip.data.source_files import is_hidden
 
 POSES = ("position_m", "quaternion_wxyz", "gripper_opening")
 ARM_ARRAYS = (*POSES, *(f"commanded_{part}" for part in POSES), "joint_positions_rad", "controller_action")
@@ -56,7 +57,7 @@ def _demo_folders(root: Path, depth: int = SEARCH_DEPTH) -> list[Path]:
         return [root]
     if depth == 0:
         return []
-    children = sorted(child for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
+    children = sorted(child for child in root.iterdir() if child.is_dir() and not is_hidden(child))
     return [demo for child in children for demo in _demo_folders(child, depth - 1)]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from keygrip.artifacts import DiskFullError, full_disk_is_named, locked, temporary_beside
 from keygrip.data.shards.index import ShardError
+from keygrip.data.source_files import files_in
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class ShardCache:
     def _evict(self, keep: Path) -> None:
         """Open files live on until they are closed: unlinking takes nothing from a reader."""
         copies = []
-        for path in self.folder.glob("*.tar"):
+        for path in files_in(self.folder, ".tar"):
             try:
                 status = path.stat()
             except FileNotFoundError:

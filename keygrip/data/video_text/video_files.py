@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from keygrip.data.bad_samples import BadSample, read_bytes
+from keygrip.data.source_files import files_in
 from keygrip.data.video import TIME_TOLERANCE_S, frames_at
 from keygrip.data.video_text.conversations import MAX_FRAMES, decode_image, decode_timed, fit_image
 
@@ -38,7 +39,7 @@ def read_timed_frames(
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted((file for file in path.iterdir() if file.suffix.lower() in SUFFIXES), key=_by_number)
+        files = sorted(files_in(path, *SUFFIXES), key=_by_number)
         if not files:
             raise FileNotFoundError(f"{path} holds no images ({', '.join(SUFFIXES)})")
         if clip is not None:

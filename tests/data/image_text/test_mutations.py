@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from macos import leave_notes
 from mutations import Outcomes, flipped, hostile_images, hostile_json, hostile_npy
 from PIL import Image
 from shard_sets import picture
@@ -222,6 +223,24 @@ def test_what_is_no_image_to_encode_is_named(tmp_path: Path) -> None:
         ("pipe.png", "a named pipe"),
     ):
         assert reason in reasons[name]
+
+
+def test_captions_in_capitals_are_read_and_notes_of_macos_are_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = image_folder(tmp_path / "source")
+    whole = prepared(source)
+    for path in sorted(source.iterdir()):
+        path.rename(path.with_suffix(path.suffix.upper()))
+    (source / "i0.TXT").unlink()
+    (source / "Captions.CSV").write_text("file_name,caption\ni0.PNG,caption 0\n")
+    assert prepared(source) == whole
+    notes = leave_notes(source)
+    items = list_items(source, aspect_buckets(32, 16, 2.0), 1.0, progress=False)
+    assert [(item.path, item.reason) for item in items] == [
+        (name, "") for name in ("i0.PNG", "i1.JPG", "i2.WEBP", "i3.BMP", "i4.TIF")
+    ]
+    assert f"{notes} hidden files in {source} are not read (._Captions.CSV, ...)" in caplog.text
 
 
 def test_captions_that_are_null_are_no_captions(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from macos import leave_notes
 from PIL import Image
-from robot_mutations import ROUNDS, assert_damage_is_found
+from robot_mutations import ROUNDS, assert_damage_is_found, contents
 
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.frames import JpegFrames, VideoFrames
@@ -43,6 +44,15 @@ def test_a_folder_written_by_hand_reads_to_the_letter(tmp_path: Path, native_dem
     assert (track.width, track.height, len(track.frames)) == (48, 40, 12)
     picture = track.frames.read(7)
     np.testing.assert_array_equal(picture, np.asarray(Image.open(folder / "rgb" / "over" / "000007.jpg")))
+
+
+def test_notes_of_macos_are_no_demos(tmp_path: Path, native_demo: Callable[..., Path]) -> None:
+    for name in ("a", "b"):
+        native_demo(tmp_path / "root" / name)
+    before = contents(tmp_path / "root")
+    leave_notes(tmp_path / "root")
+    assert [reference.name for reference in find_demos(tmp_path / "root")] == ["a", "b"]
+    assert contents(tmp_path / "root") == before
 
 
 def test_references_and_demos_travel_to_other_processes(tmp_path: Path, native_demo: Callable[..., Path]) -> None:

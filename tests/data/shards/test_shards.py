@@ -281,6 +281,15 @@ def test_a_remote_shard_of_another_size_is_refused(tmp_path: Path) -> None:
     assert cache.fetch("a.tar", 100).read_bytes() == b"x" * 100
 
 
+def test_the_limit_of_copies_counts_shards_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    cache = ShardCache(f"file://{tmp_path / 'far'}", tmp_path / "near", 250)
+    for number in range(4):
+        (tmp_path / "far" / f"{number}.TAR").write_bytes(b"x" * 100)
+        cache.fetch(f"{number}.TAR", 100)
+    assert sorted(path.name for path in (tmp_path / "near").glob("*.TAR")) == ["2.TAR", "3.TAR"]
+
+
 def test_rows_may_have_any_columns(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "a.tar") as writer:
         for width in (64, 32):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from macos import leave_notes
 from PIL import Image
 from shard_sets import picture
 from vlm_parts import frames_of, rows_of
@@ -148,5 +149,6 @@ def test_shards_and_folders_say_when_their_frames_were_taken(tmp_path: Path) -> 
     for number in range(5):
         (tmp_path / "images").mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "images" / f"{number}.png")
+    leave_notes(tmp_path / "images")
     assert read_timed_frames(tmp_path / "images", 8, "stretch", 3)[1] == (0.0, 2.0, 4.0)
     assert read_timed_frames(tmp_path / "images", 8, "stretch", 9, (2.0, 4.0))[1] == (0.0, 1.0)

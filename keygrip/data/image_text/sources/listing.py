@@ -20,6 +20,7 @@ from keygrip.data.bad_samples import BadSample, guard, open_image, parse_json, r
 from keygrip.data.image_text.bucket_folders import INFO
 from keygrip.data.image_text.crops import Bucket, nearest_bucket
 from keygrip.data.image_text.decoding import size_of
+from keygrip.data.source_files import is_hidden
 from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,8 @@ def find_captions(source: Path) -> dict[str, tuple[str, ...]]:
         ValueError: a list that cannot be read, or without the columns of file and caption.
     """
     found: dict[str, tuple[str, ...]] = {}
-    for path in (source / name for name in CAPTION_FILES if (source / name).exists()):
+    lists = [path for path in source.iterdir() if path.name.lower() in CAPTION_FILES]
+    for path in sorted(lists, key=lambda path: (CAPTION_FILES.index(path.name.lower()), path.name)):
         for name, captions in _rows_of(path):
             found[name] = tuple(dict.fromkeys((*found.get(name, ()), *captions)))
     return found
@@ -82,7 +84,7 @@ def _rows_of(path: Path) -> list[tuple[str, tuple[str, ...]]]:
     try:
         text = read_text(path, MAX_LIST_BYTES)
         with guard(path):
-            if path.suffix == ".csv":
+            if path.suffix.lower() == ".csv":
                 rows: list[Any] = list(csv.DictReader(io.StringIO(text, newline="")))
             else:
                 numbered = enumerate(text.split("\n"), 1)
@@ -110,29 +112,32 @@ def texts_of(value: Any) -> tuple[str, ...] | None:
     return tuple(dict.fromkeys(text for text in listed if text is not None))
 
 
-def captions_beside(path: Path, wrapped: list[str]) -> tuple[str, ...]:
+def captions_beside(path: Path, wrapped: list[str], capitals: Mapping[Path, Path] | None = None) -> tuple[str, ...]:
     """The captions of an image from `<name>.txt` and `<name>.caption` (one each) and `<name>.json` ("caption", "text"
     and "captions", all of them).
 
     Args:
         wrapped: takes the names of text files of several lines, which are one caption.
+        capitals: files whose ending is in capitals, by their path with the ending in lower case.
 
     Raises:
         BadSample: they cannot be read, or are not text.
     """
     found: list[str] = []
-    for file in (path.with_suffix(suffix) for suffix in (".txt", ".caption")):
-        if file.exists():
+    usual = [path.with_suffix(suffix) for suffix in (".txt", ".caption", ".json")]
+    files = [file for each in usual for file in (each, (capitals or {}).get(each)) if file is not None]
+    for file in (file for file in files if file.exists()):
+        if file.suffix.lower() != ".json":
             lines = [line for line in read_text(file).splitlines() if line.strip()]
             found.append(" ".join(" ".join(lines).split()))
             if len(lines) > 1:
                 wrapped.append(file.name)
-    if path.with_suffix(".json").exists():
-        content = read_json(path.with_suffix(".json"))
+            continue
+        content = read_json(file)
         told = content if isinstance(content, dict) else {}
         columns = [texts_of(told.get(name)) for name in CAPTION_NAMES]
         if None in columns:
-            raise BadSample(path.with_suffix(".json"), "its caption is not text")
+            raise BadSample(file, "its caption is not text")
         found += (text for texts in columns for text in texts or ())
     return tuple(dict.fromkeys(found))
 
@@ -172,10 +177,17 @@ def list_items(
     """
     if not source.is_dir():
         raise FileNotFoundError(f"no folder of images at {source}")
-    files = sorted(path for path in source.rglob("*") if not path.is_dir() and path.suffix.lower() not in BESIDE)
+    every = sorted(path for path in source.rglob("*") if not path.is_dir())
+    hidden = [path for path in every if is_hidden(path)]
+    if hidden:
+        log.warning("%d hidden files in %s are not read (%s, ...)", len(hidden), source, hidden[0].relative_to(source))
+    beside = [path for path in every if path.suffix.lower() in BESIDE]
+    capitals = {path.with_suffix(path.suffix.lower()): path for path in beside if path.suffix != path.suffix.lower()}
     others: Counter[str] = Counter()
     paths = []
-    for path in files:
+    for path in every:
+        if path.suffix.lower() in BESIDE or is_hidden(path):
+            continue
         if path.suffix.lower() in (*SUFFIXES, *OTHER_SUFFIXES) or is_image(path):
             paths.append(path)
         else:
@@ -198,7 +210,7 @@ def list_items(
             if not is_utf8(name):
                 raise BadSample(name, "its name is not UTF-8: rename it")
             regular_file(path)
-            told = (*listed.get(name, ()), *captions_beside(path, wrapped))
+            told = (*listed.get(name, ()), *captions_beside(path, wrapped, capitals))
             captions = tuple(dict.fromkeys(caption for caption in told if caption.strip()))
             if not captions:
                 raise BadSample(name, "its caption is empty" if told else "it has no caption")

@@ -50,7 +50,7 @@ from typing import Any
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from keygrip.data.bad_samples import BadSample, inside, read_json
+from keygrip.data.bad_samples import BadSample, guard, inside, read_json, regular_file
 from keygrip.data.robot.calibration import ArmCalibration, Calibration, find_calibration, read_calibration
 from keygrip.data.robot.formats.frames import ParquetFrames
 from keygrip.data.robot.formats.poses import increasing, opening, quaternions, rotations, transform
@@ -157,8 +157,13 @@ def _episodes(root: Path) -> list[dict[str, Any]]:
         raise FileNotFoundError(f"{root} has no meta/episodes/chunk-*/file-*.parquet; the data set is incomplete")
     rows: list[dict[str, Any]] = []
     for file in files:
-        wanted = [name for name in parquet.read_schema(file).names if not name.startswith("stats/")]
-        rows += parquet.read_table(file, columns=wanted).to_pylist()
+        try:
+            regular_file(file)
+            with guard(file):
+                wanted = [name for name in parquet.read_schema(file).names if not name.startswith("stats/")]
+                rows += parquet.read_table(file, columns=wanted).to_pylist()
+        except BadSample as error:
+            raise ValueError(f"{error}: the list of episodes is damaged, copy the data set again") from error
     return sorted(rows, key=lambda row: int(row["episode_index"]))
 
 

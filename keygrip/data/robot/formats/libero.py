@@ -34,6 +34,7 @@ from keygrip.data.robot.formats.frames import HDF5Frames, open_hdf5, own_array
 from keygrip.data.robot.formats.poses import invert, opening, quaternions, transform
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, words
+from keygrip.data.source_files import files_in
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ OPENCV_FROM_OPENGL = np.diag([1.0, -1.0, -1.0])  # MuJoCo's cameras look along -
 
 
 def _files(root: Path) -> list[Path]:
-    return sorted(path for suffix in ("*.hdf5", "*.h5") for path in root.rglob(suffix))
+    return files_in(root, ".hdf5", ".h5", below=True)
 
 
 def detect(root: Path) -> bool:

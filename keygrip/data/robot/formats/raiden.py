@@ -36,7 +36,9 @@ from keygrip.data.robot.formats.poses import increasing, invert, opening, quater
 from keygrip.data.robot.frames import JpegFrames
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource, words
+from keygrip.data.source_files import is_hidden
 
+ROWS = "[!.]*.pkl"  # without hidden files
 MAX_PICKLE_BYTES = 1 << 26  # limit for one frame's numbers
 RIGID_WRIST_SPREAD_M = 0.02  # with the wrong transform a hand-mounted camera moves by decimetres on its gripper
 
@@ -140,13 +142,13 @@ def _episodes(folder: Path, depth: int = 3) -> list[Path]:
         return [folder]
     if depth == 0 or not folder.is_dir():
         return []
-    children = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    children = sorted(child for child in folder.iterdir() if child.is_dir() and not is_hidden(child))
     return [episode for child in children for episode in _episodes(child, depth - 1)]
 
 
 def detect(root: Path) -> bool:
     """True where the folder holds `<...>/lowdim/*.pkl` beside `rgb/`."""
-    return any(next((episode / "lowdim").glob("*.pkl"), None) is not None for episode in _episodes(root))
+    return any(next((episode / "lowdim").glob(ROWS), None) is not None for episode in _episodes(root))
 
 
 def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
@@ -241,7 +243,7 @@ def _metadata(episode: Path, name: str) -> dict[str, Any]:
 
 
 def _lowdim(episode: Path, name: str) -> list[dict[str, Any]]:
-    held = sorted((episode / "lowdim").glob("*.pkl"))
+    held = sorted((episode / "lowdim").glob(ROWS))
     if not (episode / "rgb").is_dir():
         raise DemoError(name, "it has no images (rgb/): the conversion was cut off; run `rd convert` again")
     for number, path in enumerate(held):

@@ -26,19 +26,18 @@ from keygrip.data.robot.formats.poses import increasing, opening, quaternions, t
 from keygrip.data.robot.frames import VideoFrames
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource
+from keygrip.data.source_files import is_hidden
 from keygrip.robots.kinematics import forward_kinematics
 
 FLAG = "write_complete.flag"
 
 
 def _episodes(folder: Path, depth: int = 3) -> list[Path]:
-    if (folder / "metadata.json").is_file() and next(folder.glob("*-joint_pos.npy"), None) is not None:
-        return [folder]
-    if next(folder.glob("*-joint_pos.npy"), None) is not None or (folder / FLAG).is_file():
-        return [folder]  # cut off: named when it is read
+    if next(folder.glob("[!.]*-joint_pos.npy"), None) is not None or (folder / FLAG).is_file():
+        return [folder]  # one that was cut off is named when it is read
     if depth == 0:
         return []
-    children = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    children = sorted(child for child in folder.iterdir() if child.is_dir() and not is_hidden(child))
     return [episode for child in children for episode in _episodes(child, depth - 1)]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from keygrip.data.bad_samples import BadSample, guard, parse_json, read_bytes, read_text, regular_file
 from keygrip.data.shards.set_writer import Broken, MadeSample, write_shards
+from keygrip.data.source_files import files_in
 from keygrip.data.video_text.conversations import (
     DECODING,
     MAX_FRAMES,
@@ -97,7 +98,7 @@ def entries(source: Path) -> list[Entry]:
     Raises:
         FileNotFoundError: no lists. ValueError: one cannot be read.
     """
-    lists = sorted(path for pattern in ("*.json", "*.jsonl") for path in source.rglob(pattern))
+    lists = files_in(source, ".json", ".jsonl", below=True)
     if not lists:
         raise FileNotFoundError(f"no *.json or *.jsonl with instructions below {source}")
     found = []
@@ -135,7 +136,7 @@ def _read_list(path: Path) -> list[Any]:
         ValueError: it cannot be read, or is not a list.
     """
     text = read_text(path, MAX_LIST_BYTES)
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         return [_line(line, f"line {n} of {path}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     try:
         content = parse_json(text, path, MAX_LIST_BYTES)

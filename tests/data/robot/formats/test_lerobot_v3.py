@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from macos import leave_notes
 from PIL import Image
-from robot_mutations import ROUNDS, assert_damage_is_found
+from robot_mutations import ROUNDS, assert_damage_is_found, contents
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.discovery import find_demos
@@ -285,6 +286,22 @@ def test_an_old_version_and_missing_parts_are_refused(tmp_path, write_dataset):
         references[0].read()
     (tmp_path / "meta/episodes/chunk-000/file-000.parquet").unlink()
     with pytest.raises(FileNotFoundError, match="has no meta/episodes"):
+        find_demos(tmp_path)
+
+
+def test_notes_of_macos_change_nothing(tmp_path, write_dataset):
+    write_dataset(tmp_path, pictures_in_parquet=True)
+    before = contents(tmp_path)
+    leave_notes(tmp_path)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1" * 9, None])
+def test_a_damaged_list_of_episodes_is_named(tmp_path, write_dataset, content):
+    write_dataset(tmp_path)
+    file = tmp_path / "meta/episodes/chunk-000/file-000.parquet"
+    file.write_bytes(file.read_bytes()[:-30] if content is None else content)
+    with pytest.raises(ValueError, match=r"meta/episodes/chunk-000/file-000\.parquet: .*copy the data set again"):
         find_demos(tmp_path)
 
 

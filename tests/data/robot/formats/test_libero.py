@@ -9,7 +9,8 @@ import h5py
 import numpy as np
 import pytest
 import yaml
-from robot_mutations import ROUNDS, assert_damage_is_found
+from macos import leave_notes
+from robot_mutations import ROUNDS, assert_damage_is_found, contents
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.discovery import find_demos
@@ -153,6 +154,16 @@ def test_broken_files_are_named(tmp_path, square):
         demos["demo_0"].read()
     with pytest.raises(DemoError, match=r"gripper_states .* other units"):
         demos["demo_1"].read()
+
+
+def test_files_in_capitals_are_read_and_notes_of_macos_are_not(tmp_path, square):
+    write_file(tmp_path / "set" / FILE, square)
+    write_file(tmp_path / "set" / "other_demo.HDF5", square)
+    before = contents(tmp_path / "set")
+    assert sum(name.endswith("poses") for name in before) == 4
+    leave_notes(tmp_path / "set")
+    assert len(find_demos(tmp_path / "set")) == 4
+    assert contents(tmp_path / "set") == before
 
 
 def test_other_hdf5_files_are_not_taken_for_libero(tmp_path):

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from macos import leave_notes
 from PIL import Image
-from robot_mutations import ROUNDS, assert_damage_is_found
+from robot_mutations import ROUNDS, assert_damage_is_found, contents
 from scipy.spatial.transform import Rotation
 
 from keygrip.artifacts import locked
@@ -96,6 +97,15 @@ def write_calibration(path: Path) -> None:
     """raiden names the inverse: `right_base_to_left_base` takes left-base to right-base coordinates."""
     stored = np.linalg.inv(LEFT_FROM_RIGHT).tolist()
     path.write_text(json.dumps({"bimanual_transform": {"right_base_to_left_base": stored}}))
+
+
+def test_notes_of_macos_are_no_episodes_and_no_rows(tmp_path, scene):
+    for number in range(2):
+        write_episode(tmp_path / "pick" / f"{number:04d}", scene)
+    before = contents(tmp_path)
+    leave_notes(tmp_path)
+    assert [reference.name for reference in find_demos(tmp_path)] == ["pick/0000", "pick/0001"]
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from robot_mutations import ROUNDS, assert_damage_is_found
+from macos import leave_notes
+from robot_mutations import ROUNDS, assert_damage_is_found, contents
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.discovery import find_demos
@@ -93,6 +94,15 @@ def calibrate(scene, calibration_text):
 
 
 BASES = {"left": {}, "right": {"world_from_base": RIGHT_BASE.tolist()}}
+
+
+def test_notes_of_macos_are_no_episodes(tmp_path, write_episode, calibrate):
+    write_episode(tmp_path / "pick" / "20260101_120000_1a2b3c4d")
+    calibrate(tmp_path, BASES)
+    before = contents(tmp_path)
+    leave_notes(tmp_path)
+    assert [reference.name for reference in find_demos(tmp_path)] == ["pick/20260101_120000_1a2b3c4d"]
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", ["calibration.yaml", "calibration.json"])

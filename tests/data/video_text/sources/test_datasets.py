@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
+from macos import leave_notes
 from PIL import Image
 from shard_sets import picture, small_video
 
@@ -438,6 +439,19 @@ def test_video_instructions(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     (source / "list.json").write_text("{")
     with pytest.raises(ValueError, match=r"list\.json is not valid JSON"):
         video_sft(source, tmp_path / "other", SIZE)
+
+
+def test_lists_in_capitals_are_read_and_notes_of_macos_are_not(tmp_path: Path) -> None:
+    said = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "This."}]
+    entry = json.dumps({"conversations": said})
+    (tmp_path / "download").mkdir()
+    (tmp_path / "download" / "one.json").write_text(f"[{entry}]")
+    (tmp_path / "download" / "TWO.JSON").write_text(f"[{entry}, {entry}]")
+    (tmp_path / "download" / "THREE.JSONL").write_text(f"{entry}\n{entry[:-1]}\n{entry}\n")
+    leave_notes(tmp_path / "download")
+    report = video_sft(tmp_path / "download", tmp_path / "set", SIZE, workers=1)
+    assert (report["samples"], report["failed"]) == (5, 1)
+    assert {key.split("-")[0] for key in samples(tmp_path / "set")} == {"one", "TWO", "THREE"}
 
 
 # ---- decoding --------------------------------------------------------------------------------------------------------
