@@ -8,6 +8,7 @@ module. Its requests are (text, settings, function from a document to its images
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
@@ -34,7 +36,6 @@ MAX_NEW_TOKENS = 64  # default where a task gives none
 # SystemExit: the task of Video-MME leaves Python where a video is not there
 FAILS: tuple[type[BaseException], ...] = (*HOSTILE, SystemExit)
 FAILED = "-"  # an answer that names nothing: MVBench's task leaves empty answers out, which would count in our favour
-NO_LIKELIHOOD = (-float("inf"), False)
 Given = TypeVar("Given")
 Seen = tuple[torch.Tensor, list[int], list[tuple[float, ...] | None], Any]  # a video, and its keys and values
 Timed = tuple[np.ndarray, tuple[float, ...] | None]  # frames and when each was taken
@@ -90,18 +91,30 @@ class KeygripModel(lmms):
         Raises:
             ValueError: too many requests fail, or all.
         """
-        return self._each(requests, self._answer, FAILED)
+        return self._each(requests, self._answer, lambda _: FAILED)
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Log-likelihood of each target's words without the turn's end, and whether greedy decoding gives them; minus
-        infinity where a request fails (where all options of a question do, lmms-eval takes the first).
+    def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
+        """How likely each target's words are, without the end of the turn: a number, and whether greedy decoding gives
+        them, as the pair (`text`) that a task is handed.
+
+        lmms-eval 0.7.3 (`ConfigurableTask.process_results`, and the tasks' own `..._mc_ppl`) reads the number in two
+        ways, which the form of the target tells apart:
+
+        - an option of a `multiple_choice` task, a text: the lowest number is chosen, since its models return losses. It
+          is the mean cross-entropy per token, nats. One that fails is infinite and never chosen before another. Where
+          all options of a question fail, `multiple_choice` takes the first, and the tasks' own functions none.
+        - the target of a `loglikelihood` task, a function of the document: `perplexity` is exp(-mean). It is the sum of
+          the tokens' log-likelihoods, nats, as lmms-eval's base class says; minus infinity where it fails.
 
         Raises:
             ValueError: too many requests fail, or all.
         """
-        return self._each(requests, self._likelihood, NO_LIKELIHOOD)
+        # its evaluator makes a string of a bare pair (`unwrap_generation_output`, 0.7 to 0.7.3), which no task can read
+        return [GenerationResult(pair) for pair in self._each(requests, self._likelihood, _no_likelihood)]
 
-    def _each(self, requests: Sequence[Any], answer: Callable[[Any], Given], failed: Given) -> list[Given]:
+    def _each(
+        self, requests: Sequence[Any], answer: Callable[[Any], Given], failed: Callable[[Any], Given]
+    ) -> list[Given]:
         """The answer to each request, or what stands for one that failed."""
         found: list[Given] = []
         bad = BadSamples(self.max_failed_share, "max_failed_share")
@@ -110,7 +123,7 @@ class KeygripModel(lmms):
                 found.append(answer(request))
             except FAILS as error:
                 _, _, _, number, task, split = request.args
-                found.append(failed)
+                found.append(failed(request))
                 self._last = None
                 bad.add(1, [f"document {number} of {task}, {split}: {error}"])
             else:
@@ -141,15 +154,17 @@ class KeygripModel(lmms):
 
     def _likelihood(self, request: Any) -> tuple[float, bool]:
         text, target, see, number, task, split = request.args
-        document = self.task_dict[task][split][number]
-        words = target(document) if callable(target) else target
+        words = str(target(self.task_dict[task][split][number]) if callable(target) else target).strip()
+        if not words:
+            raise ValueError("its target is empty")
         inputs, counts, seconds, kv = self._seen(see, task, split, number)
-        turns = (Turn("user", _question(text)), Turn("assistant", str(words).strip()))
+        turns = (Turn("user", _question(text)), Turn("assistant", words))
         row = self.module.collator.prompt(turns, seconds[0])
         likelihoods = answer_likelihoods(
             self.module.network, inputs, counts, [row], [0], self.mode, kv, with_end=False, seconds=seconds
         )
-        return float(likelihoods.total[0]), bool(likelihoods.greedy[0])
+        total, greedy = float(likelihoods.total[0]), bool(likelihoods.greedy[0])
+        return total if callable(target) else -total / int(likelihoods.tokens[0]), greedy
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Raises NotImplementedError: the tasks' rounds depend on answers in forms of their own."""
@@ -208,6 +223,11 @@ def _until(text: str, settings: Mapping[str, Any]) -> str:
     for stop in [until] if isinstance(until, str) else until:
         text = text.split(stop)[0] if stop else text
     return text.strip()
+
+
+def _no_likelihood(request: Any) -> tuple[float, bool]:
+    """What `loglikelihood` gives for a request that failed: the worst of log-likelihoods, or of losses."""
+    return (-math.inf if callable(request.args[1]) else math.inf), False
 
 
 def manifest() -> ModelManifest:

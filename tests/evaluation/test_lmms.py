@@ -96,7 +96,7 @@ def test_likelihoods_are_those_of_the_target_behind_the_prompt(model: KeygripMod
     words = [n for n in range(row.prompt, len(row.ids)) if row.answer[n]][:-1]
     at = output.layout.text_at[0]
     expected = sum(float(logits[0, at[n] - 1, row.ids[n]]) for n in words)
-    assert found[0][0] == pytest.approx(expected, abs=1e-3)
+    assert found[0].text[0] == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_video_is_encoded_once_for_requests_that_follow_each_other(
@@ -140,7 +140,7 @@ def test_requests_that_fail_are_named_and_the_others_answered(
     with pytest.raises(ValueError, match=r"more than max_failed_share=0\.05 allows"):
         model.generate_until([*asked * 5, *bad * 64])
     options = instances(model, "loglikelihood", lambda document: document["answer"])
-    assert model.loglikelihood([options[0]])[0][0] > -float("inf")
+    assert model.loglikelihood([options[0]])[0].text[0] > -float("inf")
 
 
 def test_each_process_of_several_knows_its_place(
@@ -238,3 +238,53 @@ metric_list:
     said = model.generate_until(instances(model, "generate_until", {"max_new_tokens": 4}))
     found = simple_evaluate(model=model, tasks=["mini_task"], task_manager=manager, batch_size=1, log_samples=False)
     assert found["results"]["mini_task"]["length,none"] == sum(map(len, said)) / 2
+
+
+def test_a_multiple_choice_task_takes_the_likeliest_option(model: KeygripModel, tmp_path: Path) -> None:
+    """lmms-eval's evaluator, which takes the lowest number. Of one document the video is not there: its answer is the
+    second option, so that taking the first is wrong."""
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    from keygrip.data.batches import Turn
+    from keygrip.models.foveated_vlm.generation import answer_likelihoods
+
+    options = ["red", "a blue one", "dark", "best option"]
+    module, rows = model.module, []
+    for name in "ab":
+        inputs, counts, seconds = model._video(lambda _, name=name: [str(tmp_path / name)], "mini", "test", 0)
+        texts = [
+            module.collator.prompt((Turn("user", "What is it?"), Turn("assistant", option)), seconds[0])
+            for option in options
+        ]
+        found = answer_likelihoods(
+            module.network, inputs, counts, texts, [0] * len(texts), model.mode, with_end=False, seconds=seconds
+        )
+        likeliest = int((found.total / found.tokens).argmax())
+        rows.append({"path": str(tmp_path / name), "question": "What is it?", "answer": likeliest})
+    rows.append({"path": str(tmp_path / "gone.mp4"), "question": "What is it?", "answer": 1})
+    (tmp_path / "choice.json").write_text(json.dumps([{**row, "options": options} for row in rows]))
+    (tmp_path / "functions.py").write_text(
+        "def see(document):\n    return [document['path']]\n"
+        "def ask(document, settings=None):\n    return document['question']\n"
+        "def options(document):\n    return document['options']\n"
+        "def right(document):\n    return document['answer']\n"
+    )
+    (tmp_path / "choice.yaml").write_text(
+        f"""
+task: choice_task
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "choice.json"}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_visual: !function functions.see
+doc_to_text: !function functions.ask
+doc_to_target: !function functions.right
+doc_to_choice: !function functions.options
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+"""
+    )
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    found = simple_evaluate(model=model, tasks=["choice_task"], task_manager=manager, batch_size=1, log_samples=False)
+    assert found["results"]["choice_task"]["acc,none"] == pytest.approx(2 / 3)

@@ -1,0 +1,91 @@
+"""What the adapter for lmms-eval returns, without the package: three of its classes are stand-ins."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from vlm_parts import small_module
+
+import keygrip.evaluation
+from keygrip.data.batches import Turn
+from keygrip.models.foveated_vlm.generation import rows_of
+
+OPTIONS = ("red", "a blue one", "dark", "best option")
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A small model behind the adapter, and a document whose video is a folder of two images."""
+    classes = {
+        "lmms_eval.api.instance": SimpleNamespace(GenerationResult=lambda text: SimpleNamespace(text=text)),
+        "lmms_eval.api.model": SimpleNamespace(lmms=type("lmms", (), {"__init__": lambda self: None, "rank": 0})),
+        "lmms_eval.models.registry_v2": SimpleNamespace(ModelManifest=dict),
+    }
+    for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.models", *classes):
+        stand_in = ModuleType(name)
+        vars(stand_in).update(vars(classes.get(name, SimpleNamespace())))
+        monkeypatch.setitem(sys.modules, name, stand_in)
+    monkeypatch.delitem(sys.modules, "keygrip.evaluation.lmms", raising=False)
+    monkeypatch.setattr(keygrip.evaluation, "lmms", None, raising=False)  # as it was, afterwards
+    lmms = importlib.import_module("keygrip.evaluation.lmms")
+    module = small_module(tmp_path, ["What is it? red a blue one dark best option"] * 3)
+    monkeypatch.setattr(lmms, "load_module", lambda *_, **__: module)
+    (tmp_path / "a").mkdir()
+    for number in range(2):
+        Image.fromarray(np.full((30, 40, 3), 90 * number, np.uint8)).save(tmp_path / "a" / f"{number}.png")
+    made = lmms.KeygripModel("run", device="cpu")
+    made.task_dict = {"mini": {"test": [{"video": str(tmp_path / "a")}, {"video": str(tmp_path / "gone.mp4")}]}}
+    yield made
+    sys.modules.pop("keygrip.evaluation.lmms", None)  # made with the stand-ins
+
+
+def request(target: Any, number: int = 0) -> Any:
+    return SimpleNamespace(args=("What is it?", target, lambda document: [document["video"]], number, "mini", "test"))
+
+
+def values(model: Any, *requests: Any) -> list[float]:
+    return [found.text[0] for found in model.loglikelihood(requests)]
+
+
+@torch.no_grad()
+def log_likelihoods(model: Any, words: str) -> list[float]:
+    """Of each token of an answer to the first document, from the logits of its whole row."""
+    module = model.module
+    inputs, counts, seconds = model._video(lambda document: [document["video"]], "mini", "test", 0)
+    row = module.collator.prompt((Turn("user", "What is it?"), Turn("assistant", words)), seconds[0])
+    output = module.network(inputs, rows_of([row], [0], counts, inputs.device, seconds), model.mode)
+    logits = module.network.language.logits(output.hidden).log_softmax(-1)
+    tokens = [n for n in range(row.prompt, len(row.ids)) if row.answer[n]][:-1]
+    return [float(logits[0, output.layout.text_at[0, n] - 1, row.ids[n]]) for n in tokens]
+
+
+def test_an_option_gets_its_mean_loss_of_which_the_lowest_is_the_likeliest(model: Any) -> None:
+    """lmms-eval's multiple_choice is `np.argmin` over what its models return: float(loss), a mean over tokens."""
+    found = values(model, *(request(f" {option}") for option in OPTIONS))
+    each = [log_likelihoods(model, option) for option in OPTIONS]
+    assert len({len(tokens) for tokens in each}) > 1
+    assert found == pytest.approx([-float(np.mean(tokens)) for tokens in each], abs=1e-4)
+    assert int(np.argmin(found)) == int(np.argmax([np.mean(tokens) for tokens in each]))
+
+
+def test_the_target_of_a_loglikelihood_task_gets_its_log_likelihood(model: Any) -> None:
+    """Its perplexity is exp(-mean) of them."""
+    (found,) = values(model, request(lambda document: "a blue one"))
+    assert found == pytest.approx(sum(log_likelihoods(model, "a blue one")), abs=1e-3)
+
+
+def test_what_fails_is_never_the_option_chosen(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    found = values(model, request(" "), request(" dark", 1), request(" red"), request(lambda _: "dark", 1))
+    assert (found[0], found[1], found[3]) == (math.inf, math.inf, -math.inf)
+    assert int(np.argmin(found[:3])) == 2
+    assert "its target is empty" in caplog.text
