@@ -41,13 +41,61 @@ FORMS = [
     *(("I think the answer is A.", 0), ("The answer is A person jumps", 3), ("Not A, but B", 1)),
     *(("B because it is red", 1), ("A since the cube is blue", 0)),
 ]
+SENTENCES = [
+    ("The answer is B because the person pulls the handle.", 1),
+    ("The correct answer is B as shown in the video", 1),
+    ("Answer: B because the handle is pulled", 1),
+    ("Answer: B the person pulls the handle", 1),
+    ("I choose B because it is pulled", 1),
+    ("I'd go with C over option B.", 2),
+    ("The answer is **B** because it is pulled", 1),
+    ("My choice is B because it is pulled", 1),
+    ("B is the answer.", 1),
+    ("I think B is the answer.", 1),
+    ("B is the most likely answer.", 1),
+    ("Option B is the most likely answer.", 1),
+    ("The correct option is B in this video", 1),
+    ("Option B best describes the video", 1),
+    ("The answer is B and not A.", 1),
+    ("B and not A", 1),
+    ("The answer is B rather than option C.", 1),
+    ("The answer is D which option C is not.", 3),
+    ("A: no. B: yes. Therefore, B.", 1),
+    ("A) no B) yes. So B.", 1),
+    ("A: no. B: yes. B is the answer.", 1),
+    ("Option A: no. Option B: yes. Option C: no. So B.", 1),
+    ("The answer is A because the person pulls.", 0),
+    ("The answer is A as shown.", 0),
+    ("Answer: A and not B", 0),
+    ("A is the most likely answer.", 0),
+    ("Answer: B is incorrect, so C is the answer.", 2),
+    ("I don't think B is the answer. The answer is C since it is pulled", 2),
+    ("Is the answer B? No, option C.", 2),
+    ("Clearly C because it is pulled", 2),
+    ("The wrong answer is A. It is D.", 3),
+]
 NONE = ["E", "none", "", "red or blue", "A cube lies there", "I cannot tell", "A or B", "Because", "Cubes are shown."]
 NONE += ["A, B", "A/B", "A; B and C", "<think>The answer is A", "A. blue\nB. red\nC. dark green\nD. a person jumps"]
 NONE += ["The answer is neither A nor B", "Option A or option B", "Either A or B."]
 NONE += ["The answer is not B", "It could be A, B, or C."]
+NONE += [
+    "The answer is A person jumping",
+    "Answer: A man jumps",
+    "I choose A man",
+    "So A person is seen",
+    "B shows a man",
+]
+NONE += ["The answer is not B because of it", "I don't think B is the answer.", "Neither A nor B is the answer"]
+NONE += [
+    "The answer is (B) or (C)",
+    "The answer is B or C",
+    "B is the least likely answer",
+    "Option B is not the answer",
+]
+NONE += ["Option A shows a man and option B shows a dog", "Option A as well as option B show a man"]
 
 
-@pytest.mark.parametrize(("said", "option"), FORMS)
+@pytest.mark.parametrize(("said", "option"), [*FORMS, *SENTENCES])
 def test_an_option_is_named_by_letter_or_words(said: str, option: int) -> None:
     assert chosen_option(said, COLOURS) == option
 
@@ -65,3 +113,16 @@ def test_of_options_that_are_letters_the_letter_of_the_list_counts() -> None:
 def test_letters_reach_as_far_as_the_options() -> None:
     assert chosen_option("C", ["yes", "no"]) is None
     assert chosen_option("The answer is E.", ["a", "b", "c", "d", "e"]) == 4
+
+
+def test_words_of_an_option_that_begin_with_a_letter_are_words() -> None:
+    assert chosen_option("The answer is C major", ["D minor", "C major", "B flat"]) == 1
+    assert chosen_option("Answer: B flat since it is low", ["D minor", "C major", "B flat"]) == 2
+    assert chosen_option("The answer is C because it is low", ["D minor", "C major", "B flat"]) == 2
+
+
+def test_the_ninth_letter_is_also_a_word() -> None:
+    options = [str(number) for number in range(1, 10)]
+    assert chosen_option("Answer: I think it is H because of it", options) == 7
+    assert chosen_option("The answer is I because of it", options) == 8
+    assert chosen_option("The answer is I.", options) == 8
