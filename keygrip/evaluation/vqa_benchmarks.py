@@ -254,27 +254,45 @@ class Videos:
             self._by_name.setdefault(folder.name, []).append(folder)
 
     def find(self, name: str, folder: str) -> Path | None:
-        """The video of a name, which may be a path or lack its ending; None where it is not there.
+        """The video of a name; None where it is not there.
 
         Args:
-            folder: the part of a path that decides where the name occurs in several places.
+            name: a path whose folders must be the last ones of the video's own, or a file's name. Another format's
+                ending, or none, is the same video; an ending that is no video's is part of the name.
+            folder: the part of a path that decides where the name occurs in several places. One of MVBench's folders
+                also says that a video in another one of them is another video.
 
         Raises:
             ValueError: it occurs in several places, and nothing decides.
         """
         wanted = Path(name)
-        found = self._by_name.get(wanted.name) or self._by_name.get(wanted.stem) or []
-        for kept in (
-            [path for path in found if len(wanted.parts) > 1 and self._ends(path, wanted.with_suffix(""))],
-            [path for path in found if f"/{folder}/" in f"/{path.relative_to(self.root).as_posix()}"],
-            found,
-        ):
-            if kept and all(_same(kept[0], other) for other in kept[1:]):
-                return kept[0]
-        if not found:
-            return None
-        raise ValueError(f"{name!r} may be {found[0]} or {found[1]}: remove the one that does not belong to the set")
+        stem = wanted.with_suffix("") if wanted.suffix.lower() in VIDEOS else wanted
+        for called in (wanted.name, stem.name):
+            found = [
+                path
+                for path in self._by_name.get(called, [])
+                if (self._ends(path, wanted) or self._ends(path, stem)) and not self._of_another(path, folder)
+            ]
+            for kept in ([path for path in found if self._lies_in(path, folder)], found):
+                if kept and all(_same(kept[0], other) for other in kept[1:]):
+                    return kept[0]
+            if found:
+                raise ValueError(
+                    f"{name!r} may be {found[0]} or {found[1]}: remove the one that does not belong to the set"
+                )
+        return None
 
     def _ends(self, path: Path, wanted: Path) -> bool:
-        stem = path.with_suffix("") if path.is_file() else path
-        return f"/{stem.as_posix()}".endswith(f"/{wanted.as_posix()}")
+        """Whether a path, with its ending or without, ends with another one."""
+        stem = path.with_suffix("") if path.suffix.lower() in VIDEOS else path
+        return any(f"/{each.as_posix()}".endswith(f"/{wanted.as_posix()}") for each in (path, stem))
+
+    def _lies_in(self, path: Path, folder: str) -> bool:
+        return f"/{folder}/" in f"/{path.relative_to(self.root).as_posix()}"
+
+    def _of_another(self, path: Path, folder: str) -> bool:
+        """Whether a video lies in one of MVBench's folders, and not in the one that a question is about."""
+        known = set(MVBENCH_FOLDERS.values())
+        if folder not in known or self._lies_in(path, folder):
+            return False
+        return any(self._lies_in(path, other) for other in known)

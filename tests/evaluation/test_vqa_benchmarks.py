@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from keygrip.data.video_text.video_files import read_timed_frames
-from keygrip.evaluation.vqa_benchmarks import read_benchmark
+from keygrip.evaluation.vqa_benchmarks import Videos, read_benchmark
 
 
 def read_frames(*arguments: Any, **settings: Any) -> np.ndarray:
@@ -216,3 +216,38 @@ def test_videos_of_one_name_are_told_apart(tmp_path: Path) -> None:
     write(tmp_path / "y.json", [{**entry, "video": "v.1.mp4"}])
     with pytest.raises(ValueError, match=r"y\.json: the entry 'What\?'.*may be .*v\.1\.mp4 or .*v\.1\.mp4"):
         read_benchmark("mvbench", tmp_path)
+
+
+def test_another_video_of_the_same_name_is_not_taken(tmp_path: Path) -> None:
+    """One in another of MVBench's folders, below other folders than the name's, or without the name's ending."""
+    only = video(tmp_path / "star" / "Charades_v1_480" / "X1.mp4", seconds=1)
+    videos = Videos(tmp_path)
+    for name, folder in (
+        ("X1.mp4", "sta/sta_video"),
+        ("b/X1.mp4", "star/Charades_v1_480"),
+        ("b/X1", "1_plotQA"),
+        ("X1.cut", "star/Charades_v1_480"),
+        ("Charades_v1_480/X1.cut", "star/Charades_v1_480"),
+    ):
+        assert videos.find(name, folder) is None, (name, folder)
+    for name, folder in (
+        ("X1.mp4", "star/Charades_v1_480"),
+        ("X1.mp4", "1_plotQA"),
+        ("X1", "star/Charades_v1_480"),
+        ("X1.webm", "star/Charades_v1_480"),
+        ("Charades_v1_480/X1.MP4", "star/Charades_v1_480"),
+        ("star/Charades_v1_480/X1", "data"),
+    ):
+        assert videos.find(name, folder) == only, (name, folder)
+    entry = {"video": "X1.mp4", "question": "What?", "candidates": ["x", "y"], "answer": "y"}
+    write(tmp_path / "json" / "action_sequence.json", [entry])
+    write(tmp_path / "json" / "action_localization.json", [entry, {**entry, "start": 0.0, "end": 1.0}])
+    benchmark = read_benchmark("mvbench", tmp_path)
+    assert ([question.task for question in benchmark.questions], benchmark.without_video) == (["action_sequence"], 2)
+    (tmp_path / "v.1").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "v.1" / "0.png")
+    own = video(tmp_path / "sta" / "sta_video" / "X1.mkv", seconds=1)
+    videos = Videos(tmp_path)
+    assert videos.find("X1.mp4", "sta/sta_video") == own  # not its namesake in star/
+    assert videos.find("v.1", "data") == videos.find("v.1.mp4", "data") == tmp_path / "v.1"
+    assert videos.find("v", "data") is None
