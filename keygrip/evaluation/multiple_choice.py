@@ -71,13 +71,13 @@ def evaluate_choices(
             if not group:
                 continue
             inputs, counts = module.as_input(frames), [len(frames)]
-            with _timed(seconds_of, "encoder", inputs.device):
+            with timed(seconds_of, "encoder", inputs.device):
                 kv = encoded(module.network, inputs, counts)
             video = (inputs, counts, kv, [seconds])
             frames_seen += len(frames)
             row_frames += len(frames) * sum(len(question.letters) for question in group)
             for mode in modes:
-                with _timed(seconds_of, mode, inputs.device):
+                with timed(seconds_of, mode, inputs.device):
                     likeliest = _likeliest(module, group, video, mode)
                 said = _said(module, group, video, mode, max_new_tokens)
                 for question, letter, text in zip(group, likeliest, said, strict=True):
@@ -111,8 +111,8 @@ def evaluate_choices(
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], name: str, device: torch.device) -> Iterator[None]:
-    """Adds what passes inside to `seconds`; a GPU has finished what it was given."""
+def timed(seconds: dict[str, float], name: str, device: torch.device) -> Iterator[None]:
+    """Adds the seconds that pass inside to `seconds[name]`; a GPU has finished what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()

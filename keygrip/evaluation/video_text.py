@@ -5,29 +5,47 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import DictConfig
+from torch import Tensor
 
 from keygrip.artifacts import write_text
 from keygrip.data.batches import VideoTextBatch
 from keygrip.evaluation.kinds import Evaluated, plain
-from keygrip.evaluation.multiple_choice import evaluate_choices
+from keygrip.evaluation.multiple_choice import evaluate_choices, timed
 from keygrip.evaluation.text_metrics import caption_metrics, vqa_accuracy
 from keygrip.evaluation.vqa_benchmarks import read_benchmark
+from keygrip.models.backbone import BlockKV
 from keygrip.models.foveated_vlm.attention_maps import attention_on_targets
-from keygrip.models.foveated_vlm.generation import generate
+from keygrip.models.foveated_vlm.conversations import EncodedText
+from keygrip.models.foveated_vlm.generation import encoded, generate
 from keygrip.models.foveated_vlm.module import REFINED, FoveatedVLMModule, comparisons
 from keygrip.models.foveated_vlm.scores import Scores
 from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
+
+ENCODER = "encoder"  # its time, beside those of the modes
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The rows of a batch that are scored by what the model says, captions and VQA.
+
+    Attributes:
+        rows: B indices. prompts: B conversations up to the answer. too_long: how many other rows do not fit.
+    """
+
+    rows: list[int]
+    prompts: list[EncodedText]
+    too_long: int
 
 
 @torch.no_grad()
@@ -40,6 +58,7 @@ def evaluate_modes(
     """Figures of each mode over batches, and what they say about each other (`gap`, `fine_over_coarse`).
 
     A model that was trained with refinement is evaluated with it too, as `coarse_fine_refined` (and `gap_refined`).
+    The videos of a batch are encoded once, for all modes and what they say.
 
     For each mode: loss, perplexity and exactness of answers, over all and by kind; for generated answers, `bleu_*`,
     `cider`, `meteor` (kind caption), `vqa_accuracy` (where the evidence has `answers`, ten annotators),
@@ -47,7 +66,8 @@ def evaluate_modes(
     questions of each (`questions_<kind>`, `questions_<kind>_of_<n>`; of videos: `videos_of_<n>` beside the modes),
     `attention_<kind>` (on the thing asked about, relative to uniform, where the evidence says where it is; in the last
     block, and as `..._all_blocks` over all but the first), and `ms_per_frame` (encoder, queries and language model, at
-    the batches' size).
+    the batches' size; no generation). Beside the modes, `too_long`: captions and VQA questions for which nothing is
+    generated, since with their frames and an answer they do not fit into the language model's context.
 
     Raises:
         ValueError: a mode that the network does not have, or no batch.
@@ -65,26 +85,29 @@ def evaluate_modes(
         evaluated[REFINED] = ("coarse_fine", module.refinement)
     looked: dict[str, dict[str, list[float]]] = {mode: defaultdict(list) for mode in evaluated}
     videos: Counter[str] = Counter()
-    frames_seen = 0
+    frames_seen = too_long = 0
     for batch in Progress(batches, desc="evaluate", unit="batch"):
         batch = batch.to(module.device)
         frames_seen += int(batch.frame_mask.sum())
         videos.update(f"videos_of_{length}" for length in _octaves(batch))
-        for mode, (of_network, refinement) in evaluated.items():
-            started = time.perf_counter()
+        asked = _asked(module, batch, max_new_tokens)
+        too_long += asked.too_long
+        with timed(seconds, ENCODER, module.device):
             frames, rows = module.inputs(batch)
-            output = module.network(frames, rows, of_network, refinement)
-            scored = module.score(output, batch)
-            scores[mode].add(scored, batch.kind)
-            by_length[mode].add(scored, _kinds_and_lengths(batch))
-            seconds[mode] += time.perf_counter() - started
+            kv = encoded(module.network, frames, rows.frame_counts)
+        for mode, (of_network, refinement) in evaluated.items():
+            with timed(seconds, mode, module.device):
+                output = module.network(frames, rows, of_network, refinement, kv)
+                scored = module.score(output, batch)
+                scores[mode].add(scored, batch.kind)
+                by_length[mode].add(scored, _kinds_and_lengths(batch))
             if output.passes is not None:
                 for kind, where in attention_on_targets(module.network, output, rows, batch):
                     looked[mode][kind].append(where)
                 for kind, where in attention_on_targets(module.network, output, rows, batch, "all"):
                     looked[mode][f"{kind}_all_blocks"].append(where)
             if mode in modes:
-                said[mode] += _generated(module, batch, mode, max_new_tokens)
+                said[mode] += _generated(module, batch, asked, frames, kv, mode, max_new_tokens)
     if not scores:
         raise ValueError("nothing to evaluate: the data have no samples")
     figures: dict[str, dict[str, Any]] = {}
@@ -95,12 +118,13 @@ def evaluate_modes(
             figures[mode] |= {name: value for name, value in parts.items() if name.startswith("accuracy_")}
             figures[mode] |= by_length[mode].questions()
         if frames_seen:
-            figures[mode]["ms_per_frame"] = 1000 * seconds[mode] / frames_seen
+            figures[mode]["ms_per_frame"] = 1000 * (seconds[ENCODER] + seconds[mode]) / frames_seen
         figures[mode] |= _of_answers(said[mode])
         figures[mode] |= {f"attention_{kind}": float(np.mean(where)) for kind, where in looked[mode].items()}
     return {
         "tokens_per_frame": module.network.tokens_per_frame,
         **dict(sorted(videos.items())),
+        "too_long": too_long,
         **{mode: _rounded(values) for mode, values in figures.items()},
         **_rounded(comparisons(figures)),
     }
@@ -117,38 +141,74 @@ def _kinds_and_lengths(batch: VideoTextBatch) -> list[str]:
     return [f"{kind}_of_{lengths[at]}" for kind, at in zip(batch.kind, batch.video_index.tolist(), strict=True)]
 
 
-def _generated(
-    module: FoveatedVLMModule, batch: VideoTextBatch, mode: str, max_new_tokens: int
-) -> list[tuple[str, str, dict[str, Any], str]]:
-    """(kind, true answer, evidence, generated) of rows that are scored by what the model says: captions and VQA."""
+def _asked(module: FoveatedVLMModule, batch: VideoTextBatch, max_new_tokens: int) -> _Asked:
+    """Captions and VQA questions that fit into the language model's context with their frames and an answer."""
     wanted = [
         row
         for row, text in enumerate(batch.texts)
         if (batch.kind[row] == "caption" or "answers" in text.evidence) and text.turns[-1].role == "assistant"
     ]
-    if not wanted:
+    counts, videos = batch.frame_mask.sum(1).tolist(), batch.video_index.tolist()
+    context, rows, prompts = module.network.language.context, [], []
+    for row in wanted:
+        prompt = module.collator.prompt(batch.texts[row].turns[:-1], batch.seconds_of(row))
+        frames = counts[videos[row]]
+        if len(prompt.ids) + frames * module.network.tokens_per_frame + max_new_tokens > context:
+            log.warning(
+                "nothing is generated for a question of %s in %s: with %d frames and an answer of up to %d tokens it "
+                "does not fit into the %d positions of the language model",
+                batch.key[row],
+                batch.source[row],
+                frames,
+                max_new_tokens,
+                context,
+            )
+            continue
+        rows.append(row)
+        prompts.append(prompt)
+    return _Asked(rows, prompts, len(wanted) - len(rows))
+
+
+def _generated(
+    module: FoveatedVLMModule,
+    batch: VideoTextBatch,
+    asked: _Asked,
+    frames: Tensor,
+    kv: Sequence[BlockKV] | None,
+    mode: str,
+    max_new_tokens: int,
+) -> list[tuple[str, str, dict[str, Any], str]]:
+    """(kind, true answer, evidence, generated) of the rows asked; `frames` and `kv` are those of the batch."""
+    if not asked.rows:
         return []
-    counts = batch.frame_mask.sum(1).tolist()
-    seconds = [batch.seconds_of(row) for row in range(len(batch))]
-    prompts = [module.collator.prompt(batch.texts[row].turns[:-1], seconds[row]) for row in wanted]
-    videos = batch.video_index.tolist()
-    kept = sorted({videos[row] for row in wanted})
-    frames, _ = module.inputs(batch)
+    counts, videos = batch.frame_mask.sum(1).tolist(), batch.video_index.tolist()
+    kept = sorted({videos[row] for row in asked.rows})
     answers = generate(
         module.network,
         module.tokenizer,
         frames[kept],
         [counts[video] for video in kept],
-        prompts,
-        [kept.index(videos[row]) for row in wanted],
+        asked.prompts,
+        [kept.index(videos[row]) for row in asked.rows],
         mode,
         max_new_tokens,
+        kv=_of_videos(kv, counts, kept),
         seconds=[batch.seconds[video] for video in kept] if batch.seconds else None,
     )
     return [
         (batch.kind[row], batch.texts[row].turns[-1].text, batch.texts[row].evidence, text)
-        for row, text in zip(wanted, answers.texts, strict=True)
+        for row, text in zip(asked.rows, answers.texts, strict=True)
     ]
+
+
+def _of_videos(kv: Sequence[BlockKV] | None, counts: Sequence[int], kept: Sequence[int]) -> Sequence[BlockKV] | None:
+    """Keys and values of some of the videos, out of those of all videos' frames one behind the other."""
+    if kv is None or len(kept) == len(counts):
+        return kv
+    starts = [0, *itertools.accumulate(counts)]
+    frames = [frame for video in kept for frame in range(starts[video], starts[video + 1])]
+    at = torch.tensor(frames, dtype=torch.int64, device=kv[0].key.device)
+    return [BlockKV(block.key[at], block.value[at]) for block in kv]
 
 
 def _of_answers(said: Sequence[tuple[str, str, dict[str, Any], str]]) -> dict[str, float]:

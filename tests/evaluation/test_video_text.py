@@ -1,0 +1,116 @@
+"""Figures over a split's batches: each video encoded once for all modes and what they say, long questions counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vlm_parts import small_backbone, small_language, small_module
+
+from keygrip.data.batches import Conversation, VideoTextBatch, VideoTextSample
+from keygrip.data.video_text.conversations import answer
+from keygrip.evaluation import video_text
+from keygrip.evaluation.video_text import evaluate_modes
+from keygrip.models.foveated_vlm.baseline import PooledVLM
+from keygrip.models.foveated_vlm.generation import Answers
+from keygrip.models.foveated_vlm.module import FoveatedVLMModule
+from keygrip.training.optimizers import AdamW
+
+CAPTION = answer("What happens?", "a red cube falls", "caption")
+VQA = answer("Which colour?", "red", "vqa", {"answers": ["red"] * 10})
+MARK = answer("Where is it?", "left", "mark")
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FoveatedVLMModule:
+    # Java computes METEOR, and takes longer than all else here
+    monkeypatch.setattr(video_text, "caption_metrics", lambda said, true: {"bleu_4": float(len(said))})
+    made = small_module(tmp_path, ["What happens? Which colour? Where is it? a red cube falls left"] * 3)
+    made.refinement = 1
+    return made
+
+
+def batch(module: FoveatedVLMModule, *samples: tuple[int, tuple[Conversation, ...]]) -> VideoTextBatch:
+    """Of samples given by a number of frames and conversations."""
+    draw = np.random.default_rng(len(samples))
+    return module.collator(
+        [
+            VideoTextSample(draw.integers(0, 255, (count, 28, 28, 3)).astype(np.uint8), said, "set", f"{number:04d}")
+            for number, (count, said) in enumerate(samples)
+        ]
+    )
+
+
+def evaluated(
+    module: FoveatedVLMModule, batches: list[VideoTextBatch], monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> tuple[dict[str, Any], list[list[str]], list[int]]:
+    """The figures, what was generated, and how many frames each call encoded."""
+    said: list[list[str]] = []
+    encodes: list[int] = []
+    generate, encode = video_text.generate, module.network.encode
+
+    def heard(*given: Any, **named: Any) -> Answers:
+        answers = generate(*given, **named)
+        said.append(answers.texts)
+        return answers
+
+    with monkeypatch.context() as patched:
+        patched.setattr(video_text, "generate", heard)
+        patched.setattr(module.network, "encode", lambda frames: (encodes.append(len(frames)), encode(frames))[1])
+        if not shared:
+            patched.setattr(video_text, "encoded", lambda *_: None)
+        found = evaluate_modes(module, batches, ["coarse_only", "coarse_fine", "autoregressive"], 6)
+    return found, said, encodes
+
+
+def test_each_video_is_encoded_once_for_all_modes_and_what_they_say(
+    module: FoveatedVLMModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = [
+        batch(module, (2, (MARK,)), (3, (CAPTION, MARK)), (0, (VQA,)), (1, (MARK,)), (4, (VQA,))),
+        batch(module, (2, (VQA, CAPTION)), (3, (CAPTION,))),
+        batch(module, (2, (MARK,)), (0, (VQA,))),
+        batch(module, (0, (CAPTION,))),
+    ]
+    figures, said, encodes = evaluated(module, batches, monkeypatch, shared=True)
+    assert encodes == [10, 5, 2]
+    wanted, said_apart, encoded_apart = evaluated(module, batches, monkeypatch, shared=False)
+    assert len(encoded_apart) == 3 * 4 + 2 * 3  # by mode, one of them refined, and again for what is said
+    assert said == said_apart
+    assert [len(texts) for texts in said] == [3] * 3 + [3] * 3 + [1] * 3 + [1] * 3
+    for mode in ("coarse_only", "coarse_fine", "autoregressive", "coarse_fine_refined"):
+        assert figures[mode].pop("ms_per_frame") > 0
+        del wanted[mode]["ms_per_frame"]
+        assert figures[mode] == pytest.approx(wanted[mode], abs=1e-5)
+    assert {"bleu_4", "vqa_accuracy"} <= figures["autoregressive"].keys()
+    assert {name for name in figures if name not in wanted} == set()
+    assert figures["too_long"] == 0
+
+
+def test_questions_that_do_not_fit_are_counted_and_end_nothing(
+    module: FoveatedVLMModule, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their losses count: a row fits without the room for an answer that is generated."""
+    long = answer("Which colour?" + " ?" * 30, "red", "vqa", {"answers": ["red"] * 10})
+    fits = len(module.collator.prompt(VQA.turns[:-1]).ids) + 2 + 60
+    assert fits <= module.network.language.context < len(module.collator.prompt(long.turns[:-1]).ids) + 2 + 60
+    found = evaluate_modes(module, [batch(module, (2, (VQA, long, long)))], ["coarse_only", "coarse_fine"], 60)
+    assert found["too_long"] == 2
+    assert found["coarse_fine"]["questions_vqa"] == 3
+    assert "vqa_accuracy" in found["coarse_fine"]
+    assert "nothing is generated for a question of 0000 in set: with 2 frames and an answer of up to 60" in caplog.text
+    alone = evaluate_modes(module, [batch(module, (2, (long,)))], ["coarse_fine"], 60)
+    assert alone["too_long"] == 1
+    assert "vqa_accuracy" not in alone["coarse_fine"]
+
+
+def test_a_network_that_keeps_no_keys_is_evaluated_too(module: FoveatedVLMModule) -> None:
+    torch.manual_seed(0)
+    pooled = FoveatedVLMModule(
+        PooledVLM(small_backbone(), small_language(), 4), module.collator, AdamW(1e-3), "many_tokens"
+    )
+    found = evaluate_modes(pooled.eval(), [batch(module, (2, (CAPTION,)), (1, (VQA, MARK)))], ["many_tokens"], 4)
+    assert {"bleu_4", "vqa_accuracy", "accuracy_mark"} <= found["many_tokens"].keys()
