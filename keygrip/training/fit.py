@@ -36,7 +36,7 @@ from keygrip.training.resuming import check_resumed, checkpoint_to_resume
 from keygrip.training.saving import AtomicCheckpointIO
 from keygrip.training.strategies import Strategy
 from keygrip.training.sweeps import DRY_RUN, read_result, write_result
-from keygrip.training.system import System
+from keygrip.training.system import System, parameters_m
 from keygrip.training.time_limit import ScheduleByTime
 
 log = logging.getLogger(__name__)
@@ -288,9 +288,8 @@ def _advise(cfg: DictConfig) -> None:
 
 
 def _announce(cfg: DictConfig, module: LightningModule, resume: Path | None, step: int) -> None:
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in module.parameters())
-    log.info("%s: %.2f M parameters, %.2f M of them trained", type(module).__name__, total / 1e6, trained / 1e6)
+    count = parameters_m(module)["all"]
+    log.info("%s: %.2f M parameters, %.2f M of them trained", type(module).__name__, count["all"], count["trained"])
     ends = [f"{cfg.max_steps} steps"] if cfg.max_steps > 0 else []
     ends += [f"{cfg.max_epochs} epochs"] if cfg.max_epochs > 0 else []
     ends += [f"{cfg.max_minutes} minutes"] if cfg.max_minutes is not None else []

@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +29,24 @@ Step = Callable[
 ADAM_STATES = 2  # float32 numbers that AdamW keeps of each trained one
 SMALL = 2**20  # size up to which tensors that depend on no parameter are computed for real
 
+_COUNTING: ContextVar[bool] = ContextVar("counting", default=False)
+
+
+def is_counting() -> bool:
+    """Whether a step is being counted: most tensors then have shapes alone, so that nothing can be looked up by their
+    content, and what is computed of them must not be kept."""
+    return _COUNTING.get()
+
 
 @dataclass(frozen=True)
 class StepMemory:
     """Bytes of a training step.
 
     Attributes:
-        weights: parameters and buffers. optimizer: AdamW's two moments. ema: of the averaged weights. step: the most
-            that activations, gradients and copies in lower precision take together. measured: on a GPU.
+        weights: parameters and buffers, those of `outside_modules` among them. optimizer: AdamW's two moments. ema: of
+            the averaged weights. step: the most that activations, gradients and copies in lower precision take
+            together. measured: on a GPU.
+        undivided: of the weights, those that every process holds whole (`outside_modules`).
     """
 
     weights: int
@@ -43,6 +54,7 @@ class StepMemory:
     ema: int
     step: int
     measured: bool
+    undivided: int = 0
 
     @property
     def total(self) -> int:
@@ -50,10 +62,11 @@ class StepMemory:
         return self.weights + self.optimizer + self.ema + self.step
 
     def divided(self, processes: int) -> StepMemory:
-        """Of one of several processes that weights, moments and EMA are divided over (FSDP). Gradients are counted
-        whole, which is too much."""
-        parts = {name: math.ceil(getattr(self, name) / processes) for name in ("weights", "optimizer", "ema")}
-        return replace(self, **parts)
+        """Of one of several processes that weights (but those of `outside_modules`), moments and EMA are divided over
+        (FSDP). Gradients are counted whole, which is too much."""
+        optimizer, ema = (math.ceil(part / processes) for part in (self.optimizer, self.ema))
+        weights = self.undivided + math.ceil((self.weights - self.undivided) / processes)
+        return replace(self, weights=weights, optimizer=optimizer, ema=ema)
 
     def report(self) -> dict[str, Any]:
         """In GiB, to a hundredth."""
@@ -61,6 +74,23 @@ class StepMemory:
         return {f"{name}_gib": round(value / GIB, 2) for name, value in parts.items()} | {
             "how": "measured on the GPU" if self.measured else "counted"
         }
+
+
+@runtime_checkable
+class HoldsOutside(Protocol):
+    """A module that computes with others that are no submodules of it, and that moves them where it computes only if
+    they lie elsewhere (weights without content cannot be moved)."""
+
+    def outside_modules(self) -> Sequence[nn.Module]:
+        """Those: their weights are neither trained nor saved with this module, and no strategy divides them."""
+        ...
+
+
+def outside_modules(module: nn.Module) -> list[nn.Module]:
+    """The modules that `module` and its submodules compute with, and which are no submodules (a frozen encoder of
+    another project); each once."""
+    holders = [part for part in module.modules() if isinstance(part, HoldsOutside)]
+    return list({id(each): each for holder in holders for each in holder.outside_modules()}.values())
 
 
 class LiveBytes(TorchDispatchMode):
@@ -133,14 +163,19 @@ def _numel(result: Any) -> int:
 
 
 def held(module: nn.Module, ema: bool) -> dict[str, int]:
-    """Bytes that lie there between steps: `weights`, `optimizer`, `ema`."""
+    """Bytes that lie there between steps: `weights`, `undivided`, `optimizer`, `ema` (see `StepMemory`)."""
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    tensors = [*module.parameters(), *module.buffers()]
+    undivided = sum(_bytes_of(each) for each in outside_modules(module))
     return {
-        "weights": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        "weights": _bytes_of(module) + undivided,
+        "undivided": undivided,
         "optimizer": ADAM_STATES * 4 * trained,
         "ema": 4 * trained if ema else 0,
     }
+
+
+def _bytes_of(module: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
 
 
 def count_step(module: nn.Module, step: Step, bf16: bool, ema: bool) -> StepMemory:
@@ -163,21 +198,28 @@ def count_forward(module: nn.Module, forward: Step) -> StepMemory:
     """As `count_step`, without gradients: `forward` gives any tensor, and of a step there are activations alone."""
     with _counted(module) as (live, change), torch.no_grad():
         forward(change)
-    return StepMemory(held(module, False)["weights"], optimizer=0, ema=0, step=live.peak, measured=False)
+    weights = {name: size for name, size in held(module, False).items() if name in ("weights", "undivided")}
+    return StepMemory(optimizer=0, ema=0, step=live.peak, measured=False, **weights)
 
 
 @contextlib.contextmanager
 def _counted(module: nn.Module) -> Iterator[tuple[LiveBytes, Callable[[Tensor], Tensor]]]:
-    """What runs inside computes nothing, with a module of which only the shapes are left; the count, and what turns a
-    real tensor, if it is not small, into one of its shape alone."""
+    """What runs inside computes nothing, with a module, and those outside of it, of which only the shapes are left; the
+    count, and what turns a real tensor, if it is not small, into one of its shape alone."""
+    whole = nn.ModuleList([module, *outside_modules(module)])
+    small = {name: b.cpu() for name, b in whole.named_buffers() if _is_small(b)}
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         stand_ins = {
-            name: nn.Parameter(_shape_of(p), requires_grad=p.requires_grad) for name, p in module.named_parameters()
+            name: nn.Parameter(_shape_of(p), requires_grad=p.requires_grad) for name, p in whole.named_parameters()
         }
-        buffers = {name: b if _is_small(b) else _shape_of(b) for name, b in module.named_buffers()}
-        with _swapped(module, stand_ins, buffers), torch.random.fork_rng([]), SmallIsComputed(), LiveBytes() as live:
+        buffers = {name: small[name] if name in small else _shape_of(b) for name, b in whole.named_buffers()}
+        with _swapped(whole, stand_ins, buffers), torch.random.fork_rng([]), SmallIsComputed(), LiveBytes() as live:
             live.skip([*stand_ins.values(), *buffers.values()])
-            yield live, lambda tensor: tensor.detach() if _is_small(tensor) else fake.from_tensor(tensor.detach())
+            before = _COUNTING.set(True)
+            try:
+                yield live, lambda tensor: tensor.detach() if _is_small(tensor) else fake.from_tensor(tensor.detach())
+            finally:
+                _COUNTING.reset(before)
 
 
 def _is_small(tensor: Tensor) -> bool:
@@ -216,6 +258,8 @@ def measure_step(module: nn.Module, step: Step, bf16: bool, ema: bool) -> StepMe
         torch.OutOfMemoryError: it does not fit.
     """
     device = next(module.parameters()).device
+    for each in outside_modules(module):
+        each.to(device)  # before the step, which would otherwise bring them here and count them a second time
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

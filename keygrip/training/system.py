@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from keygrip.training import loggers
 from keygrip.training.accumulation import completes_step
 from keygrip.training.checkpoints import load_module
-from keygrip.training.memory import StepMemory, count_step, measure_step
+from keygrip.training.memory import StepMemory, count_step, measure_step, outside_modules
 from keygrip.training.optimizers import AdamW
 
 log = logging.getLogger(__name__)
@@ -161,12 +161,14 @@ class System(LightningModule):
 
 
 def parameters_m(network: nn.Module) -> dict[str, dict[str, float]]:
-    """Parameters of a network and of its parts in millions: `all` and `trained`."""
-    parts = {name: part for name, part in network.named_children() if any(True for _ in part.parameters())}
-    return {
-        name: {
-            "all": round(sum(p.numel() for p in part.parameters()) / 1e6, 3),
-            "trained": round(sum(p.numel() for p in part.parameters() if p.requires_grad) / 1e6, 3),
-        }
-        for name, part in ({"all": network} | parts).items()
-    }
+    """Parameters of a network and of its parts in millions: `all`, those of `outside_modules` among them, and
+    `trained`."""
+    found = {}
+    for name, part in ({"all": network} | dict(network.named_children())).items():
+        own, outside = list(part.parameters()), [p for each in outside_modules(part) for p in each.parameters()]
+        if own or outside or part is network:
+            found[name] = {
+                "all": round(sum(p.numel() for p in (*own, *outside)) / 1e6, 3),
+                "trained": round(sum(p.numel() for p in own if p.requires_grad) / 1e6, 3),
+            }
+    return found

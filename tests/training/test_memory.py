@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from keygrip.training.memory import Step, StepMemory, count_forward, count_step
+from keygrip.training.memory import SMALL, Step, StepMemory, count_forward, count_step, measure_step
+from keygrip.training.system import parameters_m
 
 
 def allocated(step: Step) -> int:
@@ -61,7 +62,7 @@ class Pieces(nn.Module):
 
 def test_shapes_may_depend_on_small_tensors() -> None:
     network, rows = Pieces(), torch.randn(100, 32)
-    lengths, kept = torch.tensor([40, 25, 35]), torch.rand(100) < 0.5
+    lengths, kept = torch.tensor([40, 25, 35]), torch.arange(100) % 2 == 0
 
     def step(of_batch: object) -> Tensor:
         return network(of_batch(rows), of_batch(lengths), of_batch(kept))  # type: ignore[operator]
@@ -87,6 +88,65 @@ def test_a_forward_pass_alone_keeps_no_activations() -> None:
     # the batch, what a block is given, and what GELU reads and writes
     assert found.step == pytest.approx(4 * 256 * (32 + 32 + 128 + 128), rel=0.05)
     assert (found.optimizer, found.ema, found.weights) == (0, 0, sum(4 * p.numel() for p in network.parameters()))
+
+
+class BesideAnother(nn.Module):
+    """A trained layer on the features of a frozen one that is no submodule."""
+
+    def __init__(self, frozen: nn.Module) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2048, 8)
+        self.frozen = [frozen]
+
+    def outside_modules(self) -> list[nn.Module]:
+        return self.frozen
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.frozen[0].weight.device != x.device:
+            self.frozen[0].to(x.device)
+        with torch.no_grad():
+            features = self.frozen[0](x)
+        return self.layer(features).square().mean()
+
+
+def test_weights_outside_of_a_module_are_counted_once_and_on_every_process() -> None:
+    frozen = nn.Linear(1024, 2048).requires_grad_(False)  # more numbers than are computed for real
+    assert frozen.weight.numel() > SMALL
+    before = frozen.weight
+    network, rows = BesideAnother(frozen), torch.randn(64, 1024)
+
+    def step(of_batch: object) -> Tensor:
+        return network(of_batch(rows))  # type: ignore[operator]
+
+    counted = count_step(network, step, bf16=False, ema=True)
+    own, outside = (4 * sum(p.numel() for p in part.parameters()) for part in (network, frozen))
+    assert (counted.weights, counted.undivided, counted.optimizer, counted.ema) == (
+        own + outside,
+        outside,
+        2 * own,
+        own,
+    )
+    assert counted.step == allocated(step) + rows.nbytes, "the frozen weights are no part of the step"
+    assert frozen.weight is before
+    assert network.frozen[0].weight.requires_grad is False
+    assert counted.divided(2).weights == own / 2 + outside
+    alone = count_forward(network, step)
+    assert (alone.weights, alone.undivided) == (own + outside, outside)
+    assert parameters_m(nn.ModuleDict({"network": network}))["network"] == {
+        "all": round((own + outside) / 4e6, 3),
+        "trained": round(own / 4e6, 3),
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_weights_outside_of_a_module_are_measured_once() -> None:
+    frozen = nn.Linear(1024, 2048).requires_grad_(False)
+    network, rows = BesideAnother(frozen).to("cuda"), torch.randn(64, 1024)
+    found = [measure_step(network, lambda change: network(change(rows)), bf16=False, ema=False) for _ in range(2)]
+    assert found[0].undivided == 4 * sum(p.numel() for p in frozen.parameters())
+    assert found[0].weights == found[1].weights
+    assert found[0].step < found[0].undivided, "which were brought to the GPU before it"
 
 
 def test_weights_moments_and_ema_are_divided_over_processes_and_a_step_is_not() -> None:

@@ -94,6 +94,11 @@ class GeometryEncoder(nn.Module, ABC):
         """Blocks that are used through their `forward` alone."""
         return []
 
+    def outside_modules(self) -> list[nn.Module]:
+        """Modules that it computes with and that are no submodules: not trained, not saved and on every process whole,
+        but counted where memory and parameters are (`keygrip.training.memory`)."""
+        return []
+
 
 # ---------------------------------------------------------------------- trained on the simulator's depth
 

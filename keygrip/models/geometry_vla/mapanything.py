@@ -23,6 +23,7 @@ from keygrip.data.batches import normalised
 from keygrip.models.geometry.cameras import camera_centre
 from keygrip.models.geometry.rotations import matrix_to_quaternion
 from keygrip.models.geometry_vla.geometry import GeometryEncoder, GeometryFeatures
+from keygrip.training.memory import is_counting
 from keygrip.training.parts import model_part
 
 if TYPE_CHECKING:
@@ -110,6 +111,9 @@ class MapAnythingGeometry(GeometryEncoder):
     def reads_cameras(self) -> bool | tuple[str, ...]:
         return self.calibration
 
+    def outside_modules(self) -> list[nn.Module]:
+        return list(self._model)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         stored = state_dict.get(f"{prefix}_digest")
         if stored is not None and not torch.equal(stored.cpu(), self._digest.cpu()):
@@ -123,7 +127,7 @@ class MapAnythingGeometry(GeometryEncoder):
     def forward(self, images: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> GeometryFeatures:
         told = self._told(images.shape[1])
         cameras = (intrinsics[:, told], world_to_camera[:, told]) if told else ()
-        if self.cache is None:
+        if self.cache is None or is_counting():  # images without content are in no cache
             found = self.compute(images, *cameras)
         else:
             which = "".join(f"-{number}" for number in told) if len(told) < images.shape[1] else ""
@@ -144,7 +148,9 @@ class MapAnythingGeometry(GeometryEncoder):
         Raises:
             ValueError: `scale_token` with a MapAnything that has none.
         """
-        model = self._model[0].to(images.device)
+        model = self._model[0]
+        if next(model.parameters()).device != images.device:  # where a step is counted, nothing can be moved
+            model.to(images.device)
         seen = normalised(images, self.mean, self.std)
         if seen.shape[-1] != self.image_size:
             shape = (self.image_size, self.image_size)

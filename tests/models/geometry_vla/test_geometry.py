@@ -18,6 +18,7 @@ from keygrip.models.geometry.rotations import quaternion_to_matrix, rotation_exp
 from keygrip.models.geometry_vla.feature_cache import FeatureCache
 from keygrip.models.geometry_vla.geometry import depth_targets
 from keygrip.models.geometry_vla.mapanything import COMMIT, MapAnythingGeometry
+from keygrip.training.memory import SMALL, count_forward, is_counting
 
 
 def test_depth_targets_are_the_points_that_project_to_their_pixels() -> None:
@@ -174,6 +175,23 @@ def test_cached_features_are_those_of_the_model(mapanything: Path, tmp_path: Pat
     for _ in range(3):
         torch.testing.assert_close(cached(batch.images, *cameras).tokens, expected, atol=2e-3, rtol=2e-3)
     assert kind.calls == 2
+
+
+@pytest.mark.parametrize(("samples", "size"), [(4, 448), (1, 32)])
+def test_a_count_of_memory_asks_no_cache(mapanything: Path, tmp_path: Path, samples: int, size: int) -> None:
+    """Images of the real size have no content then; nothing is kept of small ones, which have."""
+    (mapanything / "config.json").write_text(json.dumps({"width": 10, "dim": 24, "patch_size": 16}))
+    images = torch.zeros(samples, V, 3, size, size, dtype=torch.uint8)
+    assert (images.numel() > SMALL) == (size == 448)
+    cameras = torch.eye(3).expand(samples, V, 3, 3), torch.eye(4).expand(samples, V, 4, 4)
+    found = []
+    for cache in (None, FeatureCache(tmp_path / "cache", 0.1)):
+        encoder = MapAnythingGeometry(str(mapanything), image_size=size, calibration=True, cache=cache)
+        found.append(count_forward(encoder, lambda change, own=encoder: own(change(images), *cameras).tokens))
+    assert found[0] == found[1]
+    assert found[0].step > 4 * images.numel(), "normalised images in float32"
+    assert not (tmp_path / "cache").exists()
+    assert not is_counting()
 
 
 def test_mapanything_reads_calibration_in_its_own_terms(mapanything: Path) -> None:

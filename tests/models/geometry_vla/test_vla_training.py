@@ -22,6 +22,7 @@ from keygrip.models.geometry_vla.actions import LEAST_RANGE
 from keygrip.models.geometry_vla.module import GeometryVLAModule
 from keygrip.models.geometry_vla.network import ActionSampling, Scene
 from keygrip.models.geometry_vla.policy import GeometryVLAPolicy
+from keygrip.training import memory
 from keygrip.training.checkpoints import load_module, read_checkpoint
 
 SMALL = [
@@ -113,6 +114,14 @@ def test_train_resume_load_and_plan(overrides: Callable[..., list[str]], tmp_pat
     assert loaded.evaluation_kind == "policy"
 
 
+def with_mapanything(overrides: list[str], weights: Path, *more: str) -> list[str]:
+    """As the recipe of the real size: MapAnything, no pointing, no depth."""
+    plain = [each for each in overrides if not each.startswith(("backbone.", "geometry."))]
+    sizes = ("data.image_size=32", "geometry.image_size=32", "data.depth=false", "data.verify=false", "max_steps=2")
+    off = [f"model.network.{name}" for name in ("pointing_cells=0", "pointing_keyframe=false", "pointed_tokens=false")]
+    return [*plain, "geometry=mapanything", f"geometry.weights={weights}", *sizes, *off, *more]
+
+
 def test_mapanything_is_told_the_calibrated_camera_beside_another(
     overrides: Callable[..., list[str]], mapanything: Path, tmp_path: Path
 ) -> None:
@@ -122,17 +131,13 @@ def test_mapanything_is_told_the_calibrated_camera_beside_another(
         path.write_text(json.dumps(metadata))
 
     def settings(name: str, *more: str) -> list[str]:
-        plain = [each for each in overrides(name) if not each.startswith(("backbone.", "geometry."))]
-        sizes = ("data.image_size=32", "geometry.image_size=32", "data.depth=false", "data.verify=false", "max_steps=2")
-        off = [f"model.network.{name}" for name in ("pointing_cells=0", "pointing_keyframe=false")]
-        return [*plain, "geometry=mapanything", f"geometry.weights={mapanything}", *sizes, *off, *more]
+        return with_mapanything(overrides(name), mapanything, *more)
 
-    published = "model.network.pointed_tokens=false"
     with pytest.raises(ValueError, match="camera 'front' is not calibrated, which this model needs: its board"):
-        train.run(compose("train", settings("all", published)))
+        train.run(compose("train", settings("all")))
     with pytest.raises(InstantiationException, match=r"geometry\.calibration=\[front\] lacks the first view, over"):
-        train.run(compose("train", settings("front", published, "geometry.calibration=[front]")))
-    train.run(compose("train", settings("over", published, "geometry.calibration=[over]")))
+        train.run(compose("train", settings("front", "geometry.calibration=[front]")))
+    train.run(compose("train", settings("over", "geometry.calibration=[over]")))
     files = {"network.geometry.weights": str(mapanything)}
     policy = load_module(tmp_path / "over", expected=GeometryVLAModule, external=files).policy()
     assert policy.needs.calibration == ("over",)
@@ -243,6 +248,29 @@ def test_a_dry_run_is_of_one_process_of_several(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="without torchrun"):
         dry("torchrun")
+
+
+def test_a_dry_run_counts_mapanything_and_asks_no_cache_for_images_without_content(
+    overrides: Callable[..., list[str]], mapanything: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("keygrip.training.memory.GIB", 1)  # memory in bytes
+    (mapanything / "config.json").write_text(json.dumps({"width": 10, "dim": 24, "patch_size": 32}))
+    outside = (3 * 32 * 32 + 1) * 10 + (10 + 1) * 24
+
+    def dry(name: str, *more: str) -> dict[str, Any]:
+        cached = ("geometry=mapanything_cached", f"geometry.cache.folder={tmp_path / 'cache'}", "dry_run=true")
+        real_size = ("data.image_size=448", "geometry.image_size=448")
+        return train.run(compose("train", with_mapanything(overrides(name), mapanything, *cached, *real_size, *more)))
+
+    whole = dry("one", "data.batch_size=4")
+    assert np.prod(whole["images"]) > memory.SMALL
+    assert whole["parameters_m"]["geometry"] == {"all": round(outside / 1e6, 3), "trained": 0.0}
+    divided = dry("fsdp", "data.batch_size=8", "strategy.accelerator=gpu", "strategy.devices=2", "strategy.kind=fsdp")
+    assert divided["images"] == whole["images"]
+    own = whole["memory"]["weights_gib"] - 4 * outside
+    assert divided["memory"]["weights_gib"] == pytest.approx(4 * outside + own / 2, abs=1), (
+        "every process holds it whole"
+    )
 
 
 def test_one_camera_is_refused_with_the_data_that_fit(tmp_path: Path) -> None:
