@@ -14,6 +14,7 @@ from torch import Tensor
 from keygrip.models.geometry.rotations import quaternion_to_matrix, rotation_exp
 from keygrip.models.geometry_vla.feature_cache import FeatureCache
 from keygrip.models.geometry_vla.mapanything import MapAnythingGeometry
+from keygrip.training.memory import SMALL, count_forward
 
 pytestmark = pytest.mark.mapanything
 
@@ -196,6 +197,35 @@ def test_cameras_that_it_is_not_told_have_no_effect(
     )
     for cameras in (unknown, (intrinsics, world_to_camera)):
         torch.testing.assert_close(cached(images, *cameras).tokens, some(*scene).tokens, atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.parametrize("calibration", [False, True, ("over",)], ids=str)
+def test_its_memory_is_counted_without_computing(weights: str, tmp_path: Path, calibration: bool | tuple[str]) -> None:
+    """At the real size of images, of which more than a million numbers are not computed."""
+    samples, size = 4, 448
+    images = torch.zeros(samples, len(VIEWS), 3, size, size, dtype=torch.uint8)
+    assert images.numel() > SMALL
+    intrinsics = torch.tensor([[400.0, 0.0, 224.0], [0.0, 400.0, 224.0], [0.0, 0.0, 1.0]]).repeat(samples, 3, 1, 1)
+    cameras = intrinsics, torch.eye(4).repeat(samples, len(VIEWS), 1, 1)
+    encoder = MapAnythingGeometry(
+        weights, 224, calibration=calibration, cameras=VIEWS, scale_token=True, cache=FeatureCache(tmp_path, 0.1)
+    )
+    model = encoder.outside_modules()[0]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    shapes: list[tuple[int, ...]] = []
+
+    def forward(change: Any) -> Tensor:
+        tokens = encoder(change(images), *cameras).tokens
+        shapes.append(tuple(tokens.shape))
+        return tokens
+
+    counted = count_forward(encoder, forward)
+    assert shapes == [(samples, len(VIEWS) * (224 // PATCH) ** 2, WIDTH)]
+    once = {value.data_ptr(): value.nbytes for value in model.state_dict().values()}  # some have two names
+    assert counted.undivided == sum(once.values())
+    assert counted.step > 4 * images.numel()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not list(tmp_path.iterdir())
 
 
 def test_loading_it_leaves_products_in_full_precision(weights: str) -> None:
