@@ -133,13 +133,15 @@ class GeometryStandIn(GeometryEncoder):
 class VLAMemory:
     """Memory of a training step of recipes at real size, counted without computing (`keygrip.training.memory`).
 
-    The geometry encoder is left out, weights and activations: a stand-in gives its tokens. Where weights are sharded
-    over several GPUs, gradients are counted whole, which is too much.
+    Without `weights` the geometry encoder is left out, weights and activations: a stand-in gives its tokens. With them
+    it is counted, on each GPU whole. Where weights are sharded over several GPUs, gradients are counted whole, which is
+    too much.
 
     Args:
         recipes: overrides of ``keygrip.train`` by name. gpus: of each, over which weights, optimizer states, EMA and
             the batch are divided.
         geom_dim: width of a geometry token. geom_tokens: of a view. gpu_gib: of a GPU.
+        weights: of the recipes' MapAnything, which then says width and number of its tokens itself; None: not at hand.
     """
 
     recipes: Mapping[str, Sequence[str]]
@@ -147,15 +149,16 @@ class VLAMemory:
     geom_dim: int
     geom_tokens: int
     gpu_gib: float
+    weights: str | None = None
 
     def run(self, quick: bool) -> dict[str, float]:
         """Of each recipe on each GPU `total_gib`, its parts `weights_gib`, `optimizer_gib`, `ema_gib` and `step_gib`
-        (activations, gradients, copies in bf16), `spare_gib` for the encoder and what an allocator loses, the `batch`,
-        and parameters in millions: `parameters_m`, `trained_m`."""
+        (activations, gradients, copies in bf16), `spare_gib` for what an allocator loses and, without `weights`, for
+        the encoder, the `batch`, and parameters in millions: `parameters_m`, `trained_m`."""
         figures: dict[str, float] = {}
         for name, overrides in [*self.recipes.items()][: 1 if quick else None]:
             config, shards = compose("train", overrides), self.gpus[name]
-            module = _without_memory(config, self.geom_dim, self.geom_tokens)
+            module = _without_memory(config, self.geom_dim, self.geom_tokens, self.weights)
             batch = config.data.batch_size // shards
             ema = (config.callbacks or {}).get("ema") is not None
             found = module.step_memory(_shapes(module, config, batch), True, ema).divided(shards)
@@ -169,11 +172,11 @@ class VLAMemory:
 
 @dataclass(frozen=True)
 class VLAPlanMemory:
-    """Memory of a plan at real size by the precision of the vision-language model's weights, counted as in `VLAMemory`:
-    without the geometry encoder, and without what an allocator loses.
+    """Memory of a plan at real size by the precision of the vision-language model's weights, counted as in `VLAMemory`,
+    without what an allocator loses.
 
     Args:
-        overrides: of ``keygrip.train``. geom_dim, geom_tokens: see `VLAMemory`.
+        overrides: of ``keygrip.train``. geom_dim, geom_tokens, weights: see `VLAMemory`.
         precisions: see `keygrip.models.nn.low_precision`; with `quick` the first alone.
     """
 
@@ -181,6 +184,7 @@ class VLAPlanMemory:
     geom_dim: int
     geom_tokens: int
     precisions: Sequence[Precision]
+    weights: str | None = None
 
     def run(self, quick: bool) -> dict[str, float]:
         """Of each precision `weights_gib` (all parts of the policy), `plan_gib` (activations, and with int8 the layer
@@ -188,7 +192,7 @@ class VLAPlanMemory:
         figures: dict[str, float] = {}
         for precision in self.precisions[: 1 if quick else None]:
             config = compose("train", self.overrides)
-            module = _without_memory(config, self.geom_dim, self.geom_tokens).eval()
+            module = _without_memory(config, self.geom_dim, self.geom_tokens, self.weights).eval()
             module.network.vlm.lower_precision(precision)
             batch = _shapes(module, config, 1)
             noise = torch.zeros(1, module.network.head.horizon, module.actions.size)
@@ -209,9 +213,17 @@ def _plan(
     return module.network.sample(module(seen), noise, module.state(seen), module.sampling)
 
 
-def _without_memory(config: DictConfig, geom_dim: int, geom_tokens: int) -> GeometryVLAModule:
-    """The module of a training config, its parameters on torch's device `meta`, with a stand-in for the geometry
-    encoder, and with statistics."""
+def _without_memory(
+    config: DictConfig, geom_dim: int, geom_tokens: int, weights: str | None = None
+) -> GeometryVLAModule:
+    """The module of a training config, its parameters on torch's device `meta`, with statistics, and with its
+    MapAnything of these weights, which are read, or a stand-in for the geometry encoder."""
+    encoder = None
+    if weights is not None:
+        with open_dict(config):
+            config.geometry.weights, config.geometry.scale_token, config.geometry.cache = weights, True, None
+        encoder = instantiate(config.geometry, _convert_="all")
+        geom_dim = encoder.dim
     with open_dict(config):
         config.vlm.weights = "random"
         config.vlm.tokenizer = {"_target_": "keygrip.models.language.tokenizers.TrainedTokenizer"}
@@ -220,6 +232,8 @@ def _without_memory(config: DictConfig, geom_dim: int, geom_tokens: int) -> Geom
     OmegaConf.resolve(config)
     with torch.device("meta"):
         module: GeometryVLAModule = instantiate(config.model, _convert_="all")
+    if encoder is not None:
+        module.network.geometry = encoder  # the network was built for tokens of its width and a scale token
     module.statistics, module.actions = PolicyStatistics(), instantiate(config.model.actions, _convert_="all")
     _take_statistics(module, config)
     return module

@@ -80,6 +80,33 @@ def test_memory_of_a_recipe_is_counted() -> None:
     assert found["frozen_trained_m"] < found["frozen_parameters_m"] == found["whole_parameters_m"]
 
 
+def test_memory_of_the_recipes_is_of_the_mapanything_that_they_use(
+    mapanything: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its weights at hand it is counted, on each GPU whole; without, the width of its tokens is that of V1.1."""
+    cases = compose("bench").cases
+    assert (cases.vla_memory.geom_dim, cases.vla_plan_memory.geom_dim) == (1536, 1536)
+    assert cases.vla_memory.weights is None
+    monkeypatch.setattr(geometry_vla, "GIB", 1)
+    monkeypatch.setattr("keygrip.training.memory.GIB", 1)  # in bytes: the model is small
+    small = ["model=geometry_vla", "data=yam_language", "geometry=mapanything_cached", "data.image_size=64"]
+    off = [f"model.network.{name}" for name in ("pointing_cells=0", "pointing_keyframe=false", "pointed_tokens=false")]
+    recipe = [*small, *off, "geometry.image_size=64", "data.batch_size=4", "data.depth=false"]
+    dim, tokens, outside = 24, (64 // 8) ** 2, (3 * 8 * 8 + 1) * 10 + (10 + 1) * 24
+    found = {
+        weights: VLAMemory({"recipe": recipe}, {"recipe": 2}, dim, tokens, 1.0, weights).run(quick=False)
+        for weights in (None, str(mapanything))
+    }
+    without, whole = found[None], found[str(mapanything)]
+    assert whole["recipe_parameters_m"] - without["recipe_parameters_m"] == pytest.approx(outside / 1e6, abs=1.1e-3)
+    assert whole["recipe_trained_m"] == without["recipe_trained_m"]
+    digest = 32 // 2  # bytes that the encoder's own buffer takes of each GPU
+    assert whole["recipe_weights_gib"] - without["recipe_weights_gib"] == pytest.approx(4 * outside + digest, abs=1)
+    plan = VLAPlanMemory(recipe, dim, tokens, ["float32"], str(mapanything)).run(quick=False)
+    alone = VLAPlanMemory(recipe, dim, tokens, ["float32"]).run(quick=False)
+    assert plan["float32_weights_gib"] - alone["float32_weights_gib"] == 4 * outside + 32
+
+
 def test_memory_of_a_plan_is_counted_by_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(geometry_vla, "GIB", 1)  # in bytes: the model is small
     small = ["model=geometry_vla", "data=yam_language", "data.image_size=64"]
