@@ -60,14 +60,19 @@ def as_stored(orientation: int) -> np.ndarray:
     return np.ascontiguousarray(undo[orientation](PLAIN))
 
 
-def tiff(pixels: np.ndarray, photometric: int, *more: tuple[int, int], kind: int = 1) -> bytes:
+def tiff(pixels: np.ndarray, photometric: int, *more: tuple[int, int], kind: int = 1, bits: int | None = None) -> bytes:
     """An uncompressed TIFF by hand, of any number of channels and bits, which Pillow cannot write.
 
     Args:
         photometric: 1 grey, 2 RGB, 5 CMYK. more: further tags of one short. kind: 1 unsigned, 3 floating point.
+        bits: of each number, packed with the highest first; None: those of the array's type.
     """
     height, width, channels = (*pixels.shape, 1)[:3]
-    bits, data = pixels.dtype.itemsize * 8, pixels.tobytes()
+    data = pixels.tobytes()
+    if bits is not None:
+        numbers = pixels.reshape(height, -1, 1) >> np.arange(bits)[::-1] & 1
+        data = np.packbits(numbers.reshape(height, -1), axis=1).tobytes()  # every row begins with a whole byte
+    bits = bits or pixels.dtype.itemsize * 8
     tags = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8), (277, channels)]
     tags += [(278, height), (279, len(data)), (339, kind), *more]
     table, behind = b"", b""
@@ -151,6 +156,9 @@ def unusual() -> dict[str, tuple[bytes, np.ndarray, int]]:
     faint = np.dstack([np.rint(PLAIN * (128 / 255)).astype(np.uint8), half])
     found["premultiplied.tif"] = tiff(faint, 2, (338, 1)), over, 1
     found["fourth_channel_says_nothing.tif"] = tiff(np.dstack([PLAIN, ALPHA]), 2, (338, 0)), PLAIN, 0
+    twelve = np.rint(GREY * (4095 / 255)).astype(np.uint16)
+    found["twelve.tif"] = tiff(twelve, 1, bits=12), grey3(GREY), 0
+    found["twelve_turned.tif"] = tiff(twelve.T, 1, (0x0112, 5), bits=12), grey3(GREY), 0
     found["white_is_zero.tif"] = tiff(255 - GREY, 0), grey3(GREY), 0
     for ending, kind, options in (
         ("webp", "WEBP", {"lossless": True, "exif": exif(6)}),
@@ -159,9 +167,10 @@ def unusual() -> dict[str, tuple[bytes, np.ndarray, int]]:
     ):
         turned = saved(Image.fromarray(as_stored(6)), kind, **options)
         found[f"turned.{ending}"] = turned, PLAIN, 12 if ending == "avif" else 0
+    oblong = np.hstack([PLAIN, PLAIN[:, ::-1]])
     for orientation in (0, 9, 42):
-        odd = saved(whole, "JPEG", quality=95, exif=exif(orientation))
-        found[f"no_such_turn_{orientation}.jpg"] = odd, PLAIN, 12
+        odd = saved(Image.fromarray(oblong), "JPEG", quality=95, exif=exif(orientation))
+        found[f"no_such_turn_{orientation}.jpg"] = odd, oblong, 12
     found["broken_exif.jpg"] = saved(whole, "JPEG", quality=95, exif=b"Exif\0\0" + b"\xff" * 40), PLAIN, 12
     found["more_behind_the_end.jpg"] = saved(whole, "JPEG", quality=95) + b"x" * 999, PLAIN, 12
     found["words.ppm"] = b"P3\n32 32\n255\n" + b" ".join(str(v).encode() for v in PLAIN.reshape(-1)), PLAIN, 0

@@ -4,7 +4,7 @@
 | --- | --- |
 | EXIF orientation | turned |
 | transparency (alpha, a palette's or a single transparent value) | laid over white |
-| 16-bit grey | scaled to 8 bits by its whole range |
+| 16-bit grey, TIFFs of 12 bits | scaled to 8 bits by the whole range of so many bits |
 | floating point | 0..1 is black to white; other ranges are refused |
 | 32-bit integers | within 0..65535 as 16-bit; others are refused |
 | CMYK, YCbCr, Lab, palettes, 1 bit, grey | converted; by its ICC profile where there is one |
@@ -23,7 +23,9 @@ from PIL import Image, ImageOps
 from keygrip.data.bad_samples import open_image
 
 EXIF_ORIENTATION = 0x0112
-TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
+TURNED_BY_A_QUARTER = range(5, 9)  # of EXIF's orientations 1..8; any other number is no orientation and turns nothing
+TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
+DEEPEST = 65535  # white of 16-bit grey
 MATTE = (255, 255, 255)
 SCREEN_GAMMA = 2.2
 NEARLY = 0.05  # relative tolerance of gamma; the usual gAMA of 0.45455 is that of a screen
@@ -39,7 +41,7 @@ def size_of(path: Path | str) -> tuple[int, int]:
     """
     with open_image(path) as image:
         refuse_frames(image)
-        turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
+        turned = image.getexif().get(EXIF_ORIENTATION, 1) in TURNED_BY_A_QUARTER
         return (image.height, image.width) if turned else (image.width, image.height)
 
 
@@ -60,8 +62,9 @@ def upright(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: its numbers have no known white, or cannot be converted.
     """
-    white_is_zero = (getattr(image, "tag_v2", None) or {}).get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO
-    return rgb(ImageOps.exif_transpose(image), white_is_zero)
+    tags = getattr(image, "tag_v2", None) or {}  # of a TIFF; a turned image has lost them
+    white = 2 ** tags[TIFF_BITS][0] - 1 if image.mode == "I;16" and TIFF_BITS in tags else DEEPEST
+    return rgb(ImageOps.exif_transpose(image), tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO, white)
 
 
 def refuse_frames(image: Image.Image) -> None:
@@ -71,18 +74,20 @@ def refuse_frames(image: Image.Image) -> None:
         raise ValueError(f"it has {frames} frames or pages: save the one that is meant as a file of its own")
 
 
-def rgb(image: Image.Image, white_is_zero: bool = False) -> Image.Image:
+def rgb(image: Image.Image, white_is_zero: bool = False, white: int = DEEPEST) -> Image.Image:
     """8-bit RGB of an image of any mode.
 
     Args:
         white_is_zero: of 16-bit, 32-bit and floating-point grey: the lowest number is white. Pillow inverts 8 bits.
+        white: of 16-bit and 32-bit grey: the number that is white; 4095 in a TIFF of 12 bits, which Pillow opens as
+            16-bit without scaling it.
 
     Raises:
         ValueError: its numbers have no known white, or cannot be converted.
     """
     exponent = _gamma_exponent(image)
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_grey_bytes(image, white_is_zero, exponent)).convert("RGB")
+        return Image.fromarray(_grey_bytes(image, white_is_zero, white, exponent)).convert("RGB")
     transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
     profile = image.info.get("icc_profile")
     if transparent or image.mode in ("P", "PA"):
@@ -117,7 +122,7 @@ def _with_exponent(image: Image.Image, exponent: float) -> Image.Image:
     return image.point(table * 3 + list(range(256)) * (image.mode == "RGBA"))
 
 
-def _grey_bytes(image: Image.Image, white_is_zero: bool, exponent: float = 1.0) -> np.ndarray:
+def _grey_bytes(image: Image.Image, white_is_zero: bool, white: int, exponent: float) -> np.ndarray:
     """uint8 [H, W] of an image whose pixels are 16-bit or 32-bit numbers, as shares of white raised to the exponent."""
     values = np.asarray(image)
     if values.dtype.kind == "f":
@@ -129,9 +134,9 @@ def _grey_bytes(image: Image.Image, white_is_zero: bool, exponent: float = 1.0) 
         shares = values.astype(np.float64)
     else:
         low, high = int(values.min()), int(values.max())
-        if low < 0 or high > 65535:
-            raise ValueError(f"its integers lie in {low}..{high}, not in 0..65535: save it as 8 or 16 bit")
-        shares = values.astype(np.float64) / 65535
+        if low < 0 or high > white:
+            raise ValueError(f"its integers lie in {low}..{high}, not in 0..{white}: save it as 8 or 16 bit")
+        shares = values.astype(np.float64) / white
     shares = (1 - shares if white_is_zero else shares) ** exponent
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):

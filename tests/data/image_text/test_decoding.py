@@ -14,7 +14,7 @@ from PIL import Image, ImageCms
 
 from keygrip.data.bad_samples import BadSample
 from keygrip.data.image_text.datamodule import ImageShards
-from keygrip.data.image_text.decoding import decode_image
+from keygrip.data.image_text.decoding import decode_image, size_of
 from keygrip.data.image_text.samples import read_image_text
 from keygrip.data.image_text.sources.images import images
 from keygrip.data.shards.reader import ShardSet
@@ -27,6 +27,7 @@ def test_odd_images_are_decoded_as_they_look(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(content)
     found = decode_image(tmp_path / name)
     assert found.mode == "RGB"
+    assert size_of(tmp_path / name) == found.size  # from the header, which decides on the bucket
     difference = np.abs(np.asarray(found).astype(int) - expected.astype(int))
     assert difference.max() <= tolerance + (12 if tolerance > 1 else 0)  # lossy: the mean counts, edges ring
     assert difference.mean() <= tolerance / 2 + 0.01

@@ -36,7 +36,7 @@ from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
 
-DECODING = 3  # version of decoding: shards of another version hold other pixels of unusual images
+DECODING = 4  # version of decoding: shards of another version hold other pixels of unusual images
 FAILED_FILE = "failed.jsonl"
 NAMED_AT_MOST = 10
 LOOK_AGAIN_S = 2.0
