@@ -21,16 +21,24 @@ import torch
 from torch.utils.data import DataLoader
 
 from keygrip.artifacts import write_text
-from keygrip.data.bad_samples import read_json
 from keygrip.data.image_text.bucket_folders import INFO, write_info
 from keygrip.data.image_text.crops import Bucket, aspect_buckets
 from keygrip.data.image_text.samples import describe_image_text
 from keygrip.data.image_text.sources.encoding import ImageEncoders, encode_images
-from keygrip.data.image_text.sources.jobs import Claims, Job, ReadyBatch, ShardThread, SourceImages, ViewSizes, jobs_of
-from keygrip.data.image_text.sources.listing import Item, frozen_items
+from keygrip.data.image_text.sources.jobs import (
+    Claims,
+    Job,
+    ReadyBatch,
+    ShardThread,
+    SourceImages,
+    ViewSizes,
+    jobs_of,
+    unread_images,
+)
+from keygrip.data.image_text.sources.listing import Item, frozen_items, last_entries
 from keygrip.data.shards.index import MANIFEST
 from keygrip.data.shards.sampling import start_worker
-from keygrip.data.shards.set_writer import check_settings, failures_path, remove_stale
+from keygrip.data.shards.set_writer import check_settings, remove_stale
 from keygrip.data.shards.writer import write_manifest
 from keygrip.progress import Progress
 
@@ -134,7 +142,8 @@ def images(
     keep_images: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Writes the shards of a folder of images; shards that are complete are kept, images added later get their own.
+    """Writes the shards of a folder of images; shards that are complete are kept, images added or repaired later get
+    their own.
 
     Args:
         source: folder, looked through with all below it. Captions stand in metadata.jsonl or captions.csv (columns
@@ -183,10 +192,11 @@ def images(
     }
     check_settings(root, settings)
 
-    def settled(items: Sequence[Item]) -> bool:
-        return all(job.done for job in jobs_of(root, items, images_per_shard))
+    def unread_of(items: Sequence[Item]) -> dict[str, str] | None:
+        jobs = jobs_of(root, items, images_per_shard)
+        return unread_images(jobs) if all(job.done for job in jobs) else None
 
-    items = frozen_items(root, source, buckets, max_enlargement, progress and rank.rank == 0, settled)
+    items = frozen_items(root, source, buckets, max_enlargement, progress and rank.rank == 0, unread_of)
     jobs = jobs_of(root, items, images_per_shard)
     if not jobs:
         reasons = "; ".join(f"{item.path}: {item.reason}" for item in items[:3])
@@ -199,7 +209,7 @@ def images(
             remove_stale(name)
     result = Prepared(str(root), rank=rank.rank)
     open_items = sum(len(job.items) for job in jobs if not job.done)
-    log.info("%d images, %d of them to do, on %s", len(items), open_items, place)
+    log.info("%d images, %d of them to do, on %s", len(last_entries(items)), open_items, place)
     if workers is None:
         workers = min((os.cpu_count() or 1) - 1, 16)
     sizes = ViewSizes.of(encoders, buckets)
@@ -299,19 +309,18 @@ def _finish(
     result: Prepared,
 ) -> None:
     """Manifests, the list of what failed, and images.json last."""
-    left = [item for item in items if item.bucket is None]
-    failed = [{"source": item.path, "reason": item.reason} for item in left if not item.duplicate]
-    duplicates = [{"source": item.path, "reason": item.reason} for item in left if item.duplicate]
-    for job in jobs:
-        for line in read_json(failures_path(job.path)):
-            path, _, reason = line.partition(": ")
-            failed.append({"source": path, "reason": reason})
+    last = last_entries(items)
+    left = {path: item for path, item in last.items() if item.bucket is None}
+    failed = [{"source": path, "reason": item.reason} for path, item in left.items() if not item.duplicate]
+    duplicates = [{"source": path, "reason": item.reason} for path, item in left.items() if item.duplicate]
+    unread = unread_images(jobs)
+    failed += [{"source": path, "reason": reason} for path, reason in unread.items() if path not in left]
     rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*failed, *duplicates])
     write_text(root / FAILED_FILE, rows)
     for row in failed[:NAMED_AT_MOST]:
         log.warning("left out: %s: %s", row["source"], row["reason"])
     if failed:
-        log.warning("%d of %d images are left out; all are listed in %s", len(failed), len(items), root / FAILED_FILE)
+        log.warning("%d of %d images are left out; all are listed in %s", len(failed), len(last), root / FAILED_FILE)
     if duplicates:
         log.warning("%d files have the content of another one, which keeps their captions", len(duplicates))
     for folder in sorted({job.path.parent for job in jobs}):
@@ -322,13 +331,13 @@ def _finish(
         if not manifest["samples"]:
             (folder / MANIFEST).unlink()
     result.failed, result.duplicates = len(failed), len(duplicates)
-    if len(failed) > max_failed_share * len(items) or not result.samples:
+    if len(failed) > max_failed_share * len(last) or not result.samples:
         with contextlib.suppress(FileNotFoundError):
             (root / INFO).unlink()  # an incomplete set must not be trained on
         first = f"{failed[0]['source']}: {failed[0]['reason']}"
         raise ValueError(
-            f"{len(failed)} of {len(items)} images are left out of {root}, more than max_failed_share="
+            f"{len(failed)} of {len(last)} images are left out of {root}, more than max_failed_share="
             f"{max_failed_share:g} allows; the first: {first}. All are listed in {root / FAILED_FILE}: repair them or "
-            "raise max_failed_share, and run the same command again; images that could not be decoded want a new root"
+            "raise max_failed_share, and run the same command again"
         )
     write_info(root, identity)

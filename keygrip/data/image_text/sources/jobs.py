@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from keygrip.artifacts import write_json
-from keygrip.data.bad_samples import BadSample, guard
+from keygrip.data.bad_samples import BadSample, guard, read_json
 from keygrip.data.image_text.crops import Bucket
 from keygrip.data.image_text.decoding import decode_image
 from keygrip.data.image_text.near_copies import THUMBNAIL, thumbnail_of
@@ -61,6 +61,21 @@ def jobs_of(root: Path, items: Sequence[Item], images_per_shard: int) -> list[Jo
                 jobs.append(Job(path, Bucket.from_name(name), tuple(members[start : start + images_per_shard])))
                 number += 1
     return jobs
+
+
+def unread_images(jobs: Sequence[Job]) -> dict[str, str]:
+    """Images that finished shards could not take, with the reasons. Of an image that was taken on again, since it had
+    been repaired, the last shard counts."""
+    found: dict[str, str] = {}
+    for job in sorted(jobs, key=lambda job: job.items[0].generation):
+        names = {item.path for item in job.items}
+        found = {path: reason for path, reason in found.items() if path not in names}
+        for line in read_json(failures_path(job.path)):
+            parts = line.split(": ")  # a name may hold a colon too
+            ends = (": ".join(parts[:end]) for end in range(1, len(parts)))
+            path = next((end for end in ends if end in names), parts[0])
+            found[path] = line.removeprefix(f"{path}: ")
+    return found
 
 
 class Claims(Sampler[list[tuple[int, int]]]):

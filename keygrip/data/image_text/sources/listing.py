@@ -19,7 +19,7 @@ from keygrip.artifacts import locked, sha256_file, write_text
 from keygrip.data.bad_samples import BadSample, guard, open_image, parse_json, read_json, read_text, regular_file
 from keygrip.data.image_text.bucket_folders import INFO
 from keygrip.data.image_text.crops import Bucket, nearest_bucket
-from keygrip.data.image_text.decoding import size_of
+from keygrip.data.image_text.decoding import decode_image, size_of
 from keygrip.data.source_files import is_hidden
 from keygrip.progress import Progress
 
@@ -49,6 +49,7 @@ class Item:
         captions: one or several. bucket: None where it cannot be used, and `reason` says why.
         duplicate: of another image, which keeps its captions: left out and no failure.
         generation: how many times the list had been extended when it was added; shards hold one generation each.
+        content: SHA-256 of a file that is taken on again after a shard could not take it; else empty.
     """
 
     key: str
@@ -58,6 +59,7 @@ class Item:
     reason: str = ""
     duplicate: bool = False
     generation: int = 0
+    content: str = ""
 
 
 def find_captions(source: Path) -> dict[str, tuple[str, ...]]:
@@ -318,23 +320,26 @@ def frozen_items(
     buckets: Sequence[Bucket],
     enlargement: float,
     progress: bool,
-    settled: Callable[[Sequence[Item]], bool],
+    unread_of: Callable[[Sequence[Item]], Mapping[str, str] | None],
 ) -> list[Item]:
     """The list of items of a root, made by the first process that asks and kept while shards are open.
 
     When none is open, whether the set is complete or too much of it was left out, the source is listed again: images
-    that came to it since, or can be used now, are appended, and images.json is removed until their shards are done too.
+    that came to it since, can be used now, or were repaired, are appended, and images.json is removed until their
+    shards are done too.
 
     Args:
-        settled: of a list of items, whether all its shards are written.
+        unread_of: of a list of items, those paths that the shards could not take, with the reasons; None: not all
+            shards are written.
     """
     file, info = root / ITEMS_FILE, root / INFO
     with locked(root / f"{ITEMS_FILE}.lock"):
         items = [read_item(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-        if items and not settled(items):
+        unread = unread_of(items) if items else {}
+        if unread is None:
             return items
-        used = {item.path: item.captions for item in items if item.bucket is not None}
-        found = extended(items, list_items(source, buckets, enlargement, progress, used))
+        used = {path: item.captions for path, item in last_entries(items).items() if item.bucket and path not in unread}
+        found = extended(items, list_items(source, buckets, enlargement, progress, used), source, unread)
         if found != items:
             info.unlink(missing_ok=True)
             write_text(file, "".join(json.dumps(asdict(item)) + "\n" for item in found))
@@ -347,25 +352,34 @@ def read_item(line: str) -> Item:
     return Item(**{**told, "captions": tuple(told["captions"])})
 
 
-def extended(items: Sequence[Item], found: Sequence[Item]) -> list[Item]:
-    """A list of items with those that were found since: images that are new, or can be used now.
+def last_entries(items: Sequence[Item]) -> dict[str, Item]:
+    """The entry that counts of each path: the last one. Earlier ones are those of shards that could not take it."""
+    return {item.path: item for item in items}
+
+
+def extended(items: Sequence[Item], found: Sequence[Item], source: Path, unread: Mapping[str, str]) -> list[Item]:
+    """A list of items with those that were found since: images that are new, can be used now, or were repaired.
 
     What was used stays as it is: its shards are written. Changed captions of it are said in the log.
+
+    Args:
+        unread: paths that the shards could not take. Their entries stay, since shards are cut from the list by place;
+            a second one stands at the end.
     """
     if not items:
         return list(found)
     generation = 1 + max(item.generation for item in items)
     now = {item.path: item for item in found}
-    taken = {item.key for item in items}
+    last = last_entries(items)
     kept = []
     for item in items:
-        new = now.pop(item.path, None)
-        if item.bucket is None and new is not None:
+        new = now.get(item.path)
+        if item.bucket is None and new is not None and item is last[item.path]:
             item = replace(new, key=item.key, generation=generation if new.bucket else item.generation)
         kept.append(item)
-    old = {item.path: item for item in found}
-    changed = [i.path for i in items if i.bucket and i.path in old and old[i.path].captions != i.captions]
-    gone = [item.path for item in items if item.bucket and item.path not in old]
+    encoded = [item for path, item in last.items() if item.bucket and path not in unread]
+    changed = [item.path for item in encoded if item.path in now and now[item.path].captions != item.captions]
+    gone = [item.path for item in encoded if item.path not in now]
     for what, paths in (("have other captions than when they were encoded", changed), ("are gone", gone)):
         if paths:
             log.warning(
@@ -374,7 +388,33 @@ def extended(items: Sequence[Item], found: Sequence[Item]) -> list[Item]:
                 what,
                 paths[0],
             )
-    added = [replace(item, key=key_of(item.path, taken), generation=generation) for item in now.values()]
+    tried = [last[path] for path in unread if path in last and last[path].bucket and path in now]
+    with ThreadPoolExecutor(8) as pool:
+        again = pool.map(lambda item: _taken_on_again(source, item, now[item.path]), tried)
+        repaired = [replace(item, generation=generation) for item in again if item is not None]
+    if any(item.bucket for item in repaired):
+        log.info("%d images that could not be encoded were repaired", sum(item.bucket is not None for item in repaired))
+    taken = {item.key for item in items}
+    new_items = (item for path, item in now.items() if path not in last)
+    added = [replace(item, key=key_of(item.path, taken), generation=generation) for item in new_items]
     if any(item.bucket for item in added):
         log.info("%d images came to the source since the list was made", sum(item.bucket is not None for item in added))
-    return [*kept, *added]
+    return [*kept, *repaired, *added]
+
+
+def _taken_on_again(source: Path, tried: Item, new: Item) -> Item | None:
+    """A second entry for an image that a shard could not take; None while nothing has changed.
+
+    It keeps its key, under which no sample was written. A file that can be decoded and was refused all the same (its
+    features were not finite) is tried once more, and then again when the file or its captions are others.
+    """
+    if new.bucket is None:  # listed now as a copy, or without a caption
+        return replace(new, key=tried.key)
+    try:
+        decode_image(source / tried.path)
+    except BadSample:
+        return None
+    content = sha256_file(source / tried.path)
+    if (tried.content, tried.captions) == (content, new.captions):
+        return None
+    return replace(new, key=tried.key, content=content)
