@@ -147,8 +147,9 @@ def images(
 
     Args:
         source: folder, looked through with all below it. Captions stand in metadata.jsonl or captions.csv (columns
-            file_name and caption or text), or beside each image as <name>.txt, .caption or .json. All captions of an
-            image, wherever they stand, are kept, and training takes them in turn.
+            file_name, relative to the folder of the list, and caption or text), there or in any folder below, or beside
+            each image as <name>.txt, .caption or .json. All captions of an image, wherever they stand, are kept, and
+            training takes them in turn.
         root: receives bucket_<width>x<height>/shard-<number>.tar, failed.jsonl and, when all is there, images.json.
         encoders: see :class:`ImageEncoders`.
         size, bucket_step, max_aspect: of the buckets, see :func:`keygrip.data.image_text.crops.aspect_buckets`.

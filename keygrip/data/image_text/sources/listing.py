@@ -62,8 +62,8 @@ class Item:
     content: str = ""
 
 
-def find_captions(source: Path) -> dict[str, tuple[str, ...]]:
-    """Captions by file name from the lists beside the images (metadata.jsonl, captions.csv, ...); empty without one.
+def find_captions(folder: Path) -> dict[str, tuple[str, ...]]:
+    """Captions by file name from a folder's lists (metadata.jsonl, captions.csv, ...); empty without one.
 
     A file has all captions that any list, row and column has for it; a caption may be a list of texts.
 
@@ -74,7 +74,7 @@ def find_captions(source: Path) -> dict[str, tuple[str, ...]]:
         ValueError: a list that cannot be read, or without the columns of file and caption.
     """
     found: dict[str, tuple[str, ...]] = {}
-    lists = [path for path in source.iterdir() if path.name.lower() in CAPTION_FILES]
+    lists = [path for path in folder.iterdir() if path.name.lower() in CAPTION_FILES]
     for path in sorted(lists, key=lambda path: (CAPTION_FILES.index(path.name.lower()), path.name)):
         for name, captions in _rows_of(path):
             found[name] = tuple(dict.fromkeys((*found.get(name, ()), *captions)))
@@ -102,7 +102,7 @@ def _rows_of(path: Path) -> list[tuple[str, tuple[str, ...]]]:
         reason = error.what if isinstance(error, BadSample) else "a column is missing"
         raise ValueError(
             f"{path} is not a list of captions: it needs one of the columns {', '.join(FILE_NAMES)} and one of "
-            f"{', '.join(CAPTION_NAMES)} ({reason})"
+            f"{', '.join(CAPTION_NAMES)} ({reason}); repair it, or rename it if it is another kind of file"
         ) from error
 
 
@@ -168,14 +168,14 @@ def list_items(
 
     Images of other types, links to nothing and named pipes are listed too, so that nothing is missed without a word.
     A file of any other name is an image where its content is; those that are none are counted in the log. An image has
-    the captions of the lists and of the files beside it. Of files with the same content the first is used, with the
-    captions of all.
+    the captions of the lists, which may stand in any folder above it, and of the files beside it. Of files with the
+    same content the first is used, with the captions of all.
 
     Args:
         known: captions that were encoded, by path; among files of one content these are preferred.
 
     Raises:
-        FileNotFoundError: no folder, or no images in it.
+        FileNotFoundError: no folder, or no images in it. ValueError: a list of captions that cannot be read.
     """
     if not source.is_dir():
         raise FileNotFoundError(f"no folder of images at {source}")
@@ -200,7 +200,8 @@ def list_items(
     if all(path.suffix.lower() in OTHER_SUFFIXES for path in paths):
         other = f", only {len(paths)} of other types ({paths[0].name})" if paths else ""
         raise FileNotFoundError(f"no images ({', '.join(SUFFIXES)}) in {source}{other}")
-    listed, taken = _of_these(source, paths), set[str]()
+    folders = sorted({path.parent for path in beside if path.name.lower() in CAPTION_FILES})
+    listed, taken = _of_these(source, paths, folders), set[str]()
     wrapped: list[str] = []
 
     def examine(path: Path) -> tuple[tuple[str, ...], Bucket | None, str]:
@@ -245,22 +246,38 @@ def list_items(
     return merge_duplicates(source, items, known or {})
 
 
-def _of_these(source: Path, paths: Sequence[Path]) -> dict[str, tuple[str, ...]]:
-    """Captions of a list by the names of these files; names that mean none of them are said in the log.
+def _of_these(source: Path, paths: Sequence[Path], folders: Sequence[Path]) -> dict[str, tuple[str, ...]]:
+    """Captions of the lists in some folders by the names of these files; names that mean none of them, or none inside
+    the folder of the list, are said in the log, and so are files of which lists of several folders say different
+    things.
 
-    A list may write `./a.png` or `b\\a.png` for `a.png` and `b/a.png`.
+    A list may write `./a.png` or `b\\a.png` for `a.png` and `b/a.png`; its names are relative to its own folder.
     """
     names = {path.relative_to(source).as_posix() for path in paths}
     found: dict[str, tuple[str, ...]] = {}
-    missing = []
-    for name, captions in find_captions(source).items():
-        own = name if name in names else posixpath.normpath(name.replace("\\", "/"))
-        if own in names:
-            found[own] = tuple(dict.fromkeys((*found.get(own, ()), *captions)))
-        else:
-            missing.append(name)
-    if missing:
-        log.warning("the list of captions names %d files that are not in %s (%s)", len(missing), source, missing[0])
+    several = []
+    for folder in folders:
+        above = "" if folder == source else f"{folder.relative_to(source).as_posix()}/"
+        here: dict[str, tuple[str, ...]] = {}
+        missing = []
+        for name, captions in find_captions(folder).items():
+            own = above + name
+            if own not in names:  # a path that leaves the folder is never in them
+                own = above + posixpath.normpath(name.replace("\\", "/"))
+            if own in names:
+                here[own] = tuple(dict.fromkeys((*here.get(own, ()), *captions)))
+            else:
+                missing.append(name)
+        if missing:
+            log.warning("the list of captions names %d files that are not in %s (%s)", len(missing), folder, missing[0])
+        several += [own for own, captions in here.items() if own in found and set(captions) != set(found[own])]
+        found |= {own: tuple(dict.fromkeys((*found.get(own, ()), *captions))) for own, captions in here.items()}
+    if several:
+        log.warning(
+            "%d images have other captions in the list of one folder than in that of another (%s): all are kept",
+            len(several),
+            several[0],
+        )
     return found
 
 

@@ -137,6 +137,35 @@ def test_captions_of_all_lists_columns_and_files_beside_an_image_are_kept(
     assert "1 caption files have several lines, which are read as one caption (a.txt" in caplog.text
 
 
+def test_lists_of_captions_in_folders_below_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The layout of the hub's image folders: a list in the folder of each split, with names relative to it."""
+    for number, name in enumerate(("0", "train/0", "train/more/1", "test/0", "test/2")):
+        picture(tmp_path / f"{name}.png", shade=number)
+    lists = {
+        "": [("0.png", "own"), ("train/0.png", "above"), ("test/0.png", "both")],
+        "train/": [("0.png", "zero"), ("./more/1.png", "one"), ("../0.png", "outside"), ("3.png", "gone")],
+        "test/": [("0.png", "both")],
+    }
+    for folder, rows in lists.items():
+        lines = [json.dumps({"file_name": name, "text": text}) for name, text in rows]
+        (tmp_path / folder / "metadata.jsonl").write_text("\n".join(lines))
+    with caplog.at_level("WARNING"):
+        items = {item.path: item for item in list_items(tmp_path, [Bucket(32, 32)], 1.0, False)}
+    assert {path: item.captions for path, item in items.items()} == {
+        "0.png": ("own",),
+        "test/0.png": ("both",),
+        "test/2.png": (),
+        "train/0.png": ("above", "zero"),
+        "train/more/1.png": ("one",),
+    }
+    assert items["test/2.png"].reason == "it has no caption"
+    assert f"names 2 files that are not in {tmp_path / 'train'} (../0.png)" in caplog.text
+    assert "1 images have other captions in the list of one folder than in that of another (train/0.png)" in caplog.text
+    (tmp_path / "test" / "metadata.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"test/metadata\.csv is not a list of captions: .* rename it"):
+        list_items(tmp_path, [Bucket(32, 32)], 1.0, False)
+
+
 def test_captions_of_a_copy_that_came_too_late_are_said_to_be_missing(tmp_path: Path) -> None:
     """The finished sample keeps the captions that it was encoded with."""
     source, root = tmp_path / "source", tmp_path / "root"
