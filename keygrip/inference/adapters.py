@@ -24,7 +24,11 @@ INPUTS = "keygrip.inputs"  # in the weights' metadata: how the network's inputs 
 PREFIX = "base_model.model."  # peft's prefix before a network's own names
 # Settings of peft that change what an adapter means; only these values are known here.
 PLAIN: dict[str, Any] = {"use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "bias": "none"}
-PLAIN |= {"alpha_pattern": {}, "rank_pattern": {}, "modules_to_save": None, "lora_bias": False}
+PLAIN |= {"alpha_pattern": {}, "rank_pattern": {}, "modules_to_save": None, "lora_bias": False, "kasa_config": None}
+# Ways of peft to initialise an adapter that leave the base weights as they were. With the others (pissa, pissa_niter_N,
+# olora, corda, lora_ga, loftq) it is a difference to weights from which its first value was taken away, or which were
+# quantised: added to the unchanged ones it is wrong.
+OF_UNCHANGED_WEIGHTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 def write_lora(adapter: Adapter, folder: Path) -> None:
@@ -115,6 +119,13 @@ def _config(file: Path) -> dict[str, Any]:
     for name, value in PLAIN.items():
         if config.get(name, value) not in (value, None):
             raise ValueError(f"{file}: {name}={config[name]!r} is not supported, only {value!r}")
+    start = config.get("init_lora_weights")
+    if start not in OF_UNCHANGED_WEIGHTS:
+        raise ValueError(
+            f"{file}: init_lora_weights={start!r} is not supported: such an adapter is a difference to base weights "
+            "that its initialisation has changed. Give one that was converted to a plain LoRA, as peft's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...) does for pissa, olora, corda and lora_ga"
+        )
     for name in ("r", "lora_alpha"):
         number = config.get(name)
         if not isinstance(number, int | float) or isinstance(number, bool) or not 0 < number < 1e6:

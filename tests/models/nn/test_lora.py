@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,7 @@ def _elsewhere(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     [
         (lambda config, _: config.update(use_dora=True), "use_dora=True is not supported"),
         (lambda config, _: config.update(rank_pattern={"query": 4}), "rank_pattern"),
+        (lambda config, _: config.update(kasa_config={"beta": 1e-4}), "kasa_config"),
         (lambda config, _: config.update(r=0), "r=0 is not a positive number"),
         (lambda config, _: config.update(lora_alpha=True), "lora_alpha=True"),
         (lambda config, _: config.update(r=3), "of rank 3"),
@@ -198,6 +200,62 @@ def test_peft_reads_what_is_written_and_its_own_is_read(tmp_path: Path) -> None:
     ours = plain()
     load_lora(ours, tmp_path / "theirs")
     torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "start", ["pissa", "pissa_niter_16", "olora", "OLoRA", "corda", "lora_ga", "loftq", "newer", ["pissa"]]
+)
+def test_adapters_of_changed_base_weights_are_refused(tmp_path: Path, start: Any) -> None:
+    files(tmp_path, lambda config, _: config.update(init_lora_weights=start))
+    network, before = plain(), plain().state_dict()
+    with pytest.raises(ValueError, match=f"init_lora_weights={re.escape(repr(start))} is not supported"):
+        load_lora(network, tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("start", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_adapters_of_unchanged_base_weights_are_taken(tmp_path: Path, start: bool | str | None) -> None:
+    files(tmp_path, lambda config, _: config.update(init_lora_weights=start))
+    assert len(load_lora(plain(), tmp_path)) == 2
+
+
+@pytest.mark.parametrize("start", ["orthogonal", "mica", "gaussian"])
+def test_peft_leaves_the_base_weights_alone_where_adapters_are_taken(tmp_path: Path, start: str) -> None:
+    peft = pytest.importorskip("peft")
+    x = torch.randn(4, 6)
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["query", "output"], init_lora_weights=start)
+    theirs = peft.get_peft_model(plain(), config)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn_like(parameter))
+    theirs.save_pretrained(str(tmp_path))
+    ours = plain()
+    load_lora(ours, tmp_path)
+    torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_of_changed_base_weights_is_taken_once_peft_has_converted_it(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    x = torch.randn(4, 6)
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["query", "output"], init_lora_weights="pissa")
+    theirs = peft.get_peft_model(plain(), config)
+    theirs.peft_config["default"].init_lora_weights = True  # as peft's guide has it, so that it is loaded unchanged
+    theirs.save_pretrained(str(tmp_path / "start"))
+    theirs.peft_config["default"].init_lora_weights = "pissa"
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    expected = theirs(x)
+    theirs.save_pretrained(str(tmp_path / "plain"))
+    with pytest.raises(ValueError, match=r"init_lora_weights='pissa' is not supported: .* converted to a plain LoRA"):
+        load_lora(plain(), tmp_path / "plain")
+    converted = str(tmp_path / "converted")
+    theirs.save_pretrained(converted, path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    ours = plain()
+    load_lora(ours, tmp_path / "converted")
+    torch.testing.assert_close(ours(x), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow
