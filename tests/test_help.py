@@ -13,7 +13,7 @@ from keygrip.help import EXAMPLES, help_text
 DATA = {
     **dict.fromkeys(("foveated_vlm", "pooled_vlm"), "robot_videos"),
     **dict.fromkeys(("vlm_encoder_self_supervised", "vlm_encoder_pretraining"), "robot_tours"),
-    **dict.fromkeys(("patch_dit", "patch_dit_base", "image_autoencoder"), "robot_images"),
+    **dict.fromkeys(("patch_dit", "patch_dit_base", "patch_dit_source", "image_autoencoder"), "robot_images"),
     "depth_reader": "yam_stills",
     **dict.fromkeys(("geometry_vla", "geometry_vla_no_injection"), "yam_language"),
 }

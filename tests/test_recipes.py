@@ -32,7 +32,7 @@ DATA_OF = {
     "geometry_vla_no_injection": "yam_depth",
     "image_autoencoder": "robot_images",
     "patch_dit": "robot_images",
-    "patch_dit_base": "image_shards",
+    **dict.fromkeys(("patch_dit_base", "patch_dit_source"), "image_shards"),
 }
 MODEL_OF = {
     **dict.fromkeys(

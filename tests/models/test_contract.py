@@ -28,6 +28,7 @@ from keygrip.training.system import System
 MODELS = group_options("model")
 VARIANTS = (
     "geometry_vla_no_injection",
+    "patch_dit_source",
     "volume_query_language",
     "volume_query_tuned",
 )  # of modules that are here anyway

@@ -30,7 +30,7 @@ def sinusoidal_features(count: int, dim: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
 
 
-def level_features(level: Tensor, dim: int, longest: float = 10.0) -> Tensor:
+def level_features(level: Tensor, dim: int, longest: float = 10.0, endpoint: bool = True) -> Tensor:
     """Cosines and sines of continuous values in [0, 1], such as noise levels of flow matching.
 
     Periods are spaced geometrically from ``2 pi / 1000`` (so that a thousandth makes a difference) to ``2 pi longest``,
@@ -38,6 +38,8 @@ def level_features(level: Tensor, dim: int, longest: float = 10.0) -> Tensor:
 
     Args:
         level: ``[...]``. dim: even width. longest: of the periods, in units of 2 pi.
+        endpoint: the longest period is the last one; False: it would be the one after the last, as in Peebles and Xie,
+            "Scalable Diffusion Models with Transformers" (2023).
 
     Returns:
         ``[..., dim]`` float32.
@@ -47,7 +49,9 @@ def level_features(level: Tensor, dim: int, longest: float = 10.0) -> Tensor:
     """
     if dim < 4 or dim % 2:
         raise ValueError(f"Features of a noise level need an even width of at least 4, got dim={dim}.")
-    rates = torch.logspace(3.0, -math.log10(longest), dim // 2, dtype=torch.float32, device=level.device)
+    count, last = dim // 2, -math.log10(longest)
+    rates = torch.logspace(3.0, last, count if endpoint else count + 1, dtype=torch.float32, device=level.device)
+    rates = rates[:count]
     angles = level.float()[..., None] * rates
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -57,13 +61,14 @@ class LevelEmbedding(nn.Module):
 
     Args:
         d_cond: width of the condition. features: number of sinusoids. hidden: of the MLP; None is ``d_cond``.
+        endpoint: see `level_features`.
     """
 
-    def __init__(self, d_cond: int, features: int = 256, hidden: int | None = None) -> None:
+    def __init__(self, d_cond: int, features: int = 256, hidden: int | None = None, endpoint: bool = True) -> None:
         super().__init__()
-        self.features = features
+        self.features, self.endpoint = features, endpoint
         hidden = hidden or d_cond
         self.mlp = nn.Sequential(nn.Linear(features, hidden), nn.SiLU(), nn.Linear(hidden, d_cond))
 
     def forward(self, level: Tensor) -> Tensor:
-        return self.mlp(level_features(level, self.features))
+        return self.mlp(level_features(level, self.features, endpoint=self.endpoint))

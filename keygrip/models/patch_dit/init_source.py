@@ -17,6 +17,7 @@ from torch import Tensor
 
 from keygrip.models.nn.lora import merged_checkpoint
 from keygrip.models.patch_dit.feature_statistics import STATE
+from keygrip.models.patch_dit.foreign_settings import as_overrides, other_settings, plain
 from keygrip.models.patch_dit.network import PatchDiT
 from keygrip.training.checkpoints import HEADER, find_checkpoint, read_checkpoint, refuse_other_format, weights_of
 from keygrip.training.integrity import is_signed, load_tensors
@@ -52,15 +53,13 @@ class InitSource:
             return
         usual = inspect.signature(PatchDiT).parameters
         theirs = {name: self.network.get(name, usual[name].default) for name in network.meaning}
-        if not (self.network.get("use_dino_patches", True) and network.use_dino_patches):
-            theirs["patch_positions"] = network.meaning["patch_positions"]  # one of the two has none to place
-        other = {name: value for name, value in theirs.items() if value != network.meaning[name]}
+        both_have_patches = bool(self.network.get("use_dino_patches", True)) and network.use_dino_patches
+        other = other_settings(network.meaning, theirs, both_have_patches)
         if other:
-            ours = ", ".join(f"{name}={_plain(network.meaning[name])}" for name in other)
-            settings = " ".join(f"model.network.{name}={_plain(value)}" for name, value in other.items())
+            ours = ", ".join(f"{name}={plain(network.meaning[name])}" for name in other)
             raise ValueError(
                 f"model.init_from={self.path} was trained with other settings than this network's ({ours}), by which "
-                f"the same weights compute something else. Give {settings}"
+                f"the same weights compute something else. Give {as_overrides(other)}"
             )
 
 
@@ -110,8 +109,3 @@ def _of_network(weights: Mapping[str, Any]) -> dict[str, Tensor]:
     """Without a module's statistics and parts beside its network, which are no weights of the network."""
     inside = {name: value for name, value in weights.items() if name.startswith("network.")}
     return {name: value for name, value in (inside or weights).items() if isinstance(value, torch.Tensor)}
-
-
-def _plain(value: Any) -> str:
-    """A setting as the command line takes it; a stored one may be of any length."""
-    return (str(value).lower() if isinstance(value, bool) else str(value))[:40]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,23 @@ from keygrip.models.nn.flow_matching import velocity, velocity_from_data
 from keygrip.models.nn.sinusoids import LevelEmbedding
 from keygrip.models.patch_dit.context import Context, ContextBuilder
 from keygrip.models.patch_dit.detail import DetailHead
-from keygrip.models.patch_dit.positions import grid_positions, position_features, rotary_angles
+from keygrip.models.patch_dit.positions import cell_features, grid_positions, position_features, rotary_angles
 from keygrip.models.patch_dit.routing import TokenRouting
 from keygrip.training.parts import model_part
 
 AdaLN = Literal["shift_scale", "gated"]
 Prediction = Literal["v", "x"]
 PatchAttention = Literal["joint", "separate"]
+LatentPositions = Literal["frame", "cells"]
+LevelFrequencies = Literal["inclusive", "exclusive"]
+# Settings whose value says how weights are used, and those that each may have.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "adaln": get_args(AdaLN),
+    "prediction": get_args(Prediction),
+    "patch_attention": get_args(PatchAttention),
+    "latent_positions": get_args(LatentPositions),
+    "level_frequencies": get_args(LevelFrequencies),
+}
 
 
 @dataclass
@@ -183,13 +193,20 @@ class PatchDiT(nn.Module):
         rotary: the self-attention also has rotary positions in two dimensions, beside the sinusoids that latent tokens
             and patches share.
         qk_norm: normalise queries and keys.
+        level_hidden: hidden width of the noise level's MLP.
+        level_frequencies: of the noise level's sinusoids, from 1000 to 0.1 in equal ratios; "exclusive": 0.1 itself is
+            left out.
+        latent_positions: "frame": latent tokens have their places in the image's own frame, which patches share (see
+            `grid_positions`); "cells": row and column of their cell, see `cell_features`.
+        output_convolution: a 3 x 3 convolution of the output is added to it; starts as nothing.
         detail: makes a `DetailHead` from latent_channels, token_width and patch_size: convolutions over the whole
             image correct what the last layer drew token by token; None: none.
         routing: in training, a share of the tokens passes by the middle blocks; None: all go through all.
         gradient_checkpointing: recompute activations in the backward pass; about a third more time, far less memory.
 
     Attributes:
-        meaning: the settings that change what the same weights compute and that no name or shape of a weight shows.
+        meaning: the settings that change what the same weights compute, for weights of another network: most of them
+            are shown by no name or shape of a weight.
 
     Raises:
         ValueError: sizes that do not divide, or an unknown option.
@@ -218,20 +235,24 @@ class PatchDiT(nn.Module):
         final_modulation: bool = False,
         rotary: bool = False,
         detail: Callable[..., DetailHead] | None = None,
+        level_hidden: int = 256,
+        level_frequencies: LevelFrequencies = "inclusive",
+        latent_positions: LatentPositions = "frame",
+        output_convolution: bool = False,
     ) -> None:
         super().__init__()
+        chosen = (adaln, prediction, patch_attention, latent_positions, level_frequencies)
+        for (name, values), value in zip(CHOICES.items(), chosen, strict=True):
+            if value not in values:
+                raise ValueError(f"model.network.{name} is {' or '.join(values)}, not {value!r}.")
+        if level_hidden < 1:
+            raise ValueError(f"model.network.level_hidden={level_hidden}: must be at least 1.")
         if rotary and (width % heads or width // heads % 4):
             raise ValueError(
                 f"model.network.rotary=true needs heads whose width divides by 4, not {width} / {heads} numbers."
             )
-        if patch_attention not in ("joint", "separate"):
-            raise ValueError(f"model.network.patch_attention is joint or separate, not {patch_attention!r}.")
         if patch_attention == "separate" and not use_dino_patches:
             raise ValueError("model.network.patch_attention=separate has no effect with use_dino_patches=false: joint.")
-        if adaln not in ("shift_scale", "gated"):
-            raise ValueError(f"model.network.adaln is shift_scale or gated, not {adaln!r}.")
-        if prediction not in ("v", "x"):
-            raise ValueError(f"model.network.prediction is v or x, not {prediction!r}.")
         if timestep_floor is not None and prediction != "x":
             raise ValueError(
                 f"model.network.timestep_floor={timestep_floor} has no effect with prediction={prediction}: null"
@@ -253,18 +274,25 @@ class PatchDiT(nn.Module):
         self.use_dino_patches, self.position_cells = use_dino_patches, position_cells
         self.routing, self.gradient_checkpointing = routing, gradient_checkpointing
         self.rotary, self.d_head = rotary, width // heads
-        self.meaning = {
+        self.meaning: dict[str, Any] = {
             "prediction": prediction,
             "heads": heads,
             "patch_size": patch_size,
             "rotary": rotary,
             "position_cells": position_cells,
             "patch_positions": patch_positions,
+            "patch_attention": patch_attention,
+            "qk_norm": qk_norm,
+            "level_hidden": level_hidden,
+            "level_frequencies": level_frequencies,
+            "latent_positions": latent_positions,
+            "output_convolution": output_convolution,
         }
         self.context_builder = ContextBuilder(
             width, text_dim, dino_dim, use_dino_patches, patch_positions, position_cells
         )
-        self.level_embedding = LevelEmbedding(width, hidden=256)
+        self.level_embedding = LevelEmbedding(width, hidden=level_hidden, endpoint=level_frequencies == "inclusive")
+        self.latent_positions: LatentPositions = latent_positions
         self.latent_in = nn.Linear(latent_channels * patch_size**2, width)
         self.separate_patches = patch_attention == "separate"
         self.blocks = nn.ModuleList(
@@ -275,6 +303,11 @@ class PatchDiT(nn.Module):
         nn.init.zeros_(self.latent_out.weight)
         nn.init.zeros_(self.latent_out.bias)
         self.final_modulation = AdaLNModulation(width, width, parts=2) if final_modulation else None
+        self.output_convolution: nn.Conv2d | None = None
+        if output_convolution:
+            self.output_convolution = nn.Conv2d(latent_channels, latent_channels, 3, padding=1)
+            nn.init.zeros_(self.output_convolution.weight)
+            nn.init.zeros_(self.output_convolution.bias)
         self.detail = detail and detail(latent_channels=latent_channels, token_width=width, patch_size=patch_size)
 
     def forward(
@@ -307,7 +340,11 @@ class PatchDiT(nn.Module):
         mask, cls_place = context.mask, context.groups[0]
         hidden = self.latent_in(self._to_tokens(x))
         where = grid_positions((rows, columns), columns / rows, x.device)
-        hidden = hidden + position_features(where, self.width, self.position_cells).to(hidden.dtype)
+        if self.latent_positions == "cells":
+            places = cell_features((rows, columns), self.width, x.device)
+        else:
+            places = position_features(where, self.width, self.position_cells)
+        hidden = hidden + places.to(hidden.dtype)
         angles = rotary_angles(where, self.d_head, self.position_cells) if self.rotary else None
         turned = angles  # of the tokens that go through the block
         tapped: Tapped | None = None
@@ -335,6 +372,8 @@ class PatchDiT(nn.Module):
         if self.final_modulation is not None:
             last = modulate(last, *(part[:, None] for part in self.final_modulation(condition)))
         raw = self._to_latent(self.latent_out(last), rows, columns)
+        if self.output_convolution is not None:
+            raw = raw + self.output_convolution(raw)
         if self.detail is not None:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 raw = checkpoint(self.detail, x, raw, last, condition, use_reentrant=False)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 ROTARY_BASE = 100.0  # ratio of the fastest to the slowest rotation; images have tens of cells, not thousands of words
+CELL_BASE = 10000.0  # the same for whole-number cells, as in Vaswani et al., "Attention Is All You Need" (2017)
 
 
 def grid_positions(grid: tuple[int, int], aspect: float, device: torch.device | str | None = None) -> Tensor:
@@ -39,6 +40,25 @@ def position_features(positions: Tensor, width: int, cells: int) -> Tensor:
         raise ValueError(f"Positions in two dimensions need a width that divides by 4, got {width}.")
     rates = math.pi * torch.logspace(math.log10(0.5), math.log10(cells), width // 4, device=positions.device)
     angles = positions[:, :, None] * rates  # [N, 2, width / 4]
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
+
+
+def cell_features(grid: tuple[int, int], width: int, device: torch.device | str | None = None) -> Tensor:
+    """Sines and cosines of the row and the column of each cell of a grid, counted from 0, ``[rows * columns, width]``
+    float32: a quarter each for sine and cosine of the row and of the column.
+
+    A place in the image has other features in a finer grid and in another bucket; networks that were trained so need
+    them (Peebles and Xie, "Scalable Diffusion Models with Transformers", 2023).
+
+    Args:
+        grid: (rows, columns). width: a multiple of 4.
+    """
+    if width % 4:
+        raise ValueError(f"Positions in two dimensions need a width that divides by 4, got {width}.")
+    count = width // 4
+    cells = torch.meshgrid(*(torch.arange(size, device=device, dtype=torch.float32) for size in grid), indexing="ij")
+    rates = CELL_BASE ** (-torch.arange(count, device=device, dtype=torch.float32) / count)
+    angles = torch.stack(cells, dim=-1).flatten(0, 1)[:, :, None] * rates  # [N, 2, width / 4]
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 

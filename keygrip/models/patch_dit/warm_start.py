@@ -25,6 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from keygrip.models.nn.lora import is_difference, plain_name
+from keygrip.models.patch_dit.foreign_settings import (
+    SOURCE_CONFIG,
+    as_overrides,
+    foreign_settings,
+    other_settings,
+    plain,
+)
 from keygrip.models.patch_dit.init_source import InitSource
 from keygrip.models.patch_dit.network import PatchDiT
 
@@ -51,6 +58,7 @@ USUAL = {
     r"^(x_embedder|patch_embed)\.(proj\.)?": "latent_in.",
     r"^(t_embedder|time_embed|timestep_embedder)\.mlp\.": "level_embedding.mlp.",
     r"^(final_proj|final_layer\.linear|proj_out)\.": "latent_out.",
+    r"^output_conv\.": "output_convolution.",
     r"^null_dino_patch_token$": "null_dino_patches",
     r"^(context_builder\.)?((text|dino|dino_patch)_proj\.|null_(text|dino|dino_patches)$)": r"context_builder.\2",
 }
@@ -100,8 +108,8 @@ def warm_start(
             ones. min_share: of the network's numbers that must be taken over.
 
     Raises:
-        ValueError: the source's weights mean something else, nothing fits or too little, or a rule is no regular
-            expression.
+        ValueError: the source's weights mean something else (see `refuse_other_function`), nothing fits or too little,
+            or a rule is no regular expression.
     """
     source.refuse_other_meaning(network)
     report = take(network, source.weights, source.path, renames, min_share)
@@ -124,6 +132,8 @@ def take(
     for name, value in found.items():  # such as a null embedding of shape [1, 1, D]
         if name in own and value.shape != own[name].shape and _squeezed(value) == _squeezed(own[name]):
             found[name] = value.reshape(own[name].shape)
+    if isinstance(network, PatchDiT):
+        refuse_other_function(network, weights, found, source)
     loaded = [name for name in own if name in found and found[name].shape == own[name].shape]
     reshaped = [
         f"{name} ({_shape(found[name])} -> {_shape(own[name])})"
@@ -155,6 +165,44 @@ def take(
         own[name].zero_()
     unexpected = sorted(name for name in found if name not in own)
     return WarmStart(loaded, missing, unexpected, reshaped, zeroed)
+
+
+def refuse_other_function(
+    network: PatchDiT, weights: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str
+) -> None:
+    """Refuses weights of the source's own transformer in a network that computes something else with them, and warns of
+    others of which that shows by names and shapes.
+
+    Patches without positions are a shortcoming of the source's: a network that gives them some is warned of alone.
+
+    Args:
+        weights: under the file's names. found: under ours. source: of messages.
+
+    Raises:
+        ValueError: the settings under which the network computes the same.
+    """
+    theirs = foreign_settings(weights, found)
+    has_patches = f"{BUILDER}dino_patch_proj.weight" in found
+    other = other_settings(network.meaning, theirs.known or theirs.shown, has_patches and network.use_dino_patches)
+    placed = other.pop("patch_positions", None) is not None
+    ours = ", ".join(f"{name}={plain(network.meaning[name])}" for name in other)
+    if other and theirs.is_source:
+        raise ValueError(
+            f"init_from={source} holds weights of the source's own transformer, with which this network ({ours}) "
+            f"computes something else. Give {as_overrides(other)}; model={SOURCE_CONFIG} has all of them"
+        )
+    if other:
+        log.warning(
+            "init_from=%s comes from a network with other settings than this one's (%s): its layers are left out or "
+            "initialised afresh, and the output is another. The same is %s",
+            *(source, ours, as_overrides(other)),
+        )
+    if placed:
+        log.warning(
+            "patches have no positions in init_from=%s and have some here: the output is another at step 0. The same "
+            "is model.network.patch_positions=false, by which the layout of patches is lost",
+            source,
+        )
 
 
 def translated(
