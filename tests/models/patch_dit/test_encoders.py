@@ -84,6 +84,14 @@ def test_long_captions_are_cut_and_it_is_said_once(caplog: pytest.LogCaptureFixt
 # ---- the view --------------------------------------------------------------------------------------------------------
 
 
+def test_dino_is_shown_grey_images_unless_asked_otherwise() -> None:
+    """By the one comparison at hand (benchmarks/dit_claims.json) colour overrides the words: it is a choice."""
+    for encoders in ("tiny", "own_autoencoder", "flux_t5_dinov3"):
+        given = ["model=patch_dit", "data=robot_images", f"encoders={encoders}"]
+        assert compose("train", given).encoders.dino_view == "grey"
+        assert compose("train", [*given, "encoders.dino_view=colour"]).encoders.dino_view == "colour"
+
+
 def test_a_grey_view_does_not_tell_the_colours_apart_and_a_coloured_one_does() -> None:
     shown = torch.stack([torch.tensor(rgb).view(3, 1, 1).expand(3, 48, 48) for rgb in palette().values()])
     views = (shown * 255 * 0.8).round().to(torch.uint8)  # under one light
