@@ -6,9 +6,11 @@ Paper: Yu et al., "Representation Alignment for Generation: Training Diffusion T
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from keygrip.models.patch_dit.context import ConditionDropout
 from keygrip.models.patch_dit.network import Tapped
 from keygrip.training.parts import model_part
 
@@ -23,6 +25,8 @@ class FeatureAlignment(nn.Module):
             None: twice the network's.
         weight: of the loss at the start. decay_share: share of the run at which the weight has fallen to zero, in a
             straight line; None: it stays. Late in training the alignment holds back detail.
+        only_without_patches: the loss is that of the samples whose patches are dropped; the others are told the very
+            features that they are compared with. False: that of all samples.
     """
 
     def __init__(
@@ -34,6 +38,7 @@ class FeatureAlignment(nn.Module):
         hidden: int | None = None,
         weight: float = 0.5,
         decay_share: float | None = 0.5,
+        only_without_patches: bool = False,
     ) -> None:
         super().__init__()
         block = max(1, depth // 2) if block is None else block
@@ -43,6 +48,7 @@ class FeatureAlignment(nn.Module):
         if weight <= 0 or (decay_share is not None and not 0 < decay_share <= 1):
             raise ValueError("model.alignment: weight must be above 0, and decay_share in (0, 1] or null.")
         self.block, self.weight, self.decay_share = block, weight, decay_share
+        self.only_without_patches = only_without_patches
         self.projector = nn.Sequential(
             nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, dino_dim)
         )
@@ -50,6 +56,26 @@ class FeatureAlignment(nn.Module):
     def weight_at(self, progress: float) -> float:
         """The weight at a share of the run, 0..1."""
         return self.weight if self.decay_share is None else self.weight * max(0.0, 1 - progress / self.decay_share)
+
+    def check(self, dropout: ConditionDropout, use_dino_patches: bool) -> None:
+        """Raises ValueError: `only_without_patches` has no effect in a training with these settings, or leaves no
+        sample."""
+        if not self.only_without_patches:
+            return
+        if not use_dino_patches:
+            raise ValueError(
+                "model.alignment.only_without_patches=true has no effect with model.network.use_dino_patches=false, "
+                "where no sample has patches: false"
+            )
+        if not dropout.none + dropout.text + dropout.cls_alone:
+            raise ValueError(
+                "model.alignment.only_without_patches=true finds no sample: model.dropout drops no patches; raise "
+                "none, text or cls_alone, or give false"
+            )
+
+    def counted(self, has_patches: Tensor) -> Tensor:
+        """Which samples the loss is of, bool ``[B]``. has_patches: bool ``[B]``, whether the network is told them."""
+        return ~has_patches if self.only_without_patches else torch.ones_like(has_patches)
 
     def forward(
         self, tapped: Tapped, token_grid: tuple[int, int], patches: Tensor, patch_grid: tuple[int, int]

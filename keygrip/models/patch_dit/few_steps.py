@@ -30,7 +30,7 @@ class FewSteps:
     Args:
         windows: of noise levels. teacher_steps: of the teacher's sampler in each. teacher: how the teacher is sampled,
             with guidance; its steps are not used.
-        timestep_shift: of the windows, see `noise_levels`; that of the student's sampling.
+        timestep_shift: of the windows, see `noise_levels`; that of the student's and of the teacher's sampling.
 
     Raises:
         ValueError: numbers below 1.
@@ -41,7 +41,7 @@ class FewSteps:
             raise ValueError(f"model.few_steps: windows={windows} and teacher_steps={teacher_steps} must be at least 1")
         self.windows, self.teacher_steps, self.teacher = windows, teacher_steps, teacher
         self.timestep_shift = timestep_shift
-        self.levels = noise_levels(windows, timestep_shift)
+        noise_levels(windows, timestep_shift)  # refuses what it cannot divide
         self._network: PatchDiT | None = None  # of the teacher: neither trained nor stored
 
     def check(self, sampling: Sampling) -> None:
@@ -58,12 +58,24 @@ class FewSteps:
         """Keeps a copy of a trained network as the teacher."""
         self._network = copy.deepcopy(network).eval().requires_grad_(False)
 
-    def loss(self, student: PatchDiT, data: Tensor, conditions: Conditions, dropout: ConditionDropout) -> Tensor:
+    def levels(self, shift: float = 1.0) -> list[float]:
+        """The ends of the windows, from 1 to 0. shift: of the resolution, see `resolution_shift`."""
+        return noise_levels(self.windows, self.timestep_shift * shift)
+
+    def loss(
+        self,
+        student: PatchDiT,
+        data: Tensor,
+        conditions: Conditions,
+        dropout: ConditionDropout,
+        shift: float = 1.0,
+    ) -> Tensor:
         """Mean squared error of the velocity along the teacher's chord through one window, drawn anew for each batch.
 
         Args:
             data: normalised latents ``[B, C, h, w]``. conditions: of these. dropout: shares of the conditions that a
                 batch keeps; `none` counts as both, since a student without guidance does not need it.
+            shift: of the windows, for the resolution, beside their own.
         """
         count = len(data)
         category = CATEGORIES[int(dropout.draw(1))]
@@ -73,31 +85,43 @@ class FewSteps:
             conditions = replace(conditions, text=None, text_mask=None)
         window = int(torch.randint(self.windows, ()))
         noise, share = torch.randn_like(data), torch.rand(count, device=data.device)
-        return self.chord_loss(student, data, conditions, window, noise, share)
+        return self.chord_loss(student, data, conditions, window, noise, share, shift)
 
     @torch.no_grad()
     def validation_loss(
-        self, student: PatchDiT, data: Tensor, conditions: Conditions, generator: torch.Generator
+        self,
+        student: PatchDiT,
+        data: Tensor,
+        conditions: Conditions,
+        generator: torch.Generator,
+        shift: float = 1.0,
     ) -> Tensor:
         """The mean of `chord_loss` over all windows, with everything given. generator: of the CPU, for the noise."""
         losses = []
         for window in range(self.windows):
             noise = torch.randn(data.shape, generator=generator).to(data)
             share = torch.rand(len(data), generator=generator).to(data.device)
-            losses.append(self.chord_loss(student, data, conditions, window, noise, share))
+            losses.append(self.chord_loss(student, data, conditions, window, noise, share, shift))
         return torch.stack(losses).mean()
 
     def chord_loss(
-        self, student: PatchDiT, data: Tensor, conditions: Conditions, window: int, noise: Tensor, share: Tensor
+        self,
+        student: PatchDiT,
+        data: Tensor,
+        conditions: Conditions,
+        window: int,
+        noise: Tensor,
+        share: Tensor,
+        shift: float = 1.0,
     ) -> Tensor:
         """Mean squared error of the velocity along the teacher's chord through one window.
 
         Args:
             data, noise: ``[B, C, h, w]``. conditions: all that are given are used. share: ``[B]`` in 0..1, how far up
-                the chord the student is asked.
+                the chord the student is asked. shift: see `levels`.
         """
         count, device, aspect = len(data), data.device, data.shape[3] / data.shape[2]
-        high, low = self.levels[window], self.levels[window + 1]
+        high, low = self.levels(shift)[window : window + 2]
         start = interpolate(data, noise, torch.full((count,), high, device=device))
         end = self.led(start, conditions, high, low)
         keep = [torch.full((count,), has, device=device) for has in (conditions.has_text, conditions.has_dino)]

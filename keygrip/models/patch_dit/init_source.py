@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from keygrip.models.nn.flow_matching import resolution_shift
 from keygrip.models.nn.lora import merged_checkpoint
 from keygrip.models.patch_dit.feature_statistics import STATE
 from keygrip.models.patch_dit.foreign_settings import as_overrides, other_settings, plain
@@ -33,6 +34,7 @@ class InitSource:
         path: as the setting gives it. weights: of the network, by name; the EMA where there is one, with differences of
             LoRA added.
         network: stored settings of the network; None: the file is no keygrip checkpoint of such a model.
+        model: stored settings of the whole model. latent_sizes: (h, w) of its training images' latents.
         statistics: buffers of its `FeatureStatistics` by name; empty: the file has none.
         encoders: fingerprint of what its training images were encoded by; "": not known.
     """
@@ -40,6 +42,8 @@ class InitSource:
     path: str
     weights: dict[str, Tensor]
     network: Mapping[str, Any] | None = None
+    model: Mapping[str, Any] = field(default_factory=dict)
+    latent_sizes: tuple[tuple[int, int], ...] = ()
     statistics: dict[str, Tensor] = field(default_factory=dict)
     encoders: str = ""
 
@@ -60,6 +64,39 @@ class InitSource:
             raise ValueError(
                 f"model.init_from={self.path} was trained with other settings than this network's ({ours}), by which "
                 f"the same weights compute something else. Give {as_overrides(other)}"
+            )
+
+    def refuse_other_shift(self, shift_tokens: int | None, patch_size: int, student: float | None = None) -> None:
+        """Refuses other noise levels for images of the sizes that the weights were trained on.
+
+        Args:
+            shift_tokens: of the module, see there; patch_size: of its network.
+            student: `timestep_shift` of the windows of a student of few steps, which are cut from its teacher's
+                sampling; None: there is no student.
+
+        Raises:
+            ValueError: the timesteps are shifted in another way than in the run that the weights come from.
+        """
+        if self.network is None:
+            return
+        theirs = self.model.get("shift_tokens")
+        tokens = [(h // patch_size) * (w // patch_size) for h, w in self.latent_sizes]
+        shifts = [
+            [1.0 if base is None else resolution_shift(n, base) for n in tokens] for base in (theirs, shift_tokens)
+        ]
+        if theirs != shift_tokens and (not tokens or shifts[0] != shifts[1]):
+            raise ValueError(
+                f"model.init_from={self.path} was trained with other noise levels than model.shift_tokens="
+                f"{'null' if shift_tokens is None else shift_tokens} gives for images of its size. Give "
+                f"model.shift_tokens={'null' if theirs is None else plain(theirs)}"
+            )
+        sampling = self.model.get("sampling")
+        drawn = sampling.get("timestep_shift", 1.0) if isinstance(sampling, Mapping) else 1.0
+        if student is not None and drawn != student:
+            raise ValueError(
+                f"model.init_from={self.path} is drawn at timestep_shift={plain(drawn)} and model.few_steps cuts its "
+                f"windows at {student:g}: a student's windows are its teacher's steps. Give "
+                f"model.few_steps.timestep_shift={plain(drawn)} model.sampling.timestep_shift={plain(drawn)}"
             )
 
 
@@ -100,9 +137,18 @@ def _keygrip_source(path: str, content: Mapping[str, Any]) -> InitSource:
     if not bool(statistics.get("known", torch.tensor(False)).all()):
         statistics = {}
     stored = content.get(STATE)
-    plain = stored.get("statistics") if isinstance(stored, Mapping) else None
-    encoders = plain.get("encoders") if isinstance(plain, Mapping) else None
-    return InitSource(path, _of_network(weights), network, statistics, encoders if isinstance(encoders, str) else "")
+    plainly = stored.get("statistics") if isinstance(stored, Mapping) else None
+    encoders = plainly.get("encoders") if isinstance(plainly, Mapping) else None
+    sizes = plainly.get("latent_sizes", ()) if isinstance(plainly, Mapping) else ()
+    return InitSource(
+        path,
+        _of_network(weights),
+        network=network,
+        model=model,
+        latent_sizes=tuple((int(h), int(w)) for h, w in sizes),
+        statistics=statistics,
+        encoders=encoders if isinstance(encoders, str) else "",
+    )
 
 
 def _of_network(weights: Mapping[str, Any]) -> dict[str, Tensor]:

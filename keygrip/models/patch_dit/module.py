@@ -106,10 +106,8 @@ class PatchDiTModule(System):
         init_from_statistics: StatisticsOf = "auto",
     ) -> None:
         super().__init__(optimizer)
-        if shift_tokens is not None and (shift_tokens < 1 or few_steps is not None):
-            raise ValueError(
-                "model.shift_tokens counts latent tokens, from 1, and model.few_steps has noise levels of its own: null"
-            )
+        if shift_tokens is not None and shift_tokens < 1:
+            raise ValueError(f"model.shift_tokens counts latent tokens, from 1, not {shift_tokens}; null: no shift")
         self.shift_tokens = shift_tokens
         if min(monitor_every_n_steps, log_images_every_n_steps) < 0 or shown < 1:
             raise ValueError(
@@ -123,6 +121,8 @@ class PatchDiTModule(System):
             raise ValueError("model.dropout.masked_patches has no effect without patches (use_dino_patches=false): 0")
         sizes = self.network.width, encoders.dino_dim, self.network.depth
         self.alignment = None if alignment is None else alignment(*sizes)
+        if self.alignment is not None:
+            self.alignment.check(dropout, self.network.use_dino_patches)
         self.statistics = FeatureStatistics(encoders.latent_channels, encoders.dino_dim)
         self.timesteps, self.dropout, self.sampling = timesteps, dropout, sampling
         self.init_from, self.init_from_min_share = init_from, init_from_min_share
@@ -181,6 +181,8 @@ class PatchDiTModule(System):
         self._encoder_weights = dict(self.encoders.weights())
         if self.init_from is not None:
             source = read_source(self.init_from)
+            windows = None if self.few_steps is None else self.few_steps.timestep_shift
+            source.refuse_other_shift(self.shift_tokens, self.network.patch_size, windows)
             report = warm_start(self.network, source, self.init_from_renames, self.init_from_min_share)
             self._normalise_as(source)
             new = any(name.startswith("context_builder.dino_patch_proj") for name in report.missing)
@@ -325,7 +327,7 @@ class PatchDiTModule(System):
         conditions, aspect, count = self.statistics.conditions(batch), aspect_of(data), len(data)
         conditions = self.dropout.masked(conditions)
         if self.few_steps is not None:
-            loss = self.few_steps.loss(self.network, data, conditions, self.dropout)
+            loss = self.few_steps.loss(self.network, data, conditions, self.dropout, self.shift_of(data))
             self.log("train/loss", loss.detach(), prog_bar=True, batch_size=count)
             return loss
         level, category = self.timesteps(count, self.device), self.dropout.draw(count, self.device)
@@ -342,7 +344,7 @@ class PatchDiTModule(System):
         if self.due(self.monitor_every_n_steps):
             self._report({"velocity_norm": velocity_norm(output.velocity)})
             self._report(self._attention(data, conditions, aspect))
-        return loss + self._alignment_loss("train", output, data, conditions)
+        return loss + self._alignment_loss("train", output, data, conditions, keep_patches)
 
     def on_validation_epoch_start(self) -> None:
         self._to_show = []
@@ -355,7 +357,8 @@ class PatchDiTModule(System):
         conditions, aspect, count = self.statistics.conditions(batch), aspect_of(data), len(data)
         generator = torch.Generator().manual_seed(batch_idx * 1009 + self.global_rank)
         if self.few_steps is not None:  # a student does not learn plain flow matching
-            loss = self.few_steps.validation_loss(self.network, data, conditions, generator)
+            shift = self.shift_of(data)
+            loss = self.few_steps.validation_loss(self.network, data, conditions, generator, shift)
             self.log("val/loss", loss, prog_bar=True, batch_size=count, sync_dist=True)
             if batch_idx == 0:
                 self._show(batch)
@@ -367,8 +370,9 @@ class PatchDiTModule(System):
             keep = (torch.full((count,), flag, device=self.device) for flag in (text, dino))
             output, losses = self.noised(data, noise, level, self.network.context_builder(conditions, *keep, aspect))
             found[name] = losses.mean()
-            if name == "both":
-                self._alignment_loss("val", output, data, conditions)
+            if self.alignment and name == ("text" if self.alignment.only_without_patches else "both"):
+                has_patches = torch.full((count,), dino, device=self.device)
+                self._alignment_loss("val", output, data, conditions, has_patches)
         if self.network.use_dino_patches and conditions.patches is not None:
             order = torch.randperm(conditions.patches.shape[1], generator=generator).to(self.device)
             shuffled = replace(conditions, patches=conditions.patches[:, order])
@@ -392,12 +396,14 @@ class PatchDiTModule(System):
             if not self.trainer.sanity_checking and self.trainer.is_global_zero:
                 self.health.check({"shuffled_over_both": float(ratio)}, self.global_step)
 
-    def _alignment_loss(self, split: str, output: DiTOutput, data: Tensor, conditions: Conditions) -> Tensor:
+    def _alignment_loss(
+        self, split: str, output: DiTOutput, data: Tensor, conditions: Conditions, has_patches: Tensor
+    ) -> Tensor:
         if self.alignment is None or output.tapped is None or conditions.patches is None:
             return torch.zeros((), device=self.device)
-        grid = self.network.grid(data)
-        losses = self.alignment(output.tapped, grid, conditions.patches, conditions.patch_grid)
-        loss = global_mean(losses.sum(), len(losses))
+        losses = self.alignment(output.tapped, self.network.grid(data), conditions.patches, conditions.patch_grid)
+        counted = self.alignment.counted(has_patches)
+        loss = global_mean((losses * counted).sum(), counted.sum())
         self.log(f"{split}/alignment", loss.detach(), batch_size=len(losses), sync_dist=split == "val")
         return loss * self.alignment.weight_at(self.global_step / max(1, self.trainer.estimated_stepping_batches))
 

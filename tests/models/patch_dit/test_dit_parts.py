@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from keygrip.models.patch_dit.alignment import FeatureAlignment
+from keygrip.models.patch_dit.context import ConditionDropout
 from keygrip.models.patch_dit.figures import TITLE, image_grid
 from keygrip.models.patch_dit.init_source import read_source
 from keygrip.models.patch_dit.monitor import RANGES, LossTable, attention_figures, gradient_norm, velocity_norm
@@ -73,6 +74,21 @@ def test_alignment_weight_decays() -> None:
         FeatureAlignment(4, 4, 2, block=3)
     with pytest.raises(ValueError, match="decay_share"):
         FeatureAlignment(4, 4, 2, block=1, decay_share=0.0)
+
+
+def test_alignment_of_the_samples_without_patches_alone() -> None:
+    """Weighs nothing of those that are told the features which they are compared with."""
+    has_patches = torch.tensor([True, False, True])
+    every, without = (FeatureAlignment(4, 4, 2, block=1, only_without_patches=only) for only in (False, True))
+    assert every.counted(has_patches).tolist() == [True, True, True]
+    assert without.counted(has_patches).tolist() == [False, True, False]
+    without.check(ConditionDropout(), use_dino_patches=True)
+    without.check(ConditionDropout(0.0, 0.0, 0.0, 1.0, cls_alone=0.1), use_dino_patches=True)
+    every.check(ConditionDropout(0.0, 0.0, 0.0, 1.0), use_dino_patches=False)
+    with pytest.raises(ValueError, match=r"only_without_patches=true has no effect with .*use_dino_patches=false"):
+        without.check(ConditionDropout(), use_dino_patches=False)
+    with pytest.raises(ValueError, match=r"only_without_patches=true finds no sample"):
+        without.check(ConditionDropout(0.0, 0.0, 0.0, 1.0), use_dino_patches=True)
 
 
 # ---- warm start ------------------------------------------------------------------------------------------------------

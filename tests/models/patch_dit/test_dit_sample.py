@@ -237,9 +237,8 @@ def test_scales_without_guidance_are_refused(drawn: Callable[..., dict[str, Any]
 
 def test_a_student_is_drawn_as_it_was_trained_and_in_no_other_way(trained: Path, tmp_path: Path) -> None:
     few = "{_target_: keygrip.models.patch_dit.few_steps.FewSteps, windows: 2, teacher_steps: 1,"
-    few += " teacher: {_target_: keygrip.models.patch_dit.sampler.Sampling}}"
+    few += " teacher: {_target_: keygrip.models.patch_dit.sampler.Sampling}, timestep_shift: 6}"  # as its teacher
     given = [f"model.few_steps={few}", f"model.init_from={trained / 'run'}", "model.sampling.guidance=none"]
-    given += ["model.sampling.timestep_shift=1"]
     given += [f"data.root={trained / 'images'}", f"run_dir={tmp_path / 'student'}", "max_steps=1"]
     train.run(compose("train", [*SMALL, *given]))
 

@@ -20,8 +20,10 @@ from keygrip import train
 from keygrip.config import compose
 from keygrip.data.batches import ImageTextBatch
 from keygrip.models.nn.flow_matching import noise_levels, shifted
+from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.monitor import LossTable
+from keygrip.models.patch_dit.network import DiTOutput, Tapped
 from keygrip.training.checkpoints import build_module, load_module, read_checkpoint
 
 
@@ -327,6 +329,25 @@ def test_noise_levels_are_shifted_by_the_resolution(monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(levels.pop(), torch.full((2,), level))
     with pytest.raises(InstantiationException, match=r"model\.shift_tokens counts latent tokens"):
         build_module(OmegaConf.to_container(compose("train", [*SMALL, "model.shift_tokens=0"]), resolve=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("only", [False, True])
+def test_the_alignment_loss_is_of_the_samples_that_are_asked_for(only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `only_without_patches`, what samples with patches look like inside changes nothing; no such sample is 0."""
+    given = ["ablation=patch_dit/repa", f"model.alignment.only_without_patches={str(only).lower()}"]
+    module = build_module(OmegaConf.to_container(compose("train", [*SMALL, *given]), resolve=True))  # type: ignore[arg-type]
+    assert isinstance(module, PatchDiTModule)
+    assert module.alignment is not None
+    module._trainer = SimpleNamespace(global_step=0, estimated_stepping_batches=10)  # type: ignore[assignment]
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    losses = torch.tensor([3.0, 1.0, 5.0])
+    monkeypatch.setattr(module.alignment, "forward", lambda *_: losses)
+    tapped = DiTOutput(torch.zeros(3, 48, 4, 4), Tapped(torch.zeros(3, 16, 32), None))
+    conditions = Conditions(None, None, torch.zeros(3, 16), torch.zeros(3, 9, 16), (3, 3))
+    for has_patches, expected in (((True, False, True), 1.0), ((False, False, True), 2.0), ((True, True, True), 0.0)):
+        told = torch.tensor(has_patches)
+        found = module._alignment_loss("train", tapped, torch.zeros(3, 48, 4, 4), conditions, told)
+        torch.testing.assert_close(found, torch.tensor(0.5 * (expected if only else 3.0)))
 
 
 def test_masks_of_patches_reach_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:

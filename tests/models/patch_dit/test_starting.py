@@ -11,6 +11,7 @@ from dit_parts import SMALL, write_images
 
 from keygrip import export, train
 from keygrip.config import compose
+from keygrip.models.nn.flow_matching import noise_levels
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.feature_statistics import NORMALISED, FeatureStatistics
 from keygrip.models.patch_dit.init_source import InitSource, read_source
@@ -91,6 +92,10 @@ def test_an_export_is_a_start_as_its_run_is(runs: Path, tmp_path: Path) -> None:
         ("model.network.rotary=false", r"\(rotary=false\).*Give model\.network\.rotary=true"),
         ("model.network.position_cells=32", r"\(position_cells=32\).*Give model\.network\.position_cells=16"),
         ("model.network.heads=4", r"Give model\.network\.heads=2"),
+        ("model.network.qk_norm=false", r"\(qk_norm=false\).*Give model\.network\.qk_norm=true"),
+        ("model.network.patch_attention=separate", r"Give model\.network\.patch_attention=joint"),
+        ("model.network.latent_positions=cells", r"Give model\.network\.latent_positions=frame"),
+        ("model.shift_tokens=4", r"other noise levels than model\.shift_tokens=4 .*Give model\.shift_tokens=null"),
     ],
 )
 def test_weights_that_would_compute_something_else_are_refused(
@@ -99,6 +104,21 @@ def test_weights_that_would_compute_something_else_are_refused(
     """Names and shapes fit; nothing but the stored settings tells."""
     with pytest.raises(ValueError, match=named):
         started("other", option, f"model.init_from={runs / 'base'}")
+
+
+def test_a_shift_by_resolution_that_changes_nothing_at_the_sources_size_is_free() -> None:
+    """From 64 tokens to larger images with `shift_tokens=64`; back to none from images that were shifted is refused,
+    and a file that is no run of ours says nothing."""
+    small = InitSource("small", {}, {}, {"shift_tokens": None}, ((8, 8),))
+    small.refuse_other_shift(64, patch_size=1)
+    with pytest.raises(ValueError, match=r"model\.shift_tokens=16 gives"):
+        small.refuse_other_shift(16, patch_size=1)
+    small.refuse_other_shift(16, patch_size=2)
+    large = InitSource("large", {}, {}, {"shift_tokens": 64}, ((16, 16), (12, 20)))
+    large.refuse_other_shift(64, patch_size=1)
+    with pytest.raises(ValueError, match=r"shift_tokens=null gives .*Give model\.shift_tokens=64"):
+        large.refuse_other_shift(None, patch_size=1)
+    InitSource("weights.pt", {}).refuse_other_shift(16, patch_size=1, student=3.0)
 
 
 def test_normalisation_of_another_width_or_none_is_said() -> None:
@@ -138,7 +158,18 @@ def test_a_student_is_trained_validated_and_drawn(
     ]
     assert losses[0] == losses[1] != losses[2]
 
+    # of larger images than those without a shift: windows and sampling alike
+    student.shift_tokens = 4
+    assert student.sampling_at((4, 4)).timestep_shift == 12
+    few = student.few_steps
+    assert few.levels(student.shift_of(data)) == noise_levels(4, 12.0) != few.levels() == noise_levels(4, 6.0)
+    shifted = few.validation_loss(student.network, data, conditions, torch.Generator().manual_seed(3), 2.0)
+    assert float(shifted) != losses[0]
+    student.shift_tokens = None
+
     images = sample(student.network, conditions, (4, 4), student.sampling_at((4, 4)), seeds=[1, 2])
     assert images.isfinite().all()
+    with pytest.raises(ValueError, match=r"drawn at timestep_shift=6\.0 .*Give model\.few_steps\.timestep_shift=6\.0"):
+        started("steps", *options, "model.few_steps.timestep_shift=3", f"model.init_from={runs / 'base'}")
     with pytest.raises(ValueError, match=r"Give model\.network\.prediction=v model\.network\.rotary=false"):
         started("wrong", *options, f"model.init_from={runs / 'of_velocities'}")
