@@ -81,8 +81,8 @@ class DetailHead(nn.Module):
         self.blocks = nn.ModuleList(ModulatedBlock(width, token_width) for _ in range(blocks))
         self.norm = nn.GroupNorm(GROUPS, width)
         self.image_out = nn.Conv2d(width, channels, 3, padding=1)
-        nn.init.zeros_(self.image_out.weight)
-        nn.init.zeros_(self.image_out.bias)
+        for parameter in self.image_out.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, noisy: Tensor, draft: Tensor, tokens: Tensor, condition: Tensor) -> Tensor:
         """The corrected draft [B, C, h, w].

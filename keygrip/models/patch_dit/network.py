@@ -306,8 +306,8 @@ class PatchDiT(nn.Module):
         self.output_convolution: nn.Conv2d | None = None
         if output_convolution:
             self.output_convolution = nn.Conv2d(latent_channels, latent_channels, 3, padding=1)
-            nn.init.zeros_(self.output_convolution.weight)
-            nn.init.zeros_(self.output_convolution.bias)
+            for parameter in self.output_convolution.parameters():
+                nn.init.zeros_(parameter)
         self.detail = detail and detail(latent_channels=latent_channels, token_width=width, patch_size=patch_size)
 
     def forward(
