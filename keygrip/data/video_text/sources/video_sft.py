@@ -1,6 +1,7 @@
 """Instructions about videos and images in the format that most such collections ship: JSON or JSON lines with `id`,
 `video` or `image` (or `videos`, `images`) and `conversations` [{"from": "human" | "gpt", "value"}] or `messages`
-[{"role", "content"}], beside the files that they name."""
+[{"role", "content"}], beside the files that they name; perhaps `answers` of annotators to the last question, texts or
+[{"answer"}]."""
 
 from __future__ import annotations
 
@@ -167,10 +168,22 @@ def _entry(key: str, collection: str, source: Path, beside: Path, entry: Mapping
     turns = tuple((turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in said)
     if not all(isinstance(role, str) and isinstance(text, str) for role, text in turns):
         raise ValueError("a turn has no role or no text")
-    answers = entry.get("answers") or ()
+    return Entry(key, tuple(media), turns, collection, answers=_answers(entry.get("answers")))
+
+
+def _answers(given: Any) -> tuple[str, ...]:
+    """The annotators' answers: a list of texts, or as VQAv2, OK-VQA and TextVQA have them [{"answer", ...}].
+
+    Raises:
+        ValueError: they have another form.
+    """
+    if given is None:
+        return ()
+    listed = given if isinstance(given, list) else [None]
+    answers = [each.get("answer") if isinstance(each, Mapping) else each for each in listed]
     if not all(isinstance(answer, str) for answer in answers):
-        raise ValueError("its `answers` are no list of texts")
-    return Entry(key, tuple(media), turns, collection, answers=tuple(answers))
+        raise ValueError('its `answers` are no list of texts, nor of objects with a text "answer"')
+    return tuple(answers)
 
 
 def video_sft(

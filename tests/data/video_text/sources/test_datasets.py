@@ -23,7 +23,7 @@ from keygrip.data.shards.validation import validate
 from keygrip.data.video_text.conversations import read_sample
 from keygrip.data.video_text.sources.cauldron import CauldronMaker, cauldron
 from keygrip.data.video_text.sources.smoltalk import smoltalk
-from keygrip.data.video_text.sources.video_sft import video_sft
+from keygrip.data.video_text.sources.video_sft import entries, video_sft
 from keygrip.data.video_text.sources.webvid import REQUEST, tar_samples, webvid, webvid_rows
 
 SIZE = 32
@@ -452,6 +452,26 @@ def test_lists_in_capitals_are_read_and_notes_of_macos_are_not(tmp_path: Path) -
     report = video_sft(tmp_path / "download", tmp_path / "set", SIZE, workers=1)
     assert (report["samples"], report["failed"]) == (5, 1)
     assert {key.split("-")[0] for key in samples(tmp_path / "set")} == {"one", "TWO", "THREE"}
+
+
+def test_answers_of_annotators_are_texts_or_objects_as_vqa_sets_have_them(tmp_path: Path) -> None:
+    said = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A test."}]
+    objects = [
+        {"answer": "a test", "answer_confidence": "yes", "answer_id": 1},
+        {"raw_answer": "tests", "answer": "test", "answer_id": 2},
+    ]
+    refused = ["red", {"answer": "red"}, [1], [{"raw_answer": "red"}], [{"answer": 3}], 5, False, [["red"]]]
+    given = [objects, ["a test", *objects], None, [], *refused]
+    (tmp_path / "list.json").write_text(json.dumps([{"conversations": said, "answers": each} for each in given]))
+    found = entries(tmp_path)
+    both = ("a test", "test")
+    assert [entry.answers for entry in found[:4]] == [both, ("a test", *both), (), ()]
+    assert [entry.problem for entry in found[:4]] == [""] * 4
+    for number, entry in enumerate(found[4:], 4):
+        assert entry.problem.startswith(f"entry {number} of {tmp_path / 'list.json'}: its `answers` are no list")
+    video_sft(tmp_path, tmp_path / "set", SIZE, workers=1, max_failed_share=0.9)
+    kept = samples(tmp_path / "set")["list-00000000"].conversations[0]
+    assert kept.evidence == {"collection": "list", "answers": ["a test", "test"]}
 
 
 # ---- decoding --------------------------------------------------------------------------------------------------------
