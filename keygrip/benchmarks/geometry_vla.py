@@ -351,6 +351,7 @@ def _take_statistics(module: GeometryVLAModule, config: DictConfig) -> None:
                 cache_dir=Path(folder),
                 cameras=tuple(data.cameras),
                 chunks=chunks,
+                calibrated=tuple(data.cameras),
             )
         )
 

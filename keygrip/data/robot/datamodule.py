@@ -32,6 +32,7 @@ from keygrip.data.robot.set_checks import (
     report_absent_views,
     report_off_screen,
     report_outliers,
+    report_uncalibrated,
 )
 from keygrip.data.robot.statistics import DemoStatistics, common_rate, compute_statistics
 from keygrip.data.robot.workspace_view import fit_to_workspace
@@ -280,6 +281,7 @@ class RobotDemos(ResumableData):
                 f"model.actions.embodiments names {', '.join(self.embodiments)}, and there are demos of {other[0]!r}"
             )
         report_absent_views(demos, self.cameras[1:])
+        report_uncalibrated(demos, self.cameras)
         if self.depth:
             refuse_flat(demos, self.cameras)
         self.demos = demos

@@ -66,6 +66,15 @@ def report_absent_views(demos: Sequence[Demo], cameras: Sequence[str]) -> None:
         log.warning("camera %s is masked in %d of %d demos (%s)", camera, len(without), len(demos), first)
 
 
+def report_uncalibrated(demos: Sequence[Demo], cameras: Sequence[str]) -> None:
+    """Says which cameras are not calibrated, of a model that can do without."""
+    for camera in cameras:
+        without = [demo for demo in demos if camera in demo.cameras and demo.cameras[camera].uncalibrated]
+        if without:
+            first = f"first: {without[0].name}: {without[0].cameras[camera].uncalibrated}"
+            log.info("camera %s is not calibrated in %d of %d demos (%s)", camera, len(without), len(demos), first)
+
+
 def refuse_flat(demos: Sequence[Demo], cameras: Sequence[str]) -> None:
     """Raises ValueError: no demo holds depth. Some that hold none are said: theirs counts as unknown."""
     flat = [

@@ -40,6 +40,7 @@ class DemoStatistics:
             other data.
         cache_dir: folder for what is derived from this data set.
         cameras: the views of a `MultiViewPolicyBatch`, in order, or the one camera.
+        calibrated: those of them that are calibrated in all demos, of both splits.
         chunks: start poses and targets of training frames (all, or an even choice of 20 000), for what is normalised by
             the actions themselves.
         instructions: the different sentences of the training split, sorted.
@@ -60,6 +61,7 @@ class DemoStatistics:
     cameras: tuple[str, ...] = ()
     chunks: PolicyTargets | None = None
     instructions: tuple[str, ...] = ()
+    calibrated: tuple[str, ...] = ()
 
 
 def compute_statistics(
@@ -106,7 +108,12 @@ def compute_statistics(
         cameras=tuple(cameras),
         chunks=_chunks(train, train_indices, options),
         instructions=tuple(sorted({demo.instruction for demo in train})),
+        calibrated=tuple(name for name in cameras if all(_is_calibrated(demo, name) for demo in demos)),
     )
+
+
+def _is_calibrated(demo: Demo, camera: str) -> bool:
+    return camera in demo.cameras and not demo.cameras[camera].uncalibrated
 
 
 def _chunks(train: Sequence[Demo], train_indices: Sequence[int], options: SampleOptions) -> PolicyTargets:

@@ -8,6 +8,7 @@ a side of a patch, g = c S / patch cells along a side of an image.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -81,6 +82,10 @@ class GeometryEncoder(nn.Module, ABC):
     def reads_cameras(self) -> bool | tuple[str, ...]:
         """Whether its features depend on intrinsics and camera poses, or on those of which cameras alone."""
         return False
+
+    def take_calibrated(self, cameras: Sequence[str]) -> None:
+        """Called with the names of the cameras that are calibrated in all demonstrations, before training and with
+        those of the checkpoint that is loaded: an encoder that reads what there is decides here."""
 
     @property
     def gives_scale(self) -> bool:

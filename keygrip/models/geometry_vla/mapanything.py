@@ -11,7 +11,7 @@ import logging
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.hub
@@ -65,14 +65,15 @@ class MapAnythingGeometry(GeometryEncoder):
         cache: keeps features by image; useful where images come again, that is without random augmentation.
         calibration: give it the viewing rays of every pixel and the cameras' poses, in metres, as its optional inputs.
             Its tokens then stand in the first camera's frame and at the true scale. Names of cameras: those of these
-            cameras alone, the first one among them, for views of which some are not calibrated.
+            cameras alone, the first one among them, for views of which some are not calibrated. "auto": those of the
+            cameras that `take_calibrated` names, of none where the first one is not among them.
         scale_token: hand on its token of the metric scale too.
         cameras: names of the views in their order, to which `calibration` refers; None: not known.
 
     Raises:
         ModuleNotFoundError: the package is not there. FileNotFoundError: the weights are not there.
         ValueError: a size that its patches do not divide; `calibration` names a camera that there is not, or not the
-            first one.
+            first one, or is "auto" without `cameras`.
     """
 
     _digest: Tensor
@@ -82,17 +83,18 @@ class MapAnythingGeometry(GeometryEncoder):
         weights: str,
         image_size: int,
         cache: FeatureCache | None = None,
-        calibration: bool | Sequence[str] = False,
+        calibration: bool | Literal["auto"] | Sequence[str] = False,
         scale_token: bool = False,
         cameras: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        calibrated = calibration if isinstance(calibration, bool) else _checked(tuple(calibration), cameras)
+        told = _checked(calibration, cameras)
         model = _load_mapanything(weights)
         model.eval().requires_grad_(False)
         self._model = [model]  # in a list, it is no submodule
         self.weights, self.image_size, self.cache = weights, image_size, cache
-        self.calibration, self.scale_token, self.cameras = calibrated, scale_token, tuple(cameras or ())
+        self.decided_by_data, self.calibration = told is None, told  # None: until `take_calibrated`
+        self.scale_token, self.cameras = scale_token, tuple(cameras or ())
         self.dim = int(model.info_sharing.dim)
         self.patch_size = int(model.encoder.patch_size)
         self.norm_type = str(model.encoder.data_norm_type)
@@ -109,7 +111,35 @@ class MapAnythingGeometry(GeometryEncoder):
 
     @property
     def reads_cameras(self) -> bool | tuple[str, ...]:
-        return self.calibration
+        return () if self.calibration is None else self.calibration  # undecided, it asks for none
+
+    def take_calibrated(self, cameras: Sequence[str]) -> None:
+        """With calibration="auto": the cameras of which it is told the calibration from now on.
+
+        Raises:
+            ValueError: others were decided before (a run that is resumed on other demonstrations).
+        """
+        if not self.decided_by_data:
+            return
+        there = tuple(name for name in self.cameras if name in cameras)
+        told = there if self.cameras[0] in there else ()
+        decided = bool(told) if len(told) in (0, len(self.cameras)) else told
+        if self.calibration is None:
+            if there != told:
+                log.warning(
+                    "geometry.calibration=auto: camera %s, in whose frame MapAnything is told poses, is not calibrated "
+                    "in all demonstrations, so that it is not told those of %s either: put one of them first in "
+                    "data.cameras",
+                    self.cameras[0],
+                    ", ".join(there),
+                )
+            log.info("geometry.calibration=auto: MapAnything is told the calibration of %s", _named(decided))
+        elif self.calibration != decided:
+            raise ValueError(
+                f"geometry.calibration=auto: the checkpoint was trained with the calibration of {_named(decided)}, and "
+                f"the demonstrations now give that of {_named(self.calibration)}: restore them, or start a new run"
+            )
+        self.calibration = decided
 
     def outside_modules(self) -> list[nn.Module]:
         return list(self._model)
@@ -190,6 +220,10 @@ class MapAnythingGeometry(GeometryEncoder):
         """Numbers of the views of which it is told the cameras; it masks its optional inputs view by view."""
         if self.cameras and views != len(self.cameras):
             raise ValueError(f"geometry.cameras names {len(self.cameras)} views, and the batch has {views}.")
+        if self.calibration is None:
+            raise ValueError(
+                "geometry.calibration=auto is decided by demonstrations: train, load a checkpoint, or name the cameras"
+            )
         if isinstance(self.calibration, bool):
             return list(range(views)) if self.calibration else []
         return [number for number, name in enumerate(self.cameras) if name in self.calibration]
@@ -234,9 +268,19 @@ def _optional_inputs(model: Any, chances: dict[str, float]) -> Iterator[None]:
         settings.update(before)
 
 
-def _checked(named: tuple[str, ...], cameras: Sequence[str] | None) -> tuple[str, ...]:
-    """The cameras of `calibration`. Raises ValueError: one is no view, or the first view is not among them."""
+def _checked(
+    calibration: bool | Literal["auto"] | Sequence[str], cameras: Sequence[str] | None
+) -> bool | tuple[str, ...] | None:
+    """Of which cameras it is told the calibration; None: not decided yet. Raises ValueError: one is no view, or the
+    first view is not among them."""
+    if isinstance(calibration, bool):
+        return calibration
     views = list(cameras or ())
+    if calibration == "auto":
+        if not views:
+            raise ValueError("geometry.calibration=auto chooses among geometry.cameras, which names none.")
+        return None
+    named = tuple(calibration)
     unknown = [name for name in named if name not in views]
     if unknown:
         raise ValueError(
@@ -250,6 +294,10 @@ def _checked(named: tuple[str, ...], cameras: Sequence[str] | None) -> tuple[str
             "told the poses of all others: put a calibrated camera first in data.cameras, or set it to false."
         )
     return named
+
+
+def _named(told: bool | tuple[str, ...]) -> str:
+    return ", ".join(told) if isinstance(told, tuple) else "all cameras" if told else "no camera"
 
 
 def _load_mapanything(weights: str) -> Any:

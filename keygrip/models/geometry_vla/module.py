@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -119,6 +120,7 @@ class GeometryVLAModule(System):
         self.log_images = log_images
         self.pointing_weight, self.init_from = pointing_weight, init_from
         self.views: tuple[str, ...] = ()
+        self.calibrated: tuple[str, ...] = ()  # of the views, in all demonstrations
         self._grips: dict[str, list[Tensor]] = {}
 
     @property
@@ -158,6 +160,7 @@ class GeometryVLAModule(System):
         self.statistics.take(statistics, self.network.head.horizon)
         self.actions.take(statistics.chunks)
         self.views = tuple(statistics.cameras)
+        self._take_calibrated(statistics.calibrated)
         if self.init_from is None:
             self.network.vlm.prepare(statistics.cache_dir, statistics.chunks.instruction)
             if self.network.geometry is not None:
@@ -168,17 +171,25 @@ class GeometryVLAModule(System):
             self.network.vlm.set_tokenizer(before.network.vlm.tokenizer)  # the weights mean the words of this one
         return {"instructions": len(set(statistics.chunks.instruction)), "views": len(self.views)}
 
+    def _take_calibrated(self, cameras: Sequence[str]) -> None:
+        self.calibrated = tuple(cameras)
+        if self.network.geometry is not None:
+            self.network.geometry.take_calibrated(self.calibrated)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         tokenizer = self.network.vlm.tokenizer
         if tokenizer is None:
             raise ValueError("The model has no tokenizer yet: it is saved once it is being trained.")
-        checkpoint[STATE] = {"tokenizer": tokenizer.state(), "views": list(self.views)}
+        cameras = {"views": list(self.views), "calibrated": list(self.calibrated)}
+        checkpoint[STATE] = {"tokenizer": tokenizer.state(), **cameras}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if STATE not in checkpoint:
             raise ValueError("the checkpoint has no tokenizer and cameras: it was not written by this model")
         self.network.vlm.set_tokenizer(ChatTokenizer.from_state(checkpoint[STATE]["tokenizer"]))
         self.views = tuple(checkpoint[STATE]["views"])
+        if "calibrated" in checkpoint[STATE]:  # older ones have no encoder that depends on it
+            self._take_calibrated(checkpoint[STATE]["calibrated"])
 
     @property
     def adapter(self) -> Adapter | None:

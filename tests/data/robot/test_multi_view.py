@@ -353,6 +353,32 @@ def test_of_a_model_that_reads_one_cameras_calibration_the_other_needs_none(root
         assert torch.equal(one.view_world_to_camera[1], torch.eye(4)) == (name in ("demo_1", "demo_3"))
 
 
+class ReadsWhatThereIs:
+    reads_calibration = ()  # decided by the statistics
+
+
+def test_statistics_name_the_cameras_that_are_calibrated_in_all_demos_of_all_roots(
+    root: Path, robot_demos: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    second = root.parent / "second"
+    shutil.copytree(root, second)
+    path = second / "demo_2" / "metadata.json"
+    metadata = json.loads(path.read_text())
+    metadata["cameras"]["front"]["uncalibrated"] = "its board was not seen"
+    path.write_text(json.dumps(metadata))
+    found = []
+    for roots in (str(root), [str(root), str(second)]):
+        module = robot_demos(roots, cameras=CAMERAS)
+        module.asked_by(ReadsWhatThereIs())
+        with caplog.at_level("INFO"):
+            found.append(ready(module).statistics.calibrated)
+        assert not module.broken
+    assert found == [("over", "front"), ("over",)]
+    said = "camera front is not calibrated in 1 of 12 demos (first: second/demo_2: its board was not seen)"
+    assert caplog.text.count("is not calibrated in") == 1
+    assert said in caplog.text
+
+
 def test_views_are_dropped_at_random_in_training_alone(root: Path, robot_demos: Make) -> None:
     settings = {"cameras": CAMERAS, "augmentation": Augmentation()}
     module, again = (asked(robot_demos(root, **settings, view_dropout=0.3)) for _ in range(2))

@@ -272,6 +272,40 @@ def test_mapanything_is_told_the_cameras_that_are_calibrated(mapanything: Path, 
     assert pointed.reads_calibration is True  # its maps have targets in every view
 
 
+def test_mapanything_is_told_what_is_calibrated_in_the_demonstrations(
+    mapanything: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch, names = small_batch(), ("over", "front")
+    cameras = batch.view_intrinsics, batch.view_world_to_camera
+
+    def encoder(calibration: Any) -> MapAnythingGeometry:
+        return MapAnythingGeometry(str(mapanything), S, calibration=calibration, cameras=names)
+
+    undecided = encoder("auto")
+    assert undecided.reads_cameras == ()
+    with pytest.raises(ValueError, match=r"geometry\.calibration=auto is decided by demonstrations"):
+        undecided(batch.images, *cameras)
+    for calibrated, equal in ((names, True), (("over",), ["over"]), ((), False), (("front",), False)):
+        found = encoder("auto")
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            found.take_calibrated(calibrated)
+        expected = encoder(equal)
+        assert found.reads_cameras == expected.reads_cameras
+        assert torch.equal(found(batch.images, *cameras).tokens, expected(batch.images, *cameras).tokens)
+        said = {names: "all cameras", ("over",): "over"}.get(calibrated, "no camera")
+        assert f"told the calibration of {said}" in caplog.text
+        assert ("put one of them first in data.cameras" in caplog.text) == (calibrated == ("front",))
+        found.take_calibrated(calibrated)
+        with pytest.raises(ValueError, match="restore them, or start a new run"):
+            found.take_calibrated(("over",) if equal != ["over"] else names)
+    named = encoder(["over"])
+    named.take_calibrated(names)
+    assert named.reads_cameras == ("over",)
+    with pytest.raises(ValueError, match=r"auto chooses among geometry\.cameras, which names none"):
+        MapAnythingGeometry(str(mapanything), S, calibration="auto")
+
+
 @pytest.mark.parametrize(
     ("calibration", "message"),
     [

@@ -122,35 +122,48 @@ def with_mapanything(overrides: list[str], weights: Path, *more: str) -> list[st
     return [*plain, "geometry=mapanything", f"geometry.weights={weights}", *sizes, *off, *more]
 
 
+def uncalibrate(demos: Path, camera: str) -> None:
+    for path in demos.glob("*/metadata.json"):
+        metadata = json.loads(path.read_text())
+        metadata["cameras"][camera]["uncalibrated"] = "its board was not seen"
+        path.write_text(json.dumps(metadata))
+
+
 def test_mapanything_is_told_the_calibrated_camera_beside_another(
     overrides: Callable[..., list[str]], mapanything: Path, tmp_path: Path
 ) -> None:
-    for path in (tmp_path / "demos").glob("*/metadata.json"):
-        metadata = json.loads(path.read_text())
-        metadata["cameras"]["front"]["uncalibrated"] = "its board was not seen"
-        path.write_text(json.dumps(metadata))
+    uncalibrate(tmp_path / "demos", "front")
 
     def settings(name: str, *more: str) -> list[str]:
         return with_mapanything(overrides(name), mapanything, *more)
 
     with pytest.raises(ValueError, match="camera 'front' is not calibrated, which this model needs: its board"):
-        train.run(compose("train", settings("all")))
+        train.run(compose("train", settings("all", "geometry.calibration=true")))
     with pytest.raises(InstantiationException, match=r"geometry\.calibration=\[front\] lacks the first view, over"):
         train.run(compose("train", settings("front", "geometry.calibration=[front]")))
     train.run(compose("train", settings("over", "geometry.calibration=[over]")))
+    train.run(compose("train", settings("auto", "max_steps=1", "optimizer.schedule=constant")))
+    train.run(compose("train", settings("auto", "resume=true", "optimizer.schedule=constant")))
     files = {"network.geometry.weights": str(mapanything)}
-    policy = load_module(tmp_path / "over", expected=GeometryVLAModule, external=files).policy()
-    assert policy.needs.calibration == ("over",)
+    policies = [
+        load_module(tmp_path / name, expected=GeometryVLAModule, external=files).policy() for name in ("over", "auto")
+    ]
     cameras = {name: dict(view) for name, view in OBSERVATION["cameras"].items()}
-    policy.reset(0)
-    expected = policy.plan(OBSERVATION).position
     for name in ("intrinsics", "world_to_camera"):
         del cameras["front"][name]
-    policy.reset(0)
-    np.testing.assert_array_equal(policy.plan(OBSERVATION | {"cameras": cameras}).position, expected)
     tilted = cameras | {"over": cameras["over"] | {"intrinsics": np.diag([60.0, 20.0, 1.0])}}
-    policy.reset(0)
-    assert np.abs(policy.plan(OBSERVATION | {"cameras": tilted}).position - expected).max() > 0
+    for policy in policies:
+        assert policy.needs.calibration == ("over",)
+        policy.reset(0)
+        expected = policy.plan(OBSERVATION).position
+        policy.reset(0)
+        np.testing.assert_array_equal(policy.plan(OBSERVATION | {"cameras": cameras}).position, expected)
+        policy.reset(0)
+        assert np.abs(policy.plan(OBSERVATION | {"cameras": tilted}).position - expected).max() > 0
+    uncalibrate(tmp_path / "demos", "over")
+    again = ("resume=true", "max_steps=3", "optimizer.schedule=constant", "data.allow_changed=true")
+    with pytest.raises(ValueError, match=r"trained with the calibration of over, and .* now give that of no camera"):
+        train.run(compose("train", settings("auto", *again)))
 
 
 ROBOTS = {"yam": {"begin": (0.2, 0.0, 0.1), "step_m": 0.01}, "panda": {"begin": (0.7, -0.4, 0.5), "step_m": 0.06}}
