@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from keygrip.data.bad_samples import BadSample, guard, parse_json, read_text
 
 COLUMNS = ("prompt", "image", "seed")
 MOST_REQUESTS = 100_000
+SEEDS = range(-(2**63), 2**63)  # torch takes them, and those that follow from them by `samples`
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,14 @@ def requested(cfg: DictConfig) -> list[SampleRequest]:
     """One request for each pair of words and reference (a single one goes with all of the other) and each seed.
 
     Raises:
-        FileNotFoundError: no such file of prompts. ValueError: nothing is requested, lists of different lengths, or a
-            file that cannot be read.
+        FileNotFoundError: no such file of prompts. ValueError: nothing is requested, what is no text, lists of
+            different lengths, a seed out of range, or a file that cannot be read.
     """
     if cfg.samples < 1 or cfg.batch_size < 1:
         raise ValueError("samples and batch_size must be at least 1")
-    images: list[str] = [] if cfg.image is None else _listed(cfg.image)
+    if cfg.seed not in SEEDS:
+        raise ValueError(f"seed={cfg.seed} is out of range: give a number from {SEEDS[0]} to {SEEDS[-1]}")
+    images: list[str] = [] if cfg.image is None else texts_of("image", cfg.image)
     if cfg.prompts is not None:
         if cfg.prompt is not None:
             raise ValueError("prompt and prompts both say what to draw: give one of them")
@@ -67,7 +72,7 @@ def requested(cfg: DictConfig) -> list[SampleRequest]:
             for prompt, own, seed in found
             for n in range(cfg.samples)
         ]
-    prompts: list[str] | list[None] = [None] if cfg.prompt is None else _listed(cfg.prompt)
+    prompts = prompts_of(cfg.prompt)
     if prompts == [None] and not images:
         raise ValueError('nothing to draw: give prompt="...", image=FILE, or both')
     if cfg.blend:
@@ -80,6 +85,8 @@ def requested(cfg: DictConfig) -> list[SampleRequest]:
     for name, values in (("prompt", prompts), ("image", sets)):
         if len(values) not in (1, count):
             raise ValueError(f"{len(prompts)} prompts and {len(sets)} images: give as many of each, or one {name}")
+    if None in prompts and not images:
+        raise ValueError(f"prompt {prompts.index(None)} of the list is null and there is no image: nothing to draw")
     return [
         SampleRequest(prompts[n % len(prompts)], sets[n % len(sets)], cfg.seed + seed)
         for n in range(count)
@@ -87,8 +94,36 @@ def requested(cfg: DictConfig) -> list[SampleRequest]:
     ]
 
 
-def _listed(value: Any) -> list[str]:
-    return [str(value)] if isinstance(value, str | int | float) else [str(each) for each in value]
+def texts_of(name: str, value: Any) -> list[str]:
+    """A setting that is one text or a list of them, as a list; a number is the text that is written so.
+
+    Args:
+        name: of the setting, for messages.
+
+    Raises:
+        ValueError: something else, such as null, true or a mapping, which YAML reads where no quotes are.
+    """
+    return [_text(name, each) for each in _each(value)]
+
+
+def prompts_of(value: Any) -> list[str | None]:
+    """The prompts of the command line; null, alone or in a list, is none: the image alone steers then.
+
+    Raises:
+        ValueError: what is neither text nor null.
+    """
+    return [None if each is None else _text("prompt", each) for each in _each(value)]
+
+
+def _each(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, ListConfig | list | tuple) else [value]
+
+
+def _text(name: str, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        given = json.dumps(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value, default=str)
+        raise ValueError(f"{name} holds {given}, which is no text: put words in quotes, or leave it out")
+    return str(value)
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
@@ -98,7 +133,8 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     absolute paths lie beside the file. Empty lines are left out.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: another kind of file, or a row that says nothing (named by line).
+        FileNotFoundError: no such file. ValueError: another kind of file, or a row that says nothing or whose seed is
+            out of range (named by line).
     """
     if not path.exists():
         raise FileNotFoundError(f"prompts={path}: there is no such file")
@@ -134,8 +170,10 @@ def _row(row: Any, where: str, folder: Path) -> dict[str, Any]:
     seed = row.get("seed")
     if seed in (None, ""):
         seed = None
-    elif isinstance(seed, bool) or not str(seed).removeprefix("-").isdigit():
+    elif isinstance(seed, bool) or not re.fullmatch("-?[0-9]+", str(seed)):
         raise ValueError(f"{where}: its seed {seed!r} is not a whole number")
+    elif len(str(seed)) > len(str(SEEDS[0])) or int(seed) not in SEEDS:
+        raise ValueError(f"{where}: its seed {str(seed)[:40]} is out of range: from {SEEDS[0]} to {SEEDS[-1]}")
     if found["prompt"] is None and found["image"] is None:
         raise ValueError(f"{where}: it has neither prompt nor image")
     image = None if found["image"] is None else str(folder / found["image"])

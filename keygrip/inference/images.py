@@ -18,7 +18,7 @@ from torch import Tensor
 from keygrip.artifacts import atomic_write
 from keygrip.data.image_text.crops import Bucket, nearest_bucket
 from keygrip.inference.adapters import load_lora
-from keygrip.inference.image_requests import SampleRequest, requested
+from keygrip.inference.image_requests import SampleRequest, requested, texts_of
 from keygrip.inference.references import (
     Reference,
     blended,
@@ -102,8 +102,7 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
 
 def steering_of(cfg: DictConfig, requests: Sequence[SampleRequest]) -> Steering:
     """Masks and the image to start from. Raises ValueError: a setting that has no effect, or too few masks."""
-    masks = () if cfg.image_mask is None else cfg.image_mask
-    masks = (str(masks),) if isinstance(masks, str) else tuple(str(mask) for mask in masks)
+    masks = () if cfg.image_mask is None else tuple(texts_of("image_mask", cfg.image_mask))
     for number, request in enumerate(requests):
         if masks and len(masks) != len(request.images):
             raise ValueError(
@@ -236,7 +235,7 @@ def _edit(
     latents = latents.expand(count, -1, -1, -1)
     if steering.redraw is None:
         return Edit(latents, steering.strength), None
-    mask = open_mask(steering.redraw, bucket, encoders, "redraw")
+    mask = open_mask(steering.redraw, start, "redraw")
     cells = cell_mask(mask, encoders.latent_stride)[None].to(module.device)
     return Edit(latents, steering.strength, cells.expand(count, -1, -1, -1)), (start.shown, mask)
 
@@ -261,12 +260,16 @@ def conditions_of(
         raw_cls, raw_patches = encoders.encode_view(torch.from_numpy(views).permute(0, 3, 1, 2).contiguous())
         cls, patches = statistics.normalised("cls", raw_cls), statistics.normalised("patch", raw_patches)
         parts.append(replace(words, cls=cls, patches=patches))
-    masks = [patch_mask(open_mask(file, bucket, encoders, "image_mask"), grid) for file in steering.image_masks]
+    masks = []
+    for place, file in enumerate(steering.image_masks):  # each covers its image, which may be another in each request
+        shown = {each[place].file: each[place] for each in references}
+        covered = {image: patch_mask(open_mask(file, of, "image_mask"), grid) for image, of in shown.items()}
+        masks.append(torch.stack([covered[each[place].file] for each in references]))
     found = parts[0] if parts else words
     if len(parts) > 1:
         found = blended(parts, masks or None)
     elif masks:
-        found = replace(found, patch_mask=masks[0].to(found.patches.device).expand(len(requests), -1))  # type: ignore[union-attr]
+        found = replace(found, patch_mask=masks[0].to(found.patches.device))  # type: ignore[union-attr]
     return found.to(module.device)
 
 
@@ -275,10 +278,11 @@ def write(
 ) -> tuple[list[Path], list[Path]]:
     """The files: every image, and grids with a row for each pair of words and references, the references first."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows: dict[tuple[str, tuple[int, ...]], list[Tensor]] = {}
+    rows: dict[tuple[Any, ...], tuple[str, list[Tensor]]] = {}
     for request, drawn, shown in zip(requests, images, references, strict=True):
-        rows.setdefault((request.title, tuple(drawn.shape)), list(shown)).append(drawn)
-    titled = [(title, torch.stack(row)) for (title, _), row in rows.items()]
+        key = request.prompt, request.images, tuple(drawn.shape)  # titles are no key: they leave out folders
+        rows.setdefault(key, (request.title, list(shown)))[1].append(drawn)
+    titled = [(title, torch.stack(row)) for title, row in rows.values()]
     files = [folder / f"{n:03d}_seed{request.seed}.png" for n, request in enumerate(requests)]
     frames = [as_bytes(image[None])[0] for image in images]
     grids = []

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torch.nn import functional
 
 from keygrip.data.bad_samples import BadSample
-from keygrip.data.image_text.crops import Bucket, cut_out, shared_crop
+from keygrip.data.image_text.crops import Box, Bucket, cut_out, shared_crop
 from keygrip.data.image_text.decoding import decode_image, size_of
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.encoders import Encoders
@@ -23,11 +24,15 @@ class Reference:
     """An image at the size to draw.
 
     Args:
-        pixels: uint8 [H, W, 3]. view: uint8 [vh, vw, 3], the same crop for DINO.
+        pixels: uint8 [H, W, 3]. view: uint8 [vh, vw, 3], the same crop for DINO. file: where it comes from.
+        size: (width, height) of the whole image, pixels. box: what is shown of it.
     """
 
     pixels: np.ndarray
     view: np.ndarray
+    file: str
+    size: tuple[int, int]
+    box: Box
 
     @property
     def shown(self) -> Tensor:
@@ -54,21 +59,47 @@ def open_reference(image: str, bucket: Bucket, encoders: Encoders, name: str = "
     Raises:
         FileNotFoundError, ValueError: there is none, or it cannot be read.
     """
+    whole = _decoded(image, name)
+    box = shared_crop(*whole.size, bucket)
+    view = encoders.view_size(bucket.width, bucket.height)
+    pixels = cut_out(whole, box, (bucket.width, bucket.height))
+    return Reference(pixels, cut_out(whole, box, view), image, whole.size, box)
+
+
+def open_mask(mask: str, of: Reference, name: str) -> Tensor:
+    """float [1, H, W] in 0..1: the lightness of a mask where its image is shown, at the size to draw; white is 1.
+
+    Args:
+        mask: a file that covers the whole image `of`, at any scale: what is shown of the image is cut out of it too.
+        name: of the setting, for messages.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, it cannot be read, or it has another shape than the image, so
+            that nobody knows which part of the image it covers.
+    """
+    whole = _decoded(mask, name)
+    (width, height), (own_width, own_height) = whole.size, of.size
+    # Sides that were rounded to whole pixels differ by less than one, those of the mask or those of the image.
+    if abs(width * own_height - height * own_width) > max(*whole.size, *of.size):
+        raise ValueError(
+            f"{name}={mask} has {width} x {height} pixels and its image {of.file} {own_width} x {own_height}, another "
+            "shape: give a mask that covers the whole image, at any scale"
+        )
+    scale = width / own_width, height / own_height
+    left, top, right, bottom = of.box
+    box = left * scale[0], top * scale[1], min(right * scale[0], width), min(bottom * scale[1], height)
+    pixels = cut_out(whole, box, (of.pixels.shape[1], of.pixels.shape[0]))
+    return torch.from_numpy(pixels.astype(np.float32).mean(axis=2) / 255)[None]
+
+
+def _decoded(image: str, name: str) -> Image:
+    """A whole image in RGB. Raises FileNotFoundError, ValueError: there is none, or it cannot be read."""
     if not Path(image).exists():
         raise FileNotFoundError(f"{name}={image}: there is no such file")
     try:
-        whole = decode_image(image)
+        return decode_image(image)
     except BadSample as error:
         raise ValueError(f"{name}={image} cannot be read as an image: {error.what}") from error
-    box = shared_crop(*whole.size, bucket)
-    view = encoders.view_size(bucket.width, bucket.height)
-    return Reference(cut_out(whole, box, (bucket.width, bucket.height)), cut_out(whole, box, view))
-
-
-def open_mask(image: str, bucket: Bucket, encoders: Encoders, name: str) -> Tensor:
-    """float [1, H, W] in 0..1: the lightness of an image at the size to draw, white is 1."""
-    pixels = open_reference(image, bucket, encoders, name).pixels
-    return torch.from_numpy(pixels.astype(np.float32).mean(axis=2) / 255)[None]
 
 
 def patch_mask(mask: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -85,8 +116,8 @@ def blended(parts: Sequence[Conditions], masks: Sequence[Tensor] | None) -> Cond
     """Several references of the same samples as one.
 
     Args:
-        parts: the same text with the DINO features of each reference. masks: bool [P] of each: where its patches
-            count; where several do, the last one; where none does, no patch. None: every patch is their mean.
+        parts: the same text with the DINO features of each reference. masks: bool [B, P] of each: where its
+            patches count; where several do, the last one; where none does, no patch. None: every patch is their mean.
 
     Returns:
         with the mean of the CLS vectors.
@@ -102,6 +133,6 @@ def blended(parts: Sequence[Conditions], masks: Sequence[Tensor] | None) -> Cond
     told = told.to(found.device)
     for own, mask in zip(patches, masks, strict=True):
         where = mask.to(found.device)
-        found = torch.where(where[:, None], own, found)
+        found = torch.where(where[..., None], own, found)
         told = told | where
     return replace(first, cls=mean, patches=found, patch_mask=told)

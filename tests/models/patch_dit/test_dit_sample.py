@@ -207,6 +207,14 @@ def test_several_references_and_their_regions(
     shown = drawn(f"image={one}", f"image_mask={white}", name="shown")
     assert np.array_equal(pixels(shown["images"][0]), pixels(alone["images"][0]))
     assert not np.array_equal(pixels(hidden["images"][0]), pixels(alone["images"][0]))
+    # In a batch each mask belongs to the image of its own request; one of another shape belongs to none.
+    Image.open(two).resize((91, 61)).save(tmp_path / "other.png")
+    each = drawn(f"image=[{one},{tmp_path / 'other.png'}]", f"image_mask={white}", name="each")
+    assert np.abs(pixels(each["images"][0]) - pixels(shown["images"][0])).max() <= 1
+    Image.new("L", (24, 24), 255).save(tmp_path / "square.png")
+    for override in (f"image_mask={tmp_path / 'square.png'}", f"redraw={tmp_path / 'square.png'}"):
+        with pytest.raises(ValueError, match=r"24 x 24 pixels and its image .*one\.png 60 x 40, another shape"):
+            drawn(f"image={one}", override, *([f"start_image={one}"] if "redraw" in override else []))
 
 
 @pytest.mark.parametrize(

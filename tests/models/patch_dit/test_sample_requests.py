@@ -1,0 +1,127 @@
+"""What `keygrip sample` takes from the command line and from files of prompts, its masks, and the rows of its grids."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from image_sets import small_encoders
+from PIL import Image
+
+import keygrip.sample  # declares the schema  # noqa: F401
+from keygrip.config import compose
+from keygrip.data.image_text.crops import Bucket
+from keygrip.inference import images
+from keygrip.inference.image_requests import SampleRequest, requested
+from keygrip.inference.references import open_mask, open_reference
+
+
+def asked(*overrides: str) -> list[SampleRequest]:
+    return requested(compose("sample", ["checkpoint=run", *overrides]))
+
+
+# ---- prompts, images and seeds ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "given"),
+    [
+        (["prompt=true"], "prompt holds true"),
+        (["prompt=[a red cube,false]"], "prompt holds false"),
+        (["prompt={a: 1}"], 'prompt holds {"a": 1}'),
+        (["prompt=[[a,b],c]"], r'prompt holds \["a", "b"\]'),
+        (["prompt=thing", "image=[null]"], "image holds null"),
+        (["prompt=thing", "image=true"], "image holds true"),
+    ],
+)
+def test_what_is_no_text_is_refused(overrides: list[str], given: str) -> None:
+    with pytest.raises(ValueError, match=f"{given}, which is no text: put words in quotes"):
+        asked(*overrides)
+
+
+def test_numbers_are_text_and_null_is_no_prompt() -> None:
+    assert [request.prompt for request in asked("prompt=[7,a red cube]")] == ["7", "a red cube"]
+    found = asked("prompt=[null,a red cube]", "image=a.png")
+    assert [(request.prompt, request.images) for request in found] == [(None, ("a.png",)), ("a red cube", ("a.png",))]
+    with pytest.raises(ValueError, match="prompt 1 of the list is null and there is no image: nothing to draw"):
+        asked("prompt=[a red cube,null]")
+
+
+def test_a_mask_that_is_no_text_is_refused() -> None:
+    cfg = compose("sample", ["checkpoint=run", "image=a.png", "image_mask=[null]"])
+    with pytest.raises(ValueError, match="image_mask holds null"):
+        images.steering_of(cfg, requested(cfg))
+
+
+@pytest.mark.parametrize(
+    "seed", ["123456789012345678901234567890", "-9223372036854775809", "9223372036854775808", "1" * 5000]
+)
+def test_a_seed_out_of_range_is_refused_where_it_is_read(seed: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"prompt,seed\nx,1\ny,{seed}\n")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "y", "seed": seed}))
+    for name, line in (("a.csv", 3), ("a.jsonl", 1)):
+        with pytest.raises(ValueError, match=rf"{name}: line {line}: its seed -?\d+ is out of range"):
+            asked(f"prompts={tmp_path / name}")
+
+
+def test_seeds_up_to_the_range_can_be_drawn_from(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,seed\nx,9223372036854775807\ny,-9223372036854775808\n")
+    for request in asked(f"prompts={tmp_path / 'a.csv'}", "samples=3"):
+        torch.Generator().manual_seed(request.seed)
+    with pytest.raises(ValueError, match="seed=9223372036854775808 is out of range"):
+        asked("prompt=x", "seed=9223372036854775808")
+
+
+# ---- masks -----------------------------------------------------------------------------------------------------------
+
+SQUARE = Bucket(64, 64)
+
+
+def halves(folder: Path) -> Path:
+    """An image twice as wide as high, white on the left; its crop for a square shows the middle."""
+    pixels = np.zeros((96, 192, 3), np.uint8)
+    pixels[:, :72] = 255
+    Image.fromarray(pixels).save(folder / "image.png")
+    return folder / "image.png"
+
+
+def test_a_mask_covers_what_its_image_shows(tmp_path: Path) -> None:
+    image = halves(tmp_path)
+    shown = open_reference(str(image), SQUARE, small_encoders())
+    for size in ((192, 96), (96, 48), (384, 192), (67, 33), (67, 34)):
+        Image.open(image).resize(size).save(tmp_path / "mask.png")
+        mask = open_mask(str(tmp_path / "mask.png"), shown, "redraw")
+        assert mask.shape == (1, 64, 64)
+        both = np.stack([mask[0].numpy() >= 0.5, shown.pixels[..., 0] >= 128])
+        assert both.all(0).sum() / both.any(0).sum() > 0.9
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 192), (192, 90)])
+def test_a_mask_of_another_shape_is_refused(tmp_path: Path, size: tuple[int, int]) -> None:
+    shown = open_reference(str(halves(tmp_path)), SQUARE, small_encoders())
+    Image.new("L", size, 255).save(tmp_path / "mask.png")
+    told = rf"redraw=.*mask\.png has {size[0]} x {size[1]} pixels and its image .*image\.png 192 x 96, another shape"
+    with pytest.raises(ValueError, match=told):
+        open_mask(str(tmp_path / "mask.png"), shown, "redraw")
+
+
+# ---- grids -----------------------------------------------------------------------------------------------------------
+
+
+def test_references_of_one_name_have_rows_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[Any] = []
+    real = images.image_grid
+
+    def seen(titled: Any) -> Any:
+        rows.extend((title, len(row)) for title, row in titled)
+        return real(titled)
+
+    monkeypatch.setattr(images, "image_grid", seen)
+    requests = [SampleRequest("x", (f"{folder}/ref.png",), seed) for folder in "ab" for seed in (0, 1)]
+    drawn, references = [torch.rand(3, 16, 16) for _ in requests], [[torch.zeros(3, 16, 16)] for _ in requests]
+    images.write(tmp_path, requests, drawn, references)
+    assert rows == [("ref.png: x", 3)] * 2  # the reference, and an image of each seed
