@@ -1,6 +1,7 @@
 """A patch-conditioned DiT as a `DiffusionPipeline` of diffusers.
 
-    model_index.json       names the two classes here
+    model_index.json       names the two classes here, and pipeline.py for diffusers' own DiffusionPipeline
+    pipeline.py            an import of the class here, nothing else
     transformer/           an exported keygrip folder (`keygrip.exporting.folder`): weights, configuration, statistics
     scheduler/             FlowMatchEulerDiscreteScheduler, with the shift of the model's own sampling
 
@@ -9,35 +10,44 @@
     from keygrip.inference.diffusers_pipeline import PatchDiTPipeline
     image = PatchDiTPipeline.from_pretrained(FOLDER)(prompt="a red cube", image=reference).images[0]
 
-Nothing in the folder is executed: the model is built from it under the same rules as from any checkpoint.
+Nothing in the folder is executed so: the model is built from it under the same rules as from any checkpoint. diffusers
+finds the class by itself with ``DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)``, which executes the
+folder's ``pipeline.py``; without that it refuses, as for every pipeline of a class that is not its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
-import numpy as np
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput, ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from keygrip.artifacts import write_json
-from keygrip.data.image_text.crops import Bucket, cut_out, nearest_bucket, shared_crop
-from keygrip.data.image_text.decoding import upright
+from keygrip.artifacts import atomic_write, write_json
+from keygrip.data.image_text.crops import Bucket, nearest_bucket
 from keygrip.exporting.folder import model_card, read_export, write_export
-from keygrip.models.nn.flow_matching import integrate, noise_levels
-from keygrip.models.patch_dit.context import Conditions
+from keygrip.inference.steered_images import SteeredImages
+from keygrip.models.nn.flow_matching import integrate, noise_levels, shifted
 from keygrip.models.patch_dit.figures import as_bytes
 from keygrip.models.patch_dit.module import PatchDiTModule
-from keygrip.models.patch_dit.sampler import Velocities
+from keygrip.models.patch_dit.sampler import Sampling, Velocities
 from keygrip.training.checkpoints import load_module
 from keygrip.training.strategies import automatic_precision
 
 CLASS = "PatchDiTPipeline"
+STUB = "pipeline"  # the file of the folder that diffusers' own DiffusionPipeline executes where it is told to
+STUB_TEXT = f'''"""keygrip's class, for diffusers' DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)."""
+
+from {__name__} import {CLASS}
+
+__all__ = ["{CLASS}"]
+'''
+OnStepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 
 
 class PatchDiTTransformer(ModelMixin, ConfigMixin):
@@ -111,6 +121,22 @@ class PatchDiTPipeline(DiffusionPipeline):
         own: Any = self  # diffusers' classes are typed as bare objects
         own.register_modules(transformer=transformer, scheduler=scheduler)
 
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """As of diffusers, with this class in the place of the folder's `pipeline.py`, which is not executed."""
+        own: Any = super()
+        found = own.load_config(*args, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found
+        if isinstance(config.get("_class_name"), list | tuple):
+            config["_class_name"] = CLASS
+        return found
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As of diffusers, into a folder that its own `DiffusionPipeline` reads too."""
+        own: Any = super()
+        own.save_pretrained(save_directory, *args, **kwargs)
+        _name_class(Path(save_directory))
+
     @torch.no_grad()
     def __call__(
         self,
@@ -128,66 +154,108 @@ class PatchDiTPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        *,
+        full_scale: float | None = None,
+        cls_scale: float | None = None,
+        text_rescale: float | None = None,
+        dino_rescale: float | None = None,
+        full_rescale: float | None = None,
+        interval: tuple[float, float] | None = None,
+        image_mask: Image.Image | Sequence[Image.Image] | None = None,
+        blend: bool = False,
+        start_image: Image.Image | None = None,
+        strength: float | None = None,
+        redraw: Image.Image | None = None,
+        callback_on_step_end: OnStepEnd | None = None,
     ) -> Any:
         """Images.
 
         Args:
             prompt, image: one or a list; of one, as many as of the other. height, width: pixels; None: the trained size
-                of the likest shape as the first image, else the most usual one.
-            num_inference_steps, text_scale, dino_scale, guidance, solver: None: the model's own, see
+                of the likest shape as the image to start from or the first that steers, else the most usual one.
+            num_inference_steps, text_scale, dino_scale, guidance, solver, full_scale, cls_scale, text_rescale,
+                dino_rescale, full_rescale, interval: None: the model's own, see
                 `keygrip.models.patch_dit.sampler.Sampling`. Steps of the solver euler are the scheduler's.
             generator, num_images_per_prompt, latents, output_type ("pil", "np" or "pt"), return_dict: as in diffusers.
+            image_mask, blend, start_image, strength, redraw: see
+                `keygrip.inference.steered_images.SteeredImages`.
+            callback_on_step_end: as in diffusers: called with the pipeline, the number of the step from 0, its timestep
+                and ``{"latents": ...}``; what it returns as latents is gone on with, by the solver euler alone.
 
         Raises:
-            ValueError: neither words nor image, lists of different lengths, a size that does not divide, or a way of
-                sampling that is impossible or without effect.
+            ValueError: neither words nor image, lists of different lengths, a size that does not divide, an image of
+                several frames, or a way of sampling that is impossible or without effect.
         """
         module: PatchDiTModule = self.transformer.module
-        prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
-        images = [] if image is None else [image] if isinstance(image, Image.Image) else list(image)
-        images = [upright(each) for each in images]
-        count = max(len(prompts), len(images))
-        if not count:
-            raise ValueError("nothing to draw: give prompt, image, or both")
-        if any(len(given) not in (0, 1, count) for given in (prompts, images)):
-            raise ValueError(f"{len(prompts)} prompts and {len(images)} images: give as many of each, or one")
-        prompts = prompts * count if len(prompts) == 1 else prompts
-        images = images * count if len(images) == 1 else images
-        encoders = module.ready_encoders()
-        bucket = self._bucket(module, images[0] if images else None, height, width)
-        changes = {"steps": num_inference_steps, "guidance": guidance, "solver": solver}
-        sampling = module.sampling_with({**changes, "text_scale": text_scale, "dino_scale": dino_scale})
+        given = {
+            **{"steps": num_inference_steps, "guidance": guidance, "solver": solver, "interval": interval},
+            **{"text_scale": text_scale, "dino_scale": dino_scale, "full_scale": full_scale, "cls_scale": cls_scale},
+            **{"text_rescale": text_rescale, "dino_rescale": dino_rescale, "full_rescale": full_rescale},
+        }
+        sampling = module.sampling_with(given)
         if sampling.solver != "euler" and not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
             raise ValueError(
                 f"solver={sampling.solver} takes steps of its own, and none of {type(self.scheduler).__name__}: give "
                 "solver='euler', or leave the pipeline the scheduler that it came with"
             )
-        conditions = self._conditions(module, prompts, images, bucket).interleaved(num_images_per_prompt)
-        total, stride = count * num_images_per_prompt, encoders.latent_stride
+        steered = SteeredImages(module, prompt, image, image_mask, blend, start_image, strength, redraw)
+        steered.refuse_idle({name for name, value in given.items() if value is not None}, sampling)
+        bucket = self._bucket(module, steered.shown, height, width)
+        encoders, device = module.ready_encoders(), module.device
+        conditions = steered.conditions(bucket).interleaved(num_images_per_prompt)
+        total, stride = steered.count * num_images_per_prompt, encoders.latent_stride
         shape = (total, module.network.latent_channels, bucket.height // stride, bucket.width // stride)
-        device = module.device
-        x = randn_tensor(shape, generator=generator, device=device) if latents is None else latents.to(device).float()
-        if tuple(x.shape) != shape:
-            raise ValueError(f"latents of {list(x.shape)} where {list(shape)} are drawn")
-        # Two shifts are one by their product: the scheduler has that of its own configuration, these the resolution's.
-        levels = noise_levels(sampling.steps, module.shift_of(x))[:-1]
-        self.scheduler.set_timesteps(sigmas=levels, device=device)
+        noise = (
+            randn_tensor(shape, generator=generator, device=device) if latents is None else latents.to(device).float()
+        )
+        if tuple(noise.shape) != shape:
+            raise ValueError(f"latents of {list(noise.shape)} where {list(shape)} are drawn")
+        start = steered.start(bucket, total)
+        x, kept, times = noise, None, 1.0
+        if start is not None:
+            times = start.edit.strength
+            x = (1 - times) * start.edit.latents + times * noise
+            kept = None if start.edit.mask is None else (start.edit.mask, noise - start.edit.latents)
+        self._set_levels(sampling, module.shift_of(noise), times, device)
         module.eval()
         velocities = Velocities(module.network, conditions, total, bucket.width / bucket.height)
         sigmas, own = self.scheduler.sigmas.tolist(), cast(Any, self)
 
         def velocity_at(x: Tensor, level: float) -> Tensor:
             found = velocities(x, level, sampling.branches(conditions, level))
-            return sampling.combine(found, x, level, conditions)
+            guided = sampling.combine(found, x, level, conditions)
+            return guided if kept is None else kept[0] * guided + (1 - kept[0]) * kept[1]
+
+        def after_step(number: int, x: Tensor) -> Tensor:
+            if callback_on_step_end is None:
+                return x
+            time = self.scheduler.timesteps[number]
+            told = callback_on_step_end(self, number, time, {"latents": x}) or {}
+            changed: Tensor = told.get("latents", x)
+            if changed is not x and sampling.solver != "euler":
+                raise ValueError(
+                    f"callback_on_step_end gives other latents, and solver={sampling.solver} takes steps of its own: "
+                    "give solver='euler'"
+                )
+            return changed
 
         with self.transformer.autocast():
             if sampling.solver == "euler":
-                for time, level in zip(own.progress_bar(self.scheduler.timesteps), sigmas, strict=False):
+                steps = enumerate(zip(self.scheduler.timesteps, sigmas, strict=False))
+                for number, (time, level) in own.progress_bar(list(steps)):
                     x = self.scheduler.step(velocity_at(x, level), time, x, return_dict=False)[0]
+                    x = after_step(number, x)
             else:
-                with own.progress_bar(total=sampling.steps) as bar:
-                    x = integrate(velocity_at, x, sigmas, sampling.solver, lambda *_: bar.update())
+                with own.progress_bar(total=len(sigmas) - 1) as bar:
+
+                    def on_step(done: int, x: Tensor) -> None:
+                        after_step(done - 1, x)
+                        bar.update()
+
+                    x = integrate(velocity_at, x, sigmas, sampling.solver, on_step)
             drawn = encoders.decode_latents(module.statistics.restored(x)).cpu()
+        if start is not None and start.redrawn is not None:  # pixels that stay are the image's own
+            drawn = start.redrawn * drawn + (1 - start.redrawn) * start.pixels
         shown: Any = drawn
         if output_type == "pil":
             shown = [Image.fromarray(frame) for frame in as_bytes(drawn)]
@@ -195,35 +263,35 @@ class PatchDiTPipeline(DiffusionPipeline):
             shown = drawn.permute(0, 2, 3, 1).numpy()
         return ImagePipelineOutput(images=shown) if return_dict else (shown,)
 
+    def _set_levels(self, sampling: Sampling, shift: float, strength: float, device: torch.device) -> None:
+        """The scheduler's noise levels, from `strength` to 0: as those of `sample`, since two shifts are one by their
+        product and the scheduler has that of its own configuration, ``shift`` being the resolution's."""
+        steps = max(1, round(sampling.steps * strength))
+        levels = torch.tensor(noise_levels(steps, shift)[:-1], dtype=torch.float64)
+        if strength != 1 and not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+            raise ValueError(
+                f"strength={strength:g} starts between noise and data, where {type(self.scheduler).__name__} cannot: "
+                "leave the pipeline the scheduler that it came with"
+            )
+        if strength != 1:  # the scheduler's shift comes last: taken off here, put on again there
+            own = float(self.scheduler.shift)
+            levels = shifted(strength * shifted(levels, own), 1 / own)
+        self.scheduler.set_timesteps(sigmas=levels.tolist(), device=device)
+
     @staticmethod
     def _bucket(module: PatchDiTModule, image: Image.Image | None, height: int | None, width: int | None) -> Bucket:
         stride = module.encoders.latent_stride
         if height is not None or width is not None:
-            bucket = Bucket(width or height or 0, height or width or 0)
+            sides = (height if width is None else width), (width if height is None else height)
+            bucket = Bucket(int(sides[0] or 0), int(sides[1] or 0))
             step = stride * module.network.patch_size
-            if bucket.width % step or bucket.height % step:
+            if min(bucket.width, bucket.height) < step or bucket.width % step or bucket.height % step:
                 raise ValueError(
                     f"height={bucket.height}, width={bucket.width}: both must be multiples of {step} pixels"
                 )
             return bucket
         trained = [Bucket(w * stride, h * stride) for h, w in module.statistics.latent_sizes]
         return trained[0] if image is None else nearest_bucket(*image.size, trained)
-
-    @staticmethod
-    def _conditions(
-        module: PatchDiTModule, prompts: Sequence[str], images: Sequence[Image.Image], bucket: Bucket
-    ) -> Conditions:
-        encoders, statistics = module.encoders, module.statistics
-        states = mask = cls = patches = None
-        if prompts:
-            states, mask = encoders.encode_text(prompts)
-        if images:
-            size = encoders.view_size(bucket.width, bucket.height)
-            views = np.stack([cut_out(image, shared_crop(*image.size, bucket), size) for image in images])
-            raw_cls, raw_patches = encoders.encode_view(torch.from_numpy(views).permute(0, 3, 1, 2).contiguous())
-            cls, patches = statistics.normalised("cls", raw_cls), statistics.normalised("patch", raw_patches)
-        grid = encoders.dino_grid(bucket.width, bucket.height)
-        return Conditions(states, mask, cls, patches, grid).to(module.device)
 
 
 def write_pipeline(
@@ -241,3 +309,12 @@ def write_pipeline(
         "scheduler": ["diffusers", FlowMatchEulerDiscreteScheduler.__name__],
     }
     write_json(folder / "model_index.json", index)
+    _name_class(folder)
+
+
+def _name_class(folder: Path) -> None:
+    """Tells diffusers' own `DiffusionPipeline` where the class of a folder is: in a file that imports it from here."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    write_json(folder / "model_index.json", index | {"_class_name": [STUB, CLASS]})
+    with atomic_write(folder / f"{STUB}.py") as file:
+        file.write(STUB_TEXT.encode())

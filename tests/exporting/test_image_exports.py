@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from safetensors.torch import load_file
 
 from keygrip import export, sample, train
 from keygrip.config import compose
+from keygrip.data.image_text.crops import Bucket
+from keygrip.inference.steered_images import at_size
 from keygrip.models.nn.flow_matching import seeded_noise
 from keygrip.models.patch_dit.context import Conditions
 
@@ -158,3 +161,163 @@ def test_a_pipeline_in_half_precision_draws_nearly_the_same(piped: Path) -> None
     half = drawn(loaded)
     assert 0 < np.abs(half - expected).max() < 0.1
     assert np.array_equal(drawn(plain.to(torch.bfloat16)), half)
+
+
+# ---- in the hands of diffusers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_diffusers_own_class_reads_the_folder_where_it_is_told_to(
+    piped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its `DiffusionPipeline` executes the folder's pipeline.py with `trust_remote_code=True` alone, after saving too;
+    our class never does."""
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import dynamic_modules_utils
+
+    from keygrip.inference.diffusers_pipeline import PatchDiTPipeline
+
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "pipe"
+    PatchDiTPipeline.from_pretrained(str(piped / "pipe")).save_pretrained(str(folder))
+    for each in (piped / "pipe", folder):
+        with pytest.raises(ValueError, match="trust_remote_code=True"):
+            DiffusionPipeline.from_pretrained(str(each))
+        found = DiffusionPipeline.from_pretrained(str(each), trust_remote_code=True)
+        assert type(found) is PatchDiTPipeline
+        found.set_progress_bar_config(disable=True)
+        noise = seeded_noise([3], (found.transformer.module.network.latent_channels, 4, 4))
+        drawn = found("a red thing", latents=noise, output_type="pt").images
+        same = PatchDiTPipeline.from_pretrained(str(piped / "pipe"))
+        same.set_progress_bar_config(disable=True)
+        assert torch.equal(drawn, same("a red thing", latents=noise, output_type="pt").images)
+    (folder / "pipeline.py").write_text("raise RuntimeError('executed')")
+    PatchDiTPipeline.from_pretrained(str(folder))
+    with pytest.raises(RuntimeError, match="executed"):
+        DiffusionPipeline.from_pretrained(str(folder), trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def opened(trained: Path) -> dict[str, Image.Image]:
+    """Images to steer with, beside the trained model as files too."""
+    generator = np.random.default_rng(2)
+    half = np.zeros((32, 32, 3), dtype=np.uint8)
+    half[:, :16] = 255
+    made = {
+        "two": generator.integers(0, 256, (32, 32, 3), dtype=np.uint8),
+        "left": half,
+        "right": 255 - half,
+    }
+    for name, pixel in made.items():
+        Image.fromarray(pixel).save(trained / f"{name}.png")
+    return {name: Image.open(trained / f"{name}.png") for name in ("one", *made)}
+
+
+@pytest.mark.slow
+def test_a_pipeline_is_steered_as_keygrip_sample_is(
+    trained: Path, piped: Path, opened: dict[str, Image.Image], tmp_path: Path
+) -> None:
+    """References with masks, images to start from, parts that stay, scales of their own: the same images, each another
+    than without."""
+    from keygrip.inference.diffusers_pipeline import PatchDiTPipeline
+
+    pipeline = PatchDiTPipeline.from_pretrained(str(piped / "pipe"))
+    pipeline.set_progress_bar_config(disable=True)
+    noise = seeded_noise([3], (pipeline.transformer.module.network.latent_channels, 4, 4))
+    images: list[dict[str, str | list[str]]] = [
+        {"image": "one"},
+        {"start_image": "two"},
+        {"start_image": "two", "redraw": "left"},
+    ]
+    images += [{"image": "one", "image_mask": "left"}, {"image": ["one", "two"], "image_mask": ["left", "right"]}]
+    plain: list[dict[str, object]] = [{}, {"strength": 0.5, "solver": "euler", "steps": 6}, {"strength": 0.75}]
+    plain += [{"cls_scale": 3.0, "interval": [0.2, 1.0]}, {"blend": True, "text_rescale": 0.5}]
+    shown = []
+    for number, (files, options) in enumerate(zip(images, plain, strict=True)):
+        paths = {
+            name: str(trained / f"{file}.png") if isinstance(file, str) else [str(trained / f"{f}.png") for f in file]
+            for name, file in files.items()
+        }
+        given = [f"{name}={value}" for name, value in {**paths, **options}.items()]
+        own = [f"checkpoint={piped / 'run'}", "prompt=a red thing", "seed=3", f"run_dir={tmp_path / str(number)}"]
+        expected = pixels(sample.run(compose("sample", [*own, *given]))["images"][0])
+        taken = {
+            name: opened[file] if isinstance(file, str) else [opened[f] for f in file] for name, file in files.items()
+        }
+        renamed = {"num_inference_steps" if name == "steps" else name: value for name, value in options.items()}
+        drawn = pipeline("a red thing", latents=noise, output_type="np", **taken, **renamed).images[0]
+        shown.append(255 * np.asarray(drawn))
+        assert np.abs(shown[-1] - expected).max() < 1.5, files
+    assert all(np.abs(one - other).max() > 0.02 for n, one in enumerate(shown) for other in shown[:n])
+    kept = at_size(opened["two"], Bucket(16, 16))
+    assert np.abs(shown[2][:, 8:] - kept[:, 8:]).max() < 0.01  # the right half stays
+    assert np.abs(shown[2][:, :8] - kept[:, :8]).mean() > 5
+
+
+@pytest.mark.slow
+def test_a_pipeline_refuses_what_keygrip_sample_refuses(piped: Path, opened: dict[str, Image.Image]) -> None:
+    from keygrip.inference.diffusers_pipeline import PatchDiTPipeline
+
+    pipeline = PatchDiTPipeline.from_pretrained(str(piped / "pipe"))
+    pipeline.set_progress_bar_config(disable=True)
+    one, two = opened["one"], opened["two"]
+    buffer = io.BytesIO()
+    one.save(buffer, "GIF", save_all=True, append_images=[two])
+    animated = Image.open(buffer)
+    for given, message in (
+        ({"height": 0}, "height=0, width=0: both must be multiples"),
+        ({"height": 16, "width": 0}, "height=16, width=0: both"),
+        ({"height": 18, "width": 16}, "height=18, width=16: both"),
+        ({"image": animated}, "image 0 cannot be used: it has 2 frames"),
+        ({"start_image": animated}, "start_image 0 cannot be used: it has 2 frames"),
+        ({"image": one, "image_mask": animated}, "image_mask 0 cannot be used"),
+        ({"image": one, "image_mask": [one, two]}, "2 masks .* for 1 images"),
+        ({"image_mask": one}, "1 masks .* for 0 images"),
+        ({"image": one, "blend": True}, "blend=True puts several images together"),
+        ({"strength": 0.5}, "strength and redraw are for start_image"),
+        ({"redraw": one}, "strength and redraw are for start_image"),
+        ({"start_image": one, "strength": 0.0}, "must lie above 0"),
+        ({"dino_scale": 2.0}, "dino_scale has no effect without image"),
+        ({"full_scale": 2.0, "guidance": "independent"}, "full_scale is for prompt and image together"),
+        ({"interval": (0.5, 0.2)}, "the lower one first"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipeline("a red thing", **given)
+    with pytest.raises(ValueError, match="3 prompts and 2 images: give as many"):
+        pipeline(["a red thing"] * 3, [one, two])
+
+
+@pytest.mark.slow
+def test_a_pipeline_tells_of_its_steps(piped: Path) -> None:
+    """As diffusers does: the steps by number, and latents that may be changed where the scheduler takes the steps."""
+    from keygrip.inference.diffusers_pipeline import PatchDiTPipeline
+
+    pipeline = PatchDiTPipeline.from_pretrained(str(piped / "pipe"))
+    pipeline.set_progress_bar_config(disable=True)
+    told: list[tuple[int, float, torch.Tensor]] = []
+
+    def keep(
+        given: object, step: int, timestep: torch.Tensor, state: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        assert given is pipeline
+        told.append((step, float(timestep), state["latents"].clone()))
+        return state
+
+    for solver in ("heun", "euler"):
+        told.clear()
+        drawn = pipeline("a red thing", solver=solver, output_type="pt", callback_on_step_end=keep).images
+        assert [step for step, *_ in told] == [0, 1, 2, 3]
+        assert told[0][1] == 1000.0 > told[1][1] > told[3][1] > 0
+        module = pipeline.transformer.module
+        decoded = module.encoders.decode_latents(module.statistics.restored(told[-1][2]))
+        torch.testing.assert_close(drawn, decoded.cpu())
+
+    def empty(_: object, step: int, timestep: torch.Tensor, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"latents": torch.zeros_like(state["latents"])} if step == 3 else {}
+
+    flat = pipeline("a red thing", solver="euler", output_type="pt", callback_on_step_end=empty).images
+    module = pipeline.transformer.module
+    nothing = module.encoders.decode_latents(module.statistics.restored(torch.zeros_like(told[-1][2])))
+    torch.testing.assert_close(flat, nothing.cpu())
+    with pytest.raises(ValueError, match="callback_on_step_end gives other latents, and solver=heun"):
+        pipeline("a red thing", callback_on_step_end=empty)

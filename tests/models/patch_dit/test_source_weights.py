@@ -137,9 +137,10 @@ class SourceDiT(nn.Module):
             shift, scale = changes[2 * branch], changes[2 * branch + 1]
             return F.layer_norm(value, (WIDTH,), eps=1e-6) * (1 + scale) + shift
 
-        x = x + layer("attn.proj", attend(*layer("attn.qkv", normed(0, x)).chunk(3, dim=-1)))
-        asked = layer("cross_attn.q", normed(1, x))
-        x = x + layer("cross_attn.proj", attend(asked, *layer("cross_attn.kv", context).chunk(2, dim=-1), seen))
+        queries, keys, values = layer("attn.qkv", normed(0, x)).chunk(3, dim=-1)
+        x = x + layer("attn.proj", attend(queries, keys, values))
+        keys, values = layer("cross_attn.kv", context).chunk(2, dim=-1)
+        x = x + layer("cross_attn.proj", attend(layer("cross_attn.q", normed(1, x)), keys, values, seen))
         return x + layer("mlp.fc2", F.gelu(layer("mlp.fc1", normed(2, x)), approximate="tanh"))
 
 

@@ -1,0 +1,192 @@
+"""What steers images that are drawn from opened images instead of files: words, references, masks, an image to edit.
+
+As of `keygrip sample`, for callers that hold PIL images.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from keygrip.data.image_text.crops import Bucket, cut_out, shared_crop
+from keygrip.data.image_text.decoding import refuse_frames, upright
+from keygrip.inference.references import blended, cell_mask, patch_mask
+from keygrip.models.patch_dit.context import Conditions
+from keygrip.models.patch_dit.module import PatchDiTModule
+from keygrip.models.patch_dit.sampler import Edit, Sampling
+
+log = logging.getLogger(__name__)
+
+Images = Image.Image | Sequence[Image.Image] | None
+USUAL_STRENGTH = 0.6  # of an image that is changed as a whole
+OF_WORDS, OF_IMAGES = ("text_scale", "text_rescale"), ("dino_scale", "dino_rescale", "cls_scale")
+OF_BOTH = ("full_scale", "full_rescale")
+
+
+@dataclass(frozen=True)
+class Start:
+    """An image to start from, for a batch.
+
+    Args:
+        edit: its latents, and where they stay. pixels: ``[3, H, W]`` in 0..1. redrawn: ``[1, H, W]`` in 0..1, where
+            they are drawn anew; None: everywhere.
+    """
+
+    edit: Edit
+    pixels: Tensor
+    redrawn: Tensor | None
+
+
+class SteeredImages:
+    """Words and images of some drawings, all of one size.
+
+    Args:
+        module: the model. prompt, image: one or a list; of one, as many as of the other.
+        image_mask: its patches count where it is white; with ``blend`` one for each image.
+        blend: all images together steer each drawing, by their masks or by their mean.
+        start_image: all drawings start from it. strength: how far they go, in (0, 1]; None: 0.6, with redraw 1.
+        redraw: white where it is drawn anew; the rest stays pixel by pixel.
+
+    Raises:
+        ValueError: nothing to draw, lists of different lengths, an image that cannot be used, or what has no effect.
+    """
+
+    def __init__(
+        self,
+        module: PatchDiTModule,
+        prompt: str | Sequence[str] | None = None,
+        image: Images = None,
+        image_mask: Images = None,
+        blend: bool = False,
+        start_image: Image.Image | None = None,
+        strength: float | None = None,
+        redraw: Image.Image | None = None,
+    ) -> None:
+        self.module = module
+        prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
+        images, masks = opened(image, "image"), opened(image_mask, "image_mask")
+        if blend and len(images) < 2:
+            raise ValueError("blend=True puts several images together: give image=[IMAGE, IMAGE]")
+        steering = [images] if blend else [[each] for each in images]
+        self.count = max(len(prompts), len(steering))
+        if not self.count:
+            raise ValueError("nothing to draw: give prompt, image, or both")
+        if any(len(given) not in (0, 1, self.count) for given in (prompts, steering)):
+            raise ValueError(f"{len(prompts)} prompts and {len(images)} images: give as many of each, or one")
+        if masks and len(masks) != (len(images) if blend else min(len(images), 1)):
+            each = "one for each image" if blend else "one, for the image of each drawing" if images else "an image too"
+            raise ValueError(f"{len(masks)} masks (image_mask) for {len(images)} images: give {each}")
+        self.prompts = prompts * self.count if len(prompts) == 1 else prompts
+        self.steering = steering * self.count if len(steering) == 1 else steering
+        self.masks = masks
+        if start_image is None and not (redraw is None and strength is None):
+            raise ValueError("strength and redraw are for start_image: leave them out")
+        self.start_image = next(iter(opened(start_image, "start_image")), None)
+        self.redraw = next(iter(opened(redraw, "redraw")), None)
+        usual = USUAL_STRENGTH if redraw is None else 1.0
+        self.strength = usual if strength is None else float(strength)
+
+    @property
+    def shown(self) -> Image.Image | None:
+        """The image whose shape is drawn in: the one to start from, or the first that steers."""
+        return self.start_image or (self.steering[0][0] if self.steering else None)
+
+    def refuse_idle(self, given: Collection[str], sampling: Sampling) -> None:
+        """Refuses settings without effect, and warns of what the model was not trained for.
+
+        Args:
+            given: names of the parts of `Sampling` that the caller gives. sampling: with them.
+
+        Raises:
+            ValueError: names the first of them.
+        """
+        words, images = any(prompt.strip() for prompt in self.prompts), bool(self.steering)
+        for names, has, condition in ((OF_WORDS, words, "prompt"), (OF_IMAGES, images, "image")):
+            idle = [name for name in names if name in given and not has]
+            if idle:
+                raise ValueError(f"{idle[0]} has no effect without {condition}: leave it out")
+        both = [name for name in OF_BOTH if name in given and getattr(sampling, name)]
+        both += ["guidance"] if "guidance" in given and sampling.guidance not in ("independent", "none") else []
+        if both and not (words and images):
+            raise ValueError(f"{both[0]} is for prompt and image together: leave it out")
+        patches = self.module.network.use_dino_patches
+        idle = [name for name, has in (("image_mask", bool(self.masks)), ("cls_scale", "cls_scale" in given)) if has]
+        if idle and not patches:
+            raise ValueError(f"{idle[0]} has no effect: this model was trained without patches, leave it out")
+        if images and not patches:
+            log.warning("this model was trained without patches: of the image only its overall look counts")
+        if "cls_scale" in idle and not self.module.dropout.cls_alone:
+            log.warning("cls_scale: this model never saw a CLS vector without patches (model.dropout.cls_alone is 0)")
+        if self.masks and not self.module.dropout.masked_patches:
+            log.warning("image_mask: this model never saw a part of an image's patches (model.dropout.masked_patches)")
+
+    def conditions(self, bucket: Bucket) -> Conditions:
+        """Of all drawings, normalised, on the model's device."""
+        encoders, statistics = self.module.encoders, self.module.statistics
+        grid = encoders.dino_grid(bucket.width, bucket.height)
+        states, mask = encoders.encode_text(self.prompts) if self.prompts else (None, None)
+        words = Conditions(states, mask, None, None, grid)
+        size, parts = encoders.view_size(bucket.width, bucket.height), []
+        for place in range(len(self.steering[0]) if self.steering else 0):
+            images = [each[place] for each in self.steering]
+            views = np.stack([cut_out(image, shared_crop(*image.size, bucket), size) for image in images])
+            raw_cls, raw_patches = encoders.encode_view(torch.from_numpy(views).permute(0, 3, 1, 2).contiguous())
+            cls, patches = statistics.normalised("cls", raw_cls), statistics.normalised("patch", raw_patches)
+            parts.append(replace(words, cls=cls, patches=patches))
+        found = parts[0] if parts else words
+        masks = [patch_mask(lightness(image, bucket), grid) for image in self.masks]
+        if len(parts) > 1:
+            found = blended(parts, masks or None)
+        elif masks:
+            assert found.patches is not None
+            found = replace(found, patch_mask=masks[0].to(found.patches.device).expand(self.count, -1))
+        return found.to(self.module.device)
+
+    def start(self, bucket: Bucket, total: int) -> Start | None:
+        """What ``total`` drawings start from; None: noise alone."""
+        if self.start_image is None:
+            return None
+        encoders, device = self.module.encoders, self.module.device
+        pixels = torch.from_numpy(at_size(self.start_image, bucket)).permute(2, 0, 1)[None]
+        latents = self.module.statistics.normalised("latent", encoders.encode_images(pixels).to(device))
+        latents = latents.expand(total, -1, -1, -1)
+        if self.redraw is None:
+            return Start(Edit(latents, self.strength), pixels[0] / 255, None)
+        mask = lightness(self.redraw, bucket)
+        cells = cell_mask(mask, encoders.latent_stride)[None].to(device).expand(total, -1, -1, -1)
+        return Start(Edit(latents, self.strength, cells), pixels[0] / 255, mask)
+
+
+def opened(images: Images, name: str) -> list[Image.Image]:
+    """One image or several as 8-bit RGB, turned as their cameras say.
+
+    Args:
+        name: of the setting, for messages.
+
+    Raises:
+        ValueError: one has several frames or pages, or cannot be converted.
+    """
+    found = []
+    for number, image in enumerate([images] if isinstance(images, Image.Image) else images or []):
+        try:
+            refuse_frames(image)
+            found.append(upright(image))
+        except ValueError as error:
+            raise ValueError(f"{name} {number} cannot be used: {error}") from error
+    return found
+
+
+def at_size(image: Image.Image, bucket: Bucket) -> np.ndarray:
+    """uint8 ``[H, W, 3]``: the part of an image that is drawn, at its size."""
+    return cut_out(image, shared_crop(*image.size, bucket), (bucket.width, bucket.height)).copy()
+
+
+def lightness(image: Image.Image, bucket: Bucket) -> Tensor:
+    """float ``[1, H, W]`` in 0..1 of a mask at the size to draw: white is 1."""
+    return torch.from_numpy(at_size(image, bucket).astype(np.float32).mean(axis=2) / 255)[None]
