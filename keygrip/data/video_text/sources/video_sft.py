@@ -180,7 +180,7 @@ def _answers(given: Any) -> tuple[str, ...]:
     if given is None:
         return ()
     listed = given if isinstance(given, list) else [None]
-    answers = [each.get("answer") if isinstance(each, Mapping) else each for each in listed]
+    answers: list[Any] = [each.get("answer") if isinstance(each, Mapping) else each for each in listed]
     if not all(isinstance(answer, str) for answer in answers):
         raise ValueError('its `answers` are no list of texts, nor of objects with a text "answer"')
     return tuple(answers)
