@@ -34,7 +34,7 @@ from keygrip.data.robot.set_checks import (
     report_outliers,
     report_uncalibrated,
 )
-from keygrip.data.robot.statistics import DemoStatistics, common_rate, compute_statistics
+from keygrip.data.robot.statistics import DemoStatistics, compute_statistics
 from keygrip.data.robot.workspace_view import fit_to_workspace
 from keygrip.data.shards.resuming import ResumableData
 from keygrip.data.shards.sampling import GlobalBatchSampler
@@ -84,6 +84,7 @@ class RobotDemos(ResumableData):
         record: how the embedded demonstrations are made; unused where `root` is given.
         format: "auto", "native", or a foreign format's name.
         calibration: calibration file for foreign formats that need one; with several roots one of each, or one of all.
+        camera_names: by the name of a root's folder, what its cameras are called here by their own names.
         camera: which camera the policy sees. arms: which arms it moves, in the order of the batch's arm dimension.
         cameras: several cameras, `camera` first: batches are then `MultiViewPolicyBatch`es with these views. None: one
             camera, `PolicyBatch`es. Of a model that masks views, demos may lack all but the first. depth: whether those
@@ -95,7 +96,8 @@ class RobotDemos(ResumableData):
         field, fit: see `ImageGeometry`. fit "auto": crop or stretch, chosen so that the workspace of the training
             demos stays in view (see :mod:`keygrip.data.robot.workspace_view`).
         augmentation: random views of training images; None: the nominal crop always.
-        horizon: T, future steps. frame_stride: frames from one to the next.
+        horizon: T, future steps. frame_stride: frames from one to the next; with several roots one of each, where they
+            run at different rates, so that a step is as many seconds in all.
         targets: "commanded" (what the arm was told) or "reached" (where it was).
         drop_idle_s: leave out training frames of pauses beyond this many seconds; None keeps all.
         balance: "instruction" or "task": each instruction, or each task, gets the same share of every training epoch.
@@ -131,7 +133,7 @@ class RobotDemos(ResumableData):
         mean: Sequence[float],
         std: Sequence[float],
         horizon: int,
-        frame_stride: int,
+        frame_stride: int | Sequence[int],
         batch_size: int,
         record: Recording | None = None,
         format: str = "auto",
@@ -160,6 +162,7 @@ class RobotDemos(ResumableData):
         allow_changed: bool = False,
         weights: Sequence[float] | None = None,
         view_dropout: float = 0.0,
+        camera_names: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
         super().__init__()
         if balance not in (None, *BALANCES):
@@ -170,8 +173,8 @@ class RobotDemos(ResumableData):
             raise ValueError("data.weights and data.balance both say what an epoch is made of: give one of them")
         if targets not in TARGETS:
             raise ValueError(f"data.targets must be one of {', '.join(TARGETS)}, not {targets!r}")
-        if horizon < 1 or frame_stride < 1:
-            raise ValueError(f"horizon and frame_stride must be at least 1, not {horizon} and {frame_stride}")
+        if horizon < 1:
+            raise ValueError(f"horizon must be at least 1, not {horizon}")
         if not arms or len(set(arms)) != len(arms):
             raise ValueError(f"arms must name each arm once, not {list(arms)}")
         if cameras is not None and (not cameras or len(set(cameras)) != len(cameras) or cameras[0] != camera):
@@ -197,7 +200,8 @@ class RobotDemos(ResumableData):
                 raise ValueError(f"data.{name}={least}: must be finite and at least 0")
         if max_demos is not None and max_demos < 1:
             raise ValueError(f"max_demos must be at least 1, not {max_demos}")
-        self.roots = data_roots(root if root is not None else record.root, calibration)  # type: ignore[union-attr]
+        folders = root if root is not None else record.root  # type: ignore[union-attr]
+        self.roots = data_roots(folders, calibration, frame_stride, camera_names)
         self.weights = checked_weights(weights, len(self.roots))
         self.root = self.roots[0].folder
         self.record = record if root is None else None
@@ -209,8 +213,7 @@ class RobotDemos(ResumableData):
         chosen = "stretch" if fit == "auto" else fit  # until `setup` knows the workspace
         self.geometry = ImageGeometry(image_size, tuple(mean), tuple(std), field, chosen)  # type: ignore[arg-type]
         self.augmentation = augmentation
-        self.horizon, self.frame_stride = horizon, frame_stride
-        self.targets, self.drop_idle_s = targets, drop_idle_s
+        self.horizon, self.targets, self.drop_idle_s = horizon, targets, drop_idle_s
         self.intervention_weight = intervention_weight
         self.batch_size, self.val_fraction, self.split_seed, self.seed = batch_size, val_fraction, split_seed, seed
         # a recording may hold more demos than this run asks for (an earlier one asked for more): its own are the first
@@ -274,8 +277,7 @@ class RobotDemos(ResumableData):
         options = ReadingOptions(*settings, calibrated=self.reads_calibration, masks_views=self.masks_views)
         read = read_roots(self.roots, self.format, options, self.cache_dir)
         demos, self.broken, self.contents, self.root_of = read.demos, read.broken, read.contents, read.root_of
-        common_rate(demos)
-        refuse_missing(demos, self.arms, self.targets, self.extra_targets, self.frame_stride)
+        refuse_missing(demos, self.arms, self.targets, self.extra_targets, [root.stride for root in self.roots])
         if self.embodiments and (other := sorted({demo.robot for demo in demos} - set(self.embodiments))):
             raise ValueError(
                 f"model.actions.embodiments names {', '.join(self.embodiments)}, and there are demos of {other[0]!r}"
@@ -336,17 +338,13 @@ class RobotDemos(ResumableData):
 
     def off_screen_shares(self) -> dict[str, float]:
         """By demo: the share of target steps that project outside the nominal (unaugmented) image, over all arms."""
-        return off_screen_shares(self.demos, self.camera, self.arms, self.geometry, self.steps, self.targets)
+        steps = self._sample_options(None, drop_idle=False).steps
+        return off_screen_shares(self.demos, self.camera, self.arms, self.geometry, steps, self.targets)
 
     @property
     def train_demos(self) -> list[Demo]:
         """Demonstrations of the training split; needs `setup`."""
         return [self.demos[index] for index in self.train_indices]
-
-    @property
-    def steps(self) -> np.ndarray:
-        """[T] frames ahead of each target."""
-        return np.arange(1, self.horizon + 1) * self.frame_stride
 
     # ------------------------------------------------------------------------------------------------------- statistics
 
@@ -360,7 +358,6 @@ class RobotDemos(ResumableData):
                 self.demos,
                 self.train_indices,
                 self._sample_options(None, drop_idle=True),
-                self.frame_stride,
                 self.cache_dir,
                 self.cameras,
             )
@@ -399,7 +396,8 @@ class RobotDemos(ResumableData):
             self.camera,
             self.arms,
             self.targets,
-            self.steps,
+            self.horizon,
+            tuple(self.roots[root].stride for root in self.root_of),
             self.geometry,
             augmentation,
             self.seed,
@@ -460,6 +458,7 @@ class RobotDemos(ResumableData):
         """What the run folder records of the data: version, number of demos, and which were left out."""
         return {
             "root": [str(part.folder) for part in self.roots] if len(self.roots) > 1 else str(self.root),
+            "frame_stride": [part.stride for part in self.roots] if len(self.roots) > 1 else self.roots[0].stride,
             "version": data_version(self.contents) if self.contents else None,
             "demos": len(self.demos),
             "left_out": {error.name: error.reason for error in self.broken},

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from keygrip.data.robot import hub
 from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.frame_rates import checked_strides, refuse_unequal_steps
 from keygrip.data.robot.reading import ReadDemos, ReadingOptions, read_demos
-from keygrip.data.robot.schema import DemoError
+from keygrip.data.robot.schema import Demo, DemoError
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,16 @@ class DataRoot:
     Args:
         folder: where it lies. label: what its demos' names begin with; empty where it is the only one.
         calibration: its calibration file. hub_name: OWNER/NAME of a data set of the hub.
+        stride: frames from one target step to the next. camera_names: what its cameras are called here, by their own
+            names; others keep theirs.
     """
 
     folder: Path
     label: str = ""
     calibration: str | Path | None = None
     hub_name: str | None = None
+    stride: int = 1
+    camera_names: Mapping[str, str] = field(default_factory=dict)
 
     def download(self) -> None:
         """Downloads a data set of the hub where it is not complete."""
@@ -34,13 +40,39 @@ class DataRoot:
 
 
 def data_roots(
-    root: str | Path | Sequence[str | Path], calibration: str | Path | Sequence[str | Path | None] | None
+    root: str | Path | Sequence[str | Path],
+    calibration: str | Path | Sequence[str | Path | None] | None,
+    frame_stride: int | Sequence[int] = 1,
+    camera_names: Mapping[str, Mapping[str, str]] | None = None,
 ) -> list[DataRoot]:
-    """The data sets that `data.root` and `data.calibration` name.
+    """The data sets that the settings of these names under `data` describe.
+
+    Args:
+        frame_stride: of all, or one of each. camera_names: by the name of a root's folder, what its cameras are called
+            here by their own names.
 
     Raises:
-        ValueError: none, two of one name, or another number of calibration files.
+        ValueError: none, two of one name, another number of calibration files or strides, or names of cameras of a root
+            that there is not, or the same one for two cameras.
     """
+    found = _folders(root, calibration)
+    strides = checked_strides(frame_stride, len(found))
+    names = {name: dict(own) for name, own in (camera_names or {}).items()}
+    places = [part.folder.name for part in found]
+    if unknown := next((name for name in names if name not in places), None):
+        raise ValueError(f"data.camera_names: there is no root {unknown!r}; roots are {', '.join(places)}")
+    for name, own in names.items():
+        if len(set(own.values())) < len(own):
+            raise ValueError(f"data.camera_names.{name}={own}: two cameras would have the same name")
+    return [
+        replace(part, stride=stride, camera_names=names.get(place, {}))
+        for part, stride, place in zip(found, strides, places, strict=True)
+    ]
+
+
+def _folders(
+    root: str | Path | Sequence[str | Path], calibration: str | Path | Sequence[str | Path | None] | None
+) -> list[DataRoot]:
     if isinstance(root, str | Path):
         if not (calibration is None or isinstance(calibration, str | Path)):
             raise ValueError("data.calibration is a list, and data.root is one folder")
@@ -96,15 +128,42 @@ def read_roots(roots: Sequence[DataRoot], format: str, options: ReadingOptions, 
     """The usable demonstrations of all data sets, in their order. `options` hold for each.
 
     Raises:
-        FileNotFoundError: there is no data. ValueError: too many demos of a set are broken.
+        FileNotFoundError: there is no data. ValueError: too many demos of a set are broken, a target step would mean
+            different times in some, or a camera is renamed that no demo has.
     """
     everything = ReadRoots([], [], {}, [])
     for number, root in enumerate(roots):
         references = find_demos(root.folder, format, root.calibration)
+        if root.camera_names:
+            references = [
+                replace(each, reader=partial(_renamed, each.reader, root.camera_names)) for each in references
+            ]
         read = read_demos(root.folder, references, options, cache_dir)
+        _refuse_unmet(root, read.demos)
         before = f"{root.label}/" if root.label else ""
         everything.demos += [replace(demo, name=before + demo.name) for demo in read.demos] if before else read.demos
         everything.broken += [DemoError(before + error.name, error.reason) for error in read.broken]
         everything.contents |= {before + name: content for name, content in read.contents.items()}
         everything.root_of += [number] * len(read.demos)
+    names = [root.label or str(root.folder) for root in roots]
+    refuse_unequal_steps(everything.demos, everything.root_of, names, [root.stride for root in roots])
     return everything
+
+
+def _renamed(reader: Callable[[], Demo], names: Mapping[str, str]) -> Demo:
+    """A demo with other names of its cameras. Raises DemoError: two would have the same one."""
+    demo = reader()
+    cameras = {names.get(name, name): track for name, track in demo.cameras.items()}
+    if len(cameras) < len(demo.cameras):
+        raise DemoError(
+            demo.name, f"with data.camera_names two of its cameras {', '.join(demo.cameras)} would have the same name"
+        )
+    return replace(demo, cameras=cameras)
+
+
+def _refuse_unmet(root: DataRoot, demos: Sequence[Demo]) -> None:
+    """Raises ValueError: a name of a camera that no demo has."""
+    there = {name for demo in demos for name in (*demo.cameras, *demo.source.get("uncalibrated", {}))}
+    for theirs, ours in root.camera_names.items():
+        if ours not in there:
+            raise ValueError(f"data.camera_names.{root.folder.name}: no demo of {root.folder} has a camera {theirs!r}")

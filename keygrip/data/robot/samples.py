@@ -144,7 +144,7 @@ class SampleOptions:
 
     Args:
         camera: the first camera. arms: which arms, in the order of the batch. targets: see `targets_of`.
-        steps: [T] frames ahead of each target.
+        horizon: T. strides: frames from one target to the next, of each demo of the data module's list.
         geometry: the nominal crop.
         augmentation: None at validation.
         seed: of the augmentation.
@@ -158,7 +158,8 @@ class SampleOptions:
     camera: str
     arms: tuple[str, ...]
     targets: str
-    steps: np.ndarray
+    horizon: int
+    strides: tuple[int, ...]
     geometry: ImageGeometry
     augmentation: Augmentation | None
     seed: int
@@ -168,6 +169,10 @@ class SampleOptions:
     extra: tuple[str, ...] = ()
     embodiments: tuple[str, ...] = ()
     view_dropout: float = 0.0
+
+    def steps(self, demo: int) -> np.ndarray:
+        """[T] frames ahead of each target, of the demo with this number in the data module's list."""
+        return np.arange(1, self.horizon + 1) * self.strides[demo]
 
 
 class DemoSamples(SubstitutingSamples[PolicyTargets]):
@@ -225,8 +230,9 @@ class DemoSamples(SubstitutingSamples[PolicyTargets]):
             key = SampleKey(int(key), 0)
         number, frame = int(self.sample_demo[key.sample]), int(self.sample_frame[key.sample])
         read = self.options
-        common = poses_of(self.demos[number], read.arms, frame, read.steps, read.targets, read.extra) | {
-            "demo_index": torch.tensor(self.demo_indices[number]),
+        index = self.demo_indices[number]
+        common = poses_of(self.demos[number], read.arms, frame, read.steps(index), read.targets, read.extra) | {
+            "demo_index": torch.tensor(index),
             "frame_index": torch.tensor(frame),
             "instruction": self.demos[number].instruction,  # one sentence; `collate` makes the list
         }

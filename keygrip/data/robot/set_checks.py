@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,13 @@ NAMED_AT_MOST = 20  # demos in one line of the log
 
 
 def refuse_missing(
-    demos: Sequence[Demo], arms: Sequence[str], targets: str, extra: Sequence[str], frame_stride: int
+    demos: Sequence[Demo], arms: Sequence[str], targets: str, extra: Sequence[str], strides: Sequence[int]
 ) -> None:
     """Raises ValueError: some demos do not hold what the targets are made of.
 
     Args:
-        targets: "commanded" or "reached". extra: of `EXTRA_TARGETS`. frame_stride: frames from one target to the next.
+        targets: "commanded" or "reached". extra: of `EXTRA_TARGETS`. strides: frames from one target to the next, of
+            each root.
     """
     if targets == "commanded":
         without = [demo.name for demo in demos if any(demo.arms[arm].commanded is None for arm in arms)]
@@ -42,9 +43,9 @@ def refuse_missing(
                 f"model.actions.kind needs {what}, which {len(without)} of {len(demos)} demos do not hold (first: "
                 f"{without[0]}): use model.actions.kind=absolute or delta"
             )
-    if "controller" in extra and frame_stride != 1:
+    if "controller" in extra and max(strides) != 1:
         raise ValueError(
-            f"model.actions.kind=osc needs every action of the controller: data.frame_stride is {frame_stride}, 1 is "
+            f"model.actions.kind=osc needs every action of the controller: data.frame_stride is {max(strides)}, 1 is "
             "needed"
         )
 
@@ -121,13 +122,17 @@ def off_screen_shares(
     camera: str,
     arms: Sequence[str],
     geometry: ImageGeometry,
-    steps: np.ndarray,
+    steps: Callable[[int], np.ndarray],
     targets: str,
 ) -> dict[str, float]:
     """By demo: the share of target steps that project outside the nominal (unaugmented) image, over all arms; demos
-    whose camera is not calibrated are left out."""
+    whose camera is not calibrated are left out.
+
+    Args:
+        steps: [T] frames ahead of each target, of the demo with a number.
+    """
     shares = {}
-    for demo in demos:
+    for number, demo in enumerate(demos):
         track = demo.cameras[camera]
         if track.uncalibrated:
             continue
@@ -136,7 +141,7 @@ def off_screen_shares(
         pose = torch.from_numpy(np.ascontiguousarray(track.world_to_camera))[:, None]
         inside = []
         for arm in arms:
-            points, _, _, is_pad = targets_of(demo.arms[arm], np.arange(len(demo)), steps, targets)
+            points, _, _, is_pad = targets_of(demo.arms[arm], np.arange(len(demo)), steps(number), targets)
             pixels, _ = project(torch.from_numpy(points), intrinsics, pose)
             seen = inside_image(pixels, geometry.image_size, geometry.image_size)
             inside.append(seen.numpy()[~is_pad])

@@ -16,6 +16,7 @@ import torch
 
 from keygrip.data.batches import PolicyTargets
 from keygrip.data.robot.augmentation import ImageGeometry
+from keygrip.data.robot.frame_rates import step_seconds
 from keygrip.data.robot.samples import SampleOptions, kept_frames, poses_of
 from keygrip.data.robot.schema import Demo
 
@@ -68,7 +69,6 @@ def compute_statistics(
     demos: Sequence[Demo],
     train_indices: Sequence[int],
     options: SampleOptions,
-    frame_stride: int,
     cache_dir: Path,
     cameras: Sequence[str],
 ) -> DemoStatistics:
@@ -76,7 +76,7 @@ def compute_statistics(
 
     Args:
         demos: all demos of the data module. train_indices: those of the training split.
-        options: what is read of each training sample. frame_stride: frames from one target step to the next.
+        options: what is read of each training sample.
         cache_dir, cameras: as in `DemoStatistics`.
     """
     train = [demos[index] for index in train_indices]
@@ -98,8 +98,8 @@ def compute_statistics(
         quaternions=quaternions,
         arms=options.arms,
         targets=options.targets,
-        horizon=len(options.steps),
-        step_seconds=frame_stride / common_rate(train),
+        horizon=options.horizon,
+        step_seconds=step_seconds(train, [options.strides[index] for index in train_indices]),
         geometry=options.geometry,
         demos=len(train),
         frames=sum(len(demo) for demo in train),
@@ -129,24 +129,8 @@ def _chunks(train: Sequence[Demo], train_indices: Sequence[int], options: Sample
         which = {"demo_index": torch.full((len(chosen),), index), "frame_index": torch.from_numpy(chosen)}
         if options.embodiments:
             which["embodiment"] = torch.full((len(chosen),), options.embodiments.index(demo.robot))
-        parts.append(poses_of(demo, options.arms, chosen, options.steps, options.targets, options.extra) | which)
+        parts.append(poses_of(demo, options.arms, chosen, options.steps(index), options.targets, options.extra) | which)
         instructions += [demo.instruction] * len(chosen)
     return PolicyTargets(
         **{name: torch.cat([part[name] for part in parts]) for name in parts[0]}, instruction=instructions
     )
-
-
-def common_rate(demos: Sequence[Demo]) -> float:
-    """Frames per second of the demos; a step of so many frames must mean the same time in all of them.
-
-    Raises:
-        ValueError: they run at different rates.
-    """
-    rates = [demo.fps for demo in demos]
-    if max(rates) > 1.05 * min(rates):
-        slow, fast = (demos[index].name for index in (int(np.argmin(rates)), int(np.argmax(rates))))
-        raise ValueError(
-            f"the demos run at different rates ({slow}: {min(rates):g} frames/s, {fast}: {max(rates):g}), so that a "
-            "step of data.frame_stride frames means different times: train on one rate, or resample while importing"
-        )
-    return float(np.median(rates))

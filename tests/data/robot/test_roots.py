@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from keygrip.data.robot.datamodule import RobotDemos
+from keygrip.data.robot.frame_rates import equal_strides
 from keygrip.data.shards.sampling import GlobalBatchSampler
 
 Make = Callable[..., RobotDemos]
@@ -93,8 +95,110 @@ def test_a_broken_set_is_not_hidden_by_a_good_one(roots: list[str], robot_demos:
         ({"root": ["x/demos", "y/demos"]}, "two roots are called 'demos'"),
         ({"root": []}, "empty list"),
         ({"root": "x", "weights": [1.0]}, "one for each of several"),
+        ({"frame_stride": [1, 2, 3]}, "names 3 strides for 2 roots"),
+        ({"frame_stride": [1, 0]}, "whole numbers of at least 1"),
+        ({"frame_stride": 0}, "whole numbers of at least 1"),
+        ({"camera_names": {"c": {"top": "over"}}}, "no root 'c'; roots are a, b"),
+        ({"camera_names": {"b": {"top": "over", "side": "over"}}}, "two cameras would have the same name"),
     ],
 )
 def test_what_cannot_be_is_said(roots: list[str], robot_demos: Make, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         robot_demos(changes.pop("root", roots), **changes)
+
+
+def resampled(demo: Path, fps: float, change_metadata: Any, change_archive: Any) -> None:
+    """The same frames at another rate."""
+    with np.load(demo / "trajectory.npz") as archive:
+        frames = len(archive["timestamps_ns"])
+    change_archive(demo / "trajectory.npz", timestamps_ns=(np.arange(frames) * 1e9 / fps).round().astype(np.int64))
+    change_metadata(demo, fps=fps)
+
+
+@pytest.fixture
+def rates(roots: list[str], change_metadata: Any, change_archive: Any) -> list[str]:
+    """The first set at 30 frames per second, the second at 20."""
+    for root, fps in zip(roots, (30.0, 20.0), strict=True):
+        for demo in Path(root).iterdir():
+            resampled(demo, fps, change_metadata, change_archive)
+    return roots
+
+
+def test_sets_of_different_rates_have_steps_of_as_many_seconds(rates: list[str], robot_demos: Make) -> None:
+    data = ready(robot_demos(rates, frame_stride=[3, 2], targets="reached"))
+    assert data.statistics.step_seconds == pytest.approx(0.1)
+    assert data.origin["frame_stride"] == [3, 2]
+    assert data.statistics.horizon == 3
+    for samples in (data.train_samples, data.val_samples):
+        for key in range(0, len(samples), 5):
+            sample = samples[key]
+            demo = data.demos[int(sample.demo_index)]
+            stride = {"a": 3, "b": 2}[demo.name[0]]
+            ahead = np.minimum(int(sample.frame_index) + stride * np.arange(1, 4), len(demo) - 1)
+            np.testing.assert_allclose(sample.position[0], demo.arms["right"].position[ahead], atol=1e-6)
+    chunks = data.statistics.chunks
+    assert chunks is not None
+    moved = (chunks.position[:, 0, 0] - chunks.start_position[:, 0])[~chunks.action_is_pad[:, 0, 0], 0]
+    assert {round(float(way), 4) for way in moved} == {0.015, 0.01}  # 5 mm per frame, three and two frames per step
+    off = data.off_screen_shares()
+    alone = ready(robot_demos(rates[1], frame_stride=2, targets="reached")).off_screen_shares()
+    assert {name[2:]: share for name, share in off.items() if name.startswith("b/")} == alone
+
+
+def test_steps_of_different_times_are_refused_with_strides_that_fit(
+    rates: list[str], robot_demos: Make, change_metadata: Any, change_archive: Any
+) -> None:
+    said = (
+        r"different times in the data sets \(a 30 frames/s and a stride of 2: 0\.0667 s, b 20 frames/s and a stride of "
+        r"2: 0\.1 s\): data\.frame_stride=\[3,2\], in the order of data\.root, makes steps of 0\.1 s in all"
+    )
+    with pytest.raises(ValueError, match=said):
+        robot_demos(rates, frame_stride=2).setup("fit")
+    resampled(Path(rates[0]) / "demo_3", 20.0, change_metadata, change_archive)
+    with pytest.raises(ValueError, match=r"demos of a run at different rates .*a/demo_3: 20 .*a folder for each rate"):
+        robot_demos(rates, frame_stride=[3, 2]).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("rates", "seconds", "strides"),
+    [
+        ((30, 20), 0.05, [3, 2]),
+        ((30, 20), 0.21, [6, 4]),
+        ((10, 50, 30), 0.1, [1, 5, 3]),
+        ((29.97, 30, 20), 0.1, [3, 3, 2]),
+        ((7.3, 30), 0.14, [1, 4]),
+        ((1000, 20), 0.1, [100, 2]),
+        ((25, 30), 0.1, [5, 6]),
+        ((10, 10.7), 0.2, [14, 15]),
+    ],
+)
+def test_strides_that_fit_make_equal_steps_of_about_the_time_that_was_asked_for(
+    rates: tuple[float], seconds: float, strides: list[int]
+) -> None:
+    assert equal_strides(rates, seconds) == strides
+
+
+def test_cameras_that_are_called_otherwise_in_one_set_are_renamed(
+    roots: list[str], robot_demos: Make, tmp_path: Path, native_demo: Any
+) -> None:
+    rows, samples = (0, 80, 110), ready(robot_demos(roots, val_fraction=0.0)).train_samples
+    expected = [samples[row] for row in rows]
+    for demo in Path(roots[1]).iterdir():
+        shutil.rmtree(demo)
+    for number in range(2):
+        native_demo(
+            tmp_path / "b" / f"demo_{number}", seed=10 + number, frames=24, level=0.4 + number / 10, cameras=("top",)
+        )
+    with pytest.raises(ValueError, match="it has no camera 'over'; it has top"):
+        robot_demos(roots).setup("fit")
+    data = ready(robot_demos(roots, val_fraction=0.0, camera_names={"b": {"top": "over"}}, cache_gb=0.1))
+    for row, other in zip(rows, expected, strict=True):
+        one = data.train_samples[row]
+        assert np.array_equal(one.image, other.image)
+        assert np.array_equal(one.intrinsics, other.intrinsics)
+    with pytest.raises(ValueError, match=r"camera_names\.a: no demo of .* has a camera 'side'"):
+        robot_demos(roots, camera_names={"b": {"top": "over"}, "a": {"side": "wrist"}}).setup("fit")
+    native_demo(tmp_path / "b" / "demo_9", cameras=("top", "over"))
+    both = robot_demos(roots, camera_names={"b": {"top": "over"}}, max_broken_share=0.5)
+    both.setup("fit")
+    assert ["two of its cameras" in error.reason for error in both.broken] == [True]
