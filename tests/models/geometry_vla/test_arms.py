@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,35 +79,22 @@ def test_geometry_tokens_carry_their_places(kind: str, tmp_path: Path) -> None:
         module.network._placed(torch.ones(1, 17, module.network.geometry.dim), 1)  # type: ignore[union-attr]
 
 
-def test_blank_tokens_hold_nothing_of_the_scene(tmp_path: Path) -> None:
-    """As many tokens and parameters, the encoder trained by depth alone."""
-    module, plain = ready_module(tmp_path, geom_blank=True), ready_module(tmp_path)
-    assert {name: p.shape for name, p in module.named_parameters()} == {n: p.shape for n, p in plain.named_parameters()}
-    batch = small_batch()
-    assert module(batch).groups == plain(batch).groups
-    losses = module.losses(module(batch), batch)
-    geometry = module.network.geometry
-    assert geometry is not None
-    parameters = list(geometry.blocks.parameters())  # type: ignore[union-attr]
-    gradients = torch.autograd.grad(losses["action"], parameters, retain_graph=True)
-    assert all(not gradient.any() for gradient in gradients)
-    assert any(bool(gradient.any()) for gradient in torch.autograd.grad(losses["depth"], parameters))
-    assert not changed_by_geometry(module)
-    assert changed_by_geometry(plain)
-
-
-def test_blank_pointed_places_hold_nothing_of_the_scenes_geometry(tmp_path: Path) -> None:
-    """The control of geometry at the pointed places: the same parameters, tokens and depth loss, zeros in the place of
-    tokens and world points; where the model points stays as it is."""
-    module, plain = (ready_module(tmp_path, geom_blank=value, geom_dit_tokens=0, **POINTED) for value in (True, False))
+@pytest.mark.parametrize("options", [{}, {"geom_dit_tokens": 0, **POINTED}], ids=["compressed", "pointed"])
+def test_blank_tokens_hold_nothing_of_the_scene(tmp_path: Path, options: dict[str, Any]) -> None:
+    """As many tokens and parameters, the encoder trained by depth alone, and the model points where it did."""
+    module, plain = (ready_module(tmp_path, geom_blank=value, **options) for value in (True, False))
     assert {name: p.shape for name, p in module.named_parameters()} == {n: p.shape for n, p in plain.named_parameters()}
     batch = small_batch()
     scene, other = module(batch), plain(batch)
     assert scene.groups == other.groups
-    assert scene.groups[2] > 0
-    torch.testing.assert_close(scene.pointing, other.pointing)
+    assert scene.groups[2 if options else 1] > 0
+    assert scene.geometry is not None
+    assert other.geometry is not None
     torch.testing.assert_close(scene.geometry.points, other.geometry.points)
-    losses, geometry = module.losses(scene, batch), module.network.geometry
+    if options:
+        torch.testing.assert_close(scene.pointing, other.pointing)
+    losses = module.losses(scene, batch)
+    geometry = module.network.geometry
     assert geometry is not None
     parameters = list(geometry.blocks.parameters())  # type: ignore[union-attr]
     gradients = torch.autograd.grad(losses["action"], parameters, retain_graph=True)
