@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
 from PIL import Image
@@ -21,14 +20,12 @@ from keygrip.inference.adapters import load_lora
 from keygrip.inference.image_requests import SampleRequest, requested, texts_of
 from keygrip.inference.references import (
     Reference,
-    blended,
-    cell_mask,
+    conditions_of,
+    edit_of,
     image_size,
     open_mask,
     open_reference,
-    patch_mask,
 )
-from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.figures import as_bytes, image_grid
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.sampler import Edit, Sampling
@@ -209,7 +206,9 @@ def draw(
         for numbers in batches:
             bucket, batch = buckets[numbers[0]], [requests[number] for number in numbers]
             references = [[opened[image, bucket] for image in request.images] for request in batch]
-            conditions = conditions_of(module, batch, references, bucket, steering)
+            prompts = [] if batch[0].prompt is None else [str(request.prompt) for request in batch]
+            masks = _masks_of(references, steering.image_masks)
+            conditions = conditions_of(module, prompts, references, masks, bucket)
             edit, below = _edit(module, bucket, len(batch), steering)
             size = bucket.height // stride, bucket.width // stride
             with torch.autocast(module.device.type, torch.bfloat16, enabled=half):
@@ -228,49 +227,19 @@ def _edit(
     """The latents to start from, and for a part that stays its pixels [3, H, W] and mask [1, H, W]."""
     if steering.start_image is None:
         return None, None
-    encoders = module.encoders
-    start = open_reference(steering.start_image, bucket, encoders, "start_image")
-    pixels = torch.from_numpy(start.pixels.copy()).permute(2, 0, 1)[None]
-    latents = module.statistics.normalised("latent", encoders.encode_images(pixels).to(module.device))
-    latents = latents.expand(count, -1, -1, -1)
-    if steering.redraw is None:
-        return Edit(latents, steering.strength), None
-    mask = open_mask(steering.redraw, start, "redraw")
-    cells = cell_mask(mask, encoders.latent_stride)[None].to(module.device)
-    return Edit(latents, steering.strength, cells.expand(count, -1, -1, -1)), (start.shown, mask)
+    start = open_reference(steering.start_image, bucket, module.encoders, "start_image")
+    mask = None if steering.redraw is None else open_mask(steering.redraw, start, "redraw")
+    return edit_of(module, start, mask, steering.strength, count), None if mask is None else (start.shown, mask)
 
 
-def conditions_of(
-    module: PatchDiTModule,
-    requests: Sequence[SampleRequest],
-    references: Sequence[Sequence[Reference]],
-    bucket: Bucket,
-    steering: Steering,
-) -> Conditions:
-    """Words and reference images of some requests, as the network takes them."""
-    encoders, statistics = module.encoders, module.statistics
-    grid = encoders.dino_grid(bucket.width, bucket.height)
-    states = mask = None
-    if requests[0].prompt is not None:
-        states, mask = encoders.encode_text([str(request.prompt) for request in requests])
-    words = Conditions(states, mask, None, None, grid)
-    parts = []
-    for place in range(len(requests[0].images)):
-        views = np.stack([each[place].view for each in references])
-        raw_cls, raw_patches = encoders.encode_view(torch.from_numpy(views).permute(0, 3, 1, 2).contiguous())
-        cls, patches = statistics.normalised("cls", raw_cls), statistics.normalised("patch", raw_patches)
-        parts.append(replace(words, cls=cls, patches=patches))
+def _masks_of(references: Sequence[Sequence[Reference]], files: Sequence[str]) -> list[list[Tensor]]:
+    """For each file its mask in every request: it covers its image, which may be another in each."""
     masks = []
-    for place, file in enumerate(steering.image_masks):  # each covers its image, which may be another in each request
-        shown = {each[place].file: each[place] for each in references}
-        covered = {image: patch_mask(open_mask(file, of, "image_mask"), grid) for image, of in shown.items()}
-        masks.append(torch.stack([covered[each[place].file] for each in references]))
-    found = parts[0] if parts else words
-    if len(parts) > 1:
-        found = blended(parts, masks or None)
-    elif masks:
-        found = replace(found, patch_mask=masks[0].to(found.patches.device))  # type: ignore[union-attr]
-    return found.to(module.device)
+    for place, file in enumerate(files):
+        images = {each[place].file: each[place] for each in references}
+        opened = {name: open_mask(file, image, "image_mask") for name, image in images.items()}
+        masks.append([opened[each[place].file] for each in references])
+    return masks
 
 
 def write(

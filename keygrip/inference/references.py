@@ -17,6 +17,8 @@ from keygrip.data.image_text.crops import Box, Bucket, cut_out, shared_crop
 from keygrip.data.image_text.decoding import decode_image, size_of
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.encoders import Encoders
+from keygrip.models.patch_dit.module import PatchDiTModule
+from keygrip.models.patch_dit.sampler import Edit
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,15 @@ def open_reference(image: str, bucket: Bucket, encoders: Encoders, name: str = "
     Raises:
         FileNotFoundError, ValueError: there is none, or it cannot be read.
     """
-    whole = _decoded(image, name)
+    return reference_of(_decoded(image, name), bucket, encoders, image)
+
+
+def reference_of(whole: Image, bucket: Bucket, encoders: Encoders, called: str) -> Reference:
+    """The same of an opened image, 8-bit RGB; `called` in messages."""
     box = shared_crop(*whole.size, bucket)
     view = encoders.view_size(bucket.width, bucket.height)
     pixels = cut_out(whole, box, (bucket.width, bucket.height))
-    return Reference(pixels, cut_out(whole, box, view), image, whole.size, box)
+    return Reference(pixels, cut_out(whole, box, view), called, whole.size, box)
 
 
 def open_mask(mask: str, of: Reference, name: str) -> Tensor:
@@ -77,12 +83,16 @@ def open_mask(mask: str, of: Reference, name: str) -> Tensor:
         FileNotFoundError, ValueError: there is none, it cannot be read, or it has another shape than the image, so
             that nobody knows which part of the image it covers.
     """
-    whole = _decoded(mask, name)
+    return mask_of(_decoded(mask, name), of, f"{name}={mask}")
+
+
+def mask_of(whole: Image, of: Reference, called: str) -> Tensor:
+    """The same of an opened mask; `called` in messages. Raises ValueError: it has another shape than the image."""
     (width, height), (own_width, own_height) = whole.size, of.size
     # Sides that were rounded to whole pixels differ by less than one, those of the mask or those of the image.
     if abs(width * own_height - height * own_width) > max(*whole.size, *of.size):
         raise ValueError(
-            f"{name}={mask} has {width} x {height} pixels and its image {of.file} {own_width} x {own_height}, another "
+            f"{called} has {width} x {height} pixels and its image {of.file} {own_width} x {own_height}, another "
             "shape: give a mask that covers the whole image, at any scale"
         )
     scale = width / own_width, height / own_height
@@ -110,6 +120,48 @@ def patch_mask(mask: Tensor, grid: tuple[int, int]) -> Tensor:
 def cell_mask(mask: Tensor, stride: int) -> Tensor:
     """float [1, h, w]: 1 for latent cells any pixel of which lies where a mask [1, H, W] is at least half white."""
     return functional.max_pool2d((mask >= 0.5).float()[None], stride)[0]
+
+
+def conditions_of(
+    module: PatchDiTModule,
+    prompts: Sequence[str],
+    references: Sequence[Sequence[Reference]],
+    masks: Sequence[Sequence[Tensor]],
+    bucket: Bucket,
+) -> Conditions:
+    """Words and reference images of some drawings, as the network takes them, on its device.
+
+    Args:
+        prompts: of each drawing; empty: none. references: of each drawing, as many of all; empty: none.
+        masks: for each reference of a drawing, float [1, H, W] of each drawing: where its patches count; empty:
+            everywhere.
+    """
+    encoders, statistics = module.encoders, module.statistics
+    grid = encoders.dino_grid(bucket.width, bucket.height)
+    states, mask = encoders.encode_text(prompts) if prompts else (None, None)
+    words = Conditions(states, mask, None, None, grid)
+    parts = []
+    for place in range(len(references[0]) if references else 0):
+        views = np.stack([each[place].view for each in references])
+        raw_cls, raw_patches = encoders.encode_view(torch.from_numpy(views).permute(0, 3, 1, 2).contiguous())
+        cls, patches = statistics.normalised("cls", raw_cls), statistics.normalised("patch", raw_patches)
+        parts.append(replace(words, cls=cls, patches=patches))
+    covered = [torch.stack([patch_mask(each, grid) for each in of_reference]) for of_reference in masks]
+    found = parts[0] if parts else words
+    if len(parts) > 1:
+        found = blended(parts, covered or None)
+    elif covered:
+        assert found.patches is not None
+        found = replace(found, patch_mask=covered[0].to(found.patches.device))
+    return found.to(module.device)
+
+
+def edit_of(module: PatchDiTModule, start: Reference, redraw: Tensor | None, strength: float, count: int) -> Edit:
+    """The latents that `count` drawings start from. redraw: float [1, H, W], where they are drawn anew; None: all."""
+    pixels = torch.from_numpy(start.pixels.copy()).permute(2, 0, 1)[None]
+    latents = module.statistics.normalised("latent", module.encoders.encode_images(pixels).to(module.device))
+    cells = None if redraw is None else cell_mask(redraw, module.encoders.latent_stride)[None].to(module.device)
+    return Edit(latents.expand(count, -1, -1, -1), strength, None if cells is None else cells.expand(count, -1, -1, -1))
 
 
 def blended(parts: Sequence[Conditions], masks: Sequence[Tensor] | None) -> Conditions:

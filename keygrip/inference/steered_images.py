@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
-from keygrip.data.image_text.crops import Bucket, cut_out, shared_crop
+from keygrip.data.image_text.crops import Bucket
 from keygrip.data.image_text.decoding import refuse_frames, upright
-from keygrip.inference.references import blended, cell_mask, patch_mask
+from keygrip.inference.references import conditions_of, edit_of, mask_of, reference_of
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.sampler import Edit, Sampling
@@ -127,40 +125,25 @@ class SteeredImages:
             log.warning("image_mask: this model never saw a part of an image's patches (model.dropout.masked_patches)")
 
     def conditions(self, bucket: Bucket) -> Conditions:
-        """Of all drawings, normalised, on the model's device."""
-        encoders, statistics = self.module.encoders, self.module.statistics
-        grid = encoders.dino_grid(bucket.width, bucket.height)
-        states, mask = encoders.encode_text(self.prompts) if self.prompts else (None, None)
-        words = Conditions(states, mask, None, None, grid)
-        size, parts = encoders.view_size(bucket.width, bucket.height), []
-        for place in range(len(self.steering[0]) if self.steering else 0):
-            images = [each[place] for each in self.steering]
-            views = np.stack([cut_out(image, shared_crop(*image.size, bucket), size) for image in images])
-            raw_cls, raw_patches = encoders.encode_view(torch.from_numpy(views).permute(0, 3, 1, 2).contiguous())
-            cls, patches = statistics.normalised("cls", raw_cls), statistics.normalised("patch", raw_patches)
-            parts.append(replace(words, cls=cls, patches=patches))
-        found = parts[0] if parts else words
-        masks = [patch_mask(lightness(image, bucket), grid) for image in self.masks]
-        if len(parts) > 1:
-            found = blended(parts, masks or None)
-        elif masks:
-            assert found.patches is not None
-            found = replace(found, patch_mask=masks[0].to(found.patches.device).expand(self.count, -1))
-        return found.to(self.module.device)
+        """Of all drawings, normalised, on the model's device. Raises ValueError: a mask of another shape."""
+        encoders = self.module.encoders
+        references = [
+            [reference_of(image, bucket, encoders, f"image {place}") for place, image in enumerate(images)]
+            for images in self.steering
+        ]
+        masks = [
+            [mask_of(mask, each[place], f"image_mask {place}") for each in references]
+            for place, mask in enumerate(self.masks)
+        ]
+        return conditions_of(self.module, self.prompts, references, masks, bucket)
 
     def start(self, bucket: Bucket, total: int) -> Start | None:
-        """What ``total`` drawings start from; None: noise alone."""
+        """What ``total`` drawings start from; None: noise alone. Raises ValueError: a mask of another shape."""
         if self.start_image is None:
             return None
-        encoders, device = self.module.encoders, self.module.device
-        pixels = torch.from_numpy(at_size(self.start_image, bucket)).permute(2, 0, 1)[None]
-        latents = self.module.statistics.normalised("latent", encoders.encode_images(pixels).to(device))
-        latents = latents.expand(total, -1, -1, -1)
-        if self.redraw is None:
-            return Start(Edit(latents, self.strength), pixels[0] / 255, None)
-        mask = lightness(self.redraw, bucket)
-        cells = cell_mask(mask, encoders.latent_stride)[None].to(device).expand(total, -1, -1, -1)
-        return Start(Edit(latents, self.strength, cells), pixels[0] / 255, mask)
+        start = reference_of(self.start_image, bucket, self.module.encoders, "start_image")
+        mask = None if self.redraw is None else mask_of(self.redraw, start, "redraw")
+        return Start(edit_of(self.module, start, mask, self.strength, total), start.shown, mask)
 
 
 def opened(images: Images, name: str) -> list[Image.Image]:
@@ -180,13 +163,3 @@ def opened(images: Images, name: str) -> list[Image.Image]:
         except ValueError as error:
             raise ValueError(f"{name} {number} cannot be used: {error}") from error
     return found
-
-
-def at_size(image: Image.Image, bucket: Bucket) -> np.ndarray:
-    """uint8 ``[H, W, 3]``: the part of an image that is drawn, at its size."""
-    return cut_out(image, shared_crop(*image.size, bucket), (bucket.width, bucket.height)).copy()
-
-
-def lightness(image: Image.Image, bucket: Bucket) -> Tensor:
-    """float ``[1, H, W]`` in 0..1 of a mask at the size to draw: white is 1."""
-    return torch.from_numpy(at_size(image, bucket).astype(np.float32).mean(axis=2) / 255)[None]

@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 
 from keygrip import export, sample, train
 from keygrip.config import compose
-from keygrip.data.image_text.crops import Bucket
-from keygrip.inference.steered_images import at_size
+from keygrip.data.image_text.crops import Bucket, cut_out, shared_crop
 from keygrip.models.nn.flow_matching import seeded_noise
 from keygrip.models.patch_dit.context import Conditions
 
@@ -249,7 +248,7 @@ def test_a_pipeline_is_steered_as_keygrip_sample_is(
         shown.append(255 * np.asarray(drawn))
         assert np.abs(shown[-1] - expected).max() < 1.5, files
     assert all(np.abs(one - other).max() > 0.02 for n, one in enumerate(shown) for other in shown[:n])
-    kept = at_size(opened["two"], Bucket(16, 16))
+    kept = cut_out(opened["two"], shared_crop(*opened["two"].size, Bucket(16, 16)), (16, 16))
     assert np.abs(shown[2][:, 8:] - kept[:, 8:]).max() < 0.01  # the right half stays
     assert np.abs(shown[2][:, :8] - kept[:, :8]).mean() > 5
 
@@ -273,6 +272,8 @@ def test_a_pipeline_refuses_what_keygrip_sample_refuses(piped: Path, opened: dic
         ({"image": one, "image_mask": animated}, "image_mask 0 cannot be used"),
         ({"image": one, "image_mask": [one, two]}, "2 masks .* for 1 images"),
         ({"image_mask": one}, "1 masks .* for 0 images"),
+        ({"image": one, "image_mask": one.resize((48, 16))}, "image_mask 0 has 48 x 16 pixels and its image .* shape"),
+        ({"start_image": one, "redraw": one.resize((48, 16))}, "redraw has 48 x 16 pixels and its image start_image"),
         ({"image": one, "blend": True}, "blend=True puts several images together"),
         ({"strength": 0.5}, "strength and redraw are for start_image"),
         ({"redraw": one}, "strength and redraw are for start_image"),
