@@ -180,6 +180,15 @@ def register_options() -> None:
                 package=package.group(1) if package else None,
                 provider="keygrip",
             )
+    ConfigStore.instance().repo = _SharedOptions(ConfigStore.instance().repo)
+
+
+class _SharedOptions(dict[str, Any]):
+    """Options that Hydra's copies of its store share: it copies the whole store for each composition, a quarter of its
+    time, and again each option that it hands out."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _SharedOptions:
+        return self
 
 
 def option_of(group: str, name: str) -> dict[str, Any]:
@@ -198,10 +207,9 @@ def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.singleton import Singleton
 
     register_options()
-    running = Singleton.get_state()
+    running = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         check_overrides(config_name, overrides)
@@ -209,7 +217,7 @@ def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
         with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
             return hydra_compose(config_name, overrides=overrides)
     finally:
-        Singleton.set_state(running)
+        GlobalHydra.instance().hydra = running  # of the present instance: leaving initialize_config_dir makes another
 
 
 def check_overrides(config_name: str, overrides: Sequence[str]) -> None:
