@@ -1,4 +1,4 @@
-"""Image files of any kind as 8-bit RGB pixels: one way for the preparation of shards and for sampling.
+"""Image files of any kind as 8-bit RGB pixels: one way for shards, sampling and the images of conversations.
 
 | what a file holds | how it is decoded |
 | --- | --- |
@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from keygrip.data.bad_samples import open_image
+from keygrip.data.bad_samples import HOSTILE, open_image
 
 EXIF_ORIENTATION = 0x0112
+ORIENTATIONS = range(2, 9)  # that turn or mirror
 TURNED_BY_A_QUARTER = range(5, 9)  # of EXIF's orientations 1..8; any other number is no orientation and turns nothing
 TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 DEEPEST = 65535  # white of 16-bit grey
@@ -64,7 +65,16 @@ def upright(image: Image.Image) -> Image.Image:
     """
     tags = getattr(image, "tag_v2", None) or {}  # of a TIFF; a turned image has lost them
     white = 2 ** tags[TIFF_BITS][0] - 1 if image.mode == "I;16" and TIFF_BITS in tags else DEEPEST
-    return rgb(ImageOps.exif_transpose(image), tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO, white)
+    return rgb(_turned(image), tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO, white)
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says. Notes that are damaged do not make the image a bad one."""
+    try:
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    except HOSTILE:
+        return image
+    return ImageOps.exif_transpose(image) if orientation in ORIENTATIONS else image
 
 
 def refuse_frames(image: Image.Image) -> None:

@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 
-from keygrip.data.bad_samples import HOSTILE, BadSample, guard, open_image, parse_json
-from keygrip.data.image_text.decoding import rgb
+from keygrip.data.bad_samples import BadSample, guard, open_image, parse_json
+from keygrip.data.image_text.decoding import upright
 from keygrip.data.shards.index import Parts, lower_case
 from keygrip.data.shards.reader import ShardSet, all_samples
 from keygrip.data.video import TIME_TOLERANCE_S, duration_s, frames_at
@@ -296,31 +296,12 @@ def decode_image(content: bytes, size: int, fit: str) -> np.ndarray:
 
 
 def shown_image(image: Image.Image, size: int, fit: str) -> np.ndarray:
-    """uint8 [S, S, 3] RGB of a PIL image of any mode, as viewers show it."""
-    return fit_image(_rgb(_upright(image)), size, fit)
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """An image as viewers show it: turned as its EXIF says. Notes that are damaged do not make the image a bad one."""
-    try:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except HOSTILE:
-        turned = 1
-    return ImageOps.exif_transpose(image) if turned in range(2, 9) else image
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """In RGB: the upper 8 bits of an image of 16, which Pillow would clip to white, and transparency laid over white,
-    where Pillow shows what it hides (mostly black).
+    """uint8 [S, S, 3] RGB of a PIL image of any mode, as viewers show it (`keygrip.data.image_text.decoding`).
 
     Raises:
-        ValueError: floating-point numbers without a known white.
+        ValueError: its numbers have no known white.
     """
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8)).convert("RGB")
-    if image.mode == "F" or image.has_transparency_data:
-        return rgb(image)
-    return image.convert("RGB")
+    return fit_image(upright(image), size, fit)
 
 
 def _seconds(duration: float, most: int) -> np.ndarray:

@@ -19,6 +19,7 @@ from keygrip.data.image_text.samples import read_image_text
 from keygrip.data.image_text.sources.images import images
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.validation import validate
+from keygrip.data.video_text.conversations import shown_image
 
 
 @pytest.mark.parametrize("name", list(right()))
@@ -31,6 +32,13 @@ def test_odd_images_are_decoded_as_they_look(tmp_path: Path, name: str) -> None:
     difference = np.abs(np.asarray(found).astype(int) - expected.astype(int))
     assert difference.max() <= tolerance + (12 if tolerance > 1 else 0)  # lossy: the mean counts, edges ring
     assert difference.mean() <= tolerance / 2 + 0.01
+
+
+@pytest.mark.parametrize("name", [name for name, (_, expected, _) in right().items() if expected.shape == PLAIN.shape])
+def test_images_of_conversations_are_those_of_shards(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(right()[name][0])
+    with Image.open(tmp_path / name) as opened:
+        np.testing.assert_array_equal(shown_image(opened, EDGE, "pad"), np.asarray(decode_image(tmp_path / name)))
 
 
 def test_a_profile_of_another_colour_space_changes_nothing(tmp_path: Path) -> None:
