@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from keygrip.evaluation.paired_report import table as paired_table
+from keygrip.evaluation.statistics import wilson_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -462,10 +463,7 @@ ARMS = {
 def vla_arms() -> str:
     """Arms of the controlled comparison: how geometry reaches the head, and what the head makes of it."""
     figures = (("position_cm", " cm"), ("geometry_share", ""), ("geometry_slot", ""), ("geometry_moves_cm", " cm"))
-    arms: dict[str, dict[str, Any]] = {}
-    for job in read("vla_geometry_comparison")["jobs"]:
-        name = job["overrides"]["ablation"].removeprefix("geometry_vla/arm_")
-        arms.setdefault(name, {})[job["overrides"]["seed"]] = job
+    arms = jobs_by_arm(None)
     rows = []
     for name, jobs in sorted(arms.items(), key=lambda arm: mean_success(arm[1].values())):
         metrics = {key: mean_metric(jobs.values(), key) for key in jobs[min(jobs)]["metrics"]}
@@ -475,12 +473,50 @@ def vla_arms() -> str:
         ]
         low = [job["closed_loop"]["by_height"]["0-2 cm"] for job in jobs.values()]
         won, tried = (sum(each[figure] for each in low) for figure in ("successes", "episodes"))
-        rates = [rate(jobs[seed]["closed_loop"]) if seed in jobs else "" for seed in ("0", "1")]
-        own = [f"`{name}`: {ARMS[name]}", *rates, f"{won} of {tried}"]
+        own = [f"`{name}`: {ARMS[name]}", pooled_rate(jobs.values()), by_seed(jobs, arms), f"{won} of {tried}"]
         rows.append([*own, *cells, f"{metrics['parameters/all_m']:.2f} M"])
-    header = ["arm", "success, training seed 0", "training seed 1", "with the cube at 0-2 cm, all seeds"]
+    header = ["arm", "success", "of 200, by training seed from 0", "with the cube at 0-2 cm"]
     header += ["mean of the seeds: position error (val)", "attention on the tokens", "explained by the slot"]
     return markdown([*header, "plans move with another scene's geometry", "parameters"], rows)
+
+
+def vla_arms_elsewhere() -> str:
+    """Arms of the controlled comparison on tasks beside the pedestals."""
+    pedestals, flat, hidden = (jobs_by_arm(shift) for shift in (None, "flat", "hidden"))
+    rows = []
+    for name in sorted({*flat, *hidden}, key=lambda arm: mean_success(pedestals[arm].values())):
+        cells = [pooled_rate(arms[name].values()) if name in arms else "" for arms in (pedestals, flat, hidden)]
+        rows.append([f"`{name}`: {ARMS[name]}", *cells])
+    header = ["arm", "pedestals, cameras elsewhere in every episode", "`shift=flat`: neither"]
+    return markdown([*header, "`shift=hidden`: one camera cannot see the object"], rows)
+
+
+def jobs_by_arm(shift: str | None) -> dict[str, dict[str, Any]]:
+    """Finished jobs of the controlled comparison by arm and training seed. shift: the option of that group, or none."""
+    arms: dict[str, dict[str, Any]] = {}
+    for job in read("vla_geometry_comparison")["jobs"]:
+        overrides = job["overrides"]
+        if overrides.get("shift") == shift:
+            name = overrides["ablation"].removeprefix("geometry_vla/arm_")
+            arms.setdefault(name, {})[overrides["seed"]] = job
+    return arms
+
+
+def pooled_rate(jobs: Collection[Any]) -> str:
+    """Successes over all trainings of an arm, with their share."""
+    won, tried = (sum(job["closed_loop"][figure] for job in jobs) for figure in ("successes", "episodes"))
+    low, high = wilson_interval(won, tried)
+    return rate(
+        {"success_rate": won / tried, "success_low": low, "success_high": high, "successes": won, "episodes": tried}
+    )
+
+
+def by_seed(jobs: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]]) -> str:
+    """Successes by training seed, of those that any arm has."""
+    seeds = sorted({seed for each in arms.values() for seed in each})
+    while seeds[-1] not in jobs:
+        seeds.pop()
+    return ", ".join(str(jobs[seed]["closed_loop"]["successes"]) if seed in jobs else "-" for seed in seeds)
 
 
 def mean_metric(jobs: Collection[Any], key: str) -> float | None:
@@ -695,6 +731,7 @@ TABLES: dict[str, Callable[[], str]] = {
         *(dit_claims, dit_images, dit_images_128px, dit_recipes, vlm_seeds, vlm_others, vlm_ablations, vlm_label_free),
         vlm_refinement,
         *(vla_injection, vla_ablations, vla_comparison, vla_compression, vla_recipe, vla_arms, vla_arms_compared),
+        vla_arms_elsewhere,
         vla_metaworld,
     )
 }

@@ -17,6 +17,7 @@ from torch import Tensor
 from keygrip.artifacts import atomic_write
 from keygrip.data.image_text.crops import Bucket, nearest_bucket
 from keygrip.inference.adapters import load_lora
+from keygrip.inference.idle_guidance import refuse_idle_guidance
 from keygrip.inference.image_requests import SampleRequest, requested, texts_of
 from keygrip.inference.references import (
     Reference,
@@ -36,7 +37,6 @@ from keygrip.training.strategies import automatic_precision
 
 log = logging.getLogger(__name__)
 
-CHAINED = ("dino_then_text", "text_then_dino")
 GRID_ROWS = 24  # rows of one grid file
 
 
@@ -72,14 +72,17 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
     assert isinstance(module, PatchDiTModule)
     if cfg.lora is not None:
         load_lora(module.network, Path(cfg.lora), module.statistics.normalisation)
-    sampling = module.sampling_with({field.name: cfg.get(field.name) for field in fields(Sampling)})
-    _refuse_idle(cfg, module, requests)
+    given = {field.name: cfg.get(field.name) for field in fields(Sampling)}
+    sampling = module.sampling_with(given)
+    words, images = any((r.prompt or "").strip() for r in requests), any(r.images for r in requests)
+    named = {name for name, value in given.items() if value is not None}
+    refuse_idle_guidance(module, named, sampling, words, images, masks=bool(steering.image_masks))
     buckets = buckets_of(cfg.size, module, requests, steering)
     started = time.perf_counter()
-    images, references = draw(module, requests, buckets, sampling, cfg.batch_size, steering)
+    drawn, references = draw(module, requests, buckets, sampling, cfg.batch_size, steering)
     wall_s = time.perf_counter() - started
     folder = Path(cfg.run_dir) if cfg.run_dir else _folder_beside(file)
-    files, grids = write(folder, requests, images, references)
+    files, grids = write(folder, requests, drawn, references)
     sizes = [[bucket.width, bucket.height] for bucket in buckets]
     log.info("%d images of %s in %.1f s: %s", len(requests), buckets[0].name, wall_s, folder)
     return {
@@ -110,27 +113,6 @@ def steering_of(cfg: DictConfig, requests: Sequence[SampleRequest]) -> Steering:
         raise ValueError("strength and redraw are for start_image=FILE: leave them out")
     strength = (1.0 if cfg.redraw is not None else 0.6) if cfg.strength is None else float(cfg.strength)
     return Steering(masks, cfg.start_image, strength, cfg.redraw)
-
-
-def _refuse_idle(cfg: DictConfig, module: PatchDiTModule, requests: Sequence[SampleRequest]) -> None:
-    """A scale for what is not given, or for what the network does not have, would have no effect."""
-    words, images = any((r.prompt or "").strip() for r in requests), any(r.images for r in requests)
-    names = {"prompt": ("text_scale", "text_rescale"), "image": ("dino_scale", "dino_rescale", "cls_scale")}
-    for condition, given in (("prompt", words), ("image", images)):
-        for name in names[condition]:
-            if not given and cfg[name] is not None:
-                raise ValueError(f"{name}={cfg[name]} has no effect without {condition}=...: leave it out")
-    if not (words and images) and (cfg.full_scale or cfg.full_rescale or cfg.guidance in CHAINED):
-        raise ValueError("full_scale, full_rescale and guidance are for prompt and image together: leave them out")
-    patchless = [name for name in ("image_mask", "cls_scale") if cfg[name] is not None]
-    if patchless and not module.network.use_dino_patches:
-        raise ValueError(f"{patchless[0]} has no effect: this model was trained without patches, leave it out")
-    if images and not module.network.use_dino_patches:
-        log.warning("this model was trained without patches: of the image only its overall look counts")
-    if cfg.cls_scale is not None and not module.dropout.cls_alone:
-        log.warning("cls_scale: this model never saw a CLS vector without patches (model.dropout.cls_alone is 0)")
-    if cfg.image_mask is not None and not module.dropout.masked_patches:
-        log.warning("image_mask: this model never saw a part of an image's patches (model.dropout.masked_patches is 0)")
 
 
 def buckets_of(

@@ -5,7 +5,6 @@ As of `keygrip sample`, for callers that hold PIL images.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -14,17 +13,14 @@ from torch import Tensor
 
 from keygrip.data.image_text.crops import Bucket
 from keygrip.data.image_text.decoding import refuse_frames, upright
+from keygrip.inference.idle_guidance import refuse_idle_guidance
 from keygrip.inference.references import conditions_of, edit_of, mask_of, reference_of
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.sampler import Edit, Sampling
 
-log = logging.getLogger(__name__)
-
 Images = Image.Image | Sequence[Image.Image] | None
 USUAL_STRENGTH = 0.6  # of an image that is changed as a whole
-OF_WORDS, OF_IMAGES = ("text_scale", "text_rescale"), ("dino_scale", "dino_rescale", "cls_scale")
-OF_BOTH = ("full_scale", "full_rescale")
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ class SteeredImages:
         return self.start_image or (self.steering[0][0] if self.steering else None)
 
     def refuse_idle(self, given: Collection[str], sampling: Sampling) -> None:
-        """Refuses settings without effect, and warns of what the model was not trained for.
+        """As `keygrip.inference.idle_guidance.refuse_idle_guidance`.
 
         Args:
             given: names of the parts of `Sampling` that the caller gives. sampling: with them.
@@ -104,25 +100,8 @@ class SteeredImages:
         Raises:
             ValueError: names the first of them.
         """
-        words, images = any(prompt.strip() for prompt in self.prompts), bool(self.steering)
-        for names, has, condition in ((OF_WORDS, words, "prompt"), (OF_IMAGES, images, "image")):
-            idle = [name for name in names if name in given and not has]
-            if idle:
-                raise ValueError(f"{idle[0]} has no effect without {condition}: leave it out")
-        both = [name for name in OF_BOTH if name in given and getattr(sampling, name)]
-        both += ["guidance"] if "guidance" in given and sampling.guidance not in ("independent", "none") else []
-        if both and not (words and images):
-            raise ValueError(f"{both[0]} is for prompt and image together: leave it out")
-        patches = self.module.network.use_dino_patches
-        idle = [name for name, has in (("image_mask", bool(self.masks)), ("cls_scale", "cls_scale" in given)) if has]
-        if idle and not patches:
-            raise ValueError(f"{idle[0]} has no effect: this model was trained without patches, leave it out")
-        if images and not patches:
-            log.warning("this model was trained without patches: of the image only its overall look counts")
-        if "cls_scale" in idle and not self.module.dropout.cls_alone:
-            log.warning("cls_scale: this model never saw a CLS vector without patches (model.dropout.cls_alone is 0)")
-        if self.masks and not self.module.dropout.masked_patches:
-            log.warning("image_mask: this model never saw a part of an image's patches (model.dropout.masked_patches)")
+        words = any(prompt.strip() for prompt in self.prompts)
+        refuse_idle_guidance(self.module, given, sampling, words, bool(self.steering), masks=bool(self.masks))
 
     def conditions(self, bucket: Bucket) -> Conditions:
         """Of all drawings, normalised, on the model's device. Raises ValueError: a mask of another shape."""
