@@ -85,6 +85,7 @@ class GeometryVLAModule(System):
     toy_overrides = (
         *("data=yam_language", "data.record.demos=4", "data.record.image_size=72", "backbone.image_size=64"),
         *("backbone.width=32", "backbone.depth=1", "backbone.heads=2", "geometry.layers=1"),
+        *("data.batch_size=4", "model.draws=2", "model.network.blocks=2"),
     )
 
     headline_metrics = (
