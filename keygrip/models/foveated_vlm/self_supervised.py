@@ -12,9 +12,11 @@ Five losses, each from pixels:
   arXiv:2011.09157): the features of one place in two views of a frame (shifted, recoloured, with other patches hidden)
   are positives. Patches of other frames are negatives, so that features keep what differs between the frames of a
   video, wherever in its patch it lies.
-- **moments** (InfoNCE over time): of a place that changes over a video, the two views of each moment are positives, the
-  same place at the video's other moments are the only negatives. What stays there (the object, its colour, the table)
-  cannot tell them apart: features must keep what changes.
+- **moments** (InfoNCE over time): of a place that changes all the time, a window of patches that is encoded by itself
+  and the same patches in the whole frame, both of one moment, are positives; the other moments of the same place are
+  the only negatives. What stays there (the object, its colour, the table) cannot tell them apart, and what the window
+  does not show (where the gripper is) neither: features must keep what changes there. Local against global views are
+  those of Caron et al. 2021, arXiv:2104.14294.
 - **frame**: CLS predicts the whole frame at a low resolution.
 
 A run of it is a source of backbone weights like any other (`backbone.init_from=runs/...`).
@@ -49,7 +51,9 @@ FLAT = 0.1  # standard deviation of a patch, in units of the whole image's, belo
 PLAIN = (0, 1)  # brightness and contrast that change nothing
 CHANGED = 0.2  # deviation of a pixel from its video's mean, in the same units, that gets weight 0.5; noise is far below
 MARK = 16  # changed pixels from which on a patch has full weight
-STILL = 0.1  # share of a patch's weight, over a video, up to which it does not change
+OFTEN = 0.25  # quantile over a video's moments by which a place changes: what passes by leaves most moments as they are
+STILL = 0.1  # share of a patch's weight, at that quantile, below which it does not change
+WINDOW = 3  # patches along a side
 THUMBNAIL = 16  # side in pixels of the frame that CLS predicts
 
 
@@ -102,17 +106,22 @@ def view_of(images: Tensor, moved: tuple[int, int], colour: tuple[Tensor | int, 
     return images[:, :, rows][..., columns] * colour[1] + colour[0]
 
 
-def mosaic_of(video: Tensor, size: int, tile: int, random: torch.Generator) -> Tensor:
-    """Which frame each pixel is taken from, int64 [M, 1, S, S]: in every tile of `tile` pixels, whose grid begins
-    anywhere, the frames of each video change places. `video` [M] ascends. 0: no tiles, every pixel from its own."""
-    if not tile:
-        return torch.arange(len(video))[:, None, None, None].expand(-1, 1, size, size)
-    count = size // tile + 2
-    keys = video + 0.999 * torch.rand(count * count, len(video), generator=random, dtype=torch.float64)
-    order = keys.argsort(1).T.view(len(video), 1, count, count)  # sorted by video, then at random
-    start = torch.randint(tile, (2,), generator=random)
-    rows, columns = ((torch.arange(size) + by) // tile for by in start)
-    return order[:, :, rows][..., columns]
+def _moved(places: Tensor, move: tuple[int, int], patch_size: int, side: int) -> tuple[Tensor, Tensor]:
+    """The patches nearest to places [V, K] of a grid in a view moved by (down, right) pixels, and whether it holds
+    them."""
+    row, column = (
+        place + round(by / patch_size) for place, by in zip((places // side, places % side), move, strict=True)
+    )
+    inside = (row >= 0) & (row < side) & (column >= 0) & (column < side)
+    return row.clamp(0, side - 1) * side + column.clamp(0, side - 1), inside
+
+
+def _deviations(values: Tensor, video: Tensor) -> Tensor:
+    """What differs at each place [M, K, E] from its mean over the moments of its video, of length 1: the mean is nearly
+    all of a new network's features, and would make all moments alike."""
+    lengths = torch.bincount(video)
+    mean = values.new_zeros(len(lengths), *values.shape[1:]).index_add_(0, video, values)
+    return F.normalize(values - (mean / lengths.clamp_min(1)[:, None, None])[video], dim=-1)
 
 
 def at_places(values: Tensor, places: Tensor) -> Tensor:
@@ -120,19 +129,30 @@ def at_places(values: Tensor, places: Tensor) -> Tensor:
     return values.gather(1, places[..., None].expand(-1, -1, values.shape[-1]))
 
 
-def centres_of(pixels: Tensor, patch_size: int) -> Tensor:
-    """[M, N] the values of [M, 1, S, S] at the centres of patches, row after row."""
-    half = patch_size // 2
-    return pixels[:, 0, half::patch_size, half::patch_size].flatten(1)
-
-
 def changes_of(images: Tensor, video: Tensor) -> Tensor:
-    """How much each pixel of [M, 3, S, S] differs from its mean over its video's frames: [M, 1, S, S] in 0 to 1."""
-    videos = int(video.max()) + 1
-    total = images.new_zeros(videos, *images.shape[1:]).index_add_(0, video, images)
-    mean = total / torch.bincount(video, minlength=videos).clamp_min(1)[:, None, None, None]
-    squared = (images - mean[video]).square().mean(1, keepdim=True)
+    """How much each pixel of [M, 3, S, S] differs from its median over its video's frames: [M, 1, S, S] in 0 to 1.
+
+    Not from the mean: what passes by does not change the moments in which it is elsewhere.
+    """
+    usual = torch.stack([_median(images[video == one]) for one in range(int(video.max()) + 1)])
+    squared = (images - usual[video]).square().mean(1, keepdim=True)
     return squared / (squared + CHANGED**2)
+
+
+def _median(values: Tensor) -> Tensor:
+    """Over the first dimension; of an even number the mean of the middle two."""
+    ordered, middle = values.sort(0).values, len(values) // 2
+    return (ordered[middle] + ordered[(len(values) - 1) // 2]) / 2
+
+
+def windows_of(places: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Patches [V, K, W] of the windows of `WINDOW` x `WINDOW` patches around places [V, K] in a grid of `side` x
+    `side`, moved inside where they would reach beyond its edge; and which of them each place is [V, K]."""
+    wide = min(WINDOW, side)
+    row, column = ((place - wide // 2).clamp(0, side - wide) for place in (places // side, places % side))
+    steps = torch.arange(wide, device=places.device)
+    windows = ((row[..., None, None] + steps[:, None]) * side + column[..., None, None] + steps).flatten(2)
+    return windows, (places // side - row) * wide + places % side - column
 
 
 @model_part
@@ -172,16 +192,13 @@ class _TwoViews:
 
     Attributes:
         patches: features [2M, N, D], those of the first view before those of the second. grid: (h, w).
-        hidden: bool [M, N] of each view. moves: pixels (down, right) by which each view is moved.
-        shown: int64 [M, N] of each view, the frame that each patch shows: in a patch over all M, every frame once.
-        patch_size: P.
+        hidden: bool [M, N] of each view. moves: pixels (down, right) by which each view is moved. patch_size: P.
     """
 
     patches: Tensor
     grid: tuple[int, int]
     hidden: list[Tensor]
     moves: list[tuple[int, int]]
-    shown: list[Tensor]
     patch_size: int
 
     def features(self, head: nn.Module) -> tuple[Tensor, Tensor]:
@@ -197,10 +214,6 @@ class _TwoViews:
         inside = (row >= 0) & (row < h) & (column >= 0) & (column < w)
         return row.clamp(0, h - 1) * w + column.clamp(0, w - 1), inside
 
-    def partner(self, at: Tensor, match: Tensor) -> Tensor:
-        """Which image of the second view shows at its patch `match` the frame that the first shows `at`, all [M, K]."""
-        return self.shown[1].argsort(0)[self.shown[0].gather(1, at), match]
-
 
 @model_part
 class SelfSupervisedModule(System):
@@ -210,11 +223,9 @@ class SelfSupervisedModule(System):
         network: the plain network. collator: for the data module. optimizer: the recipe.
         weights: of the losses: pixels, asked, frame, agreement and moments.
         asked_patches: K, of each frame, drawn by how detailed they are; of each video, by how much they change.
-        temperature: of agreement and moments. shift: views are moved against each other by up to so many pixels.
+        temperature: of agreement and moments. shift: each view is moved by up to so many pixels.
         changes: share of the two predictions' weight that lies on pixels which change over the video, in every patch
             alike; patches are then drawn by whether they change. 0: all pixels count the same.
-        mosaic: pixels of a tile; in each the frames of a video change places, so that no other place tells the moment.
-            0: whole frames.
 
     Raises:
         ValueError: weights that do not name every loss, or a number out of its range.
@@ -240,18 +251,15 @@ class SelfSupervisedModule(System):
         temperature: float = 0.2,
         shift: int = 24,
         changes: float = 0.0,
-        mosaic: int = 0,
     ) -> None:
         super().__init__(optimizer)
         if set(weights) != set(LOSSES):
             raise ValueError(f"model.weights must name exactly {', '.join(LOSSES)}; it names {sorted(weights)}")
         if asked_patches < 1 or temperature <= 0 or shift < 0:
             raise ValueError("model: asked_patches must be at least 1, temperature above 0, shift not below 0")
-        if mosaic < 0:
-            raise ValueError(f"model.mosaic={mosaic}: pixels of a tile, or 0")
         if not 0 <= changes <= 1:
             raise ValueError(f"model.changes={changes}: a share from 0 to 1")
-        self.network, self.collator, self.changes, self.mosaic = network, collator, changes, mosaic
+        self.network, self.collator, self.changes = network, collator, changes
         self.weights, self.asked_patches = dict(weights), asked_patches
         self.temperature, self.shift = temperature, shift
         self._sums: dict[str, list[float]] = {}
@@ -263,14 +271,10 @@ class SelfSupervisedModule(System):
         images = normalised(batch.frames, backbone.mean, backbone.std)
         moves = [self._move(images.shape[-1], random) for _ in range(2)]
         changes = changes_of(images, batch.video)
-        views, hidden, changed_pixels, shown = [], [], [], []
+        views, hidden, changed_pixels = [], [], []
         for move in moves:
-            frame_of = mosaic_of(batch.video.cpu(), images.shape[-1], self.mosaic, random).to(images.device)
-            colour = torch.rand(2, len(images), 1, 1, 1, generator=random).to(images.device)
-            mixed = images.gather(0, frame_of.expand_as(images))
-            views.append(view_of(mixed, move, (0.4 * colour[0] - 0.2, 0.8 + 0.4 * colour[1])))
-            changed_pixels.append(view_of(changes.gather(0, frame_of), move, PLAIN))
-            shown.append(centres_of(view_of(frame_of, move, PLAIN), backbone.patch_size))
+            views.append(view_of(images, move, self._colour(torch.arange(len(images)), random)))
+            changed_pixels.append(view_of(changes, move, PLAIN))
             count = (images.shape[-1] // backbone.patch_size) ** 2
             covered = torch.rand(len(images), count, generator=random) < network.hidden_share
             hidden.append(covered.to(images.device))
@@ -285,13 +289,13 @@ class SelfSupervisedModule(System):
             target = at_places(wanted, asked)
             said = network.asked_head(backbone.query(network.cue(target[..., -3:]), kv))
         small = F.adaptive_avg_pool2d(both, THUMBNAIL).flatten(1)
-        two = _TwoViews(features.patches, features.grid, hidden, moves, shown, backbone.patch_size)
+        two = _TwoViews(features.patches, features.grid, hidden, moves, backbone.patch_size)
         return {
             "pixels": self._error(network.patch_head(features.patches).float(), wanted, weight),
             "asked": self._error(said.float(), target, at_places(weight, asked)),
             "frame": F.mse_loss(network.frame_head(features.cls).float(), small),
             "agreement": self._agreement(two, detail, random),
-            "moments": self._moments(two, changed, batch.video, random),
+            "moments": self._moments(images, changes, batch.video, random),
         }
 
     def _weights(self, seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,11 +306,22 @@ class SelfSupervisedModule(System):
         mass = pixels.sum(-1, keepdim=True)
         counts = (mass / MARK).clamp_max(1)
         of_pixels = 1 - self.changes + self.changes * counts * pixels * pixels.shape[-1] / mass.clamp_min(1e-6)
-        return torch.cat([*[of_pixels] * 3, torch.ones_like(of_pixels[..., :3])], dim=-1), counts[..., 0].sqrt()
+        return torch.cat([*[of_pixels] * 3, torch.ones_like(of_pixels[..., :3])], dim=-1), self._changed(pixels)
+
+    @staticmethod
+    def _changed(pixels: Tensor) -> Tensor:
+        """How much patches change, in 0 to 1 [2M, N], from how much their pixels do [2M, N, PP]."""
+        return (pixels.sum(-1) / MARK).clamp_max(1).sqrt()
 
     @staticmethod
     def _error(said: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
         return (weight * (said - wanted).square()).mean()
+
+    @staticmethod
+    def _colour(alike: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Brightness and contrast [M, 1, 1, 1]; images with the same number in `alike` [M] have the same."""
+        drawn = torch.rand(2, int(alike.max()) + 1, 1, 1, 1, generator=random).to(alike.device)[:, alike]
+        return 0.4 * drawn[0] - 0.2, 0.8 + 0.4 * drawn[1]
 
     def _move(self, size: int, random: torch.Generator) -> tuple[int, int]:
         most = min(self.shift, size // 4)
@@ -324,39 +339,57 @@ class SelfSupervisedModule(System):
         frames = len(views.hidden[0])
         at = self._drawn(detail[:frames].masked_fill(views.hidden[0], 0.0), random)  # [M, K]
         match, inside = views.in_second(at)
-        image = views.partner(at, match)
-        inside &= ~views.hidden[1][image, match]
+        inside &= ~views.hidden[1].gather(1, match)
         first, second = views.features(self.network.agreement_head)
-        own, others = at_places(first, at)[inside], second[image, match][inside]  # [n, E]
+        own, others = at_places(first, at)[inside], at_places(second, match)[inside]  # [n, E]
         if len(own) < 2:
             return own.sum() * 0.0
         logits = own @ others.T / self.temperature
         # neighbours in a frame show the same thing: only patches elsewhere in it and in other frames are different
-        frame = views.shown[0].gather(1, at)[inside]
+        frame = torch.arange(frames, device=at.device)[:, None].expand_as(at)[inside]
         row, column = match[inside] // views.grid[1], match[inside] % views.grid[1]
         near = (row[:, None] - row).abs().maximum((column[:, None] - column).abs()) <= 1
         near &= (frame[:, None] == frame) & ~torch.eye(len(own), dtype=torch.bool, device=at.device)
         return F.cross_entropy(logits.masked_fill(near, -torch.inf), torch.arange(len(own), device=at.device))
 
-    def _moments(self, views: _TwoViews, changed: Tensor, video: Tensor, random: torch.Generator) -> Tensor:
-        """How well places that change, in the first view, find their moment in the second one among those of their
-        video. `changed` [2M, N]: how much each patch changes, of both views."""
+    def _moments(self, images: Tensor, changes: Tensor, video: Tensor, random: torch.Generator) -> Tensor:
+        """How well places that change in most moments find their moment among those of their video: from a window that
+        is encoded by itself to the whole frame and back, by the place's own token and by the mean of the window's.
+
+        Args:
+            images: [M, 3, S, S]. changes: of their pixels [M, 1, S, S], see `changes_of`. video: [M].
+        """
+        backbone = self.network.backbone
+        size = backbone.patch_size
+        changed = self._changed(F.unfold(changes, size, stride=size).transpose(1, 2))
+        often = torch.stack([changed[video == one].quantile(OFTEN, dim=0) for one in range(int(video.max()) + 1)])
+        places = self._drawn(often.masked_fill(often < STILL, 0.0), random)  # [V, K]
         lengths = torch.bincount(video)
-        total = changed.new_zeros(len(lengths), changed.shape[1]).index_add_(0, video, changed[: len(video)])
-        often = total / lengths.clamp_min(1)[:, None]  # [V, N]
-        places = self._drawn(often, random)  # [V, K]
-        at = places[video]  # [M, K]
-        match, inside = views.in_second(at)
-        first, second = views.features(self.network.moments_head)
-        logits = torch.einsum("mke,nke->mkn", at_places(first, at), at_places(second, match)) / self.temperature
-        seen = inside & ~views.hidden[1].gather(1, match)
-        candidates = (video[:, None] == video)[:, None] & seen.T  # [M, K, M]
-        image = views.partner(at, match)
-        anchors = ~views.hidden[0].gather(1, at) & candidates.gather(2, image[..., None])[..., 0]
-        anchors &= (candidates.sum(-1) > 1) & (often.gather(1, places) > STILL)[video]
-        if not anchors.any():
-            return logits.sum() * 0.0
-        return F.cross_entropy(logits.masked_fill(~candidates, -torch.inf)[anchors], image[anchors])
+        counts = (often.gather(1, places) >= STILL) & (lengths[:, None] > 1)
+        views = []
+        for encode in (backbone.forward_windows, self._of_whole_frames):
+            move = self._move(images.shape[-1], random)
+            view = view_of(images, move, self._colour(video, random))
+            moved, inside = _moved(places, move, size, images.shape[-1] // size)
+            windows, own = windows_of(moved, images.shape[-1] // size)
+            tokens = self.network.moments_head(encode(view, windows[video])).float()  # [M, K, W, E]
+            at = own[video][..., None, None].expand(-1, -1, 1, tokens.shape[-1])
+            views.append((tokens.gather(2, at)[:, :, 0], tokens.mean(2)))
+            counts = counts & inside
+        if not counts.any():
+            return torch.stack([values.sum() * 0.0 for view in views for values in view]).sum()
+        losses = []
+        for first, second in zip(*views, strict=True):
+            logits = torch.einsum("mke,nke->mkn", _deviations(first, video), _deviations(second, video))
+            logits = (logits / self.temperature).masked_fill((video[:, None] != video)[:, None], -torch.inf)
+            wanted = torch.arange(len(video), device=video.device)[:, None].expand(-1, places.shape[1])[counts[video]]
+            losses += [F.cross_entropy(each[counts[video]], wanted) for each in (logits, logits.permute(2, 1, 0))]
+        return torch.stack(losses).mean()
+
+    def _of_whole_frames(self, images: Tensor, windows: Tensor) -> Tensor:
+        """As `DinoBackbone.forward_windows`, of patches that see all others."""
+        patches = self.network.backbone(images).patches
+        return at_places(patches, windows.flatten(1)).unflatten(1, windows.shape[1:])
 
     def _total(self, losses: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()

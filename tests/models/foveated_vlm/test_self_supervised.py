@@ -23,12 +23,11 @@ from keygrip.models.foveated_vlm.self_supervised import (
     SelfSupervisedEncoder,
     SelfSupervisedModule,
     _TwoViews,
-    centres_of,
     changes_of,
-    mosaic_of,
     patches_of,
     targets_of,
     view_of,
+    windows_of,
 )
 from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.optimizers import AdamW
@@ -45,10 +44,6 @@ def module(**changes: float) -> SelfSupervisedModule:
 def video(frames: int, key: str, said: str = "7") -> VideoTextSample:
     pixels = np.random.default_rng(len(key)).integers(0, 255, (frames, 64, 64, 3), dtype=np.uint8)
     return VideoTextSample(pixels, (answer("?", said, "mark", {"pixel": [4, 4]}),), "tours", key)
-
-
-def whole_frames(count: int) -> list[torch.Tensor]:
-    return [torch.arange(count)[:, None].expand(-1, 16)] * 2
 
 
 def test_targets_are_detail_and_mean_of_each_patch() -> None:
@@ -94,71 +89,78 @@ def test_places_that_agree_are_those_that_show_the_same() -> None:
 
     def loss(move: tuple[int, int]) -> float:
         random = torch.Generator().manual_seed(1)
-        views = _TwoViews(features, (4, 4), nothing, [(0, 0), move], whole_frames(2), 16)
+        views = _TwoViews(features, (4, 4), nothing, [(0, 0), move], 16)
         return float(trained._agreement(views, detail, random))
 
     assert loss((16, -16)) < 1e-3 < 5 < loss((0, 0))
 
 
-def test_moments_are_told_apart_by_what_changes_at_a_place_and_by_nothing_else() -> None:
-    trained = module(shift=0, temperature=0.01, asked_patches=4)
+def seen(trained: SelfSupervisedModule, monkeypatch: pytest.MonkeyPatch, window: torch.Tensor) -> None:
+    """A module whose whole frames show patches as the mean of their pixels, and whose windows as `window` [M, N, 3]."""
     trained.network.moments_head = torch.nn.Identity()
-    generator = torch.Generator().manual_seed(0)
-    video = torch.tensor([0, 0, 0, 1, 1, 2])  # three moments, two, and a video of one, which has nothing to tell apart
-    moments, places = torch.randn(6, 1, 32, generator=generator), torch.randn(6, 16, 32, generator=generator)
-    nothing = [torch.zeros(6, 16, dtype=torch.bool)] * 2
 
-    def loss(features: torch.Tensor, changed: torch.Tensor, hidden: list[torch.Tensor] = nothing) -> float:
-        views = _TwoViews(torch.cat([features, features]), (4, 4), hidden, [(0, 0), (0, 0)], whole_frames(6), 16)
-        return float(trained._moments(views, changed, video, torch.Generator().manual_seed(1)))
+    def whole(images: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+        return at(patches_of(images, 16).unflatten(-1, (3, -1)).mean(-1), windows)
 
-    everywhere = torch.ones(12, 16)
-    assert loss(moments.expand(-1, 16, -1), everywhere) < 1e-3
-    same = places[torch.tensor([0, 0, 0, 3, 3, 5])]  # a place looks the same at all moments of its video
-    expected = (3 * np.log(3) + 2 * np.log(2)) / 5
-    np.testing.assert_allclose(loss(same, everywhere), expected, rtol=1e-5)
-    assert loss(same, torch.zeros(12, 16)) == 0.0  # nothing changes
-    gone = torch.zeros(6, 16, dtype=torch.bool)
-    gone[2] = True  # in the second view: the third moment is no candidate
-    np.testing.assert_allclose(loss(same, everywhere, [nothing[0], gone]), np.log(2), rtol=1e-5)
+    def at(values: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+        return values[torch.arange(len(values))[:, None, None], windows]
+
+    monkeypatch.setattr(trained, "_of_whole_frames", whole)
+    monkeypatch.setattr(trained.network.backbone, "forward_windows", lambda images, windows: at(window, windows))
 
 
-def test_in_a_mosaic_the_frames_of_a_video_change_places_tile_by_tile() -> None:
-    video = torch.tensor([0, 0, 0, 1, 1])
-    mosaic = mosaic_of(video, 64, 24, torch.Generator().manual_seed(0))
-    assert mosaic.shape == (5, 1, 64, 64)
-    own = torch.arange(5)[:, None, None, None].expand_as(mosaic)
-    assert torch.equal(mosaic.sort(0).values, own)  # at every pixel, every frame once
-    assert torch.equal(video[mosaic], video[own])  # in images of its own video
-    assert 0 < float((mosaic == own).float().mean()) < 1
-    edges = (mosaic.diff(dim=-1) != 0).any(0).any(0).any(0).nonzero()[:, 0]
-    assert set(edges.diff().tolist()) <= {24}
-    assert torch.equal(mosaic_of(video, 64, 0, torch.Generator()), own)
-
-
-def test_views_find_their_moments_in_other_mosaics() -> None:
-    """With features that name the frame which a patch shows, every place finds its moment, whatever shows it."""
+def test_moments_are_told_apart_by_what_changes_at_a_place_and_by_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two videos: a patch of the first one changes all the time, others never or once; that of the second stands."""
     trained = module(shift=0, temperature=0.01, asked_patches=4)
-    trained.network.moments_head = trained.network.agreement_head = torch.nn.Identity()
-    video = torch.tensor([0, 0, 0, 1, 1])
-    random = torch.Generator().manual_seed(0)
-    names = torch.randn(5, 16, 32, generator=random)
-    shown = [centres_of(mosaic_of(video, 64, 16, random), 16) for _ in range(2)]
-    assert not torch.equal(*shown)
-    features = torch.cat([names[frames, torch.arange(16)] for frames in shown])
-    hidden = [torch.zeros(5, 16, dtype=torch.bool)] * 2
-    views = _TwoViews(features, (4, 4), hidden, [(0, 0), (0, 0)], shown, 16)
-    assert trained._moments(views, torch.ones(10, 16), video, random) < 1e-3
-    assert trained._agreement(views, torch.ones(10, 16), random) < 1e-3
+    video, generator = torch.tensor([0, 0, 0, 0, 1, 1, 2]), torch.Generator().manual_seed(0)
+    images = torch.randn(3, 3, 4, 4, generator=generator)[video]
+    images[:4, :, 2, 1] = 4 * torch.randn(4, 3, generator=generator)
+    images[1, :, 0, 3] += 5.0  # something passes by
+    images = images.repeat_interleave(16, 2).repeat_interleave(16, 3)
+    changes = changes_of(images, video)
+    patches = patches_of(images, 16).unflatten(-1, (3, -1)).mean(-1)
+
+    def loss(window: torch.Tensor) -> float:
+        seen(trained, monkeypatch, window)
+        return float(trained._moments(images, changes, video, torch.Generator().manual_seed(1)))
+
+    assert loss(patches) < 1e-3
+    elsewhere = patches.clone()
+    elsewhere[:, 9] = patches[:1, 9]  # all but the changing place is as it was: the place's token tells no moment
+    assert loss(elsewhere) > 0.3
+    passing = patches.clone()
+    passing[:4] = patches[:4, :, None].mean((0, 2))[None].expand(4, -1, -1)
+    passing[:, 9] = patches[:, 9]  # what passes by is not asked about
+    assert loss(passing) < 1e-3
+    assert trained._moments(images, torch.zeros_like(changes), video, generator) == 0.0  # nothing changes
+
+
+def test_a_place_that_a_view_has_lost_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moved up by a patch, the place of the first row is gone, and that of the second row is in the first."""
+    for row, kept in ((0, False), (1, True)):
+        trained = module(shift=0, temperature=0.01, asked_patches=1)
+        images = torch.zeros(3, 3, 64, 64)
+        images[:, :, 16 * row : 16 * row + 16, 16:32] = 4 * torch.randn(3, 3, 1, 1)
+        monkeypatch.setattr(trained, "_move", lambda size, random: (-16, 0))
+        changes, video = changes_of(images, torch.zeros(3, dtype=torch.int64)), torch.zeros(3, dtype=torch.int64)
+        assert (trained._moments(images, changes, video, torch.Generator().manual_seed(0)) > 0) == kept
+
+
+def test_windows_stay_inside_and_hold_their_place() -> None:
+    windows, own = windows_of(torch.tensor([[0, 13, 24, 23]]), 5)
+    assert windows[0, 0].tolist() == [0, 1, 2, 5, 6, 7, 10, 11, 12]
+    assert windows[0, 1].tolist() == [7, 8, 9, 12, 13, 14, 17, 18, 19]
+    assert windows[0, 2].tolist() == [12, 13, 14, 17, 18, 19, 22, 23, 24]
+    assert windows.gather(2, own[..., None])[..., 0].tolist() == [[0, 13, 24, 23]]
+    assert windows_of(torch.tensor([[3]]), 2)[0].tolist() == [[[0, 1, 2, 3]]]  # a grid smaller than a window
 
 
 def test_every_loss_falls_on_the_frames_it_learns() -> None:
     trained = module(shift=8, asked_patches=4)
     generator = torch.Generator().manual_seed(0)
     small = torch.randint(0, 255, (2, 3, 4, 4), generator=generator, dtype=torch.uint8)
-    batch = FramesBatch(
-        small.repeat_interleave(16, 2).repeat_interleave(16, 3), torch.tensor([0, 0])
-    )  # squares of 16 pixels
+    squares = small.repeat_interleave(16, 2).repeat_interleave(16, 3)  # of 16 pixels
+    batch = FramesBatch(squares, torch.tensor([0, 0]))
     optimizer = torch.optim.Adam(trained.network.parameters(), lr=3e-3)
 
     def held() -> dict[str, float]:
@@ -179,6 +181,8 @@ def test_what_changes_over_a_video_is_what_counts() -> None:
     trained = module(shift=0, changes=1.0)
     images = torch.zeros(3, 3, 64, 64)
     images[1, :, 20:24, 36:40] = 4.0  # 16 pixels of the patch in the second row, third column
+    passing = images[[0, 0, 1, 0]]  # in one moment of four: the other three are as they were
+    assert changes_of(passing, torch.zeros(4, dtype=torch.int64)).flatten(1).amax(1).gt(0).tolist() == [0, 0, 1, 0]
     changed = changes_of(images, torch.tensor([0, 0, 1]))
     assert changed[2].max() == 0  # the other video stands still
     assert (changed[:2] > 0.9).flatten(1).sum(1).tolist() == [16, 16]
