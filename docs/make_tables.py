@@ -644,6 +644,8 @@ def vlm_label_free() -> str:
         "moments": "with *moments*, whole frames, 15 minutes",
         "moments_mosaic": "*moments* in mosaics, 13 minutes",
         "moments_mosaic_alone": "*moments* in mosaics, nearly alone, 8 minutes",
+        "untrained_long": "random weights, videos of 24 to 32 s",
+        "moments_windows": "*moments* from windows, nearly alone, 11 minutes, videos of 24 to 32 s",
     }
     rows = [
         (titles[probe["encoder"]], *(f"{probe['metrics'][f'val/{kind}']:.3f}" for kind in kinds))
