@@ -185,7 +185,7 @@ def register_options() -> None:
 
 class _SharedOptions(dict[str, Any]):
     """Options that Hydra's copies of its store share: it copies the whole store for each composition, a quarter of its
-    time, and again each option that it hands out."""
+    time. An option that the store hands out is copied by the store itself, so that no caller can change it here."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _SharedOptions:
         return self

@@ -27,6 +27,7 @@ from keygrip.inference.references import (
     open_mask,
     open_reference,
 )
+from keygrip.inference.steered_images import strength_of
 from keygrip.models.patch_dit.figures import as_bytes, image_grid
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.sampler import Edit, Sampling
@@ -111,8 +112,7 @@ def steering_of(cfg: DictConfig, requests: Sequence[SampleRequest]) -> Steering:
             )
     if cfg.start_image is None and (cfg.redraw is not None or cfg.strength is not None):
         raise ValueError("strength and redraw are for start_image=FILE: leave them out")
-    strength = (1.0 if cfg.redraw is not None else 0.6) if cfg.strength is None else float(cfg.strength)
-    return Steering(masks, cfg.start_image, strength, cfg.redraw)
+    return Steering(masks, cfg.start_image, strength_of(cfg.strength, cfg.redraw is not None), cfg.redraw)
 
 
 def buckets_of(

@@ -23,6 +23,14 @@ Images = Image.Image | Sequence[Image.Image] | None
 USUAL_STRENGTH = 0.6  # of an image that is changed as a whole
 
 
+def strength_of(given: float | None, redraws_a_part: bool) -> float:
+    """How far drawings go from the image that they start from: as given; else 0.6 of the way, or all of it where only
+    a part is drawn anew."""
+    if given is not None:
+        return float(given)
+    return 1.0 if redraws_a_part else USUAL_STRENGTH
+
+
 @dataclass(frozen=True)
 class Start:
     """An image to start from, for a batch.
@@ -83,8 +91,7 @@ class SteeredImages:
             raise ValueError("strength and redraw are for start_image: leave them out")
         self.start_image = next(iter(opened(start_image, "start_image")), None)
         self.redraw = next(iter(opened(redraw, "redraw")), None)
-        usual = USUAL_STRENGTH if redraw is None else 1.0
-        self.strength = usual if strength is None else float(strength)
+        self.strength = strength_of(strength, redraw is not None)
 
     @property
     def shown(self) -> Image.Image | None:

@@ -167,13 +167,7 @@ class DinoBackbone(nn.Module):
     def forward(self, images: Tensor) -> DinoFeatures:
         """[B, 3, H, W] -> normed features. Raises ValueError where H or W does not divide by the patch."""
         tokens, rope, grid = self._embed(images)
-        for index, block in enumerate(self._blocks):
-            with self._gradients(index):
-                if self._recompute(index):
-                    tokens = _recomputed(_run_block, block, tokens, rope)
-                else:
-                    tokens = _run_block(block, tokens, rope)
-        return self._finish(tokens, grid)
+        return self._finish(self._through_blocks(tokens, rope), grid)
 
     def forward_windows(self, images: Tensor, windows: Tensor) -> Tensor:
         """Normed features [B, K, W, D] of patches whose attention ends at a window's border.
@@ -191,12 +185,7 @@ class DinoBackbone(nn.Module):
         tokens = torch.cat([prefix, chosen.unflatten(1, windows.shape[1:])], dim=2).flatten(0, 1)
         if rope is not None:
             rope = rope[windows.flatten(0, 1)][:, None]  # [B K, 1, W, E]: the same for all heads
-        for index, block in enumerate(self._blocks):
-            with self._gradients(index):
-                if self._recompute(index):
-                    tokens = _recomputed(_run_block, block, tokens, rope)
-                else:
-                    tokens = _run_block(block, tokens, rope)
+        tokens = self._through_blocks(tokens, rope)
         with self._gradients(self.depth - 1):
             found: Tensor = self.net.norm(tokens)[:, self.num_prefix_tokens :]
         return found.unflatten(0, windows.shape[:2])
@@ -302,6 +291,15 @@ class DinoBackbone(nn.Module):
         if rope.periods.dtype != torch.float32:  # a wrapper (FSDP) has cast the buffers; their values fit into bfloat16
             set_rope_periods(self.net, rope.periods)
         return rope.get_embed(shape=grid)
+
+    def _through_blocks(self, tokens: Tensor, rope: Tensor | None) -> Tensor:
+        for index, block in enumerate(self._blocks):
+            with self._gradients(index):
+                if self._recompute(index):
+                    tokens = _recomputed(_run_block, block, tokens, rope)
+                else:
+                    tokens = _run_block(block, tokens, rope)
+        return tokens
 
     def _finish(self, tokens: Tensor, grid: tuple[int, int]) -> DinoFeatures:
         with self._gradients(self.depth - 1):

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 LOSSES = ("pixels", "asked", "frame", "agreement", "moments")
 FLAT = 0.1  # standard deviation of a patch, in units of the whole image's, below which its detail is noise
 PLAIN = (0, 1)  # brightness and contrast that change nothing
-CHANGED = 0.2  # deviation of a pixel from its video's mean, in the same units, that gets weight 0.5; noise is far below
+CHANGED = 0.2  # a pixel's deviation from its video's median, in the same units, that gets weight 0.5; noise is less
 MARK = 16  # changed pixels from which on a patch has full weight
 OFTEN = 0.25  # quantile over a video's moments by which a place changes: what passes by leaves most moments as they are
 STILL = 0.1  # share of a patch's weight, at that quantile, below which it does not change
@@ -106,14 +106,13 @@ def view_of(images: Tensor, moved: tuple[int, int], colour: tuple[Tensor | int, 
     return images[:, :, rows][..., columns] * colour[1] + colour[0]
 
 
-def _moved(places: Tensor, move: tuple[int, int], patch_size: int, side: int) -> tuple[Tensor, Tensor]:
-    """The patches nearest to places [V, K] of a grid in a view moved by (down, right) pixels, and whether it holds
-    them."""
-    row, column = (
-        place + round(by / patch_size) for place, by in zip((places // side, places % side), move, strict=True)
-    )
-    inside = (row >= 0) & (row < side) & (column >= 0) & (column < side)
-    return row.clamp(0, side - 1) * side + column.clamp(0, side - 1), inside
+def moved_patches(places: Tensor, by: tuple[int, int], patch_size: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The patches nearest to places (numbers in a grid of h x w, of any shape) of what is moved by (down, right)
+    pixels, and whether the grid holds them; beyond its edge the nearest inside."""
+    (h, w), (down, right) = grid, (round(move / patch_size) for move in by)
+    row, column = places // w + down, places % w + right
+    inside = (row >= 0) & (row < h) & (column >= 0) & (column < w)
+    return row.clamp(0, h - 1) * w + column.clamp(0, w - 1), inside
 
 
 def _deviations(values: Tensor, video: Tensor) -> Tensor:
@@ -208,11 +207,8 @@ class _TwoViews:
 
     def in_second(self, at: Tensor) -> tuple[Tensor, Tensor]:
         """The patch of the second view that is nearest to the place of `at` in the first, and whether it is inside."""
-        (h, w), moves = self.grid, self.moves
-        row = (at // w + (moves[1][0] - moves[0][0]) / self.patch_size).round().long()
-        column = (at % w + (moves[1][1] - moves[0][1]) / self.patch_size).round().long()
-        inside = (row >= 0) & (row < h) & (column >= 0) & (column < w)
-        return row.clamp(0, h - 1) * w + column.clamp(0, w - 1), inside
+        (down, right), (down_2, right_2) = self.moves
+        return moved_patches(at, (down_2 - down, right_2 - right), self.patch_size, self.grid)
 
 
 @model_part
@@ -248,8 +244,8 @@ class SelfSupervisedModule(System):
         optimizer: AdamW,
         weights: Mapping[str, float],
         asked_patches: int = 12,
-        temperature: float = 0.2,
-        shift: int = 24,
+        temperature: float = 0.1,
+        shift: int = 4,
         changes: float = 0.0,
     ) -> None:
         super().__init__(optimizer)
@@ -265,7 +261,8 @@ class SelfSupervisedModule(System):
         self._sums: dict[str, list[float]] = {}
 
     def losses(self, batch: FramesBatch, seed: int) -> dict[str, Tensor]:
-        """Losses by name; the seed decides what is hidden, shifted and queried."""
+        """Losses by name, without *moments* where its weight is 0; the seed decides what is hidden, shifted and
+        queried."""
         network, backbone = self.network, self.network.backbone
         random = torch.Generator().manual_seed(seed)
         images = normalised(batch.frames, backbone.mean, backbone.std)
@@ -290,13 +287,16 @@ class SelfSupervisedModule(System):
             said = network.asked_head(backbone.query(network.cue(target[..., -3:]), kv))
         small = F.adaptive_avg_pool2d(both, THUMBNAIL).flatten(1)
         two = _TwoViews(features.patches, features.grid, hidden, moves, backbone.patch_size)
-        return {
+        losses = {
             "pixels": self._error(network.patch_head(features.patches).float(), wanted, weight),
             "asked": self._error(said.float(), target, at_places(weight, asked)),
             "frame": F.mse_loss(network.frame_head(features.cls).float(), small),
             "agreement": self._agreement(two, detail, random),
-            "moments": self._moments(images, changes, batch.video, random),
         }
+        if self.weights["moments"]:  # it alone needs passes of its own
+            with short_attention(images.device, hidden[0].shape[1]):
+                losses["moments"] = self._moments(images, changes, batch.video, random)
+        return losses
 
     def _weights(self, seen: Tensor) -> tuple[Tensor, Tensor]:
         """Of what is predicted of each patch of both views, [2M, N, 3PP + 3], and how much of each changes [2M, N],
@@ -360,7 +360,7 @@ class SelfSupervisedModule(System):
             images: [M, 3, S, S]. changes: of their pixels [M, 1, S, S], see `changes_of`. video: [M].
         """
         backbone = self.network.backbone
-        size = backbone.patch_size
+        size, side = backbone.patch_size, images.shape[-1] // backbone.patch_size
         changed = self._changed(F.unfold(changes, size, stride=size).transpose(1, 2))
         often = torch.stack([changed[video == one].quantile(OFTEN, dim=0) for one in range(int(video.max()) + 1)])
         places = self._drawn(often.masked_fill(often < STILL, 0.0), random)  # [V, K]
@@ -370,8 +370,8 @@ class SelfSupervisedModule(System):
         for encode in (backbone.forward_windows, self._of_whole_frames):
             move = self._move(images.shape[-1], random)
             view = view_of(images, move, self._colour(video, random))
-            moved, inside = _moved(places, move, size, images.shape[-1] // size)
-            windows, own = windows_of(moved, images.shape[-1] // size)
+            moved, inside = moved_patches(places, move, size, (side, side))
+            windows, own = windows_of(moved, side)
             tokens = self.network.moments_head(encode(view, windows[video])).float()  # [M, K, W, E]
             at = own[video][..., None, None].expand(-1, -1, 1, tokens.shape[-1])
             views.append((tokens.gather(2, at)[:, :, 0], tokens.mean(2)))

@@ -35,10 +35,10 @@ from keygrip.training.optimizers import AdamW
 WEIGHTS = dict.fromkeys(LOSSES, 1.0)
 
 
-def module(**changes: float) -> SelfSupervisedModule:
+def module(weights: dict[str, float] = WEIGHTS, **changes: float) -> SelfSupervisedModule:
     torch.manual_seed(0)
     network = SelfSupervisedEncoder(small_backbone("tiny"), width=32)
-    return SelfSupervisedModule(network, FramesCollator(), AdamW(1e-3), WEIGHTS, **changes)  # type: ignore[arg-type]
+    return SelfSupervisedModule(network, FramesCollator(), AdamW(1e-3), weights, **changes)  # type: ignore[arg-type]
 
 
 def video(frames: int, key: str, said: str = "7") -> VideoTextSample:
@@ -175,6 +175,13 @@ def test_every_loss_falls_on_the_frames_it_learns() -> None:
         optimizer.step()
     after = held()
     assert {name: after[name] < 0.97 * before[name] for name in LOSSES} == dict.fromkeys(LOSSES, True), (before, after)
+
+
+def test_moments_of_no_weight_cost_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = module(WEIGHTS | {"moments": 0.0})
+    monkeypatch.setattr(trained.network.backbone, "forward_windows", None)
+    batch = FramesBatch(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.tensor([0, 0]))
+    assert set(trained.losses(batch, 0)) == set(LOSSES) - {"moments"}
 
 
 def test_what_changes_over_a_video_is_what_counts() -> None:
