@@ -47,10 +47,10 @@ demo: install ## record simulated demonstrations, train on them, evaluate in clo
 	$(PYTHON) -m keygrip.demo
 
 test: install ## all quick tests
-	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu and $(HERE)"
+	$(PYTEST) -n $(WORKERS) --dist worksteal -m "not slow and not gpu and $(HERE)"
 
 test-all: install ## slow ones and those that need a GPU too
-	$(PYTEST) -n $(WORKERS) -m "$(HERE)"
+	$(PYTEST) -n $(WORKERS) --dist worksteal -m "$(HERE)"
 
 # In an environment of its own: the client wants numpy below 2.
 openpi: install ## the policy server against the real openpi-client, installed in .venv-openpi

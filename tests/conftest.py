@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import logging
 import os
 import subprocess
@@ -16,6 +18,42 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SUPPORT = ROOT / "tests" / "support"
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """The collector need not look at a million objects of imported libraries again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries look at the end for what was left behind
+
+
+@pytest.fixture(scope="session", autouse=True)
+def parsed_once() -> Iterator[None]:
+    """Hydra parses a configuration file at each of the thousand compositions of a session: here it does it once."""
+    from hydra._internal.core_plugins.file_config_source import FileConfigSource
+    from hydra.plugins.config_source import ConfigResult
+
+    load, known = FileConfigSource.load_config, {}
+
+    def load_config(self: FileConfigSource, config_path: str) -> ConfigResult:
+        file = Path(self.path, self._normalize_file_name(config_path))
+        if not file.is_file():
+            return load(self, config_path)
+        key = (self.provider, self.path, config_path, file.stat().st_mtime_ns, file.stat().st_size)
+        if key not in known:
+            known[key] = load(self, config_path)
+        found = copy.copy(known[key])
+        found.config = copy.deepcopy(found.config)
+        found.header = dict(found.header)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileConfigSource, "load_config", load_config)
+        yield
 
 
 @pytest.fixture(autouse=True)

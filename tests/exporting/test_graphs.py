@@ -45,7 +45,7 @@ def graph(variant: str = "tiny", **options: Any) -> ExportGraph:
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({}, id="design"),
+        pytest.param({}, id="design", marks=pytest.mark.slow),  # that of ONNX below begins with the same export
         pytest.param(TUNED | {"arms": ("left", "right")}, id="tuned, two arms", marks=pytest.mark.slow),
         pytest.param(
             {

@@ -32,6 +32,7 @@ VARIANTS = (
     "volume_query_language",
     "volume_query_tuned",
 )  # of modules that are here anyway
+BASELINES = ("coordinate_regression", "pooled_vlm", "patch_dit_base", "vlm_encoder_pretraining")
 # Options that change what a model is given.
 OPTIONS = {
     "volume_query_of_two_views": (
@@ -104,7 +105,7 @@ EVALUATE = {
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name in (*VARIANTS, *OPTIONS) else [])
+        pytest.param(name, marks=[pytest.mark.slow] if name in (*VARIANTS, *BASELINES, *OPTIONS) else [])
         for name in (*MODELS, *OPTIONS)
     ],
 )

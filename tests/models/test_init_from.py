@@ -15,9 +15,15 @@ from keygrip.models.volume_query.module import VolumeQueryModule
 QUICK = ("callbacks.ema=null", "logger=none", "data.num_workers=0", "data.batch_size=2", "limit_val_batches=1")
 
 
-def test_a_policy_starts_from_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The setting that has the tests record into one folder, so that what two of them need is recorded once."""
+    return f"data.record.folder={tmp_path_factory.mktemp('recordings')}"
+
+
+def test_a_policy_starts_from_another_run(recordings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    common = ["model=volume_query", *VolumeQueryModule.toy_overrides, *QUICK]
+    common = ["model=volume_query", *VolumeQueryModule.toy_overrides, *QUICK, recordings]
     keygrip.train([*common, "max_steps=2", "run_dir=first"])
     start = ["optimizer.lr=1e-12", "model.init_from=first", "seed=7", "max_steps=1"]
     keygrip.train([*common, *start, "run_dir=second"])
@@ -36,9 +42,11 @@ def test_a_policy_starts_from_another_run(tmp_path: Path, monkeypatch: pytest.Mo
         keygrip.train(other)
 
 
-def test_new_words_come_beside_those_of_the_other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_words_come_beside_those_of_the_other_run(
+    recordings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    common = ["model=volume_query_language", *VolumeQueryModule.toy_overrides, *QUICK, "max_steps=1"]
+    common = ["model=volume_query_language", *VolumeQueryModule.toy_overrides, *QUICK, recordings, "max_steps=1"]
     keygrip.train([*common, "run_dir=first"])
     keygrip.train([*common, "data.record.task.name=pick", "model.init_from=first", "run_dir=second"])
     reach, pick = (keygrip.load(name).network.instruction_encoder for name in ("first", "second"))

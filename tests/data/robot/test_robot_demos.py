@@ -571,6 +571,7 @@ def test_other_options_lie_in_another_folder(tmp_path: Path) -> None:
     assert recording(tmp_path, hz=10).root == plain
 
 
+@pytest.mark.slow
 def test_the_simulator_is_not_imported_for_folders(native_root: Path) -> None:
     program = (
         "import sys; from hydra.utils import instantiate; from keygrip.config import compose\n"
@@ -679,7 +680,9 @@ def fit(module: Watcher, data: RobotDemos, checkpoint: Path | None = None, **sch
     return module
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "schedule", ["steps", *(pytest.param(n, marks=pytest.mark.slow) for n in ("epochs", "accumulation"))]
+)
 def test_resumed_training_sees_what_uninterrupted_training_sees(
     schedule: str, tmp_path: Path, native_root: Path, robot_demos: Make
 ) -> None:

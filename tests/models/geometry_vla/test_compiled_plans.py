@@ -115,6 +115,7 @@ def test_making_ready_leaves_the_noise_of_plans_as_it_is(tmp_path: Path) -> None
     assert_equal_plans(policy.plan(observation()), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("captured")
 def test_what_failed_to_compile_is_not_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = replace(ready_module(tmp_path).policy(), compiled=True)
@@ -131,6 +132,7 @@ def test_what_failed_to_compile_is_not_ready(tmp_path: Path, monkeypatch: pytest
     assert graphs() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("captured")
 def test_a_policy_that_is_loaded_compiles_before_its_first_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -238,6 +238,7 @@ def test_a_mixture_of_robots_is_normalised_by_each_ones_own_recordings(
     assert (plans[1].position.min(axis=1) > plans[0].position.max(axis=1))[..., [0, 2]].all()
 
 
+@pytest.mark.slow
 def test_a_dry_run_is_of_one_process_of_several(
     overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
