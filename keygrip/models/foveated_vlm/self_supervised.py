@@ -54,6 +54,7 @@ MARK = 16  # changed pixels from which on a patch has full weight
 OFTEN = 0.25  # quantile over a video's moments by which a place changes: what passes by leaves most moments as they are
 STILL = 0.1  # share of a patch's weight, at that quantile, below which it does not change
 WINDOW = 3  # patches along a side
+ALIKE = 6  # moments among which a place finds its own, itself among them
 THUMBNAIL = 16  # side in pixels of the frame that CLS predicts
 
 
@@ -136,6 +137,19 @@ def changes_of(images: Tensor, video: Tensor) -> Tensor:
     usual = torch.stack([_median(images[video == one]) for one in range(int(video.max()) + 1)])
     squared = (images - usual[video]).square().mean(1, keepdim=True)
     return squared / (squared + CHANGED**2)
+
+
+def alike_moments(images: Tensor, video: Tensor) -> Tensor:
+    """bool [M, M]: of each frame [M, 3, S, S] the `ALIKE` frames of its video that look most like it as a whole, itself
+    among them.
+
+    Moments that differ in what takes much room (where the arm is) could be told apart by that alone.
+    """
+    flat = images.flatten(1)
+    distance = torch.cdist(flat, flat).masked_fill(video[:, None] != video, torch.inf)
+    distance.fill_diagonal_(-1.0)
+    rank = distance.argsort(dim=1).argsort(dim=1)
+    return (rank < ALIKE) & (video[:, None] == video)
 
 
 def _median(values: Tensor) -> Tensor:
@@ -378,12 +392,13 @@ class SelfSupervisedModule(System):
             counts = counts & inside
         if not counts.any():
             return torch.stack([values.sum() * 0.0 for view in views for values in view]).sum()
-        losses = []
+        losses, alike = [], alike_moments(images, video)
         for first, second in zip(*views, strict=True):
             logits = torch.einsum("mke,nke->mkn", _deviations(first, video), _deviations(second, video))
-            logits = (logits / self.temperature).masked_fill((video[:, None] != video)[:, None], -torch.inf)
             wanted = torch.arange(len(video), device=video.device)[:, None].expand(-1, places.shape[1])[counts[video]]
-            losses += [F.cross_entropy(each[counts[video]], wanted) for each in (logits, logits.permute(2, 1, 0))]
+            for each in (logits, logits.permute(2, 1, 0)):
+                among = (each / self.temperature).masked_fill(~alike[:, None], -torch.inf)
+                losses.append(F.cross_entropy(among[counts[video]], wanted))
         return torch.stack(losses).mean()
 
     def _of_whole_frames(self, images: Tensor, windows: Tensor) -> Tensor:

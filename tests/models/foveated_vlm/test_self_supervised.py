@@ -23,6 +23,7 @@ from keygrip.models.foveated_vlm.self_supervised import (
     SelfSupervisedEncoder,
     SelfSupervisedModule,
     _TwoViews,
+    alike_moments,
     changes_of,
     patches_of,
     targets_of,
@@ -133,6 +134,16 @@ def test_moments_are_told_apart_by_what_changes_at_a_place_and_by_nothing_else(m
     passing[:, 9] = patches[:, 9]  # what passes by is not asked about
     assert loss(passing) < 1e-3
     assert trained._moments(images, torch.zeros_like(changes), video, generator) == 0.0  # nothing changes
+
+
+def test_a_moment_is_found_among_those_that_look_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two poses that take the whole frame, and a small mark: the moments of the same pose are the candidates."""
+    monkeypatch.setattr("keygrip.models.foveated_vlm.self_supervised.ALIKE", 2)
+    poses = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = poses[[0, 1, 0, 1, 0]]
+    images[2:, :, :4, :4] += 1.0
+    alike = alike_moments(images, torch.tensor([0, 0, 0, 0, 1]))
+    assert [row.nonzero()[:, 0].tolist() for row in alike] == [[0, 2], [1, 3], [0, 2], [1, 3], [4]]
 
 
 def test_a_place_that_a_view_has_lost_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
