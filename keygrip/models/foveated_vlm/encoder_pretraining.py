@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from keygrip.data.batches import Movable, VideoTextBatch, VideoTextSample, normalised, stack_frames
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.nn.short_attention import short_attention
+from keygrip.models.nn.standardise import RunningStandardisation
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
 from keygrip.training.system import System
@@ -170,9 +171,13 @@ class EncoderPretraining(nn.Module):
         colours: C.
         weight_std: random matrices of the blocks begin with this standard deviation; None: as the backbone makes them
             (0.02, right for the widths of DINO, at 128 attention is uniform for long).
+        standardise: heads see features less their mean over their spread, as probes of frozen features do (He et al.
+            2022, arXiv:2111.06377, appendix A.1): what a few numbers of small spread say is else learned too slowly.
     """
 
-    def __init__(self, backbone: DinoBackbone, colours: int, weight_std: float | None = None) -> None:
+    def __init__(
+        self, backbone: DinoBackbone, colours: int, weight_std: float | None = None, standardise: bool = False
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         if weight_std is not None:
@@ -186,6 +191,12 @@ class EncoderPretraining(nn.Module):
         self.cls_head = nn.Linear(backbone.embed_dim, colours + DIGITS)
         self.asked_head = nn.Linear(backbone.embed_dim, DIGITS)
         self.asking_queries = nn.Parameter(torch.randn(colours, backbone.embed_dim))
+        self.standards = nn.ModuleDict(
+            {
+                name: RunningStandardisation(backbone.embed_dim) if standardise else nn.Identity()
+                for name in ("patches", "cls", "found")
+            }
+        )
         self.colours = colours
 
     def forward(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[int, int]]:
@@ -193,8 +204,12 @@ class EncoderPretraining(nn.Module):
         DIGITS], of each colour's query), and the grid."""
         features, kv = self.backbone.forward_with_kv(images)
         found = self.backbone.query(self.asking_queries.expand(len(images), -1, -1), kv)
-        of_patches = self.patch_head(features.patches).float().split(list(self.sizes.values()), dim=-1)
-        of_frame = self.cls_head(features.cls).float().split([self.colours, DIGITS], dim=-1)
+        patches, cls, found = (
+            self.standards[name](values.float().flatten(0, -2)).view(values.shape)
+            for name, values in (("patches", features.patches), ("cls", features.cls), ("found", found))
+        )
+        of_patches = self.patch_head(patches).float().split(list(self.sizes.values()), dim=-1)
+        of_frame = self.cls_head(cls).float().split([self.colours, DIGITS], dim=-1)
         names = ("colour", "digit")
         return (
             dict(zip(self.sizes, of_patches, strict=True)),

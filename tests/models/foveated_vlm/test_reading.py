@@ -91,6 +91,20 @@ def test_a_small_reader_learns_its_frames() -> None:
     assert {name: int(good) == int(count) > 0 for name, (good, count) in right.items()} == dict.fromkeys(weights, True)
 
 
+def test_standardised_heads_see_how_features_differ_and_not_how_much() -> None:
+    said = []
+    for spread, offset in ((1.0, 0.0), (0.1, 1.0)):
+        torch.manual_seed(0)
+        network = EncoderPretraining(small_backbone("tiny"), 2, standardise=True)
+        with torch.no_grad():
+            network.backbone.net.norm.weight.fill_(spread)
+            network.backbone.net.norm.bias.fill_(offset)
+        images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+        said.append(network(images)[0]["digit"])
+    assert said[0].std() > 0.1
+    torch.testing.assert_close(said[1], said[0], atol=1e-3, rtol=0)
+
+
 def test_weights_must_name_every_loss() -> None:
     network, collator = EncoderPretraining(small_backbone("tiny"), 2), EncoderPretrainingCollator(COLOURS)
     with pytest.raises(ValueError, match="must name exactly"):
