@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = list(compose("bench").gpu)
 # The others run the same code on the same toy network.
 DISTINCT = [name for name in PARTS if name not in ("train_vlm_360m", "vlm_loss_kernels", "volume_loss", "dit_sampler")]
-LONGEST = ("server", "train_dit")
+LONGEST = ("server", "train_dit", "train_vlm_135m", "vlm_memory", "vlm_stream")
 
 
 class TestParts:
@@ -68,6 +68,7 @@ class TestParts:
             elif hasattr(part, "overrides"):
                 compose("train", part.overrides)
 
+    @pytest.mark.slow
     def test_memory_that_is_too_small_ends_the_search(self, monkeypatch: pytest.MonkeyPatch) -> None:
         part = instantiate(compose("bench").gpu.train_volume_query, _convert_="all")
         part = replace(part, overrides=part.toy_overrides, batch=2, max_batch=64, compiled=False)

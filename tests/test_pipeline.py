@@ -166,6 +166,7 @@ def test_evaluate_reports_open_and_closed_loop(trained: Path, tmp_path: Path) ->
         evaluate.run(compose("evaluate", ["checkpoint=/nowhere"]))
 
 
+@pytest.mark.slow
 def test_a_policy_on_a_frozen_text_tower_is_judged_where_its_folder_was_recorded(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     from tiny_text_tower import write_text_tower

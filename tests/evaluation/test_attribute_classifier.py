@@ -41,6 +41,7 @@ def shards(root: Path) -> ImageShards:
     return data
 
 
+@pytest.mark.slow
 def test_a_trained_classifier_finds_cubes_and_names_their_colours(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     data, encoders = shards(root), small_encoders()
     with caplog.at_level("INFO"):

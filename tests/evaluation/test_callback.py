@@ -81,6 +81,7 @@ def test_the_environment_is_that_of_the_recording(tmp_path: Path) -> None:
     assert (module.training, module.frozen.training) == (True, False)  # as before the policy was looked at
 
 
+@pytest.mark.slow
 def test_two_arms_are_judged_with_two_arms(tmp_path: Path) -> None:
     root = recorded(tmp_path / "handover", task={"name": "handover"}, image_size=64, hz=10.0)
     both = ("data.arms=[left,right]", root)

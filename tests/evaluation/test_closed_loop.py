@@ -189,6 +189,7 @@ def test_processes_of_an_evaluation_leave_ctrl_c_to_the_first_one() -> None:
     assert signal.getsignal(signal.SIGINT) == before
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_ends_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     running: list[Any] = []
 

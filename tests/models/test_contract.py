@@ -33,6 +33,7 @@ VARIANTS = (
     "volume_query_tuned",
 )  # of modules that are here anyway
 BASELINES = ("coordinate_regression", "pooled_vlm", "patch_dit_base", "vlm_encoder_pretraining")
+STAGES = ("depth_reader", "image_autoencoder")
 # Options that change what a model is given.
 OPTIONS = {
     "volume_query_of_two_views": (
@@ -105,7 +106,7 @@ EVALUATE = {
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name in (*VARIANTS, *BASELINES, *OPTIONS) else [])
+        pytest.param(name, marks=[pytest.mark.slow] if name in (*VARIANTS, *BASELINES, *STAGES, *OPTIONS) else [])
         for name in (*MODELS, *OPTIONS)
     ],
 )

@@ -113,6 +113,7 @@ def test_other_settings_do_not_mix_into_a_folder(serial: Path) -> None:
         record(TaskOptions(name="pick", region="left"), serial, 4, image_size=SIZE, progress=False)
 
 
+@pytest.mark.slow
 def test_failed_episodes_are_dropped_counted_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expert = recorder.expert_actions
 

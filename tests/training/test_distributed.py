@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import keygrip
 from keygrip.training.checkpoints import read_checkpoint
 
 CONF = str(Path(__file__).parents[1] / "support" / "conf")
@@ -17,6 +18,7 @@ TOY = [
     *("--config-dir", CONF, "model=toy", "data=toy", "logger=none", "max_steps=13", "val_every_n_steps=4"),
     *("model.dropout=0", "strategy.precision=32-true"),
 ]
+HERE = (f"hydra.searchpath=[file://{CONF}]", *TOY[2:])  # in this process
 FSDP = ("strategy=fsdp", "strategy.accelerator=cpu", "strategy.devices=2")
 
 
@@ -30,13 +32,20 @@ def assert_same_weights(left: Path, right: Path) -> None:
 
 
 def test_two_processes_train_the_weights_of_one(command: Callable[..., Any], tmp_path: Path) -> None:
-    """Also: jobs of a sweep that use several devices work as processes of their own, side by side."""
+    assert keygrip.train([*HERE, "strategy=cpu", f"run_dir={tmp_path / 'one'}"])["status"] == "finished"
+    done = command("keygrip.train", *TOY, "strategy=ddp_cpu", "run_dir=two")
+    assert done.returncode == 0, done.stderr
+    assert_same_weights(tmp_path / "one", tmp_path / "two")
+    metrics = [json.loads((tmp_path / run / "result.json").read_text())["metrics"] for run in ("one", "two")]
+    assert metrics[0]["val/loss"] == pytest.approx(metrics[1]["val/loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_jobs_of_a_sweep_that_use_several_devices_run_side_by_side(command: Callable[..., Any], tmp_path: Path) -> None:
     launcher = ("hydra/launcher=processes", "hydra.launcher.jobs_at_once=2", "hydra.sweep.dir=sweep")
     done = command("keygrip.train", "-m", *TOY, *launcher, "strategy=cpu,ddp_cpu")
     assert done.returncode == 0, done.stderr
     assert_same_weights(tmp_path / "sweep" / "0", tmp_path / "sweep" / "1")
-    metrics = [json.loads((tmp_path / "sweep" / job / "result.json").read_text())["metrics"] for job in "01"]
-    assert metrics[0]["val/loss"] == pytest.approx(metrics[1]["val/loss"], abs=1e-5)
 
 
 @pytest.mark.slow

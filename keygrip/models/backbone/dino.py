@@ -167,28 +167,13 @@ class DinoBackbone(nn.Module):
     def forward(self, images: Tensor) -> DinoFeatures:
         """[B, 3, H, W] -> normed features. Raises ValueError where H or W does not divide by the patch."""
         tokens, rope, grid = self._embed(images)
-        return self._finish(self._through_blocks(tokens, rope), grid)
-
-    def forward_windows(self, images: Tensor, windows: Tensor) -> Tensor:
-        """Normed features [B, K, W, D] of patches whose attention ends at a window's border.
-
-        Prefix tokens belong to each window by itself. Patches keep their place in the image; convolutions of the stem
-        see beyond the border.
-
-        Args:
-            images: [B, 3, H, W]. windows: int64 [B, K, W], numbers of the patches of each window, counted row by row.
-        """
-        tokens, rope, _ = self._embed(images)
-        prefix, patches = tokens.split([self.num_prefix_tokens, tokens.shape[1] - self.num_prefix_tokens], dim=1)
-        chosen = patches.gather(1, windows.flatten(1)[..., None].expand(-1, -1, patches.shape[-1]))
-        prefix = prefix[:, None].expand(-1, windows.shape[1], -1, -1)
-        tokens = torch.cat([prefix, chosen.unflatten(1, windows.shape[1:])], dim=2).flatten(0, 1)
-        if rope is not None:
-            rope = rope[windows.flatten(0, 1)][:, None]  # [B K, 1, W, E]: the same for all heads
-        tokens = self._through_blocks(tokens, rope)
-        with self._gradients(self.depth - 1):
-            found: Tensor = self.net.norm(tokens)[:, self.num_prefix_tokens :]
-        return found.unflatten(0, windows.shape[:2])
+        for index, block in enumerate(self._blocks):
+            with self._gradients(index):
+                if self._recompute(index):
+                    tokens = _recomputed(_run_block, block, tokens, rope)
+                else:
+                    tokens = _run_block(block, tokens, rope)
+        return self._finish(tokens, grid)
 
     def forward_with_kv(self, images: Tensor) -> tuple[DinoFeatures, list[BlockKV]]:
         """As `forward`, and the keys and values of all tokens at every block, for `query`."""
@@ -291,15 +276,6 @@ class DinoBackbone(nn.Module):
         if rope.periods.dtype != torch.float32:  # a wrapper (FSDP) has cast the buffers; their values fit into bfloat16
             set_rope_periods(self.net, rope.periods)
         return rope.get_embed(shape=grid)
-
-    def _through_blocks(self, tokens: Tensor, rope: Tensor | None) -> Tensor:
-        for index, block in enumerate(self._blocks):
-            with self._gradients(index):
-                if self._recompute(index):
-                    tokens = _recomputed(_run_block, block, tokens, rope)
-                else:
-                    tokens = _run_block(block, tokens, rope)
-        return tokens
 
     def _finish(self, tokens: Tensor, grid: tuple[int, int]) -> DinoFeatures:
         with self._gradients(self.depth - 1):

@@ -12,17 +12,14 @@ Five losses, each from pixels:
   arXiv:2011.09157): the features of one place in two views of a frame (shifted, recoloured, with other patches hidden)
   are positives. Patches of other frames are negatives, so that features keep what differs between the frames of a
   video, wherever in its patch it lies.
-- **moments** (InfoNCE over time): of a place that changes all the time, a window of patches that is encoded by itself
-  and the same patches in the whole frame, both of one moment, are positives; the other moments of the same place are
-  the only negatives. What stays there (the object, its colour, the table) cannot tell them apart, and what the window
-  does not show (where the gripper is) neither: features must keep what changes there. Local against global views are
-  those of Caron et al. 2021, arXiv:2104.14294.
+- **moments** (InfoNCE over time; `keygrip.models.foveated_vlm.moments`): of a place that changes between frames which
+  otherwise look alike, a crop that is encoded by itself and the place in the whole frame, both of one moment.
 - **frame**: CLS predicts the whole frame at a low resolution.
 
 A run of it is a source of backbone weights like any other (`backbone.init_from=runs/...`).
 
 Legend: M frames, N = h * w patches, P pixels of a patch's side, D backbone width, K chosen patches of a frame (places
-of a video), V videos.
+of a video), V videos, W patches of a window, E numbers of a feature.
 """
 
 from __future__ import annotations
@@ -38,6 +35,16 @@ from torch import Tensor, nn
 
 from keygrip.data.batches import Movable, VideoTextBatch, VideoTextSample, normalised, stack_frames
 from keygrip.models.backbone import DinoBackbone
+from keygrip.models.foveated_vlm.moments import (
+    MARK,
+    alike_moments,
+    changed_patches,
+    changes_of,
+    moments_loss,
+    often_changed,
+    varied_crops,
+    windows_of,
+)
 from keygrip.models.nn.short_attention import short_attention
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
@@ -49,12 +56,6 @@ if TYPE_CHECKING:
 LOSSES = ("pixels", "asked", "frame", "agreement", "moments")
 FLAT = 0.1  # standard deviation of a patch, in units of the whole image's, below which its detail is noise
 PLAIN = (0, 1)  # brightness and contrast that change nothing
-CHANGED = 0.2  # a pixel's deviation from its video's median, in the same units, that gets weight 0.5; noise is less
-MARK = 16  # changed pixels from which on a patch has full weight
-OFTEN = 0.25  # quantile over a video's moments by which a place changes: what passes by leaves most moments as they are
-STILL = 0.1  # share of a patch's weight, at that quantile, below which it does not change
-WINDOW = 3  # patches along a side
-ALIKE = 6  # moments among which a place finds its own, itself among them
 THUMBNAIL = 16  # side in pixels of the frame that CLS predicts
 
 
@@ -116,56 +117,9 @@ def moved_patches(places: Tensor, by: tuple[int, int], patch_size: int, grid: tu
     return row.clamp(0, h - 1) * w + column.clamp(0, w - 1), inside
 
 
-def _deviations(values: Tensor, video: Tensor) -> Tensor:
-    """What differs at each place [M, K, E] from its mean over the moments of its video, of length 1: the mean is nearly
-    all of a new network's features, and would make all moments alike."""
-    lengths = torch.bincount(video)
-    mean = values.new_zeros(len(lengths), *values.shape[1:]).index_add_(0, video, values)
-    return F.normalize(values - (mean / lengths.clamp_min(1)[:, None, None])[video], dim=-1)
-
-
 def at_places(values: Tensor, places: Tensor) -> Tensor:
     """[M, K, F] the values [M, N, F] of the patches `places` [M, K]."""
     return values.gather(1, places[..., None].expand(-1, -1, values.shape[-1]))
-
-
-def changes_of(images: Tensor, video: Tensor) -> Tensor:
-    """How much each pixel of [M, 3, S, S] differs from its median over its video's frames: [M, 1, S, S] in 0 to 1.
-
-    Not from the mean: what passes by does not change the moments in which it is elsewhere.
-    """
-    usual = torch.stack([_median(images[video == one]) for one in range(int(video.max()) + 1)])
-    squared = (images - usual[video]).square().mean(1, keepdim=True)
-    return squared / (squared + CHANGED**2)
-
-
-def alike_moments(images: Tensor, video: Tensor) -> Tensor:
-    """bool [M, M]: of each frame [M, 3, S, S] the `ALIKE` frames of its video that look most like it as a whole, itself
-    among them.
-
-    Moments that differ in what takes much room (where the arm is) could be told apart by that alone.
-    """
-    flat = images.flatten(1)
-    distance = torch.cdist(flat, flat).masked_fill(video[:, None] != video, torch.inf)
-    distance.fill_diagonal_(-1.0)
-    rank = distance.argsort(dim=1).argsort(dim=1)
-    return (rank < ALIKE) & (video[:, None] == video)
-
-
-def _median(values: Tensor) -> Tensor:
-    """Over the first dimension; of an even number the mean of the middle two."""
-    ordered, middle = values.sort(0).values, len(values) // 2
-    return (ordered[middle] + ordered[(len(values) - 1) // 2]) / 2
-
-
-def windows_of(places: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Patches [V, K, W] of the windows of `WINDOW` x `WINDOW` patches around places [V, K] in a grid of `side` x
-    `side`, moved inside where they would reach beyond its edge; and which of them each place is [V, K]."""
-    wide = min(WINDOW, side)
-    row, column = ((place - wide // 2).clamp(0, side - wide) for place in (places // side, places % side))
-    steps = torch.arange(wide, device=places.device)
-    windows = ((row[..., None, None] + steps[:, None]) * side + column[..., None, None] + steps).flatten(2)
-    return windows, (places // side - row) * wide + places % side - column
 
 
 @model_part
@@ -281,7 +235,8 @@ class SelfSupervisedModule(System):
         random = torch.Generator().manual_seed(seed)
         images = normalised(batch.frames, backbone.mean, backbone.std)
         moves = [self._move(images.shape[-1], random) for _ in range(2)]
-        changes = changes_of(images, batch.video)
+        alike = alike_moments(images, batch.video)
+        changes = changes_of(images, alike)
         views, hidden, changed_pixels = [], [], []
         for move in moves:
             views.append(view_of(images, move, self._colour(torch.arange(len(images)), random)))
@@ -309,7 +264,7 @@ class SelfSupervisedModule(System):
         }
         if self.weights["moments"]:  # it alone needs passes of its own
             with short_attention(images.device, hidden[0].shape[1]):
-                losses["moments"] = self._moments(images, changes, batch.video, random)
+                losses["moments"] = self._moments(images, changes, alike, batch.video, random)
         return losses
 
     def _weights(self, seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -320,12 +275,7 @@ class SelfSupervisedModule(System):
         mass = pixels.sum(-1, keepdim=True)
         counts = (mass / MARK).clamp_max(1)
         of_pixels = 1 - self.changes + self.changes * counts * pixels * pixels.shape[-1] / mass.clamp_min(1e-6)
-        return torch.cat([*[of_pixels] * 3, torch.ones_like(of_pixels[..., :3])], dim=-1), self._changed(pixels)
-
-    @staticmethod
-    def _changed(pixels: Tensor) -> Tensor:
-        """How much patches change, in 0 to 1 [2M, N], from how much their pixels do [2M, N, PP]."""
-        return (pixels.sum(-1) / MARK).clamp_max(1).sqrt()
+        return torch.cat([*[of_pixels] * 3, torch.ones_like(of_pixels[..., :3])], dim=-1), changed_patches(pixels)
 
     @staticmethod
     def _error(said: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
@@ -366,43 +316,37 @@ class SelfSupervisedModule(System):
         near &= (frame[:, None] == frame) & ~torch.eye(len(own), dtype=torch.bool, device=at.device)
         return F.cross_entropy(logits.masked_fill(near, -torch.inf), torch.arange(len(own), device=at.device))
 
-    def _moments(self, images: Tensor, changes: Tensor, video: Tensor, random: torch.Generator) -> Tensor:
-        """How well places that change in most moments find their moment among those of their video: from a window that
-        is encoded by itself to the whole frame and back, by the place's own token and by the mean of the window's.
+    def _moments(
+        self, images: Tensor, changes: Tensor, alike: Tensor, video: Tensor, random: torch.Generator
+    ) -> Tensor:
+        """How well places that change find their moment among alike ones, from a crop to the whole frame and back, by
+        the place's own token and by the mean of those around it.
 
         Args:
-            images: [M, 3, S, S]. changes: of their pixels [M, 1, S, S], see `changes_of`. video: [M].
+            images: [M, 3, S, S]. changes: of their pixels [M, 1, S, S]. alike: bool [M, M]. video: [M].
         """
-        backbone = self.network.backbone
-        size, side = backbone.patch_size, images.shape[-1] // backbone.patch_size
-        changed = self._changed(F.unfold(changes, size, stride=size).transpose(1, 2))
-        often = torch.stack([changed[video == one].quantile(OFTEN, dim=0) for one in range(int(video.max()) + 1)])
-        places = self._drawn(often.masked_fill(often < STILL, 0.0), random)  # [V, K]
-        lengths = torch.bincount(video)
-        counts = (often.gather(1, places) >= STILL) & (lengths[:, None] > 1)
-        views = []
-        for encode in (backbone.forward_windows, self._of_whole_frames):
-            move = self._move(images.shape[-1], random)
-            view = view_of(images, move, self._colour(video, random))
-            moved, inside = moved_patches(places, move, size, (side, side))
-            windows, own = windows_of(moved, side)
-            tokens = self.network.moments_head(encode(view, windows[video])).float()  # [M, K, W, E]
-            at = own[video][..., None, None].expand(-1, -1, 1, tokens.shape[-1])
-            views.append((tokens.gather(2, at)[:, :, 0], tokens.mean(2)))
-            counts = counts & inside
+        head, size = self.network.moments_head, self.network.backbone.patch_size
+        often = often_changed(changes, video, size)
+        places = self._drawn(often, random)  # [V, K]
+        near = head(self._of_crops(varied_crops(images, places, video, size, random))).float()
+        side, move = images.shape[-1] // size, self._move(images.shape[-1], random)
+        moved, inside = moved_patches(places, move, size, (side, side))
+        counts = inside & (often.gather(1, places) > 0) & (torch.bincount(video)[:, None] > 1)
+        windows, own = windows_of(moved, side)
+        far = head(self._of_windows(view_of(images, move, self._colour(video, random)), windows[video])).float()
         if not counts.any():
-            return torch.stack([values.sum() * 0.0 for view in views for values in view]).sum()
-        losses, alike = [], alike_moments(images, video)
-        for first, second in zip(*views, strict=True):
-            logits = torch.einsum("mke,nke->mkn", _deviations(first, video), _deviations(second, video))
-            wanted = torch.arange(len(video), device=video.device)[:, None].expand(-1, places.shape[1])[counts[video]]
-            for each in (logits, logits.permute(2, 1, 0)):
-                among = (each / self.temperature).masked_fill(~alike[:, None], -torch.inf)
-                losses.append(F.cross_entropy(among[counts[video]], wanted))
-        return torch.stack(losses).mean()
+            return near.sum() * 0.0 + far.sum() * 0.0
+        at = own[video][..., None, None].expand(-1, -1, 1, far.shape[-1])
+        pairs = ((near[:, :, near.shape[2] // 2], far.gather(2, at)[:, :, 0]), (near.mean(2), far.mean(2)))
+        return torch.stack([moments_loss(*pair, video, alike, counts, self.temperature) for pair in pairs]).mean()
 
-    def _of_whole_frames(self, images: Tensor, windows: Tensor) -> Tensor:
-        """As `DinoBackbone.forward_windows`, of patches that see all others."""
+    def _of_crops(self, crops: Tensor) -> Tensor:
+        """Tokens [M, K, W, D] of crops [M, K, 3, S', S'], each an image by itself."""
+        patches: Tensor = self.network.backbone(crops.flatten(0, 1)).patches
+        return patches.unflatten(0, crops.shape[:2])
+
+    def _of_windows(self, images: Tensor, windows: Tensor) -> Tensor:
+        """Tokens [M, K, W, D] of patches [M, K, W] in whole frames [M, 3, S, S]."""
         patches = self.network.backbone(images).patches
         return at_places(patches, windows.flatten(1)).unflatten(1, windows.shape[1:])
 

@@ -126,7 +126,7 @@ def exchanged_once(demo: Recorded, number: int) -> Recorded:
     ("fault", "joints", "check", "cause", "demos"),
     [
         (mirrored, False, "flipped_images", "images mirrored left-right", 3),
-        (late_once, True, "image_lag", "images 2 frames late", 1),
+        pytest.param(late_once, True, "image_lag", "images 2 frames late", 1, marks=pytest.mark.slow),
         pytest.param(long_lens, True, "registration", "focal length off by", 3, marks=pytest.mark.slow),
         pytest.param(
             cropped,
@@ -136,7 +136,7 @@ def exchanged_once(demo: Recorded, number: int) -> Recorded:
             3,
             marks=pytest.mark.slow,
         ),
-        (moved_once, False, "moved_camera", "camera moved by", 1),
+        pytest.param(moved_once, False, "moved_camera", "camera moved by", 1, marks=pytest.mark.slow),
         (exchanged_once, True, "colour_order", "colour order BGR", 1),
     ],
     ids=lambda value: value.__name__ if callable(value) else None,

@@ -213,6 +213,7 @@ def positions(batch: VideoTextBatch) -> np.ndarray:
     return (batch.frame_mask.sum(1)[batch.video_index] + batch.attention_mask.sum(1)).numpy()
 
 
+@pytest.mark.slow
 def test_less_than_a_tenth_of_the_positions_is_padding_when_tokens_are_counted(corpus: Path) -> None:
     shares = []
     for exact in (True, False):

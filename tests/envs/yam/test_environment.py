@@ -40,7 +40,7 @@ def play(cell: YamCell, actions: np.ndarray) -> tuple[bool, bool, dict[str, Any]
         pytest.param(TaskOptions(name="pick"), marks=pytest.mark.slow),
         TaskOptions(name="pick", object_size_m=0.025),
         pytest.param(TaskOptions(name="pick", object="bar"), marks=pytest.mark.slow),
-        TaskOptions(name="pick_place", distractors=2, varied_shapes=True),
+        pytest.param(TaskOptions(name="pick_place", distractors=2, varied_shapes=True), marks=pytest.mark.slow),
         TaskOptions(name="pick_place", object="bar"),
         TaskOptions(name="stack"),
         TaskOptions(name="peg"),
@@ -209,6 +209,7 @@ def test_success_needs_release(name: str) -> None:
     assert terminated
 
 
+@pytest.mark.slow
 def test_a_bar_needs_its_yaw_and_the_error_is_reported() -> None:
     cell = blind(TaskOptions(name="pick", object="bar"))
     lifted = {0.0: 0, 60.0: 0}

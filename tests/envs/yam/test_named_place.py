@@ -173,6 +173,7 @@ def test_another_cube_in_the_bowl_is_the_wrong_object() -> None:
         assert (info["success"], info["failure_reason"]) == (False, "wrong_object")
 
 
+@pytest.mark.slow
 def test_both_cubes_in_the_bowl_are_no_success() -> None:
     """Putting everything into the bowl would need no instruction."""
     cell = YamCell(LANGUAGE, render_images=False)
@@ -185,6 +186,7 @@ def test_both_cubes_in_the_bowl_are_no_success() -> None:
     assert cell.progress.lifted  # the named one has been there too
 
 
+@pytest.mark.slow
 def test_lifting_another_cube_and_giving_up_is_the_wrong_object() -> None:
     cell = YamCell(LANGUAGE, render_images=False)
     cell.reset(seed=1)

@@ -171,6 +171,7 @@ def test_pictures_become_shards_in_buckets_with_their_truth(tmp_path: Path, cell
         assert np.abs(np.asarray(shown, float) - np.asarray(source, float)).mean() < 6
 
 
+@pytest.mark.slow
 def test_making_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     make_images(tmp_path / "whole", options(tmp_path))
     make_images(tmp_path / "parts", options(tmp_path))

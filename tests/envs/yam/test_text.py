@@ -51,6 +51,7 @@ def test_every_kind_of_question_comes_up(told: list[Any]) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_answers_about_the_scene_follow_from_the_layout(told: list[Any]) -> None:
     for text, source, _ in told:
         objects = {o["colour"]: o for o in source["objects"]}
@@ -140,6 +141,7 @@ def test_a_frame_caption_lists_what_is_visible_from_left_to_right(told: list[Any
         assert across == sorted(across)
 
 
+@pytest.mark.slow
 def test_text_is_the_same_each_time(tmp_path: Path) -> None:
     task = options("pick")
     for name in ("one", "two"):

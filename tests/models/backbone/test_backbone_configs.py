@@ -47,6 +47,7 @@ def test_tiny_is_built_from_its_config():
     assert backbone.mean == (0.485, 0.456, 0.406)
 
 
+@pytest.mark.slow
 def test_importing_the_package_does_not_import_timm():
     code = "import sys, keygrip.models.backbone; print('timm' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -57,26 +57,6 @@ def test_query_from_the_cls_input_is_the_cls_output(small, images, variant):
 
 
 @pytest.mark.parametrize("variant", FAMILIES)
-def test_a_window_of_all_patches_is_the_whole_image_and_others_see_nothing_else(small, images, variant):
-    options = {"stem": "patch"} if variant == "tiny" else {}  # the convolutional one sees across the border
-    backbone = small(variant, **options).double()
-    patch = backbone.patch_size
-    picture = images(4 * patch, 5 * patch).double()
-    everything = torch.arange(20).expand(2, 1, -1)
-    whole = backbone(picture).patches
-    torch.testing.assert_close(backbone.forward_windows(picture, everything)[:, 0], whole, rtol=0, atol=1e-12)
-    windows = torch.tensor([[[0, 1, 5, 6], [8, 9, 13, 14]], [[7, 8, 12, 13], [0, 5, 10, 15]]])
-    found = backbone.forward_windows(picture, windows)
-    assert found.shape == (2, 2, 4, 64)
-    assert (found[0, 0] - whole[0, [0, 1, 5, 6]]).abs().max() > 1e-3
-    changed = picture.clone()
-    changed[0, :, :, 2 * patch : 3 * patch] += 1.0  # the third column: in no window of the first image
-    torch.testing.assert_close(backbone.forward_windows(changed, windows), found, rtol=0, atol=1e-12)
-    alone = backbone.forward_windows(picture[1:], windows[1:, 1:])
-    torch.testing.assert_close(alone[0, 0], found[1, 1], rtol=0, atol=1e-12)  # nor the other windows
-
-
-@pytest.mark.parametrize("variant", FAMILIES)
 def test_query_is_exact_in_float32(variant):
     """Models as built, without the strong test weights."""
     torch.manual_seed(0)

@@ -106,6 +106,7 @@ def test_compiled_graphs_are_used_for_instructions_of_every_length(
 
 
 @pytest.mark.usefixtures("captured")
+@pytest.mark.slow
 def test_making_ready_leaves_the_noise_of_plans_as_it_is(tmp_path: Path) -> None:
     plain = replace(ready_module(tmp_path).policy(), temperature=1.0)
     plain.reset(3)

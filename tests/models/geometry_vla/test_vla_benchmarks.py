@@ -80,6 +80,7 @@ def test_memory_of_a_recipe_is_counted() -> None:
     assert found["frozen_trained_m"] < found["frozen_parameters_m"] == found["whole_parameters_m"]
 
 
+@pytest.mark.slow
 def test_memory_of_the_recipes_is_of_the_mapanything_that_they_use(
     mapanything: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

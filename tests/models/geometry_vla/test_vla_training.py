@@ -129,6 +129,7 @@ def uncalibrate(demos: Path, camera: str) -> None:
         path.write_text(json.dumps(metadata))
 
 
+@pytest.mark.slow
 def test_mapanything_is_told_the_calibrated_camera_beside_another(
     overrides: Callable[..., list[str]], mapanything: Path, tmp_path: Path
 ) -> None:
@@ -184,6 +185,7 @@ def own_ranges(folders: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     return middle, np.stack([boxed.min(axis=0), boxed.max(axis=0)])
 
 
+@pytest.mark.slow
 def test_a_mixture_of_robots_is_normalised_by_each_ones_own_recordings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,6 +266,7 @@ def test_a_dry_run_is_of_one_process_of_several(
         dry("torchrun")
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_mapanything_and_asks_no_cache_for_images_without_content(
     overrides: Callable[..., list[str]], mapanything: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,7 +57,13 @@ EVERYTHING = [
 ]
 
 
-@pytest.mark.parametrize("options", [[], EVERYTHING], ids=["plain", "alignment, routing and Muon"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param([], id="plain", marks=pytest.mark.slow),
+        pytest.param(EVERYTHING, id="alignment, routing and Muon"),
+    ],
+)
 def test_a_run_resumed_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_one(
     options: list[str], overrides: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -137,6 +143,7 @@ def recorded_run(monkeypatch: pytest.MonkeyPatch, overrides: list[str]) -> Recor
     return recorded
 
 
+@pytest.mark.slow
 def test_samples_of_batches_of_one_image_fill_a_row(
     overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

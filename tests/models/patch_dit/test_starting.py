@@ -51,6 +51,7 @@ def buffers(statistics: FeatureStatistics) -> list[torch.Tensor]:
     return [getattr(statistics, f"{kind}_{part}") for part in ("mean", "std") for kind in NORMALISED]
 
 
+@pytest.mark.slow
 def test_features_are_normalised_as_in_the_run_that_gives_the_weights(
     runs: Path, tmp_path: Path, started: Callable[..., PatchDiTModule], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -278,7 +278,7 @@ def test_an_instruction_is_added_to_a_network_that_is_the_same_without_it(tmp_pa
         plain.network(data.image, targets.start_pixels, instruction=torch.ones(2, 8, 2, dtype=torch.long))
 
 
-@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("told", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_only_language_separates_tasks_that_look_the_same(told: bool, tmp_path: Path) -> None:
     module = build(("right",), tmp_path, network=(language() if told else {}) | {"logit_scale": "learned"})
     data = batch(size=4)
