@@ -646,6 +646,9 @@ def vlm_label_free() -> str:
         "moments_mosaic_alone": "*moments* in mosaics, nearly alone, 8 minutes",
         "untrained_long": "random weights, videos of 24 to 32 s",
         "moments_windows": "*moments* from windows, nearly alone, 11 minutes, videos of 24 to 32 s",
+        "untrained_long_standardised": "random weights, heads on standardised features, as all below",
+        "alike_standardised": "*moments* from windows, among moments that look alike, 525 steps",
+        "crops_standardised": "and from crops, turned and recoloured, 282 steps more",
     }
     rows = [
         (titles[probe["encoder"]], *(f"{probe['metrics'][f'val/{kind}']:.3f}" for kind in kinds))
