@@ -188,8 +188,8 @@ class SelfSupervisedModule(System):
         weights: of the losses: pixels, asked, frame, agreement and moments.
         asked_patches: K, of each frame, drawn by how detailed they are; of each video, by how much they change.
         temperature: of agreement and moments. shift: each view is moved by up to so many pixels.
-        changes: share of the two predictions' weight that lies on pixels which change over the video, in every patch
-            alike; patches are then drawn by whether they change. 0: all pixels count the same.
+        changes: share of the two predictions' weight that lies on pixels which change between frames that look alike,
+            in every patch alike; patches are then drawn by whether they change. 0: all pixels count the same.
 
     Raises:
         ValueError: weights that do not name every loss, or a number out of its range.
