@@ -14,6 +14,12 @@ from keygrip.models.foveated_vlm.conversations import ConversationCollator, Prom
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.foveated_vlm.rows import TextRows
+from keygrip.models.foveated_vlm.self_supervised import (
+    LOSSES,
+    FramesCollator,
+    SelfSupervisedEncoder,
+    SelfSupervisedModule,
+)
 from keygrip.models.language.decoder import LanguageModel
 from keygrip.models.language.llama import Llama
 from keygrip.models.language.tokenizers import TrainedTokenizer
@@ -76,3 +82,11 @@ def small_module(
     )
     module.image_options = {"image_size": 28, "fit": "stretch", "max_frames": 8}
     return module.eval()
+
+
+def self_supervised_module(weights: dict[str, float] | None = None, **changes: float) -> SelfSupervisedModule:
+    """A small one, all losses of weight 1 where no weights are given."""
+    torch.manual_seed(0)
+    network = SelfSupervisedEncoder(small_backbone("tiny"), width=32)
+    weights = dict.fromkeys(LOSSES, 1.0) if weights is None else weights
+    return SelfSupervisedModule(network, FramesCollator(), AdamW(1e-3), weights, **changes)  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from vlm_parts import small_backbone
+from vlm_parts import self_supervised_module as module
 
 from keygrip.models.foveated_vlm import moments, self_supervised
 from keygrip.models.foveated_vlm.moments import (
@@ -17,20 +17,8 @@ from keygrip.models.foveated_vlm.moments import (
     windows_of,
 )
 from keygrip.models.foveated_vlm.self_supervised import (
-    LOSSES,
-    FramesCollator,
-    SelfSupervisedEncoder,
-    SelfSupervisedModule,
     patches_of,
 )
-from keygrip.training.optimizers import AdamW
-
-
-def module(**changes: float) -> SelfSupervisedModule:
-    torch.manual_seed(0)
-    network = SelfSupervisedEncoder(small_backbone("tiny"), width=32)
-    weights = dict.fromkeys(LOSSES, 1.0)
-    return SelfSupervisedModule(network, FramesCollator(), AdamW(1e-3), weights, **changes)  # type: ignore[arg-type]
 
 
 def test_it_is_told_by_what_changes_at_a_place_and_by_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:

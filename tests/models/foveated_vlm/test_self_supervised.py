@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from shard_sets import write_set
+from vlm_parts import self_supervised_module as module
 from vlm_parts import small_backbone
 
 from keygrip import train
@@ -32,12 +33,6 @@ from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.optimizers import AdamW
 
 WEIGHTS = dict.fromkeys(LOSSES, 1.0)
-
-
-def module(weights: dict[str, float] = WEIGHTS, **changes: float) -> SelfSupervisedModule:
-    torch.manual_seed(0)
-    network = SelfSupervisedEncoder(small_backbone("tiny"), width=32)
-    return SelfSupervisedModule(network, FramesCollator(), AdamW(1e-3), weights, **changes)  # type: ignore[arg-type]
 
 
 def video(frames: int, key: str, said: str = "7") -> VideoTextSample:
