@@ -34,25 +34,36 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def parsed_once() -> Iterator[None]:
     """Hydra parses a configuration file at each of the thousand compositions of a session: here it does it once."""
-    from hydra._internal.core_plugins.file_config_source import FileConfigSource
-    from hydra.plugins.config_source import ConfigResult
+    from hydra._internal.sources_registry import SourcesRegistry
+    from hydra.core.plugins import Plugins
+    from hydra.plugins.config_source import ConfigResult, ConfigSource
 
-    load, known = FileConfigSource.load_config, {}
+    Plugins.instance()  # imports the sources anew: classes imported before are not those that it uses
+    known: dict[tuple[object, ...], ConfigResult] = {}
 
-    def load_config(self: FileConfigSource, config_path: str) -> ConfigResult:
-        file = Path(self.path, self._normalize_file_name(config_path))
-        if not file.is_file():
-            return load(self, config_path)
-        key = (self.provider, self.path, config_path, file.stat().st_mtime_ns, file.stat().st_size)
-        if key not in known:
-            known[key] = load(self, config_path)
-        found = copy.copy(known[key])
-        found.config = copy.deepcopy(found.config)
-        found.header = dict(found.header)
-        return found
+    def once(source: type[ConfigSource]) -> Callable[[ConfigSource, str], ConfigResult]:
+        load = source.load_config
+
+        def load_config(self: ConfigSource, config_path: str) -> ConfigResult:
+            key: tuple[object, ...] = (self.provider, self.scheme(), self.path, config_path)
+            if self.scheme() == "file":
+                file = Path(self.path, self._normalize_file_name(config_path))
+                if not file.is_file():
+                    return load(self, config_path)
+                key += (file.stat().st_mtime_ns, file.stat().st_size)
+            if key not in known:
+                known[key] = load(self, config_path)
+            found = copy.copy(known[key])
+            found.config = copy.deepcopy(found.config)
+            found.header = dict(found.header)
+            return found
+
+        return load_config
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FileConfigSource, "load_config", load_config)
+        for scheme in ("file", "pkg"):
+            source = SourcesRegistry.instance().resolve(scheme)
+            patch.setattr(source, "load_config", once(source))
         yield
 
 

@@ -133,7 +133,7 @@ def assert_configures(cfg: DictConfig) -> tuple[type, int]:
     large = (
         "dinov" in str(cfg.get("backbone"))
         or "Qwen/" in str(cfg.get("vlm"))
-        or cfg.get("language", {}).get("model", {}).get("width", 0) > 512
+        or any(part.get("width", 0) > 512 for part in (cfg.get("language", {}).get("model", {}), cfg.model.network))
     )
     with open_dict(cfg):
         for pretrained in (cfg.get("backbone"), cfg.get("vlm"), (cfg.get("language") or {}).get("model")):

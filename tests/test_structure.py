@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,12 @@ MODULES = {
 }
 
 
+@cache
+def tree(path: Path) -> ast.Module:
+    """A file's syntax tree, parsed once for all tests."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(name: str) -> dict[str, bool]:
     """Modules of keygrip that a module imports, without those for type checking alone; True: inside a function."""
     found: dict[str, bool] = {}
@@ -88,7 +95,7 @@ def imports(name: str) -> dict[str, bool]:
                     found[each] = lazy and found.get(each, True)
             visit(child, lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
 
-    visit(ast.parse(MODULES[name].read_text(encoding="utf-8")), False)
+    visit(tree(MODULES[name]), False)
     return found
 
 
@@ -151,7 +158,7 @@ def test_modules_are_imported_by_name_in_few_places() -> None:
     named = {
         name
         for name, path in MODULES.items()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(tree(path))
         if "import_module" in (getattr(node, "attr", ""), getattr(node, "id", ""), getattr(node, "name", ""))
         or getattr(node, "id", "") == "__import__"
     }
@@ -162,13 +169,13 @@ def test_videos_are_decoded_and_written_in_one_file() -> None:
     """Other libraries for videos are used nowhere; only data/video.py opens a container."""
     users: dict[str, set[str]] = {}
     for name, path in MODULES.items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree(path)):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 given = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
                 for package in {each.partition(".")[0] for each in given} & VIDEO_LIBRARIES:
                     users.setdefault(package, set()).add(name)
     assert users == {"av": USES_PYAV, "cv2": {"keygrip.data.robot.charuco"}}  # finds boards, opens no video
-    errors = ast.parse(MODULES["keygrip.data.bad_samples"].read_text(encoding="utf-8"))
+    errors = tree(MODULES["keygrip.data.bad_samples"])
     taken = [n.attr for n in ast.walk(errors) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "av"]
     assert taken == ["FFmpegError"]
 
@@ -186,7 +193,7 @@ def test_networks_and_modules_touch_no_files_and_start_no_processes() -> None:
     assert len(files) > 10
     found = []
     for file in files:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree(file)):
             if isinstance(node, ast.Call):
                 called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
                 if called in OUTSIDE:
@@ -216,7 +223,7 @@ def test_public_names_say_what_they_are() -> None:
                 visit(node.body, place, node.name)
 
     for name, path in MODULES.items():
-        visit(ast.parse(path.read_text(encoding="utf-8")).body, name, "")
+        visit(tree(path).body, name, "")
     left = [entry for entry in silent if not entry[1] or entry[2] not in described]
     assert not left, left
 

@@ -3,8 +3,10 @@
     python benchmarks/control_loop/control_loop.py CHECKPOINT --episodes 100 > benchmarks/control_loop.json
 
 Success with a policy under 150 ms of latency (uniform jitter of 50 ms either way), asynchronous and blocking, against
-no latency, and against the closed-loop evaluation's own controller. Limits of speed, acceleration, workspace, joints
-and self-collision are on. Seeds are held out (1 000 000 and up) unless --first-seed says otherwise.
+no latency. `--conditions asynchronous_150_ms continued_150_ms` compares a flow-matching policy that continues the plan
+under way (real-time chunking, `execution.continue_chunks`) with the same one that plans anew. Limits of speed,
+acceleration, workspace, joints and self-collision are on. Seeds are held out (1 000 000 and up) unless --first-seed
+says otherwise.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,12 +36,27 @@ from keygrip.runtime.planners import SimulatedPlanner
 from keygrip.runtime.sim_yam import SimulatedYam
 
 LIMITS = MotionLimits(workspace_low=(0.05, -0.55, 0.0), workspace_high=(0.7, 0.55, 0.65))
-# name: (asynchronous, mean latency, jitter either way)
-CONDITIONS: dict[str, tuple[bool, float, float]] = {
-    "blocking_no_latency": (False, 0.0, 0.0),
-    "asynchronous_no_latency": (True, 0.0, 0.0),
-    "blocking_150_ms": (False, 0.15, 0.05),
-    "asynchronous_150_ms": (True, 0.15, 0.05),
+
+
+class Condition(NamedTuple):
+    """How plans are asked for, and when they arrive (seconds); continued: of the policy that continues its own."""
+
+    asynchronous: bool = True
+    latency: float = 0.0
+    jitter: float = 0.0
+    continued: bool = False
+
+
+CONDITIONS = {
+    "blocking_no_latency": Condition(asynchronous=False),
+    "asynchronous_no_latency": Condition(),
+    "blocking_150_ms": Condition(False, 0.15, 0.05),
+    "asynchronous_150_ms": Condition(True, 0.15, 0.05),
+}
+CONTINUED = {  # of flow-matching policies alone
+    "asynchronous_300_ms": Condition(True, 0.3, 0.05),
+    "continued_150_ms": Condition(True, 0.15, 0.05, continued=True),
+    "continued_300_ms": Condition(True, 0.3, 0.05, continued=True),
 }
 SETTINGS: dict[str, Any] = {}
 _state: dict[str, Any] = {}
@@ -53,17 +70,21 @@ def episode(checkpoint: str, options: dict[str, Any], condition: str, seed: int)
         torch.set_num_threads(1)
         _state["policy"] = keygrip.load_policy(checkpoint)
         _state["robot"] = SimulatedYam(
-            TaskOptions(name=options["task"]), joints=JointLimits(), real_time=False, seed=seed
+            TaskOptions(**options["task"]),
+            cameras=list(_state["policy"].needs.cameras) or None,
+            joints=JointLimits(),
+            real_time=False,
+            seed=seed,
         )
     policy, robot = _state["policy"], _state["robot"]
     robot.reset(seed)
     if hasattr(policy, "reset"):
         policy.reset(seed)
-    asynchronous, mean, jitter = CONDITIONS[condition]
+    of = (CONDITIONS | CONTINUED)[condition]
     draw = np.random.default_rng(seed)
-    planner = SimulatedPlanner(policy, lambda: float(draw.uniform(mean - jitter, mean + jitter)))
-    extra = options["asynchronous"] if asynchronous else {}
-    loop = ControlLoop(robot, ChunkExecution(planner, robot.control_hz, asynchronous, **extra), LIMITS)
+    planner = SimulatedPlanner(policy, lambda: float(draw.uniform(of.latency - of.jitter, of.latency + of.jitter)))
+    extra = options["asynchronous"] | {"continue_chunks": of.continued} if of.asynchronous else {}
+    loop = ControlLoop(robot, ChunkExecution(planner, robot.control_hz, of.asynchronous, **extra), LIMITS)
     limit_s = robot.cell.task.time_limit_s
     report = loop.run(limit_s, over=lambda: robot.cell.outcome()[0] or robot.cell.outcome()[1])
     success, failure = robot.outcome()
@@ -90,6 +111,9 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
         "episode_s_median": float(np.median([each["seconds"] for each in results])),
         "plans_median": float(np.median([each["plans"] for each in results])),
         "holds": sum(each["holds"] for each in results),
+        "ticks_that_limits_corrected": round(
+            sum(each["corrected_ticks"] for each in results) / sum(each["ticks"] for each in results), 4
+        ),
         "stopped": sum(each["state"] == "stopped" for each in results),
     }
 
@@ -98,11 +122,11 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("checkpoint")
-    parser.add_argument("--task", default="pick_place")
+    parser.add_argument("--task", type=json.loads, default={"name": "pick_place"}, help="fields of TaskOptions, JSON")
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--first-seed", type=int, default=HELD_OUT_SEED)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--conditions", nargs="*", default=list(CONDITIONS))
+    parser.add_argument("--conditions", nargs="*", default=list(CONDITIONS), choices=[*CONDITIONS, *CONTINUED])
     parser.add_argument("--asynchronous", type=json.loads, default={}, help="settings of ChunkExecution, JSON")
     given = parser.parse_args()
     options = {"task": given.task, "asynchronous": given.asynchronous}
@@ -120,7 +144,7 @@ def main() -> None:
         "case": "control_loop",
         "task": given.task,
         "first_seed": given.first_seed,
-        "latency": "0.15 s, uniform jitter of 0.05 s either way, on a simulated clock at 10 Hz",
+        "latency": "as a condition's name says, uniform jitter of 0.05 s either way, on a simulated clock at 10 Hz",
         "asynchronous": given.asynchronous,
         "checkpoint": Path(given.checkpoint).name,
         "machine": f"{os.cpu_count()} cores",

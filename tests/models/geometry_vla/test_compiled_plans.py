@@ -84,6 +84,7 @@ def test_compiled_plans_are_those_without_and_nothing_is_compiled_after_the_firs
     assert graphs() == traced, "lengths, several observations and continued plans compile nothing more"
 
 
+@pytest.mark.slow
 def test_compiled_graphs_are_used_for_instructions_of_every_length(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

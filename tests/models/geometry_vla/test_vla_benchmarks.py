@@ -108,6 +108,7 @@ def test_memory_of_the_recipes_is_of_the_mapanything_that_they_use(
     assert plan["float32_weights_gib"] - alone["float32_weights_gib"] == 4 * outside + 32
 
 
+@pytest.mark.slow
 def test_memory_of_a_plan_is_counted_by_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(geometry_vla, "GIB", 1)  # in bytes: the model is small
     small = ["model=geometry_vla", "data=yam_language", "data.image_size=64"]
