@@ -241,7 +241,7 @@ def test_every_job_of_a_sweep(sweep: str) -> None:
         optimizer, sizes[name] = assert_configures(cfg)
         optimizers[name] = optimizer.__name__
     if sweep == "geometry_comparison":
-        assert len(sizes) == 28
+        assert len(sizes) == 30
         middle = sizes["arm_both"]
         assert all(abs(size / middle - 1) <= 0.05 for size in sizes.values()), sizes
     if sweep == "vla_comparison":
