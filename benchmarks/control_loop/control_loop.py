@@ -52,13 +52,12 @@ CONDITIONS = {
     "asynchronous_no_latency": Condition(),
     "blocking_150_ms": Condition(False, 0.15, 0.05),
     "asynchronous_150_ms": Condition(True, 0.15, 0.05),
-}
-CONTINUED = {  # of flow-matching policies alone
     "asynchronous_300_ms": Condition(True, 0.3, 0.05),
+    # of flow-matching policies alone
     "continued_150_ms": Condition(True, 0.15, 0.05, continued=True),
     "continued_300_ms": Condition(True, 0.3, 0.05, continued=True),
 }
-SETTINGS: dict[str, Any] = {}
+USUAL = list(CONDITIONS)[:4]
 _state: dict[str, Any] = {}
 
 
@@ -80,7 +79,7 @@ def episode(checkpoint: str, options: dict[str, Any], condition: str, seed: int)
     robot.reset(seed)
     if hasattr(policy, "reset"):
         policy.reset(seed)
-    of = (CONDITIONS | CONTINUED)[condition]
+    of = CONDITIONS[condition]
     draw = np.random.default_rng(seed)
     planner = SimulatedPlanner(policy, lambda: float(draw.uniform(of.latency - of.jitter, of.latency + of.jitter)))
     extra = options["asynchronous"] | {"continue_chunks": of.continued} if of.asynchronous else {}
@@ -126,7 +125,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--first-seed", type=int, default=HELD_OUT_SEED)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--conditions", nargs="*", default=list(CONDITIONS), choices=[*CONDITIONS, *CONTINUED])
+    parser.add_argument("--conditions", nargs="*", default=USUAL, choices=list(CONDITIONS))
     parser.add_argument("--asynchronous", type=json.loads, default={}, help="settings of ChunkExecution, JSON")
     given = parser.parse_args()
     options = {"task": given.task, "asynchronous": given.asynchronous}
