@@ -159,7 +159,7 @@ def test_two_compared_arms_of_the_sweep_differ_in_one_thing() -> None:
     compared = set()
     for reference, several in sweep.callbacks.paired_report.references.items():
         for arm in several:
-            first, second = (flat(arms[name.partition("/")[2]]) for name in (arm, reference))
+            first, second = (whole(arms, name) for name in (arm, reference))
             keys = [
                 key
                 for key in {**first, **second}
@@ -173,6 +173,13 @@ def test_two_compared_arms_of_the_sweep_differ_in_one_thing() -> None:
             assert ("model.network.expansion" in keys) == (injected[0] != injected[1])
             compared |= {arm, reference}
     assert compared == planned
+
+
+def whole(arms: Any, name: str) -> dict[str, Any]:
+    """An arm's values by dotted path, those of the arms that it stands on included."""
+    settings = flat(arms[name.removeprefix("geometry_vla/")])
+    bases = [base for base in settings.pop("defaults", []) if base != "_self_"]
+    return {key: value for base in bases for key, value in whole(arms, base).items()} | settings
 
 
 def flat(node: Any, path: str = "") -> dict[str, Any]:
