@@ -555,6 +555,26 @@ def vla_metaworld() -> str:
     return markdown([*header, "keyframe pointing (val)", "position error (val)"], rows)
 
 
+def metaworld_same_recordings() -> str:
+    """MT10 by sentences: two of our systems from the same recordings, task by task."""
+    record = read("vla_metaworld")
+    vla, volume = record["runs"][-1], record["volume_query"]
+    shown = {"VLA (`experiment=metaworld_vla`)": vla, "volume query (`experiment=metaworld_two_cameras`)": volume}
+    names = list(vla["held_out"]["tasks"])
+    rows = [
+        [
+            title,
+            f"{run['training']['steps']} of {run['training']['batch']}",
+            f"{run['training']['wall_s'] / 60:.0f} min",
+            rate(run["held_out"]["all"]),
+            *(str(run["held_out"]["tasks"][name]["successes"]) for name in names),
+        ]
+        for title, run in shown.items()
+    ]
+    header = ["system", "steps", "training", "held out", *(f"`{name.removesuffix('-v3')}`, of 20" for name in names)]
+    return markdown(header, rows)
+
+
 def vlm_seeds() -> str:
     """The foveated model's figures by training seed."""
     runs = [run for run in read("foveated_vlm")["runs"] if run["run"].startswith("final_")]
@@ -741,6 +761,7 @@ TABLES: dict[str, Callable[[], str]] = {
         *(vla_injection, vla_ablations, vla_comparison, vla_compression, vla_recipe, vla_arms, vla_arms_compared),
         vla_arms_elsewhere,
         vla_metaworld,
+        metaworld_same_recordings,
     )
 }
 
