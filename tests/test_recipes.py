@@ -105,7 +105,10 @@ def choices() -> Iterator[Any]:
 
 def tried_jobs(sweep: str) -> list[list[str]]:
     """Jobs of a sweep in which every value of every parameter occurs; in a grid not with each other."""
-    params = OmegaConf.load(CONF / "sweep" / f"{sweep}.yaml").hydra.sweeper.params
+    config = OmegaConf.load(CONF / "sweep" / f"{sweep}.yaml")
+    if "sweeper" not in config.hydra:  # another sweep's jobs
+        return tried_jobs(config.defaults[0])
+    params = config.hydra.sweeper.params
     parsed = OverridesParser.create().parse_overrides([f"{name}={value}" for name, value in params.items()])
     values = [list(each.sweep_string_iterator()) for each in parsed]
     names = [str(name) for name in params]
@@ -194,6 +197,21 @@ def test_a_coarse_token_in_the_published_order_differs_from_chosen_ones_in_being
     assert order == ("visual_first", "fine", "random")
 
 
+def test_the_sweeps_of_claims_differ_in_their_encoder_alone() -> None:
+    def of(*overrides: str) -> dict[str, Any]:
+        cfg = composed("train", [*overrides, "ablation=vlm_claims/deep_query"], with_hydra=True)
+        jobs = cfg.hydra.sweeper.params
+        assert str(jobs.seed) == "0,1,2"
+        return dict(leaves_of(OmegaConf.to_container(cfg.backbone.init_from, resolve=False), ()))
+
+    alone = composed("train", ["experiment=vlm_robot_videos", "ablation=vlm_claims/deep_query"])
+    own = dict(leaves_of(OmegaConf.to_container(alone.backbone.init_from, resolve=False), ()))
+    assert of("sweep=vlm_claims_label_taught") == own
+    asked = composed("train", ["experiment=vlm_robot_videos", "ablation=foveated_vlm/self_supervised_encoder"])
+    unlabelled = dict(leaves_of(OmegaConf.to_container(asked.backbone.init_from, resolve=False), ()))
+    assert of("sweep=vlm_claims") == unlabelled != own
+
+
 def test_one_token_differs_from_many_in_how_a_frame_becomes_tokens_alone() -> None:
     """Both train on the same frozen encoder: no trained copy of its blocks on one side, the same optimizer and data."""
 
@@ -216,8 +234,8 @@ def test_one_token_differs_from_many_in_how_a_frame_becomes_tokens_alone() -> No
 
 
 MANY_JOBS = (  # 5 s or more
-    *("geometry_comparison", "vlm_ablations", "vlm_claims", "vlm_token_counts", "vla_ablations", "shifts"),
-    "volume_query_options",
+    *("geometry_comparison", "vlm_ablations", "vlm_claims", "vlm_claims_label_taught", "vlm_token_counts"),
+    *("vla_ablations", "shifts", "volume_query_options"),
 )
 
 
