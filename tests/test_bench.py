@@ -93,6 +93,16 @@ class TestMeasuring:
 
         assert peak_extra_bytes(work, CPU) == 10_000_000
 
+    def test_peak_knows_what_is_replaced(self) -> None:
+        """Of parts that are copied one after the other, there is one more than before at a time."""
+        parts = [torch.zeros(250_000) for _ in range(8)]
+
+        def work() -> None:
+            for number, part in enumerate(parts):
+                parts[number] = part.clone()
+
+        assert peak_extra_bytes(work, CPU) == 1_000_000
+
     def test_peak_sees_buffers_inside_of_operators(self) -> None:
         values = torch.randn(100, 1000)
         assert peak_extra_bytes(lambda: values.sort(), CPU) >= 100 * 1000 * (4 + 8)

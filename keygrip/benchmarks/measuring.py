@@ -16,6 +16,7 @@ import torch
 Work = Callable[[], object]
 
 MIN_REPETITIONS = 3  # fewer give no usable median
+MEASURED = "keygrip: the measured run"  # in a profiler's trace
 
 
 def synchronise(device: torch.device) -> None:
@@ -72,11 +73,13 @@ def interleaved_seconds(
 def peak_extra_bytes(work: Work, device: torch.device) -> int:
     """Most bytes of tensors that were alive at once during ``work``, beyond those that were alive before it.
 
-    On a GPU this is the caching allocator's own count. On the CPU it is added up from the allocator's events in the
-    profiler's trace, which has buffers inside of operators too. Run the work once before: what it allocates for good
-    the first time is not its own.
+    The work runs twice and the second time counts: what it allocates for good the first time is not its own, and what
+    it replaces (a cache that grows by copies) is then known to the profiler, which sees a tensor freed only where it
+    saw it made. On a GPU this is the caching allocator's own count. On the CPU it is added up from the allocator's
+    events in the profiler's trace, which has buffers inside of operators too.
     """
     if device.type == "cuda":
+        work()
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -88,17 +91,20 @@ def peak_extra_bytes(work: Work, device: torch.device) -> int:
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             work()
+            with torch.profiler.record_function(MEASURED):
+                work()
     finally:
         gc.enable()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
+    began = next(e["ts"] for e in events if e["name"] == MEASURED)
     # The order in the file is that of threads; time stamps have nanoseconds.
     changes = sorted(
         (e["ts"], number, e["args"]["Bytes"]) for number, e in enumerate(events) if e["name"] == "[memory]"
     )
-    alive = np.cumsum([0] + [change for _, _, change in changes])
+    alive = np.cumsum([0] + [change for at, _, change in changes if at >= began])
     return int(alive.max())
 
 
