@@ -310,6 +310,44 @@ def dit_recipes() -> str:
     return markdown(header, rows)
 
 
+def dit_ablations() -> str:
+    """One switch of the small recipe changed at a time: mean over training seeds, lowest to highest."""
+    record = read("dit_ablations")
+    columns = {
+        "SSIM": ("reconstruction", "ssim"),
+        "grain": ("reconstruction", "grain"),
+        "Frechet distance": ("reconstruction", "frechet"),
+        "the same, words alone": ("text_only", "frechet"),
+        "words alone: exactly the named objects": ("text_only", "objects_as_named"),
+        "words alone: side": ("text_only", "side_as_asked"),
+        "changed words: colour": ("changed_words", "colour_as_asked"),
+        "changed words: cube within 4 px": ("changed_words", "cube_within_4px"),
+    }
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for job in record["jobs"]:
+        by_name.setdefault(job["ablation"], []).append(job)
+    first = "patch_dit/none"
+
+    def cell(jobs: Sequence[dict[str, Any]], place: tuple[str, str]) -> str:
+        values = [job["cases"][place[0]][place[1]] for job in jobs]
+        mean = f"{sum(values) / len(values):.2f}"
+        return mean if len(values) == 1 else f"{mean} ({min(values):.2f} to {max(values):.2f})"
+
+    def words_alone(name: str) -> float:
+        values = [float(job["cases"]["text_only"]["frechet"]) for job in by_name[name]]
+        return sum(values) / len(values)
+
+    rows = []
+    for name in [first, *sorted(by_name.keys() - {first}, key=words_alone)]:
+        title = "the recipe as it is" if name == first else f"`{name.removeprefix('patch_dit/')}`"
+        rows.append([title, len(by_name[name]), *(cell(by_name[name], place) for place in columns.values())])
+    for title, anchor in (("an unrelated real image", "another_picture"), ("real images", "real")):
+        found = record[anchor]
+        known = [found.get(figure) if case == "reconstruction" else None for case, figure in columns.values()]
+        rows.append([title, "", *("" if value is None else f"{value:.2f}" for value in known)])
+    return markdown(["switch", "seeds", *columns], rows)
+
+
 def vla_injection() -> str:
     """The same policy with and without geometry, by training seed."""
     runs = read("vla_injection")["runs"]
@@ -756,7 +794,17 @@ TABLES: dict[str, Callable[[], str]] = {
     for table in (
         *(seeds, errors, shifts, options, speed, headline, metaworld_tasks, metaworld_groups),
         *(metaworld_mt50, metaworld_mt50_tasks, metaworld_equal_time, metaworld_equal_time_tasks),
-        *(dit_claims, dit_images, dit_images_128px, dit_recipes, vlm_seeds, vlm_others, vlm_ablations, vlm_label_free),
+        *(
+            dit_claims,
+            dit_images,
+            dit_images_128px,
+            dit_recipes,
+            dit_ablations,
+            vlm_seeds,
+            vlm_others,
+            vlm_ablations,
+            vlm_label_free,
+        ),
         vlm_refinement,
         *(vla_injection, vla_ablations, vla_comparison, vla_compression, vla_recipe, vla_arms, vla_arms_compared),
         vla_arms_elsewhere,
