@@ -29,6 +29,7 @@ from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.geometry.rotation_codecs import PCARotation
 from keygrip.models.language.tokenizers import TrainedTokenizer
+from keygrip.models.nn.attention import Attention
 from keygrip.models.volume_query.decoding import Decoder
 from keygrip.models.volume_query.module import VolumeQueryModule
 from keygrip.models.volume_query.network import VolumeQueryNetwork
@@ -217,6 +218,27 @@ def test_inductor_trains_the_weights_of_a_plain_run(toy_overrides: Callable[...,
     plain, compiled = (read_checkpoint(tmp_path / name)["state_dict"] for name in ("plain", "compiled"))
     for name, value in plain.items():
         torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+def test_inductor_gives_attention_in_bf16_its_gradients() -> None:
+    """64 tokens: for a multiple of 32 plain products get NaN from inductor on a CPU with instructions for bf16."""
+    if compilation.missing_compiler(on_gpu=False):
+        pytest.skip("no C++ compiler")
+    torch.manual_seed(0)
+    attention, x, angles = Attention(192, 3), torch.randn(4, 64, 192), torch.rand(64, 32)
+
+    def gradients(forward: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor | None]:
+        attention.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            read = forward(x, angles=angles)
+        (read.float() * torch.linspace(-1, 1, 192)).sum().backward()
+        return {name: parameter.grad for name, parameter in attention.named_parameters()}
+
+    plain, compiled = gradients(attention), gradients(torch.compile(attention))
+    for name, value in plain.items():
+        assert value is not None
+        torch.testing.assert_close(compiled[name], value, rtol=0.1, atol=0.1 * float(value.norm()), msg=name)
 
 
 @gpu

@@ -173,8 +173,11 @@ class Attention(nn.Module):
 
 def _attend(queries: Tensor, context: KeyValues, mask: Tensor | None) -> Tensor:
     """``[B, H, N, d]``. Fused, but for training in bf16 on a CPU: there the fused kernel's backward pass is slower than
-    plain products (a quarter of a step of a small transformer)."""
-    if not (queries.device.type == "cpu" and queries.dtype == torch.bfloat16 and torch.is_grad_enabled()):
+    plain products (a quarter of a step of a small transformer). In compiled graphs it is fused there too: the code that
+    inductor of torch 2.15 makes for the plain products has NaN in its gradients where N is a multiple of 32, on
+    processors that have instructions for bf16."""
+    plain = queries.device.type == "cpu" and queries.dtype == torch.bfloat16 and torch.is_grad_enabled()
+    if not plain or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(queries, context.keys, context.values, attn_mask=mask)
     logits = (queries * queries.shape[-1] ** -0.5) @ context.keys.mT
     if mask is not None:
