@@ -10,29 +10,27 @@ import pytest
 import torch
 from shard_sets import write_set
 from vlm_parts import self_supervised_module as module
-from vlm_parts import small_backbone
 
 from keygrip import train
 from keygrip.config import compose
 from keygrip.data.batches import VideoTextSample
 from keygrip.data.video_text.conversations import answer
+from keygrip.models.foveated_vlm.objects import SIDE, draw_objects
 from keygrip.models.foveated_vlm.self_supervised import (
+    COLOUR,
     FLAT,
     LOSSES,
     FramesBatch,
     FramesCollator,
-    SelfSupervisedEncoder,
     SelfSupervisedModule,
-    _TwoViews,
-    changes_of,
+    _object_error,
+    detail_of,
+    moved,
+    patch_targets,
     patches_of,
-    targets_of,
-    view_of,
 )
 from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.optimizers import AdamW
-
-WEIGHTS = dict.fromkeys(LOSSES, 1.0)
 
 
 def video(frames: int, key: str, said: str = "7") -> VideoTextSample:
@@ -45,117 +43,103 @@ def test_targets_are_detail_and_mean_of_each_patch() -> None:
     images[0, :, :2, 2:] = torch.tensor([[1.0, 3.0], [1.0, 3.0]])  # the patch on the upper right
     patches = patches_of(images, 2)
     assert patches[0, 1].tolist() == [1, 3, 1, 3] * 3
-    wanted, detail = targets_of(patches)
-    torch.testing.assert_close(detail[0], torch.tensor([0.0, 1.0, 0.0, 0.0]))
+    wanted = patch_targets(patches)
     scale = (1 + FLAT**2) ** -0.5
     torch.testing.assert_close(wanted[0, 1], torch.tensor([-scale, scale] * 6 + [2.0] * 3))
     assert (wanted[0, 0] == 0).all()
+    crop = detail_of(images[:, :1, :2, 2:], 3)
+    torch.testing.assert_close(crop, torch.tensor([[-scale, scale] * 2]))
 
 
-def test_a_view_is_moved_and_its_edges_drawn_out() -> None:
+def test_a_moved_frame_has_its_edges_drawn_out() -> None:
     images = torch.arange(16.0).view(1, 1, 4, 4)
-    colour = (torch.full((1, 1, 1, 1), 1.0), torch.full((1, 1, 1, 1), 2.0))
-    moved = view_of(images, (1, -2), colour)[0, 0]
-    assert moved[1].tolist() == [5, 7, 7, 7]  # the first row's right half, times 2 and plus 1
-    assert moved[0].tolist() == moved[1].tolist()
-    assert torch.equal(view_of(images, (0, 0), (torch.zeros(1), torch.ones(1))), images)
+    found = moved(images, 1, -2)[0, 0]
+    assert found[1].tolist() == [2, 3, 3, 3]  # the first row's right half
+    assert found[0].tolist() == found[1].tolist()
+    assert torch.equal(moved(images, 0, 0), images)
 
 
-def test_what_is_hidden_is_the_mean_colour() -> None:
-    network = SelfSupervisedEncoder(small_backbone("tiny"), width=32)
-    images = torch.ones(1, 3, 64, 64)
-    hidden = torch.zeros(1, 16, dtype=torch.bool)
-    hidden[0, 6] = True  # second row, third column, of patches of 16 pixels
-    seen = network.hide(images, hidden)
-    assert (seen[0, :, 16:32, 32:48] == 0).all()
-    assert float(seen.mean()) == 15 / 16
+def test_errors_of_objects_are_of_their_crop_and_colour() -> None:
+    wanted = torch.zeros(1, 1, SIDE**2 + 3)
+    said = wanted.clone()
+    said[..., 0] = 2.0
+    assert float(_object_error(said, wanted)) == pytest.approx(4 / SIDE**2)
+    said[..., -1] = 3.0
+    assert float(_object_error(said, wanted)) == pytest.approx(4 / SIDE**2 + COLOUR * 3)
 
 
-def test_places_that_agree_are_those_that_show_the_same() -> None:
-    """With features that are the pixels themselves, patches find their places in a view moved by whole patches."""
-    trained = module(shift=0, temperature=0.01)
-    trained.network.agreement_head = torch.nn.Identity()
-    generator = torch.Generator().manual_seed(0)
-    first = torch.randn(2, 16, 32, generator=generator)
-    second = first.view(2, 4, 4, 32).roll((1, -1), (1, 2)).flatten(1, 2)
-    nothing = [torch.zeros(2, 16, dtype=torch.bool)] * 2
-    features, detail = torch.cat([first, second]), torch.ones(4, 16)
-
-    def loss(move: tuple[int, int]) -> float:
-        random = torch.Generator().manual_seed(1)
-        views = _TwoViews(features, (4, 4), nothing, [(0, 0), move], 16)
-        return float(trained._agreement(views, detail, random))
-
-    assert loss((16, -16)) < 1e-3 < 5 < loss((0, 0))
-
-
-@pytest.mark.parametrize("names", [LOSSES[:-1], LOSSES[-1:]], ids=lambda names: "-".join(names))
-def test_every_loss_falls_on_the_frames_it_learns(names: tuple[str, ...]) -> None:
-    trained = module(shift=8, asked_patches=4)
+def squares() -> FramesBatch:
     generator = torch.Generator().manual_seed(0)
     small = torch.randint(0, 255, (2, 3, 4, 4), generator=generator, dtype=torch.uint8)
-    squares = small.repeat_interleave(16, 2).repeat_interleave(16, 3)  # of 16 pixels
-    batch = FramesBatch(squares, torch.tensor([0, 0]))
+    return FramesBatch(small.repeat_interleave(16, 2).repeat_interleave(16, 3))
+
+
+def test_every_loss_falls_on_the_frames_it_learns() -> None:
+    trained, batch = module(shift=8, objects=4), squares()
     optimizer = torch.optim.Adam(trained.network.parameters(), lr=3e-3)
 
     def held() -> dict[str, float]:
         with torch.no_grad():
             found = [trained.losses(batch, seed) for seed in range(1000, 1004)]
-        return {name: float(torch.stack([each[name] for each in found]).mean()) for name in names}
+        return {name: float(torch.stack([each[name] for each in found]).mean()) for name in LOSSES}
 
     before = held()
     for step in range(80):
         optimizer.zero_grad()
-        losses = trained.losses(batch, step)
-        torch.stack([losses[name] for name in names]).sum().backward()
+        torch.stack(list(trained.losses(batch, step).values())).sum().backward()
         optimizer.step()
     after = held()
-    assert {name: after[name] < 0.97 * before[name] for name in names} == dict.fromkeys(names, True), (before, after)
+    assert {name: after[name] < 0.97 * before[name] for name in LOSSES} == dict.fromkeys(LOSSES, True), (before, after)
 
 
-def test_moments_of_no_weight_cost_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    trained = module(WEIGHTS | {"moments": 0.0})
-    monkeypatch.setattr(trained, "_of_crops", None)
-    batch = FramesBatch(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.tensor([0, 0]))
-    assert set(trained.losses(batch, 0)) == set(LOSSES) - {"moments"}
+def test_heads_that_know_the_crops_have_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token's object is the one drawn from a pixel of its patch, each query's the one of its colour."""
+    trained, batch = module(shift=0, objects=6), squares()
+    network, patch = trained.network, trained.network.backbone.patch_size
+    random = torch.Generator().manual_seed(3)
+    torch.randint(0, 1, (2,), generator=random)  # as the module moves frames before it draws
+    drawn = draw_objects(batch.frames.float() / 255, 6, random)
+    at = (drawn.drawn // patch).long()
+    asked_at, told = [], []
+    monkeypatch.setattr(network.cue, "forward", lambda colour: asked_at.append(colour) or torch.zeros(2, 6, 32))
+    monkeypatch.setattr(network.object_head, "forward", lambda tokens: told.append(tokens) or torch.zeros(2, 6, 403))
+    trained.losses(batch, 3)
+    mean, std = (torch.tensor(each) for each in (network.backbone.mean, network.backbone.std))
+    torch.testing.assert_close(asked_at[0], (drawn.colour - mean) / std)
+    images = (batch.frames / 255 - mean[:, None, None]) / std[:, None, None]
+    tokens = network.backbone(images).patches.unflatten(1, (64 // patch, 64 // patch))
+    wanted = tokens[torch.arange(2)[:, None], at[..., 1], at[..., 0]]
+    torch.testing.assert_close(told[0], wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_what_changes_over_a_video_is_what_counts() -> None:
-    trained = module(shift=0, changes=1.0)
-    images = torch.zeros(3, 3, 64, 64)
-    images[1, :, 20:24, 36:40] = 4.0  # 16 pixels of the patch in the second row, third column
-    passing = images[[0, 0, 1, 0]]  # in one moment of four: the other three are as they were
-    assert changes_of(passing, torch.ones(4, 4, dtype=torch.bool)).flatten(1).amax(1).gt(0).tolist() == [0, 0, 1, 0]
-    video = torch.tensor([0, 0, 1])
-    changed = changes_of(images, video[:, None] == video)
-    assert changed[2].max() == 0  # the other video stands still
-    assert (changed[:2] > 0.9).flatten(1).sum(1).tolist() == [16, 16]
-    weight, counts = trained._weights(torch.cat([changed, changed]))
-    assert weight.shape == (6, 16, 3 * 256 + 3)
-    assert counts.nonzero().tolist() == [[view, 6] for view in (0, 1, 3, 4)]
-    said, wanted = torch.zeros(6, 16, 771), torch.zeros(6, 16, 771)
-    wanted[0, 6, 0] = wanted[0, 5, 0] = (
-        1.0  # in a patch that changes, at a pixel that does not, and in one that does not
-    )
-    assert trained._error(said, wanted, weight) == 0
-    wanted[0, 6, 4 * 16 + 4] = 1.0
-    torch.testing.assert_close(
-        trained._error(said, wanted, weight), counts[0, 6] ** 2 * 16 / wanted.numel(), atol=0, rtol=1e-3
-    )
+def test_contrast_is_of_a_query_and_its_own_crop_among_all_but_the_same_object() -> None:
+    """Embeddings are the first numbers: frame 0 draws one object twice (0 and 1) and another (2)."""
+    trained = module()
+    trained.network.asked_embedding = trained.network.crop_embedding = torch.nn.Identity()
+    centre = torch.tensor([[[10.0, 10.0], [11.0, 12.0], [40.0, 10.0]], [[10.0, 10.0], [30.0, 30.0], [50.0, 50.0]]])
+    crops = torch.eye(6)[torch.tensor([0, 0, 1, 2, 3, 4])].view(2, 3, 6)
+
+    def loss(read: torch.Tensor) -> float:
+        return float(trained._contrast(read, crops, centre))
+
+    assert loss(crops) < 1e-3  # the crop of the other draw, which is the same, is no wrong answer
+    exchanged = crops.clone()
+    exchanged[0, 0], exchanged[1, 0] = crops[1, 0], crops[0, 0]  # the same place of another frame is one
+    assert loss(exchanged) > 3
+    assert loss(torch.zeros(2, 3, 6)) == pytest.approx(float(torch.tensor([5.0, 5, 6, 6, 6, 6]).log().mean()))
 
 
 def test_nothing_but_frames_reaches_the_losses() -> None:
     samples = [video(2, "a"), video(1, "bb")]
     other = [replace(sample, conversations=(answer("what?", "other", "cue"),)) for sample in samples]
     one, two = FramesCollator()(samples), FramesCollator()(other)
-    assert vars(one).keys() == {"frames", "video"}
-    assert one.video.tolist() == two.video.tolist() == [0, 0, 1]
+    assert vars(one).keys() == {"frames"}
     assert one.frames.shape == (3, 3, 64, 64)
     assert torch.equal(one.frames, two.frames)
     trained = module()
     first, again, third = (trained.losses(batch, seed) for batch, seed in ((one, 5), (two, 5), (two, 6)))
     assert all(torch.equal(first[name], again[name]) for name in LOSSES)
-    assert not any(torch.equal(first[name], third[name]) for name in LOSSES)  # another seed hides and asks otherwise
+    assert not any(torch.equal(first[name], third[name]) for name in LOSSES)  # another seed moves and draws otherwise
     with pytest.raises(ValueError, match="a batch without frames"):
         FramesCollator()([replace(samples[0], frames=samples[0].frames[:0])])
 
@@ -163,10 +147,8 @@ def test_nothing_but_frames_reaches_the_losses() -> None:
 def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="must name exactly"):
         SelfSupervisedModule(module().network, FramesCollator(), AdamW(1e-3), {"pixels": 1.0})
-    with pytest.raises(ValueError, match="temperature above 0"):
-        module(temperature=0.0)
-    with pytest.raises(ValueError, match="hidden_share=1"):
-        SelfSupervisedEncoder(small_backbone("tiny"), hidden_share=1.0)
+    with pytest.raises(ValueError, match="objects must be at least 1"):
+        module(objects=0)
 
 
 @pytest.mark.slow

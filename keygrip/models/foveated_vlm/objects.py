@@ -1,0 +1,112 @@
+"""What self-supervised pretraining takes for objects: connected patches of one colour, found without a label.
+
+A pixel is drawn, rare colours as often as common ones, and mean shift (Comaniciu and Meer 2002,
+doi:10.1109/34.1000236) moves a window to the middle of the pixels around it that have its colour. What is cut out there
+is centred on the object wherever in the patch grid it lies, so that the same mark on it is at the same place of every
+crop.
+
+Legend: M frames, K objects drawn of each frame, S pixels of a frame's side, h x w cells, W cells of a window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SIDE = 20  # pixels of a crop
+CELL = 2  # pixels of a cell in which colours are compared
+REACH = 6  # cells of a window to each side of its middle: an object of up to 26 pixels
+SHIFTS = 6
+HUE, LIGHT = 0.06, 0.3  # distance in colour direction (unit vectors) and in brightness (0 to 1) that halves a likeness
+CANDIDATES = 256  # cells of a frame, drawn evenly, from which objects are drawn by how rare their colour is among them
+
+
+@dataclass(frozen=True)
+class Objects:
+    """Objects of frames.
+
+    Attributes:
+        centre: [M, K, 2] (x, y) in pixels, the first pixel's middle is 0. colour: [M, K, 3] mean of its pixels, 0 to 1.
+        drawn: [M, K, 2] the pixel (x, y) from which each was found.
+    """
+
+    centre: Tensor
+    colour: Tensor
+    drawn: Tensor
+
+
+def colour_features(images: Tensor) -> Tensor:
+    """Colours 0 to 1 [M, 3, h, w] -> [M, h * w, 4]: direction and brightness, such that the squared distance of two is
+    1 where one of both halves a likeness. Faces of one object in light and shadow have one direction."""
+    colours = images.flatten(2).transpose(1, 2)
+    direction = colours / (colours.norm(dim=-1, keepdim=True) + 0.05)
+    return torch.cat([direction / HUE, colours.mean(-1, keepdim=True) / LIGHT], dim=-1)
+
+
+def likeness(one: Tensor, other: Tensor) -> Tensor:
+    """Of features [..., a, 4] and [..., b, 4], in 0 to 1: [..., a, b]."""
+    return torch.exp2(-(one[..., :, None, :] - other[..., None, :, :]).square().sum(-1))
+
+
+def draw_objects(images: Tensor, count: int, random: torch.Generator) -> Objects:
+    """`count` objects of each frame, from images [M, 3, S, S] in 0 to 1; one object may be drawn more than once."""
+    cells = F.avg_pool2d(images, CELL)
+    width, features = cells.shape[-1], colour_features(cells)
+    drawn = _drawn(features, count, random)
+    start = torch.stack([drawn % width, drawn // width], dim=-1).float()
+    centre, colour = _at_rest(cells, features, start, _taken(features, drawn))
+    middle = (CELL - 1) / 2  # of a cell, in pixels
+    return Objects(CELL * centre + middle, colour, CELL * start + middle)
+
+
+def _drawn(features: Tensor, count: int, random: torch.Generator) -> Tensor:
+    """Numbers of cells [M, K], in proportion to how rare their colour is among `CANDIDATES` of [M, h * w, 4]."""
+    frames, cells = features.shape[:2]
+    among = torch.randint(cells, (frames, max(count, CANDIDATES)), generator=random).to(features.device)
+    asked = _taken(features, among)
+    common = likeness(asked, asked).mean(-1)  # at least 1 / CANDIDATES: itself
+    noise = torch.rand(common.shape, generator=random).to(common).clamp(1e-6, 1 - 1e-6)
+    keys = -common.log() - (-noise.log()).log()  # Gumbel: the largest K are a draw without repetition
+    return among.gather(1, keys.topk(count, dim=1).indices)
+
+
+def _at_rest(cells: Tensor, features: Tensor, centre: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+    """Where windows come to rest (x, y) in cells [M, K, 2], and the mean colour of what they found there [M, K, 3].
+
+    Args:
+        cells: [M, 3, h, w]. features: of them [M, h * w, 4]. centre: [M, K, 2] where windows start. asked: [M, K, 4].
+    """
+    height, width = cells.shape[-2:]
+    colours, colour = cells.flatten(2).transpose(1, 2), cells.new_empty(0)
+    steps = torch.arange(-REACH, REACH + 1, device=cells.device)
+    down, right = (each.flatten() for each in torch.meshgrid(steps, steps, indexing="ij"))
+    for _ in range(SHIFTS):
+        middle = centre.round().long()
+        x, y = middle[..., :1] + right, middle[..., 1:] + down  # [M, K, W]
+        inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+        index = (y.clamp(0, height - 1) * width + x.clamp(0, width - 1)).flatten(1)
+        seen = _taken(features, index).unflatten(1, x.shape[1:])  # [M, K, W, 4]
+        weight = likeness(asked[:, :, None], seen)[:, :, 0] * inside
+        weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-6)
+        colour = (weight[..., None] * _taken(colours, index).unflatten(1, x.shape[1:])).sum(2)
+        asked = (weight[..., None] * seen).sum(2)
+        centre = torch.stack([(weight * x).sum(-1), (weight * y).sum(-1)], dim=-1)
+    return centre, colour
+
+
+def _taken(values: Tensor, index: Tensor) -> Tensor:
+    """Values [M, N, E] at index [M, n]: [M, n, E]."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def crops_of(images: Tensor, centre: Tensor, side: int = SIDE) -> Tensor:
+    """Squares of `side` pixels of images [M, C, S, S] around centres [M, K, 2] (x, y): [M, K, C, side, side]; beyond an
+    image's edge its border goes on."""
+    steps = torch.arange(side, device=images.device) - (side - 1) / 2
+    offsets = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), dim=-1)  # [side, side, 2] (x, y)
+    where = ((centre[:, :, None, None] + offsets) * 2 + 1) / images.shape[-1] - 1
+    found = F.grid_sample(images, where.flatten(1, 2), padding_mode="border", align_corners=False)
+    return found.unflatten(2, (-1, side)).transpose(1, 2)
