@@ -700,21 +700,17 @@ def vlm_label_free() -> str:
     kinds = ("colour", "pointed", "digit", "asked", "frame_colour", "frame_digit")
     titles = {
         "untrained": "random weights",
-        "label_free": "no label, cut short",
-        "changes": "and continued with `model.changes=0.9`",
-        "moments": "with *moments*, whole frames, 15 minutes",
-        "moments_mosaic": "*moments* in mosaics, 13 minutes",
-        "moments_mosaic_alone": "*moments* in mosaics, nearly alone, 8 minutes",
-        "untrained_long": "random weights, videos of 24 to 32 s",
-        "moments_windows": "*moments* from windows, nearly alone, 11 minutes, videos of 24 to 32 s",
-        "untrained_long_standardised": "random weights, heads on standardised features, as all below",
-        "alike_standardised": "*moments* from windows, among moments that look alike, 525 steps",
-        "crops_standardised": "and from crops, turned and recoloured, 282 steps more",
+        "objects": "no label",
+        "untrained_long_standardised": "random weights, videos of 24 to 32 s",
+        "crops_standardised": "no label, the best of the earlier losses, the same videos",
     }
-    rows = [
-        (titles[probe["encoder"]], *(f"{probe['metrics'][f'val/{kind}']:.3f}" for kind in kinds))
-        for probe in read("foveated_vlm")["label_free"]["probes"]
-    ]
+    records = read("foveated_vlm")
+    probes = {
+        probe["encoder"]: probe["metrics"]
+        for kept in ("label_free_earlier", "label_free")  # the later ones replace earlier ones of their name
+        for probe in records[kept]["probes"]
+    }
+    rows = [(title, *(f"{probes[name][f'val/{kind}']:.3f}" for kind in kinds)) for name, title in titles.items()]
     header = [
         "frozen encoder",
         "cube's colour",
