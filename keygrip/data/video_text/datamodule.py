@@ -75,6 +75,7 @@ class ShardSource:
         kinds: only conversations of these kinds; None: all.
         max_samples: at most so many for training, spread evenly; None: all.
         frames: only samples of so many frames, [fewest, most], for a curriculum over lengths; None: all.
+        clips: of this source, in place of `data.clips`; two sources of one set may be cut differently.
     """
 
     read_where: ClassVar = {"make": ReadWhere("root", None)}
@@ -85,6 +86,7 @@ class ShardSource:
     max_samples: int | None = None
     val_fraction: float = 0.02
     frames: Sequence[int] | None = None
+    clips: SubClips | None = None
 
     @property
     def place(self) -> str:
@@ -259,15 +261,28 @@ class VideoTexts(ResumableData):
         self._prepare_collator()  # on every rank: what was made once is loaded here
         opened = self._measured(opened, fitting)
         opened = {split: self._usable(split, parts) for split, parts in opened.items()}
-        if self.clips is not None and fitting:
-            self._check_clips(self.clips, opened["train"])
+        if fitting:
+            self._check_clips(opened["train"])
         if fitting:
             self.mixture = self._mixture(opened["train"])
         self.parts = opened
         self._report()
 
-    def _check_clips(self, clips: SubClips, parts: Sequence[Part]) -> None:
+    def _check_clips(self, parts: Sequence[Part]) -> None:
         """Raises ValueError: of the longer training videos that are tried none can be cut."""
+        for clips in {id(part.clips): part.clips for part in parts if part.clips is not None}.values():
+            tried, cut = self._tried(clips, [part for part in parts if part.clips is clips])
+            if not cut:
+                raise ValueError(
+                    f"data.clips: none of {tried} training videos of more than {clips.frames[0]} frames that were "
+                    "tried has a conversation that says of which frame it speaks (evidence: frame), so that none can "
+                    "be cut: leave data.clips (or data.sources.NAME.clips) out"
+                )
+            log.info("clips: %d of %d longer videos that were tried can be cut", cut, tried)
+
+    @staticmethod
+    def _tried(clips: SubClips, parts: Sequence[Part]) -> tuple[int, int]:
+        """How many longer training videos were looked at, and how many of them can be cut."""
         tried = cut = 0
         for part in parts:
             longer = part.chosen[part.column("frames") > clips.frames[0]]
@@ -275,13 +290,7 @@ class VideoTexts(ResumableData):
                 with contextlib.suppress(BadSample):  # counted when they are read
                     cut += clips.may_be_cut(read_conversations(part.shards, sample))
                     tried += 1
-        if not cut:
-            raise ValueError(
-                f"data.clips: none of {tried} training videos of more than {clips.frames[0]} frames that were tried "
-                "has a conversation that says of which frame it speaks (evidence: frame), so that none can be cut: "
-                "leave data.clips out"
-            )
-        log.info("clips: %d of %d longer videos that were tried can be cut", cut, tried)
+        return tried, cut
 
     def _measured(self, opened: Mapping[str, Sequence[Part]], fitting: bool) -> dict[str, list[Part]]:
         """The parts with the lengths of their texts, where a budget counts them or some may be too long to be used.
@@ -330,7 +339,8 @@ class VideoTexts(ResumableData):
         for name, source in self.sources.items():
             found = source.open(split, self.cache_dir, self.cache_gb)
             if found is not None and len(found[1]):
-                parts.append(Part(name, *found, source.share, source.kinds))
+                clips = (source.clips or self.clips) if split == "train" else None
+                parts.append(Part(name, *found, source.share, source.kinds, clips=clips))
             elif split == "train":
                 raise ValueError(f"the source {name!r} at {source.place} holds no training samples")
         return parts
@@ -409,11 +419,9 @@ class VideoTexts(ResumableData):
 
     # ---------------------------------------------------------------------------------------------------------- loading
 
-    def _samples(
-        self, parts: Sequence[Part], questions: Questions, memory_gb: float = 0.0, clips: SubClips | None = None
-    ) -> VideoTextSamples:
+    def _samples(self, parts: Sequence[Part], questions: Questions, memory_gb: float = 0.0) -> VideoTextSamples:
         how = (self.image_size, self.fit, self.max_frames)
-        return VideoTextSamples(parts, *how, questions, self.seed, memory_gb, self.collator, clips)
+        return VideoTextSamples(parts, *how, questions, self.seed, memory_gb, self.collator)
 
     def _loader(
         self,
@@ -421,10 +429,9 @@ class VideoTexts(ResumableData):
         sampler: GlobalBatchSampler,
         questions: Questions,
         memory_gb: float = 0.0,
-        clips: SubClips | None = None,
         collator: Collator | None = None,
     ) -> DataLoader[Any]:
-        samples = self._samples(parts, questions, memory_gb, clips)
+        samples = self._samples(parts, questions, memory_gb)
         collate = Collate(collator or self.collator)
         loader = CountingLoader(collate_fn=collate, **self.loader_options(samples, sampler))
         loader.skipped, loader.unusable = self.skipped, self.unusable
@@ -443,7 +450,7 @@ class VideoTexts(ResumableData):
         if self.trainer is not None:
             sampler.follow(self.batches_done)
         collator = self._training_collator
-        return self._loader(self.parts["train"], sampler, self.questions, self.memory_gb, self.clips, collator)
+        return self._loader(self.parts["train"], sampler, self.questions, self.memory_gb, collator)
 
     def worst_batch(self) -> Any:
         """This rank's part of the batch of the first epoch that takes most memory, by the frames and positions that it
@@ -452,7 +459,8 @@ class VideoTexts(ResumableData):
         batches, sizes = self.mixture.batches_of(0), self.mixture.sizes
         budget = self.budget or Budget(int(sizes.frames.max()) + 1, int(sizes.positions.max()) + 1)
         rank, ranks = self.ranks
-        samples, collate = self._samples(self.parts["train"], self.questions), Collate(self._training_collator)
+        whole = [replace(part, clips=None) for part in self.parts["train"]]
+        samples, collate = self._samples(whole, self.questions), Collate(self._training_collator)
         found = []
         for chosen in costliest(batches, sizes, budget, COSTLY):
             keys = [SampleKey(int(index), 0) for index in np.array_split(chosen, ranks)[rank]]

@@ -29,6 +29,7 @@ class Part:
         name: of the source. shards: where the samples lie. chosen: int64 [N], their numbers in `shards`.
         share, kinds: see `keygrip.data.video_text.datamodule.ShardSource`.
         lengths: of the texts, in tokens; None: a token for every four characters.
+        clips: cut out of its videos; None: they stay whole.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Part:
     share: float | None = None
     kinds: Sequence[str] | None = None
     lengths: TextLengths | None = None
+    clips: SubClips | None = None
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -83,7 +85,7 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
     """Samples of several parts, numbered one behind the other; indexed by `SampleKey`.
 
     Args:
-        parts: where samples come from. image_size, fit, max_frames, clips: see `VideoTexts`.
+        parts: where samples come from. image_size, fit, max_frames: see `VideoTexts`.
         questions: how many conversations per video; None: all. seed: of that choice.
         memory_gb: decoded frames and text of so much are kept, in each process that reads.
         collator: says which conversations can be used, where it can.
@@ -99,9 +101,8 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
         seed: int,
         memory_gb: float = 0.0,
         collator: Collator | None = None,
-        clips: SubClips | None = None,
     ) -> None:
-        self.collator, self.clips = (collator if isinstance(collator, CheckingCollator) else None), clips
+        self.collator = collator if isinstance(collator, CheckingCollator) else None
         self.parts, self.questions, self.seed = list(parts), questions, seed
         self._kept: dict[int, VideoTextSample] = {}
         self._room = memory_gb * 2**30
@@ -117,7 +118,7 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
         number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
         part = self.parts[number]
         position = key.sample - int(self.starts[number])
-        sample = clipped(self._read(part, key.sample, position), self.clips, self.max_frames, self.seed, key)
+        sample = clipped(self._read(part, key.sample, position), part.clips, self.max_frames, self.seed, key)
         conversations: Sequence[Conversation] = sample.conversations
         if part.kinds is not None:
             conversations = [c for c in conversations if c.kind in part.kinds]
@@ -133,7 +134,7 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
         """A sample with all its text, from memory where it is kept."""
         found = self._kept.get(number)
         if found is None:
-            most = self.max_frames if self.clips is None else MOST_FRAMES  # clips are cut out of the whole video
+            most = self.max_frames if part.clips is None else MOST_FRAMES  # clips are cut out of the whole video
             found = read_sample(part.shards, int(part.chosen[position]), self.image_size, self.fit, most)
             size = found.frames.nbytes + TEXT_BYTES * len(found.conversations)
             if size <= self._room:

@@ -130,6 +130,34 @@ def test_training_batches_hold_clips_and_by_default_none(tmp_path: Path) -> None
     assert batches(tmp_path, None) == batches(tmp_path, SubClips([3, 8], share=0.0))
 
 
+def test_two_sources_of_one_set_are_cut_differently(tmp_path: Path) -> None:
+    """One of single frames, and one as `data.clips` says; held-out videos stay whole."""
+    for split in ("train", "val"):
+        with ShardWriter(tmp_path / split / "t-000.tar") as writer:
+            for number in range(8):
+                images = [picture(6 * n, 4) for n in range(8)]
+                parts = video_text_parts(images, [asked(n) for n in range(8)], "tours", extension="png")
+                writer.add(f"t{number}", *parts)
+        write_manifest(tmp_path / split, describe_video_text, progress=False)
+    single = ShardSource(tmp_path, clips=SubClips([1, 1], share=1.0))
+    data = VideoTexts(
+        {"tours": ShardSource(tmp_path), "single": single},
+        CharacterCollator(),
+        image_size=4,
+        batch_size=4,
+        clips=SubClips([3, 4], share=1.0),
+        num_workers=0,
+    )
+    data.setup("fit")
+    counts: dict[str, set[int]] = {"tours": set(), "single": set()}
+    for batch in data.train_dataloader():
+        for row, source in enumerate(batch.source):
+            counts[source].add(int(batch.frame_mask[int(batch.video_index[row])].sum()))
+    assert counts == {"tours": {3, 4}, "single": {1}}
+    assert {int(count) for batch in data.val_dataloader() for count in batch.frame_mask.sum(1)} == {8}
+    assert {int(count) for count in data.worst_batch().frame_mask.sum(1)} == {8}
+
+
 def test_clips_are_refused_where_no_video_can_be_cut(tmp_path: Path) -> None:
     """Captions of web videos do not say of which frame they speak."""
     with ShardWriter(tmp_path / "train" / "t-000.tar") as writer:
