@@ -76,6 +76,7 @@ class ShardSource:
         max_samples: at most so many for training, spread evenly; None: all.
         frames: only samples of so many frames, [fewest, most], for a curriculum over lengths; None: all.
         clips: of this source, in place of `data.clips`; two sources of one set may be cut differently.
+        train_only: the set is not read for validation and test: another source reads its held-out samples.
     """
 
     read_where: ClassVar = {"make": ReadWhere("root", None)}
@@ -87,6 +88,7 @@ class ShardSource:
     val_fraction: float = 0.02
     frames: Sequence[int] | None = None
     clips: SubClips | None = None
+    train_only: bool = False
 
     @property
     def place(self) -> str:
@@ -103,6 +105,8 @@ class ShardSource:
         Raises:
             FileNotFoundError: there are no shards.
         """
+        if self.train_only and split != "train":
+            return None
         place = self.place
         local = not is_remote(place)
         if local and not Path(place).is_dir():

@@ -139,7 +139,7 @@ def test_two_sources_of_one_set_are_cut_differently(tmp_path: Path) -> None:
                 parts = video_text_parts(images, [asked(n) for n in range(8)], "tours", extension="png")
                 writer.add(f"t{number}", *parts)
         write_manifest(tmp_path / split, describe_video_text, progress=False)
-    single = ShardSource(tmp_path, clips=SubClips([1, 1], share=1.0))
+    single = ShardSource(tmp_path, clips=SubClips([1, 1], share=1.0), train_only=True)
     data = VideoTexts(
         {"tours": ShardSource(tmp_path), "single": single},
         CharacterCollator(),
@@ -154,7 +154,9 @@ def test_two_sources_of_one_set_are_cut_differently(tmp_path: Path) -> None:
         for row, source in enumerate(batch.source):
             counts[source].add(int(batch.frame_mask[int(batch.video_index[row])].sum()))
     assert counts == {"tours": {3, 4}, "single": {1}}
-    assert {int(count) for batch in data.val_dataloader() for count in batch.frame_mask.sum(1)} == {8}
+    held_out = list(data.val_dataloader())
+    assert {int(count) for batch in held_out for count in batch.frame_mask.sum(1)} == {8}
+    assert {source for batch in held_out for source in batch.source} == {"tours"}
     assert {int(count) for count in data.worst_batch().frame_mask.sum(1)} == {8}
 
 
