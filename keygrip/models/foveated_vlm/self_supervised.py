@@ -6,7 +6,8 @@ Five losses, each from pixels:
 - **objects**: the token of a drawn pixel's patch says the crop that is centred on the pixel's object
   (`keygrip.models.foveated_vlm.objects`) and the object's colour, through a linear head.
 - **asked**: a deep query made from the object's colour brings the same back through the keys and values of all blocks,
-  as the language model's queries will do.
+  as the language model's queries will do. Half of the colours are inexact, and some are no object's at all; the drawn
+  object nearest in colour is then meant, so that a query which is not yet right shows an object too.
 - **contrast**: what the query brought back finds its object's crop among those of all frames of the batch (InfoNCE; van
   den Oord et al. 2018, arXiv:1807.03748). Of one object at several seconds the crops differ only in what changes there,
   which is a small part of their pixels and all of this loss.
@@ -47,6 +48,8 @@ EMBEDDING = 64  # E
 FLAT = 0.1  # standard deviation of a patch or crop, in units of the whole image's, below which its detail is noise
 THUMBNAIL = 16  # side in pixels of the frame that CLS says
 COLOUR = 0.3  # weight of an object's colour beside its crop
+EXACT, NEAR = 0.5, 0.25  # shares of the queries made of an object's own colour and of one near it; the others of any
+NEAR_STD, ANY_STD = 0.5, 1.2  # of such colours, normalised as images are
 
 
 @dataclass
@@ -100,6 +103,16 @@ def moved(images: Tensor, down: int, right: int) -> Tensor:
     places = torch.arange(images.shape[-1], device=images.device)
     rows, columns = ((places - by).clamp(0, len(places) - 1) for by in (down, right))
     return images[:, :, rows][..., columns]
+
+
+def inexact(colour: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Colours that are asked for, of objects' own [M, K, 3], and the numbers [M, K] of the objects that are meant: of
+    the K of a frame those nearest in colour."""
+    noise = torch.randn(colour.shape, generator=random).to(colour)
+    kind = torch.rand(colour.shape[:2], generator=random).to(colour)[..., None]
+    near = torch.where(kind < EXACT + NEAR, colour + NEAR_STD * noise, ANY_STD * noise)
+    asked = torch.where(kind < EXACT, colour, near)
+    return asked, torch.cdist(asked, colour).argmin(-1)
 
 
 @model_part
@@ -184,7 +197,8 @@ class SelfSupervisedModule(System):
             wanted = torch.cat([detail_of(crops, 3), colour], dim=-1)  # [M, K, C + 3]
         with short_attention(images.device, (images.shape[-1] // backbone.patch_size) ** 2):
             features, kv = backbone.forward_with_kv(images)
-            read = backbone.query(network.cue(colour), kv)
+            said, meant = inexact(colour, random)
+            read = backbone.query(network.cue(said), kv)
             asked = network.asked_head(read)
         column, row = (found.drawn // backbone.patch_size).long().unbind(-1)
         at = (row * features.grid[1] + column)[..., None].expand(-1, -1, features.patches.shape[-1])
@@ -194,25 +208,28 @@ class SelfSupervisedModule(System):
         return {
             "pixels": F.mse_loss(network.patch_head(features.patches).float(), pixels),
             "objects": _object_error(told.float(), wanted),
-            "asked": _object_error(asked.float(), wanted),
-            "contrast": self._contrast(read, wanted[..., :-3], found.centre),
+            "asked": _object_error(asked.float(), wanted.gather(1, meant[..., None].expand_as(wanted))),
+            "contrast": self._contrast(read, wanted[..., :-3], found.centre, meant),
             "frame": F.mse_loss(network.frame_head(features.cls).float(), small),
         }
 
-    def _contrast(self, read: Tensor, crops: Tensor, centre: Tensor) -> Tensor:
-        """Mean cross-entropy with which what queries brought back finds its own crop among those of all frames, without
-        other draws of the same object in its frame.
+    def _contrast(self, read: Tensor, crops: Tensor, centre: Tensor, meant: Tensor) -> Tensor:
+        """Mean cross-entropy with which what queries brought back finds the crop of the object meant among those of all
+        frames, without other draws of the same object in its frame.
 
         Args:
-            read: [M, K, D]. crops: [M, K, C]. centre: [M, K, 2].
+            read: [M, K, D]. crops: [M, K, C]. centre: [M, K, 2]. meant: [M, K].
         """
         own = F.normalize(self.network.asked_embedding(read).float().flatten(0, 1), dim=-1)
         others = F.normalize(self.network.crop_embedding(crops).float().flatten(0, 1), dim=-1)  # [M * K, E]
-        frame = torch.arange(len(centre), device=centre.device).repeat_interleave(centre.shape[1])
-        near = torch.cdist(centre.flatten(0, 1), centre.flatten(0, 1)) < SAME
-        again = near & (frame[:, None] == frame) & ~torch.eye(len(frame), dtype=torch.bool, device=centre.device)
+        frames, drawn = meant.shape
+        frame = torch.arange(frames, device=centre.device)
+        wanted = (frame[:, None] * drawn + meant).flatten()
+        places, frame = centre.flatten(0, 1), frame.repeat_interleave(drawn)
+        again = (torch.cdist(places[wanted], places) < SAME) & (frame[:, None] == frame)
+        again = again.scatter(1, wanted[:, None], False)
         logits = (own @ others.T / TEMPERATURE).masked_fill(again, -torch.inf)
-        return F.cross_entropy(logits, torch.arange(len(frame), device=centre.device))
+        return F.cross_entropy(logits, wanted)
 
     def _total(self, losses: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()

@@ -25,6 +25,7 @@ from keygrip.models.foveated_vlm.self_supervised import (
     SelfSupervisedModule,
     _object_error,
     detail_of,
+    inexact,
     moved,
     patch_targets,
     patches_of,
@@ -105,11 +106,24 @@ def test_heads_that_know_the_crops_have_no_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(network.object_head, "forward", lambda tokens: told.append(tokens) or torch.zeros(2, 6, 403))
     trained.losses(batch, 3)
     mean, std = (torch.tensor(each) for each in (network.backbone.mean, network.backbone.std))
-    torch.testing.assert_close(asked_at[0], (drawn.colour - mean) / std)
+    torch.testing.assert_close(asked_at[0], inexact((drawn.colour - mean) / std, random)[0])
     images = (batch.frames / 255 - mean[:, None, None]) / std[:, None, None]
     tokens = network.backbone(images).patches.unflatten(1, (64 // patch, 64 // patch))
     wanted = tokens[torch.arange(2)[:, None], at[..., 1], at[..., 0]]
     torch.testing.assert_close(told[0], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_colour_that_is_none_of_the_frame_means_the_object_nearest_to_it() -> None:
+    colour = torch.randn(400, 4, 3, generator=torch.Generator().manual_seed(1))
+    asked, meant = inexact(colour, torch.Generator().manual_seed(2))
+    exact = (asked == colour).all(-1)
+    assert 0.45 < float(exact.float().mean()) < 0.55
+    assert torch.equal(meant[exact], torch.arange(4).expand(400, -1)[exact])
+    for frame in range(20):
+        for asking in range(4):
+            far = [float((asked[frame, asking] - colour[frame, one]).norm()) for one in range(4)]
+            assert int(meant[frame, asking]) == far.index(min(far))
+    assert float((meant != torch.arange(4)).float().mean()) > 0.15  # of the others many mean another object
 
 
 def test_contrast_is_of_a_query_and_its_own_crop_among_all_but_the_same_object() -> None:
@@ -119,13 +133,18 @@ def test_contrast_is_of_a_query_and_its_own_crop_among_all_but_the_same_object()
     centre = torch.tensor([[[10.0, 10.0], [11.0, 12.0], [40.0, 10.0]], [[10.0, 10.0], [30.0, 30.0], [50.0, 50.0]]])
     crops = torch.eye(6)[torch.tensor([0, 0, 1, 2, 3, 4])].view(2, 3, 6)
 
-    def loss(read: torch.Tensor) -> float:
-        return float(trained._contrast(read, crops, centre))
+    own = torch.arange(3).expand(2, -1)
+
+    def loss(read: torch.Tensor, meant: torch.Tensor = own) -> float:
+        return float(trained._contrast(read, crops, centre, meant))
 
     assert loss(crops) < 1e-3  # the crop of the other draw, which is the same, is no wrong answer
     exchanged = crops.clone()
     exchanged[0, 0], exchanged[1, 0] = crops[1, 0], crops[0, 0]  # the same place of another frame is one
     assert loss(exchanged) > 3
+    other = torch.tensor([[2, 1, 0], [0, 2, 1]])  # a query may mean another object of its frame
+    assert loss(crops.gather(1, other[..., None].expand(-1, -1, 6)), other) < 1e-3
+    assert loss(crops, other) > 3
     assert loss(torch.zeros(2, 3, 6)) == pytest.approx(float(torch.tensor([5.0, 5, 6, 6, 6, 6]).log().mean()))
 
 
