@@ -36,7 +36,16 @@ DATA_OF = {
 }
 MODEL_OF = {
     **dict.fromkeys(
-        ("robot_videos", "robot_long_tours", "robot_lengths", "webvid", "cauldron", "video_sft"), "foveated_vlm"
+        (
+            "robot_videos",
+            "robot_long_tours",
+            "robot_lengths",
+            "robot_tours_single_first",
+            "webvid",
+            "cauldron",
+            "video_sft",
+        ),
+        "foveated_vlm",
     ),
     **{data: model for model, data in DATA_OF.items() if data != "robot_videos"},
 }
@@ -110,7 +119,9 @@ def tried_jobs(sweep: str) -> list[list[str]]:
         return tried_jobs(config.defaults[0])
     params = config.hydra.sweeper.params
     parsed = OverridesParser.create().parse_overrides([f"{name}={value}" for name, value in params.items()])
-    values = [list(each.sweep_string_iterator()) for each in parsed]
+    values = [
+        list(each.sweep_string_iterator()) if each.is_sweep_override() else [str(each.value())] for each in parsed
+    ]
     names = [str(name) for name in params]
     jobs = []
     for place, each in enumerate(values):
