@@ -26,8 +26,9 @@ from keygrip.data.video_text.conversations import (
     encode_jpeg,
     video_text_parts,
 )
-from keygrip.data.video_text.datamodule import ShardSource, VideoTexts
+from keygrip.data.video_text.datamodule import VideoTexts
 from keygrip.data.video_text.lengths import CHARACTERS_A_TOKEN, NEARLY_ALL
+from keygrip.data.video_text.shard_source import ShardSource
 from keygrip.models.foveated_vlm.rows import Packing
 from keygrip.progress import Progress
 

@@ -29,6 +29,7 @@ def test_the_choices_named_are_those_that_pass() -> None:
     assert set(named) == {
         "robot_videos",
         "robot_tours",
+        "robot_tours_single_first",
         "robot_long_tours",
         "robot_lengths",
         "webvid",

@@ -8,9 +8,9 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader
@@ -19,8 +19,6 @@ from keygrip.artifacts import locked
 from keygrip.data.bad_samples import BadSample, BadSamples
 from keygrip.data.batches import VideoTextBatch, VideoTextStatistics
 from keygrip.data.shards.budget import Budget, costliest
-from keygrip.data.shards.index import MANIFEST
-from keygrip.data.shards.made_shards import MadeShards, held_out
 from keygrip.data.shards.mixing import (
     BucketedSampler,
     BudgetedBatchSampler,
@@ -30,8 +28,7 @@ from keygrip.data.shards.mixing import (
     Stage,
     padding_of,
 )
-from keygrip.data.shards.reader import ShardSet
-from keygrip.data.shards.remote import folder_beside, is_remote
+from keygrip.data.shards.remote import folder_beside
 from keygrip.data.shards.resuming import ResumableData
 from keygrip.data.shards.sampling import GlobalBatchSampler, SampleKey
 from keygrip.data.shards.substitution import Collate, CountingLoader
@@ -53,106 +50,14 @@ from keygrip.data.video_text.conversations import (
 from keygrip.data.video_text.exact_lengths import counted
 from keygrip.data.video_text.lengths import TextLengths, measured
 from keygrip.data.video_text.samples import Part, VideoTextSamples
-from keygrip.training.parts import ReadWhere, data_part
+from keygrip.data.video_text.shard_source import ShardSource
+from keygrip.training.parts import data_part
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
 TRIED = 64  # videos of a source, whether they can be cut
 COSTLY = 8  # batches, by estimate the largest, among which the largest one is sought by what it really holds
-
-
-@data_part
-@dataclass(frozen=True)
-class ShardSource:
-    """One source of a mixture.
-
-    Args:
-        root: folder or URL with `train/`, `val/` and perhaps `test/`, each a shard set; or one shard set, of which
-            `val_fraction` of the samples (by a hash of their keys: always the same) is for validation. None: `make`.
-        make: how the set is made where it is missing.
-        share: of all training samples; None: a lead source, each sample once an epoch.
-        kinds: only conversations of these kinds; None: all.
-        max_samples: at most so many for training, spread evenly; None: all.
-        frames: only samples of so many frames, [fewest, most], for a curriculum over lengths; None: all.
-        clips: of this source, in place of `data.clips`; two sources of one set may be cut differently.
-        train_only: the set is not read for validation and test: another source reads its held-out samples.
-    """
-
-    read_where: ClassVar = {"make": ReadWhere("root", None)}
-    root: str | Path | None = None
-    make: MadeShards | None = None
-    share: float | None = None
-    kinds: Sequence[str] | None = None
-    max_samples: int | None = None
-    val_fraction: float = 0.02
-    frames: Sequence[int] | None = None
-    clips: SubClips | None = None
-    train_only: bool = False
-
-    @property
-    def place(self) -> str:
-        """The root, or where `make` puts it. Raises ValueError: neither is given."""
-        if self.root is not None:
-            return str(self.root)
-        if self.make is None:
-            raise ValueError("a source needs a root: the folder or URL of its shards (data.sources.NAME.root=PATH)")
-        return str(self.make.root)
-
-    def open(self, split: str, cache_dir: str | Path | None, cache_gb: float) -> tuple[ShardSet, np.ndarray] | None:
-        """The shard set of a split and the numbers of its samples that belong to it; None where it has no such split.
-
-        Raises:
-            FileNotFoundError: there are no shards.
-        """
-        if self.train_only and split != "train":
-            return None
-        place = self.place
-        local = not is_remote(place)
-        if local and not Path(place).is_dir():
-            raise FileNotFoundError(
-                f"no shards at {place}: prepare them first (`python -m keygrip.prepare step=...`), or name another "
-                "folder with data.sources.NAME.root=PATH"
-            )
-        whole = (Path(place) / MANIFEST).is_file() if local else self._exists(f"{place}/{MANIFEST}")
-        if not whole:
-            part = f"{place.rstrip('/')}/{split}"
-            there = (Path(part) / MANIFEST).is_file() if local else self._exists(f"{part}/{MANIFEST}")
-            if not there:
-                if split == "train":
-                    raise FileNotFoundError(
-                        f"{place} has neither {MANIFEST} nor train/{MANIFEST}: make it with `python -m keygrip.prepare "
-                        f"step=manifest root={place}/train`"
-                    )
-                return None
-            shards = ShardSet(part, cache_dir, cache_gb)
-            chosen = np.arange(len(shards))
-        else:
-            if split == "test":
-                return None
-            shards = ShardSet(place, cache_dir, cache_gb)
-            chosen = np.flatnonzero(held_out(shards, self.val_fraction) == (split == "val"))
-        if self.kinds is not None:
-            wanted = set(self.kinds)
-            fits = np.array([not wanted.isdisjoint(kinds.split()) for kinds in shards.columns["kinds"].tolist()], bool)
-            if not fits.any():
-                there_are = sorted({kind for kinds in set(shards.columns["kinds"].tolist()) for kind in kinds.split()})
-                raise ValueError(f"{place} holds no conversations of {sorted(wanted)}; it holds {', '.join(there_are)}")
-            chosen = chosen[fits[chosen]]
-        if self.frames is not None:
-            fewest, most = self.frames
-            counts = shards.columns["frames"][chosen]
-            chosen = chosen[(counts >= fewest) & (counts <= most)]
-        if split == "train" and self.max_samples is not None and len(chosen) > self.max_samples:
-            chosen = chosen[np.linspace(0, len(chosen) - 1, self.max_samples).round().astype(int)]
-        return shards, chosen
-
-    @staticmethod
-    def _exists(url: str) -> bool:
-        import fsspec
-
-        filesystem, path = fsspec.core.url_to_fs(url)
-        return bool(filesystem.exists(path))
 
 
 @data_part

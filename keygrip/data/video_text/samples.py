@@ -27,7 +27,7 @@ class Part:
 
     Args:
         name: of the source. shards: where the samples lie. chosen: int64 [N], their numbers in `shards`.
-        share, kinds: see `keygrip.data.video_text.datamodule.ShardSource`.
+        share, kinds: see `keygrip.data.video_text.shard_source.ShardSource`.
         lengths: of the texts, in tokens; None: a token for every four characters.
         clips: cut out of its videos; None: they stay whole.
     """

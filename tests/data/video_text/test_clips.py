@@ -19,7 +19,8 @@ from keygrip.data.video_text.conversations import (
     describe_video_text,
     video_text_parts,
 )
-from keygrip.data.video_text.datamodule import ShardSource, VideoTexts
+from keygrip.data.video_text.datamodule import VideoTexts
+from keygrip.data.video_text.shard_source import ShardSource
 from keygrip.models.foveated_vlm.conversations import ConversationCollator
 from keygrip.models.language.tokenizers import TrainedTokenizer
 

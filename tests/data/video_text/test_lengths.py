@@ -25,10 +25,11 @@ from keygrip.data.video_text.conversations import (
     read_sample,
     video_text_parts,
 )
-from keygrip.data.video_text.datamodule import ShardSource, VideoTexts
+from keygrip.data.video_text.datamodule import VideoTexts
 from keygrip.data.video_text.exact_lengths import NOT_COUNTED, UNREADABLE, Counting, counted
 from keygrip.data.video_text.lengths import TokenLengths
 from keygrip.data.video_text.samples import Part
+from keygrip.data.video_text.shard_source import ShardSource
 from keygrip.models.foveated_vlm.conversations import ConversationCollator
 from keygrip.models.language.tokenizers import TrainedTokenizer
 

@@ -23,7 +23,8 @@ from keygrip.data.shards.made_shards import MadeShards
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.video_text.batching import choose
 from keygrip.data.video_text.conversations import answer
-from keygrip.data.video_text.datamodule import ShardSource, VideoTexts
+from keygrip.data.video_text.datamodule import VideoTexts
+from keygrip.data.video_text.shard_source import ShardSource
 
 FRAMES = [1, 2, 3, 1] * 40  # 160 samples, as in the trap: 40 of them were all that four workers saw
 

@@ -1,0 +1,110 @@
+"""A source of a mixture: one shard set with its splits, and which of its samples are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from keygrip.data.shards.index import MANIFEST
+from keygrip.data.shards.made_shards import MadeShards, held_out
+from keygrip.data.shards.reader import ShardSet
+from keygrip.data.shards.remote import is_remote
+from keygrip.data.video_text.clips import SubClips
+from keygrip.training.parts import ReadWhere, data_part
+
+
+@data_part
+@dataclass(frozen=True)
+class ShardSource:
+    """One source of a mixture.
+
+    Args:
+        root: folder or URL with `train/`, `val/` and perhaps `test/`, each a shard set; or one shard set, of which
+            `val_fraction` of the samples (by a hash of their keys: always the same) is for validation. None: `make`.
+        make: how the set is made where it is missing.
+        share: of all training samples; None: a lead source, each sample once an epoch.
+        kinds: only conversations of these kinds; None: all.
+        max_samples: at most so many for training, spread evenly; None: all.
+        frames: only samples of so many frames, [fewest, most], for a curriculum over lengths; None: all.
+        clips: of this source, in place of `data.clips`; two sources of one set may be cut differently.
+        train_only: the set is not read for validation and test: another source reads its held-out samples.
+    """
+
+    read_where: ClassVar = {"make": ReadWhere("root", None)}
+    root: str | Path | None = None
+    make: MadeShards | None = None
+    share: float | None = None
+    kinds: Sequence[str] | None = None
+    max_samples: int | None = None
+    val_fraction: float = 0.02
+    frames: Sequence[int] | None = None
+    clips: SubClips | None = None
+    train_only: bool = False
+
+    @property
+    def place(self) -> str:
+        """The root, or where `make` puts it. Raises ValueError: neither is given."""
+        if self.root is not None:
+            return str(self.root)
+        if self.make is None:
+            raise ValueError("a source needs a root: the folder or URL of its shards (data.sources.NAME.root=PATH)")
+        return str(self.make.root)
+
+    def open(self, split: str, cache_dir: str | Path | None, cache_gb: float) -> tuple[ShardSet, np.ndarray] | None:
+        """The shard set of a split and the numbers of its samples that belong to it; None where it has no such split.
+
+        Raises:
+            FileNotFoundError: there are no shards.
+        """
+        if self.train_only and split != "train":
+            return None
+        place = self.place
+        local = not is_remote(place)
+        if local and not Path(place).is_dir():
+            raise FileNotFoundError(
+                f"no shards at {place}: prepare them first (`python -m keygrip.prepare step=...`), or name another "
+                "folder with data.sources.NAME.root=PATH"
+            )
+        whole = (Path(place) / MANIFEST).is_file() if local else self._exists(f"{place}/{MANIFEST}")
+        if not whole:
+            part = f"{place.rstrip('/')}/{split}"
+            there = (Path(part) / MANIFEST).is_file() if local else self._exists(f"{part}/{MANIFEST}")
+            if not there:
+                if split == "train":
+                    raise FileNotFoundError(
+                        f"{place} has neither {MANIFEST} nor train/{MANIFEST}: make it with `python -m keygrip.prepare "
+                        f"step=manifest root={place}/train`"
+                    )
+                return None
+            shards = ShardSet(part, cache_dir, cache_gb)
+            chosen = np.arange(len(shards))
+        else:
+            if split == "test":
+                return None
+            shards = ShardSet(place, cache_dir, cache_gb)
+            chosen = np.flatnonzero(held_out(shards, self.val_fraction) == (split == "val"))
+        if self.kinds is not None:
+            wanted = set(self.kinds)
+            fits = np.array([not wanted.isdisjoint(kinds.split()) for kinds in shards.columns["kinds"].tolist()], bool)
+            if not fits.any():
+                there_are = sorted({kind for kinds in set(shards.columns["kinds"].tolist()) for kind in kinds.split()})
+                raise ValueError(f"{place} holds no conversations of {sorted(wanted)}; it holds {', '.join(there_are)}")
+            chosen = chosen[fits[chosen]]
+        if self.frames is not None:
+            fewest, most = self.frames
+            counts = shards.columns["frames"][chosen]
+            chosen = chosen[(counts >= fewest) & (counts <= most)]
+        if split == "train" and self.max_samples is not None and len(chosen) > self.max_samples:
+            chosen = chosen[np.linspace(0, len(chosen) - 1, self.max_samples).round().astype(int)]
+        return shards, chosen
+
+    @staticmethod
+    def _exists(url: str) -> bool:
+        import fsspec
+
+        filesystem, path = fsspec.core.url_to_fs(url)
+        return bool(filesystem.exists(path))
