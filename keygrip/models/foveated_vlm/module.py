@@ -54,6 +54,8 @@ class FoveatedVLMModule(System):
         refinement: in training, queries are chosen again from their own tokens up to so many times, a number drawn for
             each step from 0 to this: queries are then computed from tokens of chosen queries, as at inference.
         refinement_from: share of the run before refinement begins.
+        coarse_share: of the training steps, those that answer from the coarse pass alone (mode coarse_only), so that
+            its tokens learn to say what they can: with query_source=coarse they choose where to look.
         loss_chunk: tokens whose logits exist at the same time.
         loss_kernel: in training; `chunked`, or `liger`, a fused Triton kernel for GPUs that has chunks of its own.
         vision_kv_cache_gb: memory for a frozen encoder's keys and values of training and validation videos.
@@ -64,8 +66,8 @@ class FoveatedVLMModule(System):
         log_images_every_n_steps: training steps between images in TensorBoard; 0: none.
 
     Raises:
-        ValueError: a mode that the network does not have, refinement outside of coarse_fine, keys and values that would
-            change kept, or two sources of the encoder's weights.
+        ValueError: a mode that the network does not have, refinement or a share of coarse steps outside of coarse_fine,
+            keys and values that would change kept, or two sources of the encoder's weights.
     """
 
     read_where: ClassVar = {
@@ -96,6 +98,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         val_modes: Sequence[str] | None = None,
         refinement: int = 0,
         refinement_from: float = 0.4,
+        coarse_share: float = 0.0,
         loss_chunk: int = 4096,
         loss_kernel: Kernel = "chunked",
         vision_kv_cache_gb: float = 0.0,
@@ -114,6 +117,10 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             raise ValueError("model.refinement must not be negative, and refinement_from lies in 0..1")
         if refinement and mode != "coarse_fine":
             raise ValueError(f"model.refinement={refinement} has no effect in mode={mode}: set it to 0")
+        if not 0 <= coarse_share < 1:
+            raise ValueError(f"model.coarse_share={coarse_share} must lie in 0..1, without 1 (which is mode=coarse_only)")
+        if coarse_share and mode != "coarse_fine":
+            raise ValueError(f"model.coarse_share={coarse_share} has no effect in mode={mode}: set it to 0")
         if loss_chunk < 1 or monitor_every_n_steps < 0 or log_images_every_n_steps < 0:
             raise ValueError(
                 "model: loss_chunk must be above 0, monitor_every_n_steps and log_images_every_n_steps not below"
@@ -129,7 +136,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         self.collator = collator
         self.kv_cache = KeyValueCache(vision_kv_cache_gb) if vision_kv_cache_gb else None
         self.mode, self.val_modes = mode, tuple(dict.fromkeys([*val_modes, mode]))
-        self.refinement, self.refinement_from = refinement, refinement_from
+        self.refinement, self.refinement_from, self.coarse_share = refinement, refinement_from, coarse_share
         self.loss_chunk, self.init_from = loss_chunk, init_from
         self.loss_kernel: Kernel = loss_kernel
         self.monitor_every_n_steps, self.log_images_every_n_steps = monitor_every_n_steps, log_images_every_n_steps
@@ -262,6 +269,12 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         generator = torch.Generator().manual_seed(self.global_step)
         return int(torch.randint(self.refinement + 1, (), generator=generator))
 
+    def mode_now(self) -> str:
+        """In which mode this step trains: a function of the step, the same in every process."""
+        generator = torch.Generator().manual_seed(self.global_step)
+        coarse = self.coarse_share and float(torch.rand((), generator=generator)) < self.coarse_share
+        return "coarse_only" if coarse else self.mode
+
     def known(self, batch: VideoTextBatch, frames: Tensor, rows: TextRows) -> list[BlockKV] | None:
         """Keys and values of a batch from memory; None where none are kept, or the batch has no frames."""
         if self.kv_cache is None or not any(rows.frame_counts):
@@ -274,7 +287,9 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         patches = (batch.frames.shape[-1] // self.network.backbone.patch_size) ** 2
         positions = rows.input_ids.shape[1] + max(rows.frame_counts) * self.network.tokens_per_frame
         with short_attention(frames.device, max(positions, patches)):
-            output = self.network(frames, rows, self.mode, self.refinement_now(), self.known(batch, frames, rows))
+            mode = self.mode_now()
+            refinement = self.refinement_now() if mode == self.mode else 0
+            output = self.network(frames, rows, mode, refinement, self.known(batch, frames, rows))
         scores = self.score(output, batch)
         loss = global_mean(scores.loss, scores.tokens)
         size = len(batch)
