@@ -118,7 +118,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         if refinement and mode != "coarse_fine":
             raise ValueError(f"model.refinement={refinement} has no effect in mode={mode}: set it to 0")
         if not 0 <= coarse_share < 1:
-            raise ValueError(f"model.coarse_share={coarse_share} must lie in 0..1, without 1 (which is mode=coarse_only)")
+            raise ValueError(f"model.coarse_share={coarse_share} must lie in 0..1; all steps are mode=coarse_only")
         if coarse_share and mode != "coarse_fine":
             raise ValueError(f"model.coarse_share={coarse_share} has no effect in mode={mode}: set it to 0")
         if loss_chunk < 1 or monitor_every_n_steps < 0 or log_images_every_n_steps < 0:
