@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning
 import numpy as np
@@ -187,6 +189,8 @@ def test_settings_without_effect_are_refused(parts: Callable[..., tuple]) -> Non
         ({"val_modes": ["many_tokens"]}, "val_modes=many_tokens"),
         ({"mode": "coarse_only", "refinement": 2}, "no effect"),
         ({"refinement": -1}, "refinement"),
+        ({"coarse_share": 1.0}, "coarse_share=1.0 must lie in 0..1"),
+        ({"mode": "coarse_only", "refinement": 0, "coarse_share": 0.5}, "coarse_share=0.5 has no effect"),
         ({"loss_chunk": 0}, "loss_chunk"),
         ({"loss_kernel": "triton"}, "loss_kernel='triton': must be one of chunked, liger"),
     ):
@@ -245,6 +249,39 @@ class Descent(FoveatedVLMModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.network.parameters(), lr=1.0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_share_of_the_steps_trains_the_coarse_pass_alone(parts: Callable[..., tuple]) -> None:
+    quiet = {"monitor_every_n_steps": 0, "log_images_every_n_steps": 0}
+    module, batch = parts(refinement=1, refinement_from=0.0, coarse_share=0.4, **quiet)
+    module.__class__ = Descent
+    see, steps = module.network.see, []
+
+    def watched(frames: Any, rows: Any, mode: str, refinement: int = 0, kv: Any = None) -> Any:
+        steps.append((mode, refinement, module.network.query_projection.weight.detach().clone()))
+        return see(frames, rows, mode, refinement, kv)
+
+    module.network.see = watched
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        gradient_clip_val=1.0,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader([batch] * 40, batch_size=None))  # type: ignore[arg-type]
+    assert len(steps) == 40
+    assert 8 <= sum(mode == "coarse_only" for mode, _, _ in steps) <= 24
+    assert {(mode, refinement) for mode, refinement, _ in steps} == {
+        ("coarse_only", 0),
+        ("coarse_fine", 0),
+        ("coarse_fine", 1),
+    }
+    for (mode, _, before), (_, _, after) in itertools.pairwise(steps):
+        assert torch.equal(before, after) == (mode == "coarse_only")  # what chooses queries is not used there
 
 
 @pytest.mark.filterwarnings("ignore")
