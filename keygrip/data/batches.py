@@ -8,7 +8,7 @@ grid edges.
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -252,6 +252,11 @@ class VideoTextBatch(Movable):
         values |= {name: [getattr(self, name)[row] for row in kept] for name in lists}
         values |= {name: getattr(self, name)[:count, :longest] for name in ("frames", "frame_mask")}
         return replace(self, video_index=self.video_index[rows], seconds=self.seconds[:count], **values)
+
+    def answering(self, kinds: Collection[str]) -> Self:
+        """The same rows, of which only those of some kinds have answers and carry a loss."""
+        kept = torch.tensor([kind in kinds for kind in self.kind], device=self.loss_mask.device)[:, None]
+        return replace(self, loss_mask=self.loss_mask & kept, answer_mask=self.answer_mask & kept)
 
     @property
     def text_only_share(self) -> float:

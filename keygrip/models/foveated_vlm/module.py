@@ -55,7 +55,8 @@ class FoveatedVLMModule(System):
             each step from 0 to this: queries are then computed from tokens of chosen queries, as at inference.
         refinement_from: share of the run before refinement begins.
         coarse_share: of the training steps, those that answer from the coarse pass alone (mode coarse_only), so that
-            its tokens learn to say what they can: with query_source=coarse they choose where to look.
+            its tokens learn to say what they can: they choose where to look.
+        coarse_kinds: of the questions whose answers carry the loss of those steps; None: all.
         loss_chunk: tokens whose logits exist at the same time.
         loss_kernel: in training; `chunked`, or `liger`, a fused Triton kernel for GPUs that has chunks of its own.
         vision_kv_cache_gb: memory for a frozen encoder's keys and values of training and validation videos.
@@ -72,6 +73,7 @@ class FoveatedVLMModule(System):
 
     read_where: ClassVar = {
         "refinement_from": ReadWhere("refinement"),
+        "coarse_kinds": ReadWhere("coarse_share"),
         "monitor_from_step": ReadWhere("monitor_every_n_steps"),
     }
     batch_type = VideoTextBatch
@@ -99,6 +101,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         refinement: int = 0,
         refinement_from: float = 0.4,
         coarse_share: float = 0.0,
+        coarse_kinds: Sequence[str] | None = None,
         loss_chunk: int = 4096,
         loss_kernel: Kernel = "chunked",
         vision_kv_cache_gb: float = 0.0,
@@ -136,7 +139,8 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         self.collator = collator
         self.kv_cache = KeyValueCache(vision_kv_cache_gb) if vision_kv_cache_gb else None
         self.mode, self.val_modes = mode, tuple(dict.fromkeys([*val_modes, mode]))
-        self.refinement, self.refinement_from, self.coarse_share = refinement, refinement_from, coarse_share
+        self.refinement, self.refinement_from = refinement, refinement_from
+        self.coarse_share, self.coarse_kinds = coarse_share, coarse_kinds and frozenset(coarse_kinds)
         self.loss_chunk, self.init_from = loss_chunk, init_from
         self.loss_kernel: Kernel = loss_kernel
         self.monitor_every_n_steps, self.log_images_every_n_steps = monitor_every_n_steps, log_images_every_n_steps
@@ -288,13 +292,15 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         positions = rows.input_ids.shape[1] + max(rows.frame_counts) * self.network.tokens_per_frame
         with short_attention(frames.device, max(positions, patches)):
             mode = self.mode_now()
+            if mode != self.mode and self.coarse_kinds is not None:
+                batch = batch.answering(self.coarse_kinds)
             refinement = self.refinement_now() if mode == self.mode else 0
             output = self.network(frames, rows, mode, refinement, self.known(batch, frames, rows))
         scores = self.score(output, batch)
         loss = global_mean(scores.loss, scores.tokens)
-        size = len(batch)
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
-        self.log("train/accuracy", scores.exact.sum() / scores.answered.sum(), prog_bar=True, batch_size=size)
+        size, name = len(batch), "train/" if mode == self.mode else "train/coarse_"
+        self.log(f"{name}loss", loss.detach(), prog_bar=True, batch_size=size)
+        self.log(f"{name}accuracy", scores.exact.sum() / scores.answered.sum().clamp_min(1), prog_bar=True, batch_size=size)
         if self.due(self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
             self.log("train/padding_share", batch.padding_share, batch_size=size)
             self.log("train/text_only_share", batch.text_only_share, batch_size=size)
