@@ -300,7 +300,8 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         loss = global_mean(scores.loss, scores.tokens)
         size, name = len(batch), "train/" if mode == self.mode else "train/coarse_"
         self.log(f"{name}loss", loss.detach(), prog_bar=True, batch_size=size)
-        self.log(f"{name}accuracy", scores.exact.sum() / scores.answered.sum().clamp_min(1), prog_bar=True, batch_size=size)
+        accuracy = scores.exact.sum() / scores.answered.sum().clamp_min(1)
+        self.log(f"{name}accuracy", accuracy, prog_bar=True, batch_size=size)
         if self.due(self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
             self.log("train/padding_share", batch.padding_share, batch_size=size)
             self.log("train/text_only_share", batch.text_only_share, batch_size=size)
