@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 REFINED = "coarse_fine_refined"
 HEALTH_FRAMES = 64  # enough for an average, few enough for the memory that attention maps take
 SHOWN_ROWS = 4
+COARSE_MISSES = 50  # coarse steps in a row without a question of coarse_kinds, after which training stops
 
 
 @model_part(from_checkpoint={"init_from": None})
@@ -124,6 +125,8 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             raise ValueError(f"model.coarse_share={coarse_share} must lie in 0..1; all steps are mode=coarse_only")
         if coarse_share and mode != "coarse_fine":
             raise ValueError(f"model.coarse_share={coarse_share} has no effect in mode={mode}: set it to 0")
+        if coarse_kinds is not None and not coarse_kinds:
+            raise ValueError("model.coarse_kinds=[] leaves the coarse steps nothing to learn: null trains on all kinds")
         if loss_chunk < 1 or monitor_every_n_steps < 0 or log_images_every_n_steps < 0:
             raise ValueError(
                 "model: loss_chunk must be above 0, monitor_every_n_steps and log_images_every_n_steps not below"
@@ -141,6 +144,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         self.mode, self.val_modes = mode, tuple(dict.fromkeys([*val_modes, mode]))
         self.refinement, self.refinement_from = refinement, refinement_from
         self.coarse_share, self.coarse_kinds = coarse_share, coarse_kinds and frozenset(coarse_kinds)
+        self._coarse_misses = 0  # coarse steps in a row whose batch has none of these kinds
         self.loss_chunk, self.init_from = loss_chunk, init_from
         self.loss_kernel: Kernel = loss_kernel
         self.monitor_every_n_steps, self.log_images_every_n_steps = monitor_every_n_steps, log_images_every_n_steps
@@ -279,6 +283,16 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         coarse = self.coarse_share and float(torch.rand((), generator=generator)) < self.coarse_share
         return "coarse_only" if coarse else self.mode
 
+    def _for_coarse_step(self, batch: VideoTextBatch, kinds: frozenset[str]) -> VideoTextBatch:
+        """The batch with a loss on questions of these kinds alone; ValueError where step after step has none."""
+        self._coarse_misses = 0 if kinds & set(batch.kind) else self._coarse_misses + 1
+        if self._coarse_misses >= COARSE_MISSES:
+            raise ValueError(
+                f"model.coarse_kinds={sorted(kinds)}: no question of these kinds in {COARSE_MISSES} coarse steps one "
+                f"after another (the last batch has {', '.join(sorted(set(batch.kind)))}): name kinds of this data"
+            )
+        return batch.answering(kinds)
+
     def known(self, batch: VideoTextBatch, frames: Tensor, rows: TextRows) -> list[BlockKV] | None:
         """Keys and values of a batch from memory; None where none are kept, or the batch has no frames."""
         if self.kv_cache is None or not any(rows.frame_counts):
@@ -293,7 +307,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         with short_attention(frames.device, max(positions, patches)):
             mode = self.mode_now()
             if mode != self.mode and self.coarse_kinds is not None:
-                batch = batch.answering(self.coarse_kinds)
+                batch = self._for_coarse_step(batch, self.coarse_kinds)
             refinement = self.refinement_now() if mode == self.mode else 0
             output = self.network(frames, rows, mode, refinement, self.known(batch, frames, rows))
         scores = self.score(output, batch)

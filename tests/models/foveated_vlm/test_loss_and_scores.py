@@ -19,7 +19,7 @@ from vlm_parts import small_backbone, small_language
 from keygrip.data.batches import Conversation, Turn, VideoTextBatch, VideoTextSample
 from keygrip.models.foveated_vlm.conversations import ConversationCollator
 from keygrip.models.foveated_vlm.loss import token_cross_entropy
-from keygrip.models.foveated_vlm.module import FoveatedVLMModule, comparisons
+from keygrip.models.foveated_vlm.module import COARSE_MISSES, FoveatedVLMModule, comparisons
 from keygrip.models.foveated_vlm.network import MODES, FoveatedVLM
 from keygrip.models.foveated_vlm.rows import text_rows
 from keygrip.models.foveated_vlm.scores import Scores
@@ -251,6 +251,19 @@ class Descent(FoveatedVLMModule):
         return torch.optim.SGD(self.network.parameters(), lr=1.0)
 
 
+def fitted(module: FoveatedVLMModule, batch: VideoTextBatch, steps: int) -> None:
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        gradient_clip_val=1.0,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader([batch] * steps, batch_size=None))  # type: ignore[arg-type]
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_share_of_the_steps_trains_the_coarse_pass_alone(parts: Callable[..., tuple]) -> None:
     quiet = {"monitor_every_n_steps": 0, "log_images_every_n_steps": 0}
@@ -263,16 +276,7 @@ def test_a_share_of_the_steps_trains_the_coarse_pass_alone(parts: Callable[..., 
         return see(frames, rows, mode, refinement, kv)
 
     module.network.see = watched
-    trainer = lightning.Trainer(
-        max_epochs=1,
-        gradient_clip_val=1.0,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, DataLoader([batch] * 40, batch_size=None))  # type: ignore[arg-type]
+    fitted(module, batch, 40)
     assert len(steps) == 40
     assert 8 <= sum(mode == "coarse_only" for mode, _, _ in steps) <= 24
     assert {(mode, refinement) for mode, refinement, _ in steps} == {
@@ -282,6 +286,42 @@ def test_a_share_of_the_steps_trains_the_coarse_pass_alone(parts: Callable[..., 
     }
     for (mode, _, before), (_, _, after) in itertools.pairwise(steps):
         assert torch.equal(before, after) == (mode == "coarse_only")  # what chooses queries is not used there
+
+
+def test_answering_leaves_the_loss_of_some_kinds_alone(parts: Callable[..., tuple]) -> None:
+    module, batch = parts()
+    cue = batch.kind.index("cue")
+    some = batch.answering(["cue", "glance"])
+    assert torch.equal(some.input_ids, batch.input_ids) and some.kind == batch.kind
+    with torch.no_grad():
+        whole, part = (module.score(module(each, "coarse_only"), each) for each in (batch, some))
+    torch.testing.assert_close(part.loss, whole.row_loss[cue])
+    assert part.tokens == batch.loss_mask[cue].sum()
+    assert part.answered.tolist() == [kind == "cue" for kind in batch.kind]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_coarse_steps_learn_from_the_named_kinds_alone(parts: Callable[..., tuple]) -> None:
+    """Of steps whose batch has none of the kinds the coarse ones change nothing; after many the kinds are refused."""
+    quiet = {"monitor_every_n_steps": 0, "log_images_every_n_steps": 0}
+    module, batch = parts(coarse_share=0.5, coarse_kinds=["glance"], **quiet)
+    module.__class__ = Descent
+    see, steps = module.network.see, []
+
+    def watched(frames: Any, rows: Any, mode: str, refinement: int = 0, kv: Any = None) -> Any:
+        steps.append((mode, [p.detach().clone() for p in module.network.parameters()]))
+        return see(frames, rows, mode, refinement, kv)
+
+    module.network.see = watched
+    fitted(module, batch, 12)
+    assert {mode for mode, _ in steps} == {"coarse_only", "coarse_fine"}
+    for (mode, before), (_, after) in itertools.pairwise(steps):
+        same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        assert same == (mode == "coarse_only")
+    with pytest.raises(ValueError, match=r"coarse_kinds=\['glance'\].*cue, mark, text"):
+        fitted(module, batch, 3 * COARSE_MISSES)
+    with pytest.raises(ValueError, match="coarse_kinds=\\[\\]"):
+        parts(coarse_share=0.5, coarse_kinds=[])
 
 
 @pytest.mark.filterwarnings("ignore")
