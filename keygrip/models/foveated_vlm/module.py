@@ -143,7 +143,8 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         self.kv_cache = KeyValueCache(vision_kv_cache_gb) if vision_kv_cache_gb else None
         self.mode, self.val_modes = mode, tuple(dict.fromkeys([*val_modes, mode]))
         self.refinement, self.refinement_from = refinement, refinement_from
-        self.coarse_share, self.coarse_kinds = coarse_share, coarse_kinds and frozenset(coarse_kinds)
+        self.coarse_share = coarse_share
+        self.coarse_kinds = None if coarse_kinds is None else frozenset(coarse_kinds)
         self._coarse_misses = 0  # coarse steps in a row whose batch has none of these kinds
         self.loss_chunk, self.init_from = loss_chunk, init_from
         self.loss_kernel: Kernel = loss_kernel

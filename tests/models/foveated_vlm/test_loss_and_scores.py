@@ -292,7 +292,8 @@ def test_answering_leaves_the_loss_of_some_kinds_alone(parts: Callable[..., tupl
     module, batch = parts()
     cue = batch.kind.index("cue")
     some = batch.answering(["cue", "glance"])
-    assert torch.equal(some.input_ids, batch.input_ids) and some.kind == batch.kind
+    assert torch.equal(some.input_ids, batch.input_ids)
+    assert some.kind == batch.kind
     with torch.no_grad():
         whole, part = (module.score(module(each, "coarse_only"), each) for each in (batch, some))
     torch.testing.assert_close(part.loss, whole.row_loss[cue])
