@@ -363,6 +363,7 @@ class VideoTextStatistics:
         folder: where something derived from the data (a tokenizer) may be kept. fingerprint: of the training shards.
         samples: by source, for training. image_size, fit, max_frames: how images were prepared.
         texts: goes through the text of every training turn.
+        clips_keep_times: some training clips begin at a later second than 0, in words too.
     """
 
     folder: Path
@@ -372,6 +373,7 @@ class VideoTextStatistics:
     fit: str
     max_frames: int
     texts: Callable[[], Iterator[str]]
+    clips_keep_times: bool = False
 
 
 def stack_frames(samples: Sequence[VideoTextSample]) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Sub-clips of longer videos for training: their time begins at 0 again, in frames, metadata and words."""
+"""Sub-clips of longer videos for training: their time begins at 0 again, in frames, metadata and words, or is kept."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ class SubClips:
         frames: [fewest, most] of a clip; shorter videos stay whole.
         share: of the longer videos, at random, cut in each epoch; the others stay whole.
         lookback: by kind, how many frames before its own a question speaks of: these too must lie in the clip.
+        rebased: times of a clip begin at second 0. False: frames and words keep the video's, for a model whose frames
+            say their second (`frame_clock=seconds`): it learns late seconds from few frames.
 
     Raises:
         ValueError: a range that is none, or a share outside of 0..1.
@@ -38,6 +40,7 @@ class SubClips:
     frames: Sequence[int]
     share: float = 0.5
     lookback: Mapping[str, int] = field(default_factory=dict)
+    rebased: bool = True
 
     def __post_init__(self) -> None:
         if len(self.frames) != 2 or not 1 <= self.frames[0] <= self.frames[1]:
@@ -65,7 +68,7 @@ class SubClips:
 
     def cut(self, sample: VideoTextSample, start: int, stop: int) -> VideoTextSample | None:
         """Frames `start` to `stop` (exclusive) with the questions about them; None where there are none."""
-        kept = [self._rebased(each, start, stop) for each in sample.conversations]
+        kept = [self._of_clip(each, start, stop) for each in sample.conversations]
         conversations = tuple(each for each in kept if each is not None)
         if not conversations:
             return None
@@ -75,20 +78,22 @@ class SubClips:
             conversations=conversations,
             key=f"{sample.key}[{start}:{stop}]",  # other frames: a name of their own wherever something is kept by name
             cut=True,
-            seconds=tuple(float(n) for n in range(stop - start)),
+            seconds=tuple(float(n) for n in (range(stop - start) if self.rebased else range(start, stop))),
         )
 
-    def _rebased(self, conversation: Conversation, start: int, stop: int) -> Conversation | None:
+    def _of_clip(self, conversation: Conversation, start: int, stop: int) -> Conversation | None:
         frame = conversation.evidence.get("frame")
         if not isinstance(frame, int) or not start <= frame - self.lookback.get(conversation.kind, 0) <= frame < stop:
             return None
         said = [int(match[2]) for turn in conversation.turns for match in SECOND.finditer(turn.text)]
         if not all(start <= second < stop for second in said):
             return None
-        turns = tuple(
-            Turn(turn.role, SECOND.sub(lambda match: f"{match[1]}{int(match[2]) - start}", turn.text))
-            for turn in conversation.turns
-        )
+        turns = conversation.turns
+        if self.rebased:
+            turns = tuple(
+                Turn(turn.role, SECOND.sub(lambda match: f"{match[1]}{int(match[2]) - start}", turn.text))
+                for turn in turns
+            )
         return replace(conversation, turns=turns, evidence={**conversation.evidence, "frame": frame - start})
 
 

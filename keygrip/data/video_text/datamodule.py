@@ -310,6 +310,7 @@ class VideoTexts(ResumableData):
             fit=self.fit,
             max_frames=self.max_frames,
             texts=self.texts,
+            clips_keep_times=any(part.clips is not None and not part.clips.rebased for part in parts),
         )
 
     @property

@@ -18,7 +18,7 @@ from keygrip.models.foveated_vlm.conversations import ConversationCollator
 from keygrip.models.foveated_vlm.dry_run import report_on, step_memory
 from keygrip.models.foveated_vlm.figures import show_answers
 from keygrip.models.foveated_vlm.hub_files import hub_files
-from keygrip.models.foveated_vlm.kv_cache import KeyValueCache, video_names
+from keygrip.models.foveated_vlm.kv_cache import KeyValueCache, frame_names
 from keygrip.models.foveated_vlm.loss import KERNELS, Kernel, check_liger
 from keygrip.models.foveated_vlm.monitor import Health, relative_entropy
 from keygrip.models.foveated_vlm.network import FoveatedVLM, VideoLanguageNetwork, VLMOutput
@@ -170,12 +170,17 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
 
         Raises:
             FileNotFoundError, ValueError: that checkpoint is missing, or of another model or tokenizer; or the collator
-                counts another number of tokens per frame.
+                counts another number of tokens per frame; or clips begin at a second that frames cannot say.
         """
         if self.collator.tokens_per_frame != self.network.tokens_per_frame:
             raise ValueError(
                 f"collator.tokens_per_frame={self.collator.tokens_per_frame}: the network has "
                 f"{self.network.tokens_per_frame}, which data.budget must count"
+            )
+        if statistics.clips_keep_times and not self.network.counts_seconds:
+            raise ValueError(
+                "data.clips.rebased=false: questions about a clip name the video's seconds, and frames must say them: "
+                "set model.network.frame_clock=seconds (and frame_numbers=0), or data.clips.rebased=true"
             )
         self.collator.prepare(statistics.folder, statistics.texts)
         self._check_tokenizer()
@@ -299,7 +304,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         if self.kv_cache is None or not any(rows.frame_counts):
             return None
         assert isinstance(self.network, FoveatedVLM)
-        return self.kv_cache.get(video_names(batch), frames, rows.frame_counts, self.network.encode)
+        return self.kv_cache.get(frame_names(batch), frames[batch.frame_mask], self.network.encode)
 
     def training_step(self, batch: VideoTextBatch, batch_idx: int) -> Tensor:
         frames, rows = self.inputs(batch)

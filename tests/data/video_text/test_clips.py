@@ -52,6 +52,21 @@ def test_a_clip_has_one_time_in_frames_evidence_and_words() -> None:
     assert sample.conversations[4].evidence["frame"] == 3  # the video keeps its own
 
 
+def test_a_clip_may_keep_the_times_of_its_video() -> None:
+    sample = tour(8, *[asked(n) for n in range(8)], asked(4, "cue"))
+    clip = SubClips([2, 4], lookback={"cue": 1}, rebased=False).cut(sample, 3, 6)
+    assert clip is not None
+    assert clip.frames[:, 0, 0, 0].tolist() == [18, 24, 30]
+    assert clip.seconds == (3.0, 4.0, 5.0)
+    told = [(c.kind, c.turns[0].text, c.turns[1].text, c.evidence["frame"]) for c in clip.conversations]
+    assert told == [
+        ("mark", "At second 3, which shade?", "18", 0),  # evidence counts the clip's own frames
+        ("mark", "At second 4, which shade?", "24", 1),
+        ("mark", "At second 5, which shade?", "30", 2),
+        ("cue", "At second 4, which shade?", "24", 1),
+    ]
+
+
 def test_words_about_seconds_outside_of_the_clip_leave_a_question_out() -> None:
     both = answer("From second 2 to Seconds 5, what?", "x", "mark", {"frame": 4})
     clips = SubClips([2, 4])
@@ -155,6 +170,7 @@ def test_two_sources_of_one_set_are_cut_differently(tmp_path: Path) -> None:
         for row, source in enumerate(batch.source):
             counts[source].add(int(batch.frame_mask[int(batch.video_index[row])].sum()))
     assert counts == {"tours": {3, 4}, "single": {1}}
+    assert not data.statistics.clips_keep_times
     held_out = list(data.val_dataloader())
     assert {int(count) for batch in held_out for count in batch.frame_mask.sum(1)} == {8}
     assert {source for batch in held_out for source in batch.source} == {"tours"}

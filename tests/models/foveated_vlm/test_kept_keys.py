@@ -13,7 +13,7 @@ from vlm_parts import frames_of, rows_of, small_backbone, small_language, small_
 
 from keygrip.data.batches import Conversation, Turn, VideoTextSample
 from keygrip.models.backbone import DinoBackbone
-from keygrip.models.foveated_vlm.kv_cache import KeyValueCache, video_names
+from keygrip.models.foveated_vlm.kv_cache import KeyValueCache, frame_names
 from keygrip.models.foveated_vlm.network import MODES, FoveatedVLM
 
 COUNTS = [3, 0, 1]
@@ -34,6 +34,7 @@ def with_path(path: str, **options: object) -> FoveatedVLM:
 def test_kept_keys_give_what_fresh_ones_do() -> None:
     network = with_path("shared").eval()
     frames, rows = frames_of(COUNTS, 32), rows_of(TEXTS, COUNTS)
+    real = torch.cat([video[:count] for video, count in zip(frames, COUNTS, strict=True)])
     cache, calls = KeyValueCache(1.0), 0
 
     def encode(images: torch.Tensor) -> list:
@@ -44,46 +45,46 @@ def test_kept_keys_give_what_fresh_ones_do() -> None:
     with torch.no_grad():
         fresh = network(frames, rows, "coarse_fine")
         for _ in range(2):
-            kv = cache.get(["a", "b", "c"], frames, COUNTS, encode)
+            kv = cache.get([b"a", b"b", b"c", b"d"], real, encode)
             kept = network(frames, rows, "coarse_fine", kv=kv)
             torch.testing.assert_close(kept.hidden, fresh.hidden, atol=2e-5, rtol=1e-4)
-    assert calls == 2  # the two videos with frames, once
+    assert calls == 4  # each frame once
 
 
-def test_videos_of_one_key_are_told_apart_by_their_frames(tmp_path: Path) -> None:
-    """Keys that begin anew in every shard, and in validation; a video of which no conversation is a row has a name."""
+def test_a_frame_has_one_name_wherever_it_comes(tmp_path: Path) -> None:
+    """In clips and whole videos, under any key and beside any padding; a video that no row asks about has names too."""
     collator = small_module(tmp_path, ["Which digit?"] * 3).collator
+    shades = np.broadcast_to(np.arange(5, dtype=np.uint8)[:, None, None, None], (5, 28, 28, 3))
+    asked, unasked = ((Turn("user", "?"), Turn("assistant", "x")), (Turn("assistant", "x"),))
 
-    def sample(
-        shade: int, frames: int = 2, turns: tuple[Turn, ...] = (Turn("user", "?"), Turn("assistant", "x"))
-    ) -> Any:
-        said = (Conversation(turns, "mark", {}),)
-        return VideoTextSample(np.full((frames, 28, 28, 3), shade, np.uint8), said, "set", "0000")
+    def sample(first: int, last: int, key: str = "0000", turns: tuple[Turn, ...] = asked) -> Any:
+        return VideoTextSample(shades[first:last], (Conversation(turns, "mark", {}),), "set", key)
 
-    names = video_names(collator([sample(1), sample(2), sample(1, 1), sample(1)]))
-    assert names[0] == names[3]
-    assert len(set(names)) == 3
-    assert video_names(collator([sample(2, 1), sample(1), sample(1, 4)]))[1] == names[0]  # whatever the padding
-    assert video_names(collator([sample(1), sample(2, turns=(Turn("assistant", "x"),))]))[1].startswith("/")
+    names = frame_names(collator([sample(0, 5), sample(2, 4), sample(1, 2, "1"), sample(4, 5, turns=unasked)]))
+    assert len(names) == 5 + 2 + 1 + 1
+    assert len(set(names[:5])) == 5
+    assert names[5:] == [names[2], names[3], names[1], names[4]]
 
 
 def test_what_is_kept_does_not_depend_on_the_batch() -> None:
-    network, frames = with_path("shared").eval(), frames_of([2, 2, 2], 32)
+    network, frames = with_path("shared").eval(), frames_of([2, 2, 2], 32).flatten(0, 1)
     first, second = KeyValueCache(1.0), KeyValueCache(1.0)
-    one = first.get(["a", "b", "c"], frames, [2, 2, 2], network.encode)
-    other = second.get(["c", "a"], frames[[2, 0]], [2, 2], network.encode)
+    names = [b"a", b"b", b"c", b"d", b"e", b"f"]
+    one = first.get(names, frames, network.encode)
+    order = [4, 5, 0, 1]
+    other = second.get([names[place] for place in order], frames[order], network.encode)
     for a, b in zip(one, other, strict=True):
-        assert torch.equal(a.key[[4, 5, 0, 1]], b.key)
-        assert torch.equal(a.value[[4, 5, 0, 1]], b.value)
+        assert torch.equal(a.key[order], b.key)
+        assert torch.equal(a.value[order], b.value)
 
 
 def test_there_is_no_more_kept_than_allowed() -> None:
-    network, frames = with_path("shared").eval(), frames_of([1, 1], 32)
-    size = sum(block.key.nbytes + block.value.nbytes for block in network.encode(frames[0]))
+    network, frames = with_path("shared").eval(), frames_of([1, 1], 32)[:, 0]
+    size = sum(block.key.nbytes + block.value.nbytes for block in network.encode(frames[:1]))
     cache = KeyValueCache(1.5 * size / 2**30)
-    cache.get(["a", "b"], frames, [1, 1], network.encode)
-    assert list(cache.kept) == ["a"]
-    held = sum(part.untyped_storage().nbytes() for block in cache.kept["a"] for part in (block.key, block.value))
+    cache.get([b"a", b"b"], frames, network.encode)
+    assert list(cache.kept) == [b"a"]
+    held = sum(part.untyped_storage().nbytes() for block in cache.kept[b"a"] for part in (block.key, block.value))
     assert held == size  # and no larger tensor behind it
 
 

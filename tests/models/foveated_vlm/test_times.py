@@ -12,9 +12,9 @@ import torch
 from macos import leave_notes
 from PIL import Image
 from shard_sets import picture
-from vlm_parts import frames_of, rows_of
+from vlm_parts import frames_of, rows_of, small_module
 
-from keygrip.data.batches import Turn, VideoTextSample
+from keygrip.data.batches import Turn, VideoTextSample, VideoTextStatistics
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.video_text.conversations import answer, describe_video_text, read_sample, thinned, video_text_parts
@@ -77,6 +77,21 @@ def test_unknown_seconds_and_clocks_are_refused(build: Build) -> None:
             network(frames, replace(rows_of(TEXTS, COUNTS), seconds=seconds), "coarse_only")
     with pytest.raises(ValueError, match="frame_clock is true, false or seconds"):
         build(frame_clock="minutes")
+
+
+@pytest.mark.parametrize("clock", [False, True, "seconds"])
+def test_clips_that_keep_their_times_need_frames_that_say_them(tmp_path: Path, clock: bool | str) -> None:
+    texts = ["At second 3, what? 7"] * 3
+    module = small_module(tmp_path, texts, frame_clock=clock)
+    kept = VideoTextStatistics(
+        tmp_path, "f", {"tours": 3}, 28, "stretch", 8, lambda: iter(texts), clips_keep_times=True
+    )
+    if clock == "seconds":
+        module.set_statistics(kept)
+    else:
+        with pytest.raises(ValueError, match=r"data\.clips\.rebased=false.*frame_clock=seconds"):
+            module.set_statistics(kept)
+    module.set_statistics(replace(kept, clips_keep_times=False))
 
 
 def sample(count: int, seconds: tuple[float, ...] | None) -> VideoTextSample:
