@@ -179,8 +179,8 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             )
         if statistics.clips_keep_times and not self.network.counts_seconds:
             raise ValueError(
-                "data.clips.rebased=false: questions about a clip name the video's seconds, and frames must say them: "
-                "set model.network.frame_clock=seconds (and frame_numbers=0), or data.clips.rebased=true"
+                "data.clips.rebased=false (or of a source's clips): questions about a clip name the video's seconds, "
+                "and frames must say them: set model.network.frame_clock=seconds and frame_numbers=0, or rebased=true"
             )
         self.collator.prepare(statistics.folder, statistics.texts)
         self._check_tokenizer()

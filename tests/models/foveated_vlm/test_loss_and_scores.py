@@ -251,17 +251,18 @@ class Descent(FoveatedVLMModule):
         return torch.optim.SGD(self.network.parameters(), lr=1.0)
 
 
-def fitted(module: FoveatedVLMModule, batch: VideoTextBatch, steps: int) -> None:
+def fitted(module: FoveatedVLMModule, batches: list[VideoTextBatch], **options: Any) -> lightning.Trainer:
     trainer = lightning.Trainer(
         max_epochs=1,
-        gradient_clip_val=1.0,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
-    trainer.fit(module, DataLoader([batch] * steps, batch_size=None))  # type: ignore[arg-type]
+    trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    return trainer
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -276,7 +277,7 @@ def test_a_share_of_the_steps_trains_the_coarse_pass_alone(parts: Callable[..., 
         return see(frames, rows, mode, refinement, kv)
 
     module.network.see = watched
-    fitted(module, batch, 40)
+    fitted(module, [batch] * 40, gradient_clip_val=1.0)
     assert len(steps) == 40
     assert 8 <= sum(mode == "coarse_only" for mode, _, _ in steps) <= 24
     assert {(mode, refinement) for mode, refinement, _ in steps} == {
@@ -314,13 +315,13 @@ def test_coarse_steps_learn_from_the_named_kinds_alone(parts: Callable[..., tupl
         return see(frames, rows, mode, refinement, kv)
 
     module.network.see = watched
-    fitted(module, batch, 12)
+    fitted(module, [batch] * 12, gradient_clip_val=1.0)
     assert {mode for mode, _ in steps} == {"coarse_only", "coarse_fine"}
     for (mode, before), (_, after) in itertools.pairwise(steps):
         same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         assert same == (mode == "coarse_only")
     with pytest.raises(ValueError, match=r"coarse_kinds=\['glance'\].*cue, mark, text"):
-        fitted(module, batch, 3 * COARSE_MISSES)
+        fitted(module, [batch] * (3 * COARSE_MISSES), gradient_clip_val=1.0)
     with pytest.raises(ValueError, match="coarse_kinds=\\[\\]"):
         parts(coarse_share=0.5, coarse_kinds=[])
 
@@ -348,16 +349,7 @@ def test_batches_of_a_step_count_by_their_tokens(parts: Callable[..., tuple]) ->
     wanted = {name: value.clone() for name, value in module.network.state_dict().items()}
     module.zero_grad()
     module.network.load_state_dict(start)
-    trainer = lightning.Trainer(
-        max_epochs=1,
-        accumulate_grad_batches=2,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    trainer = fitted(module, batches, accumulate_grad_batches=2)
     assert trainer.global_step == 2
     for name, value in module.network.state_dict().items():
         torch.testing.assert_close(value, wanted[name], atol=1e-5, rtol=1e-4)
