@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 
 import keygrip.bench  # noqa: F401  (registers its schema)
 from keygrip.benchmarks import phases, training, volume_loss
+from keygrip.benchmarks.cpu_precision import CpuPrecision
 from keygrip.benchmarks.demos import repeated_demos
 from keygrip.benchmarks.inference import Inference
 from keygrip.benchmarks.loader import Loader
@@ -26,6 +27,7 @@ from keygrip.config import compose
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
 from keygrip.models.volume_query.volume import volume_cross_entropy
+from keygrip.training.strategies import cpu_is_faster_in_bf16
 
 CPU = torch.device("cpu")
 FRAMES = 12
@@ -201,6 +203,17 @@ class TestCases:
         )
         with pytest.raises(ValueError, match="measures the volume-query policy"):
             case.run(quick=True)
+
+    def test_cpu_precision(self) -> None:
+        threads = torch.get_num_threads()
+        case = CpuPrecision(
+            widths=[8, 16], tokens=4, repetitions=4, quick_repetitions=3, limit_s=5.0, quick_limit_s=5.0
+        )
+        figures = case.run(quick=True)
+        assert torch.get_num_threads() == threads
+        assert figures["chosen_bf16"] == float(cpu_is_faster_in_bf16())
+        ratios = [figures[f"bf16_ms_{width}"] / figures[f"float32_ms_{width}"] for width in (8, 16)]
+        assert figures["bf16_over_float32_time"] == pytest.approx(sum(ratios) / 2, abs=6e-4)
 
     def test_loader(self, recorder: list[int]) -> None:
         figures = Loader(SMALL_POLICY, 3, 2, batches=4, quick_batches=2, skip_batches=1).run(quick=True)

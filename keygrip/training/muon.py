@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from keygrip.training.optimizers import AdamW, Schedule
 from keygrip.training.parts import model_part
-from keygrip.training.strategies import computes_in_bf16
+from keygrip.training.strategies import is_faster_in_bf16
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class MuonAndAdamW(AdamW):
         matrices_of: prefixes of the parts whose matrices are Muon's: hidden layers, not embeddings and outputs.
         momentum: of Muon. matrix_lr_multiplier: of ``lr``, for Muon's parameters.
         iteration: type that the orthogonalisation computes in: "bfloat16", which is torch's, or "float32", ten times as
-            fast on a processor that has no bfloat16; "auto": bfloat16 where the parameters' device computes in it.
+            fast on a processor that has no bfloat16; "auto": bfloat16 where the parameters' device is faster in it.
 
     Papers: Jordan et al., "Muon: An Optimizer for Hidden Layers in Neural Networks" (2024); Liu et al., "Muon is
     Scalable for LLM Training" (2025) for the scale.
@@ -73,10 +73,10 @@ class MuonAndAdamW(AdamW):
         if self.iteration != "auto":
             return self.iteration == "float32"
         devices = {p.device.type for group in groups if group["kind"] == MATRICES for p in group["params"]}
-        emulated = not all(computes_in_bf16(device) for device in devices)
-        if emulated:
-            log.info("Muon's iteration in float32: this %s has no bfloat16", "/".join(sorted(devices)))
-        return emulated
+        slower = not all(is_faster_in_bf16(device) for device in devices)
+        if slower:
+            log.info("Muon's iteration in float32: this %s is no faster in bfloat16", "/".join(sorted(devices)))
+        return slower
 
     def _hidden(self, module: nn.Module) -> set[int]:
         """Identities of Muon's parameters."""

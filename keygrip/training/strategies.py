@@ -20,7 +20,7 @@ class Strategy:
         devices: processes a node; ``auto``: all GPUs, or what torchrun or SLURM started.
         num_nodes: ``auto``: read from torchrun or SLURM, else 1.
         kind: ``single`` one process, ``ddp`` replicated, ``fsdp`` sharded.
-        precision: Lightning's name, or ``auto``: bf16 autocast where the hardware computes in it, else float32.
+        precision: Lightning's name, or ``auto``: bf16 autocast where the hardware is faster in it, else float32.
         tf32: float32 products in TF32 (10 bits of mantissa) on a GPU's tensor cores: what stays in float32 under
             autocast, such as an action head, takes a fraction of the time.
         reshard_after_forward: with ``fsdp``: blocks let go of gathered parameters between forward and backward pass;
@@ -154,17 +154,17 @@ def use_tf32(wanted: bool, on_gpu: bool, setting: str = "tf32") -> None:
 
 
 def automatic_precision(on_gpu: bool) -> str:
-    """bf16 autocast where the hardware computes in bf16, float32 where it would be emulated."""
-    return "bf16-mixed" if computes_in_bf16("cuda" if on_gpu else "cpu") else "32-true"
+    """bf16 autocast where the hardware is faster in bf16, float32 elsewhere."""
+    return "bf16-mixed" if is_faster_in_bf16("cuda" if on_gpu else "cpu") else "32-true"
 
 
-def computes_in_bf16(device: str) -> bool:
-    """Whether a type of device of this machine has bf16 instructions; types beside "cuda" and "cpu" count as such."""
+def is_faster_in_bf16(device: str) -> bool:
+    """Whether a type of device of this machine is faster in bf16; types beside "cuda" and "cpu" count as such."""
     if device == "cuda":
         import torch
 
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device != "cpu" or cpu_has_bf16()
+    return device != "cpu" or cpu_is_faster_in_bf16()
 
 
 def named_precision(accelerator: str | None, precision: str) -> str:
@@ -176,11 +176,23 @@ def named_precision(accelerator: str | None, precision: str) -> str:
     return automatic_precision(accelerator != "cpu" and torch.cuda.is_available())
 
 
-def cpu_has_bf16() -> bool:
-    """Whether the processor has bf16 instructions (AVX512-BF16, AMX, or Arm's), by its own description."""
+def cpu_is_faster_in_bf16() -> bool:
+    """Whether bf16 products are faster than float32 ones, by the processor's own description.
+
+    They are with AMX, with AMD's AVX512-BF16 and with Arm's instructions. Intel's AVX512-BF16 without AMX, as virtual
+    machines often have it, took 1.4 times as long as float32 (`benchmarks/cpu_precision.json`).
+    """
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False  # no such file on this system: nothing is known, float32 is always right
-    flags = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
-    return any(flag in flags.split() for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+    lines = dict(_first_field(line) for line in reversed(text.splitlines()) if ":" in line)  # of the first core
+    flags = lines.get("flags", lines.get("Features", "")).split()
+    if "avx512_bf16" in flags and lines.get("vendor_id") != "GenuineIntel":
+        return True
+    return "amx_bf16" in flags or "bf16" in flags
+
+
+def _first_field(line: str) -> tuple[str, str]:
+    name, _, value = line.partition(":")
+    return name.strip(), value.strip()

@@ -111,7 +111,7 @@ def test_nothing_for_muon_is_an_error() -> None:
 def test_the_iteration_is_in_float32_where_bfloat16_would_be_emulated(
     bf16: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(strategies, "cpu_has_bf16", lambda: bf16)
+    monkeypatch.setattr(strategies, "cpu_is_faster_in_bf16", lambda: bf16)
     assert isinstance(optimizer_of(network())._parts["matrices"], Float32Muon) != bf16
     for iteration, float32 in (("float32", True), ("bfloat16", False)):
         chosen = optimizer_of(network(), iteration=iteration)

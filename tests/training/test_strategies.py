@@ -33,7 +33,7 @@ def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int, bf16: bool = True) ->
 @pytest.mark.parametrize(("bf16", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
 def test_auto_takes_the_cpu_where_there_is_no_gpu(bf16: bool, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with_gpus(monkeypatch, 0)
-    monkeypatch.setattr(strategies, "cpu_has_bf16", lambda: bf16)
+    monkeypatch.setattr(strategies, "cpu_is_faster_in_bf16", lambda: bf16)
     arguments = Strategy().trainer_arguments()
     assert (arguments["accelerator"], arguments["devices"], arguments["precision"]) == ("cpu", 1, precision)
     assert arguments["use_distributed_sampler"] is False
@@ -78,13 +78,15 @@ def test_the_cpus_own_description_decides_about_bf16(tmp_path: object, monkeypat
     from pathlib import Path
 
     for text, expected in (
-        ("processor: 0\nflags\t\t: fpu avx512f avx512_bf16\n", True),
+        ("processor: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512f avx512_bf16\n", True),
+        ("processor: 0\nvendor_id\t: GenuineIntel\nflags\t\t: fpu avx512f avx512_bf16 amx_bf16\n", True),
+        ("processor: 0\nvendor_id\t: GenuineIntel\nflags\t\t: fpu avx512f avx512_bf16\n", False),  # slower than float32
         ("flags\t\t: fpu avx2\n", False),
         ("Features\t: fp asimd bf16\n", True),
         ("", False),
     ):
         monkeypatch.setattr(Path, "read_text", lambda self, text=text, **_: text)
-        assert strategies.cpu_has_bf16() is expected
+        assert strategies.cpu_is_faster_in_bf16() is expected
 
 
 def test_autocast_to_bf16_trains_on_this_cpu() -> None:
