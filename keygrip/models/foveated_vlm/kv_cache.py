@@ -42,8 +42,8 @@ class KeyValueCache:
         """Keys and values [M, H, R + N, E] by block.
 
         Args:
-            names: M; the same name always stands for the same frame. frames: [M, 3, S, S], normalised.
-            encode: frames [m, 3, S, S] -> keys and values by block.
+            names: M; the same name always stands for the same frame. frames: [M, 3, S, S].
+            encode: of these [m, 3, S, S] -> keys and values by block.
         """
         parts = []
         for place, name in enumerate(names):

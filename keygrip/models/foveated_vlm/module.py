@@ -299,15 +299,22 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             )
         return batch.answering(kinds)
 
-    def known(self, batch: VideoTextBatch, frames: Tensor, rows: TextRows) -> list[BlockKV] | None:
-        """Keys and values of a batch from memory; None where none are kept, or the batch has no frames."""
+    def seen(self, batch: VideoTextBatch) -> tuple[Tensor, TextRows, Sequence[BlockKV] | None]:
+        """As `inputs`, with keys and values from memory where such are kept: the frames are then the batch's own, not
+        normalised, since nothing looks at their pixels again."""
+        rows = text_rows(batch)
         if self.kv_cache is None or not any(rows.frame_counts):
-            return None
-        assert isinstance(self.network, FoveatedVLM)
-        return self.kv_cache.get(frame_names(batch), frames[batch.frame_mask], self.network.encode)
+            return *self.inputs(batch), None
+        network = self.network
+        assert isinstance(network, FoveatedVLM)
+
+        def encode(frames: Tensor) -> list[BlockKV]:
+            return network.encode(normalised(frames, network.backbone.mean, network.backbone.std))
+
+        return batch.frames, rows, self.kv_cache.get(frame_names(batch), batch.frames[batch.frame_mask], encode)
 
     def training_step(self, batch: VideoTextBatch, batch_idx: int) -> Tensor:
-        frames, rows = self.inputs(batch)
+        frames, rows, kv = self.seen(batch)
         patches = (batch.frames.shape[-1] // self.network.backbone.patch_size) ** 2
         positions = rows.input_ids.shape[1] + max(rows.frame_counts) * self.network.tokens_per_frame
         with short_attention(frames.device, max(positions, patches)):
@@ -315,7 +322,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             if mode != self.mode and self.coarse_kinds is not None:
                 batch = self._for_coarse_step(batch, self.coarse_kinds)
             refinement = self.refinement_now() if mode == self.mode else 0
-            output = self.network(frames, rows, mode, refinement, self.known(batch, frames, rows))
+            output = self.network(frames, rows, mode, refinement, kv)
         scores = self.score(output, batch)
         loss = global_mean(scores.loss, scores.tokens)
         size, name = len(batch), "train/" if mode == self.mode else "train/coarse_"
@@ -339,8 +346,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         self._landing = defaultdict(list)
 
     def validation_step(self, batch: VideoTextBatch, batch_idx: int) -> None:
-        frames, rows = self.inputs(batch)
-        kv: Sequence[BlockKV] | None = self.known(batch, frames, rows)
+        frames, rows, kv = self.seen(batch)
         for mode, (of_network, refinement) in self._validated().items():
             output = self.network(frames, rows, of_network, refinement, kv)
             self._scores[mode].add(self.score(output, batch), batch.kind)

@@ -205,7 +205,7 @@ class VideoLanguageNetwork(nn.Module):
         """Visual tokens [B, N, C] of the rows, what was seen, and `unused`.
 
         Args:
-            frames: [V, F, 3, H, W], normalised as the backbone wants them; F may be 0.
+            frames: [V, F, 3, H, W], normalised as the backbone wants them; F may be 0. Unused where `kv` is given.
             rows: the text. mode: how the videos are looked at.
             refinement: coarse_fine only; how often queries are chosen again from what they have just shown.
             kv: keys and values of the real frames where they are known already (another mode's `Passes.kv`).
