@@ -285,6 +285,33 @@ def dit_images_128px() -> str:
     return dit_images("run_128px", 128)
 
 
+def dit_detail_head() -> str:
+    """The small recipe with and without convolutions behind the last layer, otherwise the same."""
+    record = read("dit_images")
+    plain, detail = record["run"]["cases"], record["run_detail_head"]["cases"]
+    columns = (
+        ("real images", plain["real"]),
+        ("words and features, the recipe", plain["reconstruction"]),
+        ("the same, `detail_head`", detail["reconstruction"]),
+        ("words alone, the recipe", plain["text_only"]),
+        ("the same, `detail_head`", detail["text_only"]),
+    )
+    lines = (
+        ("Frechet distance to real training images", "frechet", 2),
+        ("CMMD", "cmmd", 3),
+        ("grain, 1/255", "grain", 2),
+        ("SSIM", "ssim", 2),
+        ("PSNR, dB", "psnr_db", 1),
+        ("colour as asked", "colour_as_asked", 2),
+        ("exactly the named objects", "objects_as_named", 2),
+    )
+    rows = [
+        (title, *(f"{cases[name]:.{digits}f}" if name in cases else "" for _, cases in columns))
+        for title, name, digits in lines
+    ]
+    return markdown(["", *(title for title, _ in columns)], rows)
+
+
 def dit_recipes() -> str:
     """What led to the small recipe: a few settings in equal or more steps."""
     rows = []
@@ -805,6 +832,7 @@ TABLES: dict[str, Callable[[], str]] = {
             dit_claims,
             dit_images,
             dit_images_128px,
+            dit_detail_head,
             dit_recipes,
             dit_ablations,
             vlm_seeds,
