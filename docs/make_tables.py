@@ -312,6 +312,34 @@ def dit_detail_head() -> str:
     return markdown(["", *(title for title, _ in columns)], rows)
 
 
+def dit_few_steps() -> str:
+    """A student of four steps beside its teacher of forty."""
+    record = read("dit_images")["few_steps"]
+    seconds, real = record["s_per_image"], record["student"]["real"]
+    rows: list[tuple[str, ...]] = [("real images", "", f"{real['frechet']:.2f}", f"{real['grain']:.2f}", "", "", "")]
+    cases = (
+        ("reconstruction", "words_and_features", "words and features"),
+        ("text_only", "words_alone", "words alone"),
+    )
+    for case, timed, title in cases:
+        for side, run in (("teacher, 40 steps", "teacher_40_steps"), ("student, 4 steps", "student")):
+            found = record[run][case]
+            rows.append(
+                (
+                    *(
+                        timed.replace("_", " "),
+                        side,
+                        f"{found['frechet']:.2f}",
+                        f"{found['grain']:.2f}",
+                        f"{found['ssim']:.2f}",
+                    ),
+                    *(f"{found['objects_as_named']:.2f}", f"{seconds[timed][run]:.3f} s"),
+                )
+            )
+    header = ["told", "drawn by", "Frechet distance", "grain", "SSIM", "exactly the named objects", "an image takes"]
+    return markdown(header, rows)
+
+
 def dit_recipes() -> str:
     """What led to the small recipe: a few settings in equal or more steps."""
     rows = []
@@ -833,6 +861,7 @@ TABLES: dict[str, Callable[[], str]] = {
             dit_images,
             dit_images_128px,
             dit_detail_head,
+            dit_few_steps,
             dit_recipes,
             dit_ablations,
             vlm_seeds,
