@@ -317,11 +317,8 @@ def dit_few_steps() -> str:
     record = read("dit_images")["few_steps"]
     seconds, real = record["s_per_image"], record["student"]["real"]
     rows: list[tuple[str, ...]] = [("real images", "", f"{real['frechet']:.2f}", f"{real['grain']:.2f}", "", "", "")]
-    cases = (
-        ("reconstruction", "words_and_features", "words and features"),
-        ("text_only", "words_alone", "words alone"),
-    )
-    for case, timed, title in cases:
+    told = (("reconstruction", "words_and_features"), ("text_only", "words_alone"))
+    for case, timed in told:
         for side, run in (("teacher, 40 steps", "teacher_40_steps"), ("student, 4 steps", "student")):
             found = record[run][case]
             rows.append(
