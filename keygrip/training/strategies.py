@@ -179,7 +179,7 @@ def named_precision(accelerator: str | None, precision: str) -> str:
 def cpu_is_faster_in_bf16() -> bool:
     """Whether bf16 products are faster than float32 ones, by the processor's own description.
 
-    They are with AMX, with AMD's AVX512-BF16 and with Arm's instructions. Intel's AVX512-BF16 without AMX, as virtual
+    Taken to be so with AMX, AMD's AVX512-BF16 and Arm's instructions. Intel's AVX512-BF16 without AMX, as virtual
     machines often have it, took 1.4 times as long as float32 (`benchmarks/cpu_precision.json`).
     """
     try:
