@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from keygrip.benchmarks.measuring import Timed, interleaved_seconds, milliseconds
+from keygrip.benchmarks.measuring import Timed, interleaved_seconds, milliseconds, threads
 from keygrip.training.strategies import cpu_is_faster_in_bf16
 
 
@@ -25,12 +25,8 @@ class CpuPrecision(Timed):
 
     def run(self, quick: bool) -> dict[str, float]:
         """`bf16_over_float32_time` is the mean over widths; `chosen_bf16` is 1 where ``auto`` takes bf16 here."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with threads(1):
             times = {width: self._measure(width, quick) for width in self.widths}
-        finally:
-            torch.set_num_threads(before)
         ratios = [bf16 / float32 for bf16, float32 in times.values()]
         figures = {
             "bf16_over_float32_time": round(sum(ratios) / len(ratios), 3),

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keygrip.benchmarks.inference import threads
-from keygrip.benchmarks.measuring import Timed, Work, interleaved_seconds, milliseconds, peak_extra_bytes
+from keygrip.benchmarks.measuring import Timed, Work, interleaved_seconds, milliseconds, peak_extra_bytes, threads
 from keygrip.config import compose
 from keygrip.data.batches import VideoTextBatch
 from keygrip.data.shards.budget import Budget

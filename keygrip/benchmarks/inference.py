@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from keygrip.benchmarks.measuring import Timed, interleaved_seconds, milliseconds
+from keygrip.benchmarks.measuring import Timed, interleaved_seconds, milliseconds, threads
 from keygrip.config import compose
 from keygrip.data.robot.augmentation import ImageGeometry
 from keygrip.data.robot.statistics import DemoStatistics
@@ -99,17 +98,6 @@ class Inference(Timed):
             for name, values in seconds.items()
             for percentile in (50, 95)
         }
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Computes with so many threads, then as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def untrained(config: DictConfig) -> VolumeQueryModule:

@@ -14,7 +14,6 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from keygrip.benchmarks.inference import threads
 from keygrip.benchmarks.measuring import (
     Timed,
     Work,
@@ -22,6 +21,7 @@ from keygrip.benchmarks.measuring import (
     milliseconds,
     peak_extra_bytes,
     synchronise,
+    threads,
 )
 from keygrip.config import compose
 from keygrip.data.batches import ImageTextBatch
