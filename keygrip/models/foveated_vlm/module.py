@@ -299,25 +299,26 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             )
         return batch.answering(kinds)
 
-    def seen(self, batch: VideoTextBatch) -> tuple[Tensor, TextRows, Sequence[BlockKV] | None]:
-        """As `inputs`, with keys and values from memory where such are kept: the frames are then the batch's own, not
-        normalised, since nothing looks at their pixels again."""
-        rows = text_rows(batch)
+    def seen(self, batch: VideoTextBatch, rows: TextRows) -> tuple[Tensor, Sequence[BlockKV] | None]:
+        """Frames as the backbone wants them, and None; where keys and values are kept, the frames as they came, since
+        nothing looks at their pixels again, and keys and values from memory."""
+        backbone = self.network.backbone
         if self.kv_cache is None or not any(rows.frame_counts):
-            return *self.inputs(batch), None
+            return batch.normalised(backbone.mean, backbone.std), None
         network = self.network
         assert isinstance(network, FoveatedVLM)
 
         def encode(frames: Tensor) -> list[BlockKV]:
-            return network.encode(normalised(frames, network.backbone.mean, network.backbone.std))
+            return network.encode(normalised(frames, backbone.mean, backbone.std))
 
-        return batch.frames, rows, self.kv_cache.get(frame_names(batch), batch.frames[batch.frame_mask], encode)
+        return batch.frames, self.kv_cache.get(frame_names(batch), batch.frames[batch.frame_mask], encode)
 
     def training_step(self, batch: VideoTextBatch, batch_idx: int) -> Tensor:
-        frames, rows, kv = self.seen(batch)
+        rows = text_rows(batch)
         patches = (batch.frames.shape[-1] // self.network.backbone.patch_size) ** 2
         positions = rows.input_ids.shape[1] + max(rows.frame_counts) * self.network.tokens_per_frame
-        with short_attention(frames.device, max(positions, patches)):
+        with short_attention(batch.frames.device, max(positions, patches)):
+            frames, kv = self.seen(batch, rows)
             mode = self.mode_now()
             if mode != self.mode and self.coarse_kinds is not None:
                 batch = self._for_coarse_step(batch, self.coarse_kinds)
@@ -346,7 +347,8 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         self._landing = defaultdict(list)
 
     def validation_step(self, batch: VideoTextBatch, batch_idx: int) -> None:
-        frames, rows, kv = self.seen(batch)
+        rows = text_rows(batch)
+        frames, kv = self.seen(batch, rows)
         for mode, (of_network, refinement) in self._validated().items():
             output = self.network(frames, rows, of_network, refinement, kv)
             self._scores[mode].add(self.score(output, batch), batch.kind)
