@@ -186,13 +186,5 @@ def cpu_is_faster_in_bf16() -> bool:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False  # no such file on this system: nothing is known, float32 is always right
-    lines = dict(_first_field(line) for line in reversed(text.splitlines()) if ":" in line)  # of the first core
-    flags = lines.get("flags", lines.get("Features", "")).split()
-    if "avx512_bf16" in flags and lines.get("vendor_id") != "GenuineIntel":
-        return True
-    return "amx_bf16" in flags or "bf16" in flags
-
-
-def _first_field(line: str) -> tuple[str, str]:
-    name, _, value = line.partition(":")
-    return name.strip(), value.strip()
+    flags = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "").split()
+    return "amx_bf16" in flags or "bf16" in flags or ("avx512_bf16" in flags and "GenuineIntel" not in text)

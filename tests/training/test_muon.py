@@ -108,7 +108,7 @@ def test_nothing_for_muon_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("bf16", [True, False])
-def test_the_iteration_is_in_float32_where_bfloat16_would_be_emulated(
+def test_the_iteration_is_in_float32_where_bfloat16_would_be_slower(
     bf16: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(strategies, "cpu_is_faster_in_bf16", lambda: bf16)
