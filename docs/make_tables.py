@@ -257,7 +257,11 @@ def dit_images(run: str = "run", pixels: int = 64) -> str:
         "dino_swap": "another image's features",
         "shuffled_patches": "shuffled patches",
     }
-    columns = {case: title for case, title in titles.items() if case in cases}
+    return _image_figures([(title, cases[case]) for case, title in titles.items() if case in cases], pixels)
+
+
+def _image_figures(columns: Sequence[tuple[str, dict[str, Any]]], pixels: int) -> str:
+    """A column for each set of images: its title and its figures."""
     lines = (
         ("Frechet distance to real training images", "frechet", 2),
         ("CMMD", "cmmd", 3),
@@ -274,10 +278,10 @@ def dit_images(run: str = "run", pixels: int = 64) -> str:
         ("exactly the named objects", "objects_as_named", 2),
     )
     rows = [
-        (title, *(f"{cases[case][name]:.{digits}f}" if name in cases[case] else "" for case in columns))
+        (title, *(f"{found[name]:.{digits}f}" if name in found else "" for _, found in columns))
         for title, name, digits in lines
     ]
-    return markdown(["", *columns.values()], rows)
+    return markdown(["", *(title for title, _ in columns)], rows)
 
 
 def dit_images_128px() -> str:
@@ -286,7 +290,7 @@ def dit_images_128px() -> str:
 
 
 def dit_detail_head() -> str:
-    """The small recipe with and without convolutions behind the last layer, otherwise the same."""
+    """The small recipe with and without convolutions behind the last layer."""
     record = read("dit_images")
     plain, detail = record["run"]["cases"], record["run_detail_head"]["cases"]
     columns = (
@@ -296,20 +300,7 @@ def dit_detail_head() -> str:
         ("words alone, the recipe", plain["text_only"]),
         ("the same, `detail_head`", detail["text_only"]),
     )
-    lines = (
-        ("Frechet distance to real training images", "frechet", 2),
-        ("CMMD", "cmmd", 3),
-        ("grain, 1/255", "grain", 2),
-        ("SSIM", "ssim", 2),
-        ("PSNR, dB", "psnr_db", 1),
-        ("colour as asked", "colour_as_asked", 2),
-        ("exactly the named objects", "objects_as_named", 2),
-    )
-    rows = [
-        (title, *(f"{cases[name]:.{digits}f}" if name in cases else "" for _, cases in columns))
-        for title, name, digits in lines
-    ]
-    return markdown(["", *(title for title, _ in columns)], rows)
+    return _image_figures(columns, 64)
 
 
 def dit_few_steps() -> str:
@@ -321,18 +312,8 @@ def dit_few_steps() -> str:
     for case, timed in told:
         for side, run in (("teacher, 40 steps", "teacher_40_steps"), ("student, 4 steps", "student")):
             found = record[run][case]
-            rows.append(
-                (
-                    *(
-                        timed.replace("_", " "),
-                        side,
-                        f"{found['frechet']:.2f}",
-                        f"{found['grain']:.2f}",
-                        f"{found['ssim']:.2f}",
-                    ),
-                    *(f"{found['objects_as_named']:.2f}", f"{seconds[timed][run]:.3f} s"),
-                )
-            )
+            figures = (f"{found[name]:.2f}" for name in ("frechet", "grain", "ssim", "objects_as_named"))
+            rows.append((timed.replace("_", " "), side, *figures, f"{seconds[timed][run]:.3f} s"))
     header = ["told", "drawn by", "Frechet distance", "grain", "SSIM", "exactly the named objects", "an image takes"]
     return markdown(header, rows)
 
