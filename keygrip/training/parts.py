@@ -53,12 +53,15 @@ class Part:
         kind: ``model_part`` or ``data_part``. owner: the class itself, so that a subclass does not inherit it.
         from_checkpoint: settings and what replaces them when the part is built from a checkpoint.
         external: settings that name files which the checkpoint does not hold.
+        plain: settings that the class does not build where the configuration says `_recursive_: false`: they stay as
+            the checkpoint has them.
     """
 
     kind: str
     owner: type
     from_checkpoint: Mapping[str, Any] = field(default_factory=dict)
     external: tuple[str, ...] = ()
+    plain: tuple[str, ...] = ()
 
 
 class ReadWhere:
@@ -112,18 +115,32 @@ def model_part(
 def data_part(cls: Class) -> Class: ...
 @overload
 def data_part(
-    *, from_checkpoint: Mapping[str, Any] | None = None, external: Sequence[str] = ()
+    *, from_checkpoint: Mapping[str, Any] | None = None, external: Sequence[str] = (), plain: Sequence[str] = ()
 ) -> Callable[[Class], Class]: ...
 def data_part(
-    cls: Class | None = None, *, from_checkpoint: Mapping[str, Any] | None = None, external: Sequence[str] = ()
+    cls: Class | None = None,
+    *,
+    from_checkpoint: Mapping[str, Any] | None = None,
+    external: Sequence[str] = (),
+    plain: Sequence[str] = (),
 ) -> Class | Callable[[Class], Class]:
-    """Declares a class that the stored configuration of a run's data or task may build; as :func:`model_part`."""
-    mark = functools.partial(_mark, DATA, from_checkpoint=from_checkpoint or {}, external=tuple(external))
+    """Declares a class that the stored configuration of a run's data or task may build; as :func:`model_part`.
+
+    Args:
+        from_checkpoint, external: as there.
+        plain: settings that are a description for the class, which neither it nor `instantiate` builds from a
+            checkpoint where the configuration says ``_recursive_: false``. Parts that it names stay as they were.
+    """
+    mark = functools.partial(
+        _mark, DATA, from_checkpoint=from_checkpoint or {}, external=tuple(external), plain=tuple(plain)
+    )
     return mark if cls is None else mark(cls)
 
 
-def _mark(kind: str, cls: Class, *, from_checkpoint: Mapping[str, Any], external: tuple[str, ...]) -> Class:
-    setattr(cls, MARK, Part(kind, cls, dict(from_checkpoint), external))
+def _mark(
+    kind: str, cls: Class, *, from_checkpoint: Mapping[str, Any], external: tuple[str, ...], plain: tuple[str, ...] = ()
+) -> Class:
+    setattr(cls, MARK, Part(kind, cls, dict(from_checkpoint), external, plain))
     return cls
 
 
@@ -157,9 +174,12 @@ def build_stored(
         _check_node(node, place, trust)
     ready = copy.deepcopy(config)
     given = dict(external or {})
-    for place, node in list(_nodes(ready, where)):
-        if "_target_" in node:
-            _prepare(node, place, _key(place, where), given, offered or {})
+    plain: list[str] = []  # beginnings of places where nothing is built
+    for place, node in list(_nodes(ready, where)):  # parents come first
+        if "_target_" in node and not place.startswith(tuple(plain)):
+            part = _prepare(node, place, _key(place, where), given, offered or {})
+            if node.get("_recursive_") is False:
+                plain += [f"{place}.{setting}." for setting in part.plain]
     if given:
         raise ValueError(f"external: {', '.join(sorted(given))} is no setting of this checkpoint that names a file")
     if not isinstance(ready, dict | list):
@@ -321,7 +341,7 @@ def _decorator(node: ast.expr) -> str:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
-def _prepare(node: dict[str, Any], place: str, key: str, given: dict[str, Any], offered: Mapping[str, Any]) -> None:
+def _prepare(node: dict[str, Any], place: str, key: str, given: dict[str, Any], offered: Mapping[str, Any]) -> Part:
     """Imports a declared class and puts in what is not taken from the checkpoint's word."""
     module, _, name = node["_target_"].rpartition(".")
     cls = getattr(importlib.import_module(module), name, None)
@@ -341,3 +361,4 @@ def _prepare(node: dict[str, Any], place: str, key: str, given: dict[str, Any], 
                 f"{place}.{setting}: the checkpoint names files outside itself ({str(node[setting])[:80]!r}), which "
                 f"are not read on its word; name them yourself: external={{{dotted}: PATH}}"
             )
+    return part

@@ -176,6 +176,23 @@ def test_parts_bring_no_weights_of_their_own() -> None:
     assert found[0][0].loaded_weights == "random"
 
 
+def test_what_made_shards_hold_stays_as_it_was() -> None:
+    """The folder of a set is named by a hash of it: with other settings evaluation would look for another one."""
+    backbone = {"_target_": "keygrip.models.backbone.dino.DinoBackbone", "image_size": 32, "init_from": "runs/encoder"}
+    backbone |= {"variant": "tiny", "width": 16, "depth": 1, "heads": 2}
+    made = {
+        "_target_": "keygrip.data.image_text.bucket_folders.MadeImages",
+        "maker": "m",
+        "options": {"view": backbone},
+    }
+    kept = build_stored(made | {"_recursive_": False}, "data")
+    assert kept.options == {"view": backbone}
+    assert not kept.make_missing
+    built = build_stored(made, "data")  # Hydra would build it: then it brings no weights of its own
+    assert isinstance(built.options["view"], DinoBackbone)
+    assert built.options["view"].loaded_weights == "random"
+
+
 def test_files_outside_a_checkpoint_are_named_by_the_caller_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     node = {"_target_": "keygrip.models.patch_dit.text_encoders.T5Text", "source": "/etc/secret", "length": 8}
     with pytest.raises(UntrustedPartError, match=r"external=\{encoders.text.source: PATH\}"):
