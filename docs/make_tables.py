@@ -654,8 +654,10 @@ def vlm_seeds() -> str:
 
 
 def vlm_self_supervised() -> str:
-    """The same with the self-supervised encoder."""
-    return _vlm_by_seed(read("foveated_vlm")["label_free"]["runs"], 0.9, 0.85, "training of the language side")
+    """The same with the self-supervised encoder: runs of the recipe, and of an earlier one with AdamW."""
+    runs = [run for run in read("foveated_vlm")["label_free"]["runs"] if "shorter stage" not in run["settings"]]
+    runs = [run for run in runs if run["run"] != "self_supervised_1_longer"]  # continues one with a shorter stage
+    return _vlm_by_seed(runs, 0.9, 0.85, "training of the language side")
 
 
 def _vlm_by_seed(runs: Sequence[dict[str, Any]], mark: float, cue: float, trained: str) -> str:
