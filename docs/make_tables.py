@@ -289,6 +289,25 @@ def dit_images_128px() -> str:
     return dit_images("run_128px", 128)
 
 
+def dit_latents() -> str:
+    """The small model on latents of an autoencoder of its own, a column for each training seed and case."""
+    runs = read("dit_images")["run_latents"]["runs"]
+    titles = {
+        "autoencoder": "through the autoencoder alone",
+        "reconstruction": "words and features",
+        "text_only": "words alone",
+        "changed_words": "features, changed words",
+        "dino_swap": "another image's features",
+        "shuffled_patches": "shuffled patches",
+    }
+    first = runs[0]["cases"]
+    columns = [("real images", first["real"]), ("an unrelated real image", first["another_picture"])]
+    for case, title in titles.items():
+        own = runs[:1] if case == "autoencoder" else runs  # the same one for all seeds
+        columns += [(title if len(own) == 1 else f"{title}, seed {run['seed']}", run["cases"][case]) for run in own]
+    return _image_figures(columns, 64)
+
+
 def dit_detail_head() -> str:
     """The small recipe with and without convolutions behind the last layer."""
     record = read("dit_images")
@@ -844,6 +863,7 @@ TABLES: dict[str, Callable[[], str]] = {
             dit_few_steps,
             dit_recipes,
             dit_ablations,
+            dit_latents,
             vlm_seeds,
             vlm_others,
             vlm_ablations,
