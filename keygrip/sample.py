@@ -48,6 +48,7 @@ class SampleSchema(EntrySchema):
     timestep_shift: float | None = None
     guidance: str | None = None
     cls_scale: float | None = None
+    guide_scale: float | None = None
 
 
 register("sample_schema", SampleSchema)

@@ -120,7 +120,7 @@ class SamplingStep:
         self.kept = self._velocities()
         self.kept(self.x, 1.0, THREE)  # the first step computes what the following ones keep
 
-    def _velocities(self, **how: bool) -> Velocities:
+    def _velocities(self, **how: Any) -> Velocities:
         return Velocities(self.network, self.conditions, len(self.x), 1.0, **how)
 
     def plain(self, branches: Sequence[str], level: float = 0.6) -> Tensor:

@@ -93,6 +93,8 @@ class PatchDiTTransformer(ModelMixin, ConfigMixin):
             self.module.to(device)
         if dtype is not None:
             self.module.network.to(dtype)
+            if self.module.guide is not None:
+                self.module.guide.network.to(dtype)
             self.precision = dtype
         return self
 
@@ -157,6 +159,7 @@ class PatchDiTPipeline(DiffusionPipeline):
         *,
         full_scale: float | None = None,
         cls_scale: float | None = None,
+        guide_scale: float | None = None,
         text_rescale: float | None = None,
         dino_rescale: float | None = None,
         full_rescale: float | None = None,
@@ -173,8 +176,8 @@ class PatchDiTPipeline(DiffusionPipeline):
         Args:
             prompt, image: one or a list; of one, as many as of the other. height, width: pixels; None: the trained size
                 of the likest shape as the image to start from or the first that steers, else the most usual one.
-            num_inference_steps, text_scale, dino_scale, guidance, solver, full_scale, cls_scale, text_rescale,
-                dino_rescale, full_rescale, interval: None: the model's own, see
+            num_inference_steps, text_scale, dino_scale, guidance, solver, full_scale, cls_scale, guide_scale,
+                text_rescale, dino_rescale, full_rescale, interval: None: the model's own, see
                 `keygrip.models.patch_dit.sampler.Sampling`. Steps of the solver euler are the scheduler's.
             generator, num_images_per_prompt, latents, output_type ("pil", "np" or "pt"), return_dict: as in diffusers.
             image_mask, blend, start_image, strength, redraw: see
@@ -190,6 +193,7 @@ class PatchDiTPipeline(DiffusionPipeline):
         given = {
             **{"steps": num_inference_steps, "guidance": guidance, "solver": solver, "interval": interval},
             **{"text_scale": text_scale, "dino_scale": dino_scale, "full_scale": full_scale, "cls_scale": cls_scale},
+            **{"guide_scale": guide_scale},
             **{"text_rescale": text_rescale, "dino_rescale": dino_rescale, "full_rescale": full_rescale},
         }
         sampling = module.sampling_with(given)
@@ -218,7 +222,8 @@ class PatchDiTPipeline(DiffusionPipeline):
             kept = None if start.edit.mask is None else (start.edit.mask, noise - start.edit.latents)
         self._set_levels(sampling, module.shift_of(noise), times, device)
         module.eval()
-        velocities = Velocities(module.network, conditions, total, bucket.width / bucket.height)
+        guide = None if module.guide is None else module.guide.network
+        velocities = Velocities(module.network, conditions, total, bucket.width / bucket.height, guide=guide)
         sigmas, own = self.scheduler.sigmas.tolist(), cast(Any, self)
 
         def velocity_at(x: Tensor, level: float) -> Tensor:

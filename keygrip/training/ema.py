@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,6 +71,15 @@ class EMA(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._take_out(pl_module)
+
+    @contextmanager
+    def applied(self, module: LightningModule) -> Iterator[None]:
+        """A context in which the EMA is in the place of the module's weights."""
+        self._put_in(module)
+        try:
+            yield
+        finally:
+            self._take_out(module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._take_out(pl_module)

@@ -13,6 +13,7 @@ from keygrip.data.batches import ImageTextBatch, ImageTextStatistics
 from keygrip.models.patch_dit.context import Conditions
 
 STATE = "patch_dit"  # where a checkpoint keeps what is no tensor, among what the module stores beside its weights
+UNKNOWN = "unknown"  # fingerprint of shards that do not name their encoders
 NORMALISED = ("latent", "cls", "patch")
 
 

@@ -7,22 +7,26 @@ is a velocity or an image, where positions are, how features were normalised.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from keygrip.models.nn.flow_matching import resolution_shift
 from keygrip.models.nn.lora import merged_checkpoint
-from keygrip.models.patch_dit.feature_statistics import STATE
+from keygrip.models.patch_dit.feature_statistics import STATE, UNKNOWN, FeatureStatistics
 from keygrip.models.patch_dit.foreign_settings import as_overrides, other_settings, plain
 from keygrip.models.patch_dit.network import PatchDiT
 from keygrip.training.checkpoints import HEADER, find_checkpoint, read_checkpoint, refuse_other_format, weights_of
 from keygrip.training.integrity import is_signed, load_tensors
 
+log = logging.getLogger(__name__)
+
+StatisticsOf = Literal["auto", "source", "data", "identity"]
 STATISTICS = "statistics."  # a module's normalisation of features, in its state dictionary
 
 
@@ -124,6 +128,37 @@ def read_source(path: str | Path) -> InitSource:
         return _keygrip_source(str(path), read_checkpoint(file))  # refuses it: it has lost its hash
     nested = (content[key] for key in ("state_dict", "model", "ema") if isinstance(content.get(key), Mapping))
     return InitSource(str(path), _of_network(next(nested, content)))
+
+
+def normalise_as(source: InitSource, statistics: FeatureStatistics, asked: StatisticsOf) -> None:
+    """Weights mean what they meant only on features that are normalised as they were there."""
+    known = bool(source.statistics)
+    if asked == "source" and not known:
+        raise ValueError(
+            f"model.init_from_statistics=source: {source.path} says nothing of how features were normalised; give "
+            "data or identity"
+        )
+    if asked == "identity":
+        statistics.leave_as_they_are()
+    elif known and asked != "data":
+        other = statistics.take_normalisation(source.statistics, source.path)
+        log.info("features are normalised as in %s", source.path)
+        if other:
+            log.warning(
+                "features of %s have other widths in %s: normalised by these shards", ", ".join(other), source.path
+            )
+        theirs, ours = source.encoders, statistics.encoders
+        if UNKNOWN not in (theirs, ours) and theirs not in ("", ours):
+            log.warning(
+                "%s was trained with the encoders %s, these shards were made with %s: features mean other things",
+                *(source.path, theirs, ours),
+            )
+    elif asked == "auto":
+        log.warning(
+            "%s says nothing of how features were normalised: they are, by these shards; if it was trained on "
+            "features as they are, give model.init_from_statistics=identity",
+            source.path,
+        )
 
 
 def _keygrip_source(path: str, content: Mapping[str, Any]) -> InitSource:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import torch
@@ -17,10 +18,11 @@ from keygrip.models.nn.lora import Adapter, LoRA, add_lora
 from keygrip.models.patch_dit.alignment import FeatureAlignment
 from keygrip.models.patch_dit.context import ConditionDropout, Conditions
 from keygrip.models.patch_dit.encoders import Encoders
-from keygrip.models.patch_dit.feature_statistics import STATE, FeatureStatistics
+from keygrip.models.patch_dit.feature_statistics import STATE, UNKNOWN, FeatureStatistics
 from keygrip.models.patch_dit.few_steps import FewSteps
 from keygrip.models.patch_dit.figures import image_grid
-from keygrip.models.patch_dit.init_source import InitSource, read_source
+from keygrip.models.patch_dit.guide import EarlyGuide
+from keygrip.models.patch_dit.init_source import StatisticsOf, normalise_as, read_source
 from keygrip.models.patch_dit.monitor import RANGES, LossTable, attention_figures, gradient_norm, velocity_norm
 from keygrip.models.patch_dit.network import DiTOutput, PatchDiT
 from keygrip.models.patch_dit.sampler import Edit, Sampling, sample
@@ -34,8 +36,6 @@ from keygrip.training.system import System
 
 log = logging.getLogger(__name__)
 
-UNKNOWN = "unknown"  # fingerprint of shards that do not name their encoders
-StatisticsOf = Literal["auto", "source", "data", "identity"]
 ATTENDED = 4  # samples whose attention is monitored
 # Conditions under which validation computes the loss of the same images and noise.
 VALIDATED = {"both": (True, True), "text": (True, False), "dino": (False, True), "none": (False, False)}
@@ -61,6 +61,8 @@ class PatchDiTModule(System):
         shift_tokens: images of more latent tokens than this are trained and drawn at noise levels nearer to noise, by
             sqrt(tokens / shift_tokens), see `resolution_shift`; None: all at the same levels.
         lora: low-rank differences are trained, and the network stays as `init_from` has it; None: all is trained.
+        guide: makes the worse version of the network that `sampling.guide_scale` goes away from, from a copy of the
+            network; None: none is kept.
         monitor_every_n_steps: steps between checks of norms and attention; 0: none. monitor_from_step: warnings begin.
         log_images_every_n_steps: validations at least so many steps apart draw samples; 0: none. shown: per row.
     """
@@ -104,6 +106,7 @@ class PatchDiTModule(System):
         few_steps: FewSteps | None = None,
         shift_tokens: int | None = None,
         init_from_statistics: StatisticsOf = "auto",
+        guide: Callable[..., EarlyGuide] | None = None,
     ) -> None:
         super().__init__(optimizer)
         if shift_tokens is not None and shift_tokens < 1:
@@ -136,6 +139,11 @@ class PatchDiTModule(System):
             few_steps.check(sampling)
             if self.alignment is not None:
                 raise ValueError("model.few_steps learns from its teacher alone: leave model.alignment out")
+        if guide is not None and (lora is not None or few_steps is not None):
+            raise ValueError("model.guide has no place beside model.lora or model.few_steps: leave it out")
+        if sampling.guide_scale and guide is None:
+            raise ValueError(f"model.sampling.guide_scale={sampling.guide_scale} has no effect without model.guide: 0")
+        self.guide = None if guide is None else guide(network=copy.deepcopy(self.network))
         if lora is not None:
             add_lora(self.network, lora)
         self.monitor_every_n_steps, self.log_images_every_n_steps, self.shown = (
@@ -184,7 +192,7 @@ class PatchDiTModule(System):
             windows = None if self.few_steps is None else self.few_steps.timestep_shift
             source.refuse_other_shift(self.shift_tokens, self.network.patch_size, windows)
             report = warm_start(self.network, source, self.init_from_renames, self.init_from_min_share)
-            self._normalise_as(source)
+            normalise_as(source, self.statistics, self.init_from_statistics)
             new = any(name.startswith("context_builder.dino_patch_proj") for name in report.missing)
             if new and not self.network.separate_patches:
                 log.warning(
@@ -196,36 +204,6 @@ class PatchDiTModule(System):
             raise ValueError("model.lora and model.few_steps want a trained network: name it with model.init_from=RUN")
         if self.few_steps is not None:
             self.few_steps.take_teacher(self.network)
-
-    def _normalise_as(self, source: InitSource) -> None:
-        """Weights mean what they meant only on features that are normalised as they were there."""
-        known, asked = bool(source.statistics), self.init_from_statistics
-        if asked == "source" and not known:
-            raise ValueError(
-                f"model.init_from_statistics=source: {source.path} says nothing of how features were normalised; give "
-                "data or identity"
-            )
-        if asked == "identity":
-            self.statistics.leave_as_they_are()
-        elif known and asked != "data":
-            other = self.statistics.take_normalisation(source.statistics, source.path)
-            log.info("features are normalised as in %s", source.path)
-            if other:
-                log.warning(
-                    "features of %s have other widths in %s: normalised by these shards", ", ".join(other), source.path
-                )
-            theirs, ours = source.encoders, self.statistics.encoders
-            if UNKNOWN not in (theirs, ours) and theirs not in ("", ours):
-                log.warning(
-                    "%s was trained with the encoders %s, these shards were made with %s: features mean other things",
-                    *(source.path, theirs, ours),
-                )
-        elif asked == "auto":
-            log.warning(
-                "%s says nothing of how features were normalised: they are, by these shards; if it was trained on "
-                "features as they are, give model.init_from_statistics=identity",
-                source.path,
-            )
 
     @property
     def adapter(self) -> Adapter | None:
@@ -273,7 +251,15 @@ class PatchDiTModule(System):
 
     def sharded_parts(self) -> list[Any]:
         """Blocks, which are used through their `forward` alone."""
-        return list(self.network.blocks)
+        return [*self.network.blocks, *([] if self.guide is None else self.guide.network.blocks)]
+
+    def on_train_start(self) -> None:
+        if self.guide is not None:
+            self.guide.check(self.trainer.max_steps)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self.guide is not None:
+            self.guide.take(self.network, self)
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -312,6 +298,8 @@ class PatchDiTModule(System):
             ValueError: also where a student of few steps would be drawn in another way than it is trained for.
         """
         found = self.sampling.changed(changes)
+        if found.guide_scale and self.guide is None:
+            raise ValueError(f"guide_scale={found.guide_scale} has no effect: this model keeps no guide, leave it out")
         if self.few_steps is not None:
             self.few_steps.check(found)
         return found
@@ -444,7 +432,8 @@ class PatchDiTModule(System):
             conditions: normalised, of len(seeds) samples; see `keygrip.models.patch_dit.feature_statistics`.
             size: (h, w) of the latents. sampling: None: the module's own. on_step, edit: see `sample`.
         """
-        latents = sample(self.network, conditions, size, self.sampling_at(size, sampling), seeds, on_step, edit=edit)
+        way, guide = self.sampling_at(size, sampling), None if self.guide is None else self.guide.network
+        latents = sample(self.network, conditions, size, way, seeds, on_step, edit=edit, guide=guide)
         return self.encoders.to(self.device).decode_latents(self.statistics.restored(latents))
 
     @torch.no_grad()
@@ -469,7 +458,10 @@ class PatchDiTModule(System):
         if count > 1:
             ways["its own text, DINO of the next"] = whole.with_dino_of(torch.arange(count).roll(-1))
         rows = [("pictures", real)]
-        rows += [(title, self.draw(conditions, size, seeds)) for title, conditions in ways.items()]
+        way = self.sampling
+        if self.guide is not None and not self.guide.taken:  # the first steps: there is nothing to go away from yet
+            way = replace(way, guide_scale=0.0)
+        rows += [(title, self.draw(conditions, size, seeds, way)) for title, conditions in ways.items()]
         if self.trainer.is_global_zero:
             self.show_image("val/samples", image_grid(rows))
             captions = "\n".join(f"{number}. {text}" for number, text in enumerate(batch.captions[:count], start=1))

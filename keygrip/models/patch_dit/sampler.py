@@ -7,7 +7,11 @@ or one after the other, so that the branch with both conditions, which is traine
 
     v = v_none + dino_scale (v_dino - v_none) + text_scale (v_full - v_dino)
 
-and with ``cls_scale`` in two steps for the DINO features: the CLS vector alone, then its patches.
+and with ``cls_scale`` in two steps for the DINO features: the CLS vector alone, then its patches. ``guide_scale`` goes
+on from there, away from what a worse version of the network predicts from everything given
+(`keygrip.models.patch_dit.guide`)::
+
+    v = ... + guide_scale (v_full - v_guide)
 
 Every branch has null embeddings in place of the conditions that it lacks. A branch whose weight is zero is not
 computed, so that the usual pair of scales costs three evaluations per step. Without any change of the result, branches
@@ -42,13 +46,14 @@ BRANCHES = {
     "dino": (False, True, True),
     "full": (True, True, True),
 }
+GUIDE = "guide"  # the branch of another network, on everything given
 Guidance = Literal["independent", "dino_then_text", "text_then_dino", "none"]
 GUIDANCE: tuple[Guidance, ...] = ("independent", "dino_then_text", "text_then_dino", "none")
 CPU_BATCH = 2**18  # numbers in one branch's tokens up to which a CPU is faster with all branches in one batch
 NEGLIGIBLE = 1e-9  # guidance weights that differ from zero by rounding only
 # What guidance=none leaves without effect.
 GUIDED = (
-    *("text_scale", "dino_scale", "full_scale", "cls_scale", "interval"),
+    *("text_scale", "dino_scale", "full_scale", "cls_scale", "guide_scale", "interval"),
     *("text_rescale", "dino_rescale", "full_rescale"),
 )
 FLOOR = 1e-3  # with x-prediction: below the last level of any reasonable number of steps, so that nothing is cut off
@@ -57,7 +62,7 @@ FLOOR = 1e-3  # with x-prediction: below the last level of any reasonable number
 class Term(NamedTuple):
     """A step of guidance: scale (v_told - v_untold)."""
 
-    name: str  # of the condition, by which the rescale is chosen
+    name: str  # of the condition, by which the rescale is chosen, or GUIDE
     scale: float
     told: str
     untold: str
@@ -79,6 +84,7 @@ class Sampling:
             "none": each step is one evaluation on everything given, whatever the scales, for distilled models.
         cls_scale: of the CLS vector; dino_scale is then that of the patches. None: both together by dino_scale. Wants
             a model that was trained with the CLS vector alone too (model.dropout.cls_alone above 0).
+        guide_scale: of autoguidance, beside the others; 0: none. Wants a model that keeps a guide (model.guide).
     """
 
     text_scale: float = 3.0
@@ -93,6 +99,7 @@ class Sampling:
     timestep_shift: float = 1.0
     guidance: Guidance = "independent"
     cls_scale: float | None = None
+    guide_scale: float = 0.0
 
     def __post_init__(self) -> None:
         if self.guidance not in GUIDANCE:
@@ -101,11 +108,13 @@ class Sampling:
             raise ValueError(f"full_scale={self.full_scale} has no effect with guidance={self.guidance}: 0.")
         if self.cls_scale is not None and self.cls_scale < 0:
             raise ValueError(f"cls_scale={self.cls_scale}: must not be negative.")
+        if self.guide_scale and self.guidance == "none":
+            raise ValueError(f"guide_scale={self.guide_scale} has no effect with guidance=none: 0.")
         low, high = self.interval
         if not 0 <= low < high <= 1:
             raise ValueError(f"interval={list(self.interval)}: noise levels between 0 and 1, the lower one first.")
-        if min(self.text_scale, self.dino_scale, self.full_scale) < 0:
-            raise ValueError("Guidance scales must not be negative: text_scale, dino_scale, full_scale.")
+        if min(self.text_scale, self.dino_scale, self.full_scale, self.guide_scale) < 0:
+            raise ValueError("Guidance scales must not be negative: text_scale, dino_scale, full_scale, guide_scale.")
         for name in ("text_rescale", "dino_rescale", "full_rescale"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must lie in 0..1.")
@@ -153,6 +162,7 @@ class Sampling:
             found.append(Term("text", self.text_scale, "full", "dino"))
         if text and dino and not chained:
             found.append(Term("full", self.full_scale, "full", "none"))
+        found.append(Term(GUIDE, self.guide_scale, everything_given(conditions), GUIDE))
         return [term for term in found if term.scale != 0]
 
     def weights(self, conditions: Conditions) -> dict[str, float]:
@@ -201,7 +211,7 @@ class Sampling:
         return guided
 
     def _rescale(self, name: str) -> float:
-        value: float = getattr(self, f"{name}_rescale")
+        value: float = 0.0 if name == GUIDE else getattr(self, f"{name}_rescale")
         return value
 
 
@@ -228,6 +238,7 @@ class Velocities:
 
     Args:
         network: in eval mode. conditions: normalised. batch: number of samples. aspect: width over height.
+        guide: the network of the branch `GUIDE`, in eval mode; None: that branch is refused.
         together: the branches of a step as one batch; None: as is faster. cached: keep keys and values of the context
             from step to step. trimmed: cut off text padding. All three change the time and not the result; off, they
             are the plain sampler that tests and benchmarks compare with.
@@ -242,21 +253,26 @@ class Velocities:
         together: bool | None = None,
         cached: bool = True,
         trimmed: bool = True,
+        guide: PatchDiT | None = None,
     ) -> None:
         self.network, self.conditions, self.batch, self.aspect = network, conditions, batch, aspect
+        self.guide = guide
         self.together, self.cached, self.trimmed = together, cached, trimmed
         self._contexts: dict[tuple[str, ...], tuple[Context, ContextCache | None]] = {}
 
     def __call__(self, x: Tensor, level: float, branches: Sequence[str]) -> dict[str, Tensor]:
         """Velocities ``[B, C, h, w]`` of the named branches at x_s."""
         together = self._one_batch(x) if self.together is None else self.together
-        groups = [tuple(branches)] if together else [(name,) for name in branches]
+        own = tuple(name for name in branches if name != GUIDE)
+        groups = [own] if together else [(name,) for name in own]
+        groups += [(GUIDE,)] if GUIDE in branches else []
         found: dict[str, Tensor] = {}
         for group in groups:
+            network = self._network_of(group)
             context, cache = self._context(group, x.device)
             inputs = x.repeat(len(group), 1, 1, 1)
             levels = torch.full((len(inputs),), level, device=x.device)
-            output = self.network(inputs, levels, context, cache=cache, floor=FLOOR).velocity
+            output = network(inputs, levels, context, cache=cache, floor=FLOOR).velocity
             found |= dict(zip(group, output.to(x.dtype).chunk(len(group)), strict=True))
         return found
 
@@ -264,11 +280,21 @@ class Velocities:
         rows, columns = self.network.grid(x)
         return x.device.type != "cpu" or len(x) * rows * columns * self.network.width <= CPU_BATCH
 
+    def _network_of(self, group: tuple[str, ...]) -> PatchDiT:
+        if group != (GUIDE,):
+            return self.network
+        if self.guide is None:
+            raise ValueError("guide_scale: there is no guide to go away from, the model keeps none: 0")
+        return self.guide
+
     def _context(self, group: tuple[str, ...], device: torch.device) -> tuple[Context, ContextCache | None]:
         if group not in self._contexts:
-            keep = torch.tensor([BRANCHES[name] for name in group], device=device).repeat_interleave(self.batch, dim=0)
+            told = [BRANCHES[everything_given(self.conditions) if name == GUIDE else name] for name in group]
+            keep = torch.tensor(told, device=device).repeat_interleave(self.batch, dim=0)
             conditions = self.conditions.repeated(len(group))
-            context = self.network.context_builder(conditions, keep[:, 0], keep[:, 1], self.aspect, keep[:, 2])
+            context = self._network_of(group).context_builder(
+                conditions, keep[:, 0], keep[:, 1], self.aspect, keep[:, 2]
+            )
             context = context.trimmed() if self.trimmed else context
             self._contexts[group] = context, ContextCache() if self.cached else None
         return self._contexts[group]
@@ -305,6 +331,7 @@ def sample(
     cached: bool = True,
     trimmed: bool = True,
     edit: Edit | None = None,
+    guide: PatchDiT | None = None,
 ) -> Tensor:
     """Normalised latents ``[B, C, h, w]`` float32.
 
@@ -315,13 +342,17 @@ def sample(
         noise: in place of the seeds' own, ``[B, C, h, w]``.
         together, cached, trimmed: see `Velocities`.
         edit: images to start from, and the part of them that stays; None: from noise alone.
+        guide: a worse version of the network, for `guide_scale`; in eval mode.
+
+    Raises:
+        ValueError: `guide_scale` without a guide.
     """
     device = next(network.parameters()).device
     if noise is None:
         noise = seeded_noise(seeds, (network.latent_channels, *size), device)
     training = network.training
     network.eval()
-    velocities = Velocities(network, conditions, len(seeds), size[1] / size[0], together, cached, trimmed)
+    velocities = Velocities(network, conditions, len(seeds), size[1] / size[0], together, cached, trimmed, guide)
     levels, start, kept = noise_levels(sampling.steps, sampling.timestep_shift), noise, None
     if edit is not None:
         latents = edit.latents.to(noise)

@@ -182,6 +182,8 @@ def test_the_network_comes_back_in_its_mode() -> None:
         ({"guidance": "both"}, "guidance='both'"),
         ({"guidance": "dino_then_text", "full_scale": 1.0}, "full_scale=1.0 has no effect"),
         ({"cls_scale": -1.0}, "must not be negative"),
+        ({"guide_scale": -1.0}, "must not be negative"),
+        ({"guide_scale": 1.0, "guidance": "none"}, "guide_scale=1.0 has no effect"),
     ],
 )
 def test_errors_name_the_option(options: dict[str, Any], message: str) -> None:
@@ -232,6 +234,37 @@ def test_chained_guidance_by_hand(options: dict[str, Any], steps: list[Any], att
             x = x - 0.5 * v
     torch.testing.assert_close(drawn, x, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(plain, x, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("given", ["both", "text", "dino"])
+def test_autoguidance_by_hand(given: str) -> None:
+    """Away from another network's prediction on everything given, beside the guidance by conditions."""
+    network, guide, conditions = small_dit(), small_dit(seed=1), only(conditions_of(lengths=(3, 5)), given)
+    sampling = Sampling(text_scale=3.0, dino_scale=2.0, steps=2, guide_scale=1.5, guidance="dino_then_text")
+    batches = counted(guide)
+    drawn = sample(network, conditions, SIZE, sampling, seeds=[4, 5], guide=guide)
+    assert batches == [2, 2]
+    plain = sample(network, conditions, SIZE, sampling, seeds=[4, 5], guide=guide, **PLAIN)
+    everything = {"both": FULL, "text": TEXT, "dino": DINO}[given]
+    x, usual = seeded_noise([4, 5], (CHANNELS, *SIZE)), replace(sampling, guide_scale=0.0)
+    with torch.no_grad():
+        for level in (1.0, 0.5):
+            velocities = sampler.Velocities(network, conditions, 2, 1.0)(x, level, usual.branches(conditions, level))
+            away = branch(network, conditions, x, level, everything) - branch(guide, conditions, x, level, everything)
+            x = x - 0.5 * (usual.combine(velocities, x, level, conditions) + 1.5 * away)
+    torch.testing.assert_close(drawn, x, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(plain, x, atol=2e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="there is no guide"):
+        sample(network, conditions, SIZE, sampling, seeds=[4, 5])
+
+
+def test_a_guide_alone_costs_two_evaluations_and_one_that_is_the_network_changes_nothing() -> None:
+    network, conditions = small_dit(), only(conditions_of(), "text")
+    sampling = Sampling(text_scale=1.0, guide_scale=2.0, steps=3)
+    assert sampling.evaluations(conditions) == 6
+    guided = sample(network, conditions, SIZE, sampling, seeds=[1, 2], guide=network)
+    usual = sample(network, conditions, SIZE, replace(sampling, guide_scale=0.0), seeds=[1, 2])
+    torch.testing.assert_close(guided, usual, atol=1e-5, rtol=1e-5)
 
 
 def test_equal_scales_one_after_the_other_are_guidance_on_both_together() -> None:

@@ -19,8 +19,10 @@ from omegaconf import OmegaConf
 from keygrip import train
 from keygrip.config import compose
 from keygrip.data.batches import ImageTextBatch
+from keygrip.data.image_text.datamodule import ImageShards
 from keygrip.models.nn.flow_matching import noise_levels, shifted
 from keygrip.models.patch_dit.context import Conditions
+from keygrip.models.patch_dit.guide import EarlyGuide
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.monitor import LossTable
 from keygrip.models.patch_dit.network import DiTOutput, Tapped
@@ -55,6 +57,7 @@ EVERYTHING = [
     "optimizer=muon",
     "optimizer.schedule=constant",
 ]
+GUIDED = ["ablation=patch_dit/early_guide", "model.guide.at_step=3", "callbacks.ema.decay=0.9"]
 
 
 @pytest.mark.parametrize(
@@ -62,12 +65,14 @@ EVERYTHING = [
     [
         pytest.param([], id="plain", marks=pytest.mark.slow),
         pytest.param(EVERYTHING, id="alignment, routing and Muon"),
+        pytest.param(GUIDED, id="a guide, taken at the step of the interruption"),
     ],
 )
 def test_a_run_resumed_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_one(
-    options: list[str], overrides: Callable[..., list[str]], tmp_path: Path
+    options: list[str], overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Trap 6: the data's position, the noise, the levels and the dropped conditions are all those of the step."""
+    monkeypatch.setattr(EarlyGuide, "check", lambda *_: None)  # a first part of 3 steps stands for an interruption
     options = [*options, "val_every_n_steps=2", "model.monitor_every_n_steps=2"]
     train.run(compose("train", overrides("whole", "max_steps=5", *options)))
     train.run(compose("train", overrides("parts", "max_steps=3", *options)))
@@ -77,6 +82,44 @@ def test_a_run_resumed_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_on
     assert whole.keys() == parts.keys()
     for name, value in whole.items():
         assert torch.equal(value, parts[name]), name
+
+
+def test_the_guide_is_the_ema_of_its_step_and_drawn_with(
+    overrides: Callable[..., list[str]], tmp_path: Path, shards: Path
+) -> None:
+    """It is stored, it is neither trained nor averaged, and samples go away from it."""
+    train.run(compose("train", overrides("early", "max_steps=2", "callbacks.ema.decay=0.9")))
+    guided = [*GUIDED, "model.guide.at_step=2", "val_every_n_steps=1", "model.log_images_every_n_steps=1"]
+    train.run(compose("train", overrides("run", "max_steps=4", *guided)))
+    early, content = read_checkpoint(tmp_path / "early")["ema"]["parameters"], read_checkpoint(tmp_path / "run")
+    stored = {name: v for name, v in content["state_dict"].items() if name.startswith("guide.network.")}
+    ours = {name: value for name, value in early.items() if name.startswith("network.")}
+    assert {f"guide.{name}" for name in ours} == stored.keys()
+    for name, value in ours.items():
+        assert torch.equal(stored[f"guide.{name}"], value), name
+    assert not any(name.startswith("guide.") for name in content["ema"]["parameters"])
+    module = load_module(tmp_path / "run", expected=PatchDiTModule)
+    assert isinstance(module, PatchDiTModule)
+    data = ImageShards(batch_size=2, root=str(shards), num_workers=0)
+    data.setup("fit")
+    batch = next(iter(data.held_out("val")))
+    conditions = module.statistics.conditions(batch)
+    size = (batch.latents.shape[2], batch.latents.shape[3])
+    usual = module.draw(conditions, size, [0, 1], module.sampling_with({"guide_scale": 0.0}))
+    assert (module.draw(conditions, size, [0, 1]) - usual).abs().max() > 1e-5
+    plain = load_module(tmp_path / "early", expected=PatchDiTModule)
+    assert isinstance(plain, PatchDiTModule)
+    with pytest.raises(ValueError, match="this model keeps no guide"):
+        plain.sampling_with({"guide_scale": 1.0})
+
+
+def test_guides_that_cannot_be_are_refused(overrides: Callable[..., list[str]]) -> None:
+    with pytest.raises(ValueError, match=r"at_step=3 is not reached in max_steps=3"):
+        train.run(compose("train", overrides("short", "max_steps=3", *GUIDED)))
+    with pytest.raises(InstantiationException, match=r"guide_scale=1\.0 has no effect without model\.guide"):
+        train.run(compose("train", overrides("none", "max_steps=3", "model.sampling.guide_scale=1.0")))
+    with pytest.raises(InstantiationException, match=r"at_step=0: must be at least 1"):
+        train.run(compose("train", overrides("zero", "max_steps=3", *GUIDED, "model.guide.at_step=0")))
 
 
 class Recorded:
