@@ -93,9 +93,10 @@ def test_a_pipeline_of_diffusers_draws_the_same_images(trained: Path, tmp_path: 
 
 @pytest.fixture(scope="module")
 def piped(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained model as a pipeline; its solver is one of second order."""
+    """A trained model as a pipeline; its solver is one of second order, and it has a guide."""
     folder = tmp_path_factory.mktemp("piped")
     run = ["max_steps=20", f"data.root={trained / 'images'}", f"run_dir={folder / 'run'}", "model.sampling.steps=4"]
+    run += ["ablation=patch_dit/early_guide", "model.guide.at_step=5"]
     train.run(compose("train", [*SMALL, *run, "model.sampling.solver=heun", "optimizer.lr=0.01"]))
     export.run(compose("export", [f"checkpoint={folder / 'run'}", f"to={folder / 'pipe'}", "format=diffusers"]))
     return folder
@@ -119,6 +120,8 @@ def test_a_pipeline_draws_by_the_model_s_own_solver(piped: Path) -> None:
         given = {} if solver == "heun" else {"solver": solver}
         drawn[solver] = pipeline("a red thing", latents=noise, output_type="pt", **given).images
         torch.testing.assert_close(drawn[solver], expected, atol=1e-5, rtol=0, msg=solver)
+    unguided = pipeline("a red thing", latents=noise, output_type="pt", guide_scale=0.0).images
+    assert (drawn["heun"] - unguided).abs().max() > 1e-4
     assert (drawn["heun"] - drawn["euler"]).abs().max() > 1e-4
     assert (drawn["adams_bashforth"] - drawn["euler"]).abs().max() > 1e-4
     pipeline.scheduler = FlowMatchHeunDiscreteScheduler()

@@ -46,21 +46,26 @@ class ConvAutoencoder(nn.Module):
     Args:
         channels: C of a latent. stride: H / h, a power of two. width: of the first layer, a multiple of 4; doubled with
             every halving, up to four times as much. blocks: residual blocks at each resolution.
+        packing: pixels of a cell of the first layer along a side, a power of two below `stride`, which counts them; 1:
+            each by itself.
 
     Raises:
         ValueError: sizes out of range.
     """
 
-    def __init__(self, channels: int = 16, stride: int = 4, width: int = 32, blocks: int = 1) -> None:
+    def __init__(self, channels: int = 16, stride: int = 4, width: int = 32, blocks: int = 1, packing: int = 1) -> None:
         super().__init__()
-        halvings = stride.bit_length() - 1
-        if stride < 2 or stride != 2**halvings:
+        if stride < 2 or stride != 2 ** (stride.bit_length() - 1):
             raise ValueError(f"an autoencoder's stride is a power of two from 2 on, not {stride}")
+        if not 1 <= packing < stride or packing != 2 ** (packing.bit_length() - 1):
+            raise ValueError(f"an autoencoder's packing={packing} is a power of two below its stride={stride}")
+        halvings = (stride // packing).bit_length() - 1
         if width % 4 or min(channels, width, blocks) < 1:
             raise ValueError(f"an autoencoder's width={width} must divide by 4, channels and blocks be at least 1")
         self.channels, self.stride = channels, stride
         widths = [width * min(2**level, WIDEST) for level in range(halvings + 1)]
-        down: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1)]
+        down: list[nn.Module] = [nn.PixelUnshuffle(packing)] if packing > 1 else []
+        down += [nn.Conv2d(3 * packing**2, width, 3, padding=1)]
         for narrow, wide in pairwise(widths):
             down += [ResidualBlock(narrow) for _ in range(blocks)]
             down += [nn.Conv2d(narrow, wide, 4, stride=2, padding=1)]
@@ -72,7 +77,8 @@ class ConvAutoencoder(nn.Module):
             # Nearest neighbours and a convolution: transposed convolutions leave a chequered pattern.
             up += [nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(wide, narrow, 3, padding=1)]
             up += [ResidualBlock(narrow) for _ in range(blocks)]
-        self.decoder = nn.Sequential(*up, *_last(width, 3))
+        up += _last(width, 3 * packing**2)
+        self.decoder = nn.Sequential(*up, *([nn.PixelShuffle(packing)] if packing > 1 else []))
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance [B, C, h, w] of images [B, 3, H, W] in -1..1."""
@@ -99,8 +105,8 @@ class TrainedAutoencoder:
     checkpoints of the models that use it. Latents are the posterior's means.
 
     Args:
-        init_from: the run, its checkpoint or a file of weights. channels, stride, width, blocks: as of the run's
-            network.
+        init_from: the run, its checkpoint or a file of weights. channels, stride, width, blocks, packing: as of
+            the run's network.
 
     Raises:
         ValueError: it names no run, or sizes out of range.
@@ -109,7 +115,13 @@ class TrainedAutoencoder:
     exact = False  # lossy: decoded images differ from the encoded ones
 
     def __init__(
-        self, init_from: str | None = None, channels: int = 16, stride: int = 4, width: int = 32, blocks: int = 1
+        self,
+        init_from: str | None = None,
+        channels: int = 16,
+        stride: int = 4,
+        width: int = 32,
+        blocks: int = 1,
+        packing: int = 1,
     ) -> None:
         if not isinstance(init_from, str | None):  # a stage that keygrip.train would have completed
             raise ValueError(
@@ -117,7 +129,7 @@ class TrainedAutoencoder:
                 "experiment=image_autoencoder` and name its folder"
             )
         self.init_from, self.channels, self.stride = init_from, channels, stride
-        self._network = ConvAutoencoder(channels, stride, width, blocks).eval().requires_grad_(False)
+        self._network = ConvAutoencoder(channels, stride, width, blocks, packing).eval().requires_grad_(False)
         self._ready = False
 
     @property

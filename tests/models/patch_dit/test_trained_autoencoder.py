@@ -30,16 +30,19 @@ def images(count: int = 8) -> Tensor:
     return as_tensor([drawn(number, SQUARE, 1)[0] for number in range(count)]) / 127.5 - 1
 
 
-@pytest.mark.parametrize("stride", [2, 4, 8])
-def test_latents_are_smaller_by_the_stride_and_come_back_in_size(stride: int) -> None:
-    network = ConvAutoencoder(5, stride, 8)
+@pytest.mark.parametrize(("stride", "packing"), [(2, 1), (4, 1), (8, 1), (8, 2), (4, 2), (8, 4)])
+def test_latents_are_smaller_by_the_stride_and_come_back_in_size(stride: int, packing: int) -> None:
+    network = ConvAutoencoder(5, stride, 8, packing=packing)
     pixels = torch.rand(2, 3, 16, 24)
     mean, log_variance = network.posterior(pixels)
     assert mean.shape == log_variance.shape == (2, 5, 16 // stride, 24 // stride)
     assert network(pixels).shape == pixels.shape
 
 
-@pytest.mark.parametrize("options", [{"stride": 6}, {"stride": 1}, {"width": 10}, {"channels": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [{"stride": 6}, {"stride": 1}, {"width": 10}, {"channels": 0}, {"packing": 4}, {"packing": 3, "stride": 8}],
+)
 def test_sizes_out_of_range(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="autoencoder's"):
         ConvAutoencoder(**options)
