@@ -704,6 +704,20 @@ def _vlm_by_seed(runs: Sequence[dict[str, Any]], mark: float, cue: float, traine
     return markdown(["", "wanted", *(run["settings"].replace("=", " ") for run in runs)], rows)
 
 
+def vlm_lengths() -> str:
+    """Accuracy by the number of frames of a model that was trained on all lengths."""
+    runs = read("foveated_vlm")["lengths"]["runs"]
+    ends = [1, 2, 4, 8, 16, 32, 64]
+    spans = [str(end) if end < 3 else f"{end // 2 + 1} to {end}" for end in ends]
+    rows = []
+    for kind in ("mark", "cue", "glance"):
+        for run in runs:
+            found = [run["autoregressive"].get(f"accuracy_{kind}_of_{end}") for end in ends]
+            name = f"*{kind}*" if len(runs) == 1 else f"*{kind}*, seed {run['seed']}"
+            rows.append([name, *("" if share is None else f"{share:.2f}" for share in found)])
+    return markdown(["frames", *spans], rows)
+
+
 def vlm_others() -> str:
     """Models that were trained otherwise."""
     titles = {
@@ -866,6 +880,7 @@ TABLES: dict[str, Callable[[], str]] = {
             dit_latents,
             vlm_seeds,
             vlm_others,
+            vlm_lengths,
             vlm_ablations,
             vlm_label_free,
             vlm_self_supervised,
