@@ -289,9 +289,9 @@ def dit_images_128px() -> str:
     return dit_images("run_128px", 128)
 
 
-def dit_latents() -> str:
+def dit_latents(run: str = "run_latents", pixels: int = 64) -> str:
     """The small model on latents of an autoencoder of its own, a column for each training seed and case."""
-    runs = read("dit_images")["run_latents"]["runs"]
+    runs = read("dit_images")[run]["runs"]
     titles = {
         "autoencoder": "through the autoencoder alone",
         "reconstruction": "words and features",
@@ -304,8 +304,18 @@ def dit_latents() -> str:
     columns = [("real images", first["real"]), ("an unrelated real image", first["another_picture"])]
     for case, title in titles.items():
         own = runs[:1] if case == "autoencoder" else runs  # the same one for all seeds
-        columns += [(title if len(own) == 1 else f"{title}, seed {run['seed']}", run["cases"][case]) for run in own]
-    return _image_figures(columns, 64)
+        for trained in own if case in first else ():
+            name = title if len(own) == 1 else f"{title}, seed {trained['seed']}"
+            columns.append((name, trained["cases"][case]))
+    guided = runs[0].get("with_guide", {})
+    for case in ("reconstruction", "text_only", "changed_words"):
+        columns += [(f"{titles[case]}, with a guide", guided[case])] if case in guided else []
+    return _image_figures(columns, pixels)
+
+
+def dit_latents_128px() -> str:
+    """The same at 128 px, with and without autoguidance."""
+    return dit_latents("run_latents_128px", 128)
 
 
 def dit_detail_head() -> str:
@@ -878,6 +888,7 @@ TABLES: dict[str, Callable[[], str]] = {
             dit_recipes,
             dit_ablations,
             dit_latents,
+            dit_latents_128px,
             vlm_seeds,
             vlm_others,
             vlm_lengths,
