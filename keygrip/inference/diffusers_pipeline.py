@@ -222,8 +222,8 @@ class PatchDiTPipeline(DiffusionPipeline):
             kept = None if start.edit.mask is None else (start.edit.mask, noise - start.edit.latents)
         self._set_levels(sampling, module.shift_of(noise), times, device)
         module.eval()
-        guide = None if module.guide is None else module.guide.network
-        velocities = Velocities(module.network, conditions, total, bucket.width / bucket.height, guide=guide)
+        aspect = bucket.width / bucket.height
+        velocities = Velocities(module.network, conditions, total, aspect, guide=module.guide_network)
         sigmas, own = self.scheduler.sigmas.tolist(), cast(Any, self)
 
         def velocity_at(x: Tensor, level: float) -> Tensor:

@@ -65,7 +65,7 @@ class EarlyGuide(nn.Module):
         Args:
             network: that of `module`, which is being trained.
         """
-        if self.taken or module.global_step < self.at_step:
+        if module.global_step != self.at_step or self.taken:  # in this order: the flag may be on a GPU
             return
         callbacks: list[Callback] = module.trainer.callbacks  # type: ignore[attr-defined]
         ema = next((callback for callback in callbacks if isinstance(callback, EMA)), None)

@@ -298,11 +298,16 @@ class PatchDiTModule(System):
             ValueError: also where a student of few steps would be drawn in another way than it is trained for.
         """
         found = self.sampling.changed(changes)
-        if found.guide_scale and self.guide is None:
+        if found.guide_scale and self.guide_network is None:
             raise ValueError(f"guide_scale={found.guide_scale} has no effect: this model keeps no guide, leave it out")
         if self.few_steps is not None:
             self.few_steps.check(found)
         return found
+
+    @property
+    def guide_network(self) -> PatchDiT | None:
+        """What `guide_scale` goes away from; None: no guide is kept, or its step has not come."""
+        return self.guide.network if self.guide is not None and self.guide.taken else None
 
     def sampling_at(self, size: tuple[int, int], sampling: Sampling | None = None) -> Sampling:
         """How latents of (h, w) are drawn: the module's own sampling or another, shifted for the resolution."""
@@ -432,8 +437,8 @@ class PatchDiTModule(System):
             conditions: normalised, of len(seeds) samples; see `keygrip.models.patch_dit.feature_statistics`.
             size: (h, w) of the latents. sampling: None: the module's own. on_step, edit: see `sample`.
         """
-        way, guide = self.sampling_at(size, sampling), None if self.guide is None else self.guide.network
-        latents = sample(self.network, conditions, size, way, seeds, on_step, edit=edit, guide=guide)
+        way = self.sampling_at(size, sampling)
+        latents = sample(self.network, conditions, size, way, seeds, on_step, edit=edit, guide=self.guide_network)
         return self.encoders.to(self.device).decode_latents(self.statistics.restored(latents))
 
     @torch.no_grad()
@@ -459,7 +464,7 @@ class PatchDiTModule(System):
             ways["its own text, DINO of the next"] = whole.with_dino_of(torch.arange(count).roll(-1))
         rows = [("pictures", real)]
         way = self.sampling
-        if self.guide is not None and not self.guide.taken:  # the first steps: there is nothing to go away from yet
+        if self.guide_network is None:  # there is nothing to go away from, or not yet
             way = replace(way, guide_scale=0.0)
         rows += [(title, self.draw(conditions, size, seeds, way)) for title, conditions in ways.items()]
         if self.trainer.is_global_zero:

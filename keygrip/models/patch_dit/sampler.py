@@ -284,7 +284,9 @@ class Velocities:
         if group != (GUIDE,):
             return self.network
         if self.guide is None:
-            raise ValueError("guide_scale: there is no guide to go away from, the model keeps none: 0")
+            raise ValueError(
+                "guide_scale: there is no guide to go away from, the model keeps none or its step has not come: 0"
+            )
         return self.guide
 
     def _context(self, group: tuple[str, ...], device: torch.device) -> tuple[Context, ContextCache | None]:

@@ -154,7 +154,7 @@ class TrainedAutoencoder:
         if unfit:
             raise ValueError(
                 f"{source} does not hold an autoencoder of channels={self.channels} and stride={self.stride} with this "
-                f"width and blocks: {unfit[0]} is missing or of another shape"
+                f"width, blocks and packing: {unfit[0]} is missing or of another shape"
             )
         self._network.load_state_dict({name: found[name] for name in own})
         self._ready = True

@@ -107,6 +107,10 @@ def test_the_guide_is_the_ema_of_its_step_and_drawn_with(
     size = (batch.latents.shape[2], batch.latents.shape[3])
     usual = module.draw(conditions, size, [0, 1], module.sampling_with({"guide_scale": 0.0}))
     assert (module.draw(conditions, size, [0, 1]) - usual).abs().max() > 1e-5
+    assert module.guide is not None
+    module.guide.taken.fill_(False)  # as of a run that was stopped before that step
+    with pytest.raises(ValueError, match="its step has not come"):
+        module.draw(conditions, size, [0, 1])
     plain = load_module(tmp_path / "early", expected=PatchDiTModule)
     assert isinstance(plain, PatchDiTModule)
     with pytest.raises(ValueError, match="this model keeps no guide"):
