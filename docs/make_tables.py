@@ -19,6 +19,17 @@ ROOT = Path(__file__).resolve().parent.parent
 PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 FIRST, FRESH = "first_seed_1000000", "first_seed_2000000"
 LAST_MT50 = "two cameras, eased scripts, from the one before"  # name of the run
+# Cases of the image suite, and their columns.
+IMAGE_CASES = {
+    "real": "real images",
+    "another_picture": "an unrelated real image",
+    "autoencoder": "through the autoencoder alone",
+    "reconstruction": "words and features",
+    "text_only": "words alone",
+    "changed_words": "features, changed words",
+    "dino_swap": "another image's features",
+    "shuffled_patches": "shuffled patches",
+}
 
 
 def read(name: str) -> dict[str, Any]:
@@ -248,16 +259,7 @@ def _of(jobs: Sequence[dict[str, Any]], ablation: str) -> list[dict[str, Any]]:
 def dit_images(run: str = "run", pixels: int = 64) -> str:
     """The small recipe's images beside real ones and an unrelated real one."""
     cases = read("dit_images")[run]["cases"]
-    titles = {
-        "real": "real images",
-        "another_picture": "an unrelated real image",
-        "reconstruction": "words and features",
-        "text_only": "words alone",
-        "changed_words": "features, changed words",
-        "dino_swap": "another image's features",
-        "shuffled_patches": "shuffled patches",
-    }
-    return _image_figures([(title, cases[case]) for case, title in titles.items() if case in cases], pixels)
+    return _image_figures([(title, cases[case]) for case, title in IMAGE_CASES.items() if case in cases], pixels)
 
 
 def _image_figures(columns: Sequence[tuple[str, dict[str, Any]]], pixels: int) -> str:
@@ -292,24 +294,16 @@ def dit_images_128px() -> str:
 def dit_latents(run: str = "run_latents", pixels: int = 64) -> str:
     """The small model on latents of an autoencoder of its own, a column for each training seed and case."""
     runs = read("dit_images")[run]["runs"]
-    titles = {
-        "autoencoder": "through the autoencoder alone",
-        "reconstruction": "words and features",
-        "text_only": "words alone",
-        "changed_words": "features, changed words",
-        "dino_swap": "another image's features",
-        "shuffled_patches": "shuffled patches",
-    }
     first = runs[0]["cases"]
-    columns = [("real images", first["real"]), ("an unrelated real image", first["another_picture"])]
-    for case, title in titles.items():
-        own = runs[:1] if case == "autoencoder" else runs  # the same one for all seeds
+    columns = []
+    for case, title in IMAGE_CASES.items():
+        own = runs[:1] if case in ("real", "another_picture", "autoencoder") else runs  # the same for all seeds
         for trained in own if case in first else ():
             name = title if len(own) == 1 else f"{title}, seed {trained['seed']}"
             columns.append((name, trained["cases"][case]))
     guided = runs[0].get("with_guide", {})
     for case in ("reconstruction", "text_only", "changed_words"):
-        columns += [(f"{titles[case]}, with a guide", guided[case])] if case in guided else []
+        columns += [(f"{IMAGE_CASES[case]}, with a guide", guided[case])] if case in guided else []
     return _image_figures(columns, pixels)
 
 
