@@ -16,10 +16,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from omegaconf import OmegaConf
 
 from keygrip.artifacts import locked
+from keygrip.config import compose
+from keygrip.training.checkpoints import HEADER, read_checkpoint
 from keygrip.training.idle_settings import unread
+from keygrip.training.resuming import differing_settings
 from keygrip.training.run_folder import CHECKPOINT
 from keygrip.training.sweeps import FINISHED, read_result
 
@@ -56,16 +61,15 @@ class PretrainingStage:
 
         Raises:
             RuntimeError: training failed; what went wrong stands above.
-            ValueError: it is missing, and this is one of several processes.
+            ValueError: it is missing, and this is one of several processes; or it was trained with other settings
+                than its overrides stand for now.
         """
         run = self.run_dir
         if self._finished(run):  # not locked: it may lie where nothing can be written
-            log.info("%s: %s", self.name, run)
-            return run
+            return self._checked(run)
         with locked(run.parent / f".{run.name}.lock"):
             if self._finished(run):
-                log.info("%s: %s", self.name, run)
-                return run
+                return self._checked(run)
             command = [sys.executable, "-m", "keygrip.train", *self.overrides, f"run_dir={run}"]
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 raise ValueError(
@@ -79,13 +83,27 @@ class PretrainingStage:
         return run
 
     def require(self) -> None:
-        """Raises ValueError where there is no finished run."""
-        if not self._finished(self.run_dir):
+        """Raises ValueError where there is no finished run, or one of other settings."""
+        if self._finished(self.run_dir):
+            self._checked(self.run_dir)
+        else:
             command = f"python -m keygrip.train {' '.join(self.overrides)} run_dir={self.run_dir}"
             raise ValueError(
                 f"dry_run=true: {self.run_dir} is missing, which this run begins with, and a dry run trains nothing: "
                 f"run `{command}` first, or name other weights (null: random ones, of an encoder)"
             )
+
+    def _checked(self, run: Path) -> Path:
+        """A finished run, if its settings are those that the overrides stand for now: what they name may change."""
+        now = cast(dict[str, Any], OmegaConf.to_container(compose("train", self.overrides), resolve=True))
+        before = read_checkpoint(run / CHECKPOINT, mapped=True)[HEADER]["config"]
+        if different := differing_settings(before, with_run_folders(now), same_length=True):
+            raise ValueError(
+                f"{run} was trained with other settings than `{' '.join(self.overrides)}` stands for now: {different}; "
+                f"move it away to train {self.name} anew, or name {run} itself as the weights to start from"
+            )
+        log.info("%s: %s", self.name, run)
+        return run
 
     @staticmethod
     def _finished(run: Path) -> bool:

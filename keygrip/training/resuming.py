@@ -15,8 +15,9 @@ from keygrip.training.strategies import named_precision
 log = logging.getLogger(__name__)
 
 # Settings that may differ when a run is resumed: they do not change which weights a step leads to.
+LENGTH = ("max_steps", "max_epochs", "max_minutes")
 MAY_DIFFER = (
-    *("max_steps", "max_epochs", "max_minutes", "val_every_n_steps", "limit_val_batches", "log_every_n_steps"),
+    *("val_every_n_steps", "limit_val_batches", "log_every_n_steps"),
     *("debug", "resume", "run_dir", "logger"),
     # the batch is divided over the processes: their number and kind do not change what is computed
     *("strategy.devices", "strategy.num_nodes", "strategy.kind", "strategy.accelerator"),
@@ -59,24 +60,36 @@ def check_resumed(checkpoint: Path, resolved: dict[str, Any]) -> int:
         ValueError: settings that change what is computed differ; they are named.
     """
     content = read_checkpoint(checkpoint, mapped=True)
-    before, now = _flat(content[HEADER]["config"]), _flat(resolved)
+    if different := differing_settings(content[HEADER]["config"], resolved):
+        raise ValueError(
+            f"{checkpoint} was made with other settings: {different}; use the same ones, or start a new run"
+        )
+    return int(content["global_step"])
+
+
+def differing_settings(before: dict[str, Any], now: dict[str, Any], same_length: bool = False) -> str:
+    """The settings that change what is computed and that differ between two resolved configurations, in words.
+
+    Args:
+        same_length: how long it trains must agree as well.
+
+    Returns:
+        Four of them with their values, and how many more there are; empty where none differs.
+    """
+    before, now = _flat(before), _flat(now)
     for settings in (before, now):
         if "strategy.precision" in settings:
             accelerator, precision = settings.get("strategy.accelerator"), settings["strategy.precision"]
             settings["strategy.precision"] = named_precision(accelerator, precision)
+    may_differ = MAY_DIFFER if same_length else (*LENGTH, *MAY_DIFFER)
     different = sorted(
         key
         for key in before.keys() | now.keys()
-        if before.get(key) != now.get(key) and not _within(key, MAY_DIFFER)
+        if before.get(key) != now.get(key) and not _within(key, may_differ)
         if not key.startswith("callbacks") or _within(key, MUST_AGREE)
     )
-    if different:
-        shown = ", ".join(f"{key} ({before.get(key)} then, {now.get(key)} now)" for key in different[:4])
-        more = f" and {len(different) - 4} more" if len(different) > 4 else ""
-        raise ValueError(
-            f"{checkpoint} was made with other settings: {shown}{more}; use the same ones, or start a new run"
-        )
-    return int(content["global_step"])
+    shown = ", ".join(f"{key} ({before.get(key)} then, {now.get(key)} now)" for key in different[:4])
+    return shown + (f" and {len(different) - 4} more" if len(different) > 4 else "")
 
 
 def _within(key: str, parts: tuple[str, ...]) -> bool:

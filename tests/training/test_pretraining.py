@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from keygrip.config import compose
-from keygrip.training import pretraining
+from keygrip.training import checkpoints, pretraining
+from keygrip.training.integrity import sign
 from keygrip.training.pretraining import PretrainingStage, complete_stages
 from keygrip.training.signals import Interrupted
 
@@ -26,9 +28,13 @@ def resolved(*overrides: str) -> Any:
     return OmegaConf.to_container(compose("train", list(overrides)), resolve=True)
 
 
-def finished(folder: Path) -> None:
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "checkpoints" / "last.ckpt").write_bytes(b"")
+def finished(folder: Path, overrides: Sequence[str] = ()) -> None:
+    """What is left of a run of these overrides, without its weights."""
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    header = {"format": checkpoints.FORMAT, "config": resolved(*overrides)}
+    torch.save({checkpoints.HEADER: header, "state_dict": {}, "global_step": 1}, checkpoint)
+    sign(checkpoint)
     (folder / "result.json").write_text(json.dumps({"status": "finished"}))
 
 
@@ -37,7 +43,7 @@ def test_a_run_that_is_there_is_not_made_again(tmp_path: Path, monkeypatch: pyte
 
     def run(command: list[str]) -> int:
         calls.append(command)
-        finished(Path(command[-1].partition("=")[2]))
+        finished(Path(command[-1].partition("=")[2]), command[3:])
         return 0
 
     monkeypatch.setattr(pretraining, "_run", run)
@@ -46,6 +52,16 @@ def test_a_run_that_is_there_is_not_made_again(tmp_path: Path, monkeypatch: pyte
     assert len(calls) == 1
     assert calls[0][1:] == ["-m", "keygrip.train", *run.overrides, f"run_dir={run.run_dir}"]
     assert made(["experiment=vlm_encoder_pretraining", "seed=4"], str(tmp_path)).run_dir != run.run_dir
+
+
+def test_a_run_of_other_settings_is_not_taken_for_it(tmp_path: Path) -> None:
+    stage = made(["experiment=vlm_encoder_pretraining", "seed=3"], str(tmp_path))
+    before = [*stage.overrides, "backbone.depth=3", "max_steps=7", "logger=none", "log_every_n_steps=1"]
+    finished(stage.run_dir, before)  # the recipe was another one then
+    with pytest.raises(ValueError, match=r"backbone\.depth \(3 then, None now\), max_steps \(7 then") as no:
+        stage.complete()
+    assert f"move it away to train {stage.name} anew, or name {stage.run_dir} itself" in str(no.value)
+    assert "log" not in str(no.value).partition("now:")[2]
 
 
 def test_a_run_is_made_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +113,7 @@ def test_a_dry_run_refuses_a_missing_stage(tmp_path: Path) -> None:
         complete_stages(config, train=False)
     command = f"python -m keygrip.train experiment=vlm_encoder_pretraining seed=3 run_dir={stage.run_dir}"
     assert f"run `{command}` first, or name other weights (null: random ones, of an encoder)" in str(refused.value)
-    finished(stage.run_dir)
+    finished(stage.run_dir, stage.overrides)
     assert complete_stages(config, train=False) == {"model": {"backbone": {"init_from": str(stage.run_dir)}}}
 
 
