@@ -17,6 +17,7 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
@@ -72,7 +73,11 @@ def refuse_idle_ablation(overrides: Sequence[str]) -> None:
         group, _, name = ablation.partition("=")
         if group != "ablation" or not _sets_something(name):
             continue
-        with_it, without = (_composed(some) for some in (overrides, [each for each in overrides if each != ablation]))
+        with_it = _composed(overrides)
+        try:
+            without = _composed([each for each in overrides if each != ablation])
+        except ConfigCompositionException:  # another override sets what this one brings
+            continue
         if with_it == without:
             raise SettingError(f"{ablation} changes nothing here: what it sets is so already; leave it out")
 

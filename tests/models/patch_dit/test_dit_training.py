@@ -117,6 +117,24 @@ def test_the_guide_is_the_ema_of_its_step_and_drawn_with(
         plain.sampling_with({"guide_scale": 1.0})
 
 
+@pytest.mark.slow
+def test_a_guide_is_the_same_under_fsdp(
+    command: Callable[..., Any], overrides: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """Processes that hold half of the weights each take those that processes with all of them take (noise is drawn by
+    process: one process draws another), and draw with them in validation."""
+    guided = [*GUIDED, "max_steps=5", "val_every_n_steps=4", "model.log_images_every_n_steps=1"]
+    two_processes = ("strategy.accelerator=cpu", "strategy.devices=2", "strategy.precision=32-true")
+    for kind in ("ddp", "fsdp"):
+        done = command("keygrip.train", *overrides(kind, *guided), f"strategy={kind}", *two_processes)
+        assert done.returncode == 0, done.stderr
+    one, two = weights(tmp_path / "ddp"), weights(tmp_path / "fsdp")
+    assert one.keys() == two.keys()
+    assert any(name.startswith("guide.network.") for name in one)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-5, msg=name)
+
+
 def test_guides_that_cannot_be_are_refused(overrides: Callable[..., list[str]]) -> None:
     with pytest.raises(ValueError, match=r"at_step=3 is not reached in max_steps=3"):
         train.run(compose("train", overrides("short", "max_steps=3", *GUIDED)))
